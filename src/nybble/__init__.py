@@ -1,0 +1,1 @@
+"""nybble: low-bit neural networks, any published method on any number format."""

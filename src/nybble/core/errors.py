@@ -1,0 +1,76 @@
+"""Every error that nybble raises on purpose.
+
+An error names the thing, what was asked, what came, and a way out. It is wrapped once, with the layer or
+file, on its way up (:func:`within`). Anything else that escapes from nybble is a bug.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+
+class NybbleError(Exception):
+    """Base of all errors a user can cause; the command line prints its text and exits with 1 (or 2, see UsageError)."""
+
+
+class UsageError(NybbleError):
+    """The request itself is wrong: an unknown name, a malformed line, contradicting options. Exit code 2."""
+
+
+class FormatError(UsageError):
+    """A number format can't be made or can't do what was asked of it."""
+
+
+class GranularityError(UsageError):
+    """A tensor's shape can't be cut as a granularity asks."""
+
+
+class SchemeError(UsageError):
+    """A scheme or recipe contradicts itself or the model: a pattern that matches nothing, say."""
+
+
+class DataError(NybbleError):
+    """Text or tensors that can't be used: empty, too short, NaN."""
+
+
+class ModelError(NybbleError):
+    """A model that can't be read or is of a kind that the request can't serve."""
+
+
+class FileError(NybbleError):
+    """A file that is missing, truncated, malformed, in the way, or can't be written."""
+
+
+class DeviceError(NybbleError):
+    """A device that isn't there or has too little memory."""
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the closest option, or a list of what exists.
+
+    >>> did_you_mean("gtpq", ["rtn", "gptq"])
+    " Did you mean 'gptq'?"
+    """
+    known = sorted(options)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f" Did you mean {close[0]!r}?"
+    return f" Known: {', '.join(known)}."
+
+
+@contextmanager
+def within(place: str) -> Iterator[None]:
+    """Prefix a NybbleError raised inside with where it happened, once.
+
+    The error keeps its class, so a caller can still tell a usage error from a broken file.
+    """
+    try:
+        yield
+    except NybbleError as error:
+        if getattr(error, "_placed", False):
+            raise
+        placed = type(error)(f"{place}: {error}")
+        placed._placed = True  # type: ignore[attr-defined]
+        raise placed from error

@@ -1,0 +1,207 @@
+"""Files that appear whole or not at all, and a full disk as a plain message.
+
+An output is written beside its place under the name ``NAME.partial``, flushed to the disk, then moved: a process
+killed at any moment leaves the old file or the new one. The name is fixed, so the next try overwrites what a
+killed one left; folders are locked against a second writer. POSIX only.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from nybble.core.errors import FileError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+@contextmanager
+def disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn an OSError inside into a FileError that names the file, and for a full disk the bytes needed.
+
+    Args:
+        path: the file being written or read.
+        needed: size of the whole output in bytes, if known.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            size = "" if needed is None else f" {needed:,} bytes are needed for it."
+            raise FileError(f"{path}: the disk is full.{size} Free some space or write to another disk.") from error
+        raise FileError(f"{path}: {error.strerror or error}.") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that a move survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_file(path: Path | str, size: int | None = None) -> Iterator[BinaryIO]:
+    """Yield a binary file that becomes ``path`` when the block ends, and vanishes when the block raises.
+
+    One writer at a time: two that write the same path at once share the temporary name.
+
+    Args:
+        path: the file to make or replace; its folder must exist.
+        size: bytes that will be written, for the message when the disk is full.
+
+    Raises:
+        FileError: any OSError, from the block as well as from opening, flushing and moving.
+    """
+    path = Path(path)
+    partial = _partial(path)
+    with disk_errors(path, size):
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            sync_folder(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def atomic_write_bytes(path: Path | str, data: bytes) -> None:
+    """Write ``data`` to ``path``, whole or not at all.
+
+    Raises:
+        FileError: the disk is full, or the folder is missing or can't be written.
+    """
+    with atomic_file(path, len(data)) as file:
+        file.write(data)
+
+
+def atomic_write_text(path: Path | str, text: str) -> None:
+    """Write ``text`` as UTF-8 with its line ends as they are; see :func:`atomic_write_bytes`."""
+    atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_json(path: Path | str, value: Any) -> None:
+    """Write ``value`` as indented JSON in the order of its keys; NaN and infinity are refused with ValueError."""
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+class AtomicFolder:
+    """A folder that appears whole: write into the yielded ``OUT.partial``; it is moved to OUT on success.
+
+    Args:
+        out: the folder to make. One that exists is refused, never replaced.
+        resumable: keep what a killed or failed run left in ``OUT.partial``, and leave it there if this one fails
+            too. Otherwise it is cleared at the start and removed on failure.
+
+    Raises:
+        FileError: OUT exists, another process is writing it, or the disk can't be written.
+    """
+
+    def __init__(self, out: Path | str, *, resumable: bool = False) -> None:
+        self.out = Path(out)
+        self.partial = _partial(self.out)
+        self.resumable = resumable
+        self._lock = -1
+
+    def __enter__(self) -> Path:
+        """Claim ``OUT.partial`` and return it."""
+        if os.path.lexists(self.out):
+            raise FileError(f"{self.out} exists already. Remove it or choose another output folder.")
+        with disk_errors(self.partial):
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                # The lock lives as long as the process: a killed run doesn't block the next.
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not self.resumable:
+                    self._clear()
+            except BlockingIOError:
+                self._release()
+                raise FileError(f"{self.out}: another process is writing it. Wait, or choose another folder.") from None
+            except BaseException:
+                self._release()
+                raise
+        return self.partial
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Move the folder into place, or clean up after a failure."""
+        try:
+            if kind is None:
+                self._publish()
+            elif isinstance(error, OSError) and error.errno in _FULL:  # from a library that wrote into the folder
+                with disk_errors(self.out):
+                    raise error
+        finally:
+            if not self.resumable:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            self._release()
+
+    def _clear(self) -> None:
+        for child in self.partial.iterdir():
+            if child.is_dir() and not child.is_symlink():
+                shutil.rmtree(child)
+            else:
+                child.unlink()
+
+    def _publish(self) -> None:
+        with disk_errors(self.out):
+            for folder, _, names in os.walk(self.partial):
+                for name in names:
+                    with (Path(folder) / name).open("rb") as file:
+                        os.fsync(file.fileno())
+                sync_folder(Path(folder))
+            if os.path.lexists(self.out):  # a rename would replace an empty folder silently
+                raise FileError(f"{self.out} appeared while it was being written. Choose another output folder.")
+            self.partial.rename(self.out)
+            sync_folder(self.out.parent)
+
+    def _release(self) -> None:
+        os.close(self._lock)
+        self._lock = -1
+
+
+def free_bytes(path: Path | str) -> int:
+    """Bytes that this user can still write on the disk of ``path``, which needn't exist yet."""
+    path = Path(path).absolute()
+    with disk_errors(path):
+        while not path.exists():
+            path = path.parent
+        return shutil.disk_usage(path).free
+
+
+def need_space(path: Path | str, needed: int) -> None:
+    """Raise FileError, naming both numbers, if fewer than ``needed`` bytes are free where ``path`` will be."""
+    free = free_bytes(path)
+    if free < needed:
+        raise FileError(
+            f"{path}: {needed:,} bytes are needed but {free:,} are free. Free some space or write to another disk."
+        )
+
+
+def sha256_file(path: Path | str) -> str:
+    """Return the SHA-256 of a file's bytes in hexadecimal; the file is streamed.
+
+    Raises:
+        FileError: the file can't be read.
+    """
+    with disk_errors(Path(path)), Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,193 @@
+"""Writing safetensors files: the same bytes every time, whole or not at all, and merging in bounded memory.
+
+Files are written here rather than by the safetensors package because that one writes metadata in an order that
+changes from run to run; reading tensors back is left to it. The layout is described in ``tensorheader``.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from nybble.core.errors import FileError
+from nybble.core.files import atomic_file, disk_errors, need_space
+from nybble.core.tensorheader import DTYPE_BITS, TensorEntry, read_tensor_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TORCH_NAMES = {
+    "complex64": "C64", "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0",
+}  # fmt: skip
+
+_CHUNK = 4 << 20  # bytes held at once while copying
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """A tensor to be written: its description, and where its bytes come from."""
+
+    entry: TensorEntry
+    bytes_from: Tensor | Path
+    offset: int = 0
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        if not isinstance(self.bytes_from, Path):
+            yield _memory(self.bytes_from)
+            return
+        with disk_errors(self.bytes_from), self.bytes_from.open("rb") as file:
+            file.seek(self.offset)
+            left = self.entry.nbytes
+            while left:
+                chunk = file.read(min(_CHUNK, left))
+                if not chunk:
+                    raise FileError(f"{self.bytes_from}: became shorter while it was being read.")
+                left -= len(chunk)
+                yield chunk
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    import torch
+
+    # flatten() first: a scalar has no dimension to reinterpret as bytes.
+    return tensor.detach().cpu().contiguous().resolve_conj().flatten().view(torch.uint8).numpy().data
+
+
+def write_tensorfile(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors to one safetensors file, whole or not at all; the same input gives the same bytes.
+
+    Args:
+        path: the file to make or replace.
+        tensors: any device, strides or sharing; each is stored whole under its name.
+        metadata: strings for the header.
+
+    Raises:
+        FileError: the disk is full or can't be written, or a dtype has no safetensors name.
+    """
+    sources = {}
+    for name, tensor in tensors.items():
+        dtype = _TORCH_NAMES.get(str(tensor.dtype).removeprefix("torch."))
+        if dtype is None:
+            raise FileError(f"{path}: tensor {name!r} has dtype {tensor.dtype}, which safetensors can't store.")
+        entry = TensorEntry(dtype=dtype, shape=tuple(tensor.shape), begin=0, nbytes=tensor.nbytes)
+        sources[name] = _Source(entry=entry, bytes_from=tensor)
+    if "__metadata__" in sources:
+        raise FileError(f"{path}: a tensor can't be called '__metadata__': safetensors keeps its metadata there.")
+    names = _layout(sources)
+    header = _header(sources, names, metadata)
+    with atomic_file(path, len(header) + _total(sources, names)) as file:
+        _write(file, header, sources, names)
+
+
+def merge_tensorfiles(
+    parts: Sequence[Path], out: Path | str, metadata: Mapping[str, str], max_shard_bytes: int | None = None
+) -> list[Path]:
+    """Merge safetensors files into ``out``, or into shards beside it with an index, a few MB in memory at a time.
+
+    The result depends on the tensors and ``metadata`` alone, not on how ``parts`` cut them; the parts' own metadata is
+    dropped. Shards are named as Hugging Face's libraries expect (``model-00001-of-00003.safetensors`` and
+    ``model.safetensors.index.json``), and none is moved into place before all are written, the index last.
+
+    Args:
+        parts: files with distinct tensor names; they stay as they are.
+        out: ``FOLDER/model.safetensors``.
+        metadata: strings for every file's header.
+        max_shard_bytes: most tensor bytes in one file, None for no limit; a larger tensor gets a shard to itself.
+
+    Returns:
+        The files written, shards in order, then the index if there is one.
+
+    Raises:
+        FileError: a part is unreadable or malformed, two parts hold the same name, or the disk is full.
+    """
+    out = Path(out)
+    sources = _collect(parts)
+    shards = _shards(sources, max_shard_bytes)
+    stem, count = out.with_suffix(""), len(shards)
+    paths = [out]
+    if count > 1:
+        paths = [stem.with_name(f"{stem.name}-{i:05d}-of-{count:05d}.safetensors") for i in range(1, count + 1)]
+    headers = [_header(sources, names, metadata) for names in shards]
+    sizes = [len(header) + _total(sources, names) for header, names in zip(headers, shards, strict=True)]
+    need_space(out, sum(sizes))
+    with ExitStack() as moves:  # undone in reverse: the index, entered first, is moved last
+        if count > 1:
+            paths.append(out.with_name(out.name + ".index.json"))
+            index = moves.enter_context(atomic_file(paths[-1]))
+            index.write(_index(sources, shards, paths))
+        for path, header, names, size in zip(paths, headers, shards, sizes, strict=False):
+            _write(moves.enter_context(atomic_file(path, size)), header, sources, names)
+    return paths
+
+
+def _collect(parts: Sequence[Path]) -> dict[str, _Source]:
+    sources: dict[str, _Source] = {}
+    for part in parts:
+        header = read_tensor_header(part)
+        for name, entry in header.tensors.items():
+            if name in sources:
+                raise FileError(
+                    f"{part}: tensor {name!r} is also in {sources[name].bytes_from}. Merge only one of them."
+                )
+            sources[name] = _Source(entry=entry, bytes_from=header.path, offset=header.data_start + entry.begin)
+    return sources
+
+
+def _shards(sources: Mapping[str, _Source], limit: int | None) -> list[list[str]]:
+    """Names of each shard: filled in the order of names, then laid out."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in sorted(sources):
+        size = sources[name].entry.nbytes
+        if limit is not None and shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return [_layout({name: sources[name] for name in names}) for names in shards]
+
+
+def _layout(sources: Mapping[str, _Source]) -> list[str]:
+    """Names in the order of their bytes: wide elements first, so that every tensor is aligned; then by name."""
+    return sorted(sources, key=lambda name: (-DTYPE_BITS[sources[name].entry.dtype], name))
+
+
+def _total(sources: Mapping[str, _Source], names: Sequence[str]) -> int:
+    return sum(sources[name].entry.nbytes for name in names)
+
+
+def _header(sources: Mapping[str, _Source], names: Sequence[str], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    position = 0
+    for name in names:
+        entry = sources[name].entry
+        offsets = [position, position + entry.nbytes]
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+        position += entry.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write(file: BinaryIO, header: bytes, sources: Mapping[str, _Source], names: Sequence[str]) -> None:
+    file.write(header)
+    for name in names:
+        for chunk in sources[name].chunks():
+            file.write(chunk)
+    file.flush()  # a full disk shows here, before any file is moved
+
+
+def _index(sources: Mapping[str, _Source], shards: Sequence[Sequence[str]], paths: Sequence[Path]) -> bytes:
+    where = {name: path.name for names, path in zip(shards, paths, strict=False) for name in names}
+    total = sum(_total(sources, names) for names in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,46 @@
+"""One record of a data set as text: its ``text``, or its chat ``messages`` through the tokenizer's chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from nybble.core.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def row_text(row: object, place: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Return the document that a record holds.
+
+    Args:
+        row: a mapping with ``text`` (a string), or with ``messages`` (``[{"role": ..., "content": ...}, ...]``).
+        place: file and line, for the error.
+        tokenizer: needed for ``messages``; its chat template renders them, without a generation prompt.
+
+    Raises:
+        DataError: neither field, or of the wrong type; no chat template; a template that refuses the messages.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"{place} is a {type(row).__name__}, not an object with 'text' or 'messages'.")
+    if isinstance(row.get("text"), str):
+        return str(row["text"])
+    if isinstance(row.get("messages"), list):
+        return _render(row["messages"], place, tokenizer)
+    if wrong := [key for key in ("text", "messages") if key in row]:
+        needed = "a string" if wrong[0] == "text" else "a list"
+        raise DataError(f"{place}: {wrong[0]!r} is a {type(row[wrong[0]]).__name__}; it must be {needed}.")
+    raise DataError(f"{place} has neither 'text' nor 'messages'; its fields: {', '.join(map(str, row)) or 'none'}.")
+
+
+def _render(messages: list[Any], place: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    if tokenizer is None or not tokenizer.chat_template:
+        lack = "no tokenizer was given" if tokenizer is None else "this model's tokenizer has no chat template"
+        raise DataError(f"{place} holds chat messages, and {lack}. Use a chat model, or records with 'text'.")
+    if not all(isinstance(message, Mapping) and "role" in message for message in messages):
+        raise DataError(f"{place}: each of 'messages' must be an object with 'role' and 'content'.")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # a template is a program of the model's author: it may raise anything
+        raise DataError(f"{place}: the chat template refuses these messages: {error}") from error

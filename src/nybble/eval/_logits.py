@@ -1,0 +1,116 @@
+"""Logits of a batch without ever holding them all.
+
+A vocabulary is wide: 2048 tokens x 49152 float32 logits are 400 MB, per model. So the body of a model runs over the
+batch, and its output head over a piece of the hidden states at a time, in the model's dtype. Models whose logits
+are more than head(body(tokens)) are found out on a few tokens and run whole.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from nybble.core.errors import DataError
+
+LogitsOf = Callable[[int, int], Tensor]
+"""(start, stop) -> logits [stop - start, V] of these predictions of the batch, in the model's dtype."""
+
+_PROBE = 16  # tokens; enough to see a scale or an extra layer between body and head
+
+
+class Predictor:
+    """One model, asked for the logits of pieces of a batch.
+
+    Args:
+        model: a causal language model called with ``input_ids`` [B, L]; gives logits [B, L, V], bare or as the
+            ``logits`` of its output.
+        tokens: int64 [N, L], all that will be asked: checked against the vocabulary, and the two ways of getting
+            logits are compared on the first few.
+
+    Raises:
+        DataError: a token outside the model's vocabulary.
+    """
+
+    def __init__(self, model: nn.Module, tokens: Tensor) -> None:
+        self.model = model
+        self.device = _device(model)
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        body = getattr(model, "base_model", model)
+        config = getattr(model, "config", None)
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._options = {} if config is None else {"use_cache": False}
+        self._split = (body, head) if isinstance(head, nn.Module) and body is not model else None
+        _check_range(tokens, getattr(config, "vocab_size", None))
+        ids = tokens[:1, :_PROBE].to(self.device)
+        whole = self._whole(ids)
+        self.vocabulary = whole.shape[-1]
+        self.itemsize = whole.element_size()
+        if self._split is not None and not _same(self._logits(self._hidden(ids)), whole):
+            self._split = None
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether the head runs apart from the body; else the batch's logits are held whole."""
+        return self._split is not None
+
+    def predict(self, ids: Tensor) -> LogitsOf:
+        """Run the body over [B, L]; the result gives logits of any piece of the B * (L - 1) predictions."""
+        ids = ids.to(self.device)
+        if self._split is None:
+            logits = self._whole(ids)[:, :-1].flatten(0, 1)
+            return lambda start, stop: logits[start:stop]
+        hidden = self._hidden(ids)[:, :-1].flatten(0, 1)
+        return lambda start, stop: self._logits(hidden[None, start:stop])[0]
+
+    def _whole(self, ids: Tensor) -> Tensor:
+        output = self.model(ids, **self._options)
+        logits = output if isinstance(output, Tensor) else output.logits
+        assert isinstance(logits, Tensor)
+        return logits
+
+    def _hidden(self, ids: Tensor) -> Tensor:
+        assert self._split is not None
+        hidden = self._split[0](ids, **self._options)[0]
+        assert isinstance(hidden, Tensor)
+        return hidden
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        assert self._split is not None
+        logits: Tensor = self._split[1](hidden)
+        if self._softcap is not None:  # Gemma 2, arXiv:2408.00118 section 2
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put models in evaluation mode without gradients, and each of their modules back at exit."""
+    with ExitStack() as stack:
+        for module in itertools.chain.from_iterable(model.modules() for model in models):
+            stack.callback(setattr, module, "training", module.training)
+        for model in models:
+            model.eval()
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+def _check_range(tokens: Tensor, vocabulary: int | None) -> None:
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        raise DataError(
+            f"tokens from {low} to {high} don't fit a vocabulary of {vocabulary}. Use the model's own tokenizer."
+        )
+
+
+def _device(model: nn.Module) -> torch.device:
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    """Equal but for rounding: a forgotten scale or bias is far outside 1 %; NaN is never the same."""
+    return left.shape == right.shape and bool((left - right).abs().max() <= 0.01 * right.abs().max())

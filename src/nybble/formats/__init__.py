@@ -1,0 +1,46 @@
+"""Which values exist: number formats by name.
+
+A module of this folder is one format (``PART`` is a NumberFormat) or one family whose members are spelled by a pattern
+(``PART`` is a Family: ``int4``, ``float6_e3m2fn``). Names are those of ml_dtypes where it has one.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from nybble.core.errors import FormatError, did_you_mean
+from nybble.core.registry import Registry
+from nybble.formats._base import Family, NumberFormat, TableFormat
+
+REGISTRY = Registry("nybble.formats", "number format")
+
+__all__ = ["Family", "NumberFormat", "TableFormat", "format_names", "get_format"]
+
+
+@lru_cache(maxsize=None)
+def get_format(name: str) -> NumberFormat:
+    """Return the format called ``name`` (a name, an alias, or any member of a family).
+
+    >>> get_format("e2m1").name
+    'float4_e2m1fn'
+
+    Raises:
+        FormatError: unknown name (with the closest one) or a member that can't exist (``int9``).
+    """
+    for part in REGISTRY.all().values():
+        if isinstance(part, Family):
+            made = part.match(name)
+            if made is not None:
+                return made
+        elif name == part.name or name in part.aliases:
+            found: NumberFormat = part
+            return found
+    raise FormatError(f"unknown number format {name!r}.{did_you_mean(name, format_names())} `nybble formats` lists them.")
+
+
+def format_names() -> list[str]:
+    """Every listed format: the single ones and the families' listed members."""
+    names: list[str] = []
+    for part in REGISTRY.all().values():
+        names += part.listed if isinstance(part, Family) else [part.name]
+    return sorted(names)

@@ -1,0 +1,1 @@
+"""Where models come from (sources) and what is known of their structure (adapters, as data)."""

@@ -1,0 +1,249 @@
+"""What is known of a model family's structure, as data: blocks, embeddings, and which weights may be rescaled together.
+
+An adapter never computes anything with weights. Transforms (SmoothQuant, weight equalisation, CBQ's pre-processing)
+read its fold pairs; the pipeline reads its blocks. A model without an adapter still gets its blocks found
+(:func:`generic_adapter`), and says what it can't offer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nybble.core.errors import ModelError
+from nybble.core.registry import Registry
+from nybble.models.linears import is_matmul
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Rows = Literal["all", "value_heads", "last_third", "third_of_each_head"]
+Conditions = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormFold:
+    """A norm and everything that reads its output, so a factor can move from one to the others.
+
+    The norm multiplies channel c by ``offset + weight[c]`` (and adds ``bias[c]``): dividing both by s and multiplying
+    input channel c of every reader by s changes nothing in float.
+
+    ``readers``: names in the block; each is a module with a ``weight`` or a fused 3-D parameter. ``when``: config
+    attributes that must have these values, else the norm's output also goes elsewhere and the pair is off.
+    """
+
+    norm: str
+    readers: tuple[str, ...]
+    offset: float = 0.0
+    when: Conditions = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearFold:
+    """Two linears with only a per-channel (or positively homogeneous) step between them: rows of ``first`` against
+    input channels of ``second``; ``rows`` says which row feeds which channel (:func:`feeding_rows`)."""
+
+    first: str
+    second: str
+    rows: Rows = "all"
+    when: Conditions = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A model family.
+
+    Attributes:
+        name: the registry's key.
+        model_types: values of ``config.model_type`` that it describes.
+        blocks: path of the ``nn.ModuleList`` of repeated blocks.
+        embeddings: paths of the input embeddings (tokens, learned positions).
+        final_norm: path of the norm after the last block; None if unknown or absent.
+        head: path of the output projection; None if unknown.
+        norm_folds, linear_folds: fold pairs, names relative to a block. Where blocks differ (dense and sparse ones), the
+            pairs whose names a block doesn't have are for the other kind.
+        experts: path, within a block, of the module with fused 3-D expert weights.
+        renames: leading part of a tensor's name in older checkpoints -> its name now.
+        limits: what the adapter can't offer, each with its reason.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    blocks: str
+    embeddings: tuple[str, ...]
+    final_norm: str | None
+    head: str | None
+    norm_folds: tuple[NormFold, ...] = ()
+    linear_folds: tuple[LinearFold, ...] = ()
+    experts: str | None = None
+    renames: tuple[tuple[str, str], ...] = ()
+    limits: tuple[str, ...] = ()
+
+    @property
+    def offers(self) -> frozenset[str]:
+        """Which kinds of knowledge are here: ``blocks``, ``norm_folds``, ``linear_folds``, ``experts``."""
+        parts = {"norm_folds": self.norm_folds, "linear_folds": self.linear_folds, "experts": self.experts}
+        return frozenset({"blocks", *(name for name, part in parts.items() if part)})
+
+    def blocks_of(self, model: nn.Module) -> nn.ModuleList:
+        """The model's repeated blocks.
+
+        Raises:
+            ModelError: the path leads nowhere, so the model isn't what its config says.
+        """
+        found = _at(model, self.blocks)
+        if not isinstance(found, nn.ModuleList) or not len(found):
+            raise ModelError(f"{type(model).__name__} has no blocks at {self.blocks!r} (adapter {self.name}).")
+        return found
+
+    def block_name(self, index: int) -> str:
+        """Full name of a block, ``model.layers.3``."""
+        return f"{self.blocks}.{index}"
+
+    def outside(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that are in no block: embeddings, final norm, head, projections between them."""
+        named = model.named_parameters(remove_duplicate=False)
+        return [name for name, _ in named if not name.startswith(f"{self.blocks}.")]
+
+    def tied_groups(self, model: nn.Module) -> list[tuple[str, ...]]:
+        """Groups of parameter names that share one tensor."""
+        groups: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            groups.setdefault(id(parameter), []).append(name)
+        return [tuple(names) for names in groups.values() if len(names) > 1]
+
+    def norm_folds_of(self, block: nn.Module, config: PreTrainedConfig) -> list[NormFold]:
+        """The norm folds that hold in this block under this config.
+
+        Raises:
+            ModelError: the block has a fold's norm, and no listed set of readers fits it: the adapter is out of date.
+        """
+        alive = [f for f in self.norm_folds if _holds(f.when, config) and _has_weight(block, f.norm)]
+        fitting = [f for f in alive if all(_at(block, name) is not None for name in f.readers)]
+        for fold in alive:
+            fits = [f for f in fitting if f.norm == fold.norm]
+            if not fits:
+                raise ModelError(
+                    f"adapter {self.name}: {fold.norm} of {type(block).__name__} is not read by {fold.readers}."
+                )
+        return fitting
+
+    def linear_folds_of(self, block: nn.Module, config: PreTrainedConfig) -> list[LinearFold]:
+        """The linear folds whose two modules this block has, under this config."""
+        alive = [f for f in self.linear_folds if _holds(f.when, config)]
+        return [f for f in alive if _at(block, f.first) is not None and _at(block, f.second) is not None]
+
+    def limits_of(self, config: PreTrainedConfig) -> list[str]:
+        """:attr:`limits`, and the fold pairs that this config switches off, each with the reason."""
+        off: list[str] = []
+        for fold in (*self.norm_folds, *self.linear_folds):
+            if not _holds(fold.when, config):
+                name = fold.norm if isinstance(fold, NormFold) else f"{fold.first} -> {fold.second}"
+                has = ", ".join(f"{key}={getattr(config, key, None)!r}" for key, _ in fold.when)
+                off.append(f"{name} can't be folded with {has}")
+        return [*self.limits, *off]
+
+
+def _at(module: nn.Module, path: str) -> nn.Module | Tensor | None:
+    """The submodule or parameter at a dotted path, or None."""
+    found: Any = module
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return found if isinstance(found, nn.Module | Tensor) else None
+
+
+def _has_weight(block: nn.Module, name: str) -> bool:
+    return isinstance(getattr(_at(block, name), "weight", None), Tensor)
+
+
+def _holds(when: Conditions, config: PreTrainedConfig) -> bool:
+    return all(getattr(config, key, None) == value for key, value in when)
+
+
+def feeding_rows(fold: LinearFold, config: PreTrainedConfig, channels: int) -> Tensor:
+    """Which output row of ``fold.first`` feeds each input channel of ``fold.second``.
+
+    Args:
+        channels: number of input channels of ``second``.
+
+    Returns:
+        int64 ``[channels]``. With grouped-query attention several channels name the same row: a factor must be one per
+        row, and is spread over the channels by this index.
+    """
+    index = torch.arange(channels)
+    if fold.rows == "all":
+        return index
+    if fold.rows == "last_third":  # one projection for [q | k | v]
+        return index + 2 * channels
+    heads = config.num_attention_heads
+    width = channels // heads
+    head, within = index // width, index % width
+    if fold.rows == "third_of_each_head":  # [q0 | k0 | v0 | q1 | k1 | v1 | ...]
+        return head * 3 * width + 2 * width + within
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return head // (heads // kv_heads) * width + within
+
+
+@cache
+def _by_model_type() -> dict[str, Adapter]:
+    parts: Iterable[Adapter] = Registry("nybble.models.adapters", "model family").all().values()
+    return {model_type: adapter for adapter in parts for model_type in adapter.model_types}
+
+
+def checkpoint_renames(config: PreTrainedConfig) -> Mapping[str, str]:
+    """Renamed parts of tensor names in this family's older checkpoints; empty for unknown families."""
+    found = _by_model_type().get(config.model_type)
+    return dict(found.renames) if found else {}
+
+
+def adapter_for(model: nn.Module | PreTrainedConfig) -> Adapter:
+    """The adapter of a model (or of its config), or a generic one made by looking at the model.
+
+    Raises:
+        ModelError: only a config was given and its model type has no adapter; or no repeated blocks were found.
+    """
+    config = getattr(model, "config", None) if isinstance(model, nn.Module) else model
+    found = _by_model_type().get(getattr(config, "model_type", ""))
+    if found is not None:
+        return found
+    if not isinstance(model, nn.Module):
+        known = ", ".join(sorted(_by_model_type()))
+        raise ModelError(f"no adapter for model type {model.model_type!r}; known: {known}. Pass the model itself.")
+    return generic_adapter(model)
+
+
+def generic_adapter(model: nn.Module) -> Adapter:
+    """An adapter for an unknown model: its blocks are the longest list of same-class modules with matmuls inside.
+
+    It knows no fold pairs; :attr:`Adapter.limits` says so.
+
+    Raises:
+        ModelError: no such list.
+    """
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len({type(block) for block in module}) == 1
+        and all(any(is_matmul(part) for part in block.modules()) for block in module)
+    ]
+    if not lists:
+        raise ModelError(f"{type(model).__name__} has no list of repeated blocks, so it can't be walked block by block.")
+    path, _ = max(lists, key=lambda item: (len(item[1]), -item[0].count(".")))
+    embeddings = tuple(n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and not n.startswith(path))
+    find_head = getattr(model, "get_output_embeddings", lambda: None)
+    head = find_head()
+    name = type(model).__name__
+    return Adapter(
+        name="generic", model_types=(), blocks=path, embeddings=embeddings, final_norm=None,
+        head=next((n for n, m in model.named_modules() if m is head), None) if head is not None else None,
+        limits=(
+            f"transforms that fold a norm into linears (SmoothQuant, ...) are off: {name} has no adapter with its pairs",
+            f"transforms that fold a linear into a linear (equalisation, ...) are off: {name} has no adapter",
+        ),
+    )  # fmt: skip

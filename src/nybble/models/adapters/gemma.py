@@ -1,0 +1,24 @@
+"""Gemma (1): llama's structure, with norms that multiply by ``1 + weight``."""
+
+from __future__ import annotations
+
+from nybble.models.adapter import Adapter, LinearFold, NormFold
+
+PART = Adapter(
+    name="gemma",
+    model_types=("gemma",),
+    blocks="model.layers",
+    embeddings=("model.embed_tokens",),
+    final_norm="model.norm",
+    head="lm_head",
+    norm_folds=(
+        NormFold(
+            norm="input_layernorm", readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), offset=1.0
+        ),
+        NormFold(norm="post_attention_layernorm", readers=("mlp.gate_proj", "mlp.up_proj"), offset=1.0),
+    ),
+    linear_folds=(
+        LinearFold(first="self_attn.v_proj", second="self_attn.o_proj", rows="value_heads"),
+        LinearFold(first="mlp.up_proj", second="mlp.down_proj"),
+    ),
+)

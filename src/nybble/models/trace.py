@@ -1,0 +1,194 @@
+"""Seeing what a model does: the arguments each block is called with, and which weights read the same tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nybble.core.errors import ModelError
+from nybble.models.adapter import Adapter, adapter_for
+from nybble.models.experts import is_experts
+from nybble.models.linears import is_matmul
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCall:
+    """How the model calls one block: everything but the hidden states, which change from block to block.
+
+    Attributes:
+        index: which block.
+        args, kwargs: the other arguments (masks, position embeddings), ready to be passed on. ``args`` follow the
+            hidden states.
+        keyword: the hidden states' keyword, or None where they are the first positional argument.
+        hidden: what block 0 was given; None for the others.
+    """
+
+    index: int
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    keyword: str | None
+    hidden: Tensor | None
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Call ``block`` as the model would, on these hidden states; return its hidden states."""
+        named = dict(self.kwargs) if self.keyword is None else {**self.kwargs, self.keyword: hidden}
+        output = block(*self.args, **named) if self.keyword is not None else block(hidden, *self.args, **named)
+        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+
+class _AllSeenError(Exception):
+    """Stops the model's forward once the last block was called: final norm and head aren't needed."""
+
+
+def _split(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], keep: bool) -> tuple[Tensor, BlockCall]:
+    keyword = None if args else "hidden_states"
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor):
+        raise ModelError(f"block {index} is not called with hidden states first, so it can't be replayed.")
+    rest = {key: value for key, value in kwargs.items() if key != keyword}
+    call = BlockCall(index=index, args=args[1:], kwargs=rest, keyword=keyword, hidden=hidden if keep else None)
+    return hidden, call
+
+
+def _record(
+    model: nn.Module, blocks: nn.ModuleList, inputs: Mapping[str, Any], as_tuple: bool
+) -> tuple[list[BlockCall], bool]:
+    """One forward through recorders. Returns the calls, and whether all blocks were called with the same shape."""
+    calls: list[BlockCall] = []
+    shapes: set[torch.Size] = set()
+
+    def recorder(index: int) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, call = _split(index, args, kwargs, keep=index == 0)
+            calls.append(call)
+            shapes.add(hidden.shape)
+            if len(calls) == len(blocks):
+                raise _AllSeenError
+            return (hidden,) if as_tuple else hidden
+
+        return forward
+
+    with ExitStack() as undo:
+        for index, block in enumerate(blocks):
+            # The instance's forward, not a swapped module: models read attributes of their blocks.
+            before = block.__dict__.get("forward")
+            block.forward = recorder(index)
+            undo.callback(_restore_forward, block, before)
+        try:
+            model(**inputs, use_cache=False)
+        except _AllSeenError:
+            pass
+    in_order = [call.index for call in calls] == list(range(len(blocks)))
+    return calls, in_order and len(shapes) == 1
+
+
+def _restore_forward(block: nn.Module, before: Any) -> None:
+    del block.forward
+    if before is not None:
+        block.forward = before
+
+
+@torch.no_grad()
+def capture_block_calls(
+    model: nn.Module, input_ids: Tensor, *, attention_mask: Tensor | None = None, adapter: Adapter | None = None
+) -> list[BlockCall]:
+    """Run the model once with every block replaced by a recorder that passes its hidden states on unchanged.
+
+    No block computes anything, so block weights may stay on the meta device; embeddings must be real.
+
+    Args:
+        model: in eval mode.
+        input_ids: int64 ``[batch, tokens]``.
+        attention_mask: ``[batch, tokens]``, for padded batches.
+        adapter: default, the model's.
+
+    Returns:
+        One call a block, in order; the first carries the hidden states it was given.
+
+    Raises:
+        ModelError: the blocks aren't called once each, in order, with hidden states first.
+    """
+    blocks = (adapter or adapter_for(model)).blocks_of(model)
+    inputs = {"input_ids": input_ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
+    problem: Exception | None = None
+    # Most blocks return a tensor, some a tuple that the model takes [0] of. Given a tensor, the latter kind of model
+    # drops the batch dimension, which the next recorder sees: so try a tensor first, then a tuple.
+    for as_tuple in (False, True):
+        try:
+            calls, good = _record(model, blocks, inputs, as_tuple)
+        except ModelError:
+            raise
+        except Exception as error:
+            problem = error
+            continue
+        if good:
+            return calls
+    raise ModelError(
+        f"{type(model).__name__} doesn't call its {len(blocks)} blocks one after the other on its hidden states."
+    ) from problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Which weights of a block read the same input.
+
+    Attributes:
+        groups: module names, in the order of their first call; those in one group read the same tensor (q, k and v).
+        uncalled: modules with a matmul weight that the block never called.
+        other: parameters of two or more dimensions that belong to neither (a router's weight): seen, not traced.
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    uncalled: tuple[str, ...]
+    other: tuple[str, ...]
+
+
+def _key(tensor: Tensor) -> tuple[Any, ...]:
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, version
+
+
+@torch.no_grad()
+def trace_groups(
+    block: nn.Module, call: BlockCall, hidden: Tensor | None = None, linear_types: Sequence[type[nn.Module]] = ()
+) -> Trace:
+    """Run a block once and group its matmul weights by the tensor they read.
+
+    Args:
+        block: with real weights.
+        call: how it is called.
+        hidden: its hidden states; default, those that ``call`` carries.
+        linear_types: further module classes with a matmul weight (quantized layers).
+    """
+    start = call.hidden if hidden is None else hidden
+    if start is None:
+        raise ModelError(f"block {call.index}: hidden states are needed to trace it; only block 0's are kept.")
+    watched = {n: m for n, m in block.named_modules() if is_matmul(m, tuple(linear_types)) or is_experts(m)}
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    alive: list[Tensor] = []  # an input freed during the run could lend its address to another
+    with ExitStack() as undo:
+        for name, module in watched.items():
+
+            def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+                tensor = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+                alive.append(tensor)
+                members = groups.setdefault(_key(tensor), [])
+                if name not in members:
+                    members.append(name)
+
+            handle = module.register_forward_pre_hook(note, with_kwargs=True)
+            undo.callback(handle.remove)
+        call.run(block, start)
+    called = {name for names in groups.values() for name in names}
+    inside = {f"{name}.{leaf}" for name, module in watched.items() for leaf, _ in module.named_parameters()}
+    other = [n for n, p in block.named_parameters() if p.ndim >= 2 and n not in inside]
+    return Trace(
+        groups=tuple(tuple(names) for names in groups.values()),
+        uncalled=tuple(name for name in watched if name not in called),
+        other=tuple(other),
+    )

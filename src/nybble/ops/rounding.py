@@ -1,0 +1,155 @@
+"""Elementwise: a float32 tensor onto a format's grid (values), to its codes, and back.
+
+The reference is one search among the format's thresholds: ``rank(x) = how many thresholds are <= x``. NaN stays NaN where values
+come out; as a code it becomes the format's NaN, or, if the format has none, the code of the largest value (a caller that can
+meet NaN poisons the scale instead, see :meth:`nybble.quantizer.Quantizer.quantize`). A negative input that rounds to zero keeps its sign
+in formats that have -0.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nybble.core.errors import FormatError
+from nybble.formats import NumberFormat, get_format
+from nybble.rounding import get_rounding
+
+
+@lru_cache(maxsize=256)
+def _tables(name: str, rounding: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Thresholds, grid and grid codes on ``device``."""
+    fmt = get_format(name)
+    return (
+        torch.from_numpy(np.array(fmt.thresholds(rounding))).to(device),
+        torch.from_numpy(fmt.grid.astype(np.float32)).to(device),
+        torch.from_numpy(fmt.grid_codes.astype(np.int32)).to(device),
+    )
+
+
+@lru_cache(maxsize=256)
+def decode_table(name: str, device: torch.device) -> Tensor:
+    """float32 [2**bits]: the value of each code of the format, on ``device``."""
+    return torch.from_numpy(get_format(name).values.astype(np.float32)).to(device)
+
+
+def code_dtype(fmt: NumberFormat) -> torch.dtype:
+    """uint8 up to 8 bits, else int32."""
+    return torch.uint8 if fmt.bits <= 8 else torch.int32
+
+
+@torch.library.custom_op("nybble::round_to", mutates_args=())
+def round_to(x: Tensor, fmt: str, rounding: str) -> Tensor:
+    """The value of the grid of ``fmt`` nearest to each element, ties by ``rounding``; saturates.
+
+    Args:
+        x: float32, any shape.
+        fmt: name of the format.
+        rounding: name of a deterministic rounding.
+
+    Returns:
+        float32, shape of ``x``.
+    """
+    thresholds, grid, _ = _tables(fmt, rounding, x.device)
+    value = grid[torch.bucketize(x, thresholds, right=True)]
+    if get_format(fmt).negative_zero is not None:
+        value = torch.where(value == 0, torch.copysign(value, x), value)
+    return torch.where(x.isnan(), x, value)
+
+
+@round_to.register_fake
+def _(x: Tensor, fmt: str, rounding: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("nybble::encode", mutates_args=())
+def encode(x: Tensor, fmt: str, rounding: str) -> Tensor:
+    """Codes of the nearest values: ``decode(encode(x)) == round_to(x)``.
+
+    Args:
+        x: float32, any shape.
+        fmt: name of the format.
+        rounding: name of a deterministic rounding.
+
+    Returns:
+        uint8 (int32 above 8 bits), shape of ``x``.
+    """
+    format_ = get_format(fmt)
+    thresholds, _, codes = _tables(fmt, rounding, x.device)
+    code = codes[torch.bucketize(x, thresholds, right=True)]
+    if format_.negative_zero is not None:
+        zero = decode_table(fmt, x.device)[code.long()] == 0
+        code = torch.where(zero & x.signbit(), format_.negative_zero, code)
+    if format_.nan_code is not None:
+        code = torch.where(x.isnan(), format_.nan_code, code)
+    return code.to(code_dtype(format_))
+
+
+@encode.register_fake
+def _(x: Tensor, fmt: str, rounding: str) -> Tensor:
+    return torch.empty_like(x, dtype=code_dtype(get_format(fmt)))
+
+
+@torch.library.custom_op("nybble::decode", mutates_args=())
+def decode(codes: Tensor, fmt: str) -> Tensor:
+    """The value of each code.
+
+    Args:
+        codes: uint8 (int32 above 8 bits), any shape, below ``2**bits``.
+        fmt: name of the format.
+
+    Returns:
+        float32, shape of ``codes``.
+    """
+    return decode_table(fmt, codes.device)[codes.int()]
+
+
+@decode.register_fake
+def _(codes: Tensor, fmt: str) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+def round_integers(x: Tensor, rounding: str) -> Tensor:
+    """Each element to a neighbouring integer, ties by ``rounding``, without bounds (codes around a zero point).
+
+    Args:
+        x: float32, any shape. rounding: name of a deterministic rounding other than ``native``.
+
+    Returns:
+        float32, shape of ``x``.
+    """
+    rule = get_rounding(rounding)
+    if rule.name == "nearest-even":
+        return torch.round(x)
+    if rule.tie_up is None:
+        raise FormatError(f"rounding={rounding} does not round integers around a zero point; use nearest-even.")
+    magnitude = x.abs()
+    below = magnitude.floor()
+    rest = magnitude - below  # exact: both have one sign and the difference is no longer than x
+    low = torch.where(x < 0, -below - 1, below)
+    tie_up = rule.tie_up(low, low + 1, torch.remainder(low, 2) == 1)
+    nearest = torch.where(x < 0, -(below + (rest > 0.5)), below + (rest > 0.5))
+    return torch.where(rest == 0.5, low + tie_up, nearest)
+
+
+def round_stochastic(x: Tensor, fmt: str, generator: torch.Generator | None) -> Tensor:
+    """Round up with probability ``(x - lower) / (upper - lower)``; values of the grid never move; saturates.
+
+    Args:
+        x: float32, any shape.
+        fmt: name of the format.
+        generator: source of the uniform draws, on the device of ``x``; None draws from torch's global generator.
+
+    Returns:
+        float32, shape of ``x``; NaN stays NaN.
+    """
+    grid = _tables(fmt, "nearest-even", x.device)[1]
+    inside = x.clamp(float(grid[0]), float(grid[-1]))
+    lower = (torch.bucketize(inside, grid, right=True) - 1).clamp(0, len(grid) - 2)
+    low, high = grid[lower], grid[lower + 1]
+    draw = torch.rand(x.shape, generator=generator, device=x.device)
+    return torch.where(x.isnan(), x, torch.where(draw < (inside - low) / (high - low), high, low))
+

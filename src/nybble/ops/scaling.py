@@ -1,0 +1,56 @@
+"""From the largest magnitude of a block to its scale; float32, the formulas that scale rules and fused ops share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nybble.core.errors import UsageError
+from nybble.formats import NumberFormat
+
+POW2_MODES = ("floor", "ceil", "even", "rceil")
+_TINY = 2.0**-127
+
+
+def absmax_scale(amax: Tensor, target: float) -> Tensor:
+    """``amax / target``; a zero block gets 1.
+
+    Args:
+        amax: float32, largest magnitude of each block. target: value of the format that it is mapped to.
+    """
+    scale = amax / target
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def pow2_scale(amax: Tensor, fmt: NumberFormat, mode: str) -> Tensor:
+    """A power of two for each block (OCP MX v1.0, section 6.3, and the other rules in use).
+
+    With emax the exponent of the format's largest binade:
+    ``floor``  2^(floor(log2 amax) - emax): the specification's; a maximum whose mantissa exceeds the format's clips
+    ``ceil``   2^(ceil(log2 amax) - emax)
+    ``even``   as floor, of amax rounded to the format's mantissa bits (half up)
+    ``rceil``  2^ceil(log2(amax / max)): never saturates
+
+    The exponent is clamped to [-127, 127], E8M0's range; a zero block gets 2^-127, a NaN or Inf block NaN.
+
+    Args:
+        amax: float32, largest magnitude of each block. fmt: format of the elements. mode: one of the four.
+    """
+    if mode not in POW2_MODES:
+        raise UsageError(f"pow2 mode {mode!r} is not one of {', '.join(POW2_MODES)}.")
+    if mode == "rceil":
+        # Exact: the quotient of amax and max is compared with 2^e by multiplying back, not by a rounded logarithm.
+        mantissa, exponent = torch.frexp(amax.double() / fmt.absmax)
+        exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
+    else:
+        if mode == "even":
+            bits = getattr(fmt, "m", 0)
+            amax = ((amax.view(torch.int32) + (1 << (22 - bits))) & ~((1 << (23 - bits)) - 1)).view(torch.float32)
+        mantissa, exponent = torch.frexp(amax)
+        exponent = exponent - 1
+        if mode == "ceil":
+            exponent = torch.where(mantissa == 0.5, exponent, exponent + 1)
+        exponent = exponent - int(torch.frexp(torch.tensor(fmt.absmax))[1].item() - 1)
+    scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent.clamp(-127, 127)).float()
+    scale = torch.where(amax == 0, torch.full_like(scale, _TINY), scale)
+    return torch.where(amax.isfinite(), scale, torch.full_like(scale, torch.nan))

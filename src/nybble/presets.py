@@ -1,0 +1,42 @@
+"""Quantizers by name, as data: each is one quantizer line.
+
+Sections are those of the number-format literature: OCP MX v1.0; NVFP4; block floating point; QLoRA; compressed-tensors' integers.
+"""
+
+PRESETS: dict[str, str] = {
+    # OCP Microscaling v1.0: 32 elements share a power of two (E8M0), floor rule
+    "mxfp8": "float8_e4m3fn group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
+    "mxfp8_e5m2": "float8_e5m2 group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
+    "mxfp6": "float6_e2m3fn group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
+    "mxfp6_e3m2": "float6_e3m2fn group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
+    "mxfp4": "float4_e2m1fn group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
+    "mxint8": "int8 group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
+    # NVFP4: 16 elements share an E4M3 scale, over one float32 for the tensor
+    "nvfp4": "float4_e2m1fn group=16 scale_format=(float8_e4m3fn tensor floor=normal)",
+    # Block floating point with 8-bit exponents: name = element bits (sign included) + 8
+    "bfp16": "int8 group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
+    "bfp14": "int6 group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
+    "bfp12": "int4 group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
+    "bfp10": "int2 group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
+    "msfp12": "int4 group=16 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
+    "msfp16": "int8 group=16 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
+    # QLoRA (Dettmers et al. 2023): NF4 in row-major blocks of 64; the scales in dynamic 8 bits per 256 around their mean
+    "nf4-bnb": "nf4 flat=64 rounding=native reciprocal=true",
+    "fp4-bnb": "fp4_bnb flat=64 rounding=native reciprocal=true",
+    "nf4-dq": "nf4 flat=64 rounding=native reciprocal=true scale_format=(dynamic8 flat=256 center=mean)",
+    "fp4-dq": "fp4_bnb flat=64 rounding=native reciprocal=true scale_format=(dynamic8 flat=256 center=mean)",
+    # 8-bit optimizer states (Dettmers et al. 2022) and 4-bit ones (Li et al. 2023)
+    "state8": "dynamic8 flat=256",
+    "state8-unsigned": "udynamic8 flat=256",
+    "state4": "dynamic4 flat=128 rounding=half-down",
+    "state4-unsigned": "linear4 rank1 rounding=half-down",
+    # compressed-tensors' symmetric integers use all 16 codes and divide by 7.5
+    "int4-ct": "int4_full group=128 scale=absmax(target=7.5)",
+    "int8-ct": "int8_full channel scale=absmax(target=127.5)",
+    # per-token and per-channel 8-bit floats
+    "fp8-token": "float8_e4m3fn token",
+    "fp8-channel": "float8_e4m3fn channel",
+    # binary and ternary weights
+    "b1.58": "ternary tensor scale=mean",
+    "xnor": "binary channel scale=mean",
+}

@@ -1,0 +1,434 @@
+"""Quantizer: the whole specification of how a tensor becomes few bits, in one line.
+
+    float4_e2m1fn group=32 scale=mse
+    int4 group=64 symmetric=false
+    nvfp4                                       (a preset: see nybble.presets)
+    nf4 flat=64 scale_format=(dynamic8 flat=256 center=mean)
+
+==================  =======================================================================================
+word                meaning (default)
+==================  =======================================================================================
+granularity         tensor | channel | token | group=N [pad=true] | block=RxC | flat=N | rank1   (tensor)
+scale=              a scale rule and its options: absmax, mse(grid=80), percentile(p=99.9), pow2 ... (absmax)
+symmetric=false     integers: the range min..max with an integer zero point
+rounding=           nearest-even, half-away, half-up, half-down, toward-zero, native, stochastic (nearest-even)
+scale_format=       float32, float16, bfloat16, or a quantizer line in parentheses (nested scales)  (float32)
+offset_format=      the same for a rule with an offset                                             (float32)
+reciprocal=true     multiply by 1 / scale instead of dividing by it, as some peers do
+floor=              normal | subnormal: the smallest magnitude that is ever stored (scales of NVFP4)
+center=mean         store x minus its mean, and the mean (double quantization)
+packing=            dense, base3                                                                    (dense)
+static              activations: calibrated once instead of measured on every tensor
+==================  =======================================================================================
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble.core.errors import DataError, SchemeError, UsageError, did_you_mean
+from nybble.formats import NumberFormat, format_names, get_format
+from nybble.formats.integer import IntFormat
+from nybble.granularity import Granularity, PerTensor, Rank1, parse_granularity
+from nybble.ops.blocks import divide, dynamic_round, narrow_scale, scaled_round
+from nybble.ops.rounding import encode, round_integers, round_stochastic, round_to
+from nybble.packing import get_layout
+from nybble.presets import PRESETS
+from nybble.qtensor import BlockQTensor, Factored, QTensor, QuantParams, block_view
+from nybble.rounding import get_rounding
+from nybble.scales import BlockParams, ScaleRule, parse_scale_rule
+from nybble.scales.absmax import AbsMax
+from nybble.scales.minmax import MinMax
+from nybble.scales.mse import Mse
+from nybble.scales.one import One
+from nybble.scales.pow2 import Pow2
+
+_PLAIN = ("float32", "float16", "bfloat16")
+_GRANULARITY_WORDS = ("tensor", "channel", "token", "rank1", "group", "pad", "block", "flat")
+_WORDS = ("scale", "symmetric", "rounding", "scale_format", "offset_format", "reciprocal", "floor", "center", "packing", "static")
+
+
+@dataclass(frozen=True, init=False)
+class Quantizer:
+    """format x granularity x scale rule x rounding: what to do, without any tensor's parameters.
+
+    Hashable; ``Quantizer(str(q)) == q``. Tensors that it makes are float32 inside, saturate, and divide by the scale.
+
+    Args:
+        line: the specification (module docstring).
+        options: further words as keyword arguments, overriding the line: ``Quantizer("int4", group=64, scale="mse")``.
+
+    Raises:
+        UsageError: an unknown word, preset, format or option, with the closest one.
+
+    >>> str(Quantizer("e2m1", group=32))
+    'float4_e2m1fn group=32'
+    """
+
+    format: NumberFormat
+    granularity: Granularity
+    scale: ScaleRule
+    rounding: str
+    scale_format: str | Quantizer
+    offset_format: str | Quantizer
+    reciprocal: bool
+    floor: str
+    center: str
+    packing: str
+    static: bool
+
+    def __init__(self, line: str | Quantizer, /, **options: Any) -> None:
+        words = _words(str(line))
+        for key, value in options.items():
+            text = str(value).lower() if isinstance(value, bool) else f"({value})" if isinstance(value, Quantizer) else str(value)
+            _override(words, {key: "" if value is True and key in (*_GRANULARITY_WORDS, "static") else text})
+        fields = _parse(words, str(line))
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        if self.scale.needs_integer and not self.format.is_integer:
+            raise SchemeError(f"an integer zero point needs an integer format, not {self.format.name}; use scale=minmax(offset=true).")
+        if isinstance(self.granularity, Rank1) and not isinstance(self.scale, AbsMax):
+            raise SchemeError(f"rank1 factors are slice maxima (scale=absmax); {self.scale} has none.")
+        rounding = get_rounding(self.rounding)
+        if rounding.native and self.format.encoder_thresholds is None:
+            raise SchemeError(f"{self.format.name} publishes no encoder thresholds for rounding=native; use nearest-even.")
+        if self.packing != "dense":
+            get_layout(self.packing).size(1, self.format.bits)
+
+    def __str__(self) -> str:
+        words = [self.format.name]
+        if not isinstance(self.granularity, PerTensor) or isinstance(self.granularity, Rank1):
+            words.append(str(self.granularity))
+        if str(self.scale) != "absmax":
+            words.append(f"scale={self.scale}")
+        for key, default in _DEFAULTS.items():
+            value = getattr(self, key)
+            if value != default:
+                words.append(f"{key}=({value})" if isinstance(value, Quantizer) else f"{key}={str(value).lower()}")
+        if self.static:
+            words.append("static")
+        return " ".join(words)
+
+    def __repr__(self) -> str:
+        return f"Quantizer({str(self)!r})"
+
+    def replace(self, **options: Any) -> Quantizer:
+        """A copy with some words changed: ``q.replace(group=64)``."""
+        return Quantizer(str(self), **options)
+
+    # ------------------------------------------------------------------------------------------------ parameters
+    def fit(self, x: Tensor, weight: Tensor | None = None) -> QuantParams:
+        """Find scales (and zero points or offsets) for ``x``.
+
+        Args:
+            x: float32, float16 or bfloat16, any shape that the granularity can cut.
+            weight: importance of the elements (>= 0), broadcastable to ``x``; only searching rules and means use it.
+        """
+        wide = x.detach().float()
+        if isinstance(self.granularity, Rank1):
+            return QuantParams(_rank1(wide, self.format))
+        shape = self.granularity.scale_shape(wide.shape)
+        blocks = self.granularity.to_blocks(wide)
+        importance = None if weight is None else self.granularity.to_blocks(weight.float().expand(wide.shape))
+        mask = self.granularity.mask(wide.shape, wide.device)
+        if mask is not None:
+            importance = mask.float() if importance is None else importance * mask
+        return self.finish(self.scale.fit(blocks, self.format, self.rounding, importance), shape)
+
+    def finish(self, found: BlockParams, shape: tuple[int, ...]) -> QuantParams:
+        """Bring raw parameters [blocks, 1] into their stored form: zero guard, narrowing, nested quantization.
+
+        Args:
+            found: from a scale rule or a search. shape: the granularity's scale shape.
+        """
+        scale: Tensor | QTensor | None = None
+        raw = found.scale.reshape(shape)
+        if isinstance(self.scale_format, Quantizer):
+            scale = self.scale_format.quantize(raw)
+        elif not isinstance(self.scale, One):
+            raw = torch.where(raw == 0, torch.ones_like(raw), raw)
+            scale = narrow_scale(raw, self.scale_format)
+            scale = scale.to(getattr(torch, self.scale_format))
+        zero_point = offset = None
+        if found.zero_point is not None:
+            zero_point = _integers(found.zero_point.reshape(shape), self.format)
+        if found.offset is not None:
+            value = found.offset.reshape(shape)
+            offset = (
+                self.offset_format.quantize(value)
+                if isinstance(self.offset_format, Quantizer)
+                else value.to(getattr(torch, self.offset_format))
+            )
+        return QuantParams(scale, zero_point, offset)
+
+    # ------------------------------------------------------------------------------------------------ use
+    def fake_quantize(self, x: Tensor, params: QuantParams | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Round ``x`` to what :meth:`quantize` would store, without storing it; no gradient.
+
+        Args:
+            x: float32, float16 or bfloat16. params: from :meth:`fit`; None measures them on ``x``.
+            generator: for stochastic rounding only.
+
+        Returns:
+            shape and dtype of ``x``; equal to ``quantize(x, params).dequantize(x.dtype)``.
+        """
+        x = x.detach()
+        if params is None and self._fused:
+            target = self.scale.target or self.format.absmax if isinstance(self.scale, AbsMax) else 1.0
+            mode = self.scale.mode if isinstance(self.scale, Pow2) else ""
+            narrow = self.scale_format if isinstance(self.scale_format, str) else "float32"
+            blocks = self.granularity.to_blocks(x)
+            rounded = dynamic_round(blocks, self.format.name, self.rounding, target, mode, narrow)
+            return self.granularity.from_blocks(rounded, x.shape)
+        shape = tuple(x.shape)
+        centre, x_in = self._centred(x)
+        params = self.fit(x_in) if params is None else params
+        params = self._with_offset(params, centre)
+        blocks = self.granularity.to_blocks(x_in)
+        if self._elementwise(params) and params.scale is not None:
+            scale = block_view(params.scale, self.granularity, shape)
+            rounded = scaled_round(blocks, scale, self.format.name, self.rounding, self.reciprocal)
+            return self.granularity.from_blocks(rounded, shape)
+        values, _ = self._round(blocks.float(), params, shape, generator, codes=False)
+        return self.granularity.from_blocks(_affine(values, params, self.granularity, shape), shape).to(x.dtype)
+
+    def quantize(self, x: Tensor, params: QuantParams | None = None, generator: torch.Generator | None = None) -> BlockQTensor:
+        """Round ``x`` to codes and scales.
+
+        Arguments as :meth:`fake_quantize`. NaN: a format with a NaN code keeps it; elsewhere the block's scale becomes NaN.
+
+        Returns:
+            a BlockQTensor of the shape of ``x``; ``dequantize()`` gives exactly :meth:`fake_quantize`.
+        """
+        x = x.detach()
+        shape = tuple(x.shape)
+        centre, x_in = self._centred(x)
+        params = self.fit(x_in) if params is None else params
+        blocks = self.granularity.to_blocks(x_in).float()
+        params = self._poisoned(self._with_offset(params, centre), blocks)
+        _, codes = self._round(blocks, params, shape, generator, codes=True)
+        flat = self.granularity.from_blocks(codes, shape).reshape(-1)
+        packed = get_layout(self.packing).pack(flat, self.format.bits)
+        return BlockQTensor(self.format, self.granularity, shape, packed, params, self.packing)
+
+    # ------------------------------------------------------------------------------------------------ parts
+    @property
+    def _fused(self) -> bool:
+        nested = isinstance(self.scale_format, Quantizer)
+        exact = nested and isinstance(self.scale, Pow2) and isinstance(self.scale_format.scale, One)  # type: ignore[union-attr]
+        return (
+            isinstance(self.scale, AbsMax | Pow2)
+            and (not nested or exact)
+            and not isinstance(self.granularity, Rank1)
+            and not (self.reciprocal or self.floor or self.center or get_rounding(self.rounding).stochastic)
+        )
+
+    def _elementwise(self, params: QuantParams) -> bool:
+        plain = params.zero_point is None and params.offset is None and params.thresholds is None
+        return plain and not self.floor and not get_rounding(self.rounding).stochastic
+
+    def _centred(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        if not self.center:
+            return None, x
+        wide = x.float()
+        mean = wide.mean()
+        return mean, wide - mean
+
+    def _with_offset(self, params: QuantParams, centre: Tensor | None) -> QuantParams:
+        if centre is None:
+            return params
+        return replace(params, offset=centre.reshape(1))
+
+    def _poisoned(self, params: QuantParams, blocks: Tensor) -> QuantParams:
+        if self.format.nan_code is not None or not isinstance(params.scale, Tensor):
+            return params
+        bad = blocks.isnan().any(1).reshape(params.scale.shape) if blocks.shape[0] == params.scale.numel() else None
+        return params if bad is None else replace(params, scale=torch.where(bad, torch.nan, params.scale))
+
+    def _round(
+        self, blocks: Tensor, params: QuantParams, shape: tuple[int, ...], generator: torch.Generator | None, *, codes: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Values (before scale and offset) or codes of blocks, float32 or integers [blocks, elements]."""
+        y = blocks
+        if params.offset is not None and not self.center:
+            y = y - block_view(params.offset, self.granularity, shape)
+        if params.scale is not None:
+            y = divide(y, block_view(params.scale, self.granularity, shape), self.reciprocal)
+        name, stochastic = self.format.name, get_rounding(self.rounding).stochastic
+        if params.thresholds is not None:
+            rank = torch.bucketize(y, params.thresholds, right=True)
+            y = torch.from_numpy(self.format.grid).float().to(y.device)[rank]
+        elif params.zero_point is not None:
+            zero = block_view(params.zero_point, self.granularity, shape)
+            if stochastic:
+                y = torch.floor(y + torch.rand(y.shape, generator=generator, device=y.device))
+            else:
+                y = round_integers(y, self.rounding)
+            y = (y + zero).clamp(self.format.min, self.format.max)
+        elif stochastic:
+            y = round_stochastic(y, name, generator)
+        if self.floor:
+            least = self.format.min_normal if self.floor == "normal" else self.format.smallest
+            y = torch.where(y.isnan(), y, torch.where(y < 0, y.clamp(max=-least), y.clamp(min=least)))
+        settled = stochastic or params.thresholds is not None or params.zero_point is not None
+        rounding = "nearest-even" if settled else self.rounding
+        if codes:
+            return y, encode(y.contiguous(), name, rounding)
+        return (y if settled and not self.floor else round_to(y, name, rounding)), y
+
+
+def _affine(values: Tensor, params: QuantParams, granularity: Granularity, shape: tuple[int, ...]) -> Tensor:
+    """``scale * (value - zero_point) + offset`` on blocks, as BlockQTensor.dequantize does it."""
+    if params.zero_point is not None:
+        values = values - block_view(params.zero_point, granularity, shape)
+    if params.scale is not None:
+        values = values * block_view(params.scale, granularity, shape)
+    if params.offset is not None:
+        values = values + block_view(params.offset, granularity, shape)
+    return values
+
+
+def _rank1(x: Tensor, fmt: NumberFormat) -> Factored:
+    """Slice maxima over each dimension, combined by their minimum; a zero slice gets 1."""
+    magnitude = x.abs() / fmt.absmax
+    factors = []
+    for dim in range(x.dim()):
+        others = [d for d in range(x.dim()) if d != dim]
+        top = magnitude.amax(others, keepdim=True) if others else magnitude.amax(keepdim=True).reshape(1)
+        factors.append(torch.where(top == 0, torch.ones_like(top), top))
+    return Factored(tuple(factors), "min")
+
+
+def _integers(zero_point: Tensor, fmt: NumberFormat) -> BlockQTensor:
+    """Zero points as codes of the same integer format, densely packed."""
+    codes = encode(zero_point.contiguous(), fmt.name, "nearest-even").reshape(-1)
+    packed = get_layout("dense").pack(codes, fmt.bits)
+    return BlockQTensor(fmt, PerTensor(), tuple(zero_point.shape), packed, QuantParams(None))
+
+
+# ---------------------------------------------------------------------------------------------------- the line
+_DEFAULTS: dict[str, Any] = {
+    "rounding": "nearest-even",
+    "scale_format": "float32",
+    "offset_format": "float32",
+    "reciprocal": False,
+    "floor": "",
+    "center": "",
+    "packing": "dense",
+}
+
+
+def _words(line: str) -> dict[str, str]:
+    """A line as ordered words, presets expanded: ``int4 group=32`` -> {"": "int4", "group": "32"}."""
+    tokens = _tokens(line)
+    if not tokens:
+        raise UsageError("an empty quantizer line; the simplest is the name of a format, such as int4.")
+    head, *rest = tokens
+    words = _words(PRESETS[head]) if head in PRESETS else {"": head}
+    for token in rest:
+        key, _, value = token.partition("=")
+        _override(words, {key: value})
+    return words
+
+
+def _override(words: dict[str, str], new: dict[str, str]) -> None:
+    for key, value in new.items():
+        if key in _GRANULARITY_WORDS and key != "pad":
+            for old in _GRANULARITY_WORDS:
+                words.pop(old, None)
+        words[key] = value
+
+
+def _tokens(line: str) -> list[str]:
+    """Split at spaces outside parentheses and brackets."""
+    tokens, depth, word = [], 0, ""
+    for char in line.strip():
+        depth += (char in "([") - (char in ")]")
+        if depth < 0:
+            break
+        if char.isspace() and depth == 0:
+            tokens += [word] if word else []
+            word = ""
+        else:
+            word += char
+    if depth != 0:
+        raise UsageError(f"unbalanced parentheses in quantizer line {line!r}.")
+    return tokens + ([word] if word else [])
+
+
+def _parse(words: dict[str, str], line: str) -> dict[str, Any]:
+    words = dict(words)
+    name = words.pop("")
+    granularity = parse_granularity(words) or PerTensor()
+    unknown = [key for key in words if key not in _WORDS]
+    if unknown:
+        raise UsageError(f"quantizer {line!r}: unknown word {unknown[0]!r}.{did_you_mean(unknown[0], (*_WORDS, *_GRANULARITY_WORDS))}")
+    try:
+        fmt = get_format(name)
+    except UsageError as error:
+        if re.fullmatch(r"[\w.-]+", name) and name not in format_names() and "unknown number format" in str(error):
+            known = (*format_names(), *PRESETS)
+            raise UsageError(f"unknown format or preset {name!r}.{did_you_mean(name, known)} `nybble formats` lists them.") from error
+        raise
+    scale = parse_scale_rule(words.get("scale", "absmax"))
+    symmetric = _flag(words, "symmetric", True)
+    if not symmetric and not scale.needs_integer and not scale.has_offset:
+        if isinstance(scale, AbsMax):
+            scale = MinMax()
+        elif isinstance(scale, Mse):
+            scale = replace(scale, asymmetric=True)
+        else:
+            raise UsageError(f"quantizer {line!r}: symmetric=false goes with scale=minmax or scale=mse, not scale={scale}.")
+    if scale.needs_integer and isinstance(fmt, IntFormat) and fmt.is_signed and not fmt.full_range:
+        fmt = get_format(f"int{fmt.bits}_full")  # a zero point uses every code
+    floor, center = words.get("floor", ""), words.get("center", "")
+    if floor not in ("", "normal", "subnormal"):
+        raise UsageError(f"quantizer {line!r}: floor={floor}; it is normal or subnormal.")
+    if center not in ("", "mean"):
+        raise UsageError(f"quantizer {line!r}: center={center}; it is mean or left out.")
+    rounding, packing = words.get("rounding", "nearest-even"), words.get("packing", "dense")
+    rounding, packing = get_rounding(rounding).name, get_layout(packing).name
+    return {
+        "format": fmt,
+        "granularity": granularity,
+        "scale": scale,
+        "rounding": rounding,
+        "scale_format": _nested(words.get("scale_format", "float32")),
+        "offset_format": _nested(words.get("offset_format", "float32")),
+        "reciprocal": _flag(words, "reciprocal", False),
+        "floor": floor,
+        "center": center,
+        "packing": packing,
+        "static": words.get("static", "false") in ("", "true"),
+    }
+
+
+def _nested(text: str) -> str | Quantizer:
+    if text in _PLAIN:
+        return text
+    inner = text[1:-1] if text.startswith("(") and text.endswith(")") else text
+    return Quantizer(inner)
+
+
+def _flag(words: dict[str, str], key: str, default: bool) -> bool:
+    text = words.get(key, str(default)).lower()
+    if text not in ("true", "false", ""):
+        raise UsageError(f"{key}={text}: say true or false.")
+    return text != "false"
+
+
+def check_finite(x: Tensor, what: str) -> None:
+    """Raise DataError when ``x`` holds NaN or Inf; for the edges of pipelines, since it waits for the device."""
+    if not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).sum())
+        raise DataError(f"{what} holds {bad} NaN or Inf of {x.numel()} values; repair the file or exclude it (ignore).")
+
+

@@ -1,0 +1,39 @@
+"""How a value between two neighbours of a grid is decided: the tie rules, and stochastic rounding.
+
+Between two neighbours everything but the exact midpoint is settled, so a deterministic rounding is a *tie rule*, and any
+format under any such rounding is a sorted list of thresholds: ``rank = how many thresholds are <= x``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from nybble.core.registry import Registry
+
+REGISTRY = Registry("nybble.rounding", "rounding")
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A rule that settles ties.
+
+    Attributes:
+        name: the key, as in a quantizer line.
+        tie_up: ``(lower, upper, upper_is_even) -> bool``, elementwise on arrays or tensors: whether the exact midpoint of
+            the neighbouring values ``lower < upper`` goes to ``upper``; ``upper_is_even`` says which code is the even one.
+        native: the format's own published encoder thresholds are used instead (only formats that have them).
+        stochastic: up with probability ``(x - lower) / (upper - lower)``; needs a generator.
+    """
+
+    name: str
+    tie_up: Callable[[Any, Any, Any], Any] | None = None
+    native: bool = False
+    stochastic: bool = False
+
+
+def get_rounding(name: str) -> Rounding:
+    """Rounding by name: ``nearest-even``, ``half-away``, ``half-up``, ``half-down``, ``native``, ``stochastic``."""
+    rounding: Rounding = REGISTRY.get(name)
+    return rounding

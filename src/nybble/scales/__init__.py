@@ -1,0 +1,103 @@
+"""From a block of values to its scale, and zero point or offset: one rule a file.
+
+A rule is a frozen dataclass; its fields are its options in a quantizer line: ``scale=mse(grid=80,low=0.4)``. It sees blocks
+``[blocks, elements]`` in float32 and knows nothing of how they were cut.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nybble.core.errors import UsageError
+from nybble.core.registry import Registry
+from nybble.formats import NumberFormat
+
+REGISTRY = Registry("nybble.scales", "scale rule")
+
+
+@dataclass(frozen=True)
+class BlockParams:
+    """What a rule found: ``x_hat = scale * (value - zero_point)``, or ``scale * value + offset``; each float32 [blocks, 1]."""
+
+    scale: Tensor
+    zero_point: Tensor | None = None
+    offset: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ScaleRule(ABC):
+    """A way to find the scale of a block. A block of zeros gets scale 0 here; who uses it decides what that means."""
+
+    @property
+    def needs_integer(self) -> bool:
+        """Whether only integer formats will do (there is a zero point)."""
+        return False
+
+    @property
+    def has_offset(self) -> bool:
+        """Whether the rule finds an offset in the units of x."""
+        return False
+
+    @abstractmethod
+    def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:
+        """Find the parameters.
+
+        Args:
+            blocks: float32 [blocks, elements].
+            fmt: format of the elements.
+            rounding: name of the rounding that will be used.
+            weight: importance of each element, >= 0, [blocks, elements] or broadcasting; None counts all alike. Padding has weight 0.
+        """
+
+    def __str__(self) -> str:
+        name = type(self).__module__.rsplit(".", 1)[-1].replace("_", "-")
+        changed = [
+            f"{f.name}={_text(getattr(self, f.name))}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return name + (f"({','.join(changed)})" if changed else "")
+
+
+def parse_scale_rule(text: str) -> ScaleRule:
+    """``mse`` or ``mse(grid=80,low=0.4)`` as a rule.
+
+    Raises:
+        UsageError: unknown rule or option, or a value of the wrong kind; names what there is.
+    """
+    match = re.fullmatch(r"([\w-]+)(?:\((.*)\))?", text.strip())
+    if match is None:
+        raise UsageError(f"scale={text!r} is not a rule. Known: {', '.join(REGISTRY.names())}; options as in mse(grid=80).")
+    rule: type[ScaleRule] = REGISTRY.get(match[1])
+    fields = {f.name: f for f in dataclasses.fields(rule)}
+    options: dict[str, object] = {}
+    for item in (match[2] or "").split(","):
+        if not item.strip():
+            continue
+        key, _, value = item.partition("=")
+        if key.strip() not in fields:
+            raise UsageError(f"scale rule {match[1]!r} has no option {key.strip()!r}. It has: {', '.join(fields) or 'none'}.")
+        options[key.strip()] = _convert(match[1], key.strip(), value.strip(), fields[key.strip()].default)
+    return rule(**options)
+
+
+def _convert(rule: str, key: str, value: str, default: object) -> object:
+    if isinstance(default, bool):
+        if value.lower() not in ("true", "false"):
+            raise UsageError(f"{rule}({key}={value}): say true or false.")
+        return value.lower() == "true"
+    if isinstance(default, str):
+        return value
+    try:
+        return int(value) if isinstance(default, int) else float(value)
+    except ValueError as error:
+        raise UsageError(f"{rule}({key}={value}) is not a number.") from error
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

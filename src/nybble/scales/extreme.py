@@ -1,0 +1,22 @@
+"""The signed extreme goes to the format's most negative value, so the scale may be negative (GGUF Q4_0: d = extreme / -8)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nybble.formats import NumberFormat
+from nybble.scales import BlockParams, ScaleRule
+
+
+@dataclass(frozen=True)
+class Extreme(ScaleRule):
+    """The larger side is exact, the other clips by up to one step."""
+
+    def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
+        where = blocks.abs().argmax(1, keepdim=True)
+        return BlockParams(blocks.gather(1, where) / fmt.min)
+
+
+PART = Extreme

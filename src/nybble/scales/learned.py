@@ -1,0 +1,24 @@
+"""A scale that training owns; ``fit`` gives its first value: LSQ's 2 mean|x| / sqrt(Q_max) (Esser et al. 2020, arXiv:1902.08153)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nybble.formats import NumberFormat
+from nybble.scales import BlockParams, ScaleRule
+from nybble.scales.mean import Mean
+
+
+@dataclass(frozen=True)
+class Learned(ScaleRule):
+    """Initial value only; estimators and reconstruction supply the learned one through QuantParams."""
+
+    def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
+        mean = Mean().fit(blocks, fmt, rounding, weight).scale
+        return BlockParams(2 * mean / math.sqrt(fmt.absmax))
+
+
+PART = Learned

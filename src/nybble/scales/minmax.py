@@ -1,0 +1,55 @@
+"""Asymmetric: the block's range, extended to hold 0, fills the format's range.
+
+``symmetric=false`` on an integer format gives an integer zero point (section 7): S = (max - min) / (high - low),
+z = clamp(round(low - min / S)). With ``offset=true`` the minimum itself is kept in the units of x, any format, and the range is
+not extended (Q4_1): x_hat = S * (value - low) + min.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nybble.formats import NumberFormat
+from nybble.scales import BlockParams, ScaleRule
+
+
+@dataclass(frozen=True)
+class MinMax(ScaleRule):
+    """``offset``: keep a real offset instead of an integer zero point."""
+
+    offset: bool = False
+
+    @property
+    def needs_integer(self) -> bool:  # noqa: D102
+        return not self.offset
+
+    @property
+    def has_offset(self) -> bool:  # noqa: D102
+        return self.offset
+
+    def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
+        if weight is None:
+            low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
+        else:  # padding takes no part
+            low = torch.where(weight > 0, blocks, torch.inf).amin(1, keepdim=True)
+            high = torch.where(weight > 0, blocks, -torch.inf).amax(1, keepdim=True)
+        return fit_range(low, high, fmt, self.offset)
+
+
+def fit_range(low: Tensor, high: Tensor, fmt: NumberFormat, offset: bool) -> BlockParams:
+    """Parameters that spread ``low .. high`` (float32 [blocks, 1]) over the format."""
+    span = fmt.max - fmt.min
+    if offset:
+        scale = (high - low) / span
+        return BlockParams(scale, offset=low - scale * fmt.min)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = (high - low) / span
+    divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
+    zero_point = torch.round(fmt.min - low / divisor).clamp(fmt.min, fmt.max)
+    return BlockParams(scale, zero_point=zero_point)
+
+
+PART = MinMax

@@ -1,0 +1,82 @@
+"""The clip value that minimises the (weighted) squared error of the block, on a grid of fractions of the min-max range.
+
+The fraction 1 is always a candidate, so the result is never worse than absmax on this objective. Wide grids matter at few bits: for
+Gaussian INT4 blocks of 64 the best fraction is near 0.8, for long-tailed channels it can be 0.3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nybble.core.errors import FormatError, UsageError
+from nybble.formats import NumberFormat
+from nybble.ops.blocks import divide
+from nybble.ops.rounding import round_integers, round_to
+from nybble.scales import BlockParams, ScaleRule
+from nybble.scales.minmax import fit_range
+
+
+@dataclass(frozen=True)
+class Mse(ScaleRule):
+    """Fractions ``low .. high`` in ``grid`` steps; ``asymmetric``: search the range around an integer zero point; ``p``: the error's power."""
+
+    grid: int = 40
+    low: float = 0.3
+    high: float = 1.0
+    p: float = 2.0
+    asymmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if self.grid < 1:
+            raise UsageError(f"mse(grid={self.grid}): the grid needs at least one candidate.")
+        if not 0 < self.low < self.high:
+            raise UsageError(f"mse(low={self.low:g},high={self.high:g}): the search range is reversed or empty; 0 < low < high.")
+
+    @property
+    def needs_integer(self) -> bool:  # noqa: D102
+        return self.asymmetric
+
+    def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
+        if self.asymmetric and not fmt.is_integer:
+            raise FormatError(f"mse(asymmetric=true) needs an integer format, not {fmt.name}.")
+        fractions = [1.0, *torch.linspace(self.low, self.high, self.grid).tolist()]
+        low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
+        largest = torch.maximum(high, -low)
+        best = self._candidate(low, high, largest, 1.0, fmt)
+        least = self._error(blocks, best, fmt, rounding, weight)
+        for fraction in fractions[1:]:
+            candidate = self._candidate(low, high, largest, fraction, fmt)
+            error = self._error(blocks, candidate, fmt, rounding, weight)
+            better = error < least
+            least = torch.where(better, error, least)
+            best = BlockParams(
+                torch.where(better, candidate.scale, best.scale),
+                None
+                if best.zero_point is None or candidate.zero_point is None
+                else torch.where(better, candidate.zero_point, best.zero_point),
+            )
+        return best
+
+    def _candidate(self, low: Tensor, high: Tensor, largest: Tensor, fraction: float, fmt: NumberFormat) -> BlockParams:
+        if self.asymmetric:
+            return fit_range(low * fraction, high * fraction, fmt, offset=False)
+        return BlockParams(largest * fraction / fmt.absmax)
+
+    def _error(
+        self, blocks: Tensor, params: BlockParams, fmt: NumberFormat, rounding: str, weight: Tensor | None
+    ) -> Tensor:
+        y = divide(blocks, params.scale, reciprocal=False)
+        if params.zero_point is None:
+            rounded = round_to(y, fmt.name, rounding)
+        else:
+            code = (round_integers(y, rounding) + params.zero_point).clamp(fmt.min, fmt.max)
+            rounded = code - params.zero_point
+        error = (rounded * params.scale - blocks).abs()
+        error = error.square() if self.p == 2 else error.pow(self.p)
+        return (error if weight is None else error * weight).sum(1, keepdim=True)
+
+
+PART = Mse

@@ -1,0 +1,22 @@
+"""No scaling: the format's own values (E8M0 scales, float16 offsets)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nybble.formats import NumberFormat
+from nybble.scales import BlockParams, ScaleRule
+
+
+@dataclass(frozen=True)
+class One(ScaleRule):
+    """Scale 1 for every block; it is not stored."""
+
+    def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
+        return BlockParams(torch.ones(blocks.shape[0], 1, device=blocks.device))
+
+
+PART = One
