@@ -179,7 +179,9 @@ class PerBlock(Granularity):
         *lead, r, c = shape
         for have, size, what in ((r, self.rows, "rows"), (c, self.columns, "columns")):
             if size < 1 or have % size:
-                raise GranularityError(f"{have} {what}, and {self} does not divide them. Sizes that do: {fitting_sizes(have)}.")
+                raise GranularityError(
+                    f"{have} {what}, and {self} does not divide them. Sizes that do: {fitting_sizes(have)}."
+                )
         return (*lead, r // self.rows, c // self.columns)
 
     def to_blocks(self, x: Tensor) -> Tensor:  # noqa: D102
@@ -236,7 +238,9 @@ class Rank1(PerTensor):
 
 def fitting_sizes(count: int, smallest: int = 8, most: int = 8) -> str:
     """Divisors of ``count`` worth offering as a group size, as text: multiples of 16 first if there are any."""
-    divisors = [d for d in range(smallest, count + 1) if count % d == 0] or [d for d in range(1, count + 1) if count % d == 0]
+    divisors = [d for d in range(smallest, count + 1) if count % d == 0] or [
+        d for d in range(1, count + 1) if count % d == 0
+    ]
     even = [d for d in divisors if d % 16 == 0]
     return ", ".join(str(d) for d in (even or divisors)[:most])
 
@@ -247,7 +251,12 @@ def parse_granularity(words: dict[str, str]) -> Granularity | None:
     Recognised: ``tensor``, ``channel``, ``token``, ``rank1``, ``group=N`` (with ``pad=true``), ``block=RxC``, ``flat=N``.
     The words used are removed from ``words``.
     """
-    bare: dict[str, Granularity] = {"tensor": PerTensor(), "channel": PerChannel(), "token": PerToken(), "rank1": Rank1()}
+    bare: dict[str, Granularity] = {
+        "tensor": PerTensor(),
+        "channel": PerChannel(),
+        "token": PerToken(),
+        "rank1": Rank1(),
+    }
     sized = [key for key in ("group", "block", "flat") if key in words]
     named = [key for key in bare if key in words]
     if len(sized) + len(named) > 1:
@@ -275,4 +284,6 @@ def parse_granularity(words: dict[str, str]) -> Granularity | None:
 
 def _needs_dims(granularity: Granularity, shape: Sequence[int], dims: int) -> None:
     if len(shape) < dims:
-        raise GranularityError(f"'{granularity}' needs at least {dims} dimension(s); the tensor has shape {tuple(shape)}.")
+        raise GranularityError(
+            f"'{granularity}' needs at least {dims} dimension(s); the tensor has shape {tuple(shape)}."
+        )

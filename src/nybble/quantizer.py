@@ -39,7 +39,8 @@ from nybble.ops.blocks import divide, dynamic_round, narrow_scale, scaled_round
 from nybble.ops.rounding import encode, round_integers, round_stochastic, round_to
 from nybble.packing import get_layout
 from nybble.presets import PRESETS
-from nybble.qtensor import BlockQTensor, Factored, QTensor, QuantParams, block_view
+from nybble.qtensor import Factored, QTensor, QuantParams, block_view
+from nybble.qtensor.block import BlockQTensor
 from nybble.rounding import get_rounding
 from nybble.scales import BlockParams, ScaleRule, parse_scale_rule
 from nybble.scales.absmax import AbsMax
@@ -50,7 +51,18 @@ from nybble.scales.pow2 import Pow2
 
 _PLAIN = ("float32", "float16", "bfloat16")
 _GRANULARITY_WORDS = ("tensor", "channel", "token", "rank1", "group", "pad", "block", "flat")
-_WORDS = ("scale", "symmetric", "rounding", "scale_format", "offset_format", "reciprocal", "floor", "center", "packing", "static")
+_WORDS = (
+    "scale",
+    "symmetric",
+    "rounding",
+    "scale_format",
+    "offset_format",
+    "reciprocal",
+    "floor",
+    "center",
+    "packing",
+    "static",
+)
 
 
 @dataclass(frozen=True, init=False)
@@ -85,7 +97,13 @@ class Quantizer:
     def __init__(self, line: str | Quantizer, /, **options: Any) -> None:
         words = _words(str(line))
         for key, value in options.items():
-            text = str(value).lower() if isinstance(value, bool) else f"({value})" if isinstance(value, Quantizer) else str(value)
+            text = (
+                str(value).lower()
+                if isinstance(value, bool)
+                else f"({value})"
+                if isinstance(value, Quantizer)
+                else str(value)
+            )
             _override(words, {key: "" if value is True and key in (*_GRANULARITY_WORDS, "static") else text})
         fields = _parse(words, str(line))
         for name, value in fields.items():
@@ -94,12 +112,16 @@ class Quantizer:
 
     def _check(self) -> None:
         if self.scale.needs_integer and not self.format.is_integer:
-            raise SchemeError(f"an integer zero point needs an integer format, not {self.format.name}; use scale=minmax(offset=true).")
+            raise SchemeError(
+                f"an integer zero point needs an integer format, not {self.format.name}; use scale=minmax(offset=true)."
+            )
         if isinstance(self.granularity, Rank1) and not isinstance(self.scale, AbsMax):
             raise SchemeError(f"rank1 factors are slice maxima (scale=absmax); {self.scale} has none.")
         rounding = get_rounding(self.rounding)
         if rounding.native and self.format.encoder_thresholds is None:
-            raise SchemeError(f"{self.format.name} publishes no encoder thresholds for rounding=native; use nearest-even.")
+            raise SchemeError(
+                f"{self.format.name} publishes no encoder thresholds for rounding=native; use nearest-even."
+            )
         if self.packing != "dense":
             get_layout(self.packing).size(1, self.format.bits)
 
@@ -170,7 +192,9 @@ class Quantizer:
         return QuantParams(scale, zero_point, offset)
 
     # ------------------------------------------------------------------------------------------------ use
-    def fake_quantize(self, x: Tensor, params: QuantParams | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def fake_quantize(
+        self, x: Tensor, params: QuantParams | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Round ``x`` to what :meth:`quantize` would store, without storing it; no gradient.
 
         Args:
@@ -200,7 +224,9 @@ class Quantizer:
         values, _ = self._round(blocks.float(), params, shape, generator, codes=False)
         return self.granularity.from_blocks(_affine(values, params, self.granularity, shape), shape).to(x.dtype)
 
-    def quantize(self, x: Tensor, params: QuantParams | None = None, generator: torch.Generator | None = None) -> BlockQTensor:
+    def quantize(
+        self, x: Tensor, params: QuantParams | None = None, generator: torch.Generator | None = None
+    ) -> BlockQTensor:
         """Round ``x`` to codes and scales.
 
         Arguments as :meth:`fake_quantize`. NaN: a format with a NaN code keeps it; elsewhere the block's scale becomes NaN.
@@ -254,7 +280,13 @@ class Quantizer:
         return params if bad is None else replace(params, scale=torch.where(bad, torch.nan, params.scale))
 
     def _round(
-        self, blocks: Tensor, params: QuantParams, shape: tuple[int, ...], generator: torch.Generator | None, *, codes: bool
+        self,
+        blocks: Tensor,
+        params: QuantParams,
+        shape: tuple[int, ...],
+        generator: torch.Generator | None,
+        *,
+        codes: bool,
     ) -> tuple[Tensor, Tensor]:
         """Values (before scale and offset) or codes of blocks, float32 or integers [blocks, elements]."""
         y = blocks
@@ -370,13 +402,17 @@ def _parse(words: dict[str, str], line: str) -> dict[str, Any]:
     granularity = parse_granularity(words) or PerTensor()
     unknown = [key for key in words if key not in _WORDS]
     if unknown:
-        raise UsageError(f"quantizer {line!r}: unknown word {unknown[0]!r}.{did_you_mean(unknown[0], (*_WORDS, *_GRANULARITY_WORDS))}")
+        raise UsageError(
+            f"quantizer {line!r}: unknown word {unknown[0]!r}.{did_you_mean(unknown[0], (*_WORDS, *_GRANULARITY_WORDS))}"
+        )
     try:
         fmt = get_format(name)
     except UsageError as error:
         if re.fullmatch(r"[\w.-]+", name) and name not in format_names() and "unknown number format" in str(error):
             known = (*format_names(), *PRESETS)
-            raise UsageError(f"unknown format or preset {name!r}.{did_you_mean(name, known)} `nybble formats` lists them.") from error
+            raise UsageError(
+                f"unknown format or preset {name!r}.{did_you_mean(name, known)} `nybble formats` lists them."
+            ) from error
         raise
     scale = parse_scale_rule(words.get("scale", "absmax"))
     symmetric = _flag(words, "symmetric", True)
@@ -386,7 +422,9 @@ def _parse(words: dict[str, str], line: str) -> dict[str, Any]:
         elif isinstance(scale, Mse):
             scale = replace(scale, asymmetric=True)
         else:
-            raise UsageError(f"quantizer {line!r}: symmetric=false goes with scale=minmax or scale=mse, not scale={scale}.")
+            raise UsageError(
+                f"quantizer {line!r}: symmetric=false goes with scale=minmax or scale=mse, not scale={scale}."
+            )
     if scale.needs_integer and isinstance(fmt, IntFormat) and fmt.is_signed and not fmt.full_range:
         fmt = get_format(f"int{fmt.bits}_full")  # a zero point uses every code
     floor, center = words.get("floor", ""), words.get("center", "")
@@ -430,5 +468,3 @@ def check_finite(x: Tensor, what: str) -> None:
     if not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).sum())
         raise DataError(f"{what} holds {bad} NaN or Inf of {x.numel()} values; repair the file or exclude it (ignore).")
-
-

@@ -35,7 +35,9 @@ def get_format(name: str) -> NumberFormat:
         elif name == part.name or name in part.aliases:
             found: NumberFormat = part
             return found
-    raise FormatError(f"unknown number format {name!r}.{did_you_mean(name, format_names())} `nybble formats` lists them.")
+    raise FormatError(
+        f"unknown number format {name!r}.{did_you_mean(name, format_names())} `nybble formats` lists them."
+    )
 
 
 def format_names() -> list[str]:

@@ -170,7 +170,9 @@ class TableFormat(NumberFormat):
         if not 1 <= self.bits <= 8:
             raise FormatError(f"{self.name}: a table has 1 to 8 bits; got {self.bits}.")
         if not 2 <= len(self.table) <= 2**self.bits:
-            raise FormatError(f"{self.name}: {len(self.table)} values do not fit {self.bits} bits (2 to {2**self.bits}).")
+            raise FormatError(
+                f"{self.name}: {len(self.table)} values do not fit {self.bits} bits (2 to {2**self.bits})."
+            )
         if not np.isfinite(self.table).all():
             raise FormatError(f"{self.name}: a table holds finite values only.")
         if len(set(self.table)) < 2:

@@ -32,7 +32,9 @@ def _build(match: re.Match[str]) -> TableFormat:
     n = bits if unsigned else bits - 1
     if n < 1 or bits > 8:
         least = 1 if unsigned else 2
-        raise FormatError(f"{match[0]}: {'unsigned' if unsigned else 'signed'} DyBit has {least} to 8 bits; got {bits}.")
+        raise FormatError(
+            f"{match[0]}: {'unsigned' if unsigned else 'signed'} DyBit has {least} to 8 bits; got {bits}."
+        )
     magnitudes = [dybit_magnitude(code, n) for code in range(2**n)]
     table = magnitudes if unsigned else magnitudes + [-v for v in magnitudes]
     return TableFormat(match[0], bits, table=tuple(table))

@@ -26,7 +26,9 @@ class IntFormat(NumberFormat):
         if not 1 <= self.bits <= 8:
             raise FormatError(f"{self.name}: integers have 1 to 8 bits; got {self.bits}.")
         if self.bits == 1 and self.is_signed and not self.full_range:
-            raise FormatError("int1 has only the value 0 when symmetric. Use 'binary' (-1, +1), 'uint1' or 'int1_full'.")
+            raise FormatError(
+                "int1 has only the value 0 when symmetric. Use 'binary' (-1, +1), 'uint1' or 'int1_full'."
+            )
 
     @property
     def low(self) -> int:
@@ -55,7 +57,9 @@ class IntFormat(NumberFormat):
 def _build(match: re.Match[str]) -> IntFormat:
     unsigned, bits, full = match.groups()
     if unsigned and full:
-        raise FormatError(f"{match[0]}: unsigned integers always use their full range; write {match[0].removesuffix('_full')}.")
+        raise FormatError(
+            f"{match[0]}: unsigned integers always use their full range; write {match[0].removesuffix('_full')}."
+        )
     return IntFormat(name=match[0], bits=int(bits), is_signed=not unsigned, full_range=bool(full))
 
 

@@ -47,7 +47,9 @@ class Minifloat(NumberFormat):
 
     def __post_init__(self) -> None:
         if self.e < 1:
-            raise FormatError(f"{self.name}: a floating-point format needs at least one exponent bit; e=0 is an integer grid (int{self.bits}).")
+            raise FormatError(
+                f"{self.name}: a floating-point format needs at least one exponent bit; e=0 is an integer grid (int{self.bits})."
+            )
         if not 2 <= self.bits <= 16:
             raise FormatError(f"{self.name}: {self.bits} bits; minifloats have 2 to 16.")
         if self.bits != self.has_sign + self.e + self.m:
@@ -56,7 +58,9 @@ class Minifloat(NumberFormat):
                 f"{self.has_sign + self.e + self.m}, not {self.bits}."
             )
         if self.specials == "ieee" and self.e < 2:
-            raise FormatError(f"{self.name}: IEEE specials take the whole top exponent; e=1 has none to spare. Use '_finite'.")
+            raise FormatError(
+                f"{self.name}: IEEE specials take the whole top exponent; e=1 has none to spare. Use '_finite'."
+            )
         if not -149 <= self.emin - self.m or self.emax > 127:
             raise FormatError(f"{self.name}: bias {self.bias} leaves the range of float32, in which nybble calculates.")
 
@@ -79,7 +83,9 @@ class Minifloat(NumberFormat):
         magnitude_bits = self.e + self.m
         sign = np.where(codes >> magnitude_bits & 1, -1.0, 1.0)
         p, f = codes >> self.m & (2**self.e - 1), codes & (2**self.m - 1)
-        value = np.where(p > 0, np.ldexp(1.0 + f / 2**self.m, p - self.bias), np.ldexp(f / 2**self.m, 1 - self.bias)) * sign
+        value = (
+            np.where(p > 0, np.ldexp(1.0 + f / 2**self.m, p - self.bias), np.ldexp(f / 2**self.m, 1 - self.bias)) * sign
+        )
         ones = (codes & (2**magnitude_bits - 1)) == 2**magnitude_bits - 1
         if self.specials == "ieee":
             value = np.where(p == 2**self.e - 1, np.where(f == 0, sign * np.inf, np.nan), value)
@@ -90,7 +96,9 @@ class Minifloat(NumberFormat):
         return np.asarray(value)
 
 
-def make_minifloat(e: int, m: int, *, specials: str = "finite", bias: int | None = None, signed: bool = True) -> Minifloat:
+def make_minifloat(
+    e: int, m: int, *, specials: str = "finite", bias: int | None = None, signed: bool = True
+) -> Minifloat:
     """The format with ``e`` exponent and ``m`` mantissa bits, under its canonical name."""
     bits = int(signed) + e + m
     usual = 2 ** (e - 1) - 1 + (specials == "fnuz") if e >= 1 else 0
@@ -112,7 +120,9 @@ def _build(match: re.Match[str]) -> Minifloat:
     specials = {"": "ieee", "_finite": "finite"}.get(suffix, suffix)
     made = make_minifloat(e, m, specials=specials, bias=None if bias is None else int(bias), signed=not unsigned)
     if bits is not None and int(bits) != made.bits:
-        raise FormatError(f"{match[0]}: 1 sign + {e} + {m} bits make {made.bits}, not {bits}. Did you mean '{made.name}'?")
+        raise FormatError(
+            f"{match[0]}: 1 sign + {e} + {m} bits make {made.bits}, not {bits}. Did you mean '{made.name}'?"
+        )
     return made
 
 

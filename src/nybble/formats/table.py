@@ -68,7 +68,9 @@ def _build(match: re.Match[str]) -> TableFormat:
     try:
         values = [float(text) for text in match[1].split(",")]
     except ValueError as error:
-        raise FormatError(f"{match[0]!r}: the values of a table are numbers with commas between: table[-1,0,1].") from error
+        raise FormatError(
+            f"{match[0]!r}: the values of a table are numbers with commas between: table[-1,0,1]."
+        ) from error
     return table_format(values)
 
 

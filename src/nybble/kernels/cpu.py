@@ -235,7 +235,10 @@ def _cells(fmt_name: str, rounding: str) -> tuple[Tensor, Tensor, Tensor, Tensor
         values, codes = value[rank], code[rank]
         if fmt.negative_zero is not None:
             minus = (values == 0) & (cells < 0)
-            values, codes = np.where(minus, np.float32(-0.0), values), np.where(minus, np.uint8(fmt.negative_zero), codes)
+            values, codes = (
+                np.where(minus, np.float32(-0.0), values),
+                np.where(minus, np.uint8(fmt.negative_zero), codes),
+            )
         values = np.where(is_nan, np.float32(np.nan), values)
         codes = np.where(is_nan & (fmt.nan_code is not None), np.uint8(fmt.nan_code or 0), codes)
         return torch.from_numpy(values), torch.from_numpy(codes)

@@ -233,7 +233,9 @@ def generic_adapter(model: nn.Module) -> Adapter:
         and all(any(is_matmul(part) for part in block.modules()) for block in module)
     ]
     if not lists:
-        raise ModelError(f"{type(model).__name__} has no list of repeated blocks, so it can't be walked block by block.")
+        raise ModelError(
+            f"{type(model).__name__} has no list of repeated blocks, so it can't be walked block by block."
+        )
     path, _ = max(lists, key=lambda item: (len(item[1]), -item[0].count(".")))
     embeddings = tuple(n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and not n.startswith(path))
     find_head = getattr(model, "get_output_embeddings", lambda: None)

@@ -1,7 +1,7 @@
 """A place that a model comes from: a folder, the hub, a GGUF file, or a package that carries one.
 
->>> source = open_source("demo:smollm2")            # doctest: +SKIP
->>> source.load(["model.norm.weight"])              # doctest: +SKIP
+>>> source = open_source("demo:smollm2")  # doctest: +SKIP
+>>> source.load(["model.norm.weight"])  # doctest: +SKIP
 """
 
 from __future__ import annotations

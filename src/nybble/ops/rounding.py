@@ -152,4 +152,3 @@ def round_stochastic(x: Tensor, fmt: str, generator: torch.Generator | None) -> 
     low, high = grid[lower], grid[lower + 1]
     draw = torch.rand(x.shape, generator=generator, device=x.device)
     return torch.where(x.isnan(), x, torch.where(draw < (inside - low) / (high - low), high, low))
-

@@ -72,7 +72,9 @@ def parse_scale_rule(text: str) -> ScaleRule:
     """
     match = re.fullmatch(r"([\w-]+)(?:\((.*)\))?", text.strip())
     if match is None:
-        raise UsageError(f"scale={text!r} is not a rule. Known: {', '.join(REGISTRY.names())}; options as in mse(grid=80).")
+        raise UsageError(
+            f"scale={text!r} is not a rule. Known: {', '.join(REGISTRY.names())}; options as in mse(grid=80)."
+        )
     rule: type[ScaleRule] = REGISTRY.get(match[1])
     fields = {f.name: f for f in dataclasses.fields(rule)}
     options: dict[str, object] = {}
@@ -81,7 +83,9 @@ def parse_scale_rule(text: str) -> ScaleRule:
             continue
         key, _, value = item.partition("=")
         if key.strip() not in fields:
-            raise UsageError(f"scale rule {match[1]!r} has no option {key.strip()!r}. It has: {', '.join(fields) or 'none'}.")
+            raise UsageError(
+                f"scale rule {match[1]!r} has no option {key.strip()!r}. It has: {', '.join(fields) or 'none'}."
+            )
         options[key.strip()] = _convert(match[1], key.strip(), value.strip(), fields[key.strip()].default)
     return rule(**options)
 

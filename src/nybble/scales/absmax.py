@@ -23,7 +23,9 @@ class AbsMax(ScaleRule):
 
     def __post_init__(self) -> None:
         if not self.target >= 0:
-            raise UsageError(f"absmax(target={self.target}): the target is positive (or 0 for the format's largest value).")
+            raise UsageError(
+                f"absmax(target={self.target}): the target is positive (or 0 for the format's largest value)."
+            )
 
     def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
         return BlockParams(blocks.abs().amax(1, keepdim=True) / (self.target or fmt.absmax))

@@ -33,7 +33,9 @@ class Mse(ScaleRule):
         if self.grid < 1:
             raise UsageError(f"mse(grid={self.grid}): the grid needs at least one candidate.")
         if not 0 < self.low < self.high:
-            raise UsageError(f"mse(low={self.low:g},high={self.high:g}): the search range is reversed or empty; 0 < low < high.")
+            raise UsageError(
+                f"mse(low={self.low:g},high={self.high:g}): the search range is reversed or empty; 0 < low < high."
+            )
 
     @property
     def needs_integer(self) -> bool:  # noqa: D102

@@ -17,9 +17,7 @@ PART = Adapter(
     norm_folds=(
         NormFold(norm="input_layernorm", readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         NormFold(norm="post_attention_layernorm", readers=("mlp.gate_proj", "mlp.up_proj")),
-        NormFold(
-            norm="post_attention_layernorm", readers=(*ROUTED, *SHARED), when=(("model_type", "qwen2_moe"),)
-        ),
+        NormFold(norm="post_attention_layernorm", readers=(*ROUTED, *SHARED), when=(("model_type", "qwen2_moe"),)),
         NormFold(norm="post_attention_layernorm", readers=ROUTED, when=(("model_type", "qwen3_moe"),)),
     ),
     linear_folds=(

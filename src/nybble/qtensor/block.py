@@ -1,0 +1,182 @@
+"""Codes of one format with a scale a block: every format, granularity and nesting of scales."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble.core.errors import FileError
+from nybble.formats import NumberFormat, get_format
+from nybble.granularity import Granularity, parse_granularity
+from nybble.ops.rounding import decode
+from nybble.packing import get_layout
+from nybble.qtensor import (
+    Factored,
+    QTensor,
+    QuantParams,
+    ScaleLike,
+    Spec,
+    block_view,
+    from_spec,
+    named_tensors,
+    sub_tensors,
+)
+
+
+@dataclass(frozen=True)
+class BlockQTensor(QTensor):
+    """Codes of one format with a scale a block.
+
+    Attributes:
+        format: of the codes. granularity: who shares a scale. shape: of the tensor.
+        codes: uint8, packed by ``layout`` in row-major order of the tensor.
+        params: scale, zero point, offset.
+    """
+
+    format: NumberFormat
+    granularity: Granularity
+    shape: tuple[int, ...]
+    codes: Tensor
+    params: QuantParams
+    layout: str = "dense"
+    kind = "block"
+
+    def unpacked(self) -> Tensor:
+        """uint8 codes (int32 above 8 bits) of shape ``self.shape``."""
+        flat = get_layout(self.layout).unpack(self.codes, self.format.bits, math.prod(self.shape))
+        return flat.view(self.shape)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # noqa: D102
+        values = decode(self.unpacked(), self.format.name)
+        if self.params.scale is None and self.params.offset is None and self.params.zero_point is None:
+            return values.to(dtype)
+        blocks = self.granularity.to_blocks(values)
+        if self.params.zero_point is not None:
+            blocks = blocks - block_view(self.params.zero_point, self.granularity, self.shape)
+        if self.params.scale is not None:
+            blocks = blocks * block_view(self.params.scale, self.granularity, self.shape)
+        if self.params.offset is not None:
+            blocks = blocks + block_view(self.params.offset, self.granularity, self.shape)
+        return self.granularity.from_blocks(blocks, self.shape).to(dtype)
+
+    def _parts(self) -> Iterator[tuple[str, Tensor | QTensor, str]]:
+        """Name, value and role of everything beside the codes."""
+        scale = self.params.scale
+        if isinstance(scale, Factored):
+            yield from ((f"scale.{i}", factor, "scales") for i, factor in enumerate(scale.factors))
+        elif scale is not None:
+            yield "scale", scale, "scales"
+        if self.params.zero_point is not None:
+            yield "zero_point", self.params.zero_point, "offsets"
+        if self.params.offset is not None:
+            yield "offset", self.params.offset, "offsets"
+        if self.params.thresholds is not None:
+            yield "thresholds", self.params.thresholds, "tables"
+
+    def tensors(self) -> dict[str, Tensor]:  # noqa: D102
+        found = {"codes": self.codes}
+        for name, value, _ in self._parts():
+            found |= {name: value} if isinstance(value, Tensor) else named_tensors(name, value)
+        return found
+
+    def roles(self) -> dict[str, str]:  # noqa: D102
+        found = {"codes": "codes"}
+        for name, value, role in self._parts():
+            found |= {name: role} if isinstance(value, Tensor) else {f"{name}.{k}": role for k in value.tensors()}
+        return found
+
+    def spec(self) -> Spec:  # noqa: D102
+        found: Spec = {
+            "kind": self.kind,
+            "format": self.format.name,
+            "granularity": str(self.granularity),
+            "shape": list(self.shape),
+        }
+        if self.layout != "dense":
+            found["layout"] = self.layout
+        scale = self.params.scale
+        if isinstance(scale, Factored):
+            found["scale"] = {
+                "kind": "factored",
+                "combine": scale.combine,
+                "factors": [_part_spec(f) for f in scale.factors],
+            }
+        elif scale is not None:
+            found["scale"] = _part_spec(scale)
+        for name in ("zero_point", "offset", "thresholds"):
+            value = getattr(self.params, name)
+            if value is not None:
+                found[name] = _part_spec(value)
+        return found
+
+    def to(self, device: torch.device | str) -> BlockQTensor:  # noqa: D102
+        rebuilt = from_spec(self.spec(), {k: t.to(device) for k, t in self.tensors().items()})
+        assert isinstance(rebuilt, BlockQTensor)
+        return rebuilt
+
+    @staticmethod
+    def rebuild(spec: Spec, tensors: Mapping[str, Tensor]) -> BlockQTensor:
+        """From :meth:`spec` and :meth:`tensors`."""
+        words = dict(word.split("=", 1) if "=" in word else (word, "") for word in str(spec["granularity"]).split())
+        granularity = parse_granularity(words)
+        if granularity is None or words:
+            raise FileError(f"unknown granularity {spec['granularity']!r}.")
+        fmt, shape = get_format(spec["format"]), tuple(int(n) for n in spec["shape"])
+        layout = str(spec.get("layout", "dense"))
+        expected = get_layout(layout).size(math.prod(shape), fmt.bits)
+        codes = _tensor(tensors, "codes")
+        if codes.dtype != torch.uint8 or codes.shape != (expected,):
+            raise FileError(
+                f"codes of a {fmt.name} tensor {list(shape)} are {expected} bytes; found {list(codes.shape)} of {codes.dtype}."
+            )
+        scale: ScaleLike | None = None
+        if isinstance(spec.get("scale"), dict) and spec["scale"].get("kind") == "factored":
+            parts = [_part(f"scale.{i}", s, tensors) for i, s in enumerate(spec["scale"]["factors"])]
+            scale = Factored(tuple(parts), str(spec["scale"]["combine"]))
+        elif "scale" in spec:
+            scale = _part("scale", spec["scale"], tensors)
+            _check_count("scale", scale, granularity, shape)
+        rest: dict[str, Any] = {
+            k: _part(k, spec[k], tensors) for k in ("zero_point", "offset", "thresholds") if k in spec
+        }
+        for name in ("zero_point", "offset"):
+            if name in rest:
+                _check_count(name, rest[name], granularity, shape)
+        return BlockQTensor(fmt, granularity, shape, codes, QuantParams(scale, **rest), layout)
+
+
+def _part_spec(value: Tensor | QTensor) -> Spec:
+    if isinstance(value, QTensor):
+        return value.spec()
+    return {"kind": "plain", "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+
+
+def _part(name: str, spec: Spec, tensors: Mapping[str, Tensor]) -> Tensor | QTensor:
+    if spec.get("kind") != "plain":
+        return from_spec(spec, sub_tensors(tensors, name))
+    value = _tensor(tensors, name)
+    if list(value.shape) != list(spec["shape"]) or str(value.dtype) != f"torch.{spec['dtype']}":
+        raise FileError(f"{name} should be {spec['dtype']} {spec['shape']}; found {value.dtype} {list(value.shape)}.")
+    return value
+
+
+def _tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise FileError(f"the tensor {name!r} is missing; found {', '.join(sorted(tensors)) or 'none'}.")
+    return tensors[name]
+
+
+def _check_count(name: str, value: Tensor | QTensor, granularity: Granularity, shape: tuple[int, ...]) -> None:
+    expected = math.prod(granularity.scale_shape(shape))
+    if math.prod(value.shape) != expected:
+        raise FileError(
+            f"{name}: {granularity} of a tensor {list(shape)} needs {expected} values; found {math.prod(value.shape)}."
+        )
+
+
+PART = BlockQTensor

