@@ -187,8 +187,9 @@ def main() -> None:
         sys.exit(f"no text in {package.root}: run apt-get install {asked.name}")
     content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents).encode()
     atomic_write_bytes(asked.out, content)
+    characters = sum(map(len, documents))
     print(
-        f"{asked.name} {package_version(asked.name)}: {len(documents)} documents, {sum(map(len, documents)):,} characters,"
+        f"{asked.name} {package_version(asked.name)}: {len(documents)} documents, {characters:,} characters,"
         f" sha256 {hashlib.sha256(content).hexdigest()}",
         file=sys.stderr,
     )

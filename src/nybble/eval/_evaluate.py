@@ -22,7 +22,7 @@ from nybble.eval._metric import LogitRows, Metric, total
 METRICS = Registry("nybble.eval", "metric")
 
 _HEAD_BYTES = 32 * 2**20  # logits of one head call of one model, in its dtype
-_CACHE_BYTES = 3 * 2**20  # float32 logits of one step of the metrics on a CPU: about its second-level cache
+_CACHE_BYTES = 2 * 2**20  # float32 logits of one step of the metrics on a CPU: about its second-level cache
 _DEVICE_BYTES = 256 * 2**20  # the same elsewhere, where few large steps are best
 
 

@@ -23,16 +23,24 @@ class LogitRows:
         self.targets = targets
 
     @cached_property
-    def log_normalizer(self) -> Tensor:
-        """Log sum exp of each row [T]; log p(v) = logits[v] - log_normalizer."""
-        # Not torch.logsumexp: one pass fewer here, and nothing as large as the logits but this one temporary.
-        peak = self.logits.amax(-1, keepdim=True)
-        return (self.logits - peak).exp_().sum(-1).log_() + peak.squeeze(-1)
+    def _peak(self) -> Tensor:
+        return self.logits.amax(-1, keepdim=True)
 
     @cached_property
-    def probabilities(self) -> Tensor:
-        """Softmax of each row [T, V]."""
-        return (self.logits - self.log_normalizer[:, None]).exp_()
+    def weights(self) -> Tensor:
+        """exp(logits - largest logit of the row) [T, V]: probabilities but for a factor, without overflow."""
+        return (self.logits - self._peak).exp_()
+
+    @cached_property
+    def weight_sum(self) -> Tensor:
+        """Sum of the weights of each row [T]; probabilities are weights / weight_sum."""
+        return self.weights.sum(-1)
+
+    @cached_property
+    def log_normalizer(self) -> Tensor:
+        """Log sum exp of each row [T]; log p(v) = logits[v] - log_normalizer."""
+        # Not torch.logsumexp: that would throw away the exponentials, which KL can use.
+        return self.weight_sum.log() + self._peak.squeeze(-1)
 
     @cached_property
     def top(self) -> Tensor:

@@ -15,8 +15,9 @@ from nybble.eval._metric import LogitRows, Metric
 
 def _kl(rows: LogitRows, reference: LogitRows) -> Tensor:
     # With log p = z_p - Z_p, log q = z_q - Z_q: differences first, so that equal models give exactly 0.
-    weighted = torch.sub(reference.logits, rows.logits).mul_(reference.probabilities).sum(-1)
-    return weighted - (reference.log_normalizer - rows.log_normalizer)
+    difference = torch.sub(reference.logits, rows.logits)
+    average = difference.mul_(reference.weights).sum(-1) / reference.weight_sum
+    return average - (reference.log_normalizer - rows.log_normalizer)
 
 
 PART = Metric(

@@ -45,8 +45,11 @@ class NormFold:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearFold:
-    """Two linears with only a per-channel (or positively homogeneous) step between them: rows of ``first`` against
-    input channels of ``second``; ``rows`` says which row feeds which channel (:func:`feeding_rows`)."""
+    """Two linears with only a per-channel (or positively homogeneous) step between them.
+
+    Output rows of ``first`` against input channels of ``second``; ``rows`` says which row feeds which channel
+    (:func:`feeding_rows`).
+    """
 
     first: str
     second: str
@@ -65,8 +68,8 @@ class Adapter:
         embeddings: paths of the input embeddings (tokens, learned positions).
         final_norm: path of the norm after the last block; None if unknown or absent.
         head: path of the output projection; None if unknown.
-        norm_folds, linear_folds: fold pairs, names relative to a block. Where blocks differ (dense and sparse ones), the
-            pairs whose names a block doesn't have are for the other kind.
+        norm_folds, linear_folds: fold pairs, names relative to a block. Where blocks differ (dense and sparse ones),
+            the pairs whose names a block doesn't have are for the other kind.
         experts: path, within a block, of the module with fused 3-D expert weights.
         renames: leading part of a tensor's name in older checkpoints -> its name now.
         limits: what the adapter can't offer, each with its reason.
@@ -141,7 +144,8 @@ class Adapter:
     def limits_of(self, config: PreTrainedConfig) -> list[str]:
         """:attr:`limits`, and the fold pairs that this config switches off, each with the reason."""
         off: list[str] = []
-        for fold in (*self.norm_folds, *self.linear_folds):
+        folds: tuple[NormFold | LinearFold, ...] = (*self.norm_folds, *self.linear_folds)
+        for fold in folds:
             if not _holds(fold.when, config):
                 name = fold.norm if isinstance(fold, NormFold) else f"{fold.first} -> {fold.second}"
                 has = ", ".join(f"{key}={getattr(config, key, None)!r}" for key, _ in fold.when)
@@ -169,6 +173,8 @@ def feeding_rows(fold: LinearFold, config: PreTrainedConfig, channels: int) -> T
     """Which output row of ``fold.first`` feeds each input channel of ``fold.second``.
 
     Args:
+        fold: the pair.
+        config: the model's, for its heads.
         channels: number of input channels of ``second``.
 
     Returns:
@@ -180,12 +186,12 @@ def feeding_rows(fold: LinearFold, config: PreTrainedConfig, channels: int) -> T
         return index
     if fold.rows == "last_third":  # one projection for [q | k | v]
         return index + 2 * channels
-    heads = config.num_attention_heads
+    heads: int = config.num_attention_heads
     width = channels // heads
     head, within = index // width, index % width
     if fold.rows == "third_of_each_head":  # [q0 | k0 | v0 | q1 | k1 | v1 | ...]
         return head * 3 * width + 2 * width + within
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
     return head // (heads // kv_heads) * width + within
 
 
@@ -245,7 +251,7 @@ def generic_adapter(model: nn.Module) -> Adapter:
         name="generic", model_types=(), blocks=path, embeddings=embeddings, final_norm=None,
         head=next((n for n, m in model.named_modules() if m is head), None) if head is not None else None,
         limits=(
-            f"transforms that fold a norm into linears (SmoothQuant, ...) are off: {name} has no adapter with its pairs",
+            f"transforms that fold a norm into linears (SmoothQuant, ...) are off: {name} has no adapter",
             f"transforms that fold a linear into a linear (equalisation, ...) are off: {name} has no adapter",
         ),
     )  # fmt: skip

@@ -23,9 +23,12 @@ COUNTED = re.compile(r"layer|block|expert|label|depth|group|stage|codebook|loops
 MAX_COUNT = 100_000
 # Keys that make transformers run or fetch code, or read other files than the ones that were checked.
 DROPPED = frozenset(
-    "auto_map custom_pipelines attn_implementation _attn_implementation _attn_implementation_internal "
-    "experts_implementation _experts_implementation _experts_implementation_internal use_kernels kernel_config "
-    "fusion_config distributed_config transformers_weights extra_files _commit_hash".split()
+    [
+        *("auto_map", "custom_pipelines", "use_kernels", "kernel_config", "fusion_config", "distributed_config"),
+        *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+        *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
+        *("transformers_weights", "extra_files", "_commit_hash"),
+    ]
 )
 
 

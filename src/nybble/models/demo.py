@@ -1,4 +1,4 @@
-"""Models that installed packages carry: ``demo:smollm2`` and ``demo:minilm``. The packages are found, never imported."""
+"""Models that installed packages carry, ``demo:smollm2`` and ``demo:minilm``: found, never imported."""
 
 from __future__ import annotations
 

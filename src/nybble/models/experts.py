@@ -141,5 +141,5 @@ def routed_inputs(
 
 def idle_experts(module: nn.Module, top_k_index: Tensor) -> tuple[int, ...]:
     """Experts that no token of ``top_k_index`` was sent to, so that no statistics exist for them."""
-    seen = set(top_k_index.unique().tolist())
+    seen = set(top_k_index.flatten().tolist())
     return tuple(e for e in range(expert_weights(module)[0].experts) if e not in seen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from nybble.models.skeleton import expected_tensors, meta_model, model_class
 from nybble.models.source import ModelSource, StoredTensor
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -78,6 +78,17 @@ def _sharded(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
     return tensors
 
 
+def is_converted(model: PreTrainedModel, unused: Iterable[str]) -> bool:
+    """Whether transformers has rules to make this model's tensors out of ``unused`` ones with other names.
+
+    Those are its weight conversions (experts fused while loading) and BERT's old ``gamma`` and ``beta``.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    rules = get_model_conversion_mapping(model, add_legacy=False)
+    return any(rules or name.endswith((".gamma", ".beta")) for name in unused)
+
+
 @final
 class FolderSource(ModelSource):
     """Safetensors in a folder. Only the tensors asked for are read, through the system's page cache."""
@@ -120,8 +131,8 @@ class FolderSource(ModelSource):
             # The config says tied, the file disagrees: the file is right (transformers decides so too).
             self.config.tie_word_embeddings = False
             match = self._match_with(shapes, renames)
-        used = set(match.files.values())
-        if match.missing and all(name in used for name in shapes):
+        unused = set(shapes) - set(match.files.values())
+        if match.missing and not is_converted(self._expected, unused):
             raise ModelError(f"{self.spec} lacks {len(match.missing)} tensors, {match.missing[0]} first.")
         return match
 
@@ -187,7 +198,8 @@ class FolderSource(ModelSource):
         """Let transformers convert the whole checkpoint to the model's layout."""
         with reading(self.spec, ModelError):
             # Our own tensors and config, no path: nothing else in the folder (adapters, code) is looked at.
-            model, info = model_class(self.config).from_pretrained(
+            cls: Any = model_class(self.config)
+            model, info = cls.from_pretrained(
                 None,
                 config=copy.deepcopy(self.config),
                 state_dict=dict(self._from_files(list(self._tensors))),
@@ -200,12 +212,15 @@ class FolderSource(ModelSource):
         return {name: t.detach() for name, t in expected_tensors(model).items()}
 
     def stored(self) -> Mapping[str, StoredTensor]:
+        """Every tensor of the model; of one that is converted while loading, what it will be."""
         return self._stored
 
     def ties(self) -> Mapping[str, str]:
+        """Tied names that the files leave out, or repeat."""
         return self._match.ties
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Views of the files; of a converted model, its own tensors."""
         if self.streamable:
             for name in names:
                 yield from ((name, tensor) for _, tensor in self._from_files([self._match.files[name]]))
@@ -216,6 +231,7 @@ class FolderSource(ModelSource):
             yield name, self._converted[name]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """As the folder's tokenizer files say."""
         from transformers import AutoTokenizer
 
         with reading(f"the tokenizer of {self.spec}", ModelError):
@@ -225,6 +241,7 @@ class FolderSource(ModelSource):
         return tokenizer
 
     def generation_config(self) -> GenerationConfig | None:
+        """From generation_config.json, if there is one."""
         from transformers import GenerationConfig
 
         path = self.folder / "generation_config.json"
@@ -235,4 +252,5 @@ class FolderSource(ModelSource):
         return config
 
     def weight_files(self) -> tuple[Path, ...]:
+        """config.json and every shard."""
         return (self.folder / "config.json", *sorted({path for path, _ in self._tensors.values()}))

@@ -1,4 +1,4 @@
-"""A GGUF file as an ordinary float model: config from the metadata, tensors dequantized one at a time when asked for."""
+"""A GGUF file as an ordinary float model: config from the metadata, tensors dequantized when asked for."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def halves_apart(tensor: Tensor, heads: int) -> Tensor:
 
     Args:
         tensor: ``[heads * d]`` or ``[heads * d, in]``.
+        heads: of q, or of k and v.
     """
     pairs = tensor.reshape(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape)
@@ -98,15 +99,18 @@ class GgufSource(ModelSource):
         return {n: StoredTensor(shape=e.shape, dtype=torch.float32, nbytes=e.nbytes) for n, e in entries.items()}
 
     def stored(self) -> Mapping[str, StoredTensor]:
+        """Every tensor of the file; the dtype is float32, the bytes are those on disk."""
         return self._stored
 
     def _entry(self, name: str) -> GgufTensor:
         return self._header.tensors[self._files[name]]
 
     def ties(self) -> Mapping[str, str]:
+        """The head, if the file leaves it out."""
         return self._match.ties
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Dequantize the named tensors, one at a time."""
         data = np.asarray(np.memmap(self.path, np.uint8, mode="r"))
         for name in names:
             entry = self._entry(name)
@@ -122,12 +126,15 @@ class GgufSource(ModelSource):
         return tensor - self._arch.norm_offset if name.endswith("norm.weight") else tensor
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Rebuilt from the metadata."""
         from nybble.models.gguf_tokenizer import build_tokenizer
 
         return build_tokenizer(self._header.metadata, self.path)
 
     def generation_config(self) -> GenerationConfig | None:
+        """A GGUF has none."""
         return None  # the skeleton's own, made from the config's token ids, says all that a GGUF does
 
     def weight_files(self) -> tuple[Path, ...]:
+        """The one file."""
         return (self.path,)

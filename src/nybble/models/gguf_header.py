@@ -49,8 +49,10 @@ KNOWN_KINDS = frozenset(int(kind) for kind in GGML_QUANT_SIZES)
 
 @dataclass(frozen=True, kw_only=True)
 class GgufTensor:
-    """Where a tensor is: ``shape`` outermost dimension first (GGUF stores it reversed), ``start`` from the file's
-    beginning."""
+    """Where a tensor is.
+
+    ``shape``: outermost dimension first (GGUF stores it reversed). ``start``: from the beginning of the file.
+    """
 
     shape: tuple[int, ...]
     kind: GGMLQuantizationType

@@ -47,7 +47,7 @@ def _byte_level_bpe(metadata: Mapping[str, Any], place: Path) -> Tokenizer:
         raise ModelError(f"{place}: pre-tokenizer {pre!r} is unknown.{did_you_mean(str(pre), PRE_TOKENIZERS)}")
     tokens = _list(metadata, "tokens", str, place)
     merges = [tuple(merge.split(" ", 1)) for merge in _list(metadata, "merges", str, place)]
-    bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)  # type: ignore[arg-type]
+    bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
     tokenizer = Tokenizer(bpe)
     pattern = PRE_TOKENIZERS[pre]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern in ("", "digits"))
@@ -55,10 +55,10 @@ def _byte_level_bpe(metadata: Mapping[str, Any], place: Path) -> Tokenizer:
         steps = [pre_tokenizers.Digits(individual_digits=True), byte_level]
     else:
         steps = [pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level] if pattern else [byte_level]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)  # type: ignore[assignment,arg-type]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     if pre == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
@@ -103,7 +103,8 @@ def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> PreTrainedTokeni
         backend.add_tokens([t for t in added if not t.special])
         if metadata.get("tokenizer.ggml.add_bos_token"):
             _prepend_bos(backend, metadata, path)
-        tokenizer = PreTrainedTokenizerFast(
+        fast: Any = PreTrainedTokenizerFast
+        tokenizer: PreTrainedTokenizerBase = fast(
             tokenizer_object=backend,
             clean_up_tokenization_spaces=False,
             **_named_tokens(metadata, _list(metadata, "tokens", str, path)),
@@ -121,6 +122,6 @@ def _prepend_bos(backend: Tokenizer, metadata: Mapping[str, Any], path: Path) ->
     tokens = _list(metadata, "tokens", str, path)
     index = metadata["tokenizer.ggml.bos_token_id"]
     bos = tokens[index]
-    backend.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+    backend.post_processor = processors.TemplateProcessing(
         single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, index)]
     )

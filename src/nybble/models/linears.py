@@ -21,7 +21,8 @@ def weight_of(block: nn.Module, name: str) -> tuple[Tensor, int]:
     """A matmul weight by name, and which of its dimensions is the input's.
 
     Args:
-        name: a module with a ``weight`` (linear, Conv1D, a router) or a fused 3-D expert parameter, relative to ``block``.
+        block: the module that ``name`` is relative to.
+        name: a module with a ``weight`` (linear, Conv1D, a router), or a fused 3-D expert parameter.
 
     Returns:
         The parameter and its input dimension.

@@ -8,10 +8,10 @@ initialiser, as transformers does after loading.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nybble.core.errors import ModelError
 from nybble.models.guard import reading
@@ -30,16 +30,21 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """
     import transformers
 
-    names = config.architectures
+    names: Any = config.architectures
+    if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+        raise ModelError(f"architectures is {names!r}; a list of class names is needed.")
     if names:
-        found = getattr(transformers, str(names[0]), None)
+        found: Any = getattr(transformers, names[0], None)
         is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
         if not is_model or not isinstance(config, getattr(found, "config_class", None) or ()):
             raise ModelError(f"architecture {names[0]!r} is not a transformers class for {config.model_type!r} models.")
-        return found  # type: ignore[no-any-return]
-    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        cls: type[PreTrainedModel] = found
+        return cls
+    causal: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in causal:
         raise ModelError(f"config names no architecture, and {config.model_type!r} has no causal language model.")
-    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[no-any-return]
+    cls = causal[type(config)]
+    return cls
 
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype, stored: int) -> PreTrainedModel:
@@ -56,7 +61,7 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype, stored: int) -> Pre
     layers = getattr(config, "num_hidden_layers", 0) or 0
     if not isinstance(layers, int) or layers > max(stored, 1):
         raise ModelError(f"config says {layers} layers, and the file has {stored} tensors in all.")
-    cls = model_class(config)
+    cls: Any = model_class(config)
     with reading(f"a {cls.__name__} of this config", ModelError), torch.device("meta"):
         for attention in ("sdpa", "eager"):
             own = copy.deepcopy(config)
@@ -66,7 +71,8 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype, stored: int) -> Pre
                 if attention == "eager":
                     raise
                 continue
-            return model.eval()
+            nn.Module.eval(model)
+            return model
     raise AssertionError("unreachable: eager either returned or raised")
 
 
@@ -87,11 +93,11 @@ def fill_buffers_(model: PreTrainedModel) -> None:
         for name in names:
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
-            module._buffers[leaf] = torch.zeros_like(module._buffers[leaf], device="cpu")
+            module._buffers[leaf] = torch.zeros_like(module.get_buffer(leaf), device="cpu")
         for owner in owners:
             parts = owner.split(".") if owner else []
             above = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts), -1, -1))
-            nearest = next(m for m in above if isinstance(m, PreTrainedModel))
+            nearest: Any = next(m for m in above if isinstance(m, PreTrainedModel))
             # Parameters of the owner are still on meta, where drawing random values does nothing.
             nearest._init_weights(model.get_submodule(owner))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nybble.core.errors import FileError, ModelError, did_you_mean
 from nybble.models.guard import reading
@@ -160,7 +160,8 @@ class ModelSource(ABC):
         if absent or unfit.unexpected_keys:
             raise ModelError(f"{self.spec}: tensors don't fit the model: {(absent + unfit.unexpected_keys)[:5]}.")
         model.tie_weights()  # assigning replaced one side of each tie
-        return model.to(device)  # type: ignore[arg-type]
+        nn.Module.to(model, device)
+        return model
 
     def _known(self, name: str) -> StoredTensor:
         found = self.stored().get(name)
@@ -186,7 +187,7 @@ def open_source(spec: str) -> ModelSource:
     """Open what the user named.
 
     Args:
-        spec: a folder with config.json and safetensors, a ``.gguf`` file, ``demo:smollm2``, ``demo:minilm``, or a hub id.
+        spec: a folder with config.json and safetensors, a ``.gguf`` file, ``demo:smollm2``, ``demo:minilm``, a hub id.
 
     Raises:
         ModelError: not a model, of an unknown kind, or only stored as a pickle.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,10 +79,8 @@ def _record(
             before = block.__dict__.get("forward")
             block.forward = recorder(index)
             undo.callback(_restore_forward, block, before)
-        try:
+        with suppress(_AllSeenError):
             model(**inputs, use_cache=False)
-        except _AllSeenError:
-            pass
     in_order = [call.index for call in calls] == list(range(len(blocks)))
     return calls, in_order and len(shapes) == 1
 

@@ -66,10 +66,11 @@ def make_model() -> Callable[..., Any]:
     def make(family: str, **changes: Any) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        auto: Any = AutoModelForCausalLM
         config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(7)
-            model = AutoModelForCausalLM.from_config(config).eval()
+            model = auto.from_config(config).eval()
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     if "norm" in name or ".ln_" in name:

@@ -42,7 +42,8 @@ def block_outputs(model: nn.Module, input_ids: torch.Tensor) -> list[torch.Tenso
 
 @torch.no_grad()
 def logits(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=input_ids, use_cache=False).logits
+    result: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
+    return result
 
 
 @torch.no_grad()
@@ -85,6 +86,7 @@ def test_every_linear_is_traced_once(family: str, make_model: Any, input_ids: to
     calls = capture_block_calls(model, input_ids)
     hidden = calls[0].hidden
     for block, call in zip(adapter.blocks_of(model), calls, strict=True):
+        assert hidden is not None
         trace = trace_groups(block, call, hidden)
         names = [name for group in trace.groups for name in group]
         assert sorted(names) == sorted(all_linears(block))
@@ -116,7 +118,7 @@ def test_norm_folds_change_nothing(family: str, make_model: Any, input_ids: torc
     folded = 0
     for block in adapter.blocks_of(model):
         for fold in adapter.norm_folds_of(block, model.config):
-            norm = block.get_submodule(fold.norm)
+            norm: Any = block.get_submodule(fold.norm)
             factor = 2.0 ** torch.randint(-1, 3, norm.weight.shape)  # powers of two: every rounding stays the same
             norm.weight.copy_((norm.weight + fold.offset) / factor - fold.offset)
             if getattr(norm, "bias", None) is not None:
@@ -146,7 +148,7 @@ def test_linear_folds_change_nothing(family: str, make_model: Any, input_ids: to
             factor = 2.0 ** torch.randint(-1, 3, (first.shape[0 if first_in == -1 else 1],))
             factor[torch.isin(torch.arange(len(factor)), rows, invert=True)] = 1  # q and k rows stay
             first.div_(factor.unsqueeze(first_in))
-            bias = block.get_submodule(fold.first).bias
+            bias: Any = block.get_submodule(fold.first).bias
             if bias is not None:
                 bias.div_(factor)
             second.mul_(factor[rows].unsqueeze(0 if second_in == -1 else 1))
@@ -215,7 +217,8 @@ def unknown_model() -> Any:
 
     config = FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
     with torch.random.fork_rng(devices=[]):
-        return FalconForCausalLM(config).eval()
+        model: Any = FalconForCausalLM(config)
+        return model.eval()
 
 
 @torch.no_grad()
@@ -242,6 +245,6 @@ def test_refusals() -> None:
         adapter_for(FalconConfig())
     with pytest.raises(ModelError, match="no list of repeated blocks"):
         generic_adapter(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(ModelError, match="no blocks at 'model.layers'"):
+    with pytest.raises(ModelError, match=r"no blocks at 'model.layers'"):
         adapter = Registry("nybble.models.adapters", "model family").get("llama")
         adapter.blocks_of(nn.Linear(2, 2))

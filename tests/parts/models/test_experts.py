@@ -60,7 +60,8 @@ def test_transposed_interleaved_experts_with_biases() -> None:
 
     config = GptOssConfig(hidden_size=8, intermediate_size=6, num_local_experts=3)
     config._experts_implementation = "eager"
-    module = GptOssExperts(config)
+    make: Any = GptOssExperts
+    module = make(config)
     for parameter in module.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
     first, second = expert_weights(module)

@@ -1,0 +1,36 @@
+"""Fused expert weights ([experts, out, in] in one parameter) as one QTensor an expert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nybble.nn.packed import Packed
+from nybble.qtensor import QTensor
+
+
+class PackedExperts(nn.Module):
+    """Stands where a fused parameter stood: ``module.gate_up_proj[e]`` dequantizes expert e's matrix.
+
+    Args:
+        experts: a QTensor for each expert. dtype: of the matrices that come out.
+    """
+
+    def __init__(self, experts: Sequence[QTensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(Packed(expert) for expert in experts)
+        self.dtype = dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the fused parameter."""
+        first = self.experts[0]
+        assert isinstance(first, Packed)
+        return torch.Size((len(self.experts), *first.shape))
+
+    def __getitem__(self, expert: int | Tensor) -> Tensor:
+        packed = self.experts[int(expert)]
+        assert isinstance(packed, Packed)
+        return packed.dequantize(self.dtype)

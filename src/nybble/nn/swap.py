@@ -1,0 +1,127 @@
+"""Putting quantized modules where float ones stood, from live modules or from a checkpoint's description."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nybble.core.errors import FileError, ModelError
+from nybble.nn.activation import ActivationQuantizer
+from nybble.nn.experts import PackedExperts
+from nybble.nn.linear import QuantLinear
+from nybble.nn.packed import Packed
+from nybble.qtensor import QTensor, from_spec
+
+
+def matrix_of(module: nn.Module) -> Tensor | None:
+    """The weight of a linear module as [out, in] (a view), or None: ``nn.Linear``, and GPT-2's transposed ``Conv1D``."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear):
+        return weight
+    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):
+        return weight.T
+    return None
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether :func:`matrix_of` finds a matrix."""
+    return matrix_of(module) is not None
+
+
+def class_names(module: nn.Module) -> tuple[str, ...]:
+    """The names that a scheme's target may use: the class, and ``Linear`` for whatever holds a matrix."""
+    own = type(module).__name__
+    return (own, "Linear") if is_linear(module) and own != "Linear" else (own,)
+
+
+def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` at ``name``."""
+    parent, _, leaf = name.rpartition(".")
+    root.get_submodule(parent).add_module(leaf, module)
+
+
+def quant_modules(root: nn.Module) -> Iterator[tuple[str, QuantLinear | PackedExperts]]:
+    """All quantized modules with their names."""
+    for name, module in root.named_modules():
+        if isinstance(module, QuantLinear | PackedExperts):
+            yield name, module
+
+
+def hold_dense(root: nn.Module, dtype: torch.dtype | None) -> None:
+    """Keep (or with None, drop) dequantized copies of all packed weights: speed for memory, the same numbers."""
+    for module in root.modules():
+        if isinstance(module, Packed):
+            module.hold(dtype)
+
+
+class Layouts:
+    """The distinct QTensor layouts of a checkpoint: spec, and dtype and shape of each tensor; modules name them by number."""
+
+    def __init__(self, entries: list[dict[str, Any]] | None = None) -> None:
+        self.entries: list[dict[str, Any]] = entries or []
+
+    def number(self, qtensor: QTensor) -> int:
+        """The number of this tensor's layout, added if it is new."""
+        tensors = {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in qtensor.tensors().items()}
+        entry = {"spec": qtensor.spec(), "tensors": tensors}
+        if entry not in self.entries:
+            self.entries.append(entry)
+        return self.entries.index(entry)
+
+    def empty(self, number: int) -> QTensor:
+        """A QTensor of this layout on the current default device, its tensors to be filled."""
+        entry = self.entries[number]
+        tensors: dict[str, Tensor] = {}
+        for name, (dtype, shape) in entry["tensors"].items():
+            kind = getattr(torch, str(dtype), None)
+            if not isinstance(kind, torch.dtype):
+                raise FileError(f"unknown dtype {dtype!r} in the description of a quantized tensor.")
+            tensors[name] = torch.empty(shape, dtype=kind)
+        return from_spec(entry["spec"], tensors)
+
+
+def describe(module: QuantLinear | PackedExperts, layouts: Layouts) -> dict[str, Any]:
+    """How to rebuild the module empty: the entry of a checkpoint's ``modules``."""
+    if isinstance(module, PackedExperts):
+        numbers = [layouts.number(p.qtensor()) for p in module.experts if isinstance(p, Packed)]
+        return {"class": "experts", "weights": numbers}
+    found: dict[str, Any] = {"class": "linear"}
+    if isinstance(module.weight, Packed):
+        found["weight"] = layouts.number(module.weight.qtensor())
+    for side in ("inputs", "outputs"):
+        quantizer = getattr(module, side)
+        if quantizer is not None:
+            found[side] = quantizer.to_dict()
+    return found
+
+
+def put_described(root: nn.Module, name: str, entry: dict[str, Any], layouts: Layouts) -> None:
+    """Replace the float module (or fused parameter) at ``name`` by the empty quantized one that ``entry`` describes.
+
+    Raises:
+        FileError: the entry is malformed. ModelError: the model has no such module.
+    """
+    try:
+        old = root.get_submodule(name) if entry["class"] == "linear" else root.get_submodule(name.rpartition(".")[0])
+    except AttributeError as error:
+        raise ModelError(f"the checkpoint quantizes {name}, which this model does not have.") from error
+    try:
+        if entry["class"] == "experts":
+            leaf = name.rpartition(".")[2]
+            dtype = getattr(old, leaf).dtype
+            del old._parameters[leaf]
+            old.add_module(leaf, PackedExperts([layouts.empty(int(n)) for n in entry["weights"]], dtype))
+            return
+        matrix = matrix_of(old)
+        if matrix is None:
+            raise ModelError(f"the checkpoint quantizes {name}, which in this model is a {type(old).__name__}, not a linear layer.")
+        sides = {s: ActivationQuantizer.from_dict(entry[s]) if s in entry else None for s in ("inputs", "outputs")}
+        weight = layouts.empty(int(entry["weight"])) if "weight" in entry else matrix.detach()
+        if tuple(weight.shape) != tuple(matrix.shape):
+            raise FileError(f"{name} is described as {list(weight.shape)}; this model has {list(matrix.shape)}.")
+        set_module(root, name, QuantLinear(weight, old.bias, **sides))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        raise FileError(f"malformed description of {name} ({type(error).__name__}: {error}).") from error

@@ -1,0 +1,121 @@
+"""Recipe: a scheme and an ordered list of steps, as YAML. A published method is a recipe in ``nybble/recipes/``.
+
+    name: gptq
+    summary: what it does, in a line
+    source: paper, year, arXiv number
+    scheme: W4A16_E2M1                  # a preset's name or a mapping; --scheme and --weights override it
+    steps:
+      - solver: gptq
+        block: 128
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from nybble.core.errors import SchemeError, UsageError, did_you_mean
+from nybble.scheme import Scheme, parse_scheme
+
+KINDS = ("solver",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step: its kind, the part's key, and the part's options."""
+
+    kind: str
+    name: str
+    options: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As YAML holds it."""
+        return {self.kind: self.name, **self.options}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A named method: steps over a scheme."""
+
+    name: str
+    scheme: Scheme
+    steps: tuple[Step, ...]
+    summary: str = ""
+    source: str = ""
+
+    def with_scheme(self, scheme: Scheme) -> Recipe:
+        """The same steps over another scheme."""
+        return replace(self, scheme=scheme)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As YAML holds it; :func:`parse_recipe` reads it back."""
+        steps = [step.to_dict() for step in self.steps]
+        return {"name": self.name, "summary": self.summary, "source": self.source, "scheme": self.scheme.to_dict(), "steps": steps}
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that nybble carries."""
+    folder = resources.files("nybble.recipes")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by name, or from a YAML file when ``name`` ends in .yaml or .yml.
+
+    Raises:
+        UsageError: unknown name (with the closest one). SchemeError: the file is not a recipe.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise UsageError(f"no recipe file {name}.")
+        return parse_recipe(_yaml(path.read_text(encoding="utf-8"), name), name)
+    if name not in recipe_names():
+        raise UsageError(f"unknown recipe {name!r}.{did_you_mean(name, recipe_names())} `nybble recipes` lists them.")
+    text = resources.files("nybble.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    return parse_recipe(_yaml(text, name), name)
+
+
+def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
+    """A recipe from YAML's mapping (module docstring).
+
+    Raises:
+        SchemeError: unknown keys or step kinds, or something missing.
+    """
+    if not isinstance(data, Mapping):
+        raise SchemeError(f"{where}: a recipe is a mapping with scheme and steps; got {type(data).__name__}.")
+    known = ("name", "summary", "source", "scheme", "steps")
+    for key in data:
+        if key not in known:
+            raise SchemeError(f"{where}: a recipe has no key {key!r}.{did_you_mean(str(key), known)}")
+    missing = [key for key in ("scheme", "steps") if not data.get(key)]
+    if missing:
+        raise SchemeError(f"{where}: the recipe lacks {' and '.join(missing)}.")
+    steps = tuple(_step(step, where) for step in data["steps"])
+    return Recipe(
+        name=str(data.get("name", where)),
+        scheme=parse_scheme(data["scheme"]),
+        steps=steps,
+        summary=str(data.get("summary", "")),
+        source=str(data.get("source", "")),
+    )
+
+
+def _step(data: Any, where: str) -> Step:
+    kinds = [kind for kind in KINDS if isinstance(data, Mapping) and kind in data]
+    if len(kinds) != 1:
+        raise SchemeError(f"{where}: a step names exactly one of {', '.join(KINDS)}; got {data!r}.")
+    options = {str(k): v for k, v in data.items() if k != kinds[0]}
+    return Step(kind=kinds[0], name=str(data[kinds[0]]), options=options)
+
+
+def _yaml(text: str, where: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SchemeError(f"{where} is not valid YAML: {error}") from error

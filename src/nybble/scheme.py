@@ -1,0 +1,226 @@
+"""Scheme: which tensors of which modules get which Quantizer.
+
+As YAML (unknown keys are errors)::
+
+    targets: [Linear]                        # class names, exact module names, or re:PATTERN (whole name)
+    weights: float4_e2m1fn group=32
+    inputs: float8_e4m3fn token
+    ignore: [lm_head]
+
+or several rules, the first that matches a module wins::
+
+    rules:
+      - {targets: ["re:.*down_proj"], weights: int8 channel}
+      - {targets: [Linear], weights: int4 group=64}
+
+Preset names follow compressed-tensors where it has the name (``W4A16``, ``W8A8``, ``NVFP4``, ``MXFP4``, ``FP8_DYNAMIC``); ours carry the
+format: ``W4A4_E2M1``, ``W4A8_E2M1_E4M3``: weights per output channel, inputs per token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from nybble.core.errors import SchemeError, did_you_mean
+from nybble.quantizer import Quantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Quantizers for the modules that ``targets`` match.
+
+    Attributes:
+        targets: class names (``Linear``), exact module names, or ``re:`` and a pattern for the whole module name.
+        weights: for the weight. inputs: for what enters the module. outputs: for what leaves it. None leaves it in float.
+    """
+
+    targets: tuple[str, ...] = ("Linear",)
+    weights: Quantizer | None = None
+    inputs: Quantizer | None = None
+    outputs: Quantizer | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """Rules in order, and what is left alone.
+
+    Attributes:
+        rules: the first whose target matches a module decides. ignore: as targets; wins over all rules.
+        name: a preset's name, for reports.
+    """
+
+    rules: tuple[Rule, ...]
+    ignore: tuple[str, ...] = ("lm_head",)
+    name: str = ""
+
+    def match(self, modules: Mapping[str, Sequence[str]]) -> Matches:
+        """Assign rules to modules.
+
+        Args:
+            modules: name -> the class names it answers to (its own, and ``Linear`` for whatever holds a matrix).
+
+        Raises:
+            SchemeError: a target or an ignore pattern that matches nothing, unless it is the default ignore.
+        """
+        chosen: dict[str, Rule] = {}
+        counts: dict[str, int] = {}
+        ignored: list[str] = []
+        for pattern in (*(t for rule in self.rules for t in rule.targets), *self.ignore):
+            counts.setdefault(pattern, 0)
+        for name, classes in modules.items():
+            hit = [p for p in self.ignore if matches(p, name, classes)]
+            if hit:
+                counts[hit[0]] += 1
+                ignored.append(name)
+                continue
+            for rule in self.rules:
+                hit = [t for t in rule.targets if matches(t, name, classes)]
+                if hit:
+                    counts[hit[0]] += 1
+                    chosen[name] = rule
+                    break
+        known = (*modules, *{c for classes in modules.values() for c in classes})
+        for rule in self.rules:
+            for target in rule.targets:
+                if counts[target] == 0:
+                    raise SchemeError(f"the target {target!r} matches no module that is left to it.{did_you_mean(target, known)[:400]}")
+        for pattern in self.ignore:
+            if counts[pattern] == 0 and pattern != "lm_head":
+                raise SchemeError(f"the ignore pattern {pattern!r} matches no module.{did_you_mean(pattern, known)[:400]}")
+        return Matches(chosen, counts, tuple(ignored))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As YAML or JSON would hold it; ``parse_scheme`` reads it back."""
+        rules = []
+        for rule in self.rules:
+            lines = {f.name: str(getattr(rule, f.name)) for f in fields(rule) if f.name != "targets" and getattr(rule, f.name)}
+            rules.append({"targets": list(rule.targets), **lines})
+        return {"rules": rules, "ignore": list(self.ignore), **({"name": self.name} if self.name else {})}
+
+    def override(self, *, weights: Quantizer | None = None, inputs: Quantizer | None = None) -> Scheme:
+        """The same targets with other quantizers (``--weights``, ``--activations``)."""
+        changed = tuple(
+            replace(rule, weights=weights or rule.weights, inputs=inputs or rule.inputs) for rule in self.rules
+        )
+        return replace(self, rules=changed, name="")
+
+
+@dataclass(frozen=True)
+class Matches:
+    """What a scheme did with a model's modules.
+
+    Attributes:
+        rules: module name -> its rule, in the model's order. counts: pattern -> modules it decided. ignored: names left out.
+    """
+
+    rules: dict[str, Rule]
+    counts: dict[str, int]
+    ignored: tuple[str, ...]
+
+
+def matches(pattern: str, name: str, classes: Sequence[str]) -> bool:
+    """Whether a target names this module: a class name, an exact name, or ``re:`` and a pattern for the whole name."""
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise SchemeError(f"the pattern {pattern!r} is not a regular expression: {error}.") from error
+    return pattern == name or pattern in classes
+
+
+_CT_INT4, _CT_INT8, _CT_TOKEN = "int4-ct", "int8-ct", "int8_full token scale=absmax(target=127.5)"
+
+#: name -> (weights, inputs), as quantizer lines
+PRESETS: dict[str, tuple[str, str | None]] = {
+    "W4A16": (_CT_INT4, None),
+    "W4A16_ASYM": ("int4 group=128 symmetric=false", None),
+    "W8A16": (_CT_INT8, None),
+    "W8A8": (_CT_INT8, _CT_TOKEN),
+    "W4A8": (_CT_INT4, _CT_TOKEN),
+    "W4A4": (_CT_INT4, "int4_full token scale=absmax(target=7.5)"),
+    "FP8": ("float8_e4m3fn tensor", "float8_e4m3fn tensor static"),
+    "FP8_DYNAMIC": ("float8_e4m3fn channel", "float8_e4m3fn token"),
+    "W4AFP8": (_CT_INT4, "float8_e4m3fn token"),
+    "NVFP4": ("nvfp4", "nvfp4"),
+    "NVFP4A16": ("nvfp4", None),
+    "MXFP4": ("mxfp4", "mxfp4"),
+    "MXFP4A16": ("mxfp4", None),
+    "MXFP6": ("mxfp6", "mxfp6"),
+    "MXFP8": ("mxfp8", "mxfp8"),
+    "MXINT8": ("mxint8", "mxint8"),
+}
+
+
+def preset_scheme(name: str) -> Scheme:
+    """A scheme by name: a preset, or ``W4A8_E2M1_E4M3``: bits, then the formats of weights and inputs.
+
+    Raises:
+        SchemeError: unknown name, or bits that contradict the formats.
+    """
+    if name in PRESETS:
+        weights, inputs = PRESETS[name]
+        return Scheme(rules=(Rule(weights=Quantizer(weights), inputs=None if inputs is None else Quantizer(inputs)),), name=name)
+    spelled = re.fullmatch(r"W(\d+)A(\d+)_(E\d+M\d+|INT)(?:_(E\d+M\d+|INT))?", name)
+    if spelled is None:
+        raise SchemeError(f"unknown scheme {name!r}.{did_you_mean(name, [*PRESETS, 'W4A4_E2M1', 'W4A8_E2M1_E4M3'])}")
+    w_bits, a_bits, w_format, a_format = int(spelled[1]), int(spelled[2]), spelled[3], spelled[4] or spelled[3]
+    weights = _spelled(name, w_bits, w_format, "channel")
+    inputs = None if a_bits == 16 else _spelled(name, a_bits, a_format, "token")
+    return Scheme(rules=(Rule(weights=weights, inputs=inputs),), name=name)
+
+
+def _spelled(name: str, bits: int, fmt: str, granularity: str) -> Quantizer:
+    quantizer = Quantizer(f"int{bits}" if fmt == "INT" else fmt.lower(), **{granularity: True})
+    if quantizer.format.bits != bits:
+        raise SchemeError(f"scheme {name!r}: {fmt} has {quantizer.format.bits} bits, the name says {bits}.")
+    return quantizer
+
+
+def parse_scheme(data: str | Mapping[str, Any]) -> Scheme:
+    """A scheme from a preset's name or from YAML's mapping (module docstring).
+
+    Raises:
+        SchemeError: unknown keys, no rules, unknown names.
+    """
+    if isinstance(data, str):
+        return preset_scheme(data)
+    if "preset" in data:
+        base = preset_scheme(str(data["preset"]))
+        _known(data, ("preset", "ignore"), "a scheme with a preset")
+        return replace(base, ignore=_strings(data.get("ignore", base.ignore), "ignore"))
+    if "rules" in data:
+        _known(data, ("rules", "ignore", "name"), "a scheme with rules")
+        rules = tuple(_rule(rule) for rule in data["rules"])
+    else:
+        _known(data, ("targets", "weights", "inputs", "outputs", "ignore", "name"), "a scheme")
+        rules = (_rule({k: v for k, v in data.items() if k not in ("ignore", "name")}),)
+    if not rules:
+        raise SchemeError("a scheme without rules quantizes nothing; give targets and weights.")
+    return Scheme(rules=rules, ignore=_strings(data.get("ignore", ("lm_head",)), "ignore"), name=str(data.get("name", "")))
+
+
+def _rule(data: Mapping[str, Any]) -> Rule:
+    _known(data, ("targets", "weights", "inputs", "outputs"), "a rule")
+    lines: dict[str, Any] = {k: Quantizer(str(data[k])) for k in ("weights", "inputs", "outputs") if data.get(k)}
+    if not lines:
+        raise SchemeError("a rule without weights, inputs or outputs does nothing.")
+    if lines.get("outputs") is not None and lines["outputs"].static:
+        raise SchemeError("outputs are quantized dynamically; leave out 'static'.")
+    return Rule(targets=_strings(data.get("targets", ("Linear",)), "targets"), **lines)
+
+
+def _strings(value: Any, what: str) -> tuple[str, ...]:
+    if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+        raise SchemeError(f"{what} is a list of names; got {value!r}.")
+    return tuple(value)
+
+
+def _known(data: Mapping[str, Any], keys: tuple[str, ...], what: str) -> None:
+    for key in data:
+        if key not in keys:
+            raise SchemeError(f"{what} has no key {key!r}.{did_you_mean(str(key), keys)}")
+
+

@@ -1,0 +1,187 @@
+"""GPTQ: quantize column by column, feed the error of each back into the columns that are left.
+
+Frantar et al. 2022, arXiv:2210.17323. With H = E[x x^T] (damped) and U the upper Cholesky factor of H^-1, for column j in order:
+
+    q_j = Q(w_j)      e_j = (w_j - q_j) / U_jj      w_k -= e_j U_jk   for all k > j
+
+Columns are done in blocks; within one only its own columns are updated, the rest once a block. The scales (and zero points) of
+*every* group are fixed on the original weights before the first column is visited, so any format, granularity and nesting of
+scales works, and codes of one group share what the file stores. (The original recomputes a group's scale when it reaches the group;
+fixing them costs a little at large groups and is what makes activation order and groups agree.)
+
+Damping: H + d mean(diag H) I with d = 0.01; a factorisation that still fails is retried with 10 times more, three times, and then the
+layer falls back to round-to-nearest; each is noted. Inputs that are always zero get H_jj = 1: their weights round to nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from nybble.core.errors import SchemeError
+from nybble.ops.blocks import divide
+from nybble.ops.rounding import round_integers, round_to
+from nybble.qtensor import QuantParams, ScaleLike, block_view
+from nybble.qtensor.block import BlockQTensor
+from nybble.quantizer import Quantizer
+from nybble.rounding import get_rounding
+from nybble.solvers import Solved, Solver, Weight, relative_error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gptq(Solver):
+    """Options of the method.
+
+    Attributes:
+        block: columns between two updates of the rest.
+        damping: share of the mean diagonal that is added to H.
+        activation_order: visit columns with large inputs first.
+    """
+
+    needs_second_moment: ClassVar[bool] = True
+    path: ClassVar[str] = "quantized"
+
+    block: int = 128
+    damping: float = 0.01
+    activation_order: bool = False
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise SchemeError(f"gptq: block={self.block}; at least one column.")
+        if not 0 <= self.damping < 1:
+            raise SchemeError(f"gptq: damping={self.damping:g} is a share of the mean diagonal, 0 <= damping < 1.")
+
+    def quantizer_for(self, quantizer: Quantizer) -> Quantizer:  # noqa: D102
+        if get_rounding(quantizer.rounding).stochastic:
+            raise SchemeError("gptq rounds to nearest; a stochastic rounding has no error to feed back. Use recipe rtn.")
+        return quantizer
+
+    def solve(self, weights: Sequence[Weight], second_moment: Tensor | None = None) -> list[Solved]:  # noqa: D102
+        grids = [_Grid(weight) for weight in weights]
+        plain = [grid.finish(grid.matrix) for grid in grids]
+        plain_errors = [relative_error(w.matrix, q.dequantize(), second_moment) for w, q in zip(weights, plain, strict=True)]
+        if second_moment is None:
+            note = ("no calibration input reached it: rounded to nearest",)
+            return [Solved(weight=q, error=e, rtn_error=e, notes=note) for q, e in zip(plain, plain_errors, strict=True)]
+        factor, notes = self._factor(second_moment)
+        if factor is None:
+            return [Solved(weight=q, error=e, rtn_error=e, notes=notes) for q, e in zip(plain, plain_errors, strict=True)]
+        upper, order = factor
+        rounded = self._visit(grids, upper, order)
+        solved = []
+        for grid, weight, columns, base, base_error in zip(grids, weights, rounded, plain, plain_errors, strict=True):
+            found = grid.finish(columns)
+            error = relative_error(weight.matrix, found.dequantize(), second_moment)
+            if error > base_error:
+                kept = (*notes, f"worse than round-to-nearest ({error:.3g} > {base_error:.3g}): kept the latter")
+                solved.append(Solved(weight=base, error=base_error, rtn_error=base_error, notes=kept))
+            else:
+                solved.append(Solved(weight=found, error=error, rtn_error=base_error, notes=notes))
+        return solved
+
+    def _factor(self, second_moment: Tensor) -> tuple[tuple[Tensor, Tensor | None] | None, tuple[str, ...]]:
+        """Upper Cholesky factor of the damped inverse, the order of columns, and notes; None if no damping helped."""
+        h = second_moment.clone()
+        diagonal = h.diagonal()
+        dead = diagonal == 0
+        diagonal[dead] = 1
+        notes = [f"{int(dead.sum())} inputs are always zero"] if bool(dead.any()) else []
+        order = diagonal.argsort(descending=True, stable=True) if self.activation_order else None
+        if order is not None:
+            h = h[order][:, order]
+        mean = float(h.diagonal().mean())
+        damping = self.damping
+        for attempt in range(4):
+            damped = h.clone()
+            damped.diagonal().add_(damping * mean)
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            if not bool(failed):
+                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+                if not bool(failed) and bool(torch.isfinite(upper).all()):
+                    if attempt:
+                        notes.append(f"damping raised to {damping:g}")
+                    return (upper, order), tuple(notes)
+            damping = max(damping, 1e-4) * 10
+        notes.append(f"the second moment can't be factorised even with damping {damping / 10:g}: rounded to nearest")
+        return None, tuple(notes)
+
+    def _visit(self, grids: Sequence[_Grid], upper: Tensor, order: Tensor | None) -> list[Tensor]:
+        """Run over the columns of all weights at once (their rows stacked); returns the rounded matrices [rows, columns].
+
+        Works on the transpose, so that a column is contiguous.
+        """
+        left = torch.cat([grid.matrix for grid in grids]).T.contiguous()
+        if order is not None:
+            left = left[order]
+        columns = left.shape[0]
+        result = torch.empty_like(left)
+        bounds = torch.tensor([0, *(grid.matrix.shape[0] for grid in grids)]).cumsum(0).tolist()
+        spans = list(zip(grids, bounds[:-1], bounds[1:], strict=True))
+        place = torch.arange(columns).tolist() if order is None else order.tolist()
+        for start in range(0, columns, self.block):
+            stop = min(start + self.block, columns)
+            part, local = left[start:stop], upper[start:stop, start:stop]
+            errors = torch.empty_like(part)
+            pivots = local.diagonal().tolist()
+            for j in range(stop - start):
+                w = part[j]
+                for grid, a, b in spans:
+                    result[start + j, a:b] = grid.round_column(w[a:b], place[start + j])
+                error = errors[j]
+                torch.sub(w, result[start + j], out=error)
+                error.div_(pivots[j])
+                if j + 1 < stop - start:
+                    part[j + 1 :].addr_(local[j, j + 1 :], error, alpha=-1)
+            if stop < columns:
+                left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+        if order is not None:
+            back = torch.empty_like(result)
+            back[order] = result
+            result = back
+        return [result[:, a:b].T.contiguous() for _, a, b in spans]
+
+
+class _Grid:
+    """The fixed grid of one weight: its quantizer's parameters, spread over the columns."""
+
+    def __init__(self, weight: Weight) -> None:
+        self.matrix, self.quantizer = weight.matrix, weight.quantizer
+        self.format, self.rounding = self.quantizer.format, self.quantizer.rounding
+        self.params: QuantParams = self.quantizer.fit(self.matrix)
+        self._scale = self._spread(self.params.scale)
+        self._zero = self._spread(self.params.zero_point)
+        self._offset = self._spread(self.params.offset)
+
+    def _spread(self, value: ScaleLike | None) -> Tensor | None:
+        """[columns, rows], contiguous."""
+        if value is None:
+            return None
+        granularity, shape = self.quantizer.granularity, tuple(self.matrix.shape)
+        blocks = granularity.to_blocks(self.matrix)
+        wide = block_view(value, granularity, shape).expand_as(blocks)
+        return granularity.from_blocks(wide, shape).T.contiguous()
+
+    def round_column(self, w: Tensor, column: int) -> Tensor:
+        """One column [rows] on its grid, as :meth:`finish` will store it."""
+        offset = None if self._offset is None else self._offset[column]
+        scale = None if self._scale is None else self._scale[column]
+        y = w if offset is None else w - offset
+        y = y if scale is None else divide(y, scale, self.quantizer.reciprocal)
+        if self._zero is None:
+            y = round_to(y, self.format.name, self.rounding)
+        else:
+            zero = self._zero[column]
+            y = (round_integers(y, self.rounding) + zero).clamp_(self.format.min, self.format.max).sub_(zero)
+        y = y if scale is None else y * scale
+        return y if offset is None else y + offset
+
+    def finish(self, matrix: Tensor) -> BlockQTensor:
+        """``matrix`` (anything, or already on the grid) as a QTensor with these parameters."""
+        return self.quantizer.quantize(matrix, self.params)
+
+
+PART = Gptq
