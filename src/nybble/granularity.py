@@ -90,7 +90,7 @@ class PerChannel(Granularity):
 
     def to_blocks(self, x: Tensor) -> Tensor:  # noqa: D102
         _needs_dims(self, x.shape, 1)
-        return x.reshape(x.shape[0], -1)
+        return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
     def from_blocks(self, blocks: Tensor, shape: Sequence[int]) -> Tensor:  # noqa: D102
         return blocks.reshape(tuple(shape))
@@ -112,7 +112,7 @@ class PerToken(Granularity):
 
     def to_blocks(self, x: Tensor) -> Tensor:  # noqa: D102
         _needs_dims(self, x.shape, 1)
-        return x.reshape(-1, x.shape[-1])
+        return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
     def from_blocks(self, blocks: Tensor, shape: Sequence[int]) -> Tensor:  # noqa: D102
         return blocks.reshape(tuple(shape))
@@ -231,6 +231,10 @@ class Rank1(PerTensor):
     Li et al. 2023, arXiv:2309.01507: scale = min over dimensions of the slice maxima. The scale rule sees the whole
     tensor as one block; the quantizer makes the factors, and only the factored scale knows how they combine.
     """
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:  # noqa: D102
+        _needs_dims(self, shape, 1)
+        return super().scale_shape(shape)
 
     def __str__(self) -> str:
         return "rank1"

@@ -3,6 +3,8 @@
 Sections are those of the number-format literature: OCP MX v1.0; NVFP4; block floating point; QLoRA; compressed-tensors' integers.
 """
 
+_BNB8 = "dynamic8 flat=256 rounding=nearest-even-float32 reciprocal=true"  # bitsandbytes' 8-bit blocks
+
 PRESETS: dict[str, str] = {
     # OCP Microscaling v1.0: 32 elements share a power of two (E8M0), floor rule
     "mxfp8": "float8_e4m3fn group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
@@ -13,6 +15,10 @@ PRESETS: dict[str, str] = {
     "mxint8": "int8 group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
     # NVFP4: 16 elements share an E4M3 scale, over one float32 for the tensor
     "nvfp4": "float4_e2m1fn group=16 scale_format=(float8_e4m3fn tensor floor=normal)",
+    # ... as compressed-tensors calculates them: power-of-two scales by the mode "even", and NVFP4 over a stored divisor
+    "mxfp4-ct": "float4_e2m1fn group=32 scale=pow2(mode=even) scale_format=(float8_e8m0fnu scale=one)",
+    "mxfp6-ct": "float6_e2m3fn group=32 scale=pow2(mode=even) scale_format=(float8_e8m0fnu scale=one)",
+    "nvfp4-ct": "float4_e2m1fn group=16 scale=two-level scale_format=(float8_e4m3fn tensor)",
     # Block floating point with 8-bit exponents: name = element bits (sign included) + 8
     "bfp16": "int8 group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
     "bfp14": "int6 group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
@@ -20,19 +26,25 @@ PRESETS: dict[str, str] = {
     "bfp10": "int2 group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
     "msfp12": "int4 group=16 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
     "msfp16": "int8 group=16 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
-    # QLoRA (Dettmers et al. 2023): NF4 in row-major blocks of 64; the scales in dynamic 8 bits per 256 around their mean
+    # QLoRA (Dettmers et al. 2023): row-major blocks of 64; "dq": the scales in dynamic 8 bits per 256, around their mean. These are
+    # bitsandbytes' CUDA kernels, which compare with constants of their own. Off the GPU it compares 4-bit codes with
+    # float32 midpoints ("-cpu") and looks 8-bit ones up in 65,536 cells of [-1, 1], not always finding the nearest.
     "nf4-bnb": "nf4 flat=64 rounding=native reciprocal=true",
     "fp4-bnb": "fp4_bnb flat=64 rounding=native reciprocal=true",
-    "nf4-dq": "nf4 flat=64 rounding=native reciprocal=true scale_format=(dynamic8 flat=256 center=mean)",
-    "fp4-dq": "fp4_bnb flat=64 rounding=native reciprocal=true scale_format=(dynamic8 flat=256 center=mean)",
+    "nf4-bnb-cpu": "nf4 flat=64 rounding=half-down-float32 reciprocal=true",
+    "fp4-bnb-cpu": "fp4_bnb flat=64 rounding=half-down-float32 reciprocal=true",
+    "nf4-dq": f"nf4 flat=64 rounding=native reciprocal=true scale_format=({_BNB8} center=mean)",
+    "fp4-dq": f"fp4_bnb flat=64 rounding=native reciprocal=true scale_format=({_BNB8} center=mean)",
     # 8-bit optimizer states (Dettmers et al. 2022) and 4-bit ones (Li et al. 2023)
-    "state8": "dynamic8 flat=256",
-    "state8-unsigned": "udynamic8 flat=256",
+    "state8": _BNB8,
+    "state8-unsigned": f"u{_BNB8}",
     "state4": "dynamic4 flat=128 rounding=half-down",
     "state4-unsigned": "linear4 rank1 rounding=half-down",
-    # compressed-tensors' symmetric integers use all 16 codes and divide by 7.5
+    # compressed-tensors' integers use all 16 codes; symmetric ones divide by 7.5, asymmetric ones add the zero point before rounding
     "int4-ct": "int4_full group=128 scale=absmax(target=7.5)",
     "int8-ct": "int8_full channel scale=absmax(target=127.5)",
+    "int4-ct-asym": "int4_full group=128 symmetric=false rounding=nearest-even-code",
+    "int8-ct-asym": "int8_full channel symmetric=false rounding=nearest-even-code",
     # per-token and per-channel 8-bit floats
     "fp8-token": "float8_e4m3fn token",
     "fp8-channel": "float8_e4m3fn channel",

@@ -11,7 +11,7 @@ word                meaning (default)
 granularity         tensor | channel | token | group=N [pad=true] | block=RxC | flat=N | rank1   (tensor)
 scale=              a scale rule and its options: absmax, mse(grid=80), percentile(p=99.9), pow2 ... (absmax)
 symmetric=false     integers: the range min..max with an integer zero point
-rounding=           nearest-even, half-away, half-up, half-down, toward-zero, native, stochastic (nearest-even)
+rounding=           nearest-even, half-away, half-up, half-down, toward-zero, native, stochastic ... (nearest-even)
 scale_format=       float32, float16, bfloat16, or a quantizer line in parentheses (nested scales)  (float32)
 offset_format=      the same for a rule with an offset                                             (float32)
 reciprocal=true     multiply by 1 / scale instead of dividing by it, as some peers do
@@ -24,6 +24,7 @@ static              activations: calibrated once instead of measured on every te
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,10 +37,10 @@ from nybble.formats import NumberFormat, format_names, get_format
 from nybble.formats.integer import IntFormat
 from nybble.granularity import Granularity, PerTensor, Rank1, parse_granularity
 from nybble.ops.blocks import divide, dynamic_round, narrow_scale, scaled_round
-from nybble.ops.rounding import encode, round_integers, round_stochastic, round_to
+from nybble.ops.rounding import encode, round_stochastic, round_to, round_to_codes
 from nybble.packing import get_layout
 from nybble.presets import PRESETS
-from nybble.qtensor import Factored, QTensor, QuantParams, block_view
+from nybble.qtensor import Factored, Inverse, QTensor, QuantParams, block_view, scale_blocks
 from nybble.qtensor.block import BlockQTensor
 from nybble.rounding import get_rounding
 from nybble.scales import BlockParams, ScaleRule, parse_scale_rule
@@ -122,8 +123,13 @@ class Quantizer:
             raise SchemeError(
                 f"{self.format.name} publishes no encoder thresholds for rounding=native; use nearest-even."
             )
-        if self.packing != "dense":
-            get_layout(self.packing).size(1, self.format.bits)
+        inner = self.scale_format.granularity if isinstance(self.scale_format, Quantizer) else None
+        if self.scale.two_level and type(inner) is not PerTensor:
+            raise SchemeError(f"scale={self.scale} finds one scale of scales; say scale_format=(float8_e4m3fn tensor).")
+        layout = get_layout(self.packing)
+        layout.size(1, self.format.bits)
+        if layout.holds is not None and not layout.holds.issuperset(self.format.produced):
+            raise SchemeError(f"packing={layout.name} can't hold all codes of {self.format.name}; use packing=dense.")
 
     def __str__(self) -> str:
         words = [self.format.name]
@@ -155,26 +161,39 @@ class Quantizer:
             weight: importance of the elements (>= 0), broadcastable to ``x``; only searching rules and means use it.
         """
         wide = x.detach().float()
+        shape = self.granularity.scale_shape(wide.shape)
+        if not wide.numel():
+            return self.finish(BlockParams(wide.new_ones(math.prod(shape))), shape)
         if isinstance(self.granularity, Rank1):
             return QuantParams(_rank1(wide, self.format))
-        shape = self.granularity.scale_shape(wide.shape)
         blocks = self.granularity.to_blocks(wide)
         importance = None if weight is None else self.granularity.to_blocks(weight.float().expand(wide.shape))
         mask = self.granularity.mask(wide.shape, wide.device)
         if mask is not None:
             importance = mask.float() if importance is None else importance * mask
-        return self.finish(self.scale.fit(blocks, self.format, self.rounding, importance), shape)
+        if isinstance(self.scale, Mse) and isinstance(self.scale_format, Quantizer):
+            # Candidates are judged as they would be stored, under an outer scale that the search does not move.
+            inner = self.scale_format
+            outer = inner.fit((blocks.abs().amax(1) / self.format.absmax).reshape(shape))
 
-    def finish(self, found: BlockParams, shape: tuple[int, ...]) -> QuantParams:
+            def project(scale: Tensor) -> Tensor:
+                return inner.fake_quantize(scale.reshape(shape), outer).reshape(-1, 1)
+
+            return self.finish(self.scale.fit(blocks, self.format, self.rounding, importance, project), shape, outer)
+        found = self.scale.fit(blocks, self.format, self.rounding, importance)
+        return self.finish(found, shape, None if found.over is None else QuantParams(Inverse(found.over.reshape(1))))
+
+    def finish(self, found: BlockParams, shape: tuple[int, ...], outer: QuantParams | None = None) -> QuantParams:
         """Bring raw parameters [blocks, 1] into their stored form: zero guard, narrowing, nested quantization.
 
         Args:
             found: from a scale rule or a search. shape: the granularity's scale shape.
+            outer: parameters of nested scales that are already fixed.
         """
         scale: Tensor | QTensor | None = None
         raw = found.scale.reshape(shape)
         if isinstance(self.scale_format, Quantizer):
-            scale = self.scale_format.quantize(raw)
+            scale = self.scale_format.quantize(raw, outer)
         elif not isinstance(self.scale, One):
             raw = torch.where(raw == 0, torch.ones_like(raw), raw)
             scale = narrow_scale(raw, self.scale_format)
@@ -184,11 +203,10 @@ class Quantizer:
             zero_point = _integers(found.zero_point.reshape(shape), self.format)
         if found.offset is not None:
             value = found.offset.reshape(shape)
-            offset = (
-                self.offset_format.quantize(value)
-                if isinstance(self.offset_format, Quantizer)
-                else value.to(getattr(torch, self.offset_format))
-            )
+            if isinstance(self.offset_format, Quantizer):
+                offset = self.offset_format.quantize(value)
+            else:
+                offset = narrow_scale(value, self.offset_format).to(getattr(torch, self.offset_format))
         return QuantParams(scale, zero_point, offset)
 
     # ------------------------------------------------------------------------------------------------ use
@@ -202,9 +220,11 @@ class Quantizer:
             generator: for stochastic rounding only.
 
         Returns:
-            shape and dtype of ``x``; equal to ``quantize(x, params).dequantize(x.dtype)``.
+            shape and dtype of ``x``; equal to ``quantize(x, params).dequantize(x.dtype)`` bit for bit where ``x`` is finite.
         """
         x = x.detach()
+        if not x.numel():
+            return x.clone()
         if params is None and self._fused:
             target = self.scale.target or self.format.absmax if isinstance(self.scale, AbsMax) else 1.0
             mode = self.scale.mode if isinstance(self.scale, Pow2) else ""
@@ -217,7 +237,7 @@ class Quantizer:
         params = self.fit(x_in) if params is None else params
         params = self._with_offset(params, centre)
         blocks = self.granularity.to_blocks(x_in)
-        if self._elementwise(params) and params.scale is not None:
+        if self._elementwise(params) and not isinstance(params.scale, Inverse | None):
             scale = block_view(params.scale, self.granularity, shape)
             rounded = scaled_round(blocks, scale, self.format.name, self.rounding, self.reciprocal)
             return self.granularity.from_blocks(rounded, shape)
@@ -249,7 +269,7 @@ class Quantizer:
     @property
     def _fused(self) -> bool:
         nested = isinstance(self.scale_format, Quantizer)
-        exact = nested and isinstance(self.scale, Pow2) and isinstance(self.scale_format.scale, One)  # type: ignore[union-attr]
+        exact = isinstance(self.scale, Pow2) and str(self.scale_format) == "float8_e8m0fnu scale=one"
         return (
             isinstance(self.scale, AbsMax | Pow2)
             and (not nested or exact)
@@ -274,10 +294,12 @@ class Quantizer:
         return replace(params, offset=centre.reshape(1))
 
     def _poisoned(self, params: QuantParams, blocks: Tensor) -> QuantParams:
-        if self.format.nan_code is not None or not isinstance(params.scale, Tensor):
+        """A format without NaN carries it in the block's scale; infinity over an infinite scale is NaN too."""
+        scale = params.scale
+        if self.format.nan_code is not None or not isinstance(scale, Tensor) or blocks.shape[0] != scale.numel():
             return params
-        bad = blocks.isnan().any(1).reshape(params.scale.shape) if blocks.shape[0] == params.scale.numel() else None
-        return params if bad is None else replace(params, scale=torch.where(bad, torch.nan, params.scale))
+        bad = blocks.isnan().any(1).reshape(scale.shape) | scale.isinf()
+        return replace(params, scale=torch.where(bad, torch.nan, scale))
 
     def _round(
         self,
@@ -293,7 +315,8 @@ class Quantizer:
         if params.offset is not None and not self.center:
             y = y - block_view(params.offset, self.granularity, shape)
         if params.scale is not None:
-            y = divide(y, block_view(params.scale, self.granularity, shape), self.reciprocal)
+            by = block_view(params.scale, self.granularity, shape)
+            y = y * by if isinstance(params.scale, Inverse) else divide(y, by, self.reciprocal)
         name, stochastic = self.format.name, get_rounding(self.rounding).stochastic
         if params.thresholds is not None:
             rank = torch.bucketize(y, params.thresholds, right=True)
@@ -301,10 +324,11 @@ class Quantizer:
         elif params.zero_point is not None:
             zero = block_view(params.zero_point, self.granularity, shape)
             if stochastic:
-                y = torch.floor(y + torch.rand(y.shape, generator=generator, device=y.device))
+                below = torch.floor(y)
+                up = torch.rand(y.shape, generator=generator, device=y.device) < y - below
+                y = (below + up + zero).clamp(self.format.min, self.format.max)
             else:
-                y = round_integers(y, self.rounding)
-            y = (y + zero).clamp(self.format.min, self.format.max)
+                y = round_to_codes(y, zero, self.format.min, self.format.max, self.rounding)
         elif stochastic:
             y = round_stochastic(y, name, generator)
         if self.floor:
@@ -322,7 +346,7 @@ def _affine(values: Tensor, params: QuantParams, granularity: Granularity, shape
     if params.zero_point is not None:
         values = values - block_view(params.zero_point, granularity, shape)
     if params.scale is not None:
-        values = values * block_view(params.scale, granularity, shape)
+        values = scale_blocks(values, params.scale, granularity, shape)
     if params.offset is not None:
         values = values + block_view(params.offset, granularity, shape)
     return values

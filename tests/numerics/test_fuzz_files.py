@@ -187,7 +187,7 @@ def write_gguf(path: Path, model: Any) -> int:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    tensor_bytes = [-(-t.nbytes // 32) * 32 for n, t in model.state_dict().items() if "head" not in n]
+    tensor_bytes: list[int] = [-(-t.nbytes // 32) * 32 for n, t in model.state_dict().items() if "head" not in n]
     return path.stat().st_size - sum(tensor_bytes)
 
 

@@ -72,6 +72,12 @@ class NumberFormat(ABC):
         return int(found[0]) if len(found) else None
 
     @cached_property
+    def produced(self) -> frozenset[int]:
+        """The codes that an encoder produces for numbers: one for each value of the grid, and -0."""
+        zero = set() if self.negative_zero is None else {self.negative_zero}
+        return frozenset(zero | {int(code) for code in self.grid_codes})
+
+    @cached_property
     def nan_code(self) -> int | None:
         """The lowest code that means NaN, or None."""
         found = np.flatnonzero(np.isnan(self.values))
@@ -144,6 +150,8 @@ def _thresholds(fmt: NumberFormat, rounding_name: str) -> np.ndarray:
     # the tie goes to the smaller magnitude.
     even = np.where(lower_even == upper_even, np.abs(upper) < np.abs(lower), upper_even)
     middle = lower / 2 + upper / 2
+    if rounding.float32_middle:
+        middle = ((lower.astype(np.float32) + upper.astype(np.float32)) * np.float32(0.5)).astype(np.float64)
     with np.errstate(over="ignore"):
         nearest = middle.astype(np.float32)
     above = np.where(nearest.astype(np.float64) >= middle, nearest, np.nextafter(nearest, np.float32(np.inf)))

@@ -36,7 +36,7 @@ def _build(match: re.Match[str]) -> TableFormat:
             f"{match[0]}: {'unsigned' if unsigned else 'signed'} DyBit has {least} to 8 bits; got {bits}."
         )
     magnitudes = [dybit_magnitude(code, n) for code in range(2**n)]
-    table = magnitudes if unsigned else magnitudes + [-v for v in magnitudes]
+    table = magnitudes if unsigned else magnitudes + [0.0 - v for v in magnitudes]  # both codes of zero are +0
     return TableFormat(match[0], bits, table=tuple(table))
 
 

@@ -8,7 +8,7 @@ initialiser, as transformers does after loading.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +38,11 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
         if not is_model or not isinstance(config, getattr(found, "config_class", None) or ()):
             raise ModelError(f"architecture {names[0]!r} is not a transformers class for {config.model_type!r} models.")
-        cls: type[PreTrainedModel] = found
-        return cls
+        return cast("type[PreTrainedModel]", found)
     causal: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in causal:
         raise ModelError(f"config names no architecture, and {config.model_type!r} has no causal language model.")
-    cls = causal[type(config)]
-    return cls
+    return cast("type[PreTrainedModel]", causal[type(config)])
 
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype, stored: int) -> PreTrainedModel:
@@ -56,24 +54,19 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype, stored: int) -> Pre
         stored: how many tensors the checkpoint has: a model with more layers than that is a lie, and building it
             could take for ever.
 
-    Attention runs through torch's ``scaled_dot_product_attention`` where the class supports it, else eager.
+    Attention is transformers' default for the class: ``scaled_dot_product_attention`` where that is supported, else
+    eager; the config can't ask for another (:mod:`nybble.models.config_file`). Capped logits (Gemma 2) need eager:
+    sdpa has no cap, and some transformers versions let it run without.
     """
     layers = getattr(config, "num_hidden_layers", 0) or 0
     if not isinstance(layers, int) or layers > max(stored, 1):
         raise ModelError(f"config says {layers} layers, and the file has {stored} tensors in all.")
     cls: Any = model_class(config)
     with reading(f"a {cls.__name__} of this config", ModelError), torch.device("meta"):
-        for attention in ("sdpa", "eager"):
-            own = copy.deepcopy(config)
-            try:
-                model: PreTrainedModel = cls._from_config(own, dtype=dtype, attn_implementation=attention)
-            except (ValueError, ImportError):
-                if attention == "eager":
-                    raise
-                continue
-            nn.Module.eval(model)
-            return model
-    raise AssertionError("unreachable: eager either returned or raised")
+        capped = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+        model: PreTrainedModel = cls._from_config(copy.deepcopy(config), dtype=dtype, **capped)
+    nn.Module.eval(model)
+    return model
 
 
 def fill_buffers_(model: PreTrainedModel) -> None:

@@ -121,10 +121,15 @@ class ModelSource(ABC):
         for name in owner.values():
             self._known(name)
         loaded: dict[str, Tensor] = {}
-        with reading(self.spec):
-            for name, tensor in self.read(list(dict.fromkeys(owner.values()))):
-                target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-                loaded[name] = tensor.to(device=device, dtype=target, copy=self.aliases)
+        tensors = self.read(list(dict.fromkeys(owner.values())))
+        while True:
+            with reading(self.spec):
+                item = next(tensors, None)
+            if item is None:
+                break
+            name, tensor = item
+            target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            loaded[name] = tensor.to(device=device, dtype=target, copy=self.aliases)
         return {name: loaded[stored] for name, stored in owner.items()}
 
     def fingerprint(self) -> str:

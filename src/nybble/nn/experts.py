@@ -15,11 +15,13 @@ class PackedExperts(nn.Module):
     """Stands where a fused parameter stood: ``module.gate_up_proj[e]`` dequantizes expert e's matrix.
 
     Args:
-        experts: a QTensor for each expert. dtype: of the matrices that come out.
+        experts: a QTensor [out, in] for each expert. dtype: of the matrices that come out.
+        transposed: the model keeps [in, out], so that is what comes out.
     """
 
-    def __init__(self, experts: Sequence[QTensor], dtype: torch.dtype) -> None:
+    def __init__(self, experts: Sequence[QTensor], dtype: torch.dtype, *, transposed: bool = False) -> None:
         super().__init__()
+        self.transposed = transposed
         self.experts = nn.ModuleList(Packed(expert) for expert in experts)
         self.dtype = dtype
 
@@ -28,9 +30,11 @@ class PackedExperts(nn.Module):
         """Of the fused parameter."""
         first = self.experts[0]
         assert isinstance(first, Packed)
-        return torch.Size((len(self.experts), *first.shape))
+        rows, columns = first.shape
+        return torch.Size((len(self.experts), *((columns, rows) if self.transposed else (rows, columns))))
 
     def __getitem__(self, expert: int | Tensor) -> Tensor:
         packed = self.experts[int(expert)]
         assert isinstance(packed, Packed)
-        return packed.dequantize(self.dtype)
+        matrix = packed.dequantize(self.dtype)
+        return matrix.T if self.transposed else matrix

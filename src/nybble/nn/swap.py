@@ -66,7 +66,10 @@ class Layouts:
     def number(self, qtensor: QTensor) -> int:
         """The number of this tensor's layout, added if it is new."""
         tensors = {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in qtensor.tensors().items()}
-        entry = {"spec": qtensor.spec(), "tensors": tensors}
+        return self.add({"spec": qtensor.spec(), "tensors": tensors})
+
+    def add(self, entry: dict[str, Any]) -> int:
+        """The number of an entry, appended if it is new."""
         if entry not in self.entries:
             self.entries.append(entry)
         return self.entries.index(entry)
@@ -87,7 +90,7 @@ def describe(module: QuantLinear | PackedExperts, layouts: Layouts) -> dict[str,
     """How to rebuild the module empty: the entry of a checkpoint's ``modules``."""
     if isinstance(module, PackedExperts):
         numbers = [layouts.number(p.qtensor()) for p in module.experts if isinstance(p, Packed)]
-        return {"class": "experts", "weights": numbers}
+        return {"class": "experts", "weights": numbers, "transposed": module.transposed}
     found: dict[str, Any] = {"class": "linear"}
     if isinstance(module.weight, Packed):
         found["weight"] = layouts.number(module.weight.qtensor())
@@ -113,7 +116,7 @@ def put_described(root: nn.Module, name: str, entry: dict[str, Any], layouts: La
             leaf = name.rpartition(".")[2]
             dtype = getattr(old, leaf).dtype
             del old._parameters[leaf]
-            old.add_module(leaf, PackedExperts([layouts.empty(int(n)) for n in entry["weights"]], dtype))
+            old.add_module(leaf, PackedExperts([layouts.empty(int(n)) for n in entry["weights"]], dtype, transposed=bool(entry["transposed"])))
             return
         matrix = matrix_of(old)
         if matrix is None:

@@ -18,9 +18,15 @@ def safe_divisor(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
+def safe_reciprocal(scale: Tensor) -> Tensor:
+    """``1 / scale`` with zeros as one; finite, since infinity times the block's zeros would be NaN (scales below 2^-128)."""
+    largest = torch.finfo(torch.float32).max
+    return (1.0 / safe_divisor(scale)).clamp(-largest, largest)
+
+
 def divide(x: Tensor, scale: Tensor, reciprocal: bool) -> Tensor:
     """``x / scale``, or ``x * (1 / scale)`` as some peers calculate it; both float32."""
-    return x * (1.0 / safe_divisor(scale)) if reciprocal else x / safe_divisor(scale)
+    return x * safe_reciprocal(scale) if reciprocal else x / safe_divisor(scale)
 
 
 @torch.library.custom_op("nybble::scaled_round", mutates_args=())
@@ -37,12 +43,12 @@ def scaled_round(blocks: Tensor, scale: Tensor, fmt: str, rounding: str, recipro
     Returns:
         shape and dtype of ``blocks``.
     """
-    return (round_to(divide(blocks.float(), scale, reciprocal), fmt, rounding) * scale).to(blocks.dtype)
+    return (round_to(divide(blocks.float(), scale, reciprocal), fmt, rounding) * scale).to(blocks.dtype).contiguous()
 
 
 @scaled_round.register_fake
 def _(blocks: Tensor, scale: Tensor, fmt: str, rounding: str, reciprocal: bool = False) -> Tensor:
-    return torch.empty_like(blocks)
+    return blocks.new_empty(blocks.shape)
 
 
 @torch.library.custom_op("nybble::dynamic_round", mutates_args=())
@@ -62,26 +68,27 @@ def dynamic_round(blocks: Tensor, fmt: str, rounding: str, target: float, pow2: 
     """
     wide = blocks.float()
     scale = block_scale(wide.abs().amax(1, keepdim=True), fmt, target, pow2, scale_dtype)
-    return (round_to(wide / scale, fmt, rounding) * scale).to(blocks.dtype)
+    return (round_to(wide / scale, fmt, rounding) * scale).to(blocks.dtype).contiguous()
 
 
 @dynamic_round.register_fake
 def _(blocks: Tensor, fmt: str, rounding: str, target: float, pow2: str, scale_dtype: str) -> Tensor:
-    return torch.empty_like(blocks)
+    return blocks.new_empty(blocks.shape)
 
 
 def block_scale(amax: Tensor, fmt: str, target: float, pow2: str, scale_dtype: str) -> Tensor:
     """Scale of each block from its largest magnitude, as :func:`dynamic_round` uses it; float32, shape of ``amax``."""
-    if pow2:
-        return pow2_scale(amax, get_format(fmt), pow2)
-    return narrow_scale(absmax_scale(amax, target), scale_dtype)
+    scale = pow2_scale(amax, get_format(fmt), pow2) if pow2 else absmax_scale(amax, target)
+    return narrow_scale(scale, scale_dtype)
 
 
 def narrow_scale(scale: Tensor, dtype: str) -> Tensor:
-    """``scale`` rounded to a 16-bit ``dtype`` and back to float32; one that would become 0 becomes the smallest that does not."""
+    """``scale`` rounded to a 16-bit ``dtype`` and back to float32; neither 0 nor infinity comes of one that is neither."""
     if dtype == "float32":
         return scale
     kind: torch.dtype = getattr(torch, dtype)
-    narrow = scale.to(kind)
-    least = torch.tensor(1, dtype=torch.int16).view(kind).to(scale.device)
-    return torch.where((narrow == 0) & (scale > 0), least, narrow).float()
+    info = torch.finfo(kind)
+    narrow = scale.to(kind).float()
+    least = torch.copysign(torch.tensor(info.smallest_normal * info.eps, device=scale.device), scale)
+    narrow = torch.where((narrow == 0) & (scale != 0), least, narrow)
+    return torch.where(narrow.isinf() & scale.isfinite(), torch.copysign(narrow.new_tensor(info.max), scale), narrow)

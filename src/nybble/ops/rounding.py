@@ -57,12 +57,12 @@ def round_to(x: Tensor, fmt: str, rounding: str) -> Tensor:
     value = grid[torch.bucketize(x, thresholds, right=True)]
     if get_format(fmt).negative_zero is not None:
         value = torch.where(value == 0, torch.copysign(value, x), value)
-    return torch.where(x.isnan(), x, value)
+    return torch.where(x.isnan(), x, value).contiguous()
 
 
 @round_to.register_fake
 def _(x: Tensor, fmt: str, rounding: str) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("nybble::encode", mutates_args=())
@@ -85,12 +85,12 @@ def encode(x: Tensor, fmt: str, rounding: str) -> Tensor:
         code = torch.where(zero & x.signbit(), format_.negative_zero, code)
     if format_.nan_code is not None:
         code = torch.where(x.isnan(), format_.nan_code, code)
-    return code.to(code_dtype(format_))
+    return code.to(code_dtype(format_)).contiguous()
 
 
 @encode.register_fake
 def _(x: Tensor, fmt: str, rounding: str) -> Tensor:
-    return torch.empty_like(x, dtype=code_dtype(get_format(fmt)))
+    return x.new_empty(x.shape, dtype=code_dtype(get_format(fmt)))
 
 
 @torch.library.custom_op("nybble::decode", mutates_args=())
@@ -104,12 +104,12 @@ def decode(codes: Tensor, fmt: str) -> Tensor:
     Returns:
         float32, shape of ``codes``.
     """
-    return decode_table(fmt, codes.device)[codes.int()]
+    return decode_table(fmt, codes.device)[codes.int()].contiguous()
 
 
 @decode.register_fake
 def _(codes: Tensor, fmt: str) -> Tensor:
-    return torch.empty_like(codes, dtype=torch.float32)
+    return codes.new_empty(codes.shape, dtype=torch.float32)
 
 
 def round_integers(x: Tensor, rounding: str) -> Tensor:
@@ -133,6 +133,21 @@ def round_integers(x: Tensor, rounding: str) -> Tensor:
     tie_up = rule.tie_up(low, low + 1, torch.remainder(low, 2) == 1)
     nearest = torch.where(x < 0, -(below + (rest > 0.5)), below + (rest > 0.5))
     return torch.where(rest == 0.5, low + tie_up, nearest)
+
+
+def round_to_codes(y: Tensor, zero_point: Tensor, low: float, high: float, rounding: str) -> Tensor:
+    """``clamp(round(y) + zero_point, low, high)``, or the zero point first where ``rounding`` says so.
+
+    Args:
+        y: float32, x / scale. zero_point: float32 integers that broadcast against ``y``.
+        low, high: range of the codes. rounding: name of a deterministic rounding other than ``native``.
+
+    Returns:
+        float32 integers, shape of ``y``.
+    """
+    if get_rounding(rounding).zero_inside:
+        return torch.round(y + zero_point).clamp(low, high)
+    return (round_integers(y, rounding) + zero_point).clamp(low, high)
 
 
 def round_stochastic(x: Tensor, fmt: str, generator: torch.Generator | None) -> Tensor:

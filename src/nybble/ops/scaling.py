@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,18 +41,19 @@ def pow2_scale(amax: Tensor, fmt: NumberFormat, mode: str) -> Tensor:
     if mode not in POW2_MODES:
         raise UsageError(f"pow2 mode {mode!r} is not one of {', '.join(POW2_MODES)}.")
     if mode == "rceil":
-        # Exact: the quotient of amax and max is compared with 2^e by multiplying back, not by a rounded logarithm.
+        # Exact: the quotient has 24 and 11 bits above and below the line, so in float64 none rounds to a power of two.
         mantissa, exponent = torch.frexp(amax.double() / fmt.absmax)
         exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
     else:
-        if mode == "even":
-            bits = getattr(fmt, "m", 0)
-            amax = ((amax.view(torch.int32) + (1 << (22 - bits))) & ~((1 << (23 - bits)) - 1)).view(torch.float32)
         mantissa, exponent = torch.frexp(amax)
         exponent = exponent - 1
-        if mode == "ceil":
+        if mode == "even":  # half a unit of the format's last mantissa bit below 2 rounds up to the next power of two
+            exponent = exponent + (mantissa >= 1 - 2.0 ** (-2 - getattr(fmt, "m", 0))).int()
+        elif mode == "ceil":
             exponent = torch.where(mantissa == 0.5, exponent, exponent + 1)
-        exponent = exponent - int(torch.frexp(torch.tensor(fmt.absmax))[1].item() - 1)
-    scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent.clamp(-127, 127)).float()
+        exponent = exponent - (math.frexp(fmt.absmax)[1] - 1)
+    exponent = exponent.clamp(-127, 127)
+    # By bits: exact on every device. 2^-127 is a subnormal.
+    scale = torch.where(exponent > -127, (exponent + 127) << 23, 1 << 22).int().view(torch.float32)
     scale = torch.where(amax == 0, torch.full_like(scale, _TINY), scale)
     return torch.where(amax.isfinite(), scale, torch.full_like(scale, torch.nan))

@@ -24,12 +24,14 @@ class Layout:
         pack: ``(codes [n], bits) -> uint8 [size(n, bits)]``.
         unpack: ``(bytes, bits, n) -> codes [n]``, the inverse.
         size: ``(n, bits) -> bytes``.
+        holds: the only codes that survive, None for all below ``2**bits``.
     """
 
     name: str
     pack: Callable[[Tensor, int], Tensor]
     unpack: Callable[[Tensor, int, int], Tensor]
     size: Callable[[int, int], int]
+    holds: frozenset[int] | None = None
 
 
 def get_layout(name: str) -> Layout:

@@ -37,4 +37,4 @@ def _check(bits: int) -> None:
         raise FormatError(f"packing=base3 stores ternary codes of 2 bits, not codes of {bits} bits; use packing=dense.")
 
 
-PART = Layout("base3", pack, unpack, size)
+PART = Layout("base3", pack, unpack, size, holds=frozenset((0, 1, 3)))

@@ -45,7 +45,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(data: Tensor, bits: int, count: int) -> Tensor:
     """uint8 [size(n, bits)] -> uint8 (int32 above 8 bits) [n]."""
     if bits > 8:
-        return data.view(torch.int16).int() & 0xFFFF
+        return data[::2].int() | data[1::2].int() << 8
     if bits == 8:
         return data
     out = torch.empty(-(-count // 8) * 8, dtype=torch.uint8, device=data.device)

@@ -114,7 +114,14 @@ class Factored:
         return result
 
 
-ScaleLike = Tensor | QTensor | Factored
+@dataclass(frozen=True)
+class Inverse:
+    """A scale stored as its reciprocal: ``x_hat = value / divisor``, ``code = round(x * divisor)`` (NVFP4's global scale at some peers)."""
+
+    divisor: Tensor
+
+
+ScaleLike = Tensor | QTensor | Factored | Inverse
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ class QuantParams:
     """What :meth:`nybble.quantizer.Quantizer.fit` finds, or a solver or training supplies.
 
     Attributes:
-        scale: of the granularity's scale shape, or factored; None means 1.
+        scale: of the granularity's scale shape, or factored, or its reciprocal; None means 1.
         zero_point: integers of the scale's shape, in the units of codes; None means 0.
         offset: of the scale's shape, in the units of x; None means 0.
         thresholds: float32, ascending, in the units of x / scale: learned decision points instead of a tie rule (N2UQ); one
@@ -146,10 +153,21 @@ def broadcasts(shape: torch.Size | tuple[int, ...], to: tuple[int, ...]) -> bool
 
 
 def block_view(value: ScaleLike, granularity: Granularity, shape: tuple[int, ...]) -> Tensor:
-    """A scale (or zero point, offset) against ``granularity.to_blocks``: float32 [blocks, 1], or [blocks, elements] if factored."""
+    """A scale (or zero point, offset) against ``granularity.to_blocks``: float32 [blocks, 1], or [blocks, elements] if factored.
+
+    An offset that all blocks share is [1, 1]. An Inverse gives its divisor: see :func:`scale_blocks`.
+    """
+    if isinstance(value, Inverse):
+        value = value.divisor
     if isinstance(value, Factored):
         return granularity.to_blocks(value.expand(granularity, shape).expand(shape))
     return dense(value).reshape(-1, 1)
+
+
+def scale_blocks(values: Tensor, scale: ScaleLike, granularity: Granularity, shape: tuple[int, ...]) -> Tensor:
+    """``scale * value``: float32 [blocks, elements]."""
+    by = block_view(scale, granularity, shape)
+    return values / by if isinstance(scale, Inverse) else values * by
 
 
 def sub_tensors(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from nybble.ops.rounding import decode
 from nybble.packing import get_layout
 from nybble.qtensor import (
     Factored,
+    Inverse,
     QTensor,
     QuantParams,
     ScaleLike,
@@ -24,6 +25,7 @@ from nybble.qtensor import (
     block_view,
     from_spec,
     named_tensors,
+    scale_blocks,
     sub_tensors,
 )
 
@@ -59,7 +61,7 @@ class BlockQTensor(QTensor):
         if self.params.zero_point is not None:
             blocks = blocks - block_view(self.params.zero_point, self.granularity, self.shape)
         if self.params.scale is not None:
-            blocks = blocks * block_view(self.params.scale, self.granularity, self.shape)
+            blocks = scale_blocks(blocks, self.params.scale, self.granularity, self.shape)
         if self.params.offset is not None:
             blocks = blocks + block_view(self.params.offset, self.granularity, self.shape)
         return self.granularity.from_blocks(blocks, self.shape).to(dtype)
@@ -69,6 +71,8 @@ class BlockQTensor(QTensor):
         scale = self.params.scale
         if isinstance(scale, Factored):
             yield from ((f"scale.{i}", factor, "scales") for i, factor in enumerate(scale.factors))
+        elif isinstance(scale, Inverse):
+            yield "scale.divisor", scale.divisor, "scales"
         elif scale is not None:
             yield "scale", scale, "scales"
         if self.params.zero_point is not None:
@@ -106,6 +110,8 @@ class BlockQTensor(QTensor):
                 "combine": scale.combine,
                 "factors": [_part_spec(f) for f in scale.factors],
             }
+        elif isinstance(scale, Inverse):
+            found["scale"] = {"kind": "inverse", "divisor": _part_spec(scale.divisor)}
         elif scale is not None:
             found["scale"] = _part_spec(scale)
         for name in ("zero_point", "offset", "thresholds"):
@@ -135,9 +141,16 @@ class BlockQTensor(QTensor):
                 f"codes of a {fmt.name} tensor {list(shape)} are {expected} bytes; found {list(codes.shape)} of {codes.dtype}."
             )
         scale: ScaleLike | None = None
-        if isinstance(spec.get("scale"), dict) and spec["scale"].get("kind") == "factored":
+        scale_kind = spec["scale"].get("kind") if "scale" in spec else None
+        if scale_kind == "factored":
             parts = [_part(f"scale.{i}", s, tensors) for i, s in enumerate(spec["scale"]["factors"])]
             scale = Factored(tuple(parts), str(spec["scale"]["combine"]))
+        elif scale_kind == "inverse":
+            divisor = _part("scale.divisor", spec["scale"]["divisor"], tensors)
+            if not isinstance(divisor, Tensor):
+                raise FileError("the divisor of an inverse scale is a plain tensor.")
+            _check_count("scale.divisor", divisor, granularity, shape)
+            scale = Inverse(divisor)
         elif "scale" in spec:
             scale = _part("scale", spec["scale"], tensors)
             _check_count("scale", scale, granularity, shape)
@@ -145,7 +158,7 @@ class BlockQTensor(QTensor):
             k: _part(k, spec[k], tensors) for k in ("zero_point", "offset", "thresholds") if k in spec
         }
         for name in ("zero_point", "offset"):
-            if name in rest:
+            if name in rest and (name == "zero_point" or rest[name].shape != (1,)):  # one mean for all (center=mean)
                 _check_count(name, rest[name], granularity, shape)
         return BlockQTensor(fmt, granularity, shape, codes, QuantParams(scale, **rest), layout)
 

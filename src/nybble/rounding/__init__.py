@@ -24,16 +24,20 @@ class Rounding:
         tie_up: ``(lower, upper, upper_is_even) -> bool``, elementwise on arrays or tensors: whether the exact midpoint of
             the neighbouring values ``lower < upper`` goes to ``upper``; ``upper_is_even`` says which code is the even one.
         native: the format's own published encoder thresholds are used instead (only formats that have them).
+        float32_middle: the midpoint is rounded to float32 first, as encoders do that compare with ``(a + b) / 2``.
+        zero_inside: an integer zero point is added, in float32, before rounding; so the tie is between codes, not values.
         stochastic: up with probability ``(x - lower) / (upper - lower)``; needs a generator.
     """
 
     name: str
     tie_up: Callable[[Any, Any, Any], Any] | None = None
     native: bool = False
+    float32_middle: bool = False
+    zero_inside: bool = False
     stochastic: bool = False
 
 
 def get_rounding(name: str) -> Rounding:
-    """Rounding by name: ``nearest-even``, ``half-away``, ``half-up``, ``half-down``, ``native``, ``stochastic``."""
+    """Rounding by name: ``nearest-even``, ``half-away``, ``toward-zero``, ``native``, ``stochastic`` ..."""
     rounding: Rounding = REGISTRY.get(name)
     return rounding

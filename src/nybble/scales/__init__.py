@@ -22,11 +22,15 @@ REGISTRY = Registry("nybble.scales", "scale rule")
 
 @dataclass(frozen=True)
 class BlockParams:
-    """What a rule found: ``x_hat = scale * (value - zero_point)``, or ``scale * value + offset``; each float32 [blocks, 1]."""
+    """What a rule found: ``x_hat = scale * (value - zero_point)``, or ``scale * value + offset``; each float32 [blocks, 1].
+
+    ``over``: where the rule fixes the scale of the scales too, its reciprocal (float32, one element).
+    """
 
     scale: Tensor
     zero_point: Tensor | None = None
     offset: Tensor | None = None
+    over: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,11 @@ class ScaleRule(ABC):
     @property
     def has_offset(self) -> bool:
         """Whether the rule finds an offset in the units of x."""
+        return False
+
+    @property
+    def two_level(self) -> bool:
+        """Whether the rule finds the scale of the scales too, so that they need a format of their own."""
         return False
 
     @abstractmethod
@@ -104,4 +113,7 @@ def _convert(rule: str, key: str, value: str, default: object) -> object:
 
 
 def _text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return str(value).lower()

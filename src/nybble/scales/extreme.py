@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nybble.core.errors import FormatError
 from nybble.formats import NumberFormat
 from nybble.scales import BlockParams, ScaleRule
 
@@ -15,6 +16,8 @@ class Extreme(ScaleRule):
     """The larger side is exact, the other clips by up to one step."""
 
     def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
+        if not fmt.signed:
+            raise FormatError(f"scale=extreme maps the extreme to the most negative value; {fmt.name} has none.")
         where = blocks.abs().argmax(1, keepdim=True)
         return BlockParams(blocks.gather(1, where) / fmt.min)
 

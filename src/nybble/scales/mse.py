@@ -6,6 +6,7 @@ Gaussian INT4 blocks of 64 the best fraction is near 0.8, for long-tailed channe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from nybble.core.errors import FormatError, UsageError
 from nybble.formats import NumberFormat
 from nybble.ops.blocks import divide
-from nybble.ops.rounding import round_integers, round_to
+from nybble.ops.rounding import round_to, round_to_codes
+from nybble.rounding import get_rounding
 from nybble.scales import BlockParams, ScaleRule
 from nybble.scales.minmax import fit_range
 
@@ -41,17 +43,26 @@ class Mse(ScaleRule):
     def needs_integer(self) -> bool:  # noqa: D102
         return self.asymmetric
 
-    def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
+    def fit(
+        self,
+        blocks: Tensor,
+        fmt: NumberFormat,
+        rounding: str,
+        weight: Tensor | None = None,
+        project: Callable[[Tensor], Tensor] | None = None,
+    ) -> BlockParams:
+        """As ScaleRule.fit; ``project`` maps candidate scales [blocks, 1] to what would be stored (nested scales)."""
         if self.asymmetric and not fmt.is_integer:
             raise FormatError(f"mse(asymmetric=true) needs an integer format, not {fmt.name}.")
+        rounding = "nearest-even" if get_rounding(rounding).stochastic else rounding
         fractions = [1.0, *torch.linspace(self.low, self.high, self.grid).tolist()]
         low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
         largest = torch.maximum(high, -low)
         best = self._candidate(low, high, largest, 1.0, fmt)
-        least = self._error(blocks, best, fmt, rounding, weight)
+        least = self._error(blocks, best, fmt, rounding, weight, project)
         for fraction in fractions[1:]:
             candidate = self._candidate(low, high, largest, fraction, fmt)
-            error = self._error(blocks, candidate, fmt, rounding, weight)
+            error = self._error(blocks, candidate, fmt, rounding, weight, project)
             better = error < least
             least = torch.where(better, error, least)
             best = BlockParams(
@@ -68,15 +79,21 @@ class Mse(ScaleRule):
         return BlockParams(largest * fraction / fmt.absmax)
 
     def _error(
-        self, blocks: Tensor, params: BlockParams, fmt: NumberFormat, rounding: str, weight: Tensor | None
+        self,
+        blocks: Tensor,
+        params: BlockParams,
+        fmt: NumberFormat,
+        rounding: str,
+        weight: Tensor | None,
+        project: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
-        y = divide(blocks, params.scale, reciprocal=False)
+        scale = params.scale if project is None else project(params.scale)
+        y = divide(blocks, scale, reciprocal=False)
         if params.zero_point is None:
             rounded = round_to(y, fmt.name, rounding)
         else:
-            code = (round_integers(y, rounding) + params.zero_point).clamp(fmt.min, fmt.max)
-            rounded = code - params.zero_point
-        error = (rounded * params.scale - blocks).abs()
+            rounded = round_to_codes(y, params.zero_point, fmt.min, fmt.max, rounding) - params.zero_point
+        error = (rounded * scale - blocks).abs()
         error = error.square() if self.p == 2 else error.pow(self.p)
         return (error if weight is None else error * weight).sum(1, keepdim=True)
 

@@ -32,7 +32,7 @@ class Percentile(ScaleRule):
         ordered = magnitude.sort(1).values
         # A NaN sorts last and would hide at a percentile below 100: it must reach the scale.
         poison = magnitude.amax(1, keepdim=True) * 0
-        position = (blocks.shape[1] - count) + (count - 1) * (self.p / 100)
+        position = (blocks.shape[1] - count) + (count - 1).double() * (self.p / 100)
         below = position.floor().long().clamp(0, blocks.shape[1] - 1)
         above = position.ceil().long().clamp(0, blocks.shape[1] - 1)
         low, high = ordered.gather(1, below), ordered.gather(1, above)

@@ -70,7 +70,7 @@ def make_model() -> Callable[..., Any]:
         config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(7)
-            model = auto.from_config(config).eval()
+            model = auto.from_config(config, **({"attn_implementation": "eager"} if family == "gemma2" else {})).eval()
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     if "norm" in name or ".ln_" in name:

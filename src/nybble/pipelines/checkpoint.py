@@ -1,0 +1,149 @@
+"""The files of a quantized model: one part a block while the work runs, one safetensors file when it is done.
+
+``OUT.partial/parts/block-0007.safetensors`` and its ``.json`` (descriptions and report rows) appear whole, the JSON last, so that a
+block either is done or is not. The result holds no times and no paths: the same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import nybble
+from nybble.core.errors import FileError
+from nybble.core.files import atomic_write_json
+from nybble.core.tensorfile import merge_tensorfiles, write_tensorfile
+from nybble.nn.swap import Layouts, describe, put_described, quant_modules
+from nybble.pipelines.report import LayerRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from nybble.models.source import ModelSource
+
+FORMAT_VERSION = 1
+SHARD_BYTES = 5_000_000_000
+MANIFEST = "nybble.json"
+
+
+class Parts:
+    """The parts of an unfinished model in ``folder``; with ``resume`` those of an earlier run of the same request count.
+
+    Args:
+        folder: ``OUT.partial``. request: everything that decides the bytes; a resumed run must ask for the same.
+        resume: continue; otherwise what is there is cleared.
+
+    Raises:
+        FileError: resumed with another request; names what differs.
+    """
+
+    def __init__(self, folder: Path, request: dict[str, Any], resume: bool) -> None:
+        self.folder, self.parts = folder, folder / "parts"
+        marker = folder / "request.json"
+        if marker.exists() and resume:
+            before = json.loads(marker.read_text(encoding="utf-8"))
+            differs = [key for key in sorted({*before, *request}) if before.get(key) != request.get(key)]
+            if differs:
+                key = differs[0]
+                raise FileError(
+                    f"{folder} was begun with {key}={_short(before.get(key))}, now it is {_short(request.get(key))}. "
+                    "Repeat the first command, or start anew without --resume."
+                )
+        else:
+            for child in folder.iterdir():
+                shutil.rmtree(child) if child.is_dir() else child.unlink()
+            atomic_write_json(marker, request)
+        self.parts.mkdir(exist_ok=True)
+
+    def done(self, name: str) -> bool:
+        """Whether part ``name`` is complete."""
+        return (self.parts / f"{name}.json").exists()
+
+    def write(self, name: str, prefix: str, module: nn.Module, rows: list[LayerRow]) -> None:
+        """Store a module's tensors, the descriptions of its quantized layers, and its rows."""
+        tensors = {f"{prefix}{key}": tensor for key, tensor in module.state_dict().items()}
+        layouts = Layouts()
+        modules = {f"{prefix}{key}": describe(found, layouts) for key, found in quant_modules(module)}
+        write_tensorfile(self.parts / f"{name}.safetensors", tensors, {})
+        atomic_write_json(
+            self.parts / f"{name}.json",
+            {"modules": modules, "layouts": layouts.entries, "rows": [row.to_dict() for row in rows]},
+        )
+
+    def rows(self, name: str) -> list[LayerRow]:
+        """The report rows of a finished part."""
+        return [LayerRow.from_dict(row) for row in self._json(name)["rows"]]
+
+    def restore(self, name: str, root: nn.Module, device: torch.device) -> None:
+        """Put a finished part's quantized modules and tensors into ``root`` (the whole model)."""
+        from safetensors.torch import load_file
+
+        data = self._json(name)
+        layouts = Layouts(data["layouts"])
+        with torch.device("meta"):
+            for module, entry in data["modules"].items():
+                put_described(root, module, entry, layouts)
+        tensors: dict[str, Tensor] = load_file(self.parts / f"{name}.safetensors", device=str(device))
+        root.load_state_dict(tensors, strict=False, assign=True)
+
+    def assemble(self, names: list[str], config: dict[str, Any], manifest: dict[str, Any]) -> list[LayerRow]:
+        """Merge all parts into the final files in ``folder`` and remove them; returns all rows."""
+        rows: list[LayerRow] = []
+        layouts, modules = Layouts(), {}
+        for name in names:
+            data = self._json(name)
+            rows += self.rows(name)
+            numbers = [layouts.add(entry) for entry in data["layouts"]]
+            modules |= {module: _renumber(entry, numbers) for module, entry in data["modules"].items()}
+        files = [self.parts / f"{name}.safetensors" for name in names]
+        merge_tensorfiles(files, self.folder / "model.safetensors", {"format": "pt"}, SHARD_BYTES)
+        quantization = {
+            "quant_method": "nybble",
+            "format_version": FORMAT_VERSION,
+            "nybble_version": nybble.__version__,
+            "layouts": layouts.entries,
+            "modules": modules,
+        }
+        atomic_write_json(self.folder / "config.json", config | {"quantization_config": quantization})
+        atomic_write_json(self.folder / MANIFEST, manifest | {"layers": [row.to_dict() for row in rows]})
+        shutil.rmtree(self.parts)
+        (self.folder / "request.json").unlink()
+        return rows
+
+    def _json(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.parts / f"{name}.json").read_text(encoding="utf-8"))
+        return found
+
+
+def _renumber(entry: dict[str, Any], numbers: list[int]) -> dict[str, Any]:
+    found = dict(entry)
+    if "weight" in found:
+        found["weight"] = numbers[found["weight"]]
+    if "weights" in found:
+        found["weights"] = [numbers[n] for n in found["weights"]]
+    return found
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def model_config(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json's mapping for a model, with its architecture and dtype."""
+    config = json.loads(model.config.to_json_string(use_diff=True))
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    return dict(config)
+
+
+def save_side_files(source: ModelSource, model: PreTrainedModel, folder: Path) -> None:
+    """Tokenizer and generation config beside the weights."""
+    source.tokenizer().save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)

@@ -1,0 +1,436 @@
+"""The main job: a float model becomes a quantized one, block after block.
+
+    1. open the source; a skeleton of the model without weights
+    2. match the scheme, check shapes, estimate memory, disk and time; refuse what can't fit
+    3. calibration tokens -> hidden states before block 0 (if any step needs to see activations)
+    4. for each block: load it, see its inputs, solve its weights, write the part, move the hidden states on
+    5. what is outside the blocks; then one file, config, manifest; the folder appears
+
+Two streams of hidden states exist where steps ask for them: ``float`` (what the float network computes) and ``quantized`` (what the
+network computes with the blocks so far quantized). Memory holds one block and its activations. A killed run is resumed at the first
+block that isn't done; finished blocks are only run again to move the hidden states, from the stored codes, so the bytes are the same.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import nybble
+from nybble.core.errors import DeviceError, FileError, NybbleError, SchemeError, UsageError, within
+from nybble.core.files import AtomicFolder, need_space
+from nybble.core.progress import Progress, Silent, task
+from nybble.core.seeds import preserve_global_rng
+from nybble.data import TokenSamples, load_text, token_samples
+from nybble.models.adapter import adapter_for
+from nybble.models.source import open_source
+from nybble.models.trace import BlockCall, capture_block_calls
+from nybble.nn.swap import hold_dense
+from nybble.pipelines.activations import Activations
+from nybble.pipelines.block import solve_block
+from nybble.pipelines.checkpoint import Parts, model_config, save_side_files
+from nybble.pipelines.plan import Estimate, Plan, Target, estimate, make_plan, measure_flops, require_memory
+from nybble.pipelines.report import LayerRow, Report
+from nybble.recipe import Recipe, load_recipe
+from nybble.solvers import Solver, make_solver
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from nybble.models.source import ModelSource
+
+_OUTSIDE = "outside"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a run can be told beside model, recipe and data.
+
+    Attributes:
+        samples, seq_len: calibration sequences and their length. batch: sequences a forward takes.
+        seed: of every random choice. device: ``cpu`` or ``cuda``. dtype: of forwards and of what stays unquantized.
+        resume: continue a killed run. spill: keep hidden states in a file instead of memory.
+    """
+
+    samples: int = 128
+    seq_len: int = 512
+    batch: int = 8
+    seed: int = 0
+    device: str = "cpu"
+    dtype: torch.dtype = torch.bfloat16
+    resume: bool = False
+    spill: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "seq_len", "batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise DeviceError("no CUDA device is available (torch.cuda.is_available() is false); use --device cpu.")
+        if self.device.split(":")[0] not in ("cpu", "cuda"):
+            raise UsageError(f"device {self.device!r} is neither cpu nor cuda.")
+
+
+def quantize(
+    model: str | nn.Module,
+    recipe: str | Recipe,
+    data: str | TokenSamples = "builtin",
+    *,
+    out: str | Path | None = None,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> tuple[nn.Module | Path, Report]:
+    """Quantize a model.
+
+    Args:
+        model: what :func:`nybble.models.open_source` takes, or a transformers model in memory (changed in place).
+        recipe: a name, a YAML file, or a Recipe. data: a SRC, or tokens already cut.
+        out: a folder to write; it appears whole or not at all. None keeps the result in memory.
+        settings: sizes, device, seed. progress: told after each block. announce: gets the pre-flight lines.
+
+    Returns:
+        The quantized model, or with ``out`` its folder; and what was done.
+
+    Raises:
+        NybbleError: bad requests, files, data; nothing is left behind (a killed or interrupted run leaves OUT.partial for --resume).
+    """
+    settings = settings or Settings()
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    started = time.perf_counter()
+    with preserve_global_rng(), torch.no_grad():
+        if isinstance(model, str):
+            source = open_source(model)
+            job = Job.make(source.skeleton(settings.dtype), source, recipe, data, settings)
+        else:
+            if out is not None:
+                raise UsageError("a model in memory is quantized in memory; save it with nybble.save(model, folder).")
+            if isinstance(data, str):
+                raise UsageError("a model in memory has no tokenizer here; pass data as TokenSamples (nybble.data.token_samples).")
+            job = Job.make(model, None, recipe, data, settings)
+        for line in job.preflight(out):
+            (announce or _ignore)(line)
+        if out is None:
+            rows = job.run(None, progress or Silent())
+            return job.model, Report(layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started)
+        rows = _write(job, Path(out), progress or Silent())
+    return Path(out), Report(layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started)
+
+
+def _write(job: Job, out: Path, progress: Progress) -> list[LayerRow]:
+    folder = AtomicFolder(out, resumable=True)
+    try:
+        with folder as partial:
+            parts = Parts(partial, job.request(), job.settings.resume)
+            job.run(parts, progress)
+            assert job.source is not None
+            save_side_files(job.source, job.model, partial)
+            return parts.assemble(job.part_names(), model_config(job.model, job.settings.dtype), job.manifest())
+    except NybbleError as error:
+        # A bad request leaves nothing; what could go on once there is room (a full disk) or the same request stays.
+        if not isinstance(error, FileError):
+            shutil.rmtree(folder.partial, ignore_errors=True)
+        raise
+
+
+@dataclass
+class Job:
+    """One run: the model, what is to be done to it, and the hidden states on their way through it."""
+
+    model: Any
+    source: ModelSource | None
+    recipe: Recipe
+    solver: Solver
+    plan: Plan
+    settings: Settings
+    tokens: TokenSamples | None
+    estimate: Estimate
+    streams: dict[str, Activations] = field(default_factory=dict)
+    calls: dict[int, list[BlockCall]] = field(default_factory=dict)
+
+    @staticmethod
+    def make(
+        model: PreTrainedModel | nn.Module, source: ModelSource | None, recipe: Recipe, data: str | TokenSamples, settings: Settings
+    ) -> Job:
+        """Check the request against the model; nothing heavy runs."""
+        if len(recipe.steps) != 1:
+            raise SchemeError(f"recipe {recipe.name!r} has {len(recipe.steps)} solvers; a weight can be solved once.")
+        solver = make_solver(recipe.steps[0].name, recipe.steps[0].options)
+        with within(f"recipe {recipe.name}"):
+            plan = make_plan(model, adapter_for(model), recipe.scheme, solver)
+        needs_data = solver.needs_second_moment or plan.needs_ranges
+        tokens = None
+        if needs_data and isinstance(data, str):
+            assert source is not None
+            tokenizer = source.tokenizer()
+            text = load_text(data, "calibration", tokenizer)
+            tokens = token_samples(text, tokenizer, samples=settings.samples, seq_len=settings.seq_len, seed=settings.seed)
+        elif needs_data and isinstance(data, TokenSamples):
+            tokens = data
+        device = torch.device(settings.device)
+        sizes = (0, 0) if tokens is None else (tokens.input_ids.shape[0], tokens.input_ids.shape[1])
+        cost = estimate(
+            model, adapter_for(model), plan, solver, samples=sizes[0], seq_len=sizes[1], batch=settings.batch, streams=1,
+            dtype=settings.dtype, spilled=settings.spill, flops=measure_flops(device, settings.dtype),
+        )
+        return Job(model, source, recipe, solver, plan, settings, tokens, cost)
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks run."""
+        return torch.device(self.settings.device)
+
+    def part_names(self) -> list[str]:
+        """Names of all parts, in order."""
+        return [_part(i) for i in range(len(self.plan.blocks))] + [_OUTSIDE]
+
+    def preflight(self, out: str | Path | None) -> list[str]:
+        """What will be done, in lines; raises if memory or disk can't hold it."""
+        counts = ", ".join(f"{pattern}: {count}" for pattern, count in self.plan.counts.items())
+        data = "no calibration" if self.tokens is None else "calibration {} x {} tokens".format(*self.tokens.input_ids.shape)
+        lines = [
+            f"{self.plan.targets} weights in {len(self.plan.blocks)} blocks ({counts}); {data}",
+            f"about {self.estimate.memory / 1e9:.2f} GB of memory, {self.estimate.disk / 1e9:.2f} GB of disk, "
+            f"{self.estimate.seconds:.0f} s on {self.settings.device}",
+        ]
+        if self.source is not None and self.source.note:
+            lines.append(self.source.note)
+        require_memory(self.estimate.memory, self.device)
+        if out is not None:
+            need_space(out, self.estimate.disk)
+        return lines
+
+    def request(self) -> dict[str, Any]:
+        """Everything that decides the bytes of the result."""
+        return {
+            "format_version": 1,
+            "model": "" if self.source is None else self.source.fingerprint(),
+            "recipe": self.recipe.to_dict(),
+            "data": None if self.tokens is None else self.tokens.manifest(),
+            "settings": {
+                "seed": self.settings.seed, "batch": self.settings.batch, "device": self.settings.device, "dtype": str(self.settings.dtype),
+            },
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+        }
+
+    def manifest(self) -> dict[str, Any]:
+        """What a file says of its origin: :meth:`request`, without what differs between machines."""
+        known = self.request()
+        known.pop("threads")
+        return known
+
+    # ------------------------------------------------------------------------------------------------ the walk
+    def run(self, parts: Parts | None, progress: Progress) -> list[LayerRow]:
+        """Quantize every block, then what is outside them; returns all rows."""
+        self._load_outside()
+        if self.tokens is not None:
+            self._begin(self.tokens.input_ids, parts)
+        rows: list[LayerRow] = []
+        try:
+            with task(progress, len(self.plan.blocks) + 1, f"quantize ({self.recipe.name})") as bar:
+                for index in range(len(self.plan.blocks)):
+                    rows += self._block(index, parts)
+                    bar.advance(note=rows[-1].name if rows else "")
+                rows += self._outside(parts)
+                bar.advance(note="")
+        finally:
+            for stream in self.streams.values():
+                stream.close()
+        return rows
+
+    def _block(self, index: int, parts: Parts | None) -> list[LayerRow]:
+        adapter = adapter_for(self.model)
+        name, prefix = _part(index), adapter.block_name(index)
+        block = adapter.blocks_of(self.model)[index]
+        finished = parts is not None and parts.done(name)
+        moves_on = self.tokens is not None and index + 1 < len(self.plan.blocks)
+        if finished and self.solver.path == "quantized":
+            assert parts is not None
+            if moves_on:
+                parts.restore(name, self.model, self.device)
+                self._advance(block, index)
+            self._release(block)
+            return parts.rows(name)
+        originals = self._load_block(block, prefix)
+        if finished:
+            assert parts is not None
+            if moves_on:
+                self._advance(block, index)
+            self._release(block)
+            return parts.rows(name)
+        stream = self.streams.get(self.solver.path)
+        batches = None if stream is None else lambda: self._batches(stream, index)
+        tokens = 0 if self.tokens is None else self.tokens.tokens
+        targets = self.plan.blocks[index]
+        if self.solver.path == "float" and moves_on and batches is not None:
+            # The float stream moves on after the block was seen and before its weights change.
+            after = self._outputs_while_solving(block, prefix, targets, batches, tokens, originals, stream)
+            rows = after
+        else:
+            rows = solve_block(block, prefix, targets, self.solver, batches, tokens, originals)
+            if moves_on:
+                self._advance(block, index)
+        if parts is not None:
+            parts.write(name, f"{prefix}.", block, rows)
+            self._release(block)
+        return rows
+
+    def _outputs_while_solving(
+        self, block: nn.Module, prefix: str, targets: tuple[Target, ...], batches: Any, tokens: int, originals: dict[str, Tensor],
+        stream: Activations | None,
+    ) -> list[LayerRow]:
+        """Solve on the float path: collect the float outputs first, put them in the stream once the weights are solved."""
+        assert stream is not None
+        outputs = [call.run(block, hidden).to("cpu") for call, hidden in batches()]
+        rows = solve_block(block, prefix, targets, self.solver, batches, tokens, originals)
+        start = 0
+        for output in outputs:
+            stream.write(start, output)
+            start += output.shape[0]
+        return rows
+
+    def _advance(self, block: nn.Module, index: int) -> None:
+        """Run the block on its stream; its outputs become the next block's inputs."""
+        stream = self.streams[self.solver.path]
+        hold_dense(block, self.settings.dtype)
+        start = 0
+        for call, hidden in self._batches(stream, index):
+            output = call.run(block, hidden)
+            stream.write(start, output)
+            start += output.shape[0]
+        hold_dense(block, None)
+        if not stream.finite():
+            raise SchemeError(f"the outputs of block {index} hold NaN or Inf; try another dtype or a gentler scheme.")
+
+    def _outside(self, parts: Parts | None) -> list[LayerRow]:
+        if parts is not None and parts.done(_OUTSIDE):
+            return parts.rows(_OUTSIDE)
+        originals = {}
+        if self.source is not None and self.plan.outside:
+            originals = self.source.load([f"{t.name}.weight" for t in self.plan.outside], device=self.device)
+        rows = []
+        for target in self.plan.outside:
+            rows += solve_block(self.model, "", [target], self.solver, None, 0, originals)
+        if parts is not None:
+            parts.write(_OUTSIDE, "", self._only_outside(), rows)
+        return rows
+
+    def _only_outside(self) -> nn.Module:
+        """The model without its blocks, as a module whose state dict is what no block part holds."""
+        adapter = adapter_for(self.model)
+        view = _View(self.model, f"{adapter.blocks}.")
+        return view
+
+    # ------------------------------------------------------------------------------------------------ weights and streams
+    def _load_outside(self) -> None:
+        if self.source is None:
+            return
+        adapter = adapter_for(self.model)
+        names = [n for n in adapter.outside(self.model) if n in self.source.stored()]
+        self.model.load_state_dict(
+            self.source.load(names, dtype=self.settings.dtype, device=self.device), strict=False, assign=True
+        )
+        self.model.tie_weights()
+        for buffer_name, buffer in self.model.named_buffers():
+            if buffer.device != self.device and buffer.device.type != "meta":
+                owner, _, leaf = buffer_name.rpartition(".")
+                self.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
+
+    def _load_block(self, block: nn.Module, prefix: str) -> dict[str, Tensor]:
+        """Fill a block from the source; returns its parameters in the source's precision, names relative to it."""
+        if self.source is None:
+            return {}
+        names = [f"{prefix}.{n}" for n, _ in block.named_parameters()] + [
+            f"{prefix}.{n}" for n in block.state_dict() if f"{prefix}.{n}" in self.source.stored()
+        ]
+        names = list(dict.fromkeys(names))
+        found = {n.removeprefix(f"{prefix}."): t for n, t in self.source.load(names, device=self.device).items()}
+        cast = {n: t.to(self.settings.dtype) if t.is_floating_point() else t for n, t in found.items()}
+        block.load_state_dict(cast, strict=False, assign=True)
+        return found
+
+    def _release(self, block: nn.Module) -> None:
+        """Give the memory of a finished block back."""
+        if self.source is not None:
+            block.to("meta")
+
+    def _begin(self, input_ids: Tensor, parts: Parts | None) -> None:
+        """Hidden states before block 0, and how every block is called, for each size of batch."""
+        width = 0
+        for start in range(0, input_ids.shape[0], self.settings.batch):
+            ids = input_ids[start : start + self.settings.batch].to(self.device)
+            calls = self.calls.get(ids.shape[0])
+            if calls is None or start:
+                calls = capture_block_calls(self.model, ids)
+                self.calls.setdefault(ids.shape[0], calls)
+            hidden = calls[0].hidden
+            assert hidden is not None
+            if not self.streams:
+                width = hidden.shape[-1]
+                spill = parts.folder / "hidden.bin" if self.settings.spill and parts is not None else None
+                shape = (*input_ids.shape, width)
+                self.streams[self.solver.path] = Activations(shape, hidden.dtype, self.device, spill)
+            self.streams[self.solver.path].write(start, hidden)
+
+    def _batches(self, stream: Activations, index: int) -> Iterator[tuple[BlockCall, Tensor]]:
+        for start in range(0, len(stream), self.settings.batch):
+            hidden = stream.read(start, min(start + self.settings.batch, len(stream)))
+            yield self.calls[hidden.shape[0]][index], hidden
+
+
+class _View(nn.Module):
+    """Another module's state without the part under a prefix."""
+
+    def __init__(self, model: nn.Module, without: str) -> None:
+        super().__init__()
+        self._model = (model,)
+        self.without = without
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """All stored tensors outside; of tied ones only the first name."""
+        seen: set[int] = set()
+        kept = {}
+        for name, tensor in self._model[0].state_dict(keep_vars=True).items():
+            if name.startswith(self.without) or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            kept[name] = tensor.detach()
+        return kept
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """The modules outside."""
+        for name, module in self._model[0].named_modules():
+            if not f"{name}.".startswith(self.without):
+                yield name, module
+
+
+def _part(index: int) -> str:
+    return f"block-{index:04d}"
+
+
+def _ignore(line: str) -> None:
+    return None
+
+
+def versions() -> dict[str, str]:
+    """Versions that may change a number."""
+    import transformers
+
+    return {
+        "nybble": nybble.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+__all__ = ["Job", "Settings", "quantize", "versions"]

@@ -1,0 +1,46 @@
+"""NVFP4 as compressed-tensors calculates it: one stored divisor for the tensor, E4M3 scales below it.
+
+    divisor = 448 * 6 / max|x|          scale = E4M3(divisor * (amax / 6))          x_hat = scale / divisor * value
+
+The plain nested form (``nvfp4``) multiplies by max|x| / 2688 instead of dividing by its reciprocal; the two differ in last bits, and so
+in a few codes. A scale that E4M3 would round to 0 becomes 0.125, an overflowing divisor 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nybble.core.errors import UsageError
+from nybble.formats import NumberFormat
+from nybble.scales import BlockParams, ScaleRule
+
+_VANISHES = 2.0**-10  # E4M3's smallest subnormal is 2^-9; a tie goes to the even code, 0
+_INSTEAD = 0.125
+
+
+@dataclass(frozen=True)
+class TwoLevel(ScaleRule):
+    """``inner``: largest value of the scales' format."""
+
+    inner: float = 448.0
+
+    def __post_init__(self) -> None:
+        if not self.inner > 0:
+            raise UsageError(f"two-level(inner={self.inner:g}): the largest value of the scales' format is positive (E4M3: 448).")
+
+    @property
+    def two_level(self) -> bool:  # noqa: D102
+        return True
+
+    def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
+        amax = blocks.abs().amax(1, keepdim=True)
+        divisor = self.inner * fmt.absmax / amax.max()
+        divisor = torch.where(divisor.isinf(), torch.ones_like(divisor), divisor)
+        scale = amax / fmt.absmax
+        return BlockParams(torch.where(scale * divisor <= _VANISHES, _INSTEAD / divisor, scale), over=divisor)
+
+
+PART = TwoLevel
