@@ -1,3 +1,45 @@
-"""nybble: low-bit neural networks, any published method on any number format."""
+"""nybble: low-bit neural networks, any published method on any number format.
+
+>>> import nybble
+>>> str(nybble.Quantizer("float4_e2m1fn", group=32))
+'float4_e2m1fn group=32'
+
+Importing it is light (no torch, no transformers until a name is used). Once transformers is imported, models that nybble wrote load with
+``AutoModelForCausalLM.from_pretrained``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from nybble.core.imports import when_imported
 
 __version__ = "0.1.0"
+
+_NAMES = {
+    "Quantizer": "nybble.quantizer",
+    "QTensor": "nybble.qtensor",
+    "Scheme": "nybble.scheme",
+    "Recipe": "nybble.recipe",
+    "Settings": "nybble.pipelines.quantize",
+    "quantize": "nybble.pipelines.quantize",
+    "load": "nybble.pipelines.load",
+    "save": "nybble.pipelines.load",
+    "evaluate": "nybble.eval",
+}
+
+__all__ = [*_NAMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'nybble' has no attribute {name!r}")
+    return getattr(importlib.import_module(_NAMES[name]), name)
+
+
+def _register() -> None:
+    importlib.import_module("nybble.nn.transformers_quantizer")
+
+
+when_imported("transformers.quantizers.auto", _register)

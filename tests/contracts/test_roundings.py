@@ -97,7 +97,7 @@ def test_stochastic_stays_between_the_neighbours(name: str) -> None:
     grid = torch.from_numpy(fmt.grid.astype(np.float32))
     for _ in range(4):
         assert torch.equal(round_stochastic(grid, name, generator), grid), "a value of the grid moved"
-    x = (grid[:-1] + grid[1:]) / 2
+    x = grid[:-1] / 2 + grid[1:] / 2
     rounded = round_stochastic(x, name, generator)
     assert ((rounded == grid[:-1]) | (rounded == grid[1:])).all()
     out = round_stochastic(torch.tensor([torch.inf, -torch.inf, torch.nan]), name, generator)

@@ -105,12 +105,12 @@ class NumberFormat(ABC):
 
     @property
     def smallest(self) -> float:
-        """Smallest positive value (subnormals included)."""
-        return float(self.grid[self.grid > 0][0])
+        """Smallest magnitude above zero (subnormals included)."""
+        return float(np.abs(self.grid[self.grid != 0]).min())
 
     @property
     def min_normal(self) -> float:
-        """Smallest normal value of a floating-point format; elsewhere the smallest positive value."""
+        """Smallest normal value of a floating-point format; elsewhere :attr:`smallest`."""
         return self.smallest
 
     @property
@@ -151,7 +151,7 @@ def _thresholds(fmt: NumberFormat, rounding_name: str) -> np.ndarray:
     even = np.where(lower_even == upper_even, np.abs(upper) < np.abs(lower), upper_even)
     middle = lower / 2 + upper / 2
     if rounding.float32_middle:
-        middle = ((lower.astype(np.float32) + upper.astype(np.float32)) * np.float32(0.5)).astype(np.float64)
+        middle = middle.astype(np.float32).astype(np.float64)
     with np.errstate(over="ignore"):
         nearest = middle.astype(np.float32)
     above = np.where(nearest.astype(np.float64) >= middle, nearest, np.nextafter(nearest, np.float32(np.inf)))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nybble.formats._base import NumberFormat
+from nybble.rounding import get_rounding
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class BinaryFormat(NumberFormat):
         return np.array([-1.0, 1.0])
 
     def thresholds(self, rounding: str = "nearest-even") -> np.ndarray:  # noqa: D102
+        if get_rounding(rounding).tie_up is None:
+            return super().thresholds(rounding)
         return np.zeros(1, dtype=np.float32)
 
 

@@ -5,8 +5,9 @@
     3 bits:  byte 0            byte 1            byte 2
              c2 c2 c1 c1 c1 c0 c0 c0   c5 c4 c4 c4 c3 c3 c3 c2   c7 c7 c7 c6 c6 c6 c5 c5      (bit 7 left, bit 0 right)
 
-For 4 bits that is "low nibble first", as compressed-tensors and most of the field have it. Eight codes fill ``bits`` bytes, so eight
-at a time are gathered in one 64-bit word. Codes of more than 8 bits take two bytes each.
+For 4 bits that is "low nibble first", as compressed-tensors and most of the field have it. Where codes divide a byte
+they are shifted into place; elsewhere eight codes fill ``bits`` bytes, so eight at a time are gathered in one 64-bit
+word. Codes of more than 8 bits take two bytes each.
 """
 
 from __future__ import annotations
@@ -31,6 +32,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.clone()
     count = codes.numel()
+    if bits in (1, 2, 4):
+        per = 8 // bits
+        rows = torch.nn.functional.pad(codes, (0, -count % per)).view(-1, per)
+        data = rows[:, 0].clone()
+        for place in range(1, per):
+            data |= rows[:, place] << (place * bits)
+        return data
     out = torch.empty(-(-count // 8) * bits, dtype=torch.uint8, device=codes.device)
     shifts = torch.arange(0, 8 * bits, bits, device=codes.device)
     for start in range(0, count, _CHUNK):
@@ -48,6 +56,9 @@ def unpack(data: Tensor, bits: int, count: int) -> Tensor:
         return data[::2].int() | data[1::2].int() << 8
     if bits == 8:
         return data
+    if bits in (1, 2, 4):
+        columns = [(data >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+        return torch.stack(columns, 1).view(-1)[:count]
     out = torch.empty(-(-count // 8) * 8, dtype=torch.uint8, device=data.device)
     shifts = torch.arange(0, 8 * bits, bits, device=data.device)
     mask = 2**bits - 1

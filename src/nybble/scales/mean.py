@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nybble.formats import NumberFormat
@@ -15,11 +16,13 @@ class Mean(ScaleRule):
     """Weighted mean of the magnitudes."""
 
     def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
+        magnitude = blocks.abs().double()  # sums of float32 could overflow
         if weight is None:
-            return BlockParams(blocks.abs().mean(1, keepdim=True))
-        weight = weight.to(blocks.dtype).expand_as(blocks)
+            return BlockParams(magnitude.mean(1, keepdim=True).float())
+        weight = weight.double().expand_as(blocks)
         total = weight.sum(1, keepdim=True)
-        return BlockParams((blocks.abs() * weight).sum(1, keepdim=True) / total.clamp(min=1e-38))
+        mean = (magnitude * weight).sum(1, keepdim=True) / torch.where(total == 0, 1.0, total)
+        return BlockParams(mean.float())
 
 
 PART = Mean

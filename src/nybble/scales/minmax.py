@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nybble.formats import NumberFormat
+from nybble.ops.blocks import safe_divisor
 from nybble.scales import BlockParams, ScaleRule
 
 
@@ -41,15 +42,19 @@ class MinMax(ScaleRule):
 
 def fit_range(low: Tensor, high: Tensor, fmt: NumberFormat, offset: bool) -> BlockParams:
     """Parameters that spread ``low .. high`` (float32 [blocks, 1]) over the format."""
-    span = fmt.max - fmt.min
     if offset:
-        scale = (high - low) / span
+        scale = _divided(high, low, fmt.max - fmt.min)
         return BlockParams(scale, offset=low - scale * fmt.min)
     low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = (high - low) / span
-    divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
-    zero_point = torch.round(fmt.min - low / divisor).clamp(fmt.min, fmt.max)
+    scale = _divided(high, low, fmt.max - fmt.min)
+    zero_point = torch.round(fmt.min - low / safe_divisor(scale)).clamp(fmt.min, fmt.max)
     return BlockParams(scale, zero_point=zero_point)
+
+
+def _divided(high: Tensor, low: Tensor, span: float) -> Tensor:
+    """``(high - low) / span``, also where the difference overflows."""
+    width = high - low
+    return torch.where(width.isfinite(), width / span, high / span - low / span)
 
 
 PART = MinMax

@@ -1,0 +1,51 @@
+"""Doing something once another package is imported, without importing it now."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+
+def when_imported(name: str, action: Callable[[], None]) -> None:
+    """Call ``action`` right after module ``name`` was imported; now, if it already is."""
+    if name in sys.modules:
+        action()
+    else:
+        sys.meta_path.insert(0, _Waiting(name, action))
+
+
+class _Waiting(importlib.abc.MetaPathFinder):
+    """Finds nothing itself: wraps the loader that the other finders find, then steps aside."""
+
+    def __init__(self, name: str, action: Callable[[], None]) -> None:
+        self.name, self.action = name, action
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return None
+        spec.loader = _Then(spec.loader, self.action)
+        return spec
+
+
+class _Then(importlib.abc.Loader):
+    """A loader that calls ``action`` after the module ran."""
+
+    def __init__(self, loader: importlib.abc.Loader, action: Callable[[], None]) -> None:
+        self.loader, self.action = loader, action
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        self.action()

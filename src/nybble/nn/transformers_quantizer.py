@@ -1,0 +1,91 @@
+"""``transformers.AutoModelForCausalLM.from_pretrained(OUT)`` after ``import nybble``: the quantizer that transformers calls.
+
+Only hooks that transformers 5.17 and 5.23 share are overridden. Before weights are loaded every described module is replaced by its
+empty quantized version, whose buffers have the checkpoint's names, shapes and dtypes; then the ordinary loader fills them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from nybble.core.errors import FileError
+from nybble.nn.experts import PackedExperts
+from nybble.nn.swap import Layouts, put_described
+
+FORMAT_VERSION = 1
+
+
+@register_quantization_config("nybble")
+class NybbleConfig(QuantizationConfigMixin):
+    """``quantization_config`` of config.json.
+
+    Args:
+        modules: name -> description of a quantized module. layouts: what the descriptions number.
+        format_version: of the file. rest: versions and the like, kept as they came.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, dict[str, Any]] | None = None,
+        layouts: list[dict[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **rest: Any,
+    ) -> None:
+        self.quant_method = "nybble"
+        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+            raise FileError(f"the file has nybble format version {format_version!r}; this nybble reads up to {FORMAT_VERSION}. Update nybble.")
+        if not isinstance(modules, dict) or not isinstance(layouts, list):
+            raise FileError("quantization_config lacks 'modules' or 'layouts': this is not a checkpoint that nybble wrote.")
+        self.modules, self.layouts, self.format_version = modules, layouts, format_version
+        self.rest = {k: v for k, v in rest.items() if k != "quant_method"}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As config.json holds it."""
+        return {
+            "quant_method": "nybble",
+            "format_version": self.format_version,
+            **self.rest,
+            "layouts": self.layouts,
+            "modules": self.modules,
+        }
+
+
+@register_quantizer("nybble")
+class NybbleHfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads checkpoints that nybble wrote; it quantizes nothing itself (``nybble quantize`` does)."""
+
+    requires_calibration = True
+    quantization_config: NybbleConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing beside nybble is needed."""
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        layouts = Layouts(self.quantization_config.layouts)
+        with torch.device("meta"):
+            for name, entry in self.quantization_config.modules.items():
+                put_described(model, name, entry, layouts)
+        if any(isinstance(module, PackedExperts) for module in model.modules()):
+            use_eager_experts(model)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """``save_pretrained`` writes the same tensors again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The codes are fixed."""
+        return False
+
+
+def use_eager_experts(model: nn.Module) -> None:
+    """Let mixture-of-experts layers take their matrices one expert at a time, as packed experts give them."""
+    config = model.config
+    for part in {id(c): c for c in (config, getattr(config, "text_config", None)) if c is not None}.values():
+        part._experts_implementation = "eager"

@@ -1,0 +1,267 @@
+"""What every scale rule must do, alone and inside a Quantizer."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from nybble.core.errors import FormatError, SchemeError
+from nybble.formats import get_format
+from nybble.ops.blocks import divide
+from nybble.ops.rounding import round_to
+from nybble.ops.scaling import POW2_MODES, pow2_scale
+from nybble.qtensor import Factored, QTensor, QuantParams, dense
+from nybble.quantizer import Quantizer
+from nybble.scales import REGISTRY, BlockParams, ScaleRule, parse_scale_rule
+from nybble.scales.absmax import AbsMax
+from nybble.scales.mse import Mse
+
+RULES = REGISTRY.names()
+FORMATS = ("float4_e2m1fn", "int4", "int4_full", "uint8", "nf4", "float8_e4m3fn", "dybit4", "binary", "linear4", "int1_full")
+
+
+def blocks() -> dict[str, Tensor]:
+    """float32 [blocks, 32] by what is hard about them."""
+    normal = torch.randn(8, 32)
+    outlier = normal.clone()
+    outlier[:, 5] = 1e4
+    return {
+        "normal": normal,
+        "zero": torch.zeros(2, 32),
+        "constant": torch.full((2, 32), 0.37) * torch.tensor([[1.0], [-1.0]]),
+        "outlier": outlier,
+        "positive": normal.abs() + 1,
+        "tiny": normal * 1e-38,
+        "huge": normal.clamp(-1.6, 1.6) * 1e38,
+        "subnormal": normal.sign() * torch.linspace(1, 40, 32).floor() * 2.0**-149,
+        "one subnormal": torch.eye(4, 32) * 2.0**-149,
+        "mixed": torch.cat([normal[:2], torch.zeros(1, 32), normal[:1] * 1e-38, normal[:1].clamp(-1.6, 1.6) * 1e38]),
+    }
+
+
+def rule_of(name: str) -> ScaleRule:
+    return parse_scale_rule(name)
+
+
+def fitted(rule: ScaleRule, x: Tensor, fmt: str, weight: Tensor | None = None) -> BlockParams | None:
+    """What the rule finds, or None where it takes no such format."""
+    try:
+        return rule.fit(x, get_format(fmt), "nearest-even", weight)
+    except FormatError:
+        return None
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("name", RULES)
+def test_alone(name: str, fmt: str) -> None:
+    """One finite parameter a block; only a block with no magnitude to speak of may get scale 0."""
+    rule = rule_of(name)
+    if rule.needs_integer and not get_format(fmt).is_integer:
+        return
+    for what, x in blocks().items():
+        found = fitted(rule, x, fmt)
+        if found is None:
+            continue
+        for value in (found.scale, found.zero_point, found.offset):
+            assert value is None or (value.shape == (len(x), 1) and value.dtype == torch.float32), what
+            assert value is None or value.isfinite().all(), what
+        if what not in ("zero", "constant", "subnormal", "one subnormal", "mixed", "tiny"):
+            assert (found.scale != 0).all(), what
+        again = rule.fit(x.clone(), get_format(fmt), "nearest-even")
+        assert torch.equal(again.scale, found.scale), f"{what}: not deterministic"
+
+
+@pytest.mark.parametrize("scale_format", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("name", RULES)
+def test_in_a_quantizer(name: str, fmt: str, scale_format: str) -> None:
+    """Stored scales are finite and not zero; positive, but where the rule puts a sign on them. Values stay finite."""
+    rule = rule_of(name)
+    words = f"scale={name}" + ("" if name == "one" else f" scale_format={scale_format}")
+    if rule.two_level:
+        words = f"scale={name} scale_format=(float8_e4m3fn tensor)"
+    if rule.has_offset or rule.needs_integer:
+        words += f" offset_format={scale_format}"
+    try:
+        q = Quantizer(f"{fmt} group=32 {words}")
+    except SchemeError:
+        assert (rule.needs_integer and not get_format(fmt).is_integer) or (
+            rule.two_level and isinstance(scale_format, Quantizer)
+        )
+        return
+    for what, x in blocks().items():
+        try:
+            params = q.fit(x)
+        except FormatError:
+            assert name == "extreme" and not get_format(fmt).signed
+            continue
+        out = q.fake_quantize(x)
+        # Half-precision scales of 1e38 saturate; only then may an element leave the float32 range.
+        assert out.isfinite().all(), what
+        if params.scale is None:
+            assert name == "one"
+            continue
+        assert not isinstance(params.scale, Factored)
+        assert isinstance(params.scale, Tensor | QTensor)
+        scale = dense(params.scale)
+        assert scale.isfinite().all() and (scale != 0).all(), what
+        if name != "extreme":
+            assert (scale > 0).all(), what
+        if what == "zero" and 0 in get_format(fmt).grid:
+            assert (out == 0).all()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_nan_reaches_the_result(name: str) -> None:
+    rule = rule_of(name)
+    for fmt in FORMATS:
+        if name == "one" or (rule.needs_integer and not get_format(fmt).is_integer):
+            continue
+        words = f"scale={name}" + (" scale_format=(float8_e4m3fn tensor)" if rule.two_level else "")
+        x = torch.randn(2, 32)
+        x[0, 3] = torch.nan
+        try:
+            q = Quantizer(f"{fmt} group=32 {words}")
+            assert q.fake_quantize(x)[0].isnan().any(), (name, fmt)
+            assert q.quantize(x).dequantize()[0].isnan().any(), (name, fmt)
+        except FormatError:
+            assert name == "extreme"
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_padding_takes_no_part(name: str) -> None:
+    """A short block gets the parameters that it would get alone (weight 0 on what is padded)."""
+    rule = rule_of(name)
+    if name == "one":
+        return
+    x = torch.randn(1, 20) + 3
+    padded = torch.nn.functional.pad(x, (0, 12))
+    mask = (torch.arange(32) < 20).float()[None]
+    for fmt in ("int4_full", "uint8"):
+        alone, short = fitted(rule, x, fmt), fitted(rule, padded, fmt, mask)
+        if alone is None or short is None:
+            assert name == "extreme"
+            continue
+        for a, b in ((alone.scale, short.scale), (alone.zero_point, short.zero_point), (alone.offset, short.offset)):
+            assert (a is None) == (b is None)
+            # means add up in another order
+            assert a is None or b is None or torch.allclose(a, b, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_text_leads_back(name: str) -> None:
+    rule = rule_of(name)
+    assert str(rule) == name and rule_of(str(rule)) == rule
+    assert type(rule).__doc__
+
+
+def test_options_keep_every_digit() -> None:
+    for rule in (Mse(grid=7, low=0.123456789, high=1.1), AbsMax(target=7.5), AbsMax(target=1e-7), Mse(p=2.4)):
+        assert parse_scale_rule(str(rule)) == rule
+    assert str(AbsMax(target=7.5)) == "absmax(target=7.5)"
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("p", [2.0, 2.4])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("fmt", ["int4_full", "float4_e2m1fn", "nf4", "dybit4"])
+def test_mse_is_never_worse_than_absmax(fmt: str, weighted: bool, p: float, asymmetric: bool) -> None:
+    """On the objective it states, block by block; and better somewhere, or the search is a no-op."""
+    form = get_format(fmt)
+    if asymmetric and not form.is_integer:
+        return
+    rule = Mse(p=p, asymmetric=asymmetric)
+    better = 0
+    for what, x in blocks().items():
+        if what in ("huge", "mixed"):  # squares overflow: nothing can be less
+            continue
+        weight = torch.rand(x.shape) if weighted else None
+
+        def loss(found: BlockParams, x: Tensor = x, weight: Tensor | None = weight) -> Tensor:
+            y = divide(x, found.scale, reciprocal=False)
+            if found.zero_point is None:
+                value = round_to(y, fmt, "nearest-even")
+            else:
+                code = (torch.round(y) + found.zero_point).clamp(form.min, form.max)
+                value = code - found.zero_point
+            error = (value * found.scale - x).abs().double() ** p
+            return (error if weight is None else error * weight).sum(1)
+
+        start = Mse(grid=1, low=0.9999, high=1.0, p=p, asymmetric=asymmetric).fit(x, form, "nearest-even", weight)
+        base = rule_of("minmax" if asymmetric else "absmax").fit(x, form, "nearest-even", weight)
+        found, least = loss(rule.fit(x, form, "nearest-even", weight)), loss(base)
+        assert start.scale.shape == base.scale.shape
+        # the search adds up in float32: allow its rounding
+        assert (found <= least * (1 + 1e-5)).all(), what
+        better += int((found < least * 0.99).sum())
+    assert better > 0, "the search found nothing"
+
+
+@pytest.mark.parametrize("mode", POW2_MODES)
+@pytest.mark.parametrize("fmt", ["float4_e2m1fn", "float8_e4m3fn", "float8_e5m2", "float6_e2m3fn", "int8", "int4"])
+def test_pow2_by_its_formula(fmt: str, mode: str) -> None:
+    """The exponents by exact integer arithmetic in Python, over all binades, at and beside every power of two."""
+    form = get_format(fmt)
+    powers = torch.tensor([2.0**e for e in range(-149, 128)])
+    factors = torch.tensor([1.0, 1.25, 1.4999999, 1.5, 1.75, 1.875, 1.9375, 1.9999999, form.absmax / 2 ** int(math.log2(form.absmax))])
+    amax = (powers[:, None] * factors).reshape(-1)
+    amax = torch.cat([amax, torch.nextafter(amax, torch.tensor(0.0)), torch.nextafter(amax, torch.tensor(torch.inf))])
+    amax = amax[amax.isfinite() & (amax > 0)]
+    emax = math.frexp(form.absmax)[1] - 1
+    mantissa_bits = getattr(form, "m", 0)
+    want = []
+    for a in amax.tolist():
+        m, e = math.frexp(a)  # a = m 2^e, m in [0.5, 1)
+        if mode == "floor":
+            exponent = e - 1 - emax
+        elif mode == "ceil":
+            exponent = (e - 1 if m == 0.5 else e) - emax
+        elif mode == "even":
+            carry = round(m * 2 ** (mantissa_bits + 1) + 1e-12) == 2 ** (mantissa_bits + 1)  # half up
+            exponent = e - 1 + carry - emax
+        else:
+            exponent = math.frexp(a / form.absmax)[1] - 3
+            while form.absmax * 2.0**exponent < a:
+                exponent += 1
+        want.append(2.0 ** min(max(exponent, -127), 127))
+    scale = pow2_scale(amax, form, mode)
+    assert scale.tolist() == want
+    special = pow2_scale(torch.tensor([0.0, torch.inf, torch.nan]), form, mode)
+    assert special[0] == 2.0**-127 and special[1:].isnan().all()
+    if mode == "rceil":  # never saturates
+        inside = (scale > 2.0**-127) & (scale < 2.0**127)
+        assert (amax[inside] / scale[inside] <= form.absmax).all()
+
+
+@pytest.mark.parametrize("mode", POW2_MODES)
+def test_pow2_scaling_invariance(mode: str) -> None:
+    """Multiplying the input by a power of two changes only the scale (sheet, check 16.7)."""
+    q = Quantizer(f"float4_e2m1fn group=32 scale=pow2(mode={mode}) scale_format=(float8_e8m0fnu scale=one)")
+    x = torch.randn(16, 64)
+    first = q.quantize(x)
+    for k in (-60, -1, 1, 7, 60):
+        other = q.quantize(x * 2.0**k)
+        assert torch.equal(other.codes, first.codes)
+        assert isinstance(first.params.scale, QTensor) and isinstance(other.params.scale, QTensor)
+        assert torch.equal(other.params.scale.dequantize(), first.params.scale.dequantize() * 2.0**k)
+        assert torch.equal(other.dequantize(), first.dequantize() * 2.0**k)
+
+
+def test_ranges_wider_than_float32() -> None:
+    x = torch.tensor([[-3e38, 0.0, 3e38, 1e38]])
+    out = Quantizer("int8 group=4 symmetric=false").fake_quantize(x)
+    assert (out - x).abs().max() <= 6e38 / 255
+
+
+def test_one_stores_nothing() -> None:
+    assert Quantizer("float8_e4m3fn scale=one").fit(torch.randn(4, 4)) == QuantParams(None)
+
+
+def test_two_level_needs_a_nested_format() -> None:
+    with pytest.raises(SchemeError, match="two-level"):
+        Quantizer("float4_e2m1fn group=16 scale=two-level")
+    with pytest.raises(SchemeError, match="one scale of scales"):
+        Quantizer("float4_e2m1fn group=16 scale=two-level scale_format=(float8_e4m3fn flat=8)")
