@@ -284,7 +284,7 @@ class Quantizer:
     def _centred(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         if not self.center:
             return None, x
-        wide = x.float()
+        wide = x.float().contiguous()  # the mean adds up in memory order
         mean = wide.mean()
         return mean, wide - mean
 
@@ -319,7 +319,7 @@ class Quantizer:
             y = y * by if isinstance(params.scale, Inverse) else divide(y, by, self.reciprocal)
         name, stochastic = self.format.name, get_rounding(self.rounding).stochastic
         if params.thresholds is not None:
-            rank = torch.bucketize(y, params.thresholds, right=True)
+            rank = torch.bucketize(y.contiguous(), params.thresholds, right=True)
             y = torch.from_numpy(self.format.grid).float().to(y.device)[rank]
         elif params.zero_point is not None:
             zero = block_view(params.zero_point, self.granularity, shape)

@@ -43,7 +43,8 @@ def scaled_round(blocks: Tensor, scale: Tensor, fmt: str, rounding: str, recipro
     Returns:
         shape and dtype of ``blocks``.
     """
-    return (round_to(divide(blocks.float(), scale, reciprocal), fmt, rounding) * scale).to(blocks.dtype).contiguous()
+    wide = blocks.float().contiguous()
+    return (round_to(divide(wide, scale, reciprocal), fmt, rounding) * scale).to(blocks.dtype)
 
 
 @scaled_round.register_fake
@@ -66,9 +67,9 @@ def dynamic_round(blocks: Tensor, fmt: str, rounding: str, target: float, pow2: 
     Returns:
         shape and dtype of ``blocks``.
     """
-    wide = blocks.float()
+    wide = blocks.float().contiguous()
     scale = block_scale(wide.abs().amax(1, keepdim=True), fmt, target, pow2, scale_dtype)
-    return (round_to(wide / scale, fmt, rounding) * scale).to(blocks.dtype).contiguous()
+    return (round_to(wide / scale, fmt, rounding) * scale).to(blocks.dtype)
 
 
 @dynamic_round.register_fake

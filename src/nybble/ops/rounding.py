@@ -54,10 +54,11 @@ def round_to(x: Tensor, fmt: str, rounding: str) -> Tensor:
         float32, shape of ``x``.
     """
     thresholds, grid, _ = _tables(fmt, rounding, x.device)
+    x = x.contiguous()
     value = grid[torch.bucketize(x, thresholds, right=True)]
     if get_format(fmt).negative_zero is not None:
         value = torch.where(value == 0, torch.copysign(value, x), value)
-    return torch.where(x.isnan(), x, value).contiguous()
+    return torch.where(x.isnan(), x, value)
 
 
 @round_to.register_fake
@@ -79,13 +80,14 @@ def encode(x: Tensor, fmt: str, rounding: str) -> Tensor:
     """
     format_ = get_format(fmt)
     thresholds, _, codes = _tables(fmt, rounding, x.device)
+    x = x.contiguous()
     code = codes[torch.bucketize(x, thresholds, right=True)]
     if format_.negative_zero is not None:
         zero = decode_table(fmt, x.device)[code.long()] == 0
         code = torch.where(zero & x.signbit(), format_.negative_zero, code)
     if format_.nan_code is not None:
         code = torch.where(x.isnan(), format_.nan_code, code)
-    return code.to(code_dtype(format_)).contiguous()
+    return code.to(code_dtype(format_))
 
 
 @encode.register_fake
@@ -104,7 +106,7 @@ def decode(codes: Tensor, fmt: str) -> Tensor:
     Returns:
         float32, shape of ``codes``.
     """
-    return decode_table(fmt, codes.device)[codes.int()].contiguous()
+    return decode_table(fmt, codes.device)[codes.contiguous().int()]
 
 
 @decode.register_fake
@@ -146,7 +148,7 @@ def round_to_codes(y: Tensor, zero_point: Tensor, low: float, high: float, round
         float32 integers, shape of ``y``.
     """
     if get_rounding(rounding).zero_inside:
-        return torch.round(y + zero_point).clamp(low, high)
+        return torch.round(y + zero_point).clamp(low, high) + 0.0  # no -0 among integers
     return (round_integers(y, rounding) + zero_point).clamp(low, high)
 
 
@@ -162,7 +164,7 @@ def round_stochastic(x: Tensor, fmt: str, generator: torch.Generator | None) -> 
         float32, shape of ``x``; NaN stays NaN.
     """
     grid = _tables(fmt, "nearest-even", x.device)[1]
-    inside = x.clamp(float(grid[0]), float(grid[-1]))
+    inside = x.contiguous().clamp(float(grid[0]), float(grid[-1]))
     lower = (torch.bucketize(inside, grid, right=True) - 1).clamp(0, len(grid) - 2)
     low, high = grid[lower], grid[lower + 1]
     draw = torch.rand(x.shape, generator=generator, device=x.device)

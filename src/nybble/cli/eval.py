@@ -1,0 +1,31 @@
+"""``nybble eval MODEL --data SRC``: metrics of a model, float or quantized."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from nybble.cli._output import print_json, print_table
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="What nybble wrote, or any float model.")],
+    data: Annotated[str, typer.Option(help="A text file, JSONL, hub dataset id, or builtin.")] = "builtin",
+    metrics: Annotated[str, typer.Option(help="Comma-separated: ppl, nll, kl, agreement.")] = "ppl",
+    reference: Annotated[str | None, typer.Option(help="The float model, for kl and agreement.")] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens a window; windows do not overlap.")] = 512,
+    samples: Annotated[int | None, typer.Option(help="At most so many windows, spread evenly; default all.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Evaluate MODEL on text."""
+    from nybble.cli._evaluate import run_eval
+
+    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    found, manifest = run_eval({"model": model}, data, names, reference, seq_len, samples, device)
+    if json:
+        print_json({"metrics": found["model"], "tokens": manifest["predictions"], "data": manifest, "model": model})
+        return
+    print_table(f"{model} on {data}", ("metric", "value"), [[name, f"{value:.5g}"] for name, value in found["model"].items()])
+    print(f"{manifest['predictions']} predictions; text sha256 {str(manifest['source_sha256'])[:16]}")

@@ -1,0 +1,33 @@
+"""``nybble inspect OUT``: what every byte is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nybble.cli._output import print_json, print_table
+
+
+def command(
+    out: Annotated[Path, typer.Argument(help="A folder that nybble wrote.")],
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    modules: Annotated[bool, typer.Option("--modules", help="A row for each quantized weight.")] = False,
+) -> None:
+    """Account for every byte of OUT."""
+    from nybble.pipelines.inspect import inspect
+
+    found = inspect(out)
+    if json:
+        print_json(found)
+        return
+    rows = [[role, f"{count:,}", f"{100 * count / found['total']:.2f} %"] for role, count in sorted(found["bytes"].items(), key=lambda r: -r[1])]
+    print_table(str(out), ("what", "bytes", "share"), [*rows, ["total on disk", f"{found['total']:,}", "100.00 %"]])
+    print(
+        f"{found['parameters']:,} parameters, {found['quantized_parameters']:,} quantized: {found['bits_per_quantized_weight']:.4f} bits each, "
+        f"{found['bits_per_weight']:.4f} over everything stored"
+    )
+    if modules:
+        shown = [[n, f"{m['elements']:,}", f"{m['bits']:.3f}", str(m["bytes"])] for n, m in found["modules"].items()]
+        print_table("quantized weights", ("name", "elements", "bits", "bytes"), shown)

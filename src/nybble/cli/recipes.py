@@ -1,0 +1,59 @@
+"""``nybble recipes [NAME]``: the named methods, one of them, or which goes with which format and granularity."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from nybble.cli._output import print_json, print_table
+from nybble.recipe import Recipe, load_recipe, recipe_names
+
+
+def command(
+    name: Annotated[str | None, typer.Argument(help="A recipe, or a YAML file.")] = None,
+    matrix: Annotated[bool, typer.Option("--matrix", help="Recipes x formats x granularities, with reasons where one is impossible.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """List the named methods, show one, or the table of legal combinations."""
+    if matrix:
+        _matrix(json)
+    elif name is not None:
+        _show(load_recipe(name), json)
+    else:
+        recipes = [load_recipe(n) for n in recipe_names()]
+        if json:
+            print_json({"recipes": [r.to_dict() for r in recipes]})
+        else:
+            print_table("recipes", ("name", "needs", "what it does", "source"), [[r.name, _needs(r), r.summary, r.source] for r in recipes])
+
+
+def _needs(recipe: Recipe) -> str:
+    from nybble.solvers import make_solver
+
+    solver = make_solver(recipe.steps[0].name, recipe.steps[0].options)
+    found = ["second moment"] if solver.needs_second_moment else []
+    if any(rule.inputs is not None and rule.inputs.static for rule in recipe.scheme.rules):
+        found.append("input ranges")
+    return ", ".join(found) or "weights only"
+
+
+def _show(recipe: Recipe, json: bool) -> None:
+    if json:
+        print_json(recipe.to_dict())
+        return
+    import yaml
+
+    print(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True, width=120).rstrip())
+
+
+def _matrix(json: bool) -> None:
+    from nybble.pipelines.matrix import legal_combinations
+
+    rows = legal_combinations()
+    if json:
+        print_json({"combinations": rows})
+        return
+    bad = [r for r in rows if r["reason"]]
+    print(f"{len(rows)} combinations of recipe, format and granularity; {len(rows) - len(bad)} are legal")
+    print_table("impossible ones", ("recipe", "format", "granularity", "why"), [[r["recipe"], r["format"], r["granularity"], r["reason"]] for r in bad])

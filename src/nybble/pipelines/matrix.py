@@ -1,0 +1,43 @@
+"""Which recipe takes which format at which granularity, found by trying each on a small weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nybble.core.errors import NybbleError
+from nybble.formats import format_names
+from nybble.quantizer import Quantizer
+from nybble.recipe import load_recipe, recipe_names
+from nybble.solvers import Weight, make_solver
+
+GRANULARITIES = ("tensor", "channel", "group=16", "block=4x16", "flat=24", "rank1")
+
+
+def legal_combinations() -> list[dict[str, Any]]:
+    """Rows of recipe, format, granularity and reason (empty where it works)."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(8, 32, generator=generator)
+    inputs = torch.randn(64, 32, generator=generator)
+    second = inputs.T @ inputs / 64
+    rows = []
+    for recipe_name in recipe_names():
+        step = load_recipe(recipe_name).steps[0]
+        solver = make_solver(step.name, step.options)
+        for name in format_names():
+            for granularity in GRANULARITIES:
+                rows.append({"recipe": recipe_name, "format": name, "granularity": granularity, "reason": _try(solver, name, granularity, matrix, second)})
+    return rows
+
+
+def _try(solver: Any, name: str, granularity: str, matrix: torch.Tensor, second: torch.Tensor) -> str:
+    try:
+        quantizer = Quantizer(f"{name} {granularity}")
+        solver.quantizer_for(quantizer)
+        if not quantizer.format.signed:
+            quantizer = quantizer.replace(symmetric=False) if quantizer.format.is_integer else quantizer.replace(scale="minmax(offset=true)")
+        solver.solve([Weight(name="weight", matrix=matrix, quantizer=quantizer)], second)
+    except NybbleError as error:
+        return str(error)
+    return ""

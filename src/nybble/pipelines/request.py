@@ -1,0 +1,83 @@
+"""From what a person typed to a recipe over a scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from nybble.core.errors import SchemeError, UsageError
+from nybble.quantizer import Quantizer
+from nybble.recipe import Recipe, load_recipe
+from nybble.scheme import Scheme, parse_scheme
+
+_BUILTIN_TOKENS = 40_000  # what the builtin calibration part gives every tokenizer met so far
+
+
+def build_recipe(
+    name: str,
+    *,
+    scheme: str | None = None,
+    weights: str | None = None,
+    activations: str | None = None,
+    kv: str | None = None,
+    ignore: Sequence[str] = (),
+    effort: str = "full",
+) -> Recipe:
+    """A recipe by name with the command line's changes to its scheme.
+
+    Raises:
+        UsageError, SchemeError: unknown names, contradictions, or what no step can do.
+    """
+    recipe = load_recipe(name)
+    if effort not in ("quick", "full"):
+        raise UsageError(f"effort {effort!r} is neither quick nor full.")
+    if effort == "quick":
+        raise UsageError(f"recipe {name!r} searches nothing, so it has no quick way; leave --effort out.")
+    if kv is not None:
+        Quantizer(kv)
+        raise SchemeError(f"recipe {name!r} does not quantize KV caches; leave --kv out.")
+    if scheme is not None and (weights or activations):
+        raise UsageError("--scheme says everything; give either it or --weights and --activations.")
+    chosen = recipe.scheme if scheme is None else read_scheme(scheme)
+    if weights or activations:
+        chosen = _override(chosen, weights, activations)
+    if ignore:
+        chosen = replace(chosen, ignore=(*chosen.ignore, *ignore))
+    return recipe.with_scheme(chosen)
+
+
+def read_scheme(text: str) -> Scheme:
+    """A preset's name, or a YAML file."""
+    if not text.endswith((".yaml", ".yml")):
+        return parse_scheme(text)
+    import yaml
+
+    path = Path(text)
+    if not path.is_file():
+        raise UsageError(f"no scheme file {text}.")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SchemeError(f"{text} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise SchemeError(f"{text}: a scheme is a mapping; got {type(data).__name__}.")
+    return parse_scheme(data)
+
+
+def _override(scheme: Scheme, weights: str | None, activations: str | None) -> Scheme:
+    w = None if weights is None or weights == "none" else Quantizer(weights)
+    a = None if activations is None or activations == "none" else Quantizer(activations)
+    rules = []
+    for rule in scheme.rules:
+        # With --weights alone, activations stay in float: a scheme's activations belong to its own weights.
+        inputs = a if activations is not None else None
+        rules.append(replace(rule, weights=rule.weights if weights is None else w, inputs=inputs))
+    if all(rule.weights is None and rule.inputs is None and rule.outputs is None for rule in rules):
+        raise SchemeError("nothing is left to quantize: weights and activations are both float.")
+    return replace(scheme, rules=tuple(rules), name="")
+
+
+def default_samples(data: str, seq_len: int) -> int:
+    """128 sequences, or as many as ``builtin`` surely has of that length."""
+    return 128 if data != "builtin" else max(1, min(128, _BUILTIN_TOKENS // seq_len))
