@@ -191,5 +191,5 @@ def from_spec(spec: Spec, tensors: Mapping[str, Tensor]) -> QTensor:
         return kind.rebuild(spec, tensors)
     except NybbleError as error:
         raise FileError(str(error)) from error
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError, OverflowError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise FileError(f"malformed description of a quantized tensor ({type(error).__name__}: {error}).") from error

@@ -66,6 +66,9 @@ class SplitQTensor(QTensor):
         shape, dim, index = tuple(spec["shape"]), int(spec["dim"]), tensors["index"]
         if sum(part.shape[dim] for part in parts) != shape[dim] or sorted(index.tolist()) != list(range(shape[dim])):
             raise FileError(f"the parts of a split tensor do not make up its {shape[dim]} slices.")
+        at = dim % len(shape)
+        if any((*part.shape[:at], shape[at], *part.shape[at + 1 :]) != shape for part in parts):
+            raise FileError(f"the parts of a split tensor are not slices of its shape {list(shape)}.")
         return SplitQTensor(shape, dim, index, tuple(parts))
 
 

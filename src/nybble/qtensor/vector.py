@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nybble.core.errors import FileError
 from nybble.packing import get_layout
-from nybble.qtensor import QTensor, Spec, dense, from_spec, named_tensors, sub_tensors
+from nybble.qtensor import QTensor, Spec, broadcasts, dense, from_spec, named_tensors, sub_tensors
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ class VectorQTensor(QTensor):
             if scale == "plain"
             else from_spec(scale, sub_tensors(tensors, "scale"))
         )
+        if value is not None and not broadcasts(tuple(value.shape), shape):
+            raise FileError(f"a scale of shape {list(value.shape)} does not fit a tensor of shape {list(shape)}.")
         return VectorQTensor(shape, codebook, indices, bits, value)
 
 

@@ -57,7 +57,7 @@ class Mse(ScaleRule):
         rounding = "nearest-even" if get_rounding(rounding).stochastic else rounding
         fractions = [1.0, *torch.linspace(self.low, self.high, self.grid).tolist()]
         low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
-        largest = torch.maximum(high, -low)
+        largest = blocks.abs().amax(1, keepdim=True)
         best = self._candidate(low, high, largest, 1.0, fmt)
         least = self._error(blocks, best, fmt, rounding, weight, project)
         for fraction in fractions[1:]:
