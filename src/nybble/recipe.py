@@ -1,12 +1,12 @@
 """Recipe: a scheme and an ordered list of steps, as YAML. A published method is a recipe in ``nybble/recipes/``.
 
-    name: gptq
-    summary: what it does, in a line
-    source: paper, year, arXiv number
-    scheme: W4A16_E2M1                  # a preset's name or a mapping; --scheme and --weights override it
-    steps:
-      - solver: gptq
-        block: 128
+name: gptq
+summary: what it does, in a line
+source: paper, year, arXiv number
+scheme: W4A16_E2M1                  # a preset's name or a mapping; --scheme and --weights override it
+steps:
+  - solver: gptq
+    block: 128
 """
 
 from __future__ import annotations
@@ -53,7 +53,13 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """As YAML holds it; :func:`parse_recipe` reads it back."""
         steps = [step.to_dict() for step in self.steps]
-        return {"name": self.name, "summary": self.summary, "source": self.source, "scheme": self.scheme.to_dict(), "steps": steps}
+        return {
+            "name": self.name,
+            "summary": self.summary,
+            "source": self.source,
+            "scheme": self.scheme.to_dict(),
+            "steps": steps,
+        }
 
 
 def recipe_names() -> list[str]:

@@ -86,17 +86,25 @@ class Scheme:
         for rule in self.rules:
             for target in rule.targets:
                 if counts[target] == 0:
-                    raise SchemeError(f"the target {target!r} matches no module that is left to it.{did_you_mean(target, known)[:400]}")
+                    raise SchemeError(
+                        f"the target {target!r} matches no module that is left to it.{did_you_mean(target, known)[:400]}"
+                    )
         for pattern in self.ignore:
             if counts[pattern] == 0 and pattern != "lm_head":
-                raise SchemeError(f"the ignore pattern {pattern!r} matches no module.{did_you_mean(pattern, known)[:400]}")
+                raise SchemeError(
+                    f"the ignore pattern {pattern!r} matches no module.{did_you_mean(pattern, known)[:400]}"
+                )
         return Matches(chosen, counts, tuple(ignored))
 
     def to_dict(self) -> dict[str, Any]:
         """As YAML or JSON would hold it; ``parse_scheme`` reads it back."""
         rules = []
         for rule in self.rules:
-            lines = {f.name: str(getattr(rule, f.name)) for f in fields(rule) if f.name != "targets" and getattr(rule, f.name)}
+            lines = {
+                f.name: str(getattr(rule, f.name))
+                for f in fields(rule)
+                if f.name != "targets" and getattr(rule, f.name)
+            }
             rules.append({"targets": list(rule.targets), **lines})
         return {"rules": rules, "ignore": list(self.ignore), **({"name": self.name} if self.name else {})}
 
@@ -162,7 +170,9 @@ def preset_scheme(name: str) -> Scheme:
     """
     if name in PRESETS:
         weights, inputs = PRESETS[name]
-        return Scheme(rules=(Rule(weights=Quantizer(weights), inputs=None if inputs is None else Quantizer(inputs)),), name=name)
+        return Scheme(
+            rules=(Rule(weights=Quantizer(weights), inputs=None if inputs is None else Quantizer(inputs)),), name=name
+        )
     spelled = re.fullmatch(r"W(\d+)A(\d+)_(E\d+M\d+|INT)(?:_(E\d+M\d+|INT))?", name)
     if spelled is None:
         raise SchemeError(f"unknown scheme {name!r}.{did_you_mean(name, [*PRESETS, 'W4A4_E2M1', 'W4A8_E2M1_E4M3'])}")
@@ -199,7 +209,9 @@ def parse_scheme(data: str | Mapping[str, Any]) -> Scheme:
         rules = (_rule({k: v for k, v in data.items() if k not in ("ignore", "name")}),)
     if not rules:
         raise SchemeError("a scheme without rules quantizes nothing; give targets and weights.")
-    return Scheme(rules=rules, ignore=_strings(data.get("ignore", ("lm_head",)), "ignore"), name=str(data.get("name", "")))
+    return Scheme(
+        rules=rules, ignore=_strings(data.get("ignore", ("lm_head",)), "ignore"), name=str(data.get("name", ""))
+    )
 
 
 def _rule(data: Mapping[str, Any]) -> Rule:
@@ -222,5 +234,3 @@ def _known(data: Mapping[str, Any], keys: tuple[str, ...], what: str) -> None:
     for key in data:
         if key not in keys:
             raise SchemeError(f"{what} has no key {key!r}.{did_you_mean(str(key), keys)}")
-
-

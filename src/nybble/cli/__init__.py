@@ -15,8 +15,11 @@ from nybble.core.errors import NybbleError, UsageError
 def build() -> typer.Typer:
     """The application, with every command of this folder."""
     app = typer.Typer(
-        name="nybble", help="Low-bit neural networks: quantize, evaluate, inspect, generate.", no_args_is_help=True,
-        pretty_exceptions_enable=False, add_completion=False,
+        name="nybble",
+        help="Low-bit neural networks: quantize, evaluate, inspect, generate.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
     )
     app.callback()(_root)
     for module in sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")):
@@ -37,4 +40,6 @@ def main() -> None:
     except NybbleError as error:
         sys.exit(fail(str(error), 1))
     except KeyboardInterrupt:
-        sys.exit(fail("interrupted. What was finished is kept in OUT.partial; repeat the command with --resume to go on.", 1))
+        sys.exit(
+            fail("interrupted. What was finished is kept in OUT.partial; repeat the command with --resume to go on.", 1)
+        )

@@ -15,7 +15,13 @@ from nybble.pipelines.load import load
 
 
 def run_eval(
-    models: dict[str, str], data: str, metrics: Sequence[str], reference: str | None, seq_len: int, samples: int | None, device: str
+    models: dict[str, str],
+    data: str,
+    metrics: Sequence[str],
+    reference: str | None,
+    seq_len: int,
+    samples: int | None,
+    device: str,
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     """Metrics of each model (name -> what to load), and the manifest of the tokens."""
     for metric in metrics:
@@ -31,4 +37,6 @@ def run_eval(
     tokens = token_samples(text, tokenizer, samples=samples, seq_len=seq_len)
     with torch.no_grad():
         found = evaluate_many(float_model, loaded, tokens.input_ids, metrics, progress=Bars())
-    return {name: result.metrics for name, result in found.items()}, tokens.manifest() | {"predictions": next(iter(found.values())).tokens}
+    return {name: result.metrics for name, result in found.items()}, tokens.manifest() | {
+        "predictions": next(iter(found.values())).tokens
+    }

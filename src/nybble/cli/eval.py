@@ -27,5 +27,7 @@ def command(
     if json:
         print_json({"metrics": found["model"], "tokens": manifest["predictions"], "data": manifest, "model": model})
         return
-    print_table(f"{model} on {data}", ("metric", "value"), [[name, f"{value:.5g}"] for name, value in found["model"].items()])
+    print_table(
+        f"{model} on {data}", ("metric", "value"), [[name, f"{value:.5g}"] for name, value in found["model"].items()]
+    )
     print(f"{manifest['predictions']} predictions; text sha256 {str(manifest['source_sha256'])[:16]}")

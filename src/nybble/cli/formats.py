@@ -16,7 +16,9 @@ from nybble.presets import PRESETS
 def command(
     name: Annotated[str | None, typer.Argument(help="A format or a preset, such as e2m1, nf4, mxfp4.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the values to this image file (PNG, SVG, PDF).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the values to this image file (PNG, SVG, PDF).")
+    ] = None,
 ) -> None:
     """List number formats and presets, or show every value of one."""
     if name is None:
@@ -61,7 +63,12 @@ def _facts(fmt: NumberFormat) -> dict[str, Any]:
 def _list(json: bool) -> None:
     formats = [get_format(n) for n in format_names()]
     if json:
-        print_json({"formats": [{"name": f.name, "bits": f.bits, "max": f.max, "distinct": len(f.grid)} for f in formats], "presets": PRESETS})
+        print_json(
+            {
+                "formats": [{"name": f.name, "bits": f.bits, "max": f.max, "distinct": len(f.grid)} for f in formats],
+                "presets": PRESETS,
+            }
+        )
         return
     rows = [[f.name, str(f.bits), str(len(f.grid)), f"{f.min:g}", f"{f.max:g}", f"{f.smallest:.3g}"] for f in formats]
     print_table("number formats", ("name", "bits", "values", "min", "max", "smallest > 0"), rows)
@@ -71,7 +78,9 @@ def _list(json: bool) -> None:
 def _show(fmt: NumberFormat, line: str) -> None:
     if line:
         print(f"preset: {line}")
-    print(f"{fmt.name}: {fmt.bits} bits, {len(fmt.grid)} values from {fmt.min:g} to {fmt.max:g}, smallest above zero {fmt.smallest:g}")
+    print(
+        f"{fmt.name}: {fmt.bits} bits, {len(fmt.grid)} values from {fmt.min:g} to {fmt.max:g}, smallest above zero {fmt.smallest:g}"
+    )
     width = (fmt.bits + 3) // 4
     shown = [f"0x{code:0{width}X} {value:g}" for code, value in enumerate(fmt.values)]
     if len(shown) > 256:

@@ -13,7 +13,9 @@ def command(
     model: Annotated[str, typer.Argument(help="What nybble wrote, or any float model.")],
     prompt: Annotated[str, typer.Argument(help="What to continue, or to answer if the model has a chat template.")],
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 64,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
+    ] = False,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
     seed: Annotated[int, typer.Option(help="For --sample.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

@@ -22,7 +22,10 @@ def command(
     if json:
         print_json(found)
         return
-    rows = [[role, f"{count:,}", f"{100 * count / found['total']:.2f} %"] for role, count in sorted(found["bytes"].items(), key=lambda r: -r[1])]
+    rows = [
+        [role, f"{count:,}", f"{100 * count / found['total']:.2f} %"]
+        for role, count in sorted(found["bytes"].items(), key=lambda r: -r[1])
+    ]
     print_table(str(out), ("what", "bytes", "share"), [*rows, ["total on disk", f"{found['total']:,}", "100.00 %"]])
     print(
         f"{found['parameters']:,} parameters, {found['quantized_parameters']:,} quantized: {found['bits_per_quantized_weight']:.4f} bits each, "

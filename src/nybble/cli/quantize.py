@@ -14,13 +14,22 @@ def command(
     model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or demo:smollm2.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
     recipe: Annotated[str, typer.Option(help="A method: nybble recipes lists them; or a YAML file.")],
-    scheme: Annotated[str | None, typer.Option(help="A scheme preset (W4A16, NVFP4 ...) or a YAML file, in place of the recipe's.")] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help="A scheme preset (W4A16, NVFP4 ...) or a YAML file, in place of the recipe's.")
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="A quantizer line for weights: 'float4_e2m1fn group=32'.")] = None,
-    activations: Annotated[str | None, typer.Option(help="A quantizer line for inputs: 'float8_e4m3fn token'; 'none' leaves them in float.")] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(help="A quantizer line for inputs: 'float8_e4m3fn token'; 'none' leaves them in float."),
+    ] = None,
     kv: Annotated[str | None, typer.Option(help="A quantizer line for the KV cache.")] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="A module to leave alone (name, class or re:PATTERN); repeatable.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="A module to leave alone (name, class or re:PATTERN); repeatable.")
+    ] = None,
     data: Annotated[str, typer.Option(help="Calibration text: a file, JSONL, hub dataset id, or builtin.")] = "builtin",
-    samples: Annotated[int | None, typer.Option(help="Calibration sequences [default: 128, or what builtin has].")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration sequences [default: 128, or what builtin has].")
+    ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens in each.")] = 512,
     batch: Annotated[int, typer.Option(help="Sequences a forward takes.")] = 8,
     effort: Annotated[str, typer.Option(help="quick or full, for recipes that search.")] = "full",
@@ -37,21 +46,36 @@ def command(
     from nybble.pipelines.quantize import Settings, quantize
     from nybble.pipelines.request import build_recipe, default_samples
 
-    made = build_recipe(recipe, scheme=scheme, weights=weights, activations=activations, kv=kv, ignore=ignore or (), effort=effort)
+    made = build_recipe(
+        recipe, scheme=scheme, weights=weights, activations=activations, kv=kv, ignore=ignore or (), effort=effort
+    )
     settings = Settings(
-        samples=samples or default_samples(data, seq_len), seq_len=seq_len, batch=batch, seed=seed, device=device, resume=resume, spill=spill
+        samples=samples or default_samples(data, seq_len),
+        seq_len=seq_len,
+        batch=batch,
+        seed=seed,
+        device=device,
+        resume=resume,
+        spill=spill,
     )
     _, report = quantize(model, made, data, out=out, settings=settings, progress=Bars(), announce=note)
     sizes = inspect(out)
     result: dict[str, Any] = {
-        "out": str(out), "recipe": made.name, "weights": len(report.layers), "seconds": report.seconds,
-        "bits_per_weight": sizes["bits_per_weight"], "bits_per_quantized_weight": sizes["bits_per_quantized_weight"],
-        "bytes": sizes["total"], "layers": [row.to_dict() for row in report.layers],
+        "out": str(out),
+        "recipe": made.name,
+        "weights": len(report.layers),
+        "seconds": report.seconds,
+        "bits_per_weight": sizes["bits_per_weight"],
+        "bits_per_quantized_weight": sizes["bits_per_quantized_weight"],
+        "bytes": sizes["total"],
+        "layers": [row.to_dict() for row in report.layers],
     }
     if eval is not None:
         from nybble.cli._evaluate import run_eval
 
-        metrics, manifest = run_eval({"float": model, "quantized": str(out)}, eval, ("ppl", "kl"), model, seq_len, None, device)
+        metrics, manifest = run_eval(
+            {"float": model, "quantized": str(out)}, eval, ("ppl", "kl"), model, seq_len, None, device
+        )
         result["evaluation"] = {**metrics, "data": manifest}
     if json:
         print_json(result)
@@ -65,9 +89,16 @@ def _print(result: dict[str, Any]) -> None:
         f"({result['bits_per_quantized_weight']:.3f} in quantized layers), {result['seconds']:.0f} s"
     )
     worst = sorted(result["layers"], key=lambda row: -(row["error"] or 0))[:5]
-    rows = [[r["name"], f"{r['bits']:.2f}", f"{r['error']:.2e}", f"{r['rtn_error']:.2e}", "; ".join(r["notes"])] for r in worst if r["error"] is not None]
+    rows = [
+        [r["name"], f"{r['bits']:.2f}", f"{r['error']:.2e}", f"{r['rtn_error']:.2e}", "; ".join(r["notes"])]
+        for r in worst
+        if r["error"] is not None
+    ]
     if rows:
         print_table("largest relative output errors", ("layer", "bits", "error", "round to nearest", "notes"), rows)
     if "evaluation" in result:
-        shown = [[n, f"{result['evaluation'][n]['ppl']:.3f}", f"{result['evaluation'][n]['kl']:.4f}"] for n in ("float", "quantized")]
+        shown = [
+            [n, f"{result['evaluation'][n]['ppl']:.3f}", f"{result['evaluation'][n]['kl']:.4f}"]
+            for n in ("float", "quantized")
+        ]
         print_table("evaluation", ("model", "perplexity", "KL to float"), shown)

@@ -12,7 +12,9 @@ from nybble.recipe import Recipe, load_recipe, recipe_names
 
 def command(
     name: Annotated[str | None, typer.Argument(help="A recipe, or a YAML file.")] = None,
-    matrix: Annotated[bool, typer.Option("--matrix", help="Recipes x formats x granularities, with reasons where one is impossible.")] = False,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Recipes x formats x granularities, with reasons where one is impossible.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """List the named methods, show one, or the table of legal combinations."""
@@ -25,7 +27,11 @@ def command(
         if json:
             print_json({"recipes": [r.to_dict() for r in recipes]})
         else:
-            print_table("recipes", ("name", "needs", "what it does", "source"), [[r.name, _needs(r), r.summary, r.source] for r in recipes])
+            print_table(
+                "recipes",
+                ("name", "needs", "what it does", "source"),
+                [[r.name, _needs(r), r.summary, r.source] for r in recipes],
+            )
 
 
 def _needs(recipe: Recipe) -> str:
@@ -56,4 +62,8 @@ def _matrix(json: bool) -> None:
         return
     bad = [r for r in rows if r["reason"]]
     print(f"{len(rows)} combinations of recipe, format and granularity; {len(rows) - len(bad)} are legal")
-    print_table("impossible ones", ("recipe", "format", "granularity", "why"), [[r["recipe"], r["format"], r["granularity"], r["reason"]] for r in bad])
+    print_table(
+        "impossible ones",
+        ("recipe", "format", "granularity", "why"),
+        [[r["recipe"], r["format"], r["granularity"], r["reason"]] for r in bad],
+    )

@@ -64,6 +64,7 @@ def token_samples(
     samples: int | None,
     seq_len: int,
     seed: int | None = None,
+    fewer: bool = False,
 ) -> TokenSamples:
     """Cut a source into sequences and pick some.
 
@@ -74,6 +75,7 @@ def token_samples(
         seq_len: tokens in each, at least 2.
         seed: None picks sequences spread evenly over the source, in order. A number picks at random without
             replacement, in random order; the caller's global random state is untouched.
+        fewer: take what there is where that is fewer than ``samples``, instead of raising.
 
     Raises:
         UsageError: samples < 1 or seq_len < 2.
@@ -85,7 +87,7 @@ def token_samples(
         raise UsageError(f"{samples} samples were asked for. Give 1 or more, or none for all there are.")
     windows = _windows(_stream(source, tokenizer), _starts_with_bos(tokenizer), source, seq_len)
     available = windows.shape[0]
-    wanted = available if samples is None else samples
+    wanted = available if samples is None or (fewer and samples > available) else samples
     if wanted > available:
         raise DataError(
             f"data {source.name!r} has {available} sequences of {seq_len} tokens, fewer than the {wanted} asked for."

@@ -1,19 +1,20 @@
 """CPU versions: the same numbers, in chunks that stay in the cache, two ways.
 
-*Arithmetic on bit patterns* (minifloats and symmetric integers, ties to even). For |y| with exponent E, adding c = 1.5 * 2^(E + 23 - m)
-moves the rounding position of the float32 adder to the format's last mantissa bit, and subtracting c leaves the value
-rounded, ties to even. E comes from masking |y|'s exponent bits, raised to the subnormals' exponent; c has a mantissa of 1.5 so
-that the sum stays in c's binade.
+*Arithmetic on bit patterns* (minifloats, ties to even). For y with exponent E, adding c = 1.5 * 2^(E + 23 - m) moves the rounding
+position of the float32 adder to the format's last mantissa bit, and subtracting c leaves y rounded, ties to even.
+2^E comes from masking y's exponent bits, held between the exponents of the format's subnormals and of its
+largest value; c has a mantissa of 1.5 so that the sum stays in c's binade for either sign. Symmetric integers round directly.
 
 *Table look-up* (everything else up to 8 bits). The upper 16 bits of a float32 choose one of 65,536 cells; a cell with at most
 one threshold needs one comparison: ``y >= threshold[cell] ? upper[cell] : lower[cell]``.
 
 Chunks are below torch's own grain size, so each op in them runs on the thread that calls it, and a small pool of threads
-shares the chunks.
+shares the chunks. A step costs about as much to call as to run, so steps are few and write into buffers that each thread keeps.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,18 +33,23 @@ from nybble.ops.rounding import decode_table
 
 CHUNK = 32_256  # elements: below torch's grain size of 32,768, and a multiple of the usual group sizes
 _CPU = torch.device("cpu")
+_own = threading.local()  # each thread's buffers
+
+Rounder = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``(y, a, b) -> rounded``: y a float32 chunk, a and b buffers of its shape; all three may be overwritten."""
 
 
 def round_to(x: Tensor, fmt: str, rounding: str) -> Tensor:
     """See :func:`nybble.ops.rounding.round_to`."""
-    step = _rounder(fmt, rounding)
-    if step is None or x.numel() == 0:
+    rounder = _rounder(fmt, rounding)
+    if rounder is None or x.numel() == 0:
         return _reference(rounding_ops.round_to)(x, fmt, rounding)
     flat = x.contiguous().view(-1)
     out = torch.empty_like(flat)
 
     def work(start: int, stop: int) -> None:
-        out[start:stop] = step(flat[start:stop].clone())
+        y, a, b = _buffers(stop - start, 1)
+        out[start:stop] = rounder(y.copy_(flat[start:stop].view(-1, 1)), a, b).view(-1)
 
     _share(work, flat.numel(), CHUNK)
     return out.view(x.shape)
@@ -83,47 +89,69 @@ def decode(codes: Tensor, fmt: str) -> Tensor:
 
 def scaled_round(blocks: Tensor, scale: Tensor, fmt: str, rounding: str, reciprocal: bool = False) -> Tensor:
     """See :func:`nybble.ops.blocks.scaled_round`."""
-    step = _rounder(fmt, rounding)
-    if step is None or blocks.numel() == 0:
+    rounder = _rounder(fmt, rounding)
+    if rounder is None or blocks.numel() == 0:
         return _reference(block_ops.scaled_round)(blocks, scale, fmt, rounding, reciprocal)
-    divisor = block_ops.safe_divisor(scale)
-    divisor = 1.0 / divisor if reciprocal else divisor
+    divisor = block_ops.safe_reciprocal(scale) if reciprocal else block_ops.safe_divisor(scale)
     blocks = blocks.contiguous()
     out = torch.empty_like(blocks)
 
-    def work(start: int, stop: int) -> None:
-        part, by = blocks[start:stop], divisor[start:stop]
-        y = part.float() * by if reciprocal else part.float() / by
-        out[start:stop] = step(y).mul_(scale[start:stop])
+    def part(x: Tensor, by: Tensor, scale: Tensor, to: Tensor) -> None:
+        y, a, b = _buffers(*x.shape)
+        (torch.mul if reciprocal else torch.div)(x.float(), by, out=y)
+        _times(rounder(y, a, b), scale, to)
 
-    _share_blocks(work, blocks)
+    count, columns = blocks.shape
+    if columns > CHUNK and scale.shape[1] == 1:  # few and long: cut within a block
+        for row in range(count):
+            x, by, s, to = (t[row : row + 1] for t in (blocks, divisor, scale, out))
+
+            def work(start: int, stop: int, x: Tensor = x, by: Tensor = by, s: Tensor = s, to: Tensor = to) -> None:
+                part(x[:, start:stop], by, s, to[:, start:stop])
+
+            _share(work, columns, CHUNK)
+        return out
+
+    def work_rows(start: int, stop: int) -> None:
+        part(blocks[start:stop], divisor[start:stop], scale[start:stop], out[start:stop])
+
+    _share(work_rows, count, max(1, CHUNK // columns))
     return out
 
 
 def dynamic_round(blocks: Tensor, fmt: str, rounding: str, target: float, pow2: str, scale_dtype: str) -> Tensor:
     """See :func:`nybble.ops.blocks.dynamic_round`."""
-    step = _rounder(fmt, rounding)
-    if step is None or blocks.numel() == 0:
+    rounder = _rounder(fmt, rounding)
+    if rounder is None or blocks.numel() == 0:
         return _reference(block_ops.dynamic_round)(blocks, fmt, rounding, target, pow2, scale_dtype)
     blocks = blocks.contiguous()
+    count, columns = blocks.shape
+    if columns > CHUNK:
+        amax = blocks.abs().amax(1, keepdim=True).float()
+        return scaled_round(blocks, block_ops.block_scale(amax, fmt, target, pow2, scale_dtype), fmt, rounding)
     out = torch.empty_like(blocks)
-
-    scratch = threading.local()
-    rows = min(blocks.shape[0], max(1, CHUNK // blocks.shape[1]))
+    plain = not pow2 and scale_dtype == "float32"
 
     def work(start: int, stop: int) -> None:
-        if not hasattr(scratch, "y"):  # one buffer a thread: fresh memory for every chunk would cost more than the sums
-            scratch.y = torch.empty(rows, blocks.shape[1])
-        part, y = blocks[start:stop], scratch.y[: stop - start]
-        if part.dtype != torch.float32:
-            part = part.float()
-        torch.abs(part, out=y)
-        scale = block_ops.block_scale(y.amax(1, keepdim=True), fmt, target, pow2, scale_dtype)
-        torch.div(part, scale, out=y)
-        out[start:stop] = step(y).mul_(scale)
+        x = blocks[start:stop].float()
+        y, a, b = _buffers(stop - start, columns)
+        # The bits of magnitudes are ordered as integers, NaN on top: an integer maximum is a third of the work.
+        amax = torch.abs(x, out=y).view(torch.int32).amax(1, keepdim=True).view(torch.float32)
+        if plain:  # block_scale in two steps
+            scale = torch.nn.functional.threshold_(amax.div_(target), 0.0, 1.0)
+        else:
+            scale = block_ops.block_scale(amax, fmt, target, pow2, scale_dtype)
+        _times(rounder(torch.div(x, scale, out=y), a, b), scale, out[start:stop])
 
-    _share_blocks(work, blocks)
+    _share(work, count, max(1, CHUNK // columns))
     return out
+
+
+def _times(rounded: Tensor, scale: Tensor, out: Tensor) -> None:
+    if out.dtype == torch.float32:
+        torch.mul(rounded, scale, out=out)
+    else:
+        out.copy_(rounded.mul_(scale))
 
 
 def _reference(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -132,24 +160,34 @@ def _reference(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return reference
 
 
-def _share_blocks(work: Callable[[int, int], None], blocks: Tensor) -> None:
-    _share(work, blocks.shape[0], max(1, CHUNK // blocks.shape[1]))
+def _buffers(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Three float32 [rows, columns] of this thread; the next call gives the same memory."""
+    shape = (rows, columns)
+    if rows * columns > CHUNK:
+        return torch.empty(shape), torch.empty(shape), torch.empty(shape)
+    if getattr(_own, "shape", None) != shape:
+        if not hasattr(_own, "memory"):
+            _own.memory = torch.empty(3, CHUNK)
+        _own.shape, _own.views = shape, tuple(m[: rows * columns].view(shape) for m in _own.memory)
+    views: tuple[Tensor, Tensor, Tensor] = _own.views
+    return views
 
 
 def _share(work: Callable[[int, int], None], count: int, step: int) -> None:
     """Call ``work(start, stop)`` over ``range(count)`` in steps, on as many threads as torch uses."""
+
+    # Inference mode skips the bookkeeping of gradients (the tensors are below autograd here), and lets a
+    # thread that isn't in it write to tensors that were made in it.
+    def run(starts: Iterator[int]) -> None:
+        with torch.inference_mode():
+            for start in starts:
+                work(start, min(start + step, count))
+
     threads = torch.get_num_threads()
     if threads == 1 or count <= 4 * step:
-        for start in range(0, count, step):
-            work(start, min(start + step, count))
-        return
-
-    def run(starts: Iterator[int]) -> None:
-        for start in starts:
-            work(start, min(start + step, count))
-
-    shares = [iter(range(worker * step, count, threads * step)) for worker in range(threads)]
-    list(_pool(threads).map(run, shares))
+        run(iter(range(0, count, step)))
+    else:
+        list(_pool(threads).map(run, [iter(range(first * step, count, threads * step)) for first in range(threads)]))
 
 
 @lru_cache(maxsize=1)
@@ -157,55 +195,51 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="nybble")
 
 
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+
+
 @lru_cache(maxsize=256)
-def _rounder(fmt_name: str, rounding: str) -> Callable[[Tensor], Tensor] | None:
-    """A function that rounds a float32 chunk onto the grid (it may overwrite it), or None."""
+def _rounder(fmt_name: str, rounding: str) -> Rounder | None:
+    """A function that rounds a chunk onto the grid, or None."""
     fmt = get_format(fmt_name)
     if rounding == "nearest-even" and isinstance(fmt, Minifloat) and _adder_rounds(fmt):
         return _minifloat_rounder(fmt)
     if rounding == "nearest-even" and isinstance(fmt, IntFormat):
-        return lambda y: y.round_().clamp_(fmt.low, fmt.high).add_(0.0)
+        return lambda y, a, b: y.round_().clamp_(fmt.low, fmt.high).add_(0.0)  # the sum turns -0 into 0
     cells = _cells(fmt_name, rounding)
     if cells is None:
         return None
     thresholds, lower, upper, _, _ = cells
 
-    def look_up(y: Tensor) -> Tensor:
+    def look_up(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
         flat = y.view(-1)
         cell = _cell(flat)
-        high = flat >= thresholds.index_select(0, cell)
-        return torch.where(high, upper.index_select(0, cell), lower.index_select(0, cell)).view(y.shape)
+        high = flat >= torch.index_select(thresholds, 0, cell, out=a.view(-1))
+        torch.index_select(upper, 0, cell, out=a.view(-1))
+        torch.index_select(lower, 0, cell, out=b.view(-1))
+        return torch.where(high.view(y.shape), a, b, out=y)
 
     return look_up
 
 
 def _adder_rounds(fmt: Minifloat) -> bool:
-    """Whether the float32 adder can do it: the helper must stay finite, and with m = 0 its even is not the even code."""
-    return fmt.has_sign and fmt.specials != "fnuz" and fmt.m >= 1 and fmt.emax + 24 - fmt.m <= 127
+    """Whether the float32 adder can do it: c must stay finite and normal, and with m = 0 its even is not the even code."""
+    inside = fmt.emax + 24 - fmt.m <= 127 and fmt.emin >= -126
+    return fmt.has_sign and fmt.specials != "fnuz" and fmt.m >= 1 and inside
 
 
-def _minifloat_rounder(fmt: Minifloat) -> Callable[[Tensor], Tensor]:
-    least = (fmt.emin + 127) << 23
-    shift = ((23 - fmt.m) << 23) | 0x400000
-    largest = fmt.max
+def _minifloat_rounder(fmt: Minifloat) -> Rounder:
+    least, most, largest = 2.0**fmt.emin, 2.0**fmt.emax, fmt.max
+    factor = 1.5 * 2.0 ** (23 - fmt.m)  # c = factor * 2^E is exact
 
-    scratch = threading.local()
-
-    def rounder(y: Tensor) -> Tensor:
-        if getattr(scratch, "shape", None) != y.shape:
-            scratch.shape = y.shape
-            scratch.magnitude, scratch.helper = torch.empty_like(y), torch.empty_like(y)
-        magnitude, helper = scratch.magnitude, scratch.helper
-        torch.abs(y, out=magnitude)
-        magnitude.clamp_(max=largest)
-        bits = helper.view(torch.int32)
-        torch.bitwise_and(magnitude.view(torch.int32), 0x7F800000, out=bits)
-        bits.clamp_(min=least).add_(shift)
-        magnitude.add_(helper).sub_(helper)
-        return torch.copysign(magnitude, y, out=y)
+    def rounder(y: Tensor, power: Tensor, rounded: Tensor) -> Tensor:
+        torch.bitwise_and(y.view(torch.int32), 0x7F800000, out=power.view(torch.int32))
+        power.clamp_(least, most)
+        torch.add(y, power, alpha=factor, out=rounded)
+        rounded.sub_(power, alpha=factor).clamp_(-largest, largest)
+        return torch.copysign(rounded, y, out=rounded)  # a negative number may have become +0
 
     return rounder
-
 
 def _cell(y: Tensor) -> Tensor:
     """Upper 16 bits of each float32 as an index 0 .. 65535; negative numbers come first."""
@@ -223,10 +257,10 @@ def _cells(fmt_name: str, rounding: str) -> tuple[Tensor, Tensor, Tensor, Tensor
     ends = np.stack([cells, cells | 0xFFFF]).view(np.float32)
     ranks = np.searchsorted(thresholds, ends, side="right")
     low, high = ranks.min(0), ranks.max(0)
-    # The two cells that start with +-Inf go on with NaNs: there "at least +-Inf" tells the one from the others.
+    # The two cells that start with +-Inf go on with NaNs, whose rank is the last: "at least +-Inf" tells the one from the others.
     infinite = np.isinf(ends[0])
     is_nan = np.isnan(ends).all(0) | infinite
-    low, high = np.where(infinite, ranks[0], low), np.where(infinite, ranks[0], high)
+    low, high = np.where(infinite, len(thresholds), low), np.where(infinite, ranks[0], high)
     if (high - low)[~is_nan].max() > 1:
         return None
     value, code = fmt.grid.astype(np.float32), fmt.grid_codes.astype(np.uint8)

@@ -50,9 +50,13 @@ class ActivationQuantizer(nn.Module):
         """Inverse of :meth:`to_dict` with empty parameters, for a checkpoint to fill."""
         quantizer, static = Quantizer(str(data["quantizer"])), data.get("static", [])
         if not isinstance(static, list) or not set(static) <= set(_PARTS):
-            raise FileError(f"static parameters of an activation quantizer are among {', '.join(_PARTS)}; got {static!r}.")
+            raise FileError(
+                f"static parameters of an activation quantizer are among {', '.join(_PARTS)}; got {static!r}."
+            )
         found = {part: torch.empty(1) for part in static}
-        return ActivationQuantizer(quantizer, QuantParams(found.get("scale"), found.get("zero_point"), found.get("offset")) if found else None)
+        return ActivationQuantizer(
+            quantizer, QuantParams(found.get("scale"), found.get("zero_point"), found.get("offset")) if found else None
+        )
 
     def extra_repr(self) -> str:  # noqa: D102
         return str(self.quantizer)
@@ -61,4 +65,6 @@ class ActivationQuantizer(nn.Module):
 def check_static(quantizer: Quantizer) -> None:
     """Raise SchemeError for a static quantizer that one calibrated value can't serve."""
     if quantizer.static and (type(quantizer.granularity) is not PerTensor or quantizer.scale_format != "float32"):
-        raise SchemeError(f"{quantizer}: static activations have one float32 scale for the tensor; write 'tensor', or leave out 'static'.")
+        raise SchemeError(
+            f"{quantizer}: static activations have one float32 scale for the tensor; write 'tensor', or leave out 'static'."
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,6 +55,27 @@ def hold_dense(root: nn.Module, dtype: torch.dtype | None) -> None:
     for module in root.modules():
         if isinstance(module, Packed):
             module.hold(dtype)
+
+
+def use_eager_experts(model: nn.Module) -> None:
+    """Let mixture-of-experts layers take their matrices one expert at a time, as packed experts give them."""
+    config: Any = model.config
+    for part in (config, config.get_text_config()):
+        part._experts_implementation = "eager"
+
+
+FORMAT_VERSION = 1
+
+
+def check_version(quantization: Mapping[str, Any]) -> None:
+    """Raise FileError unless this nybble reads the format version of a ``quantization_config`` and it has its parts."""
+    version = quantization.get("format_version", FORMAT_VERSION)
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise FileError(
+            f"the file has nybble format version {version!r:.80}; this nybble reads up to {FORMAT_VERSION}. Update nybble."
+        )
+    if not isinstance(quantization.get("modules"), dict) or not isinstance(quantization.get("layouts"), list):
+        raise FileError("quantization_config lacks 'modules' or 'layouts': this is not a checkpoint that nybble wrote.")
 
 
 class Layouts:
@@ -116,11 +137,18 @@ def put_described(root: nn.Module, name: str, entry: dict[str, Any], layouts: La
             leaf = name.rpartition(".")[2]
             dtype = getattr(old, leaf).dtype
             del old._parameters[leaf]
-            old.add_module(leaf, PackedExperts([layouts.empty(int(n)) for n in entry["weights"]], dtype, transposed=bool(entry["transposed"])))
+            old.add_module(
+                leaf,
+                PackedExperts(
+                    [layouts.empty(int(n)) for n in entry["weights"]], dtype, transposed=bool(entry["transposed"])
+                ),
+            )
             return
         matrix = matrix_of(old)
         if matrix is None:
-            raise ModelError(f"the checkpoint quantizes {name}, which in this model is a {type(old).__name__}, not a linear layer.")
+            raise ModelError(
+                f"the checkpoint quantizes {name}, which in this model is a {type(old).__name__}, not a linear layer."
+            )
         sides = {s: ActivationQuantizer.from_dict(entry[s]) if s in entry else None for s in ("inputs", "outputs")}
         weight = layouts.empty(int(entry["weight"])) if "weight" in entry else matrix.detach()
         if tuple(weight.shape) != tuple(matrix.shape):

@@ -16,9 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nybble.core.errors import FileError
 from nybble.nn.experts import PackedExperts
-from nybble.nn.swap import Layouts, put_described
-
-FORMAT_VERSION = 1
+from nybble.nn.swap import FORMAT_VERSION, Layouts, check_version, put_described, use_eager_experts
 
 
 @register_quantization_config("nybble")
@@ -38,10 +36,7 @@ class NybbleConfig(QuantizationConfigMixin):
         **rest: Any,
     ) -> None:
         self.quant_method = "nybble"
-        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
-            raise FileError(f"the file has nybble format version {format_version!r}; this nybble reads up to {FORMAT_VERSION}. Update nybble.")
-        if not isinstance(modules, dict) or not isinstance(layouts, list):
-            raise FileError("quantization_config lacks 'modules' or 'layouts': this is not a checkpoint that nybble wrote.")
+        check_version({"modules": modules, "layouts": layouts, "format_version": format_version})
         self.modules, self.layouts, self.format_version = modules, layouts, format_version
         self.rest = {k: v for k, v in rest.items() if k != "quant_method"}
 
@@ -82,10 +77,3 @@ class NybbleHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """The codes are fixed."""
         return False
-
-
-def use_eager_experts(model: nn.Module) -> None:
-    """Let mixture-of-experts layers take their matrices one expert at a time, as packed experts give them."""
-    config = model.config
-    for part in {id(c): c for c in (config, getattr(config, "text_config", None)) if c is not None}.values():
-        part._experts_implementation = "eager"

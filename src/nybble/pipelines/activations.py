@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nybble.core.files import need_space
+from nybble.core.files import disk_errors, need_space
 
 
 class Activations:
@@ -19,12 +20,14 @@ class Activations:
         spill: a file to map instead of using memory; the system pages it in and out. It is removed by :meth:`close`.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, spill: Path | None = None) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, spill: Path | None = None
+    ) -> None:
         self.device, self._spill = device, spill
         if spill is None:
             self._data = torch.empty(shape, dtype=dtype, device=device)
         else:
-            need_space(spill, math.prod(shape) * dtype.itemsize)
+            _reserve(spill, math.prod(shape) * dtype.itemsize)
             flat = torch.from_file(str(spill), shared=True, size=math.prod(shape), dtype=dtype)
             self._data = flat.view(shape)
 
@@ -48,3 +51,10 @@ class Activations:
         self._data = torch.empty(0)
         if self._spill is not None:
             self._spill.unlink(missing_ok=True)
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file of this size whose blocks exist: writing through a map to a full disk would kill the process."""
+    need_space(path, size)
+    with disk_errors(path, size), path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)

@@ -18,7 +18,7 @@ import nybble
 from nybble.core.errors import FileError
 from nybble.core.files import atomic_write_json
 from nybble.core.tensorfile import merge_tensorfiles, write_tensorfile
-from nybble.nn.swap import Layouts, describe, put_described, quant_modules
+from nybble.nn.swap import FORMAT_VERSION, Layouts, describe, put_described, quant_modules
 from nybble.pipelines.report import LayerRow
 
 if TYPE_CHECKING:
@@ -26,16 +26,21 @@ if TYPE_CHECKING:
 
     from nybble.models.source import ModelSource
 
-FORMAT_VERSION = 1
 SHARD_BYTES = 5_000_000_000
 MANIFEST = "nybble.json"
+REQUEST = "request.json"
+SPILL = "hidden.bin"
 
 
 class Parts:
     """The parts of an unfinished model in ``folder``; with ``resume`` those of an earlier run of the same request count.
 
+    ``request.json`` stays until the folder is complete, and the manifest is the last of its other files to appear: so a
+    run killed while it assembles or clears up goes on where it was, too.
+
     Args:
-        folder: ``OUT.partial``. request: everything that decides the bytes; a resumed run must ask for the same.
+        folder: ``OUT.partial``.
+        request: everything that decides the bytes; a resumed run must ask for the same.
         resume: continue; otherwise what is there is cleared.
 
     Raises:
@@ -44,31 +49,59 @@ class Parts:
 
     def __init__(self, folder: Path, request: dict[str, Any], resume: bool) -> None:
         self.folder, self.parts = folder, folder / "parts"
-        marker = folder / "request.json"
-        if marker.exists() and resume:
-            before = json.loads(marker.read_text(encoding="utf-8"))
-            differs = [key for key in sorted({*before, *request}) if before.get(key) != request.get(key)]
-            if differs:
-                key = differs[0]
-                raise FileError(
-                    f"{folder} was begun with {key}={_short(before.get(key))}, now it is {_short(request.get(key))}. "
-                    "Repeat the first command, or start anew without --resume."
-                )
-        else:
+        (folder / SPILL).unlink(missing_ok=True)
+        before = self._earlier(request) if resume else None
+        if before is None:
             for child in folder.iterdir():
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
-            atomic_write_json(marker, request)
+            atomic_write_json(folder / REQUEST, request)
+        else:
+            _same_request(folder, before, request)
         self.parts.mkdir(exist_ok=True)
+
+    def _earlier(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        """The request that began this folder; a complete one, killed before it was moved, says it in its manifest."""
+        for name in (REQUEST, MANIFEST):
+            if (self.folder / name).exists():
+                found = json.loads((self.folder / name).read_text(encoding="utf-8"))
+                missing = {key: value for key, value in request.items() if name == MANIFEST and key not in found}
+                return {key: value for key, value in found.items() if key != "layers"} | missing
+        return None
+
+    @property
+    def assembled(self) -> bool:
+        """Whether all final files are there (parts may be left)."""
+        return (self.folder / MANIFEST).exists()
+
+    def begun(self, names: list[str]) -> str:
+        """What an earlier run left, in a line."""
+        done = sum(self.done(name) for name in names)
+        if self.assembled or done:
+            return f"resuming: {len(names) if self.assembled else done} of {len(names)} parts are done"
+        return f"nothing to resume in {self.folder}; starting anew"
 
     def done(self, name: str) -> bool:
         """Whether part ``name`` is complete."""
         return (self.parts / f"{name}.json").exists()
 
-    def write(self, name: str, prefix: str, module: nn.Module, rows: list[LayerRow]) -> None:
-        """Store a module's tensors, the descriptions of its quantized layers, and its rows."""
-        tensors = {f"{prefix}{key}": tensor for key, tensor in module.state_dict().items()}
+    def write(self, name: str, prefix: str, module: nn.Module, rows: list[LayerRow], without: str = "") -> None:
+        """Store a module's tensors, the descriptions of its quantized layers, and its rows.
+
+        Args:
+            name: of the part.
+            prefix: of the module, with a dot; empty for the whole model.
+            module: with real tensors; of those that are tied, the first name is kept.
+            rows: of its layers.
+            without: names below this prefix are in other parts.
+        """
+        first: dict[int, str] = {}
+        tensors: dict[str, Tensor] = {}
+        for key, tensor in module.state_dict(keep_vars=True).items():
+            if not (without and key.startswith(without)) and first.setdefault(id(tensor), key) == key:
+                tensors[f"{prefix}{key}"] = tensor.detach()
         layouts = Layouts()
-        modules = {f"{prefix}{key}": describe(found, layouts) for key, found in quant_modules(module)}
+        found = [(key, m) for key, m in quant_modules(module) if not (without and key.startswith(without))]
+        modules = {f"{prefix}{key}": describe(m, layouts) for key, m in found}
         write_tensorfile(self.parts / f"{name}.safetensors", tensors, {})
         atomic_write_json(
             self.parts / f"{name}.json",
@@ -91,10 +124,11 @@ class Parts:
         tensors: dict[str, Tensor] = load_file(self.parts / f"{name}.safetensors", device=str(device))
         root.load_state_dict(tensors, strict=False, assign=True)
 
-    def assemble(self, names: list[str], config: dict[str, Any], manifest: dict[str, Any]) -> list[LayerRow]:
-        """Merge all parts into the final files in ``folder`` and remove them; returns all rows."""
+    def assemble(self, names: list[str], config: dict[str, Any], manifest: dict[str, Any]) -> None:
+        """Merge all parts into the final files in ``folder``."""
         rows: list[LayerRow] = []
-        layouts, modules = Layouts(), {}
+        layouts = Layouts()
+        modules: dict[str, Any] = {}
         for name in names:
             data = self._json(name)
             rows += self.rows(name)
@@ -111,13 +145,35 @@ class Parts:
         }
         atomic_write_json(self.folder / "config.json", config | {"quantization_config": quantization})
         atomic_write_json(self.folder / MANIFEST, manifest | {"layers": [row.to_dict() for row in rows]})
+
+    def finish(self) -> list[LayerRow]:
+        """Remove what isn't part of the result; returns all rows."""
         shutil.rmtree(self.parts)
-        (self.folder / "request.json").unlink()
-        return rows
+        (self.folder / REQUEST).unlink(missing_ok=True)
+        manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+        return [LayerRow.from_dict(row) for row in manifest["layers"]]
 
     def _json(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.parts / f"{name}.json").read_text(encoding="utf-8"))
         return found
+
+
+def _same_request(folder: Path, before: dict[str, Any], request: dict[str, Any]) -> None:
+    was, now = _leaves(before), _leaves(request)
+    differs = [key for key in sorted({*was, *now}) if was.get(key) != now.get(key)]
+    if differs:
+        key = differs[0]
+        raise FileError(
+            f"{folder} was begun with {key} = {_short(was.get(key))}; now it is {_short(now.get(key))}. "
+            "Repeat the first command, or start anew without --resume."
+        )
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    if not isinstance(value, dict):
+        return {path: value}
+    return {k: v for key, item in value.items() for k, v in _leaves(item, f"{path}.{key}" if path else key).items()}
 
 
 def _renumber(entry: dict[str, Any], numbers: list[int]) -> dict[str, Any]:
@@ -143,7 +199,15 @@ def model_config(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def save_side_files(source: ModelSource, model: PreTrainedModel, folder: Path) -> None:
-    """Tokenizer and generation config beside the weights."""
-    source.tokenizer().save_pretrained(folder)
-    if model.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+    """Tokenizer and generation config beside the weights.
+
+    Raises:
+        FileError: they can't be written; tokenizers' own errors don't tell a full disk from others.
+    """
+    tokenizer = source.tokenizer()
+    try:
+        tokenizer.save_pretrained(folder)
+        if model.can_generate() and model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+    except Exception as error:
+        raise FileError(f"{folder}: the tokenizer's files can't be written: {error}") from error

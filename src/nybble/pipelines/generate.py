@@ -10,7 +10,14 @@ from nybble.pipelines.load import load
 
 
 def generate(
-    model: str, prompt: str, *, max_new_tokens: int = 64, chat: bool = True, sample: bool = False, seed: int = 0, device: str = "cpu"
+    model: str,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    chat: bool = True,
+    sample: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> str:
     """Answer or continue ``prompt``.
 
@@ -28,14 +35,19 @@ def generate(
     loaded, tokenizer = load(model, device=device, dense=True)
     if chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     ids = inputs["input_ids"].to(device)
     with preserve_global_rng(), torch.no_grad():
         torch.manual_seed(derive_seed(seed, "generate"))
         made = loaded.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=sample,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=sample,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
     return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)).strip()

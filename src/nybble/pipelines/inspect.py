@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,72 +12,93 @@ import torch
 
 from nybble.core.errors import FileError, NybbleError
 from nybble.core.tensorheader import TensorEntry, TensorHeader, read_tensor_header
+from nybble.models.config_file import read_json
+from nybble.models.folder import DTYPES, weight_files
+from nybble.models.guard import reading
 from nybble.nn.activation import ActivationQuantizer
-from nybble.nn.swap import Layouts
+from nybble.nn.swap import Layouts, check_version
 
-_SHORT = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8", "int32": "I32", "int16": "I16", "int64": "I64"}
+SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder's tensors as they are, and as config.json says they should be.
+    """A folder's tensors as they are, and as config.json says they should be; :func:`read_checkpoint` compares them.
 
     Attributes:
-        stored: name -> entry of a safetensors header. expected: name -> (dtype, shape) of each quantized module's tensor.
+        config: config.json. stored: name -> entry of a safetensors header. headers: the weight files' headers.
+        modules: name -> description of a quantized module. layouts: what the descriptions number.
+        expected: name -> (dtype, shape) of each quantized module's tensor.
         roles: name -> codes, scales, offsets, tables or unquantized. padding: bytes that packing wastes, by name.
-        elements: name of a quantized weight -> its number of elements. headers: the weight files' headers.
+        elements: name of a quantized weight -> its number of elements.
     """
 
+    config: dict[str, Any]
     stored: dict[str, TensorEntry]
-    expected: dict[str, tuple[str, list[int]]]
-    roles: dict[str, str]
-    padding: dict[str, int]
-    elements: dict[str, int]
     headers: tuple[TensorHeader, ...]
+    modules: dict[str, dict[str, Any]]
+    layouts: list[dict[str, Any]]
+    expected: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
+    padding: dict[str, int] = field(default_factory=dict)
+    elements: dict[str, int] = field(default_factory=dict)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read config.json and the weight files' headers.
+    """Read config.json and the weight files' headers; no tensor is read.
 
     Raises:
-        FileError: missing, malformed, or not written by nybble; nothing else escapes.
+        FileError: missing, malformed, not written by nybble, or config and files contradict each other; nothing else.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        quantization = config["quantization_config"]
-        modules, layouts = quantization["modules"], Layouts(quantization["layouts"])
-        expected: dict[str, tuple[str, list[int]]] = {}
-        roles: dict[str, str] = {}
-        padding: dict[str, int] = {}
-        elements: dict[str, int] = {}
-        for name, entry in modules.items():
-            numbers = {f"{name}.weight": entry["weight"]} if "weight" in entry else {}
-            numbers |= {f"{name}.experts.{i}": n for i, n in enumerate(entry.get("weights", []))}
-            for prefix, number in numbers.items():
-                with torch.device("meta"):
-                    qtensor = layouts.empty(int(number))
-                elements[prefix] = math.prod(qtensor.shape)
-                for key, tensor in qtensor.tensors().items():
-                    expected[f"{prefix}.{key}"] = (_SHORT[str(tensor.dtype).removeprefix("torch.")], list(tensor.shape))
-                    roles[f"{prefix}.{key}"] = qtensor.roles()[key]
-                wasted = qtensor.padding_bytes()
-                if wasted.get("codes"):
-                    padding[f"{prefix}.codes"] = wasted["codes"]
-            for side in ("inputs", "outputs"):
-                if side in entry:
-                    for key, tensor in ActivationQuantizer.from_dict(entry[side]).state_dict().items():
-                        expected[f"{name}.{side}.{key}"] = ("F32", list(tensor.shape))
-                        roles[f"{name}.{side}.{key}"] = "scales" if key == "scale" else "offsets"
-    except NybbleError as error:
-        raise FileError(f"{folder}: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise FileError(f"{folder} is not a model that nybble wrote ({type(error).__name__}: {error}).") from error
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileError(f"{folder} holds no .safetensors file.")
-    headers = tuple(read_tensor_header(file) for file in files)
+    config = read_json(folder / "config.json")
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "nybble":
+        raise FileError(f"{folder} is not a model that nybble wrote: its config.json has no quantization by nybble.")
+    check_version(quantization)
+    headers = tuple(read_tensor_header(file) for file in sorted({path for path, _ in weight_files(folder).values()}))
     stored = {name: entry for header in headers for name, entry in header.tensors.items()}
-    return Checkpoint(stored, expected, roles, padding, elements, headers)
+    found = Checkpoint(config, stored, headers, quantization["modules"], quantization["layouts"])
+    try:
+        with reading(folder / "config.json"):
+            _describe(found)
+    except NybbleError as error:
+        raise error if isinstance(error, FileError) else FileError(f"{folder / 'config.json'}: {error}") from error
+    for name, (dtype, shape) in found.expected.items():
+        entry = stored.get(name)
+        if entry is None:
+            raise FileError(f"{folder}: config.json describes {name}, which the weight files do not hold.")
+        if (entry.dtype, list(entry.shape)) != (dtype, list(shape)):
+            has = f"{entry.dtype} {list(entry.shape)}"
+            raise FileError(f"{folder}: {name} should be {dtype} {list(shape)}; the file has {has}.")
+    return found
+
+
+def _describe(found: Checkpoint) -> None:
+    """Fill in what the descriptions of the modules say is stored."""
+    layouts = Layouts(found.layouts)
+    with torch.device("meta"):
+        weights = [layouts.empty(number) for number in range(len(found.layouts))]
+        for weight in weights:
+            weight.dequantize()  # shapes that don't fit each other show here, not in the first forward
+    for name, entry in found.modules.items():
+        numbers = {f"{name}.weight": entry["weight"]} if "weight" in entry else {}
+        numbers |= {f"{name}.experts.{i}": n for i, n in enumerate(entry.get("weights", []))}
+        for prefix, number in numbers.items():
+            weight = weights[number]
+            found.elements[prefix] = math.prod(weight.shape)
+            roles = weight.roles()
+            for key, tensor in weight.tensors().items():
+                found.expected[f"{prefix}.{key}"] = (SAFETENSORS_NAMES[tensor.dtype], list(tensor.shape))
+                found.roles[f"{prefix}.{key}"] = roles[key]
+            wasted = weight.padding_bytes().get("codes", 0)
+            if wasted:
+                found.padding[f"{prefix}.codes"] = wasted
+        for side in ("inputs", "outputs"):
+            if side in entry:
+                for key, tensor in ActivationQuantizer.from_dict(entry[side]).state_dict().items():
+                    found.expected[f"{name}.{side}.{key}"] = ("F32", list(tensor.shape))
+                    found.roles[f"{name}.{side}.{key}"] = "scales" if key == "scale" else "offsets"
 
 
 def inspect(folder: str | Path) -> dict[str, Any]:
@@ -95,7 +115,9 @@ def inspect(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     checkpoint = read_checkpoint(folder)
     total: dict[str, int] = defaultdict(int)
-    modules: dict[str, dict[str, Any]] = {n: {"elements": c, "bytes": defaultdict(int)} for n, c in checkpoint.elements.items()}
+    modules: dict[str, dict[str, Any]] = {
+        n: {"elements": c, "bytes": defaultdict(int)} for n, c in checkpoint.elements.items()
+    }
     parameters = 0
     for name, entry in checkpoint.stored.items():
         role = checkpoint.roles.get(name, "unquantized")
@@ -109,7 +131,7 @@ def inspect(folder: str | Path) -> dict[str, Any]:
         elif role == "unquantized":
             parameters += math.prod(entry.shape)
     total["headers"] += sum(header.data_start for header in checkpoint.headers)
-    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     weight_files = {header.path.name for header in checkpoint.headers}
     for name, size in files.items():
         if name not in weight_files:
@@ -131,7 +153,9 @@ def inspect(folder: str | Path) -> dict[str, Any]:
         "modules": modules,
     }
     if sum(total.values()) != result["total"]:
-        raise FileError(f"{folder}: {sum(total.values())} bytes are accounted for and {result['total']} are on disk; a file was changed.")
+        raise FileError(
+            f"{folder}: {sum(total.values())} bytes are accounted for and {result['total']} are on disk; a file was changed."
+        )
     return result
 
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nybble.core.errors import FileError, UsageError
 from nybble.core.files import AtomicFolder
+from nybble.models.config_file import make_config, read_json
 from nybble.models.guard import reading
+from nybble.models.skeleton import expected_tensors, fill_buffers_, meta_model
 from nybble.models.source import open_source
-from nybble.nn.swap import hold_dense, quant_modules
+from nybble.nn.experts import PackedExperts
+from nybble.nn.swap import Layouts, hold_dense, put_described, quant_modules, use_eager_experts
 from nybble.pipelines.checkpoint import Parts, model_config
+from nybble.pipelines.inspect import Checkpoint, read_checkpoint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load(
@@ -25,10 +28,14 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer: a folder that nybble wrote, or whatever :func:`open_source` takes.
 
+    Nothing in a folder is trusted: sizes, names and dtypes are compared with the files before memory is taken, and no
+    code runs.
+
     Args:
         model: folder, GGUF file, hub id or ``demo:`` name.
         dtype: of the float parts; default what a quantized folder says, else bfloat16.
-        device: where to. dense: keep dequantized copies of packed weights (faster, the same numbers).
+        device: where to.
+        dense: keep dequantized copies of packed weights (faster, the same numbers).
 
     Raises:
         NybbleError: the model can't be read; nothing else escapes.
@@ -37,16 +44,11 @@ def load(
     if not is_quantized(folder):
         source = open_source(str(model))
         return source.model(dtype or torch.bfloat16, device), source.tokenizer()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    check_checkpoint(folder)
-    with reading(folder):
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    loaded = loaded.to(device).eval()
+    loaded = _load_quantized(folder, dtype)
+    nn.Module.to(loaded, device)
     if dense:
         hold_dense(loaded, loaded.dtype)
-    return loaded, tokenizer
+    return loaded, _tokenizer(folder, loaded.config)
 
 
 def is_quantized(folder: Path) -> bool:
@@ -54,31 +56,79 @@ def is_quantized(folder: Path) -> bool:
     path = folder / "config.json"
     if not path.is_file():
         return False
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return bool(config["quantization_config"]["quant_method"] == "nybble")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    quantization = read_json(path).get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "nybble"
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Compare config.json's descriptions with the tensors that are really in the file.
-
-    Raises:
-        FileError: a described tensor is missing or of another shape or dtype, or the header is malformed.
-    """
-    from nybble.pipelines.inspect import read_checkpoint
-
+def _load_quantized(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     checkpoint = read_checkpoint(folder)
-    for name, (dtype, shape) in checkpoint.expected.items():
+    config = make_config(dict(checkpoint.config), str(folder / "config.json"))
+    stated = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    model = meta_model(config, dtype or stated, len(checkpoint.stored))
+    layouts = Layouts(checkpoint.layouts)
+    with torch.device("meta"):
+        for name, entry in checkpoint.modules.items():
+            put_described(model, name, entry, layouts)
+    if any(isinstance(module, PackedExperts) for module in model.modules()):
+        use_eager_experts(model)
+    _check_names(folder, checkpoint, expected_tensors(model))
+    tensors = _read(folder, checkpoint, dtype)
+    fill_buffers_(model)
+    with reading(folder):
+        model.load_state_dict(tensors, strict=False, assign=True)
+        model.tie_weights()
+        model.config.quantization_config = checkpoint.config["quantization_config"]
+        generation = folder / "generation_config.json"
+        if generation.is_file() and model.can_generate():
+            from transformers import GenerationConfig
+
+            model.generation_config = GenerationConfig.from_dict(read_json(generation))
+    return nn.Module.eval(model)
+
+
+def _check_names(folder: Path, checkpoint: Checkpoint, expected: dict[str, Tensor]) -> None:
+    """Every tensor of the model is in the files with its shape, tied ones at least once, and no other."""
+    stored = {id(tensor) for name, tensor in expected.items() if name in checkpoint.stored}
+    for name, tensor in expected.items():
         found = checkpoint.stored.get(name)
-        if found is None:
-            raise FileError(f"{folder}: config.json describes {name}, which the weights file does not hold.")
-        if (found.dtype, list(found.shape)) != (dtype, list(shape)):
-            raise FileError(f"{folder}: {name} should be {dtype} {list(shape)}; the file has {found.dtype} {list(found.shape)}.")
+        if found is None and id(tensor) not in stored:
+            raise FileError(f"{folder}: the model needs {name}, which the weight files do not hold.")
+        if found is not None and tuple(found.shape) != tuple(tensor.shape):
+            raise FileError(f"{folder}: {name} is {list(found.shape)}; config.json says {list(tensor.shape)}.")
+    unknown = [name for name in checkpoint.stored if name not in expected]
+    if unknown:
+        raise FileError(f"{folder}: the weight files hold {unknown[0]}, which the model of config.json does not have.")
 
 
-def save(model: nn.Module, out: str | Path, tokenizer: Any = None, manifest: dict[str, Any] | None = None) -> Path:
+def _read(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    tensors: dict[str, Tensor] = {}
+    for header in checkpoint.headers:
+        with reading(header.path), safe_open(header.path, framework="pt", device="cpu") as file:
+            for name in header.tensors:
+                tensor = file.get_tensor(name).clone()  # not a map of the file, which may change
+                cast = dtype is not None and tensor.is_floating_point() and name not in checkpoint.expected
+                tensors[name] = tensor.to(dtype) if cast else tensor
+    return tensors
+
+
+def _tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    with reading(f"the tokenizer of {folder}"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), config=config, trust_remote_code=False, local_files_only=True
+        )
+    return tokenizer
+
+
+def save(
+    model: PreTrainedModel,
+    out: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    manifest: dict[str, Any] | None = None,
+) -> Path:
     """Write a model that was quantized in memory to a folder, as ``nybble quantize`` would.
 
     Raises:
@@ -89,30 +139,11 @@ def save(model: nn.Module, out: str | Path, tokenizer: Any = None, manifest: dic
     out = Path(out)
     with AtomicFolder(out) as partial:
         parts = Parts(partial, {}, resume=False)
-        parts.write("model", "", _Untied(model), [])
+        parts.write("model", "", model, [])
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        generation = getattr(model, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(partial)
-        parts.assemble(["model"], model_config(model, model.dtype), manifest or {})  # type: ignore[arg-type]
+        if model.can_generate() and model.generation_config is not None:
+            model.generation_config.save_pretrained(partial)
+        parts.assemble(["model"], model_config(model, model.dtype), manifest or {})
+        parts.finish()
     return out
-
-
-class _Untied(nn.Module):
-    """A model's state dict with each tied tensor once."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._model = (model,)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        seen: dict[int, str] = {}
-        for name, tensor in self._model[0].state_dict(keep_vars=True).items():
-            seen.setdefault(id(tensor), name)
-        return {name: t.detach() for name, t in self._model[0].state_dict(keep_vars=True).items() if seen[id(t)] == name}
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
-        return self._model[0].named_modules()
-
-

@@ -27,7 +27,14 @@ def legal_combinations() -> list[dict[str, Any]]:
         solver = make_solver(step.name, step.options)
         for name in format_names():
             for granularity in GRANULARITIES:
-                rows.append({"recipe": recipe_name, "format": name, "granularity": granularity, "reason": _try(solver, name, granularity, matrix, second)})
+                rows.append(
+                    {
+                        "recipe": recipe_name,
+                        "format": name,
+                        "granularity": granularity,
+                        "reason": _try(solver, name, granularity, matrix, second),
+                    }
+                )
     return rows
 
 
@@ -36,7 +43,11 @@ def _try(solver: Any, name: str, granularity: str, matrix: torch.Tensor, second:
         quantizer = Quantizer(f"{name} {granularity}")
         solver.quantizer_for(quantizer)
         if not quantizer.format.signed:
-            quantizer = quantizer.replace(symmetric=False) if quantizer.format.is_integer else quantizer.replace(scale="minmax(offset=true)")
+            quantizer = (
+                quantizer.replace(symmetric=False)
+                if quantizer.format.is_integer
+                else quantizer.replace(scale="minmax(offset=true)")
+            )
         solver.solve([Weight(name="weight", matrix=matrix, quantizer=quantizer)], second)
     except NybbleError as error:
         return str(error)

@@ -53,6 +53,11 @@ class Plan:
         return sum(len(block) for block in self.blocks) + len(self.outside)
 
     @property
+    def experts(self) -> bool:
+        """Whether any weight is a fused one of experts."""
+        return any(t.experts for block in self.blocks for t in block)
+
+    @property
     def needs_ranges(self) -> bool:
         """Whether any input has a static quantizer."""
         return any(t.rule.inputs is not None and t.rule.inputs.static for block in self.blocks for t in block)
@@ -90,14 +95,18 @@ def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver
     count = len(adapter.blocks_of(model))
     prefixes = [f"{adapter.block_name(i)}." for i in range(count)]
     blocks = tuple(
-        tuple(Target(t.name.removeprefix(p), t.rule, t.shape, t.experts) for t in targets.values() if t.name.startswith(p))
+        tuple(
+            Target(t.name.removeprefix(p), t.rule, t.shape, t.experts) for t in targets.values() if t.name.startswith(p)
+        )
         for p in prefixes
     )
     inside = f"{adapter.blocks}."
     outside = tuple(t for t in targets.values() if not t.name.startswith(inside))
     for target in outside:
         if target.rule.inputs is not None and target.rule.inputs.static:
-            raise SchemeError(f"{target.name} is outside the blocks, where no static activations are calibrated; use a dynamic quantizer.")
+            raise SchemeError(
+                f"{target.name} is outside the blocks, where no static activations are calibrated; use a dynamic quantizer."
+            )
     return Plan(blocks, outside, found.counts, found.ignored)
 
 
@@ -108,12 +117,16 @@ def _check(target: Target, solver: Solver) -> None:
         if rule.weights.static:
             raise SchemeError("'static' is for activations; weights always keep their own scales.")
         if not rule.weights.format.signed and not (rule.weights.scale.needs_integer or rule.weights.scale.has_offset):
-            raise SchemeError(f"weights are signed and {rule.weights.format} is not; add symmetric=false or use a signed format.")
+            raise SchemeError(
+                f"weights are signed and {rule.weights.format} is not; add symmetric=false or use a signed format."
+            )
     for side, width in ((rule.inputs, columns), (rule.outputs, target.shape[0])):
         if side is None:
             continue
         if target.experts:
-            raise SchemeError("fused experts take quantized weights only so far; leave out inputs and outputs, or ignore them.")
+            raise SchemeError(
+                "fused experts take quantized weights only so far; leave out inputs and outputs, or ignore them."
+            )
         check_static(side)
         try:
             side.granularity.check((1, 8, width))
@@ -131,8 +144,18 @@ class Estimate:
 
 
 def estimate(
-    model: nn.Module, adapter: Adapter, plan: Plan, solver: Solver, *, samples: int, seq_len: int, batch: int, streams: int,
-    dtype: torch.dtype, spilled: bool, flops: float,
+    model: nn.Module,
+    adapter: Adapter,
+    plan: Plan,
+    solver: Solver,
+    *,
+    samples: int,
+    seq_len: int,
+    batch: int,
+    streams: int,
+    dtype: torch.dtype,
+    spilled: bool,
+    flops: float,
 ) -> Estimate:
     """Bytes and seconds from shapes alone; the formula is in docs/memory.md and is checked against real runs.
 
@@ -156,7 +179,9 @@ def estimate(
         moments = max((sum(4 * c * c for c in columns) * 2 for columns in per_block), default=0) + 3 * 4 * width * width
     # a block in the source's precision and in the model's, and one group of weights about 8 times over in float32
     memory = block_weights * (4 + size) + largest * 4 * 8 + outside * size + moments + work + (0 if spilled else hidden)
-    packed = sum(math.prod(t.shape) * max(1, t.experts) * (t.rule.weights.format.bits + 1) / 8 for t in targets if t.rule.weights)
+    packed = sum(
+        math.prod(t.shape) * max(1, t.experts) * (t.rule.weights.format.bits + 1) / 8 for t in targets if t.rule.weights
+    )
     rest = sum(p.numel() for p in model.parameters()) - sum(math.prod(t.shape) * max(1, t.experts) for t in targets)
     # block files and the final file exist together for a moment
     disk = int(2 * (packed + rest * size)) + (hidden if spilled else 0)

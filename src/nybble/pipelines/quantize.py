@@ -13,11 +13,14 @@ block that isn't done; finished blocks are only run again to move the hidden sta
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,20 +28,21 @@ import torch
 from torch import Tensor, nn
 
 import nybble
-from nybble.core.errors import DeviceError, FileError, NybbleError, SchemeError, UsageError, within
+from nybble.core.errors import DataError, DeviceError, FileError, NybbleError, SchemeError, UsageError, within
 from nybble.core.files import AtomicFolder, need_space
 from nybble.core.progress import Progress, Silent, task
-from nybble.core.seeds import preserve_global_rng
+from nybble.core.seeds import derive_seed, preserve_global_rng
 from nybble.data import TokenSamples, load_text, token_samples
 from nybble.models.adapter import adapter_for
 from nybble.models.source import open_source
 from nybble.models.trace import BlockCall, capture_block_calls
-from nybble.nn.swap import hold_dense
+from nybble.nn.swap import hold_dense, use_eager_experts
 from nybble.pipelines.activations import Activations
 from nybble.pipelines.block import solve_block
-from nybble.pipelines.checkpoint import Parts, model_config, save_side_files
-from nybble.pipelines.plan import Estimate, Plan, Target, estimate, make_plan, measure_flops, require_memory
+from nybble.pipelines.checkpoint import SPILL, Parts, model_config, save_side_files
+from nybble.pipelines.plan import Estimate, Plan, estimate, make_plan, measure_flops, require_memory
 from nybble.pipelines.report import LayerRow, Report
+from nybble.pipelines.watch import see_block, see_nothing
 from nybble.recipe import Recipe, load_recipe
 from nybble.solvers import Solver, make_solver
 
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
 
     from nybble.models.source import ModelSource
 
+DEFAULT_SAMPLES = 128
 _OUTSIDE = "outside"
 
 
@@ -55,12 +60,13 @@ class Settings:
     """What a run can be told beside model, recipe and data.
 
     Attributes:
-        samples, seq_len: calibration sequences and their length. batch: sequences a forward takes.
+        samples: calibration sequences; None takes 128, or as many as the data has. seq_len: their length.
+        batch: sequences a forward takes.
         seed: of every random choice. device: ``cpu`` or ``cuda``. dtype: of forwards and of what stays unquantized.
         resume: continue a killed run. spill: keep hidden states in a file instead of memory.
     """
 
-    samples: int = 128
+    samples: int | None = None
     seq_len: int = 512
     batch: int = 8
     seed: int = 0
@@ -71,8 +77,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("samples", "seq_len", "batch"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; it must be 1 or more.")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise DeviceError("no CUDA device is available (torch.cuda.is_available() is false); use --device cpu.")
         if self.device.split(":")[0] not in ("cpu", "cuda"):
@@ -80,7 +87,7 @@ class Settings:
 
 
 def quantize(
-    model: str | nn.Module,
+    model: str | Path | nn.Module,
     recipe: str | Recipe,
     data: str | TokenSamples = "builtin",
     *,
@@ -93,47 +100,56 @@ def quantize(
 
     Args:
         model: what :func:`nybble.models.open_source` takes, or a transformers model in memory (changed in place).
-        recipe: a name, a YAML file, or a Recipe. data: a SRC, or tokens already cut.
+        recipe: a name, a YAML file, or a Recipe.
+        data: a SRC, or tokens already cut.
         out: a folder to write; it appears whole or not at all. None keeps the result in memory.
-        settings: sizes, device, seed. progress: told after each block. announce: gets the pre-flight lines.
+        settings: sizes, device, seed.
+        progress: told after each block.
+        announce: gets the pre-flight lines.
 
     Returns:
         The quantized model, or with ``out`` its folder; and what was done.
 
     Raises:
-        NybbleError: bad requests, files, data; nothing is left behind (a killed or interrupted run leaves OUT.partial for --resume).
+        NybbleError: bad requests, files, data. Nothing is left behind, but for OUT.partial of a run that was killed,
+            interrupted or stopped by a full disk: ``resume`` goes on from it.
     """
     settings = settings or Settings()
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     started = time.perf_counter()
-    with preserve_global_rng(), torch.no_grad():
-        if isinstance(model, str):
-            source = open_source(model)
+    if out is not None and os.path.lexists(out):
+        raise FileError(f"{out} exists already. Remove it or choose another output folder.")
+    with preserve_global_rng(), torch.no_grad(), out_of_memory(settings.device):
+        if isinstance(model, str | Path):
+            source = open_source(str(model))
             job = Job.make(source.skeleton(settings.dtype), source, recipe, data, settings)
         else:
             if out is not None:
                 raise UsageError("a model in memory is quantized in memory; save it with nybble.save(model, folder).")
-            if isinstance(data, str):
-                raise UsageError("a model in memory has no tokenizer here; pass data as TokenSamples (nybble.data.token_samples).")
             job = Job.make(model, None, recipe, data, settings)
         for line in job.preflight(out):
             (announce or _ignore)(line)
         if out is None:
             rows = job.run(None, progress or Silent())
             return job.model, Report(layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started)
-        rows = _write(job, Path(out), progress or Silent())
+        rows = _write(job, Path(out), progress or Silent(), announce or _ignore)
     return Path(out), Report(layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started)
 
 
-def _write(job: Job, out: Path, progress: Progress) -> list[LayerRow]:
+def _write(job: Job, out: Path, progress: Progress, announce: Callable[[str], None]) -> list[LayerRow]:
     folder = AtomicFolder(out, resumable=True)
     try:
         with folder as partial:
             parts = Parts(partial, job.request(), job.settings.resume)
-            job.run(parts, progress)
-            assert job.source is not None
-            save_side_files(job.source, job.model, partial)
-            return parts.assemble(job.part_names(), model_config(job.model, job.settings.dtype), job.manifest())
+            if job.settings.resume:
+                announce(parts.begun(job.part_names()))
+            if not parts.assembled:
+                job.run(parts, progress)
+            if not parts.assembled:
+                assert job.source is not None
+                save_side_files(job.source, job.model, partial)
+                parts.assemble(job.part_names(), model_config(job.model, job.settings.dtype), job.manifest())
+            return parts.finish()
     except NybbleError as error:
         # A bad request leaves nothing; what could go on once there is room (a full disk) or the same request stays.
         if not isinstance(error, FileError):
@@ -158,7 +174,11 @@ class Job:
 
     @staticmethod
     def make(
-        model: PreTrainedModel | nn.Module, source: ModelSource | None, recipe: Recipe, data: str | TokenSamples, settings: Settings
+        model: PreTrainedModel | nn.Module,
+        source: ModelSource | None,
+        recipe: Recipe,
+        data: str | TokenSamples,
+        settings: Settings,
     ) -> Job:
         """Check the request against the model; nothing heavy runs."""
         if len(recipe.steps) != 1:
@@ -166,26 +186,34 @@ class Job:
         solver = make_solver(recipe.steps[0].name, recipe.steps[0].options)
         with within(f"recipe {recipe.name}"):
             plan = make_plan(model, adapter_for(model), recipe.scheme, solver)
-        needs_data = solver.needs_second_moment or plan.needs_ranges
+        if plan.experts:
+            use_eager_experts(model)
         tokens = None
-        if needs_data and isinstance(data, str):
-            assert source is not None
-            tokenizer = source.tokenizer()
-            text = load_text(data, "calibration", tokenizer)
-            tokens = token_samples(text, tokenizer, samples=settings.samples, seq_len=settings.seq_len, seed=settings.seed)
-        elif needs_data and isinstance(data, TokenSamples):
-            tokens = data
+        if solver.needs_second_moment or plan.needs_ranges:
+            tokens = data if isinstance(data, TokenSamples) else _calibration(source, data, settings)
+            _check_tokens(tokens, model)
         device = torch.device(settings.device)
         sizes = (0, 0) if tokens is None else (tokens.input_ids.shape[0], tokens.input_ids.shape[1])
         cost = estimate(
-            model, adapter_for(model), plan, solver, samples=sizes[0], seq_len=sizes[1], batch=settings.batch, streams=1,
-            dtype=settings.dtype, spilled=settings.spill, flops=measure_flops(device, settings.dtype),
+            model,
+            adapter_for(model),
+            plan,
+            solver,
+            samples=sizes[0],
+            seq_len=sizes[1],
+            batch=settings.batch,
+            streams=1,
+            dtype=settings.dtype,
+            spilled=settings.spill,
+            flops=measure_flops(device, settings.dtype),
         )
         return Job(model, source, recipe, solver, plan, settings, tokens, cost)
 
     @property
     def device(self) -> torch.device:
-        """Where blocks run."""
+        """Where blocks run; a model in memory stays where it is."""
+        if self.source is None:
+            return next(iter(self.model.parameters())).device
         return torch.device(self.settings.device)
 
     def part_names(self) -> list[str]:
@@ -195,7 +223,11 @@ class Job:
     def preflight(self, out: str | Path | None) -> list[str]:
         """What will be done, in lines; raises if memory or disk can't hold it."""
         counts = ", ".join(f"{pattern}: {count}" for pattern, count in self.plan.counts.items())
-        data = "no calibration" if self.tokens is None else "calibration {} x {} tokens".format(*self.tokens.input_ids.shape)
+        data = "no calibration"
+        if self.tokens is not None:
+            data = "calibration {} x {} tokens".format(*self.tokens.input_ids.shape)
+            if self.settings.samples is None and self.tokens.available < DEFAULT_SAMPLES:
+                data += f" (all that {self.tokens.source} has)"
         lines = [
             f"{self.plan.targets} weights in {len(self.plan.blocks)} blocks ({counts}); {data}",
             f"about {self.estimate.memory / 1e9:.2f} GB of memory, {self.estimate.disk / 1e9:.2f} GB of disk, "
@@ -216,7 +248,10 @@ class Job:
             "recipe": self.recipe.to_dict(),
             "data": None if self.tokens is None else self.tokens.manifest(),
             "settings": {
-                "seed": self.settings.seed, "batch": self.settings.batch, "device": self.settings.device, "dtype": str(self.settings.dtype),
+                "seed": self.settings.seed,
+                "batch": self.settings.batch,
+                "device": self.settings.device,
+                "dtype": str(self.settings.dtype),
             },
             "threads": torch.get_num_threads(),
             "versions": versions(),
@@ -251,55 +286,54 @@ class Job:
         adapter = adapter_for(self.model)
         name, prefix = _part(index), adapter.block_name(index)
         block = adapter.blocks_of(self.model)[index]
-        finished = parts is not None and parts.done(name)
         moves_on = self.tokens is not None and index + 1 < len(self.plan.blocks)
-        if finished and self.solver.path == "quantized":
-            assert parts is not None
+        if parts is not None and parts.done(name):
+            rows = parts.rows(name)
             if moves_on:
-                parts.restore(name, self.model, self.device)
-                self._advance(block, index)
-            self._release(block)
-            return parts.rows(name)
-        originals = self._load_block(block, prefix)
-        if finished:
-            assert parts is not None
-            if moves_on:
-                self._advance(block, index)
-            self._release(block)
-            return parts.rows(name)
-        stream = self.streams.get(self.solver.path)
-        batches = None if stream is None else lambda: self._batches(stream, index)
-        tokens = 0 if self.tokens is None else self.tokens.tokens
-        targets = self.plan.blocks[index]
-        if self.solver.path == "float" and moves_on and batches is not None:
-            # The float stream moves on after the block was seen and before its weights change.
-            after = self._outputs_while_solving(block, prefix, targets, batches, tokens, originals, stream)
-            rows = after
+                self._replay(block, index, parts)
         else:
-            rows = solve_block(block, prefix, targets, self.solver, batches, tokens, originals)
-            if moves_on:
-                self._advance(block, index)
+            originals = self._load_block(block, prefix)
+            rows = self._quantize_block(block, index, originals, moves_on)
+            if parts is not None:
+                parts.write(name, f"{prefix}.", block, rows)
         if parts is not None:
-            parts.write(name, f"{prefix}.", block, rows)
             self._release(block)
         return rows
 
-    def _outputs_while_solving(
-        self, block: nn.Module, prefix: str, targets: tuple[Target, ...], batches: Any, tokens: int, originals: dict[str, Tensor],
-        stream: Activations | None,
+    def _quantize_block(
+        self, block: nn.Module, index: int, originals: dict[str, Tensor], moves_on: bool
     ) -> list[LayerRow]:
-        """Solve on the float path: collect the float outputs first, put them in the stream once the weights are solved."""
-        assert stream is not None
-        outputs = [call.run(block, hidden).to("cpu") for call, hidden in batches()]
-        rows = solve_block(block, prefix, targets, self.solver, batches, tokens, originals)
-        start = 0
-        for output in outputs:
-            stream.write(start, output)
-            start += output.shape[0]
+        """See, solve and move the hidden states on: before the weights change on the float path, after it else."""
+        prefix, targets = adapter_for(self.model).block_name(index), self.plan.blocks[index]
+        seen = see_nothing(targets)
+        if self.tokens is not None:
+            self._seed(index, "see")
+            stream = self.streams[self.solver.path]
+            batches = partial(self._batches, stream, index)
+            seen = see_block(block, prefix, targets, self.solver, batches, self.tokens.tokens)
+        if moves_on and self.solver.path == "float":
+            self._advance(block, index)
+        self._seed(index, "solve")
+        rows = solve_block(block, f"{prefix}.", targets, self.solver, seen, originals)
+        if moves_on and self.solver.path == "quantized":
+            self._advance(block, index)
         return rows
+
+    def _replay(self, block: nn.Module, index: int, parts: Parts) -> None:
+        """Move the hidden states through a block that an earlier run finished."""
+        if self.solver.path == "quantized":
+            parts.restore(_part(index), self.model, self.device)
+        else:
+            self._load_block(block, adapter_for(self.model).block_name(index))
+        self._advance(block, index)
+
+    def _seed(self, index: int, phase: str) -> None:
+        """Stochastic roundings draw from the global state: fix it for each phase, so that a resumed run draws the same."""
+        torch.manual_seed(derive_seed(self.settings.seed, _part(index), phase))
 
     def _advance(self, block: nn.Module, index: int) -> None:
         """Run the block on its stream; its outputs become the next block's inputs."""
+        self._seed(index, "advance")
         stream = self.streams[self.solver.path]
         hold_dense(block, self.settings.dtype)
         start = 0
@@ -309,7 +343,7 @@ class Job:
             start += output.shape[0]
         hold_dense(block, None)
         if not stream.finite():
-            raise SchemeError(f"the outputs of block {index} hold NaN or Inf; try another dtype or a gentler scheme.")
+            raise DataError(f"the outputs of block {index} hold NaN or Inf; try another dtype or a gentler scheme.")
 
     def _outside(self, parts: Parts | None) -> list[LayerRow]:
         if parts is not None and parts.done(_OUTSIDE):
@@ -319,16 +353,11 @@ class Job:
             originals = self.source.load([f"{t.name}.weight" for t in self.plan.outside], device=self.device)
         rows = []
         for target in self.plan.outside:
-            rows += solve_block(self.model, "", [target], self.solver, None, 0, originals)
+            self._seed(len(self.plan.blocks), target.name)
+            rows += solve_block(self.model, "", [target], self.solver, see_nothing([target]), originals)
         if parts is not None:
-            parts.write(_OUTSIDE, "", self._only_outside(), rows)
+            parts.write(_OUTSIDE, "", self.model, rows, without=f"{adapter_for(self.model).blocks}.")
         return rows
-
-    def _only_outside(self) -> nn.Module:
-        """The model without its blocks, as a module whose state dict is what no block part holds."""
-        adapter = adapter_for(self.model)
-        view = _View(self.model, f"{adapter.blocks}.")
-        return view
 
     # ------------------------------------------------------------------------------------------------ weights and streams
     def _load_outside(self) -> None:
@@ -376,7 +405,7 @@ class Job:
             assert hidden is not None
             if not self.streams:
                 width = hidden.shape[-1]
-                spill = parts.folder / "hidden.bin" if self.settings.spill and parts is not None else None
+                spill = parts.folder / SPILL if self.settings.spill and parts is not None else None
                 shape = (*input_ids.shape, width)
                 self.streams[self.solver.path] = Activations(shape, hidden.dtype, self.device, spill)
             self.streams[self.solver.path].write(start, hidden)
@@ -387,30 +416,43 @@ class Job:
             yield self.calls[hidden.shape[0]][index], hidden
 
 
-class _View(nn.Module):
-    """Another module's state without the part under a prefix."""
+def _calibration(source: ModelSource | None, data: str, settings: Settings) -> TokenSamples:
+    """Sequences of the data that a SRC names."""
+    if source is None:
+        raise UsageError(
+            "a model in memory has no tokenizer here; pass data as TokenSamples (nybble.data.token_samples)."
+        )
+    tokenizer = source.tokenizer()
+    text = load_text(data, "calibration", tokenizer)
+    wanted, few = settings.samples or DEFAULT_SAMPLES, settings.samples is None
+    return token_samples(text, tokenizer, samples=wanted, seq_len=settings.seq_len, seed=settings.seed, fewer=few)
 
-    def __init__(self, model: nn.Module, without: str) -> None:
-        super().__init__()
-        self._model = (model,)
-        self.without = without
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """All stored tensors outside; of tied ones only the first name."""
-        seen: set[int] = set()
-        kept = {}
-        for name, tensor in self._model[0].state_dict(keep_vars=True).items():
-            if name.startswith(self.without) or id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
-            kept[name] = tensor.detach()
-        return kept
+def _check_tokens(tokens: TokenSamples, model: Any) -> None:
+    """Refuse what the model can't take: positions it doesn't have, tokens outside its embeddings."""
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    length, largest = tokens.input_ids.shape[1], int(tokens.input_ids.max())
+    if positions is not None and length > positions:
+        raise DataError(
+            f"sequences of {length} tokens, and the model takes {positions}; give a --seq-len of at most that."
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise DataError(
+            f"the data has token {largest}, and the model's embeddings have {rows} rows; is it its tokenizer?"
+        )
 
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """The modules outside."""
-        for name, module in self._model[0].named_modules():
-            if not f"{name}.".startswith(self.without):
-                yield name, module
+
+@contextmanager
+def out_of_memory(device: str) -> Iterator[None]:
+    """A device that ran full, as nybble's own error."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"{device} ran out of memory. Use a smaller --batch, fewer or shorter samples, or --spill."
+        ) from error
 
 
 def _part(index: int) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from nybble.qtensor import QuantParams, dense
+from nybble.qtensor import QuantParams
 from nybble.scheme import Rule
-from nybble.solvers import Solved
+from nybble.solvers import Solved, Weight, relative_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +46,24 @@ class LayerRow:
         return LayerRow(**(data | {"shape": tuple(data["shape"]), "notes": tuple(data["notes"])}))
 
 
-def layer_row(name: str, rule: Rule, matrix: Tensor | None, solved: Solved | None, params: QuantParams | None) -> LayerRow:
-    """The row of one weight (``solved`` None: its weight stays in float)."""
+def layer_row(
+    name: str,
+    rule: Rule,
+    shape: tuple[int, int],
+    weight: Weight | None,
+    solved: Solved | None,
+    params: QuantParams | None,
+) -> LayerRow:
+    """The row of one weight [out, in] (``weight`` and ``solved`` None: it stays in float)."""
     sqnr = None
-    if solved is not None and matrix is not None:
-        noise = float((solved.weight.dequantize() - matrix).double().square().sum())
-        power = float(matrix.double().square().sum())
-        sqnr = 10 * math.log10(power / noise) if noise > 0 and power > 0 else None
-    scale = None if params is None or params.scale is None or not isinstance(params.scale, Tensor) else float(dense(params.scale).max())
+    if solved is not None and weight is not None:
+        lost = relative_error(weight.matrix, solved.weight.dequantize(), None)
+        sqnr = -10 * math.log10(lost) if lost > 0 else None
+    calibrated = params is not None and isinstance(params.scale, Tensor)
+    scale = float(params.scale.max()) if calibrated else None
     return LayerRow(
         name=name,
-        shape=tuple(solved.weight.shape) if solved is not None else (),
+        shape=shape,
         weights=None if rule.weights is None else str(rule.weights),
         inputs=None if rule.inputs is None else str(rule.inputs),
         outputs=None if rule.outputs is None else str(rule.outputs),

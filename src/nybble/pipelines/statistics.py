@@ -41,7 +41,9 @@ class SecondMoment:
         if self._sum is None:
             return None
         if not bool(torch.isfinite(self._sum).all()):
-            raise DataError(f"the calibration inputs of {name} hold NaN or Inf (or overflow); check the data and the model's dtype.")
+            raise DataError(
+                f"the calibration inputs of {name} hold NaN or Inf (or overflow); check the data and the model's dtype."
+            )
         return self._sum.div_(self.tokens)
 
 
@@ -71,7 +73,9 @@ class Range:
     def fit(self, quantizer: Quantizer, name: str) -> QuantParams:
         """Parameters of a per-tensor quantizer; absmax and minmax see the exact extremes, searching rules the sample."""
         if self._low is None or self._high is None:
-            raise DataError(f"no calibration input reached {name}, so its activations have no scale; use a dynamic quantizer.")
+            raise DataError(
+                f"no calibration input reached {name}, so its activations have no scale; use a dynamic quantizer."
+            )
         values = torch.cat([*self._samples, self._low[None], self._high[None]])
         if not bool(torch.isfinite(values[-2:]).all()):
             raise DataError(f"the calibration inputs of {name} hold NaN or Inf; check the data and the model's dtype.")

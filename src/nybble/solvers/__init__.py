@@ -97,15 +97,22 @@ def make_solver(name: str, options: Mapping[str, Any]) -> Solver:
 
 
 def relative_error(matrix: Tensor, approximation: Tensor, second_moment: Tensor | None) -> float:
-    """``tr(D H D^T) / tr(W H W^T)`` with D = W - W_hat; float64 sums of float32 products; 0 for a zero weight.
+    """``tr(D H D^T) / tr(W H W^T)`` with D = W - W_hat, from float32 products; 0 for a zero weight.
 
     Args:
-        matrix, approximation: float32 [rows, columns]. second_moment: float32 [columns, columns], None for the identity.
+        matrix: W, float32 [rows, columns].
+        approximation: W_hat, the same.
+        second_moment: H, float32 [columns, columns], None for the identity.
     """
     difference = matrix - approximation
     if second_moment is None:
-        lost, whole = difference.double().square().sum(), matrix.double().square().sum()
+        lost, whole = _total(difference.square_()), _total(matrix.square())
     else:
-        lost = (difference @ second_moment).mul_(difference).sum(dtype=torch.float64)
-        whole = (matrix @ second_moment).mul_(matrix).sum(dtype=torch.float64)
-    return 0.0 if float(whole) <= 0 else max(0.0, float(lost / whole))
+        lost = _total((difference @ second_moment).mul_(difference))
+        whole = _total((matrix @ second_moment).mul_(matrix))
+    return 0.0 if whole <= 0 else max(0.0, lost / whole)
+
+
+def _total(x: Tensor) -> float:
+    """Sum over rows in float32, over their sums in float64: no float64 copy of a large matrix."""
+    return float(x.sum(1).double().sum())

@@ -57,19 +57,27 @@ class Gptq(Solver):
 
     def quantizer_for(self, quantizer: Quantizer) -> Quantizer:  # noqa: D102
         if get_rounding(quantizer.rounding).stochastic:
-            raise SchemeError("gptq rounds to nearest; a stochastic rounding has no error to feed back. Use recipe rtn.")
+            raise SchemeError(
+                "gptq rounds to nearest; a stochastic rounding has no error to feed back. Use recipe rtn."
+            )
         return quantizer
 
     def solve(self, weights: Sequence[Weight], second_moment: Tensor | None = None) -> list[Solved]:  # noqa: D102
         grids = [_Grid(weight) for weight in weights]
         plain = [grid.finish(grid.matrix) for grid in grids]
-        plain_errors = [relative_error(w.matrix, q.dequantize(), second_moment) for w, q in zip(weights, plain, strict=True)]
+        plain_errors = [
+            relative_error(w.matrix, q.dequantize(), second_moment) for w, q in zip(weights, plain, strict=True)
+        ]
         if second_moment is None:
             note = ("no calibration input reached it: rounded to nearest",)
-            return [Solved(weight=q, error=e, rtn_error=e, notes=note) for q, e in zip(plain, plain_errors, strict=True)]
+            return [
+                Solved(weight=q, error=e, rtn_error=e, notes=note) for q, e in zip(plain, plain_errors, strict=True)
+            ]
         factor, notes = self._factor(second_moment)
         if factor is None:
-            return [Solved(weight=q, error=e, rtn_error=e, notes=notes) for q, e in zip(plain, plain_errors, strict=True)]
+            return [
+                Solved(weight=q, error=e, rtn_error=e, notes=notes) for q, e in zip(plain, plain_errors, strict=True)
+            ]
         upper, order = factor
         rounded = self._visit(grids, upper, order)
         solved = []

