@@ -26,15 +26,17 @@ PRESETS: dict[str, str] = {
     "bfp10": "int2 group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
     "msfp12": "int4 group=16 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
     "msfp16": "int8 group=16 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
-    # QLoRA (Dettmers et al. 2023): row-major blocks of 64; "dq": the scales in dynamic 8 bits per 256, around their mean. These are
-    # bitsandbytes' CUDA kernels, which compare with constants of their own. Off the GPU it compares 4-bit codes with
-    # float32 midpoints ("-cpu") and looks 8-bit ones up in 65,536 cells of [-1, 1], not always finding the nearest.
+    # QLoRA (Dettmers et al. 2023): row-major blocks of 64; "dq": the scales in dynamic 8 bits per 256, around their mean.
+    # The names with "bnb" are bitsandbytes bit for bit: it finds the codes with the scales before these are rounded, and compares with
+    # constants of its own. Its code off the GPU differs in two places: FP4 is compared with float32 midpoints ("-cpu"), and 8 bits
+    # are looked up in 65,536 cells of [-1, 1], not always finding the nearest.
     "nf4-bnb": "nf4 flat=64 rounding=native reciprocal=true",
     "fp4-bnb": "fp4_bnb flat=64 rounding=native reciprocal=true",
-    "nf4-bnb-cpu": "nf4 flat=64 rounding=half-down-float32 reciprocal=true",
     "fp4-bnb-cpu": "fp4_bnb flat=64 rounding=half-down-float32 reciprocal=true",
-    "nf4-dq": f"nf4 flat=64 rounding=native reciprocal=true scale_format=({_BNB8} center=mean)",
-    "fp4-dq": f"fp4_bnb flat=64 rounding=native reciprocal=true scale_format=({_BNB8} center=mean)",
+    "nf4-bnb-dq": f"nf4 flat=64 rounding=native reciprocal=true raw_scale=true scale_format=({_BNB8} center=mean)",
+    "fp4-bnb-dq": f"fp4_bnb flat=64 rounding=native reciprocal=true raw_scale=true scale_format=({_BNB8} center=mean)",
+    "nf4-dq": f"nf4 flat=64 scale_format=({_BNB8} center=mean)",
+    "fp4-dq": f"fp4_bnb flat=64 scale_format=({_BNB8} center=mean)",
     # 8-bit optimizer states (Dettmers et al. 2022) and 4-bit ones (Li et al. 2023)
     "state8": _BNB8,
     "state8-unsigned": f"u{_BNB8}",

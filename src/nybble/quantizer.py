@@ -15,6 +15,7 @@ rounding=           nearest-even, half-away, half-up, half-down, toward-zero, na
 scale_format=       float32, float16, bfloat16, or a quantizer line in parentheses (nested scales)  (float32)
 offset_format=      the same for a rule with an offset                                             (float32)
 reciprocal=true     multiply by 1 / scale instead of dividing by it, as some peers do
+raw_scale=true      divide by the scale as it was before its own rounding, as bitsandbytes and GGUF do
 floor=              normal | subnormal: the smallest magnitude that is ever stored (scales of NVFP4)
 center=mean         store x minus its mean, and the mean (double quantization)
 packing=            dense, base3                                                                    (dense)
@@ -59,6 +60,7 @@ _WORDS = (
     "scale_format",
     "offset_format",
     "reciprocal",
+    "raw_scale",
     "floor",
     "center",
     "packing",
@@ -90,6 +92,7 @@ class Quantizer:
     scale_format: str | Quantizer
     offset_format: str | Quantizer
     reciprocal: bool
+    raw_scale: bool
     floor: str
     center: str
     packing: str
@@ -207,7 +210,7 @@ class Quantizer:
                 offset = self.offset_format.quantize(value)
             else:
                 offset = narrow_scale(value, self.offset_format).to(getattr(torch, self.offset_format))
-        return QuantParams(scale, zero_point, offset)
+        return QuantParams(scale, zero_point, offset, divisor=raw if self.raw_scale and scale is not None else None)
 
     # ------------------------------------------------------------------------------------------------ use
     def fake_quantize(
@@ -274,11 +277,11 @@ class Quantizer:
             isinstance(self.scale, AbsMax | Pow2)
             and (not nested or exact)
             and not isinstance(self.granularity, Rank1)
-            and not (self.reciprocal or self.floor or self.center or get_rounding(self.rounding).stochastic)
+            and not (self.reciprocal or self.raw_scale or self.floor or self.center or get_rounding(self.rounding).stochastic)
         )
 
     def _elementwise(self, params: QuantParams) -> bool:
-        plain = params.zero_point is None and params.offset is None and params.thresholds is None
+        plain = all(p is None for p in (params.zero_point, params.offset, params.thresholds, params.divisor))
         return plain and not self.floor and not get_rounding(self.rounding).stochastic
 
     def _centred(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -315,7 +318,7 @@ class Quantizer:
         if params.offset is not None and not self.center:
             y = y - block_view(params.offset, self.granularity, shape)
         if params.scale is not None:
-            by = block_view(params.scale, self.granularity, shape)
+            by = block_view(params.scale if params.divisor is None else params.divisor, self.granularity, shape)
             y = y * by if isinstance(params.scale, Inverse) else divide(y, by, self.reciprocal)
         name, stochastic = self.format.name, get_rounding(self.rounding).stochastic
         if params.thresholds is not None:
@@ -376,6 +379,7 @@ _DEFAULTS: dict[str, Any] = {
     "scale_format": "float32",
     "offset_format": "float32",
     "reciprocal": False,
+    "raw_scale": False,
     "floor": "",
     "center": "",
     "packing": "dense",
@@ -466,6 +470,7 @@ def _parse(words: dict[str, str], line: str) -> dict[str, Any]:
         "scale_format": _nested(words.get("scale_format", "float32")),
         "offset_format": _nested(words.get("offset_format", "float32")),
         "reciprocal": _flag(words, "reciprocal", False),
+        "raw_scale": _flag(words, "raw_scale", False),
         "floor": floor,
         "center": center,
         "packing": packing,

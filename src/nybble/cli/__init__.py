@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import typer
 
@@ -23,7 +25,7 @@ def build() -> typer.Typer:
     )
     app.callback()(_root)
     for module in sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")):
-        app.command(name=module)(importlib.import_module(f"nybble.cli.{module}").command)
+        app.command(name=module)(_guarded(importlib.import_module(f"nybble.cli.{module}").command))
     return app
 
 
@@ -31,15 +33,21 @@ def _root() -> None:
     """Low-bit neural networks: quantize, evaluate, inspect, generate."""
 
 
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with its errors as one line on standard error: exit codes 2 bad arguments, 1 failure."""
+
+    @wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except NybbleError as error:
+            raise typer.Exit(fail(str(error), 2 if isinstance(error, UsageError) else 1)) from error
+        except KeyboardInterrupt as error:
+            raise typer.Exit(fail("interrupted.", 1)) from error
+
+    return guarded
+
+
 def main() -> None:
     """Entry point of ``nybble``; exit codes 0 success, 2 bad arguments, 1 failure."""
-    try:
-        build()()
-    except UsageError as error:
-        sys.exit(fail(str(error), 2))
-    except NybbleError as error:
-        sys.exit(fail(str(error), 1))
-    except KeyboardInterrupt:
-        sys.exit(
-            fail("interrupted. What was finished is kept in OUT.partial; repeat the command with --resume to go on.", 1)
-        )
+    build()()

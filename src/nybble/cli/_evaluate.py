@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
-from nybble.core.errors import UsageError, did_you_mean
+from nybble.core.device import check_device
+from nybble.core.errors import ModelError, UsageError, did_you_mean
 from nybble.core.progress import Bars
 from nybble.data import load_text, token_samples
 from nybble.eval import METRICS, evaluate_many
+from nybble.models.guard import reading
 from nybble.pipelines.load import load
+from nybble.pipelines.quantize import check_tokens
 
 
 def run_eval(
@@ -29,6 +32,7 @@ def run_eval(
             raise UsageError(f"unknown metric {metric!r}.{did_you_mean(metric, METRICS.names())}")
     loaded: dict[str, Any] = {}
     tokenizer: Any = None
+    check_device(device)
     for name, spec in models.items():
         loaded[name], tokenizer = load(spec, device=device, dense=True)
     same = next((name for name, spec in models.items() if spec == reference), None)
@@ -36,6 +40,10 @@ def run_eval(
     text = load_text(data, "evaluation", tokenizer)
     tokens = token_samples(text, tokenizer, samples=samples, seq_len=seq_len)
     with torch.no_grad():
+        for name, spec in models.items():
+            check_tokens(tokens, loaded[name])
+            with reading(f"{spec} loads, but can't run; it", ModelError):
+                loaded[name](tokens.input_ids[:1, :4].to(device), use_cache=False)
         found = evaluate_many(float_model, loaded, tokens.input_ids, metrics, progress=Bars())
     return {name: result.metrics for name, result in found.items()}, tokens.manifest() | {
         "predictions": next(iter(found.values())).tokens

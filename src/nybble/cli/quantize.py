@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nybble.cli._output import megabytes, note, print_json, print_table
+from nybble.cli._output import fail, megabytes, note, print_json, print_table
 
 
 def command(
@@ -44,13 +44,13 @@ def command(
     from nybble.core.progress import Bars
     from nybble.pipelines.inspect import inspect
     from nybble.pipelines.quantize import Settings, quantize
-    from nybble.pipelines.request import build_recipe, default_samples
+    from nybble.pipelines.request import build_recipe
 
     made = build_recipe(
         recipe, scheme=scheme, weights=weights, activations=activations, kv=kv, ignore=ignore or (), effort=effort
     )
     settings = Settings(
-        samples=samples or default_samples(data, seq_len),
+        samples=samples,
         seq_len=seq_len,
         batch=batch,
         seed=seed,
@@ -58,7 +58,10 @@ def command(
         resume=resume,
         spill=spill,
     )
-    _, report = quantize(model, made, data, out=out, settings=settings, progress=Bars(), announce=note)
+    try:
+        _, report = quantize(model, made, data, out=out, settings=settings, progress=Bars(), announce=note)
+    except KeyboardInterrupt as error:
+        raise typer.Exit(fail(_interrupted(out), 1)) from error
     sizes = inspect(out)
     result: dict[str, Any] = {
         "out": str(out),
@@ -81,6 +84,13 @@ def command(
         print_json(result)
         return
     _print(result)
+
+
+def _interrupted(out: Path) -> str:
+    partial = out.with_name(f"{out.name}.partial")
+    if not partial.is_dir():
+        return "interrupted; nothing was written."
+    return f"interrupted. What was finished is kept in {partial}; repeat the command with --resume to go on."
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -14,7 +14,6 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from nybble.core.errors import FileError
 from nybble.nn.experts import PackedExperts
 from nybble.nn.swap import FORMAT_VERSION, Layouts, check_version, put_described, use_eager_experts
 

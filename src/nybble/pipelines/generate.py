@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from nybble.core.device import check_device
 from nybble.core.errors import UsageError
 from nybble.core.seeds import derive_seed, preserve_global_rng
 from nybble.pipelines.load import load
@@ -23,7 +24,12 @@ def generate(
 
     Args:
         model: what :func:`nybble.pipelines.load.load` takes; packed weights are dequantized once.
-        chat: use the tokenizer's chat template, if it has one. sample: draw from the model's distribution instead of the likeliest token.
+        prompt: some text.
+        max_new_tokens: at most so many.
+        chat: use the tokenizer's chat template, if it has one.
+        sample: draw from the model's distribution instead of taking the likeliest token.
+        seed: for ``sample``; the caller's random state stays as it is.
+        device: where to run.
 
     Returns:
         The new text alone.
@@ -32,6 +38,7 @@ def generate(
         raise UsageError("the prompt is empty.")
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
+    check_device(device)
     loaded, tokenizer = load(model, device=device, dense=True)
     if chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]

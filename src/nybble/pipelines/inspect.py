@@ -21,7 +21,6 @@ from nybble.nn.swap import Layouts, check_version
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder's tensors as they are, and as config.json says they should be; :func:`read_checkpoint` compares them.
@@ -105,9 +104,9 @@ def inspect(folder: str | Path) -> dict[str, Any]:
     """Bytes by role, by module and by file.
 
     Returns:
-        ``bytes``: role -> bytes (codes, scales, offsets, tables, padding, unquantized, headers, config, tokenizer ...), which add up to
-        ``total``, the size of all files; ``modules``: per quantized weight bytes by role, elements, bits; ``bits_per_weight`` over
-        quantized weights and over all parameters; ``files``: name -> size.
+        ``bytes``: role -> bytes (codes, scales, offsets, tables, padding, unquantized, headers, config, tokenizer ...),
+        which add up to ``total``, the size of all files; ``modules``: per quantized weight bytes by role, elements,
+        bits; ``bits_per_quantized_weight``, and ``bits_per_weight`` over all that is stored; ``files``: name -> size.
 
     Raises:
         FileError: the folder can't be read, or config and tensors contradict each other.
@@ -132,9 +131,9 @@ def inspect(folder: str | Path) -> dict[str, Any]:
             parameters += math.prod(entry.shape)
     total["headers"] += sum(header.data_start for header in checkpoint.headers)
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-    weight_files = {header.path.name for header in checkpoint.headers}
+    weights = {header.path.name for header in checkpoint.headers}
     for name, size in files.items():
-        if name not in weight_files:
+        if name not in weights:
             total[_file_role(name)] += size
     for found in modules.values():
         found["bytes"] = dict(found["bytes"])
@@ -165,7 +164,9 @@ def _prefixes(name: str) -> list[str]:
 
 
 def _file_role(name: str) -> str:
-    if name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens")):
+    if name.startswith(
+        ("additional_chat_templates", "tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens")
+    ):
         return "tokenizer"
     if name == "model.safetensors.index.json":
         return "headers"

@@ -125,7 +125,8 @@ def _check(target: Target, solver: Solver) -> None:
             continue
         if target.experts:
             raise SchemeError(
-                "fused experts take quantized weights only so far; leave out inputs and outputs, or ignore them."
+                "fused experts take quantized weights only, and this rule quantizes activations. Give them a rule of "
+                "their own before it (targets: [Experts]), or leave them in float (--ignore Experts)."
             )
         check_static(side)
         try:

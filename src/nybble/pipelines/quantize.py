@@ -18,7 +18,6 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import nybble
+from nybble.core.device import check_device, out_of_memory
 from nybble.core.errors import DataError, DeviceError, FileError, NybbleError, SchemeError, UsageError, within
 from nybble.core.files import AtomicFolder, need_space
 from nybble.core.progress import Progress, Silent, task
@@ -80,10 +80,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; it must be 1 or more.")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise DeviceError("no CUDA device is available (torch.cuda.is_available() is false); use --device cpu.")
-        if self.device.split(":")[0] not in ("cpu", "cuda"):
-            raise UsageError(f"device {self.device!r} is neither cpu nor cuda.")
+        check_device(self.device)
 
 
 def quantize(
@@ -191,7 +188,7 @@ class Job:
         tokens = None
         if solver.needs_second_moment or plan.needs_ranges:
             tokens = data if isinstance(data, TokenSamples) else _calibration(source, data, settings)
-            _check_tokens(tokens, model)
+            check_tokens(tokens, model)
         device = torch.device(settings.device)
         sizes = (0, 0) if tokens is None else (tokens.input_ids.shape[0], tokens.input_ids.shape[1])
         cost = estimate(
@@ -428,7 +425,7 @@ def _calibration(source: ModelSource | None, data: str, settings: Settings) -> T
     return token_samples(text, tokenizer, samples=wanted, seq_len=settings.seq_len, seed=settings.seed, fewer=few)
 
 
-def _check_tokens(tokens: TokenSamples, model: Any) -> None:
+def check_tokens(tokens: TokenSamples, model: Any) -> None:
     """Refuse what the model can't take: positions it doesn't have, tokens outside its embeddings."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
@@ -442,17 +439,6 @@ def _check_tokens(tokens: TokenSamples, model: Any) -> None:
         raise DataError(
             f"the data has token {largest}, and the model's embeddings have {rows} rows; is it its tokenizer?"
         )
-
-
-@contextmanager
-def out_of_memory(device: str) -> Iterator[None]:
-    """A device that ran full, as nybble's own error."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(
-            f"{device} ran out of memory. Use a smaller --batch, fewer or shorter samples, or --spill."
-        ) from error
 
 
 def _part(index: int) -> str:

@@ -11,8 +11,6 @@ from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe, load_recipe
 from nybble.scheme import Scheme, parse_scheme
 
-_BUILTIN_TOKENS = 40_000  # what the builtin calibration part gives every tokenizer met so far
-
 
 def build_recipe(
     name: str,
@@ -76,8 +74,3 @@ def _override(scheme: Scheme, weights: str | None, activations: str | None) -> S
     if all(rule.weights is None and rule.inputs is None and rule.outputs is None for rule in rules):
         raise SchemeError("nothing is left to quantize: weights and activations are both float.")
     return replace(scheme, rules=tuple(rules), name="")
-
-
-def default_samples(data: str, seq_len: int) -> int:
-    """128 sequences, or as many as ``builtin`` surely has of that length."""
-    return 128 if data != "builtin" else max(1, min(128, _BUILTIN_TOKENS // seq_len))

@@ -134,12 +134,14 @@ class QuantParams:
         offset: of the scale's shape, in the units of x; None means 0.
         thresholds: float32, ascending, in the units of x / scale: learned decision points instead of a tie rule (N2UQ); one
             list for the whole tensor.
+        divisor: what x is divided by where that is not the scale that multiplies back (``raw_scale=true``); not stored.
     """
 
     scale: ScaleLike | None
     zero_point: Tensor | QTensor | None = None
     offset: Tensor | QTensor | None = None
     thresholds: Tensor | None = None
+    divisor: Tensor | None = None
 
 
 def dense(value: Tensor | QTensor) -> Tensor:

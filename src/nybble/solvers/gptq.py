@@ -15,6 +15,7 @@ layer falls back to round-to-nearest; each is noted. Inputs that are always zero
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -24,12 +25,14 @@ from torch import Tensor
 
 from nybble.core.errors import SchemeError
 from nybble.ops.blocks import divide
-from nybble.ops.rounding import round_integers, round_to
+from nybble.ops.rounding import round_to, round_to_codes
 from nybble.qtensor import QuantParams, ScaleLike, block_view
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 from nybble.rounding import get_rounding
 from nybble.solvers import Solved, Solver, Weight, relative_error
+
+_RUN = 32  # columns between two products inside a block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,11 @@ class Gptq(Solver):
         if get_rounding(quantizer.rounding).stochastic:
             raise SchemeError(
                 "gptq rounds to nearest; a stochastic rounding has no error to feed back. Use recipe rtn."
+            )
+        if quantizer.center or quantizer.floor:
+            word = "center" if quantizer.center else "floor"
+            raise SchemeError(
+                f"gptq keeps the grid of {word}= for no column by itself; leave {word} out, or use recipe rtn."
             )
         return quantizer
 
@@ -123,34 +131,44 @@ class Gptq(Solver):
         Works on the transpose, so that a column is contiguous.
         """
         left = torch.cat([grid.matrix for grid in grids]).T.contiguous()
+        spans = _stack(grids)
         if order is not None:
-            left = left[order]
+            left, spans = left[order], [span.ordered(order) for span in spans]
         columns = left.shape[0]
         result = torch.empty_like(left)
-        bounds = torch.tensor([0, *(grid.matrix.shape[0] for grid in grids)]).cumsum(0).tolist()
-        spans = list(zip(grids, bounds[:-1], bounds[1:], strict=True))
-        place = torch.arange(columns).tolist() if order is None else order.tolist()
         for start in range(0, columns, self.block):
             stop = min(start + self.block, columns)
-            part, local = left[start:stop], upper[start:stop, start:stop]
-            errors = torch.empty_like(part)
-            pivots = local.diagonal().tolist()
-            for j in range(stop - start):
-                w = part[j]
-                for grid, a, b in spans:
-                    result[start + j, a:b] = grid.round_column(w[a:b], place[start + j])
-                error = errors[j]
-                torch.sub(w, result[start + j], out=error)
-                error.div_(pivots[j])
-                if j + 1 < stop - start:
-                    part[j + 1 :].addr_(local[j, j + 1 :], error, alpha=-1)
+            errors = _visit_block(left[start:stop], upper[start:stop, start:stop], spans, result[start:stop], start)
             if stop < columns:
                 left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         if order is not None:
             back = torch.empty_like(result)
             back[order] = result
             result = back
-        return [result[:, a:b].T.contiguous() for _, a, b in spans]
+        ends = torch.tensor([grid.matrix.shape[0] for grid in grids]).cumsum(0).tolist()
+        return [result[:, end - grid.matrix.shape[0] : end].T.contiguous() for grid, end in zip(grids, ends, strict=True)]
+
+
+def _visit_block(part: Tensor, upper: Tensor, spans: Sequence[_Span], result: Tensor, first: int) -> Tensor:
+    """Round the columns of one block into ``result``; returns their errors over the pivots, [columns of the block, rows].
+
+    Inside, columns go in runs of a few, so that most of the updating is a product and little of it column by column.
+    """
+    errors = torch.empty_like(part)
+    pivots = upper.diagonal().tolist()
+    columns = part.shape[0]
+    for start in range(0, columns, _RUN):
+        stop = min(start + _RUN, columns)
+        for j in range(start, stop):
+            w = part[j]
+            for span in spans:
+                result[j, span.rows] = span.round_column(w[span.rows], first + j)
+            torch.sub(w, result[j], out=errors[j]).div_(pivots[j])
+            if j + 1 < stop:
+                part[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j], alpha=-1)
+        if stop < columns:
+            part[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
+    return errors
 
 
 class _Grid:
@@ -158,11 +176,16 @@ class _Grid:
 
     def __init__(self, weight: Weight) -> None:
         self.matrix, self.quantizer = weight.matrix, weight.quantizer
-        self.format, self.rounding = self.quantizer.format, self.quantizer.rounding
         self.params: QuantParams = self.quantizer.fit(self.matrix)
-        self._scale = self._spread(self.params.scale)
-        self._zero = self._spread(self.params.zero_point)
-        self._offset = self._spread(self.params.offset)
+        self.scale = self._spread(self.params.scale)
+        self.zero = self._spread(self.params.zero_point)
+        self.offset = self._spread(self.params.offset)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Weights of one kind are rounded together."""
+        q = self.quantizer
+        return q.format, q.rounding, q.reciprocal, self.scale is None, self.zero is None, self.offset is None
 
     def _spread(self, value: ScaleLike | None) -> Tensor | None:
         """[columns, rows], contiguous."""
@@ -173,23 +196,56 @@ class _Grid:
         wide = block_view(value, granularity, shape).expand_as(blocks)
         return granularity.from_blocks(wide, shape).T.contiguous()
 
-    def round_column(self, w: Tensor, column: int) -> Tensor:
-        """One column [rows] on its grid, as :meth:`finish` will store it."""
-        offset = None if self._offset is None else self._offset[column]
-        scale = None if self._scale is None else self._scale[column]
-        y = w if offset is None else w - offset
-        y = y if scale is None else divide(y, scale, self.quantizer.reciprocal)
-        if self._zero is None:
-            y = round_to(y, self.format.name, self.rounding)
-        else:
-            zero = self._zero[column]
-            y = (round_integers(y, self.rounding) + zero).clamp_(self.format.min, self.format.max).sub_(zero)
-        y = y if scale is None else y * scale
-        return y if offset is None else y + offset
-
     def finish(self, matrix: Tensor) -> BlockQTensor:
         """``matrix`` (anything, or already on the grid) as a QTensor with these parameters."""
         return self.quantizer.quantize(matrix, self.params)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Neighbouring rows that are rounded alike: one format, with a scale, zero point and offset for each element.
+
+    Tensors are [columns, rows]; None where the quantizer has no such parameter.
+    """
+
+    rows: slice
+    quantizer: Quantizer
+    scale: Tensor | None
+    zero: Tensor | None
+    offset: Tensor | None
+
+    def ordered(self, order: Tensor) -> _Span:
+        """With the columns in another order."""
+        moved = [None if t is None else t[order] for t in (self.scale, self.zero, self.offset)]
+        return _Span(self.rows, self.quantizer, *moved)
+
+    def round_column(self, w: Tensor, column: int) -> Tensor:
+        """One column [rows] on its grid, as :meth:`_Grid.finish` will store it."""
+        fmt, rounding = self.quantizer.format, self.quantizer.rounding
+        y = w if self.offset is None else w - self.offset[column]
+        scale = None if self.scale is None else self.scale[column]
+        y = y if scale is None else divide(y, scale, self.quantizer.reciprocal)
+        if self.zero is None:
+            y = round_to(y, fmt.name, rounding)
+        else:
+            zero = self.zero[column]
+            y = round_to_codes(y, zero, fmt.min, fmt.max, rounding) - zero
+        y = y if scale is None else y * scale
+        return y if self.offset is None else y + self.offset[column]
+
+
+def _stack(grids: Sequence[_Grid]) -> list[_Span]:
+    """Spans over the stacked rows of all weights; neighbours of one kind share one."""
+    spans: list[_Span] = []
+    start = 0
+    for _, run in itertools.groupby(grids, key=lambda grid: grid.kind):
+        members = list(run)
+        stop = start + sum(grid.matrix.shape[0] for grid in members)
+        parts = [[getattr(grid, name) for grid in members] for name in ("scale", "zero", "offset")]
+        joined = [None if tensors[0] is None else torch.cat(tensors, 1) for tensors in parts]
+        spans.append(_Span(slice(start, stop), members[0].quantizer, *joined))
+        start = stop
+    return spans
 
 
 PART = Gptq

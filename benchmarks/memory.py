@@ -1,0 +1,154 @@
+"""Peak memory of `nybble quantize` against its own estimate: python benchmarks/memory.py (20 minutes on two cores).
+
+Each case runs in a process of its own. Measured is the process's largest resident set (``ru_maxrss``), less that of a
+process that imported torch and multiplied two matrices. The 1.1B llama has TinyLlama's shape and random weights; it is
+written to a temporary folder shard by shard. Result: benchmarks/results/memory.json, which docs/memory.md quotes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+RESULT = Path(__file__).parent / "results" / "memory.json"
+NVFP4 = ["--scheme", "NVFP4"]
+CASES: list[tuple[str, str, list[str], int, int]] = [  # model, recipe, options, samples, tokens in each
+    ("demo:smollm2", "rtn", [], 16, 512),
+    ("demo:smollm2", "minmax-fp", [], 16, 512),
+    ("demo:smollm2", "gptq", [], 16, 512),
+    ("demo:smollm2", "gptq", NVFP4, 128, 512),
+    ("llama-1.1b", "rtn", [], 8, 256),
+    ("llama-1.1b", "minmax-fp", [], 8, 256),
+    ("llama-1.1b", "gptq", [], 4, 256),
+    ("llama-1.1b", "gptq", NVFP4, 8, 256),
+]
+SIZES = {
+    "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+}  # fmt: skip
+
+BASE = "import resource, torch; torch.ones(256, 256) @ torch.ones(256, 256)\n"
+BASE += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+RUN = """
+import json, resource, sys
+from nybble.pipelines.quantize import Job
+from nybble.cli import build
+kept = []
+make = Job.make
+Job.make = staticmethod(lambda *args: kept.append(make(*args)) or kept[0])
+build()(sys.argv[1:], standalone_mode=False)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"peak": peak, "estimate": kept[0].estimate.memory, "layers": len(kept[0].plan.blocks)}), file=sys.stderr)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=SIZES["num_hidden_layers"], help="of the 1.1B llama")
+    parser.add_argument("--only", default="", help="cases whose name has this")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    base = int(subprocess.run([sys.executable, "-c", BASE], check=True, capture_output=True, text=True).stdout)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        llama = Path(folder) / "llama-1.1b"
+        for number, (model, recipe, extra, samples, seq_len) in enumerate(CASES):
+            name = f"{model} {recipe} {' '.join(extra)}".strip()
+            if options.only not in name:
+                continue
+            if model == "llama-1.1b" and not llama.exists():
+                write_llama(llama, options.layers)
+            spec = str(llama) if model == "llama-1.1b" else model
+            sizes = ["--samples", str(samples), "--seq-len", str(seq_len)]
+            out = Path(folder) / f"out{number}"
+            found = measure(["quantize", spec, str(out), "--recipe", recipe, *extra, *sizes])
+            above = found["peak"] - base
+            rows.append({
+                "model": model, "recipe": recipe, "options": " ".join(extra), "samples": samples, "seq_len": seq_len,
+                "measured": above, "estimate": found["estimate"], "ratio": round(found["estimate"] / above, 3),
+            })  # fmt: skip
+            print(json.dumps(rows[-1]), flush=True)
+    import torch
+
+    result = {"base": base, "machine": {"cpu": processor(), "threads": torch.get_num_threads()}, "rows": rows}
+    result["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+    options.out.parent.mkdir(exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def measure(arguments: list[str]) -> dict[str, int]:
+    """Run a command in a process of its own; its peak and its estimate in bytes."""
+    done = subprocess.run([sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    found: dict[str, int] = json.loads(done.stderr.strip().splitlines()[-1])
+    return found
+
+
+def processor() -> str:
+    """The processor's name, where Linux says it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def write_llama(folder: Path, layers: int) -> None:
+    """A llama of random bfloat16 weights, a shard a block, with a tokenizer of the builtin text's words."""
+    import torch
+    from transformers import LlamaConfig
+
+    from nybble.core.tensorfile import write_tensorfile
+
+    config: Any = LlamaConfig(**(SIZES | {"num_hidden_layers": layers}), architectures=["LlamaForCausalLM"])
+    config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    width, inner, narrow, words = config.hidden_size, config.intermediate_size, 4 * 64, config.vocab_size
+
+    def noise(rows: int, columns: int) -> torch.Tensor:
+        return (torch.randn(rows, columns, generator=generator) * 0.02).bfloat16()
+
+    where: dict[str, str] = {}
+    shapes = {
+        "self_attn.q_proj": (width, width), "self_attn.k_proj": (narrow, width), "self_attn.v_proj": (narrow, width),
+        "self_attn.o_proj": (width, width), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }  # fmt: skip
+    for layer in range(layers + 1):
+        if layer == layers:
+            tensors = {"model.embed_tokens.weight": noise(words, width), "lm_head.weight": noise(words, width)}
+            tensors["model.norm.weight"] = torch.ones(width).bfloat16()
+        else:
+            tensors = {f"model.layers.{layer}.{n}.weight": noise(*shape) for n, shape in shapes.items()}
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                tensors[f"model.layers.{layer}.{norm}.weight"] = torch.ones(width).bfloat16()
+        name = f"model-{layer + 1:05d}-of-{layers + 1:05d}.safetensors"
+        write_tensorfile(folder / name, tensors, {"format": "pt"})
+        where |= dict.fromkeys(tensors, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    write_tokenizer(folder, words)
+
+
+def write_tokenizer(folder: Path, size: int) -> None:
+    """A word-level tokenizer of the builtin text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from nybble.data import load_text
+
+    text = " ".join(load_text("builtin", "calibration").documents)
+    words = ["<unk>", "<s>", "</s>", *sorted(set(text.split()))][:size]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()
