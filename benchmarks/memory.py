@@ -41,7 +41,7 @@ from nybble.pipelines.quantize import Job
 from nybble.cli import build
 kept = []
 make = Job.make
-Job.make = staticmethod(lambda *args: kept.append(make(*args)) or kept[0])
+Job.make = staticmethod(lambda *args, **options: kept.append(make(*args, **options)) or kept[0])
 build()(sys.argv[1:], standalone_mode=False)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"peak": peak, "estimate": kept[0].estimate.memory, "layers": len(kept[0].plan.blocks)}), file=sys.stderr)
@@ -146,7 +146,9 @@ def write_tokenizer(folder: Path, size: int) -> None:
     words = ["<unk>", "<s>", "</s>", *sorted(set(text.split()))][:size]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer: Any = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
     tokenizer.save_pretrained(folder)
 
 

@@ -252,8 +252,8 @@ def fitting_sizes(count: int, smallest: int = 8, most: int = 8) -> str:
 def parse_granularity(words: dict[str, str]) -> Granularity | None:
     """Take a granularity out of the words of a quantizer line, or None when it names none.
 
-    Recognised: ``tensor``, ``channel``, ``token``, ``rank1``, ``group=N`` (with ``pad=true``), ``block=RxC``, ``flat=N``.
-    The words used are removed from ``words``.
+    Recognised: ``tensor``, ``channel``, ``token``, ``rank1``, ``group=N`` (with ``pad=true``), ``block=RxC``,
+    ``flat=N``. The words used are removed from ``words``.
     """
     bare: dict[str, Granularity] = {
         "tensor": PerTensor(),
@@ -261,7 +261,7 @@ def parse_granularity(words: dict[str, str]) -> Granularity | None:
         "token": PerToken(),
         "rank1": Rank1(),
     }
-    sized = [key for key in ("group", "block", "flat") if key in words]
+    sized: list[str] = [key for key in ("group", "block", "flat") if key in words]
     named = [key for key in bare if key in words]
     if len(sized) + len(named) > 1:
         raise UsageError(f"two granularities in one line: {', '.join(named + sized)}. Keep one.")

@@ -1,6 +1,7 @@
 """Quantizers by name, as data: each is one quantizer line.
 
-Sections are those of the number-format literature: OCP MX v1.0; NVFP4; block floating point; QLoRA; compressed-tensors' integers.
+Sections are those of the number-format literature: OCP MX v1.0; NVFP4; block floating point; QLoRA; compressed-tensors'
+integers.
 """
 
 _BNB8 = "dynamic8 flat=256 rounding=nearest-even-float32 reciprocal=true"  # bitsandbytes' 8-bit blocks
@@ -26,10 +27,10 @@ PRESETS: dict[str, str] = {
     "bfp10": "int2 group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
     "msfp12": "int4 group=16 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
     "msfp16": "int8 group=16 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
-    # QLoRA (Dettmers et al. 2023): row-major blocks of 64; "dq": the scales in dynamic 8 bits per 256, around their mean.
-    # The names with "bnb" are bitsandbytes bit for bit: it finds the codes with the scales before these are rounded, and compares with
-    # constants of its own. Its code off the GPU differs in two places: FP4 is compared with float32 midpoints ("-cpu"), and 8 bits
-    # are looked up in 65,536 cells of [-1, 1], not always finding the nearest.
+    # QLoRA (Dettmers et al. 2023): row-major blocks of 64; "dq": the scales in dynamic 8 bits per 256, around their
+    # mean. The names with "bnb" are bitsandbytes bit for bit: it finds the codes with the scales before these are
+    # rounded, and compares with constants of its own. Its code off the GPU differs in two places: FP4 is compared with
+    # float32 midpoints ("-cpu"), and 8 bits are looked up in 65,536 cells of [-1, 1], not always finding the nearest.
     "nf4-bnb": "nf4 flat=64 rounding=native reciprocal=true",
     "fp4-bnb": "fp4_bnb flat=64 rounding=native reciprocal=true",
     "fp4-bnb-cpu": "fp4_bnb flat=64 rounding=half-down-float32 reciprocal=true",
@@ -42,7 +43,8 @@ PRESETS: dict[str, str] = {
     "state8-unsigned": f"u{_BNB8}",
     "state4": "dynamic4 flat=128 rounding=half-down",
     "state4-unsigned": "linear4 rank1 rounding=half-down",
-    # compressed-tensors' integers use all 16 codes; symmetric ones divide by 7.5, asymmetric ones add the zero point before rounding
+    # compressed-tensors' integers use all 16 codes; symmetric ones divide by 7.5, asymmetric ones add the zero point
+    # before rounding
     "int4-ct": "int4_full group=128 scale=absmax(target=7.5)",
     "int8-ct": "int8_full channel scale=absmax(target=127.5)",
     "int4-ct-asym": "int4_full group=128 symmetric=false rounding=nearest-even-code",

@@ -190,7 +190,8 @@ class Quantizer:
         """Bring raw parameters [blocks, 1] into their stored form: zero guard, narrowing, nested quantization.
 
         Args:
-            found: from a scale rule or a search. shape: the granularity's scale shape.
+            found: from a scale rule or a search.
+            shape: the granularity's scale shape.
             outer: parameters of nested scales that are already fixed.
         """
         scale: Tensor | QTensor | None = None
@@ -201,9 +202,8 @@ class Quantizer:
             raw = torch.where(raw == 0, torch.ones_like(raw), raw)
             scale = narrow_scale(raw, self.scale_format)
             scale = scale.to(getattr(torch, self.scale_format))
-        zero_point = offset = None
-        if found.zero_point is not None:
-            zero_point = _integers(found.zero_point.reshape(shape), self.format)
+        zero_point = None if found.zero_point is None else _integers(found.zero_point.reshape(shape), self.format)
+        offset: Tensor | QTensor | None = None
         if found.offset is not None:
             value = found.offset.reshape(shape)
             if isinstance(self.offset_format, Quantizer):
@@ -219,11 +219,13 @@ class Quantizer:
         """Round ``x`` to what :meth:`quantize` would store, without storing it; no gradient.
 
         Args:
-            x: float32, float16 or bfloat16. params: from :meth:`fit`; None measures them on ``x``.
+            x: float32, float16 or bfloat16.
+            params: from :meth:`fit`; None measures them on ``x``.
             generator: for stochastic rounding only.
 
         Returns:
-            shape and dtype of ``x``; equal to ``quantize(x, params).dequantize(x.dtype)`` bit for bit where ``x`` is finite.
+            shape and dtype of ``x``; equal to ``quantize(x, params).dequantize(x.dtype)`` bit for bit where ``x`` is
+            finite.
         """
         x = x.detach()
         if not x.numel():
@@ -252,7 +254,8 @@ class Quantizer:
     ) -> BlockQTensor:
         """Round ``x`` to codes and scales.
 
-        Arguments as :meth:`fake_quantize`. NaN: a format with a NaN code keeps it; elsewhere the block's scale becomes NaN.
+        Arguments as :meth:`fake_quantize`. NaN: a format with a NaN code keeps it; elsewhere the block's scale becomes
+        NaN.
 
         Returns:
             a BlockQTensor of the shape of ``x``; ``dequantize()`` gives exactly :meth:`fake_quantize`.
@@ -277,7 +280,9 @@ class Quantizer:
             isinstance(self.scale, AbsMax | Pow2)
             and (not nested or exact)
             and not isinstance(self.granularity, Rank1)
-            and not (self.reciprocal or self.raw_scale or self.floor or self.center or get_rounding(self.rounding).stochastic)
+            and not (
+                self.reciprocal or self.raw_scale or self.floor or self.center or get_rounding(self.rounding).stochastic
+            )
         )
 
     def _elementwise(self, params: QuantParams) -> bool:
@@ -431,7 +436,8 @@ def _parse(words: dict[str, str], line: str) -> dict[str, Any]:
     unknown = [key for key in words if key not in _WORDS]
     if unknown:
         raise UsageError(
-            f"quantizer {line!r}: unknown word {unknown[0]!r}.{did_you_mean(unknown[0], (*_WORDS, *_GRANULARITY_WORDS))}"
+            f"quantizer {line!r}: unknown word {unknown[0]!r}."
+            f"{did_you_mean(unknown[0], (*_WORDS, *_GRANULARITY_WORDS))}"
         )
     try:
         fmt = get_format(name)

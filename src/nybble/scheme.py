@@ -169,10 +169,8 @@ def preset_scheme(name: str) -> Scheme:
         SchemeError: unknown name, or bits that contradict the formats.
     """
     if name in PRESETS:
-        weights, inputs = PRESETS[name]
-        return Scheme(
-            rules=(Rule(weights=Quantizer(weights), inputs=None if inputs is None else Quantizer(inputs)),), name=name
-        )
+        weights, inputs = (None if line is None else Quantizer(line) for line in PRESETS[name])
+        return Scheme(rules=(Rule(weights=weights, inputs=inputs),), name=name)
     spelled = re.fullmatch(r"W(\d+)A(\d+)_(E\d+M\d+|INT)(?:_(E\d+M\d+|INT))?", name)
     if spelled is None:
         raise SchemeError(f"unknown scheme {name!r}.{did_you_mean(name, [*PRESETS, 'W4A4_E2M1', 'W4A8_E2M1_E4M3'])}")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tests.contracts.inputs import all_float16, near_decisions, random_bits, same
 
 from nybble.core.errors import FormatError
 from nybble.formats import REGISTRY, Family, NumberFormat, format_names, get_format
 from nybble.ops.rounding import decode, encode, round_to
 from nybble.rounding import REGISTRY as ROUNDINGS
 from nybble.rounding import Rounding
-from tests.contracts.inputs import all_float16, near_decisions, random_bits, same
 
 FORMATS = format_names()
 TIE_RULES = [name for name, part in ROUNDINGS.all().items() if part.tie_up is not None and not part.float32_middle]

@@ -12,13 +12,23 @@ from nybble.granularity import Granularity, PerBlock, Rank1, parse_granularity
 
 SHAPES = [(4, 64), (64,), (2, 3, 64), (6, 192), (1, 1), (5, 7), (3, 0), (0, 64), (2, 0, 4), (1,)]
 LINES = [
-    *("tensor", "channel", "token", "rank1", "group=1", "group=16", "group=32", "group=48 pad=true", "group=64 pad=true"),
+    *(
+        "tensor",
+        "channel",
+        "token",
+        "rank1",
+        "group=1",
+        "group=16",
+        "group=32",
+        "group=48 pad=true",
+        "group=64 pad=true",
+    ),
     *("block=2x32", "block=1x1", "block=3x64", "flat=1", "flat=48", "flat=64", "flat=1000"),
 ]
 
 
 def made(line: str) -> Granularity:
-    words = dict(word.split("=", 1) if "=" in word else (word, "") for word in line.split())
+    words = {key: value for key, _, value in (word.partition("=") for word in line.split())}
     granularity = parse_granularity(words)
     assert granularity is not None and not words
     return granularity
@@ -91,7 +101,9 @@ def test_strides_do_not_matter(line: str) -> None:
         ("block=16x16", (32, 40), ("40 columns", "16x16", "8, 10")),
     ],
 )
-def test_misfits_name_both_numbers_and_sizes_that_fit(line: str, shape: tuple[int, ...], numbers: tuple[str, ...]) -> None:
+def test_misfits_name_both_numbers_and_sizes_that_fit(
+    line: str, shape: tuple[int, ...], numbers: tuple[str, ...]
+) -> None:
     with pytest.raises(GranularityError) as caught:
         made(line).check(shape)
     for number in numbers:

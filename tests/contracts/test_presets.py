@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from tests.contracts.inputs import same
 from torch import Tensor
 
 from nybble.core.errors import SchemeError, UsageError
@@ -19,7 +20,6 @@ from nybble.rounding import REGISTRY as ROUNDINGS
 from nybble.rounding import get_rounding
 from nybble.scales import REGISTRY as RULES
 from nybble.scales import parse_scale_rule
-from tests.contracts.inputs import same
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -110,7 +110,7 @@ def test_line_leads_back(line: str) -> None:
 def test_codes_are_what_the_format_produces(line: str) -> None:
     q = Quantizer(line)
     codes = q.quantize(inputs(torch.float32), generator=generator()).unpacked()
-    assert set(codes.unique().tolist()) <= q.format.produced
+    assert set(codes.flatten().tolist()) <= q.format.produced
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -132,7 +132,7 @@ def test_input_stays_untouched_and_strides_do_not_matter(line: str) -> None:
 def test_grid_values_stay(line: str) -> None:
     """Quantizing with the parameters of what came out changes nothing: rounding is idempotent."""
     q = Quantizer(line)
-    if q.floor or q.center:
+    if q.floor or q.center or q.raw_scale:  # each moves what is stored away from what was divided by
         return
     x = inputs(torch.float32)
     params = q.fit(x)
@@ -184,7 +184,7 @@ def test_base3_holds_ternary_codes_only(fmt: str) -> None:
 
 def test_base3_takes_what_it_holds() -> None:
     holds = get_layout("base3").holds
-    assert holds == {0, 1, 3}
+    assert holds is not None and set(holds) == {0, 1, 3}
     for fmt in ("ternary", "int2"):
         q = Quantizer(f"{fmt} packing=base3")
         x = torch.randn(7, 13)

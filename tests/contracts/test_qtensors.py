@@ -1,4 +1,4 @@
-"""What every kind of quantized tensor must do: saved and loaded it is the same, byte for byte, and says what its bytes are."""
+"""What every kind of quantized tensor must do: come back from a file the same, and know their bytes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tests.contracts.inputs import same
 from torch import Tensor
 
 from nybble.core.errors import FileError
@@ -21,7 +22,6 @@ from nybble.qtensor.low_rank_sum import LowRankSum
 from nybble.qtensor.split import SplitQTensor
 from nybble.qtensor.vector import VectorQTensor
 from nybble.quantizer import Quantizer
-from tests.contracts.inputs import same
 
 SHAPE = (12, 64)
 
@@ -46,7 +46,11 @@ def _vector(scale: Tensor | QTensor | None, entries: int, dtype: torch.dtype) ->
 def _split() -> SplitQTensor:
     index = torch.randperm(64, generator=torch.Generator().manual_seed(3)).int()
     part = x()[:, index.long()]
-    parts = (Quantizer("int4 token").quantize(part[:, :40]), part[:, 40:48].half(), Quantizer("nvfp4").quantize(part[:, 48:]))
+    parts = (
+        Quantizer("int4 token").quantize(part[:, :40]),
+        part[:, 40:48].half(),
+        Quantizer("nvfp4").quantize(part[:, 48:]),
+    )
     return SplitQTensor(SHAPE, 1, index, parts)
 
 
@@ -73,7 +77,9 @@ MADE: dict[str, Callable[[], QTensor]] = {
     "block scalar": lambda: Quantizer("int8 tensor").quantize(torch.tensor(1.5)),
     "vector": lambda: _vector(None, 200, torch.float16),
     "vector plain scale": lambda: _vector(torch.rand(12, 1), 16, torch.float32),
-    "vector nested scale": lambda: _vector(Quantizer("float8_e4m3fn tensor").quantize(torch.rand(12, 1)), 3, torch.bfloat16),
+    "vector nested scale": lambda: _vector(
+        Quantizer("float8_e4m3fn tensor").quantize(torch.rand(12, 1)), 3, torch.bfloat16
+    ),
     "vector 16 bits": lambda: _vector(None, 300, torch.float32),
     "split": _split,
     "low-rank-sum": _low_rank,
@@ -163,7 +169,9 @@ def test_values_by_hand() -> None:
     assert isinstance(scale, BlockQTensor) and isinstance(scale.params.scale, Inverse)
     codes, g = scale.unpacked().view(torch.float8_e4m3fn).float(), scale.params.scale.divisor
     table = torch.tensor(q.format.values).float()
-    assert torch.equal(q.dequantize(), (table[q.unpacked().long()].view(12, 4, 16) * (codes / g)[..., None]).view(SHAPE))
+    assert torch.equal(
+        q.dequantize(), (table[q.unpacked().long()].view(12, 4, 16) * (codes / g)[..., None]).view(SHAPE)
+    )
 
 
 def _after_book(entries: int) -> torch.Generator:

@@ -49,7 +49,10 @@ def test_integers_without_bounds(name: str) -> None:
     assert torch.equal(round_integers(x, name), round_to(x, "int8", name))
     far = torch.tensor([1e9, -1e9, 16777217.0, 3e38, -3e38])
     assert torch.equal(round_integers(far, name), far)
-    assert round_integers(torch.tensor([torch.nan, torch.inf, -torch.inf]), name).tolist()[1:] == [torch.inf, -torch.inf]
+    assert round_integers(torch.tensor([torch.nan, torch.inf, -torch.inf]), name).tolist()[1:] == [
+        torch.inf,
+        -torch.inf,
+    ]
     ahead = torch.nextafter(torch.tensor([0.5, 1.5, 4194303.5]), torch.tensor(0.0))
     assert round_integers(ahead, name).tolist() == [0, 1, 4194303]
 

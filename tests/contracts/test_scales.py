@@ -20,7 +20,18 @@ from nybble.scales.absmax import AbsMax
 from nybble.scales.mse import Mse
 
 RULES = REGISTRY.names()
-FORMATS = ("float4_e2m1fn", "int4", "int4_full", "uint8", "nf4", "float8_e4m3fn", "dybit4", "binary", "linear4", "int1_full")
+FORMATS = (
+    "float4_e2m1fn",
+    "int4",
+    "int4_full",
+    "uint8",
+    "nf4",
+    "float8_e4m3fn",
+    "dybit4",
+    "binary",
+    "linear4",
+    "int1_full",
+)
 
 
 def blocks() -> dict[str, Tensor]:
@@ -187,7 +198,7 @@ def test_mse_is_never_worse_than_absmax(fmt: str, weighted: bool, p: float, asym
             else:
                 code = (torch.round(y) + found.zero_point).clamp(form.min, form.max)
                 value = code - found.zero_point
-            error = (value * found.scale - x).abs().double() ** p
+            error: Tensor = (value * found.scale - x).abs().double() ** p
             return (error if weight is None else error * weight).sum(1)
 
         start = Mse(grid=1, low=0.9999, high=1.0, p=p, asymmetric=asymmetric).fit(x, form, "nearest-even", weight)
@@ -206,7 +217,9 @@ def test_pow2_by_its_formula(fmt: str, mode: str) -> None:
     """The exponents by exact integer arithmetic in Python, over all binades, at and beside every power of two."""
     form = get_format(fmt)
     powers = torch.tensor([2.0**e for e in range(-149, 128)])
-    factors = torch.tensor([1.0, 1.25, 1.4999999, 1.5, 1.75, 1.875, 1.9375, 1.9999999, form.absmax / 2 ** int(math.log2(form.absmax))])
+    factors = torch.tensor(
+        [1.0, 1.25, 1.4999999, 1.5, 1.75, 1.875, 1.9375, 1.9999999, form.absmax / 2 ** int(math.log2(form.absmax))]
+    )
     amax = (powers[:, None] * factors).reshape(-1)
     amax = torch.cat([amax, torch.nextafter(amax, torch.tensor(0.0)), torch.nextafter(amax, torch.tensor(torch.inf))])
     amax = amax[amax.isfinite() & (amax > 0)]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tests.contracts.inputs import all_float16, random_bits
 from torch import Tensor
 
 from nybble.formats import get_format
 from nybble.ops.rounding import decode, encode, round_to
-from tests.contracts.inputs import all_float16, random_bits
 
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="the oracle of small floating-point types: pip install ml_dtypes")
 
@@ -17,12 +17,20 @@ FLOATS = [
     *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e4m3", "float8_e3m4"),
     *("float8_e4m3b11fnuz", "float6_e3m2fn", "float6_e2m3fn", "float4_e2m1fn"),
 ]
-INTEGERS = {"int4": "int4_full", "uint4": "uint4", "int2": "int2_full", "uint2": "uint2", "int1": "int1_full", "uint1": "uint1"}
+INTEGERS = {
+    "int4": "int4_full",
+    "uint4": "uint4",
+    "int2": "int2_full",
+    "uint2": "uint2",
+    "int1": "int1_full",
+    "uint1": "uint1",
+}
 TORCH = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"]
 
 
 def dtype(name: str) -> np.dtype[np.generic]:
-    return np.dtype(getattr(ml_dtypes, name))
+    kind: np.dtype[np.generic] = np.dtype(getattr(ml_dtypes, name))
+    return kind
 
 
 def clamped(name: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ def bf16_products() -> Iterator[None]:
 
     Exact when both factors came from bfloat16, and 3-5 times as fast on processors with bf16 instructions.
     """
-    backend = torch.backends.mkldnn.matmul
+    backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at import time
     before = backend.fp32_precision
     backend.fp32_precision = "bf16"
     try:

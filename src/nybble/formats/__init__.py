@@ -6,7 +6,7 @@ A module of this folder is one format (``PART`` is a NumberFormat) or one family
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 from nybble.core.errors import FormatError, did_you_mean
 from nybble.core.registry import Registry
@@ -17,7 +17,7 @@ REGISTRY = Registry("nybble.formats", "number format")
 __all__ = ["Family", "NumberFormat", "TableFormat", "format_names", "get_format"]
 
 
-@lru_cache(maxsize=None)
+@cache
 def get_format(name: str) -> NumberFormat:
     """Return the format called ``name`` (a name, an alias, or any member of a family).
 

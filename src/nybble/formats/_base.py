@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -35,8 +35,8 @@ class NumberFormat(ABC):
         """float64 [2**bits]: the value of each code, in code order; NaN and +-inf where the format has them."""
 
     def encodable(self) -> np.ndarray:
-        """bool [2**bits]: codes that an encoder may produce (INT4 symmetric leaves -8 out)."""
-        return np.isfinite(self.values)
+        """Which codes an encoder may produce: bool [2**bits] (INT4 symmetric leaves -8 out)."""
+        return np.asarray(np.isfinite(self.values))
 
     @cached_property
     def values(self) -> np.ndarray:
@@ -134,7 +134,7 @@ class NumberFormat(ABC):
         return self.name
 
 
-@lru_cache(maxsize=None)
+@cache
 def _thresholds(fmt: NumberFormat, rounding_name: str) -> np.ndarray:
     rounding: Rounding = get_rounding(rounding_name)
     if rounding.native:
@@ -186,16 +186,16 @@ class TableFormat(NumberFormat):
         if len(set(self.table)) < 2:
             raise FormatError(f"{self.name}: a table needs two different values.")
 
-    def decode_table(self) -> np.ndarray:  # noqa: D102
-        given = np.float32(self.table).astype(np.float64)
+    def decode_table(self) -> np.ndarray:
+        given = np.array(self.table, np.float32).astype(np.float64)
         return np.append(given, np.full(2**self.bits - len(given), given[-1]))
 
-    def encodable(self) -> np.ndarray:  # noqa: D102
+    def encodable(self) -> np.ndarray:
         return np.arange(2**self.bits) < len(self.table)
 
     @property
-    def encoder_thresholds(self) -> np.ndarray | None:  # noqa: D102
-        return None if self.native_thresholds is None else np.float32(self.native_thresholds)
+    def encoder_thresholds(self) -> np.ndarray | None:
+        return None if self.native_thresholds is None else np.array(self.native_thresholds, np.float32)
 
 
 @dataclass(frozen=True)

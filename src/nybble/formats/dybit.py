@@ -1,4 +1,6 @@
-"""DyBit: the exponent in unary (leading ones), the rest mantissa; linear below 1, order preserving (Zhou et al. 2023, arXiv:2302.12510).
+"""DyBit: the exponent in unary (leading ones), the rest mantissa; linear below 1, order preserving.
+
+Zhou et al. 2023, arXiv:2302.12510.
 
 For n magnitude bits and i leading ones: i = 0 gives m / 2**(n - 1); 1 <= i < n gives 2**(i - 1) * (1 + m / 2**k) with
 k = n - 1 - i; all ones give 2**(n - 1). ``dybit4`` has a sign and n = 3, ``udybit4`` no sign and n = 4. The encoding is
@@ -7,6 +9,7 @@ recalled from the paper, not copied: the tables in its sheet are the specificati
 
 from __future__ import annotations
 
+import math
 import re
 
 from nybble.core.errors import FormatError
@@ -23,8 +26,8 @@ def dybit_magnitude(code: int, n: int) -> float:
     k = n - 1 - ones
     mantissa = code & (2**k - 1)
     if ones == 0:
-        return mantissa / 2.0 ** (n - 1)
-    return 2.0 ** (ones - 1) * (1 + mantissa / 2.0**k)
+        return math.ldexp(mantissa, 1 - n)
+    return math.ldexp(1 + math.ldexp(mantissa, -k), ones - 1)
 
 
 def _build(match: re.Match[str]) -> TableFormat:

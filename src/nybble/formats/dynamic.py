@@ -1,9 +1,11 @@
-"""Dynamic (tree) maps: ``dynamic8``, ``dynamic4``, ``dynamic3`` and unsigned ``udynamic8``, ``udynamic4``; ``udynamic4_de0`` has no zero.
+"""Dynamic (tree) maps: ``dynamic8``, ``dynamic4``, ``dynamic3``, and unsigned ``udynamic8``, ``udynamic4``.
 
-Dettmers et al. 2022, arXiv:2110.02861. Decade i of D holds 10**(i - D + 1) times the midpoints of 2**i (signed) or 2**(i + 1)
-(unsigned) equal cells of [0.1, 1]; then 0 and 1 are added. There is no -1. DE-0 (Li et al. 2023, arXiv:2309.01507) is the
-unsigned map whose zero is replaced by the next value, so that a second moment never becomes zero; ``linear4`` is that
-paper's (i + 1) / 16.
+``udynamic4_de0`` has no zero.
+
+Dettmers et al. 2022, arXiv:2110.02861. Decade i of D holds 10**(i - D + 1) times the midpoints of 2**i (signed) or
+2**(i + 1) (unsigned) equal cells of [0.1, 1]; then 0 and 1 are added. There is no -1. DE-0 (Li et al. 2023,
+arXiv:2309.01507) is the unsigned map whose zero is replaced by the next value, so that a second moment never becomes
+zero; ``linear4`` is that paper's (i + 1) / 16.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from nybble.formats._base import Family, TableFormat
 def dynamic_values(bits: int, signed: bool) -> np.ndarray:
     """float32, ascending: the map of ``bits`` bits."""
     decades = bits - 1
-    values = [np.float32([0.0, 1.0])]
+    values = [np.array([0.0, 1.0], np.float32)]
     for i in range(decades):
         edges = _edges(2**i if signed else 2 ** (i + 1))
         middles = np.float32(10.0 ** (i - decades + 1)) * ((edges[:-1] + edges[1:]) / np.float32(2))
@@ -28,7 +30,7 @@ def dynamic_values(bits: int, signed: bool) -> np.ndarray:
 
 
 def _edges(cells: int) -> np.ndarray:
-    """float32 [cells + 1]: 0.1 .. 1, a float32 step from the nearer end with one rounding, as torch.linspace makes them.
+    """float32 [cells + 1]: 0.1 .. 1, in float32 steps from the nearer end, as torch.linspace makes them.
 
     Files that others wrote hold codes of a map made so; evenly spaced in float64, some values differ in their last bit.
     """

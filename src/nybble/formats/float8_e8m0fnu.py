@@ -1,4 +1,4 @@
-"""E8M0, the scale of the OCP MX formats: value 2**(code - 127), code 255 is NaN; no zero, no sign, no Inf (section 3)."""
+"""E8M0, the scale of the OCP MX formats: value 2**(code - 127), code 255 is NaN; no zero, sign or Inf."""
 
 from __future__ import annotations
 

@@ -35,12 +35,12 @@ class IntFormat(NumberFormat):
         """Smallest integer that an encoder produces."""
         if not self.is_signed:
             return 0
-        return -(2 ** (self.bits - 1)) + (0 if self.full_range else 1)
+        return (0 if self.full_range else 1) - (1 << self.bits - 1)
 
     @property
     def high(self) -> int:
         """Largest integer."""
-        return 2 ** (self.bits - 1) - 1 if self.is_signed else 2**self.bits - 1
+        return (1 << self.bits - self.is_signed) - 1
 
     @property
     def is_integer(self) -> bool:  # noqa: D102

@@ -1,4 +1,7 @@
-"""``linearK``: the unsigned map (i + 1) / 2**K without a zero, for second moments of optimizers (Li et al. 2023, arXiv:2309.01507)."""
+"""``linearK``: the unsigned map (i + 1) / 2**K without a zero, for optimizers' second moments.
+
+Li et al. 2023, arXiv:2309.01507.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Floating point of 2 to 16 bits: any ExMy, with IEEE, fn, fnuz or all-finite top codes.
 
-Names follow ml_dtypes: ``float8_e4m3fn``, ``float8_e5m2``, ``float8_e4m3fnuz``, ``float8_e4m3b11fnuz``, ``float4_e2m1fn``.
+Names follow ml_dtypes: ``float8_e4m3fn``, ``float8_e5m2``, ``float8_e4m3fnuz``, ``float8_e4m3b11fnuz``,
+``float4_e2m1fn``.
 
 ==============  =====================================================================================
 suffix          what the top codes mean
@@ -11,8 +12,8 @@ suffix          what the top codes mean
 ``_finite``     every code is a number (FPGA minifloats, LLM-FP4)
 ==============  =====================================================================================
 
-``b11`` before the suffix sets the bias; ``ufloat...`` drops the sign. Short names: ``e2m1``, ``e4m3``, ``e5m2``, ``e3m2`` and
-``e2m3`` are the OCP formats, any other ``eXmY`` is all-finite. Saturates; subnormals are kept.
+``b11`` before the suffix sets the bias; ``ufloat...`` drops the sign. Short names: ``e2m1``, ``e4m3``, ``e5m2``,
+``e3m2`` and ``e2m3`` are the OCP formats, any other ``eXmY`` is all-finite. Saturates; subnormals are kept.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Minifloat(NumberFormat):
     def __post_init__(self) -> None:
         if self.e < 1:
             raise FormatError(
-                f"{self.name}: a floating-point format needs at least one exponent bit; e=0 is an integer grid (int{self.bits})."
+                f"{self.name}: a floating-point format needs at least one exponent bit; e=0 is an integer grid "
+                f"(int{self.bits})."
             )
         if not 2 <= self.bits <= 16:
             raise FormatError(f"{self.name}: {self.bits} bits; minifloats have 2 to 16.")
@@ -61,7 +63,7 @@ class Minifloat(NumberFormat):
             raise FormatError(
                 f"{self.name}: IEEE specials take the whole top exponent; e=1 has none to spare. Use '_finite'."
             )
-        if not -149 <= self.emin - self.m or self.emax > 127:
+        if self.emin - self.m < -149 or self.emax > 127:
             raise FormatError(f"{self.name}: bias {self.bias} leaves the range of float32, in which nybble calculates.")
 
     @property
@@ -72,7 +74,7 @@ class Minifloat(NumberFormat):
     @property
     def emax(self) -> int:
         """Exponent of the largest binade that holds finite values."""
-        return 2**self.e - 1 - self.bias - (self.specials == "ieee" or (self.specials == "fn" and self.m == 0))
+        return (1 << self.e) - 1 - self.bias - (self.specials == "ieee" or (self.specials == "fn" and self.m == 0))
 
     @property
     def min_normal(self) -> float:  # noqa: D102

@@ -1,5 +1,6 @@
-"""Code books given by their values: ``table[-1,-0.3,0,0.3,1]``, and :func:`quantile_format`, :func:`kmeans_format` made from data.
+"""Code books given by their values: ``table[-1,-0.3,0,0.3,1]``, or made from data.
 
+:func:`quantile_format` and :func:`kmeans_format` make them.
 The values are in code order and part of the name, so that a file which names the format carries the whole of it.
 """
 
@@ -24,6 +25,8 @@ def table_format(values: tuple[float, ...] | list[float]) -> TableFormat:
 def quantile_format(x: Tensor, bits: int) -> TableFormat:
     """Quantile quantization: a code book whose values are equally likely in ``x`` scaled to [-1, 1] (Dettmers 2022).
 
+    Its largest value is below 1, so it goes with ``scale=absmax(target=1)``.
+
     Args:
         x: any shape; finite, not all equal.
         bits: 1 to 8.
@@ -45,7 +48,10 @@ def kmeans_format(x: Tensor, bits: int, *, weight: Tensor | None = None, iterati
     """Lloyd's k-means in one dimension from the quantile code book: locally least squared error of ``x`` over max|x|.
 
     Args:
-        x: any shape; finite. weight: importance of each element, same shape. iterations: at most so many rounds.
+        x: any shape; finite.
+        bits: 1 to 8.
+        weight: importance of each element, same shape.
+        iterations: at most so many rounds.
     """
     start = np.sort(quantile_format(x, bits).values)
     flat = x.detach().double().flatten().cpu().numpy()

@@ -1,23 +1,28 @@
 """CPU versions: the same numbers, in chunks that stay in the cache, two ways.
 
-*Arithmetic on bit patterns* (minifloats, ties to even). For y with exponent E, adding c = 1.5 * 2^(E + 23 - m) moves the rounding
-position of the float32 adder to the format's last mantissa bit, and subtracting c leaves y rounded, ties to even.
-2^E comes from masking y's exponent bits, held between the exponents of the format's subnormals and of its
-largest value; c has a mantissa of 1.5 so that the sum stays in c's binade for either sign. Symmetric integers round directly.
+*Arithmetic on bit patterns* (minifloats, ties to even). For y with exponent E, adding c = 1.5 * 2^(E + 23 - m) moves
+the rounding position of the float32 adder to the format's last mantissa bit, and subtracting c leaves y rounded, ties
+to even. 2^E comes from masking y's exponent bits, held between the exponents of the format's subnormals and of its
+largest value; c has a mantissa of 1.5 so that the sum stays in c's binade for either sign. Symmetric integers round
+directly.
 
-*Table look-up* (everything else up to 8 bits). The upper 16 bits of a float32 choose one of 65,536 cells; a cell with at most
-one threshold needs one comparison: ``y >= threshold[cell] ? upper[cell] : lower[cell]``.
+*Table look-up* (everything else up to 8 bits). The upper 16 bits of a float32 choose one of 65,536 cells; a cell with
+at most one threshold needs one comparison: ``y >= threshold[cell] ? upper[cell] : lower[cell]``.
 
-Chunks are below torch's own grain size, so each op in them runs on the thread that calls it, and a small pool of threads
-shares the chunks. A step costs about as much to call as to run, so steps are few and write into buffers that each thread keeps.
+Chunks are below torch's own grain size, so each op in them runs on the thread that calls it, and a small pool of
+threads shares the chunks. A step costs about as much to call as to run, so steps are few and write into buffers that
+each thread keeps.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -32,11 +37,31 @@ from nybble.ops import rounding as rounding_ops
 from nybble.ops.rounding import decode_table
 
 CHUNK = 32_256  # elements: below torch's grain size of 32,768, and a multiple of the usual group sizes
+OWN_MAPPING = 32 << 20  # bytes from which malloc gives a tensor pages of its own, so that advice meets no neighbour
 _CPU = torch.device("cpu")
 _own = threading.local()  # each thread's buffers
 
-Rounder = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``(y, a, b) -> rounded``: y a float32 chunk, a and b buffers of its shape; all three may be overwritten."""
+
+@dataclass(frozen=True)
+class _Buffers:
+    """A thread's memory for one chunk: ``y`` holds the input of a rounder, all else may be overwritten; bits are views."""
+
+    y: Tensor
+    a: Tensor
+    b: Tensor
+    y_bits: np.ndarray
+    a_bits: np.ndarray
+    b_bits: np.ndarray
+
+    @staticmethod
+    def of(memory: Tensor) -> _Buffers:
+        """Three float32 tensors in ``memory`` [3, ...]."""
+        y, a, b = memory
+        return _Buffers(y, a, b, *(t.numpy().view(np.int32) for t in (y, a, b)))
+
+
+Rounder = Callable[[_Buffers], Tensor]
+"""Rounds ``y`` onto a grid, into one of the buffers."""
 
 
 def round_to(x: Tensor, fmt: str, rounding: str) -> Tensor:
@@ -45,11 +70,12 @@ def round_to(x: Tensor, fmt: str, rounding: str) -> Tensor:
     if rounder is None or x.numel() == 0:
         return _reference(rounding_ops.round_to)(x, fmt, rounding)
     flat = x.contiguous().view(-1)
-    out = torch.empty_like(flat)
+    out = _empty(flat.shape, flat.dtype)
 
     def work(start: int, stop: int) -> None:
-        y, a, b = _buffers(stop - start, 1)
-        out[start:stop] = rounder(y.copy_(flat[start:stop].view(-1, 1)), a, b).view(-1)
+        chunk = _buffers(stop - start, 1)
+        chunk.y.copy_(flat[start:stop].view(-1, 1))
+        out[start:stop] = rounder(chunk).view(-1)
 
     _share(work, flat.numel(), CHUNK)
     return out.view(x.shape)
@@ -78,7 +104,7 @@ def decode(codes: Tensor, fmt: str) -> Tensor:
     """See :func:`nybble.ops.rounding.decode`."""
     table = decode_table(fmt, _CPU)
     flat = codes.contiguous().view(-1)
-    out = torch.empty(flat.shape, dtype=torch.float32)
+    out = _empty(flat.shape, torch.float32)
 
     def work(start: int, stop: int) -> None:
         torch.index_select(table, 0, flat[start:stop].int(), out=out[start:stop])
@@ -94,12 +120,12 @@ def scaled_round(blocks: Tensor, scale: Tensor, fmt: str, rounding: str, recipro
         return _reference(block_ops.scaled_round)(blocks, scale, fmt, rounding, reciprocal)
     divisor = block_ops.safe_reciprocal(scale) if reciprocal else block_ops.safe_divisor(scale)
     blocks = blocks.contiguous()
-    out = torch.empty_like(blocks)
+    out = _empty(blocks.shape, blocks.dtype)
 
     def part(x: Tensor, by: Tensor, scale: Tensor, to: Tensor) -> None:
-        y, a, b = _buffers(*x.shape)
-        (torch.mul if reciprocal else torch.div)(x.float(), by, out=y)
-        _times(rounder(y, a, b), scale, to)
+        chunk = _buffers(*x.shape)
+        (torch.mul if reciprocal else torch.div)(x.float(), by, out=chunk.y)
+        _times(rounder(chunk), scale, to)
 
     count, columns = blocks.shape
     if columns > CHUNK and scale.shape[1] == 1:  # few and long: cut within a block
@@ -129,22 +155,44 @@ def dynamic_round(blocks: Tensor, fmt: str, rounding: str, target: float, pow2: 
     if columns > CHUNK:
         amax = blocks.abs().amax(1, keepdim=True).float()
         return scaled_round(blocks, block_ops.block_scale(amax, fmt, target, pow2, scale_dtype), fmt, rounding)
-    out = torch.empty_like(blocks)
+    out = _empty(blocks.shape, blocks.dtype)
     plain = not pow2 and scale_dtype == "float32"
 
     def work(start: int, stop: int) -> None:
         x = blocks[start:stop].float()
-        y, a, b = _buffers(stop - start, columns)
+        chunk = _buffers(stop - start, columns)
         # The bits of magnitudes are ordered as integers, NaN on top: an integer maximum is a third of the work.
-        amax = torch.abs(x, out=y).view(torch.int32).amax(1, keepdim=True).view(torch.float32)
+        amax = torch.abs(x, out=chunk.y).view(torch.int32).amax(1, keepdim=True).view(torch.float32)
         if plain:  # block_scale in two steps
-            scale = torch.nn.functional.threshold_(amax.div_(target), 0.0, 1.0)
+            scale = torch.threshold_(amax.div_(target), 0.0, 1.0)
         else:
             scale = block_ops.block_scale(amax, fmt, target, pow2, scale_dtype)
-        _times(rounder(torch.div(x, scale, out=y), a, b), scale, out[start:stop])
+        torch.div(x, scale, out=chunk.y)
+        _times(rounder(chunk), scale, out[start:stop])
 
     _share(work, count, max(1, CHUNK // columns))
     return out
+
+
+def _empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Memory for a result; a large one in huge pages where Linux has them: to touch small ones costs as much as the sums."""
+    out = torch.empty(shape, dtype=dtype)
+    advise = _madvise()
+    if advise is not None and out.nbytes >= OWN_MAPPING:
+        start = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        advise(start, out.data_ptr() + out.nbytes - start, mmap.MADV_HUGEPAGE)  # advice: refused, it changes nothing
+    return out
+
+
+@lru_cache(maxsize=1)
+def _madvise() -> Callable[[int, int, int], int] | None:
+    """madvise(2), or None where there are no huge pages to ask for."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    found: Callable[[int, int, int], int] = advise
+    return found
 
 
 def _times(rounded: Tensor, scale: Tensor, out: Tensor) -> None:
@@ -160,17 +208,17 @@ def _reference(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return reference
 
 
-def _buffers(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Three float32 [rows, columns] of this thread; the next call gives the same memory."""
-    shape = (rows, columns)
+def _buffers(rows: int, columns: int) -> _Buffers:
+    """This thread's buffers of shape [rows, columns]; the next call gives the same memory."""
+    shape = (3, rows, columns)
     if rows * columns > CHUNK:
-        return torch.empty(shape), torch.empty(shape), torch.empty(shape)
+        return _Buffers.of(torch.empty(shape))
     if getattr(_own, "shape", None) != shape:
         if not hasattr(_own, "memory"):
             _own.memory = torch.empty(3, CHUNK)
-        _own.shape, _own.views = shape, tuple(m[: rows * columns].view(shape) for m in _own.memory)
-    views: tuple[Tensor, Tensor, Tensor] = _own.views
-    return views
+        _own.shape, _own.chunk = shape, _Buffers.of(_own.memory[:, : rows * columns].view(shape))
+    chunk: _Buffers = _own.chunk
+    return chunk
 
 
 def _share(work: Callable[[int, int], None], count: int, step: int) -> None:
@@ -205,25 +253,26 @@ def _rounder(fmt_name: str, rounding: str) -> Rounder | None:
     if rounding == "nearest-even" and isinstance(fmt, Minifloat) and _adder_rounds(fmt):
         return _minifloat_rounder(fmt)
     if rounding == "nearest-even" and isinstance(fmt, IntFormat):
-        return lambda y, a, b: y.round_().clamp_(fmt.low, fmt.high).add_(0.0)  # the sum turns -0 into 0
+        return lambda chunk: chunk.y.round_().clamp_(fmt.low, fmt.high).add_(0.0)  # the sum turns -0 into 0
     cells = _cells(fmt_name, rounding)
     if cells is None:
         return None
     thresholds, lower, upper, _, _ = cells
 
-    def look_up(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        flat = y.view(-1)
-        cell = _cell(flat)
-        high = flat >= torch.index_select(thresholds, 0, cell, out=a.view(-1))
-        torch.index_select(upper, 0, cell, out=a.view(-1))
-        torch.index_select(lower, 0, cell, out=b.view(-1))
-        return torch.where(high.view(y.shape), a, b, out=y)
+    def look_up(chunk: _Buffers) -> Tensor:
+        y, a, b = (t.view(-1) for t in (chunk.y, chunk.a, chunk.b))
+        cell = _cell(y)
+        high = y >= torch.index_select(thresholds, 0, cell, out=a)
+        torch.index_select(upper, 0, cell, out=a)
+        torch.index_select(lower, 0, cell, out=b)
+        torch.where(high, a, b, out=y)
+        return chunk.y
 
     return look_up
 
 
 def _adder_rounds(fmt: Minifloat) -> bool:
-    """Whether the float32 adder can do it: c must stay finite and normal, and with m = 0 its even is not the even code."""
+    """Whether the float32 adder can do it: c stays finite and normal; with m = 0 its even is not the even code."""
     inside = fmt.emax + 24 - fmt.m <= 127 and fmt.emin >= -126
     return fmt.has_sign and fmt.specials != "fnuz" and fmt.m >= 1 and inside
 
@@ -231,15 +280,20 @@ def _adder_rounds(fmt: Minifloat) -> bool:
 def _minifloat_rounder(fmt: Minifloat) -> Rounder:
     least, most, largest = 2.0**fmt.emin, 2.0**fmt.emax, fmt.max
     factor = 1.5 * 2.0 ** (23 - fmt.m)  # c = factor * 2^E is exact
+    exponent, sign = np.int32(0x7F800000), np.int32(-(1 << 31))
 
-    def rounder(y: Tensor, power: Tensor, rounded: Tensor) -> Tensor:
-        torch.bitwise_and(y.view(torch.int32), 0x7F800000, out=power.view(torch.int32))
+    def rounder(chunk: _Buffers) -> Tensor:
+        y, power, rounded = chunk.y, chunk.a, chunk.b
+        np.bitwise_and(chunk.y_bits, exponent, out=chunk.a_bits)  # numpy's is the quicker one on bits
         power.clamp_(least, most)
         torch.add(y, power, alpha=factor, out=rounded)
         rounded.sub_(power, alpha=factor).clamp_(-largest, largest)
-        return torch.copysign(rounded, y, out=rounded)  # a negative number may have become +0
+        np.bitwise_and(chunk.y_bits, sign, out=chunk.a_bits)  # a negative number may have become +0
+        np.bitwise_or(chunk.b_bits, chunk.a_bits, out=chunk.b_bits)
+        return rounded
 
     return rounder
+
 
 def _cell(y: Tensor) -> Tensor:
     """Upper 16 bits of each float32 as an index 0 .. 65535; negative numbers come first."""
@@ -248,7 +302,7 @@ def _cell(y: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _cells(fmt_name: str, rounding: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """Per cell: the threshold in it (NaN if none), lower and upper value, lower and upper code; None if a cell has two."""
+    """Per cell: its threshold (NaN if none), lower and upper value, lower and upper code; None if a cell has two."""
     fmt: NumberFormat = get_format(fmt_name)
     if fmt.bits > 8:
         return None
@@ -257,7 +311,8 @@ def _cells(fmt_name: str, rounding: str) -> tuple[Tensor, Tensor, Tensor, Tensor
     ends = np.stack([cells, cells | 0xFFFF]).view(np.float32)
     ranks = np.searchsorted(thresholds, ends, side="right")
     low, high = ranks.min(0), ranks.max(0)
-    # The two cells that start with +-Inf go on with NaNs, whose rank is the last: "at least +-Inf" tells the one from the others.
+    # The two cells that start with +-Inf go on with NaNs, whose rank is the last: "at least +-Inf" tells the one from
+    # the others.
     infinite = np.isinf(ends[0])
     is_nan = np.isnan(ends).all(0) | infinite
     low, high = np.where(infinite, len(thresholds), low), np.where(infinite, ranks[0], high)

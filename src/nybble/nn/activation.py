@@ -34,7 +34,7 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         if not self.quantizer.static:
             return self.quantizer.fake_quantize(x)
-        return self.quantizer.fake_quantize(x, QuantParams(self.scale, self.zero_point, self.offset))
+        return self.quantizer.fake_quantize(x, QuantParams(*(self._buffers[part] for part in _PARTS)))
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         super()._apply(lambda t: t.to(fn(t).device), recurse)  # scales stay float32

@@ -153,6 +153,7 @@ def put_described(root: nn.Module, name: str, entry: dict[str, Any], layouts: La
         weight = layouts.empty(int(entry["weight"])) if "weight" in entry else matrix.detach()
         if tuple(weight.shape) != tuple(matrix.shape):
             raise FileError(f"{name} is described as {list(weight.shape)}; this model has {list(matrix.shape)}.")
-        set_module(root, name, QuantLinear(weight, old.bias, **sides))
+        bias = old.bias if isinstance(old.bias, Tensor) else None
+        set_module(root, name, QuantLinear(weight, bias, **sides))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         raise FileError(f"malformed description of {name} ({type(error).__name__}: {error}).") from error

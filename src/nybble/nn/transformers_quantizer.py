@@ -34,9 +34,9 @@ class NybbleConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         **rest: Any,
     ) -> None:
-        self.quant_method = "nybble"
+        self.quant_method: Any = "nybble"
         check_version({"modules": modules, "layouts": layouts, "format_version": format_version})
-        self.modules, self.layouts, self.format_version = modules, layouts, format_version
+        self.modules, self.layouts, self.format_version = modules or {}, layouts or [], format_version
         self.rest = {k: v for k, v in rest.items() if k != "quant_method"}
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class NybbleConfig(QuantizationConfigMixin):
 
 
 @register_quantizer("nybble")
-class NybbleHfQuantizer(HfQuantizer):  # type: ignore[misc]
+class NybbleHfQuantizer(HfQuantizer):
     """Loads checkpoints that nybble wrote; it quantizes nothing itself (``nybble quantize`` does)."""
 
     requires_calibration = True

@@ -1,4 +1,7 @@
-"""Every operation once: schema, fake and a reference one can read. ``kernels/`` adds fast versions by name, changing no number."""
+"""Every operation once: schema, fake and a reference one can read.
+
+``kernels/`` adds fast versions by name, changing no number.
+"""
 
 from __future__ import annotations
 

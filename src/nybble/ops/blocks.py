@@ -1,6 +1,7 @@
 """Fake quantization of ``[blocks, elements]``: divide by the block's scale, round, multiply back.
 
-``x_hat = scale * round_to(x / scale)``, float32 inside. A scale of zero divides as 1, so its block comes out zero, not NaN.
+``x_hat = scale * round_to(x / scale)``, float32 inside. A scale of zero divides as 1, so its block comes out zero, not
+NaN.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def safe_divisor(scale: Tensor) -> Tensor:
 
 
 def safe_reciprocal(scale: Tensor) -> Tensor:
-    """``1 / scale`` with zeros as one; finite, since infinity times the block's zeros would be NaN (scales below 2^-128)."""
+    """``1 / scale`` with zeros as one; finite also below 2^-128, since infinity times a zero would be NaN."""
     largest = torch.finfo(torch.float32).max
     return (1.0 / safe_divisor(scale)).clamp(-largest, largest)
 
@@ -44,7 +45,8 @@ def scaled_round(blocks: Tensor, scale: Tensor, fmt: str, rounding: str, recipro
         shape and dtype of ``blocks``.
     """
     wide = blocks.float().contiguous()
-    return (round_to(divide(wide, scale, reciprocal), fmt, rounding) * scale).to(blocks.dtype)
+    rounded: Tensor = round_to(divide(wide, scale, reciprocal), fmt, rounding)
+    return (rounded * scale).to(blocks.dtype)
 
 
 @scaled_round.register_fake
@@ -69,7 +71,8 @@ def dynamic_round(blocks: Tensor, fmt: str, rounding: str, target: float, pow2: 
     """
     wide = blocks.float().contiguous()
     scale = block_scale(wide.abs().amax(1, keepdim=True), fmt, target, pow2, scale_dtype)
-    return (round_to(wide / scale, fmt, rounding) * scale).to(blocks.dtype)
+    rounded: Tensor = round_to(wide / scale, fmt, rounding)
+    return (rounded * scale).to(blocks.dtype)
 
 
 @dynamic_round.register_fake
@@ -84,7 +87,7 @@ def block_scale(amax: Tensor, fmt: str, target: float, pow2: str, scale_dtype: s
 
 
 def narrow_scale(scale: Tensor, dtype: str) -> Tensor:
-    """``scale`` rounded to a 16-bit ``dtype`` and back to float32; neither 0 nor infinity comes of one that is neither."""
+    """``scale`` rounded to a 16-bit ``dtype`` and back to float32; what is neither 0 nor infinite stays so."""
     if dtype == "float32":
         return scale
     kind: torch.dtype = getattr(torch, dtype)

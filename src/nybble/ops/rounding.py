@@ -1,9 +1,9 @@
 """Elementwise: a float32 tensor onto a format's grid (values), to its codes, and back.
 
-The reference is one search among the format's thresholds: ``rank(x) = how many thresholds are <= x``. NaN stays NaN where values
-come out; as a code it becomes the format's NaN, or, if the format has none, the code of the largest value (a caller that can
-meet NaN poisons the scale instead, see :meth:`nybble.quantizer.Quantizer.quantize`). A negative input that rounds to zero keeps its sign
-in formats that have -0.
+The reference is one search among the format's thresholds: ``rank(x) = how many thresholds are <= x``. NaN stays NaN
+where values come out; as a code it becomes the format's NaN, or, if the format has none, the code of the largest value
+(a caller that can meet NaN poisons the scale instead, see :meth:`nybble.quantizer.Quantizer.quantize`). A negative
+input that rounds to zero keeps its sign in formats that have -0.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def round_integers(x: Tensor, rounding: str) -> Tensor:
     """Each element to a neighbouring integer, ties by ``rounding``, without bounds (codes around a zero point).
 
     Args:
-        x: float32, any shape. rounding: name of a deterministic rounding other than ``native``.
+        x: float32, any shape.
+        rounding: name of a deterministic rounding other than ``native``.
 
     Returns:
         float32, shape of ``x``.
@@ -141,8 +142,11 @@ def round_to_codes(y: Tensor, zero_point: Tensor, low: float, high: float, round
     """``clamp(round(y) + zero_point, low, high)``, or the zero point first where ``rounding`` says so.
 
     Args:
-        y: float32, x / scale. zero_point: float32 integers that broadcast against ``y``.
-        low, high: range of the codes. rounding: name of a deterministic rounding other than ``native``.
+        y: float32, x / scale.
+        zero_point: float32 integers that broadcast against ``y``.
+        low: smallest code.
+        high: largest code.
+        rounding: name of a deterministic rounding other than ``native``.
 
     Returns:
         float32 integers, shape of ``y``.

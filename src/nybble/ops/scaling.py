@@ -18,7 +18,8 @@ def absmax_scale(amax: Tensor, target: float) -> Tensor:
     """``amax / target``; a zero block gets 1.
 
     Args:
-        amax: float32, largest magnitude of each block. target: value of the format that it is mapped to.
+        amax: float32, largest magnitude of each block.
+        target: value of the format that it is mapped to.
     """
     scale = amax / target
     return torch.where(scale == 0, torch.ones_like(scale), scale)
@@ -36,7 +37,9 @@ def pow2_scale(amax: Tensor, fmt: NumberFormat, mode: str) -> Tensor:
     The exponent is clamped to [-127, 127], E8M0's range; a zero block gets 2^-127, a NaN or Inf block NaN.
 
     Args:
-        amax: float32, largest magnitude of each block. fmt: format of the elements. mode: one of the four.
+        amax: float32, largest magnitude of each block.
+        fmt: format of the elements.
+        mode: one of the four.
     """
     if mode not in POW2_MODES:
         raise UsageError(f"pow2 mode {mode!r} is not one of {', '.join(POW2_MODES)}.")

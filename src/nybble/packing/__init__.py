@@ -1,6 +1,7 @@
 """Bit layouts of codes: one layout a file, dense in all of them.
 
-A layout turns codes 0 .. 2**bits - 1 into bytes and back. ``dense`` is the default; ``base3`` stores five ternary digits in a byte.
+A layout turns codes 0 .. 2**bits - 1 into bytes and back. ``dense`` is the default; ``base3`` stores five ternary
+digits in a byte.
 """
 
 from __future__ import annotations

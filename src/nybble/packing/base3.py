@@ -1,4 +1,7 @@
-"""Five ternary digits to a byte (1.6 bits each): byte = d0 + 3 d1 + 9 d2 + 27 d3 + 81 d4, digit = code of ``ternary`` with -1 as 2."""
+"""Five ternary digits to a byte (1.6 bits each): byte = d0 + 3 d1 + 9 d2 + 27 d3 + 81 d4.
+
+A digit is a code of ``ternary``, with -1 as 2.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A little-endian stream of bits: code i occupies bits ``i * bits .. (i + 1) * bits - 1``; no bit is lost but in the last byte.
+"""A little-endian stream of bits: code i occupies bits ``i * bits .. (i + 1) * bits - 1``.
+
+No bit is lost but in the last byte.
 
 ::
 

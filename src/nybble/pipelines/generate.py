@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from nybble.core.device import check_device
@@ -42,7 +44,7 @@ def generate(
     loaded, tokenizer = load(model, device=device, dense=True)
     if chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
+        inputs: Any = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     else:
@@ -50,7 +52,8 @@ def generate(
     ids = inputs["input_ids"].to(device)
     with preserve_global_rng(), torch.no_grad():
         torch.manual_seed(derive_seed(seed, "generate"))
-        made = loaded.generate(
+        model_generate: Any = loaded.generate
+        made = model_generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,

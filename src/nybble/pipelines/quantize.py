@@ -6,9 +6,10 @@
     4. for each block: load it, see its inputs, solve its weights, write the part, move the hidden states on
     5. what is outside the blocks; then one file, config, manifest; the folder appears
 
-Two streams of hidden states exist where steps ask for them: ``float`` (what the float network computes) and ``quantized`` (what the
-network computes with the blocks so far quantized). Memory holds one block and its activations. A killed run is resumed at the first
-block that isn't done; finished blocks are only run again to move the hidden states, from the stored codes, so the bytes are the same.
+The hidden states follow the path that the solver asks for: ``float`` (what the float network computes) or ``quantized``
+(what it computes with the blocks so far quantized). Memory holds one block and its activations. A killed run is resumed
+at the first block that isn't done; finished blocks are only run again to move the hidden states on, on the quantized
+path from the stored codes, so the bytes are the same.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from torch import Tensor, nn
 
 import nybble
 from nybble.core.device import check_device, out_of_memory
-from nybble.core.errors import DataError, DeviceError, FileError, NybbleError, SchemeError, UsageError, within
+from nybble.core.errors import DataError, FileError, NybbleError, SchemeError, UsageError, within
 from nybble.core.files import AtomicFolder, need_space
+from nybble.core.memory import trim_memory
 from nybble.core.progress import Progress, Silent, task
 from nybble.core.seeds import derive_seed, preserve_global_rng
 from nybble.data import TokenSamples, load_text, token_samples
@@ -40,7 +42,8 @@ from nybble.nn.swap import hold_dense, use_eager_experts
 from nybble.pipelines.activations import Activations
 from nybble.pipelines.block import solve_block
 from nybble.pipelines.checkpoint import SPILL, Parts, model_config, save_side_files
-from nybble.pipelines.plan import Estimate, Plan, estimate, make_plan, measure_flops, require_memory
+from nybble.pipelines.estimate import Estimate, Load, estimate, measure_flops, require_memory
+from nybble.pipelines.plan import Plan, make_plan
 from nybble.pipelines.report import LayerRow, Report
 from nybble.pipelines.watch import see_block, see_nothing
 from nybble.recipe import Recipe, load_recipe
@@ -119,7 +122,7 @@ def quantize(
     with preserve_global_rng(), torch.no_grad(), out_of_memory(settings.device):
         if isinstance(model, str | Path):
             source = open_source(str(model))
-            job = Job.make(source.skeleton(settings.dtype), source, recipe, data, settings)
+            job = Job.make(source.skeleton(settings.dtype), source, recipe, data, settings, kept=out is None)
         else:
             if out is not None:
                 raise UsageError("a model in memory is quantized in memory; save it with nybble.save(model, folder).")
@@ -176,8 +179,9 @@ class Job:
         recipe: Recipe,
         data: str | TokenSamples,
         settings: Settings,
+        kept: bool = True,
     ) -> Job:
-        """Check the request against the model; nothing heavy runs."""
+        """Check the request against the model; nothing heavy runs. ``kept``: the result stays in memory."""
         if len(recipe.steps) != 1:
             raise SchemeError(f"recipe {recipe.name!r} has {len(recipe.steps)} solvers; a weight can be solved once.")
         solver = make_solver(recipe.steps[0].name, recipe.steps[0].options)
@@ -189,28 +193,17 @@ class Job:
         if solver.needs_second_moment or plan.needs_ranges:
             tokens = data if isinstance(data, TokenSamples) else _calibration(source, data, settings)
             check_tokens(tokens, model)
-        device = torch.device(settings.device)
-        sizes = (0, 0) if tokens is None else (tokens.input_ids.shape[0], tokens.input_ids.shape[1])
-        cost = estimate(
-            model,
-            adapter_for(model),
-            plan,
-            solver,
-            samples=sizes[0],
-            seq_len=sizes[1],
-            batch=settings.batch,
-            streams=1,
-            dtype=settings.dtype,
-            spilled=settings.spill,
-            flops=measure_flops(device, settings.dtype),
-        )
+        flops = measure_flops(torch.device(settings.device), settings.dtype)
+        load = _load(source, settings, tokens, kept)
+        cost = estimate(model, adapter_for(model), plan, solver, load, flops)
         return Job(model, source, recipe, solver, plan, settings, tokens, cost)
 
     @property
     def device(self) -> torch.device:
         """Where blocks run; a model in memory stays where it is."""
         if self.source is None:
-            return next(iter(self.model.parameters())).device
+            found: torch.device = next(iter(self.model.parameters())).device
+            return found
         return torch.device(self.settings.device)
 
     def part_names(self) -> list[str]:
@@ -388,6 +381,7 @@ class Job:
         """Give the memory of a finished block back."""
         if self.source is not None:
             block.to("meta")
+            trim_memory()
 
     def _begin(self, input_ids: Tensor, parts: Parts | None) -> None:
         """Hidden states before block 0, and how every block is called, for each size of batch."""
@@ -411,6 +405,20 @@ class Job:
         for start in range(0, len(stream), self.settings.batch):
             hidden = stream.read(start, min(start + self.settings.batch, len(stream)))
             yield self.calls[hidden.shape[0]][index], hidden
+
+
+def _load(source: ModelSource | None, settings: Settings, tokens: TokenSamples | None, kept: bool) -> Load:
+    samples, seq_len = (0, 0) if tokens is None else tokens.input_ids.shape
+    return Load(
+        samples=samples,
+        seq_len=seq_len,
+        batch=settings.batch,
+        dtype=settings.dtype,
+        source_bytes=0 if source is None else max(t.dtype.itemsize for t in source.stored().values()),
+        whole=source is not None and not source.streamable,
+        kept=kept and source is not None,
+        spilled=settings.spill and not kept,
+    )
 
 
 def _calibration(source: ModelSource | None, data: str, settings: Settings) -> TokenSamples:

@@ -59,8 +59,7 @@ def layer_row(
     if solved is not None and weight is not None:
         lost = relative_error(weight.matrix, solved.weight.dequantize(), None)
         sqnr = -10 * math.log10(lost) if lost > 0 else None
-    calibrated = params is not None and isinstance(params.scale, Tensor)
-    scale = float(params.scale.max()) if calibrated else None
+    scale = None if params is None else params.scale
     return LayerRow(
         name=name,
         shape=shape,
@@ -71,7 +70,7 @@ def layer_row(
         sqnr=sqnr,
         error=None if solved is None else solved.error,
         rtn_error=None if solved is None else solved.rtn_error,
-        input_scale=scale,
+        input_scale=float(scale.max()) if isinstance(scale, Tensor) else None,
         notes=() if solved is None else solved.notes,
     )
 

@@ -1,8 +1,8 @@
 """Quantized tensors: plain tensors in a record, no tensor subclass.
 
-``x_hat = scale * (decode(code) - zero_point)``, or ``scale * decode(code) + offset`` with an offset in the units of x. Scale, zero point and
-offset are each a plain tensor *or themselves a QTensor*: NVFP4 (E4M3 scales over one float32), double quantization (dynamic
-8-bit scales per 256 blocks plus a mean) and 4-bit zero points are data, not code.
+``x_hat = scale * (decode(code) - zero_point)``, or ``scale * decode(code) + offset`` with an offset in the units of x.
+Scale, zero point and offset are each a plain tensor *or themselves a QTensor*: NVFP4 (E4M3 scales over one float32),
+double quantization (dynamic 8-bit scales per 256 blocks plus a mean) and 4-bit zero points are data, not code.
 
 ==============  ================================================================================
 BlockQTensor    codes of one format, a scale a block
@@ -11,7 +11,8 @@ SplitQTensor    columns in different quantizers, or left in 16 bits (outlier col
 LowRankSum      a QTensor plus A @ B (low-rank compensation)
 ==============  ================================================================================
 
-A QTensor is saved as its tensors under dotted names (``weight.codes``, ``weight.scale.codes`` ...) and a JSON spec that names everything else.
+A QTensor is saved as its tensors under dotted names (``weight.codes``, ``weight.scale.codes`` ...) and a JSON spec that
+names everything else.
 """
 
 from __future__ import annotations
@@ -92,8 +93,9 @@ class QTensor(ABC):
 class Factored:
     """A scale made of factors that broadcast against the tensor, combined by ``product`` or ``min``.
 
-    ``product``: a channel scale times a column factor 2^-s_j (LLM-FP4), an outer product (PTQ1.61). ``min``: rank-1 normalisation of
-    optimizer states. The first factor may have the granularity's scale shape; all others broadcast. Only :meth:`expand` knows.
+    ``product``: a channel scale times a column factor 2^-s_j (LLM-FP4), an outer product (PTQ1.61). ``min``: rank-1
+    normalisation of optimizer states. The first factor may have the granularity's scale shape; all others broadcast.
+    Only :meth:`expand` knows.
     """
 
     factors: tuple[Tensor | QTensor, ...]
@@ -116,7 +118,10 @@ class Factored:
 
 @dataclass(frozen=True)
 class Inverse:
-    """A scale stored as its reciprocal: ``x_hat = value / divisor``, ``code = round(x * divisor)`` (NVFP4's global scale at some peers)."""
+    """A scale stored as its reciprocal: ``x_hat = value / divisor``, ``code = round(x * divisor)``.
+
+    Peers keep NVFP4's global scale so.
+    """
 
     divisor: Tensor
 
@@ -132,8 +137,8 @@ class QuantParams:
         scale: of the granularity's scale shape, or factored, or its reciprocal; None means 1.
         zero_point: integers of the scale's shape, in the units of codes; None means 0.
         offset: of the scale's shape, in the units of x; None means 0.
-        thresholds: float32, ascending, in the units of x / scale: learned decision points instead of a tie rule (N2UQ); one
-            list for the whole tensor.
+        thresholds: float32, ascending, in the units of x / scale: learned decision points instead of a tie rule (N2UQ);
+            one list for the whole tensor.
         divisor: what x is divided by where that is not the scale that multiplies back (``raw_scale=true``); not stored.
     """
 
@@ -155,9 +160,10 @@ def broadcasts(shape: torch.Size | tuple[int, ...], to: tuple[int, ...]) -> bool
 
 
 def block_view(value: ScaleLike, granularity: Granularity, shape: tuple[int, ...]) -> Tensor:
-    """A scale (or zero point, offset) against ``granularity.to_blocks``: float32 [blocks, 1], or [blocks, elements] if factored.
+    """A scale (or zero point, offset) against ``granularity.to_blocks``: float32 [blocks, 1].
 
-    An offset that all blocks share is [1, 1]. An Inverse gives its divisor: see :func:`scale_blocks`.
+    A factored scale is [blocks, elements]. An offset that all blocks share is [1, 1]. An Inverse gives its divisor: see
+    :func:`scale_blocks`.
     """
     if isinstance(value, Inverse):
         value = value.divisor

@@ -51,10 +51,11 @@ class BlockQTensor(QTensor):
     def unpacked(self) -> Tensor:
         """uint8 codes (int32 above 8 bits) of shape ``self.shape``."""
         flat = get_layout(self.layout).unpack(self.codes, self.format.bits, math.prod(self.shape))
-        return flat.view(self.shape)
+        codes: Tensor = flat.view(self.shape)
+        return codes
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # noqa: D102
-        values = decode(self.unpacked(), self.format.name)
+        values: Tensor = decode(self.unpacked(), self.format.name)
         if self.params.scale is None and self.params.offset is None and self.params.zero_point is None:
             return values.to(dtype)
         blocks = self.granularity.to_blocks(values)
@@ -128,7 +129,8 @@ class BlockQTensor(QTensor):
     @staticmethod
     def rebuild(spec: Spec, tensors: Mapping[str, Tensor]) -> BlockQTensor:
         """From :meth:`spec` and :meth:`tensors`."""
-        words = dict(word.split("=", 1) if "=" in word else (word, "") for word in str(spec["granularity"]).split())
+        pairs = (word.partition("=") for word in str(spec["granularity"]).split())
+        words = {key: value for key, _, value in pairs}
         granularity = parse_granularity(words)
         if granularity is None or words:
             raise FileError(f"unknown granularity {spec['granularity']!r}.")
@@ -138,7 +140,8 @@ class BlockQTensor(QTensor):
         codes = _tensor(tensors, "codes")
         if codes.dtype != torch.uint8 or codes.shape != (expected,):
             raise FileError(
-                f"codes of a {fmt.name} tensor {list(shape)} are {expected} bytes; found {list(codes.shape)} of {codes.dtype}."
+                f"codes of a {fmt.name} tensor {list(shape)} are {expected} bytes; "
+                f"found {list(codes.shape)} of {codes.dtype}."
             )
         scale: ScaleLike | None = None
         scale_kind = spec["scale"].get("kind") if "scale" in spec else None

@@ -14,7 +14,9 @@ from nybble.qtensor import QTensor, Spec, dense, from_spec, named_tensors, sub_t
 
 @dataclass(frozen=True)
 class SplitQTensor(QTensor):
-    """Slices along one dimension in different quantizers; a plain tensor as a part stays in its own dtype (outlier columns).
+    """Slices along one dimension in different quantizers; outlier columns, say.
+
+    A plain tensor as a part stays in its own dtype.
 
     Attributes:
         dim: the dimension that is split.

@@ -1,6 +1,6 @@
-"""Ties to the even code *after* the integer zero point is added, ``round(x / scale + zero_point)``: compressed-tensors' order.
+"""Ties to the even code *after* the integer zero point is added: ``round(x / scale + zero_point)``.
 
-Without a zero point the same as nearest-even.
+That is compressed-tensors' order. Without a zero point the same as nearest-even.
 """
 
 from nybble.rounding import Rounding

@@ -1,7 +1,7 @@
 """From a block of values to its scale, and zero point or offset: one rule a file.
 
-A rule is a frozen dataclass; its fields are its options in a quantizer line: ``scale=mse(grid=80,low=0.4)``. It sees blocks
-``[blocks, elements]`` in float32 and knows nothing of how they were cut.
+A rule is a frozen dataclass; its fields are its options in a quantizer line: ``scale=mse(grid=80,low=0.4)``. It sees
+blocks ``[blocks, elements]`` in float32 and knows nothing of how they were cut.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ REGISTRY = Registry("nybble.scales", "scale rule")
 
 @dataclass(frozen=True)
 class BlockParams:
-    """What a rule found: ``x_hat = scale * (value - zero_point)``, or ``scale * value + offset``; each float32 [blocks, 1].
+    """What a rule found: ``x_hat = scale * (value - zero_point)``, or ``scale * value + offset``.
 
-    ``over``: where the rule fixes the scale of the scales too, its reciprocal (float32, one element).
+    Each is float32 [blocks, 1]; ``over``, where the rule fixes the scale of the scales too, is that one's reciprocal,
+    float32, one element.
     """
 
     scale: Tensor
@@ -60,7 +61,8 @@ class ScaleRule(ABC):
             blocks: float32 [blocks, elements].
             fmt: format of the elements.
             rounding: name of the rounding that will be used.
-            weight: importance of each element, >= 0, [blocks, elements] or broadcasting; None counts all alike. Padding has weight 0.
+            weight: importance of each element, >= 0, [blocks, elements] or broadcasting; None counts all alike. Padding
+                has weight 0.
         """
 
     def __str__(self) -> str:

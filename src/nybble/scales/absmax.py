@@ -1,7 +1,7 @@
 """The largest magnitude of the block goes to the format's largest: ``scale = max|x| / target``.
 
-For ``int4`` (-7 .. 7) the target is 7, for ``int4_full`` 8 ("full range", clips one side by half a step); compressed-tensors divides
-symmetric INT4 by 7.5: ``int4_full scale=absmax(target=7.5)``.
+For ``int4`` (-7 .. 7) the target is 7, for ``int4_full`` 8 ("full range", clips one side by half a step);
+compressed-tensors divides symmetric INT4 by 7.5: ``int4_full scale=absmax(target=7.5)``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The signed extreme goes to the format's most negative value, so the scale may be negative (GGUF Q4_0: d = extreme / -8)."""
+"""The signed extreme goes to the format's most negative value, so the scale may be negative.
+
+GGUF Q4_0: d = extreme / -8.
+"""
 
 from __future__ import annotations
 

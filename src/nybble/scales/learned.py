@@ -1,4 +1,7 @@
-"""A scale that training owns; ``fit`` gives its first value: LSQ's 2 mean|x| / sqrt(Q_max) (Esser et al. 2020, arXiv:1902.08153)."""
+"""A scale that training owns; ``fit`` gives its first value, LSQ's 2 mean|x| / sqrt(Q_max).
+
+Esser et al. 2020, arXiv:1902.08153.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``scale = mean|x|``: least squares for binary codes (Rastegari et al. 2016), and b1.58's rule for ternary ones (Ma et al. 2024)."""
+"""``scale = mean|x|``: least squares for binary codes, and b1.58's rule for ternary ones.
+
+Rastegari et al. 2016, arXiv:1603.05279; Ma et al. 2024, arXiv:2402.17764.
+"""
 
 from __future__ import annotations
 

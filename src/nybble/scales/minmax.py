@@ -1,8 +1,8 @@
 """Asymmetric: the block's range, extended to hold 0, fills the format's range.
 
 ``symmetric=false`` on an integer format gives an integer zero point (section 7): S = (max - min) / (high - low),
-z = clamp(round(low - min / S)). With ``offset=true`` the minimum itself is kept in the units of x, any format, and the range is
-not extended (Q4_1): x_hat = S * (value - low) + min.
+z = clamp(round(low - min / S)). With ``offset=true`` the minimum itself is kept in the units of x, any format, and the
+range is not extended (Q4_1): x_hat = S * (value - low) + min.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The clip value that minimises the (weighted) squared error of the block, on a grid of fractions of the min-max range.
 
-The fraction 1 is always a candidate, so the result is never worse than absmax on this objective. Wide grids matter at few bits: for
-Gaussian INT4 blocks of 64 the best fraction is near 0.8, for long-tailed channels it can be 0.3.
+The fraction 1 is always a candidate, so the result is never worse than absmax on this objective. Wide grids matter at
+few bits: for Gaussian INT4 blocks of 64 the best fraction is near 0.8, for long-tailed channels it can be 0.3.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from nybble.scales.minmax import fit_range
 
 @dataclass(frozen=True)
 class Mse(ScaleRule):
-    """Fractions ``low .. high`` in ``grid`` steps; ``asymmetric``: search the range around an integer zero point; ``p``: the error's power."""
+    """Fractions ``low .. high`` in ``grid`` steps; ``p``: the error's power.
+
+    ``asymmetric``: search the range around an integer zero point.
+    """
 
     grid: int = 40
     low: float = 0.3
@@ -93,7 +96,7 @@ class Mse(ScaleRule):
             rounded = round_to(y, fmt.name, rounding)
         else:
             rounded = round_to_codes(y, params.zero_point, fmt.min, fmt.max, rounding) - params.zero_point
-        error = (rounded * scale - blocks).abs()
+        error: Tensor = (rounded * scale - blocks).abs()
         error = error.square() if self.p == 2 else error.pow(self.p)
         return (error if weight is None else error * weight).sum(1, keepdim=True)
 

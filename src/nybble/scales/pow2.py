@@ -1,4 +1,7 @@
-"""A power of two (OCP MX v1.0 and the other rules in use): ``mode`` is floor, ceil, even or rceil, see :func:`nybble.ops.scaling.pow2_scale`."""
+"""A power of two: OCP MX v1.0 and the other rules in use.
+
+``mode`` is floor, ceil, even or rceil, see :func:`nybble.ops.scaling.pow2_scale`.
+"""
 
 from __future__ import annotations
 

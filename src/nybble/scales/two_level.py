@@ -2,8 +2,8 @@
 
     divisor = 448 * 6 / max|x|          scale = E4M3(divisor * (amax / 6))          x_hat = scale / divisor * value
 
-The plain nested form (``nvfp4``) multiplies by max|x| / 2688 instead of dividing by its reciprocal; the two differ in last bits, and so
-in a few codes. A scale that E4M3 would round to 0 becomes 0.125, an overflowing divisor 1.
+The plain nested form (``nvfp4``) multiplies by max|x| / 2688 instead of dividing by its reciprocal; the two differ in
+last bits, and so in a few codes. A scale that E4M3 would round to 0 becomes 0.125, an overflowing divisor 1.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class TwoLevel(ScaleRule):
 
     def __post_init__(self) -> None:
         if not self.inner > 0:
-            raise UsageError(f"two-level(inner={self.inner:g}): the largest value of the scales' format is positive (E4M3: 448).")
+            raise UsageError(
+                f"two-level(inner={self.inner:g}): the largest value of the scales' format is positive (E4M3: 448)."
+            )
 
     @property
     def two_level(self) -> bool:  # noqa: D102

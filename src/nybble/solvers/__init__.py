@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from nybble.core.errors import SchemeError, did_you_mean
@@ -72,6 +71,13 @@ class Solver(ABC):
             weights: all with the same number of columns.
             second_moment: float32 [columns, columns], or None where calibration saw nothing (an expert without tokens).
         """
+
+    def working_bytes(self, rows: Sequence[int], columns: int) -> int:
+        """Most memory that :meth:`solve` needs for weights [rows, columns] beyond their second moment, in bytes.
+
+        Rounding: the weights in float32, and of the largest about seven copies.
+        """
+        return 4 * columns * (sum(rows) + 7 * max(rows))
 
     def quantizer_for(self, quantizer: Quantizer) -> Quantizer:
         """The quantizer that this solver really uses in place of the scheme's (``mse`` changes the scale rule)."""

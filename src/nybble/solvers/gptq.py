@@ -24,16 +24,12 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import SchemeError
-from nybble.ops.blocks import divide
-from nybble.ops.rounding import round_to, round_to_codes
 from nybble.qtensor import QuantParams, ScaleLike, block_view
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 from nybble.rounding import get_rounding
 from nybble.solvers import Solved, Solver, Weight, relative_error
-
-_RUN = 32  # columns between two products inside a block
-
+from nybble.solvers._columns import Span, visit_block, visit_block_in_graph
 
 @dataclass(frozen=True, kw_only=True)
 class Gptq(Solver):
@@ -57,6 +53,11 @@ class Gptq(Solver):
             raise SchemeError(f"gptq: block={self.block}; at least one column.")
         if not 0 <= self.damping < 1:
             raise SchemeError(f"gptq: damping={self.damping:g} is a share of the mean diagonal, 0 <= damping < 1.")
+
+    def working_bytes(self, rows: Sequence[int], columns: int) -> int:
+        """Seven matrices like H while it is factorised; then eight copies of all weights."""
+        weights = 4 * columns * sum(rows)
+        return max(28 * columns**2 + 5 * weights // 2, 4 * columns**2 + 8 * weights)
 
     def quantizer_for(self, quantizer: Quantizer) -> Quantizer:  # noqa: D102
         if get_rounding(quantizer.rounding).stochastic:
@@ -136,9 +137,10 @@ class Gptq(Solver):
             left, spans = left[order], [span.ordered(order) for span in spans]
         columns = left.shape[0]
         result = torch.empty_like(left)
+        visit = visit_block_in_graph if left.is_cuda else visit_block
         for start in range(0, columns, self.block):
             stop = min(start + self.block, columns)
-            errors = _visit_block(left[start:stop], upper[start:stop, start:stop], spans, result[start:stop], start)
+            errors = visit(left[start:stop], upper[start:stop, start:stop], [s.columns(start, stop) for s in spans], result[start:stop])
             if stop < columns:
                 left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         if order is not None:
@@ -146,29 +148,9 @@ class Gptq(Solver):
             back[order] = result
             result = back
         ends = torch.tensor([grid.matrix.shape[0] for grid in grids]).cumsum(0).tolist()
-        return [result[:, end - grid.matrix.shape[0] : end].T.contiguous() for grid, end in zip(grids, ends, strict=True)]
-
-
-def _visit_block(part: Tensor, upper: Tensor, spans: Sequence[_Span], result: Tensor, first: int) -> Tensor:
-    """Round the columns of one block into ``result``; returns their errors over the pivots, [columns of the block, rows].
-
-    Inside, columns go in runs of a few, so that most of the updating is a product and little of it column by column.
-    """
-    errors = torch.empty_like(part)
-    pivots = upper.diagonal().tolist()
-    columns = part.shape[0]
-    for start in range(0, columns, _RUN):
-        stop = min(start + _RUN, columns)
-        for j in range(start, stop):
-            w = part[j]
-            for span in spans:
-                result[j, span.rows] = span.round_column(w[span.rows], first + j)
-            torch.sub(w, result[j], out=errors[j]).div_(pivots[j])
-            if j + 1 < stop:
-                part[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j], alpha=-1)
-        if stop < columns:
-            part[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
-    return errors
+        return [
+            result[:, end - grid.matrix.shape[0] : end].T.contiguous() for grid, end in zip(grids, ends, strict=True)
+        ]
 
 
 class _Grid:
@@ -201,49 +183,16 @@ class _Grid:
         return self.quantizer.quantize(matrix, self.params)
 
 
-@dataclass(frozen=True)
-class _Span:
-    """Neighbouring rows that are rounded alike: one format, with a scale, zero point and offset for each element.
-
-    Tensors are [columns, rows]; None where the quantizer has no such parameter.
-    """
-
-    rows: slice
-    quantizer: Quantizer
-    scale: Tensor | None
-    zero: Tensor | None
-    offset: Tensor | None
-
-    def ordered(self, order: Tensor) -> _Span:
-        """With the columns in another order."""
-        moved = [None if t is None else t[order] for t in (self.scale, self.zero, self.offset)]
-        return _Span(self.rows, self.quantizer, *moved)
-
-    def round_column(self, w: Tensor, column: int) -> Tensor:
-        """One column [rows] on its grid, as :meth:`_Grid.finish` will store it."""
-        fmt, rounding = self.quantizer.format, self.quantizer.rounding
-        y = w if self.offset is None else w - self.offset[column]
-        scale = None if self.scale is None else self.scale[column]
-        y = y if scale is None else divide(y, scale, self.quantizer.reciprocal)
-        if self.zero is None:
-            y = round_to(y, fmt.name, rounding)
-        else:
-            zero = self.zero[column]
-            y = round_to_codes(y, zero, fmt.min, fmt.max, rounding) - zero
-        y = y if scale is None else y * scale
-        return y if self.offset is None else y + self.offset[column]
-
-
-def _stack(grids: Sequence[_Grid]) -> list[_Span]:
+def _stack(grids: Sequence[_Grid]) -> list[Span]:
     """Spans over the stacked rows of all weights; neighbours of one kind share one."""
-    spans: list[_Span] = []
+    spans: list[Span] = []
     start = 0
     for _, run in itertools.groupby(grids, key=lambda grid: grid.kind):
         members = list(run)
         stop = start + sum(grid.matrix.shape[0] for grid in members)
         parts = [[getattr(grid, name) for grid in members] for name in ("scale", "zero", "offset")]
         joined = [None if tensors[0] is None else torch.cat(tensors, 1) for tensors in parts]
-        spans.append(_Span(slice(start, stop), members[0].quantizer, *joined))
+        spans.append(Span(slice(start, stop), members[0].quantizer, *joined))
         start = stop
     return spans
 

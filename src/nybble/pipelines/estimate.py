@@ -1,0 +1,171 @@
+"""What a run will need: memory, disk and seconds, from shapes alone. docs/memory.md explains it and compares it with runs."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nybble.core.errors import DeviceError
+from nybble.models.adapter import Adapter
+from nybble.pipelines.plan import Plan, Target
+from nybble.solvers import Solver
+
+BASE = 300_000_000
+"""Bytes for imported libraries, the tokenizer with its text, and the allocator's gaps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """The sizes that decide the cost of a run.
+
+    Attributes:
+        samples, seq_len, batch: calibration; 0 samples if nothing is calibrated.
+        dtype: of the forwards. source_bytes: bytes of a stored value; 0 for a model already in memory.
+        whole: the source can only be read as a whole. kept: the result stays in memory. spilled: hidden states don't.
+    """
+
+    samples: int
+    seq_len: int
+    batch: int
+    dtype: torch.dtype
+    source_bytes: int
+    whole: bool = False
+    kept: bool = False
+    spilled: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one batch."""
+        return min(self.batch, self.samples) * self.seq_len
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run will need: bytes of memory above the interpreter's, bytes of disk, and seconds (a rough guess)."""
+
+    memory: int
+    disk: int
+    seconds: float
+
+
+def estimate(model: Any, adapter: Adapter, plan: Plan, solver: Solver, load: Load, flops: float) -> Estimate:
+    """Bytes and seconds.
+
+    Args:
+        model: on any device, the meta device too.
+        adapter: the model's.
+        plan: what is quantized.
+        solver: knows its own working memory.
+        load: sizes.
+        flops: multiply-adds x 2 a second of a product in ``load.dtype`` (:func:`measure_flops`).
+    """
+    size = load.dtype.itemsize
+    blocks = [sum(p.numel() for p in block.parameters()) for block in adapter.blocks_of(model)]
+    outside = [p.numel() for n, p in model.named_parameters() if not n.startswith(f"{adapter.blocks}.")]
+    hidden = load.samples * load.seq_len * _width(model) * size
+    block = max(blocks) * (load.source_bytes + (size if load.source_bytes != size else 0))
+    work = max(
+        _seeing(model, targets, load) + _moments(targets, solver) + _solving(targets, solver) for targets in plan.blocks
+    )
+    reading = 2 * max(outside) * load.source_bytes
+    memory = BASE + sum(outside) * size + max(reading, block + work + (0 if load.spilled else hidden))
+    memory += sum(blocks) * load.source_bytes if load.whole else 0
+    memory += sum(blocks) * size if load.kept else 0
+    targets = [t for block_targets in plan.blocks for t in block_targets]
+    packed = sum(_elements(t) * (t.rule.weights.format.bits + 1) / 8 for t in targets if t.rule.weights)
+    rest = sum(blocks) + sum(outside) - sum(_elements(t) for t in targets)
+    # The parts and the final file exist together for a moment.
+    disk = int(2 * (packed + rest * size)) + (hidden if load.spilled else 0)
+    passes = 2 * load.samples * load.seq_len
+    seconds = 3 + passes * 2 * sum(blocks) / flops
+    if solver.needs_second_moment:
+        seconds += sum(load.samples * load.seq_len * t.shape[1] ** 2 / flops + t.shape[1] * 1e-4 for t in targets)
+    return Estimate(memory=int(memory), disk=disk, seconds=seconds)
+
+
+def _seeing(model: Any, targets: Sequence[Target], load: Load) -> int:
+    """Activations of one batch inside a block: about four tensors of each width, and the widest in float32 twice."""
+    if not targets or not load.samples:
+        return 0
+    size, widest = load.dtype.itemsize, max(max(t.shape) for t in targets)
+    wide = 2 + (3 if any(t.rule.inputs for t in targets) else 0)
+    bytes_ = load.tokens * (4 * size * (_width(model) + widest) + 4 * wide * widest)
+    config = model.config.get_text_config()
+    if getattr(config, "_attn_implementation", None) == "eager":
+        heads = getattr(config, "num_attention_heads", 1)
+        bytes_ += load.tokens * load.seq_len * heads * (4 + 2 * size)
+    return int(bytes_)
+
+
+def _moments(targets: Sequence[Target], solver: Solver) -> int:
+    """Float32 second moments: a block reads at most three tensors of one width (qkv, out, MLP), and one more to add up."""
+    if not solver.needs_second_moment or not targets:
+        return 0
+    total = sum(4 * t.experts * t.shape[1] ** 2 for t in targets)
+    linear = [t.shape[1] for t in targets if not t.experts]
+    total += sum(4 * c * c * min(3, linear.count(c)) for c in set(linear))
+    return int(total + 4 * max(t.shape[1] for t in targets) ** 2)
+
+
+def _solving(targets: Sequence[Target], solver: Solver) -> int:
+    """Of weights that are solved together, at most three of one width; experts are solved one by one."""
+    found = [0]
+    for width in {t.shape[1] for t in targets}:
+        rows = sorted((t.shape[0] for t in targets if t.shape[1] == width and not t.experts), reverse=True)[:3]
+        rows = rows or [max(t.shape[0] for t in targets if t.shape[1] == width)]
+        found.append(solver.working_bytes(rows, width))
+    return max(found)
+
+
+def _elements(target: Target) -> int:
+    return math.prod(target.shape) * max(1, target.experts)
+
+
+def _width(model: Any) -> int:
+    return int(model.config.get_text_config().hidden_size)
+
+
+def require_memory(needed: int, device: torch.device) -> None:
+    """Refuse a run that can't fit; names both numbers."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if needed > free:
+        raise DeviceError(
+            f"about {needed / 1e9:.1f} GB are needed on {device} and {free / 1e9:.1f} GB are free. "
+            "Use fewer samples or shorter ones (--samples, --seq-len), a smaller --batch, or --spill."
+        )
+
+
+def available_memory() -> int:
+    """Bytes of memory that can be had without swapping."""
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text(encoding="ascii").splitlines() if meminfo.exists() else []
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-adds x 2 a second of a square product, from a few milliseconds of it."""
+    n = 1024 if device.type == "cpu" else 4096
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    best = math.inf
+    for _ in range(3):
+        _wait(device)
+        start = time.perf_counter()
+        a @ a
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

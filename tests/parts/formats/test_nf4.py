@@ -1,0 +1,34 @@
+"""Golden values: QLoRA sheet, NF4 table and the constants of the GPU encoder; number-formats sheet, section 0."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nybble.formats import get_format
+
+TABLE = [
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+]
+CONSTANTS = np.array(
+    [
+        *(-0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544, -0.23460740596055984),
+        *(-0.13791173323988914, -0.045525018125772476, 0.03979014977812767, 0.1202552504837513, 0.2035212516784668),
+        *(0.2920137718319893, 0.3893125355243683, 0.5016634166240692, 0.6427869200706482, 0.8614784181118011),
+    ],
+    np.float32,
+)
+
+
+def test_table() -> None:
+    fmt = get_format("nf4")
+    assert fmt.values.tolist() == TABLE and fmt.bits == 4
+    assert f"{fmt.smallest:.4f}" == "0.0796" and len(fmt.grid) == 16
+
+
+def test_a_tie_keeps_the_lower_code() -> None:
+    own = get_format("nf4").thresholds("native")
+    assert np.array_equal(np.nextafter(own, np.float32(-9)), CONSTANTS)
+    middles = (np.array(TABLE[:-1], np.float32) + np.array(TABLE[1:], np.float32)) / 2
+    assert np.abs(CONSTANTS - middles).max() < 3e-8
