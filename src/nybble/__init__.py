@@ -4,8 +4,8 @@
 >>> str(nybble.Quantizer("float4_e2m1fn", group=32))
 'float4_e2m1fn group=32'
 
-Importing it is light (no torch, no transformers until a name is used). Once transformers is imported, models that nybble wrote load with
-``AutoModelForCausalLM.from_pretrained``.
+Importing it is light (no torch, no transformers until a name is used). Once transformers is imported, models that
+nybble wrote load with ``AutoModelForCausalLM.from_pretrained``.
 """
 
 from __future__ import annotations

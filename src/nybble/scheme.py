@@ -13,8 +13,9 @@ or several rules, the first that matches a module wins::
       - {targets: ["re:.*down_proj"], weights: int8 channel}
       - {targets: [Linear], weights: int4 group=64}
 
-Preset names follow compressed-tensors where it has the name (``W4A16``, ``W8A8``, ``NVFP4``, ``MXFP4``, ``FP8_DYNAMIC``); ours carry the
-format: ``W4A4_E2M1``, ``W4A8_E2M1_E4M3``: weights per output channel, inputs per token.
+Preset names follow compressed-tensors where it has the name (``W4A16``, ``W8A8``, ``NVFP4``, ``MXFP4``,
+``FP8_DYNAMIC``); ours carry the format: ``W4A4_E2M1``, ``W4A8_E2M1_E4M3``: weights per output channel, inputs per
+token.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Rule:
 
     Attributes:
         targets: class names (``Linear``), exact module names, or ``re:`` and a pattern for the whole module name.
-        weights: for the weight. inputs: for what enters the module. outputs: for what leaves it. None leaves it in float.
+        weights: for the weight. inputs: for what enters the module. outputs: for what leaves it. None: float.
     """
 
     targets: tuple[str, ...] = ("Linear",)
@@ -87,7 +88,8 @@ class Scheme:
             for target in rule.targets:
                 if counts[target] == 0:
                     raise SchemeError(
-                        f"the target {target!r} matches no module that is left to it.{did_you_mean(target, known)[:400]}"
+                        f"the target {target!r} matches no module that is left to it."
+                        f"{did_you_mean(target, known)[:400]}"
                     )
         for pattern in self.ignore:
             if counts[pattern] == 0 and pattern != "lm_head":
@@ -121,7 +123,8 @@ class Matches:
     """What a scheme did with a model's modules.
 
     Attributes:
-        rules: module name -> its rule, in the model's order. counts: pattern -> modules it decided. ignored: names left out.
+        rules: module name -> its rule, in the model's order. counts: pattern -> modules it decided.
+        ignored: names left out.
     """
 
     rules: dict[str, Rule]

@@ -79,7 +79,8 @@ def _show(fmt: NumberFormat, line: str) -> None:
     if line:
         print(f"preset: {line}")
     print(
-        f"{fmt.name}: {fmt.bits} bits, {len(fmt.grid)} values from {fmt.min:g} to {fmt.max:g}, smallest above zero {fmt.smallest:g}"
+        f"{fmt.name}: {fmt.bits} bits, {len(fmt.grid)} values from {fmt.min:g} to {fmt.max:g}, "
+        f"smallest above zero {fmt.smallest:g}"
     )
     width = (fmt.bits + 3) // 4
     shown = [f"0x{code:0{width}X} {value:g}" for code, value in enumerate(fmt.values)]

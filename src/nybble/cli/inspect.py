@@ -28,7 +28,8 @@ def command(
     ]
     print_table(str(out), ("what", "bytes", "share"), [*rows, ["total on disk", f"{found['total']:,}", "100.00 %"]])
     print(
-        f"{found['parameters']:,} parameters, {found['quantized_parameters']:,} quantized: {found['bits_per_quantized_weight']:.4f} bits each, "
+        f"{found['parameters']:,} parameters, {found['quantized_parameters']:,} quantized: "
+        f"{found['bits_per_quantized_weight']:.4f} bits each, "
         f"{found['bits_per_weight']:.4f} over everything stored"
     )
     if modules:

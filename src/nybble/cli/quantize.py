@@ -95,7 +95,8 @@ def _interrupted(out: Path) -> str:
 
 def _print(result: dict[str, Any]) -> None:
     print(
-        f"{result['out']}: {megabytes(result['bytes'])}, {result['bits_per_weight']:.3f} bits a weight over everything stored "
+        f"{result['out']}: {megabytes(result['bytes'])}, "
+        f"{result['bits_per_weight']:.3f} bits a weight over everything stored "
         f"({result['bits_per_quantized_weight']:.3f} in quantized layers), {result['seconds']:.0f} s"
     )
     worst = sorted(result["layers"], key=lambda row: -(row["error"] or 0))[:5]

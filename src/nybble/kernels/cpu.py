@@ -9,19 +9,15 @@ directly.
 *Table look-up* (everything else up to 8 bits). The upper 16 bits of a float32 choose one of 65,536 cells; a cell with
 at most one threshold needs one comparison: ``y >= threshold[cell] ? upper[cell] : lower[cell]``.
 
-Chunks are below torch's own grain size, so each op in them runs on the thread that calls it, and a small pool of
-threads shares the chunks. A step costs about as much to call as to run, so steps are few and write into buffers that
-each thread keeps.
+Each step is one torch operator on a whole chunk, shared among torch's own threads, and writes into buffers that stay.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -36,28 +32,19 @@ from nybble.ops import blocks as block_ops
 from nybble.ops import rounding as rounding_ops
 from nybble.ops.rounding import decode_table
 
-CHUNK = 32_256  # elements: below torch's grain size of 32,768, and a multiple of the usual group sizes
+CHUNK = 65_536  # elements a thread: four such float32 arrays fit a core's second-level cache
 OWN_MAPPING = 32 << 20  # bytes from which malloc gives a tensor pages of its own, so that advice meets no neighbour
 _CPU = torch.device("cpu")
-_own = threading.local()  # each thread's buffers
+_own = threading.local()  # the calling thread's buffers
 
 
 @dataclass(frozen=True)
 class _Buffers:
-    """A thread's memory for one chunk: ``y`` holds the input of a rounder, all else may be overwritten; bits are views."""
+    """Memory for one chunk, float32: ``y`` holds the input of a rounder, all three may be overwritten."""
 
     y: Tensor
     a: Tensor
     b: Tensor
-    y_bits: np.ndarray
-    a_bits: np.ndarray
-    b_bits: np.ndarray
-
-    @staticmethod
-    def of(memory: Tensor) -> _Buffers:
-        """Three float32 tensors in ``memory`` [3, ...]."""
-        y, a, b = memory
-        return _Buffers(y, a, b, *(t.numpy().view(np.int32) for t in (y, a, b)))
 
 
 Rounder = Callable[[_Buffers], Tensor]
@@ -71,13 +58,11 @@ def round_to(x: Tensor, fmt: str, rounding: str) -> Tensor:
         return _reference(rounding_ops.round_to)(x, fmt, rounding)
     flat = x.contiguous().view(-1)
     out = _empty(flat.shape, flat.dtype)
-
-    def work(start: int, stop: int) -> None:
-        chunk = _buffers(stop - start, 1)
-        chunk.y.copy_(flat[start:stop].view(-1, 1))
-        out[start:stop] = rounder(chunk).view(-1)
-
-    _share(work, flat.numel(), CHUNK)
+    with torch.inference_mode():
+        for start, stop in _parts(flat.numel(), 1):
+            chunk = _buffers(stop - start, 1)
+            chunk.y.copy_(flat[start:stop].view(-1, 1))
+            out[start:stop] = rounder(chunk).view(-1)
     return out.view(x.shape)
 
 
@@ -89,14 +74,12 @@ def encode(x: Tensor, fmt: str, rounding: str) -> Tensor:
     thresholds, _, _, lower, upper = cells
     flat = x.contiguous().view(-1)
     out = torch.empty(flat.shape, dtype=torch.uint8)
-
-    def work(start: int, stop: int) -> None:
-        y = flat[start:stop]
-        cell = _cell(y)
-        high = y >= thresholds.index_select(0, cell)
-        torch.where(high, upper.index_select(0, cell), lower.index_select(0, cell), out=out[start:stop])
-
-    _share(work, flat.numel(), CHUNK)
+    with torch.inference_mode():
+        for start, stop in _parts(flat.numel(), 1):
+            y = flat[start:stop]
+            cell = _cell(y)
+            high = y >= thresholds.index_select(0, cell)
+            torch.where(high, upper.index_select(0, cell), lower.index_select(0, cell), out=out[start:stop])
     return out.view(x.shape)
 
 
@@ -105,11 +88,9 @@ def decode(codes: Tensor, fmt: str) -> Tensor:
     table = decode_table(fmt, _CPU)
     flat = codes.contiguous().view(-1)
     out = _empty(flat.shape, torch.float32)
-
-    def work(start: int, stop: int) -> None:
-        torch.index_select(table, 0, flat[start:stop].int(), out=out[start:stop])
-
-    _share(work, flat.numel(), CHUNK)
+    with torch.inference_mode():
+        for start, stop in _parts(flat.numel(), 1):
+            torch.index_select(table, 0, flat[start:stop].int(), out=out[start:stop])
     return out.view(codes.shape)
 
 
@@ -121,27 +102,11 @@ def scaled_round(blocks: Tensor, scale: Tensor, fmt: str, rounding: str, recipro
     divisor = block_ops.safe_reciprocal(scale) if reciprocal else block_ops.safe_divisor(scale)
     blocks = blocks.contiguous()
     out = _empty(blocks.shape, blocks.dtype)
-
-    def part(x: Tensor, by: Tensor, scale: Tensor, to: Tensor) -> None:
-        chunk = _buffers(*x.shape)
-        (torch.mul if reciprocal else torch.div)(x.float(), by, out=chunk.y)
-        _times(rounder(chunk), scale, to)
-
-    count, columns = blocks.shape
-    if columns > CHUNK and scale.shape[1] == 1:  # few and long: cut within a block
-        for row in range(count):
-            x, by, s, to = (t[row : row + 1] for t in (blocks, divisor, scale, out))
-
-            def work(start: int, stop: int, x: Tensor = x, by: Tensor = by, s: Tensor = s, to: Tensor = to) -> None:
-                part(x[:, start:stop], by, s, to[:, start:stop])
-
-            _share(work, columns, CHUNK)
-        return out
-
-    def work_rows(start: int, stop: int) -> None:
-        part(blocks[start:stop], divisor[start:stop], scale[start:stop], out[start:stop])
-
-    _share(work_rows, count, max(1, CHUNK // columns))
+    with torch.inference_mode():
+        for x, by, s, to in _cut(blocks, divisor, scale, out):
+            chunk = _buffers(*x.shape)
+            (torch.mul if reciprocal else torch.div)(x.float(), by, out=chunk.y)
+            _multiply(rounder(chunk), s, to)
     return out
 
 
@@ -157,30 +122,97 @@ def dynamic_round(blocks: Tensor, fmt: str, rounding: str, target: float, pow2: 
         return scaled_round(blocks, block_ops.block_scale(amax, fmt, target, pow2, scale_dtype), fmt, rounding)
     out = _empty(blocks.shape, blocks.dtype)
     plain = not pow2 and scale_dtype == "float32"
-
-    def work(start: int, stop: int) -> None:
-        x = blocks[start:stop].float()
-        chunk = _buffers(stop - start, columns)
-        # The bits of magnitudes are ordered as integers, NaN on top: an integer maximum is a third of the work.
-        amax = torch.abs(x, out=chunk.y).view(torch.int32).amax(1, keepdim=True).view(torch.float32)
-        if plain:  # block_scale in two steps
-            scale = torch.threshold_(amax.div_(target), 0.0, 1.0)
-        else:
-            scale = block_ops.block_scale(amax, fmt, target, pow2, scale_dtype)
-        torch.div(x, scale, out=chunk.y)
-        _times(rounder(chunk), scale, out[start:stop])
-
-    _share(work, count, max(1, CHUNK // columns))
+    adder = _adder(fmt, rounding)
+    with torch.inference_mode():
+        for start, stop in _parts(count, columns):
+            x, to = blocks[start:stop].float(), out[start:stop]
+            chunk = _buffers(stop - start, columns)
+            # The bits of magnitudes are ordered as integers, NaN on top: an integer maximum is a third of the work.
+            amax = torch.abs(x, out=chunk.y).view(torch.int32).amax(1, keepdim=True).view(torch.float32)
+            if plain:  # block_scale in two steps
+                scale = torch.threshold_(amax.div_(target), 0.0, 1.0)
+            else:
+                scale = block_ops.block_scale(amax, fmt, target, pow2, scale_dtype)
+            if adder is None:
+                torch.div(x, scale, out=chunk.y)
+                _multiply(rounder(chunk), scale, to)
+                continue
+            # Over a negated scale every zero comes back as -0, and adding 0 * x makes it +0 where x is positive: one
+            # step instead of copying signs. (Infinity times 0 is NaN, as its block is anyhow.)
+            torch.div(x, scale.neg_(), out=chunk.y)
+            rounded = adder(chunk).mul_(scale)
+            if to.dtype == torch.float32:
+                torch.add(rounded, x, alpha=0, out=to)
+            else:
+                to.copy_(rounded.add_(x, alpha=0))
     return out
 
 
+def _multiply(rounded: Tensor, scale: Tensor, out: Tensor) -> None:
+    if out.dtype == torch.float32:
+        torch.mul(rounded, scale, out=out)
+    else:
+        out.copy_(rounded.mul_(scale))
+
+
+def _reference(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The op's readable version, which a registered kernel would otherwise hide."""
+    reference: Callable[..., Tensor] = op._init_fn  # type: ignore[attr-defined]
+    return reference
+
+
+def _chunk_elements() -> int:
+    """A chunk's elements: twice as many a thread where there are several, which wait for each other after every step."""
+    threads = torch.get_num_threads()
+    return CHUNK if threads == 1 else 2 * CHUNK * threads
+
+
+def _parts(count: int, columns: int) -> Iterator[tuple[int, int]]:
+    """``range(count)`` cut so that rows of ``columns`` elements make up a chunk."""
+    step = max(1, _chunk_elements() // columns)
+    for start in range(0, count, step):
+        yield start, min(start + step, count)
+
+
+def _cut(
+    blocks: Tensor, divisor: Tensor, scale: Tensor, out: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Chunks of all four, along blocks; also across them where they are few and long."""
+    count, columns = blocks.shape
+    if columns <= CHUNK or scale.shape[1] != 1:
+        for start, stop in _parts(count, columns):
+            yield blocks[start:stop], divisor[start:stop], scale[start:stop], out[start:stop]
+        return
+    for row in range(count):
+        x, by, s, to = (t[row : row + 1] for t in (blocks, divisor, scale, out))
+        for start, stop in _parts(columns, 1):
+            yield x[:, start:stop], by, s, to[:, start:stop]
+
+
+def _buffers(rows: int, columns: int) -> _Buffers:
+    """This thread's buffers of shape [rows, columns]; the next call gives the same memory."""
+    shape = (3, rows, columns)
+    if rows * columns > _chunk_elements():
+        return _Buffers(*torch.empty(shape))
+    if getattr(_own, "shape", None) != shape:
+        if getattr(_own, "size", 0) < rows * columns:
+            _own.size, _own.memory = rows * columns, torch.empty(3, rows * columns)
+        _own.shape, _own.chunk = shape, _Buffers(*_own.memory[:, : rows * columns].view(shape))
+    chunk: _Buffers = _own.chunk
+    return chunk
+
+
 def _empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Memory for a result; a large one in huge pages where Linux has them: to touch small ones costs as much as the sums."""
+    """Memory for a result; a large one in huge pages where Linux has them, touched at once and on all threads.
+
+    The first touch of 4,096-byte pages, one chunk at a time, costs as much as all the sums.
+    """
     out = torch.empty(shape, dtype=dtype)
     advise = _madvise()
     if advise is not None and out.nbytes >= OWN_MAPPING:
         start = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         advise(start, out.data_ptr() + out.nbytes - start, mmap.MADV_HUGEPAGE)  # advice: refused, it changes nothing
+        out.view(-1)[:: 1024 // out.element_size()].zero_()
     return out
 
 
@@ -195,63 +227,13 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     return found
 
 
-def _times(rounded: Tensor, scale: Tensor, out: Tensor) -> None:
-    if out.dtype == torch.float32:
-        torch.mul(rounded, scale, out=out)
-    else:
-        out.copy_(rounded.mul_(scale))
-
-
-def _reference(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The op's readable version, which a registered kernel would otherwise hide."""
-    reference: Callable[..., Tensor] = op._init_fn  # type: ignore[attr-defined]
-    return reference
-
-
-def _buffers(rows: int, columns: int) -> _Buffers:
-    """This thread's buffers of shape [rows, columns]; the next call gives the same memory."""
-    shape = (3, rows, columns)
-    if rows * columns > CHUNK:
-        return _Buffers.of(torch.empty(shape))
-    if getattr(_own, "shape", None) != shape:
-        if not hasattr(_own, "memory"):
-            _own.memory = torch.empty(3, CHUNK)
-        _own.shape, _own.chunk = shape, _Buffers.of(_own.memory[:, : rows * columns].view(shape))
-    chunk: _Buffers = _own.chunk
-    return chunk
-
-
-def _share(work: Callable[[int, int], None], count: int, step: int) -> None:
-    """Call ``work(start, stop)`` over ``range(count)`` in steps, on as many threads as torch uses."""
-
-    # Inference mode skips the bookkeeping of gradients (the tensors are below autograd here), and lets a
-    # thread that isn't in it write to tensors that were made in it.
-    def run(starts: Iterator[int]) -> None:
-        with torch.inference_mode():
-            for start in starts:
-                work(start, min(start + step, count))
-
-    threads = torch.get_num_threads()
-    if threads == 1 or count <= 4 * step:
-        run(iter(range(0, count, step)))
-    else:
-        list(_pool(threads).map(run, [iter(range(first * step, count, threads * step)) for first in range(threads)]))
-
-
-@lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="nybble")
-
-
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
-
-
 @lru_cache(maxsize=256)
 def _rounder(fmt_name: str, rounding: str) -> Rounder | None:
     """A function that rounds a chunk onto the grid, or None."""
     fmt = get_format(fmt_name)
-    if rounding == "nearest-even" and isinstance(fmt, Minifloat) and _adder_rounds(fmt):
-        return _minifloat_rounder(fmt)
+    adder = _adder(fmt_name, rounding)
+    if adder is not None:
+        return lambda chunk: adder(chunk).copysign_(chunk.y)
     if rounding == "nearest-even" and isinstance(fmt, IntFormat):
         return lambda chunk: chunk.y.round_().clamp_(fmt.low, fmt.high).add_(0.0)  # the sum turns -0 into 0
     cells = _cells(fmt_name, rounding)
@@ -271,28 +253,29 @@ def _rounder(fmt_name: str, rounding: str) -> Rounder | None:
     return look_up
 
 
+@lru_cache(maxsize=256)
+def _adder(fmt_name: str, rounding: str) -> Rounder | None:
+    """A function that rounds a chunk with the float32 adder; ``y`` survives, every zero is +0. None where it can't."""
+    fmt = get_format(fmt_name)
+    if rounding != "nearest-even" or not isinstance(fmt, Minifloat) or not _adder_rounds(fmt):
+        return None
+    least, most, largest = 2.0**fmt.emin, 2.0**fmt.emax, fmt.max
+    factor = 1.5 * 2.0 ** (23 - fmt.m)  # c = factor * 2^E is exact
+
+    def add_and_subtract(chunk: _Buffers) -> Tensor:
+        power, rounded = chunk.a, chunk.b
+        torch.bitwise_and(chunk.y.view(torch.int32), 0x7F800000, out=power.view(torch.int32))
+        power.clamp_(least, most)
+        torch.add(chunk.y, power, alpha=factor, out=rounded)
+        return rounded.sub_(power, alpha=factor).clamp_(-largest, largest)
+
+    return add_and_subtract
+
+
 def _adder_rounds(fmt: Minifloat) -> bool:
     """Whether the float32 adder can do it: c stays finite and normal; with m = 0 its even is not the even code."""
     inside = fmt.emax + 24 - fmt.m <= 127 and fmt.emin >= -126
     return fmt.has_sign and fmt.specials != "fnuz" and fmt.m >= 1 and inside
-
-
-def _minifloat_rounder(fmt: Minifloat) -> Rounder:
-    least, most, largest = 2.0**fmt.emin, 2.0**fmt.emax, fmt.max
-    factor = 1.5 * 2.0 ** (23 - fmt.m)  # c = factor * 2^E is exact
-    exponent, sign = np.int32(0x7F800000), np.int32(-(1 << 31))
-
-    def rounder(chunk: _Buffers) -> Tensor:
-        y, power, rounded = chunk.y, chunk.a, chunk.b
-        np.bitwise_and(chunk.y_bits, exponent, out=chunk.a_bits)  # numpy's is the quicker one on bits
-        power.clamp_(least, most)
-        torch.add(y, power, alpha=factor, out=rounded)
-        rounded.sub_(power, alpha=factor).clamp_(-largest, largest)
-        np.bitwise_and(chunk.y_bits, sign, out=chunk.a_bits)  # a negative number may have become +0
-        np.bitwise_or(chunk.b_bits, chunk.a_bits, out=chunk.b_bits)
-        return rounded
-
-    return rounder
 
 
 def _cell(y: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -36,8 +38,9 @@ class ActivationQuantizer(nn.Module):
             return self.quantizer.fake_quantize(x)
         return self.quantizer.fake_quantize(x, QuantParams(*(self._buffers[part] for part in _PARTS)))
 
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        super()._apply(lambda t: t.to(fn(t).device), recurse)  # scales stay float32
+    def _apply(self, fn: Any, recurse: bool = True) -> ActivationQuantizer:
+        # Scales stay float32: only moves between devices pass.
+        super()._apply(lambda t: t.to(fn(t).device), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def to_dict(self) -> dict[str, object]:
@@ -66,5 +69,6 @@ def check_static(quantizer: Quantizer) -> None:
     """Raise SchemeError for a static quantizer that one calibrated value can't serve."""
     if quantizer.static and (type(quantizer.granularity) is not PerTensor or quantizer.scale_format != "float32"):
         raise SchemeError(
-            f"{quantizer}: static activations have one float32 scale for the tensor; write 'tensor', or leave out 'static'."
+            f"{quantizer}: static activations have one float32 scale for the tensor; "
+            "write 'tensor', or leave out 'static'."
         )

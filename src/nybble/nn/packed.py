@@ -1,4 +1,4 @@
-"""A QTensor as a module, so that its tensors are saved, loaded and moved under their dotted names (``weight.codes``)."""
+"""A QTensor as a module: its tensors are saved, loaded and moved under their dotted names (``weight.codes``)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Packed(nn.Module):
             moved: Tensor = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        super()._apply(move, recurse)
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:  # noqa: D102

@@ -17,7 +17,7 @@ from nybble.qtensor import QTensor, from_spec
 
 
 def matrix_of(module: nn.Module) -> Tensor | None:
-    """The weight of a linear module as [out, in] (a view), or None: ``nn.Linear``, and GPT-2's transposed ``Conv1D``."""
+    """The weight of a linear module as [out, in] (a view): of ``nn.Linear``, and GPT-2's ``Conv1D``; of others None."""
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.Linear):
         return weight
@@ -72,14 +72,15 @@ def check_version(quantization: Mapping[str, Any]) -> None:
     version = quantization.get("format_version", FORMAT_VERSION)
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise FileError(
-            f"the file has nybble format version {version!r:.80}; this nybble reads up to {FORMAT_VERSION}. Update nybble."
+            f"the file has nybble format version {version!r:.80}; this nybble reads up to {FORMAT_VERSION}. "
+            "Update nybble."
         )
     if not isinstance(quantization.get("modules"), dict) or not isinstance(quantization.get("layouts"), list):
         raise FileError("quantization_config lacks 'modules' or 'layouts': this is not a checkpoint that nybble wrote.")
 
 
 class Layouts:
-    """The distinct QTensor layouts of a checkpoint: spec, and dtype and shape of each tensor; modules name them by number."""
+    """The distinct QTensor layouts of a checkpoint: spec, dtypes and shapes; modules name them by number."""
 
     def __init__(self, entries: list[dict[str, Any]] | None = None) -> None:
         self.entries: list[dict[str, Any]] = entries or []

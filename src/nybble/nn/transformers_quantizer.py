@@ -1,7 +1,8 @@
-"""``transformers.AutoModelForCausalLM.from_pretrained(OUT)`` after ``import nybble``: the quantizer that transformers calls.
+"""The quantizer that ``transformers.AutoModelForCausalLM.from_pretrained(OUT)`` calls after ``import nybble``.
 
-Only hooks that transformers 5.17 and 5.23 share are overridden. Before weights are loaded every described module is replaced by its
-empty quantized version, whose buffers have the checkpoint's names, shapes and dtypes; then the ordinary loader fills them.
+Only hooks that transformers 5.17 and 5.23 share are overridden. Before weights are loaded every described module is
+replaced by its empty quantized version, whose buffers have the checkpoint's names, shapes and dtypes; then the ordinary
+loader fills them.
 """
 
 from __future__ import annotations

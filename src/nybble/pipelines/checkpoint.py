@@ -1,7 +1,7 @@
 """The files of a quantized model: one part a block while the work runs, one safetensors file when it is done.
 
-``OUT.partial/parts/block-0007.safetensors`` and its ``.json`` (descriptions and report rows) appear whole, the JSON last, so that a
-block either is done or is not. The result holds no times and no paths: the same inputs give the same bytes.
+``OUT.partial/parts/block-0007.safetensors`` and its ``.json`` (descriptions and report rows) appear whole, the JSON
+last, so that a block either is done or is not. The result holds no times: the same inputs give the same bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SPILL = "hidden.bin"
 
 
 class Parts:
-    """The parts of an unfinished model in ``folder``; with ``resume`` those of an earlier run of the same request count.
+    """The parts of an unfinished model in ``folder``; with ``resume`` those of an earlier run count.
 
     ``request.json`` stays until the folder is complete, and the manifest is the last of its other files to appear: so a
     run killed while it assembles or clears up goes on where it was, too.
@@ -136,13 +136,7 @@ class Parts:
             modules |= {module: _renumber(entry, numbers) for module, entry in data["modules"].items()}
         files = [self.parts / f"{name}.safetensors" for name in names]
         merge_tensorfiles(files, self.folder / "model.safetensors", {"format": "pt"}, SHARD_BYTES)
-        quantization = {
-            "quant_method": "nybble",
-            "format_version": FORMAT_VERSION,
-            "nybble_version": nybble.__version__,
-            "layouts": layouts.entries,
-            "modules": modules,
-        }
+        quantization = _quantization(modules, layouts)
         atomic_write_json(self.folder / "config.json", config | {"quantization_config": quantization})
         atomic_write_json(self.folder / MANIFEST, manifest | {"layers": [row.to_dict() for row in rows]})
 
@@ -156,6 +150,32 @@ class Parts:
     def _json(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.parts / f"{name}.json").read_text(encoding="utf-8"))
         return found
+
+
+def _quantization(modules: dict[str, Any], layouts: Layouts) -> dict[str, Any]:
+    """``quantization_config`` of config.json."""
+    return {
+        "quant_method": "nybble",
+        "format_version": FORMAT_VERSION,
+        "nybble_version": nybble.__version__,
+        "layouts": layouts.entries,
+        "modules": modules,
+    }
+
+
+def mark_quantized(model: Any, quantization: dict[str, Any] | None = None) -> None:
+    """Let ``model.save_pretrained`` write what ``from_pretrained`` loads.
+
+    Args:
+        model: with quantized modules.
+        quantization: what describes them, if that is known already.
+    """
+    if quantization is None:
+        layouts = Layouts()
+        modules = {name: describe(module, layouts) for name, module in quant_modules(model)}
+        quantization = _quantization(modules, layouts)
+    model.config.quantization_config = quantization
+    model._weight_conversions = []  # transformers would cut packed experts as it cuts float ones
 
 
 def _same_request(folder: Path, before: dict[str, Any], request: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a run will need: memory, disk and seconds, from shapes alone. docs/memory.md explains it and compares it with runs."""
+"""What a run will need: memory, disk and seconds, from shapes alone; docs/memory.md compares it with runs."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _seeing(model: Any, targets: Sequence[Target], load: Load) -> int:
 
 
 def _moments(targets: Sequence[Target], solver: Solver) -> int:
-    """Float32 second moments: a block reads at most three tensors of one width (qkv, out, MLP), and one more to add up."""
+    """Float32 second moments: a block reads at most three tensors of one width (qkv, out, MLP); and one to add."""
     if not solver.needs_second_moment or not targets:
         return 0
     total = sum(4 * t.experts * t.shape[1] ** 2 for t in targets)

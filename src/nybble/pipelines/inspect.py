@@ -153,7 +153,8 @@ def inspect(folder: str | Path) -> dict[str, Any]:
     }
     if sum(total.values()) != result["total"]:
         raise FileError(
-            f"{folder}: {sum(total.values())} bytes are accounted for and {result['total']} are on disk; a file was changed."
+            f"{folder}: {sum(total.values())} bytes are accounted for and {result['total']} are on disk; "
+            "a file was changed."
         )
     return result
 

@@ -16,7 +16,7 @@ from nybble.models.skeleton import expected_tensors, fill_buffers_, meta_model
 from nybble.models.source import open_source
 from nybble.nn.experts import PackedExperts
 from nybble.nn.swap import Layouts, hold_dense, put_described, quant_modules, use_eager_experts
-from nybble.pipelines.checkpoint import Parts, model_config
+from nybble.pipelines.checkpoint import Parts, mark_quantized, model_config
 from nybble.pipelines.inspect import Checkpoint, read_checkpoint
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _load_quantized(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     with reading(folder):
         model.load_state_dict(tensors, strict=False, assign=True)
         model.tie_weights()
-        model.config.quantization_config = checkpoint.config["quantization_config"]
+        mark_quantized(model, checkpoint.config["quantization_config"])
         generation = folder / "generation_config.json"
         if generation.is_file() and model.can_generate():
             from transformers import GenerationConfig

@@ -104,7 +104,8 @@ def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver
     for target in outside:
         if target.rule.inputs is not None and target.rule.inputs.static:
             raise SchemeError(
-                f"{target.name} is outside the blocks, where no static activations are calibrated; use a dynamic quantizer."
+                f"{target.name} is outside the blocks, where no static activations are calibrated; "
+                "use a dynamic quantizer."
             )
     return Plan(blocks, outside, found.counts, found.ignored)
 

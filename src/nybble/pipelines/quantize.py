@@ -35,13 +35,13 @@ from nybble.core.memory import trim_memory
 from nybble.core.progress import Progress, Silent, task
 from nybble.core.seeds import derive_seed, preserve_global_rng
 from nybble.data import TokenSamples, load_text, token_samples
-from nybble.models.adapter import adapter_for
+from nybble.models.adapter import Adapter, adapter_for
 from nybble.models.source import open_source
 from nybble.models.trace import BlockCall, capture_block_calls
 from nybble.nn.swap import hold_dense, use_eager_experts
 from nybble.pipelines.activations import Activations
 from nybble.pipelines.block import solve_block
-from nybble.pipelines.checkpoint import SPILL, Parts, model_config, save_side_files
+from nybble.pipelines.checkpoint import SPILL, Parts, mark_quantized, model_config, save_side_files
 from nybble.pipelines.estimate import Estimate, Load, estimate, measure_flops, require_memory
 from nybble.pipelines.plan import Plan, make_plan
 from nybble.pipelines.report import LayerRow, Report
@@ -131,6 +131,7 @@ def quantize(
             (announce or _ignore)(line)
         if out is None:
             rows = job.run(None, progress or Silent())
+            mark_quantized(job.model)
             return job.model, Report(layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started)
         rows = _write(job, Path(out), progress or Silent(), announce or _ignore)
     return Path(out), Report(layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started)
@@ -162,6 +163,7 @@ class Job:
     """One run: the model, what is to be done to it, and the hidden states on their way through it."""
 
     model: Any
+    adapter: Adapter  # found before any layer is quantized: looking at the model finds float layers only
     source: ModelSource | None
     recipe: Recipe
     solver: Solver
@@ -185,8 +187,9 @@ class Job:
         if len(recipe.steps) != 1:
             raise SchemeError(f"recipe {recipe.name!r} has {len(recipe.steps)} solvers; a weight can be solved once.")
         solver = make_solver(recipe.steps[0].name, recipe.steps[0].options)
+        adapter = adapter_for(model)
         with within(f"recipe {recipe.name}"):
-            plan = make_plan(model, adapter_for(model), recipe.scheme, solver)
+            plan = make_plan(model, adapter, recipe.scheme, solver)
         if plan.experts:
             use_eager_experts(model)
         tokens = None
@@ -195,8 +198,8 @@ class Job:
             check_tokens(tokens, model)
         flops = measure_flops(torch.device(settings.device), settings.dtype)
         load = _load(source, settings, tokens, kept)
-        cost = estimate(model, adapter_for(model), plan, solver, load, flops)
-        return Job(model, source, recipe, solver, plan, settings, tokens, cost)
+        cost = estimate(model, adapter, plan, solver, load, flops)
+        return Job(model, adapter, source, recipe, solver, plan, settings, tokens, cost)
 
     @property
     def device(self) -> torch.device:
@@ -273,9 +276,8 @@ class Job:
         return rows
 
     def _block(self, index: int, parts: Parts | None) -> list[LayerRow]:
-        adapter = adapter_for(self.model)
-        name, prefix = _part(index), adapter.block_name(index)
-        block = adapter.blocks_of(self.model)[index]
+        name, prefix = _part(index), self.adapter.block_name(index)
+        block = self.adapter.blocks_of(self.model)[index]
         moves_on = self.tokens is not None and index + 1 < len(self.plan.blocks)
         if parts is not None and parts.done(name):
             rows = parts.rows(name)
@@ -294,7 +296,7 @@ class Job:
         self, block: nn.Module, index: int, originals: dict[str, Tensor], moves_on: bool
     ) -> list[LayerRow]:
         """See, solve and move the hidden states on: before the weights change on the float path, after it else."""
-        prefix, targets = adapter_for(self.model).block_name(index), self.plan.blocks[index]
+        prefix, targets = self.adapter.block_name(index), self.plan.blocks[index]
         seen = see_nothing(targets)
         if self.tokens is not None:
             self._seed(index, "see")
@@ -314,11 +316,11 @@ class Job:
         if self.solver.path == "quantized":
             parts.restore(_part(index), self.model, self.device)
         else:
-            self._load_block(block, adapter_for(self.model).block_name(index))
+            self._load_block(block, self.adapter.block_name(index))
         self._advance(block, index)
 
     def _seed(self, index: int, phase: str) -> None:
-        """Stochastic roundings draw from the global state: fix it for each phase, so that a resumed run draws the same."""
+        """Stochastic roundings draw from the global state: fix it, so that a resumed run draws the same."""
         torch.manual_seed(derive_seed(self.settings.seed, _part(index), phase))
 
     def _advance(self, block: nn.Module, index: int) -> None:
@@ -346,15 +348,14 @@ class Job:
             self._seed(len(self.plan.blocks), target.name)
             rows += solve_block(self.model, "", [target], self.solver, see_nothing([target]), originals)
         if parts is not None:
-            parts.write(_OUTSIDE, "", self.model, rows, without=f"{adapter_for(self.model).blocks}.")
+            parts.write(_OUTSIDE, "", self.model, rows, without=f"{self.adapter.blocks}.")
         return rows
 
-    # ------------------------------------------------------------------------------------------------ weights and streams
+    # ------------------------------------------------------------------------------------- weights and streams
     def _load_outside(self) -> None:
         if self.source is None:
             return
-        adapter = adapter_for(self.model)
-        names = [n for n in adapter.outside(self.model) if n in self.source.stored()]
+        names = [n for n in self.adapter.outside(self.model) if n in self.source.stored()]
         self.model.load_state_dict(
             self.source.load(names, dtype=self.settings.dtype, device=self.device), strict=False, assign=True
         )
@@ -390,7 +391,7 @@ class Job:
             ids = input_ids[start : start + self.settings.batch].to(self.device)
             calls = self.calls.get(ids.shape[0])
             if calls is None or start:
-                calls = capture_block_calls(self.model, ids)
+                calls = capture_block_calls(self.model, ids, adapter=self.adapter)
                 self.calls.setdefault(ids.shape[0], calls)
             hidden = calls[0].hidden
             assert hidden is not None

@@ -19,8 +19,9 @@ class LayerRow:
 
     Attributes:
         name: full name. weights, inputs, outputs: quantizer lines, None where float. shape: [out, in].
-        bits: stored bits a weight, scales included. sqnr: of the weight, dB. error: relative output error that the solver minimised
-            (of the weight itself without calibration). rtn_error: the same for round-to-nearest.
+        bits: stored bits a weight, scales included. sqnr: of the weight, dB.
+        error: relative output error that the solver minimised (of the weight itself without calibration).
+        rtn_error: the same for round-to-nearest.
         input_scale: a static input's scale. notes: fallbacks.
     """
 

@@ -37,7 +37,7 @@ class SecondMoment:
         self.tokens += flat.shape[0]
 
     def mean(self, name: str) -> Tensor | None:
-        """float32 [columns, columns], or None if no token came; raises DataError naming the layer if it isn't finite."""
+        """float32 [columns, columns], or None if no token came; DataError, naming the layer, if it isn't finite."""
         if self._sum is None:
             return None
         if not bool(torch.isfinite(self._sum).all()):
@@ -71,7 +71,7 @@ class Range:
         self._samples.append(flat[:: self.stride].clone())
 
     def fit(self, quantizer: Quantizer, name: str) -> QuantParams:
-        """Parameters of a per-tensor quantizer; absmax and minmax see the exact extremes, searching rules the sample."""
+        """Parameters of a per-tensor quantizer; absmax and minmax see the extremes, searching rules the sample."""
         if self._low is None or self._high is None:
             raise DataError(
                 f"no calibration input reached {name}, so its activations have no scale; use a dynamic quantizer."

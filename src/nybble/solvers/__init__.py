@@ -1,8 +1,9 @@
 """Solvers: a float weight and what calibration saw become a QTensor. One method a file.
 
-A solver gets weights that read the same input together (q, k and v; gate and up), so that one second moment and its factorisation
-serve them all. What it minimises is the layer's output error ``tr((W - W_hat) H (W - W_hat)^T)`` with ``H = E[x x^T]``; without
-calibration, H is the identity and that is the weight error. No solver returns anything worse than round-to-nearest on it.
+A solver gets weights that read the same input together (q, k and v; gate and up), so that one second moment and its
+factorisation serve them all. What it minimises is the layer's output error ``tr((W - W_hat) H (W - W_hat)^T)`` with
+``H = E[x x^T]``; without calibration, H is the identity and that is the weight error. No solver returns anything worse
+than round-to-nearest on it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Weight:
     """A weight to be solved.
 
     Attributes:
-        name: of the module, for messages. matrix: float32 [rows, columns], columns are inputs. quantizer: what to round to.
+        name: of the module, for messages. matrix: float32 [rows, columns], columns are inputs.
+        quantizer: what to round to.
     """
 
     name: str
@@ -57,7 +59,7 @@ class Solver(ABC):
 
     Attributes:
         needs_second_moment: whether it wants ``H = mean(x x^T)`` of the inputs.
-        path: which network the inputs come from: ``float``, or ``quantized`` (blocks before this one already quantized).
+        path: which network the inputs come from: ``float``, or ``quantized`` (blocks before this one are quantized).
     """
 
     needs_second_moment: ClassVar[bool] = False

@@ -1,16 +1,19 @@
 """GPTQ: quantize column by column, feed the error of each back into the columns that are left.
 
-Frantar et al. 2022, arXiv:2210.17323. With H = E[x x^T] (damped) and U the upper Cholesky factor of H^-1, for column j in order:
+Frantar et al. 2022, arXiv:2210.17323. With H = E[x x^T] (damped) and U the upper Cholesky factor of H^-1, for column j
+in order:
 
     q_j = Q(w_j)      e_j = (w_j - q_j) / U_jj      w_k -= e_j U_jk   for all k > j
 
-Columns are done in blocks; within one only its own columns are updated, the rest once a block. The scales (and zero points) of
-*every* group are fixed on the original weights before the first column is visited, so any format, granularity and nesting of
-scales works, and codes of one group share what the file stores. (The original recomputes a group's scale when it reaches the group;
-fixing them costs a little at large groups and is what makes activation order and groups agree.)
+Columns are done in blocks; within one only its own columns are updated, the rest once a block. The scales (and zero
+points) of *every* group are fixed on the original weights before the first column is visited, so any format,
+granularity and nesting of scales works, and codes of one group share what the file stores. (The original recomputes a
+group's scale when it reaches the group; fixing them costs a little at large groups and is what makes activation order
+and groups agree.)
 
-Damping: H + d mean(diag H) I with d = 0.01; a factorisation that still fails is retried with 10 times more, three times, and then the
-layer falls back to round-to-nearest; each is noted. Inputs that are always zero get H_jj = 1: their weights round to nearest.
+Damping: H + d mean(diag H) I with d = 0.01; a factorisation that still fails is retried with 10 times more, three
+times, and then the layer falls back to round-to-nearest; each is noted. Inputs that are always zero get H_jj = 1: their
+weights round to nearest.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from nybble.quantizer import Quantizer
 from nybble.rounding import get_rounding
 from nybble.solvers import Solved, Solver, Weight, relative_error
 from nybble.solvers._columns import Span, visit_block, visit_block_in_graph
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gptq(Solver):
@@ -127,7 +131,7 @@ class Gptq(Solver):
         return None, tuple(notes)
 
     def _visit(self, grids: Sequence[_Grid], upper: Tensor, order: Tensor | None) -> list[Tensor]:
-        """Run over the columns of all weights at once (their rows stacked); returns the rounded matrices [rows, columns].
+        """Run over the columns of all weights at once, rows stacked; returns the rounded matrices [rows, columns].
 
         Works on the transpose, so that a column is contiguous.
         """
@@ -140,7 +144,12 @@ class Gptq(Solver):
         visit = visit_block_in_graph if left.is_cuda else visit_block
         for start in range(0, columns, self.block):
             stop = min(start + self.block, columns)
-            errors = visit(left[start:stop], upper[start:stop, start:stop], [s.columns(start, stop) for s in spans], result[start:stop])
+            errors = visit(
+                left[start:stop],
+                upper[start:stop, start:stop],
+                [s.columns(start, stop) for s in spans],
+                result[start:stop],
+            )
             if stop < columns:
                 left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         if order is not None:

@@ -1,0 +1,106 @@
+"""Writes the tables of README.md and docs/ from the committed results: every number there comes from a file here.
+
+    python benchmarks/tables.py            rewrite them
+    python benchmarks/tables.py --check    fail if one is out of date (a test runs this)
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+
+
+def main() -> None:
+    """Rewrite or check all pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for page in PAGES:
+        old = page.read_text(encoding="utf-8")
+        new = re.sub(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", _fill, old, flags=re.DOTALL)
+        if new != old:
+            stale.append(page.name)
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    if check and stale:
+        sys.exit(f"out of date: {', '.join(stale)}. Run python benchmarks/tables.py")
+
+
+def _fill(match: re.Match[str]) -> str:
+    return f"{match[1]}{TABLES[match[2]]()}{match[3]}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    ruler = ["---", *("---:" for _ in columns[1:])]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (columns, ruler, *rows))
+
+
+def _load(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def demo() -> str:
+    """The main job's table."""
+    data = _load("demo")
+    rows = [
+        [r["name"], f"{r['ppl']:.2f}", f"{r['kl']:.3f}", f"{r['bits']:.2f}", f"{r['layer_bits']:.2f}", f"{r['bytes'] / 1e6:.0f}"]
+        for r in data["rows"]
+    ]
+    columns = ("SmolLM2-135M-Instruct", "perplexity", "KL to float", "bits/weight, all stored", "in quantized layers", "MB")
+    about = f"\n{data['text']}; {data['cpu']}; torch {data['versions']['torch']}, transformers {data['versions']['transformers']}.\n"
+    return _table(columns, rows) + about
+
+
+def gptq() -> str:
+    """GPTQ beside llm-compressor, on whatever hardware there are results for."""
+    rows = []
+    for path in sorted(RESULTS.glob("gptq_vs_llm_compressor*.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        machine = data["hardware"]["gpu"] or data["hardware"]["cpu"]
+        for ours, peer in zip(data["rows"][::2], data["rows"][1::2], strict=True):
+            ratio = f"{ours['seconds'] / peer['seconds']:.2f}"
+            quality = f"{ours['ppl'] / peer['ppl']:.4f}"
+            rows.append([f"{ours['scheme']}, {machine}", f"{ours['ppl_float']:.2f}", f"{ours['ppl']:.2f}", f"{peer['ppl']:.2f}", quality, ratio])
+    return _table(("scheme and machine", "float", "nybble", "llm-compressor", "perplexity ratio", "time ratio"), rows)
+
+
+def fake_quantize() -> str:
+    """Fake quantization beside torch's own."""
+    data = _load("fake_quantize")
+    rows = [[f"`{r['quantizer']}`", f"{r['ratio']:.2f}"] for r in data["rows"]]
+    return _table(("4096 x 4096 float32 on the CPU, scales included", "time over torch's fake_quantize_per_channel_affine"), rows)
+
+
+def formats() -> str:
+    """All listed formats."""
+    from nybble.formats import format_names, get_format
+
+    made = [get_format(name) for name in format_names()]
+    rows = [[f"`{f.name}`", str(f.bits), str(len(f.grid)), f"{f.min:g}", f"{f.max:g}", f"{f.smallest:.4g}"] for f in made]
+    return _table(("format", "bits", "values", "smallest", "largest", "least above zero"), rows)
+
+
+def presets() -> str:
+    """All quantizer presets."""
+    from nybble.presets import PRESETS
+
+    return _table(("preset", "quantizer"), [[f"`{name}`", f"`{line}`"] for name, line in PRESETS.items()])
+
+
+TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (demo, gptq, fake_quantize, formats, presets)}
+
+if __name__ == "__main__":
+    main()

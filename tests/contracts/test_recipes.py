@@ -1,0 +1,262 @@
+"""Every recipe on every family: what is in memory, on disk, and loaded again are one model, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+import nybble
+from nybble.core.errors import SchemeError
+from nybble.models.adapter import adapter_for
+from nybble.nn.experts import PackedExperts
+from nybble.nn.linear import QuantLinear
+from nybble.nn.packed import Packed
+from nybble.pipelines import checkpoint
+from nybble.pipelines.inspect import inspect
+from nybble.pipelines.quantize import Settings, quantize
+from nybble.pipelines.request import build_recipe
+from nybble.recipe import Recipe, recipe_names
+from tests.tiny import FAMILIES, MOES, linear_names, logits, save_text, save_tiny, tiny_model, tiny_tokenizer
+
+RECIPES: dict[str, dict[str, str]] = {
+    **{name: {} for name in recipe_names()},  # each with its own scheme
+    "rtn dynamic": {"scheme": "NVFP4"},
+    "mse zero point": {"weights": "int4 group=16 symmetric=false"},
+    "gptq dynamic": {"weights": "mxfp4 group=16", "activations": "mxfp4 group=16"},
+    "gptq static": {"weights": "int4 channel", "activations": "int8 tensor static"},
+    "gptq nested": {"weights": "nf4 flat=64 scale_format=(dynamic8 flat=32 center=mean)"},
+}  # fmt: skip
+FIT = {"rtn": "float4_e2m1fn group=16", "mse": "int4 group=16", "gptq": "float4_e2m1fn group=16 scale_format=float16"}
+SETTINGS = Settings(samples=5, seq_len=16, batch=2)  # the last batch is a short one
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("models")
+    save_text(made / "text.txt")
+    return made
+
+
+def source(folder: Path, family: str) -> str:
+    if not (folder / family).exists():
+        save_tiny(folder / family, family)
+    return str(folder / family)
+
+
+def make(name: str, **changes: str) -> Recipe:
+    options = dict(RECIPES[name]) | changes
+    if not options and name in FIT:
+        options["weights"] = FIT[name]  # 48 and 16 columns
+    return build_recipe(name.split()[0], **options)  # type: ignore[arg-type]
+
+
+def run(folder: Path, family: str, recipe: Recipe, out: Path | None = None) -> tuple[Any, Any]:
+    # Tokens rather than text: AutoTokenizer makes some families' own tokenizers out of our small one.
+    tokens = token_samples(folder, tiny_tokenizer())
+    return quantize(source(folder, family), recipe, tokens, out=out, settings=SETTINGS)
+
+
+def for_moe(recipe: Recipe) -> Recipe:
+    """Experts keep their activations in float: a rule of their own."""
+    rule = recipe.scheme.rules[0]
+    experts = type(rule)(targets=("Experts",), weights=rule.weights)
+    scheme = type(recipe.scheme)(rules=(experts, rule), ignore=recipe.scheme.ignore)
+    return recipe.with_scheme(scheme)
+
+
+def check_bytes(out: Path) -> dict[str, Any]:
+    found = inspect(out)
+    on_disk = {str(p.relative_to(out)): p.stat().st_size for p in out.rglob("*") if p.is_file()}
+    assert found["files"] == on_disk
+    assert found["total"] == sum(on_disk.values()) == sum(found["bytes"].values())
+    assert "other" not in found["bytes"]
+    modules = sum(n for module in found["modules"].values() for n in module["bytes"].values())
+    inputs = sum(4 for _ in json.loads((out / checkpoint.MANIFEST).read_text())["layers"] if _["input_scale"])
+    assert found["bytes"]["codes"] <= modules
+    packed = sum(found["bytes"].get(role, 0) for role in ("codes", "scales", "offsets", "tables", "padding"))
+    assert packed == modules + inputs
+    return found
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_model_in_memory_on_disk_and_loaded(folder: Path, tmp_path: Path, family: str, name: str) -> None:
+    recipe = make(name)
+    quantizes_inputs = any(rule.inputs is not None for rule in recipe.scheme.rules)
+    if family in MOES and quantizes_inputs:
+        with pytest.raises(SchemeError, match=r"experts.*activations.*targets: \[Experts\].*--ignore Experts"):
+            run(folder, family, recipe)
+        recipe = for_moe(recipe)
+    out = tmp_path / "out"
+    path, report = run(folder, family, recipe, out)
+    assert path == out and not out.with_name("out.partial").exists()
+    in_memory, again = run(folder, family, recipe)
+    assert again.layers == report.layers
+
+    captured = io.StringIO()
+    with contextlib.redirect_stdout(captured), contextlib.redirect_stderr(captured):
+        ours, tokenizer = nybble.load(out)
+    assert captured.getvalue() == ""
+    auto: Any = AutoModelForCausalLM
+    theirs = auto.from_pretrained(out)
+    expected = logits(in_memory)
+    assert torch.isfinite(expected).all() and expected.std() > 0.01
+    assert torch.equal(logits(ours), expected)
+    assert torch.equal(logits(theirs), expected)
+    assert tokenizer.eos_token == "</s>"
+
+    check_layers(ours, report, family)
+    check_bytes(out)
+    assert 4 < report.bits < 9
+
+
+def check_layers(model: Any, report: Any, family: str) -> None:
+    """Every linear of the blocks is quantized once and has one row; ties stay."""
+    quantized = {n for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    blocks = "transformer.h" if family == "falcon" else adapter_for(model).blocks
+    assert quantized == linear_names(tiny_model(family), blocks)
+    experts = {n: len(m.experts) for n, m in model.named_modules() if isinstance(m, PackedExperts)}
+    rows = [row.name for row in report.layers]
+    assert len(rows) == len(set(rows))
+    assert set(rows) == quantized | {f"{n}.{e}" for n, count in experts.items() for e in range(count)}
+    assert bool(experts) == (family in MOES)
+    for row in report.layers:
+        assert row.error is not None and row.rtn_error is not None and 0 < row.error < 1
+    if model.config.get_text_config().tie_word_embeddings:
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_quantized_in_memory_and_saved(folder: Path, tmp_path: Path, family: str) -> None:
+    """A model that the caller holds: the same result as the streamed one, and ``nybble.save`` the same files."""
+    recipe = make("gptq")
+    streamed, _ = run(folder, family, recipe, tmp_path / "streamed")
+    model, tokenizer = nybble.load(source(folder, family))
+    tokens = token_samples(folder, tokenizer)
+    changed, report = quantize(model, recipe, tokens, settings=SETTINGS)
+    assert changed is model
+    changed.save_pretrained(tmp_path / "pretrained")
+    tokenizer.save_pretrained(tmp_path / "pretrained")
+    assert torch.equal(logits(nybble.load(tmp_path / "pretrained")[0]), logits(changed))
+    nybble.save(changed, tmp_path / "saved", tokenizer)
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "saved" / name).read_bytes() == (streamed / name).read_bytes()
+    configs = [json.loads((tmp_path / f / "config.json").read_text()) for f in ("saved", "streamed")]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    assert len(report.layers) > 7
+
+
+def token_samples(folder: Path, tokenizer: Any) -> Any:
+    from nybble.data import load_text, token_samples
+
+    text = load_text(str(folder / "text.txt"), "calibration")
+    return token_samples(text, tokenizer, samples=SETTINGS.samples, seq_len=SETTINGS.seq_len, seed=SETTINGS.seed)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma3_text"])
+@pytest.mark.parametrize("loader", ["nybble", "transformers"])
+def test_save_pretrained_round_trip(folder: Path, tmp_path: Path, family: str, loader: str) -> None:
+    recipe = make("gptq") if family == "mixtral" else make("gptq static")
+    run(folder, family, recipe, tmp_path / "out")
+    auto: Any = AutoModelForCausalLM
+    model = nybble.load(tmp_path / "out")[0] if loader == "nybble" else auto.from_pretrained(tmp_path / "out")
+    model.save_pretrained(tmp_path / "again")
+    again = auto.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again), logits(model))
+    checkpoint_a, checkpoint_b = inspect(tmp_path / "out"), inspect(tmp_path / "again")
+    assert checkpoint_a["modules"] == checkpoint_b["modules"]
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_shards(folder: Path, tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(folder, family, make("gptq"), tmp_path / "whole")
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 10_000)
+    run(folder, family, make("gptq"), tmp_path / "cut")
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 2
+    check_bytes(tmp_path / "cut")
+    auto: Any = AutoModelForCausalLM
+    expected = logits(nybble.load(tmp_path / "whole")[0])
+    assert torch.equal(logits(nybble.load(tmp_path / "cut")[0]), expected)
+    assert torch.equal(logits(auto.from_pretrained(tmp_path / "cut")), expected)
+
+
+def test_dtypes_of_loading(folder: Path, tmp_path: Path) -> None:
+    """Float parts take the dtype asked for; scales and codes keep theirs."""
+    run(folder, "llama", make("gptq static", weights="nvfp4"), tmp_path / "out")
+    auto: Any = AutoModelForCausalLM
+    for model in (
+        nybble.load(tmp_path / "out", dtype=torch.float32)[0],
+        auto.from_pretrained(tmp_path / "out", dtype=torch.float32),
+        nybble.load(tmp_path / "out")[0].to(torch.float32),
+    ):
+        weight = model.model.layers[0].mlp.up_proj.weight
+        assert isinstance(weight, Packed)
+        assert model.model.norm.weight.dtype == model.dtype == torch.float32
+        assert {t.dtype for t in weight.qtensor().tensors().values()} == {torch.uint8, torch.float32}
+        assert model.model.layers[0].mlp.up_proj.inputs.scale.dtype == torch.float32
+        assert logits(model).dtype == torch.float32
+
+
+def test_dense_copies_change_nothing(folder: Path, tmp_path: Path) -> None:
+    run(folder, "mixtral", make("gptq"), tmp_path / "out")
+    packed, dense = nybble.load(tmp_path / "out")[0], nybble.load(tmp_path / "out", dense=True)[0]
+    assert torch.equal(logits(packed), logits(dense))
+
+
+def test_experts_without_tokens_are_named(folder: Path) -> None:
+    """Each token goes to one expert; the last one's score is always 0, below that of the first or the second."""
+    model = tiny_model("mixtral", num_experts_per_tok=1)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[1] = -layer.mlp.gate.weight[0]
+            layer.mlp.gate.weight[3] = 0
+    tokens = token_samples(folder, tiny_tokenizer())
+    expected = unrouted(model, tokens.input_ids)
+    _, report = quantize(model, make("gptq"), tokens, settings=SETTINGS)
+    named = {row.name for row in report.layers if "no calibration input reached it: rounded to nearest" in row.notes}
+    assert {name for name in named if ".layers.0." in name} == expected
+    assert {f"model.layers.{i}.mlp.experts.{leaf}.3" for i in (0, 1) for leaf in ("gate_up_proj", "down_proj")} <= named
+
+
+@torch.no_grad()
+def unrouted(model: Any, ids: torch.Tensor) -> set[str]:
+    """Weights of experts that no token goes to in the float model."""
+    seen: dict[str, set[int]] = {}
+
+    def watch(name: str) -> Any:
+        return lambda _, args, kwargs: seen.setdefault(name, set()).update(
+            (*args, *kwargs.values())[1].flatten().tolist()
+        )
+
+    names = [n for n, m in model.named_modules() if type(m).__name__ == "MixtralExperts"]
+    handles = [model.get_submodule(n).register_forward_pre_hook(watch(n), with_kwargs=True) for n in names[:1]]
+    model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    idle = set(range(4)) - seen[names[0]]
+    return {f"{names[0]}.{leaf}.{e}" for leaf in ("gate_up_proj", "down_proj") for e in idle}
+
+
+def test_bits_are_counted(folder: Path, tmp_path: Path) -> None:
+    """4-bit codes with a float16 scale for 16 weights are 5 bits, on disk too."""
+    _, report = run(folder, "llama", make("gptq"), tmp_path / "out")
+    assert report.bits == 5.0 and all(row.bits == 5.0 for row in report.layers)
+    found = check_bytes(tmp_path / "out")
+    assert found["bits_per_quantized_weight"] == 5.0
+    assert found["quantized_parameters"] == sum(math.prod(row.shape) for row in report.layers)
+    assert found["bytes"]["codes"] * 2 == found["quantized_parameters"]

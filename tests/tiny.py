@@ -1,0 +1,100 @@
+"""Tiny random models of every family, saved to folders with a tokenizer, and text for them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from nybble.nn.swap import matrix_of
+
+WORDS = ["<unk>", "<s>", "</s>", *(a + b for a in "bcdfghklmn" for b in "aeiou")]  # 53 tokens
+SIZES: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GPT2 = {
+    "vocab_size": 300,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GEMMA = {**SIZES, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}
+MOE = {**SIZES, "num_experts_per_tok": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {**SIZES, "tie_word_embeddings": True, "attention_bias": True},
+    "mistral": {**SIZES, "sliding_window": 6},
+    "qwen2": {**SIZES, "tie_word_embeddings": True},
+    "qwen3": {**SIZES, "head_dim": 16},
+    "smollm3": {**SIZES, "no_rope_layers": [1, 0]},
+    "gemma2": GEMMA,
+    "gemma3_text": {**GEMMA, "layer_types": ["sliding_attention", "full_attention"]},
+    "opt": {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt2": GPT2,
+    "gpt_neox": SIZES,
+    "bloom": {"vocab_size": 300, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mixtral": {**MOE, "num_local_experts": 4},
+    "qwen3_moe": {**MOE, "num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8},
+    "falcon": {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},  # no adapter
+}  # fmt: skip
+MOES = ("mixtral", "qwen3_moe")
+
+
+def tiny_model(family: str = "llama", dtype: torch.dtype = torch.bfloat16, seed: int = 3, **changes: Any) -> Any:
+    """A model with weights large enough that its logits tell wrong numbers from right ones."""
+    config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
+    auto: Any = AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = auto.from_config(config, dtype=dtype).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(8)
+    return model
+
+
+def tiny_tokenizer() -> Any:
+    """A token a word of WORDS."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    make: Any = PreTrainedTokenizerFast
+    return make(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def save_tiny(folder: Path, family: str = "llama", **changes: Any) -> Path:
+    """A model and its tokenizer in ``folder``."""
+    tiny_model(family, **changes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_text(path: Path, words: int = 1200) -> Path:
+    """A text of random words."""
+    path.write_text(" ".join(random.Random(0).choices(WORDS[3:], k=words)))
+    return path
+
+
+def input_ids() -> torch.Tensor:
+    """Two sequences of twelve tokens."""
+    return torch.randint(3, len(WORDS), (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    """What a model says to :func:`input_ids`."""
+    found: torch.Tensor = model(input_ids=input_ids(), use_cache=False).logits
+    return found
+
+
+def linear_names(model: nn.Module, blocks: str) -> set[str]:
+    """Modules with a matrix inside the blocks, by an independent look."""
+    return {n for n, m in model.named_modules() if n.startswith(f"{blocks}.") and matrix_of(m) is not None}
