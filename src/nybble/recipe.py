@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from nybble.core.errors import SchemeError, UsageError, did_you_mean
+from nybble.core.errors import SchemeError, UsageError, did_you_mean, within
 from nybble.scheme import Scheme, parse_scheme
 
 KINDS = ("solver",)
@@ -75,10 +75,7 @@ def load_recipe(name: str) -> Recipe:
         UsageError: unknown name (with the closest one). SchemeError: the file is not a recipe.
     """
     if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not path.is_file():
-            raise UsageError(f"no recipe file {name}.")
-        return parse_recipe(_yaml(path.read_text(encoding="utf-8"), name), name)
+        return parse_recipe(read_yaml(name, "recipe"), name)
     if name not in recipe_names():
         raise UsageError(f"unknown recipe {name!r}.{did_you_mean(name, recipe_names())} `nybble recipes` lists them.")
     text = resources.files("nybble.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
@@ -100,10 +97,14 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
     missing = [key for key in ("scheme", "steps") if not data.get(key)]
     if missing:
         raise SchemeError(f"{where}: the recipe lacks {' and '.join(missing)}.")
+    if not isinstance(data["steps"], list):
+        raise SchemeError(f"{where}: steps is a list of mappings; got {data['steps']!r}.")
     steps = tuple(_step(step, where) for step in data["steps"])
+    with within(where):
+        scheme = parse_scheme(data["scheme"])
     return Recipe(
         name=str(data.get("name", where)),
-        scheme=parse_scheme(data["scheme"]),
+        scheme=scheme,
         steps=steps,
         summary=str(data.get("summary", "")),
         source=str(data.get("source", "")),
@@ -116,6 +117,20 @@ def _step(data: Any, where: str) -> Step:
         raise SchemeError(f"{where}: a step names exactly one of {', '.join(KINDS)}; got {data!r}.")
     options = {str(k): v for k, v in data.items() if k != kinds[0]}
     return Step(kind=kinds[0], name=str(data[kinds[0]]), options=options)
+
+
+def read_yaml(path: str, what: str) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        UsageError: no such file. SchemeError: it can't be read, or isn't YAML.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"no {what} file {path}.")
+    try:
+        return _yaml(Path(path).read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SchemeError(f"{path} can't be read: {error}") from error
 
 
 def _yaml(text: str, where: str) -> Any:

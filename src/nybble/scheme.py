@@ -67,36 +67,29 @@ class Scheme:
             SchemeError: a target or an ignore pattern that matches nothing, unless it is the default ignore.
         """
         chosen: dict[str, Rule] = {}
-        counts: dict[str, int] = {}
+        targets = dict.fromkeys((target for rule in self.rules for target in rule.targets), 0)
+        ignores = dict.fromkeys(self.ignore, 0)
         ignored: list[str] = []
-        for pattern in (*(t for rule in self.rules for t in rule.targets), *self.ignore):
-            counts.setdefault(pattern, 0)
         for name, classes in modules.items():
-            hit = [p for p in self.ignore if matches(p, name, classes)]
-            if hit:
-                counts[hit[0]] += 1
+            out = next((p for p in self.ignore if matches(p, name, classes)), None)
+            if out is not None:
+                ignores[out] += 1
                 ignored.append(name)
                 continue
-            for rule in self.rules:
-                hit = [t for t in rule.targets if matches(t, name, classes)]
-                if hit:
-                    counts[hit[0]] += 1
-                    chosen[name] = rule
-                    break
+            pairs = ((rule, t) for rule in self.rules for t in rule.targets if matches(t, name, classes))
+            rule, target = next(pairs, (None, ""))
+            if rule is not None:
+                targets[target] += 1
+                chosen[name] = rule
         known = (*modules, *{c for classes in modules.values() for c in classes})
-        for rule in self.rules:
-            for target in rule.targets:
-                if counts[target] == 0:
-                    raise SchemeError(
-                        f"the target {target!r} matches no module that is left to it."
-                        f"{did_you_mean(target, known)[:400]}"
-                    )
-        for pattern in self.ignore:
-            if counts[pattern] == 0 and pattern != "lm_head":
-                raise SchemeError(
-                    f"the ignore pattern {pattern!r} matches no module.{did_you_mean(pattern, known)[:400]}"
-                )
-        return Matches(chosen, counts, tuple(ignored))
+        for target, count in targets.items():
+            if count == 0:
+                hint = did_you_mean(target, known)
+                raise SchemeError(f"the target {target!r} matches no module that is left to it.{hint}")
+        for pattern, count in ignores.items():
+            if count == 0 and pattern != "lm_head":
+                raise SchemeError(f"the ignore pattern {pattern!r} matches no module.{did_you_mean(pattern, known)}")
+        return Matches(chosen, targets | ignores, tuple(ignored))
 
     def to_dict(self) -> dict[str, Any]:
         """As YAML or JSON would hold it; ``parse_scheme`` reads it back."""
@@ -165,6 +158,9 @@ PRESETS: dict[str, tuple[str, str | None]] = {
 }
 
 
+_RULE_KEYS = ("targets", "weights", "inputs", "outputs")
+
+
 def preset_scheme(name: str) -> Scheme:
     """A scheme by name: a preset, or ``W4A8_E2M1_E4M3``: bits, then the formats of weights and inputs.
 
@@ -198,35 +194,44 @@ def parse_scheme(data: str | Mapping[str, Any]) -> Scheme:
     """
     if isinstance(data, str):
         return preset_scheme(data)
+    if not isinstance(data, Mapping):
+        raise SchemeError(f"a scheme is a preset's name or a mapping; got {data!r}.")
     if "preset" in data:
         base = preset_scheme(str(data["preset"]))
         _known(data, ("preset", "ignore"), "a scheme with a preset")
         return replace(base, ignore=_strings(data.get("ignore", base.ignore), "ignore"))
     if "rules" in data:
         _known(data, ("rules", "ignore", "name"), "a scheme with rules")
+        if not isinstance(data["rules"], Sequence) or not all(isinstance(rule, Mapping) for rule in data["rules"]):
+            raise SchemeError(f"rules is a list of mappings; got {data['rules']!r}.")
         rules = tuple(_rule(rule) for rule in data["rules"])
     else:
-        _known(data, ("targets", "weights", "inputs", "outputs", "ignore", "name"), "a scheme")
+        _known(data, (*_RULE_KEYS, "ignore", "name"), "a scheme")
         rules = (_rule({k: v for k, v in data.items() if k not in ("ignore", "name")}),)
     if not rules:
         raise SchemeError("a scheme without rules quantizes nothing; give targets and weights.")
-    return Scheme(
-        rules=rules, ignore=_strings(data.get("ignore", ("lm_head",)), "ignore"), name=str(data.get("name", ""))
-    )
+    ignore = _strings(data.get("ignore", ("lm_head",)), "ignore")
+    return Scheme(rules=rules, ignore=ignore, name=str(data.get("name", "")))
 
 
 def _rule(data: Mapping[str, Any]) -> Rule:
-    _known(data, ("targets", "weights", "inputs", "outputs"), "a rule")
-    lines: dict[str, Any] = {k: Quantizer(str(data[k])) for k in ("weights", "inputs", "outputs") if data.get(k)}
+    _known(data, _RULE_KEYS, "a rule")
+    lines: dict[str, Any] = {}
+    for key in ("weights", "inputs", "outputs"):
+        line = data.get(key)
+        if line is not None and not isinstance(line, str):
+            raise SchemeError(f"{key} is a quantizer line such as 'int4 group=32'; got {line!r}.")
+        if line:
+            lines[key] = Quantizer(line)
     if not lines:
         raise SchemeError("a rule without weights, inputs or outputs does nothing.")
-    if lines.get("outputs") is not None and lines["outputs"].static:
+    if "outputs" in lines and lines["outputs"].static:
         raise SchemeError("outputs are quantized dynamically; leave out 'static'.")
     return Rule(targets=_strings(data.get("targets", ("Linear",)), "targets"), **lines)
 
 
 def _strings(value: Any, what: str) -> tuple[str, ...]:
-    if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
         raise SchemeError(f"{what} is a list of names; got {value!r}.")
     return tuple(value)
 

@@ -7,9 +7,6 @@ references.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -106,7 +103,7 @@ def block_inputs(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("fmt", ["float4_e2m1fn", "int4", "nf4", "float16_e8m7"])
-def test_blocks(fmt: str, shape: tuple[int, int], dtype: torch.dtype, threads: int) -> None:
+def test_blocks(fmt: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     x = block_inputs(shape, dtype)
     scales = [torch.rand(shape[0], 1) + 0.01, torch.rand(shape) - 0.5]
     for scale in scales:
@@ -195,21 +192,30 @@ def test_the_fast_path_is_taken() -> None:
     for fmt in FORMATS:
         if get_format(fmt).bits <= 8:
             assert cpu._rounder(fmt, "nearest-even") is not None, fmt
-    assert cpu._adder_rounds(get_format("float4_e2m1fn"))  # type: ignore[arg-type]
+    for fmt in ("float4_e2m1fn", "float6_e3m2fn", "float8_e4m3fn", "float8_e5m2"):
+        assert cpu._adder(fmt, "nearest-even") is not None, fmt
 
 
-def test_a_forked_child_can_still_share_work() -> None:
-    """Threads do not survive a fork: the child makes its own."""
-    program = """
-import os, sys, torch
-from nybble.ops.rounding import round_to
-torch.set_num_threads(2)
-x = torch.randn(400_000)
-first = round_to(x, "nf4", "half-down")
-child = os.fork()
-if child == 0:
-    os._exit(0 if torch.equal(round_to(x, "nf4", "half-down"), first) else 3)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-    done = subprocess.run([sys.executable, "-c", program], timeout=60, env=os.environ.copy(), check=False)
-    assert done.returncode == 0
+@pytest.mark.parametrize("columns", [1, 7, 32, 4096, 1_000_000])
+@pytest.mark.parametrize("count", [1, 5, 40_000, 524_288])
+def test_chunks_cover_everything_once(count: int, columns: int, threads: int) -> None:
+    parts = list(cpu._parts(count, columns))
+    assert [start for start, _ in parts] == [0, *(stop for _, stop in parts[:-1])] and parts[-1][1] == count
+    assert all(start < stop for start, stop in parts)
+    if threads == 1:
+        assert max(stop - start for start, stop in parts) <= max(1, cpu.ALONE // columns)
+
+
+def test_large_results() -> None:
+    """Over OWN_MAPPING bytes, where huge pages are asked for; all threads, a tail, and half-precision results."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        x = torch.randn(300_007, 32)
+        assert x.nbytes > cpu.OWN_MAPPING
+        x[123_456, 7], x[299_999] = torch.nan, 0
+        for fmt, dtype in (("float4_e2m1fn", torch.float32), ("nf4", torch.float32), ("float8_e5m2", torch.bfloat16)):
+            arguments = (x.to(dtype), fmt, "nearest-even", get_format(fmt).absmax, "", "float32")
+            assert same(OPS["dynamic_round"](*arguments), readable("dynamic_round")(*arguments))
+    finally:
+        torch.set_num_threads(before)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny import FAMILIES, MOES, linear_names, logits, save_text, save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -25,7 +26,6 @@ from nybble.pipelines.inspect import inspect
 from nybble.pipelines.quantize import Settings, quantize
 from nybble.pipelines.request import build_recipe
 from nybble.recipe import Recipe, recipe_names
-from tests.tiny import FAMILIES, MOES, linear_names, logits, save_text, save_tiny, tiny_model, tiny_tokenizer
 
 RECIPES: dict[str, dict[str, str]] = {
     **{name: {} for name in recipe_names()},  # each with its own scheme
@@ -62,7 +62,7 @@ def make(name: str, **changes: str) -> Recipe:
     options = dict(RECIPES[name]) | changes
     if not options and name in FIT:
         options["weights"] = FIT[name]  # 48 and 16 columns
-    return build_recipe(name.split()[0], **options)  # type: ignore[arg-type]
+    return build_recipe(name.split()[0], **options)
 
 
 def run(folder: Path, family: str, recipe: Recipe, out: Path | None = None) -> tuple[Any, Any]:
@@ -113,7 +113,8 @@ def test_one_model_in_memory_on_disk_and_loaded(folder: Path, tmp_path: Path, fa
         ours, tokenizer = nybble.load(out)
     assert captured.getvalue() == ""
     auto: Any = AutoModelForCausalLM
-    theirs = auto.from_pretrained(out)
+    # By default transformers 5.17 runs Gemma 2 with sdpa, which leaves its cap on attention scores out.
+    theirs = auto.from_pretrained(out, **({"attn_implementation": "eager"} if family == "gemma2" else {}))
     expected = logits(in_memory)
     assert torch.isfinite(expected).all() and expected.std() > 0.01
     assert torch.equal(logits(ours), expected)

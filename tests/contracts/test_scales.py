@@ -269,6 +269,17 @@ def test_ranges_wider_than_float32() -> None:
     assert (out - x).abs().max() <= 6e38 / 255
 
 
+@pytest.mark.parametrize("line", ["nf4-bnb", "fp4-bnb", "float4_e2m1fn flat=64 reciprocal=true"])
+def test_reciprocals_of_subnormal_scales(line: str) -> None:
+    """1 / 1e-40 is infinite in float32, and infinity times the block's zeros NaN."""
+    x = torch.zeros(1, 64)
+    x[0, :2] = torch.tensor([1e-40, -5e-41])
+    q = Quantizer(line)
+    out = q.fake_quantize(x)
+    assert out.isfinite().all() and (out[0, 2:] == 0).all()
+    assert torch.equal(q.quantize(x).dequantize(), out)
+
+
 def test_one_stores_nothing() -> None:
     assert Quantizer("float8_e4m3fn scale=one").fit(torch.randn(4, 4)) == QuantParams(None)
 

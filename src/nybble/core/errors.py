@@ -11,6 +11,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
+_LISTED, _SHOWN = 24, 8
+
+
 class NybbleError(Exception):
     """Base of all errors a user can cause; the command line prints its text and exits with 1 (or 2, see UsageError)."""
 
@@ -48,7 +51,7 @@ class DeviceError(NybbleError):
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?" for the closest option, or a list of what exists.
+    """Return " Did you mean 'x'?" for the closest option, or a list of what exists (its start, if it is long).
 
     >>> did_you_mean("gtpq", ["rtn", "gptq"])
     " Did you mean 'gptq'?"
@@ -57,6 +60,8 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
         return f" Did you mean {close[0]!r}?"
+    if len(known) > _LISTED:
+        return f" Some of the {len(known)} known: {', '.join(known[:_SHOWN])} ..."
     return f" Known: {', '.join(known)}."
 
 

@@ -9,14 +9,16 @@ directly.
 *Table look-up* (everything else up to 8 bits). The upper 16 bits of a float32 choose one of 65,536 cells; a cell with
 at most one threshold needs one comparison: ``y >= threshold[cell] ? upper[cell] : lower[cell]``.
 
-Each step is one torch operator on a whole chunk, shared among torch's own threads, and writes into buffers that stay.
+Each step is one torch operator on a whole chunk and writes into buffers that stay.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,7 +34,8 @@ from nybble.ops import blocks as block_ops
 from nybble.ops import rounding as rounding_ops
 from nybble.ops.rounding import decode_table
 
-CHUNK = 65_536  # elements a thread: four such float32 arrays fit a core's second-level cache
+ALONE = 32_256  # elements: below torch's grain of 32,768, so the calling thread works alone
+SHARED = 131_072  # elements a thread where all of torch's threads work, which wait for each other after every step
 OWN_MAPPING = 32 << 20  # bytes from which malloc gives a tensor pages of its own, so that advice meets no neighbour
 _CPU = torch.device("cpu")
 _own = threading.local()  # the calling thread's buffers
@@ -117,7 +120,7 @@ def dynamic_round(blocks: Tensor, fmt: str, rounding: str, target: float, pow2: 
         return _reference(block_ops.dynamic_round)(blocks, fmt, rounding, target, pow2, scale_dtype)
     blocks = blocks.contiguous()
     count, columns = blocks.shape
-    if columns > CHUNK:
+    if columns > ALONE:
         amax = blocks.abs().amax(1, keepdim=True).float()
         return scaled_round(blocks, block_ops.block_scale(amax, fmt, target, pow2, scale_dtype), fmt, rounding)
     out = _empty(blocks.shape, blocks.dtype)
@@ -161,17 +164,28 @@ def _reference(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return reference
 
 
-def _chunk_elements() -> int:
-    """A chunk's elements: twice as many a thread where there are several, which wait for each other after every step."""
-    threads = torch.get_num_threads()
-    return CHUNK if threads == 1 else 2 * CHUNK * threads
-
-
 def _parts(count: int, columns: int) -> Iterator[tuple[int, int]]:
-    """``range(count)`` cut so that rows of ``columns`` elements make up a chunk."""
-    step = max(1, _chunk_elements() // columns)
-    for start in range(0, count, step):
-        yield start, min(start + step, count)
+    """``range(count)`` cut so that rows of ``columns`` elements make up chunks; asking for the next ends the last.
+
+    Four small chunks on one thread show how fast that goes. Large ones on all threads follow, until one goes slower:
+    then another process holds a core, and at every step all wait for the thread that lost it; small chunks finish.
+    """
+    threads = torch.get_num_threads()
+    alone, shared = max(1, ALONE // columns), max(1, SHARED * threads // columns)
+    alone_best, start, done = math.inf, 0, 0
+    sharing, may_share = False, threads > 1 and count > shared
+    begun = time.perf_counter()
+    while start < count:
+        stop = min(start + (shared if sharing else alone), count)
+        yield start, stop
+        now = time.perf_counter()
+        took, begun, done = (now - begun) / (stop - start), now, done + 1
+        start = stop
+        if sharing:
+            sharing = may_share = took <= alone_best
+        else:
+            alone_best = min(alone_best, took)
+            sharing = may_share and done == 4
 
 
 def _cut(
@@ -179,7 +193,7 @@ def _cut(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Chunks of all four, along blocks; also across them where they are few and long."""
     count, columns = blocks.shape
-    if columns <= CHUNK or scale.shape[1] != 1:
+    if columns <= ALONE or scale.shape[1] != 1:
         for start, stop in _parts(count, columns):
             yield blocks[start:stop], divisor[start:stop], scale[start:stop], out[start:stop]
         return
@@ -192,7 +206,7 @@ def _cut(
 def _buffers(rows: int, columns: int) -> _Buffers:
     """This thread's buffers of shape [rows, columns]; the next call gives the same memory."""
     shape = (3, rows, columns)
-    if rows * columns > _chunk_elements():
+    if rows * columns > SHARED * torch.get_num_threads():
         return _Buffers(*torch.empty(shape))
     if getattr(_own, "shape", None) != shape:
         if getattr(_own, "size", 0) < rows * columns:

@@ -130,7 +130,12 @@ def _original(block: nn.Module, name: str, originals: Mapping[str, Tensor], what
 
 def _checked(matrix: Tensor, device: torch.device, what: str) -> Tensor:
     """``matrix`` as float32, contiguous, on ``device``; raises DataError where it isn't finite."""
-    bad = int((~torch.isfinite(matrix)).sum())
-    if bad:
-        raise DataError(f"{what} holds {bad} NaN or Inf among {matrix.numel()} values; repair the model file.")
+    check_finite(matrix, what)
     return matrix.to(device).float().contiguous()
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Raise DataError, naming ``what``, where a weight has NaN or infinities."""
+    if not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise DataError(f"{what} holds {bad} NaN or Inf among {tensor.numel()} values; repair the model file.")

@@ -18,7 +18,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from nybble.models.source import open_source
 from nybble.models.trace import BlockCall, capture_block_calls
 from nybble.nn.swap import hold_dense, use_eager_experts
 from nybble.pipelines.activations import Activations
-from nybble.pipelines.block import solve_block
+from nybble.pipelines.block import check_finite, solve_block
 from nybble.pipelines.checkpoint import SPILL, Parts, mark_quantized, model_config, save_side_files
 from nybble.pipelines.estimate import Estimate, Load, estimate, measure_flops, require_memory
 from nybble.pipelines.plan import Plan, make_plan
@@ -356,9 +356,9 @@ class Job:
         if self.source is None:
             return
         names = [n for n in self.adapter.outside(self.model) if n in self.source.stored()]
-        self.model.load_state_dict(
-            self.source.load(names, dtype=self.settings.dtype, device=self.device), strict=False, assign=True
-        )
+        found = self.source.load(names, dtype=self.settings.dtype, device=self.device)
+        _check_finite(found)
+        self.model.load_state_dict(found, strict=False, assign=True)
         self.model.tie_weights()
         for buffer_name, buffer in self.model.named_buffers():
             if buffer.device != self.device and buffer.device.type != "meta":
@@ -373,7 +373,9 @@ class Job:
             f"{prefix}.{n}" for n in block.state_dict() if f"{prefix}.{n}" in self.source.stored()
         ]
         names = list(dict.fromkeys(names))
-        found = {n.removeprefix(f"{prefix}."): t for n, t in self.source.load(names, device=self.device).items()}
+        loaded = self.source.load(names, device=self.device)
+        _check_finite(loaded)
+        found = {n.removeprefix(f"{prefix}."): t for n, t in loaded.items()}
         cast = {n: t.to(self.settings.dtype) if t.is_floating_point() else t for n, t in found.items()}
         block.load_state_dict(cast, strict=False, assign=True)
         return found
@@ -406,6 +408,12 @@ class Job:
         for start in range(0, len(stream), self.settings.batch):
             hidden = stream.read(start, min(start + self.settings.batch, len(stream)))
             yield self.calls[hidden.shape[0]][index], hidden
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
+            check_finite(tensor, name)
 
 
 def _load(source: ModelSource | None, settings: Settings, tokens: TokenSamples | None, kept: bool) -> Load:

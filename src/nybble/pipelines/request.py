@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from nybble.core.errors import SchemeError, UsageError
+from nybble.core.errors import SchemeError, UsageError, within
 from nybble.quantizer import Quantizer
-from nybble.recipe import Recipe, load_recipe
+from nybble.recipe import Recipe, load_recipe, read_yaml
 from nybble.scheme import Scheme, parse_scheme
 
 
@@ -49,18 +48,8 @@ def read_scheme(text: str) -> Scheme:
     """A preset's name, or a YAML file."""
     if not text.endswith((".yaml", ".yml")):
         return parse_scheme(text)
-    import yaml
-
-    path = Path(text)
-    if not path.is_file():
-        raise UsageError(f"no scheme file {text}.")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SchemeError(f"{text} is not valid YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise SchemeError(f"{text}: a scheme is a mapping; got {type(data).__name__}.")
-    return parse_scheme(data)
+    with within(text):
+        return parse_scheme(read_yaml(text, "scheme"))
 
 
 def _override(scheme: Scheme, weights: str | None, activations: str | None) -> Scheme:

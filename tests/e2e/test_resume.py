@@ -1,0 +1,257 @@
+"""Killed at any moment and resumed: the same bytes. The same request twice, too. Another request is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.e2e.processes import start
+from tests.tiny import save_text, save_tiny
+
+from nybble.core.errors import FileError
+from nybble.pipelines.quantize import Settings, quantize
+from nybble.pipelines.request import build_recipe
+
+BLOCKS = 12
+RECIPES = {
+    "float path": ["--recipe", "minmax-fp"],
+    "quantized path": ["--recipe", "gptq", "--weights", "int4 group=16", "--spill"],
+}
+KILLS = 10
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("resume")
+    save_tiny(made / "model", "llama", num_hidden_layers=BLOCKS)
+    save_text(made / "text.txt", 3000)
+    return made
+
+
+def command(folder: Path, out: Path, *options: str) -> list[str]:
+    data = ["--data", str(folder / "text.txt"), "--samples", "16", "--seq-len", "24", "--batch", "4"]
+    return ["quantize", str(folder / "model"), str(out), *data, *options]
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+
+
+def progress(partial: Path) -> int:
+    """How far a run is, from what it has written: finished parts, then final files."""
+    parts = len(list(partial.glob("parts/*.json")))
+    return parts + 100 * (partial / "model.safetensors").exists() if partial.exists() else -1
+
+
+@pytest.mark.parametrize("path", RECIPES)
+def test_killed_at_random_moments(folder: Path, tmp_path: Path, path: str) -> None:
+    """Ten kills of one run, each at a random moment after something new appeared on disk; then to the end."""
+    whole, out, errors = tmp_path / "whole", tmp_path / "out", tmp_path / "errors"
+    finished = start(command(folder, whole, *RECIPES[path]), errors)
+    finished.join()
+    assert finished.exitcode == 0, errors.read_text()
+    partial, rng = out.with_name("out.partial"), random.Random(path)
+    kills = 0
+    while not out.exists():
+        run = start(command(folder, out, *RECIPES[path], "--resume"), errors)
+        before = progress(partial)
+        while run.is_alive() and (kills == KILLS or progress(partial) <= before):
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.05)
+        run.kill()
+        run.join()
+        kills += run.exitcode == -signal.SIGKILL
+        assert run.exitcode in (0, -signal.SIGKILL), errors.read_text()
+        assert out.exists() == (run.exitcode == 0) or not partial.exists()
+    assert kills >= KILLS // 2
+    assert files(out) == files(whole)
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("path", RECIPES)
+def test_stopped_after_every_step(folder: Path, tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same without chance: stopped before each file operation of the whole run, once each."""
+    recipe = build_recipe("minmax-fp") if path == "float path" else build_recipe("gptq", weights="int4 group=16")
+    settings = Settings(samples=2, seq_len=8, batch=2, resume=True)
+
+    def run(out: Path) -> None:
+        quantize(folder / "model", recipe, str(folder / "text.txt"), out=out, settings=settings)
+
+    torch.set_num_threads(1)
+    run(tmp_path / "whole")
+    expected = files(tmp_path / "whole")
+    calls, limit = 0, 0
+
+    class Stop(BaseException):
+        pass
+
+    def stopping(what: Any) -> Any:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > limit:
+                raise Stop
+            return what(*args, **kwargs)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stopping(Path.replace))
+        patch.setattr(Path, "unlink", stopping(Path.unlink))
+        patch.setattr(Path, "rename", stopping(Path.rename))
+        patch.setattr(shutil, "rmtree", stopping(shutil.rmtree))
+        stops = 0
+        for _ in range(200):
+            calls, limit = 0, limit if stops % 2 else limit + 1
+            try:
+                run(tmp_path / "out")
+                break
+            except Stop:
+                stops += 1
+                limit = calls - 1
+                calls, limit = 0, 3 + stops % 3
+    run(tmp_path / "out") if not (tmp_path / "out").exists() else None
+    assert stops > 10
+    assert files(tmp_path / "out") == expected
+
+
+def test_interrupted(folder: Path, tmp_path: Path) -> None:
+    """Ctrl-C: one line that says how to go on, exit code 1, nothing on standard output."""
+    out, errors = tmp_path / "out", tmp_path / "errors"
+    run = start(command(folder, out, *RECIPES["quantized path"], "--json"), errors)
+    while run.is_alive() and progress(out.with_name("out.partial")) < 2:
+        time.sleep(0.001)
+    assert run.pid is not None
+    os.kill(run.pid, signal.SIGINT)
+    run.join()
+    text = errors.read_text()
+    assert (run.exitcode, Path(f"{errors}.out").read_text()) == (1, ""), text
+    assert text.strip().splitlines()[-1].startswith("nybble: interrupted.")
+    assert f"{out}.partial" in text and "--resume" in text and "Traceback" not in text
+    assert not out.exists() and out.with_name("out.partial").exists()
+
+
+def interrupted(folder: Path, out: Path, **changes: Any) -> None:
+    """Leave OUT.partial after three blocks, as a kill would."""
+
+    class Stop(BaseException):
+        pass
+
+    class Bar:
+        left = 3
+
+        def start(self, total: int, what: str) -> None: ...
+
+        def advance(self, n: int = 1, note: str = "") -> None:
+            self.left -= 1
+            if not self.left:
+                raise Stop
+
+        def done(self) -> None: ...
+
+    with pytest.raises(Stop):
+        again(folder, out, progress=Bar(), **changes)
+
+
+def again(
+    folder: Path, out: Path, *, progress: Any = None, data: str = "", recipe: Any = None, **settings: Any
+) -> None:
+    torch.set_num_threads(1)
+    chosen = Settings(**({"samples": 4, "seq_len": 8, "batch": 2} | settings))
+    made = recipe or build_recipe("gptq", weights="int4 group=16")
+    text = data or str(folder / "text.txt")
+    quantize(folder / "model", made, text, out=out, settings=chosen, progress=progress)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 1}, r"data.tokens_sha256|settings.seed"),
+        ({"samples": 5}, r"data.samples = 4; now it is 5"),
+        ({"seq_len": 9}, r"data.seq_len = 8; now it is 9"),
+        ({"batch": 3}, r"settings.batch = 2; now it is 3"),
+        ({"dtype": torch.float32}, r"settings.dtype = \"torch.bfloat16\""),
+        ({"recipe": build_recipe("gptq", weights="int4 group=8")}, r"recipe.scheme.rules"),
+        ({"recipe": build_recipe("rtn", weights="int4 group=16")}, r"recipe.name = \"gptq\"|data"),
+    ],
+)
+def test_another_request_is_refused(folder: Path, tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    interrupted(folder, tmp_path / "out")
+    kept = files(tmp_path / "out.partial")
+    with pytest.raises(FileError, match=f"was begun with .*({named}).*without --resume"):
+        again(folder, tmp_path / "out", resume=True, **changes)
+    assert files(tmp_path / "out.partial") == kept
+
+
+def test_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    interrupted(folder, tmp_path / "out")
+    (tmp_path / "other").mkdir()
+    save_tiny(tmp_path / "other" / "model", "llama", num_hidden_layers=BLOCKS, seed=4)
+    shutil.copy(folder / "text.txt", tmp_path / "other")
+    with pytest.raises(FileError, match="was begun with model = "):
+        again(tmp_path / "other", tmp_path / "out", resume=True, data=str(folder / "text.txt"))
+
+
+def test_without_resume_it_starts_anew(folder: Path, tmp_path: Path) -> None:
+    interrupted(folder, tmp_path / "out", seed=5)
+    (tmp_path / "out.partial" / "hidden.bin").write_bytes(b"left by a killed run")
+    again(folder, tmp_path / "out")
+    again(folder, tmp_path / "fresh")
+    assert files(tmp_path / "out") == files(tmp_path / "fresh")
+
+
+def test_resume_with_nothing_there(folder: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    quantize(
+        folder / "model", build_recipe("rtn", weights="int4 group=16"), out=tmp_path / "out",
+        settings=Settings(resume=True), announce=lines.append,
+    )  # fmt: skip
+    assert any("nothing to resume" in line for line in lines)
+
+
+def test_spilled_states_leave_no_trace(folder: Path, tmp_path: Path) -> None:
+    again(folder, tmp_path / "memory")
+    again(folder, tmp_path / "file", spill=True)
+    assert files(tmp_path / "memory") == files(tmp_path / "file")
+
+
+@pytest.mark.parametrize("weights", ["int4 group=16", "float4_e2m1fn group=16 rounding=stochastic"])
+def test_same_bytes_twice_and_the_callers_randomness_stays(folder: Path, tmp_path: Path, weights: str) -> None:
+    recipe = build_recipe("rtn" if "stochastic" in weights else "gptq", weights=weights)
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    states = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
+    again(folder, tmp_path / "a", recipe=recipe)
+    after = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
+    assert torch.equal(after[0], states[0]) and after[1:] == states[1:]
+    torch.manual_seed(2)
+    again(folder, tmp_path / "b", recipe=recipe)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    again(folder, tmp_path / "c", recipe=recipe, seed=1)
+    assert files(tmp_path / "c")["model.safetensors"] != files(tmp_path / "a")["model.safetensors"]
+
+
+def test_stochastic_activations_resume_alike(folder: Path, tmp_path: Path) -> None:
+    recipe = build_recipe("gptq", weights="int4 group=16", activations="float8_e4m3fn token rounding=stochastic")
+    again(folder, tmp_path / "whole", recipe=recipe)
+    interrupted(folder, tmp_path / "out", recipe=recipe)
+    again(folder, tmp_path / "out", recipe=recipe, resume=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_no_times_and_no_places_in_the_files(folder: Path, tmp_path: Path) -> None:
+    again(folder, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "nybble.json").read_text())
+    assert set(manifest) == {"format_version", "model", "recipe", "data", "settings", "versions", "layers"}
+    text = "".join(p.read_text() for p in (tmp_path / "out").glob("*.json"))
+    assert str(tmp_path) not in text and str(folder / "model") not in text
