@@ -35,7 +35,7 @@ from nybble.ops import rounding as rounding_ops
 from nybble.ops.rounding import decode_table
 
 ALONE = 32_256  # elements: below torch's grain of 32,768, so the calling thread works alone
-SHARED = 131_072  # elements a thread where all of torch's threads work, which wait for each other after every step
+SHARED = 65_536  # elements a thread where all of torch's threads work, which wait for each other after every step
 OWN_MAPPING = 32 << 20  # bytes from which malloc gives a tensor pages of its own, so that advice meets no neighbour
 _CPU = torch.device("cpu")
 _own = threading.local()  # the calling thread's buffers
@@ -52,6 +52,8 @@ class _Buffers:
 
 Rounder = Callable[[_Buffers], Tensor]
 """Rounds ``y`` onto a grid, into one of the buffers."""
+Adder = Callable[[_Buffers, Tensor], Tensor]
+"""Rounds ``y`` into the buffer given, which may be ``y``; every zero comes out as +0."""
 
 
 def round_to(x: Tensor, fmt: str, rounding: str) -> Tensor:
@@ -143,7 +145,7 @@ def dynamic_round(blocks: Tensor, fmt: str, rounding: str, target: float, pow2: 
             # Over a negated scale every zero comes back as -0, and adding 0 * x makes it +0 where x is positive: one
             # step instead of copying signs. (Infinity times 0 is NaN, as its block is anyhow.)
             torch.div(x, scale.neg_(), out=chunk.y)
-            rounded = adder(chunk).mul_(scale)
+            rounded = adder(chunk, chunk.y).mul_(scale)
             if to.dtype == torch.float32:
                 torch.add(rounded, x, alpha=0, out=to)
             else:
@@ -167,8 +169,9 @@ def _reference(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _parts(count: int, columns: int) -> Iterator[tuple[int, int]]:
     """``range(count)`` cut so that rows of ``columns`` elements make up chunks; asking for the next ends the last.
 
-    Four small chunks on one thread show how fast that goes. Large ones on all threads follow, until one goes slower:
-    then another process holds a core, and at every step all wait for the thread that lost it; small chunks finish.
+    Four small chunks on one thread show how fast that goes. Large ones on all threads follow, until one takes three
+    times as long: then another process holds a core, and at every step all wait for the thread that lost it; small
+    chunks finish.
     """
     threads = torch.get_num_threads()
     alone, shared = max(1, ALONE // columns), max(1, SHARED * threads // columns)
@@ -182,7 +185,7 @@ def _parts(count: int, columns: int) -> Iterator[tuple[int, int]]:
         took, begun, done = (now - begun) / (stop - start), now, done + 1
         start = stop
         if sharing:
-            sharing = may_share = took <= alone_best
+            sharing = may_share = took <= 3 * alone_best
         else:
             alone_best = min(alone_best, took)
             sharing = may_share and done == 4
@@ -247,7 +250,7 @@ def _rounder(fmt_name: str, rounding: str) -> Rounder | None:
     fmt = get_format(fmt_name)
     adder = _adder(fmt_name, rounding)
     if adder is not None:
-        return lambda chunk: adder(chunk).copysign_(chunk.y)
+        return lambda chunk: adder(chunk, chunk.b).copysign_(chunk.y)
     if rounding == "nearest-even" and isinstance(fmt, IntFormat):
         return lambda chunk: chunk.y.round_().clamp_(fmt.low, fmt.high).add_(0.0)  # the sum turns -0 into 0
     cells = _cells(fmt_name, rounding)
@@ -268,20 +271,20 @@ def _rounder(fmt_name: str, rounding: str) -> Rounder | None:
 
 
 @lru_cache(maxsize=256)
-def _adder(fmt_name: str, rounding: str) -> Rounder | None:
-    """A function that rounds a chunk with the float32 adder; ``y`` survives, every zero is +0. None where it can't."""
+def _adder(fmt_name: str, rounding: str) -> Adder | None:
+    """The rounding by the float32 adder, or None where it can't."""
     fmt = get_format(fmt_name)
     if rounding != "nearest-even" or not isinstance(fmt, Minifloat) or not _adder_rounds(fmt):
         return None
     least, most, largest = 2.0**fmt.emin, 2.0**fmt.emax, fmt.max
     factor = 1.5 * 2.0 ** (23 - fmt.m)  # c = factor * 2^E is exact
 
-    def add_and_subtract(chunk: _Buffers) -> Tensor:
-        power, rounded = chunk.a, chunk.b
+    def add_and_subtract(chunk: _Buffers, out: Tensor) -> Tensor:
+        power = chunk.a
         torch.bitwise_and(chunk.y.view(torch.int32), 0x7F800000, out=power.view(torch.int32))
         power.clamp_(least, most)
-        torch.add(chunk.y, power, alpha=factor, out=rounded)
-        return rounded.sub_(power, alpha=factor).clamp_(-largest, largest)
+        torch.add(chunk.y, power, alpha=factor, out=out)
+        return out.sub_(power, alpha=factor).clamp_(-largest, largest)
 
     return add_and_subtract
 
