@@ -39,6 +39,7 @@ from nybble.formats.integer import IntFormat
 from nybble.granularity import Granularity, PerTensor, Rank1, parse_granularity
 from nybble.ops.blocks import divide, dynamic_round, narrow_scale, scaled_round
 from nybble.ops.rounding import encode, round_stochastic, round_to, round_to_codes
+from nybble.ops.scaling import divided
 from nybble.packing import get_layout
 from nybble.presets import PRESETS
 from nybble.qtensor import Factored, Inverse, QTensor, QuantParams, block_view, scale_blocks
@@ -177,7 +178,7 @@ class Quantizer:
         if isinstance(self.scale, Mse) and isinstance(self.scale_format, Quantizer):
             # Candidates are judged as they would be stored, under an outer scale that the search does not move.
             inner = self.scale_format
-            outer = inner.fit((blocks.abs().amax(1) / self.format.absmax).reshape(shape))
+            outer = inner.fit(divided(blocks.abs().amax(1), self.format.absmax).reshape(shape))
 
             def project(scale: Tensor) -> Tensor:
                 return inner.fake_quantize(scale.reshape(shape), outer).reshape(-1, 1)
@@ -362,7 +363,7 @@ def _affine(values: Tensor, params: QuantParams, granularity: Granularity, shape
 
 def _rank1(x: Tensor, fmt: NumberFormat) -> Factored:
     """Slice maxima over each dimension, combined by their minimum; a zero slice gets 1."""
-    magnitude = x.abs() / fmt.absmax
+    magnitude = divided(x.abs(), fmt.absmax)
     factors = []
     for dim in range(x.dim()):
         others = [d for d in range(x.dim()) if d != dim]

@@ -14,6 +14,11 @@ POW2_MODES = ("floor", "ceil", "even", "rceil")
 _TINY = 2.0**-127
 
 
+def divided(x: Tensor, number: float) -> Tensor:
+    """``x / number``, correctly rounded on every device (given a Python number, CUDA multiplies by its reciprocal)."""
+    return x / torch.full((), number, dtype=x.dtype, device=x.device)
+
+
 def absmax_scale(amax: Tensor, target: float) -> Tensor:
     """``amax / target``; a zero block gets 1.
 
@@ -21,7 +26,7 @@ def absmax_scale(amax: Tensor, target: float) -> Tensor:
         amax: float32, largest magnitude of each block.
         target: value of the format that it is mapped to.
     """
-    scale = amax / target
+    scale = divided(amax, target)
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
@@ -45,7 +50,7 @@ def pow2_scale(amax: Tensor, fmt: NumberFormat, mode: str) -> Tensor:
         raise UsageError(f"pow2 mode {mode!r} is not one of {', '.join(POW2_MODES)}.")
     if mode == "rceil":
         # Exact: the quotient has 24 and 11 bits above and below the line, so in float64 none rounds to a power of two.
-        mantissa, exponent = torch.frexp(amax.double() / fmt.absmax)
+        mantissa, exponent = torch.frexp(divided(amax.double(), fmt.absmax))
         exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
     else:
         mantissa, exponent = torch.frexp(amax)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nybble.core.errors import UsageError
 from nybble.formats import NumberFormat
+from nybble.ops.scaling import divided
 from nybble.scales import BlockParams, ScaleRule
 
 
@@ -28,7 +29,7 @@ class AbsMax(ScaleRule):
             )
 
     def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
-        return BlockParams(blocks.abs().amax(1, keepdim=True) / (self.target or fmt.absmax))
+        return BlockParams(divided(blocks.abs().amax(1, keepdim=True), self.target or fmt.absmax))
 
 
 PART = AbsMax

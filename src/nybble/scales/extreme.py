@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nybble.core.errors import FormatError
 from nybble.formats import NumberFormat
+from nybble.ops.scaling import divided
 from nybble.scales import BlockParams, ScaleRule
 
 
@@ -22,7 +23,7 @@ class Extreme(ScaleRule):
         if not fmt.signed:
             raise FormatError(f"scale=extreme maps the extreme to the most negative value; {fmt.name} has none.")
         where = blocks.abs().argmax(1, keepdim=True)
-        return BlockParams(blocks.gather(1, where) / fmt.min)
+        return BlockParams(divided(blocks.gather(1, where), fmt.min))
 
 
 PART = Extreme

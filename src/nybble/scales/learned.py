@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nybble.formats import NumberFormat
+from nybble.ops.scaling import divided
 from nybble.scales import BlockParams, ScaleRule
 from nybble.scales.mean import Mean
 
@@ -21,7 +22,7 @@ class Learned(ScaleRule):
 
     def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
         mean = Mean().fit(blocks, fmt, rounding, weight).scale
-        return BlockParams(2 * mean / math.sqrt(fmt.absmax))
+        return BlockParams(divided(2 * mean, math.sqrt(fmt.absmax)))
 
 
 PART = Learned

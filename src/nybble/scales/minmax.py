@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nybble.formats import NumberFormat
 from nybble.ops.blocks import safe_divisor
+from nybble.ops.scaling import divided
 from nybble.scales import BlockParams, ScaleRule
 
 
@@ -54,7 +55,7 @@ def fit_range(low: Tensor, high: Tensor, fmt: NumberFormat, offset: bool) -> Blo
 def _divided(high: Tensor, low: Tensor, span: float) -> Tensor:
     """``(high - low) / span``, also where the difference overflows."""
     width = high - low
-    return torch.where(width.isfinite(), width / span, high / span - low / span)
+    return torch.where(width.isfinite(), divided(width, span), divided(high, span) - divided(low, span))
 
 
 PART = MinMax

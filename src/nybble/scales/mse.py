@@ -16,6 +16,7 @@ from nybble.core.errors import FormatError, UsageError
 from nybble.formats import NumberFormat
 from nybble.ops.blocks import divide
 from nybble.ops.rounding import round_to, round_to_codes
+from nybble.ops.scaling import divided
 from nybble.rounding import get_rounding
 from nybble.scales import BlockParams, ScaleRule
 from nybble.scales.minmax import fit_range
@@ -79,7 +80,7 @@ class Mse(ScaleRule):
     def _candidate(self, low: Tensor, high: Tensor, largest: Tensor, fraction: float, fmt: NumberFormat) -> BlockParams:
         if self.asymmetric:
             return fit_range(low * fraction, high * fraction, fmt, offset=False)
-        return BlockParams(largest * fraction / fmt.absmax)
+        return BlockParams(divided(largest * fraction, fmt.absmax))
 
     def _error(
         self,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nybble.core.errors import UsageError
 from nybble.formats import NumberFormat
+from nybble.ops.scaling import divided
 from nybble.scales import BlockParams, ScaleRule
 
 
@@ -36,7 +37,7 @@ class Percentile(ScaleRule):
         below = position.floor().long().clamp(0, blocks.shape[1] - 1)
         above = position.ceil().long().clamp(0, blocks.shape[1] - 1)
         low, high = ordered.gather(1, below), ordered.gather(1, above)
-        return BlockParams((low + (high - low) * (position - below).float()) / fmt.absmax + poison)
+        return BlockParams(divided(low + (high - low) * (position - below).float(), fmt.absmax) + poison)
 
 
 PART = Percentile

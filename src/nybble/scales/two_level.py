@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nybble.core.errors import UsageError
 from nybble.formats import NumberFormat
+from nybble.ops.scaling import divided
 from nybble.scales import BlockParams, ScaleRule
 
 _VANISHES = 2.0**-10  # E4M3's smallest subnormal is 2^-9; a tie goes to the even code, 0
@@ -41,7 +42,7 @@ class TwoLevel(ScaleRule):
         amax = blocks.abs().amax(1, keepdim=True)
         divisor = self.inner * fmt.absmax / amax.max()
         divisor = torch.where(divisor.isinf(), torch.ones_like(divisor), divisor)
-        scale = amax / fmt.absmax
+        scale = divided(amax, fmt.absmax)
         return BlockParams(torch.where(scale * divisor <= _VANISHES, _INSTEAD / divisor, scale), over=divisor)
 
 

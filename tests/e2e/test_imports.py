@@ -1,0 +1,102 @@
+"""What an import brings with it, and that models load whichever of nybble and transformers comes first."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny import save_tiny
+
+from nybble.pipelines.quantize import quantize
+from nybble.pipelines.request import build_recipe
+
+BLOCKED = """
+import sys
+
+class Block:
+    allowed = {"torch", "numpy"} | set(sys.stdlib_module_names) | {"nybble"}
+
+    def find_spec(self, name, path=None, target=None):
+        caller = sys._getframe(1)
+        while caller and "importlib" in caller.f_code.co_filename:
+            caller = caller.f_back
+        inside = "nybble" in caller.f_globals.get("__name__", "") if caller else False
+        if inside and name.partition(".")[0] not in self.allowed:
+            raise AssertionError(f"{caller.f_globals['__name__']} imports {name}")
+
+sys.meta_path.insert(0, Block())
+"""
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_nybble_is_light() -> None:
+    heavy = "{'torch', 'transformers', 'numpy', 'safetensors', 'typer', 'rich', 'yaml', 'gguf'}"
+    assert python(f"import sys, nybble; print({heavy} & set(sys.modules))") == "set()\n"
+
+
+def test_the_command_line_answers_without_torch() -> None:
+    """`nybble --help` doesn't wait for torch."""
+    code = "import sys; from nybble.cli import build; build(); print('transformers' in sys.modules)"
+    assert python(code) == "False\n"
+
+
+def test_what_recipes_and_all_below_need() -> None:
+    """torch and numpy alone: every module of the rows up to recipe.py, used once; YAML waits for a file."""
+    rows = ("core", "formats", "packing", "rounding", "ops", "scales", "qtensor", "recipes")
+    modules = ("granularity", "presets", "quantizer", "scheme", "recipe")
+    code = f"""{BLOCKED}
+import importlib, pkgutil
+for row in {rows!r}:
+    package = importlib.import_module(f"nybble.{{row}}")
+    for found in pkgutil.walk_packages(package.__path__, f"nybble.{{row}}."):
+        importlib.import_module(found.name)
+for name in {modules!r}:
+    importlib.import_module(f"nybble.{{name}}")
+import torch
+from nybble import Quantizer
+from nybble.scheme import parse_scheme
+Quantizer("nvfp4").quantize(torch.randn(4, 32)).dequantize()
+parse_scheme({{"weights": "int4 group=32"}})
+print(sorted({{"transformers", "yaml", "safetensors", "typer", "gguf"}} & set(sys.modules)), torch.cuda.is_initialized())
+"""
+    assert python(code) == "[] False\n"
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("imports")
+    save_tiny(folder / "model", "llama")
+    quantize(folder / "model", build_recipe("rtn", weights="nvfp4 group=16"), out=folder / "out")
+    return folder / "out"
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import nybble, transformers",
+        "import transformers, nybble",
+        "import transformers.quantizers.auto, nybble",
+        "from transformers import AutoModelForCausalLM; import nybble",
+        "import nybble; from transformers import AutoModelForCausalLM",
+        "import nybble.pipelines.load, transformers",
+    ],
+)
+def test_registration_in_either_order(out: Path, order: str) -> None:
+    code = f"""
+{order}
+import sys, transformers
+transformers.utils.logging.disable_progress_bar()
+model = transformers.AutoModelForCausalLM.from_pretrained({os.fspath(out)!r})
+print(type(model.model.layers[0].mlp.up_proj).__name__)
+"""
+    assert python(code) == "QuantLinear\n"
