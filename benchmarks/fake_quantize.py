@@ -1,9 +1,10 @@
-"""Time of fake-quantizing a 4096 x 4096 float32 tensor on the CPU, scales included, beside torch's own integer operator.
+"""Time of fake-quantizing a 4096 x 4096 float32 tensor on the CPU, scales included, beside torch's own operator.
 
     python benchmarks/fake_quantize.py --out benchmarks/results/fake_quantize.json
 
-The peer, ``torch.fake_quantize_per_channel_affine`` to INT4, gets its scales for nothing; nybble finds one a block. The two take turns,
-A B A B, and the ratio is the median of the ratios of neighbours, so that other load on the machine hits both.
+The peer, ``torch.fake_quantize_per_channel_affine`` to INT4, gets its scales for nothing; nybble finds one a block. The
+two take turns, A B A B, and the ratio is the median of the ratios of neighbours. Run it on an otherwise idle machine:
+nybble's many short steps wait for each other, and suffer more than torch's one long one when a core is taken away.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,7 +85,7 @@ def main() -> None:
     print(f"{'line':26} {'nybble ms':>10} {'torch ms':>10} {'ratio':>7}")
     for line in LINES:
         q = Quantizer(line)
-        results[line] = compare(lambda q=q: q.fake_quantize(x), theirs, options.rounds)
+        results[line] = compare(partial(q.fake_quantize, x), theirs, options.rounds)
         row = results[line]
         print(f"{line:26} {row['nybble_ms']:10.1f} {row['torch_ms']:10.1f} {row['ratio']:7.3f}", flush=True)
     report = {

@@ -1,6 +1,6 @@
 """Peak memory of `nybble quantize` against its own estimate: python benchmarks/memory.py (20 minutes on two cores).
 
-Each case runs in a process of its own. Measured is the process's largest resident set (``ru_maxrss``), less that of a
+Each case runs in a process of its own. Measured is the process's largest resident set (VmHWM of Linux), less that of a
 process that imported torch and multiplied two matrices. The 1.1B llama has TinyLlama's shape and random weights; it is
 written to a temporary folder shard by shard. Result: benchmarks/results/memory.json, which docs/memory.md quotes.
 """
@@ -22,7 +22,7 @@ CASES: list[tuple[str, str, list[str], int, int]] = [  # model, recipe, options,
     ("demo:smollm2", "rtn", [], 16, 512),
     ("demo:smollm2", "minmax-fp", [], 16, 512),
     ("demo:smollm2", "gptq", [], 16, 512),
-    ("demo:smollm2", "gptq", NVFP4, 128, 512),
+    ("demo:smollm2", "gptq", NVFP4, 64, 512),
     ("llama-1.1b", "rtn", [], 8, 256),
     ("llama-1.1b", "minmax-fp", [], 8, 256),
     ("llama-1.1b", "gptq", [], 4, 256),
@@ -33,19 +33,25 @@ SIZES = {
     "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048, "tie_word_embeddings": False,
 }  # fmt: skip
 
-BASE = "import resource, torch; torch.ones(256, 256) @ torch.ones(256, 256)\n"
-BASE += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
-RUN = """
-import json, resource, sys
+PEAK = """
+def peak():  # not ru_maxrss: a process inherits that from the one that started it
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+"""
+BASE = PEAK + "import torch; torch.ones(256, 256) @ torch.ones(256, 256); print(peak())"
+RUN = (
+    PEAK
+    + """
+import json, sys
 from nybble.pipelines.quantize import Job
 from nybble.cli import build
 kept = []
 make = Job.make
 Job.make = staticmethod(lambda *args, **options: kept.append(make(*args, **options)) or kept[0])
 build()(sys.argv[1:], standalone_mode=False)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"peak": peak, "estimate": kept[0].estimate.memory}), file=sys.stderr)
+print(json.dumps({"peak": peak(), "estimate": kept[0].estimate.memory}), file=sys.stderr)
 """
+)
 
 
 def main() -> None:
@@ -54,7 +60,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name has this")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    base = int(subprocess.run([sys.executable, "-c", BASE], check=True, capture_output=True, text=True).stdout)
+    base = measure_base()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         llama = Path(folder) / "llama-1.1b"
@@ -63,7 +69,7 @@ def main() -> None:
             if options.only not in name:
                 continue
             if model == "llama-1.1b" and not llama.exists():
-                write_llama(llama, options.layers)
+                write_llama(llama, SIZES | {"num_hidden_layers": options.layers})
             spec = str(llama) if model == "llama-1.1b" else model
             sizes = ["--samples", str(samples), "--seq-len", str(seq_len)]
             out = Path(folder) / f"out{number}"
@@ -80,6 +86,11 @@ def main() -> None:
     result["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     options.out.parent.mkdir(exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def measure_base() -> int:
+    """Peak bytes of a process that does nothing but import torch."""
+    return int(subprocess.run([sys.executable, "-c", BASE], check=True, capture_output=True, text=True).stdout)
 
 
 def measure(arguments: list[str]) -> dict[str, int]:
@@ -99,17 +110,20 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def write_llama(folder: Path, layers: int) -> None:
+def write_llama(folder: Path, sizes: dict[str, Any]) -> None:
     """A llama of random bfloat16 weights, a shard a block, with a tokenizer of the builtin text's words."""
     import torch
     from transformers import LlamaConfig
 
     from nybble.core.tensorfile import write_tensorfile
 
-    config: Any = LlamaConfig(**(SIZES | {"num_hidden_layers": layers}), architectures=["LlamaForCausalLM"])
+    config: Any = LlamaConfig(**sizes, architectures=["LlamaForCausalLM"])
     config.save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
-    width, inner, narrow, words = config.hidden_size, config.intermediate_size, 4 * 64, config.vocab_size
+    layers, width, inner, words = (
+        config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size
+    )  # fmt: skip
+    narrow = config.num_key_value_heads * config.head_dim
 
     def noise(rows: int, columns: int) -> torch.Tensor:
         return (torch.randn(rows, columns, generator=generator) * 0.02).bfloat16()
@@ -146,9 +160,8 @@ def write_tokenizer(folder: Path, size: int) -> None:
     words = ["<unk>", "<s>", "</s>", *sorted(set(text.split()))][:size]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer: Any = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    make: Any = PreTrainedTokenizerFast
+    tokenizer = make(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     tokenizer.save_pretrained(folder)
 
 

@@ -212,13 +212,29 @@ def test_mse_is_never_worse_than_absmax(fmt: str, weighted: bool, p: float, asym
 
 
 @pytest.mark.parametrize("mode", POW2_MODES)
-@pytest.mark.parametrize("fmt", ["float4_e2m1fn", "float8_e4m3fn", "float8_e5m2", "float6_e2m3fn", "int8", "int4"])
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        *("float4_e2m1fn", "float8_e4m3fn", "float8_e5m2", "float6_e2m3fn", "int8", "int4"),
+        *("nf4", "dynamic4", "table[-0.4,0,0.3,0.75]", "table[-0.01,0.01]"),
+    ],
+)
 def test_pow2_by_its_formula(fmt: str, mode: str) -> None:
     """The exponents by exact integer arithmetic in Python, over all binades, at and beside every power of two."""
     form = get_format(fmt)
     powers = torch.tensor([2.0**e for e in range(-149, 128)])
     factors = torch.tensor(
-        [1.0, 1.25, 1.4999999, 1.5, 1.75, 1.875, 1.9375, 1.9999999, form.absmax / 2 ** int(math.log2(form.absmax))]
+        [
+            1.0,
+            1.25,
+            1.4999999,
+            1.5,
+            1.75,
+            1.875,
+            1.9375,
+            1.9999999,
+            form.absmax / 2 ** math.floor(math.log2(form.absmax)),
+        ]
     )
     amax = (powers[:, None] * factors).reshape(-1)
     amax = torch.cat([amax, torch.nextafter(amax, torch.tensor(0.0)), torch.nextafter(amax, torch.tensor(torch.inf))])

@@ -203,7 +203,7 @@ def test_usage_errors_of_the_parser(folder: Path, tmp_path: Path, nybble: Callab
     out = tmp_path / "out"
     for arguments, message in (
         (["quantize", folder / "model", out], "--recipe"),
-        (["quantize"], "model"),
+        (["quantize"], "MODEL"),
         (["quantise"], "quantise"),
         (["quantize", folder / "model", out, "--recipe", "rtn", "--grup", "4"], "--grup"),
         (["quantize", folder / "model", out, "--recipe", "rtn", "--samples", "many"], "--samples"),

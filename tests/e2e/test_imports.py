@@ -66,7 +66,8 @@ from nybble import Quantizer
 from nybble.scheme import parse_scheme
 Quantizer("nvfp4").quantize(torch.randn(4, 32)).dequantize()
 parse_scheme({{"weights": "int4 group=32"}})
-print(sorted({{"transformers", "yaml", "safetensors", "typer", "gguf"}} & set(sys.modules)), torch.cuda.is_initialized())
+heavy = {{"transformers", "yaml", "safetensors", "typer", "gguf"}}
+print(sorted(heavy & set(sys.modules)), torch.cuda.is_initialized())
 """
     assert python(code) == "[] False\n"
 
@@ -85,10 +86,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         "import nybble, transformers",
         "import transformers, nybble",
-        "import transformers.quantizers.auto, nybble",
-        "from transformers import AutoModelForCausalLM; import nybble",
         "import nybble; from transformers import AutoModelForCausalLM",
-        "import nybble.pipelines.load, transformers",
     ],
 )
 def test_registration_in_either_order(out: Path, order: str) -> None:

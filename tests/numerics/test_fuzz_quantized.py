@@ -52,7 +52,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     made = tmp_path_factory.mktemp("fuzz")
     save_tiny(made / "model", family)
     save_text(made / "text.txt", 100)
-    recipe = build_recipe(name, **options)  # type: ignore[arg-type]
+    recipe = build_recipe(name, **options)
     quantize(made / "model", recipe, str(made / "text.txt"), out=made / "out", settings=Settings(seq_len=8, batch=4))
     return made
 

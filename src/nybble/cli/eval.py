@@ -10,7 +10,7 @@ from nybble.cli._output import print_json, print_table
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="What nybble wrote, or any float model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="What nybble wrote, or any float model.")],
     data: Annotated[str, typer.Option(help="A text file, JSONL, hub dataset id, or builtin.")] = "builtin",
     metrics: Annotated[str, typer.Option(help="Comma-separated: ppl, nll, kl, agreement.")] = "ppl",
     reference: Annotated[str | None, typer.Option(help="The float model, for kl and agreement.")] = None,

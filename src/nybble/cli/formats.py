@@ -14,7 +14,9 @@ from nybble.presets import PRESETS
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(help="A format or a preset, such as e2m1, nf4, mxfp4.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A format or a preset, such as e2m1, nf4, mxfp4.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw the values to this image file (PNG, SVG, PDF).")

@@ -10,8 +10,10 @@ from nybble.cli._output import print_json
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="What nybble wrote, or any float model.")],
-    prompt: Annotated[str, typer.Argument(help="What to continue, or to answer if the model has a chat template.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="What nybble wrote, or any float model.")],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="What to continue, or to answer if the model has a chat template.")
+    ],
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 64,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")

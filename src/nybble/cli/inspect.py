@@ -11,7 +11,7 @@ from nybble.cli._output import print_json, print_table
 
 
 def command(
-    out: Annotated[Path, typer.Argument(help="A folder that nybble wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that nybble wrote.")],
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
     modules: Annotated[bool, typer.Option("--modules", help="A row for each quantized weight.")] = False,
 ) -> None:

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from nybble.cli._output import fail, megabytes, note, print_json, print_table
+from nybble.cli._output import megabytes, note, print_json, print_table
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or demo:smollm2.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file, or demo:smollm2.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
     recipe: Annotated[str, typer.Option(help="A method: nybble recipes lists them; or a YAML file.")],
     scheme: Annotated[
         str | None, typer.Option(help="A scheme preset (W4A16, NVFP4 ...) or a YAML file, in place of the recipe's.")
@@ -28,7 +28,7 @@ def command(
     ] = None,
     data: Annotated[str, typer.Option(help="Calibration text: a file, JSONL, hub dataset id, or builtin.")] = "builtin",
     samples: Annotated[
-        int | None, typer.Option(help="Calibration sequences [default: 128, or what builtin has].")
+        int | None, typer.Option(help="Calibration sequences; left out: 128, or as many as the data has.")
     ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens in each.")] = 512,
     batch: Annotated[int, typer.Option(help="Sequences a forward takes.")] = 8,
@@ -58,10 +58,7 @@ def command(
         resume=resume,
         spill=spill,
     )
-    try:
-        _, report = quantize(model, made, data, out=out, settings=settings, progress=Bars(), announce=note)
-    except KeyboardInterrupt as error:
-        raise typer.Exit(fail(_interrupted(out), 1)) from error
+    _, report = quantize(model, made, data, out=out, settings=settings, progress=Bars(), announce=note)
     sizes = inspect(out)
     result: dict[str, Any] = {
         "out": str(out),
@@ -86,7 +83,8 @@ def command(
     _print(result)
 
 
-def _interrupted(out: Path) -> str:
+def interrupted(out: Path, **_: object) -> str:
+    """What Ctrl-C left behind."""
     partial = out.with_name(f"{out.name}.partial")
     if not partial.is_dir():
         return "interrupted; nothing was written."

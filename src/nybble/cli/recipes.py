@@ -11,7 +11,7 @@ from nybble.recipe import Recipe, load_recipe, recipe_names
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(help="A recipe, or a YAML file.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A recipe, or a YAML file.")] = None,
     matrix: Annotated[
         bool, typer.Option("--matrix", help="Recipes x formats x granularities, with reasons where one is impossible.")
     ] = False,

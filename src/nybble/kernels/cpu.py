@@ -127,15 +127,17 @@ def dynamic_round(blocks: Tensor, fmt: str, rounding: str, target: float, pow2: 
         return scaled_round(blocks, block_ops.block_scale(amax, fmt, target, pow2, scale_dtype), fmt, rounding)
     out = _empty(blocks.shape, blocks.dtype)
     plain = not pow2 and scale_dtype == "float32"
+    vanishing = math.ldexp(math.floor(target / 2), -149)  # the largest float32 whose quotient rounds to 0
     adder = _adder(fmt, rounding)
     with torch.inference_mode():
         for start, stop in _parts(count, columns):
-            x, to = blocks[start:stop].float(), out[start:stop]
+            x, to = blocks[start:stop], out[start:stop]
+            x = x if x.dtype == torch.float32 else x.float()
             chunk = _buffers(stop - start, columns)
             # The bits of magnitudes are ordered as integers, NaN on top: an integer maximum is a third of the work.
             amax = torch.abs(x, out=chunk.y).view(torch.int32).amax(1, keepdim=True).view(torch.float32)
-            if plain:  # block_scale in two steps
-                scale = torch.threshold_(amax.div_(target), 0.0, 1.0)
+            if plain:  # block_scale in two steps: what would divide to 0 becomes the target, and so 1
+                scale = torch.threshold_(amax, vanishing, target).div_(target)
             else:
                 scale = block_ops.block_scale(amax, fmt, target, pow2, scale_dtype)
             if adder is None:
@@ -277,11 +279,12 @@ def _adder(fmt_name: str, rounding: str) -> Adder | None:
     if rounding != "nearest-even" or not isinstance(fmt, Minifloat) or not _adder_rounds(fmt):
         return None
     least, most, largest = 2.0**fmt.emin, 2.0**fmt.emax, fmt.max
+    mask = torch.tensor(0x7F800000, dtype=torch.int32)
     factor = 1.5 * 2.0 ** (23 - fmt.m)  # c = factor * 2^E is exact
 
     def add_and_subtract(chunk: _Buffers, out: Tensor) -> Tensor:
         power = chunk.a
-        torch.bitwise_and(chunk.y.view(torch.int32), 0x7F800000, out=power.view(torch.int32))
+        torch.bitwise_and(chunk.y.view(torch.int32), mask, out=power.view(torch.int32))
         power.clamp_(least, most)
         torch.add(chunk.y, power, alpha=factor, out=out)
         return out.sub_(power, alpha=factor).clamp_(-largest, largest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +12,6 @@ from nybble.core.errors import UsageError
 from nybble.formats import NumberFormat
 
 POW2_MODES = ("floor", "ceil", "even", "rceil")
-_TINY = 2.0**-127
 
 
 def divided(x: Tensor, number: float) -> Tensor:
@@ -48,20 +48,19 @@ def pow2_scale(amax: Tensor, fmt: NumberFormat, mode: str) -> Tensor:
     """
     if mode not in POW2_MODES:
         raise UsageError(f"pow2 mode {mode!r} is not one of {', '.join(POW2_MODES)}.")
-    if mode == "rceil":
-        # Exact: the quotient has 24 and 11 bits above and below the line, so in float64 none rounds to a power of two.
-        mantissa, exponent = torch.frexp(divided(amax.double(), fmt.absmax))
-        exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
-    else:
-        mantissa, exponent = torch.frexp(amax)
-        exponent = exponent - 1
-        if mode == "even":  # half a unit of the format's last mantissa bit below 2 rounds up to the next power of two
-            exponent = exponent + (mantissa >= 1 - 2.0 ** (-2 - getattr(fmt, "m", 0))).int()
-        elif mode == "ceil":
-            exponent = torch.where(mantissa == 0.5, exponent, exponent + 1)
-        exponent = exponent - (math.frexp(fmt.absmax)[1] - 1)
-    exponent = exponent.clamp(-127, 127)
-    # By bits: exact on every device. 2^-127 is a subnormal.
-    scale = torch.where(exponent > -127, (exponent + 127) << 23, 1 << 22).int().view(torch.float32)
-    scale = torch.where(amax == 0, torch.full_like(scale, _TINY), scale)
-    return torch.where(amax.isfinite(), scale, torch.full_like(scale, torch.nan))
+    top, emax = math.frexp(fmt.absmax)
+    top, emax = 2 * top, emax - 1  # absmax = top * 2^emax, 1 <= top < 2
+    finite = amax.isfinite()
+    if emax < 1:  # where amax is subnormal its bits don't tell its exponent; a format above 1 clamps there anyhow
+        amax, emax = amax * 2.0 ** (1 - emax), 1
+    # Added to the bits of amax, a carry into the exponent happens exactly where the mode rounds up.
+    below = 1 << 23
+    carry = {
+        "floor": 0,
+        "ceil": below - 1,
+        "even": below >> getattr(fmt, "m", 0) + 1,
+        "rceil": below - 1 - int(np.float32(top - 1) * below),
+    }[mode]
+    biased = ((amax.view(torch.int32) + carry >> 23) - emax).clamp(0, 254)
+    scale = (biased << 23).clamp(min=below >> 1).view(torch.float32)  # 2^-127 is a subnormal: half of 2^-126's bits
+    return torch.where(finite, scale, torch.full_like(scale, torch.nan))

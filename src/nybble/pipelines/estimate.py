@@ -74,7 +74,7 @@ def estimate(model: Any, adapter: Adapter, plan: Plan, solver: Solver, load: Loa
     work = max(
         _seeing(model, targets, load) + _moments(targets, solver) + _solving(targets, solver) for targets in plan.blocks
     )
-    reading = 2 * max(outside) * load.source_bytes
+    reading = 2 * max(outside, default=0) * load.source_bytes
     memory = BASE + sum(outside) * size + max(reading, block + work + (0 if load.spilled else hidden))
     memory += sum(blocks) * load.source_bytes if load.whole else 0
     memory += sum(blocks) * size if load.kept else 0
@@ -129,7 +129,8 @@ def _elements(target: Target) -> int:
 
 
 def _width(model: Any) -> int:
-    return int(model.config.get_text_config().hidden_size)
+    stated = getattr(model.config.get_text_config(), "hidden_size", 0)
+    return int(stated or model.get_input_embeddings().weight.shape[1])
 
 
 def require_memory(needed: int, device: torch.device) -> None:
