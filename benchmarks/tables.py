@@ -84,6 +84,23 @@ def fake_quantize() -> str:
     return _table(("4096 x 4096 float32 on the CPU, scales included", "time over torch's fake_quantize_per_channel_affine"), rows)
 
 
+def memory() -> str:
+    """Peak memory beside its estimate."""
+    data = _load("memory")
+    rows = [
+        [
+            f"{r['model']}, {r['recipe']} {r['options']}".strip(),
+            f"{r['samples']} x {r['seq_len']}",
+            f"{r['measured'] / 1e9:.2f}",
+            f"{r['estimate'] / 1e9:.2f}",
+            f"{r['ratio']:.2f}",
+        ]
+        for r in data["rows"]
+    ]
+    about = f"\n{data['machine']['cpu']}, {data['machine']['threads']} threads; torch {data['versions']['torch']}.\n"
+    return _table(("run", "calibration", "measured, GB", "estimate, GB", "ratio"), rows) + about
+
+
 def formats() -> str:
     """All listed formats."""
     from nybble.formats import format_names, get_format
@@ -100,7 +117,7 @@ def presets() -> str:
     return _table(("preset", "quantizer"), [[f"`{name}`", f"`{line}`"] for name, line in PRESETS.items()])
 
 
-TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (demo, gptq, fake_quantize, formats, presets)}
+TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (demo, gptq, fake_quantize, memory, formats, presets)}
 
 if __name__ == "__main__":
     main()

@@ -26,47 +26,28 @@ static              activations: calibrated once instead of measured on every te
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nybble.core.errors import DataError, SchemeError, UsageError, did_you_mean
-from nybble.formats import NumberFormat, format_names, get_format
-from nybble.formats.integer import IntFormat
-from nybble.granularity import Granularity, PerTensor, Rank1, parse_granularity
+from nybble.core.errors import DataError, SchemeError
+from nybble.formats import NumberFormat
+from nybble.granularity import Granularity, PerTensor, Rank1
+from nybble.line import DEFAULTS, GRANULARITY_WORDS, PLAIN, override, parse_words, split_words
 from nybble.ops.blocks import divide, dynamic_round, narrow_scale, scaled_round
 from nybble.ops.rounding import encode, round_stochastic, round_to, round_to_codes
 from nybble.ops.scaling import divided
 from nybble.packing import get_layout
-from nybble.presets import PRESETS
 from nybble.qtensor import Factored, Inverse, QTensor, QuantParams, block_view, scale_blocks
 from nybble.qtensor.block import BlockQTensor
 from nybble.rounding import get_rounding
-from nybble.scales import BlockParams, ScaleRule, parse_scale_rule
+from nybble.scales import BlockParams, ScaleRule
 from nybble.scales.absmax import AbsMax
-from nybble.scales.minmax import MinMax
 from nybble.scales.mse import Mse
 from nybble.scales.one import One
 from nybble.scales.pow2 import Pow2
-
-_PLAIN = ("float32", "float16", "bfloat16")
-_GRANULARITY_WORDS = ("tensor", "channel", "token", "rank1", "group", "pad", "block", "flat")
-_WORDS = (
-    "scale",
-    "symmetric",
-    "rounding",
-    "scale_format",
-    "offset_format",
-    "reciprocal",
-    "raw_scale",
-    "floor",
-    "center",
-    "packing",
-    "static",
-)
 
 
 @dataclass(frozen=True, init=False)
@@ -100,7 +81,7 @@ class Quantizer:
     static: bool
 
     def __init__(self, line: str | Quantizer, /, **options: Any) -> None:
-        words = _words(str(line))
+        words = split_words(str(line))
         for key, value in options.items():
             text = (
                 str(value).lower()
@@ -109,8 +90,10 @@ class Quantizer:
                 if isinstance(value, Quantizer)
                 else str(value)
             )
-            _override(words, {key: "" if value is True and key in (*_GRANULARITY_WORDS, "static") else text})
-        fields = _parse(words, str(line))
+            override(words, {key: "" if value is True and key in (*GRANULARITY_WORDS, "static") else text})
+        fields = parse_words(words, str(line))
+        for name in ("scale_format", "offset_format"):
+            fields[name] = _nested(fields[name])
         for name, value in fields.items():
             object.__setattr__(self, name, value)
         self._check()
@@ -141,7 +124,7 @@ class Quantizer:
             words.append(str(self.granularity))
         if str(self.scale) != "absmax":
             words.append(f"scale={self.scale}")
-        for key, default in _DEFAULTS.items():
+        for key, default in DEFAULTS.items():
             value = getattr(self, key)
             if value != default:
                 words.append(f"{key}=({value})" if isinstance(value, Quantizer) else f"{key}={str(value).lower()}")
@@ -379,124 +362,11 @@ def _integers(zero_point: Tensor, fmt: NumberFormat) -> BlockQTensor:
     return BlockQTensor(fmt, PerTensor(), tuple(zero_point.shape), packed, QuantParams(None))
 
 
-# ---------------------------------------------------------------------------------------------------- the line
-_DEFAULTS: dict[str, Any] = {
-    "rounding": "nearest-even",
-    "scale_format": "float32",
-    "offset_format": "float32",
-    "reciprocal": False,
-    "raw_scale": False,
-    "floor": "",
-    "center": "",
-    "packing": "dense",
-}
-
-
-def _words(line: str) -> dict[str, str]:
-    """A line as ordered words, presets expanded: ``int4 group=32`` -> {"": "int4", "group": "32"}."""
-    tokens = _tokens(line)
-    if not tokens:
-        raise UsageError("an empty quantizer line; the simplest is the name of a format, such as int4.")
-    head, *rest = tokens
-    words = _words(PRESETS[head]) if head in PRESETS else {"": head}
-    for token in rest:
-        key, _, value = token.partition("=")
-        _override(words, {key: value})
-    return words
-
-
-def _override(words: dict[str, str], new: dict[str, str]) -> None:
-    for key, value in new.items():
-        if key in _GRANULARITY_WORDS and key != "pad":
-            for old in _GRANULARITY_WORDS:
-                words.pop(old, None)
-        words[key] = value
-
-
-def _tokens(line: str) -> list[str]:
-    """Split at spaces outside parentheses and brackets."""
-    tokens, depth, word = [], 0, ""
-    for char in line.strip():
-        depth += (char in "([") - (char in ")]")
-        if depth < 0:
-            break
-        if char.isspace() and depth == 0:
-            tokens += [word] if word else []
-            word = ""
-        else:
-            word += char
-    if depth != 0:
-        raise UsageError(f"unbalanced parentheses in quantizer line {line!r}.")
-    return tokens + ([word] if word else [])
-
-
-def _parse(words: dict[str, str], line: str) -> dict[str, Any]:
-    words = dict(words)
-    name = words.pop("")
-    granularity = parse_granularity(words) or PerTensor()
-    unknown = [key for key in words if key not in _WORDS]
-    if unknown:
-        raise UsageError(
-            f"quantizer {line!r}: unknown word {unknown[0]!r}."
-            f"{did_you_mean(unknown[0], (*_WORDS, *_GRANULARITY_WORDS))}"
-        )
-    try:
-        fmt = get_format(name)
-    except UsageError as error:
-        if re.fullmatch(r"[\w.-]+", name) and name not in format_names() and "unknown number format" in str(error):
-            known = (*format_names(), *PRESETS)
-            raise UsageError(
-                f"unknown format or preset {name!r}.{did_you_mean(name, known)} `nybble formats` lists them."
-            ) from error
-        raise
-    scale = parse_scale_rule(words.get("scale", "absmax"))
-    symmetric = _flag(words, "symmetric", True)
-    if not symmetric and not scale.needs_integer and not scale.has_offset:
-        if isinstance(scale, AbsMax):
-            scale = MinMax()
-        elif isinstance(scale, Mse):
-            scale = replace(scale, asymmetric=True)
-        else:
-            raise UsageError(
-                f"quantizer {line!r}: symmetric=false goes with scale=minmax or scale=mse, not scale={scale}."
-            )
-    if scale.needs_integer and isinstance(fmt, IntFormat) and fmt.is_signed and not fmt.full_range:
-        fmt = get_format(f"int{fmt.bits}_full")  # a zero point uses every code
-    floor, center = words.get("floor", ""), words.get("center", "")
-    if floor not in ("", "normal", "subnormal"):
-        raise UsageError(f"quantizer {line!r}: floor={floor}; it is normal or subnormal.")
-    if center not in ("", "mean"):
-        raise UsageError(f"quantizer {line!r}: center={center}; it is mean or left out.")
-    rounding, packing = words.get("rounding", "nearest-even"), words.get("packing", "dense")
-    rounding, packing = get_rounding(rounding).name, get_layout(packing).name
-    return {
-        "format": fmt,
-        "granularity": granularity,
-        "scale": scale,
-        "rounding": rounding,
-        "scale_format": _nested(words.get("scale_format", "float32")),
-        "offset_format": _nested(words.get("offset_format", "float32")),
-        "reciprocal": _flag(words, "reciprocal", False),
-        "raw_scale": _flag(words, "raw_scale", False),
-        "floor": floor,
-        "center": center,
-        "packing": packing,
-        "static": words.get("static", "false") in ("", "true"),
-    }
-
-
 def _nested(text: str) -> str | Quantizer:
-    if text in _PLAIN:
+    """A plain dtype's name, or the quantizer of a line in parentheses."""
+    if text in PLAIN:
         return text
-    inner = text[1:-1] if text.startswith("(") and text.endswith(")") else text
-    return Quantizer(inner)
-
-
-def _flag(words: dict[str, str], key: str, default: bool) -> bool:
-    text = words.get(key, str(default)).lower()
-    if text not in ("true", "false", ""):
-        raise UsageError(f"{key}={text}: say true or false.")
-    return text != "false"
+    return Quantizer(text[1:-1] if text.startswith("(") and text.endswith(")") else text)
 
 
 def check_finite(x: Tensor, what: str) -> None:

@@ -103,7 +103,7 @@ class _Recorded:
     def __init__(self, part: Tensor, upper: Tensor, spans: Sequence[Span]) -> None:
         self.part, self.upper, self.spans = part, upper, spans
         self.result = torch.empty_like(part)
-        side = torch.cuda.Stream(part.device)
+        side = torch.cuda.Stream(part.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(part.device))
         with torch.cuda.stream(side):  # first calls allocate tables and workspaces, which a recording must not
             visit_block(part, upper, spans, self.result)

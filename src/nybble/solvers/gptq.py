@@ -68,11 +68,9 @@ class Gptq(Solver):
             raise SchemeError(
                 "gptq rounds to nearest; a stochastic rounding has no error to feed back. Use recipe rtn."
             )
-        if quantizer.center or quantizer.floor:
-            word = "center" if quantizer.center else "floor"
-            raise SchemeError(
-                f"gptq keeps the grid of {word}= for no column by itself; leave {word} out, or use recipe rtn."
-            )
+        for word in ("center", "floor", "raw_scale"):
+            if getattr(quantizer, word):
+                raise SchemeError(f"gptq can't round one column by itself under {word}=; leave it out, or use recipe rtn.")
         return quantizer
 
     def solve(self, weights: Sequence[Weight], second_moment: Tensor | None = None) -> list[Solved]:  # noqa: D102

@@ -1,0 +1,148 @@
+"""The grammar of a quantizer line: words in, the fields of a Quantizer out (their meaning: nybble.quantizer)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+from nybble.core.errors import UsageError, did_you_mean
+from nybble.formats import format_names, get_format
+from nybble.formats.integer import IntFormat
+from nybble.granularity import PerTensor, parse_granularity
+from nybble.packing import get_layout
+from nybble.presets import PRESETS
+from nybble.rounding import get_rounding
+from nybble.scales import parse_scale_rule
+from nybble.scales.absmax import AbsMax
+from nybble.scales.minmax import MinMax
+from nybble.scales.mse import Mse
+
+PLAIN = ("float32", "float16", "bfloat16")
+GRANULARITY_WORDS = ("tensor", "channel", "token", "rank1", "group", "pad", "block", "flat")
+WORDS = (
+    "scale",
+    "symmetric",
+    "rounding",
+    "scale_format",
+    "offset_format",
+    "reciprocal",
+    "raw_scale",
+    "floor",
+    "center",
+    "packing",
+    "static",
+)
+
+
+DEFAULTS: dict[str, Any] = {
+    "rounding": "nearest-even",
+    "scale_format": "float32",
+    "offset_format": "float32",
+    "reciprocal": False,
+    "raw_scale": False,
+    "floor": "",
+    "center": "",
+    "packing": "dense",
+}
+
+
+def split_words(line: str) -> dict[str, str]:
+    """A line as ordered words, presets expanded: ``int4 group=32`` -> {"": "int4", "group": "32"}."""
+    tokens = _tokens(line)
+    if not tokens:
+        raise UsageError("an empty quantizer line; the simplest is the name of a format, such as int4.")
+    head, *rest = tokens
+    words = split_words(PRESETS[head]) if head in PRESETS else {"": head}
+    for token in rest:
+        key, _, value = token.partition("=")
+        override(words, {key: value})
+    return words
+
+
+def override(words: dict[str, str], new: dict[str, str]) -> None:
+    """Change words in place; a new granularity replaces the old one."""
+    for key, value in new.items():
+        if key in GRANULARITY_WORDS and key != "pad":
+            for old in GRANULARITY_WORDS:
+                words.pop(old, None)
+        words[key] = value
+
+
+def _tokens(line: str) -> list[str]:
+    """Split at spaces outside parentheses and brackets."""
+    tokens, depth, word = [], 0, ""
+    for char in line.strip():
+        depth += (char in "([") - (char in ")]")
+        if depth < 0:
+            break
+        if char.isspace() and depth == 0:
+            tokens += [word] if word else []
+            word = ""
+        else:
+            word += char
+    if depth != 0:
+        raise UsageError(f"unbalanced parentheses in quantizer line {line!r}.")
+    return tokens + ([word] if word else [])
+
+
+def parse_words(words: dict[str, str], line: str) -> dict[str, Any]:
+    """Fields of a Quantizer; ``scale_format`` and ``offset_format`` as text, a nested line in its parentheses."""
+    words = dict(words)
+    name = words.pop("")
+    granularity = parse_granularity(words) or PerTensor()
+    unknown = [key for key in words if key not in WORDS]
+    if unknown:
+        raise UsageError(
+            f"quantizer {line!r}: unknown word {unknown[0]!r}.{did_you_mean(unknown[0], (*WORDS, *GRANULARITY_WORDS))}"
+        )
+    try:
+        fmt = get_format(name)
+    except UsageError as error:
+        if re.fullmatch(r"[\w.-]+", name) and name not in format_names() and "unknown number format" in str(error):
+            known = (*format_names(), *PRESETS)
+            raise UsageError(
+                f"unknown format or preset {name!r}.{did_you_mean(name, known)} `nybble formats` lists them."
+            ) from error
+        raise
+    scale = parse_scale_rule(words.get("scale", "absmax"))
+    symmetric = _flag(words, "symmetric", True)
+    if not symmetric and not scale.needs_integer and not scale.has_offset:
+        if isinstance(scale, AbsMax):
+            scale = MinMax()
+        elif isinstance(scale, Mse):
+            scale = replace(scale, asymmetric=True)
+        else:
+            raise UsageError(
+                f"quantizer {line!r}: symmetric=false goes with scale=minmax or scale=mse, not scale={scale}."
+            )
+    if scale.needs_integer and isinstance(fmt, IntFormat) and fmt.is_signed and not fmt.full_range:
+        fmt = get_format(f"int{fmt.bits}_full")  # a zero point uses every code
+    floor, center = words.get("floor", ""), words.get("center", "")
+    if floor not in ("", "normal", "subnormal"):
+        raise UsageError(f"quantizer {line!r}: floor={floor}; it is normal or subnormal.")
+    if center not in ("", "mean"):
+        raise UsageError(f"quantizer {line!r}: center={center}; it is mean or left out.")
+    rounding, packing = words.get("rounding", "nearest-even"), words.get("packing", "dense")
+    rounding, packing = get_rounding(rounding).name, get_layout(packing).name
+    return {
+        "format": fmt,
+        "granularity": granularity,
+        "scale": scale,
+        "rounding": rounding,
+        "scale_format": words.get("scale_format", "float32"),
+        "offset_format": words.get("offset_format", "float32"),
+        "reciprocal": _flag(words, "reciprocal", False),
+        "raw_scale": _flag(words, "raw_scale", False),
+        "floor": floor,
+        "center": center,
+        "packing": packing,
+        "static": words.get("static", "false") in ("", "true"),
+    }
+
+
+def _flag(words: dict[str, str], key: str, default: bool) -> bool:
+    text = words.get(key, str(default)).lower()
+    if text not in ("true", "false", ""):
+        raise UsageError(f"{key}={text}: say true or false.")
+    return text != "false"
