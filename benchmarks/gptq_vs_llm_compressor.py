@@ -184,6 +184,7 @@ def _ours(args: argparse.Namespace) -> None:
         json.dumps(
             {
                 "scheme": scheme,
+                "calibration": list(ids.shape),
                 "seconds": seconds,
                 "ppl": found["ours"].metrics["ppl"],
                 "kl": found["ours"].metrics["kl"],

@@ -85,19 +85,20 @@ def gptq() -> str:
         data = json.loads(path.read_text(encoding="utf-8"))
         machine = data["hardware"]["gpu"] or data["hardware"]["cpu"]
         for ours, peer in zip(data["rows"][::2], data["rows"][1::2], strict=True):
-            ratio = f"{ours['seconds'] / peer['seconds']:.2f}"
-            quality = f"{ours['ppl'] / peer['ppl']:.4f}"
-            rows.append(
-                [
-                    f"{ours['scheme']}, {machine}",
-                    f"{ours['ppl_float']:.2f}",
-                    f"{ours['ppl']:.2f}",
-                    f"{peer['ppl']:.2f}",
-                    quality,
-                    ratio,
-                ]
-            )
-    return _table(("scheme and machine", "float", "nybble", "llm-compressor", "perplexity ratio", "time ratio"), rows)
+            sequences = "{} x {}".format(*ours.get("calibration", (128, 1024)))
+            quality = (f"{ours['ppl_float']:.2f}", f"{ours['ppl']:.2f}", f"{peer['ppl']:.2f}")
+            ratios = (f"{ours['ppl'] / peer['ppl']:.4f}", f"{ours['seconds'] / peer['seconds']:.2f}")
+            rows.append([f"{ours['scheme']}, {machine}", sequences, *quality, *ratios])
+    columns = (
+        "scheme and machine",
+        "calibration",
+        "float",
+        "nybble",
+        "llm-compressor",
+        "perplexity ratio",
+        "time ratio",
+    )
+    return _table(columns, rows)
 
 
 def fake_quantize() -> str:

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def main() -> None:
     console.rule("evaluation on held-out text", align="left")
     metrics, source, float_bytes = judge({title: str(args.out / slug(title)) for title in ROWS}, args.windows)
     rows = summarise(metrics, seconds, args.out, float_bytes)
-    Console().print(table(rows, source))
+    Console(width=None if sys.stdout.isatty() else 120).print(table(rows, source))
     if args.record is not None:
         about = {"text": source, "cpu": cpu_name(), "threads": torch.get_num_threads(), "versions": versions()}
         args.record.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
