@@ -26,7 +26,6 @@ CASES: list[tuple[str, str, list[str], int, int]] = [  # model, recipe, options,
     ("llama-1.1b", "rtn", [], 8, 256),
     ("llama-1.1b", "minmax-fp", [], 8, 256),
     ("llama-1.1b", "gptq", [], 4, 256),
-    ("llama-1.1b", "gptq", NVFP4, 8, 256),
 ]
 SIZES = {
     "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
