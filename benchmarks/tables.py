@@ -114,7 +114,7 @@ def memory() -> str:
     data = _load("memory")
     rows = [
         [
-            f"{r['model']}, {r['recipe']} {r['options']}".strip(),
+            ", ".join(part for part in (r["model"], r["recipe"], r["note"]) if part),
             f"{r['samples']} x {r['seq_len']}",
             f"{r['measured'] / 1e9:.2f}",
             f"{r['estimate'] / 1e9:.2f}",
