@@ -145,7 +145,9 @@ def _ours(args: argparse.Namespace) -> None:
     from nybble.eval import evaluate_many
     from nybble.models.source import open_source
     from nybble.nn.swap import hold_dense
-    from nybble.pipelines.quantize import Settings, quantize, versions
+    from nybble.pipelines.job import versions
+    from nybble.pipelines.quantize import quantize
+    from nybble.pipelines.settings import Settings
     from nybble.recipe import parse_recipe
 
     scheme = args.schemes[0]

@@ -30,7 +30,7 @@ from nybble.data import load_text, token_samples
 from nybble.eval import evaluate_many
 from nybble.pipelines.generate import generate
 from nybble.pipelines.inspect import inspect
-from nybble.pipelines.quantize import versions
+from nybble.pipelines.job import versions
 from nybble.pipelines.request import build_recipe
 
 MODEL = "demo:smollm2"

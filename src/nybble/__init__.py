@@ -22,7 +22,7 @@ _NAMES = {
     "QTensor": "nybble.qtensor",
     "Scheme": "nybble.scheme",
     "Recipe": "nybble.recipe",
-    "Settings": "nybble.pipelines.quantize",
+    "Settings": "nybble.pipelines.settings",
     "quantize": "nybble.pipelines.quantize",
     "load": "nybble.pipelines.load",
     "save": "nybble.pipelines.load",

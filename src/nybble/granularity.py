@@ -12,6 +12,7 @@ group=32     32 neighbours in the last dimension      [4, 64]             [4, 2]
 block=2x32   a tile of the last two dimensions        [4, 64]             [2, 2]
 flat=48      48 neighbours in row-major order         [4, 64]             [6] (the tail is shorter)
 rank1        all of one index of each dimension       [4, 64]             factors [4, 1] and [1, 64]
+shifted      all, each column by a power of two       [4, 64]             factors [1, 1] and [1, 64]
 ===========  =======================================  ==================  ==========================
 """
 
@@ -54,6 +55,10 @@ class Granularity(ABC):
         """One value a block (``scale_shape(shape)``) as a tensor that broadcasts against ``shape``."""
         elements = self.to_blocks(torch.empty(shape, device="meta")).shape[1]
         return self.from_blocks(scale.reshape(-1, 1).expand(-1, elements), shape)
+
+    def factor_blocks(self, scale: Tensor, shape: Sequence[int]) -> Tensor:
+        """A factored scale, expanded so that it broadcasts against ``shape``, as it broadcasts against the blocks."""
+        return self.to_blocks(scale.expand(tuple(shape)))
 
     def check(self, shape: Sequence[int]) -> None:
         """Raise GranularityError when a tensor of ``shape`` can't be cut; the message has sizes that fit."""
@@ -240,6 +245,31 @@ class Rank1(PerTensor):
         return "rank1"
 
 
+@dataclass(frozen=True)
+class Shifted(PerTensor):
+    """One scale for all, times a power of two ``2^-s_j`` for each index of the last dimension (0 <= s_j < 2^e).
+
+    LLM-FP4's pre-shifted exponent bias (Liu et al. 2023, arXiv:2310.16836): the exponents can move from an activation
+    to the weight that it meets, so a product of two such tensors needs one scale. Loud columns get s_j = 0.
+    """
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:  # noqa: D102
+        _needs_dims(self, shape, 1)
+        return super().scale_shape(shape)
+
+    def to_blocks(self, x: Tensor) -> Tensor:  # noqa: D102
+        return x.reshape(-1, x.shape[-1])
+
+    def expand(self, scale: Tensor, shape: Sequence[int]) -> Tensor:  # noqa: D102
+        return scale.reshape(*(1,) * (len(shape) - 1), scale.numel())  # the tensor's factor, or the columns'
+
+    def factor_blocks(self, scale: Tensor, shape: Sequence[int]) -> Tensor:  # noqa: D102
+        return scale.expand(*(1,) * (len(shape) - 1), shape[-1]).reshape(1, -1)
+
+    def __str__(self) -> str:
+        return "shifted"
+
+
 def fitting_sizes(count: int, smallest: int = 8, most: int = 8) -> str:
     """Divisors of ``count`` worth offering as a group size, as text: multiples of 16 first if there are any."""
     divisors = [d for d in range(smallest, count + 1) if count % d == 0] or [
@@ -252,14 +282,15 @@ def fitting_sizes(count: int, smallest: int = 8, most: int = 8) -> str:
 def parse_granularity(words: dict[str, str]) -> Granularity | None:
     """Take a granularity out of the words of a quantizer line, or None when it names none.
 
-    Recognised: ``tensor``, ``channel``, ``token``, ``rank1``, ``group=N`` (with ``pad=true``), ``block=RxC``,
-    ``flat=N``. The words used are removed from ``words``.
+    Recognised: ``tensor``, ``channel``, ``token``, ``rank1``, ``shifted``, ``group=N`` (with ``pad=true``),
+    ``block=RxC``, ``flat=N``. The words used are removed from ``words``.
     """
     bare: dict[str, Granularity] = {
         "tensor": PerTensor(),
         "channel": PerChannel(),
         "token": PerToken(),
         "rank1": Rank1(),
+        "shifted": Shifted(),
     }
     sized: list[str] = [key for key in ("group", "block", "flat") if key in words]
     named = [key for key in bare if key in words]

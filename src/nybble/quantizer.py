@@ -8,7 +8,7 @@
 ==================  =======================================================================================
 word                meaning (default)
 ==================  =======================================================================================
-granularity         tensor | channel | token | group=N [pad=true] | block=RxC | flat=N | rank1   (tensor)
+granularity         tensor | channel | token | group=N [pad=true] | block=RxC | flat=N | rank1 | shifted   (tensor)
 scale=              a scale rule and its options: absmax, mse(grid=80), percentile(p=99.9), pow2 ... (absmax)
 symmetric=false     integers: the range min..max with an integer zero point
 rounding=           nearest-even, half-away, half-up, half-down, toward-zero, native, stochastic ... (nearest-even)
@@ -34,13 +34,14 @@ from torch import Tensor
 
 from nybble.core.errors import DataError, SchemeError
 from nybble.formats import NumberFormat
-from nybble.granularity import Granularity, PerTensor, Rank1
+from nybble.granularity import Granularity, PerTensor, Rank1, Shifted
 from nybble.line import DEFAULTS, GRANULARITY_WORDS, PLAIN, override, parse_words, split_words
 from nybble.ops.blocks import divide, dynamic_round, narrow_scale, scaled_round
 from nybble.ops.rounding import encode, round_stochastic, round_to, round_to_codes
 from nybble.ops.scaling import divided
 from nybble.packing import get_layout
-from nybble.qtensor import Factored, Inverse, QTensor, QuantParams, block_view, scale_blocks
+from nybble.qtensor import Inverse, QTensor, QuantParams, block_view, scale_blocks
+from nybble.qtensor._factors import rank1_scale, shift_limit, shifted_scale
 from nybble.qtensor.block import BlockQTensor
 from nybble.rounding import get_rounding
 from nybble.scales import BlockParams, ScaleRule
@@ -105,6 +106,10 @@ class Quantizer:
             )
         if isinstance(self.granularity, Rank1) and not isinstance(self.scale, AbsMax):
             raise SchemeError(f"rank1 factors are slice maxima (scale=absmax); {self.scale} has none.")
+        if isinstance(self.granularity, Shifted):
+            shift_limit(self.format)
+            if not isinstance(self.scale, AbsMax) or self.scale_format != "float32":
+                raise SchemeError(f"{self}: the factors of shifted columns are float32 maxima (scale=absmax).")
         rounding = get_rounding(self.rounding)
         if rounding.native and self.format.encoder_thresholds is None:
             raise SchemeError(
@@ -120,7 +125,7 @@ class Quantizer:
 
     def __str__(self) -> str:
         words = [self.format.name]
-        if not isinstance(self.granularity, PerTensor) or isinstance(self.granularity, Rank1):
+        if type(self.granularity) is not PerTensor:
             words.append(str(self.granularity))
         if str(self.scale) != "absmax":
             words.append(f"scale={self.scale}")
@@ -152,7 +157,10 @@ class Quantizer:
         if not wide.numel():
             return self.finish(BlockParams(wide.new_ones(math.prod(shape))), shape)
         if isinstance(self.granularity, Rank1):
-            return QuantParams(_rank1(wide, self.format))
+            return QuantParams(rank1_scale(wide, self.format))
+        if isinstance(self.granularity, Shifted):
+            columns = wide.abs().reshape(-1, wide.shape[-1]).amax(0)
+            return QuantParams(shifted_scale(columns, self.format, wide.dim()))
         blocks = self.granularity.to_blocks(wide)
         importance = None if weight is None else self.granularity.to_blocks(weight.float().expand(wide.shape))
         mask = self.granularity.mask(wide.shape, wide.device)
@@ -263,7 +271,7 @@ class Quantizer:
         return (
             isinstance(self.scale, AbsMax | Pow2)
             and (not nested or exact)
-            and not isinstance(self.granularity, Rank1)
+            and not isinstance(self.granularity, Rank1 | Shifted)
             and not (
                 self.reciprocal or self.raw_scale or self.floor or self.center or get_rounding(self.rounding).stochastic
             )
@@ -342,17 +350,6 @@ def _affine(values: Tensor, params: QuantParams, granularity: Granularity, shape
     if params.offset is not None:
         values = values + block_view(params.offset, granularity, shape)
     return values
-
-
-def _rank1(x: Tensor, fmt: NumberFormat) -> Factored:
-    """Slice maxima over each dimension, combined by their minimum; a zero slice gets 1."""
-    magnitude = divided(x.abs(), fmt.absmax)
-    factors = []
-    for dim in range(x.dim()):
-        others = [d for d in range(x.dim()) if d != dim]
-        top = magnitude.amax(others, keepdim=True) if others else magnitude.amax(keepdim=True).reshape(1)
-        factors.append(torch.where(top == 0, torch.ones_like(top), top))
-    return Factored(tuple(factors), "min")
 
 
 def _integers(zero_point: Tensor, fmt: NumberFormat) -> BlockQTensor:

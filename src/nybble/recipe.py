@@ -1,18 +1,20 @@
 """Recipe: a scheme and an ordered list of steps, as YAML. A published method is a recipe in ``nybble/recipes/``.
 
-name: gptq
+name: llm-fp4
 summary: what it does, in a line
 source: paper, year, arXiv number
 scheme: W4A16_E2M1                  # a preset's name or a mapping; --scheme and --weights override it
-steps:
-  - solver: gptq
-    block: 128
+steps:                              # transforms in order, then one solver
+  - transform: smooth
+  - solver: llm-fp4
+    rounds: 3                       # an option of the step
+    quick: {grid: 12}               # options that --effort quick changes
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,20 +22,21 @@ from typing import Any
 from nybble.core.errors import SchemeError, UsageError, did_you_mean, within
 from nybble.scheme import Scheme, parse_scheme
 
-KINDS = ("solver",)
+KINDS = ("transform", "solver")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step: its kind, the part's key, and the part's options."""
+    """One step: its kind, the part's key, the part's options, and those that ``--effort quick`` changes."""
 
     kind: str
     name: str
     options: Mapping[str, Any]
+    quick: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As YAML holds it."""
-        return {self.kind: self.name, **self.options}
+        return {self.kind: self.name, **self.options, **({"quick": dict(self.quick)} if self.quick else {})}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +49,33 @@ class Recipe:
     summary: str = ""
     source: str = ""
 
+    @property
+    def solver(self) -> Step:
+        """The step that quantizes."""
+        return self.steps[-1]
+
+    @property
+    def transforms(self) -> tuple[Step, ...]:
+        """The steps before it."""
+        return self.steps[:-1]
+
     def with_scheme(self, scheme: Scheme) -> Recipe:
         """The same steps over another scheme."""
         return replace(self, scheme=scheme)
+
+    def with_effort(self, effort: str) -> Recipe:
+        """The recipe as ``quick`` or ``full`` work.
+
+        Raises:
+            UsageError: another word, or quick where no step has a quick way.
+        """
+        if effort not in ("quick", "full"):
+            raise UsageError(f"effort {effort!r} is neither quick nor full.")
+        if effort == "quick" and not any(step.quick for step in self.steps):
+            raise UsageError(f"recipe {self.name!r} searches nothing, so it has no quick way; leave --effort out.")
+        changes = [step.quick if effort == "quick" else {} for step in self.steps]
+        steps = [replace(s, options={**s.options, **c}, quick={}) for s, c in zip(self.steps, changes, strict=True)]
+        return replace(self, steps=tuple(steps))
 
     def to_dict(self) -> dict[str, Any]:
         """As YAML holds it; :func:`parse_recipe` reads it back."""
@@ -100,6 +127,9 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
     if not isinstance(data["steps"], list):
         raise SchemeError(f"{where}: steps is a list of mappings; got {data['steps']!r}.")
     steps = tuple(_step(step, where) for step in data["steps"])
+    kinds = [step.kind for step in steps]
+    if kinds.count("solver") != 1 or kinds[-1] != "solver":
+        raise SchemeError(f"{where}: steps are transforms, then one solver; got {', '.join(kinds)}.")
     with within(where):
         scheme = parse_scheme(data["scheme"])
     return Recipe(
@@ -115,8 +145,11 @@ def _step(data: Any, where: str) -> Step:
     kinds = [kind for kind in KINDS if isinstance(data, Mapping) and kind in data]
     if len(kinds) != 1:
         raise SchemeError(f"{where}: a step names exactly one of {', '.join(KINDS)}; got {data!r}.")
-    options = {str(k): v for k, v in data.items() if k != kinds[0]}
-    return Step(kind=kinds[0], name=str(data[kinds[0]]), options=options)
+    options = {str(k): v for k, v in data.items() if k not in (kinds[0], "quick")}
+    quick = data.get("quick", {})
+    if not isinstance(quick, Mapping):
+        raise SchemeError(f"{where}: quick is a mapping of options; got {quick!r}.")
+    return Step(kind=kinds[0], name=str(data[kinds[0]]), options=options, quick=quick)
 
 
 def read_yaml(path: str, what: str) -> Any:

@@ -23,8 +23,9 @@ from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
 from nybble.pipelines import checkpoint
 from nybble.pipelines.inspect import inspect
-from nybble.pipelines.quantize import Settings, quantize
+from nybble.pipelines.quantize import quantize
 from nybble.pipelines.request import build_recipe
+from nybble.pipelines.settings import Settings
 from nybble.recipe import Recipe, recipe_names
 
 RECIPES: dict[str, dict[str, str]] = {

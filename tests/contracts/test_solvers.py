@@ -13,7 +13,7 @@ from nybble.formats import format_names, get_format
 from nybble.ops.rounding import round_to, round_to_codes
 from nybble.qtensor import block_view
 from nybble.quantizer import Quantizer
-from nybble.solvers import REGISTRY, Solved, Weight, make_solver, relative_error
+from nybble.solvers import REGISTRY, Solved, Stats, Weight, make_solver, relative_error
 from nybble.solvers.gptq import Gptq
 from nybble.solvers.rtn import Rtn
 
@@ -70,8 +70,8 @@ def test_on_the_grid_and_never_worse(name: str, line: str) -> None:
     except SchemeError as error:
         assert name in ("mse", "absmax") and ("offset" in str(error) or "rank1" in str(error))
         return
-    second = moment() if solver.needs_second_moment else None
-    found = solver.solve([given], second)[0]
+    second = moment() if solver.needs(None) else None
+    found = solver.solve([given], Stats(second_moment=second))[0]
     assert on_grid(found)
     assert found.weight.shape == (ROWS, COLUMNS)
     assert found.error == relative_error(given.matrix, found.weight.dequantize(), second)
@@ -79,7 +79,7 @@ def test_on_the_grid_and_never_worse(name: str, line: str) -> None:
     assert found.rtn_error == relative_error(given.matrix, plain.dequantize(), second)
     if name != "absmax":  # that recipe asks for another scale than the scheme's, better or not
         assert found.error <= found.rtn_error
-    if chosen == given.quantizer and not solver.needs_second_moment:
+    if chosen == given.quantizer and not solver.needs(None):
         assert torch.equal(found.weight.dequantize(), plain.dequantize())
 
 
@@ -94,7 +94,7 @@ def test_gptq_takes_every_scalar_format(name: str) -> None:
         except NybbleError as error:
             assert "rank1" in str(error)
             continue
-        found = Gptq().solve([given], moment())[0]
+        found = Gptq().solve([given], Stats(second_moment=moment()))[0]
         assert found.error <= found.rtn_error and on_grid(found)
         kept = any("kept the latter" in note for note in found.notes)
         expected = by_hand(given, moment())
@@ -152,7 +152,7 @@ def by_hand(given: Weight, second: Tensor, damping: float = 0.01, order: bool = 
 def test_gptq_is_the_algorithm(line: str, order: bool, block: int) -> None:
     """Float32 sums differ in the last bits, so a value on a tie may fall to the other side: few do."""
     given = weight(line)
-    found = Gptq(activation_order=order, block=block).solve([given], moment())[0]
+    found = Gptq(activation_order=order, block=block).solve([given], Stats(second_moment=moment()))[0]
     assert not any("kept the latter" in note for note in found.notes) or found.error == found.rtn_error
     expected = by_hand(given, moment(), order=order).float()
     if found.error == found.rtn_error:
@@ -165,7 +165,7 @@ def test_gptq_is_the_algorithm(line: str, order: bool, block: int) -> None:
 def test_gptq_helps() -> None:
     """Where inputs are correlated it must gain clearly, or the feedback is broken."""
     for line in ("int4 group=8", "nvfp4", "int3 channel symmetric=false"):
-        found = Gptq().solve([weight(line)], moment())[0]
+        found = Gptq().solve([weight(line)], Stats(second_moment=moment()))[0]
         assert found.error < 0.8 * found.rtn_error
 
 
@@ -174,7 +174,7 @@ def test_gptq_helps() -> None:
 def test_identity_second_moment_is_rtn(line: str, factor: float) -> None:
     given = weight(line)
     for order in (False, True):
-        found = Gptq(activation_order=order).solve([given], torch.eye(COLUMNS) * factor)[0]
+        found = Gptq(activation_order=order).solve([given], Stats(second_moment=torch.eye(COLUMNS) * factor))[0]
         plain = given.quantizer.quantize(given.matrix)
         assert torch.equal(found.weight.dequantize(), plain.dequantize())
 
@@ -185,9 +185,9 @@ def test_stacked_weights_are_solved_as_alone(order: bool) -> None:
     lines = ("nvfp4", "nvfp4", "int4 group=8 symmetric=false", "nf4 channel", "nf4 channel", "float4_e2m1fn tensor")
     given = [weight(line, rows=8 + 4 * i, seed=i) for i, line in enumerate(lines)]
     solver = Gptq(activation_order=order)
-    together = solver.solve(given, moment())
+    together = solver.solve(given, Stats(second_moment=moment()))
     for one, found in zip(given, together, strict=True):
-        alone = solver.solve([one], moment())[0]
+        alone = solver.solve([one], Stats(second_moment=moment()))[0]
         difference = found.weight.dequantize() != alone.weight.dequantize()
         assert difference.double().mean() <= 0.02  # products of another size may round a last bit otherwise
         assert found.error == pytest.approx(alone.error, rel=0.02)
@@ -199,7 +199,7 @@ def test_dead_columns_round_to_nearest() -> None:
     second[[3, 17]] = 0
     second[:, [3, 17]] = 0
     given = weight("int4 group=8")
-    found = Gptq().solve([given], second)[0]
+    found = Gptq().solve([given], Stats(second_moment=second))[0]
     plain = given.quantizer.quantize(given.matrix).dequantize()
     assert "2 inputs are always zero" in found.notes
     assert torch.equal(found.weight.dequantize()[:, [3, 17]], plain[:, [3, 17]])
@@ -207,7 +207,7 @@ def test_dead_columns_round_to_nearest() -> None:
 
 
 def test_no_second_moment_is_reported() -> None:
-    found = Gptq().solve([weight("int4 group=8")], None)[0]
+    found = Gptq().solve([weight("int4 group=8")], Stats())[0]
     assert found.notes == ("no calibration input reached it: rounded to nearest",)
     assert found.error == found.rtn_error
 
@@ -216,19 +216,19 @@ def test_damping_is_raised_and_reported() -> None:
     """A singular H without damping, and one slightly indefinite (float32 sums give such)."""
     x = torch.randn(4, COLUMNS, generator=torch.Generator().manual_seed(0))
     singular = x.T @ x
-    found = Gptq(damping=0.0).solve([weight("int4 group=8")], singular)[0]
+    found = Gptq(damping=0.0).solve([weight("int4 group=8")], Stats(second_moment=singular))[0]
     assert any(note.startswith("damping raised to") for note in found.notes)
     assert found.error <= found.rtn_error
     indefinite = moment()
     indefinite -= 1.5 * torch.linalg.eigvalsh(indefinite)[0] * torch.eye(COLUMNS)
-    found = Gptq(damping=0.0).solve([weight("int4 group=8")], indefinite)[0]
+    found = Gptq(damping=0.0).solve([weight("int4 group=8")], Stats(second_moment=indefinite))[0]
     assert any(note.startswith("damping raised to") for note in found.notes)
 
 
 def test_hopeless_second_moment_falls_back_and_says_so() -> None:
     hopeless = torch.diag(torch.tensor([1.0, -500.0] * (COLUMNS // 2)))
     given = weight("int4 group=8")
-    found = Gptq().solve([given], hopeless)[0]
+    found = Gptq().solve([given], Stats(second_moment=hopeless))[0]
     assert any("can't be factorised even with damping" in note and "rounded to nearest" in note for note in found.notes)
     assert torch.equal(found.weight.dequantize(), given.quantizer.quantize(given.matrix).dequantize())
 
@@ -238,7 +238,7 @@ def test_worse_than_rtn_falls_back_and_says_so(monkeypatch: pytest.MonkeyPatch) 
         return [grid.matrix * 0 for grid in grids]
 
     monkeypatch.setattr(Gptq, "_visit", bad)
-    found = Gptq().solve([weight("int4 group=8")], moment())[0]
+    found = Gptq().solve([weight("int4 group=8")], Stats(second_moment=moment()))[0]
     assert found.error == found.rtn_error
     assert any("worse than round-to-nearest" in note and "kept the latter" in note for note in found.notes)
 
@@ -246,7 +246,7 @@ def test_worse_than_rtn_falls_back_and_says_so(monkeypatch: pytest.MonkeyPatch) 
 def test_zero_weights_have_no_error() -> None:
     given = Weight(name="w", matrix=torch.zeros(4, 32), quantizer=Quantizer("nvfp4"))
     for solver in solvers().values():
-        found = solver.solve([given], moment())[0]
+        found = solver.solve([given], Stats(second_moment=moment()))[0]
         assert (found.error, found.rtn_error) == (0.0, 0.0)
         assert not found.weight.dequantize().any()
 
@@ -255,7 +255,7 @@ def test_inputs_are_left_alone() -> None:
     given, second = weight("int4 group=8"), moment()
     matrix, before = given.matrix.clone(), second.clone()
     for solver in solvers().values():
-        solver.solve([given], second)
+        solver.solve([given], Stats(second_moment=second))
     assert torch.equal(given.matrix, matrix) and torch.equal(second, before)
 
 

@@ -18,8 +18,9 @@ from tests.e2e.processes import start
 from tests.tiny import save_text, save_tiny
 
 from nybble.core.errors import FileError
-from nybble.pipelines.quantize import Settings, quantize
+from nybble.pipelines.quantize import quantize
 from nybble.pipelines.request import build_recipe
+from nybble.pipelines.settings import Settings
 
 BLOCKS = 12
 RECIPES = {

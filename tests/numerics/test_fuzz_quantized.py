@@ -23,8 +23,9 @@ from nybble.cli._evaluate import run_eval
 from nybble.core.errors import NybbleError
 from nybble.pipelines.inspect import inspect
 from nybble.pipelines.load import load
-from nybble.pipelines.quantize import Settings, quantize
+from nybble.pipelines.quantize import quantize
 from nybble.pipelines.request import build_recipe
+from nybble.pipelines.settings import Settings
 
 MUTATIONS = 400  # of each kind and model
 MODELS = {

@@ -13,8 +13,8 @@ from nybble.core.progress import Bars
 from nybble.data import load_text, token_samples
 from nybble.eval import METRICS, evaluate_many
 from nybble.models.guard import reading
+from nybble.pipelines.job import check_tokens
 from nybble.pipelines.load import load
-from nybble.pipelines.quantize import check_tokens
 
 
 def run_eval(

@@ -43,8 +43,9 @@ def command(
     """Quantize MODEL into the folder OUT."""
     from nybble.core.progress import Bars
     from nybble.pipelines.inspect import inspect
-    from nybble.pipelines.quantize import Settings, quantize
+    from nybble.pipelines.quantize import quantize
     from nybble.pipelines.request import build_recipe
+    from nybble.pipelines.settings import Settings
 
     made = build_recipe(
         recipe, scheme=scheme, weights=weights, activations=activations, kv=kv, ignore=ignore or (), effort=effort
@@ -68,7 +69,7 @@ def command(
         "bits_per_weight": sizes["bits_per_weight"],
         "bits_per_quantized_weight": sizes["bits_per_quantized_weight"],
         "bytes": sizes["total"],
-        "layers": [row.to_dict() for row in report.layers],
+        "layers": [{k: v for k, v in r.to_dict().items() if not k.endswith("picture")} for r in report.layers],
     }
     if eval is not None:
         from nybble.cli._evaluate import run_eval

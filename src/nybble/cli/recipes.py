@@ -37,11 +37,12 @@ def command(
 def _needs(recipe: Recipe) -> str:
     from nybble.solvers import make_solver
 
-    solver = make_solver(recipe.steps[0].name, recipe.steps[0].options)
-    found = ["second moment"] if solver.needs_second_moment else []
-    if any(rule.inputs is not None and rule.inputs.static for rule in recipe.scheme.rules):
-        found.append("input ranges")
-    return ", ".join(found) or "weights only"
+    solver = make_solver(recipe.solver.name, recipe.solver.options)
+    rules = recipe.scheme.rules
+    found = set().union(*(solver.needs(rule.inputs) for rule in rules))
+    if any(rule.inputs is not None and rule.inputs.static for rule in rules) and not solver.chooses_inputs:
+        found.add("input ranges")
+    return ", ".join(sorted(need.replace("_", " ") for need in found)) or "weights only"
 
 
 def _show(recipe: Recipe, json: bool) -> None:

@@ -6,13 +6,15 @@ is asked for is imported. Other packages add parts through entry points of the g
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 import pkgutil
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from nybble.core.errors import UsageError, did_you_mean
+from nybble.core.errors import SchemeError, UsageError, did_you_mean
 
 
 class Registry:
@@ -55,6 +57,23 @@ class Registry:
         if isinstance(source, importlib.metadata.EntryPoint):
             return source.load()
         return importlib.import_module(source).PART
+
+    def make(self, name: str, options: Mapping[str, Any]) -> Any:
+        """An object of the part called ``name``, a dataclass whose fields are its options.
+
+        Raises:
+            UsageError: no such part. SchemeError: unknown option, or a value of the wrong type.
+        """
+        kind = self.get(name)
+        known = {f.name: f for f in dataclasses.fields(kind)}
+        for key, value in options.items():
+            if key not in known:
+                raise SchemeError(f"{self.kind} {name!r} has no option {key!r}.{did_you_mean(key, known)}")
+            default = known[key].default
+            number = isinstance(value, int | float) and not isinstance(value, bool) and isinstance(default, float)
+            if not number and type(value) is not type(default):
+                raise SchemeError(f"{self.kind} {name!r}: {key} is a {type(default).__name__}; got {value!r}.")
+        return kind(**options)
 
     def all(self) -> dict[str, Any]:
         """Every part by key; imports all of them (contract tests and listings)."""

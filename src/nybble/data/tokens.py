@@ -44,6 +44,11 @@ class TokenSamples:
     source_sha256: str
     note: str
 
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model is called with."""
+        return {"input_ids": self.input_ids}
+
     def manifest(self) -> dict[str, str | int]:
         """What a manifest or a report states beside every number from these tokens."""
         samples, seq_len = self.input_ids.shape

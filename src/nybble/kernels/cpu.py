@@ -200,7 +200,8 @@ def _cut(
     count, columns = blocks.shape
     if columns <= ALONE or scale.shape[1] != 1:
         for start, stop in _parts(count, columns):
-            yield blocks[start:stop], divisor[start:stop], scale[start:stop], out[start:stop]
+            by, s = (t if t.shape[0] == 1 else t[start:stop] for t in (divisor, scale))
+            yield blocks[start:stop], by, s, out[start:stop]
         return
     for row in range(count):
         x, by, s, to = (t[row : row + 1] for t in (blocks, divisor, scale, out))

@@ -8,7 +8,7 @@ read its fold pairs; the pipeline reads its blocks. A model without an adapter s
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Rows = Literal["all", "value_heads", "last_third", "third_of_each_head"]
 Conditions = tuple[tuple[str, Any], ...]
+BASE = "{base}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,9 @@ class Adapter:
     Attributes:
         name: the registry's key.
         model_types: values of ``config.model_type`` that it describes.
-        blocks: path of the ``nn.ModuleList`` of repeated blocks.
+        blocks: path of the ``nn.ModuleList`` of repeated blocks; of an encoder-decoder the encoder's. ``{base}`` in
+            paths is the bare model's place under a head (``bert.``), or nothing; :func:`adapter_for` fills it in.
+        decoder_blocks: path of the decoder's blocks, which read the encoder's output; None without one.
         embeddings: paths of the input embeddings (tokens, learned positions).
         final_norm: path of the norm after the last block; None if unknown or absent.
         head: path of the output projection; None if unknown.
@@ -83,6 +86,7 @@ class Adapter:
     head: str | None
     norm_folds: tuple[NormFold, ...] = ()
     linear_folds: tuple[LinearFold, ...] = ()
+    decoder_blocks: str | None = None
     experts: str | None = None
     renames: tuple[tuple[str, str], ...] = ()
     limits: tuple[str, ...] = ()
@@ -93,25 +97,40 @@ class Adapter:
         parts = {"norm_folds": self.norm_folds, "linear_folds": self.linear_folds, "experts": self.experts}
         return frozenset({"blocks", *(name for name, part in parts.items() if part)})
 
-    def blocks_of(self, model: nn.Module) -> nn.ModuleList:
-        """The model's repeated blocks.
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """Paths of the lists of blocks, in the order in which they are called."""
+        return (self.blocks,) if self.decoder_blocks is None else (self.blocks, self.decoder_blocks)
+
+    def stack_names(self, model: nn.Module) -> list[list[str]]:
+        """Full names of the blocks, ``model.layers.3``, for each list of them.
 
         Raises:
-            ModelError: the path leads nowhere, so the model isn't what its config says.
+            ModelError: a path leads nowhere, so the model isn't what its config says.
         """
-        found = _at(model, self.blocks)
-        if not isinstance(found, nn.ModuleList) or not len(found):
-            raise ModelError(f"{type(model).__name__} has no blocks at {self.blocks!r} (adapter {self.name}).")
-        return found
+        names = []
+        for path in self.stacks:
+            found = _at(model, path)
+            if not isinstance(found, nn.ModuleList) or not len(found):
+                raise ModelError(f"{type(model).__name__} has no blocks at {path!r} (adapter {self.name}).")
+            names.append([f"{path}.{index}" for index in range(len(found))])
+        return names
 
-    def block_name(self, index: int) -> str:
-        """Full name of a block, ``model.layers.3``."""
-        return f"{self.blocks}.{index}"
+    def block_names(self, model: nn.Module) -> list[str]:
+        """Full names of all blocks."""
+        return [name for names in self.stack_names(model) for name in names]
+
+    def blocks_of(self, model: nn.Module) -> list[nn.Module]:
+        """All blocks; raises as :meth:`stack_names`."""
+        return [model.get_submodule(name) for name in self.block_names(model)]
+
+    def inside(self, name: str) -> bool:
+        """Whether a parameter or module of this name is in a block."""
+        return name.startswith(tuple(f"{path}." for path in self.stacks))
 
     def outside(self, model: nn.Module) -> list[str]:
         """Names of the parameters that are in no block: embeddings, final norm, head, projections between them."""
-        named = model.named_parameters(remove_duplicate=False)
-        return [name for name, _ in named if not name.startswith(f"{self.blocks}.")]
+        return [name for name, _ in model.named_parameters(remove_duplicate=False) if not self.inside(name)]
 
     def tied_groups(self, model: nn.Module) -> list[tuple[str, ...]]:
         """Groups of parameter names that share one tensor."""
@@ -216,11 +235,30 @@ def adapter_for(model: nn.Module | PreTrainedConfig) -> Adapter:
     config = getattr(model, "config", None) if isinstance(model, nn.Module) else model
     found = _by_model_type().get(getattr(config, "model_type", ""))
     if found is not None:
-        return found
+        return _fitted(found, model) if isinstance(model, nn.Module) else found
     if not isinstance(model, nn.Module):
         known = ", ".join(sorted(_by_model_type()))
         raise ModelError(f"no adapter for model type {model.model_type!r}; known: {known}. Pass the model itself.")
     return generic_adapter(model)
+
+
+def _fitted(adapter: Adapter, model: nn.Module) -> Adapter:
+    """The adapter with its paths as this class has them: ``bert.encoder.layer`` under a head, else ``encoder.layer``."""
+    if BASE not in adapter.blocks:
+        return adapter
+    prefix = getattr(model, "base_model_prefix", "")
+    base = f"{prefix}." if prefix and hasattr(model, prefix) else ""
+
+    def fit(path: str | None) -> str | None:
+        return None if path is None else path.replace(BASE, base)
+
+    return replace(
+        adapter,
+        blocks=adapter.blocks.replace(BASE, base),
+        decoder_blocks=fit(adapter.decoder_blocks),
+        embeddings=tuple(path.replace(BASE, base) for path in adapter.embeddings),
+        final_norm=fit(adapter.final_norm),
+    )
 
 
 def generic_adapter(model: nn.Module) -> Adapter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,11 +21,12 @@ class BlockCall:
     """How the model calls one block: everything but the hidden states, which change from block to block.
 
     Attributes:
-        index: which block.
+        index: which block of its stack.
         args, kwargs: the other arguments (masks, position embeddings), ready to be passed on. ``args`` follow the
             hidden states.
         keyword: the hidden states' keyword, or None where they are the first positional argument.
         hidden: what block 0 was given; None for the others.
+        mask: bool [batch, tokens], which tokens are real; None where all are.
     """
 
     index: int
@@ -33,6 +34,7 @@ class BlockCall:
     kwargs: Mapping[str, Any]
     keyword: str | None
     hidden: Tensor | None
+    mask: Tensor | None = None
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Call ``block`` as the model would, on these hidden states; return its hidden states."""
@@ -56,11 +58,19 @@ def _split(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], keep: bool
 
 
 def _record(
-    model: nn.Module, blocks: nn.ModuleList, inputs: Mapping[str, Any], as_tuple: bool
+    model: nn.Module,
+    stacks: Sequence[Sequence[nn.Module]],
+    inputs: Mapping[str, Any],
+    end: Tensor | None,
+    as_tuple: bool,
 ) -> tuple[list[BlockCall], bool]:
-    """One forward through recorders. Returns the calls, and whether all blocks were called with the same shape."""
+    """One forward through recorders; of two stacks the first passes ``end`` on.
+
+    Returns the calls of the last stack, and whether all of its blocks were called once, in order, with the same shape.
+    """
     calls: list[BlockCall] = []
     shapes: set[torch.Size] = set()
+    blocks = stacks[-1]
 
     def recorder(index: int) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -73,14 +83,18 @@ def _record(
 
         return forward
 
+    def passed(*args: Any, **kwargs: Any) -> Any:
+        return (end,) if as_tuple else end
+
     with ExitStack() as undo:
-        for index, block in enumerate(blocks):
-            # The instance's forward, not a swapped module: models read attributes of their blocks.
-            before = block.__dict__.get("forward")
-            block.forward = recorder(index)
-            undo.callback(_restore_forward, block, before)
+        for stack in stacks:
+            for index, block in enumerate(stack):
+                # The instance's forward, not a swapped module: models read attributes of their blocks.
+                before = block.__dict__.get("forward")
+                block.forward = recorder(index) if stack is blocks else passed
+                undo.callback(_restore_forward, block, before)
         with suppress(_AllSeenError):
-            model(**inputs, use_cache=False)
+            model(**inputs, **({"use_cache": False} if "input_ids" in inputs else {}))
     in_order = [call.index for call in calls] == list(range(len(blocks)))
     return calls, in_order and len(shapes) == 1
 
@@ -93,7 +107,11 @@ def _restore_forward(block: nn.Module, before: Any) -> None:
 
 @torch.no_grad()
 def capture_block_calls(
-    model: nn.Module, input_ids: Tensor, *, attention_mask: Tensor | None = None, adapter: Adapter | None = None
+    model: nn.Module,
+    inputs: Tensor | Mapping[str, Tensor],
+    *,
+    adapter: Adapter | None = None,
+    end: Tensor | None = None,
 ) -> list[BlockCall]:
     """Run the model once with every block replaced by a recorder that passes its hidden states on unchanged.
 
@@ -101,9 +119,9 @@ def capture_block_calls(
 
     Args:
         model: in eval mode.
-        input_ids: int64 ``[batch, tokens]``.
-        attention_mask: ``[batch, tokens]``, for padded batches.
+        inputs: what the model is called with, by argument, or the token ids alone; the first dimension is the batch's.
         adapter: default, the model's.
+        end: of an encoder-decoder, what the last encoder block gave: then it is the decoder's blocks that are recorded.
 
     Returns:
         One call a block, in order; the first carries the hidden states it was given.
@@ -111,23 +129,25 @@ def capture_block_calls(
     Raises:
         ModelError: the blocks aren't called once each, in order, with hidden states first.
     """
-    blocks = (adapter or adapter_for(model)).blocks_of(model)
-    inputs = {"input_ids": input_ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
+    given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    names = (adapter or adapter_for(model)).stack_names(model)[: 1 if end is None else 2]
+    stacks = [[model.get_submodule(name) for name in stack] for stack in names]
     problem: Exception | None = None
     # Most blocks return a tensor, some a tuple that the model takes [0] of. Given a tensor, the latter kind of model
     # drops the batch dimension, which the next recorder sees: so try a tensor first, then a tuple.
     for as_tuple in (False, True):
         try:
-            calls, good = _record(model, blocks, inputs, as_tuple)
+            calls, good = _record(model, stacks, given, end, as_tuple)
         except ModelError:
             raise
         except Exception as error:
             problem = error
             continue
         if good:
-            return calls
+            mask = given.get("attention_mask") if end is None else None
+            return calls if mask is None else [replace(call, mask=mask.bool()) for call in calls]
     raise ModelError(
-        f"{type(model).__name__} doesn't call its {len(blocks)} blocks one after the other on its hidden states."
+        f"{type(model).__name__} doesn't call its {len(stacks[-1])} blocks one after the other on its hidden states."
     ) from problem
 
 

@@ -8,19 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import FileError, SchemeError
-from nybble.granularity import PerTensor
-from nybble.qtensor import QuantParams, dense
+from nybble.granularity import PerTensor, Shifted
+from nybble.qtensor import Factored, QTensor, QuantParams, dense
 from nybble.quantizer import Quantizer
 
-_PARTS = ("scale", "zero_point", "offset")
+_PARTS = ("scale", "zero_point", "offset", "shifts")
 
 
 class ActivationQuantizer(nn.Module):
     """Fake-quantizes what passes.
 
     Args:
-        quantizer: the specification; a static one is per tensor.
-        params: for a static quantizer: calibrated scale, zero point, offset, one value each.
+        quantizer: the specification; a static one is per tensor, or shifted.
+        params: for a static quantizer: calibrated scale, zero point, offset, one value each; a shifted one's scale is
+            Factored, and its columns' exponents are kept as integers (``shifts``, uint8).
     """
 
     def __init__(self, quantizer: Quantizer, params: QuantParams | None = None) -> None:
@@ -29,14 +30,17 @@ class ActivationQuantizer(nn.Module):
         if (params is None) == quantizer.static:
             raise FileError(f"{quantizer}: a static quantizer, and only that, comes with calibrated parameters.")
         self.quantizer = quantizer
-        for part in _PARTS:
-            value = None if params is None else getattr(params, part)
-            self.register_buffer(part, None if value is None else dense(value).reshape(1))
+        for part, value in _parts(params).items():
+            self.register_buffer(part, value)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         if not self.quantizer.static:
             return self.quantizer.fake_quantize(x)
-        return self.quantizer.fake_quantize(x, QuantParams(*(self._buffers[part] for part in _PARTS)))
+        found, zero_point, offset, shifts = (self._buffers[part] for part in _PARTS)
+        scale: Tensor | Factored | None = found
+        if shifts is not None and found is not None:
+            scale = Factored((found, torch.exp2(-shifts.float())))
+        return self.quantizer.fake_quantize(x, QuantParams(scale, zero_point, offset))
 
     def _apply(self, fn: Any, recurse: bool = True) -> ActivationQuantizer:
         # Scales stay float32: only moves between devices pass.
@@ -44,9 +48,11 @@ class ActivationQuantizer(nn.Module):
         return self
 
     def to_dict(self) -> dict[str, object]:
-        """Line and the names of static parameters, for config.json."""
+        """Line and the names of static parameters, for config.json; with shifts, how many columns."""
         static = [part for part in _PARTS if getattr(self, part) is not None]
-        return {"quantizer": str(self.quantizer), **({"static": static} if static else {})}
+        shifts = self._buffers["shifts"]
+        columns = {} if shifts is None else {"columns": shifts.numel()}
+        return {"quantizer": str(self.quantizer), **({"static": static} if static else {}), **columns}
 
     @staticmethod
     def from_dict(data: dict[str, object]) -> ActivationQuantizer:
@@ -57,18 +63,40 @@ class ActivationQuantizer(nn.Module):
                 f"static parameters of an activation quantizer are among {', '.join(_PARTS)}; got {static!r}."
             )
         found = {part: torch.empty(1) for part in static}
-        return ActivationQuantizer(
-            quantizer, QuantParams(found.get("scale"), found.get("zero_point"), found.get("offset")) if found else None
-        )
+        if not found:
+            return ActivationQuantizer(quantizer)
+        scale: Tensor | Factored | None = found.get("scale")
+        if "shifts" in found:
+            columns = data["columns"]
+            if not isinstance(columns, int) or isinstance(scale, Factored) or scale is None:
+                raise FileError(f"shifts go with a scale and a number of columns; got {data!r}.")
+            scale = Factored((scale, torch.empty(columns)))
+        return ActivationQuantizer(quantizer, QuantParams(scale, found.get("zero_point"), found.get("offset")))
 
     def extra_repr(self) -> str:  # noqa: D102
         return str(self.quantizer)
 
 
+def _parts(params: QuantParams | None) -> dict[str, Tensor | None]:
+    """The buffers of static parameters."""
+    found: dict[str, Tensor | None] = dict.fromkeys(_PARTS)
+    if params is None:
+        return found
+    scale = params.scale
+    if isinstance(scale, Factored):
+        scale, powers = scale.factors
+        found["shifts"] = dense(powers).reshape(-1).log2().neg().to(torch.uint8)
+    for part, value in (("scale", scale), ("zero_point", params.zero_point), ("offset", params.offset)):
+        if isinstance(value, Tensor | QTensor):
+            found[part] = dense(value).reshape(1)
+    return found
+
+
 def check_static(quantizer: Quantizer) -> None:
     """Raise SchemeError for a static quantizer that one calibrated value can't serve."""
-    if quantizer.static and (type(quantizer.granularity) is not PerTensor or quantizer.scale_format != "float32"):
+    fixed = type(quantizer.granularity) in (PerTensor, Shifted) and quantizer.scale_format == "float32"
+    if quantizer.static and not fixed:
         raise SchemeError(
             f"{quantizer}: static activations have one float32 scale for the tensor; "
-            "write 'tensor', or leave out 'static'."
+            "write 'tensor' or 'shifted', or leave out 'static'."
         )

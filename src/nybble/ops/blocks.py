@@ -36,7 +36,7 @@ def scaled_round(blocks: Tensor, scale: Tensor, fmt: str, rounding: str, recipro
 
     Args:
         blocks: float32, float16 or bfloat16, [blocks, elements].
-        scale: float32, [blocks, 1] or [blocks, elements].
+        scale: float32, [blocks, 1], [1, elements] or [blocks, elements].
         fmt: name of the format.
         rounding: name of a deterministic rounding.
         reciprocal: multiply by the reciprocal instead of dividing.

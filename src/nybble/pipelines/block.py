@@ -16,8 +16,8 @@ from nybble.pipelines.plan import Target
 from nybble.pipelines.report import LayerRow, layer_row
 from nybble.pipelines.statistics import SecondMoment
 from nybble.pipelines.watch import Group, Seen
-from nybble.qtensor import QTensor, QuantParams
-from nybble.solvers import Solved, Solver, Weight
+from nybble.qtensor import QTensor
+from nybble.solvers import Solved, Solver, Stats, Weight
 
 
 def solve_block(
@@ -43,9 +43,7 @@ def solve_block(
     """
     rows: list[LayerRow] = []
     for group in seen.groups:
-        moment = seen.moments.pop(group.leader, None)  # its memory is free once this group is solved
-        second = None if moment is None else moment.mean(f"{prefix}{group.leader}")
-        rows += _solve_group(block, prefix, group, solver, second, seen.params.get(group.leader), originals)
+        rows += _solve_group(block, prefix, group, solver, seen, originals)
     for target in targets:
         if target.experts:
             rows += _solve_experts(block, prefix, target, solver, seen.routed.pop(target.name, None), originals)
@@ -57,8 +55,7 @@ def _solve_group(
     prefix: str,
     group: Group,
     solver: Solver,
-    second: Tensor | None,
-    params: QuantParams | None,
+    seen: Seen,
     originals: Mapping[str, Tensor],
 ) -> list[LayerRow]:
     weights = []
@@ -66,8 +63,11 @@ def _solve_group(
         if target.rule.weights is not None:
             matrix = _original(block, target.name, originals, f"{prefix}{target.name}.weight")
             weights.append(Weight(name=f"{prefix}{target.name}", matrix=matrix, quantizer=target.rule.weights))
+    sample = seen.looks.pop(group.leader, None)
+    look = None if sample is None else sample.all()
+    stats, params = seen.stats(group, prefix), seen.params.get(group.leader)
     with within(f"{prefix}{group.leader}"):
-        solved = dict(zip([w.name for w in weights], solver.solve(weights, second) if weights else [], strict=True))
+        solved = dict(zip([w.name for w in weights], solver.solve(weights, stats) if weights else [], strict=True))
     rows = []
     given = {w.name: w for w in weights}
     for target in group.members:
@@ -76,12 +76,13 @@ def _solve_group(
         old = block.get_submodule(target.name)
         kept = matrix_of(old)
         assert kept is not None
-        inputs = None if target.rule.inputs is None else ActivationQuantizer(target.rule.inputs, params)
+        chosen = (target.rule.inputs, params) if found is None or found.inputs is None else found.inputs
+        inputs = None if chosen[0] is None else ActivationQuantizer(chosen[0], chosen[1])
         outputs = None if target.rule.outputs is None else ActivationQuantizer(target.rule.outputs)
         weight: QTensor | Tensor = found.weight if found is not None else kept.detach()
         bias = old.bias.detach() if isinstance(old.bias, Tensor) else None
         set_module(block, target.name, QuantLinear(weight, bias, inputs, outputs))
-        rows.append(layer_row(name, target.rule, target.shape, given.get(name), found, params))
+        rows.append(layer_row(name, target.rule, target.shape, given.get(name), found, chosen, look))
     return rows
 
 
@@ -110,9 +111,9 @@ def _solve_experts(
         weight = Weight(name=name, matrix=_checked(stored, fused.device, name), quantizer=quantizer)
         second = None if moments is None else moments[expert].mean(name)
         with within(name):
-            found = solver.solve([weight], second)[0]
+            found = solver.solve([weight], Stats(second_moment=second))[0]
         solved.append(found)
-        rows.append(layer_row(name, target.rule, target.shape, weight, found, None))
+        rows.append(layer_row(name, target.rule, target.shape, weight, found, (None, None)))
     del module._parameters[leaf]
     module.add_module(leaf, PackedExperts([s.weight for s in solved], dtype, transposed=transposed))
     return rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
 SHARD_BYTES = 5_000_000_000
 MANIFEST = "nybble.json"
 REQUEST = "request.json"
-SPILL = "hidden.bin"
+SPILL = "hidden.bin."  # and the number of the stack
+
+
+def _never(name: str) -> bool:
+    return False
 
 
 class Parts:
@@ -49,7 +54,8 @@ class Parts:
 
     def __init__(self, folder: Path, request: dict[str, Any], resume: bool) -> None:
         self.folder, self.parts = folder, folder / "parts"
-        (folder / SPILL).unlink(missing_ok=True)
+        for left in folder.glob(f"{SPILL}*"):
+            left.unlink()
         before = self._earlier(request) if resume else None
         if before is None:
             for child in folder.iterdir():
@@ -84,7 +90,9 @@ class Parts:
         """Whether part ``name`` is complete."""
         return (self.parts / f"{name}.json").exists()
 
-    def write(self, name: str, prefix: str, module: nn.Module, rows: list[LayerRow], without: str = "") -> None:
+    def write(
+        self, name: str, prefix: str, module: nn.Module, rows: list[LayerRow], without: Callable[[str], bool] = _never
+    ) -> None:
         """Store a module's tensors, the descriptions of its quantized layers, and its rows.
 
         Args:
@@ -92,15 +100,15 @@ class Parts:
             prefix: of the module, with a dot; empty for the whole model.
             module: with real tensors; of those that are tied, the first name is kept.
             rows: of its layers.
-            without: names below this prefix are in other parts.
+            without: says which names are in other parts.
         """
         first: dict[int, str] = {}
         tensors: dict[str, Tensor] = {}
         for key, tensor in module.state_dict(keep_vars=True).items():
-            if not (without and key.startswith(without)) and first.setdefault(id(tensor), key) == key:
+            if not without(key) and first.setdefault(id(tensor), key) == key:
                 tensors[f"{prefix}{key}"] = tensor.detach()
         layouts = Layouts()
-        found = [(key, m) for key, m in quant_modules(module) if not (without and key.startswith(without))]
+        found = [(key, m) for key, m in quant_modules(module) if not without(key)]
         modules = {f"{prefix}{key}": describe(m, layouts) for key, m in found}
         write_tensorfile(self.parts / f"{name}.safetensors", tensors, {})
         atomic_write_json(

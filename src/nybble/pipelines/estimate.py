@@ -68,11 +68,15 @@ def estimate(model: Any, adapter: Adapter, plan: Plan, solver: Solver, load: Loa
     """
     size = load.dtype.itemsize
     blocks = [sum(p.numel() for p in block.parameters()) for block in adapter.blocks_of(model)]
-    outside = [p.numel() for n, p in model.named_parameters() if not n.startswith(f"{adapter.blocks}.")]
+    outside = [p.numel() for n, p in model.named_parameters() if not adapter.inside(n)]
     hidden = load.samples * load.seq_len * _width(model) * size
     block = max(blocks) * (load.source_bytes + (size if load.source_bytes != size else 0))
     work = max(
-        _seeing(model, targets, load) + _moments(targets, solver) + _solving(targets, solver) for targets in plan.blocks
+        _seeing(model, targets, load)
+        + _moments(targets, solver)
+        + _inputs(targets, solver, load)
+        + _solving(targets, solver)
+        for targets in plan.blocks
     )
     reading = 2 * max(outside, default=0) * load.source_bytes
     memory = BASE + sum(outside) * size + max(reading, block + work + (0 if load.spilled else hidden))
@@ -85,7 +89,7 @@ def estimate(model: Any, adapter: Adapter, plan: Plan, solver: Solver, load: Loa
     disk = int(2 * (packed + rest * size)) + (hidden if load.spilled else 0)
     passes = 2 * load.samples * load.seq_len
     seconds = 3 + passes * 2 * sum(blocks) / flops
-    if solver.needs_second_moment:
+    if plan.needs(solver) & {"second_moment", "inputs"}:
         seconds += sum(load.samples * load.seq_len * t.shape[1] ** 2 / flops + t.shape[1] * 1e-4 for t in targets)
     return Estimate(memory=int(memory), disk=disk, seconds=seconds)
 
@@ -106,12 +110,24 @@ def _seeing(model: Any, targets: Sequence[Target], load: Load) -> int:
 
 def _moments(targets: Sequence[Target], solver: Solver) -> int:
     """Float32 second moments: a block reads at most three tensors of one width (qkv, out, MLP); and one to add."""
-    if not solver.needs_second_moment or not targets:
+    needy = [t for t in targets if t.rule.weights is not None and "second_moment" in solver.needs(t.rule.inputs)]
+    if not needy:
         return 0
-    total = sum(4 * t.experts * t.shape[1] ** 2 for t in targets)
-    linear = [t.shape[1] for t in targets if not t.experts]
+    total = sum(4 * t.experts * t.shape[1] ** 2 for t in needy)
+    linear = [t.shape[1] for t in needy if not t.experts]
     total += sum(4 * c * c * min(3, linear.count(c)) for c in set(linear))
-    return int(total + 4 * max(t.shape[1] for t in targets) ** 2)
+    return int(total + 4 * max(t.shape[1] for t in needy) ** 2)
+
+
+def _inputs(targets: Sequence[Target], solver: Solver, load: Load) -> int:
+    """Inputs that a solver reads: kept in the model's dtype, three of a width; of the widest, six copies in float32."""
+    needy = [t for t in targets if t.rule.weights is not None and "inputs" in solver.needs(t.rule.inputs)]
+    if not needy:
+        return 0
+    tokens = min(load.samples * load.seq_len, solver.most_tokens)
+    widths = [t.shape[1] for t in needy]
+    kept = sum(c * min(3, widths.count(c)) for c in set(widths)) * load.dtype.itemsize
+    return tokens * (kept + 24 * max(widths))
 
 
 def _solving(targets: Sequence[Target], solver: Solver) -> int:

@@ -96,8 +96,8 @@ def _describe(found: Checkpoint) -> None:
         for side in ("inputs", "outputs"):
             if side in entry:
                 for key, tensor in ActivationQuantizer.from_dict(entry[side]).state_dict().items():
-                    found.expected[f"{name}.{side}.{key}"] = ("F32", list(tensor.shape))
-                    found.roles[f"{name}.{side}.{key}"] = "scales" if key == "scale" else "offsets"
+                    found.expected[f"{name}.{side}.{key}"] = (SAFETENSORS_NAMES[tensor.dtype], list(tensor.shape))
+                    found.roles[f"{name}.{side}.{key}"] = "scales" if key in ("scale", "shifts") else "offsets"
 
 
 def inspect(folder: str | Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from nybble.core.errors import NybbleError
 from nybble.formats import format_names
 from nybble.quantizer import Quantizer
 from nybble.recipe import load_recipe, recipe_names
-from nybble.solvers import Weight, make_solver
+from nybble.solvers import Stats, Weight, make_solver
 
 GRANULARITIES = ("tensor", "channel", "group=16", "block=4x16", "flat=24", "rank1")
 
@@ -20,10 +20,10 @@ def legal_combinations() -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(8, 32, generator=generator)
     inputs = torch.randn(64, 32, generator=generator)
-    second = inputs.T @ inputs / 64
+    stats = Stats(second_moment=inputs.T @ inputs / 64, inputs=inputs)
     rows = []
     for recipe_name in recipe_names():
-        step = load_recipe(recipe_name).steps[0]
+        step = load_recipe(recipe_name).solver
         solver = make_solver(step.name, step.options)
         for name in format_names():
             for granularity in GRANULARITIES:
@@ -32,13 +32,13 @@ def legal_combinations() -> list[dict[str, Any]]:
                         "recipe": recipe_name,
                         "format": name,
                         "granularity": granularity,
-                        "reason": _try(solver, name, granularity, matrix, second),
+                        "reason": _try(solver, name, granularity, matrix, stats),
                     }
                 )
     return rows
 
 
-def _try(solver: Any, name: str, granularity: str, matrix: torch.Tensor, second: torch.Tensor) -> str:
+def _try(solver: Any, name: str, granularity: str, matrix: torch.Tensor, stats: Stats) -> str:
     try:
         quantizer = Quantizer(f"{name} {granularity}")
         solver.quantizer_for(quantizer)
@@ -48,7 +48,7 @@ def _try(solver: Any, name: str, granularity: str, matrix: torch.Tensor, second:
                 if quantizer.format.is_integer
                 else quantizer.replace(scale="minmax(offset=true)")
             )
-        solver.solve([Weight(name="weight", matrix=matrix, quantizer=quantizer)], second)
+        solver.solve([Weight(name="weight", matrix=matrix, quantizer=quantizer)], stats)
     except NybbleError as error:
         return str(error)
     return ""

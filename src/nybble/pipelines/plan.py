@@ -53,10 +53,12 @@ class Plan:
         """Whether any weight is a fused one of experts."""
         return any(t.experts for block in self.blocks for t in block)
 
-    @property
-    def needs_ranges(self) -> bool:
-        """Whether any input has a static quantizer."""
-        return any(t.rule.inputs is not None and t.rule.inputs.static for block in self.blocks for t in block)
+    def needs(self, solver: Solver) -> frozenset[str]:
+        """What must be seen of the blocks: what the solver needs, and ``ranges`` for static inputs."""
+        rules = {t.rule for block in self.blocks for t in block}
+        static = any(rule.inputs is not None and rule.inputs.static for rule in rules)
+        solved = [solver.needs(rule.inputs) for rule in rules if rule.weights is not None]
+        return frozenset({"ranges"} if static else ()).union(*solved)
 
 
 def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver) -> Plan:
@@ -91,16 +93,14 @@ def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver
             _check(target, solver)
             if target.name in tied:
                 raise SchemeError("its weight is tied to the embeddings, which stay in float; add it to ignore.")
-    count = len(adapter.blocks_of(model))
-    prefixes = [f"{adapter.block_name(i)}." for i in range(count)]
+    prefixes = [f"{name}." for name in adapter.block_names(model)]
     blocks = tuple(
         tuple(
             Target(t.name.removeprefix(p), t.rule, t.shape, t.experts) for t in targets.values() if t.name.startswith(p)
         )
         for p in prefixes
     )
-    inside = f"{adapter.blocks}."
-    outside = tuple(t for t in targets.values() if not t.name.startswith(inside))
+    outside = tuple(t for t in targets.values() if not adapter.inside(t.name))
     for target in outside:
         if target.rule.inputs is not None and target.rule.inputs.static:
             raise SchemeError(

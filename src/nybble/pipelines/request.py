@@ -27,10 +27,7 @@ def build_recipe(
         UsageError, SchemeError: unknown names, contradictions, or what no step can do.
     """
     recipe = load_recipe(name)
-    if effort not in ("quick", "full"):
-        raise UsageError(f"effort {effort!r} is neither quick nor full.")
-    if effort == "quick":
-        raise UsageError(f"recipe {name!r} searches nothing, so it has no quick way; leave --effort out.")
+    recipe = recipe.with_effort(effort)
     if kv is not None:
         Quantizer(kv)
         raise SchemeError(f"recipe {name!r} does not quantize KV caches; leave --kv out.")

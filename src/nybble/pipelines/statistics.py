@@ -7,7 +7,9 @@ from torch import Tensor
 
 from nybble.core.errors import DataError
 from nybble.core.matmul import gram
+from nybble.granularity import Shifted
 from nybble.qtensor import QuantParams
+from nybble.qtensor._factors import shifted_scale
 from nybble.quantizer import Quantizer
 
 _SAMPLE = 1 << 20
@@ -47,6 +49,29 @@ class SecondMoment:
         return self._sum.div_(self.tokens)
 
 
+class InputSample:
+    """Inputs as they come, evenly spread where there are more tokens than are wanted.
+
+    Args:
+        columns: width of the input. total: tokens that will come in all. most: tokens to keep.
+    """
+
+    def __init__(self, columns: int, total: int, most: int) -> None:
+        self.columns, self.stride = columns, max(1, -(-total // most))
+        self._seen = 0
+        self._kept: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        """Count the tokens of ``x`` [..., columns]."""
+        flat = x.reshape(-1, self.columns)
+        self._kept.append(flat[-self._seen % self.stride :: self.stride].clone())
+        self._seen += len(flat)
+
+    def all(self) -> Tensor | None:
+        """[tokens, columns] in the model's dtype, or None if no token came."""
+        return torch.cat(self._kept) if self._seen else None
+
+
 class Range:
     """Values seen, for one static scale: exact extremes, and an evenly spread sample of about a million others.
 
@@ -59,19 +84,22 @@ class Range:
         self._samples: list[Tensor] = []
         self._low: Tensor | None = None
         self._high: Tensor | None = None
+        self._columns: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
-        """Count ``x``."""
-        flat = x.reshape(-1).float()
-        if not flat.numel():
+        """Count ``x`` [..., columns]."""
+        if not x.numel():
             return
+        columns = x.reshape(-1, x.shape[-1]).abs().amax(0).float()
+        self._columns = columns if self._columns is None else torch.maximum(self._columns, columns)
+        flat = x.reshape(-1).float()
         low, high = torch.aminmax(flat)
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
         self._samples.append(flat[:: self.stride].clone())
 
     def fit(self, quantizer: Quantizer, name: str) -> QuantParams:
-        """Parameters of a per-tensor quantizer; absmax and minmax see the extremes, searching rules the sample."""
+        """Parameters of a static quantizer; absmax and minmax see the extremes, searching rules the sample."""
         if self._low is None or self._high is None:
             raise DataError(
                 f"no calibration input reached {name}, so its activations have no scale; use a dynamic quantizer."
@@ -79,4 +107,6 @@ class Range:
         values = torch.cat([*self._samples, self._low[None], self._high[None]])
         if not bool(torch.isfinite(values[-2:]).all()):
             raise DataError(f"the calibration inputs of {name} hold NaN or Inf; check the data and the model's dtype.")
+        if isinstance(quantizer.granularity, Shifted) and self._columns is not None:
+            return QuantParams(shifted_scale(self._columns, quantizer.format, 1))
         return quantizer.fit(values)

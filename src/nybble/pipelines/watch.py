@@ -7,16 +7,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import DataError
 from nybble.models.experts import expert_weights, routed_inputs
 from nybble.models.trace import BlockCall, trace_groups
 from nybble.pipelines.plan import Target
-from nybble.pipelines.statistics import Range, SecondMoment
+from nybble.pipelines.portrait import SAMPLE
+from nybble.pipelines.statistics import InputSample, Range, SecondMoment
 from nybble.qtensor import QuantParams
 from nybble.quantizer import Quantizer
-from nybble.solvers import Solver
+from nybble.solvers import Solver, Stats
 
 Batches = Callable[[], Iterable[tuple[BlockCall, Tensor]]]
 
@@ -60,12 +62,24 @@ class Seen:
     Attributes:
         groups: all linear targets. params: of static input quantizers, by the group's leader.
         moments: by leader; missing where nothing was seen. routed: by fused weight, one an expert.
+        samples: inputs themselves, by leader. looks: a few of them, for pictures.
     """
 
     groups: Sequence[Group]
     params: dict[str, QuantParams] = field(default_factory=dict)
     moments: dict[str, SecondMoment] = field(default_factory=dict)
     routed: dict[str, list[SecondMoment]] = field(default_factory=dict)
+    samples: dict[str, InputSample] = field(default_factory=dict)
+    looks: dict[str, InputSample] = field(default_factory=dict)
+
+    def stats(self, group: Group, prefix: str) -> Stats:
+        """What a solver gets of a group's input; the memory is free once the caller lets go of it."""
+        moment, sample = self.moments.pop(group.leader, None), self.samples.pop(group.leader, None)
+        return Stats(
+            second_moment=None if moment is None else moment.mean(f"{prefix}{group.leader}"),
+            inputs=None if sample is None else sample.all(),
+            quantizer=group.inputs,
+        )
 
 
 def see_nothing(targets: Sequence[Target]) -> Seen:
@@ -82,7 +96,7 @@ def see_block(
         block: with real float weights.
         prefix: its full name.
         targets: its weights, names relative to it.
-        solver: says whether it wants second moments.
+        solver: says what it wants to see.
         batches: the block's inputs, batch by batch, as often as called.
         tokens: how many tokens those are.
 
@@ -96,11 +110,23 @@ def see_block(
         if group.inputs is not None and group.inputs.static:
             name = f"{prefix}.{group.leader}"
             raise DataError(f"{name} was never called on the calibration data, so its activations have no scale.")
-    params = _ranges(block, prefix, groups, batches, tokens)
-    if not solver.needs_second_moment:
-        return Seen(groups=[*groups, *alone], params=params)
-    moments, routed = _moments(block, groups, targets, batches, params)
-    return Seen(groups=[*groups, *alone], params=params, moments=moments, routed=routed)
+    params = {} if solver.chooses_inputs else _ranges(block, prefix, groups, batches, tokens)
+    seen = Seen(groups=[*groups, *alone], params=params)
+    for group in groups:
+        wanted = solver.needs(group.inputs) if any(t.rule.weights for t in group.members) else frozenset()
+        columns = group.members[0].shape[1]
+        if "second_moment" in wanted:
+            seen.moments[group.leader] = SecondMoment(columns, group.inputs, params.get(group.leader))
+        if "inputs" in wanted:
+            seen.samples[group.leader] = InputSample(columns, tokens, solver.most_tokens)
+    for target in targets:
+        if target.experts and "second_moment" in solver.needs(None):
+            seen.routed[target.name] = [SecondMoment(target.shape[1]) for _ in range(target.experts)]
+    if seen.moments or seen.samples or seen.routed:
+        for group in groups:
+            seen.looks[group.leader] = InputSample(group.members[0].shape[1], tokens, SAMPLE)
+        _watch(block, seen, batches)
+    return seen
 
 
 def _ranges(
@@ -111,42 +137,50 @@ def _ranges(
     if not static:
         return {}
     ranges = {g.leader: Range(tokens * g.members[0].shape[1]) for g in static}
-    with _watching(block, {name: r.add for name, r in ranges.items()}):
-        for call, hidden in batches():
-            call.run(block, hidden)
+    _run(block, batches, [(name, r.add) for name, r in ranges.items()])
     return {g.leader: ranges[g.leader].fit(g.inputs, f"{prefix}.{g.leader}") for g in static if g.inputs is not None}
 
 
-def _moments(
-    block: nn.Module,
-    groups: Sequence[Group],
-    targets: Sequence[Target],
-    batches: Batches,
-    params: Mapping[str, QuantParams],
-) -> tuple[dict[str, SecondMoment], dict[str, list[SecondMoment]]]:
-    """Second moments by leader, and for fused experts by target, one an expert."""
-    weighted = [g for g in groups if any(t.rule.weights for t in g.members)]
-    moments = {g.leader: SecondMoment(g.members[0].shape[1], g.inputs, params.get(g.leader)) for g in weighted}
-    routed = {t.name: [SecondMoment(t.shape[1]) for _ in range(t.experts)] for t in targets if t.experts}
-    with _watching(block, {name: m.add for name, m in moments.items()}), _watching_experts(block, routed):
-        for call, hidden in batches():
-            call.run(block, hidden)
-    return moments, routed
+def channel_maxima(block: nn.Module, names: Sequence[str], batches: Batches) -> dict[str, Tensor]:
+    """Largest magnitude in each input channel of some modules, float32 [channels]; those never called are missing."""
+    found: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[Tensor], None]:
+        def add(x: Tensor) -> None:
+            largest = x.reshape(-1, x.shape[-1]).abs().amax(0).float()
+            found[name] = torch.maximum(found[name], largest) if name in found else largest
+
+        return add
+
+    _run(block, batches, [(name, note(name)) for name in names])
+    return found
 
 
-@contextmanager
-def _watching(block: nn.Module, watchers: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+def _watch(block: nn.Module, seen: Seen, batches: Batches) -> None:
+    """Run the block once and let everything in ``seen`` that gathers inputs gather them."""
+    gathering: tuple[Mapping[str, InputSample | SecondMoment], ...] = (seen.moments, seen.samples, seen.looks)
+    watchers = [(name, part.add) for parts in gathering for name, part in parts.items()]
+    with _watching_experts(block, seen.routed):
+        _run(block, batches, watchers)
+
+
+def _run(block: nn.Module, batches: Batches, watchers: Sequence[tuple[str, Callable[[Tensor], None]]]) -> None:
+    """Run the block on all batches and show each watcher its module's inputs, but for those of padding tokens."""
+    mask: Tensor | None = None
     handles = []
-    for name, watch in watchers.items():
+    for name, watch in watchers:
 
         def see(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watch: Callable[[Tensor], None] = watch
         ) -> None:
-            watch(args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor)))
+            x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+            watch(x if mask is None or x.shape[:2] != mask.shape else x[mask])
 
         handles.append(block.get_submodule(name).register_forward_pre_hook(see, with_kwargs=True))
     try:
-        yield
+        for call, hidden in batches():
+            mask = call.mask
+            call.run(block, hidden)
     finally:
         for handle in handles:
             handle.remove()

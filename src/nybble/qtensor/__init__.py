@@ -168,7 +168,7 @@ def block_view(value: ScaleLike, granularity: Granularity, shape: tuple[int, ...
     if isinstance(value, Inverse):
         value = value.divisor
     if isinstance(value, Factored):
-        return granularity.to_blocks(value.expand(granularity, shape).expand(shape))
+        return granularity.factor_blocks(value.expand(granularity, shape), shape)
     return dense(value).reshape(-1, 1)
 
 

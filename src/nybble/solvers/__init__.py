@@ -2,23 +2,22 @@
 
 A solver gets weights that read the same input together (q, k and v; gate and up), so that one second moment and its
 factorisation serve them all. What it minimises is the layer's output error ``tr((W - W_hat) H (W - W_hat)^T)`` with
-``H = E[x x^T]``; without calibration, H is the identity and that is the weight error. No solver returns anything worse
-than round-to-nearest on it.
+``H = E[x x^T]``; without calibration, H is the identity and that is the weight error. A solver may also choose the
+quantizer of the input, and the formats (LLM-FP4). No solver returns anything worse than round-to-nearest on its
+objective.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from nybble.core.errors import SchemeError, did_you_mean
 from nybble.core.registry import Registry
-from nybble.qtensor import QTensor
+from nybble.qtensor import QTensor, QuantParams
 from nybble.quantizer import Quantizer
 
 REGISTRY = Registry("nybble.solvers", "solver")
@@ -39,18 +38,42 @@ class Weight:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What calibration saw of the input that some weights share; what a solver doesn't need is None.
+
+    Attributes:
+        second_moment: ``E[x x^T]`` of the inputs as the layer will get them (quantized, where the scheme says how),
+            float32 [columns, columns]; None where calibration saw nothing (an expert without tokens).
+        inputs: the inputs themselves before any quantizer, [tokens, columns] in the model's dtype.
+        fisher: squared gradients of the loss by the layer's outputs, by the weight's name: float32 [tokens, rows].
+        quantizer: what the scheme says about the inputs; None leaves them in float.
+    """
+
+    second_moment: Tensor | None = None
+    inputs: Tensor | None = None
+    fisher: Mapping[str, Tensor] = field(default_factory=dict)
+    quantizer: Quantizer | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Solved:
     """A solver's answer.
 
     Attributes:
         weight: the quantized matrix. error: its objective over the objective of zero weights (relative output error).
         rtn_error: the same for round-to-nearest under the same quantizer. notes: fallbacks and choices worth reporting.
+        quantizer: what the weight was rounded to, where that isn't the scheme's (a chosen format).
+        inputs: quantizer and parameters of the input, where the solver chose them.
+        clip: largest representable value over the largest magnitude, a value a row, where the solver searched it.
     """
 
     weight: QTensor
     error: float
     rtn_error: float
     notes: tuple[str, ...] = ()
+    quantizer: Quantizer | None = None
+    inputs: tuple[Quantizer, QuantParams] | None = None
+    clip: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,24 +81,36 @@ class Solver(ABC):
     """A method; its fields are its options in a recipe.
 
     Attributes:
-        needs_second_moment: whether it wants ``H = mean(x x^T)`` of the inputs.
         path: which network the inputs come from: ``float``, or ``quantized`` (blocks before this one are quantized).
     """
 
-    needs_second_moment: ClassVar[bool] = False
     path: ClassVar[str] = "float"
 
+    def needs(self, inputs: Quantizer | None) -> frozenset[str]:
+        """Which of ``second_moment``, ``inputs``, ``fisher`` :meth:`solve` reads, for inputs under this quantizer."""
+        return frozenset()
+
+    @property
+    def chooses_inputs(self) -> bool:
+        """Whether it finds the parameters of static input quantizers itself."""
+        return False
+
+    @property
+    def most_tokens(self) -> int:
+        """How many inputs it wants at most, of those that calibration has."""
+        return 0
+
     @abstractmethod
-    def solve(self, weights: Sequence[Weight], second_moment: Tensor | None = None) -> list[Solved]:
+    def solve(self, weights: Sequence[Weight], stats: Stats) -> list[Solved]:
         """Quantize weights that read the same input.
 
         Args:
             weights: all with the same number of columns.
-            second_moment: float32 [columns, columns], or None where calibration saw nothing (an expert without tokens).
+            stats: what calibration saw of that input.
         """
 
     def working_bytes(self, rows: Sequence[int], columns: int) -> int:
-        """Most memory that :meth:`solve` needs for weights [rows, columns] beyond their second moment, in bytes.
+        """Most memory that :meth:`solve` needs for weights [rows, columns] beyond what it is given, in bytes.
 
         Rounding: the weights in float32, and of the largest about seven copies.
         """
@@ -92,16 +127,8 @@ def make_solver(name: str, options: Mapping[str, Any]) -> Solver:
     Raises:
         UsageError: unknown solver. SchemeError: unknown option, or a value of the wrong type.
     """
-    kind: type[Solver] = REGISTRY.get(name)
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    for key, value in options.items():
-        if key not in known:
-            raise SchemeError(f"solver {name!r} has no option {key!r}.{did_you_mean(key, known)}")
-        default = known[key].default
-        number = isinstance(value, int | float) and not isinstance(value, bool) and isinstance(default, float)
-        if not number and type(value) is not type(default):
-            raise SchemeError(f"solver {name!r}: {key} is a {type(default).__name__}; got {value!r}.")
-    return kind(**options)
+    made: Solver = REGISTRY.make(name, options)
+    return made
 
 
 def relative_error(matrix: Tensor, approximation: Tensor, second_moment: Tensor | None) -> float:

@@ -31,7 +31,7 @@ from nybble.qtensor import QuantParams, ScaleLike, block_view
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 from nybble.rounding import get_rounding
-from nybble.solvers import Solved, Solver, Weight, relative_error
+from nybble.solvers import Solved, Solver, Stats, Weight, relative_error
 from nybble.solvers._columns import Span, visit_block, visit_block_in_graph
 
 
@@ -45,7 +45,6 @@ class Gptq(Solver):
         activation_order: visit columns with large inputs first.
     """
 
-    needs_second_moment: ClassVar[bool] = True
     path: ClassVar[str] = "quantized"
 
     block: int = 128
@@ -57,6 +56,9 @@ class Gptq(Solver):
             raise SchemeError(f"gptq: block={self.block}; at least one column.")
         if not 0 <= self.damping < 1:
             raise SchemeError(f"gptq: damping={self.damping:g} is a share of the mean diagonal, 0 <= damping < 1.")
+
+    def needs(self, inputs: Quantizer | None) -> frozenset[str]:  # noqa: D102
+        return frozenset({"second_moment"})
 
     def working_bytes(self, rows: Sequence[int], columns: int) -> int:
         """Seven matrices like H while it is factorised; then eight copies of all weights."""
@@ -75,7 +77,8 @@ class Gptq(Solver):
                 )
         return quantizer
 
-    def solve(self, weights: Sequence[Weight], second_moment: Tensor | None = None) -> list[Solved]:  # noqa: D102
+    def solve(self, weights: Sequence[Weight], stats: Stats) -> list[Solved]:  # noqa: D102
+        second_moment = stats.second_moment
         grids = [_Grid(weight) for weight in weights]
         plain = [grid.finish(grid.matrix) for grid in grids]
         plain_errors = [

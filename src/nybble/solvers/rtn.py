@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from nybble.core.errors import SchemeError
 from nybble.quantizer import Quantizer
 from nybble.scales import parse_scale_rule
 from nybble.scales.minmax import MinMax
 from nybble.scales.mse import Mse
-from nybble.solvers import Solved, Solver, Weight, relative_error
+from nybble.solvers import Solved, Solver, Stats, Weight, relative_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +31,10 @@ class Rtn(Solver):
             rule = replace(rule, asymmetric=True) if isinstance(rule, Mse) else MinMax()
         return quantizer.replace(scale=rule)
 
-    def solve(self, weights: Sequence[Weight], second_moment: Tensor | None = None) -> list[Solved]:  # noqa: D102
-        return [self._solve(weight, second_moment) for weight in weights]
+    def solve(self, weights: Sequence[Weight], stats: Stats) -> list[Solved]:  # noqa: D102
+        return [self._solve(weight) for weight in weights]
 
-    def _solve(self, weight: Weight, second_moment: Tensor | None) -> Solved:
+    def _solve(self, weight: Weight) -> Solved:
         plain = weight.quantizer.quantize(weight.matrix)
         plain_error = relative_error(weight.matrix, plain.dequantize(), None)
         chosen = self.quantizer_for(weight.quantizer)

@@ -54,7 +54,8 @@ def test_replay_is_exact(family: str, make_model: Any, input_ids: torch.Tensor, 
     seen_by_recorders = model
     if on_meta:  # blocks and head without weights: nothing in them may be computed
         seen_by_recorders = make_model(family)
-        adapter_for(model).blocks_of(seen_by_recorders).to("meta")
+        for block in adapter_for(model).blocks_of(seen_by_recorders):
+            block.to("meta")
     calls = capture_block_calls(seen_by_recorders, input_ids)
     assert [call.hidden is not None for call in calls] == [True, False]
     hidden = calls[0].hidden
@@ -70,7 +71,7 @@ def test_padded_batches_keep_their_mask(make_model: Any, input_ids: torch.Tensor
     model = make_model("llama")
     mask = torch.ones_like(input_ids)
     mask[0, :4] = 0
-    calls = capture_block_calls(model, input_ids, attention_mask=mask)
+    calls = capture_block_calls(model, {"input_ids": input_ids, "attention_mask": mask})
     hidden = calls[0].hidden
     assert hidden is not None
     for block, call in zip(model.model.layers, calls, strict=True):
@@ -174,9 +175,9 @@ def test_ties_and_paths(family: str, make_model: Any) -> None:
     assert model.get_submodule(adapter.head) is model.get_output_embeddings()
     assert model.get_submodule(adapter.embeddings[0]) is model.get_input_embeddings()
     assert adapter.final_norm is not None and isinstance(model.get_submodule(adapter.final_norm), nn.Module)
-    block = adapter.block_name(1)
+    block = adapter.block_names(model)[1]
     assert model.get_submodule(block) is adapter.blocks_of(model)[1]
-    inside = {n for n, _ in model.named_parameters(remove_duplicate=False) if n.startswith(adapter.blocks)}
+    inside = {n for n, _ in model.named_parameters(remove_duplicate=False) if adapter.inside(n)}
     assert inside.isdisjoint(adapter.outside(model))
     assert inside | set(adapter.outside(model)) == {n for n, _ in model.named_parameters(remove_duplicate=False)}
     if adapter.experts is not None:

@@ -1,0 +1,27 @@
+"""``nybble report OUT``: one page that shows what happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nybble.cli._output import print_json
+
+
+def command(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that nybble quantize wrote.")],
+    out: Annotated[Path | None, typer.Option(help="The page to write; left out: report.html in OUT.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Write a self-contained HTML page about OUT: errors, histograms, bytes, samples, manifest."""
+    from nybble.pipelines.report_page import write_report
+
+    found = write_report(folder, out)
+    if json:
+        print_json(found)
+        return
+    print(f"{found['report']}: {found['bytes'] / 1e3:,.0f} kB, {found['layers']} layers; open it in any browser")
+    if not found["evaluated"]:
+        print("It has no quality numbers: `nybble quantize ... --eval builtin` measures them.")

@@ -1,0 +1,88 @@
+"""What a layer looked like: histograms of its weights and inputs as the rounder saw them, and its input's channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble.qtensor import Factored, Inverse, QTensor, QuantParams, block_view
+from nybble.qtensor.block import BlockQTensor
+from nybble.quantizer import Quantizer
+
+BINS = 64
+SAMPLE = 1024
+"""Tokens of an input that are looked at."""
+
+
+def weight_picture(matrix: Tensor, found: QTensor) -> dict[str, Any] | None:
+    """Histogram of a weight over its scales (and zero points), where the format's grid can be drawn on it.
+
+    Args:
+        matrix: float32 [rows, columns].
+        found: its quantized version; only one with blocks has a picture.
+    """
+    if not isinstance(found, BlockQTensor):
+        return None
+    return _on_grid(matrix, found.params, Quantizer(f"{found.format.name} {found.granularity}"))
+
+
+def input_picture(sample: Tensor, quantizer: Quantizer | None, params: QuantParams | None) -> dict[str, Any]:
+    """Histogram of an input as its quantizer saw it, and how its channels differ.
+
+    Args:
+        sample: [tokens, columns].
+        quantizer: None where the input stays in float; the histogram is then over the largest magnitude.
+        params: of a static quantizer.
+
+    Returns:
+        ``histogram`` (:func:`_histogram`); ``inter`` and ``intra``: variance of the channels' mean magnitudes, and mean
+        over channels of the variance of their magnitudes, both over the mean square of all; ``channels``: largest and
+        mean magnitude of up to 64 channels, spread evenly from the loudest to the quietest.
+    """
+    x = sample.float()
+    magnitude = x.abs()
+    power = float(x.square().mean()) or 1.0
+    loudest, means = magnitude.amax(0), magnitude.mean(0)
+    order = loudest.argsort(descending=True)
+    shown = order[torch.linspace(0, len(order) - 1, min(BINS, len(order)), device=order.device).round().long()]
+    if quantizer is None:
+        histogram = _histogram(x / magnitude.max().clamp(min=1e-30), 1.0)
+    else:
+        histogram = _on_grid(x, params or quantizer.fit(x), quantizer)
+    return {
+        "histogram": histogram,
+        "inter": _short(float(means.var(correction=0)) / power),
+        "intra": _short(float(magnitude.var(0, correction=0).mean()) / power),
+        "channels": [[_short(float(loudest[i])), _short(float(means[i]))] for i in shown],
+    }
+
+
+def _on_grid(x: Tensor, params: QuantParams, quantizer: Quantizer) -> dict[str, Any]:
+    granularity, shape = quantizer.granularity, tuple(x.shape)
+    y = granularity.to_blocks(x)
+    if params.offset is not None:
+        y = y - block_view(params.offset, granularity, shape)
+    if isinstance(params.scale, Inverse):
+        y = y * block_view(params.scale, granularity, shape)
+    elif isinstance(params.scale, Factored) or params.scale is not None:
+        y = y / block_view(params.scale, granularity, shape)
+    if params.zero_point is not None:
+        y = y + block_view(params.zero_point, granularity, shape)
+    fmt = quantizer.format
+    return _histogram(y, fmt.absmax) | {"format": fmt.name}
+
+
+def _histogram(y: Tensor, top: float) -> dict[str, Any]:
+    """Counts of 64 bins over -1.25 top .. 1.25 top, values beyond in the last ones; ``clipped``: share above top."""
+    edge = 1.25 * top
+    flat = y.reshape(-1).nan_to_num()
+    counts = torch.histc(flat.clamp(-edge, edge).float().cpu(), BINS, -edge, edge)
+    clipped = float((flat.abs() > top).float().mean())
+    return {"edge": edge, "counts": [int(c) for c in counts], "clipped": _short(clipped)}
+
+
+def _short(value: float) -> float:
+    """Four digits: a picture needs no more, and the file stays small."""
+    return float(f"{value:.4g}")

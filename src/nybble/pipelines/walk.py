@@ -1,0 +1,207 @@
+"""The walk over the blocks: load one, see its inputs, solve its weights, write the part, move the hidden states on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from nybble.core.errors import DataError
+from nybble.core.memory import trim_memory
+from nybble.core.progress import Progress, task
+from nybble.core.seeds import derive_seed
+from nybble.models.trace import BlockCall, capture_block_calls
+from nybble.nn.swap import hold_dense
+from nybble.pipelines.activations import Activations
+from nybble.pipelines.block import check_finite, solve_block
+from nybble.pipelines.checkpoint import SPILL, Parts
+from nybble.pipelines.fold import transform_block
+from nybble.pipelines.job import OUTSIDE, Job, part_name
+from nybble.pipelines.report import LayerRow
+from nybble.pipelines.watch import see_block, see_nothing
+
+
+@dataclass
+class Walk:
+    """One run on its way: a job, and the hidden states between its blocks."""
+
+    job: Job
+    stream: Activations | None = None
+    calls: dict[int, list[BlockCall]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.names = self.job.adapter.block_names(self.job.model)
+        self.stacks = [len(names) for names in self.job.adapter.stack_names(self.job.model)]
+
+    def run(self, parts: Parts | None, progress: Progress) -> list[LayerRow]:
+        """Quantize every block, then what is outside them; returns all rows."""
+        self._load_outside()
+        if self.job.tokens is not None:
+            self._begin(self.job.tokens.inputs, parts)
+        rows: list[LayerRow] = []
+        try:
+            with task(progress, len(self.job.plan.blocks) + 1, f"quantize ({self.job.recipe.name})") as bar:
+                for index in range(len(self.job.plan.blocks)):
+                    rows += self._block(index, parts)
+                    bar.advance(note=rows[-1].name if rows else "")
+                rows += self._outside(parts)
+                bar.advance(note="")
+        finally:
+            if self.stream is not None:
+                self.stream.close()
+        return rows
+
+    def _block(self, index: int, parts: Parts | None) -> list[LayerRow]:
+        name, prefix = part_name(index), self.names[index]
+        block = self.job.model.get_submodule(prefix)
+        moves_on = self.job.tokens is not None and index + 1 < len(self.job.plan.blocks)
+        if self.job.tokens is not None and index == self.stacks[0]:
+            self._begin(self.job.tokens.inputs, parts, decoder=True)
+        if parts is not None and parts.done(name):
+            rows = parts.rows(name)
+            if moves_on:
+                self._replay(block, index, parts)
+        else:
+            originals = self._load_block(block, prefix)
+            rows = self._quantize_block(block, index, originals, moves_on)
+            if parts is not None:
+                parts.write(name, f"{prefix}.", block, rows)
+        if parts is not None:
+            self._release(block)
+        return rows
+
+    def _quantize_block(
+        self, block: nn.Module, index: int, originals: dict[str, Tensor], moves_on: bool
+    ) -> list[LayerRow]:
+        """See, solve and move the hidden states on: before the weights change on the float path, after it else."""
+        prefix, targets = self.names[index], self.job.plan.blocks[index]
+        seen = see_nothing(targets)
+        if self.job.tokens is not None:
+            self._seed(index, "see")
+            batches = partial(self._batches, index)
+            if self.job.transforms:
+                config = self.job.model.config
+                transform_block(block, self.job.transforms, self.job.adapter, config, originals, batches)
+            seen = see_block(block, prefix, targets, self.job.solver, batches, self.job.tokens.tokens)
+        if moves_on and self.job.solver.path == "float":
+            self._advance(block, index)
+        self._seed(index, "solve")
+        rows = solve_block(block, f"{prefix}.", targets, self.job.solver, seen, originals)
+        if moves_on and self.job.solver.path == "quantized":
+            self._advance(block, index)
+        return rows
+
+    def _replay(self, block: nn.Module, index: int, parts: Parts) -> None:
+        """Move the hidden states through a block that an earlier run finished."""
+        if self.job.solver.path == "quantized":
+            parts.restore(part_name(index), self.job.model, self.job.device)
+        else:
+            self._load_block(block, self.names[index])
+        self._advance(block, index)
+
+    def _seed(self, index: int, phase: str) -> None:
+        """Stochastic roundings draw from the global state: fix it, so that a resumed run draws the same."""
+        torch.manual_seed(derive_seed(self.job.settings.seed, part_name(index), phase))
+
+    def _advance(self, block: nn.Module, index: int) -> None:
+        """Run the block on its stream; its outputs become the next block's inputs."""
+        self._seed(index, "advance")
+        assert self.stream is not None
+        hold_dense(block, self.job.settings.dtype)
+        start = 0
+        for call, hidden in self._batches(index):
+            output = call.run(block, hidden)
+            self.stream.write(start, output)
+            start += output.shape[0]
+        hold_dense(block, None)
+        if not self.stream.finite():
+            raise DataError(f"the outputs of block {index} hold NaN or Inf; try another dtype or a gentler scheme.")
+
+    def _outside(self, parts: Parts | None) -> list[LayerRow]:
+        if parts is not None and parts.done(OUTSIDE):
+            return parts.rows(OUTSIDE)
+        originals = {}
+        if self.job.source is not None and self.job.plan.outside:
+            originals = self.job.source.load(
+                [f"{t.name}.weight" for t in self.job.plan.outside], device=self.job.device
+            )
+        rows = []
+        for target in self.job.plan.outside:
+            self._seed(len(self.job.plan.blocks), target.name)
+            rows += solve_block(self.job.model, "", [target], self.job.solver, see_nothing([target]), originals)
+        if parts is not None:
+            parts.write(OUTSIDE, "", self.job.model, rows, without=self.job.adapter.inside)
+        return rows
+
+    def _load_outside(self) -> None:
+        if self.job.source is None:
+            return
+        names = [n for n in self.job.adapter.outside(self.job.model) if n in self.job.source.stored()]
+        found = self.job.source.load(names, dtype=self.job.settings.dtype, device=self.job.device)
+        _check_finite(found)
+        self.job.model.load_state_dict(found, strict=False, assign=True)
+        self.job.model.tie_weights()
+        for buffer_name, buffer in self.job.model.named_buffers():
+            if buffer.device != self.job.device and buffer.device.type != "meta":
+                owner, _, leaf = buffer_name.rpartition(".")
+                self.job.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.job.device)
+
+    def _load_block(self, block: nn.Module, prefix: str) -> dict[str, Tensor]:
+        """Fill a block from the source; returns its parameters in the source's precision, names relative to it."""
+        if self.job.source is None:
+            return {}
+        names = [f"{prefix}.{n}" for n, _ in block.named_parameters()] + [
+            f"{prefix}.{n}" for n in block.state_dict() if f"{prefix}.{n}" in self.job.source.stored()
+        ]
+        names = list(dict.fromkeys(names))
+        loaded = self.job.source.load(names, device=self.job.device)
+        _check_finite(loaded)
+        found = {n.removeprefix(f"{prefix}."): t for n, t in loaded.items()}
+        cast = {n: t.to(self.job.settings.dtype) if t.is_floating_point() else t for n, t in found.items()}
+        block.load_state_dict(cast, strict=False, assign=True)
+        return found
+
+    def _release(self, block: nn.Module) -> None:
+        """Give the memory of a finished block back."""
+        if self.job.source is not None:
+            block.to("meta")
+            trim_memory()
+
+    def _begin(self, inputs: Mapping[str, Tensor], parts: Parts | None, decoder: bool = False) -> None:
+        """Hidden states before the first block of a stack, and how its blocks are called in every batch.
+
+        Batches of one size are called alike where nothing but token ids goes in.
+        """
+        before, self.stream = self.stream, None
+        self.calls, alike = {}, set(inputs) == {"input_ids"} and not decoder
+        samples = next(iter(inputs.values())).shape[0]
+        first: dict[int, list[BlockCall]] = {}
+        for start in range(0, samples, self.job.settings.batch):
+            given = {name: t[start : start + self.job.settings.batch].to(self.job.device) for name, t in inputs.items()}
+            size = next(iter(given.values())).shape[0]
+            end = before.read(start, start + size) if decoder and before is not None else None
+            calls = capture_block_calls(self.job.model, given, adapter=self.job.adapter, end=end)
+            self.calls[start] = first.setdefault(size, calls) if alike else calls
+            hidden = calls[0].hidden
+            assert hidden is not None
+            if self.stream is None:
+                spill = parts.folder / f"{SPILL}{decoder:d}" if self.job.settings.spill and parts is not None else None
+                self.stream = Activations((samples, *hidden.shape[1:]), hidden.dtype, self.job.device, spill)
+            self.stream.write(start, hidden)
+        if before is not None:
+            before.close()
+
+    def _batches(self, index: int) -> Iterator[tuple[BlockCall, Tensor]]:
+        assert self.stream is not None
+        within = index if index < self.stacks[0] else index - self.stacks[0]
+        for start, calls in self.calls.items():
+            yield calls[within], self.stream.read(start, min(start + self.job.settings.batch, len(self.stream)))
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
+            check_finite(tensor, name)

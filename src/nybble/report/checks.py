@@ -1,0 +1,145 @@
+"""Is this what a manifest and an evaluation look like? Checked before a page is made, so the page need not doubt it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from nybble.core.errors import FileError, FormatError
+from nybble.formats import get_format
+
+Check = Callable[[Any], bool]
+MOST_BINS = 256
+
+
+def check_manifest(manifest: dict[str, Any], place: object) -> None:
+    """Refuse a manifest without a recipe or layers, and layers whose values or pictures are not what they should be.
+
+    Args:
+        manifest: nybble.json.
+        place: the file, for messages.
+
+    Raises:
+        FileError: what is wrong, of which layer.
+    """
+    if not isinstance(manifest.get("recipe"), dict):
+        raise _damaged(place, "it names no recipe")
+    rows = manifest.get("layers")
+    if not isinstance(rows, list) or not rows:
+        raise _damaged(place, "it lists no layers")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not _text(row.get("name")):
+            raise _damaged(place, f"layer {number} has no name")
+        for key, (needed, good) in FIELDS.items():
+            if key not in row and not needed:
+                continue
+            if key not in row:
+                raise _damaged(place, f"layer {row['name']!r} has no {key!r}")
+            if not good(row[key]):
+                raise _damaged(place, f"layer {row['name']!r} has {key} = {_short(row[key])}")
+
+
+def check_evaluation(evaluation: dict[str, Any], place: object) -> None:
+    """Refuse an evaluation whose models, data or samples are not what they should be.
+
+    Args:
+        evaluation: evaluation.json.
+        place: the file, for messages.
+
+    Raises:
+        FileError: what is wrong.
+    """
+    models, samples = evaluation.get("models", {}), evaluation.get("samples", [])
+    if not isinstance(models, dict) or not all(isinstance(found, dict) for found in models.values()):
+        raise _damaged(place, "'models' is not a table of metrics")
+    if not isinstance(evaluation.get("data", {}), dict):
+        raise _damaged(place, "'data' does not describe a text")
+    if not isinstance(samples, list) or not all(_sample(found) for found in samples):
+        raise _damaged(place, "'samples' are not texts with a prompt")
+
+
+def _damaged(place: object, what: str) -> FileError:
+    return FileError(f"{place}: {what}. The file is damaged or from another nybble; run `nybble quantize` again.")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
+
+
+def _positive(value: Any) -> bool:
+    return _number(value) and value >= 0
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and _positive(value)
+
+
+def _list(item: Check, least: int, most: int) -> Check:
+    return lambda value: isinstance(value, list) and least <= len(value) <= most and all(map(item, value))
+
+
+def _maybe(good: Check) -> Check:
+    return lambda value: value is None or good(value)
+
+
+def _format(value: Any) -> bool:
+    try:
+        return _text(value) and get_format(value) is not None
+    except FormatError:
+        return False
+
+
+def _histogram(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and _number(value.get("edge"))
+        and value["edge"] > 0
+        and _list(_count, 2, MOST_BINS)(value.get("counts"))
+        and _positive(value.get("clipped"))
+        and ("format" not in value or _format(value["format"]))
+    )
+
+
+def _input_picture(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and _histogram(value.get("histogram"))
+        and _positive(value.get("inter"))
+        and _positive(value.get("intra"))
+        and _list(_list(_positive, 2, 2), 1, MOST_BINS)(value.get("channels"))
+    )
+
+
+def _sample(value: Any) -> bool:
+    return isinstance(value, dict) and "prompt" in value and all(map(_text, value.values()))
+
+
+FIELDS: dict[str, tuple[bool, Check]] = {
+    "shape": (True, _list(_count, 1, 8)),
+    "weights": (True, _maybe(_text)),
+    "inputs": (True, _maybe(_text)),
+    "outputs": (True, _maybe(_text)),
+    "bits": (True, _positive),
+    "sqnr": (True, _maybe(_number)),
+    "error": (True, _maybe(_positive)),
+    "rtn_error": (True, _maybe(_positive)),
+    "input_scale": (False, _maybe(_number)),
+    "input_shifts": (False, _maybe(_list(_count, 1, MOST_BINS))),
+    "clip": (False, _maybe(_list(_number, 3, 3))),
+    "notes": (False, _list(_text, 0, MOST_BINS)),
+    "weight_picture": (False, _maybe(_histogram)),
+    "input_picture": (False, _maybe(_input_picture)),
+}
+"""What a layer has: whether it must be there, and what is good."""

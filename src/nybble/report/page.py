@@ -1,0 +1,97 @@
+"""The page: one HTML file with its style, script and data inside; it fetches nothing and runs only its own script."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from importlib import resources
+from typing import Any
+
+from nybble.core.errors import UsageError
+from nybble.report import tables, words
+
+SCRIPTS = ("plot.js", "charts.js", "table.js")
+
+
+def render(data: dict[str, Any]) -> str:
+    """Make the page.
+
+    Args:
+        data: ``title``; ``manifest`` (nybble.json, checked); ``config`` (config.json); ``sizes`` (of
+            :func:`nybble.pipelines.inspect.inspect`); ``evaluation`` (evaluation.json, checked) or None.
+
+    Returns:
+        HTML. Every text in it that came from ``data`` is escaped.
+
+    Raises:
+        UsageError: Jinja2 is missing.
+    """
+    try:
+        from jinja2 import Environment, StrictUndefined
+        from markupsafe import Markup
+    except ImportError as error:
+        raise UsageError("the report needs Jinja2: pip install 'nybble[report]'") from error
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    script = "\n".join(_part(name) for name in SCRIPTS)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    template = environment.from_string(_part("page.html.j2"))
+    page = template.render(
+        style=Markup(_part("style.css")),  # our own files
+        script=Markup(script),
+        script_hash=digest,
+        **context(data),
+    )
+    return page.encode("utf-8", "replace").decode()  # JSON may spell half a surrogate pair, which no file can hold
+
+
+def context(data: dict[str, Any]) -> dict[str, Any]:
+    """What the template shows."""
+    manifest, evaluation = data["manifest"], data["evaluation"]
+    facts = tables.layer_facts(manifest["layers"])
+    columns, rows = tables.layer_table(facts)
+    shown = {column[0] for column in columns}
+    return {
+        "title": data["title"],
+        "subtitle": _subtitle(data["config"]),
+        "recipe": manifest["recipe"],
+        "scheme": _named(manifest["recipe"].get("scheme"), "name"),
+        "tiles": tables.tiles(data["sizes"], facts, evaluation),
+        "sizes": data["sizes"],
+        "total": words.size(data["sizes"]["total"]),
+        "bytes": tables.byte_table(data["sizes"]),
+        "metrics": tables.metric_table(evaluation or {}),
+        "evaluated": None if evaluation is None else words.flatten(evaluation.get("data", {})),
+        "samples": (evaluation or {}).get("samples", []),
+        "model_titles": words.MODELS,
+        "formats": [
+            ("Weights", *tables.format_table(facts, "weight_format")),
+            ("Inputs", *tables.format_table(facts, "input_format")),
+        ],
+        "findings": tables.findings(facts),
+        "has_spread": any(row.get("input_picture") for row in facts),
+        "columns": columns,
+        "left_out": [title for key, title, _ in tables.COLUMNS if key not in shown],
+        "rows": rows,
+        "drawing": tables.drawing_data(facts),
+        "manifest": words.flatten({key: value for key, value in manifest.items() if key != "layers"}),
+        "version": _named(manifest.get("versions"), "nybble"),
+    }
+
+
+def _part(name: str) -> str:
+    return resources.files("nybble.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _subtitle(config: dict[str, Any]) -> str:
+    """Architecture and size, as far as config.json says them in the usual words."""
+    names = config.get("architectures")
+    found = [str(names[0])] if isinstance(names, list) and names else []
+    for key, what in (("num_hidden_layers", "blocks"), ("hidden_size", "channels"), ("vocab_size", "tokens")):
+        if isinstance(config.get(key), int):
+            found.append(f"{config[key]:,} {what}")
+    return " · ".join(found)
+
+
+def _named(value: Any, key: str) -> str:
+    return str(value.get(key, "")) if isinstance(value, dict) else ""

@@ -1,0 +1,138 @@
+"""Candidates of one quantizer: the range that its scale rule finds, times a fraction, for each row or for the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nybble.core.errors import SchemeError
+from nybble.formats import NumberFormat
+from nybble.formats.minifloat import Minifloat, make_minifloat
+from nybble.granularity import PerChannel, PerGroup, PerToken, Rank1, Shifted
+from nybble.ops.scaling import divided
+from nybble.qtensor import Factored, Inverse, QuantParams
+from nybble.qtensor._factors import column_shifts, shift_limit
+from nybble.quantizer import Quantizer
+from nybble.scales import BlockParams
+from nybble.scales.minmax import fit_range
+
+Error = Callable[[Tensor], Tensor]
+"""Rounded values -> the objective of each unit, float32 [units]."""
+
+
+class Ladder:
+    """Rounded versions of one tensor under one quantizer, one for each fraction of the unclipped range.
+
+    A unit owns a fraction: a row where the granularity cuts within rows, else the whole tensor.
+
+    Args:
+        x: float32 [rows, columns].
+        quantizer: any but rank1; a shifted one is searched through its top value, from which the shifts follow.
+    """
+
+    def __init__(self, x: Tensor, quantizer: Quantizer) -> None:
+        self.x, self.quantizer = x, quantizer
+        granularity = quantizer.granularity
+        if isinstance(granularity, Rank1):
+            raise SchemeError("rank1 factors are slice maxima, so there is no clip value to search; use recipe rtn.")
+        self.shape = tuple(x.shape)
+        self.units = x.shape[0] if isinstance(granularity, PerChannel | PerToken | PerGroup) else 1
+        if isinstance(granularity, Shifted):
+            self.columns = x.abs().amax(0)
+            self.limit = shift_limit(quantizer.format)
+            return
+        blocks = granularity.to_blocks(x)
+        mask = granularity.mask(self.shape, x.device)
+        weight = None if mask is None else mask.float()
+        self.base = quantizer.scale.fit(blocks, quantizer.format, quantizer.rounding, weight)
+        self.ends = (blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True))
+        self.outer: QuantParams | None = None
+        if self.base.over is not None:
+            self.outer = QuantParams(Inverse(self.base.over.reshape(1)))
+
+    def params(self, fraction: Tensor) -> QuantParams:
+        """Parameters for a fraction a unit, float32 [units]."""
+        if isinstance(self.quantizer.granularity, Shifted):
+            return self._shifted(fraction)
+        by = fraction.repeat_interleave(self.base.scale.shape[0] // self.units).reshape(-1, 1)
+        low, high = self.ends
+        if self.base.zero_point is not None or self.base.offset is not None:
+            offset = self.base.offset is not None
+            found = fit_range(low * by, high * by, self.quantizer.format, offset=offset)
+        else:
+            found = BlockParams(self.base.scale * by)
+        return self.quantizer.finish(found, self.quantizer.granularity.scale_shape(self.shape), self.outer)
+
+    def values(self, fraction: Tensor) -> Tensor:
+        """The tensor rounded with a fraction a unit."""
+        return self.quantizer.fake_quantize(self.x, self.params(fraction))
+
+    def _shifted(self, fraction: Tensor) -> QuantParams:
+        top = self.columns.max() * fraction.reshape(1)
+        top = torch.where(top == 0, torch.ones_like(top), top)
+        shifts = column_shifts(self.columns, top, self.limit)
+        least = shifts.min()  # one column at least has no shift: what all share belongs to the scale
+        scale = divided(top * torch.exp2(-least), self.quantizer.format.absmax)
+        return QuantParams(Factored((scale, torch.exp2(least - shifts))))
+
+
+def menu(fmt: NumberFormat) -> list[NumberFormat]:
+    """The formats that compete with ``fmt``: for a minifloat every split of its bits into exponent and mantissa.
+
+    e >= 1 (e = 0 would be the integers, which e = 1 is already); of 8 bits and more, two mantissa bits at least (wider
+    exponents only add range that nothing uses). The format itself keeps its special values, the others have none.
+
+    Raises:
+        SchemeError: a minifloat of fewer than three bits, where there is nothing to choose.
+    """
+    if not isinstance(fmt, Minifloat):
+        return [fmt]
+    if fmt.bits < 3:
+        raise SchemeError(f"{fmt.name} has {fmt.bits} bits; floating-point formats are searched from 3 bits on.")
+    width = fmt.bits - fmt.has_sign
+    least = 0 if fmt.bits < 8 else 2
+    others = [make_minifloat(e, width - e, signed=fmt.has_sign) for e in range(1, width - least + 1) if e != fmt.e]
+    return [fmt, *others]
+
+
+def with_format(quantizer: Quantizer, fmt: NumberFormat) -> Quantizer:
+    """The same quantizer in another format."""
+    if fmt == quantizer.format:
+        return quantizer
+    _, *words = str(quantizer).split(" ", 1)
+    return Quantizer(" ".join([fmt.name, *words]))
+
+
+def fractions(low: float, high: float, count: int, device: torch.device) -> Tensor:
+    """``count`` fractions from low to high, evenly spaced in their logarithm: evenly in the exponent bias."""
+    return torch.logspace(torch.tensor(low).log2().item(), torch.tensor(high).log2().item(), count, 2.0, device=device)
+
+
+def descend(
+    ladder: Ladder, error: Error, best: tuple[Tensor, Tensor], grid: Tensor, fine: int
+) -> tuple[Tensor, Tensor]:
+    """The best fraction of each unit among the grid, then among ``fine`` points around that; never worse than ``best``.
+
+    Args:
+        ladder: candidates.
+        error: their objective.
+        best: fraction and error to beat, both float32 [units].
+        grid: fractions, evenly spaced in their logarithm.
+        fine: points between the neighbours of each unit's best; 0 stops after the grid.
+    """
+    for fraction in grid:
+        best = _better(ladder, error, best, fraction.expand(ladder.units))
+    if fine and len(grid) > 1:
+        step = grid[1] / grid[0]
+        centre = best[0]
+        for exponent in torch.linspace(-1, 1, fine + 2, device=grid.device)[1:-1]:
+            best = _better(ladder, error, best, centre * step**exponent)
+    return best
+
+
+def _better(ladder: Ladder, error: Error, best: tuple[Tensor, Tensor], fraction: Tensor) -> tuple[Tensor, Tensor]:
+    found = error(ladder.values(fraction))
+    wins = found < best[1]
+    return torch.where(wins, fraction, best[0]), torch.where(wins, found, best[1])

@@ -1,0 +1,124 @@
+"""The output error of linear layers that share an input, as quadratic forms of the weights or of the inputs.
+
+With e = x - Q(x) and d = Q(w) - w, a layer's output is off by ``x.w - Q(x).Q(w) = e.w - Q(x).d``, so of one output
+
+    E (e.w - Q(x).d)^2 = w E[e e^T] w - 2 w E[e Q(x)^T] d + d E[Q(x) Q(x)^T] d                     (inputs fixed)
+
+costs a candidate one product of its weights with a [columns, columns] matrix. With the weights fixed, and
+r = x.(w - Q(w)), v = (sum over outputs) r Q(w),
+
+    E sum (r + e.Q(w))^2 = E sum r^2 + 2 E e.v + E e (Q(W)^T Q(W)) e^T                            (weights fixed)
+
+No candidate runs the layer. Differences, not squares of whole outputs, keep float32 accurate.
+
+``importance`` (Fisher information) weighs the squared error of every token and output. With the weights fixed that is
+exact; with the inputs fixed each output would have a second moment of its own, so there the weight is the token's mean
+over the outputs: ``g[t, k] ~ mean_k g[t, k]`` up to a factor of k, which no output's own choice depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nybble.core.matmul import fast_products
+
+
+class InputsFixed:
+    """The error of each output as a function of its rounded weights.
+
+    Args:
+        second: ``E[Q(x) Q(x)^T]``, float32 [columns, columns]; None for the identity: the error of the weights themselves.
+        cross, lost: ``E[e Q(x)^T]`` and ``E[e e^T]``; None where inputs stay as they are.
+    """
+
+    def __init__(self, second: Tensor | None, cross: Tensor | None = None, lost: Tensor | None = None) -> None:
+        self.second, self.cross, self.lost = second, cross, lost
+
+    @staticmethod
+    def of_inputs(x: Tensor, rounded: Tensor | None, importance: Tensor | None = None) -> InputsFixed:
+        """From the inputs.
+
+        Args:
+            x: inputs as they are, float32 [tokens, columns].
+            rounded: inputs as the layer gets them, the same; None if that is ``x``.
+            importance: float32 [tokens, 1], or None.
+        """
+
+        def mean(left: Tensor, right: Tensor) -> Tensor:
+            return ((left if importance is None else left * importance).T @ right).div_(len(x))
+
+        with fast_products(x.device):
+            if rounded is None:
+                return InputsFixed(mean(x, x))
+            error = x - rounded
+            return InputsFixed(mean(rounded, rounded), mean(error, rounded), mean(error, error))
+
+    def of(self, matrix: Tensor) -> Callable[[Tensor], Tensor]:
+        """For weights [rows, columns], the function: rounded weights -> error of each row, float32 [rows]."""
+        linear = None if self.cross is None else matrix @ self.cross
+        constant = 0.0 if self.lost is None else ((matrix @ self.lost) * matrix).sum(1)
+
+        def error(rounded: Tensor) -> Tensor:
+            difference = rounded - matrix
+            if self.second is None:
+                return difference.square_().sum(1)
+            with fast_products(matrix.device):
+                product = difference @ self.second
+            if linear is not None:
+                product = product - 2 * linear
+            return (product * difference).sum(1) + constant
+
+        return error
+
+
+class WeightsFixed:
+    """The error of all outputs together as a function of the rounded inputs.
+
+    Args:
+        x: inputs as they are, float32 [tokens, columns].
+        matrix: weights, float32 [rows, columns], each row scaled by how much its error counts.
+        rounded: the same, rounded.
+        importance: float32 [tokens, rows], or None.
+    """
+
+    def __init__(self, x: Tensor, matrix: Tensor, rounded: Tensor, importance: Tensor | None = None) -> None:
+        self.x, self.rounded, self.importance = x, rounded, importance
+        lost = matrix - rounded
+        with fast_products(x.device):
+            if importance is not None:
+                self.fixed = x @ lost.T
+                return
+            linear = x @ (lost.T @ rounded)
+            self.constant = ((lost.T @ lost) * (x.T @ x)).sum() / x.shape[0]
+            self.linear = 2 * linear
+            rows, columns = matrix.shape
+            self.form = rounded.T @ rounded if rows > columns else None
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Rounded inputs [tokens, columns] -> mean over tokens of the squared error of all outputs, float32 [1]."""
+        error = self.x - inputs
+        with fast_products(self.x.device):
+            if self.importance is not None:
+                output = self.fixed + error @ self.rounded.T
+                return (output.square_() * self.importance).sum(1).mean().reshape(1)
+            if self.form is not None:
+                total = ((error @ self.form).add_(self.linear) * error).sum(1)
+            else:
+                total = (error @ self.rounded.T).square_().sum(1) + (self.linear * error).sum(1)
+        return (total.mean() + self.constant).reshape(1)
+
+
+def output_error(
+    x: Tensor, inputs: Tensor | None, matrix: Tensor, rounded: Tensor, importance: Tensor | None = None
+) -> float:
+    """The error as it is defined, by running the layer in float32: what is reported, and what fallbacks compare."""
+    given = x if inputs is None else inputs
+    lost = torch.zeros((), dtype=torch.float64, device=x.device)
+    for start in range(0, len(x), 4096):
+        rows = slice(start, start + 4096)
+        error = (x[rows] @ matrix.T).sub_(given[rows] @ rounded.T).square_()
+        lost += (error if importance is None else error.mul_(importance[rows])).sum(1).double().sum()
+    return float(lost / len(x))

@@ -1,0 +1,270 @@
+"""LLM-FP4: formats and largest values of weights and inputs, searched together on the layer's output error.
+
+Liu et al. 2023, arXiv:2310.16836. Layers are independent and see the float network's inputs. Rounds of
+
+    a. for every weight format, each row takes the clip value with the least output error, the inputs being fixed;
+    b. the layer takes the weight format with the least error;
+    c. for every input format, the input takes the clip value with the least error of all layers that read it;
+    d. and the format with the least.
+
+With ``inputs: ... shifted static`` the input's columns carry integer exponents s_j (the pre-shifted exponent bias),
+which follow from the tensor's searched top value and the largest magnitude of each column; with ``tensor static`` that
+is the paper's baseline. Dynamic inputs are rounded as the scheme says and not searched.
+
+Where we differ: candidates are fractions of the min-max range, evenly spaced in their logarithm (the exponent bias),
+not multiples of the bias, whose grid collapses where it is near zero; min-max itself is always one. Layers that read
+one tensor (q, k, v) share its quantizer, so it is rounded once: the sum of their relative errors decides. The first
+round starts from inputs that were searched against the float weights. A candidate's error is a quadratic form
+(:mod:`nybble.solvers._layer_error`), never a run of the layer. The result falls back to min-max where that is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from nybble.core.errors import DataError, SchemeError, UsageError
+from nybble.granularity import Rank1
+from nybble.qtensor import QuantParams
+from nybble.quantizer import Quantizer
+from nybble.rounding import get_rounding
+from nybble.solvers import Solved, Solver, Stats, Weight, relative_error
+from nybble.solvers._ladder import Error, Ladder, descend, fractions, menu, with_format
+from nybble.solvers._layer_error import InputsFixed, WeightsFixed, output_error
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlmFp4(Solver):
+    """Options of the method.
+
+    Attributes:
+        rounds: of alternating searches.
+        grid: clip candidates. low, high: the range they span, as fractions of the largest magnitude.
+        fine: further candidates around the best of the grid; for coarse grids.
+        formats: search the split into exponent and mantissa bits too; else the scheme's formats stay.
+        loss: ``output``, the squared output error; ``fisher``, each output's error weighted by the squared gradient of
+            the model's loss.
+        tokens: calibration inputs that are used at most, evenly spread.
+    """
+
+    path: ClassVar[str] = "float"
+
+    rounds: int = 3
+    grid: int = 100
+    low: float = 0.01
+    high: float = 1.2
+    fine: int = 0
+    formats: bool = True
+    loss: str = "output"
+    tokens: int = 32768
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.grid < 1 or self.fine < 0 or self.tokens < 1:
+            raise SchemeError(
+                f"llm-fp4: rounds={self.rounds}, grid={self.grid}, tokens={self.tokens} must be 1 or more, "
+                f"fine={self.fine} 0 or more."
+            )
+        if not 0 < self.low < self.high:
+            raise SchemeError(
+                f"llm-fp4: the search range low={self.low:g} .. high={self.high:g} is reversed or empty; "
+                "0 < low < high, as fractions of the largest magnitude."
+            )
+        if self.loss not in ("output", "fisher"):
+            raise UsageError(f"llm-fp4: loss={self.loss!r} is neither output nor fisher.")
+
+    def needs(self, inputs: Quantizer | None) -> frozenset[str]:  # noqa: D102
+        if self.loss == "fisher":
+            return frozenset({"inputs", "fisher"})
+        return frozenset({"second_moment"} if inputs is None else {"inputs"})
+
+    @property
+    def chooses_inputs(self) -> bool:  # noqa: D102
+        return True
+
+    @property
+    def most_tokens(self) -> int:  # noqa: D102
+        return self.tokens
+
+    def working_bytes(self, rows: Sequence[int], columns: int) -> int:
+        """Five matrices like the second moment, of all weights four copies, of the largest eight more."""
+        return 4 * columns * (5 * columns + 4 * sum(rows) + 8 * max(rows))
+
+    def quantizer_for(self, quantizer: Quantizer) -> Quantizer:  # noqa: D102
+        if get_rounding(quantizer.rounding).stochastic:
+            raise SchemeError("llm-fp4 compares candidates, which a stochastic rounding changes every time.")
+        if isinstance(quantizer.granularity, Rank1):
+            raise SchemeError("rank1 factors are slice maxima, so there is no clip value to search; use recipe rtn.")
+        if self.formats:
+            menu(quantizer.format)
+        return quantizer
+
+    def solve(self, weights: Sequence[Weight], stats: Stats) -> list[Solved]:  # noqa: D102
+        if stats.inputs is None and stats.second_moment is None:
+            note = "no calibration input reached it: its own error was searched"
+            found = _Search(self, weights, replace(stats, quantizer=None)).run()
+            return [replace(solved, notes=(*solved.notes, note)) for solved in found]
+        if stats.inputs is not None and not bool(torch.isfinite(stats.inputs).all()):
+            raise DataError(
+                f"the calibration inputs of {weights[0].name} hold NaN or Inf; check the data and the model's dtype."
+            )
+        return _Search(self, weights, stats).run()
+
+
+@dataclass
+class _Choice:
+    """What is chosen for one tensor: a ladder (so a format), a fraction a unit, and the rounded values."""
+
+    ladder: Ladder
+    fraction: Tensor
+    values: Tensor
+
+
+class _Search:
+    """The state of one search: a choice for each weight and for the input that they share.
+
+    Where inputs stay in float, their second moment is enough; else ``x`` holds them.
+    """
+
+    def __init__(self, method: LlmFp4, weights: Sequence[Weight], stats: Stats) -> None:
+        self.method, self.weights, self.second = method, weights, stats.second_moment
+        self.x = None if stats.inputs is None else stats.inputs.float()
+        self.grid = fractions(method.low, method.high, method.grid, weights[0].matrix.device)
+        self.quantizer = stats.quantizer
+        self.importance: Mapping[str, Tensor] = stats.fisher if method.loss == "fisher" else {}
+        self.power = [self._lost(w, None, torch.zeros_like(w.matrix)) or 1.0 for w in weights]
+        self.ladders = [self._ladders(w.matrix, w.quantizer) for w in weights]
+        self.plain = [_unclipped(options[0]) for options in self.ladders]
+        self.input_ladders: list[Ladder] = []
+        if self.x is not None and self.quantizer is not None and self.quantizer.static:
+            self.input_ladders = self._ladders(self.x, self.quantizer)
+        self.plain_inputs = self._first_inputs()
+
+    def _ladders(self, x: Tensor, quantizer: Quantizer) -> list[Ladder]:
+        """A ladder a format, the scheme's first."""
+        formats = menu(quantizer.format) if self.method.formats else [quantizer.format]
+        return [Ladder(x, with_format(quantizer, fmt)) for fmt in formats]
+
+    def _first_inputs(self) -> Tensor | None:
+        """Inputs under min-max (or measured, or in float)."""
+        if self.quantizer is None or self.x is None:
+            return None
+        if self.input_ladders:
+            return _unclipped(self.input_ladders[0]).values
+        return self.quantizer.fake_quantize(self.x)
+
+    def run(self) -> list[Solved]:
+        """Search, compare with min-max, and pack."""
+        inputs: _Choice | None = None
+        chosen = self.plain
+        if self.input_ladders:
+            inputs = self._search_inputs([w.matrix for w in self.weights], _unclipped(self.input_ladders[0]))
+        for _ in range(self.method.rounds):
+            rounded = inputs.values if inputs is not None else self.plain_inputs
+            chosen = self._search_weights(chosen, rounded)
+            if inputs is None:
+                break  # nothing alternates
+            inputs = self._search_inputs([c.values for c in chosen], inputs)
+        return self._settle(chosen, inputs)
+
+    def _search_weights(self, before: Sequence[_Choice], rounded: Tensor | None) -> list[_Choice]:
+        """Steps a and b for every weight, starting from what it has."""
+        shared = None if self.importance else self._fixed(rounded)
+        found = []
+        for weight, choice, ladders in zip(self.weights, before, self.ladders, strict=True):
+            fixed = shared or self._fixed(rounded, self.importance[weight.name].mean(1, keepdim=True))
+            by_row = fixed.of(weight.matrix)
+            best, least = choice, by_row(choice.values).sum()
+            for ladder in ladders:
+                error = by_row if ladder.units == len(weight.matrix) else _whole(by_row)
+                start = choice.fraction if ladder is choice.ladder else torch.ones_like(choice.fraction)
+                first = (start, error(ladder.values(start)))
+                fraction, errors = descend(ladder, error, first, self.grid, self.method.fine)
+                if errors.sum() < least:
+                    best, least = _Choice(ladder, fraction, ladder.values(fraction)), errors.sum()
+            found.append(best)
+        return found
+
+    def _fixed(self, rounded: Tensor | None, importance: Tensor | None = None) -> InputsFixed:
+        if self.x is not None:
+            return InputsFixed.of_inputs(self.x, rounded, importance)
+        return InputsFixed(self.second)
+
+    def _search_inputs(self, values: Sequence[Tensor], before: _Choice) -> _Choice:
+        """Steps c and d for the shared input, starting from what it has."""
+        assert self.x is not None
+        scale = [p**-0.5 for p in self.power]
+        matrix = torch.cat([w.matrix * s for w, s in zip(self.weights, scale, strict=True)])
+        rounded = torch.cat([v * s for v, s in zip(values, scale, strict=True)])
+        importance = torch.cat([self.importance[w.name] for w in self.weights], 1) if self.importance else None
+        error = WeightsFixed(self.x, matrix, rounded, importance)
+        best, least = before, error(before.values)
+        for ladder in self.input_ladders:
+            start = before.fraction if ladder is before.ladder else torch.ones_like(before.fraction)
+            first = (start, error(ladder.values(start)))
+            fraction, errors = descend(ladder, error, first, self.grid, self.method.fine)
+            if errors < least:
+                best, least = _Choice(ladder, fraction, ladder.values(fraction)), errors
+        return best
+
+    def _settle(self, chosen: Sequence[_Choice], inputs: _Choice | None) -> list[Solved]:
+        """Pack the choices, or min-max where that has less error in all."""
+        given = inputs.values if inputs is not None else self.plain_inputs
+        errors = [self._error(i, given, c.values) for i, c in enumerate(chosen)]
+        base = [self._error(i, self.plain_inputs, c.values) for i, c in enumerate(self.plain)]
+        notes: tuple[str, ...] = ()
+        if sum(errors) > sum(base):
+            notes = (f"min-max was better ({sum(base):.3g} < {sum(errors):.3g}): kept it",)
+            chosen, errors = self.plain, base
+            inputs = _unclipped(self.input_ladders[0]) if self.input_ladders else None
+        found_inputs = None
+        if inputs is not None:
+            found_inputs = (inputs.ladder.quantizer, inputs.ladder.params(inputs.fraction))
+        return [
+            self._solved(weight, choice, error, plain, found_inputs, notes)
+            for weight, choice, error, plain in zip(self.weights, chosen, errors, base, strict=True)
+        ]
+
+    def _error(self, index: int, inputs: Tensor | None, values: Tensor) -> float:
+        """Output error over the power of the output."""
+        if self.x is None:
+            return relative_error(self.weights[index].matrix, values, self.second)
+        return self._lost(self.weights[index], inputs, values) / self.power[index]
+
+    def _lost(self, weight: Weight, inputs: Tensor | None, values: Tensor) -> float:
+        if self.x is None:
+            return 1.0
+        return output_error(self.x, inputs, weight.matrix, values, self.importance.get(weight.name))
+
+    def _solved(
+        self,
+        weight: Weight,
+        choice: _Choice,
+        error: float,
+        plain: float,
+        inputs: tuple[Quantizer, QuantParams] | None,
+        notes: tuple[str, ...],
+    ) -> Solved:
+        ladder = choice.ladder
+        packed = ladder.quantizer.quantize(weight.matrix, ladder.params(choice.fraction))
+        return Solved(
+            weight=packed, error=error, rtn_error=plain, notes=notes, quantizer=ladder.quantizer, inputs=inputs,
+            clip=choice.fraction.cpu(),
+        )  # fmt: skip
+
+
+def _whole(by_row: Error) -> Error:
+    """The sum over rows, for a fraction that all rows share."""
+    return lambda values: by_row(values).sum().reshape(1)
+
+
+def _unclipped(ladder: Ladder) -> _Choice:
+    """Min-max."""
+    fraction = torch.ones(ladder.units, device=ladder.x.device)
+    return _Choice(ladder, fraction, ladder.values(fraction))
+
+
+PART = LlmFp4

@@ -1,0 +1,316 @@
+"""LLM-FP4 (Liu et al. 2023, arXiv:2310.16836): what a faithful implementation must show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nybble.core.errors import DataError, FormatError, NybbleError, SchemeError
+from nybble.formats import get_format
+from nybble.nn.activation import ActivationQuantizer
+from nybble.nn.linear import QuantLinear
+from nybble.nn.swap import Layouts, describe, put_described
+from nybble.qtensor import Factored, QuantParams, dense
+from nybble.quantizer import Quantizer
+from nybble.solvers import Solved, Solver, Stats, Weight, make_solver
+from nybble.solvers._ladder import Ladder, fractions, menu
+from nybble.solvers._layer_error import InputsFixed, WeightsFixed, output_error
+
+FP4 = ("float4_e3m0_finite", "float4_e2m1fn", "float4_e1m2_finite")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def draw(kind: str, *shape: int, seed: int = 0) -> Tensor:
+    """Numbers of a distribution."""
+    rng = np.random.default_rng(seed)
+    if kind == "uniform":
+        return torch.from_numpy(rng.uniform(-1, 1, shape)).float()
+    if kind == "gaussian":
+        return torch.from_numpy(rng.standard_normal(shape)).float()
+    return torch.from_numpy(rng.standard_t(int(kind.removeprefix("student")), shape)).float()
+
+
+def outlier_inputs(tokens: int = 512, columns: int = 64, loud: int = 4, seed: int = 1) -> Tensor:
+    """Gaussian activations with a few channels 40 to 80 times as large."""
+    x = draw("gaussian", tokens, columns, seed=seed)
+    x[:, :loud] *= torch.linspace(40, 80, loud)
+    return x
+
+
+def solve(solver: Solver, matrix: Tensor, x: Tensor | None, weights: str, inputs: str | None) -> Solved:
+    second = None if x is None else x.T @ x / len(x)
+    stats = Stats(second_moment=second, inputs=x, quantizer=None if inputs is None else Quantizer(inputs))
+    return solver.solve([Weight(name="layer", matrix=matrix, quantizer=Quantizer(weights))], stats)[0]
+
+
+def layer(matrix: Tensor, found: Solved) -> QuantLinear:
+    assert found.inputs is not None
+    return QuantLinear(found.weight, None, ActivationQuantizer(*found.inputs))
+
+
+# --------------------------------------------------------------------------------------------------- 1, 2: the grids
+def test_the_three_fp4_grids() -> None:
+    line = torch.linspace(-80, 80, 100_001)
+    expected = {
+        "float4_e1m2_finite": [0, 1, 2, 3, 4, 5, 6, 7],
+        "float4_e2m1fn": [0, 1, 2, 3, 4, 6, 8, 12],
+        "float4_e3m0_finite": [0, 1, 2, 4, 8, 16, 32, 64],
+    }
+    for name, steps in expected.items():
+        fmt = get_format(name)
+        scale = torch.tensor([[1 / fmt.smallest]])  # in units of the smallest step
+        found = Quantizer(f"{name} tensor").fake_quantize(line[None], QuantParams(scale))
+        assert sorted(set(found.flatten().tolist())) == sorted(
+            {*(float(s) for s in steps), *(-float(s) for s in steps)}
+        )
+    x = draw("gaussian", 64, 64)
+    e1m2, int4 = (Quantizer(f"{name} channel").fake_quantize(x) for name in ("e1m2", "int4"))
+    assert torch.allclose(e1m2, int4, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FP4)
+def test_largest_value_and_bias_agree(name: str) -> None:
+    """maxval(b) = (2 - 2^-m) 2^(2^e - 1 - b): nybble's scale is 2^-b but for the format's own bias."""
+    fmt = get_format(name)
+    e, m = int(name[name.index("_e") + 2]), int(name[name.index("m") + 1])
+    quantizer, x = Quantizer(f"{name} tensor"), draw("student5", 8, 512)
+    params = quantizer.fit(x)
+    top = float(dense(params.scale).item() * fmt.absmax)  # type: ignore[arg-type]
+    bias = 2**e - np.log2(top) + np.log2(2 - 2.0**-m) - 1
+    assert (2 - 2.0**-m) * 2.0 ** (2**e - 1 - bias) == pytest.approx(top, rel=1e-6)
+    values = quantizer.fake_quantize(x, params)
+    by_equation = _equation(x.double().numpy(), e, m, bias)
+    assert np.abs(values.double().numpy() - by_equation).max() <= 1e-5 * top
+    assert torch.equal(quantizer.fake_quantize(values, params), values)
+    assert torch.equal(quantizer.fake_quantize(-x, params), -values)
+    assert float(values.abs().max()) <= top * (1 + 1e-6)
+
+
+def _equation(x: np.ndarray, e: int, m: int, bias: float) -> np.ndarray:
+    """The paper's quantizer with a real bias, in float64."""
+    top = (2 - 2.0**-m) * 2.0 ** (2**e - 1 - bias)
+    clipped = np.clip(x, -top, top)
+    with np.errstate(divide="ignore"):
+        exponent = np.maximum(np.floor(np.log2(np.abs(clipped)) + bias), 1)
+    step = 2.0 ** (exponent - m - bias)
+    found: np.ndarray = np.round(clipped / step) * step
+    return found
+
+
+# ------------------------------------------------------------------------------------------- 3, 4: search and choice
+def test_search_is_never_worse_and_better_on_heavy_tails() -> None:
+    solver = make_solver("llm-fp4", {"rounds": 2, "grid": 40})
+    x = outlier_inputs()
+    for seed in range(4):
+        matrix = draw("student5", 48, 64, seed=seed)
+        for inputs in ("float4_e2m1fn tensor static", "float4_e2m1fn shifted static", "float8_e4m3fn token", None):
+            found = solve(solver, matrix, x, "float4_e2m1fn channel", inputs)
+            assert found.error < found.rtn_error
+    matrix = draw("student5", 1, 8192)
+    fixed = make_solver("llm-fp4", {"formats": False})
+    found = solve(fixed, matrix, None, "float4_e2m1fn tensor", None)
+    assert found.error <= 0.75 * found.rtn_error
+
+
+@pytest.mark.parametrize(
+    ("kind", "fmt", "mse"), [("uniform", FP4[2], 0.0045), ("gaussian", FP4[1], 0.0127), ("student3", FP4[0], 0.0385)]
+)
+def test_format_follows_the_distribution(kind: str, fmt: str, mse: float) -> None:
+    found = solve(make_solver("llm-fp4", {}), draw(kind, 1, 65536), None, "float4_e2m1fn tensor", None)
+    assert found.quantizer is not None
+    assert found.quantizer.format.name == fmt
+    assert found.error == pytest.approx(mse, rel=0.2)
+
+
+def test_menu_of_formats() -> None:
+    assert {f.name for f in menu(get_format("e2m1"))} == set(FP4)
+    eight = menu(get_format("float8_e4m3fn"))
+    assert eight[0].name == "float8_e4m3fn"
+    assert {(f.e, f.m) for f in eight} == {(e, 7 - e) for e in range(1, 6)}  # type: ignore[attr-defined]
+    assert len(menu(get_format("e3m2"))) == 5
+    assert menu(get_format("int4")) == [get_format("int4")]
+
+
+def test_quick_grid_is_close_to_the_full_one() -> None:
+    x, matrix = outlier_inputs(), draw("student5", 48, 64)
+    full, quick = (
+        solve(make_solver("llm-fp4", options), matrix, x, "e2m1 channel", "e2m1 shifted static").error
+        for options in ({}, {"grid": 12, "fine": 6, "rounds": 2})
+    )
+    assert quick <= 1.1 * full
+
+
+# ------------------------------------------------------------------------------------------------------- 5: algebra
+def test_shifts_move_between_input_and_weight() -> None:
+    """(2^s X_q)(2^-s W_q) equals X_q W_q bit for bit, and 2^s X_q lies on the grid of rho."""
+    x, w = outlier_inputs(), draw("gaussian", 16, 64)
+    quantizer = Quantizer("float4_e2m1fn shifted static")
+    params = quantizer.fit(x)
+    assert isinstance(params.scale, Factored)
+    scale, powers = (dense(f).double() for f in params.scale.factors)
+    rounded = quantizer.fake_quantize(x, params).double()
+    lifted = rounded / powers
+    grid = (torch.from_numpy(quantizer.format.grid).float() * scale.float()).double()
+    assert torch.isin(lifted, grid).all()
+    weight = Quantizer("e2m1 channel").fake_quantize(w).double()
+    shifted = weight * powers
+    for row in range(0, 512, 64):  # products of every term are equal, so every order of their sum is
+        assert torch.equal(lifted[row] * shifted, rounded[row] * weight)
+    assert torch.equal(lifted @ shifted.T, rounded @ weight.T)
+
+
+# ------------------------------------------------------------------------------------------------------ 6: outliers
+def test_pre_shifted_lies_between_per_channel_and_per_tensor() -> None:
+    x, w = outlier_inputs(1024, 768), draw("gaussian", 64, 768, seed=2)  # the quiet channels carry 5 % of the power
+    power = output_error(x, None, w, torch.zeros_like(w))
+    solver = make_solver("llm-fp4", {"formats": False})
+    per_channel = Quantizer("e2m1 channel scale=mse(low=0.3,high=1.2)").fake_quantize(x.T.contiguous()).T
+    error = {"channel": output_error(x, per_channel, w, w) / power}
+    for inputs in ("tensor", "shifted"):
+        found = solve(solver, w, x, "float16_e5m10 channel", f"e2m1 {inputs} static")
+        assert found.inputs is not None
+        error[inputs] = output_error(x, found.inputs[0].fake_quantize(x, found.inputs[1]), w, w) / power
+    assert error["channel"] <= error["shifted"] <= 0.5 * error["tensor"]
+
+
+# -------------------------------------------------------------------------------------------- 7: shifts in the file
+def test_shifts_survive_the_file_and_give_the_same_numbers(tmp_path: Path) -> None:
+    x, matrix = outlier_inputs(), draw("student5", 48, 64)
+    found = solve(make_solver("llm-fp4", {"grid": 30}), matrix, x, "e2m1 channel", "e2m1 shifted static")
+    made = layer(matrix, found)
+    assert made.inputs is not None
+    shifts = made.inputs.get_buffer("shifts")
+    assert shifts.dtype == torch.uint8
+    limit = 2**made.inputs.quantizer.format.e - 1  # type: ignore[attr-defined]
+    assert int(shifts.min()) == 0 < int(shifts.max()) <= limit
+    save_file(made.state_dict(), tmp_path / "layer.safetensors")
+    layouts = Layouts()
+    entry = describe(made, layouts)
+    root = nn.Sequential(nn.Linear(64, 48, bias=False))
+    with torch.device("meta"):
+        put_described(root, "0", entry, layouts)
+    root[0].load_state_dict(load_file(tmp_path / "layer.safetensors"), assign=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(root(x.to(dtype)), made(x.to(dtype)))
+    quantizer, params = found.inputs or (Quantizer("e2m1"), None)
+    assert torch.equal(made(x), quantizer.fake_quantize(x, params) @ found.weight.dequantize().T)
+
+
+def test_a_silent_channel_is_accepted() -> None:
+    x, matrix = outlier_inputs(), draw("gaussian", 16, 64)
+    x[:, 10] = 0
+    matrix[3] = 0
+    found = solve(make_solver("llm-fp4", {"grid": 20}), matrix, x, "e2m1 channel", "e2m1 shifted static")
+    assert bool(torch.isfinite(layer(matrix, found)(x)).all())
+    assert not found.weight.dequantize()[3].any()
+    silent = solve(make_solver("llm-fp4", {"grid": 20}), matrix, x * 0, "e2m1 channel", "e2m1 shifted static")
+    assert bool(torch.isfinite(layer(matrix, silent)(x)).all())
+
+
+# ------------------------------------------------------------------------------------------------------ 8: bad input
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"low": 1.2, "high": 0.01}, "reversed"),
+        ({"low": 0.0}, "reversed or empty"),
+        ({"grid": 0}, "grid=0"),
+        ({"rounds": 0}, "rounds=0"),
+        ({"tokens": 0}, "tokens=0"),
+        ({"loss": "fischer"}, "neither output nor fisher"),
+    ],
+)
+def test_bad_options(options: dict[str, object], text: str) -> None:
+    with pytest.raises(NybbleError, match=text):
+        make_solver("llm-fp4", options)
+
+
+def test_bad_formats_and_inputs() -> None:
+    solver = make_solver("llm-fp4", {})
+    with pytest.raises(SchemeError, match="2 bits"):
+        solver.quantizer_for(Quantizer("float2_e1m0_finite channel"))
+    with pytest.raises(FormatError, match="exponent bit"):
+        Quantizer("float4_e0m3_finite")
+    with pytest.raises(SchemeError, match="rank1"):
+        solver.quantizer_for(Quantizer("int4 rank1"))
+    with pytest.raises(SchemeError, match="stochastic"):
+        solver.quantizer_for(Quantizer("e2m1 channel rounding=stochastic"))
+    with pytest.raises(SchemeError, match="shifted columns"):
+        Quantizer("nf4 shifted static")
+    x = outlier_inputs()
+    x[5, 5] = torch.nan
+    with pytest.raises(DataError, match="inputs of layer hold NaN"):
+        solve(solver, draw("gaussian", 8, 64), x, "e2m1 channel", "e2m1 tensor static")
+
+
+def test_no_input_is_reported() -> None:
+    found = solve(
+        make_solver("llm-fp4", {"grid": 20}), draw("student5", 8, 64), None, "e2m1 channel", "e2m1 tensor static"
+    )
+    assert any("no calibration input" in note for note in found.notes)
+    assert found.inputs is None
+    assert found.error < found.rtn_error
+
+
+# ----------------------------------------------------------------------------------------------- the quadratic forms
+@pytest.mark.parametrize("fisher", [False, True])
+def test_quadratic_forms_are_the_layer_error(fisher: bool) -> None:
+    x, matrix = outlier_inputs(256, 32), draw("gaussian", 24, 32)
+    rounded_x, rounded_w = Quantizer("e2m1 shifted").fake_quantize(x), Quantizer("e2m1 channel").fake_quantize(matrix)
+    token = draw("uniform", 256, 1).abs() if fisher else None
+    every = None if token is None else token.expand(256, 24)
+    expected = output_error(x, rounded_x, matrix, rounded_w, every)
+    by_row = InputsFixed.of_inputs(x, rounded_x, token).of(matrix)(rounded_w)
+    assert by_row.shape == (24,)
+    assert float(by_row.sum()) == pytest.approx(expected, rel=2e-2)
+    assert float(WeightsFixed(x, matrix, rounded_w, every)(rounded_x)) == pytest.approx(expected, rel=2e-2)
+
+
+def test_fisher_follows_the_outputs_that_matter() -> None:
+    x, matrix = outlier_inputs(), draw("student5", 24, 64)
+    importance = torch.full((512, 24), 1e-3)
+    importance[:, :4] = 1.0
+    stats = Stats(inputs=x, quantizer=Quantizer("e2m1 tensor static"), fisher={"layer": importance})
+    given = [Weight(name="layer", matrix=matrix, quantizer=Quantizer("e2m1 channel"))]
+    solver = make_solver("llm-fp4", {"loss": "fisher", "grid": 40})
+    found = solver.solve(given, stats)[0]
+    plain = make_solver("llm-fp4", {"grid": 40}).solve(given, stats)[0]
+    power = output_error(x, None, matrix, torch.zeros_like(matrix), importance)
+
+    def weighted(solved: Solved) -> float:
+        quantizer, params = solved.inputs or (Quantizer("e2m1"), None)
+        rounded = quantizer.fake_quantize(x, params)
+        return output_error(x, rounded, matrix, solved.weight.dequantize(), importance) / power
+
+    assert weighted(found) == pytest.approx(found.error, rel=1e-5)
+    assert weighted(found) <= weighted(plain)
+
+
+def test_layers_that_read_one_input_share_its_quantizer() -> None:
+    x = outlier_inputs()
+    given = [
+        Weight(name=str(i), matrix=draw("student5", 16, 64, seed=i), quantizer=Quantizer("e2m1 channel"))
+        for i in (1, 2)
+    ]
+    stats = Stats(inputs=x, quantizer=Quantizer("e2m1 shifted static"))
+    first, second = make_solver("llm-fp4", {"grid": 30}).solve(given, stats)
+    assert first.inputs is second.inputs is not None
+    assert first.error + second.error < first.rtn_error + second.rtn_error
+
+
+def test_ladder_of_an_asymmetric_integer_keeps_its_zero_point() -> None:
+    x = draw("gaussian", 8, 64) + 2
+    ladder = Ladder(x, Quantizer("int4 group=16 symmetric=false"))
+    whole = ladder.values(torch.ones(8))
+    assert torch.equal(whole, Quantizer("int4 group=16 symmetric=false").fake_quantize(x))
+    assert not torch.equal(ladder.values(torch.full((8,), 0.7)), whole)
+    grid = fractions(0.01, 1.2, 100, torch.device("cpu"))
+    assert grid[0] == pytest.approx(0.01) and grid[-1] == pytest.approx(1.2) and len(grid) == 100

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from tests.parts.report.synthetic import EVIL, page_data
+
+from nybble.core.errors import UsageError
+from nybble.formats import get_format
+from nybble.report.page import render
+from nybble.report.tables import depth_of, kind_of, layer_facts, layer_table
+
+
+class Reader(HTMLParser):
+    """Tags with their attributes, and the text inside each."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(page.replace("<wbr>", ""))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append((self.tags[-1][0], data.strip()))
+
+    def count(self, tag: str) -> int:
+        return sum(found == tag for found, _ in self.tags)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(text for tag, text in self.texts if tag not in ("script", "style"))
+
+    @property
+    def data(self) -> Any:
+        return json.loads(next(text for tag, text in self.texts if tag == "script" and text.startswith("{")))
+
+
+@pytest.fixture(scope="module")
+def full() -> str:
+    return render(page_data())
+
+
+def test_page_is_small_and_stands_alone(full: str) -> None:
+    assert len(full.encode()) < 1_500_000
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)""", full)
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|WebSocket", full)
+    links = set(re.findall(r"https?://[^\s\"'<)]+", full))
+    assert links == {"http://www.w3.org/2000/svg"}  # the namespace of SVG, never fetched
+
+
+def test_page_shows_what_it_was_given(full: str) -> None:
+    text = Reader(full).text
+    for wanted in (
+        *("smollm2-fp4", "LlamaForCausalLM · 30 blocks · 576 channels", "llm-fp4", "Formats and clips searched."),
+        *("6.54", "4.03 in quantized layers", "110.0 MB", "210", "15.79", "14.12 before, in float"),
+        *("KL divergence from the float model", "new_metric", "0.1234", "The sea is", "wide and green."),
+        *("codes", "53,000,000", "48.18 %", "float4_e3m0", "model.layers.29.mlp.down_proj", "kept round-to-nearest"),
+        *("settings.seed", "data.source_sha256", "ab12" * 16, "versions.torch", "2.13.0"),
+    ):
+        assert wanted in text, wanted
+
+
+def test_change_of_a_metric() -> None:
+    data = page_data(1)
+    data["evaluation"]["models"] = {"quantized": {"ppl": 11.0, "kl": 0.5}, "float": {"ppl": 10.0, "kl": 0.0}}
+    text = Reader(render(data)).text
+    assert "+1.00 (+10.00 %)" in text
+    assert "+0.500\n" in text  # no share of nothing
+    assert text.index("Before (float)") < text.index("After (quantized)")
+
+
+def test_drawing_data_has_the_grids_of_the_formats(full: str) -> None:
+    data = Reader(full).data
+    assert set(data["grids"]) == {"float4_e2m1fn", "float4_e3m0"}
+    assert data["grids"]["float4_e2m1fn"] == list(get_format("float4_e2m1fn").grid)
+    assert len(data["layers"]) == 210
+    assert len(data["layers"][0]["weight_picture"]["counts"]) == 64
+
+
+def test_no_evaluation_says_how_to_get_one() -> None:
+    data = page_data(1)
+    data["evaluation"] = None
+    text = Reader(render(data)).text
+    assert "nybble quantize … --eval builtin" in text
+    assert "dB median SQNR" in text
+
+
+def test_layers_without_calibration_and_pictures() -> None:
+    data = page_data(1)
+    for row in data["manifest"]["layers"]:
+        row.update(clip=None, input_shifts=None, weight_picture=None, input_picture=None, inputs=None, sqnr=None)
+        row.update(error=None, rtn_error=None, notes=[])
+    text = Reader(render(data)).text
+    assert "Columns without any value are left out: SQNR dB, Error, RTN error, Ratio, Clip low" in text
+    assert "How the inputs' channels differ" not in text
+
+
+@pytest.mark.parametrize("place", ["title", "name", "recipe", "prompt", "sample", "metric", "note", "model", "line"])
+def test_texts_of_others_are_escaped(place: str) -> None:
+    data = page_data(1)
+    manifest, evaluation, row = data["manifest"], data["evaluation"], data["manifest"]["layers"][0]
+    if place == "title":
+        data["title"] = EVIL
+    elif place == "name":
+        row["name"] = EVIL
+    elif place == "recipe":
+        manifest["recipe"].update(name=EVIL, summary=EVIL, source=EVIL, scheme={"name": EVIL})
+    elif place == "prompt":
+        evaluation["samples"][0]["prompt"] = EVIL
+    elif place == "sample":
+        evaluation["samples"][0][EVIL] = EVIL
+    elif place == "metric":
+        evaluation["models"]["quantized"][EVIL] = EVIL
+    elif place == "note":
+        row["notes"] = [EVIL]
+    elif place == "model":
+        manifest["model"] = {EVIL: EVIL}
+    else:
+        row["weights"] = EVIL
+    plain, page = Reader(render(page_data(1))), render(data)
+    read = Reader(page)
+    assert "<script>alert" not in page
+    assert (read.count("script"), read.count("img")) == (plain.count("script"), 0)
+    shown = "".join(text for _, text in read.texts) + str([attributes for _, attributes in read.tags]) + str(read.data)
+    assert "alert(1)" in shown  # it is there, as text
+
+
+def test_script_is_the_one_that_the_policy_allows(full: str) -> None:
+    import base64
+    import hashlib
+
+    (allowed,) = re.findall(r"script-src 'sha256-([^']+)'", full)
+    script = full[full.rindex("<script>") + len("<script>") : full.rindex("</script>")]
+    assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() == allowed
+
+
+def test_half_a_surrogate_pair_can_be_written() -> None:
+    assert "a?b" in render(page_data(1, title="a\ud800b"))
+
+
+def test_missing_jinja_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(UsageError, match=r"pip install 'nybble\[report\]'"):
+        render(page_data(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "depth"),
+    [
+        ("model.layers.12.self_attn.q_proj", "q_proj", 12),
+        ("transformer.h.0.mlp.c_fc", "c_fc", 0),
+        ("model.layers.3.mlp.experts.gate_up_proj.experts.7", "gate_up_proj", 3),
+        ("model.layers.3.mlp.experts.7.w1", "w1", 3),
+        ("lm_head", "lm_head", None),
+        ("7", "7", 7),
+    ],
+)
+def test_kind_and_depth(name: str, kind: str, depth: int | None) -> None:
+    assert (kind_of(name), depth_of(name)) == (kind, depth)
+
+
+def test_numbers_of_the_table() -> None:
+    row = page_data(1)["manifest"]["layers"][0] | {"error": 0.02, "rtn_error": 0.08, "sqnr": 17.456, "bits": 4.5}
+    columns, (cells,) = layer_table(layer_facts([row]))
+    found = {column[0]: cell for column, cell in zip(columns, cells, strict=True)}
+    assert found["ratio"][:2] == ("0.250", 0.25)
+    assert found["error"][:2] == ("2.00 %", 0.02)
+    assert found["sqnr"][0] == "17.46"
+    assert found["shape"][:2] == ("576 × 576", 576 * 576)
+    assert found["shifted"][0] == "10.4 %"  # 60 of 576
+    assert [column[3] for column in columns if column[0] in ("name", "bits", "weights")] == [False, False, True]
