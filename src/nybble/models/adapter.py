@@ -243,7 +243,7 @@ def adapter_for(model: nn.Module | PreTrainedConfig) -> Adapter:
 
 
 def _fitted(adapter: Adapter, model: nn.Module) -> Adapter:
-    """The adapter with its paths as this class has them: ``bert.encoder.layer`` under a head, else ``encoder.layer``."""
+    """The adapter with its paths as this class has them (``bert.encoder.layer`` under a head)."""
     if BASE not in adapter.blocks:
         return adapter
     prefix = getattr(model, "base_model_prefix", "")

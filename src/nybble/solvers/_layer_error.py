@@ -30,7 +30,7 @@ class InputsFixed:
     """The error of each output as a function of its rounded weights.
 
     Args:
-        second: ``E[Q(x) Q(x)^T]``, float32 [columns, columns]; None for the identity: the error of the weights themselves.
+        second: ``E[Q(x) Q(x)^T]``, float32 [columns, columns]; None for the identity.
         cross, lost: ``E[e Q(x)^T]`` and ``E[e e^T]``; None where inputs stay as they are.
     """
 

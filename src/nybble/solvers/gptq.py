@@ -27,12 +27,17 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import SchemeError
+from nybble.granularity import Rank1, Shifted
 from nybble.qtensor import QuantParams, ScaleLike, block_view
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 from nybble.rounding import get_rounding
+from nybble.scales.absmax import AbsMax
+from nybble.scales.minmax import MinMax
 from nybble.solvers import Solved, Solver, Stats, Weight, relative_error
 from nybble.solvers._columns import Span, visit_block, visit_block_in_graph
+
+CLIP = "low=0.6,high=1.1,grid=11"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,8 @@ class Gptq(Solver):
         block: columns between two updates of the rest.
         damping: share of the mean diagonal that is added to H.
         activation_order: visit columns with large inputs first.
+        clip: give every block the clip value with the least error, each column weighted by its inputs' energy, where
+            the scheme's rule is a plain maximum; false keeps the maximum.
     """
 
     path: ClassVar[str] = "quantized"
@@ -50,6 +57,7 @@ class Gptq(Solver):
     block: int = 128
     damping: float = 0.01
     activation_order: bool = False
+    clip: bool = True
 
     def __post_init__(self) -> None:
         if self.block < 1:
@@ -79,8 +87,9 @@ class Gptq(Solver):
 
     def solve(self, weights: Sequence[Weight], stats: Stats) -> list[Solved]:  # noqa: D102
         second_moment = stats.second_moment
-        grids = [_Grid(weight) for weight in weights]
-        plain = [grid.finish(grid.matrix) for grid in grids]
+        energy = second_moment.diagonal() if self.clip and second_moment is not None else None
+        grids = [_Grid(weight, energy) for weight in weights]
+        plain = [weight.quantizer.quantize(weight.matrix) for weight in weights]
         plain_errors = [
             relative_error(w.matrix, q.dequantize(), second_moment) for w, q in zip(weights, plain, strict=True)
         ]
@@ -168,9 +177,10 @@ class Gptq(Solver):
 class _Grid:
     """The fixed grid of one weight: its quantizer's parameters, spread over the columns."""
 
-    def __init__(self, weight: Weight) -> None:
+    def __init__(self, weight: Weight, energy: Tensor | None) -> None:
         self.matrix, self.quantizer = weight.matrix, weight.quantizer
-        self.params: QuantParams = self.quantizer.fit(self.matrix)
+        searched = None if energy is None else _searched(self.quantizer)
+        self.params: QuantParams = (searched or self.quantizer).fit(self.matrix, energy if searched else None)
         self.scale = self._spread(self.params.scale)
         self.zero = self._spread(self.params.zero_point)
         self.offset = self._spread(self.params.offset)
@@ -193,6 +203,15 @@ class _Grid:
     def finish(self, matrix: Tensor) -> BlockQTensor:
         """``matrix`` (anything, or already on the grid) as a QTensor with these parameters."""
         return self.quantizer.quantize(matrix, self.params)
+
+
+def _searched(quantizer: Quantizer) -> Quantizer | None:
+    """The quantizer with clip values searched, or None where its scale rule isn't a plain maximum of a block."""
+    scale = quantizer.scale
+    plain = isinstance(scale, AbsMax) or (isinstance(scale, MinMax) and not scale.has_offset)
+    if isinstance(quantizer.granularity, Rank1 | Shifted) or not plain:
+        return None
+    return quantizer.replace(scale=f"mse({CLIP},asymmetric={str(scale.needs_integer).lower()})")
 
 
 def _stack(grids: Sequence[_Grid]) -> list[Span]:
