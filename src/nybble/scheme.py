@@ -36,12 +36,15 @@ class Rule:
     Attributes:
         targets: class names (``Linear``), exact module names, or ``re:`` and a pattern for the whole module name.
         weights: for the weight. inputs: for what enters the module. outputs: for what leaves it. None: float.
+        matmuls: for the four operands of an attention's two products; its targets are attention modules (the class
+            ``Attention``).
     """
 
     targets: tuple[str, ...] = ("Linear",)
     weights: Quantizer | None = None
     inputs: Quantizer | None = None
     outputs: Quantizer | None = None
+    matmuls: Quantizer | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +109,8 @@ class Scheme:
     def override(self, *, weights: Quantizer | None = None, inputs: Quantizer | None = None) -> Scheme:
         """The same targets with other quantizers (``--weights``, ``--activations``)."""
         changed = tuple(
-            replace(rule, weights=weights or rule.weights, inputs=inputs or rule.inputs) for rule in self.rules
+            rule if rule.matmuls else replace(rule, weights=weights or rule.weights, inputs=inputs or rule.inputs)
+            for rule in self.rules
         )
         return replace(self, rules=changed, name="")
 
@@ -158,7 +162,7 @@ PRESETS: dict[str, tuple[str, str | None]] = {
 }
 
 
-_RULE_KEYS = ("targets", "weights", "inputs", "outputs")
+_RULE_KEYS = ("targets", "weights", "inputs", "outputs", "matmuls")
 
 
 def preset_scheme(name: str) -> Scheme:
@@ -217,17 +221,20 @@ def parse_scheme(data: str | Mapping[str, Any]) -> Scheme:
 def _rule(data: Mapping[str, Any]) -> Rule:
     _known(data, _RULE_KEYS, "a rule")
     lines: dict[str, Any] = {}
-    for key in ("weights", "inputs", "outputs"):
+    for key in _RULE_KEYS[1:]:
         line = data.get(key)
         if line is not None and not isinstance(line, str):
             raise SchemeError(f"{key} is a quantizer line such as 'int4 group=32'; got {line!r}.")
         if line:
             lines[key] = Quantizer(line)
     if not lines:
-        raise SchemeError("a rule without weights, inputs or outputs does nothing.")
+        raise SchemeError("a rule without weights, inputs, outputs or matmuls does nothing.")
+    if "matmuls" in lines and len(lines) > 1:
+        raise SchemeError("matmuls belong to attention modules; give them a rule of their own (targets: [Attention]).")
     if "outputs" in lines and lines["outputs"].static:
         raise SchemeError("outputs are quantized dynamically; leave out 'static'.")
-    return Rule(targets=_strings(data.get("targets", ("Linear",)), "targets"), **lines)
+    default = ("Attention",) if "matmuls" in lines else ("Linear",)
+    return Rule(targets=_strings(data.get("targets", default), "targets"), **lines)
 
 
 def _strings(value: Any, what: str) -> tuple[str, ...]:

@@ -26,10 +26,11 @@ from nybble.pipelines.inspect import inspect
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.request import build_recipe
 from nybble.pipelines.settings import Settings
-from nybble.recipe import Recipe, recipe_names
+from nybble.recipe import Recipe, load_recipe, recipe_names
 
 RECIPES: dict[str, dict[str, str]] = {
-    **{name: {} for name in recipe_names()},  # each with its own scheme
+    # Each with its own scheme; those that search, the quick way.
+    **{name: {"effort": "quick"} if load_recipe(name).solver.quick else {} for name in recipe_names()},
     "rtn dynamic": {"scheme": "NVFP4"},
     "mse zero point": {"weights": "int4 group=16 symmetric=false"},
     "gptq dynamic": {"weights": "mxfp4 group=16", "activations": "mxfp4 group=16"},
@@ -87,7 +88,8 @@ def check_bytes(out: Path) -> dict[str, Any]:
     assert found["total"] == sum(on_disk.values()) == sum(found["bytes"].values())
     assert "other" not in found["bytes"]
     modules = sum(n for module in found["modules"].values() for n in module["bytes"].values())
-    inputs = sum(4 for _ in json.loads((out / checkpoint.MANIFEST).read_text())["layers"] if _["input_scale"])
+    rows = json.loads((out / checkpoint.MANIFEST).read_text())["layers"]
+    inputs = sum(4 * bool(row["input_scale"]) + sum(row["input_shifts"] or ()) for row in rows)
     assert found["bytes"]["codes"] <= modules
     packed = sum(found["bytes"].get(role, 0) for role in ("codes", "scales", "offsets", "tables", "padding"))
     assert packed == modules + inputs

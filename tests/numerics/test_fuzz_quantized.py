@@ -19,9 +19,9 @@ from tests.numerics.test_fuzz_files import MAX_GROWTH, mutated_bytes, mutated_js
 from tests.tiny import save_text, save_tiny
 from transformers.utils import logging
 
-from nybble.cli._evaluate import run_eval
 from nybble.core.errors import NybbleError
 from nybble.pipelines.inspect import inspect
+from nybble.pipelines.judge import run_eval
 from nybble.pipelines.load import load
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.request import build_recipe

@@ -20,10 +20,12 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Evaluate MODEL on text."""
-    from nybble.cli._evaluate import run_eval
+    from nybble.core.progress import Bars
+    from nybble.pipelines.judge import run_eval
 
     names = [name.strip() for name in metrics.split(",") if name.strip()]
-    found, manifest = run_eval({"model": model}, data, names, reference, seq_len, samples, device)
+    result = run_eval({"model": model}, data, names, reference, seq_len, samples, device, progress=Bars())
+    found, manifest = result["models"], result["data"]
     if json:
         print_json({"metrics": found["model"], "tokens": manifest["predictions"], "data": manifest, "model": model})
         return

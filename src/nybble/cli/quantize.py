@@ -72,12 +72,10 @@ def command(
         "layers": [{k: v for k, v in r.to_dict().items() if not k.endswith("picture")} for r in report.layers],
     }
     if eval is not None:
-        from nybble.cli._evaluate import run_eval
+        from nybble.pipelines.judge import judge_folder
 
-        metrics, manifest = run_eval(
-            {"float": model, "quantized": str(out)}, eval, ("ppl", "kl"), model, seq_len, None, device
-        )
-        result["evaluation"] = {**metrics, "data": manifest}
+        found = judge_folder(out, model, eval, seq_len, device, Bars())
+        result["evaluation"] = {**found["models"], "data": found["data"], "samples": found["samples"]}
     if json:
         print_json(result)
         return
@@ -108,7 +106,8 @@ def _print(result: dict[str, Any]) -> None:
         print_table("largest relative output errors", ("layer", "bits", "error", "round to nearest", "notes"), rows)
     if "evaluation" in result:
         shown = [
-            [n, f"{result['evaluation'][n]['ppl']:.3f}", f"{result['evaluation'][n]['kl']:.4f}"]
-            for n in ("float", "quantized")
+            [name, f"{found['ppl']:.3f}", f"{found['kl']:.4f}", f"{found['agreement']:.1%}"]
+            for name, found in result["evaluation"].items()
+            if name in ("float", "quantized")
         ]
-        print_table("evaluation", ("model", "perplexity", "KL to float"), shown)
+        print_table("evaluation", ("model", "perplexity", "KL to float", "same next token"), shown)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nybble.core.errors import FileError, ModelError
 from nybble.nn.activation import ActivationQuantizer
+from nybble.nn.attention import PART, MatmulQuantizers, use_quantized_attention
 from nybble.nn.experts import PackedExperts
 from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
@@ -43,10 +44,13 @@ def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
     root.get_submodule(parent).add_module(leaf, module)
 
 
-def quant_modules(root: nn.Module) -> Iterator[tuple[str, QuantLinear | PackedExperts]]:
+QuantModule = QuantLinear | PackedExperts | MatmulQuantizers
+
+
+def quant_modules(root: nn.Module) -> Iterator[tuple[str, QuantModule]]:
     """All quantized modules with their names."""
     for name, module in root.named_modules():
-        if isinstance(module, QuantLinear | PackedExperts):
+        if isinstance(module, QuantModule):
             yield name, module
 
 
@@ -62,6 +66,15 @@ def use_eager_experts(model: nn.Module) -> None:
     config: Any = model.config
     for part in (config, config.get_text_config()):
         part._experts_implementation = "eager"
+
+
+def prepare_quantized(model: nn.Module) -> None:
+    """Let a model call its quantized parts: experts one at a time, attention with rounded operands."""
+    parts = list(model.modules())
+    if any(isinstance(part, PackedExperts) for part in parts):
+        use_eager_experts(model)
+    if any(isinstance(part, MatmulQuantizers) for part in parts):
+        use_quantized_attention(model)
 
 
 FORMAT_VERSION = 1
@@ -108,11 +121,13 @@ class Layouts:
         return from_spec(entry["spec"], tensors)
 
 
-def describe(module: QuantLinear | PackedExperts, layouts: Layouts) -> dict[str, Any]:
+def describe(module: QuantModule, layouts: Layouts) -> dict[str, Any]:
     """How to rebuild the module empty: the entry of a checkpoint's ``modules``."""
     if isinstance(module, PackedExperts):
         numbers = [layouts.number(p.qtensor()) for p in module.experts if isinstance(p, Packed)]
         return {"class": "experts", "weights": numbers, "transposed": module.transposed}
+    if isinstance(module, MatmulQuantizers):
+        return {"class": "matmuls", "operands": module.to_dict()}
     found: dict[str, Any] = {"class": "linear"}
     if isinstance(module.weight, Packed):
         found["weight"] = layouts.number(module.weight.qtensor())
@@ -134,6 +149,11 @@ def put_described(root: nn.Module, name: str, entry: dict[str, Any], layouts: La
     except AttributeError as error:
         raise ModelError(f"the checkpoint quantizes {name}, which this model does not have.") from error
     try:
+        if entry["class"] == "matmuls":
+            if not name.endswith(f".{PART}"):
+                raise FileError(f"{name} is described as an attention's {PART}, which has another name.")
+            old.add_module(PART, MatmulQuantizers.from_dict(entry["operands"]))
+            return
         if entry["class"] == "experts":
             leaf = name.rpartition(".")[2]
             dtype = getattr(old, leaf).dtype

@@ -15,8 +15,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from nybble.nn.experts import PackedExperts
-from nybble.nn.swap import FORMAT_VERSION, Layouts, check_version, put_described, use_eager_experts
+from nybble.nn.swap import FORMAT_VERSION, Layouts, check_version, prepare_quantized, put_described
 
 
 @register_quantization_config("nybble")
@@ -66,8 +65,7 @@ class NybbleHfQuantizer(HfQuantizer):
         with torch.device("meta"):
             for name, entry in self.quantization_config.modules.items():
                 put_described(model, name, entry, layouts)
-        if any(isinstance(module, PackedExperts) for module in model.modules()):
-            use_eager_experts(model)
+        prepare_quantized(model)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """``save_pretrained`` writes the same tensors again."""

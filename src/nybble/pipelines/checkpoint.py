@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 5_000_000_000
 MANIFEST = "nybble.json"
+EVALUATION = "evaluation.json"
 REQUEST = "request.json"
 SPILL = "hidden.bin."  # and the number of the stack
 

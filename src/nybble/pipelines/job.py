@@ -15,6 +15,7 @@ from nybble.core.errors import DataError, UsageError, within
 from nybble.core.files import need_space
 from nybble.data import TokenSamples, load_text, token_samples
 from nybble.models.adapter import Adapter, adapter_for
+from nybble.nn.attention import use_quantized_attention
 from nybble.nn.swap import use_eager_experts
 from nybble.pipelines.estimate import Estimate, Load, estimate, measure_flops, require_memory
 from nybble.pipelines.fold import check_folds
@@ -66,6 +67,8 @@ class Job:
             plan = make_plan(model, adapter, recipe.scheme, solver)
         if plan.experts:
             use_eager_experts(model)
+        if any(plan.products):
+            use_quantized_attention(model)
         tokens = None
         if plan.needs(solver) or transforms:
             tokens = data if isinstance(data, TokenSamples) else _calibration(source, data, settings)

@@ -14,8 +14,7 @@ from nybble.models.config_file import make_config, read_json
 from nybble.models.guard import reading
 from nybble.models.skeleton import expected_tensors, fill_buffers_, meta_model
 from nybble.models.source import open_source
-from nybble.nn.experts import PackedExperts
-from nybble.nn.swap import Layouts, hold_dense, put_described, quant_modules, use_eager_experts
+from nybble.nn.swap import Layouts, hold_dense, prepare_quantized, put_described, quant_modules
 from nybble.pipelines.checkpoint import Parts, mark_quantized, model_config
 from nybble.pipelines.inspect import Checkpoint, read_checkpoint
 
@@ -69,8 +68,7 @@ def _load_quantized(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     with torch.device("meta"):
         for name, entry in checkpoint.modules.items():
             put_described(model, name, entry, layouts)
-    if any(isinstance(module, PackedExperts) for module in model.modules()):
-        use_eager_experts(model)
+    prepare_quantized(model)
     _check_names(folder, checkpoint, expected_tensors(model))
     tensors = _read(folder, checkpoint, dtype)
     fill_buffers_(model)

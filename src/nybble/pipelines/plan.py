@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from nybble.core.errors import GranularityError, SchemeError, within
+from nybble.granularity import Shifted
 from nybble.models.adapter import Adapter
 from nybble.models.experts import expert_weights, find_experts
 from nybble.nn.activation import check_static
+from nybble.nn.attention import attentions
 from nybble.nn.swap import class_names, matrix_of
+from nybble.quantizer import Quantizer
 from nybble.scheme import Rule, Scheme
 from nybble.solvers import Solver
 
@@ -30,18 +33,28 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Product:
+    """An attention whose operands are to be rounded: its name, and their quantizer."""
+
+    name: str
+    quantizer: Quantizer
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will be done.
 
     Attributes:
         blocks: for each block, its targets with names relative to the block. outside: targets in no block.
         counts: pattern -> modules. ignored: names that ``ignore`` took out.
+        products: for each block, its attentions with rounded operands.
     """
 
     blocks: tuple[tuple[Target, ...], ...]
     outside: tuple[Target, ...]
     counts: Mapping[str, int]
     ignored: tuple[str, ...]
+    products: tuple[tuple[Product, ...], ...] = ()
 
     @property
     def targets(self) -> int:
@@ -58,6 +71,7 @@ class Plan:
         rules = {t.rule for block in self.blocks for t in block}
         static = any(rule.inputs is not None and rule.inputs.static for rule in rules)
         solved = [solver.needs(rule.inputs) for rule in rules if rule.weights is not None]
+        static |= any(product.quantizer.static for block in self.products for product in block)
         return frozenset({"ranges"} if static else ()).union(*solved)
 
 
@@ -85,8 +99,12 @@ def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver
             full = f"{path}.{weight.name}"
             shapes[full] = ((weight.out_features, weight.in_features), weight.experts)
             classes[full] = (type(module).__name__, "Experts", "Linear")
+    for name, module in attentions(model):
+        classes.setdefault(name, (type(module).__name__, "Attention"))
     found = scheme.match(classes)
-    targets = {n: Target(n, rule, *shapes[n]) for n, rule in found.rules.items()}
+    _check_kinds(found.rules, shapes)
+    targets = {n: Target(n, rule, *shapes[n]) for n, rule in found.rules.items() if n in shapes}
+    products = [Product(n, rule.matmuls) for n, rule in found.rules.items() if rule.matmuls is not None]
     tied = {n.removesuffix(".weight") for group in adapter.tied_groups(model) for n in group}
     for target in targets.values():
         with within(target.name):
@@ -107,7 +125,25 @@ def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver
                 f"{target.name} is outside the blocks, where no static activations are calibrated; "
                 "use a dynamic quantizer."
             )
-    return Plan(blocks, outside, found.counts, found.ignored)
+    inside = tuple(
+        tuple(Product(x.name.removeprefix(p), x.quantizer) for x in products if x.name.startswith(p)) for p in prefixes
+    )
+    return Plan(blocks, outside, found.counts, found.ignored, inside)
+
+
+def _check_kinds(rules: Mapping[str, Rule], shapes: Mapping[str, object]) -> None:
+    """Matmuls are of attentions, weights of linears: a rule that reaches the other kind says what it can't do."""
+    for name, rule in rules.items():
+        if (rule.matmuls is None) != (name in shapes):
+            what = "a layer with a weight" if name in shapes else "an attention, which has products of activations only"
+            raise SchemeError(f"{name} is {what}; its rule is for the other kind. Change the rule's targets.")
+        if rule.matmuls is None:
+            continue
+        if isinstance(rule.matmuls.granularity, Shifted):
+            raise SchemeError(
+                f"{name}: shifted columns need a weight that takes the shifts; matmuls have none. Write 'tensor'."
+            )
+        check_static(rule.matmuls)
 
 
 def _check(target: Target, solver: Solver) -> None:

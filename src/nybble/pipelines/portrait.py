@@ -71,6 +71,8 @@ def _on_grid(x: Tensor, params: QuantParams, quantizer: Quantizer) -> dict[str, 
     if params.zero_point is not None:
         y = y + block_view(params.zero_point, granularity, shape)
     fmt = quantizer.format
+    if fmt.bits > 8:  # too many values to draw, and too far to see any
+        return _histogram(y / (float(y.abs().max()) or 1.0), 1.0)
     return _histogram(y, fmt.absmax) | {"format": fmt.name}
 
 

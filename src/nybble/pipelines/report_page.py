@@ -9,13 +9,12 @@ from nybble.core.errors import FileError, UsageError
 from nybble.core.files import atomic_write_text
 from nybble.models.config_file import read_json
 from nybble.models.guard import reading
-from nybble.pipelines.checkpoint import MANIFEST
+from nybble.pipelines.checkpoint import EVALUATION, MANIFEST
 from nybble.pipelines.inspect import inspect
 from nybble.report.checks import check_evaluation, check_manifest
 from nybble.report.page import render
 
 PAGE = "report.html"
-EVALUATION = "evaluation.json"
 
 
 def write_report(folder: str | Path, out: str | Path | None = None) -> dict[str, Any]:

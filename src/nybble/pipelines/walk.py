@@ -20,6 +20,7 @@ from nybble.pipelines.block import check_finite, solve_block
 from nybble.pipelines.checkpoint import SPILL, Parts
 from nybble.pipelines.fold import transform_block
 from nybble.pipelines.job import OUTSIDE, Job, part_name
+from nybble.pipelines.products import put_products, solve_products
 from nybble.pipelines.report import LayerRow
 from nybble.pipelines.watch import see_block, see_nothing
 
@@ -86,10 +87,14 @@ class Walk:
                 config = self.job.model.config
                 transform_block(block, self.job.transforms, self.job.adapter, config, originals, batches)
             seen = see_block(block, prefix, targets, self.job.solver, batches, self.job.tokens.tokens)
+        products = self.job.plan.products[index]
+        see = None if self.job.tokens is None else partial(self._batches, index)
+        rows, parts = solve_products(block, f"{prefix}.", products, self.job.solver, see)
         if moves_on and self.job.solver.path == "float":
             self._advance(block, index)
         self._seed(index, "solve")
-        rows = solve_block(block, f"{prefix}.", targets, self.job.solver, seen, originals)
+        rows += solve_block(block, f"{prefix}.", targets, self.job.solver, seen, originals)
+        put_products(block, parts)
         if moves_on and self.job.solver.path == "quantized":
             self._advance(block, index)
         return rows

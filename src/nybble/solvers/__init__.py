@@ -21,6 +21,7 @@ from nybble.qtensor import QTensor, QuantParams
 from nybble.quantizer import Quantizer
 
 REGISTRY = Registry("nybble.solvers", "solver")
+Operand = tuple[Quantizer, QuantParams]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,16 @@ class Solver(ABC):
             weights: all with the same number of columns.
             stats: what calibration saw of that input.
         """
+
+    def solve_product(self, left: Tensor, right: Tensor, quantizer: Quantizer) -> tuple[Operand, Operand]:
+        """Parameters for both operands of ``left @ right^T``, two activations; here each from its own values.
+
+        Args:
+            left: float32 [products, n, columns].
+            right: float32 [products, m, columns].
+            quantizer: a static one for both.
+        """
+        return (quantizer, quantizer.fit(left)), (quantizer, quantizer.fit(right))
 
     def working_bytes(self, rows: Sequence[int], columns: int) -> int:
         """Most memory that :meth:`solve` needs for weights [rows, columns] beyond what it is given, in bytes.

@@ -111,24 +111,24 @@ def fractions(low: float, high: float, count: int, device: torch.device) -> Tens
 
 
 def descend(
-    ladder: Ladder, error: Error, best: tuple[Tensor, Tensor], grid: Tensor, fine: int
+    ladder: Ladder, error: Error, best: tuple[Tensor, Tensor], grid: Tensor, fine: int = 0, step: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """The best fraction of each unit among the grid, then among ``fine`` points around that; never worse than ``best``.
+    """The best fraction of each unit among the grid, then among some around that; never worse than ``best``.
 
     Args:
         ladder: candidates.
         error: their objective.
         best: fraction and error to beat, both float32 [units].
-        grid: fractions, evenly spaced in their logarithm.
-        fine: points between the neighbours of each unit's best; 0 stops after the grid.
+        grid: fractions, float32 [candidates]; may be empty.
+        fine: further candidates a unit, evenly spaced (in the logarithm) from its best divided by ``step`` to its best
+            times ``step``, ends left out.
+        step: a factor above 1.
     """
     for fraction in grid:
         best = _better(ladder, error, best, fraction.expand(ladder.units))
-    if fine and len(grid) > 1:
-        step = grid[1] / grid[0]
-        centre = best[0]
-        for exponent in torch.linspace(-1, 1, fine + 2, device=grid.device)[1:-1]:
-            best = _better(ladder, error, best, centre * step**exponent)
+    centre = best[0]
+    for exponent in torch.linspace(-1, 1, fine + 2)[1:-1].tolist():
+        best = _better(ladder, error, best, centre * step**exponent)
     return best
 
 

@@ -78,8 +78,8 @@ class WeightsFixed:
     """The error of all outputs together as a function of the rounded inputs.
 
     Args:
-        x: inputs as they are, float32 [tokens, columns].
-        matrix: weights, float32 [rows, columns], each row scaled by how much its error counts.
+        x: inputs as they are, float32 [tokens, columns]; of several products at once [products, tokens, columns].
+        matrix: weights (or the other operand), float32 [rows, columns], each row scaled by how much its error counts.
         rounded: the same, rounded.
         importance: float32 [tokens, rows], or None.
     """
@@ -89,25 +89,24 @@ class WeightsFixed:
         lost = matrix - rounded
         with fast_products(x.device):
             if importance is not None:
-                self.fixed = x @ lost.T
+                self.fixed = x @ lost.mT
                 return
-            linear = x @ (lost.T @ rounded)
-            self.constant = ((lost.T @ lost) * (x.T @ x)).sum() / x.shape[0]
-            self.linear = 2 * linear
-            rows, columns = matrix.shape
-            self.form = rounded.T @ rounded if rows > columns else None
+            self.linear = 2 * (x @ (lost.mT @ rounded))
+            self.constant = ((lost.mT @ lost) * (x.mT @ x)).sum() / x.shape[:-1].numel()
+            rows, columns = matrix.shape[-2:]
+            self.form = rounded.mT @ rounded if rows > columns else None
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Rounded inputs [tokens, columns] -> mean over tokens of the squared error of all outputs, float32 [1]."""
-        error = self.x - inputs
+        """Rounded inputs -> mean over tokens of the squared error of all outputs, float32 [1]."""
+        error = self.x - inputs.view(self.x.shape)
         with fast_products(self.x.device):
             if self.importance is not None:
-                output = self.fixed + error @ self.rounded.T
-                return (output.square_() * self.importance).sum(1).mean().reshape(1)
+                output = self.fixed + error @ self.rounded.mT
+                return (output.square_() * self.importance).sum(-1).mean().reshape(1)
             if self.form is not None:
-                total = ((error @ self.form).add_(self.linear) * error).sum(1)
+                total = ((error @ self.form).add_(self.linear) * error).sum(-1)
             else:
-                total = (error @ self.rounded.T).square_().sum(1) + (self.linear * error).sum(1)
+                total = (error @ self.rounded.mT).square_().sum(-1) + (self.linear * error).sum(-1)
         return (total.mean() + self.constant).reshape(1)
 
 

@@ -32,7 +32,7 @@ from nybble.granularity import Rank1
 from nybble.qtensor import QuantParams
 from nybble.quantizer import Quantizer
 from nybble.rounding import get_rounding
-from nybble.solvers import Solved, Solver, Stats, Weight, relative_error
+from nybble.solvers import Operand, Solved, Solver, Stats, Weight, relative_error
 from nybble.solvers._ladder import Error, Ladder, descend, fractions, menu, with_format
 from nybble.solvers._layer_error import InputsFixed, WeightsFixed, output_error
 
@@ -44,7 +44,8 @@ class LlmFp4(Solver):
     Attributes:
         rounds: of alternating searches.
         grid: clip candidates. low, high: the range they span, as fractions of the largest magnitude.
-        fine: further candidates around the best of the grid; for coarse grids.
+        fine: with a coarse grid, further candidates around its best; later rounds then try these alone, in the format
+            that was found. 0: every round searches the whole grid in every format.
         formats: search the split into exponent and mantissa bits too; else the scheme's formats stay.
         loss: ``output``, the squared output error; ``fisher``, each output's error weighted by the squared gradient of
             the model's loss.
@@ -113,6 +114,30 @@ class LlmFp4(Solver):
             )
         return _Search(self, weights, stats).run()
 
+    def solve_product(self, left: Tensor, right: Tensor, quantizer: Quantizer) -> tuple[Operand, Operand]:
+        """As :meth:`solve`, each operand in turn being the input and the other the weight."""
+        sides = [left, right]
+        grid = fractions(self.low, self.high, self.grid, left.device)
+        step = (self.high / self.low) ** (1 / max(1, self.grid - 1))
+        formats = menu(quantizer.format) if self.formats else [quantizer.format]
+        ladders = [[Ladder(x.flatten(0, 1), with_format(quantizer, fmt)) for fmt in formats] for x in sides]
+        chosen = [_unclipped(options[0]) for options in ladders]
+        for number in range(self.rounds):
+            for here, other in ((0, 1), (1, 0)):
+                given = chosen[other].values.view(sides[other].shape)
+                error = WeightsFixed(sides[here], sides[other], given)
+                whole = number == 0 or not self.fine
+                chosen[here] = _search(
+                    ladders[here] if whole else [chosen[here].ladder],
+                    chosen[here],
+                    error,
+                    grid if whole else grid[:0],
+                    self.fine,
+                    step,
+                )
+        first, second = ((c.ladder.quantizer, c.ladder.params(c.fraction)) for c in chosen)
+        return first, second
+
 
 @dataclass
 class _Choice:
@@ -133,6 +158,7 @@ class _Search:
         self.method, self.weights, self.second = method, weights, stats.second_moment
         self.x = None if stats.inputs is None else stats.inputs.float()
         self.grid = fractions(method.low, method.high, method.grid, weights[0].matrix.device)
+        self.step = (method.high / method.low) ** (1 / max(1, method.grid - 1))
         self.quantizer = stats.quantizer
         self.importance: Mapping[str, Tensor] = stats.fisher if method.loss == "fisher" else {}
         self.power = [self._lost(w, None, torch.zeros_like(w.matrix)) or 1.0 for w in weights]
@@ -161,31 +187,30 @@ class _Search:
         inputs: _Choice | None = None
         chosen = self.plain
         if self.input_ladders:
-            inputs = self._search_inputs([w.matrix for w in self.weights], _unclipped(self.input_ladders[0]))
-        for _ in range(self.method.rounds):
+            inputs = self._search_inputs([w.matrix for w in self.weights], _unclipped(self.input_ladders[0]), True)
+        for number in range(self.method.rounds):
             rounded = inputs.values if inputs is not None else self.plain_inputs
-            chosen = self._search_weights(chosen, rounded)
+            chosen = self._search_weights(chosen, rounded, whole=number == 0)
             if inputs is None:
                 break  # nothing alternates
-            inputs = self._search_inputs([c.values for c in chosen], inputs)
+            inputs = self._search_inputs([c.values for c in chosen], inputs, whole=False)
         return self._settle(chosen, inputs)
 
-    def _search_weights(self, before: Sequence[_Choice], rounded: Tensor | None) -> list[_Choice]:
+    def _search(self, ladders: Sequence[Ladder], before: _Choice, error: Error, whole: bool) -> _Choice:
+        """:func:`_search`: the whole grid in every format, as always with ``fine=0``, or around ``before`` alone."""
+        whole = whole or not self.method.fine
+        grid = self.grid if whole else self.grid[:0]
+        return _search(ladders if whole else [before.ladder], before, error, grid, self.method.fine, self.step)
+
+    def _search_weights(self, before: Sequence[_Choice], rounded: Tensor | None, whole: bool) -> list[_Choice]:
         """Steps a and b for every weight, starting from what it has."""
         shared = None if self.importance else self._fixed(rounded)
         found = []
         for weight, choice, ladders in zip(self.weights, before, self.ladders, strict=True):
             fixed = shared or self._fixed(rounded, self.importance[weight.name].mean(1, keepdim=True))
             by_row = fixed.of(weight.matrix)
-            best, least = choice, by_row(choice.values).sum()
-            for ladder in ladders:
-                error = by_row if ladder.units == len(weight.matrix) else _whole(by_row)
-                start = choice.fraction if ladder is choice.ladder else torch.ones_like(choice.fraction)
-                first = (start, error(ladder.values(start)))
-                fraction, errors = descend(ladder, error, first, self.grid, self.method.fine)
-                if errors.sum() < least:
-                    best, least = _Choice(ladder, fraction, ladder.values(fraction)), errors.sum()
-            found.append(best)
+            error = by_row if choice.ladder.units == len(weight.matrix) else _whole(by_row)
+            found.append(self._search(ladders, choice, error, whole))
         return found
 
     def _fixed(self, rounded: Tensor | None, importance: Tensor | None = None) -> InputsFixed:
@@ -193,7 +218,7 @@ class _Search:
             return InputsFixed.of_inputs(self.x, rounded, importance)
         return InputsFixed(self.second)
 
-    def _search_inputs(self, values: Sequence[Tensor], before: _Choice) -> _Choice:
+    def _search_inputs(self, values: Sequence[Tensor], before: _Choice, whole: bool) -> _Choice:
         """Steps c and d for the shared input, starting from what it has."""
         assert self.x is not None
         scale = [p**-0.5 for p in self.power]
@@ -201,14 +226,7 @@ class _Search:
         rounded = torch.cat([v * s for v, s in zip(values, scale, strict=True)])
         importance = torch.cat([self.importance[w.name] for w in self.weights], 1) if self.importance else None
         error = WeightsFixed(self.x, matrix, rounded, importance)
-        best, least = before, error(before.values)
-        for ladder in self.input_ladders:
-            start = before.fraction if ladder is before.ladder else torch.ones_like(before.fraction)
-            first = (start, error(ladder.values(start)))
-            fraction, errors = descend(ladder, error, first, self.grid, self.method.fine)
-            if errors < least:
-                best, least = _Choice(ladder, fraction, ladder.values(fraction)), errors
-        return best
+        return self._search(self.input_ladders, before, error, whole)
 
     def _settle(self, chosen: Sequence[_Choice], inputs: _Choice | None) -> list[Solved]:
         """Pack the choices, or min-max where that has less error in all."""
@@ -254,6 +272,19 @@ class _Search:
             weight=packed, error=error, rtn_error=plain, notes=notes, quantizer=ladder.quantizer, inputs=inputs,
             clip=choice.fraction.cpu(),
         )  # fmt: skip
+
+
+def _search(ladders: Sequence[Ladder], before: _Choice, error: Error, grid: Tensor, fine: int, step: float) -> _Choice:
+    """The best choice under ``error`` ([units], summed): a format, and a fraction a unit; never worse than before."""
+    best, least = before, error(before.values)
+    for ladder in ladders:
+        same = ladder is before.ladder
+        start = before.fraction if same else torch.ones_like(before.fraction)
+        first = (start, least if same else error(ladder.values(start)))
+        fraction, errors = descend(ladder, error, first, grid, fine, step)
+        if errors.sum() < least.sum():
+            best, least = _Choice(ladder, fraction, ladder.values(fraction)), errors
+    return best
 
 
 def _whole(by_row: Error) -> Error:

@@ -1,0 +1,116 @@
+"""Judging models: metrics of each on the same tokens, and texts that they go on with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nybble.core.device import check_device
+from nybble.core.errors import ModelError, UsageError, did_you_mean
+from nybble.core.files import atomic_write_json
+from nybble.core.progress import Progress
+from nybble.data import TokenSamples, load_text, token_samples
+from nybble.eval import METRICS, evaluate_many
+from nybble.models.guard import reading
+from nybble.pipelines.checkpoint import EVALUATION
+from nybble.pipelines.job import check_tokens
+from nybble.pipelines.load import load
+
+PROMPT, ANSWER = 24, 40
+"""Tokens of held-out text that a sample starts from, and that each model adds."""
+
+
+def run_eval(
+    models: Mapping[str, str],
+    data: str,
+    metrics: Sequence[str],
+    reference: str | None,
+    seq_len: int,
+    samples: int | None,
+    device: str,
+    *,
+    progress: Progress | None = None,
+    texts: int = 0,
+) -> dict[str, Any]:
+    """Metrics of models on held-out text.
+
+    Args:
+        models: name -> what to load.
+        data: a SRC.
+        metrics: their names.
+        reference: the float model that some metrics compare with.
+        seq_len: tokens of a window.
+        samples: windows; None takes all.
+        device: cpu or cuda.
+        progress: told after each batch.
+        texts: how many windows' beginnings every model goes on with, greedily; 0 for models that can't.
+
+    Returns:
+        ``models``: name -> metric -> value; ``data``: manifest of the tokens, with ``predictions``; ``samples``: a
+        mapping each with ``prompt`` and every model's name.
+
+    Raises:
+        UsageError: unknown metric. NybbleError: data or models that can't be read or run.
+    """
+    for metric in metrics:
+        if metric not in METRICS.names():
+            raise UsageError(f"unknown metric {metric!r}.{did_you_mean(metric, METRICS.names())}")
+    loaded: dict[str, Any] = {}
+    tokenizer: Any = None
+    check_device(device)
+    for name, spec in models.items():
+        loaded[name], tokenizer = load(spec, device=device, dense=True)
+    same = next((name for name, spec in models.items() if spec == reference), None)
+    float_model = None if reference is None else loaded[same] if same else load(reference, device=device)[0]
+    text = load_text(data, "evaluation", tokenizer)
+    tokens = token_samples(text, tokenizer, samples=samples, seq_len=seq_len)
+    with torch.no_grad():
+        for name, spec in models.items():
+            check_tokens(tokens, loaded[name])
+            with reading(f"{spec} loads, but can't run; it", ModelError):
+                loaded[name](tokens.input_ids[:1, :4].to(device), use_cache=False)
+        found = evaluate_many(float_model, loaded, tokens.input_ids, metrics, progress=progress)
+        written = go_on(loaded, tokenizer, tokens, texts)
+    predictions = next(iter(found.values())).tokens
+    return {
+        "models": {name: result.metrics for name, result in found.items()},
+        "data": tokens.manifest() | {"predictions": predictions},
+        "samples": written,
+    }
+
+
+def go_on(models: Mapping[str, Any], tokenizer: Any, tokens: TokenSamples, texts: int) -> list[dict[str, str]]:
+    """What every model adds to the beginnings of some windows, taking the likeliest token each time."""
+    found = []
+    for row in torch.arange(min(texts, len(tokens.input_ids))) * len(tokens.input_ids) // max(1, texts):
+        prompt = tokens.input_ids[row, :PROMPT][None]
+        sample = {"prompt": tokenizer.decode(prompt[0], skip_special_tokens=True)}
+        for name, model in models.items():
+            ids = prompt.to(model.device)
+            made = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=ANSWER,
+                do_sample=False,
+                pad_token_id=tokenizer.eos_token_id,
+            )
+            sample[name] = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+        found.append(sample)
+    return found
+
+
+def judge_folder(
+    out: Path, model: str, data: str, seq_len: int, device: str, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Compare what ``nybble quantize`` wrote with the float model; the result is also kept in the folder.
+
+    Returns:
+        As :func:`run_eval`, of the models ``float`` and ``quantized``.
+    """
+    models = {"float": model, "quantized": str(out)}
+    found = run_eval(models, data, ("ppl", "kl", "agreement"), model, seq_len, None, device, progress=progress, texts=3)
+    atomic_write_json(out / EVALUATION, found)
+    return found

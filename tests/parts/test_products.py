@@ -1,0 +1,113 @@
+"""Products of two activations: attention with rounded operands, in memory, on disk and loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import input_ids, logits, save_text, save_tiny
+from transformers import AutoModelForCausalLM
+
+import nybble
+from nybble.core.errors import SchemeError
+from nybble.nn.attention import OPERANDS, MatmulQuantizers, quantized_attention, use_quantized_attention
+from nybble.quantizer import Quantizer
+from nybble.recipe import Recipe, parse_recipe
+from nybble.solvers import make_solver
+from nybble.solvers._layer_error import output_error
+
+SCHEME: dict[str, Any] = {
+    "rules": [
+        {"matmuls": "float6_e2m3fn tensor static"},
+        {"weights": "float6_e2m3fn channel", "inputs": "float6_e2m3fn shifted static"},
+    ]
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def recipe(scheme: dict[str, Any] | None = None, **options: Any) -> Recipe:
+    step = {"solver": "llm-fp4", "grid": 10, "rounds": 1, **options}
+    return parse_recipe({"name": "products", "scheme": scheme or SCHEME, "steps": [step]})
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "opt"])
+def test_attention_without_parts_is_eager(family: str) -> None:
+    from tests.tiny import tiny_model
+
+    model = tiny_model(family, torch.float32)
+    model.set_attn_implementation("eager")
+    expected = logits(model)
+    use_quantized_attention(model)
+    assert model.config._attn_implementation == "nybble"
+    assert torch.allclose(logits(model), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+def test_in_memory_on_disk_and_loaded(tmp_path: Path, family: str) -> None:
+    folder, text = save_tiny(tmp_path / "float", family), save_text(tmp_path / "text.txt")
+    settings = nybble.Settings(samples=4, seq_len=12, batch=2)
+    nybble.quantize(str(folder), recipe(), str(text), out=tmp_path / "out", settings=settings)
+    memory, report = nybble.quantize(str(folder), recipe(), str(text), settings=settings)
+    model, _ = nybble.load(tmp_path / "out")
+    auto: Any = AutoModelForCausalLM
+    other = auto.from_pretrained(tmp_path / "out").eval()
+    for found in (model, other):
+        assert any(isinstance(module, MatmulQuantizers) for module in found.modules())
+        assert torch.equal(logits(found), logits(memory))
+    rows = [row for row in report.layers if ".matmuls." in row.name]
+    assert len(rows) == 2 * len(OPERANDS) and all(row.input_scale for row in rows)
+    without, _ = nybble.quantize(str(folder), recipe({"rules": SCHEME["rules"][1:]}), str(text), settings=settings)
+    assert not torch.equal(logits(without), logits(memory))
+
+
+def test_operands_are_what_the_quantizers_round() -> None:
+    """Against the attention written out."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 5, 8, generator=generator) for _ in range(3))
+    quantizer = Quantizer("float4_e2m1fn tensor")
+    from nybble.nn.activation import ActivationQuantizer
+
+    module = torch.nn.Module()
+    module.add_module("matmuls", MatmulQuantizers({name: ActivationQuantizer(quantizer) for name in OPERANDS}))
+    found, _ = quantized_attention(module, query, key, value, None)
+    q, k, v = (quantizer.fake_quantize(x) for x in (query, key, value))
+    p = torch.softmax(q @ k.mT / 8**0.5, -1)
+    expected = (quantizer.fake_quantize(p) @ v).transpose(1, 2)
+    assert torch.allclose(found, expected, atol=1e-5)
+    plain, _ = quantized_attention(torch.nn.Module(), query, key, value, None)
+    assert not torch.allclose(plain, expected, atol=1e-2)
+
+
+def test_search_of_a_product_beats_min_max() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(4, 32, 16, generator=generator) for _ in range(2))
+    left[..., 0] *= 20
+    quantizer = Quantizer("float4_e2m1fn tensor static")
+
+    def error(solver: str) -> float:
+        (ql, pl), (qr, pr) = make_solver(solver, {}).solve_product(left, right, quantizer)
+        return sum(
+            output_error(a, ql.fake_quantize(a, pl), b, qr.fake_quantize(b, pr))
+            for a, b in zip(left, right, strict=True)
+        )
+
+    assert error("llm-fp4") < 0.9 * error("rtn")
+
+
+def test_refusals(tmp_path: Path) -> None:
+    folder, text = save_tiny(tmp_path / "float"), save_text(tmp_path / "text.txt")
+    for scheme, message in (
+        ({"rules": [{"targets": ["Linear"], "matmuls": "int8 tensor static"}]}, "is a layer with a weight"),
+        ({"rules": [{"targets": ["Attention"], "weights": "int8 channel"}]}, "products of activations only"),
+        ({"rules": [{"matmuls": "e2m1 shifted static"}]}, "shifted columns need a weight"),
+        ({"rules": [{"matmuls": "int8 tensor", "weights": "int8 tensor"}]}, "a rule of their own"),
+    ):
+        with pytest.raises(SchemeError, match=message):
+            nybble.quantize(str(folder), recipe(scheme), str(text))
+    assert input_ids().shape == (2, 12)
