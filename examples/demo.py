@@ -1,4 +1,4 @@
-"""The main job, start to end: quantize SmolLM2-135M-Instruct six ways, say what each cost, talk to one of the files.
+"""The main job, start to end: quantize SmolLM2-135M-Instruct eight ways, say what each cost, talk to one of the files.
 
     make demo          (or: python examples/demo.py [--out FOLDER] [--windows N] [--record FILE])
 
@@ -25,12 +25,16 @@ from rich.console import Console
 from rich.table import Table
 
 import nybble
+from nybble.core.files import atomic_write_json
 from nybble.core.progress import Bars
 from nybble.data import load_text, token_samples
 from nybble.eval import evaluate_many
+from nybble.pipelines.checkpoint import EVALUATION
 from nybble.pipelines.generate import generate
 from nybble.pipelines.inspect import inspect
 from nybble.pipelines.job import versions
+from nybble.pipelines.judge import go_on
+from nybble.pipelines.report_page import write_report
 from nybble.pipelines.request import build_recipe
 
 MODEL = "demo:smollm2"
@@ -42,8 +46,11 @@ ROWS: dict[str, dict[str, str]] = {
     "RTN MXFP4 W4A4": {"name": "rtn", "scheme": "MXFP4"},
     "RTN NVFP4 W4A4": {"name": "rtn", "scheme": "NVFP4"},
     "RTN FP8 dynamic W8A8": {"name": "rtn", "scheme": "FP8_DYNAMIC"},
+    "min-max E2M1 W4A4": {"name": "minmax-fp"},
+    "LLM-FP4 W4A4": {"name": "llm-fp4", "effort": "quick"},
 }
 TALKS = "GPTQ E2M1 g32 W4A16"
+REPORTED = "LLM-FP4 W4A4"
 PROMPT = "Explain in one sentence why the sky is blue."
 
 
@@ -63,7 +70,7 @@ def main() -> None:
         console.rule(title, align="left")
         folder = args.out / slug(title)
         shutil.rmtree(folder, ignore_errors=True)
-        settings = nybble.Settings(samples=32, seq_len=512)
+        settings = nybble.Settings(samples=16 if title == REPORTED else 32, seq_len=512)
         _, report = nybble.quantize(
             MODEL,
             build_recipe(**request),
@@ -76,6 +83,8 @@ def main() -> None:
         seconds[title] = report.seconds
     console.rule("evaluation on held-out text", align="left")
     metrics, source, float_bytes = judge({title: str(args.out / slug(title)) for title in ROWS}, args.windows)
+    report = args.out / slug(REPORTED)
+    atomic_write_json(report / EVALUATION, evaluation_of(report, metrics, source))
     rows = summarise(metrics, seconds, args.out, float_bytes)
     Console(width=None if sys.stdout.isatty() else 120).print(table(rows, source))
     if args.record is not None:
@@ -83,7 +92,20 @@ def main() -> None:
         args.record.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(f"Asked of the packed file {args.out / slug(TALKS)}:\n  > {PROMPT}")
     print(f"  {generate(str(args.out / slug(TALKS)), PROMPT, max_new_tokens=60)}")
+    print(f"What happened to every layer: {write_report(report)['report']}")
     print(f"{time.perf_counter() - started:.0f} seconds in all. Try: .venv/bin/nybble inspect {args.out / slug(TALKS)}")
+
+
+def evaluation_of(folder: Path, metrics: dict[str, dict[str, float]], source: str) -> dict[str, Any]:
+    """What the report shows of quality: metrics before and after, and texts that both models go on with."""
+    models = {"float": nybble.load(MODEL)[0], "quantized": nybble.load(folder, dense=True)[0]}
+    tokenizer = nybble.load(MODEL)[1]
+    tokens = token_samples(load_text("builtin", "evaluation", tokenizer), tokenizer, samples=3, seq_len=64)
+    return {
+        "models": {"float": metrics["float (bfloat16)"], "quantized": metrics[REPORTED]},
+        "data": {"source": source},
+        "samples": go_on(models, tokenizer, tokens, 3),
+    }
 
 
 def slug(title: str) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +12,6 @@ class Row:
     Attributes:
         recipe: a recipe's name. weights, inputs: quantizer lines; inputs None leaves them in float.
         effort: quick or full. bits: embeddings/weights/activations, for tables.
-        options: of the recipe's solver, over those of the recipe.
     """
 
     recipe: str
@@ -21,7 +19,6 @@ class Row:
     inputs: str | None = None
     effort: str = "full"
     bits: str
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 def _table() -> dict[str, Row]:
@@ -53,9 +50,6 @@ def _table() -> dict[str, Row]:
             rows[f"SmoothQuant INT {bits}"] = Row(
                 recipe="smoothquant", weights=f"{int_w} channel", inputs=static(int_a), bits=bits
             )
-    rows["LLM-FP4 16/4/4 quick"] = Row(
-        recipe="llm-fp4", weights="e2m1 channel", inputs="e2m1 shifted static", effort="quick", bits="16/4/4"
-    )
     rows["GPTQ E2M1 g32"] = Row(recipe="gptq", weights="e2m1 group=32 scale_format=float16", bits="16/4/16")
     rows["GPTQ INT4 g64"] = Row(recipe="gptq", weights="int4 group=64 scale_format=float16", bits="16/4/16")
     rows["RTN E2M1 g32"] = Row(recipe="rtn", weights="e2m1 group=32 scale_format=float16", bits="16/4/16")

@@ -28,6 +28,7 @@ from nybble.models.source import open_source
 from nybble.nn.swap import hold_dense, quant_modules
 from nybble.pipelines.job import versions
 from nybble.pipelines.request import build_recipe
+from nybble.recipe import load_recipe
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality.jsonl"
 METRICS = ("nll", "ppl", "kl", "agreement")
@@ -67,7 +68,8 @@ def main() -> None:
 
 def run_row(row: Row, source: Any, calibration: TokenSamples, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The quantized model, dense for speed, and what it cost."""
-    recipe = build_recipe(row.recipe, weights=row.weights, activations=row.inputs or "none", effort=row.effort)
+    effort = args.effort if args.effort and load_recipe(row.recipe).solver.quick else row.effort
+    recipe = build_recipe(row.recipe, weights=row.weights, activations=row.inputs or "none", effort=effort)
     model = source.model(torch.bfloat16, args.device)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -85,6 +87,7 @@ def run_row(row: Row, source: Any, calibration: TokenSamples, args: argparse.Nam
         formats[key] = formats.get(key, 0) + 1
     errors = [layer.error for layer in report.layers if layer.error is not None]
     facts = {
+        "effort": effort,
         "recipe": recipe.to_dict(),
         "layer_bits": report.bits,
         "seconds": round(seconds, 2),
@@ -118,7 +121,8 @@ def record(path: Path, row: dict[str, Any]) -> None:
 def identity(row: dict[str, Any]) -> tuple[Any, ...]:
     """What makes two lines results of the same run."""
     calibration = row.get("calibration") or {}
-    return row["tool"], row["name"], row["model"], row["hardware"].get("gpu"), calibration.get("tokens_sha256")
+    gpu, tokens = row["hardware"].get("gpu"), calibration.get("tokens_sha256")
+    return row["tool"], row["name"], row.get("effort"), row["model"], gpu, tokens
 
 
 def hardware(device: str) -> dict[str, Any]:
@@ -137,6 +141,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--texts", nargs="+", required=True)
     parser.add_argument("--rows", nargs="+", default=["float", *ROWS], choices=["float", *ROWS], metavar="ROW")
+    parser.add_argument("--effort", choices=("quick", "full"), help="of the recipes that search, over the rows' own")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=64, help="held-out windows of 1,024 tokens of each text")

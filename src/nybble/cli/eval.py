@@ -12,7 +12,10 @@ from nybble.cli._output import print_json, print_table
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="What nybble wrote, or any float model.")],
     data: Annotated[str, typer.Option(help="A text file, JSONL, hub dataset id, or builtin.")] = "builtin",
-    metrics: Annotated[str, typer.Option(help="Comma-separated: ppl, nll, kl, agreement.")] = "ppl",
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated: ppl, nll, kl, agreement; of encoders cosine. Left out: the usual ones."),
+    ] = None,
     reference: Annotated[str | None, typer.Option(help="The float model, for kl and agreement.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens a window; windows do not overlap.")] = 512,
     samples: Annotated[int | None, typer.Option(help="At most so many windows, spread evenly; default all.")] = None,
@@ -23,13 +26,15 @@ def command(
     from nybble.core.progress import Bars
     from nybble.pipelines.judge import run_eval
 
-    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    names = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
     result = run_eval({"model": model}, data, names, reference, seq_len, samples, device, progress=Bars())
     found, manifest = result["models"], result["data"]
     if json:
-        print_json({"metrics": found["model"], "tokens": manifest["predictions"], "data": manifest, "model": model})
+        count = manifest.get("predictions", manifest.get("tokens"))
+        print_json({"metrics": found["model"], "tokens": count, "data": manifest, "model": model})
         return
     print_table(
         f"{model} on {data}", ("metric", "value"), [[name, f"{value:.5g}"] for name, value in found["model"].items()]
     )
-    print(f"{manifest['predictions']} predictions; text sha256 {str(manifest['source_sha256'])[:16]}")
+    what = f"{manifest['predictions']} predictions" if "predictions" in manifest else f"{manifest['samples']} sentences"
+    print(f"{what}; text sha256 {str(manifest['source_sha256'])[:16]}")

@@ -22,6 +22,13 @@ def command(
         str | None,
         typer.Option(help="A quantizer line for inputs: 'float8_e4m3fn token'; 'none' leaves them in float."),
     ] = None,
+    embeddings: Annotated[
+        str | None,
+        typer.Option(help="A quantizer line for embeddings and the head tied to them: 'float4_e2m1fn channel'."),
+    ] = None,
+    matmuls: Annotated[
+        str | None, typer.Option(help="A quantizer line for the operands of attention: 'float8_e4m3fn tensor static'.")
+    ] = None,
     kv: Annotated[str | None, typer.Option(help="A quantizer line for the KV cache.")] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(help="A module to leave alone (name, class or re:PATTERN); repeatable.")
@@ -48,7 +55,15 @@ def command(
     from nybble.pipelines.settings import Settings
 
     made = build_recipe(
-        recipe, scheme=scheme, weights=weights, activations=activations, kv=kv, ignore=ignore or (), effort=effort
+        recipe,
+        scheme=scheme,
+        weights=weights,
+        activations=activations,
+        embeddings=embeddings,
+        matmuls=matmuls,
+        kv=kv,
+        ignore=ignore or (),
+        effort=effort,
     )
     settings = Settings(
         samples=samples,
@@ -105,9 +120,7 @@ def _print(result: dict[str, Any]) -> None:
     if rows:
         print_table("largest relative output errors", ("layer", "bits", "error", "round to nearest", "notes"), rows)
     if "evaluation" in result:
-        shown = [
-            [name, f"{found['ppl']:.3f}", f"{found['kl']:.4f}", f"{found['agreement']:.1%}"]
-            for name, found in result["evaluation"].items()
-            if name in ("float", "quantized")
-        ]
-        print_table("evaluation", ("model", "perplexity", "KL to float", "same next token"), shown)
+        found = {name: result["evaluation"][name] for name in ("float", "quantized")}
+        columns = list(found["float"])
+        shown = [[name, *(f"{values[column]:.4f}" for column in columns)] for name, values in found.items()]
+        print_table("evaluation", ("model", *columns), shown)

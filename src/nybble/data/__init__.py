@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+from nybble.data.sentences import SentenceSamples, sentence_samples
 from nybble.data.text import SOURCES, Part, Source, TextSource, load_text, make_source
 from nybble.data.tokens import TokenSamples, token_samples
 
-__all__ = ["SOURCES", "Part", "Source", "TextSource", "TokenSamples", "load_text", "make_source", "token_samples"]
+Samples = TokenSamples | SentenceSamples
+"""What a model can be calibrated on."""
+
+__all__ = [
+    "SOURCES",
+    "Part",
+    "Samples",
+    "SentenceSamples",
+    "Source",
+    "TextSource",
+    "TokenSamples",
+    "load_text",
+    "make_source",
+    "sentence_samples",
+    "token_samples",
+]

@@ -98,7 +98,7 @@ def token_samples(
             f"data {source.name!r} has {available} sequences of {seq_len} tokens, fewer than the {wanted} asked for."
             f" Ask for {available} or fewer, for shorter ones, or give more text."
         )
-    input_ids = windows[_pick(available, wanted, seed)].contiguous()
+    input_ids = windows[pick(available, wanted, seed)].contiguous()
     return TokenSamples(
         input_ids=input_ids,
         sha256=hashlib.sha256(input_ids.numpy().astype("<i8", copy=False).tobytes()).hexdigest(),
@@ -143,7 +143,8 @@ def _windows(stream: Tensor, bos: list[int], source: TextSource, seq_len: int) -
     return torch.cat([torch.tensor(bos, dtype=torch.int64).expand(count, len(bos)), body], dim=1)
 
 
-def _pick(available: int, wanted: int, seed: int | None) -> Tensor:
+def pick(available: int, wanted: int, seed: int | None) -> Tensor:
+    """Which of the available samples to take: evenly spread ones, or with a seed random ones; int64 [wanted]."""
     if seed is None:
         return torch.arange(wanted) * available // wanted
     return torch.randperm(available, generator=generator(seed, "data", "samples"))[:wanted]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from nybble.eval._embeddings import embed, embedding_cosine
 from nybble.eval._evaluate import METRICS, EvalResult, evaluate, evaluate_many
 from nybble.eval._metric import LogitRows, Metric
 
-__all__ = ["METRICS", "EvalResult", "LogitRows", "Metric", "evaluate", "evaluate_many"]
+__all__ = ["METRICS", "EvalResult", "LogitRows", "Metric", "embed", "embedding_cosine", "evaluate", "evaluate_many"]

@@ -76,6 +76,10 @@ class Adapter:
         experts: path, within a block, of the module with fused 3-D expert weights.
         renames: leading part of a tensor's name in older checkpoints -> its name now.
         limits: what the adapter can't offer, each with its reason.
+        carries: what later blocks get from the first one: pairs of a place in the tuple that blocks return, and the
+            place among a block's arguments (behind the hidden states) where the model puts it.
+        reads: what calibration feeds it: ``tokens``, windows of running text, or ``sentences``, padded and with the
+            tokenizer's special tokens.
     """
 
     name: str
@@ -90,6 +94,8 @@ class Adapter:
     experts: str | None = None
     renames: tuple[tuple[str, str], ...] = ()
     limits: tuple[str, ...] = ()
+    carries: tuple[tuple[int, int], ...] = ()
+    reads: Literal["tokens", "sentences"] = "tokens"
 
     @property
     def offers(self) -> frozenset[str]:
@@ -244,6 +250,8 @@ def adapter_for(model: nn.Module | PreTrainedConfig) -> Adapter:
 
 def _fitted(adapter: Adapter, model: nn.Module) -> Adapter:
     """The adapter with its paths as this class has them (``bert.encoder.layer`` under a head)."""
+    if adapter.decoder_blocks is not None and "{" not in adapter.blocks and _at(model, adapter.decoder_blocks) is None:
+        return replace(adapter, decoder_blocks=None)  # the encoder alone
     if BASE not in adapter.blocks:
         return adapter
     prefix = getattr(model, "base_model_prefix", "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class BlockCall:
         keyword: the hidden states' keyword, or None where they are the first positional argument.
         hidden: what block 0 was given; None for the others.
         mask: bool [batch, tokens], which tokens are real; None where all are.
+        carries: as the adapter's. carried: what the first block gave, shared by all calls of a batch.
     """
 
     index: int
@@ -35,11 +36,17 @@ class BlockCall:
     keyword: str | None
     hidden: Tensor | None
     mask: Tensor | None = None
+    carries: tuple[tuple[int, int], ...] = ()
+    carried: dict[int, Tensor] = field(default_factory=dict)
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Call ``block`` as the model would, on these hidden states; return its hidden states."""
         named = dict(self.kwargs) if self.keyword is None else {**self.kwargs, self.keyword: hidden}
-        output = block(*self.args, **named) if self.keyword is not None else block(hidden, *self.args, **named)
+        carried = self.carried if self.index else {}
+        args = [carried.get(place, argument) for place, argument in enumerate(self.args)]
+        output = block(*args, **named) if self.keyword is not None else block(hidden, *args, **named)
+        if self.index == 0:
+            self.carried.update({to: output[place] for place, to in self.carries if output[place] is not None})
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
@@ -62,9 +69,11 @@ def _record(
     stacks: Sequence[Sequence[nn.Module]],
     inputs: Mapping[str, Any],
     end: Tensor | None,
-    as_tuple: bool,
+    width: int,
 ) -> tuple[list[BlockCall], bool]:
     """One forward through recorders; of two stacks the first passes ``end`` on.
+
+    ``width``: how long a tuple blocks return, the hidden states first; 0 for the hidden states alone.
 
     Returns the calls of the last stack, and whether all of its blocks were called once, in order, with the same shape.
     """
@@ -79,12 +88,12 @@ def _record(
             shapes.add(hidden.shape)
             if len(calls) == len(blocks):
                 raise _AllSeenError
-            return (hidden,) if as_tuple else hidden
+            return _returned(hidden, width)
 
         return forward
 
     def passed(*args: Any, **kwargs: Any) -> Any:
-        return (end,) if as_tuple else end
+        return _returned(end, width)
 
     with ExitStack() as undo:
         for stack in stacks:
@@ -97,6 +106,10 @@ def _record(
             model(**inputs, **({"use_cache": False} if "input_ids" in inputs else {}))
     in_order = [call.index for call in calls] == list(range(len(blocks)))
     return calls, in_order and len(shapes) == 1
+
+
+def _returned(hidden: Tensor | None, width: int) -> Any:
+    return (hidden, *[None] * (width - 1)) if width else hidden
 
 
 def _restore_forward(block: nn.Module, before: Any) -> None:
@@ -135,9 +148,10 @@ def capture_block_calls(
     problem: Exception | None = None
     # Most blocks return a tensor, some a tuple that the model takes [0] of. Given a tensor, the latter kind of model
     # drops the batch dimension, which the next recorder sees: so try a tensor first, then a tuple.
-    for as_tuple in (False, True):
+    carries = (adapter or adapter_for(model)).carries
+    for width in (max(place for place, _ in carries) + 1,) if carries else (0, 1):
         try:
-            calls, good = _record(model, stacks, given, end, as_tuple)
+            calls, good = _record(model, stacks, given, end, width)
         except ModelError:
             raise
         except Exception as error:
@@ -145,7 +159,9 @@ def capture_block_calls(
             continue
         if good:
             mask = given.get("attention_mask") if end is None else None
-            return calls if mask is None else [replace(call, mask=mask.bool()) for call in calls]
+            shared: dict[int, Tensor] = {}
+            real = None if mask is None else mask.bool()
+            return [replace(call, mask=real, carries=carries, carried=shared) for call in calls]
     raise ModelError(
         f"{type(model).__name__} doesn't call its {len(stacks[-1])} blocks one after the other on its hidden states."
     ) from problem

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nybble.core.errors import FileError, ModelError
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.attention import PART, MatmulQuantizers, use_quantized_attention
+from nybble.nn.embedding import QuantEmbedding, TiedHead
 from nybble.nn.experts import PackedExperts
 from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
@@ -33,8 +34,10 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def class_names(module: nn.Module) -> tuple[str, ...]:
-    """The names that a scheme's target may use: the class, and ``Linear`` for whatever holds a matrix."""
+    """The names that a scheme's target may use: the class, ``Linear`` for whatever holds a matrix, ``Embedding``."""
     own = type(module).__name__
+    if isinstance(module, nn.Embedding) and own != "Embedding":
+        return own, "Embedding"
     return (own, "Linear") if is_linear(module) and own != "Linear" else (own,)
 
 
@@ -44,7 +47,7 @@ def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
     root.get_submodule(parent).add_module(leaf, module)
 
 
-QuantModule = QuantLinear | PackedExperts | MatmulQuantizers
+QuantModule = QuantLinear | PackedExperts | MatmulQuantizers | QuantEmbedding | TiedHead
 
 
 def quant_modules(root: nn.Module) -> Iterator[tuple[str, QuantModule]]:
@@ -114,11 +117,48 @@ class Layouts:
         entry = self.entries[number]
         tensors: dict[str, Tensor] = {}
         for name, (dtype, shape) in entry["tensors"].items():
-            kind = getattr(torch, str(dtype), None)
-            if not isinstance(kind, torch.dtype):
-                raise FileError(f"unknown dtype {dtype!r} in the description of a quantized tensor.")
-            tensors[name] = torch.empty(shape, dtype=kind)
+            tensors[name] = torch.empty(shape, dtype=_dtype(dtype))
         return from_spec(entry["spec"], tensors)
+
+
+def _dtype(name: object) -> torch.dtype:
+    kind = getattr(torch, str(name), None)
+    if not isinstance(kind, torch.dtype):
+        raise FileError(f"unknown dtype {name!r} in the description of a quantized tensor.")
+    return kind
+
+
+def put_embedding(root: nn.Module, name: str, table: QTensor, dtype: torch.dtype) -> QuantEmbedding:
+    """Replace an embedding by a quantized one.
+
+    Raises:
+        ModelError: there is no plain embedding of this shape.
+    """
+    old = root.get_submodule(name)
+    if type(old) is not nn.Embedding or tuple(old.weight.shape) != tuple(table.shape):
+        raise ModelError(f"{name} is a {type(old).__name__}, not a plain embedding of shape {list(table.shape)}.")
+    found = QuantEmbedding(table, dtype, old.padding_idx)
+    set_module(root, name, found)
+    return found
+
+
+def tie_head(root: nn.Module, name: str) -> None:
+    """Replace an output head by one that reads the (quantized) input embedding's table.
+
+    Raises:
+        ModelError: the input embedding isn't quantized, or is of another shape.
+    """
+    model: Any = root
+    embedding, head = model.get_input_embeddings(), root.get_submodule(name)
+    if not isinstance(embedding, QuantEmbedding):
+        raise ModelError(f"{name} is tied to the input embedding, which is not quantized.")
+    matrix = matrix_of(head)
+    if matrix is None or tuple(matrix.shape) != (embedding.num_embeddings, embedding.embedding_dim):
+        raise ModelError(f"{name} is no head over the {embedding.num_embeddings} tokens of the input embedding.")
+    bias = head.bias.detach() if isinstance(head.bias, Tensor) else None
+    set_module(root, name, TiedHead(embedding, bias))
+    model.config.get_text_config().tie_word_embeddings = False  # nothing is left for transformers to tie
+    model.config.tie_word_embeddings = False
 
 
 def describe(module: QuantModule, layouts: Layouts) -> dict[str, Any]:
@@ -126,6 +166,11 @@ def describe(module: QuantModule, layouts: Layouts) -> dict[str, Any]:
     if isinstance(module, PackedExperts):
         numbers = [layouts.number(p.qtensor()) for p in module.experts if isinstance(p, Packed)]
         return {"class": "experts", "weights": numbers, "transposed": module.transposed}
+    if isinstance(module, QuantEmbedding):
+        number = layouts.number(module.weight.qtensor())
+        return {"class": "embedding", "weight": number, "dtype": str(module.dtype).removeprefix("torch.")}
+    if isinstance(module, TiedHead):
+        return {"class": "tied"}
     if isinstance(module, MatmulQuantizers):
         return {"class": "matmuls", "operands": module.to_dict()}
     found: dict[str, Any] = {"class": "linear"}
@@ -145,10 +190,17 @@ def put_described(root: nn.Module, name: str, entry: dict[str, Any], layouts: La
         FileError: the entry is malformed. ModelError: the model has no such module.
     """
     try:
-        old = root.get_submodule(name) if entry["class"] == "linear" else root.get_submodule(name.rpartition(".")[0])
+        inside = entry["class"] in ("experts", "matmuls")
+        old = root.get_submodule(name.rpartition(".")[0] if inside else name)
     except AttributeError as error:
         raise ModelError(f"the checkpoint quantizes {name}, which this model does not have.") from error
     try:
+        if entry["class"] == "embedding":
+            put_embedding(root, name, layouts.empty(int(entry["weight"])), _dtype(entry["dtype"]))
+            return
+        if entry["class"] == "tied":
+            tie_head(root, name)
+            return
         if entry["class"] == "matmuls":
             if not name.endswith(f".{PART}"):
                 raise FileError(f"{name} is described as an attention's {PART}, which has another name.")

@@ -11,7 +11,7 @@ from nybble.core.errors import DataError, within
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.experts import PackedExperts
 from nybble.nn.linear import QuantLinear
-from nybble.nn.swap import matrix_of, set_module
+from nybble.nn.swap import matrix_of, put_embedding, set_module, tie_head
 from nybble.pipelines.plan import Target
 from nybble.pipelines.report import LayerRow, layer_row
 from nybble.pipelines.statistics import SecondMoment
@@ -117,6 +117,23 @@ def _solve_experts(
     del module._parameters[leaf]
     module.add_module(leaf, PackedExperts([s.weight for s in solved], dtype, transposed=transposed))
     return rows
+
+
+def solve_embedding(
+    model: nn.Module, target: Target, solver: Solver, stats: Stats, originals: Mapping[str, Tensor]
+) -> LayerRow:
+    """Quantize an embedding's table in place, and let a head that is tied to it read the quantized one."""
+    old = model.get_submodule(target.name)
+    assert isinstance(old, nn.Embedding) and target.rule.weights is not None
+    stored = originals.get(f"{target.name}.weight", old.weight.detach())
+    matrix = _checked(stored, old.weight.device, f"{target.name}.weight")
+    weight = Weight(name=target.name, matrix=matrix, quantizer=target.rule.weights)
+    with within(target.name):
+        found = solver.solve([weight], stats)[0]
+    put_embedding(model, target.name, found.weight, old.weight.dtype)
+    if target.head:
+        tie_head(model, target.head)
+    return layer_row(target.name, target.rule, target.shape, weight, found, (None, None))
 
 
 def _original(block: nn.Module, name: str, originals: Mapping[str, Tensor], what: str) -> Tensor:

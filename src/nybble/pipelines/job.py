@@ -13,7 +13,7 @@ from torch import nn
 import nybble
 from nybble.core.errors import DataError, UsageError, within
 from nybble.core.files import need_space
-from nybble.data import TokenSamples, load_text, token_samples
+from nybble.data import Samples, load_text, sentence_samples, token_samples
 from nybble.models.adapter import Adapter, adapter_for
 from nybble.nn.attention import use_quantized_attention
 from nybble.nn.swap import use_eager_experts
@@ -45,7 +45,7 @@ class Job:
     solver: Solver
     plan: Plan
     settings: Settings
-    tokens: TokenSamples | None
+    tokens: Samples | None
     estimate: Estimate
 
     @staticmethod
@@ -53,7 +53,7 @@ class Job:
         model: PreTrainedModel | nn.Module,
         source: ModelSource | None,
         recipe: Recipe,
-        data: str | TokenSamples,
+        data: str | Samples,
         settings: Settings,
         kept: bool = True,
     ) -> Job:
@@ -71,7 +71,7 @@ class Job:
             use_quantized_attention(model)
         tokens = None
         if plan.needs(solver) or transforms:
-            tokens = data if isinstance(data, TokenSamples) else _calibration(source, data, settings)
+            tokens = _calibration(source, adapter, data, settings) if isinstance(data, str) else data
             check_tokens(tokens, model)
         flops = measure_flops(torch.device(settings.device), settings.dtype)
         load = _load(source, settings, tokens, kept)
@@ -95,7 +95,7 @@ class Job:
         counts = ", ".join(f"{pattern}: {count}" for pattern, count in self.plan.counts.items())
         data = "no calibration"
         if self.tokens is not None:
-            data = "calibration {} x {} tokens".format(*self.tokens.input_ids.shape)
+            data = "calibration {} x {} tokens".format(*_size(self.tokens))
             if self.settings.samples is None and self.tokens.available < DEFAULT_SAMPLES:
                 data += f" (all that {self.tokens.source} has)"
         lines = [
@@ -103,6 +103,9 @@ class Job:
             f"about {self.estimate.memory / 1e9:.2f} GB of memory, {self.estimate.disk / 1e9:.2f} GB of disk, "
             f"{self.estimate.seconds:.0f} s on {self.settings.device}",
         ]
+        left = [name for name in self.plan.ignored if name != "lm_head"]
+        if left and len(left) <= 8:
+            lines.append(f"left in float: {', '.join(left)}")
         if self.source is not None and self.source.note:
             lines.append(self.source.note)
         require_memory(self.estimate.memory, self.device)
@@ -134,8 +137,15 @@ class Job:
         return known
 
 
-def _load(source: ModelSource | None, settings: Settings, tokens: TokenSamples | None, kept: bool) -> Load:
-    samples, seq_len = (0, 0) if tokens is None else tokens.input_ids.shape
+def _size(tokens: Samples) -> tuple[int, int]:
+    """How many samples, and how many tokens each has at most (on average, where the model makes tokens of an image)."""
+    samples = next(iter(tokens.inputs.values())).shape[0]
+    ids = tokens.inputs.get("input_ids")
+    return samples, -(-tokens.tokens // samples) if ids is None else ids.shape[1]
+
+
+def _load(source: ModelSource | None, settings: Settings, tokens: Samples | None, kept: bool) -> Load:
+    samples, seq_len = (0, 0) if tokens is None else _size(tokens)
     return Load(
         samples=samples,
         seq_len=seq_len,
@@ -148,23 +158,28 @@ def _load(source: ModelSource | None, settings: Settings, tokens: TokenSamples |
     )
 
 
-def _calibration(source: ModelSource | None, data: str, settings: Settings) -> TokenSamples:
-    """Sequences of the data that a SRC names."""
+def _calibration(source: ModelSource | None, adapter: Adapter, data: str, settings: Settings) -> Samples:
+    """Sequences (or sentences) of the data that a SRC names."""
     if source is None:
         raise UsageError(
-            "a model in memory has no tokenizer here; pass data as TokenSamples (nybble.data.token_samples)."
+            "a model in memory has no tokenizer here; pass data as samples (nybble.data.token_samples, "
+            "sentence_samples)."
         )
     tokenizer = source.tokenizer()
     text = load_text(data, "calibration", tokenizer)
     wanted, few = settings.samples or DEFAULT_SAMPLES, settings.samples is None
-    return token_samples(text, tokenizer, samples=wanted, seq_len=settings.seq_len, seed=settings.seed, fewer=few)
+    cut = sentence_samples if adapter.reads == "sentences" else token_samples
+    return cut(text, tokenizer, samples=wanted, seq_len=settings.seq_len, seed=settings.seed, fewer=few)
 
 
-def check_tokens(tokens: TokenSamples, model: Any) -> None:
+def check_tokens(tokens: Samples, model: Any) -> None:
     """Refuse what the model can't take: positions it doesn't have, tokens outside its embeddings."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    length, largest = tokens.input_ids.shape[1], int(tokens.input_ids.max())
+    ids = tokens.inputs.get("input_ids")
+    if ids is None:
+        return
+    length, largest = ids.shape[1], int(ids.max())
     if positions is not None and length > positions:
         raise DataError(
             f"sequences of {length} tokens, and the model takes {positions}; give a --seq-len of at most that."

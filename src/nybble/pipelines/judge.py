@@ -12,13 +12,16 @@ from nybble.core.device import check_device
 from nybble.core.errors import ModelError, UsageError, did_you_mean
 from nybble.core.files import atomic_write_json
 from nybble.core.progress import Progress
-from nybble.data import TokenSamples, load_text, token_samples
-from nybble.eval import METRICS, evaluate_many
+from nybble.data import SentenceSamples, TokenSamples, load_text, sentence_samples, token_samples
+from nybble.eval import METRICS, embed, embedding_cosine, evaluate_many
+from nybble.models.adapter import adapter_for
 from nybble.models.guard import reading
 from nybble.pipelines.checkpoint import EVALUATION
 from nybble.pipelines.job import check_tokens
 from nybble.pipelines.load import load
 
+ENCODER_METRICS = ("cosine",)
+MOST_SENTENCES = 1000
 PROMPT, ANSWER = 24, 40
 """Tokens of held-out text that a sample starts from, and that each model adds."""
 
@@ -26,7 +29,7 @@ PROMPT, ANSWER = 24, 40
 def run_eval(
     models: Mapping[str, str],
     data: str,
-    metrics: Sequence[str],
+    metrics: Sequence[str] | None,
     reference: str | None,
     seq_len: int,
     samples: int | None,
@@ -40,7 +43,7 @@ def run_eval(
     Args:
         models: name -> what to load.
         data: a SRC.
-        metrics: their names.
+        metrics: their names; None takes the usual ones of the kind of model.
         reference: the float model that some metrics compare with.
         seq_len: tokens of a window.
         samples: windows; None takes all.
@@ -55,9 +58,10 @@ def run_eval(
     Raises:
         UsageError: unknown metric. NybbleError: data or models that can't be read or run.
     """
-    for metric in metrics:
-        if metric not in METRICS.names():
-            raise UsageError(f"unknown metric {metric!r}.{did_you_mean(metric, METRICS.names())}")
+    known = (*METRICS.names(), *ENCODER_METRICS)
+    for metric in metrics or ():
+        if metric not in known:
+            raise UsageError(f"unknown metric {metric!r}.{did_you_mean(metric, known)}")
     loaded: dict[str, Any] = {}
     tokenizer: Any = None
     check_device(device)
@@ -66,6 +70,12 @@ def run_eval(
     same = next((name for name, spec in models.items() if spec == reference), None)
     float_model = None if reference is None else loaded[same] if same else load(reference, device=device)[0]
     text = load_text(data, "evaluation", tokenizer)
+    if adapter_for(next(iter(loaded.values()))).reads == "sentences":
+        if metrics is not None and set(metrics) != set(ENCODER_METRICS):
+            raise UsageError(f"an encoder is judged by {', '.join(ENCODER_METRICS)}; {', '.join(metrics)} need logits.")
+        sentences = sentence_samples(text, tokenizer, samples=samples or MOST_SENTENCES, seq_len=seq_len, fewer=True)
+        return {"models": _cosines(loaded, float_model, sentences), "data": sentences.manifest(), "samples": []}
+    metrics = metrics or (("ppl",) if reference is None else ("ppl", "kl", "agreement"))
     tokens = token_samples(text, tokenizer, samples=samples, seq_len=seq_len)
     with torch.no_grad():
         for name, spec in models.items():
@@ -80,6 +90,14 @@ def run_eval(
         "data": tokens.manifest() | {"predictions": predictions},
         "samples": written,
     }
+
+
+def _cosines(loaded: Mapping[str, Any], reference: Any, sentences: SentenceSamples) -> dict[str, dict[str, float]]:
+    """Metrics of encoders."""
+    if reference is None:
+        raise UsageError("an encoder's embeddings are compared with the float model's; give it as the reference.")
+    exact = embed(reference, sentences.inputs)
+    return {name: embedding_cosine(exact, embed(model, sentences.inputs)) for name, model in loaded.items()}
 
 
 def go_on(models: Mapping[str, Any], tokenizer: Any, tokens: TokenSamples, texts: int) -> list[dict[str, str]]:
@@ -111,6 +129,6 @@ def judge_folder(
         As :func:`run_eval`, of the models ``float`` and ``quantized``.
     """
     models = {"float": model, "quantized": str(out)}
-    found = run_eval(models, data, ("ppl", "kl", "agreement"), model, seq_len, None, device, progress=progress, texts=3)
+    found = run_eval(models, data, None, model, seq_len, None, device, progress=progress, texts=3)
     atomic_write_json(out / EVALUATION, found)
     return found

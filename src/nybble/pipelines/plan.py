@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -15,21 +15,24 @@ from nybble.nn.activation import check_static
 from nybble.nn.attention import attentions
 from nybble.nn.swap import class_names, matrix_of
 from nybble.quantizer import Quantizer
-from nybble.scheme import Rule, Scheme
+from nybble.scheme import Matches, Rule, Scheme, matches
 from nybble.solvers import Solver
 
 
 @dataclass(frozen=True)
 class Target:
-    """A weight to be quantized: a linear module, or a fused parameter with a matrix for each expert.
+    """A weight to be quantized: a linear module, an embedding, or a fused parameter with a matrix for each expert.
 
-    ``shape``: [out, in] of one matrix. ``experts``: how many, 0 for a linear module.
+    ``shape``: [out, in] of one matrix, [tokens, width] of an embedding. ``experts``: how many, else 0. ``embedding``:
+    whether it is one; ``head``: the output head that is tied to it.
     """
 
     name: str
     rule: Rule
     shape: tuple[int, int]
     experts: int = 0
+    embedding: bool = False
+    head: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,10 @@ def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver
         matrix = matrix_of(module)
         if matrix is not None:
             shapes[name], classes[name] = ((matrix.shape[0], matrix.shape[1]), 0), class_names(module)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            rows, width = module.weight.shape
+            shapes[name], classes[name] = ((rows, width), 0), class_names(module)
     for path, module in find_experts(model):
         for weight in expert_weights(module):
             full = f"{path}.{weight.name}"
@@ -101,16 +108,20 @@ def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver
             classes[full] = (type(module).__name__, "Experts", "Linear")
     for name, module in attentions(model):
         classes.setdefault(name, (type(module).__name__, "Attention"))
-    found = scheme.match(classes)
+    found = _match(model, adapter, scheme, classes)
     _check_kinds(found.rules, shapes)
     targets = {n: Target(n, rule, *shapes[n]) for n, rule in found.rules.items() if n in shapes}
+    targets = {n: _embedding(t, model, adapter) for n, t in targets.items()}
     products = [Product(n, rule.matmuls) for n, rule in found.rules.items() if rule.matmuls is not None]
     tied = {n.removesuffix(".weight") for group in adapter.tied_groups(model) for n in group}
     for target in targets.values():
         with within(target.name):
             _check(target, solver)
-            if target.name in tied:
-                raise SchemeError("its weight is tied to the embeddings, which stay in float; add it to ignore.")
+            if target.name in tied and not target.embedding:
+                raise SchemeError(
+                    "its weight is tied to the embeddings. Add it to ignore, or quantize the one table of both: a rule "
+                    "with targets: [Embedding]."
+                )
     prefixes = [f"{name}." for name in adapter.block_names(model)]
     blocks = tuple(
         tuple(
@@ -129,6 +140,55 @@ def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver
         tuple(Product(x.name.removeprefix(p), x.quantizer) for x in products if x.name.startswith(p)) for p in prefixes
     )
     return Plan(blocks, outside, found.counts, found.ignored, inside)
+
+
+def _match(model: nn.Module, adapter: Adapter, scheme: Scheme, classes: Mapping[str, tuple[str, ...]]) -> Matches:
+    """The scheme's rules for the model's modules.
+
+    ``lm_head`` in ``ignore``, as by default, means the output head whatever its name, and what else stands behind the
+    blocks (a pooler, a classifier) where a class of targets reached it and its rule needs calibrated inputs, which are
+    there for blocks only. Without it such a module is an error.
+    """
+    if "lm_head" not in scheme.ignore:
+        return scheme.match(classes)
+    get_head = getattr(model, "get_output_embeddings", lambda: None)
+    head = get_head()
+    heads = {name for name, module in model.named_modules() if module is head and name not in ("", "lm_head")}
+    found = scheme.match({name: kinds for name, kinds in classes.items() if name not in heads})
+    named = {
+        target for rule in scheme.rules for target in rule.targets if target.startswith("re:") or target in classes
+    }
+    behind = {
+        name
+        for name, rule in found.rules.items()
+        if not adapter.inside(name)
+        and rule.inputs is not None
+        and rule.inputs.static
+        and not any(matches(target, name, ()) for target in named)
+    }
+    rules = {name: rule for name, rule in found.rules.items() if name not in behind}
+    return Matches(rules, found.counts, (*found.ignored, *sorted(heads & set(classes)), *sorted(behind)))
+
+
+def _embedding(target: Target, model: nn.Module, adapter: Adapter) -> Target:
+    """The target as an embedding, with the head that shares its table; others as they are.
+
+    Raises:
+        SchemeError: an embedding that isn't a plain one, or whose inputs (numbers of tokens) were to be quantized.
+    """
+    module = model.get_submodule(target.name) if not target.experts else None
+    if not isinstance(module, nn.Embedding):
+        return target
+    if type(module) is not nn.Embedding:
+        raise SchemeError(f"{target.name} is a {type(module).__name__}, which does more than look up rows; ignore it.")
+    if target.rule.inputs is not None or target.rule.outputs is not None:
+        raise SchemeError(f"{target.name} is an embedding: its rule has weights only. Give it a rule of its own.")
+    names = next((g for g in adapter.tied_groups(model) if f"{target.name}.weight" in g), ())
+    others = [n.removesuffix(".weight") for n in names if n != f"{target.name}.weight"]
+    heads = [n for n in others if matrix_of(model.get_submodule(n)) is not None]
+    if len(heads) != len(others) or len(heads) > 1:
+        raise SchemeError(f"{target.name} shares its table with {', '.join(others)}; that is not supported. Ignore it.")
+    return replace(target, embedding=True, head=heads[0] if heads else "")
 
 
 def _check_kinds(rules: Mapping[str, Rule], shapes: Mapping[str, object]) -> None:

@@ -28,7 +28,7 @@ from nybble.core.errors import FileError, NybbleError, UsageError
 from nybble.core.files import AtomicFolder
 from nybble.core.progress import Progress, Silent
 from nybble.core.seeds import preserve_global_rng
-from nybble.data import TokenSamples
+from nybble.data import Samples
 from nybble.models.source import open_source
 from nybble.pipelines.checkpoint import Parts, mark_quantized, model_config, save_side_files
 from nybble.pipelines.job import Job
@@ -41,7 +41,7 @@ from nybble.recipe import Recipe, load_recipe
 def quantize(
     model: str | Path | nn.Module,
     recipe: str | Recipe,
-    data: str | TokenSamples = "builtin",
+    data: str | Samples = "builtin",
     *,
     out: str | Path | None = None,
     settings: Settings | None = None,
@@ -53,7 +53,7 @@ def quantize(
     Args:
         model: what :func:`nybble.models.open_source` takes, or a transformers model in memory (changed in place).
         recipe: a name, a YAML file, or a Recipe.
-        data: a SRC, or tokens already cut.
+        data: a SRC, or tokens or sentences already cut.
         out: a folder to write; it appears whole or not at all. None keeps the result in memory.
         settings: sizes, device, seed.
         progress: told after each block.

@@ -8,7 +8,7 @@ from dataclasses import replace
 from nybble.core.errors import SchemeError, UsageError, within
 from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe, load_recipe, read_yaml
-from nybble.scheme import Scheme, parse_scheme
+from nybble.scheme import Rule, Scheme, parse_scheme
 
 
 def build_recipe(
@@ -18,6 +18,8 @@ def build_recipe(
     weights: str | None = None,
     activations: str | None = None,
     kv: str | None = None,
+    embeddings: str | None = None,
+    matmuls: str | None = None,
     ignore: Sequence[str] = (),
     effort: str = "full",
 ) -> Recipe:
@@ -36,6 +38,13 @@ def build_recipe(
     chosen = recipe.scheme if scheme is None else read_scheme(scheme)
     if weights or activations:
         chosen = _override(chosen, weights, activations)
+    extra = []
+    if embeddings is not None:
+        extra.append(Rule(targets=("Embedding",), weights=Quantizer(embeddings)))
+    if matmuls is not None:
+        extra.append(Rule(targets=("Attention",), matmuls=Quantizer(matmuls)))
+    if extra:
+        chosen = replace(chosen, rules=(*chosen.rules, *extra), name="")
     if ignore:
         chosen = replace(chosen, ignore=(*chosen.ignore, *ignore))
     return recipe.with_scheme(chosen)

@@ -16,13 +16,16 @@ from nybble.core.seeds import derive_seed
 from nybble.models.trace import BlockCall, capture_block_calls
 from nybble.nn.swap import hold_dense
 from nybble.pipelines.activations import Activations
-from nybble.pipelines.block import check_finite, solve_block
+from nybble.pipelines.block import check_finite, solve_block, solve_embedding
 from nybble.pipelines.checkpoint import SPILL, Parts
 from nybble.pipelines.fold import transform_block
 from nybble.pipelines.job import OUTSIDE, Job, part_name
+from nybble.pipelines.plan import Target
 from nybble.pipelines.products import put_products, solve_products
 from nybble.pipelines.report import LayerRow
+from nybble.pipelines.statistics import SecondMoment
 from nybble.pipelines.watch import see_block, see_nothing
+from nybble.solvers import Stats
 
 
 @dataclass
@@ -58,7 +61,8 @@ class Walk:
     def _block(self, index: int, parts: Parts | None) -> list[LayerRow]:
         name, prefix = part_name(index), self.names[index]
         block = self.job.model.get_submodule(prefix)
-        moves_on = self.job.tokens is not None and index + 1 < len(self.job.plan.blocks)
+        last = index + 1 == len(self.job.plan.blocks)
+        moves_on = self.job.tokens is not None and (not last or any(t.head for t in self.job.plan.outside))
         if self.job.tokens is not None and index == self.stacks[0]:
             self._begin(self.job.tokens.inputs, parts, decoder=True)
         if parts is not None and parts.done(name):
@@ -128,18 +132,36 @@ class Walk:
     def _outside(self, parts: Parts | None) -> list[LayerRow]:
         if parts is not None and parts.done(OUTSIDE):
             return parts.rows(OUTSIDE)
-        originals = {}
-        if self.job.source is not None and self.job.plan.outside:
-            originals = self.job.source.load(
-                [f"{t.name}.weight" for t in self.job.plan.outside], device=self.job.device
-            )
+        originals, outside = {}, self.job.plan.outside
+        if self.job.source is not None and outside:
+            originals = self.job.source.load([f"{target.name}.weight" for target in outside], device=self.job.device)
         rows = []
-        for target in self.job.plan.outside:
+        for target in outside:
+            if target.embedding:
+                rows.append(self._embedding(target, originals))
+                continue
             self._seed(len(self.job.plan.blocks), target.name)
             rows += solve_block(self.job.model, "", [target], self.job.solver, see_nothing([target]), originals)
         if parts is not None:
             parts.write(OUTSIDE, "", self.job.model, rows, without=self.job.adapter.inside)
         return rows
+
+    def _embedding(self, target: Target, originals: Mapping[str, Tensor]) -> LayerRow:
+        """One table; where a head shares it, on the head's output error."""
+        self._seed(len(self.job.plan.blocks), target.name)
+        second = self._head_moment(target) if target.head else None
+        return solve_embedding(self.job.model, target, self.job.solver, Stats(second_moment=second), originals)
+
+    def _head_moment(self, target: Target) -> Tensor | None:
+        """Second moment of what the head reads: the hidden states behind the last block, through the final norm."""
+        if self.stream is None or "second_moment" not in self.job.solver.needs(None):
+            return None
+        path = self.job.adapter.final_norm
+        norm = nn.Identity() if path is None else self.job.model.get_submodule(path)
+        moment = SecondMoment(target.shape[1])
+        for start in range(0, len(self.stream), self.job.settings.batch):
+            moment.add(norm(self.stream.read(start, min(start + self.job.settings.batch, len(self.stream)))))
+        return moment.mean(target.head)
 
     def _load_outside(self) -> None:
         if self.job.source is None:

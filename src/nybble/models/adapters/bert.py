@@ -15,6 +15,7 @@ PART = Adapter(
     embeddings=("{base}embeddings.word_embeddings", "{base}embeddings.position_embeddings"),
     final_norm=None,
     head=None,
+    reads="sentences",
     linear_folds=(LinearFold(first="attention.self.value", second="attention.output.dense"),),
     limits=(
         "norms can't be folded into linears: their outputs are also the next residual (post-norm)",

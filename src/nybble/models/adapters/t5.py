@@ -1,0 +1,36 @@
+"""T5: RMS norms before attention and MLP; the first block's attention bias serves all blocks."""
+
+from __future__ import annotations
+
+from nybble.models.adapter import Adapter, LinearFold, NormFold
+
+PLAIN_RELU = (("dense_act_fn", "relu"), ("is_gated_act", False))
+GATED = (("is_gated_act", True),)
+
+PART = Adapter(
+    name="t5",
+    model_types=("t5", "mt5"),
+    blocks="encoder.block",
+    decoder_blocks="decoder.block",
+    embeddings=("shared",),
+    final_norm="decoder.final_layer_norm",
+    head="lm_head",
+    norm_folds=(
+        NormFold(norm="layer.0.layer_norm", readers=tuple(f"layer.0.SelfAttention.{part}" for part in "qkv")),
+        NormFold(norm="layer.1.layer_norm", readers=("layer.1.EncDecAttention.q",)),
+        NormFold(norm="layer.1.layer_norm", readers=("layer.1.DenseReluDense.wi",)),
+        NormFold(norm="layer.1.layer_norm", readers=("layer.1.DenseReluDense.wi_0", "layer.1.DenseReluDense.wi_1")),
+        NormFold(norm="layer.2.layer_norm", readers=("layer.2.DenseReluDense.wi",)),
+        NormFold(norm="layer.2.layer_norm", readers=("layer.2.DenseReluDense.wi_0", "layer.2.DenseReluDense.wi_1")),
+    ),
+    linear_folds=(
+        LinearFold(first="layer.0.SelfAttention.v", second="layer.0.SelfAttention.o"),
+        LinearFold(first="layer.1.EncDecAttention.v", second="layer.1.EncDecAttention.o"),
+        *(
+            LinearFold(first=f"layer.{n}.DenseReluDense.{first}", second=f"layer.{n}.DenseReluDense.wo", when=when)
+            for n in (1, 2)
+            for first, when in (("wi", PLAIN_RELU), ("wi_1", GATED))
+        ),
+    ),
+    carries=((1, 1), (2, 4)),
+)
