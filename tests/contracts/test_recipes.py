@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import nybble
-from nybble.core.errors import SchemeError
+from nybble.core.errors import ModelError, SchemeError
 from nybble.models.adapter import adapter_for
 from nybble.nn.experts import PackedExperts
 from nybble.nn.linear import QuantLinear
@@ -105,6 +105,10 @@ def test_one_model_in_memory_on_disk_and_loaded(folder: Path, tmp_path: Path, fa
         with pytest.raises(SchemeError, match=r"experts.*activations.*targets: \[Experts\].*--ignore Experts"):
             run(folder, family, recipe)
         recipe = for_moe(recipe)
+    if family == "falcon" and recipe.transforms:
+        with pytest.raises(ModelError, match=r"finds no pair of weights to work on.* has no adapter"):
+            run(folder, family, recipe)
+        return
     out = tmp_path / "out"
     path, report = run(folder, family, recipe, out)
     assert path == out and not out.with_name("out.partial").exists()
@@ -126,7 +130,7 @@ def test_one_model_in_memory_on_disk_and_loaded(folder: Path, tmp_path: Path, fa
 
     check_layers(ours, report, family)
     check_bytes(out)
-    assert 4 < report.bits < 9
+    assert 4 < report.bits < 10  # a scale a row counts in rows of 16
 
 
 def check_layers(model: Any, report: Any, family: str) -> None:

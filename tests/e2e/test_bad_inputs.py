@@ -133,7 +133,7 @@ REQUESTS: dict[str, tuple[list[str], int, str]] = {
     "nothing left": (["--weights", "none"], 2, r"nothing is left to quantize"),
     "ignore": ([*GOOD, "--ignore", "q_porj"], 2, r"the ignore pattern 'q_porj' matches no module\."),
     "ignore close": ([*GOOD, "--ignore", "lm_haed"], 2, r"Did you mean 'lm_head'"),
-    "ignore re": ([*GOOD, "--ignore", "re:.*nothing"], 2, r"nothing' matches no module\. Known: Linear, lm_head"),
+    "ignore re": ([*GOOD, "--ignore", "re:.*nothing"], 2, r"nothing' matches no module\. (Known|Some)"),
     "ignore bad re": ([*GOOD, "--ignore", "re:("], 2, r"'re:\(' is not a regular"),
     "ignore all": ([*GOOD, "--ignore", "Linear"], 2, r"the target 'Linear' matches no module that is left to it"),
     "kv": (["--kv", "int4"], 2, r"does not quantize KV caches; leave --kv out"),
@@ -160,16 +160,16 @@ REQUESTS: dict[str, tuple[list[str], int, str]] = {
     "recipe key": (["--recipe", "FOLDER/unknown-key.yaml"], 2, r"a recipe has no key 'step'\. Did you mean 'steps'"),
     "recipe steps": (["--recipe", "FOLDER/no-steps.yaml"], 2, r"the recipe lacks steps"),
     "recipe steps type": (["--recipe", "FOLDER/steps-number.yaml"], 2, r"steps is a list of mappings; got 5"),
-    "recipe step text": (["--recipe", "FOLDER/step-text.yaml"], 2, r"a step names exactly one of solver; got 'rtn'"),
-    "recipe step kind": (["--recipe", "FOLDER/step-kind.yaml"], 2, r"exactly one of solver; got \{'sovler': 'rtn'\}"),
-    "recipe two": (["--recipe", "FOLDER/two-steps.yaml"], 2, r"has 2 solvers; a weight can be solved once"),
+    "recipe step text": (["--recipe", "FOLDER/step-text.yaml"], 2, r"exactly one of transform, solver; got 'rtn'"),
+    "recipe step kind": (["--recipe", "FOLDER/step-kind.yaml"], 2, r"transform, solver; got \{'sovler': 'rtn'\}"),
+    "recipe two": (["--recipe", "FOLDER/two-steps.yaml"], 2, r"transforms, then one solver; got solver, solver"),
     "recipe scheme": (["--recipe", "FOLDER/scheme-number.yaml"], 2, r"scheme-number\.yaml: a scheme is .*; got 5"),
     "recipe scheme key": (["--recipe", "FOLDER/scheme-key.yaml"], 2, r"has no key 'weight'\. Did you mean 'weights'"),
     "recipe rules": (["--recipe", "FOLDER/rules-number.yaml"], 2, r"rules is a list of mappings; got \[5\]"),
     "recipe targets": (["--recipe", "FOLDER/targets-text.yaml"], 2, r"targets is a list of names; got 'Linear'"),
     "recipe targets type": (["--recipe", "FOLDER/targets-number.yaml"], 2, r"targets is a list of names; got 5"),
     "recipe weights": (["--recipe", "FOLDER/weights-number.yaml"], 2, r"weights is a quantizer line such as .*; got 4"),
-    "recipe nothing": (["--recipe", "FOLDER/weights-nothing.yaml"], 2, r"a rule without weights, inputs or outputs"),
+    "recipe nothing": (["--recipe", "FOLDER/weights-nothing.yaml"], 2, r"without weights, inputs, outputs or matmuls"),
     "recipe outputs": (["--recipe", "FOLDER/outputs-static.yaml"], 2, r"outputs are quantized dynamically"),
     "recipe option": (["--recipe", "FOLDER/option.yaml"], 2, r"no option 'dampning'\. Did you mean 'damping'"),
     "recipe option type": (["--recipe", "FOLDER/option-type.yaml"], 2, r"block is a int; got 'big'"),
@@ -347,7 +347,7 @@ def test_models_that_cannot_be_read(
 
 def test_a_tied_head_cannot_be_a_target(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "scheme.yaml").write_text("{targets: [lm_head], weights: int4 channel, ignore: []}")
-    with pytest.raises(UsageError, match=r"lm_head: its weight is tied to the embeddings.*add it to ignore"):
+    with pytest.raises(UsageError, match=r"lm_head: its weight is tied to the embeddings.*Add it to ignore"):
         run_quantize(
             folder / "model", folder, tmp_path / "out", recipe=build_recipe("rtn", scheme=str(tmp_path / "scheme.yaml"))
         )
@@ -472,7 +472,7 @@ def test_a_spill_file_without_room(folder: Path, tmp_path: Path, monkeypatch: py
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(FileError, match=r"hidden\.bin: the disk is full\. [\d,]+ bytes are needed"):
+    with pytest.raises(FileError, match=r"hidden\.bin\.0: the disk is full\. [\d,]+ bytes are needed"):
         run_quantize(folder / "model", folder, tmp_path / "out", settings={"spill": True})
 
 
@@ -490,7 +490,7 @@ def test_two_runs_into_one_folder(folder: Path, tmp_path: Path) -> None:
 def test_requests_from_python(folder: Path, tmp_path: Path) -> None:
     from tests.tiny import tiny_model
 
-    with pytest.raises(UsageError, match="has no tokenizer here; pass data as TokenSamples"):
+    with pytest.raises(UsageError, match="has no tokenizer here; pass data as samples"):
         quantize(tiny_model(), RECIPE)
     with pytest.raises(UsageError, match=r"quantized in memory; save it with nybble\.save"):
         quantize(tiny_model(), RECIPE, out=tmp_path / "out")

@@ -266,7 +266,7 @@ def test_quadratic_forms_are_the_layer_error(fisher: bool) -> None:
     x, matrix = outlier_inputs(256, 32), draw("gaussian", 24, 32)
     rounded_x, rounded_w = Quantizer("e2m1 shifted").fake_quantize(x), Quantizer("e2m1 channel").fake_quantize(matrix)
     token = draw("uniform", 256, 1).abs() if fisher else None
-    every = None if token is None else token.expand(256, 24)
+    every = token.expand(256, 24) if token is not None else None
     expected = output_error(x, rounded_x, matrix, rounded_w, every)
     by_row = InputsFixed.of_inputs(x, rounded_x, token).of(matrix)(rounded_w)
     assert by_row.shape == (24,)

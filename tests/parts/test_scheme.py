@@ -14,6 +14,7 @@ from nybble.quantizer import Quantizer
 from nybble.recipe import load_recipe, parse_recipe, recipe_names
 from nybble.scheme import PRESETS, Rule, Scheme, parse_scheme, preset_scheme
 from nybble.solvers import make_solver
+from nybble.transforms import make_transform
 
 MODULES = {
     "model.layers.0.q": ("Linear",),
@@ -75,8 +76,9 @@ def test_recipes_survive_yaml(name: str) -> None:
     recipe = load_recipe(name)
     assert parse_recipe(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
     assert recipe.name == name and recipe.summary and recipe.source
-    for step in recipe.steps:
-        make_solver(step.name, step.options)
+    make_solver(recipe.solver.name, {**recipe.solver.options, **recipe.solver.quick})
+    for step in recipe.transforms:
+        make_transform(step.name, step.options)
 
 
 def test_schemes_of_yaml() -> None:

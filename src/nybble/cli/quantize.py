@@ -75,6 +75,12 @@ def command(
         spill=spill,
     )
     _, report = quantize(model, made, data, out=out, settings=settings, progress=Bars(), announce=note)
+    evaluation = None
+    if eval is not None:
+        from nybble.pipelines.judge import judge_folder
+
+        found = judge_folder(out, model, eval, seq_len, device, Bars())
+        evaluation = {**found["models"], "data": found["data"], "samples": found["samples"]}
     sizes = inspect(out)
     result: dict[str, Any] = {
         "out": str(out),
@@ -86,11 +92,8 @@ def command(
         "bytes": sizes["total"],
         "layers": [{k: v for k, v in r.to_dict().items() if not k.endswith("picture")} for r in report.layers],
     }
-    if eval is not None:
-        from nybble.pipelines.judge import judge_folder
-
-        found = judge_folder(out, model, eval, seq_len, device, Bars())
-        result["evaluation"] = {**found["models"], "data": found["data"], "samples": found["samples"]}
+    if evaluation is not None:
+        result["evaluation"] = evaluation
     if json:
         print_json(result)
         return

@@ -91,6 +91,9 @@ def estimate(model: Any, adapter: Adapter, plan: Plan, solver: Solver, load: Loa
     seconds = 3 + passes * 2 * sum(blocks) / flops
     if plan.needs(solver) & {"second_moment", "inputs"}:
         seconds += sum(load.samples * load.seq_len * t.shape[1] ** 2 / flops + t.shape[1] * 1e-4 for t in targets)
+    tokens = load.samples * load.seq_len
+    searched = [solver.flops(*t.shape, tokens, t.rule.inputs) * max(1, t.experts) for t in targets if t.rule.weights]
+    seconds += sum(searched) / flops
     return Estimate(memory=int(memory), disk=disk, seconds=seconds)
 
 

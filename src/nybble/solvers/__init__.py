@@ -127,6 +127,10 @@ class Solver(ABC):
         """
         return 4 * columns * (sum(rows) + 7 * max(rows))
 
+    def flops(self, rows: int, columns: int, tokens: int, inputs: Quantizer | None) -> float:
+        """Multiply-adds x 2 of a search for one weight, for an estimate of time; 0 for what takes no search."""
+        return 0.0
+
     def quantizer_for(self, quantizer: Quantizer) -> Quantizer:
         """The quantizer that this solver really uses in place of the scheme's (``mse`` changes the scale rule)."""
         return quantizer

@@ -81,13 +81,14 @@ class Ladder:
 def menu(fmt: NumberFormat) -> list[NumberFormat]:
     """The formats that compete with ``fmt``: for a minifloat every split of its bits into exponent and mantissa.
 
-    e >= 1 (e = 0 would be the integers, which e = 1 is already); of 8 bits and more, two mantissa bits at least (wider
+    e >= 1 (e = 0 would be the integers, which e = 1 is already); of 8 bits two are mantissa bits at least (wider
     exponents only add range that nothing uses). The format itself keeps its special values, the others have none.
+    Wider formats are not searched.
 
     Raises:
         SchemeError: a minifloat of fewer than three bits, where there is nothing to choose.
     """
-    if not isinstance(fmt, Minifloat):
+    if not isinstance(fmt, Minifloat) or fmt.bits > 8:
         return [fmt]
     if fmt.bits < 3:
         raise SchemeError(f"{fmt.name} has {fmt.bits} bits; floating-point formats are searched from 3 bits on.")

@@ -209,7 +209,10 @@ def test_all_model_types_are_distinct() -> None:
     types = [model_type for adapter in adapters.values() for model_type in adapter.model_types]
     assert len(types) == len(set(types))
     assert all(key == adapter.name for key, adapter in adapters.items())
-    assert all({"blocks", "norm_folds", "linear_folds"} <= adapter.offers for adapter in adapters.values())
+    for adapter in adapters.values():  # a pair that isn't there has its reason
+        assert {"blocks", "norm_folds", "linear_folds"} <= adapter.offers or any(
+            "can't be" in x for x in adapter.limits
+        )
 
 
 def unknown_model() -> Any:
@@ -242,7 +245,7 @@ def test_unknown_models_get_their_blocks(input_ids: torch.Tensor) -> None:
 def test_refusals() -> None:
     from transformers import FalconConfig
 
-    with pytest.raises(ModelError, match="no adapter for model type 'falcon'; known: bloom"):
+    with pytest.raises(ModelError, match="no adapter for model type 'falcon'; known: bart, bert, bloom"):
         adapter_for(FalconConfig())
     with pytest.raises(ModelError, match="no list of repeated blocks"):
         generic_adapter(nn.Sequential(nn.Linear(2, 2)))
