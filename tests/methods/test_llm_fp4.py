@@ -314,3 +314,64 @@ def test_ladder_of_an_asymmetric_integer_keeps_its_zero_point() -> None:
     assert not torch.equal(ladder.values(torch.full((8,), 0.7)), whole)
     grid = fractions(0.01, 1.2, 100, torch.device("cpu"))
     assert grid[0] == pytest.approx(0.01) and grid[-1] == pytest.approx(1.2) and len(grid) == 100
+
+
+# ------------------------------------------------------------------------------------------- Fisher weights of a model
+def test_fisher_of_a_model_is_the_squared_gradient(tmp_path: Path) -> None:
+    """Against the definition: E over labels of the model's own distribution, on the last linear layer."""
+    from tests.tiny import input_ids, save_text, save_tiny, tiny_model
+
+    import nybble
+    from nybble.models.adapter import adapter_for
+    from nybble.pipelines.fisher import fisher_of
+    from nybble.recipe import parse_recipe
+
+    model = tiny_model("llama", torch.float32)
+    name = "model.layers.1.mlp.down_proj"
+    ids = input_ids()[:1].repeat(400, 1)  # the same sequence with 400 draws of labels
+    found = (
+        fisher_of(
+            model, adapter_for(model), {name: 32}, {"input_ids": ids}, batch=100, tokens=ids.numel(), most=10**6, seed=0
+        )[name]
+        .reshape(400, 12, 32)
+        .mean(0)
+    )
+    kept: dict[str, Tensor] = {}
+    handle = model.get_submodule(name).register_forward_hook(lambda _, __, output: kept.update(output=output))
+    logits = model(input_ids=ids[:1], use_cache=False).logits[0].float()
+    handle.remove()
+    expected = torch.zeros(12, 32)
+    chances = logits.softmax(-1).detach()
+    for token in range(12):  # sum over labels of p(label) (d log p / d output)^2; other tokens' outputs see it as well
+        for label in range(logits.shape[1]):
+            gradient = torch.autograd.grad(logits[token].log_softmax(-1)[label], kept["output"], retain_graph=True)[0]
+            expected += chances[token, label] * gradient[0].square()
+    assert torch.allclose(found, expected, rtol=0.6, atol=float(expected.mean()) * 0.5)
+    assert float(found.mean()) == pytest.approx(float(expected.mean()), rel=0.1)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+    folder, text = save_tiny(tmp_path / "float"), save_text(tmp_path / "text.txt")
+    scheme = {"weights": "e2m1 channel", "inputs": "e2m1 shifted static"}
+    step = {"solver": "llm-fp4", "grid": 8, "rounds": 1}
+    settings = nybble.Settings(samples=4, seq_len=12, batch=2)
+    errors = []
+    for loss in ("output", "fisher"):
+        recipe = parse_recipe({"name": "x", "scheme": scheme, "steps": [{**step, "loss": loss}]})
+        _, report = nybble.quantize(str(folder), recipe, str(text), settings=settings)
+        assert all(row.error < row.rtn_error for row in report.layers)
+        errors.append([row.error for row in report.layers])
+    assert errors[0] != errors[1]
+
+
+def test_fisher_needs_a_path_to_the_output(tmp_path: Path) -> None:
+    from tests.tiny import input_ids, tiny_model
+
+    from nybble.models.adapter import adapter_for
+    from nybble.pipelines.fisher import fisher_of
+
+    model = tiny_model("llama", torch.float32)
+    model.model.layers[1].mlp.forward = lambda x: (x * 0).detach()  # nothing of the MLP gets out
+    with pytest.raises(DataError, match=r"no gradient .* reached model.layers.1.mlp.down_proj"):
+        names = {"model.layers.1.mlp.down_proj": 32}
+        fisher_of(model, adapter_for(model), names, {"input_ids": input_ids()}, batch=2, tokens=24, most=99, seed=0)

@@ -82,6 +82,10 @@ def estimate(model: Any, adapter: Adapter, plan: Plan, solver: Solver, load: Loa
     memory = BASE + sum(outside) * size + max(reading, block + work + (0 if load.spilled else hidden))
     memory += sum(blocks) * load.source_bytes if load.whole else 0
     memory += sum(blocks) * size if load.kept else 0
+    if "fisher" in plan.needs(solver):  # the whole model, what its backward keeps, and the weights of all outputs
+        tokens = min(load.samples * load.seq_len, solver.most_tokens)
+        memory += sum(blocks) * size + 4 * tokens * sum(t.shape[0] for targets in plan.blocks for t in targets)
+        memory += load.tokens * 8 * size * sum(t.shape[0] for targets in plan.blocks for t in targets)
     targets = [t for block_targets in plan.blocks for t in block_targets]
     packed = sum(_elements(t) * (t.rule.weights.format.bits + 1) / 8 for t in targets if t.rule.weights)
     rest = sum(blocks) + sum(outside) - sum(_elements(t) for t in targets)

@@ -18,6 +18,7 @@ from nybble.nn.swap import hold_dense
 from nybble.pipelines.activations import Activations
 from nybble.pipelines.block import check_finite, solve_block, solve_embedding
 from nybble.pipelines.checkpoint import SPILL, Parts
+from nybble.pipelines.fisher import fisher_of, layers_with_weights
 from nybble.pipelines.fold import transform_block
 from nybble.pipelines.job import OUTSIDE, Job, part_name
 from nybble.pipelines.plan import Target
@@ -35,6 +36,7 @@ class Walk:
     job: Job
     stream: Activations | None = None
     calls: dict[int, list[BlockCall]] = field(default_factory=dict)
+    fisher: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.names = self.job.adapter.block_names(self.job.model)
@@ -45,6 +47,7 @@ class Walk:
         self._load_outside()
         if self.job.tokens is not None:
             self._begin(self.job.tokens.inputs, parts)
+        self._see_gradients()
         rows: list[LayerRow] = []
         try:
             with task(progress, len(self.job.plan.blocks) + 1, f"quantize ({self.job.recipe.name})") as bar:
@@ -57,6 +60,18 @@ class Walk:
             if self.stream is not None:
                 self.stream.close()
         return rows
+
+    def _see_gradients(self) -> None:
+        """Fisher weights, where the solver asks for them: a pass of the whole float model, which is let go of then."""
+        job = self.job
+        if job.tokens is None or "fisher" not in job.plan.needs(job.solver):
+            return
+        model = job.model if job.source is None else job.source.model(job.settings.dtype, job.device)
+        layers = layers_with_weights(list(zip(self.names, job.plan.blocks, strict=True)))
+        self.fisher = fisher_of(
+            model, job.adapter, layers, job.tokens.inputs, batch=job.settings.batch, tokens=job.tokens.tokens,
+            most=job.solver.most_tokens, seed=job.settings.seed,
+        )  # fmt: skip
 
     def _block(self, index: int, parts: Parts | None) -> list[LayerRow]:
         name, prefix = part_name(index), self.names[index]
@@ -91,6 +106,7 @@ class Walk:
                 config = self.job.model.config
                 transform_block(block, self.job.transforms, self.job.adapter, config, originals, batches)
             seen = see_block(block, prefix, targets, self.job.solver, batches, self.job.tokens.tokens)
+            seen.fisher.update(self.fisher)
         products = self.job.plan.products[index]
         see = None if self.job.tokens is None else partial(self._batches, index)
         rows, parts = solve_products(block, f"{prefix}.", products, self.job.solver, see)

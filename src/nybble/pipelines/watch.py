@@ -63,6 +63,7 @@ class Seen:
         groups: all linear targets. params: of static input quantizers, by the group's leader.
         moments: by leader; missing where nothing was seen. routed: by fused weight, one an expert.
         samples: inputs themselves, by leader. looks: a few of them, for pictures.
+        fisher: weights of outputs, by full name.
     """
 
     groups: Sequence[Group]
@@ -71,6 +72,7 @@ class Seen:
     routed: dict[str, list[SecondMoment]] = field(default_factory=dict)
     samples: dict[str, InputSample] = field(default_factory=dict)
     looks: dict[str, InputSample] = field(default_factory=dict)
+    fisher: dict[str, Tensor] = field(default_factory=dict)
 
     def stats(self, group: Group, prefix: str) -> Stats:
         """What a solver gets of a group's input; the memory is free once the caller lets go of it."""
@@ -79,6 +81,7 @@ class Seen:
             second_moment=None if moment is None else moment.mean(f"{prefix}{group.leader}"),
             inputs=None if sample is None else sample.all(),
             quantizer=group.inputs,
+            fisher={name: self.fisher[name] for t in group.members if (name := f"{prefix}{t.name}") in self.fisher},
         )
 
 
