@@ -2,8 +2,8 @@
 
 The labels are drawn from the model itself, so the squares estimate the (diagonal) Fisher information and not the error
 on some task: a model with logits is a categorical distribution, one with hidden states alone a Gaussian of unit
-variance around them (Kunstner et al. 2019, arXiv:1905.12558, on why not the data's own labels). LLM-FP4 and its predecessors
-take the gradient of their task's loss.
+variance around them (Kunstner et al. 2019, arXiv:1905.12558, on why not the data's own labels). LLM-FP4 and its
+predecessors take the gradient of their task's loss.
 """
 
 from __future__ import annotations
