@@ -58,7 +58,7 @@ def demo() -> str:
     rows = [
         [
             r["name"],
-            f"{r['ppl']:.2f}",
+            f"{r['ppl']:.2f}" if r["ppl"] < 1000 else f"{r['ppl']:.1e}",
             f"{r['kl']:.3f}",
             f"{r['bits']:.2f}",
             f"{r['layer_bits']:.2f}",
@@ -127,6 +127,18 @@ def memory() -> str:
     return _table(("run", "calibration", "measured, GB", "estimate, GB", "ratio"), rows) + about
 
 
+def minilm() -> str:
+    """LLM-FP4 on a sentence encoder."""
+    data = _load("minilm")
+    methods = list(dict.fromkeys(row["method"] for row in data["rows"][1:]))
+    every = list(dict.fromkeys(row["bits"] for row in data["rows"][1:]))
+    found = {(row["bits"], row["method"]): row["cosine"] for row in data["rows"]}
+    rows = [[bits, *(f"{found[bits, method]:.4f}" for method in methods)] for bits in every]
+    sentences = f"{data['calibration']['samples']} sentences calibrate, {data['text']['samples']} of another text judge"
+    about = f"\nbfloat16 alone: {data['rows'][0]['cosine']:.5f}. {sentences}; torch {data['versions']['torch']}.\n"
+    return _table(("embeddings/weights/activations", *methods), rows) + about
+
+
 def formats() -> str:
     """All listed formats."""
     from nybble.formats import format_names, get_format
@@ -145,7 +157,9 @@ def presets() -> str:
     return _table(("preset", "quantizer"), [[f"`{name}`", f"`{line}`"] for name, line in PRESETS.items()])
 
 
-TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (demo, gptq, fake_quantize, memory, formats, presets)}
+TABLES: dict[str, Callable[[], str]] = {
+    f.__name__: f for f in (demo, gptq, fake_quantize, memory, minilm, formats, presets)
+}
 
 if __name__ == "__main__":
     main()

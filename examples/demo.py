@@ -166,7 +166,8 @@ def table(rows: list[dict[str, Any]], source: str) -> Table:
         shown.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
         sizes = (f"{row['bits']:.3f}", f"{row['layer_bits']:.3f}", f"{row['bytes'] / 1e6:.1f}", f"{row['seconds']:.0f}")
-        shown.add_row(row["name"], f"{row['ppl']:.3f}", f"{row['kl']:.4f}", *sizes)
+        ppl = f"{row['ppl']:.3f}" if row["ppl"] < 1000 else f"{row['ppl']:.1e}"
+        shown.add_row(row["name"], ppl, f"{row['kl']:.4f}", *sizes)
     return shown
 
 

@@ -5,8 +5,9 @@
         [--device cuda] [--rows NAME ...] [--samples 128] [--seq-len 1024] [--out benchmarks/results/quality.jsonl]
 
 Every row of rows.py is one line of JSON in the results: bits, seconds, memory, perplexity, mean NLL and KL to the float
-model on each text, versions, hardware, and hashes of the tokens. A row with the same name, tokens and versions replaces
-the earlier one. Peers write the same lines (benchmarks/quality/peers). ``table.py`` turns them into a table and a plot.
+model on each text, versions, hardware, and hashes of the tokens. A row with the same name, tokens and machine replaces
+the earlier one. Peers write float folders of what they compute (benchmarks/quality/peers), which are judged here too
+(``--folder``). ``table.py`` turns the results into a table and a plot.
 """
 
 from __future__ import annotations
@@ -53,7 +54,12 @@ def main() -> None:
     reference = source.model(torch.bfloat16, args.device)
     float_row = {"name": "float", "tool": "nybble", "bits": "16/16/16", "layer_bits": 16.0, "seconds": 0.0}
     about = {"model": args.model, "hardware": hardware(args.device), "versions": versions()}
-    for name in args.rows:
+    for folder in args.folder:
+        facts = json.loads((folder / "peer.json").read_text())
+        model = open_source(str(folder)).model(torch.bfloat16, args.device)
+        found = judge({folder.name: model}, reference, texts)[folder.name]
+        record(args.out, {"name": folder.name, "bits": "16/4/16", **facts} | about | {"texts": found})
+    for name in [] if args.folder else args.rows:
         if name == "float":
             record(args.out, float_row | about | {"texts": judge({"float": reference}, reference, texts)["float"]})
             continue
@@ -140,6 +146,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="demo:smollm2")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--texts", nargs="+", required=True)
+    parser.add_argument("--folder", type=Path, nargs="*", default=[], help="judge what peers/weights.py wrote instead")
     parser.add_argument("--rows", nargs="+", default=["float", *ROWS], choices=["float", *ROWS], metavar="ROW")
     parser.add_argument("--effort", choices=("quick", "full"), help="of the recipes that search, over the rows' own")
     parser.add_argument("--samples", type=int, default=128)

@@ -1,0 +1,116 @@
+"""The table and the plot of the quality benchmark, from its results alone.
+
+    python benchmarks/quality/table.py [--check]
+
+benchmarks/results/quality.jsonl -> docs/quality.md and docs/quality.png. ``--check`` says whether docs/quality.md is
+what the results say, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
+PAGE, PLOT = ROOT / "docs" / "quality.md", ROOT / "docs" / "quality.png"
+HEAD = """# Quality
+
+Made by `python benchmarks/quality/table.py` from `benchmarks/results/quality.jsonl`; the protocol is in
+`benchmarks/quality/run.py`. Bits are embeddings/weights/activations; "layer bits" are stored bits a quantized weight,
+scales included. Mean negative log likelihood in nats a token; "lost" is the difference to the float model.
+
+"""
+
+
+def main() -> None:
+    """Write the page and the plot, or check the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    page = HEAD + "\n".join(table(group) for group in groups(rows)) + f"![quality against bits]({PLOT.name})\n"
+    if args.check:
+        if PAGE.read_text(encoding="utf-8") != page:
+            sys.exit(f"{PAGE.relative_to(ROOT)} is not what the results say; run benchmarks/quality/table.py")
+        return
+    PAGE.write_text(page, encoding="utf-8")
+    plot(rows)
+
+
+def groups(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows of one model, machine and calibration together, the float model first."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["name"] != "float":
+            tokens = (row.get("calibration") or {}).get("tokens_sha256")
+            found.setdefault((row["model"], row["hardware"]["gpu"], tokens), []).append(row)
+    result = []
+    for (model, gpu, _), members in found.items():
+        reference = [r for r in rows if r["name"] == "float" and (r["model"], r["hardware"]["gpu"]) == (model, gpu)]
+        result.append([*reference[:1], *members])
+    return result
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One group as Markdown."""
+    reference, texts = rows[0], list(rows[0]["texts"])
+    about = rows[-1]
+    calibration = about.get("calibration") or {}
+    machine = about["hardware"]["gpu"] or f"{about['hardware']['cpu']}, {about['hardware']['threads']} threads"
+    head = [
+        "method",
+        "bits",
+        "effort",
+        "layer bits",
+        *(c for t in texts for c in (f"NLL {t}", "lost", "KL")),
+        "seconds",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "| --- | --- | --- |" + " ---: |" * (len(head) - 3)]
+    for row in rows:
+        cells = [row["name"], row["bits"], row.get("effort") or "", f"{row['layer_bits']:.2f}"]
+        for text in texts:
+            found, exact = row["texts"][text], reference["texts"][text]
+            cells += [f"{found['nll']:.3f}", f"{found['nll'] - exact['nll']:.3f}", f"{found['kl']:.3f}"]
+        lines.append("| " + " | ".join([*cells, f"{row['seconds']:.0f}"]) + " |")
+    source = Path(calibration.get("source", "")).stem
+    samples = f"{calibration.get('samples')} x {calibration.get('seq_len')} tokens of {source}"
+    counts = ", ".join(f"{reference['texts'][text]['predictions']:,} predictions of {text}" for text in texts)
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return f"## {about['model']}, {machine}\n\n" + "\n".join(lines) + f"\n\n{samples}; {counts}; {versions}.\n"
+
+
+def plot(rows: list[dict[str, Any]]) -> None:
+    """Lost NLL on the first text against stored bits a quantized weight."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    markers = {"16": "o", "8": "s", "6": "^", "4": "D"}
+    labelled = set()
+    for group in groups(rows):
+        text = next(iter(group[0]["texts"]))
+        exact = group[0]["texts"][text]["nll"]
+        for row in group[1:]:
+            activations = row["bits"].rpartition("/")[2]
+            lost = max(row["texts"][text]["nll"] - exact, 1e-3)
+            label = None if activations in labelled else f"{activations}-bit activations"
+            labelled.add(activations)
+            axes.scatter(row["layer_bits"], lost, marker=markers.get(activations, "x"), label=label, zorder=3)
+            axes.annotate(row["name"], (row["layer_bits"], lost), xytext=(5, 3), textcoords="offset points", fontsize=7)
+    axes.set(
+        xlabel="stored bits a quantized weight", ylabel=f"NLL lost on {text}, nats a token", yscale="log",
+        title="Quality against bits: lower and further left is better",
+    )  # fmt: skip
+    axes.grid(True, alpha=0.3)
+    axes.legend(loc="upper right")
+    figure.savefig(PLOT, dpi=120, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main()
