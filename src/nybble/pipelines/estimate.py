@@ -79,7 +79,9 @@ def estimate(model: Any, adapter: Adapter, plan: Plan, solver: Solver, load: Loa
         for targets in plan.blocks
     )
     reading = 2 * max(outside, default=0) * load.source_bytes
-    memory = BASE + sum(outside) * size + max(reading, block + work + (0 if load.spilled else hidden))
+    behind = max((solver.working_bytes([t.shape[0]], t.shape[1]) for t in plan.outside), default=0)
+    held = 0 if load.spilled else hidden
+    memory = BASE + sum(outside) * size + max(reading, held + max(block + work, behind))
     memory += sum(blocks) * load.source_bytes if load.whole else 0
     memory += sum(blocks) * size if load.kept else 0
     if "fisher" in plan.needs(solver):  # the whole model, what its backward keeps, and the weights of all outputs

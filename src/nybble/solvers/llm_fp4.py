@@ -128,26 +128,39 @@ class LlmFp4(Solver):
     def solve_product(self, left: Tensor, right: Tensor, quantizer: Quantizer) -> tuple[Operand, Operand]:
         """As :meth:`solve`, each operand in turn being the input and the other the weight."""
         sides = [left, right]
-        grid = fractions(self.low, self.high, self.grid, left.device)
-        step = (self.high / self.low) ** (1 / max(1, self.grid - 1))
-        formats = menu(quantizer.format) if self.formats else [quantizer.format]
-        ladders = [[Ladder(x.flatten(0, 1), with_format(quantizer, fmt)) for fmt in formats] for x in sides]
+        ladders = [self.ladders(x.flatten(0, 1), quantizer) for x in sides]
         chosen = [_unclipped(options[0]) for options in ladders]
         for number in range(self.rounds):
             for here, other in ((0, 1), (1, 0)):
                 given = chosen[other].values.view(sides[other].shape)
                 error = WeightsFixed(sides[here], sides[other], given)
-                whole = number == 0 or not self.fine
-                chosen[here] = _search(
-                    ladders[here] if whole else [chosen[here].ladder],
-                    chosen[here],
-                    error,
-                    grid if whole else grid[:0],
-                    self.fine,
-                    step,
-                )
+                chosen[here] = self.choose(ladders[here], chosen[here], error, whole=number == 0)
         first, second = ((c.ladder.quantizer, c.ladder.params(c.fraction)) for c in chosen)
         return first, second
+
+    def ladders(self, x: Tensor, quantizer: Quantizer) -> list[Ladder]:
+        """Candidates for ``x`` [rows, columns] in every format that competes, the quantizer's own first."""
+        formats = menu(quantizer.format) if self.formats else [quantizer.format]
+        return [Ladder(x, with_format(quantizer, fmt)) for fmt in formats]
+
+    def choose(self, ladders: Sequence[Ladder], before: _Choice, error: Error, whole: bool) -> _Choice:
+        """The best format, and a fraction a unit, under ``error`` ([units], summed); never worse than before.
+
+        ``whole``: the whole grid in every format, as always with ``fine=0``; else around ``before`` alone.
+        """
+        grid = fractions(self.low, self.high, self.grid, before.fraction.device)
+        step = (self.high / self.low) ** (1 / max(1, self.grid - 1))
+        if self.fine and not whole:
+            ladders, grid = [before.ladder], grid[:0]
+        best, least = before, error(before.values)
+        for ladder in ladders:
+            same = ladder is before.ladder
+            start = before.fraction if same else torch.ones_like(before.fraction)
+            first = (start, least if same else error(ladder.values(start)))
+            fraction, errors = descend(ladder, error, first, grid, self.fine, step)
+            if errors.sum() < least.sum():
+                best, least = _Choice(ladder, fraction, ladder.values(fraction)), errors
+        return best
 
 
 @dataclass
@@ -168,22 +181,15 @@ class _Search:
     def __init__(self, method: LlmFp4, weights: Sequence[Weight], stats: Stats) -> None:
         self.method, self.weights, self.second = method, weights, stats.second_moment
         self.x = None if stats.inputs is None else stats.inputs.float()
-        self.grid = fractions(method.low, method.high, method.grid, weights[0].matrix.device)
-        self.step = (method.high / method.low) ** (1 / max(1, method.grid - 1))
         self.quantizer = stats.quantizer
         self.importance: Mapping[str, Tensor] = stats.fisher if method.loss == "fisher" else {}
         self.power = [self._lost(w, None, torch.zeros_like(w.matrix)) or 1.0 for w in weights]
-        self.ladders = [self._ladders(w.matrix, w.quantizer) for w in weights]
+        self.ladders = [method.ladders(w.matrix, w.quantizer) for w in weights]
         self.plain = [_unclipped(options[0]) for options in self.ladders]
         self.input_ladders: list[Ladder] = []
         if self.x is not None and self.quantizer is not None and self.quantizer.static:
-            self.input_ladders = self._ladders(self.x, self.quantizer)
+            self.input_ladders = method.ladders(self.x, self.quantizer)
         self.plain_inputs = self._first_inputs()
-
-    def _ladders(self, x: Tensor, quantizer: Quantizer) -> list[Ladder]:
-        """A ladder a format, the scheme's first."""
-        formats = menu(quantizer.format) if self.method.formats else [quantizer.format]
-        return [Ladder(x, with_format(quantizer, fmt)) for fmt in formats]
 
     def _first_inputs(self) -> Tensor | None:
         """Inputs under min-max (or measured, or in float)."""
@@ -207,12 +213,6 @@ class _Search:
             inputs = self._search_inputs([c.values for c in chosen], inputs, whole=False)
         return self._settle(chosen, inputs)
 
-    def _search(self, ladders: Sequence[Ladder], before: _Choice, error: Error, whole: bool) -> _Choice:
-        """:func:`_search`: the whole grid in every format, as always with ``fine=0``, or around ``before`` alone."""
-        whole = whole or not self.method.fine
-        grid = self.grid if whole else self.grid[:0]
-        return _search(ladders if whole else [before.ladder], before, error, grid, self.method.fine, self.step)
-
     def _search_weights(self, before: Sequence[_Choice], rounded: Tensor | None, whole: bool) -> list[_Choice]:
         """Steps a and b for every weight, starting from what it has."""
         shared = None if self.importance else self._fixed(rounded)
@@ -221,7 +221,7 @@ class _Search:
             fixed = shared or self._fixed(rounded, self.importance[weight.name].mean(1, keepdim=True))
             by_row = fixed.of(weight.matrix)
             error = by_row if choice.ladder.units == len(weight.matrix) else _whole(by_row)
-            found.append(self._search(ladders, choice, error, whole))
+            found.append(self.method.choose(ladders, choice, error, whole))
         return found
 
     def _fixed(self, rounded: Tensor | None, importance: Tensor | None = None) -> InputsFixed:
@@ -237,7 +237,7 @@ class _Search:
         rounded = torch.cat([v * s for v, s in zip(values, scale, strict=True)])
         importance = torch.cat([self.importance[w.name] for w in self.weights], 1) if self.importance else None
         error = WeightsFixed(self.x, matrix, rounded, importance)
-        return self._search(self.input_ladders, before, error, whole)
+        return self.method.choose(self.input_ladders, before, error, whole)
 
     def _settle(self, chosen: Sequence[_Choice], inputs: _Choice | None) -> list[Solved]:
         """Pack the choices, or min-max where that has less error in all."""
@@ -283,19 +283,6 @@ class _Search:
             weight=packed, error=error, rtn_error=plain, notes=notes, quantizer=ladder.quantizer, inputs=inputs,
             clip=choice.fraction.cpu(),
         )  # fmt: skip
-
-
-def _search(ladders: Sequence[Ladder], before: _Choice, error: Error, grid: Tensor, fine: int, step: float) -> _Choice:
-    """The best choice under ``error`` ([units], summed): a format, and a fraction a unit; never worse than before."""
-    best, least = before, error(before.values)
-    for ladder in ladders:
-        same = ladder is before.ladder
-        start = before.fraction if same else torch.ones_like(before.fraction)
-        first = (start, least if same else error(ladder.values(start)))
-        fraction, errors = descend(ladder, error, first, grid, fine, step)
-        if errors.sum() < least.sum():
-            best, least = _Choice(ladder, fraction, ladder.values(fraction)), errors
-    return best
 
 
 def _whole(by_row: Error) -> Error:
