@@ -11,10 +11,17 @@ from nybble.cli._output import print_json, print_table
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="What nybble wrote, or any float model.")],
-    data: Annotated[str, typer.Option(help="A text file, JSONL, hub dataset id, or builtin.")] = "builtin",
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A text file, JSONL, hub dataset id, or builtin; an IDX file, .npy, .npz or a folder of pictures."
+        ),
+    ] = "builtin",
     metrics: Annotated[
         str | None,
-        typer.Option(help="Comma-separated: ppl, nll, kl, agreement; of encoders cosine. Left out: the usual ones."),
+        typer.Option(
+            help="Comma-separated: ppl, nll, kl, agreement; cosine (encoders); top1 (images). Left out: the usual."
+        ),
     ] = None,
     reference: Annotated[str | None, typer.Option(help="The float model, for kl and agreement.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens a window; windows do not overlap.")] = 512,
@@ -36,5 +43,6 @@ def command(
     print_table(
         f"{model} on {data}", ("metric", "value"), [[name, f"{value:.5g}"] for name, value in found["model"].items()]
     )
-    what = f"{manifest['predictions']} predictions" if "predictions" in manifest else f"{manifest['samples']} sentences"
-    print(f"{what}; text sha256 {str(manifest['source_sha256'])[:16]}")
+    what = f"{manifest['predictions']} predictions" if "predictions" in manifest else f"{manifest['samples']} samples"
+    digest = manifest.get("source_sha256", manifest.get("pixels_sha256"))
+    print(f"{what}; data sha256 {str(digest)[:16]}")

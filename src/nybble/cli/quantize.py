@@ -33,7 +33,9 @@ def command(
     ignore: Annotated[
         list[str] | None, typer.Option(help="A module to leave alone (name, class or re:PATTERN); repeatable.")
     ] = None,
-    data: Annotated[str, typer.Option(help="Calibration text: a file, JSONL, hub dataset id, or builtin.")] = "builtin",
+    data: Annotated[
+        str, typer.Option(help="Calibration data: a text file, JSONL, hub dataset id, or builtin; images.")
+    ] = "builtin",
     samples: Annotated[
         int | None, typer.Option(help="Calibration sequences; left out: 128, or as many as the data has.")
     ] = None,

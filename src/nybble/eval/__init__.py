@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from nybble.eval._embeddings import embed, embedding_cosine
 from nybble.eval._evaluate import METRICS, EvalResult, evaluate, evaluate_many
+from nybble.eval._images import classification, classify
 from nybble.eval._metric import LogitRows, Metric
 
-__all__ = ["METRICS", "EvalResult", "LogitRows", "Metric", "embed", "embedding_cosine", "evaluate", "evaluate_many"]
+__all__ = [
+    "METRICS",
+    "EvalResult",
+    "LogitRows",
+    "Metric",
+    "classification",
+    "classify",
+    "embed",
+    "embedding_cosine",
+    "evaluate",
+    "evaluate_many",
+]

@@ -78,8 +78,8 @@ class Adapter:
         limits: what the adapter can't offer, each with its reason.
         carries: what later blocks get from the first one: pairs of a place in the tuple that blocks return, and the
             place among a block's arguments (behind the hidden states) where the model puts it.
-        reads: what calibration feeds it: ``tokens``, windows of running text, or ``sentences``, padded and with the
-            tokenizer's special tokens.
+        reads: what calibration feeds it: ``tokens``, windows of running text; ``sentences``, padded and with the
+            tokenizer's special tokens; or ``images``.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Adapter:
     renames: tuple[tuple[str, str], ...] = ()
     limits: tuple[str, ...] = ()
     carries: tuple[tuple[int, int], ...] = ()
-    reads: Literal["tokens", "sentences"] = "tokens"
+    reads: Literal["tokens", "sentences", "images"] = "tokens"
 
     @property
     def offers(self) -> frozenset[str]:

@@ -59,6 +59,9 @@ def weight_files(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
     return {name: (single[0], info) for name, info in read_tensor_header(single[0]).tensors.items()}
 
 
+PREPROCESSOR = "preprocessor_config.json"
+
+
 def _sharded(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
     place = folder / INDEX
     weight_map = read_json(place).get("weight_map")
@@ -239,6 +242,11 @@ class FolderSource(ModelSource):
                 str(self.folder), config=self.config, trust_remote_code=False, local_files_only=True
             )
         return tokenizer
+
+    def preprocessing(self) -> dict[str, Any]:
+        """As preprocessor_config.json says, if there is one."""
+        path = self.folder / PREPROCESSOR
+        return read_json(path) if path.is_file() else {}
 
     def generation_config(self) -> GenerationConfig | None:
         """From generation_config.json, if there is one."""

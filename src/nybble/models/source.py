@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,10 @@ class ModelSource(ABC):
         Raises:
             ModelError: there is none, or it can't be built without running code.
         """
+
+    def preprocessing(self) -> dict[str, Any]:
+        """``preprocessor_config.json`` of a vision model; empty where the source has none."""
+        return {}
 
     @abstractmethod
     def generation_config(self) -> GenerationConfig | None:

@@ -19,6 +19,7 @@ import nybble
 from nybble.core.errors import FileError
 from nybble.core.files import atomic_write_json
 from nybble.core.tensorfile import merge_tensorfiles, write_tensorfile
+from nybble.models.folder import PREPROCESSOR
 from nybble.nn.swap import FORMAT_VERSION, Layouts, describe, put_described, quant_modules
 from nybble.pipelines.report import LayerRow
 
@@ -227,12 +228,17 @@ def model_config(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
     return dict(config)
 
 
-def save_side_files(source: ModelSource, model: PreTrainedModel, folder: Path) -> None:
-    """Tokenizer and generation config beside the weights.
+def save_side_files(source: ModelSource, model: PreTrainedModel, folder: Path, images: bool = False) -> None:
+    """Tokenizer (of a model of images, how they are prepared) and generation config beside the weights.
 
     Raises:
         FileError: they can't be written; tokenizers' own errors don't tell a full disk from others.
     """
+    if images:
+        preprocessing = source.preprocessing()
+        if preprocessing:
+            atomic_write_json(folder / PREPROCESSOR, preprocessing)
+        return
     tokenizer = source.tokenizer()
     try:
         tokenizer.save_pretrained(folder)

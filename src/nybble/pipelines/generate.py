@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nybble.core.device import check_device
-from nybble.core.errors import UsageError
+from nybble.core.errors import ModelError, UsageError
 from nybble.core.seeds import derive_seed, preserve_global_rng
 from nybble.pipelines.load import load
 
@@ -42,6 +42,8 @@ def generate(
         raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
     check_device(device)
     loaded, tokenizer = load(model, device=device, dense=True)
+    if tokenizer is None or not loaded.can_generate():
+        raise ModelError(f"{model} is a {type(loaded).__name__}, which generates no text.")
     if chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         inputs: Any = tokenizer.apply_chat_template(

@@ -13,7 +13,7 @@ from torch import nn
 import nybble
 from nybble.core.errors import DataError, UsageError, within
 from nybble.core.files import need_space
-from nybble.data import Samples, load_text, sentence_samples, token_samples
+from nybble.data import Samples, image_samples, load_text, preparation_for, sentence_samples, token_samples
 from nybble.models.adapter import Adapter, adapter_for
 from nybble.nn.attention import use_quantized_attention
 from nybble.nn.swap import use_eager_experts
@@ -159,12 +159,20 @@ def _load(source: ModelSource | None, settings: Settings, tokens: Samples | None
 
 
 def _calibration(source: ModelSource | None, adapter: Adapter, data: str, settings: Settings) -> Samples:
-    """Sequences (or sentences) of the data that a SRC names."""
+    """Sequences, sentences or images of the data that a SRC names."""
     if source is None:
         raise UsageError(
             "a model in memory has no tokenizer here; pass data as samples (nybble.data.token_samples, "
-            "sentence_samples)."
+            "sentence_samples, image_samples)."
         )
+    if adapter.reads == "images":
+        if data == "builtin":
+            raise UsageError(
+                "a vision model is calibrated on images; give them with --data (an IDX file, .npy, a folder)."
+            )
+        wants = preparation_for(source.config, source.preprocessing())
+        few = settings.samples is None
+        return image_samples(data, wants, samples=settings.samples or DEFAULT_SAMPLES, seed=settings.seed, fewer=few)
     tokenizer = source.tokenizer()
     text = load_text(data, "calibration", tokenizer)
     wanted, few = settings.samples or DEFAULT_SAMPLES, settings.samples is None

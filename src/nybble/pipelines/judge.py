@@ -12,15 +12,25 @@ from nybble.core.device import check_device
 from nybble.core.errors import ModelError, UsageError, did_you_mean
 from nybble.core.files import atomic_write_json
 from nybble.core.progress import Progress
-from nybble.data import SentenceSamples, TokenSamples, load_text, sentence_samples, token_samples
-from nybble.eval import METRICS, embed, embedding_cosine, evaluate_many
+from nybble.data import (
+    SentenceSamples,
+    TokenSamples,
+    image_samples,
+    load_text,
+    preparation_for,
+    sentence_samples,
+    token_samples,
+)
+from nybble.eval import METRICS, classification, classify, embed, embedding_cosine, evaluate_many
 from nybble.models.adapter import adapter_for
+from nybble.models.config_file import read_json
+from nybble.models.folder import PREPROCESSOR
 from nybble.models.guard import reading
 from nybble.pipelines.checkpoint import EVALUATION
 from nybble.pipelines.job import check_tokens
 from nybble.pipelines.load import load
 
-ENCODER_METRICS = ("cosine",)
+METRICS_OF = {"sentences": ("cosine",), "images": ("top1", "agreement")}
 MOST_SENTENCES = 1000
 PROMPT, ANSWER = 24, 40
 """Tokens of held-out text that a sample starts from, and that each model adds."""
@@ -58,7 +68,7 @@ def run_eval(
     Raises:
         UsageError: unknown metric. NybbleError: data or models that can't be read or run.
     """
-    known = (*METRICS.names(), *ENCODER_METRICS)
+    known = [*METRICS.names(), *(name for names in METRICS_OF.values() for name in names)]
     for metric in metrics or ():
         if metric not in known:
             raise UsageError(f"unknown metric {metric!r}.{did_you_mean(metric, known)}")
@@ -69,10 +79,15 @@ def run_eval(
         loaded[name], tokenizer = load(spec, device=device, dense=True)
     same = next((name for name, spec in models.items() if spec == reference), None)
     float_model = None if reference is None else loaded[same] if same else load(reference, device=device)[0]
+    reads = adapter_for(next(iter(loaded.values()))).reads
+    if reads != "tokens" and metrics is not None and not set(metrics) <= set(METRICS_OF[reads]):
+        raise UsageError(
+            f"a model of {reads} is judged by {', '.join(METRICS_OF[reads])}; not by {', '.join(metrics)}."
+        )
+    if reads == "images":
+        return _top1(loaded, float_model, models, data, samples)
     text = load_text(data, "evaluation", tokenizer)
-    if adapter_for(next(iter(loaded.values()))).reads == "sentences":
-        if metrics is not None and set(metrics) != set(ENCODER_METRICS):
-            raise UsageError(f"an encoder is judged by {', '.join(ENCODER_METRICS)}; {', '.join(metrics)} need logits.")
+    if reads == "sentences":
         sentences = sentence_samples(text, tokenizer, samples=samples or MOST_SENTENCES, seq_len=seq_len, fewer=True)
         return {"models": _cosines(loaded, float_model, sentences), "data": sentences.manifest(), "samples": []}
     metrics = metrics or (("ppl",) if reference is None else ("ppl", "kl", "agreement"))
@@ -90,6 +105,24 @@ def run_eval(
         "data": tokens.manifest() | {"predictions": predictions},
         "samples": written,
     }
+
+
+def _top1(
+    loaded: Mapping[str, Any], reference: Any, specs: Mapping[str, str], data: str, samples: int | None
+) -> dict[str, Any]:
+    """Metrics of image classifiers."""
+    name, spec = next(iter(specs.items()))
+    preprocessor = Path(spec) / PREPROCESSOR
+    wants = preparation_for(loaded[name].config, read_json(preprocessor) if preprocessor.is_file() else {})
+    images = image_samples(data, wants, samples=samples)
+    exact = None if reference is None else classify(reference, images.pixel_values)
+    found = {
+        name: classification(classify(model, images.pixel_values), exact, images.labels)
+        for name, model in loaded.items()
+    }
+    if not all(found.values()):
+        raise UsageError(f"{data} has no labels, and no float model to agree with was given as the reference.")
+    return {"models": found, "data": images.manifest(), "samples": []}
 
 
 def _cosines(loaded: Mapping[str, Any], reference: Any, sentences: SentenceSamples) -> dict[str, dict[str, float]]:

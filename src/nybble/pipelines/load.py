@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nybble.core.errors import FileError, UsageError
 from nybble.core.files import AtomicFolder
+from nybble.models.adapter import adapter_for
 from nybble.models.config_file import make_config, read_json
 from nybble.models.guard import reading
 from nybble.models.skeleton import expected_tensors, fill_buffers_, meta_model
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
 
 def load(
     model: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", dense: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a model and its tokenizer: a folder that nybble wrote, or whatever :func:`open_source` takes.
+
+    A model of images has no tokenizer: None.
 
     Nothing in a folder is trusted: sizes, names and dtypes are compared with the files before memory is taken, and no
     code runs.
@@ -42,12 +45,17 @@ def load(
     folder = Path(model)
     if not is_quantized(folder):
         source = open_source(str(model))
-        return source.model(dtype or torch.bfloat16, device), source.tokenizer()
+        float_model = source.model(dtype or torch.bfloat16, device)
+        return float_model, None if _of_images(float_model) else source.tokenizer()
     loaded = _load_quantized(folder, dtype)
     nn.Module.to(loaded, device)
     if dense:
         hold_dense(loaded, loaded.dtype)
-    return loaded, _tokenizer(folder, loaded.config)
+    return loaded, None if _of_images(loaded) else _tokenizer(folder, loaded.config)
+
+
+def _of_images(model: PreTrainedModel) -> bool:
+    return adapter_for(model).reads == "images"
 
 
 def is_quantized(folder: Path) -> bool:

@@ -100,7 +100,7 @@ def _write(job: Job, out: Path, progress: Progress, announce: Callable[[str], No
                 Walk(job).run(parts, progress)
             if not parts.assembled:
                 assert job.source is not None
-                save_side_files(job.source, job.model, partial)
+                save_side_files(job.source, job.model, partial, images=job.adapter.reads == "images")
                 parts.assemble(job.part_names(), model_config(job.model, job.settings.dtype), job.manifest())
             return parts.finish()
     except NybbleError as error:

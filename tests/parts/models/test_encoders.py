@@ -191,7 +191,7 @@ def test_encoder_from_a_folder_to_its_cosine(tmp_path: Path) -> None:
         result = run_eval({"quantized": str(out)}, str(text), None, str(tmp_path / "float"), 20, 16, "cpu")
         found[bits] = result["models"]["quantized"]["cosine"]
     assert found[8] > 0.99 > found[3]
-    with pytest.raises(UsageError, match="judged by cosine"):
+    with pytest.raises(UsageError, match="is judged by cosine"):
         run_eval({"q": str(out)}, str(text), ["ppl"], str(tmp_path / "float"), 20, 16, "cpu")
     with pytest.raises(UsageError, match="give it as the reference"):
         run_eval({"q": str(out)}, str(text), None, None, 20, 16, "cpu")

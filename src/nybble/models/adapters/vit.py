@@ -11,6 +11,7 @@ PART = Adapter(
     embeddings=("{base}embeddings.patch_embeddings.projection",),
     final_norm="{base}layernorm",
     head="classifier",
+    reads="images",
     norm_folds=(
         NormFold(norm="layernorm_before", readers=("attention.q_proj", "attention.k_proj", "attention.v_proj")),
         NormFold(norm="layernorm_after", readers=("mlp.fc1",)),

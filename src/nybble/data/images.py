@@ -1,0 +1,241 @@
+"""Images for vision models: IDX files (MNIST's format), arrays, folders of pictures; labels where there are any.
+
+=======================  =========================================================================================
+SRC                      images and labels
+=======================  =========================================================================================
+``x-images-idx3-ubyte``  also ``.gz``; labels from ``x-labels-idx1-ubyte`` beside it, if it is there
+``x.npy``                uint8 [N, H, W] or [N, H, W, channels]; no labels
+``x.npz``                ``images`` as above, and ``labels`` [N], if it is there; nothing pickled is read
+a folder                 pictures (Pillow reads them); folders in it are classes, in the order of their names
+=======================  =========================================================================================
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nybble.core.errors import DataError, FileError, UsageError
+from nybble.data.tokens import pick
+
+_PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageSamples:
+    """Images as a model takes them, for calibration or evaluation.
+
+    Attributes:
+        pixel_values: float32 [samples, channels, height, width], normalised.
+        labels: int64 [samples], or None.
+        sha256: of pixel_values, as little-endian float32.
+        available: how many images the source has.
+        source: SRC. note: what they are.
+    """
+
+    pixel_values: Tensor
+    labels: Tensor | None
+    sha256: str
+    available: int
+    source: str
+    note: str
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model is called with."""
+        return {"pixel_values": self.pixel_values}
+
+    @property
+    def tokens(self) -> int:
+        """About how many vectors a layer sees: those of 16 x 16 patches; an estimate for sizes only."""
+        samples, _, height, width = self.pixel_values.shape
+        return samples * (1 + max(1, height // 16) * max(1, width // 16))
+
+    def manifest(self) -> dict[str, Any]:
+        """What a manifest or a report states beside every number from these images."""
+        samples, channels, height, width = self.pixel_values.shape
+        return {
+            "source": self.source,
+            "note": self.note,
+            "pixels_sha256": self.sha256,
+            "samples": samples,
+            "size": [channels, height, width],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """How a model wants its images: size, channels, and the mean and deviation of its training data (values 0 .. 1)."""
+
+    height: int
+    width: int
+    channels: int = 3
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
+
+
+def preparation_for(config: Any, preprocessor: Mapping[str, Any]) -> Preparation:
+    """From a model's config and its ``preprocessor_config.json`` (empty where it has none).
+
+    Raises:
+        DataError: the config doesn't say how large images are, or the preprocessor's numbers make no sense.
+    """
+    size = getattr(config, "image_size", None)
+    if isinstance(size, int):
+        size = (size, size)
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        raise DataError(f"the model's config has no image_size that nybble understands ({size!r}).")
+    channels = int(getattr(config, "num_channels", 3))
+    mean, std = (tuple(preprocessor.get(key) or (0.5,)) for key in ("image_mean", "image_std"))
+    numbers = all(isinstance(x, int | float) for x in (*mean, *std)) and all(x > 0 for x in std)
+    if not numbers or any(len(values) not in (1, channels) for values in (mean, std)):
+        raise DataError(
+            f"preprocessor_config.json: image_mean {mean} and image_std {std} don't fit {channels} channels."
+        )
+    return Preparation(height=int(size[0]), width=int(size[1]), channels=channels, mean=mean, std=std)
+
+
+def image_samples(
+    src: str, preparation: Preparation, *, samples: int | None, seed: int | None = None, fewer: bool = False
+) -> ImageSamples:
+    """Read images and bring them into a model's form: bilinear to its size, grey to its channels, normalised.
+
+    Args:
+        src: see the module.
+        preparation: what the model wants.
+        samples: how many; None takes all, in order.
+        seed: None picks evenly spread ones, in order; a number picks at random without replacement.
+        fewer: take what there is where that is fewer than ``samples``, instead of raising.
+
+    Raises:
+        UsageError: no such source, or Pillow is missing. FileError: it can't be read. DataError: it holds no images,
+            or too few.
+    """
+    if samples is not None and samples < 1:
+        raise UsageError(f"{samples} samples were asked for. Give 1 or more, or none for all there are.")
+    images, labels, note = _read(src)
+    available = len(images)
+    wanted = available if samples is None or (fewer and samples > available) else samples
+    if wanted > available or not available:
+        raise DataError(f"data {src!r} has {available} images, fewer than the {max(1, wanted)} asked for.")
+    chosen = pick(available, wanted, seed).tolist()
+    pixels = torch.stack([_prepared(images[i], preparation) for i in chosen])
+    return ImageSamples(
+        pixel_values=pixels,
+        labels=None if labels is None else torch.from_numpy(labels[chosen].astype(np.int64)),
+        sha256=hashlib.sha256(pixels.numpy().astype("<f4", copy=False).tobytes()).hexdigest(),
+        available=available,
+        source=src,
+        note=note,
+    )
+
+
+def _prepared(image: np.ndarray, preparation: Preparation) -> Tensor:
+    """uint8 [H, W] or [H, W, channels] -> float32 [channels, height, width]."""
+    x = torch.from_numpy(np.ascontiguousarray(image)).float() / 255
+    x = x[None] if x.dim() == 2 else x.permute(2, 0, 1)[:3]
+    if x.shape[0] != preparation.channels:
+        x = x.mean(0, keepdim=True).expand(preparation.channels, -1, -1)
+    size = (preparation.height, preparation.width)
+    if tuple(x.shape[1:]) != size:
+        x = torch.nn.functional.interpolate(x[None], size=size, mode="bilinear", antialias=True)[0]
+    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (preparation.mean, preparation.std))
+    return (x - mean) / std
+
+
+def _read(src: str) -> tuple[Any, np.ndarray | None, str]:
+    """Images (a sequence of uint8 arrays), labels and a note."""
+    path = Path(src).expanduser()
+    if path.is_dir():
+        return _folder(path)
+    if not path.exists():
+        raise FileError(f"data {src!r} does not exist. Give an IDX file, .npy, .npz, or a folder of pictures.")
+    try:
+        if path.suffix in (".npy", ".npz"):
+            return _array(path)
+        if "idx3" in path.name:
+            return _idx_pair(path)
+    except (OSError, ValueError, EOFError, KeyError, struct.error, zlib.error) as error:
+        raise FileError(f"{path} can't be read as images: {error}.") from error
+    raise UsageError(
+        f"data {src!r} is no image set that nybble knows: an IDX file, .npy, .npz, or a folder of pictures."
+    )
+
+
+def _array(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
+    loaded: Any = np.load(path, allow_pickle=False)
+    images, labels = (loaded, None) if path.suffix == ".npy" else (loaded["images"], loaded.get("labels"))
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise DataError(
+            f"{path}: images are {images.dtype} {list(images.shape)}; uint8 [N, H, W] or [N, H, W, 3] needed."
+        )
+    if labels is not None and labels.shape != (len(images),):
+        raise DataError(f"{path}: {len(images)} images and labels of shape {list(labels.shape)}.")
+    return images, labels, f"all of {path.name}"
+
+
+def _idx_pair(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
+    images = _idx(path)
+    labels_path = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
+    labels = _idx(labels_path) if labels_path.exists() and labels_path != path else None
+    if images.ndim != 3 or (labels is not None and labels.shape != (len(images),)):
+        raise DataError(
+            f"{path}: {list(images.shape)} is no set of images, or {labels_path.name} doesn't belong to it."
+        )
+    return images, labels, f"all of {path.name}"
+
+
+def _idx(path: Path) -> np.ndarray:
+    """An IDX file of unsigned bytes: 0, 0, 8, dimensions, sizes as big-endian 32-bit numbers, values."""
+    content = path.read_bytes()
+    content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+    zeros, kind, dims = struct.unpack(">HBB", content[:4])
+    sizes = struct.unpack(f">{dims}I", content[4 : 4 + 4 * dims])
+    if zeros != 0 or kind != 8 or len(content) != 4 + 4 * dims + int(np.prod(sizes, dtype=np.int64)):
+        raise ValueError(f"no IDX file of unsigned bytes, or a truncated one (sizes {sizes}, {len(content)} bytes)")
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(sizes).copy()  # torch wants to write
+
+
+class _Pictures:
+    """Files that are opened when asked for."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        from PIL import Image
+
+        try:
+            with Image.open(self.paths[index]) as picture:
+                return np.asarray(picture.convert("RGB"))
+        except OSError as error:
+            raise FileError(f"{self.paths[index]} can't be read as a picture: {error}.") from error
+
+
+def _folder(path: Path) -> tuple[_Pictures, np.ndarray | None, str]:
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise UsageError("folders of pictures need Pillow: pip install pillow") from error
+    classes = sorted(child.name for child in path.iterdir() if child.is_dir())
+    places = [path / name for name in classes] or [path]
+    found = [sorted(file for file in place.iterdir() if file.suffix.lower() in _PICTURES) for place in places]
+    paths = [file for files in found for file in files]
+    if not paths:
+        raise DataError(f"{path} holds no pictures ({', '.join(sorted(_PICTURES))}).")
+    labels = np.repeat(np.arange(len(places)), [len(files) for files in found]) if classes else None
+    kinds = f", {len(classes)} classes" if classes else ""
+    return _Pictures(paths), labels, f"{len(paths)} pictures of {path.name}{kinds}"

@@ -1,0 +1,43 @@
+"""What quantization did to an image classifier: top-1 against labels, and agreement with the float model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nybble.core.errors import ModelError
+
+
+@torch.no_grad()
+def classify(model: nn.Module, pixel_values: Tensor, batch_size: int = 64) -> Tensor:
+    """The likeliest class of each image, int64 [images].
+
+    Args:
+        model: gives ``logits`` [images, classes].
+        pixel_values: float [images, channels, height, width], as the model wants them.
+        batch_size: images a forward takes.
+
+    Raises:
+        ModelError: no logits, or NaN in them.
+    """
+    first = next(iter(model.parameters()))
+    found = []
+    for start in range(0, len(pixel_values), batch_size):
+        output = model(pixel_values=pixel_values[start : start + batch_size].to(first.device, first.dtype))
+        logits = getattr(output, "logits", None)
+        if logits is None:
+            raise ModelError(f"{type(model).__name__} gives no logits, so it has no top-1.")
+        if not bool(torch.isfinite(logits).all()):
+            raise ModelError("the logits hold NaN or infinity. Look for NaN weights, or try another dtype.")
+        found.append(logits.float().argmax(-1).cpu())
+    return torch.cat(found)
+
+
+def classification(classes: Tensor, reference: Tensor | None, labels: Tensor | None) -> dict[str, float]:
+    """``top1`` where there are labels, ``agreement`` with the reference's classes where there is one; shares of one."""
+    found = {}
+    if labels is not None:
+        found["top1"] = float((classes == labels).double().mean())
+    if reference is not None:
+        found["agreement"] = float((classes == reference).double().mean())
+    return found
