@@ -142,7 +142,7 @@ def image_samples(
 
 def _prepared(image: np.ndarray, preparation: Preparation) -> Tensor:
     """uint8 [H, W] or [H, W, channels] -> float32 [channels, height, width]."""
-    x = torch.from_numpy(np.ascontiguousarray(image)).float() / 255
+    x = torch.from_numpy(np.array(image)).float() / 255
     x = x[None] if x.dim() == 2 else x.permute(2, 0, 1)[:3]
     if x.shape[0] != preparation.channels:
         x = x.mean(0, keepdim=True).expand(preparation.channels, -1, -1)
@@ -203,7 +203,7 @@ def _idx(path: Path) -> np.ndarray:
     sizes = struct.unpack(f">{dims}I", content[4 : 4 + 4 * dims])
     if zeros != 0 or kind != 8 or len(content) != 4 + 4 * dims + int(np.prod(sizes, dtype=np.int64)):
         raise ValueError(f"no IDX file of unsigned bytes, or a truncated one (sizes {sizes}, {len(content)} bytes)")
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(sizes).copy()  # torch wants to write
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(sizes)
 
 
 class _Pictures:
