@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import hardware
+from run import hardware, named
 
 import nybble
 from nybble.data import load_text, sentence_samples
@@ -77,7 +77,7 @@ def main() -> None:
             row = {"method": method, "bits": "/".join(map(str, bits)), "seconds": seconds}
             rows.append(row | embedding_cosine(exact, embed(model, held.inputs)))
             print(rows[-1], flush=True)
-    about = {"model": "demo:minilm", "calibration": calibration.manifest(), "text": held.manifest()}
+    about = {"model": "demo:minilm", "calibration": named(calibration), "text": named(held)}
     about |= {"hardware": hardware("cpu"), "versions": versions()}
     args.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 

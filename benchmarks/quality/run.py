@@ -66,7 +66,7 @@ def main() -> None:
         model, facts = run_row(ROWS[name], source, calibration, args)
         found = judge({name: model}, reference, texts)[name]
         row = {"name": name, "tool": "nybble", "bits": ROWS[name].bits, **facts}
-        record(args.out, row | about | {"calibration": calibration.manifest(), "texts": found})
+        record(args.out, row | about | {"calibration": named(calibration), "texts": found})
         shown = ", ".join(f"{text} {values['ppl']:.3f}" for text, values in found.items())
         print(f"{name}: perplexity {shown}; {facts['seconds']:.1f} s", flush=True)
         del model
@@ -114,6 +114,12 @@ def judge(models: dict[str, Any], reference: Any, texts: dict[str, TokenSamples]
         for name, result in evaluate_many(reference, models, tokens.input_ids, METRICS).items():
             found[name][text] = result.metrics | {"predictions": result.tokens, "tokens_sha256": tokens.sha256}
     return found
+
+
+def named(samples: Any) -> dict[str, Any]:
+    """Where samples come from, without the folders of this machine."""
+    source = samples.source
+    return {k: v.replace(source, Path(source).name) if isinstance(v, str) else v for k, v in samples.manifest().items()}
 
 
 def record(path: Path, row: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import hardware
+from run import hardware, named
 from transformers import ViTConfig, ViTForImageClassification
 
 import nybble
@@ -62,8 +62,8 @@ def main() -> None:
             print(rows[-1], flush=True)
             if bits == (4, 4) and method in ("fp-baseline", "llm-fp4"):
                 forwards[method] = quantized
-    about = {"hardware": hardware(args.device), "versions": versions(), "test": test.manifest()}
-    about |= {"calibration": calibration.manifest(), "shift_time_ratio": shift_time(forwards, test, args.device)}
+    about = {"hardware": hardware(args.device), "versions": versions(), "test": named(test)}
+    about |= {"calibration": named(calibration), "shift_time_ratio": shift_time(forwards, test, args.device)}
     args.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import DataError, FileError, UsageError
-from nybble.data.tokens import pick
+from nybble.data.tokens import check_count, pick
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
@@ -121,8 +121,7 @@ def image_samples(
         UsageError: no such source, or Pillow is missing. FileError: it can't be read. DataError: it holds no images,
             or too few.
     """
-    if samples is not None and samples < 1:
-        raise UsageError(f"{samples} samples were asked for. Give 1 or more, or none for all there are.")
+    check_count(samples)
     images, labels, note = _read(src)
     available = len(images)
     wanted = available if samples is None or (fewer and samples > available) else samples

@@ -6,7 +6,6 @@ Sentences of fewer than four words are left out; those longer than the length as
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from nybble.core.errors import DataError, UsageError
-from nybble.data.tokens import pick
+from nybble.data.tokens import check_count, ids_sha256, pick
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,8 +93,7 @@ def sentence_samples(
     """
     if seq_len < 2:
         raise UsageError(f"a sequence length of {seq_len} leaves no room for a word. Give 2 or more.")
-    if samples is not None and samples < 1:
-        raise UsageError(f"{samples} samples were asked for. Give 1 or more, or none for all there are.")
+    check_count(samples)
     if tokenizer.pad_token_id is None:
         raise DataError("the model's tokenizer has no padding token, so its sentences can't be put into one batch.")
     sentences = list(dict.fromkeys(s for document in source.documents for s in split_sentences(document)))
@@ -112,7 +110,7 @@ def sentence_samples(
     return SentenceSamples(
         input_ids=input_ids,
         attention_mask=mask,
-        sha256=hashlib.sha256(input_ids.numpy().astype("<i8", copy=False).tobytes()).hexdigest(),
+        sha256=ids_sha256(input_ids),
         tokens=int(mask.sum()),
         available=available,
         source=source.name,

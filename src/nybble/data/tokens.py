@@ -88,8 +88,7 @@ def token_samples(
     """
     if seq_len < 2:
         raise UsageError(f"a sequence length of {seq_len} leaves no token to predict. Give 2 or more.")
-    if samples is not None and samples < 1:
-        raise UsageError(f"{samples} samples were asked for. Give 1 or more, or none for all there are.")
+    check_count(samples)
     windows = _windows(_stream(source, tokenizer), _starts_with_bos(tokenizer), source, seq_len)
     available = windows.shape[0]
     wanted = available if samples is None or (fewer and samples > available) else samples
@@ -101,7 +100,7 @@ def token_samples(
     input_ids = windows[pick(available, wanted, seed)].contiguous()
     return TokenSamples(
         input_ids=input_ids,
-        sha256=hashlib.sha256(input_ids.numpy().astype("<i8", copy=False).tobytes()).hexdigest(),
+        sha256=ids_sha256(input_ids),
         tokens=input_ids.numel(),
         available=available,
         source=source.name,
@@ -141,6 +140,17 @@ def _windows(stream: Tensor, bos: list[int], source: TextSource, seq_len: int) -
         )
     body = stream[: count * length].view(count, length)
     return torch.cat([torch.tensor(bos, dtype=torch.int64).expand(count, len(bos)), body], dim=1)
+
+
+def check_count(samples: int | None) -> None:
+    """Raise UsageError for a number of samples below 1."""
+    if samples is not None and samples < 1:
+        raise UsageError(f"{samples} samples were asked for. Give 1 or more, or none for all there are.")
+
+
+def ids_sha256(input_ids: Tensor) -> str:
+    """sha256 of token ids, row by row, as little-endian 64-bit integers."""
+    return hashlib.sha256(input_ids.numpy().astype("<i8", copy=False).tobytes()).hexdigest()
 
 
 def pick(available: int, wanted: int, seed: int | None) -> Tensor:
