@@ -17,12 +17,19 @@ Row = dict[str, Any]
 def kind_of(name: str) -> str:
     """What kind of layer this is: the last part of its name that says so.
 
+    >>> kind_of("encoder.layer.0.output.dense"), kind_of("encoder.layer.0.attention.self.matmuls.query")
+    ('output.dense', 'query in matmul')
+
     >>> kind_of("model.layers.3.mlp.down_proj"), kind_of("model.layers.3.mlp.experts.gate_up_proj.experts.7")
     ('down_proj', 'gate_up_proj')
     """
     parts = [part for part in name.split(".") if not part.isdigit()]
     while len(parts) > 1 and parts[-1] in ("experts", "weight"):
         parts.pop()
+    if parts[-2:-1] == ["matmuls"]:  # an operand of attention, not the layer that makes it
+        return f"{parts[-1]} in matmul"
+    if parts[-1:] == ["dense"]:  # BERT calls them all so
+        return ".".join(parts[-2:])
     return parts[-1] if parts else name
 
 

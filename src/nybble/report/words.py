@@ -23,6 +23,7 @@ METRICS = {
     "kl": "KL divergence from the float model, nats a token (lower is better)",
     "agreement": "Top-1 agreement with the float model (higher is better)",
     "cosine": "Cosine similarity to the float model (higher is better)",
+    "cosine_min": "The same, of the worst sentence (higher is better)",
     "top1": "Top-1 accuracy (higher is better)",
 }
 MODELS = {"float": "Before (float)", "quantized": "After (quantized)"}
