@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
-def test_tables_are_what_the_results_say() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"]
+@pytest.mark.parametrize("script", ["tables.py", "quality/table.py"])
+def test_tables_are_what_the_results_say(script: str) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

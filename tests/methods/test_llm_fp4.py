@@ -251,6 +251,18 @@ def test_bad_formats_and_inputs() -> None:
         solve(solver, draw("gaussian", 8, 64), x, "e2m1 channel", "e2m1 tensor static")
 
 
+def test_inputs_without_weights_are_refused(tmp_path: Path) -> None:
+    from tests.tiny import save_text, save_tiny
+
+    import nybble
+    from nybble.recipe import parse_recipe
+
+    folder, text = save_tiny(tmp_path / "float"), save_text(tmp_path / "text.txt")
+    recipe = parse_recipe({"name": "x", "scheme": {"inputs": "e2m1 tensor static"}, "steps": [{"solver": "llm-fp4"}]})
+    with pytest.raises(SchemeError, match="searches inputs together with weights"):
+        nybble.quantize(str(folder), recipe, str(text), settings=nybble.Settings(samples=4, seq_len=12))
+
+
 def test_no_input_is_reported() -> None:
     found = solve(
         make_solver("llm-fp4", {"grid": 20}), draw("student5", 8, 64), None, "e2m1 channel", "e2m1 tensor static"

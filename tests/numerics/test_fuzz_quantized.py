@@ -31,6 +31,11 @@ MUTATIONS = 400  # of each kind and model
 MODELS = {
     "integers": ("llama", "gptq", {"weights": "int4 group=16 symmetric=false", "activations": "int8 tensor static"}),
     "nested": ("gpt2", "rtn", {"weights": "nvfp4"}),
+    "shifts, tied table, matmuls": (
+        "llama",
+        "llm-fp4",
+        {"embeddings": "e2m1 channel", "matmuls": "e2m1 tensor static", "effort": "quick"},
+    ),
     "experts": ("mixtral", "rtn", {"weights": "float4_e2m1fn group=16"}),
 }
 LINES = [

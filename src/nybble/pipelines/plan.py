@@ -225,6 +225,8 @@ def _check(target: Target, solver: Solver) -> None:
                 "their own before it (targets: [Experts]), or leave them in float (--ignore Experts)."
             )
         check_static(side)
+        if side is rule.inputs and side.static and rule.weights is None and solver.chooses_inputs:
+            raise SchemeError("this recipe searches inputs together with weights, and this rule has no weights.")
         try:
             side.granularity.check((1, 8, width))
         except GranularityError as error:
