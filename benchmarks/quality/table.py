@@ -91,7 +91,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    markers = {"16": "o", "8": "s", "6": "^", "4": "D"}
+    looks = {"16": ("o", "tab:blue"), "8": ("s", "tab:green"), "6": ("^", "tab:purple"), "4": ("D", "tab:orange")}
     labelled = set()
     for group in groups(rows):
         text = next(iter(group[0]["texts"]))
@@ -101,7 +101,8 @@ def plot(rows: list[dict[str, Any]]) -> None:
             lost = max(row["texts"][text]["nll"] - exact, 1e-3)
             label = None if activations in labelled else f"{activations}-bit activations"
             labelled.add(activations)
-            axes.scatter(row["layer_bits"], lost, marker=markers.get(activations, "x"), label=label, zorder=3)
+            marker, colour = looks.get(activations, ("x", "black"))
+            axes.scatter(row["layer_bits"], lost, marker=marker, color=colour, label=label, zorder=3)
             axes.annotate(row["name"], (row["layer_bits"], lost), xytext=(5, 3), textcoords="offset points", fontsize=7)
     axes.set(
         xlabel="stored bits a quantized weight", ylabel=f"NLL lost on {text}, nats a token", yscale="log",
