@@ -232,6 +232,12 @@ def checkpoint_renames(config: PreTrainedConfig) -> Mapping[str, str]:
     return dict(found.renames) if found else {}
 
 
+def reads_of(config: PreTrainedConfig) -> Literal["tokens", "sentences", "images"]:
+    """What models of this family read; unknown ones are taken for language models."""
+    found = _by_model_type().get(config.model_type)
+    return "tokens" if found is None else found.reads
+
+
 def adapter_for(model: nn.Module | PreTrainedConfig) -> Adapter:
     """The adapter of a model (or of its config), or a generic one made by looking at the model.
 

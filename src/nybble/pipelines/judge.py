@@ -22,7 +22,7 @@ from nybble.data import (
     token_samples,
 )
 from nybble.eval import METRICS, classification, classify, embed, embedding_cosine, evaluate_many
-from nybble.models.adapter import adapter_for
+from nybble.models.adapter import reads_of
 from nybble.models.config_file import read_json
 from nybble.models.folder import PREPROCESSOR
 from nybble.models.guard import reading
@@ -79,7 +79,7 @@ def run_eval(
         loaded[name], tokenizer = load(spec, device=device, dense=True)
     same = next((name for name, spec in models.items() if spec == reference), None)
     float_model = None if reference is None else loaded[same] if same else load(reference, device=device)[0]
-    reads = adapter_for(next(iter(loaded.values()))).reads
+    reads = reads_of(next(iter(loaded.values())).config)
     if reads != "tokens" and metrics is not None and not set(metrics) <= set(METRICS_OF[reads]):
         raise UsageError(
             f"a model of {reads} is judged by {', '.join(METRICS_OF[reads])}; not by {', '.join(metrics)}."

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nybble.core.errors import FileError, UsageError
 from nybble.core.files import AtomicFolder
-from nybble.models.adapter import adapter_for
+from nybble.models.adapter import reads_of
 from nybble.models.config_file import make_config, read_json
 from nybble.models.guard import reading
 from nybble.models.skeleton import expected_tensors, fill_buffers_, meta_model
@@ -55,7 +55,7 @@ def load(
 
 
 def _of_images(model: PreTrainedModel) -> bool:
-    return adapter_for(model).reads == "images"
+    return reads_of(model.config) == "images"
 
 
 def is_quantized(folder: Path) -> bool:
