@@ -74,8 +74,9 @@ def main() -> None:
 
 def run_row(row: Row, source: Any, calibration: TokenSamples, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The quantized model, dense for speed, and what it cost."""
-    effort = args.effort if args.effort and load_recipe(row.recipe).solver.quick else row.effort
-    recipe = build_recipe(row.recipe, weights=row.weights, activations=row.inputs or "none", effort=effort)
+    searches = bool(load_recipe(row.recipe).solver.quick)
+    effort = (args.effort or row.effort) if searches else None
+    recipe = build_recipe(row.recipe, weights=row.weights, activations=row.inputs or "none", effort=effort or "full")
     model = source.model(torch.bfloat16, args.device)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
