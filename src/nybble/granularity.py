@@ -247,11 +247,20 @@ class Rank1(PerTensor):
 
 @dataclass(frozen=True)
 class Shifted(PerTensor):
-    """One scale for all, times a power of two ``2^-s_j`` for each index of the last dimension (0 <= s_j < 2^e).
+    """One scale for all, times a power of two ``2^-s_j`` for each index of the last dimension.
 
     LLM-FP4's pre-shifted exponent bias (Liu et al. 2023, arXiv:2310.16836): the exponents can move from an activation
     to the weight that it meets, so a product of two such tensors needs one scale. Loud columns get s_j = 0.
+
+    Args:
+        bits: of a shift, 0 <= s_j < 2^bits; 0 takes as many as the format has exponent bits, as the paper does.
     """
+
+    bits: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.bits <= 5:
+            raise GranularityError(f"shifted={self.bits}: a shift has 1 to 5 bits (or leave the number out).")
 
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:  # noqa: D102
         _needs_dims(self, shape, 1)
@@ -267,7 +276,7 @@ class Shifted(PerTensor):
         return scale.expand(*(1,) * (len(shape) - 1), shape[-1]).reshape(1, -1)
 
     def __str__(self) -> str:
-        return "shifted"
+        return f"shifted={self.bits}" if self.bits else "shifted"
 
 
 def fitting_sizes(count: int, smallest: int = 8, most: int = 8) -> str:
@@ -282,17 +291,16 @@ def fitting_sizes(count: int, smallest: int = 8, most: int = 8) -> str:
 def parse_granularity(words: dict[str, str]) -> Granularity | None:
     """Take a granularity out of the words of a quantizer line, or None when it names none.
 
-    Recognised: ``tensor``, ``channel``, ``token``, ``rank1``, ``shifted``, ``group=N`` (with ``pad=true``),
-    ``block=RxC``, ``flat=N``. The words used are removed from ``words``.
+    Recognised: ``tensor``, ``channel``, ``token``, ``rank1``, ``shifted`` or ``shifted=N``, ``group=N`` (with
+    ``pad=true``), ``block=RxC``, ``flat=N``. The words used are removed from ``words``.
     """
     bare: dict[str, Granularity] = {
         "tensor": PerTensor(),
         "channel": PerChannel(),
         "token": PerToken(),
         "rank1": Rank1(),
-        "shifted": Shifted(),
     }
-    sized: list[str] = [key for key in ("group", "block", "flat") if key in words]
+    sized: list[str] = [key for key in ("group", "block", "flat", "shifted") if key in words]
     named = [key for key in bare if key in words]
     if len(sized) + len(named) > 1:
         raise UsageError(f"two granularities in one line: {', '.join(named + sized)}. Keep one.")
@@ -309,6 +317,8 @@ def parse_granularity(words: dict[str, str]) -> Granularity | None:
             return PerBlock(rows, columns)
         if key == "flat":
             return Flat(int(text))
+        if key == "shifted":
+            return Shifted(int(text or 0))
         pad = words.pop("pad", "false").lower()
         if pad not in ("true", "false"):
             raise UsageError(f"pad={pad}: say true or false.")

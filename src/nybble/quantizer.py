@@ -8,7 +8,7 @@
 ==================  =======================================================================================
 word                meaning (default)
 ==================  =======================================================================================
-granularity         tensor | channel | token | group=N [pad=true] | block=RxC | flat=N | rank1 | shifted   (tensor)
+granularity         tensor | channel | token | group=N [pad=true] | block=RxC | flat=N | rank1 | shifted[=N] (tensor)
 scale=              a scale rule and its options: absmax, mse(grid=80), percentile(p=99.9), pow2 ... (absmax)
 symmetric=false     integers: the range min..max with an integer zero point
 rounding=           nearest-even, half-away, half-up, half-down, toward-zero, native, stochastic ... (nearest-even)
@@ -107,7 +107,7 @@ class Quantizer:
         if isinstance(self.granularity, Rank1) and not isinstance(self.scale, AbsMax):
             raise SchemeError(f"rank1 factors are slice maxima (scale=absmax); {self.scale} has none.")
         if isinstance(self.granularity, Shifted):
-            shift_limit(self.format)
+            shift_limit(self.format, self.granularity.bits)
             if not isinstance(self.scale, AbsMax) or self.scale_format != "float32":
                 raise SchemeError(f"{self}: the factors of shifted columns are float32 maxima (scale=absmax).")
         rounding = get_rounding(self.rounding)
@@ -160,7 +160,7 @@ class Quantizer:
             return QuantParams(rank1_scale(wide, self.format))
         if isinstance(self.granularity, Shifted):
             columns = wide.abs().reshape(-1, wide.shape[-1]).amax(0)
-            return QuantParams(shifted_scale(columns, self.format, wide.dim()))
+            return QuantParams(shifted_scale(columns, self.format, wide.dim(), self.granularity.bits))
         blocks = self.granularity.to_blocks(wide)
         importance = None if weight is None else self.granularity.to_blocks(weight.float().expand(wide.shape))
         mask = self.granularity.mask(wide.shape, wide.device)

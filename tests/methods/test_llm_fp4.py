@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nybble.core.errors import DataError, FormatError, NybbleError, SchemeError
+from nybble.core.errors import DataError, FormatError, GranularityError, NybbleError, SchemeError
 from nybble.formats import get_format
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.linear import QuantLinear
@@ -203,6 +203,30 @@ def test_shifts_survive_the_file_and_give_the_same_numbers(tmp_path: Path) -> No
         assert torch.equal(root(x.to(dtype)), made(x.to(dtype)))
     quantizer, params = found.inputs or (Quantizer("e2m1"), None)
     assert torch.equal(made(x), quantizer.fake_quantize(x, params) @ found.weight.dequantize().T)
+
+
+def test_wider_shifts_reach_further() -> None:
+    """Channels that differ by 2^10: two exponent bits can't span that, four can."""
+    x, matrix = draw("gaussian", 512, 64) * torch.logspace(0, 10, 64, 2.0), draw("gaussian", 16, 64)
+    matrix /= torch.logspace(0, 10, 64, 2.0)  # so that every channel counts
+    errors = {}
+    for line in ("e2m1 tensor static", "e2m1 shifted static", "e2m1 shifted=4 static"):
+        assert str(Quantizer(str(Quantizer(line)))) == str(Quantizer(line))
+        found = solve(make_solver("llm-fp4", {"grid": 40}), matrix, x, "float8_e4m3fn channel", line)
+        errors[line] = found.error
+        if found.inputs is not None and isinstance(found.inputs[1].scale, Factored):
+            shifts = -dense(found.inputs[1].scale.factors[1]).log2()
+            limit = 15 if "=4" in line else 2 ** found.inputs[0].format.e - 1  # type: ignore[attr-defined]
+            assert 0 == int(shifts.min()) < int(shifts.max()) <= limit
+            assert torch.equal(
+                layer(matrix, found)(x),
+                found.inputs[0].fake_quantize(x, found.inputs[1]) @ (found.weight.dequantize().T),
+            )
+    tensor, plain, wide = errors.values()
+    assert wide < 0.5 * plain < 0.5 * tensor
+    assert Quantizer("nf4 shifted=3 static").granularity.bits == 3  # type: ignore[attr-defined]
+    with pytest.raises(GranularityError, match="1 to 5 bits"):
+        Quantizer("e2m1 shifted=9")
 
 
 def test_a_silent_channel_is_accepted() -> None:

@@ -108,5 +108,5 @@ class Range:
         if not bool(torch.isfinite(values[-2:]).all()):
             raise DataError(f"the calibration inputs of {name} hold NaN or Inf; check the data and the model's dtype.")
         if isinstance(quantizer.granularity, Shifted) and self._columns is not None:
-            return QuantParams(shifted_scale(self._columns, quantizer.format, 1))
+            return QuantParams(shifted_scale(self._columns, quantizer.format, 1, quantizer.granularity.bits))
         return quantizer.fit(values)

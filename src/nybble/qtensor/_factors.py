@@ -24,17 +24,19 @@ def rank1_scale(x: Tensor, fmt: NumberFormat) -> Factored:
     return Factored(tuple(factors), "min")
 
 
-def shift_limit(fmt: NumberFormat) -> int:
-    """Largest shift that a format's exponent field can hold, 2^e - 1; INT4 is E1M2, so integers have e = 1.
+def shift_limit(fmt: NumberFormat, bits: int = 0) -> int:
+    """Largest shift of ``bits`` bits; of 0 bits, what the format's exponent can hold, 2^e - 1 (INT4 is E1M2: e = 1).
 
     Raises:
-        SchemeError: the format has no exponent.
+        SchemeError: the format has no exponent, and no bits were given.
     """
+    if bits:
+        return int(2**bits - 1)
     if isinstance(fmt, Minifloat):
         return int(2**fmt.e - 1)
     if isinstance(fmt, IntFormat):
         return 1
-    raise SchemeError(f"shifted columns need a floating-point or integer format; {fmt.name} has no exponent.")
+    raise SchemeError(f"shifted columns: {fmt.name} has no exponent to take the shifts' width from; say shifted=3.")
 
 
 def column_shifts(columns: Tensor, top: Tensor, limit: int) -> Tensor:
@@ -53,9 +55,9 @@ def column_shifts(columns: Tensor, top: Tensor, limit: int) -> Tensor:
     return (top / columns).log2().round().nan_to_num(nan=0.0, posinf=limit).clamp(0, limit)
 
 
-def shifted_scale(columns: Tensor, fmt: NumberFormat, dims: int) -> Factored:
+def shifted_scale(columns: Tensor, fmt: NumberFormat, dims: int, bits: int = 0) -> Factored:
     """The scale of the loudest column, and 2^-s_j for each column; broadcasts against ``dims`` dimensions."""
-    limit, top = shift_limit(fmt), columns.max().reshape(1)
+    limit, top = shift_limit(fmt, bits), columns.max().reshape(1)
     shifts = column_shifts(columns, top, limit)
     scale = divided(torch.where(top == 0, torch.full_like(top, fmt.absmax), top), fmt.absmax)
     ones = (1,) * (dims - 1)

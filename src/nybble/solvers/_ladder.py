@@ -41,7 +41,7 @@ class Ladder:
         self.units = x.shape[0] if isinstance(granularity, PerChannel | PerToken | PerGroup) else 1
         if isinstance(granularity, Shifted):
             self.columns = x.abs().amax(0)
-            self.limit = shift_limit(quantizer.format)
+            self.limit = shift_limit(quantizer.format, granularity.bits)
             return
         blocks = granularity.to_blocks(x)
         mask = granularity.mask(self.shape, x.device)
