@@ -1,7 +1,7 @@
 """LLM-FP4 on a vision transformer: a DeiT-like ViT trained on Fashion-MNIST, judged on its 10,000 test images.
 
     apt-get install dataset-fashion-mnist
-    python benchmarks/quality/vit.py --images /usr/share/dataset-fashion-mnist [--device cuda] [--epochs 30]
+    python benchmarks/quality/vit.py --images /usr/share/datasets/fashion-mnist [--device cuda] [--epochs 30]
 
 The model (6 blocks, width 192, 3 heads, patches of 4 x 4) is trained here, with a fixed seed, and kept in --work for
 the next run. 128 training images calibrate. Methods: percentile INT, min-max, the FP baseline, LLM-FP4 with the output
@@ -115,7 +115,7 @@ def fit(train: ImageSamples, args: argparse.Namespace) -> Any:
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-            bar.advance(note=f"loss {float(loss):.3f}")
+            bar.advance(note=f"loss {float(loss.detach()):.3f}")
     return model.eval()
 
 
@@ -152,7 +152,7 @@ def find(folder: Path, part: str) -> Path:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, default=Path("/usr/share/dataset-fashion-mnist"))
+    parser.add_argument("--images", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--train", type=int, help="at most so many training images")
