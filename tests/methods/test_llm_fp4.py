@@ -400,6 +400,29 @@ def test_fisher_of_a_model_is_the_squared_gradient(tmp_path: Path) -> None:
     assert errors[0] != errors[1]
 
 
+def test_fisher_of_experts_and_tied_tables_is_their_output_error(tmp_path: Path) -> None:
+    """They have no gradients of their own, but still see their inputs."""
+    from tests.tiny import save_text, save_tiny
+
+    import nybble
+    from nybble.recipe import parse_recipe
+
+    text = save_text(tmp_path / "text.txt")
+    step = {"solver": "llm-fp4", "loss": "fisher", "grid": 6, "rounds": 1}
+    settings = nybble.Settings(samples=6, seq_len=16, batch=2)
+    for family, targets, part in (
+        ("mixtral", ["Linear"], "experts"),
+        ("llama", ["Linear", "Embedding"], "embed_tokens"),
+    ):
+        scheme = {"targets": targets, "weights": "e2m1 channel"}
+        recipe = parse_recipe({"name": "x", "scheme": scheme, "steps": [step]})
+        folder = save_tiny(tmp_path / family, family)
+        _, report = nybble.quantize(str(folder), recipe, str(text), settings=settings)
+        rows = [row for row in report.layers if part in row.name]
+        seen = [row for row in rows if not any("no calibration input" in note for note in row.notes)]
+        assert rows and len(seen) > len(rows) / 2  # a few experts get no token
+
+
 def test_fisher_needs_a_path_to_the_output(tmp_path: Path) -> None:
     from tests.tiny import input_ids, tiny_model
 

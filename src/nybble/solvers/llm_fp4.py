@@ -48,7 +48,7 @@ class LlmFp4(Solver):
             that was found. 0: every round searches the whole grid in every format.
         formats: search the split into exponent and mantissa bits too; else the scheme's formats stay.
         loss: ``output``, the squared output error; ``fisher``, each output's error weighted by the squared gradient of
-            the model's loss.
+            the model's loss (of linear layers; experts, tied tables and products of activations keep the former).
         tokens: calibration inputs that are used at most, evenly spread.
     """
 
@@ -78,8 +78,10 @@ class LlmFp4(Solver):
             raise UsageError(f"llm-fp4: loss={self.loss!r} is neither output nor fisher.")
 
     def needs(self, inputs: Quantizer | None) -> frozenset[str]:  # noqa: D102
-        if self.loss == "fisher":
-            return frozenset({"inputs", "fisher"})
+        if (
+            self.loss == "fisher"
+        ):  # experts and tied tables have no gradients here: their second moment is what there is
+            return frozenset({"inputs", "fisher", *(["second_moment"] if inputs is None else [])})
         return frozenset({"second_moment"} if inputs is None else {"inputs"})
 
     @property
