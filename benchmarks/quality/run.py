@@ -76,7 +76,10 @@ def run_row(row: Row, source: Any, calibration: TokenSamples, args: argparse.Nam
     """The quantized model, dense for speed, and what it cost."""
     searches = bool(load_recipe(row.recipe).solver.quick)
     effort = (args.effort or row.effort) if searches else None
-    recipe = build_recipe(row.recipe, weights=row.weights, activations=row.inputs or "none", effort=effort or "full")
+    recipe = build_recipe(
+        row.recipe, weights=row.weights, activations=row.inputs or "none", embeddings=row.embeddings,
+        effort=effort or "full",
+    )  # fmt: skip
     model = source.model(torch.bfloat16, args.device)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -98,7 +98,7 @@ def fit(train: ImageSamples, args: argparse.Namespace) -> Any:
     assert labels is not None
     labels = labels.to(args.device)
     steps = args.epochs * (len(pixels) // args.batch)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
     with task(Bars(), args.epochs, "train") as bar:
         for _ in range(args.epochs):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import SchemeError
+from nybble.core.replay import replayed
 from nybble.formats import NumberFormat
 from nybble.formats.minifloat import Minifloat, make_minifloat
 from nybble.granularity import PerChannel, PerGroup, PerToken, Rank1, Shifted
@@ -125,15 +126,16 @@ def descend(
             times ``step``, ends left out.
         step: a factor above 1.
     """
+    candidate = replayed(lambda fraction: error(ladder.values(fraction)), best[0], len(grid) + fine)
     for fraction in grid:
-        best = _better(ladder, error, best, fraction.expand(ladder.units))
+        best = _better(candidate, best, fraction.expand(ladder.units))
     centre = best[0]
     for exponent in torch.linspace(-1, 1, fine + 2)[1:-1].tolist():
-        best = _better(ladder, error, best, centre * step**exponent)
+        best = _better(candidate, best, centre * step**exponent)
     return best
 
 
-def _better(ladder: Ladder, error: Error, best: tuple[Tensor, Tensor], fraction: Tensor) -> tuple[Tensor, Tensor]:
-    found = error(ladder.values(fraction))
+def _better(candidate: Error, best: tuple[Tensor, Tensor], fraction: Tensor) -> tuple[Tensor, Tensor]:
+    found = candidate(fraction)
     wins = found < best[1]
     return torch.where(wins, fraction, best[0]), torch.where(wins, found, best[1])
