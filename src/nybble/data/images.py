@@ -90,19 +90,32 @@ def preparation_for(config: Any, preprocessor: Mapping[str, Any]) -> Preparation
     Raises:
         DataError: the config doesn't say how large images are, or the preprocessor's numbers make no sense.
     """
-    size = getattr(config, "image_size", None)
+    own = getattr(config, "pretrained_cfg", None) or {}  # timm's
+    size = getattr(config, "image_size", None) or (own.get("input_size") or [])[1:] or _size(preprocessor)
     if isinstance(size, int):
         size = (size, size)
-    if not isinstance(size, list | tuple) or len(size) != 2:
-        raise DataError(f"the model's config has no image_size that nybble understands ({size!r}).")
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise DataError(
+            "neither the model's config nor a preprocessor_config.json says how large its images are (image_size; "
+            "crop_size or size)."
+        )
     channels = int(getattr(config, "num_channels", 3))
-    mean, std = (tuple(preprocessor.get(key) or (0.5,)) for key in ("image_mean", "image_std"))
+    stated = {"image_mean": own.get("mean"), "image_std": own.get("std"), **preprocessor}
+    mean, std = (tuple(stated.get(key) or (0.5,)) for key in ("image_mean", "image_std"))
     numbers = all(isinstance(x, int | float) for x in (*mean, *std)) and all(x > 0 for x in std)
     if not numbers or any(len(values) not in (1, channels) for values in (mean, std)):
         raise DataError(
             f"preprocessor_config.json: image_mean {mean} and image_std {std} don't fit {channels} channels."
         )
     return Preparation(height=int(size[0]), width=int(size[1]), channels=channels, mean=mean, std=std)
+
+
+def _size(preprocessor: Mapping[str, Any]) -> object:
+    """Height and width, or one number for both, from a preprocessor's ``crop_size`` or ``size``; else None."""
+    found = preprocessor.get("crop_size") or preprocessor.get("size")
+    if not isinstance(found, Mapping):
+        return found
+    return (found["height"], found["width"]) if {"height", "width"} <= set(found) else found.get("shortest_edge")
 
 
 def image_samples(

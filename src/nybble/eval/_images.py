@@ -13,7 +13,7 @@ def classify(model: nn.Module, pixel_values: Tensor, batch_size: int = 64) -> Te
     """The likeliest class of each image, int64 [images].
 
     Args:
-        model: gives ``logits`` [images, classes].
+        model: gives ``logits`` [images, classes]; a plain network gives them bare.
         pixel_values: float [images, channels, height, width], as the model wants them.
         batch_size: images a forward takes.
 
@@ -23,8 +23,9 @@ def classify(model: nn.Module, pixel_values: Tensor, batch_size: int = 64) -> Te
     first = next(iter(model.parameters()))
     found = []
     for start in range(0, len(pixel_values), batch_size):
-        output = model(pixel_values=pixel_values[start : start + batch_size].to(first.device, first.dtype))
-        logits = getattr(output, "logits", None)
+        given = pixel_values[start : start + batch_size].to(first.device, first.dtype)
+        output = model(pixel_values=given) if hasattr(model, "config") else model(given)
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if logits is None:
             raise ModelError(f"{type(model).__name__} gives no logits, so it has no top-1.")
         if not bool(torch.isfinite(logits).all()):

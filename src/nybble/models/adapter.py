@@ -80,6 +80,8 @@ class Adapter:
             place among a block's arguments (behind the hidden states) where the model puts it.
         reads: what calibration feeds it: ``tokens``, windows of running text; ``sentences``, padded and with the
             tokenizer's special tokens; or ``images``.
+        convolutional: whether the layers to quantize are convolutions. ``blocks`` is then the path of the network
+            itself, which is one block: its stages differ in shape, and it is small.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Adapter:
     limits: tuple[str, ...] = ()
     carries: tuple[tuple[int, int], ...] = ()
     reads: Literal["tokens", "sentences", "images"] = "tokens"
+    convolutional: bool = False
 
     @property
     def offers(self) -> frozenset[str]:
@@ -117,6 +120,9 @@ class Adapter:
         names = []
         for path in self.stacks:
             found = _at(model, path)
+            if self.convolutional and isinstance(found, nn.Module):
+                names.append([path])
+                continue
             if not isinstance(found, nn.ModuleList) or not len(found):
                 raise ModelError(f"{type(model).__name__} has no blocks at {path!r} (adapter {self.name}).")
             names.append([f"{path}.{index}" for index in range(len(found))])
@@ -242,7 +248,8 @@ def adapter_for(model: nn.Module | PreTrainedConfig) -> Adapter:
     """The adapter of a model (or of its config), or a generic one made by looking at the model.
 
     Raises:
-        ModelError: only a config was given and its model type has no adapter; or no repeated blocks were found.
+        ModelError: only a config was given and its model type has no adapter; or no repeated blocks were found; or a
+            convolutional network without its head.
     """
     config = getattr(model, "config", None) if isinstance(model, nn.Module) else model
     found = _by_model_type().get(getattr(config, "model_type", ""))
@@ -262,6 +269,10 @@ def _fitted(adapter: Adapter, model: nn.Module) -> Adapter:
         return adapter
     prefix = getattr(model, "base_model_prefix", "")
     base = f"{prefix}." if prefix and hasattr(model, prefix) else ""
+    if adapter.convolutional:
+        if not base:
+            raise ModelError(f"{type(model).__name__} is quantized with its head: load a {adapter.name} classifier.")
+        return replace(adapter, blocks=prefix)
 
     def fit(path: str | None) -> str | None:
         return None if path is None else path.replace(BASE, base)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from nybble.core.errors import FileError, ModelError
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.attention import PART, MatmulQuantizers, use_quantized_attention
+from nybble.nn.batchnorm import foldable, remainder
+from nybble.nn.conv import Geometry, QuantConv, is_conv
 from nybble.nn.embedding import QuantEmbedding, TiedHead
 from nybble.nn.experts import PackedExperts
 from nybble.nn.linear import QuantLinear
@@ -19,23 +21,33 @@ from nybble.qtensor import QTensor, from_spec
 
 
 def matrix_of(module: nn.Module) -> Tensor | None:
-    """The weight of a linear module as [out, in] (a view): of ``nn.Linear``, and GPT-2's ``Conv1D``; of others None."""
+    """The weight of a module as [out, in] (a view): of ``nn.Linear``, GPT-2's ``Conv1D``, convolutions; else None.
+
+    A convolution's is [out, in / groups * kernel].
+    """
     weight = getattr(module, "weight", None)
+    return as_matrix(module, weight) if isinstance(weight, Tensor) else None
+
+
+def as_matrix(module: nn.Module, weight: Tensor) -> Tensor | None:
+    """:func:`matrix_of` for another tensor in the place of the module's weight."""
+    if is_conv(module):
+        return weight.flatten(1)
     if isinstance(module, nn.Linear):
         return weight
-    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):
-        return weight.T
-    return None
+    return weight.T if type(module).__name__ == "Conv1D" else None
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether :func:`matrix_of` finds a matrix."""
-    return matrix_of(module) is not None
+    """Whether :func:`matrix_of` finds a matrix, and the module multiplies rows by it."""
+    return matrix_of(module) is not None and not is_conv(module)
 
 
 def class_names(module: nn.Module) -> tuple[str, ...]:
-    """The names that a scheme's target may use: the class, ``Linear`` for whatever holds a matrix, ``Embedding``."""
+    """The names that a scheme's target may use: the class, and its kind: ``Linear``, ``Embedding`` or ``Conv``."""
     own = type(module).__name__
+    if is_conv(module):
+        return own, "Conv"
     if isinstance(module, nn.Embedding) and own != "Embedding":
         return own, "Embedding"
     return (own, "Linear") if is_linear(module) and own != "Linear" else (own,)
@@ -47,7 +59,36 @@ def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
     root.get_submodule(parent).add_module(leaf, module)
 
 
-QuantModule = QuantLinear | PackedExperts | MatmulQuantizers | QuantEmbedding | TiedHead
+def quantized(
+    old: nn.Module,
+    weight: QTensor | Tensor,
+    bias: Tensor | None,
+    inputs: ActivationQuantizer | None,
+    outputs: ActivationQuantizer | None,
+    folded: str = "",
+) -> QuantLinear | QuantConv:
+    """What stands for a linear layer or a convolution; ``weight`` as :func:`matrix_of` gives it."""
+    if is_conv(old):
+        return QuantConv(weight, bias, Geometry.of(old), inputs, outputs, folded)
+    return QuantLinear(weight, bias, inputs, outputs)
+
+
+def drop_norm(root: nn.Module, name: str) -> None:
+    """Take out a BatchNorm that was folded; its activation stays.
+
+    Raises:
+        ModelError: there is none.
+    """
+    try:
+        norm = root.get_submodule(name)
+    except AttributeError as error:
+        raise ModelError(f"the model has no BatchNorm called {name!r}.") from error
+    if not foldable(norm):
+        raise ModelError(f"{name} is a {type(norm).__name__}, which can't have been folded.")
+    set_module(root, name, remainder(norm))
+
+
+QuantModule = QuantLinear | QuantConv | PackedExperts | MatmulQuantizers | QuantEmbedding | TiedHead
 
 
 def quant_modules(root: nn.Module) -> Iterator[tuple[str, QuantModule]]:
@@ -174,6 +215,10 @@ def describe(module: QuantModule, layouts: Layouts) -> dict[str, Any]:
     if isinstance(module, MatmulQuantizers):
         return {"class": "matmuls", "operands": module.to_dict()}
     found: dict[str, Any] = {"class": "linear"}
+    if isinstance(module, QuantConv):
+        found = {"class": "conv", "bias": module.bias is not None}
+        if module.folded:
+            found["folded"] = module.folded
     if isinstance(module.weight, Packed):
         found["weight"] = layouts.number(module.weight.qtensor())
     for side in ("inputs", "outputs"):
@@ -220,13 +265,21 @@ def put_described(root: nn.Module, name: str, entry: dict[str, Any], layouts: La
         matrix = matrix_of(old)
         if matrix is None:
             raise ModelError(
-                f"the checkpoint quantizes {name}, which in this model is a {type(old).__name__}, not a linear layer."
+                f"the checkpoint quantizes {name}, in this model a {type(old).__name__} and not a layer with a matrix."
             )
         sides = {s: ActivationQuantizer.from_dict(entry[s]) if s in entry else None for s in ("inputs", "outputs")}
         weight = layouts.empty(int(entry["weight"])) if "weight" in entry else matrix.detach()
         if tuple(weight.shape) != tuple(matrix.shape):
             raise FileError(f"{name} is described as {list(weight.shape)}; this model has {list(matrix.shape)}.")
         bias = old.bias if isinstance(old.bias, Tensor) else None
-        set_module(root, name, QuantLinear(weight, bias, **sides))
+        folded = str(entry.get("folded", ""))
+        if (entry["class"] == "conv") != is_conv(old):
+            raise FileError(f"{name} is described as a {entry['class']}; in this model it is a {type(old).__name__}.")
+        if entry["class"] == "conv":
+            dtype = matrix.dtype
+            bias = torch.empty(len(matrix), dtype=dtype, device=matrix.device) if entry["bias"] else None
+            if folded:
+                drop_norm(root, folded)
+        set_module(root, name, quantized(old, weight, bias, sides["inputs"], sides["outputs"], folded))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         raise FileError(f"malformed description of {name} ({type(error).__name__}: {error}).") from error

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from nybble.core.errors import DataError, within
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.experts import PackedExperts
-from nybble.nn.linear import QuantLinear
-from nybble.nn.swap import matrix_of, put_embedding, set_module, tie_head
+from nybble.nn.swap import as_matrix, matrix_of, put_embedding, quantized, set_module, tie_head
 from nybble.pipelines.plan import Target
 from nybble.pipelines.report import LayerRow, layer_row
 from nybble.pipelines.statistics import SecondMoment
@@ -81,7 +80,8 @@ def _solve_group(
         outputs = None if target.rule.outputs is None else ActivationQuantizer(target.rule.outputs)
         weight: QTensor | Tensor = found.weight if found is not None else kept.detach()
         bias = old.bias.detach() if isinstance(old.bias, Tensor) else None
-        set_module(block, target.name, QuantLinear(weight, bias, inputs, outputs))
+        folded = seen.folded.get(target.name, "")
+        set_module(block, target.name, quantized(old, weight, bias, inputs, outputs, folded))
         rows.append(layer_row(name, target.rule, target.shape, given.get(name), found, chosen, look))
     return rows
 
@@ -142,7 +142,8 @@ def _original(block: nn.Module, name: str, originals: Mapping[str, Tensor], what
     now = matrix_of(module)
     assert now is not None
     stored = originals.get(f"{name}.weight")
-    matrix = now.detach() if stored is None else stored if isinstance(module, nn.Linear) else stored.T
+    matrix = now.detach() if stored is None else as_matrix(module, stored)
+    assert matrix is not None
     return _checked(matrix, now.device, what)
 
 

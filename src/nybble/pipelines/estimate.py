@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import time
@@ -15,6 +16,8 @@ import torch
 from nybble.core.errors import DeviceError
 from nybble.models.adapter import Adapter
 from nybble.pipelines.plan import Plan, Target
+from nybble.pipelines.portrait import SAMPLE
+from nybble.pipelines.watch import PATCHES
 from nybble.solvers import Solver
 
 BASE = 300_000_000
@@ -29,6 +32,7 @@ class Load:
         samples, seq_len, batch: calibration; 0 samples if nothing is calibrated.
         dtype: of the forwards. source_bytes: bytes of a stored value; 0 for a model already in memory.
         whole: the source can only be read as a whole. kept: the result stays in memory. spilled: hidden states don't.
+        image: [channels, height, width] of a model of images; empty without calibration.
     """
 
     samples: int
@@ -39,6 +43,7 @@ class Load:
     whole: bool = False
     kept: bool = False
     spilled: bool = False
+    image: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -66,6 +71,8 @@ def estimate(model: Any, adapter: Adapter, plan: Plan, solver: Solver, load: Loa
         load: sizes.
         flops: multiply-adds x 2 a second of a product in ``load.dtype`` (:func:`measure_flops`).
     """
+    if adapter.convolutional:
+        return estimate_convs(model, plan, solver, load, flops)
     size = load.dtype.itemsize
     blocks = [sum(p.numel() for p in block.parameters()) for block in adapter.blocks_of(model)]
     outside = [p.numel() for n, p in model.named_parameters() if not adapter.inside(n)]
@@ -101,6 +108,49 @@ def estimate(model: Any, adapter: Adapter, plan: Plan, solver: Solver, load: Loa
     searched = [solver.flops(*t.shape, tokens, t.rule.inputs) * max(1, t.experts) for t in targets if t.rule.weights]
     seconds += sum(searched) / flops
     return Estimate(memory=int(memory), disk=disk, seconds=seconds)
+
+
+def estimate_convs(model: Any, plan: Plan, solver: Solver, load: Load, flops: float) -> Estimate:
+    """As :func:`estimate` of a network that is one block, from what its layers do to one image on the meta device."""
+    size, targets = load.dtype.itemsize, plan.blocks[0]
+    weights = sum(p.numel() for p in model.parameters())
+    seen = _layer_sizes(model, {t.name for t in targets}, load.image) if load.image else {}
+    most = min(load.samples * PATCHES, solver.most_tokens)
+    gathered = plan.needs(solver) & {"second_moment", "inputs"}
+    kept = sum(4 * t.shape[1] * (t.shape[1] + (most if "inputs" in gathered else SAMPLE)) for t in targets)
+    together = [rows * t.shape[1] + 4 * inputs for t in targets for rows, inputs in [seen.get(t.name, (0, 0))]]
+    working = [solver.working_bytes([t.shape[0]], t.shape[1]) + 24 * most * t.shape[1] for t in targets]
+    memory = BASE + weights * (size + 2 * load.source_bytes) + 8 * load.batch * max(together, default=0)
+    memory += (kept if gathered else 0) + max(working, default=0)
+    products = sum(rows * math.prod(t.shape) for t in targets for rows, _ in [seen.get(t.name, (0, 0))])
+    seconds = 3 + 3 * load.samples * 2 * products / flops
+    seconds += sum(solver.flops(*t.shape, most, t.rule.inputs) for t in targets if t.rule.weights) / flops
+    packed = sum(_elements(t) * (t.rule.weights.format.bits + 1) / 8 for t in targets if t.rule.weights)
+    rest = weights - sum(_elements(t) for t in targets)
+    return Estimate(memory=int(memory), disk=int(2 * (packed + rest * size)), seconds=seconds)
+
+
+def _layer_sizes(model: Any, names: set[str], image: tuple[int, ...]) -> dict[str, tuple[int, int]]:
+    """Of each layer, rows that its matrix is multiplied with and elements of its input, for one image."""
+    from nybble.nn.conv import is_conv
+
+    found: dict[str, tuple[int, int]] = {}
+    twin = copy.deepcopy(model).to("meta")
+
+    def note(name: str) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            rows = output.shape[2:].numel() * module.groups if is_conv(module) else output[..., 0].numel()
+            found[name] = rows, args[0].numel()
+
+        return hook
+
+    for name, module in twin.named_modules():
+        short = next((n for n in names if name.endswith(f".{n}")), None)
+        if short is not None:
+            module.register_forward_hook(note(short))
+    with torch.no_grad():
+        twin(pixel_values=torch.zeros(1, *image, dtype=next(twin.parameters()).dtype, device="meta"))
+    return found
 
 
 def _seeing(model: Any, targets: Sequence[Target], load: Load) -> int:

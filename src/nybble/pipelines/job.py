@@ -155,6 +155,9 @@ def _load(source: ModelSource | None, settings: Settings, tokens: Samples | None
         whole=source is not None and not source.streamable,
         kept=kept and source is not None,
         spilled=settings.spill and not kept,
+        image=()
+        if tokens is None or "pixel_values" not in tokens.inputs
+        else tuple(tokens.inputs["pixel_values"].shape[1:]),
     )
 
 

@@ -142,6 +142,11 @@ def save(
     """
     if not any(True for _ in quant_modules(model)):
         raise UsageError("nothing in this model is quantized; save float models with model.save_pretrained.")
+    if not hasattr(model, "config"):
+        raise UsageError(
+            f"{type(model).__name__} is a plain network: no config says how to build it again, so there is no folder "
+            "for it. Keep its state_dict, or quantize it as a transformers model (its timm wrapper, say)."
+        )
     out = Path(out)
     with AtomicFolder(out) as partial:
         parts = Parts(partial, {}, resume=False)

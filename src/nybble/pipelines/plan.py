@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from nybble.core.errors import GranularityError, SchemeError, within
-from nybble.granularity import Shifted
+from nybble.granularity import PerTensor, Shifted
 from nybble.models.adapter import Adapter
 from nybble.models.experts import expert_weights, find_experts
 from nybble.nn.activation import check_static
 from nybble.nn.attention import attentions
+from nybble.nn.conv import is_conv
 from nybble.nn.swap import class_names, matrix_of
 from nybble.quantizer import Quantizer
 from nybble.scheme import Matches, Rule, Scheme, matches
@@ -21,9 +22,10 @@ from nybble.solvers import Solver
 
 @dataclass(frozen=True)
 class Target:
-    """A weight to be quantized: a linear module, an embedding, or a fused parameter with a matrix for each expert.
+    """A weight to be quantized: of a linear module, a convolution, an embedding, or a fused one of experts.
 
-    ``shape``: [out, in] of one matrix, [tokens, width] of an embedding. ``experts``: how many, else 0. ``embedding``:
+    ``shape``: [out, in] of one matrix, [out, in / groups * kernel] of a convolution (``conv``), [tokens, width] of an
+    embedding. ``experts``: how many, else 0. ``embedding``:
     whether it is one; ``head``: the output head that is tied to it.
     """
 
@@ -33,6 +35,7 @@ class Target:
     experts: int = 0
     embedding: bool = False
     head: str = ""
+    conv: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver
     for name, module in model.named_modules():
         matrix = matrix_of(module)
         if matrix is not None:
-            shapes[name], classes[name] = ((matrix.shape[0], matrix.shape[1]), 0), class_names(module)
+            more = ("Linear",) if adapter.convolutional and is_conv(module) else ()
+            shapes[name], classes[name] = ((matrix.shape[0], matrix.shape[1]), 0), (*class_names(module), *more)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             rows, width = module.weight.shape
@@ -112,6 +116,7 @@ def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver
     _check_kinds(found.rules, shapes)
     targets = {n: Target(n, rule, *shapes[n]) for n, rule in found.rules.items() if n in shapes}
     targets = {n: _embedding(t, model, adapter) for n, t in targets.items()}
+    targets = {n: replace(t, conv=not t.experts and is_conv(model.get_submodule(n))) for n, t in targets.items()}
     products = [Product(n, rule.matmuls) for n, rule in found.rules.items() if rule.matmuls is not None]
     tied = {n.removesuffix(".weight") for group in adapter.tied_groups(model) for n in group}
     for target in targets.values():
@@ -124,9 +129,7 @@ def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver
                 )
     prefixes = [f"{name}." for name in adapter.block_names(model)]
     blocks = tuple(
-        tuple(
-            Target(t.name.removeprefix(p), t.rule, t.shape, t.experts) for t in targets.values() if t.name.startswith(p)
-        )
+        tuple(replace(t, name=t.name.removeprefix(p)) for t in targets.values() if t.name.startswith(p))
         for p in prefixes
     )
     outside = tuple(t for t in targets.values() if not adapter.inside(t.name))
@@ -225,6 +228,11 @@ def _check(target: Target, solver: Solver) -> None:
                 "their own before it (targets: [Experts]), or leave them in float (--ignore Experts)."
             )
         check_static(side)
+        if target.conv and type(side.granularity) is not PerTensor:
+            raise SchemeError(
+                f"activations of a convolution have one scale for the tensor, and {side} has more: one value meets "
+                "many kernel positions. Write 'tensor'."
+            )
         if side is rule.inputs and side.static and rule.weights is None and solver.chooses_inputs:
             raise SchemeError("this recipe searches inputs together with weights, and this rule has no weights.")
         try:

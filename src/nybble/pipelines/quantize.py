@@ -51,7 +51,8 @@ def quantize(
     """Quantize a model.
 
     Args:
-        model: what :func:`nybble.models.open_source` takes, or a transformers model in memory (changed in place).
+        model: what :func:`nybble.models.open_source` takes, a transformers model in memory, or a plain torch network
+            from images to logits; what is in memory is changed in place.
         recipe: a name, a YAML file, or a Recipe.
         data: a SRC, or tokens or sentences already cut.
         out: a folder to write; it appears whole or not at all. None keeps the result in memory.
@@ -76,15 +77,18 @@ def quantize(
             source = open_source(str(model))
             job = Job.make(source.skeleton(settings.dtype), source, recipe, data, settings, kept=out is None)
         else:
+            from nybble.models.network import as_model
+
             if out is not None:
                 raise UsageError("a model in memory is quantized in memory; save it with nybble.save(model, folder).")
-            job = Job.make(model, None, recipe, data, settings)
+            job = Job.make(model if hasattr(model, "config") else as_model(model), None, recipe, data, settings)
         for line in job.preflight(out):
             (announce or _ignore)(line)
         if out is None:
             rows = Walk(job).run(None, progress or Silent())
             mark_quantized(job.model)
-            return job.model, Report(layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started)
+            result = job.model if isinstance(model, str | Path) else model
+            return result, Report(layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started)
         rows = _write(job, Path(out), progress or Silent(), announce or _ignore)
     return Path(out), Report(layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started)
 

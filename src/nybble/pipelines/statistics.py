@@ -76,7 +76,7 @@ class Range:
     """Values seen, for one static scale: exact extremes, and an evenly spread sample of about a million others.
 
     Args:
-        total: how many values will come in all.
+        total: how many values will come in all; where more do (a convolution's inputs), the sample is thinned out.
     """
 
     def __init__(self, total: int) -> None:
@@ -97,6 +97,9 @@ class Range:
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
         self._samples.append(flat[:: self.stride].clone())
+        if sum(map(len, self._samples)) > 4 * _SAMPLE:
+            self.stride *= 2
+            self._samples = [sample[::2].clone() for sample in self._samples]
 
     def fit(self, quantizer: Quantizer, name: str) -> QuantParams:
         """Parameters of a static quantizer; absmax and minmax see the extremes, searching rules the sample."""

@@ -21,6 +21,7 @@ from nybble.pipelines.checkpoint import SPILL, Parts
 from nybble.pipelines.fisher import fisher_of, layers_with_weights
 from nybble.pipelines.fold import transform_block
 from nybble.pipelines.job import OUTSIDE, Job, part_name
+from nybble.pipelines.norms import fold_norms
 from nybble.pipelines.plan import Target
 from nybble.pipelines.products import put_products, solve_products
 from nybble.pipelines.report import LayerRow
@@ -68,6 +69,8 @@ class Walk:
             return
         model = job.model if job.source is None else job.source.model(job.settings.dtype, job.device)
         layers = layers_with_weights(list(zip(self.names, job.plan.blocks, strict=True)))
+        if not layers:
+            raise DataError("loss=fisher weighs the outputs of linear layers, and none is quantized; use loss=output.")
         self.fisher = fisher_of(
             model, job.adapter, layers, job.tokens.inputs, batch=job.settings.batch, tokens=job.tokens.tokens,
             most=job.solver.most_tokens, seed=job.settings.seed,
@@ -105,8 +108,10 @@ class Walk:
             if self.job.transforms:
                 config = self.job.model.config
                 transform_block(block, self.job.transforms, self.job.adapter, config, originals, batches)
+            folded = fold_norms(block, prefix, targets, originals, batches)
             seen = see_block(block, prefix, targets, self.job.solver, batches, self.job.tokens.tokens)
             seen.fisher.update(self.fisher)
+            seen.folded.update(folded)
         products = self.job.plan.products[index]
         see = None if self.job.tokens is None else partial(self._batches, index)
         rows, parts = solve_products(block, f"{prefix}.", products, self.job.solver, see)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nybble.core.errors import DataError
 from nybble.models.experts import expert_weights, routed_inputs
 from nybble.models.trace import BlockCall, trace_groups
+from nybble.nn.conv import CONVS, Geometry, is_conv
 from nybble.pipelines.plan import Target
 from nybble.pipelines.portrait import SAMPLE
 from nybble.pipelines.statistics import InputSample, Range, SecondMoment
@@ -20,6 +21,7 @@ from nybble.qtensor import QuantParams
 from nybble.quantizer import Quantizer
 from nybble.solvers import Solver, Stats
 
+PATCHES = 512  # of an image, that a convolution's statistics are made of
 Batches = Callable[[], Iterable[tuple[BlockCall, Tensor]]]
 
 
@@ -39,20 +41,26 @@ class Group:
 def find_groups(
     block: nn.Module, targets: Sequence[Target], call: BlockCall, hidden: Tensor
 ) -> tuple[list[Group], list[str]]:
-    """Linear targets that share an input, and names of targets that the block never called.
+    """Targets that share an input, and names of targets that the block never called.
 
-    Two layers that read the same tensor through different input quantizers are two groups.
+    Two layers that read the same tensor through different input quantizers, or kernels, are two groups.
     """
     by_name = {t.name: t for t in targets if not t.experts}
-    found: dict[tuple[str, ...], list[Target]] = {}
-    trace = trace_groups(block, call, hidden)
+    found: dict[tuple[str, str, str], list[Target]] = {}
+    trace = trace_groups(block, call, hidden, CONVS)
     for names in trace.groups:
         for name in names:
             if name in by_name:
-                found.setdefault((names[0], str(by_name[name].rule.inputs)), []).append(by_name[name])
+                key = (names[0], str(by_name[name].rule.inputs), _reading(block.get_submodule(name)))
+                found.setdefault(key, []).append(by_name[name])
     seen = {t.name for members in found.values() for t in members}
     groups = [Group(members=tuple(m), inputs=m[0].rule.inputs) for m in found.values()]
     return groups, [name for name in by_name if name not in seen]
+
+
+def _reading(module: nn.Module) -> str:
+    """How a convolution cuts its input into columns; a linear layer's input has them as they are."""
+    return str(replace(Geometry.of(module), channels=(0, 0))) if is_conv(module) else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +72,7 @@ class Seen:
         moments: by leader; missing where nothing was seen. routed: by fused weight, one an expert.
         samples: inputs themselves, by leader. looks: a few of them, for pictures.
         fisher: weights of outputs, by full name.
+        folded: full names of the BatchNorms that went into convolutions, by the convolution.
     """
 
     groups: Sequence[Group]
@@ -73,6 +82,7 @@ class Seen:
     samples: dict[str, InputSample] = field(default_factory=dict)
     looks: dict[str, InputSample] = field(default_factory=dict)
     fisher: dict[str, Tensor] = field(default_factory=dict)
+    folded: dict[str, str] = field(default_factory=dict)
 
     def stats(self, group: Group, prefix: str) -> Stats:
         """What a solver gets of a group's input; the memory is free once the caller lets go of it."""
@@ -115,6 +125,8 @@ def see_block(
             raise DataError(f"{name} was never called on the calibration data, so its activations have no scale.")
     params = {} if solver.chooses_inputs else _ranges(block, prefix, groups, batches, tokens)
     seen = Seen(groups=[*groups, *alone], params=params)
+    if any(group.members[0].conv for group in groups):
+        tokens = PATCHES * sum(len(given) for _, given in batches())
     for group in groups:
         wanted = solver.needs(group.inputs) if any(t.rule.weights for t in group.members) else frozenset()
         columns = group.members[0].shape[1]
@@ -162,9 +174,24 @@ def channel_maxima(block: nn.Module, names: Sequence[str], batches: Batches) -> 
 def _watch(block: nn.Module, seen: Seen, batches: Batches) -> None:
     """Run the block once and let everything in ``seen`` that gathers inputs gather them."""
     gathering: tuple[Mapping[str, InputSample | SecondMoment], ...] = (seen.moments, seen.samples, seen.looks)
-    watchers = [(name, part.add) for parts in gathering for name, part in parts.items()]
+    adds: dict[str, list[Callable[[Tensor], None]]] = {}
+    for name, part in [item for parts in gathering for item in parts.items()]:
+        adds.setdefault(name, []).append(part.add)
+    watchers = [(name, _gatherer(block.get_submodule(name), each)) for name, each in adds.items()]
     with _watching_experts(block, seen.routed):
         _run(block, batches, watchers)
+
+
+def _gatherer(module: nn.Module, adds: Sequence[Callable[[Tensor], None]]) -> Callable[[Tensor], None]:
+    """Shows a module's inputs to several, a convolution's as the columns that its kernels see."""
+    geometry = Geometry.of(module) if is_conv(module) else None
+
+    def watch(x: Tensor) -> None:
+        rows = x if geometry is None else geometry.patches(x, PATCHES)
+        for add in adds:
+            add(rows)
+
+    return watch
 
 
 def _run(block: nn.Module, batches: Batches, watchers: Sequence[tuple[str, Callable[[Tensor], None]]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -69,6 +70,13 @@ class Ladder:
     def values(self, fraction: Tensor) -> Tensor:
         """The tensor rounded with a fraction a unit."""
         return self.quantizer.fake_quantize(self.x, self.params(fraction))
+
+    def thinned(self, stride: int) -> Ladder:
+        """The same candidates on every ``stride``-th row; for quantizers whose parameters are not one a row."""
+        found = copy.copy(self)
+        found.x = self.x[::stride]
+        found.shape = tuple(found.x.shape)
+        return found
 
     def _shifted(self, fraction: Tensor) -> QuantParams:
         top = self.columns.max() * fraction.reshape(1)

