@@ -54,6 +54,8 @@ def main() -> None:
     reference = source.model(torch.bfloat16, args.device)
     float_row = {"name": "float", "tool": "nybble", "bits": "16/16/16", "layer_bits": 16.0, "seconds": 0.0}
     about = {"model": args.model, "hardware": hardware(args.device), "versions": versions()}
+    if args.beside:
+        about["beside"] = args.beside
     for folder in args.folder:
         facts = json.loads((folder / "peer.json").read_text())
         model = open_source(str(folder)).model(torch.bfloat16, args.device)
@@ -164,6 +166,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=64, help="held-out windows of 1,024 tokens of each text")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--beside", type=int, default=0, help="so many other runs share the machine: said with seconds")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
 

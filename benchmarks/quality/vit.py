@@ -54,7 +54,8 @@ def main() -> None:
             started = time.perf_counter()
             model = load(folder, dtype=torch.bfloat16).to(args.device)
             settings = nybble.Settings(batch=32, device=args.device)
-            quantized, _ = nybble.quantize(model, recipe_of(method, bits), calibration, settings=settings)
+            recipe = recipe_of(method, bits, args.effort)
+            quantized, _ = nybble.quantize(model, recipe, calibration, settings=settings)
             seconds = round(time.perf_counter() - started, 1)
             hold_dense(quantized, torch.bfloat16)
             found = classification(classify(quantized, test.pixel_values), exact, test.labels)
@@ -63,12 +64,16 @@ def main() -> None:
             if bits == (4, 4) and method in ("fp-baseline", "llm-fp4"):
                 forwards[method] = quantized
     about = {"hardware": hardware(args.device), "versions": versions(), "test": named(test)}
-    about |= {"calibration": named(calibration), "shift_time_ratio": shift_time(forwards, test, args.device)}
+    about |= {
+        "effort": args.effort,
+        "calibration": named(calibration),
+        "shift_time_ratio": shift_time(forwards, test, args.device),
+    }
     args.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
-def recipe_of(method: str, bits: tuple[int, int]) -> Recipe:
-    """A recipe over linears and matmuls."""
+def recipe_of(method: str, bits: tuple[int, int], effort: str) -> Recipe:
+    """A recipe over linears and matmuls; ``effort`` is of the methods that search."""
     integer = method.endswith("-int")
     w, a = (f"int{n}" if integer else FP[n] for n in bits)
     rule = " scale=percentile(p=99.9)" if method == "percentile-int" else ""
@@ -78,7 +83,8 @@ def recipe_of(method: str, bits: tuple[int, int]) -> Recipe:
         {"targets": ["Linear"], "weights": f"{w} channel{rule}", "inputs": f"{a} {columns}{rule} static"},
     ]
     name = "rtn" if method == "percentile-int" else method.split()[0]
-    step = load_recipe(name).solver.to_dict()
+    base = load_recipe(name).solver
+    step = {**base.to_dict(), **(base.quick if effort == "quick" else {})}
     step.pop("quick", None)
     if method.endswith("fisher"):
         step["loss"] = "fisher"
@@ -155,6 +161,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--effort", choices=("quick", "full"), default="full")
     parser.add_argument("--train", type=int, help="at most so many training images")
     parser.add_argument("--test", type=int, help="so many test images instead of all 10,000")
     parser.add_argument("--batch", type=int, default=256)
