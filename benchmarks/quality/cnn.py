@@ -109,7 +109,7 @@ def folding_error(network: nn.Module, x: Tensor) -> float:
 
 
 def crops(work: Path, wants: Preparation, part: int, count: int) -> ImageSamples:
-    """Random square crops, half to all of a photograph's shorter side, of every second photograph from ``part`` on."""
+    """Random square crops, 7/8 to all of a photograph's shorter side, of every second photograph from ``part`` on."""
     package = find_spec("skimage")
     if package is None or package.origin is None:
         raise SystemExit("the photographs are scikit-image's: pip install scikit-image")
@@ -120,7 +120,7 @@ def crops(work: Path, wants: Preparation, part: int, count: int) -> ImageSamples
     for index in range(count):
         with Image.open(photographs[index % len(photographs)]) as image:
             pixels = np.asarray(image.convert("RGB"))
-        side = int(generator.uniform(0.5, 1) * min(pixels.shape[:2]))
+        side = int(generator.uniform(0.875, 1) * min(pixels.shape[:2]))
         top, left = (int(generator.integers(0, size - side + 1)) for size in pixels.shape[:2])
         Image.fromarray(pixels[top : top + side, left : left + side]).save(folder / f"{index:04d}.png")
     return image_samples(str(folder), wants, samples=None)

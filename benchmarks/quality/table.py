@@ -21,7 +21,8 @@ HEAD = """# Quality
 
 Made by `python benchmarks/quality/table.py` from `benchmarks/results/quality.jsonl`; the protocol is in
 `benchmarks/quality/run.py`. Bits are embeddings/weights/activations; "layer bits" are stored bits a quantized weight,
-scales included. Mean negative log likelihood in nats a token; "lost" is the difference to the float model.
+scales included. Mean negative log likelihood in nats a token; "lost" is the difference to the float model. Seconds in
+parentheses were taken while other rows ran on the same machine, and mean little.
 
 """
 
@@ -75,7 +76,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         for text in texts:
             found, exact = row["texts"][text], reference["texts"][text]
             cells += [f"{found['nll']:.3f}", f"{found['nll'] - exact['nll']:.3f}", f"{found['kl']:.3f}"]
-        lines.append("| " + " | ".join([*cells, f"{row['seconds']:.0f}"]) + " |")
+        seconds = f"({row['seconds']:.0f})" if row.get("beside") else f"{row['seconds']:.0f}"
+        lines.append("| " + " | ".join([*cells, seconds]) + " |")
     source = Path(calibration.get("source", "")).stem
     samples = f"{calibration.get('samples')} x {calibration.get('seq_len')} tokens of {source}"
     counts = ", ".join(f"{reference['texts'][text]['predictions']:,} predictions of {text}" for text in texts)
@@ -84,33 +86,38 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]]) -> None:
-    """Lost NLL on the first text against stored bits a quantized weight."""
+    """Lost NLL on the first text, one line for each choice of bits, of the group with the most rows."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    looks = {"16": ("o", "tab:blue"), "8": ("s", "tab:green"), "6": ("^", "tab:purple"), "4": ("D", "tab:orange")}
-    labelled = set()
-    for group in groups(rows):
-        text = next(iter(group[0]["texts"]))
-        exact = group[0]["texts"][text]["nll"]
-        for row in group[1:]:
-            activations = row["bits"].rpartition("/")[2]
-            lost = max(row["texts"][text]["nll"] - exact, 1e-3)
-            label = None if activations in labelled else f"{activations}-bit activations"
-            labelled.add(activations)
-            marker, colour = looks.get(activations, ("x", "black"))
-            axes.scatter(row["layer_bits"], lost, marker=marker, color=colour, label=label, zorder=3)
-            axes.annotate(row["name"], (row["layer_bits"], lost), xytext=(5, 3), textcoords="offset points", fontsize=7)
+    group = max(groups(rows), key=len)
+    text = next(iter(group[0]["texts"]))
+    exact = group[0]["texts"][text]["nll"]
+    lines = sorted({row["bits"] for row in group[1:]}, key=lambda bits: [int(n) for n in reversed(bits.split("/"))])
+    methods = list(dict.fromkeys(method(row) for row in group[1:]))
+    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    colours = [*pyplot.get_cmap("tab10").colors, "black", "gold"]
+    for number, name in enumerate(methods):
+        found = [row for row in group[1:] if method(row) == name]
+        lost = [max(row["texts"][text]["nll"] - exact, 1e-3) for row in found]
+        places = [lines.index(row["bits"]) for row in found]
+        look = {"marker": "osD^vP*X"[number % 8], "color": colours[number % len(colours)]}
+        axes.scatter(lost, places, s=70, alpha=0.85, label=name, zorder=3, **look)
     axes.set(
-        xlabel="stored bits a quantized weight", ylabel=f"NLL lost on {text}, nats a token", yscale="log",
-        title="Quality against bits: lower and further left is better",
+        xscale="log", xlabel=f"NLL lost on {text}, nats a token (less is better)",
+        ylabel="bits of embeddings / weights / activations", yticks=range(len(lines)), yticklabels=lines,
+        title=f"{group[0]['model']}: quality against bits",
     )  # fmt: skip
     axes.grid(True, alpha=0.3)
-    axes.legend(loc="upper right")
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(PLOT, dpi=120, metadata={"Software": None})
+
+
+def method(row: dict[str, Any]) -> str:
+    """A row's name without its bits."""
+    return " ".join(row["name"].replace(row["bits"], "").split())
 
 
 if __name__ == "__main__":

@@ -32,17 +32,17 @@ def gram(x: Tensor) -> Tensor:
     """``x^T x`` accumulated in float32.
 
     Args:
-        x: float32, bfloat16 or float16 [n, c].
+        x: float32, bfloat16 or float16 [..., n, c].
 
     Returns:
-        float32 [c, c].
+        float32 [..., c, c].
     """
     if x.dtype == torch.float32:
-        return x.T @ x
-    if x.device.type == "cuda":
+        return x.mT @ x
+    if x.device.type == "cuda" and x.dim() == 2:
         return torch.mm(x.T, x, out_dtype=torch.float32)
     wide = x.float()
     if x.dtype != torch.bfloat16:
-        return wide.T @ wide
+        return wide.mT @ wide
     with fast_products(x.device):
-        return wide.T @ wide
+        return wide.mT @ wide

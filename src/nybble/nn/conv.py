@@ -80,16 +80,17 @@ class Geometry:
 
         Args:
             x: the input, [images, channels, ...].
-            most: patches an image to keep, evenly spread over places (and groups).
+            most: patches an image to keep, evenly spread over places.
 
         Returns:
-            [rows, in / groups * kernel]; of a grouped convolution the patches of every group, pooled.
+            [rows, in / groups * kernel]; of a grouped convolution [groups, rows, ...]: each group sees other channels.
         """
         x, flat = self.padded(x), len(self.kernel) == 1
         sizes = [(*size, 1) if flat else size for size in (self.kernel, self.dilation, self.stride)]
         columns = functional.unfold((x[..., None] if flat else x).float(), sizes[0], sizes[1], 0, sizes[2])
-        rows = columns.to(x.dtype).view(len(x), self.groups, -1, columns.shape[-1]).transpose(2, 3).flatten(1, 2)
-        return rows[:, :: -(-rows.shape[1] // most)].flatten(0, 1)
+        columns = columns[..., :: -(-columns.shape[-1] // most)].to(x.dtype)
+        rows = columns.view(len(x), self.groups, -1, columns.shape[-1]).permute(1, 0, 3, 2).flatten(1, 2)
+        return rows if self.groups > 1 else rows[0]
 
 
 class QuantConv(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -24,9 +25,9 @@ from nybble.solvers import Solver
 class Target:
     """A weight to be quantized: of a linear module, a convolution, an embedding, or a fused one of experts.
 
-    ``shape``: [out, in] of one matrix, [out, in / groups * kernel] of a convolution (``conv``), [tokens, width] of an
-    embedding. ``experts``: how many, else 0. ``embedding``:
-    whether it is one; ``head``: the output head that is tied to it.
+    ``shape``: [out, in] of one matrix, [out, in / groups * kernel] of a convolution (``conv``, with its ``groups``),
+    [tokens, width] of an embedding. ``experts``: how many, else 0. ``embedding``: whether it is one; ``head``: the
+    output head that is tied to it.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Target:
     embedding: bool = False
     head: str = ""
     conv: bool = False
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver
     _check_kinds(found.rules, shapes)
     targets = {n: Target(n, rule, *shapes[n]) for n, rule in found.rules.items() if n in shapes}
     targets = {n: _embedding(t, model, adapter) for n, t in targets.items()}
-    targets = {n: replace(t, conv=not t.experts and is_conv(model.get_submodule(n))) for n, t in targets.items()}
+    targets = {n: _conv(t, model) for n, t in targets.items()}
     products = [Product(n, rule.matmuls) for n, rule in found.rules.items() if rule.matmuls is not None]
     tied = {n.removesuffix(".weight") for group in adapter.tied_groups(model) for n in group}
     for target in targets.values():
@@ -192,6 +194,12 @@ def _embedding(target: Target, model: nn.Module, adapter: Adapter) -> Target:
     if len(heads) != len(others) or len(heads) > 1:
         raise SchemeError(f"{target.name} shares its table with {', '.join(others)}; that is not supported. Ignore it.")
     return replace(target, embedding=True, head=heads[0] if heads else "")
+
+
+def _conv(target: Target, model: nn.Module) -> Target:
+    """The target as a convolution; others as they are."""
+    module: Any = None if target.experts else model.get_submodule(target.name)
+    return replace(target, conv=True, groups=module.groups) if module is not None and is_conv(module) else target
 
 
 def _check_kinds(rules: Mapping[str, Rule], shapes: Mapping[str, object]) -> None:

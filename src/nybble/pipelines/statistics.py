@@ -20,10 +20,13 @@ class SecondMoment:
 
     Args:
         columns: width of the input. inputs: the quantizer that the input passes first, with its parameters if static.
+        groups: of a grouped convolution, whose inputs come as [groups, tokens, columns]; 1 for all else.
     """
 
-    def __init__(self, columns: int, inputs: Quantizer | None = None, params: QuantParams | None = None) -> None:
-        self.columns, self.inputs, self.params = columns, inputs, params
+    def __init__(
+        self, columns: int, inputs: Quantizer | None = None, params: QuantParams | None = None, groups: int = 1
+    ) -> None:
+        self.columns, self.inputs, self.params, self.groups = columns, inputs, params, groups
         self.tokens = 0
         self._sum: Tensor | None = None
 
@@ -31,15 +34,19 @@ class SecondMoment:
         """Count the tokens of ``x`` [..., columns]."""
         if self.inputs is not None:
             x = self.inputs.fake_quantize(x, self.params)
-        flat = x.reshape(-1, self.columns)
-        if not len(flat):
+        flat = x if self.groups > 1 else x.reshape(-1, self.columns)
+        if not flat.shape[-2]:
             return
         product = gram(flat)
         self._sum = product if self._sum is None else self._sum.add_(product)
-        self.tokens += flat.shape[0]
+        self.tokens += flat.shape[-2]
 
     def mean(self, name: str) -> Tensor | None:
-        """float32 [columns, columns], or None if no token came; DataError, naming the layer, if it isn't finite."""
+        """float32 [columns, columns] ([groups, ...] of groups), or None if no token came.
+
+        Raises:
+            DataError: it isn't finite; names the layer.
+        """
         if self._sum is None:
             return None
         if not bool(torch.isfinite(self._sum).all()):
@@ -53,23 +60,24 @@ class InputSample:
     """Inputs as they come, evenly spread where there are more tokens than are wanted.
 
     Args:
-        columns: width of the input. total: tokens that will come in all. most: tokens to keep.
+        columns: width of the input. total: tokens that will come in all. most: tokens to keep. groups: as for
+            :class:`SecondMoment`.
     """
 
-    def __init__(self, columns: int, total: int, most: int) -> None:
-        self.columns, self.stride = columns, max(1, -(-total // most))
+    def __init__(self, columns: int, total: int, most: int, groups: int = 1) -> None:
+        self.columns, self.stride, self.groups = columns, max(1, -(-total // most)), groups
         self._seen = 0
         self._kept: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
         """Count the tokens of ``x`` [..., columns]."""
-        flat = x.reshape(-1, self.columns)
-        self._kept.append(flat[-self._seen % self.stride :: self.stride].clone())
-        self._seen += len(flat)
+        flat = x if self.groups > 1 else x.reshape(-1, self.columns)
+        self._kept.append(flat[..., -self._seen % self.stride :: self.stride, :].clone())
+        self._seen += flat.shape[-2]
 
     def all(self) -> Tensor | None:
-        """[tokens, columns] in the model's dtype, or None if no token came."""
-        return torch.cat(self._kept) if self._seen else None
+        """[tokens, columns] ([groups, ...] of groups) in the model's dtype, or None if no token came."""
+        return torch.cat(self._kept, -2) if self._seen else None
 
 
 class Range:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from nybble.qtensor import QuantParams
 from nybble.quantizer import Quantizer
 from nybble.solvers import Solver, Stats
 
-PATCHES = 512  # of an image, that a convolution's statistics are made of
+PATCHES = 512  # of an image, that a convolution's statistics are made of at most
 Batches = Callable[[], Iterable[tuple[BlockCall, Tensor]]]
 
 
@@ -129,17 +130,18 @@ def see_block(
         tokens = PATCHES * sum(len(given) for _, given in batches())
     for group in groups:
         wanted = solver.needs(group.inputs) if any(t.rule.weights for t in group.members) else frozenset()
-        columns = group.members[0].shape[1]
+        columns, groups_ = group.members[0].shape[1], group.members[0].groups
         if "second_moment" in wanted:
-            seen.moments[group.leader] = SecondMoment(columns, group.inputs, params.get(group.leader))
+            seen.moments[group.leader] = SecondMoment(columns, group.inputs, params.get(group.leader), groups_)
         if "inputs" in wanted:
-            seen.samples[group.leader] = InputSample(columns, tokens, solver.most_tokens)
+            seen.samples[group.leader] = InputSample(columns, tokens, solver.most_tokens, groups_)
     for target in targets:
         if target.experts and "second_moment" in solver.needs(None):
             seen.routed[target.name] = [SecondMoment(target.shape[1]) for _ in range(target.experts)]
-    if seen.moments or seen.samples or seen.routed:
+    if seen.moments or seen.samples or seen.routed or any(group.members[0].conv for group in groups):
         for group in groups:
-            seen.looks[group.leader] = InputSample(group.members[0].shape[1], tokens, SAMPLE)
+            first = group.members[0]
+            seen.looks[group.leader] = InputSample(first.shape[1], tokens, SAMPLE, first.groups)
         _watch(block, seen, batches)
     return seen
 
@@ -182,14 +184,20 @@ def _watch(block: nn.Module, seen: Seen, batches: Batches) -> None:
         _run(block, batches, watchers)
 
 
+def patches_of(groups: int, columns: int) -> int:
+    """Patches that are taken of an image; fewer where many groups or channels would fill the memory."""
+    return max(1, min(PATCHES, (1 << 19) // (groups * columns)))
+
+
 def _gatherer(module: nn.Module, adds: Sequence[Callable[[Tensor], None]]) -> Callable[[Tensor], None]:
     """Shows a module's inputs to several, a convolution's as the columns that its kernels see."""
     geometry = Geometry.of(module) if is_conv(module) else None
 
     def watch(x: Tensor) -> None:
-        rows = x if geometry is None else geometry.patches(x, PATCHES)
+        if geometry is not None:
+            x = geometry.patches(x, patches_of(geometry.groups, math.prod(geometry.shape[1:])))
         for add in adds:
-            add(rows)
+            add(x)
 
     return watch
 

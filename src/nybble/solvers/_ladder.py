@@ -71,11 +71,10 @@ class Ladder:
         """The tensor rounded with a fraction a unit."""
         return self.quantizer.fake_quantize(self.x, self.params(fraction))
 
-    def thinned(self, stride: int) -> Ladder:
-        """The same candidates on every ``stride``-th row; for quantizers whose parameters are not one a row."""
+    def on(self, x: Tensor) -> Ladder:
+        """The same candidates for other rows [rows, columns]; for quantizers whose parameters are not one a row."""
         found = copy.copy(self)
-        found.x = self.x[::stride]
-        found.shape = tuple(found.x.shape)
+        found.x, found.shape = x, tuple(x.shape)
         return found
 
     def _shifted(self, fraction: Tensor) -> QuantParams:

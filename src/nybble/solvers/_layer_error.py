@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from nybble.core.matmul import fast_products
+from nybble.solvers import by_group
 
 
 class InputsFixed:
     """The error of each output as a function of its rounded weights.
 
     Args:
-        second: ``E[Q(x) Q(x)^T]``, float32 [columns, columns]; None for the identity.
+        second: ``E[Q(x) Q(x)^T]``, float32 [columns, columns], or one for each group of rows; None for the identity.
         cross, lost: ``E[e Q(x)^T]`` and ``E[e e^T]``; None where inputs stay as they are.
     """
 
@@ -42,13 +43,13 @@ class InputsFixed:
         """From the inputs.
 
         Args:
-            x: inputs as they are, float32 [tokens, columns].
+            x: inputs as they are, float32 [tokens, columns] or [groups, tokens, columns].
             rounded: inputs as the layer gets them, the same; None if that is ``x``.
             importance: float32 [tokens, 1], or None.
         """
 
         def mean(left: Tensor, right: Tensor) -> Tensor:
-            return ((left if importance is None else left * importance).T @ right).div_(len(x))
+            return ((left if importance is None else left * importance).mT @ right).div_(x.shape[-2])
 
         with fast_products(x.device):
             if rounded is None:
@@ -58,18 +59,19 @@ class InputsFixed:
 
     def of(self, matrix: Tensor) -> Callable[[Tensor], Tensor]:
         """For weights [rows, columns], the function: rounded weights -> error of each row, float32 [rows]."""
+        matrix = matrix if self.second is None else by_group(matrix, self.second)
         linear = None if self.cross is None else matrix @ self.cross
-        constant = 0.0 if self.lost is None else ((matrix @ self.lost) * matrix).sum(1)
+        constant = 0.0 if self.lost is None else ((matrix @ self.lost) * matrix).sum(-1)
 
         def error(rounded: Tensor) -> Tensor:
-            difference = rounded - matrix
+            difference = rounded.view(matrix.shape) - matrix
             if self.second is None:
-                return difference.square_().sum(1)
+                return difference.square_().sum(-1)
             with fast_products(matrix.device):
                 product = difference @ self.second
             if linear is not None:
                 product = product - 2 * linear
-            return (product * difference).sum(1) + constant
+            return ((product * difference).sum(-1) + constant).flatten()
 
         return error
 
@@ -78,8 +80,10 @@ class WeightsFixed:
     """The error of all outputs together as a function of the rounded inputs.
 
     Args:
-        x: inputs as they are, float32 [tokens, columns]; of several products at once [products, tokens, columns].
-        matrix: weights (or the other operand), float32 [rows, columns], each row scaled by how much its error counts.
+        x: inputs as they are, float32 [tokens, columns]; of several products (or groups) at once [products, tokens,
+            columns].
+        matrix: weights (or the other operand), float32 [rows, columns] or [products, rows, columns], each row scaled by
+            how much its error counts.
         rounded: the same, rounded.
         importance: float32 [tokens, rows], or None.
     """
@@ -115,9 +119,11 @@ def output_error(
 ) -> float:
     """The error as it is defined, by running the layer in float32: what is reported, and what fallbacks compare."""
     given = x if inputs is None else inputs
+    matrix, rounded = by_group(matrix, x), by_group(rounded, x)
     lost = torch.zeros((), dtype=torch.float64, device=x.device)
-    for start in range(0, len(x), 4096):
+    tokens = x.shape[-2]
+    for start in range(0, tokens, 4096):
         rows = slice(start, start + 4096)
-        error = (x[rows] @ matrix.T).sub_(given[rows] @ rounded.T).square_()
-        lost += (error if importance is None else error.mul_(importance[rows])).sum(1).double().sum()
-    return float(lost / len(x))
+        error = (x[..., rows, :] @ matrix.mT).sub_(given[..., rows, :] @ rounded.mT).square_()
+        lost += (error if importance is None else error.mul_(importance[rows])).sum(-1).double().sum()
+    return float(lost / tokens)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -87,7 +87,7 @@ class Gptq(Solver):
 
     def solve(self, weights: Sequence[Weight], stats: Stats) -> list[Solved]:  # noqa: D102
         second_moment = stats.second_moment
-        energy = second_moment.diagonal() if self.clip and second_moment is not None else None
+        energy = second_moment.diagonal(dim1=-2, dim2=-1) if self.clip and second_moment is not None else None
         grids = [_Grid(weight, energy) for weight in weights]
         plain = [weight.quantizer.quantize(weight.matrix) for weight in weights]
         plain_errors = [
@@ -98,13 +98,13 @@ class Gptq(Solver):
             return [
                 Solved(weight=q, error=e, rtn_error=e, notes=note) for q, e in zip(plain, plain_errors, strict=True)
             ]
-        factor, notes = self._factor(second_moment)
+        factor, notes = (self._factor if second_moment.dim() == 2 else self._factors)(second_moment)
         if factor is None:
             return [
                 Solved(weight=q, error=e, rtn_error=e, notes=notes) for q, e in zip(plain, plain_errors, strict=True)
             ]
         upper, order = factor
-        rounded = self._visit(grids, upper, order)
+        rounded = self._visit(grids, upper, order) if upper.dim() == 2 else self._visit_groups(grids, upper)
         solved = []
         for grid, weight, columns, base, base_error in zip(grids, weights, rounded, plain, plain_errors, strict=True):
             found = grid.finish(columns)
@@ -141,6 +141,27 @@ class Gptq(Solver):
             damping = max(damping, 1e-4) * 10
         notes.append(f"the second moment can't be factorised even with damping {damping / 10:g}: rounded to nearest")
         return None, tuple(notes)
+
+    def _factors(self, moments: Tensor) -> tuple[tuple[Tensor, Tensor | None] | None, tuple[str, ...]]:
+        """As :meth:`_factor` for each group of rows, [groups, columns, columns]; columns stay in their order."""
+        plain = replace(self, activation_order=False)
+        found = [plain._factor(moment) for moment in moments]
+        notes = tuple(dict.fromkeys(note for _, each in found for note in each))
+        uppers = [factor[0] for factor, _ in found if factor is not None]
+        return ((torch.stack(uppers), None) if len(uppers) == len(found) else None), notes
+
+    def _visit_groups(self, grids: Sequence[_Grid], uppers: Tensor) -> list[Tensor]:
+        """As :meth:`_visit` where every group of rows has its own factor, [groups, columns, columns]: all at once."""
+        found = []
+        for grid in grids:
+            left, (span,) = grid.matrix.T.contiguous(), _stack([grid])
+            by_row = uppers.repeat_interleave(left.shape[1] // len(uppers), 0).permute(1, 2, 0)
+            result = torch.empty_like(left)
+            for j in range(len(left)):
+                result[j] = span.round_column(left[j], j)
+                left[j + 1 :] -= by_row[j, j + 1 :] * ((left[j] - result[j]) / by_row[j, j])
+            found.append(result.T.contiguous())
+        return found
 
     def _visit(self, grids: Sequence[_Grid], upper: Tensor, order: Tensor | None) -> list[Tensor]:
         """Run over the columns of all weights at once, rows stacked; returns the rounded matrices [rows, columns].
@@ -179,6 +200,8 @@ class _Grid:
 
     def __init__(self, weight: Weight, energy: Tensor | None) -> None:
         self.matrix, self.quantizer = weight.matrix, weight.quantizer
+        if energy is not None and energy.dim() == 2:
+            energy = energy.repeat_interleave(len(self.matrix) // len(energy), 0)
         searched = None if energy is None else _searched(self.quantizer)
         self.params: QuantParams = (searched or self.quantizer).fit(self.matrix, energy if searched else None)
         self.scale = self._spread(self.params.scale)

@@ -32,7 +32,7 @@ from nybble.granularity import Rank1
 from nybble.qtensor import QuantParams
 from nybble.quantizer import Quantizer
 from nybble.rounding import get_rounding
-from nybble.solvers import Operand, Solved, Solver, Stats, Weight, relative_error
+from nybble.solvers import Operand, Solved, Solver, Stats, Weight, by_group, relative_error
 from nybble.solvers._ladder import Error, Ladder, descend, fractions, menu, with_format
 from nybble.solvers._layer_error import InputsFixed, WeightsFixed, output_error
 
@@ -194,10 +194,19 @@ class _Search:
         self.input_ladders: list[Ladder] = []
         self.stride = 1
         if self.x is not None and self.quantizer is not None and self.quantizer.static:
-            self.input_ladders = method.ladders(self.x, self.quantizer)
-            self.stride = max(1, len(self.x) // (method.tried or len(self.x)))
-        self.trials = [ladder.thinned(self.stride) for ladder in self.input_ladders]
+            self.input_ladders = method.ladders(self.x.flatten(0, -2), self.quantizer)
+            tokens = self.x.shape[-2]
+            self.stride = max(1, tokens // (method.tried or tokens))
+        self.trials = [ladder.on(self._few(ladder.x)) for ladder in self.input_ladders]
         self.plain_inputs = self._first_inputs()
+
+    def _few(self, inputs: Tensor) -> Tensor:
+        """Of inputs [rows, columns], the rows on which candidates are tried."""
+        assert self.x is not None
+        return inputs.view(self.x.shape)[..., :: self.stride, :].flatten(0, -2)
+
+    def _like_x(self, inputs: Tensor | None) -> Tensor | None:
+        return None if inputs is None or self.x is None else inputs.view(self.x.shape)
 
     def _first_inputs(self) -> Tensor | None:
         """Inputs under min-max (or measured, or in float)."""
@@ -234,20 +243,21 @@ class _Search:
 
     def _fixed(self, rounded: Tensor | None, importance: Tensor | None = None) -> InputsFixed:
         if self.x is not None:
-            return InputsFixed.of_inputs(self.x, rounded, importance)
+            return InputsFixed.of_inputs(self.x, self._like_x(rounded), importance)
         return InputsFixed(self.second)
 
     def _search_inputs(self, values: Sequence[Tensor], before: _Choice, whole: bool) -> _Choice:
         """Steps c and d for the shared input, starting from what it has."""
         assert self.x is not None
         scale = [p**-0.5 for p in self.power]
-        matrix = torch.cat([w.matrix * s for w, s in zip(self.weights, scale, strict=True)])
-        rounded = torch.cat([v * s for v, s in zip(values, scale, strict=True)])
+        matrix = torch.cat([by_group(w.matrix * s, self.x) for w, s in zip(self.weights, scale, strict=True)], -2)
+        rounded = torch.cat([by_group(v * s, self.x) for v, s in zip(values, scale, strict=True)], -2)
         few = slice(None, None, self.stride)
         importance = torch.cat([self.importance[w.name][few] for w in self.weights], 1) if self.importance else None
-        error = WeightsFixed(self.x[few], matrix, rounded, importance)
+        error = WeightsFixed(self.x[..., few, :], matrix, rounded, importance)
         trial = self.trials[self.input_ladders.index(before.ladder)]
-        found = self.method.choose(self.trials, _Choice(trial, before.fraction, before.values[few]), error, whole)
+        started = _Choice(trial, before.fraction, self._few(before.values))
+        found = self.method.choose(self.trials, started, error, whole)
         ladder = self.input_ladders[self.trials.index(found.ladder)]
         return _Choice(ladder, found.fraction, ladder.values(found.fraction))
 
@@ -278,7 +288,7 @@ class _Search:
     def _lost(self, weight: Weight, inputs: Tensor | None, values: Tensor) -> float:
         if self.x is None:
             return 1.0
-        return output_error(self.x, inputs, weight.matrix, values, self.importance.get(weight.name))
+        return output_error(self.x, self._like_x(inputs), weight.matrix, values, self.importance.get(weight.name))
 
     def _solved(
         self,

@@ -140,10 +140,10 @@ def test_patches_times_kernels_is_the_convolution(kind):
     with torch.no_grad():
         bias = 0 if conv.bias is None else conv.bias.view(1, -1, 1)
         wanted = (conv(x).flatten(2) - bias).reshape(2, conv.groups, -1, conv(x)[0, 0].numel())
-        kernels = conv.weight.flatten(1).view(conv.groups, -1, rows.shape[1])
-        cut = rows.view(2, conv.groups, -1, rows.shape[1])
-        assert torch.allclose(torch.einsum("ngpc,goc->ngop", cut, kernels), wanted, atol=1e-5)
-    assert len(Geometry.of(conv).patches(x, 7)) <= 14
+        kernels = conv.weight.flatten(1).view(conv.groups, -1, rows.shape[-1])
+        cut = rows.view(conv.groups, 2, -1, rows.shape[-1])
+        assert torch.allclose(torch.einsum("gnpc,goc->ngop", cut, kernels), wanted, atol=1e-5)
+    assert Geometry.of(conv).patches(x, 7).shape[-2] <= 14
 
 
 @pytest.mark.parametrize("network", ["resnet", "mobilenet", "plain"], indirect=True)
