@@ -24,6 +24,7 @@ _NAMES = {
     "Recipe": "nybble.recipe",
     "Settings": "nybble.pipelines.settings",
     "quantize": "nybble.pipelines.quantize",
+    "quantize_many": "nybble.pipelines.many",
     "load": "nybble.pipelines.load",
     "save": "nybble.pipelines.load",
     "evaluate": "nybble.eval",

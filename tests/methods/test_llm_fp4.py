@@ -306,8 +306,24 @@ def test_quadratic_forms_are_the_layer_error(fisher: bool) -> None:
     expected = output_error(x, rounded_x, matrix, rounded_w, every)
     by_row = InputsFixed.of_inputs(x, rounded_x, token).of(matrix)(rounded_w)
     assert by_row.shape == (24,)
-    assert float(by_row.sum()) == pytest.approx(expected, rel=2e-2)
+    for_inputs = output_error(x, rounded_x, matrix, matrix, every)  # the same for all weights, and left out
+    assert float(by_row.sum()) + for_inputs == pytest.approx(expected, rel=2e-2)
     assert float(WeightsFixed(x, matrix, rounded_w, every)(rounded_x)) == pytest.approx(expected, rel=2e-2)
+
+
+def test_quadratic_forms_of_groups_are_those_of_each_group() -> None:
+    x = torch.stack([outlier_inputs(256, 9), draw("gaussian", 256, 9), draw("uniform", 256, 9)])
+    matrix = draw("student5", 6, 9)
+    rounded_x, rounded_w = Quantizer("e2m1 tensor").fake_quantize(x), Quantizer("e2m1 channel").fake_quantize(matrix)
+    by_row = InputsFixed.of_inputs(x, rounded_x).of(matrix)(rounded_w)
+    parts = [slice(0, 2), slice(2, 4), slice(4, 6)]
+    for group, rows in enumerate(parts):
+        alone = InputsFixed.of_inputs(x[group], rounded_x[group]).of(matrix[rows])(rounded_w[rows])
+        assert torch.allclose(by_row[rows], alone, rtol=1e-2)
+    errors = [output_error(x[g], rounded_x[g], matrix[rows], rounded_w[rows]) for g, rows in enumerate(parts)]
+    assert output_error(x, rounded_x, matrix, rounded_w) == pytest.approx(sum(errors))
+    three = (matrix.view(3, 2, 9), rounded_w.view(3, 2, 9))
+    assert float(WeightsFixed(x, *three)(rounded_x)) * 3 == pytest.approx(sum(errors), rel=2e-2)
 
 
 def test_fisher_follows_the_outputs_that_matter() -> None:

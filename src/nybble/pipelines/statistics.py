@@ -53,7 +53,7 @@ class SecondMoment:
             raise DataError(
                 f"the calibration inputs of {name} hold NaN or Inf (or overflow); check the data and the model's dtype."
             )
-        return self._sum.div_(self.tokens)
+        return self._sum / self.tokens
 
 
 class InputSample:

@@ -26,41 +26,58 @@ from nybble.pipelines.plan import Target
 from nybble.pipelines.products import put_products, solve_products
 from nybble.pipelines.report import LayerRow
 from nybble.pipelines.statistics import SecondMoment
-from nybble.pipelines.watch import see_block, see_nothing
+from nybble.pipelines.watch import Known, see_block, see_nothing
 from nybble.solvers import Stats
 
 
 @dataclass
 class Walk:
-    """One run on its way: a job, and the hidden states between its blocks."""
+    """One run on its way: a job, and the hidden states between its blocks.
+
+    Attributes:
+        job: what is to be done.
+        stream: hidden states in front of the next block. calls: how its blocks are called, by the batch's first sample.
+        fisher: weights of outputs, where the solver asks for them.
+        known: what was gathered of the current block; several walks may share it, and one of them ``leads``: it moves
+            the hidden states of all of them on, behind the last block too if it ``finishes``.
+    """
 
     job: Job
     stream: Activations | None = None
     calls: dict[int, list[BlockCall]] = field(default_factory=dict)
     fisher: dict[str, Tensor] = field(default_factory=dict)
+    known: Known = field(default_factory=dict)
+    leads: bool = True
+    finishes: bool = False
 
     def __post_init__(self) -> None:
         self.names = self.job.adapter.block_names(self.job.model)
         self.stacks = [len(names) for names in self.job.adapter.stack_names(self.job.model)]
+        self.finishes = any(target.head for target in self.job.plan.outside)
 
     def run(self, parts: Parts | None, progress: Progress) -> list[LayerRow]:
         """Quantize every block, then what is outside them; returns all rows."""
-        self._load_outside()
-        if self.job.tokens is not None:
-            self._begin(self.job.tokens.inputs, parts)
-        self._see_gradients()
+        self.begin(parts)
         rows: list[LayerRow] = []
         try:
             with task(progress, len(self.job.plan.blocks) + 1, f"quantize ({self.job.recipe.name})") as bar:
                 for index in range(len(self.job.plan.blocks)):
-                    rows += self._block(index, parts)
+                    self.known = {}
+                    rows += self.block(index, parts)
                     bar.advance(note=rows[-1].name if rows else "")
-                rows += self._outside(parts)
+                rows += self.outside(parts)
                 bar.advance(note="")
         finally:
             if self.stream is not None:
                 self.stream.close()
         return rows
+
+    def begin(self, parts: Parts | None) -> None:
+        """What comes before the first block."""
+        self._load_outside()
+        if self.job.tokens is not None and self.leads:
+            self._begin(self.job.tokens.inputs, parts)
+        self._see_gradients()
 
     def _see_gradients(self) -> None:
         """Fisher weights, where the solver asks for them: a pass of the whole float model, which is let go of then."""
@@ -76,13 +93,14 @@ class Walk:
             most=job.solver.most_tokens, seed=job.settings.seed,
         )  # fmt: skip
 
-    def _block(self, index: int, parts: Parts | None) -> list[LayerRow]:
+    def block(self, index: int, parts: Parts | None) -> list[LayerRow]:
+        """Quantize one block; returns its rows."""
         name, prefix = part_name(index), self.names[index]
         block = self.job.model.get_submodule(prefix)
         last = index + 1 == len(self.job.plan.blocks)
-        moves_on = self.job.tokens is not None and (not last or any(t.head for t in self.job.plan.outside))
-        if self.job.tokens is not None and index == self.stacks[0]:
-            self._begin(self.job.tokens.inputs, parts, decoder=True)
+        moves_on = self.leads and self.job.tokens is not None and (not last or self.finishes)
+        if self.leads:
+            self.enter(index, parts)
         if parts is not None and parts.done(name):
             rows = parts.rows(name)
             if moves_on:
@@ -95,6 +113,11 @@ class Walk:
         if parts is not None:
             self._release(block)
         return rows
+
+    def enter(self, index: int, parts: Parts | None) -> None:
+        """Before the first block of a decoder: hidden states and calls of its own."""
+        if self.job.tokens is not None and index == self.stacks[0]:
+            self._begin(self.job.tokens.inputs, parts, decoder=True)
 
     def _quantize_block(
         self, block: nn.Module, index: int, originals: dict[str, Tensor], moves_on: bool
@@ -109,7 +132,7 @@ class Walk:
                 config = self.job.model.config
                 transform_block(block, self.job.transforms, self.job.adapter, config, originals, batches)
             folded = fold_norms(block, prefix, targets, originals, batches)
-            seen = see_block(block, prefix, targets, self.job.solver, batches, self.job.tokens.tokens)
+            seen = see_block(block, prefix, targets, self.job.solver, batches, self.job.tokens.tokens, self.known)
             seen.fisher.update(self.fisher)
             seen.folded.update(folded)
         products = self.job.plan.products[index]
@@ -150,7 +173,8 @@ class Walk:
         if not self.stream.finite():
             raise DataError(f"the outputs of block {index} hold NaN or Inf; try another dtype or a gentler scheme.")
 
-    def _outside(self, parts: Parts | None) -> list[LayerRow]:
+    def outside(self, parts: Parts | None) -> list[LayerRow]:
+        """Quantize what is in no block."""
         if parts is not None and parts.done(OUTSIDE):
             return parts.rows(OUTSIDE)
         originals, outside = {}, self.job.plan.outside

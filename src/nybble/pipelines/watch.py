@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from nybble.solvers import Solver, Stats
 
 PATCHES = 512  # of an image, that a convolution's statistics are made of at most
 Batches = Callable[[], Iterable[tuple[BlockCall, Tensor]]]
+Gatherer = InputSample | SecondMoment
+Known = dict[tuple[str, str], Any]
+"""Of one block: what was gathered, by a group's leader and what it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +106,13 @@ def see_nothing(targets: Sequence[Target]) -> Seen:
 
 
 def see_block(
-    block: nn.Module, prefix: str, targets: Sequence[Target], solver: Solver, batches: Batches, tokens: int
+    block: nn.Module,
+    prefix: str,
+    targets: Sequence[Target],
+    solver: Solver,
+    batches: Batches,
+    tokens: int,
+    known: Known | None = None,
 ) -> Seen:
     """Run a block on its calibration inputs, once for ranges and once for moments where those are needed.
 
@@ -113,6 +123,7 @@ def see_block(
         solver: says what it wants to see.
         batches: the block's inputs, batch by batch, as often as called.
         tokens: how many tokens those are.
+        known: what was gathered of this block before, for other recipes; what is missing is added.
 
     Raises:
         DataError: a layer with static inputs was never called, or saw NaN.
@@ -124,37 +135,54 @@ def see_block(
         if group.inputs is not None and group.inputs.static:
             name = f"{prefix}.{group.leader}"
             raise DataError(f"{name} was never called on the calibration data, so its activations have no scale.")
-    params = {} if solver.chooses_inputs else _ranges(block, prefix, groups, batches, tokens)
+    known = {} if known is None else known
+    params = {} if solver.chooses_inputs else _ranges(block, prefix, groups, batches, tokens, known)
     seen = Seen(groups=[*groups, *alone], params=params)
     if any(group.members[0].conv for group in groups):
         tokens = PATCHES * sum(len(given) for _, given in batches())
+    fresh: list[tuple[str, Gatherer]] = []
+
+    def gather(leader: str, kind: str, make: Callable[[], Any]) -> Any:
+        if (leader, kind) not in known:
+            known[leader, kind] = make()
+            fresh.append((leader, known[leader, kind]))
+        return known[leader, kind]
+
     for group in groups:
         wanted = solver.needs(group.inputs) if any(t.rule.weights for t in group.members) else frozenset()
-        columns, groups_ = group.members[0].shape[1], group.members[0].groups
+        leader, width, parts = group.leader, group.members[0].shape[1], group.members[0].groups
         if "second_moment" in wanted:
-            seen.moments[group.leader] = SecondMoment(columns, group.inputs, params.get(group.leader), groups_)
+            given = params.get(leader)
+            seen.moments[leader] = gather(
+                leader, f"moment {group.inputs} {given is None}",
+                partial(SecondMoment, width, group.inputs, given, parts),
+            )  # fmt: skip
         if "inputs" in wanted:
-            seen.samples[group.leader] = InputSample(columns, tokens, solver.most_tokens, groups_)
+            most = solver.most_tokens
+            seen.samples[leader] = gather(leader, f"inputs {most}", partial(InputSample, width, tokens, most, parts))
     for target in targets:
         if target.experts and "second_moment" in solver.needs(None):
             seen.routed[target.name] = [SecondMoment(target.shape[1]) for _ in range(target.experts)]
     if seen.moments or seen.samples or seen.routed or any(group.members[0].conv for group in groups):
         for group in groups:
-            first = group.members[0]
-            seen.looks[group.leader] = InputSample(first.shape[1], tokens, SAMPLE, first.groups)
-        _watch(block, seen, batches)
+            width, parts = group.members[0].shape[1], group.members[0].groups
+            seen.looks[group.leader] = gather(group.leader, "look", partial(InputSample, width, tokens, SAMPLE, parts))
+        _watch(block, fresh, seen.routed, batches)
     return seen
 
 
 def _ranges(
-    block: nn.Module, prefix: str, groups: Sequence[Group], batches: Batches, tokens: int
+    block: nn.Module, prefix: str, groups: Sequence[Group], batches: Batches, tokens: int, known: Known
 ) -> dict[str, QuantParams]:
     """Parameters of static input quantizers, by leader."""
     static = [g for g in groups if g.inputs is not None and g.inputs.static]
     if not static:
         return {}
-    ranges = {g.leader: Range(tokens * g.members[0].shape[1]) for g in static}
-    _run(block, batches, [(name, r.add) for name, r in ranges.items()])
+    fresh = {g.leader: Range(tokens * g.members[0].shape[1]) for g in static if (g.leader, "range") not in known}
+    if fresh:
+        _run(block, batches, [(name, r.add) for name, r in fresh.items()])
+    known.update({(name, "range"): r for name, r in fresh.items()})
+    ranges = {g.leader: known[g.leader, "range"] for g in static}
     return {g.leader: ranges[g.leader].fit(g.inputs, f"{prefix}.{g.leader}") for g in static if g.inputs is not None}
 
 
@@ -173,14 +201,20 @@ def channel_maxima(block: nn.Module, names: Sequence[str], batches: Batches) -> 
     return found
 
 
-def _watch(block: nn.Module, seen: Seen, batches: Batches) -> None:
-    """Run the block once and let everything in ``seen`` that gathers inputs gather them."""
-    gathering: tuple[Mapping[str, InputSample | SecondMoment], ...] = (seen.moments, seen.samples, seen.looks)
+def _watch(
+    block: nn.Module,
+    fresh: Sequence[tuple[str, Gatherer]],
+    routed: Mapping[str, list[SecondMoment]],
+    batches: Batches,
+) -> None:
+    """Run the block once and let everything that gathers inputs gather them."""
+    if not fresh and not routed:
+        return
     adds: dict[str, list[Callable[[Tensor], None]]] = {}
-    for name, part in [item for parts in gathering for item in parts.items()]:
+    for name, part in fresh:
         adds.setdefault(name, []).append(part.add)
     watchers = [(name, _gatherer(block.get_submodule(name), each)) for name, each in adds.items()]
-    with _watching_experts(block, seen.routed):
+    with _watching_experts(block, routed):
         _run(block, batches, watchers)
 
 

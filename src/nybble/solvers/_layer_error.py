@@ -4,7 +4,8 @@ With e = x - Q(x) and d = Q(w) - w, a layer's output is off by ``x.w - Q(x).Q(w)
 
     E (e.w - Q(x).d)^2 = w E[e e^T] w - 2 w E[e Q(x)^T] d + d E[Q(x) Q(x)^T] d                     (inputs fixed)
 
-costs a candidate one product of its weights with a [columns, columns] matrix. With the weights fixed, and
+costs a candidate one product of its weights with a [columns, columns] matrix; the first term is the same for all of
+them, and left out. With the weights fixed, and
 r = x.(w - Q(w)), v = (sum over outputs) r Q(w),
 
     E sum (r + e.Q(w))^2 = E sum r^2 + 2 E e.v + E e (Q(W)^T Q(W)) e^T                            (weights fixed)
@@ -32,11 +33,11 @@ class InputsFixed:
 
     Args:
         second: ``E[Q(x) Q(x)^T]``, float32 [columns, columns], or one for each group of rows; None for the identity.
-        cross, lost: ``E[e Q(x)^T]`` and ``E[e e^T]``; None where inputs stay as they are.
+        cross: ``E[e Q(x)^T]``; None where inputs stay as they are.
     """
 
-    def __init__(self, second: Tensor | None, cross: Tensor | None = None, lost: Tensor | None = None) -> None:
-        self.second, self.cross, self.lost = second, cross, lost
+    def __init__(self, second: Tensor | None, cross: Tensor | None = None) -> None:
+        self.second, self.cross = second, cross
 
     @staticmethod
     def of_inputs(x: Tensor, rounded: Tensor | None, importance: Tensor | None = None) -> InputsFixed:
@@ -55,13 +56,15 @@ class InputsFixed:
             if rounded is None:
                 return InputsFixed(mean(x, x))
             error = x - rounded
-            return InputsFixed(mean(rounded, rounded), mean(error, rounded), mean(error, error))
+            return InputsFixed(mean(rounded, rounded), mean(error, rounded))
 
     def of(self, matrix: Tensor) -> Callable[[Tensor], Tensor]:
-        """For weights [rows, columns], the function: rounded weights -> error of each row, float32 [rows]."""
+        """For weights [rows, columns], the function: rounded weights -> error of each row, float32 [rows].
+
+        Where inputs are rounded too, less what their rounding loses with exact weights: it may be negative.
+        """
         matrix = matrix if self.second is None else by_group(matrix, self.second)
         linear = None if self.cross is None else matrix @ self.cross
-        constant = 0.0 if self.lost is None else ((matrix @ self.lost) * matrix).sum(-1)
 
         def error(rounded: Tensor) -> Tensor:
             difference = rounded.view(matrix.shape) - matrix
@@ -71,7 +74,7 @@ class InputsFixed:
                 product = difference @ self.second
             if linear is not None:
                 product = product - 2 * linear
-            return ((product * difference).sum(-1) + constant).flatten()
+            return (product * difference).sum(-1).flatten()
 
         return error
 

@@ -50,8 +50,8 @@ class LlmFp4(Solver):
         loss: ``output``, the squared output error; ``fisher``, each output's error weighted by the squared gradient of
             the model's loss (of linear layers; experts, tied tables and products of activations keep the former).
         tokens: calibration inputs that are used at most, evenly spread.
-        tried: of these, on how many the clip values of inputs are tried, evenly spread; 0: on all. Moments, by which
-            weights are chosen, are of all: few tokens tell little about many columns.
+        tried: of these, on how many the clip values of inputs are tried and errors measured, evenly spread; 0: on all.
+            Moments, by which weights are chosen, are of all: few tokens tell little about many columns.
     """
 
     path: ClassVar[str] = "float"
@@ -188,15 +188,14 @@ class _Search:
         self.x = None if stats.inputs is None else stats.inputs.float()
         self.quantizer = stats.quantizer
         self.importance: Mapping[str, Tensor] = stats.fisher if method.loss == "fisher" else {}
+        tokens = 1 if self.x is None else self.x.shape[-2]
+        self.stride = max(1, tokens // (method.tried or tokens))
         self.power = [self._lost(w, None, torch.zeros_like(w.matrix)) or 1.0 for w in weights]
         self.ladders = [method.ladders(w.matrix, w.quantizer) for w in weights]
         self.plain = [_unclipped(options[0]) for options in self.ladders]
         self.input_ladders: list[Ladder] = []
-        self.stride = 1
         if self.x is not None and self.quantizer is not None and self.quantizer.static:
             self.input_ladders = method.ladders(self.x.flatten(0, -2), self.quantizer)
-            tokens = self.x.shape[-2]
-            self.stride = max(1, tokens // (method.tried or tokens))
         self.trials = [ladder.on(self._few(ladder.x)) for ladder in self.input_ladders]
         self.plain_inputs = self._first_inputs()
 
@@ -288,7 +287,11 @@ class _Search:
     def _lost(self, weight: Weight, inputs: Tensor | None, values: Tensor) -> float:
         if self.x is None:
             return 1.0
-        return output_error(self.x, self._like_x(inputs), weight.matrix, values, self.importance.get(weight.name))
+        few = slice(None, None, self.stride)
+        given = None if inputs is None else inputs.view(self.x.shape)[..., few, :]
+        importance = self.importance.get(weight.name)
+        importance = None if importance is None else importance[few]
+        return output_error(self.x[..., few, :], given, weight.matrix, values, importance)
 
     def _solved(
         self,

@@ -1,0 +1,77 @@
+"""Several recipes in one walk give, bit for bit, what each gives alone, from fewer runs of the float blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import save_text, save_tiny, tiny_tokenizer
+
+import nybble
+from nybble.core.errors import SchemeError, UsageError
+from nybble.models.trace import BlockCall
+from nybble.pipelines.request import build_recipe
+from nybble.pipelines.settings import Settings
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "nothing seen": {"name": "rtn", "weights": "e2m1 group=16", "activations": "none"},
+    "min-max": {"name": "minmax-fp"},
+    "integers": {"name": "minmax-int"},
+    "searched": {"name": "fp-baseline", "effort": "quick", "embeddings": "e2m1 channel"},
+    "shifted": {"name": "llm-fp4", "effort": "quick"},
+    "wider inputs": {"name": "llm-fp4", "effort": "quick", "activations": "e4m3 shifted static"},
+    "weights alone": {"name": "fp-baseline", "effort": "quick", "weights": "e2m1 channel", "activations": "none"},
+}
+FIT = {"weights": "e2m1 group=16 scale_format=float16"}
+SETTINGS = Settings(samples=4, seq_len=16, batch=2)
+
+
+def tensors(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if tensor.device.type != "meta"}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_together_is_each_alone(tmp_path, monkeypatch, order):
+    folder, text = save_tiny(tmp_path / "m"), str(save_text(tmp_path / "text.txt"))
+    recipes = {name: build_recipe(**RECIPES[name]) for name in list(RECIPES)[::order]}
+    runs = {"now": 0}
+    run = BlockCall.run
+
+    def counted(self: BlockCall, *args: Any) -> Any:
+        runs["now"] += 1
+        return run(self, *args)
+
+    monkeypatch.setattr(BlockCall, "run", counted)
+    together = nybble.quantize_many(folder, recipes, text, settings=SETTINGS)
+    shared, runs["now"] = runs["now"], 0
+    assert set(together) == set(recipes)
+    for name, recipe in recipes.items():
+        alone, report = nybble.quantize(folder, recipe, text, settings=SETTINGS)
+        found, found_report = together[name]
+        wanted = tensors(alone)
+        assert wanted.keys() == tensors(found).keys()
+        assert all(torch.equal(wanted[key], tensor) for key, tensor in tensors(found).items()), name
+        assert [row.to_dict() for row in report.layers] == [row.to_dict() for row in found_report.layers]
+        assert report.manifest == found_report.manifest
+    assert shared < 0.6 * runs["now"]
+
+
+def test_they_can_be_saved(tmp_path):
+    folder, text = save_tiny(tmp_path / "m"), str(save_text(tmp_path / "text.txt"))
+    found = nybble.quantize_many(folder, {"a": build_recipe("minmax-fp")}, text, settings=SETTINGS)
+    out = nybble.save(found["a"][0], tmp_path / "out", tiny_tokenizer())
+    x = torch.arange(12).view(1, 12)
+    assert torch.equal(nybble.load(out)[0](x).logits, found["a"][0](x).logits)
+
+
+def test_what_cannot_share_is_refused(tmp_path):
+    folder, text = save_tiny(tmp_path / "m"), str(save_text(tmp_path / "text.txt"))
+    with pytest.raises(SchemeError, match=r"b \(recipe gptq\) can't share a walk"):
+        nybble.quantize_many(
+            folder, {"a": build_recipe("minmax-fp"), "b": build_recipe("gptq", **FIT)}, text, settings=SETTINGS
+        )
+    with pytest.raises(SchemeError, match="smoothquant"):
+        nybble.quantize_many(folder, {"a": build_recipe("smoothquant")}, text, settings=SETTINGS)
+    with pytest.raises(UsageError, match="no recipe"):
+        nybble.quantize_many(folder, {})
