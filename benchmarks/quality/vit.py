@@ -44,6 +44,8 @@ def main() -> None:
     folder = args.work / "vit-fashion-mnist"
     if not folder.exists():
         fit(train, args).save_pretrained(folder)
+        trained = {"epochs": args.epochs, "batch": args.batch, "seed": 0, "hardware": hardware(args.device)}
+        (folder / "training.json").write_text(json.dumps(trained) + "\n", encoding="utf-8")
     load: Any = ViTForImageClassification.from_pretrained
     exact = classify(load(folder).to(args.device), test.pixel_values)
     rows = [{"method": "float", "bits": "16/16", **classification(exact, None, test.labels)}]
@@ -63,7 +65,8 @@ def main() -> None:
             print(rows[-1], flush=True)
             if bits == (4, 4) and method in ("fp-baseline", "llm-fp4"):
                 forwards[method] = quantized
-    about = {"hardware": hardware(args.device), "versions": versions(), "test": named(test)}
+    about = {"training": json.loads((folder / "training.json").read_text(encoding="utf-8"))}
+    about |= {"hardware": hardware(args.device), "versions": versions(), "test": named(test)}
     about |= {
         "effort": args.effort,
         "calibration": named(calibration),

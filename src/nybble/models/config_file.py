@@ -62,6 +62,16 @@ def _cleaned(value: Any, place: str) -> Any:
     return {k: _cleaned(v, place) for k, v in value.items() if k not in DROPPED}
 
 
+def _check_timm(config: dict[str, Any], place: str) -> None:
+    """Refuse what would let timm fetch or open another file: names with a scheme, arguments that aren't numbers."""
+    architecture, arguments = config.get("architecture", ""), config.get("model_args") or {}
+    if not re.fullmatch(r"[\w.]*", str(architecture)):
+        raise FileError(f"{place}: architecture {architecture!r:.80} is not the name of a network.")
+    bad = [key for key, value in dict(arguments).items() if not isinstance(value, bool | int | float)]
+    if bad or "pretrained" in arguments:
+        raise FileError(f"{place}: model_args may hold numbers only, and has {bad or ['pretrained']}.")
+
+
 def make_config(raw: dict[str, Any], place: str) -> PreTrainedConfig:
     """Build the transformers config that ``raw`` describes.
 
@@ -71,7 +81,7 @@ def make_config(raw: dict[str, Any], place: str) -> PreTrainedConfig:
 
     Raises:
         ModelError: ``model_type`` is missing or unknown to the installed transformers.
-        FileError: a value that the config class refuses.
+        FileError: a value that the config class refuses, or that could make it fetch a file.
     """
     from transformers import CONFIG_MAPPING
 
@@ -86,6 +96,7 @@ def make_config(raw: dict[str, Any], place: str) -> PreTrainedConfig:
             hint = did_you_mean(model_type, known)
             hint = hint if "Did you" in hint else " A newer transformers may know it; code in the folder is never run."
             raise ModelError(f"{place}: model_type {model_type!r} is unknown to the installed transformers.{hint}")
+        _check_timm(clean, place)
         config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(clean)
     return config
 

@@ -143,12 +143,13 @@ def capture_block_calls(
         ModelError: the blocks aren't called once each, in order, with hidden states first.
     """
     given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    names = (adapter or adapter_for(model)).stack_names(model)[: 1 if end is None else 2]
+    adapter = adapter or adapter_for(model)
+    names = adapter.stack_names(model)[: 1 if end is None else 2]
     stacks = [[model.get_submodule(name) for name in stack] for stack in names]
     problem: Exception | None = None
     # Most blocks return a tensor, some a tuple that the model takes [0] of. Given a tensor, the latter kind of model
     # drops the batch dimension, which the next recorder sees: so try a tensor first, then a tuple.
-    carries = (adapter or adapter_for(model)).carries
+    carries = adapter.carries
     for width in (max(place for place, _ in carries) + 1,) if carries else (0, 1):
         try:
             calls, good = _record(model, stacks, given, end, width)
@@ -158,6 +159,9 @@ def capture_block_calls(
             problem = error
             continue
         if good:
+            if adapter.convolutional and calls[0].hidden is not None:
+                # The network reads images as they are; a wrapper may have moved them to where its weights aren't yet.
+                calls[0] = replace(calls[0], hidden=given["pixel_values"].to(calls[0].hidden.dtype))
             mask = given.get("attention_mask") if end is None else None
             shared: dict[int, Tensor] = {}
             real = None if mask is None else mask.bool()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoModelForImageClassification,
@@ -20,10 +22,11 @@ from transformers import (
 )  # fmt: skip
 
 import nybble
-from nybble.core.errors import DataError, GranularityError, ModelError, SchemeError, UsageError
+from nybble.core.errors import DataError, FileError, GranularityError, ModelError, SchemeError, UsageError
 from nybble.data.images import ImageSamples, image_samples, preparation_for
 from nybble.eval import classify
 from nybble.models.adapter import adapter_for
+from nybble.models.config_file import make_config
 from nybble.models.network import as_model
 from nybble.nn.batchnorm import find_folds
 from nybble.nn.conv import Geometry, QuantConv
@@ -265,6 +268,29 @@ def test_what_convolutions_cannot_have_is_said():
     with pytest.raises(UsageError, match="plain network"):
         nybble.save(nybble.quantize(Plain().eval(), build_recipe("minmax-int", **INT8), images())[0], "nowhere")
     assert not Path("nowhere").exists()
+
+
+def test_a_config_cannot_make_timm_fetch_anything():
+    for more in ({"architecture": "hf-hub:a/b"}, {"model_args": {"checkpoint_path": "x.pth"}}):
+        with pytest.raises(FileError, match=r"architecture|model_args"):
+            make_config({"model_type": "timm_wrapper", "architecture": "resnet18", **more}, "config.json")
+
+
+@pytest.mark.skipif(not all(find_spec(n) for n in ("timm", "torchvision")), reason="timm needs a torchvision that fits")
+@pytest.mark.parametrize("architecture", ["resnet18", "efficientnet_lite0", "tf_efficientnet_lite0"])
+def test_timm_networks_through_transformers(tmp_path, architecture):
+    config = transformers.TimmWrapperConfig(architecture=architecture, num_labels=5)
+    config.pretrained_cfg = {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.5] * 3}
+    network = transformers.TimmWrapperForImageClassification(config).eval()
+    network.save_pretrained(tmp_path / "float")
+    settings = nybble.Settings(samples=6, dtype=torch.float32)
+    data, out = str(pictures(tmp_path)), tmp_path / "out"
+    nybble.quantize(tmp_path / "float", build_recipe("minmax-int", **INT8), data, out=out, settings=settings)
+    ours, _ = nybble.load(out)
+    x = image_samples(data, preparation_for(ours.config, {}), samples=None).pixel_values
+    exact = logits(network, x)
+    assert float((logits(ours, x) - exact).norm() / exact.norm()) < 0.1
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in ours.modules())
 
 
 def test_fisher_needs_a_matrix_product():

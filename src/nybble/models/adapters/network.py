@@ -13,5 +13,5 @@ PART = Adapter(
     head=None,
     reads="images",
     convolutional=True,
-    limits=("there are no norms before linears to fold; BatchNorms go into their convolutions",),
+    limits=("factors can't be moved between layers: BatchNorms go into their convolutions, ReLU6 is not homogeneous",),
 )
