@@ -68,7 +68,8 @@ def main() -> None:
         model, facts = run_row(ROWS[name], source, calibration, args)
         found = judge({name: model}, reference, texts)[name]
         row = {"name": name, "tool": "nybble", "bits": ROWS[name].bits, **facts}
-        record(args.out, row | about | {"calibration": named(calibration), "texts": found})
+        seen = {"calibration": named(calibration)} if facts.pop("calibrated") else {}
+        record(args.out, row | about | seen | {"texts": found})
         shown = ", ".join(f"{text} {values['ppl']:.3f}" for text, values in found.items())
         print(f"{name}: perplexity {shown}; {facts['seconds']:.1f} s", flush=True)
         del model
@@ -101,6 +102,7 @@ def run_row(row: Row, source: Any, calibration: TokenSamples, args: argparse.Nam
     facts = {
         "effort": effort,
         "recipe": recipe.to_dict(),
+        "calibrated": report.manifest["data"] is not None,
         "layer_bits": report.bits,
         "seconds": round(seconds, 2),
         "device_memory": torch.cuda.max_memory_allocated() if args.device == "cuda" else None,

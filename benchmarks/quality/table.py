@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    page = HEAD + "\n".join(table(group) for group in groups(rows)) + f"![quality against bits]({PLOT.name})\n"
+    page = HEAD + "\n".join(table(group) for group in groups(rows)) + f"\n![quality against bits]({PLOT.name})\n"
     if args.check:
         if PAGE.read_text(encoding="utf-8") != page:
             sys.exit(f"{PAGE.relative_to(ROOT)} is not what the results say; run benchmarks/quality/table.py")
@@ -43,12 +43,20 @@ def main() -> None:
 
 
 def groups(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Rows of one model, machine and calibration together, the float model first."""
+    """Rows of one model, machine and calibration together, the float model first.
+
+    What isn't calibrated stands with the largest group of its machine.
+    """
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: "calibration" not in row):
         if row["name"] != "float":
-            tokens = (row.get("calibration") or {}).get("tokens_sha256")
-            found.setdefault((row["model"], row["hardware"]["gpu"], tokens), []).append(row)
+            machine, tokens = (
+                (row["model"], row["hardware"]["gpu"]),
+                (row.get("calibration") or {}).get("tokens_sha256"),
+            )
+            beside = [key for key in found if key[:2] == machine]
+            key = (*machine, tokens) if tokens or not beside else max(beside, key=lambda key: len(found[key]))
+            found.setdefault(key, []).append(row)
     result = []
     for (model, gpu, _), members in found.items():
         reference = [r for r in rows if r["name"] == "float" and (r["model"], r["hardware"]["gpu"]) == (model, gpu)]
@@ -60,8 +68,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     """One group as Markdown."""
     reference, texts = rows[0], list(rows[0]["texts"])
     about = rows[-1]
-    calibration = about.get("calibration") or {}
-    machine = about["hardware"]["gpu"] or f"{about['hardware']['cpu']}, {about['hardware']['threads']} threads"
+    calibration = next((row["calibration"] for row in rows if row.get("calibration")), None)
+    threads = about["hardware"]["threads"]
+    machine = about["hardware"]["gpu"] or f"{about['hardware']['cpu']}, {threads} thread{'s' * (threads > 1)}"
     head = [
         "method",
         "bits",
@@ -72,14 +81,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     lines = ["| " + " | ".join(head) + " |", "| --- | --- | --- |" + " ---: |" * (len(head) - 3)]
     for row in rows:
-        cells = [row["name"], row["bits"], row.get("effort") or "", f"{row['layer_bits']:.2f}"]
+        name = row["name"] if row["tool"] == "nybble" else f"{row['name']} ({row['version']})"
+        cells = [name, row["bits"], row.get("effort") or "", f"{row['layer_bits']:.2f}"]
         for text in texts:
             found, exact = row["texts"][text], reference["texts"][text]
             cells += [f"{found['nll']:.3f}", f"{found['nll'] - exact['nll']:.3f}", f"{found['kl']:.3f}"]
         seconds = f"({row['seconds']:.0f})" if row.get("beside") else f"{row['seconds']:.0f}"
         lines.append("| " + " | ".join([*cells, seconds]) + " |")
-    source = Path(calibration.get("source", "")).stem
-    samples = f"{calibration.get('samples')} x {calibration.get('seq_len')} tokens of {source}"
+    samples = "no calibration"
+    if calibration is not None:
+        source = Path(calibration["source"]).stem
+        samples = f"{calibration['samples']} x {calibration['seq_len']} tokens of {source}"
     counts = ", ".join(f"{reference['texts'][text]['predictions']:,} predictions of {text}" for text in texts)
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     return f"## {about['model']}, {machine}\n\n" + "\n".join(lines) + f"\n\n{samples}; {counts}; {versions}.\n"

@@ -161,7 +161,8 @@ def capture_block_calls(
         if good:
             if adapter.convolutional and calls[0].hidden is not None:
                 # The network reads images as they are; a wrapper may have moved them to where its weights aren't yet.
-                calls[0] = replace(calls[0], hidden=given["pixel_values"].to(calls[0].hidden.dtype))
+                dtype = next(stacks[0][0].parameters()).dtype
+                calls[0] = replace(calls[0], hidden=given["pixel_values"].to(dtype))
             mask = given.get("attention_mask") if end is None else None
             shared: dict[int, Tensor] = {}
             real = None if mask is None else mask.bool()

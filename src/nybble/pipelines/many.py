@@ -78,7 +78,8 @@ def quantize_many(
             if lead.stream is not None:
                 lead.stream.close()
     found = {}
-    for name, walk in walks.items():
+    for name in recipes:
+        walk = walks[name]
         mark_quantized(walk.job.model)
         report = Report(layers=tuple(rows[name]), manifest=walk.job.manifest(), seconds=seconds[name])
         found[name] = (walk.job.model, report)

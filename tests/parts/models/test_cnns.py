@@ -234,10 +234,11 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("network", ["resnet", "mobilenet"], indirect=True)
-def test_folders_load_as_they_were_quantized(network, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folders_load_as_they_were_quantized(network, dtype, tmp_path):
     network.save_pretrained(tmp_path / "float")
     (tmp_path / "float" / "preprocessor_config.json").write_text('{"size": {"height": 32, "width": 32}}')
-    settings = nybble.Settings(samples=6, dtype=torch.float32)
+    settings = nybble.Settings(samples=6, dtype=dtype)
     recipe = build_recipe("minmax-int", **INT8)
     out, report = nybble.quantize(
         tmp_path / "float", recipe, str(pictures(tmp_path)), out=tmp_path / "out", settings=settings
@@ -245,10 +246,10 @@ def test_folders_load_as_they_were_quantized(network, tmp_path):
     ours, tokenizer = nybble.load(out)
     assert tokenizer is None
     wants = preparation_for(ours.config, {"size": {"height": 32, "width": 32}})
-    x = image_samples(str(pictures(tmp_path)), wants, samples=None).pixel_values
+    x = image_samples(str(pictures(tmp_path)), wants, samples=None).pixel_values.to(dtype)
     there, _ = nybble.quantize(tmp_path / "float", recipe, str(pictures(tmp_path)), settings=settings)
     auto: Any = AutoModelForImageClassification
-    theirs = auto.from_pretrained(out)
+    theirs = auto.from_pretrained(out, dtype=dtype)
     assert torch.equal(logits(ours, x), logits(there, x))
     assert torch.equal(logits(theirs, x), logits(ours, x))
     assert torch.equal(classify(ours, x), logits(ours, x).argmax(-1))
@@ -281,7 +282,7 @@ def test_a_config_cannot_make_timm_fetch_anything():
 def test_timm_networks_through_transformers(tmp_path, architecture):
     config = transformers.TimmWrapperConfig(architecture=architecture, num_labels=5)
     config.pretrained_cfg = {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.5] * 3}
-    network = transformers.TimmWrapperForImageClassification(config).eval()
+    network = transformers.TimmWrapperForImageClassification(config).eval().requires_grad_(False)
     network.save_pretrained(tmp_path / "float")
     settings = nybble.Settings(samples=6, dtype=torch.float32)
     data, out = str(pictures(tmp_path)), tmp_path / "out"
