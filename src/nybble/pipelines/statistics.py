@@ -29,9 +29,10 @@ class SecondMoment:
         self.columns, self.inputs, self.params, self.groups = columns, inputs, params, groups
         self.tokens = 0
         self._sum: Tensor | None = None
+        self._settled = False
 
     def add(self, x: Tensor) -> None:
-        """Count the tokens of ``x`` [..., columns]."""
+        """Count the tokens of ``x`` [..., columns]; not after :meth:`mean`."""
         if self.inputs is not None:
             x = self.inputs.fake_quantize(x, self.params)
         flat = x if self.groups > 1 else x.reshape(-1, self.columns)
@@ -53,7 +54,10 @@ class SecondMoment:
             raise DataError(
                 f"the calibration inputs of {name} hold NaN or Inf (or overflow); check the data and the model's dtype."
             )
-        return self._sum / self.tokens
+        if not self._settled:  # in place: the matrix may be large; several recipes may ask
+            self._sum.div_(self.tokens)
+            self._settled = True
+        return self._sum
 
 
 class InputSample:

@@ -38,15 +38,16 @@ class Walk:
         job: what is to be done.
         stream: hidden states in front of the next block. calls: how its blocks are called, by the batch's first sample.
         fisher: weights of outputs, where the solver asks for them.
-        known: what was gathered of the current block; several walks may share it, and one of them ``leads``: it moves
-            the hidden states of all of them on, behind the last block too if it ``finishes``.
+        known: what was gathered of the current block, where several walks share it (else it is let go of while the
+            block is solved); one of them ``leads``: it moves the hidden states of all of them on, behind the last block
+            too if it ``finishes``.
     """
 
     job: Job
     stream: Activations | None = None
     calls: dict[int, list[BlockCall]] = field(default_factory=dict)
     fisher: dict[str, Tensor] = field(default_factory=dict)
-    known: Known = field(default_factory=dict)
+    known: Known | None = None
     leads: bool = True
     finishes: bool = False
 
@@ -62,7 +63,6 @@ class Walk:
         try:
             with task(progress, len(self.job.plan.blocks) + 1, f"quantize ({self.job.recipe.name})") as bar:
                 for index in range(len(self.job.plan.blocks)):
-                    self.known = {}
                     rows += self.block(index, parts)
                     bar.advance(note=rows[-1].name if rows else "")
                 rows += self.outside(parts)
