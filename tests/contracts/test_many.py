@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def tensors(model: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_together_is_each_alone(tmp_path, monkeypatch, order):
+def test_together_is_each_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: int) -> None:
     folder, text = save_tiny(tmp_path / "m"), str(save_text(tmp_path / "text.txt"))
     recipes = {name: build_recipe(**RECIPES[name]) for name in list(RECIPES)[::order]}
     runs = {"now": 0}
@@ -57,7 +58,7 @@ def test_together_is_each_alone(tmp_path, monkeypatch, order):
     assert shared < 0.6 * runs["now"]
 
 
-def test_they_can_be_saved(tmp_path):
+def test_they_can_be_saved(tmp_path: Path) -> None:
     folder, text = save_tiny(tmp_path / "m"), str(save_text(tmp_path / "text.txt"))
     found = nybble.quantize_many(folder, {"a": build_recipe("minmax-fp")}, text, settings=SETTINGS)
     out = nybble.save(found["a"][0], tmp_path / "out", tiny_tokenizer())
@@ -65,7 +66,7 @@ def test_they_can_be_saved(tmp_path):
     assert torch.equal(nybble.load(out)[0](x).logits, found["a"][0](x).logits)
 
 
-def test_what_cannot_share_is_refused(tmp_path):
+def test_what_cannot_share_is_refused(tmp_path: Path) -> None:
     folder, text = save_tiny(tmp_path / "m"), str(save_text(tmp_path / "text.txt"))
     with pytest.raises(SchemeError, match=r"b \(recipe gptq\) can't share a walk"):
         nybble.quantize_many(

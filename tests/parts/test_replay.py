@@ -15,7 +15,7 @@ LINES = (
 )  # fmt: skip
 
 
-def test_on_a_cpu_it_is_the_function():
+def test_on_a_cpu_it_is_the_function() -> None:
     def function(x: torch.Tensor) -> torch.Tensor:
         return x + 1
 
@@ -24,7 +24,7 @@ def test_on_a_cpu_it_is_the_function():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are captured on GPUs")
 @pytest.mark.parametrize("line", LINES)
-def test_a_search_on_the_gpu_finds_what_it_finds_without_graphs(line, monkeypatch):
+def test_a_search_on_the_gpu_finds_what_it_finds_without_graphs(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     x = torch.randn(256, 128, device="cuda")
     ladder = Ladder(x, Quantizer(line))
@@ -43,7 +43,7 @@ def test_a_search_on_the_gpu_finds_what_it_finds_without_graphs(line, monkeypatc
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are captured on GPUs")
-def test_what_cannot_be_captured_runs_as_it_is():
+def test_what_cannot_be_captured_runs_as_it_is() -> None:
     def function(x: torch.Tensor) -> torch.Tensor:
         return x * float(x.sum())  # waits for the device
 

@@ -39,7 +39,7 @@ from nybble.recipe import parse_recipe
 from nybble.solvers import make_solver
 
 INT8 = {"weights": "int8 channel", "activations": "int8 tensor static"}
-CONVOLUTIONS = {
+CONVOLUTIONS: dict[str, Any] = {
     "plain": partial(nn.Conv2d, 4, 6, 3),
     "strided": partial(nn.Conv2d, 4, 6, 3, stride=2, padding=1),
     "dilated": partial(nn.Conv2d, 4, 6, (3, 2), dilation=2, padding=(2, 1)),
@@ -58,7 +58,7 @@ class Conv2dSame(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Padding that depends on the size of the input."""
-        sides = []
+        sides: list[int] = []
         for size, kernel, stride in zip(x.shape[-2:], self.kernel_size, self.stride, strict=True):
             outputs = -(-size // stride)
             total = max((outputs - 1) * stride + kernel - size, 0)
@@ -82,13 +82,16 @@ class Plain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images -> logits."""
         x = self.wide(self.stem(x))
-        return self.head(self.free(x).mean((2, 3)))
+        y: Tensor = self.head(self.free(x).mean((2, 3)))
+        return y
 
 
 def networks() -> dict[str, Any]:
     torch.manual_seed(0)
-    resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="bottleneck", num_labels=5)
-    mobile = MobileNetV2Config(depth_multiplier=0.1, min_depth=4, depth_divisible_by=4, image_size=32, num_labels=5)
+    make_resnet: Any = ResNetConfig
+    make_mobile: Any = MobileNetV2Config
+    resnet = make_resnet(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="bottleneck", num_labels=5)
+    mobile = make_mobile(depth_multiplier=0.1, min_depth=4, depth_divisible_by=4, image_size=32, num_labels=5)
     made = {
         "resnet": ResNetForImageClassification(resnet), "mobilenet": MobileNetV2ForImageClassification(mobile),
         "plain": Plain(),
@@ -96,6 +99,7 @@ def networks() -> dict[str, Any]:
     for network in made.values():
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None and module.running_var is not None
                 nn.init.normal_(module.running_mean, 0, 0.2)
                 for tensor in (module.running_var, module.weight):
                     nn.init.uniform_(tensor, 0.5, 2.0)
@@ -115,7 +119,8 @@ def images(count: int = 6) -> ImageSamples:
 
 
 def logits(network: Any, x: Tensor) -> Tensor:
-    return (network if hasattr(network, "config") else as_model(network))(pixel_values=x).logits
+    found: Tensor = (network if hasattr(network, "config") else as_model(network))(pixel_values=x).logits
+    return found
 
 
 def lost(network: Any, exact: Tensor) -> float:
@@ -123,7 +128,7 @@ def lost(network: Any, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_a_quantized_convolution_is_the_convolution_with_rounded_weights(kind):
+def test_a_quantized_convolution_is_the_convolution_with_rounded_weights(kind: str) -> None:
     torch.manual_seed(0)
     conv = CONVOLUTIONS[kind]()
     x = torch.randn(2, 4, 11, 10) if isinstance(conv, nn.Conv2d) else torch.randn(2, 4, 11)
@@ -135,7 +140,7 @@ def test_a_quantized_convolution_is_the_convolution_with_rounded_weights(kind):
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_patches_times_kernels_is_the_convolution(kind):
+def test_patches_times_kernels_is_the_convolution(kind: str) -> None:
     torch.manual_seed(0)
     conv = CONVOLUTIONS[kind]()
     x = torch.randn(2, 4, 11, 10) if isinstance(conv, nn.Conv2d) else torch.randn(2, 4, 11)
@@ -150,7 +155,7 @@ def test_patches_times_kernels_is_the_convolution(kind):
 
 
 @pytest.mark.parametrize("network", ["resnet", "mobilenet", "plain"], indirect=True)
-def test_folding_batchnorms_changes_nothing(network):
+def test_folding_batchnorms_changes_nothing(network: Any) -> None:
     model = network if hasattr(network, "config") else as_model(network)
     adapter = adapter_for(model)
     (name,) = adapter.block_names(model)
@@ -159,7 +164,7 @@ def test_folding_batchnorms_changes_nothing(network):
     targets = make_plan(model, adapter, build_recipe("minmax-int").scheme, make_solver("rtn", {})).blocks[0]
     block = model.get_submodule(name)
     before = sum(isinstance(m, nn.BatchNorm2d) for m in block.modules())
-    call = type("Call", (), {"run": staticmethod(lambda block, hidden: block(hidden))})
+    call: Any = type("Call", (), {"run": staticmethod(lambda block, hidden: block(hidden))})
     folded = fold_norms(block, name, targets, {}, lambda: iter([(call, x)]))
     after = sum(isinstance(m, nn.BatchNorm2d) for m in block.modules())
     assert len(folded) == before - after > 0
@@ -168,7 +173,7 @@ def test_folding_batchnorms_changes_nothing(network):
 
 
 @pytest.mark.parametrize("network", ["resnet", "mobilenet", "plain"], indirect=True)
-def test_eight_bits_keep_the_network(network):
+def test_eight_bits_keep_the_network(network: Any) -> None:
     exact = logits(network, images().pixel_values)
     found, report = nybble.quantize(network, build_recipe("minmax-int", **INT8), images())
     assert found is network
@@ -178,7 +183,7 @@ def test_eight_bits_keep_the_network(network):
     assert all(module.inputs is not None for _, module in quant_modules(found))
 
 
-def test_batchnorms_of_a_network_are_folded_by_hand():
+def test_batchnorms_of_a_network_are_folded_by_hand() -> None:
     network = networks()["plain"]
     x = images().pixel_values
     exact = network(x)
@@ -186,7 +191,7 @@ def test_batchnorms_of_a_network_are_folded_by_hand():
     assert lost(network, exact) < 2e-6
 
 
-def test_a_norm_that_two_convolutions_feed_or_none_is_left_alone():
+def test_a_norm_that_two_convolutions_feed_or_none_is_left_alone() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
     assert find_folds(network.eval(), lambda: network(torch.randn(1, 3, 4, 4))) == {"4": "3"}
 
@@ -197,14 +202,15 @@ def test_a_norm_that_two_convolutions_feed_or_none_is_left_alone():
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.conv(x)
-            return self.first(y) + self.second(y)
+            found: Tensor = self.first(y) + self.second(y)
+            return found
 
     twice = Twice().eval()
     assert find_folds(twice, lambda: twice(torch.randn(1, 3, 4, 4))) == {}
 
 
 @pytest.mark.parametrize("name", ["gptq", "llm-fp4", "fp-baseline", "mse"])
-def test_solvers_beat_min_max_on_convolutions(name):
+def test_solvers_beat_min_max_on_convolutions(name: str) -> None:
     """Weights of four bits: less error at the output than min-max, by every method that looks at more than extremes."""
     exact = logits(networks()["resnet"], images().pixel_values)
     errors = {}
@@ -216,7 +222,7 @@ def test_solvers_beat_min_max_on_convolutions(name):
     assert errors[name] < errors["minmax-fp"]
 
 
-def test_searched_inputs_of_a_network_beat_measured_ones():
+def test_searched_inputs_of_a_network_beat_measured_ones() -> None:
     exact = logits(networks()["mobilenet"], images().pixel_values)
     errors = {}
     for method in ("minmax-fp", "fp-baseline"):
@@ -235,7 +241,7 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("network", ["resnet", "mobilenet"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_folders_load_as_they_were_quantized(network, dtype, tmp_path):
+def test_folders_load_as_they_were_quantized(network: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     network.save_pretrained(tmp_path / "float")
     (tmp_path / "float" / "preprocessor_config.json").write_text('{"size": {"height": 32, "width": 32}}')
     settings = nybble.Settings(samples=6, dtype=dtype)
@@ -257,7 +263,7 @@ def test_folders_load_as_they_were_quantized(network, dtype, tmp_path):
     assert report.bits < 10  # scales of tiny kernels weigh much
 
 
-def test_what_convolutions_cannot_have_is_said():
+def test_what_convolutions_cannot_have_is_said() -> None:
     network = networks()["resnet"]
     for activations in ("int8 token", "int8 shifted static"):
         with pytest.raises(SchemeError, match="one scale for the tensor"):
@@ -271,7 +277,7 @@ def test_what_convolutions_cannot_have_is_said():
     assert not Path("nowhere").exists()
 
 
-def test_a_config_cannot_make_timm_fetch_anything():
+def test_a_config_cannot_make_timm_fetch_anything() -> None:
     for more in ({"architecture": "hf-hub:a/b"}, {"model_args": {"checkpoint_path": "x.pth"}}):
         with pytest.raises(FileError, match=r"architecture|model_args"):
             make_config({"model_type": "timm_wrapper", "architecture": "resnet18", **more}, "config.json")
@@ -279,10 +285,12 @@ def test_a_config_cannot_make_timm_fetch_anything():
 
 @pytest.mark.skipif(not all(find_spec(n) for n in ("timm", "torchvision")), reason="timm needs a torchvision that fits")
 @pytest.mark.parametrize("architecture", ["resnet18", "efficientnet_lite0", "tf_efficientnet_lite0"])
-def test_timm_networks_through_transformers(tmp_path, architecture):
-    config = transformers.TimmWrapperConfig(architecture=architecture, num_labels=5)
+def test_timm_networks_through_transformers(tmp_path: Path, architecture: str) -> None:
+    make_config: Any = transformers.TimmWrapperConfig
+    config = make_config(architecture=architecture, num_labels=5)
     config.pretrained_cfg = {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.5] * 3}
-    network = transformers.TimmWrapperForImageClassification(config).eval().requires_grad_(False)
+    network: Any = transformers.TimmWrapperForImageClassification(config)
+    network.eval().requires_grad_(False)
     network.save_pretrained(tmp_path / "float")
     settings = nybble.Settings(samples=6, dtype=torch.float32)
     data, out = str(pictures(tmp_path)), tmp_path / "out"
@@ -294,14 +302,14 @@ def test_timm_networks_through_transformers(tmp_path, architecture):
     assert not any(isinstance(m, nn.BatchNorm2d) for m in ours.modules())
 
 
-def test_fisher_needs_a_matrix_product():
+def test_fisher_needs_a_matrix_product() -> None:
     scheme = {"rules": [{"targets": ["Conv"], "weights": "int8 channel", "inputs": "int8 tensor static"}]}
     recipe = parse_recipe({"name": "x", "scheme": scheme, "steps": [{"solver": "llm-fp4", "loss": "fisher"}]})
     with pytest.raises(DataError, match="fisher"):
         nybble.quantize(networks()["resnet"], recipe, images())
 
 
-def test_sizes_come_from_where_they_are_stated():
+def test_sizes_come_from_where_they_are_stated() -> None:
     config = ResNetConfig()
     with pytest.raises(DataError, match="crop_size"):
         preparation_for(config, {})
