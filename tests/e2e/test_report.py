@@ -61,7 +61,7 @@ def test_out_and_no_evaluation(folder: Path, tmp_path: Path, nybble: Run) -> Non
     (folder / "evaluation.json").unlink()
     code, output, _ = nybble("report", folder, "--out", tmp_path / "a.html")
     assert code == 0
-    assert "a.html: " in output and "--eval builtin" in output
+    assert "a.html: " in output and "--eval SRC" in output
     assert not (folder / "report.html").exists()
 
 

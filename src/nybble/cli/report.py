@@ -24,4 +24,4 @@ def command(
         return
     print(f"{found['report']}: {found['bytes'] / 1e3:,.0f} kB, {found['layers']} layers; open it in any browser")
     if not found["evaluated"]:
-        print("It has no quality numbers: `nybble quantize ... --eval builtin` measures them.")
+        print("It has no quality numbers: `nybble quantize ... --eval SRC` measures them (builtin for text).")

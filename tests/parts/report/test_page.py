@@ -89,7 +89,7 @@ def test_no_evaluation_says_how_to_get_one() -> None:
     data = page_data(1)
     data["evaluation"] = None
     text = Reader(render(data)).text
-    assert "nybble quantize … --eval builtin" in text
+    assert "nybble quantize … --eval SRC" in text
     assert "dB median SQNR" in text
 
 
