@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.tiny import WORDS, save_text, save_tiny
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from nybble.cli import main
@@ -494,9 +495,12 @@ def test_requests_from_python(folder: Path, tmp_path: Path) -> None:
         quantize(tiny_model(), RECIPE)
     with pytest.raises(UsageError, match=r"quantized in memory; save it with nybble\.save"):
         quantize(tiny_model(), RECIPE, out=tmp_path / "out")
+    model: Any = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    model.config = PreTrainedConfig()
     with pytest.raises(ModelError, match="no list of repeated blocks"):
-        model = torch.nn.Sequential(torch.nn.Linear(16, 16))
         quantize(model, build_recipe("rtn", weights="int4"))
+    del model.config  # a plain network is one block
+    assert len(quantize(model, build_recipe("rtn", weights="int4"))[1].layers) == 1
     changed, report = quantize(tiny_model(), build_recipe("rtn", weights="int4 group=16"))
     assert len(report.layers) == 14
     with pytest.raises(UsageError, match="matches no module that is left to it"):
