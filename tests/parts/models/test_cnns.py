@@ -263,6 +263,20 @@ def test_folders_load_as_they_were_quantized(network: Any, dtype: torch.dtype, t
     assert report.bits < 10  # scales of tiny kernels weigh much
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_rounding_does_not_shift_the_mean_of_a_channel(groups: int) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(4, 8, 3, groups=groups), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network.eval().requires_grad_(False)
+    x = torch.rand(8, 4, 10, 10) * 0.1 + 3  # a large mean, which rounded kernels no longer treat alike
+    data = ImageSamples(pixel_values=x, labels=None, sha256="", available=8, source="random", note="")
+    exact = network[0](x).mean((0, 2, 3))
+    nybble.quantize(network, build_recipe("minmax-int", weights="int4 channel", activations="int4 tensor static"), data)
+    conv: Any = network[0]
+    shift = (conv(x).mean((0, 2, 3)) - exact).abs().max()
+    assert shift < 0.02
+
+
 def test_what_convolutions_cannot_have_is_said() -> None:
     network = networks()["resnet"]
     for activations in ("int8 token", "int8 shifted static"):
