@@ -1,7 +1,8 @@
 """AutoRound as a peer: Intel's sign-gradient tuning of weight rounding on run.py's own calibration tokens.
 
-    PYTHONPATH=src PEER/bin/python benchmarks/quality/peers/autoround.py --calibration calibration.jsonl
-        --out "AutoRound INT4 g64" [--model FOLDER] [--device cuda] [--iters 200] [--samples 128] [--seq-len 1024]
+    PYTHONPATH=src:benchmarks/quality PEER/bin/python benchmarks/quality/peers/autoround.py
+        --calibration calibration.jsonl --out "AutoRound INT4 g64" [--model FOLDER] [--device cuda] [--iters 200]
+        [--samples 128] [--seq-len 1024]
     python benchmarks/quality/run.py --folder "AutoRound INT4 g64" ...
 
 PEER holds auto-round with what it asks for, and what nybble needs: model and tokens are made as run.py makes them.
@@ -17,10 +18,10 @@ import json
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from auto_round import AutoRound
+from run import named
 
 from nybble.data import TokenSamples, load_text, token_samples
 from nybble.models.source import open_source
@@ -67,12 +68,6 @@ def batches(tokens: TokenSamples, size: int) -> list[dict[str, torch.Tensor]]:
     end-of-sequence token, which stands between documents here.
     """
     return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in torch.split(tokens.input_ids, size)]
-
-
-def named(tokens: TokenSamples) -> dict[str, Any]:
-    """Where the tokens come from, without the folders of this machine."""
-    source = tokens.source
-    return {k: v.replace(source, Path(source).name) if isinstance(v, str) else v for k, v in tokens.manifest().items()}
 
 
 def arguments() -> argparse.Namespace:

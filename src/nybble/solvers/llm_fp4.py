@@ -44,8 +44,8 @@ class LlmFp4(Solver):
     Attributes:
         rounds: of alternating searches.
         grid: clip candidates. low, high: the range they span, as fractions of the largest magnitude.
-        fine: with a coarse grid, further candidates around its best; later rounds then try these alone, in the format
-            that was found. 0: every round searches the whole grid in every format.
+        fine: with a coarse grid, further candidates around its best, in the format that it found; later rounds then
+            try these alone. 0: every round searches the whole grid in every format.
         formats: search the split into exponent and mantissa bits too; else the scheme's formats stay.
         loss: ``output``, the squared output error; ``fisher``, each output's error weighted by the squared gradient of
             the model's loss (of linear layers; experts, tied tables and products of activations keep the former).
@@ -102,7 +102,7 @@ class LlmFp4(Solver):
     def flops(self, rows: int, columns: int, tokens: int, inputs: Quantizer | None) -> float:
         """Candidates times their products; rounding a value counts as 200 (measured beside bf16 products on a CPU)."""
         formats = 3 if self.formats else 1
-        first = formats * (self.grid + self.fine)
+        first = formats * self.grid + self.fine
         later = (self.rounds - 1) * (self.fine if self.fine else first)
         found = (first + later) * rows * columns * (2.0 * columns + 200)
         if inputs is not None and inputs.static:
@@ -162,9 +162,12 @@ class LlmFp4(Solver):
             same = ladder is before.ladder
             start = before.fraction if same else torch.ones_like(before.fraction)
             first = (start, least if same else error(ladder.values(start)))
-            fraction, errors = descend(ladder, error, first, grid, self.fine, step)
-            if errors.sum() < least.sum():
+            fraction, errors = descend(ladder, error, first, grid)
+            if errors.sum() < least.sum() or ladder is best.ladder:
                 best, least = _Choice(ladder, fraction, ladder.values(fraction)), errors
+        if self.fine:
+            fraction, _ = descend(best.ladder, error, (best.fraction, least), grid[:0], self.fine, step)
+            best = _Choice(best.ladder, fraction, best.ladder.values(fraction))
         return best
 
 
