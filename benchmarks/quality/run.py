@@ -28,6 +28,7 @@ from nybble.eval import evaluate_many
 from nybble.models.source import open_source
 from nybble.nn.swap import hold_dense, quant_modules
 from nybble.pipelines.job import versions
+from nybble.pipelines.report import Report
 from nybble.pipelines.request import build_recipe
 from nybble.recipe import load_recipe
 
@@ -39,18 +40,7 @@ def main() -> None:
     """Quantize and judge every row that is asked for."""
     args = arguments()
     source = open_source(args.model)
-    tokenizer = source.tokenizer()
-    calibration = token_samples(
-        load_text(args.calibration, "calibration", tokenizer), tokenizer, samples=args.samples, seq_len=args.seq_len,
-        seed=0,
-    )  # fmt: skip
-    texts = {}
-    for path in args.texts:
-        whole = token_samples(load_text(path, "evaluation", tokenizer), tokenizer, samples=None, seq_len=1024)
-        wanted = min(args.windows, whole.available)
-        texts[Path(path).stem] = token_samples(
-            load_text(path, "evaluation", tokenizer), tokenizer, samples=wanted, seq_len=1024
-        )
+    calibration, texts = tokens_of(args, source.tokenizer())
     reference = source.model(torch.bfloat16, args.device)
     float_row = {"name": "float", "tool": "nybble", "bits": "16/16/16", "layer_bits": 16.0, "seconds": 0.0}
     about = {"model": args.model, "hardware": hardware(args.device), "versions": versions()}
@@ -65,7 +55,7 @@ def main() -> None:
         if name == "float":
             record(args.out, float_row | about | {"texts": judge({"float": reference}, reference, texts)["float"]})
             continue
-        model, facts = run_row(ROWS[name], source, calibration, args)
+        model, _, facts = run_row(ROWS[name], source, calibration, args)
         found = judge({name: model}, reference, texts)[name]
         row = {"name": name, "tool": "nybble", "bits": ROWS[name].bits, **facts}
         seen = {"calibration": named(calibration)} if facts.pop("calibrated") else {}
@@ -75,8 +65,26 @@ def main() -> None:
         del model
 
 
-def run_row(row: Row, source: Any, calibration: TokenSamples, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The quantized model, dense for speed, and what it cost."""
+def tokens_of(args: argparse.Namespace, tokenizer: Any) -> tuple[TokenSamples, dict[str, TokenSamples]]:
+    """What calibrates, and each held-out text by name."""
+    calibration = token_samples(
+        load_text(args.calibration, "calibration", tokenizer), tokenizer, samples=args.samples, seq_len=args.seq_len,
+        seed=0,
+    )  # fmt: skip
+    texts = {}
+    for path in args.texts:
+        whole = token_samples(load_text(path, "evaluation", tokenizer), tokenizer, samples=None, seq_len=1024)
+        wanted = min(args.windows, whole.available)
+        texts[Path(path).stem] = token_samples(
+            load_text(path, "evaluation", tokenizer), tokenizer, samples=wanted, seq_len=1024
+        )
+    return calibration, texts
+
+
+def run_row(
+    row: Row, source: Any, calibration: TokenSamples, args: argparse.Namespace
+) -> tuple[Any, Report, dict[str, Any]]:
+    """The quantized model, dense for speed, what was done to its layers, and what it cost."""
     searches = bool(load_recipe(row.recipe).solver.quick)
     effort = (args.effort or row.effort) if searches else None
     recipe = build_recipe(
@@ -111,7 +119,7 @@ def run_row(row: Row, source: Any, calibration: TokenSamples, args: argparse.Nam
         "formats": formats,
         "fallbacks": sum(bool(layer.notes) for layer in report.layers),
     }
-    return model, facts
+    return model, report, facts
 
 
 @torch.no_grad()
@@ -154,20 +162,26 @@ def hardware(device: str) -> dict[str, Any]:
     return {"cpu": cpu, "threads": torch.get_num_threads(), "gpu": gpu}
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def common_arguments(description: str | None, windows: int) -> argparse.ArgumentParser:
+    """A parser of what every script on this protocol asks; ``windows`` is the default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo:smollm2")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--texts", nargs="+", required=True)
-    parser.add_argument("--folder", type=Path, nargs="*", default=[], help="judge what peers/weights.py wrote instead")
-    parser.add_argument("--rows", nargs="+", default=["float", *ROWS], choices=["float", *ROWS], metavar="ROW")
     parser.add_argument("--effort", choices=("quick", "full"), help="of the recipes that search, over the rows' own")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=1024)
-    parser.add_argument("--windows", type=int, default=64, help="held-out windows of 1,024 tokens of each text")
+    parser.add_argument("--windows", type=int, default=windows, help="held-out windows of 1,024 tokens of each text")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    return parser
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = common_arguments(__doc__, windows=64)
+    parser.add_argument("--folder", type=Path, nargs="*", default=[], help="judge what peers/weights.py wrote instead")
+    parser.add_argument("--rows", nargs="+", default=["float", *ROWS], choices=["float", *ROWS], metavar="ROW")
     parser.add_argument("--beside", type=int, default=0, help="so many other runs share the machine: said with seconds")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()

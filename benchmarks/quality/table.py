@@ -1,9 +1,9 @@
-"""The table and the plot of the quality benchmark, from its results alone.
+"""The tables and the plots of the quality benchmark, from its results alone.
 
     python benchmarks/quality/table.py [--check]
 
-benchmarks/results/quality.jsonl -> docs/quality.md and docs/quality.png. ``--check`` says whether docs/quality.md is
-what the results say, and writes nothing.
+benchmarks/results/quality.jsonl -> docs/quality.md and docs/quality.png; benchmarks/results/layers.json, if it exists,
+-> docs/layers.md and docs/layers.png. ``--check`` says whether the pages are what the results say, and writes nothing.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import layers_page
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
 PAGE, PLOT = ROOT / "docs" / "quality.md", ROOT / "docs" / "quality.png"
+LAYERS = ROOT / "benchmarks" / "results" / "layers.json"
+LAYERS_PAGE, LAYERS_PLOT = ROOT / "docs" / "layers.md", ROOT / "docs" / "layers.png"
 HEAD = """# Quality
 
 Made by `python benchmarks/quality/table.py` from `benchmarks/results/quality.jsonl`; the protocol is in
@@ -28,18 +32,29 @@ parentheses were taken while other rows ran on the same machine, and mean little
 
 
 def main() -> None:
-    """Write the page and the plot, or check the page."""
+    """Write the pages and the plots, or check the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
     page = HEAD + "\n".join(table(group) for group in groups(rows)) + f"\n![quality against bits]({PLOT.name})\n"
+    pages, layers = {PAGE: page}, None
+    if LAYERS.exists():
+        layers = json.loads(LAYERS.read_text(encoding="utf-8"))
+        pages[LAYERS_PAGE] = layers_page.page(layers, LAYERS_PLOT.name)
+    else:
+        print(f"no {LAYERS.relative_to(ROOT)} (quality/layers.py writes it): no {LAYERS_PAGE.relative_to(ROOT)}")
     if args.check:
-        if PAGE.read_text(encoding="utf-8") != page:
-            sys.exit(f"{PAGE.relative_to(ROOT)} is not what the results say; run benchmarks/quality/table.py")
+        stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+        if stale:
+            names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+            sys.exit(f"not what the results say: {names}; run benchmarks/quality/table.py")
         return
-    PAGE.write_text(page, encoding="utf-8")
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
     plot(rows)
+    if layers is not None:
+        layers_page.plot(layers, LAYERS_PLOT)
 
 
 def groups(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
