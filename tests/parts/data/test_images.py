@@ -77,6 +77,18 @@ def test_every_source_gives_the_same(tmp_path: Path, kind: str) -> None:
     assert few.pixel_values.shape == (4, 3, 16, 16) and few.sha256 != found.sha256
 
 
+def test_resized_pixels_are_bytes_as_pillow_has_them(tmp_path: Path) -> None:
+    from PIL import Image
+
+    picture = np.random.default_rng(0).integers(0, 256, (50, 37, 3)).astype(np.uint8)
+    np.save(tmp_path / "x.npy", picture[None])
+    plain = Preparation(height=16, width=20, channels=3, mean=(0.0,), std=(1.0,))
+    found = image_samples(str(tmp_path / "x.npy"), plain, samples=None).pixel_values[0] * 255
+    theirs = np.array(Image.fromarray(picture).resize((20, 16), Image.Resampling.BILINEAR))
+    assert (found - found.round()).abs().max() < 1e-4
+    assert (found.permute(1, 2, 0) - torch.from_numpy(theirs).float()).abs().max() < 1.01
+
+
 def test_size_and_preparation(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.full((2, 40, 30, 3), 51, np.uint8))
     wants = Preparation(height=8, width=8, channels=1, mean=(0.1,), std=(0.2,))

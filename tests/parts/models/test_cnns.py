@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +32,7 @@ from nybble.models.network import as_model
 from nybble.nn.batchnorm import find_folds
 from nybble.nn.conv import Geometry, QuantConv
 from nybble.nn.swap import quant_modules
+from nybble.pipelines import bias
 from nybble.pipelines.norms import fold_batchnorms, fold_norms
 from nybble.pipelines.plan import make_plan
 from nybble.pipelines.request import build_recipe
@@ -275,6 +277,31 @@ def test_rounding_does_not_shift_the_mean_of_a_channel(groups: int) -> None:
     conv: Any = network[0]
     shift = (conv(x).mean((0, 2, 3)) - exact).abs().max()
     assert shift < 0.02
+
+
+def channel_means(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    means: dict[str, Tensor] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d | QuantConv):
+            module.register_forward_hook(lambda _m, _a, y, name=name: means.update({name: y.mean((0, 2, 3))}))
+    network(x)
+    return means
+
+
+@pytest.mark.parametrize(("most", "tolerance"), [(1 << 25, 1e-5), (1, 0.1)], ids=["one batch", "as they come"])
+def test_channels_keep_their_means_behind_other_quantized_layers(
+    most: int, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bias, "MOST", most)
+    network, data = networks()["plain"], images(8)
+    exact = copy.deepcopy(network)
+    fold_batchnorms(exact, data.pixel_values[:1])
+    recipe = build_recipe("minmax-int", weights="int4 channel", activations="int4 tensor static")
+    nybble.quantize(network, recipe, data, settings=nybble.Settings(batch=4))
+    wanted, found = channel_means(exact, data.pixel_values), channel_means(network, data.pixel_values)
+    assert wanted.keys() == found.keys() == {"stem.0", "wide.0"}
+    for name, mean in wanted.items():
+        torch.testing.assert_close(found[name], mean, rtol=0, atol=tolerance)
 
 
 def test_what_convolutions_cannot_have_is_said() -> None:
