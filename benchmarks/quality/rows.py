@@ -38,7 +38,8 @@ def _table() -> dict[str, Row]:
     shifted = lines("16/4/4", FP, "shifted=4")
     rows["LLM-FP4 16/4/4 shifts of 4 bits"] = Row(recipe="llm-fp4", bits="16/4/4", **shifted)
     rows["GPTQ E2M1 g32"] = Row(recipe="gptq", weights="e2m1 group=32 scale_format=float16", bits="16/4/16")
-    rows["GPTQ INT4 g64"] = Row(recipe="gptq", weights="int4 group=64 scale_format=float16", bits="16/4/16")
+    int4 = "int4_full group=64 scale=absmax(target=7.5) scale_format=float16"  # all sixteen values, as peers have it
+    rows["GPTQ INT4 g64"] = Row(recipe="gptq", weights=int4, bits="16/4/16")
     rows["RTN E2M1 g32"] = Row(recipe="rtn", weights="e2m1 group=32 scale_format=float16", bits="16/4/16")
     rows["RTN NF4 64"] = Row(recipe="rtn", weights="nf4 flat=64", bits="16/4/16")
     rows["RTN NVFP4"] = Row(recipe="rtn", weights="nvfp4", inputs="nvfp4", bits="16/4/4")
