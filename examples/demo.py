@@ -73,7 +73,7 @@ def main() -> None:
         "--out", type=Path, default=Path("demo"), help="where the quantized models go (earlier ones are replaced)"
     )
     parser.add_argument("--record", type=Path, help="also write the table as JSON, with hardware and versions")
-    parser.add_argument("--windows", type=int, default=48, help="held-out windows of 512 tokens")
+    parser.add_argument("--windows", type=int, default=40, help="held-out windows of 512 tokens")
     parser.add_argument("--full", action="store_true", help="seven rows more")
     args = parser.parse_args()
     started = time.perf_counter()
