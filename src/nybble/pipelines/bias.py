@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nybble.models.trace import BlockCall
 from nybble.pipelines.watch import Batches
 
-MOST = 1 << 25  # values that enter the network at once: 222 images of 3 x 224 x 224
+MOST = 1 << 23  # values that enter the network at once: 55 images of 3 x 224 x 224
 Means = list[dict[str, list[Tensor]]]
 """By batch and convolution, of every call: the mean of each output channel, float32 [channels]."""
 

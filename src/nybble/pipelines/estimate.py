@@ -15,6 +15,7 @@ import torch
 
 from nybble.core.errors import DeviceError
 from nybble.models.adapter import Adapter
+from nybble.pipelines.bias import MOST
 from nybble.pipelines.plan import Plan, Target
 from nybble.pipelines.portrait import SAMPLE
 from nybble.pipelines.watch import PATCHES
@@ -120,7 +121,10 @@ def estimate_convs(model: Any, plan: Plan, solver: Solver, load: Load, flops: fl
     kept = sum(4 * t.shape[1] * (t.shape[1] + (most if "inputs" in gathered else SAMPLE)) for t in targets)
     together = [rows * t.shape[1] + 4 * inputs for t in targets for rows, inputs in [seen.get(t.name, (0, 0))]]
     working = [solver.working_bytes([t.shape[0]], t.shape[1]) + 24 * most * t.shape[1] for t in targets]
-    memory = BASE + weights * (size + 2 * load.source_bytes) + 8 * load.batch * max(together, default=0)
+    at_once = max(load.batch, min(load.samples, MOST // max(1, math.prod(load.image or (1,)))))
+    correcting = 4 * size * at_once * max((inputs for _, inputs in seen.values()), default=0)
+    running = max(8 * load.batch * max(together, default=0), correcting)
+    memory = BASE + weights * (size + 2 * load.source_bytes) + running
     memory += (kept if gathered else 0) + max(working, default=0)
     products = sum(rows * math.prod(t.shape) for t in targets for rows, _ in [seen.get(t.name, (0, 0))])
     seconds = 3 + 3 * load.samples * 2 * products / flops
