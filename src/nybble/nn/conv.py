@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nybble.nn.activation import ActivationQuantizer
-from nybble.nn.packed import Packed
+from nybble.nn.layer import QuantLayer
 from nybble.qtensor import QTensor
 
 CONVS = (nn.Conv1d, nn.Conv2d)
@@ -93,8 +93,8 @@ class Geometry:
         return rows if self.groups > 1 else rows[0]
 
 
-class QuantConv(nn.Module):
-    """A convolution with a weight that is dequantized in float32 and cast to the dtype of x.
+class QuantConv(QuantLayer):
+    """Stands for a convolution.
 
     Args:
         weight: QTensor [out, in / groups * kernel], or such a plain tensor where weights stay in float.
@@ -113,24 +113,14 @@ class QuantConv(nn.Module):
         outputs: ActivationQuantizer | None = None,
         folded: str = "",
     ) -> None:
-        super().__init__()
+        super().__init__(weight, bias, inputs, outputs)
         self.geometry, self.folded = geometry, folded
-        if isinstance(weight, QTensor):
-            self.weight: Packed | nn.Parameter = Packed(weight)
-        else:
-            self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.inputs, self.outputs = inputs, outputs
         # MobileNetV2 reads these of its convolutions.
         self.kernel_size, self.stride, self.dilation = geometry.kernel, geometry.stride, geometry.dilation
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As the float module."""
-        if self.inputs is not None:
-            x = self.inputs(x)
-        weight = self.weight.dequantize(x.dtype) if isinstance(self.weight, Packed) else self.weight
-        y = self.geometry.apply(x, weight, self.bias)
-        return y if self.outputs is None else self.outputs(y)
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """As the float convolution's."""
+        return self.geometry.apply(x, weight, self.bias)
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{self.geometry.channels[1]}, {self.geometry.channels[0]}, kernel={self.geometry.kernel}"

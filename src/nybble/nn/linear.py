@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from nybble.nn.activation import ActivationQuantizer
-from nybble.nn.packed import Packed
+from nybble.nn.layer import QuantLayer
 from nybble.qtensor import QTensor
 
 
-class QuantLinear(nn.Module):
-    """``y = out(in(x) @ W.T + b)``: W is dequantized in float32 and cast to the dtype of x, in which the product runs.
-
-    Args:
-        weight: QTensor [out, in], or a plain tensor where a scheme leaves weights in float.
-        bias: [out] or None.
-        inputs, outputs: quantizers of what enters and leaves.
-    """
+class QuantLinear(QuantLayer):
+    """Stands for ``nn.Linear`` and GPT-2's ``Conv1D``; arguments as :class:`QuantLayer`, the weight [out, in]."""
 
     def __init__(
         self,
@@ -26,22 +20,12 @@ class QuantLinear(nn.Module):
         inputs: ActivationQuantizer | None = None,
         outputs: ActivationQuantizer | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(weight, bias, inputs, outputs)
         self.out_features, self.in_features = weight.shape
-        if isinstance(weight, QTensor):
-            self.weight: Packed | nn.Parameter = Packed(weight)
-        else:
-            self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.inputs, self.outputs = inputs, outputs
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        if self.inputs is not None:
-            x = self.inputs(x)
-        weight = self.weight.dequantize(x.dtype) if isinstance(self.weight, Packed) else self.weight
-        y = functional.linear(x, weight, self.bias)
-        return y if self.outputs is None else self.outputs(y)
+        return functional.linear(x, weight, self.bias)
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
