@@ -99,8 +99,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         name = row["name"] if row["tool"] == "nybble" else f"{row['name']} ({row['version']})"
         cells = [name, row["bits"], row.get("effort") or "", f"{row['layer_bits']:.2f}"]
         for text in texts:
-            found, exact = row["texts"][text], reference["texts"][text]
-            cells += [f"{found['nll']:.3f}", f"{found['nll'] - exact['nll']:.3f}", f"{found['kl']:.3f}"]
+            found, exact = row["texts"].get(text), reference["texts"][text]
+            if found is None:
+                cells += ["", "", ""]
+                continue
+            kl = f"{found['kl']:.3f}" if "kl" in found else ""
+            cells += [f"{found['nll']:.3f}", f"{found['nll'] - exact['nll']:.3f}", kl]
         seconds = f"({row['seconds']:.0f})" if row.get("beside") else f"{row['seconds']:.0f}"
         lines.append("| " + " | ".join([*cells, seconds]) + " |")
     samples = "no calibration"
