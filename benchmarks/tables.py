@@ -146,11 +146,12 @@ def vit() -> str:
     every = list(dict.fromkeys(row["bits"] for row in data["rows"][1:]))
     found = {(row["bits"], row["method"]): row["top1"] for row in data["rows"]}
     rows = [[bits, *(f"{found[bits, method]:.4f}" for method in methods)] for bits in every]
-    gpu = data["training"]["hardware"]["gpu"]
+    gpu, machine = data["training"]["hardware"]["gpu"], data["hardware"]["gpu"] or data["hardware"]["cpu"]
     where = f"trained for {data['training']['epochs']} epochs" + (f" on one {gpu}" if gpu else "")
     about = (
         f"\nFloat: {data['rows'][0]['top1']:.4f}, {where}. {data['calibration']['samples']} training images calibrate, "
-        f"{data['effort']} search; torch {data['versions']['torch']}.\n"
+        f"{data['effort']} search; {machine}, torch {data['versions']['torch']}. A forward with shifts took "
+        f"{data['shift_time_ratio']:.2f} times that of one without them.\n"
     )
     return _table(("weights/activations", *methods), rows) + about
 
