@@ -234,8 +234,8 @@ def put_described(root: nn.Module, name: str, entry: dict[str, Any], layouts: La
     Raises:
         FileError: the entry is malformed. ModelError: the model has no such module.
     """
+    inside = isinstance(entry, dict) and entry.get("class") in ("experts", "matmuls")
     try:
-        inside = entry["class"] in ("experts", "matmuls")
         old = root.get_submodule(name.rpartition(".")[0] if inside else name)
     except AttributeError as error:
         raise ModelError(f"the checkpoint quantizes {name}, which this model does not have.") from error
@@ -262,6 +262,8 @@ def put_described(root: nn.Module, name: str, entry: dict[str, Any], layouts: La
                 ),
             )
             return
+        if entry["class"] not in ("linear", "conv"):
+            raise FileError(f"{name} is described as a {entry['class']!r:.80}, which this nybble does not know.")
         matrix = matrix_of(old)
         if matrix is None:
             raise ModelError(
