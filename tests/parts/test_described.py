@@ -14,7 +14,7 @@ from nybble.nn.swap import Layouts, put_described
 @pytest.mark.parametrize("entry", [{}, [], None, "linear", {"class": []}, {"class": "linear", "weight": "x"}])
 def test_malformed_descriptions(entry: Any) -> None:
     network = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(FileError, match="0 is described as a|malformed description of 0"):
+    with pytest.raises(FileError, match=r"0 is described as a|malformed description of 0"):
         put_described(network, "0", entry, Layouts())
     assert isinstance(network[0], nn.Linear)
 
