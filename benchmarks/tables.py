@@ -135,7 +135,11 @@ def minilm() -> str:
     found = {(row["bits"], row["method"]): row["cosine"] for row in data["rows"]}
     rows = [[bits, *(f"{found[bits, method]:.4f}" for method in methods)] for bits in every]
     sentences = f"{data['calibration']['samples']} sentences calibrate, {data['text']['samples']} of another text judge"
-    about = f"\nbfloat16 alone: {data['rows'][0]['cosine']:.5f}. {sentences}; torch {data['versions']['torch']}.\n"
+    quick = ", ".join(f"{name}={value}" for name, value in data["quick"].items())
+    about = (
+        f"\nbfloat16 alone: {data['rows'][0]['cosine']:.5f}. {sentences}; quick search ({quick}); "
+        f"torch {data['versions']['torch']}.\n"
+    )
     return _table(("embeddings/weights/activations", *methods), rows) + about
 
 

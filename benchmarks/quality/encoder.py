@@ -78,7 +78,7 @@ def main() -> None:
             rows.append(row | embedding_cosine(exact, embed(model, held.inputs)))
             print(rows[-1], flush=True)
     about = {"model": "demo:minilm", "calibration": named(calibration), "text": named(held)}
-    about |= {"hardware": hardware("cpu"), "versions": versions()}
+    about |= {"hardware": hardware("cpu"), "versions": versions(), "quick": dict(load_recipe("llm-fp4").solver.quick)}
     args.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
