@@ -5,23 +5,21 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.layer import QuantLayer
-from nybble.qtensor import QTensor
 
 
 class QuantLinear(QuantLayer):
     """Stands for ``nn.Linear`` and GPT-2's ``Conv1D``; arguments as :class:`QuantLayer`, the weight [out, in]."""
 
-    def __init__(
-        self,
-        weight: QTensor | Tensor,
-        bias: Tensor | None = None,
-        inputs: ActivationQuantizer | None = None,
-        outputs: ActivationQuantizer | None = None,
-    ) -> None:
-        super().__init__(weight, bias, inputs, outputs)
-        self.out_features, self.in_features = weight.shape
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.weight.shape[1]
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""

@@ -228,8 +228,10 @@ def describe(module: QuantModule, layouts: Layouts) -> dict[str, Any]:
     return found
 
 
-def put_described(root: nn.Module, name: str, entry: dict[str, Any], layouts: Layouts) -> None:
+def put_described(root: nn.Module, name: str, entry: Any, layouts: Layouts) -> None:
     """Replace the float module (or fused parameter) at ``name`` by the empty quantized one that ``entry`` describes.
+
+    ``entry`` is what :func:`describe` gave, read from a file that may say anything.
 
     Raises:
         FileError: the entry is malformed. ModelError: the model has no such module.
