@@ -208,6 +208,22 @@ def test_stacked_weights_are_solved_as_alone(order: bool) -> None:
         assert found.rtn_error == alone.rtn_error
 
 
+@pytest.mark.parametrize("line", ["int4 channel", "float4_e2m1fn channel", "int8 channel symmetric=false"])
+def test_groups_of_rows_are_solved_as_alone(line: str) -> None:
+    """Convolutions have a moment for each group; a group whose moment is singular or zero is no trouble to others."""
+    given, size = weight(line), ROWS // 4
+    singular = torch.ones(COLUMNS, COLUMNS) * 2
+    moments = torch.stack([moment(seed=1), singular, torch.zeros(COLUMNS, COLUMNS), moment(seed=2)])
+    solver = Gptq(damping=0.0)
+    together = solver.solve([given], Stats(second_moment=moments))[0]
+    assert any(note.startswith("damping raised to") for note in together.notes)
+    assert f"{COLUMNS} inputs are always zero" in together.notes
+    for group, found in enumerate(together.weight.dequantize().split(size)):
+        rows = Weight(name="w", matrix=given.matrix[group * size :][:size], quantizer=given.quantizer)
+        alone = solver.solve([rows], Stats(second_moment=moments[group]))[0]
+        assert (found != alone.weight.dequantize()).double().mean() <= 0.02
+
+
 def test_dead_columns_round_to_nearest() -> None:
     second = moment()
     second[[3, 17]] = 0

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -98,7 +98,7 @@ class Gptq(Solver):
             return [
                 Solved(weight=q, error=e, rtn_error=e, notes=note) for q, e in zip(plain, plain_errors, strict=True)
             ]
-        factor, notes = (self._factor if second_moment.dim() == 2 else self._factors)(second_moment)
+        factor, notes = self._factor(second_moment)
         if factor is None:
             return [
                 Solved(weight=q, error=e, rtn_error=e, notes=notes) for q, e in zip(plain, plain_errors, strict=True)
@@ -117,38 +117,36 @@ class Gptq(Solver):
         return solved
 
     def _factor(self, second_moment: Tensor) -> tuple[tuple[Tensor, Tensor | None] | None, tuple[str, ...]]:
-        """Upper Cholesky factor of the damped inverse, the order of columns, and notes; None if no damping helped."""
+        """Upper Cholesky factor of the damped inverse, the order of columns, and notes; None if no damping helped.
+
+        Of moments [groups, columns, columns] all factors at once; their columns stay in their order.
+        """
         h = second_moment.clone()
-        diagonal = h.diagonal()
+        diagonal = h.diagonal(dim1=-2, dim2=-1)
         dead = diagonal == 0
         diagonal[dead] = 1
         notes = [f"{int(dead.sum())} inputs are always zero"] if bool(dead.any()) else []
-        order = diagonal.argsort(descending=True, stable=True) if self.activation_order else None
+        order = diagonal.argsort(descending=True, stable=True) if self.activation_order and h.dim() == 2 else None
         if order is not None:
             h = h[order][:, order]
-        mean = float(h.diagonal().mean())
-        damping = self.damping
+        mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)
+        damping = torch.full_like(mean, self.damping)
         for attempt in range(4):
             damped = h.clone()
-            damped.diagonal().add_(damping * mean)
-            lower, failed = torch.linalg.cholesky_ex(damped)
-            if not bool(failed):
-                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-                if not bool(failed) and bool(torch.isfinite(upper).all()):
-                    if attempt:
-                        notes.append(f"damping raised to {damping:g}")
-                    return (upper, order), tuple(notes)
-            damping = max(damping, 1e-4) * 10
-        notes.append(f"the second moment can't be factorised even with damping {damping / 10:g}: rounded to nearest")
+            damped.diagonal(dim1=-2, dim2=-1).add_((damping * mean)[..., None])
+            lower, lower_failed = torch.linalg.cholesky_ex(damped)
+            lower = torch.where((lower_failed != 0)[..., None, None], torch.eye(h.shape[-1], device=h.device), lower)
+            upper, upper_failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            failed = (lower_failed != 0) | (upper_failed != 0) | ~torch.isfinite(upper).all(-1).all(-1)
+            if not bool(failed.any()):
+                if attempt:
+                    notes.append(f"damping raised to {float(damping.max()):g}")
+                return (upper, order), tuple(notes)
+            damping = torch.where(failed, damping.clamp_min(1e-4) * 10, damping)
+        notes.append(
+            f"the second moment can't be factorised even with damping {float(damping.max()) / 10:g}: rounded to nearest"
+        )
         return None, tuple(notes)
-
-    def _factors(self, moments: Tensor) -> tuple[tuple[Tensor, Tensor | None] | None, tuple[str, ...]]:
-        """As :meth:`_factor` for each group of rows, [groups, columns, columns]; columns stay in their order."""
-        plain = replace(self, activation_order=False)
-        found = [plain._factor(moment) for moment in moments]
-        notes = tuple(dict.fromkeys(note for _, each in found for note in each))
-        uppers = [factor[0] for factor, _ in found if factor is not None]
-        return ((torch.stack(uppers), None) if len(uppers) == len(found) else None), notes
 
     def _visit_groups(self, grids: Sequence[_Grid], uppers: Tensor) -> list[Tensor]:
         """As :meth:`_visit` where every group of rows has its own factor, [groups, columns, columns]: all at once."""
