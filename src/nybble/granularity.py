@@ -8,6 +8,7 @@ granularity  elements of one block                    shape of x          shape 
 tensor       all                                      [4, 64]             [1, 1]
 channel      all of one index of dimension 0          [4, 64]             [4, 1]
 token        one row of the last dimension            [2, 5, 64]          [2, 5, 1]
+plane        one channel of one image                 [4, 3, 8, 8]        [4, 3, 1, 1]
 group=32     32 neighbours in the last dimension      [4, 64]             [4, 2]
 block=2x32   a tile of the last two dimensions        [4, 64]             [2, 2]
 flat=48      48 neighbours in row-major order         [4, 64]             [6] (the tail is shorter)
@@ -127,6 +128,32 @@ class PerToken(Granularity):
 
     def __str__(self) -> str:
         return "token"
+
+
+@dataclass(frozen=True)
+class PerPlane(Granularity):
+    """One scale for each index of the first two dimensions: a channel of an image, or of a signal.
+
+    Vectors [images, width] have one scale each, so that a line serves a convolutional network and its classifier.
+    """
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:  # noqa: D102
+        _needs_dims(self, shape, 2)
+        lead = 2 if len(shape) > 2 else 1
+        return (*shape[:lead], *(1,) * (len(shape) - lead))
+
+    def to_blocks(self, x: Tensor) -> Tensor:  # noqa: D102
+        blocks = math.prod(self.scale_shape(x.shape))
+        return x.reshape(blocks, x.numel() // max(blocks, 1))
+
+    def from_blocks(self, blocks: Tensor, shape: Sequence[int]) -> Tensor:  # noqa: D102
+        return blocks.reshape(tuple(shape))
+
+    def expand(self, scale: Tensor, shape: Sequence[int]) -> Tensor:  # noqa: D102
+        return scale.reshape(self.scale_shape(shape))
+
+    def __str__(self) -> str:
+        return "plane"
 
 
 @dataclass(frozen=True)
@@ -291,13 +318,14 @@ def fitting_sizes(count: int, smallest: int = 8, most: int = 8) -> str:
 def parse_granularity(words: dict[str, str]) -> Granularity | None:
     """Take a granularity out of the words of a quantizer line, or None when it names none.
 
-    Recognised: ``tensor``, ``channel``, ``token``, ``rank1``, ``shifted`` or ``shifted=N``, ``group=N`` (with
-    ``pad=true``), ``block=RxC``, ``flat=N``. The words used are removed from ``words``.
+    Recognised: ``tensor``, ``channel``, ``token``, ``plane``, ``rank1``, ``shifted`` or ``shifted=N``, ``group=N``
+    (with ``pad=true``), ``block=RxC``, ``flat=N``. The words used are removed from ``words``.
     """
     bare: dict[str, Granularity] = {
         "tensor": PerTensor(),
         "channel": PerChannel(),
         "token": PerToken(),
+        "plane": PerPlane(),
         "rank1": Rank1(),
     }
     sized: list[str] = [key for key in ("group", "block", "flat", "shifted") if key in words]

@@ -19,7 +19,7 @@ from nybble.scales.minmax import MinMax
 from nybble.scales.mse import Mse
 
 PLAIN = ("float32", "float16", "bfloat16")
-GRANULARITY_WORDS = ("tensor", "channel", "token", "rank1", "shifted", "group", "pad", "block", "flat")
+GRANULARITY_WORDS = ("tensor", "channel", "token", "plane", "rank1", "shifted", "group", "pad", "block", "flat")
 WORDS = (
     "scale",
     "symmetric",

@@ -8,7 +8,8 @@
 ==================  =======================================================================================
 word                meaning (default)
 ==================  =======================================================================================
-granularity         tensor | channel | token | group=N [pad=true] | block=RxC | flat=N | rank1 | shifted[=N] (tensor)
+granularity         tensor | channel | token | plane | group=N [pad=true] | block=RxC | flat=N | rank1 |
+                    shifted[=N] (tensor)
 scale=              a scale rule and its options: absmax, mse(grid=80), percentile(p=99.9), pow2 ... (absmax)
 symmetric=false     integers: the range min..max with an integer zero point
 rounding=           nearest-even, half-away, half-up, half-down, toward-zero, native, stochastic ... (nearest-even)

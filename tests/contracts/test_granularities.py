@@ -16,6 +16,7 @@ LINES = [
         "tensor",
         "channel",
         "token",
+        "plane",
         "rank1",
         "group=1",
         "group=16",
@@ -140,10 +141,12 @@ def test_documented_scale_shapes() -> None:
         "tensor": ((4, 64), (1, 1)),
         "channel": ((4, 64), (4, 1)),
         "token": ((2, 5, 64), (2, 5, 1)),
+        "plane": ((4, 3, 8, 8), (4, 3, 1, 1)),
         "group=32": ((4, 64), (4, 2)),
         "block=2x32": ((4, 64), (2, 2)),
         "flat=48": ((4, 64), (6,)),
     }
     for line, (shape, want) in table.items():
         assert made(line).scale_shape(shape) == want
+    assert made("plane").scale_shape((4, 64)) == (4, 1)
     assert isinstance(made("rank1"), Rank1)

@@ -100,7 +100,7 @@ class QuantConv(QuantLayer):
         weight: QTensor [out, in / groups * kernel], or such a plain tensor where weights stay in float.
         bias: [out] or None.
         geometry: of the float convolution.
-        inputs, outputs: quantizers of what enters and leaves, one scale for the whole tensor.
+        inputs, outputs: quantizers of what enters and leaves: one scale for the whole tensor, or for each plane.
         folded: full name of the BatchNorm that is in weight and bias now; empty without one.
     """
 

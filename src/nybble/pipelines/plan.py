@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from nybble.core.errors import GranularityError, SchemeError, within
-from nybble.granularity import PerTensor, Shifted
+from nybble.granularity import PerPlane, PerTensor, Shifted
 from nybble.models.adapter import Adapter
 from nybble.models.experts import expert_weights, find_experts
 from nybble.nn.activation import check_static
@@ -236,10 +236,10 @@ def _check(target: Target, solver: Solver) -> None:
                 "their own before it (targets: [Experts]), or leave them in float (--ignore Experts)."
             )
         check_static(side)
-        if target.conv and type(side.granularity) is not PerTensor:
+        if target.conv and type(side.granularity) not in (PerTensor, PerPlane):
             raise SchemeError(
-                f"activations of a convolution have one scale for the tensor, and {side} has more: one value meets "
-                "many kernel positions. Write 'tensor'."
+                f"activations of a convolution can't have the scales of {side}: one value meets many kernel positions. "
+                "Write 'tensor', or 'plane' for one scale for each channel of each image."
             )
         if side is rule.inputs and side.static and rule.weights is None and solver.chooses_inputs:
             raise SchemeError("this recipe searches inputs together with weights, and this rule has no weights.")

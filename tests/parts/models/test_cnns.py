@@ -235,6 +235,22 @@ def test_searched_inputs_of_a_network_beat_measured_ones() -> None:
     assert errors["fp-baseline"] < errors["minmax-fp"]
 
 
+def test_planes_are_measured_one_by_one() -> None:
+    """An image's result doesn't depend on its batch, and a quiet channel has a grid of its own."""
+    network, data = networks()["plain"], images(8)
+    recipe = build_recipe("rtn", weights="none", activations="int4 plane symmetric=false")
+    nybble.quantize(network, recipe, data)
+    together = network(data.pixel_values)
+    alone = torch.cat([network(x[None]) for x in data.pixel_values])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    x = data.pixel_values * torch.tensor([1.0, 1e-3, 1e3]).view(1, 3, 1, 1)
+    conv: Any = network.stem[0]
+    rounded = conv.inputs(x)
+    step = (x.amax((2, 3), keepdim=True) - x.amin((2, 3), keepdim=True)) / 15
+    assert ((rounded - x).abs() <= step).all()  # half a step, and half a step of the zero point at the ends
+    assert all(len(plane.unique()) in range(8, 17) for plane in rounded.flatten(0, 1))
+
+
 def pictures(tmp_path: Path) -> Path:
     place = tmp_path / "images.npy"
     np.save(place, np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8))
@@ -242,12 +258,14 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("network", ["resnet", "mobilenet"], indirect=True)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_folders_load_as_they_were_quantized(network: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "inputs"), [(torch.float32, INT8["activations"]), (torch.bfloat16, "int8 plane symmetric=false")]
+)
+def test_folders_load_as_they_were_quantized(network: Any, dtype: torch.dtype, inputs: str, tmp_path: Path) -> None:
     network.save_pretrained(tmp_path / "float")
     (tmp_path / "float" / "preprocessor_config.json").write_text('{"size": {"height": 32, "width": 32}}')
     settings = nybble.Settings(samples=6, dtype=dtype)
-    recipe = build_recipe("minmax-int", **INT8)
+    recipe = build_recipe("minmax-int", weights=INT8["weights"], activations=inputs)
     out, report = nybble.quantize(
         tmp_path / "float", recipe, str(pictures(tmp_path)), out=tmp_path / "out", settings=settings
     )
@@ -261,7 +279,8 @@ def test_folders_load_as_they_were_quantized(network: Any, dtype: torch.dtype, t
     assert torch.equal(logits(ours, x), logits(there, x))
     assert torch.equal(logits(theirs, x), logits(ours, x))
     assert torch.equal(classify(ours, x), logits(ours, x).argmax(-1))
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in ours.modules())
+    # Rounding to nearest with inputs that are measured as they come looks at no images, and folds nothing.
+    assert any(isinstance(m, nn.BatchNorm2d) for m in ours.modules()) == ("plane" in inputs)
     assert report.bits < 10  # scales of tiny kernels weigh much
 
 
@@ -307,7 +326,7 @@ def test_channels_keep_their_means_behind_other_quantized_layers(
 def test_what_convolutions_cannot_have_is_said() -> None:
     network = networks()["resnet"]
     for activations in ("int8 token", "int8 shifted static"):
-        with pytest.raises(SchemeError, match="one scale for the tensor"):
+        with pytest.raises(SchemeError, match="Write 'tensor', or 'plane'"):
             nybble.quantize(network, build_recipe("rtn", weights="int8 channel", activations=activations), images())
     with pytest.raises(GranularityError, match=r"resnet\.embedder\.embedder\.convolution.*147"):
         nybble.quantize(network, build_recipe("rtn", weights="int4 group=32", activations="none"), images())
