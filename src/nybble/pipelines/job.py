@@ -70,7 +70,8 @@ class Job:
         if any(plan.products):
             use_quantized_attention(model)
         tokens = None
-        if plan.needs(solver) or transforms:
+        # Images are of use to every convolutional network: its BatchNorms fold, its biases are corrected.
+        if plan.needs(solver) or transforms or (adapter.convolutional and data != "builtin"):
             tokens = _calibration(source, adapter, data, settings) if isinstance(data, str) else data
             check_tokens(tokens, model)
         flops = measure_flops(torch.device(settings.device), settings.dtype)
