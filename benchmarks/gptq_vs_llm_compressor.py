@@ -86,7 +86,7 @@ def _prepare(args: argparse.Namespace) -> None:
     from safetensors.torch import load_file, save_file
 
     from nybble.data import load_text, token_samples
-    from nybble.models.source import open_source
+    from nybble.models.sources.open import open_source
 
     source = open_source(args.model)
     if not (args.work / "model").exists():
@@ -143,12 +143,12 @@ def _ours(args: argparse.Namespace) -> None:
 
     from nybble.data import TokenSamples
     from nybble.eval import evaluate_many
-    from nybble.models.source import open_source
+    from nybble.models.sources.open import open_source
     from nybble.nn.swap import hold_dense
-    from nybble.pipelines.job import versions
     from nybble.pipelines.quantize import quantize
-    from nybble.pipelines.settings import Settings
     from nybble.recipe import parse_recipe
+    from nybble.walk.job import versions
+    from nybble.walk.settings import Settings
 
     scheme = args.schemes[0]
     ids = load_file(args.work / "calibration.safetensors")["input_ids"]

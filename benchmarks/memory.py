@@ -45,7 +45,7 @@ RUN = (
     PEAK
     + """
 import json, sys
-from nybble.pipelines.job import Job
+from nybble.walk.job import Job
 from nybble.cli import build
 kept = []
 make = Job.make

@@ -26,18 +26,18 @@ from rich.console import Console
 from rich.table import Table
 
 import nybble
+from nybble.checkpoint.account import inspect
+from nybble.checkpoint.parts import EVALUATION
 from nybble.core.files import atomic_write_json
 from nybble.core.progress import Bars
 from nybble.data import load_text, token_samples
 from nybble.eval import evaluate_many
-from nybble.models.source import open_source
-from nybble.pipelines.checkpoint import EVALUATION
+from nybble.models.sources.open import open_source
+from nybble.pipelines.evaluate import go_on
 from nybble.pipelines.generate import generate
-from nybble.pipelines.inspect import inspect
-from nybble.pipelines.job import versions
-from nybble.pipelines.judge import go_on
-from nybble.pipelines.report_page import write_report
+from nybble.pipelines.report import write_report
 from nybble.pipelines.request import build_recipe
+from nybble.walk.job import versions
 
 MODEL = "demo:smollm2"
 E2M1 = "float4_e2m1fn group=32 scale_format=float16"

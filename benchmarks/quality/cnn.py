@@ -36,10 +36,10 @@ from nybble.core.progress import Bars
 from nybble.data.images import ImageSamples, Preparation, image_samples
 from nybble.eval import classify
 from nybble.nn.swap import hold_dense
-from nybble.pipelines.job import versions
-from nybble.pipelines.norms import fold_batchnorms
 from nybble.pipelines.request import build_recipe
 from nybble.recipe import Recipe
+from nybble.transforms._batchnorm import fold_batchnorms
+from nybble.walk.job import versions
 
 RESULT = Path(__file__).parents[1] / "results" / "cnn.json"
 PHOTOGRAPHS = (

@@ -35,13 +35,13 @@ from nybble.core.files import atomic_write_json
 from nybble.core.progress import Bars, Progress, task
 from nybble.data import TokenSamples
 from nybble.eval import evaluate
-from nybble.models.source import open_source
+from nybble.models.sources.open import open_source
 from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
 from nybble.nn.swap import quant_modules, set_module
-from nybble.pipelines.job import versions
-from nybble.pipelines.report import Report
 from nybble.recipe import load_recipe
+from nybble.report.record import Report
+from nybble.walk.job import versions
 
 RESULT = Path(__file__).parents[1] / "results" / "layers.json"
 FACTS = ("error", "rtn_error", "sqnr", "weights", "inputs")

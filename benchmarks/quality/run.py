@@ -25,12 +25,12 @@ import nybble
 from nybble.core.progress import Bars
 from nybble.data import TokenSamples, load_text, token_samples
 from nybble.eval import evaluate_many
-from nybble.models.source import open_source
+from nybble.models.sources.open import open_source
 from nybble.nn.swap import hold_dense, quant_modules
-from nybble.pipelines.job import versions
-from nybble.pipelines.report import Report
 from nybble.pipelines.request import build_recipe
 from nybble.recipe import load_recipe
+from nybble.report.record import Report
+from nybble.walk.job import versions
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality.jsonl"
 METRICS = ("nll", "ppl", "kl", "agreement")

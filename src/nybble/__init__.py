@@ -14,19 +14,20 @@ import importlib
 from typing import Any
 
 from nybble.core.imports import when_imported
+from nybble.core.versions import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _NAMES = {
     "Quantizer": "nybble.quantizer",
     "QTensor": "nybble.qtensor",
     "Scheme": "nybble.scheme",
     "Recipe": "nybble.recipe",
-    "Settings": "nybble.pipelines.settings",
+    "Settings": "nybble.walk.settings",
     "quantize": "nybble.pipelines.quantize",
     "quantize_many": "nybble.pipelines.many",
     "load": "nybble.pipelines.load",
-    "save": "nybble.pipelines.load",
+    "save": "nybble.checkpoint.save",
     "evaluate": "nybble.eval",
 }
 
@@ -40,7 +41,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _register() -> None:
-    importlib.import_module("nybble.nn.transformers_quantizer")
+    importlib.import_module("nybble.checkpoint.transformers_hook")
 
 
 when_imported("transformers.quantizers.auto", _register)

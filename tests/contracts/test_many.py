@@ -10,10 +10,10 @@ import torch
 from tests.tiny import save_text, save_tiny, tiny_tokenizer
 
 import nybble
+from nybble.calibration.trace import BlockCall
 from nybble.core.errors import SchemeError, UsageError
-from nybble.models.trace import BlockCall
 from nybble.pipelines.request import build_recipe
-from nybble.pipelines.settings import Settings
+from nybble.walk.settings import Settings
 
 RECIPES: dict[str, dict[str, Any]] = {
     "nothing seen": {"name": "rtn", "weights": "e2m1 group=16", "activations": "none"},

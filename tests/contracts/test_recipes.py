@@ -16,17 +16,17 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import nybble
+from nybble.checkpoint import parts as checkpoint
+from nybble.checkpoint.account import inspect
 from nybble.core.errors import ModelError, SchemeError
 from nybble.models.adapter import adapter_for
 from nybble.nn.experts import PackedExperts
 from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
-from nybble.pipelines import checkpoint
-from nybble.pipelines.inspect import inspect
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.request import build_recipe
-from nybble.pipelines.settings import Settings
 from nybble.recipe import Recipe, load_recipe, recipe_names
+from nybble.walk.settings import Settings
 
 RECIPES: dict[str, dict[str, str]] = {
     # Each with its own scheme; those that search, the quick way.

@@ -20,10 +20,10 @@ from transformers.utils import logging
 
 from nybble.cli import main
 from nybble.core.errors import DataError, DeviceError, FileError, ModelError, NybbleError, UsageError
-from nybble.pipelines import estimate
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.request import build_recipe
-from nybble.pipelines.settings import Settings
+from nybble.walk import estimate
+from nybble.walk.settings import Settings
 
 RECIPE = build_recipe("gptq", weights="int4 group=16")
 GOOD = ["--weights", "int4 group=16"]
@@ -416,7 +416,7 @@ def test_a_device_that_runs_full(folder: Path, tmp_path: Path, monkeypatch: pyte
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("2 GiB")
 
-    monkeypatch.setattr("nybble.pipelines.walk.see_block", full)
+    monkeypatch.setattr("nybble.walk.walk.see_block", full)
     with pytest.raises(DeviceError, match=r"cpu ran out of memory\. Use a smaller --batch"):
         run_quantize(folder / "model", folder, tmp_path / "out")
 

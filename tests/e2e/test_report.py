@@ -13,7 +13,7 @@ from tests.e2e.browser import Page, browse, find_chromium
 from tests.parts.report.synthetic import EVIL, page_data, save_quantized
 
 from nybble.cli import main
-from nybble.pipelines.report_page import write_report
+from nybble.pipelines.report import write_report
 from nybble.report.page import render
 
 Run = Callable[..., tuple[int, str, str]]

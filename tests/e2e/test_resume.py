@@ -20,7 +20,7 @@ from tests.tiny import save_text, save_tiny
 from nybble.core.errors import FileError
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.request import build_recipe
-from nybble.pipelines.settings import Settings
+from nybble.walk.settings import Settings
 
 BLOCKS = 12
 RECIPES = {

@@ -374,8 +374,8 @@ def test_fisher_of_a_model_is_the_squared_gradient(tmp_path: Path) -> None:
     from tests.tiny import input_ids, save_text, save_tiny, tiny_model
 
     import nybble
+    from nybble.calibration.fisher import fisher_of
     from nybble.models.adapter import adapter_for
-    from nybble.pipelines.fisher import fisher_of
     from nybble.recipe import parse_recipe
 
     model = tiny_model("llama", torch.float32)
@@ -442,8 +442,8 @@ def test_fisher_of_experts_and_tied_tables_is_their_output_error(tmp_path: Path)
 def test_fisher_needs_a_path_to_the_output(tmp_path: Path) -> None:
     from tests.tiny import input_ids, tiny_model
 
+    from nybble.calibration.fisher import fisher_of
     from nybble.models.adapter import adapter_for
-    from nybble.pipelines.fisher import fisher_of
 
     model = tiny_model("llama", torch.float32)
     model.model.layers[1].mlp.forward = lambda x: (x * 0).detach()  # nothing of the MLP gets out

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from nybble.core.errors import NybbleError
-from nybble.models.source import open_source
+from nybble.models.sources.open import open_source
 
 MUTATIONS = 800
 ODD: list[Any] = [

@@ -19,13 +19,13 @@ from tests.numerics.test_fuzz_files import MAX_GROWTH, mutated_bytes, mutated_js
 from tests.tiny import save_text, save_tiny
 from transformers.utils import logging
 
+from nybble.checkpoint.account import inspect
 from nybble.core.errors import NybbleError
-from nybble.pipelines.inspect import inspect
-from nybble.pipelines.judge import run_eval
+from nybble.pipelines.evaluate import run_eval
 from nybble.pipelines.load import load
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.request import build_recipe
-from nybble.pipelines.settings import Settings
+from nybble.walk.settings import Settings
 
 MUTATIONS = 400  # of each kind and model
 MODELS = {

@@ -11,10 +11,10 @@ from tests.tiny import input_ids, logits, save_text, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM
 
 import nybble
+from nybble.checkpoint.account import inspect
 from nybble.core.errors import SchemeError
 from nybble.nn.embedding import QuantEmbedding, TiedHead
 from nybble.nn.packed import Packed
-from nybble.pipelines.inspect import inspect
 from nybble.pipelines.request import build_recipe
 from nybble.quantizer import Quantizer
 from nybble.solvers import relative_error

@@ -24,7 +24,7 @@ from auto_round import AutoRound
 from run import named
 
 from nybble.data import TokenSamples, load_text, token_samples
-from nybble.models.source import open_source
+from nybble.models.sources.open import open_source
 
 
 def main() -> None:

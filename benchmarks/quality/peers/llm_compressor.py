@@ -17,7 +17,7 @@ from pathlib import Path
 from run import RESULTS, named, record
 
 from nybble.data import load_text, token_samples
-from nybble.models.source import open_source
+from nybble.models.sources.open import open_source
 
 MEASURED = Path(__file__).parents[2] / "results" / "gptq_vs_llm_compressor_h100.json"
 NAMES = {"int4-g64": ("llm-compressor GPTQ INT4 g64", "16/4/16"), "nvfp4": ("llm-compressor GPTQ NVFP4", "16/4/4")}

@@ -31,7 +31,7 @@ def command(
 ) -> None:
     """Evaluate MODEL on text."""
     from nybble.core.progress import Bars
-    from nybble.pipelines.judge import run_eval
+    from nybble.pipelines.evaluate import run_eval
 
     names = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
     result = run_eval({"model": model}, data, names, reference, seq_len, samples, device, progress=Bars())

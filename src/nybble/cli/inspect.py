@@ -16,7 +16,7 @@ def command(
     modules: Annotated[bool, typer.Option("--modules", help="A row for each quantized weight.")] = False,
 ) -> None:
     """Account for every byte of OUT."""
-    from nybble.pipelines.inspect import inspect
+    from nybble.checkpoint.account import inspect
 
     found = inspect(out)
     if json:

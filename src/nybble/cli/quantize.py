@@ -50,11 +50,11 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Quantize MODEL into the folder OUT."""
+    from nybble.checkpoint.account import inspect
     from nybble.core.progress import Bars
-    from nybble.pipelines.inspect import inspect
     from nybble.pipelines.quantize import quantize
     from nybble.pipelines.request import build_recipe
-    from nybble.pipelines.settings import Settings
+    from nybble.walk.settings import Settings
 
     made = build_recipe(
         recipe,
@@ -79,7 +79,7 @@ def command(
     _, report = quantize(model, made, data, out=out, settings=settings, progress=Bars(), announce=note)
     evaluation = None
     if eval is not None:
-        from nybble.pipelines.judge import judge_folder
+        from nybble.pipelines.evaluate import judge_folder
 
         found = judge_folder(out, model, eval, seq_len, device, Bars())
         evaluation = {**found["models"], "data": found["data"], "samples": found["samples"]}

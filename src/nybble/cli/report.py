@@ -16,7 +16,7 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Write a self-contained HTML page about OUT: errors, histograms, bytes, samples, manifest."""
-    from nybble.pipelines.report_page import write_report
+    from nybble.pipelines.report import write_report
 
     found = write_report(folder, out)
     if json:

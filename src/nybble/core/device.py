@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -34,3 +38,42 @@ def out_of_memory(device: str) -> Iterator[None]:
         raise DeviceError(
             f"{device} ran out of memory. Use a smaller --batch, fewer or shorter samples, or --spill."
         ) from error
+
+
+def require_memory(needed: int, device: torch.device) -> None:
+    """Refuse a run that can't fit; names both numbers."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if needed > free:
+        raise DeviceError(
+            f"about {needed / 1e9:.1f} GB are needed on {device} and {free / 1e9:.1f} GB are free. "
+            "Use fewer samples or shorter ones (--samples, --seq-len), a smaller --batch, or --spill."
+        )
+
+
+def available_memory() -> int:
+    """Bytes of memory that can be had without swapping."""
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text(encoding="ascii").splitlines() if meminfo.exists() else []
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-adds x 2 a second of a square product, from a few milliseconds of it."""
+    n = 1024 if device.type == "cpu" else 4096
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    best = math.inf
+    for _ in range(3):
+        _wait(device)
+        start = time.perf_counter()
+        a @ a
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

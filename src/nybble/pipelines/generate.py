@@ -25,7 +25,7 @@ def generate(
     """Answer or continue ``prompt``.
 
     Args:
-        model: what :func:`nybble.pipelines.load.load` takes; packed weights are dequantized once.
+        model: what :func:`nybble.checkpoint.load.load` takes; packed weights are dequantized once.
         prompt: some text.
         max_new_tokens: at most so many.
         chat: use the tokenizer's chat template, if it has one.

@@ -9,19 +9,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nybble.core.device import out_of_memory
+from nybble.checkpoint.save import mark_quantized
+from nybble.core.device import out_of_memory, require_memory
 from nybble.core.errors import SchemeError, UsageError
 from nybble.core.progress import Progress, Silent, task
 from nybble.core.seeds import preserve_global_rng
 from nybble.data import Samples
-from nybble.models.source import open_source
-from nybble.pipelines.checkpoint import mark_quantized
-from nybble.pipelines.estimate import require_memory
-from nybble.pipelines.job import Job
-from nybble.pipelines.report import LayerRow, Report
-from nybble.pipelines.settings import Settings
-from nybble.pipelines.walk import Walk
+from nybble.models.sources.open import open_source
 from nybble.recipe import Recipe
+from nybble.report.record import LayerRow, Report
+from nybble.walk.job import Job
+from nybble.walk.settings import Settings
+from nybble.walk.walk import Walk
 
 
 def quantize_many(
@@ -37,7 +36,7 @@ def quantize_many(
     Inputs, their ranges and second moments are gathered once for all recipes that ask for them.
 
     Args:
-        model: what :func:`nybble.models.open_source` takes.
+        model: what :func:`nybble.models.sources.open.open_source` takes.
         recipes: by any name. Their solvers follow the float network; transforms, which change it, are refused.
         data: as for :func:`nybble.quantize`.
         settings: the same.

@@ -23,19 +23,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nybble.checkpoint.parts import Parts
+from nybble.checkpoint.save import mark_quantized, model_config, save_side_files
 from nybble.core.device import out_of_memory
 from nybble.core.errors import FileError, NybbleError, UsageError
 from nybble.core.files import AtomicFolder
 from nybble.core.progress import Progress, Silent
 from nybble.core.seeds import preserve_global_rng
 from nybble.data import Samples
-from nybble.models.source import open_source
-from nybble.pipelines.checkpoint import Parts, mark_quantized, model_config, save_side_files
-from nybble.pipelines.job import Job
-from nybble.pipelines.report import LayerRow, Report
-from nybble.pipelines.settings import Settings
-from nybble.pipelines.walk import Walk
+from nybble.models.sources.open import open_source
 from nybble.recipe import Recipe, load_recipe
+from nybble.report.record import LayerRow, Report
+from nybble.walk.job import Job
+from nybble.walk.settings import Settings
+from nybble.walk.walk import Walk
 
 
 def quantize(
@@ -51,8 +52,8 @@ def quantize(
     """Quantize a model.
 
     Args:
-        model: what :func:`nybble.models.open_source` takes, a transformers model in memory, or a plain torch network
-            from images to logits; what is in memory is changed in place.
+        model: what :func:`~nybble.models.sources.open.open_source` takes, a transformers model in memory, or a plain
+            torch network from images to logits; what is in memory is changed in place.
         recipe: a name, a YAML file, or a Recipe.
         data: a SRC, or tokens or sentences already cut.
         out: a folder to write; it appears whole or not at all. None keeps the result in memory.
@@ -106,7 +107,7 @@ def _write(job: Job, out: Path, progress: Progress, announce: Callable[[str], No
                 assert job.source is not None
                 save_side_files(job.source, job.model, partial, images=job.adapter.reads == "images")
                 parts.assemble(job.part_names(), model_config(job.model, job.settings.dtype), job.manifest())
-            return parts.finish()
+            return [LayerRow.from_dict(row) for row in parts.finish()]
     except NybbleError as error:
         # A bad request leaves nothing; what could go on once there is room (a full disk) or the same request stays.
         if not isinstance(error, FileError):

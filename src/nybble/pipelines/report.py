@@ -1,136 +1,82 @@
-"""What was done to each layer: rows that the report, the manifest and ``--json`` share."""
+"""``nybble report``: read a quantized model's folder, make its page, write it whole or not at all."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from nybble.checkpoint.account import inspect
+from nybble.checkpoint.parts import EVALUATION, MANIFEST
+from nybble.core.errors import FileError, UsageError
+from nybble.core.files import atomic_write_text
+from nybble.core.guard import reading
+from nybble.models.build.config_file import read_json
+from nybble.report.checks import check_evaluation, check_manifest
+from nybble.report.page import render
 
-from nybble.pipelines.portrait import input_picture, weight_picture
-from nybble.qtensor import Factored, QuantParams, dense
-from nybble.quantizer import Quantizer
-from nybble.scheme import Rule
-from nybble.solvers import Solved, Weight, relative_error
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerRow:
-    """One weight.
-
-    Attributes:
-        name: full name. weights, inputs, outputs: quantizer lines, None where float. shape: [out, in].
-        bits: stored bits a weight, scales included. sqnr: of the weight, dB.
-        error: relative output error that the solver minimised (of the weight itself without calibration).
-        rtn_error: the same for round-to-nearest.
-        input_scale: a static input's scale. input_shifts: how many columns have each shift, 0 first (LLM-FP4).
-        clip: smallest, middle and largest of the rows' clip values, over the row's largest magnitude; if searched.
-        notes: fallbacks. weight_picture, input_picture: see :mod:`nybble.pipelines.portrait`; the latter where
-            calibration ran the layer.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    weights: str | None
-    inputs: str | None
-    outputs: str | None
-    bits: float
-    sqnr: float | None
-    error: float | None
-    rtn_error: float | None
-    input_scale: float | None = None
-    input_shifts: tuple[int, ...] | None = None
-    clip: tuple[float, float, float] | None = None
-    notes: tuple[str, ...] = ()
-    weight_picture: dict[str, Any] | None = None
-    input_picture: dict[str, Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @staticmethod
-    def from_dict(data: dict[str, Any]) -> LayerRow:
-        """Inverse of :meth:`to_dict`."""
-        found: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return LayerRow(**found)
+PAGE = "report.html"
 
 
-def layer_row(
-    name: str,
-    rule: Rule,
-    shape: tuple[int, int],
-    weight: Weight | None,
-    solved: Solved | None,
-    inputs: tuple[Quantizer | None, QuantParams | None],
-    sample: Tensor | None = None,
-) -> LayerRow:
-    """The row of one weight [out, in].
+def write_report(folder: str | Path, out: str | Path | None = None) -> dict[str, Any]:
+    """Write the page about a quantized model.
 
     Args:
-        name: full name.
-        rule: the scheme's.
-        shape: of the weight.
-        weight: None where it stays in float.
-        solved: the same.
-        inputs: the quantizer that the input really gets, and its parameters if they are static.
-        sample: some of the inputs, [tokens, columns].
+        folder: what ``nybble quantize`` wrote.
+        out: the file to make or replace, .html or .htm; by default report.html in ``folder``.
+
+    Returns:
+        ``report``, ``bytes`` (of the page), ``layers``, ``bits_per_weight``, ``evaluated``.
+
+    Raises:
+        UsageError: ``out`` is not a name for a page, or Jinja2 is missing.
+        FileError: the folder is not nybble's, a file in it is broken, or the page can't be written.
     """
-    sqnr = None
-    if solved is not None and weight is not None:
-        lost = relative_error(weight.matrix, solved.weight.dequantize(), None)
-        sqnr = -10 * math.log10(lost) if lost > 0 else None
-    quantizer, params = inputs
-    scale, shifts = None if params is None else params.scale, None
-    if isinstance(scale, Factored):
-        scale, powers = (dense(factor) for factor in scale.factors)
-        shifts = tuple(torch.bincount(powers.reshape(-1).log2().neg().long()).tolist())
-    clip = None
-    if solved is not None and solved.clip is not None:
-        low, middle, high = torch.quantile(solved.clip.float(), torch.tensor([0.0, 0.5, 1.0])).tolist()
-        clip = (low, middle, high)
-    given = rule.weights if solved is None or solved.quantizer is None else solved.quantizer
-    return LayerRow(
-        name=name,
-        shape=shape,
-        weights=None if given is None else str(given),
-        inputs=None if quantizer is None else str(quantizer),
-        outputs=None if rule.outputs is None else str(rule.outputs),
-        bits=16.0 if solved is None else solved.weight.bits_per_element(),
-        sqnr=sqnr,
-        error=None if solved is None else solved.error,
-        rtn_error=None if solved is None else solved.rtn_error,
-        input_scale=float(scale.max()) if isinstance(scale, Tensor) else None,
-        input_shifts=shifts,
-        clip=clip,
-        weight_picture=None if solved is None or weight is None else weight_picture(weight.matrix, solved.weight),
-        input_picture=None if sample is None else input_picture(sample, quantizer, params),
-        notes=() if solved is None else solved.notes,
-    )
+    folder = Path(folder)
+    target = folder / PAGE if out is None else Path(out)
+    if target.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--out {target}: the report is a page; give a name that ends in .html.")
+    if target.is_dir():
+        raise FileError(f"{target} is a folder. Give --out another name.")
+    data = collect(folder)
+    with reading(folder / MANIFEST):  # JSON nested deeper than Python follows
+        page = render(data)
+    atomic_write_text(target, page)
+    return {
+        "report": str(target),
+        "bytes": len(page.encode()),
+        "layers": len(data["manifest"]["layers"]),
+        "bits_per_weight": data["sizes"]["bits_per_weight"],
+        "evaluated": data["evaluation"] is not None,
+    }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What a run did: rows for layers, and the manifest that says with what.
+def collect(folder: Path) -> dict[str, Any]:
+    """What the page shows: ``title``, ``manifest``, ``config``, ``sizes``, ``evaluation`` (None without one).
 
-    Attributes:
-        layers: one a weight. manifest: model, recipe, data hashes, versions. seconds: wall time of the quantization.
-        evaluation: metrics by name after quantization (and of the float model under ``float``).
+    Raises:
+        FileError: see :func:`write_report`.
     """
+    if not folder.is_dir():
+        raise FileError(f"{folder} is not a folder. Give the one that `nybble quantize` wrote.")
+    if not (folder / MANIFEST).is_file():
+        raise FileError(f"{folder} has no {MANIFEST}, so nybble did not write it. Give a folder of `nybble quantize`.")
+    manifest = read_json(folder / MANIFEST)
+    check_manifest(manifest, folder / MANIFEST)
+    evaluation = None
+    if (folder / EVALUATION).exists():
+        evaluation = read_json(folder / EVALUATION)
+        check_evaluation(evaluation, folder / EVALUATION)
+    return {
+        "title": folder.resolve().name or str(folder),
+        "manifest": manifest,
+        "config": read_json(folder / "config.json"),
+        "sizes": _without_page(inspect(folder)),
+        "evaluation": evaluation,
+    }
 
-    layers: tuple[LayerRow, ...]
-    manifest: dict[str, Any]
-    seconds: float
-    evaluation: dict[str, Any] | None = None
 
-    def worst(self, count: int = 5) -> list[LayerRow]:
-        """The layers with the largest relative error."""
-        return sorted(self.layers, key=lambda row: -(row.error or 0.0))[:count]
-
-    @property
-    def bits(self) -> float:
-        """Stored bits a quantized weight, scales included."""
-        total = sum(math.prod(row.shape) for row in self.layers)
-        return sum(row.bits * math.prod(row.shape) for row in self.layers) / total if total else 16.0
+def _without_page(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Sizes less an earlier report page: a page can't count itself, and a second run should say the same."""
+    page = sizes["files"].get(PAGE, 0)
+    roles = sizes["bytes"] | {"report": sizes["bytes"].get("report", 0) - page}
+    return sizes | {"bytes": roles, "total": sizes["total"] - page}

@@ -18,7 +18,7 @@ def render(data: dict[str, Any]) -> str:
 
     Args:
         data: ``title``; ``manifest`` (nybble.json, checked); ``config`` (config.json); ``sizes`` (of
-            :func:`nybble.pipelines.inspect.inspect`); ``evaluation`` (evaluation.json, checked) or None.
+            :func:`nybble.checkpoint.account.inspect`); ``evaluation`` (evaluation.json, checked) or None.
 
     Returns:
         HTML. Every text in it that came from ``data`` is escaped.

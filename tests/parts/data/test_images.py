@@ -14,12 +14,12 @@ import torch
 import transformers
 
 import nybble
+from nybble.checkpoint.account import inspect
 from nybble.core.errors import DataError, FileError, ModelError, UsageError
 from nybble.data.images import Preparation, image_samples, preparation_for
 from nybble.eval import classification, classify
+from nybble.pipelines.evaluate import run_eval
 from nybble.pipelines.generate import generate
-from nybble.pipelines.inspect import inspect
-from nybble.pipelines.judge import run_eval
 from nybble.pipelines.request import build_recipe
 
 WANTS = Preparation(height=16, width=16, channels=3, mean=(0.5,), std=(0.5,))

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from nybble.calibration.trace import capture_block_calls, trace_groups
 from nybble.core.errors import ModelError
 from nybble.core.registry import Registry
 from nybble.models.adapter import LinearFold, adapter_for, feeding_rows, generic_adapter
 from nybble.models.linears import weight_of
-from nybble.models.trace import capture_block_calls, trace_groups
 
 SHARED_INPUT = {
     "gpt2": {("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)},

@@ -24,21 +24,21 @@ from transformers import (
 
 import nybble
 from nybble.core.errors import DataError, FileError, GranularityError, ModelError, SchemeError, UsageError
+from nybble.corrections import bias
 from nybble.data.images import ImageSamples, image_samples, preparation_for
 from nybble.eval import classify
 from nybble.models.adapter import adapter_for
-from nybble.models.config_file import make_config
+from nybble.models.build.config_file import make_config
 from nybble.models.network import as_model
 from nybble.nn.batchnorm import find_folds
 from nybble.nn.conv import Geometry, QuantConv
 from nybble.nn.swap import quant_modules
-from nybble.pipelines import bias
-from nybble.pipelines.norms import fold_batchnorms, fold_norms
-from nybble.pipelines.plan import make_plan
 from nybble.pipelines.request import build_recipe
 from nybble.quantizer import Quantizer
 from nybble.recipe import parse_recipe
 from nybble.solvers import make_solver
+from nybble.transforms._batchnorm import fold_batchnorms, fold_norms
+from nybble.walk.plan import make_plan
 
 INT8 = {"weights": "int8 channel", "activations": "int8 tensor static"}
 CONVOLUTIONS: dict[str, Any] = {

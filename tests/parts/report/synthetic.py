@@ -98,7 +98,7 @@ def save_quantized(folder: Path, **changes: Any) -> Path:
 
     from nybble.pipelines.quantize import quantize
     from nybble.pipelines.request import build_recipe
-    from nybble.pipelines.settings import Settings
+    from nybble.walk.settings import Settings
 
     torch.set_num_threads(1)
     recipe = build_recipe("gptq", weights="int4 group=16", activations="int8 token")

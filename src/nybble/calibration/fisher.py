@@ -1,0 +1,138 @@
+"""Fisher information of layer outputs: squared gradients of the model's log likelihood, from one backward a batch.
+
+The labels are drawn from the model itself, so the squares estimate the (diagonal) Fisher information and not the error
+on some task: a model with logits is a categorical distribution, one with hidden states alone a Gaussian of unit
+variance around them (Kunstner et al. 2019, arXiv:1905.12558, on why not the data's own labels). LLM-FP4 and its
+predecessors take the gradient of their task's loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nybble.calibration.statistics import InputSample
+from nybble.core.errors import DataError
+from nybble.core.seeds import derive_seed
+from nybble.models.adapter import Adapter
+
+
+def fisher_of(
+    model: nn.Module,
+    adapter: Adapter,
+    layers: Mapping[str, int],
+    inputs: Mapping[str, Tensor],
+    *,
+    batch: int,
+    tokens: int,
+    most: int,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Squared gradients of the outputs of some layers.
+
+    Args:
+        model: float, all of it loaded; its parameters get no gradients.
+        adapter: the model's.
+        layers: linear modules by full name, and the width of their outputs.
+        inputs: what the model is called with, all samples.
+        batch: samples a forward takes.
+        tokens: how many real tokens those have.
+        most: how many to keep, spread as the inputs that solvers see.
+        seed: of the labels.
+
+    Returns:
+        float32 [tokens, rows] a layer, the rows of padding left out.
+
+    Raises:
+        DataError: no gradient reached a layer, so the model's output doesn't depend on it.
+    """
+    found = {name: InputSample(rows, tokens, most) for name, rows in layers.items()}
+    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    device = next(iter(asked)).device
+    generator = torch.Generator(device).manual_seed(derive_seed(seed, "fisher"))
+    handles = [
+        model.get_submodule(stack[0]).register_forward_pre_hook(_ask_for_gradients, with_kwargs=True)
+        for stack in adapter.stack_names(model)
+    ]
+    try:
+        model.requires_grad_(False)
+        for start in range(0, len(next(iter(inputs.values()))), batch):
+            given = {name: tensor[start : start + batch].to(device) for name, tensor in inputs.items()}
+            _add(model, given, found, generator)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, was in asked.items():
+            parameter.requires_grad_(was)
+    result = {}
+    for name, sample in found.items():
+        squares = sample.all()
+        if squares is None:
+            raise DataError(
+                f"no gradient of the model's output reached {name}, so it has no Fisher weights; ignore it."
+            )
+        result[name] = squares
+    return result
+
+
+def _ask_for_gradients(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    if hidden.is_leaf:
+        hidden.requires_grad_(True)
+
+
+def _add(model: nn.Module, given: Mapping[str, Tensor], found: Mapping[str, InputSample], generator: Any) -> None:
+    """One batch forth and back."""
+    mask = given.get("attention_mask")
+    real = None if mask is None else mask.bool()
+    gradients: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def see(_: nn.Module, __: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                keep: Any = output.register_hook
+                keep(lambda gradient: gradients.update({name: gradient.detach()}))
+
+        return see
+
+    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in found]
+    try:
+        with torch.enable_grad():
+            log_likelihood(model(**given), real, generator).backward()  # type: ignore[no-untyped-call]
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, gradient in gradients.items():
+        padded = real is not None and gradient.shape[:2] == real.shape
+        kept = gradient[real] if padded and real is not None else gradient
+        found[name].add(kept.float().square())
+
+
+def log_likelihood(output: Any, real: Tensor | None, generator: Any) -> Tensor:
+    """The log likelihood of labels drawn from the model's own distribution, summed."""
+    logits: Tensor | None = getattr(output, "logits", None)
+    if logits is None:
+        hidden: Tensor = output.last_hidden_state.float()
+        noise = torch.randn(hidden.shape, generator=generator, device=hidden.device)
+        total = hidden * noise  # the gradient of -|h - y|^2 / 2 at y = h + noise
+        return (total if real is None else total[real]).sum()
+    chances = torch.log_softmax(logits.float(), -1)
+    flat = chances.reshape(-1, chances.shape[-1])
+    labels = torch.multinomial(flat.detach().exp(), 1, generator=generator)
+    picked = flat.gather(1, labels)
+    if real is not None and chances.dim() == 3:
+        picked = picked[real.reshape(-1)]
+    return picked.sum()
+
+
+def layers_with_weights(blocks: Sequence[tuple[str, Sequence[Any]]]) -> dict[str, int]:
+    """Full name -> rows of every linear target; ``blocks``: a block's name and its targets."""
+    return {
+        f"{name}.{t.name}": t.shape[0]
+        for name, targets in blocks
+        for t in targets
+        if t.rule.weights and not t.experts and not t.conv
+    }

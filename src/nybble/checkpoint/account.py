@@ -1,0 +1,85 @@
+"""What every byte of a quantized model is for; the sum is the size on disk, and there is no "other"."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from nybble.checkpoint.read import read_checkpoint
+from nybble.core.errors import FileError
+
+
+def inspect(folder: str | Path) -> dict[str, Any]:
+    """Bytes by role, by module and by file.
+
+    Returns:
+        ``bytes``: role -> bytes (codes, scales, offsets, tables, padding, unquantized, headers, config, tokenizer ...),
+        which add up to ``total``, the size of all files; ``modules``: per quantized weight bytes by role, elements,
+        bits; ``bits_per_quantized_weight``, and ``bits_per_weight`` over all that is stored; ``files``: name -> size.
+
+    Raises:
+        FileError: the folder can't be read, or config and tensors contradict each other.
+    """
+    folder = Path(folder)
+    checkpoint = read_checkpoint(folder)
+    total: dict[str, int] = defaultdict(int)
+    modules: dict[str, dict[str, Any]] = {
+        n: {"elements": c, "bytes": defaultdict(int)} for n, c in checkpoint.elements.items()
+    }
+    parameters = 0
+    for name, entry in checkpoint.stored.items():
+        role = checkpoint.roles.get(name, "unquantized")
+        wasted = checkpoint.padding.get(name, 0)
+        total[role] += entry.nbytes - wasted
+        if wasted:
+            total["padding"] += wasted
+        owner = next((prefix for prefix in _prefixes(name) if prefix in modules), None)
+        if owner is not None:
+            modules[owner]["bytes"][role] += entry.nbytes
+        elif role == "unquantized":
+            parameters += math.prod(entry.shape)
+    total["headers"] += sum(header.data_start for header in checkpoint.headers)
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    weights = {header.path.name for header in checkpoint.headers}
+    for name, size in files.items():
+        if name not in weights:
+            total[_file_role(name)] += size
+    for found in modules.values():
+        found["bytes"] = dict(found["bytes"])
+        found["bits"] = 8 * sum(found["bytes"].values()) / max(1, found["elements"])
+    elements = sum(checkpoint.elements.values())
+    packed = sum(sum(found["bytes"].values()) for found in modules.values())
+    stored = sum(entry.nbytes for entry in checkpoint.stored.values())
+    result = {
+        "total": sum(files.values()),
+        "bytes": dict(total),
+        "files": files,
+        "parameters": elements + parameters,
+        "quantized_parameters": elements,
+        "bits_per_quantized_weight": 8 * packed / max(1, elements),
+        "bits_per_weight": 8 * stored / max(1, elements + parameters),
+        "modules": modules,
+    }
+    if sum(total.values()) != result["total"]:
+        raise FileError(
+            f"{folder}: {sum(total.values())} bytes are accounted for and {result['total']} are on disk; "
+            "a file was changed."
+        )
+    return result
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
+
+
+def _file_role(name: str) -> str:
+    if name.startswith(
+        ("additional_chat_templates", "tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens")
+    ):
+        return "tokenizer"
+    if name == "model.safetensors.index.json":
+        return "headers"
+    return "report" if name in ("nybble.json", "evaluation.json", "report.html") else "config"

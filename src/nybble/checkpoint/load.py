@@ -1,0 +1,93 @@
+"""From files to models and back: float models from any source, quantized ones from the folders that nybble writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from nybble.checkpoint.read import Checkpoint, read_checkpoint
+from nybble.checkpoint.save import mark_quantized
+from nybble.core.errors import FileError
+from nybble.core.guard import reading
+from nybble.models.build.config_file import make_config, read_json
+from nybble.models.build.skeleton import expected_tensors, fill_buffers_, meta_model
+from nybble.nn.swap import Layouts, prepare_quantized, put_described
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether ``folder`` holds a checkpoint that nybble wrote."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return False
+    quantization = read_json(path).get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "nybble"
+
+
+def load_quantized(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model in a folder that nybble wrote, on the CPU; float parts in ``dtype``, or as its config says."""
+    checkpoint = read_checkpoint(folder)
+    config = make_config(dict(checkpoint.config), str(folder / "config.json"))
+    stated = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    model = meta_model(config, dtype or stated, len(checkpoint.stored))
+    layouts = Layouts(checkpoint.layouts)
+    with torch.device("meta"):
+        for name, entry in checkpoint.modules.items():
+            put_described(model, name, entry, layouts)
+    prepare_quantized(model)
+    _check_names(folder, checkpoint, expected_tensors(model))
+    tensors = _read(folder, checkpoint, dtype)
+    fill_buffers_(model)
+    with reading(folder):
+        model.load_state_dict(tensors, strict=False, assign=True)
+        model.tie_weights()
+        mark_quantized(model, checkpoint.config["quantization_config"])
+        generation = folder / "generation_config.json"
+        if generation.is_file() and model.can_generate():
+            from transformers import GenerationConfig
+
+            model.generation_config = GenerationConfig.from_dict(read_json(generation))
+    return nn.Module.eval(model)
+
+
+def _check_names(folder: Path, checkpoint: Checkpoint, expected: dict[str, Tensor]) -> None:
+    """Every tensor of the model is in the files with its shape, tied ones at least once, and no other."""
+    stored = {id(tensor) for name, tensor in expected.items() if name in checkpoint.stored}
+    for name, tensor in expected.items():
+        found = checkpoint.stored.get(name)
+        if found is None and id(tensor) not in stored:
+            raise FileError(f"{folder}: the model needs {name}, which the weight files do not hold.")
+        if found is not None and tuple(found.shape) != tuple(tensor.shape):
+            raise FileError(f"{folder}: {name} is {list(found.shape)}; config.json says {list(tensor.shape)}.")
+    unknown = [name for name in checkpoint.stored if name not in expected]
+    if unknown:
+        raise FileError(f"{folder}: the weight files hold {unknown[0]}, which the model of config.json does not have.")
+
+
+def _read(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    tensors: dict[str, Tensor] = {}
+    for header in checkpoint.headers:
+        with reading(header.path), safe_open(header.path, framework="pt", device="cpu") as file:
+            for name in header.tensors:
+                tensor = file.get_tensor(name).clone()  # not a map of the file, which may change
+                cast = dtype is not None and tensor.is_floating_point() and name not in checkpoint.expected
+                tensors[name] = tensor.to(dtype) if cast else tensor
+    return tensors
+
+
+def read_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the weights."""
+    from transformers import AutoTokenizer
+
+    with reading(f"the tokenizer of {folder}"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), config=config, trust_remote_code=False, local_files_only=True
+        )
+    return tokenizer

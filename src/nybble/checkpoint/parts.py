@@ -1,0 +1,208 @@
+"""The files of a quantized model: one part a block while the work runs, one safetensors file when it is done.
+
+``OUT.partial/parts/block-0007.safetensors`` and its ``.json`` (descriptions and report rows) appear whole, the JSON
+last, so that a block either is done or is not. The result holds no times: the same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from nybble.core.errors import FileError
+from nybble.core.files import atomic_write_json
+from nybble.core.tensorfile import merge_tensorfiles, write_tensorfile
+from nybble.core.versions import VERSION
+from nybble.nn.swap import FORMAT_VERSION, Layouts, describe, put_described, quant_modules
+
+if TYPE_CHECKING:
+    pass
+
+SHARD_BYTES = 5_000_000_000
+MANIFEST = "nybble.json"
+EVALUATION = "evaluation.json"
+REQUEST = "request.json"
+SPILL = "hidden.bin."  # and the number of the stack
+
+
+def _never(name: str) -> bool:
+    return False
+
+
+class Parts:
+    """The parts of an unfinished model in ``folder``; with ``resume`` those of an earlier run count.
+
+    ``request.json`` stays until the folder is complete, and the manifest is the last of its other files to appear: so a
+    run killed while it assembles or clears up goes on where it was, too.
+
+    Args:
+        folder: ``OUT.partial``.
+        request: everything that decides the bytes; a resumed run must ask for the same.
+        resume: continue; otherwise what is there is cleared.
+
+    Raises:
+        FileError: resumed with another request; names what differs.
+    """
+
+    def __init__(self, folder: Path, request: dict[str, Any], resume: bool) -> None:
+        self.folder, self.parts = folder, folder / "parts"
+        for left in folder.glob(f"{SPILL}*"):
+            left.unlink()
+        before = self._earlier(request) if resume else None
+        if before is None:
+            for child in folder.iterdir():
+                shutil.rmtree(child) if child.is_dir() else child.unlink()
+            atomic_write_json(folder / REQUEST, request)
+        else:
+            _same_request(folder, before, request)
+        self.parts.mkdir(exist_ok=True)
+
+    def _earlier(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        """The request that began this folder; a complete one, killed before it was moved, says it in its manifest."""
+        for name in (REQUEST, MANIFEST):
+            if (self.folder / name).exists():
+                found = json.loads((self.folder / name).read_text(encoding="utf-8"))
+                missing = {key: value for key, value in request.items() if name == MANIFEST and key not in found}
+                return {key: value for key, value in found.items() if key != "layers"} | missing
+        return None
+
+    @property
+    def assembled(self) -> bool:
+        """Whether all final files are there (parts may be left)."""
+        return (self.folder / MANIFEST).exists()
+
+    def begun(self, names: list[str]) -> str:
+        """What an earlier run left, in a line."""
+        done = sum(self.done(name) for name in names)
+        if self.assembled or done:
+            return f"resuming: {len(names) if self.assembled else done} of {len(names)} parts are done"
+        return f"nothing to resume in {self.folder}; starting anew"
+
+    def done(self, name: str) -> bool:
+        """Whether part ``name`` is complete."""
+        return (self.parts / f"{name}.json").exists()
+
+    def write(
+        self,
+        name: str,
+        prefix: str,
+        module: nn.Module,
+        rows: list[dict[str, Any]],
+        without: Callable[[str], bool] = _never,
+    ) -> None:
+        """Store a module's tensors, the descriptions of its quantized layers, and its rows.
+
+        Args:
+            name: of the part.
+            prefix: of the module, with a dot; empty for the whole model.
+            module: with real tensors; of those that are tied, the first name is kept.
+            rows: of its layers.
+            without: says which names are in other parts.
+        """
+        first: dict[int, str] = {}
+        tensors: dict[str, Tensor] = {}
+        for key, tensor in module.state_dict(keep_vars=True).items():
+            if not without(key) and first.setdefault(id(tensor), key) == key:
+                tensors[f"{prefix}{key}"] = tensor.detach()
+        layouts = Layouts()
+        found = [(key, m) for key, m in quant_modules(module) if not without(key)]
+        modules = {f"{prefix}{key}": describe(m, layouts) for key, m in found}
+        write_tensorfile(self.parts / f"{name}.safetensors", tensors, {})
+        atomic_write_json(
+            self.parts / f"{name}.json",
+            {"modules": modules, "layouts": layouts.entries, "rows": rows},
+        )
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The report rows of a finished part."""
+        found: list[dict[str, Any]] = self._json(name)["rows"]
+        return found
+
+    def restore(self, name: str, root: nn.Module, device: torch.device) -> None:
+        """Put a finished part's quantized modules and tensors into ``root`` (the whole model)."""
+        from safetensors.torch import load_file
+
+        data = self._json(name)
+        layouts = Layouts(data["layouts"])
+        with torch.device("meta"):
+            for module, entry in data["modules"].items():
+                put_described(root, module, entry, layouts)
+        tensors: dict[str, Tensor] = load_file(self.parts / f"{name}.safetensors", device=str(device))
+        root.load_state_dict(tensors, strict=False, assign=True)
+
+    def assemble(self, names: list[str], config: dict[str, Any], manifest: dict[str, Any]) -> None:
+        """Merge all parts into the final files in ``folder``."""
+        rows: list[dict[str, Any]] = []
+        layouts = Layouts()
+        modules: dict[str, Any] = {}
+        for name in names:
+            data = self._json(name)
+            rows += self.rows(name)
+            numbers = [layouts.add(entry) for entry in data["layouts"]]
+            modules |= {module: _renumber(entry, numbers) for module, entry in data["modules"].items()}
+        files = [self.parts / f"{name}.safetensors" for name in names]
+        merge_tensorfiles(files, self.folder / "model.safetensors", {"format": "pt"}, SHARD_BYTES)
+        quantization = quantization_config(modules, layouts)
+        atomic_write_json(self.folder / "config.json", config | {"quantization_config": quantization})
+        atomic_write_json(self.folder / MANIFEST, manifest | {"layers": rows})
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Remove what isn't part of the result; returns all rows."""
+        shutil.rmtree(self.parts)
+        (self.folder / REQUEST).unlink(missing_ok=True)
+        manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+        layers: list[dict[str, Any]] = manifest["layers"]
+        return layers
+
+    def _json(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.parts / f"{name}.json").read_text(encoding="utf-8"))
+        return found
+
+
+def quantization_config(modules: dict[str, Any], layouts: Layouts) -> dict[str, Any]:
+    """``quantization_config`` of config.json."""
+    return {
+        "quant_method": "nybble",
+        "format_version": FORMAT_VERSION,
+        "nybble_version": VERSION,
+        "layouts": layouts.entries,
+        "modules": modules,
+    }
+
+
+def _same_request(folder: Path, before: dict[str, Any], request: dict[str, Any]) -> None:
+    was, now = _leaves(before), _leaves(request)
+    differs = [key for key in sorted({*was, *now}) if was.get(key) != now.get(key)]
+    if differs:
+        key = differs[0]
+        raise FileError(
+            f"{folder} was begun with {key} = {_short(was.get(key))}; now it is {_short(now.get(key))}. "
+            "Repeat the first command, or start anew without --resume."
+        )
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    if not isinstance(value, dict):
+        return {path: value}
+    return {k: v for key, item in value.items() for k, v in _leaves(item, f"{path}.{key}" if path else key).items()}
+
+
+def _renumber(entry: dict[str, Any], numbers: list[int]) -> dict[str, Any]:
+    found = dict(entry)
+    if "weight" in found:
+        found["weight"] = numbers[found["weight"]]
+    if "weights" in found:
+        found["weights"] = [numbers[n] for n in found["weights"]]
+    return found
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,99 @@
+"""A checkpoint as it is, and as its config.json says it should be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nybble.core.errors import FileError, NybbleError
+from nybble.core.guard import reading
+from nybble.core.tensorheader import TensorEntry, TensorHeader, read_tensor_header
+from nybble.models.build.config_file import read_json
+from nybble.models.sources.folder import DTYPES, weight_files
+from nybble.nn.activation import ActivationQuantizer
+from nybble.nn.swap import Layouts, check_version
+
+SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder's tensors as they are, and as config.json says they should be; :func:`read_checkpoint` compares them.
+
+    Attributes:
+        config: config.json. stored: name -> entry of a safetensors header. headers: the weight files' headers.
+        modules: name -> description of a quantized module. layouts: what the descriptions number.
+        expected: name -> (dtype, shape) of each quantized module's tensor.
+        roles: name -> codes, scales, offsets, tables or unquantized. padding: bytes that packing wastes, by name.
+        elements: name of a quantized weight -> its number of elements.
+    """
+
+    config: dict[str, Any]
+    stored: dict[str, TensorEntry]
+    headers: tuple[TensorHeader, ...]
+    modules: dict[str, dict[str, Any]]
+    layouts: list[dict[str, Any]]
+    expected: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
+    padding: dict[str, int] = field(default_factory=dict)
+    elements: dict[str, int] = field(default_factory=dict)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read config.json and the weight files' headers; no tensor is read.
+
+    Raises:
+        FileError: missing, malformed, not written by nybble, or config and files contradict each other; nothing else.
+    """
+    config = read_json(folder / "config.json")
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "nybble":
+        raise FileError(f"{folder} is not a model that nybble wrote: its config.json has no quantization by nybble.")
+    check_version(quantization)
+    headers = tuple(read_tensor_header(file) for file in sorted({path for path, _ in weight_files(folder).values()}))
+    stored = {name: entry for header in headers for name, entry in header.tensors.items()}
+    found = Checkpoint(config, stored, headers, quantization["modules"], quantization["layouts"])
+    try:
+        with reading(folder / "config.json"):
+            _describe(found)
+    except NybbleError as error:
+        raise error if isinstance(error, FileError) else FileError(f"{folder / 'config.json'}: {error}") from error
+    for name, (dtype, shape) in found.expected.items():
+        entry = stored.get(name)
+        if entry is None:
+            raise FileError(f"{folder}: config.json describes {name}, which the weight files do not hold.")
+        if (entry.dtype, list(entry.shape)) != (dtype, list(shape)):
+            has = f"{entry.dtype} {list(entry.shape)}"
+            raise FileError(f"{folder}: {name} should be {dtype} {list(shape)}; the file has {has}.")
+    return found
+
+
+def _describe(found: Checkpoint) -> None:
+    """Fill in what the descriptions of the modules say is stored."""
+    layouts = Layouts(found.layouts)
+    with torch.device("meta"):
+        weights = [layouts.empty(number) for number in range(len(found.layouts))]
+        for weight in weights:
+            weight.dequantize()  # shapes that don't fit each other show here, not in the first forward
+    for name, entry in found.modules.items():
+        numbers = {f"{name}.weight": entry["weight"]} if "weight" in entry else {}
+        numbers |= {f"{name}.experts.{i}": n for i, n in enumerate(entry.get("weights", []))}
+        for prefix, number in numbers.items():
+            weight = weights[number]
+            found.elements[prefix] = math.prod(weight.shape)
+            roles = weight.roles()
+            for key, tensor in weight.tensors().items():
+                found.expected[f"{prefix}.{key}"] = (SAFETENSORS_NAMES[tensor.dtype], list(tensor.shape))
+                found.roles[f"{prefix}.{key}"] = roles[key]
+            wasted = weight.padding_bytes().get("codes", 0)
+            if wasted:
+                found.padding[f"{prefix}.codes"] = wasted
+        for side in ("inputs", "outputs"):
+            if side in entry:
+                for key, tensor in ActivationQuantizer.from_dict(entry[side]).state_dict().items():
+                    found.expected[f"{name}.{side}.{key}"] = (SAFETENSORS_NAMES[tensor.dtype], list(tensor.shape))
+                    found.roles[f"{name}.{side}.{key}"] = "scales" if key in ("scale", "shifts") else "offsets"

@@ -1,0 +1,94 @@
+"""Beside the weights: config, tokenizer, generation settings; and a model in memory as a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nybble.checkpoint.parts import Parts, quantization_config
+from nybble.core.errors import FileError, UsageError
+from nybble.core.files import AtomicFolder, atomic_write_json
+from nybble.models.sources.folder import PREPROCESSOR
+from nybble.nn.swap import Layouts, describe, quant_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from nybble.models.sources import ModelSource
+
+
+def mark_quantized(model: Any, quantization: dict[str, Any] | None = None) -> None:
+    """Let ``model.save_pretrained`` write what ``from_pretrained`` loads.
+
+    Args:
+        model: with quantized modules.
+        quantization: what describes them, if that is known already.
+    """
+    if quantization is None:
+        layouts = Layouts()
+        modules = {name: describe(module, layouts) for name, module in quant_modules(model)}
+        quantization = quantization_config(modules, layouts)
+    model.config.quantization_config = quantization
+    model._weight_conversions = []  # transformers would cut packed experts as it cuts float ones
+
+
+def model_config(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json's mapping for a model, with its architecture and dtype."""
+    config = json.loads(model.config.to_json_string(use_diff=True))
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    return dict(config)
+
+
+def save_side_files(source: ModelSource, model: PreTrainedModel, folder: Path, images: bool = False) -> None:
+    """Tokenizer (of a model of images, how they are prepared) and generation config beside the weights.
+
+    Raises:
+        FileError: they can't be written; tokenizers' own errors don't tell a full disk from others.
+    """
+    if images:
+        preprocessing = source.preprocessing()
+        if preprocessing:
+            atomic_write_json(folder / PREPROCESSOR, preprocessing)
+        return
+    tokenizer = source.tokenizer()
+    try:
+        tokenizer.save_pretrained(folder)
+        if model.can_generate() and model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+    except Exception as error:
+        raise FileError(f"{folder}: the tokenizer's files can't be written: {error}") from error
+
+
+def save(
+    model: PreTrainedModel,
+    out: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    manifest: dict[str, Any] | None = None,
+) -> Path:
+    """Write a model that was quantized in memory to a folder, as ``nybble quantize`` would.
+
+    Raises:
+        UsageError: nothing in it is quantized. FileError: the folder exists or can't be written.
+    """
+    if not any(True for _ in quant_modules(model)):
+        raise UsageError("nothing in this model is quantized; save float models with model.save_pretrained.")
+    if not hasattr(model, "config"):
+        raise UsageError(
+            f"{type(model).__name__} is a plain network: no config says how to build it again, so there is no folder "
+            "for it. Keep its state_dict, or quantize it as a transformers model (its timm wrapper, say)."
+        )
+    out = Path(out)
+    with AtomicFolder(out) as partial:
+        parts = Parts(partial, {}, resume=False)
+        parts.write("model", "", model, [])
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        if model.can_generate() and model.generation_config is not None:
+            model.generation_config.save_pretrained(partial)
+        parts.assemble(["model"], model_config(model, model.dtype), manifest or {})
+        parts.finish()
+    return out

@@ -1,0 +1,100 @@
+"""A model without its weights: parameters on the meta device, the small computed buffers real.
+
+Rotary frequencies, embedding scales and the like are *non-persistent* buffers: no checkpoint stores them, the model
+computes them. On the meta device they have no values, so each is computed again here by the model's own
+initialiser, as transformers does after loading.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from nybble.core.errors import ModelError
+from nybble.core.guard import reading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+MAX_BUFFER_BYTES = 1 << 30
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The transformers class named in ``config.architectures``, else the causal language model of the model type.
+
+    Raises:
+        ModelError: transformers has no such class, or it belongs to another model type.
+    """
+    import transformers
+
+    names: Any = config.architectures
+    if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+        raise ModelError(f"architectures is {names!r}; a list of class names is needed.")
+    if names:
+        found: Any = getattr(transformers, names[0], None)
+        is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+        if not is_model or not isinstance(config, getattr(found, "config_class", None) or ()):
+            raise ModelError(f"architecture {names[0]!r} is not a transformers class for {config.model_type!r} models.")
+        return cast("type[PreTrainedModel]", found)
+    causal: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in causal:
+        raise ModelError(f"config names no architecture, and {config.model_type!r} has no causal language model.")
+    return cast("type[PreTrainedModel]", causal[type(config)])
+
+
+def meta_model(config: PreTrainedConfig, dtype: torch.dtype, stored: int) -> PreTrainedModel:
+    """Build the model of ``config`` with every tensor on the meta device, in eval mode.
+
+    Args:
+        config: not changed; the model gets a copy.
+        dtype: of the parameters.
+        stored: how many tensors the checkpoint has: a model with more layers than that is a lie, and building it
+            could take for ever.
+
+    Attention is transformers' default for the class: ``scaled_dot_product_attention`` where that is supported, else
+    eager; the config can't ask for another (:mod:`nybble.models.build.config_file`). Capped logits (Gemma 2) need
+    eager: sdpa has no cap, and some transformers versions let it run without.
+    """
+    layers = getattr(config, "num_hidden_layers", 0) or 0
+    if not isinstance(layers, int) or layers > max(stored, 1):
+        raise ModelError(f"config says {layers} layers, and the file has {stored} tensors in all.")
+    cls: Any = model_class(config)
+    with reading(f"a {cls.__name__} of this config", ModelError), torch.device("meta"):
+        capped = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+        model: PreTrainedModel = cls._from_config(copy.deepcopy(config), dtype=dtype, **capped)
+    nn.Module.eval(model)
+    return model
+
+
+def fill_buffers_(model: PreTrainedModel) -> None:
+    """Give each non-persistent buffer of a meta model its value, on the CPU.
+
+    Raises:
+        ModelError: they would take more than 1 GiB, so the config is wrong.
+    """
+    from transformers import PreTrainedModel
+
+    names = [name for name, _ in model.named_non_persistent_buffers()]
+    size = sum(model.get_buffer(name).nbytes for name in names)
+    if size > MAX_BUFFER_BYTES:
+        raise ModelError(f"the config asks for {size} bytes of computed buffers; that is not believable.")
+    owners = {name.rpartition(".")[0] for name in names}
+    with reading("the model's computed buffers", ModelError), torch.no_grad():
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            module._buffers[leaf] = torch.zeros_like(module.get_buffer(leaf), device="cpu")
+        for owner in owners:
+            parts = owner.split(".") if owner else []
+            above = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts), -1, -1))
+            nearest: Any = next(m for m in above if isinstance(m, PreTrainedModel))
+            # Parameters of the owner are still on meta, where drawing random values does nothing.
+            nearest._init_weights(model.get_submodule(owner))
+
+
+def expected_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Everything a checkpoint of ``model`` has to supply: parameters and persistent buffers, ties listed each."""
+    return dict(model.state_dict(keep_vars=True))

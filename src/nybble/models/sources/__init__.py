@@ -1,0 +1,193 @@
+"""A place that a model comes from: a folder, the hub, a GGUF file, or a package that carries one.
+
+>>> from nybble.models.sources.open import open_source
+>>> source = open_source("demo:smollm2")  # doctest: +SKIP
+>>> source.load(["model.norm.weight"])  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from nybble.core.errors import ModelError, did_you_mean
+from nybble.core.guard import reading
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+MIB = 1 << 20
+WHOLE_HASH_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """What a source knows of a tensor before reading it: shape, dtype after reading, and bytes on disk."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return int(torch.Size(self.shape).numel())
+
+
+class ModelSource(ABC):
+    """A model on disk, readable tensor by tensor under the names its transformers model uses.
+
+    Attributes:
+        spec: what the user typed.
+        config: the transformers config; never built from code in the folder.
+        streamable: False when the checkpoint must be converted as a whole (fused experts), so :meth:`load` first reads
+            everything into memory once.
+        note: why it isn't streamable, or another thing worth telling the user; else empty.
+        aliases: whether :meth:`read` yields views of the file or of a cache, which the caller has to copy.
+    """
+
+    spec: str
+    config: PreTrainedConfig
+    streamable: bool
+    note: str
+    aliases: bool
+
+    @abstractmethod
+    def stored(self) -> Mapping[str, StoredTensor]:
+        """Every tensor by its name in the model; of tied names, the one that is stored.
+
+        Raises:
+            ModelError: the file doesn't fit the config (shapes, missing tensors).
+        """
+
+    @abstractmethod
+    def ties(self) -> Mapping[str, str]:
+        """Tied names -> the name in :meth:`stored` whose tensor they share."""
+
+    @abstractmethod
+    def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the named tensors (of :meth:`stored`) one at a time, on the CPU, in the file's dtype."""
+
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that belongs to the model.
+
+        Raises:
+            ModelError: there is none, or it can't be built without running code.
+        """
+
+    def preprocessing(self) -> dict[str, Any]:
+        """``preprocessor_config.json`` of a vision model; empty where the source has none."""
+        return {}
+
+    @abstractmethod
+    def generation_config(self) -> GenerationConfig | None:
+        """How the model's makers sample from it, where the source says so."""
+
+    @abstractmethod
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files that define the model: weights and config."""
+
+    def tensor_names(self) -> list[str]:
+        """Names that :meth:`load` serves, each stored tensor once."""
+        return list(self.stored())
+
+    def bytes_of(self, names: Sequence[str], dtype: torch.dtype | None = None) -> int:
+        """Bytes that the named tensors take in memory in ``dtype``, or on disk if that is None. Ties count once."""
+        kept = {self.ties().get(name, name) for name in names}
+        found = [self._known(name) for name in kept]
+        return sum(t.nbytes if dtype is None else t.numel * dtype.itemsize for t in found)
+
+    def load(
+        self, names: Sequence[str], *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """Read only the named tensors.
+
+        Args:
+            names: names in the model; a tied name gets the tensor that it shares.
+            dtype: cast floating-point tensors to this; None keeps the file's (float32 for a quantized GGUF).
+            device: where they go.
+
+        Returns:
+            New memory, nothing aliases the file; tied names share one tensor.
+
+        Raises:
+            ModelError: no such tensor.
+            FileError: the file can't be read.
+        """
+        owner = {name: self.ties().get(name, name) for name in names}
+        for name in owner.values():
+            self._known(name)
+        loaded: dict[str, Tensor] = {}
+        tensors = self.read(list(dict.fromkeys(owner.values())))
+        while True:
+            with reading(self.spec):
+                item = next(tensors, None)
+            if item is None:
+                break
+            name, tensor = item
+            target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            loaded[name] = tensor.to(device=device, dtype=target, copy=self.aliases)
+        return {name: loaded[stored] for name, stored in owner.items()}
+
+    def fingerprint(self) -> str:
+        """sha256 over the config and weight files: names, sizes and contents.
+
+        Files up to 1 GiB are hashed whole. Of larger ones: the first 8 MiB (the header), the last MiB, and 62 samples
+        of 1 MiB spread evenly; enough to tell models apart, not proof against an attacker.
+        """
+        total = hashlib.sha256()
+        for path in sorted(self.weight_files(), key=lambda p: p.name):
+            total.update(f"{path.name}\0{path.stat().st_size}\0{_content_hash(path)}\n".encode())
+        return total.hexdigest()
+
+    def skeleton(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model with parameters on the meta device and computed buffers real, in eval mode, weights tied."""
+        from nybble.models.build.skeleton import fill_buffers_, meta_model
+
+        known = self.stored()
+        model = meta_model(self.config, dtype, len(known))
+        fill_buffers_(model)
+        generation = self.generation_config()
+        if generation is not None and model.can_generate():
+            model.generation_config = generation
+        return model
+
+    def model(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+        """The whole model as an ordinary float model in eval mode: nothing quantized, nothing patched."""
+        model = self.skeleton(dtype)
+        unfit = model.load_state_dict(
+            self.load(self.tensor_names(), dtype=dtype, device=device), strict=False, assign=True
+        )
+        absent = [name for name in unfit.missing_keys if name not in self.ties()]
+        if absent or unfit.unexpected_keys:
+            raise ModelError(f"{self.spec}: tensors don't fit the model: {(absent + unfit.unexpected_keys)[:5]}.")
+        model.tie_weights()  # assigning replaced one side of each tie
+        nn.Module.to(model, device)
+        return model
+
+    def _known(self, name: str) -> StoredTensor:
+        found = self.stored().get(name)
+        if found is None:
+            raise ModelError(f"{self.spec} has no tensor {name!r}.{did_you_mean(name, self.stored())[:400]}")
+        return found
+
+
+def _content_hash(path: Path) -> str:
+    """The part of a file that :meth:`ModelSource.fingerprint` describes, as sha256."""
+    size = path.stat().st_size
+    with reading(path), path.open("rb") as file:
+        if size <= WHOLE_HASH_BYTES:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(file.read(8 * MIB))
+        for sample in range(1, 64):
+            file.seek((size - MIB) * sample // 63)
+            digest.update(file.read(MIB))
+        return digest.hexdigest()

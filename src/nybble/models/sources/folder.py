@@ -1,0 +1,264 @@
+"""A folder as transformers saves it: config.json, safetensors (sharded or not), tokenizer files."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor
+
+from nybble.core.errors import FileError, ModelError
+from nybble.core.guard import reading
+from nybble.core.tensorheader import TensorEntry, read_tensor_header
+from nybble.models.adapter import checkpoint_renames
+from nybble.models.build.config_file import load_config, read_json
+from nybble.models.build.skeleton import expected_tensors, meta_model, model_class
+from nybble.models.sources import ModelSource, StoredTensor
+from nybble.models.sources.match import Match, match_names
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def weight_files(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
+    """Tensor name -> the safetensors file that holds it and its header entry; every header is checked.
+
+    Raises:
+        ModelError: no safetensors here, or several and no index; pickles are named, with the way to convert them.
+        FileError: a header or the index is malformed, or a shard is missing.
+    """
+    if (folder / INDEX).is_file():
+        return _sharded(folder)
+    found = sorted(folder.glob("*.safetensors"))
+    single = [p for p in found if p.name == "model.safetensors"] or found
+    if len(single) > 1:
+        raise ModelError(f"{folder} has {len(single)} safetensors files and no {INDEX} to say which tensor is where.")
+    if not single:
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+        if pickles:
+            raise ModelError(
+                f"{folder} keeps its weights in {pickles[0]}, a pickle, which can run code and is never loaded. If you "
+                f"trust it, convert it once: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW)"
+            )
+        raise ModelError(f"{folder} has a config.json and no .safetensors file.")
+    return {name: (single[0], info) for name, info in read_tensor_header(single[0]).tensors.items()}
+
+
+PREPROCESSOR = "preprocessor_config.json"
+
+
+def _sharded(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
+    place = folder / INDEX
+    weight_map = read_json(place).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FileError(f"{place} has no weight_map.")
+    headers: dict[str, Mapping[str, TensorEntry]] = {}
+    tensors: dict[str, tuple[Path, TensorEntry]] = {}
+    for name, file in weight_map.items():
+        # A shard is a sibling of its index: a path could point anywhere on the disk.
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise FileError(f"{place}: {name!r} is said to be in {file!r}, which is not the name of a shard.")
+        if file not in headers:
+            headers[file] = read_tensor_header(folder / file).tensors
+        if name not in headers[file]:
+            raise FileError(f"{place}: {name!r} is not in {file}.")
+        tensors[name] = (folder / file, headers[file][name])
+    return tensors
+
+
+def is_converted(model: PreTrainedModel, unused: Iterable[str]) -> bool:
+    """Whether transformers has rules to make this model's tensors out of ``unused`` ones with other names.
+
+    Those are its weight conversions (experts fused while loading) and BERT's old ``gamma`` and ``beta``.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    rules = get_model_conversion_mapping(model, add_legacy=False)
+    return any(rules or name.endswith((".gamma", ".beta")) for name in unused)
+
+
+@final
+class FolderSource(ModelSource):
+    """Safetensors in a folder. Only the tensors asked for are read, through the system's page cache."""
+
+    def __init__(self, spec: str, folder: Path) -> None:
+        self.spec = spec
+        self.folder = folder
+        self.aliases = True
+        self.config = load_config(folder / "config.json")
+        self._tensors = weight_files(folder)
+        if not self._tensors:
+            raise ModelError(f"{spec} has no tensors.")
+        self._converted: dict[str, Tensor] | None = None
+
+    @property
+    def streamable(self) -> bool:  # type: ignore[override]
+        """Whether every tensor of the model is one tensor of the files."""
+        return not self._match.missing
+
+    @property
+    def note(self) -> str:  # type: ignore[override]
+        """Why it is not streamable, else empty."""
+        if self.streamable:
+            return ""
+        return (
+            f"{self.config.model_type} checkpoints are converted while loading (no stored tensor is "
+            f"{self._match.missing[0]}), so the whole model is read into memory."
+        )
+
+    @cached_property
+    def _match(self) -> Match:
+        quantized = getattr(self.config, "quantization_config", None)
+        if quantized:
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+            raise ModelError(f"{self.spec} is already quantized ({method}); start from the float model instead.")
+        shapes = {name: tuple(info.shape) for name, (_, info) in self._tensors.items()}
+        renames = checkpoint_renames(self.config)
+        match = self._match_with(shapes, renames)
+        if any(not self._same(a, b) for a, b in self._stored_twice(match, shapes)):
+            # The config says tied, the file disagrees: the file is right (transformers decides so too).
+            self.config.tie_word_embeddings = False
+            match = self._match_with(shapes, renames)
+        unused = set(shapes) - set(match.files.values())
+        if match.missing and not is_converted(self._expected, unused):
+            raise ModelError(f"{self.spec} lacks {len(match.missing)} tensors, {match.missing[0]} first.")
+        return match
+
+    def _match_with(self, shapes: Mapping[str, tuple[int, ...]], renames: Mapping[str, str]) -> Match:
+        self._expected = meta_model(self.config, torch.float32, len(shapes))
+        prefix = self._expected.base_model_prefix
+        return match_names(expected_tensors(self._expected), shapes, prefix, renames)
+
+    def _stored_twice(self, match: Match, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str]]:
+        return [(tied, match.files[kept]) for tied, kept in match.ties.items() if tied in shapes]
+
+    def _same(self, first: str, second: str) -> bool:
+        a, b = (tensor for _, tensor in self._from_files([first, second]))
+        return torch.equal(a, b)
+
+    def _from_files(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors by their name in the files."""
+        from safetensors import safe_open
+
+        with ExitStack() as stack:
+            opened: dict[Path, Any] = {}
+            for name in names:
+                path = self._tensors[name][0]
+                with reading(path):
+                    if path not in opened:
+                        opened[path] = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+                    tensor = opened[path].get_tensor(name)
+                yield name, tensor
+
+    def _dtype(self, file_name: str) -> torch.dtype:
+        name = self._tensors[file_name][1].dtype
+        if name not in DTYPES:
+            raise ModelError(f"{self.spec}: {file_name} has dtype {name}, which is not a float model's.")
+        return DTYPES[name]
+
+    @cached_property
+    def _stored(self) -> dict[str, StoredTensor]:
+        match = self._match
+        if not match.missing:
+            return {
+                name: StoredTensor(
+                    shape=tuple(self._tensors[file][1].shape),
+                    dtype=self._dtype(file),
+                    nbytes=self._tensors[file][1].nbytes,
+                )
+                for name, file in match.files.items()
+            }
+        dtype = self._main_dtype()
+        return {
+            name: StoredTensor(shape=tuple(t.shape), dtype=dtype, nbytes=t.numel() * dtype.itemsize)
+            for name, t in expected_tensors(self._expected).items()
+            if name not in match.ties
+        }
+
+    def _main_dtype(self) -> torch.dtype:
+        """The dtype that most elements are stored in."""
+        bytes_by_dtype = Counter[torch.dtype]()
+        for name, (_, info) in self._tensors.items():
+            bytes_by_dtype[self._dtype(name)] += info.nbytes
+        return bytes_by_dtype.most_common(1)[0][0]
+
+    def _convert(self) -> dict[str, Tensor]:
+        """Let transformers convert the whole checkpoint to the model's layout."""
+        with reading(self.spec, ModelError):
+            # Our own tensors and config, no path: nothing else in the folder (adapters, code) is looked at.
+            cls: Any = model_class(self.config)
+            model, info = cls.from_pretrained(
+                None,
+                config=copy.deepcopy(self.config),
+                state_dict=dict(self._from_files(list(self._tensors))),
+                dtype=self._main_dtype(),
+                output_loading_info=True,
+            )
+        wrong = [*info["missing_keys"], *info["mismatched_keys"], *info.get("error_msgs", ())]
+        if wrong:
+            raise ModelError(f"{self.spec}: the checkpoint doesn't fit the model: {wrong[:3]}.")
+        return {name: t.detach() for name, t in expected_tensors(model).items()}
+
+    def stored(self) -> Mapping[str, StoredTensor]:
+        """Every tensor of the model; of one that is converted while loading, what it will be."""
+        return self._stored
+
+    def ties(self) -> Mapping[str, str]:
+        """Tied names that the files leave out, or repeat."""
+        return self._match.ties
+
+    def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Views of the files; of a converted model, its own tensors."""
+        if self.streamable:
+            for name in names:
+                yield from ((name, tensor) for _, tensor in self._from_files([self._match.files[name]]))
+            return
+        if self._converted is None:
+            self._converted = self._convert()
+        for name in names:
+            yield name, self._converted[name]
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """As the folder's tokenizer files say."""
+        from transformers import AutoTokenizer
+
+        with reading(f"the tokenizer of {self.spec}", ModelError):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                str(self.folder), config=self.config, trust_remote_code=False, local_files_only=True
+            )
+        return tokenizer
+
+    def preprocessing(self) -> dict[str, Any]:
+        """As preprocessor_config.json says, if there is one."""
+        path = self.folder / PREPROCESSOR
+        return read_json(path) if path.is_file() else {}
+
+    def generation_config(self) -> GenerationConfig | None:
+        """From generation_config.json, if there is one."""
+        from transformers import GenerationConfig
+
+        path = self.folder / "generation_config.json"
+        if not path.is_file():
+            return None
+        with reading(path):
+            config: GenerationConfig = GenerationConfig.from_dict(read_json(path))
+        return config
+
+    def weight_files(self) -> tuple[Path, ...]:
+        """config.json and every shard."""
+        return (self.folder / "config.json", *sorted({path for path, _ in self._tensors.values()}))
