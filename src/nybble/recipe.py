@@ -4,16 +4,20 @@ name: llm-fp4
 summary: what it does, in a line
 source: paper, year, arXiv number
 scheme: W4A16_E2M1                  # a preset's name or a mapping; --scheme and --weights override it
-steps:                              # transforms in order, then one solver
+steps:                              # transform* -> solver -> reconstruction* -> correction*; any of them may be missing
   - transform: smooth
-  - solver: llm-fp4
+  - solver: llm-fp4                 # left out: rtn
     rounds: 3                       # an option of the step
     quick: {grid: 12}               # options that --effort quick changes
+  - reconstruction: mse
+    weights: adaround               # a learned part, or {adaround: {option: value}}
+    window: 2
+  - correction: low-rank
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -22,7 +26,17 @@ from typing import Any
 from nybble.core.errors import SchemeError, UsageError, did_you_mean, within
 from nybble.scheme import Scheme, parse_scheme
 
-KINDS = ("transform", "solver")
+KINDS = ("transform", "solver", "reconstruction", "correction")
+"""Of steps, in the order in which they make sense."""
+_WHY = {
+    ("solver", "transform"): "the transform would rewrite weights that are codes by then",
+    ("reconstruction", "transform"): "the transform would rewrite weights whose rounding was learned",
+    ("correction", "transform"): "the transform would rewrite weights that are codes by then",
+    ("reconstruction", "solver"): "the solver would throw away what the reconstruction learned",
+    ("correction", "solver"): "the solver would throw away what was corrected",
+    ("correction", "reconstruction"): "the reconstruction would change the codes whose loss was corrected",
+    ("solver", "solver"): "the second would throw away the codes of the first",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +66,7 @@ class Recipe:
     @property
     def solver(self) -> Step:
         """The step that quantizes."""
-        return self.steps[-1]
-
-    @property
-    def transforms(self) -> tuple[Step, ...]:
-        """The steps before it."""
-        return self.steps[:-1]
+        return next(step for step in self.steps if step.kind == "solver")
 
     def with_scheme(self, scheme: Scheme) -> Recipe:
         """The same steps over another scheme."""
@@ -127,9 +136,10 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
     if not isinstance(data["steps"], list):
         raise SchemeError(f"{where}: steps is a list of mappings; got {data['steps']!r}.")
     steps = tuple(_step(step, where) for step in data["steps"])
-    kinds = [step.kind for step in steps]
-    if kinds.count("solver") != 1 or kinds[-1] != "solver":
-        raise SchemeError(f"{where}: steps are transforms, then one solver; got {', '.join(kinds)}.")
+    check_order(steps, where)
+    if not any(step.kind == "solver" for step in steps):
+        first = next((i for i, step in enumerate(steps) if step.kind != "transform"), len(steps))
+        steps = (*steps[:first], Step(kind="solver", name="rtn", options={}), *steps[first:])
     with within(where):
         scheme = parse_scheme(data["scheme"])
     return Recipe(
@@ -139,6 +149,18 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
         summary=str(data.get("summary", "")),
         source=str(data.get("source", "")),
     )
+
+
+def check_order(steps: Sequence[Step], where: str = "recipe") -> None:
+    """Raise SchemeError, naming two steps and the reason, where one can't come after another."""
+    for i, after in enumerate(steps):
+        for before in steps[:i]:
+            why = _WHY.get((before.kind, after.kind))
+            if why is not None:
+                raise SchemeError(
+                    f"{where}: {after.kind} {after.name!r} can't come after {before.kind} {before.name!r}: {why}. "
+                    f"The order is {' -> '.join(KINDS)}{'; keep one solver' if before.kind == after.kind else ''}."
+                )
 
 
 def _step(data: Any, where: str) -> Step:

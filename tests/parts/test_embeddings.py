@@ -17,7 +17,7 @@ from nybble.nn.embedding import QuantEmbedding, TiedHead
 from nybble.nn.packed import Packed
 from nybble.pipelines.request import build_recipe
 from nybble.quantizer import Quantizer
-from nybble.solvers import relative_error
+from nybble.calibration.error import relative_error
 
 SETTINGS = nybble.Settings(samples=4, seq_len=12, batch=2)
 LINE = "float4_e2m1fn channel"

@@ -4,63 +4,93 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import ModelError
-from nybble.models.adapter import Adapter, adapter_for
+from nybble.models.adapter import Adapter, Flow, adapter_for
 from nybble.models.experts import is_experts
 from nybble.models.linears import is_matmul
 
 
+HIDDEN = "hidden"
+"""Name of the hidden states among the tensors that go from block to block."""
+Tensors = Mapping[str, Tensor]
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockCall:
-    """How the model calls one block: everything but the hidden states, which change from block to block.
+    """How the model calls one block: everything but the tensors that change from block to block.
 
     Attributes:
         index: which block of its stack.
         args, kwargs: the other arguments (masks, position embeddings), ready to be passed on. ``args`` follow the
             hidden states.
         keyword: the hidden states' keyword, or None where they are the first positional argument.
-        hidden: what block 0 was given; None for the others.
+        start: what block 0 was given, by name; None for the others.
         mask: bool [batch, tokens], which tokens are real; None where all are.
-        carries: as the adapter's. carried: what the first block gave, shared by all calls of a batch.
+        flows: what goes from block to block beside the hidden states (:class:`nybble.models.adapter.Flow`).
     """
 
     index: int
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     keyword: str | None
-    hidden: Tensor | None
+    start: Tensors | None
     mask: Tensor | None = None
-    carries: tuple[tuple[int, int], ...] = ()
-    carried: dict[int, Tensor] = field(default_factory=dict)
+    flows: tuple[Flow, ...] = ()
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Call ``block`` as the model would, on these hidden states; return its hidden states."""
-        named = dict(self.kwargs) if self.keyword is None else {**self.kwargs, self.keyword: hidden}
-        carried = self.carried if self.index else {}
-        args = [carried.get(place, argument) for place, argument in enumerate(self.args)]
-        output = block(*args, **named) if self.keyword is not None else block(hidden, *args, **named)
-        if self.index == 0:
-            self.carried.update({to: output[place] for place, to in self.carries if output[place] is not None})
-        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+    def run(self, block: nn.Module, given: Tensors) -> dict[str, Tensor]:
+        """Call ``block`` as the model would, on these tensors; return those in front of the next block."""
+        named, args = dict(self.kwargs), list(self.args)
+        for flow in self.flows:
+            if flow.name in given and not (flow.once and self.index == 0):
+                if isinstance(flow.takes, int):
+                    args[flow.takes] = given[flow.name]
+                else:
+                    named[flow.takes] = given[flow.name]
+        hidden = given[HIDDEN]
+        output = (
+            block(hidden, *args, **named) if self.keyword is None else block(*args, **{**named, self.keyword: hidden})
+        )
+        if not isinstance(output, tuple):
+            return {**given, HIDDEN: output}
+        found = {**given, HIDDEN: output[_place(self.flows)]}
+        for flow in self.flows:
+            if (self.index == 0 or not flow.once) and output[flow.gives] is not None:
+                found[flow.name] = output[flow.gives]
+        return found
+
+
+def _place(flows: Sequence[Flow]) -> int:
+    """Where in the tuple that a block returns its hidden states are: at the first place that no other flow takes."""
+    taken = {flow.gives for flow in flows}
+    return next(place for place in range(len(taken) + 1) if place not in taken)
 
 
 class _AllSeenError(Exception):
     """Stops the model's forward once the last block was called: final norm and head aren't needed."""
 
 
-def _split(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], keep: bool) -> tuple[Tensor, BlockCall]:
+def _split(
+    index: int, args: tuple[Any, ...], kwargs: dict[str, Any], flows: tuple[Flow, ...], keep: bool
+) -> tuple[Tensor, BlockCall]:
     keyword = None if args else "hidden_states"
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor):
         raise ModelError(f"block {index} is not called with hidden states first, so it can't be replayed.")
     rest = {key: value for key, value in kwargs.items() if key != keyword}
-    call = BlockCall(index=index, args=args[1:], kwargs=rest, keyword=keyword, hidden=hidden if keep else None)
+    after = args[1:]
+    start = None
+    if keep:
+        others = {
+            f.name: after[f.takes] if isinstance(f.takes, int) else rest.get(f.takes) for f in flows if not f.once
+        }
+        start = {HIDDEN: hidden, **{name: tensor for name, tensor in others.items() if isinstance(tensor, Tensor)}}
+    call = BlockCall(index=index, args=after, kwargs=rest, keyword=keyword, start=start, flows=flows)
     return hidden, call
 
 
@@ -69,11 +99,12 @@ def _record(
     stacks: Sequence[Sequence[nn.Module]],
     inputs: Mapping[str, Any],
     end: Tensor | None,
+    flows: tuple[Flow, ...],
     width: int,
 ) -> tuple[list[BlockCall], bool]:
     """One forward through recorders; of two stacks the first passes ``end`` on.
 
-    ``width``: how long a tuple blocks return, the hidden states first; 0 for the hidden states alone.
+    ``width``: how long a tuple blocks return; 0 for the hidden states alone.
 
     Returns the calls of the last stack, and whether all of its blocks were called once, in order, with the same shape.
     """
@@ -83,33 +114,47 @@ def _record(
 
     def recorder(index: int) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden, call = _split(index, args, kwargs, keep=index == 0)
+            hidden, call = _split(index, args, kwargs, flows, keep=index == 0)
             calls.append(call)
             shapes.add(hidden.shape)
             if len(calls) == len(blocks):
                 raise _AllSeenError
-            return _returned(hidden, width)
+            values = {f.gives: call.args[f.takes] if isinstance(f.takes, int) else call.kwargs.get(f.takes)
+                      for f in flows if not f.once}  # fmt: skip
+            return returned(hidden, width, flows, values)
 
         return forward
 
     def passed(*args: Any, **kwargs: Any) -> Any:
-        return _returned(end, width)
+        return returned(end, width, flows, {})
 
     with ExitStack() as undo:
         for stack in stacks:
             for index, block in enumerate(stack):
-                # The instance's forward, not a swapped module: models read attributes of their blocks.
-                before = block.__dict__.get("forward")
-                block.forward = recorder(index) if stack is blocks else passed
-                undo.callback(_restore_forward, block, before)
+                replace_forward(block, recorder(index) if stack is blocks else passed, undo)
         with suppress(_AllSeenError):
             model(**inputs, **({"use_cache": False} if "input_ids" in inputs else {}))
     in_order = [call.index for call in calls] == list(range(len(blocks)))
     return calls, in_order and len(shapes) == 1
 
 
-def _returned(hidden: Tensor | None, width: int) -> Any:
-    return (hidden, *[None] * (width - 1)) if width else hidden
+def returned(hidden: Tensor | None, width: int, flows: Sequence[Flow], values: Mapping[int, Any]) -> Any:
+    """What a block that computes nothing returns: the hidden states, or a tuple of ``width`` with them in their place."""
+    if not width:
+        return hidden
+    found = [values.get(place) for place in range(width)]
+    found[_place(flows)] = hidden
+    return tuple(found)
+
+
+def replace_forward(block: nn.Module, forward: Any, undo: ExitStack) -> None:
+    """Let ``forward`` stand for the block's until ``undo``.
+
+    The instance's forward, not a swapped module: models read attributes of their blocks.
+    """
+    before = block.__dict__.get("forward")
+    block.forward = forward
+    undo.callback(_restore_forward, block, before)
 
 
 def _restore_forward(block: nn.Module, before: Any) -> None:
@@ -137,39 +182,57 @@ def capture_block_calls(
         end: of an encoder-decoder, what the last encoder block gave: then it is the decoder's blocks that are recorded.
 
     Returns:
-        One call a block, in order; the first carries the hidden states it was given.
+        One call a block, in order; the first carries the tensors it was given.
 
     Raises:
-        ModelError: the blocks aren't called once each, in order, with hidden states first.
+        ModelError: the blocks aren't called once each, in order, with hidden states first; or the model fails on these
+            inputs, with its own error.
     """
     given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     adapter = adapter or adapter_for(model)
     names = adapter.stack_names(model)[: 1 if end is None else 2]
     stacks = [[model.get_submodule(name) for name in stack] for stack in names]
-    problem: Exception | None = None
+    problems: list[Exception] = []
     # Most blocks return a tensor, some a tuple that the model takes [0] of. Given a tensor, the latter kind of model
     # drops the batch dimension, which the next recorder sees: so try a tensor first, then a tuple.
-    carries = adapter.carries
-    for width in (max(place for place, _ in carries) + 1,) if carries else (0, 1):
+    flows = adapter.flows
+    for width in tuple_widths(flows):
         try:
-            calls, good = _record(model, stacks, given, end, width)
-        except ModelError:
+            calls, good = _record(model, stacks, given, end, flows, width)
+        except (ModelError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
-            problem = error
+            problems.append(error)
             continue
         if good:
-            if adapter.convolutional and calls[0].hidden is not None:
+            start = calls[0].start
+            if adapter.convolutional and start is not None:
                 # The network reads images as they are; a wrapper may have moved them to where its weights aren't yet.
                 dtype = next(stacks[0][0].parameters()).dtype
-                calls[0] = replace(calls[0], hidden=given["pixel_values"].to(dtype))
+                calls[0] = replace(calls[0], start={HIDDEN: given["pixel_values"].to(dtype)})
             mask = given.get("attention_mask") if end is None else None
-            shared: dict[int, Tensor] = {}
             real = None if mask is None else mask.bool()
-            return [replace(call, mask=real, carries=carries, carried=shared) for call in calls]
+            return [replace(call, mask=real) for call in calls]
+    name = type(model).__name__
+    if (
+        problems
+        and len({f"{type(p).__name__}: {p}" for p in problems}) == 1
+        and len(problems) == len(tuple_widths(flows))
+    ):
+        # Whatever its blocks return, it fails alike: the fault is in front of them.
+        raise ModelError(
+            f"{name} fails before its blocks are reached: {type(problems[0]).__name__}: {problems[0]}. "
+            "Does it run on this input without quantization?"
+        ) from problems[0]
+    why = "".join(f" ({type(p).__name__}: {p})" for p in problems[:1])
     raise ModelError(
-        f"{type(model).__name__} doesn't call its {len(stacks[-1])} blocks one after the other on its hidden states."
-    ) from problem
+        f"{name} doesn't call its {len(stacks[-1])} blocks one after the other on its hidden states{why}."
+    ) from (problems[0] if problems else None)
+
+
+def tuple_widths(flows: Sequence[Flow]) -> tuple[int, ...]:
+    """How long a tuple a model's blocks may return, in the order to try; 0 for a bare tensor."""
+    return (max((f.gives for f in flows), default=0) + 1,) if flows else (0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,17 +257,17 @@ def _key(tensor: Tensor) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def trace_groups(
-    block: nn.Module, call: BlockCall, hidden: Tensor | None = None, linear_types: Sequence[type[nn.Module]] = ()
+    block: nn.Module, call: BlockCall, given: Tensors | None = None, linear_types: Sequence[type[nn.Module]] = ()
 ) -> Trace:
     """Run a block once and group its matmul weights by the tensor they read.
 
     Args:
         block: with real weights.
         call: how it is called.
-        hidden: its hidden states; default, those that ``call`` carries.
+        given: what goes into it by name; default, what ``call`` carries.
         linear_types: further module classes with a matmul weight (quantized layers).
     """
-    start = call.hidden if hidden is None else hidden
+    start = call.start if given is None else given
     if start is None:
         raise ModelError(f"block {call.index}: hidden states are needed to trace it; only block 0's are kept.")
     watched = {n: m for n, m in block.named_modules() if is_matmul(m, tuple(linear_types)) or is_experts(m)}

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from nybble.calibration.statistics import InputSample, Range, SecondMoment
-from nybble.calibration.trace import BlockCall, trace_groups
+from nybble.calibration.trace import BlockCall, Tensors, trace_groups
+from nybble.calibration.window import Batches, Known
 from nybble.core.errors import DataError
 from nybble.models.experts import expert_weights, routed_inputs
 from nybble.nn.conv import CONVS, Geometry, is_conv
+from nybble.nn.kinds import Target
 from nybble.qtensor import QuantParams
 from nybble.quantizer import Quantizer
-from nybble.report.portrait import SAMPLE
-from nybble.solvers import Solver, Stats
-from nybble.walk.plan import Target
 
+SAMPLE = 1024
+"""Tokens of an input that are looked at for pictures."""
 PATCHES = 512  # of an image, that a convolution's statistics are made of at most
-Batches = Callable[[], Iterable[tuple[BlockCall, Tensor]]]
 Gatherer = InputSample | SecondMoment
-Known = dict[tuple[str, str], Any]
-"""Of one block: what was gathered, by a group's leader and what it is."""
+
+
+class Asker(Protocol):
+    """Who wants to see inputs: a solver, say; its members as :class:`nybble.solvers.Solver` describes them."""
+
+    @property
+    def chooses_inputs(self) -> bool:
+        """Whether it finds the parameters of static input quantizers itself."""
+
+    @property
+    def most_tokens(self) -> int:
+        """How many inputs it wants at most."""
+
+    def needs(self, inputs: Quantizer | None) -> frozenset[str]:
+        """Which of ``second_moment``, ``inputs`` it reads, for inputs under this quantizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +57,7 @@ class Group:
 
 
 def find_groups(
-    block: nn.Module, targets: Sequence[Target], call: BlockCall, hidden: Tensor
+    block: nn.Module, targets: Sequence[Target], call: BlockCall, given: Tensors
 ) -> tuple[list[Group], list[str]]:
     """Targets that share an input, and names of targets that the block never called.
 
@@ -52,7 +65,7 @@ def find_groups(
     """
     by_name = {t.name: t for t in targets if not t.experts}
     found: dict[tuple[str, str, str], list[Target]] = {}
-    trace = trace_groups(block, call, hidden, CONVS)
+    trace = trace_groups(block, call, given, CONVS)
     for names in trace.groups:
         for name in names:
             if name in by_name:
@@ -76,8 +89,6 @@ class Seen:
         groups: all linear targets. params: of static input quantizers, by the group's leader.
         moments: by leader; missing where nothing was seen. routed: by fused weight, one an expert.
         samples: inputs themselves, by leader. looks: a few of them, for pictures.
-        fisher: weights of outputs, by full name.
-        folded: full names of the BatchNorms that went into convolutions, by the convolution.
     """
 
     groups: Sequence[Group]
@@ -86,18 +97,6 @@ class Seen:
     routed: dict[str, list[SecondMoment]] = field(default_factory=dict)
     samples: dict[str, InputSample] = field(default_factory=dict)
     looks: dict[str, InputSample] = field(default_factory=dict)
-    fisher: dict[str, Tensor] = field(default_factory=dict)
-    folded: dict[str, str] = field(default_factory=dict)
-
-    def stats(self, group: Group, prefix: str) -> Stats:
-        """What a solver gets of a group's input; the memory is free once the caller lets go of it."""
-        moment, sample = self.moments.pop(group.leader, None), self.samples.pop(group.leader, None)
-        return Stats(
-            second_moment=None if moment is None else moment.mean(f"{prefix}{group.leader}"),
-            inputs=None if sample is None else sample.all(),
-            quantizer=group.inputs,
-            fisher={name: self.fisher[name] for t in group.members if (name := f"{prefix}{t.name}") in self.fisher},
-        )
 
 
 def see_nothing(targets: Sequence[Target]) -> Seen:
@@ -109,59 +108,60 @@ def see_block(
     block: nn.Module,
     prefix: str,
     targets: Sequence[Target],
-    solver: Solver,
+    asker: Asker,
     batches: Batches,
     tokens: int,
+    samples: int,
     known: Known | None = None,
 ) -> Seen:
     """Run a block on its calibration inputs, once for ranges and once for moments where those are needed.
 
     Args:
         block: with real float weights.
-        prefix: its full name.
+        prefix: its full name and a dot; empty for the model itself.
         targets: its weights, names relative to it.
-        solver: says what it wants to see.
+        asker: says what it wants to see.
         batches: the block's inputs, batch by batch, as often as called.
-        tokens: how many tokens those are.
+        tokens: how many tokens those are. samples: how many samples.
         known: what was gathered of this block before, for other recipes; what is missing is added.
 
     Raises:
         DataError: a layer with static inputs was never called, or saw NaN.
     """
-    call, hidden = next(iter(batches()))
-    groups, uncalled = find_groups(block, targets, call, hidden)
+    call, given = next(iter(batches()))
+    groups, uncalled = find_groups(block, targets, call, given)
     alone = [g for g in see_nothing(targets).groups if g.leader in uncalled]
     for group in alone:
         if group.inputs is not None and group.inputs.static:
-            name = f"{prefix}.{group.leader}"
+            name = f"{prefix}{group.leader}"
             raise DataError(f"{name} was never called on the calibration data, so its activations have no scale.")
     known = {} if known is None else known
-    params = {} if solver.chooses_inputs else _ranges(block, prefix, groups, batches, tokens, known)
+    params = {} if asker.chooses_inputs else _ranges(block, prefix, groups, batches, tokens, known)
     seen = Seen(groups=[*groups, *alone], params=params)
     if any(group.members[0].conv for group in groups):
-        tokens = PATCHES * sum(len(given) for _, given in batches())
+        tokens = PATCHES * samples
     fresh: list[tuple[str, Gatherer]] = []
 
     def gather(leader: str, kind: str, make: Callable[[], Any]) -> Any:
         if (leader, kind) not in known:
-            known[leader, kind] = make()
-            fresh.append((leader, known[leader, kind]))
+            known[leader, kind] = made = make()
+            fresh.append((leader, made))
         return known[leader, kind]
 
     for group in groups:
-        wanted = solver.needs(group.inputs) if any(t.rule.weights for t in group.members) else frozenset()
+        wanted = asker.needs(group.inputs) if any(t.rule.weights for t in group.members) else frozenset()
         leader, width, parts = group.leader, group.members[0].shape[1], group.members[0].groups
         if "second_moment" in wanted:
-            given = params.get(leader)
+            fixed = params.get(leader)
             seen.moments[leader] = gather(
-                leader, f"moment {group.inputs} {given is None}",
-                partial(SecondMoment, width, group.inputs, given, parts),
+                leader, f"moment {group.inputs} {fixed is None}",
+                partial(SecondMoment, width, group.inputs, fixed, parts),
             )  # fmt: skip
         if "inputs" in wanted:
-            most = solver.most_tokens
+            most = asker.most_tokens
             seen.samples[leader] = gather(leader, f"inputs {most}", partial(InputSample, width, tokens, most, parts))
     for target in targets:
-        if target.experts and "second_moment" in solver.needs(None):
+        if target.experts and "second_moment" in asker.needs(None):
             seen.routed[target.name] = [SecondMoment(target.shape[1]) for _ in range(target.experts)]
     if seen.moments or seen.samples or seen.routed or any(group.members[0].conv for group in groups):
         for group in groups:
@@ -182,8 +182,8 @@ def _ranges(
     if fresh:
         _run(block, batches, [(name, r.add) for name, r in fresh.items()])
     known.update({(name, "range"): r for name, r in fresh.items()})
-    ranges = {g.leader: known[g.leader, "range"] for g in static}
-    return {g.leader: ranges[g.leader].fit(g.inputs, f"{prefix}.{g.leader}") for g in static if g.inputs is not None}
+    ranges: dict[str, Any] = {g.leader: known[g.leader, "range"] for g in static}
+    return {g.leader: ranges[g.leader].fit(g.inputs, f"{prefix}{g.leader}") for g in static if g.inputs is not None}
 
 
 def channel_maxima(block: nn.Module, names: Sequence[str], batches: Batches) -> dict[str, Tensor]:
@@ -250,9 +250,9 @@ def _run(block: nn.Module, batches: Batches, watchers: Sequence[tuple[str, Calla
 
         handles.append(block.get_submodule(name).register_forward_pre_hook(see, with_kwargs=True))
     try:
-        for call, hidden in batches():
+        for call, given in batches():
             mask = call.mask
-            call.run(block, hidden)
+            call.run(block, given)
     finally:
         for handle in handles:
             handle.remove()

@@ -6,7 +6,6 @@ is asked for is imported. Other packages add parts through entry points of the g
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.metadata
 import pkgutil
@@ -14,7 +13,8 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from nybble.core.errors import SchemeError, UsageError, did_you_mean
+from nybble.core.errors import UsageError, did_you_mean
+from nybble.core.options import build
 
 
 class Registry:
@@ -64,16 +64,15 @@ class Registry:
         Raises:
             UsageError: no such part. SchemeError: unknown option, or a value of the wrong type.
         """
-        kind = self.get(name)
-        known = {f.name: f for f in dataclasses.fields(kind)}
-        for key, value in options.items():
-            if key not in known:
-                raise SchemeError(f"{self.kind} {name!r} has no option {key!r}.{did_you_mean(key, known)}")
-            default = known[key].default
-            number = isinstance(value, int | float) and not isinstance(value, bool) and isinstance(default, float)
-            if not number and type(value) is not type(default):
-                raise SchemeError(f"{self.kind} {name!r}: {key} is a {type(default).__name__}; got {value!r}.")
-        return kind(**options)
+        return build(self.get(name), options, f"{self.kind} {name!r}")
+
+    def key_of(self, part: object) -> str:
+        """The key of the part that ``part``, an object made from it, belongs to."""
+        module = type(part).__module__
+        found = module.rpartition(".")[2].replace("_", "-")
+        if module == f"{self.package}.{module.rpartition('.')[2]}":
+            return found
+        return next((name for name in self.names() if self.get(name) is type(part)), found)
 
     def all(self) -> dict[str, Any]:
         """Every part by key; imports all of them (contract tests and listings)."""

@@ -49,13 +49,32 @@ class LinearFold:
     """Two linears with only a per-channel (or positively homogeneous) step between them.
 
     Output rows of ``first`` against input channels of ``second``; ``rows`` says which row feeds which channel
-    (:func:`feeding_rows`).
+    (:func:`feeding_rows`). ``heads``: attention is what lies between, which mixes tokens and leaves the channels of a
+    head alone: inside a head they may be rotated and permuted, not from head to head. ``gates``: layers whose outputs
+    meet those of ``first`` channel by channel, so that their rows are permuted along.
     """
 
     first: str
     second: str
     rows: Rows = "all"
     when: Conditions = ()
+    heads: bool = False
+    gates: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow:
+    """A tensor that goes from block to block beside the hidden states: T5's position bias, a second stream of tokens.
+
+    ``name``: its own. ``gives``: its place in the tuple that blocks return (the hidden states are at the first place
+    that no flow has). ``takes``: where a block gets it: a place among the arguments behind the hidden states, or a
+    keyword. ``once``: the first block alone makes it, and all later ones get it; else every block does both.
+    """
+
+    name: str
+    gives: int
+    takes: int | str
+    once: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +95,7 @@ class Adapter:
         experts: path, within a block, of the module with fused 3-D expert weights.
         renames: leading part of a tensor's name in older checkpoints -> its name now.
         limits: what the adapter can't offer, each with its reason.
-        carries: what later blocks get from the first one: pairs of a place in the tuple that blocks return, and the
-            place among a block's arguments (behind the hidden states) where the model puts it.
+        flows: what goes from block to block beside the hidden states.
         reads: what calibration feeds it: ``tokens``, windows of running text; ``sentences``, padded and with the
             tokenizer's special tokens; or ``images``.
         convolutional: whether the layers to quantize are convolutions. ``blocks`` is then the path of the network
@@ -96,7 +114,7 @@ class Adapter:
     experts: str | None = None
     renames: tuple[tuple[str, str], ...] = ()
     limits: tuple[str, ...] = ()
-    carries: tuple[tuple[int, int], ...] = ()
+    flows: tuple[Flow, ...] = ()
     reads: Literal["tokens", "sentences", "images"] = "tokens"
     convolutional: bool = False
 

@@ -13,7 +13,8 @@ from nybble.qtensor import Factored, QuantParams, dense
 from nybble.quantizer import Quantizer
 from nybble.report.portrait import input_picture, weight_picture
 from nybble.scheme import Rule
-from nybble.solvers import Solved, Weight, relative_error
+from nybble.calibration.error import relative_error
+from nybble.solvers import Solved, Weight
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from nybble.core.matmul import fast_products
-from nybble.solvers import by_group
+from nybble.calibration.error import by_group
 
 
 class InputsFixed:

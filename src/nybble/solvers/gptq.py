@@ -34,7 +34,8 @@ from nybble.quantizer import Quantizer
 from nybble.rounding import get_rounding
 from nybble.scales.absmax import AbsMax
 from nybble.scales.minmax import MinMax
-from nybble.solvers import Solved, Solver, Stats, Weight, relative_error
+from nybble.calibration.error import relative_error
+from nybble.solvers import Solved, Solver, Stats, Weight
 from nybble.solvers._columns import Span, visit_block, visit_block_in_graph
 
 CLIP = "low=0.6,high=1.1,grid=11"

@@ -10,7 +10,8 @@ from nybble.quantizer import Quantizer
 from nybble.scales import parse_scale_rule
 from nybble.scales.minmax import MinMax
 from nybble.scales.mse import Mse
-from nybble.solvers import Solved, Solver, Stats, Weight, relative_error
+from nybble.calibration.error import relative_error
+from nybble.solvers import Solved, Solver, Stats, Weight
 
 
 @dataclass(frozen=True, kw_only=True)

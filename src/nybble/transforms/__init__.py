@@ -1,55 +1,88 @@
 """Transforms: rewrite a block so that it computes the same in float and loses less when quantized. One method a file.
 
-A transform reads what calibration saw of the channels between two weights and moves a factor from one to the other:
-``norm / s`` before, ``weight * s`` behind (a norm fold), or rows of one linear layer by ``1 / s`` and columns of the
-next by ``s`` (a linear fold). Which weights those are is the adapter's knowledge.
+What a transform does to a block is a list of :class:`Rewrite`: each a *function* of some weights and of parameters (the
+factors, an order of channels, a rotation), so that the parameters can also be learned. Which weights may be rewritten
+together is the adapter's knowledge; what calibration saw of the channels between them is gathered when a transform asks.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
+from nybble.calibration.block import BlockState
+from nybble.calibration.window import Window
+from nybble.core.errors import ModelError
 from nybble.core.registry import Registry
-from nybble.models.adapter import LinearFold, NormFold
+from nybble.models.adapter import Adapter
 
 REGISTRY = Registry("nybble.transforms", "transform")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Channel:
-    """The channels between two weights, as a transform sees them.
+class Rewrite:
+    """Weights that change together.
 
     Attributes:
-        fold: the pair, from the adapter.
-        largest: largest magnitude that calibration saw in each channel, float32 [channels].
-        before: rows of the weight that produce each channel, float32 [channels, columns]; None behind a norm.
-        behind: weights that read the channels, float32 [rows, channels] each (of fused experts [experts, rows,
-            channels]).
+        weights: names of the parameters that are read, relative to the block; any of them may change.
+        parameters: what the change depends on beside the weights.
+        function: (weights, parameters) -> the weights that changed, float32; differentiable in both.
     """
 
-    fold: NormFold | LinearFold
-    largest: Tensor
-    before: Tensor | None
-    behind: Sequence[Tensor]
+    weights: tuple[str, ...]
+    parameters: Mapping[str, Tensor]
+    function: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]]
+
+    def apply(self, state: BlockState) -> None:
+        """Rewrite a block."""
+        found = self.function({name: state.get(name) for name in self.weights}, self.parameters)
+        for name, value in found.items():
+            state.put(name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transform(ABC):
-    """A method; its fields are its options in a recipe."""
+    """A method; its fields are its options in a recipe.
+
+    Attributes:
+        reads_inputs: whether it looks at what calibration feeds a block.
+        required: whether a model in which it finds nothing is an error, and not simply done.
+    """
+
+    reads_inputs: ClassVar[bool] = True
+    required: ClassVar[bool] = True
 
     @abstractmethod
-    def takes(self, fold: NormFold | LinearFold) -> bool:
-        """Whether it works on this kind of pair."""
+    def rewrites(self, window: Window, adapter: Adapter, path: str) -> Iterable[Rewrite]:
+        """What it does to a block.
+
+        Args:
+            window: one block, in float. adapter: the model's. path: on which its inputs are looked at.
+        """
 
     @abstractmethod
-    def factor(self, channel: Channel) -> Tensor:
-        """``s``, what the channels are divided by before and multiplied by behind; float32 [channels], positive."""
+    def works_on(self, adapter: Adapter, block: Any, config: Any) -> bool:
+        """Whether it finds anything in a block (on the meta device) of a model with this config."""
+
+    def limits(self, adapter: Adapter, config: Any) -> list[str]:
+        """Why it may find nothing, for people."""
+        return adapter.limits_of(config)
+
+    def check(self, name: str, adapter: Adapter, model: Any) -> None:
+        """Raise ModelError, with the adapter's reasons, where it finds nothing to work on in the whole model."""
+        if not self.required or any(self.works_on(adapter, block, model.config) for block in adapter.blocks_of(model)):
+            return
+        reasons = "; ".join(self.limits(adapter, model.config)) or "its adapter lists no such pair"
+        raise ModelError(f"transform {name!r} finds no pair of weights to work on in this model: {reasons}.")
+
+    def run(self, window: Window, adapter: Adapter, path: str) -> None:
+        """Rewrite the block of a window in place; all is looked at before anything changes."""
+        for rewrite in list(self.rewrites(window, adapter, path)):
+            rewrite.apply(window.block)
 
 
 def make_transform(name: str, options: Mapping[str, Any]) -> Transform:
@@ -60,14 +93,3 @@ def make_transform(name: str, options: Mapping[str, Any]) -> Transform:
     """
     made: Transform = REGISTRY.make(name, options)
     return made
-
-
-def safe_factor(factor: Tensor, alive: Tensor) -> Tensor:
-    """``factor`` where channels are alive and it is a usable number, else 1 (dead channels move nothing)."""
-    usable = alive & torch.isfinite(factor) & (factor > 0)
-    return torch.where(usable, factor, torch.ones_like(factor)).clamp(1e-5, 1e5)
-
-
-def rounded_to_pow2(factor: Tensor) -> Tensor:
-    """The nearest power of two in the logarithm: such factors move through float weights without any rounding."""
-    return torch.exp2(factor.log2().round())

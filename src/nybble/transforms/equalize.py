@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from nybble.models.adapter import LinearFold, NormFold
-from nybble.transforms import Channel, Transform, rounded_to_pow2, safe_factor
+from nybble.transforms._folds import Channel, Scaling, rounded_to_pow2, safe_factor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Equalize(Transform):
+class Equalize(Scaling):
     """``pow2``: powers of two only, so that the rewritten model computes bit for bit the same in float."""
 
     pow2: bool = False

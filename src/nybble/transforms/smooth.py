@@ -14,11 +14,11 @@ from torch import Tensor
 
 from nybble.core.errors import SchemeError
 from nybble.models.adapter import LinearFold, NormFold
-from nybble.transforms import Channel, Transform, rounded_to_pow2, safe_factor
+from nybble.transforms._folds import Channel, Scaling, rounded_to_pow2, safe_factor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Smooth(Transform):
+class Smooth(Scaling):
     """Options of the method.
 
     Attributes:

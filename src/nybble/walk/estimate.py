@@ -15,7 +15,8 @@ from nybble.corrections.bias import MOST
 from nybble.models.adapter import Adapter
 from nybble.report.portrait import SAMPLE
 from nybble.solvers import Solver
-from nybble.walk.plan import Plan, Target
+from nybble.nn.kinds import Target
+from nybble.walk.plan import Plan
 
 BASE = 300_000_000
 """Bytes for imported libraries, the tokenizer with its text, and the allocator's gaps."""

@@ -15,37 +15,11 @@ from nybble.models.experts import expert_weights, find_experts
 from nybble.nn.activation import check_static
 from nybble.nn.attention import attentions
 from nybble.nn.conv import is_conv
+from nybble.nn.kinds import Product, Target
 from nybble.nn.swap import class_names, matrix_of
 from nybble.quantizer import Quantizer
 from nybble.scheme import Matches, Rule, Scheme, matches
 from nybble.solvers import Solver
-
-
-@dataclass(frozen=True)
-class Target:
-    """A weight to be quantized: of a linear module, a convolution, an embedding, or a fused one of experts.
-
-    ``shape``: [out, in] of one matrix, [out, in / groups * kernel] of a convolution (``conv``, with its ``groups``),
-    [tokens, width] of an embedding. ``experts``: how many, else 0. ``embedding``: whether it is one; ``head``: the
-    output head that is tied to it.
-    """
-
-    name: str
-    rule: Rule
-    shape: tuple[int, int]
-    experts: int = 0
-    embedding: bool = False
-    head: str = ""
-    conv: bool = False
-    groups: int = 1
-
-
-@dataclass(frozen=True)
-class Product:
-    """An attention whose operands are to be rounded: its name, and their quantizer."""
-
-    name: str
-    quantizer: Quantizer
 
 
 @dataclass(frozen=True)

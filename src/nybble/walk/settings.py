@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from nybble.core.device import check_device
 from nybble.core.errors import UsageError
@@ -19,7 +20,9 @@ class Settings:
     Attributes:
         samples: calibration sequences; None takes 128, or as many as the data has. seq_len: their length.
         batch: sequences a forward takes.
-        seed: of every random choice. device: ``cpu`` or ``cuda``. dtype: of forwards and of what stays unquantized.
+        seed: of every random choice.
+        device: ``cpu`` or ``cuda``; None takes the CPU, or where a model in memory is.
+        dtype: of forwards and of what stays unquantized; None takes bfloat16, or a model in memory's own.
         resume: continue a killed run. spill: keep hidden states in a file instead of memory.
     """
 
@@ -27,8 +30,8 @@ class Settings:
     seq_len: int = 512
     batch: int = 8
     seed: int = 0
-    device: str = "cpu"
-    dtype: torch.dtype = torch.bfloat16
+    device: str | None = None
+    dtype: torch.dtype | None = None
     resume: bool = False
     spill: bool = False
 
@@ -37,4 +40,23 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; it must be 1 or more.")
-        check_device(self.device)
+        if self.device is not None:
+            check_device(self.device)
+
+    def place(self, model: nn.Module | None) -> tuple[torch.device, torch.dtype]:
+        """Where blocks run, and in which dtype: as asked, or the CPU and bfloat16; of a model in memory, its own.
+
+        Raises:
+            UsageError: a model in memory is somewhere else, or of another dtype, than was asked for.
+        """
+        if model is None:
+            return torch.device(self.device or "cpu"), self.dtype or torch.bfloat16
+        first = next(iter(model.parameters()))
+        same_device = self.device is None or self.device in (str(first.device), first.device.type)
+        if not same_device or self.dtype not in (None, first.dtype):
+            wanted = self.dtype if same_device else self.device
+            raise UsageError(
+                f"a model in memory is quantized as it is, {first.dtype} on {first.device}; the settings ask for "
+                f"{wanted}. Move or cast it first, or leave that out."
+            )
+        return first.device, first.dtype

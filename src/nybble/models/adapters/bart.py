@@ -13,8 +13,8 @@ PART = Adapter(
     final_norm=None,
     head="lm_head",
     linear_folds=(
-        LinearFold(first="self_attn.v_proj", second="self_attn.out_proj"),
-        LinearFold(first="encoder_attn.v_proj", second="encoder_attn.out_proj"),
+        LinearFold(first="self_attn.v_proj", second="self_attn.out_proj", heads=True),
+        LinearFold(first="encoder_attn.v_proj", second="encoder_attn.out_proj", heads=True),
     ),
     limits=(
         "norms can't be folded into linears: their outputs are also the next residual (post-norm)",

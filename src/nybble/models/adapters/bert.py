@@ -16,7 +16,7 @@ PART = Adapter(
     final_norm=None,
     head=None,
     reads="sentences",
-    linear_folds=(LinearFold(first="attention.self.value", second="attention.output.dense"),),
+    linear_folds=(LinearFold(first="attention.self.value", second="attention.output.dense", heads=True),),
     limits=(
         "norms can't be folded into linears: their outputs are also the next residual (post-norm)",
         "intermediate.dense -> output.dense can't be folded: GELU between them is not homogeneous",

@@ -19,7 +19,9 @@ PART = Adapter(
         NormFold(norm="post_attention_layernorm", readers=("mlp.dense_h_to_4h",), when=PLAIN_RESIDUAL),
     ),
     linear_folds=(
-        LinearFold(first="self_attention.query_key_value", second="self_attention.dense", rows="third_of_each_head"),
+        LinearFold(
+            first="self_attention.query_key_value", second="self_attention.dense", rows="third_of_each_head", heads=True
+        ),
     ),
     limits=("mlp.dense_h_to_4h -> mlp.dense_4h_to_h can't be folded: GELU between them is not homogeneous",),
 )

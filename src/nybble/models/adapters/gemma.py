@@ -18,7 +18,7 @@ PART = Adapter(
         NormFold(norm="post_attention_layernorm", readers=("mlp.gate_proj", "mlp.up_proj"), offset=1.0),
     ),
     linear_folds=(
-        LinearFold(first="self_attn.v_proj", second="self_attn.o_proj", rows="value_heads"),
-        LinearFold(first="mlp.up_proj", second="mlp.down_proj"),
+        LinearFold(first="self_attn.v_proj", second="self_attn.o_proj", rows="value_heads", heads=True),
+        LinearFold(first="mlp.up_proj", second="mlp.down_proj", gates=("mlp.gate_proj",)),
     ),
 )

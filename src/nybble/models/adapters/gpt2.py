@@ -15,6 +15,6 @@ PART = Adapter(
         NormFold(norm="ln_1", readers=("attn.c_attn",)),
         NormFold(norm="ln_2", readers=("mlp.c_fc",)),
     ),
-    linear_folds=(LinearFold(first="attn.c_attn", second="attn.c_proj", rows="last_third"),),
+    linear_folds=(LinearFold(first="attn.c_attn", second="attn.c_proj", rows="last_third", heads=True),),
     limits=("mlp.c_fc -> mlp.c_proj can't be folded: GELU between them is not homogeneous",),
 )

@@ -15,7 +15,9 @@ PART = Adapter(
         NormFold(norm="input_layernorm", readers=("attention.query_key_value",)),
         NormFold(norm="post_attention_layernorm", readers=("mlp.dense_h_to_4h",)),
     ),
-    linear_folds=(LinearFold(first="attention.query_key_value", second="attention.dense", rows="third_of_each_head"),),
+    linear_folds=(
+        LinearFold(first="attention.query_key_value", second="attention.dense", rows="third_of_each_head", heads=True),
+    ),
     renames=(("embed_out.", "lm_head."),),
     limits=("mlp.dense_h_to_4h -> mlp.dense_4h_to_h can't be folded: GELU between them is not homogeneous",),
 )

@@ -16,8 +16,8 @@ PART = Adapter(
         NormFold(norm="post_attention_layernorm", readers=("mlp.gate_proj", "mlp.up_proj")),
     ),
     linear_folds=(
-        LinearFold(first="self_attn.v_proj", second="self_attn.o_proj", rows="value_heads"),
+        LinearFold(first="self_attn.v_proj", second="self_attn.o_proj", rows="value_heads", heads=True),
         # down reads act(gate) * up: linear in up.
-        LinearFold(first="mlp.up_proj", second="mlp.down_proj"),
+        LinearFold(first="mlp.up_proj", second="mlp.down_proj", gates=("mlp.gate_proj",)),
     ),
 )

@@ -22,8 +22,8 @@ PART = Adapter(
         NormFold(norm="final_layer_norm", readers=("fc1",)),
     ),
     linear_folds=(
-        LinearFold(first="self_attn.v_proj", second="self_attn.out_proj"),
-        LinearFold(first="encoder_attn.v_proj", second="encoder_attn.out_proj"),
+        LinearFold(first="self_attn.v_proj", second="self_attn.out_proj", heads=True),
+        LinearFold(first="encoder_attn.v_proj", second="encoder_attn.out_proj", heads=True),
     ),
     limits=("fc1 -> fc2 can't be folded: GELU or ReLU between them, and a fold pair must hold for every config",),
 )

@@ -15,7 +15,7 @@ PART = Adapter(
         NormFold(norm="input_layernorm", readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         NormFold(norm="post_attention_layernorm", readers=("mlp.gate", "mlp.experts.gate_up_proj")),
     ),
-    linear_folds=(LinearFold(first="self_attn.v_proj", second="self_attn.o_proj", rows="value_heads"),),
+    linear_folds=(LinearFold(first="self_attn.v_proj", second="self_attn.o_proj", rows="value_heads", heads=True),),
     experts="mlp.experts",
     limits=("up -> down of each expert is not offered as a fold: both halves are rows of one 3-D gate_up_proj",),
 )

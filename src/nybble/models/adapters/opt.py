@@ -23,7 +23,7 @@ PART = Adapter(
         NormFold(norm="final_layer_norm", readers=("fc1",), when=PRE_NORM),
     ),
     linear_folds=(
-        LinearFold(first="self_attn.v_proj", second="self_attn.out_proj"),
+        LinearFold(first="self_attn.v_proj", second="self_attn.out_proj", heads=True),
         # relu(s * x) = s * relu(x) for s > 0.
         LinearFold(first="fc1", second="fc2", when=(("activation_function", "relu"),)),
     ),

@@ -21,9 +21,13 @@ PART = Adapter(
         NormFold(norm="post_attention_layernorm", readers=ROUTED, when=(("model_type", "qwen3_moe"),)),
     ),
     linear_folds=(
-        LinearFold(first="self_attn.v_proj", second="self_attn.o_proj", rows="value_heads"),
-        LinearFold(first="mlp.up_proj", second="mlp.down_proj"),
-        LinearFold(first="mlp.shared_expert.up_proj", second="mlp.shared_expert.down_proj"),
+        LinearFold(first="self_attn.v_proj", second="self_attn.o_proj", rows="value_heads", heads=True),
+        LinearFold(first="mlp.up_proj", second="mlp.down_proj", gates=("mlp.gate_proj",)),
+        LinearFold(
+            first="mlp.shared_expert.up_proj",
+            second="mlp.shared_expert.down_proj",
+            gates=("mlp.shared_expert.gate_proj",),
+        ),
     ),
     experts="mlp.experts",
     limits=("up -> down of each expert is not offered as a fold: both halves are rows of one 3-D gate_up_proj",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nybble.models.adapter import Adapter, LinearFold, NormFold
+from nybble.models.adapter import Adapter, Flow, LinearFold, NormFold
 
 PLAIN_RELU = (("dense_act_fn", "relu"), ("is_gated_act", False))
 GATED = (("is_gated_act", True),)
@@ -24,13 +24,21 @@ PART = Adapter(
         NormFold(norm="layer.2.layer_norm", readers=("layer.2.DenseReluDense.wi_0", "layer.2.DenseReluDense.wi_1")),
     ),
     linear_folds=(
-        LinearFold(first="layer.0.SelfAttention.v", second="layer.0.SelfAttention.o"),
-        LinearFold(first="layer.1.EncDecAttention.v", second="layer.1.EncDecAttention.o"),
+        LinearFold(first="layer.0.SelfAttention.v", second="layer.0.SelfAttention.o", heads=True),
+        LinearFold(first="layer.1.EncDecAttention.v", second="layer.1.EncDecAttention.o", heads=True),
         *(
-            LinearFold(first=f"layer.{n}.DenseReluDense.{first}", second=f"layer.{n}.DenseReluDense.wo", when=when)
+            LinearFold(
+                first=f"layer.{n}.DenseReluDense.{first}",
+                second=f"layer.{n}.DenseReluDense.wo",
+                when=when,
+                gates=tuple(f"layer.{n}.DenseReluDense.{gate}" for gate in gates),
+            )
             for n in (1, 2)
-            for first, when in (("wi", PLAIN_RELU), ("wi_1", GATED))
+            for first, gates, when in (("wi", (), PLAIN_RELU), ("wi_1", ("wi_0",), GATED))
         ),
     ),
-    carries=((1, 1), (2, 4)),
+    flows=(
+        Flow(name="position_bias", gives=1, takes=1, once=True),
+        Flow(name="cross_position_bias", gives=2, takes=4, once=True),
+    ),
 )

@@ -16,6 +16,6 @@ PART = Adapter(
         NormFold(norm="layernorm_before", readers=("attention.q_proj", "attention.k_proj", "attention.v_proj")),
         NormFold(norm="layernorm_after", readers=("mlp.fc1",)),
     ),
-    linear_folds=(LinearFold(first="attention.v_proj", second="attention.o_proj"),),
+    linear_folds=(LinearFold(first="attention.v_proj", second="attention.o_proj", heads=True),),
     limits=("mlp.fc1 -> mlp.fc2 can't be folded: GELU between them is not homogeneous",),
 )

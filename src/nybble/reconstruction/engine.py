@@ -1,0 +1,218 @@
+"""The one engine: put trainable twins where quantized layers stand, and move their parts until the window fits.
+
+The window's inputs come from the path that the recipe says, what it should give from the float path. A step takes one
+batch; batches go round in an order that a seed decides. Blocks that stay for the next window keep their twins, and what
+these learned. Where the best that was reached loses more than the window did at the start, it goes back there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nybble.calibration.block import BlockState, Record
+from nybble.calibration.trace import HIDDEN, BlockCall
+from nybble.calibration.window import Window
+from nybble.core.errors import DataError
+from nybble.core.seeds import derive_seed
+from nybble.learned import ACTIVATIONS, WEIGHTS, Learned
+from nybble.learned.fixed import Fixed
+from nybble.learned.ste import Ste
+from nybble.nn.fake import FakeLayer
+from nybble.nn.kinds import Target
+from nybble.nn.layer import QuantLayer
+from nybble.nn.packed import Packed
+from nybble.qtensor import QTensor
+from nybble.qtensor.block import BlockQTensor
+from nybble.reconstruction import Reconstruction
+
+DEFAULT_RATE = 1e-3
+
+
+def put_twins(state: BlockState, targets: Sequence[Target], options: Reconstruction) -> None:
+    """Let a trainable twin stand for each quantized layer whose parts are learned; it begins where that one is."""
+    for target in targets:
+        layer = state.installed(target)
+        if isinstance(layer, QuantLayer):
+            state.replace(target, _twin(state, target, layer, options))
+
+
+def _twin(state: BlockState, target: Target, layer: QuantLayer, options: Reconstruction) -> FakeLayer:
+    truth, record = state.matrix(target).float(), state.records[target.name]
+    weights: Learned | None = None
+    if isinstance(layer.weight, Packed):
+        weights = _weights(layer.weight.qtensor(), truth, record, options)
+    inputs: Learned | None = None
+    if layer.inputs is not None:
+        quantizer, params = layer.inputs.quantizer, record.inputs[1]
+        sample = torch.zeros(1, truth.shape[1], device=truth.device) if record.sample is None else record.sample.float()
+        # What isn't learned lets gradients pass all the same.
+        inputs = (options.inputs or Ste()).make(quantizer, sample, params, ACTIVATIONS)
+    outputs = None if layer.outputs is None else Ste().make(layer.outputs.quantizer, truth[:, :1].T, None, ACTIVATIONS)
+    like = state.float_module(target.module)
+    return FakeLayer(like, truth, weights, inputs, outputs, trainable=False)
+
+
+def _weights(packed: QTensor, truth: Tensor, record: Record, options: Reconstruction) -> Learned:
+    """What rounds a weight: the learned part where there is one for it, else the codes as they are."""
+    if options.weights is not None and isinstance(packed, BlockQTensor) and record.quantizer is not None:
+        return options.weights.make(record.quantizer, truth, packed, WEIGHTS)
+    return Fixed.of(packed)
+
+
+def settle_twins(state: BlockState) -> None:
+    """Let the packed layers that the twins of a block come to stand in their place."""
+    for target in state.targets:
+        twin = state.installed(target)
+        if isinstance(twin, FakeLayer):
+            settled = twin.eval().settle()
+            state.replace(target, settled)
+            record = state.records[target.name]
+            record.changed = True
+            if settled.inputs is not None:
+                record.inputs = settled.inputs.quantizer, settled.inputs.params()
+
+
+def twins_of(state: BlockState) -> dict[str, FakeLayer]:
+    """The trainable twins of a block, by the target's name."""
+    found = {target.name: state.installed(target) for target in state.targets}
+    return {name: twin for name, twin in found.items() if isinstance(twin, FakeLayer)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Losses over all batches: of the window as it came, and as it is left."""
+
+    before: float
+    after: float
+    kept: bool
+
+
+def reconstruct(window: Window, options: Reconstruction) -> Outcome:
+    """Optimise the twins of a window (:func:`put_twins`); see the module's docstring.
+
+    Args:
+        window: with a float path, and the one that ``options.feed`` names.
+        options: what to learn, and how.
+
+    Raises:
+        DataError: the loss is no number.
+    """
+    twins = [twin for state in window.blocks for twin in twins_of(state).values()]
+    wanted = _wanted(window)
+    before = _evaluate(window, options, wanted)
+    started = [{k: v.clone() for k, v in twin.state_dict().items()} for twin in twins]
+    with torch.enable_grad(), _frozen(window, twins):
+        _train(window, options, wanted, twins, before)
+    after = _evaluate(window, options, wanted)
+    if not math.isfinite(after):
+        raise DataError(f"the reconstruction of {window.part} came to {after}; take smaller rates.")
+    kept = after <= before
+    if not kept:
+        for twin, state in zip(twins, started, strict=True):
+            twin.load_state_dict(state)
+    _note(window, options, before, after, kept)
+    return Outcome(before=before, after=min(before, after), kept=kept)
+
+
+def _wanted(window: Window) -> list[Tensor]:
+    """What the float blocks give, by batch."""
+    return [window.run(calls, given, "float")[HIDDEN] for calls, given in window.inputs("float")]
+
+
+def _evaluate(window: Window, options: Reconstruction, wanted: Sequence[Tensor]) -> float:
+    """The loss over all batches of the window as it would be stored."""
+    total = 0.0
+    _train_mode(window, False)
+    for (calls, given), goal in zip(window.inputs(options.feed), wanted, strict=True):
+        output = window.run(calls, given, "quantized")[HIDDEN]
+        total += float(options.loss(output, goal, calls[0].mask))
+    return total / len(wanted)
+
+
+def _train(
+    window: Window, options: Reconstruction, wanted: Sequence[Tensor], twins: Sequence[FakeLayer], scale: float
+) -> None:
+    groups: dict[str, list[nn.Parameter]] = {}
+    for learned in (part for twin in twins for _, part in twin.learned()):
+        for name, parameters in learned.groups().items():
+            groups.setdefault(name, []).extend(parameters)
+    default = options.rates.get("default", DEFAULT_RATE)
+    optimizer = torch.optim.Adam(
+        [{"params": parameters, "lr": options.rates.get(name, default)} for name, parameters in groups.items()]
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(options, step))
+    _train_mode(window, True)
+    for step, (number, calls, given) in enumerate(_rounds(window, options)):
+        output = window.run(calls, given, "quantized")[HIDDEN]
+        loss = options.loss(output, wanted[number], calls[0].mask)
+        t = step / options.steps
+        if t >= options.warmup and options.penalty:
+            through = (t - options.warmup) / (1 - options.warmup)
+            loss = loss + options.penalty * scale * _penalty(twins, through)
+        if not math.isfinite(float(loss.detach())):
+            raise DataError(f"the loss of {window.part} is {float(loss)} at step {step}; take smaller rates.")
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    _train_mode(window, False)
+
+
+def _penalty(twins: Sequence[FakeLayer], t: float) -> Tensor:
+    """The parts' penalties, a mean over all elements that they are sums over."""
+    total = torch.stack([twin.penalty(t) for twin in twins]).sum()
+    return total / sum(twin.weight.shape.numel() for twin in twins)
+
+
+def _rounds(window: Window, options: Reconstruction) -> Iterator[tuple[int, Sequence[BlockCall], dict[str, Tensor]]]:
+    """``steps`` batches with their numbers: all of them in a random order, then again in another."""
+    generator = torch.Generator().manual_seed(derive_seed(window.calibration.seed, window.part, "order"))
+    left = options.steps
+    while left:
+        order = torch.randperm(window.calibration.batches, generator=generator).tolist()[:left]
+        left -= len(order)
+        for number, (calls, given) in zip(order, window.inputs(options.feed, order=order), strict=True):
+            yield number, calls, dict(given)
+
+
+def _rate(options: Reconstruction, step: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * step / options.steps)) if options.schedule == "cosine" else 1.0
+
+
+def _train_mode(window: Window, on: bool) -> None:
+    for state in window.blocks:
+        for twin in twins_of(state).values():
+            twin.train(on)
+
+
+@contextmanager
+def _frozen(window: Window, twins: Sequence[FakeLayer]) -> Iterator[None]:
+    """Let nothing but the learned parts' own parameters ask for gradients."""
+    wanted = {id(p) for twin in twins for _, part in twin.learned() for ps in part.groups().values() for p in ps}
+    asked = {p: p.requires_grad for state in window.blocks for p in state.module.parameters()}
+    try:
+        for parameter in asked:
+            parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for parameter, was in asked.items():
+            parameter.requires_grad_(was)
+            parameter.grad = None
+
+
+def _note(window: Window, options: Reconstruction, before: float, after: float, kept: bool) -> None:
+    text = f"window of {len(window.blocks)}: output error {before:.3g} -> {after:.3g}"
+    if not kept:
+        text = f"reconstruction would have raised the window's error ({before:.3g} -> {after:.3g}): went back"
+    for state in window.blocks:
+        for target in state.targets:
+            if options.learns(target) and target.name in state.records:
+                state.records[target.name].notes.append(text)
+
+

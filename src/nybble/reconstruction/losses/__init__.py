@@ -1,0 +1,1 @@
+"""What a window of blocks is held to: one loss a file, found by name (:mod:`nybble.reconstruction`)."""

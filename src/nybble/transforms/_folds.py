@@ -1,0 +1,178 @@
+"""The pairs of weights that transforms work on: what a pair's matrices are, and how factors move through it.
+
+A factor goes from one weight to the other: ``norm / s`` before and ``weight * s`` behind (a norm fold), or rows of one
+linear layer by ``1 / s`` and columns of the next by ``s`` (a linear fold).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble.calibration.block import BlockState
+from nybble.calibration.watch import channel_maxima
+from nybble.calibration.window import Window
+from nybble.models.adapter import Adapter, LinearFold, NormFold, feeding_rows
+from nybble.models.linears import weight_of
+from nybble.transforms import Rewrite, Transform
+
+Fold = NormFold | LinearFold
+
+
+def folds_of(adapter: Adapter, block: Any, config: Any) -> list[Fold]:
+    """All pairs of a block."""
+    return [*adapter.norm_folds_of(block, config), *adapter.linear_folds_of(block, config)]
+
+
+class Matrices:
+    """A block's weights as matrices [rows, columns] (of fused experts [experts, rows, columns]), by a fold's names."""
+
+    def __init__(self, state: BlockState) -> None:
+        self.state = state
+
+    def parameter(self, name: str) -> str:
+        """The parameter's name: ``name`` is a module with a weight, or a fused parameter itself."""
+        owner, _, leaf = name.rpartition(".")
+        return name if leaf in self.state.module.get_submodule(owner)._parameters else f"{name}.weight"
+
+    def bias(self, name: str) -> str | None:
+        """The name of a module's bias, if it has one."""
+        return f"{name}.bias" if self.state.has(f"{name}.bias") else None
+
+    def turned(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor in the parameter's place as a matrix, and a matrix as such a tensor."""
+        _, dim = weight_of(self.state.module, name)
+        return tensor if dim == -1 else tensor.mT
+
+    def get(self, name: str) -> Tensor:
+        """The matrix now, float32."""
+        return self.turned(name, self.state.get(self.parameter(name)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channel:
+    """The channels between two weights, as a transform sees them.
+
+    Attributes:
+        fold: the pair, from the adapter.
+        largest: largest magnitude that calibration saw in each channel, float32 [channels].
+        before: rows of the weight that produce each channel, float32 [channels, columns]; None behind a norm.
+        behind: weights that read the channels, float32 [rows, channels] each (of fused experts [experts, rows,
+            channels]).
+        rows: which row of the first weight feeds each channel, int64 [channels]; None behind a norm.
+    """
+
+    fold: Fold
+    largest: Tensor
+    before: Tensor | None
+    behind: Sequence[Tensor]
+    rows: Tensor | None
+
+
+def channels_of(window: Window, folds: Sequence[Fold], path: str) -> Iterator[Channel]:
+    """What calibration and the weights say of each pair; pairs that were never run are left out."""
+    matrices, config = Matrices(window.block), window.calibration.config
+    readers = {_reader(window.block, fold): fold for fold in folds}
+    largest = channel_maxima(window.block.module, list(readers), window.batches(path))
+    for name, fold in readers.items():
+        if name not in largest:
+            continue
+        seen = largest[name]
+        rows = None
+        if isinstance(fold, LinearFold):
+            rows = feeding_rows(fold, config, len(seen)).to(seen.device)  # type: ignore[arg-type]
+        before = matrices.get(fold.first)[rows] if isinstance(fold, LinearFold) else None
+        behind = [matrices.get(reader) for reader in behind_of(fold)]
+        yield Channel(fold=fold, largest=seen, before=before, behind=behind, rows=rows)
+
+
+def behind_of(fold: Fold) -> tuple[str, ...]:
+    """Names of the weights that read the channels."""
+    return fold.readers if isinstance(fold, NormFold) else (fold.second,)
+
+
+def _reader(state: BlockState, fold: Fold) -> str:
+    """A module whose input is the channels (fused experts are parameters, with a router beside them)."""
+    modules = dict(state.module.named_modules())
+    return next(name for name in fold.readers if name in modules) if isinstance(fold, NormFold) else fold.second
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling(Transform):
+    """A transform that moves factors: what it multiplies each channel by is all that a method has to say."""
+
+    @abstractmethod
+    def takes(self, fold: Fold) -> bool:
+        """Whether it works on this kind of pair."""
+
+    @abstractmethod
+    def factor(self, channel: Channel) -> Tensor:
+        """``s``, what the channels are divided by before and multiplied by behind; float32 [channels], positive."""
+
+    def works_on(self, adapter: Adapter, block: Any, config: Any) -> bool:  # noqa: D102
+        return any(self.takes(fold) for fold in folds_of(adapter, block, config))
+
+    def rewrites(self, window: Window, adapter: Adapter, path: str) -> Iterator[Rewrite]:  # noqa: D102
+        folds = [f for f in folds_of(adapter, window.block.module, window.calibration.config) if self.takes(f)]
+        for channel in channels_of(window, folds, path):
+            yield scaling(window.block, channel, self.factor(channel))
+
+
+def scaling(state: BlockState, channel: Channel, factor: Tensor) -> Rewrite:
+    """Divide the channels of a pair by ``factor`` before, and multiply by it behind."""
+    matrices, fold, rows = Matrices(state), channel.fold, channel.rows
+    first = fold.norm if isinstance(fold, NormFold) else fold.first
+    weight, bias = f"{first}.weight", matrices.bias(first)
+    if isinstance(fold, LinearFold):
+        weight = matrices.parameter(first)
+    behind = {name: matrices.parameter(name) for name in behind_of(fold)}
+    dtype = state.module.get_parameter(weight).dtype
+
+    def divided_norm(old: Tensor, by: Tensor, offset: float) -> tuple[Tensor, Tensor]:
+        """The norm's new weights, and by how much its output is really divided: they are rounded to the norm's dtype."""
+        old = old + offset
+        new = (old / by - offset).to(dtype).float()
+        really = torch.where((new + offset != 0) & (old != 0), old / (new + offset), torch.ones_like(old))
+        return torch.where(really == 1, old - offset, new), really
+
+    def function(weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found, by = {}, parameters["factor"]
+        if isinstance(fold, NormFold):
+            found[weight], by = divided_norm(weights[weight], by, fold.offset)
+            over = by
+        else:
+            assert rows is not None
+            by = _one_a_row(by, rows)
+            matrix = matrices.turned(first, weights[weight])
+            over = matrix.new_ones(len(matrix)).index_put((rows,), by)
+            found[weight] = matrices.turned(first, matrix / over[:, None])
+        if bias is not None:
+            found[bias] = weights[bias] / over
+        for name, parameter in behind.items():
+            found[parameter] = matrices.turned(name, matrices.turned(name, weights[parameter]) * by)
+        return found
+
+    names = (weight, *([bias] if bias else []), *behind.values())
+    return Rewrite(weights=names, parameters={"factor": factor}, function=function)
+
+
+def _one_a_row(factor: Tensor, rows: Tensor) -> Tensor:
+    """The largest factor among the channels that one row feeds (grouped-query attention), for each channel."""
+    most = factor.new_zeros(int(rows.max()) + 1).scatter_reduce(0, rows, factor, "amax")
+    return most[rows]
+
+
+def safe_factor(factor: Tensor, alive: Tensor) -> Tensor:
+    """``factor`` where channels are alive and it is a usable number, else 1 (dead channels move nothing)."""
+    usable = alive & torch.isfinite(factor) & (factor > 0)
+    return torch.where(usable, factor, torch.ones_like(factor)).clamp(1e-5, 1e5)
+
+
+def rounded_to_pow2(factor: Tensor) -> Tensor:
+    """The nearest power of two in the logarithm: such factors move through float weights without any rounding."""
+    return torch.exp2(factor.log2().round())

@@ -1,0 +1,53 @@
+"""Channels of every head rotated by a Hadamard matrix, which spreads an outlier over all of them.
+
+Ashkboos et al. 2024 (QuaRot), arXiv:2404.00456, section 4 (value and output projection): ``W_v`` becomes ``R W_v`` and
+``W_o`` becomes ``W_o R^T`` inside each head. Their rotations of the residual stream and of the MLP's inner activations
+need work at run time and are not here. R is a Hadamard matrix over sqrt(width) with random signs of its columns; where
+the width of a head is no power of two, blocks of its largest power-of-two divisor are rotated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble.core.seeds import derive_seed
+from nybble.models.adapter import Adapter, LinearFold
+from nybble.transforms._folds import Channel
+from nybble.transforms._mixing import Mixing, Places
+
+
+def hadamard(size: int) -> Tensor:
+    """Sylvester's Hadamard matrix over sqrt(size), float32 [size, size]; ``size`` is a power of two."""
+    found = torch.ones(1, 1)
+    while len(found) < size:
+        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
+    return found / size**0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hadamard(Mixing):
+    """``signs``: multiply the channels by random signs first, so that no pattern of theirs survives the rotation."""
+
+    signs: bool = True
+
+    def takes(self, fold: LinearFold) -> bool:  # noqa: D102
+        return fold.heads
+
+    def limits(self, adapter: Adapter, config: Any) -> list[str]:  # noqa: D102
+        return ["only the channels between an attention's values and its output can be rotated"]
+
+    def parameters(self, channel: Channel, places: Places, seed: int) -> dict[str, Tensor]:  # noqa: D102
+        blocks, width = places.rows.shape
+        part = hadamard(width & -width)  # the largest power of two that divides it
+        rotation = torch.block_diag(*[part] * (width // len(part))).expand(blocks, -1, -1)
+        if self.signs:
+            generator = torch.Generator().manual_seed(derive_seed(seed, "hadamard"))
+            rotation = rotation * (torch.randint(0, 2, (blocks, 1, width), generator=generator) * 2 - 1)
+        return {"rotation": rotation.contiguous().to(channel.largest.device)}
+
+
+PART = Hadamard

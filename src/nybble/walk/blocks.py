@@ -1,0 +1,80 @@
+"""Bringing a model's parts into memory and letting go of them again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nybble.calibration.block import BlockState
+from nybble.core.memory import trim_memory
+from nybble.models.sources import ModelSource
+from nybble.nn.kinds import Target
+from nybble.walk.job import Job
+from nybble.walk.steps.solver import check_finite
+
+
+def load_outside(job: Job) -> None:
+    """Fill what is in no block from the source, and bring computed buffers to the device."""
+    if job.source is None:
+        return
+    names = [name for name in job.adapter.outside(job.model) if name in job.source.stored()]
+    found = job.source.load(names, dtype=job.dtype, device=job.device)
+    _check_finite(found)
+    job.model.load_state_dict(found, strict=False, assign=True)
+    job.model.tie_weights()
+    for buffer_name, buffer in job.model.named_buffers():
+        if buffer.device != job.device and buffer.device.type != "meta":
+            owner, _, leaf = buffer_name.rpartition(".")
+            job.model.get_submodule(owner)._buffers[leaf] = buffer.to(job.device)
+
+
+def load_block(job: Job, name: str, targets: Sequence[Target]) -> BlockState:
+    """A block with real weights: from the source, or as it is in memory."""
+    block = job.model.get_submodule(name)
+    if job.source is None:
+        return BlockState(block, name, None, targets)
+    return BlockState(block, name, fill(job.source, block, name, job.dtype, job.device), targets)
+
+
+def fill(
+    source: ModelSource, block: nn.Module, name: str, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Fill a block from the source; returns its tensors in the source's precision, names relative to it."""
+    names = [f"{name}.{n}" for n, _ in block.named_parameters()] + [
+        f"{name}.{n}" for n in block.state_dict() if f"{name}.{n}" in source.stored()
+    ]
+    loaded = source.load(list(dict.fromkeys(names)), device=device)
+    _check_finite(loaded)
+    found = {n.removeprefix(f"{name}."): t for n, t in loaded.items()}
+    put(block, found, dtype)
+    return found
+
+
+def put(block: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Let a block have these tensors, floats cast to ``dtype``."""
+    cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    block.load_state_dict(cast, strict=False, assign=True)
+
+
+def outside_state(job: Job) -> BlockState:
+    """The model itself as a block whose targets are those that are in no block, with the source's precision."""
+    outside = job.plan.outside
+    precise: dict[str, Tensor] = {}
+    if job.source is not None and outside:
+        names = [name for target in outside for name in target.parameters]
+        precise = job.source.load(names, device=job.device)
+    return BlockState(job.model, "", precise, outside)
+
+
+def release(block: nn.Module) -> None:
+    """Give the memory of a finished block back."""
+    block.to("meta")
+    trim_memory()
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
+            check_finite(tensor, name)

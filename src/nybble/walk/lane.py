@@ -1,0 +1,301 @@
+"""One recipe on its way through a model: its blocks, its streams, and what becomes of each window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nybble.calibration.block import BlockState
+from nybble.calibration.fisher import fisher_of, layers_with_weights
+from nybble.calibration.streams import Stream
+from nybble.calibration.tail import tail
+from nybble.calibration.trace import HIDDEN, BlockCall, Tensors, capture_block_calls
+from nybble.calibration.window import Calibration, Known, Window
+from nybble.checkpoint.parts import SPILL, Parts
+from nybble.core.errors import DataError
+from nybble.core.seeds import derive_seed
+from nybble.nn.swap import hold_dense
+from nybble.reconstruction.engine import settle_twins
+from nybble.report.record import LayerRow, block_rows
+from nybble.walk.blocks import load_block, load_outside, outside_state, release
+from nybble.walk.carry import Carry
+from nybble.walk.job import OUTSIDE, Job, part_name
+
+
+@dataclass(frozen=True)
+class Span:
+    """Blocks ``start .. stop`` are worked on together; those before ``leave`` are finished then."""
+
+    start: int
+    stop: int
+    leave: int
+
+
+def spans(stacks: Sequence[int], window: int, overlap: int) -> Iterator[Span]:
+    """The windows over a model, in order; none reaches from one stack of blocks into the next."""
+    first = 0
+    for size in stacks:
+        start, end = first, first + size
+        while start < end:
+            stop = min(start + window, end)
+            leave = stop if stop == end else start + window - overlap
+            yield Span(start, stop, leave)
+            start = leave
+        first = end
+
+
+class Lane:
+    """The state of one run.
+
+    Args:
+        job: what is to be done.
+        spill: a folder for hidden states that don't stay in memory; None keeps them there.
+
+    Attributes:
+        streams: by path, the tensors in front of the window. Lanes over the same float network may have one in common.
+        states: the blocks that are loaded, by index.
+    """
+
+    def __init__(self, job: Job, spill: Path | None = None) -> None:
+        self.job, self.spill = job, spill
+        self.names = job.adapter.block_names(job.model)
+        self.stacks = [len(names) for names in job.adapter.stack_names(job.model)]
+        self.streams: dict[str, Stream] = {}
+        self.states: dict[int, BlockState] = {}
+        inputs = {} if job.tokens is None else job.tokens.inputs
+        samples = len(next(iter(inputs.values()))) if inputs else 0
+        self.calibration = Calibration(
+            tokens=0 if job.tokens is None else job.tokens.tokens, samples=samples,
+            batches=-(-samples // job.settings.batch), device=job.device, dtype=job.dtype, seed=job.settings.seed,
+            config=job.model.config,
+        )  # fmt: skip
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether anything looks at data."""
+        return self.job.tokens is not None
+
+    def spans(self) -> list[Span]:
+        """Its windows."""
+        return list(spans(self.stacks, self.job.window, self.job.overlap))
+
+    # ------------------------------------------------------------------------------------------------ streams
+    def begin(self) -> None:
+        """Load what is in no block, and see what the first blocks are given."""
+        load_outside(self.job)
+        if self.calibrated:
+            self.enter_stack(0)
+            self._see_gradients()
+
+    def begin_beside(self, lead: Lane) -> None:
+        """The same for a lane that reads the lead's streams."""
+        load_outside(self.job)
+        self.streams = lead.streams
+        self._see_gradients()
+
+    def enter_stack(self, stack: int) -> None:
+        """Streams in front of the first block of a stack; a decoder's reads what the encoder gave on each path."""
+        assert self.job.tokens is not None
+        before, self.streams = self.streams, {}
+        first: Stream | None = None
+        for path in sorted(self.job.paths):
+            spill = None if self.spill is None else self.spill / f"{SPILL}{path}.{stack}"
+            if first is not None and not stack:
+                self.streams[path] = first.fork(spill)
+                continue
+            first = Stream(self.calibration.samples, self.job.device, spill)
+            self._fill(first, before.get(path))
+            self.streams[path] = first
+        for stream in before.values():
+            stream.close()
+
+    def _fill(self, stream: Stream, encoder: Stream | None) -> None:
+        """Run what is in front of a stack. Batches of one size are called alike where nothing but token ids goes in."""
+        assert self.job.tokens is not None
+        inputs, batch = self.job.tokens.inputs, self.job.settings.batch
+        alike: dict[int, list[BlockCall]] = {}
+        for start in range(0, self.calibration.samples, batch):
+            given = {name: tensor[start : start + batch].to(self.job.device) for name, tensor in inputs.items()}
+            end = None if encoder is None else encoder.read(start)[HIDDEN]
+            calls = capture_block_calls(self.job.model, given, adapter=self.job.adapter, end=end)
+            tensors = calls[0].start
+            assert tensors is not None
+            calls[0] = replace(calls[0], start=None)
+            if set(inputs) == {"input_ids"} and encoder is None:
+                calls = alike.setdefault(len(tensors[HIDDEN]), calls)
+            stream.begin(start, calls, tensors)
+
+    def _see_gradients(self) -> None:
+        """Fisher weights, where the solver asks for them: a pass of the whole float model, which is let go of then."""
+        job = self.job
+        if job.tokens is None or "fisher" not in job.needs:
+            return
+        model = job.model if job.source is None else job.source.model(job.dtype, job.device)
+        layers = layers_with_weights(list(zip(self.names, job.plan.blocks, strict=True)))
+        if not layers:
+            raise DataError("loss=fisher weighs the outputs of linear layers, and none is quantized; use loss=output.")
+        self.calibration.fisher.update(
+            fisher_of(
+                model, job.adapter, layers, job.tokens.inputs, batch=job.settings.batch, tokens=job.tokens.tokens,
+                most=job.solver.most_tokens, seed=job.settings.seed,
+            )
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Let go of all streams."""
+        for stream in self.streams.values():
+            stream.close()
+
+    # ------------------------------------------------------------------------------------------------ windows
+    def window(self, start: int, stop: int, part: str) -> Window:
+        """Loaded blocks as a window."""
+
+        def source(path: str, order: Sequence[int] | None) -> Iterator[tuple[Sequence[BlockCall], Tensors]]:
+            stream = self.streams[path]
+            begins = list(stream)
+            for number in range(len(begins)) if order is None else order:
+                at = begins[number]
+                yield stream.calls[at][self._in_stack(start) :], stream.read(at)
+
+        blocks = [self.states[index] for index in range(start, stop)]
+        return Window(blocks, self.calibration, source if self.calibrated else None, part)
+
+    def _in_stack(self, index: int) -> int:
+        return index if index < self.stacks[0] else index - self.stacks[0]
+
+    def work(self, span: Span, known: Known | None = None) -> None:
+        """Bring the blocks that are new in a window into it, learn on all of it."""
+        for index in range(span.start, span.stop):
+            if index not in self.states:
+                self._enter(index, span, known)
+        if self.job.reconstructions:
+            window = self.window(span.start, span.stop, f"window-{span.start:04d}")
+            window.seed("learn")
+            for step in self.job.reconstructions:
+                step.run(window)
+
+    def _enter(self, index: int, span: Span, known: Known | None) -> None:
+        self.load(index)
+        window = self.window(span.start, index + 1, "").only(index - span.start, part_name(index), known)
+        window.seed("see")
+        for step in self.job.entering:
+            step.run(window)
+        if index + 1 < span.stop:
+            hold_dense(self.states[index].module, self.job.dtype)  # the blocks behind it read what it gives, often
+
+    def load(self, index: int) -> BlockState:
+        """A float block."""
+        state = self.states[index] = load_block(self.job, self.names[index], self.job.plan.blocks[index])
+        return state
+
+    def finish(self, span: Span, parts: Parts | None) -> list[LayerRow]:
+        """Settle and correct the blocks that leave; write them; returns their rows."""
+        found: dict[int, list[LayerRow]] = {}
+        for index in range(span.start, span.leave):
+            state = self.states[index]
+            hold_dense(state.module, None)
+            settle_twins(state)
+            window = self.window(span.start, span.leave, "").only(index - span.start, part_name(index))
+            window.seed("correct")
+            for step in self.job.corrections:
+                step.run(window)
+            found[index] = block_rows(state)
+        if parts is not None:
+            if span.leave < span.stop:
+                Carry(parts, span.leave).write({i: self.states[i] for i in range(span.leave, span.stop)})
+            for index, rows in found.items():
+                state = self.states[index]
+                parts.write(part_name(index), state.prefix, state.module, [row.to_dict() for row in rows])
+            Carry(parts, span.start).remove()
+        return [row for rows in found.values() for row in rows]
+
+    def advance(self, span: Span, finishes: bool) -> None:
+        """Move the streams through the blocks that leave: on the float path as they were, on the other as they are."""
+        if self.calibrated and (span.leave < len(self.names) or finishes):
+            for index in range(span.start, span.leave):
+                for path, stream in self.streams.items():
+                    self._advance(index, path, stream)
+
+    def _advance(self, index: int, path: str, stream: Stream) -> None:
+        torch.manual_seed(derive_seed(self.job.settings.seed, part_name(index), "advance"))
+        state = self.states[index]
+        with state.on(path) as module:
+            hold_dense(module, self.job.dtype)
+            for start in stream:
+                stream.write(start, stream.calls[start][self._in_stack(index)].run(module, stream.read(start)))
+            hold_dense(module, None)
+        if not stream.finite():
+            raise DataError(f"the outputs of block {index} hold NaN or Inf; try another dtype or a gentler scheme.")
+
+    def release(self, span: Span, written: bool) -> None:
+        """Let go of the blocks that leave; of their weights too, where they are written."""
+        for index in range(span.start, span.leave):
+            state = self.states.pop(index)
+            state.settle()
+            if written and self.job.source is not None:
+                release(state.module)
+
+    # ------------------------------------------------------------------------------------------------ resuming
+    def replay(self, span: Span, parts: Parts, finishes: bool, last: bool) -> list[LayerRow]:
+        """Move the streams through blocks that an earlier run finished; returns their rows.
+
+        Behind the ``last`` of these windows, blocks that the next one has too are brought back as they were.
+        """
+        moves = self.calibrated and (span.leave < len(self.names) or finishes)
+        for index in range(span.start, span.leave) if moves else ():
+            state = self.load(index) if "float" in self.streams else self._empty(index)
+            if "float" in self.streams:
+                window = self.window(index, index + 1, part_name(index))
+                window.seed("see")
+                for step in self.job.transforms:
+                    step.run(window)
+                self._advance(index, "float", self.streams["float"])
+            if "quantized" in self.streams:
+                parts.restore(part_name(index), self.job.model, self.job.device)
+                self._advance(index, "quantized", self.streams["quantized"])
+            self.states.pop(index)
+            if self.job.source is not None:
+                release(state.module)
+        if last and span.leave < span.stop:
+            carry = Carry(parts, span.leave)
+            for index in range(span.leave, span.stop):
+                carry.read(index, self.load(index), self.job)
+        return [LayerRow.from_dict(row) for i in range(span.start, span.leave) for row in parts.rows(part_name(i))]
+
+    def _empty(self, index: int) -> BlockState:
+        state = self.states[index] = BlockState(self.job.model.get_submodule(self.names[index]), self.names[index])
+        return state
+
+    # ------------------------------------------------------------------------------------------------ the rest
+    def outside(self, parts: Parts | None) -> list[LayerRow]:
+        """Quantize what is in no block, on the inputs that it gets there."""
+        if parts is not None and parts.done(OUTSIDE):
+            return [LayerRow.from_dict(row) for row in parts.rows(OUTSIDE)]
+        state = outside_state(self.job)
+        source = None
+        if self.job.outside_sees and self.calibrated:
+            source = self._tail
+        window = Window([state], self.calibration, source, part_name(len(self.names)))
+        if state.targets:
+            self.job.solver_step.run_outside(window)
+        rows = block_rows(state)
+        state.settle()
+        if parts is not None:
+            without = self.job.adapter.inside
+            parts.write(OUTSIDE, "", self.job.model, [row.to_dict() for row in rows], without=without)
+        return rows
+
+    def _tail(self, path: str, order: Sequence[int] | None) -> Iterator[tuple[Sequence[BlockCall], Tensors]]:
+        """The whole model's inputs with what the last block gave; blocks themselves are not run."""
+        assert self.job.tokens is not None
+        stream, batch = self.streams[path], self.job.settings.batch
+        wanted = self.job.outside_names()
+        for start in stream:
+            given: Mapping[str, Tensor] = {
+                name: tensor[start : start + batch].to(self.job.device) for name, tensor in self.job.tokens.inputs.items()
+            }
+            yield [tail(self.job.adapter, given, wanted)], stream.read(start)

@@ -1,0 +1,99 @@
+"""The steps of a recipe as the walk runs them: what each needs to see, whether it can work, what it costs, what it does.
+
+Four questions with four answers. A step never asks which other steps there are: the walk brings every block through all
+of them in order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from nybble.calibration.window import Window
+from nybble.models.adapter import Adapter
+from nybble.nn.kinds import Target
+from nybble.walk.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What a step is going to work on: a model without weights, its adapter, and what the scheme makes of it."""
+
+    model: Any
+    adapter: Adapter
+    plan: Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """The sizes that decide the cost of a run.
+
+    Attributes:
+        samples, seq_len, batch: calibration; 0 samples if nothing is calibrated.
+        dtype: of the forwards. source_bytes: bytes of a stored value; 0 for a model already in memory.
+        whole: the source can only be read as a whole. kept: the result stays in memory. spilled: hidden states don't.
+        image: [channels, height, width] of a model of images; empty without calibration.
+        streams: paths whose hidden states are kept. window: blocks that are loaded together.
+    """
+
+    samples: int
+    seq_len: int
+    batch: int
+    dtype: torch.dtype
+    source_bytes: int
+    whole: bool = False
+    kept: bool = False
+    spilled: bool = False
+    image: tuple[int, ...] = ()
+    streams: int = 1
+    window: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one batch."""
+        return min(self.batch, self.samples) * self.seq_len
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a step takes for one block: bytes that stay while the block is worked on, bytes while it runs, and flops."""
+
+    held: int = 0
+    peak: int = 0
+    flops: float = 0.0
+
+
+class BlockStep(ABC):
+    """One step.
+
+    Attributes:
+        name: kind and key, for messages: ``solver 'gptq'``.
+        kind: transform, solver, reconstruction or correction.
+        paths: streams whose inputs it must have: ``float``, ``quantized``; empty: any that there is.
+        window, overlap: blocks that it works on at a time, and how many of them again with the next.
+    """
+
+    kind: ClassVar[str]
+    name: str
+    paths: frozenset[str] = frozenset()
+    window: int = 1
+    overlap: int = 0
+
+    @abstractmethod
+    def needs(self, subject: Subject) -> frozenset[str]:
+        """What calibration must show for it; empty where it looks at weights alone."""
+
+    def check(self, subject: Subject) -> None:
+        """Raise SchemeError (or ModelError) where it can't work; the message says what could."""
+
+    @abstractmethod
+    def cost(self, subject: Subject, targets: Sequence[Target], load: Load) -> Cost:
+        """What it takes for a block with these targets."""
+
+    @abstractmethod
+    def run(self, window: Window) -> None:
+        """Do it; transforms, solvers and corrections get a window of one block."""

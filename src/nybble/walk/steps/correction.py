@@ -1,0 +1,62 @@
+"""A correction as a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from nybble.calibration.window import Window
+from nybble.core.errors import within
+from nybble.corrections import Correction
+from nybble.nn.kinds import Target
+from nybble.walk.steps import BlockStep, Cost, Load, Subject
+
+
+class CorrectionStep(BlockStep):
+    """Corrects a block's quantized layers when it leaves the window.
+
+    Args:
+        key: the correction's. correction: the method. path: whose inputs it looks at.
+    """
+
+    kind: ClassVar[str] = "correction"
+
+    def __init__(self, key: str, correction: Correction, path: str) -> None:
+        self.name, self.correction, self.path = f"correction {key!r}", correction, path
+
+    def _taken(self, targets: Sequence[Target], model: object, prefix: str) -> list[Target]:
+        get = model.get_submodule  # type: ignore[attr-defined]
+        return [
+            t
+            for t in targets
+            if t.matrices and self.correction.takes(t, t.kind.class_names(get(f"{prefix}{t.module}")))
+        ]
+
+    def needs(self, subject: Subject) -> frozenset[str]:  # noqa: D102
+        return frozenset({"block inputs"} if self.correction.reads_inputs and self._all(subject) else ())
+
+    def _all(self, subject: Subject) -> list[Target]:
+        names = subject.adapter.block_names(subject.model)
+        pairs = zip(names, subject.plan.blocks, strict=True)
+        return [t for name, targets in pairs for t in self._taken(targets, subject.model, f"{name}.")]
+
+    def check(self, subject: Subject) -> None:  # noqa: D102
+        names = subject.adapter.block_names(subject.model)
+        for name, targets in zip(names, subject.plan.blocks, strict=True):
+            for target in self._taken(targets, subject.model, f"{name}."):
+                with within(f"{name}.{target.name}"):
+                    self.correction.check(target)
+
+    def cost(self, subject: Subject, targets: Sequence[Target], load: Load) -> Cost:  # noqa: D102
+        taken = [t for t in targets if t.matrices and t.rule.weights is not None and self.correction.can_take(t)]
+        return Cost(
+            peak=max((self.correction.working_bytes(*t.shape) for t in taken), default=0),
+            flops=sum(self.correction.flops(*t.shape) for t in taken),
+        )
+
+    def run(self, window: Window) -> None:  # noqa: D102
+        state = window.block
+        with state.on("float") as module:
+            taken = self._taken(state.targets, module, "")
+        if taken and (window.calibrated or not self.correction.reads_inputs):
+            self.correction.run(window, taken, self.path)

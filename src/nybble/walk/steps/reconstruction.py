@@ -1,0 +1,67 @@
+"""A reconstruction as a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from nybble.calibration.window import Window
+from nybble.core.errors import SchemeError, within
+from nybble.nn.kinds import Target
+from nybble.reconstruction import Reconstruction
+from nybble.reconstruction.engine import put_twins, reconstruct
+from nybble.solvers import Solver
+from nybble.walk.steps import BlockStep, Cost, Load, Subject
+
+
+class ReconstructionStep(BlockStep):
+    """Learns on a whole window.
+
+    Args:
+        key: of the loss. reconstruction: the engine's options. solver: whose result it starts from.
+    """
+
+    kind: ClassVar[str] = "reconstruction"
+
+    def __init__(self, key: str, reconstruction: Reconstruction, solver: Solver) -> None:
+        self.name, self.reconstruction, self.solver = f"reconstruction {key!r}", reconstruction, solver
+        self.window, self.overlap = reconstruction.window, reconstruction.overlap
+        self.paths = frozenset({"float", reconstruction.feed})
+
+    def needs(self, subject: Subject) -> frozenset[str]:  # noqa: D102
+        return frozenset({"block inputs"})
+
+    def check(self, subject: Subject) -> None:  # noqa: D102
+        names = subject.adapter.block_names(subject.model)
+        learned = 0
+        for name, targets in zip(names, subject.plan.blocks, strict=True):
+            for target in targets:
+                if not self.reconstruction.learns(target):
+                    continue
+                learned += 1
+                with within(f"{self.name}, {name}.{target.name}"):
+                    self.reconstruction.check(target, self.solver.quantizer_for)
+        if not learned:
+            raise SchemeError(
+                f"{self.name} finds nothing to learn: the scheme quantizes no layer inside the blocks of the sides "
+                "(weights, inputs) that it names."
+            )
+
+    def cost(self, subject: Subject, targets: Sequence[Target], load: Load) -> Cost:
+        """Per block: float32 truth, up to two parameters an element with gradient and two moments; activations twice."""
+        elements = sum(t.shape[0] * t.shape[1] for t in targets if self.reconstruction.learns(t))
+        width = sum(sum(t.shape) for t in targets)
+        kept = load.samples * load.seq_len * max((t.shape[1] for t in targets), default=0) * load.dtype.itemsize
+        running = load.tokens * width * (2 * load.dtype.itemsize + 8)
+        passes = 3 * self.reconstruction.steps * load.tokens + 3 * load.samples * load.seq_len
+        hop = self.window - self.overlap
+        return Cost(
+            held=(4 + 2 * 16 + 8) * elements + running,
+            peak=kept // max(1, self.window),
+            flops=2.0 * passes * elements * self.window / hop,
+        )
+
+    def run(self, window: Window) -> None:  # noqa: D102
+        for state in window.blocks:
+            put_twins(state, [t for t in state.targets if self.reconstruction.learns(t)], self.reconstruction)
+        reconstruct(window, self.reconstruction)

@@ -1,0 +1,179 @@
+"""A solver as a step: what calibration shows of a block's layers, the method on each, quantized modules in place."""
+
+from __future__ import annotations
+
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from nybble.calibration.block import BlockState, Record
+from nybble.calibration.operands import see_operands
+from nybble.calibration.statistics import SecondMoment
+from nybble.calibration.watch import Group, Seen, see_block, see_nothing
+from nybble.calibration.window import Window
+from nybble.core.errors import DataError, within
+from nybble.nn.activation import ActivationQuantizer
+from nybble.nn.kinds import Quantized, Target
+from nybble.solvers import Solved, Solver, Stats, Weight
+from nybble.walk.steps import BlockStep, Cost, Load, Subject
+
+
+class SolverStep(BlockStep):
+    """Quantizes a block when it enters the window.
+
+    Args:
+        key: the solver's. solver: the method.
+    """
+
+    kind: ClassVar[str] = "solver"
+
+    def __init__(self, key: str, solver: Solver) -> None:
+        self.name, self.solver, self.path = f"solver {key!r}", solver, solver.path
+        self.paths = frozenset({solver.path})
+
+    # ------------------------------------------------------------------------------------------------ questions
+    def needs(self, subject: Subject) -> frozenset[str]:
+        """What the solver needs, and ``ranges`` for static activations."""
+        return subject.plan.needs(self.solver)
+
+    def cost(self, subject: Subject, targets: Sequence[Target], load: Load) -> Cost:  # noqa: D102
+        from nybble.walk.estimate import solver_cost
+
+        return solver_cost(subject, self.solver, targets, load)
+
+    # ------------------------------------------------------------------------------------------------ doing
+    def run(self, window: Window) -> None:
+        """See the block's inputs, solve every target, put the quantized modules in place."""
+        state, path = window.block, self.path
+        seen = see_nothing(state.targets)
+        if window.calibrated and state.targets:
+            seen = see_block(
+                state.module, state.prefix, state.targets, self.solver, window.batches(path),
+                window.calibration.tokens, window.calibration.samples, window.known,
+            )  # fmt: skip
+        products = [t for t in state.targets if t.kind.operands]
+        found = {t.name: self._operands(window, t) for t in products}  # all before any is in place
+        for target in products:
+            self._put_operands(state, target, found[target.name])
+        window.seed("solve")
+        for group in seen.groups:
+            self._solve_group(state, group, seen, window.calibration.fisher)
+        for target in state.targets:
+            if target.kind.fused:
+                self._solve_fused(state, target, seen.routed.pop(target.name, None))
+
+    def run_outside(self, window: Window) -> None:
+        """The same for what is in no block: every target with a seed of its own."""
+        state = window.block
+        seen = see_nothing(state.targets)
+        if window.calibrated:
+            seen = see_block(
+                state.module, "", state.targets, self.solver, window.batches(self.path),
+                window.calibration.tokens, window.calibration.samples,
+            )  # fmt: skip
+        for group in seen.groups:
+            window.seed(group.leader)
+            self._solve_group(state, group, seen, {})
+
+    def _solve_group(self, state: BlockState, group: Group, seen: Seen, fisher: Mapping[str, Tensor]) -> None:
+        weights = [
+            Weight(
+                name=f"{state.prefix}{t.name}",
+                matrix=self._checked(state.matrix(t), f"{state.prefix}{t.name}.weight"),
+                quantizer=t.rule.weights,
+            )
+            for t in group.members
+            if t.rule.weights is not None
+        ]
+        look = seen.looks.pop(group.leader, None)
+        sample = None if look is None else look.all()
+        stats, params = _stats(state, group, seen, fisher), seen.params.get(group.leader)
+        with within(f"{state.prefix}{group.leader}"):
+            solved = dict(zip([w.name for w in weights], self.solver.solve(weights, stats) if weights else [], strict=True))
+        for target in group.members:
+            found = solved.get(f"{state.prefix}{target.name}")
+            chosen = (target.rule.inputs, params) if found is None or found.inputs is None else found.inputs
+            state.records[target.name] = _record(target, found, chosen, sample)
+            made = Quantized(
+                weights=() if found is None else (found.weight,),
+                inputs=None if chosen[0] is None else ActivationQuantizer(chosen[0], chosen[1]),
+                outputs=None if target.rule.outputs is None else ActivationQuantizer(target.rule.outputs),
+                folded=state.folded.get(target.name, ""),
+            )
+            state.install(target, made)
+
+    def _solve_fused(self, state: BlockState, target: Target, moments: list[SecondMoment] | None) -> None:
+        if target.rule.weights is None:
+            return
+        stored, solved = state.matrix(target), []
+        for number in range(target.matrices):
+            name = f"{state.prefix}{target.name}.{number}"
+            matrix = self._checked(stored[number], name)
+            weight = Weight(name=name, matrix=matrix, quantizer=target.rule.weights)
+            second = None if moments is None else moments[number].mean(name)
+            with within(name):
+                found = self.solver.solve([weight], Stats(second_moment=second))[0]
+            solved.append(found)
+            state.records[f"{target.name}.{number}"] = _record(target, found, (None, None), None)
+        state.install(target, Quantized(weights=[s.weight for s in solved]))
+
+    def _operands(self, window: Window, target: Target) -> dict[str, ActivationQuantizer]:
+        """The quantizers of an attention's operands; the parameters of static ones from what the block computes."""
+        quantizer = target.rule.matmuls
+        assert quantizer is not None
+        chosen: dict[str, tuple[Any, Any]] = dict.fromkeys(target.kind.operands, (quantizer, None))
+        if quantizer.static:
+            name = f"{window.block.prefix}{target.name}.{target.kind.part}"
+            if not window.calibrated:
+                raise DataError(f"{name} was never called on the calibration data, so its operands have no scale.")
+            seen = see_operands(window.block.module, target, name, window.batches(self.path))
+            for (left, x), (right, y) in target.kind.pairs(seen):
+                chosen[left], chosen[right] = self.solver.solve_product(x, y, quantizer)
+        return {operand: ActivationQuantizer(*chosen[operand]) for operand in target.kind.operands}
+
+    def _put_operands(self, state: BlockState, target: Target, operands: dict[str, ActivationQuantizer]) -> None:
+        state.install(target, Quantized(operands=operands))
+        for name, part in operands.items():
+            record = Record(inputs=(part.quantizer, part.params()))
+            state.records[f"{target.name}.{target.kind.part}.{name}"] = record
+
+    @staticmethod
+    def _checked(matrix: Tensor, what: str) -> Tensor:
+        """``matrix`` as float32, contiguous; raises DataError where it isn't finite."""
+        check_finite(matrix, what)
+        return matrix.float().contiguous()
+
+
+def _stats(state: BlockState, group: Group, seen: Seen, fisher: Mapping[str, Tensor]) -> Stats:
+    """What a solver gets of a group's input; the memory is free once the caller lets go of it."""
+    moment, sample = seen.moments.pop(group.leader, None), seen.samples.pop(group.leader, None)
+    return Stats(
+        second_moment=None if moment is None else moment.mean(f"{state.prefix}{group.leader}"),
+        inputs=None if sample is None else sample.all(),
+        quantizer=group.inputs,
+        fisher={name: fisher[name] for t in group.members if (name := f"{state.prefix}{t.name}") in fisher},
+    )
+
+
+def _record(target: Target, found: Solved | None, inputs: tuple[Any, Any], sample: Tensor | None) -> Record:
+    return Record(
+        quantizer=None if found is None else found.quantizer or target.rule.weights,
+        error=None if found is None else found.error,
+        rtn_error=None if found is None else found.rtn_error,
+        clip=None if found is None else found.clip,
+        notes=[] if found is None else list(found.notes),
+        inputs=inputs,
+        sample=None if sample is None else sample.flatten(0, -2),
+    )
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Raise DataError, naming ``what``, where a weight has NaN or infinities."""
+    if not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise DataError(f"{what} holds {bad} NaN or Inf among {tensor.numel()} values; repair the model file.")
+
+

@@ -1,0 +1,46 @@
+"""A transform as a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from nybble.calibration.window import Window
+from nybble.models.adapter import Adapter
+from nybble.nn.kinds import Target
+from nybble.transforms import Transform
+from nybble.walk.steps import BlockStep, Cost, Load, Subject
+
+
+class TransformStep(BlockStep):
+    """Rewrites a block's float weights when it enters the window.
+
+    Args:
+        key: the transform's. transform: the method. adapter: the model's.
+        path: whose inputs it looks at.
+    """
+
+    kind: ClassVar[str] = "transform"
+
+    def __init__(self, key: str, transform: Transform, adapter: Adapter, path: str) -> None:
+        self.name, self.transform, self.adapter, self.path = f"transform {key!r}", transform, adapter, path
+        self.key = key
+
+    def needs(self, subject: Subject) -> frozenset[str]:  # noqa: D102
+        blocks = self.adapter.blocks_of(subject.model)
+        works = any(self.transform.works_on(self.adapter, block, subject.model.config) for block in blocks)
+        return frozenset({"block inputs"} if works and self.transform.reads_inputs else ())
+
+    def check(self, subject: Subject) -> None:  # noqa: D102
+        self.transform.check(self.key, self.adapter, subject.model)
+
+    def cost(self, subject: Subject, targets: Sequence[Target], load: Load) -> Cost:
+        """Its rewritten weights are kept in float32; a pass over the inputs."""
+        elements = sum(t.shape[0] * t.shape[1] * max(1, t.matrices) for t in targets)
+        # float32 truths of what was rewritten; those in the source's precision are counted with the block
+        held = max(0, 4 - load.source_bytes) * elements
+        return Cost(held=held, flops=2.0 * load.samples * load.seq_len * elements)
+
+    def run(self, window: Window) -> None:  # noqa: D102
+        if window.calibrated or not self.transform.reads_inputs:
+            self.transform.run(window, self.adapter, self.path)
