@@ -25,7 +25,7 @@ _NAMES = {
     "Recipe": "nybble.recipe",
     "Settings": "nybble.walk.settings",
     "quantize": "nybble.pipelines.quantize",
-    "quantize_many": "nybble.pipelines.many",
+    "quantize_many": "nybble.pipelines.quantize",
     "load": "nybble.pipelines.load",
     "save": "nybble.checkpoint.save",
     "evaluate": "nybble.eval",

@@ -22,6 +22,7 @@ class Record:
     """What became of one weight so far; the report's row is made of it and of the layer that is really there.
 
     Attributes:
+        target: what it is of. number: which of the target's matrices.
         quantizer: what the weight was rounded to; None where it stays in float.
         error: relative output error (of the weight itself without calibration). rtn_error: round-to-nearest's.
         clip: see :class:`nybble.solvers.Solved`. notes: fallbacks and what later steps did.
@@ -30,6 +31,8 @@ class Record:
         changed: a later step changed the weight or the bias, so that error and rtn_error are measured anew.
     """
 
+    target: Target
+    number: int = 0
     quantizer: Quantizer | None = None
     error: float | None = None
     rtn_error: float | None = None

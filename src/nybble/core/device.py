@@ -40,13 +40,13 @@ def out_of_memory(device: str) -> Iterator[None]:
         ) from error
 
 
-def require_memory(needed: int, device: torch.device) -> None:
-    """Refuse a run that can't fit; names both numbers."""
+def require_memory(needed: int, device: torch.device, more: str = "") -> None:
+    """Refuse a run that can't fit; names both numbers. ``more``: a further way out, with a comma behind it."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if needed > free:
         raise DeviceError(
             f"about {needed / 1e9:.1f} GB are needed on {device} and {free / 1e9:.1f} GB are free. "
-            "Use fewer samples or shorter ones (--samples, --seq-len), a smaller --batch, or --spill."
+            f"Use {more}fewer samples or shorter ones (--samples, --seq-len), a smaller --batch, or --spill."
         )
 
 

@@ -93,9 +93,7 @@ def output_means(block: nn.Module, layers: Mapping[str, bool], batches: Batches)
 
 
 @torch.no_grad()
-def correct_biases(
-    block: nn.Module, layers: Mapping[str, bool], batches: Batches, means: Means
-) -> dict[str, float]:
+def correct_biases(block: nn.Module, layers: Mapping[str, bool], batches: Batches, means: Means) -> dict[str, float]:
     """Add to the biases of layers what their outputs lack.
 
     Args:

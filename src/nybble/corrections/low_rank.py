@@ -27,7 +27,6 @@ from nybble.nn.packed import Packed
 from nybble.qtensor import QTensor
 from nybble.qtensor.low_rank_sum import LowRankSum
 from nybble.quantizer import Quantizer
-from nybble.calibration.error import relative_error
 
 PLAIN = ("float16", "bfloat16", "float32")
 

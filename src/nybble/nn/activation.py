@@ -34,18 +34,26 @@ class ActivationQuantizer(nn.Module):
             self.register_buffer(part, value)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.quantizer.fake_quantize(x, self.params())
+
+    def params(self) -> QuantParams | None:
+        """The calibrated parameters of a static quantizer; None where every tensor is measured."""
         if not self.quantizer.static:
-            return self.quantizer.fake_quantize(x)
+            return None
         found, zero_point, offset, shifts = (self._buffers[part] for part in _PARTS)
         scale: Tensor | Factored | None = found
         if shifts is not None and found is not None:
             scale = Factored((found, torch.exp2(-shifts.float())))
-        return self.quantizer.fake_quantize(x, QuantParams(scale, zero_point, offset))
+        return QuantParams(scale, zero_point, offset)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ActivationQuantizer:
         # Scales stay float32: only moves between devices pass.
         super()._apply(lambda t: t.to(fn(t).device), recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def roles(self) -> dict[str, str]:
+        """For each name of the state dict: scales or offsets."""
+        return {name: "scales" if name in ("scale", "shifts") else "offsets" for name in self.state_dict()}
 
     def to_dict(self) -> dict[str, object]:
         """Line and the names of static parameters, for config.json; with shifts, how many columns."""

@@ -1,23 +1,25 @@
-"""The main job: a float model becomes a quantized one, block after block.
+"""The main job: a float model becomes a quantized one, window after window of its blocks.
 
     1. open the source; a skeleton of the model without weights
-    2. match the scheme, check shapes, estimate memory, disk and time; refuse what can't fit
-    3. calibration tokens -> hidden states before block 0 (if any step needs to see activations)
-    4. for each block: load it, see its inputs, solve its weights, write the part, move the hidden states on
+    2. match the scheme, make the recipe's steps, let each check what it gets and say what it needs and costs
+    3. calibration samples -> the tensors in front of block 0, on every path that a step reads (if any looks at data)
+    4. for each window: load the blocks that are new, transform and solve them; learn on the window; correct, write and
+       release the blocks that leave it, and move the streams through them
     5. what is outside the blocks; then one file, config, manifest; the folder appears
 
-The hidden states follow the path that the solver asks for: ``float`` (what the float network computes) or ``quantized``
-(what it computes with the blocks so far quantized). Memory holds one block and its activations. A killed run is resumed
-at the first block that isn't done; finished blocks are only run again to move the hidden states on, on the quantized
-path from the stored codes, so the bytes are the same.
+Paths are ``float`` (what the float network computes) and ``quantized`` (what it computes with the blocks so far
+quantized). Memory holds one window and its activations. A killed run is resumed at the first window that isn't done;
+finished blocks are only run again to move the streams on, so the bytes are the same.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from torch import nn
 
 from nybble.checkpoint.parts import Parts
 from nybble.checkpoint.save import mark_quantized, model_config, save_side_files
-from nybble.core.device import out_of_memory
+from nybble.core.device import out_of_memory, require_memory
 from nybble.core.errors import FileError, NybbleError, UsageError
 from nybble.core.files import AtomicFolder
 from nybble.core.progress import Progress, Silent
@@ -71,27 +73,97 @@ def quantize(
     settings = settings or Settings()
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     started = time.perf_counter()
+    if out is None and settings.resume:
+        raise UsageError("resume goes on from what a killed run left in its output folder; give out, or leave it out.")
     if out is not None and os.path.lexists(out):
         raise FileError(f"{out} exists already. Remove it or choose another output folder.")
-    with preserve_global_rng(), torch.no_grad(), out_of_memory(settings.device):
-        if isinstance(model, str | Path):
-            source = open_source(str(model))
-            job = Job.make(source.skeleton(settings.dtype), source, recipe, data, settings, kept=out is None)
-        else:
-            from nybble.models.network import as_model
-
-            if out is not None:
-                raise UsageError("a model in memory is quantized in memory; save it with nybble.save(model, folder).")
-            job = Job.make(model if hasattr(model, "config") else as_model(model), None, recipe, data, settings)
+    with preserve_global_rng(), torch.no_grad(), out_of_memory(settings.device or "the device"):
+        job = _job(model, recipe, data, settings, out)
         for line in job.preflight(out):
             (announce or _ignore)(line)
         if out is None:
-            rows = Walk(job).run(None, progress or Silent())
+            rows = _in_memory({"": job}, progress or Silent())[0][""]
             mark_quantized(job.model)
             result = job.model if isinstance(model, str | Path) else model
-            return result, Report(layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started)
-        rows = _write(job, Path(out), progress or Silent(), announce or _ignore)
-    return Path(out), Report(layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started)
+        else:
+            result, rows = Path(out), _write(job, Path(out), progress or Silent(), announce or _ignore)
+    return result, Report(layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started)
+
+
+def quantize_many(
+    model: str | Path,
+    recipes: Mapping[str, Recipe],
+    data: str | Samples = "builtin",
+    *,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+) -> dict[str, tuple[nn.Module, Report]]:
+    """Quantize one model in several ways, in memory; bit for bit what :func:`quantize` gives each.
+
+    Recipes that see the float network as it is go in one walk: inputs, their ranges and second moments are gathered
+    once for all that ask for them. Others (whose hidden states or weights are their own) follow, each by itself.
+
+    Args:
+        model: what :func:`~nybble.models.sources.open.open_source` takes.
+        recipes: by any name.
+        data: as for :func:`quantize`.
+        settings: the same.
+        progress: told after each block.
+
+    Returns:
+        For each recipe the model and the report; its seconds are the recipe's own, without what is shared.
+
+    Raises:
+        NybbleError: as :func:`quantize`.
+    """
+    if not recipes:
+        raise UsageError("no recipe to quantize with.")
+    settings = settings or Settings()
+    jobs: dict[str, Job] = {}
+    found: dict[str, tuple[nn.Module, Report]] = {}
+    with preserve_global_rng(), torch.no_grad(), out_of_memory(settings.device or "the device"):
+        for name, recipe in recipes.items():
+            jobs[name] = _job(model, recipe, data, settings, None)
+            data = data if jobs[name].tokens is None else jobs[name].tokens  # cut once
+        together = {name: job for name, job in jobs.items() if job.shares}
+        alone = [{name: job} for name, job in jobs.items() if not job.shares]
+        for group in [*([together] if together else []), *alone]:
+            _require_memory(group)
+            rows, seconds = _in_memory(group, progress or Silent())
+            for name, job in group.items():
+                mark_quantized(job.model)
+                report = Report(layers=tuple(rows[name]), manifest=job.manifest(), seconds=seconds[name])
+                found[name] = job.model, report
+    return {name: found[name] for name in recipes}
+
+
+def _job(
+    model: str | Path | nn.Module, recipe: Recipe, data: str | Samples, settings: Settings, out: str | Path | None
+) -> Job:
+    """Check everything that can be checked before anything heavy runs."""
+    if isinstance(model, str | Path):
+        source = open_source(str(model))
+        return Job.make(source.skeleton(settings.place(None)[1]), source, recipe, data, settings, kept=out is None)
+    if out is not None:
+        raise UsageError("a model in memory is quantized in memory; save it with nybble.save(model, folder).")
+    from nybble.models.network import as_model
+
+    return Job.make(model if hasattr(model, "config") else as_model(model), None, recipe, data, settings)
+
+
+def _in_memory(jobs: Mapping[str, Job], progress: Progress) -> tuple[dict[str, list[LayerRow]], dict[str, float]]:
+    """Rows and seconds by job; hidden states that are to be spilled go to a folder for the time."""
+    spilled = any(job.settings.spill for job in jobs.values())
+    with tempfile.TemporaryDirectory(prefix="nybble-") if spilled else nullcontext() as folder:
+        walk = Walk(jobs, None if folder is None else Path(folder))
+        return walk.run(None, progress), walk.seconds
+
+
+def _require_memory(jobs: Mapping[str, Job]) -> None:
+    """Refuse recipes that don't fit together."""
+    first, *others = jobs.values()
+    more = sum(p.numel() * job.dtype.itemsize for job in others for p in job.model.parameters())
+    require_memory(max(job.estimate.memory for job in jobs.values()) + more, first.device)
 
 
 def _write(job: Job, out: Path, progress: Progress, announce: Callable[[str], None]) -> list[LayerRow]:
@@ -102,11 +174,11 @@ def _write(job: Job, out: Path, progress: Progress, announce: Callable[[str], No
             if job.settings.resume:
                 announce(parts.begun(job.part_names()))
             if not parts.assembled:
-                Walk(job).run(parts, progress)
+                Walk({"": job}, partial if job.settings.spill else None).run(parts, progress)
             if not parts.assembled:
                 assert job.source is not None
                 save_side_files(job.source, job.model, partial, images=job.adapter.reads == "images")
-                parts.assemble(job.part_names(), model_config(job.model, job.settings.dtype), job.manifest())
+                parts.assemble(job.part_names(), model_config(job.model, job.dtype), job.manifest())
             return [LayerRow.from_dict(row) for row in parts.finish()]
     except NybbleError as error:
         # A bad request leaves nothing; what could go on once there is room (a full disk) or the same request stays.

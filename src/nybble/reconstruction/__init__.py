@@ -66,7 +66,9 @@ class Reconstruction(ABC):
         known = {"default", *(group for part in (self.weights, self.inputs) if part for group in part.groups)}
         for group in self.rates:
             if group not in known:
-                raise SchemeError(f"rates: no learned part has the group {group!r}; there are {', '.join(sorted(known))}.")
+                raise SchemeError(
+                    f"rates: no learned part has the group {group!r}; there are {', '.join(sorted(known))}."
+                )
 
     @abstractmethod
     def loss(self, output: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:

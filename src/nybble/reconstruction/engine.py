@@ -214,5 +214,3 @@ def _note(window: Window, options: Reconstruction, before: float, after: float, 
         for target in state.targets:
             if options.learns(target) and target.name in state.records:
                 state.records[target.name].notes.append(text)
-
-

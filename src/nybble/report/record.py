@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nybble.qtensor import Factored, QuantParams, dense
+from nybble.calibration.block import BlockState, Record
+from nybble.calibration.error import relative_error
+from nybble.nn.packed import Packed
+from nybble.qtensor import Factored, QTensor, dense
+from nybble.qtensor.block import BlockQTensor
+from nybble.qtensor.low_rank_sum import LowRankSum
 from nybble.quantizer import Quantizer
 from nybble.report.portrait import input_picture, weight_picture
-from nybble.scheme import Rule
-from nybble.calibration.error import relative_error
-from nybble.solvers import Solved, Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,57 +61,78 @@ class LayerRow:
         return LayerRow(**found)
 
 
-def layer_row(
-    name: str,
-    rule: Rule,
-    shape: tuple[int, int],
-    weight: Weight | None,
-    solved: Solved | None,
-    inputs: tuple[Quantizer | None, QuantParams | None],
-    sample: Tensor | None = None,
-) -> LayerRow:
-    """The row of one weight [out, in].
+def block_rows(state: BlockState) -> list[LayerRow]:
+    """The rows of a finished block, from the records of its targets and the modules that are really there."""
+    return [_row(state, name, record) for name, record in state.records.items()]
 
-    Args:
-        name: full name.
-        rule: the scheme's.
-        shape: of the weight.
-        weight: None where it stays in float.
-        solved: the same.
-        inputs: the quantizer that the input really gets, and its parameters if they are static.
-        sample: some of the inputs, [tokens, columns].
-    """
-    sqnr = None
-    if solved is not None and weight is not None:
-        lost = relative_error(weight.matrix, solved.weight.dequantize(), None)
-        sqnr = -10 * math.log10(lost) if lost > 0 else None
-    quantizer, params = inputs
+
+def _row(state: BlockState, name: str, record: Record) -> LayerRow:
+    target, found, matrix = record.target, None, None
+    packed = state.installed(target)
+    weights = [] if packed is None else [m.qtensor() for m in packed.modules() if isinstance(m, Packed)]
+    if weights:
+        found = weights[record.number]
+        stored = state.matrix(target)
+        matrix = (stored[record.number] if target.kind.fused else stored).float()
+    error, rtn_error = record.error, record.rtn_error
+    if record.changed and found is not None and matrix is not None:
+        error, rtn_error = _measured(matrix, found, record)
+    quantizer, params = record.inputs
     scale, shifts = None if params is None else params.scale, None
     if isinstance(scale, Factored):
         scale, powers = (dense(factor) for factor in scale.factors)
         shifts = tuple(torch.bincount(powers.reshape(-1).log2().neg().long()).tolist())
-    clip = None
-    if solved is not None and solved.clip is not None:
-        low, middle, high = torch.quantile(solved.clip.float(), torch.tensor([0.0, 0.5, 1.0])).tolist()
-        clip = (low, middle, high)
-    given = rule.weights if solved is None or solved.quantizer is None else solved.quantizer
     return LayerRow(
-        name=name,
-        shape=shape,
-        weights=None if given is None else str(given),
+        name=f"{state.prefix}{name}",
+        shape=target.shape if target.matrices else (0,),
+        weights=None if found is None else _line(found, record.quantizer),
         inputs=None if quantizer is None else str(quantizer),
-        outputs=None if rule.outputs is None else str(rule.outputs),
-        bits=16.0 if solved is None else solved.weight.bits_per_element(),
-        sqnr=sqnr,
-        error=None if solved is None else solved.error,
-        rtn_error=None if solved is None else solved.rtn_error,
+        outputs=None if target.rule.outputs is None else str(target.rule.outputs),
+        bits=found.bits_per_element() if found is not None else 16.0 if target.matrices else 0.0,
+        sqnr=None if found is None or matrix is None else _sqnr(matrix, found),
+        error=error,
+        rtn_error=rtn_error,
         input_scale=float(scale.max()) if isinstance(scale, Tensor) else None,
         input_shifts=shifts,
-        clip=clip,
-        weight_picture=None if solved is None or weight is None else weight_picture(weight.matrix, solved.weight),
-        input_picture=None if sample is None else input_picture(sample, quantizer, params),
-        notes=() if solved is None else solved.notes,
+        clip=_spread(record.clip),
+        weight_picture=None if found is None or matrix is None else weight_picture(matrix, found),
+        input_picture=None if record.sample is None else input_picture(record.sample, quantizer, params),
+        notes=tuple(record.notes),
     )
+
+
+def _measured(matrix: Tensor, found: QTensor, record: Record) -> tuple[float, float | None]:
+    """Relative output error now, and round-to-nearest's, on the inputs that were kept; without any, of the weight."""
+    second = None
+    if record.sample is not None:
+        x = record.sample.float()
+        second = x.mT @ x / len(x) if x.shape[-1] == matrix.shape[-1] else None
+    plain = None
+    if record.quantizer is not None:
+        plain = relative_error(matrix, record.quantizer.quantize(matrix).dequantize(), second)
+    return relative_error(matrix, found.dequantize(), second), plain
+
+
+def _line(found: QTensor, quantizer: Quantizer | None) -> str:
+    """What the weight was rounded to, in a line: the quantizer's where the tensor really is of its making."""
+    base = found.base if isinstance(found, LowRankSum) else found
+    name = "" if base is found else f" + rank {found.a.shape[-1]}" if isinstance(found, LowRankSum) else ""
+    if isinstance(base, BlockQTensor):
+        fits = quantizer is not None and quantizer.format == base.format and quantizer.granularity == base.granularity
+        return (str(quantizer) if fits else f"{base.format.name} {base.granularity}") + name
+    return (base.kind if quantizer is None else str(quantizer)) + name
+
+
+def _sqnr(matrix: Tensor, found: QTensor) -> float | None:
+    lost = relative_error(matrix, found.dequantize(), None)
+    return -10 * math.log10(lost) if lost > 0 else None
+
+
+def _spread(clip: Tensor | None) -> tuple[float, float, float] | None:
+    if clip is None:
+        return None
+    low, middle, high = torch.quantile(clip.float(), torch.tensor([0.0, 0.5, 1.0])).tolist()
+    return low, middle, high
 
 
 @dataclass(frozen=True, kw_only=True)

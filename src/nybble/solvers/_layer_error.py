@@ -24,8 +24,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nybble.core.matmul import fast_products
 from nybble.calibration.error import by_group
+from nybble.core.matmul import fast_products
 
 
 class InputsFixed:

@@ -26,6 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from nybble.calibration.error import relative_error
 from nybble.core.errors import SchemeError
 from nybble.granularity import Rank1, Shifted
 from nybble.qtensor import QuantParams, ScaleLike, block_view
@@ -34,7 +35,6 @@ from nybble.quantizer import Quantizer
 from nybble.rounding import get_rounding
 from nybble.scales.absmax import AbsMax
 from nybble.scales.minmax import MinMax
-from nybble.calibration.error import relative_error
 from nybble.solvers import Solved, Solver, Stats, Weight
 from nybble.solvers._columns import Span, visit_block, visit_block_in_graph
 

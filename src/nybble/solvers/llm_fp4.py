@@ -27,12 +27,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from nybble.calibration.error import by_group, relative_error
 from nybble.core.errors import DataError, SchemeError, UsageError
 from nybble.granularity import Rank1
 from nybble.qtensor import QuantParams
 from nybble.quantizer import Quantizer
 from nybble.rounding import get_rounding
-from nybble.calibration.error import by_group, relative_error
 from nybble.solvers import Operand, Solved, Solver, Stats, Weight
 from nybble.solvers._ladder import Error, Ladder, descend, fractions, menu, with_format
 from nybble.solvers._layer_error import InputsFixed, WeightsFixed, output_error

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from nybble.calibration.error import relative_error
 from nybble.core.errors import SchemeError
 from nybble.quantizer import Quantizer
 from nybble.scales import parse_scale_rule
 from nybble.scales.minmax import MinMax
 from nybble.scales.mse import Mse
-from nybble.calibration.error import relative_error
 from nybble.solvers import Solved, Solver, Stats, Weight
 
 

@@ -18,7 +18,7 @@ from nybble.calibration.block import BlockState
 from nybble.calibration.watch import channel_maxima
 from nybble.calibration.window import Window
 from nybble.models.adapter import Adapter, LinearFold, NormFold, feeding_rows
-from nybble.models.linears import weight_of
+from nybble.nn.kinds import matrix_at, values_at
 from nybble.transforms import Rewrite, Transform
 
 Fold = NormFold | LinearFold
@@ -35,23 +35,28 @@ class Matrices:
     def __init__(self, state: BlockState) -> None:
         self.state = state
 
-    def parameter(self, name: str) -> str:
-        """The parameter's name: ``name`` is a module with a weight, or a fused parameter itself."""
-        owner, _, leaf = name.rpartition(".")
-        return name if leaf in self.state.module.get_submodule(owner)._parameters else f"{name}.weight"
+    def parameters(self, name: str) -> tuple[str, ...]:
+        """The parameters that a matrix is made of."""
+        asked: list[str] = []
+
+        def get(full: str) -> Tensor:
+            asked.append(full)
+            return self.state.raw(full)
+
+        matrix_at(self.state.module, name, get)
+        return tuple(asked)
 
     def bias(self, name: str) -> str | None:
         """The name of a module's bias, if it has one."""
         return f"{name}.bias" if self.state.has(f"{name}.bias") else None
 
-    def turned(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor in the parameter's place as a matrix, and a matrix as such a tensor."""
-        _, dim = weight_of(self.state.module, name)
-        return tensor if dim == -1 else tensor.mT
+    def get(self, name: str, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The matrix now, or as ``weights`` have its parameters; float32."""
+        return matrix_at(self.state.module, name, self.state.get if weights is None else weights.__getitem__)
 
-    def get(self, name: str) -> Tensor:
-        """The matrix now, float32."""
-        return self.turned(name, self.state.get(self.parameter(name)))
+    def put(self, name: str, matrix: Tensor) -> dict[str, Tensor]:
+        """What its parameters must hold for the matrix to be this one."""
+        return values_at(self.state.module, name, matrix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +119,10 @@ class Scaling(Transform):
     def factor(self, channel: Channel) -> Tensor:
         """``s``, what the channels are divided by before and multiplied by behind; float32 [channels], positive."""
 
-    def works_on(self, adapter: Adapter, block: Any, config: Any) -> bool:  # noqa: D102
+    def works_on(self, adapter: Adapter, block: Any, config: Any) -> bool:
         return any(self.takes(fold) for fold in folds_of(adapter, block, config))
 
-    def rewrites(self, window: Window, adapter: Adapter, path: str) -> Iterator[Rewrite]:  # noqa: D102
+    def rewrites(self, window: Window, adapter: Adapter, path: str) -> Iterator[Rewrite]:
         folds = [f for f in folds_of(adapter, window.block.module, window.calibration.config) if self.takes(f)]
         for channel in channels_of(window, folds, path):
             yield scaling(window.block, channel, self.factor(channel))
@@ -127,11 +132,10 @@ def scaling(state: BlockState, channel: Channel, factor: Tensor) -> Rewrite:
     """Divide the channels of a pair by ``factor`` before, and multiply by it behind."""
     matrices, fold, rows = Matrices(state), channel.fold, channel.rows
     first = fold.norm if isinstance(fold, NormFold) else fold.first
-    weight, bias = f"{first}.weight", matrices.bias(first)
-    if isinstance(fold, LinearFold):
-        weight = matrices.parameter(first)
-    behind = {name: matrices.parameter(name) for name in behind_of(fold)}
-    dtype = state.module.get_parameter(weight).dtype
+    bias = matrices.bias(first)
+    makes = (f"{first}.weight",) if isinstance(fold, NormFold) else matrices.parameters(first)
+    reads = [parameter for name in behind_of(fold) for parameter in matrices.parameters(name)]
+    dtype = _live_dtype(state, first) if isinstance(fold, NormFold) else torch.float32
 
     def divided_norm(old: Tensor, by: Tensor, offset: float) -> tuple[Tensor, Tensor]:
         """The norm's new weights, and by how much its output is really divided: they are rounded to the norm's dtype."""
@@ -143,22 +147,28 @@ def scaling(state: BlockState, channel: Channel, factor: Tensor) -> Rewrite:
     def function(weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found, by = {}, parameters["factor"]
         if isinstance(fold, NormFold):
-            found[weight], by = divided_norm(weights[weight], by, fold.offset)
+            found[f"{first}.weight"], by = divided_norm(weights[f"{first}.weight"], by, fold.offset)
             over = by
         else:
             assert rows is not None
             by = _one_a_row(by, rows)
-            matrix = matrices.turned(first, weights[weight])
+            matrix = matrices.get(first, weights)
             over = matrix.new_ones(len(matrix)).index_put((rows,), by)
-            found[weight] = matrices.turned(first, matrix / over[:, None])
+            found |= matrices.put(first, matrix / over[:, None])
         if bias is not None:
             found[bias] = weights[bias] / over
-        for name, parameter in behind.items():
-            found[parameter] = matrices.turned(name, matrices.turned(name, weights[parameter]) * by)
+        for name in behind_of(fold):
+            found |= matrices.put(name, matrices.get(name, weights) * by)
         return found
 
-    names = (weight, *([bias] if bias else []), *behind.values())
+    names = (*makes, *([bias] if bias else []), *reads)
     return Rewrite(weights=names, parameters={"factor": factor}, function=function)
+
+
+def _live_dtype(state: BlockState, norm: str) -> torch.dtype:
+    """In which a norm's weights are used, and so rounded."""
+    found: Tensor = state.module.get_submodule(norm).weight  # type: ignore[assignment]
+    return found.dtype
 
 
 def _one_a_row(factor: Tensor, rows: Tensor) -> Tensor:

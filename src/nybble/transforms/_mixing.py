@@ -68,10 +68,10 @@ class Mixing(Transform):
     def _folds(self, adapter: Adapter, block: Any, config: Any) -> list[LinearFold]:
         return [fold for fold in adapter.linear_folds_of(block, config) if self.takes(fold)]
 
-    def works_on(self, adapter: Adapter, block: Any, config: Any) -> bool:  # noqa: D102
+    def works_on(self, adapter: Adapter, block: Any, config: Any) -> bool:
         return bool(self._folds(adapter, block, config))
 
-    def rewrites(self, window: Window, adapter: Adapter, path: str) -> Iterator[Rewrite]:  # noqa: D102
+    def rewrites(self, window: Window, adapter: Adapter, path: str) -> Iterator[Rewrite]:
         config = window.calibration.config
         for channel in channels_of(window, self._folds(adapter, window.block.module, config), path):
             places = Places.of(channel, config)
@@ -82,22 +82,19 @@ def mixing(state: BlockState, channel: Channel, places: Places, parameters: Mapp
     """Mix the channels of a pair; ``parameters`` as :meth:`Mixing.parameters` gives them."""
     matrices, fold = Matrices(state), channel.fold
     assert isinstance(fold, LinearFold)
-    makers = {name: matrices.parameter(name) for name in (fold.first, *fold.gates)}
+    makers = (fold.first, *fold.gates)
     biases = [bias for name in makers if (bias := matrices.bias(name)) is not None]
-    second = matrices.parameter(fold.second)
 
     def function(weights: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = {}
-        for name, parameter in makers.items():
-            matrix = matrices.turned(name, weights[parameter])
-            found[parameter] = matrices.turned(name, _mixed_rows(matrix, places, given))
+        found: dict[str, Tensor] = {}
+        for name in makers:
+            found |= matrices.put(name, _mixed_rows(matrices.get(name, weights), places, given))
         for bias in biases:
             found[bias] = _mixed_rows(weights[bias][:, None], places, given)[:, 0]
-        matrix = matrices.turned(fold.second, weights[second])
-        found[second] = matrices.turned(fold.second, _mixed_columns(matrix, places, given))
-        return found
+        return found | matrices.put(fold.second, _mixed_columns(matrices.get(fold.second, weights), places, given))
 
-    return Rewrite(weights=(*makers.values(), *biases, second), parameters=parameters, function=function)
+    names = [parameter for name in (*makers, fold.second) for parameter in matrices.parameters(name)]
+    return Rewrite(weights=(*names, *biases), parameters=parameters, function=function)
 
 
 def _mixed_rows(matrix: Tensor, places: Places, given: Mapping[str, Tensor]) -> Tensor:

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from nybble.calibration.block import BlockState
 from nybble.calibration.window import Window
 from nybble.models.adapter import Adapter
-from nybble.nn.batchnorm import factors, find_folds, foldable
-from nybble.nn.conv import is_conv
-from nybble.nn.swap import drop_norm
+from nybble.nn.batchnorm import drop_norm, factors, find_folds, foldable
+from nybble.nn.kinds import kind_of
 from nybble.transforms import Rewrite, Transform
 
 
@@ -31,7 +30,7 @@ class FoldBatchnorm(Transform):
 
     def works_on(self, adapter: Adapter, block: Any, config: Any) -> bool:  # noqa: D102
         modules = list(block.modules())
-        return any(foldable(module) for module in modules) and any(is_conv(module) for module in modules)
+        return any(foldable(m) for m in modules) and any(kind.channels_first for m in modules if (kind := kind_of(m)))
 
     def rewrites(self, window: Window, adapter: Adapter, path: str) -> Iterator[Rewrite]:  # noqa: D102
         for norm, conv in self._pairs(window, path).items():
@@ -49,7 +48,7 @@ class FoldBatchnorm(Transform):
     def _pairs(self, window: Window, path: str) -> dict[str, str]:
         """Norm -> convolution, of the convolutions that are going to be quantized."""
         state = window.block
-        convs = {target.name for target in state.targets if target.conv}
+        convs = {target.name for target in state.targets if target.kind.channels_first}
         call, given = next(iter(window.batches(path)()))
         found = find_folds(state.module, partial(call.run, state.module, given))
         return {norm: conv for norm, conv in found.items() if conv in convs}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-
 from pathlib import Path
 from typing import Any
 
@@ -102,18 +101,16 @@ def _plain(record: Record) -> dict[str, Any]:
     """A record as JSON, less its tensors and its input's parameters, which the packed layer has."""
     return {
         "quantizer": None if record.quantizer is None else str(record.quantizer),
-        "error": record.error, "rtn_error": record.rtn_error, "notes": record.notes, "changed": record.changed,
+        "number": record.number, "error": record.error, "rtn_error": record.rtn_error, "notes": record.notes, "changed": record.changed,
     }  # fmt: skip
 
 
 def _record(plain: dict[str, Any], tensors: Mapping[str, Tensor], state: BlockState, name: str) -> Record:
     line = plain.pop("quantizer")
-    found = Record(quantizer=None if line is None else Quantizer(line), **plain, **tensors)
-    target = next((t for t in state.targets if t.name == name), None)
-    layer: Any = None if target is None else state.installed(target)
+    target = max((t for t in state.targets if f"{name}.".startswith(f"{t.name}.")), key=lambda t: len(t.name))
+    found = Record(target=target, quantizer=None if line is None else Quantizer(line), **plain, **tensors)
+    layer: Any = state.installed(target)
     inputs = getattr(layer, "inputs", None)
     if isinstance(inputs, ActivationQuantizer):
         found.inputs = inputs.quantizer, inputs.params()
     return found
-
-

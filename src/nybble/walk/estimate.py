@@ -1,4 +1,7 @@
-"""What a run will need: memory, disk and seconds, from shapes alone; docs/memory.md compares it with runs."""
+"""What a run will need: memory, disk and seconds, from shapes alone; docs/memory.md compares it with runs.
+
+The model's parts, hidden states and forwards are counted here; what each step takes it says itself (:class:`Cost`).
+"""
 
 from __future__ import annotations
 
@@ -10,138 +13,94 @@ from typing import Any
 
 import torch
 
-from nybble.calibration.watch import PATCHES
-from nybble.corrections.bias import MOST
-from nybble.models.adapter import Adapter
-from nybble.report.portrait import SAMPLE
-from nybble.solvers import Solver
-from nybble.nn.kinds import Target
-from nybble.walk.plan import Plan
+from nybble.nn.kinds import Target, kind_of
+from nybble.walk.steps import BlockStep, Cost, Load, Subject
 
 BASE = 300_000_000
 """Bytes for imported libraries, the tokenizer with its text, and the allocator's gaps."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
-    """The sizes that decide the cost of a run.
-
-    Attributes:
-        samples, seq_len, batch: calibration; 0 samples if nothing is calibrated.
-        dtype: of the forwards. source_bytes: bytes of a stored value; 0 for a model already in memory.
-        whole: the source can only be read as a whole. kept: the result stays in memory. spilled: hidden states don't.
-        image: [channels, height, width] of a model of images; empty without calibration.
-    """
-
-    samples: int
-    seq_len: int
-    batch: int
-    dtype: torch.dtype
-    source_bytes: int
-    whole: bool = False
-    kept: bool = False
-    spilled: bool = False
-    image: tuple[int, ...] = ()
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one batch."""
-        return min(self.batch, self.samples) * self.seq_len
-
-
-@dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a run will need: bytes of memory above the interpreter's, bytes of disk, and seconds (a rough guess)."""
+    """What a run will need: bytes of memory above the interpreter's, bytes of disk, and seconds (a rough guess).
+
+    ``window``: bytes of the blocks that are worked on together, with what the steps hold of them.
+    """
 
     memory: int
     disk: int
     seconds: float
+    window: int = 0
 
 
-def estimate(model: Any, adapter: Adapter, plan: Plan, solver: Solver, load: Load, flops: float) -> Estimate:
+def estimate(subject: Subject, steps: Sequence[BlockStep], load: Load, flops: float) -> Estimate:
     """Bytes and seconds.
 
     Args:
-        model: on any device, the meta device too.
-        adapter: the model's.
-        plan: what is quantized.
-        solver: knows its own working memory.
-        load: sizes.
-        flops: multiply-adds x 2 a second of a product in ``load.dtype`` (:func:`measure_flops`).
+        subject: the model, on any device, the meta device too, and the plan.
+        steps: of the recipe.
+        load: sizes; of a model of images with what its layers do to one (:func:`with_layers`).
+        flops: multiply-adds x 2 a second of a product in ``load.dtype``.
     """
-    if adapter.convolutional:
-        return estimate_convs(model, plan, solver, load, flops)
-    size = load.dtype.itemsize
+    model, adapter, plan = subject.model, subject.adapter, subject.plan
+    size, samples = load.dtype.itemsize, load.samples * load.seq_len
     blocks = [sum(p.numel() for p in block.parameters()) for block in adapter.blocks_of(model)]
     outside = [p.numel() for n, p in model.named_parameters() if not adapter.inside(n)]
-    hidden = load.samples * load.seq_len * _width(model) * size
+    hidden = (samples * _width(model) if not load.image else load.samples * math.prod(load.image)) * size * load.streams
     block = max(blocks) * (load.source_bytes + (size if load.source_bytes != size else 0))
-    work = max(
-        _seeing(model, targets, load)
-        + _moments(targets, solver)
-        + _inputs(targets, solver, load)
-        + _solving(targets, solver)
-        for targets in plan.blocks
-    )
+    costs = [_block_cost(subject, steps, targets, load) for targets in plan.blocks]
+    at_once = min(load.window, len(blocks))
+    window = at_once * (block + max(cost.held for cost in costs))
+    work = max(_seeing(model, targets, load) + cost.peak for targets, cost in zip(plan.blocks, costs, strict=True))
+    behind = max((_block_cost(subject, steps, [t], load).peak for t in plan.outside), default=0)
     reading = 2 * max(outside, default=0) * load.source_bytes
-    behind = max((solver.working_bytes([t.shape[0]], t.shape[1]) for t in plan.outside), default=0)
     held = 0 if load.spilled else hidden
-    memory = BASE + sum(outside) * size + max(reading, held + max(block + work, behind))
+    memory = BASE + sum(outside) * size + max(reading, held + max(window + work, behind))
     memory += sum(blocks) * load.source_bytes if load.whole else 0
     memory += sum(blocks) * size if load.kept else 0
-    if "fisher" in plan.needs(solver):  # the whole model, what its backward keeps, and the weights of all outputs
-        tokens = min(load.samples * load.seq_len, solver.most_tokens)
-        memory += sum(blocks) * size + 4 * tokens * sum(t.shape[0] for targets in plan.blocks for t in targets)
-        memory += load.tokens * 8 * size * sum(t.shape[0] for targets in plan.blocks for t in targets)
+    memory += _fisher(subject, steps, load, sum(blocks))
     targets = [t for block_targets in plan.blocks for t in block_targets]
     packed = sum(_elements(t) * (t.rule.weights.format.bits + 1) / 8 for t in targets if t.rule.weights)
     rest = sum(blocks) + sum(outside) - sum(_elements(t) for t in targets)
     # The parts and the final file exist together for a moment.
     disk = int(2 * (packed + rest * size)) + (hidden if load.spilled else 0)
-    passes = 2 * load.samples * load.seq_len
-    seconds = 3 + passes * 2 * sum(blocks) / flops
-    if plan.needs(solver) & {"second_moment", "inputs"}:
-        seconds += sum(load.samples * load.seq_len * t.shape[1] ** 2 / flops + t.shape[1] * 1e-4 for t in targets)
-    tokens = load.samples * load.seq_len
-    searched = [solver.flops(*t.shape, tokens, t.rule.inputs) * max(1, t.experts) for t in targets if t.rule.weights]
-    seconds += sum(searched) / flops
-    return Estimate(memory=int(memory), disk=disk, seconds=seconds)
+    products = sum(load.samples * load.products.get(t.name, 0) * math.prod(t.shape) for t in targets)
+    forward = products if load.image else samples * sum(blocks)
+    seconds = 3 + ((2 + load.streams - 1) * 2 * forward + sum(cost.flops for cost in costs)) / flops
+    return Estimate(memory=int(memory), disk=disk, seconds=seconds, window=int(window + work))
 
 
-def estimate_convs(model: Any, plan: Plan, solver: Solver, load: Load, flops: float) -> Estimate:
-    """As :func:`estimate` of a network that is one block, from what its layers do to one image on the meta device."""
-    size, targets = load.dtype.itemsize, plan.blocks[0]
-    weights = sum(p.numel() for p in model.parameters())
-    seen = _layer_sizes(model, {t.name for t in targets}, load.image) if load.image else {}
-    most = min(load.samples * PATCHES, solver.most_tokens)
-    gathered = plan.needs(solver) & {"second_moment", "inputs"}
-    kept = sum(4 * t.shape[1] * (t.shape[1] + (most if "inputs" in gathered else SAMPLE)) for t in targets)
-    together = [rows * t.shape[1] + 4 * inputs for t in targets for rows, inputs in [seen.get(t.name, (0, 0))]]
-    working = [solver.working_bytes([t.shape[0]], t.shape[1]) + 24 * most * t.shape[1] for t in targets]
-    at_once = max(load.batch, min(load.samples, MOST // max(1, math.prod(load.image or (1,)))))
-    correcting = 4 * size * at_once * max((inputs for _, inputs in seen.values()), default=0)
-    running = max(8 * load.batch * max(together, default=0), correcting)
-    memory = BASE + weights * (size + 2 * load.source_bytes) + running
-    memory += (kept if gathered else 0) + max(working, default=0)
-    products = sum(rows * math.prod(t.shape) for t in targets for rows, _ in [seen.get(t.name, (0, 0))])
-    seconds = 3 + 3 * load.samples * 2 * products / flops
-    seconds += sum(solver.flops(*t.shape, most, t.rule.inputs) for t in targets if t.rule.weights) / flops
-    packed = sum(_elements(t) * (t.rule.weights.format.bits + 1) / 8 for t in targets if t.rule.weights)
-    rest = weights - sum(_elements(t) for t in targets)
-    return Estimate(memory=int(memory), disk=int(2 * (packed + rest * size)), seconds=seconds)
+def _block_cost(subject: Subject, steps: Sequence[BlockStep], targets: Sequence[Target], load: Load) -> Cost:
+    """Of all steps on one block: what they hold adds up, what they need while running doesn't."""
+    costs = [step.cost(subject, targets, load) for step in steps]
+    return Cost(
+        held=sum(cost.held for cost in costs),
+        peak=max((cost.peak for cost in costs), default=0),
+        flops=sum(cost.flops for cost in costs),
+    )
 
 
-def _layer_sizes(model: Any, names: set[str], image: tuple[int, ...]) -> dict[str, tuple[int, int]]:
+def _fisher(subject: Subject, steps: Sequence[BlockStep], load: Load, weights: int) -> int:
+    """The whole model, what its backward keeps, and the weights of all outputs."""
+    tokens = max((step.gradient_tokens(subject, load) for step in steps), default=0)
+    if not tokens:
+        return 0
+    rows = sum(t.shape[0] for targets in subject.plan.blocks for t in targets)
+    size = load.dtype.itemsize
+    return weights * size + 4 * tokens * rows + load.tokens * 8 * size * rows
+
+
+def with_layers(model: Any, names: set[str], image: tuple[int, ...]) -> tuple[dict[str, int], dict[str, int]]:
     """Of each layer, rows that its matrix is multiplied with and elements of its input, for one image."""
-    from nybble.nn.conv import is_conv
-
-    found: dict[str, tuple[int, int]] = {}
+    rows: dict[str, int] = {}
+    inputs: dict[str, int] = {}
     twin = copy.deepcopy(model).to("meta")
 
     def note(name: str) -> Any:
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            rows = output.shape[2:].numel() * module.groups if is_conv(module) else output[..., 0].numel()
-            found[name] = rows, args[0].numel()
+            kind = kind_of(module)
+            assert kind is not None
+            rows[name], inputs[name] = kind.products(module, output), kind.reads(args, {}).numel()
 
         return hook
 
@@ -151,14 +110,20 @@ def _layer_sizes(model: Any, names: set[str], image: tuple[int, ...]) -> dict[st
             module.register_forward_hook(note(short))
     with torch.no_grad():
         twin(pixel_values=torch.zeros(1, *image, dtype=next(twin.parameters()).dtype, device="meta"))
-    return found
+    return rows, inputs
 
 
 def _seeing(model: Any, targets: Sequence[Target], load: Load) -> int:
-    """Activations of one batch inside a block: about four tensors of each width, and the widest in float32 twice."""
+    """Activations of one batch inside a block: about four tensors of each width, and the widest in float32 twice.
+
+    Of a model of images: its largest layer's input, its columns and its output.
+    """
     if not targets or not load.samples:
         return 0
     size, widest = load.dtype.itemsize, max(max(t.shape) for t in targets)
+    if load.inputs:
+        together = [load.products.get(t.name, 0) * t.shape[1] + 4 * load.inputs.get(t.name, 0) for t in targets]
+        return 8 * load.batch * max(together, default=0)
     wide = 2 + (3 if any(t.rule.inputs for t in targets) else 0)
     bytes_ = load.tokens * (4 * size * (_width(model) + widest) + 4 * wide * widest)
     config = model.config.get_text_config()
@@ -168,40 +133,8 @@ def _seeing(model: Any, targets: Sequence[Target], load: Load) -> int:
     return int(bytes_)
 
 
-def _moments(targets: Sequence[Target], solver: Solver) -> int:
-    """Float32 second moments: a block reads at most three tensors of one width (qkv, out, MLP); and one to add."""
-    needy = [t for t in targets if t.rule.weights is not None and "second_moment" in solver.needs(t.rule.inputs)]
-    if not needy:
-        return 0
-    total = sum(4 * t.experts * t.shape[1] ** 2 for t in needy)
-    linear = [t.shape[1] for t in needy if not t.experts]
-    total += sum(4 * c * c * min(3, linear.count(c)) for c in set(linear))
-    return int(total + 4 * max(t.shape[1] for t in needy) ** 2)
-
-
-def _inputs(targets: Sequence[Target], solver: Solver, load: Load) -> int:
-    """Inputs that a solver reads: kept in the model's dtype, three of a width; of the widest, six copies in float32."""
-    needy = [t for t in targets if t.rule.weights is not None and "inputs" in solver.needs(t.rule.inputs)]
-    if not needy:
-        return 0
-    tokens = min(load.samples * load.seq_len, solver.most_tokens)
-    widths = [t.shape[1] for t in needy]
-    kept = sum(c * min(3, widths.count(c)) for c in set(widths)) * load.dtype.itemsize
-    return tokens * (kept + 24 * max(widths))
-
-
-def _solving(targets: Sequence[Target], solver: Solver) -> int:
-    """Of weights that are solved together, at most three of one width; experts are solved one by one."""
-    found = [0]
-    for width in {t.shape[1] for t in targets}:
-        rows = sorted((t.shape[0] for t in targets if t.shape[1] == width and not t.experts), reverse=True)[:3]
-        rows = rows or [max(t.shape[0] for t in targets if t.shape[1] == width)]
-        found.append(solver.working_bytes(rows, width))
-    return max(found)
-
-
 def _elements(target: Target) -> int:
-    return math.prod(target.shape) * max(1, target.experts)
+    return math.prod(target.shape) * target.matrices
 
 
 def _width(model: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +16,16 @@ from nybble.core.files import need_space
 from nybble.core.versions import versions
 from nybble.data import Samples, image_samples, load_text, preparation_for, sentence_samples, token_samples
 from nybble.models.adapter import Adapter, adapter_for
-from nybble.nn.attention import use_quantized_attention
-from nybble.nn.swap import use_eager_experts
+from nybble.nn.kinds import Target
 from nybble.recipe import Recipe
-from nybble.solvers import Solver, make_solver
-from nybble.transforms import Transform, make_transform
-from nybble.transforms._apply import check_folds
-from nybble.walk.estimate import Estimate, Load, estimate
+from nybble.solvers import Solver
+from nybble.walk.estimate import Estimate, estimate, with_layers
 from nybble.walk.plan import Plan, make_plan
 from nybble.walk.settings import DEFAULT_SAMPLES, Settings
+from nybble.walk.steps import BlockStep, Load, Subject
+from nybble.walk.steps.make import make_steps
+from nybble.walk.steps.reconstruction import ReconstructionStep
+from nybble.walk.steps.solver import SolverStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,18 +37,29 @@ OUTSIDE = "outside"
 
 @dataclass
 class Job:
-    """One run: the model, and what is to be done to it."""
+    """One run: the model, and what is to be done to it.
+
+    Attributes:
+        adapter: found before any layer is quantized: looking at the model finds float layers only.
+        steps: of the recipe, in order. paths: streams that they read. needs: what calibration must show.
+        device, dtype: of forwards. tokens: what is calibrated on; None where no step looks at data.
+        outside_sees: whether what is in no block wants its inputs.
+    """
 
     model: Any
-    adapter: Adapter  # found before any layer is quantized: looking at the model finds float layers only
+    adapter: Adapter
     source: ModelSource | None
     recipe: Recipe
-    transforms: tuple[Transform, ...]
-    solver: Solver
+    steps: tuple[BlockStep, ...]
+    paths: frozenset[str]
+    needs: frozenset[str]
     plan: Plan
     settings: Settings
+    device: torch.device
+    dtype: torch.dtype
     tokens: Samples | None
     estimate: Estimate
+    outside_sees: bool
 
     @staticmethod
     def make(
@@ -58,34 +71,79 @@ class Job:
         kept: bool = True,
     ) -> Job:
         """Check the request against the model; nothing heavy runs. ``kept``: the result stays in memory."""
-        solver = make_solver(recipe.solver.name, recipe.solver.options)
+        device, dtype = settings.place(model if source is None else None)
         adapter = adapter_for(model)
-        transforms = tuple(make_transform(step.name, step.options) for step in recipe.transforms)
-        for step, transform in zip(recipe.transforms, transforms, strict=True):
-            check_folds(step.name, transform, adapter, model)
         with within(f"recipe {recipe.name}"):
-            plan = make_plan(model, adapter, recipe.scheme, solver)
-        if plan.experts:
-            use_eager_experts(model)
-        if any(plan.products):
-            use_quantized_attention(model)
+            steps, paths = make_steps(recipe, adapter)
+            solver = next(step.solver for step in steps if isinstance(step, SolverStep))
+            subject = Subject(model=model, adapter=adapter, plan=make_plan(model, adapter, recipe.scheme, solver))
+            for step in steps:
+                step.check(subject)
+        for kind in subject.plan.kinds:
+            kind.prepare(model)
+        needs = frozenset().union(*(step.needs(subject) for step in steps))
         tokens = None
-        # Images are of use to every convolutional network: its BatchNorms fold, its biases are corrected.
-        if plan.needs(solver) or transforms or (adapter.convolutional and data != "builtin"):
+        if needs:
             tokens = _calibration(source, adapter, data, settings) if isinstance(data, str) else data
             check_tokens(tokens, model)
-        flops = measure_flops(torch.device(settings.device), settings.dtype)
-        load = _load(source, settings, tokens, kept)
-        cost = estimate(model, adapter, plan, solver, load, flops)
-        return Job(model, adapter, source, recipe, transforms, solver, plan, settings, tokens, cost)
+        load = _load(subject, source, settings, dtype, tokens, kept, paths, steps)
+        cost = estimate(subject, steps, load, measure_flops(device, dtype))
+        sees = any(_wants_inputs(target, solver) for target in subject.plan.outside)
+        return Job(
+            model, adapter, source, recipe, steps, paths if tokens is not None else frozenset(), needs, subject.plan,
+            settings, device, dtype, tokens, cost, sees,
+        )  # fmt: skip
 
     @property
-    def device(self) -> torch.device:
-        """Where blocks run; a model in memory stays where it is."""
-        if self.source is None:
-            found: torch.device = next(iter(self.model.parameters())).device
-            return found
-        return torch.device(self.settings.device)
+    def transforms(self) -> list[BlockStep]:
+        """The steps before the solver."""
+        return [step for step in self.steps if step.kind == "transform"]
+
+    @property
+    def solver_step(self) -> SolverStep:
+        """The step that quantizes."""
+        return next(step for step in self.steps if isinstance(step, SolverStep))
+
+    @property
+    def solver(self) -> Solver:
+        """Its method."""
+        return self.solver_step.solver
+
+    @property
+    def entering(self) -> list[BlockStep]:
+        """What is done to a block when it comes into the window."""
+        return [*self.transforms, self.solver_step]
+
+    @property
+    def reconstructions(self) -> list[ReconstructionStep]:
+        """What is done to the whole window."""
+        return [step for step in self.steps if isinstance(step, ReconstructionStep)]
+
+    @property
+    def corrections(self) -> list[BlockStep]:
+        """What is done to a block when it leaves the window."""
+        return [step for step in self.steps if step.kind == "correction"]
+
+    @property
+    def window(self) -> int:
+        """Blocks that are worked on together."""
+        return max(step.window for step in self.steps)
+
+    @property
+    def overlap(self) -> int:
+        """How many of them the next window has too."""
+        return max(step.overlap for step in self.steps)
+
+    @property
+    def shares(self) -> bool:
+        """Whether its hidden states are the float network's own, so that other recipes may read the same."""
+        plain = self.paths <= {"float"} and self.window == 1 and len(self.adapter.stacks) == 1
+        return plain and not any("block inputs" in self.needs for _ in self.transforms)
+
+    def outside_names(self) -> list[str]:
+        """Modules in no block that want to see their inputs."""
+        found = [t for t in self.plan.outside if _wants_inputs(t, self.solver)]
+        return [target.head or target.module for target in found]
 
     def part_names(self) -> list[str]:
         """Names of all parts, in order."""
@@ -102,14 +160,17 @@ class Job:
         lines = [
             f"{self.plan.targets} weights in {len(self.plan.blocks)} blocks ({counts}); {data}",
             f"about {self.estimate.memory / 1e9:.2f} GB of memory, {self.estimate.disk / 1e9:.2f} GB of disk, "
-            f"{self.estimate.seconds:.0f} s on {self.settings.device}",
+            f"{self.estimate.seconds:.0f} s on {self.device}",
         ]
         left = [name for name in self.plan.ignored if name != "lm_head"]
         if left and len(left) <= 8:
             lines.append(f"left in float: {', '.join(left)}")
         if self.source is not None and self.source.note:
             lines.append(self.source.note)
-        require_memory(self.estimate.memory, self.device)
+        more = ""
+        if self.window > 1:
+            more = f"a smaller window (its {self.window} blocks take {self.estimate.window / 1e9:.1f} GB), "
+        require_memory(self.estimate.memory, self.device, more)
         if out is not None:
             need_space(out, self.estimate.disk)
         return lines
@@ -124,8 +185,8 @@ class Job:
             "settings": {
                 "seed": self.settings.seed,
                 "batch": self.settings.batch,
-                "device": self.settings.device,
-                "dtype": str(self.settings.dtype),
+                "device": str(self.device),
+                "dtype": str(self.dtype),
             },
             "threads": torch.get_num_threads(),
             "versions": versions(),
@@ -145,20 +206,49 @@ def _size(tokens: Samples) -> tuple[int, int]:
     return samples, -(-tokens.tokens // samples) if ids is None else ids.shape[1]
 
 
-def _load(source: ModelSource | None, settings: Settings, tokens: Samples | None, kept: bool) -> Load:
+def _wants_inputs(target: Target, solver: Solver) -> bool:
+    """Whether the inputs of a target in no block are worth looking at: of a layer, or of the head that reads a table."""
+    if not (target.kind.shares_input or target.head):
+        return False
+    rule = target.rule
+    if rule.inputs is not None and rule.inputs.static:
+        return True
+    return rule.weights is not None and bool(solver.needs(rule.inputs) & {"second_moment", "inputs"})
+
+
+def _load(
+    subject: Subject,
+    source: ModelSource | None,
+    settings: Settings,
+    dtype: torch.dtype,
+    tokens: Samples | None,
+    kept: bool,
+    paths: frozenset[str],
+    steps: Sequence[BlockStep],
+) -> Load:
     samples, seq_len = (0, 0) if tokens is None else _size(tokens)
+    image: tuple[int, ...] = ()
+    products: dict[str, int] = {}
+    inputs: dict[str, int] = {}
+    if tokens is not None and "pixel_values" in tokens.inputs:
+        image = tuple(tokens.inputs["pixel_values"].shape[1:])
+        if subject.adapter.convolutional:
+            names = {t.name for targets in subject.plan.blocks for t in targets}
+            products, inputs = with_layers(subject.model, names, image)
     return Load(
         samples=samples,
         seq_len=seq_len,
         batch=settings.batch,
-        dtype=settings.dtype,
+        dtype=dtype,
         source_bytes=0 if source is None else max(t.dtype.itemsize for t in source.stored().values()),
         whole=source is not None and not source.streamable,
         kept=kept and source is not None,
-        spilled=settings.spill and not kept,
-        image=()
-        if tokens is None or "pixel_values" not in tokens.inputs
-        else tuple(tokens.inputs["pixel_values"].shape[1:]),
+        spilled=settings.spill,
+        image=image if subject.adapter.convolutional else (),
+        streams=max(1, len(paths)),
+        window=max(step.window for step in steps),
+        products=products,
+        inputs=inputs,
     )
 
 

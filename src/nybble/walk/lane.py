@@ -296,6 +296,7 @@ class Lane:
         wanted = self.job.outside_names()
         for start in stream:
             given: Mapping[str, Tensor] = {
-                name: tensor[start : start + batch].to(self.job.device) for name, tensor in self.job.tokens.inputs.items()
+                name: tensor[start : start + batch].to(self.job.device)
+                for name, tensor in self.job.tokens.inputs.items()
             }
             yield [tail(self.job.adapter, given, wanted)], stream.read(start)

@@ -28,7 +28,9 @@ class Walk:
     def __init__(self, jobs: Mapping[str, Job], spill: Path | None = None) -> None:
         self.lanes = {name: Lane(job, spill) for name, job in jobs.items()}
         # A recipe that looks at nothing does not move the streams on.
-        self.lead = next((lane for lane in reversed(self.lanes.values()) if lane.calibrated), [*self.lanes.values()][-1])
+        self.lead = next(
+            (lane for lane in reversed(self.lanes.values()) if lane.calibrated), [*self.lanes.values()][-1]
+        )
         self.finishes = any(lane.job.outside_sees for lane in self.lanes.values())
         self.seconds = dict.fromkeys(jobs, 0.0)
 

@@ -7,8 +7,8 @@ of them in order.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +38,8 @@ class Load:
         whole: the source can only be read as a whole. kept: the result stays in memory. spilled: hidden states don't.
         image: [channels, height, width] of a model of images; empty without calibration.
         streams: paths whose hidden states are kept. window: blocks that are loaded together.
+        products, inputs: of a model of images, by layer: rows that its matrix is multiplied with, and elements of its
+            input, for one image.
     """
 
     samples: int
@@ -51,6 +53,8 @@ class Load:
     image: tuple[int, ...] = ()
     streams: int = 1
     window: int = 1
+    products: Mapping[str, int] = field(default_factory=dict)
+    inputs: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -93,6 +97,10 @@ class BlockStep(ABC):
     @abstractmethod
     def cost(self, subject: Subject, targets: Sequence[Target], load: Load) -> Cost:
         """What it takes for a block with these targets."""
+
+    def gradient_tokens(self, subject: Subject, load: Load) -> int:
+        """Of how many tokens it wants the gradients of all layers' outputs, from a pass of the whole model; or 0."""
+        return 0
 
     @abstractmethod
     def run(self, window: Window) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
 from nybble.calibration.window import Window
 from nybble.core.errors import within
 from nybble.corrections import Correction
+from nybble.corrections.bias import MOST
 from nybble.nn.kinds import Target
 from nybble.walk.steps import BlockStep, Cost, Load, Subject
 
@@ -48,9 +50,13 @@ class CorrectionStep(BlockStep):
                     self.correction.check(target)
 
     def cost(self, subject: Subject, targets: Sequence[Target], load: Load) -> Cost:  # noqa: D102
-        taken = [t for t in targets if t.matrices and t.rule.weights is not None and self.correction.can_take(t)]
+        taken = [t for t in targets if t.matrices and self.correction.can_take(t)]
+        peak = max((self.correction.working_bytes(*t.shape) for t in taken), default=0)
+        if self.correction.reads_inputs and load.image:
+            at_once = max(load.batch, min(load.samples, MOST // max(1, math.prod(load.image))))
+            peak = max(peak, 4 * load.dtype.itemsize * at_once * max(load.inputs.values(), default=0))
         return Cost(
-            peak=max((self.correction.working_bytes(*t.shape) for t in taken), default=0),
+            peak=peak,
             flops=sum(self.correction.flops(*t.shape) for t in taken),
         )
 

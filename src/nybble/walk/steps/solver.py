@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,6 +18,7 @@ from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import Quantized, Target
 from nybble.solvers import Solved, Solver, Stats, Weight
 from nybble.walk.steps import BlockStep, Cost, Load, Subject
+from nybble.walk.steps._solver_cost import solver_cost
 
 
 class SolverStep(BlockStep):
@@ -40,9 +40,11 @@ class SolverStep(BlockStep):
         return subject.plan.needs(self.solver)
 
     def cost(self, subject: Subject, targets: Sequence[Target], load: Load) -> Cost:  # noqa: D102
-        from nybble.walk.estimate import solver_cost
+        return solver_cost(self.solver, targets, load)
 
-        return solver_cost(subject, self.solver, targets, load)
+    def gradient_tokens(self, subject: Subject, load: Load) -> int:  # noqa: D102
+        wanted = "fisher" in subject.plan.needs(self.solver)
+        return min(load.samples * load.seq_len, self.solver.most_tokens) if wanted else 0
 
     # ------------------------------------------------------------------------------------------------ doing
     def run(self, window: Window) -> None:
@@ -92,7 +94,9 @@ class SolverStep(BlockStep):
         sample = None if look is None else look.all()
         stats, params = _stats(state, group, seen, fisher), seen.params.get(group.leader)
         with within(f"{state.prefix}{group.leader}"):
-            solved = dict(zip([w.name for w in weights], self.solver.solve(weights, stats) if weights else [], strict=True))
+            solved = dict(
+                zip([w.name for w in weights], self.solver.solve(weights, stats) if weights else [], strict=True)
+            )
         for target in group.members:
             found = solved.get(f"{state.prefix}{target.name}")
             chosen = (target.rule.inputs, params) if found is None or found.inputs is None else found.inputs
@@ -117,7 +121,8 @@ class SolverStep(BlockStep):
             with within(name):
                 found = self.solver.solve([weight], Stats(second_moment=second))[0]
             solved.append(found)
-            state.records[f"{target.name}.{number}"] = _record(target, found, (None, None), None)
+            record = state.records[f"{target.name}.{number}"] = _record(target, found, (None, None), None)
+            record.number = number
         state.install(target, Quantized(weights=[s.weight for s in solved]))
 
     def _operands(self, window: Window, target: Target) -> dict[str, ActivationQuantizer]:
@@ -137,7 +142,7 @@ class SolverStep(BlockStep):
     def _put_operands(self, state: BlockState, target: Target, operands: dict[str, ActivationQuantizer]) -> None:
         state.install(target, Quantized(operands=operands))
         for name, part in operands.items():
-            record = Record(inputs=(part.quantizer, part.params()))
+            record = Record(target=target, inputs=(part.quantizer, part.params()))
             state.records[f"{target.name}.{target.kind.part}.{name}"] = record
 
     @staticmethod
@@ -150,6 +155,8 @@ class SolverStep(BlockStep):
 def _stats(state: BlockState, group: Group, seen: Seen, fisher: Mapping[str, Tensor]) -> Stats:
     """What a solver gets of a group's input; the memory is free once the caller lets go of it."""
     moment, sample = seen.moments.pop(group.leader, None), seen.samples.pop(group.leader, None)
+    if not group.members[0].kind.shares_input:  # a table that a head reads: judged by the head's output error
+        sample = None
     return Stats(
         second_moment=None if moment is None else moment.mean(f"{state.prefix}{group.leader}"),
         inputs=None if sample is None else sample.all(),
@@ -160,6 +167,7 @@ def _stats(state: BlockState, group: Group, seen: Seen, fisher: Mapping[str, Ten
 
 def _record(target: Target, found: Solved | None, inputs: tuple[Any, Any], sample: Tensor | None) -> Record:
     return Record(
+        target=target,
         quantizer=None if found is None else found.quantizer or target.rule.weights,
         error=None if found is None else found.error,
         rtn_error=None if found is None else found.rtn_error,
@@ -175,5 +183,3 @@ def check_finite(tensor: Tensor, what: str) -> None:
     if not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
         raise DataError(f"{what} holds {bad} NaN or Inf among {tensor.numel()} values; repair the model file.")
-
-

@@ -1,0 +1,71 @@
+"""What a solver step takes for one block: statistics, kept inputs, the solver's own working memory, and its search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nybble.calibration.watch import SAMPLE
+from nybble.nn.kinds import Target
+from nybble.solvers import Solver
+from nybble.walk.steps import Cost, Load
+
+
+def solver_cost(solver: Solver, targets: Sequence[Target], load: Load) -> Cost:
+    """Of the targets of one block, or of one that is in no block."""
+    solved = [t for t in targets if t.rule.weights is not None]
+    if any(t.kind.rows_a_sample for t in targets):
+        peak = _rows(solved, solver, load)
+    else:
+        peak = _moments(solved, solver) + _inputs(solved, solver, load) + _solving(targets, solver)
+    tokens = load.samples * load.seq_len
+    flops = 0.0
+    for target in solved:
+        if solver.needs(target.rule.inputs) & {"second_moment", "inputs"}:
+            flops += tokens * target.shape[1] ** 2
+        most = min(load.samples * target.kind.rows_a_sample, solver.most_tokens) or tokens
+        flops += solver.flops(*target.shape, most, target.rule.inputs) * target.matrices
+    return Cost(peak=peak, flops=flops)
+
+
+def _rows(targets: Sequence[Target], solver: Solver, load: Load) -> int:
+    """Of layers whose statistics are of a limited number of rows a sample (convolutions): kept of all of them at once."""
+    most = min(load.samples * max((t.kind.rows_a_sample for t in targets), default=0), solver.most_tokens)
+    gathered = frozenset().union(*(solver.needs(t.rule.inputs) for t in targets)) if targets else frozenset()
+    kept = 0
+    if gathered & {"second_moment", "inputs"}:
+        kept = sum(4 * t.shape[1] * (t.shape[1] + (most if "inputs" in gathered else SAMPLE)) for t in targets)
+    return kept + max(
+        (solver.working_bytes([t.shape[0]], t.shape[1]) + 24 * most * t.shape[1] for t in targets), default=0
+    )
+
+
+def _moments(targets: Sequence[Target], solver: Solver) -> int:
+    """Float32 second moments: a block reads at most three tensors of one width (qkv, out, MLP); and one to add."""
+    needy = [t for t in targets if "second_moment" in solver.needs(t.rule.inputs)]
+    if not needy:
+        return 0
+    total = sum(4 * t.matrices * t.shape[1] ** 2 for t in needy if t.kind.fused)
+    linear = [t.shape[1] for t in needy if not t.kind.fused]
+    total += sum(4 * c * c * min(3, linear.count(c)) for c in set(linear))
+    return int(total + 4 * max(t.shape[1] for t in needy) ** 2)
+
+
+def _inputs(targets: Sequence[Target], solver: Solver, load: Load) -> int:
+    """Inputs that a solver reads: kept in the model's dtype, three of a width; of the widest, six copies in float32."""
+    needy = [t for t in targets if "inputs" in solver.needs(t.rule.inputs)]
+    if not needy:
+        return 0
+    tokens = min(load.samples * load.seq_len, solver.most_tokens)
+    widths = [t.shape[1] for t in needy]
+    kept = sum(c * min(3, widths.count(c)) for c in set(widths)) * load.dtype.itemsize
+    return tokens * (kept + 24 * max(widths))
+
+
+def _solving(targets: Sequence[Target], solver: Solver) -> int:
+    """Of weights that are solved together, at most three of one width; experts are solved one by one."""
+    found = [0]
+    for width in {t.shape[1] for t in targets}:
+        rows = sorted((t.shape[0] for t in targets if t.shape[1] == width and not t.kind.fused), reverse=True)[:3]
+        rows = rows or [max(t.shape[0] for t in targets if t.shape[1] == width)]
+        found.append(solver.working_bytes(rows, width))
+    return max(found)

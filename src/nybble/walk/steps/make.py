@@ -1,0 +1,53 @@
+"""From a recipe to the steps of its walk."""
+
+from __future__ import annotations
+
+from nybble.core.errors import SchemeError
+from nybble.corrections import make_correction
+from nybble.models.adapter import Adapter
+from nybble.recipe import Recipe
+from nybble.reconstruction import make_reconstruction
+from nybble.solvers import make_solver
+from nybble.transforms import make_transform
+from nybble.walk.steps import BlockStep
+from nybble.walk.steps.correction import CorrectionStep
+from nybble.walk.steps.reconstruction import ReconstructionStep
+from nybble.walk.steps.solver import SolverStep
+from nybble.walk.steps.transform import TransformStep
+
+
+def make_steps(recipe: Recipe, adapter: Adapter) -> tuple[tuple[BlockStep, ...], frozenset[str]]:
+    """The steps of a recipe in order, and the streams that they read.
+
+    Transforms and corrections look at the float path where there is one, else at the quantized.
+
+    Raises:
+        UsageError, SchemeError: an unknown part or option; windows of different sizes.
+    """
+    solver = make_solver(recipe.solver.name, recipe.solver.options)
+    learned = [
+        ReconstructionStep(step.name, make_reconstruction(step.name, step.options), solver)
+        for step in recipe.steps
+        if step.kind == "reconstruction"
+    ]
+    sizes = {(step.window, step.overlap) for step in learned}
+    if len(sizes) > 1:
+        raise SchemeError(
+            f"{learned[0].name} and {learned[-1].name} have different windows "
+            f"({', '.join(f'{window} with overlap {overlap}' for window, overlap in sorted(sizes))}); "
+            "give all reconstructions of a recipe the same."
+        )
+    paths = frozenset({solver.path}).union(*(step.paths for step in learned))
+    path = "float" if "float" in paths else "quantized"
+    found: list[BlockStep] = []
+    left = iter(learned)
+    for step in recipe.steps:
+        if step.kind == "transform":
+            found.append(TransformStep(step.name, make_transform(step.name, step.options), adapter, path))
+        elif step.kind == "solver":
+            found.append(SolverStep(step.name, solver))
+        elif step.kind == "reconstruction":
+            found.append(next(left))
+        else:
+            found.append(CorrectionStep(step.name, make_correction(step.name, step.options), path))
+    return tuple(found), paths
