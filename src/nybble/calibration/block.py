@@ -184,7 +184,8 @@ class BlockState:
 
     def packed(self) -> dict[str, nn.Module]:
         """By place, the quantized modules: what stands in, or what a trainable twin began from."""
-        return {place: self._packed.get(place, part) for place, part in self._installed.items() if part is not None}  # type: ignore[misc]
+        modules = {place: part for place, part in self._installed.items() if isinstance(part, nn.Module)}
+        return {place: self._packed.get(place, part) for place, part in modules.items()}
 
     def place(self, target: Target) -> str:
         """Where a target's quantized module is."""
@@ -237,7 +238,7 @@ def _mark(tensor: Tensor) -> tuple[int, int]:
 
 
 def _place(target: Target) -> str:
-    """Where a target's quantized module is: the name of a module, of a fused parameter, or of a part of an attention."""
+    """Where a target's quantized module is: the name of a module, a fused parameter, or a part of an attention."""
     return f"{target.name}.{target.kind.part}" if target.kind.part else target.name
 
 

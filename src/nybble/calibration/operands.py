@@ -19,7 +19,8 @@ def see_operands(block: nn.Module, target: Target, name: str, batches: Batches) 
 
     Args:
         block: with real float weights.
-        target: a module with operands. name: what to call it in errors.
+        target: a module with operands.
+        name: what to call it in errors.
         batches: the block's inputs.
 
     Raises:

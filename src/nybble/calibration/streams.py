@@ -18,7 +18,8 @@ class Stream:
     """The tensors in front of the next block, batch by batch, and how its stack's blocks are called.
 
     One path through the model: what the float network computes, or the network with its blocks so far quantized. Blocks
-    read and overwrite. Tensors whose first dimension is the batch's samples lie in one piece of memory or one file each.
+    read and overwrite. Tensors whose first dimension is the batch's samples lie in one piece of memory, or one file,
+    each.
 
     Args:
         samples: in all. device: where blocks run.

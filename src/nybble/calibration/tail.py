@@ -44,8 +44,9 @@ class TailCall(BlockCall):
                 continue
             return dict(given)
         raise ModelError(
-            f"{type(block).__name__} can't run from its last block on ({type(problem).__name__}: {problem}), so what is "
-            "outside the blocks gets no calibrated inputs; leave it in float (ignore), or use a recipe without data."
+            f"{type(block).__name__} can't run from its last block on ({type(problem).__name__}: {problem}), so "
+            "what is outside the blocks gets no calibrated inputs; leave it in float (ignore), or use a recipe "
+            "without data."
         ) from problem
 
     def _run(self, model: nn.Module, given: Tensors, width: int) -> None:

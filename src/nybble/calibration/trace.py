@@ -137,7 +137,7 @@ def _record(
 
 
 def returned(hidden: Tensor | None, width: int, flows: Sequence[Flow], values: Mapping[int, Any]) -> Any:
-    """What a block that computes nothing returns: the hidden states, or a tuple of ``width`` with them in their place."""
+    """What a block that computes nothing returns: the hidden states, or a tuple of ``width`` with them in place."""
     if not width:
         return hidden
     found = [values.get(place) for place in range(width)]

@@ -114,7 +114,8 @@ def see_block(
         targets: its weights, names relative to it.
         asker: says what it wants to see.
         batches: the block's inputs, batch by batch, as often as called.
-        tokens: how many tokens those are. samples: how many samples.
+        tokens: how many tokens those are.
+        samples: how many samples.
         known: what was gathered of this block before, for other recipes; what is missing is added.
 
     Raises:

@@ -32,7 +32,7 @@ def build(kind: type[T], options: Mapping[str, Any], where: str) -> T:
         SchemeError: an unknown option (with the closest one), one that is missing, or a value of the wrong type.
     """
     fields = {f.name: f for f in dataclasses.fields(typing.cast("Any", kind)) if f.init}
-    hints = _hints(kind)
+    hints = _hints(typing.cast("Any", kind))
     for key in options:
         if key not in fields:
             raise SchemeError(f"{where} has no option {key!r}.{did_you_mean(str(key), fields)}")
@@ -57,7 +57,7 @@ def plain(value: Any) -> Any:
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 

@@ -39,7 +39,7 @@ class Correction(ABC):
         wanted = not self.targets or any(matches(pattern, target.name, classes) for pattern in self.targets)
         return wanted and self.can_take(target)
 
-    def check(self, target: Target) -> None:
+    def check(self, target: Target) -> None:  # noqa: B027  most have nothing to refuse
         """Raise SchemeError where it will be done to a target that it can't do right by; names what it can."""
 
     @abstractmethod

@@ -124,7 +124,7 @@ def quantize_many(
     with preserve_global_rng(), torch.no_grad(), out_of_memory(settings.device or "the device"):
         for name, recipe in recipes.items():
             jobs[name] = _job(model, recipe, data, settings, None)
-            data = data if jobs[name].tokens is None else jobs[name].tokens  # cut once
+            data = jobs[name].tokens or data  # cut once
         together = {name: job for name, job in jobs.items() if job.shares}
         alone = [{name: job} for name, job in jobs.items() if not job.shares]
         for group in [*([together] if together else []), *alone]:

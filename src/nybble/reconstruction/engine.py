@@ -2,13 +2,13 @@
 
 The window's inputs come from the path that the recipe says, what it should give from the float path. A step takes one
 batch; batches go round in an order that a seed decides. Blocks that stay for the next window keep their twins, and what
-these learned. Where the best that was reached loses more than the window did at the start, it goes back there.
+these learned. Where what was reached loses more than the window did at the start, as the solver left it, it goes back.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from nybble.calibration.window import Window
 from nybble.core.errors import DataError
 from nybble.core.seeds import derive_seed
 from nybble.learned import ACTIVATIONS, WEIGHTS, Learned
-from nybble.learned.fixed import Fixed
+from nybble.learned._fixed import Fixed
 from nybble.learned.ste import Ste
 from nybble.nn.fake import FakeLayer
 from nybble.nn.kinds import Target
@@ -29,6 +29,7 @@ from nybble.nn.layer import QuantLayer
 from nybble.nn.packed import Packed
 from nybble.qtensor import QTensor
 from nybble.qtensor.block import BlockQTensor
+from nybble.quantizer import Quantizer
 from nybble.reconstruction import Reconstruction
 
 DEFAULT_RATE = 1e-3
@@ -62,7 +63,7 @@ def _weights(packed: QTensor, truth: Tensor, record: Record, options: Reconstruc
     """What rounds a weight: the learned part where there is one for it, else the codes as they are."""
     if options.weights is not None and isinstance(packed, BlockQTensor) and record.quantizer is not None:
         return options.weights.make(record.quantizer, truth, packed, WEIGHTS)
-    return Fixed.of(packed)
+    return Fixed(packed, record.quantizer or Quantizer("float32"))
 
 
 def settle_twins(state: BlockState) -> None:
@@ -94,19 +95,21 @@ class Outcome:
 
 
 def reconstruct(window: Window, options: Reconstruction) -> Outcome:
-    """Optimise the twins of a window (:func:`put_twins`); see the module's docstring.
+    """Learn on a window; see the module's docstring.
 
     Args:
-        window: with a float path, and the one that ``options.feed`` names.
+        window: quantized, with a float path, and the path that ``options.feed`` names.
         options: what to learn, and how.
 
     Raises:
         DataError: the loss is no number.
     """
-    twins = [twin for state in window.blocks for twin in twins_of(state).values()]
     wanted = _wanted(window)
     before = _evaluate(window, options, wanted)
-    started = [{k: v.clone() for k, v in twin.state_dict().items()} for twin in twins]
+    carried = {twin: _state_of(twin) for state in window.blocks for twin in twins_of(state).values()}
+    for state in window.blocks:
+        put_twins(state, [target for target in state.targets if options.learns(target)], options)
+    twins = [twin for state in window.blocks for twin in twins_of(state).values()]
     with torch.enable_grad(), _frozen(window, twins):
         _train(window, options, wanted, twins, before)
     after = _evaluate(window, options, wanted)
@@ -114,10 +117,24 @@ def reconstruct(window: Window, options: Reconstruction) -> Outcome:
         raise DataError(f"the reconstruction of {window.part} came to {after}; take smaller rates.")
     kept = after <= before
     if not kept:
-        for twin, state in zip(twins, started, strict=True):
-            twin.load_state_dict(state)
+        _go_back(window, carried)
     _note(window, options, before, after, kept)
     return Outcome(before=before, after=min(before, after), kept=kept)
+
+
+def _state_of(twin: FakeLayer) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in twin.state_dict().items()}
+
+
+def _go_back(window: Window, carried: Mapping[FakeLayer, Mapping[str, Tensor]]) -> None:
+    """Every layer as it was before the window was learned."""
+    for state in window.blocks:
+        for target in state.targets:
+            twin = state.installed(target)
+            if isinstance(twin, FakeLayer) and twin in carried:
+                twin.load_state_dict(carried[twin])
+            elif isinstance(twin, FakeLayer):
+                state.replace(target, state.packed()[state.place(target)])
 
 
 def _wanted(window: Window) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 What a transform does to a block is a list of :class:`Rewrite`: each a *function* of some weights and of parameters (the
 factors, an order of channels, a rotation), so that the parameters can also be learned. Which weights may be rewritten
-together is the adapter's knowledge; what calibration saw of the channels between them is gathered when a transform asks.
+together is the adapter's knowledge; what calibration sees of the channels between them is gathered when asked for.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class Transform(ABC):
         """What it does to a block.
 
         Args:
-            window: one block, in float. adapter: the model's. path: on which its inputs are looked at.
+            window: one block, in float.
+            adapter: the model's.
+            path: on which its inputs are looked at.
         """
 
     @abstractmethod

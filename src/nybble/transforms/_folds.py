@@ -138,7 +138,7 @@ def scaling(state: BlockState, channel: Channel, factor: Tensor) -> Rewrite:
     dtype = _live_dtype(state, first) if isinstance(fold, NormFold) else torch.float32
 
     def divided_norm(old: Tensor, by: Tensor, offset: float) -> tuple[Tensor, Tensor]:
-        """The norm's new weights, and by how much its output is really divided: they are rounded to the norm's dtype."""
+        """The norm's new weights, rounded to its dtype, and by how much its output is really divided."""
         old = old + offset
         new = (old / by - offset).to(dtype).float()
         really = torch.where((new + offset != 0) & (old != 0), old / (new + offset), torch.ones_like(old))

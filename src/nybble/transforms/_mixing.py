@@ -41,8 +41,9 @@ class Places:
         channels = len(channel.rows)
         width = channels // int(config.num_attention_heads) if channel.fold.heads else channels
         blocks = channel.rows.view(-1, width)
-        _, reads, counts = blocks[:, 0].unique(return_inverse=True, return_counts=True)
-        first = torch.stack([(reads == block).nonzero()[0, 0] for block in range(len(counts))])
+        made = torch.unique(blocks[:, 0])
+        reads = torch.bucketize(blocks[:, 0].contiguous(), made)
+        first = torch.stack([(reads == block).nonzero()[0, 0] for block in range(len(made))])
         return Places(rows=blocks[first], reads=reads)
 
     def by_block(self, values: Tensor) -> Tensor:

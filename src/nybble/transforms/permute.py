@@ -1,7 +1,7 @@
-"""Channels between two linear layers in the order of their magnitude, so that neighbours, which share a scale, are alike.
+"""Channels between two linear layers in the order of their magnitude: neighbours, which share a scale, are alike then.
 
-Exact: a permutation of the first layer's rows and of the second's columns. It is the idea behind RPTQ (Yuan et al. 2023,
-arXiv:2304.01089, who cluster the channels of activations) and K-sort, here for the inputs of attention's output
+Exact: a permutation of the first layer's rows and of the second's columns. It is the idea behind RPTQ (Yuan et al.
+2023, arXiv:2304.01089, who cluster the channels of activations) and K-sort, here for the inputs of attention's output
 projection (inside each head) and of an MLP's second layer.
 """
 

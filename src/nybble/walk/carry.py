@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from nybble.calibration.block import BlockState, Record
 from nybble.checkpoint.parts import Parts
@@ -83,7 +85,7 @@ class Carry:
         for target in state.targets:
             place = state.place(target)
             if place in entry["modules"]:
-                module = state.adopt(target, lambda root, p=place: restore(root, p, entry["modules"][p], layouts))
+                module = state.adopt(target, partial(_restore, place, entry["modules"][place], layouts))
                 module.load_state_dict(_below(stored, f"{index}.packed.{place}."), assign=True)
         for name, plain in entry["records"].items():
             state.records[name] = _record(plain, _below(stored, f"{index}.record.{name}."), state, name)
@@ -93,6 +95,11 @@ class Carry:
             twin.load_state_dict(_below(stored, f"{index}.twin.{name}."), strict=False)
 
 
+def _restore(place: str, entry: Any, layouts: Layouts, root: nn.Module) -> None:
+    with torch.device("meta"):
+        restore(root, place, entry, layouts)
+
+
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
@@ -100,15 +107,16 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _plain(record: Record) -> dict[str, Any]:
     """A record as JSON, less its tensors and its input's parameters, which the packed layer has."""
     return {
-        "quantizer": None if record.quantizer is None else str(record.quantizer),
-        "number": record.number, "error": record.error, "rtn_error": record.rtn_error, "notes": record.notes, "changed": record.changed,
+        "quantizer": None if record.quantizer is None else str(record.quantizer), "number": record.number,
+        "error": record.error, "rtn_error": record.rtn_error, "notes": record.notes, "changed": record.changed,
     }  # fmt: skip
 
 
 def _record(plain: dict[str, Any], tensors: Mapping[str, Tensor], state: BlockState, name: str) -> Record:
     line = plain.pop("quantizer")
     target = max((t for t in state.targets if f"{name}.".startswith(f"{t.name}.")), key=lambda t: len(t.name))
-    found = Record(target=target, quantizer=None if line is None else Quantizer(line), **plain, **tensors)
+    found = Record(target=target, quantizer=None if line is None else Quantizer(line), **plain)
+    found.sample, found.clip = tensors.get("sample"), tensors.get("clip")
     layer: Any = state.installed(target)
     inputs = getattr(layer, "inputs", None)
     if isinstance(inputs, ActivationQuantizer):

@@ -207,7 +207,7 @@ def _size(tokens: Samples) -> tuple[int, int]:
 
 
 def _wants_inputs(target: Target, solver: Solver) -> bool:
-    """Whether the inputs of a target in no block are worth looking at: of a layer, or of the head that reads a table."""
+    """Whether a target in no block wants to see inputs: a layer's, or those of the head that reads a table."""
     if not (target.kind.shares_input or target.head):
         return False
     rule = target.rule

@@ -18,7 +18,7 @@ class Walk:
     """Some recipes over one model, block after block.
 
     Args:
-        jobs: one, or several that can share a float stream (:attr:`Job.shares`): then what is seen of a block serves all.
+        jobs: one, or several that can share a float stream (:attr:`Job.shares`); what is seen of a block serves all.
         spill: a folder for hidden states; None keeps them in memory.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""The steps of a recipe as the walk runs them: what each needs to see, whether it can work, what it costs, what it does.
+"""The steps of a recipe as the walk runs them: what each needs to see, whether it can work, what it costs, and doing.
 
 Four questions with four answers. A step never asks which other steps there are: the walk brings every block through all
 of them in order.
@@ -91,7 +91,7 @@ class BlockStep(ABC):
     def needs(self, subject: Subject) -> frozenset[str]:
         """What calibration must show for it; empty where it looks at weights alone."""
 
-    def check(self, subject: Subject) -> None:
+    def check(self, subject: Subject) -> None:  # noqa: B027  most have nothing to refuse
         """Raise SchemeError (or ModelError) where it can't work; the message says what could."""
 
     @abstractmethod

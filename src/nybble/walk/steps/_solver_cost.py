@@ -28,7 +28,7 @@ def solver_cost(solver: Solver, targets: Sequence[Target], load: Load) -> Cost:
 
 
 def _rows(targets: Sequence[Target], solver: Solver, load: Load) -> int:
-    """Of layers whose statistics are of a limited number of rows a sample (convolutions): kept of all of them at once."""
+    """Of layers whose statistics are of a limited number of rows a sample (convolutions): all are kept at once."""
     most = min(load.samples * max((t.kind.rows_a_sample for t in targets), default=0), solver.most_tokens)
     gathered = frozenset().union(*(solver.needs(t.rule.inputs) for t in targets)) if targets else frozenset()
     kept = 0

@@ -9,7 +9,7 @@ from nybble.calibration.window import Window
 from nybble.core.errors import SchemeError, within
 from nybble.nn.kinds import Target
 from nybble.reconstruction import Reconstruction
-from nybble.reconstruction.engine import put_twins, reconstruct
+from nybble.reconstruction.engine import reconstruct
 from nybble.solvers import Solver
 from nybble.walk.steps import BlockStep, Cost, Load, Subject
 
@@ -48,7 +48,7 @@ class ReconstructionStep(BlockStep):
             )
 
     def cost(self, subject: Subject, targets: Sequence[Target], load: Load) -> Cost:
-        """Per block: float32 truth, up to two parameters an element with gradient and two moments; activations twice."""
+        """A block's float32 truth, up to two parameters an element with gradients and moments, activations twice."""
         elements = sum(t.shape[0] * t.shape[1] for t in targets if self.reconstruction.learns(t))
         width = sum(sum(t.shape) for t in targets)
         kept = load.samples * load.seq_len * max((t.shape[1] for t in targets), default=0) * load.dtype.itemsize
@@ -62,6 +62,4 @@ class ReconstructionStep(BlockStep):
         )
 
     def run(self, window: Window) -> None:  # noqa: D102
-        for state in window.blocks:
-            put_twins(state, [t for t in state.targets if self.reconstruction.learns(t)], self.reconstruction)
         reconstruct(window, self.reconstruction)
