@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.tiny import save_text, save_tiny
 from nybble.core.errors import FileError
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.request import build_recipe
+from nybble.recipe import Recipe, parse_recipe, recipe_names
 from nybble.walk.settings import Settings
 
 BLOCKS = 12
@@ -78,19 +80,91 @@ def test_killed_at_random_moments(folder: Path, tmp_path: Path, path: str) -> No
     assert not partial.exists()
 
 
-@pytest.mark.parametrize("path", RECIPES)
-def test_stopped_after_every_step(folder: Path, tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same without chance: stopped before each file operation of the whole run, once each."""
-    recipe = build_recipe("minmax-fp") if path == "float path" else build_recipe("gptq", weights="int4 group=16")
-    settings = Settings(samples=2, seq_len=8, batch=2, resume=True)
+#: every recipe that nybble carries, as it is run on four blocks; and what a step can do that no recipe does yet
+EVERY: dict[str, dict[str, Any]] = {
+    **{name: {"weights": "int4 group=16"} for name in ("rtn", "mse", "gptq", "k-means", "outlier-columns")},
+    **{name: {} for name in ("minmax-fp", "minmax-int", "smoothquant", "lorc")},
+    **{name: {"effort": "quick"} for name in ("llm-fp4", "fp-baseline")},
+    "adaround": {"effort": "quick"}, "lwc": {"effort": "quick"},
+}  # fmt: skip
+SCHEME = {"weights": "int4 group=16", "inputs": "int8 tensor static"}
+STEPS: dict[str, list[dict[str, Any]]] = {
+    "transforms before a quantized path": [{"transform": "smooth"}, {"transform": "permute"}, {"solver": "gptq"}],
+    "a rotation, corrections": [
+        {"transform": "hadamard"}, {"solver": "rtn"}, {"correction": "low-rank", "rank": 2}, {"correction": "bias"},
+    ],
+    "windows of two, side by side": [
+        {"transform": "smooth"}, {"reconstruction": "mse", "weights": "adaround", "inputs": "lsq", "window": 2, "steps": 4},
+    ],
+    "windows that overlap": [
+        {"solver": "gptq"},
+        {"reconstruction": "mse", "weights": "adaround", "inputs": "lsq", "window": 2, "overlap": 1, "steps": 4},
+        {"correction": "low-rank", "rank": 2},
+    ],
+}  # fmt: skip
 
-    def run(out: Path) -> None:
-        quantize(folder / "model", recipe, str(folder / "text.txt"), out=out, settings=settings)
 
+def test_every_recipe_is_among_those() -> None:
+    assert set(EVERY) == set(recipe_names())
+
+
+def recipe_called(name: str) -> Recipe:
+    if name in EVERY:
+        return build_recipe(name, **EVERY[name])
+    return parse_recipe({"name": name, "scheme": SCHEME, "steps": STEPS[name]})
+
+
+@pytest.mark.parametrize("name", [*EVERY, *STEPS])
+def test_stopped_after_every_block(folder: Path, tmp_path: Path, name: str) -> None:
+    """Each recipe, stopped when each of its blocks has just been written, and gone on from there: the same bytes."""
+    recipe, model = recipe_called(name), tmp_path / "model"
+    save_tiny(model, "llama", num_hidden_layers=4)
     torch.set_num_threads(1)
-    run(tmp_path / "whole")
-    expected = files(tmp_path / "whole")
-    calls, limit = 0, 0
+
+    class Stop(BaseException):
+        pass
+
+    class Bar:
+        def __init__(self, left: int) -> None:
+            self.left = left
+
+        def start(self, total: int, what: str) -> None: ...
+
+        def advance(self, n: int = 1, note: str = "") -> None:
+            self.left -= 1
+            if not self.left:
+                raise Stop
+
+        def done(self) -> None: ...
+
+    def run(out: Path, left: int) -> None:
+        settings = Settings(samples=4, seq_len=8, batch=2, resume=True)
+        quantize(model, recipe, str(folder / "text.txt"), out=out, settings=settings, progress=Bar(left))
+
+    run(tmp_path / "whole", 0)
+    stops = 0
+    while not (tmp_path / "out").exists():
+        with suppress(Stop):
+            run(tmp_path / "out", stops + 1)
+            break
+        stops += 1
+    assert stops >= 3
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+OPERATIONS = [(Path, "replace"), (Path, "unlink"), (Path, "rename"), (shutil, "rmtree")]
+
+
+@pytest.mark.parametrize("name", ["minmax-fp", "gptq", "windows that overlap"])
+def test_stopped_before_every_file_operation(
+    folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without chance: one run for each file operation that a whole run does, stopped just before it, then resumed."""
+    recipe, model = recipe_called(name), tmp_path / "model"
+    save_tiny(model, "llama", num_hidden_layers=3)
+    torch.set_num_threads(1)
+    settings = Settings(samples=2, seq_len=8, batch=2, resume=True, spill=name == "gptq")
+    calls, limit = 0, 1 << 30
 
     class Stop(BaseException):
         pass
@@ -105,24 +179,24 @@ def test_stopped_after_every_step(folder: Path, tmp_path: Path, path: str, monke
 
         return step
 
+    def run(out: Path) -> None:
+        quantize(model, recipe, str(folder / "text.txt"), out=out, settings=settings)
+
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", stopping(Path.replace))
-        patch.setattr(Path, "unlink", stopping(Path.unlink))
-        patch.setattr(Path, "rename", stopping(Path.rename))
-        patch.setattr(shutil, "rmtree", stopping(shutil.rmtree))
-        stops = 0
-        for _ in range(200):
-            calls, limit = 0, limit if stops % 2 else limit + 1
-            try:
-                run(tmp_path / "out")
-                break
-            except Stop:
-                stops += 1
-                limit = calls - 1
-                calls, limit = 0, 3 + stops % 3
-    run(tmp_path / "out") if not (tmp_path / "out").exists() else None
-    assert stops > 6
-    assert files(tmp_path / "out") == expected
+        for owner, operation in OPERATIONS:
+            patch.setattr(owner, operation, stopping(getattr(owner, operation)))
+        run(tmp_path / "whole")
+        total, expected = calls, files(tmp_path / "whole")
+        assert total > 12
+        for before in range(total):
+            out = tmp_path / f"out{before}"
+            calls, limit = 0, before
+            with pytest.raises(Stop):
+                run(out)
+            limit = 1 << 30
+            if not out.exists():  # the last operation but one moves the folder; what follows only clears up
+                run(out)
+            assert files(out) == expected, before
 
 
 def test_interrupted(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +12,17 @@ from tests.tiny import FAMILIES, MOES, logits, save_text, save_tiny, tiny_model,
 from torch import Tensor
 
 import nybble
+from nybble.calibration.block import BlockState
+from nybble.calibration.trace import capture_block_calls
+from nybble.calibration.window import Calibration, Window
 from nybble.core.errors import ModelError, SchemeError, UsageError
 from nybble.data import load_text, token_samples
-from nybble.models.adapter import LinearFold, NormFold
+from nybble.models.adapter import LinearFold, NormFold, adapter_for, feeding_rows
 from nybble.recipe import parse_recipe
-from nybble.transforms import REGISTRY, Channel, make_transform
+from nybble.transforms import REGISTRY, make_transform
+from nybble.transforms._folds import Channel
+from nybble.transforms._mixing import Places
+from nybble.transforms.hadamard import hadamard
 
 KNOWN = [family for family in FAMILIES if family != "falcon"]
 SETTINGS = nybble.Settings(samples=4, seq_len=12, batch=2, dtype=torch.float32)
@@ -35,7 +42,7 @@ def quantized(folder: Path, text: Path, transforms: list[dict[str, Any]], weight
 
 
 @pytest.mark.parametrize("family", KNOWN)
-@pytest.mark.parametrize("steps", [["smooth"], ["smooth", "equalize"]])
+@pytest.mark.parametrize("steps", [["smooth"], ["smooth", "equalize"], ["permute", "hadamard"]])
 def test_the_float_model_stays_the_same(tmp_path: Path, family: str, steps: list[str]) -> None:
     """Weights in 24 bits: what is left is float32's own rounding, a thousandth of what int8 would do."""
     if family in ("gpt_neox",) and steps == ["smooth", "equalize"]:
@@ -61,7 +68,8 @@ def weights_changed(a: Any, b: Any) -> bool:
 
 
 def channel(fold: NormFold | LinearFold, largest: Tensor, before: Tensor | None, behind: list[Tensor]) -> Channel:
-    return Channel(fold=fold, largest=largest, before=before, behind=behind)
+    rows = None if before is None else torch.arange(len(largest))
+    return Channel(fold=fold, largest=largest, before=before, behind=behind, rows=rows)
 
 
 def test_smooth_is_the_equation() -> None:
@@ -113,15 +121,100 @@ def test_smoothing_helps_where_inputs_have_outliers(tmp_path: Path) -> None:
     assert lost([{"transform": "smooth"}]) < 0.5 * lost([])
 
 
+def test_a_rotation_spreads_an_outlier_and_a_permutation_sorts() -> None:
+    """One loud channel of a head: behind the rotation all are alike; the order is that of the magnitudes."""
+    fold = LinearFold(first="v", second="o", heads=True)
+    largest = torch.tensor([1.0, 8, 2, 4, 3, 1, 7, 5])
+    seen = channel(fold, largest, torch.randn(8, 4), [torch.randn(4, 8)])
+    config = SimpleNamespace(num_attention_heads=2)
+    places = Places.of(seen, config)
+    assert places.rows.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]] and places.reads.tolist() == [0, 1]
+    order = make_transform("permute", {}).parameters(seen, places, 0)["order"]
+    assert order.tolist() == [[1, 3, 2, 0], [2, 3, 0, 1]]
+    rotation = make_transform("hadamard", {}).parameters(seen, places, 0)["rotation"]
+    torch.testing.assert_close(rotation @ rotation.mT, torch.eye(4).expand(2, 4, 4))
+    loud = rotation[0] @ torch.tensor([0.0, 8, 0, 0])
+    torch.testing.assert_close(loud.abs(), torch.full((4,), 4.0))
+    torch.testing.assert_close(hadamard(8) @ hadamard(8), torch.eye(8))  # Sylvester's are symmetric
+    other = make_transform("hadamard", {}).parameters(seen, places, 1)["rotation"]
+    assert not torch.equal(rotation, other) and torch.equal(rotation, make_transform("hadamard", {}).parameters(
+        seen, places, 0)["rotation"])  # fmt: skip
+
+
+def test_queries_that_share_a_value_head_share_its_order() -> None:
+    fold = LinearFold(first="v", second="o", rows="value_heads", heads=True)
+    config = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2)
+    rows = feeding_rows(fold, config, 8)  # type: ignore[arg-type]
+    seen = Channel(fold=fold, largest=torch.tensor([1.0, 2, 9, 2, 1, 1, 1, 5]), before=None, behind=[], rows=rows)
+    places = Places.of(seen, config)
+    assert places.reads.tolist() == [0, 0, 1, 1]
+    assert places.by_block(seen.largest).tolist() == [[9, 2], [1, 5]]
+
+
+def test_permuting_helps_where_neighbours_differ(tmp_path: Path) -> None:
+    """Loud and quiet channels in turn, groups of eight: each group pays for its loudest; sorted, they stand together."""
+    model = tiny_model("llama", torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            scale = torch.ones(48)
+            scale[::6] = 40  # up's rows by 40, down's columns by 1 / 40: the float model stays
+            layer.mlp.up_proj.weight.mul_(scale[:, None])
+            layer.mlp.down_proj.weight.div_(scale)
+    model.save_pretrained(tmp_path / "float")
+    tiny_tokenizer().save_pretrained(tmp_path / "float")
+    tokens = token_samples(
+        load_text(str(save_text(tmp_path / "text.txt")), "calibration"), tiny_tokenizer(), samples=4, seq_len=12
+    )
+    exact = logits(nybble.load(tmp_path / "float", dtype=torch.float32)[0])
+
+    def lost(steps: list[dict[str, Any]]) -> float:
+        scheme = {"targets": [r"re:.*down_proj"], "weights": "int8 channel", "inputs": "int4 group=8"}
+        recipe = parse_recipe({"name": "x", "scheme": scheme, "steps": [*steps, {"solver": "rtn"}]})
+        found = nybble.quantize(str(tmp_path / "float"), recipe, tokens, settings=SETTINGS)[0]
+        return float((logits(found) - exact).square().mean())
+
+    assert lost([{"transform": "permute"}]) < 0.5 * lost([])
+
+
+@pytest.mark.parametrize("name", ["smooth", "equalize", "permute", "hadamard"])
+def test_rewrites_are_functions_that_gradients_pass(name: str) -> None:
+    """A rewrite reads weights and parameters and gives new weights: it can be learned, and changes nothing by itself."""
+    model = tiny_model("llama", torch.float32)
+    tokens = {"input_ids": torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(0))}
+    call = capture_block_calls(model, tokens)[0]
+    state = BlockState(model.model.layers[0], "model.layers.0")
+    calibration = Calibration(
+        tokens=24, samples=2, batches=1, device=torch.device("cpu"), dtype=torch.float32, seed=0, config=model.config
+    )
+    window = Window([state], calibration, lambda path, order: [([call], call.start or {})], "block-0000")
+    before = {key: tensor.clone() for key, tensor in state.module.state_dict().items()}
+    with torch.no_grad():
+        found = list(make_transform(name, {}).rewrites(window, adapter_for(model), "float"))
+    assert found and all(torch.equal(before[key], tensor) for key, tensor in state.module.state_dict().items())
+    with torch.enable_grad():
+        for rewrite in found:
+            weights = {key: state.get(key).clone().requires_grad_(True) for key in rewrite.weights}
+            parameters = {
+                key: p.clone().requires_grad_(True) if p.is_floating_point() else p
+                for key, p in rewrite.parameters.items()
+            }
+            new = rewrite.function(weights, parameters)
+            assert set(new) <= set(rewrite.weights)
+            torch.stack([tensor.square().sum() for tensor in new.values()]).sum().backward()
+            for tensor in [*weights.values(), *parameters.values()]:
+                if tensor.is_floating_point():
+                    assert tensor.grad is not None and bool(tensor.grad.isfinite().all()) and bool(tensor.grad.any())
+
+
 def test_refusals(tmp_path: Path) -> None:
-    assert REGISTRY.names() == ["equalize", "smooth"]
+    assert REGISTRY.names() == ["equalize", "fold-batchnorm", "hadamard", "permute", "smooth"]
     with pytest.raises(UsageError, match=r"unknown transform 'smoth'. Did you mean 'smooth'"):
         make_transform("smoth", {})
     with pytest.raises(SchemeError, match=r"alpha=1\.5 is a share"):
         make_transform("smooth", {"alpha": 1.5})
     with pytest.raises(SchemeError, match="no option 'alpah'"):
         make_transform("smooth", {"alpah": 0.5})
-    with pytest.raises(SchemeError, match="transforms, then one solver; got solver, transform"):
+    with pytest.raises(SchemeError, match=r"transform 'smooth' can't come after solver 'rtn': .*codes by then"):
         parse_recipe(
             {"name": "x", "scheme": {"weights": "int8"}, "steps": [{"solver": "rtn"}, {"transform": "smooth"}]}
         )
