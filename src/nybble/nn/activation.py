@@ -34,13 +34,17 @@ class ActivationQuantizer(nn.Module):
             self.register_buffer(part, value)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.quantizer.fake_quantize(x, self.params())
+
+    def params(self) -> QuantParams | None:
+        """The calibrated parameters; None where each tensor is measured."""
         if not self.quantizer.static:
-            return self.quantizer.fake_quantize(x)
+            return None
         found, zero_point, offset, shifts = (self._buffers[part] for part in _PARTS)
         scale: Tensor | Factored | None = found
         if shifts is not None and found is not None:
             scale = Factored((found, torch.exp2(-shifts.float())))
-        return self.quantizer.fake_quantize(x, QuantParams(scale, zero_point, offset))
+        return QuantParams(scale, zero_point, offset)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ActivationQuantizer:
         # Scales stay float32: only moves between devices pass.
