@@ -11,8 +11,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from nybble.nn.swap import matrix_of
-
 WORDS = ["<unk>", "<s>", "</s>", *(a + b for a in "bcdfghklmn" for b in "aeiou")]  # 53 tokens
 SIZES: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -96,5 +94,9 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def linear_names(model: nn.Module, blocks: str) -> set[str]:
-    """Modules with a matrix inside the blocks, by an independent look."""
-    return {n for n, m in model.named_modules() if n.startswith(f"{blocks}.") and matrix_of(m) is not None}
+    """Modules with a matrix inside the blocks: transformers and torch know no other layers of language models."""
+    return {
+        name
+        for name, module in model.named_modules()
+        if name.startswith(f"{blocks}.") and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+    }

@@ -36,9 +36,10 @@ from nybble.core.progress import Bars, Progress, task
 from nybble.data import TokenSamples
 from nybble.eval import evaluate
 from nybble.models.sources.open import open_source
+from nybble.nn.kinds import quant_modules
 from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
-from nybble.nn.swap import quant_modules, set_module
+from nybble.nn.swap import set_module
 from nybble.recipe import load_recipe
 from nybble.report.record import Report
 from nybble.walk.job import versions

@@ -26,7 +26,8 @@ from nybble.core.progress import Bars
 from nybble.data import TokenSamples, load_text, token_samples
 from nybble.eval import evaluate_many
 from nybble.models.sources.open import open_source
-from nybble.nn.swap import hold_dense, quant_modules
+from nybble.nn.kinds import quant_modules
+from nybble.nn.swap import hold_dense
 from nybble.pipelines.request import build_recipe
 from nybble.recipe import load_recipe
 from nybble.report.record import Report

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from nybble.core.errors import DataError, FormatError, GranularityError, NybbleError, SchemeError
 from nybble.formats import get_format
 from nybble.nn.activation import ActivationQuantizer
+from nybble.nn.kinds import describe, restore
+from nybble.nn.layouts import Layouts
 from nybble.nn.linear import QuantLinear
-from nybble.nn.swap import Layouts, describe, put_described
 from nybble.qtensor import Factored, QuantParams, dense
 from nybble.quantizer import Quantizer
 from nybble.solvers import Solved, Solver, Stats, Weight, make_solver
@@ -197,7 +198,7 @@ def test_shifts_survive_the_file_and_give_the_same_numbers(tmp_path: Path) -> No
     entry = describe(made, layouts)
     root = nn.Sequential(nn.Linear(64, 48, bias=False))
     with torch.device("meta"):
-        put_described(root, "0", entry, layouts)
+        restore(root, "0", entry, layouts)
     root[0].load_state_dict(load_file(tmp_path / "layer.safetensors"), assign=True)
     for dtype in (torch.float32, torch.bfloat16):
         assert torch.equal(root(x.to(dtype)), made(x.to(dtype)))

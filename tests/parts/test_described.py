@@ -8,17 +8,18 @@ import pytest
 from torch import nn
 
 from nybble.core.errors import FileError, ModelError
-from nybble.nn.swap import Layouts, put_described
+from nybble.nn.kinds import restore
+from nybble.nn.layouts import Layouts
 
 
 @pytest.mark.parametrize("entry", [{}, [], None, "linear", {"class": []}, {"class": "linear", "weight": "x"}])
 def test_malformed_descriptions(entry: Any) -> None:
     network = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(FileError, match=r"0 is described as a|malformed description of 0"):
-        put_described(network, "0", entry, Layouts())
+        restore(network, "0", entry, Layouts())
     assert isinstance(network[0], nn.Linear)
 
 
 def test_a_module_that_is_not_there() -> None:
     with pytest.raises(ModelError, match="7, which this model does not have"):
-        put_described(nn.Sequential(nn.Linear(4, 4)), "7", {"class": "linear"}, Layouts())
+        restore(nn.Sequential(nn.Linear(4, 4)), "7", {"class": "linear"}, Layouts())

@@ -134,5 +134,5 @@ def layers_with_weights(blocks: Sequence[tuple[str, Sequence[Any]]]) -> dict[str
         f"{name}.{t.name}": t.shape[0]
         for name, targets in blocks
         for t in targets
-        if t.rule.weights and not t.experts and not t.conv
+        if t.rule.weights and t.kind.by_rows
     }

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from nybble.core.errors import ModelError
 from nybble.models.adapter import Adapter, adapter_for
-from nybble.models.experts import is_experts
-from nybble.models.linears import is_matmul
+from nybble.nn.kinds import Kind, kind_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,28 +192,31 @@ def _key(tensor: Tensor) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def trace_groups(
-    block: nn.Module, call: BlockCall, hidden: Tensor | None = None, linear_types: Sequence[type[nn.Module]] = ()
-) -> Trace:
+def trace_groups(block: nn.Module, call: BlockCall, hidden: Tensor | None = None) -> Trace:
     """Run a block once and group its matmul weights by the tensor they read.
 
     Args:
         block: with real weights.
         call: how it is called.
         hidden: its hidden states; default, those that ``call`` carries.
-        linear_types: further module classes with a matmul weight (quantized layers).
     """
     start = call.hidden if hidden is None else hidden
     if start is None:
         raise ModelError(f"block {call.index}: hidden states are needed to trace it; only block 0's are kept.")
-    watched = {n: m for n, m in block.named_modules() if is_matmul(m, tuple(linear_types)) or is_experts(m)}
+    watched: dict[str, tuple[nn.Module, Kind]] = {}
+    for name, module in block.named_modules():
+        kind = kind_of(module)
+        if kind is not None and (kind.shares_input or kind.fused):
+            watched[name] = module, kind
     groups: dict[tuple[Any, ...], list[str]] = {}
     alive: list[Tensor] = []  # an input freed during the run could lend its address to another
     with ExitStack() as undo:
-        for name, module in watched.items():
+        for name, (module, kind) in watched.items():
 
-            def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-                tensor = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+            def note(
+                _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name, kind: Kind = kind
+            ) -> None:
+                tensor = kind.reads(args, kwargs)
                 alive.append(tensor)
                 members = groups.setdefault(_key(tensor), [])
                 if name not in members:
@@ -224,7 +226,7 @@ def trace_groups(
             undo.callback(handle.remove)
         call.run(block, start)
     called = {name for names in groups.values() for name in names}
-    inside = {f"{name}.{leaf}" for name, module in watched.items() for leaf, _ in module.named_parameters()}
+    inside = {f"{name}.{leaf}" for name, (module, _) in watched.items() for leaf, _ in module.named_parameters()}
     other = [n for n, p in block.named_parameters() if p.ndim >= 2 and n not in inside]
     return Trace(
         groups=tuple(tuple(names) for names in groups.values()),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,15 +14,12 @@ from torch import Tensor, nn
 from nybble.calibration.statistics import InputSample, Range, SecondMoment
 from nybble.calibration.trace import BlockCall, trace_groups
 from nybble.core.errors import DataError
-from nybble.models.experts import expert_weights, routed_inputs
-from nybble.nn.conv import CONVS, Geometry, is_conv
+from nybble.nn.kinds import Target, kind_of, read_by
 from nybble.qtensor import QuantParams
 from nybble.quantizer import Quantizer
 from nybble.report.portrait import SAMPLE
 from nybble.solvers import Solver, Stats
-from nybble.walk.plan import Target
 
-PATCHES = 512  # of an image, that a convolution's statistics are made of at most
 Batches = Callable[[], Iterable[tuple[BlockCall, Tensor]]]
 Gatherer = InputSample | SecondMoment
 Known = dict[tuple[str, str], Any]
@@ -50,22 +46,18 @@ def find_groups(
 
     Two layers that read the same tensor through different input quantizers, or kernels, are two groups.
     """
-    by_name = {t.name: t for t in targets if not t.experts}
+    by_name = {t.name: t for t in targets if not t.kind.fused}
     found: dict[tuple[str, str, str], list[Target]] = {}
-    trace = trace_groups(block, call, hidden, CONVS)
+    trace = trace_groups(block, call, hidden)
     for names in trace.groups:
         for name in names:
             if name in by_name:
-                key = (names[0], str(by_name[name].rule.inputs), _reading(block.get_submodule(name)))
-                found.setdefault(key, []).append(by_name[name])
+                target = by_name[name]
+                key = (names[0], str(target.rule.inputs), target.kind.cut(block.get_submodule(name)))
+                found.setdefault(key, []).append(target)
     seen = {t.name for members in found.values() for t in members}
     groups = [Group(members=tuple(m), inputs=m[0].rule.inputs) for m in found.values()]
     return groups, [name for name in by_name if name not in seen]
-
-
-def _reading(module: nn.Module) -> str:
-    """How a convolution cuts its input into columns; a linear layer's input has them as they are."""
-    return str(replace(Geometry.of(module), channels=(0, 0))) if is_conv(module) else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +94,7 @@ class Seen:
 
 def see_nothing(targets: Sequence[Target]) -> Seen:
     """Without calibration: every linear target by itself."""
-    return Seen(groups=[Group(members=(t,), inputs=t.rule.inputs) for t in targets if not t.experts])
+    return Seen(groups=[Group(members=(t,), inputs=t.rule.inputs) for t in targets if not t.kind.fused])
 
 
 def see_block(
@@ -138,8 +130,9 @@ def see_block(
     known = {} if known is None else known
     params = {} if solver.chooses_inputs else _ranges(block, prefix, groups, batches, tokens, known)
     seen = Seen(groups=[*groups, *alone], params=params)
-    if any(group.members[0].conv for group in groups):
-        tokens = PATCHES * sum(len(given) for _, given in batches())
+    own_rows = max((group.members[0].kind.rows_a_sample for group in groups), default=0)
+    if own_rows:
+        tokens = own_rows * sum(len(given) for _, given in batches())
     fresh: list[tuple[str, Gatherer]] = []
 
     def gather(leader: str, kind: str, make: Callable[[], Any]) -> Any:
@@ -161,13 +154,13 @@ def see_block(
             most = solver.most_tokens
             seen.samples[leader] = gather(leader, f"inputs {most}", partial(InputSample, width, tokens, most, parts))
     for target in targets:
-        if target.experts and "second_moment" in solver.needs(None):
-            seen.routed[target.name] = [SecondMoment(target.shape[1]) for _ in range(target.experts)]
-    if seen.moments or seen.samples or seen.routed or any(group.members[0].conv for group in groups):
+        if target.kind.fused and "second_moment" in solver.needs(None):
+            seen.routed[target.name] = [SecondMoment(target.shape[1]) for _ in range(target.matrices)]
+    if seen.moments or seen.samples or seen.routed or own_rows:
         for group in groups:
             width, parts = group.members[0].shape[1], group.members[0].groups
             seen.looks[group.leader] = gather(group.leader, "look", partial(InputSample, width, tokens, SAMPLE, parts))
-        _watch(block, fresh, seen.routed, batches)
+        _watch(block, fresh, [(t, seen.routed[t.name]) for t in targets if t.name in seen.routed], batches)
     return seen
 
 
@@ -204,7 +197,7 @@ def channel_maxima(block: nn.Module, names: Sequence[str], batches: Batches) -> 
 def _watch(
     block: nn.Module,
     fresh: Sequence[tuple[str, Gatherer]],
-    routed: Mapping[str, list[SecondMoment]],
+    routed: Sequence[tuple[Target, list[SecondMoment]]],
     batches: Batches,
 ) -> None:
     """Run the block once and let everything that gathers inputs gather them."""
@@ -214,24 +207,18 @@ def _watch(
     for name, part in fresh:
         adds.setdefault(name, []).append(part.add)
     watchers = [(name, _gatherer(block.get_submodule(name), each)) for name, each in adds.items()]
-    with _watching_experts(block, routed):
+    with _watching_routed(block, routed):
         _run(block, batches, watchers)
 
 
-def patches_of(groups: int, columns: int) -> int:
-    """Patches that are taken of an image; fewer where many groups or channels would fill the memory."""
-    return max(1, min(PATCHES, (1 << 19) // (groups * columns)))
-
-
 def _gatherer(module: nn.Module, adds: Sequence[Callable[[Tensor], None]]) -> Callable[[Tensor], None]:
-    """Shows a module's inputs to several, a convolution's as the columns that its kernels see."""
-    geometry = Geometry.of(module) if is_conv(module) else None
+    """Shows a module's inputs to several, as the rows that its matrix is multiplied with."""
+    kind = kind_of(module)
 
     def watch(x: Tensor) -> None:
-        if geometry is not None:
-            x = geometry.patches(x, patches_of(geometry.groups, math.prod(geometry.shape[1:])))
+        rows = x if kind is None else kind.rows(module, x)
         for add in adds:
-            add(x)
+            add(rows)
 
     return watch
 
@@ -243,9 +230,9 @@ def _run(block: nn.Module, batches: Batches, watchers: Sequence[tuple[str, Calla
     for name, watch in watchers:
 
         def see(
-            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watch: Callable[[Tensor], None] = watch
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watch: Callable[[Tensor], None] = watch
         ) -> None:
-            x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+            x = read_by(module, args, kwargs)
             watch(x if mask is None or x.shape[:2] != mask.shape else x[mask])
 
         handles.append(block.get_submodule(name).register_forward_pre_hook(see, with_kwargs=True))
@@ -259,26 +246,22 @@ def _run(block: nn.Module, batches: Batches, watchers: Sequence[tuple[str, Calla
 
 
 @contextmanager
-def _watching_experts(block: nn.Module, routed: Mapping[str, list[SecondMoment]]) -> Iterator[None]:
+def _watching_routed(block: nn.Module, routed: Sequence[tuple[Target, list[SecondMoment]]]) -> Iterator[None]:
+    """Let each matrix of fused targets gather the rows that are sent to it."""
     handles = []
-    for path in sorted({name.rpartition(".")[0] for name in routed}):
-        module = block.get_submodule(path)
-        reads = {w.name: w.reads for w in expert_weights(module)}
+    for target, moments in routed:
 
         def see(
             module: nn.Module,
             args: tuple[Any, ...],
             kwargs: dict[str, Any],
-            path: str = path,
-            reads: dict[str, str] = reads,
+            target: Target = target,
+            moments: list[SecondMoment] = moments,
         ) -> None:
-            hidden, index, weights = (*args, *kwargs.values())[:3]
-            for found in routed_inputs(module, hidden.reshape(-1, hidden.shape[-1]), index, weights):
-                for name, what in reads.items():
-                    if f"{path}.{name}" in routed:
-                        routed[f"{path}.{name}"][found.expert].add(found.hidden if what == "hidden" else found.inner)
+            for number, rows in target.kind.routed(module, target.leaf, args, kwargs):
+                moments[number].add(rows)
 
-        handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
+        handles.append(block.get_submodule(target.module).register_forward_pre_hook(see, with_kwargs=True))
     try:
         yield
     finally:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from nybble.checkpoint.describe import restore_model
 from nybble.checkpoint.read import Checkpoint, read_checkpoint
 from nybble.checkpoint.save import mark_quantized
 from nybble.core.errors import FileError
 from nybble.core.guard import reading
 from nybble.models.build.config_file import make_config, read_json
 from nybble.models.build.skeleton import expected_tensors, fill_buffers_, meta_model
-from nybble.nn.swap import Layouts, prepare_quantized, put_described
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -35,11 +35,7 @@ def load_quantized(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     config = make_config(dict(checkpoint.config), str(folder / "config.json"))
     stated = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     model = meta_model(config, dtype or stated, len(checkpoint.stored))
-    layouts = Layouts(checkpoint.layouts)
-    with torch.device("meta"):
-        for name, entry in checkpoint.modules.items():
-            put_described(model, name, entry, layouts)
-    prepare_quantized(model)
+    restore_model(model, checkpoint.modules, checkpoint.layouts)
     _check_names(folder, checkpoint, expected_tensors(model))
     tensors = _read(folder, checkpoint, dtype)
     fill_buffers_(model)

@@ -10,19 +10,17 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nybble.checkpoint.describe import quantization_config, renumber
 from nybble.core.errors import FileError
 from nybble.core.files import atomic_write_json
 from nybble.core.tensorfile import merge_tensorfiles, write_tensorfile
-from nybble.core.versions import VERSION
-from nybble.nn.swap import FORMAT_VERSION, Layouts, describe, put_described, quant_modules
-
-if TYPE_CHECKING:
-    pass
+from nybble.nn.kinds import describe, quant_modules, restore
+from nybble.nn.layouts import Layouts
 
 SHARD_BYTES = 5_000_000_000
 MANIFEST = "nybble.json"
@@ -132,7 +130,7 @@ class Parts:
         layouts = Layouts(data["layouts"])
         with torch.device("meta"):
             for module, entry in data["modules"].items():
-                put_described(root, module, entry, layouts)
+                restore(root, module, entry, layouts)
         tensors: dict[str, Tensor] = load_file(self.parts / f"{name}.safetensors", device=str(device))
         root.load_state_dict(tensors, strict=False, assign=True)
 
@@ -145,7 +143,7 @@ class Parts:
             data = self._json(name)
             rows += self.rows(name)
             numbers = [layouts.add(entry) for entry in data["layouts"]]
-            modules |= {module: _renumber(entry, numbers) for module, entry in data["modules"].items()}
+            modules |= {module: renumber(entry, numbers) for module, entry in data["modules"].items()}
         files = [self.parts / f"{name}.safetensors" for name in names]
         merge_tensorfiles(files, self.folder / "model.safetensors", {"format": "pt"}, SHARD_BYTES)
         quantization = quantization_config(modules, layouts)
@@ -165,17 +163,6 @@ class Parts:
         return found
 
 
-def quantization_config(modules: dict[str, Any], layouts: Layouts) -> dict[str, Any]:
-    """``quantization_config`` of config.json."""
-    return {
-        "quant_method": "nybble",
-        "format_version": FORMAT_VERSION,
-        "nybble_version": VERSION,
-        "layouts": layouts.entries,
-        "modules": modules,
-    }
-
-
 def _same_request(folder: Path, before: dict[str, Any], request: dict[str, Any]) -> None:
     was, now = _leaves(before), _leaves(request)
     differs = [key for key in sorted({*was, *now}) if was.get(key) != now.get(key)]
@@ -192,15 +179,6 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {path: value}
     return {k: v for key, item in value.items() for k, v in _leaves(item, f"{path}.{key}" if path else key).items()}
-
-
-def _renumber(entry: dict[str, Any], numbers: list[int]) -> dict[str, Any]:
-    found = dict(entry)
-    if "weight" in found:
-        found["weight"] = numbers[found["weight"]]
-    if "weights" in found:
-        found["weights"] = [numbers[n] for n in found["weights"]]
-    return found
 
 
 def _short(value: object) -> str:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nybble.checkpoint.describe import check_version
 from nybble.core.errors import FileError, NybbleError
 from nybble.core.guard import reading
 from nybble.core.tensorheader import TensorEntry, TensorHeader, read_tensor_header
 from nybble.models.build.config_file import read_json
 from nybble.models.sources.folder import DTYPES, weight_files
-from nybble.nn.activation import ActivationQuantizer
-from nybble.nn.swap import Layouts, check_version
+from nybble.nn.kinds import Stored, kind_of_entry
+from nybble.nn.layouts import Layouts
 
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -74,26 +74,14 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 def _describe(found: Checkpoint) -> None:
     """Fill in what the descriptions of the modules say is stored."""
-    layouts = Layouts(found.layouts)
+    layouts, said = Layouts(found.layouts), Stored()
     with torch.device("meta"):
         weights = [layouts.empty(number) for number in range(len(found.layouts))]
         for weight in weights:
             weight.dequantize()  # shapes that don't fit each other show here, not in the first forward
     for name, entry in found.modules.items():
-        numbers = {f"{name}.weight": entry["weight"]} if "weight" in entry else {}
-        numbers |= {f"{name}.experts.{i}": n for i, n in enumerate(entry.get("weights", []))}
-        for prefix, number in numbers.items():
-            weight = weights[number]
-            found.elements[prefix] = math.prod(weight.shape)
-            roles = weight.roles()
-            for key, tensor in weight.tensors().items():
-                found.expected[f"{prefix}.{key}"] = (SAFETENSORS_NAMES[tensor.dtype], list(tensor.shape))
-                found.roles[f"{prefix}.{key}"] = roles[key]
-            wasted = weight.padding_bytes().get("codes", 0)
-            if wasted:
-                found.padding[f"{prefix}.codes"] = wasted
-        for side in ("inputs", "outputs"):
-            if side in entry:
-                for key, tensor in ActivationQuantizer.from_dict(entry[side]).state_dict().items():
-                    found.expected[f"{name}.{side}.{key}"] = (SAFETENSORS_NAMES[tensor.dtype], list(tensor.shape))
-                    found.roles[f"{name}.{side}.{key}"] = "scales" if key in ("scale", "shifts") else "offsets"
+        kind_of_entry(name, entry).stored(name, entry, weights, said)
+    found.expected.update({name: (SAFETENSORS_NAMES[dtype], shape) for name, (dtype, shape) in said.tensors.items()})
+    found.roles.update(said.roles)
+    found.padding.update(said.padding)
+    found.elements.update(said.elements)

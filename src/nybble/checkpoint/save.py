@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nybble.checkpoint.parts import Parts, quantization_config
+from nybble.checkpoint.describe import describe_model
+from nybble.checkpoint.parts import Parts
 from nybble.core.errors import FileError, UsageError
 from nybble.core.files import AtomicFolder, atomic_write_json
 from nybble.models.sources.folder import PREPROCESSOR
-from nybble.nn.swap import Layouts, describe, quant_modules
+from nybble.nn.kinds import quant_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,11 +28,7 @@ def mark_quantized(model: Any, quantization: dict[str, Any] | None = None) -> No
         model: with quantized modules.
         quantization: what describes them, if that is known already.
     """
-    if quantization is None:
-        layouts = Layouts()
-        modules = {name: describe(module, layouts) for name, module in quant_modules(model)}
-        quantization = quantization_config(modules, layouts)
-    model.config.quantization_config = quantization
+    model.config.quantization_config = describe_model(model) if quantization is None else quantization
     model._weight_conversions = []  # transformers would cut packed experts as it cuts float ones
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from nybble.nn.swap import FORMAT_VERSION, Layouts, check_version, prepare_quantized, put_described
+from nybble.checkpoint.describe import FORMAT_VERSION, check_version, restore_model
 
 
 @register_quantization_config("nybble")
@@ -61,11 +60,7 @@ class NybbleHfQuantizer(HfQuantizer):
         """Nothing beside nybble is needed."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        layouts = Layouts(self.quantization_config.layouts)
-        with torch.device("meta"):
-            for name, entry in self.quantization_config.modules.items():
-                put_described(model, name, entry, layouts)
-        prepare_quantized(model)
+        restore_model(model, self.quantization_config.modules, self.quantization_config.layouts)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """``save_pretrained`` writes the same tensors again."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nybble.core.errors import ModelError
 from nybble.core.registry import Registry
-from nybble.models.linears import is_matmul
+from nybble.nn.kinds import kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -286,6 +286,11 @@ def _fitted(adapter: Adapter, model: nn.Module) -> Adapter:
     )
 
 
+def _multiplies(module: nn.Module) -> bool:
+    kind = kind_of(module)
+    return kind is not None and kind.by_rows
+
+
 def generic_adapter(model: nn.Module) -> Adapter:
     """An adapter for an unknown model: its blocks are the longest list of same-class modules with matmuls inside.
 
@@ -299,7 +304,7 @@ def generic_adapter(model: nn.Module) -> Adapter:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len({type(block) for block in module}) == 1
-        and all(any(is_matmul(part) for part in block.modules()) for block in module)
+        and all(any(_multiplies(part) for part in block.modules()) for block in module)
     ]
     if not lists:
         raise ModelError(

@@ -51,6 +51,10 @@ class ActivationQuantizer(nn.Module):
         super()._apply(lambda t: t.to(fn(t).device), recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def roles(self) -> dict[str, str]:
+        """For each name of the state dict: scales or offsets."""
+        return {name: "scales" if name in ("scale", "shifts") else "offsets" for name in self.state_dict()}
+
     def to_dict(self) -> dict[str, object]:
         """Line and the names of static parameters, for config.json; with shifts, how many columns."""
         static = [part for part in _PARTS if getattr(self, part) is not None]

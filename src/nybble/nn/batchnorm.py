@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nybble.core.errors import ModelError
 from nybble.nn.conv import is_conv
+from nybble.nn.swap import set_module
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
@@ -87,3 +89,18 @@ def factors(norm: Any, values: Callable[[str], Tensor | None]) -> tuple[Tensor, 
 def remainder(norm: Any) -> nn.Module:
     """What is left of a folded norm: nothing, or its activation."""
     return nn.Identity() if type(norm) in NORMS else nn.Sequential(norm.drop, norm.act)
+
+
+def drop_norm(root: nn.Module, name: str) -> None:
+    """Take out a BatchNorm that was folded; its activation stays.
+
+    Raises:
+        ModelError: there is none.
+    """
+    try:
+        norm = root.get_submodule(name)
+    except AttributeError as error:
+        raise ModelError(f"the model has no BatchNorm called {name!r}.") from error
+    if not foldable(norm):
+        raise ModelError(f"{name} is a {type(norm).__name__}, which can't have been folded.")
+    set_module(root, name, remainder(norm))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nybble.calibration.watch import Batches, channel_maxima
 from nybble.core.errors import ModelError
 from nybble.models.adapter import Adapter, LinearFold, NormFold, feeding_rows
-from nybble.models.linears import weight_of
+from nybble.nn.kinds import matrix_at, values_at
 from nybble.transforms import Channel, Transform
 
 
@@ -102,14 +102,12 @@ class _Weights:
 
     def matrix(self, name: str) -> Tensor:
         """A linear layer's weight, [rows, columns]; of fused experts [experts, rows, columns]."""
-        live, dim = weight_of(self.block, name)
-        stored = self._get(self._parameter(name), live)
-        return stored if dim == -1 else stored.mT
+        return matrix_at(self.block, name, lambda full: self._get(full, self.block.get_parameter(full)))
 
     def put_matrix(self, name: str, value: Tensor) -> None:
         """Inverse of :meth:`matrix`."""
-        _, dim = weight_of(self.block, name)
-        self._put(self._parameter(name), value if dim == -1 else value.mT)
+        for full, tensor in values_at(self.block, name, value).items():
+            self._put(full, tensor)
 
     def divide_norm(self, fold: NormFold, factor: Tensor) -> Tensor:
         """Divide a norm's output by ``factor``; returns by how much it really was, its weights being rounded."""
@@ -136,10 +134,6 @@ class _Weights:
         bias = getattr(self.block.get_submodule(name), "bias", None)
         if isinstance(bias, Tensor):
             self._put(f"{name}.bias", self._get(f"{name}.bias", bias) / by)
-
-    def _parameter(self, name: str) -> str:
-        owner, _, leaf = name.rpartition(".")
-        return name if leaf in self.block.get_submodule(owner)._parameters else f"{name}.weight"
 
     def _get(self, name: str, live: Tensor) -> Tensor:
         found = self.originals.get(name)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nybble.calibration.watch import Batches
-from nybble.nn.batchnorm import factors, find_folds
-from nybble.nn.swap import drop_norm
-from nybble.walk.plan import Target
+from nybble.nn.batchnorm import drop_norm, factors, find_folds
+from nybble.nn.kinds import Target
 
 
 def fold_norms(
@@ -29,7 +28,7 @@ def fold_norms(
     Returns:
         The convolutions, and the full names of the norms that are in them now.
     """
-    convs = {target.name for target in targets if target.conv}
+    convs = {target.name for target in targets if target.kind.channels_first}
     if not convs:
         return {}
     call, hidden = next(iter(batches()))

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from nybble.calibration.watch import PATCHES
 from nybble.corrections.bias import MOST
 from nybble.models.adapter import Adapter
+from nybble.nn.kinds import Target, kind_of
 from nybble.report.portrait import SAMPLE
 from nybble.solvers import Solver
-from nybble.walk.plan import Plan, Target
+from nybble.walk.plan import Plan
 
 BASE = 300_000_000
 """Bytes for imported libraries, the tokenizer with its text, and the allocator's gaps."""
@@ -102,7 +102,7 @@ def estimate(model: Any, adapter: Adapter, plan: Plan, solver: Solver, load: Loa
     if plan.needs(solver) & {"second_moment", "inputs"}:
         seconds += sum(load.samples * load.seq_len * t.shape[1] ** 2 / flops + t.shape[1] * 1e-4 for t in targets)
     tokens = load.samples * load.seq_len
-    searched = [solver.flops(*t.shape, tokens, t.rule.inputs) * max(1, t.experts) for t in targets if t.rule.weights]
+    searched = [solver.flops(*t.shape, tokens, t.rule.inputs) * t.matrices for t in targets if t.rule.weights]
     seconds += sum(searched) / flops
     return Estimate(memory=int(memory), disk=disk, seconds=seconds)
 
@@ -112,7 +112,7 @@ def estimate_convs(model: Any, plan: Plan, solver: Solver, load: Load, flops: fl
     size, targets = load.dtype.itemsize, plan.blocks[0]
     weights = sum(p.numel() for p in model.parameters())
     seen = _layer_sizes(model, {t.name for t in targets}, load.image) if load.image else {}
-    most = min(load.samples * PATCHES, solver.most_tokens)
+    most = min(load.samples * max((t.kind.rows_a_sample for t in targets), default=0), solver.most_tokens)
     gathered = plan.needs(solver) & {"second_moment", "inputs"}
     kept = sum(4 * t.shape[1] * (t.shape[1] + (most if "inputs" in gathered else SAMPLE)) for t in targets)
     together = [rows * t.shape[1] + 4 * inputs for t in targets for rows, inputs in [seen.get(t.name, (0, 0))]]
@@ -132,15 +132,14 @@ def estimate_convs(model: Any, plan: Plan, solver: Solver, load: Load, flops: fl
 
 def _layer_sizes(model: Any, names: set[str], image: tuple[int, ...]) -> dict[str, tuple[int, int]]:
     """Of each layer, rows that its matrix is multiplied with and elements of its input, for one image."""
-    from nybble.nn.conv import is_conv
-
     found: dict[str, tuple[int, int]] = {}
     twin = copy.deepcopy(model).to("meta")
 
     def note(name: str) -> Any:
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            rows = output.shape[2:].numel() * module.groups if is_conv(module) else output[..., 0].numel()
-            found[name] = rows, args[0].numel()
+            kind = kind_of(module)
+            assert kind is not None
+            found[name] = kind.products(module, output), kind.reads(args, {}).numel()
 
         return hook
 
@@ -172,8 +171,8 @@ def _moments(targets: Sequence[Target], solver: Solver) -> int:
     needy = [t for t in targets if t.rule.weights is not None and "second_moment" in solver.needs(t.rule.inputs)]
     if not needy:
         return 0
-    total = sum(4 * t.experts * t.shape[1] ** 2 for t in needy)
-    linear = [t.shape[1] for t in needy if not t.experts]
+    total = sum(4 * t.matrices * t.shape[1] ** 2 for t in needy if t.kind.fused)
+    linear = [t.shape[1] for t in needy if not t.kind.fused]
     total += sum(4 * c * c * min(3, linear.count(c)) for c in set(linear))
     return int(total + 4 * max(t.shape[1] for t in needy) ** 2)
 
@@ -193,14 +192,14 @@ def _solving(targets: Sequence[Target], solver: Solver) -> int:
     """Of weights that are solved together, at most three of one width; experts are solved one by one."""
     found = [0]
     for width in {t.shape[1] for t in targets}:
-        rows = sorted((t.shape[0] for t in targets if t.shape[1] == width and not t.experts), reverse=True)[:3]
+        rows = sorted((t.shape[0] for t in targets if t.shape[1] == width and not t.kind.fused), reverse=True)[:3]
         rows = rows or [max(t.shape[0] for t in targets if t.shape[1] == width)]
         found.append(solver.working_bytes(rows, width))
     return max(found)
 
 
 def _elements(target: Target) -> int:
-    return math.prod(target.shape) * max(1, target.experts)
+    return math.prod(target.shape) * target.matrices
 
 
 def _width(model: Any) -> int:

@@ -15,8 +15,6 @@ from nybble.core.files import need_space
 from nybble.core.versions import versions
 from nybble.data import Samples, image_samples, load_text, preparation_for, sentence_samples, token_samples
 from nybble.models.adapter import Adapter, adapter_for
-from nybble.nn.attention import use_quantized_attention
-from nybble.nn.swap import use_eager_experts
 from nybble.recipe import Recipe
 from nybble.solvers import Solver, make_solver
 from nybble.transforms import Transform, make_transform
@@ -65,10 +63,8 @@ class Job:
             check_folds(step.name, transform, adapter, model)
         with within(f"recipe {recipe.name}"):
             plan = make_plan(model, adapter, recipe.scheme, solver)
-        if plan.experts:
-            use_eager_experts(model)
-        if any(plan.products):
-            use_quantized_attention(model)
+        for kind in plan.kinds:
+            kind.prepare(model)
         tokens = None
         # Images are of use to every convolutional network: its BatchNorms fold, its biases are corrected.
         if plan.needs(solver) or transforms or (adapter.convolutional and data != "builtin"):

@@ -11,12 +11,9 @@ from nybble.calibration.statistics import SecondMoment
 from nybble.calibration.watch import Group, Seen
 from nybble.core.errors import DataError, within
 from nybble.nn.activation import ActivationQuantizer
-from nybble.nn.experts import PackedExperts
-from nybble.nn.swap import as_matrix, matrix_of, put_embedding, quantized, set_module, tie_head
-from nybble.qtensor import QTensor
+from nybble.nn.kinds import Quantized, Target
 from nybble.report.record import LayerRow, layer_row
-from nybble.solvers import Solved, Solver, Stats, Weight
-from nybble.walk.plan import Target
+from nybble.solvers import Solver, Stats, Weight
 
 
 def solve_block(
@@ -44,8 +41,8 @@ def solve_block(
     for group in seen.groups:
         rows += _solve_group(block, prefix, group, solver, seen, originals)
     for target in targets:
-        if target.experts:
-            rows += _solve_experts(block, prefix, target, solver, seen.routed.pop(target.name, None), originals)
+        if target.kind.fused:
+            rows += _solve_fused(block, prefix, target, solver, seen.routed.pop(target.name, None), originals)
     return rows
 
 
@@ -60,7 +57,7 @@ def _solve_group(
     weights = []
     for target in group.members:
         if target.rule.weights is not None:
-            matrix = _original(block, target.name, originals, f"{prefix}{target.name}.weight")
+            matrix = _checked(_matrix(block, target, originals), f"{prefix}{target.name}.weight")
             weights.append(Weight(name=f"{prefix}{target.name}", matrix=matrix, quantizer=target.rule.weights))
     look = seen.looks.pop(group.leader, None)
     sample = None if look is None else look.all()
@@ -73,21 +70,19 @@ def _solve_group(
     for target in group.members:
         name = f"{prefix}{target.name}"
         found = solved.get(name)
-        old = block.get_submodule(target.name)
-        kept = matrix_of(old)
-        assert kept is not None
         chosen = (target.rule.inputs, params) if found is None or found.inputs is None else found.inputs
-        inputs = None if chosen[0] is None else ActivationQuantizer(chosen[0], chosen[1])
-        outputs = None if target.rule.outputs is None else ActivationQuantizer(target.rule.outputs)
-        weight: QTensor | Tensor = found.weight if found is not None else kept.detach()
-        bias = old.bias.detach() if isinstance(old.bias, Tensor) else None
-        folded = seen.folded.get(target.name, "")
-        set_module(block, target.name, quantized(old, weight, bias, inputs, outputs, folded))
+        made = Quantized(
+            weights=() if found is None else (found.weight,),
+            inputs=None if chosen[0] is None else ActivationQuantizer(chosen[0], chosen[1]),
+            outputs=None if target.rule.outputs is None else ActivationQuantizer(target.rule.outputs),
+            folded=seen.folded.get(target.name, ""),
+        )
+        target.kind.put(block, target, made)
         rows.append(layer_row(name, target.rule, target.shape, given.get(name), found, chosen, shown))
     return rows
 
 
-def _solve_experts(
+def _solve_fused(
     block: nn.Module,
     prefix: str,
     target: Target,
@@ -95,63 +90,39 @@ def _solve_experts(
     moments: list[SecondMoment] | None,
     originals: Mapping[str, Tensor],
 ) -> list[LayerRow]:
-    quantizer = target.rule.weights
-    if quantizer is None:
+    """The matrices of one fused parameter, each by itself: each reads inputs of its own."""
+    if target.rule.weights is None:
         return []
-    path, _, leaf = target.name.rpartition(".")
-    module = block.get_submodule(path)
-    transposed = bool(getattr(module, "is_transposed", False))
-    fused = originals.get(target.name)
-    fused = module.get_parameter(leaf).detach() if fused is None else fused
-    dtype = module.get_parameter(leaf).dtype
-    solved: list[Solved] = []
-    rows = []
-    for expert in range(target.experts):
-        name = f"{prefix}{target.name}.{expert}"
-        stored = fused[expert].T if transposed else fused[expert]
-        weight = Weight(name=name, matrix=_checked(stored, fused.device, name), quantizer=quantizer)
-        second = None if moments is None else moments[expert].mean(name)
+    matrices = _matrix(block, target, originals)
+    solved, rows = [], []
+    for number in range(target.matrices):
+        name = f"{prefix}{target.name}.{number}"
+        matrix = _checked(matrices[number], name)
+        weight = Weight(name=name, matrix=matrix, quantizer=target.rule.weights)
+        second = None if moments is None else moments[number].mean(name)
         with within(name):
             found = solver.solve([weight], Stats(second_moment=second))[0]
-        solved.append(found)
+        solved.append(found.weight)
         rows.append(layer_row(name, target.rule, target.shape, weight, found, (None, None)))
-    del module._parameters[leaf]
-    module.add_module(leaf, PackedExperts([s.weight for s in solved], dtype, transposed=transposed))
+    target.kind.put(block, target, Quantized(weights=solved))
     return rows
 
 
-def solve_embedding(
-    model: nn.Module, target: Target, solver: Solver, stats: Stats, originals: Mapping[str, Tensor]
-) -> LayerRow:
-    """Quantize an embedding's table in place, and let a head that is tied to it read the quantized one."""
-    old = model.get_submodule(target.name)
-    assert isinstance(old, nn.Embedding) and target.rule.weights is not None
-    stored = originals.get(f"{target.name}.weight", old.weight.detach())
-    matrix = _checked(stored, old.weight.device, f"{target.name}.weight")
-    weight = Weight(name=target.name, matrix=matrix, quantizer=target.rule.weights)
-    with within(target.name):
-        found = solver.solve([weight], stats)[0]
-    put_embedding(model, target.name, found.weight, old.weight.dtype)
-    if target.head:
-        tie_head(model, target.head)
-    return layer_row(target.name, target.rule, target.shape, weight, found, (None, None))
+def _matrix(block: nn.Module, target: Target, originals: Mapping[str, Tensor]) -> Tensor:
+    """A target's matrix as the source stores it, on the block's device."""
+    module = block.get_submodule(target.module)
+
+    def get(leaf: str) -> Tensor:
+        now: Tensor = getattr(module, leaf).detach()
+        return originals.get(f"{target.module}.{leaf}", now).to(now.device)
+
+    return target.kind.matrix(module, target.leaf, get)
 
 
-def _original(block: nn.Module, name: str, originals: Mapping[str, Tensor], what: str) -> Tensor:
-    """The matrix [out, in] of a linear module as the source stores it, float32 on the block's device."""
-    module = block.get_submodule(name)
-    now = matrix_of(module)
-    assert now is not None
-    stored = originals.get(f"{name}.weight")
-    matrix = now.detach() if stored is None else as_matrix(module, stored)
-    assert matrix is not None
-    return _checked(matrix, now.device, what)
-
-
-def _checked(matrix: Tensor, device: torch.device, what: str) -> Tensor:
-    """``matrix`` as float32, contiguous, on ``device``; raises DataError where it isn't finite."""
+def _checked(matrix: Tensor, what: str) -> Tensor:
+    """``matrix`` as float32, contiguous; raises DataError where it isn't finite."""
     check_finite(matrix, what)
-    return matrix.to(device).float().contiguous()
+    return matrix.float().contiguous()
 
 
 def check_finite(tensor: Tensor, what: str) -> None:

@@ -21,15 +21,14 @@ from nybble.core.memory import trim_memory
 from nybble.core.progress import Progress, task
 from nybble.core.seeds import derive_seed
 from nybble.corrections.bias import correct_biases, large, output_means
+from nybble.nn.kinds import Target
 from nybble.nn.swap import hold_dense
 from nybble.report.record import LayerRow
-from nybble.solvers import Stats
 from nybble.transforms._apply import transform_block
 from nybble.transforms._batchnorm import fold_norms
 from nybble.walk.job import OUTSIDE, Job, part_name
-from nybble.walk.plan import Target
 from nybble.walk.products import put_products, solve_products
-from nybble.walk.solve import check_finite, solve_block, solve_embedding
+from nybble.walk.solve import check_finite, solve_block
 
 
 @dataclass
@@ -143,7 +142,7 @@ class Walk:
         if moves_on and self.job.solver.path == "float":
             self._advance(block, index)
         self._seed(index, "solve")
-        convs = [target.name for target in targets if target.conv]
+        convs = [target.name for target in targets if target.kind.channels_first]
         with self._unbiased(block, index, convs):
             rows += solve_block(block, f"{prefix}.", targets, self.job.solver, seen, originals)
         put_products(block, parts)
@@ -196,26 +195,21 @@ class Walk:
             return [LayerRow.from_dict(row) for row in parts.rows(OUTSIDE)]
         originals, outside = {}, self.job.plan.outside
         if self.job.source is not None and outside:
-            originals = self.job.source.load([f"{target.name}.weight" for target in outside], device=self.job.device)
+            originals = self.job.source.load([n for t in outside for n in t.parameters], device=self.job.device)
         rows = []
         for target in outside:
-            if target.embedding:
-                rows.append(self._embedding(target, originals))
-                continue
             self._seed(len(self.job.plan.blocks), target.name)
-            rows += solve_block(self.job.model, "", [target], self.job.solver, see_nothing([target]), originals)
+            seen = see_nothing([target])
+            moment = self._head_moment(target) if target.head else None
+            if moment is not None:
+                seen.moments[target.name] = moment
+            rows += solve_block(self.job.model, "", [target], self.job.solver, seen, originals)
         if parts is not None:
             parts.write(OUTSIDE, "", self.job.model, [row.to_dict() for row in rows], without=self.job.adapter.inside)
         return rows
 
-    def _embedding(self, target: Target, originals: Mapping[str, Tensor]) -> LayerRow:
-        """One table; where a head shares it, on the head's output error."""
-        self._seed(len(self.job.plan.blocks), target.name)
-        second = self._head_moment(target) if target.head else None
-        return solve_embedding(self.job.model, target, self.job.solver, Stats(second_moment=second), originals)
-
-    def _head_moment(self, target: Target) -> Tensor | None:
-        """Second moment of what the head reads: the hidden states behind the last block, through the final norm."""
+    def _head_moment(self, target: Target) -> SecondMoment | None:
+        """Of what the head of a shared table reads: the hidden states behind the last block, through the final norm."""
         if self.stream is None or "second_moment" not in self.job.solver.needs(None):
             return None
         path = self.job.adapter.final_norm
@@ -223,7 +217,7 @@ class Walk:
         moment = SecondMoment(target.shape[1])
         for start in range(0, len(self.stream), self.job.settings.batch):
             moment.add(norm(self.stream.read(start, min(start + self.job.settings.batch, len(self.stream)))))
-        return moment.mean(target.head)
+        return moment
 
     def _load_outside(self) -> None:
         if self.job.source is None:

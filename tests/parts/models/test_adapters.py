@@ -12,7 +12,7 @@ from nybble.calibration.trace import capture_block_calls, trace_groups
 from nybble.core.errors import ModelError
 from nybble.core.registry import Registry
 from nybble.models.adapter import LinearFold, adapter_for, feeding_rows, generic_adapter
-from nybble.models.linears import weight_of
+from nybble.nn.kinds import matrix_at
 
 SHARED_INPUT = {
     "gpt2": {("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)},
@@ -125,10 +125,7 @@ def test_norm_folds_change_nothing(family: str, make_model: Any, input_ids: torc
             if getattr(norm, "bias", None) is not None:
                 norm.bias.div_(factor)
             for reader in fold.readers:
-                weight, input_dim = weight_of(block, reader)
-                shape = [1] * weight.ndim
-                shape[input_dim] = -1
-                weight.mul_(factor.view(shape))
+                matrix_at(block, reader).mul_(factor)
             folded += 1
     assert folded == 4  # two norms in each of two blocks
     assert torch.equal(logits(model, input_ids), before)
@@ -143,16 +140,15 @@ def test_linear_folds_change_nothing(family: str, make_model: Any, input_ids: to
     folded = []
     for block in adapter.blocks_of(model):
         for fold in adapter.linear_folds_of(block, model.config):
-            first, first_in = weight_of(block, fold.first)
-            second, second_in = weight_of(block, fold.second)
-            rows = feeding_rows(fold, model.config, second.shape[second_in])
-            factor = 2.0 ** torch.randint(-1, 3, (first.shape[0 if first_in == -1 else 1],))
+            first, second = matrix_at(block, fold.first), matrix_at(block, fold.second)
+            rows = feeding_rows(fold, model.config, second.shape[1])
+            factor = 2.0 ** torch.randint(-1, 3, (len(first),))
             factor[torch.isin(torch.arange(len(factor)), rows, invert=True)] = 1  # q and k rows stay
-            first.div_(factor.unsqueeze(first_in))
+            first.div_(factor[:, None])
             bias: Any = block.get_submodule(fold.first).bias
             if bias is not None:
                 bias.div_(factor)
-            second.mul_(factor[rows].unsqueeze(0 if second_in == -1 else 1))
+            second.mul_(factor[rows])
             folded.append(fold.first)
     assert len(folded) >= 2
     assert torch.equal(logits(model, input_ids), before)

@@ -32,7 +32,7 @@ from nybble.models.build.config_file import make_config
 from nybble.models.network import as_model
 from nybble.nn.batchnorm import find_folds
 from nybble.nn.conv import Geometry, QuantConv
-from nybble.nn.swap import quant_modules
+from nybble.nn.kinds import quant_modules
 from nybble.pipelines.request import build_recipe
 from nybble.quantizer import Quantizer
 from nybble.recipe import parse_recipe

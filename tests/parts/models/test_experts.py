@@ -10,15 +10,23 @@ from torch import nn
 
 from nybble.core.errors import ModelError
 from nybble.models.adapter import adapter_for
-from nybble.models.experts import expert_weights, find_experts, idle_experts, is_experts, routed_inputs
+from nybble.nn.kinds import Target, kind_of, matrix_at, targets_of, values_at
+from nybble.nn.routing import routed_inputs
 
 MOE = ["mixtral", "qwen2_moe", "qwen3_moe"]
 
 
 def experts_of(model: Any) -> nn.Module:
-    (found,) = find_experts(adapter_for(model).blocks_of(model)[1])
-    assert found[0] == adapter_for(model).experts
-    return found[1]
+    block = adapter_for(model).blocks_of(model)[1]
+    (name,) = {target.module for target in targets_of(block).values() if target.kind.fused}
+    assert name == adapter_for(model).experts
+    return block.get_submodule(name)
+
+
+def fused(module: nn.Module) -> list[Target]:
+    kind = kind_of(module)
+    assert kind is not None and kind.fused
+    return list(kind.targets("experts", module))
 
 
 @pytest.mark.parametrize("family", MOE)
@@ -37,7 +45,6 @@ def test_routed_inputs_rebuild_the_output(family: str, make_model: Any) -> None:
         rebuilt.index_add_(0, routed.tokens, down * routed.gates[:, None])
         seen.append(routed.expert)
     assert seen == [0, 1, 3]
-    assert idle_experts(module, index) == (2,)
     # Sums of two terms of order 0.1 in another order: a few float32 roundings.
     torch.testing.assert_close(rebuilt, module(hidden, index, gates), rtol=1e-5, atol=1e-6)
 
@@ -46,10 +53,10 @@ def test_routed_inputs_rebuild_the_output(family: str, make_model: Any) -> None:
 def test_weights_are_described(family: str, make_model: Any) -> None:
     model = make_model(family)
     inner = 48 if family == "mixtral" else 16
-    first, second = expert_weights(experts_of(model))
-    assert (first.name, first.reads, first.shape) == ("gate_up_proj", "hidden", (4, 2 * inner, 32))
-    assert (second.name, second.reads, second.in_features, second.out_features) == ("down_proj", "inner", inner, 32)
-    assert not first.transposed and first.experts == 4
+    first, second = fused(experts_of(model))
+    assert (first.name, first.leaf, first.shape) == ("experts.gate_up_proj", "gate_up_proj", (2 * inner, 32))
+    assert (second.name, second.leaf, second.shape) == ("experts.down_proj", "down_proj", (32, inner))
+    assert first.module == second.module == "experts" and first.matrices == second.matrices == 4
 
 
 @torch.no_grad()
@@ -64,9 +71,13 @@ def test_transposed_interleaved_experts_with_biases() -> None:
     module = make(config)
     for parameter in module.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
-    first, second = expert_weights(module)
-    assert first.transposed and (first.in_features, first.out_features) == (8, 12)
-    assert (second.in_features, second.out_features) == (6, 8)
+    first, second = fused(module)
+    assert (first.shape, second.shape) == ((12, 8), (8, 6))
+    root = nn.ModuleDict({"experts": module})
+    for leaf in ("gate_up_proj", "down_proj"):
+        matrix = matrix_at(root, f"experts.{leaf}")
+        assert torch.equal(matrix[2], module.get_parameter(leaf)[2].T)
+        assert torch.equal(values_at(root, f"experts.{leaf}", matrix)[f"experts.{leaf}"], module.get_parameter(leaf))
     hidden = torch.randn(5, 8, generator=torch.Generator().manual_seed(6))
     index, gates = torch.tensor([[0], [2], [2], [0], [2]]), torch.ones(5, 1)
     rebuilt = torch.zeros_like(hidden)
@@ -77,11 +88,8 @@ def test_transposed_interleaved_experts_with_biases() -> None:
 
 
 def test_refusals() -> None:
-    assert not is_experts(nn.Linear(2, 2))
-    with pytest.raises(ModelError, match="Linear has no fused expert weights"):
-        expert_weights(nn.Linear(2, 2))
     module = nn.Module()
     for name in ("gate_up_proj", "down_proj", "side_proj"):
         module.register_parameter(name, nn.Parameter(torch.zeros(2, 4, 4)))
     with pytest.raises(ModelError, match="3-D weight 'side_proj'"):
-        expert_weights(module)
+        targets_of(module)

@@ -1,0 +1,96 @@
+"""Attentions: no weight of their own; the operands of their two products are what a scheme can quantize."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from nybble.core.errors import FileError, ModelError, SchemeError
+from nybble.granularity import Shifted
+from nybble.nn.activation import ActivationQuantizer, check_static
+from nybble.nn.attention import OPERANDS, MatmulQuantizers, OperandWatch, attentions, use_quantized_attention
+from nybble.nn.attention import PART as MATMULS
+from nybble.nn.kinds import Get, Kind, Operands, Quantized, Stored, Target, module_at
+from nybble.nn.layouts import Layouts
+from nybble.qtensor import QTensor
+
+
+class Attention(Kind):
+    """Query times key, probabilities times value, of modules that call transformers' attention interface."""
+
+    entry = "matmuls"
+    classes = ("Attention",)
+    sides = ("matmuls",)
+    refusal = "this is an attention, which has products of activations only: matmuls. Change the rule's targets."
+    stand_ins = (MatmulQuantizers,)
+    operands = OPERANDS
+    part = MATMULS
+
+    def claims(self, module: nn.Module) -> bool:  # noqa: D102
+        return next((name for name, _ in attentions(module)), None) == ""  # the module itself comes first
+
+    def targets(self, name: str, module: nn.Module) -> Iterator[Target]:  # noqa: D102
+        yield Target(name=name, kind=self, shape=(0, 0), matrices=0)
+
+    def check(self, target: Target, module: nn.Module) -> None:  # noqa: D102
+        super().check(target, module)
+        quantizer = target.rule.matmuls
+        if quantizer is None:
+            return
+        if isinstance(quantizer.granularity, Shifted):
+            raise SchemeError("shifted columns need a weight that takes the shifts; matmuls have none. Write 'tensor'.")
+        check_static(quantizer)
+
+    def tied(self, target: Target, root: nn.Module, others: Sequence[str]) -> Target:  # noqa: D102
+        return target
+
+    def parameters(self, leaf: str) -> tuple[str, ...]:  # noqa: D102
+        return ()
+
+    def matrix(self, module: nn.Module, leaf: str, get: Get) -> Tensor:  # noqa: D102
+        raise ModelError(f"{type(module).__name__} multiplies activations; it has no matrix.")
+
+    def values(self, module: nn.Module, leaf: str, matrix: Tensor) -> dict[str, Tensor]:  # noqa: D102
+        raise ModelError(f"{type(module).__name__} multiplies activations; it has no matrix.")
+
+    def watch_operands(self, module: nn.Module, see: Callable[[str, Tensor], None]) -> Callable[[], None]:  # noqa: D102
+        module.add_module(MATMULS, OperandWatch(see))
+        return lambda: delattr(module, MATMULS)
+
+    def pairs(self, operands: Mapping[str, Tensor]) -> list[Operands]:
+        """Of operands [sequences, heads, tokens, width]; where queries share a key, it is repeated for each."""
+        groups = operands["query"].shape[1] // operands["key"].shape[1]
+        flat = {
+            name: (x.repeat_interleave(groups, 1) if name in ("key", "value") else x).flatten(0, 1)
+            for name, x in operands.items()
+        }
+        value = flat["value"].mT.contiguous()
+        return [
+            (("query", flat["query"]), ("key", flat["key"])),
+            (("probabilities", flat["probabilities"]), ("value", value)),
+        ]
+
+    def put(self, root: nn.Module, target: Target, made: Quantized) -> None:  # noqa: D102
+        root.get_submodule(target.name).add_module(MATMULS, MatmulQuantizers(made.operands))
+
+    def prepare(self, model: nn.Module) -> None:  # noqa: D102
+        use_quantized_attention(model)
+
+    def describe(self, module: nn.Module, layouts: Layouts) -> dict[str, Any]:  # noqa: D102
+        assert isinstance(module, MatmulQuantizers)
+        return {"class": self.entry, "operands": module.to_dict()}
+
+    def restore(self, root: nn.Module, name: str, entry: dict[str, Any], layouts: Layouts) -> None:  # noqa: D102
+        module = module_at(root, name.rpartition(".")[0], name)
+        if not name.endswith(f".{MATMULS}"):
+            raise FileError(f"{name} is described as an attention's {MATMULS}, which has another name.")
+        module.add_module(MATMULS, MatmulQuantizers.from_dict(entry["operands"]))
+
+    def stored(self, name: str, entry: dict[str, Any], weights: Sequence[QTensor], into: Stored) -> None:  # noqa: D102
+        for operand, quantizer in entry["operands"].items():
+            into.activations(f"{name}.{operand}", ActivationQuantizer.from_dict(quantizer))
+
+
+PART = Attention()

@@ -1,0 +1,77 @@
+"""Embeddings: a table of rows that are looked up; an output head may read the same table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from nybble.core.errors import ModelError, SchemeError
+from nybble.nn.embedding import QuantEmbedding
+from nybble.nn.kinds import Get, Kind, Quantized, Stored, Target, kind_of, module_at
+from nybble.nn.kinds.tied import tie_head
+from nybble.nn.layouts import Layouts, dtype_named
+from nybble.nn.swap import set_module
+from nybble.qtensor import QTensor
+
+
+class Embedding(Kind):
+    """``table[ids]``; the matrix is the table [tokens, width]."""
+
+    entry = "embedding"
+    classes = ("Embedding",)
+    sides = ("weights",)
+    refusal = "this is an embedding: its rule has weights only. Give it a rule of its own."
+    stand_ins = (QuantEmbedding,)
+
+    def claims(self, module: nn.Module) -> bool:  # noqa: D102
+        return isinstance(module, nn.Embedding)
+
+    def check(self, target: Target, module: nn.Module) -> None:  # noqa: D102
+        if type(module) is not nn.Embedding:
+            raise SchemeError(f"this is a {type(module).__name__}, which does more than look up rows; ignore it.")
+        super().check(target, module)
+
+    def tied(self, target: Target, root: nn.Module, others: Sequence[str]) -> Target:
+        """With the one head that reads its table; a second embedding with it (an encoder-decoder's) is refused."""
+        names = [name.removesuffix(".weight") for name in others]
+        heads = [name for name in names if (kind := kind_of(root.get_submodule(name))) and kind.by_rows]
+        if len(heads) != len(names) or len(heads) > 1:
+            raise SchemeError(f"it shares its table with {', '.join(names)}; that is not supported. Ignore it.")
+        return replace(target, head=heads[0])
+
+    def matrix(self, module: nn.Module, leaf: str, get: Get) -> Tensor:  # noqa: D102
+        return get("weight")
+
+    def values(self, module: nn.Module, leaf: str, matrix: Tensor) -> dict[str, Tensor]:  # noqa: D102
+        return {"weight": matrix}
+
+    def put(self, root: nn.Module, target: Target, made: Quantized) -> None:  # noqa: D102
+        (table,) = made.weights
+        _put(root, target.name, table, root.get_submodule(target.name).weight.dtype)
+        if target.head:
+            tie_head(root, target.head)
+
+    def describe(self, module: nn.Module, layouts: Layouts) -> dict[str, Any]:  # noqa: D102
+        assert isinstance(module, QuantEmbedding)
+        number = layouts.number(module.weight.qtensor())
+        return {"class": self.entry, "weight": number, "dtype": str(module.dtype).removeprefix("torch.")}
+
+    def restore(self, root: nn.Module, name: str, entry: dict[str, Any], layouts: Layouts) -> None:  # noqa: D102
+        module_at(root, name, name)
+        _put(root, name, layouts.empty(int(entry["weight"])), dtype_named(entry["dtype"]))
+
+    def stored(self, name: str, entry: dict[str, Any], weights: Sequence[QTensor], into: Stored) -> None:  # noqa: D102
+        into.weight(f"{name}.weight", weights[entry["weight"]])
+
+
+def _put(root: nn.Module, name: str, table: QTensor, dtype: Any) -> None:
+    old = root.get_submodule(name)
+    if type(old) is not nn.Embedding or tuple(old.weight.shape) != tuple(table.shape):
+        raise ModelError(f"{name} is a {type(old).__name__}, not a plain embedding of shape {list(table.shape)}.")
+    set_module(root, name, QuantEmbedding(table, dtype, old.padding_idx))
+
+
+PART = Embedding()

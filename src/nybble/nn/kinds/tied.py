@@ -1,0 +1,69 @@
+"""Output heads that read a quantized embedding's table; quantizing that embedding makes them, no scheme does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from nybble.core.errors import ModelError
+from nybble.nn.embedding import QuantEmbedding, TiedHead
+from nybble.nn.kinds import Get, Kind, Quantized, Stored, Target, kind_of, matrix_at, module_at
+from nybble.nn.layouts import Layouts
+from nybble.nn.swap import set_module
+from nybble.qtensor import QTensor
+
+
+class Tied(Kind):
+    """Nothing in float is of this kind."""
+
+    entry = "tied"
+    classes = ()
+    sides = ()
+    refusal = "this head is tied to the embeddings."
+    stand_ins = (TiedHead,)
+
+    def claims(self, module: nn.Module) -> bool:  # noqa: D102
+        return False
+
+    def matrix(self, module: nn.Module, leaf: str, get: Get) -> Tensor:  # noqa: D102
+        return get("weight")
+
+    def values(self, module: nn.Module, leaf: str, matrix: Tensor) -> dict[str, Tensor]:  # noqa: D102
+        return {"weight": matrix}
+
+    def put(self, root: nn.Module, target: Target, made: Quantized) -> None:  # noqa: D102
+        tie_head(root, target.name)
+
+    def describe(self, module: nn.Module, layouts: Layouts) -> dict[str, Any]:  # noqa: D102
+        return {"class": self.entry}
+
+    def restore(self, root: nn.Module, name: str, entry: dict[str, Any], layouts: Layouts) -> None:  # noqa: D102
+        module_at(root, name, name)
+        tie_head(root, name)
+
+    def stored(self, name: str, entry: dict[str, Any], weights: Sequence[QTensor], into: Stored) -> None:
+        """The embedding stores the table."""
+
+
+def tie_head(root: nn.Module, name: str) -> None:
+    """Replace an output head by one that reads the (quantized) input embedding's table.
+
+    Raises:
+        ModelError: the input embedding isn't quantized, or is of another shape.
+    """
+    model: Any = root
+    embedding, head = model.get_input_embeddings(), root.get_submodule(name)
+    if not isinstance(embedding, QuantEmbedding):
+        raise ModelError(f"{name} is tied to the input embedding, which is not quantized.")
+    shape = (embedding.num_embeddings, embedding.embedding_dim)
+    if kind_of(head) is None or tuple(matrix_at(root, name).shape) != shape:
+        raise ModelError(f"{name} is no head over the {embedding.num_embeddings} tokens of the input embedding.")
+    bias = head.bias.detach() if isinstance(head.bias, Tensor) else None
+    set_module(root, name, TiedHead(embedding, bias))
+    model.config.get_text_config().tie_word_embeddings = False  # nothing is left for transformers to tie
+    model.config.tie_word_embeddings = False
+
+
+PART = Tied()
