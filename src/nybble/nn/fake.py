@@ -18,8 +18,8 @@ from nybble.core.errors import SchemeError
 from nybble.learned import ACTIVATIONS, WEIGHTS, Learned
 from nybble.learned.ste import StraightThrough
 from nybble.nn.activation import ActivationQuantizer, check_static
+from nybble.nn.kinds import LayerKind, Quantized, kind_of, live
 from nybble.nn.layer import QuantLayer
-from nybble.nn.swap import matrix_of, quantized
 from nybble.qtensor import QTensor
 
 
@@ -59,23 +59,24 @@ class FakeWeight(nn.Module):
 
 
 class FakeLayer(nn.Module):
-    """Stands for a linear layer, GPT-2's ``Conv1D`` or a convolution while something is learned.
+    """Stands for a linear layer, GPT-2's ``Conv1D``, a convolution or another kind of layer while something is learned.
 
     Attributes that a model may ask of its layers (``in_features``, ``kernel_size`` ...) are the quantized layer's.
     Everything in it stays float32 when the model is cast; ``dtype``, the packed layer's, follows the model.
 
     Args:
         like: the float layer; only its kind and sizes are kept. Its bias is copied.
-        latent: float32 [out, in], as :func:`nybble.nn.swap.matrix_of` gives it; None copies the layer's own.
+        latent: float32 [out, in], the layer's matrix (:meth:`nybble.nn.kinds.Kind.matrix`); None copies its own.
         weights: learned quantizer of the weight (a :class:`~nybble.learned.Menu` for a search); None leaves it in
             float.
         inputs: of what enters; None leaves it. A calibrated quantizer is kept as it is and passes gradients straight
             through.
         outputs: of what leaves, likewise.
         trainable: whether gradients reach weight and bias.
+        folded: full name of a BatchNorm that is in weight and bias now.
 
     Raises:
-        SchemeError: ``like`` has no matrix, or a Learned is for the other side.
+        SchemeError: ``like`` is no layer with one matrix, or a Learned is for the other side.
     """
 
     def __init__(
@@ -87,11 +88,13 @@ class FakeLayer(nn.Module):
         outputs: Learned | ActivationQuantizer | None = None,
         *,
         trainable: bool = True,
+        folded: str = "",
     ) -> None:
         super().__init__()
-        matrix = matrix_of(like)
-        if matrix is None:
-            raise SchemeError(f"a {type(like).__name__} has no matrix to learn; leave it out (ignore).")
+        kind = kind_of(like)
+        if not isinstance(kind, LayerKind):
+            raise SchemeError(f"a {type(like).__name__} is no layer with one matrix to learn; leave it out (ignore).")
+        matrix = kind.matrix(like, "", live(like))
         inputs, outputs = _learned(inputs), _learned(outputs)
         for learned, side in ((weights, WEIGHTS), (inputs, ACTIVATIONS), (outputs, ACTIVATIONS)):
             if learned is not None and learned.side != side:
@@ -107,10 +110,11 @@ class FakeLayer(nn.Module):
             self.bias = nn.Parameter(bias.detach().float().clone(), requires_grad=trainable)
         self.inputs, self.outputs = inputs, outputs
         self.dtype = matrix.dtype
+        self.folded = folded
         # In tuples, so that they are no part of the state: an empty copy of the float layer, and its quantized layer.
-        self._like = (_empty(like),)
+        self._like = (kind, _empty(like))
         meta = torch.empty(matrix.shape, dtype=self.dtype, device="meta")
-        self._layer = (quantized(self._like[0], meta, None, None, None),)
+        self._layer = (self._stand_in(meta, None, Quantized(folded=folded)),)
 
     def forward(self, x: Tensor) -> Tensor:
         """As the quantized layer."""
@@ -124,9 +128,13 @@ class FakeLayer(nn.Module):
     def settle(self) -> QuantLayer:
         """The packed layer; nothing is shared with this one."""
         bias = None if self.bias is None else self.bias.detach().to(self.dtype, copy=True)
-        weight = self.weight.settle(self.dtype)
-        layer = quantized(self._like[0], weight, bias, _activation(self.inputs), _activation(self.outputs))
-        return layer.train(self.training)
+        made = Quantized(inputs=_activation(self.inputs), outputs=_activation(self.outputs), folded=self.folded)
+        return self._stand_in(self.weight.settle(self.dtype), bias, made).train(self.training)
+
+    def _stand_in(self, weight: QTensor | Tensor, bias: Tensor | None, made: Quantized) -> QuantLayer:
+        """The quantized layer of this kind: all that this file asks of kinds."""
+        kind, like = self._like
+        return kind.stand_in(like, weight, bias, made)
 
     def penalty(self, t: float) -> Tensor:
         """Sum of its learned quantizers' penalties at progress ``t``, 0 to 1."""

@@ -8,48 +8,44 @@ convert(model)                                          # packed; nybble.checkpo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import ModelError, SchemeError, UsageError, did_you_mean, within
-from nybble.granularity import PerPlane, PerTensor
 from nybble.learned import ACTIVATIONS, WEIGHTS, Learned, Part, make_part
-from nybble.models.experts import expert_weights, find_experts
-from nybble.nn.activation import check_static
-from nybble.nn.attention import attentions
-from nybble.nn.conv import is_conv
+from nybble.models.adapter import adapter_for
 from nybble.nn.fake import FakeLayer
-from nybble.nn.swap import class_names, matrix_of, set_module
+from nybble.nn.kinds import LayerKind, Target, live, targets_of
+from nybble.nn.swap import set_module
 from nybble.quantizer import Quantizer, check_finite
 from nybble.recipe import Recipe
-from nybble.scheme import Rule, Scheme, parse_scheme
+from nybble.scheme import Scheme, parse_scheme
 
 ROLES = (WEIGHTS, "inputs", "outputs")
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer to replace: its module, its rule, and the parts that learn."""
+    """A layer to replace: what it is, its rule, and the parts that learn."""
 
+    target: Target
     module: nn.Module
-    matrix: Tensor
-    rule: Rule
     parts: Mapping[str, Part]
 
+    @property
+    def matrix(self) -> Tensor:
+        return self.target.kind.matrix(self.module, "", live(self.module)).detach()
+
     def quantizer(self, role: str) -> Quantizer | None:
-        found: Quantizer | None = getattr(self.rule, role)
+        found: Quantizer | None = getattr(self.target.rule, role)
         return found
 
     def example(self, role: str) -> Tensor:
-        """Zeros of a shape that may enter or leave."""
-        if is_conv(self.module):
-            conv: Any = self.module
-            channels = conv.in_channels if role == "inputs" else conv.out_channels
-            return torch.zeros(1, channels, *(8,) * len(conv.kernel_size))
-        return torch.zeros(1, 8, self.matrix.shape[1 if role == "inputs" else 0])
+        """Zeros of a shape that a granularity can judge by."""
+        return torch.zeros(1, 8, self.target.shape[1 if role == "inputs" else 0])
 
 
 def prepare(
@@ -136,56 +132,54 @@ def _layers(model: nn.Module, scheme: Scheme, parts: Mapping[str, Part]) -> dict
     Raises:
         SchemeError: something of it has no trainable twin.
     """
-    classes: dict[str, tuple[str, ...]] = {}
-    for name, module in model.named_modules():
-        if matrix_of(module) is not None or isinstance(module, nn.Embedding):
-            classes[name] = class_names(module)
-    for path, module in find_experts(model):
-        for weight in expert_weights(module):
-            classes[f"{path}.{weight.name}"] = (type(module).__name__, "Experts", "Linear")
-    for name, module in attentions(model):
-        classes.setdefault(name, (type(module).__name__, "Attention"))
+    known = targets_of(model)
+    modules = {name: model.get_submodule(target.module) for name, target in known.items()}
+    convolutional = _convolutional(model)
+    classes = {name: t.kind.class_names(modules[name], convolutional) for name, t in known.items()}
     if "lm_head" in scheme.ignore:  # it means the output head, whatever its name
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        heads = {name for name, module in model.named_modules() if module is head and name not in ("", "lm_head")}
-        classes = {name: kinds for name, kinds in classes.items() if name not in heads}
+        classes = {n: c for n, c in classes.items() if modules[n] is not head or n == "lm_head"}
     uses: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         uses.setdefault(id(parameter), []).append(name)
     found: dict[str, _Layer] = {}
     for name, rule in scheme.match(classes).rules.items():
-        kind = next((k for k in ("Experts", "Attention", "Embedding") if k in classes[name]), None)
-        if kind is not None or rule.matmuls is not None:
-            raise SchemeError(
-                f"{name} is of the kind {kind or classes[name][0]}, whose quantization can't be trained yet; linear "
-                "layers and convolutions can. Add it to ignore, or narrow the rule's targets."
-            )
-        layer: Any = model.get_submodule(name)
-        others = [other for other in uses[id(layer.weight)] if other != f"{name}.weight"]
-        if others:
-            raise SchemeError(
-                f"{name} shares its weight with {', '.join(others)}; training would part them. Ignore it."
-            )
-        matrix = matrix_of(layer)
-        assert matrix is not None
-        found[name] = _Layer(layer, matrix, rule, parts)
+        target = replace(known[name], rule=rule)
+        with within(name):
+            if not isinstance(target.kind, LayerKind):
+                raise SchemeError(
+                    f"its kind is '{target.kind}', whose quantization can't be trained yet; that of layers with one "
+                    f"matrix can. Ignore it ({', '.join(classes[name])}), or narrow the rule's targets."
+                )
+            target.kind.check(target, modules[name])
+            own = target.parameters
+            shared = [other for key in own for other in uses[id(model.get_parameter(key))] if other not in own]
+            if shared:
+                raise SchemeError(
+                    f"it shares its weight with {', '.join(shared)}; training would part them. Ignore it."
+                )
+        found[name] = _Layer(target, modules[name], parts)
     return found
+
+
+def _convolutional(model: nn.Module) -> bool:
+    """Whether ``Linear`` among targets means convolutions too, as it does when such a network is quantized."""
+    if getattr(model, "config", None) is None:
+        return True
+    try:
+        return adapter_for(model).convolutional
+    except ModelError:
+        return False
 
 
 def _check(layer: _Layer) -> None:
     check_finite(layer.matrix, "the weight")
     for role in ROLES:
         quantizer = layer.quantizer(role)
-        if quantizer is None:
-            continue
-        layer.parts[role].check(quantizer, WEIGHTS if role == WEIGHTS else ACTIVATIONS)
-        if role == WEIGHTS:
-            quantizer.granularity.check(layer.matrix.shape)
-            continue
-        check_static(quantizer)
-        if is_conv(layer.module) and type(quantizer.granularity) not in (PerTensor, PerPlane):
-            raise SchemeError(f"activations of a convolution have one scale ('tensor', 'plane'), not {quantizer}.")
-        quantizer.granularity.check(layer.example(role).shape)
+        if quantizer is not None:
+            layer.parts[role].check(quantizer, WEIGHTS if role == WEIGHTS else ACTIVATIONS)
+            shape = layer.target.shape if role == WEIGHTS else layer.example(role).shape
+            quantizer.granularity.check(shape)
 
 
 def _watch(

@@ -14,7 +14,7 @@ from nybble.core.errors import SchemeError
 from nybble.learned import ACTIVATIONS, Learned, Menu, make_part
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.fake import FakeLayer
-from nybble.nn.swap import matrix_of
+from nybble.nn.kinds import kind_of, live
 from nybble.quantizer import Quantizer
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -41,8 +41,9 @@ def twin(kind: str, dtype: torch.dtype, weights: str = "ste", inputs: str = "ste
     make, shape = LAYERS[kind]
     layer: nn.Module = make().to(dtype)
     x = torch.randn(shape).to(dtype)
-    matrix = matrix_of(layer)
-    assert matrix is not None
+    known = kind_of(layer)
+    assert known is not None
+    matrix = known.matrix(layer, "", live(layer))
     learned = make_part(weights, {}).make(Quantizer("float4_e2m1fn group=4"), matrix)
     entering = make_part(inputs, {}).make(Quantizer("int8 tensor static"), x, side=ACTIVATIONS)
     leaving = make_part("ste", {}).make(Quantizer("float8_e4m3fn tensor"), x, side=ACTIVATIONS)
@@ -181,7 +182,7 @@ def test_answers_as_the_packed_layer_does() -> None:
 
 def test_refusals() -> None:
     layer, x = nn.Linear(32, 24), torch.randn(3, 32)
-    with pytest.raises(SchemeError, match="LayerNorm has no matrix"):
+    with pytest.raises(SchemeError, match="LayerNorm is no layer with one matrix"):
         FakeLayer(nn.LayerNorm(4))
     weights = make_part("ste", {}).make(Quantizer("int4 channel"), layer.weight)
     with pytest.raises(SchemeError, match="int4 channel is learned for weights, and stands for activations"):
