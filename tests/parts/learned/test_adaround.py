@@ -159,7 +159,7 @@ def test_the_penalty_decides() -> None:
 
 
 def test_ties_begin_as_the_rounding_says() -> None:
-    x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 7.0]])
+    x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -1.8, 1.8, 7.0]])
     for rounding in ("nearest-even", "half-away", "half-down", "half-up", "toward-zero"):
         quantizer = Quantizer("int4 channel", rounding=rounding)
         assert torch.equal(make_part("adaround", {}).make(quantizer, x).eval()(x), quantizer.fake_quantize(x))

@@ -85,7 +85,12 @@ def test_begins_at_98_percent_and_30_is_round_to_nearest() -> None:
 
 def test_the_range_follows_the_weight_and_short_groups_own_theirs() -> None:
     x = weight()
-    for line in ("int4 group=12 pad=true", "int4 group=12 pad=true symmetric=false", "float4_e2m1fn flat=12"):
+    for line in (
+        "int4 group=12 pad=true",
+        "int4 group=12 pad=true symmetric=false",
+        "float4_e2m1fn flat=12",
+        "float4_e2m1fn group=12 pad=true scale=minmax(offset=true)",
+    ):
         part = learned(line, x, start=30.0)
         for other in (3 * x, x + 5, -x.abs() - 1):
             assert torch.equal(part.eval()(other), Quantizer(line).fake_quantize(other))
@@ -111,4 +116,6 @@ def test_zeros_stay_finite() -> None:
     for line in ("int4 channel", "uint4 channel symmetric=false", "nvfp4"):
         part = learned(line, x)
         part(x).sum().backward()
+        stored, own = part.settle(x), Quantizer(line).quantize(x)
+        assert all(torch.equal(value, own.tensors()[key]) for key, value in stored.tensors().items())
         assert (part(x) == 0).all() and part.gamma.grad is not None and part.gamma.grad.isfinite().all()

@@ -11,6 +11,7 @@ from torch import Tensor
 from nybble.formats import get_format
 from nybble.learned import ACTIVATIONS, WEIGHTS, Learned, make_part
 from nybble.learned.lsq import LearnedScale
+from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 
 
@@ -128,6 +129,18 @@ def test_nested_scales_are_used_as_stored(line: str) -> None:
         part.scale.mul_(1.6)
     assert not torch.equal(part.eval()(x), before)
     assert torch.equal(part.train()(x), part.eval()(x))
+
+
+def test_the_outer_scale_stays() -> None:
+    """Of NVFP4 the float32 scale over the E4M3 ones is the first one's, however far these move."""
+    x, line = torch.randn(4, 64), Quantizer("nvfp4")
+    part = learned("nvfp4", x)
+    with torch.no_grad():
+        part.scale.mul_(0.3)
+    first, last = line.quantize(x).params.scale, part.settle(x).params.scale  # type: ignore[union-attr]
+    assert isinstance(first, BlockQTensor) and isinstance(last, BlockQTensor)
+    assert torch.equal(last.params.scale, first.params.scale)  # type: ignore[arg-type]
+    assert not torch.equal(last.codes, first.codes)
 
 
 def test_the_first_scale() -> None:

@@ -151,6 +151,13 @@ def test_state_and_groups() -> None:
     assert not any(p.requires_grad for p in fixed.parameters())
 
 
+def test_a_folded_norm_is_remembered() -> None:
+    layer = nn.Conv2d(8, 16, 3)
+    learned = make_part("ste", {}).make(Quantizer("int4 channel"), layer.weight.flatten(1))
+    packed: Any = FakeLayer(layer, weights=learned, folded="bn1").settle()
+    assert packed.folded == "bn1"
+
+
 def test_a_menu() -> None:
     layer, x = nn.Linear(32, 24), torch.randn(3, 32)
     lines = ("int4 channel", "int8 channel")

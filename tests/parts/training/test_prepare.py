@@ -139,6 +139,11 @@ def test_a_convolutional_network() -> None:
     assert torch.equal(convert(model)(x), expected)
 
 
+def test_linear_means_convolutions_where_quantize_takes_it_so() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4))
+    assert set(fakes(prepare(network, {"weights": "int4 channel"}))) == {"0", "2"}
+
+
 def test_learning_groups() -> None:
     scheme, parts = SETTINGS["lsq int"]
     model = prepare(tiny_model("llama", torch.float32), scheme, parts, run=run)
