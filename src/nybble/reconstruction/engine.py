@@ -22,7 +22,7 @@ from nybble.core.errors import DataError
 from nybble.core.seeds import derive_seed
 from nybble.learned import ACTIVATIONS, WEIGHTS, Learned
 from nybble.learned._fixed import Fixed
-from nybble.learned.ste import Ste
+from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.fake import FakeLayer
 from nybble.nn.kinds import Target
 from nybble.nn.layer import QuantLayer
@@ -48,22 +48,19 @@ def _twin(state: BlockState, target: Target, layer: QuantLayer, options: Reconst
     weights: Learned | None = None
     if isinstance(layer.weight, Packed):
         weights = _weights(layer.weight.qtensor(), truth, record, options)
-    inputs: Learned | None = None
-    if layer.inputs is not None:
-        quantizer, params = layer.inputs.quantizer, record.inputs[1]
-        sample = torch.zeros(1, truth.shape[1], device=truth.device) if record.sample is None else record.sample.float()
-        # What isn't learned lets gradients pass all the same.
-        inputs = (options.inputs or Ste()).make(quantizer, sample, params, ACTIVATIONS)
-    outputs = None if layer.outputs is None else Ste().make(layer.outputs.quantizer, truth[:, :1].T, None, ACTIVATIONS)
-    like = state.float_module(target.module)
-    return FakeLayer(like, truth, weights, inputs, outputs, trainable=False)
+    inputs: Learned | ActivationQuantizer | None = layer.inputs
+    if options.inputs is not None and layer.inputs is not None and record.sample is not None:
+        start = record.inputs[1]
+        inputs = options.inputs.make(layer.inputs.quantizer, record.sample.float(), start, ACTIVATIONS)
+    like, folded = state.float_module(target.module), state.folded.get(target.name, "")
+    return FakeLayer(like, truth, weights, inputs, layer.outputs, trainable=False, folded=folded)
 
 
 def _weights(packed: QTensor, truth: Tensor, record: Record, options: Reconstruction) -> Learned:
     """What rounds a weight: the learned part where there is one for it, else the codes as they are."""
     if options.weights is not None and isinstance(packed, BlockQTensor) and record.quantizer is not None:
         return options.weights.make(record.quantizer, truth, packed, WEIGHTS)
-    return Fixed(packed, record.quantizer or Quantizer("float32"))
+    return Fixed(packed, record.quantizer or Quantizer("int8"))
 
 
 def settle_twins(state: BlockState) -> None:

@@ -1,0 +1,17 @@
+"""Straight-through rounding whose clipping is decided after rounding, as ``torch.fake_quantize_*`` and OmniQuant do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nybble.ops.grid import Grid, straight_through
+
+
+def reaching(y: Tensor, grid: Grid) -> Tensor:
+    """The quantizer's own rounding; gradient 1 up to half a step beyond the ends of the range, 0 farther out."""
+    low, high = (torch.as_tensor(v, dtype=y.dtype, device=y.device).detach() for v in (grid.low, grid.high))
+    infinity = torch.full_like(high, torch.inf)
+    first = grid.neighbours(torch.nextafter(low, infinity))[1] - low
+    last = high - grid.neighbours(torch.nextafter(high, -infinity))[0]
+    return straight_through(grid.nearest(y), torch.clamp(y, low - first / 2, high + last / 2))

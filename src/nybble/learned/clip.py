@@ -1,0 +1,109 @@
+"""Learned weight clipping: each block's scale comes from a learned share of its largest and smallest value.
+
+    high = sigmoid(gamma) max(W)         low = sigmoid(beta) min(W)
+    asymmetric:         scale = (high - low) / (code range),  zero point = round(-low / scale) (or offset = low)
+    symmetric, floats:  scale = max(|high|, |low|) / (largest value of the format)
+
+LWC of OmniQuant, Shao et al. 2023, arXiv:2308.13137, eq. 2. gamma and beta begin at 4: the range is sigmoid(4) =
+0.982 of round-to-nearest's; that is the paper's, and ``start=30`` is round-to-nearest bit for bit. Gradients reach them
+through the scale (and a real offset) only; the rounding of an integer zero point passes none. The weights may train
+too: the range follows them.
+
+Where we differ: a range that doesn't hold zero is extended to it and the zero point stays a code (the published code
+lets both run free); a block of zeros gets scale 1 instead of a floor of 1e-5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nybble.core.errors import SchemeError
+from nybble.granularity import Rank1, Shifted
+from nybble.learned import WEIGHTS, Learned, Part
+from nybble.learned._reaching import reaching
+from nybble.ops.scaling import divided
+from nybble.qtensor import QTensor, QuantParams
+from nybble.quantizer import Quantizer
+from nybble.scales import BlockParams
+from nybble.scales.absmax import AbsMax
+from nybble.scales.minmax import MinMax, fit_range
+
+
+class LearnedRange(Learned):
+    """See the module.
+
+    Args:
+        quantizer: with scale=absmax or minmax.
+        x: the weight, for its shape.
+        start: first gamma and beta.
+    """
+
+    def __init__(self, quantizer: Quantizer, x: Tensor, start: float) -> None:
+        super().__init__(quantizer, WEIGHTS)
+        shape = quantizer.granularity.scale_shape(x.shape)
+        self.gamma = nn.Parameter(torch.full(shape, start, device=x.device))
+        self.beta = nn.Parameter(torch.full(shape, start, device=x.device))
+
+    def params(self, x: Tensor) -> QuantParams:
+        """Raw parameters for the weight ``x``, with gradients to gamma, beta and x."""
+        quantizer, shape = self.quantizer, self.gamma.shape
+        blocks = quantizer.granularity.to_blocks(x).float()
+        mask = quantizer.granularity.mask(x.shape, x.device)
+        above = blocks if mask is None else torch.where(mask, blocks, -torch.inf)
+        below = blocks if mask is None else torch.where(mask, blocks, torch.inf)
+        high = torch.sigmoid(self.gamma).reshape(-1, 1) * above.amax(1, keepdim=True)
+        low = torch.sigmoid(self.beta).reshape(-1, 1) * below.amin(1, keepdim=True)
+        rule = quantizer.scale
+        if isinstance(rule, MinMax):
+            found = fit_range(low, high, quantizer.format, rule.offset)
+        else:
+            assert isinstance(rule, AbsMax)
+            target = rule.target or quantizer.format.absmax
+            found = BlockParams(divided(torch.maximum(high.abs(), low.abs()), target))
+        scale = found.scale.reshape(shape)
+        if isinstance(quantizer.scale_format, str):
+            scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        zero, offset = (None if v is None else v.reshape(shape) for v in (found.zero_point, found.offset))
+        return QuantParams(scale, zero, offset)
+
+    def estimate(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.quantizer.soft(x, self.params(x), reaching)
+
+    @torch.no_grad()
+    def settle(self, x: Tensor) -> QTensor:  # noqa: D102
+        return self.quantizer.quantize(x, self.quantizer.harden(self.params(x)))
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:  # noqa: D102
+        return {"clip": [self.gamma, self.beta]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip(Part):
+    """``start``: first value of gamma and beta."""
+
+    start: float = 4.0
+
+    sides = (WEIGHTS,)
+    groups = ("clip",)
+    takes_start = False
+
+    def check_more(self, quantizer: Quantizer, side: str) -> None:  # noqa: D102
+        if not isinstance(quantizer.scale, AbsMax | MinMax):
+            raise SchemeError(
+                f"clip learns shares of a block's extremes, and scale={quantizer.scale} of {quantizer} finds its scale "
+                "otherwise; use scale=absmax, or minmax (symmetric=false)."
+            )
+        if isinstance(quantizer.granularity, Rank1 | Shifted) or quantizer.center:
+            raise SchemeError(
+                f"clip learns a range for each block, and {quantizer} has none of its own; use channel, group, block, "
+                "flat or tensor, without center."
+            )
+
+    def begin(self, quantizer: Quantizer, x: Tensor, start: QuantParams | None, side: str) -> Learned:  # noqa: D102
+        return LearnedRange(quantizer, x, self.start)
+
+
+PART = Clip

@@ -1,0 +1,61 @@
+"""Straight-through: the quantizer as it is, with the gradient of a clipped identity.
+
+    x_hat = Q(x)          dL/dx = dL/dx_hat inside the range, 0 outside
+
+Bengio et al. 2013, arXiv:1308.3432. Inside is what rounds to a value of the range before it saturates, half a step
+beyond the ends too, as ``torch.fake_quantize_*`` counts: the largest element of a block that decides the scale may lie
+there by the rounding of x / scale, or of a zero point.
+
+Nothing of its own is learned: scales follow the weight (or are measured on every activation), and no gradient goes
+through them. With static activations, or a ``start``, the parameters given are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nybble.learned import ACTIVATIONS, Learned, Part
+from nybble.learned._held import Held
+from nybble.learned._reaching import reaching
+from nybble.qtensor import QTensor, QuantParams
+from nybble.quantizer import Quantizer
+
+
+class StraightThrough(Learned):
+    """See the module.
+
+    Args:
+        quantizer: any that is deterministic. side: weights or activations.
+        params: kept as they are; None measures them on every tensor.
+    """
+
+    def __init__(self, quantizer: Quantizer, side: str, params: QuantParams | None) -> None:
+        super().__init__(quantizer, side)
+        self.held = None if params is None else Held(quantizer, params)
+
+    def estimate(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.quantizer.soft(x, None if self.held is None else self.held.params(), reaching)
+
+    def settle(self, x: Tensor) -> QTensor | QuantParams:  # noqa: D102
+        params = self.fixed()
+        if self.side == ACTIVATIONS:
+            return self.quantizer.measured(x.detach(), None) if params is None else params
+        return self.quantizer.quantize(x, params)
+
+    def fixed(self) -> QuantParams | None:  # noqa: D102
+        return None if self.held is None else self.quantizer.harden(self.held.params())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ste(Part):
+    """No options."""
+
+    def begin(self, quantizer: Quantizer, x: Tensor, start: QuantParams | None, side: str) -> Learned:  # noqa: D102
+        if start is None and quantizer.static:
+            start = quantizer.measured(x, None)
+        return StraightThrough(quantizer, side, start)
+
+
+PART = Ste

@@ -1,0 +1,199 @@
+"""The trainable twin of a quantized layer: float32 weight, learned quantizers, the same numbers.
+
+Reconstruction, quantization-aware training, sensitivities and searches all put a :class:`FakeLayer` where the float
+layer stood. Its forward is the quantized layer's own (:class:`nybble.nn.layer.QuantLayer`), called with a dense weight,
+so that casts happen at the same places: in eval mode ``fake(x) == fake.settle()(x)``, bit for bit, in any dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from nybble.core.errors import SchemeError
+from nybble.learned import ACTIVATIONS, WEIGHTS, Learned
+from nybble.learned.ste import StraightThrough
+from nybble.nn.activation import ActivationQuantizer, check_static
+from nybble.nn.kinds import LayerKind, Quantized, kind_of, live
+from nybble.nn.layer import QuantLayer
+from nybble.qtensor import QTensor
+
+
+class FakeWeight(nn.Module):
+    """The one float32 truth of a weight, and what learns to round it.
+
+    A module and no tensor, as in quantized layers: models that look at a weight's dtype then do the same with both.
+
+    Args:
+        latent: float32 [out, in]; kept without a copy.
+        learned: None leaves the weight in float.
+        trainable: whether gradients reach ``latent``.
+    """
+
+    def __init__(self, latent: Tensor, learned: Learned | None, *, trainable: bool) -> None:
+        super().__init__()
+        self.latent = nn.Parameter(latent, requires_grad=trainable)
+        self.learned = learned
+
+    @property
+    def shape(self) -> torch.Size:
+        """[out, in]."""
+        return self.latent.shape
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """The weight to multiply with: rounded in float32, then cast, as ``QTensor.dequantize`` does."""
+        dense: Tensor = self.latent if self.learned is None else self.learned(self.latent)
+        return dense.to(dtype)
+
+    def settle(self, dtype: torch.dtype) -> QTensor | Tensor:
+        """Packed, or in ``dtype`` where nothing rounds it."""
+        if self.learned is None:
+            return self.latent.detach().to(dtype)
+        settled = self.learned.settle(self.latent.detach())
+        assert isinstance(settled, QTensor)
+        return settled
+
+
+class FakeLayer(nn.Module):
+    """Stands for a linear layer, GPT-2's ``Conv1D``, a convolution or another kind of layer while something is learned.
+
+    Attributes that a model may ask of its layers (``in_features``, ``kernel_size`` ...) are the quantized layer's.
+    Everything in it stays float32 when the model is cast; ``dtype``, the packed layer's, follows the model.
+
+    Args:
+        like: the float layer; only its kind and sizes are kept. Its bias is copied.
+        latent: float32 [out, in], the layer's matrix (:meth:`nybble.nn.kinds.Kind.matrix`); None copies its own.
+        weights: learned quantizer of the weight (a :class:`~nybble.learned.Menu` for a search); None leaves it in
+            float.
+        inputs: of what enters; None leaves it. A calibrated quantizer is kept as it is and passes gradients straight
+            through.
+        outputs: of what leaves, likewise.
+        trainable: whether gradients reach weight and bias.
+        folded: full name of a BatchNorm that is in weight and bias now.
+
+    Raises:
+        SchemeError: ``like`` is no layer with one matrix, or a Learned is for the other side.
+    """
+
+    def __init__(
+        self,
+        like: nn.Module,
+        latent: Tensor | None = None,
+        weights: Learned | None = None,
+        inputs: Learned | ActivationQuantizer | None = None,
+        outputs: Learned | ActivationQuantizer | None = None,
+        *,
+        trainable: bool = True,
+        folded: str = "",
+    ) -> None:
+        super().__init__()
+        kind = kind_of(like)
+        if not isinstance(kind, LayerKind):
+            raise SchemeError(f"a {type(like).__name__} is no layer with one matrix to learn; leave it out (ignore).")
+        matrix = kind.matrix(like, "", live(like))
+        inputs, outputs = _learned(inputs), _learned(outputs)
+        for learned, side in ((weights, WEIGHTS), (inputs, ACTIVATIONS), (outputs, ACTIVATIONS)):
+            if learned is not None and learned.side != side:
+                raise SchemeError(f"{learned.quantizer} is learned for {learned.side}, and stands for {side} here.")
+        for quantizer in (q.quantizer for q in (inputs, outputs) if q is not None):
+            check_static(quantizer)
+        bias = getattr(like, "bias", None)
+        self.weight = FakeWeight(
+            matrix.detach().float().clone() if latent is None else latent, weights, trainable=trainable
+        )
+        self.bias = None
+        if isinstance(bias, Tensor):
+            self.bias = nn.Parameter(bias.detach().float().clone(), requires_grad=trainable)
+        self.inputs, self.outputs = inputs, outputs
+        self.dtype = matrix.dtype
+        self.folded = folded
+        # In tuples, so that they are no part of the state: an empty copy of the float layer, and its quantized layer.
+        self._like = (kind, _empty(like))
+        meta = torch.empty(matrix.shape, dtype=self.dtype, device="meta")
+        self._layer = (self._stand_in(meta, None, Quantized(folded=folded)),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the quantized layer."""
+        if self.inputs is not None:
+            x = self.inputs(x)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        dense = {"weight": self.weight(x.dtype), "bias": bias}
+        y: Tensor = functional_call(self._layer[0], dense, (x,))
+        return y if self.outputs is None else self.outputs(y)
+
+    def settle(self) -> QuantLayer:
+        """The packed layer; nothing is shared with this one."""
+        bias = None if self.bias is None else self.bias.detach().to(self.dtype, copy=True)
+        made = Quantized(inputs=_activation(self.inputs), outputs=_activation(self.outputs), folded=self.folded)
+        return self._stand_in(self.weight.settle(self.dtype), bias, made).train(self.training)
+
+    def _stand_in(self, weight: QTensor | Tensor, bias: Tensor | None, made: Quantized) -> QuantLayer:
+        """The quantized layer of this kind: all that this file asks of kinds."""
+        kind, like = self._like
+        return kind.stand_in(like, weight, bias, made)
+
+    def penalty(self, t: float) -> Tensor:
+        """Sum of its learned quantizers' penalties at progress ``t``, 0 to 1."""
+        return sum((q.penalty(t) for _, q in self.learned()), torch.zeros((), device=self.weight.latent.device))
+
+    def learned(self) -> list[tuple[str, Learned]]:
+        """The learned quantizers that there are, as weights, inputs, outputs."""
+        found = (("weights", self.weight.learned), ("inputs", self.inputs), ("outputs", self.outputs))
+        return [(name, learned) for name, learned in found if learned is not None]
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Its parameters by learning-rate group: ``weight``, ``bias``, ``weights.scales``, ``inputs.scales`` ..."""
+        found: dict[str, list[nn.Parameter]] = {"weight": [self.weight.latent]}
+        if self.bias is not None:
+            found["bias"] = [self.bias]
+        for side, learned in self.learned():
+            found |= {f"{side}.{name}": parameters for name, parameters in learned.groups().items()}
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            layer = self.__dict__.get("_layer")
+            if layer is None or name.startswith("_"):
+                raise
+            return getattr(layer[0], name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FakeLayer:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.latent.device)).dtype
+
+        def move(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"{self._layer[0].extra_repr()}, {self.dtype}"
+
+
+def _empty(like: nn.Module) -> nn.Module:
+    """The layer without its numbers: shapes and settings only."""
+    shell = copy.copy(like)
+    shell._parameters = {
+        name: None if p is None else nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+        for name, p in like._parameters.items()
+    }
+    return shell
+
+
+def _learned(given: Learned | ActivationQuantizer | None) -> Learned | None:
+    """A Learned, or one that stands for a quantizer without gradients."""
+    if isinstance(given, ActivationQuantizer):
+        return StraightThrough(given.quantizer, ACTIVATIONS, given.params())
+    return given
+
+
+def _activation(learned: Learned | None) -> ActivationQuantizer | None:
+    """What the packed layer rounds its activations with."""
+    return None if learned is None else ActivationQuantizer(learned.quantizer, learned.fixed())

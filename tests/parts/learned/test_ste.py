@@ -1,0 +1,76 @@
+"""Straight-through: torch's fake quantization, values and gradients; scales that follow the weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nybble.learned import ACTIVATIONS, make_part
+from nybble.qtensor import QuantParams
+from nybble.quantizer import Quantizer
+
+
+def test_torch_fake_quantize() -> None:
+    """``torch.fake_quantize_per_channel_affine``, asymmetric too; scales are powers of two, torch multiplies by 1/s."""
+    x, upstream = 3 * torch.randn(4, 32), torch.randn(4, 32)
+    scale = torch.tensor([0.125, 0.25, 0.5, 1.0])
+    for line, low, high, zero in (
+        ("int4_full channel", -8, 7, torch.zeros(4)),
+        ("uint4 channel symmetric=false", 0, 15, torch.tensor([8.0, 3.0, 0.0, 15.0])),
+    ):
+        quantizer = Quantizer(line)
+        shifted = zero.reshape(4, 1) if quantizer.scale.needs_integer else None
+        part = make_part("ste", {}).make(quantizer, x, QuantParams(scale.reshape(4, 1), shifted))
+        mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        expected = torch.fake_quantize_per_channel_affine(theirs, scale, zero.int(), 0, low, high)
+        found = part.train()(mine)
+        assert torch.equal(found, expected) and torch.equal(part.eval()(x), expected)
+        (found * upstream).sum().backward()
+        (expected * upstream).sum().backward()  # type: ignore[no-untyped-call]
+        assert torch.equal(mine.grad, theirs.grad)  # type: ignore[arg-type]
+        assert (theirs.grad == 0).any()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("line", ["int4 channel", "nvfp4", "int8 tensor", "float4_e2m1fn group=8 scale=mse"])
+def test_scales_follow_the_weight(line: str) -> None:
+    x, other = torch.randn(4, 64), 5 * torch.randn(4, 64)
+    part = make_part("ste", {}).make(Quantizer(line), x)
+    for mode in (True, False):
+        assert torch.equal(part.train(mode)(other), Quantizer(line).fake_quantize(other))
+    assert not part.state_dict()
+    kept = make_part("ste", {}).make(Quantizer(line), x, Quantizer(line).fit(x))
+    assert torch.equal(kept(other), Quantizer(line).fake_quantize(other, Quantizer(line).fit(x)))
+    assert kept.state_dict()
+
+
+@pytest.mark.parametrize(
+    "line", ["int4 channel", "float4_e2m1fn group=8", "int4 group=8 symmetric=false", "int8 token"]
+)
+def test_no_gradient_goes_through_the_scale(line: str) -> None:
+    """Of min-max rounding every element is inside, so the gradient is the upstream one, at the largest element too."""
+    x = torch.randn(40, 64, requires_grad=True)
+    upstream = torch.randn(40, 64)
+    (make_part("ste", {}).make(Quantizer(line), x).train()(x) * upstream).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, upstream, rtol=3e-7, atol=0)  # times the scale, over the scale
+
+
+def test_inside_ends_half_a_step_beyond() -> None:
+    """Of floats half of the last gap: 4 to 6 in E2M1, so 7; of integers half of one; a code's own with a zero point."""
+    ones = torch.ones(1, 1)
+    for line, zero, inside in (
+        ("float4_e2m1fn channel", None, 7.0), ("int4 channel", None, 7.5), ("uint4 channel symmetric=false", 3.0, 12.5)
+    ):  # fmt: skip
+        x = torch.tensor([[inside - 1e-3, inside + 1e-3, 0.0]]).requires_grad_()
+        start = QuantParams(ones, None if zero is None else zero * ones)
+        make_part("ste", {}).make(Quantizer(line), x, start).train()(x).sum().backward()
+        assert x.grad is not None and x.grad.tolist() == [[1.0, 0.0, 1.0]]
+
+
+def test_static_activations_keep_the_first_scale() -> None:
+    x = torch.randn(2, 3, 8)
+    quantizer = Quantizer("int8 tensor static")
+    part = make_part("ste", {}).make(quantizer, x, side=ACTIVATIONS)
+    assert torch.equal(part(7 * x), quantizer.fake_quantize(7 * x, quantizer.fit(x)))
+    assert part.fixed() is not None
+    assert make_part("ste", {}).make(Quantizer("int8 token"), x, side=ACTIVATIONS).fixed() is None

@@ -1,0 +1,214 @@
+"""prepare -> any loop -> convert -> a file: losses fall, scales move, and the file computes what training computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import input_ids, logits, tiny_model, tiny_tokenizer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import nybble
+from nybble.checkpoint.save import save
+from nybble.core.errors import DataError, ModelError, SchemeError, UsageError
+from nybble.nn.fake import FakeLayer
+from nybble.recipe import load_recipe
+from nybble.scheme import parse_scheme
+from nybble.training.convert import convert
+from nybble.training.prepare import learning_groups, prepare
+
+#: scheme, parts: W4A8 in integers, and in 4-bit floats
+SETTINGS: dict[str, tuple[Any, dict[str, str]]] = {
+    "ste int": ({"weights": "int4 group=16 symmetric=false", "inputs": "int8 token"}, {}),
+    "lsq int": (
+        {"weights": "int4 channel scale=learned", "inputs": "int8 tensor static", "outputs": "int8 token"},
+        {"weights": "lsq", "inputs": "lsq"},
+    ),
+    "ste float4": ("W4A8_E2M1_E4M3", {}),
+    "lsq float4": ({"weights": "nvfp4", "inputs": "float8_e4m3fn tensor static"}, {"weights": "lsq", "inputs": "lsq"}),
+}
+
+
+def run(model: nn.Module) -> None:
+    model(input_ids=input_ids(), use_cache=False)
+
+
+def fakes(model: nn.Module) -> dict[str, FakeLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, FakeLayer)}
+
+
+def train(model: Any, steps: int = 12, rate: float = 2e-3) -> list[float]:
+    """Next-token loss on one batch; every loss."""
+    optimizer = torch.optim.Adam(learning_groups(model, {}), lr=rate)
+    losses = []
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=input_ids(), labels=input_ids(), use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    model.eval()
+    return losses
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_train_convert_save_load(setting: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    scheme, parts = SETTINGS[setting]
+    model = tiny_model("llama", dtype, tie_word_embeddings=False)
+    prepare(model, scheme, parts, run=run)
+    assert len(fakes(model)) == 14
+    before = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    losses = train(model)
+    assert losses[-1] < 0.8 * losses[0]
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    for name, fake in fakes(model).items():
+        assert f"{name}.weight.latent" in moved
+        for side, learned in fake.learned():
+            for found in learned.groups().values():
+                assert found and any(f"{name}.{side.replace('weights', 'weight.learned')}" in key for key in moved)
+    expected = logits(model)
+    convert(model)
+    assert not fakes(model)
+    assert torch.equal(logits(model), expected)
+    folder = save(model, tmp_path / "out", tiny_tokenizer())
+    loaded, _ = nybble.load(folder)
+    assert loaded.dtype == dtype and torch.equal(logits(loaded), expected)
+    auto: Any = AutoModelForCausalLM
+    assert torch.equal(logits(auto.from_pretrained(folder, dtype=dtype).eval()), expected)
+
+
+def test_begins_as_the_quantized_model() -> None:
+    """Before any step it computes what round-to-nearest gives."""
+    scheme = {"weights": "float4_e2m1fn group=16", "inputs": "float8_e4m3fn token"}
+    prepared = prepare(tiny_model(), scheme, {"weights": "lsq"})
+    quantized, _ = nybble.quantize(tiny_model(), load_recipe("rtn").with_scheme(parse_scheme(scheme)))
+    assert torch.equal(logits(prepared), logits(quantized))
+
+
+def test_goes_on_after_an_interruption() -> None:
+    scheme, parts = SETTINGS["lsq int"]
+    one = prepare(tiny_model("llama", torch.float32), scheme, parts, run=run)
+    train(one, 3)
+    state = {k: v.clone() for k, v in one.state_dict().items()}
+    train(one, 3)
+    other = prepare(tiny_model("llama", torch.float32, seed=4), scheme, parts, run=run)
+    other.load_state_dict(state)
+    train(other, 3)
+    assert torch.equal(logits(one), logits(other))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_other_families(family: str) -> None:
+    model = prepare(tiny_model(family), {"weights": "int4 group=16", "inputs": "int8 token"})
+    train(model, 2)
+    expected = logits(model)
+    assert torch.equal(logits(convert(model)), expected)
+
+
+def test_a_convolutional_network() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(),
+        nn.Linear(8 * 36, 4),
+    )  # fmt: skip
+    x, y = torch.randn(6, 3, 8, 8), torch.randint(0, 4, (6,))
+    scheme: dict[str, Any] = {
+        "rules": [
+            {"targets": ["Conv"], "weights": "int4 channel", "inputs": "int8 plane"},
+            {"targets": ["Linear"], "weights": "int4 channel", "inputs": "uint8 tensor static symmetric=false"},
+        ]
+    }
+    network.train()
+    statistics = network[1].running_mean.clone()  # type: ignore[operator]
+    model = prepare(network, scheme, {"weights": "lsq", "inputs": "ste"}, run=lambda m: m(x))
+    assert model.training and torch.equal(model[1].running_mean, statistics)  # type: ignore[index]
+    optimizer = torch.optim.Adam(learning_groups(model, {"scales": 1e-4}), lr=1e-2)
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss: Tensor = nn.functional.cross_entropy(model(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+    expected = model.eval()(x)
+    assert torch.equal(convert(model)(x), expected)
+
+
+def test_linear_means_convolutions_where_quantize_takes_it_so() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4))
+    assert set(fakes(prepare(network, {"weights": "int4 channel"}))) == {"0", "2"}
+
+
+def test_learning_groups() -> None:
+    scheme, parts = SETTINGS["lsq int"]
+    model = prepare(tiny_model("llama", torch.float32), scheme, parts, run=run)
+    groups = learning_groups(model, {"scales": 1e-4, "inputs.scales": 1e-6})
+    rates = {id(p): group.get("lr") for group in groups for p in group["params"]}
+    assert sorted(rates) == sorted({id(p) for p in model.parameters()})
+    for fake in fakes(model).values():
+        named = fake.groups()
+        assert {rates[id(p)] for p in named["weights.scales"]} == {1e-4}
+        assert {rates[id(p)] for p in named["inputs.scales"]} == {1e-6}
+        assert rates[id(fake.weight.latent)] is None
+    with pytest.raises(UsageError, match="no layer learns 'clip'"):
+        learning_groups(model, {"clip": 1e-2})
+
+
+def test_refusals() -> None:
+    scheme: Any
+    for scheme, learned, error, words in (
+        ({"weights": "int4 channel", "inputs": "int8 token"}, {"inputs": "lsq"}, SchemeError, "q_proj.*lsq.*static"),
+        ({"weights": "int4 rank1"}, {"weights": "lsq"}, SchemeError, "q_proj.*lsq.*rank1"),
+        ({"weights": "int4 group=24"}, {}, UsageError, "q_proj.*group=24 does not divide"),
+        (
+            {"targets": ["Embedding"], "weights": "int4 channel"},
+            {},
+            SchemeError,
+            "embed_tokens: its kind is .embedding",
+        ),
+        ({"targets": ["Attention"], "matmuls": "int8 tensor"}, {}, SchemeError, "self_attn: its kind is .matmuls"),
+        (
+            {"weights": "int4 channel", "ignore": []},
+            {},
+            SchemeError,
+            "lm_head: it shares its weight with .*embed_tokens",
+        ),
+        ({"targets": ["Lineal"], "weights": "int4 channel"}, {}, SchemeError, "'Lineal' matches no module"),
+        ({"weights": "int4 channel", "inputs": "int8 tensor static"}, {}, UsageError, "static inputs begin.*give run"),
+        ({"weights": "int4 channel"}, {"inpts": "ste"}, UsageError, "'inpts'.*inputs"),
+        ({"weights": "int4 channel"}, {"weights": "lsqq"}, UsageError, "unknown learned part"),
+    ):
+        model = tiny_model()
+        with pytest.raises(error, match=words):
+            prepare(model, scheme, learned)
+        assert not fakes(model)
+    experts = tiny_model("mixtral")
+    with pytest.raises(SchemeError, match=r"experts.*: its kind is .experts.*Ignore it .*Experts"):
+        prepare(experts, {"weights": "int4 channel"})
+    prepare(experts, {"weights": "int4 channel", "ignore": ["lm_head", "Experts"]})
+    assert fakes(experts)
+
+
+def test_bad_values() -> None:
+    static = {"weights": "int4 channel", "inputs": "int8 tensor static"}
+    with pytest.raises(ModelError, match=r"run never called .*q_proj"):
+        prepare(tiny_model(), static, run=lambda model: None)
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
+    with pytest.raises(DataError, match=r"layers\.1\.mlp\.up_proj: the weight holds 1 NaN"):
+        prepare(model, {"weights": "int4 channel"})
+    assert not fakes(model)
+    with pytest.raises(UsageError, match="nothing in this model was prepared"):
+        convert(tiny_model())
+    diverged = prepare(tiny_model(), {"weights": "int4 channel"}, {"weights": "lsq"})
+    with torch.no_grad():
+        next(iter(fakes(diverged).values())).weight.latent[0, 0] = torch.inf
+    with pytest.raises(DataError, match=r"layers\.0\.self_attn\.q_proj: weight.latent holds 1 NaN or Inf"):
+        convert(diverged)
+    assert len(fakes(diverged)) == 14
