@@ -83,9 +83,10 @@ def test_killed_at_random_moments(folder: Path, tmp_path: Path, path: str) -> No
 #: every recipe that nybble carries, as it is run on four blocks; and what a step can do that no recipe does yet
 EVERY: dict[str, dict[str, Any]] = {
     **{name: {"weights": "int4 group=16"} for name in ("rtn", "mse", "gptq", "k-means", "outlier-columns")},
-    **{name: {} for name in ("minmax-fp", "minmax-int", "smoothquant", "lorc")},
+    **{name: {} for name in ("minmax-fp", "minmax-int", "smoothquant")},
     **{name: {"effort": "quick"} for name in ("llm-fp4", "fp-baseline")},
-    "adaround": {"effort": "quick"}, "lwc": {"effort": "quick"},
+    **{name: {"effort": "quick", "weights": "int4 group=16"} for name in ("adaround", "lwc")},
+    "lorc": {"weights": "int4 group=16"},
 }  # fmt: skip
 SCHEME = {"weights": "int4 group=16", "inputs": "int8 tensor static"}
 STEPS: dict[str, list[dict[str, Any]]] = {

@@ -105,6 +105,7 @@ def see_block(
     tokens: int,
     samples: int,
     known: Known | None = None,
+    looks: bool = False,
 ) -> Seen:
     """Run a block on its calibration inputs, once for ranges and once for moments where those are needed.
 
@@ -116,6 +117,7 @@ def see_block(
         batches: the block's inputs, batch by batch, as often as called.
         tokens: how many tokens those are.
         samples: how many samples.
+        looks: keep some inputs of every group, also where nothing else is gathered.
         known: what was gathered of this block before, for other recipes; what is missing is added.
 
     Raises:
@@ -157,7 +159,7 @@ def see_block(
     for target in targets:
         if target.kind.fused and "second_moment" in asker.needs(None):
             seen.routed[target.name] = [SecondMoment(target.shape[1]) for _ in range(target.matrices)]
-    if seen.moments or seen.samples or seen.routed or own_rows:
+    if looks or seen.moments or seen.samples or seen.routed or own_rows:
         for group in groups:
             width, parts = group.members[0].shape[1], group.members[0].groups
             seen.looks[group.leader] = gather(group.leader, "look", partial(InputSample, width, tokens, SAMPLE, parts))

@@ -59,7 +59,7 @@ def _twin(state: BlockState, target: Target, layer: QuantLayer, options: Reconst
 def _weights(packed: QTensor, truth: Tensor, record: Record, options: Reconstruction) -> Learned:
     """What rounds a weight: the learned part where there is one for it, else the codes as they are."""
     if options.weights is not None and isinstance(packed, BlockQTensor) and record.quantizer is not None:
-        return options.weights.make(record.quantizer, truth, packed, WEIGHTS)
+        return options.weights.make(record.quantizer, truth, packed if options.weights.takes_start else None, WEIGHTS)
     return Fixed(packed, record.quantizer or Quantizer("int8"))
 
 

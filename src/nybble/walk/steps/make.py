@@ -41,11 +41,12 @@ def make_steps(recipe: Recipe, adapter: Adapter) -> tuple[tuple[BlockStep, ...],
     path = "float" if "float" in paths else "quantized"
     found: list[BlockStep] = []
     left = iter(learned)
+    later = any(step.kind in ("reconstruction", "correction") for step in recipe.steps)
     for step in recipe.steps:
         if step.kind == "transform":
             found.append(TransformStep(step.name, make_transform(step.name, step.options), adapter, path))
         elif step.kind == "solver":
-            found.append(SolverStep(step.name, solver))
+            found.append(SolverStep(step.name, solver, later))
         elif step.kind == "reconstruction":
             found.append(next(left))
         else:

@@ -26,11 +26,13 @@ class SolverStep(BlockStep):
 
     Args:
         key: the solver's. solver: the method.
+        looks: whether later steps want some of every layer's inputs.
     """
 
     kind: ClassVar[str] = "solver"
 
-    def __init__(self, key: str, solver: Solver) -> None:
+    def __init__(self, key: str, solver: Solver, looks: bool = False) -> None:
+        self.looks = looks
         self.name, self.solver, self.path = f"solver {key!r}", solver, solver.path
         self.paths = frozenset({solver.path})
 
@@ -54,7 +56,7 @@ class SolverStep(BlockStep):
         if window.calibrated and state.targets:
             seen = see_block(
                 state.module, state.prefix, state.targets, self.solver, window.batches(path),
-                window.calibration.tokens, window.calibration.samples, window.known,
+                window.calibration.tokens, window.calibration.samples, window.known, self.looks,
             )  # fmt: skip
         products = [t for t in state.targets if t.kind.operands]
         found = {t.name: self._operands(window, t) for t in products}  # all before any is in place
