@@ -53,7 +53,7 @@ class AdamW(LowBitOptimizer):
         lr, betas, eps, weight_decay: :class:`AdamWOptions`; a group may have its own.
         state: what the moments ``exp_avg`` (both signs) and ``exp_avg_sq`` (never negative) are kept in: a preset pair
             (``state8``, ``state4``), any dynamic quantizer line for both, a mapping with one for each, or None for
-            float32. A group may have its own, and its own
+            float32. A group may have its own ``state`` and ``min_size``.
         min_size: parameters with fewer elements keep float32 states.
         seed: of stochastic rounding; not used by others.
 

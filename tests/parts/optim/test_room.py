@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import nybble.optim
 from nybble.core.errors import FileError, FormatError, GranularityError, NybbleError, SchemeError, UsageError
 from nybble.optim import flatten, split_embeddings, unflatten
+from nybble.optim._states import encode
 from nybble.optim.adamw import AdamW
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
@@ -124,6 +126,28 @@ def test_embeddings_keep_32_bits() -> None:
     assert len(split_embeddings(model.middle)) == 1
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "linear4 flat=100",
+        "linear8 channel",
+        "linear4 rank1",
+        "udynamic4_de0 flat=50 scale_format=float16",
+        "binary channel",
+    ],
+)
+def test_zeros_in_formats_without_a_zero(line: str) -> None:
+    """A block without any magnitude comes back as 0 by a scale of 0; the others are the Quantizer's own."""
+    x = torch.rand(6, 100, generator=torch.Generator().manual_seed(0)) + 0.01
+    plain = Quantizer(line).fake_quantize(x)
+    x[2] = 0
+    kept = encode(x, str(Quantizer(line)))
+    assert isinstance(kept, BlockQTensor)
+    values = kept.dequantize()
+    assert (values[2] == 0).all() and (Quantizer(line).fake_quantize(x)[2] != 0).all()
+    assert torch.equal(values[[0, 1, 3, 4, 5]], plain[[0, 1, 3, 4, 5]]) or "rank1" in line  # whose columns lost a row
+
+
 # ---------------------------------------------------------------------------------------------------------- odd steps
 def test_closure_and_hooks() -> None:
     p = weight()
@@ -213,6 +237,30 @@ def test_sparse_gradient() -> None:
     with pytest.raises(UsageError, match=r"table has a sparse gradient.*SparseAdam"):
         optimizer.step()
     assert (p == 1).all() and not optimizer.state
+
+
+def test_stochastic_rounding_draws_anew() -> None:
+    """At every step, for every parameter and state, and by the seed; on average it is the state itself."""
+    gradient = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    codes, means = [], []
+    for seed in (0, 0, 1):
+        params = [weight(), weight()]
+        optimizer = AdamW(params, betas=(0.0, 0.0), state="state8 rounding=stochastic", seed=seed)
+        mean = torch.zeros(64, 64)
+        for _ in range(60):
+            for p in params:
+                p.grad = gradient.clone()
+            optimizer.step()
+            codes += [optimizer.state[p]["exp_avg"].codes for p in params]
+            mean += optimizer.state[params[0]]["exp_avg"].dequantize() / 60
+        means.append(mean)
+    assert not torch.equal(codes[0], codes[1]) and not torch.equal(codes[0], codes[2])  # parameters; steps
+    assert all(torch.equal(a, b) for a, b in zip(codes[:120], codes[120:240], strict=True))
+    assert not torch.equal(codes[0], codes[240])
+    top = gradient.view(-1, 256).abs().amax(1, keepdim=True)
+    inside = (gradient.view(-1, 256) / top).clamp(min=-0.99296875)  # the map has no -1
+    error = means[0].view(-1, 256) / top - inside  # of one draw at most half of the largest gap, 0.0141, in the mean
+    assert error.abs().max() < 5 * 0.0141 / 2 / 60**0.5
 
 
 def test_copies() -> None:
@@ -371,7 +419,10 @@ def test_other_groups() -> None:
 
 
 def test_flattened_states_that_are_none() -> None:
-    tensors, metadata = flatten(stepped(AdamW([weight()])).state_dict())
+    optimizer = stepped(AdamW([weight()]))
+    tensors, metadata = flatten(optimizer.state_dict())
+    optimizer.param_groups[0]["lr"] = np.float32(0.5)  # as some schedules leave it
+    assert unflatten(*flatten(optimizer.state_dict()))["param_groups"][0]["lr"] == 0.5
     assert set(tensors) == {f"0.{n}.{k}" for n in EIGHT for k in ("codes", "scale")} | {"0.step"}
     for bad in ({}, {"nybble.optim": "{"}, {"nybble.optim": '{"state": 3}'}):
         with pytest.raises(FileError, match="flattened"):
