@@ -1,0 +1,184 @@
+"""What a state is kept in: which quantizers can serve it, its codes and back, its form in a state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nybble.core.errors import FileError, SchemeError, UsageError, did_you_mean, within
+from nybble.presets import PRESETS
+from nybble.qtensor import Factored, QTensor, QuantParams, from_spec
+from nybble.qtensor.block import BlockQTensor
+from nybble.quantizer import Quantizer
+from nybble.rounding import get_rounding
+from nybble.scales.one import One
+
+Kind = Literal["signed", "nonnegative"]
+Kept = Tensor | BlockQTensor
+"""A state between two steps: float32, or codes and scales."""
+StateLine = str | Quantizer | None
+StateChoice = StateLine | Mapping[str, StateLine]
+
+
+@cache
+def quantizer(line: str) -> Quantizer:
+    """The Quantizer of a canonical line; a step asks for it once a parameter."""
+    return Quantizer(line)
+
+
+# ------------------------------------------------------------------------------------------------------- which one
+def resolve(choice: StateChoice, kinds: Mapping[str, Kind]) -> dict[str, str | None]:
+    """The canonical quantizer line of each state, or None where it stays float32.
+
+    Args:
+        choice: one line for all states, or one for each by name. A preset that comes in a pair (``state8`` and
+            ``state8-unsigned``) gives its unsigned half to states that are never negative.
+        kinds: what the update rule keeps.
+
+    Raises:
+        UsageError: an unknown name or line. SchemeError: a quantizer that can't serve its state, and why.
+    """
+    if isinstance(choice, Mapping):
+        for name in choice:
+            if name not in kinds:
+                raise UsageError(f"state={dict(choice)}: there is no state {name!r}.{did_you_mean(str(name), kinds)}")
+        for name in kinds:
+            if name not in choice:
+                raise UsageError(f"state={dict(choice)} leaves out {name!r}; None keeps it in float32.")
+        lines = dict(choice)
+    else:
+        lines = {name: _half(choice, kind) for name, kind in kinds.items()}
+    return {name: _canonical(lines[name], name, kind) for name, kind in kinds.items()}
+
+
+def _half(line: StateLine, kind: Kind) -> StateLine:
+    """``state8 flat=64`` as ``state8-unsigned flat=64`` for a state that is never negative."""
+    if not isinstance(line, str) or kind == "signed":
+        return line
+    head, space, rest = line.strip().partition(" ")
+    return f"{head}-unsigned{space}{rest}" if f"{head}-unsigned" in PRESETS else line
+
+
+def _canonical(line: StateLine, name: str, kind: Kind) -> str | None:
+    if line is None:
+        return None
+    if not isinstance(line, str | Quantizer):
+        raise UsageError(f"state={line!r}: say a quantizer line such as 'state8', a Quantizer, or None for float32.")
+    with within(f"state {name!r} in {str(line)!r}"):
+        q = Quantizer(line)
+        why = _refusal(q, kind)
+        if why is not None:
+            raise SchemeError(f"{why} Or give each state its own line: state={{{name!r}: ..., ...}}.")
+        q.scale.fit(torch.ones(1, 2), q.format, q.rounding)  # a rule that can't take the format says so
+    return str(q)
+
+
+def _refusal(q: Quantizer, kind: Kind) -> str | None:
+    """Why ``q`` can't keep such a state, with a way out; None where it can."""
+    fmt, inner = q.format, list(_nested(q))
+    has_zero = 0 in fmt.grid
+    if q.static:
+        return "a static quantizer is calibrated once, and a state changes at every step; leave 'static' out."
+    if q.floor or (not has_zero and (isinstance(q.scale, One) or inner)):
+        which = (
+            f"floor={q.floor} stores no zero" if q.floor else f"{fmt} has no zero, and no plain scale that could be 0"
+        )
+        return f"what has had no gradient is 0 and has to stay so, but {which}; dynamic8 and udynamic8 have a zero."
+    if kind == "signed" and not (fmt.signed or q.scale.needs_integer or q.scale.has_offset):
+        return f"it takes both signs, and {fmt} has no negative values; 'state8' or 'dynamic8 flat=256' has."
+    if kind == "nonnegative" and fmt.signed and not has_zero:
+        return f"it is never negative, and {fmt}, without a zero, would make it so; use 'udynamic8 flat=256'."
+    if kind == "nonnegative" and any(part.center for part in (q, *inner)):
+        return "most of it lies far below its mean and would be lost around it; leave center=mean out."
+    if any(get_rounding(part.rounding).stochastic for part in inner):
+        return "scales are not rounded stochastically; let scale_format round to the nearest."
+    return None
+
+
+def _nested(q: Quantizer) -> Iterator[Quantizer]:
+    """The quantizers of its scales and offsets, of their scales and so on."""
+    for part in (q.scale_format, q.offset_format):
+        if isinstance(part, Quantizer):
+            yield part
+            yield from _nested(part)
+
+
+def check_shape(line: str, shape: tuple[int, ...]) -> None:
+    """Raise GranularityError where a state of this shape can't be cut as the line, or its scales' own, asks."""
+    q: str | Quantizer = quantizer(line)
+    while isinstance(q, Quantizer):
+        q.granularity.check(shape)
+        shape, q = q.granularity.scale_shape(shape), q.scale_format
+
+
+# -------------------------------------------------------------------------------------------------- codes and back
+def encode(x: Tensor, line: str | None, generator: torch.Generator | None = None) -> Kept:
+    """float32 to codes and scales; zeros come back as zeros, in formats without a zero by a scale of 0.
+
+    Li et al. 2023 take ``linear4`` for the second moment because it has no zero, which leaves 0 / 0 to a block that has
+    seen no gradient; with a scale of 1 it would come back as 1/16 and never move again.
+    """
+    if line is None:
+        return x
+    q = quantizer(line)
+    params = None if 0 in q.format.grid or not x.numel() else _zero_scales(q, x)
+    return q.quantize(x, params, generator)
+
+
+def _zero_scales(q: Quantizer, x: Tensor) -> QuantParams:
+    params, magnitude = q.fit(x), x.abs()
+    if isinstance(params.scale, Factored):
+        factors: list[Tensor | QTensor] = []
+        for factor in params.scale.factors:
+            assert isinstance(factor, Tensor)
+            over = [dim for dim, size in enumerate(factor.shape) if size == 1]
+            top = magnitude.amax(over, keepdim=True) if over else magnitude
+            factors.append(torch.where(top == 0, 0, factor))
+        return replace(params, scale=replace(params.scale, factors=tuple(factors)))
+    assert isinstance(params.scale, Tensor)
+    empty = (q.granularity.to_blocks(magnitude).amax(1) == 0).reshape(params.scale.shape)
+    return replace(params, scale=torch.where(empty, 0, params.scale))
+
+
+def decode(kept: Kept, kind: Kind, device: torch.device) -> Tensor:
+    """float32 on ``device``. An offset may leave what is never negative an ulp below 0; it comes back as 0."""
+    if isinstance(kept, Tensor):
+        return kept.to(device, torch.float32)
+    kept = kept if kept.codes.device == device else kept.to(device)
+    values = kept.dequantize()
+    return values.clamp_min(0) if kind == "nonnegative" else values
+
+
+# ------------------------------------------------------------------------------------------------- in a state dict
+def to_saved(kept: Kept, line: str | None) -> Tensor | dict[str, Any]:
+    """Plain tensors, strings and numbers only: ``torch.load(weights_only=True)`` reads them."""
+    return kept if isinstance(kept, Tensor) else {"quantizer": line, "spec": kept.spec(), **kept.tensors()}
+
+
+def from_saved(saved: object, shape: tuple[int, ...], device: torch.device) -> tuple[Kept, str | None]:
+    """The inverse of :func:`to_saved`: the state, on ``device``, and the line it was saved under.
+
+    Raises:
+        FileError: what was saved is no state of this shape, or its codes are no longer codes.
+    """
+    kept: Kept
+    line = None
+    if isinstance(saved, Tensor) and saved.is_floating_point():
+        kept = saved.detach().to(device, torch.float32)
+    elif isinstance(saved, Mapping) and isinstance(saved.get("quantizer"), str) and isinstance(saved.get("spec"), dict):
+        q = Quantizer(saved["quantizer"])
+        made = from_spec(saved["spec"], {k: t.to(device) for k, t in saved.items() if isinstance(t, Tensor)})
+        if not isinstance(made, BlockQTensor) or (made.format, made.granularity) != (q.format, q.granularity):
+            raise FileError(f"it was saved as {q}, and its description says otherwise: {saved['spec']}.")
+        kept, line = made, str(q)
+    else:
+        what = saved.dtype if isinstance(saved, Tensor) else type(saved).__name__
+        raise FileError(f"a state is a floating-point tensor or codes with their description; found {what}.")
+    if tuple(kept.shape) != tuple(shape):
+        raise FileError(f"it was saved with shape {list(kept.shape)}; the parameter here needs {list(shape)}.")
+    return kept, line
