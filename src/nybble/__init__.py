@@ -31,10 +31,12 @@ _NAMES = {
     "evaluate": "nybble.eval",
 }
 
-__all__ = [*_NAMES, "__version__"]
+__all__ = [*_NAMES, "__version__", "optim"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "optim":
+        return importlib.import_module("nybble.optim")
     if name not in _NAMES:
         raise AttributeError(f"module 'nybble' has no attribute {name!r}")
     return getattr(importlib.import_module(_NAMES[name]), name)

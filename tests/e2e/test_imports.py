@@ -52,7 +52,7 @@ def test_the_command_line_answers_without_torch() -> None:
 
 def test_what_recipes_and_all_below_need() -> None:
     """torch and numpy alone: every module of the rows up to recipe.py, used once; YAML waits for a file."""
-    rows = ("core", "formats", "packing", "rounding", "ops", "scales", "qtensor", "recipes")
+    rows = ("core", "formats", "packing", "rounding", "ops", "scales", "qtensor", "recipes", "learned", "optim")
     modules = ("granularity", "presets", "soft", "quantizer", "scheme", "recipe")
     code = f"""{BLOCKED}
 import importlib, pkgutil
