@@ -37,11 +37,11 @@ from nybble.core.errors import DataError, SchemeError
 from nybble.formats import NumberFormat
 from nybble.granularity import Granularity, PerTensor, Rank1, Shifted
 from nybble.line import DEFAULTS, GRANULARITY_WORDS, PLAIN, override, parse_words, split_words
-from nybble.ops.blocks import divide, dynamic_round, narrow_scale, scaled_round
-from nybble.ops.rounding import encode, round_stochastic, round_to, round_to_codes
+from nybble.ops.blocks import dynamic_round, narrow_scale, scaled_round
+from nybble.ops.grid import Round
 from nybble.ops.scaling import divided
 from nybble.packing import get_layout
-from nybble.qtensor import Inverse, QTensor, QuantParams, block_view, scale_blocks
+from nybble.qtensor import Inverse, QTensor, QuantParams, block_view
 from nybble.qtensor._factors import rank1_scale, shift_limit, shifted_scale
 from nybble.qtensor.block import BlockQTensor
 from nybble.rounding import get_rounding
@@ -50,6 +50,7 @@ from nybble.scales.absmax import AbsMax
 from nybble.scales.mse import Mse
 from nybble.scales.one import One
 from nybble.scales.pow2 import Pow2
+from nybble.soft import codes_of, grid_of, harden, integers, pack, scaled, settle, soft, soften, unscaled
 
 
 @dataclass(frozen=True, init=False)
@@ -195,7 +196,7 @@ class Quantizer:
             raw = torch.where(raw == 0, torch.ones_like(raw), raw)
             scale = narrow_scale(raw, self.scale_format)
             scale = scale.to(getattr(torch, self.scale_format))
-        zero_point = None if found.zero_point is None else _integers(found.zero_point.reshape(shape), self.format)
+        zero_point = None if found.zero_point is None else integers(found.zero_point.reshape(shape), self.format)
         offset: Tensor | QTensor | None = None
         if found.offset is not None:
             value = found.offset.reshape(shape)
@@ -231,16 +232,15 @@ class Quantizer:
             rounded = dynamic_round(blocks, self.format.name, self.rounding, target, mode, narrow)
             return self.granularity.from_blocks(rounded, x.shape)
         shape = tuple(x.shape)
-        centre, x_in = self._centred(x)
-        params = self.fit(x_in) if params is None else params
-        params = self._with_offset(params, centre)
-        blocks = self.granularity.to_blocks(x_in)
+        params = self.measured(x, params)
+        blocks = self.granularity.to_blocks(x)
         if self._elementwise(params) and not isinstance(params.scale, Inverse | None):
             scale = block_view(params.scale, self.granularity, shape)
             rounded = scaled_round(blocks, scale, self.format.name, self.rounding, self.reciprocal)
             return self.granularity.from_blocks(rounded, shape)
-        values, _ = self._round(blocks.float(), params, shape, generator, codes=False)
-        return self.granularity.from_blocks(_affine(values, params, self.granularity, shape), shape).to(x.dtype)
+        y = scaled(self, blocks.float(), params, shape)
+        values = grid_of(self, params, shape).nearest(y, generator)
+        return self.granularity.from_blocks(unscaled(values, params, self.granularity, shape), shape).to(x.dtype)
 
     def quantize(
         self, x: Tensor, params: QuantParams | None = None, generator: torch.Generator | None = None
@@ -255,11 +255,10 @@ class Quantizer:
         """
         x = x.detach()
         shape = tuple(x.shape)
-        centre, x_in = self._centred(x)
-        params = self.fit(x_in) if params is None else params
-        blocks = self.granularity.to_blocks(x_in).float()
-        params = self._poisoned(self._with_offset(params, centre), blocks)
-        _, codes = self._round(blocks, params, shape, generator, codes=True)
+        params = self.measured(x, params)
+        blocks = self.granularity.to_blocks(x).float()
+        params = self._poisoned(params, blocks)
+        codes = grid_of(self, params, shape).encode(scaled(self, blocks, params, shape), generator)
         flat = self.granularity.from_blocks(codes, shape).reshape(-1)
         packed = get_layout(self.packing).pack(flat, self.format.bits)
         return BlockQTensor(self.format, self.granularity, shape, packed, params, self.packing)
@@ -279,20 +278,19 @@ class Quantizer:
         )
 
     def _elementwise(self, params: QuantParams) -> bool:
-        plain = all(p is None for p in (params.zero_point, params.offset, params.thresholds, params.divisor))
+        plain = all(
+            p is None for p in (params.zero_point, params.offset, params.thresholds, params.divisor, params.grid)
+        )
         return plain and not self.floor and not get_rounding(self.rounding).stochastic
 
-    def _centred(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        if not self.center:
-            return None, x
+    def measured(self, x: Tensor, params: QuantParams | None) -> QuantParams:
+        """``params``, or those of ``x`` for None; with center=mean and no offset given, its mean too."""
+        if not self.center or (params is not None and params.offset is not None):
+            return self.fit(x) if params is None else params
         wide = x.float().contiguous()  # the mean adds up in memory order
         mean = wide.mean()
-        return mean, wide - mean
-
-    def _with_offset(self, params: QuantParams, centre: Tensor | None) -> QuantParams:
-        if centre is None:
-            return params
-        return replace(params, offset=centre.reshape(1))
+        params = self.fit(wide - mean) if params is None else params
+        return replace(params, offset=mean.reshape(1))
 
     def _poisoned(self, params: QuantParams, blocks: Tensor) -> QuantParams:
         """A format without NaN carries it in the block's scale; infinity over an infinite scale is NaN too."""
@@ -302,62 +300,76 @@ class Quantizer:
         bad = blocks.isnan().any(1).reshape(scale.shape) | scale.isinf()
         return replace(params, scale=torch.where(bad, torch.nan, scale))
 
-    def _round(
-        self,
-        blocks: Tensor,
-        params: QuantParams,
-        shape: tuple[int, ...],
-        generator: torch.Generator | None,
-        *,
-        codes: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Values (before scale and offset) or codes of blocks, float32 or integers [blocks, elements]."""
-        y = blocks
-        if params.offset is not None and not self.center:
-            y = y - block_view(params.offset, self.granularity, shape)
-        if params.scale is not None:
-            by = block_view(params.scale if params.divisor is None else params.divisor, self.granularity, shape)
-            y = y * by if isinstance(params.scale, Inverse) else divide(y, by, self.reciprocal)
-        name, stochastic = self.format.name, get_rounding(self.rounding).stochastic
-        if params.thresholds is not None:
-            rank = torch.bucketize(y.contiguous(), params.thresholds, right=True)
-            y = torch.from_numpy(self.format.grid).float().to(y.device)[rank]
-        elif params.zero_point is not None:
-            zero = block_view(params.zero_point, self.granularity, shape)
-            if stochastic:
-                below = torch.floor(y)
-                up = torch.rand(y.shape, generator=generator, device=y.device) < y - below
-                y = (below + up + zero).clamp(self.format.min, self.format.max)
-            else:
-                y = round_to_codes(y, zero, self.format.min, self.format.max, self.rounding)
-        elif stochastic:
-            y = round_stochastic(y, name, generator)
-        if self.floor:
-            least = self.format.min_normal if self.floor == "normal" else self.format.smallest
-            y = torch.where(y.isnan(), y, torch.where(y < 0, y.clamp(max=-least), y.clamp(min=least)))
-        settled = stochastic or params.thresholds is not None or params.zero_point is not None
-        rounding = "nearest-even" if settled else self.rounding
-        if codes:
-            return y, encode(y.contiguous(), name, rounding)
-        return (y if settled and not self.floor else round_to(y, name, rounding)), y
+    # ------------------------------------------------------------------------------------------------ training
+    def soft(self, x: Tensor, params: QuantParams | None = None, round: Round | None = None) -> Tensor:
+        """Fake quantization with gradients, for any format, granularity, nesting and offset.
 
+        Args:
+            x: float32, float16 or bfloat16.
+            params: raw (:meth:`soften`) or stored; tensors of it that want a gradient get one. Raw ones are used as
+                they would be stored, with the gradient passed straight through to them. None measures them on ``x``.
+            round: ``(y, grid) -> values``, see :data:`nybble.ops.grid.Round`: learned or noisy rounding. None rounds
+                as :meth:`fake_quantize` does, straight through with clipping (:func:`nybble.ops.grid.nearest`).
 
-def _affine(values: Tensor, params: QuantParams, granularity: Granularity, shape: tuple[int, ...]) -> Tensor:
-    """``scale * (value - zero_point) + offset`` on blocks, as BlockQTensor.dequantize does it."""
-    if params.zero_point is not None:
-        values = values - block_view(params.zero_point, granularity, shape)
-    if params.scale is not None:
-        values = scale_blocks(values, params.scale, granularity, shape)
-    if params.offset is not None:
-        values = values + block_view(params.offset, granularity, shape)
-    return values
+        Returns:
+            shape and dtype of ``x``; without ``round`` it is ``fake_quantize(x, harden(params))`` bit for bit.
+        """
+        return soft(self, x, params, round)
 
+    def settle(self, x: Tensor, params: QuantParams | None, round: Round | None = None) -> BlockQTensor:
+        """Store what :meth:`soft` calculates: ``settle(x, p, r).dequantize(x.dtype)`` equals ``soft(x, p, r)``.
 
-def _integers(zero_point: Tensor, fmt: NumberFormat) -> BlockQTensor:
-    """Zero points as codes of the same integer format, densely packed."""
-    codes = encode(zero_point.contiguous(), fmt.name, "nearest-even").reshape(-1)
-    packed = get_layout("dense").pack(codes, fmt.bits)
-    return BlockQTensor(fmt, PerTensor(), tuple(zero_point.shape), packed, QuantParams(None))
+        Raises:
+            DataError: ``round`` returns values off the grid (it must have settled); or ``x`` holds NaN.
+        """
+        if round is None:
+            return self.quantize(x, None if params is None else harden(self, params))
+        return settle(self, x, params, round)
+
+    def soften(self, params: QuantParams) -> QuantParams:
+        """Stored parameters as raw ones: float32 copies, which training may replace by leaves of its own.
+
+        A scale (or offset) that is quantized itself becomes its values, and its own parameters go to ``scale_params``
+        (``offset_params``), raw too: they stay fixed unless they are trained as well. With raw_scale=true the raw scale
+        is the divisor, where it is known.
+        """
+        return soften(self, params)
+
+    def harden(self, params: QuantParams) -> QuantParams:
+        """Raw parameters as stored ones, without gradient: ``harden(soften(p))`` stores the same bytes as ``p``.
+
+        Plain tensors are taken as raw, QTensors as stored: scales and offsets are narrowed or quantized as
+        ``scale_format`` and ``offset_format`` say, zero points rounded and held within the codes. Factors of a factored
+        scale are kept as they are.
+        """
+        return harden(self, params)
+
+    def codes_of(self, values: Tensor, params: QuantParams) -> Tensor:
+        """The codes of values of the grid, exactly: -0, zero points and learned grids too.
+
+        Args:
+            values: shape of the tensor, in the units of ``x / scale`` with the zero point taken off.
+            params: raw or stored.
+
+        Returns:
+            uint8 (int32 above 8 bits), shape of ``values``.
+
+        Raises:
+            DataError: a value is not on the grid.
+        """
+        return codes_of(self, values, params)
+
+    def pack(self, codes: Tensor, params: QuantParams) -> BlockQTensor:
+        """Pack codes that need not be the nearest ones.
+
+        Args:
+            codes: integers of the shape of the tensor: bit patterns, 0 .. 2**bits - 1.
+            params: raw or stored.
+
+        Raises:
+            DataError: codes out of range, or that the packing can't hold; parameters of another shape.
+        """
+        return pack(self, codes, params)
 
 
 def _nested(text: str) -> str | Quantizer:

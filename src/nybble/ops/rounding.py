@@ -36,6 +36,11 @@ def decode_table(name: str, device: torch.device) -> Tensor:
     return torch.from_numpy(get_format(name).values.astype(np.float32)).to(device)
 
 
+def grid_table(name: str, device: torch.device) -> Tensor:
+    """float32: the distinct values that an encoder of the format produces, ascending, on ``device``."""
+    return _tables(name, "nearest-even", device)[1]
+
+
 def code_dtype(fmt: NumberFormat) -> torch.dtype:
     """uint8 up to 8 bits, else int32."""
     return torch.uint8 if fmt.bits <= 8 else torch.int32
@@ -167,7 +172,11 @@ def round_stochastic(x: Tensor, fmt: str, generator: torch.Generator | None) -> 
     Returns:
         float32, shape of ``x``; NaN stays NaN.
     """
-    grid = _tables(fmt, "nearest-even", x.device)[1]
+    return draw_on(x, grid_table(fmt, x.device), generator)
+
+
+def draw_on(x: Tensor, grid: Tensor, generator: torch.Generator | None) -> Tensor:
+    """:func:`round_stochastic` on a grid given by its values, float32 [n], ascending."""
     inside = x.contiguous().clamp(float(grid[0]), float(grid[-1]))
     lower = (torch.bucketize(inside, grid, right=True) - 1).clamp(0, len(grid) - 2)
     low, high = grid[lower], grid[lower + 1]

@@ -140,6 +140,11 @@ class QuantParams:
         thresholds: float32, ascending, in the units of x / scale: learned decision points instead of a tie rule (N2UQ);
             one list for the whole tensor.
         divisor: what x is divided by where that is not the scale that multiplies back (``raw_scale=true``); not stored.
+        grid: float32 [2**bits], the value of each code: a learned code book in place of the format's values.
+        scale_params: of the scales' own quantizer, while ``scale`` is raw (float32, not yet stored; see
+            :meth:`nybble.quantizer.Quantizer.soften`); None measures them on ``scale``. Not stored: a QTensor has its
+            own.
+        offset_params: the same for ``offset``.
     """
 
     scale: ScaleLike | None
@@ -147,6 +152,9 @@ class QuantParams:
     offset: Tensor | QTensor | None = None
     thresholds: Tensor | None = None
     divisor: Tensor | None = None
+    grid: Tensor | None = None
+    scale_params: QuantParams | None = None
+    offset_params: QuantParams | None = None
 
 
 def dense(value: Tensor | QTensor) -> Tensor:

@@ -14,6 +14,7 @@ from nybble.core.errors import FileError
 from nybble.formats import NumberFormat, get_format
 from nybble.granularity import Granularity, parse_granularity
 from nybble.ops.rounding import decode
+from nybble.ops.tables import table_decode
 from nybble.packing import get_layout
 from nybble.qtensor import (
     Factored,
@@ -37,7 +38,7 @@ class BlockQTensor(QTensor):
     Attributes:
         format: of the codes. granularity: who shares a scale. shape: of the tensor.
         codes: uint8, packed by ``layout`` in row-major order of the tensor.
-        params: scale, zero point, offset.
+        params: scale, zero point, offset, learned thresholds and grid.
     """
 
     format: NumberFormat
@@ -55,7 +56,11 @@ class BlockQTensor(QTensor):
         return codes
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # noqa: D102
-        values: Tensor = decode(self.unpacked(), self.format.name)
+        values: Tensor = (
+            decode(self.unpacked(), self.format.name)
+            if self.params.grid is None
+            else table_decode(self.unpacked(), self.params.grid)
+        )
         if self.params.scale is None and self.params.offset is None and self.params.zero_point is None:
             return values.to(dtype)
         blocks = self.granularity.to_blocks(values)
@@ -82,6 +87,8 @@ class BlockQTensor(QTensor):
             yield "offset", self.params.offset, "offsets"
         if self.params.thresholds is not None:
             yield "thresholds", self.params.thresholds, "tables"
+        if self.params.grid is not None:
+            yield "grid", self.params.grid, "tables"
 
     def tensors(self) -> dict[str, Tensor]:  # noqa: D102
         found = {"codes": self.codes}
@@ -115,7 +122,7 @@ class BlockQTensor(QTensor):
             found["scale"] = {"kind": "inverse", "divisor": _part_spec(scale.divisor)}
         elif scale is not None:
             found["scale"] = _part_spec(scale)
-        for name in ("zero_point", "offset", "thresholds"):
+        for name in ("zero_point", "offset", "thresholds", "grid"):
             value = getattr(self.params, name)
             if value is not None:
                 found[name] = _part_spec(value)
@@ -158,11 +165,17 @@ class BlockQTensor(QTensor):
             scale = _part("scale", spec["scale"], tensors)
             _check_count("scale", scale, granularity, shape)
         rest: dict[str, Any] = {
-            k: _part(k, spec[k], tensors) for k in ("zero_point", "offset", "thresholds") if k in spec
+            k: _part(k, spec[k], tensors) for k in ("zero_point", "offset", "thresholds", "grid") if k in spec
         }
         for name in ("zero_point", "offset"):
             if name in rest and (name == "zero_point" or rest[name].shape != (1,)):  # one mean for all (center=mean)
                 _check_count(name, rest[name], granularity, shape)
+        grid = rest.get("grid")
+        if grid is not None and (grid.shape != (2**fmt.bits,) or grid.dtype != torch.float32):
+            raise FileError(
+                f"grid: a learned grid in place of {fmt.name} is {2**fmt.bits} values of float32, one for each code; "
+                f"found {list(grid.shape)} of {grid.dtype}."
+            )
         return BlockQTensor(fmt, granularity, shape, codes, QuantParams(scale, **rest), layout)
 
 
