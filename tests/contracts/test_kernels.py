@@ -19,6 +19,7 @@ from nybble.formats import format_names, get_format
 from nybble.kernels import cpu
 from nybble.ops import blocks as block_ops
 from nybble.ops import rounding as rounding_ops
+from nybble.ops import tables
 from nybble.ops.scaling import POW2_MODES
 from nybble.rounding import REGISTRY as ROUNDINGS
 from nybble.rounding import get_rounding
@@ -31,6 +32,9 @@ OPS = {
     "decode": rounding_ops.decode,
     "scaled_round": block_ops.scaled_round,
     "dynamic_round": block_ops.dynamic_round,
+    "table_round": tables.table_round,
+    "table_encode": tables.table_encode,
+    "table_decode": tables.table_decode,
 }
 SHAPES = [(0, 32), (3, 0), (1, 1), (5, 7), (3000, 33), (2, 70_000), (40_000, 1)]
 
@@ -180,6 +184,9 @@ def test_strides_and_modes(threads: int) -> None:
         ("scaled_round", (torch.randn(32, 6).t().half(), torch.rand(6, 32), "nf4", "native", True)),
         ("dynamic_round", (torch.randn(6, 32).bfloat16(), "float4_e2m1fn", "nearest-even", 6.0, "", "float16")),
         ("dynamic_round", (torch.randn(32, 6).t(), "float8_e4m3fn", "half-away", 448.0, "floor", "float32")),
+        ("table_round", (torch.randn(32, 6).t(), torch.tensor([-0.5, 0.1, 0.7]), torch.tensor([-1.0, 0.0, 0.5, 1.0]))),
+        ("table_encode", (torch.randn(7, 5).t(), torch.tensor([-0.5, 0.7]), torch.tensor([2, 0, 1], dtype=torch.uint8))),
+        ("table_decode", (torch.arange(16, dtype=torch.uint8).view(4, 4).t(), torch.randn(16))),
     ],
 )
 def test_opcheck(name: str, args: tuple[Any, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def test_the_command_line_answers_without_torch() -> None:
 def test_what_recipes_and_all_below_need() -> None:
     """torch and numpy alone: every module of the rows up to recipe.py, used once; YAML waits for a file."""
     rows = ("core", "formats", "packing", "rounding", "ops", "scales", "qtensor", "recipes")
-    modules = ("granularity", "presets", "quantizer", "scheme", "recipe")
+    modules = ("granularity", "presets", "soft", "quantizer", "scheme", "recipe")
     code = f"""{BLOCKED}
 import importlib, pkgutil
 for row in {rows!r}:
@@ -70,6 +71,48 @@ heavy = {{"transformers", "yaml", "safetensors", "typer", "gguf"}}
 print(sorted(heavy & set(sys.modules)), torch.cuda.is_initialized())
 """
     assert python(code) == "[] False\n"
+
+
+ROUNDED = """
+import json, sys, warnings
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import nybble.quantizer, torch
+    early = [str(w.message) for w in seen]
+    loaded = [name for name in sys.modules if name.startswith("nybble.kernels")]
+    x = torch.linspace(-9, 9, 4096).view(64, 64)
+    lines = ("float4_e2m1fn group=32", "nf4 flat=64", "nvfp4")
+    codes = [nybble.quantizer.Quantizer(line).quantize(x).codes.tolist() for line in lines]
+    codes = [nybble.quantizer.Quantizer(line).quantize(x).codes.tolist() for line in lines]
+    late = [str(w.message) for w in seen[len(early):]]
+after = [name for name in sys.modules if name.startswith("nybble.kernels.")]
+print(json.dumps([early, loaded, late, after, codes]))
+"""
+
+
+def test_kernels_wait_for_the_first_use_of_their_device() -> None:
+    early, loaded, late, after, codes = json.loads(python(ROUNDED))
+    assert early == loaded == late == [] and after == ["nybble.kernels.cpu"]
+    missing = "import sys; sys.modules['nybble.kernels'] = None"
+    early, _, late, after, readable = json.loads(python(missing + ROUNDED))
+    assert early == late == after == [] and readable == codes
+
+
+def test_a_broken_kernel_is_named_once_and_left_out(tmp_path: Path) -> None:
+    """Plug-ins that need a package which isn't there, for a device in use, one not in use, and none that torch has."""
+    (tmp_path / "fast_kernels.py").write_text("import a_package_that_is_missing")
+    info = tmp_path / "fast_kernels-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fast-kernels\nVersion: 0\n")
+    names = "".join(f"{name} = fast_kernels\n" for name in ("cpu_fast", "cuda_fast", "abacus_fast"))
+    (info / "entry_points.txt").write_text("[nybble.kernels]\n" + names)
+    early, loaded, late, after, codes = json.loads(
+        python(f"import sys; sys.path.insert(0, {os.fspath(tmp_path)!r})" + ROUNDED)
+    )
+    assert loaded == [] and after == ["nybble.kernels.cpu"]
+    assert len(early) == 1 and "abacus_fast" in early[0] and "a_package" not in early[0]
+    assert len(late) == 1 and "cpu_fast" in late[0] and "a_package_that_is_missing" in late[0] and "cuda" not in late[0]
+    assert codes == json.loads(python(ROUNDED))[-1]
 
 
 @pytest.fixture(scope="module")

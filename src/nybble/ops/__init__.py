@@ -1,24 +1,12 @@
 """Every operation once: schema, fake and a reference one can read.
 
-``kernels/`` adds fast versions by name, changing no number.
+``kernels/`` adds fast versions by name, changing no number (:mod:`nybble.ops.loader`).
 """
 
-from __future__ import annotations
+from nybble.ops import blocks, rounding, tables
+from nybble.ops.loader import load_at_first_use
 
-import importlib
-import pkgutil
-
-from nybble.ops import blocks, rounding  # noqa: F401  the ops stand before their fast versions are looked for
-
-
-def _load_kernels() -> None:
-    """Import what ``nybble.kernels`` holds, if it is there; each module registers itself under the names of ops."""
-    try:
-        folder = importlib.import_module("nybble.kernels")
-    except ModuleNotFoundError:
-        return
-    for module in pkgutil.iter_modules(folder.__path__):
-        importlib.import_module(f"nybble.kernels.{module.name}")
-
-
-_load_kernels()
+_OPS = {
+    id(op): op for part in (blocks, rounding, tables) for op in vars(part).values() if hasattr(op, "register_kernel")
+}
+load_at_first_use(_OPS.values())
