@@ -217,15 +217,17 @@ class Grid:
         return self.format.name if self.table is None else f"a learned table in place of {self.format.name}"
 
 
-def nearest(y: Tensor, grid: Grid) -> Tensor:
+def nearest(y: Tensor, grid: Grid, generator: torch.Generator | None = None) -> Tensor:
     """The quantizer's own rounding, straight through with clipping: the default :data:`Round`.
+
+    For rounding=stochastic give ``partial(nearest, generator=g)``: without one, torch's global generator draws.
 
     The gradient of y is 1 inside the range and 0 outside (Bengio et al. 2013, arXiv:1308.3432, with the clipping of
     PACT). In ``scale * (nearest(y) - zero_point)`` that makes the scale's gradient LSQ's (Esser et al. 2020,
     arXiv:1902.08153, eq. 3): round(y) - y inside, the smallest or largest value outside. At the very ends of the range
     we count as inside, as torch.clamp does; the paper doesn't.
     """
-    return straight_through(grid.nearest(y), grid.clamp(y))
+    return straight_through(grid.nearest(y, generator), grid.clamp(y))
 
 
 def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
