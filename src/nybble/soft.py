@@ -119,7 +119,8 @@ def settle(spec: Specification, x: Tensor, params: QuantParams | None, round: Ro
     x, shape = x.detach(), tuple(x.shape)
     params = harden(spec, spec.measured(x, params))
     grid = grid_of(spec, params, shape)
-    codes = grid.codes(round(scaled(spec, spec.granularity.to_blocks(x).float(), params, shape), grid))
+    values = round(scaled(spec, spec.granularity.to_blocks(x).float(), params, shape), grid)
+    codes = grid.codes(values, spec.granularity.mask(shape, x.device))
     return pack(spec, spec.granularity.from_blocks(codes, shape), params)
 
 
@@ -128,7 +129,7 @@ def codes_of(spec: Specification, values: Tensor, params: QuantParams) -> Tensor
     """See :meth:`nybble.quantizer.Quantizer.codes_of`."""
     shape = tuple(values.shape)
     grid = grid_of(spec, harden(spec, params), shape)
-    codes = grid.codes(spec.granularity.to_blocks(values).float())
+    codes = grid.codes(spec.granularity.to_blocks(values).float(), spec.granularity.mask(shape, values.device))
     return spec.granularity.from_blocks(codes, shape)
 
 

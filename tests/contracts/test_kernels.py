@@ -185,7 +185,7 @@ def test_strides_and_modes(threads: int) -> None:
         ("dynamic_round", (torch.randn(6, 32).bfloat16(), "float4_e2m1fn", "nearest-even", 6.0, "", "float16")),
         ("dynamic_round", (torch.randn(32, 6).t(), "float8_e4m3fn", "half-away", 448.0, "floor", "float32")),
         ("table_round", (torch.randn(32, 6).t(), torch.tensor([-0.5, 0.1, 0.7]), torch.tensor([-1.0, 0.0, 0.5, 1.0]))),
-        ("table_encode", (torch.randn(7, 5).t(), torch.tensor([-0.5, 0.7]), torch.tensor([2, 0, 1], dtype=torch.uint8))),
+        ("table_encode", (torch.randn(7, 5).t(), torch.tensor([-0.5, 0.7]), torch.arange(3, dtype=torch.uint8))),
         ("table_decode", (torch.arange(16, dtype=torch.uint8).view(4, 4).t(), torch.randn(16))),
     ],
 )

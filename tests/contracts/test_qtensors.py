@@ -72,6 +72,9 @@ MADE: dict[str, Callable[[], QTensor]] = {
     "block thresholds": lambda: Quantizer("uint2 tensor").quantize(
         x().abs(), QuantParams(torch.ones(1, 1), thresholds=torch.tensor([0.3, 0.8, 1.9]))
     ),
+    "block grid": lambda: Quantizer("nf4 flat=32").quantize(
+        x(), QuantParams(torch.ones(24), grid=torch.randn(16, generator=torch.Generator().manual_seed(4)))
+    ),
     "block base3": lambda: Quantizer("ternary scale=mean packing=base3").quantize(x()),
     "block 3-d": lambda: Quantizer("int3 group=16").quantize(x().reshape(3, 4, 64)),
     "block scalar": lambda: Quantizer("int8 tensor").quantize(torch.tensor(1.5)),

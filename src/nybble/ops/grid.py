@@ -134,7 +134,11 @@ class Grid:
             if self._stochastic and self.thresholds is None:
                 y = draw_on(y, values, generator)
             else:
-                y = table_round(_signed(y), thresholds, values) if self.thresholds is None else self._ranked(y, values)
+                y = (
+                    table_round(self._signed(y), thresholds, values)
+                    if self.thresholds is None
+                    else self._ranked(y, values)
+                )
         elif self.thresholds is not None:
             y = self._ranked(y, grid_table(self.format.name, y.device))
         elif self.zero is not None:
@@ -162,16 +166,23 @@ class Grid:
 
     def _table_codes(self, y: Tensor, thresholds: Tensor | None = None) -> Tensor:
         own, _, codes = self._book
-        found: Tensor = (
-            table_encode(_signed(y), own, codes) if thresholds is None else table_encode(y, thresholds, codes)
-        )
+        if thresholds is None:
+            y, thresholds = self._signed(y), own
+        found: Tensor = table_encode(y, thresholds, codes)
         return found
 
-    def codes(self, values: Tensor) -> Tensor:
+    def _signed(self, y: Tensor) -> Tensor:
+        """-0 as the next number below it, where the table has a -0: a threshold of +0 doesn't see the sign."""
+        values = self._book[1]
+        kept = ((values == 0) & values.signbit()).any()
+        return torch.where((y == 0) & y.signbit() & kept, -(2.0**-149), y)
+
+    def codes(self, values: Tensor, real: Tensor | None = None) -> Tensor:
         """The code of each value of the grid, exactly: -0 and zero points too.
 
         Args:
             values: float32 [blocks, elements], as a :data:`Round` returns them.
+            real: which elements are no padding, bool of that shape; None: all.
 
         Returns:
             uint8 (int32 above 8 bits), shape of ``values``.
@@ -187,9 +198,12 @@ class Grid:
             found = encode(whole.contiguous(), self.format.name, "nearest-even")
         back = self.decode(found).detach()
         wrong = (back != values) & ~(back.isnan() & values.isnan())
+        if real is not None:
+            wrong &= real
         if bool(wrong.any()):
+            count = wrong.numel() if real is None else int(real.sum())
             raise DataError(
-                f"{int(wrong.sum())} of {values.numel()} values are not on the grid of {self._name}, "
+                f"{int(wrong.sum())} of {count} values are not on the grid of {self._name}, "
                 f"{float(values[wrong][0]):g} for one: a rounding that still returns values between; settle it first."
             )
         return found
@@ -261,8 +275,3 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, value: Tensor | None, surrogate: Tensor | None) -> Tensor | None:
         return surrogate if value is None else value if surrogate is None else value + surrogate
-
-
-def _signed(y: Tensor) -> Tensor:
-    """-0 as the next number below it: a comparison with a threshold of +0 doesn't see the sign."""
-    return torch.where((y == 0) & y.signbit(), -(2.0**-149), y)
