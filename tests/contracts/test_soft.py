@@ -318,6 +318,14 @@ def test_stored_parameters_get_no_gradient_and_others_pass_it() -> None:
     assert torch.autograd.grad(first.sum(), scale)[0].count_nonzero() > 0
 
 
+def test_the_hard_ones_have_no_gradient() -> None:
+    q = Quantizer("nf4 channel")
+    params = QuantParams(torch.ones(2, 1, requires_grad=True), grid=torch.randn(16).requires_grad_())
+    x = torch.randn(2, 8, requires_grad=True)
+    assert not q.fake_quantize(x, params).requires_grad
+    assert not any(t.requires_grad for t in q.quantize(x, q.harden(params)).tensors().values())
+
+
 def test_straight_through() -> None:
     value, surrogate = torch.tensor([-0.0, 0.1, 3e8]), torch.tensor([1.0, 3e8, 0.3], requires_grad=True)
     out = straight_through(value, surrogate)
@@ -386,6 +394,19 @@ def test_integers_by_hand() -> None:
     up = q.settle(x, params, lambda y, grid: grid.neighbours(y)[1])
     assert down.unpacked().tolist() == [[0, 0, 0, 3, 14, 15, 15]]
     assert up.unpacked().tolist() == [[0, 1, 1, 4, 15, 15, 15]]
+
+
+def test_padding_decides_nothing() -> None:
+    """A block's tail holds no element: what a rounding makes of it, a half here, need not be a value."""
+    q = Quantizer("int4 flat=48")
+    x = torch.randn(5, 10)
+    real = q.granularity.mask(x.shape)
+    assert real is not None
+
+    def decide(y: Tensor, grid: Grid) -> Tensor:
+        return torch.where(real, grid.nearest(y), 0.5)
+
+    assert same(q.settle(x, None, decide).dequantize(), q.fake_quantize(x))
 
 
 def test_a_rounding_of_another_shape() -> None:
