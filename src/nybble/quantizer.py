@@ -299,6 +299,8 @@ class Quantizer:
         scale = params.scale
         if self.format.nan_code is not None or not isinstance(scale, Tensor) or blocks.shape[0] != scale.numel():
             return params
+        if self.center and params.offset is not None:  # one NaN makes the mean NaN
+            blocks = blocks - block_view(params.offset, self.granularity, ())
         bad = blocks.isnan().any(1).reshape(scale.shape) | scale.isinf()
         return replace(params, scale=torch.where(bad, torch.nan, scale))
 
