@@ -207,6 +207,7 @@ class Quantizer:
         return QuantParams(scale, zero_point, offset, divisor=raw if self.raw_scale and scale is not None else None)
 
     # ------------------------------------------------------------------------------------------------ use
+    @torch.no_grad()
     def fake_quantize(
         self, x: Tensor, params: QuantParams | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -214,7 +215,7 @@ class Quantizer:
 
         Args:
             x: float32, float16 or bfloat16.
-            params: from :meth:`fit`; None measures them on ``x``.
+            params: from :meth:`fit`, used as they are (of raw ones give :meth:`harden`'s); None measures them on ``x``.
             generator: for stochastic rounding only.
 
         Returns:
@@ -242,6 +243,7 @@ class Quantizer:
         values = grid_of(self, params, shape).nearest(y, generator)
         return self.granularity.from_blocks(unscaled(values, params, self.granularity, shape), shape).to(x.dtype)
 
+    @torch.no_grad()
     def quantize(
         self, x: Tensor, params: QuantParams | None = None, generator: torch.Generator | None = None
     ) -> BlockQTensor:
@@ -297,6 +299,8 @@ class Quantizer:
         scale = params.scale
         if self.format.nan_code is not None or not isinstance(scale, Tensor) or blocks.shape[0] != scale.numel():
             return params
+        if self.center and params.offset is not None:  # one NaN makes the mean NaN
+            blocks = blocks - block_view(params.offset, self.granularity, ())
         bad = blocks.isnan().any(1).reshape(scale.shape) | scale.isinf()
         return replace(params, scale=torch.where(bad, torch.nan, scale))
 

@@ -24,7 +24,7 @@ from nybble.formats import NumberFormat
 from nybble.granularity import Granularity, PerTensor
 from nybble.ops.blocks import divide, narrow_scale
 from nybble.ops.grid import Grid, Round, nearest, straight_through
-from nybble.ops.rounding import encode
+from nybble.ops.rounding import decode, encode
 from nybble.packing import get_layout
 from nybble.qtensor import (
     Factored,
@@ -248,17 +248,19 @@ def _softened(
     if isinstance(how, str) or not isinstance(stored, BlockQTensor):
         raise SchemeError(f"{name} is stored as {stored.kind} where the quantizer keeps it as {how}; fit it anew.")
     params = soften(how, stored.params)
-    raw, want = _raw(dense(stored) if divisor is None else divisor).reshape(stored.shape), stored.dequantize()
-    outer = harden(how, params)
-    for _ in range(_STEPS):  # around a mean, a step of float32 can be as wide as the cell of a code
-        apart = want - how.quantize(raw, outer).dequantize()
-        if not bool((apart != 0).any()):
+    raw = _raw(dense(stored) if divisor is None else divisor).reshape(stored.shape)
+    outer, want = harden(how, params), stored.unpacked()
+    for _ in range(_STEPS):
+        got = how.quantize(raw, outer).unpacked()
+        if torch.equal(got, want):
             break
-        raw = torch.where(apart == 0, raw, torch.nextafter(raw, torch.copysign(torch.full_like(raw, torch.inf), apart)))
+        apart = decode(want, how.format.name) - decode(got, how.format.name)
+        there = torch.nextafter(raw, torch.copysign(torch.full_like(raw, torch.inf), apart))
+        raw = torch.where(got == want, raw, there)
     return raw, params
 
 
-_STEPS = 16
+_STEPS = 16  # of float32: around a mean, one of them can be as wide as the cells of several codes
 
 
 def integers(zero_point: Tensor, fmt: NumberFormat) -> BlockQTensor:
