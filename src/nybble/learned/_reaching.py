@@ -10,7 +10,7 @@ from nybble.ops.grid import Grid, straight_through
 
 def reaching(y: Tensor, grid: Grid) -> Tensor:
     """The quantizer's own rounding; gradient 1 up to half a step beyond the ends of the range, 0 farther out."""
-    low, high = (torch.as_tensor(v, dtype=y.dtype, device=y.device).detach() for v in (grid.low, grid.high))
+    low, high = (v.detach() if isinstance(v, Tensor) else y.new_full((), v) for v in (grid.low, grid.high))
     infinity = torch.full_like(high, torch.inf)
     first = grid.neighbours(torch.nextafter(low, infinity))[1] - low
     last = high - grid.neighbours(torch.nextafter(high, -infinity))[0]

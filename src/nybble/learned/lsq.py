@@ -12,7 +12,8 @@ begin.
 
 Where we differ: at the very ends of the range an element counts as inside. On a float format round() is to its grid and
 Q_P its largest value. A scale that is stored in 16 bits, or quantized (NVFP4, MX), is used as stored, with the gradient
-straight through; the outer scale of nested ones, and a zero point or offset, stay as they begin.
+straight through; the outer scale of nested ones, and a zero point or offset, stay as they begin. As in the paper,
+nothing keeps a scale above zero but a learning rate that is small beside it.
 """
 
 from __future__ import annotations

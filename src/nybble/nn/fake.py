@@ -177,6 +177,12 @@ class FakeLayer(nn.Module):
         return f"{self._layer[0].extra_repr()}, {self.dtype}"
 
 
+def penalty_of(root: nn.Module, t: float) -> Tensor:
+    """Sum of the penalties of all fake layers in ``root`` at progress ``t``, 0 to 1; float32 scalar."""
+    found = [module.penalty(t) for module in root.modules() if isinstance(module, FakeLayer)]
+    return torch.stack(found).sum() if found else torch.zeros(())
+
+
 def _empty(like: nn.Module) -> nn.Module:
     """The layer without its numbers: shapes and settings only."""
     shell = copy.copy(like)

@@ -57,8 +57,9 @@ def prepare(
 ) -> nn.Module:
     """Put a :class:`~nybble.nn.fake.FakeLayer` where each layer that the scheme names stands.
 
-    The model computes from then on what the quantized one will; its other parameters train as before. To go on after an
-    interruption, prepare the same float model the same way and load the state dict.
+    The model computes from then on what the quantized one will; its other parameters train as before. Parts with a
+    penalty (AdaRound) want :func:`nybble.nn.fake.penalty_of` in the loss. To go on after an interruption, prepare the
+    same float model the same way and load the state dict.
 
     Args:
         model: float, in memory; changed in place.
@@ -96,7 +97,8 @@ def learning_groups(model: nn.Module, rates: Mapping[str, float]) -> list[dict[s
     Args:
         model: from :func:`prepare`.
         rates: learning rates by group: ``scales``, or ``inputs.scales`` of one role only (which wins); groups that are
-            not named, and everything else, get the optimizer's.
+            not named, and everything else, get the optimizer's. No learned group has weight decay: it would pull
+            scales and rounding towards zero.
 
     Raises:
         UsageError: a rate for a group that no layer has.
@@ -105,17 +107,22 @@ def learning_groups(model: nn.Module, rates: Mapping[str, float]) -> list[dict[s
     for module in model.modules():
         if isinstance(module, FakeLayer):
             for name, parameters in module.groups().items():
-                named.setdefault(name, []).extend(p for p in parameters if p.requires_grad)
+                if trainable := [p for p in parameters if p.requires_grad]:
+                    named.setdefault(name, []).extend(trainable)
     known = {*named, *(name.rpartition(".")[2] for name in named)}
     for name in rates:
         if name not in known:
             raise UsageError(f"no layer learns {name!r}.{did_you_mean(name, known)}")
     own = {name: key for name in named for key in (name, name.rpartition(".")[2]) if key in rates}
     own |= {name: name for name in named if name in rates}
-    taken = {id(p) for name in own for p in named[name]}
+    taken = {id(p) for name in named if name in own or "." in name for p in named[name]}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
-    groups: list[dict[str, Any]] = [{"params": rest}]
-    return groups + [{"params": named[name], "lr": rates[key]} for name, key in own.items()]
+    groups: list[dict[str, Any]] = [{"params": rest}] if rest else []
+    for name, parameters in named.items():
+        if id(parameters[0]) in taken:
+            rate = {"lr": rates[own[name]]} if name in own else {}
+            groups.append({"params": parameters, **rate, **({"weight_decay": 0.0} if "." in name else {})})
+    return groups
 
 
 def _parts(learned: Mapping[str, str | Part]) -> dict[str, Part]:
@@ -242,4 +249,7 @@ def _twin(layer: _Layer, static: Mapping[str, Learned]) -> FakeLayer:
         elif layer.quantizer(role) is not None:
             x = layer.matrix if role == WEIGHTS else layer.example(role).to(layer.matrix.device)
             made[role] = _make(layer, role, x)
-    return FakeLayer(layer.module, None, made[WEIGHTS], made["inputs"], made["outputs"])
+    fake = FakeLayer(layer.module, None, made[WEIGHTS], made["inputs"], made["outputs"])
+    if made[WEIGHTS] is not None and layer.parts[WEIGHTS].fixes_x:
+        fake.weight.latent.requires_grad_(False)
+    return fake

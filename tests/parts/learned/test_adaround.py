@@ -159,10 +159,16 @@ def test_the_penalty_decides() -> None:
 
 
 def test_ties_begin_as_the_rounding_says() -> None:
-    x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -1.8, 1.8, 7.0]])
+    x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 7.0]])
     for rounding in ("nearest-even", "half-away", "half-down", "half-up", "toward-zero"):
         quantizer = Quantizer("int4 channel", rounding=rounding)
         assert torch.equal(make_part("adaround", {}).make(quantizer, x).eval()(x), quantizer.fake_quantize(x))
+    for line in ("nf4", "fp4_bnb"):  # published thresholds beside the exact middle, and the numbers next to them
+        at = torch.from_numpy(np.array(get_format(line).thresholds("native")))
+        row = torch.cat([at, at.nextafter(at - 1), at.nextafter(at + 1), torch.tensor([get_format(line).absmax])])
+        quantizer = Quantizer(f"{line} channel rounding=native")
+        found = make_part("adaround", {}).make(quantizer, row[None]).eval()(row[None])
+        assert torch.equal(found, quantizer.fake_quantize(row[None]))
 
 
 def test_rectified_sigmoid() -> None:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from nybble.core.errors import SchemeError
 from nybble.learned import ACTIVATIONS, Learned, Menu, make_part
 from nybble.nn.activation import ActivationQuantizer
-from nybble.nn.fake import FakeLayer
+from nybble.nn.fake import FakeLayer, penalty_of
 from nybble.nn.kinds import kind_of, live
 from nybble.quantizer import Quantizer
 
@@ -177,6 +177,8 @@ def test_penalties_add_up() -> None:
     fake = FakeLayer(layer, weights=parts[0])
     assert torch.equal(fake.penalty(1.0), parts[0].penalty(1.0)) and fake.penalty(1.0) > 0
     assert FakeLayer(layer).penalty(1.0) == 0
+    two = nn.Sequential(fake, nn.ReLU(), FakeLayer(layer, weights=parts[0]))
+    assert torch.equal(penalty_of(two, 1.0), 2 * fake.penalty(1.0)) and penalty_of(nn.ReLU(), 1.0) == 0
 
 
 def test_answers_as_the_packed_layer_does() -> None:

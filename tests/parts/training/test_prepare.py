@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import nybble
 from nybble.checkpoint.save import save
 from nybble.core.errors import DataError, ModelError, SchemeError, UsageError
-from nybble.nn.fake import FakeLayer
+from nybble.nn.fake import FakeLayer, penalty_of
 from nybble.recipe import load_recipe
 from nybble.scheme import parse_scheme
 from nybble.training.convert import convert
@@ -155,8 +155,30 @@ def test_learning_groups() -> None:
         assert {rates[id(p)] for p in named["weights.scales"]} == {1e-4}
         assert {rates[id(p)] for p in named["inputs.scales"]} == {1e-6}
         assert rates[id(fake.weight.latent)] is None
+    decays = {id(p): group.get("weight_decay") for group in learning_groups(model, {}) for p in group["params"]}
+    for fake in fakes(model).values():
+        assert {decays[id(p)] for p in fake.groups()["weights.scales"]} == {0.0}
+        assert decays[id(fake.weight.latent)] is None
     with pytest.raises(UsageError, match="no layer learns 'clip'"):
         learning_groups(model, {"clip": 1e-2})
+
+
+def test_rounding_is_trained_on_weights_that_stay() -> None:
+    """AdaRound: the penalty is in the loss, V moves, weights don't; the packed model is the eval one."""
+    model = prepare(tiny_model("llama", torch.float32), {"weights": "int4 channel"}, {"weights": "adaround"})
+    before = {name: fake.weight.latent.detach().clone() for name, fake in fakes(model).items()}
+    optimizer = torch.optim.AdamW(learning_groups(model, {"rounding": 0.1}), lr=1e-4)
+    target = logits(tiny_model("llama", torch.float32))
+    start = penalty_of(model, 1.0)
+    for step in range(6):
+        optimizer.zero_grad()
+        loss: Tensor = (model.train()(input_ids=input_ids()).logits - target).square().mean()
+        (loss + penalty_of(model, step / 6)).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert all(torch.equal(fake.weight.latent, before[name]) for name, fake in fakes(model).items())
+    assert penalty_of(model, 1.0) < 0.9 * start
+    expected = logits(model.eval())
+    assert torch.equal(logits(convert(model)), expected)
 
 
 def test_refusals() -> None:
