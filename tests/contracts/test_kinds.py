@@ -145,7 +145,7 @@ def test_what_no_kind_claims_is_taken_as_it_is() -> None:
 @pytest.mark.parametrize("make", [*SAMPLES["linear"], *SAMPLES["conv"]])
 def test_rows_times_matrix_is_the_layer(make: Callable[[], nn.Module]) -> None:
     """Against torch's own product."""
-    module = make()
+    module: Any = make()
     kind, x = kind_of(module), inputs(module)
     assert kind is not None and kind.shares_input
     (target,) = kind.targets("m", module)
@@ -177,7 +177,7 @@ def test_two_ways_to_cut_an_input_are_told_apart() -> None:
 @pytest.mark.parametrize("make", SAMPLES["experts"])
 def test_experts_read_what_is_routed_to_them(make: Callable[[], nn.Module]) -> None:
     """Against the module's own sum over experts, with the last product done here."""
-    module = make()
+    module: Any = make()
     kind, index = kind_of(module), torch.tensor([[0, 2], [2, 1], [0, 2], [2, 0]])
     assert kind is not None and kind.fused
     hidden, gates = torch.randn(4, 8, generator=torch.Generator().manual_seed(2)), torch.rand(4, 2)
@@ -293,7 +293,8 @@ def test_entries_are_those_of_the_first_files() -> None:
 def test_sides_that_a_kind_cannot_take(make: Callable[[], nn.Module], rule: Mapping[str, str], message: str) -> None:
     module = make()
     target = own(nn.ModuleDict({"m": module}), kind_of(module))[0]
-    planned = replace(target, rule=Rule(**{side: Quantizer(line) for side, line in rule.items()}))
+    sides: dict[str, Any] = {side: Quantizer(line) for side, line in rule.items()}
+    planned = replace(target, rule=Rule(**sides))
     with pytest.raises(UsageError, match=message):
         planned.kind.check(planned, module)
     if planned.kind.shares_input:
