@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.tiny import logits, save_text, save_tiny
 from transformers import AutoModelForCausalLM
 
 import nybble
-from nybble.core.errors import SchemeError
+from nybble.checkpoint.account import inspect
+from nybble.core.errors import FileError, SchemeError
 from nybble.nn.attention import OPERANDS, MatmulQuantizers, quantized_attention, use_quantized_attention
 from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe, parse_recipe
@@ -64,6 +67,35 @@ def test_in_memory_on_disk_and_loaded(tmp_path: Path, family: str) -> None:
     assert len(rows) == 2 * len(OPERANDS) and all(row.input_scale for row in rows)
     without, _ = nybble.quantize(str(folder), recipe({"rules": SCHEME["rules"][1:]}), str(text), settings=settings)
     assert not torch.equal(logits(without), logits(memory))
+
+
+def test_their_scales_are_accounted_for_and_checked(tmp_path: Path) -> None:
+    """One float32 a static operand, counted as scales, kept in float32 whatever the dtype, refused if it isn't."""
+    folder, text = save_tiny(tmp_path / "float"), save_text(tmp_path / "text.txt")
+    settings = nybble.Settings(samples=4, seq_len=12, batch=2)
+    for name, scheme in (("with", SCHEME), ("without", {"rules": SCHEME["rules"][1:]})):
+        nybble.quantize(str(folder), recipe(scheme), str(text), out=tmp_path / name, settings=settings)
+    found, plain = inspect(tmp_path / "with"), inspect(tmp_path / "without")
+    assert found["bytes"]["scales"] - plain["bytes"]["scales"] == 4 * 2 * len(OPERANDS)
+    for same in ("parameters", "quantized_parameters", "bits_per_quantized_weight"):
+        assert found[same] == plain[same]
+    assert found["bytes"]["unquantized"] == plain["bytes"]["unquantized"]
+    file = tmp_path / "with" / "model.safetensors"
+    tensors = load_file(file)
+    names = [name for name in tensors if ".matmuls." in name]
+    assert len(names) == 2 * len(OPERANDS)
+    model = nybble.load(tmp_path / "with", dtype=torch.bfloat16)[0]
+    assert all(torch.equal(model.get_buffer(name), tensors[name]) for name in names)
+
+    save_file({**tensors, names[0]: tensors[names[0]].half()}, file, {"format": "pt"})
+    for use in (inspect, nybble.load):
+        with pytest.raises(FileError, match=f"{re.escape(names[0])} should be F32"):
+            use(tmp_path / "with")
+    del tensors[names[0]]
+    save_file(tensors, file, {"format": "pt"})
+    for use in (inspect, nybble.load):
+        with pytest.raises(FileError, match=re.escape(names[0])):
+            use(tmp_path / "with")
 
 
 def test_operands_are_what_the_quantizers_round() -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from nybble.core.errors import FileError
 from nybble.nn.activation import ActivationQuantizer
-from nybble.nn.kinds._base import Kind, Quantized, Stored, Target, live, module_at
+from nybble.nn.kinds._base import Kind, Quantized, Stored, Target, module_at
+from nybble.nn.kinds._lookup import matrix_at
 from nybble.nn.layer import QuantLayer
 from nybble.nn.layouts import Layouts
 from nybble.nn.packed import Packed
@@ -40,12 +41,15 @@ class LayerKind(Kind):
         """
 
     def fits(self, module: nn.Module) -> bool:
-        """Whether a stand-in of this kind may take this module's place when a file is loaded."""
+        """Whether a stand-in of this kind may take this module's place when a file is loaded.
+
+        A config may build a plain layer where the model that was quantized had one of another kind.
+        """
         return self.claims(module)
 
     def put(self, root: nn.Module, target: Target, made: Quantized) -> None:
         old = root.get_submodule(target.name)
-        weight = made.weights[0] if made.weights else self.matrix(old, "", live(old)).detach()
+        weight = made.weights[0] if made.weights else _dense(root, target.name)
         bias = old.bias.detach() if isinstance(old.bias, Tensor) else None
         set_module(root, target.name, self.stand_in(old, weight, bias, made))
 
@@ -67,9 +71,9 @@ class LayerKind(Kind):
         old = module_at(root, name, name)
         if not self.fits(old):
             raise FileError(f"{name} is described as a {self.entry}; in this model it is a {type(old).__name__}.")
-        matrix = self.matrix(old, "", live(old))
+        matrix = _dense(root, name)
         sides = {s: ActivationQuantizer.from_dict(entry[s]) if s in entry else None for s in ("inputs", "outputs")}
-        weight = layouts.empty(int(entry["weight"])) if "weight" in entry else matrix.detach()
+        weight = layouts.empty(int(entry["weight"])) if "weight" in entry else matrix
         if tuple(weight.shape) != tuple(matrix.shape):
             raise FileError(f"{name} is described as {list(weight.shape)}; this model has {list(matrix.shape)}.")
         made = Quantized(inputs=sides["inputs"], outputs=sides["outputs"], folded=str(entry.get("folded", "")))
@@ -86,3 +90,8 @@ class LayerKind(Kind):
         for side in ("inputs", "outputs"):
             if side in entry:
                 into.activations(f"{name}.{side}", ActivationQuantizer.from_dict(entry[side]))
+
+
+def _dense(root: nn.Module, name: str) -> Tensor:
+    """The live matrix of a module of any kind, in the dtype that the module has."""
+    return matrix_at(root, name).detach().to(next(root.get_submodule(name).parameters()).dtype)
