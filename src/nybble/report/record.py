@@ -84,9 +84,10 @@ def layer_row(
         sqnr = -10 * math.log10(lost) if lost > 0 else None
     quantizer, params = inputs
     scale, shifts = None if params is None else params.scale, None
-    if isinstance(scale, Factored):
-        scale, powers = (dense(factor) for factor in scale.factors)
-        shifts = tuple(torch.bincount(powers.reshape(-1).log2().neg().long()).tolist())
+    if isinstance(scale, Factored) and quantizer is not None:
+        stored = quantizer.granularity.store([dense(factor) for factor in scale.factors])
+        scale = stored["scale"]
+        shifts = tuple(torch.bincount(stored["shifts"].long()).tolist()) if "shifts" in stored else None
     clip = None
     if solved is not None and solved.clip is not None:
         low, middle, high = torch.quantile(solved.clip.float(), torch.tensor([0.0, 0.5, 1.0])).tolist()

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import SchemeError
-from nybble.granularity import Rank1, Shifted
 from nybble.qtensor import QuantParams, ScaleLike, block_view
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
@@ -230,7 +229,7 @@ def _searched(quantizer: Quantizer) -> Quantizer | None:
     """The quantizer with clip values searched, or None where its scale rule isn't a plain maximum of a block."""
     scale = quantizer.scale
     plain = isinstance(scale, AbsMax) or (isinstance(scale, MinMax) and not scale.has_offset)
-    if isinstance(quantizer.granularity, Rank1 | Shifted) or not plain:
+    if quantizer.granularity.factored or not plain:
         return None
     return quantizer.replace(scale=f"mse({CLIP},asymmetric={str(scale.needs_integer).lower()})")
 
