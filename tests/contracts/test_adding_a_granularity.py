@@ -77,8 +77,8 @@ mix = torch.eye(32) + 0.4 * torch.randn(32, 32, generator=generator)
 inputs = torch.randn(200, 32, generator=generator) @ mix
 stats = Stats(second_moment=inputs.T @ inputs / 200, inputs=inputs)
 solved = {
-    name: make_solver(name, options).solve([Weight(name="w", matrix=x, quantizer=quantizer)], stats)[0]
-    for name, options in {"rtn": {}, "gptq": {}, "llm-fp4": {"grid": 20}}.items()
+    name: make_solver(name, {}).solve([Weight(name="w", matrix=x, quantizer=Quantizer(line))], stats)[0]
+    for name, line in (("rtn", "int4 columns=8"), ("gptq", "int4 columns=8"), ("llm-fp4", "e2m1 columns=8"))
 }
 recipe = parse_recipe({"name": "x", "scheme": {"weights": "int4 columns=8"}, "steps": [{"solver": "gptq"}]})
 folder, text, out = map(Path, sys.argv[1:4])
@@ -193,6 +193,7 @@ def test_packages_that_fail_are_named_once_and_the_rest_works(site: Path, tmp_pa
         ("born", "golden", "division by zero"),
         ("sworn", "group", "there is one of that name already"),
     ):
-        named = [line for line in done.stderr.splitlines() if f"'{word}' of the package {package} " in line]
+        said = f"'{word}' of the package {package} "
+        named = [line for line in done.stderr.splitlines() if said in line and "is left out: " in line]
         assert len(named) == 1 and named[0].endswith(why), done.stderr
     assert "the granularity 'diagonal' of the package torn (torn) can't be imported (ModuleNotFound" in done.stderr

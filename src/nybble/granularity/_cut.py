@@ -65,15 +65,6 @@ def need_element(word: str, size: int, what: str) -> None:
         raise GranularityError(f"{word}={size}: {what} needs at least one element.")
 
 
-def fitting_sizes(count: int, smallest: int = 8, most: int = 8) -> str:
-    """Divisors of ``count`` worth offering as a group size, as text: multiples of 16 first if there are any."""
-    low = [d for d in range(1, math.isqrt(min(count, 1 << 40)) + 1) if count % d == 0]
-    every = sorted({*low, *(count // d for d in low)})
-    divisors = [d for d in every if d >= smallest] or every
-    even = [d for d in divisors if d % 16 == 0]
-    return ", ".join(str(d) for d in (even or divisors)[:most])
-
-
 def whole_numbers(word: str, value: str, examples: str, count: int = 1) -> tuple[int, ...]:
     """``count`` numbers with an ``x`` between them, as in ``block=16x16``.
 

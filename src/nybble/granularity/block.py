@@ -9,8 +9,8 @@ from typing import ClassVar, Self
 from torch import Tensor
 
 from nybble.core.errors import GranularityError
-from nybble.granularity import Granularity
-from nybble.granularity._cut import fitting_sizes, need_dims, whole_numbers
+from nybble.granularity import Granularity, fitting_sizes
+from nybble.granularity._cut import need_dims, whole_numbers
 
 
 @dataclass(frozen=True)

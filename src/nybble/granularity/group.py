@@ -9,8 +9,8 @@ from typing import ClassVar, Self
 from torch import Tensor
 
 from nybble.core.errors import GranularityError, UsageError
-from nybble.granularity import Granularity
-from nybble.granularity._cut import cut_rows, fitting_sizes, join_rows, need_dims, need_element, whole_numbers
+from nybble.granularity import Granularity, fitting_sizes
+from nybble.granularity._cut import cut_rows, join_rows, need_dims, need_element, whole_numbers
 
 
 @dataclass(frozen=True)
