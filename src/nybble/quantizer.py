@@ -99,11 +99,11 @@ class Quantizer:
             )
         if self.granularity.factored:
             self.granularity.check_format(self.format)
-            if str(self.scale) != "absmax" or self.scale_format != "float32" or self.raw_scale:
-                word, what = self.granularity.word, self.granularity.factors_are
-                raise SchemeError(
-                    f"{self}: {word} factors are float32 {what}; leave out symmetric, scale, scale_format, raw_scale."
-                )
+            word, what = self.granularity.word, self.granularity.factors_are
+            if str(self.scale) != "absmax":
+                raise SchemeError(f"{word} factors are {what} (scale=absmax); {self.scale} has none.")
+            if self.scale_format != "float32" or self.raw_scale:
+                raise SchemeError(f"{self}: {word} factors stay in float32; leave out scale_format and raw_scale.")
         rounding = get_rounding(self.rounding)
         if rounding.native and self.format.encoder_thresholds is None:
             raise SchemeError(

@@ -67,8 +67,12 @@ def test_factors_make_the_scale(word: str) -> None:
     assert float((x / scale).abs().max()) <= fmt.absmax * 2**0.5 * (1 + 1e-6)  # shifts round to the nearest power
     again = granularity.fit_factors(granularity.summary(x), fmt)
     assert all(torch.equal(a.reshape(-1), b.reshape(-1)) for a, b in zip(factors, again, strict=True))
-    for line in ("scale=mse", "scale=absmax(target=3)", "scale_format=float16", "raw_scale=true", "symmetric=false"):
-        with pytest.raises(SchemeError, match=f"{word} factors are float32 {granularity.factors_are}"):
+    for line, text in (
+        *((line, f"are {granularity.factors_are} \\(scale=absmax\\)") for line in ("scale=mse", "symmetric=false")),
+        ("scale=absmax(target=3)", "has none"),
+        *((line, "stay in float32") for line in ("scale_format=float16", "raw_scale=true")),
+    ):
+        with pytest.raises(SchemeError, match=f"{word} factors {text}" if "stay" in text else text):
             Quantizer(f"int4 {granularity} {line}")
 
 

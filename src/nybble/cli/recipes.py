@@ -60,7 +60,7 @@ def _show(recipe: Recipe, json: bool) -> None:
 def _matrix(name: str | None, json: bool) -> None:
     from nybble.pipelines.matrix import legal_combinations
 
-    rows = legal_combinations(None if name is None else [name])
+    rows = legal_combinations() if name is None else legal_combinations([name])
     if json:
         print_json({"combinations": rows})
         return

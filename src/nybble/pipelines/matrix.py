@@ -9,10 +9,12 @@ import torch
 
 from nybble.core.errors import NybbleError
 from nybble.formats import format_names
-from nybble.granularity import REGISTRY as GRANULARITIES
+from nybble.granularity import REGISTRY
 from nybble.quantizer import Quantizer
 from nybble.recipe import load_recipe, recipe_names
 from nybble.solvers import Stats, Weight, make_solver
+
+GRANULARITIES: list[str] = [part.example for part in REGISTRY.all().values()]
 
 
 def legal_combinations(
@@ -28,13 +30,12 @@ def legal_combinations(
     matrix = torch.randn(8, 32, generator=generator)
     inputs = torch.randn(64, 32, generator=generator)
     stats = Stats(second_moment=inputs.T @ inputs / 64, inputs=inputs)
-    granularities = [part.example for part in GRANULARITIES.all().values()]
     rows = []
     for recipe_name in recipe_names() if recipes is None else recipes:
         step = load_recipe(recipe_name).solver
         solver = make_solver(step.name, step.options).trial()
         for name in format_names() if formats is None else formats:
-            for granularity in granularities:
+            for granularity in GRANULARITIES:
                 rows.append(
                     {
                         "recipe": recipe_name,
