@@ -9,7 +9,8 @@ from typing import Any
 from nybble.core.errors import UsageError, did_you_mean
 from nybble.formats import format_names, get_format
 from nybble.formats.integer import IntFormat
-from nybble.granularity import PerTensor, parse_granularity
+from nybble.granularity import REGISTRY as GRANULARITIES
+from nybble.granularity import get_granularity, granularity_words, make_granularity, parse_granularity
 from nybble.packing import get_layout
 from nybble.presets import PRESETS
 from nybble.rounding import get_rounding
@@ -19,7 +20,7 @@ from nybble.scales.minmax import MinMax
 from nybble.scales.mse import Mse
 
 PLAIN = ("float32", "float16", "bfloat16")
-GRANULARITY_WORDS = ("tensor", "channel", "token", "plane", "rank1", "shifted", "group", "pad", "block", "flat")
+TENSOR = make_granularity("tensor")  # what a line means that names none
 WORDS = (
     "scale",
     "symmetric",
@@ -54,19 +55,17 @@ def split_words(line: str) -> dict[str, str]:
         raise UsageError("an empty quantizer line; the simplest is the name of a format, such as int4.")
     head, *rest = tokens
     words = split_words(PRESETS[head]) if head in PRESETS else {"": head}
-    for token in rest:
-        key, _, value = token.partition("=")
-        override(words, {key: value})
+    override(words, {key: value for key, _, value in (token.partition("=") for token in rest)})
     return words
 
 
 def override(words: dict[str, str], new: dict[str, str]) -> None:
-    """Change words in place; a new granularity replaces the old one."""
-    for key, value in new.items():
-        if key in GRANULARITY_WORDS and key != "pad":
-            for old in GRANULARITY_WORDS:
-                words.pop(old, None)
-        words[key] = value
+    """Change words in place; a new granularity replaces the old one, with the words that went with it."""
+    if any(key in GRANULARITIES for key in new):
+        for old in [word for word in words if word in GRANULARITIES]:
+            for word in (old, *get_granularity(old).options):
+                words.pop(word, None)
+    words.update(new)
 
 
 def _tokens(line: str) -> list[str]:
@@ -90,12 +89,13 @@ def parse_words(words: dict[str, str], line: str) -> dict[str, Any]:
     """Fields of a Quantizer; ``scale_format`` and ``offset_format`` as text, a nested line in its parentheses."""
     words = dict(words)
     name = words.pop("")
-    granularity = parse_granularity(words) or PerTensor()
+    granularity = parse_granularity(words) or TENSOR
     unknown = [key for key in words if key not in WORDS]
     if unknown:
-        raise UsageError(
-            f"quantizer {line!r}: unknown word {unknown[0]!r}.{did_you_mean(unknown[0], (*WORDS, *GRANULARITY_WORDS))}"
-        )
+        known = (*WORDS, *granularity_words())
+        if unknown[0] in known:
+            raise UsageError(f"quantizer {line!r}: {unknown[0]!r} doesn't go with '{granularity}'; leave it out.")
+        raise UsageError(f"quantizer {line!r}: unknown word {unknown[0]!r}.{did_you_mean(unknown[0], known)}")
     try:
         fmt = get_format(name)
     except UsageError as error:

@@ -35,14 +35,14 @@ from torch import Tensor
 
 from nybble.core.errors import DataError, SchemeError
 from nybble.formats import NumberFormat
-from nybble.granularity import Granularity, PerTensor, Rank1, Shifted
-from nybble.line import DEFAULTS, GRANULARITY_WORDS, PLAIN, override, parse_words, split_words
+from nybble.granularity import REGISTRY as GRANULARITIES
+from nybble.granularity import Granularity
+from nybble.line import DEFAULTS, PLAIN, TENSOR, override, parse_words, split_words
 from nybble.ops.blocks import dynamic_round, narrow_scale, scaled_round
 from nybble.ops.grid import Round
 from nybble.ops.scaling import divided
 from nybble.packing import get_layout
-from nybble.qtensor import Inverse, QTensor, QuantParams, block_view
-from nybble.qtensor._factors import rank1_scale, shift_limit, shifted_scale
+from nybble.qtensor import Factored, Inverse, QTensor, QuantParams, block_view
 from nybble.qtensor.block import BlockQTensor
 from nybble.rounding import get_rounding
 from nybble.scales import BlockParams, ScaleRule
@@ -85,15 +85,7 @@ class Quantizer:
 
     def __init__(self, line: str | Quantizer, /, **options: Any) -> None:
         words = split_words(str(line))
-        for key, value in options.items():
-            text = (
-                str(value).lower()
-                if isinstance(value, bool)
-                else f"({value})"
-                if isinstance(value, Quantizer)
-                else str(value)
-            )
-            override(words, {key: "" if value is True and key in (*GRANULARITY_WORDS, "static") else text})
+        override(words, {key: _text(key, value) for key, value in options.items()})
         fields = parse_words(words, str(line))
         for name in ("scale_format", "offset_format"):
             fields[name] = _nested(fields[name])
@@ -106,19 +98,20 @@ class Quantizer:
             raise SchemeError(
                 f"an integer zero point needs an integer format, not {self.format.name}; use scale=minmax(offset=true)."
             )
-        if isinstance(self.granularity, Rank1) and not isinstance(self.scale, AbsMax):
-            raise SchemeError(f"rank1 factors are slice maxima (scale=absmax); {self.scale} has none.")
-        if isinstance(self.granularity, Shifted):
-            shift_limit(self.format, self.granularity.bits)
-            if not isinstance(self.scale, AbsMax) or self.scale_format != "float32":
-                raise SchemeError(f"{self}: the factors of shifted columns are float32 maxima (scale=absmax).")
+        if self.granularity.factored:
+            self.granularity.check_format(self.format)
+            word, what = self.granularity.word, self.granularity.factors_are
+            if str(self.scale) != "absmax":
+                raise SchemeError(f"{word} factors are {what} (scale=absmax); {self.scale} has none.")
+            if self.scale_format != "float32" or self.raw_scale:
+                raise SchemeError(f"{self}: {word} factors stay in float32; leave out scale_format and raw_scale.")
         rounding = get_rounding(self.rounding)
         if rounding.native and self.format.encoder_thresholds is None:
             raise SchemeError(
                 f"{self.format.name} publishes no encoder thresholds for rounding=native; use nearest-even."
             )
         inner = self.scale_format.granularity if isinstance(self.scale_format, Quantizer) else None
-        if self.scale.two_level and type(inner) is not PerTensor:
+        if self.scale.two_level and (inner is None or not inner.one_scale):
             raise SchemeError(f"scale={self.scale} finds one scale of scales; say scale_format=(float8_e4m3fn tensor).")
         layout = get_layout(self.packing)
         layout.size(1, self.format.bits)
@@ -127,7 +120,7 @@ class Quantizer:
 
     def __str__(self) -> str:
         words = [self.format.name]
-        if type(self.granularity) is not PerTensor:
+        if self.granularity != TENSOR:
             words.append(str(self.granularity))
         if str(self.scale) != "absmax":
             words.append(f"scale={self.scale}")
@@ -158,11 +151,8 @@ class Quantizer:
         shape = self.granularity.scale_shape(wide.shape)
         if not wide.numel():
             return self.finish(BlockParams(wide.new_ones(math.prod(shape))), shape)
-        if isinstance(self.granularity, Rank1):
-            return QuantParams(rank1_scale(wide, self.format))
-        if isinstance(self.granularity, Shifted):
-            columns = wide.abs().reshape(-1, wide.shape[-1]).amax(0)
-            return QuantParams(shifted_scale(columns, self.format, wide.dim(), self.granularity.bits))
+        if self.granularity.factored:
+            return self.factors(wide)
         blocks = self.granularity.to_blocks(wide)
         importance = None if weight is None else self.granularity.to_blocks(weight.float().expand(wide.shape))
         mask = self.granularity.mask(wide.shape, wide.device)
@@ -179,6 +169,16 @@ class Quantizer:
             return self.finish(self.scale.fit(blocks, self.format, self.rounding, importance, project), shape, outer)
         found = self.scale.fit(blocks, self.format, self.rounding, importance)
         return self.finish(found, shape, None if found.over is None else QuantParams(Inverse(found.over.reshape(1))))
+
+    def factors(self, x: Tensor, fraction: Tensor | None = None) -> QuantParams:
+        """Parameters under a factored granularity.
+
+        Args:
+            x: float32, not empty, or the granularity's summary of it.
+            fraction: float32 [1], of the unclipped range, where the granularity can be searched.
+        """
+        found = self.granularity.fit_factors(x, self.format, fraction)
+        return QuantParams(Factored(found, self.granularity.combine))
 
     def finish(self, found: BlockParams, shape: tuple[int, ...], outer: QuantParams | None = None) -> QuantParams:
         """Bring raw parameters [blocks, 1] into their stored form: zero guard, narrowing, nested quantization.
@@ -273,7 +273,7 @@ class Quantizer:
         return (
             isinstance(self.scale, AbsMax | Pow2)
             and (not nested or exact)
-            and not isinstance(self.granularity, Rank1 | Shifted)
+            and not self.granularity.factored
             and not (
                 self.reciprocal or self.raw_scale or self.floor or self.center or get_rounding(self.rounding).stochastic
             )
@@ -374,6 +374,13 @@ class Quantizer:
             DataError: codes out of range, or that the packing can't hold; parameters of another shape.
         """
         return pack(self, codes, params)
+
+
+def _text(key: str, value: Any) -> str:
+    """An option as a line has it; of a granularity without a size, and of ``static``, the word alone says yes."""
+    if isinstance(value, bool):
+        return "" if value and (key in GRANULARITIES or key == "static") else str(value).lower()
+    return f"({value})" if isinstance(value, Quantizer) else str(value)
 
 
 def _nested(text: str) -> str | Quantizer:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nybble.core.errors import DataError, FileError, SchemeError
 from nybble.formats import NumberFormat
-from nybble.granularity import Granularity, PerTensor
+from nybble.granularity import Granularity, make_granularity
 from nybble.ops.blocks import divide, narrow_scale
 from nybble.ops.grid import Grid, Round, nearest, straight_through
 from nybble.ops.rounding import decode, encode
@@ -267,7 +267,7 @@ def integers(zero_point: Tensor, fmt: NumberFormat) -> BlockQTensor:
     """Zero points, rounded and held in range, as codes of the same integer format, densely packed."""
     codes = encode(zero_point.contiguous(), fmt.name, "nearest-even").reshape(-1)
     packed = get_layout("dense").pack(codes, fmt.bits)
-    return BlockQTensor(fmt, PerTensor(), tuple(zero_point.shape), packed, QuantParams(None))
+    return BlockQTensor(fmt, make_granularity("tensor"), tuple(zero_point.shape), packed, QuantParams(None))
 
 
 def _raw(value: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
-from nybble.calibration.trace import BlockCall, trace_groups
+from nybble.calibration.trace import HIDDEN, BlockCall, trace_groups
 from nybble.core.errors import FileError, ModelError, SchemeError, UsageError
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import (
@@ -375,5 +375,5 @@ def test_a_kind_says_which_argument_it_multiplies(monkeypatch: pytest.MonkeyPatc
     kinds: tuple[Kind, ...] = (SecondKind(), *all_kinds())
     monkeypatch.setattr(_lookup, "all_kinds", lambda: kinds)
     hidden = torch.randn(2, 3, 4)
-    call = BlockCall(index=0, args=(), kwargs={}, keyword=None, hidden=hidden)
+    call = BlockCall(index=0, args=(), kwargs={}, keyword=None, start={HIDDEN: hidden})
     assert trace_groups(Block(), call).groups == (("one", "two"), ("other",))

@@ -11,8 +11,9 @@ from tests.tiny import save_text, save_tiny, tiny_tokenizer
 
 import nybble
 from nybble.calibration.trace import BlockCall
-from nybble.core.errors import SchemeError, UsageError
+from nybble.core.errors import UsageError
 from nybble.pipelines.request import build_recipe
+from nybble.recipe import parse_recipe
 from nybble.walk.settings import Settings
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -66,13 +67,23 @@ def test_they_can_be_saved(tmp_path: Path) -> None:
     assert torch.equal(nybble.load(out)[0](x).logits, found["a"][0](x).logits)
 
 
-def test_what_cannot_share_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_share_goes_by_itself(tmp_path: Path) -> None:
+    """A quantized path, a transform, learned windows: each alone, in the same call, with the same result."""
     folder, text = save_tiny(tmp_path / "m"), str(save_text(tmp_path / "text.txt"))
-    with pytest.raises(SchemeError, match=r"b \(recipe gptq\) can't share a walk"):
-        nybble.quantize_many(
-            folder, {"a": build_recipe("minmax-fp"), "b": build_recipe("gptq", **FIT)}, text, settings=SETTINGS
-        )
-    with pytest.raises(SchemeError, match="smoothquant"):
-        nybble.quantize_many(folder, {"a": build_recipe("smoothquant")}, text, settings=SETTINGS)
+    scheme = {"weights": "int4 group=16"}
+    step = {"reconstruction": "mse", "weights": "adaround", "window": 2, "steps": 2}
+    recipes = {
+        "a": build_recipe("minmax-fp"),
+        "b": build_recipe("gptq", **FIT),
+        "c": build_recipe("smoothquant"),
+        "d": parse_recipe({"name": "learned", "scheme": scheme, "steps": [step]}),
+        "e": build_recipe("minmax-int"),
+    }
+    together = nybble.quantize_many(folder, recipes, text, settings=SETTINGS)
+    assert list(together) == list(recipes)
+    for name, recipe in recipes.items():
+        wanted, found = tensors(nybble.quantize(folder, recipe, text, settings=SETTINGS)[0]), tensors(together[name][0])
+        assert wanted.keys() == found.keys()
+        assert all(torch.equal(wanted[key], tensor) for key, tensor in found.items()), name
     with pytest.raises(UsageError, match="no recipe"):
         nybble.quantize_many(folder, {})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nybble.core.errors import SchemeError, UsageError
 from nybble.formats import format_names
-from nybble.granularity import Rank1
+from nybble.granularity.rank1 import Rank1
 from nybble.packing import get_layout
 from nybble.presets import PRESETS
 from nybble.qtensor import from_spec

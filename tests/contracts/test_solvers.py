@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from nybble.calibration.error import relative_error
 from nybble.core.errors import NybbleError, SchemeError, UsageError
 from nybble.formats import format_names, get_format
 from nybble.ops.rounding import round_to, round_to_codes
 from nybble.qtensor import block_view
 from nybble.quantizer import Quantizer
-from nybble.calibration.error import relative_error
 from nybble.solvers import REGISTRY, Solved, Stats, Weight, make_solver
 from nybble.solvers.gptq import Gptq
 from nybble.solvers.rtn import Rtn

@@ -95,7 +95,8 @@ STEPS: dict[str, list[dict[str, Any]]] = {
         {"transform": "hadamard"}, {"solver": "rtn"}, {"correction": "low-rank", "rank": 2}, {"correction": "bias"},
     ],
     "windows of two, side by side": [
-        {"transform": "smooth"}, {"reconstruction": "mse", "weights": "adaround", "inputs": "lsq", "window": 2, "steps": 4},
+        {"transform": "smooth"},
+        {"reconstruction": "mse", "weights": "adaround", "inputs": "lsq", "window": 2, "steps": 4},
     ],
     "windows that overlap": [
         {"solver": "gptq"},

@@ -62,6 +62,10 @@ def test_the_float_model_stays_the_same(tmp_path: Path, family: str, steps: list
     assert weights_changed(model, plain) or family in MOES
 
 
+def made(name: str, options: dict[str, Any]) -> Any:
+    return make_transform(name, options)
+
+
 def weights_changed(a: Any, b: Any) -> bool:
     ours, theirs = a.state_dict(), b.state_dict()
     return any(not torch.equal(ours[name], theirs[name]) for name in ours if name in theirs)
@@ -79,14 +83,14 @@ def test_smooth_is_the_equation() -> None:
     fold = NormFold(norm="norm", readers=("a", "b"))
     top = torch.cat(behind).abs().amax(0)
     for alpha in (0.0, 0.5, 0.8, 1.0):
-        found = make_transform("smooth", {"alpha": alpha}).factor(channel(fold, largest, None, behind))
+        found = made("smooth", {"alpha": alpha}).factor(channel(fold, largest, None, behind))
         assert torch.allclose(found, largest**alpha / top ** (1 - alpha), rtol=1e-5)
-    half = make_transform("smooth", {}).factor(channel(fold, largest, None, behind))
+    half = made("smooth", {}).factor(channel(fold, largest, None, behind))
     assert torch.allclose(largest / half, top * half, rtol=1e-5)  # alpha 0.5 makes both ranges alike
-    power = make_transform("smooth", {"pow2": True}).factor(channel(fold, largest, None, behind))
+    power = made("smooth", {"pow2": True}).factor(channel(fold, largest, None, behind))
     assert torch.equal(power.log2(), power.log2().round())
     largest[3], behind[0][:, 5], behind[1][:, 5] = 0, 0, 0
-    dead = make_transform("smooth", {}).factor(channel(fold, largest, None, behind))
+    dead = made("smooth", {}).factor(channel(fold, largest, None, behind))
     assert dead[3] == dead[5] == 1
 
 
@@ -95,7 +99,7 @@ def test_equalize_makes_ranges_alike() -> None:
     first, second = torch.randn(16, 8, generator=generator), torch.randn(4, 16, generator=generator)
     first *= torch.logspace(-2, 2, 16)[:, None]
     fold = LinearFold(first="a", second="b")
-    s = make_transform("equalize", {}).factor(channel(fold, torch.ones(16), first, [second]))
+    s = made("equalize", {}).factor(channel(fold, torch.ones(16), first, [second]))
     assert torch.allclose((first / s[:, None]).abs().amax(1), (second * s).abs().amax(0), rtol=1e-5)
 
 
@@ -129,16 +133,16 @@ def test_a_rotation_spreads_an_outlier_and_a_permutation_sorts() -> None:
     config = SimpleNamespace(num_attention_heads=2)
     places = Places.of(seen, config)
     assert places.rows.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]] and places.reads.tolist() == [0, 1]
-    order = make_transform("permute", {}).parameters(seen, places, 0)["order"]
+    order = made("permute", {}).parameters(seen, places, 0)["order"]
     assert order.tolist() == [[1, 3, 2, 0], [2, 3, 0, 1]]
-    rotation = make_transform("hadamard", {}).parameters(seen, places, 0)["rotation"]
+    rotation = made("hadamard", {}).parameters(seen, places, 0)["rotation"]
     torch.testing.assert_close(rotation @ rotation.mT, torch.eye(4).expand(2, 4, 4))
     loud = rotation[0] @ torch.tensor([0.0, 8, 0, 0])
     torch.testing.assert_close(loud.abs(), torch.full((4,), 4.0))
     torch.testing.assert_close(hadamard(8) @ hadamard(8), torch.eye(8))  # Sylvester's are symmetric
-    other = make_transform("hadamard", {}).parameters(seen, places, 1)["rotation"]
-    assert not torch.equal(rotation, other) and torch.equal(rotation, make_transform("hadamard", {}).parameters(
-        seen, places, 0)["rotation"])  # fmt: skip
+    other = made("hadamard", {}).parameters(seen, places, 1)["rotation"]
+    again = made("hadamard", {}).parameters(seen, places, 0)["rotation"]
+    assert not torch.equal(rotation, other) and torch.equal(rotation, again)
 
 
 def test_queries_that_share_a_value_head_share_its_order() -> None:
@@ -152,7 +156,7 @@ def test_queries_that_share_a_value_head_share_its_order() -> None:
 
 
 def test_permuting_helps_where_neighbours_differ(tmp_path: Path) -> None:
-    """Loud and quiet channels in turn, groups of eight: each group pays for its loudest; sorted, they stand together."""
+    """Loud and quiet channels in turn: each group of eight pays for its loudest; sorted, the loud stand together."""
     model = tiny_model("llama", torch.float32)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -178,7 +182,7 @@ def test_permuting_helps_where_neighbours_differ(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["smooth", "equalize", "permute", "hadamard"])
 def test_rewrites_are_functions_that_gradients_pass(name: str) -> None:
-    """A rewrite reads weights and parameters and gives new weights: it can be learned, and changes nothing by itself."""
+    """A rewrite reads weights and parameters and gives new weights: it can be learned, and alone changes nothing."""
     model = tiny_model("llama", torch.float32)
     tokens = {"input_ids": torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(0))}
     call = capture_block_calls(model, tokens)[0]
@@ -200,7 +204,8 @@ def test_rewrites_are_functions_that_gradients_pass(name: str) -> None:
             }
             new = rewrite.function(weights, parameters)
             assert set(new) <= set(rewrite.weights)
-            torch.stack([tensor.square().sum() for tensor in new.values()]).sum().backward()
+            total: Any = torch.stack([tensor.square().sum() for tensor in new.values()]).sum()
+            total.backward()
             for tensor in [*weights.values(), *parameters.values()]:
                 if tensor.is_floating_point():
                     assert tensor.grad is not None and bool(tensor.grad.isfinite().all()) and bool(tensor.grad.any())

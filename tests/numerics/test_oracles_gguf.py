@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nybble.formats import get_format
-from nybble.granularity import PerGroup
+from nybble.granularity.group import PerGroup
 from nybble.packing import get_layout
 from nybble.qtensor import QuantParams, dense
 from nybble.qtensor.block import BlockQTensor

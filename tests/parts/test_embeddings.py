@@ -11,13 +11,13 @@ from tests.tiny import input_ids, logits, save_text, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM
 
 import nybble
+from nybble.calibration.error import relative_error
 from nybble.checkpoint.account import inspect
 from nybble.core.errors import SchemeError
 from nybble.nn.embedding import QuantEmbedding, TiedHead
 from nybble.nn.packed import Packed
 from nybble.pipelines.request import build_recipe
 from nybble.quantizer import Quantizer
-from nybble.calibration.error import relative_error
 
 SETTINGS = nybble.Settings(samples=4, seq_len=12, batch=2)
 LINE = "float4_e2m1fn channel"

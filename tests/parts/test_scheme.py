@@ -9,9 +9,11 @@ import pytest
 import yaml
 
 from nybble.core.errors import SchemeError, UsageError
+from nybble.corrections import make_correction
 from nybble.pipelines.request import build_recipe
 from nybble.quantizer import Quantizer
 from nybble.recipe import load_recipe, parse_recipe, recipe_names
+from nybble.reconstruction import make_reconstruction
 from nybble.scheme import PRESETS, Rule, Scheme, parse_scheme, preset_scheme
 from nybble.solvers import make_solver
 from nybble.transforms import make_transform
@@ -77,8 +79,10 @@ def test_recipes_survive_yaml(name: str) -> None:
     assert parse_recipe(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
     assert recipe.name == name and recipe.summary and recipe.source
     make_solver(recipe.solver.name, {**recipe.solver.options, **recipe.solver.quick})
-    for step in recipe.transforms:
-        make_transform(step.name, step.options)
+    made = {"transform": make_transform, "reconstruction": make_reconstruction, "correction": make_correction}
+    for step in recipe.steps:
+        if step.kind in made:
+            made[step.kind](step.name, {**step.options, **step.quick})
 
 
 def test_schemes_of_yaml() -> None:

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from nybble.core.errors import DataError
 from nybble.core.matmul import gram
-from nybble.granularity import Shifted
 from nybble.qtensor import QuantParams
-from nybble.qtensor._factors import shifted_scale
 from nybble.quantizer import Quantizer
 
 _SAMPLE = 1 << 20
@@ -122,6 +120,6 @@ class Range:
         values = torch.cat([*self._samples, self._low[None], self._high[None]])
         if not bool(torch.isfinite(values[-2:]).all()):
             raise DataError(f"the calibration inputs of {name} hold NaN or Inf; check the data and the model's dtype.")
-        if isinstance(quantizer.granularity, Shifted) and self._columns is not None:
-            return QuantParams(shifted_scale(self._columns, quantizer.format, 1, quantizer.granularity.bits))
+        if quantizer.granularity.calibrated_on == "columns" and self._columns is not None:
+            return quantizer.fit(self._columns)
         return quantizer.fit(values)

@@ -13,13 +13,16 @@ from nybble.recipe import Recipe, load_recipe, recipe_names
 def command(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="A recipe, or a YAML file.")] = None,
     matrix: Annotated[
-        bool, typer.Option("--matrix", help="Recipes x formats x granularities, with reasons where one is impossible.")
+        bool,
+        typer.Option(
+            "--matrix", help="Recipes (or the one) x formats x granularities, with reasons where one is impossible."
+        ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """List the named methods, show one, or the table of legal combinations."""
     if matrix:
-        _matrix(json)
+        _matrix(name, json)
     elif name is not None:
         _show(load_recipe(name), json)
     else:
@@ -54,10 +57,10 @@ def _show(recipe: Recipe, json: bool) -> None:
     print(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True, width=120).rstrip())
 
 
-def _matrix(json: bool) -> None:
+def _matrix(name: str | None, json: bool) -> None:
     from nybble.pipelines.matrix import legal_combinations
 
-    rows = legal_combinations()
+    rows = legal_combinations() if name is None else legal_combinations([name])
     if json:
         print_json({"combinations": rows})
         return

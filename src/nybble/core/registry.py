@@ -1,7 +1,8 @@
 """A folder of modules as a registry: one part, one file, no list to edit.
 
 The module's name is the part's key (``-`` in the key is ``_`` in the file name); it defines ``PART``. Only what
-is asked for is imported. Other packages add parts through entry points of the group ``nybble.<folder>``.
+is asked for is imported. Other packages add parts through entry points of the group ``nybble.<folder>``; one that can't
+be imported is named in a warning and left out, so that it breaks nothing but itself.
 """
 
 from __future__ import annotations
@@ -9,12 +10,19 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import pkgutil
+import warnings
 from collections.abc import Mapping
 from functools import cached_property
+from importlib.metadata import EntryPoint
+from types import ModuleType
 from typing import Any
 
 from nybble.core.errors import UsageError, did_you_mean
 from nybble.core.options import build
+
+
+class PluginWarning(UserWarning):
+    """A part that another package offers was left out."""
 
 
 class Registry:
@@ -30,33 +38,53 @@ class Registry:
         self.kind = kind
 
     @cached_property
-    def _sources(self) -> dict[str, str | importlib.metadata.EntryPoint]:
+    def _sources(self) -> dict[str, str | EntryPoint]:
         folder = importlib.import_module(self.package)
-        found: dict[str, str | importlib.metadata.EntryPoint] = {
+        found: dict[str, str | EntryPoint] = {
             m.name.replace("_", "-"): f"{self.package}.{m.name}"
             for m in pkgutil.iter_modules(folder.__path__)
             if not m.name.startswith("_")
         }
         for entry in importlib.metadata.entry_points(group=self.package):
-            found[entry.name] = entry
+            name = entry.name.replace("_", "-")
+            if name in found:  # a file must not depend on which packages are installed
+                self._leave_out(entry, "there is one of that name already")
+            else:
+                found[name] = entry
         return found
 
+    @cached_property
+    def _broken(self) -> set[str]:
+        """Parts of other packages that can't be imported, as far as anybody asked."""
+        return set()
+
     def names(self) -> list[str]:
-        """All keys, sorted; nothing is imported."""
-        return sorted(self._sources)
+        """All keys, sorted, but for those known to be broken; nothing is imported."""
+        return sorted(self._sources.keys() - self._broken)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is such a part, broken or not; nothing is imported."""
+        return name.replace("_", "-") in self._sources
 
     def get(self, name: str) -> Any:
         """Return the part called ``name``, importing its module.
 
         Raises:
-            UsageError: no such part; the message has the closest name.
+            UsageError: no such part (the message has the closest name), or another package's that can't be imported.
         """
         source = self._sources.get(name.replace("_", "-"))
         if source is None:
             raise UsageError(f"unknown {self.kind} {name!r}.{did_you_mean(name, self.names())}")
-        if isinstance(source, importlib.metadata.EntryPoint):
-            return source.load()
-        return importlib.import_module(source).PART
+        if isinstance(source, str):
+            return importlib.import_module(source).PART
+        try:
+            found = source.load()
+            return found.PART if isinstance(found, ModuleType) else found
+        except Exception as error:
+            raise UsageError(
+                f"the {self.kind} {name!r} of the package {_owner(source)} can't be imported "
+                f"({type(error).__name__}: {error}). Repair that package, or remove it."
+            ) from error
 
     def make(self, name: str, options: Mapping[str, Any]) -> Any:
         """An object of the part called ``name``, a dataclass whose fields are its options.
@@ -75,5 +103,30 @@ class Registry:
         return next((name for name in self.names() if self.get(name) is type(part)), found)
 
     def all(self) -> dict[str, Any]:
-        """Every part by key; imports all of them (contract tests and listings)."""
-        return {name: self.get(name) for name in self.names()}
+        """Every part by key; imports all of them (contract tests and listings).
+
+        What another package offers and can't be imported is left out, with a PluginWarning the first time.
+        """
+        found = {}
+        for name in self.names():
+            source = self._sources[name]
+            try:
+                found[name] = self.get(name)
+            except UsageError as error:
+                if isinstance(source, str):
+                    raise
+                self._broken.add(name)
+                self._leave_out(source, f"{type(error.__cause__).__name__}: {error.__cause__}")
+        return found
+
+    def _leave_out(self, entry: EntryPoint, why: str) -> None:
+        warnings.warn(
+            f"the {self.kind} {entry.name!r} of the package {_owner(entry)} is left out: {why}",
+            PluginWarning,
+            stacklevel=3,
+        )
+
+
+def _owner(entry: EntryPoint) -> str:
+    """The package that an entry point is of, with what it points to."""
+    return f"{entry.dist.name} ({entry.value})" if entry.dist else entry.value

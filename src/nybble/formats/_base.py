@@ -119,6 +119,11 @@ class NumberFormat(ABC):
         return False
 
     @property
+    def exponent_bits(self) -> int | None:
+        """Width of the exponent, where there is one."""
+        return None
+
+    @property
     def encoder_thresholds(self) -> np.ndarray | None:
         """float32 thresholds that the format's own encoder publishes (``code rank = #(t <= x)``), or None."""
         return None

@@ -46,6 +46,11 @@ class IntFormat(NumberFormat):
     def is_integer(self) -> bool:  # noqa: D102
         return True
 
+    @property
+    def exponent_bits(self) -> int:
+        """Integers are floats of one exponent bit: INT4's values are those of E1M2 (subnormals and one binade)."""
+        return 1
+
     def decode_table(self) -> np.ndarray:  # noqa: D102
         codes = np.arange(2**self.bits)
         return codes - np.where(self.is_signed & (codes >= 2 ** (self.bits - 1)), 2**self.bits, 0)

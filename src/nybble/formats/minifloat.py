@@ -67,6 +67,10 @@ class Minifloat(NumberFormat):
             raise FormatError(f"{self.name}: bias {self.bias} leaves the range of float32, in which nybble calculates.")
 
     @property
+    def exponent_bits(self) -> int:  # noqa: D102
+        return self.e
+
+    @property
     def emin(self) -> int:
         """Exponent of the smallest normal binade."""
         return 1 - self.bias

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import SchemeError
-from nybble.granularity import Rank1, Shifted
 from nybble.learned import WEIGHTS, Learned, Part
 from nybble.learned._reaching import reaching
 from nybble.ops.scaling import divided
@@ -96,7 +95,7 @@ class Clip(Part):
                 f"clip learns shares of a block's extremes, and scale={quantizer.scale} of {quantizer} finds its scale "
                 "otherwise; use scale=absmax, or minmax (symmetric=false)."
             )
-        if isinstance(quantizer.granularity, Rank1 | Shifted) or quantizer.center:
+        if quantizer.granularity.factored or quantizer.center:
             raise SchemeError(
                 f"clip learns a range for each block, and {quantizer} has none of its own; use channel, group, block, "
                 "flat or tensor, without center."

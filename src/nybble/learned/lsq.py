@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from nybble.core.errors import SchemeError
-from nybble.granularity import Rank1, Shifted
 from nybble.learned import ACTIVATIONS, WEIGHTS, Learned, Part
 from nybble.learned._held import Held
 from nybble.qtensor import QTensor, QuantParams
@@ -79,7 +78,7 @@ class Lsq(Part):
                 f"lsq learns one scale for all activations, and {quantizer} measures each tensor's: write 'tensor "
                 "static', or learn it by ste."
             )
-        if isinstance(quantizer.granularity, Rank1 | Shifted):
+        if quantizer.granularity.factored:
             raise SchemeError(
                 f"lsq learns a scale for each block; {quantizer} multiplies factors of several blocks. Granularities "
                 "that it takes: tensor, channel, group, block, flat. Or learn it by ste."

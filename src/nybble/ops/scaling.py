@@ -8,15 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nybble.core.arithmetic import divided as divided
 from nybble.core.errors import UsageError
 from nybble.formats import NumberFormat
 
 POW2_MODES = ("floor", "ceil", "even", "rceil")
-
-
-def divided(x: Tensor, number: float) -> Tensor:
-    """``x / number``, correctly rounded on every device (given a Python number, CUDA multiplies by its reciprocal)."""
-    return x / torch.full((), number, dtype=x.dtype, device=x.device)
 
 
 def absmax_scale(amax: Tensor, target: float) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nybble.core.errors import FileError
 from nybble.formats import NumberFormat, get_format
-from nybble.granularity import Granularity, parse_granularity
+from nybble.granularity import Granularity, make_granularity
 from nybble.ops.rounding import decode
 from nybble.ops.tables import table_decode
 from nybble.packing import get_layout
@@ -136,11 +136,7 @@ class BlockQTensor(QTensor):
     @staticmethod
     def rebuild(spec: Spec, tensors: Mapping[str, Tensor]) -> BlockQTensor:
         """From :meth:`spec` and :meth:`tensors`."""
-        pairs = (word.partition("=") for word in str(spec["granularity"]).split())
-        words = {key: value for key, _, value in pairs}
-        granularity = parse_granularity(words)
-        if granularity is None or words:
-            raise FileError(f"unknown granularity {spec['granularity']!r}.")
+        granularity = make_granularity(str(spec["granularity"]))
         fmt, shape = get_format(spec["format"]), tuple(int(n) for n in spec["shape"])
         layout = str(spec.get("layout", "dense"))
         expected = get_layout(layout).size(math.prod(shape), fmt.bits)

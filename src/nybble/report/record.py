@@ -79,9 +79,10 @@ def _row(state: BlockState, name: str, record: Record) -> LayerRow:
         error, rtn_error = _measured(matrix, found, record)
     quantizer, params = record.inputs
     scale, shifts = None if params is None else params.scale, None
-    if isinstance(scale, Factored):
-        scale, powers = (dense(factor) for factor in scale.factors)
-        shifts = tuple(torch.bincount(powers.reshape(-1).log2().neg().long()).tolist())
+    if isinstance(scale, Factored) and quantizer is not None:
+        kept = quantizer.granularity.store([dense(factor) for factor in scale.factors])
+        scale = kept["scale"]
+        shifts = tuple(torch.bincount(kept["shifts"].long()).tolist()) if "shifts" in kept else None
     return LayerRow(
         name=f"{state.prefix}{name}",
         shape=target.shape if target.matrices else (0,),

@@ -96,6 +96,10 @@ class Solver(ABC):
         """Whether it finds the parameters of static input quantizers itself."""
         return False
 
+    def trial(self) -> Solver:
+        """The same method with its smallest search, to find out what it takes."""
+        return self
+
     @property
     def most_tokens(self) -> int:
         """How many inputs it wants at most, of those that calibration has."""

@@ -12,10 +12,7 @@ from nybble.core.errors import SchemeError
 from nybble.core.replay import replayed
 from nybble.formats import NumberFormat
 from nybble.formats.minifloat import Minifloat, make_minifloat
-from nybble.granularity import PerChannel, PerGroup, PerToken, Rank1, Shifted
-from nybble.ops.scaling import divided
-from nybble.qtensor import Factored, Inverse, QuantParams
-from nybble.qtensor._factors import column_shifts, shift_limit
+from nybble.qtensor import Inverse, QuantParams
 from nybble.quantizer import Quantizer
 from nybble.scales import BlockParams
 from nybble.scales.minmax import fit_range
@@ -27,23 +24,21 @@ Error = Callable[[Tensor], Tensor]
 class Ladder:
     """Rounded versions of one tensor under one quantizer, one for each fraction of the unclipped range.
 
-    A unit owns a fraction: a row where the granularity cuts within rows, else the whole tensor.
+    A unit owns a fraction: a row where the granularity keeps rows apart, else the whole tensor.
 
     Args:
         x: float32 [rows, columns].
-        quantizer: any but rank1; a shifted one is searched through its top value, from which the shifts follow.
+        quantizer: of a granularity that can be searched.
     """
 
     def __init__(self, x: Tensor, quantizer: Quantizer) -> None:
         self.x, self.quantizer = x, quantizer
+        check_searchable(quantizer)
         granularity = quantizer.granularity
-        if isinstance(granularity, Rank1):
-            raise SchemeError("rank1 factors are slice maxima, so there is no clip value to search; use recipe rtn.")
         self.shape = tuple(x.shape)
-        self.units = x.shape[0] if isinstance(granularity, PerChannel | PerToken | PerGroup) else 1
-        if isinstance(granularity, Shifted):
-            self.columns = x.abs().amax(0)
-            self.limit = shift_limit(quantizer.format, granularity.bits)
+        self.units = x.shape[0] if granularity.rows_apart else 1
+        if granularity.factored:
+            self.summary = granularity.summary(x)
             return
         blocks = granularity.to_blocks(x)
         mask = granularity.mask(self.shape, x.device)
@@ -56,8 +51,8 @@ class Ladder:
 
     def params(self, fraction: Tensor) -> QuantParams:
         """Parameters for a fraction a unit, float32 [units]."""
-        if isinstance(self.quantizer.granularity, Shifted):
-            return self._shifted(fraction)
+        if self.quantizer.granularity.factored:
+            return self.quantizer.factors(self.summary, fraction)
         by = fraction.repeat_interleave(self.base.scale.shape[0] // self.units).reshape(-1, 1)
         low, high = self.ends
         if self.base.zero_point is not None or self.base.offset is not None:
@@ -77,13 +72,15 @@ class Ladder:
         found.x, found.shape = x, tuple(x.shape)
         return found
 
-    def _shifted(self, fraction: Tensor) -> QuantParams:
-        top = self.columns.max() * fraction.reshape(1)
-        top = torch.where(top == 0, torch.ones_like(top), top)
-        shifts = column_shifts(self.columns, top, self.limit)
-        least = shifts.min()  # one column at least has no shift: what all share belongs to the scale
-        scale = divided(top * torch.exp2(-least), self.quantizer.format.absmax)
-        return QuantParams(Factored((scale, torch.exp2(least - shifts))))
+
+def check_searchable(quantizer: Quantizer) -> None:
+    """Raise SchemeError where no clip value can be tried."""
+    granularity = quantizer.granularity
+    if not granularity.searchable:
+        raise SchemeError(
+            f"{granularity.word} factors are {granularity.factors_are}, so there is no clip value to search; "
+            "use recipe rtn."
+        )
 
 
 def menu(fmt: NumberFormat) -> list[NumberFormat]:

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from nybble.calibration.error import relative_error
 from nybble.core.errors import SchemeError
-from nybble.granularity import Rank1, Shifted
 from nybble.qtensor import QuantParams, ScaleLike, block_view
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
@@ -231,7 +230,7 @@ def _searched(quantizer: Quantizer) -> Quantizer | None:
     """The quantizer with clip values searched, or None where its scale rule isn't a plain maximum of a block."""
     scale = quantizer.scale
     plain = isinstance(scale, AbsMax) or (isinstance(scale, MinMax) and not scale.has_offset)
-    if isinstance(quantizer.granularity, Rank1 | Shifted) or not plain:
+    if quantizer.granularity.factored or not plain:
         return None
     return quantizer.replace(scale=f"mse({CLIP},asymmetric={str(scale.needs_integer).lower()})")
 

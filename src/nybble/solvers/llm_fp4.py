@@ -29,12 +29,11 @@ from torch import Tensor
 
 from nybble.calibration.error import by_group, relative_error
 from nybble.core.errors import DataError, SchemeError, UsageError
-from nybble.granularity import Rank1
 from nybble.qtensor import QuantParams
 from nybble.quantizer import Quantizer
 from nybble.rounding import get_rounding
 from nybble.solvers import Operand, Solved, Solver, Stats, Weight
-from nybble.solvers._ladder import Error, Ladder, descend, fractions, menu, with_format
+from nybble.solvers._ladder import Error, Ladder, check_searchable, descend, fractions, menu, with_format
 from nybble.solvers._layer_error import InputsFixed, WeightsFixed, output_error
 
 
@@ -88,6 +87,9 @@ class LlmFp4(Solver):
             return frozenset({"inputs", "fisher", *(["second_moment"] if inputs is None else [])})
         return frozenset({"second_moment"} if inputs is None else {"inputs"})
 
+    def trial(self) -> LlmFp4:  # noqa: D102
+        return replace(self, rounds=1, grid=1, fine=min(self.fine, 1))
+
     @property
     def chooses_inputs(self) -> bool:  # noqa: D102
         return True
@@ -114,8 +116,7 @@ class LlmFp4(Solver):
     def quantizer_for(self, quantizer: Quantizer) -> Quantizer:  # noqa: D102
         if get_rounding(quantizer.rounding).stochastic:
             raise SchemeError("llm-fp4 compares candidates, which a stochastic rounding changes every time.")
-        if isinstance(quantizer.granularity, Rank1):
-            raise SchemeError("rank1 factors are slice maxima, so there is no clip value to search; use recipe rtn.")
+        check_searchable(quantizer)
         if self.formats:
             menu(quantizer.format)
         return quantizer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nybble.calibration.trace import capture_block_calls, trace_groups
+from nybble.calibration.trace import HIDDEN, capture_block_calls, trace_groups
 from nybble.core.errors import ModelError
 from nybble.core.registry import Registry
 from nybble.models.adapter import LinearFold, adapter_for, feeding_rows, generic_adapter
@@ -57,12 +57,11 @@ def test_replay_is_exact(family: str, make_model: Any, input_ids: torch.Tensor, 
         for block in adapter_for(model).blocks_of(seen_by_recorders):
             block.to("meta")
     calls = capture_block_calls(seen_by_recorders, input_ids)
-    assert [call.hidden is not None for call in calls] == [True, False]
-    hidden = calls[0].hidden
-    assert hidden is not None
+    assert [call.start is not None for call in calls] == [True, False]
+    given: Any = calls[0].start
     for block, call, wanted in zip(adapter_for(model).blocks_of(model), calls, expected, strict=True):
-        hidden = call.run(block, hidden)
-        assert torch.equal(hidden, wanted)
+        given = call.run(block, given)
+        assert torch.equal(given[HIDDEN], wanted)
     assert all("forward" not in block.__dict__ for block in adapter_for(model).blocks_of(seen_by_recorders))
 
 
@@ -72,12 +71,11 @@ def test_padded_batches_keep_their_mask(make_model: Any, input_ids: torch.Tensor
     mask = torch.ones_like(input_ids)
     mask[0, :4] = 0
     calls = capture_block_calls(model, {"input_ids": input_ids, "attention_mask": mask})
-    hidden = calls[0].hidden
-    assert hidden is not None
+    given: Any = calls[0].start
     for block, call in zip(model.model.layers, calls, strict=True):
-        hidden = call.run(block, hidden)
+        given = call.run(block, given)
     own = model.model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-    assert torch.equal(model.model.norm(hidden), own)
+    assert torch.equal(model.model.norm(given[HIDDEN]), own)
     assert not torch.equal(own[0], model.model(input_ids=input_ids, use_cache=False).last_hidden_state[0])
 
 
@@ -85,14 +83,13 @@ def test_every_linear_is_traced_once(family: str, make_model: Any, input_ids: to
     model = make_model(family)
     adapter = adapter_for(model)
     calls = capture_block_calls(model, input_ids)
-    hidden = calls[0].hidden
+    given: Any = calls[0].start
     for block, call in zip(adapter.blocks_of(model), calls, strict=True):
-        assert hidden is not None
-        trace = trace_groups(block, call, hidden)
+        trace = trace_groups(block, call, given)
         names = [name for group in trace.groups for name in group]
         assert sorted(names) == sorted(all_linears(block))
         assert trace.uncalled == ()
-        hidden = call.run(block, hidden)
+        given = call.run(block, given)
         if family in SHARED_INPUT:
             assert set(trace.groups) == SHARED_INPUT[family]
             assert trace.other == ()
@@ -231,11 +228,10 @@ def test_unknown_models_get_their_blocks(input_ids: torch.Tensor) -> None:
     assert any("SmoothQuant" in limit and "FalconForCausalLM" in limit for limit in adapter.limits)
     expected = block_outputs(model, input_ids)
     calls = capture_block_calls(model, input_ids)
-    hidden = calls[0].hidden
+    given: Any = calls[0].start
     for block, call, wanted in zip(model.transformer.h, calls, expected, strict=True):
-        assert hidden is not None
-        hidden = call.run(block, hidden)
-        assert torch.equal(hidden, wanted)
+        given = call.run(block, given)
+        assert torch.equal(given[HIDDEN], wanted)
 
 
 def test_refusals() -> None:

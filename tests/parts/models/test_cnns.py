@@ -23,6 +23,9 @@ from transformers import (
 )  # fmt: skip
 
 import nybble
+from nybble.calibration.block import BlockState
+from nybble.calibration.trace import capture_block_calls
+from nybble.calibration.window import Calibration, Window
 from nybble.core.errors import DataError, FileError, GranularityError, ModelError, SchemeError, UsageError
 from nybble.corrections import bias
 from nybble.data.images import ImageSamples, image_samples, preparation_for
@@ -37,7 +40,7 @@ from nybble.pipelines.request import build_recipe
 from nybble.quantizer import Quantizer
 from nybble.recipe import parse_recipe
 from nybble.solvers import make_solver
-from nybble.transforms._batchnorm import fold_batchnorms, fold_norms
+from nybble.transforms.fold_batchnorm import FoldBatchnorm, fold_batchnorms
 from nybble.walk.plan import make_plan
 
 INT8 = {"weights": "int8 channel", "activations": "int8 tensor static"}
@@ -164,10 +167,16 @@ def test_folding_batchnorms_changes_nothing(network: Any) -> None:
     x = images().pixel_values
     exact = logits(model, x)
     targets = make_plan(model, adapter, build_recipe("minmax-int").scheme, make_solver("rtn", {})).blocks[0]
-    block = model.get_submodule(name)
+    state = BlockState(model.get_submodule(name), name, None, targets)
+    block = state.module
     before = sum(isinstance(m, nn.BatchNorm2d) for m in block.modules())
-    call: Any = type("Call", (), {"run": staticmethod(lambda block, hidden: block(hidden))})
-    folded = fold_norms(block, name, targets, {}, lambda: iter([(call, x)]))
+    call = capture_block_calls(model, {"pixel_values": x}, adapter=adapter)[0]
+    calibration = Calibration(
+        tokens=6, samples=6, batches=1, device=torch.device("cpu"), dtype=torch.float32, seed=0, config=model.config
+    )
+    window = Window([state], calibration, lambda path, order: [([call], call.start or {})], "block-0000")
+    FoldBatchnorm().run(window, adapter, "float")
+    folded = state.folded
     after = sum(isinstance(m, nn.BatchNorm2d) for m in block.modules())
     assert len(folded) == before - after > 0
     assert after == (1 if isinstance(network, Plain) else 0)  # one reads no convolution

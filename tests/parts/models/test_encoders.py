@@ -12,7 +12,7 @@ from tests.tiny import WORDS, save_text, tiny_tokenizer
 from torch import Tensor, nn
 
 import nybble
-from nybble.calibration.trace import capture_block_calls
+from nybble.calibration.trace import HIDDEN, capture_block_calls
 from nybble.core.errors import DataError, UsageError
 from nybble.data import load_text, make_source, sentence_samples
 from nybble.data.sentences import split_sentences
@@ -104,12 +104,12 @@ def test_replay_is_exact(name: str) -> None:
     end: Tensor | None = None
     for names in adapter.stack_names(model):
         calls = capture_block_calls(model, inputs, end=end)
-        hidden = calls[0].hidden
-        assert hidden is not None and len(calls) == len(names)
+        given: Any = calls[0].start
+        assert len(calls) == len(names)
         for block, call in zip(names, calls, strict=True):
-            hidden = call.run(model.get_submodule(block), hidden)
-            assert torch.equal(hidden, expected[block])
-        end = hidden
+            given = call.run(model.get_submodule(block), given)
+            assert torch.equal(given[HIDDEN], expected[block])
+        end = given[HIDDEN]
     assert len(adapter.stack_names(model)) == (2 if name in ("bart", "mbart", "t5", "t5 gated") else 1)
     assert (calls[0].mask is not None) == ("attention_mask" in inputs and end is not None and name != "x")
 

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from nybble.core.errors import FileError, ModelError, SchemeError
-from nybble.granularity import Shifted
 from nybble.nn.activation import ActivationQuantizer, check_static
 from nybble.nn.attention import OPERANDS, MatmulQuantizers, OperandWatch, attentions, use_quantized_attention
 from nybble.nn.attention import PART as MATMULS
@@ -39,8 +38,11 @@ class Attention(Kind):
         quantizer = target.rule.matmuls
         if quantizer is None:
             return
-        if isinstance(quantizer.granularity, Shifted):
-            raise SchemeError("shifted columns need a weight that takes the shifts; matmuls have none. Write 'tensor'.")
+        if not quantizer.granularity.for_products:
+            raise SchemeError(
+                f"{quantizer.granularity.word} columns need a weight that takes the shifts; matmuls have none. "
+                "Write 'tensor'."
+            )
         check_static(quantizer)
 
     def tied(self, target: Target, root: nn.Module, others: Sequence[str]) -> Target:  # noqa: D102

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import SchemeError
-from nybble.granularity import PerPlane, PerTensor
 from nybble.nn.batchnorm import drop_norm
 from nybble.nn.conv import Geometry, QuantConv, is_conv
 from nybble.nn.kinds import Get, LayerKind, Quantized, Target
@@ -44,7 +43,7 @@ class Conv(LayerKind):
             yield replace(target, groups=Geometry.of(module).groups)
 
     def check_activations(self, quantizer: Quantizer) -> None:  # noqa: D102
-        if type(quantizer.granularity) not in (PerTensor, PerPlane):
+        if not quantizer.granularity.for_convolutions:
             raise SchemeError(
                 f"activations of a convolution can't have the scales of {quantizer}: one value meets many kernel "
                 "positions. Write 'tensor', or 'plane' for one scale for each channel of each image."
