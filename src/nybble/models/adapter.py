@@ -78,8 +78,8 @@ class Adapter:
         limits: what the adapter can't offer, each with its reason.
         carries: what later blocks get from the first one: pairs of a place in the tuple that blocks return, and the
             place among a block's arguments (behind the hidden states) where the model puts it.
-        reads: what calibration feeds it: ``tokens``, windows of running text; ``sentences``, padded and with the
-            tokenizer's special tokens; or ``images``.
+        reads: key of the kind of data that calibration feeds it, in the registry ``nybble.data.kinds``: ``tokens``,
+            windows of running text; ``sentences``, padded and with the tokenizer's special tokens; ``images``.
         convolutional: whether the layers to quantize are convolutions. ``blocks`` is then the path of the network
             itself, which is one block: its stages differ in shape, and it is small.
     """
@@ -97,7 +97,7 @@ class Adapter:
     renames: tuple[tuple[str, str], ...] = ()
     limits: tuple[str, ...] = ()
     carries: tuple[tuple[int, int], ...] = ()
-    reads: Literal["tokens", "sentences", "images"] = "tokens"
+    reads: str = "tokens"
     convolutional: bool = False
 
     @property
@@ -238,8 +238,8 @@ def checkpoint_renames(config: PreTrainedConfig) -> Mapping[str, str]:
     return dict(found.renames) if found else {}
 
 
-def reads_of(config: PreTrainedConfig) -> Literal["tokens", "sentences", "images"]:
-    """What models of this family read; unknown ones are taken for language models."""
+def reads_of(config: PreTrainedConfig) -> str:
+    """Key of the kind of data that models of this family read; unknown ones are taken for language models."""
     found = _by_model_type().get(config.model_type)
     return "tokens" if found is None else found.reads
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nybble.corrections.bias import MOST
 from nybble.models.adapter import Adapter
@@ -29,7 +30,7 @@ class Load:
         samples, seq_len, batch: calibration; 0 samples if nothing is calibrated.
         dtype: of the forwards. source_bytes: bytes of a stored value; 0 for a model already in memory.
         whole: the source can only be read as a whole. kept: the result stays in memory. spilled: hidden states don't.
-        image: [channels, height, width] of a model of images; empty without calibration.
+        example: one sample, by the model's argument, on the meta device; empty without calibration.
     """
 
     samples: int
@@ -40,7 +41,7 @@ class Load:
     whole: bool = False
     kept: bool = False
     spilled: bool = False
-    image: tuple[int, ...] = ()
+    example: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -108,16 +109,17 @@ def estimate(model: Any, adapter: Adapter, plan: Plan, solver: Solver, load: Loa
 
 
 def estimate_convs(model: Any, plan: Plan, solver: Solver, load: Load, flops: float) -> Estimate:
-    """As :func:`estimate` of a network that is one block, from what its layers do to one image on the meta device."""
+    """As :func:`estimate` of a network that is one block, from what its layers do to one sample on the meta device."""
     size, targets = load.dtype.itemsize, plan.blocks[0]
     weights = sum(p.numel() for p in model.parameters())
-    seen = _layer_sizes(model, {t.name for t in targets}, load.image) if load.image else {}
+    seen = _layer_sizes(model, {t.name for t in targets}, load.example) if load.example else {}
     most = min(load.samples * max((t.kind.rows_a_sample for t in targets), default=0), solver.most_tokens)
     gathered = plan.needs(solver) & {"second_moment", "inputs"}
     kept = sum(4 * t.shape[1] * (t.shape[1] + (most if "inputs" in gathered else SAMPLE)) for t in targets)
     together = [rows * t.shape[1] + 4 * inputs for t in targets for rows, inputs in [seen.get(t.name, (0, 0))]]
     working = [solver.working_bytes([t.shape[0]], t.shape[1]) + 24 * most * t.shape[1] for t in targets]
-    at_once = max(load.batch, min(load.samples, MOST // max(1, math.prod(load.image or (1,)))))
+    sample = next((tensor.numel() for tensor in load.example.values()), 1)
+    at_once = max(load.batch, min(load.samples, MOST // max(1, sample)))
     correcting = 4 * size * at_once * max((inputs for _, inputs in seen.values()), default=0)
     running = max(8 * load.batch * max(together, default=0), correcting)
     memory = BASE + weights * (size + 2 * load.source_bytes) + running
@@ -130,8 +132,8 @@ def estimate_convs(model: Any, plan: Plan, solver: Solver, load: Load, flops: fl
     return Estimate(memory=int(memory), disk=int(2 * (packed + rest * size)), seconds=seconds)
 
 
-def _layer_sizes(model: Any, names: set[str], image: tuple[int, ...]) -> dict[str, tuple[int, int]]:
-    """Of each layer, rows that its matrix is multiplied with and elements of its input, for one image."""
+def _layer_sizes(model: Any, names: set[str], example: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Of each layer, rows that its matrix is multiplied with and elements of its input, for one sample."""
     found: dict[str, tuple[int, int]] = {}
     twin = copy.deepcopy(model).to("meta")
 
@@ -148,7 +150,8 @@ def _layer_sizes(model: Any, names: set[str], image: tuple[int, ...]) -> dict[st
         if short is not None:
             module.register_forward_hook(note(short))
     with torch.no_grad():
-        twin(pixel_values=torch.zeros(1, *image, dtype=next(twin.parameters()).dtype, device="meta"))
+        dtype = next(twin.parameters()).dtype
+        twin(**{name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in example.items()})
     return found
 
 

@@ -188,13 +188,13 @@ def test_encoder_from_a_folder_to_its_cosine(tmp_path: Path) -> None:
         out = tmp_path / f"out{bits}"
         settings = nybble.Settings(samples=16, seq_len=20, dtype=torch.float32)
         nybble.quantize(str(tmp_path / "float"), recipe, str(text), out=out, settings=settings)
-        result = run_eval({"quantized": str(out)}, str(text), None, str(tmp_path / "float"), 20, 16, "cpu")
+        result = run_eval({"quantized": str(out)}, str(text), reference=str(tmp_path / "float"), seq_len=20, samples=16)
         found[bits] = result["models"]["quantized"]["cosine"]
     assert found[8] > 0.99 > found[3]
     with pytest.raises(UsageError, match="is judged by cosine"):
-        run_eval({"q": str(out)}, str(text), ["ppl"], str(tmp_path / "float"), 20, 16, "cpu")
+        run_eval({"q": str(out)}, str(text), metrics=["ppl"], reference=str(tmp_path / "float"), seq_len=20, samples=16)
     with pytest.raises(UsageError, match="give it as the reference"):
-        run_eval({"q": str(out)}, str(text), None, None, 20, 16, "cpu")
+        run_eval({"q": str(out)}, str(text), seq_len=20, samples=16)
 
 
 def save_lines(path: Path) -> Path:
