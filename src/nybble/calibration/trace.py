@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import ModelError
+from nybble.data.kinds import data_kind
 from nybble.models.adapter import Adapter, adapter_for
 from nybble.nn.kinds import Kind, kind_of
 
@@ -159,12 +160,11 @@ def capture_block_calls(
             continue
         if good:
             if adapter.convolutional and calls[0].hidden is not None:
-                # The network reads images as they are; a wrapper may have moved them to where its weights aren't yet.
+                # The network reads its input as it is; a wrapper may have moved it to where its weights aren't yet.
                 dtype = next(stacks[0][0].parameters()).dtype
-                calls[0] = replace(calls[0], hidden=given["pixel_values"].to(dtype))
-            mask = given.get("attention_mask") if end is None else None
+                calls[0] = replace(calls[0], hidden=next(iter(given.values())).to(dtype))
+            real = data_kind(adapter.reads).real(given) if end is None else None
             shared: dict[int, Tensor] = {}
-            real = None if mask is None else mask.bool()
             return [replace(call, mask=real, carries=carries, carried=shared) for call in calls]
     raise ModelError(
         f"{type(model).__name__} doesn't call its {len(stacks[-1])} blocks one after the other on its hidden states."

@@ -263,7 +263,7 @@ class Walk:
         samples = next(iter(inputs.values())).shape[0]
         first: dict[int, list[BlockCall]] = {}
         for start in range(0, samples, self.job.settings.batch):
-            given = {name: t[start : start + self.job.settings.batch].to(self.job.device) for name, t in inputs.items()}
+            given = self.job.kind.batch(inputs, start, start + self.job.settings.batch, self.job.device).inputs
             size = next(iter(given.values())).shape[0]
             end = before.read(start, start + size) if decoder and before is not None else None
             calls = capture_block_calls(self.job.model, given, adapter=self.job.adapter, end=end)

@@ -33,7 +33,7 @@ class Batch:
 
     Attributes:
         inputs: by the model's argument; the main one first.
-        real: bool [samples, tokens], which are no padding; None where all are real.
+        real: as :meth:`DataKind.real` says.
     """
 
     inputs: dict[str, Tensor]
@@ -77,10 +77,14 @@ class DataKind(ABC):
             )
 
     def batch(self, inputs: Mapping[str, Tensor], start: int, stop: int, device: torch.device | str) -> Batch:
-        """Samples ``start .. stop`` of ``inputs`` on a device; an ``attention_mask`` says which tokens are real."""
+        """Samples ``start .. stop`` of ``inputs`` on a device."""
         given = {name: tensor[start:stop].to(device) for name, tensor in inputs.items()}
-        mask = given.get("attention_mask")
-        return Batch(inputs=given, real=None if mask is None else mask.bool())
+        return Batch(inputs=given, real=self.real(given))
+
+    def real(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """Bool [samples, tokens], which tokens are no padding, from an ``attention_mask``; None where all are real."""
+        mask = inputs.get("attention_mask")
+        return None if mask is None else mask.bool()
 
     def probe(self, inputs: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
         """The least that shows what a model does with its inputs: one sample."""
