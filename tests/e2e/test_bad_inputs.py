@@ -19,10 +19,10 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from nybble.cli import main
+from nybble.core import device
 from nybble.core.errors import DataError, DeviceError, FileError, ModelError, NybbleError, UsageError
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.request import build_recipe
-from nybble.walk import estimate
 from nybble.walk.settings import Settings
 
 RECIPE = build_recipe("gptq", weights="int4 group=16")
@@ -399,7 +399,7 @@ def test_the_output_exists(folder: Path, tmp_path: Path, nybble: Callable[..., R
 
 # ---------------------------------------------------------------------------------------------------- memory and disks
 def test_too_little_memory(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "available_memory", lambda: 10_000_000)
+    monkeypatch.setattr(device, "available_memory", lambda: 10_000_000)
     with pytest.raises(DeviceError, match=r"about 0\.3 GB are needed on cpu and 0\.0 GB are free.*--samples.*--spill"):
         run_quantize(folder / "model", folder, tmp_path / "out")
     assert os.listdir(tmp_path) == []

@@ -86,7 +86,7 @@ def use(folder: Path, call: int) -> bool:
             found = inspect(out)
             assert sum(found["bytes"].values()) == found["total"]
         else:
-            run_eval({"model": str(out)}, str(folder / "text.txt"), ["ppl"], None, 8, 2, "cpu")
+            run_eval({"model": str(out)}, str(folder / "text.txt"), metrics=["ppl"], seq_len=8, samples=2)
     except NybbleError as error:
         assert 10 < len(str(error)) < 5000
         return False

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nybble.calibration.statistics import InputSample
 from nybble.core.errors import DataError
 from nybble.core.seeds import derive_seed
+from nybble.data.kinds import Batch, data_kind
 from nybble.models.adapter import Adapter
 
 
@@ -51,7 +52,7 @@ def fisher_of(
     """
     found = {name: InputSample(rows, tokens, most) for name, rows in layers.items()}
     asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    device = next(iter(asked)).device
+    device, kind = next(iter(asked)).device, data_kind(adapter.reads)
     generator = torch.Generator(device).manual_seed(derive_seed(seed, "fisher"))
     handles = [
         model.get_submodule(stack[0]).register_forward_pre_hook(_ask_for_gradients, with_kwargs=True)
@@ -60,8 +61,7 @@ def fisher_of(
     try:
         model.requires_grad_(False)
         for start in range(0, len(next(iter(inputs.values()))), batch):
-            given = {name: tensor[start : start + batch].to(device) for name, tensor in inputs.items()}
-            _add(model, given, found, generator)
+            _add(model, kind.batch(inputs, start, start + batch, device), found, generator)
     finally:
         for handle in handles:
             handle.remove()
@@ -84,10 +84,9 @@ def _ask_for_gradients(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         hidden.requires_grad_(True)
 
 
-def _add(model: nn.Module, given: Mapping[str, Tensor], found: Mapping[str, InputSample], generator: Any) -> None:
+def _add(model: nn.Module, batch: Batch, found: Mapping[str, InputSample], generator: Any) -> None:
     """One batch forth and back."""
-    mask = given.get("attention_mask")
-    real = None if mask is None else mask.bool()
+    real = batch.real
     gradients: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[..., None]:
@@ -101,7 +100,7 @@ def _add(model: nn.Module, given: Mapping[str, Tensor], found: Mapping[str, Inpu
     handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in found]
     try:
         with torch.enable_grad():
-            log_likelihood(model(**given), real, generator).backward()  # type: ignore[no-untyped-call]
+            log_likelihood(model(**batch.inputs), real, generator).backward()  # type: ignore[no-untyped-call]
     finally:
         for handle in handles:
             handle.remove()

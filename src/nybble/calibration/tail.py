@@ -76,10 +76,9 @@ class TailCall(BlockCall):
                 return
 
 
-def tail(adapter: Adapter, inputs: Mapping[str, Tensor], modules: Sequence[str]) -> TailCall:
-    """See :class:`TailCall`; real tokens are those of the inputs' mask."""
-    mask = inputs.get("attention_mask")
+def tail(adapter: Adapter, inputs: Mapping[str, Tensor], real: Tensor | None, modules: Sequence[str]) -> TailCall:
+    """See :class:`TailCall`; ``real``: bool [samples, tokens], as of other calls."""
     return TailCall(
-        index=0, args=(), kwargs={}, keyword=None, start=None, mask=None if mask is None else mask.bool(),
+        index=0, args=(), kwargs={}, keyword=None, start=None, mask=real,
         adapter=adapter, inputs=inputs, modules=frozenset(modules),
     )  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import ModelError
+from nybble.data.kinds import data_kind
 from nybble.models.adapter import Adapter, Flow, adapter_for
 from nybble.nn.kinds import Kind, kind_of
 
@@ -205,11 +206,10 @@ def capture_block_calls(
         if good:
             start = calls[0].start
             if adapter.convolutional and start is not None:
-                # The network reads images as they are; a wrapper may have moved them to where its weights aren't yet.
+                # The network reads its input as it is; a wrapper may have moved it to where its weights aren't yet.
                 dtype = next(stacks[0][0].parameters()).dtype
-                calls[0] = replace(calls[0], start={HIDDEN: given["pixel_values"].to(dtype)})
-            mask = given.get("attention_mask") if end is None else None
-            real = None if mask is None else mask.bool()
+                calls[0] = replace(calls[0], start={HIDDEN: next(iter(given.values())).to(dtype)})
+            real = data_kind(adapter.reads).real(given) if end is None else None
             return [replace(call, mask=real) for call in calls]
     name = type(model).__name__
     if (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from nybble.core.errors import FileError
 from nybble.core.guard import reading
 from nybble.models.build.config_file import make_config, read_json
 from nybble.models.build.skeleton import expected_tensors, fill_buffers_, meta_model
+from nybble.models.sources.folder import PREPROCESSOR
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -78,12 +80,28 @@ def _read(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> di
     return tensors
 
 
-def read_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the weights."""
-    from transformers import AutoTokenizer
+@dataclass(frozen=True)
+class Beside:
+    """What stands beside the weights in a folder that nybble wrote, as data needs it (:class:`nybble.data.Origin`)."""
 
-    with reading(f"the tokenizer of {folder}"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder), config=config, trust_remote_code=False, local_files_only=True
-        )
-    return tokenizer
+    folder: Path
+    config: PreTrainedConfig
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; no code of the folder runs.
+
+        Raises:
+            FileError: there is none, or it is broken.
+        """
+        from transformers import AutoTokenizer
+
+        with reading(f"the tokenizer of {self.folder}"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                str(self.folder), config=self.config, trust_remote_code=False, local_files_only=True
+            )
+        return tokenizer
+
+    def preprocessing(self) -> dict[str, Any]:
+        """As preprocessor_config.json says, if there is one."""
+        path = self.folder / PREPROCESSOR
+        return read_json(path) if path.is_file() else {}

@@ -11,8 +11,8 @@ import torch
 from nybble.checkpoint.describe import describe_model
 from nybble.checkpoint.parts import Parts
 from nybble.core.errors import FileError, UsageError
-from nybble.core.files import AtomicFolder, atomic_write_json
-from nybble.models.sources.folder import PREPROCESSOR
+from nybble.core.files import AtomicFolder
+from nybble.data.kinds import DataKind
 from nybble.nn.kinds import quant_modules
 
 if TYPE_CHECKING:
@@ -40,24 +40,18 @@ def model_config(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
     return dict(config)
 
 
-def save_side_files(source: ModelSource, model: PreTrainedModel, folder: Path, images: bool = False) -> None:
-    """Tokenizer (of a model of images, how they are prepared) and generation config beside the weights.
+def save_side_files(kind: DataKind, source: ModelSource, model: PreTrainedModel, folder: Path) -> None:
+    """Beside the weights: what the model's kind of data needs (tokenizer, preprocessor config); generation config.
 
     Raises:
-        FileError: they can't be written; tokenizers' own errors don't tell a full disk from others.
+        FileError: they can't be written.
     """
-    if images:
-        preprocessing = source.preprocessing()
-        if preprocessing:
-            atomic_write_json(folder / PREPROCESSOR, preprocessing)
-        return
-    tokenizer = source.tokenizer()
-    try:
-        tokenizer.save_pretrained(folder)
-        if model.can_generate() and model.generation_config is not None:
+    kind.write_side_files(source, folder)
+    if model.can_generate() and model.generation_config is not None:
+        try:
             model.generation_config.save_pretrained(folder)
-    except Exception as error:
-        raise FileError(f"{folder}: the tokenizer's files can't be written: {error}") from error
+        except Exception as error:  # a full disk, or values that its own check refuses
+            raise FileError(f"{folder}: generation_config.json can't be written: {error}") from error
 
 
 def save(

@@ -14,27 +14,39 @@ def command(
     data: Annotated[
         str,
         typer.Option(
-            help="A text file, JSONL, hub dataset id, or builtin; an IDX file, .npy, .npz or a folder of pictures."
+            help="What the model reads: a text file, JSONL, hub dataset id or builtin; images; a plug-in's own."
         ),
     ] = "builtin",
     metrics: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated: ppl, nll, kl, agreement; cosine (encoders); top1 (images). Left out: the usual."
+            help="Comma-separated, say ppl,kl; a name that doesn't fit the model is answered with those that do. "
+            "Left out: the usual."
         ),
     ] = None,
-    reference: Annotated[str | None, typer.Option(help="The float model, for kl and agreement.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The float model, for metrics that compare with it.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens a window; windows do not overlap.")] = 512,
-    samples: Annotated[int | None, typer.Option(help="At most so many windows, spread evenly; default all.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="At most so many windows, sentences or images, spread evenly; default all.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Evaluate MODEL on text."""
+    """Evaluate MODEL on held-out text, or on images if it reads those."""
     from nybble.core.progress import Bars
     from nybble.pipelines.evaluate import run_eval
 
     names = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
-    result = run_eval({"model": model}, data, names, reference, seq_len, samples, device, progress=Bars())
+    result = run_eval(
+        {"model": model},
+        data,
+        metrics=names,
+        reference=reference,
+        seq_len=seq_len,
+        samples=samples,
+        device=device,
+        progress=Bars(),
+    )
     found, manifest = result["models"], result["data"]
     if json:
         count = manifest.get("predictions", manifest.get("tokens"))
@@ -44,5 +56,5 @@ def command(
         f"{model} on {data}", ("metric", "value"), [[name, f"{value:.5g}"] for name, value in found["model"].items()]
     )
     what = f"{manifest['predictions']} predictions" if "predictions" in manifest else f"{manifest['samples']} samples"
-    digest = manifest.get("source_sha256", manifest.get("pixels_sha256"))
+    digest = next((value for name, value in manifest.items() if name.endswith("sha256")), "not stated")
     print(f"{what}; data sha256 {str(digest)[:16]}")

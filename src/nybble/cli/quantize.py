@@ -81,7 +81,7 @@ def command(
     if eval is not None:
         from nybble.pipelines.evaluate import judge_folder
 
-        found = judge_folder(out, model, eval, seq_len, device, Bars())
+        found = judge_folder(out, model, eval, seq_len=seq_len, device=device, progress=Bars())
         evaluation = {**found["models"], "data": found["data"], "samples": found["samples"]}
     sizes = inspect(out)
     result: dict[str, Any] = {

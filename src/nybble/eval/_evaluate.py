@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 from nybble.core.errors import DataError, ModelError, UsageError, within
 from nybble.core.progress import Progress, Silent, task
-from nybble.core.registry import Registry
 from nybble.eval._logits import Predictor, evaluating
 from nybble.eval._metric import LogitRows, Metric, total
-
-METRICS = Registry("nybble.eval", "metric")
+from nybble.eval.metrics import METRICS
 
 _HEAD_BYTES = 32 * 2**20  # logits of one head call of one model, in its dtype
 _CACHE_BYTES = 2 * 2**20  # float32 logits of one step of the metrics on a CPU: about its second-level cache

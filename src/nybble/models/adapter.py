@@ -96,8 +96,8 @@ class Adapter:
         renames: leading part of a tensor's name in older checkpoints -> its name now.
         limits: what the adapter can't offer, each with its reason.
         flows: what goes from block to block beside the hidden states.
-        reads: what calibration feeds it: ``tokens``, windows of running text; ``sentences``, padded and with the
-            tokenizer's special tokens; or ``images``.
+        reads: key of the kind of data that calibration feeds it, in the registry ``nybble.data.kinds``: ``tokens``,
+            windows of running text; ``sentences``, padded and with the tokenizer's special tokens; ``images``.
         convolutional: whether the layers to quantize are convolutions. ``blocks`` is then the path of the network
             itself, which is one block: its stages differ in shape, and it is small.
     """
@@ -115,7 +115,7 @@ class Adapter:
     renames: tuple[tuple[str, str], ...] = ()
     limits: tuple[str, ...] = ()
     flows: tuple[Flow, ...] = ()
-    reads: Literal["tokens", "sentences", "images"] = "tokens"
+    reads: str = "tokens"
     convolutional: bool = False
 
     @property
@@ -256,8 +256,8 @@ def checkpoint_renames(config: PreTrainedConfig) -> Mapping[str, str]:
     return dict(found.renames) if found else {}
 
 
-def reads_of(config: PreTrainedConfig) -> Literal["tokens", "sentences", "images"]:
-    """What models of this family read; unknown ones are taken for language models."""
+def reads_of(config: PreTrainedConfig) -> str:
+    """Key of the kind of data that models of this family read; unknown ones are taken for language models."""
     found = _by_model_type().get(config.model_type)
     return "tokens" if found is None else found.reads
 

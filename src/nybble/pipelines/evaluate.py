@@ -1,4 +1,4 @@
-"""Judging models: metrics of each on the same tokens, and texts that they go on with."""
+"""Judging models: metrics of each on the same samples, and texts that they go on with."""
 
 from __future__ import annotations
 
@@ -6,155 +6,116 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
 
 from nybble.checkpoint.parts import EVALUATION
 from nybble.core.device import check_device
-from nybble.core.errors import ModelError, UsageError, did_you_mean
+from nybble.core.errors import ModelError, UsageError
 from nybble.core.files import atomic_write_json
 from nybble.core.guard import reading
-from nybble.core.progress import Progress
-from nybble.data import (
-    SentenceSamples,
-    TokenSamples,
-    image_samples,
-    load_text,
-    preparation_for,
-    sentence_samples,
-    token_samples,
-)
-from nybble.eval import METRICS, classification, classify, embed, embedding_cosine, evaluate_many
+from nybble.core.progress import Progress, Silent
+from nybble.data import InMemory, Origin, Samples
+from nybble.data.kinds import DataKind, data_kind
+from nybble.eval._logits import evaluating
+from nybble.eval.judges import Panel, check_metrics, chosen_metrics, judge_of
 from nybble.models.adapter import reads_of
-from nybble.models.build.config_file import read_json
-from nybble.models.sources.folder import PREPROCESSOR
-from nybble.pipelines.load import load
-from nybble.walk.job import check_tokens
+from nybble.models.network import as_model
+from nybble.pipelines.load import load_with_origin
 
-METRICS_OF = {"sentences": ("cosine",), "images": ("top1", "agreement")}
-MOST_SENTENCES = 1000
-PROMPT, ANSWER = 24, 40
-"""Tokens of held-out text that a sample starts from, and that each model adds."""
+Spec = str | nn.Module
+"""What to load, or a model in memory."""
 
 
 def run_eval(
-    models: Mapping[str, str],
-    data: str,
-    metrics: Sequence[str] | None,
-    reference: str | None,
-    seq_len: int,
-    samples: int | None,
-    device: str,
+    models: Mapping[str, Spec],
+    data: str | Samples = "builtin",
     *,
-    progress: Progress | None = None,
+    metrics: Sequence[str] | None = None,
+    reference: Spec | None = None,
+    seq_len: int = 512,
+    samples: int | None = None,
+    device: str = "cpu",
     texts: int = 0,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Metrics of models on held-out text.
+    """Metrics of models on held-out data, as the judge of their kind of data finds them.
 
     Args:
-        models: name -> what to load.
-        data: a SRC.
+        models: name -> what to load, or a model in memory, which stays where it is; all of one kind.
+        data: a SRC, or samples that are ready.
         metrics: their names; None takes the usual ones of the kind of model.
         reference: the float model that some metrics compare with.
-        seq_len: tokens of a window.
-        samples: windows; None takes all.
+        seq_len: tokens of a window or sentence.
+        samples: how many; None takes what the judge takes, most often all.
         device: cpu or cuda.
-        progress: told after each batch.
         texts: how many windows' beginnings every model goes on with, greedily; 0 for models that can't.
+        progress: told after each batch.
 
     Returns:
-        ``models``: name -> metric -> value; ``data``: manifest of the tokens, with ``predictions``; ``samples``: a
-        mapping each with ``prompt`` and every model's name.
+        ``models``: name -> metric -> value; ``data``: manifest of the samples, with ``predictions`` where there are
+        any; ``samples``: a mapping each with ``prompt`` and every model's name.
 
     Raises:
-        UsageError: unknown metric. NybbleError: data or models that can't be read or run.
+        UsageError: unknown metric, models of several kinds. NybbleError: data or models that can't be read or run.
     """
-    known = [*METRICS.names(), *(name for names in METRICS_OF.values() for name in names)]
-    for metric in metrics or ():
-        if metric not in known:
-            raise UsageError(f"unknown metric {metric!r}.{did_you_mean(metric, known)}")
-    loaded: dict[str, Any] = {}
-    tokenizer: Any = None
+    if not models:
+        raise UsageError("nothing to evaluate: give at least one model.")
+    check_metrics(metrics)
     check_device(device)
+    loaded: dict[str, Any] = {}
+    origin: Origin = InMemory(None)
     for name, spec in models.items():
-        loaded[name], tokenizer = load(spec, device=device, dense=True)
+        loaded[name], origin = _opened(spec, device, dense=True)
     same = next((name for name, spec in models.items() if spec == reference), None)
-    float_model = None if reference is None else loaded[same] if same else load(reference, device=device)[0]
-    reads = reads_of(next(iter(loaded.values())).config)
-    if reads != "tokens" and metrics is not None and not set(metrics) <= set(METRICS_OF[reads]):
+    float_model = None if reference is None else loaded[same] if same else _opened(reference, device)[0]
+    key = _kind_of(loaded)
+    names = chosen_metrics(key, metrics, float_model is not None)
+    kind, judge = data_kind(key), judge_of(key)
+    made = kind.prepare(data, origin, judge.wanted(samples, seq_len)) if isinstance(data, str) else data
+    everyone = [*loaded.values()] if float_model is None else [float_model, *loaded.values()]
+    with evaluating(*everyone):
+        for name, model in loaded.items():
+            spec = models[name]
+            _check_runs(spec if isinstance(spec, str) else name, model, kind, made)
+        panel = Panel(models=loaded, reference=float_model, samples=made, metrics=names)
+        verdict = judge.judge(panel, progress or Silent())
+        written = judge.texts(loaded, origin, made, texts)
+    return {"models": verdict.metrics, "data": {**made.manifest(), **verdict.counts}, "samples": written}
+
+
+def _opened(spec: Spec, device: str, dense: bool = False) -> tuple[Any, Origin]:
+    """A model, and where it comes from."""
+    if not isinstance(spec, nn.Module):
+        return load_with_origin(spec, device=device, dense=dense)
+    model: Any = spec if hasattr(spec, "config") else as_model(spec)
+    return model, InMemory(model.config)
+
+
+def _kind_of(models: Mapping[str, Any]) -> str:
+    """The kind of data that all models read."""
+    kinds = {name: reads_of(model.config) for name, model in models.items()}
+    if len(set(kinds.values())) > 1:
         raise UsageError(
-            f"a model of {reads} is judged by {', '.join(METRICS_OF[reads])}; not by {', '.join(metrics)}."
+            "models of several kinds can't be judged on the same data: "
+            + ", ".join(f"{name} reads {kind}" for name, kind in kinds.items())
+            + ". Judge them apart."
         )
-    if reads == "images":
-        return _top1(loaded, float_model, models, data, samples)
-    text = load_text(data, "evaluation", tokenizer)
-    if reads == "sentences":
-        sentences = sentence_samples(text, tokenizer, samples=samples or MOST_SENTENCES, seq_len=seq_len, fewer=True)
-        return {"models": _cosines(loaded, float_model, sentences), "data": sentences.manifest(), "samples": []}
-    metrics = metrics or (("ppl",) if reference is None else ("ppl", "kl", "agreement"))
-    tokens = token_samples(text, tokenizer, samples=samples, seq_len=seq_len)
-    with torch.no_grad():
-        for name, spec in models.items():
-            check_tokens(tokens, loaded[name])
-            with reading(f"{spec} loads, but can't run; it", ModelError):
-                loaded[name](tokens.input_ids[:1, :4].to(device), use_cache=False)
-        found = evaluate_many(float_model, loaded, tokens.input_ids, metrics, progress=progress)
-        written = go_on(loaded, tokenizer, tokens, texts)
-    predictions = next(iter(found.values())).tokens
-    return {
-        "models": {name: result.metrics for name, result in found.items()},
-        "data": tokens.manifest() | {"predictions": predictions},
-        "samples": written,
-    }
+    return next(iter(kinds.values()))
 
 
-def _top1(
-    loaded: Mapping[str, Any], reference: Any, specs: Mapping[str, str], data: str, samples: int | None
-) -> dict[str, Any]:
-    """Metrics of image classifiers."""
-    name, spec = next(iter(specs.items()))
-    preprocessor = Path(spec) / PREPROCESSOR
-    wants = preparation_for(loaded[name].config, read_json(preprocessor) if preprocessor.is_file() else {})
-    images = image_samples(data, wants, samples=samples)
-    exact = None if reference is None else classify(reference, images.pixel_values)
-    found = {
-        name: classification(classify(model, images.pixel_values), exact, images.labels)
-        for name, model in loaded.items()
-    }
-    if not all(found.values()):
-        raise UsageError(f"{data} has no labels, and no float model to agree with was given as the reference.")
-    return {"models": found, "data": images.manifest(), "samples": []}
-
-
-def _cosines(loaded: Mapping[str, Any], reference: Any, sentences: SentenceSamples) -> dict[str, dict[str, float]]:
-    """Metrics of encoders."""
-    if reference is None:
-        raise UsageError("an encoder's embeddings are compared with the float model's; give it as the reference.")
-    exact = embed(reference, sentences.inputs)
-    return {name: embedding_cosine(exact, embed(model, sentences.inputs)) for name, model in loaded.items()}
-
-
-def go_on(models: Mapping[str, Any], tokenizer: Any, tokens: TokenSamples, texts: int) -> list[dict[str, str]]:
-    """What every model adds to the beginnings of some windows, taking the likeliest token each time."""
-    found = []
-    for row in torch.arange(min(texts, len(tokens.input_ids))) * len(tokens.input_ids) // max(1, texts):
-        prompt = tokens.input_ids[row, :PROMPT][None]
-        sample = {"prompt": tokenizer.decode(prompt[0], skip_special_tokens=True)}
-        for name, model in models.items():
-            ids = prompt.to(model.device)
-            made = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=ANSWER,
-                do_sample=False,
-                pad_token_id=tokenizer.eos_token_id,
-            )
-            sample[name] = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
-        found.append(sample)
-    return found
+def _check_runs(what: str, model: Any, kind: DataKind, samples: Samples) -> None:
+    """Refuse samples that don't fit, and models that load but fail."""
+    kind.check(samples, model)
+    first = next(model.parameters())
+    with reading(f"{what} loads, but can't run; it", ModelError):
+        probe = kind.probe(samples.inputs, first.device)
+        model(
+            **{name: tensor.to(first.dtype) if tensor.is_floating_point() else tensor for name, tensor in probe.items()}
+        )
 
 
 def judge_folder(
-    out: Path, model: str, data: str, seq_len: int, device: str, progress: Progress | None = None
+    out: Path, model: str, data: str, *, seq_len: int, device: str, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Compare what ``nybble quantize`` wrote with the float model; the result is also kept in the folder.
 
@@ -162,6 +123,6 @@ def judge_folder(
         As :func:`run_eval`, of the models ``float`` and ``quantized``.
     """
     models = {"float": model, "quantized": str(out)}
-    found = run_eval(models, data, None, model, seq_len, None, device, progress=progress, texts=3)
+    found = run_eval(models, data, reference=model, seq_len=seq_len, device=device, texts=3, progress=progress)
     atomic_write_json(out / EVALUATION, found)
     return found

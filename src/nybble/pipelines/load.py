@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from nybble.checkpoint.load import is_quantized, load_quantized, read_tokenizer
+from nybble.checkpoint.load import Beside, is_quantized, load_quantized
+from nybble.data import Origin
+from nybble.data.kinds import data_kind
 from nybble.models.adapter import reads_of
 from nybble.models.sources.open import open_source
 from nybble.nn.swap import hold_dense
@@ -22,7 +24,7 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a model and its tokenizer: a folder that nybble wrote, or whatever :func:`open_source` takes.
 
-    A model of images has no tokenizer: None.
+    Models of text alone have a tokenizer; with one of images, say, comes None.
 
     Nothing in a folder is trusted: sizes, names and dtypes are compared with the files before memory is taken, and no
     code runs.
@@ -36,17 +38,20 @@ def load(
     Raises:
         NybbleError: the model can't be read; nothing else escapes.
     """
+    loaded, origin = load_with_origin(model, dtype=dtype, device=device, dense=dense)
+    return loaded, data_kind(reads_of(loaded.config)).tokenizer(origin)
+
+
+def load_with_origin(
+    model: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", dense: bool = False
+) -> tuple[PreTrainedModel, Origin]:
+    """As :func:`load`; with what the model's place offers for making samples, of which nothing is read yet."""
     folder = Path(model)
     if not is_quantized(folder):
         source = open_source(str(model))
-        float_model = source.model(dtype or torch.bfloat16, device)
-        return float_model, None if _of_images(float_model) else source.tokenizer()
+        return source.model(dtype or torch.bfloat16, device), source
     loaded = load_quantized(folder, dtype)
     nn.Module.to(loaded, device)
     if dense:
         hold_dense(loaded, loaded.dtype)
-    return loaded, None if _of_images(loaded) else read_tokenizer(folder, loaded.config)
-
-
-def _of_images(model: PreTrainedModel) -> bool:
-    return reads_of(model.config) == "images"
+    return loaded, Beside(folder, loaded.config)

@@ -57,7 +57,7 @@ def quantize(
         model: what :func:`~nybble.models.sources.open.open_source` takes, a transformers model in memory, or a plain
             torch network from images to logits; what is in memory is changed in place.
         recipe: a name, a YAML file, or a Recipe.
-        data: a SRC, or tokens or sentences already cut.
+        data: a SRC, or samples that are ready (tokens or sentences already cut, images).
         out: a folder to write; it appears whole or not at all. None keeps the result in memory.
         settings: sizes, device, seed.
         progress: told after each block.
@@ -177,7 +177,7 @@ def _write(job: Job, out: Path, progress: Progress, announce: Callable[[str], No
                 Walk({"": job}, partial if job.settings.spill else None).run(parts, progress)
             if not parts.assembled:
                 assert job.source is not None
-                save_side_files(job.source, job.model, partial, images=job.adapter.reads == "images")
+                save_side_files(job.kind, job.source, job.model, partial)
                 parts.assemble(job.part_names(), model_config(job.model, job.dtype), job.manifest())
             return [LayerRow.from_dict(row) for row in parts.finish()]
     except NybbleError as error:

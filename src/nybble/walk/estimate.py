@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nybble.nn.kinds import Target, kind_of
 from nybble.walk.steps import BlockStep, Cost, Load, Subject
@@ -46,7 +47,7 @@ def estimate(subject: Subject, steps: Sequence[BlockStep], load: Load, flops: fl
     size, samples = load.dtype.itemsize, load.samples * load.seq_len
     blocks = [sum(p.numel() for p in block.parameters()) for block in adapter.blocks_of(model)]
     outside = [p.numel() for n, p in model.named_parameters() if not adapter.inside(n)]
-    hidden = (samples * _width(model) if not load.image else load.samples * math.prod(load.image)) * size * load.streams
+    hidden = (samples * _width(model) if not load.sample else load.samples * load.sample) * size * load.streams
     block = max(blocks) * (load.source_bytes + (size if load.source_bytes != size else 0))
     costs = [_block_cost(subject, steps, targets, load) for targets in plan.blocks]
     at_once = min(load.window, len(blocks))
@@ -65,7 +66,7 @@ def estimate(subject: Subject, steps: Sequence[BlockStep], load: Load, flops: fl
     # The parts and the final file exist together for a moment.
     disk = int(2 * (packed + rest * size)) + (hidden if load.spilled else 0)
     products = sum(load.samples * load.products.get(t.name, 0) * math.prod(t.shape) for t in targets)
-    forward = products if load.image else samples * sum(blocks)
+    forward = products if load.sample else samples * sum(blocks)
     seconds = 3 + ((2 + load.streams - 1) * 2 * forward + sum(cost.flops for cost in costs)) / flops
     return Estimate(memory=int(memory), disk=disk, seconds=seconds, window=int(window + work))
 
@@ -90,8 +91,8 @@ def _fisher(subject: Subject, steps: Sequence[BlockStep], load: Load, weights: i
     return weights * size + 4 * tokens * rows + load.tokens * 8 * size * rows
 
 
-def with_layers(model: Any, names: set[str], image: tuple[int, ...]) -> tuple[dict[str, int], dict[str, int]]:
-    """Of each layer, rows that its matrix is multiplied with and elements of its input, for one image."""
+def with_layers(model: Any, names: set[str], example: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:
+    """Of each layer, rows that its matrix is multiplied with and elements of its input, for one sample."""
     rows: dict[str, int] = {}
     inputs: dict[str, int] = {}
     twin = copy.deepcopy(model).to("meta")
@@ -109,7 +110,8 @@ def with_layers(model: Any, names: set[str], image: tuple[int, ...]) -> tuple[di
         if short is not None:
             module.register_forward_hook(note(short))
     with torch.no_grad():
-        twin(pixel_values=torch.zeros(1, *image, dtype=next(twin.parameters()).dtype, device="meta"))
+        dtype = next(twin.parameters()).dtype
+        twin(**{name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in example.items()})
     return rows, inputs
 
 

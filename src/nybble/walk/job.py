@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from nybble.core.device import measure_flops, require_memory
-from nybble.core.errors import DataError, UsageError, within
+from nybble.core.errors import within
 from nybble.core.files import need_space
 from nybble.core.versions import versions
-from nybble.data import Samples, image_samples, load_text, preparation_for, sentence_samples, token_samples
+from nybble.data import InMemory, Origin, Samples, Wanted
+from nybble.data.kinds import DataKind, data_kind
 from nybble.models.adapter import Adapter, adapter_for
 from nybble.nn.kinds import Target
 from nybble.recipe import Recipe
@@ -79,13 +80,14 @@ class Job:
             subject = Subject(model=model, adapter=adapter, plan=make_plan(model, adapter, recipe.scheme, solver))
             for step in steps:
                 step.check(subject)
-        for kind in subject.plan.kinds:
-            kind.prepare(model)
+        for module_kind in subject.plan.kinds:
+            module_kind.prepare(model)
         needs = frozenset().union(*(step.needs(subject) for step in steps))
         tokens = None
         if needs:
-            tokens = _calibration(source, adapter, data, settings) if isinstance(data, str) else data
-            check_tokens(tokens, model)
+            kind = data_kind(adapter.reads)
+            tokens = _calibration(kind, source or InMemory(model.config), data, settings)
+            kind.check(tokens, model)
         load = _load(subject, source, settings, dtype, tokens, kept, paths, steps)
         cost = estimate(subject, steps, load, measure_flops(device, dtype))
         sees = any(_wants_inputs(target, solver) for target in subject.plan.outside)
@@ -145,6 +147,11 @@ class Job:
         found = [t for t in self.plan.outside if _wants_inputs(t, self.solver)]
         return [target.head or target.module for target in found]
 
+    @property
+    def kind(self) -> DataKind:
+        """What the model reads."""
+        return data_kind(self.adapter.reads)
+
     def part_names(self) -> list[str]:
         """Names of all parts, in order."""
         return [part_name(i) for i in range(len(self.plan.blocks))] + [OUTSIDE]
@@ -154,7 +161,7 @@ class Job:
         counts = ", ".join(f"{pattern}: {count}" for pattern, count in self.plan.counts.items())
         data = "no calibration"
         if self.tokens is not None:
-            data = "calibration {} x {} tokens".format(*_size(self.tokens))
+            data = "calibration {} x {} tokens".format(*self.kind.size(self.tokens))
             if self.settings.samples is None and self.tokens.available < DEFAULT_SAMPLES:
                 data += f" (all that {self.tokens.source} has)"
         lines = [
@@ -199,13 +206,6 @@ class Job:
         return known
 
 
-def _size(tokens: Samples) -> tuple[int, int]:
-    """How many samples, and how many tokens each has at most (on average, where the model makes tokens of an image)."""
-    samples = next(iter(tokens.inputs.values())).shape[0]
-    ids = tokens.inputs.get("input_ids")
-    return samples, -(-tokens.tokens // samples) if ids is None else ids.shape[1]
-
-
 def _wants_inputs(target: Target, solver: Solver) -> bool:
     """Whether a target in no block wants to see inputs: a layer's, or those of the head that reads a table."""
     if not (target.kind.shares_input or target.head):
@@ -226,15 +226,14 @@ def _load(
     paths: frozenset[str],
     steps: Sequence[BlockStep],
 ) -> Load:
-    samples, seq_len = (0, 0) if tokens is None else _size(tokens)
-    image: tuple[int, ...] = ()
-    products: dict[str, int] = {}
-    inputs: dict[str, int] = {}
-    if tokens is not None and "pixel_values" in tokens.inputs:
-        image = tuple(tokens.inputs["pixel_values"].shape[1:])
-        if subject.adapter.convolutional:
-            names = {t.name for targets in subject.plan.blocks for t in targets}
-            products, inputs = with_layers(subject.model, names, image)
+    kind = data_kind(subject.adapter.reads)
+    samples, seq_len = (0, 0) if tokens is None else kind.size(tokens)
+    sample, products, inputs = 0, dict[str, int](), dict[str, int]()
+    if tokens is not None and subject.adapter.convolutional:
+        example = kind.probe(tokens.inputs, "meta")
+        sample = next(iter(example.values())).numel()
+        names = {t.name for targets in subject.plan.blocks for t in targets}
+        products, inputs = with_layers(subject.model, names, example)
     return Load(
         samples=samples,
         seq_len=seq_len,
@@ -244,7 +243,7 @@ def _load(
         whole=source is not None and not source.streamable,
         kept=kept and source is not None,
         spilled=settings.spill,
-        image=image if subject.adapter.convolutional else (),
+        sample=sample,
         streams=max(1, len(paths)),
         window=max(step.window for step in steps),
         products=products,
@@ -252,45 +251,18 @@ def _load(
     )
 
 
-def _calibration(source: ModelSource | None, adapter: Adapter, data: str, settings: Settings) -> Samples:
-    """Sequences, sentences or images of the data that a SRC names."""
-    if source is None:
-        raise UsageError(
-            "a model in memory has no tokenizer here; pass data as samples (nybble.data.token_samples, "
-            "sentence_samples, image_samples)."
-        )
-    if adapter.reads == "images":
-        if data == "builtin":
-            raise UsageError(
-                "a vision model is calibrated on images; give them with --data (an IDX file, .npy, a folder)."
-            )
-        wants = preparation_for(source.config, source.preprocessing())
-        few = settings.samples is None
-        return image_samples(data, wants, samples=settings.samples or DEFAULT_SAMPLES, seed=settings.seed, fewer=few)
-    tokenizer = source.tokenizer()
-    text = load_text(data, "calibration", tokenizer)
-    wanted, few = settings.samples or DEFAULT_SAMPLES, settings.samples is None
-    cut = sentence_samples if adapter.reads == "sentences" else token_samples
-    return cut(text, tokenizer, samples=wanted, seq_len=settings.seq_len, seed=settings.seed, fewer=few)
-
-
-def check_tokens(tokens: Samples, model: Any) -> None:
-    """Refuse what the model can't take: positions it doesn't have, tokens outside its embeddings."""
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    ids = tokens.inputs.get("input_ids")
-    if ids is None:
-        return
-    length, largest = ids.shape[1], int(ids.max())
-    if positions is not None and length > positions:
-        raise DataError(
-            f"sequences of {length} tokens, and the model takes {positions}; give a --seq-len of at most that."
-        )
-    rows = model.get_input_embeddings().weight.shape[0]
-    if largest >= rows:
-        raise DataError(
-            f"the data has token {largest}, and the model's embeddings have {rows} rows; is it its tokenizer?"
-        )
+def _calibration(kind: DataKind, origin: Origin, data: str | Samples, settings: Settings) -> Samples:
+    """Samples of the model's kind of data; those that the caller made as they are."""
+    if not isinstance(data, str):
+        return data
+    wanted = Wanted(
+        part="calibration",
+        samples=settings.samples or DEFAULT_SAMPLES,
+        seq_len=settings.seq_len,
+        seed=settings.seed,
+        fewer=settings.samples is None,
+    )
+    return kind.prepare(data, origin, wanted)
 
 
 def part_name(index: int) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from nybble.calibration.block import BlockState
 from nybble.calibration.fisher import fisher_of, layers_with_weights
@@ -119,7 +118,7 @@ class Lane:
         inputs, batch = self.job.tokens.inputs, self.job.settings.batch
         alike: dict[int, list[BlockCall]] = {}
         for start in range(0, self.calibration.samples, batch):
-            given = {name: tensor[start : start + batch].to(self.job.device) for name, tensor in inputs.items()}
+            given = self.job.kind.batch(inputs, start, start + batch, self.job.device).inputs
             end = None if encoder is None else encoder.read(start)[HIDDEN]
             calls = capture_block_calls(self.job.model, given, adapter=self.job.adapter, end=end)
             tensors = calls[0].start
@@ -295,8 +294,5 @@ class Lane:
         stream, batch = self.streams[path], self.job.settings.batch
         wanted = self.job.outside_names()
         for start in stream:
-            given: Mapping[str, Tensor] = {
-                name: tensor[start : start + batch].to(self.job.device)
-                for name, tensor in self.job.tokens.inputs.items()
-            }
-            yield [tail(self.job.adapter, given, wanted)], stream.read(start)
+            batched = self.job.kind.batch(self.job.tokens.inputs, start, start + batch, self.job.device)
+            yield [tail(self.job.adapter, batched.inputs, batched.real, wanted)], stream.read(start)

@@ -172,12 +172,12 @@ def test_vit_from_a_folder_to_its_top1(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == preprocessor
     assert inspect(tmp_path / "out")["total"] > 0
     specs = {"quantized": str(tmp_path / "out"), "float": str(tmp_path / "float")}
-    found = run_eval(specs, data, None, str(tmp_path / "float"), 0, None, "cpu")
+    found = run_eval(specs, data, reference=str(tmp_path / "float"))
     assert found["models"]["float"]["top1"] > 0.9 and found["models"]["float"]["agreement"] == 1
     assert found["models"]["quantized"]["agreement"] > 0.9
     assert found["data"]["samples"] == 48
     with pytest.raises(UsageError, match="a model of images is judged by top1, agreement; not by ppl"):
-        run_eval(specs, data, ["ppl"], str(tmp_path / "float"), 0, None, "cpu")
+        run_eval(specs, data, metrics=["ppl"], reference=str(tmp_path / "float"))
     with pytest.raises(UsageError, match="calibrated on images"):
         nybble.quantize(str(tmp_path / "float"), recipe, "builtin", settings=settings)
     with pytest.raises(ModelError, match="generates no text"):

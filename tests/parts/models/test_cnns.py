@@ -188,7 +188,9 @@ def test_eight_bits_keep_the_network(network: Any) -> None:
     exact = logits(network, images().pixel_values)
     found, report = nybble.quantize(network, build_recipe("minmax-int", **INT8), images())
     assert found is network
-    assert lost(found, exact) < 0.05
+    assert lost(found, exact) < 0.05  # mostly the inputs' rounding; means over images hide much of the weights'
+    for row in report.layers:  # steps of max / 127: each of n weights is off by half of one at most
+        assert row.error is not None and 0 < row.error < row.shape[-1] / (4 * 127**2), row
     convs = [name for name, module in quant_modules(found) if isinstance(module, QuantConv)]
     assert len(convs) == sum(".classifier" not in row.name and row.name != "net.head" for row in report.layers) > 1
     assert all(module.inputs is not None for _, module in quant_modules(found))

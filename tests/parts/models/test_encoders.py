@@ -50,6 +50,9 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # class, model type, con
     "t5 gated": ("T5ForConditionalGeneration", "t5", {**T5, "feed_forward_proj": "gated-gelu"}),
     "t5 encoder": ("T5EncoderModel", "t5", T5),
 }
+# Share of the output's power that rounding to eight bits may take: about 1.5 times what it does; four bits take 3 to 15
+# times as much. Random T5s have no scaling of their attention scores, so they amplify.
+LIMITS = {"t5": 0.035, "t5 gated": 0.15, "t5 encoder": 0.015}
 TEXT = ("bert", "bert with a head", "roberta", "electra")
 
 
@@ -130,7 +133,13 @@ class Given:
 @pytest.mark.parametrize("recipe", ["rtn", "gptq", "llm-fp4"])
 @pytest.mark.parametrize("name", MODELS)
 def test_quantized_in_memory(name: str, recipe: str) -> None:
-    """Every linear of the blocks; eight bits change little, three a lot, and the best method loses least."""
+    """Every linear of the blocks, each within the bound that follows from eight bits; the model's output within LIMITS.
+
+    An integer grid of +-127 steps rounds a row of n weights by at most max / 254 each, so the error's share of the
+    power is below n / (4 * 127^2): 7e-4 for 48, where four bits lose 1e-2 and three 6e-2. A normal E4M3 value is off by
+    2^-4 of itself at most, so the share is below 2^-8, where E2M1 loses 8e-3. Searching methods judge by outputs; there
+    they may not lose more than round-to-nearest.
+    """
     model, inputs = made(name), inputs_of(name, 6)
     exact = output_of(model, inputs)
     lines = {"rtn": "int8 channel", "gptq": "int8 channel", "llm-fp4": "float8_e4m3fn channel"}
@@ -143,8 +152,12 @@ def test_quantized_in_memory(name: str, recipe: str) -> None:
     linears = {n for n, m in made(name).named_modules() if isinstance(m, nn.Linear) and adapter.inside(n)}
     assert {n for n, m in found.named_modules() if isinstance(m, QuantLinear) and adapter.inside(n)} == linears
     lost = float((output_of(found, inputs) - exact).square().mean() / exact.square().mean())
-    assert 0 < lost < 0.2
+    assert 0 < lost < LIMITS.get(name, 5e-3)
     assert {row.name for row in report.layers} >= linears
+    for row in report.layers:
+        assert row.error is not None and row.rtn_error is not None
+        bound = 2.0**-8 if recipe == "llm-fp4" else row.shape[-1] / (4 * 127**2)
+        assert 0 < row.error <= min(bound, row.rtn_error), row
 
 
 def output_of(model: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -188,13 +201,13 @@ def test_encoder_from_a_folder_to_its_cosine(tmp_path: Path) -> None:
         out = tmp_path / f"out{bits}"
         settings = nybble.Settings(samples=16, seq_len=20, dtype=torch.float32)
         nybble.quantize(str(tmp_path / "float"), recipe, str(text), out=out, settings=settings)
-        result = run_eval({"quantized": str(out)}, str(text), None, str(tmp_path / "float"), 20, 16, "cpu")
+        result = run_eval({"quantized": str(out)}, str(text), reference=str(tmp_path / "float"), seq_len=20, samples=16)
         found[bits] = result["models"]["quantized"]["cosine"]
     assert found[8] > 0.99 > found[3]
     with pytest.raises(UsageError, match="is judged by cosine"):
-        run_eval({"q": str(out)}, str(text), ["ppl"], str(tmp_path / "float"), 20, 16, "cpu")
+        run_eval({"q": str(out)}, str(text), metrics=["ppl"], reference=str(tmp_path / "float"), seq_len=20, samples=16)
     with pytest.raises(UsageError, match="give it as the reference"):
-        run_eval({"q": str(out)}, str(text), None, None, 20, 16, "cpu")
+        run_eval({"q": str(out)}, str(text), seq_len=20, samples=16)
 
 
 def save_lines(path: Path) -> Path:

@@ -36,10 +36,10 @@ class Load:
         samples, seq_len, batch: calibration; 0 samples if nothing is calibrated.
         dtype: of the forwards. source_bytes: bytes of a stored value; 0 for a model already in memory.
         whole: the source can only be read as a whole. kept: the result stays in memory. spilled: hidden states don't.
-        image: [channels, height, width] of a model of images; empty without calibration.
+        sample: elements of one sample, of a convolutional network; else 0.
         streams: paths whose hidden states are kept. window: blocks that are loaded together.
-        products, inputs: of a model of images, by layer: rows that its matrix is multiplied with, and elements of its
-            input, for one image.
+        products, inputs: of a convolutional network, by layer: rows that its matrix is multiplied with, and elements
+            of its input, for one sample.
     """
 
     samples: int
@@ -50,7 +50,7 @@ class Load:
     whole: bool = False
     kept: bool = False
     spilled: bool = False
-    image: tuple[int, ...] = ()
+    sample: int = 0
     streams: int = 1
     window: int = 1
     products: Mapping[str, int] = field(default_factory=dict)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -52,8 +51,8 @@ class CorrectionStep(BlockStep):
     def cost(self, subject: Subject, targets: Sequence[Target], load: Load) -> Cost:  # noqa: D102
         taken = [t for t in targets if t.matrices and self.correction.can_take(t)]
         peak = max((self.correction.working_bytes(*t.shape) for t in taken), default=0)
-        if self.correction.reads_inputs and load.image:
-            at_once = max(load.batch, min(load.samples, MOST // max(1, math.prod(load.image))))
+        if self.correction.reads_inputs and load.sample:
+            at_once = max(load.batch, min(load.samples, MOST // max(1, load.sample)))
             peak = max(peak, 4 * load.dtype.itemsize * at_once * max(load.inputs.values(), default=0))
         return Cost(
             peak=peak,

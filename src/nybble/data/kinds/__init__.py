@@ -1,0 +1,119 @@
+"""What models read, one kind a file: running text, sentences, images.
+
+An adapter names the kind of its models by key. A kind knows how a SRC becomes samples, how these go into the model,
+what must fit, how large they are, and which files have to stand beside the weights. How models of a kind are judged
+is in :mod:`nybble.eval.judges`, under the same key. Other packages add kinds through entry points of the group
+``nybble.data.kinds``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nybble.core.errors import DataError, UsageError
+from nybble.core.registry import Registry
+from nybble.data.samples import Origin, Samples, Wanted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+KINDS = Registry("nybble.data.kinds", "kind of data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Some samples on their way into a model.
+
+    Attributes:
+        inputs: by the model's argument; the main one first.
+        real: as :meth:`DataKind.real` says.
+    """
+
+    inputs: dict[str, Tensor]
+    real: Tensor | None
+
+
+class Size(NamedTuple):
+    """How much samples are: their number, and the tokens (vectors that a layer sees) of one, rounded up."""
+
+    samples: int
+    tokens: int
+
+
+class DataKind(ABC):
+    """A kind of data; the methods with a body serve every kind whose inputs are tensors with samples in front."""
+
+    @abstractmethod
+    def prepare(self, src: str, origin: Origin, wanted: Wanted) -> Samples:
+        """Read a SRC and bring it into the model's form.
+
+        Args:
+            src: what the user typed; ``builtin`` where they typed nothing.
+            origin: the model's place.
+            wanted: how many samples, which, of what length.
+
+        Raises:
+            UsageError: a SRC that is not of this kind. FileError, DataError: it can't be read, or has too little.
+        """
+
+    def check(self, samples: Samples, model: Any) -> None:
+        """Refuse samples that don't fit a model, which may be on the meta device.
+
+        Raises:
+            DataError: here, no samples, or inputs that don't have equally many; kinds know more.
+        """
+        counts = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in samples.inputs.items()}
+        if len(set(counts.values())) != 1 or not all(counts.values()):
+            found = ", ".join(f"{count} of {name}" for name, count in counts.items()) or "no inputs"
+            raise DataError(
+                f"data {samples.source!r} has {found}; each input needs equally many samples, at least one."
+            )
+
+    def batch(self, inputs: Mapping[str, Tensor], start: int, stop: int, device: torch.device | str) -> Batch:
+        """Samples ``start .. stop`` of ``inputs`` on a device."""
+        given = {name: tensor[start:stop].to(device) for name, tensor in inputs.items()}
+        return Batch(inputs=given, real=self.real(given))
+
+    def real(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """Bool [samples, tokens], which tokens are no padding, from an ``attention_mask``; None where all are real."""
+        mask = inputs.get("attention_mask")
+        return None if mask is None else mask.bool()
+
+    def probe(self, inputs: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+        """The least that shows what a model does with its inputs: one sample."""
+        return self.batch(inputs, 0, 1, device).inputs
+
+    def size(self, samples: Samples) -> Size:
+        """What the estimates of memory and time count with."""
+        count = next(iter(samples.inputs.values())).shape[0]
+        return Size(count, -(-samples.tokens // count))
+
+    def tokenizer(self, origin: Origin) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, where samples are made by one."""
+        return None
+
+    def write_side_files(self, origin: Origin, folder: Path) -> None:  # noqa: B027 - most kinds need none
+        """Write beside the weights what a later user needs to make samples of their own; by default nothing.
+
+        Raises:
+            FileError: it can't be written.
+        """
+
+
+def data_kind(key: str) -> DataKind:
+    """The kind that an adapter names.
+
+    Raises:
+        UsageError: no such kind; or a package registered something else under its name.
+    """
+    found = KINDS.get(key)
+    if not isinstance(found, DataKind):
+        raise UsageError(f"the kind of data {key!r} is a {type(found).__name__}, not a nybble.data.kinds.DataKind.")
+    return found

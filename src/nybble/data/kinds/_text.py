@@ -1,0 +1,98 @@
+"""What running text and sentences share: a tokenizer makes them, embeddings and positions limit them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from nybble.core.errors import DataError, FileError
+from nybble.data.kinds import DataKind, Size
+from nybble.data.samples import Origin, Samples, Wanted
+from nybble.data.text import TextSource, load_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROBE = 4
+"""Tokens that show whether a model runs."""
+
+
+class Cut(Protocol):
+    """Documents -> samples of token ids."""
+
+    def __call__(
+        self,
+        source: TextSource,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        samples: int | None,
+        seq_len: int,
+        seed: int | None = None,
+        fewer: bool = False,
+    ) -> Samples:
+        """As :func:`~nybble.data.tokens.token_samples`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextKind(DataKind):
+    """Token ids ``input_ids`` [samples, tokens]; ``cut`` makes them of documents."""
+
+    cut: Cut
+
+    def prepare(self, src: str, origin: Origin, wanted: Wanted) -> Samples:
+        """Read a text, JSONL file, hub data set or ``builtin``, and cut it."""
+        tokenizer = origin.tokenizer()
+        text = load_text(src, wanted.part, tokenizer)
+        return self.cut(
+            text,
+            tokenizer,
+            samples=wanted.samples,
+            seq_len=wanted.seq_len,
+            seed=wanted.seed,
+            fewer=wanted.fewer,
+        )
+
+    def check(self, samples: Samples, model: Any) -> None:
+        """Refuse positions that the model doesn't have, and tokens outside its embeddings."""
+        super().check(samples, model)
+        ids = samples.inputs.get("input_ids")
+        if ids is None:  # a caller's own inputs
+            return
+        config = model.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        length, largest = ids.shape[1], int(ids.max())
+        if positions is not None and length > positions:
+            raise DataError(
+                f"sequences of {length} tokens, and the model takes {positions}; give a --seq-len of at most that."
+            )
+        rows = model.get_input_embeddings().weight.shape[0]
+        if largest >= rows:
+            raise DataError(
+                f"the data has token {largest}, and the model's embeddings have {rows} rows; is it its tokenizer?"
+            )
+
+    def probe(self, inputs: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+        """The first tokens of the first sample."""
+        return {name: tensor[:, :PROBE] for name, tensor in self.batch(inputs, 0, 1, device).inputs.items()}
+
+    def size(self, samples: Samples) -> Size:
+        """Padding counts: it goes through the layers too."""
+        ids = samples.inputs.get("input_ids")
+        return super().size(samples) if ids is None else Size(*ids.shape)
+
+    def tokenizer(self, origin: Origin) -> PreTrainedTokenizerBase:
+        """The model's own."""
+        return origin.tokenizer()
+
+    def write_side_files(self, origin: Origin, folder: Path) -> None:
+        """The tokenizer's files; its own errors don't tell a full disk from others."""
+        tokenizer = origin.tokenizer()
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:
+            raise FileError(f"{folder}: the tokenizer's files can't be written: {error}") from error

@@ -1,0 +1,119 @@
+"""How models are judged, one judge a kind of data, under the kind's key: which metrics, the usual ones, on how much.
+
+Other packages add judges through entry points of the group ``nybble.eval.judges``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from nybble.core.errors import ModelError, UsageError, did_you_mean
+from nybble.core.progress import Progress
+from nybble.core.registry import Registry
+from nybble.data.samples import Origin, Samples, Wanted
+
+JUDGES = Registry("nybble.eval.judges", "judge")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """Who is judged on what.
+
+    Attributes:
+        models: by name, in eval mode. reference: the float model that some metrics compare with; may be one of them.
+        samples: of the judge's kind of data.
+        metrics: names among the judge's own.
+    """
+
+    models: Mapping[str, nn.Module]
+    reference: nn.Module | None
+    samples: Samples
+    metrics: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """``metrics``: of each model, by name; ``counts``: what they are means over, to stand in the data's manifest."""
+
+    metrics: dict[str, dict[str, float]]
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+class Judge(ABC):
+    """Of the models of one kind of data."""
+
+    @property
+    @abstractmethod
+    def metrics(self) -> tuple[str, ...]:
+        """Names that a user may ask for."""
+
+    def usual(self, compared: bool) -> tuple[str, ...]:
+        """What is computed if nothing is asked for; ``compared``: whether there is a float model."""
+        return self.metrics
+
+    def wanted(self, samples: int | None, seq_len: int) -> Wanted:
+        """Which samples a judgement takes, if ``samples`` (None: nothing said) of length ``seq_len`` are asked for."""
+        return Wanted(part="evaluation", samples=samples, seq_len=seq_len)
+
+    @abstractmethod
+    def judge(self, panel: Panel, progress: Progress) -> Verdict:
+        """Run the models.
+
+        Raises:
+            UsageError: a metric without what it compares with. ModelError: a model that gives nothing to judge by.
+        """
+
+    def texts(self, models: Mapping[str, Any], origin: Origin, samples: Samples, count: int) -> list[dict[str, str]]:
+        """What models make of some samples, for people to read: ``prompt`` and every model's name. Few kinds can."""
+        return []
+
+
+def judge_of(key: str) -> Judge:
+    """The judge of a kind of data.
+
+    Raises:
+        ModelError: the kind has none; or a package registered something else under its name.
+    """
+    if key.replace("_", "-") not in JUDGES.names():
+        raise ModelError(
+            f"nothing judges a model of {key} yet (there are judges of {', '.join(JUDGES.names())}). "
+            "A package adds one through an entry point of the group nybble.eval.judges."
+        )
+    found = JUDGES.get(key)
+    if not isinstance(found, Judge):
+        raise ModelError(f"the judge of {key} is a {type(found).__name__}, not a nybble.eval.judges.Judge.")
+    return found
+
+
+def check_metrics(metrics: Sequence[str] | None) -> None:
+    """Refuse names that no judge knows, before anything is loaded.
+
+    Raises:
+        UsageError: the message has the closest name.
+    """
+    if metrics is None:
+        return
+    known = {name for judge in JUDGES.all().values() if isinstance(judge, Judge) for name in judge.metrics}
+    for metric in metrics:
+        if metric not in known:
+            raise UsageError(f"unknown metric {metric!r}.{did_you_mean(metric, known)}")
+
+
+def chosen_metrics(key: str, metrics: Sequence[str] | None, compared: bool) -> tuple[str, ...]:
+    """What is asked for, or the usual.
+
+    Raises:
+        UsageError: a metric of another kind of model.
+    """
+    judge = judge_of(key)
+    if metrics is None:
+        return judge.usual(compared)
+    if not metrics or not set(metrics) <= set(judge.metrics):
+        asked = ", ".join(metrics) or "nothing"
+        raise UsageError(f"a model of {key} is judged by {', '.join(judge.metrics)}; not by {asked}.")
+    return tuple(metrics)

@@ -1,0 +1,10 @@
+"""Metrics of language models, one a file: a number per predicted token, averaged (:class:`nybble.eval._metric.Metric`).
+
+Other packages add metrics through entry points of the group ``nybble.eval.metrics``.
+"""
+
+from __future__ import annotations
+
+from nybble.core.registry import Registry
+
+METRICS = Registry("nybble.eval.metrics", "metric")

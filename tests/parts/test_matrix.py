@@ -1,0 +1,103 @@
+"""``nybble recipes --matrix``: what is legal works, what is not says why, and the table is complete."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from nybble.cli import main
+from nybble.core.errors import NybbleError
+from nybble.formats import format_names
+from nybble.pipelines import matrix
+from nybble.quantizer import Quantizer
+from nybble.recipe import load_recipe, recipe_names
+from nybble.solvers import Stats, Weight, make_solver
+
+RECIPES = ("rtn", "minmax-fp", "fp-baseline")
+FORMATS = ("int4", "uint4", "float4_e2m1fn", "udybit4")
+UNSIGNED = {"uint4": " symmetric=false", "udybit4": " scale=minmax(offset=true)"}
+RANK1_MINMAX = "rank1 factors are slice maxima (scale=absmax); minmax has none."
+RANK1_OFFSET = "rank1 factors are slice maxima (scale=absmax); minmax(offset=true) has none."
+OFFSET = "keeps a real offset, which scale=absmax does not search; use recipe rtn."
+RANK1_SEARCH = "rank1 factors are slice maxima, so there is no clip value to search; use recipe rtn."
+
+
+def expected(recipe: str, name: str, granularity: str) -> str:
+    """The rules, by hand: rank1 is for absmax alone, and a recipe that sets another scale keeps no real offset."""
+    if granularity == "rank1":
+        if recipe == "fp-baseline":
+            return RANK1_SEARCH
+        return {"uint4": RANK1_MINMAX, "udybit4": RANK1_OFFSET}.get(name, "")
+    return OFFSET if (recipe, name) == ("minmax-fp", "udybit4") else ""
+
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All 4,000 rows take minutes; the rows of a few don't depend on the others."""
+    torch.set_num_threads(1)
+    assert set(RECIPES) <= set(recipe_names()) and set(FORMATS) <= set(format_names())
+    monkeypatch.setattr(matrix, "recipe_names", lambda: list(RECIPES))
+    monkeypatch.setattr(matrix, "format_names", lambda: list(FORMATS))
+
+
+@pytest.fixture
+def rows(_few: None) -> list[dict[str, Any]]:
+    return matrix.legal_combinations()
+
+
+def test_every_combination_has_its_row_and_reason(rows: list[dict[str, Any]]) -> None:
+    wanted = list(itertools.product(RECIPES, FORMATS, matrix.GRANULARITIES))
+    assert [(row["recipe"], row["format"], row["granularity"]) for row in rows] == wanted
+    assert {"tensor", "channel", "rank1"} <= {row["granularity"] for row in rows}
+    for row in rows:
+        reason = expected(row["recipe"], row["format"], row["granularity"])
+        assert row["reason"].endswith(reason) and bool(row["reason"]) == bool(reason), row
+
+
+def test_a_row_says_what_happens_to_another_weight(rows: list[dict[str, Any]]) -> None:
+    """On a matrix of another size, through the solver alone: legal rows solve, impossible ones raise their reason."""
+    generator = torch.Generator().manual_seed(5)
+    weight, x = torch.randn(12, 48, generator=generator), torch.randn(96, 48, generator=generator)
+    stats = Stats(second_moment=x.T @ x / 96, inputs=x)
+    seen = set()
+    for row in rows:
+        if row["recipe"] == "fp-baseline" and row["granularity"] not in ("channel", "rank1"):
+            continue  # its search is slow
+        step = load_recipe(row["recipe"]).solver
+        solver = make_solver(step.name, step.options)
+        said = ""
+        try:
+            quantizer = Quantizer(f"{row['format']} {row['granularity']}{UNSIGNED.get(row['format'], '')}")
+            solver.quantizer_for(quantizer)
+            solved = solver.solve([Weight(name="w", matrix=weight, quantizer=quantizer)], stats)[0]
+            assert solved.weight.shape == (12, 48) and 0 < solved.error < 1
+        except NybbleError as error:
+            said = str(error)
+        assert bool(said) == bool(row["reason"]), (row, said)
+        seen.add(bool(said))
+    assert seen == {True, False}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    monkeypatch.setattr("sys.argv", ["nybble", "recipes", "--matrix", *options])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    return capsys.readouterr().out
+
+
+def test_as_json_and_as_a_table(
+    rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(matrix, "legal_combinations", lambda: rows)
+    assert json.loads(run(monkeypatch, capsys, "--json")) == {"combinations": rows}
+    printed = run(monkeypatch, capsys)
+    bad = [row for row in rows if row["reason"]]
+    assert f"{len(rows)} combinations of recipe, format and granularity; {len(rows) - len(bad)} are legal" in printed
+    body = [line for line in printed.splitlines() if line.startswith("│") or "rank1" in line or "udybit4" in line]
+    assert sum("fp-baseline" in line for line in body) == sum(row["recipe"] == "fp-baseline" for row in bad)
+    assert " ".join(RANK1_SEARCH.split()[:4]) in printed
