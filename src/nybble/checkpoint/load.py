@@ -15,6 +15,7 @@ from nybble.core.errors import FileError
 from nybble.core.guard import reading
 from nybble.models.build.config_file import make_config, read_json
 from nybble.models.build.skeleton import expected_tensors, fill_buffers_, meta_model
+from nybble.nn.packed import validate_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +42,7 @@ def load_quantized(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     fill_buffers_(model)
     with reading(folder):
         model.load_state_dict(tensors, strict=False, assign=True)
+        validate_packed(model)
         model.tie_weights()
         mark_quantized(model, checkpoint.config["quantization_config"])
         generation = folder / "generation_config.json"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nybble.core.registry import Registry
 from nybble.qtensor import QTensor, QuantParams
+from nybble.qtensor.vector import VectorQuantizer
 from nybble.quantizer import Quantizer
 
 REGISTRY = Registry("nybble.solvers", "solver")
@@ -63,7 +64,8 @@ class Solved:
     Attributes:
         weight: the quantized matrix. error: its objective over the objective of zero weights (relative output error).
         rtn_error: the same for round-to-nearest under the same quantizer. notes: fallbacks and choices worth reporting.
-        quantizer: what the weight was rounded to, where that isn't the scheme's (a chosen format).
+        quantizer: what the weight was rounded to, where that isn't the scheme's: a chosen format, a code book of
+            vectors, or the line that says it for parts in different quantizers.
         inputs: quantizer and parameters of the input, where the solver chose them.
         clip: largest representable value over the largest magnitude, a value a row, where the solver searched it.
     """
@@ -72,7 +74,7 @@ class Solved:
     error: float
     rtn_error: float
     notes: tuple[str, ...] = ()
-    quantizer: Quantizer | None = None
+    quantizer: Quantizer | VectorQuantizer | str | None = None
     inputs: tuple[Quantizer, QuantParams] | None = None
     clip: Tensor | None = None
 
@@ -131,6 +133,9 @@ class Solver(ABC):
         """Multiply-adds x 2 of a search for one weight, for an estimate of time; 0 for what takes no search."""
         return 0.0
 
+    def check_shape(self, rows: int, columns: int) -> None:
+        """Raise GranularityError for a weight of a shape that the method can't take, whatever its quantizer."""
+
     def quantizer_for(self, quantizer: Quantizer) -> Quantizer:
         """The quantizer that this solver really uses in place of the scheme's (``mse`` changes the scale rule)."""
         return quantizer
@@ -168,6 +173,23 @@ def relative_error(matrix: Tensor, approximation: Tensor, second_moment: Tensor 
 def by_group(matrix: Tensor, like: Tensor) -> Tensor:
     """A weight [rows, columns] as [groups, rows / groups, columns] where ``like`` has groups; else as it is."""
     return matrix if like.dim() == 2 else matrix.view(len(like), -1, matrix.shape[1])
+
+
+def input_energy(second_moment: Tensor | None, rows: int) -> Tensor | None:
+    """``E x_c^2``: the second moment's diagonal, float32 [1, columns].
+
+    Args:
+        second_moment: float32 [columns, columns], or [groups, columns, columns] of a grouped convolution; None gives
+            None.
+        rows: of the weight. Of groups the result is [rows, columns], each row with its own group's; for one row, their
+            mean.
+    """
+    if second_moment is None:
+        return None
+    energy = second_moment.diagonal(dim1=-2, dim2=-1)
+    if energy.dim() == 1:
+        return energy[None]
+    return energy.mean(0, keepdim=True) if rows == 1 else energy.repeat_interleave(rows // len(energy), 0)
 
 
 def _total(x: Tensor) -> float:
