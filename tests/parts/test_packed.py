@@ -19,7 +19,19 @@ from nybble.qtensor.low_rank_sum import LowRankSum
 from nybble.qtensor.split import SplitQTensor
 from nybble.qtensor.vector import VectorQTensor
 
-WAITS = ("item", "tolist", "__int__", "__bool__", "__float__", "__index__", "numpy", "cpu", "equal", "nonzero", "unique")
+WAITS = (
+    "item",
+    "tolist",
+    "__int__",
+    "__bool__",
+    "__float__",
+    "__index__",
+    "numpy",
+    "cpu",
+    "equal",
+    "nonzero",
+    "unique",
+)
 
 
 class NoWaiting(TorchFunctionMode):

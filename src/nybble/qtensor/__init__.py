@@ -60,6 +60,7 @@ class QTensor(ABC):
         Checks shapes and dtypes, never values: it works on the meta device and never waits for another.
         """
 
+    @abstractmethod
     def validate(self) -> None:
         """Check the values that :meth:`rebuild` can't see; once, where tensors come from a file. Waits for the device.
 

@@ -67,7 +67,7 @@ class VectorQuantizer:
         """
         found = re.fullmatch(r"\s*vector\s+k=(\d{1,6})\s+d=(\d{1,6})(\s+channel)?\s*", line)
         if found is None:
-            raise SchemeError(f"{line!r} is no code book of vectors; one is written 'vector k=256 d=2', or with 'channel'.")
+            raise SchemeError(f"{line!r} is no code book of vectors; write 'vector k=256 d=2', or add 'channel'.")
         return VectorQuantizer(k=int(found[1]), d=int(found[2]), channel=found[3] is not None)
 
     def check(self, shape: tuple[int, ...]) -> None:

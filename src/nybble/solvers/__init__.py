@@ -133,7 +133,7 @@ class Solver(ABC):
         """Multiply-adds x 2 of a search for one weight, for an estimate of time; 0 for what takes no search."""
         return 0.0
 
-    def check_shape(self, rows: int, columns: int) -> None:
+    def check_shape(self, rows: int, columns: int) -> None:  # noqa: B027  (most methods take every shape)
         """Raise GranularityError for a weight of a shape that the method can't take, whatever its quantizer."""
 
     def quantizer_for(self, quantizer: Quantizer) -> Quantizer:

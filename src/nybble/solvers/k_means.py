@@ -71,7 +71,7 @@ class KMeans(Solver):
         VectorQuantizer(k=self.entries, d=self.width).check((rows, columns))
 
     def working_bytes(self, rows: Sequence[int], columns: int) -> int:
-        """The weights, six copies of the largest (runs, importance, products), and a chunk of distances (on a GPU twice)."""
+        """The weights, six copies of the largest (runs, importance, products), and distances (on a GPU twice)."""
         return 4 * columns * (sum(rows) + 6 * max(rows)) + 8 * CHUNK
 
     def flops(self, rows: int, columns: int, tokens: int, inputs: Quantizer | None) -> float:
@@ -133,7 +133,9 @@ def seeds(runs: Tensor, weights: Tensor, draws: Tensor) -> Tensor:
     """k-means++: each entry is a run drawn in proportion to its weighted distance from the nearest entry before it.
 
     Args:
-        runs: float32 [n, d]. weights: of their elements, the same. draws: float64 [entries], uniform in 0 .. 1.
+        runs: float32 [n, d].
+        weights: of their elements, the same.
+        draws: float64 [entries], uniform in 0 .. 1.
 
     Returns:
         float32 [entries, d]; where fewer runs differ, entries repeat.
@@ -156,8 +158,11 @@ def lloyd(runs: Tensor, weights: Tensor, book: Tensor, iterations: int, toleranc
     """Lloyd's algorithm under a weighted squared distance.
 
     Args:
-        runs: float32 [n, d]. weights: of their elements, > 0, the same. book: the first entries, float32 [k, d].
-        iterations: at most. tolerance: stop when the error falls by a smaller share.
+        runs: float32 [n, d].
+        weights: of their elements, > 0, the same.
+        book: the first entries, float32 [k, d].
+        iterations: at most.
+        tolerance: stop when the error falls by a smaller share.
 
     Returns:
         the entries, and the error ``sum weights (runs - nearest entry)^2`` before each update of them.
