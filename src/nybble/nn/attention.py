@@ -184,7 +184,8 @@ def _check_arguments(module: nn.Module, eager: Eager, others: Mapping[str, Any])
     for name, value in others.items():
         if value is None or name in eager.arguments or name in HARMLESS:
             continue
-        if not any(getattr(module, attribute, None) is value for attribute in eager.reads):
+        held = isinstance(value, Tensor) and any(getattr(module, name, None) is value for name in eager.reads)
+        if not held:
             raise ModelError(
                 f"{type(module).__name__} hands {name} to its attention, which its eager attention doesn't know: the "
                 f"result would be another. {_LEAVE_OUT}"

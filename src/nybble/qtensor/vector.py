@@ -87,13 +87,19 @@ class VectorQuantizer:
         Args:
             x: float32, rows of a length that d divides.
             codebook: [k or fewer, d], float32 or 16 bits, as it will be stored.
-            scale: broadcastable to ``x``; x is divided by it first.
+            scale: broadcastable to ``x``; x is divided by it first (but by no 0, under which it becomes 0).
             weight: importance of the elements in the squared distance (>= 0), broadcastable to ``x``.
         """
         self.check(tuple(x.shape))
-        runs = (x if scale is None else x / scale.float()).reshape(-1, self.d)
+        runs = (x if scale is None else x / divisor(scale)).reshape(-1, self.d)
         importance = None if weight is None else weight.expand(x.shape).reshape(-1, self.d)
         return VectorQTensor.make(tuple(x.shape), codebook, nearest(runs, codebook.float(), importance), scale)
+
+
+def divisor(scale: Tensor) -> Tensor:
+    """The scale in float32, with 1 for 0."""
+    wide = scale.float()
+    return torch.where(wide == 0, torch.ones_like(wide), wide)
 
 
 def nearest(runs: Tensor, codebook: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -167,7 +167,7 @@ def relative_error(matrix: Tensor, approximation: Tensor, second_moment: Tensor 
         difference, matrix = (by_group(x, second_moment) for x in (difference, matrix))
         lost = _total((difference @ second_moment).mul_(difference))
         whole = _total((matrix @ second_moment).mul_(matrix))
-    return 0.0 if whole <= 0 else max(0.0, lost / whole)
+    return 0.0 if whole <= 0 else max(lost / whole, 0.0)  # in this order: NaN stays
 
 
 def by_group(matrix: Tensor, like: Tensor) -> Tensor:

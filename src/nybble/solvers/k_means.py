@@ -29,7 +29,7 @@ from torch import Tensor
 
 from nybble.core.errors import SchemeError
 from nybble.core.seeds import generator
-from nybble.qtensor.vector import CHUNK, VectorQTensor, VectorQuantizer, nearest, rows_at_once
+from nybble.qtensor.vector import CHUNK, VectorQTensor, VectorQuantizer, divisor, nearest, rows_at_once
 from nybble.quantizer import Quantizer
 from nybble.solvers import Solved, Solver, Stats, Weight, input_energy, relative_error
 
@@ -97,9 +97,11 @@ class KMeans(Solver):
     def _clustered(self, matrix: Tensor, energy: Tensor | None, name: str) -> VectorQTensor:
         """The best code book for ``sum energy (matrix - scale * entry)^2``."""
         scale = row_scale(matrix) if self.channel else None
-        wide = 1.0 if scale is None else scale.float()
-        importance = (torch.ones_like(matrix) if energy is None else floored(energy).expand_as(matrix)) * wide**2
-        runs, weights = ((matrix / wide).reshape(-1, self.width), importance.reshape(-1, self.width))
+        importance = torch.ones_like(matrix) if energy is None else floored(energy).expand_as(matrix)
+        runs, weights = matrix.reshape(-1, self.width), importance.reshape(-1, self.width)
+        if scale is not None:
+            runs = (matrix / divisor(scale)).reshape(-1, self.width)
+            weights = (importance * scale.float().square()).reshape(-1, self.width)
         entries = min(self.entries, max(2, 1 << max(0, (len(runs) // 4).bit_length() - 1)))
         stride = max(1, -(-len(runs) // (SAMPLE * entries)))
         # On the CPU: a GPU's running sums are not repeatable, and the sample is small.
@@ -111,10 +113,10 @@ class KMeans(Solver):
 
 
 def row_scale(matrix: Tensor) -> Tensor:
-    """Root mean square of each row, float16 [rows, 1]; 1 for a row of zeros."""
+    """Root mean square of each row, float16 [rows, 1]; 0 only for a row of zeros, which stays one."""
     root = matrix.square().mean(1, keepdim=True).sqrt()
     smallest = torch.finfo(torch.float16).tiny
-    return torch.where(root == 0, torch.ones_like(root), root.clamp(min=smallest)).half()
+    return torch.where(root == 0, root, root.clamp(min=smallest)).half()
 
 
 def floored(energy: Tensor) -> Tensor:
