@@ -198,7 +198,7 @@ def test_bad_input(tmp_path: Path) -> None:
         ({"tolerance": 1.0}, "tolerance=1"),
     ):
         with pytest.raises(SchemeError, match=message):
-            KMeans(**options)  # type: ignore[arg-type]
+            KMeans(**options)
     with pytest.raises(SchemeError, match=r"'vector k=2' is no code book of vectors"):
         VectorQuantizer.parse("vector k=2")
     recipe: Any = build_recipe("k-means").to_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -72,6 +73,10 @@ def stir(model: Any) -> Any:
     return model.eval()
 
 
+def note(seen: set[str], operand: str, _: Tensor) -> None:
+    seen.add(operand)
+
+
 @torch.no_grad()
 def answer(model: Any) -> Tensor:
     mask = torch.ones(2, 12, dtype=torch.long)
@@ -98,7 +103,7 @@ def test_with_nothing_quantized_it_is_eager(family: str, dtype: torch.dtype) -> 
 
     seen: dict[str, set[str]] = {}
     for name, module in list(attentions(model)):
-        module.add_module(PART, OperandWatch(lambda operand, _, name=name: seen.setdefault(name, set()).add(operand)))
+        module.add_module(PART, OperandWatch(partial(note, seen.setdefault(name, set()))))
     assert torch.equal(answer(model), expected)  # shown, not changed
     assert seen and all(operands == set(OPERANDS) for operands in seen.values())
 
@@ -155,7 +160,8 @@ def test_sinks_by_the_formula() -> None:
 
 def test_position_bias_of_t5() -> None:
     config = T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-    model: Any = stir(T5ForConditionalGeneration._from_config(config, attn_implementation="eager"))
+    model: Any = stir(T5ForConditionalGeneration(config))
+    model.set_attn_implementation("eager")
     given = {"input_ids": input_ids(), "decoder_input_ids": input_ids()[:, :5]}
     with torch.no_grad():
         expected = model(**given).logits

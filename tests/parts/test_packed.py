@@ -94,7 +94,7 @@ def test_follows_its_buffers() -> None:
     assert packed.qtensor() is packed.qtensor()
 
     layer = QuantLinear(tensor)
-    x, codes = torch.eye(64), layer.weight.codes  # type: ignore[union-attr]
+    x, codes = torch.eye(64), layer.weight.get_buffer("codes")  # type: ignore[operator, union-attr]
     assert torch.equal(layer(x).T, first)
     lent = torch.func.functional_call(layer, {"weight.codes": torch.zeros_like(codes)}, (x,))
     assert not torch.equal(lent.T, first)
@@ -138,8 +138,10 @@ def test_values_are_checked_once_asked() -> None:
         tensor.validate()
     vector.indices[5] = 200  # of 200 entries
     split.index[3] = split.index[4]
-    split_inside = SplitQTensor(split.shape, 1, torch.arange(64).int(), (MADE["split"](),))
-    split_inside.parts[0].index[0] = -1  # type: ignore[union-attr]
+    inside = MADE["split"]()
+    assert isinstance(inside, SplitQTensor)
+    inside.index[0] = -1
+    split_inside = SplitQTensor(split.shape, 1, torch.arange(64).int(), (inside,))
     nested = LowRankSum(low_rank.base, torch.ones(12, 1), vector_row(bad=True))
     for tensor, message in (
         (vector, "entry 200 of a code book of 200"),

@@ -63,10 +63,9 @@ def eager_attention_forward(  # as models name theirs
 
 
 class TinyAttention(torch.nn.Module):
-    def forward(self, *operands: Tensor, **arguments: Any) -> Any:
-        default = eager_attention_forward
-        assert default is not None
-        return quantized_attention(self, *operands, None, **arguments)
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
+        assert eager_attention_forward is not None
+        return quantized_attention(self, query, key, value)
 
 
 def test_operands_are_what_the_quantizers_round() -> None:

@@ -98,7 +98,7 @@ def quantized_attention(
         ModelError: the module has no eager function, hands over an argument that it doesn't know, or doesn't compute
             two products; names the module's class.
     """
-    eager = eager_attention(type(module))
+    eager = eager_attention(type(module))  # type: ignore[arg-type]  # classes are hashable
     _check_arguments(module, eager, others)
     parts = getattr(module, PART, None)
     if parts is None:

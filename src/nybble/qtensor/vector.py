@@ -117,7 +117,7 @@ def nearest(runs: Tensor, codebook: Tensor, weight: Tensor | None = None) -> Ten
     found = [torch.empty(0, dtype=torch.long, device=runs.device)]
     # Entries in rows, and the first least one by two maxima: on a CPU a third of the time of products and argmin.
     places = torch.arange(entries, 0, -1, dtype=torch.float32, device=runs.device)[:, None]
-    for x, w in zip(runs.split(rows_at_once(entries)), _split(weight, entries), strict=False):
+    for x, w in zip(torch.split(runs, rows_at_once(entries)), _split(weight, entries), strict=False):
         if w is None:
             distance = torch.addmm(codebook.square().sum(1, keepdim=True), codebook, x.T, alpha=-2)
         else:
@@ -128,7 +128,7 @@ def nearest(runs: Tensor, codebook: Tensor, weight: Tensor | None = None) -> Ten
 
 
 def _split(weight: Tensor | None, entries: int) -> Iterable[Tensor | None]:
-    return itertools.repeat(None) if weight is None else weight.split(rows_at_once(entries))
+    return itertools.repeat(None) if weight is None else torch.split(weight, rows_at_once(entries))
 
 
 def rows_at_once(entries: int) -> int:
@@ -218,11 +218,12 @@ class VectorQTensor(QTensor):
         count = math.prod(shape) // codebook.shape[1]
         if indices.dtype != torch.uint8 or indices.shape != (get_layout("dense").size(count, bits),):
             raise FileError(f"{count} indices of {bits} bits expected; found {list(indices.shape)} {indices.dtype}.")
-        given, scale = spec["scale"], None
+        given = spec["scale"]
+        scale: Tensor | QTensor | None = None
         if given == "plain":
-            scale = stored_tensor(tensors, "scale")
-            if scale.dtype not in _FLOATS:
-                raise FileError(f"a scale is of float32 or 16 bits; found {scale.dtype}.")
+            scale = plain = stored_tensor(tensors, "scale")
+            if plain.dtype not in _FLOATS:
+                raise FileError(f"a scale is of float32 or 16 bits; found {plain.dtype}.")
         elif given is not None:
             scale = from_spec(given, sub_tensors(tensors, "scale"))
         if scale is not None and not broadcasts(tuple(scale.shape), shape):

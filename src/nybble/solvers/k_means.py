@@ -187,7 +187,7 @@ def _assign(runs: Tensor, weights: Tensor, book: Tensor) -> tuple[Tensor, Tensor
     """Weighted sums and weights of the runs that chose each entry, float32 [k, d] twice; the error of each run, [n]."""
     index = nearest(runs, book, weights)
     both = _summed(torch.cat([weights * runs, weights], 1), index, len(book))
-    sums, mass = both.float().split(runs.shape[1], 1)
+    sums, mass = torch.split(both.float(), runs.shape[1], 1)
     return sums, mass, (weights * (runs - book[index]).square()).sum(1)
 
 
@@ -197,7 +197,7 @@ def _summed(values: Tensor, index: Tensor, entries: int) -> Tensor:
         return torch.stack([torch.bincount(index, column, entries) for column in values.double().unbind(1)], 1)
     total = torch.zeros(entries, values.shape[1], dtype=torch.float64, device=values.device)
     rows = rows_at_once(entries)
-    for part, at in zip(values.split(rows), index.split(rows), strict=True):
+    for part, at in zip(torch.split(values, rows), torch.split(index, rows), strict=True):
         total += torch.zeros(entries, len(part), device=values.device).scatter_(0, at[None], 1.0) @ part
     return total
 
