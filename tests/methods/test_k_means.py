@@ -103,8 +103,8 @@ def test_what_is_stored() -> None:
     importance = second.diagonal().expand_as(matrix).reshape(-1, 2)
     index = brute(matrix.reshape(-1, 2), importance, tensor.codebook)[0]
     assert torch.equal(tensor.index(), index)
-    assert str(found.quantizer) == "vector k=64 d=2"
-    assert VectorQuantizer.parse(str(found.quantizer)) == found.quantizer
+    assert str(found.stored) == "vector k=64 d=2"
+    assert VectorQuantizer.parse(str(found.stored)) == found.stored
     assert tensor.bits_per_element() == 6 / 2 + 64 * 2 * 16 / matrix.numel()
     assert found.error == relative_error(matrix, tensor.dequantize(), second) < found.rtn_error
 
@@ -145,7 +145,7 @@ def test_channel_scales() -> None:
     matrix[5] = 0
     one, scaled = (solve(KMeans(entries=64, channel=channel), matrix, quantizer=BASE) for channel in (False, True))
     assert isinstance(scaled.weight, VectorQTensor) and isinstance(scaled.weight.scale, Tensor)
-    assert str(scaled.quantizer) == "vector k=64 d=2 channel"
+    assert str(scaled.stored) == "vector k=64 d=2 channel"
     assert torch.equal(scaled.weight.scale, row_scale(matrix))
     assert not scaled.weight.dequantize()[5].any()
     small = slice(0, 16)  # rows that one book for all has no entries for
@@ -173,14 +173,14 @@ def test_repeats_and_leaves_the_random_state() -> None:
 def test_falls_back_where_the_scheme_is_better() -> None:
     matrix, second = data()
     found = solve(KMeans(entries=16), matrix, second, Quantizer("int8 channel"))
-    assert found.quantizer is None and found.error == found.rtn_error
+    assert not found.stored and found.error == found.rtn_error
     assert torch.equal(found.weight.dequantize(), Quantizer("int8 channel").quantize(matrix).dequantize())
     assert found.notes[0].startswith("worse than int8 channel (") and "kept the latter" in found.notes[0]
 
 
 def test_few_runs_get_a_small_book() -> None:
     found = solve(KMeans(entries=256), data(4, 8)[0])
-    assert str(found.quantizer or "vector k=4 d=2") == "vector k=4 d=2"  # 16 runs
+    assert str(found.stored or "vector k=4 d=2") == "vector k=4 d=2"  # 16 runs
     assert solve(KMeans(entries=256), torch.tensor([[1.0, 1.0, -0.4, 0.2]])).error <= 1
 
 

@@ -47,7 +47,7 @@ def test_loud_inputs_are_kept_and_the_rest_is_the_quantizer() -> None:
     dense, rest = tensor.dequantize(), [c for c in range(COLUMNS) if c not in LOUD]
     assert torch.equal(dense[:, LOUD], w[:, LOUD].half().float())
     assert torch.equal(dense[:, rest], Quantizer(LINE).quantize(w[:, rest]).dequantize())
-    assert found.quantizer == f"{Quantizer(LINE)}; 3 of 100 columns float16"
+    assert found.stored == f"{Quantizer(LINE)}; 3 of 100 columns float16"
     assert found.error == relative_error(w, dense, second)
     assert found.error < 0.25 * found.rtn_error  # three inputs carry 92 % of the energy
 
@@ -81,7 +81,7 @@ def test_as_many_as_the_groups_ask() -> None:
     (found,) = solve(OutlierColumns(share=0.01), w[:, :32], second=second[:32, :32], line="int3 group=32")
     assert "no share of columns up to half leaves what group=32 divides" in found.notes[0]
     assert torch.equal(found.weight.dequantize(), Quantizer("int3 group=32").quantize(w[:, :32]).dequantize())
-    assert found.quantizer is None and found.error == found.rtn_error
+    assert not found.stored and found.error == found.rtn_error
 
 
 @pytest.mark.parametrize("keep", ["bfloat16", "float32", "int8 channel"])
@@ -91,7 +91,7 @@ def test_kept_in_something_else(keep: str) -> None:
     want = w[:, LOUD].to(getattr(torch, keep)).float() if " " not in keep else None
     want = Quantizer(keep).quantize(w[:, LOUD]).dequantize() if want is None else want
     assert torch.equal(found.weight.dequantize()[:, LOUD], want)
-    assert str(found.quantizer).endswith(f"3 of 100 columns {keep}")
+    assert str(found.stored).endswith(f"3 of 100 columns {keep}")
 
 
 def test_weights_beyond_float16_fall_back() -> None:

@@ -105,7 +105,8 @@ def test_with_nothing_quantized_it_is_eager(family: str, dtype: torch.dtype) -> 
     for name, module in list(attentions(model)):
         module.add_module(PART, OperandWatch(partial(note, seen.setdefault(name, set()))))
     assert torch.equal(answer(model), expected)  # shown, not changed
-    assert seen and all(operands == set(OPERANDS) for operands in seen.values())
+    called = [operands for operands in seen.values() if operands]  # no encoder, no cross-attention
+    assert len(called) >= 2 and all(operands == set(OPERANDS) for operands in called)
 
 
 @pytest.mark.parametrize("family", ["llama", *UNUSUAL])

@@ -74,7 +74,7 @@ class Packed(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._forget()
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _forget(self) -> None:
         """Let go of what was made of the buffers, which are about to be replaced."""

@@ -91,7 +91,7 @@ def layer_row(
     if solved is not None and solved.clip is not None:
         low, middle, high = torch.quantile(solved.clip.float(), torch.tensor([0.0, 0.5, 1.0])).tolist()
         clip = (low, middle, high)
-    given = rule.weights if solved is None or solved.quantizer is None else solved.quantizer
+    given: object = rule.weights if solved is None else solved.stored or solved.quantizer or rule.weights
     return LayerRow(
         name=name,
         shape=shape,

@@ -64,8 +64,9 @@ class Solved:
     Attributes:
         weight: the quantized matrix. error: its objective over the objective of zero weights (relative output error).
         rtn_error: the same for round-to-nearest under the same quantizer. notes: fallbacks and choices worth reporting.
-        quantizer: what the weight was rounded to, where that isn't the scheme's: a chosen format, a code book of
-            vectors, or the line that says it for parts in different quantizers.
+        quantizer: what the weight was rounded to, where that isn't the scheme's (a chosen format).
+        stored: what the weight is where no Quantizer can say it: a code book of vectors, or a line for parts in
+            different quantizers.
         inputs: quantizer and parameters of the input, where the solver chose them.
         clip: largest representable value over the largest magnitude, a value a row, where the solver searched it.
     """
@@ -74,7 +75,8 @@ class Solved:
     error: float
     rtn_error: float
     notes: tuple[str, ...] = ()
-    quantizer: Quantizer | VectorQuantizer | str | None = None
+    quantizer: Quantizer | None = None
+    stored: VectorQuantizer | str = ""
     inputs: tuple[Quantizer, QuantParams] | None = None
     clip: Tensor | None = None
 

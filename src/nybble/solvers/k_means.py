@@ -92,7 +92,7 @@ class KMeans(Solver):
             return Solved(weight=plain, error=plain_error, rtn_error=plain_error, notes=(note,))
         stored = VectorQuantizer(k=len(found.codebook), d=self.width, channel=self.channel)
         notes = () if stored.k == self.entries else (f"few runs: {stored.k} entries instead of {self.entries}",)
-        return Solved(weight=found, error=error, rtn_error=plain_error, quantizer=stored, notes=notes)
+        return Solved(weight=found, error=error, rtn_error=plain_error, stored=stored, notes=notes)
 
     def _clustered(self, matrix: Tensor, energy: Tensor | None, name: str) -> VectorQTensor:
         """The best code book for ``sum energy (matrix - scale * entry)^2``."""

@@ -82,7 +82,7 @@ class OutlierColumns(Solver):
             note = f"worse than round-to-nearest ({error:.3g} > {plain_error:.3g}): kept the latter"
             return Solved(weight=plain, error=plain_error, rtn_error=plain_error, notes=(note,))
         line = f"{quantizer}; {count} of {matrix.shape[1]} columns {self.keep}"
-        return Solved(weight=found, error=error, rtn_error=plain_error, quantizer=line)
+        return Solved(weight=found, error=error, rtn_error=plain_error, stored=line)
 
     def _kept(self, columns: Tensor) -> Tensor | BlockQTensor:
         if self.keep in PLAIN:
