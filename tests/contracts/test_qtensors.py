@@ -125,12 +125,7 @@ def test_bytes(name: str) -> None:
     assert all(count >= 0 for count in tensor.bytes_by_role().values())
 
 
-UNMOVABLE = pytest.mark.xfail(reason="their checks read values", raises=(RuntimeError, NotImplementedError))
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=UNMOVABLE if n.partition(" ")[0] in ("vector", "split") else ()) for n in MADE]
-)
+@pytest.mark.parametrize("name", MADE)
 def test_moved(name: str) -> None:
     """Everything goes along, parts of parts too; the device that has no values shows what stayed behind."""
     tensor = MADE[name]()

@@ -87,7 +87,8 @@ def check_bytes(out: Path) -> dict[str, Any]:
     assert found["files"] == on_disk
     assert found["total"] == sum(on_disk.values()) == sum(found["bytes"].values())
     assert "other" not in found["bytes"]
-    modules = sum(n for module in found["modules"].values() for n in module["bytes"].values())
+    roles = [item for module in found["modules"].values() for item in module["bytes"].items()]
+    modules = sum(count for role, count in roles if role != "unquantized")  # outlier columns that a split tensor keeps
     rows = json.loads((out / checkpoint.MANIFEST).read_text())["layers"]
     inputs = sum(4 * bool(row["input_scale"]) + sum(row["input_shifts"] or ()) for row in rows)
     assert found["bytes"]["codes"] <= modules
@@ -130,7 +131,7 @@ def test_one_model_in_memory_on_disk_and_loaded(folder: Path, tmp_path: Path, fa
 
     check_layers(ours, report, family)
     check_bytes(out)
-    assert 4 < report.bits < 10  # a scale a row counts in rows of 16
+    assert 3 < report.bits < 11  # a scale a row, or a code book, counts in rows of 16
 
 
 def check_layers(model: Any, report: Any, family: str) -> None:

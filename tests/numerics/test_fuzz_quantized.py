@@ -1,7 +1,6 @@
 """Mutated folders that nybble wrote: load, inspect and eval give nybble's own error or work; no code, no memory.
 
-2,400 seeded mutations of config.json, its quantization_config and safetensors headers of three models: integers with
-zero points and static inputs, nested scales, and packed experts.
+Seeded mutations of config.json, its quantization_config and safetensors headers: 400 of each kind of each model.
 """
 
 from __future__ import annotations
@@ -37,6 +36,8 @@ MODELS = {
         {"embeddings": "e2m1 channel", "matmuls": "e2m1 tensor static", "effort": "quick"},
     ),
     "experts": ("mixtral", "rtn", {"weights": "float4_e2m1fn group=16"}),
+    "vectors": ("llama", "k-means", {}),
+    "columns": ("llama", "outlier-columns", {}),
 }
 LINES = [
     "int4 group=99999999999",

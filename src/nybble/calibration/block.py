@@ -24,6 +24,7 @@ class Record:
     Attributes:
         target: what it is of. number: which of the target's matrices.
         quantizer: what the weight was rounded to; None where it stays in float.
+        stored: what the weight is where no Quantizer can say it, in a line.
         error: relative output error (of the weight itself without calibration). rtn_error: round-to-nearest's.
         clip: see :class:`nybble.solvers.Solved`. notes: fallbacks and what later steps did.
         inputs: the quantizer that the input gets, with its parameters where they are static.
@@ -34,6 +35,7 @@ class Record:
     target: Target
     number: int = 0
     quantizer: Quantizer | None = None
+    stored: str = ""
     error: float | None = None
     rtn_error: float | None = None
     clip: Tensor | None = None

@@ -21,12 +21,29 @@ def relative_error(matrix: Tensor, approximation: Tensor, second_moment: Tensor 
         difference, matrix = (by_group(x, second_moment) for x in (difference, matrix))
         lost = _total((difference @ second_moment).mul_(difference))
         whole = _total((matrix @ second_moment).mul_(matrix))
-    return 0.0 if whole <= 0 else max(0.0, lost / whole)
+    return 0.0 if whole <= 0 else max(lost / whole, 0.0)  # in this order: NaN stays
 
 
 def by_group(matrix: Tensor, like: Tensor) -> Tensor:
     """A weight [rows, columns] as [groups, rows / groups, columns] where ``like`` has groups; else as it is."""
     return matrix if like.dim() == 2 else matrix.view(len(like), -1, matrix.shape[1])
+
+
+def input_energy(second_moment: Tensor | None, rows: int) -> Tensor | None:
+    """``E x_c^2``: the second moment's diagonal, float32 [1, columns].
+
+    Args:
+        second_moment: float32 [columns, columns], or [groups, columns, columns] of a grouped convolution; None gives
+            None.
+        rows: of the weight. Of groups the result is [rows, columns], each row with its own group's; for one row, their
+            mean.
+    """
+    if second_moment is None:
+        return None
+    energy = second_moment.diagonal(dim1=-2, dim2=-1)
+    if energy.dim() == 1:
+        return energy[None]
+    return energy.mean(0, keepdim=True) if rows == 1 else energy.repeat_interleave(rows // len(energy), 0)
 
 
 def _total(x: Tensor) -> float:

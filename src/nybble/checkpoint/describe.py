@@ -10,7 +10,7 @@ from torch import nn
 
 from nybble.core.errors import FileError
 from nybble.core.versions import VERSION
-from nybble.nn.kinds import describe, prepare_quantized, quant_modules, restore
+from nybble.nn.kinds import describe, kind_of_entry, prepare_quantized, quant_modules, restore
 from nybble.nn.layouts import Layouts
 
 FORMAT_VERSION = 1
@@ -59,7 +59,8 @@ def restore_model(model: nn.Module, modules: Mapping[str, Any], layouts: list[di
     """
     known = Layouts(layouts)
     with torch.device("meta"):
-        for name, entry in modules.items():
+        # Those that read another come after it, in whatever order the file has them (transformers sorts config.json).
+        for name, entry in sorted(modules.items(), key=lambda item: kind_of_entry(*item).reads_another):
             restore(model, name, entry, known)
     prepare_quantized(model)
 

@@ -17,6 +17,7 @@ from nybble.core.guard import reading
 from nybble.models.build.config_file import make_config, read_json
 from nybble.models.build.skeleton import expected_tensors, fill_buffers_, meta_model
 from nybble.models.sources.folder import PREPROCESSOR
+from nybble.nn.packed import validate_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -43,6 +44,7 @@ def load_quantized(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     fill_buffers_(model)
     with reading(folder):
         model.load_state_dict(tensors, strict=False, assign=True)
+        validate_packed(model)
         model.tie_weights()
         mark_quantized(model, checkpoint.config["quantization_config"])
         generation = folder / "generation_config.json"

@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nybble.checkpoint.describe import FORMAT_VERSION, check_version, restore_model
+from nybble.nn.packed import validate_packed
 
 
 @register_quantization_config("nybble")
@@ -61,6 +62,10 @@ class NybbleHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         restore_model(model, self.quantization_config.modules, self.quantization_config.layouts)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        validate_packed(model)
+        return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """``save_pretrained`` writes the same tensors again."""

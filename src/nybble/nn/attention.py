@@ -1,16 +1,22 @@
 """Attention whose two products take rounded operands: query times key, probabilities times value.
 
-Registered with transformers as the attention implementation ``nybble``; a module without a ``matmuls`` part computes
-what ``eager`` does, in the same order. Linear layers around it are quantized by themselves.
+Registered with transformers as the attention implementation ``nybble``. It is the eager attention of the model's own
+family, called with rounded queries, keys and values, and with the probabilities rounded where it multiplies them by the
+values: so whatever a family does beside (sinks, caps, biases, masks) is done, and without a ``matmuls`` part the result
+is that of ``eager`` bit for bit. What ``eager`` wouldn't compute is refused by name. Linear layers around it are
+quantized by themselves.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nybble.core.errors import FileError, ModelError
 from nybble.nn.activation import ActivationQuantizer
@@ -71,49 +77,122 @@ def quantized_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    position_bias: Tensor | None = None,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """Scaled dot-product attention, operands through ``module.matmuls`` where there is one.
+    attention_mask: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The model's own eager attention, with the operands of its two products through ``module.matmuls``.
 
     Args:
-        module: the attention; ``num_key_value_groups`` queries share a key.
+        module: the attention; its family's eager function computes everything (scaling, masks, caps, biases, sinks,
+            dropout). Without ``matmuls`` that is all.
         query: [batch, heads, tokens, width].
         key: [batch, key heads, tokens, width].
         value: [batch, key heads, tokens, width].
-        attention_mask: added to the scores; None adds nothing.
-        scaling: of the scores; default width ** -0.5.
-        dropout: of the probabilities, in training.
-        position_bias: added to the scores before the mask.
-        softcap: Gemma 2's cap of the scores.
+        attention_mask: as for ``eager``.
+        others: what the model hands over beside; the eager function must know it, or :data:`HARMLESS` must.
 
     Returns:
-        [batch, tokens, heads, width], and the probabilities as they were before rounding.
+        what the eager function returns: [batch, tokens, heads, width], and the probabilities before rounding.
+
+    Raises:
+        ModelError: the module has no eager function, hands over an argument that it doesn't know, or doesn't compute
+            two products; names the module's class.
     """
+    eager = eager_attention(type(module))  # type: ignore[arg-type]  # classes are hashable
+    _check_arguments(module, eager, others)
     parts = getattr(module, PART, None)
+    if parts is None:
+        found: tuple[Tensor, Tensor | None] = eager.function(module, query, key, value, attention_mask, **others)
+        return found
+    query, key, value = parts("query", query), parts("key", key), parts("value", value)
+    rounding = _RoundProbabilities(parts, key.shape[-2])
+    with rounding:
+        found = eager.function(module, query, key, value, attention_mask, **others)
+    if rounding.products != 2 or not rounding.done:
+        raise ModelError(
+            f"{type(module).__name__} doesn't multiply queries by keys and then probabilities by values, and nothing "
+            f"else: which operands {PART} would round can't be told. {_LEAVE_OUT}"
+        )
+    return found
 
-    def rounded(name: str, x: Tensor) -> Tensor:
-        return x if parts is None else parts(name, x)
 
-    query, key, value = rounded("query", query), rounded("key", key), rounded("value", value)
-    groups = getattr(module, "num_key_value_groups", 1)
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = torch.matmul(query, key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if position_bias is not None:
-        scores = scores + position_bias
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    probabilities = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
-    probabilities = nn.functional.dropout(probabilities, dropout, module.training)
-    output = torch.matmul(rounded("probabilities", probabilities), value)
-    return output.transpose(1, 2).contiguous(), probabilities
+class _RoundProbabilities(TorchFunctionMode):
+    """Rounds the left operand of the second matrix product that runs inside: the probabilities, as they are used.
+
+    Args:
+        parts: rounds an operand by name. keys: how many probabilities a query has.
+    """
+
+    def __init__(self, parts: Callable[[str, Tensor], Tensor], keys: int) -> None:
+        super().__init__()
+        self.parts, self.keys, self.products, self.done = parts, keys, 0, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS:
+            self.products += 1
+            if self.products == 2 and args and args[0].shape[-1] == self.keys:
+                args, self.done = (self.parts("probabilities", args[0]), *args[1:]), True
+        return func(*args, **(kwargs or {}))
+
+
+_PRODUCTS = frozenset((torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm))
+_LEAVE_OUT = f"Leave {PART} out of the scheme for this model."
+
+HARMLESS = frozenset((
+    "sliding_window", "is_causal",  # the mask that eager attention adds holds them
+    "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",  # the same, packed
+    "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "num_items_in_batch",
+    "deterministic",  # of kernels
+))  # fmt: skip
+"""Arguments that change no number of eager attention, whether its function names them or not."""
+
+_ELSEWHERE = ("reorder_and_upcast_attn",)
+"""Options by which a family's eager attention is another than the function it hands over (GPT-2's)."""
+
+
+class Eager(NamedTuple):
+    """An eager attention: the function, the arguments that it names, and the attributes that it may read."""
+
+    function: Callable[..., Any]
+    arguments: frozenset[str]
+    reads: tuple[str, ...]
+
+
+@cache
+def eager_attention(kind: type[nn.Module]) -> Eager:
+    """The eager function that the forward of an attention class hands to transformers as the default.
+
+    Raises:
+        ModelError: there is none, or more than one.
+    """
+    forward = inspect.unwrap(kind.forward)
+    code = getattr(forward, "__code__", None)
+    names = [] if code is None else [name for name in code.co_names if "eager" in name]
+    found = [forward.__globals__[name] for name in names if inspect.isfunction(forward.__globals__.get(name))]
+    if len(found) != 1:
+        raise ModelError(f"{kind.__name__} hands no eager attention of its own to transformers. {_LEAVE_OUT}")
+    function = inspect.unwrap(found[0])
+    return Eager(found[0], frozenset(inspect.signature(function).parameters), function.__code__.co_names)
+
+
+def _check_arguments(module: nn.Module, eager: Eager, others: Mapping[str, Any]) -> None:
+    """Raise ModelError where eager attention would leave out what the model asks of its attention.
+
+    A tensor that the eager function takes from the module itself (``module.sinks``, which other implementations get as
+    ``s_aux``) is known.
+    """
+    for name, value in others.items():
+        if value is None or name in eager.arguments or name in HARMLESS:
+            continue
+        held = isinstance(value, Tensor) and any(getattr(module, name, None) is value for name in eager.reads)
+        if not held:
+            raise ModelError(
+                f"{type(module).__name__} hands {name} to its attention, which its eager attention doesn't know: the "
+                f"result would be another. {_LEAVE_OUT}"
+            )
+    for option in _ELSEWHERE:
+        if getattr(module, option, False):
+            raise ModelError(f"{type(module).__name__} with {option}=True computes its attention apart. {_LEAVE_OUT}")
 
 
 def attentions(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:

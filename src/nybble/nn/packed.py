@@ -7,11 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nybble.core.errors import FileError
 from nybble.qtensor import QTensor, Spec, from_spec
 
 
 class Packed(nn.Module):
     """Holds the tensors of one QTensor as buffers; nothing is quantized or learned here.
+
+    The record over them is made once and kept until a buffer is replaced (moved, loaded, swapped by a functional call):
+    a forward checks nothing and waits for no device. Shapes and dtypes are checked whenever the record is made, values
+    by :func:`validate_packed`, which whoever fills the buffers from a file calls.
 
     Args:
         qtensor: what to hold; on the meta device when a checkpoint will fill it.
@@ -31,10 +36,20 @@ class Packed(nn.Module):
                 holder = holder.get_submodule(part)
             holder.register_buffer(leaf, tensor)
         self._dense: Tensor | None = None
+        self._view: tuple[QTensor, dict[str, Tensor]] | None = None
 
     def qtensor(self) -> QTensor:
-        """The QTensor over the current buffers."""
-        return from_spec(self.spec, {name: self.get_buffer(name) for name in self._names})
+        """The QTensor over the current buffers.
+
+        Raises:
+            FileError: a buffer was replaced by one of another shape or dtype.
+        """
+        buffers = {name: self.get_buffer(name) for name in self._names}
+        if self._view is not None and all(buffers[name] is tensor for name, tensor in self._view[1].items()):
+            return self._view[0]
+        found = from_spec(self.spec, buffers)
+        self._view = found, buffers
+        return found
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The values in ``dtype``; the held copy if :meth:`hold` made one."""
@@ -48,7 +63,7 @@ class Packed(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Packed:
         # .to(dtype) must not touch scales: they are float32 by contract. Only moves between devices pass.
-        self._dense = None
+        self._forget()
 
         def move(tensor: Tensor) -> Tensor:
             moved: Tensor = fn(tensor)
@@ -57,5 +72,32 @@ class Packed(nn.Module):
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _forget(self) -> None:
+        """Let go of what was made of the buffers, which are about to be replaced."""
+        self._dense = self._view = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_view": None}  # a copy makes its own over its own buffers
+
     def extra_repr(self) -> str:  # noqa: D102
         return f"{self.spec.get('format', self.spec['kind'])}, {list(self.shape)}"
+
+
+def validate_packed(root: nn.Module) -> None:
+    """Check the values of all packed tensors that are there (not on the meta device); once, after loading.
+
+    Raises:
+        FileError: names the tensor and what is wrong with it.
+    """
+    for name, module in root.named_modules():
+        if isinstance(module, Packed):
+            try:
+                found = module.qtensor()
+                if all(tensor.device.type != "meta" for tensor in found.tensors().values()):
+                    found.validate()
+            except FileError as error:
+                raise FileError(f"{name}: {error}") from error

@@ -55,7 +55,18 @@ class QTensor(ABC):
     @staticmethod
     @abstractmethod
     def rebuild(spec: Spec, tensors: Mapping[str, Tensor]) -> QTensor:
-        """The inverse of :meth:`spec` and :meth:`tensors`; :func:`from_spec` calls it and names what is wrong."""
+        """The inverse of :meth:`spec` and :meth:`tensors`; :func:`from_spec` calls it and names what is wrong.
+
+        Checks shapes and dtypes, never values: it works on the meta device and never waits for another.
+        """
+
+    @abstractmethod
+    def validate(self) -> None:
+        """Check the values that :meth:`rebuild` can't see; once, where tensors come from a file. Waits for the device.
+
+        Raises:
+            FileError: a stored number that would be read out of bounds, say.
+        """
 
     @abstractmethod
     def roles(self) -> dict[str, str]:
@@ -196,8 +207,25 @@ def named_tensors(name: str, part: QTensor) -> dict[str, Tensor]:
     return {f"{name}.{k}": t for k, t in part.tensors().items()}
 
 
+def validate_all(parts: Mapping[str, object]) -> None:
+    """:meth:`QTensor.validate` of those that are QTensors; an error says which part is wrong."""
+    for name, part in parts.items():
+        if isinstance(part, QTensor):
+            try:
+                part.validate()
+            except FileError as error:
+                raise FileError(f"{name}: {error}") from error
+
+
+def stored_tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """The tensor called ``name``; FileError where there is none."""
+    if name not in tensors:
+        raise FileError(f"the tensor {name!r} is missing; found {', '.join(sorted(tensors)) or 'none'}.")
+    return tensors[name]
+
+
 def from_spec(spec: Spec, tensors: Mapping[str, Tensor]) -> QTensor:
-    """Rebuild a QTensor from its :meth:`QTensor.spec` and :meth:`QTensor.tensors`.
+    """Rebuild a QTensor from its :meth:`QTensor.spec` and :meth:`QTensor.tensors`; their values are not looked at.
 
     Raises:
         FileError: the spec is malformed, or a tensor is missing or of the wrong shape or dtype; never anything else.

@@ -27,7 +27,9 @@ from nybble.qtensor import (
     from_spec,
     named_tensors,
     scale_blocks,
+    stored_tensor,
     sub_tensors,
+    validate_all,
 )
 
 
@@ -133,6 +135,10 @@ class BlockQTensor(QTensor):
         assert isinstance(rebuilt, BlockQTensor)
         return rebuilt
 
+    def validate(self) -> None:
+        """Every code of a format means something; what is nested may hold more than codes."""
+        validate_all({name: value for name, value, _ in self._parts()})
+
     @staticmethod
     def rebuild(spec: Spec, tensors: Mapping[str, Tensor]) -> BlockQTensor:
         """From :meth:`spec` and :meth:`tensors`."""
@@ -140,7 +146,7 @@ class BlockQTensor(QTensor):
         fmt, shape = get_format(spec["format"]), tuple(int(n) for n in spec["shape"])
         layout = str(spec.get("layout", "dense"))
         expected = get_layout(layout).size(math.prod(shape), fmt.bits)
-        codes = _tensor(tensors, "codes")
+        codes = stored_tensor(tensors, "codes")
         if codes.dtype != torch.uint8 or codes.shape != (expected,):
             raise FileError(
                 f"codes of a {fmt.name} tensor {list(shape)} are {expected} bytes; "
@@ -184,16 +190,10 @@ def _part_spec(value: Tensor | QTensor) -> Spec:
 def _part(name: str, spec: Spec, tensors: Mapping[str, Tensor]) -> Tensor | QTensor:
     if spec.get("kind") != "plain":
         return from_spec(spec, sub_tensors(tensors, name))
-    value = _tensor(tensors, name)
+    value = stored_tensor(tensors, name)
     if list(value.shape) != list(spec["shape"]) or str(value.dtype) != f"torch.{spec['dtype']}":
         raise FileError(f"{name} should be {spec['dtype']} {spec['shape']}; found {value.dtype} {list(value.shape)}.")
     return value
-
-
-def _tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in tensors:
-        raise FileError(f"the tensor {name!r} is missing; found {', '.join(sorted(tensors)) or 'none'}.")
-    return tensors[name]
 
 
 def _check_count(name: str, value: Tensor | QTensor, granularity: Granularity, shape: tuple[int, ...]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import FileError
-from nybble.qtensor import QTensor, Spec, dense, from_spec, named_tensors, sub_tensors
+from nybble.qtensor import QTensor, Spec, dense, from_spec, named_tensors, stored_tensor, sub_tensors, validate_all
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,15 @@ class LowRankSum(QTensor):
     def to(self, device: torch.device | str) -> LowRankSum:  # noqa: D102
         return self.rebuild(self.spec(), {k: t.to(device) for k, t in self.tensors().items()})
 
+    def validate(self) -> None:  # noqa: D102
+        validate_all({"base": self.base, "a": self.a, "b": self.b})
+
     @staticmethod
     def rebuild(spec: Spec, tensors: Mapping[str, Tensor]) -> LowRankSum:
         """From :meth:`spec` and :meth:`tensors`."""
         base = from_spec(spec["base"], sub_tensors(tensors, "base"))
         a, b = (
-            tensors[n] if spec[n]["kind"] == "plain" else from_spec(spec[n], sub_tensors(tensors, n))
+            stored_tensor(tensors, n) if spec[n]["kind"] == "plain" else from_spec(spec[n], sub_tensors(tensors, n))
             for n in ("a", "b")
         )
         if a.shape[-1] != b.shape[-2] or a.shape[-2] != base.shape[-2] or b.shape[-1] != base.shape[-1]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import FileError
-from nybble.qtensor import QTensor, Spec, dense, from_spec, named_tensors, sub_tensors
+from nybble.qtensor import QTensor, Spec, dense, from_spec, named_tensors, stored_tensor, sub_tensors, validate_all
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,29 @@ class SplitQTensor(QTensor):
     def to(self, device: torch.device | str) -> SplitQTensor:  # noqa: D102
         return self.rebuild(self.spec(), {k: t.to(device) for k, t in self.tensors().items()})
 
+    def validate(self) -> None:
+        """The index is a permutation, so that every slice of the tensor is written once."""
+        if not torch.equal(self.index.long().sort().values, torch.arange(len(self.index), device=self.index.device)):
+            raise FileError(
+                f"the index of a split tensor is no permutation of its {len(self.index)} slices; the file is damaged."
+            )
+        validate_all({f"part.{i}": part for i, part in enumerate(self.parts)})
+
     @staticmethod
     def rebuild(spec: Spec, tensors: Mapping[str, Tensor]) -> SplitQTensor:
         """From :meth:`spec` and :meth:`tensors`."""
         parts: list[QTensor | Tensor] = []
         for i, part in enumerate(spec["parts"]):
             name = f"part.{i}"
-            parts.append(tensors[name] if part["kind"] == "plain" else from_spec(part, sub_tensors(tensors, name)))
-        shape, dim, index = tuple(spec["shape"]), int(spec["dim"]), tensors["index"]
-        if sum(part.shape[dim] for part in parts) != shape[dim] or sorted(index.tolist()) != list(range(shape[dim])):
+            plain = part["kind"] == "plain"
+            parts.append(stored_tensor(tensors, name) if plain else from_spec(part, sub_tensors(tensors, name)))
+        shape, dim, index = tuple(int(n) for n in spec["shape"]), int(spec["dim"]), stored_tensor(tensors, "index")
+        if sum(part.shape[dim] for part in parts) != shape[dim]:
             raise FileError(f"the parts of a split tensor do not make up its {shape[dim]} slices.")
+        if index.dtype != torch.int32 or index.shape != (shape[dim],):
+            raise FileError(f"an int32 index of {shape[dim]} slices expected; found {list(index.shape)} {index.dtype}.")
+        if not all(part.is_floating_point() for part in parts if isinstance(part, Tensor)):
+            raise FileError("a plain part of a split tensor holds floating-point numbers.")
         at = dim % len(shape)
         if any((*part.shape[:at], shape[at], *part.shape[at + 1 :]) != shape for part in parts):
             raise FileError(f"the parts of a split tensor are not slices of its shape {list(shape)}.")

@@ -15,7 +15,6 @@ from nybble.nn.packed import Packed
 from nybble.qtensor import Factored, QTensor, dense
 from nybble.qtensor.block import BlockQTensor
 from nybble.qtensor.low_rank_sum import LowRankSum
-from nybble.quantizer import Quantizer
 from nybble.report.portrait import input_picture, weight_picture
 
 
@@ -86,7 +85,7 @@ def _row(state: BlockState, name: str, record: Record) -> LayerRow:
     return LayerRow(
         name=f"{state.prefix}{name}",
         shape=target.shape if target.matrices else (0,),
-        weights=None if found is None else _line(found, record.quantizer),
+        weights=None if found is None else _line(found, record),
         inputs=None if quantizer is None else str(quantizer),
         outputs=None if target.rule.outputs is None else str(target.rule.outputs),
         bits=found.bits_per_element() if found is not None else 16.0 if target.matrices else 0.0,
@@ -114,14 +113,15 @@ def _measured(matrix: Tensor, found: QTensor, record: Record) -> tuple[float, fl
     return relative_error(matrix, found.dequantize(), second), plain
 
 
-def _line(found: QTensor, quantizer: Quantizer | None) -> str:
+def _line(found: QTensor, record: Record) -> str:
     """What the weight was rounded to, in a line: the quantizer's where the tensor really is of its making."""
+    quantizer = record.quantizer
     base = found.base if isinstance(found, LowRankSum) else found
     name = "" if base is found else f" + rank {found.a.shape[-1]}" if isinstance(found, LowRankSum) else ""
     if isinstance(base, BlockQTensor):
         fits = quantizer is not None and quantizer.format == base.format and quantizer.granularity == base.granularity
         return (str(quantizer) if fits else f"{base.format.name} {base.granularity}") + name
-    return (base.kind if quantizer is None else str(quantizer)) + name
+    return (record.stored or base.kind) + name
 
 
 def _sqnr(matrix: Tensor, found: QTensor) -> float | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nybble.core.registry import Registry
 from nybble.qtensor import QTensor, QuantParams
+from nybble.qtensor.vector import VectorQuantizer
 from nybble.quantizer import Quantizer
 
 REGISTRY = Registry("nybble.solvers", "solver")
@@ -64,6 +65,8 @@ class Solved:
         weight: the quantized matrix. error: its objective over the objective of zero weights (relative output error).
         rtn_error: the same for round-to-nearest under the same quantizer. notes: fallbacks and choices worth reporting.
         quantizer: what the weight was rounded to, where that isn't the scheme's (a chosen format).
+        stored: what the weight is where no Quantizer can say it: a code book of vectors, or a line for parts in
+            different quantizers.
         inputs: quantizer and parameters of the input, where the solver chose them.
         clip: largest representable value over the largest magnitude, a value a row, where the solver searched it.
     """
@@ -73,6 +76,7 @@ class Solved:
     rtn_error: float
     notes: tuple[str, ...] = ()
     quantizer: Quantizer | None = None
+    stored: VectorQuantizer | str = ""
     inputs: tuple[Quantizer, QuantParams] | None = None
     clip: Tensor | None = None
 
@@ -134,6 +138,9 @@ class Solver(ABC):
     def flops(self, rows: int, columns: int, tokens: int, inputs: Quantizer | None) -> float:
         """Multiply-adds x 2 of a search for one weight, for an estimate of time; 0 for what takes no search."""
         return 0.0
+
+    def check_shape(self, rows: int, columns: int) -> None:  # noqa: B027  (most methods take every shape)
+        """Raise GranularityError for a weight of a shape that the method can't take, whatever its quantizer."""
 
     def quantizer_for(self, quantizer: Quantizer) -> Quantizer:
         """The quantizer that this solver really uses in place of the scheme's (``mse`` changes the scale rule)."""

@@ -108,7 +108,8 @@ def _plain(record: Record) -> dict[str, Any]:
     """A record as JSON, less its tensors and its input's parameters, which the packed layer has."""
     return {
         "quantizer": None if record.quantizer is None else str(record.quantizer), "number": record.number,
-        "error": record.error, "rtn_error": record.rtn_error, "notes": record.notes, "changed": record.changed,
+        "stored": record.stored, "error": record.error, "rtn_error": record.rtn_error,
+        "notes": record.notes, "changed": record.changed,
     }  # fmt: skip
 
 

@@ -123,6 +123,7 @@ def _check(target: Target, solver: Solver) -> None:
     """Raise where the solver, or any weight, can't have the quantizers of a rule."""
     rule = target.rule
     if rule.weights is not None:
+        solver.check_shape(*target.shape)
         solver.quantizer_for(rule.weights).granularity.check(target.shape)
         if rule.weights.static:
             raise SchemeError("'static' is for activations; weights always keep their own scales.")

@@ -116,7 +116,8 @@ class Kind(ABC):
         entry: its class in a checkpoint's descriptions, which files keep for ever.
         classes: names beside a module's own class that a scheme's targets may use. sides: what a rule may quantize of
             it. refusal: what is said to a rule that asks for another side.
-        stand_ins: classes of its quantized modules.
+        stand_ins: classes of its quantized modules. reads_another: they read another quantized module, so that one is
+            restored before.
         shares_input: it multiplies one tensor, which other modules may read as well. fused: its matrices are kept in
             one parameter, and each reads rows of its own (:meth:`routed`).
         by_rows: [..., in] becomes [..., out], each row by itself. channels_first: [images, channels, ...] comes out, so
@@ -131,6 +132,7 @@ class Kind(ABC):
     sides: ClassVar[tuple[str, ...]]
     refusal: ClassVar[str]
     stand_ins: ClassVar[tuple[type[nn.Module], ...]]
+    reads_another: ClassVar[bool] = False
     shares_input: ClassVar[bool] = False
     fused: ClassVar[bool] = False
     by_rows: ClassVar[bool] = False

@@ -23,6 +23,7 @@ class Tied(Kind):
     sides = ()
     refusal = "this head is tied to the embeddings."
     stand_ins = (TiedHead,)
+    reads_another = True
 
     def claims(self, module: nn.Module) -> bool:  # noqa: D102
         return False

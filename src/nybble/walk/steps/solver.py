@@ -171,6 +171,7 @@ def _record(target: Target, found: Solved | None, inputs: tuple[Any, Any], sampl
     return Record(
         target=target,
         quantizer=None if found is None else found.quantizer or target.rule.weights,
+        stored="" if found is None else str(found.stored),
         error=None if found is None else found.error,
         rtn_error=None if found is None else found.rtn_error,
         clip=None if found is None else found.clip,
