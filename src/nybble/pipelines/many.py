@@ -16,6 +16,7 @@ from nybble.core.progress import Progress, Silent, task
 from nybble.core.seeds import preserve_global_rng
 from nybble.data import Samples
 from nybble.models.sources.open import open_source
+from nybble.nn.kv_model import use_quantized_cache
 from nybble.recipe import Recipe
 from nybble.report.record import LayerRow, Report
 from nybble.walk.job import Job
@@ -79,6 +80,7 @@ def quantize_many(
     found = {}
     for name in recipes:
         walk = walks[name]
+        use_quantized_cache(walk.job.model, walk.job.plan.kv)
         mark_quantized(walk.job.model)
         report = Report(layers=tuple(rows[name]), manifest=walk.job.manifest(), seconds=seconds[name])
         found[name] = (walk.job.model, report)

@@ -32,6 +32,7 @@ from nybble.core.progress import Progress, Silent
 from nybble.core.seeds import preserve_global_rng
 from nybble.data import Samples
 from nybble.models.sources.open import open_source
+from nybble.nn.kv_model import use_quantized_cache
 from nybble.recipe import Recipe, load_recipe
 from nybble.report.record import LayerRow, Report
 from nybble.walk.job import Job
@@ -87,6 +88,7 @@ def quantize(
             (announce or _ignore)(line)
         if out is None:
             rows = Walk(job).run(None, progress or Silent())
+            use_quantized_cache(job.model, job.plan.kv)
             mark_quantized(job.model)
             result = job.model if isinstance(model, str | Path) else model
             return result, Report(layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started)
@@ -106,7 +108,8 @@ def _write(job: Job, out: Path, progress: Progress, announce: Callable[[str], No
             if not parts.assembled:
                 assert job.source is not None
                 save_side_files(job.source, job.model, partial, images=job.adapter.reads == "images")
-                parts.assemble(job.part_names(), model_config(job.model, job.settings.dtype), job.manifest())
+                config = model_config(job.model, job.settings.dtype)
+                parts.assemble(job.part_names(), config, job.manifest(), job.plan.kv)
             return [LayerRow.from_dict(row) for row in parts.finish()]
     except NybbleError as error:
         # A bad request leaves nothing; what could go on once there is room (a full disk) or the same request stays.
