@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nybble.core.errors import FileError
+from nybble.core.errors import FileError, UsageError
 from nybble.core.versions import VERSION
 from nybble.nn.kinds import describe, prepare_quantized, quant_modules, restore
 from nybble.nn.kv_model import KVRecord, recorded_kv, to_json, use_quantized_cache
@@ -67,7 +67,10 @@ def restore_model(
         for name, entry in modules.items():
             restore(model, name, entry, known)
     prepare_quantized(model)
-    use_quantized_cache(model, kv)
+    try:
+        use_quantized_cache(model, kv)
+    except UsageError as error:  # the file's request, not the caller's
+        raise FileError(f"the KV cache of this checkpoint: {error}") from error
 
 
 def renumber(entry: dict[str, Any], numbers: list[int]) -> dict[str, Any]:

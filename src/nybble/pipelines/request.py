@@ -35,7 +35,7 @@ def build_recipe(
         raise UsageError("--scheme says everything; give either it or --weights and --activations.")
     chosen = recipe.scheme if scheme is None else read_scheme(scheme)
     if weights or activations:
-        chosen = _override(chosen, weights, activations, anything=cached is not None)
+        chosen = _override(chosen, weights, activations, anything=cached is not None and cached.stores)
     extra = []
     if embeddings is not None:
         extra.append(Rule(targets=("Embedding",), weights=Quantizer(embeddings)))
