@@ -153,6 +153,7 @@ def test_newest_tokens_stay_in_float_until_they_are_old() -> None:
     for cuts in ([12], [1] * 12, [5, 7]):
         rows = filled(quantizer, x, cuts, residual=5)
         assert rows.rounded == 7 and torch.equal(rows.read(), torch.cat([fake[:, :, :7], x[:, :, 7:]], 2))
+        assert rows.newest.untyped_storage().nbytes() == rows.newest.nbytes == x[:, :, 7:].nbytes
     rows.drop_newest(7)
     assert rows.rounded == 5 and torch.equal(rows.read(), fake[:, :, :5])
     rows.append(x[:, :, 5:9])
