@@ -137,7 +137,7 @@ REQUESTS: dict[str, tuple[list[str], int, str]] = {
     "ignore re": ([*GOOD, "--ignore", "re:.*nothing"], 2, r"nothing' matches no module\. (Known|Some)"),
     "ignore bad re": ([*GOOD, "--ignore", "re:("], 2, r"'re:\(' is not a regular"),
     "ignore all": ([*GOOD, "--ignore", "Linear"], 2, r"the target 'Linear' matches no module that is left to it"),
-    "kv": (["--kv", "int4"], 2, r"does not quantize KV caches; leave --kv out"),
+    "kv": ([*GOOD, "--kv", "int4"], 2, r"'tensor' has scales that tokens share.*Write 'int4 token'"),
     "effort": (["--effort", "quick"], 2, r"leave --effort out"),
     "effort word": (["--effort", "much"], 2, r"effort 'much' is neither quick nor full"),
     "samples": ([*GOOD, "--samples", "0"], 2, r"samples is 0; it must be 1 or more"),

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from nybble.core.errors import FileError
+from nybble.core.errors import FileError, UsageError
 from nybble.core.versions import VERSION
 from nybble.nn.kinds import describe, kind_of_entry, prepare_quantized, quant_modules, restore
+from nybble.nn.kv_model import KVRecord, recorded_kv, to_json, use_quantized_cache
 from nybble.nn.layouts import Layouts
 
 FORMAT_VERSION = 1
@@ -28,34 +29,38 @@ def check_version(quantization: Mapping[str, Any]) -> None:
         raise FileError("quantization_config lacks 'modules' or 'layouts': this is not a checkpoint that nybble wrote.")
 
 
-def quantization_config(modules: dict[str, Any], layouts: Layouts) -> dict[str, Any]:
-    """``quantization_config`` of config.json."""
-    return {
+def quantization_config(modules: dict[str, Any], layouts: Layouts, kv: KVRecord | None = None) -> dict[str, Any]:
+    """``quantization_config`` of config.json; without the key ``kv`` the model caches in float."""
+    found = {
         "quant_method": "nybble",
         "format_version": FORMAT_VERSION,
         "nybble_version": VERSION,
         "layouts": layouts.entries,
         "modules": modules,
     }
+    return found if kv is None else {**found, "kv": to_json(kv)}
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
     """``quantization_config`` of a model with quantized modules."""
     layouts = Layouts()
     modules = {name: describe(module, layouts) for name, module in quant_modules(model)}
-    return quantization_config(modules, layouts)
+    return quantization_config(modules, layouts, recorded_kv(model))
 
 
-def restore_model(model: nn.Module, modules: Mapping[str, Any], layouts: list[dict[str, Any]]) -> None:
+def restore_model(
+    model: nn.Module, modules: Mapping[str, Any], layouts: list[dict[str, Any]], kv: KVRecord | None = None
+) -> None:
     """Put empty quantized modules, on the meta device, where the float ones of a model stand, and let it call them.
 
     Args:
         model: as its config says.
         modules: name -> description, from a file that may say anything.
         layouts: what the descriptions number.
+        kv: what the model caches in.
 
     Raises:
-        FileError: a malformed description. ModelError: the model has no such module.
+        FileError: a malformed description. ModelError: the model has no such module, or can't cache so.
     """
     known = Layouts(layouts)
     with torch.device("meta"):
@@ -63,6 +68,10 @@ def restore_model(model: nn.Module, modules: Mapping[str, Any], layouts: list[di
         for name, entry in sorted(modules.items(), key=lambda item: kind_of_entry(*item).reads_another):
             restore(model, name, entry, known)
     prepare_quantized(model)
+    try:
+        use_quantized_cache(model, kv)
+    except UsageError as error:  # the file's request, not the caller's
+        raise FileError(f"the KV cache of this checkpoint: {error}") from error
 
 
 def renumber(entry: dict[str, Any], numbers: list[int]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def load_quantized(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     config = make_config(dict(checkpoint.config), str(folder / "config.json"))
     stated = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     model = meta_model(config, dtype or stated, len(checkpoint.stored))
-    restore_model(model, checkpoint.modules, checkpoint.layouts)
+    restore_model(model, checkpoint.modules, checkpoint.layouts, checkpoint.kv)
     _check_names(folder, checkpoint, expected_tensors(model))
     tensors = _read(folder, checkpoint, dtype)
     fill_buffers_(model)

@@ -20,6 +20,7 @@ from nybble.core.errors import FileError
 from nybble.core.files import atomic_write_json
 from nybble.core.tensorfile import merge_tensorfiles, write_tensorfile
 from nybble.nn.kinds import describe, quant_modules, restore
+from nybble.nn.kv_model import KVRecord
 from nybble.nn.layouts import Layouts
 
 SHARD_BYTES = 5_000_000_000
@@ -134,8 +135,10 @@ class Parts:
         tensors: dict[str, Tensor] = load_file(self.parts / f"{name}.safetensors", device=str(device))
         root.load_state_dict(tensors, strict=False, assign=True)
 
-    def assemble(self, names: list[str], config: dict[str, Any], manifest: dict[str, Any]) -> None:
-        """Merge all parts into the final files in ``folder``."""
+    def assemble(
+        self, names: list[str], config: dict[str, Any], manifest: dict[str, Any], kv: KVRecord | None = None
+    ) -> None:
+        """Merge all parts into the final files in ``folder``; ``kv`` is what the model caches in."""
         rows: list[dict[str, Any]] = []
         layouts = Layouts()
         modules: dict[str, Any] = {}
@@ -146,7 +149,7 @@ class Parts:
             modules |= {module: renumber(entry, numbers) for module, entry in data["modules"].items()}
         files = [self.parts / f"{name}.safetensors" for name in names]
         merge_tensorfiles(files, self.folder / "model.safetensors", {"format": "pt"}, SHARD_BYTES)
-        quantization = quantization_config(modules, layouts)
+        quantization = quantization_config(modules, layouts, kv)
         atomic_write_json(self.folder / "config.json", config | {"quantization_config": quantization})
         atomic_write_json(self.folder / MANIFEST, manifest | {"layers": rows})
 

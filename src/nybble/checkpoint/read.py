@@ -15,6 +15,7 @@ from nybble.core.tensorheader import TensorEntry, TensorHeader, read_tensor_head
 from nybble.models.build.config_file import read_json
 from nybble.models.sources.folder import DTYPES, weight_files
 from nybble.nn.kinds import Stored, kind_of_entry
+from nybble.nn.kv_model import KVRecord, from_json
 from nybble.nn.layouts import Layouts
 
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -29,7 +30,7 @@ class Checkpoint:
         modules: name -> description of a quantized module. layouts: what the descriptions number.
         expected: name -> (dtype, shape) of each quantized module's tensor.
         roles: name -> codes, scales, offsets, tables or unquantized. padding: bytes that packing wastes, by name.
-        elements: name of a quantized weight -> its number of elements.
+        elements: name of a quantized weight -> its number of elements. kv: what the model caches in, if it says so.
     """
 
     config: dict[str, Any]
@@ -41,6 +42,7 @@ class Checkpoint:
     roles: dict[str, str] = field(default_factory=dict)
     padding: dict[str, int] = field(default_factory=dict)
     elements: dict[str, int] = field(default_factory=dict)
+    kv: KVRecord | None = None
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -56,7 +58,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     check_version(quantization)
     headers = tuple(read_tensor_header(file) for file in sorted({path for path, _ in weight_files(folder).values()}))
     stored = {name: entry for header in headers for name, entry in header.tensors.items()}
-    found = Checkpoint(config, stored, headers, quantization["modules"], quantization["layouts"])
+    kv = from_json(quantization.get("kv"))
+    found = Checkpoint(config, stored, headers, quantization["modules"], quantization["layouts"], kv=kv)
     try:
         with reading(folder / "config.json"):
             _describe(found)

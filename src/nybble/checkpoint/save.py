@@ -14,6 +14,7 @@ from nybble.core.errors import FileError, UsageError
 from nybble.core.files import AtomicFolder
 from nybble.data.kinds import DataKind
 from nybble.nn.kinds import quant_modules
+from nybble.nn.kv_model import recorded_kv
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,9 +64,9 @@ def save(
     """Write a model that was quantized in memory to a folder, as ``nybble quantize`` would.
 
     Raises:
-        UsageError: nothing in it is quantized. FileError: the folder exists or can't be written.
+        UsageError: nothing in it is quantized, its cache neither. FileError: the folder exists or can't be written.
     """
-    if not any(True for _ in quant_modules(model)):
+    if not any(True for _ in quant_modules(model)) and recorded_kv(model) is None:
         raise UsageError("nothing in this model is quantized; save float models with model.save_pretrained.")
     if not hasattr(model, "config"):
         raise UsageError(
@@ -80,6 +81,6 @@ def save(
             tokenizer.save_pretrained(partial)
         if model.can_generate() and model.generation_config is not None:
             model.generation_config.save_pretrained(partial)
-        parts.assemble(["model"], model_config(model, model.dtype), manifest or {})
+        parts.assemble(["model"], model_config(model, model.dtype), manifest or {}, recorded_kv(model))
         parts.finish()
     return out

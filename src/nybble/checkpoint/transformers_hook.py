@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nybble.checkpoint.describe import FORMAT_VERSION, check_version, restore_model
+from nybble.nn.kv_model import from_json
 from nybble.nn.packed import validate_packed
 
 
@@ -24,7 +25,7 @@ class NybbleConfig(QuantizationConfigMixin):
 
     Args:
         modules: name -> description of a quantized module. layouts: what the descriptions number.
-        format_version: of the file. rest: versions and the like, kept as they came.
+        format_version: of the file. kv: what the model caches in. rest: versions and the like, kept as they came.
     """
 
     def __init__(
@@ -32,11 +33,13 @@ class NybbleConfig(QuantizationConfigMixin):
         modules: dict[str, dict[str, Any]] | None = None,
         layouts: list[dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
+        kv: str | dict[str, str] | None = None,
         **rest: Any,
     ) -> None:
         self.quant_method: Any = "nybble"
         check_version({"modules": modules, "layouts": layouts, "format_version": format_version})
         self.modules, self.layouts, self.format_version = modules or {}, layouts or [], format_version
+        self.kv = kv
         self.rest = {k: v for k, v in rest.items() if k != "quant_method"}
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,6 +50,7 @@ class NybbleConfig(QuantizationConfigMixin):
             **self.rest,
             "layouts": self.layouts,
             "modules": self.modules,
+            **({} if self.kv is None else {"kv": self.kv}),
         }
 
 
@@ -61,7 +65,8 @@ class NybbleHfQuantizer(HfQuantizer):
         """Nothing beside nybble is needed."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        restore_model(model, self.quantization_config.modules, self.quantization_config.layouts)
+        described = self.quantization_config
+        restore_model(model, described.modules, described.layouts, from_json(described.kv))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         validate_packed(model)

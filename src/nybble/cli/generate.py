@@ -20,11 +20,17 @@ def command(
     ] = False,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
     seed: Annotated[int, typer.Option(help="For --sample.")] = 0,
+    kv: Annotated[
+        str | None,
+        typer.Option(help="A quantizer line for the KV cache: 'int4 group=32'; 'none' is float. As quantize --kv."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Generate text."""
     from nybble.pipelines.generate import generate
 
-    text = generate(model, prompt, max_new_tokens=max_new_tokens, chat=not raw, sample=sample, seed=seed, device=device)
+    text = generate(
+        model, prompt, max_new_tokens=max_new_tokens, chat=not raw, sample=sample, seed=seed, device=device, kv=kv
+    )
     print_json({"model": model, "prompt": prompt, "text": text}) if json else print(text)

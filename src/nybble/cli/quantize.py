@@ -29,7 +29,12 @@ def command(
     matmuls: Annotated[
         str | None, typer.Option(help="A quantizer line for the operands of attention: 'float8_e4m3fn tensor static'.")
     ] = None,
-    kv: Annotated[str | None, typer.Option(help="A quantizer line for the KV cache.")] = None,
+    kv: Annotated[
+        str | None,
+        typer.Option(
+            help="A quantizer line for the KV cache: 'int4 group=32', 'keys=(bfp12) values=(int8 token) residual=32'."
+        ),
+    ] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(help="A module to leave alone (name, class or re:PATTERN); repeatable.")
     ] = None,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import DataError
+from nybble.nn.kv_model import recorded_kv
 
 LogitsOf = Callable[[int, int], Tensor]
 """(start, stop) -> logits [stop - start, V] of these predictions of the batch, in the model's dtype."""
@@ -42,7 +43,8 @@ class Predictor:
         body = getattr(model, "base_model", model)
         config = getattr(model, "config", None)
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self._options = {} if config is None else {"use_cache": False}
+        # A model that caches in few bits is judged with what a prompt reads back from there.
+        self._options = {} if config is None else {"use_cache": recorded_kv(model) is not None}
         self._split = (body, head) if isinstance(head, nn.Module) and body is not model else None
         _check_range(tokens, getattr(config, "vocab_size", None))
         ids = tokens[:1, :_PROBE].to(self.device)

@@ -9,7 +9,9 @@ import torch
 from nybble.core.device import check_device
 from nybble.core.errors import ModelError, UsageError
 from nybble.core.seeds import derive_seed, preserve_global_rng
+from nybble.nn.kv_model import use_quantized_cache
 from nybble.pipelines.load import load
+from nybble.scheme import KVFormat
 
 
 def generate(
@@ -21,6 +23,7 @@ def generate(
     sample: bool = False,
     seed: int = 0,
     device: str = "cpu",
+    kv: str | None = None,
 ) -> str:
     """Answer or continue ``prompt``.
 
@@ -32,6 +35,8 @@ def generate(
         sample: draw from the model's distribution instead of taking the likeliest token.
         seed: for ``sample``; the caller's random state stays as it is.
         device: where to run.
+        kv: what to cache keys and values in, a line of :class:`nybble.scheme.KVFormat`; ``none`` is float. Default is
+            what a quantized folder says, else float.
 
     Returns:
         The new text alone.
@@ -41,9 +46,12 @@ def generate(
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
     check_device(device)
+    cached = None if kv is None else KVFormat.parse(kv)
     loaded, tokenizer = load(model, device=device, dense=True)
     if tokenizer is None or not loaded.can_generate():
         raise ModelError(f"{model} is a {type(loaded).__name__}, which generates no text.")
+    if cached is not None:
+        use_quantized_cache(loaded, cached if cached.stores else None)
     if chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         inputs: Any = tokenizer.apply_chat_template(

@@ -34,6 +34,7 @@ from nybble.core.progress import Progress, Silent
 from nybble.core.seeds import preserve_global_rng
 from nybble.data import Samples
 from nybble.models.sources.open import open_source
+from nybble.nn.kv_model import use_quantized_cache
 from nybble.recipe import Recipe, load_recipe
 from nybble.report.record import LayerRow, Report
 from nybble.walk.job import Job
@@ -83,7 +84,7 @@ def quantize(
             (announce or _ignore)(line)
         if out is None:
             rows = _in_memory({"": job}, progress or Silent())[0][""]
-            mark_quantized(job.model)
+            _mark(job)
             result = job.model if isinstance(model, str | Path) else model
         else:
             result, rows = Path(out), _write(job, Path(out), progress or Silent(), announce or _ignore)
@@ -131,7 +132,7 @@ def quantize_many(
             _require_memory(group)
             rows, seconds = _in_memory(group, progress or Silent())
             for name, job in group.items():
-                mark_quantized(job.model)
+                _mark(job)
                 report = Report(layers=tuple(rows[name]), manifest=job.manifest(), seconds=seconds[name])
                 found[name] = job.model, report
     return {name: found[name] for name in recipes}
@@ -159,6 +160,12 @@ def _in_memory(jobs: Mapping[str, Job], progress: Progress) -> tuple[dict[str, l
         return walk.run(None, progress), walk.seconds
 
 
+def _mark(job: Job) -> None:
+    """Let a finished model use its KV cache, and say what it is where it is saved."""
+    use_quantized_cache(job.model, job.plan.kv)
+    mark_quantized(job.model)
+
+
 def _require_memory(jobs: Mapping[str, Job]) -> None:
     """Refuse recipes that don't fit together."""
     first, *others = jobs.values()
@@ -178,7 +185,8 @@ def _write(job: Job, out: Path, progress: Progress, announce: Callable[[str], No
             if not parts.assembled:
                 assert job.source is not None
                 save_side_files(job.kind, job.source, job.model, partial)
-                parts.assemble(job.part_names(), model_config(job.model, job.dtype), job.manifest())
+                config = model_config(job.model, job.dtype)
+                parts.assemble(job.part_names(), config, job.manifest(), job.plan.kv)
             return [LayerRow.from_dict(row) for row in parts.finish()]
     except NybbleError as error:
         # A bad request leaves nothing; what could go on once there is room (a full disk) or the same request stays.

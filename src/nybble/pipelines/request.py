@@ -8,7 +8,7 @@ from dataclasses import replace
 from nybble.core.errors import SchemeError, UsageError, within
 from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe, load_recipe, read_yaml
-from nybble.scheme import Rule, Scheme, parse_scheme
+from nybble.scheme import KVFormat, Rule, Scheme, parse_scheme
 
 
 def build_recipe(
@@ -30,14 +30,12 @@ def build_recipe(
     """
     recipe = load_recipe(name)
     recipe = recipe.with_effort(effort)
-    if kv is not None:
-        Quantizer(kv)
-        raise SchemeError(f"recipe {name!r} does not quantize KV caches; leave --kv out.")
+    cached = None if kv is None else KVFormat.parse(kv)
     if scheme is not None and (weights or activations):
         raise UsageError("--scheme says everything; give either it or --weights and --activations.")
     chosen = recipe.scheme if scheme is None else read_scheme(scheme)
     if weights or activations:
-        chosen = _override(chosen, weights, activations)
+        chosen = _override(chosen, weights, activations, anything=cached is not None and cached.stores)
     extra = []
     if embeddings is not None:
         extra.append(Rule(targets=("Embedding",), weights=Quantizer(embeddings)))
@@ -45,6 +43,8 @@ def build_recipe(
         extra.append(Rule(targets=("Attention",), matmuls=Quantizer(matmuls)))
     if extra:
         chosen = replace(chosen, rules=(*chosen.rules, *extra), name="")
+    if cached is not None:
+        chosen = replace(chosen, kv=cached if cached.stores else None, name="")
     if ignore:
         chosen = replace(chosen, ignore=(*chosen.ignore, *ignore))
     return recipe.with_scheme(chosen)
@@ -58,14 +58,20 @@ def read_scheme(text: str) -> Scheme:
         return parse_scheme(read_yaml(text, "scheme"))
 
 
-def _override(scheme: Scheme, weights: str | None, activations: str | None) -> Scheme:
+def _override(scheme: Scheme, weights: str | None, activations: str | None, anything: bool = False) -> Scheme:
+    """The scheme with other weights and inputs; ``anything``: something else is quantized, so none may be left."""
     w = None if weights is None or weights == "none" else Quantizer(weights)
     a = None if activations is None or activations == "none" else Quantizer(activations)
     rules = []
     for rule in scheme.rules:
+        if rule.of_attention:
+            rules.append(rule)
+            continue
         # With --weights alone, activations stay in float: a scheme's activations belong to its own weights.
         inputs = a if activations is not None else None
         rules.append(replace(rule, weights=rule.weights if weights is None else w, inputs=inputs))
-    if all(rule.weights is None and rule.inputs is None and rule.outputs is None for rule in rules):
-        raise SchemeError("nothing is left to quantize: weights and activations are both float.")
+    if not any(rule.weights or rule.inputs or rule.outputs or rule.of_attention for rule in rules):
+        if not anything and scheme.kv is None:
+            raise SchemeError("nothing is left to quantize: weights and activations are both float.")
+        rules = []
     return replace(scheme, rules=tuple(rules), name="")

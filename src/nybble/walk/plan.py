@@ -10,7 +10,8 @@ from torch import nn
 from nybble.core.errors import SchemeError, within
 from nybble.models.adapter import Adapter
 from nybble.nn.kinds import Kind, Target, targets_of
-from nybble.scheme import Matches, Scheme, matches
+from nybble.nn.kv_model import KVRecord, cached_attentions, check_cache
+from nybble.scheme import Matches, Rule, Scheme, matches
 from nybble.solvers import Solver
 
 
@@ -22,6 +23,7 @@ class Plan:
         blocks: for each block, its targets with names relative to the block. outside: targets in no block.
         counts: pattern -> modules. ignored: names that ``ignore`` took out.
         products: for each block, its targets without a matrix: attentions whose operands are to be rounded.
+        kv: what the model will cache in.
     """
 
     blocks: tuple[tuple[Target, ...], ...]
@@ -29,6 +31,7 @@ class Plan:
     counts: Mapping[str, int]
     ignored: tuple[str, ...]
     products: tuple[tuple[Target, ...], ...] = ()
+    kv: KVRecord | None = None
 
     @property
     def targets(self) -> int:
@@ -81,8 +84,24 @@ def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver
     prefixes = [f"{name}." for name in adapter.block_names(model)]
     inside = [[replace(t, name=t.name.removeprefix(p)) for t in targets if t.name.startswith(p)] for p in prefixes]
     blocks = tuple(tuple(t for t in block if t.matrices) for block in inside)
-    products = tuple(tuple(t for t in block if not t.matrices) for block in inside)
-    return Plan(blocks, outside, found.counts, found.ignored, products)
+    products = tuple(tuple(t for t in block if t.rule.matmuls is not None) for block in inside)
+    return Plan(blocks, outside, found.counts, found.ignored, products, _kv(model, scheme, found.rules))
+
+
+def _kv(model: nn.Module, scheme: Scheme, rules: Mapping[str, Rule]) -> KVRecord | None:
+    """What the model will cache in: one format, or by the names of its attentions where rules differ."""
+    own = {name: rule.kv for name, rule in rules.items() if rule.kv is not None}
+    if own:
+        layers = cached_attentions(model)
+        if not own.keys() & layers.keys():
+            raise SchemeError(f"{next(iter(own))} keeps no KV cache, and the rule that gives it one reaches no other.")
+        formats = {name: own.get(name, scheme.kv) for name in layers}
+        kv: KVRecord | None = {n: found for n, found in formats.items() if found is not None and found.stores}
+    else:
+        kv = scheme.kv if scheme.kv is not None and scheme.kv.stores else None
+    if kv:
+        check_cache(model, kv)
+    return kv or None
 
 
 def _sharing(target: Target, tied: list[tuple[str, ...]]) -> list[str]:

@@ -167,7 +167,7 @@ class Kind(ABC):
                 a granularity doesn't divide.
         """
         rule = target.rule
-        for side in ("weights", "inputs", "outputs", "matmuls"):
+        for side in ("weights", "inputs", "outputs", "matmuls", "kv"):
             if getattr(rule, side) is not None and side not in self.sides:
                 raise SchemeError(self.refusal)
         rows, columns = target.shape

@@ -26,7 +26,7 @@ class LayerKind(Kind):
     """
 
     sides = ("weights", "inputs", "outputs")
-    refusal = "this is a layer with a weight, which has no matmuls of activations. Change the rule's targets."
+    refusal = "this is a layer with a weight, which has no matmuls of activations and no KV cache. Change its targets."
     shares_input = True
 
     @abstractmethod

@@ -21,8 +21,11 @@ class Attention(Kind):
 
     entry = "matmuls"
     classes = ("Attention",)
-    sides = ("matmuls",)
-    refusal = "this is an attention, which has products of activations only: matmuls. Change the rule's targets."
+    sides = ("matmuls", "kv")
+    refusal = (
+        "this is an attention, which has products of activations only: matmuls, and what it caches: kv. "
+        "Change the rule's targets."
+    )
     stand_ins = (MatmulQuantizers,)
     operands = OPERANDS
     part = MATMULS

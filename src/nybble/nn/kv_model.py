@@ -1,0 +1,193 @@
+"""A model that caches in few bits by itself: in ``generate``, and in every forward with ``use_cache``.
+
+What a model records is a :class:`~nybble.scheme.KVFormat`, or one for each attention by name. It hangs on the model as
+hooks, so that nothing of it is a parameter or a module: ``save_pretrained``, ``copy.deepcopy`` and wrappers keep what
+they had, and a cache that the caller passes is used as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from nybble.core.errors import FileError, ModelError, NybbleError, UsageError, within
+from nybble.nn.attention import attentions
+from nybble.nn.kv_rows import check_width
+from nybble.scheme import KVFormat
+
+KVRecord = KVFormat | Mapping[str, KVFormat]
+"""One format for all layers, or attention module's name -> format (others cache in float)."""
+
+_PREPARE = "_prepare_cache_for_generation"
+
+
+class CacheHook:
+    """Gives a forward that would make a cache a quantized one.
+
+    Args:
+        config: of the model. kv: what it records. formats: the same, by number of the layer.
+    """
+
+    def __init__(self, config: Any, kv: KVRecord, formats: KVFormat | Mapping[int, KVFormat]) -> None:
+        self.config, self.kv, self.formats = config, kv, formats
+
+    def make(self) -> Any:
+        """An empty cache."""
+        from nybble.nn.kv_cache import make_cache
+
+        return make_cache(self.config, self.formats)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook: fills in ``past_key_values`` where the module would make them."""
+        names = _takes(type(module))
+        given = dict(zip(names, args, strict=False)) | kwargs
+        wanted = given.get("use_cache")
+        if wanted is None:
+            wanted = getattr(module.config, "use_cache", False)
+        checkpointed = module.training and getattr(module, "is_gradient_checkpointing", False)  # these cache nothing
+        if given.get("past_key_values") is not None or not wanted or checkpointed:
+            return None
+        place = names.index("past_key_values")
+        if place < len(args):
+            return (*args[:place], self.make(), *args[place + 1 :]), kwargs
+        return args, {**kwargs, "past_key_values": self.make()}
+
+
+def use_quantized_cache(model: Any, kv: KVRecord | None) -> None:
+    """Let a model cache keys and values in few bits, or with None in float again.
+
+    ``generate`` and forwards with ``use_cache`` then make a quantized cache where they made a dynamic one. Static and
+    offloaded caches (``cache_implementation``) are refused, caches given as ``past_key_values`` used as they are. A
+    forward with ``use_cache=False`` caches nothing and rounds nothing.
+
+    Args:
+        model: a transformers model that generates.
+        kv: one format, or one a name of an attention module.
+
+    Raises:
+        ModelError: a model without such a cache, or without a module that is named.
+    """
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, CacheHook):
+                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+    model.__dict__.pop(_PREPARE, None)
+    if kv is None:
+        return
+    check_cache(model, kv)
+    hook = CacheHook(model.config, kv, layer_formats(model, kv))
+    for module in model.modules():
+        # Not the root alone: evaluation calls the body by itself.
+        if {"past_key_values", "use_cache"} <= set(_takes(type(module))) and hasattr(module, "config"):
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+    setattr(model, _PREPARE, MethodType(_prepare_cache, model))
+
+
+def recorded_kv(model: nn.Module) -> KVRecord | None:
+    """What :func:`use_quantized_cache` was given; None if nothing."""
+    hook = _hook(model)
+    return None if hook is None else hook.kv
+
+
+def _hook(model: nn.Module) -> CacheHook | None:
+    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, CacheHook)), None)
+
+
+def check_cache(model: Any, kv: KVRecord) -> None:
+    """Check, before anything runs, that the model can cache so; its weights may be on the meta device.
+
+    Raises:
+        ModelError: it generates no text with a cache of keys and values, or caches more than these.
+        GranularityError: heads of another width than the quantizer's groups divide; names the sizes that do.
+    """
+    generates = getattr(model, "can_generate", lambda: False)()
+    if not generates or not model._supports_default_dynamic_cache() or "past_key_values" not in _takes(type(model)):
+        raise ModelError(f"{type(model).__name__} generates no text with a cache of keys and values; leave kv out.")
+    CacheHook(model.config, kv, layer_formats(model, kv)).make()
+    config = model.config.get_text_config(decoder=True)
+    default: Any = getattr(config, "head_dim", None)
+    if default is None and hasattr(config, "num_attention_heads"):
+        default = config.hidden_size // config.num_attention_heads
+    if hasattr(config, "kv_lora_rank"):
+        default = None  # latent attention: keys and values of two widths, seen when the first token comes
+    named = {"": kv} if isinstance(kv, KVFormat) else kv
+    for name, found in named.items():
+        width = getattr(model.get_submodule(name), "head_dim", None) if name else default
+        for quantizer in (found.keys, found.values):
+            if quantizer is not None and isinstance(width, int):
+                with within(name or "kv"):
+                    check_width(quantizer, width)
+
+
+def cached_attentions(model: nn.Module) -> dict[str, int]:
+    """Names of the attention modules that cache what they made themselves -> number of their layer."""
+    found = {name: getattr(module, "layer_idx", None) for name, module in attentions(model) if module.is_causal}
+    return {name: layer for name, layer in found.items() if isinstance(layer, int)}
+
+
+def layer_formats(model: nn.Module, kv: KVRecord) -> KVFormat | dict[int, KVFormat]:
+    """What is recorded, by the number of the layer; cross-attention caches as its layer's own attention does.
+
+    Raises:
+        ModelError: a name that is no attention with a cache.
+    """
+    if isinstance(kv, KVFormat):
+        return kv
+    layers = cached_attentions(model)
+    unknown = [name for name in kv if name not in layers]
+    if unknown:
+        raise ModelError(f"{unknown[0]} keeps no KV cache in this model.")
+    return {layers[name]: found for name, found in kv.items()}
+
+
+def to_json(kv: KVRecord) -> str | dict[str, str]:
+    """As config.json holds it."""
+    return str(kv) if isinstance(kv, KVFormat) else {name: str(found) for name, found in kv.items()}
+
+
+def from_json(data: Any) -> KVRecord | None:
+    """Inverse of :func:`to_json`, of a file that may say anything; None of None.
+
+    Raises:
+        FileError: it is no line, nor a mapping to lines.
+    """
+    if data is None:
+        return None
+    try:
+        if isinstance(data, str):
+            return KVFormat.parse(data)
+        if isinstance(data, dict) and data and all(isinstance(line, str) for line in data.values()):
+            return {str(name): KVFormat.parse(line) for name, line in data.items()}
+    except NybbleError as error:
+        raise FileError(f"the KV cache of this checkpoint: {error}") from error
+    raise FileError(f"the KV cache of this checkpoint is no quantizer line: {data!r:.80}.")
+
+
+def _takes(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the arguments that the forward of a class of modules takes."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
+def _prepare_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """``generate``'s own step, and then the cache that it made becomes a quantized one."""
+    own = getattr(type(self), _PREPARE)
+    hook = _hook(self)
+    given = inspect.signature(own).bind(self, *args, **kwargs).arguments
+    options, config = given["model_kwargs"], given["generation_config"]
+    if hook is None or options.get("past_key_values") is not None:
+        return own(self, *args, **kwargs)
+    if config.cache_implementation not in (None, "dynamic"):
+        raise UsageError(
+            f"cache_implementation={config.cache_implementation!r}: this model caches in few bits, in a dynamic cache; "
+            "leave it out, or pass a cache of your own (past_key_values)."
+        )
+    result = own(self, *args, **kwargs)
+    if options.get("past_key_values") is not None:
+        options["past_key_values"] = hook.make()
+        if config.is_assistant:
+            options["past_key_values"].activate_past_recording()
+    return result
