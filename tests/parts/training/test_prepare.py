@@ -163,9 +163,10 @@ def test_learning_groups() -> None:
         learning_groups(model, {"clip": 1e-2})
 
 
-def test_rounding_is_trained_on_weights_that_stay() -> None:
+def test_rounding_is_trained_on_weights_that_stay(tmp_path: Path) -> None:
     """AdaRound: the penalty is in the loss, V moves, weights don't; the packed model is the eval one."""
     model = prepare(tiny_model("llama", torch.float32), {"weights": "int4 channel"}, {"weights": "adaround"})
+    assert not any(fake.weight.latent.requires_grad for fake in fakes(model).values())
     before = {name: fake.weight.latent.detach().clone() for name, fake in fakes(model).items()}
     optimizer = torch.optim.AdamW(learning_groups(model, {"rounding": 0.1}), lr=1e-4)
     target = logits(tiny_model("llama", torch.float32))
@@ -178,7 +179,11 @@ def test_rounding_is_trained_on_weights_that_stay() -> None:
     assert all(torch.equal(fake.weight.latent, before[name]) for name, fake in fakes(model).items())
     assert penalty_of(model, 1.0) < 0.9 * start
     expected = logits(model.eval())
-    assert torch.equal(logits(convert(model)), expected)
+    convert(model)
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path)  # type: ignore[operator]  # transformers' own way to a file
+    auto: Any = AutoModelForCausalLM
+    assert torch.equal(logits(auto.from_pretrained(tmp_path).eval()), expected)
 
 
 def test_refusals() -> None:
