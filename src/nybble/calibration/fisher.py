@@ -131,8 +131,5 @@ def log_likelihood(output: Any, real: Tensor | None, generator: Any) -> Tensor:
 def layers_with_weights(blocks: Sequence[tuple[str, Sequence[Any]]]) -> dict[str, int]:
     """Full name -> rows of every linear target; ``blocks``: a block's name and its targets."""
     return {
-        f"{name}.{t.name}": t.shape[0]
-        for name, targets in blocks
-        for t in targets
-        if t.rule.weights and t.kind.by_rows
+        f"{name}.{t.name}": t.shape[0] for name, targets in blocks for t in targets if t.rule.weights and t.kind.by_rows
     }
