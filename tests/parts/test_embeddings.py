@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from nybble.calibration.error import relative_error
 from nybble.checkpoint.account import inspect
 from nybble.core.errors import SchemeError
 from nybble.nn.embedding import QuantEmbedding, TiedHead
+from nybble.nn.kinds import Quantized, targets_of
 from nybble.nn.packed import Packed
 from nybble.pipelines.request import build_recipe
 from nybble.quantizer import Quantizer
@@ -73,6 +75,19 @@ def test_a_tied_table_is_solved_on_the_heads_output(tmp_path: Path) -> None:
     weight = tiny_model("llama").get_input_embeddings().weight.detach().float()
     plain_error = relative_error(weight, Quantizer(LINE).fake_quantize(weight), None)
     assert row.rtn_error != pytest.approx(plain_error, rel=1e-3)  # not the table's own error
+
+
+def test_a_second_table_takes_the_head_along() -> None:
+    """A later step may put another quantized table where the first one stands."""
+    model = tiny_model("llama")
+    target = replace(targets_of(model)["model.embed_tokens"], head="lm_head")
+    old = model.get_input_embeddings()
+    for line in (LINE, "int8 channel"):
+        model.set_input_embeddings(old)
+        target.kind.put(model, target, Quantized(weights=[Quantizer(line).quantize(old.weight.detach().float())]))
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        assert isinstance(head, TiedHead) and head.weight is embedding.weight
+        assert embedding.weight.qtensor().spec()["format"] == Quantizer(line).format.name
 
 
 def test_command_line_of_llm_fp4_with_embeddings(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ class Tied(Kind):
 
 
 def tie_head(root: nn.Module, name: str) -> None:
-    """Replace an output head by one that reads the (quantized) input embedding's table.
+    """Replace an output head, tied before or not, by one that reads the (quantized) input embedding's table.
 
     Raises:
         ModelError: the input embedding isn't quantized, or is of another shape.
@@ -58,13 +58,20 @@ def tie_head(root: nn.Module, name: str) -> None:
     embedding, head = model.get_input_embeddings(), root.get_submodule(name)
     if not isinstance(embedding, QuantEmbedding):
         raise ModelError(f"{name} is tied to the input embedding, which is not quantized.")
-    shape = (embedding.num_embeddings, embedding.embedding_dim)
-    if kind_of(head) is None or tuple(matrix_at(root, name).shape) != shape:
+    if _shape(root, name) != (embedding.num_embeddings, embedding.embedding_dim):
         raise ModelError(f"{name} is no head over the {embedding.num_embeddings} tokens of the input embedding.")
     bias = head.bias.detach() if isinstance(head.bias, Tensor) else None
     set_module(root, name, TiedHead(embedding, bias))
     model.config.get_text_config().tie_word_embeddings = False  # nothing is left for transformers to tie
     model.config.tie_word_embeddings = False
+
+
+def _shape(root: nn.Module, name: str) -> tuple[int, ...]:
+    """[tokens, width] of a head; nothing if there is none."""
+    head = root.get_submodule(name)
+    if isinstance(head, TiedHead):
+        return head.out_features, head.in_features
+    return () if kind_of(head) is None else tuple(matrix_at(root, name).shape)
 
 
 PART = Tied()
