@@ -59,6 +59,20 @@ def test_forward_is_fake_quantize(line: str) -> None:
     assert q.soft(torch.zeros(0, 384)).shape == (0, 384)
 
 
+def test_a_mean_that_is_not_given_is_measured() -> None:
+    """fit() finds no mean: it is the tensor's own, and passes gradients; a mean that is given is kept."""
+    q = Quantizer("int4 channel center=mean")
+    x = (torch.randn(4, 32) + 3).requires_grad_()
+    params = q.measured(x, None)
+    bare = replace(params, offset=None)
+    out = q.soft(x, bare)
+    assert same(out.detach(), q.fake_quantize(x, params)) and same(q.fake_quantize(x, bare), out.detach())
+    assert torch.allclose(torch.autograd.grad(out.sum(), x)[0], torch.ones(4, 32), atol=1e-5)
+    kept = q.fake_quantize(x + 0.25, params)
+    assert same(q.quantize(x + 0.25, params).dequantize(), kept)
+    assert not torch.allclose(kept, q.fake_quantize(x + 0.25, bare))
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("fmt", format_names())
 def test_forward_of_every_format_and_granularity(fmt: str, granularity: str) -> None:

@@ -82,8 +82,10 @@ with warnings.catch_warnings(record=True) as seen:
     loaded = [name for name in sys.modules if name.startswith("nybble.kernels")]
     x = torch.linspace(-9, 9, 4096).view(64, 64)
     lines = ("float4_e2m1fn group=32", "nf4 flat=64", "nvfp4")
-    codes = [nybble.quantizer.Quantizer(line).quantize(x).codes.tolist() for line in lines]
-    codes = [nybble.quantizer.Quantizer(line).quantize(x).codes.tolist() for line in lines]
+    grid = nybble.qtensor.QuantParams(torch.ones(64), grid=torch.linspace(-8, 9, 16))
+    for _ in range(2):
+        codes = [nybble.quantizer.Quantizer(line).quantize(x).codes.tolist() for line in lines]
+        codes += nybble.quantizer.Quantizer(lines[1]).quantize(x, grid).codes.tolist()  # ops that have no kernel
     late = [str(w.message) for w in seen[len(early):]]
 after = [name for name in sys.modules if name.startswith("nybble.kernels.")]
 print(json.dumps([early, loaded, late, after, codes]))
