@@ -78,8 +78,10 @@ def test_recipes_survive_yaml(name: str) -> None:
     recipe = load_recipe(name)
     assert parse_recipe(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
     assert recipe.name == name and recipe.summary and recipe.source
-    make_solver(recipe.solver.name, {**recipe.solver.options, **recipe.solver.quick})
-    made = {"transform": make_transform, "reconstruction": make_reconstruction, "correction": make_correction}
+    made: dict[str, Any] = {
+        "transform": make_transform, "solver": make_solver, "reconstruction": make_reconstruction,
+        "correction": make_correction,
+    }  # fmt: skip
     for step in recipe.steps:
         if step.kind in made:
             made[step.kind](step.name, {**step.options, **step.quick})

@@ -68,7 +68,7 @@ def find_groups(
                 target = by_name[name]
                 key = (names[0], str(target.rule.inputs), target.kind.cut(block.get_submodule(name)))
                 found.setdefault(key, []).append(target)
-    seen = {t.name for members in found.values() for t in members}
+    seen = {t.head or t.name for members in found.values() for t in members}
     groups = [Group(members=tuple(m), inputs=m[0].rule.inputs) for m in found.values()]
     return groups, [name for name in by_name if name not in seen]
 

@@ -188,7 +188,9 @@ class Lane:
 
     def load(self, index: int) -> BlockState:
         """A float block."""
-        state = self.states[index] = load_block(self.job, self.names[index], self.job.plan.blocks[index])
+        plan = self.job.plan
+        targets = [*plan.blocks[index], *plan.products[index]]
+        state = self.states[index] = load_block(self.job, self.names[index], targets)
         return state
 
     def finish(self, span: Span, parts: Parts | None) -> list[LayerRow]:
