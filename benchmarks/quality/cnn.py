@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from networks import load
+from nybble.transforms._batchnorm import fold_batchnorms
 from PIL import Image
 from run import hardware
 from torch import Tensor, nn
@@ -38,7 +39,6 @@ from nybble.eval import classify
 from nybble.nn.swap import hold_dense
 from nybble.pipelines.request import build_recipe
 from nybble.recipe import Recipe
-from nybble.transforms._batchnorm import fold_batchnorms
 from nybble.walk.job import versions
 
 RESULT = Path(__file__).parents[1] / "results" / "cnn.json"

@@ -194,38 +194,34 @@ def capture_block_calls(
     problems: list[Exception] = []
     # Most blocks return a tensor, some a tuple that the model takes [0] of. Given a tensor, the latter kind of model
     # drops the batch dimension, which the next recorder sees: so try a tensor first, then a tuple.
-    flows = adapter.flows
-    for width in tuple_widths(flows):
+    for width in tuple_widths(adapter.flows):
         try:
-            calls, good = _record(model, stacks, given, end, flows, width)
+            calls, good = _record(model, stacks, given, end, adapter.flows, width)
         except (ModelError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
             problems.append(error)
             continue
         if good:
-            start = calls[0].start
-            if adapter.convolutional and start is not None:
+            if adapter.convolutional:
                 # The network reads its input as it is; a wrapper may have moved it to where its weights aren't yet.
                 dtype = next(stacks[0][0].parameters()).dtype
                 calls[0] = replace(calls[0], start={HIDDEN: next(iter(given.values())).to(dtype)})
             real = data_kind(adapter.reads).real(given) if end is None else None
             return [replace(call, mask=real) for call in calls]
-    name = type(model).__name__
-    if (
-        problems
-        and len({f"{type(p).__name__}: {p}" for p in problems}) == 1
-        and len(problems) == len(tuple_widths(flows))
-    ):
-        # Whatever its blocks return, it fails alike: the fault is in front of them.
-        raise ModelError(
-            f"{name} fails before its blocks are reached: {type(problems[0]).__name__}: {problems[0]}. "
-            "Does it run on this input without quantization?"
-        ) from problems[0]
-    why = "".join(f" ({type(p).__name__}: {p})" for p in problems[:1])
-    raise ModelError(
-        f"{name} doesn't call its {len(stacks[-1])} blocks one after the other on its hidden states{why}."
-    ) from (problems[0] if problems else None)
+    fault = _fault(model, len(stacks[-1]), problems, len(tuple_widths(adapter.flows)))
+    raise fault from (problems[0] if problems else None)
+
+
+def _fault(model: nn.Module, blocks: int, problems: Sequence[Exception], tries: int) -> ModelError:
+    """What to say of a model that can't be recorded: its own error, where it fails whatever its blocks return."""
+    name, said = type(model).__name__, [f"{type(p).__name__}: {p}" for p in problems]
+    if len(said) == tries and len(set(said)) == 1:
+        return ModelError(
+            f"{name} fails before its blocks are reached: {said[0]}. Does it run on this input without quantization?"
+        )
+    why = f" ({said[0]})" if said else ""
+    return ModelError(f"{name} doesn't call its {blocks} blocks one after the other on its hidden states{why}.")
 
 
 def tuple_widths(flows: Sequence[Flow]) -> tuple[int, ...]:

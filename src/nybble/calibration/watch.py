@@ -11,9 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from nybble.calibration.block import BlockState
 from nybble.calibration.statistics import InputSample, Range, SecondMoment
 from nybble.calibration.trace import BlockCall, Tensors, trace_groups
-from nybble.calibration.window import Batches, Known
+from nybble.calibration.window import Batches, Known, Window
 from nybble.core.errors import DataError
 from nybble.nn.kinds import Target, kind_of, read_by
 from nybble.qtensor import QuantParams
@@ -96,79 +97,77 @@ def see_nothing(targets: Sequence[Target]) -> Seen:
     return Seen(groups=[Group(members=(t,), inputs=t.rule.inputs) for t in targets if t.matrices and not t.kind.fused])
 
 
-def see_block(
-    block: nn.Module,
-    prefix: str,
-    targets: Sequence[Target],
-    asker: Asker,
-    batches: Batches,
-    tokens: int,
-    samples: int,
-    known: Known | None = None,
-    looks: bool = False,
-) -> Seen:
+class _Gathering:
+    """What is gathered of a block's layers: found in ``known``, or made and to be filled (``fresh``)."""
+
+    def __init__(self, known: Known | None) -> None:
+        self.known: Known = {} if known is None else known
+        self.fresh: list[tuple[str, Gatherer]] = []
+
+    def get(self, leader: str, kind: str, make: Callable[[], Any]) -> Any:
+        """The gatherer of a kind at a module."""
+        if (leader, kind) not in self.known:
+            self.known[leader, kind] = made = make()
+            self.fresh.append((leader, made))
+        return self.known[leader, kind]
+
+
+def see_block(window: Window, path: str, asker: Asker, looks: bool = False) -> Seen:
     """Run a block on its calibration inputs, once for ranges and once for moments where those are needed.
 
     Args:
-        block: with real float weights.
-        prefix: its full name and a dot; empty for the model itself.
-        targets: its weights, names relative to it.
+        window: of one block, with real float weights; what is ``known`` of the block already is used, and added to.
+        path: whose inputs.
         asker: says what it wants to see.
-        batches: the block's inputs, batch by batch, as often as called.
-        tokens: how many tokens those are.
-        samples: how many samples.
         looks: keep some inputs of every group, also where nothing else is gathered.
-        known: what was gathered of this block before, for other recipes; what is missing is added.
 
     Raises:
         DataError: a layer with static inputs was never called, or saw NaN.
     """
+    state, batches = window.block, window.batches(path)
     call, given = next(iter(batches()))
-    groups, uncalled = find_groups(block, targets, call, given)
-    alone = [g for g in see_nothing(targets).groups if g.leader in uncalled]
+    groups, uncalled = find_groups(state.module, state.targets, call, given)
+    alone = [g for g in see_nothing(state.targets).groups if g.leader in uncalled]
     for group in alone:
         if group.inputs is not None and group.inputs.static:
-            name = f"{prefix}{group.leader}"
+            name = f"{state.prefix}{group.leader}"
             raise DataError(f"{name} was never called on the calibration data, so its activations have no scale.")
-    known = {} if known is None else known
-    params = {} if asker.chooses_inputs else _ranges(block, prefix, groups, batches, tokens, known)
+    gathering, tokens = _Gathering(window.known), window.calibration.tokens
+    params = {} if asker.chooses_inputs else _ranges(state, groups, batches, tokens, gathering.known)
     seen = Seen(groups=[*groups, *alone], params=params)
     own_rows = max((group.members[0].kind.rows_a_sample for group in groups), default=0)
-    if own_rows:
-        tokens = own_rows * samples
-    fresh: list[tuple[str, Gatherer]] = []
-
-    def gather(leader: str, kind: str, make: Callable[[], Any]) -> Any:
-        if (leader, kind) not in known:
-            known[leader, kind] = made = make()
-            fresh.append((leader, made))
-        return known[leader, kind]
-
+    tokens = own_rows * window.calibration.samples if own_rows else tokens
     for group in groups:
-        wanted = asker.needs(group.inputs) if any(t.rule.weights for t in group.members) else frozenset()
-        leader, width, parts = group.leader, group.members[0].shape[1], group.members[0].groups
-        if "second_moment" in wanted:
-            fixed = params.get(leader)
-            seen.moments[leader] = gather(
-                leader, f"moment {group.inputs} {fixed is None}",
-                partial(SecondMoment, width, group.inputs, fixed, parts),
-            )  # fmt: skip
-        if "inputs" in wanted:
-            most = asker.most_tokens
-            seen.samples[leader] = gather(leader, f"inputs {most}", partial(InputSample, width, tokens, most, parts))
-    for target in targets:
+        _ask(group, asker, seen, gathering, tokens)
+    for target in state.targets:
         if target.kind.fused and "second_moment" in asker.needs(None):
             seen.routed[target.name] = [SecondMoment(target.shape[1]) for _ in range(target.matrices)]
     if looks or seen.moments or seen.samples or seen.routed or own_rows:
         for group in groups:
             width, parts = group.members[0].shape[1], group.members[0].groups
-            seen.looks[group.leader] = gather(group.leader, "look", partial(InputSample, width, tokens, SAMPLE, parts))
-        _watch(block, fresh, [(t, seen.routed[t.name]) for t in targets if t.name in seen.routed], batches)
+            look = partial(InputSample, width, tokens, SAMPLE, parts)
+            seen.looks[group.leader] = gathering.get(group.leader, "look", look)
+        routed = [(t, seen.routed[t.name]) for t in state.targets if t.name in seen.routed]
+        _watch(state.module, gathering.fresh, routed, batches)
     return seen
 
 
+def _ask(group: Group, asker: Asker, seen: Seen, gathering: _Gathering, tokens: int) -> None:
+    """Put what is wanted of a group's input into ``seen``, still empty."""
+    wanted = asker.needs(group.inputs) if any(t.rule.weights for t in group.members) else frozenset()
+    leader, width, parts = group.leader, group.members[0].shape[1], group.members[0].groups
+    if "second_moment" in wanted:
+        fixed = seen.params.get(leader)
+        seen.moments[leader] = gathering.get(
+            leader, f"moment {group.inputs} {fixed is None}", partial(SecondMoment, width, group.inputs, fixed, parts)
+        )
+    if "inputs" in wanted:
+        most = asker.most_tokens
+        seen.samples[leader] = gathering.get(leader, f"inputs {most}", partial(InputSample, width, tokens, most, parts))
+
+
 def _ranges(
-    block: nn.Module, prefix: str, groups: Sequence[Group], batches: Batches, tokens: int, known: Known
+    state: BlockState, groups: Sequence[Group], batches: Batches, tokens: int, known: Known
 ) -> dict[str, QuantParams]:
     """Parameters of static input quantizers, by leader."""
     static = [g for g in groups if g.inputs is not None and g.inputs.static]
@@ -176,10 +175,12 @@ def _ranges(
         return {}
     fresh = {g.leader: Range(tokens * g.members[0].shape[1]) for g in static if (g.leader, "range") not in known}
     if fresh:
-        _run(block, batches, [(name, r.add) for name, r in fresh.items()])
+        _run(state.module, batches, [(name, r.add) for name, r in fresh.items()])
     known.update({(name, "range"): r for name, r in fresh.items()})
     ranges: dict[str, Any] = {g.leader: known[g.leader, "range"] for g in static}
-    return {g.leader: ranges[g.leader].fit(g.inputs, f"{prefix}{g.leader}") for g in static if g.inputs is not None}
+    return {
+        g.leader: ranges[g.leader].fit(g.inputs, f"{state.prefix}{g.leader}") for g in static if g.inputs is not None
+    }
 
 
 def channel_maxima(block: nn.Module, names: Sequence[str], batches: Batches) -> dict[str, Tensor]:

@@ -2,56 +2,76 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from nybble.cli._options import grouped
 from nybble.cli._output import megabytes, note, print_json, print_table
 
 
-def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file, or demo:smollm2.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
-    recipe: Annotated[str, typer.Option(help="A method: nybble recipes lists them; or a YAML file.")],
+@dataclass(frozen=True, kw_only=True)
+class SchemeOptions:
+    """What changes the recipe's scheme."""
+
     scheme: Annotated[
         str | None, typer.Option(help="A scheme preset (W4A16, NVFP4 ...) or a YAML file, in place of the recipe's.")
-    ] = None,
-    weights: Annotated[str | None, typer.Option(help="A quantizer line for weights: 'float4_e2m1fn group=32'.")] = None,
+    ] = None
+    weights: Annotated[str | None, typer.Option(help="A quantizer line for weights: 'float4_e2m1fn group=32'.")] = None
     activations: Annotated[
         str | None,
         typer.Option(help="A quantizer line for inputs: 'float8_e4m3fn token'; 'none' leaves them in float."),
-    ] = None,
+    ] = None
     embeddings: Annotated[
         str | None,
         typer.Option(help="A quantizer line for embeddings and the head tied to them: 'float4_e2m1fn channel'."),
-    ] = None,
+    ] = None
     matmuls: Annotated[
         str | None, typer.Option(help="A quantizer line for the operands of attention: 'float8_e4m3fn tensor static'.")
-    ] = None,
+    ] = None
     kv: Annotated[
         str | None,
         typer.Option(
             help="A quantizer line for the KV cache: 'int4 group=32', 'keys=(bfp12) values=(int8 token) residual=32'."
         ),
-    ] = None,
+    ] = None
     ignore: Annotated[
         list[str] | None, typer.Option(help="A module to leave alone (name, class or re:PATTERN); repeatable.")
-    ] = None,
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Sizes, device, seed: :class:`nybble.walk.settings.Settings`."""
+
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration sequences; left out: 128, or as many as the data has.")
+    ] = None
+    seq_len: Annotated[int, typer.Option(help="Tokens in each.")] = 512
+    batch: Annotated[int, typer.Option(help="Sequences a forward takes.")] = 8
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu"
+    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was killed.")] = False
+    spill: Annotated[bool, typer.Option("--spill", help="Keep hidden states in a file instead of memory.")] = False
+
+
+RUN = RunOptions()
+
+
+@grouped
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file, or demo:smollm2.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
+    recipe: Annotated[str, typer.Option(help="A method: nybble recipes lists them; or a YAML file.")],
+    changes: SchemeOptions,
     data: Annotated[
         str, typer.Option(help="Calibration data: a text file, JSONL, hub dataset id, or builtin; images.")
     ] = "builtin",
-    samples: Annotated[
-        int | None, typer.Option(help="Calibration sequences; left out: 128, or as many as the data has.")
-    ] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens in each.")] = 512,
-    batch: Annotated[int, typer.Option(help="Sequences a forward takes.")] = 8,
+    run: RunOptions = RUN,
     effort: Annotated[str, typer.Option(help="quick or full, for recipes that search.")] = "full",
     eval: Annotated[str | None, typer.Option(help="Evaluate before and after on this text.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was killed.")] = False,
-    spill: Annotated[bool, typer.Option("--spill", help="Keep hidden states in a file instead of memory.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Quantize MODEL into the folder OUT."""
@@ -61,32 +81,14 @@ def command(
     from nybble.pipelines.request import build_recipe
     from nybble.walk.settings import Settings
 
-    made = build_recipe(
-        recipe,
-        scheme=scheme,
-        weights=weights,
-        activations=activations,
-        embeddings=embeddings,
-        matmuls=matmuls,
-        kv=kv,
-        ignore=ignore or (),
-        effort=effort,
-    )
-    settings = Settings(
-        samples=samples,
-        seq_len=seq_len,
-        batch=batch,
-        seed=seed,
-        device=device,
-        resume=resume,
-        spill=spill,
-    )
+    made = build_recipe(recipe, effort=effort, **{**vars(changes), "ignore": changes.ignore or ()})
+    settings = Settings(**vars(run))
     _, report = quantize(model, made, data, out=out, settings=settings, progress=Bars(), announce=note)
     evaluation = None
     if eval is not None:
         from nybble.pipelines.evaluate import judge_folder
 
-        found = judge_folder(out, model, eval, seq_len=seq_len, device=device, progress=Bars())
+        found = judge_folder(out, model, eval, seq_len=run.seq_len, device=run.device, progress=Bars())
         evaluation = {**found["models"], "data": found["data"], "samples": found["samples"]}
     sizes = inspect(out)
     result: dict[str, Any] = {

@@ -54,10 +54,7 @@ class SolverStep(BlockStep):
         state, path = window.block, self.path
         seen = see_nothing(state.targets)
         if window.calibrated and state.targets:
-            seen = see_block(
-                state.module, state.prefix, state.targets, self.solver, window.batches(path),
-                window.calibration.tokens, window.calibration.samples, window.known, self.looks,
-            )  # fmt: skip
+            seen = see_block(window, path, self.solver, self.looks)
         products = [t for t in state.targets if t.kind.operands]
         found = {t.name: self._operands(window, t) for t in products}  # all before any is in place
         for target in products:
@@ -74,10 +71,7 @@ class SolverStep(BlockStep):
         state = window.block
         seen = see_nothing(state.targets)
         if window.calibrated:
-            seen = see_block(
-                state.module, "", state.targets, self.solver, window.batches(self.path),
-                window.calibration.tokens, window.calibration.samples,
-            )  # fmt: skip
+            seen = see_block(window, self.path, self.solver)
         for group in seen.groups:
             window.seed(group.leader)
             self._solve_group(state, group, seen, {})
