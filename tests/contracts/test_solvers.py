@@ -13,8 +13,10 @@ from nybble.calibration.error import relative_error
 from nybble.core.errors import NybbleError, SchemeError, UsageError
 from nybble.formats import format_names, get_format
 from nybble.ops.rounding import round_to, round_to_codes
-from nybble.qtensor import Inverse, block_view
+from nybble.qtensor import Inverse, QTensor, block_view, dense
 from nybble.qtensor.block import BlockQTensor
+from nybble.qtensor.split import SplitQTensor
+from nybble.qtensor.vector import VectorQTensor
 from nybble.quantizer import Quantizer
 from nybble.solvers import REGISTRY, Solved, Stats, Weight, make_solver
 from nybble.solvers.gptq import Gptq
@@ -64,7 +66,21 @@ def on_grid(solved: Solved, quantizer: Quantizer, searched: bool = False) -> boo
     a few units of 2^-24 of the largest term; a value between two grid points is off by far more. Padding isn't judged.
     ``searched``: the solver may have taken another format of as many bits.
     """
-    stored = solved.weight
+    return tensor_on_grid(solved.weight, quantizer, searched)
+
+
+def tensor_on_grid(stored: QTensor | Tensor, quantizer: Quantizer, searched: bool) -> bool:
+    """:func:`on_grid` of one tensor: parts each by itself (plain ones of 16 bits), runs of a code book as entries."""
+    if isinstance(stored, Tensor):
+        return stored.dtype in (torch.float16, torch.bfloat16) and bool(torch.isfinite(stored).all())
+    if isinstance(stored, SplitQTensor):
+        whole = torch.cat([dense(part) for part in stored.parts], stored.dim)
+        placed = torch.equal(stored.dequantize().index_select(stored.dim, stored.index.long()), whole)
+        return placed and all(tensor_on_grid(part, quantizer, searched) for part in stored.parts)
+    if isinstance(stored, VectorQTensor):
+        runs = stored.dequantize().reshape(-1, stored.codebook.shape[1])
+        entries = stored.codebook.float()
+        return stored.scale is None and bool((runs[:, None] == entries).all(-1).any(1).all())
     assert isinstance(stored, BlockQTensor)
     if stored.format.bits != quantizer.format.bits or not (searched or stored.format == quantizer.format):
         return False
@@ -108,6 +124,9 @@ def test_on_grid_can_say_no(line: str) -> None:
     solved = Solved(weight=packed, error=0.0, rtn_error=0.0)
     assert on_grid(solved, quantizer) and not on_grid(solved, Quantizer("int5 channel"))
     assert not on_grid(replace(solved, weight=shaken), quantizer)
+    for part, right in ((solved.weight, True), (shaken, False)):
+        split = SplitQTensor(part.shape, 1, torch.arange(part.shape[1]).int(), (part,))
+        assert on_grid(replace(solved, weight=split), quantizer) == right
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -350,7 +369,7 @@ def test_refusals() -> None:
         make_solver("gtpq", {})
     with pytest.raises(SchemeError, match=r"no option 'dampning'. Did you mean 'damping'"):
         make_solver("gptq", {"dampning": 0.1})
-    with pytest.raises(SchemeError, match="block is a int; got 'x'"):
+    with pytest.raises(SchemeError, match="block is an int; got 'x'"):
         make_solver("gptq", {"block": "x"})
     with pytest.raises(SchemeError, match="block=0"):
         make_solver("gptq", {"block": 0})

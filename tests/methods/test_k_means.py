@@ -85,10 +85,13 @@ def test_entries_that_nothing_chose_move_to_the_worst_runs() -> None:
 
 
 def test_seeds_are_runs_spread_by_distance() -> None:
-    runs = torch.cat([torch.randn(500, 2) * 0.01 + centre for centre in torch.eye(2).repeat(2, 1) * 10 - 5])
-    draws = torch.rand(2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    """Of eight clusters one each: by chance alone that is 1 in 416."""
+    centres = torch.tensor([[10.0 * i, 100.0 - i * i] for i in range(8)])
+    runs = (centres[:, None] + 0.01 * torch.randn(8, 50, 2)).reshape(-1, 2)
+    draws = torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     book = seeds(runs, torch.ones_like(runs), draws)
-    assert float((book[0] - book[1]).norm()) > 10  # of two clusters one each
+    assert sorted(nearest(book, centres).tolist()) == list(range(8))
+    assert all((runs == entry).all(1).any() for entry in book)
     few = torch.tensor([[1.0], [2.0], [3.0]])
     assert set(seeds(few, torch.ones(3, 1), torch.rand(5, dtype=torch.float64))[:, 0].tolist()) == {1.0, 2.0, 3.0}
     # A run whose weight is nothing is never drawn.
@@ -125,6 +128,7 @@ def test_dead_inputs_change_nothing_for_the_others() -> None:
     second[:8] = second[:, :8] = 0
     found = solve(KMeans(entries=32), matrix, second).weight.dequantize()
     assert torch.isfinite(found).all()
+    assert relative_error(matrix[:, :8], found[:, :8], None) < 0.3  # their weights still get their nearest entries
     assert solve(KMeans(entries=32), matrix, torch.zeros_like(second)).error == 0
 
 
@@ -152,6 +156,20 @@ def test_channel_scales() -> None:
     small = slice(0, 16)  # rows that one book for all has no entries for
     lost = [(matrix - x.weight.dequantize())[small].square().sum() for x in (one, scaled)]
     assert lost[1] < 0.2 * lost[0]
+
+
+def test_large_rows_weigh_more_under_channel_scales() -> None:
+    """The error of a row is that of its normalised runs times its scale squared."""
+    generator = torch.Generator().manual_seed(4)
+    loud, quiet = 10 * torch.randn(8, 48, generator=generator), torch.rand(120, 48, generator=generator) + 1
+    matrix = torch.cat([loud, quiet])
+    tensor = solve(KMeans(entries=16, channel=True), matrix).weight
+    assert isinstance(tensor, VectorQTensor)
+    scale = row_scale(matrix).float()
+    runs, weights = (matrix / scale).reshape(-1, 2), scale.square().expand_as(matrix).reshape(-1, 2)
+    for given, settled in ((weights, True), (torch.ones_like(weights), False)):
+        before, after = lloyd(runs, given, tensor.codebook.float(), 2, 0.0)[1]
+        assert (before - after <= 2e-3 * before) == settled  # twice the tolerance, for the rounding of the book
 
 
 def test_small_weights_keep_a_float32_book() -> None:
