@@ -13,8 +13,10 @@ from nybble.calibration.error import relative_error
 from nybble.core.errors import NybbleError, SchemeError, UsageError
 from nybble.formats import format_names, get_format
 from nybble.ops.rounding import round_to, round_to_codes
-from nybble.qtensor import Inverse, block_view
+from nybble.qtensor import Inverse, QTensor, block_view, dense
 from nybble.qtensor.block import BlockQTensor
+from nybble.qtensor.split import SplitQTensor
+from nybble.qtensor.vector import VectorQTensor
 from nybble.quantizer import Quantizer
 from nybble.solvers import REGISTRY, Solved, Stats, Weight, make_solver
 from nybble.solvers.gptq import Gptq
@@ -62,9 +64,21 @@ def on_grid(solved: Solved, quantizer: Quantizer, searched: bool = False) -> boo
 
     A value comes from ``scale * (grid - zero_point)`` or ``scale * grid + offset`` in float32, so undoing it is off by
     a few units of 2^-24 of the largest term; a value between two grid points is off by far more. Padding isn't judged.
-    ``searched``: the solver may have taken another format of as many bits.
+    ``searched``: the solver may have taken another format of as many bits. Vectors are entries of their code book;
+    columns that are kept whole are 16-bit values, the others lie on the grid by themselves.
     """
     stored = solved.weight
+    if isinstance(stored, VectorQTensor):
+        return in_book(stored)
+    if isinstance(stored, SplitQTensor):
+        joined = stored.dequantize().index_select(stored.dim, stored.index.long())
+        cut = torch.split(joined, [part.shape[stored.dim] for part in stored.parts], stored.dim)  # type: ignore[no-untyped-call]
+        return all(
+            on_grid(replace(solved, weight=part), quantizer) and torch.equal(part.dequantize(), slices)
+            if isinstance(part, QTensor)
+            else part.dtype.itemsize == 2 and torch.equal(part.float(), slices)
+            for part, slices in zip(stored.parts, cut, strict=True)
+        )
     assert isinstance(stored, BlockQTensor)
     if stored.format.bits != quantizer.format.bits or not (searched or stored.format == quantizer.format):
         return False
@@ -81,6 +95,14 @@ def on_grid(solved: Solved, quantizer: Quantizer, searched: bool = False) -> boo
     off = torch.minimum((grid[above] - value).abs(), (grid[(above - 1).clamp(min=0)] - value).abs())
     slack = 2.0**-21 * torch.maximum(torch.maximum(value.abs(), shift.abs()), (offset / scale).abs())
     return bool(torch.isfinite(value[there]).all()) and bool((off <= slack)[there].all())
+
+
+def in_book(stored: VectorQTensor) -> bool:
+    """Whether every vector, its scale undone, is an entry of the code book but for float32's rounding."""
+    scale = torch.ones(1) if stored.scale is None else dense(stored.scale)
+    vectors = (stored.dequantize().double() / scale.double()).view(-1, 1, stored.codebook.shape[1])
+    off = (vectors - stored.codebook.double()).abs().amax(-1).amin(-1)
+    return bool((off <= 2.0**-21 * vectors.abs().amax((-1, -2))).all())
 
 
 def scale_of(stored: BlockQTensor) -> Tensor:
@@ -350,7 +372,7 @@ def test_refusals() -> None:
         make_solver("gtpq", {})
     with pytest.raises(SchemeError, match=r"no option 'dampning'. Did you mean 'damping'"):
         make_solver("gptq", {"dampning": 0.1})
-    with pytest.raises(SchemeError, match="block is a int; got 'x'"):
+    with pytest.raises(SchemeError, match="block is an int; got 'x'"):
         make_solver("gptq", {"block": "x"})
     with pytest.raises(SchemeError, match="block=0"):
         make_solver("gptq", {"block": 0})
