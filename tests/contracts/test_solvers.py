@@ -72,7 +72,7 @@ def on_grid(solved: Solved, quantizer: Quantizer, searched: bool = False) -> boo
         return in_book(stored)
     if isinstance(stored, SplitQTensor):
         joined = stored.dequantize().index_select(stored.dim, stored.index.long())
-        cut = torch.split(joined, [part.shape[stored.dim] for part in stored.parts], stored.dim)  # type: ignore[no-untyped-call]
+        cut = torch.split(joined, [part.shape[stored.dim] for part in stored.parts], stored.dim)
         return all(
             on_grid(replace(solved, weight=part), quantizer) and torch.equal(part.dequantize(), slices)
             if isinstance(part, QTensor)
