@@ -64,7 +64,8 @@ def on_grid(solved: Solved, quantizer: Quantizer, searched: bool = False) -> boo
 
     A value comes from ``scale * (grid - zero_point)`` or ``scale * grid + offset`` in float32, so undoing it is off by
     a few units of 2^-24 of the largest term; a value between two grid points is off by far more. Padding isn't judged.
-    ``searched``: the solver may have taken another format of as many bits.
+    ``searched``: the solver may have taken another format of as many bits. Vectors are entries of their code book;
+    columns that are kept whole are 16-bit values, the others lie on the grid by themselves.
     """
     return tensor_on_grid(solved.weight, quantizer, searched)
 

@@ -226,7 +226,7 @@ def _fault(model: nn.Module, blocks: int, problems: Sequence[Exception], tries: 
 
 def tuple_widths(flows: Sequence[Flow]) -> tuple[int, ...]:
     """How long a tuple a model's blocks may return, in the order to try; 0 for a bare tensor."""
-    return (max((f.gives for f in flows), default=0) + 1,) if flows else (0, 1)
+    return (max(_place(flows), *(flow.gives for flow in flows)) + 1,) if flows else (0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Named tensors from block to block, in memory and in files; two streams of one kind of block; the model's own errors."""
+"""Named tensors from block to block, in memory and in files; blocks over two streams; the model's own errors."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ CALL = BlockCall(index=0, args=(), kwargs={}, keyword=None, start=None)
 @pytest.mark.parametrize("spilled", [False, True])
 def test_what_is_written_is_read(tmp_path: Path, spilled: bool) -> None:
     spill = tmp_path / "hidden.bin.float.0" if spilled else None
-    stream = Stream(5, torch.device("cpu"), spill)
-    x, bias = torch.randn(5, 3, 4), torch.randn(1, 2, 3, 3)
-    for start, stop in ((0, 2), (2, 4), (4, 5)):
+    stream = Stream(6, torch.device("cpu"), spill)
+    x, bias = torch.randn(6, 3, 4), torch.randn(1, 2, 3, 3)
+    for start, stop in ((0, 2), (2, 4), (4, 6)):
         stream.begin(start, [CALL], {HIDDEN: x[start:stop], "bias": bias * start})
     assert list(stream) == [0, 2, 4] and stream.finite()
     twin = stream.fork()
     stream.write(2, {HIDDEN: x[2:4] * 2, "more": torch.ones(2, 7)})
-    for start, stop in ((0, 2), (2, 4), (4, 5)):
+    for start, stop in ((0, 2), (2, 4), (4, 6)):
         found = stream.read(start)
         assert torch.equal(found[HIDDEN], x[start:stop] * (2 if start == 2 else 1))
         assert torch.equal(found["bias"], bias * start)
@@ -44,7 +44,7 @@ def test_what_is_written_is_read(tmp_path: Path, spilled: bool) -> None:
 
 
 class TwoStreams(nn.Module):
-    """Blocks over two streams of tokens, as in multimodal diffusion transformers: (text, image) in, (text, image) out."""
+    """Blocks over two streams of tokens, as in multimodal diffusion transformers: both go in, (text, image) come out."""
 
     class Block(nn.Module):
         def __init__(self) -> None:

@@ -56,15 +56,12 @@ def test_static_inputs_of_a_head_are_calibrated(tmp_path: Path) -> None:
         exact(tokens.input_ids)
     largest = float(torch.cat(seen).abs().max())
     assert 0.7 * largest < row.input_scale * 127 < 1.4 * largest  # of the quantized network's hidden states
-    assert float((logits(quantized) - logits(exact)).abs().max()) < 0.2 * float(logits(exact).std())
+    assert float((logits(quantized) - logits(exact)).norm()) < 0.1 * float(logits(exact).norm())
 
 
 def test_settings_of_a_model_in_memory() -> None:
-    tokens = token_samples(
-        load_text("builtin", "calibration"), tiny_tokenizer(), samples=2, seq_len=8
-    ) if False else None  # fmt: skip
     model, made = tiny_model("llama", torch.float32), recipe("rtn", weights="int8 channel", ignore=["lm_head"])
-    _, report = nybble.quantize(model, made, tokens or "builtin")
+    _, report = nybble.quantize(model, made)
     assert report.manifest["settings"]["dtype"] == "torch.float32"  # what it is, not what a default says
     assert report.manifest["settings"]["device"] == "cpu"
     model = tiny_model("llama", torch.float32)
