@@ -12,7 +12,7 @@ import torch
 import transformers
 from tests.parts.test_kv_cache import caches, generated, model_of, same
 from tests.tiny import input_ids, save_text, save_tiny, tiny_model, tiny_tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, EncoderDecoderCache
 from transformers.utils import logging
 
@@ -198,6 +198,11 @@ def test_rules_for_single_attentions(folder: Path, tmp_path: Path) -> None:
         with torch.no_grad():
             found = model(input_ids())
         assert set(found.past_key_values.qtensors()) == {"0.keys", "0.values"}
+    rules = {"rules": [{"targets": ["re:.*layers.1.self_attn"], "kv": "none"}], "kv": "int4 token"}
+    made, _ = quantize(tiny_model("llama"), build_recipe("rtn").with_scheme(parse_scheme(rules)))
+    assert isinstance(made, nn.Module) and recorded_kv(made) == {
+        "model.layers.0.self_attn": KVFormat.parse("int4 token")
+    }
 
 
 def test_generate_takes_a_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
