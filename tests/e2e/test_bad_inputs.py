@@ -170,7 +170,7 @@ REQUESTS: dict[str, tuple[list[str], int, str]] = {
     "recipe targets": (["--recipe", "FOLDER/targets-text.yaml"], 2, r"targets is a list of names; got 'Linear'"),
     "recipe targets type": (["--recipe", "FOLDER/targets-number.yaml"], 2, r"targets is a list of names; got 5"),
     "recipe weights": (["--recipe", "FOLDER/weights-number.yaml"], 2, r"weights is a quantizer line such as .*; got 4"),
-    "recipe nothing": (["--recipe", "FOLDER/weights-nothing.yaml"], 2, r"without weights, inputs, outputs or matmuls"),
+    "recipe nothing": (["--recipe", "FOLDER/weights-nothing.yaml"], 2, r"inputs, outputs, matmuls or kv does nothing"),
     "recipe outputs": (["--recipe", "FOLDER/outputs-static.yaml"], 2, r"outputs are quantized dynamically"),
     "recipe option": (["--recipe", "FOLDER/option.yaml"], 2, r"no option 'dampning'\. Did you mean 'damping'"),
     "recipe option type": (["--recipe", "FOLDER/option-type.yaml"], 2, r"block is a int; got 'big'"),

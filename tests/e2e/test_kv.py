@@ -12,7 +12,7 @@ import torch
 import transformers
 from tests.parts.test_kv_cache import caches, generated, model_of, same
 from tests.tiny import input_ids, save_text, save_tiny, tiny_model, tiny_tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, EncoderDecoderCache
 from transformers.utils import logging
 
@@ -21,7 +21,7 @@ from nybble.cli import main
 from nybble.core.errors import FileError, GranularityError, ModelError, SchemeError, UsageError
 from nybble.eval import evaluate
 from nybble.nn.kv_cache import QuantizedCache
-from nybble.nn.kv_model import recorded_kv, use_quantized_cache
+from nybble.nn.kv_model import cached_attentions, recorded_kv, use_quantized_cache
 from nybble.pipelines.generate import generate
 from nybble.pipelines.load import load
 from nybble.pipelines.quantize import quantize
@@ -121,6 +121,7 @@ def test_forwards_that_cache_do_it_in_few_bits(folder: Path) -> None:
     assert isinstance(found.past_key_values, QuantizedCache)
     use_quantized_cache(model, None)
     assert recorded_kv(model) is None and same(generated(model, None), generated(plain, None))
+    assert not any("cache" in name for name in vars(model))
 
 
 def test_evaluation_sees_what_is_read_back(folder: Path) -> None:
@@ -138,6 +139,9 @@ def test_evaluation_sees_what_is_read_back(folder: Path) -> None:
 def test_encoders_and_decoders(family: str) -> None:
     """The encoder's tokens are cached in few bits too."""
     model = model_of(family)
+    names = cached_attentions(model)
+    assert len(names) == (3 if family == "bart" else 2) and all("decoder." in name for name in names)
+    assert not any("enc" in name.removeprefix("model.decoder").lower() for name in names)
     expected = generated(model, fake(model))
     use_quantized_cache(model, KV)
     assert same(generated(model, None), expected)
@@ -165,6 +169,9 @@ def test_in_memory(folder: Path, tmp_path: Path) -> None:
     model: Any
     model, _ = quantize(tiny_model("llama", torch.float32), build_recipe("rtn", weights="none", kv=LINE))
     assert recorded_kv(model) == KV
+    model.save_pretrained(tmp_path / "saved")
+    auto: Any = AutoModelForCausalLM
+    assert same(generated(auto.from_pretrained(tmp_path / "saved"), None), generated(model, None))
     nybble.save(model, tmp_path / "out", tiny_tokenizer())
     assert same(generated(load(tmp_path / "out")[0], None), generated(model, None))
     many = nybble.quantize_many(str(folder / "float"), {"a": build_recipe("rtn", weights="int4 group=16", kv=LINE)})
@@ -191,6 +198,11 @@ def test_rules_for_single_attentions(folder: Path, tmp_path: Path) -> None:
         with torch.no_grad():
             found = model(input_ids())
         assert set(found.past_key_values.qtensors()) == {"0.keys", "0.values"}
+    rules = {"rules": [{"targets": ["re:.*layers.1.self_attn"], "kv": "none"}], "kv": "int4 token"}
+    made, _ = quantize(tiny_model("llama"), build_recipe("rtn").with_scheme(parse_scheme(rules)))
+    assert isinstance(made, nn.Module) and recorded_kv(made) == {
+        "model.layers.0.self_attn": KVFormat.parse("int4 token")
+    }
 
 
 def test_generate_takes_a_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

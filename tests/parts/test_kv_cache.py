@@ -254,6 +254,10 @@ def test_a_window_goes_back_only_as_far_as_it_remembers() -> None:
         cache.crop(-2)
     assert layer.get_mask_sizes(1) == theirs.get_mask_sizes(1) == (4, 9)
     assert layer.keys is not None and theirs.keys is not None and torch.equal(layer.keys, theirs.keys)
+    x = states(1, seed=2)
+    assert layer.update(x, x)[0].shape[2] == 4  # the mask's size, whatever is remembered beside it
+    layer.update(x, x)
+    assert layer.update(x, x)[0].shape[2] == layer.get_mask_sizes(1)[0] == 4
     with pytest.raises(UsageError, match=r"crop\(3\): give the tokens to remove as a negative number"):
         QuantizedLayer(kv).crop(3)
     with pytest.raises(UsageError, match="leave offloading out"):
@@ -261,7 +265,7 @@ def test_a_window_goes_back_only_as_far_as_it_remembers() -> None:
 
 
 def test_gradients_pass_straight_through() -> None:
-    kv = KVFormat.parse("int4 token")
+    kv = KVFormat.parse("int4 token residual=2")
     plain, layer = QuantizedLayer(kv), QuantizedLayer(kv)
     for seed in (0, 1):
         x = states(3, seed=seed, dtype=torch.float32).requires_grad_()
@@ -271,6 +275,7 @@ def test_gradients_pass_straight_through() -> None:
         assert torch.equal(keys, exact[0]) and torch.equal(values, exact[1])
         (3 * keys.sum() + values.sum()).backward()  # type: ignore[no-untyped-call]
         assert x.grad is not None and torch.equal(x.grad, torch.full_like(x, 5.0))
+        assert not any(tensor.requires_grad for tensor in layer.tensors().values())
 
 
 # ------------------------------------------------------------------------------------------------ whole models
