@@ -78,7 +78,7 @@ def quantize(
         raise UsageError("resume goes on from what a killed run left in its output folder; give out, or leave it out.")
     if out is not None and os.path.lexists(out):
         raise FileError(f"{out} exists already. Remove it or choose another output folder.")
-    with preserve_global_rng(), torch.no_grad(), out_of_memory(settings.device or "the device"):
+    with preserve_global_rng(), torch.no_grad(), out_of_memory(settings.device or "cpu"):
         job = _job(model, recipe, data, settings, out)
         for line in job.preflight(out):
             (announce or _ignore)(line)
@@ -122,7 +122,7 @@ def quantize_many(
     settings = settings or Settings()
     jobs: dict[str, Job] = {}
     found: dict[str, tuple[nn.Module, Report]] = {}
-    with preserve_global_rng(), torch.no_grad(), out_of_memory(settings.device or "the device"):
+    with preserve_global_rng(), torch.no_grad(), out_of_memory(settings.device or "cpu"):
         for name, recipe in recipes.items():
             jobs[name] = _job(model, recipe, data, settings, None)
             data = jobs[name].tokens or data  # cut once

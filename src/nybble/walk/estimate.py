@@ -47,7 +47,8 @@ def estimate(subject: Subject, steps: Sequence[BlockStep], load: Load, flops: fl
     size, samples = load.dtype.itemsize, load.samples * load.seq_len
     blocks = [sum(p.numel() for p in block.parameters()) for block in adapter.blocks_of(model)]
     outside = [p.numel() for n, p in model.named_parameters() if not adapter.inside(n)]
-    hidden = (samples * _width(model) if not load.sample else load.samples * load.sample) * size * load.streams
+    values = load.samples * load.sample if load.sample else samples * _width(model) if samples else 0
+    hidden = values * size * load.streams
     block = max(blocks) * (load.source_bytes + (size if load.source_bytes != size else 0))
     costs = [_block_cost(subject, steps, targets, load) for targets in plan.blocks]
     at_once = min(load.window, len(blocks))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -193,8 +193,8 @@ class Lane:
         state = self.states[index] = load_block(self.job, self.names[index], targets)
         return state
 
-    def finish(self, span: Span, parts: Parts | None) -> list[LayerRow]:
-        """Settle and correct the blocks that leave; write them; returns their rows."""
+    def finish(self, span: Span) -> dict[int, list[LayerRow]]:
+        """Settle and correct the blocks that leave; returns their rows."""
         found: dict[int, list[LayerRow]] = {}
         for index in range(span.start, span.leave):
             state = self.states[index]
@@ -205,14 +205,16 @@ class Lane:
             for step in self.job.corrections:
                 step.run(window)
             found[index] = block_rows(state)
-        if parts is not None:
-            if span.leave < span.stop:
-                Carry(parts, span.leave).write({i: self.states[i] for i in range(span.leave, span.stop)})
-            for index, rows in found.items():
-                state = self.states[index]
-                parts.write(part_name(index), state.prefix, state.module, [row.to_dict() for row in rows])
-            Carry(parts, span.start).remove()
-        return [row for rows in found.values() for row in rows]
+        return found
+
+    def write(self, span: Span, rows: Mapping[int, Sequence[LayerRow]], parts: Parts) -> None:
+        """Write the blocks that leave, and before them what those that stay bring along."""
+        if span.leave < span.stop:
+            Carry(parts, span.leave).write({i: self.states[i] for i in range(span.leave, span.stop)})
+        for index, found in rows.items():
+            state = self.states[index]
+            parts.write(part_name(index), state.prefix, state.module, [row.to_dict() for row in found])
+        Carry(parts, span.start).remove()
 
     def advance(self, span: Span, finishes: bool) -> None:
         """Move the streams through the blocks that leave: on the float path as they were, on the other as they are."""

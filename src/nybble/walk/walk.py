@@ -68,9 +68,12 @@ class Walk:
             lane.streams = self.lead.streams
             started = perf_counter()
             lane.work(span, known if lane.calibrated else None)
-            rows[name] += lane.finish(span, parts)
+            found = lane.finish(span)
+            rows[name] += [row for each in found.values() for row in each]
             if lane is self.lead:
-                lane.advance(span, self.finishes)
+                lane.advance(span, self.finishes)  # before anything is written: what overflows leaves nothing
+            if parts is not None:
+                lane.write(span, found, parts)
             lane.release(span, parts is not None)
             self.seconds[name] += perf_counter() - started
 

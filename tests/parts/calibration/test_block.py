@@ -114,5 +114,5 @@ def test_fused_experts_and_operands_leave_too() -> None:
     assert list(block.state_dict()) != names
     with state.on("float") as module:
         assert list(module.state_dict()) == names
-        assert isinstance(module.mlp.experts.down_proj, nn.Parameter)
+        assert isinstance(module.get_submodule("mlp.experts").down_proj, nn.Parameter)
     assert not isinstance(block.mlp.experts.down_proj, nn.Parameter)

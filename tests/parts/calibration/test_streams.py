@@ -44,7 +44,7 @@ def test_what_is_written_is_read(tmp_path: Path, spilled: bool) -> None:
 
 
 class TwoStreams(nn.Module):
-    """Blocks over two streams of tokens, as in multimodal diffusion transformers: both go in, (text, image) come out."""
+    """Blocks over two streams of tokens, as in multimodal diffusion transformers: both in, (text, image) out."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
