@@ -5,8 +5,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
+from tests.shapes import check_contracts
 
 from nybble.core.seeds import preserve_global_rng
+
+check_contracts()
 
 # The same examples in every run, no time limits, and no example data base left in the checkout.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)

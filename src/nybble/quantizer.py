@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import DataError, SchemeError
+from nybble.core.shapes import Float, Integer
 from nybble.formats import NumberFormat
 from nybble.granularity import REGISTRY as GRANULARITIES
 from nybble.granularity import Granularity
@@ -140,7 +141,7 @@ class Quantizer:
         return Quantizer(str(self), **options)
 
     # ------------------------------------------------------------------------------------------------ parameters
-    def fit(self, x: Tensor, weight: Tensor | None = None) -> QuantParams:
+    def fit(self, x: Float[Tensor, "*shape"], weight: Float[Tensor, "*#shape"] | None = None) -> QuantParams:
         """Find scales (and zero points or offsets) for ``x``.
 
         Args:
@@ -209,8 +210,8 @@ class Quantizer:
     # ------------------------------------------------------------------------------------------------ use
     @torch.no_grad()
     def fake_quantize(
-        self, x: Tensor, params: QuantParams | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
+        self, x: Float[Tensor, "*shape"], params: QuantParams | None = None, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "*shape"]:
         """Round ``x`` to what :meth:`quantize` would store, without storing it; no gradient.
 
         Args:
@@ -245,7 +246,7 @@ class Quantizer:
 
     @torch.no_grad()
     def quantize(
-        self, x: Tensor, params: QuantParams | None = None, generator: torch.Generator | None = None
+        self, x: Float[Tensor, "*shape"], params: QuantParams | None = None, generator: torch.Generator | None = None
     ) -> BlockQTensor:
         """Round ``x`` to codes and scales.
 
@@ -305,7 +306,9 @@ class Quantizer:
         return replace(params, scale=torch.where(bad, torch.nan, scale))
 
     # ------------------------------------------------------------------------------------------------ training
-    def soft(self, x: Tensor, params: QuantParams | None = None, round: Round | None = None) -> Tensor:
+    def soft(
+        self, x: Float[Tensor, "*shape"], params: QuantParams | None = None, round: Round | None = None
+    ) -> Float[Tensor, "*shape"]:
         """Fake quantization with gradients, for any format, granularity, nesting and offset.
 
         Args:
@@ -320,7 +323,9 @@ class Quantizer:
         """
         return soft(self, x, params, round)
 
-    def settle(self, x: Tensor, params: QuantParams | None, round: Round | None = None) -> BlockQTensor:
+    def settle(
+        self, x: Float[Tensor, "*shape"], params: QuantParams | None, round: Round | None = None
+    ) -> BlockQTensor:
         """Store what :meth:`soft` calculates: ``settle(x, p, r).dequantize(x.dtype)`` equals ``soft(x, p, r)``.
 
         Raises:
@@ -348,7 +353,7 @@ class Quantizer:
         """
         return harden(self, params)
 
-    def codes_of(self, values: Tensor, params: QuantParams) -> Tensor:
+    def codes_of(self, values: Float[Tensor, "*shape"], params: QuantParams) -> Integer[Tensor, "*shape"]:
         """The codes of values of the grid, exactly: -0, zero points and learned grids too.
 
         Args:
@@ -363,7 +368,7 @@ class Quantizer:
         """
         return codes_of(self, values, params)
 
-    def pack(self, codes: Tensor, params: QuantParams) -> BlockQTensor:
+    def pack(self, codes: Integer[Tensor, "*shape"], params: QuantParams) -> BlockQTensor:
         """Pack codes that need not be the nearest ones.
 
         Args:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from nybble.core.shapes import Float32
 
-def relative_error(matrix: Tensor, approximation: Tensor, second_moment: Tensor | None) -> float:
+
+def relative_error(
+    matrix: Float32[Tensor, "rows columns"],
+    approximation: Float32[Tensor, "rows columns"],
+    second_moment: Float32[Tensor, "*groups columns columns"] | None,
+) -> float:
     """``tr(D H D^T) / tr(W H W^T)`` with D = W - W_hat, from float32 products; 0 for a zero weight.
 
     Args:

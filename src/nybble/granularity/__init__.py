@@ -33,6 +33,7 @@ from torch import Tensor
 
 from nybble.core.errors import GranularityError, UsageError
 from nybble.core.registry import Registry
+from nybble.core.shapes import Bool, Float, Float32, Shaped
 
 REGISTRY = Registry("nybble.granularity", "granularity")
 
@@ -119,17 +120,17 @@ class Granularity(ABC):
         """
 
     @abstractmethod
-    def to_blocks(self, x: Tensor) -> Tensor:
+    def to_blocks(self, x: Shaped[Tensor, " ..."]) -> Shaped[Tensor, "blocks elements"]:
         """View (a copy where memory order demands it) of ``x`` as ``[blocks, elements]``; short blocks end in zeros.
 
         A factored scale meets them as :meth:`factor_blocks` says, so there may be more blocks than scales.
         """
 
     @abstractmethod
-    def from_blocks(self, blocks: Tensor, shape: Sequence[int]) -> Tensor:
+    def from_blocks(self, blocks: Shaped[Tensor, "blocks elements"], shape: Sequence[int]) -> Tensor:
         """Inverse of :meth:`to_blocks`: ``[blocks, elements]`` back to ``shape``."""
 
-    def mask(self, shape: Sequence[int], device: torch.device | None = None) -> Tensor | None:
+    def mask(self, shape: Sequence[int], device: torch.device | None = None) -> Bool[Tensor, "blocks elements"] | None:
         """``[blocks, elements]``, true on real elements; None where no block is padded."""
         padded = math.prod(self.scale_shape(shape)) and self.to_blocks(torch.empty(shape, device="meta")).numel()
         if padded == math.prod(shape):
@@ -163,7 +164,9 @@ class Granularity(ABC):
         """A tensor (smaller, if possible) that has the factors of ``x`` up to their number of dimensions."""
         return x
 
-    def fit_factors(self, x: Tensor, fmt: Grid, fraction: Tensor | None = None) -> tuple[Tensor, ...]:
+    def fit_factors(
+        self, x: Float32[Tensor, "*shape"], fmt: Grid, fraction: Float32[Tensor, " 1"] | None = None
+    ) -> tuple[Float32[Tensor, "*#shape"], ...]:
         """The factors of a tensor; there are none unless :attr:`factored`.
 
         Args:
@@ -176,7 +179,7 @@ class Granularity(ABC):
         """
         raise GranularityError(f"'{self}' has one scale a block, not factors.")
 
-    def factor_blocks(self, scale: Tensor, shape: Sequence[int]) -> Tensor:
+    def factor_blocks(self, scale: Float[Tensor, " ..."], shape: Sequence[int]) -> Float[Tensor, "blocks elements"]:
         """A factored scale, expanded so that it broadcasts against ``shape``, as it broadcasts against the blocks."""
         return self.to_blocks(scale.expand(tuple(shape)))
 

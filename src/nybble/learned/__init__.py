@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from nybble.core.errors import SchemeError
 from nybble.core.registry import Registry
+from nybble.core.shapes import Float, Float32
 from nybble.qtensor import QTensor, QuantParams
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
@@ -58,19 +59,19 @@ class Learned(nn.Module, ABC):
         """What it settles to."""
         return self._quantizer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Fake-quantized ``x`` (any dtype), of its shape and dtype: see the module's table."""
         return self.estimate(x) if self.training else self.rounded(x)
 
     @abstractmethod
-    def estimate(self, x: Tensor) -> Tensor:
+    def estimate(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The training formula; shape and dtype of ``x``, calculated in float32."""
 
     @abstractmethod
-    def settle(self, x: Tensor) -> QTensor | QuantParams:
+    def settle(self, x: Float[Tensor, "*shape"]) -> QTensor | QuantParams:
         """What training came to: for weights ``x`` rounded and packed, for activations the parameters to round with."""
 
-    def rounded(self, x: Tensor) -> Tensor:
+    def rounded(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The settled values, in the dtype of ``x``; no gradient."""
         settled = self.settle(x.detach())
         if isinstance(settled, QTensor):
@@ -81,7 +82,7 @@ class Learned(nn.Module, ABC):
         """Of activations: the parameters that don't depend on the tensor; None where each is measured anew."""
         return None
 
-    def penalty(self, t: float) -> Tensor:
+    def penalty(self, t: float) -> Float32[Tensor, ""]:
         """What the part adds to the loss.
 
         Args:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nybble.core.shapes import Float, Float32
 from nybble.formats import get_format
 from nybble.ops.rounding import round_to
 from nybble.ops.scaling import absmax_scale, pow2_scale
@@ -30,8 +31,18 @@ def divide(x: Tensor, scale: Tensor, reciprocal: bool) -> Tensor:
     return x * safe_reciprocal(scale) if reciprocal else x / safe_divisor(scale)
 
 
-@torch.library.custom_op("nybble::scaled_round", mutates_args=())
-def scaled_round(blocks: Tensor, scale: Tensor, fmt: str, rounding: str, reciprocal: bool = False) -> Tensor:
+@torch.library.custom_op(
+    "nybble::scaled_round",
+    mutates_args=(),
+    schema="(Tensor blocks, Tensor scale, str fmt, str rounding, bool reciprocal=False) -> Tensor",
+)
+def scaled_round(
+    blocks: Float[Tensor, "blocks elements"],
+    scale: Float32[Tensor, "#blocks #elements"],
+    fmt: str,
+    rounding: str,
+    reciprocal: bool = False,
+) -> Float[Tensor, "blocks elements"]:
     """Fake-quantize with given scales.
 
     Args:
@@ -54,8 +65,14 @@ def _(blocks: Tensor, scale: Tensor, fmt: str, rounding: str, reciprocal: bool =
     return blocks.new_empty(blocks.shape)
 
 
-@torch.library.custom_op("nybble::dynamic_round", mutates_args=())
-def dynamic_round(blocks: Tensor, fmt: str, rounding: str, target: float, pow2: str, scale_dtype: str) -> Tensor:
+@torch.library.custom_op(
+    "nybble::dynamic_round",
+    mutates_args=(),
+    schema="(Tensor blocks, str fmt, str rounding, float target, str pow2, str scale_dtype) -> Tensor",
+)
+def dynamic_round(
+    blocks: Float[Tensor, "blocks elements"], fmt: str, rounding: str, target: float, pow2: str, scale_dtype: str
+) -> Float[Tensor, "blocks elements"]:
     """Fake-quantize with each block's own scale from its largest magnitude.
 
     Args:
@@ -86,7 +103,7 @@ def block_scale(amax: Tensor, fmt: str, target: float, pow2: str, scale_dtype: s
     return narrow_scale(scale, scale_dtype)
 
 
-def narrow_scale(scale: Tensor, dtype: str) -> Tensor:
+def narrow_scale(scale: Float32[Tensor, "*shape"], dtype: str) -> Float32[Tensor, "*shape"]:
     """``scale`` rounded to a 16-bit ``dtype`` and back to float32; what is neither 0 nor infinite stays so."""
     if dtype == "float32":
         return scale

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import DataError, SchemeError
+from nybble.core.shapes import Float32, Integer
 from nybble.formats import NumberFormat
 from nybble.ops.rounding import (
     decode,
@@ -51,9 +52,9 @@ class Grid:
     format: NumberFormat
     rounding: str = "nearest-even"
     floor: str = ""
-    zero: Tensor | None = None
-    table: Tensor | None = None
-    thresholds: Tensor | None = None
+    zero: Float32[Tensor, "blocks 1"] | None = None
+    table: Float32[Tensor, " codes"] | None = None
+    thresholds: Float32[Tensor, " points"] | None = None
 
     def __post_init__(self) -> None:
         if self.table is None:
@@ -98,11 +99,13 @@ class Grid:
         """``y`` held inside the range; gradient 1 from :attr:`low` to :attr:`high`, both included, and 0 outside."""
         return torch.clamp(y, self.low, self.high)  # type: ignore[arg-type]  # both numbers, or both tensors
 
-    def nearest(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def nearest(
+        self, y: Float32[Tensor, "*shape"], generator: torch.Generator | None = None
+    ) -> Float32[Tensor, "*shape"]:
         """The value that ``y`` is rounded to by the quantizer's own rule; saturates.
 
         Args:
-            y: float32 [blocks, elements].
+            y: float32 [blocks, elements]; without zero points any shape will do.
             generator: for rounding=stochastic.
 
         Returns:
@@ -116,7 +119,9 @@ class Grid:
             values = round_to(values, self.format.name, self.rounding)
         return values if self.zero is None else values - self.zero.detach()
 
-    def encode(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(
+        self, y: Float32[Tensor, "*shape"], generator: torch.Generator | None = None
+    ) -> Integer[Tensor, "*shape"]:
         """Codes of :meth:`nearest`: uint8 (int32 above 8 bits), shape of ``y``."""
         if self.table is not None and not self._stochastic:
             return self._table_codes(y.detach(), self.thresholds)

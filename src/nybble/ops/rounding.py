@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import FormatError
+from nybble.core.shapes import Float32, Integer
 from nybble.formats import NumberFormat, get_format
 from nybble.rounding import get_rounding
 
@@ -46,8 +47,8 @@ def code_dtype(fmt: NumberFormat) -> torch.dtype:
     return torch.uint8 if fmt.bits <= 8 else torch.int32
 
 
-@torch.library.custom_op("nybble::round_to", mutates_args=())
-def round_to(x: Tensor, fmt: str, rounding: str) -> Tensor:
+@torch.library.custom_op("nybble::round_to", mutates_args=(), schema="(Tensor x, str fmt, str rounding) -> Tensor")
+def round_to(x: Float32[Tensor, "*shape"], fmt: str, rounding: str) -> Float32[Tensor, "*shape"]:
     """The value of the grid of ``fmt`` nearest to each element, ties by ``rounding``; saturates.
 
     Args:
@@ -71,8 +72,8 @@ def _(x: Tensor, fmt: str, rounding: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("nybble::encode", mutates_args=())
-def encode(x: Tensor, fmt: str, rounding: str) -> Tensor:
+@torch.library.custom_op("nybble::encode", mutates_args=(), schema="(Tensor x, str fmt, str rounding) -> Tensor")
+def encode(x: Float32[Tensor, "*shape"], fmt: str, rounding: str) -> Integer[Tensor, "*shape"]:
     """Codes of the nearest values: ``decode(encode(x)) == round_to(x)``.
 
     Args:
@@ -100,8 +101,8 @@ def _(x: Tensor, fmt: str, rounding: str) -> Tensor:
     return x.new_empty(x.shape, dtype=code_dtype(get_format(fmt)))
 
 
-@torch.library.custom_op("nybble::decode", mutates_args=())
-def decode(codes: Tensor, fmt: str) -> Tensor:
+@torch.library.custom_op("nybble::decode", mutates_args=(), schema="(Tensor codes, str fmt) -> Tensor")
+def decode(codes: Integer[Tensor, "*shape"], fmt: str) -> Float32[Tensor, "*shape"]:
     """The value of each code.
 
     Args:
@@ -119,7 +120,7 @@ def _(codes: Tensor, fmt: str) -> Tensor:
     return codes.new_empty(codes.shape, dtype=torch.float32)
 
 
-def round_integers(x: Tensor, rounding: str) -> Tensor:
+def round_integers(x: Float32[Tensor, "*shape"], rounding: str) -> Float32[Tensor, "*shape"]:
     """Each element to a neighbouring integer, ties by ``rounding``, without bounds (codes around a zero point).
 
     Args:
@@ -143,7 +144,9 @@ def round_integers(x: Tensor, rounding: str) -> Tensor:
     return torch.where(rest == 0.5, low + tie_up, nearest)
 
 
-def round_to_codes(y: Tensor, zero_point: Tensor, low: float, high: float, rounding: str) -> Tensor:
+def round_to_codes(
+    y: Float32[Tensor, "*shape"], zero_point: Float32[Tensor, "*#shape"], low: float, high: float, rounding: str
+) -> Float32[Tensor, "*shape"]:
     """``clamp(round(y) + zero_point, low, high)``, or the zero point first where ``rounding`` says so.
 
     Args:
@@ -161,7 +164,9 @@ def round_to_codes(y: Tensor, zero_point: Tensor, low: float, high: float, round
     return (round_integers(y, rounding) + zero_point).clamp(low, high)
 
 
-def round_stochastic(x: Tensor, fmt: str, generator: torch.Generator | None) -> Tensor:
+def round_stochastic(
+    x: Float32[Tensor, "*shape"], fmt: str, generator: torch.Generator | None
+) -> Float32[Tensor, "*shape"]:
     """Round up with probability ``(x - lower) / (upper - lower)``; values of the grid never move; saturates.
 
     Args:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from nybble.core.arithmetic import divided as divided
 from nybble.core.errors import UsageError
+from nybble.core.shapes import Float32
 from nybble.formats import NumberFormat
 
 POW2_MODES = ("floor", "ceil", "even", "rceil")
 
 
-def absmax_scale(amax: Tensor, target: float) -> Tensor:
+def absmax_scale(amax: Float32[Tensor, "*shape"], target: float) -> Float32[Tensor, "*shape"]:
     """``amax / target``; a zero block gets 1.
 
     Args:
@@ -26,7 +27,7 @@ def absmax_scale(amax: Tensor, target: float) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-def pow2_scale(amax: Tensor, fmt: NumberFormat, mode: str) -> Tensor:
+def pow2_scale(amax: Float32[Tensor, "*shape"], fmt: NumberFormat, mode: str) -> Float32[Tensor, "*shape"]:
     """A power of two for each block (OCP MX v1.0, section 6.3, and the other rules in use).
 
     With emax the exponent of the format's largest binade:

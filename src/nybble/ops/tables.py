@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import FormatError
+from nybble.core.shapes import Float32, Integer
 from nybble.formats import NumberFormat, get_format
 from nybble.ops.rounding import grid_table
 from nybble.rounding import get_rounding
 
 
-@torch.library.custom_op("nybble::table_round", mutates_args=())
-def table_round(x: Tensor, thresholds: Tensor, values: Tensor) -> Tensor:
+@torch.library.custom_op(
+    "nybble::table_round", mutates_args=(), schema="(Tensor x, Tensor thresholds, Tensor values) -> Tensor"
+)
+def table_round(
+    x: Float32[Tensor, "*shape"], thresholds: Float32[Tensor, " points"], values: Float32[Tensor, " points+1"]
+) -> Float32[Tensor, "*shape"]:
     """``values[rank(x)]``; NaN stays NaN.
 
     Args:
@@ -36,8 +41,12 @@ def _(x: Tensor, thresholds: Tensor, values: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("nybble::table_encode", mutates_args=())
-def table_encode(x: Tensor, thresholds: Tensor, codes: Tensor) -> Tensor:
+@torch.library.custom_op(
+    "nybble::table_encode", mutates_args=(), schema="(Tensor x, Tensor thresholds, Tensor codes) -> Tensor"
+)
+def table_encode(
+    x: Float32[Tensor, "*shape"], thresholds: Float32[Tensor, " points"], codes: Integer[Tensor, " points+1"]
+) -> Integer[Tensor, "*shape"]:
     """``codes[rank(x)]``; NaN takes the last code (who can meet NaN poisons the scale).
 
     Args:
@@ -56,8 +65,8 @@ def _(x: Tensor, thresholds: Tensor, codes: Tensor) -> Tensor:
     return codes.new_empty(x.shape)
 
 
-@torch.library.custom_op("nybble::table_decode", mutates_args=())
-def table_decode(codes: Tensor, values: Tensor) -> Tensor:
+@torch.library.custom_op("nybble::table_decode", mutates_args=(), schema="(Tensor codes, Tensor values) -> Tensor")
+def table_decode(codes: Integer[Tensor, "*shape"], values: Float32[Tensor, " codes"]) -> Float32[Tensor, "*shape"]:
     """``values[code]``.
 
     Args:

@@ -20,9 +20,10 @@ from torch.optim.optimizer import ParamsT
 from nybble.core.errors import SchemeError, UsageError, within
 from nybble.core.registry import Registry
 from nybble.core.seeds import generator
+from nybble.core.shapes import Float32
 from nybble.optim._embeddings import split_embeddings
 from nybble.optim._flat import flatten, unflatten
-from nybble.optim._guards import Updated, check_range, finite_only, torch_refusals
+from nybble.optim._guards import check_range, finite_only, torch_refusals
 from nybble.optim._load import matched_groups, restore_entry, unseal
 from nybble.optim._states import Kind, StateChoice, check_shape, decode, encode, quantizer, resolve, to_saved
 from nybble.rounding import get_rounding
@@ -66,7 +67,13 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
 
     @staticmethod
     @abstractmethod
-    def update(p: Tensor, grad: Tensor, states: dict[str, Tensor], step: int, options: Any) -> Updated:
+    def update(
+        p: Float32[Tensor, "*shape"],
+        grad: Float32[Tensor, "*shape"],
+        states: dict[str, Float32[Tensor, " ..."]],
+        step: int,
+        options: Any,
+    ) -> tuple[Float32[Tensor, "*shape"], dict[str, Float32[Tensor, " ..."]]]:
         """One step of one parameter, pure: nothing that comes in is changed.
 
         Args:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nybble.core.errors import SchemeError
 from nybble.core.registry import Registry
+from nybble.core.shapes import Bool, Float, Float32
 from nybble.learned import ACTIVATIONS, WEIGHTS, Part
 from nybble.nn.kinds import Target
 from nybble.quantizer import Quantizer
@@ -71,7 +72,12 @@ class Reconstruction(ABC):
                 )
 
     @abstractmethod
-    def loss(self, output: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
+    def loss(
+        self,
+        output: Float[Tensor, " samples *rest"],
+        wanted: Float[Tensor, " samples *rest"],
+        mask: Bool[Tensor, "samples tokens"] | None,
+    ) -> Float32[Tensor, ""]:
         """How far a window's output is from the float one; float32 scalar, differentiable.
 
         Args:

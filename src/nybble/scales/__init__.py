@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nybble.core.errors import UsageError
 from nybble.core.registry import Registry
+from nybble.core.shapes import Float32
 from nybble.formats import NumberFormat
 
 REGISTRY = Registry("nybble.scales", "scale rule")
@@ -28,10 +29,10 @@ class BlockParams:
     float32, one element.
     """
 
-    scale: Tensor
-    zero_point: Tensor | None = None
-    offset: Tensor | None = None
-    over: Tensor | None = None
+    scale: Float32[Tensor, "blocks 1"]
+    zero_point: Float32[Tensor, "blocks 1"] | None = None
+    offset: Float32[Tensor, "blocks 1"] | None = None
+    over: Float32[Tensor, " ..."] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,13 @@ class ScaleRule(ABC):
         return False
 
     @abstractmethod
-    def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:
+    def fit(
+        self,
+        blocks: Float32[Tensor, "blocks elements"],
+        fmt: NumberFormat,
+        rounding: str,
+        weight: Float32[Tensor, "#blocks #elements"] | None = None,
+    ) -> BlockParams:
         """Find the parameters.
 
         Args:

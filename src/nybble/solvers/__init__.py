@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from nybble.core.registry import Registry
+from nybble.core.shapes import Float, Float32
 from nybble.qtensor import QTensor, QuantParams
 from nybble.qtensor.vector import VectorQuantizer
 from nybble.quantizer import Quantizer
@@ -35,7 +36,7 @@ class Weight:
     """
 
     name: str
-    matrix: Tensor
+    matrix: Float32[Tensor, "rows columns"]
     quantizer: Quantizer
 
 
@@ -51,9 +52,9 @@ class Stats:
         quantizer: what the scheme says about the inputs; None leaves them in float.
     """
 
-    second_moment: Tensor | None = None
-    inputs: Tensor | None = None
-    fisher: Mapping[str, Tensor] = field(default_factory=dict)
+    second_moment: Float32[Tensor, "*groups columns columns"] | None = None
+    inputs: Float[Tensor, "tokens columns"] | None = None
+    fisher: Mapping[str, Float32[Tensor, "tokens _rows"]] = field(default_factory=dict)
     quantizer: Quantizer | None = None
 
 
@@ -78,7 +79,7 @@ class Solved:
     quantizer: Quantizer | None = None
     stored: VectorQuantizer | str = ""
     inputs: tuple[Quantizer, QuantParams] | None = None
-    clip: Tensor | None = None
+    clip: Float32[Tensor, " rows"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,12 @@ class Solver(ABC):
             stats: what calibration saw of that input.
         """
 
-    def solve_product(self, left: Tensor, right: Tensor, quantizer: Quantizer) -> tuple[Operand, Operand]:
+    def solve_product(
+        self,
+        left: Float32[Tensor, "products n columns"],
+        right: Float32[Tensor, "products m columns"],
+        quantizer: Quantizer,
+    ) -> tuple[Operand, Operand]:
         """Parameters for both operands of ``left @ right^T``, two activations; here each from its own values.
 
         Args:

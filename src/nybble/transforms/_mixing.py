@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nybble.calibration.block import BlockState
 from nybble.calibration.window import Window
+from nybble.core.shapes import Float, Int64
 from nybble.models.adapter import Adapter, LinearFold
 from nybble.transforms import Rewrite, Transform
 from nybble.transforms._folds import Channel, Matrices, channels_of
@@ -31,8 +32,8 @@ class Places:
         reads: for each block of ``width`` channels of the second weight, the block of rows that feeds it.
     """
 
-    rows: Tensor
-    reads: Tensor
+    rows: Int64[Tensor, "blocks width"]
+    reads: Int64[Tensor, " readers"]
 
     @staticmethod
     def of(channel: Channel, config: Any) -> Places:
@@ -46,7 +47,7 @@ class Places:
         first = torch.stack([(reads == block).nonzero()[0, 0] for block in range(len(made))])
         return Places(rows=blocks[first], reads=reads)
 
-    def by_block(self, values: Tensor) -> Tensor:
+    def by_block(self, values: Float[Tensor, " channels"]) -> Float[Tensor, "blocks width"]:
         """Values of channels [channels] as [blocks, width]: the largest over the channels that one row feeds."""
         width = self.rows.shape[1]
         index = self.reads[:, None].expand(-1, width)
