@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from jaxtyping import jaxtyped
 from torch import Tensor
-from torch.library import CustomOpDef
+from torch._library.custom_ops import CustomOpDef
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from nybble.core.errors import NybbleError
@@ -50,10 +50,10 @@ def check_contracts() -> dict[str, list[str]]:
     """Begin to check; the contracts found, by module."""
     modules = [importlib.import_module(name) for name in MODULES]
     for module in modules:
-        for kind in filter(dataclasses.is_dataclass, vars(module).values()):
-            if kind.__module__ == module.__name__ and (
-                fields := _shapes(vars(kind).get("__annotations__", {}), module)
-            ):
+        for kind in vars(module).values():
+            if not inspect.isclass(kind) or kind.__module__ != module.__name__ or not dataclasses.is_dataclass(kind):
+                continue
+            if fields := _shapes(vars(kind).get("__annotations__", {}), module):
                 _fields[kind] = fields
     return {module.__name__: list(_check_module(module)) for module in modules}
 
@@ -97,7 +97,7 @@ def _replace(function: Callable[..., Any], by: Callable[..., Any]) -> None:
                 setattr(module, name, by)
 
 
-def _check_class(kind: type, module: Any) -> Iterable[str]:
+def _check_class(kind: Any, module: Any) -> Iterable[str]:
     methods: dict[str, Hints] = {"__init__": {}} if kind in _fields else {}
     for name, method in vars(kind).items():
         function = inspect.unwrap(getattr(method, "__func__", method))
@@ -109,11 +109,11 @@ def _check_class(kind: type, module: Any) -> Iterable[str]:
     if not methods:
         return
 
-    def check(cls: type) -> None:
+    def check(cls: Any) -> None:
         for name in methods.keys() & vars(cls).keys():
             found = vars(cls)[name]
-            if isinstance(found, staticmethod):
-                setattr(cls, name, staticmethod(_checked(found.__func__, methods[name])))
+            if isinstance(found, staticmethod | classmethod):
+                setattr(cls, name, type(found)(_checked(found.__func__, methods[name])))
             else:
                 setattr(cls, name, _checked(found, methods[name]))
         for sub in cls.__subclasses__():
@@ -121,11 +121,11 @@ def _check_class(kind: type, module: Any) -> Iterable[str]:
 
     check(kind)
 
-    def begin(cls: type, **options: Any) -> None:
+    def begin(cls: Any, /, **options: Any) -> None:
         super(kind, cls).__init_subclass__(**options)
         check(cls)
 
-    kind.__init_subclass__ = classmethod(begin)  # type: ignore[assignment]
+    kind.__init_subclass__ = classmethod(begin)
     yield from (f"{kind.__name__}.{name}" for name in methods)
 
 

@@ -151,7 +151,7 @@ class Quantizer:
         wide = x.detach().float()
         shape = self.granularity.scale_shape(wide.shape)
         if not wide.numel():
-            return self.finish(BlockParams(wide.new_ones(math.prod(shape))), shape)
+            return self.finish(BlockParams(wide.new_ones(math.prod(shape), 1)), shape)
         if self.granularity.factored:
             return self.factors(wide)
         blocks = self.granularity.to_blocks(wide)
