@@ -141,13 +141,13 @@ def _ours(args: argparse.Namespace) -> None:
     """Our side, in this process."""
     from safetensors.torch import load_file
 
+    from nybble.core.versions import versions
     from nybble.data import TokenSamples
     from nybble.eval import evaluate_many
     from nybble.models.sources.open import open_source
     from nybble.nn.swap import hold_dense
     from nybble.pipelines.quantize import quantize
     from nybble.recipe import parse_recipe
-    from nybble.walk.job import versions
     from nybble.walk.settings import Settings
 
     scheme = args.schemes[0]

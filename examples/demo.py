@@ -30,6 +30,7 @@ from nybble.checkpoint.account import inspect
 from nybble.checkpoint.parts import EVALUATION
 from nybble.core.files import atomic_write_json
 from nybble.core.progress import Bars
+from nybble.core.versions import versions
 from nybble.data import load_text, token_samples
 from nybble.eval import evaluate_many
 from nybble.eval.judges.tokens import go_on
@@ -37,7 +38,6 @@ from nybble.models.sources.open import open_source
 from nybble.pipelines.generate import generate
 from nybble.pipelines.report import write_report
 from nybble.pipelines.request import build_recipe
-from nybble.walk.job import versions
 
 MODEL = "demo:smollm2"
 E2M1 = "float4_e2m1fn group=32 scale_format=float16"

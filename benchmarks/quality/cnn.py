@@ -34,12 +34,12 @@ from torch import Tensor, nn
 
 import nybble
 from nybble.core.progress import Bars
+from nybble.core.versions import versions
 from nybble.data.images import ImageSamples, Preparation, image_samples
 from nybble.eval import classify
 from nybble.nn.swap import hold_dense
 from nybble.pipelines.request import build_recipe
 from nybble.recipe import Recipe
-from nybble.walk.job import versions
 
 RESULT = Path(__file__).parents[1] / "results" / "cnn.json"
 PHOTOGRAPHS = (

@@ -20,12 +20,12 @@ import torch
 from run import hardware, named
 
 import nybble
+from nybble.core.versions import versions
 from nybble.data import load_text, sentence_samples
 from nybble.eval import embed, embedding_cosine
 from nybble.models.sources.open import open_source
 from nybble.nn.swap import hold_dense
 from nybble.recipe import Recipe, load_recipe, parse_recipe
-from nybble.walk.job import versions
 
 RESULT = Path(__file__).parents[1] / "results" / "minilm.json"
 FP = {4: "e2m1", 6: "e2m3", 8: "e4m3"}

@@ -33,6 +33,7 @@ from torch import nn
 
 from nybble.core.files import atomic_write_json
 from nybble.core.progress import Bars, Progress, task
+from nybble.core.versions import versions
 from nybble.data import TokenSamples
 from nybble.eval import evaluate
 from nybble.models.sources.open import open_source
@@ -42,7 +43,6 @@ from nybble.nn.packed import Packed
 from nybble.nn.swap import set_module
 from nybble.recipe import load_recipe
 from nybble.report.record import Report
-from nybble.walk.job import versions
 
 RESULT = Path(__file__).parents[1] / "results" / "layers.json"
 FACTS = ("error", "rtn_error", "sqnr", "weights", "inputs")

@@ -23,6 +23,7 @@ from rows import ROWS, Row
 
 import nybble
 from nybble.core.progress import Bars
+from nybble.core.versions import versions
 from nybble.data import TokenSamples, load_text, token_samples
 from nybble.eval import evaluate_many
 from nybble.models.sources.open import open_source
@@ -31,7 +32,6 @@ from nybble.nn.swap import hold_dense
 from nybble.pipelines.request import build_recipe
 from nybble.recipe import load_recipe
 from nybble.report.record import Report
-from nybble.walk.job import versions
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality.jsonl"
 METRICS = ("nll", "ppl", "kl", "agreement")

@@ -23,11 +23,11 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import nybble
 from nybble.core.progress import Bars, task
+from nybble.core.versions import versions
 from nybble.data.images import ImageSamples, Preparation, image_samples
 from nybble.eval import classification, classify
 from nybble.nn.swap import hold_dense
 from nybble.recipe import Recipe, load_recipe, parse_recipe
-from nybble.walk.job import versions
 
 RESULT = Path(__file__).parents[1] / "results" / "vit.json"
 WANTS = Preparation(height=28, width=28, channels=1, mean=(0.286,), std=(0.353,))

@@ -9,7 +9,6 @@ warning and left out; without any, every number stays the same.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import pkgutil
 import warnings
@@ -18,6 +17,8 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
+
+from nybble.core.registry import plugins
 
 FOLDER = "nybble.kernels"
 Import = Callable[[], Any]
@@ -30,7 +31,7 @@ def kernel_modules() -> dict[str, Import]:
     found: dict[str, Import] = {
         m.name: partial(importlib.import_module, f"{FOLDER}.{m.name}") for m in pkgutil.iter_modules(places)
     }
-    return found | {entry.name: entry.load for entry in importlib.metadata.entry_points(group=FOLDER)}
+    return found | {entry.name: entry.load for entry in plugins().select(group=FOLDER)}
 
 
 def load_at_first_use(ops: Iterable[Any]) -> None:

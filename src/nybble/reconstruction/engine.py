@@ -40,7 +40,7 @@ def put_twins(state: BlockState, targets: Sequence[Target], options: Reconstruct
     for target in targets:
         layer = state.installed(target)
         if isinstance(layer, QuantLayer):
-            state.replace(target, _twin(state, target, layer, options))
+            state.replace(target, _twin(state, target, layer, options).eval())  # as it would be stored
 
 
 def _twin(state: BlockState, target: Target, layer: QuantLayer, options: Reconstruction) -> FakeLayer:

@@ -68,7 +68,12 @@ class Carry:
                     value = getattr(record, key)
                     if value is not None:
                         tensors[f"{index}.record.{name}.{key}"] = value
-            blocks[str(index)] = {"modules": modules, "layouts": layouts.entries, "records": records}
+            blocks[str(index)] = {
+                "modules": modules,
+                "layouts": layouts.entries,
+                "records": records,
+                "twins": list(twins_of(state)),
+            }
         write_tensorfile(self.tensors, {name: t.detach().contiguous() for name, t in tensors.items()}, {})
         atomic_write_json(self.json, blocks)
 
@@ -90,7 +95,7 @@ class Carry:
         for name, plain in entry["records"].items():
             state.records[name] = _record(plain, _below(stored, f"{index}.record.{name}."), state, name)
         for step in job.reconstructions:
-            put_twins(state, [t for t in state.targets if step.reconstruction.learns(t)], step.reconstruction)
+            put_twins(state, [t for t in state.targets if t.name in entry["twins"]], step.reconstruction)
         for name, twin in twins_of(state).items():
             twin.load_state_dict(_below(stored, f"{index}.twin.{name}."), strict=False)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,6 +49,7 @@ def test_an_unknown_name_is_answered_with_the_closest(parts: Registry) -> None:
 
 def test_other_packages_add_parts_by_entry_point(parts: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = EntryPoint("golden", "math:pi", "shop_of_parts")
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [theirs] if group == "shop_of_parts" else [])
+    found = SimpleNamespace(select=lambda group: [theirs] if group == "shop_of_parts" else [])
+    monkeypatch.setattr("nybble.core.registry.plugins", lambda: found)
     assert "golden" in parts.names()
     assert parts.get("golden") == pytest.approx(3.14159265)
