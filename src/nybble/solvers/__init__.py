@@ -46,14 +46,16 @@ class Stats:
 
     Attributes:
         second_moment: ``E[x x^T]`` of the inputs as the layer will get them (quantized, where the scheme says how),
-            float32 [columns, columns]; None where calibration saw nothing (an expert without tokens).
-        inputs: the inputs themselves before any quantizer, [tokens, columns] in the model's dtype.
+            float32 [columns, columns], of a grouped convolution [groups, columns, columns]; None where calibration saw
+            nothing (an expert without tokens).
+        inputs: the inputs themselves before any quantizer, [tokens, columns] or [groups, tokens, columns], in the
+            model's dtype.
         fisher: squared gradients of the loss by the layer's outputs, by the weight's name: float32 [tokens, rows].
         quantizer: what the scheme says about the inputs; None leaves them in float.
     """
 
     second_moment: Float32[Tensor, "*groups columns columns"] | None = None
-    inputs: Float[Tensor, "tokens columns"] | None = None
+    inputs: Float[Tensor, "*groups tokens columns"] | None = None
     fisher: Mapping[str, Float32[Tensor, "tokens _rows"]] = field(default_factory=dict)
     quantizer: Quantizer | None = None
 

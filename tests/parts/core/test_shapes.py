@@ -143,7 +143,7 @@ print(early, typing.get_type_hints(Stats)["inputs"])
 """
     without = "import sys; sys.modules['jaxtyping'] = None\n"
     assert run(without + hints.replace("early = ", "early = None and ")) == "None torch.Tensor | None\n"
-    assert run(hints) == "False jaxtyping.Float[Tensor, 'tokens columns'] | None\n"
+    assert run(hints) == "False jaxtyping.Float[Tensor, '*groups tokens columns'] | None\n"
 
 
 def run(code: str) -> str:
