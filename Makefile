@@ -57,7 +57,8 @@ $(OLDEST)/.test: pyproject.toml constraints.txt
 	touch $@
 
 test-oldest: $(OLDEST)/.test  ## the tests that depend on transformers, with the oldest one
-	$(TESTENV) $(OLDEST)/bin/python -m pytest -q -n $(WORKERS) tests/contracts/test_recipes.py tests/parts/models tests/e2e/test_imports.py
+	$(TESTENV) $(OLDEST)/bin/python -m pytest -q -n $(WORKERS) tests/contracts/test_recipes.py tests/parts/models \
+		tests/parts/test_attention.py tests/parts/test_kv_cache.py tests/e2e/test_kv.py tests/e2e/test_imports.py
 
 check: $(VENV)/.dev  ## style, types, layers, docstrings
 	$(BIN)/ruff check .

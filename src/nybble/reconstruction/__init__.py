@@ -36,8 +36,8 @@ class Reconstruction(ABC):
         rates: learning rate by the parts' groups (AdaRound: ``rounding``), and ``default`` for all others.
         schedule: of the rates: ``cosine`` falls to zero, ``constant`` stays.
         feed: the path whose inputs the window gets; what it should give is always what the float network gives.
-        penalty: weight of the parts' own penalties, in units of the loss that round-to-nearest has at the start.
-        warmup: share of the steps without penalty.
+        penalty: weight of the parts' own penalties (a mean over elements), in units of the loss that the window has at
+            the start: AdaRound's strength of 0.01 times 100 is one such loss where nothing is decided yet.
     """
 
     weights: Part | None = None
@@ -48,8 +48,7 @@ class Reconstruction(ABC):
     rates: Mapping[str, float] = field(default_factory=dict)
     schedule: Literal["cosine", "constant"] = "cosine"
     feed: Literal["float", "quantized"] = "quantized"
-    penalty: float = 1.0
-    warmup: float = 0.2
+    penalty: float = 100.0
 
     def __post_init__(self) -> None:
         if self.weights is None and self.inputs is None:
@@ -59,11 +58,8 @@ class Reconstruction(ABC):
                 f"window={self.window}, overlap={self.overlap}: a window has at least one block, and at least one that "
                 "the next does not have."
             )
-        if self.steps < 1 or self.penalty < 0 or not 0 <= self.warmup < 1:
-            raise SchemeError(
-                f"steps={self.steps} must be 1 or more, penalty={self.penalty:g} 0 or more, and the "
-                f"warmup={self.warmup:g} a share of the steps."
-            )
+        if self.steps < 1 or self.penalty < 0:
+            raise SchemeError(f"steps={self.steps} must be 1 or more, penalty={self.penalty:g} 0 or more.")
         known = {"default", *(group for part in (self.weights, self.inputs) if part for group in part.groups)}
         for group in self.rates:
             if group not in known:

@@ -165,10 +165,7 @@ def _train(
     for step, (number, calls, given) in enumerate(_rounds(window, options)):
         output = window.run(calls, given, "quantized")[HIDDEN]
         loss = options.loss(output, wanted[number], calls[0].mask)
-        t = step / options.steps
-        if t >= options.warmup and options.penalty:
-            through = (t - options.warmup) / (1 - options.warmup)
-            loss = loss + options.penalty * scale * _penalty(twins, through)
+        loss = loss + options.penalty * scale * _penalty(twins, step / options.steps)
         if not math.isfinite(float(loss.detach())):
             raise DataError(f"the loss of {window.part} is {float(loss)} at step {step}; take smaller rates.")
         optimizer.zero_grad()
