@@ -231,7 +231,12 @@ class Scheme:
         known = (*modules, *{c for classes in modules.values() for c in classes})
         for target, count in targets.items():
             if count == 0:
-                hint = did_you_mean(target, known)
+                taken = any(matches(target, name, classes) for name, classes in modules.items())
+                hint = (
+                    " What it matches is ignored, or an earlier target takes it."
+                    if taken
+                    else did_you_mean(target, known)
+                )
                 raise SchemeError(f"the target {target!r} matches no module that is left to it.{hint}")
         for pattern, count in ignores.items():
             if count == 0 and pattern != "lm_head":

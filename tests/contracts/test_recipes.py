@@ -274,3 +274,12 @@ def test_bits_are_counted(folder: Path, tmp_path: Path) -> None:
     assert found["bits_per_quantized_weight"] == 5.0
     assert found["quantized_parameters"] == sum(math.prod(row.shape) for row in report.layers)
     assert found["bytes"]["codes"] * 2 == found["quantized_parameters"]
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    """A model that was held in memory may have none to save: it loads, with None."""
+    changed, _ = nybble.quantize(tiny_model("llama"), build_recipe("rtn", weights="int4 group=16"))
+    nybble.save(changed, tmp_path / "saved")
+    loaded, tokenizer = nybble.load(tmp_path / "saved")
+    assert tokenizer is None
+    assert torch.equal(logits(loaded), logits(changed))

@@ -94,6 +94,11 @@ def test_several_of_a_kind(model: str, text: str) -> None:
         ({}, "learns nothing without a part"),
         ({"weights": "adaround", "window": 2, "overlap": 2}, "window=2, overlap=2"),
         ({"weights": "adaround", "steps": 0}, "steps=0 must be 1 or more"),
+        ({"weights": "adaround", "rates": {"rounding": -0.1}}, "rates: rounding is -0.1"),
+        ({"weights": "adaround", "rates": {"rounding": float("nan")}}, "rates.rounding is a finite number; got nan"),
+        ({"weights": "adaround", "penalty": float("inf")}, "penalty is a finite number; got inf"),
+        ({"weights": {"clip": {"start": -50}}}, "start=-50 leaves next to nothing"),
+        ({"weights": "ste"}, "nothing to learn with ste alone"),
     ],
 )  # fmt: skip
 def test_options_of_the_wrong_type(options: dict[str, Any], said: str) -> None:
@@ -108,9 +113,30 @@ def test_a_part_that_cannot_train_a_format_names_the_layer(model: str, text: str
     nothing = recipe({"reconstruction": "mse", "inputs": "lsq"}, weights="int4 group=16")
     with pytest.raises(SchemeError, match="finds nothing to learn"):
         nybble.quantize(model, nothing, text, settings=SETTINGS)
+    beside = recipe({"reconstruction": "mse", "weights": "adaround", "inputs": "lsq"}, weights="int4 group=16")
+    with pytest.raises(SchemeError, match="learns inputs, and the scheme rounds none"):
+        nybble.quantize(model, beside, text, settings=SETTINGS)
     two = [{**STEP["reconstruction"], "window": size} for size in (1, 2)]
     with pytest.raises(SchemeError, match="different windows"):
         nybble.quantize(model, recipe(*two), text, settings=SETTINGS)
+
+
+def test_a_window_in_which_nothing_can_be_learned_stays(model: str, text: str) -> None:
+    """Split tensors have no learned part: the solver's codes stay, and the report says so."""
+    split = recipe(
+        {"solver": "outlier-columns"}, {"reconstruction": "mse", "weights": "clip", "steps": 2}, weights="int4 group=16"
+    )
+    _, report = nybble.quantize(model, split, text, settings=SETTINGS)
+    assert all("nothing in it can be learned" in " ".join(layer.notes) for layer in report.layers)
+
+
+def test_a_corrections_pattern_that_matches_nothing(model: str, text: str) -> None:
+    for pattern, hint in (("nope", ""), ("Linaer", "Did you mean 'Linear'")):
+        wrong = recipe({"correction": "bias", "targets": [pattern]}, weights="int4 group=16")
+        with pytest.raises(SchemeError, match=f"the target '{pattern}' matches nothing.*{hint}"):
+            nybble.quantize(model, wrong, text, settings=SETTINGS)
+    absent = recipe({"correction": "bias", "targets": ["Conv"]}, weights="int4 group=16")  # a kind, just not here
+    nybble.quantize(model, absent, text, settings=SETTINGS)
 
 
 def test_a_window_larger_than_the_memory_says_how_much(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -92,6 +93,8 @@ def _value(value: Any, hint: Any, where: str) -> Any:
 def _plain_value(value: Any, hint: Any, where: str) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if hint is float and number:
+        if not math.isfinite(value):
+            raise SchemeError(f"{where} is a finite number; got {value!r}.")
         return float(value)
     if hint is type(None) and value is None:
         return None

@@ -89,6 +89,10 @@ class Clip(Part):
     groups = ("clip",)
     takes_start = False
 
+    def __post_init__(self) -> None:
+        if self.start < -8:
+            raise SchemeError(f"clip: start={self.start:g} leaves next to nothing of a range; give -8 or more.")
+
     def check_more(self, quantizer: Quantizer, side: str) -> None:  # noqa: D102
         if not isinstance(quantizer.scale, AbsMax | MinMax):
             raise SchemeError(

@@ -159,8 +159,8 @@ class Adapter:
         return name.startswith(tuple(f"{path}." for path in self.stacks))
 
     def outside(self, model: nn.Module) -> list[str]:
-        """Names of the parameters that are in no block: embeddings, final norm, head, projections between them."""
-        return [name for name, _ in model.named_parameters(remove_duplicate=False) if not self.inside(name)]
+        """Names of the stored tensors that are in no block: embeddings, final norm, head, projections between them."""
+        return [name for name in model.state_dict() if not self.inside(name)]
 
     def tied_groups(self, model: nn.Module) -> list[tuple[str, ...]]:
         """Groups of parameter names that share one tensor."""

@@ -15,6 +15,12 @@ from nybble.models.adapter import reads_of
 from nybble.models.sources.open import open_source
 from nybble.nn.swap import hold_dense
 
+#: a tokenizer is in at least one of these
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json",
+)  # fmt: skip
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,7 +30,7 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a model and its tokenizer: a folder that nybble wrote, or whatever :func:`open_source` takes.
 
-    Models of text alone have a tokenizer; with one of images, say, comes None.
+    Models of text alone have a tokenizer; with one of images, or from a folder that holds no tokenizer, comes None.
 
     Nothing in a folder is trusted: sizes, names and dtypes are compared with the files before memory is taken, and no
     code runs.
@@ -39,6 +45,9 @@ def load(
         NybbleError: the model can't be read; nothing else escapes.
     """
     loaded, origin = load_with_origin(model, dtype=dtype, device=device, dense=dense)
+    folder = Path(model)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return loaded, None  # transformers would make up an empty one for some models, and fail for others
     return loaded, data_kind(reads_of(loaded.config)).tokenizer(origin)
 
 

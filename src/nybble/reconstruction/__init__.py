@@ -17,7 +17,7 @@ from torch import Tensor
 from nybble.core.errors import SchemeError
 from nybble.core.registry import Registry
 from nybble.core.shapes import Bool, Float, Float32
-from nybble.learned import ACTIVATIONS, WEIGHTS, Part
+from nybble.learned import ACTIVATIONS, WEIGHTS, Part, part_name
 from nybble.nn.kinds import Target
 from nybble.quantizer import Quantizer
 
@@ -60,12 +60,21 @@ class Reconstruction(ABC):
             )
         if self.steps < 1 or self.penalty < 0:
             raise SchemeError(f"steps={self.steps} must be 1 or more, penalty={self.penalty:g} 0 or more.")
-        known = {"default", *(group for part in (self.weights, self.inputs) if part for group in part.groups)}
+        groups = {group for part in (self.weights, self.inputs) if part for group in part.groups}
+        if not groups:
+            names = " and ".join(part_name(part) for part in (self.weights, self.inputs) if part)
+            raise SchemeError(
+                f"a reconstruction has nothing to learn with {names} alone: it has no parameters beside the weights, "
+                "which stay; name adaround, clip or lsq."
+            )
+        known = {"default", *groups}
         for group in self.rates:
             if group not in known:
                 raise SchemeError(
                     f"rates: no learned part has the group {group!r}; there are {', '.join(sorted(known))}."
                 )
+            if self.rates[group] < 0:
+                raise SchemeError(f"rates: {group} is {self.rates[group]:g}; a learning rate is 0 or more.")
 
     @abstractmethod
     def loss(

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,15 +108,23 @@ def reconstruct(window: Window, options: Reconstruction) -> Outcome:
     for state in window.blocks:
         put_twins(state, [target for target in state.targets if options.learns(target)], options)
     twins = [twin for state in window.blocks for twin in twins_of(state).values()]
+    groups = _groups(twins)
+    if not groups:  # a code book, a split tensor: codes as the solver left them
+        _go_back(window, carried)
+        _note(window, options, f"window of {len(window.blocks)}: nothing in it can be learned; as the solver left it")
+        return Outcome(before=before, after=before, kept=False)
     with torch.enable_grad(), _frozen(window, twins):
-        _train(window, options, wanted, twins, before)
+        _train(window, options, wanted, twins, groups, before)
     after = _evaluate(window, options, wanted)
     if not math.isfinite(after):
         raise DataError(f"the reconstruction of {window.part} came to {after}; take smaller rates.")
     kept = after <= before
     if not kept:
         _go_back(window, carried)
-    _note(window, options, before, after, kept)
+    text = f"window of {len(window.blocks)}: output error {before:.3g} -> {after:.3g}"
+    if not kept:
+        text = f"reconstruction would have raised the window's error ({before:.3g} -> {after:.3g}): went back"
+    _note(window, options, text)
     return Outcome(before=before, after=min(before, after), kept=kept)
 
 
@@ -136,7 +145,14 @@ def _go_back(window: Window, carried: Mapping[FakeLayer, Mapping[str, Tensor]]) 
 
 def _wanted(window: Window) -> list[Tensor]:
     """What the float blocks give, by batch."""
-    return [window.run(calls, given, "float")[HIDDEN] for calls, given in window.inputs("float")]
+    return [_output(window, calls, given, "float") for calls, given in window.inputs("float")]
+
+
+def _output(window: Window, calls: Sequence[BlockCall], given: Mapping[str, Tensor], path: str) -> Tensor:
+    """What comes out of the window; of a whole network that gives several tensors by name, the first."""
+    output: Any = window.run(calls, given, path)[HIDDEN]
+    found: Tensor = next(iter(output.values())) if isinstance(output, Mapping) else output
+    return found
 
 
 def _evaluate(window: Window, options: Reconstruction, wanted: Sequence[Tensor]) -> float:
@@ -144,18 +160,28 @@ def _evaluate(window: Window, options: Reconstruction, wanted: Sequence[Tensor])
     total = 0.0
     _train_mode(window, False)
     for (calls, given), goal in zip(window.inputs(options.feed), wanted, strict=True):
-        output = window.run(calls, given, "quantized")[HIDDEN]
+        output = _output(window, calls, given, "quantized")
         total += float(options.loss(output, goal, calls[0].mask))
     return total / len(wanted)
 
 
-def _train(
-    window: Window, options: Reconstruction, wanted: Sequence[Tensor], twins: Sequence[FakeLayer], scale: float
-) -> None:
+def _groups(twins: Sequence[FakeLayer]) -> dict[str, list[nn.Parameter]]:
+    """What is learned, by learning-rate group."""
     groups: dict[str, list[nn.Parameter]] = {}
     for learned in (part for twin in twins for _, part in twin.learned()):
         for name, parameters in learned.groups().items():
             groups.setdefault(name, []).extend(parameters)
+    return groups
+
+
+def _train(
+    window: Window,
+    options: Reconstruction,
+    wanted: Sequence[Tensor],
+    twins: Sequence[FakeLayer],
+    groups: Mapping[str, list[nn.Parameter]],
+    scale: float,
+) -> None:
     default = options.rates.get("default", DEFAULT_RATE)
     optimizer = torch.optim.Adam(
         [{"params": parameters, "lr": options.rates.get(name, default)} for name, parameters in groups.items()]
@@ -163,11 +189,11 @@ def _train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(options, step))
     _train_mode(window, True)
     for step, (number, calls, given) in enumerate(_rounds(window, options)):
-        output = window.run(calls, given, "quantized")[HIDDEN]
+        output = _output(window, calls, given, "quantized")
         loss = options.loss(output, wanted[number], calls[0].mask)
         loss = loss + options.penalty * scale * _penalty(twins, step / options.steps)
         if not math.isfinite(float(loss.detach())):
-            raise DataError(f"the loss of {window.part} is {float(loss)} at step {step}; take smaller rates.")
+            raise DataError(f"the loss of {window.part} is {float(loss.detach())} at step {step}; take smaller rates.")
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -217,10 +243,7 @@ def _frozen(window: Window, twins: Sequence[FakeLayer]) -> Iterator[None]:
             parameter.grad = None
 
 
-def _note(window: Window, options: Reconstruction, before: float, after: float, kept: bool) -> None:
-    text = f"window of {len(window.blocks)}: output error {before:.3g} -> {after:.3g}"
-    if not kept:
-        text = f"reconstruction would have raised the window's error ({before:.3g} -> {after:.3g}): went back"
+def _note(window: Window, options: Reconstruction, text: str) -> None:
     for state in window.blocks:
         for target in state.targets:
             if options.learns(target) and target.name in state.records:

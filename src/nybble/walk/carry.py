@@ -124,7 +124,8 @@ def _record(plain: dict[str, Any], tensors: Mapping[str, Tensor], state: BlockSt
     found = Record(target=target, quantizer=None if line is None else Quantizer(line), **plain)
     found.sample, found.clip = tensors.get("sample"), tensors.get("clip")
     layer: Any = state.installed(target)
-    inputs = getattr(layer, "inputs", None)
+    operand = name.rpartition(".")[2]
+    inputs = getattr(layer, operand if operand in target.kind.operands else "inputs", None)
     if isinstance(inputs, ActivationQuantizer):
         found.inputs = inputs.quantizer, inputs.params()
     return found

@@ -22,6 +22,7 @@ from nybble.nn.linear import QuantLinear
 from nybble.pipelines.evaluate import run_eval
 from nybble.pipelines.request import build_recipe
 from nybble.recipe import parse_recipe
+from nybble.walk.settings import Settings
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -243,3 +244,20 @@ def test_embeddings_leave_padding_out() -> None:
     hidden = model(**inputs).last_hidden_state
     assert torch.allclose(found[1], hidden[1, :6].mean(0), atol=1e-5)
     assert embedding_cosine(found, found) == {"cosine": pytest.approx(1.0), "cosine_min": pytest.approx(1.0)}
+
+
+def test_bart_from_a_folder(tmp_path: Path) -> None:
+    """Its logits have a stored bias that is a buffer outside of all blocks."""
+    model = made("bart")
+    with torch.no_grad():
+        model.final_logits_bias.copy_(torch.linspace(-1, 1, model.final_logits_bias.numel()).reshape(1, -1))
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    recipe, settings = build_recipe("rtn", weights="int8 channel"), Settings(dtype=torch.float32)
+    nybble.quantize(tmp_path / "model", recipe, out=tmp_path / "out", settings=settings)
+    loaded, _ = nybble.load(tmp_path / "out", dtype=torch.float32)
+    inputs = inputs_of("bart")
+    assert torch.equal(loaded.final_logits_bias, model.final_logits_bias)
+    with torch.no_grad():
+        error = (loaded(**inputs).logits - model(**inputs).logits).abs().max()
+    assert 0 < error < 0.1

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from nybble.calibration.window import Window
-from nybble.core.errors import within
+from nybble.core.errors import SchemeError, did_you_mean, within
 from nybble.corrections import Correction
 from nybble.corrections.bias import MOST
-from nybble.nn.kinds import Target
+from nybble.nn.kinds import Target, all_kinds
+from nybble.scheme import matches
 from nybble.walk.steps import BlockStep, Cost, Load, Subject
 
 
@@ -43,10 +44,28 @@ class CorrectionStep(BlockStep):
 
     def check(self, subject: Subject) -> None:  # noqa: D102
         names = subject.adapter.block_names(subject.model)
+        self._check_patterns(subject)
         for name, targets in zip(names, subject.plan.blocks, strict=True):
             for target in self._taken(targets, subject.model, f"{name}."):
                 with within(f"{name}.{target.name}"):
                     self.correction.check(target)
+
+    def _check_patterns(self, subject: Subject) -> None:
+        """A pattern that matches no target is a mistake, but for the kinds' own names: ``Conv`` where there is none."""
+        names = subject.adapter.block_names(subject.model)
+        known = {word for kind in all_kinds() for word in kind.classes}
+        seen: dict[str, tuple[str, ...]] = {}
+        for name, targets in zip(names, subject.plan.blocks, strict=True):
+            for target in targets:
+                module = subject.model.get_submodule(f"{name}.{target.module}")
+                seen[target.name] = target.kind.class_names(module)
+        words = {*seen, *known, *(word for classes in seen.values() for word in classes)}
+        for pattern in self.correction.targets:
+            if pattern not in known and not any(matches(pattern, name, classes) for name, classes in seen.items()):
+                raise SchemeError(
+                    f"{self.name}: the target {pattern!r} matches nothing that is quantized in the blocks."
+                    f"{did_you_mean(pattern, words)}"
+                )
 
     def cost(self, subject: Subject, targets: Sequence[Target], load: Load) -> Cost:  # noqa: D102
         taken = [t for t in targets if t.matrices and self.correction.can_take(t)]

@@ -34,6 +34,7 @@ class ReconstructionStep(BlockStep):
     def check(self, subject: Subject) -> None:  # noqa: D102
         names = subject.adapter.block_names(subject.model)
         learned = 0
+        inputs = [t for targets in subject.plan.blocks for t in targets if t.rule.inputs is not None]
         for name, targets in zip(names, subject.plan.blocks, strict=True):
             for target in targets:
                 if not self.reconstruction.learns(target):
@@ -46,6 +47,8 @@ class ReconstructionStep(BlockStep):
                 f"{self.name} finds nothing to learn: the scheme quantizes no layer inside the blocks of the sides "
                 "(weights, inputs) that it names."
             )
+        if self.reconstruction.inputs is not None and not inputs:
+            raise SchemeError(f"{self.name} learns inputs, and the scheme rounds none; leave inputs out, or add them.")
 
     def cost(self, subject: Subject, targets: Sequence[Target], load: Load) -> Cost:
         """A block's float32 truth, up to two parameters an element with gradients and moments, activations twice."""
