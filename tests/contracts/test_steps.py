@@ -9,15 +9,22 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
-from tests.tiny import save_text, save_tiny
+from tests.tiny import save_text, save_tiny, tiny_model, tiny_tokenizer
 
 import nybble
+from nybble.calibration.trace import HIDDEN
+from nybble.calibration.window import Window
 from nybble.core.errors import DeviceError, SchemeError, UsageError
 from nybble.core.options import build, plain
 from nybble.core.registry import Registry
+from nybble.data import load_text, token_samples
+from nybble.models.adapter import adapter_for
 from nybble.qtensor.low_rank_sum import LowRankSum
 from nybble.recipe import KINDS, parse_recipe
 from nybble.reconstruction import make_reconstruction
+from nybble.walk.steps.correction import CorrectionStep
+from nybble.walk.steps.make import make_steps
+from nybble.walk.steps.transform import TransformStep
 
 SCHEME = {"weights": "int4 group=16", "inputs": "int8 tensor static"}
 STEP: dict[str, dict[str, Any]] = {
@@ -147,6 +154,66 @@ def test_a_window_larger_than_the_memory_says_how_much(
     with pytest.raises(DeviceError, match=r"0\.3 GB are needed.*a smaller window \(its 2 blocks take 0\.\d GB\)"):
         nybble.quantize(model, wide, text, out=tmp_path / "out", settings=SETTINGS)
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("solver", "more", "path", "paths"),
+    [
+        ("gptq", {}, "quantized", {"quantized"}),
+        ("gptq", {"feed": "float"}, "float", {"float", "quantized"}),
+        ("gptq", {"feed": "quantized"}, "float", {"float", "quantized"}),
+        ("llm-fp4", {}, "float", {"float"}),
+        ("llm-fp4", {"feed": "float"}, "float", {"float"}),
+        ("llm-fp4", {"feed": "quantized"}, "float", {"float", "quantized"}),
+    ],
+)
+def test_steps_look_at_the_float_path_where_there_is_one(
+    solver: str, more: dict[str, str], path: str, paths: set[str]
+) -> None:
+    """And no stream is kept that nothing reads."""
+    learned = [{**STEP["reconstruction"], **more}] if more else []
+    made = recipe({"transform": "smooth"}, {"solver": solver}, *learned, {"correction": "bias"})
+    steps, found = make_steps(made, adapter_for(tiny_model()))
+    assert found == paths
+    assert [step.path for step in steps if isinstance(step, TransformStep | CorrectionStep)] == [path, path]
+
+
+def test_steps_that_find_nothing_need_no_data(model: str) -> None:
+    """No BatchNorm to fold, no layer to correct: weights alone are rounded, and nothing is calibrated."""
+    steps: list[dict[str, Any]] = [{"transform": "fold-batchnorm"}, {"correction": "bias", "targets": ["re:.*conv"]}]
+    _, report = nybble.quantize(model, recipe(*steps, weights="int8 channel"))
+    assert report.manifest["data"] is None
+
+
+@pytest.mark.parametrize("feed", ["float", "quantized"])
+def test_a_window_reads_what_the_float_network_computes(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, feed: str
+) -> None:
+    """In front of each of its blocks, although those before it are quantized; the other path goes its own way."""
+    folder = save_tiny(tmp_path / "deep", num_hidden_layers=4)
+    tokens = token_samples(load_text(text, "calibration"), tiny_tokenizer(), samples=5, seq_len=8)
+    exact, windows = nybble.load(folder, dtype=torch.float32)[0], list[int]()
+
+    def see(window: Window, options: Any) -> None:
+        first = 2 * len(windows)
+        windows.append(len(window.blocks))
+        assert window.calibration.batches == 3  # the last has one sample
+        for block in range(2):
+            found = [given[HIDDEN] for _, given in window.inputs("float", block)]
+            for number, hidden in enumerate(found):
+                wanted = exact(tokens.input_ids[2 * number : 2 * number + 2], output_hidden_states=True).hidden_states
+                assert torch.equal(hidden, wanted[first + block])
+            other = [given[HIDDEN] for _, given in window.inputs("quantized", block)]
+            assert len(found) == len(other) == 3
+            same = [torch.equal(a, b) for a, b in zip(found, other, strict=True)]
+            assert same == [first + block == 0] * 3
+        assert all(record.sample is not None for state in window.blocks for record in state.records.values())
+
+    monkeypatch.setattr("nybble.walk.steps.reconstruction.reconstruct", see)
+    step = {**STEP["reconstruction"], "window": 2, "feed": feed}
+    solver = "rtn" if feed == "quantized" else "gptq"
+    nybble.quantize(folder, recipe({"solver": solver}, step), tokens, settings=dataclasses.replace(SETTINGS, samples=5))
+    assert windows == [2, 2]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +21,9 @@ from nybble.nn.linear import QuantLinear
 from nybble.qtensor import Factored, QuantParams, dense
 from nybble.quantizer import Quantizer
 from nybble.solvers import Solved, Solver, Stats, Weight, make_solver
-from nybble.solvers._ladder import Ladder, fractions, menu
+from nybble.solvers._ladder import Error, Ladder, fractions, menu
 from nybble.solvers._layer_error import InputsFixed, WeightsFixed, output_error
+from nybble.solvers.llm_fp4 import LlmFp4, _Choice
 
 FP4 = ("float4_e3m0_finite", "float4_e2m1fn", "float4_e1m2_finite")
 
@@ -451,3 +454,36 @@ def test_fisher_needs_a_path_to_the_output(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no gradient .* reached model.layers.1.mlp.down_proj"):
         names = {"model.layers.1.mlp.down_proj": 32}
         fisher_of(model, adapter_for(model), names, {"input_ids": input_ids()}, batch=2, tokens=24, most=99, seed=0)
+
+
+def test_what_was_searched_gives_way_to_min_max(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and inputs together: the one were chosen for the other."""
+    x, matrix, solver = outlier_inputs(), draw("student5", 16, 64), make_solver("llm-fp4", {"grid": 4, "rounds": 1})
+
+    def worst(self: LlmFp4, ladders: Sequence[Ladder], before: _Choice, error: Error, whole: bool) -> _Choice:
+        fraction = torch.full_like(before.fraction, 0.02)
+        return _Choice(before.ladder, fraction, before.ladder.values(fraction))
+
+    monkeypatch.setattr(LlmFp4, "choose", worst)
+    found = solve(solver, matrix, x, "e2m1 channel", "e2m1 tensor static")
+    assert "min-max was better" in found.notes[0] and found.error == found.rtn_error
+    assert found.inputs is not None and found.clip is not None
+    plain = Quantizer("e2m1 tensor static").fit(x)
+    assert torch.equal(torch.as_tensor(found.inputs[1].scale), torch.as_tensor(plain.scale))
+    assert found.clip.eq(1).all()
+
+
+def test_tokens_on_which_candidates_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    fixed = WeightsFixed.__init__
+
+    def noted(self: WeightsFixed, x: Tensor, *args: Any) -> None:
+        rows.append(len(x))
+        fixed(self, x, *args)
+
+    monkeypatch.setattr(WeightsFixed, "__init__", noted)
+    for tried, wanted in ((0, 512), (128, 128)):
+        rows.clear()
+        solver = make_solver("llm-fp4", {"grid": 4, "tried": tried})
+        solve(solver, draw("student5", 16, 64), outlier_inputs(), "e2m1 channel", "e2m1 tensor static")
+        assert set(rows) == {wanted}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +14,15 @@ from torch import Tensor
 
 import nybble
 from nybble.calibration.block import BlockState
-from nybble.calibration.trace import capture_block_calls
+from nybble.calibration.trace import HIDDEN, BlockCall, capture_block_calls
+from nybble.calibration.watch import channel_maxima
 from nybble.calibration.window import Calibration, Window
 from nybble.core.errors import ModelError, SchemeError, UsageError
 from nybble.data import load_text, token_samples
 from nybble.models.adapter import LinearFold, NormFold, adapter_for, feeding_rows
 from nybble.recipe import parse_recipe
 from nybble.transforms import REGISTRY, make_transform
-from nybble.transforms._folds import Channel
+from nybble.transforms._folds import Channel, _one_a_row, scaling
 from nybble.transforms._mixing import Places
 from nybble.transforms.hadamard import hadamard
 
@@ -88,7 +90,10 @@ def test_smooth_is_the_equation() -> None:
     half = made("smooth", {}).factor(channel(fold, largest, None, behind))
     assert torch.allclose(largest / half, top * half, rtol=1e-5)  # alpha 0.5 makes both ranges alike
     power = made("smooth", {"pow2": True}).factor(channel(fold, largest, None, behind))
-    assert torch.equal(power.log2(), power.log2().round())
+    assert torch.equal(power.log2(), (half.log2() + 0.5).floor())  # the nearest in the logarithm
+    linear = LinearFold(first="v", second="o")
+    assert made("smooth", {}).takes(fold) and not made("smooth", {}).takes(linear)
+    assert made("smooth", {"linear": True}).takes(fold) and made("smooth", {"linear": True}).takes(linear)
     largest[3], behind[0][:, 5], behind[1][:, 5] = 0, 0, 0
     dead = made("smooth", {}).factor(channel(fold, largest, None, behind))
     assert dead[3] == dead[5] == 1
@@ -101,6 +106,39 @@ def test_equalize_makes_ranges_alike() -> None:
     fold = LinearFold(first="a", second="b")
     s = made("equalize", {}).factor(channel(fold, torch.ones(16), first, [second]))
     assert torch.allclose((first / s[:, None]).abs().amax(1), (second * s).abs().amax(0), rtol=1e-5)
+    power = made("equalize", {"pow2": True}).factor(channel(fold, torch.ones(16), first, [second]))
+    assert torch.equal(power.log2(), (s.log2() + 0.5).floor())
+
+
+def test_a_row_that_several_channels_read_has_one_factor() -> None:
+    """Grouped-query attention: the largest, so that no channel is left with more than its method wants."""
+    rows = torch.tensor([0, 1, 0, 1, 2])
+    assert _one_a_row(torch.tensor([1.0, 5, 3, 2, 4]), rows).tolist() == [3, 5, 3, 5, 4]
+
+
+def test_maxima_are_of_all_batches() -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    call = BlockCall(index=0, args=(), kwargs={}, keyword=None, start=None)
+    given = [torch.tensor([[[1.0, -7, 2]]]), torch.tensor([[[-3.0, 1, 0]]])]
+    found = channel_maxima(layer, ["0"], lambda: [(call, {HIDDEN: x}) for x in given])
+    assert found["0"].tolist() == [3, 7, 2]
+
+
+def test_readers_get_what_the_norm_really_lost() -> None:
+    """A norm in bfloat16 rounds its new weights; the readers are multiplied by the quotient that it then has."""
+    model = tiny_model("llama", torch.bfloat16)
+    state = BlockState(model.model.layers[0], "model.layers.0")
+    fold = adapter_for(model).norm_folds_of(state.module, model.config)[0]
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.rand(32, generator=generator) * 5 + 0.3
+    norm = f"{fold.norm}.weight"
+    state.put(norm, torch.rand(32, generator=generator).bfloat16().float() + 0.5)
+    before = {name: state.get(f"{name}.weight") * state.get(norm) for name in fold.readers}
+    scaling(state, channel(fold, torch.ones(32), None, []), factor).apply(state)
+    new = state.module.get_parameter(norm)
+    assert new.dtype == torch.bfloat16 and torch.equal(state.get(norm), new.float())
+    for name, wanted in before.items():
+        torch.testing.assert_close(state.get(f"{name}.weight") * state.get(norm), wanted, rtol=1e-6, atol=0)
 
 
 def test_smoothing_helps_where_inputs_have_outliers(tmp_path: Path) -> None:
@@ -135,6 +173,11 @@ def test_a_rotation_spreads_an_outlier_and_a_permutation_sorts() -> None:
     assert places.rows.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]] and places.reads.tolist() == [0, 1]
     order = made("permute", {}).parameters(seen, places, 0)["order"]
     assert order.tolist() == [[1, 3, 2, 0], [2, 3, 0, 1]]
+    sized = channel(fold, largest, None, [torch.tensor([[-4.0, 3, 2, 1, 1, 2, 3, 4], [0, 0, 0, 5, 0, 0, 0, 0]])])
+    sized = replace(sized, rows=seen.rows)
+    assert made("permute", {"by": "weights"}).parameters(sized, places, 0)["order"].tolist() == [
+        [3, 0, 1, 2], [3, 2, 1, 0]
+    ]  # fmt: skip
     rotation = made("hadamard", {}).parameters(seen, places, 0)["rotation"]
     torch.testing.assert_close(rotation @ rotation.mT, torch.eye(4).expand(2, 4, 4))
     loud = rotation[0] @ torch.tensor([0.0, 8, 0, 0])
@@ -209,6 +252,32 @@ def test_rewrites_are_functions_that_gradients_pass(name: str) -> None:
             for tensor in [*weights.values(), *parameters.values()]:
                 if tensor.is_floating_point():
                     assert tensor.grad is not None and bool(tensor.grad.isfinite().all()) and bool(tensor.grad.any())
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("smooth", {"linear": True}), ("equalize", {}), ("permute", {}), ("hadamard", {})]
+)
+@torch.no_grad()
+def test_biases_go_along(name: str, given: dict[str, Any]) -> None:
+    """Every module of OPT has one; those of fresh models are zero, which hides a bias that was forgotten."""
+    model = tiny_model("opt", torch.float32)
+    block = model.model.decoder.layers[0].requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in block.parameters():
+        if parameter.ndim == 1:
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+    tokens = {"input_ids": torch.randint(3, 50, (2, 12), generator=generator)}
+    call = capture_block_calls(model, tokens)[0]
+    start: Any = call.start
+    state, before = BlockState(block, "model.decoder.layers.0"), call.run(block, start)[HIDDEN]
+    old = {key: tensor.clone() for key, tensor in block.state_dict().items()}
+    calibration = Calibration(
+        tokens=24, samples=2, batches=1, device=torch.device("cpu"), dtype=torch.float32, seed=0, config=model.config
+    )
+    window = Window([state], calibration, lambda path, order: [([call], start)], "block-0000")
+    make_transform(name, given).run(window, adapter_for(model), "float")
+    assert any(not torch.equal(old[key], new) for key, new in block.state_dict().items() if key.endswith("bias"))
+    torch.testing.assert_close(call.run(block, start)[HIDDEN], before, rtol=1e-4, atol=1e-4 * float(before.std()))
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from nybble.calibration.streams import Stream
+from nybble.calibration.tail import tail
 from nybble.calibration.trace import HIDDEN, BlockCall, capture_block_calls
 from nybble.core.errors import ModelError
-from nybble.models.adapter import Adapter, Flow
+from nybble.models.adapter import Adapter, Flow, adapter_for
 
 CALL = BlockCall(index=0, args=(), kwargs={}, keyword=None, start=None)
 
@@ -39,6 +40,8 @@ def test_what_is_written_is_read(tmp_path: Path, spilled: bool) -> None:
     assert files == (["hidden.bin.float.0.hidden", "hidden.bin.float.0.more"] if spilled else [])
     stream.write(4, {HIDDEN: x[4:] * torch.inf})
     assert not stream.finite() and twin.finite()
+    twin.write(0, {"bias": bias * torch.nan})  # one for all samples
+    assert not twin.finite()
     stream.close()
     assert not list(tmp_path.iterdir())
 
@@ -115,3 +118,16 @@ def test_the_models_own_error_is_said() -> None:
     model.model.forward = twice
     with pytest.raises(ModelError, match="doesn't call its 2 blocks one after the other"):
         capture_block_calls(model, input_ids(), adapter=adapter)
+
+
+@torch.no_grad()
+def test_the_tail_reaches_every_module_that_is_watched() -> None:
+    """The model runs from its last block on, until the last of them has its input."""
+    model = tiny_model("mistral", torch.float32)
+    seen: dict[str, Tensor] = {}
+    for name in ("model.norm", "lm_head"):
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+    hidden = torch.randn(2, 12, 32)
+    call = tail(adapter_for(model), {"input_ids": input_ids()}, None, ["model.norm", "lm_head"])
+    assert torch.equal(call.run(model, {HIDDEN: hidden})[HIDDEN], hidden)
+    assert torch.equal(seen["model.norm"], hidden) and torch.equal(seen["lm_head"], model.model.norm(hidden))

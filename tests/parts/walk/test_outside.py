@@ -13,6 +13,7 @@ import nybble
 from nybble.core.errors import UsageError
 from nybble.data import load_text, token_samples
 from nybble.nn.linear import QuantLinear
+from nybble.quantizer import Quantizer
 from nybble.recipe import parse_recipe
 from nybble.walk.lane import Span, spans
 
@@ -57,6 +58,16 @@ def test_static_inputs_of_a_head_are_calibrated(tmp_path: Path) -> None:
     largest = float(torch.cat(seen).abs().max())
     assert 0.7 * largest < row.input_scale * 127 < 1.4 * largest  # of the quantized network's hidden states
     assert float((logits(quantized) - logits(exact)).norm()) < 0.1 * float(logits(exact).norm())
+
+
+def test_a_head_is_rounded_from_what_the_file_has(tmp_path: Path) -> None:
+    """Forwards are in bfloat16; the codes are those of the float32 weight."""
+    folder = save_tiny(tmp_path / "m", "mistral", dtype=torch.float32)
+    settings = nybble.Settings(samples=4, seq_len=12, batch=2, dtype=torch.bfloat16)
+    model, _ = nybble.quantize(folder, recipe("rtn", weights="int8 channel"), settings=settings)
+    exact = nybble.load(folder, dtype=torch.float32)[0]
+    wanted = Quantizer("int8 channel").quantize(exact.lm_head.weight.detach()).dequantize()
+    assert torch.equal(model.lm_head.weight.qtensor().dequantize(), wanted)
 
 
 def test_settings_of_a_model_in_memory() -> None:
