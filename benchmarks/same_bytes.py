@@ -114,7 +114,7 @@ def child(work: Path) -> None:
                 quantize(nybble, folder, out, recipe, changes, work / "text.txt")
                 found[key] = digest(out)
             except Exception as error:  # a fault of either version is a row like any other
-                found[key] = f"{type(error).__name__}: {error}"
+                found[key] = f"{type(error).__name__}: {error}".replace(f"{work}/", "")
             print(key, found[key][:70], file=sys.stderr)
     print(json.dumps(found))
 
