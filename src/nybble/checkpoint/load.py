@@ -16,7 +16,7 @@ from nybble.core.errors import FileError
 from nybble.core.guard import reading
 from nybble.models.build.config_file import make_config, read_json
 from nybble.models.build.skeleton import expected_tensors, fill_buffers_, meta_model
-from nybble.models.sources.folder import PREPROCESSOR
+from nybble.models.sources.folder import read_preprocessing, read_tokenizer
 from nybble.nn.packed import validate_packed
 
 if TYPE_CHECKING:
@@ -95,15 +95,9 @@ class Beside:
         Raises:
             FileError: there is none, or it is broken.
         """
-        from transformers import AutoTokenizer
-
         with reading(f"the tokenizer of {self.folder}"):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                str(self.folder), config=self.config, trust_remote_code=False, local_files_only=True
-            )
-        return tokenizer
+            return read_tokenizer(self.folder, self.config)
 
     def preprocessing(self) -> dict[str, Any]:
         """As preprocessor_config.json says, if there is one."""
-        path = self.folder / PREPROCESSOR
-        return read_json(path) if path.is_file() else {}
+        return read_preprocessing(self.folder)

@@ -23,7 +23,7 @@ from nybble.models.sources import ModelSource, StoredTensor
 from nybble.models.sources.match import Match, match_names
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -60,6 +60,22 @@ def weight_files(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
 
 
 PREPROCESSOR = "preprocessor_config.json"
+
+
+def read_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; no code of it runs. Errors are transformers' own."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        str(folder), config=config, trust_remote_code=False, local_files_only=True
+    )
+    return tokenizer
+
+
+def read_preprocessing(folder: Path) -> dict[str, Any]:
+    """What preprocessor_config.json says, if there is one."""
+    path = folder / PREPROCESSOR
+    return read_json(path) if path.is_file() else {}
 
 
 def _sharded(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
@@ -235,18 +251,12 @@ class FolderSource(ModelSource):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """As the folder's tokenizer files say."""
-        from transformers import AutoTokenizer
-
         with reading(f"the tokenizer of {self.spec}", ModelError):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                str(self.folder), config=self.config, trust_remote_code=False, local_files_only=True
-            )
-        return tokenizer
+            return read_tokenizer(self.folder, self.config)
 
     def preprocessing(self) -> dict[str, Any]:
         """As preprocessor_config.json says, if there is one."""
-        path = self.folder / PREPROCESSOR
-        return read_json(path) if path.is_file() else {}
+        return read_preprocessing(self.folder)
 
     def generation_config(self) -> GenerationConfig | None:
         """From generation_config.json, if there is one."""
