@@ -20,13 +20,14 @@ import nybble
 from nybble.cli import main
 from nybble.core.errors import FileError, GranularityError, ModelError, SchemeError, UsageError
 from nybble.eval import evaluate
+from nybble.kv_format import KVFormat
 from nybble.nn.kv_cache import QuantizedCache
 from nybble.nn.kv_model import cached_attentions, recorded_kv, use_quantized_cache
 from nybble.pipelines.generate import generate
 from nybble.pipelines.load import load
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.request import build_recipe
-from nybble.scheme import KVFormat, parse_scheme
+from nybble.scheme import parse_scheme
 
 LINE = "keys=(int4 group=4 symmetric=false) values=(nvfp4 group=8)"
 KV = KVFormat.parse(LINE)

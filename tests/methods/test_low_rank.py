@@ -77,3 +77,8 @@ def test_what_cannot_be_is_said(place: tuple[Path, Path]) -> None:
     layer = model.model.layers[0]
     assert isinstance(layer.mlp.down_proj.weight.qtensor(), LowRankSum)
     assert not isinstance(layer.mlp.up_proj.weight.qtensor(), LowRankSum)
+
+
+def test_factors_drawn_by_chance(place: tuple[Path, Path]) -> None:
+    with pytest.raises(SchemeError, match=r"low-rank: factors=int8 channel rounding=stochastic are drawn by chance"):
+        run(*place, factors="int8 channel rounding=stochastic")

@@ -14,11 +14,11 @@ from transformers import AutoConfig, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from nybble.core.errors import GranularityError, ModelError, SchemeError, UsageError
+from nybble.kv_format import KVFormat
 from nybble.nn.kv_cache import QuantizedCache, QuantizedLayer, QuantizedSlidingLayer, make_cache
 from nybble.nn.kv_rows import TokenRows
 from nybble.presets import PRESETS
 from nybble.quantizer import Quantizer
-from nybble.scheme import KVFormat
 
 WIDTH = 128
 LINES = (

@@ -87,6 +87,15 @@ def test_recipes_survive_yaml(name: str) -> None:
             made[step.kind](step.name, {**step.options, **step.quick})
 
 
+def test_options_of_the_quick_way_are_known_before_it_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("scheme: {weights: int4}\nsteps: [{solver: gptq, quick: {damping: 0.1}}]\n")
+    assert build_recipe(str(path), effort="quick").solver.options == {"damping": 0.1}
+    path.write_text("scheme: {weights: int4}\nsteps: [{solver: gptq, quick: {dampling: 0.1}}]\n")
+    with pytest.raises(UsageError, match=r"quick of gptq: .*dampling.*damping"):
+        build_recipe(str(path))
+
+
 def test_schemes_of_yaml() -> None:
     one = parse_scheme({"weights": "int4 group=32", "inputs": "float8_e4m3fn token", "ignore": []})
     assert one == Scheme(rules=(Rule(weights=Quantizer("int4 group=32"), inputs=FP8),), ignore=())

@@ -27,6 +27,7 @@ from nybble.nn.packed import Packed
 from nybble.qtensor import QTensor
 from nybble.qtensor.low_rank_sum import LowRankSum
 from nybble.quantizer import Quantizer
+from nybble.rounding import get_rounding
 
 PLAIN = ("float16", "bfloat16", "float32")
 
@@ -46,8 +47,8 @@ class LowRank(Correction):
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise SchemeError(f"low-rank: rank={self.rank}; it is 0 or more.")
-        if self.factors not in PLAIN:
-            Quantizer(self.factors)
+        if self.factors not in PLAIN and get_rounding(Quantizer(self.factors).rounding).stochastic:
+            raise SchemeError(f"low-rank: factors={self.factors} are drawn by chance; use rounding=nearest-even.")
 
     def can_take(self, target: Target) -> bool:  # noqa: D102
         return target.kind.shares_input and target.rule.weights is not None

@@ -33,10 +33,10 @@ from transformers.cache_utils import (
 )
 
 from nybble.core.errors import ModelError, UsageError
+from nybble.kv_format import KVFormat
 from nybble.nn.kv_rows import TokenRows
 from nybble.qtensor import QTensor
 from nybble.quantizer import Quantizer
-from nybble.scheme import KVFormat
 
 FLOAT = KVFormat(keys=None, values=None)
 
@@ -218,7 +218,7 @@ class QuantizedCache(DynamicCache):
         residual_length: newest tokens that stay in float.
 
     Raises:
-        SchemeError: a quantizer that a cache can't have, see :class:`nybble.scheme.KVFormat`.
+        SchemeError: a quantizer that a cache can't have, see :class:`nybble.kv_format.KVFormat`.
         ModelError: a model with layers that cache something else beside keys and values.
     """
 

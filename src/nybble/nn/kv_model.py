@@ -1,8 +1,8 @@
 """A model that caches in few bits by itself: in ``generate``, and in every forward with ``use_cache``.
 
-What a model records is a :class:`~nybble.scheme.KVFormat`, or one for each attention by name. It hangs on the model as
-hooks, so that nothing of it is a parameter or a module: ``save_pretrained``, ``copy.deepcopy`` and wrappers keep what
-they had, and a cache that the caller passes is used as it is.
+What a model records is a :class:`~nybble.kv_format.KVFormat`, or one for each attention by name. It hangs on the model
+as hooks, so that nothing of it is a parameter or a module: ``save_pretrained``, ``copy.deepcopy`` and wrappers keep
+what they had, and a cache that the caller passes is used as it is.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 from torch import nn
 
 from nybble.core.errors import FileError, ModelError, NybbleError, UsageError, within
+from nybble.kv_format import KVFormat
 from nybble.nn.attention import attentions
 from nybble.nn.kv_rows import check_width
-from nybble.scheme import KVFormat
 
 KVRecord = KVFormat | Mapping[str, KVFormat]
 """One format for all layers, or attention module's name -> format (others cache in float)."""

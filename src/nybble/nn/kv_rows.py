@@ -29,7 +29,7 @@ class TokenRows:
     """Keys or values of one layer: [batch, heads, tokens, width], all but the newest tokens in few bits.
 
     Args:
-        quantizer: with scales within a token (:class:`nybble.scheme.KVFormat` sees to it); None stores float.
+        quantizer: with scales within a token (:class:`nybble.kv_format.KVFormat` sees to it); None stores float.
         residual: newest tokens left in float.
         like: [batch, heads, 0 or more, width], of the dtype that is read back; its values are not used.
 

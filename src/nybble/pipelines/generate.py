@@ -9,9 +9,9 @@ import torch
 from nybble.core.device import check_device
 from nybble.core.errors import ModelError, UsageError
 from nybble.core.seeds import derive_seed, preserve_global_rng
+from nybble.kv_format import KVFormat
 from nybble.nn.kv_model import use_quantized_cache
 from nybble.pipelines.load import load
-from nybble.scheme import KVFormat
 
 
 def generate(
@@ -35,8 +35,8 @@ def generate(
         sample: draw from the model's distribution instead of taking the likeliest token.
         seed: for ``sample``; the caller's random state stays as it is.
         device: where to run.
-        kv: what to cache keys and values in, a line of :class:`nybble.scheme.KVFormat`; ``none`` is float. Default is
-            what a quantized folder says, else float.
+        kv: what to cache keys and values in, a line of :class:`nybble.kv_format.KVFormat`; ``none`` is float. Default
+            is what a quantized folder says, else float.
 
     Returns:
         The new text alone.

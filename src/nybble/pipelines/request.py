@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from nybble.core.errors import SchemeError, UsageError, within
+from nybble.kv_format import KVFormat
 from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe, load_recipe, read_yaml
-from nybble.scheme import KVFormat, Rule, Scheme, parse_scheme
+from nybble.scheme import Rule, Scheme, parse_scheme
+from nybble.walk.steps.make import check_quick
 
 
 def build_recipe(
@@ -29,6 +31,7 @@ def build_recipe(
         UsageError, SchemeError: unknown names, contradictions, or what no step can do.
     """
     recipe = load_recipe(name)
+    check_quick(recipe)
     recipe = recipe.with_effort(effort)
     cached = None if kv is None else KVFormat.parse(kv)
     if scheme is not None and (weights or activations):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from nybble.core.errors import SchemeError
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from nybble.core.errors import SchemeError, within
 from nybble.corrections import make_correction
 from nybble.models.adapter import Adapter
 from nybble.recipe import Recipe
@@ -30,13 +33,7 @@ def make_steps(recipe: Recipe, adapter: Adapter) -> tuple[tuple[BlockStep, ...],
         for step in recipe.steps
         if step.kind == "reconstruction"
     ]
-    sizes = {(step.window, step.overlap) for step in learned}
-    if len(sizes) > 1:
-        raise SchemeError(
-            f"{learned[0].name} and {learned[-1].name} have different windows "
-            f"({', '.join(f'{window} with overlap {overlap}' for window, overlap in sorted(sizes))}); "
-            "give all reconstructions of a recipe the same."
-        )
+    _check_windows(recipe, learned)
     paths = frozenset({solver.path}).union(*(step.paths for step in learned))
     path = "float" if "float" in paths else "quantized"
     found: list[BlockStep] = []
@@ -52,3 +49,33 @@ def make_steps(recipe: Recipe, adapter: Adapter) -> tuple[tuple[BlockStep, ...],
         else:
             found.append(CorrectionStep(step.name, make_correction(step.name, step.options), path))
     return tuple(found), paths
+
+
+def check_quick(recipe: Recipe) -> None:
+    """Make the parts of every step that has a quick way as quick makes them, so that its options are known to be right.
+
+    Raises:
+        UsageError, SchemeError: an unknown option, or a value that the part refuses.
+    """
+    for step in recipe.steps:
+        if step.quick:
+            with within(f"quick of {step.name}"):
+                _MAKE[step.kind](step.name, {**step.options, **step.quick})
+
+
+_MAKE: dict[str, Callable[[str, Mapping[str, Any]], Any]] = {
+    "transform": make_transform,
+    "solver": make_solver,
+    "reconstruction": make_reconstruction,
+    "correction": make_correction,
+}
+
+
+def _check_windows(recipe: Recipe, learned: Sequence[ReconstructionStep]) -> None:
+    numbers = [number for number, step in enumerate(recipe.steps, 1) if step.kind == "reconstruction"]
+    sizes = {(step.window, step.overlap): number for number, step in zip(numbers, learned, strict=True)}
+    if len(sizes) > 1:
+        found = ", ".join(
+            f"step {number} has window {window} with overlap {overlap}" for (window, overlap), number in sizes.items()
+        )
+        raise SchemeError(f"reconstructions with different windows: {found}; give all of a recipe the same.")
