@@ -124,7 +124,7 @@ def test_a_part_that_cannot_train_a_format_names_the_layer(model: str, text: str
     with pytest.raises(SchemeError, match="learns inputs, and the scheme rounds none"):
         nybble.quantize(model, beside, text, settings=SETTINGS)
     two = [{**STEP["reconstruction"], "window": size} for size in (1, 2)]
-    with pytest.raises(SchemeError, match="different windows: step 2 has window 1 .* step 3 has window 2"):
+    with pytest.raises(SchemeError, match=r"different windows: step 2 has window 1 .* step 3 has window 2"):
         nybble.quantize(model, recipe(*two), text, settings=SETTINGS)
 
 
