@@ -53,23 +53,14 @@ class Parts:
         self.folder, self.parts = folder, folder / "parts"
         for left in folder.glob(f"{SPILL}*"):
             left.unlink()
-        before = self._earlier(request) if resume else None
+        before = begun_with(folder) if resume else None
         if before is None:
             for child in folder.iterdir():
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
             atomic_write_json(folder / REQUEST, request)
         else:
-            _same_request(folder, before, request)
+            _same_request(folder, {**request, **before} if self.assembled else before, request)
         self.parts.mkdir(exist_ok=True)
-
-    def _earlier(self, request: dict[str, Any]) -> dict[str, Any] | None:
-        """The request that began this folder; a complete one, killed before it was moved, says it in its manifest."""
-        for name in (REQUEST, MANIFEST):
-            if (self.folder / name).exists():
-                found = json.loads((self.folder / name).read_text(encoding="utf-8"))
-                missing = {key: value for key, value in request.items() if name == MANIFEST and key not in found}
-                return {key: value for key, value in found.items() if key != "layers"} | missing
-        return None
 
     @property
     def assembled(self) -> bool:
@@ -164,6 +155,18 @@ class Parts:
     def _json(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.parts / f"{name}.json").read_text(encoding="utf-8"))
         return found
+
+
+def begun_with(folder: Path) -> dict[str, Any] | None:
+    """The request that began an unfinished folder, or None.
+
+    A complete one, killed before it was moved, says it in its manifest, without what differs between machines.
+    """
+    for name in (REQUEST, MANIFEST):
+        if (folder / name).exists():
+            found: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+            return {key: value for key, value in found.items() if key != "layers"}
+    return None
 
 
 def _same_request(folder: Path, before: dict[str, Any], request: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import DataError
+from nybble.core.products import product_dtype, products_in
 from nybble.nn.kv_model import recorded_kv
 
 LogitsOf = Callable[[int, int], Tensor]
@@ -90,13 +91,19 @@ class Predictor:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models in evaluation mode without gradients, and each of their modules back at exit."""
+    """Put models in evaluation mode without gradients, and each of their modules back at exit.
+
+    Products of 16-bit floats run in float32 where a CPU is faster at it.
+    """
     with ExitStack() as stack:
         for module in itertools.chain.from_iterable(model.modules() for model in models):
             stack.callback(setattr, module, "training", module.training)
         for model in models:
             model.eval()
         stack.enter_context(torch.no_grad())
+        dtypes = {(p.device, p.dtype) for model in models for p in model.parameters()}
+        if any(product_dtype(device, dtype) != dtype for device, dtype in dtypes):
+            stack.enter_context(products_in(torch.float32))
         yield
 
 

@@ -20,12 +20,13 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from nybble.checkpoint.parts import Parts
+from nybble.checkpoint.parts import Parts, begun_with
 from nybble.checkpoint.save import mark_quantized, model_config, save_side_files
 from nybble.core.device import out_of_memory, require_memory
 from nybble.core.errors import FileError, NybbleError, UsageError
@@ -78,6 +79,7 @@ def quantize(
         raise UsageError("resume goes on from what a killed run left in its output folder; give out, or leave it out.")
     if out is not None and os.path.lexists(out):
         raise FileError(f"{out} exists already. Remove it or choose another output folder.")
+    settings = _as_begun(settings, out)
     with preserve_global_rng(), torch.no_grad(), out_of_memory(settings.device or "cpu"):
         job = _job(model, recipe, data, settings, out)
         for line in job.preflight(out):
@@ -150,6 +152,15 @@ def _job(
     from nybble.models.network import as_model
 
     return Job.make(model if hasattr(model, "config") else as_model(model), None, recipe, data, settings)
+
+
+def _as_begun(settings: Settings, out: str | Path | None) -> Settings:
+    """A resumed run computes its products as the run before chose to, whatever a measurement says today."""
+    if not settings.resume or out is None or settings.products is not None:
+        return settings
+    before = begun_with(AtomicFolder(Path(out), resumable=True).partial) or {}
+    name = before.get("settings", {}).get("products", "").removeprefix("torch.")
+    return replace(settings, products=getattr(torch, name)) if name in ("float32", "bfloat16", "float16") else settings
 
 
 def _in_memory(jobs: Mapping[str, Job], progress: Progress) -> tuple[dict[str, list[LayerRow]], dict[str, float]]:

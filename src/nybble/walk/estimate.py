@@ -128,7 +128,8 @@ def _seeing(model: Any, targets: Sequence[Target], load: Load) -> int:
         together = [load.products.get(t.name, 0) * t.shape[1] + 4 * load.inputs.get(t.name, 0) for t in targets]
         return 8 * load.batch * max(together, default=0)
     wide = 2 + (3 if any(t.rule.inputs for t in targets) else 0)
-    bytes_ = load.tokens * (4 * size * (_width(model) + widest) + 4 * wide * widest)
+    casts = 4 * (load.tokens * 2 * widest + max(math.prod(t.shape) for t in targets)) if load.wide else 0
+    bytes_ = casts + load.tokens * (4 * size * (_width(model) + widest) + 4 * wide * widest)
     config = model.config.get_text_config()
     if getattr(config, "_attn_implementation", None) == "eager":
         heads = getattr(config, "num_attention_heads", 1)

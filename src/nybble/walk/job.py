@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,8 @@ class Job:
     Attributes:
         adapter: found before any layer is quantized: looking at the model finds float layers only.
         steps: of the recipe, in order. paths: streams that they read. needs: what calibration must show.
-        device, dtype: of forwards. tokens: what is calibrated on; None where no step looks at data.
+        device, dtype: of forwards. products: what products are computed in on a CPU.
+        tokens: what is calibrated on; None where no step looks at data.
         outside_sees: whether what is in no block wants its inputs.
     """
 
@@ -58,6 +59,7 @@ class Job:
     settings: Settings
     device: torch.device
     dtype: torch.dtype
+    products: torch.dtype
     tokens: Samples | None
     estimate: Estimate
     outside_sees: bool
@@ -88,12 +90,14 @@ class Job:
             kind = data_kind(adapter.reads)
             tokens = _calibration(kind, source or InMemory(model.config), data, settings)
             kind.check(tokens, model)
+        products = settings.products_of(device, dtype)
         load = _load(subject, source, settings, dtype, tokens, kept, paths, steps)
-        cost = estimate(subject, steps, load, measure_flops(device, dtype))
+        load = replace(load, wide=products != dtype)
+        cost = estimate(subject, steps, load, measure_flops(device, products))
         sees = any(_wants_inputs(target, solver) for target in subject.plan.outside)
         return Job(
             model, adapter, source, recipe, steps, paths if tokens is not None else frozenset(), needs, subject.plan,
-            settings, device, dtype, tokens, cost, sees,
+            settings, device, dtype, products, tokens, cost, sees,
         )  # fmt: skip
 
     @property
@@ -194,6 +198,7 @@ class Job:
                 "batch": self.settings.batch,
                 "device": str(self.device),
                 "dtype": str(self.dtype),
+                "products": str(self.products),
             },
             "threads": torch.get_num_threads(),
             "versions": versions(),

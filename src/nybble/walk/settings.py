@@ -9,6 +9,7 @@ from torch import nn
 
 from nybble.core.device import check_device
 from nybble.core.errors import UsageError
+from nybble.core.products import product_dtype
 
 DEFAULT_SAMPLES = 128
 
@@ -23,6 +24,8 @@ class Settings:
         seed: of every random choice.
         device: ``cpu`` or ``cuda``; None takes the CPU, or where a model in memory is.
         dtype: of forwards and of what stays unquantized; None takes bfloat16, or a model in memory's own.
+        products: what products of a 16-bit ``dtype`` are computed in on a CPU: it itself, or float32; None measures
+            which is faster (:mod:`nybble.core.products`). Results differ in the last bits.
         resume: continue a killed run. spill: keep hidden states in a file instead of memory.
     """
 
@@ -32,6 +35,7 @@ class Settings:
     seed: int = 0
     device: str | None = None
     dtype: torch.dtype | None = None
+    products: torch.dtype | None = None
     resume: bool = False
     spill: bool = False
 
@@ -42,6 +46,8 @@ class Settings:
                 raise UsageError(f"{name} is {value}; it must be 1 or more.")
         if self.device is not None:
             check_device(self.device)
+        if self.products not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise UsageError(f"products in {self.products}; they are computed in float32, or in the dtype itself.")
 
     def place(self, model: nn.Module | None) -> tuple[torch.device, torch.dtype]:
         """Where blocks run, and in which dtype: as asked, or the CPU and bfloat16; of a model in memory, its own.
@@ -60,3 +66,15 @@ class Settings:
                 f"{wanted}. Move or cast it first, or leave that out."
             )
         return first.device, first.dtype
+
+    def products_of(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+        """What products of tensors of ``dtype`` are computed in: as asked, or what is measured to be faster.
+
+        Raises:
+            UsageError: asked for another 16-bit dtype than that of the tensors.
+        """
+        if self.products not in (None, torch.float32, dtype):
+            raise UsageError(f"products in {self.products} of tensors in {dtype}; give one of the two another dtype.")
+        if device.type != "cpu" or dtype == torch.float32:
+            return dtype
+        return self.products or product_dtype(device, dtype)

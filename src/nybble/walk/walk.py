@@ -8,6 +8,7 @@ from time import perf_counter
 
 from nybble.calibration.window import Known
 from nybble.checkpoint.parts import Parts
+from nybble.core.products import products_in
 from nybble.core.progress import Progress, task
 from nybble.report.record import LayerRow
 from nybble.walk.job import Job, part_name
@@ -36,6 +37,10 @@ class Walk:
 
     def run(self, parts: Parts | None, progress: Progress) -> dict[str, list[LayerRow]]:
         """Quantize everything; returns rows by job. ``parts``: where a single job's blocks are written."""
+        with products_in(self.lead.job.products):
+            return self._run(parts, progress)
+
+    def _run(self, parts: Parts | None, progress: Progress) -> dict[str, list[LayerRow]]:
         lead, rows = self.lead, {name: list[LayerRow]() for name in self.lanes}
         (title, *more) = self.lanes.values()
         what = f"quantize ({len(self.lanes)} recipes)" if more else f"quantize ({title.job.recipe.name})"

@@ -38,6 +38,7 @@ class Load:
         whole: the source can only be read as a whole. kept: the result stays in memory. spilled: hidden states don't.
         sample: elements of one sample, of a convolutional network; else 0.
         streams: paths whose hidden states are kept. window: blocks that are loaded together.
+        wide: products of a 16-bit dtype are computed in float32 (:mod:`nybble.core.products`).
         products, inputs: of a convolutional network, by layer: rows that its matrix is multiplied with, and elements
             of its input, for one sample.
     """
@@ -53,6 +54,7 @@ class Load:
     sample: int = 0
     streams: int = 1
     window: int = 1
+    wide: bool = False
     products: Mapping[str, int] = field(default_factory=dict)
     inputs: Mapping[str, int] = field(default_factory=dict)
 
