@@ -159,8 +159,10 @@ def _as_begun(settings: Settings, out: str | Path | None) -> Settings:
     if not settings.resume or out is None or settings.products is not None:
         return settings
     before = begun_with(AtomicFolder(Path(out), resumable=True).partial) or {}
-    name = before.get("settings", {}).get("products", "").removeprefix("torch.")
-    return replace(settings, products=getattr(torch, name)) if name in ("float32", "bfloat16", "float16") else settings
+    begun = before.get("settings", {}).get("products")
+    if begun is None:
+        return settings
+    return replace(settings, products=torch.float32 if begun == "torch.float32" else settings.dtype or torch.bfloat16)
 
 
 def _in_memory(jobs: Mapping[str, Job], progress: Progress) -> tuple[dict[str, list[LayerRow]], dict[str, float]]:
