@@ -10,11 +10,11 @@ from nybble.core.errors import UsageError, did_you_mean
 from nybble.formats import format_names, get_format
 from nybble.formats.integer import IntFormat
 from nybble.granularity import REGISTRY as GRANULARITIES
-from nybble.granularity import get_granularity, granularity_words, make_granularity, parse_granularity
+from nybble.granularity import Granularity, get_granularity, granularity_words, make_granularity, parse_granularity
 from nybble.packing import get_layout
 from nybble.presets import PRESETS
 from nybble.rounding import get_rounding
-from nybble.scales import parse_scale_rule
+from nybble.scales import ScaleRule, parse_scale_rule
 from nybble.scales.absmax import AbsMax
 from nybble.scales.minmax import MinMax
 from nybble.scales.mse import Mse
@@ -38,14 +38,21 @@ WORDS = (
 
 DEFAULTS: dict[str, Any] = {
     "rounding": "nearest-even",
-    "scale_format": "float32",
-    "offset_format": "float32",
+    "scale_format": None,  # see default_of
+    "offset_format": None,
     "reciprocal": False,
     "raw_scale": False,
     "floor": "",
     "center": "",
     "packing": "dense",
 }
+
+
+def default_of(key: str, granularity: Granularity, scale: ScaleRule) -> Any:
+    """What a line means that leaves the word ``key`` out."""
+    if key in ("scale_format", "offset_format"):
+        return scale.scale_format or granularity.scale_format if key == "scale_format" else granularity.scale_format
+    return DEFAULTS[key]
 
 
 def split_words(line: str) -> dict[str, str]:
@@ -130,8 +137,7 @@ def parse_words(words: dict[str, str], line: str) -> dict[str, Any]:
         "granularity": granularity,
         "scale": scale,
         "rounding": rounding,
-        "scale_format": words.get("scale_format", "float32"),
-        "offset_format": words.get("offset_format", "float32"),
+        **{key: words.get(key, default_of(key, granularity, scale)) for key in ("scale_format", "offset_format")},
         "reciprocal": _flag(words, "reciprocal", False),
         "raw_scale": _flag(words, "raw_scale", False),
         "floor": floor,

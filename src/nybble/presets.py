@@ -4,7 +4,9 @@ Sections are those of the number-format literature: OCP MX v1.0; NVFP4; block fl
 integers.
 """
 
-_BNB8 = "dynamic8 flat=256 rounding=nearest-even-float32 reciprocal=true"  # bitsandbytes' 8-bit blocks
+_BNB8 = (
+    "dynamic8 flat=256 scale_format=float32 rounding=nearest-even-float32 reciprocal=true"  # bitsandbytes' 8-bit blocks
+)
 
 PRESETS: dict[str, str] = {
     # OCP Microscaling v1.0: 32 elements share a power of two (E8M0), floor rule
@@ -31,9 +33,9 @@ PRESETS: dict[str, str] = {
     # mean. The names with "bnb" are bitsandbytes bit for bit: it finds the codes with the scales before these are
     # rounded, and compares with constants of its own. Its code off the GPU differs in two places: FP4 is compared with
     # float32 midpoints ("-cpu"), and 8 bits are looked up in 65,536 cells of [-1, 1], not always finding the nearest.
-    "nf4-bnb": "nf4 flat=64 rounding=native reciprocal=true",
-    "fp4-bnb": "fp4_bnb flat=64 rounding=native reciprocal=true",
-    "fp4-bnb-cpu": "fp4_bnb flat=64 rounding=half-down-float32 reciprocal=true",
+    "nf4-bnb": "nf4 flat=64 scale_format=float32 rounding=native reciprocal=true",
+    "fp4-bnb": "fp4_bnb flat=64 scale_format=float32 rounding=native reciprocal=true",
+    "fp4-bnb-cpu": "fp4_bnb flat=64 scale_format=float32 rounding=half-down-float32 reciprocal=true",
     "nf4-bnb-dq": f"nf4 flat=64 rounding=native reciprocal=true raw_scale=true scale_format=({_BNB8} center=mean)",
     "fp4-bnb-dq": f"fp4_bnb flat=64 rounding=native reciprocal=true raw_scale=true scale_format=({_BNB8} center=mean)",
     "nf4-dq": f"nf4 flat=64 scale_format=({_BNB8} center=mean)",
@@ -41,13 +43,13 @@ PRESETS: dict[str, str] = {
     # 8-bit optimizer states (Dettmers et al. 2022) and 4-bit ones (Li et al. 2023)
     "state8": _BNB8,
     "state8-unsigned": f"u{_BNB8}",
-    "state4": "dynamic4 flat=128 rounding=half-down",
+    "state4": "dynamic4 flat=128 scale_format=float32 rounding=half-down",
     "state4-unsigned": "linear4 rank1 rounding=half-down",
     # compressed-tensors' integers use all 16 codes; symmetric ones divide by 7.5, asymmetric ones add the zero point
     # before rounding
-    "int4-ct": "int4_full group=128 scale=absmax(target=7.5)",
+    "int4-ct": "int4_full group=128 scale=absmax(target=7.5) scale_format=float32",
     "int8-ct": "int8_full channel scale=absmax(target=127.5)",
-    "int4-ct-asym": "int4_full group=128 symmetric=false rounding=nearest-even-code",
+    "int4-ct-asym": "int4_full group=128 symmetric=false scale_format=float32 rounding=nearest-even-code",
     "int8-ct-asym": "int8_full channel symmetric=false rounding=nearest-even-code",
     # per-token and per-channel 8-bit floats
     "fp8-token": "float8_e4m3fn token",

@@ -13,8 +13,9 @@ granularity         tensor | channel | token | plane | group=N [pad=true] | bloc
 scale=              a scale rule and its options: absmax, mse(grid=80), percentile(p=99.9), pow2 ... (absmax)
 symmetric=false     integers: the range min..max with an integer zero point
 rounding=           nearest-even, half-away, half-up, half-down, toward-zero, native, stochastic ... (nearest-even)
-scale_format=       float32, float16, bfloat16, or a quantizer line in parentheses (nested scales)  (float32)
-offset_format=      the same for a rule with an offset                                             (float32)
+scale_format=       float32, float16, bfloat16, or a quantizer line in parentheses (nested scales)
+                    (float16 for group, block and flat, bfloat16 for powers of two, else float32)
+offset_format=      the same for a rule with an offset     (float16 for group, block and flat, else float32)
 reciprocal=true     multiply by 1 / scale instead of dividing by it, as some peers do
 raw_scale=true      divide by the scale as it was before its own rounding, as bitsandbytes and GGUF do
 floor=              normal | subnormal: the smallest magnitude that is ever stored (scales of NVFP4)
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,7 +40,7 @@ from nybble.core.shapes import Float, Integer
 from nybble.formats import NumberFormat
 from nybble.granularity import REGISTRY as GRANULARITIES
 from nybble.granularity import Granularity
-from nybble.line import DEFAULTS, PLAIN, TENSOR, override, parse_words, split_words
+from nybble.line import DEFAULTS, PLAIN, TENSOR, default_of, override, parse_words, split_words
 from nybble.ops.blocks import dynamic_round, narrow_scale, scaled_round
 from nybble.ops.grid import Round
 from nybble.ops.scaling import divided
@@ -125,9 +127,9 @@ class Quantizer:
             words.append(str(self.granularity))
         if str(self.scale) != "absmax":
             words.append(f"scale={self.scale}")
-        for key, default in DEFAULTS.items():
+        for key in DEFAULTS:
             value = getattr(self, key)
-            if value != default:
+            if value != default_of(key, self.granularity, self.scale):
                 words.append(f"{key}=({value})" if isinstance(value, Quantizer) else f"{key}={str(value).lower()}")
         if self.static:
             words.append("static")
@@ -135,6 +137,10 @@ class Quantizer:
 
     def __repr__(self) -> str:
         return f"Quantizer({str(self)!r})"
+
+    def stored_bytes(self, shape: tuple[int, ...]) -> float:
+        """Bytes that a tensor of ``shape`` takes in a file: codes, scales and offsets with theirs, padding, tables."""
+        return _stored_bytes(self, shape)
 
     def replace(self, **options: Any) -> Quantizer:
         """A copy with some words changed: ``q.replace(group=64)``."""
@@ -400,3 +406,8 @@ def check_finite(x: Tensor, what: str) -> None:
     if not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).sum())
         raise DataError(f"{what} holds {bad} NaN or Inf of {x.numel()} values; repair the file or exclude it (ignore).")
+
+
+@cache
+def _stored_bytes(quantizer: Quantizer, shape: tuple[int, ...]) -> float:
+    return float(quantizer.quantize(torch.empty(shape, device="meta")).nbytes())

@@ -69,9 +69,11 @@ def test_integers(bits: int, group: int, symmetric: bool) -> None:
     args = quantization.QuantizationArgs(num_bits=bits, symmetric=symmetric, **strategy)
     scale, zero_point = their_params(x, args, group)
     if symmetric:
-        q = Quantizer(f"int{bits}_full group={group}", scale=f"absmax(target={2 ** (bits - 1) - 0.5})")
+        q = Quantizer(
+            f"int{bits}_full group={group} scale_format=float32", scale=f"absmax(target={2 ** (bits - 1) - 0.5})"
+        )
     else:
-        q = Quantizer(f"int{bits}_full group={group} symmetric=false rounding=nearest-even-code")
+        q = Quantizer(f"int{bits}_full group={group} symmetric=false scale_format=float32 rounding=nearest-even-code")
     ours = q.quantize(x)
     filled = (
         x.view(48, -1, group).abs().amax(-1) > 0
@@ -89,9 +91,11 @@ def test_integers(bits: int, group: int, symmetric: bool) -> None:
 
 
 def test_the_presets_say_the_same() -> None:
-    assert Quantizer("int4-ct") == Quantizer("int4_full group=128 scale=absmax(target=7.5)")
+    assert Quantizer("int4-ct") == Quantizer("int4_full group=128 scale=absmax(target=7.5) scale_format=float32")
     assert Quantizer("int8-ct") == Quantizer("int8_full channel scale=absmax(target=127.5)")
-    assert Quantizer("int4-ct-asym") == Quantizer("int4_full group=128 symmetric=false rounding=nearest-even-code")
+    assert Quantizer("int4-ct-asym") == Quantizer(
+        "int4_full group=128 symmetric=false scale_format=float32 rounding=nearest-even-code"
+    )
     assert Quantizer("int8-ct-asym") == Quantizer("int8_full channel symmetric=false rounding=nearest-even-code")
 
 
@@ -124,7 +128,9 @@ def test_pack_quantized_bytes(bits: int, columns: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ floats
-@pytest.mark.parametrize("line", ["float8_e4m3fn channel", "float8_e4m3fn token", "float8_e4m3fn group=64"])
+@pytest.mark.parametrize(
+    "line", ["float8_e4m3fn channel", "float8_e4m3fn token", "float8_e4m3fn group=64 scale_format=float32"]
+)
 def test_fp8(line: str) -> None:
     x = inputs(64)
     group = 64 if "group" in line else 768

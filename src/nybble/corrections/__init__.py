@@ -60,6 +60,10 @@ class Correction(ABC):
         """Multiply-adds x 2 for such a weight."""
         return 0.0
 
+    def stored_bytes(self, rows: int, columns: int) -> float:
+        """Bytes that it adds to the file for such a weight."""
+        return 0.0
+
 
 def make_correction(name: str, options: Mapping[str, Any]) -> Correction:
     """A correction from a recipe's step.

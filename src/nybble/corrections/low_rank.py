@@ -94,6 +94,12 @@ class LowRank(Correction):
         """Of a singular value decomposition, about 20 n m min(n, m)."""
         return 20.0 * rows * columns * min(rows, columns)
 
+    def stored_bytes(self, rows: int, columns: int) -> float:  # noqa: D102
+        if self.factors in PLAIN:
+            return self.rank * (rows + columns) * float(getattr(torch, self.factors).itemsize)
+        quantizer = Quantizer(self.factors)
+        return sum(quantizer.stored_bytes(shape) for shape in ((rows, self.rank), (self.rank, columns)))
+
     def working_bytes(self, rows: int, columns: int) -> int:  # noqa: D102
         return 4 * (4 * rows * columns + 2 * min(rows, columns) * (rows + columns))
 

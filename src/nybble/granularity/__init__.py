@@ -63,6 +63,7 @@ class Granularity(ABC):
         word: its word in a quantizer line; the part's key.
         example: a spelling that fits a matrix [8, 32], for tables and tests.
         options: other words of the line that belong to it (``pad`` to ``group``).
+        scale_format: what its scales and offsets are stored in where a line doesn't say.
         one_scale: whether the whole tensor has one scale, whatever its shape.
         rows_apart: whether every block lies in one row of a matrix, so that a search may treat each row by itself.
             False is always right: such a search then moves all scales together.
@@ -81,6 +82,7 @@ class Granularity(ABC):
     word: ClassVar[str]
     example: ClassVar[str]
     options: ClassVar[tuple[str, ...]] = ()
+    scale_format: ClassVar[str] = "float32"
     one_scale: ClassVar[bool] = False
     rows_apart: ClassVar[bool] = False
     for_convolutions: ClassVar[bool] = False

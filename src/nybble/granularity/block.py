@@ -22,6 +22,7 @@ class PerBlock(Granularity):
 
     word: ClassVar[str] = "block"
     example: ClassVar[str] = "block=4x16"
+    scale_format: ClassVar[str] = "float16"  # many scales: 32 bits each would be seen in the file
 
     def __post_init__(self) -> None:
         if min(self.rows, self.columns) < 1:

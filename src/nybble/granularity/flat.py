@@ -21,6 +21,7 @@ class Flat(Granularity):
 
     word: ClassVar[str] = "flat"
     example: ClassVar[str] = "flat=24"
+    scale_format: ClassVar[str] = "float16"  # many scales: 32 bits each would be seen in the file
 
     def __post_init__(self) -> None:
         need_element(self.word, self.size, "a block")

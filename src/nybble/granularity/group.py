@@ -27,6 +27,7 @@ class PerGroup(Granularity):
 
     word: ClassVar[str] = "group"
     example: ClassVar[str] = "group=16"
+    scale_format: ClassVar[str] = "float16"  # many scales: 32 bits each would be seen in the file
     options: ClassVar[tuple[str, ...]] = ("pad",)
     rows_apart: ClassVar[bool] = True
 

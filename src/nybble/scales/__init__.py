@@ -10,6 +10,7 @@ import dataclasses
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -37,7 +38,13 @@ class BlockParams:
 
 @dataclass(frozen=True)
 class ScaleRule(ABC):
-    """A way to find the scale of a block. A block of zeros gets scale 0 here; who uses it decides what that means."""
+    """A way to find the scale of a block. A block of zeros gets scale 0 here; who uses it decides what that means.
+
+    Attributes:
+        scale_format: what its scales are stored in where a line doesn't say; empty leaves it to the granularity.
+    """
+
+    scale_format: ClassVar[str] = ""
 
     @property
     def needs_integer(self) -> bool:

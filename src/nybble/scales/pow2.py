@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,6 +21,8 @@ class Pow2(ScaleRule):
     """``mode``: floor (the specification's), ceil, even or rceil."""
 
     mode: str = "floor"
+
+    scale_format: ClassVar[str] = "bfloat16"  # holds every power of two that float32 does
 
     def __post_init__(self) -> None:
         if self.mode not in POW2_MODES:

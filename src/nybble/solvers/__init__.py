@@ -150,6 +150,10 @@ class Solver(ABC):
     def check_shape(self, rows: int, columns: int) -> None:  # noqa: B027  (most methods take every shape)
         """Raise GranularityError for a weight of a shape that the method can't take, whatever its quantizer."""
 
+    def stored_bytes(self, quantizer: Quantizer, shape: tuple[int, int]) -> float:
+        """Bytes of one such weight in the file: codes, scales, offsets."""
+        return self.quantizer_for(quantizer).stored_bytes(shape)
+
     def quantizer_for(self, quantizer: Quantizer) -> Quantizer:
         """The quantizer that this solver really uses in place of the scheme's (``mse`` changes the scale rule)."""
         return quantizer

@@ -71,6 +71,11 @@ class KMeans(Solver):
     def check_shape(self, rows: int, columns: int) -> None:  # noqa: D102
         VectorQuantizer(k=self.entries, d=self.width).check((rows, columns))
 
+    def stored_bytes(self, quantizer: Quantizer, shape: tuple[int, int]) -> float:
+        """Indices, the book, and the rows' scales."""
+        indices = -(-shape[0] * (shape[1] // self.width) * (self.entries - 1).bit_length() // 8)
+        return indices + 2 * self.entries * self.width + (2 * shape[0] if self.channel else 0)
+
     def working_bytes(self, rows: Sequence[int], columns: int) -> int:
         """The weights, six copies of the largest (runs, importance, products), and distances (on a GPU twice)."""
         return 4 * columns * (sum(rows) + 6 * max(rows)) + 8 * CHUNK

@@ -56,6 +56,19 @@ class OutlierColumns(Solver):
         if self.keep not in PLAIN:
             Quantizer(self.keep)
 
+    def stored_bytes(self, quantizer: Quantizer, shape: tuple[int, int]) -> float:
+        """Of both parts, and an index a column."""
+        count = self._count(quantizer, shape)
+        if count is None:
+            return quantizer.stored_bytes(shape)
+        kept = (shape[0], count)
+        most = kept[0] * count * getattr(torch, self.keep).itemsize if self.keep in PLAIN else None
+        return (
+            quantizer.stored_bytes((shape[0], shape[1] - count))
+            + (Quantizer(self.keep).stored_bytes(kept) if most is None else most)
+            + 4 * shape[1]
+        )
+
     def needs(self, inputs: Quantizer | None) -> frozenset[str]:  # noqa: D102
         return frozenset({"second_moment"})
 

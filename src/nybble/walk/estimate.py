@@ -25,13 +25,15 @@ BASE = 300_000_000
 class Estimate:
     """What a run will need: bytes of memory above the interpreter's, bytes of disk, and seconds (a rough guess).
 
-    ``window``: bytes of the blocks that are worked on together, with what the steps hold of them.
+    ``window``: bytes of the blocks that are worked on together, with what the steps hold of them. ``bits``: of each
+    quantized weight in the file, scales and all; 0 where none is quantized.
     """
 
     memory: int
     disk: int
     seconds: float
     window: int = 0
+    bits: float = 0.0
 
 
 def estimate(subject: Subject, steps: Sequence[BlockStep], load: Load, flops: float) -> Estimate:
@@ -54,7 +56,8 @@ def estimate(subject: Subject, steps: Sequence[BlockStep], load: Load, flops: fl
     at_once = min(load.window, len(blocks))
     window = at_once * (block + max(cost.held for cost in costs))
     work = max(_seeing(model, targets, load) + cost.peak for targets, cost in zip(plan.blocks, costs, strict=True))
-    behind = max((_block_cost(subject, steps, [t], load).peak for t in plan.outside), default=0)
+    costs_behind = [_block_cost(subject, steps, [t], load) for t in plan.outside]
+    behind = max((cost.peak for cost in costs_behind), default=0)
     reading = 2 * max(outside, default=0) * load.source_bytes
     held = 0 if load.spilled else hidden
     memory = BASE + sum(outside) * size + max(reading, held + max(window + work, behind))
@@ -62,14 +65,21 @@ def estimate(subject: Subject, steps: Sequence[BlockStep], load: Load, flops: fl
     memory += sum(blocks) * size if load.kept else 0
     memory += _fisher(subject, steps, load, sum(blocks))
     targets = [t for block_targets in plan.blocks for t in block_targets]
-    packed = sum(_elements(t) * (t.rule.weights.format.bits + 1) / 8 for t in targets if t.rule.weights)
-    rest = sum(blocks) + sum(outside) - sum(_elements(t) for t in targets)
+    packed = sum(cost.stored for cost in (*costs, *costs_behind))
+    quantized = sum(_elements(t) for t in (*targets, *plan.outside) if t.rule.weights)
+    rest = max(0, sum(blocks) + sum(outside) - quantized)
     # The parts and the final file exist together for a moment.
     disk = int(2 * (packed + rest * size)) + (hidden if load.spilled else 0)
     products = sum(load.samples * load.products.get(t.name, 0) * math.prod(t.shape) for t in targets)
     forward = products if load.sample else samples * sum(blocks)
     seconds = 3 + ((2 + load.streams - 1) * 2 * forward + sum(cost.flops for cost in costs)) / flops
-    return Estimate(memory=int(memory), disk=disk, seconds=seconds, window=int(window + work))
+    return Estimate(
+        memory=int(memory),
+        disk=disk,
+        seconds=seconds,
+        window=int(window + work),
+        bits=8 * packed / quantized if quantized else 0.0,
+    )
 
 
 def _block_cost(subject: Subject, steps: Sequence[BlockStep], targets: Sequence[Target], load: Load) -> Cost:
@@ -79,6 +89,7 @@ def _block_cost(subject: Subject, steps: Sequence[BlockStep], targets: Sequence[
         held=sum(cost.held for cost in costs),
         peak=max((cost.peak for cost in costs), default=0),
         flops=sum(cost.flops for cost in costs),
+        stored=sum(cost.stored for cost in costs),
     )
 
 

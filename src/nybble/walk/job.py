@@ -168,8 +168,9 @@ class Job:
             data = "calibration {} x {} tokens".format(*self.kind.size(self.tokens))
             if self.settings.samples is None and self.tokens.available < DEFAULT_SAMPLES:
                 data += f" (all that {self.tokens.source} has)"
+        size = f" at {self.estimate.bits:.2f} bits" if self.estimate.bits else ""
         lines = [
-            f"{self.plan.targets} weights in {len(self.plan.blocks)} blocks ({counts}); {data}",
+            f"{self.plan.targets} weights in {len(self.plan.blocks)} blocks{size} ({counts}); {data}",
             f"about {self.estimate.memory / 1e9:.2f} GB of memory, {self.estimate.disk / 1e9:.2f} GB of disk, "
             f"{self.estimate.seconds:.0f} s on {self.device}",
         ]

@@ -37,7 +37,7 @@ def equation(x: Tensor, scale: Tensor, grid: Tensor, upstream: Tensor) -> tuple[
 def test_equations(line: str) -> None:
     fmt, x = get_format(line), torch.randn(6, 40)
     grid = torch.tensor(fmt.grid, dtype=torch.float64)
-    for granularity, count in (("channel", 40), ("tensor", 240), ("group=8", 8)):
+    for granularity, count in (("channel", 40), ("tensor", 240), ("group=8 scale_format=float32", 8)):
         part = learned(f"{line} {granularity} scale=learned", x)
         with torch.no_grad():
             part.scale.mul_(torch.linspace(0.5, 1.1, part.scale.numel()).reshape(part.scale.shape))  # some are clipped

@@ -66,11 +66,17 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a step takes for one block: bytes that stay while the block is worked on, bytes while it runs, and flops."""
+    """What a step takes for one block.
+
+    Attributes:
+        held: bytes that stay while the block is worked on. peak: bytes while the step runs. flops: multiply-adds x 2.
+        stored: bytes of quantized weights that it adds to the file.
+    """
 
     held: int = 0
     peak: int = 0
     flops: float = 0.0
+    stored: float = 0.0
 
 
 class BlockStep(ABC):

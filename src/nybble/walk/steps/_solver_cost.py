@@ -24,7 +24,8 @@ def solver_cost(solver: Solver, targets: Sequence[Target], load: Load) -> Cost:
             flops += tokens * target.shape[1] ** 2
         most = min(load.samples * target.kind.rows_a_sample, solver.most_tokens) or tokens
         flops += solver.flops(*target.shape, most, target.rule.inputs) * target.matrices
-    return Cost(peak=peak, flops=flops)
+    stored = sum(solver.stored_bytes(t.rule.weights, t.shape) * t.matrices for t in solved if t.rule.weights)
+    return Cost(peak=peak, flops=flops, stored=stored)
 
 
 def _rows(targets: Sequence[Target], solver: Solver, load: Load) -> int:

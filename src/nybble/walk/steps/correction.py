@@ -76,6 +76,7 @@ class CorrectionStep(BlockStep):
         return Cost(
             peak=peak,
             flops=sum(self.correction.flops(*t.shape) for t in taken),
+            stored=sum(self.correction.stored_bytes(*t.shape) * t.matrices for t in taken),
         )
 
     def run(self, window: Window) -> None:  # noqa: D102
