@@ -279,6 +279,7 @@ class Quantizer:
         exact = isinstance(self.scale, Pow2) and str(self.scale_format) == "float8_e8m0fnu scale=one"
         return (
             isinstance(self.scale, AbsMax | Pow2)
+            and (not isinstance(self.scale, Pow2) or self.scale.of_maximum)
             and (not nested or exact)
             and not self.granularity.factored
             and not (

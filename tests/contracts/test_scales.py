@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -251,6 +252,10 @@ def test_pow2_by_its_formula(fmt: str, mode: str) -> None:
         elif mode == "even":
             carry = round(m * 2 ** (mantissa_bits + 1) + 1e-12) == 2 ** (mantissa_bits + 1)  # half up
             exponent = e - 1 + carry - emax
+        elif mode == "nearest":
+            exponent = math.frexp(a / form.absmax)[1] - 3
+            while Fraction(a) ** 2 >= 2 * (Fraction(form.absmax) * Fraction(2) ** exponent) ** 2:
+                exponent += 1
         else:
             exponent = math.frexp(a / form.absmax)[1] - 3
             while form.absmax * 2.0**exponent < a:
@@ -305,3 +310,21 @@ def test_two_level_needs_a_nested_format() -> None:
         Quantizer("float4_e2m1fn group=16 scale=two-level")
     with pytest.raises(SchemeError, match="one scale of scales"):
         Quantizer("float4_e2m1fn group=16 scale=two-level scale_format=(float8_e4m3fn flat=8)")
+
+
+@pytest.mark.parametrize("fmt", ["float4_e2m1fn", "float8_e4m3fn", "int8", "float6_e3m2fn"])
+def test_pow2_search_takes_the_better_of_two(fmt: str) -> None:
+    form, x = get_format(fmt), torch.randn(400, 32) * torch.exp(4 * torch.randn(400, 1))
+    x[0] = 0
+    weight = torch.rand(400, 32)
+    errors = {}
+    for mode in (*POW2_MODES, "search"):
+        scale = rule_of(f"pow2(mode={mode})").fit(x, form, "nearest-even", weight).scale
+        rounded = round_to(x / scale, fmt, "nearest-even") * scale
+        errors[mode] = (
+            ((rounded - x) / x.abs().amax(1, keepdim=True).clamp(min=1e-30)).double().square().mul(weight).sum(1)
+        )
+    for mode in ("floor", "even", "rceil"):
+        assert (errors["search"] <= errors[mode] * (1 + 1e-5) + 1e-30).all(), mode
+    q = Quantizer(f"{fmt} group=32 scale=pow2(mode=search) scale_format=(float8_e8m0fnu scale=one)")
+    assert torch.equal(q.fake_quantize(x), q.quantize(x).dequantize())

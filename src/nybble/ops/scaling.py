@@ -13,7 +13,7 @@ from nybble.core.errors import UsageError
 from nybble.core.shapes import Float32
 from nybble.formats import NumberFormat
 
-POW2_MODES = ("floor", "ceil", "even", "rceil")
+POW2_MODES = ("floor", "ceil", "even", "rceil", "nearest")
 
 
 def absmax_scale(amax: Float32[Tensor, "*shape"], target: float) -> Float32[Tensor, "*shape"]:
@@ -35,13 +35,14 @@ def pow2_scale(amax: Float32[Tensor, "*shape"], fmt: NumberFormat, mode: str) ->
     ``ceil``   2^(ceil(log2 amax) - emax)
     ``even``   as floor, of amax rounded to the format's mantissa bits (half up)
     ``rceil``  2^ceil(log2(amax / max)): never saturates
+    ``nearest``  2^round(log2(amax / max))
 
     The exponent is clamped to [-127, 127], E8M0's range; a zero block gets 2^-127, a NaN or Inf block NaN.
 
     Args:
         amax: float32, largest magnitude of each block.
         fmt: format of the elements.
-        mode: one of the four.
+        mode: one of the five.
     """
     if mode not in POW2_MODES:
         raise UsageError(f"pow2 mode {mode!r} is not one of {', '.join(POW2_MODES)}.")
@@ -52,12 +53,15 @@ def pow2_scale(amax: Float32[Tensor, "*shape"], fmt: NumberFormat, mode: str) ->
         amax, emax = amax * 2.0 ** (1 - emax), 1
     # Added to the bits of amax, a carry into the exponent happens exactly where the mode rounds up.
     below = 1 << 23
+    middle = math.frexp(top * math.sqrt(2))  # of a binade, in units of max: at this mantissa "nearest" goes up
     carry = {
         "floor": 0,
         "ceil": below - 1,
         "even": below >> getattr(fmt, "m", 0) + 1,
         "rceil": below - 1 - int(np.float32(top - 1) * below),
+        "nearest": below - math.ceil((2 * middle[0] - 1) * below) - (middle[1] - 1) * below,
     }[mode]
     biased = ((amax.view(torch.int32) + carry >> 23) - emax).clamp(0, 254)
+    biased = torch.where(amax.isinf(), 254, biased)  # twice a finite one, above
     scale = (biased << 23).clamp(min=below >> 1).view(torch.float32)  # 2^-127 is a subnormal: half of 2^-126's bits
     return torch.where(finite, scale, torch.full_like(scale, torch.nan))

@@ -30,7 +30,10 @@ CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
         [{"solver": "rtn"}, {"correction": "low-rank", "rank": 4, "factors": "int8 channel"}],
     ),
     "vectors": ("binary channel scale=mean", [{"solver": "k-means", "entries": 16, "width": 2, "iterations": 3}]),
-    "scaled vectors": ("binary channel scale=mean", [{"solver": "k-means", "entries": 16, "width": 2, "channel": True}]),
+    "scaled vectors": (
+        "binary channel scale=mean",
+        [{"solver": "k-means", "entries": 16, "width": 2, "channel": True}],
+    ),
     "outliers": ("int2 channel", [{"solver": "outlier-columns", "share": 0.1}]),
 }
 
