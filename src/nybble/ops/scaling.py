@@ -49,8 +49,9 @@ def pow2_scale(amax: Float32[Tensor, "*shape"], fmt: NumberFormat, mode: str) ->
     top, emax = math.frexp(fmt.absmax)
     top, emax = 2 * top, emax - 1  # absmax = top * 2^emax, 1 <= top < 2
     finite = amax.isfinite()
+    least = torch.full_like(amax, emax, dtype=torch.int32)
     if emax < 1:  # where amax is subnormal its bits don't tell its exponent; a format above 1 clamps there anyhow
-        amax, emax = amax * 2.0 ** (1 - emax), 1
+        amax, least = torch.where(amax < 1, amax * 2.0 ** (1 - emax), amax), torch.where(amax < 1, 1, least)
     # Added to the bits of amax, a carry into the exponent happens exactly where the mode rounds up.
     below = 1 << 23
     middle = math.frexp(top * math.sqrt(2))  # of a binade, in units of max: at this mantissa "nearest" goes up
@@ -61,7 +62,6 @@ def pow2_scale(amax: Float32[Tensor, "*shape"], fmt: NumberFormat, mode: str) ->
         "rceil": below - 1 - int(np.float32(top - 1) * below),
         "nearest": below - math.ceil((2 * middle[0] - 1) * below) - (middle[1] - 1) * below,
     }[mode]
-    biased = ((amax.view(torch.int32) + carry >> 23) - emax).clamp(0, 254)
-    biased = torch.where(amax.isinf(), 254, biased)  # twice a finite one, above
+    biased = ((amax.view(torch.int32) + carry >> 23) - least).clamp(0, 254)
     scale = (biased << 23).clamp(min=below >> 1).view(torch.float32)  # 2^-127 is a subnormal: half of 2^-126's bits
     return torch.where(finite, scale, torch.full_like(scale, torch.nan))
