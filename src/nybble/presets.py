@@ -14,7 +14,12 @@ PRESETS: dict[str, str] = {
     "mxfp8_e5m2": "float8_e5m2 group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
     "mxfp6": "float6_e2m3fn group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
     "mxfp6_e3m2": "float6_e3m2fn group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
-    "mxfp4": "float4_e2m1fn group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
+    # MXFP4 by the better of two exponents for each block, which a reader can't tell from the others; by the
+    # specification (and ggml), as compressed-tensors ("ct"), ModelOpt and MLX choose them
+    "mxfp4": "float4_e2m1fn group=32 scale=pow2(mode=search) scale_format=(float8_e8m0fnu scale=one)",
+    "mxfp4-ocp": "float4_e2m1fn group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
+    "mxfp4-modelopt": "float4_e2m1fn group=32 scale=pow2(mode=rceil) scale_format=(float8_e8m0fnu scale=one)",
+    "mxfp4-mlx": "float4_e2m1fn group=32 scale=pow2(mode=nearest) scale_format=(float8_e8m0fnu scale=one)",
     "mxint8": "int8 group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
     # NVFP4: 16 elements share an E4M3 scale, over one float32 for the tensor
     "nvfp4": "float4_e2m1fn group=16 scale_format=(float8_e4m3fn tensor floor=normal)",

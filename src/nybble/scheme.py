@@ -174,7 +174,7 @@ PRESETS: dict[str, tuple[str, str | None]] = {
     "W4AFP8": (_CT_INT4, "float8_e4m3fn token"),
     "NVFP4": ("nvfp4", "nvfp4"),
     "NVFP4A16": ("nvfp4", None),
-    "MXFP4": ("mxfp4", "mxfp4"),
+    "MXFP4": ("mxfp4", "mxfp4-ct"),  # inputs as vLLM rounds them: a search at every token gains nothing
     "MXFP4A16": ("mxfp4", None),
     "MXFP6": ("mxfp6", "mxfp6"),
     "MXFP8": ("mxfp8", "mxfp8"),

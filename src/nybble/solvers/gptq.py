@@ -56,7 +56,7 @@ class Gptq(Solver):
 
     block: int = 128
     damping: float = 0.01
-    activation_order: bool = False
+    activation_order: bool = True
     clip: bool = True
 
     def __post_init__(self) -> None:
