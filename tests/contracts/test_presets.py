@@ -110,7 +110,7 @@ def test_line_leads_back(line: str) -> None:
     ("line", "written"),
     [
         ("int4_full group=64 scale=minmax", "int4 group=64 symmetric=false"),
-        ("int4-ct-asym", "int4 group=128 symmetric=false rounding=nearest-even-code"),
+        ("int8-ct-asym", "int8 channel symmetric=false rounding=nearest-even-code"),
         ("int4 symmetric=false scale=mse(grid=80)", "int4 symmetric=false scale=mse(grid=80)"),
         ("int8_full token scale=mse(asymmetric=true)", "int8 token symmetric=false scale=mse"),
         ("uint4 channel scale=minmax", "uint4 channel symmetric=false"),
