@@ -1,5 +1,7 @@
 """Writes the tables of README.md and docs/ from the committed results: every number there comes from a file here.
 
+Tables of what there is (formats, parts, options) come from the registries: see registries.py.
+
     python benchmarks/tables.py            rewrite them
     python benchmarks/tables.py --check    fail if one is out of date (a test runs this)
 
@@ -12,9 +14,12 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import registries
+from registries import table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -40,11 +45,6 @@ def main() -> None:
 
 def _fill(match: re.Match[str]) -> str:
     return f"{match[1]}{TABLES[match[2]]()}{match[3]}"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    ruler = ["---", *("---:" for _ in columns[1:])]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (columns, ruler, *rows))
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def demo() -> str:
         "MB",
     )
     versions = ", ".join(f"{name} {data['versions'][name]}" for name in ("python", "torch", "transformers"))
-    return _table(columns, rows) + f"\n{data['text']}; {data['cpu']}; {versions}.\n"
+    return table(columns, rows) + f"\n{data['text']}; {data['cpu']}; {versions}.\n"
 
 
 def gptq() -> str:
@@ -99,7 +99,7 @@ def gptq() -> str:
         "perplexity ratio",
         "time ratio",
     )
-    return _table(columns, rows) + "".join(f"\n{note}\n" for note in notes)
+    return table(columns, rows) + "".join(f"\n{note}\n" for note in notes)
 
 
 def fake_quantize() -> str:
@@ -107,7 +107,7 @@ def fake_quantize() -> str:
     data = _load("fake_quantize")
     rows = [[f"`{name}`", f"{row['ratio']:.2f}"] for name, row in data["results"].items()]
     columns = ("4096 x 4096 float32 on the CPU, scales included", "time over torch's fake_quantize_per_channel_affine")
-    return _table(columns, rows) + f"\n{data['threads']} threads, {data['processor']}; torch {data['torch']}.\n"
+    return table(columns, rows) + f"\n{data['threads']} threads, {data['processor']}; torch {data['torch']}.\n"
 
 
 def memory() -> str:
@@ -124,7 +124,7 @@ def memory() -> str:
         for r in data["rows"]
     ]
     about = f"\n{data['machine']['cpu']}, {data['machine']['threads']} threads; torch {data['versions']['torch']}.\n"
-    return _table(("run", "calibration", "measured, GB", "estimate, GB", "ratio"), rows) + about
+    return table(("run", "calibration", "measured, GB", "estimate, GB", "ratio"), rows) + about
 
 
 def minilm() -> str:
@@ -140,7 +140,7 @@ def minilm() -> str:
         f"\nbfloat16 alone: {data['rows'][0]['cosine']:.5f}. {sentences}; quick search ({quick}); "
         f"torch {data['versions']['torch']}.\n"
     )
-    return _table(("embeddings/weights/activations", *methods), rows) + about
+    return table(("embeddings/weights/activations", *methods), rows) + about
 
 
 def vit() -> str:
@@ -157,7 +157,7 @@ def vit() -> str:
         f"{data['effort']} search; {machine}, torch {data['versions']['torch']}. A forward with shifts took "
         f"{data['shift_time_ratio']:.2f} times that of one without them.\n"
     )
-    return _table(("weights/activations", *methods), rows) + about
+    return table(("weights/activations", *methods), rows) + about
 
 
 def cnn() -> str:
@@ -174,29 +174,12 @@ def cnn() -> str:
             f"folding BatchNorms changes a logit by {entry['folding_error']:.1e} of the largest at most; {machine}."
         )
     head = ("network", "folds", "weights/activations", "method", "agreement", "where it is sure")
-    return _table(head, rows) + "\n" + "\n\n".join(notes) + "\n"
-
-
-def formats() -> str:
-    """All listed formats."""
-    from nybble.formats import format_names, get_format
-
-    made = [get_format(name) for name in format_names()]
-    rows = [
-        [f"`{f.name}`", str(f.bits), str(len(f.grid)), f"{f.min:g}", f"{f.max:g}", f"{f.smallest:.4g}"] for f in made
-    ]
-    return _table(("format", "bits", "values", "smallest", "largest", "least above zero"), rows)
-
-
-def presets() -> str:
-    """All quantizer presets."""
-    from nybble.presets import PRESETS
-
-    return _table(("preset", "quantizer"), [[f"`{name}`", f"`{line}`"] for name, line in PRESETS.items()])
+    return table(head, rows) + "\n" + "\n\n".join(notes) + "\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (demo, gptq, fake_quantize, memory, minilm, vit, cnn, formats, presets)
+    **{f.__name__: f for f in (demo, gptq, fake_quantize, memory, minilm, vit, cnn)},
+    **registries.TABLES,
 }
 
 if __name__ == "__main__":

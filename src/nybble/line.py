@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from nybble.core.errors import UsageError, did_you_mean
-from nybble.formats import format_names, get_format
+from nybble.formats import NumberFormat, format_names, get_format
 from nybble.formats.integer import IntFormat
 from nybble.granularity import REGISTRY as GRANULARITIES
 from nybble.granularity import Granularity, get_granularity, granularity_words, make_granularity, parse_granularity
@@ -145,6 +145,23 @@ def parse_words(words: dict[str, str], line: str) -> dict[str, Any]:
         "packing": packing,
         "static": words.get("static", "false") in ("", "true"),
     }
+
+
+def as_written(fmt: NumberFormat, scale: ScaleRule) -> tuple[str, list[str]]:
+    """A format's name and a scale rule's words as people write them: integers with a zero point are ``int4`` again.
+
+    >>> as_written(get_format("int4_full"), MinMax()), as_written(get_format("int4_full"), Mse(asymmetric=True))
+    (('int4', ['symmetric=false']), ('int4', ['symmetric=false', 'scale=mse']))
+    """
+    if not scale.needs_integer:
+        return fmt.name, [] if scale == AbsMax() else [f"scale={scale}"]
+    full = isinstance(fmt, IntFormat) and fmt.is_signed and fmt.full_range and fmt.bits > 1
+    name = f"int{fmt.bits}" if full else fmt.name
+    if scale == MinMax():
+        return name, ["symmetric=false"]
+    if isinstance(scale, Mse):
+        return name, ["symmetric=false", f"scale={replace(scale, asymmetric=False)}"]
+    return name, [f"scale={scale}"]
 
 
 def _flag(words: dict[str, str], key: str, default: bool) -> bool:

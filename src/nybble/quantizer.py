@@ -40,7 +40,7 @@ from nybble.core.shapes import Float, Integer
 from nybble.formats import NumberFormat
 from nybble.granularity import REGISTRY as GRANULARITIES
 from nybble.granularity import Granularity
-from nybble.line import DEFAULTS, PLAIN, TENSOR, default_of, override, parse_words, split_words
+from nybble.line import DEFAULTS, PLAIN, TENSOR, as_written, default_of, override, parse_words, split_words
 from nybble.ops.blocks import dynamic_round, narrow_scale, scaled_round
 from nybble.ops.grid import Round
 from nybble.ops.scaling import divided
@@ -69,8 +69,8 @@ class Quantizer:
     Raises:
         UsageError: an unknown word, preset, format or option, with the closest one.
 
-    >>> str(Quantizer("e2m1", group=32))
-    'float4_e2m1fn group=32'
+    >>> str(Quantizer("e2m1", group=32)), str(Quantizer("int4 symmetric=false scale=minmax"))
+    ('float4_e2m1fn group=32', 'int4 symmetric=false')
     """
 
     format: NumberFormat
@@ -122,11 +122,11 @@ class Quantizer:
             raise SchemeError(f"packing={layout.name} can't hold all codes of {self.format.name}; use packing=dense.")
 
     def __str__(self) -> str:
-        words = [self.format.name]
+        name, scale = as_written(self.format, self.scale)
+        words = [name]
         if self.granularity != TENSOR:
             words.append(str(self.granularity))
-        if str(self.scale) != "absmax":
-            words.append(f"scale={self.scale}")
+        words += scale
         for key in DEFAULTS:
             value = getattr(self, key)
             if value != default_of(key, self.granularity, self.scale):

@@ -35,11 +35,11 @@ from nybble.quantizer import Quantizer
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Quantizers for the modules that ``targets`` match.
+    """Quantizers for the modules that ``targets`` match; what has none (None) stays in float.
 
     Attributes:
         targets: class names (``Linear``), exact module names, or ``re:`` and a pattern for the whole module name.
-        weights: for the weight. inputs: for what enters the module. outputs: for what leaves it. None: float.
+        weights: for the weight. inputs: for what enters the module. outputs: for what leaves it.
         matmuls: for the four operands of an attention's two products; its targets are attention modules (the class
             ``Attention``).
         kv: for what these attentions cache, where that differs from the scheme's ``kv``.
@@ -64,7 +64,7 @@ class Scheme:
 
     Attributes:
         rules: the first whose target matches a module decides. ignore: as targets; wins over all rules.
-        name: a preset's name, for reports. kv: for the KV cache of every layer; None leaves it to the rules.
+        name: a preset's name, for reports. kv: for the KV cache of every layer; left out (None), each rule's own.
     """
 
     rules: tuple[Rule, ...]

@@ -106,6 +106,24 @@ def test_line_leads_back(line: str) -> None:
     assert q.replace() == q
 
 
+@pytest.mark.parametrize(
+    ("line", "written"),
+    [
+        ("int4_full group=64 scale=minmax", "int4 group=64 symmetric=false"),
+        ("int8-ct-asym", "int8 channel symmetric=false rounding=nearest-even-code"),
+        ("int4 symmetric=false scale=mse(grid=80)", "int4 symmetric=false scale=mse(grid=80)"),
+        ("int8_full token scale=mse(asymmetric=true)", "int8 token symmetric=false scale=mse"),
+        ("uint4 channel scale=minmax", "uint4 channel symmetric=false"),
+        ("int1_full scale=minmax", "int1_full symmetric=false"),  # there is no int1
+        ("int4_full scale=minmax(offset=true)", "int4_full scale=minmax(offset=true)"),
+        ("int4_full group=32", "int4_full group=32"),
+        ("int4 group=32 scale_format=(int8_full scale=minmax)", "int4 group=32 scale_format=(int8 symmetric=false)"),
+    ],
+)
+def test_integers_with_a_zero_point_are_written_as_people_write_them(line: str, written: str) -> None:
+    assert str(Quantizer(line)) == written and Quantizer(written) == Quantizer(line)
+
+
 @pytest.mark.parametrize("line", LINES)
 def test_codes_are_what_the_format_produces(line: str) -> None:
     q = Quantizer(line)

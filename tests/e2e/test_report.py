@@ -50,7 +50,7 @@ def test_command_writes_the_page(folder: Path, nybble: Run) -> None:
     page = (folder / "report.html").read_text()
     assert (code, found["report"], found["bytes"]) == (0, str(folder / "report.html"), len(page.encode()))
     assert (found["layers"], found["evaluated"]) == (14, True)
-    assert "tiny &lt;b&gt;model" in page
+    assert "<h1>model</h1>" in page and "in tiny &lt;b&gt;model · LlamaForCausalLM" in page
     assert "<script>alert" not in page
     nybble("report", folder)
     assert (folder / "report.html").read_text() == page  # it does not count itself
@@ -151,6 +151,14 @@ def test_page_in_a_browser(width: int, height: int, page: Page, large: Path) -> 
     assert page.run("document.querySelectorAll('[data-chart] > svg').length") == 3
     assert page.run("[...document.querySelectorAll('svg[role=img]')].every(s => s.getAttribute('aria-label'))")
     assert page.run("document.querySelector('[data-chart=error]').querySelectorAll('.mark').length") == 420
+
+    cut = """[...document.querySelectorAll('.scroll')].map(area => [
+        area.scrollWidth > area.clientWidth + 1, !area.previousElementSibling.hidden,
+        area.previousElementSibling.className])"""
+    hints = page.run(cut)
+    assert all(is_cut == is_said and name == "swipe" for is_cut, is_said, name in hints)
+    assert [is_cut for is_cut, *_ in hints] == ([False, True, True] if width == 390 else [False, False, True])
+    assert "float4_e2m1fn shifted static" in column(page, "inputs")
 
     for wanted, down in (("descending", True), ("ascending", False)):
         page.run("document.querySelector('th[data-key=sqnr] button').click()")

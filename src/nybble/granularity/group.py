@@ -18,7 +18,7 @@ class PerGroup(Granularity):
     """One scale for each ``size`` neighbours of the last dimension.
 
     Args:
-        size: elements of a group; must divide the last dimension, unless
+        size: elements of a group; must divide the last dimension, unless it is padded.
         pad: the last group of each row may be short (it owns its scale; no padding element is stored).
     """
 

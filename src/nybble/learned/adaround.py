@@ -107,7 +107,14 @@ class UpOrDown(Learned):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaRound(Part):
-    """``strength``: lambda. ``warmup``: the share of training without the penalty. ``scale_aware``: FP4DiT's form."""
+    """Options of the method.
+
+    Attributes:
+        strength: lambda, of the penalty.
+        beta_start, beta_end: the penalty's exponent, when it sets in and at the end.
+        warmup: the share of training without the penalty.
+        scale_aware: FP4DiT's form.
+    """
 
     strength: float = 0.01
     beta_start: float = 20.0

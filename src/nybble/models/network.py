@@ -37,6 +37,8 @@ class Network(PreTrainedModel):  # type: ignore[no-untyped-call]
 
 def as_model(net: nn.Module) -> Network:
     """Wrap a network in eval mode; its modules stay its own."""
-    found = Network(NetworkConfig(), net)
+    config = NetworkConfig()
+    config.name_or_path = type(net).__name__
+    found = Network(config, net)
     nn.Module.eval(found)
     return found

@@ -29,7 +29,7 @@ class Reconstruction(ABC):
     """The engine's options; a loss adds its own.
 
     Attributes:
-        weights, inputs: the learned parts; at least one.
+        weights, inputs: what is learned of a layer's weight, or of its input; at least one of the two.
         window: blocks that are optimised together. overlap: how many of them the next window has too; their parts go
             on from what they learned.
         steps: of the optimiser for each window; each takes one batch of calibration samples.

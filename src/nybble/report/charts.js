@@ -153,7 +153,7 @@ function figure(title, below, make) {
 // What a row opens to.
 function details(layer) {
   const weight = layer.weight_picture, input = layer.input_picture, figures = [];
-  const gridded = (p) => `${p.format ? `Lines: the values of ${p.format}. ` : ""}${percent(p.clipped)} lie beyond the largest.`;
+  const gridded = (p) => `${p.format ? `Lines: the ${data.grids[p.format].length} values of the format. ` : ""}${percent(p.clipped)} lie beyond the largest.`;
   if (weight) figures.push(figure("Weights on their grid", gridded(weight), histogram(weight, "weight / scale (units of the grid)")));
   if (input) {
     const own = input.histogram.format;

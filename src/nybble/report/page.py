@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Any
 
 from nybble.core.errors import UsageError
-from nybble.report import tables, words
+from nybble.report import lines, tables, words
 
 SCRIPTS = ("plot.js", "charts.js", "table.js")
 
@@ -51,11 +51,14 @@ def context(data: dict[str, Any]) -> dict[str, Any]:
     facts = tables.layer_facts(manifest["layers"])
     columns, rows = tables.layer_table(facts)
     shown = {column[0] for column in columns}
+    asked = lines.scheme_lines(manifest["recipe"])
     return {
-        "title": data["title"],
-        "subtitle": _subtitle(data["config"]),
+        "name": _text(manifest.get("name")) or data["title"],
+        "subtitle": _subtitle(data),
         "recipe": manifest["recipe"],
         "scheme": _named(manifest["recipe"].get("scheme"), "name"),
+        "lines": asked[: lines.MOST],
+        "more_lines": max(0, len(asked) - lines.MOST),
         "tiles": tables.tiles(data["sizes"], facts, evaluation),
         "sizes": data["sizes"],
         "total": words.size(data["sizes"]["total"]),
@@ -64,10 +67,8 @@ def context(data: dict[str, Any]) -> dict[str, Any]:
         "evaluated": None if evaluation is None else words.flatten(evaluation.get("data", {})),
         "samples": (evaluation or {}).get("samples", []),
         "model_titles": words.MODELS,
-        "formats": [
-            ("Weights", *tables.format_table(facts, "weight_format")),
-            ("Inputs", *tables.format_table(facts, "input_format")),
-        ],
+        "chosen": lines.formats_were_chosen(facts, asked),
+        "quantizers": [(lines.SIDES[side], *lines.quantizer_table(facts, side)) for side in ("weights", "inputs")],
         "findings": tables.findings(facts),
         "has_spread": any(row.get("input_picture") for row in facts),
         "columns": columns,
@@ -83,14 +84,20 @@ def _part(name: str) -> str:
     return resources.files("nybble.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _subtitle(config: dict[str, Any]) -> str:
-    """Architecture and size, as far as config.json says them in the usual words."""
+def _subtitle(data: dict[str, Any]) -> str:
+    """Folder, unless that is the page's name; architecture and size, as far as config.json has the usual words."""
+    config, title = data["config"], str(data["title"])
+    found = [f"in {title}"] if _text(data["manifest"].get("name")) not in ("", title) else []
     names = config.get("architectures")
-    found = [str(names[0])] if isinstance(names, list) and names else []
+    found += [str(names[0])] if isinstance(names, list) and names else []
     for key, what in (("num_hidden_layers", "blocks"), ("hidden_size", "channels"), ("vocab_size", "tokens")):
         if isinstance(config.get(key), int):
             found.append(f"{config[key]:,} {what}")
     return " · ".join(found)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _named(value: Any, key: str) -> str:

@@ -62,3 +62,13 @@ rows.forEach((row, index) => row.cells[0].firstElementChild.addEventListener("cl
 new ResizeObserver(() => {
   for (const detail of opened.values()) detail.querySelector(".inside").style.width = `${box.clientWidth}px`;
 }).observe(box);
+
+// A table that is cut at its edge says so.
+for (const area of document.querySelectorAll(".scroll")) {
+  const hint = html("p", { class: "swipe" }, "The table goes on: scroll it sideways \u2192");
+  area.before(hint);
+  const check = () => { hint.hidden = area.scrollWidth <= area.clientWidth + 1; };
+  const watch = new ResizeObserver(check);
+  watch.observe(area);
+  watch.observe(area.querySelector("table"));
+}

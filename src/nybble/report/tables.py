@@ -3,58 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
 from nybble.formats import get_format
+from nybble.report.names import depth_of, kinds_of
 from nybble.report.words import METRICS, MODELS, ROLES, number, percent, size
 
 Row = dict[str, Any]
 
 
-def kind_of(name: str) -> str:
-    """What kind of layer this is: the last part of its name that says so.
-
-    >>> kind_of("encoder.layer.0.output.dense"), kind_of("encoder.layer.0.attention.self.matmuls.query")
-    ('output.dense', 'query in matmul')
-
-    >>> kind_of("model.layers.3.mlp.down_proj"), kind_of("model.layers.3.mlp.experts.gate_up_proj.experts.7")
-    ('down_proj', 'gate_up_proj')
-    """
-    parts = [part for part in name.split(".") if not part.isdigit()]
-    while len(parts) > 1 and parts[-1] in ("experts", "weight"):
-        parts.pop()
-    if parts[-2:-1] == ["matmuls"]:  # an operand of attention, not the layer that makes it
-        return f"{parts[-1]} in matmul"
-    if parts[-1:] == ["dense"]:  # BERT calls them all so
-        return ".".join(parts[-2:])
-    return parts[-1] if parts else name
-
-
-def depth_of(name: str) -> int | None:
-    """The first number in a name, the block's; None outside the blocks."""
-    return next((int(part) for part in name.split(".") if part.isdigit() and len(part) < 7), None)
-
-
-def format_of(line: str | None) -> str:
-    """The format that a quantizer line begins with."""
-    return line.split()[0] if line and line.split() else "float"
-
-
 def layer_facts(rows: Sequence[Row]) -> list[Row]:
-    """Rows with what follows from them: kind, depth, formats, ratio of the errors, share of shifted columns."""
+    """Rows with what follows from them: kind, depth, ratio of the errors, share of shifted columns."""
     facts = []
+    kinds = kinds_of(row["name"] for row in rows)
     for row in rows:
         rtn, error, shifts = row["rtn_error"], row["error"], row.get("input_shifts")
         facts.append(
             row
             | {
-                "kind": kind_of(row["name"]),
+                "kind": kinds[row["name"]],
                 "depth": depth_of(row["name"]),
-                "weight_format": format_of(row["weights"]),
-                "input_format": format_of(row["inputs"]),
                 "ratio": error / rtn if rtn and error is not None else None,
                 "shifted": None if not shifts or not sum(shifts) else 1 - shifts[0] / sum(shifts),
                 "notes": row.get("notes", []),
@@ -66,8 +36,8 @@ def layer_facts(rows: Sequence[Row]) -> list[Row]:
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("name", "Layer", "Full name of the weight."),
     ("shape", "Shape", "Outputs × inputs; sorts by the number of elements."),
-    ("weights", "Weights", "Number format of the weight; its row has the whole quantizer."),
-    ("inputs", "Inputs", "Number format that the layer's input gets while the model runs; float if none."),
+    ("weights", "Weights", "Quantizer of the weight: number format, what shares a scale, how scales are found."),
+    ("inputs", "Inputs", "Quantizer that the layer's input gets while the model runs; float if none."),
     ("bits", "Bits", "Stored bits a weight, scales included."),
     ("sqnr", "SQNR dB", "Signal to quantization noise of the weight, in dB; higher is better."),
     ("error", "Error", "Share of the output's power that is lost; of the weight's own without calibration."),
@@ -81,12 +51,12 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
 )
 
 
-def layer_table(facts: Sequence[Row]) -> tuple[list[tuple[str, str, str, bool]], list[list[tuple[str, Any, str]]]]:
+def layer_table(facts: Sequence[Row]) -> tuple[list[tuple[str, str, str, bool]], list[list[tuple[str, Any]]]]:
     """The table of layers.
 
     Returns:
         Its columns (key, title, meaning, whether numeric), less those that no layer has a value for; its rows, each a
-        list of (text, what to sort by, tooltip).
+        list of (text, what to sort by).
     """
     cells = [_cells(row) for row in facts]
     kept = [c for c in COLUMNS if any(row[c[0]][0] for row in cells)]
@@ -94,23 +64,19 @@ def layer_table(facts: Sequence[Row]) -> tuple[list[tuple[str, str, str, bool]],
     return [(*c, c[0] not in words) for c in kept], [[row[c[0]] for c in kept] for row in cells]
 
 
-def _cells(row: Row) -> dict[str, tuple[str, Any, str]]:
+def _cells(row: Row) -> dict[str, tuple[str, Any]]:
     low, middle, high = row.get("clip") or (None, None, None)
-    notes = "; ".join(row["notes"])
-    cells = {
-        "name": (row["name"], row["name"], ""),
-        "shape": (" × ".join(map(str, row["shape"])), math.prod(row["shape"]), ""),
-        "weights": (row["weight_format"], row["weight_format"], row["weights"] or ""),
-        "inputs": (row["input_format"], row["input_format"], row["inputs"] or ""),
-        "notes": (notes, notes, ""),
-    }
+    texts = {"name": row["name"], "notes": "; ".join(row["notes"])}
+    texts |= {"weights": row["weights"] or "float", "inputs": row["inputs"] or "float"}
+    cells: dict[str, tuple[str, Any]] = {key: (text, text) for key, text in texts.items()}
+    cells["shape"] = (" × ".join(map(str, row["shape"])), math.prod(row["shape"]))
     numbers = {"bits": row["bits"], "sqnr": row["sqnr"], "ratio": row["ratio"]}
     numbers |= {"clip_low": low, "clip_mid": middle, "clip_high": high}
     digits = {"bits": 3, "sqnr": 2}
     for key, value in numbers.items():
-        cells[key] = ("" if value is None else f"{value:.{digits.get(key, 3)}f}", value, "")
+        cells[key] = ("" if value is None else f"{value:.{digits.get(key, 3)}f}", value)
     for key in ("error", "rtn_error", "shifted"):
-        cells[key] = (percent(row[key]), row[key], "")
+        cells[key] = (percent(row[key]), row[key])
     return cells
 
 
@@ -129,15 +95,6 @@ def byte_table(sizes: Row) -> list[Row]:
         for role, count in found
         if count
     ]
-
-
-def format_table(facts: Sequence[Row], key: str) -> tuple[list[str], list[tuple[str, list[int], int]]]:
-    """How often each kind of layer has each format: the formats; and (kind, counts, their sum) by first appearance."""
-    names = [name for name, _ in Counter(row[key] for row in facts).most_common()]
-    kinds = list(dict.fromkeys(row["kind"] for row in facts))
-    counts = Counter((row["kind"], row[key]) for row in facts)
-    table = [(kind, [counts[kind, name] for name in names]) for kind in kinds]
-    return names, [(kind, found, sum(found)) for kind, found in table]
 
 
 def metric_table(evaluation: Row) -> tuple[list[str], list[tuple[str, list[str], str]]]:

@@ -24,9 +24,12 @@ from nybble.scales.minmax import fit_range
 
 @dataclass(frozen=True)
 class Mse(ScaleRule):
-    """Fractions ``low .. high`` in ``grid`` steps; ``p``: the error's power.
+    """Candidates for the clip value.
 
-    ``asymmetric``: search the range around an integer zero point.
+    Attributes:
+        grid: how many are tried. low, high: the smallest and largest, as fractions of the block's range.
+        p: the error's power.
+        asymmetric: search the range around an integer zero point.
     """
 
     grid: int = 40

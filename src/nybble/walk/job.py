@@ -17,6 +17,7 @@ from nybble.core.versions import versions
 from nybble.data import InMemory, Origin, Samples, Wanted
 from nybble.data.kinds import DataKind, data_kind
 from nybble.models.adapter import Adapter, adapter_for
+from nybble.models.sources import called
 from nybble.nn.kinds import Target
 from nybble.recipe import Recipe
 from nybble.solvers import Solver
@@ -206,10 +207,16 @@ class Job:
         }
 
     def manifest(self) -> dict[str, Any]:
-        """What a file says of its origin: :meth:`request`, without what differs between machines."""
+        """What a file says of its origin: a name, and :meth:`request` without what differs between machines."""
         known = self.request()
         known.pop("threads")
-        return known
+        return {"name": self.name, **known}
+
+    @property
+    def name(self) -> str:
+        """What people call the model; of one in memory that came from nowhere, its class."""
+        spec = getattr(self.model.config, "name_or_path", "") if self.source is None else self.source.spec
+        return called(spec) if spec else type(self.model).__name__
 
 
 def _wants_inputs(target: Target, solver: Solver) -> bool:

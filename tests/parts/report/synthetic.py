@@ -14,6 +14,10 @@ KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\"'"
 
 
+LINES = {"weights": "float4_e2m1fn channel", "inputs": "float4_e2m1fn shifted static"}
+SCHEME = {"rules": [{"targets": ["Linear"], **LINES}], "ignore": ["lm_head"]}
+
+
 def picture(rng: random.Random, name: str) -> dict[str, Any]:
     counts = [int(2e5 * math.exp(-(((i - 31.5) / 9) ** 2) / 2) * rng.uniform(0.9, 1.1)) for i in range(64)]
     return {"edge": 1.25 * get_format(name).absmax, "counts": counts, "clipped": 0.001234, "format": name}
@@ -51,9 +55,10 @@ def layer(index: int, kind: str, rng: random.Random) -> dict[str, Any]:
 def manifest(blocks: int = 30) -> dict[str, Any]:
     rng = random.Random(0)
     return {
+        "name": "SmolLM2-135M",
         "format_version": 1,
         "model": "451de221dfb200cff436e8e4d5a6cffb2aca478cc149e2b802768c9d9a3484b4",
-        "recipe": {"name": "llm-fp4", "summary": "Formats and clips searched.", "source": "arXiv", "scheme": {}},
+        "recipe": {"name": "llm-fp4", "summary": "Formats and clips searched.", "source": "arXiv", "scheme": SCHEME},
         "data": {"source": "builtin", "source_sha256": "ab12" * 16, "samples": 128, "seq_len": 512},
         "settings": {"seed": 7, "batch": 8},
         "versions": {"nybble": "0.1.0", "torch": "2.13.0"},

@@ -11,8 +11,10 @@ from tests.parts.report.synthetic import EVIL, page_data
 
 from nybble.core.errors import UsageError
 from nybble.formats import get_format
+from nybble.quantizer import Quantizer
+from nybble.report.names import depth_of, kinds_of
 from nybble.report.page import render
-from nybble.report.tables import depth_of, kind_of, layer_facts, layer_table
+from nybble.report.tables import layer_facts, layer_table
 
 
 class Reader(HTMLParser):
@@ -59,7 +61,8 @@ def test_page_is_small_and_stands_alone(full: str) -> None:
 def test_page_shows_what_it_was_given(full: str) -> None:
     text = Reader(full).text
     for wanted in (
-        *("smollm2-fp4", "LlamaForCausalLM · 30 blocks · 576 channels", "llm-fp4", "Formats and clips searched."),
+        *("SmolLM2-135M", "in smollm2-fp4 · LlamaForCausalLM · 30 blocks · 576 channels", "llm-fp4"),
+        *("Formats and clips searched.", "float4_e2m1fn shifted static", "float4_e3m0 channel"),
         *("6.54", "4.03 in quantized layers", "110.0 MB", "210", "15.79", "14.12 before, in float"),
         *("KL divergence from the float model", "new_metric", "0.1234", "The sea is", "wide and green."),
         *("codes", "53,000,000", "48.18 %", "float4_e3m0", "model.layers.29.mlp.down_proj", "kept round-to-nearest"),
@@ -75,6 +78,53 @@ def test_change_of_a_metric() -> None:
     assert "+1.00 (+10.00 %)" in text
     assert "+0.500\n" in text  # no share of nothing
     assert text.index("Before (float)") < text.index("After (quantized)")
+
+
+def test_a_page_is_headed_by_the_name_of_the_model() -> None:
+    data = page_data(1)
+    assert ("h1", "SmolLM2-135M") in Reader(render(data)).texts and "<title>SmolLM2-135M: nybble" in render(data)
+    del data["manifest"]["name"]  # of an earlier version: the folder's
+    page = Reader(render(data))
+    assert ("h1", "smollm2-fp4") in page.texts and "in smollm2-fp4" not in page.text
+
+
+def test_the_scheme_is_at_the_top_line_by_line() -> None:
+    data = page_data(1)
+    rules = [
+        {"targets": ["re:.*down_proj"], "weights": str(Quantizer("nvfp4"))},
+        {"targets": ["Attention"], "matmuls": "int8 token"},
+    ]
+    data["manifest"]["recipe"]["scheme"] = {"rules": rules, "kv": "int4 group=32"}
+    tags = Reader(render(data)).texts
+    start = tags.index(("dt", "Weights"))
+    assert [text for _, text in tags[start : start + 9]] == [
+        *("Weights", "float4_e2m1fn group=16 scale_format=(float8_e4m3fn floor=normal)", "nvfp4 of re:.*down_proj"),
+        *("Attention's products", "int8 token", "of Attention", "KV cache", "int4 group=32"),
+        "bits a weight, everything stored",
+    ]
+
+
+@pytest.mark.parametrize("scheme", [None, "W4A16", [], {"rules": 5}, {"rules": [5, {"weights": 5, "targets": 5}]}])
+def test_a_scheme_that_says_nothing(scheme: object) -> None:
+    data = page_data(1)
+    data["manifest"]["recipe"]["scheme"] = scheme
+    text = Reader(render(data)).text
+    assert "Chosen formats" not in text and "Formats" in text
+
+
+def test_formats_are_chosen_only_where_the_scheme_asked_for_others() -> None:
+    data = page_data(2)
+    text = Reader(render(data)).text
+    assert "Chosen formats" in text and "Weights: layers of each kind" in text
+    assert "Inputs of all 14 layers:\nfloat4_e2m1fn shifted static" in text  # one: no table
+    for row in data["manifest"]["layers"]:
+        row["weights"] = "int4 group=64 symmetric=false"
+    data["manifest"]["recipe"]["scheme"] = {"rules": [{"weights": "int4 group=64 symmetric=false"}]}
+    for row in data["manifest"]["layers"]:
+        row["inputs"] = None
+    text = Reader(render(data)).text
+    assert "Chosen" not in text and "Weights of all 14 layers:\nint4 group=64 symmetric=false" in text
+    assert "Inputs of all 14 layers:\nfloat\n" in text
 
 
 def test_drawing_data_has_the_grids_of_the_formats(full: str) -> None:
@@ -103,7 +153,9 @@ def test_layers_without_calibration_and_pictures() -> None:
     assert "How the inputs' channels differ" not in text
 
 
-@pytest.mark.parametrize("place", ["title", "name", "recipe", "prompt", "sample", "metric", "note", "model", "line"])
+@pytest.mark.parametrize(
+    "place", ["title", "name", "recipe", "prompt", "sample", "metric", "note", "model", "line", "scheme"]
+)
 def test_texts_of_others_are_escaped(place: str) -> None:
     data = page_data(1)
     manifest, evaluation, row = data["manifest"], data["evaluation"], data["manifest"]["layers"][0]
@@ -122,7 +174,9 @@ def test_texts_of_others_are_escaped(place: str) -> None:
     elif place == "note":
         row["notes"] = [EVIL]
     elif place == "model":
-        manifest["model"] = {EVIL: EVIL}
+        manifest.update(name=EVIL, model={EVIL: EVIL})
+    elif place == "scheme":
+        manifest["recipe"]["scheme"] = {"rules": [{"targets": [EVIL], "weights": EVIL}] * 2}
     else:
         row["weights"] = EVIL
     plain, page = Reader(render(page_data(1))), render(data)
@@ -159,12 +213,43 @@ def test_missing_jinja_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ("transformer.h.0.mlp.c_fc", "c_fc", 0),
         ("model.layers.3.mlp.experts.gate_up_proj.experts.7", "gate_up_proj", 3),
         ("model.layers.3.mlp.experts.7.w1", "w1", 3),
+        ("encoder.layer.0.attention.self.matmuls.query", "query in matmul", 0),
         ("lm_head", "lm_head", None),
         ("7", "7", 7),
+        ("a..b", "b", None),
     ],
 )
 def test_kind_and_depth(name: str, kind: str, depth: int | None) -> None:
-    assert (kind_of(name), depth_of(name)) == (kind, depth)
+    assert (kinds_of([name]), depth_of(name)) == ({name: kind}, depth)
+
+
+FAMILIES = {
+    "BertForMaskedLM": "attention.output.dense decoder intermediate.dense key layer.output.dense query transform.dense "
+    "value",
+    "GPT2LMHeadModel": "attn.c_proj c_attn c_fc lm_head mlp.c_proj",
+    "LlamaForCausalLM": "down_proj gate_proj k_proj lm_head o_proj q_proj up_proj v_proj",
+    "BartModel": " ".join(
+        f"{part}.{end}"
+        for part in ("decoder.self_attn", "encoder.self_attn", "encoder_attn")
+        for end in ("k_proj", "out_proj", "q_proj", "v_proj")
+    )
+    + " decoder.fc1 decoder.fc2 encoder.fc1 encoder.fc2",
+    "ResNetForImageClassification": "classifier embedder.convolution layer.convolution shortcut.convolution",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_two_kinds_of_layers_share_a_name(family: str) -> None:
+    import transformers
+    from torch import device, nn
+
+    with device("meta"):
+        cls: Any = getattr(transformers, family)
+        model = cls(cls.config_class())
+    layers = (nn.Linear, nn.Conv2d, transformers.pytorch_utils.Conv1D)
+    kinds = kinds_of(name for name, module in model.named_modules() if isinstance(module, layers))
+    assert sorted(set(kinds.values())) == sorted(FAMILIES[family].split())
+    assert len({re.sub(r"\.\d+", "", name) for name in kinds}) == len(set(kinds.values()))
 
 
 def test_numbers_of_the_table() -> None:

@@ -75,11 +75,24 @@ def test_settings_of_a_model_in_memory() -> None:
     _, report = nybble.quantize(model, made)
     assert report.manifest["settings"]["dtype"] == "torch.float32"  # what it is, not what a default says
     assert report.manifest["settings"]["device"] == "cpu"
+    assert report.manifest["name"] == "LlamaForCausalLM"
     model = tiny_model("llama", torch.float32)
     with pytest.raises(UsageError, match=r"is quantized as it is, torch.float32 on cpu; .* torch.bfloat16"):
         nybble.quantize(model, made, settings=nybble.Settings(dtype=torch.bfloat16))
     with pytest.raises(UsageError, match="resume goes on from what a killed run left"):
         nybble.quantize(model, made, settings=nybble.Settings(resume=True))
+
+
+def test_the_manifest_has_the_name_that_people_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = recipe("rtn", weights="int8 channel", ignore=["lm_head"])
+    folder = save_tiny(tmp_path / "Tiny-1B")
+    assert nybble.quantize(folder, made)[1].manifest["name"] == "Tiny-1B"
+    monkeypatch.chdir(folder)
+    assert nybble.quantize(".", made)[1].manifest["name"] == "Tiny-1B"
+    model = type(tiny_model()).from_pretrained(folder)
+    assert nybble.quantize(model, made)[1].manifest["name"] == "Tiny-1B"
+    cached = save_tiny(tmp_path / "models--some--model" / "snapshots" / "12fd25f")
+    assert nybble.quantize(cached, made)[1].manifest["name"] == "some/model"
 
 
 def test_hidden_states_are_spilled_in_memory_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,6 +180,23 @@ class ModelSource(ABC):
         return found
 
 
+def called(spec: str) -> str:
+    """What people call a model: a hub id or a demo's name as it is, of a path the last part, of the hub's cache the id.
+
+    >>> called("HuggingFaceTB/SmolLM2-135M"), called("/data/models/Llama-3.gguf")
+    ('HuggingFaceTB/SmolLM2-135M', 'Llama-3.gguf')
+    >>> called("/cache/models--HuggingFaceTB--SmolLM2-135M/snapshots/12fd25f")
+    'HuggingFaceTB/SmolLM2-135M'
+    """
+    path = Path(spec).absolute()
+    if path.name in ("", ".."):
+        path = path.resolve()
+    if not (path.exists() or Path(spec).is_absolute() or spec.count("/") > 1):
+        return spec
+    cached = next((part for part in path.parts if part.startswith("models--")), "")
+    return cached.removeprefix("models--").replace("--", "/") or path.name
+
+
 def _content_hash(path: Path) -> str:
     """The part of a file that :meth:`ModelSource.fingerprint` describes, as sha256."""
     size = path.stat().st_size
