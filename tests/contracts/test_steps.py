@@ -22,6 +22,11 @@ from nybble.models.adapter import adapter_for
 from nybble.qtensor.low_rank_sum import LowRankSum
 from nybble.recipe import KINDS, parse_recipe
 from nybble.reconstruction import make_reconstruction
+from nybble.scheme import parse_scheme
+from nybble.solvers import make_solver
+from nybble.walk.estimate import Estimate, estimate
+from nybble.walk.plan import make_plan
+from nybble.walk.steps import Cost, Load, Subject
 from nybble.walk.steps.correction import CorrectionStep
 from nybble.walk.steps.make import make_steps
 from nybble.walk.steps.transform import TransformStep
@@ -154,6 +159,33 @@ def test_a_window_larger_than_the_memory_says_how_much(
     with pytest.raises(DeviceError, match=r"0\.3 GB are needed.*a smaller window \(its 2 blocks take 0\.\d GB\)"):
         nybble.quantize(model, wide, text, out=tmp_path / "out", settings=SETTINGS)
     assert not list(tmp_path.glob("out*"))
+
+
+class Weighed(TransformStep):
+    """Holds 1000 bytes of a block, takes 10 while it runs, and does nothing."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+
+    def cost(self, subject: Subject, targets: Any, load: Load) -> Cost:
+        return Cost(held=1000, peak=10)
+
+
+@pytest.mark.parametrize(("window", "together"), [(1, 1), (2, 2), (3, 2)])
+def test_an_estimate_counts_the_blocks_that_are_in_memory_together(window: int, together: int) -> None:
+    """The model has two; what a step takes while it runs, it takes for one block after the other."""
+    model = tiny_model(dtype=torch.float32)
+    adapter = adapter_for(model)
+    plan = make_plan(model, adapter, parse_scheme(SCHEME), make_solver("rtn", {}))
+    subject = Subject(model=model, adapter=adapter, plan=plan)
+
+    def found(window: int) -> Estimate:
+        load = Load(samples=0, seq_len=0, batch=1, dtype=torch.float32, source_bytes=2, window=window)
+        return estimate(subject, [Weighed(window)], load, 1e9)
+
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    assert found(window).window == together * (block * (2 + 4) + 1000) + 10  # as it is stored, and in float32
+    assert found(window).memory - found(1).memory == found(window).window - found(1).window
 
 
 @pytest.mark.parametrize(
