@@ -9,14 +9,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny import logits, save_text, save_tiny
+from tests.tiny import logits, save_text, save_tiny, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import nybble
 from nybble.checkpoint.account import inspect
 from nybble.core.errors import FileError, SchemeError
-from nybble.nn.attention import OPERANDS, MatmulQuantizers, quantized_attention
+from nybble.data import load_text, token_samples
+from nybble.nn.attention import (
+    OPERANDS,
+    MatmulQuantizers,
+    OperandWatch,
+    attentions,
+    quantized_attention,
+    use_quantized_attention,
+)
+from nybble.qtensor import dense
 from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe, parse_recipe
 from nybble.solvers import make_solver
@@ -117,6 +126,30 @@ def test_operands_are_what_the_quantizers_round() -> None:
     assert torch.equal(seen, p)  # as they were before rounding
     plain, _ = TinyAttention()(query, key, value)
     assert not torch.allclose(plain, expected, atol=1e-2)
+
+
+def test_static_operands_are_calibrated_where_nothing_else_is(tmp_path: Path) -> None:
+    """Weights alone need no data; an operand's one scale is that of what the float attention multiplies."""
+    folder, text = save_tiny(tmp_path / "float"), save_text(tmp_path / "text.txt")
+    quantizer = Quantizer("int8 tensor static")
+    scheme = {"rules": [{"matmuls": str(quantizer)}, {"weights": "int8 channel"}]}
+    made = parse_recipe({"name": "products", "scheme": scheme, "steps": [{"solver": "rtn"}]})
+    settings = nybble.Settings(samples=4, seq_len=12, batch=2, dtype=torch.float32)
+    _, report = nybble.quantize(str(folder), made, str(text), settings=settings)
+    rows = {row.name: row.input_scale for row in report.layers if ".matmuls." in row.name}
+
+    exact = nybble.load(folder, dtype=torch.float32)[0]
+    use_quantized_attention(exact)
+    seen: dict[str, Tensor] = {}
+    for name, module in list(attentions(exact)):
+        watch = OperandWatch(lambda operand, x, name=name: seen.update({f"{name}.matmuls.{operand}": x}))  # type: ignore[misc]
+        module.add_module("matmuls", watch)
+    tokens = token_samples(load_text(str(text), "calibration"), tiny_tokenizer(), samples=4, seq_len=12, seed=0)
+    with torch.no_grad():
+        exact(tokens.input_ids, use_cache=False)
+    wanted = {name: float(dense(quantizer.fit(x).scale)) for name, x in seen.items()}  # type: ignore[arg-type]
+    assert len(wanted) == 2 * len(OPERANDS)
+    assert rows == {name: pytest.approx(scale, rel=1e-5) for name, scale in wanted.items()}
 
 
 def test_search_of_a_product_beats_min_max() -> None:

@@ -238,6 +238,20 @@ def test_padding_is_not_calibrated_on(tmp_path: Path) -> None:
         assert a.input_scale == pytest.approx(b.input_scale, rel=1e-4)
 
 
+@torch.no_grad()
+def test_a_pooler_with_static_inputs_is_taken_where_it_is_named() -> None:
+    """Behind the blocks a class leaves it in float; its name, or a pattern, doesn't."""
+    inputs, settings = inputs_of("bert"), nybble.Settings(dtype=torch.float32)
+    first = made("bert")(**inputs).last_hidden_state[:, 0]  # what it reads
+    for targets in (["Linear"], ["pooler.dense", "Linear"], ["re:.*pooler.*", "Linear"]):
+        scheme = {"targets": targets, "weights": "int8 channel", "inputs": "int8 tensor static"}
+        recipe = parse_recipe({"name": "x", "scheme": scheme, "steps": [{"solver": "rtn"}]})
+        found, report = nybble.quantize(made("bert"), recipe, Given(inputs), settings=settings)
+        scales = [row.input_scale for row in report.layers if row.name == "pooler.dense"]
+        assert isinstance(found.get_submodule("pooler.dense"), QuantLinear) == bool(scales) == (len(targets) > 1)
+        assert scales == [pytest.approx(float(first.abs().max()) / 127, rel=0.05)] * len(scales)
+
+
 def test_embeddings_leave_padding_out() -> None:
     model, inputs = made("bert"), inputs_of("bert")
     found = embed(model, inputs)
