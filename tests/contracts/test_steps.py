@@ -18,6 +18,7 @@ from nybble.core.errors import DeviceError, SchemeError, UsageError
 from nybble.core.options import build, plain
 from nybble.core.registry import Registry
 from nybble.data import load_text, token_samples
+from nybble.learned import make_part
 from nybble.models.adapter import adapter_for
 from nybble.qtensor.low_rank_sum import LowRankSum
 from nybble.recipe import KINDS, parse_recipe
@@ -102,7 +103,7 @@ def test_several_of_a_kind(model: str, text: str) -> None:
         ({"weights": "adaronud"}, "unknown learned part 'adaronud'. Did you mean 'adaround'"),
         ({"weights": {"adaround": {"bta": 3}}}, "learned part 'adaround' has no option 'bta'"),
         ({"weights": ["adaround"]}, r"weights is the name of a learned part, or \{name: \{option: value\}\}"),
-        ({"weights": "adaround", "schedule": "cosin"}, "schedule is cosine or constant; got 'cosin'"),
+        ({"weights": "adaround", "schedule": "cosin"}, r"schedule is cosine or constant; got 'cosin'\. Did you mean 'cosine'"),
         ({}, "learns nothing without a part"),
         ({"weights": "adaround", "window": 2, "overlap": 2}, "window=2, overlap=2"),
         ({"weights": "adaround", "steps": 0}, "steps=0 must be 1 or more"),
@@ -116,6 +117,17 @@ def test_several_of_a_kind(model: str, text: str) -> None:
 def test_options_of_the_wrong_type(options: dict[str, Any], said: str) -> None:
     with pytest.raises((SchemeError, UsageError), match=said):
         make_reconstruction("mse", options)
+
+
+def test_a_part_is_a_name_or_a_mapping_or_made_in_python() -> None:
+    """``weights: adaround``, ``weights: {adaround: }`` and an object are the same."""
+    part = make_part("adaround", {})
+    found = [make_reconstruction("mse", {"weights": given}) for given in ("adaround", {"adaround": None}, part)]
+    assert [made.weights for made in found] == [part] * 3
+    changed = make_reconstruction("mse", {"weights": {"adaround": {"beta_start": 10}}})
+    assert changed.weights == make_part("adaround", {"beta_start": 10.0}) != part
+    with pytest.raises(SchemeError, match="weights is the name of a learned part"):
+        make_reconstruction("mse", {"weights": {"adaround": 3}})
 
 
 def test_a_part_that_cannot_train_a_format_names_the_layer(model: str, text: str) -> None:
@@ -265,17 +277,23 @@ class Options:
     pair: tuple[float, str] = (1.0, "x")
     rates: dict[str, float] = dataclasses.field(default_factory=dict)
     inner: Inner = Inner()
+    level: Literal[0, 1] = 0
+    count: int | str = 1
+    derived: int = dataclasses.field(default=7, init=False)
 
 
 def test_options_are_typed_by_their_annotations() -> None:
     given = {
         "needed": 3, "ratio": 1, "on": True, "word": "b", "maybe": None, "sizes": [1, 2], "pair": [2, "y"],
-        "rates": {"a": 1}, "inner": {"depth": 4},
+        "rates": {"a": 1, 2: 3}, "inner": {"depth": 4}, "level": 1, "count": "all",
     }  # fmt: skip
     made = build(Options, given, "thing")
     assert made == Options(
-        needed=3, ratio=1.0, on=True, word="b", sizes=(1, 2), pair=(2.0, "y"), rates={"a": 1.0}, inner=Inner(depth=4)
-    )
+        needed=3, ratio=1.0, on=True, word="b", sizes=(1, 2), pair=(2.0, "y"), rates={"a": 1.0, "2": 3.0},
+        inner=Inner(depth=4), level=1, count="all",
+    )  # fmt: skip
+    assert type(made.ratio) is float  # 1 equals 1.0, but says something else in a report
+    assert build(Options, {"needed": 1, "inner": made.inner}, "thing").inner is made.inner
     assert build(Options, plain(made), "thing") == made
     for wrong, said in (
         ({}, "needs the option 'needed'"), ({"needed": True}, "needed is an int; got True"),
@@ -283,7 +301,10 @@ def test_options_are_typed_by_their_annotations() -> None:
         ({"needed": 1, "maybe": "x"}, "maybe is an int"), ({"needed": 1, "sizes": 3}, "sizes is a list"),
         ({"needed": 1, "sizes": [1, "b"]}, r"sizes\[1\] is an int"), ({"needed": 1, "pair": [1]}, "2 values; got 1"),
         ({"needed": 1, "rates": [1]}, "rates is a mapping"), ({"needed": 1, "inner": {"dept": 1}}, "no option 'dept'"),
-        ({"needed": 1, "word": "c"}, "word is a or b"), ({"needded": 1}, "Did you mean 'needed'"),
+        ({"needed": 1, "word": "c"}, "word is a or b"),
+        ({"needed": 1, "ratio": True}, "ratio is a float; got True"),
+        ({"needed": 1, "level": True}, "level is 0 or 1; got True"), ({"needed": 1, "derived": 8}, "no option 'derived'"),
+        ({"needed": 1, "count": 1.5}, "count is int or str; got 1.5"), ({"needded": 1}, "Did you mean 'needed'"),
     ):  # fmt: skip
         with pytest.raises(SchemeError, match=said):
             build(Options, wrong, "thing")

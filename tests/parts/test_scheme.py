@@ -126,3 +126,17 @@ def test_changes_from_the_command_line(tmp_path: Path) -> None:
     assert recipe.steps[0].to_dict() == {"solver": "gptq", "block": 64} and recipe.scheme.rules == (Rule(weights=INT4),)
     with pytest.raises(UsageError, match="nothing is left to quantize"):
         build_recipe("gptq", weights="none")
+
+
+def test_effort_changes_the_options_that_quick_names() -> None:
+    step = {"solver": "llm-fp4", "rounds": 2, "grid": 90, "quick": {"grid": 12, "fine": 6}}
+    recipe = parse_recipe({"name": "x", "scheme": "W4A16", "steps": [step, {"correction": "bias"}]})
+    quick, full = recipe.with_effort("quick"), recipe.with_effort("full")
+    assert quick.solver.options == {"rounds": 2, "grid": 12, "fine": 6}
+    assert full.solver.options == {"rounds": 2, "grid": 90}
+    assert not quick.solver.quick and not full.solver.quick  # what a manifest says is what was done
+    assert quick.steps[1] == full.steps[1] == recipe.steps[1]
+    with pytest.raises(UsageError, match="effort 'fast' is neither quick nor full"):
+        recipe.with_effort("fast")
+    with pytest.raises(UsageError, match="recipe 'rtn' searches nothing, so it has no quick way"):
+        load_recipe("rtn").with_effort("quick")
