@@ -293,6 +293,35 @@ def test_groups_of_rows_are_solved_as_alone(line: str) -> None:
         assert (found != alone.weight.dequantize()).double().mean() <= 0.02
 
 
+def test_clip_values_are_the_best_for_each_rows_own_inputs() -> None:
+    """By brute force over the fractions 0.6 .. 1.1 of the maximum; of a grouped convolution, under its group's energy."""
+    generator, size = torch.Generator().manual_seed(1), ROWS // 2
+    tails = torch.randn(ROWS, COLUMNS, generator=generator) ** 3
+    energies = torch.rand(2, COLUMNS, generator=generator) ** 4 + 1e-3
+    moments = torch.stack([torch.diag(energy) for energy in energies])
+    found = Gptq().solve([Weight(name="w", matrix=tails, quantizer=Quantizer("int4 channel"))], Stats(second_moment=moments))
+    assert isinstance(found[0].weight, BlockQTensor)
+    fractions = [1.0, *torch.linspace(0.6, 1.1, 11).tolist()]
+    scales = torch.stack([tails.abs().amax(1) * f / 7 for f in fractions])
+    rounded = (tails / scales[..., None]).round().clamp(-7, 7) * scales[..., None]
+    errors = ((rounded - tails).square() * energies.repeat_interleave(size, 0)).sum(-1)
+    best = errors.argmin(0)
+    chosen = scale_of(found[0].weight).flatten()
+    assert torch.allclose(chosen, scales.gather(0, best[None])[0], rtol=1e-6)
+    assert {0.6, 1.0} <= {round(fractions[i], 2) for i in best.tolist()}
+
+
+def test_each_group_is_damped_by_its_own_mean() -> None:
+    """A loud group beside a quiet one changes nothing for it."""
+    given, size = weight("int4 channel"), ROWS // 2
+    moments = torch.stack([moment(seed=1), 1e6 * moment(seed=2)])
+    together = Gptq().solve([given], Stats(second_moment=moments))[0].weight.dequantize()
+    for group in range(2):
+        rows = Weight(name="w", matrix=given.matrix[group * size :][:size], quantizer=given.quantizer)
+        alone = Gptq().solve([rows], Stats(second_moment=moments[group]))[0].weight.dequantize()
+        assert (together[group * size :][:size] != alone).double().mean() <= 0.02  # a last bit may round otherwise
+
+
 def test_dead_columns_round_to_nearest() -> None:
     second = moment()
     second[[3, 17]] = 0
@@ -322,6 +351,16 @@ def test_damping_is_raised_and_reported() -> None:
     indefinite -= 1.5 * torch.linalg.eigvalsh(indefinite)[0] * torch.eye(COLUMNS)
     found = Gptq(damping=0.0).solve([weight("int4 group=8")], Stats(second_moment=indefinite))[0]
     assert any(note.startswith("damping raised to") for note in found.notes)
+
+
+def test_damping_is_raised_three_times() -> None:
+    """0.01, 0.1, 1, 10: of this mean, 0.05, what makes -0.3 positive is the last."""
+    second = torch.diag(torch.tensor([0.4, -0.3] * (COLUMNS // 2)))
+    found = Gptq().solve([weight("int4 group=8")], Stats(second_moment=second))[0]
+    assert found.notes[0] == "damping raised to 10"
+    second = torch.diag(torch.tensor([0.4, -0.39] * (COLUMNS // 2)))  # a mean of 0.005
+    found = Gptq().solve([weight("int4 group=8")], Stats(second_moment=second))[0]
+    assert found.notes == ("the second moment can't be factorised even with damping 10: rounded to nearest",)
 
 
 def test_hopeless_second_moment_falls_back_and_says_so() -> None:

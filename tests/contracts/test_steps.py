@@ -107,6 +107,7 @@ def test_several_of_a_kind(model: str, text: str) -> None:
         ({}, "learns nothing without a part"),
         ({"weights": "adaround", "window": 2, "overlap": 2}, "window=2, overlap=2"),
         ({"weights": "adaround", "steps": 0}, "steps=0 must be 1 or more"),
+        ({"weights": "adaround", "penalty": -1}, "penalty=-1 0 or more"),
         ({"weights": "adaround", "rates": {"rounding": -0.1}}, "rates: rounding is -0.1"),
         ({"weights": "adaround", "rates": {"rounding": float("nan")}}, "rates.rounding is a finite number; got nan"),
         ({"weights": "adaround", "penalty": float("inf")}, "penalty is a finite number; got inf"),
@@ -130,6 +131,18 @@ def test_a_part_is_a_name_or_a_mapping_or_made_in_python() -> None:
         make_reconstruction("mse", {"weights": {"adaround": 3}})
 
 
+def test_inputs_are_learned_where_weights_stay_in_float(model: str, text: str) -> None:
+    steps = [{"reconstruction": "mse", "inputs": "lsq", "steps": 4, "rates": {"default": 1e-3}}]
+    found, report = nybble.quantize(model, recipe(*steps, inputs="int4 tensor static"), text, settings=SETTINGS)
+    _, plain = nybble.quantize(model, recipe({"solver": "rtn"}, inputs="int4 tensor static"), text, settings=SETTINGS)
+    for row, was in zip(report.layers, plain.layers, strict=True):
+        layer: Any = found.get_submodule(row.name)  # type: ignore[union-attr]
+        assert row.weights is None and row.input_scale == float(layer.inputs.scale) > 0
+        went_back = any("went back" in note for note in row.notes)
+        assert row.notes and (row.input_scale == was.input_scale) == went_back
+    assert any(row.input_scale != was.input_scale for row, was in zip(report.layers, plain.layers, strict=True))
+
+
 def test_a_part_that_cannot_train_a_format_names_the_layer(model: str, text: str) -> None:
     wrong = recipe(STEP["reconstruction"], weights="int4 group=16 rounding=stochastic")
     with pytest.raises(SchemeError, match=r"model\.layers\.0\.self_attn\.q_proj.*adaround can't learn .*stochastic"):
@@ -140,9 +153,23 @@ def test_a_part_that_cannot_train_a_format_names_the_layer(model: str, text: str
     beside = recipe({"reconstruction": "mse", "weights": "adaround", "inputs": "lsq"}, weights="int4 group=16")
     with pytest.raises(SchemeError, match="learns inputs, and the scheme rounds none"):
         nybble.quantize(model, beside, text, settings=SETTINGS)
+    measured = recipe({"reconstruction": "mse", "inputs": "lsq"}, weights="int4 group=16", inputs="int8 token")
+    with pytest.raises(SchemeError, match=r"model\.layers\.0\.self_attn\.q_proj.*lsq learns one scale"):
+        nybble.quantize(model, measured, text, settings=SETTINGS)
+    searched = recipe({"solver": "rtn", "scale": "mse"}, {"reconstruction": "mse", "weights": "clip"})
+    with pytest.raises(SchemeError, match=r"model\.layers\.0\.self_attn\.q_proj.*clip"):
+        nybble.quantize(model, searched, text, settings=SETTINGS)
     two = [{**STEP["reconstruction"], "window": size} for size in (1, 2)]
     with pytest.raises(SchemeError, match=r"different windows: step 2 has window 1 .* step 3 has window 2"):
         nybble.quantize(model, recipe(*two), text, settings=SETTINGS)
+
+
+def test_experts_are_not_learned(tmp_path: Path, text: str) -> None:
+    """Each of their matrices reads rows of its own, and no twin stands for them: alone there is nothing to learn."""
+    folder, scheme = save_tiny(tmp_path / "moe", "mixtral"), {"targets": ["Experts"], "weights": "int4 group=16"}
+    made = parse_recipe({"name": "made", "scheme": scheme, "steps": [STEP["reconstruction"]]})
+    with pytest.raises(SchemeError, match="finds nothing to learn"):
+        nybble.quantize(str(folder), made, text, settings=SETTINGS)
 
 
 def test_a_window_in_which_nothing_can_be_learned_stays(model: str, text: str) -> None:

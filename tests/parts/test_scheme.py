@@ -128,6 +128,16 @@ def test_changes_from_the_command_line(tmp_path: Path) -> None:
         build_recipe("gptq", weights="none")
 
 
+def test_recipes_of_yaml() -> None:
+    """Without a name it has the file's; a step is of one kind."""
+    steps = [{"solver": "gptq"}]
+    assert parse_recipe({"scheme": "W4A16", "steps": steps}, "mine.yaml").name == "mine.yaml"
+    assert parse_recipe({"name": "own", "scheme": "W4A16", "steps": steps}, "mine.yaml").name == "own"
+    for step in ({"solver": "gptq", "correction": "bias"}, {"slover": "gptq"}, "gptq"):
+        with pytest.raises(SchemeError, match=r"mine\.yaml: a step names exactly one of transform, solver, "):
+            parse_recipe({"scheme": "W4A16", "steps": [step]}, "mine.yaml")
+
+
 def test_effort_changes_the_options_that_quick_names() -> None:
     step = {"solver": "llm-fp4", "rounds": 2, "grid": 90, "quick": {"grid": 12, "fine": 6}}
     recipe = parse_recipe({"name": "x", "scheme": "W4A16", "steps": [step, {"correction": "bias"}]})
