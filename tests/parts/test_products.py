@@ -14,9 +14,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import nybble
+from nybble.calibration.operands import SEQUENCES, see_operands
+from nybble.calibration.trace import HIDDEN, BlockCall
 from nybble.checkpoint.account import inspect
-from nybble.core.errors import FileError, SchemeError
+from nybble.core.errors import DataError, FileError, SchemeError
 from nybble.data import load_text, token_samples
+from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.attention import (
     OPERANDS,
     MatmulQuantizers,
@@ -25,6 +28,7 @@ from nybble.nn.attention import (
     quantized_attention,
     use_quantized_attention,
 )
+from nybble.nn.kinds import targets_of
 from nybble.qtensor import dense
 from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe, parse_recipe
@@ -104,6 +108,8 @@ def eager_attention_forward(  # as models name theirs
 
 
 class TinyAttention(torch.nn.Module):
+    is_causal, scaling = False, 8**-0.5
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
         assert eager_attention_forward is not None
         return quantized_attention(self, query, key, value)
@@ -114,8 +120,6 @@ def test_operands_are_what_the_quantizers_round() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 3, 5, 8, generator=generator) for _ in range(3))
     quantizer = Quantizer("float4_e2m1fn tensor")
-    from nybble.nn.activation import ActivationQuantizer
-
     module = TinyAttention()
     module.add_module("matmuls", MatmulQuantizers({name: ActivationQuantizer(quantizer) for name in OPERANDS}))
     found, seen = module(query, key, value)
@@ -150,6 +154,46 @@ def test_static_operands_are_calibrated_where_nothing_else_is(tmp_path: Path) ->
     wanted = {name: float(dense(quantizer.fit(x).scale)) for name, x in seen.items()}  # type: ignore[arg-type]
     assert len(wanted) == 2 * len(OPERANDS)
     assert rows == {name: pytest.approx(scale, rel=1e-5) for name, scale in wanted.items()}
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.calls = TinyAttention(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        found: Tensor = self.attention(x, 2 * x, 3 * x)[0].transpose(1, 2)
+        return found
+
+
+def test_operands_of_the_first_sequences_are_seen() -> None:
+    """In float32, batch by batch until there are enough; nothing stays in the block."""
+    block, x = Block(), torch.randn(40, 3, 5, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    target, call = targets_of(block)["attention"], BlockCall(index=0, args=(), kwargs={}, keyword=None, start=None)
+
+    def see(*batches: Tensor) -> dict[str, Tensor]:
+        return see_operands(block, target, "the attention", lambda: ((call, {HIDDEN: part}) for part in batches))
+
+    probabilities = torch.softmax(x @ (2 * x).mT / 8**0.5, -1)
+    wanted = {"query": x, "key": 2 * x, "probabilities": probabilities, "value": 3 * x}
+    for size in (8, 12):
+        block.calls = 0
+        found = see(*x.split(size))
+        assert block.calls == 2 and found.keys() == wanted.keys()
+        for name, operand in found.items():
+            assert operand.dtype == torch.float32 and torch.equal(operand, wanted[name][:SEQUENCES].float())
+    x[9, 0, 0, 0] = torch.inf
+    with pytest.raises(DataError, match="the query of the attention holds NaN or Inf"):
+        see(x)
+    with pytest.raises(DataError, match="the attention was never called"):
+        see()
+    assert not hasattr(block.attention, "matmuls")
+
+
+def test_operands_have_their_four_names() -> None:
+    with pytest.raises(FileError, match="attention has the operands query, key, probabilities, value; got query"):
+        MatmulQuantizers({"query": ActivationQuantizer(Quantizer("int8"))})
 
 
 def test_search_of_a_product_beats_min_max() -> None:
