@@ -276,6 +276,36 @@ def test_bits_are_counted(folder: Path, tmp_path: Path) -> None:
     assert found["bytes"]["codes"] * 2 == found["quantized_parameters"]
 
 
+def test_files_are_counted_by_what_they_are_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 10_000)
+    out, _ = run(folder, "llama", make("gptq"), tmp_path / "out")
+    sizes = {path.name: path.stat().st_size for path in out.iterdir()}
+    found = inspect(out)["bytes"]
+    headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in out.glob("*.safetensors"))
+    assert found["headers"] == headers + sizes["model.safetensors.index.json"]
+    assert found["tokenizer"] == sum(sizes[name] for name in sizes if "token" in name) > 0
+    assert found["config"] == sizes["config.json"] + sizes["generation_config.json"]
+    assert found["report"] == sizes["nybble.json"]
+
+
+def test_generation_settings_come_along(tmp_path: Path) -> None:
+    """Into the folder, into the loaded model, and into what is saved of it; it is ready to be asked, not to be trained."""
+    model = tiny_model("llama")
+    model.generation_config.update(do_sample=True, temperature=0.7, top_k=5)
+    model.save_pretrained(tmp_path / "float")
+    tiny_tokenizer().save_pretrained(tmp_path / "float")
+    recipe = build_recipe("rtn", weights="int4 group=16")
+    out, _ = quantize(tmp_path / "float", recipe, out=tmp_path / "out", settings=SETTINGS)
+    loaded, _ = nybble.load(out)
+    again, _ = nybble.load(nybble.save(loaded, tmp_path / "again"))
+    for found in (loaded, again):
+        settings = found.generation_config
+        assert (settings.do_sample, settings.temperature, settings.top_k) == (True, 0.7, 5)
+        assert not any(module.training for module in found.modules())
+
+
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     """A model that was held in memory may have none to save: it loads, with None."""
     changed, _ = nybble.quantize(tiny_model("llama"), build_recipe("rtn", weights="int4 group=16"))
