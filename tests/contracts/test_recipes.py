@@ -276,9 +276,7 @@ def test_bits_are_counted(folder: Path, tmp_path: Path) -> None:
     assert found["bytes"]["codes"] * 2 == found["quantized_parameters"]
 
 
-def test_files_are_counted_by_what_they_are_for(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_counted_by_what_they_are_for(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 10_000)
     out, _ = run(folder, "llama", make("gptq"), tmp_path / "out")
     sizes = {path.name: path.stat().st_size for path in out.iterdir()}
@@ -291,7 +289,7 @@ def test_files_are_counted_by_what_they_are_for(
 
 
 def test_generation_settings_come_along(tmp_path: Path) -> None:
-    """Into the folder, into the loaded model, and into what is saved of it; it is ready to be asked, not to be trained."""
+    """Into the folder, into the loaded model, and into what is saved of it; it is ready to be asked."""
     model = tiny_model("llama")
     model.generation_config.update(do_sample=True, temperature=0.7, top_k=5)
     model.save_pretrained(tmp_path / "float")

@@ -294,12 +294,13 @@ def test_groups_of_rows_are_solved_as_alone(line: str) -> None:
 
 
 def test_clip_values_are_the_best_for_each_rows_own_inputs() -> None:
-    """By brute force over the fractions 0.6 .. 1.1 of the maximum; of a grouped convolution, under its group's energy."""
+    """By brute force over 0.6 .. 1.1 of the maximum; of a grouped convolution, under its own group's energy."""
     generator, size = torch.Generator().manual_seed(1), ROWS // 2
     tails = torch.randn(ROWS, COLUMNS, generator=generator) ** 3
     energies = torch.rand(2, COLUMNS, generator=generator) ** 4 + 1e-3
     moments = torch.stack([torch.diag(energy) for energy in energies])
-    found = Gptq().solve([Weight(name="w", matrix=tails, quantizer=Quantizer("int4 channel"))], Stats(second_moment=moments))
+    given = Weight(name="w", matrix=tails, quantizer=Quantizer("int4 channel"))
+    found = Gptq().solve([given], Stats(second_moment=moments))
     assert isinstance(found[0].weight, BlockQTensor)
     fractions = [1.0, *torch.linspace(0.6, 1.1, 11).tolist()]
     scales = torch.stack([tails.abs().amax(1) * f / 7 for f in fractions])

@@ -252,6 +252,6 @@ def test_attention_of_another_make() -> None:
         module.add_module(PART, Only("value"))
         with pytest.raises(ModelError, match=rf"{made.__name__} doesn't multiply queries by keys and then probabili"):
             module(x)
-    for made in (Bare, Several):
-        with pytest.raises(ModelError, match=f"{made.__name__} hands no eager attention of its own"):
-            made()(x)
+    for without in (Bare, Several):
+        with pytest.raises(ModelError, match=f"{without.__name__} hands no eager attention of its own"):
+            without()(x)

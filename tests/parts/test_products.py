@@ -180,7 +180,7 @@ def test_operands_of_the_first_sequences_are_seen() -> None:
     wanted = {"query": x, "key": 2 * x, "probabilities": probabilities, "value": 3 * x}
     for size in (8, 12):
         block.calls = 0
-        found = see(*x.split(size))
+        found = see(*torch.split(x, size))
         assert block.calls == 2 and found.keys() == wanted.keys()
         for name, operand in found.items():
             assert operand.dtype == torch.float32 and torch.equal(operand, wanted[name][:SEQUENCES].float())

@@ -266,7 +266,9 @@ def test_operands_of_two_attentions_in_a_block_are_those_of_the_float_model() ->
     recipe = parse_recipe({"name": "x", "scheme": {"matmuls": "int2 tensor static"}, "steps": [{"solver": "rtn"}]})
     settings = nybble.Settings(dtype=torch.float32)
     _, report = nybble.quantize(made("bart"), recipe, Given(inputs), settings=settings)
-    assert {row.name: row.input_scale for row in report.layers} == {n: pytest.approx(x, rel=1e-5) for n, x in seen.items()}
+    assert {row.name: row.input_scale for row in report.layers} == {
+        n: pytest.approx(x, rel=1e-5) for n, x in seen.items()
+    }
     assert len(seen) == 4 * (2 + 2 * 2)
 
 
