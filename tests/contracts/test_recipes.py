@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.tiny import FAMILIES, MOES, linear_names, logits, save_text, save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -18,7 +19,7 @@ from transformers.utils import logging
 import nybble
 from nybble.checkpoint import parts as checkpoint
 from nybble.checkpoint.account import inspect
-from nybble.core.errors import ModelError, SchemeError
+from nybble.core.errors import FileError, ModelError, SchemeError
 from nybble.models.adapter import adapter_for
 from nybble.nn.experts import PackedExperts
 from nybble.nn.linear import QuantLinear
@@ -192,6 +193,8 @@ def test_save_pretrained_round_trip(folder: Path, tmp_path: Path, family: str, l
     model.save_pretrained(tmp_path / "again")
     again = auto.from_pretrained(tmp_path / "again")
     assert torch.equal(logits(again), logits(model))
+    said = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "again")]
+    assert said[0]["quantization_config"] == said[1]["quantization_config"]
     checkpoint_a, checkpoint_b = inspect(tmp_path / "out"), inspect(tmp_path / "again")
     assert checkpoint_a["modules"] == checkpoint_b["modules"]
 
@@ -302,6 +305,23 @@ def test_generation_settings_come_along(tmp_path: Path) -> None:
         settings = found.generation_config
         assert (settings.do_sample, settings.temperature, settings.top_k) == (True, 0.7, 5)
         assert not any(module.training for module in found.modules())
+
+
+def test_tensors_that_contradict_the_config(folder: Path, tmp_path: Path) -> None:
+    """Of the float parts, which no description of a quantized module names."""
+    out, _ = run(folder, "llama", make("rtn"), tmp_path / "out")
+    file, name = out / "model.safetensors", "model.norm.weight"
+    tensors = load_file(file)
+    without = {key: tensor for key, tensor in tensors.items() if key != name}
+    assert "lm_head.weight" not in tensors  # tied: stored once
+    for changed, message in (
+        (without, f"the model needs {name}, which the weight files do not hold"),
+        ({**without, name: tensors[name][:-1].clone()}, rf"{name} is \[31\]; config.json says \[32\]"),
+        ({**tensors, "model.more": torch.ones(2)}, "the weight files hold model.more, which the model of config.json"),
+    ):
+        save_file(changed, file, {"format": "pt"})
+        with pytest.raises(FileError, match=message):
+            nybble.load(out)
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from nybble.qtensor.split import SplitQTensor
 from nybble.qtensor.vector import VectorQTensor
 from nybble.quantizer import Quantizer
 from nybble.solvers import REGISTRY, Solved, Stats, Weight, make_solver
-from nybble.solvers.gptq import Gptq
+from nybble.solvers.gptq import Gptq, _Grid, _stack
 from nybble.solvers.rtn import Rtn
 
 ROWS, COLUMNS = 24, 32
@@ -231,6 +231,36 @@ def test_gptq_is_the_algorithm(line: str, order: bool, block: int) -> None:
         return
     same = torch.isclose(found.weight.dequantize(), expected, rtol=1e-5, atol=1e-6)
     assert same.double().mean() > 0.97
+
+
+def test_another_scale_rule_is_taken_as_it_is_asked_for() -> None:
+    """Absmax is a baseline, better or not; a zero point stays one."""
+    given = weight("int3 group=8 scale=mse")
+    found = Rtn(scale="absmax").solve([given], Stats())[0]
+    assert torch.equal(found.weight.dequantize(), Quantizer("int3 group=8").quantize(given.matrix).dequantize())
+    assert found.error > found.rtn_error and not found.notes
+    asymmetric = Quantizer("int4 group=8 symmetric=false")
+    assert Rtn(scale="absmax").quantizer_for(asymmetric) == asymmetric
+    wanted = Quantizer("int4 group=8 scale=mse(asymmetric=true)")
+    assert Rtn(scale="mse").quantizer_for(asymmetric) == wanted
+
+
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("block", [50, 128])
+def test_gptq_is_the_algorithm_over_several_runs(order: bool, block: int) -> None:
+    """Columns are visited in runs of 32 inside a block, and errors go from each run into the next."""
+    given, second = weight("int4 channel", columns=80), moment(80)
+    found = Gptq(activation_order=order, block=block, clip=False).solve([given], Stats(second_moment=second))[0]
+    same = torch.isclose(found.weight.dequantize(), by_hand(given, second, order=order).float(), rtol=1e-5, atol=1e-6)
+    assert same.double().mean() > 0.97 and found.error < 0.8 * found.rtn_error
+
+
+def test_weights_that_round_alike_share_a_span() -> None:
+    lines = ("int4 channel", "int4 group=8", "int4 channel reciprocal=true", "int4 channel rounding=toward-zero",
+             "int4 group=8 symmetric=false", "nf4 channel")  # fmt: skip
+    spans = _stack([_Grid(weight(line), None) for line in lines])
+    assert [(span.rows.start, span.rows.stop) for span in spans] == [(0, 48), *((n, n + 24) for n in (48, 72, 96, 120))]
+    assert [span.quantizer for span in spans] == [Quantizer(lines[n]) for n in (0, 2, 3, 4, 5)]
 
 
 def test_gptq_helps() -> None:

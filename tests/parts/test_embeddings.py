@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,16 @@ def test_a_tied_table_is_searched_on_all_inputs_of_the_head(tmp_path: Path) -> N
         row = next(row for row in report.layers if row.name == "model.embed_tokens")
         found.append((model.get_input_embeddings().weight.qtensor().dequantize(), row.error, row.rtn_error))
     assert torch.equal(found[0][0], found[1][0]) and found[0][1:] == found[1][1:]
+
+
+def test_a_head_is_put_behind_its_table_in_whatever_order_a_file_has_them(tmp_path: Path) -> None:
+    """Transformers sorts config.json, so ``lm_head`` comes first."""
+    folder, text = save_tiny(tmp_path / "float", "llama"), save_text(tmp_path / "text.txt")
+    model, _ = run(folder, text, recipe="rtn")
+    model.save_pretrained(tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert next(iter(config["quantization_config"]["modules"])) == "lm_head"
+    assert torch.equal(logits(nybble.load(tmp_path / "again")[0]), logits(model))
 
 
 def test_a_second_table_takes_the_head_along() -> None:
