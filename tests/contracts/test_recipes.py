@@ -26,7 +26,7 @@ from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.request import build_recipe
-from nybble.recipe import Recipe, load_recipe, recipe_names
+from nybble.recipe import Recipe, load_recipe, parse_recipe, recipe_names
 from nybble.walk.settings import Settings
 
 RECIPES: dict[str, dict[str, str]] = {
@@ -322,6 +322,31 @@ def test_tensors_that_contradict_the_config(folder: Path, tmp_path: Path) -> Non
         save_file(changed, file, {"format": "pt"})
         with pytest.raises(FileError, match=message):
             nybble.load(out)
+
+
+def test_descriptions_that_contradict_themselves(folder: Path, tmp_path: Path) -> None:
+    """Found when the folder is read, not in the first forward: a factor of another length, an unknown quantizer."""
+    rule = {"targets": ["re:.*0.mlp.up_proj"], "weights": "int4 rank1", "inputs": "int8 token"}
+    recipe = parse_recipe({"name": "x", "scheme": {"rules": [rule]}, "steps": [{"solver": "rtn"}]})
+    out, _ = run(folder, "llama", recipe, tmp_path / "out")
+    config, file = json.loads((out / "config.json").read_text()), out / "model.safetensors"
+    (entry,), tensors = config["quantization_config"]["modules"].values(), load_file(file)
+
+    entry["inputs"]["quantizer"] = "int99 token"
+    (out / "config.json").write_text(json.dumps(config))
+    for use in (nybble.load, inspect):
+        with pytest.raises(FileError, match=r"config\.json: int99: integers have 1 to 8 bits"):
+            use(out)
+    entry["inputs"]["quantizer"] = "int8 token"
+    (layout,) = config["quantization_config"]["layouts"]
+    for shape in (layout["spec"]["scale"]["factors"][0]["shape"], layout["tensors"]["scale.0"][1]):
+        shape[0] -= 1
+    (out / "config.json").write_text(json.dumps(config))
+    name = "model.layers.0.mlp.up_proj.weight.scale.0"
+    save_file({**tensors, name: tensors[name][:-1].clone()}, file, {"format": "pt"})
+    for use in (nybble.load, inspect):
+        with pytest.raises(FileError, match=r"config\.json can't be read: RuntimeError"):
+            use(out)
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
