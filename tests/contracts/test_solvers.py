@@ -256,8 +256,11 @@ def test_gptq_is_the_algorithm_over_several_runs(order: bool, block: int) -> Non
 
 
 def test_weights_that_round_alike_share_a_span() -> None:
-    lines = ("int4 channel", "int4 group=8", "int4 channel reciprocal=true", "int4 channel rounding=toward-zero",
-             "int4 group=8 symmetric=false", "nf4 channel")  # fmt: skip
+    """Neighbours in another granularity do; where one word of how they round differs, they don't."""
+    lines = (
+        "int4 channel", "int4 group=8", "int4 channel rounding=toward-zero",
+        "int4 channel rounding=toward-zero reciprocal=true", "int4 group=8 symmetric=false", "nf4 channel",
+    )  # fmt: skip
     spans = _stack([_Grid(weight(line), None) for line in lines])
     assert [(span.rows.start, span.rows.stop) for span in spans] == [(0, 48), *((n, n + 24) for n in (48, 72, 96, 120))]
     assert [span.quantizer for span in spans] == [Quantizer(lines[n]) for n in (0, 2, 3, 4, 5)]
