@@ -287,6 +287,7 @@ def test_entries_are_those_of_the_first_files() -> None:
         (SAMPLES["experts"][0], {"weights": "int8", "inputs": "int8"}, "fused experts take quantized weights only"),
         (attention, {"weights": "int8"}, "products of activations only"),
         (attention, {"matmuls": "int8 shifted static"}, "shifted columns need a weight"),
+        (attention, {"matmuls": "int8 token static"}, "static activations have one float32 scale"),
         (SAMPLES["linear"][0], {"inputs": "int8 group=3"}, "activations: "),
     ],
 )
@@ -300,6 +301,22 @@ def test_sides_that_a_kind_cannot_take(make: Callable[[], nn.Module], rule: Mapp
     if planned.kind.shares_input:
         with pytest.raises(SchemeError, match="tied to the embeddings"):
             planned.kind.tied(planned, module, ["other.weight"])
+
+
+def test_products_of_an_attention_are_those_of_its_heads() -> None:
+    """Queries that share a key are neighbours; probabilities meet the transposed values."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"query": (2, 4, 5, 8), "key": (2, 2, 6, 8), "probabilities": (2, 4, 5, 6), "value": (2, 2, 6, 3)}
+    seen = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+    (first, second) = REGISTRY.get("attention").pairs(seen)
+    assert [name for name, _ in (*first, *second)] == ["query", "key", "probabilities", "value"]
+    scores, outputs = (left @ right.mT for (_, left), (_, right) in (first, second))
+    for product in range(8):
+        sample, head = divmod(product, 4)
+        wanted = seen["query"][sample, head] @ seen["key"][sample, head // 2].T
+        torch.testing.assert_close(scores[product], wanted)
+        wanted = seen["probabilities"][sample, head] @ seen["value"][sample, head // 2]
+        torch.testing.assert_close(outputs[product], wanted)
 
 
 def test_descriptions_that_contradict_the_model() -> None:

@@ -87,3 +87,17 @@ def test_what_cannot_share_goes_by_itself(tmp_path: Path) -> None:
         assert all(torch.equal(wanted[key], tensor) for key, tensor in found.items()), name
     with pytest.raises(UsageError, match="no recipe"):
         nybble.quantize_many(folder, {})
+
+
+def test_gradients_reach_a_recipe_beside_another(tmp_path: Path) -> None:
+    """The last recipe moves the streams on; the first has Fisher weights of its own all the same."""
+    folder, text = save_tiny(tmp_path / "m"), str(save_text(tmp_path / "text.txt"))
+    step = {"solver": "llm-fp4", "grid": 6, "rounds": 1}
+    recipes = {
+        loss: parse_recipe({"name": loss, "scheme": {"weights": "e2m1 channel"}, "steps": [{**step, "loss": loss}]})
+        for loss in ("fisher", "output")
+    }
+    together = nybble.quantize_many(folder, recipes, text, settings=SETTINGS)
+    wanted = nybble.quantize(folder, recipes["fisher"], text, settings=SETTINGS)[1]
+    rows = {name: [row.to_dict() for row in report.layers] for name, (_, report) in together.items()}
+    assert rows["fisher"] == [row.to_dict() for row in wanted.layers] != rows["output"]

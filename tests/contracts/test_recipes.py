@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.tiny import FAMILIES, MOES, linear_names, logits, save_text, save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -18,14 +19,14 @@ from transformers.utils import logging
 import nybble
 from nybble.checkpoint import parts as checkpoint
 from nybble.checkpoint.account import inspect
-from nybble.core.errors import ModelError, SchemeError
+from nybble.core.errors import FileError, ModelError, SchemeError
 from nybble.models.adapter import adapter_for
 from nybble.nn.experts import PackedExperts
 from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.request import build_recipe
-from nybble.recipe import Recipe, load_recipe, recipe_names
+from nybble.recipe import Recipe, load_recipe, parse_recipe, recipe_names
 from nybble.walk.settings import Settings
 
 RECIPES: dict[str, dict[str, str]] = {
@@ -192,6 +193,8 @@ def test_save_pretrained_round_trip(folder: Path, tmp_path: Path, family: str, l
     model.save_pretrained(tmp_path / "again")
     again = auto.from_pretrained(tmp_path / "again")
     assert torch.equal(logits(again), logits(model))
+    said = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "again")]
+    assert said[0]["quantization_config"] == said[1]["quantization_config"]
     checkpoint_a, checkpoint_b = inspect(tmp_path / "out"), inspect(tmp_path / "again")
     assert checkpoint_a["modules"] == checkpoint_b["modules"]
 
@@ -274,6 +277,76 @@ def test_bits_are_counted(folder: Path, tmp_path: Path) -> None:
     assert found["bits_per_quantized_weight"] == 5.0
     assert found["quantized_parameters"] == sum(math.prod(row.shape) for row in report.layers)
     assert found["bytes"]["codes"] * 2 == found["quantized_parameters"]
+
+
+def test_files_are_counted_by_what_they_are_for(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 10_000)
+    out, _ = run(folder, "llama", make("gptq"), tmp_path / "out")
+    sizes = {path.name: path.stat().st_size for path in out.iterdir()}
+    found = inspect(out)["bytes"]
+    headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in out.glob("*.safetensors"))
+    assert found["headers"] == headers + sizes["model.safetensors.index.json"]
+    assert found["tokenizer"] == sum(sizes[name] for name in sizes if "token" in name) > 0
+    assert found["config"] == sizes["config.json"] + sizes["generation_config.json"]
+    assert found["report"] == sizes["nybble.json"]
+
+
+def test_generation_settings_come_along(tmp_path: Path) -> None:
+    """Into the folder, into the loaded model, and into what is saved of it; it is ready to be asked."""
+    model = tiny_model("llama")
+    model.generation_config.update(do_sample=True, temperature=0.7, top_k=5)
+    model.save_pretrained(tmp_path / "float")
+    tiny_tokenizer().save_pretrained(tmp_path / "float")
+    recipe = build_recipe("rtn", weights="int4 group=16")
+    out, _ = quantize(tmp_path / "float", recipe, out=tmp_path / "out", settings=SETTINGS)
+    loaded, _ = nybble.load(out)
+    again, _ = nybble.load(nybble.save(loaded, tmp_path / "again"))
+    for found in (loaded, again):
+        settings = found.generation_config
+        assert (settings.do_sample, settings.temperature, settings.top_k) == (True, 0.7, 5)
+        assert not any(module.training for module in found.modules())
+
+
+def test_tensors_that_contradict_the_config(folder: Path, tmp_path: Path) -> None:
+    """Of the float parts, which no description of a quantized module names."""
+    out, _ = run(folder, "llama", make("rtn"), tmp_path / "out")
+    file, name = out / "model.safetensors", "model.norm.weight"
+    tensors = load_file(file)
+    without = {key: tensor for key, tensor in tensors.items() if key != name}
+    assert "lm_head.weight" not in tensors  # tied: stored once
+    for changed, message in (
+        (without, f"the model needs {name}, which the weight files do not hold"),
+        ({**without, name: tensors[name][:-1].clone()}, rf"{name} is \[31\]; config.json says \[32\]"),
+        ({**tensors, "model.more": torch.ones(2)}, "the weight files hold model.more, which the model of config.json"),
+    ):
+        save_file(changed, file, {"format": "pt"})
+        with pytest.raises(FileError, match=message):
+            nybble.load(out)
+
+
+def test_descriptions_that_contradict_themselves(folder: Path, tmp_path: Path) -> None:
+    """Found when the folder is read, not in the first forward: a factor of another length, an unknown quantizer."""
+    rule = {"targets": ["re:.*0.mlp.up_proj"], "weights": "int4 rank1", "inputs": "int8 token"}
+    recipe = parse_recipe({"name": "x", "scheme": {"rules": [rule]}, "steps": [{"solver": "rtn"}]})
+    out, _ = run(folder, "llama", recipe, tmp_path / "out")
+    config, file = json.loads((out / "config.json").read_text()), out / "model.safetensors"
+    (entry,), tensors = config["quantization_config"]["modules"].values(), load_file(file)
+
+    entry["inputs"]["quantizer"] = "int99 token"
+    (out / "config.json").write_text(json.dumps(config))
+    for use in (nybble.load, inspect):
+        with pytest.raises(FileError, match=r"config\.json: int99: integers have 1 to 8 bits"):
+            use(out)
+    entry["inputs"]["quantizer"] = "int8 token"
+    (layout,) = config["quantization_config"]["layouts"]
+    for shape in (layout["spec"]["scale"]["factors"][0]["shape"], layout["tensors"]["scale.0"][1]):
+        shape[0] -= 1
+    (out / "config.json").write_text(json.dumps(config))
+    name = "model.layers.0.mlp.up_proj.weight.scale.0"
+    save_file({**tensors, name: tensors[name][:-1].clone()}, file, {"format": "pt"})
+    for use in (nybble.load, inspect):
+        with pytest.raises(FileError, match=r"config\.json can't be read: RuntimeError"):
+            use(out)
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from nybble.qtensor.split import SplitQTensor
 from nybble.qtensor.vector import VectorQTensor
 from nybble.quantizer import Quantizer
 from nybble.solvers import REGISTRY, Solved, Stats, Weight, make_solver
-from nybble.solvers.gptq import Gptq
+from nybble.solvers.gptq import Gptq, _Grid, _stack
 from nybble.solvers.rtn import Rtn
 
 ROWS, COLUMNS = 24, 32
@@ -233,6 +233,39 @@ def test_gptq_is_the_algorithm(line: str, order: bool, block: int) -> None:
     assert same.double().mean() > 0.97
 
 
+def test_another_scale_rule_is_taken_as_it_is_asked_for() -> None:
+    """Absmax is a baseline, better or not; a zero point stays one."""
+    given = weight("int3 group=8 scale=mse")
+    found = Rtn(scale="absmax").solve([given], Stats())[0]
+    assert torch.equal(found.weight.dequantize(), Quantizer("int3 group=8").quantize(given.matrix).dequantize())
+    assert found.error > found.rtn_error and not found.notes
+    asymmetric = Quantizer("int4 group=8 symmetric=false")
+    assert Rtn(scale="absmax").quantizer_for(asymmetric) == asymmetric
+    wanted = Quantizer("int4 group=8 scale=mse(asymmetric=true)")
+    assert Rtn(scale="mse").quantizer_for(asymmetric) == wanted
+
+
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("block", [50, 128])
+def test_gptq_is_the_algorithm_over_several_runs(order: bool, block: int) -> None:
+    """Columns are visited in runs of 32 inside a block, and errors go from each run into the next."""
+    given, second = weight("int4 channel", columns=80), moment(80)
+    found = Gptq(activation_order=order, block=block, clip=False).solve([given], Stats(second_moment=second))[0]
+    same = torch.isclose(found.weight.dequantize(), by_hand(given, second, order=order).float(), rtol=1e-5, atol=1e-6)
+    assert same.double().mean() > 0.97 and found.error < 0.8 * found.rtn_error
+
+
+def test_weights_that_round_alike_share_a_span() -> None:
+    """Neighbours in another granularity do; where one word of how they round differs, they don't."""
+    lines = (
+        "int4 channel", "int4 group=8", "int4 channel rounding=toward-zero",
+        "int4 channel rounding=toward-zero reciprocal=true", "int4 group=8 symmetric=false", "nf4 channel",
+    )  # fmt: skip
+    spans = _stack([_Grid(weight(line), None) for line in lines])
+    assert [(span.rows.start, span.rows.stop) for span in spans] == [(0, 48), *((n, n + 24) for n in (48, 72, 96, 120))]
+    assert [span.quantizer for span in spans] == [Quantizer(lines[n]) for n in (0, 2, 3, 4, 5)]
+
+
 def test_gptq_helps() -> None:
     """Where inputs are correlated it must gain clearly, or the feedback is broken."""
     for line in ("int4 group=8", "nvfp4", "int3 channel symmetric=false"):
@@ -293,6 +326,36 @@ def test_groups_of_rows_are_solved_as_alone(line: str) -> None:
         assert (found != alone.weight.dequantize()).double().mean() <= 0.02
 
 
+def test_clip_values_are_the_best_for_each_rows_own_inputs() -> None:
+    """By brute force over 0.6 .. 1.1 of the maximum; of a grouped convolution, under its own group's energy."""
+    generator, size = torch.Generator().manual_seed(1), ROWS // 2
+    tails = torch.randn(ROWS, COLUMNS, generator=generator) ** 3
+    energies = torch.rand(2, COLUMNS, generator=generator) ** 4 + 1e-3
+    moments = torch.stack([torch.diag(energy) for energy in energies])
+    given = Weight(name="w", matrix=tails, quantizer=Quantizer("int4 channel"))
+    found = Gptq().solve([given], Stats(second_moment=moments))
+    assert isinstance(found[0].weight, BlockQTensor)
+    fractions = [1.0, *torch.linspace(0.6, 1.1, 11).tolist()]
+    scales = torch.stack([tails.abs().amax(1) * f / 7 for f in fractions])
+    rounded = (tails / scales[..., None]).round().clamp(-7, 7) * scales[..., None]
+    errors = ((rounded - tails).square() * energies.repeat_interleave(size, 0)).sum(-1)
+    best = errors.argmin(0)
+    chosen = scale_of(found[0].weight).flatten()
+    assert torch.allclose(chosen, scales.gather(0, best[None])[0], rtol=1e-6)
+    assert {0.6, 1.0} <= {round(fractions[i], 2) for i in best.tolist()}
+
+
+def test_each_group_is_damped_by_its_own_mean() -> None:
+    """A loud group beside a quiet one changes nothing for it."""
+    given, size = weight("int4 channel"), ROWS // 2
+    moments = torch.stack([moment(seed=1), 1e6 * moment(seed=2)])
+    together = Gptq().solve([given], Stats(second_moment=moments))[0].weight.dequantize()
+    for group in range(2):
+        rows = Weight(name="w", matrix=given.matrix[group * size :][:size], quantizer=given.quantizer)
+        alone = Gptq().solve([rows], Stats(second_moment=moments[group]))[0].weight.dequantize()
+        assert (together[group * size :][:size] != alone).double().mean() <= 0.02  # a last bit may round otherwise
+
+
 def test_dead_columns_round_to_nearest() -> None:
     second = moment()
     second[[3, 17]] = 0
@@ -322,6 +385,16 @@ def test_damping_is_raised_and_reported() -> None:
     indefinite -= 1.5 * torch.linalg.eigvalsh(indefinite)[0] * torch.eye(COLUMNS)
     found = Gptq(damping=0.0).solve([weight("int4 group=8")], Stats(second_moment=indefinite))[0]
     assert any(note.startswith("damping raised to") for note in found.notes)
+
+
+def test_damping_is_raised_three_times() -> None:
+    """0.01, 0.1, 1, 10: of this mean, 0.05, what makes -0.3 positive is the last."""
+    second = torch.diag(torch.tensor([0.4, -0.3] * (COLUMNS // 2)))
+    found = Gptq().solve([weight("int4 group=8")], Stats(second_moment=second))[0]
+    assert found.notes[0] == "damping raised to 10"
+    second = torch.diag(torch.tensor([0.4, -0.39] * (COLUMNS // 2)))  # a mean of 0.005
+    found = Gptq().solve([weight("int4 group=8")], Stats(second_moment=second))[0]
+    assert found.notes == ("the second moment can't be factorised even with damping 10: rounded to nearest",)
 
 
 def test_hopeless_second_moment_falls_back_and_says_so() -> None:

@@ -15,13 +15,19 @@ import nybble
 from nybble.calibration.trace import HIDDEN
 from nybble.calibration.window import Window
 from nybble.core.errors import DeviceError, SchemeError, UsageError
-from nybble.core.options import build, plain
+from nybble.core.options import build
 from nybble.core.registry import Registry
 from nybble.data import load_text, token_samples
+from nybble.learned import make_part
 from nybble.models.adapter import adapter_for
 from nybble.qtensor.low_rank_sum import LowRankSum
 from nybble.recipe import KINDS, parse_recipe
 from nybble.reconstruction import make_reconstruction
+from nybble.scheme import parse_scheme
+from nybble.solvers import make_solver
+from nybble.walk.estimate import Estimate, estimate
+from nybble.walk.plan import make_plan
+from nybble.walk.steps import Cost, Load, Subject
 from nybble.walk.steps.correction import CorrectionStep
 from nybble.walk.steps.make import make_steps
 from nybble.walk.steps.transform import TransformStep
@@ -97,10 +103,11 @@ def test_several_of_a_kind(model: str, text: str) -> None:
         ({"weights": "adaronud"}, "unknown learned part 'adaronud'. Did you mean 'adaround'"),
         ({"weights": {"adaround": {"bta": 3}}}, "learned part 'adaround' has no option 'bta'"),
         ({"weights": ["adaround"]}, r"weights is the name of a learned part, or \{name: \{option: value\}\}"),
-        ({"weights": "adaround", "schedule": "cosin"}, "schedule is cosine or constant; got 'cosin'"),
+        ({"weights": "adaround", "schedule": "cosin"}, r"is cosine or constant; got 'cosin'\. Did you mean 'cosine'"),
         ({}, "learns nothing without a part"),
         ({"weights": "adaround", "window": 2, "overlap": 2}, "window=2, overlap=2"),
         ({"weights": "adaround", "steps": 0}, "steps=0 must be 1 or more"),
+        ({"weights": "adaround", "penalty": -1}, "penalty=-1 0 or more"),
         ({"weights": "adaround", "rates": {"rounding": -0.1}}, "rates: rounding is -0.1"),
         ({"weights": "adaround", "rates": {"rounding": float("nan")}}, "rates.rounding is a finite number; got nan"),
         ({"weights": "adaround", "penalty": float("inf")}, "penalty is a finite number; got inf"),
@@ -113,6 +120,29 @@ def test_options_of_the_wrong_type(options: dict[str, Any], said: str) -> None:
         make_reconstruction("mse", options)
 
 
+def test_a_part_is_a_name_or_a_mapping_or_made_in_python() -> None:
+    """``weights: adaround``, ``weights: {adaround: }`` and an object are the same."""
+    part = make_part("adaround", {})
+    found = [make_reconstruction("mse", {"weights": given}) for given in ("adaround", {"adaround": None}, part)]
+    assert [made.weights for made in found] == [part] * 3
+    changed = make_reconstruction("mse", {"weights": {"adaround": {"beta_start": 10}}})
+    assert changed.weights == make_part("adaround", {"beta_start": 10.0}) != part
+    with pytest.raises(SchemeError, match="weights is the name of a learned part"):
+        make_reconstruction("mse", {"weights": {"adaround": 3}})
+
+
+def test_inputs_are_learned_where_weights_stay_in_float(model: str, text: str) -> None:
+    steps = [{"reconstruction": "mse", "inputs": "lsq", "steps": 4, "rates": {"default": 1e-3}}]
+    found, report = nybble.quantize(model, recipe(*steps, inputs="int4 tensor static"), text, settings=SETTINGS)
+    _, plain = nybble.quantize(model, recipe({"solver": "rtn"}, inputs="int4 tensor static"), text, settings=SETTINGS)
+    for row, was in zip(report.layers, plain.layers, strict=True):
+        layer: Any = found.get_submodule(row.name)
+        assert row.weights is None and row.input_scale == float(layer.inputs.scale) > 0
+        went_back = any("went back" in note for note in row.notes)
+        assert row.notes and (row.input_scale == was.input_scale) == went_back
+    assert any(row.input_scale != was.input_scale for row, was in zip(report.layers, plain.layers, strict=True))
+
+
 def test_a_part_that_cannot_train_a_format_names_the_layer(model: str, text: str) -> None:
     wrong = recipe(STEP["reconstruction"], weights="int4 group=16 rounding=stochastic")
     with pytest.raises(SchemeError, match=r"model\.layers\.0\.self_attn\.q_proj.*adaround can't learn .*stochastic"):
@@ -123,9 +153,23 @@ def test_a_part_that_cannot_train_a_format_names_the_layer(model: str, text: str
     beside = recipe({"reconstruction": "mse", "weights": "adaround", "inputs": "lsq"}, weights="int4 group=16")
     with pytest.raises(SchemeError, match="learns inputs, and the scheme rounds none"):
         nybble.quantize(model, beside, text, settings=SETTINGS)
+    measured = recipe({"reconstruction": "mse", "inputs": "lsq"}, weights="int4 group=16", inputs="int8 token")
+    with pytest.raises(SchemeError, match=r"model\.layers\.0\.self_attn\.q_proj.*lsq learns one scale"):
+        nybble.quantize(model, measured, text, settings=SETTINGS)
+    searched = recipe({"solver": "rtn", "scale": "mse"}, {"reconstruction": "mse", "weights": "clip"})
+    with pytest.raises(SchemeError, match=r"model\.layers\.0\.self_attn\.q_proj.*clip"):
+        nybble.quantize(model, searched, text, settings=SETTINGS)
     two = [{**STEP["reconstruction"], "window": size} for size in (1, 2)]
     with pytest.raises(SchemeError, match=r"different windows: step 2 has window 1 .* step 3 has window 2"):
         nybble.quantize(model, recipe(*two), text, settings=SETTINGS)
+
+
+def test_experts_are_not_learned(tmp_path: Path, text: str) -> None:
+    """Each of their matrices reads rows of its own, and no twin stands for them: alone there is nothing to learn."""
+    folder, scheme = save_tiny(tmp_path / "moe", "mixtral"), {"targets": ["Experts"], "weights": "int4 group=16"}
+    made = parse_recipe({"name": "made", "scheme": scheme, "steps": [STEP["reconstruction"]]})
+    with pytest.raises(SchemeError, match="finds nothing to learn"):
+        nybble.quantize(str(folder), made, text, settings=SETTINGS)
 
 
 def test_a_window_in_which_nothing_can_be_learned_stays(model: str, text: str) -> None:
@@ -154,6 +198,33 @@ def test_a_window_larger_than_the_memory_says_how_much(
     with pytest.raises(DeviceError, match=r"0\.3 GB are needed.*a smaller window \(its 2 blocks take 0\.\d GB\)"):
         nybble.quantize(model, wide, text, out=tmp_path / "out", settings=SETTINGS)
     assert not list(tmp_path.glob("out*"))
+
+
+class Weighed(TransformStep):
+    """Holds 1000 bytes of a block, takes 10 while it runs, and does nothing."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+
+    def cost(self, subject: Subject, targets: Any, load: Load) -> Cost:
+        return Cost(held=1000, peak=10)
+
+
+@pytest.mark.parametrize(("window", "together"), [(1, 1), (2, 2), (3, 2)])
+def test_an_estimate_counts_the_blocks_that_are_in_memory_together(window: int, together: int) -> None:
+    """The model has two; what a step takes while it runs, it takes for one block after the other."""
+    model = tiny_model(dtype=torch.float32)
+    adapter = adapter_for(model)
+    plan = make_plan(model, adapter, parse_scheme(SCHEME), make_solver("rtn", {}))
+    subject = Subject(model=model, adapter=adapter, plan=plan)
+
+    def found(window: int) -> Estimate:
+        load = Load(samples=0, seq_len=0, batch=1, dtype=torch.float32, source_bytes=2, window=window)
+        return estimate(subject, [Weighed(window)], load, 1e9)
+
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    assert found(window).window == together * (block * (2 + 4) + 1000) + 10  # as it is stored, and in float32
+    assert found(window).memory - found(1).memory == found(window).window - found(1).window
 
 
 @pytest.mark.parametrize(
@@ -233,25 +304,34 @@ class Options:
     pair: tuple[float, str] = (1.0, "x")
     rates: dict[str, float] = dataclasses.field(default_factory=dict)
     inner: Inner = Inner()
+    level: Literal[0, 1] = 0
+    count: int | str = 1
+    derived: int = dataclasses.field(default=7, init=False)
 
 
 def test_options_are_typed_by_their_annotations() -> None:
     given = {
         "needed": 3, "ratio": 1, "on": True, "word": "b", "maybe": None, "sizes": [1, 2], "pair": [2, "y"],
-        "rates": {"a": 1}, "inner": {"depth": 4},
+        "rates": {"a": 1, 2: 3}, "inner": {"depth": 4}, "level": 1, "count": "all",
     }  # fmt: skip
     made = build(Options, given, "thing")
     assert made == Options(
-        needed=3, ratio=1.0, on=True, word="b", sizes=(1, 2), pair=(2.0, "y"), rates={"a": 1.0}, inner=Inner(depth=4)
-    )
-    assert build(Options, plain(made), "thing") == made
+        needed=3, ratio=1.0, on=True, word="b", sizes=(1, 2), pair=(2.0, "y"), rates={"a": 1.0, "2": 3.0},
+        inner=Inner(depth=4), level=1, count="all",
+    )  # fmt: skip
+    assert type(made.ratio) is float  # 1 equals 1.0, but says something else in a report
+    assert build(Options, {"needed": 1, "inner": made.inner}, "thing").inner is made.inner
     for wrong, said in (
         ({}, "needs the option 'needed'"), ({"needed": True}, "needed is an int; got True"),
         ({"needed": 1, "ratio": "x"}, "ratio is a float"), ({"needed": 1, "on": 1}, "on is a bool"),
         ({"needed": 1, "maybe": "x"}, "maybe is an int"), ({"needed": 1, "sizes": 3}, "sizes is a list"),
         ({"needed": 1, "sizes": [1, "b"]}, r"sizes\[1\] is an int"), ({"needed": 1, "pair": [1]}, "2 values; got 1"),
         ({"needed": 1, "rates": [1]}, "rates is a mapping"), ({"needed": 1, "inner": {"dept": 1}}, "no option 'dept'"),
-        ({"needed": 1, "word": "c"}, "word is a or b"), ({"needded": 1}, "Did you mean 'needed'"),
+        ({"needed": 1, "word": "c"}, "word is a or b"),
+        ({"needed": 1, "ratio": True}, "ratio is a float; got True"),
+        ({"needed": 1, "level": True}, "level is 0 or 1; got True"),
+        ({"needed": 1, "derived": 8}, "no option 'derived'"),
+        ({"needed": 1, "count": 1.5}, "count is int or str; got 1.5"), ({"needded": 1}, "Did you mean 'needed'"),
     ):  # fmt: skip
         with pytest.raises(SchemeError, match=said):
             build(Options, wrong, "thing")

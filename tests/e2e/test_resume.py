@@ -18,6 +18,7 @@ import torch
 from tests.e2e.processes import start
 from tests.tiny import save_text, save_tiny
 
+from nybble.checkpoint.parts import MANIFEST, Parts
 from nybble.core.errors import FileError
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.request import build_recipe
@@ -279,6 +280,26 @@ def test_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "text.txt", tmp_path / "other")
     with pytest.raises(FileError, match="was begun with model = "):
         again(tmp_path / "other", tmp_path / "out", resume=True, data=str(folder / "text.txt"))
+
+
+def test_what_a_resumed_run_finds(tmp_path: Path) -> None:
+    """Parts stay, spilled states go, whatever their stack; a folder killed just before it was moved is complete."""
+    request = {"recipe": {"name": "rtn"}, "threads": 2}
+    parts = Parts(tmp_path, request, resume=False)
+    (parts.parts / "block-0000.json").write_text("{}")
+    for name in ("hidden.bin.float.0", "hidden.bin.quantized.1"):
+        (tmp_path / name).write_bytes(b"left by a killed run")
+    again = Parts(tmp_path, request, resume=True)
+    assert again.done("block-0000") and not again.assembled and not list(tmp_path.glob("hidden.bin*"))
+
+    (tmp_path / MANIFEST).write_text(json.dumps({"recipe": {"name": "rtn"}, "layers": []}))  # machines aren't in it
+    (tmp_path / "request.json").unlink()
+    assert Parts(tmp_path, request, resume=True).assembled
+    other = {**request, "recipe": {"name": "gptq"}}
+    with pytest.raises(FileError, match=r'was begun with recipe.name = "rtn"; now it is "gptq"'):
+        Parts(tmp_path, other, resume=True)
+    fresh = Parts(tmp_path, other, resume=False)
+    assert not fresh.assembled and not fresh.done("block-0000")
 
 
 def test_without_resume_it_starts_anew(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from nybble.calibration.block import BlockState, Record
 from nybble.core.errors import DataError, FormatError, GranularityError, NybbleError, SchemeError
 from nybble.formats import get_format
 from nybble.nn.activation import ActivationQuantizer
-from nybble.nn.kinds import describe, restore
+from nybble.nn.kinds import describe, restore, targets_of
 from nybble.nn.layouts import Layouts
 from nybble.nn.linear import QuantLinear
 from nybble.qtensor import Factored, QuantParams, dense
 from nybble.quantizer import Quantizer
+from nybble.report.record import block_rows
+from nybble.scheme import Rule
 from nybble.solvers import Solved, Solver, Stats, Weight, make_solver
 from nybble.solvers._ladder import Error, Ladder, fractions, menu
 from nybble.solvers._layer_error import InputsFixed, WeightsFixed, output_error
@@ -209,6 +213,18 @@ def test_shifts_survive_the_file_and_give_the_same_numbers(tmp_path: Path) -> No
     assert torch.equal(made(x), quantizer.fake_quantize(x, params) @ found.weight.dequantize().T)
 
 
+def test_the_report_counts_the_columns_of_every_shift() -> None:
+    quantizer = Quantizer("e2m1 shifted static")
+    params = quantizer.fit(torch.tensor([[8.0, 2.0, 4.0, 2.0, 1.0, 1.0, 0.5, 1.0]]))  # scale 8 / 6; 3 is the most
+    module = nn.Sequential(nn.Linear(8, 4))
+    target = replace(targets_of(module)["0"], rule=Rule(inputs=quantizer))
+    state = BlockState(module, "", None, [target])
+    state.records["0"] = Record(target=target, inputs=(quantizer, params))
+    (row,) = block_rows(state)
+    assert row.input_shifts == (1, 1, 2, 4)
+    assert row.input_scale == pytest.approx(8 / 6)
+
+
 def test_wider_shifts_reach_further() -> None:
     """Channels that differ by 2^10: two exponent bits can't span that, four can."""
     x, matrix = draw("gaussian", 512, 64) * torch.logspace(0, 10, 64, 2.0), draw("gaussian", 16, 64)
@@ -360,6 +376,49 @@ def test_layers_that_read_one_input_share_its_quantizer() -> None:
     first, second = make_solver("llm-fp4", {"grid": 30}).solve(given, stats)
     assert first.inputs is second.inputs is not None
     assert first.error + second.error < first.rtn_error + second.rtn_error
+
+
+def test_layers_that_read_one_input_count_by_their_relative_errors() -> None:
+    """So a layer with weights 1024 times as large has no more say, though it reads other columns than the first."""
+    x = outlier_inputs(loud=32)
+    loud, quiet = draw("student5", 16, 64, seed=1), draw("student5", 16, 64, seed=2)
+    loud[:, 32:], quiet[:, :32] = 0, 0
+    found = []
+    for factor in (1, 1024):
+        given = [
+            Weight(name=name, matrix=matrix, quantizer=Quantizer("e2m1 channel"))
+            for name, matrix in (("loud", loud), ("quiet", factor * quiet))
+        ]
+        stats = Stats(inputs=x, quantizer=Quantizer("e2m1 tensor static"))
+        found.append(make_solver("llm-fp4", {"grid": 30}).solve(given, stats))
+    for one, other in zip(*found, strict=True):
+        assert one.inputs is not None and other.inputs is not None
+        assert one.inputs[0] == other.inputs[0]
+        assert torch.equal(torch.as_tensor(one.inputs[1].scale), torch.as_tensor(other.inputs[1].scale))
+        assert one.error == pytest.approx(other.error, rel=1e-4)
+
+
+@pytest.mark.parametrize(("fine", "whole", "tried"), [(0, True, 17), (0, False, 17), (2, True, 19), (2, False, 2)])
+def test_the_whole_grid_is_for_the_first_round_of_a_quick_search(fine: int, whole: bool, tried: int) -> None:
+    """Later rounds of it stay in the format that was found, within a step of its fraction."""
+    method, x = LlmFp4(grid=5, fine=fine, low=0.1, high=1.6), draw("student3", 1, 4096)
+    ladders = method.ladders(x, Quantizer("e2m1 tensor"))
+    fraction = torch.tensor([0.9])
+    before = _Choice(ladders[0], fraction, ladders[0].values(fraction))
+    errors: list[float] = []
+
+    def error(values: Tensor) -> Tensor:
+        errors.append(float((values - x).square().mean()))
+        return torch.tensor(errors[-1:])
+
+    found = method.choose(ladders, before, error, whole)
+    assert (
+        len(errors) == 1 + tried
+    )  # three formats: five fractions each, and min-max of the other two; then the fine ones
+    assert float((found.values - x).square().mean()) == pytest.approx(min(errors))
+    assert found.ladder.quantizer.format.name == (FP4[0] if tried > 2 else FP4[1])
+    if tried == 2:
+        assert 0.9 / 2 < float(found.fraction) < 0.9 * 2
 
 
 def test_ladder_of_an_asymmetric_integer_keeps_its_zero_point() -> None:

@@ -11,6 +11,7 @@ from tests.tiny import logits, save_text, save_tiny
 
 import nybble
 from nybble.core.errors import GranularityError, SchemeError
+from nybble.nn.packed import Packed
 from nybble.qtensor.low_rank_sum import LowRankSum
 from nybble.recipe import parse_recipe
 
@@ -71,12 +72,36 @@ def test_what_cannot_be_is_said(place: tuple[Path, Path]) -> None:
         run(*place, rank=17)
     with pytest.raises(SchemeError, match="rank=-1"):
         run(*place, rank=-1)
-    with pytest.raises(GranularityError, match="group=5"):
-        run(*place, rank=4, factors="int8 group=5")
+    for rank in (4, 5):  # neither divides the rank; then the columns of the weight
+        with pytest.raises(GranularityError, match=r"model\.layers\.0\.self_attn\.q_proj: .*group=5"):
+            run(*place, rank=rank, factors="int8 group=5")
     model, _ = run(*place, rank=2, targets=["re:.*down_proj"])
     layer = model.model.layers[0]
     assert isinstance(layer.mlp.down_proj.weight.qtensor(), LowRankSum)
     assert not isinstance(layer.mlp.up_proj.weight.qtensor(), LowRankSum)
+
+
+def test_what_would_be_worse_is_left_out(place: tuple[Path, Path]) -> None:
+    """Factors of two values lose far more than they give back: codes stay as the solver left them, and it is said."""
+    model, report = run(*place, rank=2, factors="binary tensor")
+    assert not any(isinstance(m.qtensor(), LowRankSum) for m in model.modules() if isinstance(m, Packed))
+    plain = parse_recipe({"name": "x", "scheme": {"weights": "int3 channel"}, "steps": [{"solver": "rtn"}]})
+    without, rows = nybble.quantize(str(place[0]), plain, str(place[1]), settings=SETTINGS)
+    assert torch.equal(logits(model), logits(without))
+    for row, was in zip(report.layers, rows.layers, strict=True):
+        assert row.error == was.error
+        assert row.notes == (f"rank 2 would not lower its error ({was.error:.3g}): left out",)
+
+
+def test_layers_whose_weights_stay_in_float_are_passed_over(place: tuple[Path, Path]) -> None:
+    rules = [{"targets": ["re:.*down_proj"], "inputs": "int8 token"}, {"weights": "int3 channel"}]
+    steps = [{"solver": "rtn"}, {"correction": "low-rank", "rank": 2}]
+    made = parse_recipe({"name": "x", "scheme": {"rules": rules}, "steps": steps})
+    model, report = nybble.quantize(str(place[0]), made, str(place[1]), settings=SETTINGS)
+    found: Any = model
+    assert not isinstance(found.model.layers[0].mlp.down_proj.weight, Packed)
+    assert isinstance(found.model.layers[0].mlp.up_proj.weight.qtensor(), LowRankSum)
+    assert all((row.weights is None) == row.name.endswith("down_proj") == (not row.notes) for row in report.layers)
 
 
 def test_factors_drawn_by_chance(place: tuple[Path, Path]) -> None:

@@ -213,16 +213,45 @@ class Unlike(nn.Module):
         return quantized_attention(self, x, x, x, None)
 
 
+def eager_with_a_third_product(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Any:
+    return ((query @ key.mT) @ value) @ torch.eye(2), None
+
+
+def eager_with_another_product(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Any:
+    return torch.einsum("bhqk,bhkd->bqhd", query @ key.mT, value @ torch.eye(2)), None
+
+
+class Third(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        assert eager_with_a_third_product is not None
+        return quantized_attention(self, x, x, x, None)
+
+
+class Another(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        assert eager_with_another_product is not None
+        return quantized_attention(self, x, x, x, None)
+
+
+class Several(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        assert eager_with_a_third_product is not eager_with_another_product
+        return quantized_attention(self, x, x, x, None)
+
+
 class Bare(nn.Module):
     def forward(self, x: Tensor) -> Any:
         return quantized_attention(self, x, x, x, None)
 
 
 def test_attention_of_another_make() -> None:
-    module, x = Unlike(), torch.ones(1, 1, 3, 2)
-    assert module(x)[0].shape == (1, 3, 1, 2)
-    module.add_module(PART, Only("value"))
-    with pytest.raises(ModelError, match=r"Unlike doesn't multiply queries by keys and then probabilities by values"):
-        module(x)
-    with pytest.raises(ModelError, match="Bare hands no eager attention"):
-        Bare()(x)
+    x = torch.ones(1, 1, 3, 2)
+    for made in (Unlike, Third, Another):
+        module = made()
+        assert module(x)[0].numel() == 6
+        module.add_module(PART, Only("value"))
+        with pytest.raises(ModelError, match=rf"{made.__name__} doesn't multiply queries by keys and then probabili"):
+            module(x)
+    for without in (Bare, Several):
+        with pytest.raises(ModelError, match=f"{without.__name__} hands no eager attention of its own"):
+            without()(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from nybble.nn.kinds import Quantized, targets_of
 from nybble.nn.packed import Packed
 from nybble.pipelines.request import build_recipe
 from nybble.quantizer import Quantizer
+from nybble.recipe import parse_recipe
 
 SETTINGS = nybble.Settings(samples=4, seq_len=12, batch=2)
 LINE = "float4_e2m1fn channel"
@@ -75,6 +77,31 @@ def test_a_tied_table_is_solved_on_the_heads_output(tmp_path: Path) -> None:
     weight = tiny_model("llama").get_input_embeddings().weight.detach().float()
     plain_error = relative_error(weight, Quantizer(LINE).fake_quantize(weight), None)
     assert row.rtn_error != pytest.approx(plain_error, rel=1e-3)  # not the table's own error
+
+
+def test_a_tied_table_is_searched_on_all_inputs_of_the_head(tmp_path: Path) -> None:
+    """Whatever the loss, and however few inputs of other layers it takes."""
+    folder, text = save_tiny(tmp_path / "float", "llama"), save_text(tmp_path / "text.txt")
+    found = []
+    for loss in ("output", "fisher"):
+        step = {"solver": "llm-fp4", "loss": loss, "grid": 6, "rounds": 1, "tokens": 4}
+        scheme = {"targets": ["Linear", "Embedding"], "weights": "e2m1 channel"}
+        made = parse_recipe({"name": "x", "scheme": scheme, "steps": [step]})
+        model: Any
+        model, report = nybble.quantize(str(folder), made, str(text), settings=SETTINGS)
+        row = next(row for row in report.layers if row.name == "model.embed_tokens")
+        found.append((model.get_input_embeddings().weight.qtensor().dequantize(), row.error, row.rtn_error))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1:] == found[1][1:]
+
+
+def test_a_head_is_put_behind_its_table_in_whatever_order_a_file_has_them(tmp_path: Path) -> None:
+    """Transformers sorts config.json, so ``lm_head`` comes first."""
+    folder, text = save_tiny(tmp_path / "float", "llama"), save_text(tmp_path / "text.txt")
+    model, _ = run(folder, text, recipe="rtn")
+    model.save_pretrained(tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert next(iter(config["quantization_config"]["modules"])) == "lm_head"
+    assert torch.equal(logits(nybble.load(tmp_path / "again")[0]), logits(model))
 
 
 def test_a_second_table_takes_the_head_along() -> None:

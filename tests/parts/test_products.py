@@ -9,17 +9,31 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny import logits, save_text, save_tiny
+from tests.tiny import logits, save_text, save_tiny, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import nybble
+from nybble.calibration.operands import SEQUENCES, see_operands
+from nybble.calibration.trace import HIDDEN, BlockCall
 from nybble.checkpoint.account import inspect
-from nybble.core.errors import FileError, SchemeError
-from nybble.nn.attention import OPERANDS, MatmulQuantizers, quantized_attention
+from nybble.core.errors import DataError, FileError, SchemeError
+from nybble.data import load_text, token_samples
+from nybble.nn.activation import ActivationQuantizer
+from nybble.nn.attention import (
+    OPERANDS,
+    MatmulQuantizers,
+    OperandWatch,
+    attentions,
+    quantized_attention,
+    use_quantized_attention,
+)
+from nybble.nn.kinds import targets_of
+from nybble.qtensor import QuantParams, dense
 from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe, parse_recipe
 from nybble.solvers import make_solver
+from nybble.solvers._ladder import fractions
 from nybble.solvers._layer_error import output_error
 
 SCHEME: dict[str, Any] = {
@@ -95,6 +109,8 @@ def eager_attention_forward(  # as models name theirs
 
 
 class TinyAttention(torch.nn.Module):
+    is_causal, scaling = False, 8**-0.5
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
         assert eager_attention_forward is not None
         return quantized_attention(self, query, key, value)
@@ -105,8 +121,6 @@ def test_operands_are_what_the_quantizers_round() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 3, 5, 8, generator=generator) for _ in range(3))
     quantizer = Quantizer("float4_e2m1fn tensor")
-    from nybble.nn.activation import ActivationQuantizer
-
     module = TinyAttention()
     module.add_module("matmuls", MatmulQuantizers({name: ActivationQuantizer(quantizer) for name in OPERANDS}))
     found, seen = module(query, key, value)
@@ -117,6 +131,70 @@ def test_operands_are_what_the_quantizers_round() -> None:
     assert torch.equal(seen, p)  # as they were before rounding
     plain, _ = TinyAttention()(query, key, value)
     assert not torch.allclose(plain, expected, atol=1e-2)
+
+
+def test_static_operands_are_calibrated_where_nothing_else_is(tmp_path: Path) -> None:
+    """Weights alone need no data; an operand's one scale is that of what the float attention multiplies."""
+    folder, text = save_tiny(tmp_path / "float"), save_text(tmp_path / "text.txt")
+    quantizer = Quantizer("int8 tensor static")
+    scheme = {"rules": [{"matmuls": str(quantizer)}, {"weights": "int8 channel"}]}
+    made = parse_recipe({"name": "products", "scheme": scheme, "steps": [{"solver": "rtn"}]})
+    settings = nybble.Settings(samples=4, seq_len=12, batch=2, dtype=torch.float32)
+    _, report = nybble.quantize(str(folder), made, str(text), settings=settings)
+    rows = {row.name: row.input_scale for row in report.layers if ".matmuls." in row.name}
+
+    exact = nybble.load(folder, dtype=torch.float32)[0]
+    use_quantized_attention(exact)
+    seen: dict[str, Tensor] = {}
+    for name, module in list(attentions(exact)):
+        watch = OperandWatch(lambda operand, x, name=name: seen.update({f"{name}.matmuls.{operand}": x}))  # type: ignore[misc]
+        module.add_module("matmuls", watch)
+    tokens = token_samples(load_text(str(text), "calibration"), tiny_tokenizer(), samples=4, seq_len=12, seed=0)
+    with torch.no_grad():
+        exact(tokens.input_ids, use_cache=False)
+    wanted = {name: float(dense(quantizer.fit(x).scale)) for name, x in seen.items()}  # type: ignore[arg-type]
+    assert len(wanted) == 2 * len(OPERANDS)
+    assert rows == {name: pytest.approx(scale, rel=1e-5) for name, scale in wanted.items()}
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.calls = TinyAttention(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        found: Tensor = self.attention(x, 2 * x, 3 * x)[0].transpose(1, 2)
+        return found
+
+
+def test_operands_of_the_first_sequences_are_seen() -> None:
+    """In float32, batch by batch until there are enough; nothing stays in the block."""
+    block, x = Block(), torch.randn(40, 3, 5, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    target, call = targets_of(block)["attention"], BlockCall(index=0, args=(), kwargs={}, keyword=None, start=None)
+
+    def see(*batches: Tensor) -> dict[str, Tensor]:
+        return see_operands(block, target, "the attention", lambda: ((call, {HIDDEN: part}) for part in batches))
+
+    probabilities = torch.softmax(x @ (2 * x).mT / 8**0.5, -1)
+    wanted = {"query": x, "key": 2 * x, "probabilities": probabilities, "value": 3 * x}
+    for size in (8, 12):
+        block.calls = 0
+        found = see(*torch.split(x, size))
+        assert block.calls == 2 and found.keys() == wanted.keys()
+        for name, operand in found.items():
+            assert operand.dtype == torch.float32 and torch.equal(operand, wanted[name][:SEQUENCES].float())
+    x[9, 0, 0, 0] = torch.inf
+    with pytest.raises(DataError, match="the query of the attention holds NaN or Inf"):
+        see(x)
+    with pytest.raises(DataError, match="the attention was never called"):
+        see()
+    assert not hasattr(block.attention, "matmuls")
+
+
+def test_operands_have_their_four_names() -> None:
+    with pytest.raises(FileError, match="attention has the operands query, key, probabilities, value; got query"):
+        MatmulQuantizers({"query": ActivationQuantizer(Quantizer("int8"))})
 
 
 def test_search_of_a_product_beats_min_max() -> None:
@@ -133,6 +211,26 @@ def test_search_of_a_product_beats_min_max() -> None:
         )
 
     assert error("llm-fp4") < 0.9 * error("rtn")
+
+
+def test_a_product_is_searched_on_both_sides() -> None:
+    """The last choice, the right operand's, is the best of all fractions for the left one as it is rounded by then."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(2, 24, 16, generator=generator) ** 3 for _ in range(2))
+    quantizer = Quantizer("float4_e2m1fn tensor static")
+    (ql, pl), (qr, pr) = make_solver("llm-fp4", {"formats": False, "grid": 20}).solve_product(left, right, quantizer)
+    given = ql.fake_quantize(left, pl)
+
+    def error(params: QuantParams) -> float:
+        rounded = qr.fake_quantize(right, params)
+        return sum(output_error(*sides) for sides in zip(left, given, right, rounded, strict=True))
+
+    most = dense(quantizer.fit(right).scale)  # type: ignore[arg-type]
+    tried = [error(QuantParams(most * float(f))) for f in [1, *fractions(0.01, 1.2, 20, torch.device("cpu"))]]
+    assert error(pr) == pytest.approx(min(tried), rel=1e-5) and min(tried) < 0.9 * tried[0]
+    quick = make_solver("llm-fp4", {"formats": False, "grid": 40, "fine": 2}).solve_product(left, right, quantizer)
+    for (_, params), x in zip(quick, (left, right), strict=True):  # fine steps alone come 8 % from the maximum
+        assert float(dense(params.scale)) < 0.9 * float(dense(quantizer.fit(x).scale))  # type: ignore[arg-type]
 
 
 def test_refusals(tmp_path: Path) -> None:

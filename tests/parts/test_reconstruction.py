@@ -14,9 +14,12 @@ from nybble.calibration.block import BlockState, Record
 from nybble.calibration.error import relative_error
 from nybble.calibration.trace import HIDDEN, BlockCall, Tensors
 from nybble.calibration.window import Calibration, Window
+from nybble.core.errors import DataError
 from nybble.learned import make_part
 from nybble.nn.activation import ActivationQuantizer
+from nybble.nn.fake import FakeLayer
 from nybble.nn.kinds import Quantized, kind_of
+from nybble.qtensor import QuantParams
 from nybble.quantizer import Quantizer
 from nybble.reconstruction.engine import put_twins, reconstruct, settle_twins, twins_of
 from nybble.reconstruction.losses.mse import Mse
@@ -226,3 +229,82 @@ def test_records_say_what_was_learned_of_inputs() -> None:
     assert row.error == pytest.approx(relative_error(truth, made.weights()[0], second), rel=1e-5)
     plain = Quantizer(LINE).quantize(truth).dequantize()
     assert row.rtn_error == pytest.approx(relative_error(truth, plain, second), rel=1e-5)
+
+
+def test_a_penalty_is_a_mean_in_units_of_the_loss_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By plain gradient descent on a penalty with the gradient 1, where the loss itself is 5 whatever comes out."""
+    progress: list[float] = []
+
+    class Flat(Mse):
+        def loss(self, output: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
+            return 0 * output.sum() + 5
+
+    def penalty(twin: FakeLayer, t: float) -> Tensor:
+        progress.append(t)
+        return torch.stack([p.sum() for _, part in twin.learned() for p in part.groups().get("rounding", ())]).sum()
+
+    monkeypatch.setattr(FakeLayer, "penalty", penalty)
+    monkeypatch.setattr(torch.optim, "Adam", torch.optim.SGD)
+    made, weights = Made(), make_part("adaround", {})
+    choices = Flat(weights=weights, steps=4, penalty=3.0, rates={"rounding": 0.1}, schedule="constant")
+    for state in made.states:
+        put_twins(state, state.targets, choices)
+    before = made.learned()
+    assert reconstruct(made.window, choices).kept
+    elements = 2 * 8 * 8
+    for was, now in zip(before, made.learned(), strict=True):
+        assert torch.allclose(was - now, torch.tensor(4 * 0.1 * 3.0 * 5 / elements), rtol=1e-3)
+    assert progress == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
+
+
+def test_twins_begin_with_what_the_solver_and_calibration_found() -> None:
+    """Scales of weights and inputs that aren't those of the quantizers' own rules, and what rounds the outputs."""
+    made = Made(blocks=1)
+    (state,), x = made.states, made.given["float"][0]
+    (target,), params = state.targets, QuantParams(torch.tensor([[0.7]]))
+    state.records["layer"].inputs = INPUTS, params
+    weight = Quantizer(f"{LINE} scale=mse").quantize(state.get("layer.weight"))
+    outputs = ActivationQuantizer(Quantizer("int4 token"))
+    made_of = Quantized(weights=(weight,), inputs=ActivationQuantizer(INPUTS, params), outputs=outputs)
+    packed = state.install(target, made_of)
+    wanted = packed(x)
+    put_twins(state, state.targets, options(inputs=make_part("lsq", {})))
+    twin = twins_of(state)["layer"]
+    assert torch.equal(twin(x), wanted) and torch.equal(twin.settle()(x), wanted)
+
+
+def test_nothing_but_the_learned_parts_asks_for_gradients() -> None:
+    """While it trains; a model in memory may have parameters that do."""
+    made = Made()
+    others = [state.module.get_submodule("layer").bias for state in made.states]
+    norms = [nn.LayerNorm(8) for _ in made.states]
+    for state, norm in zip(made.states, norms, strict=True):
+        state.module.add_module("norm", norm)
+    asked: list[bool] = []
+
+    class Noted(Seen):
+        def loss(self, output: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
+            if output.requires_grad:
+                asked.extend(norm.weight.requires_grad for norm in norms)
+            return super().loss(output, wanted, mask)
+
+    reconstruct(made.window, Noted(weights=make_part("adaround", {}), steps=3, rates={"rounding": 1e-3}))
+    assert asked == [False] * 6 and all(norm.weight.requires_grad for norm in norms)
+    assert not any(isinstance(b, nn.Parameter) and b.requires_grad for b in others)
+    assert all(p.grad is None for state in made.states for p in state.module.parameters())
+
+
+def test_a_window_that_comes_to_no_number_is_refused() -> None:
+    class Broken(Seen):
+        def loss(self, output: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
+            found = super().loss(output, wanted, mask)
+            return found if output.requires_grad or len(ASKED) <= BATCHES else found * torch.inf
+
+    with pytest.raises(DataError, match=r"the reconstruction of window-0000 came to inf; take smaller rates"):
+        reconstruct(Made().window, Broken(weights=make_part("adaround", {}), steps=2))
+
+
+def test_a_loss_of_nothing_is_nothing() -> None:
+    """A window of zeros: 0, not NaN."""
+    zeros = torch.zeros(2, 4, 8)
+    assert float(Mse.loss(options(), zeros, zeros, MASK)) == 0.0

@@ -126,3 +126,27 @@ def test_changes_from_the_command_line(tmp_path: Path) -> None:
     assert recipe.steps[0].to_dict() == {"solver": "gptq", "block": 64} and recipe.scheme.rules == (Rule(weights=INT4),)
     with pytest.raises(UsageError, match="nothing is left to quantize"):
         build_recipe("gptq", weights="none")
+
+
+def test_recipes_of_yaml() -> None:
+    """Without a name it has the file's; a step is of one kind."""
+    steps = [{"solver": "gptq"}]
+    assert parse_recipe({"scheme": "W4A16", "steps": steps}, "mine.yaml").name == "mine.yaml"
+    assert parse_recipe({"name": "own", "scheme": "W4A16", "steps": steps}, "mine.yaml").name == "own"
+    for step in ({"solver": "gptq", "correction": "bias"}, {"slover": "gptq"}, "gptq"):
+        with pytest.raises(SchemeError, match=r"mine\.yaml: a step names exactly one of transform, solver, "):
+            parse_recipe({"scheme": "W4A16", "steps": [step]}, "mine.yaml")
+
+
+def test_effort_changes_the_options_that_quick_names() -> None:
+    step = {"solver": "llm-fp4", "rounds": 2, "grid": 90, "quick": {"grid": 12, "fine": 6}}
+    recipe = parse_recipe({"name": "x", "scheme": "W4A16", "steps": [step, {"correction": "bias"}]})
+    quick, full = recipe.with_effort("quick"), recipe.with_effort("full")
+    assert quick.solver.options == {"rounds": 2, "grid": 12, "fine": 6}
+    assert full.solver.options == {"rounds": 2, "grid": 90}
+    assert not quick.solver.quick and not full.solver.quick  # what a manifest says is what was done
+    assert quick.steps[1] == full.steps[1] == recipe.steps[1]
+    with pytest.raises(UsageError, match="effort 'fast' is neither quick nor full"):
+        recipe.with_effort("fast")
+    with pytest.raises(UsageError, match="recipe 'rtn' searches nothing, so it has no quick way"):
+        load_recipe("rtn").with_effort("quick")

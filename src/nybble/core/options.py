@@ -44,19 +44,6 @@ def build(kind: type[T], options: Mapping[str, Any], where: str) -> T:
     return kind(**{key: _value(value, hints[key], f"{where}: {key}") for key, value in options.items()})
 
 
-def plain(value: Any) -> Any:
-    """The inverse of :func:`build` for one value: what YAML and JSON can hold; parts as ``{name: {option: value}}``."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        found = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-        registry = getattr(value, "registry", None)
-        return found if registry is None else {registry.key_of(value): found}
-    if isinstance(value, tuple | list):
-        return [plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    return value
-
-
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)

@@ -37,7 +37,10 @@ DEFAULT_RATE = 1e-3
 
 
 def put_twins(state: BlockState, targets: Sequence[Target], options: Reconstruction) -> None:
-    """Let a trainable twin stand for each quantized layer whose parts are learned; it begins where that one is."""
+    """Let a trainable twin stand for each quantized layer whose parts are learned.
+
+    It begins with that one's scales. A learned weight begins at the float one, so GPTQ's codes are not kept.
+    """
     for target in targets:
         layer = state.installed(target)
         if isinstance(layer, QuantLayer):
@@ -198,7 +201,6 @@ def _train(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-    _train_mode(window, False)
 
 
 def _penalty(twins: Sequence[FakeLayer], t: float) -> Tensor:

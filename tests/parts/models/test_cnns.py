@@ -405,3 +405,18 @@ def test_reconstruction_of_networks_of_transformers(name: str, method: str) -> N
     _, report = nybble.quantize(network, recipe, images())
     notes = {note for layer in report.layers for note in layer.notes}
     assert any("output error" in note for note in notes) or (method == "lwc" and any("went back" in n for n in notes))
+
+
+def test_learned_convolutions_still_know_their_norms(tmp_path: Path) -> None:
+    """A folder's network is built with its norms; those that are in weights by now must go when it is loaded."""
+    network, data = networks()["resnet"], images()
+    network.save_pretrained(tmp_path / "float")
+    (tmp_path / "float" / "preprocessor_config.json").write_text('{"size": {"height": 32, "width": 32}}')
+    steps = [{"transform": "fold-batchnorm"}, {"reconstruction": "mse", "weights": "adaround", "steps": 2}]
+    recipe = parse_recipe({"name": "x", "scheme": {"weights": "int8 channel"}, "steps": steps})
+    settings = nybble.Settings(samples=6, dtype=torch.float32)
+    nybble.quantize(tmp_path / "float", recipe, data, out=tmp_path / "out", settings=settings)
+    ours, _ = nybble.load(tmp_path / "out")
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in ours.modules())
+    exact = logits(network, data.pixel_values)
+    assert float((logits(ours, data.pixel_values) - exact).norm()) < 0.02 * float(exact.norm())

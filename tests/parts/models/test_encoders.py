@@ -18,6 +18,7 @@ from nybble.data import load_text, make_source, sentence_samples
 from nybble.data.sentences import split_sentences
 from nybble.eval import embed, embedding_cosine
 from nybble.models.adapter import adapter_for
+from nybble.nn.attention import OperandWatch, attentions, use_quantized_attention
 from nybble.nn.linear import QuantLinear
 from nybble.pipelines.evaluate import run_eval
 from nybble.pipelines.request import build_recipe
@@ -236,6 +237,39 @@ def test_padding_is_not_calibrated_on(tmp_path: Path) -> None:
     _, theirs = nybble.quantize(model, recipe, Given(more), settings=settings)
     for a, b in zip(ours.layers, theirs.layers, strict=True):
         assert a.input_scale == pytest.approx(b.input_scale, rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_pooler_with_static_inputs_is_taken_where_it_is_named() -> None:
+    """Behind the blocks a class leaves it in float; its name, or a pattern, doesn't."""
+    inputs, settings = inputs_of("bert"), nybble.Settings(dtype=torch.float32)
+    first = made("bert")(**inputs).last_hidden_state[:, 0]  # what it reads
+    for targets in (["Linear"], ["pooler.dense", "Linear"], ["re:.*pooler.*", "Linear"]):
+        scheme = {"targets": targets, "weights": "int8 channel", "inputs": "int8 tensor static"}
+        recipe = parse_recipe({"name": "x", "scheme": scheme, "steps": [{"solver": "rtn"}]})
+        found, report = nybble.quantize(made("bert"), recipe, Given(inputs), settings=settings)
+        scales = [row.input_scale for row in report.layers if row.name == "pooler.dense"]
+        assert isinstance(found.get_submodule("pooler.dense"), QuantLinear) == bool(scales) == (len(targets) > 1)
+        assert scales == [pytest.approx(float(first.abs().max()) / 127, rel=0.05)] * len(scales)
+
+
+@torch.no_grad()
+def test_operands_of_two_attentions_in_a_block_are_those_of_the_float_model() -> None:
+    """A decoder's second attention reads what the first gives before its operands are rounded."""
+    inputs, seen = inputs_of("bart"), dict[str, float]()
+    exact = made("bart")
+    use_quantized_attention(exact)
+    for name, module in list(attentions(exact)):
+        note: Any = lambda operand, x, name=name: seen.update({f"{name}.matmuls.{operand}": float(x.abs().max())})  # noqa: E731
+        module.add_module("matmuls", OperandWatch(note))
+    exact(**inputs)
+    recipe = parse_recipe({"name": "x", "scheme": {"matmuls": "int2 tensor static"}, "steps": [{"solver": "rtn"}]})
+    settings = nybble.Settings(dtype=torch.float32)
+    _, report = nybble.quantize(made("bart"), recipe, Given(inputs), settings=settings)
+    assert {row.name: row.input_scale for row in report.layers} == {
+        n: pytest.approx(x, rel=1e-5) for n, x in seen.items()
+    }
+    assert len(seen) == 4 * (2 + 2 * 2)
 
 
 def test_embeddings_leave_padding_out() -> None:
