@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import nn
 
 from nybble.checkpoint.save import mark_quantized
@@ -18,12 +20,15 @@ def convert(model: nn.Module) -> nn.Module:
     transformers read it.
 
     Args:
-        model: from :func:`nybble.training.prepare.prepare`; changed in place, and left in eval mode.
+        model: from :func:`nybble.training.prepare.prepare`; changed in place, and left in eval mode. Of a model that is
+            a single layer the packed one is returned.
 
     Raises:
         UsageError: nothing in it was prepared. DataError: training left NaN or Inf in a layer, named; nothing is
             changed then.
     """
+    if isinstance(model, FakeLayer):  # a single layer, which has no parent to be replaced in
+        return cast("nn.Module", convert(nn.Sequential(model))[0])
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, FakeLayer)]
     if not found:
         raise UsageError("nothing in this model was prepared for training; call nybble.training.prepare.prepare first.")
