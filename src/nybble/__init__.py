@@ -11,9 +11,9 @@ nybble wrote load with ``AutoModelForCausalLM.from_pretrained``.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nybble.core.imports import when_imported
+from nybble.core.imports import lazily, when_imported
 from nybble.core.versions import VERSION
 
 __version__ = VERSION
@@ -44,17 +44,11 @@ _NAMES = {
     "load": "nybble.pipelines.load",
     "save": "nybble.checkpoint.save",
     "evaluate": "nybble.eval",
+    "optim": "nybble.optim",
 }
 
-__all__ = [*_NAMES, "__version__", "optim"]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "optim":
-        return importlib.import_module("nybble.optim")
-    if name not in _NAMES:
-        raise AttributeError(f"module 'nybble' has no attribute {name!r}")
-    return getattr(importlib.import_module(_NAMES[name]), name)
+__all__ = [*_NAMES, "__version__"]
+__getattr__ = lazily(__name__, _NAMES)
 
 
 def __dir__() -> list[str]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nybble.cli._output import print_json, print_table
 from nybble.core.errors import UsageError
-from nybble.formats import NumberFormat, format_names, get_format
-from nybble.presets import PRESETS
+
+if TYPE_CHECKING:
+    from nybble.formats import NumberFormat
 
 
 def command(
@@ -40,6 +41,9 @@ def command(
 
 
 def _find(name: str) -> tuple[NumberFormat, str]:
+    from nybble.formats import get_format
+    from nybble.presets import PRESETS
+
     if name in PRESETS:
         from nybble.quantizer import Quantizer
 
@@ -63,6 +67,9 @@ def _facts(fmt: NumberFormat) -> dict[str, Any]:
 
 
 def _list(json: bool) -> None:
+    from nybble.formats import format_names, get_format
+    from nybble.presets import PRESETS
+
     formats = [get_format(n) for n in format_names()]
     if json:
         print_json(

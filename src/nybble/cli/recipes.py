@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nybble.cli._output import print_json, print_table
-from nybble.recipe import Recipe, load_recipe, recipe_names
+from nybble.recipes import REGISTRY, check_recipe_name
+
+if TYPE_CHECKING:
+    from nybble.recipe import Recipe
 
 
 def command(
@@ -21,12 +24,16 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """List the named methods, show one, or the table of legal combinations."""
+    if name is not None:
+        check_recipe_name(name)
+    from nybble.recipe import load_recipe
+
     if matrix:
         _matrix(name, json)
     elif name is not None:
         _show(load_recipe(name), json)
     else:
-        recipes = [load_recipe(n) for n in recipe_names()]
+        recipes = [load_recipe(each) for each in REGISTRY.all()]
         if json:
             print_json({"recipes": [r.to_dict() for r in recipes]})
         else:

@@ -45,12 +45,7 @@ class Registry:
 
     @cached_property
     def _sources(self) -> dict[str, str | EntryPoint]:
-        folder = importlib.import_module(self.package)
-        found: dict[str, str | EntryPoint] = {
-            m.name.replace("_", "-"): f"{self.package}.{m.name}"
-            for m in pkgutil.iter_modules(folder.__path__)
-            if not m.name.startswith("_")
-        }
+        found: dict[str, str | EntryPoint] = {**self.own()}
         for entry in plugins().select(group=self.package):
             name = entry.name.replace("_", "-")
             if name in found:  # a file must not depend on which packages are installed
@@ -58,6 +53,31 @@ class Registry:
             else:
                 found[name] = entry
         return found
+
+    def own(self) -> dict[str, str]:
+        """Key -> module, of the parts in the folder; nothing of them is imported."""
+        folder = importlib.import_module(self.package)
+        return {
+            m.name.replace("_", "-"): f"{self.package}.{m.name}"
+            for m in pkgutil.iter_modules(folder.__path__)
+            if not m.name.startswith("_")
+        }
+
+    def read(self, source: str) -> Any:
+        """The part that the folder has in a module of this name."""
+        return importlib.import_module(source).PART
+
+    def taken(self, name: str, found: Any) -> Any:
+        """The part in what an entry point gave: it, or the ``PART`` of a module.
+
+        Raises:
+            UsageError: it has none.
+        """
+        if not isinstance(found, ModuleType):
+            return found
+        if not hasattr(found, "PART"):
+            raise UsageError(f"{found.__name__} has no PART, which is what a module offers as {name!r}.")
+        return found.PART
 
     @cached_property
     def _broken(self) -> set[str]:
@@ -82,10 +102,9 @@ class Registry:
         if source is None:
             raise UsageError(f"unknown {self.kind} {name!r}.{did_you_mean(name, self.names())}")
         if isinstance(source, str):
-            return importlib.import_module(source).PART
+            return self.read(source)
         try:
-            found = source.load()
-            return found.PART if isinstance(found, ModuleType) else found
+            return self.taken(name, source.load())
         except Exception as error:
             raise UsageError(
                 f"the {self.kind} {name!r} of the package {_owner(source)} can't be imported "

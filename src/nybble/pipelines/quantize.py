@@ -14,7 +14,6 @@ finished blocks are only run again to move the streams on, so the bytes are the 
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -31,7 +30,7 @@ from nybble.checkpoint.parts import Parts, begun_with
 from nybble.checkpoint.save import mark_quantized, model_config, save_side_files
 from nybble.core.device import out_of_memory, require_memory
 from nybble.core.errors import FileError, NybbleError, UsageError
-from nybble.core.files import AtomicFolder
+from nybble.core.files import AtomicFolder, check_new_folder
 from nybble.core.progress import Progress, Silent
 from nybble.core.seeds import preserve_global_rng
 from nybble.data.given import Data
@@ -126,8 +125,8 @@ def preflight(
 def _check_out(out: str | Path | None, settings: Settings) -> None:
     if out is None and settings.resume:
         raise UsageError("resume goes on from what a killed run left in its output folder; give out, or leave it out.")
-    if out is not None and os.path.lexists(out):
-        raise FileError(f"{out} exists already. Remove it or choose another output folder.")
+    if out is not None:
+        check_new_folder(out)
 
 
 def quantize_many(
