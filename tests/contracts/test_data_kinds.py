@@ -184,7 +184,7 @@ def test_what_fits_is_taken() -> None:
 
 def test_what_a_place_does_not_have() -> None:
     memory = InMemory(place("images").config)
-    with pytest.raises(UsageError, match="has no tokenizer here; pass data as samples"):
+    with pytest.raises(UsageError, match="has no tokenizer here; give tokenizer="):
         data_kind("tokens").prepare("builtin", memory, WANTED)
     for part, done in (("calibration", "calibrated"), ("evaluation", "judged")):
         wanted: Any = Wanted(part=part, samples=None, seq_len=2)  # type: ignore[arg-type]
