@@ -108,5 +108,7 @@ def _show(fmt: NumberFormat, line: str) -> None:
     for start in range(0, len(shown), 8):
         print("  ".join(f"{text:<16}" for text in shown[start : start + 8]).rstrip())
     if unused:
-        more = f": {fmt.name}_full, as symmetric=false makes of it, uses all codes" if fmt.name == f"int{fmt.bits}" else ""
+        more = (
+            f": {fmt.name}_full, as symmetric=false makes of it, uses all codes" if fmt.name == f"int{fmt.bits}" else ""
+        )
         print(f"* a code that nothing is rounded to{more}")

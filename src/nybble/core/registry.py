@@ -11,13 +11,13 @@ import importlib
 import importlib.metadata
 import pkgutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint
 from types import ModuleType
 from typing import Any
 
-from nybble.core.errors import UsageError, did_you_mean
+from nybble.core.errors import NybbleError, UsageError, did_you_mean
 from nybble.core.options import build
 
 
@@ -37,11 +37,13 @@ class Registry:
     Args:
         package: dotted name of the folder, ``nybble.scales``.
         kind: what a part is called in messages, ``scale rule``.
+        fits: whether something that another package offers is such a part; by default anything is.
     """
 
-    def __init__(self, package: str, kind: str) -> None:
+    def __init__(self, package: str, kind: str, fits: Callable[[Any], bool] = lambda part: True) -> None:
         self.package = package
         self.kind = kind
+        self.fits = fits
 
     @cached_property
     def _sources(self) -> dict[str, str | EntryPoint]:
@@ -71,13 +73,16 @@ class Registry:
         """The part in what an entry point gave: it, or the ``PART`` of a module.
 
         Raises:
-            UsageError: it has none.
+            UsageError: it has none, or something else.
         """
-        if not isinstance(found, ModuleType):
-            return found
-        if not hasattr(found, "PART"):
-            raise UsageError(f"{found.__name__} has no PART, which is what a module offers as {name!r}.")
-        return found.PART
+        if isinstance(found, ModuleType):
+            if not hasattr(found, "PART"):
+                raise UsageError(f"the module {found.__name__} has no PART.")
+            found = found.PART
+        if not self.fits(found):
+            what = f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
+            raise UsageError(f"it is {what}, which is no {self.kind}. See a file of {self.package} for what is.")
+        return found
 
     @cached_property
     def _broken(self) -> set[str]:
@@ -106,9 +111,10 @@ class Registry:
         try:
             return self.taken(name, source.load())
         except Exception as error:
+            why = str(error) if isinstance(error, NybbleError) else f"{type(error).__name__}: {error}"
             raise UsageError(
-                f"the {self.kind} {name!r} of the package {_owner(source)} can't be imported "
-                f"({type(error).__name__}: {error}). Repair that package, or remove it."
+                f"the {self.kind} {name!r} of the package {_owner(source)} can't be imported ({why}). "
+                "Repair that package, or remove it."
             ) from error
 
     def make(self, name: str, options: Mapping[str, Any]) -> Any:

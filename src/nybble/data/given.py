@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from nybble.data.kinds import DataKind
 
 Data: TypeAlias = (
-    str | Path | Samples | Tensor | Mapping[str, Tensor] | Sequence[str] | Sequence[Tensor] | Sequence[Mapping[str, Any]]
+    str
+    | Path
+    | Samples
+    | Tensor
+    | Mapping[str, Tensor]
+    | Sequence[str]
+    | Sequence[Tensor]
+    | Sequence[Mapping[str, Any]]
 )
 """A SRC; samples; texts; a model's main input with samples in front; its inputs by name; a list of either of these."""
 
@@ -77,7 +84,9 @@ def samples_of(data: Data, kind: DataKind, origin: Origin, wanted: Wanted, main:
         if not data:
             raise DataError("the data is an empty list; give texts, tensors or samples, or leave it out for 'builtin'.")
         if all(isinstance(item, str) for item in data):
-            return kind.of_texts(make_source(data, name="given in Python", note="texts of the caller's"), origin, wanted)
+            return kind.of_texts(
+                make_source(data, name="given in Python", note="texts of the caller's"), origin, wanted
+            )
         if all(isinstance(item, Tensor) for item in data):
             return _samples([{main: item} for item in data], main)
         if all(isinstance(item, Mapping) for item in data):

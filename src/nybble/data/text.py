@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 Part = Literal["calibration", "evaluation"]
 
-SOURCES = Registry("nybble.data.sources", "data source")
+SOURCES = Registry(
+    "nybble.data.sources",
+    "data source",
+    lambda part: not isinstance(part, type) and hasattr(part, "accepts") and hasattr(part, "read"),
+)
 
 _TEXT_ENDINGS = {".txt", ".text", ".md", ".rst", ".jsonl", ".json", ".csv", ".gz", ".zip", ".html", ".xml", ".parquet"}
 

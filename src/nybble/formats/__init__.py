@@ -14,7 +14,7 @@ from nybble.core.errors import FormatError, did_you_mean
 from nybble.core.registry import Registry
 from nybble.formats._base import Family, NumberFormat, TableFormat
 
-REGISTRY = Registry("nybble.formats", "number format")
+REGISTRY = Registry("nybble.formats", "number format", lambda part: isinstance(part, NumberFormat | Family))
 
 __all__ = ["Family", "NumberFormat", "TableFormat", "closest", "format_names", "get_format"]
 

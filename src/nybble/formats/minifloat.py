@@ -148,9 +148,19 @@ PART = Family(
         *("ufloat4_e2m2_finite", "ufloat8_e4m4_finite"),
     ),
     aliases={
-        "bfloat16": "float16_e8m7", "bf16": "float16_e8m7", "float16": "float16_e5m10", "fp16": "float16_e5m10",
-        "half": "float16_e5m10", "fp8": "float8_e4m3fn", "float8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn",
-        "fp8_e5m2": "float8_e5m2", "fp6_e3m2": "float6_e3m2fn", "fp6_e2m3": "float6_e2m3fn",
-        "fp4": "float4_e2m1fn", "float4": "float4_e2m1fn", "fp4_e2m1": "float4_e2m1fn",
+        "bfloat16": "float16_e8m7",
+        "bf16": "float16_e8m7",
+        "float16": "float16_e5m10",
+        "fp16": "float16_e5m10",
+        "half": "float16_e5m10",
+        "fp8": "float8_e4m3fn",
+        "float8": "float8_e4m3fn",
+        "fp8_e4m3": "float8_e4m3fn",
+        "fp8_e5m2": "float8_e5m2",
+        "fp6_e3m2": "float6_e3m2fn",
+        "fp6_e2m3": "float6_e2m3fn",
+        "fp4": "float4_e2m1fn",
+        "float4": "float4_e2m1fn",
+        "fp4_e2m1": "float4_e2m1fn",
     },  # fmt: skip
 )

@@ -31,13 +31,15 @@ class Recipes(Registry):
     def taken(self, name: str, found: Any) -> Any:
         """A mapping or text as it is; of a package, its file NAME.yaml."""
         if isinstance(found, ModuleType):
+            if not hasattr(found, "__path__"):
+                raise UsageError(
+                    f"{found.__name__} is a module; name a package with {name}.yaml in it, or MODULE:NAME."
+                )
             return resources.files(found).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-        if not isinstance(found, str | Mapping):
-            raise UsageError(f"it is a {type(found).__name__}, not YAML's mapping or text.")
-        return found
+        return super().taken(name, found)
 
 
-REGISTRY = Recipes("nybble.recipes", "recipe")
+REGISTRY = Recipes("nybble.recipes", "recipe", lambda part: isinstance(part, str | Mapping))
 
 
 def check_recipe_name(name: str) -> None:

@@ -25,7 +25,7 @@ from nybble.data.text import TextSource
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-KINDS = Registry("nybble.data.kinds", "kind of data")
+KINDS = Registry("nybble.data.kinds", "kind of data", lambda part: isinstance(part, DataKind))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,5 @@ def data_kind(key: str) -> DataKind:
     Raises:
         UsageError: no such kind; or a package registered something else under its name.
     """
-    found = KINDS.get(key)
-    if not isinstance(found, DataKind):
-        raise UsageError(f"the kind of data {key!r} is a {type(found).__name__}, not a nybble.data.kinds.DataKind.")
+    found: DataKind = KINDS.get(key)
     return found

@@ -17,7 +17,7 @@ from nybble.core.progress import Progress
 from nybble.core.registry import Registry
 from nybble.data.samples import Origin, Samples, Wanted
 
-JUDGES = Registry("nybble.eval.judges", "judge")
+JUDGES = Registry("nybble.eval.judges", "judge", lambda part: isinstance(part, Judge))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +89,7 @@ def judge_of(key: str) -> Judge:
             f"nothing judges a model of {key} yet (there are judges of {', '.join(JUDGES.names())}). "
             "A package adds one through an entry point of the group nybble.eval.judges."
         )
-    found = JUDGES.get(key)
-    if not isinstance(found, Judge):
-        raise ModelError(f"the judge of {key} is a {type(found).__name__}, not a nybble.eval.judges.Judge.")
+    found: Judge = JUDGES.get(key)
     return found
 
 
@@ -103,7 +101,7 @@ def check_metrics(metrics: Sequence[str] | None, compared: bool) -> None:
     """
     if metrics is None:
         return
-    judges = [judge for judge in JUDGES.all().values() if isinstance(judge, Judge)]
+    judges: list[Judge] = [*JUDGES.all().values()]
     known = {name for judge in judges for name in judge.metrics}
     if not metrics:
         raise UsageError(f"no metric is named; there are {', '.join(sorted(known))}. Leave it out for the usual ones.")

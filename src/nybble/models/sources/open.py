@@ -9,7 +9,6 @@ from nybble.models.named import check_model
 from nybble.models.sources import ModelSource
 
 
-
 def open_source(spec: str) -> ModelSource:
     """Open what the user named.
 
