@@ -131,7 +131,7 @@ def test_one_model_in_memory_on_disk_and_loaded(folder: Path, tmp_path: Path, fa
     assert torch.isfinite(expected).all() and expected.std() > 0.01
     assert torch.equal(logits(ours), expected)
     assert torch.equal(logits(theirs), expected)
-    assert tokenizer.eos_token == "</s>"
+    assert tokenizer is not None and tokenizer.eos_token == "</s>"
 
     check_layers(ours, report, family)
     check_bytes(out)
@@ -168,6 +168,7 @@ def test_quantized_in_memory_and_saved(folder: Path, tmp_path: Path, family: str
     changed, report = quantize(model, recipe, tokens, settings=SETTINGS)
     assert changed is model
     changed.save_pretrained(tmp_path / "pretrained")
+    assert tokenizer is not None
     tokenizer.save_pretrained(tmp_path / "pretrained")
     assert torch.equal(logits(nybble.load(tmp_path / "pretrained")[0]), logits(changed))
     nybble.save(changed, tmp_path / "saved", tokenizer)
@@ -219,7 +220,7 @@ def test_dtypes_of_loading(folder: Path, tmp_path: Path) -> None:
     for model in (
         nybble.load(tmp_path / "out", dtype=torch.float32)[0],
         auto.from_pretrained(tmp_path / "out", dtype=torch.float32),
-        nybble.load(tmp_path / "out")[0].to(torch.float32),
+        torch.nn.Module.to(nybble.load(tmp_path / "out")[0], torch.float32),
     ):
         weight = model.model.layers[0].mlp.up_proj.weight
         assert isinstance(weight, Packed)

@@ -56,7 +56,7 @@ def test_a_recipe_may_be_left_out() -> None:
 def test_ignored_modules_stay(tmp_path: Path) -> None:
     model, report = nybble.quantize(tiny_model(), weights=LINE, ignore=["re:.*mlp.*"])
     assert len(report.layers) == 8
-    assert type(model.get_submodule("model.layers.0.mlp.up_proj")) is nn.Linear  # type: ignore[union-attr]
+    assert type(model.get_submodule("model.layers.0.mlp.up_proj")) is nn.Linear
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(32, 8), lambda: nn.Conv2d(2, 8, 4)])
@@ -81,9 +81,9 @@ def test_a_model_that_is_one_layer(make: Callable[[], nn.Module]) -> None:
 
 
 def test_settings_are_a_mapping() -> None:
-    with pytest.raises(SchemeError, match="no option 'seqlen'. Did you mean 'seq_len'"):
+    with pytest.raises(SchemeError, match=r"no option 'seqlen'. Did you mean 'seq_len'"):
         nybble.quantize(tiny_model(), weights=LINE, settings={"seqlen": 4})
-    with pytest.raises(UsageError, match="settings are a nybble.Settings"):
+    with pytest.raises(UsageError, match=r"settings are a nybble.Settings"):
         nybble.quantize(tiny_model(), weights=LINE, settings=[4])  # type: ignore[arg-type]
     assert nybble.quantize(tiny_model(), weights=LINE, settings={"seed": 4})[1].manifest["settings"]["seed"] == 4
 

@@ -50,5 +50,5 @@ def test_what_is_none_is_named() -> None:
         recipe.load_recipe("number")
     with pytest.raises(UsageError, match=r"alone is a module; name a package with alone\.yaml in it"):
         recipe.load_recipe("alone")
-    with pytest.raises(UsageError, match="unknown recipe 'as-txt'. Did you mean 'as-text'"):
+    with pytest.raises(UsageError, match=r"unknown recipe 'as-txt'. Did you mean 'as-text'"):
         recipe.load_recipe("as-txt")

@@ -98,7 +98,7 @@ def _show(fmt: NumberFormat, line: str) -> None:
     )
     width = (fmt.bits + 3) // 4
     unused = _unused(fmt)
-    marks = {code: "*" for code in unused}
+    marks = dict.fromkeys(unused, "*")
     shown = [f"0x{code:0{width}X} {value:g}{marks.get(code, '')}" for code, value in enumerate(fmt.values)]
     if fmt.aliases:
         print(f"also called {', '.join(fmt.aliases)}")

@@ -97,9 +97,9 @@ def grouped(rows: list[dict[str, Any]]) -> list[tuple[Sequence[str], Sequence[st
     for (granularity, recipe, why), names in formats.items():
         recipes.setdefault((granularity, tuple(names), why), []).append(recipe)
     found: dict[tuple[tuple[str, ...], tuple[str, ...], str], list[str]] = {}
-    for (granularity, names, why), who in recipes.items():
-        found.setdefault((names, tuple(who), why), []).append(granularity)
-    return [(at, names, who, why) for (names, who, why), at in found.items()]
+    for (granularity, taken, why), who in recipes.items():
+        found.setdefault((taken, tuple(who), why), []).append(granularity)
+    return [(at, taken, who, why) for (taken, who, why), at in found.items()]
 
 
 def listed(names: Sequence[str], every: Sequence[str]) -> str:

@@ -125,7 +125,7 @@ def _made(inputs: dict[str, Tensor], tokens: int) -> GivenSamples:
     digest = hashlib.sha256()
     for name, tensor in inputs.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return GivenSamples(inputs=inputs, tokens=tokens, sha256=digest.hexdigest())
 
 

@@ -162,5 +162,5 @@ PART = Family(
         "fp4": "float4_e2m1fn",
         "float4": "float4_e2m1fn",
         "fp4_e2m1": "float4_e2m1fn",
-    },  # fmt: skip
+    },
 )

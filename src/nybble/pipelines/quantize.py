@@ -58,7 +58,7 @@ def quantize(
     progress: Progress | None = None,
     announce: Callable[[str], None] | None = None,
     **changes: Unpack[Changes],
-) -> tuple[nn.Module | Path, Report]:
+) -> tuple[Any, Report]:
     """Quantize a model.
 
     Args:
@@ -136,7 +136,7 @@ def quantize_many(
     *,
     settings: Settings | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
-) -> dict[str, tuple[nn.Module, Report]]:
+) -> dict[str, tuple[Any, Report]]:
     """Quantize one model in several ways, in memory; bit for bit what :func:`quantize` gives each.
 
     Recipes that see the float network as it is go in one walk: inputs, their ranges and second moments are gathered
@@ -159,7 +159,7 @@ def quantize_many(
         raise UsageError("no recipe to quantize with.")
     settings = Settings.of(settings)
     jobs: dict[str, Job] = {}
-    found: dict[str, tuple[nn.Module, Report]] = {}
+    found: dict[str, tuple[Any, Report]] = {}
     with preserve_global_rng(), torch.no_grad(), out_of_memory(settings.device or "cpu"):
         for name, recipe in recipes.items():
             jobs[name] = _job(model, read_recipe(recipe), data, settings, None)

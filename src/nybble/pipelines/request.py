@@ -14,7 +14,6 @@ from nybble.recipe import Recipe, load_recipe, parse_recipe, read_yaml
 from nybble.scheme import Rule, Scheme, parse_scheme
 from nybble.walk.steps.make import check_quick
 
-
 Asked: TypeAlias = str | Path | Recipe | Scheme | Mapping[str, Any]
 """A recipe by name, its YAML file or mapping, a Recipe; or a Scheme, which is rounded to nearest."""
 Line: TypeAlias = str | Quantizer
@@ -70,8 +69,11 @@ def build_recipe(
     Args:
         recipe: a name, a YAML file, YAML's mapping, a Recipe, or a Scheme.
         scheme: in place of the recipe's: a preset's name, a YAML file, YAML's mapping, or a Scheme.
-        weights, activations: quantizers of all its rules, as lines; ``none`` is float.
-        kv: the KV cache's. embeddings: of embeddings and the head tied to them. matmuls: of attention's operands.
+        weights: the quantizer of all its rules' weights; ``none`` is float.
+        activations: of all its rules' inputs.
+        kv: of the KV cache.
+        embeddings: of embeddings and the head tied to them.
+        matmuls: of attention's operands.
         ignore: modules to leave alone, beside the scheme's own.
         effort: ``quick`` or ``full``.
 

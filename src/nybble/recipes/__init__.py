@@ -1,4 +1,4 @@
-"""The named recipes: a YAML file each, and what other packages offer through entry points of the group ``nybble.recipes``.
+"""The named recipes: a YAML file each, and those of other packages (entry points of the group ``nybble.recipes``).
 
 An entry point names a package with a file NAME.yaml in it, or something in a module: YAML's mapping, or its text.
 Nothing is parsed here: :func:`nybble.recipe.load_recipe` does that.

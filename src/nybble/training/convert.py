@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import nn
 
 from nybble.checkpoint.save import mark_quantized
@@ -28,7 +26,8 @@ def convert(model: nn.Module) -> nn.Module:
             changed then.
     """
     if isinstance(model, FakeLayer):  # a single layer, which has no parent to be replaced in
-        return cast("nn.Module", convert(nn.Sequential(model))[0])
+        (alone,) = convert(nn.Sequential(model)).children()
+        return alone
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, FakeLayer)]
     if not found:
         raise UsageError("nothing in this model was prepared for training; call nybble.training.prepare.prepare first.")

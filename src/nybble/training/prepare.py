@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,8 @@ def prepare(
         ModelError: ``run`` never called a layer. DataError: NaN or Inf in a weight or its activations.
     """
     if isinstance(kind_of(model), LayerKind):
-        return cast("nn.Module", prepare(nn.Sequential(model), scheme, learned, run=run)[0])
+        (alone,) = prepare(nn.Sequential(model), scheme, learned, run=run).children()
+        return alone
     chosen = scheme.scheme if isinstance(scheme, Recipe) else scheme
     chosen = chosen if isinstance(chosen, Scheme) else parse_scheme(chosen)
     layers = _layers(model, chosen, _parts(learned or {}))

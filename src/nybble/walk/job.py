@@ -90,8 +90,7 @@ class Job:
         tokens = None
         if needs:
             kind = data_kind(adapter.reads)
-            memory = source is None or tokenizer is not None
-            origin: Origin = InMemory(model.config, tokenizer) if memory else source
+            origin: Origin = InMemory(model.config, tokenizer) if source is None or tokenizer is not None else source
             tokens = samples_of(data, kind, origin, settings.wanted(), getattr(model, "main_input_name", "input_ids"))
             kind.check(tokens, model)
         products = settings.products_of(device, dtype)

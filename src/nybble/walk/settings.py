@@ -58,7 +58,7 @@ class Settings:
         """Settings as they are, from a mapping of their fields, or the defaults.
 
         Raises:
-            UsageError: something else. SchemeError: an unknown field (with the closest one), or a value of a wrong type.
+            UsageError: something else. SchemeError: an unknown field, with the closest one, or a wrong type.
         """
         if isinstance(given, Settings):
             return given

@@ -86,9 +86,7 @@ def test_other_packages_add_parts_by_entry_point(parts: Registry, monkeypatch: p
         ("nosuch_module", "ModuleNotFoundError: No module named 'nosuch_module'"),
     ],
 )
-def test_what_is_no_such_part_is_named(
-    parts: Registry, monkeypatch: pytest.MonkeyPatch, value: str, says: str
-) -> None:
+def test_what_is_no_such_part_is_named(parts: Registry, monkeypatch: pytest.MonkeyPatch, value: str, says: str) -> None:
     theirs = EntryPoint("golden", value, "shop_of_parts")
     monkeypatch.setattr("nybble.core.registry.plugins", lambda: SimpleNamespace(select=lambda group: [theirs]))
     strict = Registry("shop_of_parts", "scale rule", lambda part: isinstance(part, int))
