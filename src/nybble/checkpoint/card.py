@@ -32,7 +32,7 @@ model = {auto}.from_pretrained(".")  # this folder, or its id on the hub
 
 `nybble.load(".")` gives the model and its tokenizer, if it has one, and checks the files first.
 {scheme}
-`nybble inspect .` says what every byte is for, `nybble report .` what each layer lost; `nybble.json` is the run's record.
+`nybble inspect .` says what every byte is for, `nybble report .` what each layer lost; `nybble.json` records the run.
 """
 
 
