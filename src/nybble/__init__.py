@@ -11,12 +11,26 @@ nybble wrote load with ``AutoModelForCausalLM.from_pretrained``.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-from nybble.core.imports import when_imported
+from nybble.core.imports import lazily, when_imported
 from nybble.core.versions import VERSION
 
 __version__ = VERSION
+
+if TYPE_CHECKING:  # what the names below are, for type checkers and editors
+    from nybble import optim as optim
+    from nybble.checkpoint.save import save as save
+    from nybble.eval import evaluate as evaluate
+    from nybble.pipelines.load import load as load
+    from nybble.pipelines.quantize import preflight as preflight
+    from nybble.pipelines.quantize import quantize as quantize
+    from nybble.pipelines.quantize import quantize_many as quantize_many
+    from nybble.qtensor import QTensor as QTensor
+    from nybble.quantizer import Quantizer as Quantizer
+    from nybble.recipe import Recipe as Recipe
+    from nybble.scheme import Scheme as Scheme
+    from nybble.walk.settings import Settings as Settings
 
 _NAMES = {
     "Quantizer": "nybble.quantizer",
@@ -26,20 +40,19 @@ _NAMES = {
     "Settings": "nybble.walk.settings",
     "quantize": "nybble.pipelines.quantize",
     "quantize_many": "nybble.pipelines.quantize",
+    "preflight": "nybble.pipelines.quantize",
     "load": "nybble.pipelines.load",
     "save": "nybble.checkpoint.save",
     "evaluate": "nybble.eval",
+    "optim": "nybble.optim",
 }
 
-__all__ = [*_NAMES, "__version__", "optim"]
+__all__ = [*_NAMES, "__version__"]
+__getattr__ = lazily(__name__, _NAMES)
 
 
-def __getattr__(name: str) -> Any:
-    if name == "optim":
-        return importlib.import_module("nybble.optim")
-    if name not in _NAMES:
-        raise AttributeError(f"module 'nybble' has no attribute {name!r}")
-    return getattr(importlib.import_module(_NAMES[name]), name)
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 def _register() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from nybble.core.errors import UsageError, did_you_mean
-from nybble.formats import NumberFormat, format_names, get_format
+from nybble.formats import NumberFormat, closest, format_names, get_format
 from nybble.formats.integer import IntFormat
 from nybble.granularity import REGISTRY as GRANULARITIES
 from nybble.granularity import Granularity, get_granularity, granularity_words, make_granularity, parse_granularity
@@ -109,7 +109,7 @@ def parse_words(words: dict[str, str], line: str) -> dict[str, Any]:
         if re.fullmatch(r"[\w.-]+", name) and name not in format_names() and "unknown number format" in str(error):
             known = (*format_names(), *PRESETS)
             raise UsageError(
-                f"unknown format or preset {name!r}.{did_you_mean(name, known)} `nybble formats` lists them."
+                f"unknown format or preset {name!r}.{closest(name, known)} `nybble formats` lists them."
             ) from error
         raise
     scale = parse_scale_rule(words.get("scale", "absmax"))

@@ -19,11 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from nybble.core.errors import SchemeError, UsageError, did_you_mean, within
+from nybble.recipes import REGISTRY, check_recipe_name
 from nybble.scheme import Scheme, parse_scheme
 
 KINDS = ("transform", "solver", "reconstruction", "correction")
@@ -99,23 +99,22 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that nybble carries."""
-    folder = resources.files("nybble.recipes")
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    """Names of the recipes that nybble carries, and of those that other packages offer."""
+    return REGISTRY.names()
 
 
 def load_recipe(name: str) -> Recipe:
     """A recipe by name, or from a YAML file when ``name`` ends in .yaml or .yml.
 
     Raises:
-        UsageError: unknown name (with the closest one). SchemeError: the file is not a recipe.
+        UsageError: unknown name (with the closest one), or another package's that can't be read.
+        SchemeError: the file is not a recipe.
     """
     if name.endswith((".yaml", ".yml")):
         return parse_recipe(read_yaml(name, "recipe"), name)
-    if name not in recipe_names():
-        raise UsageError(f"unknown recipe {name!r}.{did_you_mean(name, recipe_names())} `nybble recipes` lists them.")
-    text = resources.files("nybble.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    return parse_recipe(_yaml(text, name), name)
+    check_recipe_name(name)
+    found = REGISTRY.get(name)
+    return parse_recipe(_yaml(found, name) if isinstance(found, str) else found, name)
 
 
 def parse_recipe(data: Any, where: str = "recipe") -> Recipe:

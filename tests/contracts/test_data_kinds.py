@@ -16,7 +16,6 @@ from torch import Tensor
 from nybble.checkpoint.load import Beside
 from nybble.checkpoint.save import save_side_files
 from nybble.core.errors import DataError, FileError, UsageError
-from nybble.core.registry import Registry
 from nybble.data import (
     InMemory,
     Samples,
@@ -30,7 +29,7 @@ from nybble.data import (
 )
 from nybble.data.kinds import KINDS, Size, data_kind
 from nybble.eval.judges import JUDGES, Judge
-from nybble.models.adapter import Adapter
+from nybble.models.adapter import REGISTRY, Adapter
 
 WANTED = Wanted(part="calibration", samples=5, seq_len=12, seed=3)
 PREPROCESSOR = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.25]}
@@ -74,7 +73,7 @@ def prepared(name: str, sources: dict[str, str]) -> Samples:
 def test_every_kind_has_a_judge_and_every_adapter_a_kind() -> None:
     assert KINDS.names() == JUDGES.names() == ["images", "sentences", "tokens"]
     assert all(isinstance(judge, Judge) and judge.metrics for judge in JUDGES.all().values())
-    adapters: dict[str, Adapter] = Registry("nybble.models.adapters", "model family").all()
+    adapters: dict[str, Adapter] = REGISTRY.all()
     assert {adapter.reads for adapter in adapters.values()} == set(KINDS.names())
 
 
@@ -184,7 +183,7 @@ def test_what_fits_is_taken() -> None:
 
 def test_what_a_place_does_not_have() -> None:
     memory = InMemory(place("images").config)
-    with pytest.raises(UsageError, match="has no tokenizer here; pass data as samples"):
+    with pytest.raises(UsageError, match="has no tokenizer here; give tokenizer="):
         data_kind("tokens").prepare("builtin", memory, WANTED)
     for part, done in (("calibration", "calibrated"), ("evaluation", "judged")):
         wanted: Any = Wanted(part=part, samples=None, seq_len=2)  # type: ignore[arg-type]

@@ -193,12 +193,15 @@ def test_requests(folder: Path, tmp_path: Path, nybble: Callable[..., Run], what
 
 
 def check_line(run: Run) -> None:
-    """One line after the pre-flight lines, no traceback, nothing on standard output."""
+    """One line after the pre-flight lines, no traceback; on standard output nothing, or with --json the same again."""
     lines = run.err.strip().splitlines()
     wrong = [number for number, line in enumerate(lines) if line.startswith("nybble: ")]
     assert wrong[0] >= len(lines) - 5 and "Traceback" not in run.err
     assert len(lines[wrong[0]]) < 700
-    assert run.out == ""
+    if run.out:
+        error = json.loads(run.out)["error"]
+        assert error["exit_code"] == run.code and error["type"].endswith("Error")
+        assert run.err.strip().endswith(f"nybble: {error['message']}".strip())
 
 
 def test_usage_errors_of_the_parser(folder: Path, tmp_path: Path, nybble: Callable[..., Run]) -> None:
@@ -226,7 +229,14 @@ def test_other_commands(folder: Path, tmp_path: Path, nybble: Callable[..., Run]
         (["eval", tmp_path / "no" / "model", *text], 1, r"no/model"),
         (["eval", folder / "text.txt", *text], 1, r"neither a \.gguf nor a folder"),
         (["inspect", model], 1, r"not a model that nybble wrote"),
-        (["inspect", tmp_path / "no"], 1, r"config\.json is missing"),
+        (["inspect", tmp_path / "no"], 1, r"no is not a folder"),
+        (["report", tmp_path / "no"], 1, r"no is not a folder"),
+        (["eval", model, *text, "--metrics", ""], 2, r"no metric is named; there are agreement"),
+        (["eval", "", *text], 2, r"the model's name is empty"),
+        (["eval", model, "--data", tmp_path / "no.txt"], 1, r"no\.txt' does not exist"),
+        (["formats", "fp6"], 2, r"Did you mean 'float6_e2m3fn' or 'float6_e3m2fn'"),
+        (["formats", "mxfp"], 2, r"Did you mean 'mxfp8'"),
+        (["formats", "float32"], 2, r"what tensors are without quantization"),
         (["generate", model, " "], 2, r"the prompt is empty"),
         (["generate", model, "ba", "--max-new-tokens", "0"], 2, r"max_new_tokens is 0"),
         (["generate", model, "ba", "--device", "cuda:7"], 1, r"no CUDA device"),
@@ -487,7 +497,7 @@ def test_two_runs_into_one_folder(folder: Path, tmp_path: Path) -> None:
 def test_requests_from_python(folder: Path, tmp_path: Path) -> None:
     from tests.tiny import tiny_model
 
-    with pytest.raises(UsageError, match="has no tokenizer here; pass data as samples"):
+    with pytest.raises(UsageError, match="has no tokenizer here; give tokenizer="):
         quantize(tiny_model(), RECIPE)
     with pytest.raises(UsageError, match=r"quantized in memory; save it with nybble\.save"):
         quantize(tiny_model(), RECIPE, out=tmp_path / "out")

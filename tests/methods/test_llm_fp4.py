@@ -474,7 +474,7 @@ def test_fisher_of_a_model_is_the_squared_gradient(tmp_path: Path) -> None:
     for loss in ("output", "fisher"):
         recipe = parse_recipe({"name": "x", "scheme": scheme, "steps": [{**step, "loss": loss}]})
         _, report = nybble.quantize(str(folder), recipe, str(text), settings=settings)
-        assert all(row.error < row.rtn_error for row in report.layers)
+        assert all(row.error < row.rtn_error for row in report.layers)  # type: ignore[operator]
         errors.append([row.error for row in report.layers])
     assert errors[0] != errors[1]
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from nybble.checkpoint.card import CARD
 from nybble.checkpoint.read import read_checkpoint
 from nybble.core.errors import FileError
 
@@ -82,4 +83,4 @@ def _file_role(name: str) -> str:
         return "tokenizer"
     if name == "model.safetensors.index.json":
         return "headers"
-    return "report" if name in ("nybble.json", "evaluation.json", "report.html") else "config"
+    return "report" if name in ("nybble.json", "evaluation.json", "report.html", CARD) else "config"

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nybble.checkpoint.card import CARD, card
 from nybble.checkpoint.describe import quantization_config, renumber
 from nybble.core.errors import FileError
-from nybble.core.files import atomic_write_json
+from nybble.core.files import atomic_write_json, atomic_write_text
 from nybble.core.tensorfile import merge_tensorfiles, write_tensorfile
 from nybble.nn.kinds import describe, quant_modules, restore
 from nybble.nn.kv_model import KVRecord
@@ -142,6 +143,7 @@ class Parts:
         merge_tensorfiles(files, self.folder / "model.safetensors", {"format": "pt"}, SHARD_BYTES)
         quantization = quantization_config(modules, layouts, kv)
         atomic_write_json(self.folder / "config.json", config | {"quantization_config": quantization})
+        atomic_write_text(self.folder / CARD, card(config, manifest))
         atomic_write_json(self.folder / MANIFEST, manifest | {"layers": rows})
 
     def finish(self) -> list[dict[str, Any]]:

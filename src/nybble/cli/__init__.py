@@ -1,5 +1,6 @@
 """The command line: one file a command; each module of this folder defines ``command``, which Typer reads.
 
+Modules import what is heavy inside their functions, so that help and mistakes in what was typed are answered at once.
 A module may also define ``interrupted``, which gets the command's arguments and says what Ctrl-C left behind.
 """
 
@@ -8,16 +9,24 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from types import FrameType, ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from nybble.cli._output import fail
+from nybble.cli._output import fail, print_json_error
 from nybble.core.errors import NybbleError, UsageError
+from nybble.core.versions import VERSION
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"nybble {VERSION}")
+        raise typer.Exit
 
 
 def build() -> typer.Typer:
@@ -35,7 +44,11 @@ def build() -> typer.Typer:
     return app
 
 
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print nybble's version.", is_eager=True, callback=_say_version)
+    ] = False,
+) -> None:
     """Low-bit neural networks: quantize, evaluate, inspect, generate."""
 
 
@@ -47,13 +60,19 @@ def _guarded(module: ModuleType) -> Callable[..., None]:
         with _noting_interrupts() as interrupts:
             try:
                 module.command(*args, **kwargs)
+            except typer.Exit:
+                raise
             except (Exception, KeyboardInterrupt) as error:
+                json = bool(kwargs.get("json"))
                 if interrupts or isinstance(error, KeyboardInterrupt):
                     say = getattr(module, "interrupted", lambda **_: "interrupted.")
-                    raise typer.Exit(fail(say(**kwargs), 1)) from error
+                    raise typer.Exit(fail(say(**kwargs), 1, "Interrupted" if json else "")) from error
+                kind = type(error).__name__ if json else ""
                 if not isinstance(error, NybbleError):
+                    if json:
+                        print_json_error(str(error), 1, kind)
                     raise
-                raise typer.Exit(fail(str(error), 2 if isinstance(error, UsageError) else 1)) from error
+                raise typer.Exit(fail(str(error), 2 if isinstance(error, UsageError) else 1, kind)) from error
 
     return guarded
 
@@ -76,4 +95,11 @@ def _noting_interrupts() -> Iterator[list[int]]:
 
 def main() -> None:
     """Entry point of ``nybble``; exit codes 0 success, 2 bad arguments, 1 failure."""
-    build()()
+    if "--json" not in sys.argv[1:]:
+        build()()
+    try:
+        sys.exit(build()(standalone_mode=False))
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what Typer's parser raises for what was typed
+            raise
+        sys.exit(fail(error.format_message(), 2, "UsageError"))

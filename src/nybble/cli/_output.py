@@ -30,10 +30,17 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def fail(text: str, code: int) -> int:
-    """An error for people; returns the exit code."""
+def fail(text: str, code: int, kind: str = "") -> int:
+    """An error for people, and with its ``kind`` for programs too; returns the exit code."""
     note(f"nybble: {text}")
+    if kind:
+        print_json_error(text, code, kind)
     return code
+
+
+def print_json_error(text: str, code: int, kind: str) -> None:
+    """What ``--json`` prints in place of a result: the error's class, its message, and the exit code."""
+    print_json({"error": {"type": kind, "message": text, "exit_code": code}})
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

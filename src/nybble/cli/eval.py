@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from nybble.cli._output import print_json, print_table
+from nybble.data.text import check_source
+from nybble.models.named import check_model
 
 
 def command(
@@ -33,6 +35,9 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Evaluate MODEL on held-out text, or on images if it reads those."""
+    for spec in (model,) if reference is None else (model, reference):
+        check_model(spec)
+    check_source(data)
     from nybble.core.progress import Bars
     from nybble.pipelines.evaluate import run_eval
 

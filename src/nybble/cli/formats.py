@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nybble.cli._output import print_json, print_table
 from nybble.core.errors import UsageError
-from nybble.formats import NumberFormat, format_names, get_format
-from nybble.presets import PRESETS
+
+if TYPE_CHECKING:
+    from nybble.formats import NumberFormat
 
 
 def command(
@@ -40,11 +42,11 @@ def command(
 
 
 def _find(name: str) -> tuple[NumberFormat, str]:
-    if name in PRESETS:
-        from nybble.quantizer import Quantizer
+    """The format of a name, a preset or any quantizer line; the preset's own line."""
+    from nybble.presets import PRESETS
+    from nybble.quantizer import Quantizer
 
-        return Quantizer(name).format, PRESETS[name]
-    return get_format(name), ""
+    return Quantizer(name).format, PRESETS.get(name, "")
 
 
 def _facts(fmt: NumberFormat) -> dict[str, Any]:
@@ -59,10 +61,20 @@ def _facts(fmt: NumberFormat) -> dict[str, Any]:
         "smallest": fmt.smallest,
         "signed": fmt.signed,
         "aliases": list(fmt.aliases),
+        "unused": _unused(fmt),
     }
 
 
+def _unused(fmt: NumberFormat) -> list[int]:
+    """Codes of numbers that nothing is rounded to: INT4's -8, unless ``symmetric=false``."""
+    codes = [int(code) for code in (~fmt.encodable()).nonzero()[0]]
+    return [code for code in codes if math.isfinite(fmt.values[code])]
+
+
 def _list(json: bool) -> None:
+    from nybble.formats import format_names, get_format
+    from nybble.presets import PRESETS
+
     formats = [get_format(n) for n in format_names()]
     if json:
         print_json(
@@ -85,9 +97,18 @@ def _show(fmt: NumberFormat, line: str) -> None:
         f"smallest above zero {fmt.smallest:g}"
     )
     width = (fmt.bits + 3) // 4
-    shown = [f"0x{code:0{width}X} {value:g}" for code, value in enumerate(fmt.values)]
+    unused = _unused(fmt)
+    marks = dict.fromkeys(unused, "*")
+    shown = [f"0x{code:0{width}X} {value:g}{marks.get(code, '')}" for code, value in enumerate(fmt.values)]
+    if fmt.aliases:
+        print(f"also called {', '.join(fmt.aliases)}")
     if len(shown) > 256:
         print(f"{len(shown)} codes; --json lists them all")
         return
     for start in range(0, len(shown), 8):
         print("  ".join(f"{text:<16}" for text in shown[start : start + 8]).rstrip())
+    if unused:
+        more = (
+            f": {fmt.name}_full, as symmetric=false makes of it, uses all codes" if fmt.name == f"int{fmt.bits}" else ""
+        )
+        print(f"* a code that nothing is rounded to{more}")

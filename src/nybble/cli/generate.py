@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from nybble.cli._output import print_json
+from nybble.models.named import check_model
 
 
 def command(
@@ -28,6 +29,7 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Generate text."""
+    check_model(model)
     from nybble.pipelines.generate import generate
 
     text = generate(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from nybble.cli._output import print_json, print_table
+from nybble.core.files import check_folder
 
 
 def command(
@@ -16,6 +17,7 @@ def command(
     modules: Annotated[bool, typer.Option("--modules", help="A row for each quantized weight.")] = False,
 ) -> None:
     """Account for every byte of OUT."""
+    check_folder(out)
     from nybble.checkpoint.account import inspect
 
     found = inspect(out)
@@ -33,5 +35,9 @@ def command(
         f"{found['bits_per_weight']:.4f} over everything stored"
     )
     if modules:
-        shown = [[n, f"{m['elements']:,}", f"{m['bits']:.3f}", str(m["bytes"])] for n, m in found["modules"].items()]
-        print_table("quantized weights", ("name", "elements", "bits", "bytes"), shown)
+        roles = list(dict.fromkeys(role for module in found["modules"].values() for role in module["bytes"]))
+        shown = [
+            [name, f"{m['elements']:,}", f"{m['bits']:.3f}", *(f"{m['bytes'].get(role, 0):,}" for role in roles)]
+            for name, m in found["modules"].items()
+        ]
+        print_table("quantized weights, and the bytes of each", ("name", "elements", "bits", *roles), shown)

@@ -10,6 +10,10 @@ import typer
 
 from nybble.cli._options import grouped
 from nybble.cli._output import megabytes, note, print_json, print_table
+from nybble.core.files import check_new_folder
+from nybble.data.text import check_source
+from nybble.models.named import check_model
+from nybble.recipes import check_recipe_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,23 +76,31 @@ def command(
     run: RunOptions = RUN,
     effort: Annotated[str, typer.Option(help="quick or full, for recipes that search.")] = "full",
     eval: Annotated[str | None, typer.Option(help="Evaluate before and after on this text.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would be done and needed, and stop.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Quantize MODEL into the folder OUT."""
+    _check(model, out, recipe, data, eval)
     from nybble.checkpoint.account import inspect
     from nybble.core.progress import Bars
-    from nybble.pipelines.quantize import quantize
+    from nybble.pipelines.evaluate import judge_folder, judged_on
+    from nybble.pipelines.quantize import preflight, quantize
     from nybble.pipelines.request import build_recipe
     from nybble.walk.settings import Settings
 
     made = build_recipe(recipe, effort=effort, **{**vars(changes), "ignore": changes.ignore or ()})
     settings = Settings(**vars(run))
+    held_out = None if eval is None else judged_on(model, eval, seq_len=run.seq_len)
+    if dry_run:
+        lines = preflight(model, made, data, out=out, settings=settings)
+        print_json({"dry_run": True, "recipe": made.name, "preflight": lines}) if json else print("\n".join(lines))
+        return
     _, report = quantize(model, made, data, out=out, settings=settings, progress=Bars(), announce=note)
     evaluation = None
-    if eval is not None:
-        from nybble.pipelines.evaluate import judge_folder
-
-        found = judge_folder(out, model, eval, seq_len=run.seq_len, device=run.device, progress=Bars())
+    if held_out is not None:
+        found = judge_folder(out, model, held_out, device=run.device, progress=Bars())
         evaluation = {**found["models"], "data": found["data"], "samples": found["samples"]}
     sizes = inspect(out)
     result: dict[str, Any] = {
@@ -107,6 +119,15 @@ def command(
         print_json(result)
         return
     _print(result)
+
+
+def _check(model: str, out: Path, recipe: str, data: str, held_out: str | None) -> None:
+    """Refuse what can be seen to be wrong without torch, which takes seconds to load."""
+    check_new_folder(out)
+    check_recipe_name(recipe)
+    check_model(model)
+    for src in (data,) if held_out is None else (data, held_out):
+        check_source(src)
 
 
 def interrupted(out: Path, **_: object) -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nybble.cli._output import print_json, print_table
-from nybble.recipe import Recipe, load_recipe, recipe_names
+from nybble.recipes import REGISTRY, check_recipe_name
+
+if TYPE_CHECKING:
+    from nybble.recipe import Recipe
 
 
 def command(
@@ -21,12 +26,16 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """List the named methods, show one, or the table of legal combinations."""
+    if name is not None:
+        check_recipe_name(name)
+    from nybble.recipe import load_recipe
+
     if matrix:
         _matrix(name, json)
     elif name is not None:
         _show(load_recipe(name), json)
     else:
-        recipes = [load_recipe(n) for n in recipe_names()]
+        recipes = [load_recipe(each) for each in REGISTRY.all()]
         if json:
             print_json({"recipes": [r.to_dict() for r in recipes]})
         else:
@@ -66,8 +75,36 @@ def _matrix(name: str | None, json: bool) -> None:
         return
     bad = [r for r in rows if r["reason"]]
     print(f"{len(rows)} combinations of recipe, format and granularity; {len(rows) - len(bad)} are legal")
+    every = {key: sorted({r[key] for r in rows}) for key in ("granularity", "format", "recipe")}
     print_table(
-        "impossible ones",
-        ("recipe", "format", "granularity", "why"),
-        [[r["recipe"], r["format"], r["granularity"], r["reason"]] for r in bad],
+        "impossible ones (--json lists each)",
+        ("granularities", "formats", "recipes", "why"),
+        [
+            [*(listed(names, every[key]) for key, names in zip(every, group[:3], strict=True)), group[3]]
+            for group in grouped(bad)
+        ],
     )
+
+
+def grouped(rows: list[dict[str, Any]]) -> list[tuple[Sequence[str], Sequence[str], Sequence[str], str]]:
+    """Granularities, formats and recipes that share a reason; in the reason the first two are only called that."""
+    formats: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        why = re.sub(rf"(?<![\w.]){re.escape(row['format'])}(?!\w)", "FORMAT", row["reason"])
+        why = why.replace(f"FORMAT {row['granularity']}", "FORMAT GRANULARITY")
+        formats.setdefault((row["granularity"], row["recipe"], why), []).append(row["format"])
+    recipes: dict[tuple[str, tuple[str, ...], str], list[str]] = {}
+    for (granularity, recipe, why), names in formats.items():
+        recipes.setdefault((granularity, tuple(names), why), []).append(recipe)
+    found: dict[tuple[tuple[str, ...], tuple[str, ...], str], list[str]] = {}
+    for (granularity, taken, why), who in recipes.items():
+        found.setdefault((taken, tuple(who), why), []).append(granularity)
+    return [(at, taken, who, why) for (taken, who, why), at in found.items()]
+
+
+def listed(names: Sequence[str], every: Sequence[str]) -> str:
+    """A few names, and how many more; or that it is all of them."""
+    if len(names) == len(every):
+        return "all"
+    more = len(names) - 6
+    return ", ".join(names[:6]) + (f" and {more} more" if more > 0 else "")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from nybble.cli._output import print_json
+from nybble.core.files import check_folder
 
 
 def command(
@@ -16,6 +17,7 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Write a self-contained HTML page about OUT: errors, histograms, bytes, samples, manifest."""
+    check_folder(folder)
     from nybble.pipelines.report import write_report
 
     found = write_report(folder, out)

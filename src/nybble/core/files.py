@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from nybble.core.errors import FileError
+from nybble.core.errors import FileError, UsageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -102,6 +102,29 @@ def atomic_write_json(path: Path | str, value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+_FILES = {".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".zip", ".json", ".html"}
+
+
+def check_new_folder(out: Path | str) -> None:
+    """Refuse a place where no folder can appear, before anything is made.
+
+    Raises:
+        UsageError: no name, or that of a file. FileError: it exists.
+    """
+    if not str(out).strip():
+        raise UsageError("the output folder's name is empty.")
+    if os.path.lexists(out):
+        raise FileError(f"{out} exists already. Remove it or choose another output folder.")
+    if (suffix := Path(out).suffix.lower()) in _FILES:
+        raise UsageError(f"{out} would be a folder with the name of a {suffix} file; give a name without {suffix}.")
+
+
+def check_folder(folder: Path | str) -> None:
+    """Raise FileError unless there is such a folder."""
+    if not Path(folder).is_dir():
+        raise FileError(f"{folder} is not a folder. Give the one that `nybble quantize` wrote.")
+
+
 class AtomicFolder:
     """A folder that appears whole: write into the yielded ``OUT.partial``; it is moved to OUT on success.
 
@@ -122,8 +145,7 @@ class AtomicFolder:
 
     def __enter__(self) -> Path:
         """Claim ``OUT.partial`` and return it."""
-        if os.path.lexists(self.out):
-            raise FileError(f"{self.out} exists already. Remove it or choose another output folder.")
+        check_new_folder(self.out)
         with disk_errors(self.partial):
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY)

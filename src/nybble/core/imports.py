@@ -1,13 +1,32 @@
-"""Doing something once another package is imported, without importing it now."""
+"""Importing later: names of a package when they are asked for, and an action once another package is imported."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
+from typing import Any
+
+
+def lazily(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A package's ``__getattr__``: names that are imported when they are first asked for.
+
+    Args:
+        package: its dotted name.
+        names: name -> the module that has it; of a module of the package's own, its own name.
+    """
+
+    def get(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module = importlib.import_module(names[name])
+        return module if names[name] == f"{package}.{name}" else getattr(module, name)
+
+    return get
 
 
 def when_imported(name: str, action: Callable[[], None]) -> None:

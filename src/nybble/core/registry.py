@@ -11,13 +11,13 @@ import importlib
 import importlib.metadata
 import pkgutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint
 from types import ModuleType
 from typing import Any
 
-from nybble.core.errors import UsageError, did_you_mean
+from nybble.core.errors import NybbleError, UsageError, did_you_mean
 from nybble.core.options import build
 
 
@@ -37,26 +37,51 @@ class Registry:
     Args:
         package: dotted name of the folder, ``nybble.scales``.
         kind: what a part is called in messages, ``scale rule``.
+        fits: whether something that another package offers is such a part; by default anything is.
     """
 
-    def __init__(self, package: str, kind: str) -> None:
+    def __init__(self, package: str, kind: str, fits: Callable[[Any], bool] = lambda part: True) -> None:
         self.package = package
         self.kind = kind
+        self.fits = fits
 
     @cached_property
     def _sources(self) -> dict[str, str | EntryPoint]:
-        folder = importlib.import_module(self.package)
-        found: dict[str, str | EntryPoint] = {
-            m.name.replace("_", "-"): f"{self.package}.{m.name}"
-            for m in pkgutil.iter_modules(folder.__path__)
-            if not m.name.startswith("_")
-        }
+        found: dict[str, str | EntryPoint] = {**self.own()}
         for entry in plugins().select(group=self.package):
             name = entry.name.replace("_", "-")
             if name in found:  # a file must not depend on which packages are installed
                 self._leave_out(entry, "there is one of that name already")
             else:
                 found[name] = entry
+        return found
+
+    def own(self) -> dict[str, str]:
+        """Key -> module, of the parts in the folder; nothing of them is imported."""
+        folder = importlib.import_module(self.package)
+        return {
+            m.name.replace("_", "-"): f"{self.package}.{m.name}"
+            for m in pkgutil.iter_modules(folder.__path__)
+            if not m.name.startswith("_")
+        }
+
+    def read(self, source: str) -> Any:
+        """The part that the folder has in a module of this name."""
+        return importlib.import_module(source).PART
+
+    def taken(self, name: str, found: Any) -> Any:
+        """The part in what an entry point gave: it, or the ``PART`` of a module.
+
+        Raises:
+            UsageError: it has none, or something else.
+        """
+        if isinstance(found, ModuleType):
+            if not hasattr(found, "PART"):
+                raise UsageError(f"the module {found.__name__} has no PART.")
+            found = found.PART
+        if not self.fits(found):
+            what = f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
+            raise UsageError(f"it is {what}, which is no {self.kind}. See a file of {self.package} for what is.")
         return found
 
     @cached_property
@@ -82,14 +107,14 @@ class Registry:
         if source is None:
             raise UsageError(f"unknown {self.kind} {name!r}.{did_you_mean(name, self.names())}")
         if isinstance(source, str):
-            return importlib.import_module(source).PART
+            return self.read(source)
         try:
-            found = source.load()
-            return found.PART if isinstance(found, ModuleType) else found
+            return self.taken(name, source.load())
         except Exception as error:
+            why = str(error) if isinstance(error, NybbleError) else f"{type(error).__name__}: {error}"
             raise UsageError(
-                f"the {self.kind} {name!r} of the package {_owner(source)} can't be imported "
-                f"({type(error).__name__}: {error}). Repair that package, or remove it."
+                f"the {self.kind} {name!r} of the package {_owner(source)} can't be imported ({why}). "
+                "Repair that package, or remove it."
             ) from error
 
     def make(self, name: str, options: Mapping[str, Any]) -> Any:

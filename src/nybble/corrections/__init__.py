@@ -15,7 +15,9 @@ from nybble.core.registry import Registry
 from nybble.nn.kinds import Target
 from nybble.scheme import matches
 
-REGISTRY = Registry("nybble.corrections", "correction")
+REGISTRY = Registry(
+    "nybble.corrections", "correction", lambda part: isinstance(part, type) and issubclass(part, Correction)
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import DataError, FileError, UsageError
+from nybble.data.samples import patches
 from nybble.data.tokens import check_count, pick
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
@@ -57,9 +58,8 @@ class ImageSamples:
 
     @property
     def tokens(self) -> int:
-        """About how many vectors a layer sees: those of 16 x 16 patches; an estimate for sizes only."""
-        samples, _, height, width = self.pixel_values.shape
-        return samples * (1 + max(1, height // 16) * max(1, width // 16))
+        """About how many vectors a layer sees; an estimate for sizes only."""
+        return patches(self.pixel_values)
 
     def manifest(self) -> dict[str, Any]:
         """What a manifest or a report states beside every number from these images."""

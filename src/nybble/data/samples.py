@@ -57,6 +57,12 @@ class Wanted:
     fewer: bool = False
 
 
+def patches(pixels: Tensor) -> int:
+    """About how many vectors a layer sees of images [samples, channels, height, width]: 16 x 16 pixels are one."""
+    samples, _, height, width = pixels.shape
+    return samples * (1 + max(1, height // 16) * max(1, width // 16))
+
+
 class Origin(Protocol):
     """The place that a model comes from, as far as data needs it: every source of models is one."""
 
@@ -73,16 +79,20 @@ class Origin(Protocol):
 
 @dataclass(frozen=True)
 class InMemory:
-    """What a model in memory offers: its config alone."""
+    """What a model in memory offers: its config, and the tokenizer that the caller gave with it."""
 
     config: Any
+    given: PreTrainedTokenizerBase | None = None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Refuse: nobody knows which it is."""
-        raise UsageError(
-            "a model in memory has no tokenizer here; pass data as samples (nybble.data.token_samples, "
-            "sentence_samples, image_samples)."
-        )
+        """The given one; without it nobody knows which it is."""
+        if self.given is None:
+            raise UsageError(
+                "a model in memory has no tokenizer here; give tokenizer=..., or data as token ids "
+                "[samples, tokens], as the model's inputs by name, or as samples (nybble.data.token_samples, "
+                "sentence_samples, image_samples)."
+            )
+        return self.given
 
     def preprocessing(self) -> dict[str, Any]:
         """Nothing."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from nybble.core.errors import DataError, UsageError, did_you_mean
+from nybble.core.errors import DataError, FileError, UsageError, did_you_mean
 from nybble.core.registry import Registry
 
 if TYPE_CHECKING:
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 Part = Literal["calibration", "evaluation"]
 
-SOURCES = Registry("nybble.data.sources", "data source")
+SOURCES = Registry(
+    "nybble.data.sources",
+    "data source",
+    lambda part: not isinstance(part, type) and hasattr(part, "accepts") and hasattr(part, "read"),
+)
 
 _TEXT_ENDINGS = {".txt", ".text", ".md", ".rst", ".jsonl", ".json", ".csv", ".gz", ".zip", ".html", ".xml", ".parquet"}
 
@@ -78,6 +82,18 @@ def load_text(src: str, part: Part, tokenizer: PreTrainedTokenizerBase | None = 
         f"data {src!r} is no text file, JSONL file or hub dataset id.{did_you_mean(src, SOURCES.names())}"
         " Give a path that exists, or 'builtin'."
     )
+
+
+def check_source(src: str) -> None:
+    """Refuse a SRC that can't be right, without reading anything; whether there is enough in it shows later.
+
+    Raises:
+        UsageError: an empty one. FileError: a path that doesn't exist.
+    """
+    if not src.strip():
+        raise UsageError("the data's name is empty. Give a path that exists, or 'builtin'.")
+    if looks_like_path(src) and not Path(src).expanduser().exists():
+        raise FileError(f"data file {src!r} does not exist. Give a path that does, or 'builtin'.")
 
 
 def make_source(documents: Iterable[str], *, name: str, note: str) -> TextSource:

@@ -6,15 +6,17 @@ A module of this folder is one format (``PART`` is a NumberFormat) or one family
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from functools import cache
 
 from nybble.core.errors import FormatError, did_you_mean
 from nybble.core.registry import Registry
 from nybble.formats._base import Family, NumberFormat, TableFormat
 
-REGISTRY = Registry("nybble.formats", "number format")
+REGISTRY = Registry("nybble.formats", "number format", lambda part: isinstance(part, NumberFormat | Family))
 
-__all__ = ["Family", "NumberFormat", "TableFormat", "format_names", "get_format"]
+__all__ = ["Family", "NumberFormat", "TableFormat", "closest", "format_names", "get_format"]
 
 
 @cache
@@ -35,9 +37,19 @@ def get_format(name: str) -> NumberFormat:
         elif name == part.name or name in part.aliases:
             found: NumberFormat = part
             return found
-    raise FormatError(
-        f"unknown number format {name!r}.{did_you_mean(name, format_names())} `nybble formats` lists them."
-    )
+    raise FormatError(f"unknown number format {name!r}.{closest(name, format_names())} `nybble formats` lists them.")
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """What to say of an unknown name: formats that it begins (``fp6``), that 32 bits are none, or the closest name."""
+    wide = re.fullmatch(r"(fp|float|tf|double|bfloat|bf)(19|32|64)?", name)
+    if wide is not None and (wide[2] or name == "double"):
+        return " That is what tensors are without quantization; formats have 16 bits or less."
+    begun = [each for each in known if each.startswith(re.sub("^fp", "float", name))] if len(name) > 1 else []
+    if begun:
+        begun.sort(key=lambda each: each.endswith("_finite"))  # the standard ones first
+        return f" Did you mean {' or '.join(repr(each) for each in begun[:3])}?"
+    return did_you_mean(name, known)
 
 
 def format_names() -> list[str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 
 import numpy as np
@@ -211,16 +211,21 @@ class Family:
         pattern: regular expression for the whole name.
         build: makes the member from the match; raises FormatError when it can't exist.
         listed: members worth a line in ``nybble formats`` (and tested whole).
+        aliases: other names of members -> theirs.
     """
 
     pattern: str
     build: Callable[[re.Match[str]], NumberFormat]
     listed: tuple[str, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def match(self, name: str) -> NumberFormat | None:
-        """The member called ``name``, or None if the pattern doesn't spell it."""
-        found = re.fullmatch(self.pattern, name)
-        return None if found is None else self.build(found)
+        """The member called ``name``, or None if neither the pattern nor an alias spells it."""
+        found = re.fullmatch(self.pattern, self.aliases.get(name, name))
+        if found is None:
+            return None
+        made = self.build(found)
+        return replace(made, aliases=tuple(alias for alias, member in self.aliases.items() if member == made.name))
 
 
 def lookup(table: np.ndarray, device: torch.device) -> Tensor:

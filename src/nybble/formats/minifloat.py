@@ -14,6 +14,7 @@ suffix          what the top codes mean
 
 ``b11`` before the suffix sets the bias; ``ufloat...`` drops the sign. Short names: ``e2m1``, ``e4m3``, ``e5m2``,
 ``e3m2`` and ``e2m3`` are the OCP formats, any other ``eXmY`` is all-finite. Saturates; subnormals are kept.
+``bfloat16`` is E8M7 and ``float16`` E5M10; ``fp8`` and ``fp4`` alone mean E4M3 and E2M1, as in most papers.
 """
 
 from __future__ import annotations
@@ -146,4 +147,20 @@ PART = Family(
         ),
         *("ufloat4_e2m2_finite", "ufloat8_e4m4_finite"),
     ),
+    aliases={
+        "bfloat16": "float16_e8m7",
+        "bf16": "float16_e8m7",
+        "float16": "float16_e5m10",
+        "fp16": "float16_e5m10",
+        "half": "float16_e5m10",
+        "fp8": "float8_e4m3fn",
+        "float8": "float8_e4m3fn",
+        "fp8_e4m3": "float8_e4m3fn",
+        "fp8_e5m2": "float8_e5m2",
+        "fp6_e3m2": "float6_e3m2fn",
+        "fp6_e2m3": "float6_e2m3fn",
+        "fp4": "float4_e2m1fn",
+        "float4": "float4_e2m1fn",
+        "fp4_e2m1": "float4_e2m1fn",
+    },
 )

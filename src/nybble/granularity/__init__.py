@@ -35,7 +35,9 @@ from nybble.core.errors import GranularityError, UsageError
 from nybble.core.registry import Registry
 from nybble.core.shapes import Bool, Float, Float32, Shaped
 
-REGISTRY = Registry("nybble.granularity", "granularity")
+REGISTRY = Registry(
+    "nybble.granularity", "granularity", lambda part: isinstance(part, type) and issubclass(part, Granularity)
+)
 
 
 class Grid(Protocol):

@@ -38,7 +38,7 @@ from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 from nybble.rounding import get_rounding
 
-REGISTRY = Registry("nybble.learned", "learned part")
+REGISTRY = Registry("nybble.learned", "learned part", lambda part: isinstance(part, type) and issubclass(part, Part))
 WEIGHTS, ACTIVATIONS = "weights", "activations"
 
 

@@ -244,9 +244,12 @@ def feeding_rows(fold: LinearFold, config: PreTrainedConfig, channels: int) -> T
     return head // (heads // kv_heads) * width + within
 
 
+REGISTRY = Registry("nybble.models.adapters", "model family", lambda part: isinstance(part, Adapter))
+
+
 @cache
 def _by_model_type() -> dict[str, Adapter]:
-    parts: Iterable[Adapter] = Registry("nybble.models.adapters", "model family").all().values()
+    parts: Iterable[Adapter] = REGISTRY.all().values()
     return {model_type: adapter for adapter in parts for model_type in adapter.model_types}
 
 

@@ -28,7 +28,9 @@ from nybble.optim._load import matched_groups, restore_entry, unseal
 from nybble.optim._states import Kind, StateChoice, check_shape, decode, encode, quantizer, resolve, to_saved
 from nybble.rounding import get_rounding
 
-REGISTRY = Registry("nybble.optim", "optimizer")
+REGISTRY = Registry(
+    "nybble.optim", "optimizer", lambda part: isinstance(part, type) and issubclass(part, LowBitOptimizer)
+)
 
 __all__ = ["REGISTRY", "LowBitOptimizer", "check_range", "flatten", "split_embeddings", "unflatten"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nybble.core.registry import Registry
 
-REGISTRY = Registry("nybble.packing", "packing layout")
+REGISTRY = Registry("nybble.packing", "packing layout", lambda part: isinstance(part, Layout))
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from nybble.core.guard import reading
 from nybble.core.progress import Progress, Silent
 from nybble.data import InMemory, Origin, Samples
 from nybble.data.kinds import DataKind, data_kind
+from nybble.data.text import check_source
 from nybble.eval._logits import evaluating
 from nybble.eval.judges import Panel, check_metrics, chosen_metrics, judge_of
 from nybble.models.adapter import reads_of
-from nybble.models.network import as_model
+from nybble.models.sources.open import open_source
 from nybble.pipelines.load import load_with_origin
 
 Spec = str | nn.Module
@@ -60,8 +61,10 @@ def run_eval(
     """
     if not models:
         raise UsageError("nothing to evaluate: give at least one model.")
-    check_metrics(metrics)
+    check_metrics(metrics, reference is not None)
     check_device(device)
+    if isinstance(data, str):
+        check_source(data)
     loaded: dict[str, Any] = {}
     origin: Origin = InMemory(None)
     for name, spec in models.items():
@@ -87,6 +90,8 @@ def _opened(spec: Spec, device: str, dense: bool = False) -> tuple[Any, Origin]:
     """A model, and where it comes from."""
     if not isinstance(spec, nn.Module):
         return load_with_origin(spec, device=device, dense=dense)
+    from nybble.models.network import as_model  # transformers, which takes seconds
+
     model: Any = spec if hasattr(spec, "config") else as_model(spec)
     return model, InMemory(model.config)
 
@@ -114,8 +119,19 @@ def _check_runs(what: str, model: Any, kind: DataKind, samples: Samples) -> None
         )
 
 
+def judged_on(model: str, data: str, *, seq_len: int) -> Samples:
+    """The samples on which :func:`judge_folder` will compare a model with its float one, before there is any.
+
+    Raises:
+        NybbleError: data that can't be read or is too little, or a kind of model that nothing judges.
+    """
+    source = open_source(model)
+    key = reads_of(source.config)
+    return data_kind(key).prepare(data, source, judge_of(key).wanted(None, seq_len))
+
+
 def judge_folder(
-    out: Path, model: str, data: str, *, seq_len: int, device: str, progress: Progress | None = None
+    out: Path, model: str, data: str | Samples, *, seq_len: int = 512, device: str, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Compare what ``nybble quantize`` wrote with the float model; the result is also kept in the folder.
 

@@ -14,7 +14,6 @@ finished blocks are only run again to move the streams on, so the bytes are the 
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -22,6 +21,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import nn
@@ -30,40 +30,51 @@ from nybble.checkpoint.parts import Parts, begun_with
 from nybble.checkpoint.save import mark_quantized, model_config, save_side_files
 from nybble.core.device import out_of_memory, require_memory
 from nybble.core.errors import FileError, NybbleError, UsageError
-from nybble.core.files import AtomicFolder
+from nybble.core.files import AtomicFolder, check_new_folder
 from nybble.core.progress import Progress, Silent
 from nybble.core.seeds import preserve_global_rng
-from nybble.data import Samples
+from nybble.data.given import Data
 from nybble.models.sources.open import open_source
 from nybble.nn.kv_model import use_quantized_cache
-from nybble.recipe import Recipe, load_recipe
+from nybble.pipelines.request import Asked, Changes, build_recipe, read_recipe
+from nybble.recipe import Recipe
 from nybble.report.record import LayerRow, Report
 from nybble.walk.job import Job
 from nybble.walk.settings import Settings
 from nybble.walk.walk import Walk
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def quantize(
     model: str | Path | nn.Module,
-    recipe: str | Recipe,
-    data: str | Samples = "builtin",
+    recipe: Asked = "rtn",
+    data: Data = "builtin",
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     out: str | Path | None = None,
-    settings: Settings | None = None,
+    settings: Settings | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     announce: Callable[[str], None] | None = None,
-) -> tuple[nn.Module | Path, Report]:
+    **changes: Unpack[Changes],
+) -> tuple[Any, Report]:
     """Quantize a model.
 
     Args:
         model: what :func:`~nybble.models.sources.open.open_source` takes, a transformers model in memory, or a plain
-            torch network from images to logits; what is in memory is changed in place.
-        recipe: a name, a YAML file, or a Recipe.
-        data: a SRC, or samples that are ready (tokens or sentences already cut, images).
+            torch network from images to logits. What is in memory is changed in place, but for a model that is a single
+            layer: use what is returned.
+        recipe: a name, a YAML file, YAML's mapping, a Recipe, or a Scheme (rounded to nearest).
+        data: for calibration: a SRC; a list of texts; a tensor of the model's main input, samples in front; its inputs
+            by name; a list of either of these, padded on the right where lengths differ; samples of :mod:`nybble.data`.
+        tokenizer: for texts; a model that is not in memory brings its own.
         out: a folder to write; it appears whole or not at all. None keeps the result in memory.
-        settings: sizes, device, seed.
+        settings: sizes, device, seed; or a mapping of them.
         progress: told after each block.
         announce: gets the pre-flight lines.
+        changes: to the recipe's scheme, as the command line has them: ``weights``, ``activations``, ``scheme``, ``kv``,
+            ``embeddings``, ``matmuls``, ``ignore``, ``effort`` (:func:`~nybble.pipelines.request.build_recipe`).
 
     Returns:
         The quantized model, or with ``out`` its folder; and what was done.
@@ -72,35 +83,60 @@ def quantize(
         NybbleError: bad requests, files, data. Nothing is left behind, but for OUT.partial of a run that was killed,
             interrupted or stopped by a full disk: ``resume`` goes on from it.
     """
-    settings = settings or Settings()
-    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    settings = Settings.of(settings)
+    made = build_recipe(recipe, **changes) if changes else read_recipe(recipe)
     started = time.perf_counter()
-    if out is None and settings.resume:
-        raise UsageError("resume goes on from what a killed run left in its output folder; give out, or leave it out.")
-    if out is not None and os.path.lexists(out):
-        raise FileError(f"{out} exists already. Remove it or choose another output folder.")
+    _check_out(out, settings)
     settings = _as_begun(settings, out)
     with preserve_global_rng(), torch.no_grad(), out_of_memory(settings.device or "cpu"):
-        job = _job(model, recipe, data, settings, out)
+        job = _job(model, made, data, settings, out, tokenizer)
         for line in job.preflight(out):
             (announce or _ignore)(line)
         if out is None:
             rows = _in_memory({"": job}, progress or Silent())[0][""]
             _mark(job)
-            result = job.model if isinstance(model, str | Path) else model
+            result = job.model if isinstance(model, str | Path) or job.model is model else job.model.net
         else:
             result, rows = Path(out), _write(job, Path(out), progress or Silent(), announce or _ignore)
     return result, Report(layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started)
 
 
+def preflight(
+    model: str | Path | nn.Module,
+    recipe: Asked = "rtn",
+    data: Data = "builtin",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    out: str | Path | None = None,
+    settings: Settings | Mapping[str, Any] | None = None,
+    **changes: Unpack[Changes],
+) -> list[str]:
+    """What :func:`quantize` would do and need, in lines, after all its checks; nothing is quantized or written.
+
+    Args and errors are those of :func:`quantize`.
+    """
+    settings = Settings.of(settings)
+    made = build_recipe(recipe, **changes) if changes else read_recipe(recipe)
+    _check_out(out, settings)
+    with preserve_global_rng(), torch.no_grad():
+        return _job(model, made, data, settings, out, tokenizer).preflight(out)
+
+
+def _check_out(out: str | Path | None, settings: Settings) -> None:
+    if out is None and settings.resume:
+        raise UsageError("resume goes on from what a killed run left in its output folder; give out, or leave it out.")
+    if out is not None:
+        check_new_folder(out)
+
+
 def quantize_many(
     model: str | Path,
-    recipes: Mapping[str, Recipe],
-    data: str | Samples = "builtin",
+    recipes: Mapping[str, Asked],
+    data: Data = "builtin",
     *,
-    settings: Settings | None = None,
+    settings: Settings | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
-) -> dict[str, tuple[nn.Module, Report]]:
+) -> dict[str, tuple[Any, Report]]:
     """Quantize one model in several ways, in memory; bit for bit what :func:`quantize` gives each.
 
     Recipes that see the float network as it is go in one walk: inputs, their ranges and second moments are gathered
@@ -108,9 +144,9 @@ def quantize_many(
 
     Args:
         model: what :func:`~nybble.models.sources.open.open_source` takes.
-        recipes: by any name.
-        data: as for :func:`quantize`.
-        settings: the same.
+        recipes: by any name; each, data and settings as for :func:`quantize`.
+        data: for calibration.
+        settings: sizes, device, seed.
         progress: told after each block.
 
     Returns:
@@ -121,12 +157,12 @@ def quantize_many(
     """
     if not recipes:
         raise UsageError("no recipe to quantize with.")
-    settings = settings or Settings()
+    settings = Settings.of(settings)
     jobs: dict[str, Job] = {}
-    found: dict[str, tuple[nn.Module, Report]] = {}
+    found: dict[str, tuple[Any, Report]] = {}
     with preserve_global_rng(), torch.no_grad(), out_of_memory(settings.device or "cpu"):
         for name, recipe in recipes.items():
-            jobs[name] = _job(model, recipe, data, settings, None)
+            jobs[name] = _job(model, read_recipe(recipe), data, settings, None)
             data = jobs[name].tokens or data  # cut once
         together = {name: job for name, job in jobs.items() if job.shares}
         alone = [{name: job} for name, job in jobs.items() if not job.shares]
@@ -141,17 +177,26 @@ def quantize_many(
 
 
 def _job(
-    model: str | Path | nn.Module, recipe: Recipe, data: str | Samples, settings: Settings, out: str | Path | None
+    model: str | Path | nn.Module,
+    recipe: Recipe,
+    data: Data,
+    settings: Settings,
+    out: str | Path | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Job:
     """Check everything that can be checked before anything heavy runs."""
     if isinstance(model, str | Path):
         source = open_source(str(model))
-        return Job.make(source.skeleton(settings.place(None)[1]), source, recipe, data, settings, kept=out is None)
+        skeleton = source.skeleton(settings.place(None)[1])
+        return Job.make(skeleton, source, recipe, data, settings, kept=out is None, tokenizer=tokenizer)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"a model is a hub id, a path, or a torch module in memory; got a {type(model).__name__}.")
     if out is not None:
         raise UsageError("a model in memory is quantized in memory; save it with nybble.save(model, folder).")
     from nybble.models.network import as_model
 
-    return Job.make(model if hasattr(model, "config") else as_model(model), None, recipe, data, settings)
+    known = model if hasattr(model, "config") else as_model(model)
+    return Job.make(known, None, recipe, data, settings, tokenizer=tokenizer)
 
 
 def _as_begun(settings: Settings, out: str | Path | None) -> Settings:

@@ -8,7 +8,7 @@ from typing import Any
 from nybble.checkpoint.account import inspect
 from nybble.checkpoint.parts import EVALUATION, MANIFEST
 from nybble.core.errors import FileError, UsageError
-from nybble.core.files import atomic_write_text
+from nybble.core.files import atomic_write_text, check_folder
 from nybble.core.guard import reading
 from nybble.models.build.config_file import read_json
 from nybble.report.checks import check_evaluation, check_manifest
@@ -56,8 +56,7 @@ def collect(folder: Path) -> dict[str, Any]:
     Raises:
         FileError: see :func:`write_report`.
     """
-    if not folder.is_dir():
-        raise FileError(f"{folder} is not a folder. Give the one that `nybble quantize` wrote.")
+    check_folder(folder)
     if not (folder / MANIFEST).is_file():
         raise FileError(f"{folder} has no {MANIFEST}, so nybble did not write it. Give a folder of `nybble quantize`.")
     manifest = read_json(folder / MANIFEST)

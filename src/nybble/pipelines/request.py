@@ -2,42 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias, TypedDict
 
 from nybble.core.errors import SchemeError, UsageError, within
 from nybble.kv_format import KVFormat
 from nybble.quantizer import Quantizer
-from nybble.recipe import Recipe, load_recipe, read_yaml
+from nybble.recipe import Recipe, load_recipe, parse_recipe, read_yaml
 from nybble.scheme import Rule, Scheme, parse_scheme
 from nybble.walk.steps.make import check_quick
 
+Asked: TypeAlias = str | Path | Recipe | Scheme | Mapping[str, Any]
+"""A recipe by name, its YAML file or mapping, a Recipe; or a Scheme, which is rounded to nearest."""
+Line: TypeAlias = str | Quantizer
+
+
+class Changes(TypedDict, total=False):
+    """What :func:`build_recipe` changes."""
+
+    scheme: str | Scheme | Mapping[str, Any] | None
+    weights: Line | None
+    activations: Line | None
+    kv: str | KVFormat | None
+    embeddings: Line | None
+    matmuls: Line | None
+    ignore: Sequence[str]
+    effort: str
+
+
+def read_recipe(asked: Asked) -> Recipe:
+    """The recipe that is meant.
+
+    Raises:
+        UsageError: unknown name, or something that is no recipe. SchemeError: a malformed one.
+    """
+    if isinstance(asked, Recipe):
+        return asked
+    if isinstance(asked, Scheme):
+        return load_recipe("rtn").with_scheme(asked)
+    if isinstance(asked, Mapping):
+        return parse_recipe(asked)
+    if isinstance(asked, str | Path):
+        return load_recipe(str(asked))
+    raise UsageError(
+        f"a recipe is a name, a YAML file or mapping, a Recipe, or a Scheme to round to; got a "
+        f"{type(asked).__name__}. Data is the next argument."
+    )
+
 
 def build_recipe(
-    name: str,
+    recipe: Asked,
     *,
-    scheme: str | None = None,
-    weights: str | None = None,
-    activations: str | None = None,
-    kv: str | None = None,
-    embeddings: str | None = None,
-    matmuls: str | None = None,
+    scheme: str | Scheme | Mapping[str, Any] | None = None,
+    weights: Line | None = None,
+    activations: Line | None = None,
+    kv: str | KVFormat | None = None,
+    embeddings: Line | None = None,
+    matmuls: Line | None = None,
     ignore: Sequence[str] = (),
     effort: str = "full",
 ) -> Recipe:
-    """A recipe by name with the command line's changes to its scheme.
+    """A recipe with changes to its scheme: those of the command line.
+
+    Args:
+        recipe: a name, a YAML file, YAML's mapping, a Recipe, or a Scheme.
+        scheme: in place of the recipe's: a preset's name, a YAML file, YAML's mapping, or a Scheme.
+        weights: the quantizer of all its rules' weights; ``none`` is float.
+        activations: of all its rules' inputs.
+        kv: of the KV cache.
+        embeddings: of embeddings and the head tied to them.
+        matmuls: of attention's operands.
+        ignore: modules to leave alone, beside the scheme's own.
+        effort: ``quick`` or ``full``.
 
     Raises:
         UsageError, SchemeError: unknown names, contradictions, or what no step can do.
     """
-    recipe = load_recipe(name)
-    check_quick(recipe)
-    recipe = recipe.with_effort(effort)
-    cached = None if kv is None else KVFormat.parse(kv)
-    if scheme is not None and (weights or activations):
+    made = read_recipe(recipe)
+    check_quick(made)
+    made = made.with_effort(effort)
+    cached = kv if kv is None or isinstance(kv, KVFormat) else KVFormat.parse(kv)
+    if scheme is not None and (weights is not None or activations is not None):
         raise UsageError("--scheme says everything; give either it or --weights and --activations.")
-    chosen = recipe.scheme if scheme is None else read_scheme(scheme)
-    if weights or activations:
+    chosen = made.scheme if scheme is None else read_scheme(scheme)
+    if weights is not None or activations is not None:
         chosen = _override(chosen, weights, activations, anything=cached is not None and cached.stores)
     extra = []
     if embeddings is not None:
@@ -48,23 +98,26 @@ def build_recipe(
         chosen = replace(chosen, rules=(*chosen.rules, *extra), name="")
     if cached is not None:
         chosen = replace(chosen, kv=cached if cached.stores else None, name="")
+    if isinstance(ignore, str):
+        raise UsageError(f"ignore is a list of modules; got {ignore!r}.")
     if ignore:
         chosen = replace(chosen, ignore=(*chosen.ignore, *ignore))
-    return recipe.with_scheme(chosen)
+    return made.with_scheme(chosen)
 
 
-def read_scheme(text: str) -> Scheme:
-    """A preset's name, or a YAML file."""
-    if not text.endswith((".yaml", ".yml")):
+def read_scheme(text: str | Scheme | Mapping[str, Any]) -> Scheme:
+    """A preset's name, a YAML file, YAML's mapping; a Scheme as it is."""
+    if isinstance(text, Scheme):
+        return text
+    if not isinstance(text, str) or not text.endswith((".yaml", ".yml")):
         return parse_scheme(text)
     with within(text):
         return parse_scheme(read_yaml(text, "scheme"))
 
 
-def _override(scheme: Scheme, weights: str | None, activations: str | None, anything: bool = False) -> Scheme:
+def _override(scheme: Scheme, weights: Line | None, activations: Line | None, anything: bool = False) -> Scheme:
     """The scheme with other weights and inputs; ``anything``: something else is quantized, so none may be left."""
-    w = None if weights is None or weights == "none" else Quantizer(weights)
-    a = None if activations is None or activations == "none" else Quantizer(activations)
+    w, a = (None if line is None or line == "none" else Quantizer(line) for line in (weights, activations))
     rules = []
     for rule in scheme.rules:
         if rule.of_attention:

@@ -31,7 +31,9 @@ from nybble.core.registry import Registry
 from nybble.granularity import Granularity
 
 Spec = dict[str, Any]
-REGISTRY = Registry("nybble.qtensor", "kind of quantized tensor")
+REGISTRY = Registry(
+    "nybble.qtensor", "kind of quantized tensor", lambda part: isinstance(part, type) and issubclass(part, QTensor)
+)
 
 
 class QTensor(ABC):

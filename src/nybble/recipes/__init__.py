@@ -1,0 +1,56 @@
+"""The named recipes: a YAML file each, and those of other packages (entry points of the group ``nybble.recipes``).
+
+An entry point names a package with a file NAME.yaml in it, or something in a module: YAML's mapping, or its text.
+Nothing is parsed here: :func:`nybble.recipe.load_recipe` does that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from nybble.core.errors import UsageError, did_you_mean
+from nybble.core.registry import Registry
+
+
+class Recipes(Registry):
+    """Whose parts are YAML's text or mapping."""
+
+    def own(self) -> dict[str, str]:
+        """Key -> file name."""
+        files = [entry.name for entry in resources.files(self.package).iterdir() if entry.name.endswith(".yaml")]
+        return {name.removesuffix(".yaml"): name for name in files}
+
+    def read(self, source: str) -> str:
+        """A file's text."""
+        return resources.files(self.package).joinpath(source).read_text(encoding="utf-8")
+
+    def taken(self, name: str, found: Any) -> Any:
+        """A mapping or text as it is; of a package, its file NAME.yaml."""
+        if isinstance(found, ModuleType):
+            if not hasattr(found, "__path__"):
+                raise UsageError(
+                    f"{found.__name__} is a module; name a package with {name}.yaml in it, or MODULE:NAME."
+                )
+            return resources.files(found).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+        return super().taken(name, found)
+
+
+REGISTRY = Recipes("nybble.recipes", "recipe", lambda part: isinstance(part, str | Mapping))
+
+
+def check_recipe_name(name: str) -> None:
+    """Refuse a name that there isn't, without reading any recipe; a YAML file that isn't there.
+
+    Raises:
+        UsageError: with the closest name.
+    """
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise UsageError(f"no recipe file {name}.")
+    elif name not in REGISTRY:
+        names = REGISTRY.names()
+        raise UsageError(f"unknown recipe {name!r}.{did_you_mean(name, names)} `nybble recipes` lists them.")

@@ -21,7 +21,11 @@ from nybble.learned import ACTIVATIONS, WEIGHTS, Part, part_name
 from nybble.nn.kinds import Target
 from nybble.quantizer import Quantizer
 
-REGISTRY = Registry("nybble.reconstruction.losses", "reconstruction loss")
+REGISTRY = Registry(
+    "nybble.reconstruction.losses",
+    "reconstruction loss",
+    lambda part: isinstance(part, type) and issubclass(part, Reconstruction),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from nybble.core.registry import Registry
 
-REGISTRY = Registry("nybble.rounding", "rounding")
+REGISTRY = Registry("nybble.rounding", "rounding", lambda part: isinstance(part, Rounding))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from nybble.core.registry import Registry
 from nybble.core.shapes import Float32
 from nybble.formats import NumberFormat
 
-REGISTRY = Registry("nybble.scales", "scale rule")
+REGISTRY = Registry("nybble.scales", "scale rule", lambda part: isinstance(part, type) and issubclass(part, ScaleRule))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from nybble.qtensor import QTensor, QuantParams
 from nybble.qtensor.vector import VectorQuantizer
 from nybble.quantizer import Quantizer
 
-REGISTRY = Registry("nybble.solvers", "solver")
+REGISTRY = Registry("nybble.solvers", "solver", lambda part: isinstance(part, type) and issubclass(part, Solver))
 Operand = tuple[Quantizer, QuantParams]
 
 

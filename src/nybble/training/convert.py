@@ -18,12 +18,16 @@ def convert(model: nn.Module) -> nn.Module:
     transformers read it.
 
     Args:
-        model: from :func:`nybble.training.prepare.prepare`; changed in place, and left in eval mode.
+        model: from :func:`nybble.training.prepare.prepare`; changed in place, and left in eval mode. Of a model that is
+            a single layer the packed one is returned.
 
     Raises:
         UsageError: nothing in it was prepared. DataError: training left NaN or Inf in a layer, named; nothing is
             changed then.
     """
+    if isinstance(model, FakeLayer):  # a single layer, which has no parent to be replaced in
+        (alone,) = convert(nn.Sequential(model)).children()
+        return alone
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, FakeLayer)]
     if not found:
         raise UsageError("nothing in this model was prepared for training; call nybble.training.prepare.prepare first.")

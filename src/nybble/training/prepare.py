@@ -18,7 +18,7 @@ from nybble.core.errors import ModelError, SchemeError, UsageError, did_you_mean
 from nybble.learned import ACTIVATIONS, WEIGHTS, Learned, Part, make_part
 from nybble.models.adapter import adapter_for
 from nybble.nn.fake import FakeLayer
-from nybble.nn.kinds import LayerKind, Target, live, targets_of
+from nybble.nn.kinds import LayerKind, Target, kind_of, live, targets_of
 from nybble.nn.swap import set_module
 from nybble.quantizer import Quantizer, check_finite
 from nybble.recipe import Recipe
@@ -62,7 +62,7 @@ def prepare(
     same float model the same way and load the state dict.
 
     Args:
-        model: float, in memory; changed in place.
+        model: float, in memory; changed in place, but for a model that is a single layer: use what is returned.
         scheme: what to quantize to; of a recipe its scheme (its steps are for quantization after training).
         learned: part (a name, or one with options) for ``weights``, ``inputs`` and ``outputs``; those left out pass
             gradients straight through (``ste``).
@@ -77,6 +77,9 @@ def prepare(
             targets; a format or granularity that a part can't learn. UsageError: static activations and no ``run``.
         ModelError: ``run`` never called a layer. DataError: NaN or Inf in a weight or its activations.
     """
+    if isinstance(kind_of(model), LayerKind):
+        (alone,) = prepare(nn.Sequential(model), scheme, learned, run=run).children()
+        return alone
     chosen = scheme.scheme if isinstance(scheme, Recipe) else scheme
     chosen = chosen if isinstance(chosen, Scheme) else parse_scheme(chosen)
     layers = _layers(model, chosen, _parts(learned or {}))

@@ -20,7 +20,9 @@ from nybble.core.errors import ModelError
 from nybble.core.registry import Registry
 from nybble.models.adapter import Adapter
 
-REGISTRY = Registry("nybble.transforms", "transform")
+REGISTRY = Registry(
+    "nybble.transforms", "transform", lambda part: isinstance(part, type) and issubclass(part, Transform)
+)
 
 
 @dataclass(frozen=True, kw_only=True)

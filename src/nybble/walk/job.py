@@ -14,7 +14,8 @@ from nybble.core.device import measure_flops, require_memory
 from nybble.core.errors import within
 from nybble.core.files import need_space
 from nybble.core.versions import versions
-from nybble.data import InMemory, Origin, Samples, Wanted
+from nybble.data import InMemory, Origin, Samples
+from nybble.data.given import Data, samples_of
 from nybble.data.kinds import DataKind, data_kind
 from nybble.models.adapter import Adapter, adapter_for
 from nybble.models.sources import called
@@ -30,7 +31,7 @@ from nybble.walk.steps.reconstruction import ReconstructionStep
 from nybble.walk.steps.solver import SolverStep
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from nybble.models.sources import ModelSource
 
@@ -70,9 +71,10 @@ class Job:
         model: PreTrainedModel | nn.Module,
         source: ModelSource | None,
         recipe: Recipe,
-        data: str | Samples,
+        data: Data,
         settings: Settings,
         kept: bool = True,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Job:
         """Check the request against the model; nothing heavy runs. ``kept``: the result stays in memory."""
         device, dtype = settings.place(model if source is None else None)
@@ -89,7 +91,8 @@ class Job:
         tokens = None
         if needs:
             kind = data_kind(adapter.reads)
-            tokens = _calibration(kind, source or InMemory(model.config), data, settings)
+            origin: Origin = InMemory(model.config, tokenizer) if source is None or tokenizer is not None else source
+            tokens = samples_of(data, kind, origin, settings.wanted(), getattr(model, "main_input_name", "input_ids"))
             kind.check(tokens, model)
         products = settings.products_of(device, dtype)
         load = _load(subject, source, settings, dtype, tokens, kept, paths, steps)
@@ -262,20 +265,6 @@ def _load(
         products=products,
         inputs=inputs,
     )
-
-
-def _calibration(kind: DataKind, origin: Origin, data: str | Samples, settings: Settings) -> Samples:
-    """Samples of the model's kind of data; those that the caller made as they are."""
-    if not isinstance(data, str):
-        return data
-    wanted = Wanted(
-        part="calibration",
-        samples=settings.samples or DEFAULT_SAMPLES,
-        seq_len=settings.seq_len,
-        seed=settings.seed,
-        fewer=settings.samples is None,
-    )
-    return kind.prepare(data, origin, wanted)
 
 
 def part_name(index: int) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from nybble.core.device import check_device
 from nybble.core.errors import UsageError
+from nybble.core.options import build
 from nybble.core.products import product_dtype
+from nybble.data import Wanted
 
 DEFAULT_SAMPLES = 128
 
@@ -48,6 +52,29 @@ class Settings:
             check_device(self.device)
         if self.products not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise UsageError(f"products in {self.products}; they are computed in float32, or in the dtype itself.")
+
+    @staticmethod
+    def of(given: Settings | Mapping[str, Any] | None) -> Settings:
+        """Settings as they are, from a mapping of their fields, or the defaults.
+
+        Raises:
+            UsageError: something else. SchemeError: an unknown field, with the closest one, or a wrong type.
+        """
+        if isinstance(given, Settings):
+            return given
+        if given is not None and not isinstance(given, Mapping):
+            raise UsageError(f"settings are a nybble.Settings or a mapping of its fields; got {given!r}.")
+        return build(Settings, given or {}, "settings")
+
+    def wanted(self) -> Wanted:
+        """The calibration samples that are asked of a source."""
+        return Wanted(
+            part="calibration",
+            samples=self.samples or DEFAULT_SAMPLES,
+            seq_len=self.seq_len,
+            seed=self.seed,
+            fewer=self.samples is None,
+        )
 
     def place(self, model: nn.Module | None) -> tuple[torch.device, torch.dtype]:
         """Where blocks run, and in which dtype: as asked, or the CPU and bfloat16; of a model in memory, its own.

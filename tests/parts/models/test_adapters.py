@@ -10,8 +10,7 @@ from torch import nn
 
 from nybble.calibration.trace import HIDDEN, capture_block_calls, trace_groups
 from nybble.core.errors import ModelError
-from nybble.core.registry import Registry
-from nybble.models.adapter import LinearFold, adapter_for, feeding_rows, generic_adapter
+from nybble.models.adapter import REGISTRY, LinearFold, adapter_for, feeding_rows, generic_adapter
 from nybble.nn.kinds import matrix_at
 
 SHARED_INPUT = {
@@ -198,7 +197,7 @@ def test_an_outdated_adapter_is_an_error(make_model: Any) -> None:
 
 
 def test_all_model_types_are_distinct() -> None:
-    adapters = Registry("nybble.models.adapters", "model family").all()
+    adapters = REGISTRY.all()
     types = [model_type for adapter in adapters.values() for model_type in adapter.model_types]
     assert len(types) == len(set(types))
     assert all(key == adapter.name for key, adapter in adapters.items())
@@ -242,5 +241,5 @@ def test_refusals() -> None:
     with pytest.raises(ModelError, match="no list of repeated blocks"):
         generic_adapter(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ModelError, match=r"no blocks at 'model.layers'"):
-        adapter = Registry("nybble.models.adapters", "model family").get("llama")
+        adapter = REGISTRY.get("llama")
         adapter.blocks_of(nn.Linear(2, 2))

@@ -20,11 +20,12 @@ from torch import Tensor
 from nybble.core.errors import DataError, UsageError
 from nybble.core.registry import Registry
 from nybble.data.samples import Origin, Samples, Wanted
+from nybble.data.text import TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-KINDS = Registry("nybble.data.kinds", "kind of data")
+KINDS = Registry("nybble.data.kinds", "kind of data", lambda part: isinstance(part, DataKind))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,14 @@ class DataKind(ABC):
         Raises:
             UsageError: a SRC that is not of this kind. FileError, DataError: it can't be read, or has too little.
         """
+
+    def of_texts(self, texts: TextSource, origin: Origin, wanted: Wanted) -> Samples:
+        """Bring documents into the model's form; by default there is no way to.
+
+        Raises:
+            UsageError: models of this kind read no text.
+        """
+        raise UsageError("this model reads no text, and the data is a list of texts.")
 
     def check(self, samples: Samples, model: Any) -> None:
         """Refuse samples that don't fit a model, which may be on the meta device.
@@ -113,7 +122,5 @@ def data_kind(key: str) -> DataKind:
     Raises:
         UsageError: no such kind; or a package registered something else under its name.
     """
-    found = KINDS.get(key)
-    if not isinstance(found, DataKind):
-        raise UsageError(f"the kind of data {key!r} is a {type(found).__name__}, not a nybble.data.kinds.DataKind.")
+    found: DataKind = KINDS.get(key)
     return found

@@ -47,9 +47,15 @@ class TextKind(DataKind):
     def prepare(self, src: str, origin: Origin, wanted: Wanted) -> Samples:
         """Read a text, JSONL file, hub data set or ``builtin``, and cut it."""
         tokenizer = origin.tokenizer()
-        text = load_text(src, wanted.part, tokenizer)
+        return self._cut(load_text(src, wanted.part, tokenizer), tokenizer, wanted)
+
+    def of_texts(self, texts: TextSource, origin: Origin, wanted: Wanted) -> Samples:
+        """Cut documents."""
+        return self._cut(texts, origin.tokenizer(), wanted)
+
+    def _cut(self, texts: TextSource, tokenizer: PreTrainedTokenizerBase, wanted: Wanted) -> Samples:
         return self.cut(
-            text,
+            texts,
             tokenizer,
             samples=wanted.samples,
             seq_len=wanted.seq_len,
@@ -65,11 +71,13 @@ class TextKind(DataKind):
             return
         config = model.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        length, largest = ids.shape[1], int(ids.max())
+        length, smallest, largest = ids.shape[1], int(ids.min()), int(ids.max())
         if positions is not None and length > positions:
             raise DataError(
                 f"sequences of {length} tokens, and the model takes {positions}; give a --seq-len of at most that."
             )
+        if smallest < 0:
+            raise DataError(f"the data has token {smallest}; token ids are 0 or more.")
         rows = model.get_input_embeddings().weight.shape[0]
         if largest >= rows:
             raise DataError(

@@ -17,7 +17,7 @@ from nybble.core.progress import Progress
 from nybble.core.registry import Registry
 from nybble.data.samples import Origin, Samples, Wanted
 
-JUDGES = Registry("nybble.eval.judges", "judge")
+JUDGES = Registry("nybble.eval.judges", "judge", lambda part: isinstance(part, Judge))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,11 @@ class Judge(ABC):
     def metrics(self) -> tuple[str, ...]:
         """Names that a user may ask for."""
 
+    @property
+    def comparing(self) -> tuple[str, ...]:
+        """Those that compare with a float model, and can't be without it."""
+        return ()
+
     def usual(self, compared: bool) -> tuple[str, ...]:
         """What is computed if nothing is asked for; ``compared``: whether there is a float model."""
         return self.metrics
@@ -84,24 +89,27 @@ def judge_of(key: str) -> Judge:
             f"nothing judges a model of {key} yet (there are judges of {', '.join(JUDGES.names())}). "
             "A package adds one through an entry point of the group nybble.eval.judges."
         )
-    found = JUDGES.get(key)
-    if not isinstance(found, Judge):
-        raise ModelError(f"the judge of {key} is a {type(found).__name__}, not a nybble.eval.judges.Judge.")
+    found: Judge = JUDGES.get(key)
     return found
 
 
-def check_metrics(metrics: Sequence[str] | None) -> None:
-    """Refuse names that no judge knows, before anything is loaded.
+def check_metrics(metrics: Sequence[str] | None, compared: bool) -> None:
+    """Refuse names that no judge knows, and those that need a float model where there is none; nothing is loaded.
 
     Raises:
-        UsageError: the message has the closest name.
+        UsageError: the message has the closest name, or what to give.
     """
     if metrics is None:
         return
-    known = {name for judge in JUDGES.all().values() if isinstance(judge, Judge) for name in judge.metrics}
+    judges: list[Judge] = [*JUDGES.all().values()]
+    known = {name for judge in judges for name in judge.metrics}
+    if not metrics:
+        raise UsageError(f"no metric is named; there are {', '.join(sorted(known))}. Leave it out for the usual ones.")
     for metric in metrics:
         if metric not in known:
             raise UsageError(f"unknown metric {metric!r}.{did_you_mean(metric, known)}")
+        if not compared and all(metric in judge.comparing for judge in judges if metric in judge.metrics):
+            raise UsageError(f"metric {metric!r} compares with the float model; give it (--reference MODEL).")
 
 
 def chosen_metrics(key: str, metrics: Sequence[str] | None, compared: bool) -> tuple[str, ...]:

@@ -57,6 +57,11 @@ class Images(Judge):
         """The first needs labels, the second a float model."""
         return ("top1", "agreement")
 
+    @property
+    def comparing(self) -> tuple[str, ...]:
+        """The second."""
+        return ("agreement",)
+
     def judge(self, panel: Panel, progress: Progress) -> Verdict:
         """Classify with the float model, then with each of the others; what the data doesn't allow is left out."""
         samples = panel.samples

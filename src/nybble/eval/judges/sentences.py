@@ -63,6 +63,11 @@ class Sentences(Judge):
         """One name, which stands for the mean and the worst."""
         return ("cosine",)
 
+    @property
+    def comparing(self) -> tuple[str, ...]:
+        """It is a cosine between two models."""
+        return self.metrics
+
     def wanted(self, samples: int | None, seq_len: int) -> Wanted:
         """At most a thousand sentences, if nothing is said."""
         return replace(super().wanted(samples or MOST_SENTENCES, seq_len), fewer=True)

@@ -26,6 +26,11 @@ class Tokens(Judge):
         """All of them."""
         return tuple(METRICS.names())
 
+    @property
+    def comparing(self) -> tuple[str, ...]:
+        """As each metric says."""
+        return tuple(name for name, metric in METRICS.all().items() if metric.needs_reference)
+
     def usual(self, compared: bool) -> tuple[str, ...]:
         """Perplexity; with a float model also what the quantized one does otherwise."""
         return ("ppl", "kl", "agreement") if compared else ("ppl",)

@@ -6,5 +6,6 @@ Other packages add metrics through entry points of the group ``nybble.eval.metri
 from __future__ import annotations
 
 from nybble.core.registry import Registry
+from nybble.eval._metric import Metric
 
-METRICS = Registry("nybble.eval.metrics", "metric")
+METRICS = Registry("nybble.eval.metrics", "metric", lambda part: isinstance(part, Metric))

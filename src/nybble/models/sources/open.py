@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nybble.core.errors import FileError
+from nybble.models.named import check_model
 from nybble.models.sources import ModelSource
 
 
@@ -18,6 +19,7 @@ def open_source(spec: str) -> ModelSource:
         ModelError: not a model, of an unknown kind, or only stored as a pickle.
         FileError: missing, truncated or malformed.
     """
+    check_model(spec)
     path = Path(spec)
     if spec.startswith("demo:"):
         from nybble.models.sources.packages import open_demo

@@ -1,0 +1,76 @@
+"""The README.md of a quantized model's folder: what it is, and how to load it, which needs nybble."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nybble.core.versions import VERSION
+
+CARD = "README.md"
+
+_USUAL = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")
+"""Where several classes find an architecture, one of these."""
+
+_TEXT = """---
+library_name: transformers
+tags: [nybble, quantized]
+---
+
+# A quantized {architecture}
+
+nybble {version} made these files{how}. **Loading them needs the Python package nybble.** transformers does not know
+this format by itself: without `import nybble` it gives the layers random weights, with no more than a warning, and a
+language model then writes fluent nonsense.
+
+```python
+import nybble  # before from_pretrained: it registers the format
+from transformers import {auto}
+
+model = {auto}.from_pretrained(".")  # this folder, or its id on the hub
+```
+
+`nybble.load(".")` gives the model and its tokenizer, if it has one, and checks the files first.
+{scheme}
+`nybble inspect .` says what every byte is for, `nybble report .` what each layer lost; `nybble.json` records the run.
+"""
+
+
+def card(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    """The card of a model.
+
+    Args:
+        config: of config.json, with ``architectures`` and ``model_type``.
+        manifest: of the run; empty where there was none.
+    """
+    architecture = (config.get("architectures") or ["model"])[0]
+    recipe = manifest.get("recipe") or {}
+    return _TEXT.format(
+        architecture=architecture,
+        version=VERSION,
+        how=f" with the recipe `{recipe['name']}`" if recipe else "",
+        auto=_auto_class(architecture, str(config.get("model_type", ""))),
+        scheme=_scheme(recipe.get("scheme") or {}),
+    )
+
+
+def _auto_class(architecture: str, model_type: str) -> str:
+    """The transformers class that finds this architecture; ``AutoModel`` where none does."""
+    from transformers.models.auto import modeling_auto
+
+    for name in (*_USUAL, *(name for name in vars(modeling_auto) if name.startswith("AutoModelFor"))):
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
+        found = () if mapping is None else mapping._model_mapping.get(model_type, ())
+        if architecture in ((found,) if isinstance(found, str) else found):
+            return name
+    return "AutoModel"
+
+
+def _scheme(scheme: Mapping[str, Any]) -> str:
+    lines = []
+    for rule in scheme.get("rules", ()):
+        parts = ", ".join(f"{what} `{line}`" for what, line in rule.items() if what != "targets")
+        lines.append(f"- {', '.join(f'`{target}`' for target in rule['targets'])}: {parts}")
+    if "kv" in scheme:
+        lines.append(f"- KV cache: `{scheme['kv']}`")
+    return "\n" + "\n".join(lines) + "\n" if lines else ""

@@ -1,0 +1,22 @@
+"""What a user may name as a model, seen without opening it and without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nybble.core.errors import FileError, UsageError
+
+_NOTE = "Give a folder with config.json and safetensors, a .gguf file, a hub id (owner/name) or demo:smollm2."
+
+
+def check_model(spec: str) -> None:
+    """Refuse what can't name a model, without opening it.
+
+    Raises:
+        UsageError: an empty name. FileError: a path that doesn't exist.
+    """
+    if not spec.strip():
+        raise UsageError(f"the model's name is empty. {_NOTE}")
+    written_as_path = spec.startswith((".", "/", "~")) or spec.endswith(".gguf") or spec.count("/") > 1
+    if written_as_path and not Path(spec).exists():
+        raise FileError(f"there is no {spec}. {_NOTE}")

@@ -1,0 +1,136 @@
+"""What stands behind ``import nybble``, as its first user meets it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import logits, save_tiny, tiny_model
+from torch import nn
+
+import nybble
+from nybble.core.errors import SchemeError, UsageError
+from nybble.nn.kinds import quant_modules
+from nybble.scheme import Scheme, parse_scheme
+from nybble.training.convert import convert
+from nybble.training.prepare import prepare
+
+LINE = "int4 group=16 scale_format=float16"
+
+
+def rounded(line: str = LINE) -> torch.Tensor:
+    """What the tiny model says with every layer inside its blocks rounded, by hand."""
+    model, quantizer = tiny_model(), nybble.Quantizer(line)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and name.startswith("model.layers."):
+                module.weight.copy_(quantizer.fake_quantize(module.weight))
+    return logits(model)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        ("rtn", {"weights": LINE}),
+        ("rtn", {"weights": nybble.Quantizer(LINE), "activations": "none"}),
+        ("rtn", {"scheme": {"weights": LINE}}),
+        ("rtn", {"scheme": parse_scheme({"weights": LINE})}),
+        (parse_scheme({"weights": LINE}), {}),
+        ({"scheme": {"weights": LINE}, "steps": [{"solver": "rtn"}]}, {}),
+    ],
+)
+def test_every_way_to_say_the_same(recipe: Any, changes: Any) -> None:
+    model, report = nybble.quantize(tiny_model(), recipe, **changes)
+    assert torch.equal(logits(model), rounded())
+    assert len(report.layers) == 14 and {round(row.bits, 3) for row in report.layers} == {5.0}
+
+
+def test_a_recipe_may_be_left_out() -> None:
+    assert torch.equal(logits(nybble.quantize(tiny_model(), weights=LINE)[0]), rounded())
+
+
+def test_ignored_modules_stay(tmp_path: Path) -> None:
+    model, report = nybble.quantize(tiny_model(), weights=LINE, ignore=["re:.*mlp.*"])
+    assert len(report.layers) == 8
+    assert type(model.get_submodule("model.layers.0.mlp.up_proj")) is nn.Linear
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(32, 8), lambda: nn.Conv2d(2, 8, 4)])
+def test_a_model_that_is_one_layer(make: Callable[[], nn.Module]) -> None:
+    """It can't be replaced in place; what is returned is the quantized one."""
+    wanted = make()
+    state = {name: tensor.clone() for name, tensor in wanted.state_dict().items()}
+    weight: Any = wanted.weight
+    x = torch.randn(3, 32) if weight.dim() == 2 else torch.randn(3, 2, 6, 6)
+    weight.data = nybble.Quantizer(LINE).fake_quantize(weight.flatten(1)).view(weight.shape)
+
+    def again() -> nn.Module:
+        layer = make()
+        layer.load_state_dict(state)
+        return layer
+
+    quantized, report = nybble.quantize(again(), weights=LINE)
+    trained = convert(prepare(again(), {"targets": [type(wanted).__name__], "weights": LINE}))
+    for found in (quantized, trained):
+        assert [name for name, _ in quant_modules(found)] == [""] and torch.equal(found(x), wanted(x))
+    assert len(report.layers) == 1
+
+
+def test_settings_are_a_mapping() -> None:
+    with pytest.raises(SchemeError, match=r"no option 'seqlen'. Did you mean 'seq_len'"):
+        nybble.quantize(tiny_model(), weights=LINE, settings={"seqlen": 4})
+    with pytest.raises(UsageError, match=r"settings are a nybble.Settings"):
+        nybble.quantize(tiny_model(), weights=LINE, settings=[4])  # type: ignore[arg-type]
+    assert nybble.quantize(tiny_model(), weights=LINE, settings={"seed": 4})[1].manifest["settings"]["seed"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((5,), "a model is a hub id, a path, or a torch module"),
+        ((nn.Linear(2, 2), 5), "a recipe is a name"),
+        ((nn.Linear(2, 2), torch.zeros(1)), "Data is the next argument"),
+    ],
+)
+def test_what_is_neither_model_nor_recipe(arguments: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        nybble.quantize(*arguments)
+
+
+def test_preflight_does_nothing(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    lines = nybble.preflight(folder, weights=LINE, out=tmp_path / "out")
+    assert lines[0].startswith("14 weights in 2 blocks") and not list(tmp_path.glob("out*"))
+    with pytest.raises(SchemeError, match="matches no module"):
+        nybble.preflight(folder, weights=LINE, ignore=["nosuch"])
+
+
+def test_the_names_are_listed() -> None:
+    assert {"quantize", "load", "Quantizer", "Scheme", "Settings", "optim"} <= set(dir(nybble))
+    assert not {"annotations", "importlib", "Any"} & set(dir(nybble))
+    for name in nybble.__all__:
+        assert getattr(nybble, name) is not None
+    assert isinstance(nybble.preflight, type(test_the_names_are_listed)) and nybble.Scheme is Scheme
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    """What stands under TYPE_CHECKING is what ``__getattr__`` finds."""
+    import ast
+
+    spec = importlib.util.find_spec("nybble")
+    assert spec is not None and spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text())
+    typed = {
+        alias.name: node.module
+        for test in ast.walk(tree)
+        if isinstance(test, ast.If) and ast.unparse(test.test) == "TYPE_CHECKING"
+        for node in test.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert typed == {**nybble._NAMES, "optim": "nybble"}
+    assert (Path(spec.origin).parent / "py.typed").is_file()
