@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.request import build_recipe
+from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe, load_recipe, parse_recipe, recipe_names
 from nybble.walk.settings import Settings
 
@@ -64,10 +66,14 @@ def source(folder: Path, family: str) -> str:
 
 def make(name: str, **changes: str) -> Recipe:
     recipe = build_recipe(name if name in recipe_names() else name.split()[0], **{**RECIPES[name], **changes})
-    weights = recipe.scheme.rules[0].weights
-    if weights is not None and isinstance(weights.granularity, PerGroup) and weights.granularity.size > 16:
-        weights = weights.replace(group=16)  # 48 and 16 columns
-    return recipe.with_scheme(recipe.scheme.override(weights=weights))
+    rules = [replace(r, weights=narrow(r.weights), inputs=narrow(r.inputs)) for r in recipe.scheme.rules]
+    return recipe.with_scheme(replace(recipe.scheme, rules=tuple(rules)))
+
+
+def narrow(quantizer: Quantizer | None) -> Quantizer | None:
+    """With groups that fit 48 and 16 columns."""
+    wide = quantizer is not None and isinstance(quantizer.granularity, PerGroup) and quantizer.granularity.size > 16
+    return quantizer.replace(group=16) if quantizer is not None and wide else quantizer
 
 
 def run(folder: Path, family: str, recipe: Recipe, out: Path | None = None) -> tuple[Any, Any]:
