@@ -208,7 +208,7 @@ def test_modules_are_a_table(place: Path, tmp_path: Path, nybble: Any) -> None:
     assert "{" not in out
     head, row = (line for line in out.splitlines() if "elements" in line or "layers.0.mlp.up_proj" in line)
     cells = [[cell.strip() for cell in re.split("[│┃]", line)[2:-1]] for line in (head, row)]
-    assert dict(zip(*cells, strict=True)) == {"elements": "1,536", "bits": "6.000", "codes": "768", "scales": "384"}
+    assert dict(zip(*cells, strict=True)) == {"elements": "1,536", "bits": "5.000", "codes": "768", "scales": "192"}
 
 
 def test_a_folder_is_not_called_like_a_file(place: Path, tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def preflight(
     settings = Settings.of(settings)
     made = build_recipe(recipe, **changes) if changes else read_recipe(recipe)
     _check_out(out, settings)
+    settings = _as_begun(settings, out)
     with preserve_global_rng(), torch.no_grad():
         return _job(model, made, data, settings, out, tokenizer).preflight(out)
 

@@ -13,7 +13,7 @@ from torch import nn
 from nybble.core.errors import DataError, ModelError, UsageError
 from nybble.data import ImageSamples, SentenceSamples, make_source, sentence_samples, token_samples
 from nybble.eval import evaluate
-from nybble.eval.judges import JUDGES, chosen_metrics, judge_of
+from nybble.eval.judges import chosen_metrics, judge_of
 from nybble.eval.judges.tokens import go_on
 from nybble.pipelines.evaluate import run_eval
 
@@ -119,9 +119,9 @@ class Broken(nn.Module):
     ("kind", "message", "arguments"),
     [
         (UsageError, "nothing to evaluate", lambda: ({}, tokens())),
-        (UsageError, r"a model of tokens is judged by agreement, kl, nll, ppl; not by cosine",
+        (UsageError, r"metric 'cosine' compares with the float model; give it \(--reference MODEL\)",
          lambda: ({"x": tiny_model("llama")}, tokens(), ["cosine"])),
-        (UsageError, "is judged by cosine; not by nothing", lambda: ({"x": encoder()}, sentences(), [])),
+        (UsageError, "no metric is named; there are agreement", lambda: ({"x": encoder()}, sentences(), [])),
         (UsageError, r"unknown metric 'pl'\. Did you mean 'ppl'", lambda: ({"x": encoder()}, sentences(), ["pl"])),
         (UsageError, "give it as the reference", lambda: ({"x": encoder()}, sentences())),
         (UsageError, "made has no labels, and no float model", lambda: ({"x": classifier()}, pictures(False))),
@@ -141,9 +141,8 @@ def test_what_cannot_be_judged_is_said(kind: Any, message: str, arguments: Any) 
         run_eval(models, data, metrics=metrics[0] if metrics else None)
 
 
-def test_judges_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_judges_that_are_none() -> None:
     with pytest.raises(ModelError, match=r"nothing judges a model of sounds yet.*nybble\.eval\.judges"):
         judge_of("sounds")
-    monkeypatch.setattr(JUDGES, "get", lambda _: object)
-    with pytest.raises(ModelError, match=r"the judge of tokens is a type, not"):
-        judge_of("tokens")
+    with pytest.raises(UsageError, match=r"a model of tokens is judged by agreement, kl, nll, ppl; not by cosine"):
+        chosen_metrics("tokens", ["cosine"], compared=True)
