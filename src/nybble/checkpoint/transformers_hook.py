@@ -15,8 +15,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nybble.checkpoint.describe import FORMAT_VERSION, check_version, restore_model
+from nybble.models.build.skeleton import keep_float32_
 from nybble.nn.kv_model import from_json
-from nybble.nn.packed import validate_packed
+from nybble.nn.packed import end_offer, offer_offloading, validate_packed
 
 
 @register_quantization_config("nybble")
@@ -64,11 +65,17 @@ class NybbleHfQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing beside nybble is needed."""
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         described = self.quantization_config
+        keep_float32_(model)
+        # The loader follows the tensors' own dtypes. By the family's patterns it would widen 16-bit scales, too.
+        model._keep_in_fp32_modules = model._keep_in_fp32_modules_strict = frozenset()
         restore_model(model, described.modules, described.layouts, from_json(described.kv))
+        if kwargs.get("device_map") is not None:
+            offer_offloading(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        end_offer(model)
         validate_packed(model)
         return model
 
