@@ -70,9 +70,7 @@ def _check_names(folder: Path, checkpoint: Checkpoint, expected: dict[str, Tenso
         raise FileError(f"{folder}: the weight files hold {unknown[0]}, which the model of config.json does not have.")
 
 
-def _read(
-    folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, kept: Collection[str]
-) -> dict[str, Tensor]:
+def _read(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, kept: Collection[str]) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     tensors: dict[str, Tensor] = {}

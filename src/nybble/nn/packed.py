@@ -20,7 +20,7 @@ class _Part(nn.Module):
     where weights are offloaded) has brought them.
     """
 
-    def forward(self) -> dict[str, Tensor]:  # noqa: D102
+    def forward(self) -> dict[str, Tensor]:
         return _tensors(self)
 
 

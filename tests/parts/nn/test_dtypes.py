@@ -101,9 +101,10 @@ def test_offloaded(folder: Path, tmp_path: Path, offload_buffers: bool) -> None:
     )  # fmt: skip
     for _ in range(2):
         assert torch.equal(logits(model), logits(whole))
-        away = [m for m in (*model.model.embed_tokens.modules(), *model.model.layers[0].modules())]
-        assert all(b.device.type == "meta" for m in away if isinstance(m, Packed) for b in m.buffers())
-        assert all(m._view is None for m in away if isinstance(m, Packed))  # nothing keeps what was brought
+        modules = (*model.model.embed_tokens.modules(), *model.model.layers[0].modules())
+        away = [module for module in modules if isinstance(module, Packed)]
+        assert all(buffer.device.type == "meta" for packed in away for buffer in packed.buffers())
+        assert all(packed._view is None for packed in away)  # nothing keeps what was brought
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in whole.named_parameters()]
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(auto.from_pretrained(tmp_path / "again")), logits(whole))
