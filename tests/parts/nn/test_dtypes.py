@@ -60,7 +60,14 @@ def rounded(model: Any, like: Any) -> Any:
 
 def test_layers_that_a_family_keeps_in_float32(tmp_path: Path) -> None:
     """T5 in float16 has its ``wo`` in float32; quantized as well, from all loaders and in memory."""
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+    sizes: dict[str, Any] = {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_heads": 4,
+    }
     auto: Any = T5ForConditionalGeneration
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
