@@ -32,7 +32,7 @@ def test_the_whole_model_runs_in_the_dtype_asked_for(folder: Path, dtype: torch.
     """However it is asked for; the numbers are those of the float model with the rounded weights in that dtype."""
     auto: Any = AutoModelForCausalLM
     want, _ = nybble.load(folder, dtype=dtype)
-    cast = nybble.load(folder)[0].to(dtype=dtype)  # type: ignore[call-overload]
+    cast = nybble.load(folder)[0].to(dtype=dtype)
     seen = [module.dtype for model in (want, cast) for module in model.modules() if isinstance(module, Packed)]
     assert set(seen) == {dtype} and logits(want).dtype == logits(cast).dtype == dtype
     assert want.get_input_embeddings()(input_ids()).dtype == dtype
@@ -61,13 +61,9 @@ def rounded(model: Any, like: Any) -> Any:
 def test_layers_that_a_family_keeps_in_float32(tmp_path: Path) -> None:
     """T5 in float16 has its ``wo`` in float32; quantized as well, from all loaders and in memory."""
     sizes: dict[str, Any] = {
-        "d_model": 32,
-        "d_kv": 8,
-        "d_ff": 48,
-        "num_layers": 2,
-        "num_decoder_layers": 2,
-        "num_heads": 4,
-    }
+        "vocab_size": 300, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2,
+        "num_heads": 4, "decoder_start_token_id": 0,
+    }  # fmt: skip
     auto: Any = T5ForConditionalGeneration
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
