@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import FileError, SchemeError
+from nybble.learned._reaching import reaching
 from nybble.qtensor import Factored, QTensor, QuantParams, dense
 from nybble.quantizer import Quantizer
 
@@ -15,7 +16,7 @@ _PARTS = ("scale", "zero_point", "offset")  # and what the granularity stores of
 
 
 class ActivationQuantizer(nn.Module):
-    """Fake-quantizes what passes.
+    """Fake-quantizes what passes; a gradient goes straight through, where nothing was clipped (Bengio et al. 2013).
 
     Args:
         quantizer: the specification; a static one has a granularity that is calibrated once.
@@ -33,6 +34,8 @@ class ActivationQuantizer(nn.Module):
             self.register_buffer(part, value)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        if torch.is_grad_enabled() and x.requires_grad:  # what trains in front of it is not to stand still
+            return self.quantizer.soft(x, self.params(), reaching)
         return self.quantizer.fake_quantize(x, self.params())
 
     def params(self) -> QuantParams | None:
