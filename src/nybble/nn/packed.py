@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import FileError
+from nybble.nn.compiled import dequantize, key_of
 from nybble.qtensor import QTensor, Spec, from_spec
 
 
@@ -56,6 +57,7 @@ class Packed(nn.Module):
                     part.add_module(inner, _Part())
                 part = part.get_submodule(inner)
             part.register_buffer(leaf, tensor)
+        self._key = key_of(self.spec, list(_tensors(self)))
         self._dense: Tensor | None = None
         self._view: tuple[QTensor, dict[str, Tensor]] | None = None
 
@@ -82,6 +84,9 @@ class Packed(nn.Module):
         """The values in ``dtype``; the held copy if :meth:`hold` made one."""
         if self._dense is not None and self._dense.dtype == dtype:
             return self._dense
+        if torch.compiler.is_compiling():
+            values: Tensor = dequantize(list(_tensors(self).values()), self._key, list(self.shape), dtype)
+            return values
         return self.qtensor().dequantize(dtype)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
