@@ -5,12 +5,13 @@
 'float4_e2m1fn group=32'
 
 Importing it is light (no torch, no transformers until a name is used). Once transformers is imported, models that
-nybble wrote load with ``AutoModelForCausalLM.from_pretrained``.
+nybble wrote load with ``AutoModelForCausalLM.from_pretrained``; once PEFT is, its LoRA trains on top of packed layers.
 """
 
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from typing import TYPE_CHECKING
 
 from nybble.core.imports import lazily, when_imported
@@ -55,8 +56,9 @@ def __dir__() -> list[str]:
     return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
-def _register() -> None:
-    importlib.import_module("nybble.checkpoint.transformers_hook")
+def _import(name: str) -> None:
+    importlib.import_module(name)
 
 
-when_imported("transformers.quantizers.auto", _register)
+when_imported("transformers.quantizers.auto", partial(_import, "nybble.checkpoint.transformers_hook"))
+when_imported("peft.tuners.lora.model", partial(_import, "nybble.training.peft_hook"))

@@ -43,7 +43,7 @@ from nybble.granularity import Granularity
 from nybble.line import DEFAULTS, PLAIN, TENSOR, as_written, default_of, override, parse_words, split_words
 from nybble.ops.blocks import dynamic_round, narrow_scale, scaled_round
 from nybble.ops.grid import Round
-from nybble.ops.scaling import divided
+from nybble.ops.scaling import divided, guarded
 from nybble.packing import get_layout
 from nybble.qtensor import Factored, Inverse, QTensor, QuantParams, block_view
 from nybble.qtensor.block import BlockQTensor
@@ -200,7 +200,7 @@ class Quantizer:
         if isinstance(self.scale_format, Quantizer):
             scale = self.scale_format.quantize(raw, outer)
         elif not isinstance(self.scale, One):
-            raw = torch.where(raw == 0, torch.ones_like(raw), raw)
+            raw = guarded(raw, self.format)
             scale = narrow_scale(raw, self.scale_format)
             scale = scale.to(getattr(torch, self.scale_format))
         zero_point = None if found.zero_point is None else integers(found.zero_point.reshape(shape), self.format)

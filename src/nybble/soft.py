@@ -102,13 +102,18 @@ def soft(spec: Specification, x: Tensor, params: QuantParams | None, round: Roun
         return x.clone()
     shape = tuple(x.shape)
     params = through(spec, spec.measured(x, params))
-    y = scaled(spec, spec.granularity.to_blocks(x).float(), params, shape)
+    wide = spec.granularity.to_blocks(x).float()
+    y = scaled(spec, wide, params, shape)
     values = (round or nearest)(y, grid_of(spec, params, shape))
     if values.shape != y.shape:
         raise DataError(
             f"a rounding returns the shape that it gets, {list(y.shape)}; this one made {list(values.shape)}."
         )
     blocks = unscaled(values, params, spec.granularity, shape)
+    if not spec.format.has_zero and params.scale is not None:
+        # A scale of 0 would multiply every gradient by 0, and a block of zeros could never leave it.
+        empty = block_view(params.scale, spec.granularity, shape) == 0
+        blocks = torch.where(empty, straight_through(blocks, wide), blocks)
     return spec.granularity.from_blocks(blocks, shape).to(x.dtype)
 
 

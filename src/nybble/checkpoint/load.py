@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from nybble.checkpoint.save import mark_quantized
 from nybble.core.errors import FileError
 from nybble.core.guard import reading
 from nybble.models.build.config_file import make_config, read_json
-from nybble.models.build.skeleton import expected_tensors, fill_buffers_, meta_model
+from nybble.models.build.skeleton import expected_tensors, fill_buffers_, kept_float32, meta_model
 from nybble.models.sources.folder import read_preprocessing, read_tokenizer
 from nybble.nn.packed import validate_packed
 
@@ -40,7 +41,7 @@ def load_quantized(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     model = meta_model(config, dtype or stated, len(checkpoint.stored))
     restore_model(model, checkpoint.modules, checkpoint.layouts, checkpoint.kv)
     _check_names(folder, checkpoint, expected_tensors(model))
-    tensors = _read(folder, checkpoint, dtype)
+    tensors = _read(folder, checkpoint, dtype, kept_float32(model))
     fill_buffers_(model)
     with reading(folder):
         model.load_state_dict(tensors, strict=False, assign=True)
@@ -69,7 +70,7 @@ def _check_names(folder: Path, checkpoint: Checkpoint, expected: dict[str, Tenso
         raise FileError(f"{folder}: the weight files hold {unknown[0]}, which the model of config.json does not have.")
 
 
-def _read(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _read(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, kept: Collection[str]) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     tensors: dict[str, Tensor] = {}
@@ -77,8 +78,9 @@ def _read(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> di
         with reading(header.path), safe_open(header.path, framework="pt", device="cpu") as file:
             for name in header.tensors:
                 tensor = file.get_tensor(name).clone()  # not a map of the file, which may change
-                cast = dtype is not None and tensor.is_floating_point() and name not in checkpoint.expected
-                tensors[name] = tensor.to(dtype) if cast else tensor
+                wanted = torch.float32 if name in kept else dtype
+                cast = wanted is not None and tensor.is_floating_point() and name not in checkpoint.expected
+                tensors[name] = tensor.to(wanted) if cast else tensor
     return tensors
 
 

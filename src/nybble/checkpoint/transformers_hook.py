@@ -14,9 +14,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from nybble.checkpoint.describe import FORMAT_VERSION, check_version, restore_model
+from nybble.checkpoint.describe import FORMAT_VERSION, check_version, describe_model, restore_model
+from nybble.models.build.skeleton import keep_float32_
 from nybble.nn.kv_model import from_json
-from nybble.nn.packed import validate_packed
+from nybble.nn.packed import end_offer, offer_offloading, validate_packed
 
 
 @register_quantization_config("nybble")
@@ -64,11 +65,17 @@ class NybbleHfQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing beside nybble is needed."""
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         described = self.quantization_config
+        keep_float32_(model)
+        # The loader follows the tensors' own dtypes. By the family's patterns it would widen 16-bit scales, too.
+        model._keep_in_fp32_modules = model._keep_in_fp32_modules_strict = frozenset()
         restore_model(model, described.modules, described.layouts, from_json(described.kv))
+        if kwargs.get("device_map") is not None:
+            offer_offloading(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        end_offer(model)
         validate_packed(model)
         return model
 
@@ -76,7 +83,13 @@ class NybbleHfQuantizer(HfQuantizer):
         """``save_pretrained`` writes the same tensors again."""
         return True
 
+    def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[None, dict[str, Any]]:
+        """Nothing; asked before config.json is written, so that it describes anew what adapters were merged into."""
+        if not getattr(model, "_hf_peft_config_loaded", False):  # else only the adapters are written
+            model.config.quantization_config = NybbleConfig(**describe_model(model))
+        return None, {}
+
     @property
     def is_trainable(self) -> bool:
-        """The codes are fixed."""
-        return False
+        """Adapters beside packed layers are; the codes are fixed."""
+        return True

@@ -76,7 +76,7 @@ class LowRank(Correction):
             if after >= before:
                 record.notes.append(f"rank {self.rank} would not lower its error ({before:.3g}): left out")
                 continue
-            layer.weight = Packed(found)
+            layer.weight = Packed(found, layer.weight.dtype)
             record.changed = True
             record.notes.append(f"rank {self.rank} in {self.factors}: weight error {before:.3g} -> {after:.3g}")
 

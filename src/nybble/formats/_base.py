@@ -66,6 +66,11 @@ class NumberFormat(ABC):
         return self._sorted[1]
 
     @cached_property
+    def has_zero(self) -> bool:
+        """Whether 0 is one of the values that an encoder produces."""
+        return bool((self.grid == 0).any())
+
+    @cached_property
     def negative_zero(self) -> int | None:
         """The code of -0.0, or None."""
         found = np.flatnonzero(self.encodable() & (self.values == 0) & np.signbit(self.values))

@@ -55,6 +55,10 @@ class Grid(Protocol):
     def exponent_bits(self) -> int | None:
         """Width of the exponent, where there is one."""
 
+    @property
+    def has_zero(self) -> bool:
+        """Whether 0 is one of its values; where it isn't, what is 0 needs a scale of 0."""
+
 
 class Granularity(ABC):
     """A partition of a tensor's elements into blocks that share one scale; every element is in exactly one.

@@ -34,13 +34,13 @@ class Rank1(Runs):
         return 0
 
     def fit_factors(self, x: Tensor, fmt: Grid, fraction: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Slice maxima over each dimension; a zero slice gets 1."""
+        """Slice maxima over each dimension; a zero slice gets 1, or stays 0 where the format has no zero."""
         magnitude = divided(x.abs(), fmt.absmax)
         factors = []
         for dim in range(x.dim()):
             others = [d for d in range(x.dim()) if d != dim]
             top = magnitude.amax(others, keepdim=True) if others else magnitude.amax(keepdim=True).reshape(1)
-            factors.append(torch.where(top == 0, torch.ones_like(top), top))
+            factors.append(torch.where(top == 0, torch.ones_like(top), top) if fmt.has_zero else top)
         return tuple(factors)
 
 

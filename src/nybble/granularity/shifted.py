@@ -103,10 +103,13 @@ class Shifted(Granularity):
         top = columns.max().reshape(1)
         if fraction is None:
             shifts = column_shifts(columns, top, limit)
-            scale = divided(torch.where(top == 0, torch.full_like(top, fmt.absmax), top), fmt.absmax)
+            if fmt.has_zero:
+                top = torch.where(top == 0, torch.full_like(top, fmt.absmax), top)
+            scale = divided(top, fmt.absmax)
         else:
             top = top * fraction
-            top = torch.where(top == 0, torch.ones_like(top), top)
+            if fmt.has_zero:
+                top = torch.where(top == 0, torch.ones_like(top), top)
             shifts = column_shifts(columns, top, limit)
             least = shifts.min()  # one column at least has no shift: what all share belongs to the scale
             scale = divided(top * torch.exp2(-least), fmt.absmax)

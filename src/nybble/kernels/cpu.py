@@ -122,7 +122,7 @@ def dynamic_round(blocks: Tensor, fmt: str, rounding: str, target: float, pow2: 
         return _reference(block_ops.dynamic_round)(blocks, fmt, rounding, target, pow2, scale_dtype)
     blocks = blocks.contiguous()
     count, columns = blocks.shape
-    if columns > ALONE:
+    if columns > ALONE or not get_format(fmt).has_zero:  # without a zero a scale may be 0, which nothing divides by
         amax = blocks.abs().amax(1, keepdim=True).float()
         return scaled_round(blocks, block_ops.block_scale(amax, fmt, target, pow2, scale_dtype), fmt, rounding)
     out = _empty(blocks.shape, blocks.dtype)

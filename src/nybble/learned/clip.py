@@ -10,7 +10,8 @@ through the scale (and a real offset) only; the rounding of an integer zero poin
 too: the range follows them.
 
 Where we differ: a range that doesn't hold zero is extended to it and the zero point stays a code (the published code
-lets both run free); a block of zeros gets scale 1 instead of a floor of 1e-5.
+lets both run free); a block of zeros gets scale 1 (0 in a format without a zero) instead of a
+floor of 1e-5.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from nybble.core.errors import SchemeError
 from nybble.learned import WEIGHTS, Learned, Part
 from nybble.learned._reaching import reaching
-from nybble.ops.scaling import divided
+from nybble.ops.scaling import divided, guarded
 from nybble.qtensor import QTensor, QuantParams
 from nybble.quantizer import Quantizer
 from nybble.scales import BlockParams
@@ -64,7 +65,7 @@ class LearnedRange(Learned):
             found = BlockParams(divided(torch.maximum(high.abs(), low.abs()), target))
         scale = found.scale.reshape(shape)
         if isinstance(quantizer.scale_format, str):
-            scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+            scale = guarded(scale, quantizer.format)
         zero, offset = (None if v is None else v.reshape(shape) for v in (found.zero_point, found.offset))
         return QuantParams(scale, zero, offset)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import FileError, SchemeError
+from nybble.nn.compiled import fake_quantize, static_params, straight_through
 from nybble.qtensor import Factored, QTensor, QuantParams, dense
 from nybble.quantizer import Quantizer
 
@@ -15,7 +16,7 @@ _PARTS = ("scale", "zero_point", "offset")  # and what the granularity stores of
 
 
 class ActivationQuantizer(nn.Module):
-    """Fake-quantizes what passes.
+    """Fake-quantizes what passes; a gradient goes straight through, where nothing was clipped (Bengio et al. 2013).
 
     Args:
         quantizer: the specification; a static one has a granularity that is calibrated once.
@@ -28,23 +29,22 @@ class ActivationQuantizer(nn.Module):
         check_static(quantizer)
         if (params is None) == quantizer.static:
             raise FileError(f"{quantizer}: a static quantizer, and only that, comes with calibrated parameters.")
-        self.quantizer = quantizer
+        self.quantizer, self._line = quantizer, str(quantizer)
         for part, value in _parts(quantizer, params).items():
             self.register_buffer(part, value)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        return self.quantizer.fake_quantize(x, self.params())
+        parts = {part: value for part, value in self._buffers.items() if value is not None}
+        if torch.compiler.is_compiling():
+            rounded: Tensor = fake_quantize(x, list(parts.values()), list(parts), self._line)
+            return rounded
+        if torch.is_grad_enabled() and x.requires_grad:  # what trains in front of it is not to stand still
+            return straight_through(self.quantizer, x, parts)
+        return self.quantizer.fake_quantize(x, static_params(self.quantizer, parts))
 
     def params(self) -> QuantParams | None:
         """The calibrated parameters of a static quantizer; None where every tensor is measured."""
-        if not self.quantizer.static:
-            return None
-        parts, granularity = self._buffers, self.quantizer.granularity
-        scale: Tensor | Factored | None = parts["scale"]
-        stored = {part: value for part, value in parts.items() if value is not None}
-        if granularity.stored and granularity.stored.keys() <= stored.keys():
-            scale = Factored(granularity.restore(stored), granularity.combine)
-        return QuantParams(scale, parts["zero_point"], parts["offset"])
+        return static_params(self.quantizer, {p: value for p, value in self._buffers.items() if value is not None})
 
     def _apply(self, fn: Any, recurse: bool = True) -> ActivationQuantizer:
         # Scales stay float32: only moves between devices pass.

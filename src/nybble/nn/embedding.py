@@ -15,18 +15,24 @@ class QuantEmbedding(nn.Module):
 
     Args:
         weight: QTensor [tokens, width].
-        dtype: of what comes out.
+        dtype: of what comes out; ``.to(dtype)`` changes it.
         padding_idx: as ``nn.Embedding``'s; it matters to nothing but the representation.
     """
 
     def __init__(self, weight: QTensor, dtype: torch.dtype, padding_idx: int | None = None) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = weight.shape
-        self.weight, self.dtype, self.padding_idx = Packed(weight), dtype, padding_idx
+        self.weight, self.padding_idx = Packed(weight, dtype), padding_idx
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what comes out."""
+        assert self.weight.dtype is not None
+        return self.weight.dtype
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [...] -> [..., width]."""
-        return functional.embedding(ids, self.weight.dequantize(self.dtype))
+        return functional.embedding(ids, self.weight(self.dtype))
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.dtype}"
@@ -53,7 +59,7 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., tokens]."""
-        return functional.linear(x, self.weight.dequantize(x.dtype), self.bias)
+        return functional.linear(x, self.weight(x.dtype).to(x.device), self.bias)  # which may be another GPU's
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"in_features={self.in_features}, out_features={self.out_features}, tied"

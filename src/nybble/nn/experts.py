@@ -15,26 +15,39 @@ class PackedExperts(nn.Module):
     """Stands where a fused parameter stood: ``module.gate_up_proj[e]`` dequantizes expert e's matrix.
 
     Args:
-        experts: a QTensor [out, in] for each expert. dtype: of the matrices that come out.
+        experts: a QTensor [out, in] for each expert.
+        dtype: of the matrices that come out; ``.to(dtype)`` changes it.
         transposed: the model keeps [in, out], so that is what comes out.
     """
 
     def __init__(self, experts: Sequence[QTensor], dtype: torch.dtype, *, transposed: bool = False) -> None:
         super().__init__()
         self.transposed = transposed
-        self.experts = nn.ModuleList(Packed(expert) for expert in experts)
-        self.dtype = dtype
+        self.experts = nn.ModuleList(Packed(expert, dtype) for expert in experts)
+
+    @property
+    def _first(self) -> Packed:
+        first = self.experts[0]
+        assert isinstance(first, Packed)
+        return first
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrices that come out."""
+        assert self._first.dtype is not None
+        return self._first.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self._first.device
 
     @property
     def shape(self) -> torch.Size:
         """Of the fused parameter."""
-        first = self.experts[0]
-        assert isinstance(first, Packed)
-        rows, columns = first.shape
+        rows, columns = self._first.shape
         return torch.Size((len(self.experts), *((columns, rows) if self.transposed else (rows, columns))))
 
     def __getitem__(self, expert: int | Tensor) -> Tensor:
-        packed = self.experts[int(expert)]
-        assert isinstance(packed, Packed)
-        matrix = packed.dequantize(self.dtype)
+        matrix: Tensor = self.experts[int(expert)](self.dtype)
         return matrix.T if self.transposed else matrix

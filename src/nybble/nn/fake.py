@@ -19,7 +19,7 @@ from nybble.learned import ACTIVATIONS, WEIGHTS, Learned
 from nybble.learned.ste import StraightThrough
 from nybble.nn.activation import ActivationQuantizer, check_static
 from nybble.nn.kinds import LayerKind, Quantized, kind_of, live
-from nybble.nn.layer import QuantLayer
+from nybble.nn.layer import QuantLayer, widened
 from nybble.qtensor import QTensor
 
 
@@ -118,6 +118,7 @@ class FakeLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """As the quantized layer."""
+        x = widened(x, self.dtype)
         if self.inputs is not None:
             x = self.inputs(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -129,7 +130,8 @@ class FakeLayer(nn.Module):
         """The packed layer; nothing is shared with this one."""
         bias = None if self.bias is None else self.bias.detach().to(self.dtype, copy=True)
         made = Quantized(inputs=_activation(self.inputs), outputs=_activation(self.outputs), folded=self.folded)
-        return self._stand_in(self.weight.settle(self.dtype), bias, made).train(self.training)
+        layer = self._stand_in(self.weight.settle(self.dtype), bias, made)
+        return layer.standing_for(self.dtype).train(self.training)
 
     def _stand_in(self, weight: QTensor | Tensor, bias: Tensor | None, made: Quantized) -> QuantLayer:
         """The quantized layer of this kind: all that this file asks of kinds."""

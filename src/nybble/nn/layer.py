@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from nybble.nn.activation import ActivationQuantizer
@@ -13,6 +15,9 @@ from nybble.qtensor import QTensor
 
 class QuantLayer(nn.Module):
     """``out(product(in(x), W) + b)``; W is dequantized in float32 and cast to the dtype of x, in which all runs.
+
+    Where the float layer is in float32 and the model in 16 bits (some families keep layers so that would overflow), x
+    becomes float32 too; the models ask for their layers' dtype themselves, of tensors only.
 
     Args:
         weight: QTensor, or a plain tensor where a scheme leaves weights in float.
@@ -35,14 +40,26 @@ class QuantLayer(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.inputs, self.outputs = inputs, outputs
 
+    def standing_for(self, dtype: torch.dtype) -> Self:
+        """The same layer, told the dtype of the float weight in whose place it stands."""
+        if isinstance(self.weight, Packed):
+            self.weight.dtype = dtype
+        return self
+
     @abstractmethod
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """Of what enters and a dense weight, with the bias."""
 
     def forward(self, x: Tensor) -> Tensor:
         """As the float layer."""
+        x = widened(x, self.weight.dtype)
         if self.inputs is not None:
             x = self.inputs(x)
-        weight = self.weight.dequantize(x.dtype) if isinstance(self.weight, Packed) else self.weight
+        weight = self.weight(x.dtype) if isinstance(self.weight, Packed) else self.weight
         y = self.product(x, weight)
         return y if self.outputs is None else self.outputs(y)
+
+
+def widened(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """``x`` in float32 if that is ``dtype``, a layer's; else as it is."""
+    return x.float() if dtype == torch.float32 else x

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import FileError
+from nybble.nn.compiled import dequantize, key_of
 from nybble.qtensor import QTensor, Spec, from_spec
 
 
+class _Part(nn.Module):
+    """The tensors below one name of a QTensor; a call gives them, by names relative to this.
+
+    They are only ever read by calls, so that what brings a module's tensors for its calls alone (accelerate's hooks,
+    where weights are offloaded) has brought them.
+    """
+
+    def forward(self) -> dict[str, Tensor]:
+        return _tensors(self)
+
+
+def _tensors(part: nn.Module) -> dict[str, Tensor]:
+    found = {name: tensor for name, tensor in part._buffers.items() if tensor is not None}
+    for name, inner in part._modules.items():
+        if inner is not None:
+            found |= {f"{name}.{key}": tensor for key, tensor in inner().items()}
+    return found
+
+
 class Packed(nn.Module):
-    """Holds the tensors of one QTensor as buffers; nothing is quantized or learned here.
+    """Holds the tensors of one QTensor as buffers and gives its values; nothing is quantized or learned here.
 
     The record over them is made once and kept until a buffer is replaced (moved, loaded, swapped by a functional call):
     a forward checks nothing and waits for no device. Shapes and dtypes are checked whenever the record is made, values
@@ -20,23 +42,29 @@ class Packed(nn.Module):
 
     Args:
         qtensor: what to hold; on the meta device when a checkpoint will fill it.
+        dtype: of the float weight that it stands for, which models ask for and ``.to(dtype)`` changes; None: of none.
     """
 
-    def __init__(self, qtensor: QTensor) -> None:
+    def __init__(self, qtensor: QTensor, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.spec: Spec = qtensor.spec()
-        self.shape = torch.Size(qtensor.shape)
-        self._names = tuple(qtensor.tensors())
+        self.shape, self.dtype = torch.Size(qtensor.shape), dtype
         for name, tensor in qtensor.tensors().items():
             *path, leaf = name.split(".")
-            holder: nn.Module = self
-            for part in path:
-                if part not in holder._modules:
-                    holder.add_module(part, nn.Module())
-                holder = holder.get_submodule(part)
-            holder.register_buffer(leaf, tensor)
+            part: nn.Module = self
+            for inner in path:
+                if inner not in part._modules:
+                    part.add_module(inner, _Part())
+                part = part.get_submodule(inner)
+            part.register_buffer(leaf, tensor)
+        self._key = key_of(self.spec, list(_tensors(self)))
         self._dense: Tensor | None = None
         self._view: tuple[QTensor, dict[str, Tensor]] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(itertools.chain(self.buffers(), self.parameters())).device
 
     def qtensor(self) -> QTensor:
         """The QTensor over the current buffers.
@@ -44,18 +72,27 @@ class Packed(nn.Module):
         Raises:
             FileError: a buffer was replaced by one of another shape or dtype.
         """
-        buffers = {name: self.get_buffer(name) for name in self._names}
+        buffers = _tensors(self)
         if self._view is not None and all(buffers[name] is tensor for name, tensor in self._view[1].items()):
             return self._view[0]
         found = from_spec(self.spec, buffers)
-        self._view = found, buffers
+        if not hasattr(self, "_hf_hook"):  # accelerate's: it lets go of the tensors after the call, and so must we
+            self._view = found, buffers
         return found
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
+    def forward(self, dtype: torch.dtype) -> Tensor:
         """The values in ``dtype``; the held copy if :meth:`hold` made one."""
         if self._dense is not None and self._dense.dtype == dtype:
             return self._dense
+        if torch.compiler.is_compiling():
+            values: Tensor = dequantize(list(_tensors(self).values()), self._key, list(self.shape), dtype)
+            return values
         return self.qtensor().dequantize(dtype)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """A call, by name."""
+        values: Tensor = self(dtype)
+        return values
 
     def hold(self, dtype: torch.dtype | None) -> None:
         """Keep the dequantized values (speed for memory), or with None let go of them; no number changes."""
@@ -64,6 +101,8 @@ class Packed(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Packed:
         # .to(dtype) must not touch scales: they are float32 by contract. Only moves between devices pass.
         self._forget()
+        if self.dtype is not None:
+            self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
 
         def move(tensor: Tensor) -> Tensor:
             moved: Tensor = fn(tensor)
@@ -101,3 +140,35 @@ def validate_packed(root: nn.Module) -> None:
                     found.validate()
             except FileError as error:
                 raise FileError(f"{name}: {error}") from error
+
+
+def offer_offloading(root: nn.Module) -> None:
+    """Show packed tensors as parameters while a model is loaded and spread over devices.
+
+    accelerate plans with parameters, and offloads buffers only where the caller asks it to.
+    """
+    for part in _parts(root):
+        for name, tensor in list(part._buffers.items()):
+            if tensor is not None:
+                del part._buffers[name]
+                part.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+
+def end_offer(root: nn.Module) -> None:
+    """Show them as buffers again, so that nothing trains or casts them; accelerate goes on to offload the same ones."""
+    for part in _parts(root):
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None:
+                del part._parameters[name]
+                part.register_buffer(name, parameter.detach())
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if getattr(one, "offload", False):
+                one.offload_buffers = True  # type: ignore[union-attr]
+
+
+def _parts(root: nn.Module) -> Iterator[nn.Module]:
+    """The modules that hold the tensors of QTensors."""
+    for module in root.modules():
+        if isinstance(module, Packed):
+            yield from module.modules()

@@ -88,7 +88,7 @@ def dynamic_round(
     """
     wide = blocks.float().contiguous()
     scale = block_scale(wide.abs().amax(1, keepdim=True), fmt, target, pow2, scale_dtype)
-    rounded: Tensor = round_to(wide / scale, fmt, rounding)
+    rounded: Tensor = round_to(wide / safe_divisor(scale), fmt, rounding)
     return (rounded * scale).to(blocks.dtype)
 
 
@@ -99,7 +99,8 @@ def _(blocks: Tensor, fmt: str, rounding: str, target: float, pow2: str, scale_d
 
 def block_scale(amax: Tensor, fmt: str, target: float, pow2: str, scale_dtype: str) -> Tensor:
     """Scale of each block from its largest magnitude, as :func:`dynamic_round` uses it; float32, shape of ``amax``."""
-    scale = pow2_scale(amax, get_format(fmt), pow2) if pow2 else absmax_scale(amax, target)
+    form = get_format(fmt)
+    scale = pow2_scale(amax, form, pow2) if pow2 else absmax_scale(amax, form, target)
     return narrow_scale(scale, scale_dtype)
 
 

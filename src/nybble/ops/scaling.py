@@ -16,15 +16,25 @@ from nybble.formats import NumberFormat
 POW2_MODES = ("floor", "ceil", "even", "rceil", "nearest")
 
 
-def absmax_scale(amax: Float32[Tensor, "*shape"], target: float) -> Float32[Tensor, "*shape"]:
-    """``amax / target``; a zero block gets 1.
+def absmax_scale(amax: Float32[Tensor, "*shape"], fmt: NumberFormat, target: float) -> Float32[Tensor, "*shape"]:
+    """``amax / target``, :func:`guarded`.
 
     Args:
         amax: float32, largest magnitude of each block.
+        fmt: format of the elements.
         target: value of the format that it is mapped to.
     """
-    scale = divided(amax, target)
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
+    return guarded(divided(amax, target), fmt)
+
+
+def guarded(scale: Float32[Tensor, "*shape"], fmt: NumberFormat) -> Float32[Tensor, "*shape"]:
+    """The scale that a block is stored with: 1 for 0, but 0 where ``fmt`` has no zero that could stand for the block.
+
+    Args:
+        scale: float32, 0 for a block of zeros.
+        fmt: format of the elements.
+    """
+    return torch.where(scale == 0, torch.ones_like(scale), scale) if fmt.has_zero else scale
 
 
 def pow2_scale(amax: Float32[Tensor, "*shape"], fmt: NumberFormat, mode: str) -> Float32[Tensor, "*shape"]:
@@ -37,7 +47,8 @@ def pow2_scale(amax: Float32[Tensor, "*shape"], fmt: NumberFormat, mode: str) ->
     ``rceil``  2^ceil(log2(amax / max)): never saturates
     ``nearest``  2^round(log2(amax / max))
 
-    The exponent is clamped to [-127, 127], E8M0's range; a zero block gets 2^-127, a NaN or Inf block NaN.
+    The exponent is clamped to [-127, 127], E8M0's range; a zero block gets 2^-127 (0 in a format without a zero, as
+    :func:`guarded` has it), a NaN or Inf block NaN.
 
     Args:
         amax: float32, largest magnitude of each block.
@@ -64,4 +75,6 @@ def pow2_scale(amax: Float32[Tensor, "*shape"], fmt: NumberFormat, mode: str) ->
     }[mode]
     biased = ((amax.view(torch.int32) + carry >> 23) - least).clamp(0, 254)
     scale = (biased << 23).clamp(min=below >> 1).view(torch.float32)  # 2^-127 is a subnormal: half of 2^-126's bits
+    if not fmt.has_zero:
+        scale = torch.where(amax == 0, torch.zeros_like(scale), scale)
     return torch.where(finite, scale, torch.full_like(scale, torch.nan))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import cache
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from nybble.core.errors import FileError, SchemeError, UsageError, did_you_mean, within
 from nybble.presets import PRESETS
-from nybble.qtensor import Factored, QTensor, QuantParams, from_spec
+from nybble.qtensor import from_spec
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 from nybble.rounding import get_rounding
@@ -81,7 +80,7 @@ def _canonical(line: StateLine, name: str, kind: Kind) -> str | None:
 def _refusal(q: Quantizer, kind: Kind) -> str | None:
     """Why ``q`` can't keep such a state, with a way out; None where it can."""
     fmt, inner = q.format, list(_nested(q))
-    has_zero = 0 in fmt.grid
+    has_zero = fmt.has_zero
     if q.static:
         return "a static quantizer is calibrated once, and a state changes at every step; leave 'static' out."
     if q.floor or (not has_zero and (isinstance(q.scale, One) or inner)):
@@ -123,26 +122,7 @@ def encode(x: Tensor, line: str | None, generator: torch.Generator | None = None
     Li et al. 2023 take ``linear4`` for the second moment because it has no zero, which leaves 0 / 0 to a block that has
     seen no gradient; with a scale of 1 it would come back as 1/16 and never move again.
     """
-    if line is None:
-        return x
-    q = quantizer(line)
-    params = None if 0 in q.format.grid or not x.numel() else _zero_scales(q, x)
-    return q.quantize(x, params, generator)
-
-
-def _zero_scales(q: Quantizer, x: Tensor) -> QuantParams:
-    params, magnitude = q.fit(x), x.abs()
-    if isinstance(params.scale, Factored):
-        factors: list[Tensor | QTensor] = []
-        for factor in params.scale.factors:
-            assert isinstance(factor, Tensor)
-            over = [dim for dim, size in enumerate(factor.shape) if size == 1]
-            top = magnitude.amax(over, keepdim=True) if over else magnitude
-            factors.append(torch.where(top == 0, 0, factor))
-        return replace(params, scale=replace(params.scale, factors=tuple(factors)))
-    assert isinstance(params.scale, Tensor)
-    empty = (q.granularity.to_blocks(magnitude).amax(1) == 0).reshape(params.scale.shape)
-    return replace(params, scale=torch.where(empty, 0, params.scale))
+    return x if line is None else quantizer(line).quantize(x, generator=generator)
 
 
 def decode(kept: Kept, kind: Kind, device: torch.device) -> Tensor:

@@ -43,7 +43,10 @@ class TwoLevel(ScaleRule):
         divisor = self.inner * fmt.absmax / amax.max()
         divisor = torch.where(divisor.isinf(), torch.ones_like(divisor), divisor)
         scale = divided(amax, fmt.absmax)
-        return BlockParams(torch.where(scale * divisor <= _VANISHES, _INSTEAD / divisor, scale), over=divisor)
+        vanishes = scale * divisor <= _VANISHES
+        if not fmt.has_zero:
+            vanishes &= scale != 0
+        return BlockParams(torch.where(vanishes, _INSTEAD / divisor, scale), over=divisor)
 
 
 PART = TwoLevel

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from nybble.calibration.block import BlockState
 from nybble.core.memory import trim_memory
-from nybble.models.sources import ModelSource
+from nybble.models.build.skeleton import kept_float32
 from nybble.nn.kinds import Target
 from nybble.walk.job import Job
 from nybble.walk.steps.solver import check_finite
@@ -20,7 +19,7 @@ def load_outside(job: Job) -> None:
     if job.source is None:
         return
     names = [name for name in job.adapter.outside(job.model) if name in job.source.stored()]
-    found = job.source.load(names, dtype=job.dtype, device=job.device)
+    found = job.source.load(names, dtype=job.dtype, device=job.device, kept=kept_float32(job.model))
     _check_finite(found)
     job.model.load_state_dict(found, strict=False, assign=True)
     job.model.tie_weights()
@@ -35,26 +34,27 @@ def load_block(job: Job, name: str, targets: Sequence[Target]) -> BlockState:
     block = job.model.get_submodule(name)
     if job.source is None:
         return BlockState(block, name, None, targets)
-    return BlockState(block, name, fill(job.source, block, name, job.dtype, job.device), targets)
+    return BlockState(block, name, fill(job, block, name), targets)
 
 
-def fill(
-    source: ModelSource, block: nn.Module, name: str, dtype: torch.dtype, device: torch.device
-) -> dict[str, Tensor]:
+def fill(job: Job, block: nn.Module, name: str) -> dict[str, Tensor]:
     """Fill a block from the source; returns its tensors in the source's precision, names relative to it."""
+    assert job.source is not None
     names = [f"{name}.{n}" for n, _ in block.named_parameters()] + [
-        f"{name}.{n}" for n in block.state_dict() if f"{name}.{n}" in source.stored()
+        f"{name}.{n}" for n in block.state_dict() if f"{name}.{n}" in job.source.stored()
     ]
-    loaded = source.load(list(dict.fromkeys(names)), device=device)
+    loaded = job.source.load(list(dict.fromkeys(names)), device=job.device)
     _check_finite(loaded)
     found = {n.removeprefix(f"{name}."): t for n, t in loaded.items()}
-    put(block, found, dtype)
+    put(job, block, name, found)
     return found
 
 
-def put(block: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Let a block have these tensors, floats cast to ``dtype``."""
-    cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+def put(job: Job, block: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Let the block called ``name`` have these tensors, floats cast to the job's dtype, or as the family keeps them."""
+    kept, live = kept_float32(job.model), block.state_dict()
+    dtypes = {n: live[n].dtype if f"{name}.{n}" in kept else job.dtype for n in tensors}
+    cast = {n: t.to(dtypes[n]) if t.is_floating_point() else t for n, t in tensors.items()}
     block.load_state_dict(cast, strict=False, assign=True)
 
 

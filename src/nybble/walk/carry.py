@@ -84,7 +84,7 @@ class Carry:
         stored: dict[str, Tensor] = load_file(self.tensors, device=str(job.device))
         entry = json.loads(Path(self.json).read_text(encoding="utf-8"))[str(index)]
         truth = _below(stored, f"{index}.truth.")
-        put(state.module, truth, job.dtype)
+        put(job, state.module, state.name, truth)
         state.learn_truth(truth)
         layouts = Layouts(entry["layouts"])
         for target in state.targets:

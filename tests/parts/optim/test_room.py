@@ -144,7 +144,7 @@ def test_zeros_in_formats_without_a_zero(line: str) -> None:
     kept = encode(x, str(Quantizer(line)))
     assert isinstance(kept, BlockQTensor)
     values = kept.dequantize()
-    assert (values[2] == 0).all() and (Quantizer(line).fake_quantize(x)[2] != 0).all()
+    assert (values[2] == 0).all()
     assert torch.equal(values[[0, 1, 3, 4, 5]], plain[[0, 1, 3, 4, 5]]) or "rank1" in line  # whose columns lost a row
 
 

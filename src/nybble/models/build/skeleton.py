@@ -8,6 +8,7 @@ initialiser, as transformers does after loading.
 from __future__ import annotations
 
 import copy
+import re
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -65,8 +66,27 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype, stored: int) -> Pre
     with reading(f"a {cls.__name__} of this config", ModelError), torch.device("meta"):
         capped = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
         model: PreTrainedModel = cls._from_config(copy.deepcopy(config), dtype=dtype, **capped)
+    keep_float32_(model)
     nn.Module.eval(model)
     return model
+
+
+def kept_float32(model: nn.Module) -> frozenset[str]:
+    """Names of the tensors that a family keeps in float32 when the model is in 16 bits, as transformers loads it.
+
+    T5's ``wo`` in float16, say, whose products would overflow.
+    """
+    any_model: Any = model
+    plan = any_model._get_dtype_plan(any_model.dtype) if hasattr(model, "_get_dtype_plan") else {}  # not torch's own
+    kept = re.compile("|".join(pattern.replace("*", ".*") for pattern in plan))
+    return frozenset(name for name in model.state_dict() if plan and kept.search(name))
+
+
+def keep_float32_(model: PreTrainedModel) -> None:
+    """Give those of a meta model that dtype; what they are filled with is to have it, too."""
+    tensors = expected_tensors(model)
+    for name in kept_float32(model):
+        tensors[name].data = tensors[name].data.float()
 
 
 def fill_buffers_(model: PreTrainedModel) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,7 +106,12 @@ class ModelSource(ABC):
         return sum(t.nbytes if dtype is None else t.numel * dtype.itemsize for t in found)
 
     def load(
-        self, names: Sequence[str], *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+        self,
+        names: Sequence[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        kept: Collection[str] = (),
     ) -> dict[str, Tensor]:
         """Read only the named tensors.
 
@@ -114,6 +119,7 @@ class ModelSource(ABC):
             names: names in the model; a tied name gets the tensor that it shares.
             dtype: cast floating-point tensors to this; None keeps the file's (float32 for a quantized GGUF).
             device: where they go.
+            kept: names that become float32 instead.
 
         Returns:
             New memory, nothing aliases the file; tied names share one tensor.
@@ -133,7 +139,8 @@ class ModelSource(ABC):
             if item is None:
                 break
             name, tensor = item
-            target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            wanted = torch.float32 if name in kept else dtype
+            target = wanted if wanted is not None and tensor.is_floating_point() else tensor.dtype
             loaded[name] = tensor.to(device=device, dtype=target, copy=self.aliases)
         return {name: loaded[stored] for name, stored in owner.items()}
 
@@ -162,10 +169,11 @@ class ModelSource(ABC):
 
     def model(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
         """The whole model as an ordinary float model in eval mode: nothing quantized, nothing patched."""
+        from nybble.models.build.skeleton import kept_float32
+
         model = self.skeleton(dtype)
-        unfit = model.load_state_dict(
-            self.load(self.tensor_names(), dtype=dtype, device=device), strict=False, assign=True
-        )
+        tensors = self.load(self.tensor_names(), dtype=dtype, device=device, kept=kept_float32(model))
+        unfit = model.load_state_dict(tensors, strict=False, assign=True)
         absent = [name for name in unfit.missing_keys if name not in self.ties()]
         if absent or unfit.unexpected_keys:
             raise ModelError(f"{self.spec}: tensors don't fit the model: {(absent + unfit.unexpected_keys)[:5]}.")

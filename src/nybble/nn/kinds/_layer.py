@@ -51,7 +51,8 @@ class LayerKind(Kind):
         old = root.get_submodule(target.name)
         weight = made.weights[0] if made.weights else _dense(root, target.name)
         bias = old.bias.detach() if isinstance(old.bias, Tensor) else None
-        set_module(root, target.name, self.stand_in(old, weight, bias, made))
+        layer = self.stand_in(old, weight, bias, made)
+        set_module(root, target.name, layer.standing_for(next(old.parameters()).dtype))
 
     def describe(self, module: nn.Module, layouts: Layouts) -> dict[str, Any]:
         found: dict[str, Any] = {"class": self.entry, **self.more(module)}
@@ -78,7 +79,7 @@ class LayerKind(Kind):
             raise FileError(f"{name} is described as {list(weight.shape)}; this model has {list(matrix.shape)}.")
         made = Quantized(inputs=sides["inputs"], outputs=sides["outputs"], folded=str(entry.get("folded", "")))
         bias = self.empty_bias(old, matrix, entry)
-        set_module(root, name, self.stand_in(old, weight, bias, made))
+        set_module(root, name, self.stand_in(old, weight, bias, made).standing_for(matrix.dtype))
 
     def empty_bias(self, old: nn.Module, matrix: Tensor, entry: dict[str, Any]) -> Tensor | None:
         """The bias that a file will fill: the one that the model's module has."""

@@ -12,7 +12,7 @@ from nybble.core.errors import ModelError, SchemeError
 from nybble.nn.embedding import QuantEmbedding
 from nybble.nn.kinds import Get, Kind, Quantized, Stored, Target, kind_of, module_at
 from nybble.nn.kinds.tied import tie_head
-from nybble.nn.layouts import Layouts, dtype_named
+from nybble.nn.layouts import Layouts
 from nybble.nn.swap import set_module
 from nybble.qtensor import QTensor
 
@@ -50,7 +50,7 @@ class Embedding(Kind):
 
     def put(self, root: nn.Module, target: Target, made: Quantized) -> None:  # noqa: D102
         (table,) = made.weights
-        _put(root, target.name, table, root.get_submodule(target.name).weight.dtype)
+        _put(root, target.name, table)
         if target.head:
             tie_head(root, target.head)
 
@@ -61,17 +61,17 @@ class Embedding(Kind):
 
     def restore(self, root: nn.Module, name: str, entry: dict[str, Any], layouts: Layouts) -> None:  # noqa: D102
         module_at(root, name, name)
-        _put(root, name, layouts.empty(int(entry["weight"])), dtype_named(entry["dtype"]))
+        _put(root, name, layouts.empty(int(entry["weight"])))
 
     def stored(self, name: str, entry: dict[str, Any], weights: Sequence[QTensor], into: Stored) -> None:  # noqa: D102
         into.weight(f"{name}.weight", weights[entry["weight"]])
 
 
-def _put(root: nn.Module, name: str, table: QTensor, dtype: Any) -> None:
+def _put(root: nn.Module, name: str, table: QTensor) -> None:
     old = root.get_submodule(name)
     if type(old) is not nn.Embedding or tuple(old.weight.shape) != tuple(table.shape):
         raise ModelError(f"{name} is a {type(old).__name__}, not a plain embedding of shape {list(table.shape)}.")
-    set_module(root, name, QuantEmbedding(table, dtype, old.padding_idx))
+    set_module(root, name, QuantEmbedding(table, old.weight.dtype, old.padding_idx))
 
 
 PART = Embedding()

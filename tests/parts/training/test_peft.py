@@ -1,0 +1,150 @@
+"""LoRA of PEFT on packed layers: trains, is saved, loaded and merged; gradients reach what stands before a rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import input_ids, logits, save_tiny
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import nybble
+from nybble.core.errors import SchemeError
+from nybble.nn.activation import ActivationQuantizer
+from nybble.nn.linear import QuantLinear
+from nybble.nn.packed import Packed
+from nybble.pipelines.request import build_recipe
+from nybble.quantizer import Quantizer
+
+peft = pytest.importorskip("peft", reason="needs PEFT, which nybble's extra 'test' brings")
+
+# PEFT asks transformers in words that its newest release calls old.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+SCHEMES = {
+    "weights": {"weights": "int4 group=16 scale_format=float16"},
+    "W8A8": {"weights": "int8 channel", "activations": "int8 token"},
+    "NVFP4": {"weights": "nvfp4", "activations": "nvfp4"},
+    "matmuls": {"weights": "int8 channel", "activations": "int8 token", "matmuls": "int8 tensor"},
+}
+
+
+def quantized(tmp_path: Path, family: str, scheme: str) -> Path:
+    recipe = build_recipe("rtn", **SCHEMES[scheme])
+    nybble.quantize(str(save_tiny(tmp_path / "float", family)), recipe, out=str(tmp_path / "out"))
+    return tmp_path / "out"
+
+
+def config(**options: Any) -> Any:
+    return peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", **options})
+
+
+def trained(model: Any, steps: int = 4) -> tuple[Any, list[float], list[str]]:
+    """The model with adapters, its losses, and the adapters without a gradient in the second step."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found = peft.get_peft_model(model, config()).train()
+    ours = {name: p for name, p in found.named_parameters() if p.requires_grad}
+    optimizer, losses, still = torch.optim.AdamW(ours.values(), lr=1e-2), [], []
+    for step in range(steps):
+        loss = found(input_ids=input_ids(), labels=input_ids()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 1:  # in the first one B is 0, and so is the gradient of A
+            still = [name for name, p in ours.items() if p.grad is None or not p.grad.any()]
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return found.eval(), losses, still
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_trains_is_saved_loaded_and_merged(tmp_path: Path, scheme: str) -> None:
+    auto: Any = AutoModelForCausalLM
+    out = quantized(tmp_path, "llama", scheme)
+    base = auto.from_pretrained(out)
+    codes = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    layers = [name for name, module in base.named_modules() if isinstance(module, QuantLinear)]
+    model, losses, still = trained(base)
+    adapters = {name.split(".lora_A")[0] for name, p in model.named_parameters() if ".lora_A." in name}
+    assert adapters == {f"base_model.model.{name}" for name in layers} and len(layers) == 14
+    assert not still and losses[-1] < losses[0] - 0.3
+    state = model.get_base_model().state_dict()
+    assert all(torch.equal(state[_inside(name, state)], tensor) for name, tensor in codes.items())
+
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(auto.from_pretrained(out), tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model))
+
+    merged = again.merge_and_unload(safe_merge=True)
+    change = logits(model) - logits(auto.from_pretrained(out))
+    share = 0.05 if scheme in ("weights", "W8A8", "matmuls") else 0.5  # a merged adapter sees what 4 bits left of x
+    assert (logits(merged) - logits(model)).norm() < share * change.norm()
+    merged.save_pretrained(tmp_path / "by transformers")
+    nybble.save(merged, tmp_path / "by nybble")
+    for folder in ("by transformers", "by nybble"):
+        assert torch.equal(logits(auto.from_pretrained(tmp_path / folder)), logits(merged))
+        assert torch.equal(logits(nybble.load(tmp_path / folder)[0]), logits(merged))
+
+
+def _inside(name: str, state: dict[str, Tensor]) -> str:
+    """The name of a tensor in the model whose layers stand inside adapters now."""
+    if name in state:
+        return name
+    return next(key for key in state if key.replace(".base_layer", "") == name)
+
+
+def test_merged_is_exact_and_undone() -> None:
+    """base + scaling B A, in float32, whatever the layer was before (GPT-2's Conv1D is [out, in] when packed)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        packed = Quantizer("int4 group=16").quantize(torch.randn(24, 32))
+        model = nn.Sequential(QuantLinear(packed, torch.randn(24)))
+        found = peft.get_peft_model(model, config(target_modules=["0"], lora_bias=True, init_lora_weights=False))
+    layer = found.base_model.model[0]
+    a, b = layer.lora_A["default"], layer.lora_B["default"]
+    nn.init.ones_(b.bias)
+    want = packed.dequantize() + 2.0 * b.weight @ a.weight  # lora_alpha 8 over r 4
+    bias = layer.base_layer.bias.clone()
+    layer.merge()
+    assert torch.equal(layer.base_layer.weight(torch.float32), want)
+    assert torch.equal(layer.base_layer.bias, bias + 2.0)
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight(torch.float32), packed.dequantize())
+    assert isinstance(layer.base_layer.weight, Packed) and torch.allclose(layer.base_layer.bias, bias)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, SchemeError, "init_lora_weights='pissa'.*packed"),
+        ({"use_dora": True}, ValueError, "use_dora"),
+    ],
+)
+def test_what_would_change_a_packed_weight_is_refused(options: Any, error: Any, message: str) -> None:
+    model = nn.Sequential(QuantLinear(Quantizer("int4 group=16").quantize(torch.randn(24, 32)), torch.zeros(24)))
+    with pytest.raises(error, match=message):
+        peft.get_peft_model(model, config(target_modules=["0"], **options))
+
+
+@pytest.mark.parametrize("line", ["int8 token", "nvfp4", "int8 tensor static", "mxfp4", "int8 token symmetric=false"])
+def test_gradients_go_through_a_rounding_of_activations(line: str) -> None:
+    """As torch's own: 1 where nothing was clipped, 0 where a static range ended; the value is the rounded one."""
+    quantizer = Quantizer(line)
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    params = quantizer.fit(x / 2) if quantizer.static else None
+    module = ActivationQuantizer(quantizer, params)
+    out = module(x)
+    (out * torch.arange(32.0)).sum().backward()
+    assert torch.equal(out, quantizer.fake_quantize(x, params))
+    want = torch.arange(32.0).expand(4, 32).clone()
+    if params is not None:
+        scale = float(params.scale)  # type: ignore[arg-type]
+        twin = x.detach().requires_grad_()
+        theirs = torch.fake_quantize_per_tensor_affine(twin, scale, 0, -127, 127)
+        (theirs * torch.arange(32.0)).sum().backward()  # type: ignore[no-untyped-call]
+        assert twin.grad is not None and (twin.grad != want).any()
+        want = twin.grad
+    assert x.grad is not None and torch.allclose(x.grad, want, rtol=1e-6)
