@@ -99,8 +99,3 @@ def make_config(raw: dict[str, Any], place: str) -> PreTrainedConfig:
         _check_timm(clean, place)
         config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(clean)
     return config
-
-
-def load_config(path: Path) -> PreTrainedConfig:
-    """Read one config.json; see :func:`make_config`."""
-    return make_config(read_json(path), str(path))
