@@ -10,10 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.parts.models.conftest import FAMILIES
+from tests.tiny import tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.core.errors import FileError, ModelError, NybbleError
 from nybble.models.sources.folder import INDEX, SINGLE
 from nybble.models.sources.open import open_source
+from nybble.pipelines.load import load
+from nybble.pipelines.quantize import quantize
+from nybble.pipelines.request import build_recipe
 
 CONVERTED = {"mixtral", "qwen2_moe", "qwen3_moe"}  # their checkpoints keep one tensor an expert
 
@@ -211,8 +216,6 @@ def test_harmless_names(make_model: Any, tmp_path: Path, family: str, name: str)
 
 
 def unknown_model(family: str, **changes: Any) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     auto: Any = AutoModelForCausalLM
     with torch.device("meta"):
         return auto.from_config(AutoConfig.for_model(family, num_hidden_layers=2, **changes))
@@ -246,6 +249,25 @@ def test_the_file_that_a_config_names(make_model: Any, llama: Path) -> None:
         rewrite(llama, transformers_weights=bad)
         with pytest.raises(FileError, match=r"config.json says that the weights are in .*, which is no such file"):
             open_source(str(llama))
+
+
+def test_infinities(tmp_path: Path) -> None:
+    """Mamba's limits: JSON has no infinity, so transformers writes a mapping; a quantized folder says the same."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}
+    config = AutoConfig.for_model("mamba2", vocab_size=300, **sizes, time_step_limit=(0.5, float("inf")))
+    auto: Any = AutoModelForCausalLM
+    auto.from_config(config).save_pretrained(tmp_path / "float")
+    tiny_tokenizer().save_pretrained(tmp_path / "float")
+    assert list(open_source(str(tmp_path / "float")).config.time_step_limit) == [0.5, float("inf")]
+    quantize(str(tmp_path / "float"), build_recipe("rtn", weights="int8 channel"), out=tmp_path / "out")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    raw = json.loads((tmp_path / "out" / "config.json").read_text(), parse_constant=refuse)
+    assert raw["time_step_limit"] == [0.5, {"__float__": "Infinity"}]
+    for found in (AutoConfig.from_pretrained(tmp_path / "out"), load(tmp_path / "out")[0].config):
+        assert list(found.time_step_limit) == [0.5, float("inf")]
 
 
 def test_fingerprint_follows_the_contents(llama: Path) -> None:
