@@ -14,8 +14,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from nybble.checkpoint.describe import FORMAT_VERSION, check_version, restore_model
+from nybble.checkpoint.describe import FORMAT_VERSION, check_version, fit_cache, fit_to, restore_model
+from nybble.nn.kinds import describe
+from nybble.nn.kinds.tied import tie_to_quantized
 from nybble.nn.kv_model import from_json
+from nybble.nn.layouts import Layouts
 from nybble.nn.packed import validate_packed
 
 
@@ -66,7 +69,12 @@ class NybbleHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         described = self.quantization_config
+        # What is saved again has the names that it has here.
+        described.modules, described.kv = fit_to(model, described.modules), fit_cache(model, described.kv)
         restore_model(model, described.modules, described.layouts, from_json(described.kv))
+        head = tie_to_quantized(model)
+        if head:
+            described.modules = {**described.modules, head: describe(model.get_submodule(head), Layouts())}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         validate_packed(model)

@@ -164,7 +164,7 @@ class ModelSource(ABC):
         """The whole model as an ordinary float model in eval mode: nothing quantized, nothing patched."""
         model = self.skeleton(dtype)
         unfit = model.load_state_dict(
-            self.load(self.tensor_names(), dtype=dtype, device=device), strict=False, assign=True
+            self.load([*self.tensor_names(), *self.ties()], dtype=dtype, device=device), strict=False, assign=True
         )
         absent = [name for name in unfit.missing_keys if name not in self.ties()]
         if absent or unfit.unexpected_keys:

@@ -268,6 +268,10 @@ class Kind(ABC):
         else: they change when parts of a checkpoint are joined.
         """
 
+    def holder(self, name: str) -> str:
+        """Path of the module that a model must have for what a file describes as ``name``."""
+        return name
+
     @abstractmethod
     def restore(self, root: nn.Module, name: str, entry: dict[str, Any], layouts: Layouts) -> None:
         """Put the empty quantized module that ``entry`` describes where the float one called ``name`` stands.

@@ -88,6 +88,9 @@ class Experts(Kind):
         numbers = [layouts.number(packed.qtensor()) for packed in module.experts if isinstance(packed, Packed)]
         return {"class": self.entry, "weights": numbers, "transposed": module.transposed}
 
+    def holder(self, name: str) -> str:  # noqa: D102
+        return name.rpartition(".")[0]
+
     def restore(self, root: nn.Module, name: str, entry: dict[str, Any], layouts: Layouts) -> None:  # noqa: D102
         path, _, leaf = name.rpartition(".")
         module = module_at(root, path, name)
