@@ -37,7 +37,7 @@ def load_quantized(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     checkpoint = read_checkpoint(folder)
     config = make_config(dict(checkpoint.config), str(folder / "config.json"))
     stated = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    model = meta_model(config, dtype or stated, len(checkpoint.stored))
+    model = meta_model(config, dtype or stated, checkpoint.stored)
     restore_model(model, checkpoint.modules, checkpoint.layouts, checkpoint.kv)
     expected = expected_tensors(model)
     _check_names(folder, checkpoint, expected)

@@ -153,7 +153,7 @@ class ModelSource(ABC):
         from nybble.models.build.skeleton import fill_buffers_, meta_model
 
         known = self.stored()
-        model = meta_model(self.config, dtype, len(known))
+        model = meta_model(self.config, dtype, known)
         fill_buffers_(model)
         generation = self.generation_config()
         if generation is not None and model.can_generate():

@@ -18,7 +18,7 @@ from nybble.core.guard import reading
 from nybble.core.tensorheader import TensorEntry, read_tensor_header
 from nybble.models.adapter import checkpoint_renames
 from nybble.models.build.config_file import make_config, read_json
-from nybble.models.build.skeleton import expected_tensors, meta_model, model_class
+from nybble.models.build.skeleton import base_class, expected_tensors, meta_model, model_class
 from nybble.models.sources import ModelSource, StoredTensor
 from nybble.models.sources.left_over import SWITCHES, LeftOver, left_over
 from nybble.models.sources.match import Match, match_names
@@ -155,6 +155,7 @@ class FolderSource(ModelSource):
         if not self._tensors:
             raise ModelError(f"{spec} has no tensors.")
         self._converted: dict[str, Tensor] | None = None
+        self._headless = ""
 
     @property
     def streamable(self) -> bool:  # type: ignore[override]
@@ -164,8 +165,9 @@ class FolderSource(ModelSource):
     @property
     def note(self) -> str:  # type: ignore[override]
         """Why it is not streamable, what of the files is not read; or empty."""
-        said = []
-        if not self.streamable:
+        streamable = self.streamable
+        said = [self._headless] if self._headless else []
+        if not streamable:
             said.append(
                 f"{self.config.model_type} checkpoints are converted while loading (no stored tensor is "
                 f"{self._match.missing[0]}), so the whole model is read into memory."
@@ -191,9 +193,30 @@ class FolderSource(ModelSource):
             # The config says tied, the file disagrees: the file is right (transformers decides so too).
             self.config.tie_word_embeddings = False
             match = self._match_with(shapes, renames)
-        if match.missing and not is_converted(self._expected, match.unused):
+        found = match if self._complete(match) else self._match_base(shapes, renames)
+        if found is None:
             raise ModelError(f"{self.spec} lacks {len(match.missing)} tensors, {match.missing[0]} first.")
-        return match
+        return found
+
+    def _complete(self, match: Match) -> bool:
+        """Whether the file has all of the model, as it is or to be converted."""
+        made = set(converted_names(self._expected, match.unused).values())
+        prefix = f"{self._expected.base_model_prefix}."
+        head = [n for n in match.missing if hasattr(self._expected, prefix[:-1]) and not n.startswith(prefix)]
+        return made.issuperset(head) and (not match.missing or is_converted(self._expected, match.unused))
+
+    def _match_base(self, shapes: Mapping[str, tuple[int, ...]], renames: Mapping[str, str]) -> Match | None:
+        """The match of the model without a head, where the files have that: AutoModel reads it; changes the config."""
+        base, named = base_class(self.config), self.config.architectures
+        if base is None:
+            return None
+        self.config.architectures = [base.__name__]
+        match = self._match_with(shapes, renames)
+        if self._complete(match):
+            self._headless = f"The files have no head of the model that config.json names; read as {base.__name__}."
+            return match
+        self.config.architectures = named
+        return None
 
     @cached_property
     def _left(self) -> LeftOver:
@@ -219,7 +242,7 @@ class FolderSource(ModelSource):
         return left
 
     def _match_with(self, shapes: Mapping[str, tuple[int, ...]], renames: Mapping[str, str]) -> Match:
-        self._expected = meta_model(self.config, torch.float32, len(shapes))
+        self._expected = meta_model(self.config, torch.float32, shapes)
         prefix = self._expected.base_model_prefix
         return match_names(expected_tensors(self._expected), shapes, prefix, renames)
 

@@ -79,7 +79,7 @@ def tie_to_quantized(root: nn.Module) -> str:
     tied = model.config.get_text_config().tie_word_embeddings
     if not tied or not isinstance(head, nn.Module) or not isinstance(model.get_input_embeddings(), QuantEmbedding):
         return ""
-    name = next(name for name, module in model.named_modules() if module is head)
+    name: str = next(name for name, module in model.named_modules() if module is head)
     tie_head(model, name)
     return name
 
