@@ -1,6 +1,6 @@
 """The quantizer that ``transformers.AutoModelForCausalLM.from_pretrained(OUT)`` calls after ``import nybble``.
 
-Only hooks that transformers 5.17 and 5.23 share are overridden. Before weights are loaded every described module is
+Only hooks that transformers 5.17 and 5.24 share are overridden. Before weights are loaded every described module is
 replaced by its empty quantized version, whose buffers have the checkpoint's names, shapes and dtypes; then the ordinary
 loader fills them.
 """
