@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from nybble.nn.kv_model import cache_argument
+
 WORDS = ["<unk>", "<s>", "</s>", *(a + b for a in "bcdfghklmn" for b in "aeiou")]  # 53 tokens
 SIZES: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -91,6 +93,11 @@ def logits(model: Any) -> torch.Tensor:
     """What a model says to :func:`input_ids`."""
     found: torch.Tensor = model(input_ids=input_ids(), use_cache=False).logits
     return found
+
+
+def given(model: Any, cache: Any) -> dict[str, Any]:
+    """A cache under the name that the model's forward has for it; transformers 5.24 changed it."""
+    return {cache_argument(type(model)): cache}
 
 
 def linear_names(model: nn.Module, blocks: str) -> set[str]:

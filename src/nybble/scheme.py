@@ -159,6 +159,29 @@ def matches(pattern: str, name: str, classes: Sequence[str]) -> bool:
     return pattern == name or pattern in classes
 
 
+def split_apart(found: Matches, alike: Mapping[str, tuple[str, ...]]) -> tuple[Matches, dict[str, str]]:
+    """The matches without the modules that only look like those of a kind, and these with their classes.
+
+    Args:
+        found: what a scheme did with all.
+        alike: name -> the class names it answers to, its own first.
+
+    Raises:
+        SchemeError: a target takes nothing else.
+    """
+    apart = {name: classes[0] for name, classes in alike.items() if name in found.rules}
+    counts = dict(found.counts)
+    for name, cls in apart.items():
+        target = next(t for t in found.rules[name].targets if matches(t, name, alike[name]))
+        counts[target] -= 1
+        if not counts[target]:
+            raise SchemeError(
+                f"the target {target!r} takes {name} and nothing that can be quantized: a {cls} computes "
+                "something else with its weight than the layer that would stand for it. Leave the target out."
+            )
+    return Matches({n: r for n, r in found.rules.items() if n not in apart}, counts, found.ignored), apart
+
+
 _CT_INT4, _CT_INT8, _CT_TOKEN = "int4-ct", "int8-ct", "int8_full token scale=absmax(target=127.5)"
 
 #: name -> (weights, inputs), as quantizer lines

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import GptOssConfig, LlamaConfig, MixtralConfig
+from transformers.models.efficientnet.modeling_efficientnet import EfficientNetDepthwiseConv2d
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -62,10 +64,14 @@ def attention() -> nn.Module:
 
 
 SAMPLES: dict[str, list[Callable[[], nn.Module]]] = {
-    "linear": [lambda: nn.Linear(8, 6), lambda: nn.Linear(8, 6, bias=False), lambda: conv1d(6, 8)],
+    "linear": [
+        lambda: nn.Linear(8, 6), lambda: nn.Linear(8, 6, bias=False), lambda: conv1d(6, 8),
+        lambda: made(FalconLinear, 8, 6), lambda: Named(8, 6),
+    ],
     "conv": [
         lambda: nn.Conv2d(8, 6, 3, padding=1), lambda: nn.Conv2d(8, 6, 3, groups=2, stride=2, bias=False),
         lambda: nn.Conv1d(8, 6, 3, dilation=2),
+        lambda: made(EfficientNetDepthwiseConv2d, 8, padding="valid"),
     ],
     "embedding": [lambda: nn.Embedding(10, 8, padding_idx=0)],
     "experts": [lambda: experts(MixtralConfig, MixtralExperts), lambda: experts(GptOssConfig, GptOssExperts)],
@@ -76,6 +82,25 @@ CASES = [(name, make) for name, makes in SAMPLES.items() for make in makes]
 LINE = Quantizer("int8 channel")
 
 
+class Named(nn.Linear):
+    """A child that computes what its parent does."""
+
+    def extra_repr(self) -> str:
+        return "named"
+
+
+class Cosine(nn.Linear):
+    """A head that measures angles."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.normalize(input), nn.functional.normalize(self.weight), self.bias)
+
+
+def made(cls: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    module: nn.Module = cls(*args, **kwargs)
+    return module
+
+
 def conv1d(rows: int, columns: int) -> nn.Module:
     make: Any = Conv1D
     module: nn.Module = make(rows, columns)
@@ -84,7 +109,8 @@ def conv1d(rows: int, columns: int) -> nn.Module:
 
 def inputs(module: nn.Module) -> Tensor:
     shapes: dict[type[nn.Module], tuple[int, ...]] = {nn.Conv2d: (2, 8, 5, 4), nn.Conv1d: (2, 8, 7)}
-    return torch.randn(shapes.get(type(module), (3, 5, 8)), generator=torch.Generator().manual_seed(1))
+    shape = next((shapes[cls] for cls in type(module).__mro__ if cls in shapes), (3, 5, 8))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 def run(name: str, module: nn.Module, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from tests.parts.test_kv_cache import caches, generated, model_of, same
-from tests.tiny import input_ids, save_text, save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import given, input_ids, save_text, save_tiny, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, EncoderDecoderCache
 from transformers.utils import logging
@@ -110,13 +110,13 @@ def test_forwards_that_cache_do_it_in_few_bits(folder: Path) -> None:
     model: Any = load(folder / "kv")[0]
     plain: Any = load(folder / "plain")[0]
     with torch.no_grad():
-        exact, rounded = plain(input_ids()).logits, plain(input_ids(), past_key_values=fake(plain)).logits
+        exact, rounded = plain(input_ids()).logits, plain(input_ids(), **given(plain, fake(plain))).logits
         assert not torch.equal(exact, rounded)
         for found in (model(input_ids()), model(input_ids(), use_cache=True), model(input_ids(), None, None, None)):
             assert torch.equal(found.logits, rounded) and isinstance(found.past_key_values, QuantizedCache)
-        assert torch.equal(model.model(input_ids())[0], model.model(input_ids(), past_key_values=fake(plain))[0])
+        assert torch.equal(model.model(input_ids())[0], model.model(input_ids(), **given(model, fake(plain)))[0])
         assert torch.equal(model(input_ids(), use_cache=False).logits, exact)
-        assert torch.equal(model(input_ids(), past_key_values=DynamicCache(config=model.config)).logits, exact)
+        assert torch.equal(model(input_ids(), **given(model, DynamicCache(config=model.config))).logits, exact)
     assert same(generated(model, DynamicCache(config=model.config)), generated(plain, None))
     found = model.generate(input_ids(), max_new_tokens=2, pad_token_id=0, return_dict_in_generate=True)
     assert isinstance(found.past_key_values, QuantizedCache)
@@ -130,7 +130,7 @@ def test_evaluation_sees_what_is_read_back(folder: Path) -> None:
     tokens = input_ids()
     found = evaluate(model, tokens, ("nll",)).metrics["nll"]
     with torch.no_grad():
-        logits = plain(tokens, past_key_values=fake(plain)).logits[:, :-1].double()
+        logits = plain(tokens, **given(plain, fake(plain))).logits[:, :-1].double()
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     assert found == pytest.approx(expected.item(), rel=1e-6)  # float32 against float64
     assert abs(found - evaluate(plain, tokens, ("nll",)).metrics["nll"]) > 1e-3
@@ -225,7 +225,7 @@ def test_generate_takes_a_line(folder: Path, capsys: pytest.CaptureFixture[str])
     cache = QuantizedCache(model.config, keys=rough, values=rough)
     assert tokenizer is not None
     ids = tokenizer("ba be bi bo", return_tensors="pt")["input_ids"]
-    options: Any = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "past_key_values": cache}
+    options: Any = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **given(model, cache)}
     made: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     assert said("float", "--kv", rough) == tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.tiny import SIZES, input_ids, tiny_model
+from tests.tiny import SIZES, given, input_ids, tiny_model
 from torch import Tensor
 from transformers import AutoConfig, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -333,7 +333,7 @@ def generated(model: Any, cache: Any, **options: Any) -> tuple[Tensor, tuple[Ten
     mask[0, :3] = 0
     ids[0, :3] = 0
     found = model.generate(
-        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=10, do_sample=False, pad_token_id=0,
+        ids, attention_mask=mask, **given(model, cache), max_new_tokens=10, do_sample=False, pad_token_id=0,
         eos_token_id=None, return_dict_in_generate=True, output_logits=True, **options,
     )  # fmt: skip
     return found.sequences, found.logits
@@ -393,7 +393,7 @@ def test_drafts_are_taken_back() -> None:
     def run(**options: Any) -> Tensor:
         cache = QuantizedCache(model.config, keys="int4 token", values="int4 token")
         found: Tensor = model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=16, do_sample=False,
+            ids, attention_mask=torch.ones_like(ids), **given(model, cache), max_new_tokens=16, do_sample=False,
             pad_token_id=0, eos_token_id=None, **options,
         )  # fmt: skip
         return found

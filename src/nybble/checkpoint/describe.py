@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nybble.core.errors import FileError, UsageError
+from nybble.core.errors import FileError, ModelError, UsageError
 from nybble.core.versions import VERSION
 from nybble.nn.kinds import describe, kind_of_entry, prepare_quantized, quant_modules, restore
 from nybble.nn.kv_model import KVRecord, recorded_kv, to_json, use_quantized_cache
@@ -72,6 +72,55 @@ def restore_model(
         use_quantized_cache(model, kv)
     except UsageError as error:  # the file's request, not the caller's
         raise FileError(f"the KV cache of this checkpoint: {error}") from error
+
+
+def fit_to(model: Any, modules: Mapping[str, Any]) -> dict[str, Any]:
+    """The descriptions of a folder's modules for a model of the same family with another head, or with none.
+
+    As transformers does with a float folder's tensors, names get or lose the base model's prefix, and what a head of
+    the folder has that the model hasn't is left out.
+
+    Args:
+        model: as transformers built it.
+        modules: name in the folder -> description, from a file that may say anything.
+
+    Raises:
+        FileError: a malformed description. ModelError: nothing of it fits.
+    """
+    found: dict[str, Any] = {}
+    base = getattr(model, model.base_model_prefix, model)
+    for name, entry in modules.items():
+        kind = kind_of_entry(name, entry)
+        place = next((place for place in _places(model, name) if _has(model, kind.holder(place))), None)
+        if place is not None:
+            found[place] = entry
+        elif any(place.partition(".")[0] in base._modules for place in _places(model, name)):
+            found[name] = entry  # of the base model, so it should be there: restoring says that it isn't
+    if modules and not found:
+        raise ModelError(f"the checkpoint quantizes {next(iter(modules))}, and {type(model).__name__} has none of it.")
+    return found
+
+
+def fit_cache(model: Any, kv: Any) -> Any:
+    """What config.json says of the cache, for a model with another head: none for one that generates nothing."""
+    if not model.can_generate():
+        return None
+    if not isinstance(kv, dict):
+        return kv
+    return {next((p for p in _places(model, name) if _has(model, p)), name): line for name, line in kv.items()}
+
+
+def _places(model: Any, name: str) -> tuple[str, ...]:
+    """Where a module of a folder may be: there, or with or without the base model's prefix."""
+    prefix = f"{model.base_model_prefix}."
+    return name, f"{prefix}{name}", name.removeprefix(prefix)
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        return bool(path) and isinstance(model.get_submodule(path), nn.Module)
+    except AttributeError:
+        return False
 
 
 def renumber(entry: dict[str, Any], numbers: list[int]) -> dict[str, Any]:

@@ -38,10 +38,13 @@ def load_quantized(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     checkpoint = read_checkpoint(folder)
     config = make_config(dict(checkpoint.config), str(folder / "config.json"))
     stated = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    model = meta_model(config, dtype or stated, len(checkpoint.stored))
+    model = meta_model(config, dtype or stated, checkpoint.stored)
     restore_model(model, checkpoint.modules, checkpoint.layouts, checkpoint.kv)
-    _check_names(folder, checkpoint, expected_tensors(model))
+    expected = expected_tensors(model)
+    _check_names(folder, checkpoint, expected)
     tensors = _read(folder, checkpoint, dtype, kept_float32(model))
+    kept = {id(expected[name]): tensor for name, tensor in tensors.items()}
+    tensors |= {name: kept[id(tied)] for name, tied in expected.items() if name not in tensors}
     fill_buffers_(model)
     with reading(folder):
         model.load_state_dict(tensors, strict=False, assign=True)

@@ -92,13 +92,14 @@ class Parts:
         Args:
             name: of the part.
             prefix: of the module, with a dot; empty for the whole model.
-            module: with real tensors; of those that are tied, the first name is kept.
+            module: with real tensors; of those that are tied, the name that transformers keeps is kept.
             rows: of its layers.
             without: says which names are in other parts.
         """
         first: dict[int, str] = {}
         tensors: dict[str, Tensor] = {}
-        for key, tensor in module.state_dict(keep_vars=True).items():
+        tied = getattr(module, "all_tied_weights_keys", {})
+        for key, tensor in sorted(module.state_dict(keep_vars=True).items(), key=lambda item: item[0] in tied):
             if not without(key) and first.setdefault(id(tensor), key) == key:
                 tensors[f"{prefix}{key}"] = tensor.detach()
         layouts = Layouts()

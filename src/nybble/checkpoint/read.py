@@ -13,7 +13,7 @@ from nybble.core.errors import FileError, NybbleError
 from nybble.core.guard import reading
 from nybble.core.tensorheader import TensorEntry, TensorHeader, read_tensor_header
 from nybble.models.build.config_file import read_json
-from nybble.models.sources.folder import DTYPES, weight_files
+from nybble.models.sources.folder import DTYPES, NAMED, weight_files
 from nybble.nn.kinds import Stored, kind_of_entry
 from nybble.nn.kv_model import KVRecord, from_json
 from nybble.nn.layouts import Layouts
@@ -56,7 +56,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "nybble":
         raise FileError(f"{folder} is not a model that nybble wrote: its config.json has no quantization by nybble.")
     check_version(quantization)
-    headers = tuple(read_tensor_header(file) for file in sorted({path for path, _ in weight_files(folder).values()}))
+    files = weight_files(folder, config.get(NAMED))
+    headers = tuple(read_tensor_header(file) for file in sorted({path for path, _ in files.values()}))
     stored = {name: entry for header in headers for name, entry in header.tensors.items()}
     kv = from_json(quantization.get("kv"))
     found = Checkpoint(config, stored, headers, quantization["modules"], quantization["layouts"], kv=kv)

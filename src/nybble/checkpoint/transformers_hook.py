@@ -1,6 +1,6 @@
 """The quantizer that ``transformers.AutoModelForCausalLM.from_pretrained(OUT)`` calls after ``import nybble``.
 
-Only hooks that transformers 5.17 and 5.23 share are overridden. Before weights are loaded every described module is
+Only hooks that transformers 5.17 and 5.24 share are overridden. Before weights are loaded every described module is
 replaced by its empty quantized version, whose buffers have the checkpoint's names, shapes and dtypes; then the ordinary
 loader fills them.
 """
@@ -14,9 +14,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from nybble.checkpoint.describe import FORMAT_VERSION, check_version, describe_model, restore_model
+from nybble.checkpoint.describe import FORMAT_VERSION, check_version, describe_model, fit_cache, fit_to, restore_model
 from nybble.models.build.skeleton import keep_float32_
+from nybble.nn.kinds import describe
+from nybble.nn.kinds.tied import tie_to_quantized
 from nybble.nn.kv_model import from_json
+from nybble.nn.layouts import Layouts
 from nybble.nn.packed import end_offer, offer_offloading, validate_packed
 
 
@@ -70,7 +73,12 @@ class NybbleHfQuantizer(HfQuantizer):
         keep_float32_(model)
         # The loader follows the tensors' own dtypes. By the family's patterns it would widen 16-bit scales, too.
         model._keep_in_fp32_modules = model._keep_in_fp32_modules_strict = frozenset()
+        # What is saved again has the names that it has here.
+        described.modules, described.kv = fit_to(model, described.modules), fit_cache(model, described.kv)
         restore_model(model, described.modules, described.layouts, from_json(described.kv))
+        head = tie_to_quantized(model)
+        if head:
+            described.modules = {**described.modules, head: describe(model.get_submodule(head), Layouts())}
         if kwargs.get("device_map") is not None:
             offer_offloading(model)
 

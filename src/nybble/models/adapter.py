@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nybble.core.errors import ModelError
 from nybble.core.registry import Registry
+from nybble.models.build.skeleton import base_class
 from nybble.nn.kinds import kind_of
 
 if TYPE_CHECKING:
@@ -259,10 +260,16 @@ def checkpoint_renames(config: PreTrainedConfig) -> Mapping[str, str]:
     return dict(found.renames) if found else {}
 
 
-def reads_of(config: PreTrainedConfig) -> str:
-    """Key of the kind of data that models of this family read; unknown ones are taken for language models."""
+def reads_of(model: Any) -> str:
+    """Key of the kind of data that a transformers model reads.
+
+    Those of unknown families are taken for language models. A bare decoder has no logits: it embeds sentences.
+    """
+    config = model.config
     found = _by_model_type().get(config.model_type)
-    return "tokens" if found is None else found.reads
+    reads = "tokens" if found is None else found.reads
+    embeds = reads == "tokens" and not config.is_encoder_decoder and type(model) is base_class(config)
+    return "sentences" if embeds else reads
 
 
 def adapter_for(model: nn.Module | PreTrainedConfig) -> Adapter:
@@ -286,10 +293,11 @@ def _fitted(adapter: Adapter, model: nn.Module) -> Adapter:
     """The adapter with its paths as this class has them (``bert.encoder.layer`` under a head)."""
     if adapter.decoder_blocks is not None and "{" not in adapter.blocks and _at(model, adapter.decoder_blocks) is None:
         return replace(adapter, decoder_blocks=None)  # the encoder alone
-    if BASE not in adapter.blocks:
-        return adapter
     prefix = getattr(model, "base_model_prefix", "")
     base = f"{prefix}." if prefix and hasattr(model, prefix) else ""
+    if BASE not in adapter.blocks:
+        bare = not base and adapter.blocks.startswith(f"{prefix}.")
+        return _without_head(adapter, f"{prefix}.") if bare else adapter
     if adapter.convolutional:
         if not base:
             raise ModelError(f"{type(model).__name__} is quantized with its head: load a {adapter.name} classifier.")
@@ -304,6 +312,17 @@ def _fitted(adapter: Adapter, model: nn.Module) -> Adapter:
         decoder_blocks=fit(adapter.decoder_blocks),
         embeddings=tuple(path.replace(BASE, base) for path in adapter.embeddings),
         final_norm=fit(adapter.final_norm),
+    )
+
+
+def _without_head(adapter: Adapter, prefix: str) -> Adapter:
+    """The adapter of a decoder for its bare model, whose paths lack the prefix."""
+    return replace(
+        adapter,
+        blocks=adapter.blocks.removeprefix(prefix),
+        embeddings=tuple(path.removeprefix(prefix) for path in adapter.embeddings),
+        final_norm=None if adapter.final_norm is None else adapter.final_norm.removeprefix(prefix),
+        head=None,
     )
 
 

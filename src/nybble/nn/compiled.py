@@ -33,7 +33,8 @@ def dequantize(tensors: Sequence[Tensor], key: str, shape: Sequence[int], dtype:
     """The values of a QTensor of any kind.
 
     Args:
-        tensors: in the order that ``key`` has. key: of :func:`key_of`.
+        tensors: in the order that ``key`` has.
+        key: of :func:`key_of`.
         shape: of the QTensor.
         dtype: of what comes out.
     """
@@ -57,7 +58,8 @@ def fake_quantize(x: Tensor, parts: Sequence[Tensor], names: Sequence[str], line
 
     Args:
         x: float32, float16 or bfloat16.
-        parts: static parameters; none where every tensor is measured. names: theirs.
+        parts: static parameters; none where every tensor is measured.
+        names: theirs.
         line: of the quantizer.
     """
     quantizer = _quantizer(line)

@@ -10,17 +10,16 @@ from torch.nn import functional
 
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.layer import QuantLayer
+from nybble.nn.plain import computes_as, known_as
 from nybble.qtensor import QTensor
 
 CONVS = (nn.Conv1d, nn.Conv2d)
+SAME = frozenset({"timm.layers.conv2d_same.Conv2dSame"})
 
 
 def is_conv(module: nn.Module) -> bool:
-    """Whether :class:`QuantConv` can stand for it: ``nn.Conv1d``, ``nn.Conv2d``, timm's ``Conv2dSame``; no others.
-
-    Subclasses may do more with their weight (standardise it), which rounded weights must not pass again.
-    """
-    return type(module) in CONVS or (isinstance(module, nn.Conv2d) and type(module).__name__ == "Conv2dSame")
+    """Whether :class:`QuantConv` can stand for it: ``nn.Conv1d``, ``nn.Conv2d``, timm's ``Conv2dSame``; no others."""
+    return computes_as(module, CONVS) or known_as(module, SAME)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,7 @@ class Geometry:
     def of(module: nn.Module) -> Geometry:
         """Of a float convolution."""
         conv: Any = module
-        same = conv.padding == "same" or type(conv) not in CONVS
+        same = conv.padding == "same" or known_as(module, SAME)
         plain = (0,) * len(conv.kernel_size) if conv.padding == "valid" else conv.padding
         return Geometry(
             channels=(conv.out_channels, conv.in_channels), kernel=conv.kernel_size, stride=conv.stride,

@@ -1,7 +1,7 @@
 """A KV cache in few bits, as a transformers ``Cache``: any dynamic quantizer, keys and values apart.
 
     cache = QuantizedCache(model.config, keys="bfp12", values="int8 token")
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, cache=cache)                # past_key_values=cache before transformers 5.24
     cache.nbytes()
 
 What is read back is what was stored: a prompt's own queries already meet the rounded keys and values, so the text may

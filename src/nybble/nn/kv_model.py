@@ -23,6 +23,7 @@ KVRecord = KVFormat | Mapping[str, KVFormat]
 """One format for all layers, or attention module's name -> format (others cache in float)."""
 
 _PREPARE = "_prepare_cache_for_generation"
+_NAMES = ("cache", "past_key_values")  # of the argument: since transformers 5.24, and before
 
 
 class CacheHook:
@@ -42,26 +43,27 @@ class CacheHook:
         return make_cache(self.config, self.formats)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook: fills in ``past_key_values`` where the module would make them."""
+        """Forward pre-hook: fills in the cache where the module would make one."""
         names = _takes(type(module))
         given = dict(zip(names, args, strict=False)) | kwargs
         wanted = given.get("use_cache")
         if wanted is None:
             wanted = getattr(module.config, "use_cache", False)
         checkpointed = module.training and getattr(module, "is_gradient_checkpointing", False)  # these cache nothing
-        if given.get("past_key_values") is not None or not wanted or checkpointed:
+        if _given(given) or not wanted or checkpointed:
             return None
-        place = names.index("past_key_values")
+        name = cache_argument(type(module))
+        place = names.index(name)
         if place < len(args):
             return (*args[:place], self.make(), *args[place + 1 :]), kwargs
-        return args, {**kwargs, "past_key_values": self.make()}
+        return args, {**kwargs, name: self.make()}
 
 
 def use_quantized_cache(model: Any, kv: KVRecord | None) -> None:
     """Let a model cache keys and values in few bits, or with None in float again.
 
     ``generate`` and forwards with ``use_cache`` then make a quantized cache where they made a dynamic one. Static and
-    offloaded caches (``cache_implementation``) are refused, caches given as ``past_key_values`` used as they are. A
+    offloaded caches (``cache_implementation``) are refused, caches that the caller gives used as they are. A
     forward with ``use_cache=False`` caches nothing and rounds nothing.
 
     Args:
@@ -82,7 +84,8 @@ def use_quantized_cache(model: Any, kv: KVRecord | None) -> None:
     hook = CacheHook(model.config, kv, layer_formats(model, kv))
     for module in model.modules():
         # Not the root alone: evaluation calls the body by itself.
-        if {"past_key_values", "use_cache"} <= set(_takes(type(module))) and hasattr(module, "config"):
+        takes = cache_argument(type(module)) and "use_cache" in _takes(type(module))
+        if takes and hasattr(module, "config"):
             module.register_forward_pre_hook(hook, with_kwargs=True)
     setattr(model, _PREPARE, MethodType(_prepare_cache, model))
 
@@ -105,7 +108,7 @@ def check_cache(model: Any, kv: KVRecord) -> None:
         GranularityError: heads of another width than the quantizer's groups divide; names the sizes that do.
     """
     generates = getattr(model, "can_generate", lambda: False)()
-    if not generates or not model._supports_default_dynamic_cache() or "past_key_values" not in _takes(type(model)):
+    if not generates or not model._supports_default_dynamic_cache() or not cache_argument(type(model)):
         raise ModelError(f"{type(model).__name__} generates no text with a cache of keys and values; leave kv out.")
     CacheHook(model.config, kv, layer_formats(model, kv)).make()
     config = model.config.get_text_config(decoder=True)
@@ -167,6 +170,16 @@ def from_json(data: Any) -> KVRecord | None:
     raise FileError(f"the KV cache of this checkpoint is no quantizer line: {data!r:.80}.")
 
 
+def cache_argument(kind: type[nn.Module]) -> str:
+    """What the forward of a class of modules calls the cache that it is given; empty if it takes none."""
+    return next((name for name in _NAMES if name in _takes(kind)), "")
+
+
+def _given(arguments: Mapping[str, Any]) -> list[str]:
+    """Names under which a cache is given."""
+    return [name for name in _NAMES if arguments.get(name) is not None]
+
+
 def _takes(kind: type[nn.Module]) -> tuple[str, ...]:
     """Names of the arguments that the forward of a class of modules takes."""
     return tuple(inspect.signature(kind.forward).parameters)[1:]
@@ -178,16 +191,16 @@ def _prepare_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
     hook = _hook(self)
     given = inspect.signature(own).bind(self, *args, **kwargs).arguments
     options, config = given["model_kwargs"], given["generation_config"]
-    if hook is None or options.get("past_key_values") is not None:
+    if hook is None or _given(options):
         return own(self, *args, **kwargs)
     if config.cache_implementation not in (None, "dynamic"):
         raise UsageError(
             f"cache_implementation={config.cache_implementation!r}: this model caches in few bits, in a dynamic cache; "
-            "leave it out, or pass a cache of your own (past_key_values)."
+            f"leave it out, or pass a cache of your own ({cache_argument(type(self))})."
         )
     result = own(self, *args, **kwargs)
-    if options.get("past_key_values") is not None:
-        options["past_key_values"] = hook.make()
+    for name in _given(options):
+        options[name] = hook.make()
         if config.is_assistant:
-            options["past_key_values"].activate_past_recording()
+            options[name].activate_past_recording()
     return result

@@ -6,6 +6,7 @@ where no hook sees it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,6 +45,14 @@ def is_experts(module: nn.Module) -> bool:
     """Whether ``module`` holds fused expert weights: its own 3-D ``down_proj`` and ``gate_up_proj`` or ``up_proj``."""
     own = {name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3}
     return DOWN in own and any(name in own for name in IN_NAMES)
+
+
+def takes_routing(module: nn.Module) -> bool:
+    """Whether a module of experts is told which tokens go where, and so takes its matrices one expert at a time.
+
+    Llama 4's and Inkling's shared ones multiply all of them at once with what was sorted before.
+    """
+    return len(inspect.signature(type(module).forward).parameters) >= 4  # self, hidden, top_k_index, top_k_weights
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -98,7 +98,7 @@ def _opened(spec: Spec, device: str, dense: bool = False) -> tuple[Any, Origin]:
 
 def _kind_of(models: Mapping[str, Any]) -> str:
     """The kind of data that all models read."""
-    kinds = {name: reads_of(model.config) for name, model in models.items()}
+    kinds = {name: reads_of(model) for name, model in models.items()}
     if len(set(kinds.values())) > 1:
         raise UsageError(
             "models of several kinds can't be judged on the same data: "

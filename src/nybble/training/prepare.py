@@ -7,6 +7,7 @@ convert(model)                                          # packed; nybble.checkpo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,11 +19,11 @@ from nybble.core.errors import ModelError, SchemeError, UsageError, did_you_mean
 from nybble.learned import ACTIVATIONS, WEIGHTS, Learned, Part, make_part
 from nybble.models.adapter import adapter_for
 from nybble.nn.fake import FakeLayer
-from nybble.nn.kinds import LayerKind, Target, kind_of, live, targets_of
+from nybble.nn.kinds import LayerKind, Target, apart_line, kind_of, live, look_alikes, targets_of
 from nybble.nn.swap import set_module
 from nybble.quantizer import Quantizer, check_finite
 from nybble.recipe import Recipe
-from nybble.scheme import Scheme, parse_scheme
+from nybble.scheme import Scheme, parse_scheme, split_apart
 
 ROLES = (WEIGHTS, "inputs", "outputs")
 
@@ -76,6 +77,9 @@ def prepare(
         SchemeError: a pattern without a match; an embedding, experts, attention products or a tied weight among the
             targets; a format or granularity that a part can't learn. UsageError: static activations and no ``run``.
         ModelError: ``run`` never called a layer. DataError: NaN or Inf in a weight or its activations.
+
+    Warns:
+        UserWarning: names modules that the scheme takes and that no layer can stand for; they stay as they are.
     """
     if isinstance(kind_of(model), LayerKind):
         (alone,) = prepare(nn.Sequential(model), scheme, learned, run=run).children()
@@ -146,14 +150,20 @@ def _layers(model: nn.Module, scheme: Scheme, parts: Mapping[str, Part]) -> dict
     modules = {name: model.get_submodule(target.module) for name, target in known.items()}
     convolutional = _convolutional(model)
     classes = {name: t.kind.class_names(modules[name], convolutional) for name, t in known.items()}
+    alike = look_alikes(model, convolutional)
+    classes |= alike
     if "lm_head" in scheme.ignore:  # it means the output head, whatever its name
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        classes = {n: c for n, c in classes.items() if modules[n] is not head or n == "lm_head"}
+        heads = {name for name, module in model.named_modules() if module is head and name != "lm_head"}
+        classes = {n: c for n, c in classes.items() if n not in heads}
     uses: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         uses.setdefault(id(parameter), []).append(name)
     found: dict[str, _Layer] = {}
-    for name, rule in scheme.match(classes).rules.items():
+    matched, apart = split_apart(scheme.match(classes), alike)
+    if apart:
+        warnings.warn(apart_line(apart), stacklevel=3)
+    for name, rule in matched.rules.items():
         target = replace(known[name], rule=rule)
         with within(name):
             if not isinstance(target.kind, LayerKind):

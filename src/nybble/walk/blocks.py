@@ -18,7 +18,8 @@ def load_outside(job: Job) -> None:
     """Fill what is in no block from the source, and bring computed buffers to the device."""
     if job.source is None:
         return
-    names = [name for name in job.adapter.outside(job.model) if name in job.source.stored()]
+    known = {*job.source.stored(), *job.source.ties()}
+    names = [name for name in job.adapter.outside(job.model) if name in known]
     found = job.source.load(names, dtype=job.dtype, device=job.device, kept=kept_float32(job.model))
     _check_finite(found)
     job.model.load_state_dict(found, strict=False, assign=True)

@@ -19,7 +19,7 @@ from nybble.data.given import Data, samples_of
 from nybble.data.kinds import DataKind, data_kind
 from nybble.models.adapter import Adapter, adapter_for
 from nybble.models.sources import called
-from nybble.nn.kinds import Target
+from nybble.nn.kinds import Target, apart_line
 from nybble.recipe import Recipe
 from nybble.solvers import Solver
 from nybble.walk.estimate import Estimate, estimate, with_layers
@@ -181,6 +181,8 @@ class Job:
         left = [name for name in self.plan.ignored if name != "lm_head"]
         if left and len(left) <= 8:
             lines.append(f"left in float: {', '.join(left)}")
+        if self.plan.apart:
+            lines.append(apart_line(self.plan.apart))
         if self.source is not None and self.source.note:
             lines.append(self.source.note)
         more = ""
@@ -205,6 +207,7 @@ class Job:
                 "dtype": str(self.dtype),
                 "products": str(self.products),
             },
+            **({"left_in_float": dict(self.plan.apart)} if self.plan.apart else {}),
             "threads": torch.get_num_threads(),
             "versions": versions(),
         }

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from nybble.core.errors import SchemeError, within
 from nybble.models.adapter import Adapter
-from nybble.nn.kinds import Kind, Target, targets_of
+from nybble.nn.kinds import Kind, Target, look_alikes, targets_of
 from nybble.nn.kv_model import KVRecord, cached_attentions, check_cache
-from nybble.scheme import Matches, Rule, Scheme, matches
+from nybble.scheme import Matches, Rule, Scheme, matches, split_apart
 from nybble.solvers import Solver
 
 
@@ -24,6 +24,7 @@ class Plan:
         counts: pattern -> modules. ignored: names that ``ignore`` took out.
         products: for each block, its targets without a matrix: attentions whose operands are to be rounded.
         kv: what the model will cache in.
+        apart: name -> class of what a rule takes and no kind claims: it computes something else with its weight.
     """
 
     blocks: tuple[tuple[Target, ...], ...]
@@ -32,6 +33,7 @@ class Plan:
     ignored: tuple[str, ...]
     products: tuple[tuple[Target, ...], ...] = ()
     kv: KVRecord | None = None
+    apart: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def targets(self) -> int:
@@ -70,7 +72,8 @@ def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver
     known = targets_of(model)
     modules = {name: model.get_submodule(target.module) for name, target in known.items()}
     classes = {n: t.kind.class_names(modules[n], adapter.convolutional) for n, t in known.items()}
-    found = _match(model, adapter, scheme, classes)
+    alike = look_alikes(model, adapter.convolutional)
+    found, apart = split_apart(_match(model, adapter, scheme, classes | alike), alike)
     tied = adapter.tied_groups(model)
     targets: list[Target] = []
     for name, rule in found.rules.items():
@@ -85,7 +88,7 @@ def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver
     inside = [[replace(t, name=t.name.removeprefix(p)) for t in targets if t.name.startswith(p)] for p in prefixes]
     blocks = tuple(tuple(t for t in block if t.matrices) for block in inside)
     products = tuple(tuple(t for t in block if t.rule.matmuls is not None) for block in inside)
-    return Plan(blocks, outside, found.counts, found.ignored, products, _kv(model, scheme, found.rules))
+    return Plan(blocks, outside, found.counts, found.ignored, products, _kv(model, scheme, found.rules), apart)
 
 
 def _kv(model: nn.Module, scheme: Scheme, rules: Mapping[str, Rule]) -> KVRecord | None:

@@ -71,6 +71,7 @@ class Conv2dSame(nn.Conv2d):
         return nn.functional.conv2d(nn.functional.pad(x, sides), self.weight, self.bias, self.stride, 0, 1, self.groups)
 
 
+Conv2dSame.__module__ = "timm.layers.conv2d_same"
 CONVOLUTIONS["as timm's"] = partial(Conv2dSame, 4, 6, 3, stride=2)
 
 

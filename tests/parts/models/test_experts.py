@@ -87,8 +87,13 @@ def test_transposed_interleaved_experts_with_biases() -> None:
     torch.testing.assert_close(rebuilt, module(hidden, index, gates), rtol=1e-5, atol=1e-5)
 
 
+class Routed(nn.Module):
+    def forward(self, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+
 def test_refusals() -> None:
-    module = nn.Module()
+    module = Routed()
     for name in ("gate_up_proj", "down_proj", "side_proj"):
         module.register_parameter(name, nn.Parameter(torch.zeros(2, 4, 4)))
     with pytest.raises(ModelError, match="3-D weight 'side_proj'"):

@@ -9,9 +9,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.parts.models.conftest import FAMILIES
+from tests.tiny import tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.core.errors import FileError, ModelError, NybbleError
+from nybble.models.sources.folder import INDEX, SINGLE
 from nybble.models.sources.open import open_source
+from nybble.pipelines.load import load
+from nybble.pipelines.quantize import quantize
+from nybble.pipelines.request import build_recipe
 
 CONVERTED = {"mixtral", "qwen2_moe", "qwen3_moe"}  # their checkpoints keep one tensor an expert
 
@@ -137,6 +144,132 @@ def test_missing_and_misshapen_tensors(llama: Path) -> None:
         open_source(str(llama)).stored()
 
 
+Q_BIAS = "model.layers.1.self_attn.q_proj.bias"
+
+
+def with_more(folder: Path, **more: torch.Tensor) -> Path:
+    """Tensors beside those that a folder has."""
+    stored = load_file(folder / "model.safetensors")
+    save_file({**stored, **more}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_bias_that_the_config_has_no_place_for(llama: Path) -> None:
+    rewrite(llama, attention_bias=False)
+    with pytest.raises(ModelError, match=r"has model.layers.0.self_attn.k_proj.bias, .* attention_bias, .*mlp_bias"):
+        open_source(str(llama)).stored()
+    stored = load_file(llama / "model.safetensors")
+    save_file({n: t * 0 if n.endswith("bias") else t for n, t in stored.items()}, llama / "model.safetensors")
+    source = open_source(str(llama))
+    assert not source.note and not any(name.endswith("bias") for name in source.stored())  # adding zeros is nothing
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "layers.2.mlp.up_proj.weight"),  # without the base model's prefix
+        ("gpt2", "transformer.h.2.mlp.c_fc.bias"),
+        ("mixtral", "model.layers.2.block_sparse_moe.experts.0.w1.weight"),
+    ],
+)
+def test_blocks_behind_the_last_one(make_model: Any, tmp_path: Path, family: str, name: str) -> None:
+    make_model(family).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=rf"{name} is of a block behind the last .* num_hidden_layers"):
+        open_source(str(with_more(tmp_path, **{name: torch.ones(2)}))).skeleton(torch.float32)
+
+
+def test_what_else_is_left_out_is_counted(llama: Path) -> None:
+    more = {"v_head.summary.weight": torch.ones(1, 32), "v_head.summary.bias": torch.ones(1), "alone": torch.ones(1)}
+    note = open_source(str(with_more(llama, **more))).note
+    assert note == "3 stored tensors have no place in the model and are left out, alone first."
+
+
+def test_what_transformers_drops_is_what_is_left_out(make_model: Any, tmp_path: Path) -> None:
+    """Its converted families too: an expert's tensor is used, one with another name isn't."""
+    model = make_model("mixtral")
+    model.save_pretrained(tmp_path)
+    old = "model.layers.0.block_sparse_moe"
+    with_more(tmp_path, **{f"{old}.extra.weight": torch.ones(2)})
+    _, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert info["unexpected_keys"] == {"model.layers.0.mlp.extra.weight"}
+    note = open_source(str(tmp_path)).note
+    assert note.endswith(f"1 stored tensors have no place in the model and are left out, {old}.extra.weight first.")
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("gpt2", "h.1.attn.bias"),
+        ("gpt2", "transformer.h.1.attn.masked_bias"),
+        ("gpt_neox", "gpt_neox.layers.0.attention.bias"),
+        ("qwen3_next", "mtp.layers.0.mlp.up_proj.weight"),
+        ("glm4_moe", "model.layers.2.mlp.up_proj.weight"),  # num_nextn_predict_layers
+    ],
+)
+def test_harmless_names(make_model: Any, tmp_path: Path, family: str, name: str) -> None:
+    from nybble.models.sources.left_over import LeftOver, left_over
+
+    more = {"glm4_moe": {"num_nextn_predict_layers": 1}, "qwen3_next": {"num_experts": 0}}.get(family, {})
+    model = make_model(family, **more) if family in FAMILIES else unknown_model(family, **more)
+    assert left_over(model, {name: name}) == LeftOver()
+
+
+def unknown_model(family: str, **changes: Any) -> Any:
+    auto: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(AutoConfig.for_model(family, num_hidden_layers=2, **changes))
+
+
+def test_an_old_index_beside_a_newer_file(make_model: Any, tmp_path: Path) -> None:
+    """What transformers reads is what is read."""
+    model = make_model("llama")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    save_file({n: t.clone() for n, t in model.state_dict().items() if n != "lm_head.weight"}, tmp_path / SINGLE)
+    assert (tmp_path / INDEX).is_file()
+    source = open_source(str(tmp_path))
+    theirs = type(model).from_pretrained(tmp_path).model.norm.weight
+    ours = source.load(["model.norm.weight"])["model.norm.weight"]
+    assert torch.equal(ours, theirs) and torch.equal(ours, model.model.norm.weight)
+    assert source.note == f"{SINGLE} and {INDEX} are both there; {SINGLE} is read, as transformers does."
+    assert source.weight_files() == (tmp_path / "config.json", tmp_path / SINGLE)
+
+
+def test_the_file_that_a_config_names(make_model: Any, llama: Path) -> None:
+    stored = load_file(llama / SINGLE)
+    save_file({**stored, "model.norm.weight": stored["model.norm.weight"] + 1}, llama / "other.safetensors")
+    rewrite(llama, transformers_weights="other.safetensors")
+    theirs = type(make_model("llama")).from_pretrained(llama).model.norm.weight
+    source = open_source(str(llama))
+    assert torch.equal(source.load(["model.norm.weight"])["model.norm.weight"], theirs)
+    assert torch.equal(theirs, stored["model.norm.weight"] + 1)
+    for bad in ("../model.safetensors", "pytorch_model.bin", 3):
+        rewrite(llama, transformers_weights=bad)
+        with pytest.raises(FileError, match=r"config.json says that the weights are in .*, which is no such file"):
+            open_source(str(llama))
+
+
+def test_infinities(tmp_path: Path) -> None:
+    """Mamba's limits: JSON has no infinity, so transformers writes a mapping; a quantized folder says the same."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}
+    config = AutoConfig.for_model("mamba2", vocab_size=300, **sizes, time_step_limit=(0.5, float("inf")))
+    auto: Any = AutoModelForCausalLM
+    auto.from_config(config).save_pretrained(tmp_path / "float")
+    tiny_tokenizer().save_pretrained(tmp_path / "float")
+    assert list(open_source(str(tmp_path / "float")).config.time_step_limit) == [0.5, float("inf")]
+    quantize(str(tmp_path / "float"), build_recipe("rtn", weights="int8 channel"), out=tmp_path / "out")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    raw = json.loads((tmp_path / "out" / "config.json").read_text(), parse_constant=refuse)
+    assert raw["time_step_limit"] == [0.5, {"__float__": "Infinity"}]
+    for found in (AutoConfig.from_pretrained(tmp_path / "out"), load(tmp_path / "out")[0].config):
+        assert list(found.time_step_limit) == [0.5, float("inf")]
+
+
 def test_fingerprint_follows_the_contents(llama: Path) -> None:
     first = open_source(str(llama)).fingerprint()
     assert open_source(str(llama)).fingerprint() == first and len(first) == 64
@@ -223,14 +356,15 @@ def test_bad_json(llama: Path, text: str) -> None:
     [
         ({"a": "../model.safetensors"}, "not the name of a shard"),
         ({"a": 3}, "not the name of a shard"),
-        ({"a": "model.safetensors"}, "'a' is not in model.safetensors"),
+        ({"a": "part.safetensors"}, "'a' is not in part.safetensors"),
         ({"a": "none.safetensors"}, "none.safetensors"),
         ({}, "no weight_map"),
         ([], "no weight_map"),
     ],
 )
 def test_bad_index(llama: Path, weight_map: Any, message: str) -> None:
-    (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (llama / SINGLE).rename(llama / "part.safetensors")
+    (llama / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(FileError, match=message):
         open_source(str(llama))
 

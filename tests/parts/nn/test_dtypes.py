@@ -32,7 +32,8 @@ def test_the_whole_model_runs_in_the_dtype_asked_for(folder: Path, dtype: torch.
     """However it is asked for; the numbers are those of the float model with the rounded weights in that dtype."""
     auto: Any = AutoModelForCausalLM
     want, _ = nybble.load(folder, dtype=dtype)
-    cast = nybble.load(folder)[0].to(dtype=dtype)
+    cast: Any = nybble.load(folder)[0]
+    cast.to(dtype=dtype)
     seen = [module.dtype for model in (want, cast) for module in model.modules() if isinstance(module, Packed)]
     assert set(seen) == {dtype} and logits(want).dtype == logits(cast).dtype == dtype
     assert want.get_input_embeddings()(input_ids()).dtype == dtype

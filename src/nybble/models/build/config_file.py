@@ -83,10 +83,11 @@ def make_config(raw: dict[str, Any], place: str) -> PreTrainedConfig:
         ModelError: ``model_type`` is missing or unknown to the installed transformers.
         FileError: a value that the config class refuses, or that could make it fetch a file.
     """
-    from transformers import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     with reading(place):
-        clean = _cleaned(raw, place)
+        # Infinities (Mamba's limits) are written as {"__float__": "Infinity"}, since JSON has none.
+        clean = _cleaned(PreTrainedConfig._decode_special_floats(raw), place)
     model_type = clean.pop("model_type", None)
     if not isinstance(model_type, str):
         raise ModelError(f"{place} has no model_type; transformers can't tell what kind of model it is.")
@@ -99,8 +100,3 @@ def make_config(raw: dict[str, Any], place: str) -> PreTrainedConfig:
         _check_timm(clean, place)
         config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(clean)
     return config
-
-
-def load_config(path: Path) -> PreTrainedConfig:
-    """Read one config.json; see :func:`make_config`."""
-    return make_config(read_json(path), str(path))

@@ -8,7 +8,9 @@ initialiser, as transformers does after loading.
 from __future__ import annotations
 
 import copy
+import inspect
 import re
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -46,26 +48,36 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return cast("type[PreTrainedModel]", causal[type(config)])
 
 
-def meta_model(config: PreTrainedConfig, dtype: torch.dtype, stored: int) -> PreTrainedModel:
+def base_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The model type's class without a head, where it has just one."""
+    import transformers
+
+    found: Any = transformers.MODEL_MAPPING.get(type(config), None)
+    return found if isinstance(found, type) else None
+
+
+def meta_model(config: PreTrainedConfig, dtype: torch.dtype, stored: Collection[str]) -> PreTrainedModel:
     """Build the model of ``config`` with every tensor on the meta device, in eval mode.
 
     Args:
         config: not changed; the model gets a copy.
         dtype: of the parameters.
-        stored: how many tensors the checkpoint has: a model with more layers than that is a lie, and building it
-            could take for ever.
+        stored: names of the tensors that the checkpoint has. A model with more layers than those is a lie, and building
+            it could take for ever. An optional pooler is there where one of them is of it.
 
     Attention is transformers' default for the class: ``scaled_dot_product_attention`` where that is supported, else
     eager; the config can't ask for another (:mod:`nybble.models.build.config_file`). Capped logits (Gemma 2) need
     eager: sdpa has no cap, and some transformers versions let it run without.
     """
     layers = getattr(config, "num_hidden_layers", 0) or 0
-    if not isinstance(layers, int) or layers > max(stored, 1):
-        raise ModelError(f"config says {layers} layers, and the file has {stored} tensors in all.")
+    if not isinstance(layers, int) or layers > max(len(stored), 1):
+        raise ModelError(f"config says {layers} layers, and the file has {len(stored)} tensors in all.")
     cls: Any = model_class(config)
     with reading(f"a {cls.__name__} of this config", ModelError), torch.device("meta"):
         capped = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
-        model: PreTrainedModel = cls._from_config(copy.deepcopy(config), dtype=dtype, **capped)
+        pooled = "add_pooling_layer" not in inspect.signature(cls).parameters or any("pooler." in n for n in stored)
+        bare = {} if pooled else {"add_pooling_layer": False}
+        model: PreTrainedModel = cls._from_config(copy.deepcopy(config), dtype=dtype, **capped, **bare)
     keep_float32_(model)
     nn.Module.eval(model)
     return model

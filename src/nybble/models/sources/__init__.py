@@ -160,7 +160,7 @@ class ModelSource(ABC):
         from nybble.models.build.skeleton import fill_buffers_, meta_model
 
         known = self.stored()
-        model = meta_model(self.config, dtype, len(known))
+        model = meta_model(self.config, dtype, known)
         fill_buffers_(model)
         generation = self.generation_config()
         if generation is not None and model.can_generate():
@@ -172,7 +172,8 @@ class ModelSource(ABC):
         from nybble.models.build.skeleton import kept_float32
 
         model = self.skeleton(dtype)
-        tensors = self.load(self.tensor_names(), dtype=dtype, device=device, kept=kept_float32(model))
+        names = [*self.tensor_names(), *self.ties()]
+        tensors = self.load(names, dtype=dtype, device=device, kept=kept_float32(model))
         unfit = model.load_state_dict(tensors, strict=False, assign=True)
         absent = [name for name in unfit.missing_keys if name not in self.ties()]
         if absent or unfit.unexpected_keys:

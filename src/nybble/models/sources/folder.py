@@ -17,15 +17,19 @@ from nybble.core.errors import FileError, ModelError
 from nybble.core.guard import reading
 from nybble.core.tensorheader import TensorEntry, read_tensor_header
 from nybble.models.adapter import checkpoint_renames
-from nybble.models.build.config_file import load_config, read_json
-from nybble.models.build.skeleton import expected_tensors, meta_model, model_class
+from nybble.models.build.config_file import make_config, read_json
+from nybble.models.build.skeleton import base_class, expected_tensors, meta_model, model_class
 from nybble.models.sources import ModelSource, StoredTensor
+from nybble.models.sources.left_over import SWITCHES, LeftOver, left_over
 from nybble.models.sources.match import Match, match_names
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX_ENDING = ".safetensors.index.json"
+INDEX = f"model{INDEX_ENDING}"
+NAMED = "transformers_weights"  # key of config.json
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -35,17 +39,31 @@ DTYPES = {
 }  # fmt: skip
 
 
-def weight_files(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
+def weight_files(folder: Path, named: object = None) -> dict[str, tuple[Path, TensorEntry]]:
     """Tensor name -> the safetensors file that holds it and its header entry; every header is checked.
+
+    As transformers does, ``model.safetensors`` is taken before an index where both are there.
+
+    Args:
+        folder: the model's.
+        named: ``transformers_weights`` of its config.json, the name of the file or index to take.
 
     Raises:
         ModelError: no safetensors here, or several and no index; pickles are named, with the way to convert them.
         FileError: a header or the index is malformed, or a shard is missing.
     """
-    if (folder / INDEX).is_file():
-        return _sharded(folder)
+    if named is not None:
+        if (
+            not isinstance(named, str)
+            or Path(named).name != named
+            or not named.endswith((".safetensors", INDEX_ENDING))
+        ):
+            raise FileError(f"{folder}: config.json says that the weights are in {named!r:.80}, which is no such file.")
+        return _sharded(folder / named) if named.endswith(INDEX_ENDING) else _whole(folder / named)
+    if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
+        return _sharded(folder / INDEX)
     found = sorted(folder.glob("*.safetensors"))
-    single = [p for p in found if p.name == "model.safetensors"] or found
+    single = [p for p in found if p.name == SINGLE] or found
     if len(single) > 1:
         raise ModelError(f"{folder} has {len(single)} safetensors files and no {INDEX} to say which tensor is where.")
     if not single:
@@ -56,7 +74,7 @@ def weight_files(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
                 f"trust it, convert it once: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW)"
             )
         raise ModelError(f"{folder} has a config.json and no .safetensors file.")
-    return {name: (single[0], info) for name, info in read_tensor_header(single[0]).tensors.items()}
+    return _whole(single[0])
 
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -78,8 +96,11 @@ def read_preprocessing(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _sharded(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
-    place = folder / INDEX
+def _whole(file: Path) -> dict[str, tuple[Path, TensorEntry]]:
+    return {name: (file, info) for name, info in read_tensor_header(file).tensors.items()}
+
+
+def _sharded(place: Path) -> dict[str, tuple[Path, TensorEntry]]:
     weight_map = read_json(place).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileError(f"{place} has no weight_map.")
@@ -90,10 +111,10 @@ def _sharded(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise FileError(f"{place}: {name!r} is said to be in {file!r}, which is not the name of a shard.")
         if file not in headers:
-            headers[file] = read_tensor_header(folder / file).tensors
+            headers[file] = read_tensor_header(place.parent / file).tensors
         if name not in headers[file]:
             raise FileError(f"{place}: {name!r} is not in {file}.")
-        tensors[name] = (folder / file, headers[file][name])
+        tensors[name] = (place.parent / file, headers[file][name])
     return tensors
 
 
@@ -108,6 +129,18 @@ def is_converted(model: PreTrainedModel, unused: Iterable[str]) -> bool:
     return any(rules or name.endswith((".gamma", ".beta")) for name in unused)
 
 
+def converted_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """What transformers makes of stored tensors: names in ``model`` that they become, or become a part of."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    expected = model.state_dict()
+    return {n: rename_source_key(n, renamings, converters, model.base_model_prefix, expected)[0] for n in names}
+
+
 @final
 class FolderSource(ModelSource):
     """Safetensors in a folder. Only the tensors asked for are read, through the system's page cache."""
@@ -116,11 +149,13 @@ class FolderSource(ModelSource):
         self.spec = spec
         self.folder = folder
         self.aliases = True
-        self.config = load_config(folder / "config.json")
-        self._tensors = weight_files(folder)
+        raw = read_json(folder / "config.json")
+        self.config = make_config(raw, str(folder / "config.json"))
+        self._tensors = weight_files(folder, raw.get(NAMED))
         if not self._tensors:
             raise ModelError(f"{spec} has no tensors.")
         self._converted: dict[str, Tensor] | None = None
+        self._headless = ""
 
     @property
     def streamable(self) -> bool:  # type: ignore[override]
@@ -129,13 +164,21 @@ class FolderSource(ModelSource):
 
     @property
     def note(self) -> str:  # type: ignore[override]
-        """Why it is not streamable, else empty."""
-        if self.streamable:
-            return ""
-        return (
-            f"{self.config.model_type} checkpoints are converted while loading (no stored tensor is "
-            f"{self._match.missing[0]}), so the whole model is read into memory."
-        )
+        """Why it is not streamable, what of the files is not read; or empty."""
+        streamable = self.streamable
+        said = [self._headless] if self._headless else []
+        if not streamable:
+            said.append(
+                f"{self.config.model_type} checkpoints are converted while loading (no stored tensor is "
+                f"{self._match.missing[0]}), so the whole model is read into memory."
+            )
+        files = {path.name for path, _ in self._tensors.values()}
+        if SINGLE in files and (self.folder / INDEX).is_file():
+            said.append(f"{SINGLE} and {INDEX} are both there; {SINGLE} is read, as transformers does.")
+        others = self._left.others
+        if others:
+            said.append(f"{len(others)} stored tensors have no place in the model and are left out, {others[0]} first.")
+        return " ".join(said)
 
     @cached_property
     def _match(self) -> Match:
@@ -150,13 +193,56 @@ class FolderSource(ModelSource):
             # The config says tied, the file disagrees: the file is right (transformers decides so too).
             self.config.tie_word_embeddings = False
             match = self._match_with(shapes, renames)
-        unused = set(shapes) - set(match.files.values())
-        if match.missing and not is_converted(self._expected, unused):
+        found = match if self._complete(match) else self._match_base(shapes, renames)
+        if found is None:
             raise ModelError(f"{self.spec} lacks {len(match.missing)} tensors, {match.missing[0]} first.")
-        return match
+        return found
+
+    def _complete(self, match: Match) -> bool:
+        """Whether the file has all of the model, as it is or to be converted."""
+        made = set(converted_names(self._expected, match.unused).values())
+        prefix = f"{self._expected.base_model_prefix}."
+        head = [n for n in match.missing if hasattr(self._expected, prefix[:-1]) and not n.startswith(prefix)]
+        return made.issuperset(head) and (not match.missing or is_converted(self._expected, match.unused))
+
+    def _match_base(self, shapes: Mapping[str, tuple[int, ...]], renames: Mapping[str, str]) -> Match | None:
+        """The match of the model without a head, where the files have that: AutoModel reads it; changes the config."""
+        base, named = base_class(self.config), self.config.architectures
+        if base is None:
+            return None
+        self.config.architectures = [base.__name__]
+        match = self._match_with(shapes, renames)
+        if self._complete(match):
+            self._headless = f"The files have no head of the model that config.json names; read as {base.__name__}."
+            return match
+        self.config.architectures = named
+        return None
+
+    @cached_property
+    def _left(self) -> LeftOver:
+        """What the model has no place for.
+
+        Raises:
+            ModelError: it can't be right without them.
+        """
+        missing = set(self._match.missing)
+        made = converted_names(self._expected, self._match.unused)
+        left = left_over(self._expected, {file: name for file, name in made.items() if name not in missing})
+        if left.blocks:
+            raise ModelError(
+                f"{self.spec}: {left.blocks[0]} is of a block behind the last one that config.json asks for. If the "
+                "file is right, num_hidden_layers (or what the family calls it) is too small."
+            )
+        lost = next((name for name, t in self._from_files(left.biases) if t.count_nonzero()), None)
+        if lost is not None:
+            raise ModelError(
+                f"{self.spec}: the file has {lost}, and the module has no bias as config.json describes it: the model "
+                f"would compute something else. If the file is right, config.json lacks {SWITCHES}."
+            )
+        return left
 
     def _match_with(self, shapes: Mapping[str, tuple[int, ...]], renames: Mapping[str, str]) -> Match:
-        self._expected = meta_model(self.config, torch.float32, len(shapes))
+        self._expected = meta_model(self.config, torch.float32, shapes)
         prefix = self._expected.base_model_prefix
         return match_names(expected_tensors(self._expected), shapes, prefix, renames)
 
@@ -189,7 +275,7 @@ class FolderSource(ModelSource):
 
     @cached_property
     def _stored(self) -> dict[str, StoredTensor]:
-        match = self._match
+        match, _ = self._match, self._left
         if not match.missing:
             return {
                 name: StoredTensor(

@@ -85,7 +85,7 @@ class GgufSource(ModelSource):
     @cached_property
     def _match(self) -> Match:
         shapes = {name: self._shapes[tensor] for name, tensor in self._files.items()}
-        model = meta_model(self.config, torch.float32, len(shapes))
+        model = meta_model(self.config, torch.float32, shapes)
         match = match_names(expected_tensors(model), shapes, model.base_model_prefix, {})
         extra = sorted(set(shapes) - set(match.files))
         if match.missing or extra:

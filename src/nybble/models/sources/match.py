@@ -19,12 +19,14 @@ class Match:
     """How to serve a model's tensors from a file.
 
     ``files``: model name -> name in the file, one entry for each tensor. ``ties``: a tied name -> the model name in
-    ``files`` that it shares its tensor with. ``missing``: model names that the file can't serve.
+    ``files`` that it shares its tensor with. ``missing``: model names that the file can't serve. ``unused``: names in
+    the file that no name of the model is served from.
     """
 
     files: Mapping[str, str]
     ties: Mapping[str, str]
     missing: tuple[str, ...]
+    unused: tuple[str, ...] = ()
 
 
 def match_names(
@@ -66,4 +68,6 @@ def match_names(
             raise ModelError(
                 f"{file_name} has shape {list(stored[file_name])}; the config says {list(expected[name].shape)}."
             )
-    return Match(files=files, ties=ties, missing=tuple(missing))
+    used = set(by_model_name.values())
+    unused = tuple(name for name in stored if name not in used)
+    return Match(files=files, ties=ties, missing=tuple(missing), unused=unused)

@@ -3,8 +3,7 @@
 A file defines ``PART``, a :class:`Kind` (a layer with one matrix is a ``LayerKind``): which float modules are of it,
 which way round their matrix is, what calibration must see of them, what stands for them when they are quantized, how a
 checkpoint describes that and puts it back. Nothing else in nybble asks what class a module is. Other packages add kinds
-through entry points of the group ``nybble.nn.kinds``; theirs are asked first, as nybble's linear layer would claim
-their subclasses of ``nn.Linear``.
+through entry points of the group ``nybble.nn.kinds``; theirs are asked first.
 """
 
 from __future__ import annotations
@@ -20,9 +19,11 @@ from nybble.nn.kinds._layer import LayerKind
 from nybble.nn.kinds._lookup import (
     REGISTRY,
     all_kinds,
+    apart_line,
     kind_of,
     kind_of_entry,
     kind_of_quantized,
+    look_alikes,
     matrix_at,
     read_by,
     targets_of,
@@ -31,9 +32,9 @@ from nybble.nn.kinds._lookup import (
 from nybble.nn.layouts import Layouts
 
 __all__ = [
-    "REGISTRY", "Get", "Kind", "LayerKind", "Operands", "Quantized", "Stored", "Target", "all_kinds", "describe",
-    "kind_of", "kind_of_entry", "kind_of_quantized", "live", "matrix_at", "module_at", "prepare_quantized",
-    "quant_modules", "read_by", "restore", "targets_of", "values_at",
+    "REGISTRY", "Get", "Kind", "LayerKind", "Operands", "Quantized", "Stored", "Target", "all_kinds", "apart_line",
+    "describe", "kind_of", "kind_of_entry", "kind_of_quantized", "live", "look_alikes", "matrix_at", "module_at",
+    "prepare_quantized", "quant_modules", "read_by", "restore", "targets_of", "values_at",
 ]  # fmt: skip
 
 

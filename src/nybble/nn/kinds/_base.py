@@ -149,6 +149,13 @@ class Kind(ABC):
     def claims(self, module: nn.Module) -> bool:
         """Whether this float module is of the kind; one module, one kind (those of other packages are asked first)."""
 
+    def resembles(self, module: nn.Module) -> bool:
+        """Whether it looks like one of the kind; what the kind doesn't claim all the same computes something else.
+
+        Such modules stay in float and are named where a scheme asks for them.
+        """
+        return False
+
     def class_names(self, module: nn.Module, convolutional: bool = False) -> tuple[str, ...]:
         """Names that a scheme's target may use, its class first; ``convolutional``: the model is such a network."""
         own = type(module).__name__
@@ -260,6 +267,10 @@ class Kind(ABC):
         ``class`` is :attr:`entry`. Numbers of layouts are under ``weight`` (one) or ``weights`` (a list), and nowhere
         else: they change when parts of a checkpoint are joined.
         """
+
+    def holder(self, name: str) -> str:
+        """Path of the module that a model must have for what a file describes as ``name``."""
+        return name
 
     @abstractmethod
     def restore(self, root: nn.Module, name: str, entry: dict[str, Any], layouts: Layouts) -> None:

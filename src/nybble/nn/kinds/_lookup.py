@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -87,6 +87,23 @@ def targets_of(root: nn.Module) -> dict[str, Target]:
     found = [target for name, module in root.named_modules() for target in _targets(name, module)]
     found.sort(key=lambda target: "" if target.kind.shares_input else target.kind.entry)
     return {target.name: target for target in found}
+
+
+def look_alikes(root: nn.Module, convolutional: bool = False) -> dict[str, tuple[str, ...]]:
+    """Modules that no kind claims and that look like those of one: name -> class names, as if they were of the kind."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, module in root.named_modules():
+        near = next((kind for kind in all_kinds() if kind.resembles(module)), None)
+        if near is not None and kind_of(module) is None:
+            found[name] = near.class_names(module, convolutional)
+    return found
+
+
+def apart_line(classes: Mapping[str, str]) -> str:
+    """Says which modules stay in float though a scheme asks for them; ``classes``: name -> class, at least one."""
+    named = ", ".join(f"{name} ({cls})" for name, cls in list(classes.items())[:8])
+    more = f" and {len(classes) - 8} more" if len(classes) > 8 else ""
+    return f"left in float, since they compute something else with their weight: {named}{more}"
 
 
 def _targets(name: str, module: nn.Module) -> Iterator[Target]:

@@ -87,8 +87,11 @@ class Attention(Kind):
         assert isinstance(module, MatmulQuantizers)
         return {"class": self.entry, "operands": module.to_dict()}
 
+    def holder(self, name: str) -> str:  # noqa: D102
+        return name.rpartition(".")[0]
+
     def restore(self, root: nn.Module, name: str, entry: dict[str, Any], layouts: Layouts) -> None:  # noqa: D102
-        module = module_at(root, name.rpartition(".")[0], name)
+        module = module_at(root, self.holder(name), name)
         if not name.endswith(f".{MATMULS}"):
             raise FileError(f"{name} is described as an attention's {MATMULS}, which has another name.")
         module.add_module(MATMULS, MatmulQuantizers.from_dict(entry["operands"]))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from nybble.core.errors import SchemeError
 from nybble.nn.batchnorm import drop_norm
@@ -33,6 +34,9 @@ class Conv(LayerKind):
 
     def claims(self, module: nn.Module) -> bool:  # noqa: D102
         return is_conv(module)
+
+    def resembles(self, module: nn.Module) -> bool:  # noqa: D102
+        return isinstance(module, _ConvNd)
 
     def class_names(self, module: nn.Module, convolutional: bool = False) -> tuple[str, ...]:
         """In a convolutional network ``Linear``, a scheme's default target, means its convolutions too."""

@@ -13,6 +13,7 @@ from nybble.nn.embedding import QuantEmbedding
 from nybble.nn.kinds import Get, Kind, Quantized, Stored, Target, kind_of, module_at
 from nybble.nn.kinds.tied import tie_head
 from nybble.nn.layouts import Layouts
+from nybble.nn.plain import computes_as
 from nybble.nn.swap import set_module
 from nybble.qtensor import QTensor
 
@@ -27,12 +28,10 @@ class Embedding(Kind):
     stand_ins = (QuantEmbedding,)
 
     def claims(self, module: nn.Module) -> bool:  # noqa: D102
-        return isinstance(module, nn.Embedding)
+        return computes_as(module, (nn.Embedding,))
 
-    def check(self, target: Target, module: nn.Module) -> None:  # noqa: D102
-        if type(module) is not nn.Embedding:
-            raise SchemeError(f"this is a {type(module).__name__}, which does more than look up rows; ignore it.")
-        super().check(target, module)
+    def resembles(self, module: nn.Module) -> bool:  # noqa: D102
+        return isinstance(module, nn.Embedding)
 
     def tied(self, target: Target, root: nn.Module, others: Sequence[str]) -> Target:
         """With the one head that reads its table; a second embedding with it (an encoder-decoder's) is refused."""
@@ -68,8 +67,8 @@ class Embedding(Kind):
 
 
 def _put(root: nn.Module, name: str, table: QTensor) -> None:
-    old = root.get_submodule(name)
-    if type(old) is not nn.Embedding or tuple(old.weight.shape) != tuple(table.shape):
+    old: Any = root.get_submodule(name)
+    if not PART.claims(old) or tuple(old.weight.shape) != tuple(table.shape):
         raise ModelError(f"{name} is a {type(old).__name__}, not a plain embedding of shape {list(table.shape)}.")
     set_module(root, name, QuantEmbedding(table, old.weight.dtype, old.padding_idx))
 

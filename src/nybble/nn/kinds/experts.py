@@ -17,7 +17,7 @@ from nybble.nn.experts import PackedExperts
 from nybble.nn.kinds import Get, Kind, Quantized, Stored, Target, module_at
 from nybble.nn.layouts import Layouts
 from nybble.nn.packed import Packed
-from nybble.nn.routing import DOWN, IN_NAMES, is_experts, is_transposed, routed_inputs
+from nybble.nn.routing import DOWN, IN_NAMES, is_experts, is_transposed, routed_inputs, takes_routing
 from nybble.qtensor import QTensor
 
 
@@ -35,6 +35,9 @@ class Experts(Kind):
     fused = True
 
     def claims(self, module: nn.Module) -> bool:  # noqa: D102
+        return is_experts(module) and takes_routing(module)
+
+    def resembles(self, module: nn.Module) -> bool:  # noqa: D102
         return is_experts(module)
 
     def targets(self, name: str, module: nn.Module) -> Iterator[Target]:
@@ -84,6 +87,9 @@ class Experts(Kind):
         assert isinstance(module, PackedExperts)
         numbers = [layouts.number(packed.qtensor()) for packed in module.experts if isinstance(packed, Packed)]
         return {"class": self.entry, "weights": numbers, "transposed": module.transposed}
+
+    def holder(self, name: str) -> str:  # noqa: D102
+        return name.rpartition(".")[0]
 
     def restore(self, root: nn.Module, name: str, entry: dict[str, Any], layouts: Layouts) -> None:  # noqa: D102
         path, _, leaf = name.rpartition(".")

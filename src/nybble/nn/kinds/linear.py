@@ -1,4 +1,4 @@
-"""Linear layers: ``nn.Linear`` and its children, and transformers' ``Conv1D`` (GPT-2), which keeps [in, out]."""
+"""Linear layers: ``nn.Linear``, and transformers' ``Conv1D`` (GPT-2), which keeps [in, out]."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from torch import Tensor, nn
 
 from nybble.nn.kinds import Get, LayerKind, Quantized
 from nybble.nn.linear import QuantLinear
+from nybble.nn.plain import computes_as, known_as
 from nybble.qtensor import QTensor
+
+CONV1D = frozenset({"transformers.pytorch_utils.Conv1D"})
+# Their own forwards are nn.Linear's in other words: Falcon's adds the bias last, timm's casts where it is scripted.
+KNOWN = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear", "timm.layers.linear.Linear"})
 
 
 class Linear(LayerKind):
@@ -18,8 +23,10 @@ class Linear(LayerKind):
     by_rows = True
 
     def claims(self, module: nn.Module) -> bool:  # noqa: D102
-        known = isinstance(module, nn.Linear) or is_conv1d(module)
-        return known and isinstance(getattr(module, "weight", None), Tensor)
+        return computes_as(module, (nn.Linear,)) or known_as(module, KNOWN | CONV1D)
+
+    def resembles(self, module: nn.Module) -> bool:  # noqa: D102
+        return isinstance(module, nn.Linear)
 
     def matrix(self, module: nn.Module, leaf: str, get: Get) -> Tensor:  # noqa: D102
         return get("weight").T if is_conv1d(module) else get("weight")
@@ -34,8 +41,8 @@ class Linear(LayerKind):
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' ``Conv1D``, known by name since transformers need not be there."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+    """Whether this is transformers' ``Conv1D``."""
+    return known_as(module, CONV1D)
 
 
 PART = Linear()

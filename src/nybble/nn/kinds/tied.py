@@ -60,10 +60,28 @@ def tie_head(root: nn.Module, name: str) -> None:
         raise ModelError(f"{name} is tied to the input embedding, which is not quantized.")
     if _shape(root, name) != (embedding.num_embeddings, embedding.embedding_dim):
         raise ModelError(f"{name} is no head over the {embedding.num_embeddings} tokens of the input embedding.")
-    bias = head.bias.detach() if isinstance(head.bias, Tensor) else None
+    # Its own: with nothing tied, transformers would save one of two biases that share memory and load two.
+    bias = head.bias.detach().clone() if isinstance(head.bias, Tensor) else None
     set_module(root, name, TiedHead(embedding, bias))
     model.config.get_text_config().tie_word_embeddings = False  # nothing is left for transformers to tie
     model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)  # by what it says now
+
+
+def tie_to_quantized(root: nn.Module) -> str:
+    """Let the head of a model whose config ties it read the input embedding's table, where that is quantized.
+
+    Returns:
+        the head's name; empty if there is nothing to tie.
+    """
+    model: Any = root
+    head = model.get_output_embeddings()
+    tied = model.config.get_text_config().tie_word_embeddings
+    if not tied or not isinstance(head, nn.Module) or not isinstance(model.get_input_embeddings(), QuantEmbedding):
+        return ""
+    name: str = next(name for name, module in model.named_modules() if module is head)
+    tie_head(model, name)
+    return name
 
 
 def _shape(root: nn.Module, name: str) -> tuple[int, ...]:

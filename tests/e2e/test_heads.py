@@ -1,0 +1,182 @@
+"""A quantized folder under another head or none, bare decoders, and folders that are loaded, saved and loaded again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.tiny import FAMILIES, SIZES, input_ids, save_text, tiny_tokenizer
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
+
+import nybble
+from nybble.models.sources.open import open_source
+from nybble.nn.embedding import QuantEmbedding, TiedHead
+from nybble.nn.kinds import quant_modules
+from nybble.pipelines.evaluate import run_eval
+from nybble.pipelines.request import build_recipe
+
+CAUSAL, BARE, CLASSES, MASKED = (
+    AutoModelForCausalLM,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForMaskedLM,
+)
+SETTINGS = nybble.Settings(samples=4, seq_len=12, batch=2, dtype=torch.float32)
+TABLES = {"embeddings": "int8 channel"}
+
+
+def save_float(folder: Path, family: str, auto: Any) -> Any:
+    """A random model with a tokenizer that pads."""
+    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES.get(family, {})})
+    torch.manual_seed(0)
+    model = auto.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = "<unk>"
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def quantized(folder: Path, family: str, auto: Any, **lines: Any) -> Path:
+    save_float(folder / "float", family, auto)
+    made = build_recipe("rtn", weights="int8 channel", **lines)
+    nybble.quantize(str(folder / "float"), made, out=folder / "out", settings=SETTINGS)
+    return folder / "out"
+
+
+@torch.no_grad()
+def hidden(model: Any) -> Tensor:
+    """What the model under the head says."""
+    base = getattr(model, model.base_model_prefix, model).eval()
+    if not model.config.is_encoder_decoder:
+        found: Tensor = base(input_ids=input_ids())[0]
+    else:  # T5 has no base model under its head
+        both = base(input_ids=input_ids(), decoder_input_ids=input_ids(), output_hidden_states=True)
+        found = both.decoder_hidden_states[-1]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "first", "other", "lines"),
+    [
+        ("llama", CAUSAL, BARE, TABLES),
+        ("llama", CAUSAL, CLASSES, {"kv": "int4 group=8"}),
+        ("llama", BARE, CAUSAL, TABLES),
+        ("gpt2", CAUSAL, BARE, {}),
+        ("mixtral", CAUSAL, BARE, {}),
+        ("bert", BARE, MASKED, TABLES),
+        ("bert", MASKED, CLASSES, {}),
+        ("xlm-roberta", MASKED, BARE, {}),
+        ("t5", AutoModelForSeq2SeqLM, BARE, {}),
+    ],
+)
+def test_another_head(tmp_path: Path, family: str, first: Any, other: Any, lines: Any) -> None:
+    """As transformers does with a float folder; and what is saved again loads again, with both loaders."""
+    out = quantized(tmp_path, family, first, **lines)
+    own, model = first.from_pretrained(out), other.from_pretrained(out)
+    expected = hidden(own) if "kv" not in lines else hidden(other.from_pretrained(tmp_path / "float"))
+    if "kv" in lines:  # a classifier caches nothing
+        assert 0 < float((hidden(model) - expected).norm() / expected.norm()) < 0.01
+    else:
+        assert torch.equal(hidden(model), expected)
+    assert not any(p.is_meta for p in model.parameters())
+    model.save_pretrained(tmp_path / "again")
+    for found in (other.from_pretrained(tmp_path / "again"), nybble.load(tmp_path / "again")[0]):
+        assert type(found) is type(model) and torch.equal(hidden(found), hidden(model))
+        assert dict(quant_modules(found)).keys() == dict(quant_modules(model)).keys()
+
+
+def test_a_head_that_comes_to_a_quantized_table_reads_it(tmp_path: Path) -> None:
+    model: Any = CAUSAL.from_pretrained(quantized(tmp_path, "llama", BARE, **TABLES))
+    assert model.model.config.tie_word_embeddings is False and isinstance(model.lm_head, TiedHead)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert isinstance(model.model.embed_tokens, QuantEmbedding)
+
+
+@pytest.mark.parametrize(
+    ("family", "auto", "lines"),
+    [
+        *((family, CAUSAL, {}) for family in sorted(FAMILIES)),
+        *((family, CAUSAL, TABLES) for family in ("llama", "gpt2", "opt", "bloom", "mixtral")),
+        ("bert", MASKED, TABLES), ("roberta", MASKED, TABLES), ("xlm-roberta", MASKED, {}),
+        ("t5", AutoModelForSeq2SeqLM, {}),
+    ],
+)  # fmt: skip
+def test_round_trips_are_the_identity(tmp_path: Path, family: str, auto: Any, lines: Any) -> None:
+    out = quantized(tmp_path, family, auto, **lines)
+    stored, config = load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())
+    for name, load in (("auto", auto.from_pretrained), ("nybble", lambda path: nybble.load(path)[0])):
+        model = load(out)
+        model.save_pretrained(tmp_path / name)
+        again = load_file(tmp_path / name / "model.safetensors")
+        assert again.keys() == stored.keys()
+        assert all(torch.equal(again[n], t) and again[n].dtype == t.dtype for n, t in stored.items())
+        assert json.loads((tmp_path / name / "config.json").read_text()) == config
+        assert torch.equal(hidden(nybble.load(tmp_path / name)[0]), hidden(model))
+
+
+@pytest.mark.parametrize("family", ["bert", "xlm-roberta"])
+def test_a_tied_head_with_a_bias_is_saved_with_it(tmp_path: Path, family: str) -> None:
+    model = save_float(tmp_path / "float", family, MASKED)
+    with torch.no_grad():
+        model.get_output_embeddings().bias.normal_()
+    nybble.quantize(model, build_recipe("rtn", weights="int8 channel", **TABLES))
+    model.save_pretrained(tmp_path / "out")
+    auto: Any = MASKED
+    for found in (auto.from_pretrained(tmp_path / "out"), nybble.load(tmp_path / "out")[0]):
+        assert torch.equal(found.get_output_embeddings().bias, model.get_output_embeddings().bias)
+        with torch.no_grad():
+            assert torch.equal(found.eval()(input_ids()).logits, model(input_ids()).logits)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gpt2", "opt", "mixtral"])
+def test_bare_decoders(tmp_path: Path, family: str) -> None:
+    """The embedding models: calibrated on text, judged by the cosine of their embeddings."""
+    save_float(tmp_path / "float", family, BARE)
+    text = save_text(tmp_path / "text.txt")
+    out, report = nybble.quantize(
+        str(tmp_path / "float"), build_recipe("gptq", weights="int4 channel"), str(text), out=tmp_path / "out",
+        settings=SETTINGS,
+    )  # fmt: skip
+    assert all(row.error is not None and 0 < row.error < 0.1 for row in report.layers)
+    auto: Any = AutoModel
+    assert torch.equal(hidden(auto.from_pretrained(out)), hidden(nybble.load(tmp_path / "out")[0]))
+    found = run_eval({"it": str(out)}, str(text), reference=str(tmp_path / "float"), seq_len=12, samples=1)
+    assert 0.9 < found["models"]["it"]["cosine"] < 1
+
+
+@pytest.mark.parametrize(
+    ("family", "auto", "lacks", "base"),
+    [
+        ("mistral", CAUSAL, ("lm_head",), "MistralModel"),
+        ("mixtral", CAUSAL, ("lm_head",), "MixtralModel"),
+        ("bert", MASKED, ("cls",), "BertModel"),  # without its pooler too
+    ],
+)
+def test_a_config_that_names_a_head_which_the_file_lacks(
+    tmp_path: Path, family: str, auto: Any, lacks: tuple[str, ...], base: str
+) -> None:
+    save_float(tmp_path, family, auto)
+    stored = load_file(tmp_path / "model.safetensors")
+    save_file({n: t for n, t in stored.items() if not n.startswith(lacks)}, tmp_path / "model.safetensors")
+    source = open_source(str(tmp_path))
+    assert source.note.startswith(f"The files have no head of the model that config.json names; read as {base}.")
+    theirs: Any = AutoModel
+    reference, ours = theirs.from_pretrained(tmp_path), source.model(torch.float32)
+    assert type(ours).__name__ == base and torch.equal(hidden(ours), hidden(reference))
+    nybble.quantize(str(tmp_path), build_recipe("rtn", weights="int8 channel"), out=tmp_path / "out", settings=SETTINGS)
+    loaded = nybble.load(tmp_path / "out")[0]
+    assert torch.equal(hidden(theirs.from_pretrained(tmp_path / "out")), hidden(loaded))
+    assert 0 < float((hidden(loaded) - hidden(reference)).norm() / hidden(reference).norm()) < 0.05
