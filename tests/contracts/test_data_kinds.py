@@ -49,6 +49,9 @@ class Place:
     def preprocessing(self) -> dict[str, Any]:
         return PREPROCESSOR
 
+    def side_files(self) -> dict[str, Path]:
+        return {}
+
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:

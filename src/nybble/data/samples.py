@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -76,6 +77,9 @@ class Origin(Protocol):
     def preprocessing(self) -> dict[str, Any]:
         """``preprocessor_config.json``; empty without one."""
 
+    def side_files(self) -> Mapping[str, Path]:
+        """What stands beside the weights: name relative to them -> file."""
+
 
 @dataclass(frozen=True)
 class InMemory:
@@ -95,5 +99,9 @@ class InMemory:
         return self.given
 
     def preprocessing(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def side_files(self) -> Mapping[str, Path]:
         """Nothing."""
         return {}

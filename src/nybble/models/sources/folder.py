@@ -21,6 +21,7 @@ from nybble.models.build.config_file import load_config, read_json
 from nybble.models.build.skeleton import expected_tensors, meta_model, model_class
 from nybble.models.sources import ModelSource, StoredTensor
 from nybble.models.sources.match import Match, match_names
+from nybble.models.sources.side_files import side_files
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -257,6 +258,10 @@ class FolderSource(ModelSource):
     def preprocessing(self) -> dict[str, Any]:
         """As preprocessor_config.json says, if there is one."""
         return read_preprocessing(self.folder)
+
+    def side_files(self) -> Mapping[str, Path]:
+        """Those that the folder has."""
+        return side_files(self.folder)
 
     def generation_config(self) -> GenerationConfig | None:
         """From generation_config.json, if there is one."""
