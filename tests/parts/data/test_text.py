@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from tests.parts.data.tiny import tiny_tokenizer
 
-import nybble
 from nybble.core.errors import DataError, FileError, UsageError
 from nybble.data import Part, load_text, make_source
 from nybble.data.sources.builtin import split_topics
+from nybble.pipelines.generate import generate
 
 PARTS: tuple[Part, ...] = ("calibration", "evaluation")
 
@@ -137,7 +137,7 @@ def test_half_a_surrogate_pair_is_named(tmp_path: Path, content: str) -> None:
     with pytest.raises(DataError, match=r"data 'mine', document 2 holds U\+D800 at character 1"):
         make_source(["good", "a\ud800"], name="mine", note="")
     with pytest.raises(DataError, match=r"the prompt holds U\+DCFF"):
-        nybble.generate("demo:smollm2", "caf\udcff")
+        generate("demo:smollm2", "caf\udcff")
 
 
 def test_a_table_without_text_names_its_columns(tmp_path: Path) -> None:
