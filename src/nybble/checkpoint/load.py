@@ -41,8 +41,12 @@ def load_quantized(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     stated = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     model = meta_model(config, dtype or stated, len(checkpoint.stored))
     restore_model(model, checkpoint.modules, checkpoint.layouts, checkpoint.kv)
-    _check_names(folder, checkpoint, expected_tensors(model))
+    expected = expected_tensors(model)
+    _check_names(folder, checkpoint, expected)
     tensors = _read(folder, checkpoint, dtype)
+    # Whichever of its names a tied tensor is stored under: tying takes one of them for the other's.
+    stored = {id(tensor): tensors[name] for name, tensor in expected.items() if name in tensors}
+    tensors |= {name: stored[id(tensor)] for name, tensor in expected.items() if name not in tensors}
     fill_buffers_(model)
     with reading(folder):
         model.load_state_dict(tensors, strict=False, assign=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +92,13 @@ class Parts:
         Args:
             name: of the part.
             prefix: of the module, with a dot; empty for the whole model.
-            module: with real tensors; of those that are tied, the first name is kept.
+            module: with real tensors; of those that are tied, the name is kept that the others are tied to.
             rows: of its layers.
             without: says which names are in other parts.
         """
-        first: dict[int, str] = {}
-        tensors: dict[str, Tensor] = {}
-        for key, tensor in module.state_dict(keep_vars=True).items():
-            if not without(key) and first.setdefault(id(tensor), key) == key:
-                tensors[f"{prefix}{key}"] = tensor.detach()
+        stored = {key: t for key, t in module.state_dict(keep_vars=True).items() if not without(key)}
+        kept = _owners(module, stored)
+        tensors = {f"{prefix}{key}": tensor.detach() for key, tensor in stored.items() if key in kept}
         layouts = Layouts()
         found = [(key, m) for key, m in quant_modules(module) if not without(key)]
         modules = {f"{prefix}{key}": describe(m, layouts) for key, m in found}
@@ -169,6 +167,16 @@ def begun_with(folder: Path) -> dict[str, Any] | None:
             found: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
             return {key: value for key, value in found.items() if key not in ("name", "layers")}
     return None
+
+
+def _owners(module: nn.Module, stored: Mapping[str, Tensor]) -> set[str]:
+    """One name for each tensor: the one that transformers ties the others to, where it says so; else the first."""
+    tied = getattr(module, "all_tied_weights_keys", None) or {}
+    owner: dict[int, str] = {}
+    for key, tensor in stored.items():
+        if owner.setdefault(id(tensor), key) in tied and key not in tied:
+            owner[id(tensor)] = key
+    return set(owner.values())
 
 
 def _same_request(folder: Path, before: dict[str, Any], request: dict[str, Any]) -> None:

@@ -94,7 +94,7 @@ class InMemory:
             raise UsageError(
                 "a model in memory has no tokenizer here; give tokenizer=..., or data as token ids "
                 "[samples, tokens], as the model's inputs by name, or as samples (nybble.data.token_samples, "
-                "sentence_samples, image_samples)."
+                "sentence_samples, pair_samples, image_samples)."
             )
         return self.given
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from nybble.checkpoint.parts import EVALUATION
@@ -84,6 +85,7 @@ def run_eval(
     with evaluating(*everyone):
         for name, model in loaded.items():
             spec = models[name]
+            made = kind.fitted(made, model)
             _check_runs(spec if isinstance(spec, str) else name, model, kind, judge, made)
         panel = Panel(
             models=loaded, reference=float_model, samples=made, metrics=names, origins=origins,
@@ -106,7 +108,7 @@ def _opened(spec: Spec, device: str, dense: bool = False) -> tuple[Any, Origin]:
 
 def _kind_of(models: Mapping[str, Any]) -> str:
     """The kind of data that all models read."""
-    kinds = {name: reads_of(model.config) for name, model in models.items()}
+    kinds = {name: reads_of(model) for name, model in models.items()}
     if len(set(kinds.values())) > 1:
         raise UsageError(
             "models of several kinds can't be judged on the same data: "
@@ -133,7 +135,7 @@ def judged_on(model: str, data: str, *, seq_len: int) -> Samples:
         NybbleError: data that can't be read or is too little, or a kind of model that nothing judges.
     """
     source = open_source(model)
-    key = reads_of(source.config)
+    key = reads_of(source.skeleton(torch.bfloat16))
     return data_kind(key).prepare(data, source, judge_of(key).wanted(None, seq_len))
 
 

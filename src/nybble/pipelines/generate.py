@@ -72,4 +72,5 @@ def generate(
             do_sample=sample,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
-    return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+    new = made[0] if loaded.config.is_encoder_decoder else made[0, ids.shape[1] :]
+    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()

@@ -48,7 +48,7 @@ def load(
     folder = Path(model)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return loaded, None  # transformers would make up an empty one for some models, and fail for others
-    return loaded, data_kind(reads_of(loaded.config)).tokenizer(origin)
+    return loaded, data_kind(reads_of(loaded)).tokenizer(origin)
 
 
 def load_with_origin(
