@@ -1,7 +1,7 @@
 """Tokenizers rebuilt from GGUF metadata give llama.cpp's own ids; what a file leaves out has llama.cpp's defaults.
 
-The ids in gguf_tokenizers.json are llama.cpp's (benchmarks/gguf_tokenizers.py --fixture); the benchmark compares 10,000 lines
-for each name.
+The ids in gguf_tokenizers.json are llama.cpp's (benchmarks/gguf_tokenizers.py --fixture); the benchmark compares 10,000
+lines for each name.
 """
 
 from __future__ import annotations
@@ -104,13 +104,18 @@ def write(path: Path, **pairs: Any) -> Path:
         add = writer.add_string if isinstance(value, str) else writer.add_uint16
         add(key.replace("__", "."), value)
     writer.add_tensor("token_embd.weight", np.zeros((2, 32), np.float32))
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return path
 
 
 def test_files_say_what_they_are(tmp_path: Path) -> None:
     part = write(tmp_path / "m-00002-of-00003.GGUF", split__no=1, split__count=3)
-    with pytest.raises(ModelError, match="is part 2 of 3 of a split model. Join them first: llama-gguf-split --merge"):
+    with pytest.raises(
+        ModelError, match=r"is part 2 of 3 of a split model\. Join them first: llama-gguf-split --merge"
+    ):
         open_source(str(part))
     with pytest.raises(ModelError, match="is a GGUF of type 'adapter' and no model"):
         open_source(str(write(tmp_path / "lora.gguf", general__type="adapter")))
