@@ -23,6 +23,7 @@ from nybble.data import (
     Wanted,
     image_samples,
     load_text,
+    pair_samples,
     preparation_for,
     sentence_samples,
     token_samples,
@@ -49,6 +50,9 @@ class Place:
     def preprocessing(self) -> dict[str, Any]:
         return PREPROCESSOR
 
+    def side_files(self) -> dict[str, Path]:
+        return {}
+
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
@@ -58,6 +62,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     np.save(folder / "x.npy", np.random.default_rng(0).integers(0, 256, (7, 20, 18, 3), dtype=np.uint8))
     return {
         "tokens": str(folder / "text.txt"), "sentences": str(folder / "lines.txt"), "images": str(folder / "x.npy"),
+        "pairs": str(folder / "text.txt"),
     }  # fmt: skip
 
 
@@ -71,7 +76,7 @@ def prepared(name: str, sources: dict[str, str]) -> Samples:
 
 
 def test_every_kind_has_a_judge_and_every_adapter_a_kind() -> None:
-    assert KINDS.names() == JUDGES.names() == ["images", "sentences", "tokens"]
+    assert KINDS.names() == JUDGES.names() == ["images", "pairs", "sentences", "tokens"]
     assert all(isinstance(judge, Judge) and judge.metrics for judge in JUDGES.all().values())
     adapters: dict[str, Adapter] = REGISTRY.all()
     assert {adapter.reads for adapter in adapters.values()} == set(KINDS.names())
@@ -84,7 +89,8 @@ def test_samples_are_those_of_the_kinds_own_function(name: str, sources: dict[st
     if name == "images":
         own: Any = image_samples(sources[name], preparation_for(origin.config, PREPROCESSOR), samples=5, seed=3)
     else:
-        cut: Any = token_samples if name == "tokens" else sentence_samples
+        cuts: Any = {"tokens": token_samples, "sentences": sentence_samples, "pairs": pair_samples}
+        cut = cuts[name]
         text = load_text(sources[name], "calibration")
         own = cut(text, origin.tokenizer(), samples=5, seq_len=12, seed=3)
     found = prepared(name, sources)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import ModelError
@@ -104,9 +105,14 @@ class BlockState:
             raise ModelError(f"{self.prefix}{name} is no tensor of this model.")
         if name not in self._precise:
             return live.detach()
+        truth = self._precise[name].to(live.device)
         if self._marks[name] != _mark(live):
-            raise RuntimeError(f"{self.prefix}{name} was written to without BlockState.put: its truth is out of date.")
-        return self._precise[name].to(live.device)
+            if not _is_cast(live, truth):
+                raise RuntimeError(
+                    f"{self.prefix}{name} was written to without BlockState.put: its truth is out of date."
+                )
+            self._marks[name] = _mark(live)  # some routers cast their weights whenever they run
+        return truth
 
     def matrix(self, target: Target) -> Tensor:
         """A target's matrix [out, in] (of a fused one [matrices, out, in]), in the precision that is kept."""
@@ -232,6 +238,12 @@ class BlockState:
     def settle(self) -> None:
         """Forget the float layers and the truth: what stands in is what is left."""
         self._float, self._installed, self._packed, self._precise, self._marks = {}, {}, {}, {}, {}
+
+
+def _is_cast(live: Tensor, truth: Tensor) -> bool:
+    """Whether a tensor is another in its own dtype, or was cast to it by way of 16 bits."""
+    through = (live.dtype, torch.bfloat16, torch.float16)
+    return any(torch.equal(truth.to(dtype).to(live.dtype), live) for dtype in through)
 
 
 def _mark(tensor: Tensor) -> tuple[int, int]:

@@ -40,7 +40,7 @@ class TailCall(BlockCall):
             except (torch.OutOfMemoryError, MemoryError, ModelError):
                 raise
             except Exception as error:
-                problem = error
+                problem = problem or error
                 continue
             return dict(given)
         raise ModelError(

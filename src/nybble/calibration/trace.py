@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nybble.core.errors import ModelError
+from nybble.core.errors import ModelError, NybbleError
 from nybble.data.kinds import data_kind
 from nybble.models.adapter import Adapter, Flow, adapter_for
 from nybble.nn.kinds import Kind, kind_of
@@ -59,8 +59,9 @@ class BlockCall:
             return {**given, HIDDEN: output}
         found = {**given, HIDDEN: output[_place(self.flows)]}
         for flow in self.flows:
-            if (self.index == 0 or not flow.once) and output[flow.gives] is not None:
-                found[flow.name] = output[flow.gives]
+            given_on = output[flow.gives] if flow.gives < len(output) else None
+            if (self.index == 0 or not flow.once) and given_on is not None:
+                found[flow.name] = given_on
         return found
 
 
@@ -68,6 +69,10 @@ def _place(flows: Sequence[Flow]) -> int:
     """Where in the tuple that a block returns its hidden states are: at the first place that no other flow takes."""
     taken = {flow.gives for flow in flows}
     return next(place for place in range(len(taken) + 1) if place not in taken)
+
+
+_MORE = object()
+"""Stands in a block's output where something else than hidden states and flows would be."""
 
 
 class _AllSeenError(Exception):
@@ -113,6 +118,10 @@ def _record(
 
     def recorder(index: int) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if any(value is _MORE for value in (*args, *kwargs.values())):
+                raise ModelError(
+                    f"the blocks of {type(model).__name__} hand on more than hidden states, and no adapter says what."
+                )
             hidden, call = _split(index, args, kwargs, flows, keep=index == 0)
             calls.append(call)
             shapes.add(hidden.shape)
@@ -120,7 +129,7 @@ def _record(
                 raise _AllSeenError
             values = {f.gives: call.args[f.takes] if isinstance(f.takes, int) else call.kwargs.get(f.takes)
                       for f in flows if not f.once}  # fmt: skip
-            return returned(hidden, width, flows, values)
+            return returned(hidden, width, flows, values, _MORE if not flows and width > 1 else None)
 
         return forward
 
@@ -137,11 +146,16 @@ def _record(
     return calls, in_order and len(shapes) == 1
 
 
-def returned(hidden: Tensor | None, width: int, flows: Sequence[Flow], values: Mapping[int, Any]) -> Any:
-    """What a block that computes nothing returns: the hidden states, or a tuple of ``width`` with them in place."""
+def returned(
+    hidden: Tensor | None, width: int, flows: Sequence[Flow], values: Mapping[int, Any], more: Any = None
+) -> Any:
+    """What a block that computes nothing returns: the hidden states, or a tuple of ``width`` with them in place.
+
+    ``more``: what is at places that neither they nor flows have.
+    """
     if not width:
         return hidden
-    found = [values.get(place) for place in range(width)]
+    found = [values.get(place, more) for place in range(width)]
     found[_place(flows)] = hidden
     return tuple(found)
 
@@ -192,8 +206,8 @@ def capture_block_calls(
     names = adapter.stack_names(model)[: 1 if end is None else 2]
     stacks = [[model.get_submodule(name) for name in stack] for stack in names]
     problems: list[Exception] = []
-    # Most blocks return a tensor, some a tuple that the model takes [0] of. Given a tensor, the latter kind of model
-    # drops the batch dimension, which the next recorder sees: so try a tensor first, then a tuple.
+    # Most blocks return a tensor, some a tuple that the model takes [0] of, or two or three things. Given a tensor, the
+    # second kind of model drops the batch dimension, which the next recorder sees: so try a tensor first, then tuples.
     for width in tuple_widths(adapter.flows):
         try:
             calls, good = _record(model, stacks, given, end, adapter.flows, width)
@@ -203,6 +217,12 @@ def capture_block_calls(
             problems.append(error)
             continue
         if good:
+            samples, first = len(next(iter(given.values()))), calls[0].start
+            if first is not None and len(first[HIDDEN]) != samples:
+                raise ModelError(
+                    f"{type(model).__name__} gives its blocks hidden states {list(first[HIDDEN].shape)}, which don't "
+                    f"begin with the {samples} samples, so they can't be carried from block to block."
+                )
             if adapter.convolutional:
                 # The network reads its input as it is; a wrapper may have moved it to where its weights aren't yet.
                 dtype = next(stacks[0][0].parameters()).dtype
@@ -226,7 +246,7 @@ def _fault(model: nn.Module, blocks: int, problems: Sequence[Exception], tries: 
 
 def tuple_widths(flows: Sequence[Flow]) -> tuple[int, ...]:
     """How long a tuple a model's blocks may return, in the order to try; 0 for a bare tensor."""
-    return (max(_place(flows), *(flow.gives for flow in flows)) + 1,) if flows else (0, 1)
+    return (max(_place(flows), *(flow.gives for flow in flows)) + 1,) if flows else (0, 1, 2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +302,15 @@ def trace_groups(block: nn.Module, call: BlockCall, given: Tensors | None = None
 
             handle = module.register_forward_pre_hook(note, with_kwargs=True)
             undo.callback(handle.remove)
-        call.run(block, start)
+        try:
+            call.run(block, start)
+        except (NybbleError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"a {type(block).__name__} can't be run by itself as the model runs it ({type(error).__name__}: {error}"
+                "), so it can't be calibrated; use a recipe without data."
+            ) from error
     called = {name for names in groups.values() for name in names}
     inside = {f"{name}.{leaf}" for name, (module, _) in watched.items() for leaf, _ in module.named_parameters()}
     other = [n for n, p in block.named_parameters() if p.ndim >= 2 and n not in inside]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from nybble.core.guard import reading
 from nybble.models.build.config_file import make_config, read_json
 from nybble.models.build.skeleton import expected_tensors, fill_buffers_, kept_float32, meta_model
 from nybble.models.sources.folder import read_preprocessing, read_tokenizer
+from nybble.models.sources.side_files import side_files
 from nybble.nn.packed import validate_packed
 
 if TYPE_CHECKING:
@@ -106,3 +107,7 @@ class Beside:
     def preprocessing(self) -> dict[str, Any]:
         """As preprocessor_config.json says, if there is one."""
         return read_preprocessing(self.folder)
+
+    def side_files(self) -> Mapping[str, Path]:
+        """Those that the folder has."""
+        return side_files(self.folder)

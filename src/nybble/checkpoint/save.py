@@ -13,6 +13,7 @@ from nybble.checkpoint.parts import Parts
 from nybble.core.errors import FileError, UsageError
 from nybble.core.files import AtomicFolder
 from nybble.data.kinds import DataKind
+from nybble.models.sources.side_files import copy_side_files
 from nybble.nn.kinds import quant_modules
 from nybble.nn.kv_model import recorded_kv
 
@@ -48,6 +49,7 @@ def save_side_files(kind: DataKind, source: ModelSource, model: PreTrainedModel,
         FileError: they can't be written.
     """
     kind.write_side_files(source, folder)
+    copy_side_files(source.side_files(), folder)
     if model.can_generate() and model.generation_config is not None:
         try:
             model.generation_config.save_pretrained(folder)

@@ -92,6 +92,19 @@ def atomic_write_bytes(path: Path | str, data: bytes) -> None:
         file.write(data)
 
 
+def atomic_copy(source: Path | str, path: Path | str) -> None:
+    """Write the bytes of ``source`` to ``path``, whole or not at all.
+
+    Raises:
+        FileError: ``source`` can't be read, the disk is full, or the folder is missing or can't be written.
+    """
+    source = Path(source)
+    with disk_errors(source):
+        file = source.open("rb")
+    with file, atomic_file(path, source.stat().st_size) as copy:
+        shutil.copyfileobj(file, copy)
+
+
 def atomic_write_text(path: Path | str, text: str) -> None:
     """Write ``text`` as UTF-8 with its line ends as they are; see :func:`atomic_write_bytes`."""
     atomic_write_bytes(path, text.encode())
@@ -211,12 +224,20 @@ def free_bytes(path: Path | str) -> int:
 
 
 def need_space(path: Path | str, needed: int) -> None:
-    """Raise FileError, naming both numbers, if fewer than ``needed`` bytes are free where ``path`` will be."""
-    free = free_bytes(path)
+    """Raise FileError, naming both numbers, if fewer than ``needed`` bytes are free where ``path`` will be.
+
+    What an earlier run left in ``PATH.partial`` counts as free: it is a part of what is needed, or is cleared.
+    """
+    free = free_bytes(path) + _bytes_in(_partial(Path(path)))
     if free < needed:
         raise FileError(
             f"{path}: {needed:,} bytes are needed but {free:,} are free. Free some space or write to another disk."
         )
+
+
+def _bytes_in(folder: Path) -> int:
+    with disk_errors(folder):
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def sha256_file(path: Path | str) -> str:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from nybble.data.images import ImageSamples as ImageSamples
     from nybble.data.images import image_samples as image_samples
     from nybble.data.images import preparation_for as preparation_for
+    from nybble.data.pairs import PairSamples as PairSamples
+    from nybble.data.pairs import pair_samples as pair_samples
     from nybble.data.samples import InMemory as InMemory
     from nybble.data.samples import Origin as Origin
     from nybble.data.samples import Samples as Samples
@@ -32,6 +34,8 @@ _NAMES = {
     "ImageSamples": "nybble.data.images",
     "image_samples": "nybble.data.images",
     "preparation_for": "nybble.data.images",
+    "PairSamples": "nybble.data.pairs",
+    "pair_samples": "nybble.data.pairs",
     "InMemory": "nybble.data.samples",
     "Origin": "nybble.data.samples",
     "Samples": "nybble.data.samples",

@@ -174,7 +174,7 @@ def _read(src: str) -> tuple[Any, np.ndarray | None, str]:
     if not path.exists():
         raise FileError(f"data {src!r} does not exist. Give an IDX file, .npy, .npz, or a folder of pictures.")
     try:
-        if path.suffix in (".npy", ".npz"):
+        if path.suffix.lower() in (".npy", ".npz"):
             return _array(path)
         if "idx3" in path.name:
             return _idx_pair(path)
@@ -187,7 +187,7 @@ def _read(src: str) -> tuple[Any, np.ndarray | None, str]:
 
 def _array(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
     loaded: Any = np.load(path, allow_pickle=False)
-    images, labels = (loaded, None) if path.suffix == ".npy" else (loaded["images"], loaded.get("labels"))
+    images, labels = (loaded, None) if path.suffix.lower() == ".npy" else (loaded["images"], loaded.get("labels"))
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise DataError(
             f"{path}: images are {images.dtype} {list(images.shape)}; uint8 [N, H, W] or [N, H, W, 3] needed."

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nybble.core.errors import DataError
+from nybble.data.text import check_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,17 +16,20 @@ def row_text(row: object, place: str, tokenizer: PreTrainedTokenizerBase | None)
     """Return the document that a record holds.
 
     Args:
-        row: a mapping with ``text`` (a string), or with ``messages`` (``[{"role": ..., "content": ...}, ...]``).
+        row: a mapping with ``text`` (a string), or with ``messages`` (``[{"role": ..., "content": ...}, ...]``); or the
+            string itself.
         place: file and line, for the error.
         tokenizer: needed for ``messages``; its chat template renders them, without a generation prompt.
 
     Raises:
         DataError: neither field, or of the wrong type; no chat template; a template that refuses the messages.
     """
+    if isinstance(row, str):
+        return check_text(row, place)
     if not isinstance(row, Mapping):
         raise DataError(f"{place} is a {type(row).__name__}, not an object with 'text' or 'messages'.")
     if isinstance(row.get("text"), str):
-        return str(row["text"])
+        return check_text(str(row["text"]), place)
     if isinstance(row.get("messages"), list):
         return _render(row["messages"], place, tokenizer)
     if wrong := [key for key in ("text", "messages") if key in row]:
@@ -41,6 +45,8 @@ def _render(messages: list[Any], place: str, tokenizer: PreTrainedTokenizerBase 
     if not all(isinstance(message, Mapping) and "role" in message for message in messages):
         raise DataError(f"{place}: each of 'messages' must be an object with 'role' and 'content'.")
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return check_text(str(tokenizer.apply_chat_template(messages, tokenize=False)), place)
+    except DataError:
+        raise
     except Exception as error:  # a template is a program of the model's author: it may raise anything
         raise DataError(f"{place}: the chat template refuses these messages: {error}") from error

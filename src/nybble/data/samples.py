@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -76,6 +77,9 @@ class Origin(Protocol):
     def preprocessing(self) -> dict[str, Any]:
         """``preprocessor_config.json``; empty without one."""
 
+    def side_files(self) -> Mapping[str, Path]:
+        """What stands beside the weights: name relative to them -> file."""
+
 
 @dataclass(frozen=True)
 class InMemory:
@@ -90,10 +94,14 @@ class InMemory:
             raise UsageError(
                 "a model in memory has no tokenizer here; give tokenizer=..., or data as token ids "
                 "[samples, tokens], as the model's inputs by name, or as samples (nybble.data.token_samples, "
-                "sentence_samples, image_samples)."
+                "sentence_samples, pair_samples, image_samples)."
             )
         return self.given
 
     def preprocessing(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def side_files(self) -> Mapping[str, Path]:
         """Nothing."""
         return {}

@@ -25,7 +25,10 @@ SOURCES = Registry(
     lambda part: not isinstance(part, type) and hasattr(part, "accepts") and hasattr(part, "read"),
 )
 
-_TEXT_ENDINGS = {".txt", ".text", ".md", ".rst", ".jsonl", ".json", ".csv", ".gz", ".zip", ".html", ".xml", ".parquet"}
+_TEXT_ENDINGS = {
+    ".txt", ".text", ".md", ".rst", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".html", ".xml", ".gz", ".bz2", ".xz",
+    ".zst", ".zip", ".parquet", ".pdf",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,8 @@ def load_text(src: str, part: Part, tokenizer: PreTrainedTokenizerBase | None = 
 
     Args:
         src: ``builtin``, a UTF-8 text file (one document), a JSONL file (a document per line, from ``text`` or from
-            chat ``messages``), or a hub dataset ``ID[:CONFIG[:SPLIT]]``.
+            chat ``messages``), JSON or a CSV table with the same fields, or a hub dataset ``ID[:CONFIG[:SPLIT]]``.
+            Files may be packed by gzip, bzip2 or xz.
         part: which half of ``builtin``. Only ``builtin`` is split: every other source gives all its documents for
             either part, and its note says so; judge on another file than the one you calibrated on.
         tokenizer: renders ``messages`` with its chat template.
@@ -100,13 +104,30 @@ def make_source(documents: Iterable[str], *, name: str, note: str) -> TextSource
     """Make a TextSource of the documents that are not blank.
 
     Raises:
-        DataError: all are blank.
+        DataError: all are blank; or one holds half a surrogate pair, which no tokenizer takes.
     """
-    kept = tuple(document for document in documents if document.strip())
+    numbered = enumerate(documents, start=1)
+    kept = tuple(check_text(text, f"data {name!r}, document {number}") for number, text in numbered if text.strip())
     if not kept:
         raise DataError(f"data {name!r} holds no text: every document is empty. Give a source with text, or 'builtin'.")
-    digest = hashlib.sha256("\0".join(kept).encode("utf-8", "surrogatepass")).hexdigest()
+    digest = hashlib.sha256("\0".join(kept).encode()).hexdigest()
     return TextSource(documents=kept, sha256=digest, name=name, note=note)
+
+
+def check_text(text: str, place: str) -> str:
+    """Return ``text`` as it is.
+
+    Raises:
+        DataError: half a surrogate pair in it: JSON and command lines can carry one, UTF-8 and tokenizers can't.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place} holds U+{ord(text[error.start]):04X} at character {error.start}, half of a surrogate pair and no "
+            "character. Remove it, or write the whole pair."
+        ) from None
+    return text
 
 
 def whole(name: str) -> str:

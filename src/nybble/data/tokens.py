@@ -89,7 +89,7 @@ def token_samples(
     if seq_len < 2:
         raise UsageError(f"a sequence length of {seq_len} leaves no token to predict. Give 2 or more.")
     check_count(samples)
-    windows = _windows(_stream(source, tokenizer), _starts_with_bos(tokenizer), source, seq_len)
+    windows = _windows(token_stream(source, tokenizer), _starts_with_bos(tokenizer), source, seq_len)
     available = windows.shape[0]
     wanted = available if samples is None or (fewer and samples > available) else samples
     if wanted > available:
@@ -109,7 +109,7 @@ def token_samples(
     )
 
 
-def _stream(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def token_stream(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """All documents as one run of tokens [T], with the end-of-sequence token, if there is one, between two."""
     between = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     # verbose=False: no warning that a document is longer than the model's context; it is about to be cut.

@@ -7,15 +7,16 @@ read once a piece), the float32 arithmetic over the vocabulary takes as many row
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import DataError, ModelError, UsageError, within
 from nybble.core.progress import Progress, Silent, task
-from nybble.eval._logits import Predictor, evaluating
+from nybble.eval._logits import AnyPredictor, Predictor, evaluating
 from nybble.eval._metric import LogitRows, Metric, total
 from nybble.eval.metrics import METRICS
 
@@ -76,16 +77,37 @@ def evaluate_many(
     """
     parts: dict[str, Metric] = {name: METRICS.get(name) for name in metrics}
     _check(parts, models, tokens, reference, batch_size)
+    batches = [(tokens[start:stop], tokens[start:stop, 1:]) for start, stop in _pieces(0, len(tokens), batch_size)]
+    return tally(parts, models, reference, batches, lambda model: Predictor(model, tokens), progress or Silent())
+
+
+def tally(
+    parts: Mapping[str, Metric],
+    models: Mapping[str, nn.Module],
+    reference: nn.Module | None,
+    batches: Sequence[tuple[Any, Tensor]],
+    predictor: Callable[[nn.Module], AnyPredictor],
+    progress: Progress,
+) -> dict[str, EvalResult]:
+    """Metrics of several models over batches, each what predictors take and the targets, int64 [B, T].
+
+    Args:
+        parts: the metrics, by name.
+        models: by name.
+        reference: see :func:`evaluate_many`.
+        batches: all of them.
+        predictor: makes one of a model.
+        progress: told after each batch.
+    """
     if not any(metric.needs_reference for metric in parts.values()):
         reference = None  # not worth a forward
     everyone = [*models.values()] if reference is None else [reference, *models.values()]
-    batches = list(_pieces(0, tokens.shape[0], batch_size))
-    with evaluating(*everyone), task(progress or Silent(), len(batches), "evaluate") as bar:
-        tally = _Tally(parts, models, reference, _predictors(models, reference, tokens))
-        for start, stop in batches:
-            tally.add(tokens[start:stop])
+    with evaluating(*everyone), task(progress, len(batches), "evaluate") as bar:
+        found = _Tally(parts, models, reference, _predictors(models, reference, predictor))
+        for given, targets in batches:
+            found.add(given, targets)
             bar.advance()
-    return tally.results(tokens.shape[0] * (tokens.shape[1] - 1))
+    return found.results(sum(targets.numel() for _, targets in batches))
 
 
 class _Tally:
@@ -96,7 +118,7 @@ class _Tally:
         parts: Mapping[str, Metric],
         models: Mapping[str, nn.Module],
         reference: nn.Module | None,
-        predictors: Mapping[int, Predictor],
+        predictors: Mapping[int, AnyPredictor],
     ) -> None:
         self.parts = parts
         self.models = models
@@ -110,10 +132,10 @@ class _Tally:
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         self.sums = {name: dict.fromkeys(parts, zero) for name in models}
 
-    def add(self, ids: Tensor) -> None:
-        """Run every model once on windows [B, L] and add up their metrics."""
-        logits_of = {key: predictor.predict(ids) for key, predictor in self.predictors.items()}
-        targets = ids[:, 1:].flatten().to(self.device)
+    def add(self, given: Any, targets: Tensor) -> None:
+        """Run every model once on a batch and add up their metrics."""
+        logits_of = {key: predictor.predict(given) for key, predictor in self.predictors.items()}
+        targets = targets.flatten().to(self.device)
         for start, stop in _pieces(0, targets.numel(), self.head_rows):
             # Every model's logits of this piece, so that the reference's softmax is made once for all.
             logits = {key: of(start, stop).to(self.device) for key, of in logits_of.items()}
@@ -170,14 +192,16 @@ def _check(
         raise DataError(f"tokens of shape {list(tokens.shape)} leave nothing to predict: windows of 2 or more needed.")
 
 
-def _predictors(models: Mapping[str, nn.Module], reference: nn.Module | None, tokens: Tensor) -> dict[int, Predictor]:
+def _predictors(
+    models: Mapping[str, nn.Module], reference: nn.Module | None, make: Callable[[nn.Module], AnyPredictor]
+) -> dict[int, AnyPredictor]:
     """A predictor per distinct model, by id; the reference's is the first. All must share one vocabulary."""
     named = list(models.items()) if reference is None else [("the reference", reference), *models.items()]
-    predictors: dict[int, Predictor] = {}
+    predictors: dict[int, AnyPredictor] = {}
     for name, model in named:
         if id(model) not in predictors:
             with within(name):
-                predictors[id(model)] = Predictor(model, tokens)
+                predictors[id(model)] = make(model)
         first, own = next(iter(predictors.values())).vocabulary, predictors[id(model)].vocabulary
         if own != first:
             raise ModelError(

@@ -8,13 +8,14 @@ are more than head(body(tokens)) are found out on a few tokens and run whole.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from nybble.core.errors import DataError
+from nybble.core.errors import DataError, ModelError
 from nybble.core.products import product_dtype, products_in
 from nybble.nn.kv_model import recorded_kv
 
@@ -22,6 +23,48 @@ LogitsOf = Callable[[int, int], Tensor]
 """(start, stop) -> logits [stop - start, V] of these predictions of the batch, in the model's dtype."""
 
 _PROBE = 16  # tokens; enough to see a scale or an extra layer between body and head
+
+
+class AnyPredictor(Protocol):
+    """One model, asked for the logits of pieces of a batch, whatever it is called with.
+
+    ``vocabulary``: logits of one prediction. ``itemsize``: bytes of one. ``device``: where they are made.
+    """
+
+    vocabulary: int
+    itemsize: int
+    device: torch.device
+
+    def predict(self, given: Any, /) -> LogitsOf:
+        """Run the model on a batch."""
+
+
+class PairPredictor:
+    """An encoder-decoder, called with mappings of ``input_ids`` [B, S] and ``decoder_input_ids`` [B, T].
+
+    Args:
+        model: gives ``logits`` [B, T, V].
+        inputs: of all batches; the first few tokens of the first pair show the vocabulary.
+
+    Raises:
+        ModelError: no logits.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+        self.model, self.device = model, _device(model)
+        shown = self.predict({name: tensor[:1, :_PROBE] for name, tensor in inputs.items()})(0, 1)
+        self.vocabulary, self.itemsize = shown.shape[-1], shown.element_size()
+
+    def predict(self, given: Mapping[str, Tensor], /) -> LogitsOf:
+        """Run the model; the result gives logits of any piece of the B * T predictions."""
+        output = self.model(**{name: tensor.to(self.device) for name, tensor in given.items()}, use_cache=False)
+        logits = getattr(output, "logits", None)
+        if logits is None:
+            raise ModelError(
+                f"{type(self.model).__name__} gives no logits over tokens, so its targets can't be judged."
+            )
+        flat: Tensor = logits.flatten(0, 1)
+        return lambda start, stop: flat[start:stop]
 
 
 class Predictor:

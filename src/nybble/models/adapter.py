@@ -7,7 +7,8 @@ read its fold pairs; the pipeline reads its blocks. A model without an adapter s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 
 from nybble.core.errors import ModelError
 from nybble.core.registry import Registry
-from nybble.models.build.skeleton import base_class
 from nybble.nn.kinds import kind_of
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ class Adapter:
         limits: what the adapter can't offer, each with its reason.
         flows: what goes from block to block beside the hidden states.
         reads: key of the kind of data that calibration feeds it, in the registry ``nybble.data.kinds``: ``tokens``,
-            windows of running text; ``sentences``, padded and with the tokenizer's special tokens; ``images``.
+            windows of running text; ``sentences``, padded and with the tokenizer's special tokens; ``pairs``, inputs
+            and targets; ``images``. Which kind of text it is depends on the class (:func:`reads_of`).
         convolutional: whether the layers to quantize are convolutions. ``blocks`` is then the path of the network
             itself, which is one block: its stages differ in shape, and it is small.
     """
@@ -260,16 +261,30 @@ def checkpoint_renames(config: PreTrainedConfig) -> Mapping[str, str]:
     return dict(found.renames) if found else {}
 
 
-def reads_of(model: Any) -> str:
-    """Key of the kind of data that a transformers model reads.
+TEXTS = frozenset({"tokens", "sentences", "pairs"})
+"""Kinds of data that are text: which of them a model reads, its class tells better than its family."""
 
-    Those of unknown families are taken for language models. A bare decoder has no logits: it embeds sentences.
+
+def reads_of(model: nn.Module) -> str:
+    """Key of the kind of data that a model is calibrated and judged on: its family's, and of text what its class takes.
+
+    Text goes into a decoder with a language head as it runs, into an encoder-decoder as inputs and targets, and into
+    all others (encoders, and whatever has no head or another one) as sentences.
     """
-    config = model.config
-    found = _by_model_type().get(config.model_type)
-    reads = "tokens" if found is None else found.reads
-    embeds = reads == "tokens" and not config.is_encoder_decoder and type(model) is base_class(config)
-    return "sentences" if embeds else reads
+    found = _by_model_type().get(getattr(getattr(model, "config", None), "model_type", ""))
+    return _reads(model, "tokens" if found is None else found.reads)
+
+
+def _reads(model: nn.Module, usual: str) -> str:
+    main, generates = getattr(model, "main_input_name", None), getattr(model, "can_generate", None)
+    if usual not in TEXTS or generates is None:
+        return usual
+    if main != "input_ids":
+        return "images" if main == "pixel_values" else usual
+    bare = getattr(model, "base_model", None) is model
+    if (bare or generates()) and "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        return "pairs"  # with a classifier they make the decoder's inputs of the encoder's
+    return "tokens" if generates() else "sentences"
 
 
 def adapter_for(model: nn.Module | PreTrainedConfig) -> Adapter:
@@ -281,8 +296,11 @@ def adapter_for(model: nn.Module | PreTrainedConfig) -> Adapter:
     """
     config = getattr(model, "config", None) if isinstance(model, nn.Module) else model
     found = _by_model_type().get(getattr(config, "model_type", ""))
+    if found is not None and isinstance(model, nn.Module):
+        fitted, reads = _fitted(found, model), _reads(model, found.reads)
+        return fitted if reads == found.reads else replace(fitted, reads=reads)
     if found is not None:
-        return _fitted(found, model) if isinstance(model, nn.Module) else found
+        return found
     if not isinstance(model, nn.Module):
         known = ", ".join(sorted(_by_model_type()))
         raise ModelError(f"no adapter for model type {model.model_type!r}; known: {known}. Pass the model itself.")
@@ -306,10 +324,15 @@ def _fitted(adapter: Adapter, model: nn.Module) -> Adapter:
     def fit(path: str | None) -> str | None:
         return None if path is None else path.replace(BASE, base)
 
+    blocks, decoder = adapter.blocks.replace(BASE, base), fit(adapter.decoder_blocks)
+    if decoder is not None and _at(model, blocks) is None:
+        blocks, decoder = decoder, None  # the decoder alone
+    elif decoder is not None and _at(model, decoder) is None:
+        decoder = None  # the encoder alone
     return replace(
         adapter,
-        blocks=adapter.blocks.replace(BASE, base),
-        decoder_blocks=fit(adapter.decoder_blocks),
+        blocks=blocks,
+        decoder_blocks=decoder,
         embeddings=tuple(path.replace(BASE, base) for path in adapter.embeddings),
         final_norm=fit(adapter.final_norm),
     )
@@ -324,6 +347,22 @@ def _without_head(adapter: Adapter, prefix: str) -> Adapter:
         final_norm=None if adapter.final_norm is None else adapter.final_norm.removeprefix(prefix),
         head=None,
     )
+
+
+def _of_text(model: nn.Module, lists: Sequence[tuple[str, nn.Module]]) -> Sequence[tuple[str, nn.Module]]:
+    """The lists in the part of a model that reads text, where there are others: a tower of images may be deeper."""
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    parts = [name for name, module in model.named_modules() if name and module is decoder]
+    parts += [name for name, _ in model.named_modules() if name.endswith(("language_model", "text_model"))]
+    for part in parts:
+        if inside := [item for item in lists if item[0].startswith(f"{part}.")]:
+            return inside
+    return lists
+
+
+def _longest(lists: Iterable[tuple[str, nn.Module]]) -> str:
+    """The path of the longest list of blocks; of equals the one that is nested least."""
+    return max(lists, key=lambda item: (len(item[1]), -item[0].count(".")))[0]  # type: ignore[arg-type]
 
 
 def _multiplies(module: nn.Module) -> bool:
@@ -350,13 +389,19 @@ def generic_adapter(model: nn.Module) -> Adapter:
         raise ModelError(
             f"{type(model).__name__} has no list of repeated blocks, so it can't be walked block by block."
         )
-    path, _ = max(lists, key=lambda item: (len(item[1]), -item[0].count(".")))
+    reads = _reads(model, "tokens")
+    path, decoder = _longest(_of_text(model, lists) if reads in TEXTS else lists), None
+    if reads == "pairs":
+        sides = [[item for item in lists if side in item[0].split(".")] for side in ("encoder", "decoder")]
+        if all(sides):
+            path, decoder = (_longest(side) for side in sides)
     embeddings = tuple(n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and not n.startswith(path))
     find_head = getattr(model, "get_output_embeddings", lambda: None)
     head = find_head()
     name = type(model).__name__
     return Adapter(
         name="generic", model_types=(), blocks=path, embeddings=embeddings, final_norm=None,
+        decoder_blocks=decoder, reads=reads,
         head=next((n for n, m in model.named_modules() if m is head), None) if head is not None else None,
         limits=(
             f"transforms that fold a norm into linears (SmoothQuant, ...) are off: {name} has no adapter",

@@ -17,6 +17,6 @@ def check_model(spec: str) -> None:
     """
     if not spec.strip():
         raise UsageError(f"the model's name is empty. {_NOTE}")
-    written_as_path = spec.startswith((".", "/", "~")) or spec.endswith(".gguf") or spec.count("/") > 1
+    written_as_path = spec.startswith((".", "/", "~")) or spec.lower().endswith(".gguf") or spec.count("/") > 1
     if written_as_path and not Path(spec).exists():
         raise FileError(f"there is no {spec}. {_NOTE}")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from nybble.checkpoint.parts import EVALUATION
@@ -18,7 +19,7 @@ from nybble.data import InMemory, Origin, Samples
 from nybble.data.kinds import DataKind, data_kind
 from nybble.data.text import check_source
 from nybble.eval._logits import evaluating
-from nybble.eval.judges import Panel, check_metrics, chosen_metrics, judge_of
+from nybble.eval.judges import Judge, Panel, check_metrics, chosen_metrics, judge_of
 from nybble.models.adapter import reads_of
 from nybble.models.sources.open import open_source
 from nybble.pipelines.load import load_with_origin
@@ -66,11 +67,16 @@ def run_eval(
     if isinstance(data, str):
         check_source(data)
     loaded: dict[str, Any] = {}
-    origin: Origin = InMemory(None)
+    origins: dict[str, Origin] = {}
     for name, spec in models.items():
-        loaded[name], origin = _opened(spec, device, dense=True)
+        loaded[name], origins[name] = _opened(spec, device, dense=True)
     same = next((name for name, spec in models.items() if spec == reference), None)
-    float_model = None if reference is None else loaded[same] if same else _opened(reference, device)[0]
+    float_model, reference_origin = None, None
+    if same is not None:
+        float_model, reference_origin = loaded[same], origins[same]
+    elif reference is not None:
+        float_model, reference_origin = _opened(reference, device)
+    origin = [*origins.values()][-1]
     key = _kind_of(loaded)
     names = chosen_metrics(key, metrics, float_model is not None)
     kind, judge = data_kind(key), judge_of(key)
@@ -79,8 +85,12 @@ def run_eval(
     with evaluating(*everyone):
         for name, model in loaded.items():
             spec = models[name]
-            _check_runs(spec if isinstance(spec, str) else name, model, kind, made)
-        panel = Panel(models=loaded, reference=float_model, samples=made, metrics=names)
+            made = kind.fitted(made, model)
+            _check_runs(spec if isinstance(spec, str) else name, model, kind, judge, made)
+        panel = Panel(
+            models=loaded, reference=float_model, samples=made, metrics=names, origins=origins,
+            reference_origin=reference_origin,
+        )  # fmt: skip
         verdict = judge.judge(panel, progress or Silent())
         written = judge.texts(loaded, origin, made, texts)
     return {"models": verdict.metrics, "data": {**made.manifest(), **verdict.counts}, "samples": written}
@@ -108,15 +118,14 @@ def _kind_of(models: Mapping[str, Any]) -> str:
     return next(iter(kinds.values()))
 
 
-def _check_runs(what: str, model: Any, kind: DataKind, samples: Samples) -> None:
+def _check_runs(what: str, model: Any, kind: DataKind, judge: Judge, samples: Samples) -> None:
     """Refuse samples that don't fit, and models that load but fail."""
     kind.check(samples, model)
     first = next(model.parameters())
     with reading(f"{what} loads, but can't run; it", ModelError):
         probe = kind.probe(samples.inputs, first.device)
-        model(
-            **{name: tensor.to(first.dtype) if tensor.is_floating_point() else tensor for name, tensor in probe.items()}
-        )
+        given = {name: t.to(first.dtype) if t.is_floating_point() else t for name, t in probe.items()}
+        judge.call(model, given)
 
 
 def judged_on(model: str, data: str, *, seq_len: int) -> Samples:
@@ -126,7 +135,7 @@ def judged_on(model: str, data: str, *, seq_len: int) -> Samples:
         NybbleError: data that can't be read or is too little, or a kind of model that nothing judges.
     """
     source = open_source(model)
-    key = reads_of(source.config)
+    key = reads_of(source.skeleton(torch.bfloat16))
     return data_kind(key).prepare(data, source, judge_of(key).wanted(None, seq_len))
 
 

@@ -9,6 +9,7 @@ import torch
 from nybble.core.device import check_device
 from nybble.core.errors import ModelError, UsageError
 from nybble.core.seeds import derive_seed, preserve_global_rng
+from nybble.data.text import check_text
 from nybble.kv_format import KVFormat
 from nybble.nn.kv_model import use_quantized_cache
 from nybble.pipelines.load import load
@@ -43,6 +44,7 @@ def generate(
     """
     if not prompt.strip():
         raise UsageError("the prompt is empty.")
+    check_text(prompt, "the prompt")
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
     check_device(device)
@@ -70,4 +72,5 @@ def generate(
             do_sample=sample,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
-    return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+    new = made[0] if loaded.config.is_encoder_decoder else made[0, ids.shape[1] :]
+    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()

@@ -93,6 +93,7 @@ class Job:
             kind = data_kind(adapter.reads)
             origin: Origin = InMemory(model.config, tokenizer) if source is None or tokenizer is not None else source
             tokens = samples_of(data, kind, origin, settings.wanted(), getattr(model, "main_input_name", "input_ids"))
+            tokens = kind.fitted(tokens, model)
             kind.check(tokens, model)
         products = settings.products_of(device, dtype)
         load = _load(subject, source, settings, dtype, tokens, kept, paths, steps)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
+import json
+import lzma
 import sys
 import types
 from pathlib import Path
@@ -12,8 +16,9 @@ import pytest
 from tests.parts.data.tiny import tiny_tokenizer
 
 from nybble.core.errors import DataError, FileError, UsageError
-from nybble.data import Part, load_text
+from nybble.data import Part, load_text, make_source
 from nybble.data.sources.builtin import split_topics
+from nybble.pipelines.generate import generate
 
 PARTS: tuple[Part, ...] = ("calibration", "evaluation")
 
@@ -72,6 +77,76 @@ def test_jsonl_text_and_messages(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     assert load_text(str(path), "calibration", tokenizer).documents == ("a\u2028b \u2028 c", "<user>hi")
+
+
+ROWS = [{"text": "one"}, {"text": "two \u2028 \U0001f600"}]
+LINES = "\n".join(map(json.dumps, ROWS))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.JSONL", LINES), ("a.ndjson", LINES), ("a.json", LINES), ("a.Json", json.dumps(ROWS)),
+        ("a.json", "\ufeff" + json.dumps(ROWS, indent=1)), ("a.json", json.dumps({"version": 1, "data": ROWS})),
+        ("a.json", json.dumps([row["text"] for row in ROWS])), ("a.jsonl", "\ufeff" + LINES + "\n"),
+        ("a.CSV", 'id,text\n1,one\n2,"two \u2028 \U0001f600"\n'),
+        ("a.tsv", "text\tid\none\t1\ntwo \u2028 \U0001f600\t2"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("pack", ["", "gz", "bz2", "XZ"])
+def test_records_are_told_by_the_ending_in_any_case_packed_or_not(
+    tmp_path: Path, name: str, content: str, pack: str
+) -> None:
+    path = tmp_path / (f"{name}.{pack}" if pack else name)
+    packers: dict[str, Any] = {"": bytes, "gz": gzip.compress, "bz2": bz2.compress, "XZ": lzma.compress}
+    path.write_bytes(packers[pack](content.encode()))
+    assert load_text(str(path), "calibration").documents == ("one", "two \u2028 \U0001f600")
+
+
+def test_one_json_object_is_one_record(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"text": "one", "tags": ["x"]}), encoding="utf-8")
+    assert load_text(str(path), "calibration").documents == ("one",)
+
+
+def test_packed_text_is_one_document(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt.gz"
+    path.write_bytes(gzip.compress(b"one\r\ntwo"))
+    assert load_text(str(path), "calibration").documents == ("one\r\ntwo",)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(FileError, match="can't be unpacked"):
+        load_text(str(path), "calibration")
+
+
+@pytest.mark.parametrize("begins", [b"PAR1", b"PK\x03\x04", b"%PDF", b"\x28\xb5\x2f\xfd"])
+def test_files_that_are_no_text_are_named(tmp_path: Path, begins: bytes) -> None:
+    path = tmp_path / "a.dat"
+    path.write_bytes(begins + b" and more")
+    with pytest.raises(DataError, match=r"is (a|an|packed by) .*JSONL"):
+        load_text(str(path), "calibration")
+
+
+@pytest.mark.parametrize("content", ['{"text": "a \\ud800 b"}', '{"messages": [{"role": "u", "content": "\\udc00"}]}'])
+def test_half_a_surrogate_pair_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "\\ud83d\\ude00"}\n' + content, encoding="utf-8")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(DataError, match=r"line 2 holds U\+D[8C]00 at character"):
+        load_text(str(path), "calibration", tokenizer)
+    with pytest.raises(DataError, match=r"data 'mine', document 2 holds U\+D800 at character 1"):
+        make_source(["good", "a\ud800"], name="mine", note="")
+    with pytest.raises(DataError, match=r"the prompt holds U\+DCFF"):
+        generate("demo:smollm2", "caf\udcff")
+
+
+def test_a_table_without_text_names_its_columns(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("id,body\n1,one", encoding="utf-8")
+    with pytest.raises(DataError, match="record 1 has neither 'text' nor 'messages'; its fields: id, body"):
+        load_text(str(path), "calibration")
+    path.write_text("text\n" + "x" * 200_000, encoding="utf-8")
+    assert len(load_text(str(path), "calibration").documents[0]) == 200_000
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_plain_networks_in_memory() -> None:
 def test_the_usual_metrics() -> None:
     assert chosen_metrics("tokens", None, compared=False) == ("ppl",)
     assert chosen_metrics("tokens", None, compared=True) == ("ppl", "kl", "agreement")
-    assert chosen_metrics("sentences", None, compared=True) == ("cosine",)
+    assert chosen_metrics("sentences", None, compared=True) == ("cosine", "kl", "agreement")
     assert chosen_metrics("images", ["agreement"], compared=True) == ("agreement",)
     assert judge_of("sentences").wanted(None, 20).samples == 1000
     assert judge_of("tokens").wanted(None, 20).samples is None
@@ -146,3 +146,53 @@ def test_judges_that_are_none() -> None:
         judge_of("sounds")
     with pytest.raises(UsageError, match=r"a model of tokens is judged by agreement, kl, nll, ppl; not by cosine"):
         chosen_metrics("tokens", ["cosine"], compared=True)
+
+
+HEADS: dict[str, Any] = {  # class -> (labels, what an encoder's output says, as [choices, classes])
+    "BertForMaskedLM": (2, lambda out, real: out.logits[real]),
+    "BertForSequenceClassification": (3, lambda out, real: out.logits),
+    "BertForTokenClassification": (2, lambda out, real: out.logits[real]),
+    "ElectraForPreTraining": (2, lambda out, real: torch.stack([out.logits[real], 0 * out.logits[real]], -1)),
+    "BertForMultipleChoice": (2, lambda out, real: torch.cat([out.logits, 0 * out.logits], -1)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_are_judged_by_what_they_say(name: str) -> None:
+    labels, choices = HEADS[name]
+    cls: Any = getattr(transformers, name)
+    config: Any = cls.config_class(
+        vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        num_labels=labels,
+    )  # fmt: skip
+    torch.manual_seed(2)
+    model, other, samples = cls(config).eval(), cls(config).eval(), sentences()
+    for parameter in (*model.parameters(), *other.parameters()):
+        parameter.mul_(8 if parameter.ndim > 1 else 1)
+    found = run_eval({"same": model, "other": other}, samples, reference=model)["models"]
+    assert found["same"] == pytest.approx({"cosine": 1, "cosine_min": 1, "kl": 0, "agreement": 1}, abs=1e-6)
+    real = samples.attention_mask.bool()
+    several = {k: v[:, None] for k, v in samples.inputs.items()} if "Choice" in name else samples.inputs
+    p, q = (choices(m(**several), real).log_softmax(-1) for m in (model, other))
+    assert found["other"]["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert found["other"]["agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    hidden: Any = [m.base_model(**samples.inputs).last_hidden_state for m in (model, other)]
+    means: Any = [torch.stack([h[i, real[i]].mean(0) for i in range(len(h))]) for h in hidden]
+    assert found["other"]["cosine"] == pytest.approx(float(nn.functional.cosine_similarity(*means).mean()), abs=1e-5)
+
+
+@torch.no_grad()
+def test_answers_are_places_of_real_tokens() -> None:
+    make: Any = transformers.BertConfig
+    config = make(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    cls: Any = transformers.BertForQuestionAnswering
+    model, other = (cls(config).eval() for _ in range(2))
+    samples = sentences()
+    found = run_eval({"other": other}, samples, reference=model, metrics=["kl"])["models"]["other"]
+    values = []
+    for name in ("start_logits", "end_logits"):
+        for row, real in enumerate(samples.attention_mask.bool()):
+            p, q = (m(**samples.inputs)[name][row][real].log_softmax(-1) for m in (model, other))
+            values.append(float((p.exp() * (p - q)).sum()))
+    assert found == {"kl": pytest.approx(sum(values) / len(values), rel=1e-4)}

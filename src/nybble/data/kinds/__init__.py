@@ -72,6 +72,10 @@ class DataKind(ABC):
         """
         raise UsageError("this model reads no text, and the data is a list of texts.")
 
+    def fitted(self, samples: Samples, model: Any) -> Samples:
+        """The samples as this model, which may be on the meta device, is called with them; most kinds' are ready."""
+        return samples
+
     def check(self, samples: Samples, model: Any) -> None:
         """Refuse samples that don't fit a model, which may be on the meta device.
 

@@ -78,8 +78,8 @@ class TextKind(DataKind):
             )
         if smallest < 0:
             raise DataError(f"the data has token {smallest}; token ids are 0 or more.")
-        rows = model.get_input_embeddings().weight.shape[0]
-        if largest >= rows:
+        rows = _rows(model)
+        if rows is not None and largest >= rows:
             raise DataError(
                 f"the data has token {largest}, and the model's embeddings have {rows} rows; is it its tokenizer?"
             )
@@ -104,3 +104,11 @@ class TextKind(DataKind):
             tokenizer.save_pretrained(folder)
         except Exception as error:
             raise FileError(f"{folder}: the tokenizer's files can't be written: {error}") from error
+
+
+def _rows(model: Any) -> int | None:
+    """How many tokens a model's embeddings have; None where it doesn't say which those are."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except NotImplementedError:
+        return None

@@ -1,4 +1,4 @@
-"""A UTF-8 text file: one document, taken as it is."""
+"""A UTF-8 text file, packed or not: one document, taken as it is."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 class Text:
-    """Any path that is not a JSONL file."""
+    """Any path that no other kind takes."""
 
-    fallback = False
+    fallback = True
 
     def accepts(self, src: str) -> bool:
-        """True for a path without the ending ``.jsonl``; a missing file is told so when read."""
-        return src != "builtin" and looks_like_path(src) and not src.endswith(".jsonl")
+        """True for a path; a missing file is told so when read."""
+        return src != "builtin" and looks_like_path(src)
 
     def read(self, src: str, part: Part, tokenizer: PreTrainedTokenizerBase | None) -> TextSource:
         """Return the file's text as one document, line ends unchanged."""

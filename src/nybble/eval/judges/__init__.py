@@ -26,6 +26,7 @@ class Panel:
 
     Attributes:
         models: by name, in eval mode. reference: the float model that some metrics compare with; may be one of them.
+        origins: where they come from, by name. reference_origin: where the reference does.
         samples: of the judge's kind of data.
         metrics: names among the judge's own.
     """
@@ -34,14 +35,16 @@ class Panel:
     reference: nn.Module | None
     samples: Samples
     metrics: Sequence[str]
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    reference_origin: Origin | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """``metrics``: of each model, by name; ``counts``: what they are means over, to stand in the data's manifest."""
+    """``metrics``: of each model, by name; ``counts``: what else is to stand in the data's manifest."""
 
     metrics: dict[str, dict[str, float]]
-    counts: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[str, int | str] = field(default_factory=dict)
 
 
 class Judge(ABC):
@@ -64,6 +67,10 @@ class Judge(ABC):
     def wanted(self, samples: int | None, seq_len: int) -> Wanted:
         """Which samples a judgement takes, if ``samples`` (None: nothing said) of length ``seq_len`` are asked for."""
         return Wanted(part="evaluation", samples=samples, seq_len=seq_len)
+
+    def call(self, model: Any, inputs: Mapping[str, Any]) -> Any:
+        """One forward of a model, as the judgement will make them."""
+        return model(**inputs)
 
     @abstractmethod
     def judge(self, panel: Panel, progress: Progress) -> Verdict:

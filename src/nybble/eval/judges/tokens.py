@@ -18,6 +18,11 @@ PROMPT, ANSWER = 24, 40
 """Tokens of held-out text that a sample starts from, and that each model adds."""
 
 
+def usual_metrics(compared: bool) -> tuple[str, ...]:
+    """Perplexity; with a float model also what the quantized one does otherwise."""
+    return ("ppl", "kl", "agreement") if compared else ("ppl",)
+
+
 class Tokens(Judge):
     """By the registry of metrics."""
 
@@ -32,8 +37,8 @@ class Tokens(Judge):
         return tuple(name for name, metric in METRICS.all().items() if metric.needs_reference)
 
     def usual(self, compared: bool) -> tuple[str, ...]:
-        """Perplexity; with a float model also what the quantized one does otherwise."""
-        return ("ppl", "kl", "agreement") if compared else ("ppl",)
+        """See :func:`usual_metrics`."""
+        return usual_metrics(compared)
 
     def judge(self, panel: Panel, progress: Progress) -> Verdict:
         """All models in one pass over the windows."""

@@ -12,6 +12,7 @@ PART = Adapter(
     embeddings=("{base}shared", "{base}encoder.embed_positions", "{base}decoder.embed_positions"),
     final_norm=None,
     head="lm_head",
+    reads="pairs",
     linear_folds=(
         LinearFold(first="self_attn.v_proj", second="self_attn.out_proj", heads=True),
         LinearFold(first="encoder_attn.v_proj", second="encoder_attn.out_proj", heads=True),

@@ -16,6 +16,7 @@ PART = Adapter(
     embeddings=("{base}shared",),
     final_norm="{base}decoder.layer_norm",
     head="lm_head",
+    reads="pairs",
     norm_folds=(
         NormFold(norm="self_attn_layer_norm", readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         NormFold(norm="encoder_attn_layer_norm", readers=("encoder_attn.q_proj",)),

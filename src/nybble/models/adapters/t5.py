@@ -10,11 +10,12 @@ GATED = (("is_gated_act", True),)
 PART = Adapter(
     name="t5",
     model_types=("t5", "mt5"),
-    blocks="encoder.block",
-    decoder_blocks="decoder.block",
-    embeddings=("shared",),
-    final_norm="decoder.final_layer_norm",
+    blocks="{base}encoder.block",
+    decoder_blocks="{base}decoder.block",
+    embeddings=("{base}shared",),
+    final_norm="{base}decoder.final_layer_norm",
     head="lm_head",
+    reads="pairs",
     norm_folds=(
         NormFold(norm="layer.0.layer_norm", readers=tuple(f"layer.0.SelfAttention.{part}" for part in "qkv")),
         NormFold(norm="layer.1.layer_norm", readers=("layer.1.EncDecAttention.q",)),

@@ -87,6 +87,10 @@ class ModelSource(ABC):
         """``preprocessor_config.json`` of a vision model; empty where the source has none."""
         return {}
 
+    def side_files(self) -> Mapping[str, Path]:
+        """What stands beside the weights and goes along as it is: name relative to the result's folder -> file."""
+        return {}
+
     @abstractmethod
     def generation_config(self) -> GenerationConfig | None:
         """How the model's makers sample from it, where the source says so."""

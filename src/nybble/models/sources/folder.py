@@ -22,6 +22,7 @@ from nybble.models.build.skeleton import base_class, expected_tensors, meta_mode
 from nybble.models.sources import ModelSource, StoredTensor
 from nybble.models.sources.left_over import SWITCHES, LeftOver, left_over
 from nybble.models.sources.match import Match, match_names
+from nybble.models.sources.side_files import side_files
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -343,6 +344,10 @@ class FolderSource(ModelSource):
     def preprocessing(self) -> dict[str, Any]:
         """As preprocessor_config.json says, if there is one."""
         return read_preprocessing(self.folder)
+
+    def side_files(self) -> Mapping[str, Path]:
+        """Those that the folder has."""
+        return side_files(self.folder)
 
     def generation_config(self) -> GenerationConfig | None:
         """From generation_config.json, if there is one."""

@@ -55,6 +55,19 @@ def float_values(data: np.ndarray[Any, np.dtype[np.uint8]], entry: GgufTensor) -
     return values.astype(np.float32, copy=not values.flags.writeable)
 
 
+def _check_whole(metadata: Mapping[str, Any], place: str) -> None:
+    """Refuse a part of a split model, and what stands beside a model in a file of its own."""
+    parts, kind = metadata.get("split.count", 1), metadata.get("general.type", "model")
+    if isinstance(parts, int) and parts > 1:
+        number = int(metadata.get("split.no", 0)) + 1
+        raise ModelError(
+            f"{place} is part {number} of {parts} of a split model. Join them first: "
+            "llama-gguf-split --merge FIRST_PART WHOLE.gguf"
+        )
+    if kind != "model":
+        raise ModelError(f"{place} is a GGUF of type {kind!r} and no model.")
+
+
 @final
 class GgufSource(ModelSource):
     """A GGUF file of llama.cpp. Every weight comes out as float32, exactly what llama.cpp's formats say."""
@@ -66,6 +79,7 @@ class GgufSource(ModelSource):
         self.aliases = False
         self.note = ""
         self._header = read_gguf_header(path)
+        _check_whole(self._header.metadata, spec)
         name, self._arch = arch_of(self._header.metadata, spec)
         self._shapes = {tensor: entry.shape for tensor, entry in self._header.tensors.items()}
         self.config = make_config(config_dict(self._header.metadata, self._shapes, name, self._arch, spec), spec)

@@ -16,10 +16,12 @@ SHAPE_KEYS = {
     "block_count": "num_hidden_layers",
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
-GEMMA_KEYS = SHAPE_KEYS | {"attention.key_length": "head_dim", "attention.sliding_window": "sliding_window"}
+HEADS = {"attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim"}
+WINDOW = {"attention.sliding_window": "sliding_window"}
+OWN_HEADS = ("qwen3", "gemma2", "gemma3_text")
+"""Config classes whose default width of a head doesn't follow from the other sizes."""
 SOFTCAPS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
@@ -52,7 +54,8 @@ SANDWICH = BLOCK | {
 class GgufArch:
     """How one GGUF architecture reads as a transformers model.
 
-    ``keys``: metadata key without the architecture -> config key. ``optional``: may be absent. ``block``: tensor name
+    ``keys``: metadata key without the architecture -> config key. ``optional``: may be absent; then the config class's
+    own default holds, which is llama.cpp's, but for heads (:func:`config_dict`). ``block``: tensor name
     within ``blk.N`` -> module within the block. ``rope_interleaved``: llama.cpp reorders the rows of q and k so that
     rotated pairs are neighbours; transformers keeps the halves apart. ``norm_offset``: what llama.cpp added to norm
     weights. ``odd_scale_blocks``: the block count of the one size whose queries are scaled by hidden size over
@@ -63,7 +66,7 @@ class GgufArch:
     architecture: str
     block: Mapping[str, str]
     keys: Mapping[str, str] = field(default_factory=lambda: SHAPE_KEYS)
-    optional: Mapping[str, str] = field(default_factory=dict)
+    optional: Mapping[str, str] = field(default_factory=lambda: HEADS)
     rope_interleaved: bool = False
     norm_offset: float = 0.0
     odd_scale_blocks: int | None = None
@@ -73,20 +76,22 @@ class GgufArch:
 ARCHS = {
     "llama": GgufArch(
         model_type="llama", architecture="LlamaForCausalLM", block=PRE_NORM, rope_interleaved=True,
-        optional={"rope.dimension_count": "head_dim"},
+        optional={"rope.dimension_count": "head_dim"} | HEADS,
     ),
-    "qwen2": GgufArch(model_type="qwen2", architecture="Qwen2ForCausalLM", block=PRE_NORM),
+    "qwen2": GgufArch(
+        model_type="qwen2", architecture="Qwen2ForCausalLM", block=PRE_NORM,
+        optional={"attention.head_count_kv": "num_key_value_heads"},
+    ),
     "qwen3": GgufArch(
         model_type="qwen3", architecture="Qwen3ForCausalLM", block=PRE_NORM | QK_NORM,
-        keys=SHAPE_KEYS | {"attention.key_length": "head_dim"},
     ),
     "gemma2": GgufArch(
         model_type="gemma2", architecture="Gemma2ForCausalLM", block=SANDWICH,
-        keys=GEMMA_KEYS, optional=SOFTCAPS, norm_offset=1.0, odd_scale_blocks=46,
+        optional=HEADS | WINDOW | SOFTCAPS, norm_offset=1.0, odd_scale_blocks=46,
     ),
     "gemma3": GgufArch(
         model_type="gemma3_text", architecture="Gemma3ForCausalLM", block=SANDWICH | QK_NORM,
-        keys=GEMMA_KEYS, norm_offset=1.0, odd_scale_blocks=62, local_rope_theta=10_000.0,
+        optional=HEADS | WINDOW, norm_offset=1.0, odd_scale_blocks=62, local_rope_theta=10_000.0,
     ),
 }  # fmt: skip
 
@@ -120,9 +125,11 @@ def _rope(metadata: Mapping[str, Any], name: str, arch: GgufArch, place: str) ->
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10_000.0}
     if f"{name}.rope.freq_base" in metadata:
         rope["rope_theta"] = float(_get(metadata, f"{name}.rope.freq_base", place))
-    scaling = metadata.get(f"{name}.rope.scaling.type", "none")
+    scaling = metadata.get(f"{name}.rope.scaling.type", "linear")
     if scaling == "linear":
-        rope |= {"rope_type": "linear", "factor": float(_get(metadata, f"{name}.rope.scaling.factor", place))}
+        found = [key for key in ("scaling.factor", "scale_linear") if f"{name}.rope.{key}" in metadata]
+        factor = float(_get(metadata, f"{name}.rope.{found[0]}", place)) if found else 0.0
+        rope |= {"rope_type": "linear", "factor": factor} if factor else {}  # 0: none
     elif scaling != "none":
         raise ModelError(f"{place}: rope scaling {scaling!r} is not read from GGUF; use the model's safetensors.")
     if arch.local_rope_theta is None:
@@ -143,6 +150,11 @@ def config_dict(
     for key, meaning in arch.optional.items():
         if f"{name}.{key}" in metadata:
             raw[meaning] = _get(metadata, f"{name}.{key}", place)
+    raw.setdefault("num_key_value_heads", raw["num_attention_heads"])
+    if arch.model_type in OWN_HEADS:
+        raw.setdefault("head_dim", raw["hidden_size"] // max(raw["num_attention_heads"], 1))
+    if arch.local_rope_theta is not None and not raw.get("sliding_window"):
+        raw["layer_types"] = ["full_attention"] * raw["num_hidden_layers"]
     if arch.odd_scale_blocks is not None:
         odd = raw["num_hidden_layers"] == arch.odd_scale_blocks
         raw["query_pre_attn_scalar"] = (

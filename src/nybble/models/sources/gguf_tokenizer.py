@@ -7,6 +7,7 @@ must be recovered from scores, go through transformers' own converter.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +18,44 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-# ``tokenizer.ggml.pre`` -> the regular expression that cuts text before BPE; "" is ByteLevel's own (GPT-2's),
-# "digits" is that after cutting out single digits. The expressions are those of the models' tokenizer.json.
+
+@dataclass(frozen=True, kw_only=True)
+class PreTokenizer:
+    """What llama.cpp does under one name of ``tokenizer.ggml.pre``.
+
+    ``patterns``: regular expressions that cut text before BPE, each the pieces of the one before. ``whole_words``: a
+    piece that is a token needs no merges. ``add_bos``: whether a text begins with a token of its own, unless
+    ``tokenizer.ggml.add_bos_token`` says something else.
+    """
+
+    patterns: tuple[str, ...]
+    whole_words: bool = False
+    add_bos: bool = False
+
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LLAMA3 = QWEN2.replace(r"\p{N}| ?", r"\p{N}{1,3}| ?", 1)
+_WORDS = PreTokenizer(patterns=(GPT2,))
+_DIGITS = PreTokenizer(patterns=(r"\p{N}", GPT2))
+_QWEN2 = PreTokenizer(patterns=(QWEN2,))
+_LLAMA3 = PreTokenizer(patterns=(LLAMA3,), whole_words=True, add_bos=True)
+_DEFAULT = PreTokenizer(
+    patterns=(r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+)
+# Each compared with llama.cpp's own ids by benchmarks/gguf_tokenizers.py.
 PRE_TOKENIZERS = {
-    "smollm": "digits",
-    "gpt-2": "",
-    "default": "",
-    "qwen2": QWEN2,
-    "llama-bpe": QWEN2.replace(r"\p{N}| ?", r"\p{N}{1,3}| ?", 1),
+    "default": _DEFAULT,
+    **dict.fromkeys(("gpt-2", "phi-2", "olmo"), _WORDS),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _DIGITS),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), _QWEN2),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), _LLAMA3),
+    **dict.fromkeys(("smaug-bpe", "dbrx"), PreTokenizer(patterns=(LLAMA3,))),
 }
+BOS_ID = 11
+"""What llama.cpp takes for the beginning and the end of a text where the file doesn't say."""
 CONTROL, USER_DEFINED = 3, 4
 
 
@@ -40,26 +67,26 @@ def _list(metadata: Mapping[str, Any], key: str, kind: type, place: Path) -> lis
 
 
 def _byte_level_bpe(metadata: Mapping[str, Any], place: Path) -> Tokenizer:
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in PRE_TOKENIZERS:
-        raise ModelError(f"{place}: pre-tokenizer {pre!r} is unknown.{did_you_mean(str(pre), PRE_TOKENIZERS)}")
+    pre = _pre_tokenizer(metadata, place)
     tokens = _list(metadata, "tokens", str, place)
     merges = [tuple(merge.split(" ", 1)) for merge in _list(metadata, "merges", str, place)]
-    bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
-    tokenizer = Tokenizer(bpe)
-    pattern = PRE_TOKENIZERS[pre]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern in ("", "digits"))
-    if pattern == "digits":
-        steps = [pre_tokenizers.Digits(individual_digits=True), byte_level]
-    else:
-        steps = [pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level] if pattern else [byte_level]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    if pre == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre.whole_words))
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _pre_tokenizer(metadata: Mapping[str, Any], place: Path) -> PreTokenizer:
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if name not in PRE_TOKENIZERS:
+        raise ModelError(f"{place}: pre-tokenizer {name!r} is unknown.{did_you_mean(str(name), PRE_TOKENIZERS)}")
+    return PRE_TOKENIZERS[name]
 
 
 def _added(metadata: Mapping[str, Any], place: Path) -> list[AddedToken]:
@@ -67,6 +94,8 @@ def _added(metadata: Mapping[str, Any], place: Path) -> list[AddedToken]:
     from tokenizers import AddedToken
 
     tokens = _list(metadata, "tokens", str, place)
+    if "tokenizer.ggml.token_type" not in metadata:
+        return []  # all are ordinary ones, as in llama.cpp
     kinds = _list(metadata, "token_type", int, place)
     return [
         AddedToken(token, special=kind == CONTROL, normalized=False)
@@ -101,8 +130,7 @@ def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> PreTrainedTokeni
         added = _added(metadata, path)
         backend.add_special_tokens([t for t in added if t.special])
         backend.add_tokens([t for t in added if not t.special])
-        if metadata.get("tokenizer.ggml.add_bos_token"):
-            _prepend_bos(backend, metadata, path)
+        _frame(backend, metadata, path)
         fast: Any = PreTrainedTokenizerFast
         tokenizer: PreTrainedTokenizerBase = fast(
             tokenizer_object=backend,
@@ -115,13 +143,26 @@ def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> PreTrainedTokeni
     return tokenizer
 
 
-def _prepend_bos(backend: Tokenizer, metadata: Mapping[str, Any], path: Path) -> None:
-    """Start every sequence with the beginning-of-sequence token."""
+def _frame(backend: Tokenizer, metadata: Mapping[str, Any], path: Path) -> None:
+    """Put the tokens for the beginning and the end around every text, where the file or llama.cpp's default asks."""
     from tokenizers import processors
 
     tokens = _list(metadata, "tokens", str, path)
-    index = metadata["tokenizer.ggml.bos_token_id"]
-    bos = tokens[index]
-    backend.post_processor = processors.TemplateProcessing(
-        single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, index)]
-    )
+    asked = {"bos": _pre_tokenizer(metadata, path).add_bos, "eos": False}
+    ids = {
+        name: metadata.get(f"tokenizer.ggml.{name}_token_id", BOS_ID)
+        for name, usual in asked.items()
+        if metadata.get(f"tokenizer.ggml.add_{name}_token", usual)
+    }
+    if bad := [name for name, index in ids.items() if not isinstance(index, int) or not 0 <= index < len(tokens)]:
+        raise ModelError(
+            f"{path}: every text is to have a {bad[0]} token, and {ids[bad[0]]!r} is none of {len(tokens)}."
+        )
+    if ids:
+        named = {name: tokens[index] for name, index in ids.items()}
+        before, behind = ([named[name]] if name in named else [] for name in ("bos", "eos"))
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *behind],
+            pair=[*before, "$A", *behind, *before, "$B", *behind],
+            special_tokens=[(named[name], index) for name, index in ids.items()],
+        )

