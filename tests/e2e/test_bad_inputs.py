@@ -458,22 +458,6 @@ def test_the_disk_runs_full(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
 
 
-def test_the_disk_runs_full_in_others_code(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """tokenizers reports a full disk as a plain Exception."""
-
-    def full(*_: Any, **__: Any) -> None:
-        raise Exception("No space left on device (os error 28)")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
-        with pytest.raises(FileError, match=r"the tokenizer's files can't be written: No space left on device"):
-            run_quantize(folder / "model", folder, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    lines: list[str] = []
-    run_quantize(folder / "model", folder, tmp_path / "out", settings={"resume": True}, announce=lines.append)
-    assert "resuming: 3 of 3 parts are done" in lines
-
-
 def test_a_spill_file_without_room(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -10,6 +10,7 @@ from typing import Any
 from nybble.checkpoint.card import CARD
 from nybble.checkpoint.read import read_checkpoint
 from nybble.core.errors import FileError
+from nybble.models.sources.side_files import is_tokenizer_file
 
 
 def inspect(folder: str | Path) -> dict[str, Any]:
@@ -77,9 +78,7 @@ def _prefixes(name: str) -> list[str]:
 
 
 def _file_role(name: str) -> str:
-    if name.startswith(
-        ("additional_chat_templates", "tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens")
-    ):
+    if is_tokenizer_file(name):
         return "tokenizer"
     if name == "model.safetensors.index.json":
         return "headers"

@@ -17,7 +17,7 @@ from nybble.core.errors import FileError
 from nybble.core.guard import reading
 from nybble.models.build.config_file import make_config, read_json
 from nybble.models.build.skeleton import expected_tensors, fill_buffers_, kept_float32, meta_model
-from nybble.models.sources.folder import read_preprocessing, read_tokenizer
+from nybble.models.sources.folder import read_generation_config, read_preprocessing, read_tokenizer
 from nybble.models.sources.side_files import side_files
 from nybble.nn.packed import validate_packed
 
@@ -52,11 +52,9 @@ def load_quantized(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         validate_packed(model)
         model.tie_weights()
         mark_quantized(model, checkpoint.config["quantization_config"])
-        generation = folder / "generation_config.json"
-        if generation.is_file() and model.can_generate():
-            from transformers import GenerationConfig
-
-            model.generation_config = GenerationConfig.from_dict(read_json(generation))
+        generation = read_generation_config(folder) if model.can_generate() else None
+        if generation is not None:
+            model.generation_config = generation
     return nn.Module.eval(model)
 
 

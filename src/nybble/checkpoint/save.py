@@ -10,10 +10,10 @@ import torch
 
 from nybble.checkpoint.describe import describe_model
 from nybble.checkpoint.parts import Parts
-from nybble.core.errors import FileError, UsageError
-from nybble.core.files import AtomicFolder
+from nybble.core.errors import ModelError, UsageError
+from nybble.core.files import AtomicFolder, disk_errors
 from nybble.data.kinds import DataKind
-from nybble.models.sources.side_files import copy_side_files
+from nybble.models.sources.side_files import GENERATION
 from nybble.nn.kinds import quant_modules
 from nybble.nn.kv_model import recorded_kv
 
@@ -35,26 +35,42 @@ def mark_quantized(model: Any, quantization: dict[str, Any] | None = None) -> No
 
 
 def model_config(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json's mapping for a model, with its architecture and dtype."""
-    config = json.loads(model.config.to_json_string(use_diff=True))
+    """config.json's mapping for a model, with its architecture and dtype.
+
+    Raises:
+        ModelError: it has what JSON has not.
+    """
+    try:
+        config = json.loads(model.config.to_json_string(use_diff=True))
+        json.dumps(config, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"the config of {type(model).__name__} can't be written as JSON: {error}.") from error
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(dtype).removeprefix("torch.")
     return dict(config)
 
 
-def save_side_files(kind: DataKind, source: ModelSource, model: PreTrainedModel, folder: Path) -> None:
-    """Beside the weights: what the model's kind of data needs (tokenizer, preprocessor config); generation config.
+def save_side_files(kind: DataKind, source: ModelSource, model: PreTrainedModel, folder: Path) -> str:
+    """Beside the weights: what the source has there, what the model's kind of data adds, and a generation config.
+
+    Returns:
+        what a later user will miss, in a line; else empty.
 
     Raises:
         FileError: they can't be written.
     """
+    lacks = source.write_side_files(folder)
     kind.write_side_files(source, folder)
-    copy_side_files(source.side_files(), folder)
+    if GENERATION not in source.side_files():
+        _save_generation_config(model, folder)
+    return lacks
+
+
+def _save_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    """As ``save_pretrained``, which refuses values that it has read."""
     if model.can_generate() and model.generation_config is not None:
-        try:
-            model.generation_config.save_pretrained(folder)
-        except Exception as error:  # a full disk, or values that its own check refuses
-            raise FileError(f"{folder}: generation_config.json can't be written: {error}") from error
+        with disk_errors(folder / GENERATION):
+            model.generation_config.to_json_file(folder / GENERATION, keys_to_pop=["compile_config"])
 
 
 def save(
@@ -78,11 +94,10 @@ def save(
     out = Path(out)
     with AtomicFolder(out) as partial:
         parts = Parts(partial, {}, resume=False)
-        parts.write("model", "", model, [])
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        if model.can_generate() and model.generation_config is not None:
-            model.generation_config.save_pretrained(partial)
+        _save_generation_config(model, partial)
+        parts.write("model", "", model, [])
         parts.assemble(["model"], model_config(model, model.dtype), manifest or {}, recorded_kv(model))
         parts.finish()
     return out

@@ -9,10 +9,12 @@ import torch
 from nybble.core.device import check_device
 from nybble.core.errors import ModelError, UsageError
 from nybble.core.seeds import derive_seed, preserve_global_rng
+from nybble.data.kinds import data_kind
 from nybble.data.text import check_text
 from nybble.kv_format import KVFormat
+from nybble.models.adapter import reads_of
 from nybble.nn.kv_model import use_quantized_cache
-from nybble.pipelines.load import load
+from nybble.pipelines.load import load_with_origin
 
 
 def generate(
@@ -49,8 +51,9 @@ def generate(
         raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
     check_device(device)
     cached = None if kv is None else KVFormat.parse(kv)
-    loaded, tokenizer = load(model, device=device, dense=True)
-    if tokenizer is None or not loaded.can_generate():
+    loaded, origin = load_with_origin(model, device=device, dense=True)
+    tokenizer = data_kind(reads_of(loaded)).tokenizer(origin) if loaded.can_generate() else None
+    if tokenizer is None:
         raise ModelError(f"{model} is a {type(loaded).__name__}, which generates no text.")
     if cached is not None:
         use_quantized_cache(loaded, cached if cached.stores else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,17 +10,13 @@ import torch
 from torch import nn
 
 from nybble.checkpoint.load import Beside, is_quantized, load_quantized
+from nybble.core.errors import FileError, ModelError
 from nybble.data import Origin
 from nybble.data.kinds import data_kind
 from nybble.models.adapter import reads_of
 from nybble.models.sources.open import open_source
+from nybble.models.sources.side_files import is_tokenizer_file, side_files
 from nybble.nn.swap import hold_dense
-
-#: a tokenizer is in at least one of these
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
-    "sentencepiece.bpe.model", "tekken.json",
-)  # fmt: skip
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,6 +28,7 @@ def load(
     """Load a model and its tokenizer: a folder that nybble wrote, or whatever :func:`open_source` takes.
 
     Models of text alone have a tokenizer; with one of images, or from a folder that holds no tokenizer, comes None.
+    So it does, with a warning that says why, where the tokenizer can't be read: the model is of use without.
 
     Nothing in a folder is trusted: sizes, names and dtypes are compared with the files before memory is taken, and no
     code runs.
@@ -46,9 +44,13 @@ def load(
     """
     loaded, origin = load_with_origin(model, dtype=dtype, device=device, dense=dense)
     folder = Path(model)
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if folder.is_dir() and not any(is_tokenizer_file(name) for name in side_files(folder)):
         return loaded, None  # transformers would make up an empty one for some models, and fail for others
-    return loaded, data_kind(reads_of(loaded)).tokenizer(origin)
+    try:
+        return loaded, data_kind(reads_of(loaded)).tokenizer(origin)
+    except (FileError, ModelError) as error:
+        warnings.warn(f"{model} comes without its tokenizer: {error}", stacklevel=2)
+        return loaded, None
 
 
 def load_with_origin(

@@ -240,11 +240,12 @@ def _write(job: Job, out: Path, progress: Progress, announce: Callable[[str], No
             if job.settings.resume:
                 announce(parts.begun(job.part_names()))
             if not parts.assembled:
-                Walk({"": job}, partial if job.settings.spill else None).run(parts, progress)
-            if not parts.assembled:
                 assert job.source is not None
-                save_side_files(job.kind, job.source, job.model, partial)
+                # All that may fail at the end fails here, before hours of work.
+                if lacks := save_side_files(job.kind, job.source, job.model, partial):
+                    announce(lacks)
                 config = model_config(job.model, job.dtype)
+                Walk({"": job}, partial if job.settings.spill else None).run(parts, progress)
                 parts.assemble(job.part_names(), config, job.manifest(), job.plan.kv)
             return [LayerRow.from_dict(row) for row in parts.finish()]
     except NybbleError as error:

@@ -191,7 +191,8 @@ class Job:
             more = f"a smaller window (its {self.window} blocks take {self.estimate.window / 1e9:.1f} GB), "
         require_memory(self.estimate.memory, self.device, more)
         if out is not None:
-            need_space(out, self.estimate.disk)
+            beside = {} if self.source is None else self.source.side_files()
+            need_space(out, self.estimate.disk + sum(path.stat().st_size for path in beside.values()))
         return lines
 
     def request(self) -> dict[str, Any]:

@@ -16,6 +16,10 @@ from nybble.core.errors import FileError, ModelError
 from nybble.models.sources.gguf_header import read_gguf_header
 from nybble.models.sources.gguf_names import ARCHS, WHOLE, shortest
 from nybble.models.sources.open import open_source
+from nybble.pipelines.load import load
+from nybble.pipelines.quantize import quantize
+from nybble.pipelines.request import build_recipe
+from nybble.walk.settings import Settings
 
 MODEL_TYPES = {arch: entry.model_type for arch, entry in ARCHS.items()}
 WIDE = {"hidden_size": 64, "intermediate_size": 64}
@@ -272,3 +276,34 @@ def test_truncation_at_every_length(tiny: Any, tmp_path: Path) -> None:
             read_gguf_header(path)
     with pytest.raises(FileError, match="missing"):
         read_gguf_header(tmp_path / "none.gguf")
+
+
+@pytest.mark.parametrize("what", ["full disk", "unknown kind"])
+def test_its_tokenizer_in_the_result(what: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written before the first block; one that can't be rebuilt is missed by nobody who only rounds."""
+    write_gguf(tmp_path / "tiny.gguf", "qwen2", tiny("qwen2"))
+    recipe, out = build_recipe("rtn", weights="int4 group=16"), tmp_path / "out"
+    lines: list[str] = []
+    if what == "full disk":
+
+        def full(*_: Any, **__: Any) -> None:  # tokenizers reports it as a plain Exception
+            raise Exception("No space left on device (os error 28)")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
+            with pytest.raises(FileError, match="the tokenizer's files can't be written: No space left on device"):
+                quantize(str(tmp_path / "tiny.gguf"), recipe, out=out)
+        assert [*(tmp_path / "out.partial" / "parts").iterdir()] == []
+    else:
+
+        def unknown(*_: Any) -> None:
+            raise ModelError("pre-tokenizer 'odd' is unknown")
+
+        monkeypatch.setattr("nybble.models.sources.gguf_tokenizer.build_tokenizer", unknown)
+    quantize(
+        str(tmp_path / "tiny.gguf"), recipe, out=out, settings=Settings(resume=what == "full disk"),
+        announce=lines.append,
+    )  # fmt: skip
+    assert (out / "tokenizer.json").exists() == (what == "full disk")
+    assert ("the result has no tokenizer: pre-tokenizer 'odd' is unknown" in lines) == (what != "full disk")
+    assert (load(out)[1] is None) == (what != "full disk")

@@ -113,7 +113,9 @@ class DataKind(ABC):
         return None
 
     def write_side_files(self, origin: Origin, folder: Path) -> None:  # noqa: B027 - most kinds need none
-        """Write beside the weights what a later user needs to make samples of their own; by default nothing.
+        """Write beside the weights what a later user needs to make samples of this kind; by default nothing.
+
+        Tokenizers, preprocessor configs and the like are there already: they come from the model's own place.
 
         Raises:
             FileError: it can't be written.

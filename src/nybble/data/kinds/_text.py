@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from nybble.core.errors import DataError, FileError
+from nybble.core.errors import DataError
 from nybble.data.kinds import DataKind, Size
 from nybble.data.samples import Origin, Samples, Wanted
 from nybble.data.text import TextSource, load_text
@@ -96,14 +95,6 @@ class TextKind(DataKind):
     def tokenizer(self, origin: Origin) -> PreTrainedTokenizerBase:
         """The model's own."""
         return origin.tokenizer()
-
-    def write_side_files(self, origin: Origin, folder: Path) -> None:
-        """The tokenizer's files; its own errors don't tell a full disk from others."""
-        tokenizer = origin.tokenizer()
-        try:
-            tokenizer.save_pretrained(folder)
-        except Exception as error:
-            raise FileError(f"{folder}: the tokenizer's files can't be written: {error}") from error
 
 
 def _rows(model: Any) -> int | None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from nybble.core.errors import DataError, UsageError
-from nybble.core.files import atomic_write_json
 from nybble.data.images import ImageSamples, image_samples, preparation_for
 from nybble.data.kinds import DataKind
 from nybble.data.samples import Origin, Samples, Wanted
@@ -40,13 +38,6 @@ class Images(DataKind):
         channels = getattr(model.config, "num_channels", None)
         if channels is not None and pixels.shape[1] != channels:
             raise DataError(f"the images have {pixels.shape[1]} channels, and the model takes {channels}.")
-
-    def write_side_files(self, origin: Origin, folder: Path) -> None:
-        """How images are prepared, where the model's place says so."""
-        from transformers.utils import IMAGE_PROCESSOR_NAME
-
-        if preprocessing := origin.preprocessing():
-            atomic_write_json(folder / IMAGE_PROCESSOR_NAME, preprocessing)
 
 
 PART = Images()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nybble.core.errors import ModelError, did_you_mean
 from nybble.core.guard import reading
+from nybble.models.sources.side_files import copy_side_files
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -94,6 +95,18 @@ class ModelSource(ABC):
     @abstractmethod
     def generation_config(self) -> GenerationConfig | None:
         """How the model's makers sample from it, where the source says so."""
+
+    def write_side_files(self, folder: Path) -> str:
+        """Write into ``folder`` what goes along beside the weights.
+
+        Returns:
+            what a later user will miss, in a line; else empty.
+
+        Raises:
+            FileError: a file can't be read or written.
+        """
+        copy_side_files(self.side_files(), folder)
+        return ""
 
     @abstractmethod
     def weight_files(self) -> tuple[Path, ...]:

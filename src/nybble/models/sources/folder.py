@@ -22,7 +22,7 @@ from nybble.models.build.skeleton import base_class, expected_tensors, meta_mode
 from nybble.models.sources import ModelSource, StoredTensor
 from nybble.models.sources.left_over import SWITCHES, LeftOver, left_over
 from nybble.models.sources.match import Match, match_names
-from nybble.models.sources.side_files import side_files
+from nybble.models.sources.side_files import GENERATION, side_files
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -95,6 +95,23 @@ def read_preprocessing(folder: Path) -> dict[str, Any]:
     """What preprocessor_config.json says, if there is one."""
     path = folder / PREPROCESSOR
     return read_json(path) if path.is_file() else {}
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """What generation_config.json says, if there is one; unchanged, it can be saved again whatever it says.
+
+    Raises:
+        FileError: it isn't one.
+    """
+    from transformers import GenerationConfig
+
+    path = folder / GENERATION
+    if not path.is_file():
+        return None
+    with reading(path):
+        read_json(path)
+        config: GenerationConfig = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    return config
 
 
 def _whole(file: Path) -> dict[str, tuple[Path, TensorEntry]]:
@@ -351,14 +368,7 @@ class FolderSource(ModelSource):
 
     def generation_config(self) -> GenerationConfig | None:
         """From generation_config.json, if there is one."""
-        from transformers import GenerationConfig
-
-        path = self.folder / "generation_config.json"
-        if not path.is_file():
-            return None
-        with reading(path):
-            config: GenerationConfig = GenerationConfig.from_dict(read_json(path))
-        return config
+        return read_generation_config(self.folder)
 
     def weight_files(self) -> tuple[Path, ...]:
         """config.json and every shard."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nybble.core.errors import ModelError
+from nybble.core.errors import FileError, ModelError, NybbleError
 from nybble.models.build.config_file import make_config
 from nybble.models.build.skeleton import expected_tensors, meta_model
 from nybble.models.sources import ModelSource, StoredTensor
@@ -144,6 +144,18 @@ class GgufSource(ModelSource):
         from nybble.models.sources.gguf_tokenizer import build_tokenizer
 
         return build_tokenizer(self._header.metadata, self.path)
+
+    def write_side_files(self, folder: Path) -> str:
+        """The tokenizer in transformers' form; one that can't be rebuilt is left out."""
+        try:
+            tokenizer = self.tokenizer()
+        except NybbleError as error:
+            return f"the result has no tokenizer: {error}"
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # its own errors don't tell a full disk from others
+            raise FileError(f"{folder}: the tokenizer's files can't be written: {error}") from error
+        return ""
 
     def generation_config(self) -> GenerationConfig | None:
         """A GGUF has none."""

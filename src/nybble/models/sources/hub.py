@@ -7,10 +7,11 @@ from pathlib import Path
 
 from nybble.core.errors import ModelError
 from nybble.models.sources.folder import FolderSource
+from nybble.models.sources.side_files import SIDE_FILES
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # No .bin, .pt or .py: pickles and code are never fetched.
-WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+WANTED = ["*.safetensors", "*.json", *SIDE_FILES]
 
 
 def open_hub(spec: str) -> FolderSource:

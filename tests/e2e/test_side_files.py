@@ -1,0 +1,124 @@
+"""What stands beside the weights goes along as it came, before the first block; who needs none of it isn't asked."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tests.tiny import WORDS, save_text, save_tiny, tiny_model, tiny_tokenizer
+
+import nybble
+from nybble.core.errors import FileError
+from nybble.core.files import need_space
+from nybble.data import token_samples
+from nybble.data.text import load_text
+from nybble.models.sources.side_files import is_tokenizer_file
+from nybble.pipelines.quantize import quantize
+from nybble.pipelines.request import build_recipe
+from nybble.walk.settings import Settings
+
+RTN = build_recipe("rtn", weights="int4 group=16")
+REFUSED = '{"temperature":0.6,   "top_p": 0.9, "bos_token_id": 1, "eos_token_id": [2, 5]}'
+"""Transformers reads it and would not write it: a temperature without do_sample."""
+BESIDE = {
+    "generation_config.json": REFUSED, "chat_template.jinja": "{{ messages }}",
+    "additional_chat_templates/tool_use.jinja": "{{ tools }}", "preprocessor_config.json": '{"size":  16}',
+    "processor_config.json": "{ }", "source.spm": "spm", "LICENSE": "as you like",
+}  # fmt: skip
+LEFT = ("optimizer.pt", "training_args.bin", "modeling_mine.py", "README.md")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = save_tiny(tmp_path / "model")
+    for name, text in BESIDE.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    for name in LEFT:
+        (folder / name).touch()
+    config = folder / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("\n", "").replace("  ", ""))  # not as transformers writes it
+    return folder
+
+
+def test_bytes_are_the_sources(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize(str(model), RTN, out=out)
+    for name in (*BESIDE, "tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (model / name).read_bytes(), name
+    assert not any((out / name).exists() for name in LEFT)
+    assert transformers.GenerationConfig.from_pretrained(out).temperature == 0.6
+    loaded, tokenizer = nybble.load(out)
+    assert loaded.generation_config.eos_token_id == [2, 5] and tokenizer is not None
+    assert tokenizer("ba")["input_ids"] == tiny_tokenizer()("ba")["input_ids"]
+    nybble.save(loaded, tmp_path / "again", tokenizer)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "again").temperature == 0.6
+
+
+def test_a_full_disk_is_found_before_the_first_block(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfileobj", full)
+        with pytest.raises(FileError, match=r"LICENSE: the disk is full"):
+            quantize(str(model), RTN, out=tmp_path / "out")
+    assert [*(tmp_path / "out.partial" / "parts").iterdir()] == []
+    quantize(str(model), RTN, out=tmp_path / "out", settings=Settings(resume=True))
+    assert (tmp_path / "out" / "LICENSE").read_text() == "as you like"
+
+
+def test_what_a_killed_run_left_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "part").write_bytes(bytes(60))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 950, 50))
+    need_space(tmp_path / "out", 110)
+    with pytest.raises(FileError, match="111 bytes are needed but 110 are free"):
+        need_space(tmp_path / "out", 111)
+
+
+def test_every_tokenizer_of_transformers() -> None:
+    """The files that its classes name, read from their source: some can't be imported here."""
+    names = set()
+    for path in Path(transformers.__file__).parent.glob("models/*/tokenization_*.py"):
+        for text in re.findall(r"^VOCAB_FILES_NAMES = (\{.*?\})", path.read_text(encoding="utf-8"), re.M | re.S):
+            names |= {name for name in ast.literal_eval(text).values() if name}
+    assert len(names) > 15 and "spiece.model" in names
+    assert [name for name in sorted(names) if not is_tokenizer_file(name)] == []
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_no_tokenizer_is_needed(broken: bool, tmp_path: Path) -> None:
+    """Neither to round nor with samples of the caller's own; what can't be read goes along all the same."""
+    folder, data = save_tiny(tmp_path / "model"), save_text(tmp_path / "text.txt", 600)
+    samples = token_samples(load_text(str(data), "calibration"), tiny_tokenizer(), samples=4, seq_len=16)
+    for path in folder.glob("tokenizer*"):
+        path.write_text("{") if broken else path.unlink()
+    runs: list[tuple[Any, Any]] = [(RTN, "builtin"), (build_recipe("gptq", weights="int4"), samples)]
+    for number, (recipe, given) in enumerate(runs):
+        out = tmp_path / f"out{number}"
+        quantize(str(folder), recipe, given, out=out)
+        assert (out / "tokenizer.json").exists() == broken
+        if broken:
+            with pytest.warns(UserWarning, match=r"out\d comes without its tokenizer: .* can't be read"):
+                loaded, tokenizer = nybble.load(out)
+        else:
+            loaded, tokenizer = nybble.load(out)
+        assert tokenizer is None
+        assert loaded(input_ids=torch.tensor([[3, len(WORDS) - 1]])).logits.isfinite().all()
+
+
+def test_a_model_in_memory_with_such_settings(tmp_path: Path) -> None:
+    quantized, _ = quantize(tiny_model(), RTN)
+    quantized.generation_config.temperature = 0.6  # type: ignore[union-attr]
+    nybble.save(quantized, tmp_path / "out")
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").temperature == 0.6
