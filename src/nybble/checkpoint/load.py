@@ -16,7 +16,7 @@ from nybble.checkpoint.save import mark_quantized
 from nybble.core.errors import FileError
 from nybble.core.guard import reading
 from nybble.models.build.config_file import make_config, read_json
-from nybble.models.build.skeleton import expected_tensors, fill_buffers_, kept_float32, meta_model
+from nybble.models.build.skeleton import expected_tensors, fill_buffers_, kept_float32, meta_model, unsaved
 from nybble.models.sources.folder import read_generation_config, read_preprocessing, read_tokenizer
 from nybble.models.sources.side_files import side_files
 from nybble.nn.packed import validate_packed
@@ -42,10 +42,10 @@ def load_quantized(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     model = meta_model(config, dtype or stated, checkpoint.stored)
     restore_model(model, checkpoint.modules, checkpoint.layouts, checkpoint.kv)
     expected = expected_tensors(model)
-    _check_names(folder, checkpoint, expected)
+    _check_names(folder, checkpoint, expected, unsaved(model))
     tensors = _read(folder, checkpoint, dtype, kept_float32(model))
     kept = {id(expected[name]): tensor for name, tensor in tensors.items()}
-    tensors |= {name: kept[id(tied)] for name, tied in expected.items() if name not in tensors}
+    tensors |= {name: kept[id(tied)] for name, tied in expected.items() if id(tied) in kept and name not in tensors}
     fill_buffers_(model)
     with reading(folder):
         model.load_state_dict(tensors, strict=False, assign=True)
@@ -58,12 +58,12 @@ def load_quantized(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     return nn.Module.eval(model)
 
 
-def _check_names(folder: Path, checkpoint: Checkpoint, expected: dict[str, Tensor]) -> None:
-    """Every tensor of the model is in the files with its shape, tied ones at least once, and no other."""
+def _check_names(folder: Path, checkpoint: Checkpoint, expected: dict[str, Tensor], computed: frozenset[str]) -> None:
+    """Every tensor of the model is in the files with its shape, tied ones at least once, computed ones or not."""
     stored = {id(tensor) for name, tensor in expected.items() if name in checkpoint.stored}
     for name, tensor in expected.items():
         found = checkpoint.stored.get(name)
-        if found is None and id(tensor) not in stored:
+        if found is None and id(tensor) not in stored and name not in computed:
             raise FileError(f"{folder}: the model needs {name}, which the weight files do not hold.")
         if found is not None and tuple(found.shape) != tuple(tensor.shape):
             raise FileError(f"{folder}: {name} is {list(found.shape)}; config.json says {list(tensor.shape)}.")

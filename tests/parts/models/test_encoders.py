@@ -295,3 +295,37 @@ def test_bart_from_a_folder(tmp_path: Path) -> None:
     with torch.no_grad():
         error = (loaded(**inputs).logits - model(**inputs).logits).abs().max()
     assert 0 < error < 0.1
+
+
+LIKE_BART = {
+    "marian": "MarianMTModel",
+    "pegasus": "PegasusForConditionalGeneration",
+    "m2m_100": "M2M100ForConditionalGeneration",
+}
+FOLDERS = {**MODELS, **{name: (cls, name, BART) for name, cls in LIKE_BART.items()}}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FOLDERS)
+def test_to_a_folder_and_back(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both loaders give what quantizing in memory gives.
+
+    So does what is stored outside the blocks (``final_logits_bias``), or computed, never stored (Marian's positions).
+    """
+    monkeypatch.setitem(MODELS, name, FOLDERS[name])
+    model: Any = made(name).bfloat16()
+    stored = [b for n, b in model.named_buffers() if n in model.state_dict() and b.is_floating_point()]
+    assert (name in ("bart", "mbart", "marian", "pegasus")) == bool(stored)
+    for buffer in stored:
+        buffer.add_(torch.linspace(-2, 2, buffer.numel()).view_as(buffer))
+    model.save_pretrained(tmp_path / "float")
+    recipe = build_recipe("rtn", weights="int8 channel")
+    out, _ = nybble.quantize(tmp_path / "float", recipe, out=tmp_path / "out")
+    memory: Any = nybble.quantize(type(model).from_pretrained(tmp_path / "float").eval(), recipe)[0]
+    inputs = inputs_of("bart" if name in LIKE_BART else name)
+    inputs = {key: x.bfloat16() if x.is_floating_point() else x for key, x in inputs.items()}
+    expected = memory(**inputs)[0]
+    theirs = type(model).from_pretrained(out).eval()
+    theirs.save_pretrained(tmp_path / "again")
+    for loaded in (nybble.load(out)[0], theirs, nybble.load(tmp_path / "again")[0]):
+        assert torch.equal(loaded(**inputs)[0], expected)

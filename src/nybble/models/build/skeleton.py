@@ -1,8 +1,8 @@
 """A model without its weights: parameters on the meta device, the small computed buffers real.
 
 Rotary frequencies, embedding scales and the like are *non-persistent* buffers: no checkpoint stores them, the model
-computes them. On the meta device they have no values, so each is computed again here by the model's own
-initialiser, as transformers does after loading.
+computes them; so it does a few parameters that it never saves (Marian's positions). On the meta device they have no
+values, so each is computed again here by the model's own initialiser, as transformers does after loading.
 """
 
 from __future__ import annotations
@@ -101,8 +101,13 @@ def keep_float32_(model: PreTrainedModel) -> None:
         tensors[name].data = tensors[name].data.float()
 
 
+def unsaved(model: PreTrainedModel) -> frozenset[str]:
+    """Names of the parameters that ``save_pretrained`` leaves out, since the model computes them."""
+    return frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ()) & model.state_dict().keys()
+
+
 def fill_buffers_(model: PreTrainedModel) -> None:
-    """Give each non-persistent buffer of a meta model its value, on the CPU.
+    """Give each non-persistent buffer and each unsaved parameter of a meta model its value, on the CPU.
 
     Raises:
         ModelError: they would take more than 1 GiB, so the config is wrong.
@@ -110,20 +115,27 @@ def fill_buffers_(model: PreTrainedModel) -> None:
     from transformers import PreTrainedModel
 
     names = [name for name, _ in model.named_non_persistent_buffers()]
-    size = sum(model.get_buffer(name).nbytes for name in names)
+    parameters = sorted(unsaved(model))
+    size = sum(model.get_buffer(name).nbytes for name in names) + sum(
+        model.get_parameter(name).nbytes for name in parameters
+    )
     if size > MAX_BUFFER_BYTES:
         raise ModelError(f"the config asks for {size} bytes of computed buffers; that is not believable.")
-    owners = {name.rpartition(".")[0] for name in names}
+    owners = {name.rpartition(".")[0] for name in (*names, *parameters)}
     with reading("the model's computed buffers", ModelError), torch.no_grad():
         for name in names:
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
             module._buffers[leaf] = torch.zeros_like(module.get_buffer(leaf), device="cpu")
+        for name in parameters:
+            owner, _, leaf = name.rpartition(".")
+            empty = torch.zeros_like(model.get_parameter(name), device="cpu")
+            model.get_submodule(owner)._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
         for owner in owners:
             parts = owner.split(".") if owner else []
             above = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts), -1, -1))
             nearest: Any = next(m for m in above if isinstance(m, PreTrainedModel))
-            # Parameters of the owner are still on meta, where drawing random values does nothing.
+            # Other parameters of the owner are still on meta, where drawing random values does nothing.
             nearest._init_weights(model.get_submodule(owner))
 
 

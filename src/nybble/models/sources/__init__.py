@@ -186,13 +186,14 @@ class ModelSource(ABC):
 
     def model(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
         """The whole model as an ordinary float model in eval mode: nothing quantized, nothing patched."""
-        from nybble.models.build.skeleton import kept_float32
+        from nybble.models.build.skeleton import kept_float32, unsaved
 
         model = self.skeleton(dtype)
         names = [*self.tensor_names(), *self.ties()]
         tensors = self.load(names, dtype=dtype, device=device, kept=kept_float32(model))
         unfit = model.load_state_dict(tensors, strict=False, assign=True)
-        absent = [name for name in unfit.missing_keys if name not in self.ties()]
+        computed = unsaved(model)
+        absent = [name for name in unfit.missing_keys if name not in self.ties() and name not in computed]
         if absent or unfit.unexpected_keys:
             raise ModelError(f"{self.spec}: tensors don't fit the model: {(absent + unfit.unexpected_keys)[:5]}.")
         model.tie_weights()  # assigning replaced one side of each tie

@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -18,7 +19,7 @@ from nybble.core.guard import reading
 from nybble.core.tensorheader import TensorEntry, read_tensor_header
 from nybble.models.adapter import checkpoint_renames
 from nybble.models.build.config_file import make_config, read_json
-from nybble.models.build.skeleton import base_class, expected_tensors, meta_model, model_class
+from nybble.models.build.skeleton import base_class, expected_tensors, meta_model, model_class, unsaved
 from nybble.models.sources import ModelSource, StoredTensor
 from nybble.models.sources.left_over import SWITCHES, LeftOver, left_over
 from nybble.models.sources.match import Match, match_names
@@ -262,7 +263,8 @@ class FolderSource(ModelSource):
     def _match_with(self, shapes: Mapping[str, tuple[int, ...]], renames: Mapping[str, str]) -> Match:
         self._expected = meta_model(self.config, torch.float32, shapes)
         prefix = self._expected.base_model_prefix
-        return match_names(expected_tensors(self._expected), shapes, prefix, renames)
+        match = match_names(expected_tensors(self._expected), shapes, prefix, renames)
+        return replace(match, missing=tuple(n for n in match.missing if n not in unsaved(self._expected)))
 
     def _stored_twice(self, match: Match, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str]]:
         return [(tied, match.files[kept]) for tied, kept in match.ties.items() if tied in shapes]
