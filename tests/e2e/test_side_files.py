@@ -119,6 +119,6 @@ def test_no_tokenizer_is_needed(broken: bool, tmp_path: Path) -> None:
 
 def test_a_model_in_memory_with_such_settings(tmp_path: Path) -> None:
     quantized, _ = quantize(tiny_model(), RTN)
-    quantized.generation_config.temperature = 0.6  # type: ignore[union-attr]
+    quantized.generation_config.temperature = 0.6
     nybble.save(quantized, tmp_path / "out")
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").temperature == 0.6

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nybble.core.errors import DataError, ModelError
 from nybble.core.products import product_dtype, products_in
+from nybble.nn.in_place import evaluation_mode
 from nybble.nn.kv_model import recorded_kv
 
 LogitsOf = Callable[[int, int], Tensor]
@@ -138,15 +139,9 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
     Products of 16-bit floats run in float32 where a CPU is faster at it.
     """
-    with ExitStack() as stack:
-        for module in itertools.chain.from_iterable(model.modules() for model in models):
-            stack.callback(setattr, module, "training", module.training)
-        for model in models:
-            model.eval()
-        stack.enter_context(torch.no_grad())
-        dtypes = {(p.device, p.dtype) for model in models for p in model.parameters()}
-        if any(product_dtype(device, dtype) != dtype for device, dtype in dtypes):
-            stack.enter_context(products_in(torch.float32))
+    dtypes = {(p.device, p.dtype) for model in models for p in model.parameters()}
+    wide = any(product_dtype(device, dtype) != dtype for device, dtype in dtypes)
+    with evaluation_mode(*models), torch.no_grad(), products_in(torch.float32) if wide else nullcontext():
         yield
 
 

@@ -36,9 +36,9 @@ class Network(PreTrainedModel):  # type: ignore[no-untyped-call]
 
 
 def as_model(net: nn.Module) -> Network:
-    """Wrap a network in eval mode; its modules stay its own."""
+    """Wrap a network; its modules stay its own, in the modes that they have."""
     config = NetworkConfig()
     config.name_or_path = type(net).__name__
     found = Network(config, net)
-    nn.Module.eval(found)
+    found.training = net.training
     return found

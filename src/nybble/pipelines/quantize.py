@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -35,6 +35,7 @@ from nybble.core.progress import Progress, Silent
 from nybble.core.seeds import preserve_global_rng
 from nybble.data.given import Data
 from nybble.models.sources.open import open_source
+from nybble.nn.in_place import evaluation_mode, untouched, whole_or_not_at_all
 from nybble.nn.kv_model import use_quantized_cache
 from nybble.pipelines.request import Asked, Changes, build_recipe, read_recipe
 from nybble.recipe import Recipe
@@ -63,8 +64,9 @@ def quantize(
 
     Args:
         model: what :func:`~nybble.models.sources.open.open_source` takes, a transformers model in memory, or a plain
-            torch network from images to logits. What is in memory is changed in place, but for a model that is a single
-            layer: use what is returned.
+            torch network from images to logits. What is in memory is changed in place (but for a model that is a single
+            layer: use what is returned), and as it was where the run fails or is interrupted. It runs in evaluation
+            mode and gets back the modes that it had.
         recipe: a name, a YAML file, YAML's mapping, a Recipe, or a Scheme (rounded to nearest).
         data: for calibration: a SRC; a list of texts; a tensor of the model's main input, samples in front; its inputs
             by name; a list of either of these, padded on the right where lengths differ; samples of :mod:`nybble.data`.
@@ -88,7 +90,14 @@ def quantize(
     started = time.perf_counter()
     _check_out(out, settings)
     settings = _as_begun(settings, out)
-    with preserve_global_rng(), torch.no_grad(), out_of_memory(settings.device or "cpu"):
+    held = {model: model.training} if isinstance(model, nn.Module) else {}
+    with ExitStack() as stack:
+        stack.enter_context(preserve_global_rng())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(out_of_memory(settings.device or "cpu"))
+        stack.enter_context(evaluation_mode(*held))
+        for module in held:
+            stack.enter_context(whole_or_not_at_all(module))
         job = _job(model, made, data, settings, out, tokenizer)
         for line in job.preflight(out):
             (announce or _ignore)(line)
@@ -96,6 +105,8 @@ def quantize(
             rows = _in_memory({"": job}, progress or Silent())[0][""]
             _mark(job)
             result = job.model if isinstance(model, str | Path) or job.model is model else job.model.net
+            if result not in held:  # of a single layer there is another module now
+                nn.Module.train(result, any(held.values()))
         else:
             result, rows = Path(out), _write(job, Path(out), progress or Silent(), announce or _ignore)
     return result, Report(layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started)
@@ -119,7 +130,11 @@ def preflight(
     made = build_recipe(recipe, **changes) if changes else read_recipe(recipe)
     _check_out(out, settings)
     settings = _as_begun(settings, out)
-    with preserve_global_rng(), torch.no_grad():
+    with ExitStack() as stack:
+        stack.enter_context(preserve_global_rng())
+        stack.enter_context(torch.no_grad())
+        if isinstance(model, nn.Module):
+            stack.enter_context(untouched(model))
         return _job(model, made, data, settings, out, tokenizer).preflight(out)
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from nybble.checkpoint.save import mark_quantized
 from nybble.core.errors import UsageError, within
 from nybble.nn.fake import FakeLayer
+from nybble.nn.in_place import whole_or_not_at_all
 from nybble.nn.swap import set_module
 from nybble.quantizer import check_finite
 
@@ -35,8 +36,9 @@ def convert(model: nn.Module) -> nn.Module:
         with within(name):
             for part, tensor in fake.state_dict().items():
                 check_finite(tensor, part)
-    for name, fake in found:
-        set_module(model, name, fake.settle())
-    if hasattr(model, "config"):
-        mark_quantized(model)
+    with whole_or_not_at_all(model):
+        for name, fake in found:
+            set_module(model, name, fake.settle())
+        if hasattr(model, "config"):
+            mark_quantized(model)
     return model.eval()

@@ -19,6 +19,7 @@ from nybble.core.errors import ModelError, SchemeError, UsageError, did_you_mean
 from nybble.learned import ACTIVATIONS, WEIGHTS, Learned, Part, make_part
 from nybble.models.adapter import adapter_for
 from nybble.nn.fake import FakeLayer
+from nybble.nn.in_place import evaluation_mode, whole_or_not_at_all
 from nybble.nn.kinds import LayerKind, Target, apart_line, kind_of, live, look_alikes, targets_of
 from nybble.nn.swap import set_module
 from nybble.quantizer import Quantizer, check_finite
@@ -91,10 +92,11 @@ def prepare(
         with within(name):
             _check(layer)
     static = _watch(model, layers, run)
-    for name, layer in layers.items():
-        with within(name):
-            fake = _twin(layer, {role: made for (at, role), made in static.items() if at == name})
-        set_module(model, name, fake.train(model.training))
+    with whole_or_not_at_all(model):
+        for name, layer in layers.items():
+            with within(name):
+                fake = _twin(layer, {role: made for (at, role), made in static.items() if at == name})
+            set_module(model, name, fake.train(model.training))
     return model
 
 
@@ -229,15 +231,12 @@ def _watch(
         module = layers[name].module
         register: Any = module.register_forward_pre_hook if role == "inputs" else module.register_forward_hook
         handles.append(register(look(name, role)))
-    training = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
-            run(model.eval())
+        with evaluation_mode(model), torch.no_grad():
+            run(model)
     finally:
         for handle in handles:
             handle.remove()
-        for module, before in training.items():
-            module.training = before
     for key in wanted:
         if key not in found:
             raise ModelError(f"run never called {key[0]}, so nothing says where its {key[1]} begin; ignore it.")

@@ -67,6 +67,7 @@ def estimate(subject: Subject, steps: Sequence[BlockStep], load: Load, flops: fl
     targets = [t for block_targets in plan.blocks for t in block_targets]
     packed = sum(cost.stored for cost in (*costs, *costs_behind))
     quantized = sum(_elements(t) for t in (*targets, *plan.outside) if t.rule.weights)
+    memory += 0 if load.source_bytes else packed  # beside the float weights, which are held until all is done
     rest = max(0, sum(blocks) + sum(outside) - quantized)
     # The parts and the final file exist together for a moment.
     disk = int(2 * (packed + rest * size)) + (hidden if load.spilled else 0)
