@@ -24,7 +24,7 @@ token.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -72,11 +72,12 @@ class Scheme:
     name: str = ""
     kv: KVFormat | None = None
 
-    def match(self, modules: Mapping[str, Sequence[str]]) -> Matches:
+    def match(self, modules: Mapping[str, Sequence[str]], fixed: Collection[str] = ()) -> Matches:
         """Assign rules to modules.
 
         Args:
             modules: name -> the class names it answers to (its own, and ``Linear`` for whatever holds a matrix).
+            fixed: names of those that nothing quantized can stand for, whatever the rules say.
 
         Raises:
             SchemeError: a target or an ignore pattern that matches nothing, unless it is the default ignore.
@@ -85,6 +86,7 @@ class Scheme:
         targets = dict.fromkeys((target for rule in self.rules for target in rule.targets), 0)
         ignores = dict.fromkeys(self.ignore, 0)
         ignored: list[str] = []
+        kept: list[str] = []
         for name, classes in modules.items():
             out = next((p for p in self.ignore if matches(p, name, classes)), None)
             if out is not None:
@@ -93,7 +95,9 @@ class Scheme:
                 continue
             pairs = ((rule, t) for rule in self.rules for t in rule.targets if matches(t, name, classes))
             rule, target = next(pairs, (None, ""))
-            if rule is not None:
+            if rule is not None and name in fixed:
+                kept.append(name)
+            elif rule is not None:
                 targets[target] += 1
                 chosen[name] = rule
         known = (*modules, *{c for classes in modules.values() for c in classes})
@@ -101,7 +105,7 @@ class Scheme:
             if count == 0:
                 taken = any(matches(target, name, classes) for name, classes in modules.items())
                 hint = (
-                    " What it matches is ignored, or an earlier target takes it."
+                    " What it matches is ignored, can't be quantized, or an earlier target takes it."
                     if taken
                     else did_you_mean(target, known)
                 )
@@ -109,7 +113,7 @@ class Scheme:
         for pattern, count in ignores.items():
             if count == 0 and pattern != "lm_head":
                 raise SchemeError(f"the ignore pattern {pattern!r} matches no module.{did_you_mean(pattern, known)}")
-        return Matches(chosen, targets | ignores, tuple(ignored))
+        return Matches(chosen, targets | ignores, tuple(ignored), tuple(kept))
 
     def to_dict(self) -> dict[str, Any]:
         """As YAML or JSON would hold it; ``parse_scheme`` reads it back."""
@@ -141,12 +145,13 @@ class Matches:
 
     Attributes:
         rules: module name -> its rule, in the model's order. counts: pattern -> modules it decided.
-        ignored: names left out.
+        ignored: names left out. fixed: names that a rule asks for and that can't be quantized.
     """
 
     rules: dict[str, Rule]
     counts: dict[str, int]
     ignored: tuple[str, ...]
+    fixed: tuple[str, ...] = ()
 
 
 def matches(pattern: str, name: str, classes: Sequence[str]) -> bool:
@@ -179,7 +184,8 @@ def split_apart(found: Matches, alike: Mapping[str, tuple[str, ...]]) -> tuple[M
                 f"the target {target!r} takes {name} and nothing that can be quantized: a {cls} computes "
                 "something else with its weight than the layer that would stand for it. Leave the target out."
             )
-    return Matches({n: r for n, r in found.rules.items() if n not in apart}, counts, found.ignored), apart
+    rules = {n: r for n, r in found.rules.items() if n not in apart}
+    return Matches(rules, counts, found.ignored, found.fixed), apart
 
 
 _CT_INT4, _CT_INT8, _CT_TOKEN = "int4-ct", "int8-ct", "int8_full token scale=absmax(target=127.5)"

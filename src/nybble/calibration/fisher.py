@@ -115,7 +115,7 @@ def log_likelihood(output: Any, real: Tensor | None, generator: Any) -> Tensor:
     logits: Tensor | None = getattr(output, "logits", None)
     if logits is None:
         hidden: Tensor = output.last_hidden_state.float()
-        noise = torch.randn(hidden.shape, generator=generator, device=hidden.device)
+        noise = torch.randn(hidden.shape, generator=generator, dtype=torch.float32, device=hidden.device)
         total = hidden * noise  # the gradient of -|h - y|^2 / 2 at y = h + noise
         return (total if real is None else total[real]).sum()
     chances = torch.log_softmax(logits.float(), -1)

@@ -118,15 +118,25 @@ class Parts:
 
     def restore(self, name: str, root: nn.Module, device: torch.device) -> None:
         """Put a finished part's quantized modules and tensors into ``root`` (the whole model)."""
-        from safetensors.torch import load_file
-
         data = self._json(name)
         layouts = Layouts(data["layouts"])
         with torch.device("meta"):
             for module, entry in data["modules"].items():
                 restore(root, module, entry, layouts)
-        tensors: dict[str, Tensor] = load_file(self.parts / f"{name}.safetensors", device=str(device))
-        root.load_state_dict(tensors, strict=False, assign=True)
+        root.load_state_dict(self._tensors(name, device), strict=False, assign=True)
+
+    def _tensors(self, name: str, device: torch.device) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        found: dict[str, Tensor] = load_file(self.parts / f"{name}.safetensors", device=str(device))
+        return found
+
+    def fill(self, name: str, root: nn.Module, block: nn.Module, device: torch.device) -> None:
+        """Give a block of ``root`` its finished part's tensors; before that its quantized modules, if it lacks them."""
+        if any(True for _ in quant_modules(block)):
+            root.load_state_dict(self._tensors(name, device), strict=False, assign=True)
+        else:
+            self.restore(name, root, device)
 
     def assemble(
         self, names: list[str], config: dict[str, Any], manifest: dict[str, Any], kv: KVRecord | None = None

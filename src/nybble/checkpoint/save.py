@@ -11,6 +11,7 @@ import torch
 from nybble.checkpoint.describe import describe_model
 from nybble.checkpoint.parts import Parts
 from nybble.core.errors import ModelError, UsageError
+from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, disk_errors
 from nybble.data.kinds import DataKind
 from nybble.models.sources.side_files import GENERATION
@@ -73,6 +74,7 @@ def _save_generation_config(model: PreTrainedModel, folder: Path) -> None:
             model.generation_config.to_json_file(folder / GENERATION, keys_to_pop=["compile_config"])
 
 
+@explicit_settings()
 def save(
     model: PreTrainedModel,
     out: str | Path,

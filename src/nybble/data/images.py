@@ -162,7 +162,9 @@ def _prepared(image: np.ndarray, preparation: Preparation) -> Tensor:
     x = x.float() / 255
     if x.shape[0] != preparation.channels:
         x = x.mean(0, keepdim=True).expand(preparation.channels, -1, -1)
-    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (preparation.mean, preparation.std))
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1) for values in (preparation.mean, preparation.std)
+    )
     return (x - mean) / std
 
 

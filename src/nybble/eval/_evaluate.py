@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import DataError, ModelError, UsageError, within
+from nybble.core.explicit import explicit_settings
 from nybble.core.progress import Progress, Silent, task
 from nybble.eval._logits import AnyPredictor, Predictor, evaluating
 from nybble.eval._metric import LogitRows, Metric, total
@@ -48,6 +49,7 @@ def evaluate(
     ]
 
 
+@explicit_settings()
 def evaluate_many(
     reference: nn.Module | None,
     models: Mapping[str, nn.Module],

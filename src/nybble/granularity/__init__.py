@@ -143,7 +143,7 @@ class Granularity(ABC):
         padded = math.prod(self.scale_shape(shape)) and self.to_blocks(torch.empty(shape, device="meta")).numel()
         if padded == math.prod(shape):
             return None
-        return self.to_blocks(torch.ones(tuple(shape), device=device)) > 0
+        return self.to_blocks(torch.ones(tuple(shape), dtype=torch.float32, device=device)) > 0
 
     def expand(self, scale: Tensor, shape: Sequence[int]) -> Tensor:
         """One value a block (``scale_shape(shape)``) as a tensor that broadcasts against ``shape``."""

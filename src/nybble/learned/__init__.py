@@ -91,7 +91,7 @@ class Learned(nn.Module, ABC):
         Returns:
             float32 scalar; 0 unless the part's paper has such a term.
         """
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by learning-rate group; the groups are those that the part names."""

@@ -44,8 +44,8 @@ class LearnedRange(Learned):
     def __init__(self, quantizer: Quantizer, x: Tensor, start: float) -> None:
         super().__init__(quantizer, WEIGHTS)
         shape = quantizer.granularity.scale_shape(x.shape)
-        self.gamma = nn.Parameter(torch.full(shape, start, device=x.device))
-        self.beta = nn.Parameter(torch.full(shape, start, device=x.device))
+        self.gamma = nn.Parameter(torch.full(shape, start, dtype=torch.float32, device=x.device))
+        self.beta = nn.Parameter(torch.full(shape, start, dtype=torch.float32, device=x.device))
 
     def params(self, x: Tensor) -> QuantParams:
         """Raw parameters for the weight ``x``, with gradients to gamma, beta and x."""

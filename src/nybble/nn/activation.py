@@ -74,7 +74,7 @@ class ActivationQuantizer(nn.Module):
             )
         if not static:
             return ActivationQuantizer(quantizer)
-        found = {part: torch.empty(1) for part in static}
+        found = {part: torch.empty(1, dtype=torch.float32) for part in static}
         scale: Tensor | Factored | None = found.get("scale")
         if not granularity.stored.keys().isdisjoint(found):
             columns = data.get("columns")

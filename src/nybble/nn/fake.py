@@ -140,7 +140,10 @@ class FakeLayer(nn.Module):
 
     def penalty(self, t: float) -> Tensor:
         """Sum of its learned quantizers' penalties at progress ``t``, 0 to 1."""
-        return sum((q.penalty(t) for _, q in self.learned()), torch.zeros((), device=self.weight.latent.device))
+        return sum(
+            (q.penalty(t) for _, q in self.learned()),
+            torch.zeros((), dtype=torch.float32, device=self.weight.latent.device),
+        )
 
     def learned(self) -> list[tuple[str, Learned]]:
         """The learned quantizers that there are, as weights, inputs, outputs."""
@@ -182,7 +185,7 @@ class FakeLayer(nn.Module):
 def penalty_of(root: nn.Module, t: float) -> Tensor:
     """Sum of the penalties of all fake layers in ``root`` at progress ``t``, 0 to 1; float32 scalar."""
     found = [module.penalty(t) for module in root.modules() if isinstance(module, FakeLayer)]
-    return torch.stack(found).sum() if found else torch.zeros(())
+    return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.float32)
 
 
 def _empty(like: nn.Module) -> nn.Module:

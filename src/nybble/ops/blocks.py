@@ -111,6 +111,8 @@ def narrow_scale(scale: Float32[Tensor, "*shape"], dtype: str) -> Float32[Tensor
     kind: torch.dtype = getattr(torch, dtype)
     info = torch.finfo(kind)
     narrow = scale.to(kind).float()
-    least = torch.copysign(torch.tensor(info.smallest_normal * info.eps, device=scale.device), scale)
+    least = torch.copysign(
+        torch.tensor(info.smallest_normal * info.eps, dtype=torch.float32, device=scale.device), scale
+    )
     narrow = torch.where((narrow == 0) & (scale != 0), least, narrow)
     return torch.where(narrow.isinf() & scale.isfinite(), torch.copysign(narrow.new_tensor(info.max), scale), narrow)

@@ -166,7 +166,7 @@ class Grid:
         if not self._stochastic:
             return round_to_codes(y, zero, self.format.min, self.format.max, self.rounding)
         below = torch.floor(y)
-        up = torch.rand(y.shape, generator=generator, device=y.device) < y - below
+        up = torch.rand(y.shape, generator=generator, dtype=torch.float32, device=y.device) < y - below
         return (below + up + zero).clamp(self.format.min, self.format.max)
 
     def _table_codes(self, y: Tensor, thresholds: Tensor | None = None) -> Tensor:

@@ -185,5 +185,5 @@ def draw_on(x: Tensor, grid: Tensor, generator: torch.Generator | None) -> Tenso
     inside = x.contiguous().clamp(float(grid[0]), float(grid[-1]))
     lower = (torch.bucketize(inside, grid, right=True) - 1).clamp(0, len(grid) - 2)
     low, high = grid[lower], grid[lower + 1]
-    draw = torch.rand(x.shape, generator=generator, device=x.device)
+    draw = torch.rand(x.shape, generator=generator, dtype=torch.float32, device=x.device)
     return torch.where(x.isnan(), x, torch.where(draw < (inside - low) / (high - low), high, low))

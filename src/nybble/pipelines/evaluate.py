@@ -12,6 +12,7 @@ from torch import nn
 from nybble.checkpoint.parts import EVALUATION
 from nybble.core.device import check_device
 from nybble.core.errors import ModelError, UsageError
+from nybble.core.explicit import explicit_settings
 from nybble.core.files import atomic_write_json
 from nybble.core.guard import reading
 from nybble.core.progress import Progress, Silent
@@ -28,6 +29,7 @@ Spec = str | nn.Module
 """What to load, or a model in memory."""
 
 
+@explicit_settings()
 def run_eval(
     models: Mapping[str, Spec],
     data: str | Samples = "builtin",

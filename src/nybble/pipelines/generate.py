@@ -8,6 +8,7 @@ import torch
 
 from nybble.core.device import check_device
 from nybble.core.errors import ModelError, UsageError
+from nybble.core.explicit import explicit_settings
 from nybble.core.seeds import derive_seed, preserve_global_rng
 from nybble.data.kinds import data_kind
 from nybble.data.text import check_text
@@ -17,6 +18,7 @@ from nybble.nn.kv_model import use_quantized_cache
 from nybble.pipelines.load import load_with_origin
 
 
+@explicit_settings()
 def generate(
     model: str,
     prompt: str,

@@ -11,6 +11,7 @@ from torch import nn
 
 from nybble.checkpoint.load import Beside, is_quantized, load_quantized
 from nybble.core.errors import FileError, ModelError
+from nybble.core.explicit import explicit_settings
 from nybble.data import Origin
 from nybble.data.kinds import data_kind
 from nybble.models.adapter import reads_of
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@explicit_settings()
 def load(
     model: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", dense: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -53,6 +55,7 @@ def load(
         return loaded, None
 
 
+@explicit_settings()
 def load_with_origin(
     model: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", dense: bool = False
 ) -> tuple[PreTrainedModel, Origin]:

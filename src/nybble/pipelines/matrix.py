@@ -27,8 +27,8 @@ def legal_combinations(
         formats: names; None for all listed ones.
     """
     generator = torch.Generator().manual_seed(0)
-    matrix = torch.randn(8, 32, generator=generator)
-    inputs = torch.randn(64, 32, generator=generator)
+    matrix = torch.randn(8, 32, generator=generator, dtype=torch.float32)
+    inputs = torch.randn(64, 32, generator=generator, dtype=torch.float32)
     stats = Stats(second_moment=inputs.T @ inputs / 64, inputs=inputs)
     rows = []
     for recipe_name in recipe_names() if recipes is None else recipes:

@@ -30,6 +30,7 @@ from nybble.checkpoint.parts import Parts, begun_with
 from nybble.checkpoint.save import mark_quantized, model_config, save_side_files
 from nybble.core.device import out_of_memory, require_memory
 from nybble.core.errors import FileError, NybbleError, UsageError
+from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, check_new_folder
 from nybble.core.progress import Progress, Silent
 from nybble.core.seeds import preserve_global_rng
@@ -42,12 +43,14 @@ from nybble.recipe import Recipe
 from nybble.report.record import LayerRow, Report
 from nybble.walk.job import Job
 from nybble.walk.settings import Settings
+from nybble.walk.trial import try_out
 from nybble.walk.walk import Walk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@explicit_settings()
 def quantize(
     model: str | Path | nn.Module,
     recipe: Asked = "rtn",
@@ -103,6 +106,7 @@ def quantize(
             (announce or _ignore)(line)
         if out is None:
             rows = _in_memory({"": job}, progress or Silent())[0][""]
+            _note(try_out(job), announce or _ignore)
             _mark(job)
             result = job.model if isinstance(model, str | Path) or job.model is model else job.model.net
             if result not in held:  # of a single layer there is another module now
@@ -112,6 +116,7 @@ def quantize(
     return result, Report(layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started)
 
 
+@explicit_settings()
 def preflight(
     model: str | Path | nn.Module,
     recipe: Asked = "rtn",
@@ -145,6 +150,7 @@ def _check_out(out: str | Path | None, settings: Settings) -> None:
         check_new_folder(out)
 
 
+@explicit_settings()
 def quantize_many(
     model: str | Path,
     recipes: Mapping[str, Asked],
@@ -186,6 +192,7 @@ def quantize_many(
             _require_memory(group)
             rows, seconds = _in_memory(group, progress or Silent())
             for name, job in group.items():
+                try_out(job)
                 _mark(job)
                 report = Report(layers=tuple(rows[name]), manifest=job.manifest(), seconds=seconds[name])
                 found[name] = job.model, report
@@ -257,10 +264,10 @@ def _write(job: Job, out: Path, progress: Progress, announce: Callable[[str], No
             if not parts.assembled:
                 assert job.source is not None
                 # All that may fail at the end fails here, before hours of work.
-                if lacks := save_side_files(job.kind, job.source, job.model, partial):
-                    announce(lacks)
+                _note(save_side_files(job.kind, job.source, job.model, partial), announce)
                 config = model_config(job.model, job.dtype)
                 Walk({"": job}, partial if job.settings.spill else None).run(parts, progress)
+                _note(try_out(job, parts), announce)
                 parts.assemble(job.part_names(), config, job.manifest(), job.plan.kv)
             return [LayerRow.from_dict(row) for row in parts.finish()]
     except NybbleError as error:
@@ -268,6 +275,11 @@ def _write(job: Job, out: Path, progress: Progress, announce: Callable[[str], No
         if not isinstance(error, FileError):
             shutil.rmtree(folder.partial, ignore_errors=True)
         raise
+
+
+def _note(line: str, announce: Callable[[str], None]) -> None:
+    if line:
+        announce(line)
 
 
 def _ignore(line: str) -> None:

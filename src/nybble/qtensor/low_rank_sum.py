@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import FileError
+from nybble.core.explicit import no_autocast
 from nybble.qtensor import QTensor, Spec, dense, from_spec, named_tensors, stored_tensor, sub_tensors, validate_all
 
 
@@ -31,7 +32,9 @@ class LowRankSum(QTensor):
         return self.base.shape
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # noqa: D102
-        return (self.base.dequantize() + dense(self.a) @ dense(self.b)).to(dtype)
+        a, b = dense(self.a), dense(self.b)
+        with no_autocast(a.device):  # a caller's would round the product to 16 bits
+            return (self.base.dequantize() + a @ b).to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:  # noqa: D102
         found = named_tensors("base", self.base)

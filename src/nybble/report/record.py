@@ -132,7 +132,7 @@ def _sqnr(matrix: Tensor, found: QTensor) -> float | None:
 def _spread(clip: Tensor | None) -> tuple[float, float, float] | None:
     if clip is None:
         return None
-    low, middle, high = torch.quantile(clip.float(), torch.tensor([0.0, 0.5, 1.0])).tolist()
+    low, middle, high = torch.quantile(clip.float(), torch.tensor([0.0, 0.5, 1.0], dtype=torch.float32)).tolist()
     return low, middle, high
 
 

@@ -62,7 +62,7 @@ class Mse(ScaleRule):
         if self.asymmetric and not fmt.is_integer:
             raise FormatError(f"mse(asymmetric=true) needs an integer format, not {fmt.name}.")
         rounding = "nearest-even" if get_rounding(rounding).stochastic else rounding
-        fractions = [1.0, *torch.linspace(self.low, self.high, self.grid).tolist()]
+        fractions = [1.0, *torch.linspace(self.low, self.high, self.grid, dtype=torch.float32).tolist()]
         low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
         largest = blocks.abs().amax(1, keepdim=True)
         best = self._candidate(low, high, largest, 1.0, fmt)

@@ -16,7 +16,7 @@ class One(ScaleRule):
     """Scale 1 for every block; it is not stored."""
 
     def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
-        return BlockParams(torch.ones(blocks.shape[0], 1, device=blocks.device))
+        return BlockParams(torch.ones(blocks.shape[0], 1, dtype=torch.float32, device=blocks.device))
 
 
 PART = One

@@ -138,7 +138,15 @@ def _recorded(
 ) -> _Recorded:
     columns, width = shape
     spans = [
-        Span(slice(a, b), q, *(torch.ones(columns, b - a, device=device) if has else None for has in found))
+        Span(
+            slice(a, b),
+            q,
+            *(torch.ones(columns, b - a, dtype=torch.float32, device=device) if has else None for has in found),
+        )
         for (a, b), q, found in zip(rows, quantizers, present, strict=True)
     ]
-    return _Recorded(torch.zeros(columns, width, device=device), torch.eye(columns, device=device), spans)
+    return _Recorded(
+        torch.zeros(columns, width, dtype=torch.float32, device=device),
+        torch.eye(columns, dtype=torch.float32, device=device),
+        spans,
+    )

@@ -113,7 +113,8 @@ def with_format(quantizer: Quantizer, fmt: NumberFormat) -> Quantizer:
 
 def fractions(low: float, high: float, count: int, device: torch.device) -> Tensor:
     """``count`` fractions from low to high, evenly spaced in their logarithm: evenly in the exponent bias."""
-    return torch.logspace(torch.tensor(low).log2().item(), torch.tensor(high).log2().item(), count, 2.0, device=device)
+    start, end = (torch.tensor(fraction, dtype=torch.float32).log2().item() for fraction in (low, high))
+    return torch.logspace(start, end, count, 2.0, dtype=torch.float32, device=device)
 
 
 def descend(
@@ -134,7 +135,7 @@ def descend(
     for fraction in grid:
         best = _better(candidate, best, fraction.expand(ladder.units))
     centre = best[0]
-    for exponent in torch.linspace(-1, 1, fine + 2)[1:-1].tolist():
+    for exponent in torch.linspace(-1, 1, fine + 2, dtype=torch.float32)[1:-1].tolist():
         best = _better(candidate, best, centre * step**exponent)
     return best
 

@@ -135,7 +135,9 @@ class Gptq(Solver):
             damped = h.clone()
             damped.diagonal(dim1=-2, dim2=-1).add_((damping * mean)[..., None])
             lower, lower_failed = torch.linalg.cholesky_ex(damped)
-            lower = torch.where((lower_failed != 0)[..., None, None], torch.eye(h.shape[-1], device=h.device), lower)
+            lower = torch.where(
+                (lower_failed != 0)[..., None, None], torch.eye(h.shape[-1], dtype=h.dtype, device=h.device), lower
+            )
             upper, upper_failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             failed = (lower_failed != 0) | (upper_failed != 0) | ~torch.isfinite(upper).all(-1).all(-1)
             if not bool(failed.any()):

@@ -148,7 +148,7 @@ def seeds(runs: Tensor, weights: Tensor, draws: Tensor) -> Tensor:
     Returns:
         float32 [entries, d]; where fewer runs differ, entries repeat.
     """
-    book = torch.empty(len(draws), runs.shape[1], device=runs.device)
+    book = torch.empty(len(draws), runs.shape[1], dtype=torch.float32, device=runs.device)
     chance = weights.sum(1).double()
     nearest: Tensor | None = None
     for i in range(len(draws)):
@@ -204,7 +204,9 @@ def _summed(values: Tensor, index: Tensor, entries: int) -> Tensor:
     total = torch.zeros(entries, values.shape[1], dtype=torch.float64, device=values.device)
     rows = rows_at_once(entries)
     for part, at in zip(torch.split(values, rows), torch.split(index, rows), strict=True):
-        total += torch.zeros(entries, len(part), device=values.device).scatter_(0, at[None], 1.0) @ part
+        total += (
+            torch.zeros(entries, len(part), dtype=torch.float32, device=values.device).scatter_(0, at[None], 1.0) @ part
+        )
     return total
 
 

@@ -322,7 +322,7 @@ def _whole(by_row: Error) -> Error:
 
 def _unclipped(ladder: Ladder) -> _Choice:
     """Min-max."""
-    fraction = torch.ones(ladder.units, device=ladder.x.device)
+    fraction = torch.ones(ladder.units, dtype=torch.float32, device=ladder.x.device)
     return _Choice(ladder, fraction, ladder.values(fraction))
 
 

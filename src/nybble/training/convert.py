@@ -6,12 +6,14 @@ from torch import nn
 
 from nybble.checkpoint.save import mark_quantized
 from nybble.core.errors import UsageError, within
+from nybble.core.explicit import explicit_settings
 from nybble.nn.fake import FakeLayer
 from nybble.nn.in_place import whole_or_not_at_all
 from nybble.nn.swap import set_module
 from nybble.quantizer import check_finite
 
 
+@explicit_settings()
 def convert(model: nn.Module) -> nn.Module:
     """Put the packed layer where each :class:`~nybble.nn.fake.FakeLayer` stands; outputs stay the same, bit for bit.
 

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import ModelError, SchemeError, UsageError, did_you_mean, within
+from nybble.core.explicit import explicit_settings
 from nybble.learned import ACTIVATIONS, WEIGHTS, Learned, Part, make_part
 from nybble.models.adapter import adapter_for
 from nybble.nn.fake import FakeLayer
 from nybble.nn.in_place import evaluation_mode, whole_or_not_at_all
 from nybble.nn.kinds import LayerKind, Target, apart_line, kind_of, live, look_alikes, targets_of
+from nybble.nn.read_weights import read_weights
 from nybble.nn.swap import set_module
 from nybble.quantizer import Quantizer, check_finite
 from nybble.recipe import Recipe
@@ -50,6 +52,7 @@ class _Layer:
         return torch.zeros(1, 8, self.target.shape[1 if role == "inputs" else 0])
 
 
+@explicit_settings()
 def prepare(
     model: nn.Module,
     scheme: Scheme | Recipe | str | Mapping[str, Any],
@@ -162,6 +165,7 @@ def _layers(model: nn.Module, scheme: Scheme, parts: Mapping[str, Part]) -> dict
     for name, parameter in model.named_parameters(remove_duplicate=False):
         uses.setdefault(id(parameter), []).append(name)
     found: dict[str, _Layer] = {}
+    read = read_weights(model)
     matched, apart = split_apart(scheme.match(classes), alike)
     if apart:
         warnings.warn(apart_line(apart), stacklevel=3)
@@ -173,6 +177,8 @@ def _layers(model: nn.Module, scheme: Scheme, parts: Mapping[str, Part]) -> dict
                     f"its kind is '{target.kind}', whose quantization can't be trained yet; that of layers with one "
                     f"matrix can. Ignore it ({', '.join(classes[name])}), or narrow the rule's targets."
                 )
+            if name in read:
+                raise SchemeError("the model's code reads its weight instead of calling it. Ignore it.")
             target.kind.check(target, modules[name])
             own = target.parameters
             shared = [other for key in own for other in uses[id(model.get_parameter(key))] if other not in own]

@@ -22,7 +22,7 @@ from nybble.transforms._mixing import Mixing, Places
 
 def hadamard(size: int) -> Tensor:
     """Sylvester's Hadamard matrix over sqrt(size), float32 [size, size]; ``size`` is a power of two."""
-    found = torch.ones(1, 1)
+    found = torch.ones(1, 1, dtype=torch.float32)
     while len(found) < size:
         found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
     return found.div(size**0.5)
@@ -43,7 +43,7 @@ class Hadamard(Mixing):
     def parameters(self, channel: Channel, places: Places, seed: int) -> dict[str, Tensor]:  # noqa: D102
         blocks, width = places.rows.shape
         part = hadamard(width & -width)  # the largest power of two that divides it
-        rotation = torch.kron(torch.eye(width // len(part)), part).expand(blocks, -1, -1)
+        rotation = torch.kron(torch.eye(width // len(part), dtype=part.dtype), part).expand(blocks, -1, -1)
         if self.signs:
             generator = torch.Generator().manual_seed(derive_seed(seed, "hadamard"))
             rotation = rotation * (torch.randint(0, 2, (blocks, 1, width), generator=generator) * 2 - 1)

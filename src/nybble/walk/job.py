@@ -184,6 +184,8 @@ class Job:
             lines.append(f"left in float: {', '.join(left)}")
         if self.plan.apart:
             lines.append(apart_line(self.plan.apart))
+        if self.plan.read:
+            lines.append(f"left in float, as the model's code reads their weights itself: {_some(self.plan.read)}")
         if self.source is not None and self.source.note:
             lines.append(self.source.note)
         more = ""
@@ -225,6 +227,11 @@ class Job:
         """What people call the model; of one in memory that came from nowhere, its class."""
         spec = getattr(self.model.config, "name_or_path", "") if self.source is None else self.source.spec
         return called(spec) if spec else type(self.model).__name__
+
+
+def _some(names: Sequence[str]) -> str:
+    """A few names, and how many there are."""
+    return ", ".join(names[:4]) + (f" ... ({len(names)} in all)" if len(names) > 4 else "")
 
 
 def _wants_inputs(target: Target, solver: Solver) -> bool:

@@ -11,6 +11,7 @@ from nybble.core.errors import SchemeError, within
 from nybble.models.adapter import Adapter
 from nybble.nn.kinds import Kind, Target, look_alikes, targets_of
 from nybble.nn.kv_model import KVRecord, cached_attentions, check_cache
+from nybble.nn.read_weights import read_weights
 from nybble.scheme import Matches, Rule, Scheme, matches, split_apart
 from nybble.solvers import Solver
 
@@ -21,7 +22,8 @@ class Plan:
 
     Attributes:
         blocks: for each block, its targets with names relative to the block. outside: targets in no block.
-        counts: pattern -> modules. ignored: names that ``ignore`` took out.
+        counts: pattern -> modules. ignored: names that ``ignore`` took out. read: names of modules that stay in float,
+            as code of the model reads their weights instead of calling them.
         products: for each block, its targets without a matrix: attentions whose operands are to be rounded.
         kv: what the model will cache in.
         apart: name -> class of what a rule takes and no kind claims: it computes something else with its weight.
@@ -34,6 +36,7 @@ class Plan:
     products: tuple[tuple[Target, ...], ...] = ()
     kv: KVRecord | None = None
     apart: Mapping[str, str] = field(default_factory=dict)
+    read: tuple[str, ...] = ()
 
     @property
     def targets(self) -> int:
@@ -88,7 +91,8 @@ def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver
     inside = [[replace(t, name=t.name.removeprefix(p)) for t in targets if t.name.startswith(p)] for p in prefixes]
     blocks = tuple(tuple(t for t in block if t.matrices) for block in inside)
     products = tuple(tuple(t for t in block if t.rule.matmuls is not None) for block in inside)
-    return Plan(blocks, outside, found.counts, found.ignored, products, _kv(model, scheme, found.rules), apart)
+    kv = _kv(model, scheme, found.rules)
+    return Plan(blocks, outside, found.counts, found.ignored, products, kv, apart, found.fixed)
 
 
 def _kv(model: nn.Module, scheme: Scheme, rules: Mapping[str, Rule]) -> KVRecord | None:
@@ -120,12 +124,13 @@ def _match(model: nn.Module, adapter: Adapter, scheme: Scheme, classes: Mapping[
     blocks (a pooler, a classifier) where a class of targets reached it and its rule needs calibrated inputs, which are
     there for blocks only. Without it such a module is an error.
     """
+    fixed = read_weights(model)
     if "lm_head" not in scheme.ignore:
-        return scheme.match(classes)
+        return scheme.match(classes, fixed)
     get_head = getattr(model, "get_output_embeddings", lambda: None)
     head = get_head()
     heads = {name for name, module in model.named_modules() if module is head and name not in ("", "lm_head")}
-    found = scheme.match({name: kinds for name, kinds in classes.items() if name not in heads})
+    found = scheme.match({name: kinds for name, kinds in classes.items() if name not in heads}, fixed)
     named = {
         target for rule in scheme.rules for target in rule.targets if target.startswith("re:") or target in classes
     }
@@ -138,7 +143,7 @@ def _match(model: nn.Module, adapter: Adapter, scheme: Scheme, classes: Mapping[
         and not any(matches(target, name, ()) for target in named)
     }
     rules = {name: rule for name, rule in found.rules.items() if name not in behind}
-    return Matches(rules, found.counts, (*found.ignored, *sorted(heads & set(classes)), *sorted(behind)))
+    return Matches(rules, found.counts, (*found.ignored, *sorted(heads & set(classes)), *sorted(behind)), found.fixed)
 
 
 def _check(target: Target, solver: Solver) -> None:

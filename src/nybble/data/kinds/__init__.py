@@ -103,6 +103,10 @@ class DataKind(ABC):
         """The least that shows what a model does with its inputs: one sample."""
         return self.batch(inputs, 0, 1, device).inputs
 
+    def example(self, model: Any) -> dict[str, Tensor] | None:
+        """What any model of this kind can be called with, made of its config alone; None where a kind can't say."""
+        return None
+
     def size(self, samples: Samples) -> Size:
         """What the estimates of memory and time count with."""
         count = next(iter(samples.inputs.values())).shape[0]

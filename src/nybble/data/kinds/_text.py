@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -86,6 +87,19 @@ class TextKind(DataKind):
     def probe(self, inputs: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
         """The first tokens of the first sample."""
         return {name: tensor[:, :PROBE] for name, tensor in self.batch(inputs, 0, 1, device).inputs.items()}
+
+    def example(self, model: Any) -> dict[str, Tensor] | None:
+        """A few tokens with an end behind them, which some heads look for; a decoder begins with the same."""
+        rows = model.get_input_embeddings().weight.shape[0]
+        ends = getattr(model.config.get_text_config(), "eos_token_id", None)
+        end = ends[0] if isinstance(ends, list) else ends
+        ids = torch.arange(3, 3 + PROBE)[None] % rows
+        if isinstance(end, int) and 0 <= end < rows:
+            ids[0, -1] = end
+        found = {"input_ids": ids}
+        if model.config.is_encoder_decoder and "decoder_input_ids" in inspect.signature(model.forward).parameters:
+            found["decoder_input_ids"] = ids
+        return found
 
     def size(self, samples: Samples) -> Size:
         """Padding counts: it goes through the layers too."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from nybble.core.errors import DataError, UsageError
-from nybble.data.images import ImageSamples, image_samples, preparation_for
+from nybble.data.images import ImageSamples, Preparation, image_samples, preparation_for
 from nybble.data.kinds import DataKind
 from nybble.data.samples import Origin, Samples, Wanted
 
@@ -38,6 +41,17 @@ class Images(DataKind):
         channels = getattr(model.config, "num_channels", None)
         if channels is not None and pixels.shape[1] != channels:
             raise DataError(f"the images have {pixels.shape[1]} channels, and the model takes {channels}.")
+
+    def example(self, model: Any) -> dict[str, Tensor] | None:
+        """One black image; where the config names no size, the network takes any. Plain networks say nothing."""
+        try:
+            wants = preparation_for(model.config, {})
+        except DataError:
+            channels = getattr(model.config, "num_channels", None)
+            if channels is None:
+                return None
+            wants = Preparation(height=64, width=64, channels=channels)
+        return {"pixel_values": torch.zeros(1, wants.channels, wants.height, wants.width, dtype=torch.float32)}
 
 
 PART = Images()
