@@ -92,7 +92,7 @@ def fake_quantize_backward(gradient: Tensor, x: Tensor, parts: Sequence[Tensor],
         return y
 
     quantizer.soft(x, static_params(quantizer, dict(zip(names.split(), parts, strict=True))), look)
-    return gradient * quantizer.granularity.from_blocks(inside[0], x.shape)
+    return (gradient * quantizer.granularity.from_blocks(inside[0], x.shape)).contiguous()
 
 
 @fake_quantize_backward.register_fake
