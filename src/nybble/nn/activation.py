@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import FileError, SchemeError
-from nybble.nn.compiled import fake_quantize, static_params, straight_through
+from nybble.nn.compiled import fake_quantize, static_params
 from nybble.qtensor import Factored, QTensor, QuantParams, dense
 from nybble.quantizer import Quantizer
 
@@ -35,11 +35,10 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         parts = {part: value for part, value in self._buffers.items() if value is not None}
-        if torch.compiler.is_compiling():
-            rounded: Tensor = fake_quantize(x, list(parts.values()), list(parts), self._line)
+        training = torch.is_grad_enabled() and x.requires_grad  # what trains in front of it is not to stand still
+        if training or torch.compiler.is_compiling():
+            rounded: Tensor = fake_quantize(x, list(parts.values()), " ".join(parts), self._line)
             return rounded
-        if torch.is_grad_enabled() and x.requires_grad:  # what trains in front of it is not to stand still
-            return straight_through(self.quantizer, x, parts)
         return self.quantizer.fake_quantize(x, static_params(self.quantizer, parts))
 
     def params(self) -> QuantParams | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -98,7 +97,7 @@ def quantized_attention(
         ModelError: the module has no eager function, hands over an argument that it doesn't know, or doesn't compute
             two products; names the module's class.
     """
-    eager = eager_attention(type(module))  # type: ignore[arg-type]  # classes are hashable
+    eager = eager_attention(type(module))
     _check_arguments(module, eager, others)
     parts = getattr(module, PART, None)
     if parts is None:
@@ -158,13 +157,21 @@ class Eager(NamedTuple):
     reads: tuple[str, ...]
 
 
-@cache
 def eager_attention(kind: type[nn.Module]) -> Eager:
     """The eager function that the forward of an attention class hands to transformers as the default.
 
     Raises:
         ModelError: there is none, or more than one.
     """
+    if kind not in _EAGER:  # no functools.cache, about which torch.compile warns
+        _EAGER[kind] = _find_eager(kind)
+    return _EAGER[kind]
+
+
+_EAGER: dict[type[nn.Module], Eager] = {}
+
+
+def _find_eager(kind: type[nn.Module]) -> Eager:
     forward = inspect.unwrap(kind.forward)
     code = getattr(forward, "__code__", None)
     names = [] if code is None else [name for name in code.co_names if "eager" in name]

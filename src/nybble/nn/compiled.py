@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nybble.learned._reaching import reaching
+from nybble.learned._reaching import reach
+from nybble.ops.grid import Grid
 from nybble.qtensor import Factored, QuantParams, Spec, from_spec
 from nybble.quantizer import Quantizer
 
@@ -51,44 +52,51 @@ def _(tensors: Sequence[Tensor], key: str, shape: Sequence[int], dtype: torch.dt
 @torch.library.custom_op(
     "nybble::fake_quantize",
     mutates_args=(),
-    schema="(Tensor x, Tensor[] parts, str[] names, str line) -> Tensor",
+    schema="(Tensor x, Tensor[] parts, str names, str line) -> Tensor",
 )
-def fake_quantize(x: Tensor, parts: Sequence[Tensor], names: Sequence[str], line: str) -> Tensor:
-    """Activations rounded as the quantizer ``line`` says; a gradient goes straight through.
+def fake_quantize(x: Tensor, parts: Sequence[Tensor], names: str, line: str) -> Tensor:
+    """Activations rounded as the quantizer ``line`` says.
+
+    A gradient goes straight through, where nothing was clipped (Bengio et al. 2013): as
+    :class:`nybble.learned.ste.StraightThrough` has it.
 
     Args:
         x: float32, float16 or bfloat16.
         parts: static parameters; none where every tensor is measured.
-        names: theirs.
+        names: theirs, with spaces between.
         line: of the quantizer.
     """
     quantizer = _quantizer(line)
-    return quantizer.fake_quantize(x, static_params(quantizer, dict(zip(names, parts, strict=True)))).contiguous()
+    return quantizer.fake_quantize(
+        x, static_params(quantizer, dict(zip(names.split(), parts, strict=True)))
+    ).contiguous()
 
 
 @fake_quantize.register_fake
-def _(x: Tensor, parts: Sequence[Tensor], names: Sequence[str], line: str) -> Tensor:
+def _(x: Tensor, parts: Sequence[Tensor], names: str, line: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op(
     "nybble::fake_quantize_backward",
     mutates_args=(),
-    schema="(Tensor gradient, Tensor x, Tensor[] parts, str[] names, str line) -> Tensor",
+    schema="(Tensor gradient, Tensor x, Tensor[] parts, str names, str line) -> Tensor",
 )
-def fake_quantize_backward(
-    gradient: Tensor, x: Tensor, parts: Sequence[Tensor], names: Sequence[str], line: str
-) -> Tensor:
-    """The gradient of x in :func:`fake_quantize`; arguments as there."""
-    with torch.enable_grad():
-        given = x.detach().requires_grad_()
-        out = straight_through(_quantizer(line), given, dict(zip(names, parts, strict=True)))
-        (found,) = torch.autograd.grad(out, given, gradient)
-    return found.contiguous()
+def fake_quantize_backward(gradient: Tensor, x: Tensor, parts: Sequence[Tensor], names: str, line: str) -> Tensor:
+    """The gradient of x in :func:`fake_quantize`; arguments as there. No autograd runs inside an operator."""
+    quantizer, inside = _quantizer(line), []
+
+    def look(y: Tensor, grid: Grid) -> Tensor:
+        low, high = reach(y, grid)
+        inside.append((low <= y) & (y <= high))
+        return y
+
+    quantizer.soft(x, static_params(quantizer, dict(zip(names.split(), parts, strict=True))), look)
+    return (gradient * quantizer.granularity.from_blocks(inside[0], x.shape)).contiguous()
 
 
 @fake_quantize_backward.register_fake
-def _(gradient: Tensor, x: Tensor, parts: Sequence[Tensor], names: Sequence[str], line: str) -> Tensor:
+def _(gradient: Tensor, x: Tensor, parts: Sequence[Tensor], names: str, line: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -97,17 +105,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, *parts)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     x, *parts = ctx.saved_tensors
-    return fake_quantize_backward(gradient, x, parts, ctx.names, ctx.line), None, None, None
+    return fake_quantize_backward(gradient, x, parts, ctx.names, ctx.line), [None] * len(parts), None, None
 
 
 fake_quantize.register_autograd(_backward, setup_context=_keep)
-
-
-def straight_through(quantizer: Quantizer, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-    """``x`` rounded, with a gradient: 1 where nothing was clipped (Bengio et al. 2013)."""
-    return quantizer.soft(x, static_params(quantizer, parts), reaching)
 
 
 def static_params(quantizer: Quantizer, parts: Mapping[str, Tensor]) -> QuantParams | None:

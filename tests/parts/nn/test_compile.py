@@ -1,0 +1,78 @@
+"""torch.compile: a quantized model is one graph, with the numbers of the model that isn't compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.contracts.test_qtensors import MADE
+from tests.tiny import input_ids, logits, save_tiny
+from torch import Tensor
+
+import nybble
+from nybble.nn.activation import ActivationQuantizer
+from nybble.nn.linear import QuantLinear
+from nybble.pipelines.request import build_recipe
+from nybble.quantizer import Quantizer
+
+WHOLE = {
+    "weights and embeddings": {"weights": "int4 group=16", "embeddings": "int8 channel"},
+    "every product": {"weights": "nvfp4", "activations": "int8 token", "matmuls": "int8 tensor"},
+}
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    """What was compiled for one test is not the next one's."""
+    yield
+    torch.compiler.reset()
+
+
+def compiled(module: Any) -> Any:
+    """As one graph, or an error where it would break; without kernels of its own, for which a compiler is needed."""
+    return torch.compile(module, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("scheme", WHOLE)
+def test_a_whole_model(tmp_path: Path, scheme: str) -> None:
+    recipe = build_recipe("rtn", **WHOLE[scheme])
+    nybble.quantize(str(save_tiny(tmp_path / "float", num_hidden_layers=1)), recipe, out=str(tmp_path / "out"))
+    model, _ = nybble.load(tmp_path / "out")
+    with torch.no_grad():
+        found = compiled(model)(input_ids=input_ids(), use_cache=False).logits
+    assert torch.equal(found, logits(model))
+
+
+@pytest.mark.parametrize("kind", [name for name, make in MADE.items() if len(make().shape) == 2])
+def test_every_kind_of_weight(kind: str) -> None:
+    """Code books, split columns, low-rank sums, nested scales: and whatever kind a package adds."""
+    layer = QuantLinear(MADE[kind]())
+    x = torch.randn(3, layer.in_features, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(compiled(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["int8 token", "nvfp4", "mxfp4", "int8 tensor static", "float4_e2m1fn shifted static", "int4 group=16 scale=mse"],
+)
+def test_activations_and_their_gradients(line: str) -> None:
+    quantizer = Quantizer(line)
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    params = quantizer.fit(x / 2) if quantizer.static else None  # a static range that clips
+    layer = QuantLinear(
+        Quantizer("int4 group=16").quantize(torch.randn(24, 32)), None, ActivationQuantizer(quantizer, params)
+    )
+
+    def run(module: Any) -> tuple[Tensor, Tensor]:
+        given = x.clone().requires_grad_()
+        out = module(given)
+        out.square().sum().backward()
+        assert given.grad is not None
+        return out.detach(), given.grad
+
+    (want, gradient), (found, theirs) = run(layer), run(compiled(layer))
+    assert torch.equal(found, want) and gradient.any() and torch.equal(theirs, gradient)
