@@ -378,6 +378,8 @@ def test_not_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileError, match=r"neither a .gguf nor a folder"):
         open_source(str(tmp_path / "x.txt"))
     with pytest.raises(ModelError, match="not shaped like a hub id"):
+        open_source("no such folder")
+    with pytest.raises(FileError, match=r"there is no \./no/such/folder"):
         open_source("./no/such/folder")
     with pytest.raises(ModelError, match=r"fetching it from the hub failed.*demo:smollm2"):
         open_source("nobody/no-such-model")

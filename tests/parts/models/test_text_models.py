@@ -23,6 +23,8 @@ from nybble.pipelines.evaluate import judge_folder
 from nybble.pipelines.request import build_recipe
 from nybble.walk.settings import Settings
 
+# Older transformers script functions of DeBERTa when it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 SIZES: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,

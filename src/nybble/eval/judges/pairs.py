@@ -33,6 +33,11 @@ class Pairs(Judge):
         """The registry's, and what is left for a model without a head."""
         return (*METRICS.names(), "cosine")
 
+    @property
+    def comparing(self) -> tuple[str, ...]:
+        """As each metric says, and the cosine."""
+        return (*(name for name, metric in METRICS.all().items() if metric.needs_reference), "cosine")
+
     def usual(self, compared: bool) -> tuple[str, ...]:
         """As of language models, and the cosine."""
         return (*usual_metrics(compared), "cosine") if compared else usual_metrics(compared)
