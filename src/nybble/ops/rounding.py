@@ -182,7 +182,7 @@ def round_stochastic(
 
 def draw_on(x: Tensor, grid: Tensor, generator: torch.Generator | None) -> Tensor:
     """:func:`round_stochastic` on a grid given by its values, float32 [n], ascending."""
-    inside = x.contiguous().clamp(float(grid[0]), float(grid[-1]))
+    inside = x.contiguous().clamp(grid[0], grid[-1])  # as tensors: shapes alone, on the meta device, will do
     lower = (torch.bucketize(inside, grid, right=True) - 1).clamp(0, len(grid) - 2)
     low, high = grid[lower], grid[lower + 1]
     draw = torch.rand(x.shape, generator=generator, dtype=torch.float32, device=x.device)

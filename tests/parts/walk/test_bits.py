@@ -67,7 +67,7 @@ def test_bits_are_known_before(place: Path, tmp_path: Path, name: str) -> None:
         ("float4_e2m1fn group=32", 4.5), ("int4 group=64", 4.25), ("int4 group=64 symmetric=false", 4.3125),
         ("int4 block=8x8", 4.25), ("nf4 flat=64", 4.25), ("int4 group=32 scale=pow2", 4.5), ("mxfp4", 4.25),
         ("int4 group=32 scale_format=float32", 5), ("nf4-bnb", 4.5), ("int4 channel", 4 + 32 / 256),
-        ("int4 group=32 scale=minmax(offset=true)", 5),
+        ("int4 group=32 scale=minmax(offset=true)", 5), ("float4_e2m1fn group=32 rounding=stochastic", 4.5),
     ],
 )  # fmt: skip
 def test_many_scales_take_16_bits_or_less(line: str, bits: float) -> None:
