@@ -76,7 +76,7 @@ def tie_to_quantized(root: nn.Module) -> str:
     """
     model: Any = root
     head = model.get_output_embeddings()
-    tied = model.config.get_text_config().tie_word_embeddings
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if not tied or not isinstance(head, nn.Module) or not isinstance(model.get_input_embeddings(), QuantEmbedding):
         return ""
     name: str = next(name for name, module in model.named_modules() if module is head)
