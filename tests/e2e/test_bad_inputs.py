@@ -384,7 +384,7 @@ def test_padded_groups_work_to_the_end(folder: Path, tmp_path: Path, nybble: Cal
     assert run.code == 0, run.err
     result = json.loads(run.out)
     down = next(row for row in result["layers"] if row["name"] == "model.layers.0.mlp.down_proj")
-    assert down["bits"] == 4 + 32 * 2 / 48  # two float32 scales for a row of 48; no padding is stored
+    assert down["bits"] == 4 + 16 * 2 / 48  # two float16 scales for a row of 48; no padding is stored
     assert nybble("eval", out, *text, "--json").code == 0
     assert nybble("generate", out, "ba be", "--max-new-tokens", "3").code == 0
 
