@@ -23,8 +23,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS: dict[str, dict[str, Any]] = {
-    "gptq int4 g64": {"name": "gptq", "weights": "int4 group=64 scale_format=float16"},
-    "llm-fp4 W4A4, quick": {"name": "llm-fp4", "effort": "quick"},
+    "gptq int4 g64": {"recipe": "gptq", "weights": "int4 group=64 scale_format=float16"},
+    "llm-fp4 W4A4, quick": {"recipe": "llm-fp4", "effort": "quick"},
 }
 
 
@@ -108,7 +108,9 @@ def child(row: str, model: str, device: str, samples: int) -> None:
 
     settings = nybble.Settings(samples=samples, seq_len=512, device=device)
     started = time.perf_counter()
-    nybble.quantize(model, build_recipe(**ROWS[row]), "builtin", settings=settings)
+    options = dict(ROWS[row])
+    recipe = build_recipe(options.pop("recipe"), **options)
+    nybble.quantize(model, recipe, "builtin", settings=settings)
     if device != "cpu":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started

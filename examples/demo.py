@@ -42,24 +42,24 @@ from nybble.pipelines.request import build_recipe
 MODEL = "demo:smollm2"
 E2M1 = "float4_e2m1fn group=32 scale_format=float16"
 ROWS: dict[str, dict[str, str]] = {
-    "RTN INT4 g64 W4A16": {"name": "rtn", "weights": "int4 group=64 scale_format=float16"},
-    "RTN E2M1 g32 W4A16": {"name": "rtn", "weights": E2M1},
-    "GPTQ E2M1 g32 W4A16": {"name": "gptq", "weights": E2M1},
-    "RTN MXFP4 W4A4": {"name": "rtn", "scheme": "MXFP4"},
-    "RTN NVFP4 W4A4": {"name": "rtn", "scheme": "NVFP4"},
-    "RTN FP8 dynamic W8A8": {"name": "rtn", "scheme": "FP8_DYNAMIC"},
-    "min-max E2M1 W4A4": {"name": "minmax-fp"},
-    "LLM-FP4 W4A4": {"name": "llm-fp4", "effort": "quick"},
+    "RTN INT4 g64 W4A16": {"recipe": "rtn", "weights": "int4 group=64 scale_format=float16"},
+    "RTN E2M1 g32 W4A16": {"recipe": "rtn", "weights": E2M1},
+    "GPTQ E2M1 g32 W4A16": {"recipe": "gptq", "weights": E2M1},
+    "RTN MXFP4 W4A4": {"recipe": "rtn", "scheme": "MXFP4"},
+    "RTN NVFP4 W4A4": {"recipe": "rtn", "scheme": "NVFP4"},
+    "RTN FP8 dynamic W8A8": {"recipe": "rtn", "scheme": "FP8_DYNAMIC"},
+    "min-max E2M1 W4A4": {"recipe": "minmax-fp"},
+    "LLM-FP4 W4A4": {"recipe": "llm-fp4", "effort": "quick"},
 }
 # One walk over the float model serves all of these: its inputs and their second moments are gathered once.
 FULL: dict[str, dict[str, str]] = {
-    "min-max INT W4A4": {"name": "minmax-int"},
-    "searched INT W4A4": {"name": "fp-baseline", "weights": "int4 channel", "activations": "int4 tensor static"},
-    "FP baseline W4A4": {"name": "fp-baseline"},
-    "LLM-FP4 W4A8": {"name": "llm-fp4", "weights": "e2m1 channel", "activations": "e4m3 shifted static"},
-    "LLM-FP4 W4A16": {"name": "llm-fp4", "weights": "e2m1 channel", "activations": "none"},
-    "LLM-FP4 W6A6": {"name": "llm-fp4", "weights": "e2m3 channel", "activations": "e2m3 shifted static"},
-    "searched INT W8A8": {"name": "fp-baseline", "weights": "int8 channel", "activations": "int8 tensor static"},
+    "min-max INT W4A4": {"recipe": "minmax-int"},
+    "searched INT W4A4": {"recipe": "fp-baseline", "weights": "int4 channel", "activations": "int4 tensor static"},
+    "FP baseline W4A4": {"recipe": "fp-baseline"},
+    "LLM-FP4 W4A8": {"recipe": "llm-fp4", "weights": "e2m1 channel", "activations": "e4m3 shifted static"},
+    "LLM-FP4 W4A16": {"recipe": "llm-fp4", "weights": "e2m1 channel", "activations": "none"},
+    "LLM-FP4 W6A6": {"recipe": "llm-fp4", "weights": "e2m3 channel", "activations": "e2m3 shifted static"},
+    "searched INT W8A8": {"recipe": "fp-baseline", "weights": "int8 channel", "activations": "int8 tensor static"},
 }
 TALKS = "GPTQ E2M1 g32 W4A16"
 REPORTED = "LLM-FP4 W4A4"
@@ -117,7 +117,7 @@ def quantize_full(out: Path) -> dict[str, float]:
     recipes = {}
     for title, request in FULL.items():
         shutil.rmtree(out / slug(title), ignore_errors=True)
-        effort = {} if request["name"].startswith("minmax") else {"effort": "quick"}
+        effort = {} if request["recipe"].startswith("minmax") else {"effort": "quick"}
         recipes[title] = build_recipe(**request, **effort)
     settings = nybble.Settings(samples=16, seq_len=512)
     found = nybble.quantize_many(MODEL, recipes, "builtin", settings=settings, progress=Bars())

@@ -63,7 +63,8 @@ def test_every_op_of_the_library_is_here() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("nybble::")
     }
-    assert found == set(OPS)
+    for_compilers = {"dequantize", "fake_quantize", "fake_quantize_backward"}  # tests/parts/nn/test_compile.py
+    assert found - for_compilers == set(OPS)
 
 
 @pytest.mark.parametrize("rounding", DETERMINISTIC)

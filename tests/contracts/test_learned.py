@@ -150,7 +150,7 @@ def test_gradients(name: str, side: str, line: str) -> None:
         assert len(gradients) == len(found) and all(g.isfinite().all() for g in gradients)
         assert any(g.count_nonzero() > 0 for g in gradients)
     if REGISTRY.get(name).fixes_x:
-        assert x.grad is None
+        assert x.grad is None or not x.grad.count_nonzero()
     else:
         assert x.grad is not None and x.grad.isfinite().all() and x.grad.count_nonzero() > 0.5 * x.numel()
 

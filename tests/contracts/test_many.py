@@ -17,13 +17,13 @@ from nybble.recipe import parse_recipe
 from nybble.walk.settings import Settings
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "nothing seen": {"name": "rtn", "weights": "e2m1 group=16", "activations": "none"},
-    "min-max": {"name": "minmax-fp"},
-    "integers": {"name": "minmax-int"},
-    "searched": {"name": "fp-baseline", "effort": "quick", "embeddings": "e2m1 channel"},
-    "shifted": {"name": "llm-fp4", "effort": "quick"},
-    "wider inputs": {"name": "llm-fp4", "effort": "quick", "activations": "e4m3 shifted static"},
-    "weights alone": {"name": "fp-baseline", "effort": "quick", "weights": "e2m1 channel", "activations": "none"},
+    "nothing seen": {"recipe": "rtn", "weights": "e2m1 group=16", "activations": "none"},
+    "min-max": {"recipe": "minmax-fp"},
+    "integers": {"recipe": "minmax-int"},
+    "searched": {"recipe": "fp-baseline", "effort": "quick", "embeddings": "e2m1 channel"},
+    "shifted": {"recipe": "llm-fp4", "effort": "quick"},
+    "wider inputs": {"recipe": "llm-fp4", "effort": "quick", "activations": "e4m3 shifted static"},
+    "weights alone": {"recipe": "fp-baseline", "effort": "quick", "weights": "e2m1 channel", "activations": "none"},
 }
 FIT = {"weights": "e2m1 group=16 scale_format=float16"}
 SETTINGS = Settings(samples=4, seq_len=16, batch=2)

@@ -175,9 +175,9 @@ def test_gptq_takes_every_scalar_format(name: str) -> None:
         except NybbleError as error:
             assert "rank1" in str(error)
             continue
-        searched = Gptq().solve([given], Stats(second_moment=moment()))[0]
+        searched = Gptq(activation_order=False).solve([given], Stats(second_moment=moment()))[0]
         assert searched.error <= searched.rtn_error and on_grid(searched, given.quantizer)
-        found = Gptq(clip=False).solve([given], Stats(second_moment=moment()))[0]
+        found = Gptq(activation_order=False, clip=False).solve([given], Stats(second_moment=moment()))[0]
         assert found.error <= found.rtn_error and on_grid(found, given.quantizer)
         kept = any("kept the latter" in note for note in found.notes)
         expected = by_hand(given, moment())
@@ -281,7 +281,7 @@ def test_weights_that_round_alike_share_a_span() -> None:
 def test_gptq_helps() -> None:
     """Where inputs are correlated it must gain clearly, or the feedback is broken."""
     for line in ("int4 group=8", "nvfp4", "int3 channel symmetric=false"):
-        found = Gptq(clip=False).solve([weight(line)], Stats(second_moment=moment()))[0]
+        found = Gptq(activation_order=False, clip=False).solve([weight(line)], Stats(second_moment=moment()))[0]
         assert found.error < 0.8 * found.rtn_error
 
 
@@ -291,8 +291,8 @@ def test_searched_clip_values_help() -> None:
     for line in ("int4 channel", "float4_e2m1fn channel", "int3 channel symmetric=false", "int4 group=16"):
         tails = torch.randn(ROWS, COLUMNS, generator=generator) ** 3
         given = Weight(name="w", matrix=tails, quantizer=Quantizer(line))
-        plain = Gptq(clip=False).solve([given], Stats(second_moment=moment()))[0]
-        found = Gptq().solve([given], Stats(second_moment=moment()))[0]
+        plain = Gptq(activation_order=False, clip=False).solve([given], Stats(second_moment=moment()))[0]
+        found = Gptq(activation_order=False).solve([given], Stats(second_moment=moment()))[0]
         assert found.error < plain.error
 
 
@@ -328,7 +328,7 @@ def test_groups_of_rows_are_solved_as_alone(line: str) -> None:
     given, size = weight(line), ROWS // 4
     singular = torch.ones(COLUMNS, COLUMNS) * 2
     moments = torch.stack([moment(seed=1), singular, torch.zeros(COLUMNS, COLUMNS), moment(seed=2)])
-    solver = Gptq(damping=0.0, clip=False)
+    solver = Gptq(activation_order=False, damping=0.0, clip=False)
     together = solver.solve([given], Stats(second_moment=moments))[0]
     assert any(note.startswith("damping raised to") for note in together.notes)
     assert f"{COLUMNS} inputs are always zero" in together.notes
@@ -345,7 +345,7 @@ def test_clip_values_are_the_best_for_each_rows_own_inputs() -> None:
     energies = torch.rand(2, COLUMNS, generator=generator) ** 4 + 1e-3
     moments = torch.stack([torch.diag(energy) for energy in energies])
     given = Weight(name="w", matrix=tails, quantizer=Quantizer("int4 channel"))
-    found = Gptq().solve([given], Stats(second_moment=moments))
+    found = Gptq(activation_order=False).solve([given], Stats(second_moment=moments))
     assert isinstance(found[0].weight, BlockQTensor)
     fractions = [1.0, *torch.linspace(0.6, 1.1, 11).tolist()]
     scales = torch.stack([tails.abs().amax(1) * f / 7 for f in fractions])
@@ -361,10 +361,10 @@ def test_each_group_is_damped_by_its_own_mean() -> None:
     """A loud group beside a quiet one changes nothing for it."""
     given, size = weight("int4 channel"), ROWS // 2
     moments = torch.stack([moment(seed=1), 1e6 * moment(seed=2)])
-    together = Gptq().solve([given], Stats(second_moment=moments))[0].weight.dequantize()
+    together = Gptq(activation_order=False).solve([given], Stats(second_moment=moments))[0].weight.dequantize()
     for group in range(2):
         rows = Weight(name="w", matrix=given.matrix[group * size :][:size], quantizer=given.quantizer)
-        alone = Gptq().solve([rows], Stats(second_moment=moments[group]))[0].weight.dequantize()
+        alone = Gptq(activation_order=False).solve([rows], Stats(second_moment=moments[group]))[0].weight.dequantize()
         assert (together[group * size :][:size] != alone).double().mean() <= 0.02  # a last bit may round otherwise
 
 
@@ -373,7 +373,7 @@ def test_dead_columns_round_to_nearest() -> None:
     second[[3, 17]] = 0
     second[:, [3, 17]] = 0
     given = weight("int4 group=8")
-    found = Gptq(clip=False).solve([given], Stats(second_moment=second))[0]
+    found = Gptq(activation_order=False, clip=False).solve([given], Stats(second_moment=second))[0]
     plain = given.quantizer.quantize(given.matrix).dequantize()
     assert "2 inputs are always zero" in found.notes
     assert torch.equal(found.weight.dequantize()[:, [3, 17]], plain[:, [3, 17]])
@@ -381,7 +381,7 @@ def test_dead_columns_round_to_nearest() -> None:
 
 
 def test_no_second_moment_is_reported() -> None:
-    found = Gptq().solve([weight("int4 group=8")], Stats())[0]
+    found = Gptq(activation_order=False).solve([weight("int4 group=8")], Stats())[0]
     assert found.notes == ("no calibration input reached it: rounded to nearest",)
     assert found.error == found.rtn_error
 
@@ -390,29 +390,31 @@ def test_damping_is_raised_and_reported() -> None:
     """A singular H without damping, and one slightly indefinite (float32 sums give such)."""
     x = torch.randn(4, COLUMNS, generator=torch.Generator().manual_seed(0))
     singular = x.T @ x
-    found = Gptq(damping=0.0).solve([weight("int4 group=8")], Stats(second_moment=singular))[0]
+    found = Gptq(activation_order=False, damping=0.0).solve([weight("int4 group=8")], Stats(second_moment=singular))[0]
     assert any(note.startswith("damping raised to") for note in found.notes)
     assert found.error <= found.rtn_error
     indefinite = moment()
     indefinite -= 1.5 * torch.linalg.eigvalsh(indefinite)[0] * torch.eye(COLUMNS)
-    found = Gptq(damping=0.0).solve([weight("int4 group=8")], Stats(second_moment=indefinite))[0]
+    found = Gptq(activation_order=False, damping=0.0).solve([weight("int4 group=8")], Stats(second_moment=indefinite))[
+        0
+    ]
     assert any(note.startswith("damping raised to") for note in found.notes)
 
 
 def test_damping_is_raised_three_times() -> None:
     """0.01, 0.1, 1, 10: of this mean, 0.05, what makes -0.3 positive is the last."""
     second = torch.diag(torch.tensor([0.4, -0.3] * (COLUMNS // 2)))
-    found = Gptq().solve([weight("int4 group=8")], Stats(second_moment=second))[0]
+    found = Gptq(activation_order=False).solve([weight("int4 group=8")], Stats(second_moment=second))[0]
     assert found.notes[0] == "damping raised to 10"
     second = torch.diag(torch.tensor([0.4, -0.39] * (COLUMNS // 2)))  # a mean of 0.005
-    found = Gptq().solve([weight("int4 group=8")], Stats(second_moment=second))[0]
+    found = Gptq(activation_order=False).solve([weight("int4 group=8")], Stats(second_moment=second))[0]
     assert found.notes == ("the second moment can't be factorised even with damping 10: rounded to nearest",)
 
 
 def test_hopeless_second_moment_falls_back_and_says_so() -> None:
     hopeless = torch.diag(torch.tensor([1.0, -500.0] * (COLUMNS // 2)))
     given = weight("int4 group=8")
-    found = Gptq().solve([given], Stats(second_moment=hopeless))[0]
+    found = Gptq(activation_order=False).solve([given], Stats(second_moment=hopeless))[0]
     assert any("can't be factorised even with damping" in note and "rounded to nearest" in note for note in found.notes)
     assert torch.equal(found.weight.dequantize(), given.quantizer.quantize(given.matrix).dequantize())
 
@@ -422,7 +424,7 @@ def test_worse_than_rtn_falls_back_and_says_so(monkeypatch: pytest.MonkeyPatch) 
         return [grid.matrix * 0 for grid in grids]
 
     monkeypatch.setattr(Gptq, "_visit", bad)
-    found = Gptq().solve([weight("int4 group=8")], Stats(second_moment=moment()))[0]
+    found = Gptq(activation_order=False).solve([weight("int4 group=8")], Stats(second_moment=moment()))[0]
     assert found.error == found.rtn_error
     assert any("worse than round-to-nearest" in note and "kept the latter" in note for note in found.notes)
 
@@ -450,7 +452,7 @@ def test_refusals() -> None:
         ("nf4 group=8 floor=normal", "floor"),
     ):
         with pytest.raises(SchemeError, match=text):
-            Gptq().quantizer_for(Quantizer(line))
+            Gptq(activation_order=False).quantizer_for(Quantizer(line))
     with pytest.raises(UsageError, match=r"unknown solver 'gtpq'. Did you mean 'gptq'"):
         make_solver("gtpq", {})
     with pytest.raises(SchemeError, match=r"no option 'dampning'. Did you mean 'damping'"):

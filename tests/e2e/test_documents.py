@@ -27,6 +27,7 @@ from nybble.models.sources import packages
 from nybble.models.sources.folder import FolderSource
 from nybble.quantizer import Quantizer
 from nybble.recipe import parse_recipe
+from nybble.scheme import parse_scheme
 from nybble.walk.steps.make import check_quick
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +120,10 @@ def test_commands(block: Block, place: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @named("yaml")
 def test_recipes(block: Block) -> None:
+    if "docs/schemes.md" in block.place:
+        scheme = parse_scheme(yaml.safe_load(block.text))
+        assert parse_scheme(scheme.to_dict()) == scheme
+        return
     recipe = parse_recipe(yaml.safe_load(block.text), block.place)
     check_quick(recipe)
     assert parse_recipe(recipe.to_dict()) == recipe

@@ -88,6 +88,9 @@ EVERY: dict[str, dict[str, Any]] = {
     **{name: {"effort": "quick"} for name in ("llm-fp4", "fp-baseline")},
     **{name: {"effort": "quick", "weights": "int4 group=16"} for name in ("adaround", "lwc")},
     "lorc": {"weights": "int4 group=16"},
+    "nvfp4": {},
+    "mxfp4": {"weights": "mxfp4 group=16", "activations": "mxfp4-ct group=16"},
+    "w4a16": {"weights": "int4 group=16 symmetric=false"},
 }  # fmt: skip
 SCHEME = {"weights": "int4 group=16", "inputs": "int8 tensor static"}
 PRODUCTS = {"rules": [{"targets": ["Attention"], "matmuls": "int8 tensor static"}, {"targets": ["Linear"], **SCHEME}]}

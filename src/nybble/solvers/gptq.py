@@ -69,9 +69,9 @@ class Gptq(Solver):
         return frozenset({"second_moment"})
 
     def working_bytes(self, rows: Sequence[int], columns: int) -> int:
-        """Seven matrices like H while it is factorised; then eight copies of all weights."""
+        """Eight matrices like H while it is put in order and factorised; then eight copies of all weights."""
         weights = 4 * columns * sum(rows)
-        return max(28 * columns**2 + 5 * weights // 2, 4 * columns**2 + 8 * weights)
+        return max(32 * columns**2 + 5 * weights // 2, 4 * columns**2 + 8 * weights)
 
     def quantizer_for(self, quantizer: Quantizer) -> Quantizer:  # noqa: D102
         if get_rounding(quantizer.rounding).stochastic:
