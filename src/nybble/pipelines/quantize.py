@@ -265,9 +265,10 @@ def _write(job: Job, out: Path, progress: Progress, announce: Callable[[str], No
                 assert job.source is not None
                 # All that may fail at the end fails here, before hours of work.
                 _note(save_side_files(job.kind, job.source, job.model, partial), announce)
-                config = model_config(job.model, job.dtype)
+                model_config(job.model, job.dtype)
                 Walk({"": job}, partial if job.settings.spill else None).run(parts, progress)
                 _note(try_out(job, parts), announce)
+                config = model_config(job.model, job.dtype)  # with what quantizing changed: heads that are tied no more
                 parts.assemble(job.part_names(), config, job.manifest(), job.plan.kv)
             return [LayerRow.from_dict(row) for row in parts.finish()]
     except NybbleError as error:
