@@ -267,7 +267,6 @@ def _write(job: Job, out: Path, progress: Progress, announce: Callable[[str], No
                 _note(save_side_files(job.kind, job.source, job.model, partial), announce)
                 model_config(job.model, job.dtype)
                 Walk({"": job}, partial if job.settings.spill else None).run(parts, progress)
-                config = model_config(job.model, job.dtype)  # which a quantized table has untied
                 _note(try_out(job, parts), announce)
                 config = model_config(job.model, job.dtype)  # with what quantizing changed: heads that are tied no more
                 parts.assemble(job.part_names(), config, job.manifest(), job.plan.kv)
