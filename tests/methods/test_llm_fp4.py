@@ -208,7 +208,7 @@ def test_shifts_survive_the_file_and_give_the_same_numbers(tmp_path: Path) -> No
         restore(root, "0", entry, layouts)
     root[0].load_state_dict(load_file(tmp_path / "layer.safetensors"), assign=True)
     for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(root(x.to(dtype)), made(x.to(dtype)))
+        assert torch.equal(root.to(dtype)(x.to(dtype)), made(x.to(dtype)))
     quantizer, params = found.inputs or (Quantizer("e2m1"), None)
     assert torch.equal(made(x), quantizer.fake_quantize(x, params) @ found.weight.dequantize().T)
 
