@@ -298,7 +298,7 @@ def test_files_are_counted_by_what_they_are_for(folder: Path, tmp_path: Path, mo
     assert found["headers"] == headers + sizes["model.safetensors.index.json"]
     assert found["tokenizer"] == sum(sizes[name] for name in sizes if "token" in name) > 0
     assert found["config"] == sizes["config.json"] + sizes["generation_config.json"]
-    assert found["report"] == sizes["nybble.json"]
+    assert found["report"] == sizes["nybble.json"] + sizes["README.md"]
 
 
 def test_generation_settings_come_along(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ ROLES = {
     "headers": "names and shapes of the stored tensors",
     "config": "config.json and other settings",
     "tokenizer": "vocabulary and chat template",
-    "report": "nybble.json: what was done to each layer",
+    "report": "nybble.json and README.md: what was done to each layer, and how to load them",
 }
 METRICS = {
     "ppl": "Perplexity (lower is better)",
