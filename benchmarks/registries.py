@@ -21,6 +21,7 @@ from nybble import formats as number_formats
 from nybble.core.registry import Registry
 from nybble.formats import Family, format_names, get_format
 from nybble.kv_format import KVFormat
+from nybble.models import adapter
 from nybble.presets import PRESETS
 from nybble.quantizer import Quantizer
 from nybble.recipe import Step, load_recipe, recipe_names
@@ -201,6 +202,17 @@ def packings() -> str:
     return table(("packing", "bytes"), rows, numbers=False)
 
 
+# ------------------------------------------------------------------------------------------------------------ models
+def families() -> str:
+    """Model families that are known by name."""
+    rows = []
+    for name, part in _parts(adapter.REGISTRY).items():
+        kinds = ", ".join(f"`{kind}`" for kind in part.model_types)
+        folds = len(part.norm_folds) + len(part.linear_folds)
+        rows.append([kinds, _says(adapter.REGISTRY, name), part.reads, str(folds) if folds else "none"])
+    return table(("`model_type`", "what it is", "calibrated on", "fold pairs"), rows, numbers=False)
+
+
 # ----------------------------------------------------------------------------------------------------------- schemes
 def rule_keys() -> str:
     """Keys of a rule."""
@@ -288,7 +300,7 @@ def correction_steps() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        words, format_families, formats, presets, granularities, scale_rules, roundings, packings, rule_keys,
+        words, families, format_families, formats, presets, granularities, scale_rules, roundings, packings, rule_keys,
         scheme_keys, scheme_presets, recipes, transform_steps, solver_steps, reconstruction_options,
         reconstruction_steps, learned_parts, correction_options, correction_steps,
     )

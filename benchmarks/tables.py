@@ -110,6 +110,29 @@ def fake_quantize() -> str:
     return table(columns, rows) + f"\n{data['threads']} threads, {data['processor']}; torch {data['torch']}.\n"
 
 
+def speed() -> str:
+    """Packed models beside the float one."""
+    data = _load("speed")
+    rows = [
+        [
+            f"`{r['name']}`" if r["name"] != "float" else "float (bfloat16)",
+            f"{r['bytes'] / 1e6:.0f}",
+            f"{r['read']:.2f}",
+            f"{r['write']:.2f}",
+        ]
+        for r in data["rows"]
+    ]
+    columns = (
+        "SmolLM2, weights only or (capitals) inputs too",
+        "MB in memory",
+        f"time for {data['read']} tokens at once, float = 1",
+        f"for {data['written']} one by one",
+    )
+    machine = data["machine"]
+    said = f"{machine['cpu']}, {machine['threads']} threads; torch {data['versions']['torch']}"
+    return table(columns, rows) + f"\n{said}.\n"
+
+
 def memory() -> str:
     """Peak memory beside its estimate."""
     data = _load("memory")
@@ -178,7 +201,7 @@ def cnn() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    **{f.__name__: f for f in (demo, gptq, fake_quantize, memory, minilm, vit, cnn)},
+    **{f.__name__: f for f in (demo, gptq, fake_quantize, speed, memory, minilm, vit, cnn)},
     **registries.TABLES,
 }
 
