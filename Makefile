@@ -48,12 +48,16 @@ demo-full: $(VENV)/.runtime  ## the same, and seven rows more: half an hour
 test: $(VENV)/.test  ## all tests, and the examples in docstrings
 	$(TESTENV) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-# The oldest transformers that nybble supports, in an environment of its own: what touches its hooks and models.
+# The oldest transformers that nybble supports, in an environment of its own that borrows the rest from .venv: what
+# touches its hooks and models.
 OLDEST := .venv-oldest
-$(OLDEST)/.test: pyproject.toml constraints.txt
+$(OLDEST)/.test: $(VENV)/.test
 	rm -rf $(OLDEST)
 	"$(PYTHON)" -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' transformers==5.17.0
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps -e .
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt transformers==5.17.0
 	touch $@
 
 test-oldest: $(OLDEST)/.test  ## the tests that depend on transformers, with the oldest one
