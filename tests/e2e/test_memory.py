@@ -21,8 +21,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# Blocks are alike, and so are their peaks: of those that gptq takes long for, two are enough.
+TWO = ["--ignore", r"re:model\.layers\.[2-9]\..*"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [["--recipe", "rtn"], ["--recipe", "gptq", "--samples", "8", "--seq-len", "64"]])
+@pytest.mark.parametrize(
+    "options", [["--recipe", "rtn"], ["--recipe", "gptq", *TWO, "--samples", "8", "--seq-len", "64"]]
+)
 def test_peak_is_below_the_estimate(model: Path, tmp_path: Path, options: list[str]) -> None:
     found = measure(["quantize", str(model), str(tmp_path / "out"), *options])
     above = found["peak"] - measure_base()
