@@ -131,15 +131,17 @@ class Gptq(Solver):
             h = h[order][:, order]
         mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)
         damping = torch.full_like(mean, self.damping)
+        identity = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
         for attempt in range(4):
             damped = h.clone()
             damped.diagonal(dim1=-2, dim2=-1).add_((damping * mean)[..., None])
-            lower, lower_failed = torch.linalg.cholesky_ex(damped)
-            lower = torch.where(
-                (lower_failed != 0)[..., None, None], torch.eye(h.shape[-1], dtype=h.dtype, device=h.device), lower
-            )
-            upper, upper_failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            failed = (lower_failed != 0) | (upper_failed != 0) | ~torch.isfinite(upper).all(-1).all(-1)
+            # With its rows and columns reversed, H = M M^T for an upper M, and H^-1 = U^T U for U = M^-1: no inverse, and
+            # one factorisation less than chol(H^-1). (LAPACK's inverse waits for all threads at every step.)
+            reversed_lower, info = torch.linalg.cholesky_ex(damped.flip(-2, -1))
+            failed = info != 0
+            m = torch.where(failed[..., None, None], identity, reversed_lower.flip(-2, -1))
+            upper = torch.linalg.solve_triangular(m, identity.expand_as(m), upper=True)
+            failed = failed | ~torch.isfinite(upper).all(-1).all(-1)
             if not bool(failed.any()):
                 if attempt:
                     notes.append(f"damping raised to {float(damping.max()):g}")
