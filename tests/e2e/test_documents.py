@@ -101,7 +101,8 @@ def test_python(block: Block, place: Path, tiny: Path) -> None:
 
 @named("sh")
 def test_commands(block: Block, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``nybble`` is run; of ``make`` and ``python`` the target or the file must be there."""
+    """``nybble`` is run; of ``make``, ``python`` and ``pip`` the target, the file or the extra must be there."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
     for line in block.text.splitlines():
         program, *arguments = shlex.split(line, comments=True) or [""]
@@ -114,6 +115,9 @@ def test_commands(block: Block, place: Path, monkeypatch: pytest.MonkeyPatch) ->
             assert arguments[0] in targets, line
         elif Path(program).name == "python":
             assert (ROOT / arguments[0]).is_file(), line
+        elif program == "pip":
+            assert arguments[0] == "install" and re.fullmatch(r"\.(\[\w+\])?", arguments[1]), line
+            assert set(re.findall(r"\w+", arguments[1])) <= set(extras), line
         else:
             assert not program, line
 
