@@ -75,7 +75,8 @@ def demo() -> str:
         "MB",
     )
     versions = ", ".join(f"{name} {data['versions'][name]}" for name in ("python", "torch", "transformers"))
-    return table(columns, rows) + f"\n{data['text']}; {data['cpu']}; {versions}.\n"
+    note = f" {data['note']}." if data.get("note") else ""
+    return table(columns, rows) + f"\n{data['text']}; {data['cpu']}; {versions}.{note}\n"
 
 
 def gptq() -> str:

@@ -9,9 +9,8 @@ own language reference. Every row is a folder that transformers loads after ``im
 SmolLM2's packaged weights lie on a 4-bit grid of 32-wide groups (GGUF Q4_1), so INT4 with group 32 would look lossless
 here: the INT4 row uses groups of 64.
 
-Two CPU cores take under eight minutes. Where they are slow (no units for products of 16-bit floats), calibration is
-half as long, LLM-FP4 tries half as many candidates on an eighth of the tokens, and a fifth of the held-out text judges;
-the demo says so.
+On a slow processor (two AMD EPYC cores without matrix units: over nine minutes) calibration is half as long, LLM-FP4
+tries its candidates on an eighth of the tokens, and a fifth of the held-out text judges; the demo says so.
 """
 
 from __future__ import annotations
@@ -71,11 +70,14 @@ FULL: dict[str, dict[str, str]] = {
 }
 TALKS = "GPTQ E2M1 g32 W4A16"
 REPORTED = "LLM-FP4 W4A4"
-FEW = {"grid": 8, "fine": 5, "rounds": 2, "tried": 256}
-"""Of LLM-FP4's search on a slow processor."""
+FEW = {"tried": 256}
+"""Of LLM-FP4's search on a slow processor: a coarser grid would be quicker still, and lose much."""
+NOTE = (
+    f"A slow processor: 16 calibration samples, LLM-FP4 tries its candidates on {FEW['tried']} tokens instead of 2,048"
+)
 CPU = torch.device("cpu")
 SLOW = 400e9
-"""Multiply-adds x 2 a second: two cores without units for 16-bit products reach a third of that, with them twice it."""
+"""Multiply-adds x 2 a second, of the faster of bfloat16 and float32."""
 PROMPT = "Explain in one sentence why the sky is blue."
 
 
@@ -86,18 +88,14 @@ def main() -> None:
         "--out", type=Path, default=Path("demo"), help="where the quantized models go (earlier ones are replaced)"
     )
     parser.add_argument("--record", type=Path, help="also write the table as JSON, with hardware and versions")
-    parser.add_argument("--windows", type=int, default=40, help="held-out windows of 512 tokens")
+    parser.add_argument("--windows", type=int, help="held-out windows of 512 tokens (40; 8 on a slow processor)")
     parser.add_argument("--full", action="store_true", help="seven rows more")
     args = parser.parse_args()
     started = time.perf_counter()
     console = Console(stderr=True)
     slow = measure_flops(CPU, product_dtype(CPU, torch.bfloat16)) < SLOW
     if slow:
-        args.windows = max(1, args.windows // 5)
-        console.print(
-            f"A slow processor: 16 calibration samples, {REPORTED} tries half as many candidates on an eighth of the "
-            f"tokens, {args.windows} held-out windows judge."
-        )
+        console.print(NOTE)
     seconds: dict[str, float] = {}
     for title, request in ROWS.items():
         console.rule(title, align="left")
@@ -118,13 +116,21 @@ def main() -> None:
         console.rule(f"{len(FULL)} recipes in one walk", align="left")
         seconds |= quantize_full(args.out)
     console.rule("evaluation on held-out text", align="left")
-    metrics, source, float_bytes = judge({title: str(args.out / slug(title)) for title in seconds}, args.windows)
+    metrics, source, float_bytes = judge(
+        {title: str(args.out / slug(title)) for title in seconds}, args.windows or (8 if slow else 40)
+    )
     report = args.out / slug(REPORTED)
     atomic_write_json(report / EVALUATION, evaluation_of(report, metrics, source))
     rows = summarise(metrics, seconds, args.out, float_bytes)
     Console(width=None if sys.stdout.isatty() else 120).print(table(rows, source))
     if args.record is not None:
-        about = {"text": source, "cpu": cpu_name(), "threads": torch.get_num_threads(), "versions": versions()}
+        about = {
+            "text": source,
+            "note": NOTE if slow else "",
+            "cpu": cpu_name(),
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+        }
         args.record.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(f"Asked of the packed file {args.out / slug(TALKS)}:\n  > {PROMPT}")
     print(f"  {generate(str(args.out / slug(TALKS)), PROMPT, max_new_tokens=60)}")

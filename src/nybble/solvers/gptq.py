@@ -136,7 +136,7 @@ class Gptq(Solver):
             damped = h.clone()
             damped.diagonal(dim1=-2, dim2=-1).add_((damping * mean)[..., None])
             # With its rows and columns reversed, H = M M^T for an upper M, and H^-1 = U^T U for U = M^-1: no inverse,
-            # and one factorisation less than chol(H^-1). (LAPACK's inverse waits for all threads at every step.)
+            # and one factorisation less than chol(H^-1).
             reversed_lower, info = torch.linalg.cholesky_ex(damped.flip(-2, -1))
             failed = info != 0
             m = torch.where(failed[..., None, None], identity, reversed_lower.flip(-2, -1))
