@@ -78,7 +78,8 @@ def _check_module(module: Any) -> Iterable[str]:
 def _shapes(annotations: Mapping[str, Any], module: Any) -> dict[str, Any]:
     """The annotations that have shapes, evaluated."""
     mine = {n: str(text) for n, text in annotations.items() if any(f"{kind}[" in str(text) for kind in KINDS)}
-    return {name: eval(text, vars(module)) for name, text in mine.items()}
+    space = {"Tensor": Tensor, **vars(module)}  # modules that do without torch until they calculate don't have it
+    return {name: eval(text, space) for name, text in mine.items()}
 
 
 # ------------------------------------------------------------------------------------------- where checks are put

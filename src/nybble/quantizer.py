@@ -27,33 +27,26 @@ static              activations: calibrated once instead of measured on every te
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from nybble.core.errors import DataError, SchemeError
+from nybble.core.errors import SchemeError
 from nybble.core.shapes import Float, Integer
 from nybble.formats import NumberFormat
 from nybble.granularity import REGISTRY as GRANULARITIES
 from nybble.granularity import Granularity
 from nybble.line import DEFAULTS, PLAIN, TENSOR, as_written, default_of, override, parse_words, split_words
-from nybble.ops.blocks import dynamic_round, narrow_scale, scaled_round
-from nybble.ops.grid import Round
-from nybble.ops.scaling import divided, guarded
 from nybble.packing import get_layout
-from nybble.qtensor import Factored, Inverse, QTensor, QuantParams, block_view
-from nybble.qtensor.block import BlockQTensor
 from nybble.rounding import get_rounding
 from nybble.scales import BlockParams, ScaleRule
-from nybble.scales.absmax import AbsMax
-from nybble.scales.mse import Mse
-from nybble.scales.one import One
-from nybble.scales.pow2 import Pow2
-from nybble.soft import codes_of, grid_of, harden, integers, pack, scaled, settle, soft, soften, unscaled
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from nybble.ops.grid import Round
+    from nybble.qtensor import QuantParams
+    from nybble.qtensor.block import BlockQTensor
 
 
 @dataclass(frozen=True, init=False)
@@ -140,7 +133,9 @@ class Quantizer:
 
     def stored_bytes(self, shape: tuple[int, ...]) -> float:
         """Bytes that a tensor of ``shape`` takes in a file: codes, scales and offsets with theirs, padding, tables."""
-        return _stored_bytes(self, shape)
+        from nybble.hard import stored_bytes
+
+        return stored_bytes(self, shape)
 
     def replace(self, **options: Any) -> Quantizer:
         """A copy with some words changed: ``q.replace(group=64)``."""
@@ -154,28 +149,9 @@ class Quantizer:
             x: float32, float16 or bfloat16, any shape that the granularity can cut.
             weight: importance of the elements (>= 0), broadcastable to ``x``; only searching rules and means use it.
         """
-        wide = x.detach().float()
-        shape = self.granularity.scale_shape(wide.shape)
-        if not wide.numel():
-            return self.finish(BlockParams(wide.new_ones(math.prod(shape), 1)), shape)
-        if self.granularity.factored:
-            return self.factors(wide)
-        blocks = self.granularity.to_blocks(wide)
-        importance = None if weight is None else self.granularity.to_blocks(weight.float().expand(wide.shape))
-        mask = self.granularity.mask(wide.shape, wide.device)
-        if mask is not None:
-            importance = mask.float() if importance is None else importance * mask
-        if isinstance(self.scale, Mse) and isinstance(self.scale_format, Quantizer):
-            # Candidates are judged as they would be stored, under an outer scale that the search does not move.
-            inner = self.scale_format
-            outer = inner.fit(divided(blocks.abs().amax(1), self.format.absmax).reshape(shape))
+        from nybble.hard import fit
 
-            def project(scale: Tensor) -> Tensor:
-                return inner.fake_quantize(scale.reshape(shape), outer).reshape(-1, 1)
-
-            return self.finish(self.scale.fit(blocks, self.format, self.rounding, importance, project), shape, outer)
-        found = self.scale.fit(blocks, self.format, self.rounding, importance)
-        return self.finish(found, shape, None if found.over is None else QuantParams(Inverse(found.over.reshape(1))))
+        return fit(self, x, weight)
 
     def factors(self, x: Tensor, fraction: Tensor | None = None) -> QuantParams:
         """Parameters under a factored granularity.
@@ -184,8 +160,9 @@ class Quantizer:
             x: float32, not empty, or the granularity's summary of it.
             fraction: float32 [1], of the unclipped range, where the granularity can be searched.
         """
-        found = self.granularity.fit_factors(x, self.format, fraction)
-        return QuantParams(Factored(found, self.granularity.combine))
+        from nybble.hard import factors
+
+        return factors(self, x, fraction)
 
     def finish(self, found: BlockParams, shape: tuple[int, ...], outer: QuantParams | None = None) -> QuantParams:
         """Bring raw parameters [blocks, 1] into their stored form: zero guard, narrowing, nested quantization.
@@ -195,26 +172,11 @@ class Quantizer:
             shape: the granularity's scale shape.
             outer: parameters of nested scales that are already fixed.
         """
-        scale: Tensor | QTensor | None = None
-        raw = found.scale.reshape(shape)
-        if isinstance(self.scale_format, Quantizer):
-            scale = self.scale_format.quantize(raw, outer)
-        elif not isinstance(self.scale, One):
-            raw = guarded(raw, self.format)
-            scale = narrow_scale(raw, self.scale_format)
-            scale = scale.to(getattr(torch, self.scale_format))
-        zero_point = None if found.zero_point is None else integers(found.zero_point.reshape(shape), self.format)
-        offset: Tensor | QTensor | None = None
-        if found.offset is not None:
-            value = found.offset.reshape(shape)
-            if isinstance(self.offset_format, Quantizer):
-                offset = self.offset_format.quantize(value)
-            else:
-                offset = narrow_scale(value, self.offset_format).to(getattr(torch, self.offset_format))
-        return QuantParams(scale, zero_point, offset, divisor=raw if self.raw_scale and scale is not None else None)
+        from nybble.hard import finish
+
+        return finish(self, found, shape, outer)
 
     # ------------------------------------------------------------------------------------------------ use
-    @torch.no_grad()
     def fake_quantize(
         self, x: Float[Tensor, "*shape"], params: QuantParams | None = None, generator: torch.Generator | None = None
     ) -> Float[Tensor, "*shape"]:
@@ -229,28 +191,10 @@ class Quantizer:
             shape and dtype of ``x``; equal to ``quantize(x, params).dequantize(x.dtype)`` bit for bit where ``x`` is
             finite.
         """
-        x = x.detach()
-        if not x.numel():
-            return x.clone()
-        if params is None and self._fused:
-            target = self.scale.target or self.format.absmax if isinstance(self.scale, AbsMax) else 1.0
-            mode = self.scale.mode if isinstance(self.scale, Pow2) else ""
-            narrow = self.scale_format if isinstance(self.scale_format, str) else "float32"
-            blocks = self.granularity.to_blocks(x)
-            rounded = dynamic_round(blocks, self.format.name, self.rounding, target, mode, narrow)
-            return self.granularity.from_blocks(rounded, x.shape)
-        shape = tuple(x.shape)
-        params = self.measured(x, params)
-        blocks = self.granularity.to_blocks(x)
-        if self._elementwise(params) and not isinstance(params.scale, Inverse | None):
-            scale = block_view(params.scale, self.granularity, shape)
-            rounded = scaled_round(blocks, scale, self.format.name, self.rounding, self.reciprocal)
-            return self.granularity.from_blocks(rounded, shape)
-        y = scaled(self, blocks.float(), params, shape)
-        values = grid_of(self, params, shape).nearest(y, generator)
-        return self.granularity.from_blocks(unscaled(values, params, self.granularity, shape), shape).to(x.dtype)
+        from nybble.hard import fake_quantize
 
-    @torch.no_grad()
+        return fake_quantize(self, x, params, generator)
+
     def quantize(
         self, x: Float[Tensor, "*shape"], params: QuantParams | None = None, generator: torch.Generator | None = None
     ) -> BlockQTensor:
@@ -262,55 +206,15 @@ class Quantizer:
         Returns:
             a BlockQTensor of the shape of ``x``; ``dequantize()`` gives exactly :meth:`fake_quantize`.
         """
-        x = x.detach()
-        shape = tuple(x.shape)
-        params = self.measured(x, params)
-        blocks = self.granularity.to_blocks(x).float()
-        params = self._poisoned(params, blocks)
-        codes = grid_of(self, params, shape).encode(scaled(self, blocks, params, shape), generator)
-        flat = self.granularity.from_blocks(codes, shape).reshape(-1)
-        packed = get_layout(self.packing).pack(flat, self.format.bits)
-        return BlockQTensor(self.format, self.granularity, shape, packed, params, self.packing)
+        from nybble.hard import quantize
 
-    # ------------------------------------------------------------------------------------------------ parts
-    @property
-    def _fused(self) -> bool:
-        nested = isinstance(self.scale_format, Quantizer)
-        exact = isinstance(self.scale, Pow2) and str(self.scale_format) == "float8_e8m0fnu scale=one"
-        return (
-            isinstance(self.scale, AbsMax | Pow2)
-            and (not isinstance(self.scale, Pow2) or self.scale.of_maximum)
-            and (not nested or exact)
-            and not self.granularity.factored
-            and not (
-                self.reciprocal or self.raw_scale or self.floor or self.center or get_rounding(self.rounding).stochastic
-            )
-        )
-
-    def _elementwise(self, params: QuantParams) -> bool:
-        plain = all(
-            p is None for p in (params.zero_point, params.offset, params.thresholds, params.divisor, params.grid)
-        )
-        return plain and not self.floor and not get_rounding(self.rounding).stochastic
+        return quantize(self, x, params, generator)
 
     def measured(self, x: Tensor, params: QuantParams | None) -> QuantParams:
         """``params``, or those of ``x`` for None; with center=mean and no offset given, its mean too."""
-        if not self.center or (params is not None and params.offset is not None):
-            return self.fit(x) if params is None else params
-        wide = x.float().contiguous()  # the mean adds up in memory order
-        mean = wide.mean()
-        params = self.fit(wide - mean) if params is None else params
-        return replace(params, offset=mean.reshape(1))
+        from nybble.hard import measured
 
-    def _poisoned(self, params: QuantParams, blocks: Tensor) -> QuantParams:
-        """A format without NaN carries it in the block's scale; infinity over an infinite scale is NaN too."""
-        scale = params.scale
-        if self.format.nan_code is not None or not isinstance(scale, Tensor) or blocks.shape[0] != scale.numel():
-            return params
-        if self.center and params.offset is not None:  # one NaN makes the mean NaN
-            blocks = blocks - block_view(params.offset, self.granularity, ())
-        bad = blocks.isnan().any(1).reshape(scale.shape) | scale.isinf()
-        return replace(params, scale=torch.where(bad, torch.nan, scale))
+        return measured(self, x, params)
 
     # ------------------------------------------------------------------------------------------------ training
     def soft(
@@ -328,6 +232,8 @@ class Quantizer:
         Returns:
             shape and dtype of ``x``; without ``round`` it is ``fake_quantize(x, harden(params))`` bit for bit.
         """
+        from nybble.soft import soft
+
         return soft(self, x, params, round)
 
     def settle(
@@ -338,6 +244,8 @@ class Quantizer:
         Raises:
             DataError: ``round`` returns values off the grid (it must have settled); or ``x`` holds NaN.
         """
+        from nybble.soft import harden, settle
+
         if round is None:
             return self.quantize(x, None if params is None else harden(self, params))
         return settle(self, x, params, round)
@@ -349,6 +257,8 @@ class Quantizer:
         (``offset_params``), raw too: they stay fixed unless they are trained as well. With raw_scale=true the raw scale
         is the divisor, where it is known.
         """
+        from nybble.soft import soften
+
         return soften(self, params)
 
     def harden(self, params: QuantParams) -> QuantParams:
@@ -358,6 +268,8 @@ class Quantizer:
         ``scale_format`` and ``offset_format`` say, zero points rounded and held within the codes. Factors of a factored
         scale are kept as they are.
         """
+        from nybble.soft import harden
+
         return harden(self, params)
 
     def codes_of(self, values: Float[Tensor, "*shape"], params: QuantParams) -> Integer[Tensor, "*shape"]:
@@ -373,6 +285,8 @@ class Quantizer:
         Raises:
             DataError: a value is not on the grid.
         """
+        from nybble.soft import codes_of
+
         return codes_of(self, values, params)
 
     def pack(self, codes: Integer[Tensor, "*shape"], params: QuantParams) -> BlockQTensor:
@@ -385,6 +299,8 @@ class Quantizer:
         Raises:
             DataError: codes out of range, or that the packing can't hold; parameters of another shape.
         """
+        from nybble.soft import pack
+
         return pack(self, codes, params)
 
 
@@ -400,15 +316,3 @@ def _nested(text: str) -> str | Quantizer:
     if text in PLAIN:
         return text
     return Quantizer(text[1:-1] if text.startswith("(") and text.endswith(")") else text)
-
-
-def check_finite(x: Tensor, what: str) -> None:
-    """Raise DataError when ``x`` holds NaN or Inf; for the edges of pipelines, since it waits for the device."""
-    if not bool(torch.isfinite(x).all()):
-        bad = int((~torch.isfinite(x)).sum())
-        raise DataError(f"{what} holds {bad} NaN or Inf of {x.numel()} values; repair the file or exclude it (ignore).")
-
-
-@cache
-def _stored_bytes(quantizer: Quantizer, shape: tuple[int, ...]) -> float:
-    return float(quantizer.quantize(torch.empty(shape, device="meta")).nbytes())

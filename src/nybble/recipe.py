@@ -23,11 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from nybble.core.errors import SchemeError, UsageError, did_you_mean, within
+from nybble.core.registry import Registry
 from nybble.recipes import REGISTRY, check_recipe_name
 from nybble.scheme import Scheme, parse_scheme
 
-KINDS = ("transform", "solver", "reconstruction", "correction")
-"""Of steps, in the order in which they make sense."""
+ROOMS = {
+    "transform": ("nybble.transforms", "transform"),
+    "solver": ("nybble.solvers", "solver"),
+    "reconstruction": ("nybble.reconstruction.losses", "reconstruction loss"),
+    "correction": ("nybble.corrections", "correction"),
+}
+"""Kinds of steps, in the order in which they make sense: the folder of the parts, and what one is called."""
+KINDS = tuple(ROOMS)
 _WHY = {
     ("solver", "transform"): "the transform would rewrite weights that are codes by then",
     ("reconstruction", "transform"): "the transform would rewrite weights whose rounding was learned",
@@ -96,6 +103,16 @@ class Recipe:
             "scheme": self.scheme.to_dict(),
             "steps": steps,
         }
+
+
+def check_names(recipe: Recipe) -> None:
+    """Refuse steps that name no part, without importing any, which takes torch and seconds.
+
+    Raises:
+        UsageError: the message has the closest name.
+    """
+    for step in recipe.steps:
+        Registry(*ROOMS[step.kind]).check(step.name)
 
 
 def recipe_names() -> list[str]:

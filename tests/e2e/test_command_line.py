@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tiny import save_text, save_tiny
+from tests.tiny import save_text, save_tiny, tiny_tokenizer
+from transformers import BertConfig, BertModel
 
 from nybble.cli import main
 from nybble.cli.recipes import grouped, listed
@@ -121,6 +122,30 @@ def test_metrics_that_compare_are_refused_before_a_model_is_read(
     for metric in ("kl", "agreement", "cosine"):
         code, _, err = nybble("eval", place / "model", "--metrics", f"{metric}")
         assert code == 2 and f"metric '{metric}' compares with the float model; give it (--reference MODEL)" in err
+
+
+def test_what_a_kind_of_model_is_not_judged_by_is_refused_before_it_is_read(
+    place: Path, tmp_path: Path, nybble: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a float folder and a quantized one: the class is known from config.json."""
+    model, encoder, packed = place / "model", tmp_path / "bert", tmp_path / "packed"
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=64, num_hidden_layers=1, **sizes)).save_pretrained(encoder)
+    tiny_tokenizer().save_pretrained(encoder)
+    assert nybble("quantize", encoder, packed, "--recipe", "rtn", "--weights", "int8 channel")[0] == 0
+    monkeypatch.setattr("nybble.pipelines.evaluate.load_with_origin", None)
+    compare = "a model of sentences is judged by cosine, kl, agreement, which compare with the float model"
+    for arguments, said in {
+        (encoder,): compare,
+        (packed,): compare,
+        (packed, "--metrics", "ppl"): "a model of sentences is judged by cosine, kl, agreement; not by ppl",
+        (model, "--metrics", "top1"): "a model of tokens is judged by agreement, kl, nll, ppl; not by top1",
+        (model, "--metrics", "pl"): "unknown metric 'pl'. Did you mean 'ppl'?",
+        (model, "--seq-len", "0"): "seq_len is 0; it must be 1 or more",
+        (model, "--data", place / "short.txt"): "fewer than one sequence",
+    }.items():
+        code, _, err = nybble("eval", *arguments)
+        assert code in (1, 2) and said in err, arguments
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ ROUNDED = """
 import json, sys, warnings
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
-    import nybble.quantizer, torch
+    import nybble.hard, nybble.quantizer, torch
     early = [str(w.message) for w in seen]
     loaded = [name for name in sys.modules if name.startswith("nybble.kernels")]
     x = torch.linspace(-9, 9, 4096).view(64, 64)
@@ -143,3 +143,83 @@ model = transformers.AutoModelForCausalLM.from_pretrained({os.fspath(out)!r})
 print(type(model.model.layers[0].mlp.up_proj).__name__)
 """
     assert python(code) == "QuantLinear\n"
+
+
+WRONG = {
+    "--weights 'flaot4 group=32'": "unknown format or preset 'flaot4'",
+    "--weights 'int4 goup=32'": "unknown word 'goup'. Did you mean 'group'?",
+    "--weights 'int4 group=abc'": "group=abc is not a size",
+    "--weights 'int4 group=32 scale=mze'": "unknown scale rule 'mze'. Did you mean 'mse'?",
+    "--weights 'int4 scale=mse(gird=3)'": "scale rule 'mse' has no option 'gird'",
+    "--weights 'int4 rounding=half-awy'": "unknown rounding 'half-awy'",
+    "--activations 'nf4 token packing=base3'": "packing=base3 stores ternary codes",
+    "--activations 'float8_e4m3fn token scale=minmax'": "an integer zero point needs an integer format",
+    "--embeddings 'int4 shifted scale=mse'": "shifted factors are column maxima (scale=absmax)",
+    "--matmuls 'int9 token'": "integers have 1 to 8 bits; got 9",
+    "--kv 'int4 channel'": "a KV cache grows token by token",
+    "--scheme W4A61": "unknown scheme 'W4A61'. Did you mean 'W4A16'?",
+    "--scheme scheme.yaml": "scheme.yaml: a scheme has no key 'wieghts'. Did you mean 'weights'?",
+    "--recipe keys.yaml": "keys.yaml: a recipe has no key 'step'. Did you mean 'steps'?",
+    "--recipe steps.yaml": "unknown solver 'rnt'. Did you mean 'rtn'?",
+    "--recipe losses.yaml": "unknown reconstruction loss 'mze'. Did you mean 'mse'?",
+    "--recipe rtm": "unknown recipe 'rtm'. Did you mean 'rtn'?",
+    "--effort quik": "effort 'quik' is neither quick nor full",
+    "--samples 0": "samples is 0; it must be 1 or more",
+    "--device gpu": "device 'gpu' is neither cpu nor cuda",
+    "--eval nosuch.txt": "data file 'nosuch.txt' does not exist",
+}
+ELSEWHERE = {
+    "generate demo:smollm2 hi --kv 'int4 group=x'": "group=x is not a size",
+    "generate demo:smollm2 ' '": "the prompt is empty",
+    "eval demo:smollm2 --device gpu": "device 'gpu' is neither cpu nor cuda",
+    "eval demo:smollm2 --seq-len 0": "seq_len is 0; it must be 1 or more",
+    "formats flaot4": "unknown format or preset 'flaot4'",
+    "recipes keys.yaml": "keys.yaml: a recipe has no key 'step'",
+}
+
+
+def test_mistakes_in_what_was_typed_are_answered_without_torch(tmp_path: Path) -> None:
+    """Also names of parts, which are those of files, and options, which are fields of classes: both stay one list."""
+    files = {
+        "scheme": "wieghts: int4 channel", "keys": "step: []",
+        "steps": "scheme: W4A16\nsteps: [{solver: rnt}]",
+        "losses": "scheme: W4A16\nsteps: [{reconstruction: mze}]",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    lines = {f"quantize demo:smollm2 out --recipe rtn {words}": said for words, said in WRONG.items()} | ELSEWHERE
+    code = f"""
+import contextlib, io, json, os, shlex, sys
+from nybble.cli import build
+os.chdir({os.fspath(tmp_path)!r})
+found = {{}}
+for line in {list(lines)!r}:
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            build()(shlex.split(line))
+        except SystemExit as done:
+            found[line] = done.code, said.getvalue()
+    assert "torch" not in sys.modules, line
+print(json.dumps(found))
+"""
+    found = json.loads(python(code))
+    assert [line for line, said in lines.items() if found[line][0] not in (1, 2) or said not in found[line][1]] == []
+    assert {line for line, (number, _) in found.items() if number == 1} == {
+        line for line in lines if "--eval nosuch" in line
+    }
+
+
+def test_lines_are_read_without_torch() -> None:
+    """By every part that a line can name, and every recipe."""
+    code = """
+import sys
+from nybble import formats, granularity, packing, rounding, scales
+for room in (formats, granularity, packing, rounding, scales):
+    room.REGISTRY.all()
+from nybble.presets import PRESETS
+from nybble.recipe import load_recipe, recipe_names
+from nybble.quantizer import Quantizer
+print(len([Quantizer(name) for name in PRESETS] + [load_recipe(name) for name in recipe_names()]) > 50)
+print("torch" in sys.modules)
+"""
+    assert python(code) == "True\nFalse\n"

@@ -89,6 +89,46 @@ def test_settings_are_a_mapping() -> None:
 
 
 @pytest.mark.parametrize(
+    ("field", "wrong", "said"),
+    [
+        ("dtype", "fp16", "dtype is 'fp16'; give float32, bfloat16 or float16, as a name or torch's"),
+        ("dtype", torch.int8, r"dtype is torch\.int8; give float32"),
+        ("dtype", 16, "dtype is 16; give float32"),
+        ("products", "int8", "products is 'int8'; give float32"),
+        ("device", "gpu", "device 'gpu' is neither cpu nor cuda"),
+        ("device", "cuda:one", "device 'cuda:one' is neither cpu nor cuda"),
+        ("device", 0, "device '0' is neither cpu nor cuda"),
+        ("device", torch.device("meta"), "device 'meta' is neither cpu nor cuda"),
+        ("samples", "4", "settings: samples is an int; got '4'"),
+        ("seq_len", 2.5, r"settings: seq_len is an int; got 2\.5"),
+        ("batch", 0, "batch is 0; it must be 1 or more"),
+        ("seed", "a", "settings: seed is an int; got 'a'"),
+        ("resume", "no", "settings: resume is a bool; got 'no'"),
+        ("spill", 1, "settings: spill is a bool; got 1"),
+    ],
+)
+def test_a_setting_that_is_none(field: str, wrong: Any, said: str) -> None:
+    """However it is given; ``Settings(samples="4")`` was a TypeError, ``resume="no"`` a yes."""
+    with pytest.raises(UsageError, match=said):
+        nybble.Settings.of({field: wrong})
+    with pytest.raises(UsageError, match=said):
+        nybble.Settings(**{field: wrong})
+
+
+def test_dtypes_and_devices_by_name(tmp_path: Path) -> None:
+    model, report = nybble.quantize(str(save_tiny(tmp_path, "llama")), weights=LINE, settings={"dtype": "float16"})
+    assert model.dtype == torch.float16 and report.manifest["settings"]["dtype"] == "torch.float16"
+    assert nybble.Settings(dtype="bfloat16", device=torch.device("cpu")) == nybble.Settings(
+        dtype=torch.bfloat16, device="cpu"
+    )
+    assert nybble.load(tmp_path, dtype="float16")[0].dtype == torch.float16
+    with pytest.raises(UsageError, match=r"dtype is 'half'; give float32"):
+        nybble.load(tmp_path, dtype="half")
+    with pytest.raises(UsageError, match=r"device 'gpu' is none that torch knows; give cpu or cuda"):
+        nybble.load(tmp_path, device="gpu")
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ((5,), "a model is a hub id, a path, or a torch module"),

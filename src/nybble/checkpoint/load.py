@@ -37,9 +37,7 @@ def is_quantized(folder: Path) -> bool:
 def load_quantized(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model in a folder that nybble wrote, on the CPU; float parts in ``dtype``, or as its config says."""
     checkpoint = read_checkpoint(folder)
-    config = make_config(dict(checkpoint.config), str(folder / "config.json"))
-    stated = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    model = meta_model(config, dtype or stated, checkpoint.stored)
+    model = _skeleton(folder, checkpoint, dtype)
     restore_model(model, checkpoint.modules, checkpoint.layouts, checkpoint.kv)
     expected = expected_tensors(model)
     _check_names(folder, checkpoint, expected, unsaved(model))
@@ -56,6 +54,17 @@ def load_quantized(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         if generation is not None:
             model.generation_config = generation
     return nn.Module.eval(model)
+
+
+def described(folder: Path) -> PreTrainedModel:
+    """The float model that a folder's config.json describes, on the meta device: of what class it is, what it reads."""
+    return _skeleton(folder, read_checkpoint(folder), None)
+
+
+def _skeleton(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
+    config = make_config(dict(checkpoint.config), str(folder / "config.json"))
+    stated = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return meta_model(config, dtype or stated, checkpoint.stored)
 
 
 def _check_names(folder: Path, checkpoint: Checkpoint, expected: dict[str, Tensor], computed: frozenset[str]) -> None:

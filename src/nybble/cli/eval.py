@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from nybble.cli._output import print_json, print_table
+from nybble.core.device import check_device
+from nybble.core.options import at_least_one
 from nybble.data.text import check_source
 from nybble.models.named import check_model
 
@@ -38,7 +40,9 @@ def command(
     for spec in (model,) if reference is None else (model, reference):
         check_model(spec)
     check_source(data)
-    from nybble.core.progress import Bars
+    check_device(device)
+    at_least_one(seq_len=seq_len, samples=samples)
+    from nybble.core.progress import Bars  # torch comes from here on
     from nybble.pipelines.evaluate import run_eval
 
     names = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]

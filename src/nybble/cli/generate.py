@@ -30,7 +30,10 @@ def command(
 ) -> None:
     """Generate text."""
     check_model(model)
-    from nybble.pipelines.generate import generate
+    from nybble.pipelines.request import check_prompt
+
+    check_prompt(prompt, max_new_tokens, device, kv)
+    from nybble.pipelines.generate import generate  # torch comes from here on
 
     text = generate(
         model, prompt, max_new_tokens=max_new_tokens, chat=not raw, sample=sample, seed=seed, device=device, kv=kv

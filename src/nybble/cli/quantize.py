@@ -83,15 +83,16 @@ def command(
 ) -> None:
     """Quantize MODEL into the folder OUT."""
     _check(model, out, recipe, data, eval)
-    from nybble.checkpoint.account import inspect
-    from nybble.core.progress import Bars
-    from nybble.pipelines.evaluate import judge_folder, judged_on
-    from nybble.pipelines.quantize import preflight, quantize
     from nybble.pipelines.request import build_recipe
     from nybble.walk.settings import Settings
 
-    made = build_recipe(recipe, effort=effort, **{**vars(changes), "ignore": changes.ignore or ()})
     settings = Settings(**vars(run))
+    made = build_recipe(recipe, effort=effort, **{**vars(changes), "ignore": changes.ignore or ()})
+    from nybble.checkpoint.account import inspect  # torch comes from here on: all above needs none
+    from nybble.core.progress import Bars
+    from nybble.pipelines.evaluate import judge_folder, judged_on
+    from nybble.pipelines.quantize import preflight, quantize
+
     held_out = None if eval is None else judged_on(model, eval, seq_len=run.seq_len)
     if dry_run:
         lines = preflight(model, made, data, out=out, settings=settings)

@@ -8,30 +8,40 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from nybble.core.errors import DeviceError, UsageError
 
+if TYPE_CHECKING:
+    import torch
 
-def check_device(device: str) -> None:
-    """Raise unless ``device`` is ``cpu``, or ``cuda`` (``cuda:1``) and there.
+
+def check_device(device: torch.device | str) -> str:
+    """The device's name, ``cpu``, or ``cuda`` (``cuda:1``) that is there.
 
     Raises:
         UsageError: neither. DeviceError: no such CUDA device.
     """
-    kind, _, number = device.partition(":")
-    if kind not in ("cpu", "cuda") or not (number.isdecimal() or device == kind):
-        raise UsageError(f"device {device!r} is neither cpu nor cuda.")
-    if kind == "cuda" and not torch.cuda.is_available():
+    name = str(device)
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (number.isdecimal() or name == kind):
+        raise UsageError(f"device {name!r} is neither cpu nor cuda.")
+    if kind == "cpu":
+        return name
+    import torch  # takes seconds, which a word that names no device needn't wait for
+
+    if not torch.cuda.is_available():
         raise DeviceError("no CUDA device is available (torch.cuda.is_available() is false); use --device cpu.")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"there is no {device}; CUDA devices: {torch.cuda.device_count()}.")
+    if int(number or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"there is no {name}; CUDA devices: {torch.cuda.device_count()}.")
+    return name
 
 
 @contextmanager
 def out_of_memory(device: str) -> Iterator[None]:
     """Turn torch's error of a full device into one that says what to change."""
+    import torch
+
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -42,6 +52,8 @@ def out_of_memory(device: str) -> Iterator[None]:
 
 def require_memory(needed: int, device: torch.device, more: str = "") -> None:
     """Refuse a run that can't fit; names both numbers. ``more``: a further way out, with a comma behind it."""
+    import torch
+
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if needed > free:
         raise DeviceError(
@@ -62,6 +74,8 @@ def available_memory() -> int:
 
 def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Multiply-adds x 2 a second of a square product, from a few milliseconds of it."""
+    import torch
+
     n = 1024 if device.type == "cpu" else 4096
     a = torch.ones(n, n, dtype=dtype, device=device)
     best = math.inf
@@ -76,4 +90,6 @@ def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
+        import torch
+
         torch.cuda.synchronize(device)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal, TypeVar
 
-from nybble.core.errors import SchemeError, did_you_mean
+from nybble.core.errors import SchemeError, UsageError, did_you_mean
 
 T = TypeVar("T")
 
@@ -42,6 +42,20 @@ def build(kind: type[T], options: Mapping[str, Any], where: str) -> T:
         if needed and name not in options:
             raise SchemeError(f"{where} needs the option {name!r}.")
     return kind(**{key: _value(value, hints[key], f"{where}: {key}") for key, value in options.items()})
+
+
+def check_types(made: Any, where: str) -> None:
+    """Raise SchemeError for a field of a dataclass that isn't as annotated; ``where`` as of :func:`build`."""
+    kind: Any = type(made)
+    for name, hint in _hints(kind).items():
+        _value(getattr(made, name), hint, f"{where}: {name}")
+
+
+def at_least_one(**sizes: int | None) -> None:
+    """Raise UsageError for a size below 1, by its name; None is none."""
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}; it must be 1 or more.")
 
 
 @cache

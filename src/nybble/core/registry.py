@@ -10,10 +10,12 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import pkgutil
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -57,11 +59,15 @@ class Registry:
         return found
 
     def own(self) -> dict[str, str]:
-        """Key -> module, of the parts in the folder; nothing of them is imported."""
-        folder = importlib.import_module(self.package)
+        """Key -> module, of the parts in the folder; neither they nor the folder are imported."""
+        top, *below = self.package.split(".")
+        if self.package in sys.modules:
+            places = [*sys.modules[self.package].__path__]
+        else:
+            places = [str(Path(place, *below)) for place in importlib.import_module(top).__path__]
         return {
             m.name.replace("_", "-"): f"{self.package}.{m.name}"
-            for m in pkgutil.iter_modules(folder.__path__)
+            for m in pkgutil.iter_modules(places)
             if not m.name.startswith("_")
         }
 
@@ -97,15 +103,23 @@ class Registry:
         """Whether there is such a part, broken or not; nothing is imported."""
         return name.replace("_", "-") in self._sources
 
+    def check(self, name: str) -> None:
+        """Refuse a name that no part has; nothing is imported.
+
+        Raises:
+            UsageError: the message has the closest name.
+        """
+        if name not in self:
+            raise UsageError(f"unknown {self.kind} {name!r}.{did_you_mean(name, self.names())}")
+
     def get(self, name: str) -> Any:
         """Return the part called ``name``, importing its module.
 
         Raises:
             UsageError: no such part (the message has the closest name), or another package's that can't be imported.
         """
-        source = self._sources.get(name.replace("_", "-"))
-        if source is None:
-            raise UsageError(f"unknown {self.kind} {name!r}.{did_you_mean(name, self.names())}")
+        self.check(name)
+        source = self._sources[name.replace("_", "-")]
         if isinstance(source, str):
             return self.read(source)
         try:

@@ -13,11 +13,10 @@ from typing import Any, ClassVar
 from nybble.calibration.window import Window
 from nybble.core.registry import Registry
 from nybble.nn.kinds import Target
+from nybble.recipe import ROOMS
 from nybble.scheme import matches
 
-REGISTRY = Registry(
-    "nybble.corrections", "correction", lambda part: isinstance(part, type) and issubclass(part, Correction)
-)
+REGISTRY = Registry(*ROOMS["correction"], lambda part: isinstance(part, type) and issubclass(part, Correction))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from nybble.core.errors import FormatError
 from nybble.rounding import Rounding, get_rounding
@@ -231,8 +229,3 @@ class Family:
             return None
         made = self.build(found)
         return replace(made, aliases=tuple(alias for alias, member in self.aliases.items() if member == made.name))
-
-
-def lookup(table: np.ndarray, device: torch.device) -> Tensor:
-    """A numpy table as a tensor on ``device`` (float64 becomes float32)."""
-    return torch.from_numpy(np.array(table, dtype=np.float32 if table.dtype == np.float64 else table.dtype)).to(device)

@@ -7,12 +7,15 @@ The values are in code order and part of the name, so that a file which names th
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from nybble.core.errors import DataError, FormatError
 from nybble.formats._base import Family, TableFormat
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def table_format(values: tuple[float, ...] | list[float]) -> TableFormat:

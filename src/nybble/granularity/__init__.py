@@ -26,14 +26,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Protocol, Self
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 from nybble.core.errors import GranularityError, UsageError
 from nybble.core.registry import Registry
 from nybble.core.shapes import Bool, Float, Float32, Shaped
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 REGISTRY = Registry(
     "nybble.granularity", "granularity", lambda part: isinstance(part, type) and issubclass(part, Granularity)
@@ -82,7 +83,7 @@ class Granularity(ABC):
         combine: how factors make its scale, ``product`` or ``min``: then :meth:`fit_factors` finds them, of maxima, and
             no other scale rule. Empty: the scale rule finds one scale a block.
         factors_are: what the factors are, for messages.
-        stored: what a file keeps of calibrated factors beside ``scale``, by name: the dtype of one value a column.
+        stored: what a file keeps of calibrated factors beside ``scale``, by name: dtype of one value a column, by name.
     """
 
     word: ClassVar[str]
@@ -96,7 +97,7 @@ class Granularity(ABC):
     calibrated_on: ClassVar[str] = ""
     combine: ClassVar[str] = ""
     factors_are: ClassVar[str] = ""
-    stored: ClassVar[Mapping[str, torch.dtype]] = {}
+    stored: ClassVar[Mapping[str, str]] = {}
 
     # ------------------------------------------------------------------------------------------------ spelling
     @classmethod
@@ -140,6 +141,8 @@ class Granularity(ABC):
 
     def mask(self, shape: Sequence[int], device: torch.device | None = None) -> Bool[Tensor, "blocks elements"] | None:
         """``[blocks, elements]``, true on real elements; None where no block is padded."""
+        import torch
+
         padded = math.prod(self.scale_shape(shape)) and self.to_blocks(torch.empty(shape, device="meta")).numel()
         if padded == math.prod(shape):
             return None
@@ -147,6 +150,8 @@ class Granularity(ABC):
 
     def expand(self, scale: Tensor, shape: Sequence[int]) -> Tensor:
         """One value a block (``scale_shape(shape)``) as a tensor that broadcasts against ``shape``."""
+        import torch
+
         elements = self.to_blocks(torch.empty(shape, device="meta")).shape[1]
         return self.from_blocks(scale.reshape(-1, 1).expand(-1, elements), shape)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from nybble.core.errors import GranularityError, UsageError
 from nybble.granularity import Granularity
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Runs(Granularity):
@@ -39,6 +40,8 @@ def cut_rows(x: Tensor, size: int) -> Tensor:
     """Rows of the last dimension in pieces: [pieces, size]; a short last piece of a row ends in zeros."""
     short = -x.shape[-1] % size
     if short:
+        import torch
+
         x = torch.nn.functional.pad(x, (0, short))
     return x.reshape(-1, size)
 

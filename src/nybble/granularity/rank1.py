@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from nybble.core.arithmetic import divided
 from nybble.granularity import Grid
 from nybble.granularity._cut import Runs, need_dims
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Rank1(Runs):
 
     def fit_factors(self, x: Tensor, fmt: Grid, fraction: Tensor | None = None) -> tuple[Tensor, ...]:
         """Slice maxima over each dimension; a zero slice gets 1, or stays 0 where the format has no zero."""
+        import torch
+
         magnitude = divided(x.abs(), fmt.absmax)
         factors = []
         for dim in range(x.dim()):

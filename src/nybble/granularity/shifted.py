@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from nybble.core.arithmetic import divided
 from nybble.core.errors import GranularityError, SchemeError
 from nybble.granularity import Granularity, Grid
 from nybble.granularity._cut import need_dims, whole_numbers
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Shifted(Granularity):
     calibrated_on: ClassVar[str] = "columns"
     combine: ClassVar[str] = "product"
     factors_are: ClassVar[str] = "column maxima"
-    stored: ClassVar[Mapping[str, torch.dtype]] = {"shifts": torch.uint8}
+    stored: ClassVar[Mapping[str, str]] = {"shifts": "uint8"}
 
     def __post_init__(self) -> None:
         if not 0 <= self.bits <= 5:
@@ -99,6 +99,8 @@ class Shifted(Granularity):
 
     def fit_factors(self, x: Tensor, fmt: Grid, fraction: Tensor | None = None) -> tuple[Tensor, ...]:
         """The scale of the loudest column, or of a fraction of it, and 2^-s_j for each column."""
+        import torch
+
         columns, limit = self.summary(x), self.limit(fmt)
         top = columns.max().reshape(1)
         if fraction is None:
@@ -118,10 +120,14 @@ class Shifted(Granularity):
         return scale.reshape(*ones, 1), torch.exp2(-shifts).reshape(*ones, -1)
 
     def store(self, factors: Sequence[Tensor]) -> dict[str, Tensor]:  # noqa: D102
+        import torch
+
         scale, powers = factors
         return {"scale": scale.reshape(1), "shifts": powers.reshape(-1).log2().neg().to(torch.uint8)}
 
     def restore(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, ...]:  # noqa: D102
+        import torch
+
         return parts["scale"], torch.exp2(-parts["shifts"].float())
 
 

@@ -80,7 +80,9 @@ class ActivationQuantizer(nn.Module):
             if not isinstance(columns, int) or not {"scale", *granularity.stored} <= set(found):
                 names = ", ".join(granularity.stored)
                 raise FileError(f"{names} of columns go with a scale and a number of columns; got {data!r}.")
-            found |= {part: torch.zeros(columns, dtype=dtype) for part, dtype in granularity.stored.items()}
+            found |= {
+                part: torch.zeros(columns, dtype=getattr(torch, dtype)) for part, dtype in granularity.stored.items()
+            }
             scale = Factored(granularity.restore(found), granularity.combine)
         return ActivationQuantizer(quantizer, QuantParams(scale, found.get("zero_point"), found.get("offset")))
 

@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nybble.core.arithmetic import POW2_MODES as POW2_MODES
 from nybble.core.arithmetic import divided as divided
 from nybble.core.errors import UsageError
 from nybble.core.shapes import Float32
 from nybble.formats import NumberFormat
-
-POW2_MODES = ("floor", "ceil", "even", "rceil", "nearest")
 
 
 def absmax_scale(amax: Float32[Tensor, "*shape"], fmt: NumberFormat, target: float) -> Float32[Tensor, "*shape"]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from nybble.core.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REGISTRY = Registry("nybble.packing", "packing layout", lambda part: isinstance(part, Layout))
 

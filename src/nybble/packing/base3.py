@@ -5,11 +5,13 @@ A digit is a code of ``ternary``, with -1 as 2.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from nybble.core.errors import FormatError
 from nybble.packing import Layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _POWERS = (1, 3, 9, 27, 81)
 
@@ -22,6 +24,8 @@ def size(count: int, bits: int) -> int:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Ternary codes (0, 1, and 3 for -1), uint8 [n] -> uint8 [ceil(n / 5)]."""
+    import torch
+
     _check(bits)
     digits = torch.where(codes == 3, 2, codes.int())
     digits = torch.nn.functional.pad(digits, (0, -digits.numel() % 5)).view(-1, 5)
@@ -30,6 +34,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(data: Tensor, bits: int, count: int) -> Tensor:
     """uint8 [ceil(n / 5)] -> ternary codes, uint8 [n]."""
+    import torch
+
     _check(bits)
     digits = data.int().view(-1, 1) // torch.tensor(_POWERS, device=data.device) % 3
     return torch.where(digits == 2, 3, digits).to(torch.uint8).view(-1)[:count]

@@ -14,10 +14,12 @@ word. Codes of more than 8 bits take two bytes each.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from nybble.packing import Layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _CHUNK = 1 << 18
 
@@ -29,6 +31,8 @@ def size(count: int, bits: int) -> int:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 (int32 above 8 bits) [n] -> uint8 [size(n, bits)]."""
+    import torch
+
     if bits > 8:
         return codes.to(torch.int16).view(torch.uint8)
     if bits == 8:
@@ -54,6 +58,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(data: Tensor, bits: int, count: int) -> Tensor:
     """uint8 [size(n, bits)] -> uint8 (int32 above 8 bits) [n]."""
+    import torch
+
     if bits > 8:
         return data[::2].int() | data[1::2].int() << 8
     if bits == 8:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from nybble.checkpoint.parts import EVALUATION
@@ -15,6 +14,7 @@ from nybble.core.errors import ModelError, UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import atomic_write_json
 from nybble.core.guard import reading
+from nybble.core.options import at_least_one
 from nybble.core.progress import Progress, Silent
 from nybble.data import InMemory, Origin, Samples
 from nybble.data.kinds import DataKind, data_kind
@@ -22,8 +22,7 @@ from nybble.data.text import check_source
 from nybble.eval._logits import evaluating
 from nybble.eval.judges import Judge, Panel, check_metrics, chosen_metrics, judge_of
 from nybble.models.adapter import reads_of
-from nybble.models.sources.open import open_source
-from nybble.pipelines.load import load_with_origin
+from nybble.pipelines.load import described_with_origin, load_with_origin
 
 Spec = str | nn.Module
 """What to load, or a model in memory."""
@@ -66,8 +65,15 @@ def run_eval(
         raise UsageError("nothing to evaluate: give at least one model.")
     check_metrics(metrics, reference is not None)
     check_device(device)
+    at_least_one(seq_len=seq_len, samples=samples)
     if isinstance(data, str):
         check_source(data)
+    # All that can be wrong with the request is found before weights are read.
+    seen = {name: _described(spec) for name, spec in models.items()}
+    key, origin = _kind_of({name: model for name, (model, _) in seen.items()}), [*seen.values()][-1][1]
+    names = chosen_metrics(key, metrics, reference is not None)
+    kind, judge = data_kind(key), judge_of(key)
+    made = kind.prepare(data, origin, judge.wanted(samples, seq_len)) if isinstance(data, str) else data
     loaded: dict[str, Any] = {}
     origins: dict[str, Origin] = {}
     for name, spec in models.items():
@@ -78,11 +84,6 @@ def run_eval(
         float_model, reference_origin = loaded[same], origins[same]
     elif reference is not None:
         float_model, reference_origin = _opened(reference, device)
-    origin = [*origins.values()][-1]
-    key = _kind_of(loaded)
-    names = chosen_metrics(key, metrics, float_model is not None)
-    kind, judge = data_kind(key), judge_of(key)
-    made = kind.prepare(data, origin, judge.wanted(samples, seq_len)) if isinstance(data, str) else data
     everyone = [*loaded.values()] if float_model is None else [float_model, *loaded.values()]
     with evaluating(*everyone):
         for name, model in loaded.items():
@@ -100,8 +101,15 @@ def run_eval(
 
 def _opened(spec: Spec, device: str, dense: bool = False) -> tuple[Any, Origin]:
     """A model, and where it comes from."""
-    if not isinstance(spec, nn.Module):
-        return load_with_origin(spec, device=device, dense=dense)
+    return _in_memory(spec) if isinstance(spec, nn.Module) else load_with_origin(spec, device=device, dense=dense)
+
+
+def _described(spec: Spec) -> tuple[Any, Origin]:
+    """As :func:`_opened`, of what has to be loaded without weights."""
+    return _in_memory(spec) if isinstance(spec, nn.Module) else described_with_origin(spec)
+
+
+def _in_memory(spec: nn.Module) -> tuple[Any, Origin]:
     from nybble.models.network import as_model  # transformers, which takes seconds
 
     model: Any = spec if hasattr(spec, "config") else as_model(spec)
@@ -136,9 +144,9 @@ def judged_on(model: str, data: str, *, seq_len: int) -> Samples:
     Raises:
         NybbleError: data that can't be read or is too little, or a kind of model that nothing judges.
     """
-    source = open_source(model)
-    key = reads_of(source.skeleton(torch.bfloat16))
-    return data_kind(key).prepare(data, source, judge_of(key).wanted(None, seq_len))
+    found, origin = described_with_origin(model)
+    key = reads_of(found)
+    return data_kind(key).prepare(data, origin, judge_of(key).wanted(None, seq_len))
 
 
 def judge_folder(

@@ -6,16 +6,14 @@ from typing import Any
 
 import torch
 
-from nybble.core.device import check_device
-from nybble.core.errors import ModelError, UsageError
+from nybble.core.errors import ModelError
 from nybble.core.explicit import explicit_settings
 from nybble.core.seeds import derive_seed, preserve_global_rng
 from nybble.data.kinds import data_kind
-from nybble.data.text import check_text
-from nybble.kv_format import KVFormat
 from nybble.models.adapter import reads_of
 from nybble.nn.kv_model import use_quantized_cache
 from nybble.pipelines.load import load_with_origin
+from nybble.pipelines.request import check_prompt
 
 
 @explicit_settings()
@@ -46,13 +44,7 @@ def generate(
     Returns:
         The new text alone.
     """
-    if not prompt.strip():
-        raise UsageError("the prompt is empty.")
-    check_text(prompt, "the prompt")
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
-    check_device(device)
-    cached = None if kv is None else KVFormat.parse(kv)
+    cached = check_prompt(prompt, max_new_tokens, device, kv)
     loaded, origin = load_with_origin(model, device=device, dense=True)
     tokenizer = data_kind(reads_of(loaded)).tokenizer(origin) if loaded.can_generate() else None
     if tokenizer is None:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from nybble.checkpoint.load import Beside, is_quantized, load_quantized
-from nybble.core.errors import FileError, ModelError
+from nybble.checkpoint.load import Beside, described, is_quantized, load_quantized
+from nybble.core.dtypes import float_dtype
+from nybble.core.errors import FileError, ModelError, UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.data import Origin
 from nybble.data.kinds import data_kind
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
 
 @explicit_settings()
 def load(
-    model: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", dense: bool = False
+    model: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    dense: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a model and its tokenizer: a folder that nybble wrote, or whatever :func:`open_source` takes.
 
@@ -37,7 +42,8 @@ def load(
 
     Args:
         model: folder, GGUF file, hub id or ``demo:`` name.
-        dtype: of the float parts; default what a quantized folder says, else bfloat16.
+        dtype: of the float parts: float32, bfloat16 or float16, by name or torch's; default what a quantized folder
+            says, else bfloat16.
         device: where to.
         dense: keep dequantized copies of packed weights (faster, the same numbers).
 
@@ -55,16 +61,35 @@ def load(
         return loaded, None
 
 
-@explicit_settings()
-def load_with_origin(
-    model: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", dense: bool = False
-) -> tuple[PreTrainedModel, Origin]:
-    """As :func:`load`; with what the model's place offers for making samples, of which nothing is read yet."""
+def described_with_origin(model: str | Path) -> tuple[PreTrainedModel, Origin]:
+    """The model without weights, on the meta device: enough to say what it reads; and its place, as below."""
     folder = Path(model)
     if not is_quantized(folder):
         source = open_source(str(model))
-        return source.model(dtype or torch.bfloat16, device), source
-    loaded = load_quantized(folder, dtype)
+        return source.skeleton(torch.bfloat16), source
+    found = described(folder)
+    return found, Beside(folder, found.config)
+
+
+@explicit_settings()
+def load_with_origin(
+    model: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    dense: bool = False,
+) -> tuple[PreTrainedModel, Origin]:
+    """As :func:`load`; with what the model's place offers for making samples, of which nothing is read yet."""
+    folder = Path(model)
+    wanted = None if dtype is None else float_dtype(dtype, "dtype")
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"device {device!r} is none that torch knows; give cpu or cuda.") from error
+    if not is_quantized(folder):
+        source = open_source(str(model))
+        return source.model(wanted or torch.bfloat16, device), source
+    loaded = load_quantized(folder, wanted)
     nn.Module.to(loaded, device)
     if dense:
         hold_dense(loaded, loaded.dtype)

@@ -97,7 +97,7 @@ def quantize(
     with ExitStack() as stack:
         stack.enter_context(preserve_global_rng())
         stack.enter_context(torch.no_grad())
-        stack.enter_context(out_of_memory(settings.device or "cpu"))
+        stack.enter_context(out_of_memory(str(settings.device or "cpu")))
         stack.enter_context(evaluation_mode(*held))
         for module in held:
             stack.enter_context(whole_or_not_at_all(module))
@@ -182,7 +182,7 @@ def quantize_many(
     settings = Settings.of(settings)
     jobs: dict[str, Job] = {}
     found: dict[str, tuple[Any, Report]] = {}
-    with preserve_global_rng(), torch.no_grad(), out_of_memory(settings.device or "cpu"):
+    with preserve_global_rng(), torch.no_grad(), out_of_memory(str(settings.device or "cpu")):
         for name, recipe in recipes.items():
             jobs[name] = _job(model, read_recipe(recipe), data, settings, None)
             data = jobs[name].tokens or data  # cut once

@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
 
+from nybble.core.device import check_device
 from nybble.core.errors import SchemeError, UsageError, within
+from nybble.core.options import at_least_one
+from nybble.data.text import check_text
 from nybble.kv_format import KVFormat
 from nybble.quantizer import Quantizer
-from nybble.recipe import Recipe, load_recipe, parse_recipe, read_yaml
+from nybble.recipe import Recipe, check_names, load_recipe, parse_recipe, read_yaml
 from nybble.scheme import Rule, Scheme, parse_scheme
-from nybble.walk.steps.make import check_quick
 
 Asked: TypeAlias = str | Path | Recipe | Scheme | Mapping[str, Any]
 """A recipe by name, its YAML file or mapping, a Recipe; or a Scheme, which is rounded to nearest."""
@@ -38,18 +40,21 @@ def read_recipe(asked: Asked) -> Recipe:
     Raises:
         UsageError: unknown name, or something that is no recipe. SchemeError: a malformed one.
     """
-    if isinstance(asked, Recipe):
-        return asked
     if isinstance(asked, Scheme):
         return load_recipe("rtn").with_scheme(asked)
-    if isinstance(asked, Mapping):
-        return parse_recipe(asked)
-    if isinstance(asked, str | Path):
-        return load_recipe(str(asked))
-    raise UsageError(
-        f"a recipe is a name, a YAML file or mapping, a Recipe, or a Scheme to round to; got a "
-        f"{type(asked).__name__}. Data is the next argument."
-    )
+    if isinstance(asked, Recipe):
+        made = asked
+    elif isinstance(asked, Mapping):
+        made = parse_recipe(asked)
+    elif isinstance(asked, str | Path):
+        made = load_recipe(str(asked))
+    else:
+        raise UsageError(
+            f"a recipe is a name, a YAML file or mapping, a Recipe, or a Scheme to round to; got a "
+            f"{type(asked).__name__}. Data is the next argument."
+        )
+    check_names(made)
+    return made
 
 
 def build_recipe(
@@ -80,9 +85,8 @@ def build_recipe(
     Raises:
         UsageError, SchemeError: unknown names, contradictions, or what no step can do.
     """
-    made = read_recipe(recipe)
-    check_quick(made)
-    made = made.with_effort(effort)
+    asked = read_recipe(recipe)
+    made = asked.with_effort(effort)
     cached = kv if kv is None or isinstance(kv, KVFormat) else KVFormat.parse(kv)
     if scheme is not None and (weights is not None or activations is not None):
         raise UsageError("--scheme says everything; give either it or --weights and --activations.")
@@ -102,7 +106,30 @@ def build_recipe(
         raise UsageError(f"ignore is a list of modules; got {ignore!r}.")
     if ignore:
         chosen = replace(chosen, ignore=(*chosen.ignore, *ignore))
+    _check_quick(asked)
     return made.with_scheme(chosen)
+
+
+def _check_quick(recipe: Recipe) -> None:
+    """Make the parts of steps that have a quick way, so that its options are known to be right; last, as it is slow."""
+    if any(step.quick for step in recipe.steps):
+        from nybble.walk.steps.make import check_quick  # torch, which takes seconds
+
+        check_quick(recipe)
+
+
+def check_prompt(prompt: str, max_new_tokens: int, device: str, kv: str | None) -> KVFormat | None:
+    """What ``generate`` is asked for, before anything is loaded; the cache's format, None where no line is given.
+
+    Raises:
+        UsageError: an empty prompt, no tokens, no device, a malformed line. DataError: half a surrogate pair.
+    """
+    if not prompt.strip():
+        raise UsageError("the prompt is empty.")
+    check_text(prompt, "the prompt")
+    at_least_one(max_new_tokens=max_new_tokens)
+    check_device(device)
+    return None if kv is None else KVFormat.parse(kv)
 
 
 def read_scheme(text: str | Scheme | Mapping[str, Any]) -> Scheme:

@@ -20,12 +20,9 @@ from nybble.core.shapes import Bool, Float, Float32
 from nybble.learned import ACTIVATIONS, WEIGHTS, Part, part_name
 from nybble.nn.kinds import Target
 from nybble.quantizer import Quantizer
+from nybble.recipe import ROOMS
 
-REGISTRY = Registry(
-    "nybble.reconstruction.losses",
-    "reconstruction loss",
-    lambda part: isinstance(part, type) and issubclass(part, Reconstruction),
-)
+REGISTRY = Registry(*ROOMS["reconstruction"], lambda part: isinstance(part, type) and issubclass(part, Reconstruction))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,15 @@ import dataclasses
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from nybble.core.errors import UsageError
 from nybble.core.registry import Registry
 from nybble.core.shapes import Float32
 from nybble.formats import NumberFormat
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REGISTRY = Registry("nybble.scales", "scale rule", lambda part: isinstance(part, type) and issubclass(part, ScaleRule))
 

@@ -7,13 +7,15 @@ compressed-tensors divides symmetric INT4 by 7.5: ``int4_full scale=absmax(targe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
+from nybble.core.arithmetic import divided
 from nybble.core.errors import UsageError
 from nybble.formats import NumberFormat
-from nybble.ops.scaling import divided
 from nybble.scales import BlockParams, ScaleRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

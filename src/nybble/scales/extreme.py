@@ -6,13 +6,15 @@ GGUF Q4_0: d = extreme / -8.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
+from nybble.core.arithmetic import divided
 from nybble.core.errors import FormatError
 from nybble.formats import NumberFormat
-from nybble.ops.scaling import divided
 from nybble.scales import BlockParams, ScaleRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

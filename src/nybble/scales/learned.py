@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
+from nybble.core.arithmetic import divided
 from nybble.formats import NumberFormat
-from nybble.ops.scaling import divided
 from nybble.scales import BlockParams, ScaleRule
 from nybble.scales.mean import Mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ Rastegari et al. 2016, arXiv:1603.05279; Ma et al. 2024, arXiv:2402.17764.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from nybble.formats import NumberFormat
 from nybble.scales import BlockParams, ScaleRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Mean(ScaleRule):
     """Weighted mean of the magnitudes."""
 
     def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
+        import torch
+
         magnitude = blocks.abs().double()  # sums of float32 could overflow
         if weight is None:
             return BlockParams(magnitude.mean(1, keepdim=True).float())

@@ -8,14 +8,14 @@ range is not extended (Q4_1): x_hat = S * (value - low) + min.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from nybble.core.arithmetic import divided
 from nybble.formats import NumberFormat
-from nybble.ops.blocks import safe_divisor
-from nybble.ops.scaling import divided
 from nybble.scales import BlockParams, ScaleRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class MinMax(ScaleRule):
         return self.offset
 
     def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
+        import torch
+
         if weight is None:
             low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
         else:  # padding takes no part
@@ -43,6 +45,10 @@ class MinMax(ScaleRule):
 
 def fit_range(low: Tensor, high: Tensor, fmt: NumberFormat, offset: bool) -> BlockParams:
     """Parameters that spread ``low .. high`` (float32 [blocks, 1]) over the format."""
+    import torch
+
+    from nybble.ops.blocks import safe_divisor
+
     if offset:
         scale = _divided(high, low, fmt.max - fmt.min)
         return BlockParams(scale, offset=low - scale * fmt.min)
@@ -54,6 +60,8 @@ def fit_range(low: Tensor, high: Tensor, fmt: NumberFormat, offset: bool) -> Blo
 
 def _divided(high: Tensor, low: Tensor, span: float) -> Tensor:
     """``(high - low) / span``, also where the difference overflows."""
+    import torch
+
     width = high - low
     return torch.where(width.isfinite(), divided(width, span), divided(high, span) - divided(low, span))
 

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from nybble.core.arithmetic import divided
 from nybble.core.errors import FormatError, UsageError
 from nybble.formats import NumberFormat
-from nybble.ops.blocks import divide
-from nybble.ops.rounding import round_to, round_to_codes
-from nybble.ops.scaling import divided
 from nybble.rounding import get_rounding
 from nybble.scales import BlockParams, ScaleRule
 from nybble.scales.minmax import fit_range
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,8 @@ class Mse(ScaleRule):
         project: Callable[[Tensor], Tensor] | None = None,
     ) -> BlockParams:
         """As ScaleRule.fit; ``project`` maps candidate scales [blocks, 1] to what would be stored (nested scales)."""
+        import torch
+
         if self.asymmetric and not fmt.is_integer:
             raise FormatError(f"mse(asymmetric=true) needs an integer format, not {fmt.name}.")
         rounding = "nearest-even" if get_rounding(rounding).stochastic else rounding
@@ -94,6 +95,9 @@ class Mse(ScaleRule):
         weight: Tensor | None,
         project: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
+        from nybble.ops.blocks import divide
+        from nybble.ops.rounding import round_to, round_to_codes
+
         scale = params.scale if project is None else project(params.scale)
         y = divide(blocks, scale, reciprocal=False)
         if params.zero_point is None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from nybble.core.arithmetic import divided
 from nybble.core.errors import UsageError
 from nybble.formats import NumberFormat
-from nybble.ops.scaling import divided
 from nybble.scales import BlockParams, ScaleRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Percentile(ScaleRule):
             raise UsageError(f"percentile(p={self.p}): p is above 0 and at most 100.")
 
     def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
+        import torch
+
         magnitude = blocks.abs()
         if weight is None:
             count = torch.full((blocks.shape[0], 1), blocks.shape[1], device=blocks.device)

@@ -8,17 +8,16 @@ which loses less of each block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
+from nybble.core.arithmetic import POW2_MODES
 from nybble.core.errors import UsageError
 from nybble.formats import NumberFormat
-from nybble.ops.rounding import round_to
-from nybble.ops.scaling import POW2_MODES, pow2_scale
 from nybble.rounding import get_rounding
 from nybble.scales import BlockParams, ScaleRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SEARCH = "search"
 
@@ -41,6 +40,11 @@ class Pow2(ScaleRule):
         return self.mode != SEARCH
 
     def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
+        import torch
+
+        from nybble.ops.rounding import round_to
+        from nybble.ops.scaling import pow2_scale
+
         amax = blocks.abs().amax(1, keepdim=True)
         if self.of_maximum:
             return BlockParams(pow2_scale(amax, fmt, self.mode))

@@ -9,14 +9,15 @@ last bits, and so in a few codes. A scale that E4M3 would round to 0 becomes 0.1
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from nybble.core.arithmetic import divided
 from nybble.core.errors import UsageError
 from nybble.formats import NumberFormat
-from nybble.ops.scaling import divided
 from nybble.scales import BlockParams, ScaleRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _VANISHES = 2.0**-10  # E4M3's smallest subnormal is 2^-9; a tie goes to the even code, 0
 _INSTEAD = 0.125
@@ -39,6 +40,8 @@ class TwoLevel(ScaleRule):
         return True
 
     def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
+        import torch
+
         amax = blocks.abs().amax(1, keepdim=True)
         divisor = self.inner * fmt.absmax / amax.max()
         divisor = torch.where(divisor.isinf(), torch.ones_like(divisor), divisor)

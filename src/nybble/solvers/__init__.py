@@ -21,8 +21,9 @@ from nybble.core.shapes import Float, Float32
 from nybble.qtensor import QTensor, QuantParams
 from nybble.qtensor.vector import VectorQuantizer
 from nybble.quantizer import Quantizer
+from nybble.recipe import ROOMS
 
-REGISTRY = Registry("nybble.solvers", "solver", lambda part: isinstance(part, type) and issubclass(part, Solver))
+REGISTRY = Registry(*ROOMS["solver"], lambda part: isinstance(part, type) and issubclass(part, Solver))
 Operand = tuple[Quantizer, QuantParams]
 
 

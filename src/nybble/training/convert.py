@@ -7,10 +7,10 @@ from torch import nn
 from nybble.checkpoint.save import mark_quantized
 from nybble.core.errors import UsageError, within
 from nybble.core.explicit import explicit_settings
+from nybble.hard import check_finite
 from nybble.nn.fake import FakeLayer
 from nybble.nn.in_place import whole_or_not_at_all
 from nybble.nn.swap import set_module
-from nybble.quantizer import check_finite
 
 
 @explicit_settings()

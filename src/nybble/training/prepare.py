@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nybble.core.errors import ModelError, SchemeError, UsageError, did_you_mean, within
 from nybble.core.explicit import explicit_settings
+from nybble.hard import check_finite
 from nybble.learned import ACTIVATIONS, WEIGHTS, Learned, Part, make_part
 from nybble.models.adapter import adapter_for
 from nybble.nn.fake import FakeLayer
@@ -24,7 +25,7 @@ from nybble.nn.in_place import evaluation_mode, whole_or_not_at_all
 from nybble.nn.kinds import LayerKind, Target, apart_line, kind_of, live, look_alikes, targets_of
 from nybble.nn.read_weights import read_weights
 from nybble.nn.swap import set_module
-from nybble.quantizer import Quantizer, check_finite
+from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe
 from nybble.scheme import Scheme, parse_scheme, split_apart
 

@@ -19,10 +19,9 @@ from nybble.calibration.window import Window
 from nybble.core.errors import ModelError
 from nybble.core.registry import Registry
 from nybble.models.adapter import Adapter
+from nybble.recipe import ROOMS
 
-REGISTRY = Registry(
-    "nybble.transforms", "transform", lambda part: isinstance(part, type) and issubclass(part, Transform)
-)
+REGISTRY = Registry(*ROOMS["transform"], lambda part: isinstance(part, type) and issubclass(part, Transform))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from nybble.core.device import check_device
+from nybble.core.dtypes import float_dtype
 from nybble.core.errors import UsageError
-from nybble.core.options import build
-from nybble.core.products import product_dtype
+from nybble.core.options import at_least_one, build, check_types
 from nybble.data import Wanted
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    import torch
+    from torch import nn
+
+    Device: TypeAlias = torch.device | str
+    Dtype: TypeAlias = torch.dtype | str
+else:
+    Device = Dtype = Any  # told by their names, so that torch, which takes seconds, needn't be there
 
 DEFAULT_SAMPLES = 128
 
@@ -26,8 +34,9 @@ class Settings:
         samples: calibration sequences; None takes 128, or as many as the data has. seq_len: their length.
         batch: sequences a forward takes.
         seed: of every random choice.
-        device: ``cpu`` or ``cuda``; None takes the CPU, or where a model in memory is.
-        dtype: of forwards and of what stays unquantized; None takes bfloat16, or a model in memory's own.
+        device: ``cpu`` or ``cuda``, kept as a name; None takes the CPU, or where a model in memory is.
+        dtype: of forwards and of what stays unquantized: float32, bfloat16 or float16, by name or torch's, kept as
+            torch's; None takes bfloat16, or a model in memory's own.
         products: what products of a 16-bit ``dtype`` are computed in on a CPU: it itself, or float32; None measures
             which is faster (:mod:`nybble.core.products`). Results differ in the last bits.
         resume: continue a killed run. spill: keep hidden states in a file instead of memory.
@@ -37,21 +46,20 @@ class Settings:
     seq_len: int = 512
     batch: int = 8
     seed: int = 0
-    device: str | None = None
-    dtype: torch.dtype | None = None
-    products: torch.dtype | None = None
+    device: Device | None = None
+    dtype: Dtype | None = None
+    products: Dtype | None = None
     resume: bool = False
     spill: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("samples", "seq_len", "batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}; it must be 1 or more.")
+        check_types(self, "settings")
+        at_least_one(samples=self.samples, seq_len=self.seq_len, batch=self.batch)
         if self.device is not None:
-            check_device(self.device)
-        if self.products not in (None, torch.float32, torch.bfloat16, torch.float16):
-            raise UsageError(f"products in {self.products}; they are computed in float32, or in the dtype itself.")
+            object.__setattr__(self, "device", check_device(self.device))
+        for name in ("dtype", "products"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float_dtype(getattr(self, name), name))
 
     @staticmethod
     def of(given: Settings | Mapping[str, Any] | None) -> Settings:
@@ -82,8 +90,10 @@ class Settings:
         Raises:
             UsageError: a model in memory is somewhere else, or of another dtype, than was asked for.
         """
+        import torch
+
         if model is None:
-            return torch.device(self.device or "cpu"), self.dtype or torch.bfloat16
+            return torch.device(self.device or "cpu"), float_dtype(self.dtype or torch.bfloat16, "dtype")
         first = next(iter(model.parameters()))
         same_device = self.device is None or self.device in (str(first.device), first.device.type)
         if not same_device or self.dtype not in (None, first.dtype):
@@ -100,8 +110,12 @@ class Settings:
         Raises:
             UsageError: asked for another 16-bit dtype than that of the tensors.
         """
+        import torch
+
+        from nybble.core.products import product_dtype
+
         if self.products not in (None, torch.float32, dtype):
             raise UsageError(f"products in {self.products} of tensors in {dtype}; give one of the two another dtype.")
         if device.type != "cpu" or dtype == torch.float32:
             return dtype
-        return self.products or product_dtype(device, dtype)
+        return product_dtype(device, dtype) if self.products is None else float_dtype(self.products, "products")

@@ -101,7 +101,7 @@ def test_a_resumed_run_keeps_what_it_began_with(
         def done(self) -> None: ...
 
     def run(out: Path, faster: torch.dtype, bar: Bar | None = None, resume: bool = False) -> None:
-        monkeypatch.setattr("nybble.walk.settings.product_dtype", lambda device, dtype: faster)
+        monkeypatch.setattr("nybble.core.products.product_dtype", lambda device, dtype: faster)
         settings = Settings(samples=4, seq_len=16, batch=2, resume=resume)
         quantize(model, RECIPE, str(text), out=out, settings=settings, progress=bar)
 
@@ -127,5 +127,5 @@ def test_products_as_the_settings_ask(tmp_path: Path) -> None:
     assert {name: t.dtype for name, t in wide_state.items()} == {name: t.dtype for name, t in plain_state.items()}
     with pytest.raises(UsageError, match=r"products in torch\.float16 of tensors in torch\.bfloat16"):
         nybble.quantize(str(model), RECIPE, str(text), settings=Settings(seq_len=16, products=torch.float16))
-    with pytest.raises(UsageError, match=r"products in torch\.int8"):
+    with pytest.raises(UsageError, match=r"products is torch\.int8; give float32, bfloat16 or float16"):
         Settings(products=torch.int8)

@@ -125,7 +125,7 @@ class Broken(nn.Module):
         (UsageError, r"unknown metric 'pl'\. Did you mean 'ppl'", lambda: ({"x": encoder()}, sentences(), ["pl"])),
         (UsageError, "give it as the reference", lambda: ({"x": encoder()}, sentences())),
         (UsageError, "made has no labels, and no float model", lambda: ({"x": classifier()}, pictures(False))),
-        (UsageError, "has no tokenizer here", lambda: ({"x": encoder()}, "builtin")),
+        (UsageError, "has no tokenizer here", lambda: ({"x": tiny_model("llama")}, "builtin")),
         (UsageError, "one reads tokens, two reads sentences",
          lambda: ({"one": tiny_model("llama"), "two": encoder()}, tokens())),
         (DataError, "takes pixel_values", lambda: ({"x": classifier()}, tokens())),

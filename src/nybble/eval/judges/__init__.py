@@ -17,6 +17,7 @@ from nybble.core.progress import Progress
 from nybble.core.registry import Registry
 from nybble.data.samples import Origin, Samples, Wanted
 
+_COMPARES = "metric {!r} compares with the float model; give it (--reference MODEL)."
 JUDGES = Registry("nybble.eval.judges", "judge", lambda part: isinstance(part, Judge))
 
 
@@ -116,19 +117,28 @@ def check_metrics(metrics: Sequence[str] | None, compared: bool) -> None:
         if metric not in known:
             raise UsageError(f"unknown metric {metric!r}.{did_you_mean(metric, known)}")
         if not compared and all(metric in judge.comparing for judge in judges if metric in judge.metrics):
-            raise UsageError(f"metric {metric!r} compares with the float model; give it (--reference MODEL).")
+            raise UsageError(_COMPARES.format(metric))
 
 
 def chosen_metrics(key: str, metrics: Sequence[str] | None, compared: bool) -> tuple[str, ...]:
     """What is asked for, or the usual.
 
     Raises:
-        UsageError: a metric of another kind of model.
+        UsageError: a metric of another kind of model, or nothing that goes without a float model where there is none.
     """
     judge = judge_of(key)
     if metrics is None:
-        return judge.usual(compared)
+        usual = judge.usual(compared)
+        if not compared and set(usual) <= set(judge.comparing):
+            raise UsageError(
+                f"a model of {key} is judged by {', '.join(usual)}, which compare with the float model; give it as "
+                "the reference (--reference MODEL)."
+            )
+        return usual
     if not metrics or not set(metrics) <= set(judge.metrics):
         asked = ", ".join(metrics) or "nothing"
         raise UsageError(f"a model of {key} is judged by {', '.join(judge.metrics)}; not by {asked}.")
+    for metric in metrics:
+        if not compared and metric in judge.comparing:
+            raise UsageError(_COMPARES.format(metric))
     return tuple(metrics)

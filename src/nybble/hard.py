@@ -1,0 +1,188 @@
+"""Quantization without gradients: what :class:`nybble.quantizer.Quantizer` and its parameters calculate.
+
+It stands apart so that a line can be read, and refused, without torch, which takes seconds to load.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nybble.core.errors import DataError
+from nybble.ops.blocks import dynamic_round, narrow_scale, scaled_round
+from nybble.ops.scaling import divided, guarded
+from nybble.packing import get_layout
+from nybble.qtensor import Factored, Inverse, QTensor, QuantParams, block_view
+from nybble.qtensor.block import BlockQTensor
+from nybble.rounding import get_rounding
+from nybble.scales import BlockParams, ScaleRule
+from nybble.scales.absmax import AbsMax
+from nybble.scales.mse import Mse
+from nybble.scales.one import One
+from nybble.scales.pow2 import Pow2
+from nybble.soft import Specification, grid_of, integers, scaled, unscaled
+
+
+class Rule(Specification, Protocol):
+    """What is asked of a Quantizer beside what its gradients ask."""
+
+    @property
+    def scale(self) -> ScaleRule: ...  # noqa: D102
+    @property
+    def scale_format(self) -> str | Rule: ...  # noqa: D102
+    @property
+    def offset_format(self) -> str | Rule: ...  # noqa: D102
+
+
+# ------------------------------------------------------------------------------------------------ parameters
+def fit(spec: Rule, x: Tensor, weight: Tensor | None) -> QuantParams:
+    """See :meth:`nybble.quantizer.Quantizer.fit`."""
+    wide = x.detach().float()
+    shape = spec.granularity.scale_shape(wide.shape)
+    if not wide.numel():
+        return finish(spec, BlockParams(wide.new_ones(math.prod(shape), 1)), shape, None)
+    if spec.granularity.factored:
+        return factors(spec, wide, None)
+    blocks = spec.granularity.to_blocks(wide)
+    importance = None if weight is None else spec.granularity.to_blocks(weight.float().expand(wide.shape))
+    mask = spec.granularity.mask(wide.shape, wide.device)
+    if mask is not None:
+        importance = mask.float() if importance is None else importance * mask
+    if isinstance(spec.scale, Mse) and not isinstance(spec.scale_format, str):
+        # Candidates are judged as they would be stored, under an outer scale that the search does not move.
+        inner = spec.scale_format
+        outer = fit(inner, divided(blocks.abs().amax(1), spec.format.absmax).reshape(shape), None)
+
+        def project(scale: Tensor) -> Tensor:
+            return fake_quantize(inner, scale.reshape(shape), outer, None).reshape(-1, 1)
+
+        return finish(spec, spec.scale.fit(blocks, spec.format, spec.rounding, importance, project), shape, outer)
+    found = spec.scale.fit(blocks, spec.format, spec.rounding, importance)
+    over = None if found.over is None else QuantParams(Inverse(found.over.reshape(1)))
+    return finish(spec, found, shape, over)
+
+
+def factors(spec: Rule, x: Tensor, fraction: Tensor | None) -> QuantParams:
+    """See :meth:`nybble.quantizer.Quantizer.factors`."""
+    found = spec.granularity.fit_factors(x, spec.format, fraction)
+    return QuantParams(Factored(found, spec.granularity.combine))
+
+
+def finish(spec: Rule, found: BlockParams, shape: tuple[int, ...], outer: QuantParams | None) -> QuantParams:
+    """See :meth:`nybble.quantizer.Quantizer.finish`."""
+    scale: Tensor | QTensor | None = None
+    raw = found.scale.reshape(shape)
+    if not isinstance(spec.scale_format, str):
+        scale = quantize(spec.scale_format, raw, outer, None)
+    elif not isinstance(spec.scale, One):
+        raw = guarded(raw, spec.format)
+        scale = narrow_scale(raw, spec.scale_format)
+        scale = scale.to(getattr(torch, spec.scale_format))
+    zero_point = None if found.zero_point is None else integers(found.zero_point.reshape(shape), spec.format)
+    offset: Tensor | QTensor | None = None
+    if found.offset is not None:
+        value = found.offset.reshape(shape)
+        if not isinstance(spec.offset_format, str):
+            offset = quantize(spec.offset_format, value, None, None)
+        else:
+            offset = narrow_scale(value, spec.offset_format).to(getattr(torch, spec.offset_format))
+    return QuantParams(scale, zero_point, offset, divisor=raw if spec.raw_scale and scale is not None else None)
+
+
+def measured(spec: Rule, x: Tensor, params: QuantParams | None) -> QuantParams:
+    """See :meth:`nybble.quantizer.Quantizer.measured`."""
+    if not spec.center or (params is not None and params.offset is not None):
+        return fit(spec, x, None) if params is None else params
+    wide = x.float().contiguous()  # the mean adds up in memory order
+    mean = wide.mean()
+    params = fit(spec, wide - mean, None) if params is None else params
+    return replace(params, offset=mean.reshape(1))
+
+
+# ------------------------------------------------------------------------------------------------ use
+@torch.no_grad()
+def fake_quantize(spec: Rule, x: Tensor, params: QuantParams | None, generator: torch.Generator | None) -> Tensor:
+    """See :meth:`nybble.quantizer.Quantizer.fake_quantize`."""
+    x = x.detach()
+    if not x.numel():
+        return x.clone()
+    if params is None and _fused(spec):
+        target = spec.scale.target or spec.format.absmax if isinstance(spec.scale, AbsMax) else 1.0
+        mode = spec.scale.mode if isinstance(spec.scale, Pow2) else ""
+        narrow = spec.scale_format if isinstance(spec.scale_format, str) else "float32"
+        blocks = spec.granularity.to_blocks(x)
+        rounded = dynamic_round(blocks, spec.format.name, spec.rounding, target, mode, narrow)
+        return spec.granularity.from_blocks(rounded, x.shape)
+    shape = tuple(x.shape)
+    params = measured(spec, x, params)
+    blocks = spec.granularity.to_blocks(x)
+    if _elementwise(spec, params) and not isinstance(params.scale, Inverse | None):
+        scale = block_view(params.scale, spec.granularity, shape)
+        rounded = scaled_round(blocks, scale, spec.format.name, spec.rounding, spec.reciprocal)
+        return spec.granularity.from_blocks(rounded, shape)
+    y = scaled(spec, blocks.float(), params, shape)
+    values = grid_of(spec, params, shape).nearest(y, generator)
+    return spec.granularity.from_blocks(unscaled(values, params, spec.granularity, shape), shape).to(x.dtype)
+
+
+@torch.no_grad()
+def quantize(spec: Rule, x: Tensor, params: QuantParams | None, generator: torch.Generator | None) -> BlockQTensor:
+    """See :meth:`nybble.quantizer.Quantizer.quantize`."""
+    x = x.detach()
+    shape = tuple(x.shape)
+    params = measured(spec, x, params)
+    blocks = spec.granularity.to_blocks(x).float()
+    params = _poisoned(spec, params, blocks)
+    codes = grid_of(spec, params, shape).encode(scaled(spec, blocks, params, shape), generator)
+    flat = spec.granularity.from_blocks(codes, shape).reshape(-1)
+    packed = get_layout(spec.packing).pack(flat, spec.format.bits)
+    return BlockQTensor(spec.format, spec.granularity, shape, packed, params, spec.packing)
+
+
+def _fused(spec: Rule) -> bool:
+    """Whether one op measures and rounds."""
+    nested = not isinstance(spec.scale_format, str)
+    exact = isinstance(spec.scale, Pow2) and str(spec.scale_format) == "float8_e8m0fnu scale=one"
+    return (
+        isinstance(spec.scale, AbsMax | Pow2)
+        and (not isinstance(spec.scale, Pow2) or spec.scale.of_maximum)
+        and (not nested or exact)
+        and not spec.granularity.factored
+        and not (
+            spec.reciprocal or spec.raw_scale or spec.floor or spec.center or get_rounding(spec.rounding).stochastic
+        )
+    )
+
+
+def _elementwise(spec: Rule, params: QuantParams) -> bool:
+    plain = all(p is None for p in (params.zero_point, params.offset, params.thresholds, params.divisor, params.grid))
+    return plain and not spec.floor and not get_rounding(spec.rounding).stochastic
+
+
+def _poisoned(spec: Rule, params: QuantParams, blocks: Tensor) -> QuantParams:
+    """A format without NaN carries it in the block's scale; infinity over an infinite scale is NaN too."""
+    scale = params.scale
+    if spec.format.nan_code is not None or not isinstance(scale, Tensor) or blocks.shape[0] != scale.numel():
+        return params
+    if spec.center and params.offset is not None:  # one NaN makes the mean NaN
+        blocks = blocks - block_view(params.offset, spec.granularity, ())
+    bad = blocks.isnan().any(1).reshape(scale.shape) | scale.isinf()
+    return replace(params, scale=torch.where(bad, torch.nan, scale))
+
+
+@cache
+def stored_bytes(spec: Rule, shape: tuple[int, ...]) -> float:
+    """See :meth:`nybble.quantizer.Quantizer.stored_bytes`."""
+    return float(quantize(spec, torch.empty(shape, device="meta"), None, None).nbytes())
+
+
+def check_finite(x: Tensor, what: str) -> None:
+    """Raise DataError when ``x`` holds NaN or Inf; for the edges of pipelines, since it waits for the device."""
+    if not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).sum())
+        raise DataError(f"{what} holds {bad} NaN or Inf of {x.numel()} values; repair the file or exclude it (ignore).")
