@@ -15,6 +15,7 @@ from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, disk_errors
 from nybble.data.kinds import DataKind
 from nybble.models.sources.side_files import GENERATION
+from nybble.nn.config import config_of
 from nybble.nn.kinds import quant_modules
 from nybble.nn.kv_model import recorded_kv
 
@@ -88,7 +89,7 @@ def save(
     """
     if not any(True for _ in quant_modules(model)) and recorded_kv(model) is None:
         raise UsageError("nothing in this model is quantized; save float models with model.save_pretrained.")
-    if not hasattr(model, "config"):
+    if config_of(model) is None:
         raise UsageError(
             f"{type(model).__name__} is a plain network: no config says how to build it again, so there is no folder "
             "for it. Keep its state_dict, or quantize it as a transformers model (its timm wrapper, say)."

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nybble.core.errors import DataError, ModelError
 from nybble.core.products import product_dtype, products_in
+from nybble.nn.config import config_of
 from nybble.nn.in_place import evaluation_mode
 from nybble.nn.kv_model import recorded_kv
 
@@ -86,7 +87,7 @@ class Predictor:
         self.device = _device(model)
         head = getattr(model, "get_output_embeddings", lambda: None)()
         body = getattr(model, "base_model", model)
-        config = getattr(model, "config", None)
+        config = config_of(model)
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         # A model that caches in few bits is judged with what a prompt reads back from there.
         self._options = {} if config is None else {"use_cache": recorded_kv(model) is not None}

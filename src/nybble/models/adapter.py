@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nybble.core.errors import ModelError
 from nybble.core.registry import Registry
+from nybble.nn.config import config_of
 from nybble.nn.kinds import kind_of
 
 if TYPE_CHECKING:
@@ -271,7 +272,7 @@ def reads_of(model: nn.Module) -> str:
     Text goes into a decoder with a language head as it runs, into an encoder-decoder as inputs and targets, and into
     all others (encoders, and whatever has no head or another one) as sentences.
     """
-    found = _by_model_type().get(getattr(getattr(model, "config", None), "model_type", ""))
+    found = _by_model_type().get(getattr(config_of(model), "model_type", ""))
     return _reads(model, "tokens" if found is None else found.reads)
 
 
@@ -294,7 +295,7 @@ def adapter_for(model: nn.Module | PreTrainedConfig) -> Adapter:
         ModelError: only a config was given and its model type has no adapter; or no repeated blocks were found; or a
             convolutional network without its head.
     """
-    config = getattr(model, "config", None) if isinstance(model, nn.Module) else model
+    config = config_of(model) if isinstance(model, nn.Module) else model
     found = _by_model_type().get(getattr(config, "model_type", ""))
     if found is not None and isinstance(model, nn.Module):
         fitted, reads = _fitted(found, model), _reads(model, found.reads)

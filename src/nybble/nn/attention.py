@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from nybble.core.errors import FileError, ModelError
 from nybble.nn.activation import ActivationQuantizer
+from nybble.nn.config import config_of
 
 IMPLEMENTATION = "nybble"
 PART = "matmuls"
@@ -223,6 +224,6 @@ def use_quantized_attention(model: Any) -> None:
     if not any(True for _ in attentions(model)):
         raise ModelError(f"{type(model).__name__} has no attention whose products can be quantized.")
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = config_of(module)
         if config is not None:
             config._attn_implementation = IMPLEMENTATION

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from nybble.nn.config import config_of
+
 _PARTS = ("_parameters", "_buffers", "_modules")
 
 
@@ -87,7 +89,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 def _configs(model: nn.Module) -> list[Any]:
     """The configs that modules have, and those inside them, each once."""
     found: dict[int, Any] = {}
-    waiting = [getattr(module, "config", None) for module in model.modules()]
+    waiting: list[Any] = [config_of(module) for module in model.modules()]
     while waiting:
         config = waiting.pop()
         if hasattr(config, "model_type") and id(config) not in found:

@@ -17,6 +17,7 @@ from torch import nn
 from nybble.core.errors import FileError, ModelError, NybbleError, UsageError, within
 from nybble.kv_format import KVFormat
 from nybble.nn.attention import attentions
+from nybble.nn.config import config_of
 from nybble.nn.kv_rows import check_width
 
 KVRecord = KVFormat | Mapping[str, KVFormat]
@@ -48,7 +49,7 @@ class CacheHook:
         given = dict(zip(names, args, strict=False)) | kwargs
         wanted = given.get("use_cache")
         if wanted is None:
-            wanted = getattr(module.config, "use_cache", False)
+            wanted = getattr(config_of(module), "use_cache", False)
         checkpointed = module.training and getattr(module, "is_gradient_checkpointing", False)  # these cache nothing
         if _given(given) or not wanted or checkpointed:
             return None
@@ -85,7 +86,7 @@ def use_quantized_cache(model: Any, kv: KVRecord | None) -> None:
     for module in model.modules():
         # Not the root alone: evaluation calls the body by itself.
         takes = cache_argument(type(module)) and "use_cache" in _takes(type(module))
-        if takes and hasattr(module, "config"):
+        if takes and config_of(module) is not None:
             module.register_forward_pre_hook(hook, with_kwargs=True)
     setattr(model, _PREPARE, MethodType(_prepare_cache, model))
 

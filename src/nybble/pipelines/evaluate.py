@@ -22,6 +22,7 @@ from nybble.data.text import check_source
 from nybble.eval._logits import evaluating
 from nybble.eval.judges import Judge, Panel, check_metrics, chosen_metrics, judge_of
 from nybble.models.adapter import reads_of
+from nybble.nn.config import config_of
 from nybble.pipelines.load import described_with_origin, load_with_origin
 
 Spec = str | nn.Module
@@ -112,7 +113,7 @@ def _described(spec: Spec) -> tuple[Any, Origin]:
 def _in_memory(spec: nn.Module) -> tuple[Any, Origin]:
     from nybble.models.network import as_model  # transformers, which takes seconds
 
-    model: Any = spec if hasattr(spec, "config") else as_model(spec)
+    model: Any = as_model(spec) if config_of(spec) is None else spec
     return model, InMemory(model.config)
 
 

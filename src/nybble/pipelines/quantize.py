@@ -36,6 +36,7 @@ from nybble.core.progress import Progress, Silent
 from nybble.core.seeds import preserve_global_rng
 from nybble.data.given import Data
 from nybble.models.sources.open import open_source
+from nybble.nn.config import config_of
 from nybble.nn.in_place import evaluation_mode, untouched, whole_or_not_at_all
 from nybble.nn.kv_model import use_quantized_cache
 from nybble.pipelines.request import Asked, Changes, build_recipe, read_recipe
@@ -218,7 +219,7 @@ def _job(
         raise UsageError("a model in memory is quantized in memory; save it with nybble.save(model, folder).")
     from nybble.models.network import as_model
 
-    known = model if hasattr(model, "config") else as_model(model)
+    known = as_model(model) if config_of(model) is None else model
     return Job.make(known, None, recipe, data, settings, tokenizer=tokenizer)
 
 

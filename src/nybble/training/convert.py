@@ -8,6 +8,7 @@ from nybble.checkpoint.save import mark_quantized
 from nybble.core.errors import UsageError, within
 from nybble.core.explicit import explicit_settings
 from nybble.hard import check_finite
+from nybble.nn.config import config_of
 from nybble.nn.fake import FakeLayer
 from nybble.nn.in_place import whole_or_not_at_all
 from nybble.nn.swap import set_module
@@ -41,6 +42,6 @@ def convert(model: nn.Module) -> nn.Module:
     with whole_or_not_at_all(model):
         for name, fake in found:
             set_module(model, name, fake.settle())
-        if hasattr(model, "config"):
+        if config_of(model) is not None:
             mark_quantized(model)
     return model.eval()

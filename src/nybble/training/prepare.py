@@ -20,6 +20,7 @@ from nybble.core.explicit import explicit_settings
 from nybble.hard import check_finite
 from nybble.learned import ACTIVATIONS, WEIGHTS, Learned, Part, make_part
 from nybble.models.adapter import adapter_for
+from nybble.nn.config import config_of
 from nybble.nn.fake import FakeLayer
 from nybble.nn.in_place import evaluation_mode, whole_or_not_at_all
 from nybble.nn.kinds import LayerKind, Target, apart_line, kind_of, live, look_alikes, targets_of
@@ -193,7 +194,7 @@ def _layers(model: nn.Module, scheme: Scheme, parts: Mapping[str, Part]) -> dict
 
 def _convolutional(model: nn.Module) -> bool:
     """Whether ``Linear`` among targets means convolutions too, as it does when such a network is quantized."""
-    if getattr(model, "config", None) is None:
+    if config_of(model) is None:
         return True
     try:
         return adapter_for(model).convolutional

@@ -10,6 +10,7 @@ from nybble.core.progress import Progress, task
 from nybble.data.images import ImageSamples
 from nybble.data.kinds.images import PART as IMAGES
 from nybble.eval.judges import Judge, Panel, Verdict
+from nybble.nn.config import config_of
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def classify(model: nn.Module, pixel_values: Tensor, batch_size: int = 64) -> Te
     for start in range(0, len(pixel_values), batch_size):
         batch = IMAGES.batch({"pixel_values": pixel_values}, start, start + batch_size, first.device)
         given = batch.inputs["pixel_values"].to(first.dtype)
-        output = model(pixel_values=given) if hasattr(model, "config") else model(given)
+        output = model(given) if config_of(model) is None else model(pixel_values=given)
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if logits is None:
             raise ModelError(f"{type(model).__name__} gives no logits, so it has no top-1.")
