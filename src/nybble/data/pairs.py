@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import DataError, UsageError
-from nybble.data.tokens import check_count, ids_sha256, pick, token_stream
+from nybble.data.tokens import TextSamples, check_count, ids_sha256, pick, token_stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,28 +26,17 @@ Around = tuple[list[int], list[int]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PairSamples:
-    """Inputs and targets for calibration or evaluation, and where they come from.
+class PairSamples(TextSamples):
+    """Inputs and targets for calibration or evaluation; ``sha256`` is of input_ids and then labels.
 
     Attributes:
-        input_ids: int64 [samples, seq_len]. labels: the same shape, the targets.
+        labels: int64 [samples, seq_len], the targets.
         decoder_input_ids: what a decoder reads to predict the targets; None until a model has made them, each family in
             its own way (:meth:`nybble.data.kinds.DataKind.fitted`).
-        sha256: of input_ids and then labels, row by row, as little-endian 64-bit integers.
-        tokens: how many input tokens there are.
-        available: how many pairs of this length the source has.
-        source: SRC; source_sha256 and note: see TextSource.
     """
 
-    input_ids: Tensor
     labels: Tensor
     decoder_input_ids: Tensor | None = None
-    sha256: str
-    tokens: int
-    available: int
-    source: str
-    source_sha256: str
-    note: str
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -57,17 +46,8 @@ class PairSamples:
         return {"input_ids": self.input_ids, "decoder_input_ids": self.decoder_input_ids}
 
     def manifest(self) -> dict[str, str | int]:
-        """What a manifest or a report states beside every number from these pairs."""
-        samples, seq_len = self.input_ids.shape
-        return {
-            "source": self.source,
-            "note": self.note,
-            "source_sha256": self.source_sha256,
-            "tokens_sha256": self.sha256,
-            "samples": samples,
-            "seq_len": seq_len,
-            "targets": "how the text goes on",
-        }
+        """With what the targets are."""
+        return {**super().manifest(), "targets": "how the text goes on"}
 
 
 def pair_samples(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from nybble.core.errors import DataError, UsageError
-from nybble.data.tokens import check_count, ids_sha256, pick
+from nybble.data.tokens import TextSamples, check_count, ids_sha256, pick
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,25 +25,14 @@ _WORDS = 4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SentenceSamples:
-    """Sentences for calibration or evaluation, and where they come from.
+class SentenceSamples(TextSamples):
+    """Sentences for calibration or evaluation, of which the shorter ones are padded.
 
     Attributes:
-        input_ids: int64 [samples, longest], padded. attention_mask: the same shape, 0 on padding.
-        sha256: of input_ids, row by row, as little-endian 64-bit integers.
-        tokens: how many are not padding.
-        available: how many sentences the source has.
-        source: SRC; source_sha256 and note: see TextSource.
+        attention_mask: int64 [samples, seq_len], 1 on tokens and 0 on padding.
     """
 
-    input_ids: Tensor
     attention_mask: Tensor
-    sha256: str
-    tokens: int
-    available: int
-    source: str
-    source_sha256: str
-    note: str
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -51,16 +40,8 @@ class SentenceSamples:
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
     def manifest(self) -> dict[str, str | int]:
-        """What a manifest or a report states beside every number from these sentences."""
-        return {
-            "source": self.source,
-            "note": self.note,
-            "source_sha256": self.source_sha256,
-            "tokens_sha256": self.sha256,
-            "samples": self.input_ids.shape[0],
-            "seq_len": self.input_ids.shape[1],
-            "tokens": self.tokens,
-        }
+        """With how many tokens are no padding."""
+        return {**super().manifest(), "tokens": self.tokens}
 
 
 def split_sentences(text: str) -> list[str]:

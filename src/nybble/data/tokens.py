@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TokenSamples:
-    """Sequences for calibration or evaluation, and where they come from.
+class TextSamples:
+    """What samples of any kind of text are, and where they come from.
 
     Attributes:
         input_ids: int64 [samples, seq_len].
-        sha256: of input_ids, row by row, as little-endian 64-bit integers.
-        tokens: how many those are, samples * seq_len.
-        available: how many sequences of this length the source has.
+        sha256: of input_ids, of pairs then labels, row by row, as little-endian 64-bit integers.
+        tokens: how many there are, padding left out.
+        available: how many samples of this length the source has.
         source: SRC; source_sha256 and note: see TextSource.
     """
 
@@ -44,13 +44,8 @@ class TokenSamples:
     source_sha256: str
     note: str
 
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        """What a model is called with."""
-        return {"input_ids": self.input_ids}
-
     def manifest(self) -> dict[str, str | int]:
-        """What a manifest or a report states beside every number from these tokens."""
+        """What a manifest or a report states beside every number from these samples."""
         samples, seq_len = self.input_ids.shape
         return {
             "source": self.source,
@@ -60,6 +55,16 @@ class TokenSamples:
             "samples": samples,
             "seq_len": seq_len,
         }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenSamples(TextSamples):
+    """Sequences for calibration or evaluation; none is padded."""
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model is called with."""
+        return {"input_ids": self.input_ids}
 
 
 def token_samples(
