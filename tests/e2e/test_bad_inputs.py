@@ -337,7 +337,7 @@ def damage(model: Path, what: str) -> None:
         ("no config", r"config\.json is missing"),
         ("config text", r"config\.json can't be read: JSONDecodeError"),
         ("model type", r"model_type 'lama' is unknown.*Did you mean 'llama'"),
-        ("no tokenizer", r"the tokenizer of .* can't be read"),
+        ("no tokenizer", r"holds no tokenizer\. Put one beside the weights"),
         ("quantized", r"is already quantized \(gptq\); start from the float model"),
     ],
 )

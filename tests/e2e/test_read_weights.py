@@ -95,3 +95,37 @@ def test_a_result_that_cannot_run_is_none(kept: bool, tmp_path: Path, monkeypatc
     with pytest.raises(ModelError, match=r"fails in a trial .*Packed.*Leave it in float"):
         nybble.quantize(tmp_path / "float", RTN, out=out)
     assert [path.name for path in tmp_path.iterdir()] == ["float"]
+    with pytest.raises(ModelError, match=r"fails in a trial .*Packed.*Leave it in float"):
+        nybble.quantize_many(str(tmp_path / "float"), {"one": RTN})
+
+
+class Pair(nn.Module):
+    """Two inputs, which nobody could guess."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(x + y)
+        return out
+
+
+@pytest.mark.parametrize("data", ["builtin", torch.zeros(3, 3, 8, 8)], ids=["guessed", "given"])
+def test_a_plain_network_is_tried_without_calibration(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its first layer's input, or by data that no step asks for, where the float network takes it."""
+    assert "untried" not in nybble.quantize(Encoder(), RTN, data)[1].manifest
+    monkeypatch.setattr("nybble.walk.plan.read_weights", lambda model: set())
+    net = Encoder()
+    with pytest.raises(ModelError, match=r"fails in a trial .*Packed.*Leave it in float"):
+        nybble.quantize(net, RTN, data)
+    assert quantized(net) == set()
+
+
+def test_what_was_not_tried_is_said() -> None:
+    """A matrix of another width is an input that the float network refuses too: no fault of the quantizing."""
+    lines: list[str] = []
+    for data in ("builtin", torch.zeros(3, 5)):
+        _, report = nybble.quantize(Pair(), RTN, data, announce=lines.append)
+        assert report.manifest["untried"] == lines[-1]
+        assert lines[-1].startswith("the quantized Pair was not tried out: nothing says what it is called with.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,10 +12,14 @@ from typing import Any
 import pytest
 from tests.e2e.browser import Page, browse, find_chromium
 from tests.parts.report.synthetic import EVIL, page_data, save_quantized
+from tests.tiny import save_text, tiny_model, tiny_tokenizer
 
+from nybble import quantize, save
 from nybble.cli import main
-from nybble.pipelines.report import write_report
+from nybble.pipelines.report import collect, write_report
 from nybble.report.page import render
+from nybble.training.convert import convert
+from nybble.training.prepare import prepare
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -65,9 +70,52 @@ def test_out_and_no_evaluation(folder: Path, tmp_path: Path, nybble: Run) -> Non
     assert not (folder / "report.html").exists()
 
 
+def test_a_folder_saved_from_memory(tmp_path: Path, nybble: Run) -> None:
+    """The model remembers how it was made, also through a copy: the same rows as the report of the run."""
+    text = save_text(tmp_path / "text.txt")
+    made, report = quantize(
+        tiny_model(), "gptq", text, tokenizer=tiny_tokenizer(), settings={"samples": 4, "seq_len": 16},
+        weights="int4 group=16", activations="float8_e4m3fn token",
+    )  # fmt: skip
+    out = save(copy.deepcopy(made), tmp_path / "out", tiny_tokenizer())
+    written = json.loads((out / "nybble.json").read_text())
+    assert written == json.loads(json.dumps(report.manifest | {"layers": [row.to_dict() for row in report.layers]}))
+    assert written["recipe"]["name"] == "gptq" and "with the recipe `gptq`" in (out / "README.md").read_text()
+    code, output, _ = nybble("report", out, "--json")
+    assert code == 0 and json.loads(output)["layers"] == len(report.layers) == 14
+    assert nybble("eval", out, "--data", text, "--seq-len", "16")[0] == 0
+    assert nybble("generate", out, "abc", "--max-new-tokens", "2")[0] == 0
+    assert nybble("inspect", out)[0] == 0
+
+
+@pytest.mark.parametrize("how", ["converted", "transformers"])
+def test_a_folder_without_the_record_of_a_run(how: str, tmp_path: Path, nybble: Run) -> None:
+    """What its weights say, and that more isn't known; what needs a tokenizer names the way to one."""
+    out = tmp_path / "out"
+    if how == "converted":
+        trained: Any = convert(prepare(tiny_model(), {"weights": "int4 group=16", "inputs": "int8 token"}))
+        save(trained, out)
+    else:
+        quantize(tiny_model(), weights="int4 group=16", activations="int8 token")[0].save_pretrained(out)
+        assert not (out / "nybble.json").exists()
+    rows = collect(out)["manifest"]["layers"]
+    assert len(rows) == 14 and rows[0]["name"] == "model.layers.0.self_attn.q_proj"
+    wanted = {"shape": [32, 32], "weights": "int4 group=16", "inputs": "int8 token", "bits": 5.0, "error": None}
+    assert {key: rows[0][key] for key in wanted} == wanted
+    code, _, err = nybble("report", out)
+    assert code == 0, err
+    assert "no record of a run" in (out / "report.html").read_text()
+    assert nybble("inspect", out)[0] == 0
+    for arguments in (("eval", out), ("generate", out, "abc")):
+        code, _, err = nybble(*arguments)
+        assert code == 1 and err.endswith(
+            f"nybble: {out} holds no tokenizer. Put one beside the weights (tokenizer.save_pretrained(folder)); in "
+            "Python, data as token ids or samples needs none.\n"
+        )
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, "is not a folder"),
-    "no manifest": (lambda f: (f / "nybble.json").unlink(), "has no nybble.json"),
     "not JSON": (lambda f: (f / "nybble.json").write_text("{"), "nybble.json can't be read"),
     "no object": (lambda f: (f / "nybble.json").write_text("[]"), "nybble.json holds a JSON list"),
     "deep": (lambda f: (f / "nybble.json").write_text("[" * 10**5), "nybble.json can't be read"),

@@ -38,7 +38,6 @@ def load_quantized(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model in a folder that nybble wrote, on the CPU; float parts in ``dtype``, or as its config says."""
     checkpoint = read_checkpoint(folder)
     model = _skeleton(folder, checkpoint, dtype)
-    restore_model(model, checkpoint.modules, checkpoint.layouts, checkpoint.kv)
     expected = expected_tensors(model)
     _check_names(folder, checkpoint, expected, unsaved(model))
     tensors = _read(folder, checkpoint, dtype, kept_float32(model))
@@ -57,14 +56,16 @@ def load_quantized(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
 
 
 def described(folder: Path) -> PreTrainedModel:
-    """The float model that a folder's config.json describes, on the meta device: of what class it is, what it reads."""
+    """The quantized model that a folder's config.json describes, on the meta device; no tensor is read."""
     return _skeleton(folder, read_checkpoint(folder), None)
 
 
 def _skeleton(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
     config = make_config(dict(checkpoint.config), str(folder / "config.json"))
     stated = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    return meta_model(config, dtype or stated, checkpoint.stored)
+    model = meta_model(config, dtype or stated, checkpoint.stored)
+    restore_model(model, checkpoint.modules, checkpoint.layouts, checkpoint.kv)
+    return model
 
 
 def _check_names(folder: Path, checkpoint: Checkpoint, expected: dict[str, Tensor], computed: frozenset[str]) -> None:

@@ -178,7 +178,7 @@ def begun_with(folder: Path) -> dict[str, Any] | None:
     for name in (REQUEST, MANIFEST):
         if (folder / name).exists():
             found: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
-            return {key: value for key, value in found.items() if key not in ("name", "layers")}
+            return {key: value for key, value in found.items() if key not in ("name", "layers", "untried")}
     return None
 
 

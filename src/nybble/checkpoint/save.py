@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from nybble.models.sources import ModelSource
 
 
+_RECORD = "_nybble_record"  # in a model's __dict__, so that copies have it too
+
+
 def mark_quantized(model: Any, quantization: dict[str, Any] | None = None) -> None:
     """Let ``model.save_pretrained`` write what ``from_pretrained`` loads.
 
@@ -34,6 +37,11 @@ def mark_quantized(model: Any, quantization: dict[str, Any] | None = None) -> No
     """
     model.config.quantization_config = describe_model(model) if quantization is None else quantization
     model._weight_conversions = []  # transformers would cut packed experts as it cuts float ones
+
+
+def keep_record(model: Any, record: dict[str, Any]) -> None:
+    """Let :func:`save` write what a folder's manifest says of the run that quantized ``model``."""
+    vars(model)[_RECORD] = record
 
 
 def model_config(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
@@ -84,6 +92,12 @@ def save(
 ) -> Path:
     """Write a model that was quantized in memory to a folder, as ``nybble quantize`` would.
 
+    Args:
+        model: from :func:`nybble.quantize`, or after training from ``convert``.
+        out: must not exist.
+        tokenizer: to stand beside it; without one, text can't be made or judged with the folder.
+        manifest: what nybble.json says; None takes what the model remembers of its quantization, if it does.
+
     Raises:
         UsageError: nothing in it is quantized, its cache neither. FileError: the folder exists or can't be written.
     """
@@ -100,7 +114,8 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         _save_generation_config(model, partial)
-        parts.write("model", "", model, [])
-        parts.assemble(["model"], model_config(model, model.dtype), manifest or {}, recorded_kv(model))
+        record = dict(vars(model).get(_RECORD, {}) if manifest is None else manifest)
+        parts.write("model", "", model, record.pop("layers", []))
+        parts.assemble(["model"], model_config(model, model.dtype), record, recorded_kv(model))
         parts.finish()
     return out

@@ -17,7 +17,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from torch import nn
 
+from nybble.calibration.trace import Tensors
 from nybble.checkpoint.parts import Parts, begun_with
-from nybble.checkpoint.save import mark_quantized, model_config, save_side_files
+from nybble.checkpoint.save import keep_record, mark_quantized, model_config, save_side_files
 from nybble.core.device import out_of_memory, require_memory
 from nybble.core.errors import FileError, NybbleError, UsageError
 from nybble.core.explicit import explicit_settings
@@ -44,7 +45,7 @@ from nybble.recipe import Recipe
 from nybble.report.record import LayerRow, Report
 from nybble.walk.job import Job
 from nybble.walk.settings import Settings
-from nybble.walk.trial import try_out
+from nybble.walk.trial import known_inputs, try_out
 from nybble.walk.walk import Walk
 
 if TYPE_CHECKING:
@@ -89,11 +90,8 @@ def quantize(
         NybbleError: bad requests, files, data. Nothing is left behind, but for OUT.partial of a run that was killed,
             interrupted or stopped by a full disk: ``resume`` goes on from it.
     """
-    settings = Settings.of(settings)
-    made = build_recipe(recipe, **changes) if changes else read_recipe(recipe)
     started = time.perf_counter()
-    _check_out(out, settings)
-    settings = _as_begun(settings, out)
+    made, settings = _asked(recipe, changes, settings, out)
     held = {model: model.training} if isinstance(model, nn.Module) else {}
     with ExitStack() as stack:
         stack.enter_context(preserve_global_rng())
@@ -105,15 +103,17 @@ def quantize(
         job = _job(model, made, data, settings, out, tokenizer)
         for line in job.preflight(out):
             (announce or _ignore)(line)
+        given = known_inputs(job, data)
         if out is None:
             rows = _in_memory({"": job}, progress or Silent())[0][""]
-            _note(try_out(job), announce or _ignore)
-            _mark(job)
+            job = _tried(job, given, announce or _ignore)
+            _mark(job, rows)
             result = job.model if isinstance(model, str | Path) or job.model is model else job.model.net
             if result not in held:  # of a single layer there is another module now
                 nn.Module.train(result, any(held.values()))
         else:
-            result, rows = Path(out), _write(job, Path(out), progress or Silent(), announce or _ignore)
+            job, rows = _write(job, given, Path(out), progress or Silent(), announce or _ignore)
+            result = Path(out)
     return result, Report(layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started)
 
 
@@ -132,10 +132,7 @@ def preflight(
 
     Args and errors are those of :func:`quantize`.
     """
-    settings = Settings.of(settings)
-    made = build_recipe(recipe, **changes) if changes else read_recipe(recipe)
-    _check_out(out, settings)
-    settings = _as_begun(settings, out)
+    made, settings = _asked(recipe, changes, settings, out)
     with ExitStack() as stack:
         stack.enter_context(preserve_global_rng())
         stack.enter_context(torch.no_grad())
@@ -144,11 +141,17 @@ def preflight(
         return _job(model, made, data, settings, out, tokenizer).preflight(out)
 
 
-def _check_out(out: str | Path | None, settings: Settings) -> None:
-    if out is None and settings.resume:
+def _asked(
+    recipe: Asked, changes: Changes, settings: Settings | Mapping[str, Any] | None, out: str | Path | None
+) -> tuple[Recipe, Settings]:
+    """What is meant by a request, after the checks that need no model."""
+    found = Settings.of(settings)
+    made = build_recipe(recipe, **changes) if changes else read_recipe(recipe)
+    if out is None and found.resume:
         raise UsageError("resume goes on from what a killed run left in its output folder; give out, or leave it out.")
     if out is not None:
         check_new_folder(out)
+    return made, _as_begun(found, out)
 
 
 @explicit_settings()
@@ -191,12 +194,13 @@ def quantize_many(
         alone = [{name: job} for name, job in jobs.items() if not job.shares]
         for group in [*([together] if together else []), *alone]:
             _require_memory(group)
+            given = {name: known_inputs(job, data) for name, job in group.items()}
             rows, seconds = _in_memory(group, progress or Silent())
             for name, job in group.items():
-                try_out(job)
-                _mark(job)
-                report = Report(layers=tuple(rows[name]), manifest=job.manifest(), seconds=seconds[name])
-                found[name] = job.model, report
+                done = _tried(job, given[name], _ignore)
+                _mark(done, rows[name])
+                report = Report(layers=tuple(rows[name]), manifest=done.manifest(), seconds=seconds[name])
+                found[name] = done.model, report
     return {name: found[name] for name in recipes}
 
 
@@ -212,7 +216,10 @@ def _job(
     if isinstance(model, str | Path):
         source = open_source(str(model))
         skeleton = source.skeleton(settings.place(None)[1])
-        return Job.make(skeleton, source, recipe, data, settings, kept=out is None, tokenizer=tokenizer)
+        job = Job.make(skeleton, source, recipe, data, settings, kept=out is None, tokenizer=tokenizer)
+        if out is not None:
+            model_config(job.model, job.dtype)  # refuses a config that JSON can't hold
+        return job
     if not isinstance(model, nn.Module):
         raise UsageError(f"a model is a hub id, a path, or a torch module in memory; got a {type(model).__name__}.")
     if out is not None:
@@ -242,10 +249,19 @@ def _in_memory(jobs: Mapping[str, Job], progress: Progress) -> tuple[dict[str, l
         return walk.run(None, progress), walk.seconds
 
 
-def _mark(job: Job) -> None:
-    """Let a finished model use its KV cache, and say what it is where it is saved."""
+def _tried(job: Job, given: Tensors | None, announce: Callable[[str], None], parts: Parts | None = None) -> Job:
+    """The job, after a trial of what it made; with why there was none, or not to the end."""
+    untried = try_out(job, given, parts)
+    if untried:
+        announce(untried)
+    return replace(job, untried=untried)
+
+
+def _mark(job: Job, rows: Sequence[LayerRow]) -> None:
+    """Let a finished model use its KV cache, and say what it is, and how it was made, where it is saved."""
     use_quantized_cache(job.model, job.plan.kv)
     mark_quantized(job.model)
+    keep_record(job.model, job.manifest() | {"layers": [row.to_dict() for row in rows]})
 
 
 def _require_memory(jobs: Mapping[str, Job]) -> None:
@@ -255,7 +271,9 @@ def _require_memory(jobs: Mapping[str, Job]) -> None:
     require_memory(max(job.estimate.memory for job in jobs.values()) + more, first.device)
 
 
-def _write(job: Job, out: Path, progress: Progress, announce: Callable[[str], None]) -> list[LayerRow]:
+def _write(
+    job: Job, given: Tensors | None, out: Path, progress: Progress, announce: Callable[[str], None]
+) -> tuple[Job, list[LayerRow]]:
     folder = AtomicFolder(out, resumable=True)
     try:
         with folder as partial:
@@ -265,23 +283,18 @@ def _write(job: Job, out: Path, progress: Progress, announce: Callable[[str], No
             if not parts.assembled:
                 assert job.source is not None
                 # All that may fail at the end fails here, before hours of work.
-                _note(save_side_files(job.kind, job.source, job.model, partial), announce)
-                model_config(job.model, job.dtype)
+                if lacks := save_side_files(job.kind, job.source, job.model, partial):
+                    announce(lacks)
                 Walk({"": job}, partial if job.settings.spill else None).run(parts, progress)
-                _note(try_out(job, parts), announce)
+                job = _tried(job, given, announce, parts)
                 config = model_config(job.model, job.dtype)  # with what quantizing changed: heads that are tied no more
                 parts.assemble(job.part_names(), config, job.manifest(), job.plan.kv)
-            return [LayerRow.from_dict(row) for row in parts.finish()]
+            return job, [LayerRow.from_dict(row) for row in parts.finish()]
     except NybbleError as error:
         # A bad request leaves nothing; what could go on once there is room (a full disk) or the same request stays.
         if not isinstance(error, FileError):
             shutil.rmtree(folder.partial, ignore_errors=True)
         raise
-
-
-def _note(line: str, announce: Callable[[str], None]) -> None:
-    if line:
-        announce(line)
 
 
 def _ignore(line: str) -> None:

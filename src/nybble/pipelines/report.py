@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.checkpoint.account import inspect
+from nybble.checkpoint.load import described
 from nybble.checkpoint.parts import EVALUATION, MANIFEST
 from nybble.core.errors import FileError, UsageError
 from nybble.core.files import atomic_write_text, check_folder
@@ -13,6 +14,7 @@ from nybble.core.guard import reading
 from nybble.models.build.config_file import read_json
 from nybble.report.checks import check_evaluation, check_manifest
 from nybble.report.page import render
+from nybble.report.record import described_rows
 
 PAGE = "report.html"
 
@@ -21,7 +23,7 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> dict[str,
     """Write the page about a quantized model.
 
     Args:
-        folder: what ``nybble quantize`` wrote.
+        folder: what nybble wrote; without the record of a run (nybble.json) the page shows what the weights say.
         out: the file to make or replace, .html or .htm; by default report.html in ``folder``.
 
     Returns:
@@ -57,9 +59,9 @@ def collect(folder: Path) -> dict[str, Any]:
         FileError: see :func:`write_report`.
     """
     check_folder(folder)
-    if not (folder / MANIFEST).is_file():
-        raise FileError(f"{folder} has no {MANIFEST}, so nybble did not write it. Give a folder of `nybble quantize`.")
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    if not manifest.get("recipe") and not manifest.get("layers"):
+        manifest = _read_from_weights(folder, manifest)
     check_manifest(manifest, folder / MANIFEST)
     evaluation = None
     if (folder / EVALUATION).exists():
@@ -72,6 +74,13 @@ def collect(folder: Path) -> dict[str, Any]:
         "sizes": _without_page(inspect(folder)),
         "evaluation": evaluation,
     }
+
+
+def _read_from_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What can be said of a model that nobody kept a record of: trained and converted, or saved by transformers."""
+    told = "The rows were read from the weights, so no error is known."
+    recipe = {"name": "no record of a run", "summary": told, "source": ""}
+    return {"recipe": recipe, **manifest, "layers": [row.to_dict() for row in described_rows(described(folder))]}
 
 
 def _without_page(sizes: dict[str, Any]) -> dict[str, Any]:

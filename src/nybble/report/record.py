@@ -7,14 +7,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nybble.calibration.block import BlockState, Record
 from nybble.calibration.error import relative_error
+from nybble.nn.kinds import quant_modules
 from nybble.nn.packed import Packed
 from nybble.qtensor import Factored, QTensor, dense
 from nybble.qtensor.block import BlockQTensor
 from nybble.qtensor.low_rank_sum import LowRankSum
+from nybble.quantizer import Quantizer
 from nybble.report.portrait import input_picture, weight_picture
 
 
@@ -65,6 +67,31 @@ def block_rows(state: BlockState) -> list[LayerRow]:
     return [_row(state, name, record) for name, record in state.records.items()]
 
 
+def described_rows(model: nn.Module) -> list[LayerRow]:
+    """Rows of quantized layers of which only the result is known: no errors, no pictures; the model may be empty."""
+    rows = []
+    for name, layer in quant_modules(model):
+        sides = [getattr(layer, side, None) for side in ("inputs", "outputs")]
+        inputs, outputs = (None if found is None else str(found.quantizer) for found in sides)
+        for part, module in layer.named_modules():
+            if isinstance(module, Packed):
+                found = module.qtensor()
+                rows.append(
+                    LayerRow(
+                        name=f"{name}.{part}".removesuffix(".weight"),
+                        shape=tuple(found.shape),
+                        weights=_line(found, None, ""),
+                        inputs=inputs,
+                        outputs=outputs,
+                        bits=found.bits_per_element(),
+                        sqnr=None,
+                        error=None,
+                        rtn_error=None,
+                    )
+                )
+    return rows
+
+
 def _row(state: BlockState, name: str, record: Record) -> LayerRow:
     target, found, matrix = record.target, None, None
     packed = state.installed(target)
@@ -85,7 +112,7 @@ def _row(state: BlockState, name: str, record: Record) -> LayerRow:
     return LayerRow(
         name=f"{state.prefix}{name}",
         shape=target.shape if target.matrices else (0,),
-        weights=None if found is None else _line(found, record),
+        weights=None if found is None else _line(found, record.quantizer, str(record.stored)),
         inputs=None if quantizer is None else str(quantizer),
         outputs=None if target.rule.outputs is None else str(target.rule.outputs),
         bits=found.bits_per_element() if found is not None else 16.0 if target.matrices else 0.0,
@@ -113,15 +140,20 @@ def _measured(matrix: Tensor, found: QTensor, record: Record) -> tuple[float, fl
     return relative_error(matrix, found.dequantize(), second), plain
 
 
-def _line(found: QTensor, record: Record) -> str:
-    """What the weight was rounded to, in a line: the quantizer's where the tensor really is of its making."""
-    quantizer = record.quantizer
+def _line(found: QTensor, quantizer: Quantizer | None, stored: str) -> str:
+    """What the weight was rounded to, in a line: the quantizer's where the tensor really is of its making.
+
+    Args:
+        found: the weight.
+        quantizer: asked for, if that is known.
+        stored: what a tensor of another kind says of itself, if anything.
+    """
     base = found.base if isinstance(found, LowRankSum) else found
     name = "" if base is found else f" + rank {found.a.shape[-1]}" if isinstance(found, LowRankSum) else ""
     if isinstance(base, BlockQTensor):
         fits = quantizer is not None and quantizer.format == base.format and quantizer.granularity == base.granularity
         return (str(quantizer) if fits else f"{base.format.name} {base.granularity}") + name
-    return (record.stored or base.kind) + name
+    return (stored or base.kind) + name
 
 
 def _sqnr(matrix: Tensor, found: QTensor) -> float | None:

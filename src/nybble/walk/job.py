@@ -65,6 +65,7 @@ class Job:
     tokens: Samples | None
     estimate: Estimate
     outside_sees: bool
+    untried: str = ""
 
     @staticmethod
     def make(
@@ -220,7 +221,7 @@ class Job:
         """What a file says of its origin: a name, and :meth:`request` without what differs between machines."""
         known = self.request()
         known.pop("threads")
-        return {"name": self.name, **known}
+        return {"name": self.name, **known, **({"untried": self.untried} if self.untried else {})}
 
     @property
     def name(self) -> str:

@@ -3,35 +3,94 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from nybble.calibration.tail import tail
 from nybble.calibration.trace import HIDDEN, Tensors, capture_block_calls
 from nybble.checkpoint.parts import Parts
-from nybble.core.errors import ModelError
+from nybble.core.errors import ModelError, NybbleError
+from nybble.data import InMemory
+from nybble.data.given import Data, samples_of
 from nybble.walk.blocks import release
 from nybble.walk.job import Job, part_name
 
+SIZES = (64, 32, 28, 224)
+"""Of pictures (and lengths of signals) that networks are made for, if they want one."""
 
-def try_out(job: Job, parts: Parts | None = None) -> str:
-    """Run the finished model once on a few tokens, or one image.
+
+def known_inputs(job: Job, data: Data) -> Tensors | None:
+    """What the model can be called with, before anything is quantized: a few tokens, one image.
+
+    A kind of data can make that of most configs. Else it is a sample of the calibration; without any, one of data that
+    no step looks at, or a row or image as the first layer takes it, if the float network does run with it.
+    """
+    found = job.kind.example(job.model)
+    if found is None and job.tokens is not None:
+        found = job.kind.probe(job.tokens.inputs, job.device)
+    if found is not None:
+        return _placed(job, found)
+    for made in _guesses(job, data):
+        given = _placed(job, made)
+        if _runs(job, given):  # so that what fails later is the quantizing's fault
+            return given
+    return None
+
+
+def _placed(job: Job, given: Tensors) -> Tensors:
+    return {n: x.to(job.device, job.dtype if x.is_floating_point() else x.dtype) for n, x in given.items()}
+
+
+def _guesses(job: Job, data: Data) -> Iterator[Tensors]:
+    """A sample of data in memory; then what the first layer of a network could take, in usual sizes."""
+    main = job.model.main_input_name
+    if not isinstance(data, str | Path):
+        with suppress(NybbleError):  # data that doesn't fit, and that no step asked for
+            samples = samples_of(data, job.kind, InMemory(job.model.config), job.settings.wanted(), main)
+            yield job.kind.probe(samples.inputs, job.device)
+    first = next((m for m in job.model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)), None)
+    if first is None:
+        return
+    channels = first.in_features if isinstance(first, nn.Linear) else first.in_channels
+    sides = 2 if isinstance(first, nn.Linear) else first.weight.dim() - 2
+    shapes = [(channels, *(size,) * sides) for size in SIZES]
+    for shape in [(channels,), *shapes] if isinstance(first, nn.Linear) else shapes:
+        yield {main: torch.zeros(1, *shape, dtype=torch.float32)}
+
+
+def _runs(job: Job, given: Tensors) -> bool:
+    try:
+        job.model(**given)
+    except Exception:  # whatever a network raises of an input that isn't its own
+        return False
+    return True
+
+
+def try_out(job: Job, given: Tensors | None, parts: Parts | None = None) -> str:
+    """Run the finished model once.
 
     Args:
         job: whose blocks are done.
+        given: what it is called with; None where nobody knows.
         parts: where they are written; None where the model is whole in memory.
 
     Returns:
-        why it could not be run to its end, where nothing quantized is to blame; else empty.
+        why it was not run, or not to its end, where nothing quantized is to blame; else empty.
 
     Raises:
         ModelError: something quantized fails; names it.
     """
+    if given is None:
+        return (
+            f"the quantized {job.name} was not tried out: nothing says what it is called with. Give data "
+            "(one sample will do), or call it once."
+        )
     place = "the model"
     try:
-        given = _inputs(job)
-        if not given:
-            return ""
         if parts is None:
             job.model(**given, **({"use_cache": False} if "input_ids" in given else {}))
             return ""
@@ -56,15 +115,6 @@ def try_out(job: Job, parts: Parts | None = None) -> str:
             raise ModelError(f"{said}: what is quantized there can't be. Leave it in float (--ignore NAME).") from error
         return f"{said}, which nothing quantized is to blame for."
     return ""
-
-
-def _inputs(job: Job) -> dict[str, Tensor]:
-    """What the model can be called with; nothing where its kind of data can't say."""
-    made = job.kind.example(job.model)
-    if made is None and job.tokens is not None:
-        made = job.kind.probe(job.tokens.inputs, job.device)
-    found = made or {}
-    return {n: x.to(job.device, job.dtype if x.is_floating_point() else x.dtype) for n, x in found.items()}
 
 
 def _quantized(error: BaseException | None) -> bool:

@@ -23,7 +23,7 @@ from nybble.models.build.skeleton import base_class, expected_tensors, meta_mode
 from nybble.models.sources import ModelSource, StoredTensor
 from nybble.models.sources.left_over import SWITCHES, LeftOver, left_over
 from nybble.models.sources.match import Match, match_names
-from nybble.models.sources.side_files import GENERATION, side_files
+from nybble.models.sources.side_files import GENERATION, is_tokenizer_file, side_files
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -83,8 +83,18 @@ PREPROCESSOR = "preprocessor_config.json"
 
 
 def read_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder; no code of it runs. Errors are transformers' own."""
+    """The tokenizer of a folder; no code of it runs. Errors are transformers' own.
+
+    Raises:
+        FileError: the folder has no file of one; transformers would make up an empty one for some models.
+    """
     from transformers import AutoTokenizer
+
+    if not any(is_tokenizer_file(name) for name in side_files(folder)):
+        raise FileError(
+            f"{folder} holds no tokenizer. Put one beside the weights (tokenizer.save_pretrained(folder)); in Python, "
+            "data as token ids or samples needs none."
+        )
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         str(folder), config=config, trust_remote_code=False, local_files_only=True
