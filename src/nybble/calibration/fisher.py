@@ -18,7 +18,7 @@ from nybble.calibration.statistics import InputSample
 from nybble.core.errors import DataError
 from nybble.core.seeds import derive_seed
 from nybble.data.kinds import Batch, data_kind
-from nybble.models.adapter import Adapter
+from nybble.models.adapter import Adapter, under
 
 
 def fisher_of(
@@ -58,6 +58,9 @@ def fisher_of(
         model.get_submodule(stack[0]).register_forward_pre_hook(_ask_for_gradients, with_kwargs=True)
         for stack in adapter.stack_names(model)
     ]
+    if adapter.whole:  # token ids have no gradients
+        tables = (module for module in model.modules() if isinstance(module, nn.Embedding))
+        handles += [table.register_forward_hook(lambda _, __, rows: rows.requires_grad_(True)) for table in tables]
     try:
         model.requires_grad_(False)
         for start in range(0, len(next(iter(inputs.values()))), batch):
@@ -79,8 +82,8 @@ def fisher_of(
 
 
 def _ask_for_gradients(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    hidden = args[0] if args else kwargs["hidden_states"]
-    if hidden.is_leaf:
+    hidden: Any = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+    if hidden.is_leaf and hidden.is_floating_point():
         hidden.requires_grad_(True)
 
 
@@ -130,5 +133,8 @@ def log_likelihood(output: Any, real: Tensor | None, generator: Any) -> Tensor:
 def layers_with_weights(blocks: Sequence[tuple[str, Sequence[Any]]]) -> dict[str, int]:
     """Full name -> rows of every linear target; ``blocks``: a block's name and its targets."""
     return {
-        f"{name}.{t.name}": t.shape[0] for name, targets in blocks for t in targets if t.rule.weights and t.kind.by_rows
+        f"{under(name)}{t.name}": t.shape[0]
+        for name, targets in blocks
+        for t in targets
+        if t.rule.weights and t.kind.by_rows
     }

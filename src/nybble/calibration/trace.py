@@ -65,6 +65,38 @@ class BlockCall:
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class WholeCall(BlockCall):
+    """A call of a model that is one block (:attr:`~nybble.models.adapter.Adapter.whole`).
+
+    ``inputs``: what the model is called with beside its main input, ``keyword``, which is what goes in.
+    """
+
+    inputs: Mapping[str, Tensor]
+
+    def run(self, block: nn.Module, given: Tensors) -> dict[str, Tensor]:
+        """Call the model (``block``); returns its logits, or what it has instead."""
+        assert self.keyword is not None
+        inputs = {self.keyword: given[HIDDEN], **self.inputs}
+        return {HIDDEN: _main_output(block(**inputs, **_no_cache(inputs)))}
+
+
+def _no_cache(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {"use_cache": False} if "input_ids" in inputs else {}
+
+
+def _main_output(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    named = [getattr(output, name, None) for name in ("logits", "last_hidden_state")]
+    rest = output.values() if isinstance(output, Mapping) else output
+    return next(value for value in (*named, *rest) if isinstance(value, Tensor))
+
+
+class ChainError(ModelError):
+    """Blocks that can't be walked one after the other: the model does more between them, or doesn't call them so."""
+
+
 def _place(flows: Sequence[Flow]) -> int:
     """Where in the tuple that a block returns its hidden states are: at the first place that no other flow takes."""
     taken = {flow.gives for flow in flows}
@@ -85,7 +117,7 @@ def _split(
     keyword = None if args else "hidden_states"
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor):
-        raise ModelError(f"block {index} is not called with hidden states first, so it can't be replayed.")
+        raise ChainError(f"block {index} is not called with hidden states first, so it can't be replayed.")
     rest = {key: value for key, value in kwargs.items() if key != keyword}
     after = args[1:]
     start = None
@@ -105,26 +137,33 @@ def _record(
     end: Tensor | None,
     flows: tuple[Flow, ...],
     width: int,
+    strict: bool,
 ) -> tuple[list[BlockCall], bool]:
     """One forward through recorders; of two stacks the first passes ``end`` on.
 
-    ``width``: how long a tuple blocks return; 0 for the hidden states alone.
+    ``width``: how long a tuple blocks return; 0 for the hidden states alone. ``strict``: raise ChainError where the
+    model does something to the hidden states between two blocks.
 
     Returns the calls of the last stack, and whether all of its blocks were called once, in order, with the same shape.
     """
     calls: list[BlockCall] = []
     shapes: set[torch.Size] = set()
     blocks = stacks[-1]
+    before: list[Tensor] = []
 
     def recorder(index: int) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if any(value is _MORE for value in (*args, *kwargs.values())):
-                raise ModelError(
+                raise ChainError(
                     f"the blocks of {type(model).__name__} hand on more than hidden states, and no adapter says what."
                 )
             hidden, call = _split(index, args, kwargs, flows, keep=index == 0)
             calls.append(call)
             shapes.add(hidden.shape)
+            if strict:
+                if before and before[0].shape == hidden.shape and not _equal(before.pop(), hidden):
+                    raise ChainError(f"{type(model).__name__} does more between its blocks than hand their outputs on.")
+                before[:] = [hidden.clone()]
             if len(calls) == len(blocks):
                 raise _AllSeenError
             values = {f.gives: call.args[f.takes] if isinstance(f.takes, int) else call.kwargs.get(f.takes)
@@ -141,9 +180,13 @@ def _record(
             for index, block in enumerate(stack):
                 replace_forward(block, recorder(index) if stack is blocks else passed, undo)
         with suppress(_AllSeenError):
-            model(**inputs, **({"use_cache": False} if "input_ids" in inputs else {}))
+            model(**inputs, **_no_cache(inputs))
     in_order = [call.index for call in calls] == list(range(len(blocks)))
     return calls, in_order and len(shapes) == 1
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def returned(
@@ -183,6 +226,7 @@ def capture_block_calls(
     *,
     adapter: Adapter | None = None,
     end: Tensor | None = None,
+    strict: bool = False,
 ) -> list[BlockCall]:
     """Run the model once with every block replaced by a recorder that passes its hidden states on unchanged.
 
@@ -193,16 +237,19 @@ def capture_block_calls(
         inputs: what the model is called with, by argument, or the token ids alone; the first dimension is the batch's.
         adapter: default, the model's.
         end: of an encoder-decoder, what the last encoder block gave: then it is the decoder's blocks that are recorded.
+        strict: also see whether the model leaves alone what goes from block to block.
 
     Returns:
         One call a block, in order; the first carries the tensors it was given.
 
     Raises:
-        ModelError: the blocks aren't called once each, in order, with hidden states first; or the model fails on these
-            inputs, with its own error.
+        ChainError: the blocks aren't called once each, in order, with hidden states first. ModelError: the model fails
+            on these inputs, with its own error.
     """
     given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     adapter = adapter or adapter_for(model)
+    if adapter.whole:
+        return [_whole_call(given, data_kind(adapter.reads).real(given))]
     names = adapter.stack_names(model)[: 1 if end is None else 2]
     stacks = [[model.get_submodule(name) for name in stack] for stack in names]
     problems: list[Exception] = []
@@ -210,7 +257,7 @@ def capture_block_calls(
     # second kind of model drops the batch dimension, which the next recorder sees: so try a tensor first, then tuples.
     for width in tuple_widths(adapter.flows):
         try:
-            calls, good = _record(model, stacks, given, end, adapter.flows, width)
+            calls, good = _record(model, stacks, given, end, adapter.flows, width, strict)
         except (ModelError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
@@ -219,7 +266,7 @@ def capture_block_calls(
         if good:
             samples, first = len(next(iter(given.values()))), calls[0].start
             if first is not None and len(first[HIDDEN]) != samples:
-                raise ModelError(
+                raise ChainError(
                     f"{type(model).__name__} gives its blocks hidden states {list(first[HIDDEN].shape)}, which don't "
                     f"begin with the {samples} samples, so they can't be carried from block to block."
                 )
@@ -233,6 +280,14 @@ def capture_block_calls(
     raise fault from (problems[0] if problems else None)
 
 
+def _whole_call(given: Mapping[str, Tensor], real: Tensor | None) -> WholeCall:
+    main, *others = given
+    return WholeCall(
+        index=0, args=(), kwargs={}, keyword=main, start={HIDDEN: given[main]}, mask=real,
+        inputs={name: given[name] for name in others},
+    )  # fmt: skip
+
+
 def _fault(model: nn.Module, blocks: int, problems: Sequence[Exception], tries: int) -> ModelError:
     """What to say of a model that can't be recorded: its own error, where it fails whatever its blocks return."""
     name, said = type(model).__name__, [f"{type(p).__name__}: {p}" for p in problems]
@@ -241,7 +296,7 @@ def _fault(model: nn.Module, blocks: int, problems: Sequence[Exception], tries: 
             f"{name} fails before its blocks are reached: {said[0]}. Does it run on this input without quantization?"
         )
     why = f" ({said[0]})" if said else ""
-    return ModelError(f"{name} doesn't call its {blocks} blocks one after the other on its hidden states{why}.")
+    return ChainError(f"{name} doesn't call its {blocks} blocks one after the other on its hidden states{why}.")
 
 
 def tuple_widths(flows: Sequence[Flow]) -> tuple[int, ...]:

@@ -103,6 +103,8 @@ class Adapter:
             and targets; ``images``. Which kind of text it is depends on the class (:func:`reads_of`).
         convolutional: whether the layers to quantize are convolutions. ``blocks`` is then the path of the network
             itself, which is one block: its stages differ in shape, and it is small.
+        whole: why the model can't be walked from block to block; all of it is then one block, called as the model is,
+            and ``blocks`` is empty. Else nothing.
     """
 
     name: str
@@ -120,6 +122,7 @@ class Adapter:
     flows: tuple[Flow, ...] = ()
     reads: str = "tokens"
     convolutional: bool = False
+    whole: str = ""
 
     @property
     def offers(self) -> frozenset[str]:
@@ -138,6 +141,8 @@ class Adapter:
         Raises:
             ModelError: a path leads nowhere, so the model isn't what its config says.
         """
+        if self.whole:
+            return [[""]]
         names = []
         for path in self.stacks:
             found = _at(model, path)
@@ -159,7 +164,7 @@ class Adapter:
 
     def inside(self, name: str) -> bool:
         """Whether a parameter or module of this name is in a block."""
-        return name.startswith(tuple(f"{path}." for path in self.stacks))
+        return name.startswith(tuple(under(path) for path in self.stacks))
 
     def outside(self, model: nn.Module) -> list[str]:
         """Names of the stored tensors that are in no block: embeddings, final norm, head, projections between them."""
@@ -203,6 +208,11 @@ class Adapter:
                 has = ", ".join(f"{key}={getattr(config, key, None)!r}" for key, _ in fold.when)
                 off.append(f"{name} can't be folded with {has}")
         return [*self.limits, *off]
+
+
+def under(path: str) -> str:
+    """What the names of all that is in a module begin with; nothing for the model itself."""
+    return f"{path}." if path else ""
 
 
 def _at(module: nn.Module, path: str) -> nn.Module | Tensor | None:
@@ -361,9 +371,10 @@ def _of_text(model: nn.Module, lists: Sequence[tuple[str, nn.Module]]) -> Sequen
     return lists
 
 
-def _longest(lists: Iterable[tuple[str, nn.Module]]) -> str:
-    """The path of the longest list of blocks; of equals the one that is nested least."""
-    return max(lists, key=lambda item: (len(item[1]), -item[0].count(".")))[0]  # type: ignore[arg-type]
+def _longest(lists: Sequence[tuple[str, nn.Module]]) -> str:
+    """The path of the longest list of blocks of one class, else of several; of equals the one that is nested least."""
+    alike = [(name, module) for name, module in lists if len({type(block) for block in module.children()}) == 1]
+    return max(alike or lists, key=lambda item: (len(item[1]), -item[0].count(".")))[0]  # type: ignore[arg-type]
 
 
 def _multiplies(module: nn.Module) -> bool:
@@ -372,24 +383,24 @@ def _multiplies(module: nn.Module) -> bool:
 
 
 def generic_adapter(model: nn.Module) -> Adapter:
-    """An adapter for an unknown model: its blocks are the longest list of same-class modules with matmuls inside.
+    """An adapter for an unknown model: its blocks are the longest list of modules with matmuls inside, alike if it can.
 
-    It knows no fold pairs; :attr:`Adapter.limits` says so.
+    Without such a list the whole model is one block. It knows no fold pairs; :attr:`Adapter.limits` says so.
 
     Raises:
-        ModelError: no such list.
+        ModelError: nothing in the model is of a kind that can be quantized.
     """
     lists = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
-        and len({type(block) for block in module}) == 1
+        and len(module)
+        and not any(isinstance(block, nn.ModuleList) for block in module)
         and all(any(_multiplies(part) for part in block.modules()) for block in module)
     ]
     if not lists:
-        raise ModelError(
-            f"{type(model).__name__} has no list of repeated blocks, so it can't be walked block by block."
-        )
+        _check_kinds(model)
+        return whole_adapter(model, f"{type(model).__name__} has no list of repeated blocks")
     reads = _reads(model, "tokens")
     path, decoder = _longest(_of_text(model, lists) if reads in TEXTS else lists), None
     if reads == "pairs":
@@ -397,15 +408,46 @@ def generic_adapter(model: nn.Module) -> Adapter:
         if all(sides):
             path, decoder = (_longest(side) for side in sides)
     embeddings = tuple(n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and not n.startswith(path))
-    find_head = getattr(model, "get_output_embeddings", lambda: None)
-    head = find_head()
-    name = type(model).__name__
+    limits = _no_folds(f"{type(model).__name__} has no adapter")
     return Adapter(
         name="generic", model_types=(), blocks=path, embeddings=embeddings, final_norm=None,
-        decoder_blocks=decoder, reads=reads,
-        head=next((n for n, m in model.named_modules() if m is head), None) if head is not None else None,
-        limits=(
-            f"transforms that fold a norm into linears (SmoothQuant, ...) are off: {name} has no adapter",
-            f"transforms that fold a linear into a linear (equalisation, ...) are off: {name} has no adapter",
-        ),
+        decoder_blocks=decoder, reads=reads, head=_head(model), limits=limits,
     )  # fmt: skip
+
+
+def _check_kinds(model: nn.Module) -> None:
+    """Refuse a model most of whose matrices are in layers that no kind knows: what could be quantized is the rest."""
+    known, unknown, classes = 0, 0, dict[str, None]()
+    for module in model.modules():
+        weight, kind = module._parameters.get("weight"), kind_of(module)
+        if kind is not None and kind.shares_input:
+            known += sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        elif kind is None and weight is not None and weight.ndim > 1:
+            unknown += weight.numel()
+            classes[type(module).__name__] = None
+    if not known or unknown > known:
+        own = f"multiplies in layers of its own ({', '.join(classes)})" if classes else "has no layer that multiplies"
+        raise ModelError(
+            f"{type(model).__name__} {own}, and nybble knows no kind of module for that. Quantize a model of the "
+            "family that it comes from, or add a kind (an entry point of the group nybble.nn.kinds)."
+        )
+
+
+def whole_adapter(model: nn.Module, why: str) -> Adapter:
+    """An adapter under which all of a model is one block; ``why`` it can't be walked block by block, for people."""
+    return Adapter(
+        name="whole", model_types=(), blocks="", embeddings=(), final_norm=None, head=_head(model),
+        reads=reads_of(model), limits=_no_folds(why), whole=why,
+    )  # fmt: skip
+
+
+def _head(model: nn.Module) -> str | None:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return None if head is None else next((n for n, m in model.named_modules() if m is head), None)
+
+
+def _no_folds(why: str) -> tuple[str, ...]:
+    return (
+        f"transforms that fold a norm into linears (SmoothQuant, ...) are off: {why}",
+        f"transforms that fold a linear into a linear (equalisation, ...) are off: {why}",
+    )

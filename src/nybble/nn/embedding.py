@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from nybble.nn.packed import Packed
 from nybble.qtensor import QTensor
+
+
+def input_embedding(model: Any) -> nn.Module | None:
+    """What a model calls its input embedding; None where it has none, or doesn't say."""
+    try:
+        found = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return found if isinstance(getattr(found, "embedding_dim", None), int) else None
 
 
 class QuantEmbedding(nn.Module):

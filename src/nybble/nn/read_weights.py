@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -22,6 +22,7 @@ Condition = tuple[ast.expr, bool]
 Read = tuple[tuple[str, ...], tuple[Condition, ...]]
 """Path of a module from ``self``, and the conditions on ``self`` under which its weight is read."""
 
+EVERY = "*"
 _HARMLESS = frozenset({"dtype", "device", "shape", "ndim", "size", "dim", "numel", "requires_grad", "is_meta"})
 _COMPARE: dict[type[ast.cmpop], Any] = {
     ast.Eq: lambda a, b: a == b, ast.NotEq: lambda a, b: a != b, ast.Is: lambda a, b: a is b,
@@ -36,17 +37,19 @@ def read_weights(model: nn.Module) -> set[str]:
     for name, module in model.named_modules():
         for path, conditions in _reads(type(module)):  # type: ignore[arg-type]  # classes are hashable
             if all(_may_be(module, test, wanted) for test, wanted in conditions):
-                full = ".".join((name, *path) if name else path)
-                if _has_weight(module, path):
-                    found.add(full)
+                found |= {".".join((name, *full) if name else full) for full in _modules_at(module, path)}
     return found
 
 
-def _has_weight(module: nn.Module, path: tuple[str, ...]) -> bool:
-    found: Any = module
-    for part in path:
-        found = found._modules.get(part) if isinstance(found, nn.Module) else None
-    return isinstance(found, nn.Module)
+def _modules_at(module: nn.Module, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The paths of the modules that a path leads to: none, one, or several behind ``EVERY``."""
+    if not path:
+        yield ()
+        return
+    for part in module._modules if path[0] == EVERY else path[:1]:
+        child = module._modules.get(part)
+        if child is not None:
+            yield from ((part, *rest) for rest in _modules_at(child, path[1:]))
 
 
 @cache
@@ -64,8 +67,9 @@ def _reads(kind: type[nn.Module]) -> tuple[Read, ...]:
             tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
         except (OSError, SyntaxError):
             continue
+        aliases = _loops(tree)
         for part, parent, conditions in _walk(tree, None, ()):
-            path = _path(part)
+            path = _path(part, aliases)
             if isinstance(parent, ast.Call) and parent.func is part and len(path) == 1:
                 waiting.append(path[0])
             elif len(path) > 1 and path[-1] == "weight" and not _harmless(part, parent):
@@ -89,13 +93,29 @@ def _walk(
         yield from _walk(child, node, conditions)
 
 
-def _path(node: ast.AST) -> tuple[str, ...]:
-    """``self.a.b`` as (a, b); empty for anything else."""
+def _path(node: ast.AST, aliases: Mapping[str, tuple[str, ...]] | None = None) -> tuple[str, ...]:
+    """``self.a.b`` as (a, b); empty for anything else. ``aliases``: paths that local names stand for."""
     if isinstance(node, ast.Attribute):
-        before = _path(node.value)
+        before = _path(node.value, aliases)
         own = isinstance(node.value, ast.Name) and node.value.id == "self"
         return (*before, node.attr) if before or own else ()
-    return ()
+    return aliases.get(node.id, ()) if aliases and isinstance(node, ast.Name) else ()
+
+
+def _loops(tree: ast.AST) -> dict[str, tuple[str, ...]]:
+    """What ``for block in self.blocks`` (or its ``enumerate``) gives ``block``: (blocks, *), any of them."""
+    found: dict[str, tuple[str, ...]] = {}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.For):
+            continue
+        over, target = node.iter, node.target
+        if isinstance(over, ast.Call) and isinstance(over.func, ast.Name) and over.func.id == "enumerate" and over.args:
+            over = over.args[0]
+            target = target.elts[-1] if isinstance(target, ast.Tuple) else target
+        path = _path(over)
+        if path and isinstance(target, ast.Name):
+            found[target.id] = (*path, EVERY)
+    return found
 
 
 def _harmless(node: ast.AST, parent: ast.AST | None) -> bool:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from nybble.calibration.block import BlockState
 from nybble.core.memory import trim_memory
-from nybble.models.build.skeleton import kept_float32
+from nybble.models.adapter import under
+from nybble.models.build.skeleton import kept_float32, unsaved
 from nybble.nn.kinds import Target
 from nybble.walk.job import Job
 from nybble.walk.steps.solver import check_finite
@@ -41,12 +42,13 @@ def load_block(job: Job, name: str, targets: Sequence[Target]) -> BlockState:
 def fill(job: Job, block: nn.Module, name: str) -> dict[str, Tensor]:
     """Fill a block from the source; returns its tensors in the source's precision, names relative to it."""
     assert job.source is not None
-    names = [f"{name}.{n}" for n, _ in block.named_parameters()] + [
-        f"{name}.{n}" for n in block.state_dict() if f"{name}.{n}" in job.source.stored()
+    prefix, stored, computed = under(name), job.source.stored(), unsaved(job.model)
+    names = [f"{prefix}{n}" for n, _ in block.named_parameters() if f"{prefix}{n}" not in computed] + [
+        f"{prefix}{n}" for n in block.state_dict() if f"{prefix}{n}" in stored
     ]
     loaded = job.source.load(list(dict.fromkeys(names)), device=job.device)
     _check_finite(loaded)
-    found = {n.removeprefix(f"{name}."): t for n, t in loaded.items()}
+    found = {n.removeprefix(prefix): t for n, t in loaded.items()}
     put(job, block, name, found)
     return found
 
@@ -54,9 +56,11 @@ def fill(job: Job, block: nn.Module, name: str) -> dict[str, Tensor]:
 def put(job: Job, block: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Let the block called ``name`` have these tensors, floats cast to the job's dtype, or as the family keeps them."""
     kept, live = kept_float32(job.model), block.state_dict()
-    dtypes = {n: live[n].dtype if f"{name}.{n}" in kept else job.dtype for n in tensors}
+    dtypes = {n: live[n].dtype if f"{under(name)}{n}" in kept else job.dtype for n in tensors}
     cast = {n: t.to(dtypes[n]) if t.is_floating_point() else t for n, t in tensors.items()}
     block.load_state_dict(cast, strict=False, assign=True)
+    if block is job.model:
+        block.tie_weights()
 
 
 def outside_state(job: Job) -> BlockState:
@@ -70,8 +74,11 @@ def outside_state(job: Job) -> BlockState:
 
 
 def release(block: nn.Module) -> None:
-    """Give the memory of a finished block back."""
+    """Give the memory of a finished block back; what it computes itself and no file has stays."""
+    computed = [(m, n, m._buffers[n]) for m in block.modules() for n in m._non_persistent_buffers_set]
     block.to("meta")
+    for module, name, buffer in computed:
+        module._buffers[name] = buffer
     trim_memory()
 
 

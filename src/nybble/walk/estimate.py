@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nybble.nn.embedding import input_embedding
 from nybble.nn.kinds import Target, kind_of
 from nybble.walk.steps import BlockStep, Cost, Load, Subject
 
@@ -144,7 +145,8 @@ def _seeing(model: Any, targets: Sequence[Target], load: Load) -> int:
     bytes_ = casts + load.tokens * (4 * size * (_width(model) + widest) + 4 * wide * widest)
     config = model.config.get_text_config()
     if getattr(config, "_attn_implementation", None) == "eager":
-        heads = getattr(config, "num_attention_heads", 1)
+        stated = getattr(config, "num_attention_heads", 1)
+        heads = max(stated) if isinstance(stated, list | tuple) else stated
         bytes_ += load.tokens * load.seq_len * heads * (4 + 2 * size)
     return int(bytes_)
 
@@ -155,4 +157,7 @@ def _elements(target: Target) -> int:
 
 def _width(model: Any) -> int:
     stated = getattr(model.config.get_text_config(), "hidden_size", 0)
-    return int(stated or model.get_input_embeddings().weight.shape[1])
+    table: Any = None if stated else input_embedding(model)
+    if table is not None:
+        return int(table.embedding_dim)
+    return int(stated or max((p.shape[-1] for p in model.parameters() if p.ndim == 2), default=1))

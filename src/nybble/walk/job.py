@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from nybble.calibration.chain import chain_fault
 from nybble.core.device import measure_flops, require_memory
 from nybble.core.errors import within
 from nybble.core.files import need_space
@@ -17,7 +18,7 @@ from nybble.core.versions import versions
 from nybble.data import InMemory, Origin, Samples
 from nybble.data.given import Data, samples_of
 from nybble.data.kinds import DataKind, data_kind
-from nybble.models.adapter import Adapter, adapter_for
+from nybble.models.adapter import Adapter, adapter_for, whole_adapter
 from nybble.models.sources import called
 from nybble.nn.kinds import Target, apart_line
 from nybble.recipe import Recipe
@@ -79,15 +80,8 @@ class Job:
     ) -> Job:
         """Check the request against the model; nothing heavy runs. ``kept``: the result stays in memory."""
         device, dtype = settings.place(model if source is None else None)
-        adapter = adapter_for(model)
-        with within(f"recipe {recipe.name}"):
-            steps, paths = make_steps(recipe, adapter)
-            solver = next(step.solver for step in steps if isinstance(step, SolverStep))
-            subject = Subject(model=model, adapter=adapter, plan=make_plan(model, adapter, recipe.scheme, solver))
-            for step in steps:
-                step.check(subject)
-        for module_kind in subject.plan.kinds:
-            module_kind.prepare(model)
+        subject, steps, paths = _planned(model, adapter_for(model), recipe)
+        adapter = subject.adapter
         needs = frozenset().union(*(step.needs(subject) for step in steps))
         tokens = None
         if needs:
@@ -96,6 +90,14 @@ class Job:
             tokens = samples_of(data, kind, origin, settings.wanted(), getattr(model, "main_input_name", "input_ids"))
             tokens = kind.fitted(tokens, model)
             kind.check(tokens, model)
+            one = kind.batch(tokens.inputs, 0, 1, "cpu").inputs
+            fault = None if adapter.whole or adapter.convolutional else chain_fault(model, adapter, one)
+            if fault is not None:
+                subject, steps, paths = _planned(model, whole_adapter(model, str(fault).rstrip(".")), recipe)
+                adapter = subject.adapter
+        for module_kind in subject.plan.kinds:
+            module_kind.prepare(model)
+        solver = next(step.solver for step in steps if isinstance(step, SolverStep))
         products = settings.products_of(device, dtype)
         load = _load(subject, source, settings, dtype, tokens, kept, paths, steps)
         load = replace(load, wide=products != dtype)
@@ -187,6 +189,8 @@ class Job:
             lines.append(apart_line(self.plan.apart))
         if self.plan.read:
             lines.append(f"left in float, as the model's code reads their weights itself: {_some(self.plan.read)}")
+        if self.adapter.whole:
+            lines.append(f"all of the model is one block, and in memory at once: {self.adapter.whole}")
         if self.source is not None and self.source.note:
             lines.append(self.source.note)
         more = ""
@@ -228,6 +232,19 @@ class Job:
         """What people call the model; of one in memory that came from nowhere, its class."""
         spec = getattr(self.model.config, "name_or_path", "") if self.source is None else self.source.spec
         return called(spec) if spec else type(self.model).__name__
+
+
+def _planned(
+    model: nn.Module, adapter: Adapter, recipe: Recipe
+) -> tuple[Subject, tuple[BlockStep, ...], frozenset[str]]:
+    """What the recipe's steps, checked, are to do to the model as this adapter sees it; the paths that they read."""
+    with within(f"recipe {recipe.name}"):
+        steps, paths = make_steps(recipe, adapter)
+        solver = next(step.solver for step in steps if isinstance(step, SolverStep))
+        subject = Subject(model=model, adapter=adapter, plan=make_plan(model, adapter, recipe.scheme, solver))
+        for step in steps:
+            step.check(subject)
+    return subject, steps, paths
 
 
 def _some(names: Sequence[str]) -> str:

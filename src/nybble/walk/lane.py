@@ -239,7 +239,7 @@ class Lane:
         for index in range(span.start, span.leave):
             state = self.states.pop(index)
             state.settle()
-            if written and self.job.source is not None:
+            if written and self.job.source is not None and not self.job.adapter.whole:
                 release(state.module)
 
     # ------------------------------------------------------------------------------------------------ resuming

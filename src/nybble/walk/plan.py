@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from nybble.core.errors import SchemeError, within
-from nybble.models.adapter import Adapter
+from nybble.models.adapter import Adapter, under
 from nybble.nn.kinds import Kind, Target, look_alikes, targets_of
 from nybble.nn.kv_model import KVRecord, cached_attentions, check_cache
 from nybble.nn.read_weights import read_weights
@@ -87,7 +87,7 @@ def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver
             others = _sharing(target, tied)
             targets.append(target.kind.tied(target, model, others) if others else target)
     outside = tuple(t for t in targets if not adapter.inside(t.name) and t.matrices)
-    prefixes = [f"{name}." for name in adapter.block_names(model)]
+    prefixes = [under(name) for name in adapter.block_names(model)]
     inside = [[replace(t, name=t.name.removeprefix(p)) for t in targets if t.name.startswith(p)] for p in prefixes]
     blocks = tuple(tuple(t for t in block if t.matrices) for block in inside)
     products = tuple(tuple(t for t in block if t.rule.matmuls is not None) for block in inside)
@@ -120,16 +120,22 @@ def _sharing(target: Target, tied: list[tuple[str, ...]]) -> list[str]:
 def _match(model: nn.Module, adapter: Adapter, scheme: Scheme, classes: Mapping[str, tuple[str, ...]]) -> Matches:
     """The scheme's rules for the model's modules.
 
-    ``lm_head`` in ``ignore``, as by default, means the output head whatever its name, and what else stands behind the
-    blocks (a pooler, a classifier) where a class of targets reached it and its rule needs calibrated inputs, which are
-    there for blocks only. Without it such a module is an error.
+    ``lm_head`` in ``ignore``, as by default, means the output head whatever its name, every other layer that reads the
+    table of an embedding (a model may predict words and entities, or have heads in its parts), and what else stands
+    behind the blocks (a pooler, a classifier) where a class of targets reached it and its rule needs calibrated inputs,
+    which are there for blocks only. Without it such a module is an error.
     """
     fixed = read_weights(model)
     if "lm_head" not in scheme.ignore:
         return scheme.match(classes, fixed)
     get_head = getattr(model, "get_output_embeddings", lambda: None)
     head = get_head()
-    heads = {name for name, module in model.named_modules() if module is head and name not in ("", "lm_head")}
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    heads = {
+        name
+        for name, module in model.named_modules()
+        if name not in ("", "lm_head") and (module is head or (name in classes and _reads_table(module, tables)))
+    }
     found = scheme.match({name: kinds for name, kinds in classes.items() if name not in heads}, fixed)
     named = {
         target for rule in scheme.rules for target in rule.targets if target.startswith("re:") or target in classes
@@ -144,6 +150,11 @@ def _match(model: nn.Module, adapter: Adapter, scheme: Scheme, classes: Mapping[
     }
     rules = {name: rule for name, rule in found.rules.items() if name not in behind}
     return Matches(rules, found.counts, (*found.ignored, *sorted(heads & set(classes)), *sorted(behind)), found.fixed)
+
+
+def _reads_table(module: nn.Module, tables: set[int]) -> bool:
+    """Whether a layer's weight is the table of an embedding."""
+    return not isinstance(module, nn.Embedding) and id(getattr(module, "weight", None)) in tables
 
 
 def _check(target: Target, solver: Solver) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nybble.calibration.chain import chain_fault
 from nybble.calibration.tail import tail
 from nybble.calibration.trace import HIDDEN, Tensors, capture_block_calls
 from nybble.checkpoint.parts import Parts
@@ -26,12 +27,13 @@ SIZES = (64, 32, 28, 224)
 def known_inputs(job: Job, data: Data) -> Tensors | None:
     """What the model can be called with, before anything is quantized: a few tokens, one image.
 
-    A kind of data can make that of most configs. Else it is a sample of the calibration; without any, one of data that
-    no step looks at, or a row or image as the first layer takes it, if the float network does run with it.
+    It is a sample of the calibration. Without any, a kind of data can make one of most configs; else it is one of data
+    that no step looks at, or a row or image as the first layer takes it, if the float network does run with it.
     """
-    found = job.kind.example(job.model)
-    if found is None and job.tokens is not None:
-        found = job.kind.probe(job.tokens.inputs, job.device)
+    if job.tokens is not None:
+        found: Tensors | None = job.kind.probe(job.tokens.inputs, job.device)
+    else:
+        found = job.kind.example(job.model)
     if found is not None:
         return _placed(job, found)
     for made in _guesses(job, data):
@@ -91,6 +93,9 @@ def try_out(job: Job, given: Tensors | None, parts: Parts | None = None) -> str:
         )
     place = "the model"
     try:
+        if parts is not None and (job.adapter.whole or _not_a_chain(job, given)):
+            _fill(job, parts)
+            parts = None
         if parts is None:
             job.model(**given, **({"use_cache": False} if "input_ids" in given else {}))
             return ""
@@ -115,6 +120,18 @@ def try_out(job: Job, given: Tensors | None, parts: Parts | None = None) -> str:
             raise ModelError(f"{said}: what is quantized there can't be. Leave it in float (--ignore NAME).") from error
         return f"{said}, which nothing quantized is to blame for."
     return ""
+
+
+def _not_a_chain(job: Job, given: Tensors) -> bool:
+    """Whether blocks can't be run one after the other; without data nobody has asked before."""
+    return not job.adapter.convolutional and chain_fault(job.model, job.adapter, given) is not None
+
+
+def _fill(job: Job, parts: Parts) -> None:
+    """Bring everything that was written back into the model."""
+    for index, name in enumerate(job.adapter.block_names(job.model)):
+        parts.fill(part_name(index), job.model, job.model.get_submodule(name), job.device)
+    job.model.tie_weights()
 
 
 def _quantized(error: BaseException | None) -> bool:

@@ -238,8 +238,9 @@ def test_refusals() -> None:
 
     with pytest.raises(ModelError, match="no adapter for model type 'falcon'; known: bart, bert, bloom"):
         adapter_for(FalconConfig())
-    with pytest.raises(ModelError, match="no list of repeated blocks"):
-        generic_adapter(nn.Sequential(nn.Linear(2, 2)))
+    assert generic_adapter(nn.Sequential(nn.Linear(2, 2))).whole == "Sequential has no list of repeated blocks"
+    with pytest.raises(ModelError, match="Sequential has no layer that multiplies"):
+        generic_adapter(nn.Sequential(nn.ReLU()))
     with pytest.raises(ModelError, match=r"no blocks at 'model.layers'"):
         adapter = REGISTRY.get("llama")
         adapter.blocks_of(nn.Linear(2, 2))

@@ -14,6 +14,7 @@ from nybble.core.errors import DataError
 from nybble.data.kinds import DataKind, Size
 from nybble.data.samples import Origin, Samples, Wanted
 from nybble.data.text import TextSource, load_text
+from nybble.nn.embedding import input_embedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +73,7 @@ class TextKind(DataKind):
         config = model.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         length, smallest, largest = ids.shape[1], int(ids.min()), int(ids.max())
-        if positions is not None and length > positions:
+        if positions is not None and 0 < positions < length:
             raise DataError(
                 f"sequences of {length} tokens, and the model takes {positions}; give a --seq-len of at most that."
             )
@@ -85,12 +86,20 @@ class TextKind(DataKind):
             )
 
     def probe(self, inputs: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
-        """The first tokens of the first sample."""
-        return {name: tensor[:, :PROBE] for name, tensor in self.batch(inputs, 0, 1, device).inputs.items()}
+        """The first tokens of the first sample; all of it where more than tokens goes in (images have their places)."""
+        found = self.batch(inputs, 0, 1, device).inputs
+        if any(tensor.is_floating_point() for tensor in found.values()):
+            return found
+        return {name: tensor[:, :PROBE] for name, tensor in found.items()}
 
     def example(self, model: Any) -> dict[str, Tensor] | None:
-        """A few tokens with an end behind them, which some heads look for; a decoder begins with the same."""
-        rows = model.get_input_embeddings().weight.shape[0]
+        """A few tokens with an end behind them, which some heads look for; a decoder begins with the same.
+
+        A model of sound, or one whose tokens have no table, says nothing.
+        """
+        rows = _rows(model) if getattr(model, "main_input_name", "input_ids") == "input_ids" else None
+        if rows is None:
+            return None
         ends = getattr(model.config.get_text_config(), "eos_token_id", None)
         end = ends[0] if isinstance(ends, list) else ends
         ids = torch.arange(3, 3 + PROBE)[None] % rows
@@ -113,7 +122,5 @@ class TextKind(DataKind):
 
 def _rows(model: Any) -> int | None:
     """How many tokens a model's embeddings have; None where it doesn't say which those are."""
-    try:
-        return int(model.get_input_embeddings().weight.shape[0])
-    except NotImplementedError:
-        return None
+    table: Any = input_embedding(model)
+    return None if table is None else int(table.num_embeddings)

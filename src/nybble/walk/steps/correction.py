@@ -9,6 +9,7 @@ from nybble.calibration.window import Window
 from nybble.core.errors import SchemeError, did_you_mean, within
 from nybble.corrections import Correction
 from nybble.corrections.bias import MOST
+from nybble.models.adapter import under
 from nybble.nn.kinds import Target, all_kinds
 from nybble.scheme import matches
 from nybble.walk.steps import BlockStep, Cost, Load, Subject
@@ -40,14 +41,14 @@ class CorrectionStep(BlockStep):
     def _all(self, subject: Subject) -> list[Target]:
         names = subject.adapter.block_names(subject.model)
         pairs = zip(names, subject.plan.blocks, strict=True)
-        return [t for name, targets in pairs for t in self._taken(targets, subject.model, f"{name}.")]
+        return [t for name, targets in pairs for t in self._taken(targets, subject.model, under(name))]
 
     def check(self, subject: Subject) -> None:  # noqa: D102
         names = subject.adapter.block_names(subject.model)
         self._check_patterns(subject)
         for name, targets in zip(names, subject.plan.blocks, strict=True):
-            for target in self._taken(targets, subject.model, f"{name}."):
-                with within(f"{name}.{target.name}"):
+            for target in self._taken(targets, subject.model, under(name)):
+                with within(f"{under(name)}{target.name}"):
                     self.correction.check(target)
 
     def _check_patterns(self, subject: Subject) -> None:
@@ -57,7 +58,7 @@ class CorrectionStep(BlockStep):
         seen: dict[str, tuple[str, ...]] = {}
         for name, targets in zip(names, subject.plan.blocks, strict=True):
             for target in targets:
-                module = subject.model.get_submodule(f"{name}.{target.module}")
+                module = subject.model.get_submodule(f"{under(name)}{target.module}")
                 seen[target.name] = target.kind.class_names(module)
         words = {*seen, *known, *(word for classes in seen.values() for word in classes)}
         for pattern in self.correction.targets:

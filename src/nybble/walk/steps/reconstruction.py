@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from nybble.calibration.window import Window
 from nybble.core.errors import SchemeError, within
+from nybble.models.adapter import under
 from nybble.nn.kinds import Target
 from nybble.reconstruction import Reconstruction
 from nybble.reconstruction.engine import reconstruct
@@ -40,7 +41,7 @@ class ReconstructionStep(BlockStep):
                 if not self.reconstruction.learns(target):
                     continue
                 learned += 1
-                with within(f"{self.name}, {name}.{target.name}"):
+                with within(f"{self.name}, {under(name)}{target.name}"):
                     self.reconstruction.check(target, self.solver.quantizer_for)
         if not learned:
             raise SchemeError(
