@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.tiny import input_ids, logits, save_text, save_tiny, tiny_model
+import transformers
+from tests.tiny import input_ids, logits, save_text, save_tiny, tiny_model, tiny_tokenizer
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import nybble
 from nybble.calibration.error import relative_error
 from nybble.checkpoint.account import inspect
 from nybble.core.errors import SchemeError
-from nybble.nn.embedding import QuantEmbedding, TiedHead
-from nybble.nn.kinds import Quantized, targets_of
+from nybble.nn.embedding import QuantEmbedding, TiedEmbedding, TiedHead
+from nybble.nn.kinds import Quantized, kind_of, targets_of
 from nybble.nn.packed import Packed
 from nybble.pipelines.request import build_recipe
 from nybble.quantizer import Quantizer
@@ -125,11 +129,90 @@ def test_command_line_of_llm_fp4_with_embeddings(tmp_path: Path) -> None:
     assert {row.name for row in report.layers} >= {"model.embed_tokens", "model.layers.1.self_attn.matmuls.value"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_rows_are_those_of_the_familys_own_class(dtype: torch.dtype) -> None:
+    """Every class of transformers that scales what it looks up, found by their source, with a scale that rounds."""
+    found = {
+        (path.parent.name, name)
+        for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
+        for name in re.findall(r"^class (\w+ScaledWordEmbedding)\(nn.Embedding\)", path.read_text(), re.MULTILINE)
+    }
+    assert len(found) > 15
+    ids = torch.randint(0, 12, (2, 5), generator=torch.Generator().manual_seed(0))
+    for family, name in sorted(found - {("t5gemma2", "T5Gemma2TextScaledWordEmbedding")}):  # which has a second table
+        cls = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name)
+        theirs = cls(12, 8, 0, embed_scale=1.2345678).to(dtype)
+        kind = kind_of(theirs)
+        assert kind is not None and kind.entry == "embedding", name
+        root = nn.Module()
+        root.add_module("it", theirs)
+        table = Quantizer("int8 channel").quantize(theirs.weight.detach().float())
+        theirs.weight.data = table.dequantize().to(dtype)
+        expected = theirs(ids)
+        kind.put(root, targets_of(root)["it"], Quantized(weights=[table]))
+        assert torch.equal(root.get_submodule("it")(ids), expected), name
+        assert not torch.equal(expected, theirs.weight[ids])
+
+
+ENCODER_DECODERS = {
+    "BartForConditionalGeneration": "bart", "M2M100ForConditionalGeneration": "m2m_100",
+    "PegasusXForConditionalGeneration": "pegasus_x", "T5ForConditionalGeneration": "t5",
+}  # fmt: skip
+BOTH = {
+    "vocab_size": 300, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
+    "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2, "scale_embedding": True, "d_kv": 8, "d_ff": 48,
+    "num_layers": 1, "num_heads": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", *ENCODER_DECODERS])
+def test_scaled_and_shared_tables_to_a_folder_and_back(tmp_path: Path, name: str) -> None:
+    """An encoder's and a decoder's embeddings and the head read one table, each with the scale that it has."""
+    if name in ENCODER_DECODERS:
+        cls: Any = getattr(transformers, name)
+        torch.manual_seed(3)
+        exact = cls(transformers.AutoConfig.for_model(ENCODER_DECODERS[name], **BOTH)).eval()
+        given = {"input_ids": input_ids(), "decoder_input_ids": input_ids().flip(1)}
+    else:
+        exact, given = tiny_model(name, dtype=torch.float32), {"input_ids": input_ids()}
+    exact.save_pretrained(tmp_path / "float")
+    tiny_tokenizer().save_pretrained(tmp_path / "float")
+    settings = nybble.Settings(dtype=torch.float32)
+    options: Any = {"weights": "int8 channel", "embeddings": "int8 channel", "settings": settings}
+    out, report = nybble.quantize(tmp_path / "float", "gptq", given, out=tmp_path / "out", **options)
+    assert sum("shared" in row.name or "embed_tokens" in row.name for row in report.layers) == 1
+    with torch.no_grad():
+        before = exact(**given, use_cache=False).logits
+        memory, _ = nybble.quantize(exact, "gptq", given, **options)
+        expected = memory(**given, use_cache=False).logits
+        assert 0 < (expected - before).norm() < 0.05 * before.norm()
+        theirs = type(memory).from_pretrained(out).eval()
+        theirs.save_pretrained(tmp_path / "again")
+        for found in (nybble.load(out)[0], theirs, nybble.load(tmp_path / "again")[0]):
+            assert torch.equal(found(**given, use_cache=False).logits, expected)
+            tables = [m for m in found.modules() if isinstance(m, QuantEmbedding)]
+            assert len([m for m in tables if m.weight.shape == (300, 32)]) == 1
+            shared = [m for m in found.modules() if isinstance(m, TiedEmbedding | TiedHead)]
+            assert all(m.weight is found.get_input_embeddings().weight for m in shared)
+            assert len(shared) == (3 if name in ENCODER_DECODERS else 1)
+
+
+def test_half_of_a_shared_table_is_refused() -> None:
+    config = transformers.BartConfig(**BOTH)
+    for scheme, words in (
+        ({"rules": [{"targets": ["model.decoder.embed_tokens"], "weights": "int8 channel"}]}, "no rule takes"),
+        (
+            {"rules": [{"targets": ["Embedding"], "weights": "int8 channel"}], "ignore": ["model.decoder.embed_tokens"]},
+            "Ignore both, or neither",
+        ),
+    ):
+        with pytest.raises(SchemeError, match=words):
+            nybble.quantize(transformers.BartForConditionalGeneration(config), "rtn", scheme=scheme)
+
+
 def test_refusals(tmp_path: Path) -> None:
     text = save_text(tmp_path / "text.txt")
-    folder = save_tiny(tmp_path / "gemma3", "gemma3_text")
-    with pytest.raises(SchemeError, match="Gemma3TextScaledWordEmbedding computes something else"):
-        run(folder, text)
     llama = save_tiny(tmp_path / "llama", "llama")
     scheme = tmp_path / "scheme.yaml"
     scheme.write_text("{rules: [{targets: [Embedding], weights: int8 channel, inputs: int8 token}]}")

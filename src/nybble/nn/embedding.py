@@ -1,8 +1,8 @@
-"""Embeddings whose table is a QTensor, and an output head that reads the same table."""
+"""Embeddings whose table is a QTensor, and what reads the same table: an output head, another embedding."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +21,38 @@ def input_embedding(model: Any) -> nn.Module | None:
     return found if isinstance(getattr(found, "embedding_dim", None), int) else None
 
 
+class RowScale(NamedTuple):
+    """What the rows of a table are multiplied with once they are looked up.
+
+    ``value``: the number. ``rounded``: to the rows' dtype before it multiplies, as Gemma's is.
+    """
+
+    value: float
+    rounded: bool
+
+    def times(self, rows: Tensor) -> Tensor:
+        """The rows, scaled, in their dtype."""
+        if not self.rounded:
+            return rows * self.value
+        return rows * torch.full((), self.value, dtype=rows.dtype, device=rows.device)
+
+
 class QuantEmbedding(nn.Module):
-    """``table[ids]``, the table dequantized in float32 and cast.
+    """``table[ids]``, the table dequantized in float32 and cast; times a number, where the float one has that.
 
     Args:
         weight: QTensor [tokens, width].
         dtype: of what comes out; ``.to(dtype)`` changes it.
         padding_idx: as ``nn.Embedding``'s; it matters to nothing but the representation.
+        scale: what rows are multiplied with; None for nothing.
     """
 
-    def __init__(self, weight: QTensor, dtype: torch.dtype, padding_idx: int | None = None) -> None:
+    def __init__(
+        self, weight: QTensor, dtype: torch.dtype, padding_idx: int | None = None, scale: RowScale | None = None
+    ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = weight.shape
-        self.weight, self.padding_idx = Packed(weight, dtype), padding_idx
+        self.weight, self.padding_idx, self.scale = Packed(weight, dtype), padding_idx, scale
 
     @property
     def dtype(self) -> torch.dtype:
@@ -43,10 +62,39 @@ class QuantEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [...] -> [..., width]."""
-        return functional.embedding(ids, self.weight(self.dtype))
+        rows = functional.embedding(ids, self.weight(self.dtype))
+        return rows if self.scale is None else self.scale.times(rows)
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.dtype}"
+
+
+class TiedEmbedding(nn.Module):
+    """``table[ids]`` with the table of another embedding, which alone stores it: an encoder's beside a decoder's.
+
+    Args:
+        embedding: whose table it reads.
+        scale: its own.
+    """
+
+    def __init__(self, embedding: QuantEmbedding, scale: RowScale | None = None) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple, so that its tensors aren't saved twice
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.padding_idx, self.scale = embedding.padding_idx, scale
+
+    @property
+    def weight(self) -> Packed:
+        """The table."""
+        return self._embedding[0].weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """int64 [...] -> [..., width]."""
+        rows = functional.embedding(ids, self.weight(self._embedding[0].dtype).to(ids.device))
+        return rows if self.scale is None else self.scale.times(rows)
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"{self.num_embeddings}, {self.embedding_dim}, tied"
 
 
 class TiedHead(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -85,7 +85,10 @@ def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver
             target.kind.check(target, modules[name])
             _check(target, solver)
             others = _sharing(target, tied)
-            targets.append(target.kind.tied(target, model, others) if others else target)
+            planned = target.kind.tied(target, model, others) if others else target
+            if planned is not None:
+                targets.append(planned)
+    _check_shared(targets, found)
     outside = tuple(t for t in targets if not adapter.inside(t.name) and t.matrices)
     prefixes = [under(name) for name in adapter.block_names(model)]
     inside = [[replace(t, name=t.name.removeprefix(p)) for t in targets if t.name.startswith(p)] for p in prefixes]
@@ -93,6 +96,18 @@ def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver
     products = tuple(tuple(t for t in block if t.rule.matmuls is not None) for block in inside)
     kv = _kv(model, scheme, found.rules)
     return Plan(blocks, outside, found.counts, found.ignored, products, kv, apart, found.fixed)
+
+
+def _check_shared(targets: Sequence[Target], found: Matches) -> None:
+    """Raise where only some of the embeddings that share a table are to be quantized."""
+    taken = {name for target in targets for name in (target.name, *target.shares)}
+    for name in found.rules:
+        if name not in taken:
+            raise SchemeError(f"{name}: it shares its table with the input embedding, which no rule takes. Name that.")
+    for target in targets:
+        for name in target.shares:
+            if name in found.ignored:
+                raise SchemeError(f"{target.name}: {name}, which shares its table, is ignored. Ignore both, or neither.")
 
 
 def _kv(model: nn.Module, scheme: Scheme, rules: Mapping[str, Rule]) -> KVRecord | None:

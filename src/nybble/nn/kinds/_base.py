@@ -34,7 +34,7 @@ class Target:
         matrices: how many it has; 0 of an attention, whose targets are products of activations.
         groups: of a convolution; each sees other columns of the input.
         rule: what the scheme does with it; nothing, until it is planned.
-        head: the output head that reads the same table (:meth:`Kind.tied`).
+        head: the output head that reads the same table (:meth:`Kind.tied`). shares: other embeddings that do.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Target:
     groups: int = 1
     rule: Rule = field(default_factory=Rule)
     head: str = ""
+    shares: tuple[str, ...] = ()
 
     @property
     def module(self) -> str:
@@ -191,8 +192,8 @@ class Kind(ABC):
     def check_activations(self, quantizer: Quantizer) -> None:  # noqa: B027 (most can have any)
         """Raise SchemeError for a quantizer that what enters and leaves the module can't have."""
 
-    def tied(self, target: Target, root: nn.Module, others: Sequence[str]) -> Target:
-        """The target where ``others``, full names of parameters, are its own parameter too.
+    def tied(self, target: Target, root: nn.Module, others: Sequence[str]) -> Target | None:
+        """The target where ``others``, full names of parameters, are its own parameter too; None if it follows another.
 
         Raises:
             SchemeError: it can't be quantized then.

@@ -1,4 +1,4 @@
-"""Embeddings: a table of rows that are looked up; an output head may read the same table."""
+"""Embeddings: a table of rows that are looked up; an output head, and other embeddings, may read the same table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nybble.core.errors import ModelError, SchemeError
 from nybble.nn.embedding import QuantEmbedding
 from nybble.nn.kinds import Get, Kind, Quantized, Stored, Target, kind_of, module_at
-from nybble.nn.kinds.tied import tie_head
+from nybble.nn.kinds.tied import input_table, row_scale, tie_head, tie_table
 from nybble.nn.layouts import Layouts
 from nybble.nn.plain import computes_as
 from nybble.nn.swap import set_module
@@ -19,7 +19,7 @@ from nybble.qtensor import QTensor
 
 
 class Embedding(Kind):
-    """``table[ids]``; the matrix is the table [tokens, width]."""
+    """``table[ids]``, scaled where the model does; the matrix is the table [tokens, width]."""
 
     entry = "embedding"
     classes = ("Embedding",)
@@ -28,18 +28,30 @@ class Embedding(Kind):
     stand_ins = (QuantEmbedding,)
 
     def claims(self, module: nn.Module) -> bool:  # noqa: D102
-        return computes_as(module, (nn.Embedding,))
+        return computes_as(module, (nn.Embedding,)) or row_scale(module) is not None
 
     def resembles(self, module: nn.Module) -> bool:  # noqa: D102
         return isinstance(module, nn.Embedding)
 
-    def tied(self, target: Target, root: nn.Module, others: Sequence[str]) -> Target:
-        """With the one head that reads its table; a second embedding with it (an encoder-decoder's) is refused."""
+    def tied(self, target: Target, root: nn.Module, others: Sequence[str]) -> Target | None:
+        """With the one head that reads its table, and the other embeddings (an encoder's and a decoder's).
+
+        What the model calls its input embedding is the target then, and the others follow it (None).
+        """
         names = [name.removesuffix(".weight") for name in others]
-        heads = [name for name in names if (kind := kind_of(root.get_submodule(name))) and kind.by_rows]
-        if len(heads) != len(names) or len(heads) > 1:
+        kinds = {name: kind_of(root.get_submodule(name)) for name in names}
+        heads = [name for name, kind in kinds.items() if kind is not None and kind.by_rows]
+        tables = [name for name, kind in kinds.items() if kind is self]
+        if len(heads) + len(tables) < len(names) or len(heads) > 1:
             raise SchemeError(f"it shares its table with {', '.join(names)}; that is not supported. Ignore it.")
-        return replace(target, head=heads[0])
+        if tables and (first := input_table(root)) != target.name:
+            if first in tables:
+                return None
+            raise SchemeError(
+                f"it shares its table with {', '.join(names)}, and none of them is what the model calls its input "
+                "embedding. Ignore them."
+            )
+        return replace(target, head=heads[0] if heads else "", shares=tuple(tables))
 
     def matrix(self, module: nn.Module, leaf: str, get: Get) -> Tensor:  # noqa: D102
         return get("weight")
@@ -50,6 +62,8 @@ class Embedding(Kind):
     def put(self, root: nn.Module, target: Target, made: Quantized) -> None:  # noqa: D102
         (table,) = made.weights
         _put(root, target.name, table)
+        for name in target.shares:
+            tie_table(root, name)
         if target.head:
             tie_head(root, target.head)
 
@@ -70,7 +84,7 @@ def _put(root: nn.Module, name: str, table: QTensor) -> None:
     old: Any = root.get_submodule(name)
     if not PART.claims(old) or tuple(old.weight.shape) != tuple(table.shape):
         raise ModelError(f"{name} is a {type(old).__name__}, not a plain embedding of shape {list(table.shape)}.")
-    set_module(root, name, QuantEmbedding(table, old.weight.dtype, old.padding_idx))
+    set_module(root, name, QuantEmbedding(table, old.weight.dtype, old.padding_idx, row_scale(old)))
 
 
 PART = Embedding()
