@@ -158,8 +158,8 @@ ENCODER_DECODERS = {
     "BartForConditionalGeneration": "bart", "M2M100ForConditionalGeneration": "m2m_100",
     "PegasusXForConditionalGeneration": "pegasus_x", "T5ForConditionalGeneration": "t5",
 }  # fmt: skip
-BOTH = {
-    "vocab_size": 300, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+BOTH: dict[str, Any] = {
+    "vocab_size": 300, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
     "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2, "scale_embedding": True, "d_kv": 8, "d_ff": 48,
     "num_layers": 1, "num_heads": 4,
@@ -199,11 +199,14 @@ def test_scaled_and_shared_tables_to_a_folder_and_back(tmp_path: Path, name: str
 
 
 def test_half_of_a_shared_table_is_refused() -> None:
-    config = transformers.BartConfig(**BOTH)
+    config: Any = transformers.AutoConfig.for_model("bart", **BOTH)
     for scheme, words in (
         ({"rules": [{"targets": ["model.decoder.embed_tokens"], "weights": "int8 channel"}]}, "no rule takes"),
         (
-            {"rules": [{"targets": ["Embedding"], "weights": "int8 channel"}], "ignore": ["model.decoder.embed_tokens"]},
+            {
+                "rules": [{"targets": ["Embedding"], "weights": "int8 channel"}],
+                "ignore": ["model.decoder.embed_tokens"],
+            },
             "Ignore both, or neither",
         ),
     ):

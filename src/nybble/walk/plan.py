@@ -107,7 +107,9 @@ def _check_shared(targets: Sequence[Target], found: Matches) -> None:
     for target in targets:
         for name in target.shares:
             if name in found.ignored:
-                raise SchemeError(f"{target.name}: {name}, which shares its table, is ignored. Ignore both, or neither.")
+                raise SchemeError(
+                    f"{target.name}: {name}, which shares its table, is ignored. Ignore both, or neither."
+                )
 
 
 def _kv(model: nn.Module, scheme: Scheme, rules: Mapping[str, Rule]) -> KVRecord | None:

@@ -69,7 +69,8 @@ def tie_table(root: nn.Module, name: str) -> None:
     Raises:
         ModelError: the input embedding isn't quantized, or is of another shape.
     """
-    embedding, old = _quantized_table(root, name), root.get_submodule(name)
+    old: Any = root.get_submodule(name)
+    embedding = _quantized_table(root, name)
     if (old.num_embeddings, old.embedding_dim) != (embedding.num_embeddings, embedding.embedding_dim):
         raise ModelError(f"{name} is no table of the {embedding.num_embeddings} tokens of the input embedding.")
     set_module(root, name, TiedEmbedding(embedding, row_scale(old)))
