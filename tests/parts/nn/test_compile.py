@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from tests.contracts.test_qtensors import MADE
-from tests.tiny import input_ids, logits, save_tiny
+from tests.tiny import MOES, input_ids, logits, save_tiny
 from torch import Tensor
 
 import nybble
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.linear import QuantLinear
+from nybble.nn.packed import Packed
 from nybble.pipelines.request import build_recipe
 from nybble.quantizer import Quantizer
 
@@ -44,6 +46,40 @@ def test_a_whole_model(tmp_path: Path, scheme: str) -> None:
     with torch.no_grad():
         found = compiled(model)(input_ids=input_ids(), use_cache=False).logits
     assert torch.equal(found, logits(model))
+
+
+@pytest.mark.parametrize("family", MOES)
+def test_mixtures_of_experts(tmp_path: Path, family: str) -> None:
+    """A decoder block is one graph, with the same bits; a copy of its experts runs its own weights."""
+    recipe = build_recipe("rtn", weights="int4 group=16")
+    nybble.quantize(str(save_tiny(tmp_path / "float", family, num_hidden_layers=1)), recipe, out=str(tmp_path / "out"))
+    model, _ = nybble.load(tmp_path / "out")
+    with torch.no_grad():
+        found = compiled(model)(input_ids=input_ids(), use_cache=False).logits
+    assert torch.equal(found, logits(model))
+    block: Any = model
+    sparse = block.model.layers[0].mlp
+    hidden = torch.randn(1, 5, 32, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    other = copy.deepcopy(sparse)
+    for packed in (m for m in other.modules() if isinstance(m, Packed)):
+        next(packed.buffers()).zero_()
+    with torch.no_grad():
+        found = compiled(other)(hidden)
+        assert torch.equal(found, other(hidden)) and not torch.equal(found, sparse(hidden))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, at any break
+def test_experts_that_pass_gradients_on(tmp_path: Path) -> None:
+    """The gradient is the one without a compiler; there the graph may break."""
+    folder = save_tiny(tmp_path / "float", "mixtral", num_hidden_layers=1)
+    nybble.quantize(folder, "rtn", weights="int8 channel", out=tmp_path / "out")
+    model: Any = nybble.load(tmp_path / "out")[0]
+    sparse, gradients = model.model.layers[0].mlp, list[Any]()
+    for module in (sparse, torch.compile(sparse, backend="eager")):
+        hidden = torch.randn(1, 5, 32, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+        module(hidden.requires_grad_()).float().square().sum().backward()
+        gradients.append(hidden.grad)
+    assert gradients[0].any() and torch.equal(gradients[0], gradients[1])
 
 
 @pytest.mark.parametrize("kind", [name for name, make in MADE.items() if len(make().shape) == 2])

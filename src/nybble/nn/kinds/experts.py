@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nybble.core.errors import ModelError
-from nybble.nn.experts import PackedExperts
+from nybble.nn.experts import IMPLEMENTATION, PackedExperts, run_experts
 from nybble.nn.kinds import Get, Kind, Quantized, Stored, Target, module_at
 from nybble.nn.layouts import Layouts
 from nybble.nn.packed import Packed
@@ -79,9 +79,12 @@ class Experts(Kind):
 
     def prepare(self, model: nn.Module) -> None:
         """Let the layers take their matrices one expert at a time, as packed experts give them."""
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_experts)
         config: Any = model.config
         for part in (config, config.get_text_config()):
-            part._experts_implementation = "eager"
+            part._experts_implementation = IMPLEMENTATION
 
     def describe(self, module: nn.Module, layouts: Layouts) -> dict[str, Any]:  # noqa: D102
         assert isinstance(module, PackedExperts)
@@ -104,7 +107,7 @@ class Experts(Kind):
 
 def _put(module: nn.Module, leaf: str, experts: Sequence[QTensor], dtype: Any, transposed: bool) -> None:
     del module._parameters[leaf]
-    module.add_module(leaf, PackedExperts(experts, dtype, transposed=transposed))
+    module.add_module(leaf, PackedExperts(experts, dtype, transposed=transposed, owner=module))
 
 
 PART = Experts()
