@@ -92,6 +92,20 @@ def test_layers_that_a_family_keeps_in_float32(tmp_path: Path) -> None:
     assert torch.equal(t5_logits(memory), t5_logits(rounded(memory, half)))
 
 
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}], ids=str)
+@pytest.mark.parametrize("name", ["auto", "bfloat16", "float32"])
+def test_device_maps_and_dtypes_by_name(folder: Path, device_map: Any, name: str) -> None:
+    """As transformers takes them; ``torch_dtype`` is what people still write."""
+    auto: Any = AutoModelForCausalLM
+    dtype = torch.bfloat16 if name == "auto" else getattr(torch, name)
+    want = logits(nybble.load(folder, dtype=dtype)[0])
+    for key in ("dtype", "torch_dtype"):
+        model = auto.from_pretrained(folder, device_map=device_map, **{key: name})
+        found = logits(model)
+        assert model.dtype == found.dtype == dtype and torch.equal(found, want)
+        assert all(buffer.device.type == "cpu" for buffer in model.buffers())
+
+
 @pytest.mark.parametrize("offload_buffers", [False, True])
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 def test_offloaded(folder: Path, tmp_path: Path, offload_buffers: bool) -> None:
