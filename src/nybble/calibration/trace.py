@@ -274,7 +274,8 @@ def capture_block_calls(
                 # The network reads its input as it is; a wrapper may have moved it to where its weights aren't yet.
                 dtype = next(stacks[0][0].parameters()).dtype
                 calls[0] = replace(calls[0], start={HIDDEN: next(iter(given.values())).to(dtype)})
-            real = data_kind(adapter.reads).real(given) if end is None else None
+            padded = given.get("decoder_attention_mask")
+            real = data_kind(adapter.reads).real(given) if end is None else None if padded is None else padded.bool()
             return [replace(call, mask=real) for call in calls]
     fault = _fault(model, len(stacks[-1]), problems, len(tuple_widths(adapter.flows)))
     raise fault from (problems[0] if problems else None)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import DataError, UsageError
+from nybble.data.rows import row_record
 from nybble.data.samples import Origin, Samples, Wanted, patches
 from nybble.data.text import make_source
 
@@ -90,6 +91,11 @@ def samples_of(data: Data, kind: DataKind, origin: Origin, wanted: Wanted, main:
         if all(isinstance(item, Tensor) for item in data):
             return _samples([{main: item} for item in data], main)
         if all(isinstance(item, Mapping) for item in data):
+            if all(isinstance(value, str) for item in data for value in item.values()):
+                rows = (row_record(item, f"data[{number}]", None) for number, item in enumerate(data))
+                return kind.of_texts(
+                    make_source(rows, name="given in Python", note="texts of the caller's"), origin, wanted
+                )
             return _samples(data, main)
     if isinstance(getattr(data, "inputs", None), Mapping):
         return data  # type: ignore[return-value]  # an object of the caller's own, with what Samples has

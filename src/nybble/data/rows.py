@@ -1,4 +1,8 @@
-"""One record of a data set as text: its ``text``, or its chat ``messages`` through the tokenizer's chat template."""
+"""One record of a data set as text: its ``text``, or its chat ``messages`` through the tokenizer's chat template.
+
+A record may say what an encoder-decoder is to make of it: the first that it has of ``target``, ``summary`` and
+``translation``, beside ``text`` or ``source``. Models of another kind read the text alone.
+"""
 
 from __future__ import annotations
 
@@ -6,36 +10,53 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nybble.core.errors import DataError
-from nybble.data.text import check_text
+from nybble.data.text import Record, check_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def row_text(row: object, place: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Return the document that a record holds.
+TARGETS = ("target", "summary", "translation")
+
+
+def row_record(row: object, place: str, tokenizer: PreTrainedTokenizerBase | None) -> Record:
+    """Return the document that a record holds, with its target.
 
     Args:
-        row: a mapping with ``text`` (a string), or with ``messages`` (``[{"role": ..., "content": ...}, ...]``); or the
-            string itself.
+        row: a mapping with ``text`` (a string), with ``messages`` (``[{"role": ..., "content": ...}, ...]``), or with
+            ``source`` and a target; or the string itself.
         place: file and line, for the error.
         tokenizer: needed for ``messages``; its chat template renders them, without a generation prompt.
 
     Raises:
-        DataError: neither field, or of the wrong type; no chat template; a template that refuses the messages.
+        DataError: none of these fields, or of the wrong type; no chat template; a template that refuses the messages.
     """
     if isinstance(row, str):
-        return check_text(row, place)
+        return Record(check_text(row, place))
     if not isinstance(row, Mapping):
         raise DataError(f"{place} is a {type(row).__name__}, not an object with 'text' or 'messages'.")
+    targets = [key for key in TARGETS if isinstance(row.get(key), str) and row[key].strip()]
+    target = check_text(row[targets[0]], place) if targets else ""
     if isinstance(row.get("text"), str):
-        return check_text(str(row["text"]), place)
+        return Record(check_text(str(row["text"]), place), target)
+    if isinstance(row.get("source"), str) and targets:
+        return Record(check_text(row["source"], place), target)
     if isinstance(row.get("messages"), list):
-        return _render(row["messages"], place, tokenizer)
+        return Record(_render(row["messages"], place, tokenizer))
+    if isinstance(row.get("translation"), Mapping):
+        languages = " and ".join(map(str, row["translation"]))
+        raise DataError(
+            f"{place}: 'translation' holds {languages}, and not which is translated. Write the record as 'source' and "
+            "'target'."
+        )
     if wrong := [key for key in ("text", "messages") if key in row]:
         needed = "a string" if wrong[0] == "text" else "a list"
         raise DataError(f"{place}: {wrong[0]!r} is a {type(row[wrong[0]]).__name__}; it must be {needed}.")
-    raise DataError(f"{place} has neither 'text' nor 'messages'; its fields: {', '.join(map(str, row)) or 'none'}.")
+    fields = ", ".join(map(str, row)) or "none"
+    raise DataError(
+        f"{place} has neither 'text' nor 'messages'; its fields: {fields}. For an encoder-decoder, 'source' and "
+        "'target' will do, too."
+    )
 
 
 def _render(messages: list[Any], place: str, tokenizer: PreTrainedTokenizerBase | None) -> str:

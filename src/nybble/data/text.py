@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from nybble.core.errors import DataError, FileError, UsageError, did_you_mean
 from nybble.core.registry import Registry
@@ -31,12 +31,20 @@ _TEXT_ENDINGS = {
 }  # fmt: skip
 
 
+class Record(NamedTuple):
+    """A document, and what an encoder-decoder is to make of it, where the source says so."""
+
+    text: str
+    target: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextSource:
     """Documents, with what a manifest has to say about them.
 
     Attributes:
         documents: the non-empty texts, in a fixed order.
+        targets: what an encoder-decoder is to make of each, empty for one without; no strings at all where none has.
         sha256: of the documents in UTF-8, joined by one NUL byte; of a plain text file what ``sha256sum`` prints.
         name: the SRC that was asked for.
         note: what these documents are, and whether calibration and evaluation see the same ones.
@@ -46,6 +54,7 @@ class TextSource:
     sha256: str
     name: str
     note: str
+    targets: tuple[str, ...] = ()
 
 
 class Source(Protocol):
@@ -65,7 +74,8 @@ def load_text(src: str, part: Part, tokenizer: PreTrainedTokenizerBase | None = 
 
     Args:
         src: ``builtin``, a UTF-8 text file (one document), a JSONL file (a document per line, from ``text`` or from
-            chat ``messages``), JSON or a CSV table with the same fields, or a hub dataset ``ID[:CONFIG[:SPLIT]]``.
+            chat ``messages``, perhaps with a ``target``: :mod:`nybble.data.rows`), JSON or a CSV table with the same
+            fields, or a hub dataset ``ID[:CONFIG[:SPLIT]]``.
             Files may be packed by gzip, bzip2 or xz.
         part: which half of ``builtin``. Only ``builtin`` is split: every other source gives all its documents for
             either part, and its note says so; judge on another file than the one you calibrated on.
@@ -100,18 +110,25 @@ def check_source(src: str) -> None:
         raise FileError(f"data file {src!r} does not exist. Give a path that does, or 'builtin'.")
 
 
-def make_source(documents: Iterable[str], *, name: str, note: str) -> TextSource:
-    """Make a TextSource of the documents that are not blank.
+def make_source(documents: Iterable[str | Record], *, name: str, note: str) -> TextSource:
+    """Make a TextSource of the documents that are not blank, with their targets.
 
     Raises:
         DataError: all are blank; or one holds half a surrogate pair, which no tokenizer takes.
     """
-    numbered = enumerate(documents, start=1)
-    kept = tuple(check_text(text, f"data {name!r}, document {number}") for number, text in numbered if text.strip())
+    kept: list[str] = []
+    targets: list[str] = []
+    for number, item in enumerate(documents, start=1):
+        record = Record(item) if isinstance(item, str) else item
+        if record.text.strip():
+            place = f"data {name!r}, document {number}"
+            kept.append(check_text(record.text, place))
+            targets.append(check_text(record.target, place) if record.target.strip() else "")
     if not kept:
         raise DataError(f"data {name!r} holds no text: every document is empty. Give a source with text, or 'builtin'.")
     digest = hashlib.sha256("\0".join(kept).encode()).hexdigest()
-    return TextSource(documents=kept, sha256=digest, name=name, note=note)
+    given = tuple(targets) if any(targets) else ()
+    return TextSource(documents=tuple(kept), sha256=digest, name=name, note=note, targets=given)
 
 
 def check_text(text: str, place: str) -> str:

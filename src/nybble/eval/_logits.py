@@ -58,14 +58,15 @@ class PairPredictor:
         self.vocabulary, self.itemsize = shown.shape[-1], shown.element_size()
 
     def predict(self, given: Mapping[str, Tensor], /) -> LogitsOf:
-        """Run the model; the result gives logits of any piece of the B * T predictions."""
+        """Run the model; the result gives logits of any piece of the B * T predictions, those of padding left out."""
         output = self.model(**{name: tensor.to(self.device) for name, tensor in given.items()}, use_cache=False)
         logits = getattr(output, "logits", None)
         if logits is None:
             raise ModelError(
                 f"{type(self.model).__name__} gives no logits over tokens, so its targets can't be judged."
             )
-        flat: Tensor = logits.flatten(0, 1)
+        real = given.get("decoder_attention_mask")
+        flat: Tensor = logits.flatten(0, 1) if real is None else logits[real.bool().to(logits.device)]
         return lambda start, stop: flat[start:stop]
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from nybble.core.errors import DataError, did_you_mean
-from nybble.data.rows import row_text
-from nybble.data.text import SOURCES, Part, TextSource, looks_like_path, make_source
+from nybble.data.rows import row_record
+from nybble.data.text import SOURCES, Part, Record, TextSource, looks_like_path, make_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,6 +56,6 @@ def _fetch(src: str, name: str, config: str | None, split: str) -> Any:
         ) from error
 
 
-def _documents(rows: Any, src: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
+def _documents(rows: Any, src: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Record]:
     for number, row in enumerate(rows, start=1):
-        yield row_text(row, f"{src}, record {number}", tokenizer)
+        yield row_record(row, f"{src}, record {number}", tokenizer)

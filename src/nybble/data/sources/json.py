@@ -1,4 +1,4 @@
-"""JSON, one object a line or one list of objects: a document from each one's ``text`` or chat ``messages``.
+"""JSON, one object a line or one list of objects: a document from each one (:mod:`nybble.data.rows`).
 
 Which of the two a file is shows its content, whatever its name: many a ``.json`` holds lines.
 """
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from nybble.core.errors import DataError
 from nybble.data.files import ending, read_utf8
-from nybble.data.rows import row_text
-from nybble.data.text import Part, TextSource, looks_like_path, make_source, whole
+from nybble.data.rows import row_record
+from nybble.data.text import Part, Record, TextSource, looks_like_path, make_source, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,12 +35,12 @@ class Json:
 PART = Json()
 
 
-def _documents(src: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
+def _documents(src: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Record]:
     text = read_utf8(src).removeprefix("\ufeff")
     records = _listed(text) if ending(src) == ".json" else None
     if records is not None:
         for number, row in enumerate(records, start=1):
-            yield row_text(row, f"{src}, record {number}", tokenizer)
+            yield row_record(row, f"{src}, record {number}", tokenizer)
         return
     # Not splitlines(): it also cuts at characters such as U+2028, which JSON strings may hold.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -50,7 +50,7 @@ def _documents(src: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[
             row = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
             raise DataError(f"{src}, line {number} is not JSON: {error}. Each line must be one JSON object.") from None
-        yield row_text(row, f"{src}, line {number}", tokenizer)
+        yield row_record(row, f"{src}, line {number}", tokenizer)
 
 
 def _listed(text: str) -> list[Any] | None:
@@ -65,6 +65,6 @@ def _listed(text: str) -> list[Any] | None:
     if isinstance(found, list):
         return found
     lists = [value for value in found.values() if isinstance(value, list)] if isinstance(found, dict) else []
-    if len(lists) == 1 and not {"text", "messages"} & set(found):
+    if len(lists) == 1 and not {"text", "messages", "source"} & set(found):
         return list(lists[0])
     return [found]

@@ -1,4 +1,4 @@
-"""A table with a line of column names: a document from each record's ``text``."""
+"""A table with a line of column names: a document from each record's ``text`` (:mod:`nybble.data.rows`)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from nybble.core.errors import DataError
 from nybble.data.files import ending, read_utf8
-from nybble.data.rows import row_text
-from nybble.data.text import Part, TextSource, looks_like_path, make_source, whole
+from nybble.data.rows import row_record
+from nybble.data.text import Part, Record, TextSource, looks_like_path, make_source, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ class Table:
 PART = Table()
 
 
-def _documents(src: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
+def _documents(src: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Record]:
     text = read_utf8(src).removeprefix("\ufeff")
     before = csv.field_size_limit(len(text) + 1)  # the module's own limit is shorter than many a document
     try:
@@ -45,4 +45,4 @@ def _documents(src: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[
     finally:
         csv.field_size_limit(before)
     for number, row in enumerate(rows, start=1):
-        yield row_text({key: value for key, value in row.items() if key}, f"{src}, record {number}", tokenizer)
+        yield row_record({key: value for key, value in row.items() if key}, f"{src}, record {number}", tokenizer)

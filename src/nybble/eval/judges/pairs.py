@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nybble.core.errors import DataError, UsageError
 from nybble.core.progress import Progress, task
-from nybble.data.pairs import PairSamples
+from nybble.data.pairs import IGNORED, PairSamples
 from nybble.data.samples import Origin, Samples
 from nybble.eval._evaluate import tally
 from nybble.eval._logits import PairPredictor
@@ -54,13 +54,16 @@ class Pairs(Judge):
             raise UsageError(
                 "the cosine is of encoder-decoders without a head; this one predicts tokens: ask for ppl, kl."
             )
-        batches = [(given, samples.labels[start : start + BATCH]) for start, given in _batches(samples)]
+        real = samples.labels != IGNORED
+        cut = [slice(start, start + BATCH) for start, _ in _batches(samples)]
+        targets = [samples.labels[rows] if bool(real.all()) else samples.labels[rows][real[rows]] for rows in cut]
+        batches = [(given, own) for (_, given), own in zip(_batches(samples), targets, strict=True)]
         found = tally(
             parts, panel.models, panel.reference, batches, lambda m: PairPredictor(m, samples.inputs), progress
         )
         return Verdict(
             metrics={name: result.metrics for name, result in found.items()},
-            counts={"predictions": samples.labels.numel()},
+            counts={"predictions": int(real.sum())},
         )
 
     def texts(self, models: Mapping[str, Any], origin: Origin, samples: Samples, count: int) -> list[dict[str, str]]:
@@ -91,7 +94,8 @@ def _cosines(panel: Panel, progress: Progress) -> dict[str, dict[str, float]]:
             for name, model in [("", panel.reference), *panel.models.items()]:
                 hidden = ask(model, {key: t.to(next(model.parameters()).device) for key, t in given.items()}).hidden
                 assert hidden is not None
-                rows[name].append(hidden.flatten(0, 1).cpu())
+                real = given.get("decoder_attention_mask")
+                rows[name].append(hidden.flatten(0, 1).cpu() if real is None else hidden.cpu()[real.bool()])
             bar.advance()
     exact = torch.cat(rows.pop(""))
     return {name: embedding_cosine(exact, torch.cat(own)) for name, own in rows.items()}
