@@ -486,11 +486,11 @@ def test_requests_from_python(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"quantized in memory; save it with nybble\.save"):
         quantize(tiny_model(), RECIPE, out=tmp_path / "out")
     model: Any = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    assert len(quantize(model, build_recipe("rtn", weights="int4"))[1].layers) == 1  # a plain network is one block
+    model = torch.nn.Sequential(torch.nn.Conv3d(2, 2, 1), torch.nn.Linear(1, 1))
     model.config = PreTrainedConfig()
-    with pytest.raises(ModelError, match="no list of repeated blocks"):
+    with pytest.raises(ModelError, match=r"Sequential multiplies in layers of its own \(Conv3d\)"):
         quantize(model, build_recipe("rtn", weights="int4"))
-    del model.config  # a plain network is one block
-    assert len(quantize(model, build_recipe("rtn", weights="int4"))[1].layers) == 1
     changed, report = quantize(tiny_model(), build_recipe("rtn", weights="int4 group=16"))
     assert len(report.layers) == 14
     with pytest.raises(UsageError, match="matches no module that is left to it"):

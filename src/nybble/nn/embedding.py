@@ -15,7 +15,7 @@ from nybble.qtensor import QTensor
 def input_embedding(model: Any) -> nn.Module | None:
     """What a model calls its input embedding; None where it has none, or doesn't say."""
     try:
-        found = model.get_input_embeddings()
+        found = getattr(model, "get_input_embeddings", lambda: None)()
     except NotImplementedError:
         return None
     return found if isinstance(getattr(found, "embedding_dim", None), int) else None
