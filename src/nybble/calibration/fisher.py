@@ -88,15 +88,24 @@ def _ask_for_gradients(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _add(model: nn.Module, batch: Batch, found: Mapping[str, InputSample], generator: Any) -> None:
-    """One batch forth and back."""
+    """One batch forth and back; a layer that the model calls twice has a gradient of each call, in their order."""
     real = batch.real
-    gradients: dict[str, Tensor] = {}
+    calls: dict[str, list[Tensor]] = {}
+    reached: set[str] = set()
 
     def watch(name: str) -> Callable[..., None]:
         def see(_: nn.Module, __: Any, output: Tensor) -> None:
+            own = calls.setdefault(name, [])
+            own.append(torch.zeros((), dtype=output.dtype, device=output.device).expand(output.shape))
+            number = len(own) - 1
+
+            def note(gradient: Tensor) -> None:
+                own[number] = gradient.detach()
+                reached.add(name)
+
             if output.requires_grad:
                 keep: Any = output.register_hook
-                keep(lambda gradient: gradients.update({name: gradient.detach()}))
+                keep(note)
 
         return see
 
@@ -107,7 +116,7 @@ def _add(model: nn.Module, batch: Batch, found: Mapping[str, InputSample], gener
     finally:
         for handle in handles:
             handle.remove()
-    for name, gradient in gradients.items():
+    for name, gradient in ((leaf, each) for leaf, own in calls.items() if leaf in reached for each in own):
         padded = real is not None and gradient.shape[:2] == real.shape
         kept = gradient[real] if padded and real is not None else gradient
         found[name].add(kept.float().square())

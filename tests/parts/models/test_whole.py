@@ -163,6 +163,18 @@ def test_inputs_are_those_that_the_model_computes() -> None:
         assert row.input_scale == pytest.approx(seen[row.name], rel=1e-5), row.name
 
 
+def test_a_layer_that_is_called_twice_has_a_gradient_of_each_row_that_it_reads() -> None:
+    """Pegasus-X's attention projects tokens and global tokens; those of its last encoder layer go nowhere."""
+    cls, kind, sizes, names, _ = MODELS["pegasus_x"]
+    step = {"solver": "llm-fp4", "loss": "fisher", "grid": 4, "rounds": 1, "tokens": 8}
+    scheme = {"weights": "e2m1 channel", "targets": [r"re:model.encoder.layers.1.self_attn.*_proj"]}
+    recipe = parse_recipe({"name": "x", "scheme": scheme, "steps": [step]})
+    _, report = nybble.quantize(
+        made(cls, kind, sizes), recipe, inputs_of(names), settings=Settings(dtype=torch.float32)
+    )
+    assert [row.error is not None and row.error < 0.2 for row in report.layers] == [True] * 4
+
+
 def test_a_model_that_changes_what_goes_between_blocks_is_no_chain() -> None:
     model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
     given = inputs_of(TOKENS)
