@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from benchmarks.memory import SIZES, measure, measure_base, write_llama
 
-# 98 million parameters.
+# 60 million parameters.
 SMALL = SIZES | {
-    "vocab_size": 16000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 10,
+    "vocab_size": 16000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 5,
     "num_attention_heads": 12, "num_key_value_heads": 4,
 }  # fmt: skip
 

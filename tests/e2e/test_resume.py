@@ -25,12 +25,12 @@ from nybble.pipelines.request import build_recipe
 from nybble.recipe import Recipe, parse_recipe, recipe_names
 from nybble.walk.settings import Settings
 
-BLOCKS = 12
+BLOCKS = 8
 RECIPES = {
     "float path": ["--recipe", "minmax-fp"],
     "quantized path": ["--recipe", "gptq", "--weights", "int4 group=16", "--spill"],
 }
-KILLS = 5
+KILLS = 3
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_stopped_before_every_file_operation(
 ) -> None:
     """Without chance: one run for each file operation that a whole run does, stopped just before it, then resumed."""
     recipe, model = recipe_called(name), tmp_path / "model"
-    save_tiny(model, "llama", num_hidden_layers=3)
+    save_tiny(model, "llama", num_hidden_layers=3 if "windows" in name else 2)
     torch.set_num_threads(1)
     settings = Settings(samples=2, seq_len=8, batch=2, resume=True, spill=name == "gptq")
     calls, limit = 0, 1 << 30
@@ -197,7 +197,7 @@ def test_stopped_before_every_file_operation(
         run(tmp_path / "whole")
         total, expected = calls, files(tmp_path / "whole")
         assert total > 12
-        for before in range(0, total, 2 if name == "windows that overlap" else 1):  # its runs take three times as long
+        for before in range(0, total, 3 if "windows" in name else 1):  # whose runs take three times as long
             out = tmp_path / f"out{before}"
             calls, limit = 0, before
             with pytest.raises(Stop):
