@@ -80,6 +80,10 @@ class ScaleRule(ABC):
                 has weight 0.
         """
 
+    def allowed(self, scale: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
+        """The nearest scales that the rule could give, for scales that something else found: float32, positive."""
+        return scale
+
     def __str__(self) -> str:
         name = type(self).__module__.rsplit(".", 1)[-1].replace("_", "-")
         changed = [

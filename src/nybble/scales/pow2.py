@@ -58,5 +58,9 @@ class Pow2(ScaleRule):
 
         return BlockParams(torch.where(lost(high) < lost(low), high, low))
 
+    def allowed(self, scale: Tensor) -> Tensor:
+        """The nearest powers of two, in the logarithm."""
+        return torch.exp2(scale.log2().round())
+
 
 PART = Pow2
