@@ -96,6 +96,7 @@ SCHEME = {"weights": "int4 group=16", "inputs": "int8 tensor static"}
 PRODUCTS = {"rules": [{"targets": ["Attention"], "matmuls": "int8 tensor static"}, {"targets": ["Linear"], **SCHEME}]}
 STEPS: dict[str, list[dict[str, Any]]] = {
     "transforms before a quantized path": [{"transform": "smooth"}, {"transform": "permute"}, {"solver": "gptq"}],
+    "both paths beside each other": [{"transform": "smooth"}, {"solver": "gptq", "inputs": "both"}],
     "a rotation, corrections": [
         {"transform": "hadamard"}, {"solver": "rtn"}, {"correction": "low-rank", "rank": 2}, {"correction": "bias"},
     ],

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from nybble.core.shapes import Float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """By how much a layer's inputs ``x`` differ from those that it has in the float network, ``d = x_float - x``.
+
+    Attributes:
+        power: ``E[d d^T]``, float32 [columns, columns], of a grouped convolution [groups, columns, columns].
+        cross: ``E[d x^T]``, the same; with the second moment H of ``x``, ``E[x_float x^T] = H + cross``.
+    """
+
+    power: Float32[Tensor, "*groups columns columns"]
+    cross: Float32[Tensor, "*groups columns columns"]
 
 
 def relative_error(
     matrix: Float32[Tensor, "rows columns"],
     approximation: Float32[Tensor, "rows columns"],
     second_moment: Float32[Tensor, "*groups columns columns"] | None,
+    drift: Drift | None = None,
 ) -> float:
     """``tr(D H D^T) / tr(W H W^T)`` with D = W - W_hat, from float32 products; 0 for a zero weight.
+
+    With a drift it is the error against what the float network computes there,
+    ``E|W x_float - W_hat x|^2 / E|W x_float|^2``.
 
     Args:
         matrix: W, float32 [rows, columns].
         approximation: W_hat, the same.
         second_moment: H, float32 [columns, columns], one for all rows or [groups, columns, columns]; None for the
             identity.
+        drift: of the inputs; None where the layer is judged on what it gets.
     """
     difference = matrix - approximation
     if second_moment is None:
@@ -27,6 +47,10 @@ def relative_error(
         difference, matrix = (by_group(x, second_moment) for x in (difference, matrix))
         lost = _total((difference @ second_moment).mul_(difference))
         whole = _total((matrix @ second_moment).mul_(matrix))
+        if drift is not None:
+            moved, crossed = _total((matrix @ drift.power).mul_(matrix)), matrix @ drift.cross
+            whole += moved + 2 * _total(crossed * matrix)
+            lost += moved + 2 * _total(crossed * difference)
     return 0.0 if whole <= 0 else max(lost / whole, 0.0)  # in this order: NaN stays
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nybble.calibration.error import Drift
 from nybble.core.errors import DataError
-from nybble.core.matmul import gram
+from nybble.core.matmul import cross_gram, gram
 from nybble.qtensor import QuantParams
 from nybble.quantizer import Quantizer
 
@@ -56,6 +57,58 @@ class SecondMoment:
             self._sum.div_(self.tokens)
             self._settled = True
         return self._sum
+
+
+class DriftMoments:
+    """Moments of what inputs differ from the float network's, token by token: :class:`~nybble.calibration.error.Drift`.
+
+    Every batch is run twice: on the float path, whose inputs are kept (:meth:`expect`), then on the other one
+    (:meth:`add`). Where calls or tokens don't correspond (experts that route otherwise), nothing can be said.
+
+    Args:
+        columns, inputs, params, groups: as for :class:`SecondMoment`; the float network's inputs aren't quantized.
+    """
+
+    def __init__(
+        self, columns: int, inputs: Quantizer | None = None, params: QuantParams | None = None, groups: int = 1
+    ) -> None:
+        self.columns, self.inputs, self.params, self.groups = columns, inputs, params, groups
+        self.tokens, self.paired = 0, True
+        self._expected: list[Tensor] = []
+        self._power: Tensor | None = None
+        self._cross: Tensor | None = None
+
+    def expect(self, x: Tensor) -> None:
+        """The float network's inputs, as :meth:`add` will get the others."""
+        self._expected.append(x)
+
+    def add(self, x: Tensor) -> None:
+        """Count the tokens of ``x`` [..., columns]; not after :meth:`mean`."""
+        wanted = self._expected.pop(0) if self._expected else None
+        if wanted is None or wanted.shape != x.shape:
+            self.paired = False
+            return
+        exact = x.dtype != torch.bfloat16
+        x = x if self.inputs is None else self.inputs.fake_quantize(x, self.params)
+        wanted, x = (t.float() if self.groups > 1 else t.reshape(-1, self.columns).float() for t in (wanted, x))
+        if not x.shape[-2]:
+            return
+        wanted = wanted - x
+        power, cross = cross_gram(wanted, wanted, exact), cross_gram(wanted, x, exact)
+        self._power = power if self._power is None else self._power.add_(power)
+        self._cross = cross if self._cross is None else self._cross.add_(cross)
+        self.tokens += x.shape[-2]
+
+    def end_batch(self) -> None:
+        """After a batch: nothing expected may be left."""
+        self.paired &= not self._expected
+        self._expected.clear()
+
+    def mean(self) -> Drift | None:
+        """Both moments, or None where no token came or tokens don't correspond."""
+        if self._power is None or self._cross is None or not self.paired:
+            return None
+        return Drift(power=self._power / self.tokens, cross=self._cross / self.tokens)
 
 
 class InputSample:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.calibration.block import BlockState
-from nybble.calibration.statistics import InputSample, Range, SecondMoment
+from nybble.calibration.statistics import DriftMoments, InputSample, Range, SecondMoment
 from nybble.calibration.trace import BlockCall, Tensors, trace_groups
 from nybble.calibration.window import Batches, Known, Window
 from nybble.core.errors import DataError
@@ -22,7 +22,7 @@ from nybble.quantizer import Quantizer
 
 SAMPLE = 1024
 """Tokens of an input that are looked at for pictures."""
-Gatherer = InputSample | SecondMoment
+Gatherer = InputSample | SecondMoment | DriftMoments
 
 
 class Asker(Protocol):
@@ -37,7 +37,7 @@ class Asker(Protocol):
         """How many inputs it wants at most."""
 
     def needs(self, inputs: Quantizer | None) -> frozenset[str]:
-        """Which of ``second_moment``, ``inputs`` it reads, for inputs under this quantizer."""
+        """Which of ``second_moment``, ``drift``, ``inputs`` it reads, for inputs under this quantizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,7 @@ class Seen:
     Attributes:
         groups: all linear targets. params: of static input quantizers, by the group's leader.
         moments: by leader; missing where nothing was seen. routed: by fused weight, one an expert.
+        drifts: by leader, of those who ask for them.
         samples: inputs themselves, by leader. looks: a few of them, for pictures.
     """
 
@@ -88,6 +89,7 @@ class Seen:
     params: dict[str, QuantParams] = field(default_factory=dict)
     moments: dict[str, SecondMoment] = field(default_factory=dict)
     routed: dict[str, list[SecondMoment]] = field(default_factory=dict)
+    drifts: dict[str, DriftMoments] = field(default_factory=dict)
     samples: dict[str, InputSample] = field(default_factory=dict)
     looks: dict[str, InputSample] = field(default_factory=dict)
 
@@ -148,7 +150,7 @@ def see_block(window: Window, path: str, asker: Asker, looks: bool = False) -> S
             look = partial(InputSample, width, tokens, SAMPLE, parts)
             seen.looks[group.leader] = gathering.get(group.leader, "look", look)
         routed = [(t, seen.routed[t.name]) for t in state.targets if t.name in seen.routed]
-        _watch(state.module, gathering.fresh, routed, batches)
+        _watch(state.module, gathering.fresh, routed, batches, window.batches("float"))
     return seen
 
 
@@ -161,6 +163,10 @@ def _ask(group: Group, asker: Asker, seen: Seen, gathering: _Gathering, tokens: 
         seen.moments[leader] = gathering.get(
             leader, f"moment {group.inputs} {fixed is None}", partial(SecondMoment, width, group.inputs, fixed, parts)
         )
+    if "drift" in wanted:
+        fixed = seen.params.get(leader)
+        make = partial(DriftMoments, width, group.inputs, fixed, parts)
+        seen.drifts[leader] = gathering.get(leader, f"drift {group.inputs} {fixed is None}", make)
     if "inputs" in wanted:
         most = asker.most_tokens
         seen.samples[leader] = gathering.get(leader, f"inputs {most}", partial(InputSample, width, tokens, most, parts))
@@ -203,16 +209,36 @@ def _watch(
     fresh: Sequence[tuple[str, Gatherer]],
     routed: Sequence[tuple[Target, list[SecondMoment]]],
     batches: Batches,
+    beside: Batches,
 ) -> None:
-    """Run the block once and let everything that gathers inputs gather them."""
+    """Run the block once and let everything that gathers inputs gather them.
+
+    What compares them with the float network's, ``beside``, sees each batch on that path first.
+    """
     if not fresh and not routed:
         return
+    drifts = [(name, part) for name, part in fresh if isinstance(part, DriftMoments)]
+    if drifts:
+        batches = partial(_both, block, drifts, beside, batches)
     adds: dict[str, list[Callable[[Tensor], None]]] = {}
     for name, part in fresh:
         adds.setdefault(name, []).append(part.add)
     watchers = [(name, _gatherer(block.get_submodule(name), each)) for name, each in adds.items()]
     with _watching_routed(block, routed):
         _run(block, batches, watchers)
+
+
+def _both(
+    block: nn.Module, drifts: Sequence[tuple[str, DriftMoments]], beside: Batches, batches: Batches
+) -> Iterator[tuple[BlockCall, Tensors]]:
+    """``batches``, each run on the float path before it is given out."""
+    watchers = [(name, _gatherer(block.get_submodule(name), [part.expect])) for name, part in drifts]
+    for (call, given), found in zip(beside(), batches(), strict=True):
+        with _watching(block, watchers, call.mask):
+            call.run(block, given)
+        yield found
+        for _, part in drifts:
+            part.end_batch()
 
 
 def _gatherer(module: nn.Module, adds: Sequence[Callable[[Tensor], None]]) -> Callable[[Tensor], None]:
@@ -229,7 +255,16 @@ def _gatherer(module: nn.Module, adds: Sequence[Callable[[Tensor], None]]) -> Ca
 
 def _run(block: nn.Module, batches: Batches, watchers: Sequence[tuple[str, Callable[[Tensor], None]]]) -> None:
     """Run the block on all batches and show each watcher its module's inputs, but for those of padding tokens."""
-    mask: Tensor | None = None
+    for call, given in batches():
+        with _watching(block, watchers, call.mask):
+            call.run(block, given)
+
+
+@contextmanager
+def _watching(
+    block: nn.Module, watchers: Sequence[tuple[str, Callable[[Tensor], None]]], mask: Tensor | None
+) -> Iterator[None]:
+    """Show each watcher its module's inputs, but for those of tokens that the mask leaves out."""
     handles = []
     for name, watch in watchers:
 
@@ -241,9 +276,7 @@ def _run(block: nn.Module, batches: Batches, watchers: Sequence[tuple[str, Calla
 
         handles.append(block.get_submodule(name).register_forward_pre_hook(see, with_kwargs=True))
     try:
-        for call, given in batches():
-            mask = call.mask
-            call.run(block, given)
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -52,3 +52,20 @@ def gram(x: Tensor) -> Tensor:
         return wide.mT @ wide
     with fast_products(x.device):
         return wide.mT @ wide
+
+
+def cross_gram(x: Tensor, y: Tensor, exact: bool) -> Tensor:
+    """``x^T y`` accumulated in float32.
+
+    Args:
+        x: float32 [..., n, c].
+        y: float32 [..., n, d].
+        exact: keep all bits of the factors; else :func:`fast_products` may round them.
+
+    Returns:
+        float32 [..., c, d].
+    """
+    if exact:
+        return x.mT @ y
+    with fast_products(x.device):
+        return x.mT @ y

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from nybble.calibration.error import Drift
 from nybble.core.registry import Registry
 from nybble.core.shapes import Float, Float32
 from nybble.qtensor import QTensor, QuantParams
@@ -49,6 +50,7 @@ class Stats:
         second_moment: ``E[x x^T]`` of the inputs as the layer will get them (quantized, where the scheme says how),
             float32 [columns, columns], of a grouped convolution [groups, columns, columns]; None where calibration saw
             nothing (an expert without tokens).
+        drift: how those inputs differ from the float network's; None where tokens of both can't be paired (experts).
         inputs: the inputs themselves before any quantizer, [tokens, columns] or [groups, tokens, columns], in the
             model's dtype.
         fisher: squared gradients of the loss by the layer's outputs, by the weight's name: float32 [tokens, rows].
@@ -56,6 +58,7 @@ class Stats:
     """
 
     second_moment: Float32[Tensor, "*groups columns columns"] | None = None
+    drift: Drift | None = None
     inputs: Float[Tensor, "*groups tokens columns"] | None = None
     fisher: Mapping[str, Float32[Tensor, "tokens _rows"]] = field(default_factory=dict)
     quantizer: Quantizer | None = None
@@ -95,8 +98,16 @@ class Solver(ABC):
 
     path: ClassVar[str] = "float"
 
+    @property
+    def paths(self) -> frozenset[str]:
+        """The networks that must be run beside each other for what it needs: ``drift`` compares both."""
+        return frozenset({self.path})
+
     def needs(self, inputs: Quantizer | None) -> frozenset[str]:
-        """Which of ``second_moment``, ``inputs``, ``fisher`` :meth:`solve` reads, for inputs under this quantizer."""
+        """What :meth:`solve` reads, for inputs under this quantizer.
+
+        Any of ``second_moment``, ``drift`` (of the quantized path's, with both :attr:`paths`), ``inputs``, ``fisher``.
+        """
         return frozenset()
 
     @property

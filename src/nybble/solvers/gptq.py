@@ -11,6 +11,15 @@ granularity and nesting of scales works, and codes of one group share what the f
 group's scale when it reaches the group; fixing them costs a little at large groups and is what makes activation order
 and groups agree.)
 
+``inputs: both`` makes up for what the inputs x have lost in earlier blocks, and in their own rounding, too (Li et al.
+2025, GPTAQ, arXiv:2504.02692; Qronos, Zhang et al. 2025, arXiv:2505.11695): it minimises ``E|W x_float - W_hat x|^2``.
+That is ``tr((W_hat - T) H (W_hat - T)^T)`` and a constant, with the least-squares weights
+
+    T = E[W x_float x^T] H^-1 = W + W E[(x_float - x) x^T] H^-1
+
+so T is rounded in place of W, its grid fitted to T. (GPTAQ spreads what a column's input lost over the columns behind
+it; this is the whole optimum, as in Qronos.) The same damped inverse serves both, so where inputs say little T stays W.
+
 Damping: H + d mean(diag H) I with d = 0.01; a factorisation that still fails is retried with 10 times more, three
 times, and then the layer falls back to round-to-nearest; each is noted. Inputs that are always zero get H_jj = 1: their
 weights round to nearest.
@@ -20,13 +29,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from nybble.calibration.error import relative_error
+from nybble.calibration.error import by_group, relative_error
 from nybble.core.errors import SchemeError
 from nybble.qtensor import QuantParams, ScaleLike, block_view
 from nybble.qtensor.block import BlockQTensor
@@ -48,6 +57,8 @@ class Gptq(Solver):
         block: columns between two updates of the rest.
         damping: share of the mean diagonal that is added to H.
         activation_order: visit columns with large inputs first.
+        inputs: ``both`` asks for the float network's outputs, as far as the quantized one's inputs allow; ``quantized``
+            for what the float weights make of those.
         clip: give every block the clip value with the least error, each column weighted by its inputs' energy, where
             the scheme's rule is a plain maximum; false keeps the maximum.
     """
@@ -57,6 +68,7 @@ class Gptq(Solver):
     block: int = 128
     damping: float = 0.01
     activation_order: bool = True
+    inputs: Literal["quantized", "both"] = "quantized"
     clip: bool = True
 
     def __post_init__(self) -> None:
@@ -66,11 +78,17 @@ class Gptq(Solver):
             raise SchemeError(f"gptq: damping={self.damping:g} is a share of the mean diagonal, 0 <= damping < 1.")
 
     def needs(self, inputs: Quantizer | None) -> frozenset[str]:  # noqa: D102
-        return frozenset({"second_moment"})
+        return frozenset({"second_moment", "drift"} if self.inputs == "both" else {"second_moment"})
+
+    @property
+    def paths(self) -> frozenset[str]:  # noqa: D102
+        return frozenset({"float", "quantized"} if self.inputs == "both" else {"quantized"})
 
     def working_bytes(self, rows: Sequence[int], columns: int) -> int:
         """Eight matrices like H while it is put in order and factorised; then eight copies of all weights."""
         weights = 4 * columns * sum(rows)
+        if self.inputs == "both":  # the targets and what they are made of
+            weights = 3 * weights // 2
         return max(32 * columns**2 + 5 * weights // 2, 4 * columns**2 + 8 * weights)
 
     def quantizer_for(self, quantizer: Quantizer) -> Quantizer:  # noqa: D102
@@ -86,29 +104,32 @@ class Gptq(Solver):
         return quantizer
 
     def solve(self, weights: Sequence[Weight], stats: Stats) -> list[Solved]:  # noqa: D102
-        second_moment = stats.second_moment
-        energy = second_moment.diagonal(dim1=-2, dim2=-1) if self.clip and second_moment is not None else None
-        grids = [_Grid(weight, energy) for weight in weights]
+        second, drift = stats.second_moment, stats.drift if self.inputs == "both" else None
         plain = [weight.quantizer.quantize(weight.matrix) for weight in weights]
         plain_errors = [
-            relative_error(w.matrix, q.dequantize(), second_moment) for w, q in zip(weights, plain, strict=True)
+            relative_error(w.matrix, q.dequantize(), second, drift) for w, q in zip(weights, plain, strict=True)
         ]
-        if second_moment is None:
-            note = ("no calibration input reached it: rounded to nearest",)
-            return [
-                Solved(weight=q, error=e, rtn_error=e, notes=note) for q, e in zip(plain, plain_errors, strict=True)
-            ]
-        factor, notes = self._factor(second_moment)
-        if factor is None:
+        factor: tuple[Tensor, Tensor | None] | None = None
+        notes: tuple[str, ...] = ("no calibration input reached it: rounded to nearest",)
+        if second is not None:
+            factor, notes = self._factor(second)
+        if second is None or factor is None:
             return [
                 Solved(weight=q, error=e, rtn_error=e, notes=notes) for q, e in zip(plain, plain_errors, strict=True)
             ]
         upper, order = factor
+        if self.inputs == "both" and drift is None:
+            notes = (*notes, "no float inputs to compare with, token by token: solved as with inputs=quantized")
+        targets = weights
+        if drift is not None:
+            targets = [replace(w, matrix=_target(w.matrix, drift.cross, upper, order)) for w in weights]
+        energy = second.diagonal(dim1=-2, dim2=-1) if self.clip else None
+        grids = [_Grid(weight, energy) for weight in targets]
         rounded = self._visit(grids, upper, order) if upper.dim() == 2 else self._visit_groups(grids, upper)
         solved = []
         for grid, weight, columns, base, base_error in zip(grids, weights, rounded, plain, plain_errors, strict=True):
             found = grid.finish(columns)
-            error = relative_error(weight.matrix, found.dequantize(), second_moment)
+            error = relative_error(weight.matrix, found.dequantize(), second, drift)
             if error > base_error:
                 kept = (*notes, f"worse than round-to-nearest ({error:.3g} > {base_error:.3g}): kept the latter")
                 solved.append(Solved(weight=base, error=base_error, rtn_error=base_error, notes=kept))
@@ -195,6 +216,24 @@ class Gptq(Solver):
         return [
             result[:, end - grid.matrix.shape[0] : end].T.contiguous() for grid, end in zip(grids, ends, strict=True)
         ]
+
+
+def _target(matrix: Tensor, cross: Tensor, upper: Tensor, order: Tensor | None) -> Tensor:
+    """``W + W E[d x^T] H^-1``, the weights that give the float outputs best on these inputs.
+
+    Args:
+        matrix: W, float32 [rows, columns].
+        cross: E[d x^T], float32 [columns, columns], or [groups, columns, columns].
+        upper: U with U^T U = H^-1, its columns in ``order``.
+        order: int64 [columns], or None.
+    """
+    lacking = by_group(matrix, cross) @ cross
+    if order is not None:
+        lacking = lacking[:, order]
+    moved = lacking @ upper.mT @ upper
+    if order is not None:
+        moved = torch.empty_like(moved).index_copy_(1, order, moved)
+    return matrix + moved.reshape(matrix.shape)
 
 
 class _Grid:

@@ -21,7 +21,7 @@ def solver_cost(solver: Solver, targets: Sequence[Target], load: Load) -> Cost:
     flops = 0.0
     for target in solved:
         if solver.needs(target.rule.inputs) & {"second_moment", "inputs"}:
-            flops += tokens * target.shape[1] ** 2
+            flops += tokens * target.shape[1] ** 2 * _kept(solver, target)
         most = min(load.samples * target.kind.rows_a_sample, solver.most_tokens) or tokens
         flops += solver.flops(*target.shape, most, target.rule.inputs) * target.matrices
     stored = sum(solver.stored_bytes(t.rule.weights, t.shape) * t.matrices for t in solved if t.rule.weights)
@@ -34,7 +34,10 @@ def _rows(targets: Sequence[Target], solver: Solver, load: Load) -> int:
     gathered = frozenset().union(*(solver.needs(t.rule.inputs) for t in targets)) if targets else frozenset()
     kept = 0
     if gathered & {"second_moment", "inputs"}:
-        kept = sum(4 * t.shape[1] * (t.shape[1] + (most if "inputs" in gathered else SAMPLE)) for t in targets)
+        kept = sum(
+            4 * t.shape[1] * (_kept(solver, t) * t.shape[1] + (most if "inputs" in gathered else SAMPLE))
+            for t in targets
+        )
     return kept + max(
         (solver.working_bytes([t.shape[0]], t.shape[1]) + 24 * most * t.shape[1] for t in targets), default=0
     )
@@ -46,9 +49,15 @@ def _moments(targets: Sequence[Target], solver: Solver) -> int:
     if not needy:
         return 0
     total = sum(4 * t.matrices * t.shape[1] ** 2 for t in needy if t.kind.fused)
+    each = max(_kept(solver, t) for t in needy)
     linear = [t.shape[1] for t in needy if not t.kind.fused]
-    total += sum(4 * c * c * min(3, linear.count(c)) for c in set(linear))
+    total += each * sum(4 * c * c * min(3, linear.count(c)) for c in set(linear))
     return int(total + 4 * max(t.shape[1] for t in needy) ** 2)
+
+
+def _kept(solver: Solver, target: Target) -> int:
+    """Matrices like the second moment that are gathered of an input: with a drift, its two."""
+    return 3 if "drift" in solver.needs(target.rule.inputs) else 1
 
 
 def _inputs(targets: Sequence[Target], solver: Solver, load: Load) -> int:

@@ -34,7 +34,7 @@ def make_steps(recipe: Recipe, adapter: Adapter) -> tuple[tuple[BlockStep, ...],
         if step.kind == "reconstruction"
     ]
     _check_windows(recipe, learned)
-    paths = frozenset({solver.path}).union(*(step.paths for step in learned))
+    paths = solver.paths.union(*(step.paths for step in learned))
     path = "float" if "float" in paths else "quantized"
     found: list[BlockStep] = []
     left = iter(learned)

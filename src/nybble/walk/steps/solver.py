@@ -34,7 +34,7 @@ class SolverStep(BlockStep):
     def __init__(self, key: str, solver: Solver, looks: bool = False) -> None:
         self.looks = looks
         self.name, self.solver, self.path = f"solver {key!r}", solver, solver.path
-        self.paths = frozenset({solver.path})
+        self.paths = solver.paths
 
     # ------------------------------------------------------------------------------------------------ questions
     def needs(self, subject: Subject) -> frozenset[str]:
@@ -151,10 +151,12 @@ class SolverStep(BlockStep):
 def _stats(state: BlockState, group: Group, seen: Seen, fisher: Mapping[str, Tensor]) -> Stats:
     """What a solver gets of a group's input; the memory is free once the caller lets go of it."""
     moment, sample = seen.moments.pop(group.leader, None), seen.samples.pop(group.leader, None)
+    drift = seen.drifts.pop(group.leader, None)
     if not group.members[0].kind.shares_input:  # a table that a head reads: judged by the head's output error
         sample = None
     return Stats(
         second_moment=None if moment is None else moment.mean(f"{state.prefix}{group.leader}"),
+        drift=None if drift is None else drift.mean(),
         inputs=None if sample is None else sample.all(),
         quantizer=group.inputs,
         fisher={name: fisher[name] for t in group.members if (name := f"{state.prefix}{t.name}") in fisher},
