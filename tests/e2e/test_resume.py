@@ -90,7 +90,7 @@ EVERY: dict[str, dict[str, Any]] = {
     "lorc": {"weights": "int4 group=16"},
     "nvfp4": {},
     "mxfp4": {"weights": "mxfp4 group=16", "activations": "mxfp4-ct group=16"},
-    **{name: {"weights": "int4 group=16 symmetric=false"} for name in ("w4a16", "hqq")},
+    **{name: {"weights": "int4 group=16 symmetric=false"} for name in ("w4a16", "hqq", "awq")},
 }  # fmt: skip
 SCHEME = {"weights": "int4 group=16", "inputs": "int8 tensor static"}
 PRODUCTS = {"rules": [{"targets": ["Attention"], "matmuls": "int8 tensor static"}, {"targets": ["Linear"], **SCHEME}]}

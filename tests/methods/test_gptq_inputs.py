@@ -94,7 +94,7 @@ def test_groups_of_rows_are_solved_as_alone() -> None:
     )
     matrix, solver = torch.cat([w for w, _, _ in parts]), Gptq(inputs="both", activation_order=False)
     together = solve(solver, matrix, Stats(second_moment=moments, drift=drift), "int4 channel")
-    for found, (w, _, _), each in zip(together.weight.dequantize().split(ROWS), parts, seen, strict=True):
+    for found, (w, _, _), each in zip(torch.split(together.weight.dequantize(), ROWS), parts, seen, strict=True):
         alone = solve(solver, w, each, "int4 channel").weight.dequantize()
         assert (found != alone).double().mean() <= 0.02  # a last bit may round otherwise
 

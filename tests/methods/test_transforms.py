@@ -15,14 +15,14 @@ from torch import Tensor
 import nybble
 from nybble.calibration.block import BlockState
 from nybble.calibration.trace import HIDDEN, BlockCall, capture_block_calls
-from nybble.calibration.watch import channel_maxima
+from nybble.calibration.watch import see_channels
 from nybble.calibration.window import Calibration, Window
 from nybble.core.errors import ModelError, SchemeError, UsageError
 from nybble.data import load_text, token_samples
 from nybble.models.adapter import LinearFold, NormFold, adapter_for, feeding_rows
 from nybble.recipe import parse_recipe
 from nybble.transforms import REGISTRY, make_transform
-from nybble.transforms._folds import Channel, _one_a_row, scaling
+from nybble.transforms._folds import Channel, one_a_row, scaling
 from nybble.transforms._mixing import Places
 from nybble.transforms.hadamard import hadamard
 
@@ -113,15 +113,16 @@ def test_equalize_makes_ranges_alike() -> None:
 def test_a_row_that_several_channels_read_has_one_factor() -> None:
     """Grouped-query attention: the largest, so that no channel is left with more than its method wants."""
     rows = torch.tensor([0, 1, 0, 1, 2])
-    assert _one_a_row(torch.tensor([1.0, 5, 3, 2, 4]), rows).tolist() == [3, 5, 3, 5, 4]
+    assert one_a_row(torch.tensor([1.0, 5, 3, 2, 4]), rows).tolist() == [3, 5, 3, 5, 4]
 
 
 def test_maxima_are_of_all_batches() -> None:
     layer = torch.nn.Sequential(torch.nn.Linear(3, 2))
     call = BlockCall(index=0, args=(), kwargs={}, keyword=None, start=None)
     given = [torch.tensor([[[1.0, -7, 2]]]), torch.tensor([[[-3.0, 1, 0]]])]
-    found = channel_maxima(layer, ["0"], lambda: [(call, {HIDDEN: x}) for x in given])
-    assert found["0"].tolist() == [3, 7, 2]
+    found = see_channels(layer, ["0"], lambda: [(call, {HIDDEN: x}) for x in given])
+    assert found["0"].largest is not None and found["0"].largest.tolist() == [3, 7, 2]
+    assert found["0"].mean.tolist() == [2, 4, 1]
 
 
 def test_readers_get_what_the_norm_really_lost() -> None:
@@ -281,7 +282,7 @@ def test_biases_go_along(name: str, given: dict[str, Any]) -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    assert REGISTRY.names() == ["equalize", "fold-batchnorm", "hadamard", "permute", "smooth"]
+    assert REGISTRY.names() == ["awq", "equalize", "fold-batchnorm", "hadamard", "permute", "smooth"]
     with pytest.raises(UsageError, match=r"unknown transform 'smoth'. Did you mean 'smooth'"):
         make_transform("smoth", {})
     with pytest.raises(SchemeError, match=r"alpha=1\.5 is a share"):

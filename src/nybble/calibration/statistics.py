@@ -111,6 +111,36 @@ class DriftMoments:
         return Drift(power=self._power / self.tokens, cross=self._cross / self.tokens)
 
 
+class ChannelSizes:
+    """How large the channels of an input are: the largest and the mean magnitude of each, float32 [channels].
+
+    Args:
+        columns: how many channels. moment: gather the second moment too.
+    """
+
+    def __init__(self, columns: int, moment: bool = False) -> None:
+        self.tokens = 0
+        self.largest: Tensor | None = None
+        self.moment = SecondMoment(columns) if moment else None
+        self._sum = torch.zeros(columns, dtype=torch.float32)
+
+    def add(self, x: Tensor) -> None:
+        """Count the tokens of ``x`` [..., channels]."""
+        size = x.reshape(-1, x.shape[-1]).abs()
+        if len(size):
+            largest = size.amax(0).float()
+            self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
+            self._sum = self._sum.to(x.device) + size.sum(0, dtype=torch.float32)
+            self.tokens += len(size)
+        if self.moment is not None:
+            self.moment.add(x)
+
+    @property
+    def mean(self) -> Tensor:
+        """Of magnitudes; only after tokens came."""
+        return self._sum / self.tokens
+
+
 class InputSample:
     """Inputs as they come, evenly spread where there are more tokens than are wanted.
 

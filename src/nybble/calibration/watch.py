@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from nybble.calibration.block import BlockState
-from nybble.calibration.statistics import DriftMoments, InputSample, Range, SecondMoment
+from nybble.calibration.statistics import ChannelSizes, DriftMoments, InputSample, Range, SecondMoment
 from nybble.calibration.trace import BlockCall, Tensors, trace_groups
 from nybble.calibration.window import Batches, Known, Window
 from nybble.core.errors import DataError
@@ -189,19 +188,22 @@ def _ranges(
     }
 
 
-def channel_maxima(block: nn.Module, names: Sequence[str], batches: Batches) -> dict[str, Tensor]:
-    """Largest magnitude in each input channel of some modules, float32 [channels]; those never called are missing."""
-    found: dict[str, Tensor] = {}
+def see_channels(
+    block: nn.Module, names: Sequence[str], batches: Batches, moments: bool = False
+) -> dict[str, ChannelSizes]:
+    """Sizes of the input channels of some modules, and second moments on demand; those never called are missing."""
+    found: dict[str, ChannelSizes] = {}
 
     def note(name: str) -> Callable[[Tensor], None]:
         def add(x: Tensor) -> None:
-            largest = x.reshape(-1, x.shape[-1]).abs().amax(0).float()
-            found[name] = torch.maximum(found[name], largest) if name in found else largest
+            if name not in found:
+                found[name] = ChannelSizes(x.shape[-1], moments)
+            found[name].add(x)
 
         return add
 
     _run(block, batches, [(name, note(name)) for name in names])
-    return found
+    return {name: sizes for name, sizes in found.items() if sizes.tokens}
 
 
 def _watch(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from nybble.calibration.error import relative_error
+from torch import Tensor
+
+from nybble.calibration.error import input_energy, relative_error
 from nybble.core.errors import SchemeError
 from nybble.quantizer import Quantizer
 from nybble.scales import parse_scale_rule
@@ -16,34 +18,50 @@ from nybble.solvers import Solved, Solver, Stats, Weight
 
 @dataclass(frozen=True, kw_only=True)
 class Rtn(Solver):
-    """``scale``: a scale rule that replaces the scheme's for weights; empty keeps it."""
+    """Options of the method.
+
+    Attributes:
+        scale: a scale rule that replaces the scheme's for weights; empty keeps it.
+        weighted: each column counts with its inputs' energy where an mse rule searches (AWQ's clipping, Lin et al.
+            2023, without the products of different inputs).
+    """
 
     scale: str = ""
+    weighted: bool = False
+
+    def needs(self, inputs: Quantizer | None) -> frozenset[str]:  # noqa: D102
+        return frozenset({"second_moment"} if self.weighted else ())
 
     def quantizer_for(self, quantizer: Quantizer) -> Quantizer:  # noqa: D102
-        if not self.scale:
-            return quantizer
-        rule = parse_scale_rule(self.scale)
-        if quantizer.scale.has_offset:
-            raise SchemeError(
-                f"{quantizer} keeps a real offset, which scale={self.scale} does not search; use recipe rtn."
-            )
-        if quantizer.scale.needs_integer:
-            rule = replace(rule, asymmetric=True) if isinstance(rule, Mse) else MinMax()
-        return quantizer.replace(scale=rule)
+        if self.scale:
+            rule = parse_scale_rule(self.scale)
+            if quantizer.scale.has_offset:
+                raise SchemeError(
+                    f"{quantizer} keeps a real offset, which scale={self.scale} does not search; use recipe rtn."
+                )
+            if quantizer.scale.needs_integer:
+                rule = replace(rule, asymmetric=True) if isinstance(rule, Mse) else MinMax()
+            quantizer = quantizer.replace(scale=rule)
+        if self.weighted and not isinstance(quantizer.scale, Mse):
+            raise SchemeError(f"{quantizer} searches no scale that weighted=true could move; give scale: mse.")
+        return quantizer
 
     def solve(self, weights: Sequence[Weight], stats: Stats) -> list[Solved]:  # noqa: D102
-        return [self._solve(weight) for weight in weights]
+        return [self._solve(weight, stats.second_moment if self.weighted else None) for weight in weights]
 
-    def _solve(self, weight: Weight) -> Solved:
+    def _solve(self, weight: Weight, second: Tensor | None) -> Solved:
         plain = weight.quantizer.quantize(weight.matrix)
-        plain_error = relative_error(weight.matrix, plain.dequantize(), None)
+        plain_error = relative_error(weight.matrix, plain.dequantize(), second)
         chosen = self.quantizer_for(weight.quantizer)
-        if chosen == weight.quantizer:
+        energy = input_energy(second, len(weight.matrix))
+        if chosen == weight.quantizer and energy is None:
             return Solved(weight=plain, error=plain_error, rtn_error=plain_error)
-        found = chosen.quantize(weight.matrix)
-        error = relative_error(weight.matrix, found.dequantize(), None)
-        if error > plain_error and self.scale.startswith("mse"):
+        params = None
+        if energy is not None:
+            params = chosen.fit(weight.matrix - weight.matrix.mean() if chosen.center else weight.matrix, energy)
+        found = chosen.quantize(weight.matrix, params)
+        error = relative_error(weight.matrix, found.dequantize(), second)
+        if error > plain_error and isinstance(chosen.scale, Mse):
             return Solved(
                 weight=plain,
                 error=plain_error,

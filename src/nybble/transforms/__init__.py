@@ -8,7 +8,7 @@ together is the adapter's knowledge; what calibration sees of the channels betwe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -70,6 +70,14 @@ class Transform(ABC):
     @abstractmethod
     def works_on(self, adapter: Adapter, block: Any, config: Any) -> bool:
         """Whether it finds anything in a block (on the meta device) of a model with this config."""
+
+    def working_bytes(self, shapes: Sequence[tuple[int, int]]) -> int:
+        """Most memory that it needs for a block of weights of these shapes, beside what it rewrites, in bytes."""
+        return 0
+
+    def flops(self, rows: int, columns: int, tokens: int) -> float:
+        """Multiply-adds x 2 for a weight [rows, columns]: as far as it looks at inputs, a forward."""
+        return 2.0 * tokens * rows * columns
 
     def limits(self, adapter: Adapter, config: Any) -> list[str]:
         """Why it may find nothing, for people."""

@@ -39,7 +39,10 @@ class TransformStep(BlockStep):
         elements = sum(t.shape[0] * t.shape[1] * max(1, t.matrices) for t in targets)
         # float32 truths of what was rewritten; those in the source's precision are counted with the block
         held = max(0, 4 - load.source_bytes) * elements
-        return Cost(held=held, flops=2.0 * load.samples * load.seq_len * elements)
+        tokens = load.samples * load.seq_len
+        flops = sum(self.transform.flops(*t.shape, tokens) * max(1, t.matrices) for t in targets)
+        peak = self.transform.working_bytes([t.shape for t in targets if t.matrices])
+        return Cost(held=held, peak=peak, flops=flops)
 
     def run(self, window: Window) -> None:  # noqa: D102
         if window.calibrated or not self.transform.reads_inputs:
