@@ -98,7 +98,8 @@ STEPS: dict[str, list[dict[str, Any]]] = {
     "transforms before a quantized path": [{"transform": "smooth"}, {"transform": "permute"}, {"solver": "gptq"}],
     "both paths beside each other": [{"transform": "smooth"}, {"solver": "gptq", "inputs": "both"}],
     "a rotation, corrections": [
-        {"transform": "hadamard"}, {"solver": "rtn"}, {"correction": "low-rank", "rank": 2}, {"correction": "bias"},
+        {"transform": "hadamard"}, {"solver": "rtn"}, {"correction": "refine-scales"},
+        {"correction": "low-rank", "rank": 2}, {"correction": "bias"},
     ],
     "windows of two, side by side": [
         {"transform": "smooth"},

@@ -175,7 +175,6 @@ def test_it_helps_where_inputs_have_loud_channels(tmp_path: Path) -> None:
 
     plain = lost({"solver": "rtn"})
     assert lost({"transform": "awq"}, {"solver": "rtn"}) < 0.9 * plain
-    assert lost({"transform": "awq"}, {"solver": "gptq"}) < lost({"solver": "gptq"})
 
 
 def test_clip_values_are_weighed_by_the_inputs() -> None:

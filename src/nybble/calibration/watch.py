@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -169,6 +169,26 @@ def _ask(group: Group, asker: Asker, seen: Seen, gathering: _Gathering, tokens: 
     if "inputs" in wanted:
         most = asker.most_tokens
         seen.samples[leader] = gathering.get(leader, f"inputs {most}", partial(InputSample, width, tokens, most, parts))
+
+
+Inputs = tuple[Quantizer | None, QuantParams | None]
+
+
+def second_moments(window: Window, path: str, layers: Mapping[str, tuple[Target, Inputs]]) -> dict[str, SecondMoment]:
+    """Of the inputs of some layers of a block, run in float; layers that were never called are missing.
+
+    Args:
+        window: of one block.
+        path: whose inputs.
+        layers: by name, with the quantizer that the input passes first and its parameters.
+    """
+    fresh = [
+        (name, SecondMoment(target.shape[1], *inputs, groups=target.groups))
+        for name, (target, inputs) in layers.items()
+    ]
+    with window.block.on("float") as module:
+        _watch(module, fresh, [], window.batches(path), window.batches(path))
+    return {name: moment for name, moment in fresh if moment.tokens}
 
 
 def _ranges(
