@@ -156,7 +156,7 @@ def errors(state: BlockState, call: BlockCall, start: Any, folds: list[Any], qua
 
 
 def test_it_helps_where_inputs_have_loud_channels(tmp_path: Path) -> None:
-    model = tiny_model("llama", torch.float32)
+    model = tiny_model("llama", torch.float32, num_hidden_layers=1)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.input_layernorm.weight[::9] *= 15
@@ -165,7 +165,7 @@ def test_it_helps_where_inputs_have_loud_channels(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "float")
     text = load_text(str(save_text(tmp_path / "text.txt")), "calibration")
     tokens = token_samples(text, tiny_tokenizer(), samples=8, seq_len=16)
-    settings = nybble.Settings(samples=8, seq_len=16, batch=4, dtype=torch.float32)
+    settings = nybble.Settings(samples=8, seq_len=16, batch=8, dtype=torch.float32)
     exact = logits(nybble.load(tmp_path / "float", dtype=torch.float32)[0])
 
     def lost(*steps: dict[str, Any]) -> float:
@@ -173,8 +173,7 @@ def test_it_helps_where_inputs_have_loud_channels(tmp_path: Path) -> None:
         found = nybble.quantize(str(tmp_path / "float"), recipe, tokens, settings=settings)[0]
         return float((logits(found) - exact).square().mean())
 
-    plain = lost({"solver": "rtn"})
-    assert lost({"transform": "awq"}, {"solver": "rtn"}) < 0.9 * plain
+    assert lost({"transform": "awq"}, {"solver": "rtn"}) < 0.9 * lost({"solver": "rtn"})
 
 
 def test_clip_values_are_weighed_by_the_inputs() -> None:
