@@ -12,7 +12,7 @@ from tests.tiny import logits, save_text, save_tiny
 from torch import Tensor
 
 import nybble
-from nybble.calibration.error import relative_error
+from nybble.calibration.error import Drift, relative_error
 from nybble.core.errors import SchemeError
 from nybble.corrections.refine_scales import RefineScales, movable, refined
 from nybble.qtensor import QuantParams, dense
@@ -59,10 +59,15 @@ def test_never_worse_as_stored_and_codes_stay(line: str) -> None:
         assert relative_error(w, refined(w, base, quantizer, second, sweeps).dequantize(), second) >= after * 0.9999
 
 
+@pytest.mark.parametrize("drifts", [False, True])
 @pytest.mark.parametrize("line", ["int3 group=16", "int3 channel", "int3 block=4x16", "int4 tensor", "nf4 flat=40"])
-def test_it_comes_to_the_least_squares_scales(line: str) -> None:
+def test_it_comes_to_the_least_squares_scales(line: str, drifts: bool) -> None:
     """Each block's values times the root of H are a column; the scales that fit W best, by torch's least squares."""
     w, second = matrix(), moment()
+    shift = 0.1 * torch.randn(COLUMNS, COLUMNS, generator=torch.Generator().manual_seed(3))
+    # inputs that the float network has (1 + shift) times as large: its outputs are those of another weight
+    drift = Drift(power=shift @ second @ shift.T, cross=shift @ second) if drifts else None
+    aim = w + w @ shift if drifts else w
     quantizer = Quantizer(line).replace(scale_format="float32")
     base = quantizer.quantize(w)
     root = torch.linalg.cholesky(second.double())
@@ -73,8 +78,8 @@ def test_it_comes_to_the_least_squares_scales(line: str) -> None:
     for number in range(scale.numel()):
         only = (torch.arange(scale.numel()) == number).double().reshape(scale.shape)
         columns.append(((values * view.expand(only, shape)) @ root).flatten())
-    best = torch.linalg.lstsq(torch.stack(columns, 1), (w.double() @ root).flatten()).solution
-    found = refined(w, base, quantizer, second, 200)
+    best = torch.linalg.lstsq(torch.stack(columns, 1), (aim.double() @ root).flatten()).solution
+    found = refined(w, base, quantizer, second, 200, drift)
     torch.testing.assert_close(dense(found.params.scale).flatten().double(), best, rtol=1e-3, atol=1e-6)  # type: ignore[arg-type]
 
 
@@ -121,7 +126,7 @@ def run(folder: Path, text: Path, scheme: dict[str, str], *steps: dict[str, Any]
 @pytest.mark.parametrize(
     "before",
     [
-        [{"solver": "gptq"}],
+        [{"solver": "gptq", "inputs": "both"}],
         [{"solver": "rtn"}, {"reconstruction": "mse", "weights": "adaround", "steps": 2}],
     ],
     ids=["gptq", "adaround"],

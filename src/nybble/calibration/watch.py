@@ -174,21 +174,24 @@ def _ask(group: Group, asker: Asker, seen: Seen, gathering: _Gathering, tokens: 
 Inputs = tuple[Quantizer | None, QuantParams | None]
 
 
-def second_moments(window: Window, path: str, layers: Mapping[str, tuple[Target, Inputs]]) -> dict[str, SecondMoment]:
+def layer_moments(
+    window: Window, path: str, layers: Mapping[str, tuple[Target, Inputs]]
+) -> tuple[dict[str, SecondMoment], dict[str, DriftMoments]]:
     """Of the inputs of some layers of a block, run in float; layers that were never called are missing.
 
     Args:
-        window: of one block.
-        path: whose inputs.
+        window: of one block; where both paths are run, what differs between them is gathered too.
+        path: whose inputs, where one is.
         layers: by name, with the quantizer that the input passes first and its parameters.
     """
-    fresh = [
-        (name, SecondMoment(target.shape[1], *inputs, groups=target.groups))
-        for name, (target, inputs) in layers.items()
-    ]
+    both = {"float", "quantized"} <= window.calibration.paths
+    made = {name: (target.shape[1], inputs[0], inputs[1], target.groups) for name, (target, inputs) in layers.items()}
+    moments = {name: SecondMoment(*options) for name, options in made.items()}
+    drifts = {name: DriftMoments(*options) for name, options in made.items()} if both else {}
+    batches = window.batches("quantized" if both else path)
     with window.block.on("float") as module:
-        _watch(module, fresh, [], window.batches(path), window.batches(path))
-    return {name: moment for name, moment in fresh if moment.tokens}
+        _watch(module, [*moments.items(), *drifts.items()], [], batches, window.batches("float"))
+    return {name: moment for name, moment in moments.items() if moment.tokens}, drifts
 
 
 def _ranges(

@@ -26,6 +26,7 @@ class Calibration:
         tokens: how many real tokens the samples have. samples, batches: how many there are.
         device, dtype: of forwards. seed: of every random choice. config: the model's.
         fisher: squared gradients of outputs by a layer's full name, where a step asked for them.
+        paths: the streams that are run; of both, a layer's inputs can be compared.
     """
 
     tokens: int
@@ -36,6 +37,7 @@ class Calibration:
     seed: int
     config: object
     fisher: dict[str, Tensor] = field(default_factory=dict)
+    paths: frozenset[str] = frozenset()
 
 
 Source = Callable[[str, Sequence[int] | None], Iterable[tuple[Sequence[BlockCall], Tensors]]]

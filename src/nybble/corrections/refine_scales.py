@@ -1,8 +1,9 @@
 """Scales once more, with the codes fixed: those that lose least at the layer's output.
 
 With W_hat = S V + o, V the codes' values and one scale a block, the output error ``tr((W - W_hat) H (W - W_hat)^T)``,
-``H = E[x x^T]``, is quadratic in the scales. Scales are visited block by block, and each takes its exact optimum with
-the others where they are,
+``H = E[x x^T]``, is quadratic in the scales. (Where a recipe runs both paths it is ``E|W x_float - W_hat x|^2``, against
+the float network's outputs, with one more linear term.) Scales are visited block by block, and each takes its exact
+optimum with the others where they are,
 
     s_b <- s_b + <V_b, (W - W_hat) H> / tr(V_b H V_b^T)
 
@@ -22,8 +23,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nybble.calibration.error import by_group, relative_error
-from nybble.calibration.watch import second_moments
+from nybble.calibration.error import Drift, by_group, relative_error
+from nybble.calibration.watch import layer_moments
 from nybble.calibration.window import Window
 from nybble.core.errors import DataError, SchemeError
 from nybble.corrections import Correction
@@ -57,13 +58,13 @@ class RefineScales(Correction):
             assert isinstance(layer, QuantLayer) and isinstance(layer.weight, Packed)
             inputs = (None, None) if layer.inputs is None else (layer.inputs.quantizer, layer.inputs.params())
             layers[target.name] = (target, inputs)
-        moments = second_moments(window, path, layers)
+        moments, drifts = layer_moments(window, path, layers)
         for target in targets:
-            moment = moments.pop(target.name, None)
+            moment, drift = moments.pop(target.name, None), drifts.pop(target.name, None)
             second = None if moment is None else moment.mean(f"{window.block.prefix}{target.name}")
-            self._correct(window, target, second)
+            self._correct(window, target, second, None if drift is None else drift.mean())
 
-    def _correct(self, window: Window, target: Target, second: Tensor | None) -> None:
+    def _correct(self, window: Window, target: Target, second: Tensor | None, drift: Drift | None) -> None:
         layer, record = window.block.installed(target), window.block.records[target.name]
         assert isinstance(layer, QuantLayer) and isinstance(layer.weight, Packed)
         truth, base, quantizer = window.block.matrix(target).float(), layer.weight.qtensor(), record.quantizer
@@ -72,15 +73,15 @@ class RefineScales(Correction):
             record.notes.append(f"{why}: its scales stay")
             return
         assert isinstance(base, BlockQTensor)
-        found = refined(truth, base, quantizer, second, self.sweeps)
-        before = relative_error(truth, base.dequantize(), second)
-        after = relative_error(truth, found.dequantize(), second)
+        found = refined(truth, base, quantizer, second, self.sweeps, drift)
+        before = relative_error(truth, base.dequantize(), second, drift)
+        after = relative_error(truth, found.dequantize(), second, drift)
         if not after < before:
             record.notes.append(f"its scales are the best for its codes (output error {before:.3g})")
             return
         layer.weight = Packed(found, layer.weight.dtype)
         plain = quantizer.quantize(truth)
-        record.error, record.rtn_error = after, relative_error(truth, plain.dequantize(), second)
+        record.error, record.rtn_error = after, relative_error(truth, plain.dequantize(), second, drift)
         record.notes.append(f"scales refined: output error {before:.3g} -> {after:.3g}")
 
     def flops(self, rows: int, columns: int) -> float:
@@ -88,8 +89,8 @@ class RefineScales(Correction):
         return 4.0 * self.sweeps * rows * columns**2
 
     def working_bytes(self, rows: int, columns: int) -> int:
-        """Its second moment, as much again for those of the block's other layers, and eight copies of the weight."""
-        return 8 * columns**2 + 32 * rows * columns
+        """Three moments, as much again for those of the block's other layers, and nine copies of the weight."""
+        return 24 * columns**2 + 36 * rows * columns
 
 
 def movable(tensor: QTensor, quantizer: Quantizer) -> bool:
@@ -106,7 +107,14 @@ def movable(tensor: QTensor, quantizer: Quantizer) -> bool:
     return again.spec() == tensor.spec() and all(torch.equal(stored[k], t) for k, t in again.tensors().items())
 
 
-def refined(matrix: Tensor, base: BlockQTensor, quantizer: Quantizer, second: Tensor, sweeps: int) -> BlockQTensor:
+def refined(
+    matrix: Tensor,
+    base: BlockQTensor,
+    quantizer: Quantizer,
+    second: Tensor,
+    sweeps: int,
+    drift: Drift | None = None,
+) -> BlockQTensor:
     """The same codes under better scales.
 
     Args:
@@ -115,6 +123,7 @@ def refined(matrix: Tensor, base: BlockQTensor, quantizer: Quantizer, second: Te
         quantizer: how it is stored.
         second: H, float32 [columns, columns], or [groups, columns, columns].
         sweeps: at most.
+        drift: of the inputs from the float network's; None where W is judged on what it gets.
     """
     raw = quantizer.soften(base.params)
     assert isinstance(raw.scale, Tensor)
@@ -127,13 +136,14 @@ def refined(matrix: Tensor, base: BlockQTensor, quantizer: Quantizer, second: Te
         assert isinstance(found, Tensor | QTensor)
         return dense(found).reshape(-1)
 
+    pull = torch.zeros_like(matrix) if drift is None else (by_group(matrix, second) @ drift.cross).view_as(matrix)
     now = stored(scale)
     parts = list(_apart(base))
     for _ in range(sweeps):
         moved = False
         for owner, rows, columns in parts:
             value = torch.where(owner == rows[:, None], values[:, columns], 0)
-            slope = (by_group(lost, second) @ second[..., columns]).reshape(value.shape)
+            slope = (by_group(lost, second) @ second[..., columns]).reshape(value.shape) + pull[:, columns]
             power = (by_group(value, second) @ second[..., columns, :][..., columns]).reshape(value.shape)
             gain, weight = (_by_block((value * x).sum(1), rows, len(scale)) for x in (slope, power))
             wanted = quantizer.scale.allowed((now + (gain / weight).float()).clamp_min(0))

@@ -70,7 +70,7 @@ class Lane:
         self.calibration = Calibration(
             tokens=0 if job.tokens is None else job.tokens.tokens, samples=samples,
             batches=-(-samples // job.settings.batch), device=job.device, dtype=job.dtype, seed=job.settings.seed,
-            config=job.model.config,
+            config=job.model.config, paths=job.paths,
         )  # fmt: skip
 
     @property
