@@ -1,7 +1,7 @@
 """Scales once more, with the codes fixed: those that lose least at the layer's output.
 
 With W_hat = S V + o, V the codes' values and one scale a block, the output error ``tr((W - W_hat) H (W - W_hat)^T)``,
-``H = E[x x^T]``, is quadratic in the scales. (Where a recipe runs both paths it is ``E|W x_float - W_hat x|^2``, against
+``H = E[x x^T]``, is quadratic in the scales. (Where a recipe runs both paths: ``E|W x_float - W_hat x|^2``, against
 the float network's outputs, with one more linear term.) Scales are visited block by block, and each takes its exact
 optimum with the others where they are,
 
