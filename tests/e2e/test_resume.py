@@ -19,7 +19,8 @@ from tests.e2e.processes import start
 from tests.tiny import save_text, save_tiny
 
 from nybble.checkpoint.parts import MANIFEST, Parts
-from nybble.core.errors import FileError
+from nybble.core.errors import FileError, LearningError
+from nybble.learned.lsq import LearnedScale
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.request import build_recipe
 from nybble.recipe import Recipe, parse_recipe, recipe_names
@@ -161,6 +162,30 @@ def test_stopped_after_every_block(folder: Path, tmp_path: Path, name: str) -> N
         stops += 1
     assert stops >= 3
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_window_whose_training_fails_leaves_what_was_finished(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error names the layer and the folder; once it can go on, it goes on there, to the same bytes."""
+    step = {"reconstruction": "mse", "inputs": "lsq", "steps": 2}
+    recipe = parse_recipe({"name": "failing", "scheme": SCHEME, "steps": [step]})
+    again(folder, tmp_path / "whole", recipe=recipe)
+
+    twin = LearnedScale.estimate
+
+    def fails(self: LearnedScale, x: Any) -> Any:
+        return twin(self, x) * (torch.nan if list((tmp_path / "out.partial").glob("parts/block-0004.json")) else 1)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(LearnedScale, "estimate", fails)
+        match = r"layers\.5\.\S*_proj gives NaN or Inf.*window-0005 is nan at step 0.*stays in .*out\.partial"
+        with pytest.raises(LearningError, match=match):
+            again(folder, out, recipe=recipe)
+    assert len(list((tmp_path / "out.partial").glob("parts/block-*.json"))) == 5 and not out.exists()
+    again(folder, out, recipe=recipe, resume=True)
+    assert files(out) == files(tmp_path / "whole")
 
 
 OPERATIONS = [(Path, "replace"), (Path, "unlink"), (Path, "rename"), (shutil, "rmtree")]

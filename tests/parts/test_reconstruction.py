@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -14,15 +14,17 @@ from nybble.calibration.block import BlockState, Record
 from nybble.calibration.error import relative_error
 from nybble.calibration.trace import HIDDEN, BlockCall, Tensors
 from nybble.calibration.window import Calibration, Window
-from nybble.core.errors import DataError
+from nybble.core.errors import LearningError
 from nybble.learned import make_part
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.fake import FakeLayer
 from nybble.nn.kinds import Quantized, kind_of
 from nybble.qtensor import QuantParams
 from nybble.quantizer import Quantizer
-from nybble.reconstruction.engine import put_twins, reconstruct, settle_twins, twins_of
+from nybble.reconstruction import FLOAT
+from nybble.reconstruction.engine import reconstruct
 from nybble.reconstruction.losses.mse import Mse
+from nybble.reconstruction.twins import put_twins, settle_twins, twins_of
 from nybble.report.record import block_rows
 from nybble.scheme import Rule
 
@@ -43,8 +45,8 @@ class Block(nn.Module):
 class Seen(Mse):
     """Mse that notes what it was asked."""
 
-    def loss(self, output: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
-        ASKED.append((wanted, mask, output.requires_grad))
+    def loss(self, output: Tensor, wanted: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
+        ASKED.append((wanted[FLOAT], mask, output.requires_grad))
         return super().loss(output, wanted, mask)
 
 
@@ -142,7 +144,7 @@ def test_before_and_after_are_means_over_all_batches() -> None:
     found = reconstruct(made.window, options(steps=60, rates={"rounding": 0.05}))
     assert found.kept and found.after < 0.9 * found.before
     losses = [
-        float(Mse.loss(options(), made.window.run(calls, given, "quantized")[HIDDEN], goal, MASK))
+        float(Mse.loss(options(), made.window.run(calls, given, "quantized")[HIDDEN], {FLOAT: goal}, MASK))
         for (calls, given), goal in zip(
             made.window.inputs("quantized"),
             [made.window.run(calls, given, "float")[HIDDEN] for calls, given in made.window.inputs("float")],
@@ -200,7 +202,7 @@ def test_what_is_worse_goes_back() -> None:
     learned, packed = v.detach().clone(), made.states[1].module.get_submodule("layer")
 
     class Backwards(Seen):
-        def loss(self, output: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
+        def loss(self, output: Tensor, wanted: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
             sign = -1 if output.requires_grad else 1  # it learns to be worse
             return sign * super().loss(output, wanted, mask)
 
@@ -236,7 +238,7 @@ def test_a_penalty_is_a_mean_in_units_of_the_loss_at_the_start(monkeypatch: pyte
     progress: list[float] = []
 
     class Flat(Mse):
-        def loss(self, output: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
+        def loss(self, output: Tensor, wanted: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
             return 0 * output.sum() + 5
 
     def penalty(twin: FakeLayer, t: float) -> Tensor:
@@ -283,7 +285,7 @@ def test_nothing_but_the_learned_parts_asks_for_gradients() -> None:
     asked: list[bool] = []
 
     class Noted(Seen):
-        def loss(self, output: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
+        def loss(self, output: Tensor, wanted: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
             if output.requires_grad:
                 asked.extend(norm.weight.requires_grad for norm in norms)
             return super().loss(output, wanted, mask)
@@ -296,15 +298,15 @@ def test_nothing_but_the_learned_parts_asks_for_gradients() -> None:
 
 def test_a_window_that_comes_to_no_number_is_refused() -> None:
     class Broken(Seen):
-        def loss(self, output: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
+        def loss(self, output: Tensor, wanted: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
             found = super().loss(output, wanted, mask)
             return found if output.requires_grad or len(ASKED) <= BATCHES else found * torch.inf
 
-    with pytest.raises(DataError, match=r"the reconstruction of window-0000 came to inf; take smaller rates"):
+    with pytest.raises(LearningError, match=r"the reconstruction of window-0000 came to inf; take smaller rates"):
         reconstruct(Made().window, Broken(weights=make_part("adaround", {}), steps=2))
 
 
 def test_a_loss_of_nothing_is_nothing() -> None:
     """A window of zeros: 0, not NaN."""
     zeros = torch.zeros(2, 4, 8)
-    assert float(Mse.loss(options(), zeros, zeros, MASK)) == 0.0
+    assert float(Mse.loss(options(), zeros, {FLOAT: zeros}, MASK)) == 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ class Record:
         inputs: the quantizer that the input gets, with its parameters where they are static.
         sample: some of the inputs as they came, [tokens, columns].
         changed: a later step changed the weight or the bias, so that error and rtn_error are measured anew.
+        learned: what reconstructions did, in JSON's types (:class:`nybble.report.record.LayerRow`).
     """
 
     target: Target
@@ -44,6 +46,7 @@ class Record:
     inputs: tuple[Quantizer | None, QuantParams | None] = (None, None)
     sample: Tensor | None = None
     changed: bool = False
+    learned: dict[str, Any] | None = None
 
 
 class BlockState:

@@ -34,9 +34,12 @@ class Stream:
         self._whole: dict[str, _Rows] = {}
         self._loose: dict[int, dict[str, Tensor]] = {}
 
-    def begin(self, start: int, calls: Sequence[BlockCall], given: Tensors) -> None:
-        """Take the batch that starts at sample ``start``: its calls, and what its first block is given."""
-        self.calls[start], self._sizes[start] = calls, len(given[HIDDEN])
+    def begin(self, start: int, calls: Sequence[BlockCall], given: Tensors, size: int | None = None) -> None:
+        """Take the batch that starts at sample ``start``: its calls, and what its first block is given.
+
+        ``size``: its samples, where the hidden states' first dimension may be another.
+        """
+        self.calls[start], self._sizes[start] = calls, len(given[HIDDEN]) if size is None else size
         self.write(start, given)
 
     def fork(self, spill: Path | None = None) -> Stream:

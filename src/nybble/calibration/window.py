@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class Calibration:
         device, dtype: of forwards. seed: of every random choice. config: the model's.
         fisher: squared gradients of outputs by a layer's full name, where a step asked for them.
         paths: the streams that are run; of both, a layer's inputs can be compared.
+        spill: leading part of the names of files for what a step keeps of all samples; None keeps it in memory.
     """
 
     tokens: int
@@ -38,6 +40,7 @@ class Calibration:
     config: object
     fisher: dict[str, Tensor] = field(default_factory=dict)
     paths: frozenset[str] = frozenset()
+    spill: Path | None = None
 
 
 Source = Callable[[str, Sequence[int] | None], Iterable[tuple[Sequence[BlockCall], Tensors]]]

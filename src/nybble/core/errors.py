@@ -37,6 +37,10 @@ class DataError(NybbleError):
     """Text or tensors that can't be used: empty, too short, NaN."""
 
 
+class LearningError(DataError):
+    """Training that came to no number."""
+
+
 class ModelError(NybbleError):
     """A model that can't be read or is of a kind that the request can't serve."""
 

@@ -115,6 +115,7 @@ class Part(ABC):
         takes_start: whether it can begin with a solver's parameters.
         registry: where parts are found by name, for options that name one.
         fixes_x: whether the weight stays what it was at :meth:`make`, without a gradient (AdaRound).
+        soft: whether the training formula gives values between those that are stored, so that its loss isn't theirs.
     """
 
     sides: ClassVar[tuple[str, ...]] = (WEIGHTS, ACTIVATIONS)
@@ -122,6 +123,7 @@ class Part(ABC):
     takes_start: ClassVar[bool] = True
     registry: ClassVar[Registry] = REGISTRY
     fixes_x: ClassVar[bool] = False
+    soft: ClassVar[bool] = False
 
     def check(self, quantizer: Quantizer, side: str = WEIGHTS) -> None:
         """Whether it can be learned.

@@ -125,6 +125,7 @@ class AdaRound(Part):
     sides = (WEIGHTS,)
     groups = ("rounding",)
     fixes_x = True
+    soft = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < 1 or self.strength < 0 or not 1 <= self.beta_end <= self.beta_start:

@@ -30,7 +30,7 @@ from nybble.calibration.trace import Tensors
 from nybble.checkpoint.parts import Parts, begun_with
 from nybble.checkpoint.save import keep_record, mark_quantized, model_config, save_side_files
 from nybble.core.device import out_of_memory, require_memory
-from nybble.core.errors import FileError, NybbleError, UsageError
+from nybble.core.errors import FileError, LearningError, NybbleError, UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, check_new_folder
 from nybble.core.progress import Progress, Silent
@@ -88,7 +88,7 @@ def quantize(
 
     Raises:
         NybbleError: bad requests, files, data. Nothing is left behind, but for OUT.partial of a run that was killed,
-            interrupted or stopped by a full disk: ``resume`` goes on from it.
+            interrupted or stopped by a full disk or a training that came to no number: ``resume`` goes on from it.
     """
     started = time.perf_counter()
     made, settings = _asked(recipe, changes, settings, out)
@@ -291,9 +291,12 @@ def _write(
                 parts.assemble(job.part_names(), config, job.manifest(), job.plan.kv)
             return job, [LayerRow.from_dict(row) for row in parts.finish()]
     except NybbleError as error:
-        # A bad request leaves nothing; what could go on once there is room (a full disk) or the same request stays.
-        if not isinstance(error, FileError):
+        # A bad request leaves nothing; what could go on once there is room (a full disk) or the same request stays, and
+        # so do hours of work before a window whose training failed.
+        if not isinstance(error, FileError | LearningError):
             shutil.rmtree(folder.partial, ignore_errors=True)
+        if isinstance(error, LearningError):
+            raise LearningError(f"{error} What was finished before it stays in {folder.partial}.") from error
         raise
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -24,6 +24,11 @@ from nybble.recipe import ROOMS
 
 REGISTRY = Registry(*ROOMS["reconstruction"], lambda part: isinstance(part, type) and issubclass(part, Reconstruction))
 
+FLOAT = "float"
+"""A target: what the float blocks give for what the float network gives them."""
+LOCAL = "local"
+"""A target: what the float blocks give for what the quantized blocks before them give."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction(ABC):
@@ -35,10 +40,22 @@ class Reconstruction(ABC):
             on from what they learned.
         steps: of the optimiser for each window; each takes one batch of calibration samples.
         rates: learning rate by the parts' groups (AdaRound: ``rounding``), and ``default`` for all others.
-        schedule: of the rates: ``cosine`` falls to zero, ``constant`` stays.
+        schedule: of the rates: ``cosine`` and ``linear`` fall, ``constant`` stays. final: the share of a rate that a
+            falling one ends at. warmup: the share of the steps over which rates first rise in a line.
+        optimizer: ``adam``, ``adamw``, or ``sign``: steps of the rate against the sign of each gradient. decay: weight
+            decay of adamw. max_norm: gradients longer than this, all parameters together, are shortened to it.
         feed: the path whose inputs the window gets; what it should give is always what the float network gives.
+        mix: the share of these inputs that is drawn from the float path instead, anew at every step. mix_by: whether
+            elements are drawn, or whole samples.
         penalty: weight of the parts' own penalties (a mean over elements), in units of the loss that the window has at
             the start: AdaRound's strength of 0.01 times 100 is one such loss where nothing is decided yet.
+        precision: ``bfloat16`` computes the products of a float32 model's training steps in it, where the device can;
+            what is learned, and what is judged, stays float32. ``model`` leaves them.
+        keep: the state that training ends with: the ``last``, or the ``best`` seen on the way.
+        every: how often ``best`` looks: at the whole window's loss, as it would be stored, every so many steps; 0: at
+            each step's own loss, over what that batch lost at the start.
+        diverged: training ends early where a round over all batches lost more than this many times what the window
+            lost at the start; 0: never.
     """
 
     weights: Part | None = None
@@ -47,13 +64,32 @@ class Reconstruction(ABC):
     overlap: int = 0
     steps: int = 200
     rates: Mapping[str, float] = field(default_factory=dict)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final: float = 0.0
+    warmup: float = 0.0
+    optimizer: Literal["adam", "adamw", "sign"] = "adam"
+    decay: float = 0.0
+    max_norm: float | None = None
     feed: Literal["float", "quantized"] = "quantized"
+    mix: float = 0.0
+    mix_by: Literal["element", "sample"] = "element"
     penalty: float = 100.0
+    precision: Literal["model", "bfloat16"] = "model"
+    keep: Literal["last", "best"] = "last"
+    every: int = 0
+    diverged: float = 100.0
+
+    targets: ClassVar[tuple[str, ...]] = (FLOAT,)
+    """What the loss compares with: names among :data:`FLOAT` and :data:`LOCAL`, the first of them FLOAT."""
 
     def __post_init__(self) -> None:
         if self.weights is None and self.inputs is None:
             raise SchemeError("a reconstruction learns nothing without a part: name one for weights or inputs.")
+        self._check_numbers()
+        self._check_words()
+        self._check_rates()
+
+    def _check_numbers(self) -> None:
         if self.window < 1 or not 0 <= self.overlap < self.window:
             raise SchemeError(
                 f"window={self.window}, overlap={self.overlap}: a window has at least one block, and at least one that "
@@ -61,6 +97,33 @@ class Reconstruction(ABC):
             )
         if self.steps < 1 or self.penalty < 0:
             raise SchemeError(f"steps={self.steps} must be 1 or more, penalty={self.penalty:g} 0 or more.")
+        for name in ("final", "warmup", "mix"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SchemeError(f"{name} is a share, 0 to 1; got {getattr(self, name):g}.")
+        for name in ("decay", "every", "diverged"):
+            if getattr(self, name) < 0:
+                raise SchemeError(f"{name} is 0 or more; got {getattr(self, name):g}.")
+        if self.max_norm is not None and self.max_norm <= 0:
+            raise SchemeError(f"max_norm={self.max_norm:g} would leave no gradient; give more than 0, or leave it out.")
+
+    def _check_words(self) -> None:
+        """Options that would do nothing, or nothing good, beside others."""
+        if self.final and self.schedule == "constant":
+            raise SchemeError(f"final={self.final:g} is where a rate falls to, and schedule=constant doesn't fall.")
+        if self.decay and self.optimizer != "adamw":
+            raise SchemeError(f"decay={self.decay:g} is for optimizer=adamw; {self.optimizer} has none.")
+        if self.mix and self.feed == "float":
+            raise SchemeError(f"mix={self.mix:g} mixes float inputs into quantized ones; it needs feed=quantized.")
+        if self.every and self.keep != "best":
+            raise SchemeError(f"every={self.every} is how often keep=best looks; add it, or leave every out.")
+        soft = [part_name(part) for part in (self.weights, self.inputs) if part is not None and part.soft]
+        if self.keep == "best" and not self.every and soft:
+            raise SchemeError(
+                f"keep=best: {soft[0]} trains with weights between the values that are stored, so a step's own loss "
+                "says little; give every=N to judge what would be stored."
+            )
+
+    def _check_rates(self) -> None:
         groups = {group for part in (self.weights, self.inputs) if part for group in part.groups}
         if not groups:
             names = " and ".join(part_name(part) for part in (self.weights, self.inputs) if part)
@@ -81,14 +144,14 @@ class Reconstruction(ABC):
     def loss(
         self,
         output: Float[Tensor, " samples *rest"],
-        wanted: Float[Tensor, " samples *rest"],
+        wanted: Mapping[str, Float[Tensor, " samples *rest"]],
         mask: Bool[Tensor, "samples tokens"] | None,
     ) -> Float32[Tensor, ""]:
         """How far a window's output is from the float one; float32 scalar, differentiable.
 
         Args:
             output: [samples, ...] as the window gives it, in the model's dtype.
-            wanted: the same of the float blocks.
+            wanted: by the names of :attr:`targets`, tensors of the same shape.
             mask: bool [samples, tokens], which rows are real; None where all are.
         """
 

@@ -3,6 +3,14 @@
 The window's inputs come from the path that the recipe says, what it should give from the float path. A step takes one
 batch; batches go round in an order that a seed decides. Blocks that stay for the next window keep their twins, and what
 these learned. Where what was reached loses more than the window did at the start, as the solver left it, it goes back.
+
+==============  =====================================================================================
+twins           trainable layers in a block, and back
+targets         what the window should give, for every batch
+optimizing      update rules, learning rates, clipped gradients
+training        the loop over steps; keeping: the best state of it; inputs: what a step is fed
+moves           what it did, as numbers for the report
+==============  =====================================================================================
 """
 
 from __future__ import annotations
@@ -16,74 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nybble.calibration.block import BlockState, Record
-from nybble.calibration.trace import HIDDEN, BlockCall
 from nybble.calibration.window import Window
-from nybble.core.errors import DataError
-from nybble.core.seeds import derive_seed
-from nybble.learned import ACTIVATIONS, WEIGHTS, Learned
-from nybble.learned._fixed import Fixed
-from nybble.nn.activation import ActivationQuantizer
+from nybble.core.errors import LearningError
 from nybble.nn.fake import FakeLayer
-from nybble.nn.kinds import Target
-from nybble.nn.layer import QuantLayer
-from nybble.nn.packed import Packed
-from nybble.qtensor import QTensor
-from nybble.qtensor.block import BlockQTensor
-from nybble.quantizer import Quantizer
-from nybble.reconstruction import Reconstruction
-
-DEFAULT_RATE = 1e-3
-
-
-def put_twins(state: BlockState, targets: Sequence[Target], options: Reconstruction) -> None:
-    """Let a trainable twin stand for each quantized layer whose parts are learned.
-
-    It begins with that one's scales. A learned weight begins at the float one, so GPTQ's codes are not kept.
-    """
-    for target in targets:
-        layer = state.installed(target)
-        if isinstance(layer, QuantLayer):
-            state.replace(target, _twin(state, target, layer, options).eval())  # as it would be stored
-
-
-def _twin(state: BlockState, target: Target, layer: QuantLayer, options: Reconstruction) -> FakeLayer:
-    truth, record = state.matrix(target).float(), state.records[target.name]
-    weights: Learned | None = None
-    if isinstance(layer.weight, Packed):
-        weights = _weights(layer.weight.qtensor(), truth, record, options)
-    inputs: Learned | ActivationQuantizer | None = layer.inputs
-    if options.inputs is not None and layer.inputs is not None and record.sample is not None:
-        start = record.inputs[1]
-        inputs = options.inputs.make(layer.inputs.quantizer, record.sample.float(), start, ACTIVATIONS)
-    like, folded = state.float_module(target.module), state.folded.get(target.name, "")
-    return FakeLayer(like, truth, weights, inputs, layer.outputs, trainable=False, folded=folded)
-
-
-def _weights(packed: QTensor, truth: Tensor, record: Record, options: Reconstruction) -> Learned:
-    """What rounds a weight: the learned part where there is one for it, else the codes as they are."""
-    if options.weights is not None and isinstance(packed, BlockQTensor) and record.quantizer is not None:
-        return options.weights.make(record.quantizer, truth, packed if options.weights.takes_start else None, WEIGHTS)
-    return Fixed(packed, record.quantizer or Quantizer("int8"))
-
-
-def settle_twins(state: BlockState) -> None:
-    """Let the packed layers that the twins of a block come to stand in their place."""
-    for target in state.targets:
-        twin = state.installed(target)
-        if isinstance(twin, FakeLayer):
-            settled = twin.eval().settle()
-            state.replace(target, settled)
-            record = state.records[target.name]
-            record.changed = True
-            if settled.inputs is not None:
-                record.inputs = settled.inputs.quantizer, settled.inputs.params()
-
-
-def twins_of(state: BlockState) -> dict[str, FakeLayer]:
-    """The trainable twins of a block, by the target's name."""
-    found = {target.name: state.installed(target) for target in state.targets}
-    return {name: twin for name, twin in found.items() if isinstance(twin, FakeLayer)}
+from nybble.reconstruction import REGISTRY, Reconstruction
+from nybble.reconstruction.moves import curve, short
+from nybble.reconstruction.targets import Wanted, output_of, wanted_of
+from nybble.reconstruction.training import Trained, train
+from nybble.reconstruction.twins import put_twins, twins_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,36 +46,44 @@ class Outcome:
 def reconstruct(window: Window, options: Reconstruction) -> Outcome:
     """Learn on a window; see the module's docstring.
 
+    Every layer's record gets a note, and in ``learned["windows"]`` the window's name, how many ``blocks`` it has, the
+    ``loss``, ``before`` and ``after`` over all batches, the ``steps`` taken, ``kept`` (``last``, ``start``, or the step
+    that the ``best`` state was at), whether it ``diverged``, the ``precision`` of products where it was another than
+    the model's; and the first layer's record its ``curve``: ``[step, loss]``.
+
     Args:
         window: quantized, with a float path, and the path that ``options.feed`` names.
         options: what to learn, and how.
 
     Raises:
-        DataError: the loss is no number.
+        LearningError: the loss is no number; the window is what it was before then.
     """
-    wanted = _wanted(window)
-    before = _evaluate(window, options, wanted)
-    carried = {twin: _state_of(twin) for state in window.blocks for twin in twins_of(state).values()}
-    for state in window.blocks:
-        put_twins(state, [target for target in state.targets if options.learns(target)], options)
-    twins = [twin for state in window.blocks for twin in twins_of(state).values()]
-    groups = _groups(twins)
-    if not groups:  # a code book, a split tensor: codes as the solver left them
-        _go_back(window, carried)
-        _note(window, options, f"window of {len(window.blocks)}: nothing in it can be learned; as the solver left it")
-        return Outcome(before=before, after=before, kept=False)
-    with torch.enable_grad(), _frozen(window, twins):
-        _train(window, options, wanted, twins, groups, before)
-    after = _evaluate(window, options, wanted)
-    if not math.isfinite(after):
-        raise DataError(f"the reconstruction of {window.part} came to {after}; take smaller rates.")
+    with wanted_of(window, options.targets) as wanted:
+        losses = _evaluate(window, options, wanted)
+        before = sum(losses) / len(losses)
+        carried = {twin: _state_of(twin) for state in window.blocks for twin in twins_of(state).values()}
+        for state in window.blocks:
+            put_twins(state, [target for target in state.targets if options.learns(target)], options)
+        twins = [twin for state in window.blocks for twin in twins_of(state).values()]
+        groups = _groups(twins)
+        if not groups:  # a code book, a split tensor: codes as the solver left them
+            _go_back(window, carried)
+            text = f"window of {len(window.blocks)}: nothing in it can be learned; as the solver left it"
+            _note(window, options, text)
+            return Outcome(before=before, after=before, kept=False)
+        try:
+            with torch.enable_grad(), _frozen(window, twins):
+                trained = train(window, options, wanted, twins, groups, losses, _judge(window, options, wanted))
+            after = _mean(_evaluate(window, options, wanted))
+            if not math.isfinite(after):
+                raise LearningError(f"the reconstruction of {window.part} came to {after}; take smaller rates.")
+        except LearningError:
+            _go_back(window, carried)
+            raise
     kept = after <= before
     if not kept:
         _go_back(window, carried)
-    text = f"window of {len(window.blocks)}: output error {before:.3g} -> {after:.3g}"
-    if not kept:
-        text = f"reconstruction would have raised the window's error ({before:.3g} -> {after:.3g}): went back"
-    _note(window, options, text)
+    _say(window, options, trained, before, after)
     return Outcome(before=before, after=min(before, after), kept=kept)
 
 
@@ -142,30 +98,31 @@ def _go_back(window: Window, carried: Mapping[FakeLayer, Mapping[str, Tensor]]) 
             twin = state.installed(target)
             if isinstance(twin, FakeLayer) and twin in carried:
                 twin.load_state_dict(carried[twin])
+                twin.eval()
             elif isinstance(twin, FakeLayer):
                 state.replace(target, state.packed()[state.place(target)])
 
 
-def _wanted(window: Window) -> list[Tensor]:
-    """What the float blocks give, by batch."""
-    return [_output(window, calls, given, "float") for calls, given in window.inputs("float")]
-
-
-def _output(window: Window, calls: Sequence[BlockCall], given: Mapping[str, Tensor], path: str) -> Tensor:
-    """What comes out of the window; of a whole network that gives several tensors by name, the first."""
-    output: Any = window.run(calls, given, path)[HIDDEN]
-    found: Tensor = next(iter(output.values())) if isinstance(output, Mapping) else output
+@torch.no_grad()
+def _evaluate(window: Window, options: Reconstruction, wanted: Wanted) -> list[float]:
+    """The loss of every batch of the window as it would be stored."""
+    for state in window.blocks:
+        for twin in twins_of(state).values():
+            twin.eval()
+    found = []
+    for number, (calls, given) in enumerate(window.inputs(options.feed)):
+        output = output_of(window, calls, given, "quantized")
+        found.append(float(options.loss(output, wanted[number], calls[0].mask)))
     return found
 
 
-def _evaluate(window: Window, options: Reconstruction, wanted: Sequence[Tensor]) -> float:
-    """The loss over all batches of the window as it would be stored."""
-    total = 0.0
-    _train_mode(window, False)
-    for (calls, given), goal in zip(window.inputs(options.feed), wanted, strict=True):
-        output = _output(window, calls, given, "quantized")
-        total += float(options.loss(output, goal, calls[0].mask))
-    return total / len(wanted)
+def _mean(losses: Sequence[float]) -> float:
+    return sum(losses) / len(losses)
+
+
+def _judge(window: Window, options: Reconstruction, wanted: Wanted) -> Any:
+    """What ``keep=best`` asks every so many steps."""
+    return lambda: _mean(_evaluate(window, options, wanted))
 
 
 def _groups(twins: Sequence[FakeLayer]) -> dict[str, list[nn.Parameter]]:
@@ -175,59 +132,6 @@ def _groups(twins: Sequence[FakeLayer]) -> dict[str, list[nn.Parameter]]:
         for name, parameters in learned.groups().items():
             groups.setdefault(name, []).extend(parameters)
     return groups
-
-
-def _train(
-    window: Window,
-    options: Reconstruction,
-    wanted: Sequence[Tensor],
-    twins: Sequence[FakeLayer],
-    groups: Mapping[str, list[nn.Parameter]],
-    scale: float,
-) -> None:
-    default = options.rates.get("default", DEFAULT_RATE)
-    optimizer = torch.optim.Adam(
-        [{"params": parameters, "lr": options.rates.get(name, default)} for name, parameters in groups.items()]
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(options, step))
-    _train_mode(window, True)
-    for step, (number, calls, given) in enumerate(_rounds(window, options)):
-        output = _output(window, calls, given, "quantized")
-        loss = options.loss(output, wanted[number], calls[0].mask)
-        loss = loss + options.penalty * scale * _penalty(twins, step / options.steps)
-        if not math.isfinite(float(loss.detach())):
-            raise DataError(f"the loss of {window.part} is {float(loss.detach())} at step {step}; take smaller rates.")
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-
-
-def _penalty(twins: Sequence[FakeLayer], t: float) -> Tensor:
-    """The parts' penalties, a mean over all elements that they are sums over."""
-    total = torch.stack([twin.penalty(t) for twin in twins]).sum()
-    return total / sum(twin.weight.shape.numel() for twin in twins)
-
-
-def _rounds(window: Window, options: Reconstruction) -> Iterator[tuple[int, Sequence[BlockCall], dict[str, Tensor]]]:
-    """``steps`` batches with their numbers: all of them in a random order, then again in another."""
-    generator = torch.Generator().manual_seed(derive_seed(window.calibration.seed, window.part, "order"))
-    left = options.steps
-    while left:
-        order = torch.randperm(window.calibration.batches, generator=generator).tolist()[:left]
-        left -= len(order)
-        for number, (calls, given) in zip(order, window.inputs(options.feed, order=order), strict=True):
-            yield number, calls, dict(given)
-
-
-def _rate(options: Reconstruction, step: int) -> float:
-    return 0.5 * (1 + math.cos(math.pi * step / options.steps)) if options.schedule == "cosine" else 1.0
-
-
-def _train_mode(window: Window, on: bool) -> None:
-    for state in window.blocks:
-        for twin in twins_of(state).values():
-            twin.train(on)
 
 
 @contextmanager
@@ -245,8 +149,36 @@ def _frozen(window: Window, twins: Sequence[FakeLayer]) -> Iterator[None]:
             parameter.grad = None
 
 
-def _note(window: Window, options: Reconstruction, text: str) -> None:
+def _say(window: Window, options: Reconstruction, trained: Trained, before: float, after: float) -> None:
+    """What was done, to people and to the report."""
+    kept: str | int = "start" if after > before else "last" if trained.best is None else trained.best
+    text = f"window of {len(window.blocks)}: output error {before:.3g} -> {after:.3g}"
+    if kept == "start":
+        text = f"reconstruction would have raised the window's error ({before:.3g} -> {after:.3g}): went back"
+    elif trained.best is not None:
+        text += f", the best state, of step {trained.best} of {len(trained.losses)}"
+    if trained.diverged:
+        text += f"; it diverged and was stopped at step {len(trained.losses)} of {options.steps}"
+    entry: dict[str, Any] = {
+        "window": window.part, "blocks": len(window.blocks), "loss": REGISTRY.key_of(options),
+        "before": short(before), "after": short(after), "steps": len(trained.losses), "kept": kept,
+        "diverged": trained.diverged,
+    }  # fmt: skip
+    if trained.precision is not None:
+        entry["precision"] = str(trained.precision).removeprefix("torch.")
+    first = {**entry, "curve": curve(trained.losses)}
+    for record in _note(window, options, text):
+        found = record.learned or {}
+        record.learned = {**found, "windows": [*found.get("windows", ()), first]}
+        first = entry
+
+
+def _note(window: Window, options: Reconstruction, text: str) -> list[Any]:
+    """Add a note to the records of what is learned; returns them."""
+    found = []
     for state in window.blocks:
         for target in state.targets:
             if options.learns(target) and target.name in state.records:
                 state.records[target.name].notes.append(text)
+                found.append(state.records[target.name])
+    return found

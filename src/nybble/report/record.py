@@ -33,6 +33,8 @@ class LayerRow:
         clip: smallest, middle and largest of the rows' clip values, over the row's largest magnitude; if searched.
         notes: fallbacks. weight_picture, input_picture: see :mod:`nybble.report.portrait`; the latter where
             calibration ran the layer.
+        learned: what reconstructions did, or None: ``windows``, one entry each (``reconstruction.engine.reconstruct``
+            says what it holds), and what ``reconstruction.moves.moves`` says of the layer that came out.
     """
 
     name: str
@@ -48,12 +50,16 @@ class LayerRow:
     input_shifts: tuple[int, ...] | None = None
     clip: tuple[float, float, float] | None = None
     notes: tuple[str, ...] = ()
+    learned: dict[str, Any] | None = None
     weight_picture: dict[str, Any] | None = None
     input_picture: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """As JSON; ``learned`` only where something was."""
+        found = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        if self.learned is None:
+            del found["learned"]
+        return found
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> LayerRow:
@@ -125,6 +131,7 @@ def _row(state: BlockState, name: str, record: Record) -> LayerRow:
         weight_picture=None if found is None or matrix is None else weight_picture(matrix, found),
         input_picture=None if record.sample is None else input_picture(record.sample, quantizer, params),
         notes=tuple(record.notes),
+        learned=record.learned,
     )
 
 

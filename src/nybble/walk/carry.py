@@ -24,7 +24,7 @@ from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import describe, restore
 from nybble.nn.layouts import Layouts
 from nybble.quantizer import Quantizer
-from nybble.reconstruction.engine import put_twins, twins_of
+from nybble.reconstruction.twins import put_twins, twins_of
 from nybble.walk.blocks import put
 from nybble.walk.job import Job
 
@@ -114,7 +114,7 @@ def _plain(record: Record) -> dict[str, Any]:
     return {
         "quantizer": None if record.quantizer is None else str(record.quantizer), "number": record.number,
         "stored": record.stored, "error": record.error, "rtn_error": record.rtn_error,
-        "notes": record.notes, "changed": record.changed,
+        "notes": record.notes, "changed": record.changed, "learned": record.learned,
     }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from nybble.checkpoint.parts import SPILL, Parts
 from nybble.core.errors import DataError
 from nybble.core.seeds import derive_seed
 from nybble.nn.swap import hold_dense
-from nybble.reconstruction.engine import settle_twins
+from nybble.reconstruction.twins import settle_twins
 from nybble.report.record import LayerRow, block_rows
 from nybble.walk.blocks import load_block, load_outside, outside_state, release
 from nybble.walk.carry import Carry
@@ -71,6 +71,7 @@ class Lane:
             tokens=0 if job.tokens is None else job.tokens.tokens, samples=samples,
             batches=-(-samples // job.settings.batch), device=job.device, dtype=job.dtype, seed=job.settings.seed,
             config=job.model.config, paths=job.paths,
+            config=job.model.config, spill=None if spill is None else spill / f"{SPILL}wanted",
         )  # fmt: skip
 
     @property

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from nybble.reconstruction import Reconstruction
+from nybble.reconstruction import FLOAT, Reconstruction
+from nybble.reconstruction.losses._rows import real_rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mse(Reconstruction):
     """``|y - y_float|^2 / |y_float|^2`` over all real rows of a batch; the engine's options are its own."""
 
-    def loss(self, output: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
-        output, wanted = output.float(), wanted.float()
-        if mask is not None and output.shape[:2] == mask.shape:
-            output, wanted = output[mask], wanted[mask]
-        return (output - wanted).square().sum() / wanted.square().sum().clamp(min=1e-20)
+    def loss(self, output: Tensor, wanted: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:  # noqa: D102
+        return relative(*real_rows(output, wanted[FLOAT], mask))
+
+
+def relative(output: Tensor, wanted: Tensor) -> Tensor:
+    """``|y - y_float|^2 / |y_float|^2``; 0 where all is 0."""
+    return (output - wanted).square().sum() / wanted.square().sum().clamp(min=1e-20)
 
 
 PART = Mse

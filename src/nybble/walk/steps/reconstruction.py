@@ -56,6 +56,7 @@ class ReconstructionStep(BlockStep):
         elements = sum(t.shape[0] * t.shape[1] for t in targets if self.reconstruction.learns(t))
         width = sum(sum(t.shape) for t in targets)
         kept = load.samples * load.seq_len * max((t.shape[1] for t in targets), default=0) * load.dtype.itemsize
+        kept = 0 if load.spilled else kept * len(self.reconstruction.targets)
         running = load.tokens * width * (2 * load.dtype.itemsize + 8)
         passes = 3 * self.reconstruction.steps * load.tokens + 3 * load.samples * load.seq_len
         hop = self.window - self.overlap

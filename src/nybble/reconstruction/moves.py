@@ -1,0 +1,71 @@
+"""What learning did, as plain numbers: for the manifest's rows, from which the report draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from nybble.nn.layer import QuantLayer
+from nybble.nn.packed import Packed
+from nybble.qtensor import QTensor, dense
+from nybble.qtensor.block import BlockQTensor
+from nybble.quantizer import Quantizer
+
+POINTS = 40
+"""Of a loss curve, at most."""
+
+
+def moves(weight: Tensor, quantizer: Quantizer | None, began: QuantLayer, settled: QuantLayer) -> dict[str, Any]:
+    """How far a layer went from what the solver left.
+
+    Args:
+        weight: the float one, float32 [out, in].
+        quantizer: what it is rounded with; None where it stays in float.
+        began: the packed layer that its twin began from.
+        settled: the one that it came to.
+
+    Returns:
+        Those that can be said: ``left_nearest``, the share of weights that are not what rounding the float weight to
+        nearest gives with the settled layer's own scales; ``scales`` and ``input_scales``, the smallest, median and
+        largest ratio of a scale to what it was; ``zero_points``, the share of zero points that changed.
+    """
+    found: dict[str, Any] = {}
+    if isinstance(began.weight, Packed) and isinstance(settled.weight, Packed) and quantizer is not None:
+        was, now = began.weight.qtensor(), settled.weight.qtensor()
+        if isinstance(was, BlockQTensor) and isinstance(now, BlockQTensor):
+            nearest = quantizer.quantize(weight, now.params).dequantize()
+            found["left_nearest"] = short(float((now.dequantize() != nearest).float().mean()))
+            found |= _ratios("scales", was.params.scale, now.params.scale)
+            if was.params.zero_point is not None and now.params.zero_point is not None:
+                moved = dense(was.params.zero_point) != dense(now.params.zero_point)
+                found["zero_points"] = short(float(moved.float().mean()))
+    if began.inputs is not None and settled.inputs is not None:
+        before, after = began.inputs.params(), settled.inputs.params()
+        if before is not None and after is not None:
+            found |= _ratios("input_scales", before.scale, after.scale)
+    return found
+
+
+def curve(losses: Sequence[float]) -> list[list[float]]:
+    """A few dozen points ``[step, loss]`` of the losses of all steps: each the mean of as many neighbours."""
+    width = -(-len(losses) // POINTS) if losses else 1
+    pieces = [(start, losses[start : start + width]) for start in range(0, len(losses), width)]
+    return [[start + (len(piece) - 1) / 2, short(sum(piece) / len(piece))] for start, piece in pieces]
+
+
+def short(value: float) -> float:
+    """Four digits: enough to draw, and a manifest stays small."""
+    return float(f"{value:.4g}")
+
+
+def _ratios(name: str, was: Any, now: Any) -> dict[str, list[float]]:
+    if not all(isinstance(scale, Tensor | QTensor) for scale in (was, now)):
+        return {}  # factors of a scale, or none
+    before, after = dense(was).flatten(), dense(now).flatten()
+    real = before != 0
+    if before.shape != after.shape or not bool(real.any()):
+        return {}
+    ratio = (after[real] / before[real]).sort().values
+    return {name: [short(float(ratio[place])) for place in (0, (len(ratio) - 1) // 2, -1)]}

@@ -1,0 +1,67 @@
+"""What a window should give: the float blocks' outputs for every batch, in memory or, like hidden states, in files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from nybble.calibration.streams import Stream
+from nybble.calibration.trace import HIDDEN, BlockCall
+from nybble.calibration.window import Window
+from nybble.reconstruction import FLOAT, LOCAL
+
+_PATHS = {FLOAT: "float", LOCAL: "quantized"}
+"""Of each target, the path whose inputs the float blocks get."""
+
+
+class Wanted:
+    """Targets by batch.
+
+    Args:
+        stream: of the targets, in order of the batches. names: which there are.
+    """
+
+    def __init__(self, stream: Stream, names: Sequence[str]) -> None:
+        self._stream, self._names, self._starts = stream, names, list(stream)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        """Of one batch, by name."""
+        found = self._stream.read(self._starts[number])
+        return {name: found[HIDDEN if name == FLOAT else name] for name in self._names}
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+
+@contextmanager
+def wanted_of(window: Window, names: Sequence[str]) -> Iterator[Wanted]:
+    """The targets of these names, over all batches; files that hold them go with the context.
+
+    Every target is a pass of the float blocks: over what the float network gives them (``float``), or over what the
+    quantized blocks before them give (``local``).
+    """
+    calibration = window.calibration
+    stream = Stream(calibration.samples, calibration.device, calibration.spill)
+    try:
+        for name in names:
+            start = 0
+            for calls, given in window.inputs(_PATHS[name]):
+                output, size = output_of(window, calls, given, "float"), len(given[HIDDEN])
+                if name == FLOAT:
+                    stream.begin(start, calls, {HIDDEN: output}, size)
+                else:
+                    stream.write(start, {name: output})
+                start += size
+        yield Wanted(stream, names)
+    finally:
+        stream.close()
+
+
+def output_of(window: Window, calls: Sequence[BlockCall], given: Mapping[str, Tensor], path: str) -> Tensor:
+    """What comes out of the window; of a whole network that gives several tensors by name, the first."""
+    output: Any = window.run(calls, given, path)[HIDDEN]
+    found: Tensor = next(iter(output.values())) if isinstance(output, Mapping) else output
+    return found

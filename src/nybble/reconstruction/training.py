@@ -1,0 +1,148 @@
+"""The loop over steps: batch after batch, until the steps are done or it diverges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from nybble.calibration.trace import BlockCall
+from nybble.calibration.window import Window
+from nybble.core.errors import LearningError
+from nybble.nn.fake import FakeLayer
+from nybble.reconstruction import Reconstruction
+from nybble.reconstruction.inputs import rounds
+from nybble.reconstruction.keeping import Best
+from nybble.reconstruction.optimizing import Mover
+from nybble.reconstruction.targets import Wanted, output_of
+from nybble.reconstruction.twins import twins_of
+
+
+@dataclass(kw_only=True)
+class Trained:
+    """What training came to.
+
+    Attributes:
+        losses: of every step's batch, without penalties.
+        best: the step whose state it ended with, where that was chosen and isn't the last.
+        diverged: whether it was stopped.
+        precision: of products, where it was another than the model's.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    best: int | None = None
+    diverged: bool = False
+    precision: torch.dtype | None = None
+
+
+def train(
+    window: Window,
+    options: Reconstruction,
+    wanted: Wanted,
+    twins: Sequence[FakeLayer],
+    groups: Mapping[str, list[nn.Parameter]],
+    before: Sequence[float],
+    judge: Callable[[], float],
+) -> Trained:
+    """Move what the twins learn.
+
+    Args:
+        window: with its twins in place.
+        options: of the engine.
+        wanted: targets by batch.
+        twins: all that the window has.
+        groups: their parameters by learning-rate group.
+        before: each batch's loss at the start.
+        judge: the window's loss over all batches as it would be stored; leaves the twins in eval mode.
+
+    Raises:
+        LearningError: a loss is no number; names the layer whose output is none.
+    """
+    scale, mover, trained = sum(before) / len(before), Mover(groups, options), Trained()
+    best = Best(mover.parameters)
+    trained.precision = _precision(window, options)
+    _train_mode(twins)
+    for step, (number, calls, given) in enumerate(rounds(window, options)):
+        with _products(window, trained.precision):
+            output = output_of(window, calls, given, "quantized")
+        error = options.loss(output, wanted[number], calls[0].mask)
+        loss = error + options.penalty * scale * _penalty(twins, step / options.steps)
+        if not math.isfinite(float(loss.detach())):
+            raise LearningError(_failure(window, calls, given, float(loss.detach()), step))
+        trained.losses.append(float(error.detach()))
+        if options.keep == "best" and not options.every:
+            best.see(trained.losses[-1] / (before[number] or 1.0), step)
+        mover.move(loss)
+        if options.every and (step + 1) % options.every == 0 and step + 1 < options.steps:
+            best.see(judge(), step + 1)
+            _train_mode(twins)
+        if _diverges(options, trained.losses, scale, len(before)):
+            trained.diverged = True
+            break
+    if options.every:
+        best.see(judge(), len(trained.losses))
+    if 0 <= best.step < len(trained.losses):
+        best.restore()
+        trained.best = best.step
+    return trained
+
+
+def _penalty(twins: Sequence[FakeLayer], t: float) -> Tensor:
+    """The parts' penalties, a mean over all elements that they are sums over."""
+    total = torch.stack([twin.penalty(t) for twin in twins]).sum()
+    return total / sum(twin.weight.shape.numel() for twin in twins)
+
+
+def _train_mode(twins: Sequence[FakeLayer]) -> None:
+    for twin in twins:
+        twin.train()
+
+
+def _diverges(options: Reconstruction, losses: Sequence[float], start: float, batches: int) -> bool:
+    """Whether the round over all batches that ends here lost far more than the window at the start."""
+    if not options.diverged or not start or len(losses) % batches:
+        return False
+    return sum(losses[-batches:]) / batches > options.diverged * start
+
+
+def _precision(window: Window, options: Reconstruction) -> torch.dtype | None:
+    """bfloat16 where it is asked for, the model is in float32, and the device has it; None: as the model."""
+    device = window.calibration.device
+    if options.precision == "model" or window.calibration.dtype != torch.float32:
+        return None
+    has = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.bfloat16 if has else None
+
+
+def _products(window: Window, precision: torch.dtype | None) -> AbstractContextManager[object]:
+    if precision is None:
+        return nullcontext()
+    # no cache: twins make their weights anew in every forward
+    return torch.autocast(window.calibration.device.type, precision, cache_enabled=False)
+
+
+def _failure(window: Window, calls: Sequence[BlockCall], given: Mapping[str, Tensor], loss: float, step: int) -> str:
+    """Which layer gives something that is no number, of a batch whose loss is none."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def see(_: nn.Module, __: object, output: object) -> None:
+            if not found and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+                found.append(name)
+
+        return see
+
+    named = [(f"{state.prefix}{name}", twin) for state in window.blocks for name, twin in twins_of(state).items()]
+    handles = [twin.register_forward_hook(watch(name)) for name, twin in named]
+    try:
+        with torch.no_grad():
+            output_of(window, calls, given, "quantized")
+    finally:
+        for handle in handles:
+            handle.remove()
+    where = f"{found[0]} gives NaN or Inf, so " if found else ""
+    return f"{where}the loss of {window.part} is {loss} at step {step}; take smaller rates."

@@ -1,0 +1,75 @@
+"""Trainable twins in a block: put where quantized layers stand, found, and settled into packed layers again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from nybble.calibration.block import BlockState, Record
+from nybble.learned import ACTIVATIONS, WEIGHTS, Learned
+from nybble.learned._fixed import Fixed
+from nybble.nn.activation import ActivationQuantizer
+from nybble.nn.fake import FakeLayer
+from nybble.nn.kinds import Target
+from nybble.nn.layer import QuantLayer
+from nybble.nn.packed import Packed
+from nybble.qtensor import QTensor
+from nybble.qtensor.block import BlockQTensor
+from nybble.quantizer import Quantizer
+from nybble.reconstruction import Reconstruction
+from nybble.reconstruction.moves import moves
+
+
+def put_twins(state: BlockState, targets: Sequence[Target], options: Reconstruction) -> None:
+    """Let a trainable twin stand for each quantized layer whose parts are learned.
+
+    It begins with that one's scales. A learned weight begins at the float one, so GPTQ's codes are not kept.
+    """
+    for target in targets:
+        layer = state.installed(target)
+        if isinstance(layer, QuantLayer):
+            state.replace(target, _twin(state, target, layer, options).eval())  # as it would be stored
+
+
+def _twin(state: BlockState, target: Target, layer: QuantLayer, options: Reconstruction) -> FakeLayer:
+    truth, record = state.matrix(target).float(), state.records[target.name]
+    weights: Learned | None = None
+    if isinstance(layer.weight, Packed):
+        weights = _weights(layer.weight.qtensor(), truth, record, options)
+    inputs: Learned | ActivationQuantizer | None = layer.inputs
+    if options.inputs is not None and layer.inputs is not None and record.sample is not None:
+        start = record.inputs[1]
+        inputs = options.inputs.make(layer.inputs.quantizer, record.sample.float(), start, ACTIVATIONS)
+    like, folded = state.float_module(target.module), state.folded.get(target.name, "")
+    return FakeLayer(like, truth, weights, inputs, layer.outputs, trainable=False, folded=folded)
+
+
+def _weights(packed: QTensor, truth: Tensor, record: Record, options: Reconstruction) -> Learned:
+    """What rounds a weight: the learned part where there is one for it, else the codes as they are."""
+    if options.weights is not None and isinstance(packed, BlockQTensor) and record.quantizer is not None:
+        return options.weights.make(record.quantizer, truth, packed if options.weights.takes_start else None, WEIGHTS)
+    return Fixed(packed, record.quantizer or Quantizer("int8"))
+
+
+def settle_twins(state: BlockState) -> None:
+    """Let the packed layers that the twins of a block come to stand in their place."""
+    for target in state.targets:
+        twin = state.installed(target)
+        if isinstance(twin, FakeLayer):
+            began = state.packed()[state.place(target)]
+            settled = twin.eval().settle()
+            state.replace(target, settled)
+            record = state.records[target.name]
+            record.changed = True
+            if isinstance(began, QuantLayer):
+                found = moves(state.matrix(target).float(), record.quantizer, began, settled)
+                record.learned = {**(record.learned or {}), **found}
+            if settled.inputs is not None:
+                record.inputs = settled.inputs.quantizer, settled.inputs.params()
+
+
+def twins_of(state: BlockState) -> dict[str, FakeLayer]:
+    """The trainable twins of a block, by the target's name."""
+    found = {target.name: state.installed(target) for target in state.targets}
+    return {name: twin for name, twin in found.items() if isinstance(twin, FakeLayer)}
