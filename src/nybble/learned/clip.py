@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from nybble.core.errors import SchemeError
 from nybble.learned import WEIGHTS, Learned, Part
 from nybble.learned._reaching import reaching
-from nybble.ops.scaling import divided, guarded
+from nybble.learned._share import shared_range
 from nybble.qtensor import QTensor, QuantParams
 from nybble.quantizer import Quantizer
-from nybble.scales import BlockParams
 from nybble.scales.absmax import AbsMax
-from nybble.scales.minmax import MinMax, fit_range
+from nybble.scales.minmax import MinMax
 
 
 class LearnedRange(Learned):
@@ -49,25 +48,7 @@ class LearnedRange(Learned):
 
     def params(self, x: Tensor) -> QuantParams:
         """Raw parameters for the weight ``x``, with gradients to gamma, beta and x."""
-        quantizer, shape = self.quantizer, self.gamma.shape
-        blocks = quantizer.granularity.to_blocks(x).float()
-        mask = quantizer.granularity.mask(x.shape, x.device)
-        above = blocks if mask is None else torch.where(mask, blocks, -torch.inf)
-        below = blocks if mask is None else torch.where(mask, blocks, torch.inf)
-        high = torch.sigmoid(self.gamma).reshape(-1, 1) * above.amax(1, keepdim=True)
-        low = torch.sigmoid(self.beta).reshape(-1, 1) * below.amin(1, keepdim=True)
-        rule = quantizer.scale
-        if isinstance(rule, MinMax):
-            found = fit_range(low, high, quantizer.format, rule.offset)
-        else:
-            assert isinstance(rule, AbsMax)
-            target = rule.target or quantizer.format.absmax
-            found = BlockParams(divided(torch.maximum(high.abs(), low.abs()), target))
-        scale = found.scale.reshape(shape)
-        if isinstance(quantizer.scale_format, str):
-            scale = guarded(scale, quantizer.format)
-        zero, offset = (None if v is None else v.reshape(shape) for v in (found.zero_point, found.offset))
-        return QuantParams(scale, zero, offset)
+        return shared_range(self.quantizer, x, torch.sigmoid(self.gamma), torch.sigmoid(self.beta))
 
     def estimate(self, x: Tensor) -> Tensor:  # noqa: D102
         return self.quantizer.soft(x, self.params(x), reaching)
