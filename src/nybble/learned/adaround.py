@@ -23,13 +23,12 @@ from torch import Tensor, nn
 
 from nybble.core.errors import SchemeError
 from nybble.learned import WEIGHTS, Learned, Part
+from nybble.learned._fraction import fractions
 from nybble.learned._held import Held
-from nybble.learned._rectified import annealed, decisiveness, logits_of, rectified
+from nybble.learned._rectified import annealed, decisiveness, rectified
 from nybble.ops.grid import Grid
 from nybble.qtensor import QTensor, QuantParams, scale_blocks
 from nybble.quantizer import Quantizer
-
-_BELOW = -1e-6  # a V that is just down
 
 
 class UpOrDown(Learned):
@@ -50,29 +49,16 @@ class UpOrDown(Learned):
         self.step: Tensor | None
         self.register_buffer("step", step if options.scale_aware else None)
 
-    @torch.no_grad()
     def _begin(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """V / step that makes h the weight's fraction, and the step (1 unless scale-aware); both of the shape of x."""
-        granularity, shape = self.quantizer.granularity, tuple(x.shape)
-        found: list[Tensor] = []
-
-        def look(y: Tensor, grid: Grid) -> Tensor:
-            lower, upper = grid.neighbours(y)
-            clipped = lower == upper
-            gap = torch.where(clipped, 1.0, upper - lower)
-            v = logits_of(torch.where(clipped, 0.0, (y - lower) / gap).clamp(0, 1))
-            up = (grid.nearest(y) == upper) & ~clipped
-            found.extend((torch.where(up, v.clamp(min=0), v.clamp(max=_BELOW)), gap))
-            return lower
-
-        self.quantizer.soft(x.float(), self.held.params(), look)
-        v, gap = found
+        v, gap = fractions(self.quantizer, x, self.held.params())
         if not self.options.scale_aware:
-            gap = torch.ones_like(gap)
-        else:
-            scale = self.quantizer.harden(self.held.params()).scale
-            gap = gap if scale is None else scale_blocks(gap, scale, granularity, shape).abs()
-        return granularity.from_blocks(v, shape), granularity.from_blocks(gap, shape)
+            return v, torch.ones_like(gap)
+        scale, granularity, shape = self.quantizer.harden(self.held.params()).scale, self.quantizer.granularity, x.shape
+        if scale is None:
+            return v, gap
+        blocks = scale_blocks(granularity.to_blocks(gap), scale, granularity, tuple(shape)).abs()
+        return v, granularity.from_blocks(blocks, tuple(shape))
 
     def h(self) -> Tensor:
         """0 (down) to 1 (up) for each weight; float32, shape of the weight."""

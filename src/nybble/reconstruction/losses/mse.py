@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nybble.reconstruction import FLOAT, Reconstruction
-from nybble.reconstruction.losses._rows import real_rows
+from nybble.reconstruction.losses._errors import real_rows, relative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +17,6 @@ class Mse(Reconstruction):
 
     def loss(self, output: Tensor, wanted: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:  # noqa: D102
         return relative(*real_rows(output, wanted[FLOAT], mask))
-
-
-def relative(output: Tensor, wanted: Tensor) -> Tensor:
-    """``|y - y_float|^2 / |y_float|^2``; 0 where all is 0."""
-    return (output - wanted).square().sum() / wanted.square().sum().clamp(min=1e-20)
 
 
 PART = Mse

@@ -1,0 +1,35 @@
+"""The direction of outputs alone: the negative logarithm of their cosine with the float ones.
+
+    L = mean over tokens of -log(max(cos(y, y_float), 1e-4))
+
+As in PTQ1.61 and others beside the squared error. Tokens whose float output is 0 have no direction and are left out. A
+cosine of 0 or less has no logarithm: it counts as 1e-4, without a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nybble.reconstruction import FLOAT, Reconstruction
+from nybble.reconstruction.losses._errors import real_vectors
+
+LEAST = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineLog(Reconstruction):
+    """The engine's options are its own."""
+
+    def loss(self, output: Tensor, wanted: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:  # noqa: D102
+        given, goal = real_vectors(output, wanted[FLOAT], mask)
+        cosine = functional.cosine_similarity(given, goal, -1).clamp(min=LEAST)
+        real = goal.abs().amax(-1) > 0
+        return -torch.where(real, cosine.log(), 0.0).sum() / real.sum().clamp(min=1)
+
+
+PART = CosineLog

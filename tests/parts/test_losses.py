@@ -1,0 +1,102 @@
+"""Reconstruction losses: torch's own functions, padding left out, gradients that point to the target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nybble.core.errors import SchemeError
+from nybble.reconstruction import FLOAT, LOCAL, REGISTRY, make_reconstruction
+
+MASK = torch.tensor([[True, True, False], [True, False, False]])
+
+
+def loss(name: str, output: Tensor, wanted: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+    made = make_reconstruction(name, {"weights": "adaround", **options})
+    found = made.loss(output, dict.fromkeys(made.targets, wanted), mask)
+    assert found.dtype == torch.float32 and found.shape == ()
+    return found
+
+
+def torchs(name: str, output: Tensor, wanted: Tensor) -> Tensor:
+    """Of [vectors, features], float32."""
+    if name == "mse":
+        return functional.mse_loss(output, wanted) / wanted.square().mean()
+    if name == "cosine-log":
+        return -functional.cosine_similarity(output, wanted, -1).log().mean()
+    if name == "l2-kl":
+        divergence = functional.kl_div(output.log_softmax(-1), wanted.softmax(-1), reduction="batchmean")
+        return functional.mse_loss(output, wanted, reduction="sum") / len(output) + divergence
+    assert name == "two-target"
+    return 2 * torchs("mse", output, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", REGISTRY.names())
+def test_equals_torchs_own(name: str, dtype: torch.dtype) -> None:
+    wanted = torch.randn(2, 3, 16).to(dtype)
+    output = (wanted + 0.3 * torch.randn(2, 3, 16)).to(dtype)
+    for mask in (None, MASK):
+        rows = [t.float().reshape(-1, 16) if mask is None else t.float()[mask] for t in (output, wanted)]
+        torch.testing.assert_close(loss(name, output, wanted, mask), torchs(name, *rows), rtol=1e-5, atol=1e-6)
+    changed = torch.where(MASK[..., None], output, 7.0)
+    assert torch.equal(loss(name, changed, wanted, MASK), loss(name, output, wanted, MASK))
+
+
+@pytest.mark.parametrize("name", REGISTRY.names())
+def test_images_have_a_vector_a_place(name: str) -> None:
+    wanted = torch.randn(2, 8, 3, 3)
+    output = wanted + 0.3 * torch.randn(2, 8, 3, 3)
+    rows = [t.movedim(1, -1).reshape(-1, 8) for t in (output, wanted)]
+    torch.testing.assert_close(loss(name, output, wanted, MASK), torchs(name, *rows), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", REGISTRY.names())
+def test_least_at_the_target_and_finite_everywhere(name: str) -> None:
+    """0 there (CBQ's check 5), without a gradient; a step against the gradient comes nearer; zeros are no NaN."""
+    wanted = torch.randn(2, 3, 16)
+    at = wanted.clone().requires_grad_()
+    least = loss(name, at, wanted)
+    least.backward()  # type: ignore[no-untyped-call]
+    assert float(least.detach()) == pytest.approx(0, abs=1e-6)
+    assert at.grad is not None and at.grad.abs().max() < 1e-6
+    off = (wanted + 0.3 * torch.randn(2, 3, 16)).requires_grad_()
+    first = loss(name, off, wanted)
+    first.backward()  # type: ignore[no-untyped-call]
+    assert off.grad is not None and float(first.detach()) > 0
+    nearer = loss(name, off.detach() - 0.01 * off.grad / off.grad.norm(), wanted)
+    assert float(nearer) < float(first.detach())
+    zeros = torch.zeros(2, 3, 16, requires_grad=True)
+    nothing = loss(name, zeros, torch.zeros(2, 3, 16))
+    nothing.backward()  # type: ignore[no-untyped-call]
+    assert float(nothing.detach()) == 0 and zeros.grad is not None and zeros.grad.isfinite().all()
+    opposite = loss(name, -wanted, wanted)
+    assert bool(opposite.isfinite()) and float(opposite) > 0
+
+
+def test_two_targets_are_weighed_and_either_may_go() -> None:
+    """CBQ's check 7, and both errors."""
+    wanted, other = torch.randn(2, 2, 3, 16)
+    output = torch.randn(2, 3, 16)
+    both = {FLOAT: wanted, LOCAL: other}
+    for error in ("mse", "l2-kl"):
+
+        def weighed(a: float, b: float, error: str = error) -> Tensor:
+            options = {"weights": "adaround", "error": error, "accumulated": a, "local": b}
+            return make_reconstruction("two-target", options).loss(output, both, None)
+
+        one, two = (loss(error, output, target) for target in (wanted, other))
+        torch.testing.assert_close(weighed(1, 0), one)
+        torch.testing.assert_close(weighed(0, 1), two)
+        torch.testing.assert_close(weighed(0.5, 2), 0.5 * one + 2 * two)
+        assert one != two
+    for options, said in (
+        ({"accumulated": 0.0, "local": 0.0}, "one of them is more"), ({"local": -1.0}, "0 or more"),
+        ({"feed": "float"}, "use mse"),
+    ):  # fmt: skip
+        with pytest.raises(SchemeError, match=f"two-target.*{said}"):
+            make_reconstruction("two-target", {"weights": "adaround", **options})
