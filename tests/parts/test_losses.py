@@ -10,20 +10,25 @@ from torch import Tensor
 from torch.nn import functional
 
 from nybble.core.errors import SchemeError
-from nybble.reconstruction import FLOAT, LOCAL, REGISTRY, make_reconstruction
+from nybble.reconstruction import FISHER, FLOAT, LOCAL, REGISTRY, make_reconstruction
 
 MASK = torch.tensor([[True, True, False], [True, False, False]])
 
 
 def loss(name: str, output: Tensor, wanted: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
     made = make_reconstruction(name, {"weights": "adaround", **options})
-    found = made.loss(output, dict.fromkeys(made.targets, wanted), mask)
+    weight = torch.linspace(0.5, 1.5, wanted.numel()).reshape(wanted.shape)
+    given = {target: weight if target == FISHER else wanted for target in made.targets}
+    found = made.loss(output, given, mask)
     assert found.dtype == torch.float32 and found.shape == ()
     return found
 
 
-def torchs(name: str, output: Tensor, wanted: Tensor) -> Tensor:
+def torchs(name: str, output: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
     """Of [vectors, features], float32."""
+    if name == "fisher":
+        zero = torch.zeros_like(wanted)
+        return functional.mse_loss(output, wanted, weight=weight) / functional.mse_loss(zero, wanted, weight=weight)
     if name == "mse":
         return functional.mse_loss(output, wanted) / wanted.square().mean()
     if name == "cosine-log":
@@ -32,7 +37,7 @@ def torchs(name: str, output: Tensor, wanted: Tensor) -> Tensor:
         divergence = functional.kl_div(output.log_softmax(-1), wanted.softmax(-1), reduction="batchmean")
         return functional.mse_loss(output, wanted, reduction="sum") / len(output) + divergence
     assert name == "two-target"
-    return 2 * torchs("mse", output, wanted)
+    return 2 * torchs("mse", output, wanted, weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -41,7 +46,8 @@ def test_equals_torchs_own(name: str, dtype: torch.dtype) -> None:
     wanted = torch.randn(2, 3, 16).to(dtype)
     output = (wanted + 0.3 * torch.randn(2, 3, 16)).to(dtype)
     for mask in (None, MASK):
-        rows = [t.float().reshape(-1, 16) if mask is None else t.float()[mask] for t in (output, wanted)]
+        weight = torch.linspace(0.5, 1.5, 96).reshape(2, 3, 16)
+        rows = [t.float().reshape(-1, 16) if mask is None else t.float()[mask] for t in (output, wanted, weight)]
         torch.testing.assert_close(loss(name, output, wanted, mask), torchs(name, *rows), rtol=1e-5, atol=1e-6)
     changed = torch.where(MASK[..., None], output, 7.0)
     assert torch.equal(loss(name, changed, wanted, MASK), loss(name, output, wanted, MASK))
@@ -51,7 +57,8 @@ def test_equals_torchs_own(name: str, dtype: torch.dtype) -> None:
 def test_images_have_a_vector_a_place(name: str) -> None:
     wanted = torch.randn(2, 8, 3, 3)
     output = wanted + 0.3 * torch.randn(2, 8, 3, 3)
-    rows = [t.movedim(1, -1).reshape(-1, 8) for t in (output, wanted)]
+    weight = torch.linspace(0.5, 1.5, output.numel()).reshape(output.shape)
+    rows = [t.movedim(1, -1).reshape(-1, 8) for t in (output, wanted, weight)]
     torch.testing.assert_close(loss(name, output, wanted, MASK), torchs(name, *rows), rtol=1e-5, atol=1e-6)
 
 

@@ -8,7 +8,7 @@ predecessors take the gradient of their task's loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,58 @@ def fisher_of(
         DataError: no gradient reached a layer, so the model's output doesn't depend on it.
     """
     found = {name: InputSample(rows, tokens, most) for name, rows in layers.items()}
+    for _, batch_, gradients in _passes(model, adapter, list(layers), inputs, batch, seed):
+        for name, gradient in ((leaf, each) for leaf, calls in gradients.items() for each in calls):
+            padded = batch_.real is not None and gradient.shape[:2] == batch_.real.shape
+            kept = gradient[batch_.real] if padded and batch_.real is not None else gradient
+            found[name].add(kept.float().square())
+    result = {}
+    for name, sample in found.items():
+        squares = sample.all()
+        if squares is None:
+            raise DataError(
+                f"no gradient of the model's output reached {name}, so it has no Fisher weights; ignore it."
+            )
+        result[name] = squares
+    return result
+
+
+def block_gradients(
+    model: nn.Module,
+    adapter: Adapter,
+    blocks: Sequence[str],
+    inputs: Mapping[str, Tensor],
+    *,
+    batch: int,
+    seed: int,
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Gradients of the model's log likelihood by what some blocks give, batch by batch.
+
+    Args:
+        model: float, all of it loaded; its parameters get no gradients.
+        adapter: the model's.
+        blocks: their full names.
+        inputs: what the model is called with, all samples.
+        batch: samples a forward takes.
+        seed: of the labels.
+
+    Yields:
+        A batch's first sample, and by block the gradient, of the hidden states' shape and dtype.
+
+    Raises:
+        DataError: no gradient reached a block, so the model's output doesn't depend on it.
+    """
+    for start, _, gradients in _passes(model, adapter, blocks, inputs, batch, seed):
+        for name in blocks:
+            if name not in gradients:
+                raise DataError(f"no gradient of the model's output reached {name}, so it has no Fisher weights.")
+        yield start, {name: gradients[name][0] for name in blocks}
+
+
+def _passes(
+    model: nn.Module, adapter: Adapter, names: Sequence[str], inputs: Mapping[str, Tensor], batch: int, seed: int
+) -> Iterator[tuple[int, Batch, dict[str, list[Tensor]]]]:
+    """For every batch its first sample, itself, and the gradients by the outputs of the modules of these names."""
     asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
     device, kind = next(iter(asked)).device, data_kind(adapter.reads)
     generator = torch.Generator(device).manual_seed(derive_seed(seed, "fisher"))
@@ -64,21 +116,13 @@ def fisher_of(
     try:
         model.requires_grad_(False)
         for start in range(0, len(next(iter(inputs.values()))), batch):
-            _add(model, kind.batch(inputs, start, start + batch, device), found, generator)
+            given = kind.batch(inputs, start, start + batch, device)
+            yield start, given, _gradients(model, given, names, generator)
     finally:
         for handle in handles:
             handle.remove()
         for parameter, was in asked.items():
             parameter.requires_grad_(was)
-    result = {}
-    for name, sample in found.items():
-        squares = sample.all()
-        if squares is None:
-            raise DataError(
-                f"no gradient of the model's output reached {name}, so it has no Fisher weights; ignore it."
-            )
-        result[name] = squares
-    return result
 
 
 def _ask_for_gradients(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -87,39 +131,36 @@ def _ask_for_gradients(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         hidden.requires_grad_(True)
 
 
-def _add(model: nn.Module, batch: Batch, found: Mapping[str, InputSample], generator: Any) -> None:
-    """One batch forth and back; a layer that the model calls twice has a gradient of each call, in their order."""
-    real = batch.real
+def _gradients(model: nn.Module, batch: Batch, names: Sequence[str], generator: Any) -> dict[str, list[Tensor]]:
+    """One batch forth and back; a module that is called twice has a gradient of each call, in their order."""
     calls: dict[str, list[Tensor]] = {}
     reached: set[str] = set()
 
     def watch(name: str) -> Callable[..., None]:
-        def see(_: nn.Module, __: Any, output: Tensor) -> None:
+        def see(_: nn.Module, __: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
             own = calls.setdefault(name, [])
-            own.append(torch.zeros((), dtype=output.dtype, device=output.device).expand(output.shape))
+            own.append(torch.zeros((), dtype=hidden.dtype, device=hidden.device).expand(hidden.shape))
             number = len(own) - 1
 
             def note(gradient: Tensor) -> None:
                 own[number] = gradient.detach()
                 reached.add(name)
 
-            if output.requires_grad:
-                keep: Any = output.register_hook
+            if hidden.requires_grad:
+                keep: Any = hidden.register_hook
                 keep(note)
 
         return see
 
-    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in found]
+    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
     try:
         with torch.enable_grad():
-            log_likelihood(model(**batch.inputs), real, generator).backward()  # type: ignore[no-untyped-call]
+            log_likelihood(model(**batch.inputs), batch.real, generator).backward()  # type: ignore[no-untyped-call]
     finally:
         for handle in handles:
             handle.remove()
-    for name, gradient in ((leaf, each) for leaf, own in calls.items() if leaf in reached for each in own):
-        padded = real is not None and gradient.shape[:2] == real.shape
-        kept = gradient[real] if padded and real is not None else gradient
-        found[name].add(kept.float().square())
+    return {name: own for name, own in calls.items() if name in reached}
 
 
 def log_likelihood(output: Any, real: Tensor | None, generator: Any) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nybble.calibration.block import BlockState
+from nybble.calibration.streams import Stream
 from nybble.calibration.trace import BlockCall, Tensors
 from nybble.core.seeds import derive_seed
 
@@ -28,6 +29,7 @@ class Calibration:
         device, dtype: of forwards. seed: of every random choice. config: the model's.
         fisher: squared gradients of outputs by a layer's full name, where a step asked for them.
         paths: the streams that are run; of both, a layer's inputs can be compared.
+        gradients: squared gradients of what blocks give by a block's full name, where a step asked for them.
         spill: leading part of the names of files for what a step keeps of all samples; None keeps it in memory.
     """
 
@@ -40,6 +42,7 @@ class Calibration:
     config: object
     fisher: dict[str, Tensor] = field(default_factory=dict)
     paths: frozenset[str] = frozenset()
+    gradients: dict[str, Stream] = field(default_factory=dict)
     spill: Path | None = None
 
 

@@ -15,7 +15,7 @@ _BELOW = -1e-6  # a V that is just down
 
 @torch.no_grad()
 def fractions(quantizer: Quantizer, x: Tensor, params: QuantParams) -> tuple[Tensor, Tensor]:
-    """V and gap: ``rectified(V)`` is the weight's fraction of the gap, in steps of w / s; 1 is the gap beyond the range.
+    """V and gap: ``rectified(V)`` is the weight's fraction of the gap, in steps of w / s; beyond the range gap is 1.
 
     V >= 0 where the quantizer's own rounding goes up: so a tie begins as that says. Both float32, shape of ``x``.
     """

@@ -28,6 +28,8 @@ FLOAT = "float"
 """A target: what the float blocks give for what the float network gives them."""
 LOCAL = "local"
 """A target: what the float blocks give for what the quantized blocks before them give."""
+FISHER = "fisher"
+"""Beside the targets: squared gradients of the model's log likelihood by the float blocks' outputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,7 @@ class Reconstruction(ABC):
     diverged: float = 100.0
 
     targets: ClassVar[tuple[str, ...]] = (FLOAT,)
-    """What the loss compares with: names among :data:`FLOAT` and :data:`LOCAL`, the first of them FLOAT."""
+    """What the loss compares with: :data:`FLOAT`, and of :data:`LOCAL` and :data:`FISHER` what it needs."""
 
     def __post_init__(self) -> None:
         if self.weights is None and self.inputs is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from nybble.calibration.streams import Stream
 from nybble.calibration.trace import HIDDEN, BlockCall
 from nybble.calibration.window import Window
-from nybble.reconstruction import FLOAT, LOCAL
+from nybble.reconstruction import FISHER, FLOAT, LOCAL
 
 _PATHS = {FLOAT: "float", LOCAL: "quantized"}
 """Of each target, the path whose inputs the float blocks get."""
@@ -21,15 +21,21 @@ class Wanted:
     """Targets by batch.
 
     Args:
-        stream: of the targets, in order of the batches. names: which there are.
+        stream: of the targets, in order of the batches.
+        names: which there are.
+        gradients: squared, where ``fisher`` is among them.
     """
 
-    def __init__(self, stream: Stream, names: Sequence[str]) -> None:
+    def __init__(self, stream: Stream, names: Sequence[str], gradients: Stream | None = None) -> None:
         self._stream, self._names, self._starts = stream, names, list(stream)
+        self._gradients = gradients
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         """Of one batch, by name."""
-        found = self._stream.read(self._starts[number])
+        start = self._starts[number]
+        found = self._stream.read(start)
+        if self._gradients is not None:
+            found[FISHER] = self._gradients.read(start)[HIDDEN]
         return {name: found[HIDDEN if name == FLOAT else name] for name in self._names}
 
     def __len__(self) -> int:
@@ -40,13 +46,13 @@ class Wanted:
 def wanted_of(window: Window, names: Sequence[str]) -> Iterator[Wanted]:
     """The targets of these names, over all batches; files that hold them go with the context.
 
-    Every target is a pass of the float blocks: over what the float network gives them (``float``), or over what the
-    quantized blocks before them give (``local``).
+    ``float`` and ``local`` are passes of the float blocks: over what the float network gives them, or over what the
+    quantized blocks before them give. The gradients of ``fisher`` are the last block's, gathered before the walk.
     """
     calibration = window.calibration
     stream = Stream(calibration.samples, calibration.device, calibration.spill)
     try:
-        for name in names:
+        for name in (name for name in names if name in _PATHS):
             start = 0
             for calls, given in window.inputs(_PATHS[name]):
                 output, size = output_of(window, calls, given, "float"), len(given[HIDDEN])
@@ -55,7 +61,7 @@ def wanted_of(window: Window, names: Sequence[str]) -> Iterator[Wanted]:
                 else:
                     stream.write(start, {name: output})
                 start += size
-        yield Wanted(stream, names)
+        yield Wanted(stream, names, calibration.gradients[window.blocks[-1].name] if FISHER in names else None)
     finally:
         stream.close()
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from nybble.calibration.block import BlockState
-from nybble.calibration.fisher import fisher_of, layers_with_weights
+from nybble.calibration.fisher import block_gradients, fisher_of, layers_with_weights
 from nybble.calibration.streams import Stream
 from nybble.calibration.tail import tail
 from nybble.calibration.trace import HIDDEN, BlockCall, Tensors, capture_block_calls
@@ -130,11 +131,15 @@ class Lane:
             stream.begin(start, calls, tensors)
 
     def _see_gradients(self) -> None:
-        """Fisher weights, where the solver asks for them: a pass of the whole float model, which is let go of then."""
+        """Fisher weights, where a step asks for them: passes of the whole float model, which is let go of then."""
         job = self.job
-        if job.tokens is None or "fisher" not in job.needs:
+        if job.tokens is None or not job.needs & {"fisher", "output gradients"}:
             return
         model = job.model if job.source is None else job.source.model(job.dtype, job.device)
+        if "output gradients" in job.needs:
+            self._see_output_gradients(model)
+        if "fisher" not in job.needs:
+            return
         layers = layers_with_weights(list(zip(self.names, job.plan.blocks, strict=True)))
         if not layers:
             raise DataError("loss=fisher weighs the outputs of linear layers, and none is quantized; use loss=output.")
@@ -145,9 +150,26 @@ class Lane:
             )
         )  # fmt: skip
 
+    def _see_output_gradients(self, model: nn.Module) -> None:
+        """Squares of the gradients by what the last block of every window gives, kept as hidden states are."""
+        job, found = self.job, self.calibration.gradients
+        assert job.tokens is not None
+        last = {self.names[span.stop - 1]: span.stop - 1 for span in self.spans()}
+        for name, index in last.items():
+            spill = None if self.spill is None else self.spill / f"{SPILL}gradient.{index}"
+            found[name] = Stream(self.calibration.samples, job.device, spill)
+        passes = block_gradients(
+            model, job.adapter, list(last), job.tokens.inputs, batch=job.settings.batch, seed=job.settings.seed
+        )
+        for start, gradients in passes:
+            size = min(job.settings.batch, self.calibration.samples - start)
+            for name, gradient in gradients.items():
+                wide = gradient.float() if gradient.dtype == torch.float16 else gradient  # squares need its exponents
+                found[name].begin(start, (), {HIDDEN: wide.square()}, size)
+
     def close(self) -> None:
         """Let go of all streams."""
-        for stream in self.streams.values():
+        for stream in (*self.streams.values(), *self.calibration.gradients.values()):
             stream.close()
 
     # ------------------------------------------------------------------------------------------------ windows

@@ -74,7 +74,9 @@ def test_all_is_better_than_scales_alone_which_are_better_than_nearest() -> None
     assert torch.equal(packed.dequantize(), everything)
 
 
-@pytest.mark.parametrize("line", ["float4_e2m1fn group=16", "nvfp4", "float4_e2m1fn group=16 scale=minmax(offset=true)"])
+@pytest.mark.parametrize(
+    "line", ["float4_e2m1fn group=16", "nvfp4", "float4_e2m1fn group=16 scale=minmax(offset=true)"]
+)
 def test_other_formats_learn_what_they_have(line: str) -> None:
     x = torch.randn(8, 32)
     part = learned(line, x)

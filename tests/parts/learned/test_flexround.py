@@ -22,7 +22,8 @@ def learned(line: str, x: Tensor, **options: object) -> Divided:
 
 
 @pytest.mark.parametrize(
-    "line", ["int4 channel", "int3 tensor", "float4_e2m1fn group=8 scale_format=float32", "nf4 flat=48 scale_format=float32"]
+    "line",
+    ["int4 channel", "int3 tensor", "float4_e2m1fn group=8 scale_format=float32", "nf4 flat=48 scale_format=float32"],
 )
 def test_equations(line: str) -> None:
     """w_hat, and its gradients to S2, s3, s4 and s1 (all of logarithms), with any of them; numpy's exp and division."""

@@ -39,8 +39,8 @@ class TwoTarget(Reconstruction):
         super().__post_init__()
         if min(self.accumulated, self.local) < 0 or self.accumulated + self.local == 0:
             raise SchemeError(
-                f"two-target: accumulated={self.accumulated:g}, local={self.local:g}: weights are 0 or more, and one of "
-                "them is more."
+                f"two-target: accumulated={self.accumulated:g}, local={self.local:g}: weights are 0 or more, and one "
+                "of them is more."
             )
         if self.feed != "quantized":
             raise SchemeError("two-target has one target only where feed=float: both would be the same; use mse.")

@@ -9,7 +9,7 @@ from nybble.calibration.window import Window
 from nybble.core.errors import SchemeError, within
 from nybble.models.adapter import under
 from nybble.nn.kinds import Target
-from nybble.reconstruction import Reconstruction
+from nybble.reconstruction import FISHER, Reconstruction
 from nybble.reconstruction.engine import reconstruct
 from nybble.solvers import Solver
 from nybble.walk.steps import BlockStep, Cost, Load, Subject
@@ -30,7 +30,14 @@ class ReconstructionStep(BlockStep):
         self.paths = frozenset({"float", reconstruction.feed})
 
     def needs(self, subject: Subject) -> frozenset[str]:  # noqa: D102
-        return frozenset({"block inputs"})
+        return frozenset({"block inputs", *(("output gradients",) if self._weighed else ())})
+
+    @property
+    def _weighed(self) -> bool:
+        return FISHER in self.reconstruction.targets
+
+    def gradient_tokens(self, subject: Subject, load: Load) -> int:  # noqa: D102
+        return load.tokens if self._weighed else 0
 
     def check(self, subject: Subject) -> None:  # noqa: D102
         names = subject.adapter.block_names(subject.model)
@@ -56,7 +63,8 @@ class ReconstructionStep(BlockStep):
         elements = sum(t.shape[0] * t.shape[1] for t in targets if self.reconstruction.learns(t))
         width = sum(sum(t.shape) for t in targets)
         kept = load.samples * load.seq_len * max((t.shape[1] for t in targets), default=0) * load.dtype.itemsize
-        kept = 0 if load.spilled else kept * len(self.reconstruction.targets)
+        gradients = kept * len(subject.plan.blocks) if self._weighed else 0
+        kept = 0 if load.spilled else kept * len({*self.reconstruction.targets} - {FISHER}) + gradients
         running = load.tokens * width * (2 * load.dtype.itemsize + 8)
         passes = 3 * self.reconstruction.steps * load.tokens + 3 * load.samples * load.seq_len
         hop = self.window - self.overlap
