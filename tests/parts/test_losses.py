@@ -27,8 +27,8 @@ def loss(name: str, output: Tensor, wanted: Tensor, mask: Tensor | None = None, 
 def torchs(name: str, output: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
     """Of [vectors, features], float32."""
     if name == "fisher":
-        zero = torch.zeros_like(wanted)
-        return functional.mse_loss(output, wanted, weight=weight) / functional.mse_loss(zero, wanted, weight=weight)
+        root = weight.sqrt()
+        return functional.mse_loss(root * output, root * wanted) / (root * wanted).square().mean()
     if name == "mse":
         return functional.mse_loss(output, wanted) / wanted.square().mean()
     if name == "cosine-log":

@@ -51,7 +51,8 @@ def train(part: AllTrained, x: Tensor, inputs: Tensor, groups: tuple[str, ...]) 
         loss: Tensor = (inputs @ (part(x) - x).T).square().mean()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    return part.eval()(x)
+    reached: Tensor = part.eval()(x)
+    return reached
 
 
 def test_all_is_better_than_scales_alone_which_are_better_than_nearest() -> None:

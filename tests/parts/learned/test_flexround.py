@@ -37,7 +37,7 @@ def test_equations(line: str) -> None:
     shape, granularity = tuple(x.shape), part.quantizer.granularity
     raw = torch.as_tensor(part.held.params().scale).double() * part.log_scale.detach().double().exp()
     s1 = granularity.expand(raw.float(), shape).double().numpy()
-    factors = np.exp(sum(log.detach().double() for log in part.logs).numpy())  # type: ignore[union-attr]
+    factors = np.exp(sum(log.detach().double() for log in part.logs).numpy())
     y = x.double().numpy() / s1 / factors
     grid = get_format(part.quantizer.format.name).grid
     near = grid[np.abs(y[..., None] - grid).argmin(-1)]
@@ -76,7 +76,8 @@ def train(part: Divided, x: Tensor, inputs: Tensor, rate: float, steps: int = 10
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-    return part.eval()(x)
+    reached: Tensor = part.eval()(x)
+    return reached
 
 
 def test_it_beats_nearest_on_inputs_it_has_not_seen_and_more_with_its_scale() -> None:
