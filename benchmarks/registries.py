@@ -67,7 +67,7 @@ def _fields(kind: Any) -> list[dataclasses.Field[Any]]:
 
 def _meanings(kind: Any) -> dict[str, str]:
     """What a class's docstring, and its bases', says of its fields: ``low, high: the range`` or "``p``: the power."."""
-    names = "|".join(field.name for field in _fields(kind))
+    names = "|".join(sorted((field.name for field in _fields(kind)), key=len, reverse=True))  # mix_by before mix
     found: dict[str, str] = {}
     for cls in inspect.getmro(kind):
         text = inspect.cleandoc(cls.__dict__.get("__doc__") or "")

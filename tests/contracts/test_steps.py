@@ -103,7 +103,10 @@ def test_several_of_a_kind(model: str, text: str) -> None:
         ({"weights": "adaronud"}, "unknown learned part 'adaronud'. Did you mean 'adaround'"),
         ({"weights": {"adaround": {"bta": 3}}}, "learned part 'adaround' has no option 'bta'"),
         ({"weights": ["adaround"]}, r"weights is the name of a learned part, or \{name: \{option: value\}\}"),
-        ({"weights": "adaround", "schedule": "cosin"}, r"is cosine or linear or constant; got 'cosin'\. Did you mean 'cosine'"),
+        (
+            {"weights": "adaround", "schedule": "cosin"},
+            r"is cosine or linear or constant; got 'cosin'\. Did you mean 'cosine'",
+        ),
         ({}, "learns nothing without a part"),
         ({"weights": "adaround", "window": 2, "overlap": 2}, "window=2, overlap=2"),
         ({"weights": "adaround", "steps": 0}, "steps=0 must be 1 or more"),

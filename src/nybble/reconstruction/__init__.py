@@ -47,8 +47,8 @@ class Reconstruction(ABC):
         optimizer: ``adam``, ``adamw``, or ``sign``: steps of the rate against the sign of each gradient. decay: weight
             decay of adamw. max_norm: gradients longer than this, all parameters together, are shortened to it.
         feed: the path whose inputs the window gets; what it should give is always what the float network gives.
-        mix: the share of these inputs that is drawn from the float path instead, anew at every step. mix_by: whether
-            elements are drawn, or whole samples.
+        mix: the share of these inputs that is drawn from the float path instead, anew at every step.
+        mix_by: whether elements are drawn, or whole samples.
         penalty: weight of the parts' own penalties (a mean over elements), in units of the loss that the window has at
             the start: AdaRound's strength of 0.01 times 100 is one such loss where nothing is decided yet.
         precision: ``bfloat16`` computes the products of a float32 model's training steps in it, where the device can;
