@@ -72,7 +72,7 @@ class Lane:
             tokens=0 if job.tokens is None else job.tokens.tokens, samples=samples,
             batches=-(-samples // job.settings.batch), device=job.device, dtype=job.dtype, seed=job.settings.seed,
             config=job.model.config, paths=job.paths,
-            config=job.model.config, spill=None if spill is None else spill / f"{SPILL}wanted",
+            spill=None if spill is None else spill / f"{SPILL}wanted",
         )  # fmt: skip
 
     @property
