@@ -7,8 +7,9 @@ itself.
 
 from __future__ import annotations
 
-import statistics
+import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -62,22 +63,18 @@ def test_nf4_table() -> None:
     )
 
 
-def test_nf4_construction() -> None:
-    """Steps 1 to 4 of the sheet, with Python's own quantile function; bitsandbytes' create_normal_map needs scipy."""
-    normal = statistics.NormalDist()
+def test_create_normal_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their own construction, which takes its quantiles from scipy where it is, here from torch."""
 
-    def side(count: int) -> list[float]:
-        return [normal.inv_cdf(float(p)) for p in torch.linspace(0.9677083, 0.5, count)[:-1]]
+    def ppf(p: Tensor) -> Tensor:
+        return torch.special.ndtri(p.double())
 
-    values = torch.tensor([*side(9), 0.0, *(-v for v in side(8))]).sort().values
-    values /= values.max()
-    assert np.abs(get_format("nf4").values - values.double().numpy()).max() < 6e-8
-
-
-def test_create_normal_map() -> None:
-    pytest.importorskip("scipy", reason="create_normal_map computes with scipy")
+    monkeypatch.setitem(sys.modules, "scipy", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "scipy.stats", SimpleNamespace(norm=SimpleNamespace(ppf=ppf)))
     theirs = functional.create_normal_map().unique()
     assert np.array_equal(get_format("nf4").values.astype(np.float32), theirs.numpy())
+    nearer = functional.create_normal_map(offset=1 - 1 / 30).unique()
+    assert len(nearer) == 16 and not np.array_equal(get_format("nf4").values.astype(np.float32), nearer.numpy())
 
 
 def test_fp4_table() -> None:

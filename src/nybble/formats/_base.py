@@ -229,3 +229,15 @@ class Family:
             return None
         made = self.build(found)
         return replace(made, aliases=tuple(alias for alias, member in self.aliases.items() if member == made.name))
+
+
+def float32_steps(first: float, last: float, cells: int) -> np.ndarray:
+    """float32 [cells + 1]: ``first`` .. ``last`` in float32 steps from the nearer end, as torch.linspace makes them.
+
+    Others wrote files with codes of tables made so; evenly spaced in float64, some values differ in their last bit.
+    """
+    begin, end = np.float32(first), np.float32(last)
+    step = float((end - begin) / np.float32(cells))
+    i = np.arange(cells + 1)
+    steps = np.where(i < (cells + 1) // 2, float(begin) + step * i, float(end) - step * (cells - i))
+    return steps.astype(np.float32)

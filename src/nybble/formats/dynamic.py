@@ -15,7 +15,7 @@ import re
 import numpy as np
 
 from nybble.core.errors import FormatError
-from nybble.formats._base import Family, TableFormat
+from nybble.formats._base import Family, TableFormat, float32_steps
 
 
 def dynamic_values(bits: int, signed: bool) -> np.ndarray:
@@ -23,21 +23,10 @@ def dynamic_values(bits: int, signed: bool) -> np.ndarray:
     decades = bits - 1
     values = [np.array([0.0, 1.0], np.float32)]
     for i in range(decades):
-        edges = _edges(2**i if signed else 2 ** (i + 1))
+        edges = float32_steps(0.1, 1.0, 2**i if signed else 2 ** (i + 1))
         middles = np.float32(10.0 ** (i - decades + 1)) * ((edges[:-1] + edges[1:]) / np.float32(2))
         values += [middles, -middles] if signed else [middles]
     return np.sort(np.concatenate(values))
-
-
-def _edges(cells: int) -> np.ndarray:
-    """float32 [cells + 1]: 0.1 .. 1, in float32 steps from the nearer end, as torch.linspace makes them.
-
-    Files that others wrote hold codes of a map made so; evenly spaced in float64, some values differ in their last bit.
-    """
-    step = float((np.float32(1) - np.float32(0.1)) / np.float32(cells))
-    i = np.arange(cells + 1)
-    edges = np.where(i < (cells + 1) // 2, float(np.float32(0.1)) + step * i, 1.0 - step * (cells - i))
-    return edges.astype(np.float32)
 
 
 def _build(match: re.Match[str]) -> TableFormat:
