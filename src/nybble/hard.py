@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from nybble.qtensor.block import BlockQTensor
 from nybble.rounding import get_rounding
 from nybble.scales import BlockParams, ScaleRule
 from nybble.scales.absmax import AbsMax
-from nybble.scales.mse import Mse
 from nybble.scales.one import One
 from nybble.scales.pow2 import Pow2
 from nybble.soft import Specification, grid_of, integers, scaled, unscaled
@@ -53,18 +52,38 @@ def fit(spec: Rule, x: Tensor, weight: Tensor | None) -> QuantParams:
     mask = spec.granularity.mask(wide.shape, wide.device)
     if mask is not None:
         importance = mask.float() if importance is None else importance * mask
-    if isinstance(spec.scale, Mse) and not isinstance(spec.scale_format, str):
-        # Candidates are judged as they would be stored, under an outer scale that the search does not move.
-        inner = spec.scale_format
-        outer = fit(inner, divided(blocks.abs().amax(1), spec.format.absmax).reshape(shape), None)
-
-        def project(scale: Tensor) -> Tensor:
-            return fake_quantize(inner, scale.reshape(shape), outer, None).reshape(-1, 1)
-
-        return finish(spec, spec.scale.fit(blocks, spec.format, spec.rounding, importance, project), shape, outer)
+    judged = spec.scale.judges_stored
+    if judged == "always" or (judged == "nested" and not isinstance(spec.scale_format, str)):
+        return _fit_as_stored(spec, blocks, importance, shape)
     found = spec.scale.fit(blocks, spec.format, spec.rounding, importance)
-    over = None if found.over is None else QuantParams(Inverse(found.over.reshape(1)))
-    return finish(spec, found, shape, over)
+    return finish(spec, found, shape, _outer_of(found.over))
+
+
+def _fit_as_stored(spec: Rule, blocks: Tensor, importance: Tensor | None, shape: tuple[int, ...]) -> QuantParams:
+    """:func:`fit` by a rule that judges its candidates as they would be stored.
+
+    Nested ones are stored under an outer scale that the search does not move.
+    """
+    inner = spec.scale_format
+    outer: QuantParams | None = None
+
+    def project(scale: Tensor, over: Tensor | None) -> Tensor:
+        nonlocal outer
+        if isinstance(inner, str):
+            return narrow_scale(guarded(scale, spec.format), inner)
+        if outer is None:
+            absmax = divided(blocks.abs().amax(1), spec.format.absmax).reshape(shape)
+            outer = _outer_of(over) or fit(inner, absmax, None)
+        return fake_quantize(inner, scale.reshape(shape), outer, None).reshape(-1, 1)
+
+    rule: Any = spec.scale
+    found = rule.fit(blocks, spec.format, spec.rounding, importance, project)
+    return finish(spec, found, shape, outer)
+
+
+def _outer_of(over: Tensor | None) -> QuantParams | None:
+    """Parameters of nested scales whose own scale a rule gave as its reciprocal."""
+    return None if over is None else QuantParams(Inverse(over.reshape(1)))
 
 
 def factors(spec: Rule, x: Tensor, fraction: Tensor | None) -> QuantParams:

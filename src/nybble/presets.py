@@ -23,7 +23,18 @@ PRESETS: dict[str, str] = {
     "mxint8": "int8 group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
     # NVFP4: 16 elements share an E4M3 scale, over one float32 for the tensor
     "nvfp4": "float4_e2m1fn group=16 scale_format=(float8_e4m3fn tensor floor=normal)",
-    # ... as compressed-tensors calculates them: power-of-two scales by the mode "even", and NVFP4 over a stored divisor
+    # ... whose blocks end at 6 or at 4, whichever loses less (Cook et al. 2025, "Four Over Six"), or at the best of all
+    # scales between and around: a reader can't tell the files from the others
+    "nvfp4-46": (
+        "float4_e2m1fn group=16 scale=stored(low=1,high=1.5,grid=2) "
+        "scale_format=(float8_e4m3fn tensor scale=absmax(target=256) floor=normal)"
+    ),
+    "nvfp4-search": "float4_e2m1fn group=16 scale=stored scale_format=(float8_e4m3fn tensor floor=normal)",
+    # Scales for which E2M1 becomes E4M3 by a shift of the exponent (Wu et al. 2023, ZeroQuant-FP; their groups have 256
+    # where that divides the columns): powers of two (M1), or powers of two times one number a row (M2)
+    "fp4-m1": "float4_e2m1fn group=64 scale=pow2(mode=rceil)",
+    "fp4-m2": "float4_e2m1fn group=64 scale=pow2-ratio",
+    # As compressed-tensors calculates them: power-of-two scales by the mode "even", and NVFP4 over a stored divisor
     "mxfp4-ct": "float4_e2m1fn group=32 scale=pow2(mode=even) scale_format=(float8_e8m0fnu scale=one)",
     "mxfp6-ct": "float6_e2m3fn group=32 scale=pow2(mode=even) scale_format=(float8_e8m0fnu scale=one)",
     "nvfp4-ct": "float4_e2m1fn group=16 scale=two-level scale_format=(float8_e4m3fn tensor)",

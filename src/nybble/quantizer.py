@@ -107,6 +107,7 @@ class Quantizer:
                 f"{self.format.name} publishes no encoder thresholds for rounding=native; use nearest-even."
             )
         inner = self.scale_format.granularity if isinstance(self.scale_format, Quantizer) else None
+        self.scale.check_scales(self.scale_format.format if isinstance(self.scale_format, Quantizer) else None)
         if self.scale.two_level and (inner is None or not inner.one_scale):
             raise SchemeError(f"scale={self.scale} finds one scale of scales; say scale_format=(float8_e4m3fn tensor).")
         layout = get_layout(self.packing)

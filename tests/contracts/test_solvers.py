@@ -358,6 +358,17 @@ def test_clip_values_are_the_best_for_each_rows_own_inputs() -> None:
     assert {0.6, 1.0} <= {round(fractions[i], 2) for i in best.tolist()}
 
 
+def test_rules_that_weigh_see_the_energy_of_the_inputs() -> None:
+    generator = torch.Generator().manual_seed(2)
+    tails, energy = torch.randn(ROWS, COLUMNS, generator=generator) ** 3, torch.rand(COLUMNS, generator=generator) ** 6
+    given = Weight(name="w", matrix=tails, quantizer=Quantizer("nvfp4-search"))
+    found = Gptq(activation_order=False).solve([given], Stats(second_moment=torch.diag(energy + 1e-3)))[0]
+    weighed = given.quantizer.quantize(tails, given.quantizer.fit(tails, energy + 1e-3))
+    assert isinstance(found.weight, BlockQTensor)
+    assert torch.equal(scale_of(found.weight), scale_of(weighed))
+    assert not torch.equal(scale_of(weighed), scale_of(given.quantizer.quantize(tails)))
+
+
 def test_each_group_is_damped_by_its_own_mean() -> None:
     """A loud group beside a quiet one changes nothing for it."""
     given, size = weight("int4 channel"), ROWS // 2

@@ -67,7 +67,8 @@ def test_create_normal_map(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their own construction, which takes its quantiles from scipy where it is, here from torch."""
 
     def ppf(p: Tensor) -> Tensor:
-        return torch.special.ndtri(p.double())
+        found: Tensor = torch.special.ndtri(p.double())
+        return found
 
     monkeypatch.setitem(sys.modules, "scipy", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "scipy.stats", SimpleNamespace(norm=SimpleNamespace(ppf=ppf)))

@@ -172,6 +172,25 @@ def test_nvfp4() -> None:
     assert torch.equal(Quantizer("nvfp4-ct").fake_quantize(x), values)
 
 
+@pytest.mark.parametrize("inner", [448, 256])
+def test_searched_nvfp4_is_plain_nvfp4(inner: int) -> None:
+    """Their decoder reads adaptive scales as any others, to the same values; no block is worse than by theirs."""
+    x, args = inputs(16), nvfp4_args()
+    ours = Quantizer("nvfp4-ct", scale=f"stored(inner={inner})").quantize(x)
+    nested = ours.params.scale
+    assert isinstance(nested, BlockQTensor) and isinstance(nested.params.scale, Inverse)
+    over = nested.params.scale.divisor
+    assert over.item() == pytest.approx(generate_gparam(x.amin(), x.amax()).item() * inner / 448, rel=1e-7)
+    scale = nested.unpacked().view(torch.float8_e4m3fn).float()
+    values = unpack_fp4_from_uint8(ours.codes.view(48, -1), 48, 768, torch.float32)
+    assert torch.equal(dequantize(values, scale, None, args, global_scale=over), ours.dequantize())
+    error, theirs = (
+        (q - x).double().square().view(-1, 16).sum(1)
+        for q in (ours.dequantize(), Quantizer("nvfp4-ct").fake_quantize(x))
+    )
+    assert error.sum() < 0.8 * theirs.sum() and (inner == 256 or bool((error <= theirs * (1 + 1e-5)).all()))
+
+
 @pytest.mark.parametrize(
     "x", [torch.zeros(2, 32), torch.full((2, 32), 1e-37), torch.full((2, 32), 1e-30)], ids=["0", "1e-37", "1e-30"]
 )

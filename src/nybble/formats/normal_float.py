@@ -29,7 +29,8 @@ def normal_values(bits: int) -> np.ndarray:
     codes = 2**bits
     largest = round(((1 - 1 / (2 * codes - 2)) + (1 - 1 / (2 * codes))) / 2, 7)  # bitsandbytes writes 0.9677083
     positive, negative = (_quantiles(largest, count) for count in (codes // 2, codes // 2 - 1))
-    return np.concatenate([-negative, np.zeros(1, np.float32), positive[::-1]]) / positive.max()
+    values: np.ndarray = np.concatenate([-negative, np.zeros(1, np.float32), positive[::-1]]) / positive.max()
+    return values
 
 
 def _quantiles(largest: float, count: int) -> np.ndarray:

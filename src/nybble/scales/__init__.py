@@ -10,7 +10,7 @@ import dataclasses
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from nybble.core.errors import UsageError
 from nybble.core.registry import Registry
@@ -43,9 +43,14 @@ class ScaleRule(ABC):
 
     Attributes:
         scale_format: what its scales are stored in where a line doesn't say; empty leaves it to the granularity.
+        judges_stored: ``nested`` or ``always``, where :meth:`fit` takes ``project`` too, for nested scales or for all:
+            (scales [blocks, 1], ``over`` or None) -> what would be stored of them.
+        weighs: whether solvers that know the energy of the inputs give it to :meth:`fit` as the weight.
     """
 
     scale_format: ClassVar[str] = ""
+    judges_stored: ClassVar[Literal["", "nested", "always"]] = ""
+    weighs: ClassVar[bool] = False
 
     @property
     def needs_integer(self) -> bool:
@@ -61,6 +66,9 @@ class ScaleRule(ABC):
     def two_level(self) -> bool:
         """Whether the rule finds the scale of the scales too, so that they need a format of their own."""
         return False
+
+    def check_scales(self, fmt: NumberFormat | None) -> None:  # noqa: B027  (most rules' can be stored in any)
+        """Raise SchemeError where its scales can't be stored in ``fmt``; None means in a plain dtype."""
 
     @abstractmethod
     def fit(

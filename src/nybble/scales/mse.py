@@ -7,8 +7,8 @@ few bits: for Gaussian INT4 blocks of 64 the best fraction is near 0.8, for long
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from nybble.core.arithmetic import divided
 from nybble.core.errors import FormatError, UsageError
@@ -37,6 +37,8 @@ class Mse(ScaleRule):
     p: float = 2.0
     asymmetric: bool = False
 
+    judges_stored: ClassVar[Literal["", "nested", "always"]] = "nested"
+
     def __post_init__(self) -> None:
         if self.grid < 1:
             raise UsageError(f"mse(grid={self.grid}): the grid needs at least one candidate.")
@@ -55,22 +57,45 @@ class Mse(ScaleRule):
         fmt: NumberFormat,
         rounding: str,
         weight: Tensor | None = None,
-        project: Callable[[Tensor], Tensor] | None = None,
+        project: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     ) -> BlockParams:
-        """As ScaleRule.fit; ``project`` maps candidate scales [blocks, 1] to what would be stored (nested scales)."""
+        """As ScaleRule.fit; ``project`` as :attr:`ScaleRule.judges_stored` says, None judges scales as they are."""
         import torch
 
         if self.asymmetric and not fmt.is_integer:
             raise FormatError(f"mse(asymmetric=true) needs an integer format, not {fmt.name}.")
+        fractions = torch.linspace(self.low, self.high, self.grid, dtype=torch.float32).tolist()
+        return self.among(fractions, blocks, fmt, rounding, weight, project)
+
+    def among(
+        self,
+        fractions: list[float],
+        blocks: Tensor,
+        fmt: NumberFormat,
+        rounding: str,
+        weight: Tensor | None,
+        project: Callable[[Tensor, Tensor | None], Tensor] | None,
+        over: Tensor | None = None,
+    ) -> BlockParams:
+        """The best of these fractions of the block's range and of 1, which is kept where none is better.
+
+        Arguments as :meth:`fit`; ``over`` goes to ``project`` and into the result.
+        """
+        import torch
+
         rounding = "nearest-even" if get_rounding(rounding).stochastic else rounding
-        fractions = [1.0, *torch.linspace(self.low, self.high, self.grid, dtype=torch.float32).tolist()]
         low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
         largest = blocks.abs().amax(1, keepdim=True)
+
+        def lost(params: BlockParams) -> Tensor:
+            scale = params.scale if project is None else project(params.scale, over)
+            return self._error(blocks, params, scale, fmt, rounding, weight)
+
         best = self._candidate(low, high, largest, 1.0, fmt)
-        least = self._error(blocks, best, fmt, rounding, weight, project)
-        for fraction in fractions[1:]:
+        least = lost(best)
+        for fraction in fractions:
             candidate = self._candidate(low, high, largest, fraction, fmt)
-            error = self._error(blocks, candidate, fmt, rounding, weight, project)
+            error = lost(candidate)
             better = error < least
             least = torch.where(better, error, least)
             best = BlockParams(
@@ -79,7 +104,7 @@ class Mse(ScaleRule):
                 if best.zero_point is None or candidate.zero_point is None
                 else torch.where(better, candidate.zero_point, best.zero_point),
             )
-        return best
+        return replace(best, over=over)
 
     def _candidate(self, low: Tensor, high: Tensor, largest: Tensor, fraction: float, fmt: NumberFormat) -> BlockParams:
         if self.asymmetric:
@@ -90,15 +115,14 @@ class Mse(ScaleRule):
         self,
         blocks: Tensor,
         params: BlockParams,
+        scale: Tensor,
         fmt: NumberFormat,
         rounding: str,
         weight: Tensor | None,
-        project: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
         from nybble.ops.blocks import divide
         from nybble.ops.rounding import round_to, round_to_codes
 
-        scale = params.scale if project is None else project(params.scale)
         y = divide(blocks, scale, reciprocal=False)
         if params.zero_point is None:
             rounded = round_to(y, fmt.name, rounding)

@@ -40,16 +40,27 @@ class TwoLevel(ScaleRule):
         return True
 
     def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
-        import torch
-
         amax = blocks.abs().amax(1, keepdim=True)
-        divisor = self.inner * fmt.absmax / amax.max()
-        divisor = torch.where(divisor.isinf(), torch.ones_like(divisor), divisor)
-        scale = divided(amax, fmt.absmax)
-        vanishes = scale * divisor <= _VANISHES
-        if not fmt.has_zero:
-            vanishes &= scale != 0
-        return BlockParams(torch.where(vanishes, _INSTEAD / divisor, scale), over=divisor)
+        divisor = divisor_of(amax.max(), fmt, self.inner)
+        return BlockParams(not_vanishing(divided(amax, fmt.absmax), divisor, fmt), over=divisor)
+
+
+def divisor_of(amax: Tensor, fmt: NumberFormat, inner: float) -> Tensor:
+    """The reciprocal of the scale of the scales: ``inner * absmax / amax``, of the tensor's largest magnitude."""
+    import torch
+
+    divisor = inner * fmt.absmax / amax
+    return torch.where(divisor.isinf(), torch.ones_like(divisor), divisor)
+
+
+def not_vanishing(scale: Tensor, divisor: Tensor, fmt: NumberFormat) -> Tensor:
+    """``scale`` [blocks, 1], but where E4M3 would round it to 0 what compressed-tensors puts there."""
+    import torch
+
+    vanishes = scale * divisor <= _VANISHES
+    if not fmt.has_zero:
+        vanishes &= scale != 0
+    return torch.where(vanishes, _INSTEAD / divisor, scale)
 
 
 PART = TwoLevel

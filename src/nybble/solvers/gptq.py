@@ -60,7 +60,8 @@ class Gptq(Solver):
         inputs: ``both`` asks for the float network's outputs, as far as the quantized one's inputs allow; ``quantized``
             for what the float weights make of those.
         clip: give every block the clip value with the least error, each column weighted by its inputs' energy, where
-            the scheme's rule is a plain maximum; false keeps the maximum.
+            the scheme's rule is a plain maximum; false keeps the maximum. Rules that weigh (``stored``) do it
+            themselves, with the columns' weights or, under false, without.
     """
 
     path: ClassVar[str] = "quantized"
@@ -244,7 +245,9 @@ class _Grid:
         if energy is not None and energy.dim() == 2:
             energy = energy.repeat_interleave(len(self.matrix) // len(energy), 0)
         searched = None if energy is None else _searched(self.quantizer)
-        self.params: QuantParams = (searched or self.quantizer).fit(self.matrix, energy if searched else None)
+        used = searched or self.quantizer
+        weighed = searched is not None or used.scale.weighs
+        self.params: QuantParams = used.fit(self.matrix, energy if weighed else None)
         self.scale = self._spread(self.params.scale)
         self.zero = self._spread(self.params.zero_point)
         self.offset = self._spread(self.params.offset)

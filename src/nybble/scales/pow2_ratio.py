@@ -1,0 +1,75 @@
+"""Scales whose ratios are powers of two, so that 4-bit floats become 8-bit ones by a shift of the exponent alone.
+
+Wu et al. 2023 (ZeroQuant-FP), arXiv:2307.09782, constraint M2: with S_max the largest of the scales that share one
+real number, S_i' = S_max / 2^ceil(log2(S_max / S_i)). That number is applied behind the product; what the product
+reads is q 2^-k, exactly a value of E4M3 for k <= 8 and of E5M2 for k <= 15. Which scales share one, and how far they
+may differ, is what the scales' own line says; ``(ufloat3_e3m0_finite channel floor=normal)``, the default, keeps k <= 6
+in three bits and one number a row, and smaller blocks take the smallest scale. (M1, where every scale is a power of two
+by itself, is ``pow2(mode=rceil)``.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+
+from nybble.core.arithmetic import divided
+from nybble.core.errors import FormatError, SchemeError, UsageError
+from nybble.formats import NumberFormat
+from nybble.scales import BlockParams, ScaleRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pow2Ratio(ScaleRule):
+    """``mode``: down (as published: what is above the format's largest saturates), up, or nearest in the logarithm."""
+
+    mode: str = "down"
+
+    scale_format: ClassVar[str] = "(ufloat3_e3m0_finite channel floor=normal)"
+    judges_stored: ClassVar[Literal["", "nested", "always"]] = "nested"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("down", "up", "nearest"):
+            raise UsageError(f"pow2-ratio(mode={self.mode}): the modes are down, up and nearest.")
+
+    def check_scales(self, fmt: NumberFormat | None) -> None:  # noqa: D102
+        powers = np.zeros(0) if fmt is None else fmt.grid[fmt.grid > 0]
+        if len(powers) < 2 or not np.array_equal(powers[1:], 2 * powers[:-1]):
+            raise SchemeError(
+                f"scale={self} finds scales for a quantizer line of their own, in a format of powers of two; "
+                f"{'a plain dtype' if fmt is None else fmt.name} is none. Leave scale_format out, or say "
+                f"scale_format={self.scale_format}."
+            )
+
+    def fit(
+        self,
+        blocks: Tensor,
+        fmt: NumberFormat,
+        rounding: str,
+        weight: Tensor | None = None,
+        project: Callable[[Tensor, Tensor | None], Tensor] | None = None,
+    ) -> BlockParams:
+        """As ScaleRule.fit; ``project`` as :attr:`ScaleRule.judges_stored` says, None leaves the scales as they are."""
+        import torch
+
+        if not fmt.has_zero:
+            raise FormatError(f"scale={self}: {fmt.name} has no zero, and no scale here stands for a block of zeros.")
+        scale = divided(blocks.abs().amax(1, keepdim=True), fmt.absmax)
+        if project is None:
+            return BlockParams(scale)
+        near = project(scale, None)
+        below = torch.where(near <= scale, near, project(near / 2, None))
+        above = torch.where(near >= scale, near, project(near * 2, None))
+        if self.mode == "nearest":
+            # of the wider ratio: scale / below or above / scale
+            return BlockParams(torch.where(scale.double().square() < below.double() * above.double(), below, above))
+        return BlockParams(below if self.mode == "down" else above)
+
+
+PART = Pow2Ratio
