@@ -91,6 +91,7 @@ EVERY: dict[str, dict[str, Any]] = {
     **{n: {"effort": "quick", "weights": "int4 group=16 symmetric=false"} for n in ("signround", "efficientqat-ap")},
     "lorc": {"weights": "int4 group=16"},
     "nvfp4": {},
+    "quarot": {},
     "mxfp4": {"weights": "mxfp4 group=16", "activations": "mxfp4-ct group=16"},
     **{name: {"weights": "int4 group=16 symmetric=false"} for name in ("w4a16", "hqq", "awq")},
 }  # fmt: skip

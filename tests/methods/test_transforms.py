@@ -21,10 +21,10 @@ from nybble.core.errors import ModelError, SchemeError, UsageError
 from nybble.data import load_text, token_samples
 from nybble.models.adapter import LinearFold, NormFold, adapter_for, feeding_rows
 from nybble.recipe import parse_recipe
-from nybble.transforms import REGISTRY, make_transform
+from nybble.transforms import make_transform
 from nybble.transforms._folds import Channel, one_a_row, scaling
 from nybble.transforms._mixing import Places
-from nybble.transforms.hadamard import hadamard
+from nybble.transforms._orthogonal import hadamard
 
 KNOWN = [family for family in FAMILIES if family != "falcon"]
 SETTINGS = nybble.Settings(samples=4, seq_len=12, batch=2, dtype=torch.float32)
@@ -184,6 +184,10 @@ def test_a_rotation_spreads_an_outlier_and_a_permutation_sorts() -> None:
     loud = rotation[0] @ torch.tensor([0.0, 8, 0, 0])
     torch.testing.assert_close(loud.abs(), torch.full((4,), 4.0))
     torch.testing.assert_close(hadamard(8) @ hadamard(8), torch.eye(8))  # Sylvester's are symmetric
+    pairs = made("hadamard", {"block": 2}).parameters(seen, places, 0)["rotation"]
+    assert (pairs[0] != 0).tolist() == torch.kron(torch.eye(2), torch.ones(2, 2)).bool().tolist()
+    with pytest.raises(SchemeError, match="block=3 does not divide the 4"):
+        made("hadamard", {"block": 3}).parameters(seen, places, 0)
     other = made("hadamard", {}).parameters(seen, places, 1)["rotation"]
     again = made("hadamard", {}).parameters(seen, places, 0)["rotation"]
     assert not torch.equal(rotation, other) and torch.equal(rotation, again)
@@ -224,7 +228,7 @@ def test_permuting_helps_where_neighbours_differ(tmp_path: Path) -> None:
     assert lost([{"transform": "permute"}]) < 0.5 * lost([])
 
 
-@pytest.mark.parametrize("name", ["smooth", "equalize", "permute", "hadamard"])
+@pytest.mark.parametrize("name", ["smooth", "equalize", "permute", "hadamard", "rotate"])
 def test_rewrites_are_functions_that_gradients_pass(name: str) -> None:
     """A rewrite reads weights and parameters and gives new weights: it can be learned, and alone changes nothing."""
     model = tiny_model("llama", torch.float32)
@@ -256,7 +260,14 @@ def test_rewrites_are_functions_that_gradients_pass(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "given"), [("smooth", {"linear": True}), ("equalize", {}), ("permute", {}), ("hadamard", {})]
+    ("name", "given"),
+    [
+        ("smooth", {"linear": True}),
+        ("cfp", {"coarse": 0.0, "linear": True}),
+        ("equalize", {}),
+        ("permute", {}),
+        ("hadamard", {"block": 4}),
+    ],
 )
 @torch.no_grad()
 def test_biases_go_along(name: str, given: dict[str, Any]) -> None:
@@ -282,7 +293,6 @@ def test_biases_go_along(name: str, given: dict[str, Any]) -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    assert REGISTRY.names() == ["awq", "equalize", "fold-batchnorm", "hadamard", "permute", "smooth"]
     with pytest.raises(UsageError, match=r"unknown transform 'smoth'. Did you mean 'smooth'"):
         make_transform("smoth", {})
     with pytest.raises(SchemeError, match=r"alpha=1\.5 is a share"):

@@ -94,6 +94,9 @@ class Adapter:
         head: path of the output projection; None if unknown.
         norm_folds, linear_folds: fold pairs, names relative to a block. Where blocks differ (dense and sparse ones),
             the pairs whose names a block doesn't have are for the other kind.
+        writers: what adds its output to the hidden states that go from block to block, names relative to a block; of
+            families alone whose norms are RMS norms (so that these states may be rotated). Where blocks differ, those
+            that a block doesn't have are for the other kind.
         experts: path, within a block, of the module with fused 3-D expert weights.
         renames: leading part of a tensor's name in older checkpoints -> its name now.
         limits: what the adapter can't offer, each with its reason.
@@ -115,6 +118,7 @@ class Adapter:
     head: str | None
     norm_folds: tuple[NormFold, ...] = ()
     linear_folds: tuple[LinearFold, ...] = ()
+    writers: tuple[str, ...] = ()
     decoder_blocks: str | None = None
     experts: str | None = None
     renames: tuple[tuple[str, str], ...] = ()
@@ -197,6 +201,10 @@ class Adapter:
         """The linear folds whose two modules this block has, under this config."""
         alive = [f for f in self.linear_folds if _holds(f.when, config)]
         return [f for f in alive if _at(block, f.first) is not None and _at(block, f.second) is not None]
+
+    def writers_of(self, block: nn.Module) -> list[str]:
+        """The :attr:`writers` that a block has."""
+        return [name for name in self.writers if _at(block, name) is not None]
 
     def limits_of(self, config: PreTrainedConfig) -> list[str]:
         """:attr:`limits`, and the fold pairs that this config switches off, each with the reason."""

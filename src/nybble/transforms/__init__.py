@@ -52,10 +52,13 @@ class Transform(ABC):
     Attributes:
         reads_inputs: whether it looks at what calibration feeds a block.
         required: whether a model in which it finds nothing is an error, and not simply done.
+        moves_stream: whether the hidden states between blocks are others afterwards, so that what is in no block is
+            rewritten too.
     """
 
     reads_inputs: ClassVar[bool] = True
     required: ClassVar[bool] = True
+    moves_stream: ClassVar[bool] = False
 
     @abstractmethod
     def rewrites(self, window: Window, adapter: Adapter, path: str) -> Iterable[Rewrite]:
@@ -78,6 +81,12 @@ class Transform(ABC):
     def flops(self, rows: int, columns: int, tokens: int) -> float:
         """Multiply-adds x 2 for a weight [rows, columns]: as far as it looks at inputs, a forward."""
         return 2.0 * tokens * rows * columns
+    def prepare(self, adapter: Adapter, model: Any) -> None:  # noqa: B027  (most take a model as it is)
+        """Change a model's structure before anything is planned; it may be without weights."""
+
+    def outside(self, adapter: Adapter, model: Any, seed: int) -> Iterable[Rewrite]:
+        """What it does to what is in no block (names from the model on); before the first block is run."""
+        return ()
 
     def limits(self, adapter: Adapter, config: Any) -> list[str]:
         """Why it may find nothing, for people."""

@@ -1,9 +1,10 @@
 """Channels of every head rotated by a Hadamard matrix, which spreads an outlier over all of them.
 
 Ashkboos et al. 2024 (QuaRot), arXiv:2404.00456, section 4 (value and output projection): ``W_v`` becomes ``R W_v`` and
-``W_o`` becomes ``W_o R^T`` inside each head. Their rotations of the residual stream and of the MLP's inner activations
-need work at run time and are not here. R is a Hadamard matrix over sqrt(width) with random signs of its columns; where
-the width of a head is no power of two, blocks of its largest power-of-two divisor are rotated.
+``W_o`` becomes ``W_o R^T`` inside each head. The residual stream is for the transform ``rotate``; their rotation of the
+MLP's inner activations needs work at run time and is not here. R is a Hadamard matrix over sqrt(width) with random
+signs of its columns; where the width of a head is no power of two, blocks of its largest power-of-two divisor are
+rotated.
 """
 
 from __future__ import annotations
@@ -14,25 +15,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nybble.core.errors import SchemeError
 from nybble.core.seeds import derive_seed
 from nybble.models.adapter import Adapter, LinearFold
 from nybble.transforms._folds import Channel
 from nybble.transforms._mixing import Mixing, Places
-
-
-def hadamard(size: int) -> Tensor:
-    """Sylvester's Hadamard matrix over sqrt(size), float32 [size, size]; ``size`` is a power of two."""
-    found = torch.ones(1, 1, dtype=torch.float32)
-    while len(found) < size:
-        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
-    return found.div(size**0.5)
+from nybble.transforms._orthogonal import hadamard
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hadamard(Mixing):
-    """``signs``: multiply the channels by random signs first, so that no pattern of theirs survives the rotation."""
+    """Options of the method.
+
+    Attributes:
+        signs: multiply the channels by random signs first, so that no pattern of theirs survives the rotation.
+        block: channels of a head that are rotated among themselves; 0 means the largest power of two that divides it.
+    """
 
     signs: bool = True
+    block: int = 0
+
+    def __post_init__(self) -> None:
+        if self.block < 0:
+            raise SchemeError(f"hadamard: block={self.block} is a number of channels, or 0.")
 
     def takes(self, fold: LinearFold) -> bool:  # noqa: D102
         return fold.heads
@@ -42,7 +47,9 @@ class Hadamard(Mixing):
 
     def parameters(self, channel: Channel, places: Places, seed: int) -> dict[str, Tensor]:  # noqa: D102
         blocks, width = places.rows.shape
-        part = hadamard(width & -width)  # the largest power of two that divides it
+        if self.block and width % self.block:
+            raise SchemeError(f"hadamard: block={self.block} does not divide the {width} channels of a head.")
+        part = hadamard(self.block or width & -width)
         rotation = torch.kron(torch.eye(width // len(part), dtype=part.dtype), part).expand(blocks, -1, -1)
         if self.signs:
             generator = torch.Generator().manual_seed(derive_seed(seed, "hadamard"))

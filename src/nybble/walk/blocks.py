@@ -11,24 +11,31 @@ from nybble.core.memory import trim_memory
 from nybble.models.adapter import under
 from nybble.models.build.skeleton import kept_float32, unsaved
 from nybble.nn.kinds import Target
+from nybble.transforms import Rewrite
 from nybble.walk.job import Job
 from nybble.walk.steps.solver import check_finite
 
 
 def load_outside(job: Job) -> None:
-    """Fill what is in no block from the source, and bring computed buffers to the device."""
-    if job.source is None:
-        return
-    known = {*job.source.stored(), *job.source.ties()}
-    names = [name for name in job.adapter.outside(job.model) if name in known]
-    found = job.source.load(names, dtype=job.dtype, device=job.device, kept=kept_float32(job.model))
-    _check_finite(found)
-    job.model.load_state_dict(found, strict=False, assign=True)
-    job.model.tie_weights()
-    for buffer_name, buffer in job.model.named_buffers():
-        if buffer.device != job.device and buffer.device.type != "meta":
-            owner, _, leaf = buffer_name.rpartition(".")
-            job.model.get_submodule(owner)._buffers[leaf] = buffer.to(job.device)
+    """Fill what is in no block from the source, bring computed buffers to the device; then let the steps rewrite it."""
+    if job.source is not None:
+        known = {*job.source.stored(), *job.source.ties()}
+        names = [name for name in job.adapter.outside(job.model) if name in known]
+        found = job.source.load(names, dtype=job.dtype, device=job.device, kept=kept_float32(job.model))
+        _check_finite(found)
+        job.model.load_state_dict(found, strict=False, assign=True)
+        job.model.tie_weights()
+        for buffer_name, buffer in job.model.named_buffers():
+            if buffer.device != job.device and buffer.device.type != "meta":
+                owner, _, leaf = buffer_name.rpartition(".")
+                job.model.get_submodule(owner)._buffers[leaf] = buffer.to(job.device)
+    for rewrite in _outside_rewrites(job):
+        precise = {} if job.source is None else job.source.load(rewrite.weights, device=job.device)
+        rewrite.apply(BlockState(job.model, "", precise))
+
+
+def _outside_rewrites(job: Job) -> list[Rewrite]:
+    return [found for step in job.transforms for found in step.outside(job.model, job.settings.seed)]
 
 
 def load_block(job: Job, name: str, targets: Sequence[Target]) -> BlockState:
@@ -66,11 +73,15 @@ def put(job: Job, block: nn.Module, name: str, tensors: Mapping[str, Tensor]) ->
 def outside_state(job: Job) -> BlockState:
     """The model itself as a block whose targets are those that are in no block, with the source's precision."""
     outside = job.plan.outside
-    precise: dict[str, Tensor] = {}
-    if job.source is not None and outside:
-        names = [name for target in outside for name in target.parameters]
-        precise = job.source.load(names, device=job.device)
-    return BlockState(job.model, "", precise, outside)
+    if job.source is None or not outside:
+        return BlockState(job.model, "", {}, outside)
+    rewrites = _outside_rewrites(job)  # the source has them as they were
+    names = [name for target in outside for name in target.parameters]
+    names += [name for rewrite in rewrites for name in rewrite.weights]
+    state = BlockState(job.model, "", job.source.load(list(dict.fromkeys(names)), device=job.device), outside)
+    for rewrite in rewrites:
+        rewrite.apply(state)
+    return state
 
 
 def release(block: nn.Module) -> None:

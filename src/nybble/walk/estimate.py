@@ -60,6 +60,7 @@ def estimate(subject: Subject, steps: Sequence[BlockStep], load: Load, flops: fl
     costs_behind = [_block_cost(subject, steps, [t], load) for t in plan.outside]
     behind = max((cost.peak for cost in costs_behind), default=0)
     reading = 2 * max(outside, default=0) * load.source_bytes
+    reading = max(reading, *(step.outside_bytes(subject, load) for step in steps))
     held = 0 if load.spilled else hidden
     memory = BASE + sum(outside) * size + max(reading, held + max(window + work, behind))
     memory += sum(blocks) * load.source_bytes if load.whole else 0

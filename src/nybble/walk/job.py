@@ -12,7 +12,7 @@ from torch import nn
 
 from nybble.calibration.chain import chain_fault
 from nybble.core.device import measure_flops, require_memory
-from nybble.core.errors import within
+from nybble.core.errors import SchemeError, within
 from nybble.core.files import need_space
 from nybble.core.versions import versions
 from nybble.data import InMemory, Origin, Samples
@@ -83,6 +83,12 @@ class Job:
         subject, steps, paths = _planned(model, adapter_for(model), recipe)
         adapter = subject.adapter
         needs = frozenset().union(*(step.needs(subject) for step in steps))
+        moving = next((step.name for step in steps if step.moves_stream), "")
+        if moving and "fisher" in needs:
+            raise SchemeError(
+                f"recipe {recipe.name}: loss=fisher weighs outputs by gradients of the network as it came, and behind "
+                f"{moving} the blocks give others; use loss=output."
+            )
         tokens = None
         if needs:
             kind = data_kind(adapter.reads)
@@ -151,6 +157,8 @@ class Job:
     @property
     def shares(self) -> bool:
         """Whether its hidden states are the float network's own, so that other recipes may read the same."""
+        if any(step.moves_stream for step in self.steps):
+            return False
         plain = self.paths <= {"float"} and self.window == 1 and len(self.adapter.stacks) == 1
         return plain and not any("block inputs" in self.needs for _ in self.transforms)
 
@@ -241,6 +249,8 @@ def _planned(
     with within(f"recipe {recipe.name}"):
         steps, paths = make_steps(recipe, adapter)
         solver = next(step.solver for step in steps if isinstance(step, SolverStep))
+        for step in steps:
+            step.prepare(model)
         subject = Subject(model=model, adapter=adapter, plan=make_plan(model, adapter, recipe.scheme, solver))
         for step in steps:
             step.check(subject)

@@ -21,4 +21,5 @@ PART = Adapter(
         LinearFold(first="self_attn.v_proj", second="self_attn.o_proj", rows="value_heads", heads=True),
         LinearFold(first="mlp.up_proj", second="mlp.down_proj", gates=("mlp.gate_proj",)),
     ),
+    writers=("self_attn.o_proj", "mlp.down_proj"),
 )

@@ -20,4 +20,5 @@ PART = Adapter(
         # down reads act(gate) * up: linear in up.
         LinearFold(first="mlp.up_proj", second="mlp.down_proj", gates=("mlp.gate_proj",)),
     ),
+    writers=("self_attn.o_proj", "mlp.down_proj"),
 )

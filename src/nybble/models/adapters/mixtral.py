@@ -16,6 +16,7 @@ PART = Adapter(
         NormFold(norm="post_attention_layernorm", readers=("mlp.gate", "mlp.experts.gate_up_proj")),
     ),
     linear_folds=(LinearFold(first="self_attn.v_proj", second="self_attn.o_proj", rows="value_heads", heads=True),),
+    writers=("self_attn.o_proj", "mlp.experts.down_proj"),
     experts="mlp.experts",
     limits=("up -> down of each expert is not offered as a fold: both halves are rows of one 3-D gate_up_proj",),
 )

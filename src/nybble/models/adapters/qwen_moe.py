@@ -29,6 +29,7 @@ PART = Adapter(
             gates=("mlp.shared_expert.gate_proj",),
         ),
     ),
+    writers=("self_attn.o_proj", "mlp.down_proj", "mlp.experts.down_proj", "mlp.shared_expert.down_proj"),
     experts="mlp.experts",
     limits=("up -> down of each expert is not offered as a fold: both halves are rows of one 3-D gate_up_proj",),
 )

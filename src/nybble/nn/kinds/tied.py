@@ -77,6 +77,14 @@ def tie_table(root: nn.Module, name: str) -> None:
     _untie(root)
 
 
+def untie_head(model: Any) -> None:
+    """Give an output head that shares the input embedding's table one of its own, with the same values."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(head, nn.Linear) and head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+        _untie(model)
+
+
 def row_scale(module: nn.Module) -> RowScale | None:
     """What an embedding multiplies its rows with; None of one that doesn't, or does something else with them.
 

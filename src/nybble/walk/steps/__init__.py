@@ -16,6 +16,7 @@ import torch
 from nybble.calibration.window import Window
 from nybble.models.adapter import Adapter
 from nybble.nn.kinds import Target
+from nybble.transforms import Rewrite
 from nybble.walk.plan import Plan
 
 
@@ -86,12 +87,14 @@ class BlockStep(ABC):
         name: kind and key, for messages: ``solver 'gptq'``.
         kind: transform, solver, reconstruction or correction.
         paths: streams whose inputs it must have: ``float``, ``quantized``; empty: any that there is.
+        moves_stream: whether it changes what goes from block to block in the float network.
         window, overlap: blocks that it works on at a time, and how many of them again with the next.
     """
 
     kind: ClassVar[str]
     name: str
     paths: frozenset[str] = frozenset()
+    moves_stream: bool = False
     window: int = 1
     overlap: int = 0
 
@@ -105,6 +108,17 @@ class BlockStep(ABC):
     @abstractmethod
     def cost(self, subject: Subject, targets: Sequence[Target], load: Load) -> Cost:
         """What it takes for a block with these targets."""
+
+    def prepare(self, model: Any) -> None:  # noqa: B027  most take a model as it is
+        """Change a model's structure, before anything is planned; it may be without weights."""
+
+    def outside(self, model: Any, seed: int) -> Sequence[Rewrite]:
+        """How it rewrites what is in no block, before the first one is run."""
+        return ()
+
+    def outside_bytes(self, subject: Subject, load: Load) -> int:
+        """Most memory that :meth:`outside`'s rewrites take."""
+        return 0
 
     def gradient_tokens(self, subject: Subject, load: Load) -> int:
         """Of how many tokens it wants the gradients of all layers' outputs, from a pass of the whole model; or 0."""

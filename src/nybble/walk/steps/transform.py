@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from nybble.calibration.window import Window
 from nybble.models.adapter import Adapter
 from nybble.nn.kinds import Target
-from nybble.transforms import Transform
+from nybble.transforms import Rewrite, Transform
 from nybble.walk.steps import BlockStep, Cost, Load, Subject
 
 
@@ -24,7 +24,7 @@ class TransformStep(BlockStep):
 
     def __init__(self, key: str, transform: Transform, adapter: Adapter, path: str) -> None:
         self.name, self.transform, self.adapter, self.path = f"transform {key!r}", transform, adapter, path
-        self.key = key
+        self.key, self.moves_stream = key, transform.moves_stream
 
     def needs(self, subject: Subject) -> frozenset[str]:  # noqa: D102
         blocks = self.adapter.blocks_of(subject.model)
@@ -43,6 +43,17 @@ class TransformStep(BlockStep):
         flops = sum(self.transform.flops(*t.shape, tokens) * max(1, t.matrices) for t in targets)
         peak = self.transform.working_bytes([t.shape for t in targets if t.matrices])
         return Cost(held=held, peak=peak, flops=flops)
+
+    def prepare(self, model: Any) -> None:  # noqa: D102
+        self.transform.prepare(self.adapter, model)
+
+    def outside(self, model: Any, seed: int) -> Sequence[Rewrite]:  # noqa: D102
+        return list(self.transform.outside(self.adapter, model, seed))
+
+    def outside_bytes(self, subject: Subject, load: Load) -> int:
+        """A table as it is stored, and three times in float32: itself, with a norm's weights in it, rewritten."""
+        tables = [p.numel() for n, p in subject.model.named_parameters() if not self.adapter.inside(n)]
+        return (load.source_bytes + 12) * max(tables, default=0) if self.moves_stream else 0
 
     def run(self, window: Window) -> None:  # noqa: D102
         if window.calibrated or not self.transform.reads_inputs:
