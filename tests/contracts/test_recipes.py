@@ -124,7 +124,7 @@ def test_one_model_in_memory_on_disk_and_loaded(folder: Path, tmp_path: Path, fa
     except ModelError as error:  # transforms of neighbours want to know who they are
         if name == "quarot":
             assert re.search("can't rotate the residual stream.* lists no RMS norms", str(error))
-            assert family in ("gemma2", "gemma3_text", "opt", "gpt2", "gpt_neox", "bloom", "falcon")
+            assert family in ("gpt2", "falcon")
             return
         assert family == "falcon" and any(step.kind == "transform" for step in recipe.steps)
         assert re.search("finds no pair of weights to work on.* has no adapter", str(error))

@@ -40,12 +40,13 @@ def _paley(order: int) -> np.ndarray | None:
     if order & (order - 1) == 0 or order % 4:
         return None
     if _prime(order - 1):
-        return np.eye(order, dtype=np.int8) + _conference(order - 1)
+        found: np.ndarray = np.eye(order, dtype=np.int8) + _conference(order - 1)
+        return found
     q = order // 2 - 1
     if q % 4 != 1 or not _prime(q):
         return None
     on_diagonal = np.kron(np.eye(q + 1, dtype=np.int8), np.array([[1, -1], [-1, -1]], np.int8))
-    found: np.ndarray = on_diagonal + np.kron(_conference(q), np.array([[1, 1], [1, -1]], np.int8))
+    found = on_diagonal + np.kron(_conference(q), np.array([[1, 1], [1, -1]], np.int8))
     return found
 
 

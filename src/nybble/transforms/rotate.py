@@ -98,7 +98,8 @@ class Rotate(Transform):
         yield _reading(state, last.readers, last, parameters)
 
     def rewrites(self, window: Window, adapter: Adapter, path: str) -> Iterator[Rewrite]:  # noqa: D102
-        state, config = window.block, window.calibration.config
+        state = window.block
+        config: Any = window.calibration.config
         matrix = self._rotation(int(config.hidden_size), window.calibration.seed, window.calibration.device)
         parameters = {"rotation": matrix}
         for fold in adapter.norm_folds_of(state.module, config):
