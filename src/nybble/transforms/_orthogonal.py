@@ -39,14 +39,13 @@ def _paley(order: int) -> np.ndarray | None:
     """By one of Paley's constructions; powers of two are Sylvester's."""
     if order & (order - 1) == 0 or order % 4:
         return None
-    if _prime(order - 1):
-        found: np.ndarray = np.eye(order, dtype=np.int8) + _conference(order - 1)
-        return found
+    found: np.ndarray | None = None
     q = order // 2 - 1
-    if q % 4 != 1 or not _prime(q):
-        return None
-    on_diagonal = np.kron(np.eye(q + 1, dtype=np.int8), np.array([[1, -1], [-1, -1]], np.int8))
-    found = on_diagonal + np.kron(_conference(q), np.array([[1, 1], [1, -1]], np.int8))
+    if _prime(order - 1):
+        found = np.eye(order, dtype=np.int8) + _conference(order - 1)
+    elif q % 4 == 1 and _prime(q):
+        found = np.kron(np.eye(q + 1, dtype=np.int8), np.array([[1, -1], [-1, -1]], np.int8))
+        found += np.kron(_conference(q), np.array([[1, 1], [1, -1]], np.int8))
     return found
 
 
@@ -102,7 +101,7 @@ def rotation(width: int, matrix: Matrix, block: int, signs: bool, seed: int) -> 
         part = hadamard(size)
     else:
         q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-        part = (q * r.diagonal().sign()).float()
+        part = (q * r.diagonal().sign()).float().contiguous()  # QR gives columns
     whole = torch.kron(torch.eye(width // size, dtype=part.dtype), part)
     if signs:
         whole = (torch.randint(0, 2, (width, 1), generator=generator) * 2 - 1) * whole

@@ -52,8 +52,10 @@ class TransformStep(BlockStep):
 
     def outside_bytes(self, subject: Subject, load: Load) -> int:
         """A table as it is stored, and three times in float32: itself, with a norm's weights in it, rewritten."""
-        tables = [p.numel() for n, p in subject.model.named_parameters() if not self.adapter.inside(n)]
-        return (load.source_bytes + 12) * max(tables, default=0) if self.moves_stream else 0
+        if not self.moves_stream:
+            return 0
+        tables = [p.numel() for n, p in subject.model.named_parameters() if not subject.adapter.inside(n)]
+        return (load.source_bytes + 12) * max(tables, default=0)
 
     def run(self, window: Window) -> None:  # noqa: D102
         if window.calibrated or not self.transform.reads_inputs:
