@@ -60,7 +60,10 @@ class Pow2(ScaleRule):
 
     def allowed(self, scale: Tensor) -> Tensor:
         """The nearest powers of two, in the logarithm."""
-        return torch.exp2(scale.log2().round())
+        import torch
+
+        result: Tensor = torch.exp2(scale.log2().round())
+        return result
 
 
 PART = Pow2

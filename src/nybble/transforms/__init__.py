@@ -81,6 +81,7 @@ class Transform(ABC):
     def flops(self, rows: int, columns: int, tokens: int) -> float:
         """Multiply-adds x 2 for a weight [rows, columns]: as far as it looks at inputs, a forward."""
         return 2.0 * tokens * rows * columns
+
     def prepare(self, adapter: Adapter, model: Any) -> None:  # noqa: B027  (most take a model as it is)
         """Change a model's structure before anything is planned; it may be without weights."""
 
