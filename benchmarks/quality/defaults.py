@@ -1,7 +1,7 @@
 """What the named recipes should do by default, judged on two language models.
 
     python benchmarks/quality/defaults.py [--device cuda] [--smollm2 FILE.gguf] [--record FILE] [--rows WORD ...]
-        [--models smollm2 trained]
+        [--models smollm2 trained] [--seconds N] [--missing]
 
 SmolLM2-135M-Instruct, and a llama of 8 blocks that this script trains for a minute on Python source files of the
 installed packages, with SmolLM2's tokenizer. Each is calibrated on text of its own kind and judged on two texts that
@@ -35,6 +35,7 @@ from nybble.recipe import parse_recipe
 
 E8M0 = "scale_format=(float8_e8m0fnu scale=one)"
 MX = "float4_e2m1fn group=32 scale=pow2(mode={}) " + E8M0
+Rows = dict[str, tuple[list[dict[str, Any]], dict[str, str]]]
 RTN: list[dict[str, Any]] = [{"solver": "rtn"}]
 PLAIN: list[dict[str, Any]] = [{"solver": "gptq", "activation_order": False}]
 ORDER: list[dict[str, Any]] = [{"solver": "gptq", "activation_order": True}]
@@ -45,9 +46,9 @@ def smooth(alpha: float, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"transform": "smooth", "alpha": alpha}, *steps]
 
 
-def rows() -> dict[str, tuple[list[dict[str, Any]], dict[str, str]]]:
+def rows() -> Rows:
     """Steps and scheme by name."""
-    found: dict[str, tuple[list[dict[str, Any]], dict[str, str]]] = {}
+    found: Rows = {}
     for bits in (4, 3, 2):
         weights = {"weights": f"int{bits} group=64 symmetric=false"}
         found |= {f"INT{bits} g64 rtn": (RTN, weights), f"INT{bits} g64 gptq": (PLAIN, weights)}
@@ -71,9 +72,9 @@ def rows() -> dict[str, tuple[list[dict[str, Any]], dict[str, str]]]:
     return found
 
 
-def main() -> None:
-    """Quantize and judge every row on both models."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(about: str | None, known: Rows) -> None:
+    """Quantize and judge every row of those known on both models."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--smollm2", default="demo:smollm2")
     parser.add_argument("--record", type=Path)
@@ -83,8 +84,11 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--steps", type=int, default=1500, help="of training")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no other row is begun")
+    parser.add_argument("--missing", action="store_true", help="leave out the rows that the record has")
     args = parser.parse_args()
-    chosen = {name: row for name, row in rows().items() if any(word in name for word in args.rows)}
+    args.until = time.monotonic() + args.seconds
+    chosen = {name: row for name, row in known.items() if any(word in name for word in args.rows)}
     source = open_source(args.smollm2)
     tokenizer = source.tokenizer()
     files = python_files()
@@ -122,7 +126,12 @@ def record(path: Path | None, model: str, name: str, row: dict[str, Any], device
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-@torch.no_grad()
+def recorded(path: Path | None, model: str) -> dict[str, Any]:
+    """The rows of a model that the results have."""
+    found = json.loads(path.read_text(encoding="utf-8"))["models"] if path is not None and path.exists() else {}
+    return dict(found.get(model, {}))
+
+
 def judge(
     title: str,
     model: str,
@@ -136,15 +145,23 @@ def judge(
     record(args.record, title, "float", {"bits": 16.0, "ppl": perplexity(reference, texts)}, args.device)
     settings = nybble.Settings(batch=8, device=args.device)
     for name, (steps, scheme) in chosen.items():
+        if time.monotonic() > args.until:
+            print(f"{title}: {name} and what follows is left for another run")
+            return
+        if args.missing and name in recorded(args.record, title):
+            continue
         recipe = parse_recipe({"name": name.replace(" ", "-"), "scheme": scheme, "steps": steps})
         started = time.perf_counter()
         made, report = nybble.quantize(model, recipe, calibration, settings=settings)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         hold_dense(made, torch.bfloat16)
         row = {"bits": report.bits, "seconds": round(seconds, 1), "ppl": perplexity(made, texts)}
         record(args.record, title, name, row, args.device)
 
 
+@torch.no_grad()
 def perplexity(model: Any, texts: dict[str, Tensor]) -> dict[str, float]:
     """On each text."""
     return {
@@ -209,4 +226,4 @@ def train(tokenizer: Any, tokens: Tensor, args: argparse.Namespace) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, rows())

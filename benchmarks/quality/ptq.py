@@ -1,0 +1,80 @@
+"""Post-training methods at the settings that people ask for, alone and composed, judged on two language models.
+
+    python benchmarks/quality/ptq.py --record benchmarks/results/ptq.json [--device cuda] [--smollm2 FILE.gguf]
+        [--rows WORD ...] [--models smollm2 trained] [--seconds N] [--missing]
+
+The models, calibration and held-out texts are those of defaults.py. Learned parts run for the steps that a row names,
+the same for all of one setting, so that what differs is the part.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import defaults
+
+Steps = list[dict[str, Any]]
+GPTQ: Steps = [{"solver": "gptq"}]
+BOTH: Steps = [{"solver": "gptq", "inputs": "both"}]
+REFINE: Steps = [{"correction": "refine-scales"}]
+PARTS: dict[str, dict[str, Any]] = {
+    "clip": {"rates": {"default": 0.01}, "schedule": "constant"},
+    "adaround": {"rates": {"rounding": 0.05}, "schedule": "constant"},
+    "flexround": {"rates": {"rounding": 0.003}},
+    "sign-round": {
+        "optimizer": "sign", "schedule": "linear", "rates": {"rounding": 0.005, "clip": 0.005}, "keep": "best",
+    },
+    "block-ap": {"optimizer": "adamw", "final": 0.05, "rates": {"weights": 2e-5, "scales": 1e-4}},
+    "lora-rounding": {"rates": {"rounding": 0.05, "scales": 1e-4}},
+}  # fmt: skip
+
+
+def learned(part: str, steps: int, before: str = "rtn", **options: Any) -> Steps:
+    """A learned part behind a solver."""
+    found = {"reconstruction": "mse", "weights": part, "steps": steps, **PARTS[part], **options}
+    return [{"solver": before}, found]
+
+
+def rows() -> defaults.Rows:
+    """Steps and scheme by name."""
+    found: defaults.Rows = {}
+    for bits, steps in ((4, 200), (3, 200), (2, 400)):
+        scheme = {"weights": f"int{bits} group=64 symmetric=false"}
+        weighed: Steps = [{"solver": "rtn", "scale": "mse(low=0.55,grid=10)", "weighted": True}]
+        plain = {
+            "rtn": [{"solver": "rtn"}], "hqq": [{"solver": "hqq"}], "awq": [{"transform": "awq"}, *weighed],
+            "gptq": GPTQ, "gptq both": BOTH, "gptq both, refined": BOTH + REFINE,
+            "awq, gptq both": [{"transform": "awq"}, *BOTH],
+            "rotated, gptq both": [{"transform": "rotate"}, {"transform": "hadamard"}, *BOTH],
+        }  # fmt: skip
+        parts = {part: learned(part, steps) for part in PARTS}
+        parts["gptq, block-ap"] = learned("block-ap", steps, "gptq")
+        parts["sign-round, two blocks"] = learned("sign-round", steps, window=2)
+        found |= {f"INT{bits} g64 {name}": (each, scheme) for name, each in (plain | parts).items()}
+    for line in ("nvfp4", "nvfp4-46", "nvfp4-search"):
+        scheme = {"weights": line, "inputs": "nvfp4"}
+        smooth: Steps = [{"transform": "smooth", "alpha": 0.6}]
+        found[f"NVFP4 {line} rtn"] = ([{"solver": "rtn"}], scheme)
+        found[f"NVFP4 {line} smooth, gptq"] = (smooth + GPTQ, scheme)
+        found[f"NVFP4 {line} smooth, gptq both, refined"] = (smooth + BOTH + REFINE, scheme)
+        found[f"NVFP4 {line} smooth, sign-round"] = (smooth + learned("sign-round", 200), scheme)
+    mx = {"weights": "mxfp4", "inputs": defaults.MX.format("even")}
+    smooth = [{"transform": "smooth", "alpha": 0.6}]
+    found["MXFP4 smooth, gptq"] = (smooth + GPTQ, mx)
+    found["MXFP4 smooth, gptq both"] = (smooth + BOTH, mx)
+    found["MXFP4 hadamard of 32, gptq both"] = ([{"transform": "hadamard", "block": 32}, *BOTH], mx)
+    found["MXFP4 smooth, sign-round"] = (smooth + learned("sign-round", 200), mx)
+    e2m1 = {"weights": "float4_e2m1fn group=32"}
+    found["E2M1 g32 gptq"] = (GPTQ, e2m1)
+    found["E2M1 g32 gptq both, refined"] = (BOTH + REFINE, e2m1)
+    found["E2M1 g32 sign-round"] = (learned("sign-round", 200), e2m1)
+    w4a4 = {"weights": "int4 channel", "inputs": "int4 token"}
+    found["INT4 W4A4 gptq"] = (GPTQ, w4a4)
+    found["INT4 W4A4 smooth, gptq"] = (smooth + GPTQ, w4a4)
+    found["INT4 W4A4 quarot"] = ([{"transform": "rotate"}, {"transform": "hadamard"}, *GPTQ], w4a4)
+    found["INT4 W4A4 quarot, both"] = ([{"transform": "rotate"}, {"transform": "hadamard"}, *BOTH], w4a4)
+    return found
+
+
+if __name__ == "__main__":
+    defaults.main(__doc__, rows())
