@@ -63,7 +63,8 @@ def test_every_op_of_the_library_is_here() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("nybble::")
     }
-    for_compilers = {"dequantize", "experts", "fake_quantize", "fake_quantize_backward"}  # tests/parts/nn/test_compile.py
+    # tests/parts/nn/test_compile.py
+    for_compilers = {"dequantize", "experts", "fake_quantize", "fake_quantize_backward"}
     assert found - for_compilers == set(OPS)
 
 
