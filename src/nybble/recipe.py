@@ -17,13 +17,14 @@ steps:                              # transform* -> solver -> reconstruction* ->
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nybble.core.errors import SchemeError, UsageError, did_you_mean, within
-from nybble.core.registry import Registry
+from nybble.core.errors import NybbleError, SchemeError, UsageError, did_you_mean, within
+from nybble.core.registry import PluginWarning, Registry
 from nybble.recipes import REGISTRY, check_recipe_name
 from nybble.scheme import Scheme, parse_scheme
 
@@ -120,6 +121,19 @@ def recipe_names() -> list[str]:
     return REGISTRY.names()
 
 
+def listed_recipes() -> list[Recipe]:
+    """All of them; what another package offers and is no recipe is left out, with a PluginWarning."""
+    found = []
+    for name in REGISTRY.all():
+        try:
+            found.append(load_recipe(name))
+        except NybbleError as error:
+            if name in REGISTRY.own():
+                raise
+            warnings.warn(f"the recipe {name!r} of another package is left out: {error}", PluginWarning, stacklevel=2)
+    return found
+
+
 def load_recipe(name: str) -> Recipe:
     """A recipe by name, or from a YAML file when ``name`` ends in .yaml or .yml.
 
@@ -146,12 +160,14 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
     for key in data:
         if key not in known:
             raise SchemeError(f"{where}: a recipe has no key {key!r}.{did_you_mean(str(key), known)}")
-    missing = [key for key in ("scheme", "steps") if not data.get(key)]
-    if missing:
-        raise SchemeError(f"{where}: the recipe lacks {' and '.join(missing)}.")
-    if not isinstance(data["steps"], list):
-        raise SchemeError(f"{where}: steps is a list of mappings; got {data['steps']!r}.")
-    steps = tuple(_step(step, where) for step in data["steps"])
+    if not data.get("scheme"):
+        raise SchemeError(
+            f"{where}: the recipe lacks a scheme: a preset's name, or a mapping of what to quantize and how."
+        )
+    listed = [] if data.get("steps") is None else data["steps"]
+    if not isinstance(listed, list):
+        raise SchemeError(f"{where}: steps is a list of mappings; got {listed!r}.")
+    steps = tuple(_step(step, where) for step in listed)
     check_order(steps, where)
     if not any(step.kind == "solver" for step in steps):
         first = next((i for i, step in enumerate(steps) if step.kind != "transform"), len(steps))

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import logits, save_tiny, tiny_model
+from tests.tiny import logits, save_tiny, tiny_model, tiny_tokenizer
 from torch import nn
 
 import nybble
-from nybble.core.errors import SchemeError, UsageError
+from nybble.core.errors import DeviceError, NybbleError, SchemeError, UsageError
 from nybble.nn.kinds import quant_modules
 from nybble.scheme import Scheme, parse_scheme
 from nybble.training.convert import convert
@@ -124,7 +124,7 @@ def test_dtypes_and_devices_by_name(tmp_path: Path) -> None:
     assert nybble.load(tmp_path, dtype="float16")[0].dtype == torch.float16
     with pytest.raises(UsageError, match=r"dtype is 'half'; give float32"):
         nybble.load(tmp_path, dtype="half")
-    with pytest.raises(UsageError, match=r"device 'gpu' is none that torch knows; give cpu or cuda"):
+    with pytest.raises(UsageError, match=r"device 'gpu' is neither cpu nor cuda"):
         nybble.load(tmp_path, device="gpu")
 
 
@@ -174,3 +174,76 @@ def test_type_checkers_see_the_same_names() -> None:
     }
     assert typed == {**nybble._NAMES, "optim": "nybble"}
     assert (Path(spec.origin).parent / "py.typed").is_file()
+
+
+def correlated(*shape: int) -> torch.Tensor:
+    """Inputs that a solver which sees them gains from: a few directions carry most of their energy."""
+    draw = torch.Generator().manual_seed(5)
+    mix = torch.randn(shape[-1], shape[-1], generator=draw) * torch.logspace(0, -2, shape[-1])
+    return torch.randn(*shape, generator=draw) @ mix
+
+
+class Named(nn.Module):
+    """Its second input has a default; both have names of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 32), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
+        hidden = self.first(x if gain is None else x * gain).relu()
+        found: torch.Tensor = self.second(hidden)
+        return found
+
+
+@pytest.mark.parametrize("shape", [(200, 64), (20, 10, 64)])
+@pytest.mark.parametrize(
+    ("make", "data"),
+    [
+        (lambda: nn.Linear(64, 32), lambda x: x),
+        (lambda: nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16)), lambda x: x),
+        (Named, lambda x: {"gain": torch.linspace(0.5, 2, len(x)).view(-1, *(1,) * (x.dim() - 1)), "x": x}),
+        (Named, lambda x: [{"x": row[None]} for row in x]),
+    ],
+)
+def test_plain_networks_are_calibrated(make: Any, data: Any, shape: tuple[int, ...]) -> None:
+    x = correlated(*shape)
+    torch.manual_seed(1)
+    net, given = make(), data(x)
+    inputs = given if isinstance(given, dict) else {}
+    state = net.state_dict()
+
+    def lost(recipe: str, **options: Any) -> float:
+        again = make()
+        again.load_state_dict(state)
+        found, report = nybble.quantize(again, recipe, given, weights="int3 channel", **options)
+        assert len(report.layers) == len(list(quant_modules(found))) and not any(row.notes for row in report.layers)
+        with torch.no_grad():
+            exact, came = (model(**inputs) if inputs else model(x) for model in (net, found))
+        return float((came - exact).norm() / exact.norm())
+
+    assert lost("gptq") < 0.7 * lost("rtn")
+    assert lost("rtn", activations="int8 tensor static") < 1.2 * lost("rtn")
+    with pytest.raises(UsageError, match=r"a plain network is given tensors, as it is called with them"):
+        nybble.quantize(make(), "gptq", weights="int3 channel")
+
+
+def test_a_head_alone_is_calibrated() -> None:
+    scheme = {"targets": ["lm_head"], "weights": "int4 group=16", "inputs": "int8 tensor static", "ignore": []}
+    model, ids = tiny_model("mistral"), torch.randint(3, 50, (8, 24), generator=torch.Generator().manual_seed(0))
+    found, report = nybble.quantize(model, "gptq", ids, scheme=scheme)
+    (row,) = report.layers
+    assert row.error is not None and row.rtn_error is not None and row.error < row.rtn_error and not row.notes
+    assert [name for name, _ in quant_modules(found)] == ["lm_head"]
+
+
+def test_what_data_may_be_called() -> None:
+    """Texts longer than a file's name, records with fields beside the text, a device that isn't there."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    with pytest.raises(NybbleError, match="data"):
+        nybble.quantize(model, "gptq", "word " * 2000, tokenizer=tokenizer, weights=LINE)
+    rows = [{"text": "ba " * 200, "id": 3, "target": torch.ones(2)}]
+    settings = {"samples": 2, "seq_len": 8}
+    nybble.quantize(model, "gptq", rows, tokenizer=tokenizer, weights=LINE, settings=settings)
+    with pytest.raises(DeviceError, match="no CUDA device"):
+        nybble.load("anything", device="cuda")

@@ -273,7 +273,8 @@ def capture_block_calls(
             if adapter.convolutional:
                 # The network reads its input as it is; a wrapper may have moved it to where its weights aren't yet.
                 dtype = next(stacks[0][0].parameters()).dtype
-                calls[0] = replace(calls[0], start={HIDDEN: next(iter(given.values())).to(dtype)})
+                hidden = next(iter(given.values()))
+                calls[0] = replace(calls[0], start={HIDDEN: hidden.to(dtype) if hidden.is_floating_point() else hidden})
             padded = given.get("decoder_attention_mask")
             real = data_kind(adapter.reads).real(given) if end is None else None if padded is None else padded.bool()
             return [replace(call, mask=real) for call in calls]

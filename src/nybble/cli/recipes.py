@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nybble.cli._output import print_json, print_table
-from nybble.recipes import REGISTRY, check_recipe_name
+from nybble.recipes import check_recipe_name
 
 if TYPE_CHECKING:
     from nybble.recipe import Recipe
@@ -28,14 +28,14 @@ def command(
     """List the named methods, show one, or the table of legal combinations."""
     if name is not None:
         check_recipe_name(name)
-    from nybble.recipe import load_recipe
+    from nybble.recipe import listed_recipes, load_recipe
 
     if matrix:
         _matrix(name, json)
     elif name is not None:
         _show(load_recipe(name), json)
     else:
-        recipes = [load_recipe(each) for each in REGISTRY.all()]
+        recipes = listed_recipes()
         if json:
             print_json({"recipes": [r.to_dict() for r in recipes]})
         else:

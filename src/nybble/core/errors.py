@@ -60,9 +60,10 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     " Did you mean 'gptq'?"
     """
     known = sorted(options)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    lower = {option.lower(): option for option in reversed(known)}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
     if close:
-        return f" Did you mean {close[0]!r}?"
+        return f" Did you mean {lower[close[0]]!r}?"
     if len(known) > _LISTED:
         return f" Some of the {len(known)} known: {', '.join(known[:_SHOWN])} ..."
     return f" Known: {', '.join(known)}."

@@ -91,8 +91,13 @@ def samples_of(data: Data, kind: DataKind, origin: Origin, wanted: Wanted, main:
         if all(isinstance(item, Tensor) for item in data):
             return _samples([{main: item} for item in data], main)
         if all(isinstance(item, Mapping) for item in data):
-            if all(isinstance(value, str) for item in data for value in item.values()):
-                rows = (row_record(item, f"data[{number}]", None) for number, item in enumerate(data))
+            if all(
+                isinstance(item.get("messages"), list) or any(isinstance(v, str) for v in item.values())
+                for item in data
+            ):
+                chats = any("messages" in item for item in data)
+                chat = kind.tokenizer(origin) if chats else None
+                rows = (row_record(item, f"data[{number}]", chat) for number, item in enumerate(data))
                 return kind.of_texts(
                     make_source(rows, name="given in Python", note="texts of the caller's"), origin, wanted
                 )

@@ -157,4 +157,7 @@ def looks_like_path(src: str) -> bool:
     path = Path(src).expanduser()
     if src.startswith((".", "/", "~")) or "\\" in src or src.count("/") > 1:
         return True
-    return path.suffix.lower() in _TEXT_ENDINGS or path.exists()
+    try:
+        return path.suffix.lower() in _TEXT_ENDINGS or path.exists()
+    except OSError:  # longer than any name
+        return False

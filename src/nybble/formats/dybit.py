@@ -4,7 +4,7 @@ Zhou et al. 2023, arXiv:2302.12510.
 
 For n magnitude bits and i leading ones: i = 0 gives m / 2**(n - 1); 1 <= i < n gives 2**(i - 1) * (1 + m / 2**k) with
 k = n - 1 - i; all ones give 2**(n - 1). ``dybit4`` has a sign and n = 3, ``udybit4`` no sign and n = 4. The encoding is
-recalled from the paper, not copied: the tables in its sheet are the specification that the tests hold it to.
+recalled from the paper, not copied: the tables of tests/ are the specification that the tests hold it to.
 """
 
 from __future__ import annotations

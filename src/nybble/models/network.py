@@ -1,26 +1,29 @@
-"""A plain torch network over images as a transformers model, so that everything here can work on it."""
+"""A plain torch network as a transformers model, so that everything here can work on it."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
+
+from nybble.nn.kinds import kind_of
 
 
 class NetworkConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """Of a network whose structure is in its code."""
 
-    model_type = "image_network"
+    model_type = "plain_network"
 
 
 class Network(PreTrainedModel):  # type: ignore[no-untyped-call]
-    """``net`` with the call that models of images have; in memory only, as no folder says how to build ``net``.
+    """``net`` with the call that models of transformers have; in memory only, as no folder says how to build ``net``.
 
     Args:
         config: anything; the network's structure is not in it.
-        net: images [n, channels, height, width] -> logits [n, classes].
+        net: called with tensors that have samples in front; what it gives is taken for logits.
     """
 
     config_class = NetworkConfig
@@ -28,11 +31,19 @@ class Network(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     def __init__(self, config: NetworkConfig, net: nn.Module) -> None:
         super().__init__(config)
-        self.net = net
+        self.alone = kind_of(net) is not None
+        self.net = nn.Sequential(net) if self.alone else net
 
-    def forward(self, pixel_values: Tensor, **_: Any) -> ImageClassifierOutput:
-        """Images as the network wants them -> logits."""
-        return ImageClassifierOutput(logits=self.net(pixel_values))
+    @property
+    def network(self) -> nn.Module:
+        """What was wrapped, as it is now."""
+        return self.net.get_submodule("0") if self.alone else self.net
+
+    def forward(self, **inputs: Any) -> ImageClassifierOutput:
+        """Inputs by the network's own names; one of another name goes where its first does."""
+        first = next(iter(inspect.signature(self.net.forward).parameters), "")
+        main = inputs.pop(first if first in inputs else next(iter(inputs)))
+        return ImageClassifierOutput(logits=self.net(main, **inputs))
 
 
 def as_model(net: nn.Module) -> Network:

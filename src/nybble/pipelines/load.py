@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from nybble.checkpoint.load import Beside, described, is_quantized, load_quantized
+from nybble.core.device import check_device
 from nybble.core.dtypes import float_dtype
-from nybble.core.errors import FileError, ModelError, UsageError
+from nybble.core.errors import FileError, ModelError
 from nybble.core.explicit import explicit_settings
 from nybble.data import Origin
 from nybble.data.kinds import data_kind
@@ -82,10 +83,7 @@ def load_with_origin(
     """As :func:`load`; with what the model's place offers for making samples, of which nothing is read yet."""
     folder = Path(model)
     wanted = None if dtype is None else float_dtype(dtype, "dtype")
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise UsageError(f"device {device!r} is none that torch knows; give cpu or cuda.") from error
+    device = torch.device(check_device(device))
     if not is_quantized(folder):
         source = open_source(str(model))
         return source.model(wanted or torch.bfloat16, device), source

@@ -108,7 +108,7 @@ def quantize(
             rows = _in_memory({"": job}, progress or Silent())[0][""]
             job = _tried(job, given, announce or _ignore)
             _mark(job, rows)
-            result = job.model if isinstance(model, str | Path) or job.model is model else job.model.net
+            result = job.model if isinstance(model, str | Path) or job.model is model else job.model.network
             if result not in held:  # of a single layer there is another module now
                 nn.Module.train(result, any(held.values()))
         else:

@@ -35,8 +35,14 @@ class Recipes(Registry):
                 raise UsageError(
                     f"{found.__name__} is a module; name a package with {name}.yaml in it, or MODULE:NAME."
                 )
-            return resources.files(found).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+            files = [resources.files(found).joinpath(f"{word}.yaml") for word in spellings(name)]
+            return next((file for file in files if file.is_file()), files[0]).read_text(encoding="utf-8")
         return super().taken(name, found)
+
+
+def spellings(name: str) -> tuple[str, str, str]:
+    """A name as it is, and with dashes or underscores throughout: which of them doesn't matter."""
+    return name, name.replace("_", "-"), name.replace("-", "_")
 
 
 REGISTRY = Recipes("nybble.recipes", "recipe", lambda part: isinstance(part, str | Mapping))

@@ -67,6 +67,7 @@ class Job:
     estimate: Estimate
     outside_sees: bool
     untried: str = ""
+    left_out: tuple[str, ...] = ()
 
     @staticmethod
     def make(
@@ -82,6 +83,10 @@ class Job:
         device, dtype = settings.place(model if source is None else None)
         subject, steps, paths = _planned(model, adapter_for(model), recipe)
         adapter = subject.adapter
+        left_out: list[BlockStep] = []
+        if isinstance(data, str) and data == "builtin" and not data_kind(adapter.reads).asks:
+            left_out = [step for step in steps if step.kind == "correction" and step.needs(subject)]
+            steps = tuple(step for step in steps if step not in left_out)
         needs = frozenset().union(*(step.needs(subject) for step in steps))
         moving = next((step.name for step in steps if step.moves_stream), "")
         if moving and "fisher" in needs:
@@ -111,7 +116,7 @@ class Job:
         sees = any(_wants_inputs(target, solver) for target in subject.plan.outside)
         return Job(
             model, adapter, source, recipe, steps, paths if tokens is not None else frozenset(), needs, subject.plan,
-            settings, device, dtype, products, tokens, cost, sees,
+            settings, device, dtype, products, tokens, cost, sees, left_out=tuple(step.name for step in left_out),
         )  # fmt: skip
 
     @property
@@ -178,7 +183,10 @@ class Job:
 
     def preflight(self, out: str | Path | None) -> list[str]:
         """What will be done, in lines; raises if memory or disk can't hold it."""
-        counts = ", ".join(f"{pattern}: {count}" for pattern, count in self.plan.counts.items())
+        ignored = self.recipe.scheme.ignore
+        counts = ", ".join(
+            f"{pattern}: {count}" for pattern, count in self.plan.counts.items() if pattern not in ignored
+        )
         data = "no calibration"
         if self.tokens is not None:
             data = "calibration {} x {} tokens".format(*self.kind.size(self.tokens))
@@ -197,6 +205,8 @@ class Job:
             lines.append(apart_line(self.plan.apart))
         if self.plan.read:
             lines.append(f"left in float, as the model's code reads their weights itself: {_some(self.plan.read)}")
+        if self.left_out:
+            lines.append(f"left out, as no data is given: {', '.join(self.left_out)}")
         if self.adapter.whole:
             lines.append(f"all of the model is one block, and in memory at once: {self.adapter.whole}")
         if self.source is not None and self.source.note:

@@ -50,8 +50,9 @@ class Plan:
         return list(dict.fromkeys(target.kind for targets in everything for target in targets))
 
     def needs(self, solver: Solver) -> frozenset[str]:
-        """What must be seen of the blocks: what the solver needs, and ``ranges`` for static inputs."""
+        """What must be seen: what the solver needs, and ``ranges`` for static inputs. Of a table nobody sees inputs."""
         rules = {t.rule for block in self.blocks for t in block}
+        rules |= {t.rule for t in self.outside if t.kind.shares_input or t.head}
         static = any(rule.inputs is not None and rule.inputs.static for rule in rules)
         solved = [solver.needs(rule.inputs) for rule in rules if rule.weights is not None]
         operands = [target.rule.matmuls for block in self.products for target in block]

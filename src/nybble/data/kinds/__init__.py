@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,13 @@ class Size(NamedTuple):
 
 
 class DataKind(ABC):
-    """A kind of data; the methods with a body serve every kind whose inputs are tensors with samples in front."""
+    """A kind of data; the methods with a body serve every kind whose inputs are tensors with samples in front.
+
+    Attributes:
+        asks: whether a run that wants data and is given none is refused; else it goes without what only improves it.
+    """
+
+    asks: ClassVar[bool] = True
 
     @abstractmethod
     def prepare(self, src: str, origin: Origin, wanted: Wanted) -> Samples:

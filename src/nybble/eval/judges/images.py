@@ -19,7 +19,7 @@ def classify(model: nn.Module, pixel_values: Tensor, batch_size: int = 64) -> Te
 
     Args:
         model: gives ``logits`` [images, classes]; a plain network gives them bare.
-        pixel_values: float [images, channels, height, width], as the model wants them.
+        pixel_values: float [images, channels, height, width], as the model wants them; a plain network any.
         batch_size: images a forward takes.
 
     Raises:
@@ -67,7 +67,7 @@ class Images(Judge):
         """Classify with the float model, then with each of the others; what the data doesn't allow is left out."""
         samples = panel.samples
         labels = samples.labels if isinstance(samples, ImageSamples) else None
-        pixels, found = samples.inputs["pixel_values"], {}
+        pixels, found = next(iter(samples.inputs.values())), {}
         with task(progress, len(panel.models) + (panel.reference is not None), "evaluate") as bar:
             exact = None
             if panel.reference is not None:

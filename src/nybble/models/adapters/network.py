@@ -1,4 +1,4 @@
-"""Plain torch networks over images (:mod:`nybble.models.network`), each one block."""
+"""Plain torch networks (:mod:`nybble.models.network`), each one block."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from nybble.models.adapter import Adapter
 
 PART = Adapter(
     name="network",
-    model_types=("image_network",),
+    model_types=("plain_network",),
     blocks="net",
     embeddings=(),
     final_norm=None,
     head=None,
-    reads="images",
+    reads="tensors",
     convolutional=True,
     limits=("factors can't be moved between layers: BatchNorms go into their convolutions, ReLU6 is not homogeneous",),
 )
