@@ -79,6 +79,7 @@ def main(about: str | None, known: Rows) -> None:
     parser.add_argument("--smollm2", default="demo:smollm2")
     parser.add_argument("--record", type=Path)
     parser.add_argument("--rows", nargs="*", default=[""], help="words that a row's name holds")
+    parser.add_argument("--without", nargs="*", default=[], help="words that it doesn't hold")
     parser.add_argument("--models", nargs="*", default=["smollm2", "trained"])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=512)
@@ -89,6 +90,7 @@ def main(about: str | None, known: Rows) -> None:
     args = parser.parse_args()
     args.until = time.monotonic() + args.seconds
     chosen = {name: row for name, row in known.items() if any(word in name for word in args.rows)}
+    chosen = {name: row for name, row in chosen.items() if not any(word in name for word in args.without)}
     source = open_source(args.smollm2)
     tokenizer = source.tokenizer()
     files = python_files()
