@@ -65,3 +65,12 @@ def test_a_place_that_takes_no_picture(place: str, error: type[Exception], messa
     with pytest.raises(error, match=message):
         plot_format(get_format("int2"), tmp_path / place)
     assert not list(tmp_path.iterdir())
+
+
+def test_both_axes_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zoomed or limited, values and distances stay above each other."""
+    seen: list[Any] = []
+    monkeypatch.setattr("nybble.cli._plot.draw_distances", lambda fmt, axes: seen.append(axes))
+    plot_format(get_format("e2m1"), tmp_path / "x.svg")
+    (bottom,) = seen
+    assert len(bottom.get_shared_x_axes().get_siblings(bottom)) == 2
