@@ -138,7 +138,7 @@ def _gradients(model: nn.Module, batch: Batch, names: Sequence[str], generator: 
 
     def watch(name: str) -> Callable[..., None]:
         def see(_: nn.Module, __: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = output[0] if isinstance(output, tuple | list) else output
             own = calls.setdefault(name, [])
             own.append(torch.zeros((), dtype=hidden.dtype, device=hidden.device).expand(hidden.shape))
             number = len(own) - 1

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nybble.calibration.arguments import Held, own
 from nybble.calibration.trace import HIDDEN, BlockCall, Tensors
 from nybble.core.files import disk_errors, need_space
 
@@ -31,21 +32,24 @@ class Stream:
         self.samples, self.device, self._spill = samples, device, spill
         self.calls: dict[int, Sequence[BlockCall]] = {}
         self._sizes: dict[int, int] = {}
+        self._held: dict[int, Held] = {}
         self._whole: dict[str, _Rows] = {}
         self._loose: dict[int, dict[str, Tensor]] = {}
 
     def begin(self, start: int, calls: Sequence[BlockCall], given: Tensors, size: int | None = None) -> None:
         """Take the batch that starts at sample ``start``: its calls, and what its first block is given.
 
-        ``size``: its samples, where the hidden states' first dimension may be another.
+        ``size``: its samples, where the hidden states' first dimension may be another. Arguments that batches of one
+        size have in common are held once.
         """
-        self.calls[start], self._sizes[start] = calls, len(given[HIDDEN]) if size is None else size
+        self._sizes[start] = len(given[HIDDEN]) if size is None else size
+        self.calls[start] = self._held.setdefault(self._sizes[start], Held()).shared(calls)
         self.write(start, given)
 
     def fork(self, spill: Path | None = None) -> Stream:
         """A copy that goes its own way from here."""
         twin = Stream(self.samples, self.device, spill)
-        twin.calls, twin._sizes = dict(self.calls), dict(self._sizes)
+        twin.calls, twin._sizes = {start: own(calls) for start, calls in self.calls.items()}, dict(self._sizes)
         for start in self.calls:
             twin.write(start, self.read(start))
         return twin
@@ -86,7 +90,7 @@ class Stream:
         """Let go of memory and files."""
         for rows in self._whole.values():
             rows.close()
-        self._whole, self._loose, self.calls = {}, {}, {}
+        self._whole, self._loose, self.calls, self._held = {}, {}, {}, {}
 
 
 class _Rows:

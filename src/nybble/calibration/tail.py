@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nybble.calibration.trace import HIDDEN, BlockCall, Tensors, replace_forward, returned, tuple_widths
 from nybble.core.errors import ModelError
 from nybble.models.adapter import Adapter
+from nybble.nn.kv_model import no_cache
 
 
 class _AllSeenError(Exception):
@@ -71,7 +72,7 @@ class TailCall(BlockCall):
                 handle = model.get_submodule(name).register_forward_pre_hook(seen(name), with_kwargs=True)
                 undo.callback(handle.remove)
             try:
-                model(**self.inputs, **({"use_cache": False} if "input_ids" in self.inputs else {}))
+                model(**self.inputs, **no_cache(model))
             except _AllSeenError:
                 return
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from nybble.core.errors import ModelError, NybbleError
 from nybble.data.kinds import data_kind
 from nybble.models.adapter import Adapter, Flow, adapter_for
 from nybble.nn.kinds import Kind, kind_of
+from nybble.nn.kv_model import no_cache
 
 HIDDEN = "hidden"
 """Name of the hidden states among the tensors that go from block to block."""
@@ -55,7 +56,7 @@ class BlockCall:
         output = (
             block(hidden, *args, **named) if self.keyword is None else block(*args, **{**named, self.keyword: hidden})
         )
-        if not isinstance(output, tuple):
+        if not isinstance(output, tuple | list):
             return {**given, HIDDEN: output}
         found = {**given, HIDDEN: output[_place(self.flows)]}
         for flow in self.flows:
@@ -78,11 +79,7 @@ class WholeCall(BlockCall):
         """Call the model (``block``); returns its logits, or what it has instead."""
         assert self.keyword is not None
         inputs = {self.keyword: given[HIDDEN], **self.inputs}
-        return {HIDDEN: _main_output(block(**inputs, **_no_cache(inputs)))}
-
-
-def _no_cache(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {"use_cache": False} if "input_ids" in inputs else {}
+        return {HIDDEN: _main_output(block(**inputs, **no_cache(block)))}
 
 
 def _main_output(output: Any) -> Tensor:
@@ -137,12 +134,13 @@ def _record(
     end: Tensor | None,
     flows: tuple[Flow, ...],
     width: int,
-    strict: bool,
+    behind: Sequence[nn.Module] | None,
 ) -> tuple[list[BlockCall], bool]:
     """One forward through recorders; of two stacks the first passes ``end`` on.
 
-    ``width``: how long a tuple blocks return; 0 for the hidden states alone. ``strict``: raise ChainError where the
-    model does something to the hidden states between two blocks.
+    ``width``: how long a tuple blocks return; 0 for the hidden states alone. ``behind``: modules that are called when
+    all blocks were, if at all: raise ChainError where the model does something to the hidden states between two blocks,
+    or calls the blocks again. None to stop at the last block.
 
     Returns the calls of the last stack, and whether all of its blocks were called once, in order, with the same shape.
     """
@@ -157,14 +155,16 @@ def _record(
                 raise ChainError(
                     f"the blocks of {type(model).__name__} hand on more than hidden states, and no adapter says what."
                 )
+            if len(calls) == len(blocks):
+                raise ChainError(f"{type(model).__name__} calls its {len(blocks)} blocks more than once.")
             hidden, call = _split(index, args, kwargs, flows, keep=index == 0)
             calls.append(call)
             shapes.add(hidden.shape)
-            if strict:
+            if behind is not None:
                 if before and before[0].shape == hidden.shape and not _equal(before.pop(), hidden):
                     raise ChainError(f"{type(model).__name__} does more between its blocks than hand their outputs on.")
                 before[:] = [hidden.clone()]
-            if len(calls) == len(blocks):
+            if len(calls) == len(blocks) and behind is None:
                 raise _AllSeenError
             values = {f.gives: call.args[f.takes] if isinstance(f.takes, int) else call.kwargs.get(f.takes)
                       for f in flows if not f.once}  # fmt: skip
@@ -175,14 +175,31 @@ def _record(
     def passed(*args: Any, **kwargs: Any) -> Any:
         return returned(end, width, flows, {})
 
+    def stop(*_: Any, **__: Any) -> Any:
+        raise _AllSeenError
+
     with ExitStack() as undo:
         for stack in stacks:
             for index, block in enumerate(stack):
                 replace_forward(block, recorder(index) if stack is blocks else passed, undo)
-        with suppress(_AllSeenError):
-            model(**inputs, **_no_cache(inputs))
+        for module in behind or ():
+            replace_forward(module, stop, undo)
+        try:
+            model(**inputs, **no_cache(model))
+        except _AllSeenError:
+            pass
+        except Exception as error:  # behind the last block is much that needs more than recorders give
+            if isinstance(error, ChainError) or len(calls) < len(blocks):
+                raise
     in_order = [call.index for call in calls] == list(range(len(blocks)))
     return calls, in_order and len(shapes) == 1
+
+
+def _behind(model: nn.Module, adapter: Adapter, stack: int) -> list[nn.Module]:
+    """What is called when this many stacks are done: the next one's blocks, or the head, whose logits are large."""
+    names = [adapter.head, *(name for names in adapter.stack_names(model)[stack:] for name in names)]
+    modules = dict(model.named_modules())
+    return [modules[name] for name in names if name in modules]  # an adapter's head isn't there in all of its classes
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -237,7 +254,7 @@ def capture_block_calls(
         inputs: what the model is called with, by argument, or the token ids alone; the first dimension is the batch's.
         adapter: default, the model's.
         end: of an encoder-decoder, what the last encoder block gave: then it is the decoder's blocks that are recorded.
-        strict: also see whether the model leaves alone what goes from block to block.
+        strict: also see whether the model leaves alone what goes from block to block, and calls no block again.
 
     Returns:
         One call a block, in order; the first carries the tensors it was given.
@@ -252,12 +269,13 @@ def capture_block_calls(
         return [_whole_call(given, data_kind(adapter.reads).real(given))]
     names = adapter.stack_names(model)[: 1 if end is None else 2]
     stacks = [[model.get_submodule(name) for name in stack] for stack in names]
+    behind = _behind(model, adapter, len(stacks)) if strict else None
     problems: list[Exception] = []
     # Most blocks return a tensor, some a tuple that the model takes [0] of, or two or three things. Given a tensor, the
     # second kind of model drops the batch dimension, which the next recorder sees: so try a tensor first, then tuples.
     for width in tuple_widths(adapter.flows):
         try:
-            calls, good = _record(model, stacks, given, end, adapter.flows, width, strict)
+            calls, good = _record(model, stacks, given, end, adapter.flows, width, behind)
         except (ModelError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:

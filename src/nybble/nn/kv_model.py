@@ -176,6 +176,18 @@ def cache_argument(kind: type[nn.Module]) -> str:
     return next((name for name in _NAMES if name in _takes(kind)), "")
 
 
+def no_cache(model: nn.Module) -> dict[str, bool]:
+    """What tells a model, whatever it is called with, to cache nothing; empty of one that can't be told.
+
+    A model that is told by keywords of any name hands them on to one inside that has a name for it.
+    """
+    takes = inspect.signature(model.forward).parameters
+    free = any(argument.kind is inspect.Parameter.VAR_KEYWORD for argument in takes.values())
+    parts = {type(part) for part in model.modules()} if free else ()
+    told = "use_cache" in takes or any("use_cache" in _takes(kind) for kind in parts)
+    return {"use_cache": False} if told else {}
+
+
 def _given(arguments: Mapping[str, Any]) -> list[str]:
     """Names under which a cache is given."""
     return [name for name in _NAMES if arguments.get(name) is not None]

@@ -7,11 +7,25 @@ from torch import nn
 
 from nybble.nn.packed import Packed
 
+_HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks",
+)  # fmt: skip
+
 
 def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` at ``name``."""
+    """Put ``module``, without hooks of its own, at ``name``, with the hooks on calls of the one that was there.
+
+    Both have the same from then on, so whoever registered one can still remove it.
+    """
     parent, _, leaf = name.rpartition(".")
-    root.get_submodule(parent).add_module(leaf, module)
+    owner = root.get_submodule(parent)
+    old = owner._modules.get(leaf)
+    if old is not None:
+        for hooks in _HOOKS:
+            setattr(module, hooks, getattr(old, hooks))
+        module._is_full_backward_hook = old._is_full_backward_hook
+    owner.add_module(leaf, module)
 
 
 def hold_dense(root: nn.Module, dtype: torch.dtype | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +135,15 @@ def _check_runs(what: str, model: Any, kind: DataKind, judge: Judge, samples: Sa
     kind.check(samples, model)
     first = next(model.parameters())
     with reading(f"{what} loads, but can't run; it", ModelError):
-        probe = kind.probe(samples.inputs, first.device)
-        given = {name: t.to(first.dtype) if t.is_floating_point() else t for name, t in probe.items()}
-        judge.call(model, given)
+        *short, whole = [
+            {name: t.to(first.dtype) if t.is_floating_point() else t for name, t in probe.items()}
+            for probe in kind.probes(samples.inputs, first.device)
+        ]
+        for given in short:
+            with suppress(Exception):
+                judge.call(model, given)
+                return
+        judge.call(model, whole)
 
 
 def judged_on(model: str, data: str, *, seq_len: int) -> Samples:

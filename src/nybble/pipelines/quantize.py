@@ -249,7 +249,7 @@ def _in_memory(jobs: Mapping[str, Job], progress: Progress) -> tuple[dict[str, l
         return walk.run(None, progress), walk.seconds
 
 
-def _tried(job: Job, given: Tensors | None, announce: Callable[[str], None], parts: Parts | None = None) -> Job:
+def _tried(job: Job, given: Sequence[Tensors], announce: Callable[[str], None], parts: Parts | None = None) -> Job:
     """The job, after a trial of what it made; with why there was none, or not to the end."""
     untried = try_out(job, given, parts)
     if untried:
@@ -272,7 +272,7 @@ def _require_memory(jobs: Mapping[str, Job]) -> None:
 
 
 def _write(
-    job: Job, given: Tensors | None, out: Path, progress: Progress, announce: Callable[[str], None]
+    job: Job, given: Sequence[Tensors], out: Path, progress: Progress, announce: Callable[[str], None]
 ) -> tuple[Job, list[LayerRow]]:
     folder = AtomicFolder(out, resumable=True)
     try:

@@ -115,10 +115,9 @@ class Lane:
             stream.close()
 
     def _fill(self, stream: Stream, encoder: Stream | None) -> None:
-        """Run what is in front of a stack. Batches of one size are called alike where nothing but token ids goes in."""
+        """Run what is in front of a stack."""
         assert self.job.tokens is not None
         inputs, batch = self.job.tokens.inputs, self.job.settings.batch
-        alike: dict[int, list[BlockCall]] = {}
         for start in range(0, self.calibration.samples, batch):
             given = self.job.kind.batch(inputs, start, start + batch, self.job.device).inputs
             end = None if encoder is None else encoder.read(start)[HIDDEN]
@@ -126,8 +125,6 @@ class Lane:
             tensors = calls[0].start
             assert tensors is not None
             calls[0] = replace(calls[0], start=None)
-            if set(inputs) == {"input_ids"} and encoder is None:
-                calls = alike.setdefault(len(tensors[HIDDEN]), calls)
             stream.begin(start, calls, tensors)
 
     def _see_gradients(self) -> None:

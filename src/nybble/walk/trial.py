@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from nybble.checkpoint.parts import Parts
 from nybble.core.errors import ModelError, NybbleError
 from nybble.data import InMemory
 from nybble.data.given import Data, samples_of
+from nybble.nn.kv_model import no_cache
 from nybble.walk.blocks import release
 from nybble.walk.job import Job, part_name
 
@@ -24,23 +25,24 @@ SIZES = (64, 32, 28, 224)
 """Of pictures (and lengths of signals) that networks are made for, if they want one."""
 
 
-def known_inputs(job: Job, data: Data) -> Tensors | None:
-    """What the model can be called with, before anything is quantized: a few tokens, one image.
+def known_inputs(job: Job, data: Data) -> list[Tensors]:
+    """What the model can be called with, before anything is quantized: a few tokens, one image; nothing if unknown.
+
+    Where there are two, the second is longer, for a model that can't run on the first.
 
     It is a sample of the calibration. Without any, a kind of data can make one of most configs; else it is one of data
     that no step looks at, or a row or image as the first layer takes it, if the float network does run with it.
     """
     if job.tokens is not None:
-        found: Tensors | None = job.kind.probe(job.tokens.inputs, job.device)
-    else:
-        found = job.kind.example(job.model)
-    if found is not None:
-        return _placed(job, found)
+        return [_placed(job, found) for found in job.kind.probes(job.tokens.inputs, job.device)]
+    example = job.kind.example(job.model)
+    if example is not None:
+        return [_placed(job, found) for found in (example, *_samples(job, data))]
     for made in _guesses(job, data):
         given = _placed(job, made)
         if _runs(job, given):  # so that what fails later is the quantizing's fault
-            return given
-    return None
+            return [given]
+    return []
 
 
 def _placed(job: Job, given: Tensors) -> Tensors:
@@ -49,11 +51,8 @@ def _placed(job: Job, given: Tensors) -> Tensors:
 
 def _guesses(job: Job, data: Data) -> Iterator[Tensors]:
     """A sample of data in memory; then what the first layer of a network could take, in usual sizes."""
+    yield from _samples(job, data)
     main = job.model.main_input_name
-    if not isinstance(data, str | Path):
-        with suppress(NybbleError):  # data that doesn't fit, and that no step asked for
-            samples = samples_of(data, job.kind, InMemory(job.model.config), job.settings.wanted(), main)
-            yield job.kind.probe(samples.inputs, job.device)
     first = next((m for m in job.model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)), None)
     if first is None:
         return
@@ -64,6 +63,17 @@ def _guesses(job: Job, data: Data) -> Iterator[Tensors]:
         yield {main: torch.zeros(1, *shape, dtype=torch.float32)}
 
 
+def _samples(job: Job, data: Data) -> list[Tensors]:
+    """One of data in memory that no step asked for; nothing where it doesn't fit."""
+    found: list[Tensors] = []
+    if not isinstance(data, str | Path):
+        with suppress(NybbleError):
+            main = job.model.main_input_name
+            samples = samples_of(data, job.kind, InMemory(job.model.config), job.settings.wanted(), main)
+            found = [job.kind.batch(samples.inputs, 0, 1, job.device).inputs]
+    return found
+
+
 def _runs(job: Job, given: Tensors) -> bool:
     try:
         job.model(**given)
@@ -72,12 +82,12 @@ def _runs(job: Job, given: Tensors) -> bool:
     return True
 
 
-def try_out(job: Job, given: Tensors | None, parts: Parts | None = None) -> str:
-    """Run the finished model once.
+def try_out(job: Job, given: Sequence[Tensors], parts: Parts | None = None) -> str:
+    """Run the finished model once, or until it runs.
 
     Args:
         job: whose blocks are done.
-        given: what it is called with; None where nobody knows.
+        given: what it is called with, one after the other; nothing where nobody knows.
         parts: where they are written; None where the model is whole in memory.
 
     Returns:
@@ -86,18 +96,26 @@ def try_out(job: Job, given: Tensors | None, parts: Parts | None = None) -> str:
     Raises:
         ModelError: something quantized fails; names it.
     """
-    if given is None:
+    if not given:
         return (
             f"the quantized {job.name} was not tried out: nothing says what it is called with. Give data "
             "(one sample will do), or call it once."
         )
+    for short in given[:-1]:
+        with suppress(ModelError):
+            if not _run(job, short, parts):
+                return ""
+    return _run(job, given[-1], parts)
+
+
+def _run(job: Job, given: Tensors, parts: Parts | None) -> str:
     place = "the model"
     try:
         if parts is not None and (job.adapter.whole or _not_a_chain(job, given)):
             _fill(job, parts)
             parts = None
         if parts is None:
-            job.model(**given, **({"use_cache": False} if "input_ids" in given else {}))
+            job.model(**given, **no_cache(job.model))
             return ""
         end: Tensor | None = None
         for names in job.adapter.stack_names(job.model):

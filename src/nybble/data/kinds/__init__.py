@@ -109,6 +109,11 @@ class DataKind(ABC):
         """The least that shows what a model does with its inputs: one sample."""
         return self.batch(inputs, 0, 1, device).inputs
 
+    def probes(self, inputs: Mapping[str, Tensor], device: torch.device | str) -> list[dict[str, Tensor]]:
+        """The probe, and behind a part of a sample all of it: some models run on none but their own length."""
+        least, whole = self.probe(inputs, device), self.batch(inputs, 0, 1, device).inputs
+        return [least] if all(least[name].shape == whole[name].shape for name in whole) else [least, whole]
+
     def example(self, model: Any) -> dict[str, Tensor] | None:
         """What any model of this kind can be called with, made of its config alone; None where a kind can't say."""
         return None

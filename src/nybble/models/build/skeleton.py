@@ -69,7 +69,9 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype, stored: Collection[
     eager; the config can't ask for another (:mod:`nybble.models.build.config_file`). Capped logits (Gemma 2) need
     eager: sdpa has no cap, and some transformers versions let it run without.
     """
-    layers = getattr(config, "num_hidden_layers", 0) or 0
+    layers: Any = getattr(config, "num_hidden_layers", 0) or 0
+    if isinstance(layers, dict):  # LXMERT's, of its three encoders
+        layers = sum(count for count in layers.values() if isinstance(count, int))
     if not isinstance(layers, int) or layers > max(len(stored), 1):
         raise ModelError(f"config says {layers} layers, and the file has {len(stored)} tensors in all.")
     cls: Any = model_class(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -198,9 +199,15 @@ class Kind(ABC):
         Raises:
             SchemeError: it can't be quantized then.
         """
+        names = [name.rpartition(".")[0] for name in others]
+        if any(isinstance(root.get_submodule(name), nn.Embedding) for name in names):
+            raise SchemeError(
+                "its weight is tied to the embeddings. Add it to ignore, or quantize the one table of both: a rule "
+                "with targets: [Embedding]."
+            )
         raise SchemeError(
-            "its weight is tied to the embeddings. Add it to ignore, or quantize the one table of both: a rule with "
-            "targets: [Embedding]."
+            f"its weight is that of {_some(names)} too, and what is shared can't be quantized. Leave all that they "
+            f"share in float: ignore '{_pattern([target.module, *names])}'."
         )
 
     # ---- its weights, and which way round they are
@@ -316,3 +323,17 @@ def module_at(root: nn.Module, path: str, name: str) -> nn.Module:
         return root.get_submodule(path)
     except AttributeError as error:
         raise ModelError(f"the checkpoint quantizes {name}, which this model does not have.") from error
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
+
+
+def _pattern(names: Sequence[str]) -> str:
+    """A pattern for modules that share weights, and for what else is in the same part of each of their blocks."""
+    parts = [name.split(".") for name in names]
+    same = next((n for n in range(min(map(len, parts))) if len({part[-1 - n] for part in parts}) > 1), 0)
+    if not same:
+        return f"re:({'|'.join(map(re.escape, names))})"
+    owners = "|".join(re.escape(".".join(part[:-same])) for part in parts)
+    return rf"re:({owners})\.{re.escape(parts[0][-same])}(\..*)?"
