@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 import nybble
 from nybble.calibration.error import relative_error
 from nybble.checkpoint.account import inspect
-from nybble.core.errors import SchemeError
+from nybble.core.errors import ModelError, SchemeError
 from nybble.nn.embedding import QuantEmbedding, TiedEmbedding, TiedHead
 from nybble.nn.kinds import Quantized, kind_of, targets_of
+from nybble.nn.kinds.tied import tie_head
 from nybble.nn.packed import Packed
 from nybble.pipelines.request import build_recipe
 from nybble.quantizer import Quantizer
@@ -212,6 +213,14 @@ def test_half_of_a_shared_table_is_refused() -> None:
     ):
         with pytest.raises(SchemeError, match=words):
             nybble.quantize(transformers.BartForConditionalGeneration(config), "rtn", scheme=scheme)
+
+
+def test_a_head_over_other_tokens_reads_no_table() -> None:
+    model = tiny_model(dtype=torch.float32, tie_word_embeddings=False)
+    nybble.quantize(model, "rtn", scheme={"rules": [{"targets": ["Embedding"], "weights": "int8 channel"}]})
+    model.lm_head = nn.Linear(32, 200, bias=False)
+    with pytest.raises(ModelError, match="lm_head is no head over the 300 tokens of the input embedding"):
+        tie_head(model, "lm_head")
 
 
 def test_refusals(tmp_path: Path) -> None:

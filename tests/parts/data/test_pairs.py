@@ -14,6 +14,7 @@ from tests.tiny import WORDS, tiny_tokenizer
 from tokenizers import processors
 
 import nybble
+from nybble.calibration.trace import capture_block_calls
 from nybble.core.errors import DataError, ModelError, UsageError
 from nybble.data import load_text, make_source, pair_samples
 from nybble.data.kinds.pairs import PART, decoder_input_ids
@@ -63,6 +64,48 @@ def test_targets_that_a_file_gives(tmp_path: Path, source: str, target: str) -> 
     assert fitted.inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1] * 6]
     assert fitted.inputs["decoder_input_ids"].tolist() == [[7, 1, ids["ca"], ids["ce"]], [7, 1, ids["da"], 2]]
     assert fitted.inputs["decoder_attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+
+
+class TwoLanguages(transformers.PreTrainedTokenizerFast):
+    """Targets end in another token than inputs."""
+
+    def _frame(self, end: str, number: int) -> None:
+        self.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {end}", pair=f"$A $B {end}", special_tokens=[(end, number)]
+        )
+
+    def _switch_to_input_mode(self) -> None:
+        self._frame("</s>", 2)
+
+    def _switch_to_target_mode(self) -> None:
+        self._frame("<s>", 1)
+
+
+def test_given_targets_are_those_of_the_picked_rows_in_their_own_tokens() -> None:
+    make: Any = TwoLanguages
+    tokenizer = make(tokenizer_object=tiny_tokenizer().backend_tokenizer, unk_token="<unk>", pad_token="<unk>")
+    tokenizer._switch_to_input_mode()
+    rows = [{"text": WORDS[10 + i], "target": WORDS[20 + i]} for i in range(8)]
+    source = make_source([row_record(row, "x", None) for row in rows], name="x", note="")
+    found = pair_samples(source, tokenizer, samples=3, seq_len=4, seed=1)
+    picked = [row[0] - 10 for row in found.input_ids.tolist()]
+    assert picked != [0, 1, 2]
+    assert found.input_ids.tolist() == [[10 + i, 2] for i in picked]
+    # one longer than the inputs: by its length a tensor shows whose it is
+    assert found.labels.tolist() == [[20 + i, 1, -100] for i in picked]
+
+
+def test_padding_of_a_decoder_is_its_own() -> None:
+    cls: Any = transformers.BartForConditionalGeneration
+    model = cls(transformers.AutoConfig.for_model("bart", **SMALL, decoder_start_token_id=2)).eval()
+    real = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    given = {
+        "input_ids": torch.full((2, 4), 5), "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]]),
+        "decoder_input_ids": torch.full((2, 3), 6), "decoder_attention_mask": real,
+    }  # fmt: skip
+    for end, mask in ((None, given["attention_mask"]), (torch.zeros(2, 4, 8), real)):
+        (call,) = capture_block_calls(model, given, end=end)
+        assert call.mask is not None and call.mask.tolist() == mask.bool().tolist()
 
 
 def test_targets_of_some_records_are_refused() -> None:

@@ -184,6 +184,23 @@ def test_a_model_that_changes_what_goes_between_blocks_is_no_chain() -> None:
     change: Any = lambda _, args: (2 * args[0], *args[1:])  # noqa: E731
     model.model.layers[1].register_forward_pre_hook(change)  # as if the model did it before it calls the block
     assert chain_fault(model, adapter_for(model), given) is not None
+    given = inputs_of(PAIRS)
+    model = made("BartForConditionalGeneration", "bart", {**BART, "vocab_size": 60})
+    assert chain_fault(model, adapter_for(model), given) is None
+    model.model.decoder.layers[1].register_forward_pre_hook(change)
+    assert chain_fault(model, adapter_for(model), given) is not None
+
+
+@pytest.mark.parametrize("name", ["pegasus_x", "albert, two groups"])
+def test_what_is_no_chain_is_tried_whole_without_data_too(name: str, tmp_path: Path) -> None:
+    cls, kind, sizes, _, _ = MODELS[name]
+    made(cls, kind, sizes).save_pretrained(tmp_path / "float")
+    tiny_tokenizer().save_pretrained(tmp_path / "float")
+    lines: list[str] = []
+    _, report = nybble.quantize(
+        tmp_path / "float", "rtn", out=tmp_path / "q", weights="int8 channel", announce=lines.append
+    )
+    assert "untried" not in report.manifest and not any("trial" in line for line in lines)
 
 
 def test_layers_of_its_own_are_refused_by_name() -> None:

@@ -44,7 +44,6 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "in rounds": ("PerceiverForMaskedLM", "perceiver", PERCEIVER),
     "lists": ("OpenAIGPTLMHeadModel", "openai-gpt", {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4}),
     "a cache": ("WhisperForConditionalGeneration", "whisper", WHISPER),
-    "a cache, embedded": ("LlamaForCausalLM", "llama", {**SIZES, "num_key_value_heads": 2}),
 }
 
 
@@ -53,8 +52,6 @@ def inputs_of(name: str) -> dict[str, Tensor]:
     ids = torch.randint(3, 50, (4, 12), generator=generator)
     if name == "a cache":
         return {"input_features": torch.randn(4, 8, 32, generator=generator), "decoder_input_ids": ids[:, :7]}
-    if name == "a cache, embedded":
-        return {"inputs_embeds": torch.randn(4, 8, 32, generator=generator)}
     return {"inputs" if name == "in rounds" else "input_ids": ids}
 
 
@@ -70,7 +67,7 @@ def test_static_scales_are_of_the_largest_inputs_that_layers_get(name: str) -> N
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
     handles = [module.register_forward_pre_hook(see(layer)) for layer, module in layers.items()]
     with torch.no_grad():
-        model(**inputs, use_cache=False) if "cache" in name else model(**inputs)
+        model(**inputs)
     for handle in handles:
         handle.remove()
     settings = Settings(dtype=torch.float32, batch=2)
