@@ -326,7 +326,9 @@ def test_sides_that_a_kind_cannot_take(make: Callable[[], nn.Module], rule: Mapp
         planned.kind.check(planned, module)
     if planned.kind.shares_input:
         with pytest.raises(SchemeError, match="tied to the embeddings"):
-            planned.kind.tied(planned, module, ["other.weight"])
+            planned.kind.tied(planned, nn.ModuleDict({"m": module, "other": nn.Embedding(4, 8)}), ["other.weight"])
+        with pytest.raises(SchemeError, match=r"is that of other too.*ignore 're:\(m\|other\)'"):
+            planned.kind.tied(planned, nn.ModuleDict({"m": module, "other": module}), ["other.weight"])
 
 
 def test_products_of_an_attention_are_those_of_its_heads() -> None:
