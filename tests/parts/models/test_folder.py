@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.parts.models.conftest import FAMILIES
 from tests.tiny import tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from nybble.core.errors import FileError, ModelError, NybbleError
 from nybble.models.sources.folder import INDEX, SINGLE
@@ -133,6 +133,30 @@ def test_a_head_stored_beside_tied_embeddings(llama: Path, differ: bool) -> None
     assert (model.lm_head.weight is model.model.embed_tokens.weight) != differ
     assert torch.equal(model.lm_head.weight, stored["lm_head.weight"])
     assert source.config.tie_word_embeddings != differ
+
+
+@pytest.mark.parametrize("head", ["left out", "the same", "another"])
+def test_a_tied_head_under_a_converted_name(tmp_path: Path, head: str) -> None:
+    """Llava's files name its parts as they once were: the table, and a head where one is stored beside it."""
+    vision = {"model_type": "clip_vision_model", "num_hidden_layers": 1, "image_size": 16, "patch_size": 8}
+    text = {"model_type": "llama", "vocab_size": 60, "num_hidden_layers": 1}
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    parts = {"vision_config": {**small, **vision}, "text_config": {**small, **text}}
+    config = AutoConfig.for_model("llava", **parts, image_token_index=59, tie_word_embeddings=True)
+    saved = LlavaForConditionalGeneration(config)
+    saved.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    table = saved.get_input_embeddings().weight.detach()
+    assert not any("lm_head" in name for name in stored)
+    if head != "left out":
+        with_more(tmp_path, **{"language_model.lm_head.weight": table + float(head == "another")})
+    source = open_source(str(tmp_path))
+    model = source.model(torch.float32)
+    assert type(model) is LlavaForConditionalGeneration and "no head" not in source.note
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == (head != "another")
+    assert torch.equal(model.get_input_embeddings().weight, table)
+    assert torch.equal(model.lm_head.weight, table + float(head == "another"))
+    assert ("lm_head.weight" in source.stored()) == (head == "another")
 
 
 def test_missing_and_misshapen_tensors(llama: Path) -> None:

@@ -254,7 +254,7 @@ class FolderSource(ModelSource):
         Raises:
             ModelError: it can't be right without them.
         """
-        missing = set(self._match.missing)
+        missing = {*self._match.missing, *self._match.ties}
         made = converted_names(self._expected, self._match.unused)
         left = left_over(self._expected, {file: name for file, name in made.items() if name not in missing})
         if left.blocks:
@@ -277,7 +277,10 @@ class FolderSource(ModelSource):
         return replace(match, missing=tuple(n for n in match.missing if n not in unsaved(self._expected)))
 
     def _stored_twice(self, match: Match, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str]]:
-        return [(tied, match.files[kept]) for tied, kept in match.ties.items() if tied in shapes]
+        """Names in the files of tensors that the config ties and the files have each, under their own names or others."""
+        renamed = {name: file for file, name in converted_names(self._expected, match.unused).items()}
+        files = {name: name for name in shapes} | renamed | dict(match.files)
+        return [(files[tied], files[kept]) for tied, kept in match.ties.items() if tied in files and kept in files]
 
     def _same(self, first: str, second: str) -> bool:
         a, b = (tensor for _, tensor in self._from_files([first, second]))

@@ -19,8 +19,8 @@ class Match:
     """How to serve a model's tensors from a file.
 
     ``files``: model name -> name in the file, one entry for each tensor. ``ties``: a tied name -> the model name in
-    ``files`` that it shares its tensor with. ``missing``: model names that the file can't serve. ``unused``: names in
-    the file that no name of the model is served from.
+    ``files`` or ``missing`` that it shares its tensor with. ``missing``: model names that the file can't serve, one for
+    each tensor. ``unused``: names in the file that no name of the model is served from.
     """
 
     files: Mapping[str, str]
@@ -54,13 +54,13 @@ def match_names(
     files: dict[str, str] = {}
     ties: dict[str, str] = {}
     missing: list[str] = []
-    for name in sorted(expected, key=lambda n: n not in by_model_name):  # stable: stored names first
+    # Stable: stored names first, and a head, which may have its tensor from the base model, last.
+    for name in sorted(expected, key=lambda n: (n not in by_model_name, not n.startswith(f"{prefix}."))):
         tensor = expected[name]
-        if id(tensor) in first:
+        if first.setdefault(id(tensor), name) != name:
             ties[name] = first[id(tensor)]
         elif name in by_model_name:
             files[name] = by_model_name[name]
-            first[id(tensor)] = name
         else:
             missing.append(name)
     for name, file_name in files.items():
