@@ -10,7 +10,7 @@ from torch import nn
 
 from nybble.core.errors import FileError, ModelError, UsageError
 from nybble.core.versions import VERSION
-from nybble.nn.kinds import describe, kind_of_entry, prepare_quantized, quant_modules, restore
+from nybble.nn.kinds import describe, kind_of_entry, prepare_quantized, quant_modules, restore_all
 from nybble.nn.kv_model import KVRecord, recorded_kv, to_json, use_quantized_cache
 from nybble.nn.layouts import Layouts
 
@@ -62,11 +62,7 @@ def restore_model(
     Raises:
         FileError: a malformed description. ModelError: the model has no such module, or can't cache so.
     """
-    known = Layouts(layouts)
-    with torch.device("meta"):
-        # Those that read another come after it, in whatever order the file has them (transformers sorts config.json).
-        for name, entry in sorted(modules.items(), key=lambda item: kind_of_entry(*item).reads_another):
-            restore(model, name, entry, known)
+    restore_all(model, modules, Layouts(layouts))
     prepare_quantized(model)
     try:
         use_quantized_cache(model, kv)
@@ -93,12 +89,20 @@ def fit_to(model: Any, modules: Mapping[str, Any]) -> dict[str, Any]:
         kind = kind_of_entry(name, entry)
         place = next((place for place in _places(model, name) if _has(model, kind.holder(place))), None)
         if place is not None:
-            found[place] = entry
+            found[place] = _reading(model, entry)
         elif any(place.partition(".")[0] in base._modules for place in _places(model, name)):
             found[name] = entry  # of the base model, so it should be there: restoring says that it isn't
     if modules and not found:
         raise ModelError(f"the checkpoint quantizes {next(iter(modules))}, and {type(model).__name__} has none of it.")
     return found
+
+
+def _reading(model: Any, entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry, with the name here of the module whose table it reads."""
+    table = entry.get("table")
+    if not isinstance(table, str):
+        return entry
+    return entry | {"table": next((place for place in _places(model, table) if _has(model, place)), table)}
 
 
 def fit_cache(model: Any, kv: Any) -> Any:

@@ -37,13 +37,12 @@ def is_quantized(folder: Path) -> bool:
 def load_quantized(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model in a folder that nybble wrote, on the CPU; float parts in ``dtype``, or as its config says."""
     checkpoint = read_checkpoint(folder)
-    model = _skeleton(folder, checkpoint, dtype)
+    model = _skeleton(folder, checkpoint, dtype, filled=True)
     expected = expected_tensors(model)
     _check_names(folder, checkpoint, expected, unsaved(model))
     tensors = _read(folder, checkpoint, dtype, kept_float32(model))
     kept = {id(expected[name]): tensor for name, tensor in tensors.items()}
     tensors |= {name: kept[id(tied)] for name, tied in expected.items() if id(tied) in kept and name not in tensors}
-    fill_buffers_(model)
     with reading(folder):
         model.load_state_dict(tensors, strict=False, assign=True)
         validate_packed(model)
@@ -60,10 +59,14 @@ def described(folder: Path) -> PreTrainedModel:
     return _skeleton(folder, read_checkpoint(folder), None)
 
 
-def _skeleton(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
+def _skeleton(
+    folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, filled: bool = False
+) -> PreTrainedModel:
     config = make_config(dict(checkpoint.config), str(folder / "config.json"))
     stated = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     model = meta_model(config, dtype or stated, checkpoint.stored)
+    if filled:  # while everything is in float, as the family's initialiser expects it
+        fill_buffers_(model)
     restore_model(model, checkpoint.modules, checkpoint.layouts, checkpoint.kv)
     return model
 

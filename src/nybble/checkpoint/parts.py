@@ -20,7 +20,7 @@ from nybble.checkpoint.describe import quantization_config, renumber
 from nybble.core.errors import FileError
 from nybble.core.files import atomic_write_json, atomic_write_text
 from nybble.core.tensorfile import merge_tensorfiles, write_tensorfile
-from nybble.nn.kinds import describe, quant_modules, restore
+from nybble.nn.kinds import describe, quant_modules, restore_all
 from nybble.nn.kv_model import KVRecord
 from nybble.nn.layouts import Layouts
 
@@ -120,9 +120,7 @@ class Parts:
         """Put a finished part's quantized modules and tensors into ``root`` (the whole model)."""
         data = self._json(name)
         layouts = Layouts(data["layouts"])
-        with torch.device("meta"):
-            for module, entry in data["modules"].items():
-                restore(root, module, entry, layouts)
+        restore_all(root, data["modules"], layouts)
         root.load_state_dict(self._tensors(name, device), strict=False, assign=True)
 
     def _tensors(self, name: str, device: torch.device) -> dict[str, Tensor]:

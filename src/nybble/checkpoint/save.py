@@ -36,7 +36,15 @@ def mark_quantized(model: Any, quantization: dict[str, Any] | None = None) -> No
         quantization: what describes them, if that is known already.
     """
     model.config.quantization_config = describe_model(model) if quantization is None else quantization
-    model._weight_conversions = []  # transformers would cut packed experts as it cuts float ones
+    keep_names(model)
+
+
+def keep_names(model: Any) -> None:
+    """Let ``save_pretrained`` write tensors as the model has them, under the names that describe them.
+
+    Transformers would cut packed experts as it cuts float ones, and give some families' parts the names they once had.
+    """
+    model._weight_conversions = []
 
 
 def keep_record(model: Any, record: dict[str, Any]) -> None:

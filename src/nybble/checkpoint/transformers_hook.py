@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nybble.checkpoint.describe import FORMAT_VERSION, check_version, describe_model, fit_cache, fit_to, restore_model
+from nybble.checkpoint.save import keep_names
 from nybble.models.build.skeleton import keep_float32_
 from nybble.nn.kinds import describe
 from nybble.nn.kinds.tied import tie_to_quantized
@@ -75,16 +76,17 @@ class NybbleHfQuantizer(HfQuantizer):
         model._keep_in_fp32_modules = model._keep_in_fp32_modules_strict = frozenset()
         # What is saved again has the names that it has here.
         described.modules, described.kv = fit_to(model, described.modules), fit_cache(model, described.kv)
+        ties = dict(model.all_tied_weights_keys)
         restore_model(model, described.modules, described.layouts, from_json(described.kv))
-        head = tie_to_quantized(model)
-        if head:
-            described.modules = {**described.modules, head: describe(model.get_submodule(head), Layouts())}
+        tied = tie_to_quantized(model, ties)
+        described.modules |= {name: describe(model.get_submodule(name), Layouts()) for name in tied}
         if kwargs.get("device_map") is not None:
             offer_offloading(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         end_offer(model)
         validate_packed(model)
+        keep_names(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -75,11 +75,12 @@ class TiedEmbedding(nn.Module):
     Args:
         embedding: whose table it reads.
         scale: its own.
+        table: name of ``embedding`` in the model; empty where the model calls it its input embedding.
     """
 
-    def __init__(self, embedding: QuantEmbedding, scale: RowScale | None = None) -> None:
+    def __init__(self, embedding: QuantEmbedding, scale: RowScale | None = None, table: str = "") -> None:
         super().__init__()
-        self._embedding = (embedding,)  # in a tuple, so that its tensors aren't saved twice
+        self._embedding, self.table = (embedding,), table  # in a tuple, so that its tensors aren't saved twice
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
         self.padding_idx, self.scale = embedding.padding_idx, scale
 
@@ -103,11 +104,12 @@ class TiedHead(nn.Module):
     Args:
         embedding: whose table it reads.
         bias: [tokens] or None.
+        table: name of ``embedding`` in the model; empty where the model calls it its input embedding.
     """
 
-    def __init__(self, embedding: QuantEmbedding, bias: Tensor | None = None) -> None:
+    def __init__(self, embedding: QuantEmbedding, bias: Tensor | None = None, table: str = "") -> None:
         super().__init__()
-        self._embedding = (embedding,)  # in a tuple, so that its tensors aren't saved twice
+        self._embedding, self.table = (embedding,), table  # in a tuple, so that its tensors aren't saved twice
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 

@@ -143,7 +143,7 @@ def _match(model: nn.Module, adapter: Adapter, scheme: Scheme, classes: Mapping[
     behind the blocks (a pooler, a classifier) where a class of targets reached it and its rule needs calibrated inputs,
     which are there for blocks only. Without it such a module is an error.
     """
-    fixed = read_weights(model)
+    fixed = _with_tied(model, read_weights(model))
     if "lm_head" not in scheme.ignore:
         return scheme.match(classes, fixed)
     get_head = getattr(model, "get_output_embeddings", lambda: None)
@@ -152,7 +152,9 @@ def _match(model: nn.Module, adapter: Adapter, scheme: Scheme, classes: Mapping[
     heads = {
         name
         for name, module in model.named_modules()
-        if name not in ("", "lm_head") and (module is head or (name in classes and _reads_table(module, tables)))
+        if name not in ("", "lm_head")
+        and not isinstance(module, nn.Embedding)  # which FSMT calls its output embeddings
+        and (module is head or (name in classes and _reads_table(module, tables)))
     }
     found = scheme.match({name: kinds for name, kinds in classes.items() if name not in heads}, fixed)
     named = {
@@ -170,9 +172,16 @@ def _match(model: nn.Module, adapter: Adapter, scheme: Scheme, classes: Mapping[
     return Matches(rules, found.counts, (*found.ignored, *sorted(heads & set(classes)), *sorted(behind)), found.fixed)
 
 
+def _with_tied(model: nn.Module, names: set[str]) -> set[str]:
+    """With every module that has the weight of one of these."""
+    weights = {name: getattr(module, "weight", None) for name, module in model.named_modules()}
+    read = {id(weights[name]) for name in names}
+    return names | {name for name, weight in weights.items() if weight is not None and id(weight) in read}
+
+
 def _reads_table(module: nn.Module, tables: set[int]) -> bool:
     """Whether a layer's weight is the table of an embedding."""
-    return not isinstance(module, nn.Embedding) and id(getattr(module, "weight", None)) in tables
+    return id(getattr(module, "weight", None)) in tables
 
 
 def _check(target: Target, solver: Solver) -> None:

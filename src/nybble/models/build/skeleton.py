@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -123,8 +123,7 @@ def fill_buffers_(model: PreTrainedModel) -> None:
     )
     if size > MAX_BUFFER_BYTES:
         raise ModelError(f"the config asks for {size} bytes of computed buffers; that is not believable.")
-    owners = {name.rpartition(".")[0] for name in (*names, *parameters)}
-    with reading("the model's computed buffers", ModelError), torch.no_grad():
+    with reading("the model's computed buffers", ModelError), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for name in names:
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
@@ -133,12 +132,18 @@ def fill_buffers_(model: PreTrainedModel) -> None:
             owner, _, leaf = name.rpartition(".")
             empty = torch.zeros_like(model.get_parameter(name), device="cpu")
             model.get_submodule(owner)._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
-        for owner in owners:
-            parts = owner.split(".") if owner else []
+        for path in _with_parents(name.rpartition(".")[0] for name in (*names, *parameters)):
+            parts = path.split(".") if path else []
             above = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts), -1, -1))
             nearest: Any = next(m for m in above if isinstance(m, PreTrainedModel))
-            # Other parameters of the owner are still on meta, where drawing random values does nothing.
-            nearest._init_weights(model.get_submodule(owner))
+            # Parameters are still on meta, where drawing random values does nothing.
+            nearest._init_weights(model.get_submodule(path))
+
+
+def _with_parents(paths: Iterable[str]) -> list[str]:
+    """The modules and those above them, innermost first: some families set a buffer from far above (Falcon H1)."""
+    found = {path[:end] for path in paths for end in (0, *(i for i, c in enumerate(path) if c == "."), len(path))}
+    return sorted(found, key=lambda path: (path == "", -path.count(".")))
 
 
 def expected_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -8,9 +8,10 @@ through entry points of the group ``nybble.nn.kinds``; theirs are asked first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from nybble.core.errors import FileError, ModelError
@@ -34,7 +35,7 @@ from nybble.nn.layouts import Layouts
 __all__ = [
     "REGISTRY", "Get", "Kind", "LayerKind", "Operands", "Quantized", "Stored", "Target", "all_kinds", "apart_line",
     "describe", "kind_of", "kind_of_entry", "kind_of_quantized", "live", "look_alikes", "matrix_at", "module_at",
-    "prepare_quantized", "quant_modules", "read_by", "restore", "targets_of", "values_at",
+    "prepare_quantized", "quant_modules", "read_by", "restore", "restore_all", "targets_of", "values_at",
 ]  # fmt: skip
 
 
@@ -59,6 +60,14 @@ def describe(module: nn.Module, layouts: Layouts) -> dict[str, Any]:
     if kind is None:
         raise ModelError(f"a {type(module).__name__} is no quantized module, so there is nothing to describe.")
     return kind.describe(module, layouts)
+
+
+def restore_all(root: nn.Module, modules: Mapping[str, Any], layouts: Layouts) -> None:
+    """:func:`restore` for each name and its entry, on the meta device."""
+    with torch.device("meta"):
+        # Those that read another come after it, in whatever order the file has them (transformers sorts config.json).
+        for name, entry in sorted(modules.items(), key=lambda item: kind_of_entry(*item).reads_another):
+            restore(root, name, entry, layouts)
 
 
 def restore(root: nn.Module, name: str, entry: Any, layouts: Layouts) -> None:

@@ -273,7 +273,8 @@ class Kind(ABC):
         """How to rebuild a quantized module empty: the entry of a checkpoint's ``modules``.
 
         ``class`` is :attr:`entry`. Numbers of layouts are under ``weight`` (one) or ``weights`` (a list), and nowhere
-        else: they change when parts of a checkpoint are joined.
+        else: they change when parts of a checkpoint are joined. The name of another module is under ``table``: it
+        changes when a model with another head, or none, is loaded.
         """
 
     def holder(self, name: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nybble.core.errors import ModelError, SchemeError
 from nybble.nn.embedding import QuantEmbedding
 from nybble.nn.kinds import Get, Kind, Quantized, Stored, Target, kind_of, module_at
-from nybble.nn.kinds.tied import input_table, row_scale, tie_head, tie_table
+from nybble.nn.kinds.tied import input_table, row_scale, tie
 from nybble.nn.layouts import Layouts
 from nybble.nn.plain import computes_as
 from nybble.nn.swap import set_module
@@ -62,10 +62,9 @@ class Embedding(Kind):
     def put(self, root: nn.Module, target: Target, made: Quantized) -> None:  # noqa: D102
         (table,) = made.weights
         _put(root, target.name, table)
-        for name in target.shares:
-            tie_table(root, name)
-        if target.head:
-            tie_head(root, target.head)
+        called = "" if target.name == input_table(root) else target.name
+        for name in (*target.shares, *([target.head] if target.head else [])):
+            tie(root, name, called)
 
     def describe(self, module: nn.Module, layouts: Layouts) -> dict[str, Any]:  # noqa: D102
         assert isinstance(module, QuantEmbedding)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from nybble.core.errors import ModelError
 from nybble.nn.embedding import QuantEmbedding, RowScale, TiedEmbedding, TiedHead, input_embedding
 from nybble.nn.kinds import Get, Kind, Quantized, Stored, Target, kind_of, matrix_at, module_at
 from nybble.nn.layouts import Layouts
+from nybble.nn.packed import Packed
 from nybble.nn.swap import set_module
 from nybble.qtensor import QTensor
 
@@ -35,46 +36,51 @@ class Tied(Kind):
         return {"weight": matrix}
 
     def put(self, root: nn.Module, target: Target, made: Quantized) -> None:  # noqa: D102
-        tie_head(root, target.name)
+        tie(root, target.name)
 
     def describe(self, module: nn.Module, layouts: Layouts) -> dict[str, Any]:  # noqa: D102
-        return {"class": self.entry}
+        assert isinstance(module, TiedHead | TiedEmbedding)
+        return {"class": self.entry} | ({"table": module.table} if module.table else {})
 
     def restore(self, root: nn.Module, name: str, entry: dict[str, Any], layouts: Layouts) -> None:  # noqa: D102
-        reads_ids = isinstance(module_at(root, name, name), nn.Embedding | TiedEmbedding)
-        (tie_table if reads_ids else tie_head)(root, name)
+        module_at(root, name, name)
+        tie(root, name, entry.get("table", ""))
 
     def stored(self, name: str, entry: dict[str, Any], weights: Sequence[QTensor], into: Stored) -> None:
         """The embedding stores the table."""
 
 
-def tie_head(root: nn.Module, name: str) -> None:
-    """Replace an output head, tied before or not, by one that reads the (quantized) input embedding's table.
+def tie(root: nn.Module, name: str, table: str = "") -> None:
+    """Replace an output head or an embedding, tied before or not, by one that reads another's quantized table.
+
+    Args:
+        root: the model.
+        name: of what is replaced; an embedding keeps the scale that it had.
+        table: name of the embedding whose table it reads; empty for what the model calls its input embedding.
 
     Raises:
-        ModelError: the input embedding isn't quantized, or is of another shape.
+        ModelError: that isn't quantized, or is of another shape.
     """
-    embedding, head = _quantized_table(root, name), root.get_submodule(name)
+    reads_ids = isinstance(root.get_submodule(name), nn.Embedding | TiedEmbedding)
+    (_tie_table if reads_ids else _tie_head)(root, name, table)
+    _untie(root)
+
+
+def _tie_head(root: nn.Module, name: str, table: str) -> None:
+    embedding, head = _quantized_table(root, name, table), root.get_submodule(name)
     if _shape(root, name) != (embedding.num_embeddings, embedding.embedding_dim):
-        raise ModelError(f"{name} is no head over the {embedding.num_embeddings} tokens of the input embedding.")
+        raise ModelError(f"{name} is no head over the {embedding.num_embeddings} tokens of {_called(table)}.")
     # Its own: with nothing tied, transformers would save one of two biases that share memory and load two.
     bias = head.bias.detach().clone() if isinstance(head.bias, Tensor) else None
-    set_module(root, name, TiedHead(embedding, bias))
-    _untie(root)
+    set_module(root, name, TiedHead(embedding, bias, table))
 
 
-def tie_table(root: nn.Module, name: str) -> None:
-    """Replace an embedding by one that reads the (quantized) input embedding's table, with the scale that it had.
-
-    Raises:
-        ModelError: the input embedding isn't quantized, or is of another shape.
-    """
+def _tie_table(root: nn.Module, name: str, table: str) -> None:
     old: Any = root.get_submodule(name)
-    embedding = _quantized_table(root, name)
+    embedding = _quantized_table(root, name, table)
     if (old.num_embeddings, old.embedding_dim) != (embedding.num_embeddings, embedding.embedding_dim):
-        raise ModelError(f"{name} is no table of the {embedding.num_embeddings} tokens of the input embedding.")
-    set_module(root, name, TiedEmbedding(embedding, row_scale(old)))
-    _untie(root)
+        raise ModelError(f"{name} is no table of the {embedding.num_embeddings} tokens of {_called(table)}.")
+    set_module(root, name, TiedEmbedding(embedding, row_scale(old), table))
 
 
 def untie_head(model: Any) -> None:
@@ -82,7 +88,9 @@ def untie_head(model: Any) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if isinstance(head, nn.Linear) and head.weight is embedding.weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-        _untie(model)
+        model.config.get_text_config().tie_word_embeddings = False
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)  # by what it says now
 
 
 def row_scale(module: nn.Module) -> RowScale | None:
@@ -109,35 +117,55 @@ def input_table(root: nn.Module) -> str:
     return "" if table is None else next((name for name, module in root.named_modules() if module is table), "")
 
 
-def _quantized_table(root: nn.Module, name: str) -> QuantEmbedding:
-    model: Any = root
-    embedding = model.get_input_embeddings()
+def _called(table: str) -> str:
+    return table or "the input embedding"
+
+
+def _quantized_table(root: nn.Module, name: str, table: str) -> QuantEmbedding:
+    embedding = module_at(root, table, name) if table else input_embedding(root)
     if not isinstance(embedding, QuantEmbedding):
-        raise ModelError(f"{name} is tied to the input embedding, which is not quantized.")
+        raise ModelError(f"{name} is tied to {_called(table)}, which is not quantized.")
     return embedding
 
 
 def _untie(root: nn.Module) -> None:
+    """Leave transformers no packed table to tie; the config stays, since some forwards scale by what it says."""
+    for module in root.modules():
+        keys = getattr(module, "_tied_weights_keys", None) or {}
+        if any(_is_packed(module, name) for pair in keys.items() for name in pair):
+            module._tied_weights_keys = {}  # type: ignore[assignment]
     model: Any = root
-    model.config.get_text_config().tie_word_embeddings = False  # nothing is left for transformers to tie
-    model.config.tie_word_embeddings = False
-    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)  # by what it says now
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def tie_to_quantized(root: nn.Module) -> str:
-    """Let the head of a model whose config ties it read the input embedding's table, where that is quantized.
+def _is_packed(root: nn.Module, name: str) -> bool:
+    """Whether what was a parameter called ``name`` is packed, or read from a packed table."""
+    owner, _, leaf = name.rpartition(".")
+    try:
+        return isinstance(getattr(root.get_submodule(owner), leaf), Packed)
+    except AttributeError:  # a pattern
+        return False
+
+
+def tie_to_quantized(root: nn.Module, ties: Mapping[str, str]) -> list[str]:
+    """Let heads and embeddings in float that a model ties to a table read it, where that is quantized now.
+
+    Args:
+        root: the model.
+        ties: its ``all_tied_weights_keys`` before anything in it was replaced.
 
     Returns:
-        the head's name; empty if there is nothing to tie.
+        their names.
     """
-    model: Any = root
-    head = model.get_output_embeddings()
-    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    if not tied or not isinstance(head, nn.Module) or not isinstance(model.get_input_embeddings(), QuantEmbedding):
-        return ""
-    name: str = next(name for name, module in model.named_modules() if module is head)
-    tie_head(model, name)
-    return name
+    found: list[str] = []
+    weights = [pair for pair in ties.items() if all(name.endswith(".weight") for name in pair)]
+    pairs = [(name.removesuffix(".weight"), table.removesuffix(".weight")) for name, table in weights]
+    for name, table in (*pairs, *((table, name) for name, table in pairs)):
+        if isinstance(root.get_submodule(table), QuantEmbedding) and kind_of(root.get_submodule(name)) is not None:
+            tie(root, name, "" if table == input_table(root) else table)
+            found.append(name)
+    return found
 
 
 def _shape(root: nn.Module, name: str) -> tuple[int, ...]:
