@@ -365,8 +365,11 @@ def test_descriptions_that_contradict_the_model() -> None:
         put(experts(MixtralConfig, MixtralExperts), {"class": "experts", "weights": []}, "n.down_proj")
     with pytest.raises(FileError, match="matmuls, which has another name"):
         put(attention(), {"class": "matmuls", "operands": {}}, "m.products")
-    with pytest.raises(FileError, match="malformed description of m"):
+    with pytest.raises(ModelError, match="m is tied to the input embedding, which is not quantized"):
         put(nn.Linear(8, 6), {"class": "tied"})
+    for table in ("n", 3):
+        with pytest.raises(ModelError, match=f"quantizes {table}, which this model does not have"):
+            put(nn.Linear(8, 6), {"class": "tied", "table": table})
     with pytest.raises(ModelError, match="no quantized module"):
         describe(nn.Linear(2, 2), layouts)
 

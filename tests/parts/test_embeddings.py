@@ -199,6 +199,93 @@ def test_scaled_and_shared_tables_to_a_folder_and_back(tmp_path: Path, name: str
             assert len(shared) == (3 if name in ENCODER_DECODERS else 1)
 
 
+GEMMA = {
+    "vocab_size": 60, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 8, "pad_token_id": 0,
+}  # fmt: skip
+APART: dict[str, tuple[str, dict[str, Any], set[str]]] = {
+    "a decoder's": (
+        "T5GemmaForConditionalGeneration",
+        {"encoder": GEMMA, "decoder": GEMMA, "tie_word_embeddings": True},
+        {"lm_head.out_proj"},
+    ),
+    "none, while a part of the config says so": (
+        "T5GemmaForConditionalGeneration",
+        {"encoder": GEMMA, "decoder": GEMMA, "tie_word_embeddings": False},
+        set(),
+    ),
+    "a decoder's of another size": (
+        "MarianMTModel",
+        {"decoder_vocab_size": 53, "share_encoder_decoder_embeddings": False, "tie_word_embeddings": True},
+        {"lm_head"},
+    ),
+    "outputs scaled where the config ties": (
+        "UMT5ForConditionalGeneration", {}, {"lm_head", "encoder.embed_tokens", "decoder.embed_tokens"},
+    ),
+    "a table called the output embeddings": (
+        "FSMTForConditionalGeneration",
+        {"src_vocab_size": 60, "tgt_vocab_size": 60, "langs": ["a", "b"], "tie_word_embeddings": True},
+        {"model.decoder.output_projection", "model.decoder.embed_tokens"},
+    ),
+    "a head whose weight is read": (
+        "MobileBertForMaskedLM", {**GEMMA, "embedding_size": 8, "intra_bottleneck_size": 16}, set(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", APART)
+@torch.no_grad()
+def test_each_head_reads_the_table_that_it_was_tied_to(tmp_path: Path, case: str) -> None:
+    """As the float model computes with each weight's rounded values in its place."""
+    name, changes, tied = APART[case]
+    cls: Any = getattr(transformers, name)
+    torch.manual_seed(3)
+    exact = cls(cls.config_class(**{**BOTH, "vocab_size": 60, **changes})).eval()
+    for parameter in exact.parameters():
+        if parameter.requires_grad and parameter.ndim > 1:
+            parameter.mul_(4)
+    exact.save_pretrained(tmp_path / "float")
+    given = {"input_ids": input_ids()}
+    if exact.config.is_encoder_decoder:
+        given["decoder_input_ids"] = input_ids().flip(1)
+    settings = nybble.Settings(dtype=torch.float32)
+    said: list[str] = []
+    out, report = nybble.quantize(
+        tmp_path / "float", "rtn", out=tmp_path / "out", weights="int8 channel", embeddings="int8 channel",
+        settings=settings, announce=said.append,
+    )  # fmt: skip
+    for row in report.layers:
+        weight = exact.get_submodule(row.name).weight
+        weight.copy_(Quantizer("int8 channel").fake_quantize(weight))
+    expected = exact(**given).logits
+    theirs = cls.from_pretrained(out).eval()
+    theirs.save_pretrained(tmp_path / "again")
+    for found in (nybble.load(out)[0], theirs, nybble.load(tmp_path / "again")[0]):
+        torch.testing.assert_close(found(**given).logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        assert {n for n, m in found.named_modules() if isinstance(m, TiedHead | TiedEmbedding)} == tied
+    if name == "MobileBertForMaskedLM":
+        assert any("reads their weights" in line and "embeddings.word_embeddings" in line for line in said)
+
+
+@pytest.mark.parametrize("name", ["CLIPTextModel", "ChineseCLIPTextModel"])
+@torch.no_grad()
+def test_a_table_that_the_familys_initialiser_touches(tmp_path: Path, name: str) -> None:
+    cls: Any = getattr(transformers, name)
+    sizes = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    torch.manual_seed(3)
+    exact = cls(cls.config_class(**sizes, num_attention_heads=2, max_position_embeddings=16, eos_token_id=2)).eval()
+    exact.save_pretrained(tmp_path / "float")
+    settings = nybble.Settings(dtype=torch.float32)
+    options: Any = {"weights": "int8 channel", "embeddings": "int8 channel", "settings": settings}
+    out, _ = nybble.quantize(tmp_path / "float", "rtn", out=tmp_path / "out", **options)
+    memory, _ = nybble.quantize(exact, "rtn", **options)
+    expected = memory(input_ids()).last_hidden_state
+    for found in (nybble.load(out)[0], cls.from_pretrained(out).eval()):
+        assert isinstance(found.get_input_embeddings(), QuantEmbedding)
+        assert torch.equal(found(input_ids()).last_hidden_state, expected)
+        assert all(torch.equal(b, dict(memory.named_buffers())[n]) for n, b in found.named_buffers())
+
+
 def test_half_of_a_shared_table_is_refused() -> None:
     config: Any = transformers.AutoConfig.for_model("bart", **BOTH)
     for scheme, words in (

@@ -37,6 +37,18 @@ class RowScale(NamedTuple):
         return rows * torch.full((), self.value, dtype=rows.dtype, device=rows.device)
 
 
+class PackedTable(Packed):
+    """The table of an embedding."""
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """A copy of some of the values, in :attr:`dtype`; what is written to it is lost.
+
+        The initialisers of some families (Chinese CLIP) zero the padding row of a table that is loaded already.
+        """
+        assert self.dtype is not None
+        return self(self.dtype)[index]
+
+
 class QuantEmbedding(nn.Module):
     """``table[ids]``, the table dequantized in float32 and cast; times a number, where the float one has that.
 
@@ -52,7 +64,7 @@ class QuantEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = weight.shape
-        self.weight, self.padding_idx, self.scale = Packed(weight, dtype), padding_idx, scale
+        self.weight, self.padding_idx, self.scale = PackedTable(weight, dtype), padding_idx, scale
 
     @property
     def dtype(self) -> torch.dtype:

@@ -89,13 +89,6 @@ class Packed(nn.Module):
             return values
         return self.qtensor().dequantize(dtype)
 
-    def __getitem__(self, index: Any) -> Tensor:
-        """A copy of some of the values in :attr:`dtype`; what is written to it is lost.
-
-        Initialisers of some families zero a padding row so, whether or not it was loaded.
-        """
-        return self(self.dtype or torch.float32)[index]
-
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """A call, by name."""
         values: Tensor = self(dtype)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.parts.models.conftest import FAMILIES
 from tests.tiny import tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, FalconH1ForCausalLM, LlavaForConditionalGeneration
 
 from nybble.core.errors import FileError, ModelError, NybbleError
 from nybble.models.sources.folder import INDEX, SINGLE
@@ -157,6 +157,21 @@ def test_a_tied_head_under_a_converted_name(tmp_path: Path, head: str) -> None:
     assert torch.equal(model.get_input_embeddings().weight, table)
     assert torch.equal(model.lm_head.weight, table + float(head == "another"))
     assert ("lm_head.weight" in source.stored()) == (head == "another")
+
+
+def test_a_buffer_that_is_set_from_far_above(tmp_path: Path) -> None:
+    """Falcon H1's model sets what its mixers multiply by."""
+    sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "mamba_d_ssm": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "mamba_n_heads": 4, "mamba_d_head": 8}
+    factors = {"mamba_d_state": 8, "ssm_multipliers": [2.0, 0.5, 0.7, 1.5, 3.0]}
+    saved = FalconH1ForCausalLM(AutoConfig.for_model("falcon_h1", **sizes, **heads, **factors))
+    saved.save_pretrained(tmp_path / "float")
+    expected = FalconH1ForCausalLM.from_pretrained(tmp_path / "float").model.layers[0].mamba.mup_vector
+    assert expected.unique().tolist() == pytest.approx([0.5, 0.7, 1.5, 2.0, 3.0])
+    quantize(tmp_path / "float", build_recipe("rtn", weights="int8 channel"), out=tmp_path / "out")
+    for folder in ("float", "out"):
+        model: Any = load(tmp_path / folder)[0]
+        assert torch.equal(model.model.layers[0].mamba.mup_vector.float(), expected.float())
 
 
 def test_missing_and_misshapen_tensors(llama: Path) -> None:

@@ -122,7 +122,7 @@ def _called(table: str) -> str:
 
 
 def _quantized_table(root: nn.Module, name: str, table: str) -> QuantEmbedding:
-    embedding = module_at(root, table, name) if table else input_embedding(root)
+    embedding = module_at(root, table, table) if table else input_embedding(root)
     if not isinstance(embedding, QuantEmbedding):
         raise ModelError(f"{name} is tied to {_called(table)}, which is not quantized.")
     return embedding
