@@ -143,12 +143,12 @@ def test_round_trips_are_the_identity(tmp_path: Path, family: str, auto: Any, li
 @torch.no_grad()
 def test_names_that_transformers_would_write_in_their_old_form(tmp_path: Path) -> None:
     """DINOv3's files say ``layer.0`` where the model has ``model.layer.0``; the description has the model's names."""
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: Any = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
     DINOv3ViTModel(DINOv3ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(tmp_path / "float")
     made = build_recipe("rtn", weights="int8 channel")
     out, _ = nybble.quantize(str(tmp_path / "float"), made, out=tmp_path / "out", settings=SETTINGS)
-    model = DINOv3ViTModel.from_pretrained(out)
+    model: Any = DINOv3ViTModel.from_pretrained(out)
     model.save_pretrained(tmp_path / "again")
     pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     for found in (nybble.load(tmp_path / "again")[0], DINOv3ViTModel.from_pretrained(tmp_path / "again")):

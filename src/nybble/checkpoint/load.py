@@ -59,9 +59,7 @@ def described(folder: Path) -> PreTrainedModel:
     return _skeleton(folder, read_checkpoint(folder), None)
 
 
-def _skeleton(
-    folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, filled: bool = False
-) -> PreTrainedModel:
+def _skeleton(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, filled: bool = False) -> PreTrainedModel:
     config = make_config(dict(checkpoint.config), str(folder / "config.json"))
     stated = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     model = meta_model(config, dtype or stated, checkpoint.stored)

@@ -46,7 +46,8 @@ class PackedTable(Packed):
         The initialisers of some families (Chinese CLIP) zero the padding row of a table that is loaded already.
         """
         assert self.dtype is not None
-        return self(self.dtype)[index]
+        rows: Tensor = self(self.dtype)[index]
+        return rows
 
 
 class QuantEmbedding(nn.Module):

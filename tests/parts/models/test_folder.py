@@ -142,8 +142,8 @@ def test_a_tied_head_under_a_converted_name(tmp_path: Path, head: str) -> None:
     text = {"model_type": "llama", "vocab_size": 60, "num_hidden_layers": 1}
     small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
     parts = {"vision_config": {**small, **vision}, "text_config": {**small, **text}}
-    config = AutoConfig.for_model("llava", **parts, image_token_index=59, tie_word_embeddings=True)
-    saved = LlavaForConditionalGeneration(config)
+    config: Any = AutoConfig.for_model("llava", **parts, image_token_index=59, tie_word_embeddings=True)
+    saved: Any = LlavaForConditionalGeneration(config)
     saved.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     table = saved.get_input_embeddings().weight.detach()
@@ -151,7 +151,7 @@ def test_a_tied_head_under_a_converted_name(tmp_path: Path, head: str) -> None:
     if head != "left out":
         with_more(tmp_path, **{"language_model.lm_head.weight": table + float(head == "another")})
     source = open_source(str(tmp_path))
-    model = source.model(torch.float32)
+    model: Any = source.model(torch.float32)
     assert type(model) is LlavaForConditionalGeneration and "no head" not in source.note
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == (head != "another")
     assert torch.equal(model.get_input_embeddings().weight, table)
@@ -164,14 +164,14 @@ def test_a_buffer_that_is_set_from_far_above(tmp_path: Path) -> None:
     sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "mamba_d_ssm": 32}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "mamba_n_heads": 4, "mamba_d_head": 8}
     factors = {"mamba_d_state": 8, "ssm_multipliers": [2.0, 0.5, 0.7, 1.5, 3.0]}
-    saved = FalconH1ForCausalLM(AutoConfig.for_model("falcon_h1", **sizes, **heads, **factors))
-    saved.save_pretrained(tmp_path / "float")
+    config: Any = AutoConfig.for_model("falcon_h1", **sizes, **heads, **factors)
+    FalconH1ForCausalLM(config).save_pretrained(tmp_path / "float")
     expected = FalconH1ForCausalLM.from_pretrained(tmp_path / "float").model.layers[0].mamba.mup_vector
     assert expected.unique().tolist() == pytest.approx([0.5, 0.7, 1.5, 2.0, 3.0])
     quantize(tmp_path / "float", build_recipe("rtn", weights="int8 channel"), out=tmp_path / "out")
     for folder in ("float", "out"):
-        model: Any = load(tmp_path / folder)[0]
-        assert torch.equal(model.model.layers[0].mamba.mup_vector.float(), expected.float())
+        model: Any = load(tmp_path / folder, dtype=torch.float32)[0]
+        assert torch.equal(model.model.layers[0].mamba.mup_vector, expected)
 
 
 def test_missing_and_misshapen_tensors(llama: Path) -> None:

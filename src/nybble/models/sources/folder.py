@@ -277,7 +277,7 @@ class FolderSource(ModelSource):
         return replace(match, missing=tuple(n for n in match.missing if n not in unsaved(self._expected)))
 
     def _stored_twice(self, match: Match, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str]]:
-        """Names in the files of tensors that the config ties and the files have each, under their own names or others."""
+        """Names in the files of two tensors that the config ties, whatever the files call them."""
         renamed = {name: file for file, name in converted_names(self._expected, match.unused).items()}
         files = {name: name for name in shapes} | renamed | dict(match.files)
         return [(files[tied], files[kept]) for tied, kept in match.ties.items() if tied in files and kept in files]
