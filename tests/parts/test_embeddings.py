@@ -22,7 +22,7 @@ from nybble.checkpoint.account import inspect
 from nybble.core.errors import ModelError, SchemeError
 from nybble.nn.embedding import QuantEmbedding, TiedEmbedding, TiedHead
 from nybble.nn.kinds import Quantized, kind_of, targets_of
-from nybble.nn.kinds.tied import tie_head
+from nybble.nn.kinds.tied import tie
 from nybble.nn.packed import Packed
 from nybble.pipelines.request import build_recipe
 from nybble.quantizer import Quantizer
@@ -307,7 +307,7 @@ def test_a_head_over_other_tokens_reads_no_table() -> None:
     nybble.quantize(model, "rtn", scheme={"rules": [{"targets": ["Embedding"], "weights": "int8 channel"}]})
     model.lm_head = nn.Linear(32, 200, bias=False)
     with pytest.raises(ModelError, match="lm_head is no head over the 300 tokens of the input embedding"):
-        tie_head(model, "lm_head")
+        tie(model, "lm_head")
 
 
 def test_refusals(tmp_path: Path) -> None:
