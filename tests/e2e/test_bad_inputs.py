@@ -159,7 +159,7 @@ REQUESTS: dict[str, tuple[list[str], int, str]] = {
     "recipe yaml": (["--recipe", "FOLDER/broken.yaml"], 2, r"broken\.yaml is not valid YAML"),
     "recipe latin": (["--recipe", "FOLDER/latin.yaml"], 2, r"latin\.yaml can't be read: .*utf-8"),
     "recipe key": (["--recipe", "FOLDER/unknown-key.yaml"], 2, r"a recipe has no key 'step'\. Did you mean 'steps'"),
-    "recipe steps": (["--recipe", "FOLDER/no-steps.yaml"], 2, r"the recipe lacks steps"),
+    "recipe scheme lacks": (["--recipe", "FOLDER/no-scheme.yaml"], 2, r"the recipe lacks a scheme: a preset's name"),
     "recipe steps type": (["--recipe", "FOLDER/steps-number.yaml"], 2, r"steps is a list of mappings; got 5"),
     "recipe step text": (["--recipe", "FOLDER/step-text.yaml"], 2, r"exactly one of transform, solver, .*; got 'rtn'"),
     "recipe step kind": (["--recipe", "FOLDER/step-kind.yaml"], 2, r"solver, .*; got \{'sovler': 'rtn'\}"),

@@ -128,7 +128,7 @@ class Broken(nn.Module):
         (UsageError, "has no tokenizer here", lambda: ({"x": tiny_model("llama")}, "builtin")),
         (UsageError, "one reads tokens, two reads sentences",
          lambda: ({"one": tiny_model("llama"), "two": encoder()}, tokens())),
-        (DataError, "takes pixel_values", lambda: ({"x": classifier()}, tokens())),
+        (ModelError, "x loads, but can't run.*Input type", lambda: ({"x": classifier()}, tokens())),
         (DataError, "sequences of 66 tokens, and the model takes 64",
          lambda: ({"x": tiny_model("llama")}, tokens(66))),
         (ModelError, "x loads, but can't run.*shapes cannot be multiplied",
