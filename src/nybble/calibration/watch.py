@@ -16,6 +16,7 @@ from nybble.calibration.trace import BlockCall, Tensors, trace_groups
 from nybble.calibration.window import Batches, Known, Window
 from nybble.core.errors import DataError
 from nybble.nn.kinds import Target, kind_of, read_by
+from nybble.nn.swap import hold_dense
 from nybble.qtensor import QuantParams
 from nybble.quantizer import Quantizer
 
@@ -80,7 +81,8 @@ class Seen:
     Attributes:
         groups: all linear targets. params: of static input quantizers, by the group's leader.
         moments: by leader; missing where nothing was seen. routed: by fused weight, one an expert.
-        drifts: by leader, of those who ask for them.
+        later: leaders of those who ask for their drift, to be seen by :func:`layer_moments` when their turn comes.
+        drifts: by leader, once they were seen.
         samples: inputs themselves, by leader. looks: a few of them, for pictures.
     """
 
@@ -88,6 +90,7 @@ class Seen:
     params: dict[str, QuantParams] = field(default_factory=dict)
     moments: dict[str, SecondMoment] = field(default_factory=dict)
     routed: dict[str, list[SecondMoment]] = field(default_factory=dict)
+    later: list[str] = field(default_factory=list)
     drifts: dict[str, DriftMoments] = field(default_factory=dict)
     samples: dict[str, InputSample] = field(default_factory=dict)
     looks: dict[str, InputSample] = field(default_factory=dict)
@@ -143,13 +146,13 @@ def see_block(window: Window, path: str, asker: Asker, looks: bool = False) -> S
     for target in state.targets:
         if target.kind.fused and "second_moment" in asker.needs(None):
             seen.routed[target.name] = [SecondMoment(target.shape[1]) for _ in range(target.matrices)]
-    if looks or seen.moments or seen.samples or seen.routed or own_rows:
+    if looks or seen.moments or seen.later or seen.samples or seen.routed or own_rows:
         for group in groups:
             width, parts = group.members[0].shape[1], group.members[0].groups
             look = partial(InputSample, width, tokens, SAMPLE, parts)
             seen.looks[group.leader] = gathering.get(group.leader, "look", look)
         routed = [(t, seen.routed[t.name]) for t in state.targets if t.name in seen.routed]
-        _watch(state.module, gathering.fresh, routed, batches, window.batches("float"))
+        _watch(state, gathering.fresh, routed, batches)
     return seen
 
 
@@ -157,15 +160,13 @@ def _ask(group: Group, asker: Asker, seen: Seen, gathering: _Gathering, tokens: 
     """Put what is wanted of a group's input into ``seen``, still empty."""
     wanted = asker.needs(group.inputs) if any(t.rule.weights for t in group.members) else frozenset()
     leader, width, parts = group.leader, group.members[0].shape[1], group.members[0].groups
-    if "second_moment" in wanted:
+    if "drift" in wanted:
+        seen.later.append(leader)
+    elif "second_moment" in wanted:
         fixed = seen.params.get(leader)
         seen.moments[leader] = gathering.get(
             leader, f"moment {group.inputs} {fixed is None}", partial(SecondMoment, width, group.inputs, fixed, parts)
         )
-    if "drift" in wanted:
-        fixed = seen.params.get(leader)
-        make = partial(DriftMoments, width, group.inputs, fixed, parts)
-        seen.drifts[leader] = gathering.get(leader, f"drift {group.inputs} {fixed is None}", make)
     if "inputs" in wanted:
         most = asker.most_tokens
         seen.samples[leader] = gathering.get(leader, f"inputs {most}", partial(InputSample, width, tokens, most, parts))
@@ -177,20 +178,31 @@ Inputs = tuple[Quantizer | None, QuantParams | None]
 def layer_moments(
     window: Window, path: str, layers: Mapping[str, tuple[Target, Inputs]]
 ) -> tuple[dict[str, SecondMoment], dict[str, DriftMoments]]:
-    """Of the inputs of some layers of a block, run in float; layers that were never called are missing.
+    """Of the inputs of some layers of a block; layers that were never called are missing.
+
+    Where one path is run, the block is run in float. Where both are, what differs between them is gathered too: of the
+    float block on the float path, and of the block as it stands, with what is installed so far, on the other. (What the
+    layers in front have made up for is then no longer missing; of a block that is in float on both paths, every layer
+    behind would make up for it once more.) So layers of which one reads what another gives are asked for one by one.
 
     Args:
-        window: of one block; where both paths are run, what differs between them is gathered too.
-        path: whose inputs, where one is.
+        window: of one block.
+        path: whose inputs, where one is run.
         layers: by name, with the quantizer that the input passes first and its parameters.
     """
+    state = window.block
     both = {"float", "quantized"} <= window.calibration.paths
     made = {name: (target.shape[1], inputs[0], inputs[1], target.groups) for name, (target, inputs) in layers.items()}
     moments = {name: SecondMoment(*options) for name, options in made.items()}
     drifts = {name: DriftMoments(*options) for name, options in made.items()} if both else {}
-    batches = window.batches("quantized" if both else path)
-    with window.block.on("float") as module:
-        _watch(module, [*moments.items(), *drifts.items()], [], batches, window.batches("float"))
+    if both:
+        hold_dense(state.module, window.calibration.dtype)
+        batches = partial(_both, state, list(drifts.items()), window.batches("float"), window.batches("quantized"))
+        _watch(state, [*moments.items(), *drifts.items()], [], batches)
+        hold_dense(state.module, None)
+    else:
+        with state.on("float"):
+            _watch(state, [*moments.items()], [], window.batches(path))
     return {name: moment for name, moment in moments.items() if moment.tokens}, drifts
 
 
@@ -230,36 +242,29 @@ def see_channels(
 
 
 def _watch(
-    block: nn.Module,
+    state: BlockState,
     fresh: Sequence[tuple[str, Gatherer]],
     routed: Sequence[tuple[Target, list[SecondMoment]]],
     batches: Batches,
-    beside: Batches,
 ) -> None:
-    """Run the block once and let everything that gathers inputs gather them.
-
-    What compares them with the float network's, ``beside``, sees each batch on that path first.
-    """
+    """Run the block as it stands once and let everything that gathers inputs gather them."""
     if not fresh and not routed:
         return
-    drifts = [(name, part) for name, part in fresh if isinstance(part, DriftMoments)]
-    if drifts:
-        batches = partial(_both, block, drifts, beside, batches)
     adds: dict[str, list[Callable[[Tensor], None]]] = {}
     for name, part in fresh:
         adds.setdefault(name, []).append(part.add)
-    watchers = [(name, _gatherer(block.get_submodule(name), each)) for name, each in adds.items()]
-    with _watching_routed(block, routed):
-        _run(block, batches, watchers)
+    watchers = [(name, _gatherer(state.float_module(name), each)) for name, each in adds.items()]
+    with _watching_routed(state.module, routed):
+        _run(state.module, batches, watchers)
 
 
 def _both(
-    block: nn.Module, drifts: Sequence[tuple[str, DriftMoments]], beside: Batches, batches: Batches
+    state: BlockState, drifts: Sequence[tuple[str, DriftMoments]], beside: Batches, batches: Batches
 ) -> Iterator[tuple[BlockCall, Tensors]]:
-    """``batches``, each run on the float path before it is given out."""
-    watchers = [(name, _gatherer(block.get_submodule(name), [part.expect])) for name, part in drifts]
+    """``batches``; before each is given out, the float block is run on the same one ``beside`` it."""
+    watchers = [(name, _gatherer(state.float_module(name), [part.expect])) for name, part in drifts]
     for (call, given), found in zip(beside(), batches(), strict=True):
-        with _watching(block, watchers, call.mask):
+        with state.on("float") as block, _watching(block, watchers, call.mask):
             call.run(block, given)
         yield found
         for _, part in drifts:
@@ -267,7 +272,7 @@ def _both(
 
 
 def _gatherer(module: nn.Module, adds: Sequence[Callable[[Tensor], None]]) -> Callable[[Tensor], None]:
-    """Shows a module's inputs to several, as the rows that its matrix is multiplied with."""
+    """Shows a float module's inputs, or those of what stands in for it, to several, as the rows that its matrix is multiplied with."""
     kind = kind_of(module)
 
     def watch(x: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 With W_hat = S V + o, V the codes' values and one scale a block, the output error ``tr((W - W_hat) H (W - W_hat)^T)``,
 ``H = E[x x^T]``, is quadratic in the scales. (Where a recipe runs both paths: ``E|W x_float - W_hat x|^2``, against
-the float network's outputs, with one more linear term.) Scales are visited block by block, and each takes its exact
+the float network's outputs, with one more linear term; then layers are refined in the order of their calls, each on
+what those before it give by now.) Scales are visited block by block, and each takes its exact
 optimum with the others where they are,
 
     s_b <- s_b + <V_b, (W - W_hat) H> / tr(V_b H V_b^T)
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from nybble.calibration.error import Drift, by_group, relative_error
-from nybble.calibration.watch import layer_moments
+from nybble.calibration.watch import find_groups, layer_moments
 from nybble.calibration.window import Window
 from nybble.core.errors import DataError, SchemeError
 from nybble.corrections import Correction
@@ -52,13 +53,27 @@ class RefineScales(Correction):
         return target.kind.shares_input and target.rule.weights is not None
 
     def run(self, window: Window, targets: Sequence[Target], path: str) -> None:  # noqa: D102
+        for together in self._stages(window, targets, path):
+            self._correct_all(window, together, path)
+
+    @staticmethod
+    def _stages(window: Window, targets: Sequence[Target], path: str) -> Sequence[Sequence[Target]]:
+        """Those that are looked at together: of both paths, layers that read the same, in the order of their calls."""
+        if not {"float", "quantized"} <= window.calibration.paths:
+            return [targets]
+        call, given = next(iter(window.batches(path)()))
+        with window.block.on("float") as block:
+            groups, uncalled = find_groups(block, targets, call, given)
+        return [*(group.members for group in groups), [t for t in targets if (t.head or t.name) in uncalled]]
+
+    def _correct_all(self, window: Window, targets: Sequence[Target], path: str) -> None:
         layers = {}
         for target in targets:
             layer = window.block.installed(target)
             assert isinstance(layer, QuantLayer) and isinstance(layer.weight, Packed)
             inputs = (None, None) if layer.inputs is None else (layer.inputs.quantizer, layer.inputs.params())
             layers[target.name] = (target, inputs)
-        moments, drifts = layer_moments(window, path, layers)
+        moments, drifts = layer_moments(window, path, layers) if layers else ({}, {})
         for target in targets:
             moment, drift = moments.pop(target.name, None), drifts.pop(target.name, None)
             second = None if moment is None else moment.mean(f"{window.block.prefix}{target.name}")

@@ -19,6 +19,9 @@ That is ``tr((W_hat - T) H (W_hat - T)^T)`` and a constant, with the least-squar
 
 so T is rounded in place of W, its grid fitted to T. (GPTAQ spreads what a column's input lost over the columns behind
 it; this is the whole optimum, as in Qronos.) The same damped inverse serves both, so where inputs say little T stays W.
+Only the share ``alpha`` of T - W is taken, as in QEP (Arai & Ichikawa 2025, arXiv:2504.09629): T fits the calibration
+data's own lost part too, the more the fewer tokens there are. x is what the layer gets with those before it in place:
+what these have made up for isn't made up for again.
 
 Damping: H + d mean(diag H) I with d = 0.01; a factorisation that still fails is retried with 10 times more, three
 times, and then the layer falls back to round-to-nearest; each is noted. Inputs that are always zero get H_jj = 1: their
@@ -59,6 +62,7 @@ class Gptq(Solver):
         activation_order: visit columns with large inputs first.
         inputs: ``both`` asks for the float network's outputs, as far as the quantized one's inputs allow; ``quantized``
             for what the float weights make of those.
+        alpha: of ``both``, the share of the least-squares correction that the weights take before they are rounded.
         clip: give every block the clip value with the least error, each column weighted by its inputs' energy, where
             the scheme's rule is a plain maximum; false keeps the maximum. Rules that weigh (``stored``) do it
             themselves, with the columns' weights or, under false, without.
@@ -70,6 +74,7 @@ class Gptq(Solver):
     damping: float = 0.01
     activation_order: bool = True
     inputs: Literal["quantized", "both"] = "quantized"
+    alpha: float = 0.5
     clip: bool = True
 
     def __post_init__(self) -> None:
@@ -77,6 +82,8 @@ class Gptq(Solver):
             raise SchemeError(f"gptq: block={self.block}; at least one column.")
         if not 0 <= self.damping < 1:
             raise SchemeError(f"gptq: damping={self.damping:g} is a share of the mean diagonal, 0 <= damping < 1.")
+        if not 0 < self.alpha <= 1:
+            raise SchemeError(f"gptq: alpha={self.alpha:g} is a share of the correction, 0 < alpha <= 1.")
 
     def needs(self, inputs: Quantizer | None) -> frozenset[str]:  # noqa: D102
         return frozenset({"second_moment", "drift"} if self.inputs == "both" else {"second_moment"})
@@ -123,7 +130,7 @@ class Gptq(Solver):
             notes = (*notes, "no float inputs to compare with, token by token: solved as with inputs=quantized")
         targets = weights
         if drift is not None:
-            targets = [replace(w, matrix=_target(w.matrix, drift.cross, upper, order)) for w in weights]
+            targets = [replace(w, matrix=_target(w.matrix, self.alpha * drift.cross, upper, order)) for w in weights]
         energy = second.diagonal(dim1=-2, dim2=-1) if self.clip else None
         grids = [_Grid(weight, energy) for weight in targets]
         rounded = self._visit(grids, upper, order) if upper.dim() == 2 else self._visit_groups(grids, upper)
@@ -220,11 +227,11 @@ class Gptq(Solver):
 
 
 def _target(matrix: Tensor, cross: Tensor, upper: Tensor, order: Tensor | None) -> Tensor:
-    """``W + W E[d x^T] H^-1``, the weights that give the float outputs best on these inputs.
+    """``W + W C H^-1``; for C = E[d x^T] the weights that give the float outputs best on these inputs.
 
     Args:
         matrix: W, float32 [rows, columns].
-        cross: E[d x^T], float32 [columns, columns], or [groups, columns, columns].
+        cross: C, float32 [columns, columns], or [groups, columns, columns].
         upper: U with U^T U = H^-1, its columns in ``order``.
         order: int64 [columns], or None.
     """

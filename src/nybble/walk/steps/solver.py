@@ -11,7 +11,7 @@ from torch import Tensor
 from nybble.calibration.block import BlockState, Record
 from nybble.calibration.operands import see_operands
 from nybble.calibration.statistics import SecondMoment
-from nybble.calibration.watch import Group, Seen, see_block, see_nothing
+from nybble.calibration.watch import Group, Seen, layer_moments, see_block, see_nothing
 from nybble.calibration.window import Window
 from nybble.core.errors import DataError, within
 from nybble.nn.activation import ActivationQuantizer
@@ -61,6 +61,7 @@ class SolverStep(BlockStep):
             self._put_operands(state, target, found[target.name])
         window.seed("solve")
         for group in seen.groups:
+            self._see_drift(window, group, seen)
             self._solve_group(state, group, seen, window.calibration.fisher)
         for target in state.targets:
             if target.kind.fused:
@@ -74,7 +75,17 @@ class SolverStep(BlockStep):
             seen = see_block(window, self.path, self.solver)
         for group in seen.groups:
             window.seed(group.leader)
+            self._see_drift(window, group, seen)
             self._solve_group(state, group, seen, {})
+
+    def _see_drift(self, window: Window, group: Group, seen: Seen) -> None:
+        """Of a group that asks for its drift: what it gets now that the groups before it are in place."""
+        if group.leader not in seen.later:
+            return
+        inputs = (group.inputs, seen.params.get(group.leader))
+        moments, drifts = layer_moments(window, self.path, {group.leader: (group.members[0], inputs)})
+        seen.moments.update(moments)
+        seen.drifts.update(drifts)
 
     def _solve_group(self, state: BlockState, group: Group, seen: Seen, fisher: Mapping[str, Tensor]) -> None:
         weights = [
