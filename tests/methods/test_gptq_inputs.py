@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,19 @@ from nybble.calibration.block import BlockState
 from nybble.calibration.error import Drift, relative_error
 from nybble.calibration.statistics import DriftMoments
 from nybble.calibration.trace import HIDDEN, BlockCall
-from nybble.calibration.watch import see_block
+from nybble.calibration.watch import layer_moments
 from nybble.calibration.window import Calibration, Window
+from nybble.corrections.refine_scales import RefineScales
 from nybble.data import load_text, token_samples
 from nybble.models.adapter import adapter_for
+from nybble.nn.kinds import Quantized, kind_of
 from nybble.quantizer import Quantizer
 from nybble.recipe import parse_recipe
-from nybble.scheme import parse_scheme
+from nybble.scheme import Rule, parse_scheme
 from nybble.solvers import Solved, Stats, Weight
 from nybble.solvers.gptq import Gptq
 from nybble.walk.plan import make_plan
+from nybble.walk.steps.solver import SolverStep
 
 ROWS, COLUMNS, TOKENS = 12, 16, 400
 
@@ -52,7 +57,7 @@ def solve(solver: Gptq, w: Tensor, seen: Stats, line: str) -> Solved:
 @pytest.mark.parametrize("order", [False, True])
 def test_with_sixteen_bits_it_is_least_squares(order: bool) -> None:
     w, exact, lossy = layer()
-    solver = Gptq(inputs="both", damping=0.0, activation_order=order)
+    solver = Gptq(inputs="both", alpha=1, damping=0.0, activation_order=order)
     found = solve(solver, w, stats(exact, lossy), "float16_e5m10 channel").weight.dequantize().double()
     best = torch.linalg.lstsq(lossy, exact @ w.T).solution.T
     assert torch.allclose(found, best, rtol=2e-3, atol=2e-3) and not torch.allclose(w, best, atol=2e-2)
@@ -118,36 +123,70 @@ def test_moments_are_those_of_paired_tokens() -> None:
     assert part.mean() is None
 
 
-def test_both_paths_are_seen_in_one_pass() -> None:
-    """What each layer of a block reads on either path, with padding left out, as hooks of the test's own see it."""
+def window_of(state: BlockState, call: BlockCall, starts: dict[str, list[Tensor]], config: Any = None) -> Window:
+    """A block between two streams, in batches."""
+    batches, (samples, length) = len(starts["float"]), starts["float"][0].shape[:2]
+    calibration = Calibration(
+        tokens=batches * samples * length, samples=batches * samples, batches=batches, device=torch.device("cpu"),
+        dtype=torch.float32, seed=0, config=config, paths=frozenset(starts),
+    )  # fmt: skip
+    return Window([state], calibration, lambda path, order: (([call], {HIDDEN: x}) for x in starts[path]), "x")
+
+
+@torch.no_grad()
+def test_each_layer_is_seen_behind_those_that_are_in_place() -> None:
+    """What layers read in a float twin and in the block so far quantized, padding left out, as the test's hooks see it."""
     model = tiny_model("llama", torch.float32)
-    solver, adapter = Gptq(inputs="both"), adapter_for(model)
-    plan = make_plan(model, adapter, parse_scheme({"weights": "int4 group=16"}), solver)
+    plan = make_plan(model, adapter_for(model), parse_scheme({"weights": "int2 group=16"}), Gptq(inputs="both"))
     state = BlockState(model.model.layers[0], "model.layers.0", None, plan.blocks[0])
+    twin = copy.deepcopy(state.module)
     generator = torch.Generator().manual_seed(0)
     starts = {path: [torch.randn(2, 6, 32, generator=generator) for _ in range(2)] for path in ("float", "quantized")}
     mask = torch.ones(2, 6, dtype=torch.bool)
     mask[1, 4:] = False
     rotary = model.model.rotary_emb(starts["float"][0], torch.arange(6)[None])
     call = BlockCall(index=0, args=(), kwargs={"position_embeddings": rotary}, keyword=None, start=None, mask=mask)
-    calibration = Calibration(
-        tokens=20, samples=4, batches=2, device=torch.device("cpu"), dtype=torch.float32, seed=0, config=model.config
-    )
-    window = Window([state], calibration, lambda path, order: (([call], {HIDDEN: x}) for x in starts[path]), "x")
-    with torch.no_grad():
-        seen = see_block(window, "quantized", solver)
-    for leader in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
-        read = {
-            path: torch.cat([read_at(state.module, leader, call, x)[mask] for x in xs]) for path, xs in starts.items()
-        }
-        apart = (read["float"] - read["quantized"]).double()
-        found = seen.drifts[leader].mean()
-        assert found is not None
-        wanted = apart.T @ read["quantized"].double() / len(apart)
-        torch.testing.assert_close(found.cross.double(), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
-        second = seen.moments[leader].mean(leader)
-        assert second is not None
-        torch.testing.assert_close(second, read["quantized"].T @ read["quantized"] / len(apart), rtol=1e-4, atol=1e-4)
+    window = window_of(state, call, starts, model.config)
+    for target in state.targets:  # q, k, v, o, gate, up, down
+        name = target.name
+        exact = torch.cat([read_at(twin, name, call, x)[mask] for x in starts["float"]]).double()
+        lossy = torch.cat([read_at(state.module, name, call, x)[mask] for x in starts["quantized"]]).double()
+        moments, drifts = layer_moments(window, "quantized", {name: (target, (None, None))})
+        found, second = drifts[name].mean(), moments[name].mean(name)
+        assert found is not None and second is not None
+        for got, wanted in (
+            (second, lossy.T @ lossy),
+            (found.cross, (exact - lossy).T @ lossy),
+            (found.power, (exact - lossy).T @ (exact - lossy)),
+        ):
+            torch.testing.assert_close(got.double(), wanted / len(exact), rtol=1e-4, atol=1e-4 * float(second.max()))
+        assert target.rule.weights is not None
+        made = target.rule.weights.quantize(state.matrix(target).float())
+        state.install(target, Quantized(weights=(made,)))
+
+
+@pytest.mark.parametrize("refine", [False, True])
+@torch.no_grad()
+def test_what_was_made_up_for_is_not_made_up_for_again(refine: bool) -> None:
+    """Two layers in a row behind an invertible loss: the first can undo it alone, so the second has nothing to do."""
+    generator = torch.Generator().manual_seed(0)
+    block = nn.Sequential(nn.Linear(16, 24, bias=False), nn.Linear(24, 8, bias=False)).requires_grad_(False)
+    twin, rule = copy.deepcopy(block), Rule(weights=Quantizer("float16_e5m10 channel"))
+    targets = [
+        dataclasses.replace(next(iter(kind_of(part).targets(name, part))), rule=rule)  # type: ignore[union-attr]
+        for name, part in block.named_children()
+    ]
+    exact = [torch.randn(2, 50, 16, generator=generator) for _ in range(2)]
+    loss = 0.5 * torch.eye(16) if refine else torch.eye(16) + 0.1 * torch.randn(16, 16, generator=generator)
+    call = BlockCall(index=0, args=(), kwargs={}, keyword=None, start=None)
+    lossy = [x @ loss for x in exact]
+    window = window_of(BlockState(block, "", None, targets), call, {"float": exact, "quantized": lossy})
+    options = {} if refine else {"inputs": "both", "alpha": 1, "damping": 0.0}
+    SolverStep("gptq", Gptq(**options)).run(window)  # type: ignore[arg-type]
+    if refine:  # half the inputs ask for twice the scales, of one layer
+        RefineScales().run(window, targets, "quantized")
+    found, wanted = (torch.cat([m(x) for x in xs]) for m, xs in ((block, lossy), (twin, exact)))
+    assert float((found - wanted).square().mean() / wanted.square().mean()) < 1e-5
 
 
 @torch.no_grad()
