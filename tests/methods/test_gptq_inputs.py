@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from nybble.calibration.statistics import DriftMoments
 from nybble.calibration.trace import HIDDEN, BlockCall
 from nybble.calibration.watch import layer_moments
 from nybble.calibration.window import Calibration, Window
+from nybble.core.errors import SchemeError
 from nybble.corrections.refine_scales import RefineScales
 from nybble.data import load_text, token_samples
 from nybble.models.adapter import adapter_for
@@ -63,6 +64,9 @@ def test_with_sixteen_bits_it_is_least_squares(order: bool) -> None:
     assert torch.allclose(found, best, rtol=2e-3, atol=2e-3) and not torch.allclose(w, best, atol=2e-2)
     least = (exact @ w.T - lossy @ best.T).square().sum()
     assert (exact @ w.T - lossy @ found.T).square().sum() < least * (1 + 1e-4)
+    share = replace(solver, alpha=0.25)
+    part = solve(share, w, stats(exact, lossy), "float16_e5m10 channel").weight.dequantize().double()
+    assert torch.allclose(part, w + (best - w) / 4, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("line", ["int4 group=8", "int4 channel symmetric=false", "nvfp4", "int2 group=8"])
@@ -76,6 +80,12 @@ def test_its_error_is_the_float_outputs_and_below_gptqs(line: str) -> None:
     ]
     assert both.error == pytest.approx(lost[0], rel=1e-3)
     assert lost[0] < 0.95 * lost[1] and both.error < both.rtn_error and not both.notes
+
+
+@pytest.mark.parametrize("options", [{"inputs": "both", "alpha": 0.0}, {"inputs": "both", "alpha": 1.1}, {"alpha": 1}])
+def test_a_share_that_says_nothing_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(SchemeError, match="alpha"):
+        Gptq(**options)
 
 
 def test_without_a_drift_it_is_gptq() -> None:
@@ -135,7 +145,7 @@ def window_of(state: BlockState, call: BlockCall, starts: dict[str, list[Tensor]
 
 @torch.no_grad()
 def test_each_layer_is_seen_behind_those_that_are_in_place() -> None:
-    """What layers read in a float twin and in the block so far quantized, padding left out, as the test's hooks see it."""
+    """What layers read in a float twin and in the block so far quantized, padding left out, as hooks see it."""
     model = tiny_model("llama", torch.float32)
     plan = make_plan(model, adapter_for(model), parse_scheme({"weights": "int2 group=16"}), Gptq(inputs="both"))
     state = BlockState(model.model.layers[0], "model.layers.0", None, plan.blocks[0])
@@ -173,7 +183,7 @@ def test_what_was_made_up_for_is_not_made_up_for_again(refine: bool) -> None:
     block = nn.Sequential(nn.Linear(16, 24, bias=False), nn.Linear(24, 8, bias=False)).requires_grad_(False)
     twin, rule = copy.deepcopy(block), Rule(weights=Quantizer("float16_e5m10 channel"))
     targets = [
-        dataclasses.replace(next(iter(kind_of(part).targets(name, part))), rule=rule)  # type: ignore[union-attr]
+        replace(next(iter(kind_of(part).targets(name, part))), rule=rule)  # type: ignore[union-attr]
         for name, part in block.named_children()
     ]
     exact = [torch.randn(2, 50, 16, generator=generator) for _ in range(2)]

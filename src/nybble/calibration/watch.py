@@ -272,7 +272,7 @@ def _both(
 
 
 def _gatherer(module: nn.Module, adds: Sequence[Callable[[Tensor], None]]) -> Callable[[Tensor], None]:
-    """Shows a float module's inputs, or those of what stands in for it, to several, as the rows that its matrix is multiplied with."""
+    """Shows several the inputs of a float module, or of its stand-in, as rows that its matrix is multiplied with."""
     kind = kind_of(module)
 
     def watch(x: Tensor) -> None:

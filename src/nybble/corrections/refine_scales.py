@@ -104,8 +104,8 @@ class RefineScales(Correction):
         return 4.0 * self.sweeps * rows * columns**2
 
     def working_bytes(self, rows: int, columns: int) -> int:
-        """Three moments, as much again for those of the block's other layers, and nine copies of the weight."""
-        return 24 * columns**2 + 36 * rows * columns
+        """Three moments of three layers that read the same, one to add, and nine copies of the weight."""
+        return 40 * columns**2 + 36 * rows * columns
 
 
 def movable(tensor: QTensor, quantizer: Quantizer) -> bool:

@@ -12,15 +12,15 @@ group's scale when it reaches the group; fixing them costs a little at large gro
 and groups agree.)
 
 ``inputs: both`` makes up for what the inputs x have lost in earlier blocks, and in their own rounding, too (Li et al.
-2025, GPTAQ, arXiv:2504.02692; Qronos, Zhang et al. 2025, arXiv:2505.11695): it minimises ``E|W x_float - W_hat x|^2``.
-That is ``tr((W_hat - T) H (W_hat - T)^T)`` and a constant, with the least-squares weights
+2025, GPTAQ, arXiv:2504.02692; Qronos, Zhang et al. 2025, arXiv:2505.11695): it aims at the least
+``E|W x_float - W_hat x|^2``. That is ``tr((W_hat - T) H (W_hat - T)^T)`` and a constant, with the least-squares weights
 
     T = E[W x_float x^T] H^-1 = W + W E[(x_float - x) x^T] H^-1
 
-so T is rounded in place of W, its grid fitted to T. (GPTAQ spreads what a column's input lost over the columns behind
-it; this is the whole optimum, as in Qronos.) The same damped inverse serves both, so where inputs say little T stays W.
-Only the share ``alpha`` of T - W is taken, as in QEP (Arai & Ichikawa 2025, arXiv:2504.09629): T fits the calibration
-data's own lost part too, the more the fewer tokens there are. x is what the layer gets with those before it in place:
+so W + alpha (T - W) is rounded in place of W, and the grid fitted to it. (GPTAQ spreads what a column's input lost over
+the columns behind it; T is the whole optimum, as in Qronos.) The same damped inverse serves both, so where inputs say
+little T stays W. The share alpha is QEP's (Arai & Ichikawa 2025, arXiv:2504.09629): all of T fits what the calibration
+data alone have lost, too, the more the fewer tokens there are. x is what the layer gets with those before it in place:
 what these have made up for isn't made up for again.
 
 Damping: H + d mean(diag H) I with d = 0.01; a factorisation that still fails is retried with 10 times more, three
@@ -84,6 +84,10 @@ class Gptq(Solver):
             raise SchemeError(f"gptq: damping={self.damping:g} is a share of the mean diagonal, 0 <= damping < 1.")
         if not 0 < self.alpha <= 1:
             raise SchemeError(f"gptq: alpha={self.alpha:g} is a share of the correction, 0 < alpha <= 1.")
+        if self.inputs != "both" and self.alpha != type(self).alpha:
+            raise SchemeError(
+                f"gptq: alpha={self.alpha:g} says how much inputs: both corrects; add that, or leave it out."
+            )
 
     def needs(self, inputs: Quantizer | None) -> frozenset[str]:  # noqa: D102
         return frozenset({"second_moment", "drift"} if self.inputs == "both" else {"second_moment"})

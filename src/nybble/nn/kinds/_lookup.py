@@ -150,6 +150,6 @@ def values_at(root: nn.Module, name: str, matrix: Tensor) -> dict[str, Tensor]:
 
 
 def read_by(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The tensor that a module, float or quantized, multiplies in a call; where no kind claims it, its first argument."""
+    """The tensor that a module, float or quantized, multiplies in a call; of others, the first argument."""
     kind = kind_of(module) or kind_of_quantized(module)
     return first_tensor(args, kwargs) if kind is None else kind.reads(args, kwargs)

@@ -24,6 +24,7 @@ def solver_cost(solver: Solver, targets: Sequence[Target], load: Load) -> Cost:
             flops += tokens * target.shape[1] ** 2 * _kept(solver, target)
         most = min(load.samples * target.kind.rows_a_sample, solver.most_tokens) or tokens
         flops += solver.flops(*target.shape, most, target.rule.inputs) * target.matrices
+    flops += _passes(solved, solver) * sum(_forward(t, load) for t in targets)
     stored = sum(solver.stored_bytes(t.rule.weights, t.shape) * t.matrices for t in solved if t.rule.weights)
     return Cost(peak=peak, flops=flops, stored=stored)
 
@@ -51,13 +52,35 @@ def _moments(targets: Sequence[Target], solver: Solver) -> int:
     total = sum(4 * t.matrices * t.shape[1] ** 2 for t in needy if t.kind.fused)
     each = max(_kept(solver, t) for t in needy)
     linear = [t.shape[1] for t in needy if not t.kind.fused]
-    total += each * sum(4 * c * c * min(3, linear.count(c)) for c in set(linear))
+    if any(_later(solver, t) for t in needy):  # of one input after the other
+        total += each * 4 * max(linear, default=0) ** 2
+    else:
+        total += each * sum(4 * c * c * min(3, linear.count(c)) for c in set(linear))
     return int(total + 4 * max(t.shape[1] for t in needy) ** 2)
 
 
 def _kept(solver: Solver, target: Target) -> int:
     """Matrices like the second moment that are gathered of an input: with a drift, its two."""
-    return 3 if "drift" in solver.needs(target.rule.inputs) else 1
+    return 3 if _later(solver, target) else 1
+
+
+def _later(solver: Solver, target: Target) -> bool:
+    """Whether what a solver needs of an input is gathered when its turn comes, and not of the whole block at once."""
+    return "drift" in solver.needs(target.rule.inputs) and not target.kind.fused
+
+
+def _passes(targets: Sequence[Target], solver: Solver) -> int:
+    """How often a block is run for that: on both paths for each input; every layer of a convolutional net has one."""
+    later = [t for t in targets if _later(solver, t)]
+    widths = [t.shape[1] for t in later]
+    alone = any(t.kind.rows_a_sample for t in later)
+    return 2 * (len(later) if alone else sum(min(3, widths.count(c)) for c in set(widths)))
+
+
+def _forward(target: Target, load: Load) -> float:
+    """Multiply-adds x 2 of a layer for all calibration data."""
+    rows = load.samples * (load.products.get(target.name, 0) if load.sample else load.seq_len)
+    return 2.0 * rows * target.shape[0] * target.shape[1] * target.matrices
 
 
 def _inputs(targets: Sequence[Target], solver: Solver, load: Load) -> int:
