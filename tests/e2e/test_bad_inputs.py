@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 RECIPE_FILES = {
     "unknown-key": "scheme: {weights: int4}\nsteps: [{solver: rtn}]\nstep: 1\n",
-    "no-steps": "scheme: {weights: int4}\n",
+    "no-scheme": "steps: [{solver: rtn}]\n",
     "steps-number": "scheme: {weights: int4}\nsteps: 5\n",
     "step-text": "scheme: {weights: int4}\nsteps: [rtn]\n",
     "step-kind": "scheme: {weights: int4}\nsteps: [{sovler: rtn}]\n",
