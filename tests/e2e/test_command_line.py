@@ -47,6 +47,7 @@ except SystemExit as stop:
         (["quantize", "demo:smollm2", "out", "--recipe", "rtn", "--eval", "nosuch.txt"], 1),
         (["quantize", "demo:smollm2", "out", "--recipe", "gptq", "--data", "nosuch.jsonl", "--json"], 1),
         (["eval", "demo:smollm2", "--data", "no/such.txt"], 1),
+        (["eval", "demo:smollm2", "--metrics", "ppl,kl"], 2),
         (["generate", "no.gguf", "hello"], 1),
         (["inspect", "nosuch"], 1),
         (["recipes", "gtpq"], 2),

@@ -8,9 +8,13 @@ import typer
 
 from nybble.cli._output import print_json, print_table
 from nybble.core.device import check_device
+from nybble.core.errors import UsageError
 from nybble.core.options import at_least_one
 from nybble.data.text import check_source
 from nybble.models.named import check_model
+
+COMPARING = frozenset({"agreement", "cosine", "kl"})
+"""Nybble's own metrics that are none without a float model; known here, so that saying so takes no torch."""
 
 
 def command(
@@ -42,10 +46,12 @@ def command(
     check_source(data)
     check_device(device)
     at_least_one(seq_len=seq_len, samples=samples)
+    names = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
+    if reference is None and (needy := COMPARING.intersection(names or ())):
+        raise UsageError(f"metric {min(needy)!r} compares with the float model; give it (--reference MODEL).")
     from nybble.core.progress import Bars  # torch comes from here on
     from nybble.pipelines.evaluate import run_eval
 
-    names = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
     result = run_eval(
         {"model": model},
         data,

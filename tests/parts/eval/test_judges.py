@@ -10,10 +10,11 @@ import transformers
 from tests.tiny import WORDS, tiny_model, tiny_tokenizer
 from torch import nn
 
+from nybble.cli.eval import COMPARING
 from nybble.core.errors import DataError, ModelError, UsageError
 from nybble.data import ImageSamples, SentenceSamples, make_source, sentence_samples, token_samples
 from nybble.eval import evaluate
-from nybble.eval.judges import chosen_metrics, judge_of
+from nybble.eval.judges import JUDGES, chosen_metrics, judge_of
 from nybble.eval.judges.tokens import go_on
 from nybble.pipelines.evaluate import run_eval
 
@@ -196,3 +197,7 @@ def test_answers_are_places_of_real_tokens() -> None:
             p, q = (m(**samples.inputs)[name][row][real].log_softmax(-1) for m in (model, other))
             values.append(float((p.exp() * (p - q)).sum()))
     assert found == {"kl": pytest.approx(sum(values) / len(values), rel=1e-4)}
+
+
+def test_the_command_line_knows_which_metrics_compare() -> None:
+    assert {name for judge in JUDGES.all().values() for name in judge.comparing} == COMPARING
