@@ -161,3 +161,5 @@ def test_bad_input() -> None:
     assert not movable(base, Quantizer("int3 group=16 scale_format=(float8_e4m3fn tensor)"))
     with pytest.raises(SchemeError, match="sweeps=0; at least one"):
         RefineScales(sweeps=0)
+    with pytest.raises(SchemeError, match="alpha=2 is a share"):
+        RefineScales(alpha=2)

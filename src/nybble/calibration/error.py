@@ -21,6 +21,10 @@ class Drift:
     power: Float32[Tensor, "*groups columns columns"]
     cross: Float32[Tensor, "*groups columns columns"]
 
+    def share(self, alpha: float) -> Drift:
+        """From inputs a share of the way to the float network's, ``x + alpha d``."""
+        return self if alpha == 1 else Drift(power=alpha**2 * self.power, cross=alpha * self.cross)
+
 
 def relative_error(
     matrix: Float32[Tensor, "rows columns"],

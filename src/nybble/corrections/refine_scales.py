@@ -39,15 +39,23 @@ from nybble.quantizer import Quantizer
 
 @dataclass(frozen=True, kw_only=True)
 class RefineScales(Correction):
-    """``sweeps``: over all scales at most; fewer where one moves none."""
+    """Options of the method.
+
+    Attributes:
+        sweeps: over all scales at most; fewer where one moves none.
+        alpha: where a recipe runs both paths, the share of what inputs have lost that scales make up for.
+    """
 
     reads_inputs: ClassVar[bool] = True
 
     sweeps: int = 4
+    alpha: float = 0.5
 
     def __post_init__(self) -> None:
         if self.sweeps < 1:
             raise SchemeError(f"refine-scales: sweeps={self.sweeps}; at least one.")
+        if not 0 <= self.alpha <= 1:
+            raise SchemeError(f"refine-scales: alpha={self.alpha:g} is a share, 0 <= alpha <= 1.")
 
     def can_take(self, target: Target) -> bool:  # noqa: D102
         return target.kind.shares_input and target.rule.weights is not None
@@ -88,15 +96,16 @@ class RefineScales(Correction):
             record.notes.append(f"{why}: its scales stay")
             return
         assert isinstance(base, BlockQTensor)
-        found = refined(truth, base, quantizer, second, self.sweeps, drift)
-        before = relative_error(truth, base.dequantize(), second, drift)
-        after = relative_error(truth, found.dequantize(), second, drift)
+        aim = None if drift is None else drift.share(self.alpha)
+        found = refined(truth, base, quantizer, second, self.sweeps, aim)
+        before = relative_error(truth, base.dequantize(), second, aim)
+        after = relative_error(truth, found.dequantize(), second, aim)
         if not after < before:
             record.notes.append(f"its scales are the best for its codes (output error {before:.3g})")
             return
         layer.weight = Packed(found, layer.weight.dtype)
         plain = quantizer.quantize(truth)
-        record.error, record.rtn_error = after, relative_error(truth, plain.dequantize(), second, drift)
+        record.error, record.rtn_error = (relative_error(truth, x.dequantize(), second, drift) for x in (found, plain))
         record.notes.append(f"scales refined: output error {before:.3g} -> {after:.3g}")
 
     def flops(self, rows: int, columns: int) -> float:
