@@ -19,7 +19,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
-from nybble.calibration.trace import HIDDEN, BlockCall, trace_groups
+from nybble.calibration.groups import trace_groups
+from nybble.calibration.trace import HIDDEN, BlockCall
 from nybble.core.errors import FileError, ModelError, SchemeError, UsageError
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import (

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nybble.calibration.trace import HIDDEN, BlockCall, Tensors, replace_forward, returned, tuple_widths
+from nybble.calibration.trace import (
+    HIDDEN,
+    BlockCall,
+    Tensors,
+    replace_forward,
+    returned,
+    returned_by_name,
+    tuple_widths,
+)
 from nybble.core.errors import ModelError
 from nybble.models.adapter import Adapter
 from nybble.nn.kv_model import no_cache
@@ -51,10 +59,10 @@ class TailCall(BlockCall):
         ) from problem
 
     def _run(self, model: nn.Module, given: Tensors, width: int) -> None:
-        left = set(self.modules)
+        left, named = set(self.modules), returned_by_name(given)
 
         def passed(*args: Any, **kwargs: Any) -> Any:
-            return returned(given[HIDDEN], width, self.adapter.flows, {})
+            return returned(given[HIDDEN], width, self.adapter.flows, {}) if named is None else named
 
         def seen(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

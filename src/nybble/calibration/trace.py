@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nybble.core.errors import ModelError, NybbleError
+from nybble.core.errors import ModelError
 from nybble.data.kinds import data_kind
 from nybble.models.adapter import Adapter, Flow, adapter_for
-from nybble.nn.kinds import Kind, kind_of
 from nybble.nn.kv_model import no_cache
 
 HIDDEN = "hidden"
 """Name of the hidden states among the tensors that go from block to block."""
+NAMED = "named "
+"""In front of the names under which a block returned tensors, where it did."""
 Tensors = Mapping[str, Tensor]
 
 
@@ -57,7 +58,8 @@ class BlockCall:
             block(hidden, *args, **named) if self.keyword is None else block(*args, **{**named, self.keyword: hidden})
         )
         if not isinstance(output, tuple | list):
-            return {**given, HIDDEN: output}
+            more = {f"{NAMED}{k}": v for k, v in output.items()} if isinstance(output, Mapping) else {}
+            return {**given, HIDDEN: _main_output(output), **more}
         found = {**given, HIDDEN: output[_place(self.flows)]}
         for flow in self.flows:
             given_on = output[flow.gives] if flow.gives < len(output) else None
@@ -80,6 +82,22 @@ class WholeCall(BlockCall):
         assert self.keyword is not None
         inputs = {self.keyword: given[HIDDEN], **self.inputs}
         return {HIDDEN: _main_output(block(**inputs, **no_cache(block)))}
+
+
+class NamedOutput(dict[str, Tensor]):
+    """What a block returned by names, as the model reads it: by attribute (None of what there isn't) or by place."""
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        return self.get(name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return list(self.values())[key] if isinstance(key, int | slice) else super().__getitem__(key)
+
+
+def returned_by_name(given: Tensors) -> NamedOutput | None:
+    """The output of which :meth:`BlockCall.run` made these tensors; None where it had no names."""
+    found = {name.removeprefix(NAMED): tensor for name, tensor in given.items() if name.startswith(NAMED)}
+    return NamedOutput(found) if found else None
 
 
 def _main_output(output: Any) -> Tensor:
@@ -175,24 +193,29 @@ def _record(
     def passed(*args: Any, **kwargs: Any) -> Any:
         return returned(end, width, flows, {})
 
+    others = [(block, passed) for stack in stacks[:-1] for block in stack]
+    try:
+        _run_with(model, inputs, [*others, *((block, recorder(i)) for i, block in enumerate(blocks))], behind or ())
+    except Exception as error:  # behind the last block is much that needs more than recorders give
+        if isinstance(error, ChainError) or len(calls) < len(blocks):
+            raise
+    in_order = [call.index for call in calls] == list(range(len(blocks)))
+    return calls, in_order and len(shapes) == 1
+
+
+def _run_with(
+    model: nn.Module, inputs: Mapping[str, Any], forwards: Sequence[tuple[nn.Module, Any]], last: Sequence[nn.Module]
+) -> None:
+    """Run a model with other forwards in some modules, at most until one of ``last`` is called."""
+
     def stop(*_: Any, **__: Any) -> Any:
         raise _AllSeenError
 
     with ExitStack() as undo:
-        for stack in stacks:
-            for index, block in enumerate(stack):
-                replace_forward(block, recorder(index) if stack is blocks else passed, undo)
-        for module in behind or ():
-            replace_forward(module, stop, undo)
-        try:
+        for module, forward in (*forwards, *((module, stop) for module in last)):
+            replace_forward(module, forward, undo)
+        with suppress(_AllSeenError):
             model(**inputs, **no_cache(model))
-        except _AllSeenError:
-            pass
-        except Exception as error:  # behind the last block is much that needs more than recorders give
-            if isinstance(error, ChainError) or len(calls) < len(blocks):
-                raise
-    in_order = [call.index for call in calls] == list(range(len(blocks)))
-    return calls, in_order and len(shapes) == 1
 
 
 def _behind(model: nn.Module, adapter: Adapter, stack: int) -> list[nn.Module]:
@@ -282,22 +305,33 @@ def capture_block_calls(
             problems.append(error)
             continue
         if good:
-            samples, first = len(next(iter(given.values()))), calls[0].start
-            if first is not None and len(first[HIDDEN]) != samples:
-                raise ChainError(
-                    f"{type(model).__name__} gives its blocks hidden states {list(first[HIDDEN].shape)}, which don't "
-                    f"begin with the {samples} samples, so they can't be carried from block to block."
-                )
-            if adapter.convolutional:
-                # The network reads its input as it is; a wrapper may have moved it to where its weights aren't yet.
-                dtype = next(stacks[0][0].parameters()).dtype
-                hidden = next(iter(given.values()))
-                calls[0] = replace(calls[0], start={HIDDEN: hidden.to(dtype) if hidden.is_floating_point() else hidden})
+            calls[0] = replace(calls[0], start=_entering(model, adapter, stacks[0][0], given, calls[0].start))
             padded = given.get("decoder_attention_mask")
             real = data_kind(adapter.reads).real(given) if end is None else None if padded is None else padded.bool()
             return [replace(call, mask=real) for call in calls]
     fault = _fault(model, len(stacks[-1]), problems, len(tuple_widths(adapter.flows)))
     raise fault from (problems[0] if problems else None)
+
+
+def _entering(
+    model: nn.Module, adapter: Adapter, block: nn.Module, given: Mapping[str, Tensor], start: Tensors | None
+) -> Tensors | None:
+    """What goes into the first block, where it can be carried on.
+
+    Raises:
+        ChainError: hidden states without the samples in front.
+    """
+    samples = len(next(iter(given.values())))
+    if start is not None and len(start[HIDDEN]) != samples:
+        raise ChainError(
+            f"{type(model).__name__} gives its blocks hidden states {list(start[HIDDEN].shape)}, which don't "
+            f"begin with the {samples} samples, so they can't be carried from block to block."
+        )
+    if not adapter.convolutional:
+        return start
+    # The network reads its input as it is; a wrapper may have moved it to where its weights aren't yet.
+    hidden, dtype = next(iter(given.values())), next(block.parameters()).dtype
+    return {HIDDEN: hidden.to(dtype) if hidden.is_floating_point() else hidden}
 
 
 def _whole_call(given: Mapping[str, Tensor], real: Tensor | None) -> WholeCall:
@@ -322,75 +356,3 @@ def _fault(model: nn.Module, blocks: int, problems: Sequence[Exception], tries: 
 def tuple_widths(flows: Sequence[Flow]) -> tuple[int, ...]:
     """How long a tuple a model's blocks may return, in the order to try; 0 for a bare tensor."""
     return (max(_place(flows), *(flow.gives for flow in flows)) + 1,) if flows else (0, 1, 2, 3)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trace:
-    """Which weights of a block read the same input.
-
-    Attributes:
-        groups: module names, in the order of their first call; those in one group read the same tensor (q, k and v).
-        uncalled: modules with a matmul weight that the block never called.
-        other: parameters of two or more dimensions that belong to neither (a router's weight): seen, not traced.
-    """
-
-    groups: tuple[tuple[str, ...], ...]
-    uncalled: tuple[str, ...]
-    other: tuple[str, ...]
-
-
-def _key(tensor: Tensor) -> tuple[Any, ...]:
-    version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, version
-
-
-@torch.no_grad()
-def trace_groups(block: nn.Module, call: BlockCall, given: Tensors | None = None) -> Trace:
-    """Run a block once and group its matmul weights by the tensor they read.
-
-    Args:
-        block: with real weights.
-        call: how it is called.
-        given: what goes into it by name; default, what ``call`` carries.
-    """
-    start = call.start if given is None else given
-    if start is None:
-        raise ModelError(f"block {call.index}: hidden states are needed to trace it; only block 0's are kept.")
-    watched: dict[str, tuple[nn.Module, Kind]] = {}
-    for name, module in block.named_modules():
-        kind = kind_of(module)
-        if kind is not None and (kind.shares_input or kind.fused):
-            watched[name] = module, kind
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    alive: list[Tensor] = []  # an input freed during the run could lend its address to another
-    with ExitStack() as undo:
-        for name, (module, kind) in watched.items():
-
-            def note(
-                _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name, kind: Kind = kind
-            ) -> None:
-                tensor = kind.reads(args, kwargs)
-                alive.append(tensor)
-                members = groups.setdefault(_key(tensor), [])
-                if name not in members:
-                    members.append(name)
-
-            handle = module.register_forward_pre_hook(note, with_kwargs=True)
-            undo.callback(handle.remove)
-        try:
-            call.run(block, start)
-        except (NybbleError, torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception as error:
-            raise ModelError(
-                f"a {type(block).__name__} can't be run by itself as the model runs it ({type(error).__name__}: {error}"
-                "), so it can't be calibrated; use a recipe without data."
-            ) from error
-    called = {name for names in groups.values() for name in names}
-    inside = {f"{name}.{leaf}" for name, (module, _) in watched.items() for leaf, _ in module.named_parameters()}
-    other = [n for n, p in block.named_parameters() if p.ndim >= 2 and n not in inside]
-    return Trace(
-        groups=tuple(tuple(names) for names in groups.values()),
-        uncalled=tuple(name for name in watched if name not in called),
-        other=tuple(other),
-    )

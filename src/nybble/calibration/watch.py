@@ -11,8 +11,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from nybble.calibration.block import BlockState
+from nybble.calibration.groups import trace_groups
 from nybble.calibration.statistics import ChannelSizes, DriftMoments, InputSample, Range, SecondMoment
-from nybble.calibration.trace import BlockCall, Tensors, trace_groups
+from nybble.calibration.trace import BlockCall, Tensors
 from nybble.calibration.window import Batches, Known, Window
 from nybble.core.errors import DataError
 from nybble.nn.kinds import Target, kind_of, read_by

@@ -5,8 +5,12 @@ Nagel et al. 2020, arXiv:2004.10568, eq. 21-24 (Louizos et al. 2018's rectified 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from nybble.core.errors import SchemeError
 
 ZETA, GAMMA = 1.1, -0.1
 
@@ -29,3 +33,30 @@ def decisiveness(h: Tensor, beta: float) -> Tensor:
 def annealed(t: float, start: float, end: float, warmup: float) -> float | None:
     """The exponent at progress ``t``: None (no term) before ``warmup`` (< 1), then linear from ``start`` to ``end``."""
     return None if t < warmup else start + (end - start) * min(1.0, (t - warmup) / (1 - warmup))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deciding:
+    """Options of a part whose roundings a penalty closes.
+
+    Attributes:
+        strength: lambda, of the penalty. beta_start, beta_end: its exponent, when it sets in and at the end.
+        warmup: the share of training without the penalty.
+    """
+
+    strength: float = 0.01
+    beta_start: float = 20.0
+    beta_end: float = 2.0
+    warmup: float = 0.0
+
+    def check_penalty(self, name: str) -> None:
+        """Raise SchemeError where there is no such penalty; ``name``: the part's."""
+        if not 0 <= self.warmup < 1 or self.strength < 0 or not 1 <= self.beta_end <= self.beta_start:
+            raise SchemeError(
+                f"{name}: warmup is 0 to below 1, strength >= 0 and beta_start >= beta_end >= 1; got {self}."
+            )
+
+    def term(self, h: Tensor, t: float) -> Tensor:
+        """The penalty of roundings ``h`` in 0..1 at progress ``t``: float32, no dimensions."""
+        beta = annealed(t, self.beta_start, self.beta_end, self.warmup)
+        return h.new_zeros(()) if beta is None else self.strength * decisiveness(h, beta)

@@ -25,7 +25,7 @@ from nybble.core.errors import SchemeError
 from nybble.learned import WEIGHTS, Learned, Part
 from nybble.learned._fraction import fractions
 from nybble.learned._held import Held
-from nybble.learned._rectified import annealed, decisiveness, rectified
+from nybble.learned._rectified import Deciding, rectified
 from nybble.ops.grid import Grid
 from nybble.qtensor import QTensor, QuantParams, scale_blocks
 from nybble.quantizer import Quantizer
@@ -83,28 +83,21 @@ class UpOrDown(Learned):
         return self.quantizer.settle(x, self.held.params(), decided)
 
     def penalty(self, t: float) -> Tensor:  # noqa: D102
-        options = self.options
-        beta = annealed(t, options.beta_start, options.beta_end, options.warmup)
-        return self.v.new_zeros(()) if beta is None else options.strength * decisiveness(self.h(), beta)
+        return self.options.term(self.h(), t)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:  # noqa: D102
         return {"rounding": [self.v]}
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaRound(Part):
+class AdaRound(Deciding, Part):
     """Options of the method.
 
     Attributes:
-        strength: lambda, of the penalty.
-        beta_start, beta_end: the penalty's exponent, when it sets in and at the end.
         warmup: the share of training without the penalty.
         scale_aware: FP4DiT's form.
     """
 
-    strength: float = 0.01
-    beta_start: float = 20.0
-    beta_end: float = 2.0
     warmup: float = 0.2
     scale_aware: bool = False
 
@@ -114,10 +107,7 @@ class AdaRound(Part):
     soft = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.warmup < 1 or self.strength < 0 or not 1 <= self.beta_end <= self.beta_start:
-            raise SchemeError(
-                f"adaround: warmup is 0 to below 1, strength >= 0 and beta_start >= beta_end >= 1; got {self}."
-            )
+        self.check_penalty("adaround")
 
     def check_more(self, quantizer: Quantizer, side: str) -> None:  # noqa: D102
         if quantizer.floor:

@@ -27,7 +27,7 @@ from nybble.core.errors import SchemeError
 from nybble.learned import WEIGHTS, Learned, Part
 from nybble.learned._fraction import fractions
 from nybble.learned._held import Held
-from nybble.learned._rectified import annealed, decisiveness, rectified
+from nybble.learned._rectified import Deciding, rectified
 from nybble.ops.grid import Grid, straight_through
 from nybble.qtensor import QTensor, QuantParams
 from nybble.quantizer import Quantizer
@@ -84,31 +84,23 @@ class LowRankUpOrDown(Learned):
         return self.quantizer.settle(x, self.held.params(), decided)
 
     def penalty(self, t: float) -> Tensor:  # noqa: D102
-        options = self.options
-        beta = annealed(t, options.beta_start, options.beta_end, options.warmup)
-        return self.a1.new_zeros(()) if beta is None else options.strength * decisiveness(rectified(self.v()), beta)
+        return self.options.term(rectified(self.v()), t)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:  # noqa: D102
         return {"rounding": [self.a1, self.a2], "scales": [self.held.get_parameter("scale")]}
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraRounding(Part):
+class LoraRounding(Deciding, Part):
     """Options of the method.
 
     Attributes:
         rank: columns of A1; of a layer with fewer rows or columns, as many as these.
         start: ``nearest`` or ``half``.
-        strength: of the penalty. beta_start, beta_end: its exponent, when it sets in and at the end.
-        warmup: the share of training without the penalty.
     """
 
     rank: int = 5
     start: Literal["nearest", "half"] = "nearest"
-    strength: float = 0.01
-    beta_start: float = 20.0
-    beta_end: float = 2.0
-    warmup: float = 0.0
 
     sides = (WEIGHTS,)
     groups = ("rounding", "scales")
@@ -118,10 +110,7 @@ class LoraRounding(Part):
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise SchemeError(f"lora-rounding: rank={self.rank}; a product has 1 or more.")
-        if not 0 <= self.warmup < 1 or self.strength < 0 or not 1 <= self.beta_end <= self.beta_start:
-            raise SchemeError(
-                f"lora-rounding: warmup is 0 to below 1, strength >= 0 and beta_start >= beta_end >= 1; got {self}."
-            )
+        self.check_penalty("lora-rounding")
 
     def check_more(self, quantizer: Quantizer, side: str) -> None:  # noqa: D102
         if quantizer.floor:

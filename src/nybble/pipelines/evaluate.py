@@ -76,16 +76,12 @@ def run_eval(
     names = chosen_metrics(key, metrics, reference is not None)
     kind, judge = data_kind(key), judge_of(key)
     made = kind.prepare(data, origin, judge.wanted(samples, seq_len)) if isinstance(data, str) else data
-    loaded: dict[str, Any] = {}
-    origins: dict[str, Origin] = {}
-    for name, spec in models.items():
-        loaded[name], origins[name] = _opened(spec, device, dense=True)
+    opened = {name: _opened(spec, device, dense=True) for name, spec in models.items()}
+    loaded = {name: model for name, (model, _) in opened.items()}
     same = next((name for name, spec in models.items() if spec == reference), None)
     float_model, reference_origin = None, None
-    if same is not None:
-        float_model, reference_origin = loaded[same], origins[same]
-    elif reference is not None:
-        float_model, reference_origin = _opened(reference, device)
+    if reference is not None:
+        float_model, reference_origin = _opened(reference, device) if same is None else opened[same]
     everyone = [*loaded.values()] if float_model is None else [float_model, *loaded.values()]
     with evaluating(*everyone):
         for name, model in loaded.items():
@@ -93,7 +89,8 @@ def run_eval(
             made = kind.fitted(made, model)
             _check_runs(spec if isinstance(spec, str) else name, model, kind, judge, made)
         panel = Panel(
-            models=loaded, reference=float_model, samples=made, metrics=names, origins=origins,
+            models=loaded, reference=float_model, samples=made, metrics=names,
+            origins={name: origin for name, (_, origin) in opened.items()},
             reference_origin=reference_origin,
         )  # fmt: skip
         verdict = judge.judge(panel, progress or Silent())

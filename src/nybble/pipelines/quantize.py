@@ -68,10 +68,10 @@ def quantize(
     """Quantize a model.
 
     Args:
-        model: what :func:`~nybble.models.sources.open.open_source` takes, a transformers model in memory, or a plain
-            torch network from images to logits. What is in memory is changed in place (but for a model that is a single
-            layer: use what is returned), and as it was where the run fails or is interrupted. It runs in evaluation
-            mode and gets back the modes that it had.
+        model: what :func:`~nybble.models.sources.open.open_source` takes, a transformers model in memory, or any
+            torch module that is called with tensors. What is in memory is changed in place (but for a model that is a
+            single layer: use what is returned), and as it was where the run fails or is interrupted. It runs in
+            evaluation mode and gets back the modes that it had.
         recipe: a name, a YAML file, YAML's mapping, a Recipe, or a Scheme (rounded to nearest).
         data: for calibration: a SRC; a list of texts; a tensor of the model's main input, samples in front; its inputs
             by name; a list of either of these, padded on the right where lengths differ; samples of :mod:`nybble.data`.
@@ -108,13 +108,19 @@ def quantize(
             rows = _in_memory({"": job}, progress or Silent())[0][""]
             job = _tried(job, given, announce or _ignore)
             _mark(job, rows)
-            result = job.model if isinstance(model, str | Path) or job.model is model else job.model.network
-            if result not in held:  # of a single layer there is another module now
-                nn.Module.train(result, any(held.values()))
+            result = _result(job, model, held)
         else:
             job, rows = _write(job, given, Path(out), progress or Silent(), announce or _ignore)
             result = Path(out)
     return result, Report(layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started)
+
+
+def _result(job: Job, model: str | Path | nn.Module, held: Mapping[nn.Module, bool]) -> Any:
+    """The finished model, without what it was wrapped in; of a single layer another module, in the mode it had."""
+    result = job.model if isinstance(model, str | Path) or job.model is model else job.model.network
+    if result not in held:
+        nn.Module.train(result, any(held.values()))
+    return result
 
 
 @explicit_settings()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor
 
@@ -67,7 +66,5 @@ def wanted_of(window: Window, names: Sequence[str]) -> Iterator[Wanted]:
 
 
 def output_of(window: Window, calls: Sequence[BlockCall], given: Mapping[str, Tensor], path: str) -> Tensor:
-    """What comes out of the window; of a whole network that gives several tensors by name, the first."""
-    output: Any = window.run(calls, given, path)[HIDDEN]
-    found: Tensor = next(iter(output.values())) if isinstance(output, Mapping) else output
-    return found
+    """What comes out of the window."""
+    return window.run(calls, given, path)[HIDDEN]

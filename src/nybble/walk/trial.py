@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nybble.calibration.chain import chain_fault
 from nybble.calibration.tail import tail
@@ -117,10 +117,10 @@ def _run(job: Job, given: Tensors, parts: Parts | None) -> str:
         if parts is None:
             job.model(**given, **no_cache(job.model))
             return ""
-        end: Tensor | None = None
+        end: Tensors = {}
         for names in job.adapter.stack_names(job.model):
             place = f"the model in front of {names[0]}"
-            calls = capture_block_calls(job.model, given, adapter=job.adapter, end=end)
+            calls = capture_block_calls(job.model, given, adapter=job.adapter, end=end.get(HIDDEN))
             tensors: Tensors | None = calls[0].start
             assert tensors is not None
             for place, call in zip(names, calls, strict=True):
@@ -128,10 +128,10 @@ def _run(job: Job, given: Tensors, parts: Parts | None) -> str:
                 parts.fill(part_name(job.adapter.block_names(job.model).index(place)), job.model, block, job.device)
                 tensors = call.run(block, tensors)
                 release(block)
-            end = tensors[HIDDEN]
+            end = tensors
         place = "the model behind its blocks"
-        if job.plan.outside and end is not None:
-            tail(job.adapter, given, None, ()).run(job.model, {HIDDEN: end})
+        if job.plan.outside and end:
+            tail(job.adapter, given, None, ()).run(job.model, end)
     except Exception as error:
         said = f"{place} fails in a trial on a few inputs ({type(error).__name__}: {str(error)[:200]})"
         if _quantized(error):

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from nybble.calibration.block import BlockState
+from nybble.calibration.groups import trace_groups
 from nybble.calibration.statistics import InputSample, Range
-from nybble.calibration.trace import HIDDEN, BlockCall, trace_groups
+from nybble.calibration.trace import HIDDEN, BlockCall
 from nybble.calibration.watch import see_block
 from nybble.calibration.window import Calibration, Window
 from nybble.nn.kinds import kind_of

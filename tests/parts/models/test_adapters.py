@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from nybble.calibration.trace import HIDDEN, capture_block_calls, trace_groups
+from nybble.calibration.groups import trace_groups
+from nybble.calibration.trace import HIDDEN, capture_block_calls
 from nybble.core.errors import ModelError
 from nybble.models.adapter import REGISTRY, LinearFold, adapter_for, feeding_rows, generic_adapter
 from nybble.nn.kinds import matrix_at

@@ -408,6 +408,19 @@ def test_reconstruction_of_networks_of_transformers(name: str, method: str) -> N
     assert any("output error" in note for note in notes) or (method == "lwc" and any("went back" in n for n in notes))
 
 
+@pytest.mark.parametrize("name", ["resnet", "mobilenet"])
+def test_solvers_alone_on_networks_of_transformers(name: str) -> None:
+    """What comes out of their one block has names; no step behind the solver picks one."""
+    lost = {}
+    for solver in ("gptq", "rtn"):
+        network = networks()[name]
+        exact = logits(network, images().pixel_values)
+        recipe = parse_recipe({"name": "x", "scheme": {"weights": "int4 channel"}, "steps": [{"solver": solver}]})
+        found, _ = nybble.quantize(network, recipe, images())
+        lost[solver] = float((logits(found, images().pixel_values) - exact).norm() / exact.norm())
+    assert lost["gptq"] < lost["rtn"] < 1
+
+
 def test_learned_convolutions_still_know_their_norms(tmp_path: Path) -> None:
     """A folder's network is built with its norms; those that are in weights by now must go when it is loaded."""
     network, data = networks()["resnet"], images()
