@@ -22,6 +22,7 @@ __version__ = VERSION
 if TYPE_CHECKING:  # what the names below are, for type checkers and editors
     from nybble import optim as optim
     from nybble.checkpoint.save import save as save
+    from nybble.core.errors import NybbleError as NybbleError
     from nybble.eval import evaluate as evaluate
     from nybble.pipelines.load import load as load
     from nybble.pipelines.quantize import preflight as preflight
@@ -46,6 +47,7 @@ _NAMES = {
     "save": "nybble.checkpoint.save",
     "evaluate": "nybble.eval",
     "optim": "nybble.optim",
+    "NybbleError": "nybble.core.errors",
 }
 
 __all__ = [*_NAMES, "__version__"]

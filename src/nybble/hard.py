@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nybble.core.errors import DataError
+from nybble.core.errors import DataError, UsageError
 from nybble.ops.blocks import dynamic_round, narrow_scale, scaled_round
 from nybble.ops.scaling import divided, guarded
 from nybble.packing import get_layout
@@ -41,7 +41,7 @@ class Rule(Specification, Protocol):
 # ------------------------------------------------------------------------------------------------ parameters
 def fit(spec: Rule, x: Tensor, weight: Tensor | None) -> QuantParams:
     """See :meth:`nybble.quantizer.Quantizer.fit`."""
-    wide = x.detach().float()
+    wide = _real(x).float()
     shape = spec.granularity.scale_shape(wide.shape)
     if not wide.numel():
         return finish(spec, BlockParams(wide.new_ones(math.prod(shape), 1)), shape, None)
@@ -127,7 +127,7 @@ def measured(spec: Rule, x: Tensor, params: QuantParams | None) -> QuantParams:
 @torch.no_grad()
 def fake_quantize(spec: Rule, x: Tensor, params: QuantParams | None, generator: torch.Generator | None) -> Tensor:
     """See :meth:`nybble.quantizer.Quantizer.fake_quantize`."""
-    x = x.detach()
+    x = _real(x)
     if not x.numel():
         return x.clone()
     if params is None and _fused(spec):
@@ -152,7 +152,7 @@ def fake_quantize(spec: Rule, x: Tensor, params: QuantParams | None, generator: 
 @torch.no_grad()
 def quantize(spec: Rule, x: Tensor, params: QuantParams | None, generator: torch.Generator | None) -> BlockQTensor:
     """See :meth:`nybble.quantizer.Quantizer.quantize`."""
-    x = x.detach()
+    x = _real(x)
     shape = tuple(x.shape)
     params = measured(spec, x, params)
     blocks = spec.granularity.to_blocks(x).float()
@@ -161,6 +161,15 @@ def quantize(spec: Rule, x: Tensor, params: QuantParams | None, generator: torch
     flat = spec.granularity.from_blocks(codes, shape).reshape(-1)
     packed = get_layout(spec.packing).pack(flat, spec.format.bits)
     return BlockQTensor(spec.format, spec.granularity, shape, packed, params, spec.packing)
+
+
+def _real(x: Tensor) -> Tensor:
+    """``x`` without its history; refuses what isn't a tensor of real numbers."""
+    if not isinstance(x, Tensor):
+        raise UsageError(f"what is quantized is a tensor; got a {type(x).__name__}. torch.as_tensor makes one.")
+    if x.is_complex():
+        raise UsageError(f"numbers of {x.dtype} have no format; torch.view_as_real makes real ones of them.")
+    return x.detach()
 
 
 def _fused(spec: Rule) -> bool:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +166,12 @@ def test_an_error_is_one_object_under_json(arguments: list[str], kind: str, code
 
 
 def test_a_bug_is_an_object_too_and_keeps_its_traceback(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "nybble"}}')
     monkeypatch.setattr("nybble.checkpoint.account.inspect", lambda out: 1 / 0)
-    monkeypatch.setattr("sys.argv", ["nybble", "inspect", "/", "--json"])
+    monkeypatch.setattr("sys.argv", ["nybble", "inspect", str(tmp_path), "--json"])
+    monkeypatch.setattr("warnings.formatwarning", warnings.formatwarning)  # main() has its own
     with pytest.raises(ZeroDivisionError):
         main()
     error = json.loads(capfd.readouterr().out)["error"]
@@ -179,6 +182,14 @@ def test_a_bug_is_an_object_too_and_keeps_its_traceback(
 def test_an_empty_option_is_not_the_default(option: str, place: Path, tmp_path: Path, nybble: Any) -> None:
     code, _, err = nybble("quantize", place / "model", tmp_path / "out", "--recipe", "rtn", f"--{option}", "")
     assert code == 2 and ("empty quantizer line" in err or "unknown scheme ''" in err)
+
+
+def test_warnings_are_a_line_as_errors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("warnings.formatwarning", warnings.formatwarning)
+    monkeypatch.setattr("sys.argv", ["nybble", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    assert warnings.formatwarning("is left out", UserWarning, "x.py", 3) == "nybble: warning: is left out\n"
 
 
 def test_a_kv_cache_is_kept(place: Path, tmp_path: Path, nybble: Any) -> None:

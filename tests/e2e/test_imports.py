@@ -175,6 +175,10 @@ ELSEWHERE = {
     "eval demo:smollm2 --seq-len 0": "seq_len is 0; it must be 1 or more",
     "formats flaot4": "unknown format or preset 'flaot4'",
     "recipes keys.yaml": "keys.yaml: a recipe has no key 'step'",
+    "inspect float": "float is not a model that nybble wrote",
+    "report float": "float is not a model that nybble wrote",
+    "quantize done out --recipe rtn": "done is already quantized (nybble); start from the float model",
+    "quantize demo:smollm2 '' --recipe rtn": "the output folder's name is empty",
 }
 
 
@@ -187,6 +191,9 @@ def test_mistakes_in_what_was_typed_are_answered_without_torch(tmp_path: Path) -
     }  # fmt: skip
     for name, text in files.items():
         (tmp_path / f"{name}.yaml").write_text(text)
+    for folder, config in (("float", {}), ("done", {"quantization_config": {"quant_method": "nybble"}})):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
     lines = {f"quantize demo:smollm2 out --recipe rtn {words}": said for words, said in WRONG.items()} | ELSEWHERE
     code = f"""
 import contextlib, io, json, os, shlex, sys
@@ -205,7 +212,7 @@ print(json.dumps(found))
     found = json.loads(python(code))
     assert [line for line, said in lines.items() if found[line][0] not in (1, 2) or said not in found[line][1]] == []
     assert {line for line, (number, _) in found.items() if number == 1} == {
-        line for line in lines if "--eval nosuch" in line
+        line for line in lines if any(words in line for words in ("--eval nosuch", "inspect", "report", " done "))
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.tiny import logits, save_tiny, tiny_model, tiny_tokenizer
@@ -16,10 +17,12 @@ import nybble
 from nybble.core.errors import DeviceError, NybbleError, SchemeError, UsageError
 from nybble.nn.kinds import quant_modules
 from nybble.scheme import Scheme, parse_scheme
+from nybble.solvers.rtn import Rtn
 from nybble.training.convert import convert
 from nybble.training.prepare import prepare
 
 LINE = "int4 group=16 scale_format=float16"
+untyped: Any = nybble
 
 
 def rounded(line: str = LINE) -> torch.Tensor:
@@ -139,6 +142,50 @@ def test_dtypes_and_devices_by_name(tmp_path: Path) -> None:
 def test_what_is_neither_model_nor_recipe(arguments: Any, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         nybble.quantize(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: untyped.quantize(nn.Linear(2, 2), weight="int4"), "no argument 'weight'. Did you mean 'weights'"),
+        (lambda: untyped.quantize(nn.Linear(2, 2), samples=2), r"one of the settings: settings=\{'samples'"),
+        (lambda: untyped.preflight(nn.Linear(2, 2), bits=4), "no argument 'bits'. Known: activations"),
+        (
+            lambda: untyped.quantize(nn.Linear(2, 2), weights="4bit"),
+            "Did you mean 'int4' or 'int4_full' or 'float4_e2m",
+        ),
+        (lambda: untyped.quantize_many("folder", ["rtn"]), "recipes are a mapping of any names to recipes; got a list"),
+        (lambda: untyped.load(3), "a folder, a GGUF file or a hub id; got a int"),
+        (lambda: untyped.load(nn.Linear(2, 2)), "got a Linear"),
+        (lambda: untyped.Quantizer("int4").quantize([1.0, 2.0]), "is a tensor; got a list. torch.as_tensor"),
+        (lambda: untyped.Quantizer("int4").fit(np.ones(4)), "is a tensor; got a ndarray"),
+        (
+            lambda: untyped.Quantizer("int4").fake_quantize(torch.ones(2, dtype=torch.complex64)),
+            "complex64 have no form",
+        ),
+    ],
+)
+def test_arguments_of_another_type_or_name(call: Callable[[], Any], says: str) -> None:
+    """They were TypeErrors, or half of what was given."""
+    with pytest.raises(nybble.NybbleError, match=says):
+        call()
+
+
+def test_a_solver_that_answers_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    for answer, came in ((None, "a NoneType"), ([], "0 of 1")):
+        monkeypatch.setattr(Rtn, "solve", lambda self, weights, stats, answer=answer: answer)
+        with pytest.raises(UsageError, match=rf"Rtn\.solve returned {came}; it returns a list"):
+            nybble.quantize(nn.Sequential(nn.Linear(8, 8)), weights="int4")
+
+
+def test_arrays_are_data_too() -> None:
+    ids = np.arange(16).reshape(2, 8)
+    found = [nybble.quantize(tiny_model(), "gptq", data, weights=LINE)[0] for data in (ids, torch.from_numpy(ids))]
+    found.append(
+        nybble.quantize(tiny_model(), "gptq", [{"input_ids": part} for part in (ids[:1], ids[1:])], weights=LINE)[0]
+    )
+    first, *others = (dict(model.named_buffers()) for model in found)
+    assert first and all(torch.equal(first[name], other[name]) for other in others for name in first)
 
 
 def test_preflight_does_nothing(tmp_path: Path) -> None:

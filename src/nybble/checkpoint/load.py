@@ -15,7 +15,7 @@ from nybble.checkpoint.read import Checkpoint, read_checkpoint
 from nybble.checkpoint.save import mark_quantized
 from nybble.core.errors import FileError
 from nybble.core.guard import reading
-from nybble.models.build.config_file import make_config, read_json
+from nybble.models.build.config_file import make_config
 from nybble.models.build.skeleton import expected_tensors, fill_buffers_, kept_float32, meta_model, unsaved
 from nybble.models.sources.folder import read_generation_config, read_preprocessing, read_tokenizer
 from nybble.models.sources.side_files import side_files
@@ -23,15 +23,6 @@ from nybble.nn.packed import validate_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-
-def is_quantized(folder: Path) -> bool:
-    """Whether ``folder`` holds a checkpoint that nybble wrote."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return False
-    quantization = read_json(path).get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "nybble"
 
 
 def load_quantized(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:

@@ -100,7 +100,9 @@ class Parts:
         tensors: dict[str, Tensor] = {}
         tied = getattr(module, "all_tied_weights_keys", {})
         for key, tensor in sorted(module.state_dict(keep_vars=True).items(), key=lambda item: item[0] in tied):
-            if not without(key) and first.setdefault(id(tensor), key) == key:
+            if without(key) or without(tied.get(key, key)):  # a block's, which this one is tied to: UDOP's biases
+                continue
+            if first.setdefault(id(tensor), key) == key:
                 tensors[f"{prefix}{key}"] = tensor.detach()
         layouts = Layouts()
         found = [(key, m) for key, m in quant_modules(module) if not without(key)]

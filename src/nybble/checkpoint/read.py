@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nybble.checkpoint.describe import check_version
+from nybble.checkpoint.marked import check_quantized, quantization_of
 from nybble.core.errors import FileError, NybbleError
 from nybble.core.guard import reading
 from nybble.core.tensorheader import TensorEntry, TensorHeader, read_tensor_header
@@ -52,9 +53,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         FileError: missing, malformed, not written by nybble, or config and files contradict each other; nothing else.
     """
     config = read_json(folder / "config.json")
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "nybble":
-        raise FileError(f"{folder} is not a model that nybble wrote: its config.json has no quantization by nybble.")
+    check_quantized(folder)
+    quantization = quantization_of(config) or {}
     check_version(quantization)
     files = weight_files(folder, config.get(NAMED))
     headers = tuple(read_tensor_header(file) for file in sorted({path for path, _ in files.values()}))

@@ -10,6 +10,7 @@ import importlib
 import pkgutil
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -93,8 +94,14 @@ def _noting_interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
+def _warning(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
+    """A warning as errors are printed: a line of source code says nothing to who typed a command."""
+    return f"nybble: warning: {message}\n"
+
+
 def main() -> None:
     """Entry point of ``nybble``; exit codes 0 success, 2 bad arguments, 1 failure."""
+    warnings.formatwarning = _warning
     if "--json" not in sys.argv[1:]:
         build()()
     try:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from nybble.checkpoint.marked import check_quantized
 from nybble.cli._output import print_json, print_table
-from nybble.core.files import check_folder
 
 
 def command(
@@ -17,7 +17,7 @@ def command(
     modules: Annotated[bool, typer.Option("--modules", help="A row for each quantized weight.")] = False,
 ) -> None:
     """Account for every byte of OUT."""
-    check_folder(out)
+    check_quantized(out)
     from nybble.checkpoint.account import inspect
 
     found = inspect(out)

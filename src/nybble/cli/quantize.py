@@ -12,7 +12,8 @@ from nybble.cli._options import grouped
 from nybble.cli._output import megabytes, note, print_json, print_table
 from nybble.core.files import check_new_folder
 from nybble.data.text import check_source
-from nybble.models.named import check_model
+from nybble.models.build.config_file import read_json
+from nybble.models.named import check_float, check_model
 from nybble.recipes import check_recipe_name
 
 
@@ -127,6 +128,8 @@ def _check(model: str, out: Path, recipe: str, data: str, held_out: str | None) 
     check_new_folder(out)
     check_recipe_name(recipe)
     check_model(model)
+    if (config := Path(model) / "config.json").is_file():
+        check_float(model, read_json(config).get("quantization_config"))
     for src in (data,) if held_out is None else (data, held_out):
         check_source(src)
 

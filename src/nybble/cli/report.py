@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from nybble.checkpoint.marked import check_quantized
 from nybble.cli._output import print_json
-from nybble.core.files import check_folder
 
 
 def command(
@@ -17,7 +17,7 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Write a self-contained HTML page about OUT: errors, histograms, bytes, samples, manifest."""
-    check_folder(folder)
+    check_quantized(folder)
     from nybble.pipelines.report import write_report
 
     found = write_report(folder, out)

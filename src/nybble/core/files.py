@@ -124,8 +124,8 @@ def check_new_folder(out: Path | str) -> None:
     Raises:
         UsageError: no name, or that of a file. FileError: it exists.
     """
-    if not str(out).strip():
-        raise UsageError("the output folder's name is empty.")
+    if str(out).strip() in ("", "."):  # a Path makes one of the other
+        raise UsageError("the output folder's name is empty, or '.', the folder we are in; give that of a new one.")
     if os.path.lexists(out):
         raise FileError(f"{out} exists already. Remove it or choose another output folder.")
     if (suffix := Path(out).suffix.lower()) in _FILES:

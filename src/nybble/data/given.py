@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,14 +20,19 @@ from nybble.data.text import make_source
 if TYPE_CHECKING:
     from nybble.data.kinds import DataKind
 
+Array: TypeAlias = np.ndarray[Any, Any]
+
 Data: TypeAlias = (
     str
     | Path
     | Samples
     | Tensor
+    | Array
     | Mapping[str, Tensor]
+    | Mapping[str, Array]
     | Sequence[str]
     | Sequence[Tensor]
+    | Sequence[Array]
     | Sequence[Mapping[str, Any]]
 )
 """A SRC; samples; texts; a model's main input with samples in front; its inputs by name; a list of either of these."""
@@ -75,6 +81,7 @@ def samples_of(data: Data, kind: DataKind, origin: Origin, wanted: Wanted, main:
     Raises:
         UsageError: none of these. DataError: nothing in it, or tensors that don't fit together.
     """
+    data = _with_tensors(data)
     if isinstance(data, str | Path):
         return kind.prepare(str(data), origin, wanted)
     if isinstance(data, Tensor):
@@ -111,6 +118,17 @@ def samples_of(data: Data, kind: DataKind, origin: Origin, wanted: Wanted, main:
         f"data is {came}; it can be a SRC ('builtin', a file), a list of texts, a tensor of {main} [samples, ...], a "
         f"mapping of a model's inputs, a list of either, or samples of nybble.data."
     )
+
+
+def _with_tensors(data: Any) -> Any:
+    """Arrays of numpy as tensors, alone and in lists and mappings."""
+    if isinstance(data, np.ndarray):
+        return torch.from_numpy(data.copy())
+    if isinstance(data, list | tuple):
+        return [_with_tensors(item) for item in data]
+    if isinstance(data, Mapping):
+        return {name: _with_tensors(value) if isinstance(value, np.ndarray) else value for name, value in data.items()}
+    return data
 
 
 def _samples(items: Sequence[Mapping[str, Any]], main: str) -> GivenSamples:

@@ -41,7 +41,16 @@ def get_format(name: str) -> NumberFormat:
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """What to say of an unknown name: formats that it begins (``fp6``), that 32 bits are none, or the closest name."""
+    """What to say of an unknown name: formats that it begins (``fp6``), that 32 bits are none, or the closest name.
+
+    A number of bits alone (``4``, ``4bit``, ``w4``) is an integer's or a float's.
+    """
+    bits = re.fullmatch(r"[wq]?([1-9])[ _-]?(b|bit|bits)?", name)
+    if bits is not None:
+        likely = [each for each in known if re.match(rf"(int|float){bits[1]}(_|$)", each) and "finite" not in each]
+        if likely:
+            likely.sort(key=lambda each: (not each.startswith("int"), len(each)))
+            return f" Did you mean {' or '.join(repr(each) for each in likely[:3])}?"
     wide = re.fullmatch(r"(fp|float|tf|double|bfloat|bf)(19|32|64)?", name)
     if wide is not None and (wide[2] or name == "double"):
         return " That is what tensors are without quantization; formats have 16 bits or less."

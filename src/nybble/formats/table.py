@@ -22,7 +22,8 @@ def table_format(values: tuple[float, ...] | list[float]) -> TableFormat:
     """The format with these values in code order; as many bits as they need (at most 8)."""
     exact = tuple(float(np.float32(v)) for v in values)
     bits = max(1, (len(exact) - 1).bit_length())
-    return TableFormat(f"table[{','.join(repr(v) for v in exact)}]", bits, table=exact)
+    name = ",".join(str(np.float32(v)) for v in exact)  # the shortest that reads back as the same float32
+    return TableFormat(f"table[{name}]", bits, table=exact)
 
 
 def quantile_format(x: Tensor, bits: int) -> TableFormat:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from nybble.checkpoint.load import Beside, described, is_quantized, load_quantized
+from nybble.checkpoint.load import Beside, described, load_quantized
+from nybble.checkpoint.marked import is_quantized
 from nybble.core.device import check_device
 from nybble.core.dtypes import float_dtype
-from nybble.core.errors import FileError, ModelError
+from nybble.core.errors import FileError, ModelError, UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.data import Origin
 from nybble.data.kinds import data_kind
@@ -51,6 +52,8 @@ def load(
     Raises:
         NybbleError: the model can't be read; nothing else escapes.
     """
+    if not isinstance(model, str | Path):
+        raise UsageError(f"a model to load is a folder, a GGUF file or a hub id; got a {type(model).__name__}.")
     loaded, origin = load_with_origin(model, dtype=dtype, device=device, dense=dense)
     folder = Path(model)
     if folder.is_dir() and not any(is_tokenizer_file(name) for name in side_files(folder)):

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -30,7 +30,7 @@ from nybble.calibration.trace import Tensors
 from nybble.checkpoint.parts import Parts, begun_with
 from nybble.checkpoint.save import keep_record, mark_quantized, model_config, save_side_files
 from nybble.core.device import out_of_memory, require_memory
-from nybble.core.errors import FileError, LearningError, NybbleError, UsageError
+from nybble.core.errors import FileError, LearningError, NybbleError, UsageError, did_you_mean
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, check_new_folder
 from nybble.core.progress import Progress, Silent
@@ -152,6 +152,11 @@ def _asked(
 ) -> tuple[Recipe, Settings]:
     """What is meant by a request, after the checks that need no model."""
     found = Settings.of(settings)
+    for name in changes:
+        if name in (field.name for field in fields(Settings)):
+            raise UsageError(f"{name!r} is one of the settings: settings={{{name!r}: ...}}.")
+        if name not in Changes.__annotations__:
+            raise UsageError(f"there is no argument {name!r}.{did_you_mean(name, Changes.__annotations__)}")
     made = build_recipe(recipe, **changes) if changes else read_recipe(recipe)
     if out is None and found.resume:
         raise UsageError("resume goes on from what a killed run left in its output folder; give out, or leave it out.")
@@ -187,6 +192,8 @@ def quantize_many(
     Raises:
         NybbleError: as :func:`quantize`.
     """
+    if not isinstance(recipes, Mapping):
+        raise UsageError(f"recipes are a mapping of any names to recipes; got a {type(recipes).__name__}.")
     if not recipes:
         raise UsageError("no recipe to quantize with.")
     settings = Settings.of(settings)

@@ -61,7 +61,8 @@ def estimate(subject: Subject, steps: Sequence[BlockStep], load: Load, flops: fl
     behind = max((cost.peak for cost in costs_behind), default=0)
     reading = 2 * max(outside, default=0) * load.source_bytes
     reading = max(reading, *(step.outside_bytes(subject, load) for step in steps))
-    held = 0 if load.spilled else hidden
+    own = getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0) or 0  # what each block reads alone
+    held = (0 if load.spilled else hidden) + samples * len(blocks) * own * size * load.streams
     memory = BASE + sum(outside) * size + max(reading, held + max(window + work, behind))
     memory += sum(blocks) * load.source_bytes if load.whole else 0
     memory += sum(blocks) * size if load.kept else 0

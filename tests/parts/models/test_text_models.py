@@ -126,6 +126,26 @@ def test_encoder_decoders_from_a_folder_with_calibration(tmp_path: Path, name: s
     assert {"prompt", "float", "quantized"} <= set(found["samples"][0])
 
 
+def test_tables_outside_the_blocks_that_are_tied_to_a_blocks_own(tmp_path: Path) -> None:
+    """UDOP's position biases are one with its first block's, which are released before the rest is written."""
+    sizes = {**T5, "num_decoder_layers": 2, "image_size": 16, "patch_size": 8, "d_ff": 64}
+    model = made("UdopForConditionalGeneration", "udop", sizes, factor=1)
+    model.save_pretrained(tmp_path / "m")
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(3, 299, (2, 8), generator=generator)
+    inputs = {"input_ids": ids, "bbox": torch.rand(2, 8, 4, generator=generator), "decoder_input_ids": ids[:, :5]}
+    settings = Settings(dtype=torch.float32)
+    nybble.quantize(
+        str(tmp_path / "m"), "gptq", [inputs], weights="int8 channel", out=tmp_path / "q", settings=settings
+    )
+    back = nybble.load(tmp_path / "q")[0]
+    with torch.no_grad():
+        want, got = model(**inputs).logits, back(**inputs).logits
+    assert 0 < float((got - want).norm() / want.norm()) < 0.01
+    tables = [m.weight for n, m in back.named_modules() if n.endswith("relative_attention_bias")]
+    assert len(tables) > 2 and len({table.data_ptr() for table in tables}) < len(tables)
+
+
 def test_bare_encoder_decoders_are_judged_by_their_hidden_states(tmp_path: Path) -> None:
     place, text = saved(tmp_path, made("BartModel", "bart", BART))
     out, _ = nybble.quantize(place, "rtn", text, out=tmp_path / "q", settings=Settings(samples=8, seq_len=10))

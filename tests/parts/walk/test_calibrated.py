@@ -16,8 +16,10 @@ from nybble.calibration.streams import Stream
 from nybble.calibration.trace import HIDDEN, BlockCall
 from nybble.core.errors import SchemeError
 from nybble.recipe import parse_recipe
+from nybble.walk.job import Job
 from nybble.walk.settings import Settings
 
+GPTQ = {"scheme": {"weights": "int8 channel"}, "steps": [{"solver": "gptq"}]}
 STATIC = {"scheme": {"weights": "int8 channel", "inputs": "int2 tensor static"}, "steps": [{"solver": "rtn"}]}
 GEMMA4 = {
     **SIZES, "num_hidden_layers": 4, "num_key_value_heads": 2, "vocab_size_per_layer_input": 60,
@@ -172,3 +174,17 @@ def test_hooks_on_a_layer_are_on_what_stands_for_it() -> None:
     for handle in handles:  # the caller's own still remove them
         handle.remove()
     assert not any(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks for layer in made_of)
+
+
+def test_what_each_block_reads_alone_is_in_the_estimate() -> None:
+    """Gemma 4's second embeddings: a slice of them for every block and token, kept until the block had its turn."""
+    recipe = parse_recipe({"name": "x", **GPTQ})
+    grown = []
+    for each in (8, 8192):
+        model = made("Gemma4ForCausalLM", "gemma4_text", {**GEMMA4, "hidden_size_per_layer_input": each})
+        less, more = (
+            Job.make(model, None, recipe, {"input_ids": torch.ones(samples, 64).long()}, Settings()).estimate.memory
+            for samples in (64, 128)
+        )
+        grown.append(more - less)
+    assert grown[1] - grown[0] == 64 * 64 * 4 * (8192 - 8) * 4  # samples, tokens, blocks, bytes of float32

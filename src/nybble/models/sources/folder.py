@@ -20,6 +20,7 @@ from nybble.core.tensorheader import TensorEntry, read_tensor_header
 from nybble.models.adapter import checkpoint_renames
 from nybble.models.build.config_file import make_config, read_json
 from nybble.models.build.skeleton import base_class, expected_tensors, meta_model, model_class, unsaved
+from nybble.models.named import check_float
 from nybble.models.sources import ModelSource, StoredTensor
 from nybble.models.sources.left_over import SWITCHES, LeftOver, left_over
 from nybble.models.sources.match import Match, match_names
@@ -211,10 +212,7 @@ class FolderSource(ModelSource):
 
     @cached_property
     def _match(self) -> Match:
-        quantized = getattr(self.config, "quantization_config", None)
-        if quantized:
-            method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-            raise ModelError(f"{self.spec} is already quantized ({method}); start from the float model instead.")
+        check_float(self.spec, getattr(self.config, "quantization_config", None))
         shapes = {name: tuple(info.shape) for name, (_, info) in self._tensors.items()}
         renames = checkpoint_renames(self.config)
         match = self._match_with(shapes, renames)

@@ -13,7 +13,7 @@ from nybble.calibration.operands import see_operands
 from nybble.calibration.statistics import SecondMoment
 from nybble.calibration.watch import Group, Seen, layer_moments, see_block, see_nothing
 from nybble.calibration.window import Window
-from nybble.core.errors import DataError, within
+from nybble.core.errors import DataError, UsageError, within
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import Quantized, Target
 from nybble.solvers import Solved, Solver, Stats, Weight
@@ -101,9 +101,7 @@ class SolverStep(BlockStep):
         sample = None if look is None else look.all()
         stats, params = _stats(state, group, seen, fisher), seen.params.get(group.leader)
         with within(f"{state.prefix}{group.leader}"):
-            solved = dict(
-                zip([w.name for w in weights], self.solver.solve(weights, stats) if weights else [], strict=True)
-            )
+            solved = dict(zip([w.name for w in weights], self._answers(weights, stats), strict=True))
         for target in group.members:
             found = solved.get(f"{state.prefix}{target.name}")
             chosen = (target.rule.inputs, params) if found is None or found.inputs is None else found.inputs
@@ -116,6 +114,19 @@ class SolverStep(BlockStep):
             )
             state.install(target, made)
 
+    def _answers(self, weights: Sequence[Weight], stats: Stats) -> list[Solved]:
+        """What the solver makes of them; it may be another package's."""
+        if not weights:
+            return []
+        found: Any = self.solver.solve(weights, stats)
+        if isinstance(found, list) and len(found) == len(weights) and all(isinstance(each, Solved) for each in found):
+            return found
+        came = f"{len(found)} of {len(weights)}" if isinstance(found, list) else f"a {type(found).__name__}"
+        raise UsageError(
+            f"{type(self.solver).__module__}.{type(self.solver).__name__}.solve returned {came}; it returns a list of "
+            "nybble.solvers.Solved, one a weight."
+        )
+
     def _solve_fused(self, state: BlockState, target: Target, moments: list[SecondMoment] | None) -> None:
         if target.rule.weights is None:
             return
@@ -126,7 +137,7 @@ class SolverStep(BlockStep):
             weight = Weight(name=name, matrix=matrix, quantizer=target.rule.weights)
             second = None if moments is None else moments[number].mean(name)
             with within(name):
-                found = self.solver.solve([weight], Stats(second_moment=second))[0]
+                found = self._answers([weight], Stats(second_moment=second))[0]
             solved.append(found)
             record = state.records[f"{target.name}.{number}"] = _record(target, found, (None, None), None)
             record.number = number
