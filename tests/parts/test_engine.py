@@ -54,7 +54,10 @@ def test_update_rules() -> None:
     def moved(gradient: Tensor, **changes: Any) -> tuple[Tensor, Tensor]:
         p = nn.Parameter(torch.tensor([2.0, -1.0, 0.5]))
         chosen = options(rates={"rounding": 0.25}, schedule="constant", **changes)
-        Mover({"rounding": [p]}, chosen).move((p * gradient).sum())
+        mover = Mover({"rounding": [p]}, chosen)
+        torch.autograd.backward((p * gradient).sum())
+        mover.shape()
+        mover.move()
         assert p.grad is not None
         return p.detach(), p.grad
 

@@ -82,11 +82,12 @@ class Learned(nn.Module, ABC):
         """Of activations: the parameters that don't depend on the tensor; None where each is measured anew."""
         return None
 
-    def penalty(self, t: float) -> Float32[Tensor, ""]:
+    def penalty(self, t: float | Float32[Tensor, ""]) -> Float32[Tensor, ""]:
         """What the part adds to the loss.
 
         Args:
-            t: progress of training, 0 to 1.
+            t: progress of training, 0 to 1; a tensor where the step is recorded and replayed: nothing may be decided
+                by its value then.
 
         Returns:
             float32 scalar; 0 unless the part's paper has such a term.
@@ -241,7 +242,7 @@ class Menu(Learned):
     def fixed(self) -> QuantParams | None:  # noqa: D102
         return self.chosen.fixed()
 
-    def penalty(self, t: float) -> Tensor:  # noqa: D102
+    def penalty(self, t: float | Tensor) -> Tensor:  # noqa: D102
         return self.chosen.penalty(t)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:

@@ -25,7 +25,7 @@ def logits_of(h: Tensor) -> Tensor:
     return -torch.log((ZETA - GAMMA) / (h - GAMMA) - 1)
 
 
-def decisiveness(h: Tensor, beta: float) -> Tensor:
+def decisiveness(h: Tensor, beta: float | Tensor) -> Tensor:
     """``sum(1 - |2 h - 1|^beta)``: 0 where every h is 0 or 1. A sum: it grows with the tensor, as the paper's does."""
     return (1 - (2 * h - 1).abs().pow(beta)).sum()
 
@@ -56,7 +56,14 @@ class Deciding:
                 f"{name}: warmup is 0 to below 1, strength >= 0 and beta_start >= beta_end >= 1; got {self}."
             )
 
-    def term(self, h: Tensor, t: float) -> Tensor:
-        """The penalty of roundings ``h`` in 0..1 at progress ``t``: float32, no dimensions."""
+    def term(self, h: Tensor, t: float | Tensor) -> Tensor:
+        """The penalty of roundings ``h`` in 0..1 at progress ``t``: float32, no dimensions.
+
+        Of a ``t`` that is a tensor the same is calculated without a decision on the processor.
+        """
+        if isinstance(t, Tensor):
+            share = ((t - self.warmup) / (1 - self.warmup)).clamp(0, 1)
+            beta_now = self.beta_start + (self.beta_end - self.beta_start) * share
+            return torch.where(t < self.warmup, 0.0, self.strength) * decisiveness(h, beta_now)
         beta = annealed(t, self.beta_start, self.beta_end, self.warmup)
         return h.new_zeros(()) if beta is None else self.strength * decisiveness(h, beta)

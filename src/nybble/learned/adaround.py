@@ -82,7 +82,7 @@ class UpOrDown(Learned):
 
         return self.quantizer.settle(x, self.held.params(), decided)
 
-    def penalty(self, t: float) -> Tensor:  # noqa: D102
+    def penalty(self, t: float | Tensor) -> Tensor:  # noqa: D102
         return self.options.term(self.h(), t)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:  # noqa: D102

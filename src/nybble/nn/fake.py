@@ -138,7 +138,7 @@ class FakeLayer(nn.Module):
         kind, like = self._like
         return kind.stand_in(like, weight, bias, made)
 
-    def penalty(self, t: float) -> Tensor:
+    def penalty(self, t: float | Tensor) -> Tensor:
         """Sum of its learned quantizers' penalties at progress ``t``, 0 to 1."""
         return sum(
             (q.penalty(t) for _, q in self.learned()),

@@ -9,6 +9,7 @@ twins           trainable layers in a block, and back
 targets         what the window should give, for every batch
 optimizing      update rules, learning rates, clipped gradients
 training        the loop over steps; keeping: the best state of it; inputs: what a step is fed
+gradients       forward and backward of a step; on a GPU recorded, and replayed
 moves           what it did, as numbers for the report
 ==============  =====================================================================================
 """

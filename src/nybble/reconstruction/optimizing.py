@@ -34,16 +34,21 @@ class Mover:
             self.optimizer = torch.optim.SGD(given)  # of the gradients' signs
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate(options, step))
 
-    def move(self, loss: torch.Tensor) -> None:
-        """One step down the gradient of ``loss``."""
+    def clear(self) -> None:
+        """Forget the gradients."""
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+
+    def shape(self) -> None:
+        """Shorten the gradients, or take their signs, as the options say."""
         if self.options.max_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.options.max_norm)
         if self.options.optimizer == "sign":
             for parameter in self.parameters:
                 if parameter.grad is not None:
                     parameter.grad.sign_()
+
+    def move(self) -> None:
+        """One step against the gradients."""
         self.optimizer.step()
         self.schedule.step()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +14,7 @@ from nybble.calibration.window import Window
 from nybble.core.errors import LearningError
 from nybble.nn.fake import FakeLayer
 from nybble.reconstruction import Reconstruction
+from nybble.reconstruction.gradients import Gradients
 from nybble.reconstruction.inputs import rounds
 from nybble.reconstruction.keeping import Best
 from nybble.reconstruction.optimizing import Mover
@@ -66,17 +66,15 @@ def train(
     best = Best(mover.parameters)
     trained.precision = _precision(window, options)
     _train_mode(twins)
+    gradients = Gradients(window, options, twins, mover, scale, trained.precision)
     for step, (number, calls, given) in enumerate(rounds(window, options)):
-        with _products(window, trained.precision):
-            output = output_of(window, calls, given, "quantized")
-        error = options.loss(output, wanted[number], calls[0].mask)
-        loss = error + options.penalty * scale * _penalty(twins, step / options.steps)
-        if not math.isfinite(float(loss.detach())):
-            raise LearningError(_failure(window, calls, given, float(loss.detach()), step))
-        trained.losses.append(float(error.detach()))
+        error, loss = gradients.of(calls, given, wanted[number], step)
+        if not math.isfinite(loss):
+            raise LearningError(_failure(window, calls, given, loss, step))
+        trained.losses.append(error)
         if options.keep == "best" and not options.every:
             best.see(trained.losses[-1] / (before[number] or 1.0), step)
-        mover.move(loss)
+        mover.move()
         if options.every and (step + 1) % options.every == 0 and step + 1 < options.steps:
             best.see(judge(), step + 1)
             _train_mode(twins)
@@ -89,12 +87,6 @@ def train(
         best.restore()
         trained.best = best.step
     return trained
-
-
-def _penalty(twins: Sequence[FakeLayer], t: float) -> Tensor:
-    """The parts' penalties, a mean over all elements that they are sums over."""
-    total = torch.stack([twin.penalty(t) for twin in twins]).sum()
-    return total / sum(twin.weight.shape.numel() for twin in twins)
 
 
 def _train_mode(twins: Sequence[FakeLayer]) -> None:
@@ -116,13 +108,6 @@ def _precision(window: Window, options: Reconstruction) -> torch.dtype | None:
         return None
     has = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.bfloat16 if has else None
-
-
-def _products(window: Window, precision: torch.dtype | None) -> AbstractContextManager[object]:
-    if precision is None:
-        return nullcontext()
-    # no cache: twins make their weights anew in every forward
-    return torch.autocast(window.calibration.device.type, precision, cache_enabled=False)
 
 
 def _failure(window: Window, calls: Sequence[BlockCall], given: Mapping[str, Tensor], loss: float, step: int) -> str:

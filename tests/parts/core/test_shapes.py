@@ -43,8 +43,8 @@ class Half(Learned):
     def settle(self, x: Tensor) -> BlockQTensor:
         return self.quantizer.quantize(x)
 
-    def penalty(self, t: float) -> Tensor:
-        return torch.full((1,), t)
+    def penalty(self, t: float | Tensor) -> Tensor:
+        return torch.full((1,), float(t))
 
 
 @dataclass(frozen=True)

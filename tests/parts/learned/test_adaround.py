@@ -13,7 +13,7 @@ from torch import Tensor
 from nybble.core.errors import SchemeError
 from nybble.formats import get_format
 from nybble.learned import Learned, make_part
-from nybble.learned._rectified import annealed, logits_of, rectified
+from nybble.learned._rectified import Deciding, annealed, logits_of, rectified
 from nybble.learned.adaround import UpOrDown
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
@@ -185,3 +185,18 @@ def test_refusals() -> None:
     for options in ({"warmup": 1.0}, {"beta_end": 30.0}, {"strength": -1.0}):
         with pytest.raises(SchemeError, match="adaround: warmup"):
             make_part("adaround", options)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.25])
+def test_the_penalty_at_a_progress_that_is_a_tensor(warmup: float) -> None:
+    """For steps that a GPU replays: the same numbers and gradients, without a decision on the processor."""
+    deciding = Deciding(warmup=warmup)
+    for t in (0.0, 0.1, 0.25, 0.5, 0.9, 1.0):
+        found = []
+        for progress in (t, torch.tensor(t)):
+            h = torch.linspace(0.01, 0.99, 40).requires_grad_()
+            term = deciding.term(h, progress)
+            torch.autograd.backward(term + 0 * h.sum())
+            found.append((term.detach(), h.grad))
+        torch.testing.assert_close(found[0], found[1])
+        assert (float(found[0][0]) > 0) == (t >= warmup)
