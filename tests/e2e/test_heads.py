@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tests.tiny import FAMILIES, SIZES, input_ids, save_text, tiny_tokenizer
 from torch import Tensor
@@ -212,3 +213,70 @@ def test_a_config_that_names_a_head_which_the_file_lacks(
     loaded = nybble.load(tmp_path / "out")[0]
     assert torch.equal(hidden(theirs.from_pretrained(tmp_path / "out")), hidden(loaded))
     assert 0 < float((hidden(loaded) - hidden(reference)).norm() / hidden(reference).norm()) < 0.05
+
+
+SMALL = {
+    "vocab_size": 120, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+QWEN = {
+    "text_config": SMALL, "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4},
+    "image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8,
+}  # fmt: skip
+WAVLM = {
+    **{key: value for key, value in SMALL.items() if "key_value" not in key}, "conv_dim": (8, 8), "conv_stride": (2, 2),
+    "conv_kernel": (3, 3), "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "tdnn_dim": (8, 8),
+    "tdnn_kernel": (3, 1), "tdnn_dilation": (1, 1), "xvector_output_dim": 8,
+}  # fmt: skip
+
+
+def made(folder: Path, name: str, family: str, sizes: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    cls: Any = getattr(transformers, name)
+    model = cls._from_config(AutoConfig.for_model(family, **sizes), dtype=torch.bfloat16).eval()
+    model.save_pretrained(folder / "float")
+    nybble.quantize(str(folder / "float"), "rtn", weights="int8 channel", out=folder / "out")
+    return cls
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "sizes"),
+    [("Qwen2VLForConditionalGeneration", "qwen2_vl", QWEN), ("WavLMForXVector", "wavlm", WAVLM)],
+)
+def test_the_model_under_a_head_gets_every_weight(
+    tmp_path: Path, name: str, family: str, sizes: dict[str, Any]
+) -> None:
+    """Qwen's towers were renamed twice and came with random weights; WavLM's head has a name of its base model's."""
+    made(tmp_path, name, family, sizes)
+    model, found = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    usual, same = AutoModel.from_pretrained(tmp_path / "float", output_loading_info=True)
+    assert not found["missing_keys"] - same["missing_keys"]
+    compared = 0
+    for place, module in quant_modules(model):
+        want = usual.get_submodule(place).weight.float()
+        torch.testing.assert_close(
+            module.weight.qtensor().dequantize().float(), want, rtol=0, atol=want.abs().max() / 100
+        )
+        compared += 1
+    assert compared >= 12
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "sizes"),
+    [
+        ("LlamaForQuestionAnswering", "llama", SMALL),
+        ("Qwen2ForQuestionAnswering", "qwen2", SMALL),
+        ("MegatronBertForMultipleChoice", "megatron-bert", {k: v for k, v in SMALL.items() if "key_value" not in k}),
+    ],
+)
+def test_heads_that_call_the_base_model_otherwise_or_shape_their_inputs(
+    tmp_path: Path, name: str, family: str, sizes: dict[str, Any]
+) -> None:
+    """From a folder and back: the first two have their decoder in ``transformer``, the last asks for choices."""
+    cls = made(tmp_path, name, family, sizes)
+    usual, back = cls.from_pretrained(tmp_path / "float").eval(), nybble.load(tmp_path / "out")[0].eval()
+    assert len(list(quant_modules(back))) >= 12
+    ids = torch.arange(3, 19).reshape(1, 2, 8) if "Choice" in name else torch.arange(3, 19).reshape(2, 8)
+    with torch.no_grad():
+        want, got = usual(input_ids=ids)[0].float(), back(input_ids=ids)[0].float()
+    assert 0 < float((want - got).norm() / want.norm()) < 0.05

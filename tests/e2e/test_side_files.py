@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import json
 import re
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from nybble.core.errors import FileError
 from nybble.core.files import need_space
 from nybble.data import token_samples
 from nybble.data.text import load_text
-from nybble.models.sources.side_files import is_tokenizer_file
+from nybble.models.sources.side_files import is_tokenizer_file, side_files
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.request import build_recipe
 from nybble.walk.settings import Settings
@@ -123,3 +124,37 @@ def test_a_model_in_memory_with_such_settings(tmp_path: Path) -> None:
     quantized.generation_config.temperature = 0.6
     nybble.save(quantized, tmp_path / "out")
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").temperature == 0.6
+
+
+def test_sentence_modules_are_followed_wherever_they_lie(tmp_path: Path) -> None:
+    """Folders of any name, nested ones, a router's; pickles among them are named; nothing beside the model's folder."""
+    folder = save_tiny(tmp_path / "model")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "config.json").touch()
+    modules = {
+        "": "Transformer", "./pooling": "Pooling", "modules/1_Mine": "Mine", "2_Dense": "Dense", "../outside": "Other",
+    }  # fmt: skip
+    listed = [{"idx": n, "name": str(n), "path": path, "type": kind} for n, (path, kind) in enumerate(modules.items())]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    (folder / "router_config.json").write_text(json.dumps({"types": {"query_0_Pooling": "Pooling"}, "structure": {}}))
+    carried = (
+        "pooling/config.json", "modules/1_Mine/words/list.txt", "2_Dense/config.json", "query_0_Pooling/config.json",
+        "language_model/5gram.bin", "alphabet.json", "qformer_tokenizer/vocab.txt", "head.safetensors",
+        "decision_config.json",
+    )  # fmt: skip
+    for name in (*carried, "2_Dense/pytorch_model.bin", "pooling/modeling.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{name}")
+    said: list[str] = []
+    quantize(str(folder), RTN, out=tmp_path / "out", announce=said.append)
+    assert any(line.startswith("left behind: 2_Dense/pytorch_model.bin, and 1 more (pickles and code") for line in said)
+    for name in carried:
+        assert (tmp_path / "out" / name).read_text() == name
+    assert not list((tmp_path / "out").rglob("*.py")) and not (tmp_path / "out" / "2_Dense/pytorch_model.bin").exists()
+
+
+def test_lists_of_modules_that_say_nothing(tmp_path: Path) -> None:
+    for text in ("{", "3", "[3]", "null", '{"types": 3}', '[{"path": ""}]', '[{"path": "/etc"}]', '[{"path": ".."}]'):
+        for name in ("modules.json", "router_config.json"):
+            (tmp_path / name).write_text(text)
+        assert set(side_files(tmp_path)) == {"modules.json", "router_config.json"}

@@ -84,9 +84,12 @@ def fit_to(model: Any, modules: Mapping[str, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     base = getattr(model, model.base_model_prefix, model)
+    bare = base is model and any(name.startswith(f"{model.base_model_prefix}.") for name in modules)
     for name, entry in modules.items():
         kind = kind_of_entry(name, entry)
         place = next((place for place in _places(model, name) if _has(model, kind.holder(place))), None)
+        if bare and place == name and not kind.claims(model.get_submodule(kind.holder(place))):
+            continue  # a head's, which has a name that the base model has too (WavLMForXVector's feature_extractor)
         if place is not None:
             found[place] = _reading(model, entry)
         elif any(place.partition(".")[0] in base._modules for place in _places(model, name)):

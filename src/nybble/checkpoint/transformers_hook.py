@@ -83,6 +83,10 @@ class NybbleHfQuantizer(HfQuantizer):
         if kwargs.get("device_map") is not None:
             offer_offloading(model)
 
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """None: a folder has the names that the model had, and some families' would be changed a second time."""
+        return []
+
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         end_offer(model)
         validate_packed(model)

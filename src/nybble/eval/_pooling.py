@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
@@ -99,7 +100,8 @@ def read_pooling(origin: Origin) -> Pooling:
         return Pooling()
     with reading(place):
         listed = [
-            (str(entry["type"]).rpartition(".")[2], str(entry["path"])) for entry in json.loads(place.read_bytes())
+            (str(entry["type"]).rpartition(".")[2], PurePosixPath(entry["path"]).as_posix())
+            for entry in json.loads(place.read_bytes())
         ]
     modes: tuple[str, ...] = ("mean",)
     steps: list[Step] = []

@@ -333,8 +333,11 @@ def _fitted(adapter: Adapter, model: nn.Module) -> Adapter:
     prefix = getattr(model, "base_model_prefix", "")
     base = f"{prefix}." if prefix and hasattr(model, prefix) else ""
     if BASE not in adapter.blocks:
-        bare = not base and adapter.blocks.startswith(f"{prefix}.")
-        return _without_head(adapter, f"{prefix}.") if bare else adapter
+        if not base and adapter.blocks.startswith(f"{prefix}."):
+            return _moved(adapter, f"{prefix}.", "")  # the bare model
+        usual = f"{adapter.blocks.partition('.')[0]}."
+        other = base and base != usual and _at(model, adapter.blocks) is None
+        return _moved(adapter, usual, base) if other else adapter  # LlamaForQuestionAnswering calls it "transformer"
     if adapter.convolutional:
         if not base:
             raise ModelError(f"{type(model).__name__} is quantized with its head: load a {adapter.name} classifier.")
@@ -357,13 +360,17 @@ def _fitted(adapter: Adapter, model: nn.Module) -> Adapter:
     )
 
 
-def _without_head(adapter: Adapter, prefix: str) -> Adapter:
-    """The adapter of a decoder for its bare model, whose paths lack the prefix."""
+def _moved(adapter: Adapter, prefix: str, to: str) -> Adapter:
+    """The adapter of a decoder for a class without its language head, which has the base model elsewhere."""
+
+    def moved(path: str) -> str:
+        return f"{to}{path.removeprefix(prefix)}" if path.startswith(prefix) else path
+
     return replace(
         adapter,
-        blocks=adapter.blocks.removeprefix(prefix),
-        embeddings=tuple(path.removeprefix(prefix) for path in adapter.embeddings),
-        final_norm=None if adapter.final_norm is None else adapter.final_norm.removeprefix(prefix),
+        blocks=moved(adapter.blocks),
+        embeddings=tuple(map(moved, adapter.embeddings)),
+        final_norm=None if adapter.final_norm is None else moved(adapter.final_norm),
         head=None,
     )
 

@@ -95,5 +95,6 @@ def release(block: nn.Module) -> None:
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
+        limit = tensor.numel() == 1 and bool(tensor.isinf())  # of what a layer lets through (Gemma 4's audio)
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not limit:
             check_finite(tensor, name)

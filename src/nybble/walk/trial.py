@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -131,13 +132,22 @@ def _run(job: Job, given: Tensors, parts: Parts | None) -> str:
             end = tensors
         place = "the model behind its blocks"
         if job.plan.outside and end:
-            tail(job.adapter, given, None, ()).run(job.model, end)
+            _run_behind(job, given, end, parts)
     except Exception as error:
         said = f"{place} fails in a trial on a few inputs ({type(error).__name__}: {str(error)[:200]})"
         if _quantized(error):
             raise ModelError(f"{said}: what is quantized there can't be. Leave it in float (--ignore NAME).") from error
         return f"{said}, which nothing quantized is to blame for."
     return ""
+
+
+def _run_behind(job: Job, given: Tensors, end: Tensors, parts: Parts) -> None:
+    """What is behind the blocks; of heads that use their inputs' shape once more (a choice of several), all of it."""
+    try:
+        tail(job.adapter, given, None, ()).run(job.model, end)
+    except ModelError:
+        _fill(job, parts)
+        job.model(**given, **no_cache(job.model))
 
 
 def _not_a_chain(job: Job, given: Tensors) -> bool:
@@ -156,7 +166,10 @@ def _quantized(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, comes out of a quantized layer or of a packed weight that somebody read."""
     while error is not None:
         frames = traceback.walk_tb(error.__traceback__)
-        if "Packed" in str(error) or any(f.f_globals["__name__"].startswith("nybble.nn") for f, _ in frames):
+        read = re.search(
+            r"'Packed' object|\bnot Packed\b", str(error)
+        )  # a model that prints itself in errors has it too
+        if read or any(f.f_globals["__name__"].startswith("nybble.nn") for f, _ in frames):
             return True
         error = error.__cause__
     return False

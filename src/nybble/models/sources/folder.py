@@ -24,7 +24,7 @@ from nybble.models.named import check_float
 from nybble.models.sources import ModelSource, StoredTensor
 from nybble.models.sources.left_over import SWITCHES, LeftOver, left_over
 from nybble.models.sources.match import Match, match_names
-from nybble.models.sources.side_files import GENERATION, is_tokenizer_file, side_files
+from nybble.models.sources.side_files import GENERATION, is_tokenizer_file, left_behind, side_files
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -378,6 +378,18 @@ class FolderSource(ModelSource):
     def side_files(self) -> Mapping[str, Path]:
         """Those that the folder has."""
         return side_files(self.folder)
+
+    def write_side_files(self, folder: Path) -> str:
+        """As they came; names what a sentence encoder needs and can't be passed on."""
+        super().write_side_files(folder)
+        behind = left_behind(self.folder)
+        if not behind:
+            return ""
+        names = f"{behind[0]}, and {len(behind) - 1} more" if len(behind) > 1 else behind[0]
+        return (
+            f"left behind: {names} (pickles and code are not passed on). Save it as safetensors first, or sentences "
+            "come to other vectors."
+        )
 
     def generation_config(self) -> GenerationConfig | None:
         """From generation_config.json, if there is one."""
