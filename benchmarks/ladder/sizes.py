@@ -73,7 +73,7 @@ def config(architecture: str, size: str, vocabulary: int) -> Any:
     rung = SIZES[size]
     common: dict[str, Any] = {
         "vocab_size": vocabulary, "hidden_size": rung.width, "num_hidden_layers": rung.layers,
-        "num_attention_heads": rung.heads, "max_position_embeddings": CONTEXT, "use_cache": False,
+        "num_attention_heads": rung.heads, "max_position_embeddings": CONTEXT,
         "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
     }  # fmt: skip
     if architecture == "llama":
@@ -110,7 +110,7 @@ def plan(chosen: list[str], seconds: float, speed: float = 1.0) -> dict[str, int
     Args:
         chosen: names.
         seconds: for all of them, one after another.
-        speed: the machine's, an H100's being 1.
+        speed: the machine's, one H100's being 1.
 
     Returns:
         As many steps as a whole training has, or the same share of it for each model.

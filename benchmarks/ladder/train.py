@@ -120,8 +120,8 @@ class Training:
         """Take the first mode in which four steps work; the model is as before afterwards. Returns its name."""
         before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         for mode in modes:
-            self.forward = self.model if mode is None else torch.compile(self.model, mode=mode, dynamic=False)
             try:
+                self.forward = self.model if mode is None else torch.compile(self.model, mode=mode, dynamic=False)
                 for begin in starts(len(self.ids), windows, 4, seed=1):
                     self.step(begin, 0.0).item()
             except Exception as error:

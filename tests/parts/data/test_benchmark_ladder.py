@@ -149,6 +149,17 @@ def test_a_plan_gives_each_model_the_same_share() -> None:
         assert half[name] == pytest.approx(steps / 2, rel=0.01)
 
 
+def test_what_does_not_compile_trains_as_it_is(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model = sizes.build("llama", "0.3m", text.VOCABULARY)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    training = train.Training(model, text.read_ids(corpus, "train"), 1e-3, "cpu")
+    assert training.compile(1, ("no such mode", None)) == "eager"
+    assert "no such mode" in capsys.readouterr().out
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not training.optimizer.state
+
+
 @pytest.mark.parametrize("architecture", sizes.ARCHITECTURES)
 def test_a_training_lowers_the_loss_and_its_folder_loads(
     corpus: Path, tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
