@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.texts import PACKAGES, SHORTEST_DOCUMENT, SHORTEST_LINE, Package, extract
+from benchmarks.texts import PACKAGES, SHORTEST_DOCUMENT, SHORTEST_LINE, Package, extract, package_version
 
 from nybble.core.files import atomic_write_bytes
 
@@ -256,7 +256,10 @@ def prepare(folder: Path, root: Path | None = None) -> dict[str, Any]:
     if done.exists():
         return dict(json.loads(done.read_text(encoding="utf-8")))
     packages = folder.with_name(f"{folder.name}-packages")  # beside it: the folder travels, they needn't
-    versions = fetch(packages) if root is None else {}
+    if root is None:
+        versions = fetch(packages)
+    else:  # of packages unpacked by hand only the contents are known
+        versions = {name: package_version(name) for name in (*MANUALS, *DICTIONARIES, *HELD_OUT) if root == Path("/")}
     uses, counts = corpus(root or packages / "root")
     return write(folder, uses, counts, versions)
 

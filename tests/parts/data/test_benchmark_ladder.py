@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import json
 import lzma
+import os
 import random
+import subprocess
+import sys
 import tarfile
 from io import BytesIO
 from pathlib import Path
@@ -22,11 +26,15 @@ def documents(count: int, seed: int = 0) -> list[str]:
     return [f"Page {i}. " + " ".join(drawn.choices(SENTENCE.split(), k=120)) for i in range(count)]
 
 
+def uses() -> dict[str, list[str]]:
+    held = {name: documents(12, seed=i) for i, name in enumerate(text.HELD_OUT)}
+    return text.split(documents(400)) | held
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ladder") / "ladder"
-    held = {name: documents(12, seed=i) for i, name in enumerate(text.HELD_OUT)}
-    text.write(folder, text.split(documents(400)) | held, {"a-package": {"documents": 100}}, {})
+    text.write(folder, uses(), {"a-package": {"documents": 100}}, {})
     return folder
 
 
@@ -52,9 +60,19 @@ def test_whole_documents_are_split_without_overlap() -> None:
     assert len(parts["calibration"]) == 3
 
 
-def test_the_corpus_has_the_same_bytes_every_time(corpus: Path, tmp_path: Path) -> None:
-    held = {name: documents(12, seed=i) for i, name in enumerate(text.HELD_OUT)}
-    text.write(tmp_path, text.split(documents(400)) | held, {"a-package": {"documents": 100}}, {})
+WRITE = """
+import json, pathlib, sys
+from benchmarks.ladder import text
+text.write(pathlib.Path(sys.argv[1]), json.load(sys.stdin), {"a-package": {"documents": 100}}, {})
+"""
+
+
+def test_the_corpus_has_the_same_bytes_in_every_process(corpus: Path, tmp_path: Path) -> None:
+    root = Path(text.__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(root / "src"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": paths}
+    command = [sys.executable, "-c", WRITE, str(tmp_path)]
+    subprocess.run(command, input=json.dumps(uses()), env=environment, text=True, check=True)
     files = [path.relative_to(corpus) for path in corpus.rglob("*") if path.is_file() and "models" not in path.parts]
     assert {path.name for path in files} >= {"corpus.json", "tokenizer.json", "train.npy.xz", "calibration.jsonl.xz"}
     for path in files:
