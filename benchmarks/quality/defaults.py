@@ -1,18 +1,22 @@
 """What the named recipes should do by default, judged on two language models.
 
     python benchmarks/quality/defaults.py [--device cuda] [--smollm2 FILE.gguf] [--record FILE] [--rows WORD ...]
-        [--models smollm2 trained] [--seconds N] [--missing]
+        [--models smollm2 trained ladder-llama-10m ...] [--ladder FOLDER] [--seconds N] [--missing]
 
 SmolLM2-135M-Instruct, and a llama of 8 blocks that this script trains for a minute on Python source files of the
 installed packages, with SmolLM2's tokenizer. Each is calibrated on text of its own kind and judged on two texts that
 nothing saw: SmolLM2 on the second half of ``builtin`` and on docstrings of the installed packages, the trained one on
 two sets of held-out source files. A default has to be the better one on both models.
+
+``ladder-NAME`` is a model of benchmarks/ladder (``--ladder``: its folder), calibrated on a part of the text that it was
+trained on and judged on perl-doc, debian-reference-en and held-out documents of its training's packages.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import random
 import site
 import sysconfig
@@ -80,7 +84,8 @@ def main(about: str | None, known: Rows) -> None:
     parser.add_argument("--record", type=Path)
     parser.add_argument("--rows", nargs="*", default=[""], help="words that a row's name holds")
     parser.add_argument("--without", nargs="*", default=[], help="words that it doesn't hold")
-    parser.add_argument("--models", nargs="*", default=["smollm2", "trained"])
+    parser.add_argument("--models", nargs="*", default=["smollm2", "trained"], help="and ladder-NAME")
+    parser.add_argument("--ladder", type=Path, default=Path("build/ladder"), help="what benchmarks/ladder wrote")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=40)
@@ -91,6 +96,13 @@ def main(about: str | None, known: Rows) -> None:
     args.until = time.monotonic() + args.seconds
     chosen = {name: row for name, row in known.items() if any(word in name for word in args.rows)}
     chosen = {name: row for name, row in chosen.items() if not any(word in name for word in args.without)}
+    for name in args.models:
+        if name not in ("smollm2", "trained") and not name.startswith("ladder-"):
+            parser.error(f"no model {name}: smollm2, trained, or ladder-NAME")
+        if name.startswith("ladder-"):
+            rung(name.removeprefix("ladder-"), chosen, args)
+    if not {"smollm2", "trained"} & set(args.models):
+        return
     source = open_source(args.smollm2)
     tokenizer = source.tokenizer()
     files = python_files()
@@ -111,6 +123,24 @@ def main(about: str | None, known: Rows) -> None:
             parts = {"held-out code": files[-300:-100], "more code": files[-100:]}
             texts = {name: cut(tokenizer, read(part), args.seq_len)[: args.windows] for name, part in parts.items()}
             judge("llama of 8 blocks, trained here", place, calibration, texts, chosen, args)
+
+
+def rung(name: str, chosen: dict[str, Any], args: argparse.Namespace) -> None:
+    """Judge the rows on a model of the ladder."""
+    folder, texts = args.ladder / "models" / name, args.ladder / "texts"
+    if not folder.is_dir():
+        raise SystemExit(
+            f"no {folder}: train it (python -m benchmarks.ladder) or give --ladder the folder with models/"
+        )
+    tokenizer = open_source(str(folder)).tokenizer()
+    calibration = sample(str(texts / "calibration.jsonl.xz"), "calibration", tokenizer, args.samples, args)
+    held = {}
+    for text in ("held-out", "perl-doc", "debian-reference-en"):
+        with lzma.open(texts / f"{text}.jsonl.xz", "rt", encoding="utf-8") as lines:
+            documents = [tokenizer.eos_token + json.loads(line)["text"] for line in lines]
+        windows = cut(tokenizer, documents, args.seq_len)
+        held[text] = windows[:: max(1, len(windows) // args.windows)][: args.windows]  # of all its documents
+    judge(f"ladder {name}", str(folder), calibration, held, chosen, args)
 
 
 def sample(text: str, part: str, tokenizer: Any, samples: int, args: argparse.Namespace) -> Any:

@@ -1,7 +1,7 @@
 """Post-training methods at the settings that people ask for, alone and composed, judged on two language models.
 
     python benchmarks/quality/ptq.py --record benchmarks/results/ptq.json [--device cuda] [--smollm2 FILE.gguf]
-        [--rows WORD ...] [--models smollm2 trained] [--seconds N] [--missing]
+        [--rows WORD ...] [--models smollm2 trained ladder-llama-10m ...] [--ladder FOLDER] [--seconds N] [--missing]
 
 The models, calibration and held-out texts are those of defaults.py. Learned parts run for the steps that a row names,
 the same for all of one setting, so that what differs is the part.
