@@ -25,7 +25,8 @@ class Size:
         keys: key and value heads of the llama. llama, neox: the inner width of its MLP.
         tokens: that it sees in a whole training (25 H100 minutes for all ten).
         batch: windows of 512 tokens in a step. rate: the learning rate's maximum.
-        speed: tokens a second that one model was seen to do on an H100, for plans only.
+        speed: tokens a second of one model alone on an H100, for plans only; ten together took 0.8 of what
+            these say (benchmarks/results/ladder.json).
     """
 
     parameters: float

@@ -166,9 +166,8 @@ def _quantized(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, comes out of a quantized layer or of a packed weight that somebody read."""
     while error is not None:
         frames = traceback.walk_tb(error.__traceback__)
-        read = re.search(
-            r"'Packed' object|\bnot Packed\b", str(error)
-        )  # a model that prints itself in errors has it too
+        # not any "Packed": models print themselves in errors, too
+        read = re.search(r"'Packed' object|\bnot Packed\b", str(error))
         if read or any(f.f_globals["__name__"].startswith("nybble.nn") for f, _ in frames):
             return True
         error = error.__cause__
