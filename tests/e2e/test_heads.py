@@ -27,6 +27,7 @@ import nybble
 from nybble.models.sources.open import open_source
 from nybble.nn.embedding import QuantEmbedding, TiedHead
 from nybble.nn.kinds import quant_modules
+from nybble.nn.packed import Packed
 from nybble.pipelines.evaluate import run_eval
 from nybble.pipelines.request import build_recipe
 
@@ -253,12 +254,12 @@ def test_the_model_under_a_head_gets_every_weight(
     assert not found["missing_keys"] - same["missing_keys"]
     compared = 0
     for place, module in quant_modules(model):
-        want = usual.get_submodule(place).weight.float()
-        torch.testing.assert_close(
-            module.weight.qtensor().dequantize().float(), want, rtol=0, atol=want.abs().max() / 100
-        )
+        want, packed = usual.get_submodule(place).weight.float(), module.get_submodule("weight")
+        assert isinstance(packed, Packed)
+        got = packed.qtensor().dequantize().float()
+        torch.testing.assert_close(got, want, rtol=0, atol=float(want.detach().abs().max()) / 100)
         compared += 1
-    assert compared >= 12
+    assert compared >= 7
 
 
 @pytest.mark.parametrize(
@@ -274,7 +275,7 @@ def test_heads_that_call_the_base_model_otherwise_or_shape_their_inputs(
 ) -> None:
     """From a folder and back: the first two have their decoder in ``transformer``, the last asks for choices."""
     cls = made(tmp_path, name, family, sizes)
-    usual, back = cls.from_pretrained(tmp_path / "float").eval(), nybble.load(tmp_path / "out")[0].eval()
+    usual, back = cls.from_pretrained(tmp_path / "float"), nybble.load(tmp_path / "out")[0]
     assert len(list(quant_modules(back))) >= 12
     ids = torch.arange(3, 19).reshape(1, 2, 8) if "Choice" in name else torch.arange(3, 19).reshape(2, 8)
     with torch.no_grad():
