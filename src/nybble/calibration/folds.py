@@ -170,22 +170,25 @@ def scaling(state: BlockState, channel: Channel, factor: Tensor) -> Rewrite:
     return Rewrite(weights=weights, parameters={"factor": factor}, function=function)
 
 
-def fold_function(state: BlockState, fold: Fold, rows: Tensor | None) -> tuple[tuple[str, ...], Function]:
+def fold_function(
+    state: BlockState, fold: Fold, rows: Tensor | None, shifts: bool = False
+) -> tuple[tuple[str, ...], Function]:
     """How the channels of a pair are rescaled: the names of what is read, and the function.
 
     Args:
         state: the block. The function looks at its float modules: call it while these stand there.
         fold: the pair.
         rows: which row of the first layer makes each channel; None of a norm.
+        shifts: whether the channels may be shifted too; all that makes and reads them has a bias then.
 
     Returns:
         names, and a function of the parameters ``factor``, float32 [channels], and where the channels are shifted
-        before they are divided ``shift``, the same; all that makes and reads them must have a bias then.
+        before they are divided ``shift``, the same.
     """
     matrices = Matrices(state)
     first = fold.norm if isinstance(fold, NormFold) else fold.first
     makes = (f"{first}.weight",) if isinstance(fold, NormFold) else matrices.parameters(first)
-    biases = tuple(bias for name in (first, *behind_of(fold)) if (bias := matrices.bias(name)) is not None)
+    biases = [bias for name in (first, *(behind_of(fold) if shifts else ())) if (bias := matrices.bias(name))]
     reads = [parameter for name in behind_of(fold) for parameter in matrices.parameters(name)]
     dtype = _live_dtype(state, first) if isinstance(fold, NormFold) else torch.float32
 
@@ -279,9 +282,10 @@ def _place(state: BlockState, fold: Fold, config: Any, by_name: Mapping[str, Tar
     if isinstance(fold, LinearFold):
         rows = feeding_rows(fold, config, len(units)).to(device)
         units = torch.unique(rows, return_inverse=True)[1]
-    weights, function = fold_function(state, fold, rows)
     first = fold.norm if isinstance(fold, NormFold) else fold.first
     passes = isinstance(fold, NormFold) or fold.heads  # attention's rows sum to one; what lies in an MLP is not linear
+    shifts = passes and all(matrices.bias(name) is not None for name in (first, *behind))
+    weights, function = fold_function(state, fold, rows, shifts)
     inputs = [by_name[name].rule.inputs for name in behind if name in by_name]
     made = by_name[first].rule.outputs if first in by_name else None
     heads = isinstance(fold, LinearFold) and fold.heads
@@ -289,7 +293,7 @@ def _place(state: BlockState, fold: Fold, config: Any, by_name: Mapping[str, Tar
         name=f"{first} -> {behind[0]}",
         kind="norm" if isinstance(fold, NormFold) else "attention" if fold.heads else "linear",
         makers=(first,), readers=behind, weights=weights, function=function, units=units,
-        shifts=passes and all(matrices.bias(name) is not None for name in (first, *behind)),
+        shifts=shifts,
         rounded=made is not None or any(x is not None for x in inputs) or (heads and _multiplied(first, by_name)),
         static=any(x is not None and x.static for x in inputs),
     )  # fmt: skip

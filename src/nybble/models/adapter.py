@@ -68,15 +68,15 @@ class LinearFold:
 class QueryKeyFold:
     """Two linears whose outputs attention multiplies with each other: a channel of one over s, of the other times s.
 
-    ``rows``: where queries and keys are among the rows, as in :class:`LinearFold`, ``value_heads`` meaning heads that
-    are the layer's own. ``rotary``: a rotary embedding lies between, which mixes channel i of a head with channel i
-    plus half of what it rotates: the two share a factor. ``unless``: modules of the block that would lie between, too,
-    and are no such step (norms of queries and keys); with one of them the pair is off.
+    ``rows``: where queries and keys are among the rows, as in :class:`LinearFold`; ``value_heads``: several heads of
+    queries may read one of keys. ``rotary``: a rotary embedding lies between, which mixes channel i of a head with
+    channel i plus half of what it rotates: the two share a factor. ``unless``: modules of the block that would lie
+    between, too, and are no such step (norms of queries and keys); with one of them the pair is off.
     """
 
     query: str
     key: str
-    rows: Rows = "value_heads"
+    rows: Rows = "all"
     rotary: bool = False
     unless: tuple[str, ...] = ()
 
@@ -311,7 +311,8 @@ def query_key_rows(
     heads: int = config.num_attention_heads
     kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
     kv_heads = heads if fold.rows != "value_heads" else kv_heads
-    width = queries // heads // (1 if fold.rows == "value_heads" else 3)
+    fused = fold.rows not in ("all", "value_heads")
+    width = queries // heads // (3 if fused else 1)
     within = torch.arange(width)
     unit = within
     if fold.rotary:
@@ -327,7 +328,7 @@ def query_key_rows(
             rows = head * width + within + (offset * heads * width if fold.rows == "last_third" else 0)
         return rows.flatten(), (head // (many // kv_heads) * per_head + unit).flatten()
 
-    return side(heads, 0), side(kv_heads, 1 if fold.rows != "value_heads" else 0)
+    return side(heads, 0), side(kv_heads, int(fused))
 
 
 def _rotated(config: PreTrainedConfig) -> float:

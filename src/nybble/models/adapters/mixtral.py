@@ -20,6 +20,7 @@ PART = Adapter(
         QueryKeyFold(
             query="self_attn.q_proj",
             key="self_attn.k_proj",
+            rows="value_heads",
             rotary=True,
             unless=("self_attn.q_norm", "self_attn.k_norm"),
         ),
