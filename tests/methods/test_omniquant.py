@@ -232,7 +232,12 @@ def test_weights_alone_are_clipped_alone_in_a_llama() -> None:
 
 def test_an_encoder() -> None:
     """Norms behind the sums fold nowhere: values and the output layer are the one place."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
     make: Any = BertModel
     torch.manual_seed(0)
     model = make(BertConfig(vocab_size=300, **sizes)).eval()
