@@ -20,6 +20,7 @@ from nybble.quantizer import Quantizer
 from nybble.recipe import load_recipe, parse_recipe
 from nybble.reconstruction import engine
 from nybble.reconstruction.transforming import transformed
+from nybble.walk import lane as walk_lane
 
 W4A4 = {"weights": "int4 channel symmetric=false", "inputs": "int4 token symmetric=false"}
 LET: dict[str, Any] = {"reconstruction": "mse", "block": "let", "steps": 24, "rates": {"transform": 0.005}}
@@ -141,7 +142,8 @@ def test_nothing_is_left_at_run_time(family: str, tmp_path: Path) -> None:
 def test_what_is_judged_is_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block's output with its twins in eval mode and with what they settle to: bit for bit; gradients reach all."""
     seen: dict[str, Any] = {}
-    train = engine.train
+    inside: Any = engine
+    train = inside.train
 
     def spy(window: Any, *args: Any) -> Any:
         found = train(window, *args)
@@ -152,7 +154,7 @@ def test_what_is_judged_is_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> No
             seen["state"], seen["window"] = window.block, window
         return found
 
-    say = engine._say
+    say = inside._say
 
     def after(window: Any, *args: Any) -> None:
         say(window, *args)
@@ -163,8 +165,7 @@ def test_what_is_judged_is_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(engine, "train", spy)
     monkeypatch.setattr(engine, "_say", after)
-    from nybble.walk import lane
-
+    lane: Any = walk_lane
     settled = lane.settle_twins
 
     def settling(state: Any) -> None:

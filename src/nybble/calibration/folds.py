@@ -199,8 +199,8 @@ def fold_function(
             over, off = by, shift
         else:
             assert rows is not None
-            by = one_a_row(by, rows)
             matrix = matrices.get(first, weights)
+            by = one_a_row(by, rows, len(matrix))
             over = matrix.new_ones(len(matrix)).index_put((rows,), by)
             off = None if shift is None else matrix.new_zeros(len(matrix)).index_put((rows,), shift)
             found |= matrices.put(first, matrix / over[:, None])
@@ -329,7 +329,11 @@ def _live_dtype(state: BlockState, norm: str) -> torch.dtype:
     return found.dtype
 
 
-def one_a_row(factor: Tensor, rows: Tensor) -> Tensor:
-    """The largest factor among the channels that one row feeds (grouped-query attention), for each channel."""
-    most = factor.new_zeros(int(rows.max()) + 1).scatter_reduce(0, rows, factor, "amax")
+def one_a_row(factor: Tensor, rows: Tensor, count: int | None = None) -> Tensor:
+    """The largest factor among the channels that one row feeds (grouped-query attention), for each channel.
+
+    ``count``: how many rows there are; None looks, for which a GPU is waited for.
+    """
+    size = int(rows.max()) + 1 if count is None else count
+    most = factor.new_zeros(size).scatter_reduce(0, rows, factor, "amax")
     return most[rows]

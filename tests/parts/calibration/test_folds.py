@@ -98,7 +98,10 @@ def test_the_block_computes_the_same(family: str) -> None:
     assert [place.kind for place in made.places] == kinds.split()
     assert sum(place.shifts for place in made.places) == shifted
     before = made.output()
-    close = {"rtol": 1e-4, "atol": 2e-5 * float(before.abs().max())}  # of float32's sums in another order
+    close: dict[str, Any] = {
+        "rtol": 1e-4,
+        "atol": 2e-5 * float(before.abs().max()),
+    }  # of float32's sums in another order
     for place in made.places:
         alone = Made(family)
         old = {name: alone.state.get(name).clone() for name in place.weights}
