@@ -73,6 +73,37 @@ def rows() -> defaults.Rows:
     found["INT4 W4A4 smooth, gptq"] = (smooth + GPTQ, w4a4)
     found["INT4 W4A4 quarot"] = ([{"transform": "rotate"}, {"transform": "hadamard"}, *GPTQ], w4a4)
     found["INT4 W4A4 quarot, both"] = ([{"transform": "rotate"}, {"transform": "hadamard"}, *BOTH], w4a4)
+    return found | omniquant_rows()
+
+
+def omniquant(steps: int, **options: Any) -> Steps:
+    """LWC and LET together, as the recipe has them."""
+    rates = {"clip": 0.01, "transform": 0.005}
+    found = {"reconstruction": "mse", "block": "let", "weights": "clip", "rates": rates, "steps": steps}
+    return [{"solver": "rtn"}, {**found, "keep": "best", "every": 40, **options}]
+
+
+def omniquant_rows() -> defaults.Rows:
+    """OmniQuant at its paper's settings, with what it is made of beside it: LWC alone, SmoothQuant, to nearest."""
+    found: defaults.Rows = {}
+    for bits in (4, 6):
+        scheme = {"weights": f"int{bits} channel symmetric=false", "inputs": f"int{bits} token symmetric=false"}
+        found |= {
+            f"OmniQuant W{bits}A{bits} rtn": ([{"solver": "rtn"}], scheme),
+            f"OmniQuant W{bits}A{bits} smooth": ([{"transform": "smooth"}, {"solver": "rtn"}], scheme),
+            f"OmniQuant W{bits}A{bits} lwc": (learned("clip", 320), scheme),
+            f"OmniQuant W{bits}A{bits}": (omniquant(320), scheme),
+            f"OmniQuant W{bits}A{bits} constant rates": (omniquant(320, schedule="constant"), scheme),
+        }
+    lines = {"W4A16 g64": "int4 group=64", "W4A16 g96": "int4 group=96"}
+    lines |= {f"W{bits}A16": f"int{bits} channel" for bits in (3, 2)}
+    for name, line in lines.items():
+        scheme, steps = {"weights": f"{line} symmetric=false"}, 640 if "W2" in name else 320
+        found |= {
+            f"OmniQuant {name} rtn": ([{"solver": "rtn"}], scheme),
+            f"OmniQuant {name}": (omniquant(steps), scheme),
+            f"OmniQuant {name} let everywhere": (omniquant(steps, block={"let": {"where": "all"}}), scheme),
+        }
     return found
 
 

@@ -91,6 +91,7 @@ EVERY: dict[str, dict[str, Any]] = {
     **{name: {"effort": "quick", "weights": "int4 group=16"} for name in ("adaround", "lwc", "flexround", "cbq")},
     **{n: {"effort": "quick", "weights": "int4 group=16 symmetric=false"} for n in ("signround", "efficientqat-ap")},
     "lorc": {"weights": "int4 group=16"},
+    "omniquant": {"effort": "quick"},
     "nvfp4": {},
     "quarot": {},
     "mxfp4": {"weights": "mxfp4 group=16", "activations": "mxfp4-ct group=16"},
@@ -108,6 +109,14 @@ STEPS: dict[str, list[dict[str, Any]]] = {
     "windows of two, side by side": [
         {"transform": "smooth"},
         {"reconstruction": "mse", "weights": "adaround", "inputs": "lsq", "window": 2, "steps": 4},
+    ],
+    "transforms learned in windows that overlap": [
+        {"transform": "smooth"},
+        {
+            "reconstruction": "mse", "weights": "clip", "block": {"let": {"down": True}}, "window": 2, "overlap": 1,
+            "steps": 2, "rates": {"transform": 0.01},
+        },
+        {"correction": "low-rank", "rank": 2},
     ],
     "windows that overlap": [
         {"transform": "smooth"},  # so that the truth is more precise than what the module holds

@@ -64,6 +64,8 @@ class BlockState:
         targets: what is quantized of it, names relative to it.
 
     Attributes:
+        lends: gives, by name in the module, tensors that stand for its parameters on the quantized path, anew for every
+            forward, with gradients: what a learned transform makes of them.
         records: by a target's name. folded: full names of BatchNorms that went into convolutions, by convolution.
     """
 
@@ -82,6 +84,8 @@ class BlockState:
         self._float: dict[str, Part] = {}
         self._installed: dict[str, Part] = {}
         self._packed: dict[str, nn.Module] = {}
+        self._came: dict[str, Tensor] = {}
+        self.lends: Callable[[], Mapping[str, Tensor]] | None = None
         for key, tensor in (precise or {}).items():
             live = self._live(key)
             if live is not None and live.data_ptr() != tensor.data_ptr():
@@ -148,6 +152,32 @@ class BlockState:
         else:
             setattr(module, leaf, nn.Parameter(cast, requires_grad=False))
         self._keep(name, value.contiguous())
+
+    def fold(self, name: str, value: Tensor) -> None:
+        """As :meth:`put`, of a rewrite that was learned: the float block computes the same, but for rounding.
+
+        What goes from block to block in the float network must not depend on it: :meth:`as_it_came`.
+        """
+        live = self._live(name)
+        if live is not None:
+            self._came.setdefault(name, live.data)
+        self.put(name, value)
+
+    @contextmanager
+    def as_it_came(self) -> Iterator[None]:
+        """With the parameters of forwards that were there before anything was folded."""
+        now: dict[str, Tensor] = {}
+        try:
+            for name, tensor in self._came.items():
+                live = self._live(name)
+                assert live is not None
+                now[name], live.data = live.data, tensor
+            yield
+        finally:
+            for name, tensor in now.items():
+                live = self._live(name)
+                assert live is not None
+                live.data = tensor
 
     def truth(self) -> dict[str, Tensor]:
         """Every tensor of the float block's state by name, in the precision that is kept."""
@@ -226,9 +256,10 @@ class BlockState:
 
     @contextmanager
     def on(self, path: str) -> Iterator[nn.Module]:
-        """The module as it is on a path: ``float``, or ``quantized`` with everything that was installed."""
-        if path != "float" or not self._installed:
-            yield self.module
+        """The module as it is on a path: ``float``, or ``quantized`` with everything that was installed and is lent."""
+        if path != "float":
+            with _lent(self.module, {} if self.lends is None else self.lends()):
+                yield self.module
             return
         for name, part in self._float.items():
             _exchange(self.module, name, part)
@@ -241,6 +272,23 @@ class BlockState:
     def settle(self) -> None:
         """Forget the float layers and the truth: what stands in is what is left."""
         self._float, self._installed, self._packed, self._precise, self._marks = {}, {}, {}, {}, {}
+        self._came, self.lends = {}, None
+
+
+@contextmanager
+def _lent(root: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """With tensors, which are no parameters, in the place of parameters."""
+    before = {}
+    try:
+        for name, tensor in tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            parameters: dict[str, Any] = root.get_submodule(owner)._parameters
+            before[name] = parameters, leaf, parameters[leaf]
+            parameters[leaf] = tensor
+        yield
+    finally:
+        for parameters, leaf, parameter in before.values():
+            parameters[leaf] = parameter
 
 
 def _is_cast(live: Tensor, truth: Tensor) -> bool:

@@ -112,7 +112,7 @@ class DriftMoments:
 
 
 class ChannelSizes:
-    """How large the channels of an input are: the largest and the mean magnitude of each, float32 [channels].
+    """How large the channels of an input are: both ends, the largest and the mean magnitude, float32 [channels].
 
     Args:
         columns: how many channels. moment: gather the second moment too.
@@ -120,20 +120,27 @@ class ChannelSizes:
 
     def __init__(self, columns: int, moment: bool = False) -> None:
         self.tokens = 0
-        self.largest: Tensor | None = None
+        self.lowest: Tensor | None = None
+        self.highest: Tensor | None = None
         self.moment = SecondMoment(columns) if moment else None
         self._sum = torch.zeros(columns, dtype=torch.float32)
 
     def add(self, x: Tensor) -> None:
         """Count the tokens of ``x`` [..., channels]."""
-        size = x.reshape(-1, x.shape[-1]).abs()
-        if len(size):
-            largest = size.amax(0).float()
-            self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
-            self._sum = self._sum.to(x.device) + size.sum(0, dtype=torch.float32)
-            self.tokens += len(size)
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows):
+            low, high = rows.amin(0).float(), rows.amax(0).float()
+            self.lowest = low if self.lowest is None else torch.minimum(self.lowest, low)
+            self.highest = high if self.highest is None else torch.maximum(self.highest, high)
+            self._sum = self._sum.to(x.device) + rows.abs().sum(0, dtype=torch.float32)
+            self.tokens += len(rows)
         if self.moment is not None:
             self.moment.add(x)
+
+    @property
+    def largest(self) -> Tensor | None:
+        """Magnitude; None before tokens came."""
+        return None if self.lowest is None or self.highest is None else torch.maximum(-self.lowest, self.highest)
 
     @property
     def mean(self) -> Tensor:

@@ -13,6 +13,7 @@ from nybble.calibration.block import BlockState
 from nybble.calibration.streams import Stream
 from nybble.calibration.trace import BlockCall, Tensors
 from nybble.core.seeds import derive_seed
+from nybble.models.adapter import Adapter
 
 Batches = Callable[[], Iterable[tuple[BlockCall, Tensors]]]
 """The inputs of one block, batch by batch, as often as called."""
@@ -29,6 +30,7 @@ class Calibration:
         device, dtype: of forwards. seed: of every random choice. config: the model's.
         fisher: squared gradients of outputs by a layer's full name, where a step asked for them.
         paths: the streams that are run; of both, a layer's inputs can be compared.
+        adapter: the model's; None where nobody asks what may be rescaled together.
         gradients: squared gradients of what blocks give by a block's full name, where a step asked for them.
         spill: leading part of the names of files for what a step keeps of all samples; None keeps it in memory.
     """
@@ -43,6 +45,7 @@ class Calibration:
     fisher: dict[str, Tensor] = field(default_factory=dict)
     paths: frozenset[str] = frozenset()
     gradients: dict[str, Stream] = field(default_factory=dict)
+    adapter: Adapter | None = None
     spill: Path | None = None
 
 

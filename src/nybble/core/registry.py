@@ -68,7 +68,7 @@ class Registry:
         return {
             m.name.replace("_", "-"): f"{self.package}.{m.name}"
             for m in pkgutil.iter_modules(places)
-            if not m.name.startswith("_")
+            if not m.name.startswith("_") and not m.ispkg  # a folder in it is a registry of its own
         }
 
     def read(self, source: str) -> Any:

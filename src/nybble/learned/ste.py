@@ -7,18 +7,20 @@ beyond the ends too, as ``torch.fake_quantize_*`` counts: the largest element of
 there by the rounding of x / scale, or of a zero point.
 
 Nothing of its own is learned: scales follow the weight (or are measured on every activation), and no gradient goes
-through them. With static activations, or a ``start``, the parameters given are kept.
+through them, but with ``through``. With static activations, or a ``start``, the parameters given are kept.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from nybble.learned import ACTIVATIONS, Learned, Part
 from nybble.learned._held import Held
 from nybble.learned._reaching import reaching
+from nybble.learned._share import has_range, shared_range
 from nybble.qtensor import QTensor, QuantParams
 from nybble.quantizer import Quantizer
 
@@ -29,13 +31,17 @@ class StraightThrough(Learned):
     Args:
         quantizer: any that is deterministic. side: weights or activations.
         params: kept as they are; None measures them on every tensor.
+        through: see :class:`Ste`.
     """
 
-    def __init__(self, quantizer: Quantizer, side: str, params: QuantParams | None) -> None:
+    def __init__(self, quantizer: Quantizer, side: str, params: QuantParams | None, through: bool = False) -> None:
         super().__init__(quantizer, side)
+        self.through = through
         self.held = None if params is None else Held(quantizer, params)
 
     def estimate(self, x: Tensor) -> Tensor:  # noqa: D102
+        if self.held is None and self.through:
+            return self.quantizer.soft(x, following(self.quantizer, x), reaching)
         return self.quantizer.soft(x, None if self.held is None else self.held.params(), reaching)
 
     def settle(self, x: Tensor) -> QTensor | QuantParams:  # noqa: D102
@@ -48,14 +54,38 @@ class StraightThrough(Learned):
         return None if self.held is None else self.quantizer.harden(self.held.params())
 
 
+def following(quantizer: Quantizer, x: Tensor) -> QuantParams | None:
+    """Raw parameters measured on ``x``, with the gradient of its blocks' ranges; None where there is none to give.
+
+    Of absmax and minmax it is the rule's own; any other rule's scale is taken to grow with a block's largest magnitude.
+    """
+    shape = quantizer.granularity.scale_shape(x.shape)
+    if has_range(quantizer):
+        whole = torch.ones(shape, dtype=torch.float32, device=x.device)
+        return shared_range(quantizer, x, whole, whole)
+    raw = quantizer.soften(quantizer.measured(x.detach(), None))
+    if quantizer.granularity.factored or not isinstance(raw.scale, Tensor) or not x.requires_grad:
+        return None
+    largest = quantizer.granularity.to_blocks(x).float().abs().amax(1).reshape(shape)
+    grown = torch.where(largest > 0, largest / largest.detach(), torch.ones_like(largest))
+    return replace(raw, scale=raw.scale * grown)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ste(Part):
-    """No options."""
+    """Options of the method.
+
+    Attributes:
+        through: the gradient goes through measured scales too, by what decides them, the extremes of each block: so
+            what is in front learns what a range costs all that share it.
+    """
+
+    through: bool = False
 
     def begin(self, quantizer: Quantizer, x: Tensor, start: QuantParams | None, side: str) -> Learned:  # noqa: D102
         if start is None and quantizer.static:
             start = quantizer.measured(x, None)
-        return StraightThrough(quantizer, side, start)
+        return StraightThrough(quantizer, side, start, self.through)
 
 
 PART = Ste

@@ -65,6 +65,23 @@ class LinearFold:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QueryKeyFold:
+    """Two linears whose outputs attention multiplies with each other: a channel of one over s, of the other times s.
+
+    ``rows``: where queries and keys are among the rows, as in :class:`LinearFold`; ``value_heads``: several heads of
+    queries may read one of keys. ``rotary``: a rotary embedding lies between, which mixes channel i of a head with
+    channel i plus half of what it rotates: the two share a factor. ``unless``: modules of the block that would lie
+    between, too, and are no such step (norms of queries and keys); with one of them the pair is off.
+    """
+
+    query: str
+    key: str
+    rows: Rows = "all"
+    rotary: bool = False
+    unless: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Flow:
     """A tensor that goes from block to block beside the hidden states: T5's position bias, a second stream of tokens.
 
@@ -94,6 +111,7 @@ class Adapter:
         head: path of the output projection; None if unknown.
         norm_folds, linear_folds: fold pairs, names relative to a block. Where blocks differ (dense and sparse ones),
             the pairs whose names a block doesn't have are for the other kind.
+        query_key_folds: pairs of queries and keys, names relative to a block, as far as the block has them.
         writers: what adds its output to the hidden states that go from block to block, names relative to a block; of
             families alone whose norms are RMS norms (so that these states may be rotated). Where blocks differ, those
             that a block doesn't have are for the other kind.
@@ -118,6 +136,7 @@ class Adapter:
     head: str | None
     norm_folds: tuple[NormFold, ...] = ()
     linear_folds: tuple[LinearFold, ...] = ()
+    query_key_folds: tuple[QueryKeyFold, ...] = ()
     writers: tuple[str, ...] = ()
     decoder_blocks: str | None = None
     experts: str | None = None
@@ -202,6 +221,16 @@ class Adapter:
         alive = [f for f in self.linear_folds if _holds(f.when, config)]
         return [f for f in alive if _at(block, f.first) is not None and _at(block, f.second) is not None]
 
+    def query_key_folds_of(self, block: nn.Module, config: PreTrainedConfig) -> list[QueryKeyFold]:
+        """The query-key folds whose two modules this block has, with nothing but a rotary embedding between them."""
+        return [
+            fold
+            for fold in self.query_key_folds
+            if _at(block, fold.query) is not None
+            and _at(block, fold.key) is not None
+            and not any(_at(block, name) is not None for name in fold.unless)
+        ]
+
     def writers_of(self, block: nn.Module) -> list[str]:
         """The :attr:`writers` that a block has."""
         return [name for name in self.writers if _at(block, name) is not None]
@@ -263,6 +292,50 @@ def feeding_rows(fold: LinearFold, config: PreTrainedConfig, channels: int) -> T
         return head * 3 * width + 2 * width + within
     kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
     return head // (heads // kv_heads) * width + within
+
+
+def query_key_rows(
+    fold: QueryKeyFold, config: PreTrainedConfig, queries: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Which rows make the channels of queries and keys, and which free factor each has.
+
+    Args:
+        fold: the pair.
+        config: the model's, for its heads and for how much of each its rotary embedding rotates.
+        queries: rows of ``fold.query``.
+
+    Returns:
+        Of queries and of keys (rows, units): int64 [channels] each. Channel by channel of a key head, in all query
+        heads that read it, the unit is one; so it is of the two that a rotary embedding mixes.
+    """
+    heads: int = config.num_attention_heads
+    kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
+    kv_heads = heads if fold.rows != "value_heads" else kv_heads
+    fused = fold.rows not in ("all", "value_heads")
+    width = queries // heads // (3 if fused else 1)
+    within = torch.arange(width)
+    unit = within
+    if fold.rotary:
+        half = int(width * _rotated(config)) // 2
+        unit = torch.where(within < 2 * half, within % max(1, half), within - half)
+    per_head = int(unit.max()) + 1
+
+    def side(many: int, offset: int) -> tuple[Tensor, Tensor]:
+        head = torch.arange(many)[:, None]
+        if fold.rows == "third_of_each_head":
+            rows = head * 3 * width + offset * width + within
+        else:
+            rows = head * width + within + (offset * heads * width if fold.rows == "last_third" else 0)
+        return rows.flatten(), (head // (many // kv_heads) * per_head + unit).flatten()
+
+    return side(heads, 0), side(kv_heads, int(fused))
+
+
+def _rotated(config: PreTrainedConfig) -> float:
+    """The share of a head's channels that a rotary embedding rotates."""
+    found = getattr(config, "rope_parameters", None) or {}
+    share: float = found.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    return share
 
 
 REGISTRY = Registry("nybble.models.adapters", "model family", lambda part: isinstance(part, Adapter))

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import FileError, SchemeError
+from nybble.learned._reaching import reaching
+from nybble.learned.ste import following
 from nybble.nn.compiled import fake_quantize, static_params
 from nybble.qtensor import Factored, QTensor, QuantParams, dense
 from nybble.quantizer import Quantizer
@@ -22,6 +24,9 @@ class ActivationQuantizer(nn.Module):
         quantizer: the specification; a static one has a granularity that is calibrated once.
         params: for a static quantizer: calibrated scale, zero point, offset, one value each. A Factored scale is kept
             as its granularity stores it: of a shifted one, the columns' exponents as integers (``shifts``, uint8).
+
+    Attributes:
+        through: whether the gradient goes through measured scales too (:class:`nybble.learned.ste.Ste`).
     """
 
     def __init__(self, quantizer: Quantizer, params: QuantParams | None = None) -> None:
@@ -30,12 +35,16 @@ class ActivationQuantizer(nn.Module):
         if (params is None) == quantizer.static:
             raise FileError(f"{quantizer}: a static quantizer, and only that, comes with calibrated parameters.")
         self.quantizer, self._line = quantizer, str(quantizer)
+        self.through = False
         for part, value in _parts(quantizer, params).items():
             self.register_buffer(part, value)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         parts = {part: value for part, value in self._buffers.items() if value is not None}
         training = torch.is_grad_enabled() and x.requires_grad  # what trains in front of it is not to stand still
+        if training and self.through and not parts:
+            soft: Tensor = self.quantizer.soft(x, following(self.quantizer, x), reaching)
+            return soft
         if training or torch.compiler.is_compiling():
             rounded: Tensor = fake_quantize(x, list(parts.values()), " ".join(parts), self._line)
             return rounded

@@ -17,13 +17,16 @@ from torch import Tensor
 from nybble.core.errors import SchemeError
 from nybble.core.registry import Registry
 from nybble.core.shapes import Bool, Float, Float32
-from nybble.learned import ACTIVATIONS, WEIGHTS, Part, part_name
+from nybble.learned import ACTIVATIONS, WEIGHTS, Part, make_part, part_name
+from nybble.learned.transforms import LearnedTransform
 from nybble.nn.kinds import Target
 from nybble.quantizer import Quantizer
 from nybble.recipe import ROOMS
 
 REGISTRY = Registry(*ROOMS["reconstruction"], lambda part: isinstance(part, type) and issubclass(part, Reconstruction))
 
+FOLLOWS = make_part("ste", {"through": True})
+"""Rounds, under a learned transform, what nothing else is learned of; the transform learns what ranges cost."""
 FLOAT = "float"
 """A target: what the float blocks give for what the float network gives them."""
 LOCAL = "local"
@@ -37,7 +40,9 @@ class Reconstruction(ABC):
     """The engine's options; a loss adds its own.
 
     Attributes:
-        weights, inputs: what is learned of a layer's weight, or of its input; at least one of the two.
+        weights, inputs: what is learned of a layer's weight, or of its input.
+        block: a transform of all of a block's float weights that is learned, and folded into them at the end. At least
+            one of the three is learned.
         window: blocks that are optimised together. overlap: how many of them the next window has too; their parts go
             on from what they learned.
         steps: of the optimiser for each window; each takes one batch of calibration samples.
@@ -62,6 +67,7 @@ class Reconstruction(ABC):
 
     weights: Part | None = None
     inputs: Part | None = None
+    block: LearnedTransform | None = None
     window: int = 1
     overlap: int = 0
     steps: int = 200
@@ -85,11 +91,20 @@ class Reconstruction(ABC):
     """What the loss compares with: :data:`FLOAT`, and of :data:`LOCAL` and :data:`FISHER` what it needs."""
 
     def __post_init__(self) -> None:
-        if self.weights is None and self.inputs is None:
-            raise SchemeError("a reconstruction learns nothing without a part: name one for weights or inputs.")
+        if self.weights is None and self.inputs is None and self.block is None:
+            raise SchemeError("a reconstruction learns nothing without a part: name one for weights, inputs or block.")
+        self._check_transform()
         self._check_numbers()
         self._check_words()
         self._check_rates()
+
+    def _check_transform(self) -> None:
+        if self.block is not None and self.weights is not None and self.weights.fixes_x:
+            raise SchemeError(
+                f"{part_name(self.weights)} holds the weight that it began with, and block="
+                f"{LearnedTransform.registry.key_of(self.block)} changes it in every step; name weights: clip, lsq "
+                "or sign-round, or leave one of the two out."
+            )
 
     def _check_numbers(self) -> None:
         if self.window < 1 or not 0 <= self.overlap < self.window:
@@ -126,7 +141,8 @@ class Reconstruction(ABC):
             )
 
     def _check_rates(self) -> None:
-        groups = {group for part in (self.weights, self.inputs) if part for group in part.groups}
+        parts = (self.weights, self.inputs, self.block)
+        groups = {group for part in parts if part for group in part.groups}
         if not groups:
             names = " and ".join(part_name(part) for part in (self.weights, self.inputs) if part)
             raise SchemeError(
@@ -161,16 +177,21 @@ class Reconstruction(ABC):
         """Whether any part of a target is learned."""
         return target.kind.shares_input and (self._weight(target) is not None or self._input(target) is not None)
 
+    @property
+    def follower(self) -> Part | None:
+        """What rounds a weight: the part that learns it; under a transform alone its quantizer, measured anew."""
+        return FOLLOWS if self.weights is None and self.block is not None else self.weights
+
     def check(self, target: Target, quantizer_for: Any) -> None:
         """Raise SchemeError where a part can't be learned; ``quantizer_for`` gives what the solver rounds to."""
         weight, inputs = self._weight(target), self._input(target)
-        if self.weights is not None and weight is not None:
-            self.weights.check(quantizer_for(weight), WEIGHTS)
+        if self.follower is not None and weight is not None:
+            self.follower.check(quantizer_for(weight), WEIGHTS)
         if self.inputs is not None and inputs is not None:
             self.inputs.check(inputs, ACTIVATIONS)
 
     def _weight(self, target: Target) -> Quantizer | None:
-        return target.rule.weights if self.weights is not None else None
+        return target.rule.weights if self.follower is not None else None
 
     def _input(self, target: Target) -> Quantizer | None:
         return target.rule.inputs if self.inputs is not None else None

@@ -10,6 +10,7 @@ targets         what the window should give, for every batch
 optimizing      update rules, learning rates, clipped gradients
 training        the loop over steps; keeping: the best state of it; inputs: what a step is fed
 gradients       forward and backward of a step; on a GPU recorded, and replayed
+transforming    a learned transform of a block's float weights
 moves           what it did, as numbers for the report
 ==============  =====================================================================================
 """
@@ -25,13 +26,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nybble.calibration.block import BlockState
 from nybble.calibration.window import Window
 from nybble.core.errors import LearningError
+from nybble.learned import Learned
+from nybble.learned.transforms import Moving
 from nybble.nn.fake import FakeLayer
+from nybble.nn.kinds import Target
 from nybble.reconstruction import REGISTRY, Reconstruction
 from nybble.reconstruction.moves import curve, short
 from nybble.reconstruction.targets import Wanted, output_of, wanted_of
 from nybble.reconstruction.training import Trained, train
+from nybble.reconstruction.transforming import begin_transform, learning_through, transformed
 from nybble.reconstruction.twins import put_twins, twins_of
 
 
@@ -62,18 +68,19 @@ def reconstruct(window: Window, options: Reconstruction) -> Outcome:
     with wanted_of(window, options.targets) as wanted:
         losses = _evaluate(window, options, wanted)
         before = sum(losses) / len(losses)
-        carried = {twin: _state_of(twin) for state in window.blocks for twin in twins_of(state).values()}
-        for state in window.blocks:
-            put_twins(state, [target for target in state.targets if options.learns(target)], options)
+        carried = {part: _state_of(part) for state in window.blocks for part in _learning(state)}
+        for number, state in enumerate(window.blocks):
+            begin_transform(window, number, options)
+            put_twins(state, _learned(state, options), options)
         twins = [twin for state in window.blocks for twin in twins_of(state).values()]
-        groups = _groups(twins)
+        groups = _groups(window, twins)
         if not groups:  # a code book, a split tensor: codes as the solver left them
             _go_back(window, carried)
             text = f"window of {len(window.blocks)}: nothing in it can be learned; as the solver left it"
             _note(window, options, text)
             return Outcome(before=before, after=before, kept=False)
         try:
-            with torch.enable_grad(), _frozen(window, twins):
+            with torch.enable_grad(), _frozen(window, twins), learning_through(window):
                 trained = train(window, options, wanted, twins, groups, losses, _judge(window, options, wanted))
             after = _mean(_evaluate(window, options, wanted))
             if not math.isfinite(after):
@@ -88,13 +95,31 @@ def reconstruct(window: Window, options: Reconstruction) -> Outcome:
     return Outcome(before=before, after=min(before, after), kept=kept)
 
 
-def _state_of(twin: FakeLayer) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in twin.state_dict().items()}
+def _learned(state: BlockState, options: Reconstruction) -> list[Target]:
+    """The targets of a block of which something is learned: of their own, or with the block."""
+    change = transformed(state)
+    touched = frozenset() if change is None else change.moving.touched
+    return [target for target in state.targets if options.learns(target) or target.name in touched]
 
 
-def _go_back(window: Window, carried: Mapping[FakeLayer, Mapping[str, Tensor]]) -> None:
+def _learning(state: BlockState) -> list[nn.Module]:
+    """All that has something to learn in a block: its twins, and its transform."""
+    change = transformed(state)
+    return [*twins_of(state).values(), *(() if change is None else (change.moving,))]
+
+
+def _state_of(part: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in part.state_dict().items()}
+
+
+def _go_back(window: Window, carried: Mapping[nn.Module, Mapping[str, Tensor]]) -> None:
     """Every layer as it was before the window was learned."""
     for state in window.blocks:
+        change = transformed(state)
+        if change is not None and change.moving in carried:
+            change.moving.load_state_dict(carried[change.moving])
+        else:
+            state.lends = None
         for target in state.targets:
             twin = state.installed(target)
             if isinstance(twin, FakeLayer) and twin in carried:
@@ -126,10 +151,12 @@ def _judge(window: Window, options: Reconstruction, wanted: Wanted) -> Any:
     return lambda: _mean(_evaluate(window, options, wanted))
 
 
-def _groups(twins: Sequence[FakeLayer]) -> dict[str, list[nn.Parameter]]:
+def _groups(window: Window, twins: Sequence[FakeLayer]) -> dict[str, list[nn.Parameter]]:
     """What is learned, by learning-rate group."""
     groups: dict[str, list[nn.Parameter]] = {}
-    for learned in (part for twin in twins for _, part in twin.learned()):
+    parts: list[Learned | Moving] = [part for twin in twins for _, part in twin.learned()]
+    parts += [change.moving for state in window.blocks if (change := transformed(state)) is not None]
+    for learned in parts:
         for name, parameters in learned.groups().items():
             groups.setdefault(name, []).extend(parameters)
     return groups
@@ -178,8 +205,9 @@ def _note(window: Window, options: Reconstruction, text: str) -> list[Any]:
     """Add a note to the records of what is learned; returns them."""
     found = []
     for state in window.blocks:
+        learned = _learned(state, options)
         for target in state.targets:
-            if options.learns(target) and target.name in state.records:
+            if target in learned and target.name in state.records:
                 state.records[target.name].notes.append(text)
                 found.append(state.records[target.name])
     return found

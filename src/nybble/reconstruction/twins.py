@@ -9,6 +9,7 @@ from torch import Tensor
 from nybble.calibration.block import BlockState, Record
 from nybble.learned import ACTIVATIONS, WEIGHTS, Learned
 from nybble.learned._fixed import Fixed
+from nybble.learned.ste import StraightThrough
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.fake import FakeLayer
 from nybble.nn.kinds import Target
@@ -19,6 +20,7 @@ from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 from nybble.reconstruction import Reconstruction
 from nybble.reconstruction.moves import moves
+from nybble.reconstruction.transforming import transformed
 
 
 def put_twins(state: BlockState, targets: Sequence[Target], options: Reconstruction) -> None:
@@ -33,27 +35,45 @@ def put_twins(state: BlockState, targets: Sequence[Target], options: Reconstruct
 
 
 def _twin(state: BlockState, target: Target, layer: QuantLayer, options: Reconstruction) -> FakeLayer:
-    truth, record = state.matrix(target).float(), state.records[target.name]
+    truth, record, change = state.matrix(target).float(), state.records[target.name], transformed(state)
+    begin, sample = truth, None if record.sample is None else record.sample.float()
+    if change is not None and target.name in change.moving.touched:
+        begin = change.matrix(target, change.values()).detach()
+        sample = None if sample is None else change.moving.inputs(target.name, sample)
     weights: Learned | None = None
     if isinstance(layer.weight, Packed):
-        weights = _weights(layer.weight.qtensor(), truth, record, options)
+        weights = _weights(layer.weight.qtensor(), begin, record, options, begin is not truth)
     inputs: Learned | ActivationQuantizer | None = layer.inputs
-    if options.inputs is not None and layer.inputs is not None and record.sample is not None:
-        start = record.inputs[1]
-        inputs = options.inputs.make(layer.inputs.quantizer, record.sample.float(), start, ACTIVATIONS)
+    if options.inputs is not None and layer.inputs is not None and sample is not None:
+        inputs = options.inputs.make(layer.inputs.quantizer, sample, record.inputs[1], ACTIVATIONS)
+    elif change is not None:
+        inputs = _following(layer.inputs)
+    outputs = layer.outputs if change is None else _following(layer.outputs)
     like, folded = state.float_module(target.module), state.folded.get(target.name, "")
-    return FakeLayer(like, truth, weights, inputs, layer.outputs, trainable=False, folded=folded)
+    return FakeLayer(like, truth, weights, inputs, outputs, trainable=False, folded=folded)
 
 
-def _weights(packed: QTensor, truth: Tensor, record: Record, options: Reconstruction) -> Learned:
-    """What rounds a weight: the learned part where there is one for it, else the codes as they are."""
-    if options.weights is not None and isinstance(packed, BlockQTensor) and record.quantizer is not None:
-        return options.weights.make(record.quantizer, truth, packed if options.weights.takes_start else None, WEIGHTS)
+def _following(given: ActivationQuantizer | None) -> StraightThrough | None:
+    """A quantizer of activations through whose measured scales a transform learns."""
+    return None if given is None else StraightThrough(given.quantizer, ACTIVATIONS, given.params(), through=True)
+
+
+def _weights(packed: QTensor, truth: Tensor, record: Record, options: Reconstruction, moved: bool) -> Learned:
+    """What rounds a weight: the learned part where there is one for it, else the codes as they are.
+
+    Of a weight that a transform has ``moved`` the solver's scales fit nothing.
+    """
+    part = options.follower if moved else options.weights
+    if part is not None and isinstance(packed, BlockQTensor) and record.quantizer is not None:
+        return part.make(record.quantizer, truth, packed if part.takes_start and not moved else None, WEIGHTS)
     return Fixed(packed, record.quantizer or Quantizer("int8"))
 
 
 def settle_twins(state: BlockState) -> None:
-    """Let the packed layers that the twins of a block come to stand in their place."""
+    """Let the packed layers that the twins of a block come to stand in their place; a learned transform is folded."""
+    change = transformed(state)
+    if change is not None:
+        change.settle()
     for target in state.targets:
         twin = state.installed(target)
         if isinstance(twin, FakeLayer):

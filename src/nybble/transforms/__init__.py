@@ -1,48 +1,28 @@
 """Transforms: rewrite a block so that it computes the same in float and loses less when quantized. One method a file.
 
-What a transform does to a block is a list of :class:`Rewrite`: each a *function* of some weights and of parameters (the
-factors, an order of channels, a rotation), so that the parameters can also be learned. Which weights may be rewritten
-together is the adapter's knowledge; what calibration sees of the channels between them is gathered when asked for.
+What a transform does to a block is a list of :class:`~nybble.calibration.folds.Rewrite`: each a *function* of some
+weights and of parameters (the factors, an order of channels, a rotation), so that the parameters can also be learned.
+Which weights may be rewritten together is the adapter's knowledge; what calibration sees of the channels between them
+is gathered when asked for.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
-
-from nybble.calibration.block import BlockState
+from nybble.calibration.folds import Rewrite
 from nybble.calibration.window import Window
 from nybble.core.errors import ModelError
 from nybble.core.registry import Registry
 from nybble.models.adapter import Adapter
 from nybble.recipe import ROOMS
 
+__all__ = ["REGISTRY", "Rewrite", "Transform", "make_transform"]
+
 REGISTRY = Registry(*ROOMS["transform"], lambda part: isinstance(part, type) and issubclass(part, Transform))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rewrite:
-    """Weights that change together.
-
-    Attributes:
-        weights: names of the parameters that are read, relative to the block; any of them may change.
-        parameters: what the change depends on beside the weights.
-        function: (weights, parameters) -> the weights that changed, float32; differentiable in both.
-    """
-
-    weights: tuple[str, ...]
-    parameters: Mapping[str, Tensor]
-    function: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]]
-
-    def apply(self, state: BlockState) -> None:
-        """Rewrite a block."""
-        found = self.function({name: state.get(name) for name in self.weights}, self.parameters)
-        for name, value in found.items():
-            state.put(name, value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.calibration.block import BlockState, Record
+from nybble.calibration.window import Window
 from nybble.checkpoint.parts import Parts
 from nybble.core.files import atomic_write_json
 from nybble.core.tensorfile import write_tensorfile
@@ -24,6 +25,7 @@ from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import describe, restore
 from nybble.nn.layouts import Layouts
 from nybble.quantizer import Quantizer
+from nybble.reconstruction.transforming import resume_transform, transformed
 from nybble.reconstruction.twins import put_twins, twins_of
 from nybble.walk.blocks import put
 from nybble.walk.job import Job
@@ -61,6 +63,9 @@ class Carry:
                 for key, tensor in twin.state_dict().items():
                     if not key.endswith("weight.latent"):  # the truth is there already
                         tensors[f"{index}.twin.{name}.{key}"] = tensor
+            change = transformed(state)
+            for key, tensor in ({} if change is None else change.moving.state_dict()).items():
+                tensors[f"{index}.transform.{key}"] = tensor
             records = {}
             for name, record in state.records.items():
                 records[name] = _plain(record)
@@ -73,14 +78,16 @@ class Carry:
                 "layouts": layouts.entries,
                 "records": records,
                 "twins": list(twins_of(state)),
+                "places": [] if change is None else [place.name for place in change.moving.places],
             }
         write_tensorfile(self.tensors, {name: t.detach().contiguous() for name, t in tensors.items()}, {})
         atomic_write_json(self.json, blocks)
 
-    def read(self, index: int, state: BlockState, job: Job) -> None:
-        """Bring a block back to where it was; ``state``: the block as the source has it."""
+    def read(self, index: int, window: Window, job: Job) -> None:
+        """Bring a block back to where it was; ``window``: the block as the source has it."""
         from safetensors.torch import load_file
 
+        state = window.block
         stored: dict[str, Tensor] = load_file(self.tensors, device=str(job.device))
         entry = json.loads(Path(self.json).read_text(encoding="utf-8"))[str(index)]
         truth = _below(stored, f"{index}.truth.")
@@ -95,6 +102,8 @@ class Carry:
         for name, plain in entry["records"].items():
             state.records[name] = _record(plain, _below(stored, f"{index}.record.{name}."), state, name)
         for step in job.reconstructions:
+            moved = _below(stored, f"{index}.transform.")
+            resume_transform(window, step.reconstruction, entry["places"], moved)
             put_twins(state, [t for t in state.targets if t.name in entry["twins"]], step.reconstruction)
         for name, twin in twins_of(state).items():
             twin.load_state_dict(_below(stored, f"{index}.twin.{name}."), strict=False)

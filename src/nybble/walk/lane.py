@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,7 +72,7 @@ class Lane:
         self.calibration = Calibration(
             tokens=0 if job.tokens is None else job.tokens.tokens, samples=samples,
             batches=-(-samples // job.settings.batch), device=job.device, dtype=job.dtype, seed=job.settings.seed,
-            config=job.model.config, paths=job.paths,
+            config=job.model.config, paths=job.paths, adapter=job.adapter,
             spill=None if spill is None else spill / f"{SPILL}wanted",
         )  # fmt: skip
 
@@ -246,7 +247,7 @@ class Lane:
     def _advance(self, index: int, path: str, stream: Stream) -> None:
         torch.manual_seed(derive_seed(self.job.settings.seed, part_name(index), "advance"))
         state = self.states[index]
-        with state.on(path) as module:
+        with state.on(path) as module, state.as_it_came() if path == "float" else nullcontext():
             hold_dense(module, self.job.dtype)
             for start in stream:
                 stream.write(start, stream.calls[start][self._in_stack(index)].run(module, stream.read(start)))
@@ -286,7 +287,8 @@ class Lane:
         if last and span.leave < span.stop:
             carry = Carry(parts, span.leave)
             for index in range(span.leave, span.stop):
-                carry.read(index, self.load(index), self.job)
+                self.load(index)
+                carry.read(index, self.window(index, index + 1, ""), self.job)
         return [LayerRow.from_dict(row) for i in range(span.start, span.leave) for row in parts.rows(part_name(i))]
 
     def _empty(self, index: int) -> BlockState:

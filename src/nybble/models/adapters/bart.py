@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nybble.models.adapter import Adapter, LinearFold
+from nybble.models.adapter import Adapter, LinearFold, QueryKeyFold
 
 PART = Adapter(
     name="bart",
@@ -16,6 +16,10 @@ PART = Adapter(
     linear_folds=(
         LinearFold(first="self_attn.v_proj", second="self_attn.out_proj", heads=True),
         LinearFold(first="encoder_attn.v_proj", second="encoder_attn.out_proj", heads=True),
+    ),
+    query_key_folds=(
+        QueryKeyFold(query="self_attn.q_proj", key="self_attn.k_proj"),
+        QueryKeyFold(query="encoder_attn.q_proj", key="encoder_attn.k_proj"),
     ),
     limits=(
         "norms can't be folded into linears: their outputs are also the next residual (post-norm)",

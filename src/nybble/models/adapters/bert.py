@@ -6,7 +6,7 @@ reads them.
 
 from __future__ import annotations
 
-from nybble.models.adapter import Adapter, LinearFold
+from nybble.models.adapter import Adapter, LinearFold, QueryKeyFold
 
 PART = Adapter(
     name="bert",
@@ -17,6 +17,7 @@ PART = Adapter(
     head=None,
     reads="sentences",
     linear_folds=(LinearFold(first="attention.self.value", second="attention.output.dense", heads=True),),
+    query_key_folds=(QueryKeyFold(query="attention.self.query", key="attention.self.key"),),
     limits=(
         "norms can't be folded into linears: their outputs are also the next residual (post-norm)",
         "intermediate.dense -> output.dense can't be folded: GELU between them is not homogeneous",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nybble.models.adapter import Adapter, LinearFold, NormFold
+from nybble.models.adapter import Adapter, LinearFold, NormFold, QueryKeyFold
 
 PART = Adapter(
     name="gpt2",
@@ -16,5 +16,6 @@ PART = Adapter(
         NormFold(norm="ln_2", readers=("mlp.c_fc",)),
     ),
     linear_folds=(LinearFold(first="attn.c_attn", second="attn.c_proj", rows="last_third", heads=True),),
+    query_key_folds=(QueryKeyFold(query="attn.c_attn", key="attn.c_attn", rows="last_third"),),
     limits=("mlp.c_fc -> mlp.c_proj can't be folded: GELU between them is not homogeneous",),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nybble.models.adapter import Adapter, LinearFold, NormFold
+from nybble.models.adapter import Adapter, LinearFold, NormFold, QueryKeyFold
 
 PART = Adapter(
     name="gpt-neox",
@@ -17,6 +17,11 @@ PART = Adapter(
     ),
     linear_folds=(
         LinearFold(first="attention.query_key_value", second="attention.dense", rows="third_of_each_head", heads=True),
+    ),
+    query_key_folds=(
+        QueryKeyFold(
+            query="attention.query_key_value", key="attention.query_key_value", rows="third_of_each_head", rotary=True
+        ),
     ),
     renames=(("embed_out.", "lm_head."),),
     limits=("mlp.dense_h_to_4h -> mlp.dense_4h_to_h can't be folded: GELU between them is not homogeneous",),

@@ -13,6 +13,7 @@ PART = replace(
     model_types=("longt5",),
     norm_folds=(),
     linear_folds=(),
+    query_key_folds=(),
     limits=("norms and linears can't be folded: attention has other names in the encoder than in the decoder",),
     flows=(
         Flow(name="position_bias", gives=1, takes=1, once=True),

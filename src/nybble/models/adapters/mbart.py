@@ -6,7 +6,7 @@ decoder blocks read: only the queries' pair folds inside a block.
 
 from __future__ import annotations
 
-from nybble.models.adapter import Adapter, LinearFold, NormFold
+from nybble.models.adapter import Adapter, LinearFold, NormFold, QueryKeyFold
 
 PART = Adapter(
     name="mbart",
@@ -25,6 +25,10 @@ PART = Adapter(
     linear_folds=(
         LinearFold(first="self_attn.v_proj", second="self_attn.out_proj", heads=True),
         LinearFold(first="encoder_attn.v_proj", second="encoder_attn.out_proj", heads=True),
+    ),
+    query_key_folds=(
+        QueryKeyFold(query="self_attn.q_proj", key="self_attn.k_proj"),
+        QueryKeyFold(query="encoder_attn.q_proj", key="encoder_attn.k_proj"),
     ),
     limits=("fc1 -> fc2 can't be folded: GELU or ReLU between them, and a fold pair must hold for every config",),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nybble.models.adapter import Adapter, LinearFold, NormFold
+from nybble.models.adapter import Adapter, LinearFold, NormFold, QueryKeyFold
 
 # After-norms also feed the residual stream, so their factors can't move into the linears alone.
 PRE_NORM = (("do_layer_norm_before", True),)
@@ -27,4 +27,5 @@ PART = Adapter(
         # relu(s * x) = s * relu(x) for s > 0.
         LinearFold(first="fc1", second="fc2", when=(("activation_function", "relu"),)),
     ),
+    query_key_folds=(QueryKeyFold(query="self_attn.q_proj", key="self_attn.k_proj"),),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nybble.models.adapter import Adapter, LinearFold, NormFold
+from nybble.models.adapter import Adapter, LinearFold, NormFold, QueryKeyFold
 
 ROUTED = ("mlp.gate", "mlp.experts.gate_up_proj")
 SHARED = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert_gate")
@@ -27,6 +27,15 @@ PART = Adapter(
             first="mlp.shared_expert.up_proj",
             second="mlp.shared_expert.down_proj",
             gates=("mlp.shared_expert.gate_proj",),
+        ),
+    ),
+    query_key_folds=(
+        QueryKeyFold(
+            query="self_attn.q_proj",
+            key="self_attn.k_proj",
+            rows="value_heads",
+            rotary=True,
+            unless=("self_attn.q_norm", "self_attn.k_norm"),
         ),
     ),
     writers=("self_attn.o_proj", "mlp.down_proj", "mlp.experts.down_proj", "mlp.shared_expert.down_proj"),

@@ -12,5 +12,6 @@ PART = replace(
     model_types=("switch_transformers",),
     norm_folds=(),
     linear_folds=(),
+    query_key_folds=(),
     limits=("norms and linears can't be folded: what reads a norm differs between dense and sparse blocks",),
 )

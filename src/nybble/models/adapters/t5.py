@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nybble.models.adapter import Adapter, Flow, LinearFold, NormFold
+from nybble.models.adapter import Adapter, Flow, LinearFold, NormFold, QueryKeyFold
 
 PLAIN_RELU = (("dense_act_fn", "relu"), ("is_gated_act", False))
 GATED = (("is_gated_act", True),)
@@ -37,6 +37,10 @@ PART = Adapter(
             for n in (1, 2)
             for first, gates, when in (("wi", (), PLAIN_RELU), ("wi_1", ("wi_0",), GATED))
         ),
+    ),
+    query_key_folds=(
+        QueryKeyFold(query="layer.0.SelfAttention.q", key="layer.0.SelfAttention.k"),
+        QueryKeyFold(query="layer.1.EncDecAttention.q", key="layer.1.EncDecAttention.k"),
     ),
     flows=(
         Flow(name="position_bias", gives=1, takes=1, once=True),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nybble.models.adapter import Adapter, LinearFold, NormFold
+from nybble.models.adapter import Adapter, LinearFold, NormFold, QueryKeyFold
 
 PART = Adapter(
     name="vit",
@@ -17,5 +17,6 @@ PART = Adapter(
         NormFold(norm="layernorm_after", readers=("mlp.fc1",)),
     ),
     linear_folds=(LinearFold(first="attention.v_proj", second="attention.o_proj", heads=True),),
+    query_key_folds=(QueryKeyFold(query="attention.q_proj", key="attention.k_proj"),),
     limits=("mlp.fc1 -> mlp.fc2 can't be folded: GELU between them is not homogeneous",),
 )

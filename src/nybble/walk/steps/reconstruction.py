@@ -55,8 +55,24 @@ class ReconstructionStep(BlockStep):
                 f"{self.name} finds nothing to learn: the scheme quantizes no layer inside the blocks of the sides "
                 "(weights, inputs) that it names."
             )
+        self._check_transform(subject)
         if self.reconstruction.inputs is not None and not inputs:
             raise SchemeError(f"{self.name} learns inputs, and the scheme rounds none; leave inputs out, or add them.")
+
+    def _check_transform(self, subject: Subject) -> None:
+        """A transform alone must find something; beside a part it does where it can."""
+        options, adapter, config = self.reconstruction, subject.adapter, subject.model.config
+        if options.block is None or options.weights is not None or options.inputs is not None:
+            return
+        for block in adapter.blocks_of(subject.model):
+            folds = (adapter.norm_folds_of, adapter.linear_folds_of, adapter.query_key_folds_of)
+            if any(find(block, config) for find in folds):
+                return
+        reasons = "; ".join(adapter.limits_of(config)) or "its adapter lists no such pair"
+        raise SchemeError(
+            f"{self.name} learns a transform alone, and finds no channels to rescale in this model: {reasons}. Name a "
+            "part for weights or inputs (weights: clip)."
+        )
 
     def cost(self, subject: Subject, targets: Sequence[Target], load: Load) -> Cost:
         """A block's float32 truth, up to two parameters an element with gradients and moments, activations twice."""
@@ -68,8 +84,10 @@ class ReconstructionStep(BlockStep):
         running = load.tokens * width * (2 * load.dtype.itemsize + 8)
         passes = 3 * self.reconstruction.steps * load.tokens + 3 * load.samples * load.seq_len
         hop = self.window - self.overlap
+        # with a transform every weight is rewritten in float32, with what its gradient needs
+        rewritten = 0 if self.reconstruction.block is None else 16
         return Cost(
-            held=(4 + 2 * 16 + 8) * elements + running,
+            held=(4 + 2 * 16 + 8 + rewritten) * elements + running,
             peak=kept // max(1, self.window),
             flops=2.0 * passes * elements * self.window / hop,
         )
