@@ -1,4 +1,4 @@
-"""Which recipe takes which format at which granularity, found by trying each on a small weight."""
+"""Which recipe takes which format at which granularity: its learned parts asked, its solver tried on a small weight."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 from nybble.core.errors import NybbleError
 from nybble.formats import format_names
 from nybble.granularity import REGISTRY
+from nybble.learned import Part
 from nybble.quantizer import Quantizer
 from nybble.recipe import load_recipe, recipe_names
-from nybble.solvers import Stats, Weight, make_solver
+from nybble.reconstruction import make_reconstruction
+from nybble.solvers import Solver, Stats, Weight, make_solver
 
 GRANULARITIES: list[str] = [part.example for part in REGISTRY.all().values()]
 
@@ -32,8 +34,10 @@ def legal_combinations(
     stats = Stats(second_moment=inputs.T @ inputs / 64, inputs=inputs)
     rows = []
     for recipe_name in recipe_names() if recipes is None else recipes:
-        step = load_recipe(recipe_name).solver
-        solver = make_solver(step.name, step.options).trial()
+        recipe = load_recipe(recipe_name)
+        solver = make_solver(recipe.solver.name, recipe.solver.options).trial()
+        engines = [make_reconstruction(s.name, s.options) for s in recipe.steps if s.kind == "reconstruction"]
+        parts = [engine.weights for engine in engines if engine.weights is not None]
         for name in format_names() if formats is None else formats:
             for granularity in GRANULARITIES:
                 rows.append(
@@ -41,22 +45,27 @@ def legal_combinations(
                         "recipe": recipe_name,
                         "format": name,
                         "granularity": granularity,
-                        "reason": _try(solver, name, granularity, matrix, stats),
+                        "reason": _try(solver, parts, name, granularity, matrix, stats),
                     }
                 )
     return rows
 
 
-def _try(solver: Any, name: str, granularity: str, matrix: torch.Tensor, stats: Stats) -> str:
+def quantizer_of(name: str, granularity: str) -> Quantizer:
+    """A format at a granularity; of one without negative values, with what lets it hold weights."""
+    quantizer = Quantizer(f"{name} {granularity}")
+    if quantizer.format.signed:
+        return quantizer
+    more = {"symmetric": False} if quantizer.format.is_integer else {"scale": "minmax(offset=true)"}
+    return quantizer.replace(**more)
+
+
+def _try(solver: Solver, parts: Sequence[Part], name: str, granularity: str, matrix: torch.Tensor, stats: Stats) -> str:
     try:
-        quantizer = Quantizer(f"{name} {granularity}")
-        solver.quantizer_for(quantizer)
-        if not quantizer.format.signed:
-            quantizer = (
-                quantizer.replace(symmetric=False)
-                if quantizer.format.is_integer
-                else quantizer.replace(scale="minmax(offset=true)")
-            )
+        solver.quantizer_for(Quantizer(f"{name} {granularity}"))
+        quantizer = quantizer_of(name, granularity)
+        for part in parts:
+            part.check(solver.quantizer_for(quantizer))
         solver.solve([Weight(name="weight", matrix=matrix, quantizer=quantizer)], stats)
     except NybbleError as error:
         return str(error)
