@@ -38,6 +38,8 @@ class Reconstruction(ABC):
 
     Attributes:
         weights, inputs: what is learned of a layer's weight, or of its input; at least one of the two.
+        norms, biases: whether the weights and biases of a block's normalisation layers, or the biases of its learned
+            layers, learn too, in groups of these names. They stay what they are stored as.
         window: blocks that are optimised together. overlap: how many of them the next window has too; their parts go
             on from what they learned.
         steps: of the optimiser for each window; each takes one batch of calibration samples.
@@ -62,6 +64,8 @@ class Reconstruction(ABC):
 
     weights: Part | None = None
     inputs: Part | None = None
+    norms: bool = False
+    biases: bool = False
     window: int = 1
     overlap: int = 0
     steps: int = 200
@@ -133,7 +137,7 @@ class Reconstruction(ABC):
                 f"a reconstruction has nothing to learn with {names} alone: it has no parameters beside the weights, "
                 "which stay; name adaround, clip or lsq."
             )
-        known = {"default", *groups}
+        known = {"default", *groups, *(name for name in ("norms", "biases") if getattr(self, name))}
         for group in self.rates:
             if group not in known:
                 raise SchemeError(

@@ -19,12 +19,14 @@ from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 from nybble.reconstruction import Reconstruction
 from nybble.reconstruction.moves import moves
+from nybble.reconstruction.norms import settle_norms
 
 
 def put_twins(state: BlockState, targets: Sequence[Target], options: Reconstruction) -> None:
     """Let a trainable twin stand for each quantized layer whose parts are learned.
 
-    It begins with that one's scales. A learned weight begins at the float one, so GPTQ's codes are not kept.
+    It begins with that one's scales. A learned weight begins at the float one, so GPTQ's codes are not kept, but by
+    parts that say so.
     """
     for target in targets:
         layer = state.installed(target)
@@ -48,12 +50,15 @@ def _twin(state: BlockState, target: Target, layer: QuantLayer, options: Reconst
 def _weights(packed: QTensor, truth: Tensor, record: Record, options: Reconstruction) -> Learned:
     """What rounds a weight: the learned part where there is one for it, else the codes as they are."""
     if options.weights is not None and isinstance(packed, BlockQTensor) and record.quantizer is not None:
+        if options.weights.keeps_codes:
+            truth = packed.dequantize()
         return options.weights.make(record.quantizer, truth, packed if options.weights.takes_start else None, WEIGHTS)
     return Fixed(packed, record.quantizer or Quantizer("int8"))
 
 
 def settle_twins(state: BlockState) -> None:
-    """Let the packed layers that the twins of a block come to stand in their place."""
+    """Let the packed layers that the twins of a block come to stand in their place; and normalisation layers."""
+    settle_norms(state)
     for target in state.targets:
         twin = state.installed(target)
         if isinstance(twin, FakeLayer):

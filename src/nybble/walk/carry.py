@@ -24,6 +24,7 @@ from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import describe, restore
 from nybble.nn.layouts import Layouts
 from nybble.quantizer import Quantizer
+from nybble.reconstruction.norms import norms_of, put_norms
 from nybble.reconstruction.twins import put_twins, twins_of
 from nybble.walk.blocks import put
 from nybble.walk.job import Job
@@ -61,6 +62,9 @@ class Carry:
                 for key, tensor in twin.state_dict().items():
                     if not key.endswith("weight.latent"):  # the truth is there already
                         tensors[f"{index}.twin.{name}.{key}"] = tensor
+            for name, norm in norms_of(state).items():
+                for key, tensor in norm.state_dict().items():
+                    tensors[f"{index}.norm.{name}.{key}"] = tensor
             records = {}
             for name, record in state.records.items():
                 records[name] = _plain(record)
@@ -73,6 +77,7 @@ class Carry:
                 "layouts": layouts.entries,
                 "records": records,
                 "twins": list(twins_of(state)),
+                "norms": list(norms_of(state)),
             }
         write_tensorfile(self.tensors, {name: t.detach().contiguous() for name, t in tensors.items()}, {})
         atomic_write_json(self.json, blocks)
@@ -96,6 +101,10 @@ class Carry:
             state.records[name] = _record(plain, _below(stored, f"{index}.record.{name}."), state, name)
         for step in job.reconstructions:
             put_twins(state, [t for t in state.targets if t.name in entry["twins"]], step.reconstruction)
+        if entry["norms"]:
+            put_norms(state)
+        for name, norm in norms_of(state).items():
+            norm.load_state_dict(_below(stored, f"{index}.norm.{name}."))
         for name, twin in twins_of(state).items():
             twin.load_state_dict(_below(stored, f"{index}.twin.{name}."), strict=False)
 
