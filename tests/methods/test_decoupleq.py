@@ -182,10 +182,21 @@ def test_scales_stay_positive() -> None:
     w, second = matrix(6, 32), moment(32)
     fitted, *_ = begun(w, second, "int3 group=16 scale_format=float32", DecoupleQ())
     fitted.values[:, :16] *= -1
-    before = fitted.errors()
+    before, scale = fitted.errors(), fitted.scale
     fitted.solve()
     assert bool((fitted.scale > 0).all()) and bool((fitted.errors() <= before).all())
     assert float(fitted.errors().sum()) < float(before.sum())
+    held = fitted.scale.view(6, 2)[:, 0] == scale.view(6, 2)[:, 0]
+    assert held.sum() >= 4  # and the other scale of these rows is the best beside it: no slope is left
+    slope, power = ((x[:, 16:] * (y @ fitted.second[0])[:, 16:]).sum(1) for x, y in pairs(fitted))
+    assert bool((slope.abs() < 1e-4 * power)[held].all())
+
+
+def pairs(fitted: Fitted) -> list[tuple[Tensor, Tensor]]:
+    """The second block's values with what is lost, and with themselves as weights."""
+    values = fitted.values.clone()
+    values[:, :16] = 0
+    return [(values, fitted.lost()), (values, values * fitted.scale.view(6, 2)[:, 1:])]
 
 
 def test_coarse_scales_are_swept_as_they_are_stored() -> None:
