@@ -68,7 +68,7 @@ def reconstruct(window: Window, options: Reconstruction) -> Outcome:
         carried = {part: _state_of(part) for state in window.blocks for part in (*_twins(state), *_norms(state))}
         for state in window.blocks:
             put_twins(state, [target for target in state.targets if options.learns(target)], options)
-            if options.norms:
+            if options.norms and twins_of(state):  # not of a block that stays in float
                 put_norms(state)
         twins = [twin for state in window.blocks for twin in _twins(state)]
         groups = _groups(twins, window, options)

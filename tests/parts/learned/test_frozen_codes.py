@@ -108,8 +108,8 @@ def test_training_comes_to_numpys_least_squares() -> None:
 
 
 # ---------------------------------------------------------------------------------------- as a recipe's last step
-def run(model: Any, *steps: dict[str, Any], **settings: Any) -> tuple[Any, Any]:
-    scheme = {"targets": ["re:.*_proj"], "weights": "int2 group=16 symmetric=false"}
+def run(model: Any, *steps: dict[str, Any], targets: str = "re:.*_proj", **settings: Any) -> tuple[Any, Any]:
+    scheme = {"targets": [targets], "weights": "int2 group=16 symmetric=false"}
     recipe = parse_recipe({"name": "x", "scheme": scheme, "steps": list(steps)})
     tokens = torch.randint(3, 300, (16, 16), generator=torch.Generator().manual_seed(0))
     given = nybble.Settings(samples=16, seq_len=16, batch=4, dtype=torch.float32, **settings)
@@ -214,3 +214,11 @@ def test_after_any_solver(tmp_path: Path, line: str) -> None:
     same = [torch.equal(found[0][name].codes, found[1][name].codes) for name in found[0]]
     moved = [not torch.equal(found[0][n].dequantize(), found[1][n].dequantize()) for n in found[0]]
     assert len(same) == 7 and all(same) and any(moved)
+
+
+def test_norms_of_blocks_that_stay_in_float_stay_too() -> None:
+    model, _ = run(tiny_model(dtype=torch.float32), {"solver": "rtn"}, STAGE_TWO, targets="re:.*layers.0.*_proj")
+    reference = tiny_model(dtype=torch.float32)
+    for block, same in ((0, False), (1, True)):
+        was, now = (m.get_submodule(f"model.layers.{block}.input_layernorm").weight for m in (reference, model))
+        assert torch.equal(was, now) == same
