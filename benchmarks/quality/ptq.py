@@ -24,6 +24,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "sign-round": {
         "optimizer": "sign", "schedule": "linear", "rates": {"rounding": 0.005, "clip": 0.005}, "keep": "best",
     },
+    "frozen-codes": {"rates": {"scales": 1e-4}},
     "block-ap": {"optimizer": "adamw", "final": 0.05, "rates": {"weights": 2e-5, "scales": 1e-4}},
     "lora-rounding": {"rates": {"rounding": 0.05, "scales": 1e-4}},
 }  # fmt: skip
@@ -33,6 +34,22 @@ def learned(part: str, steps: int, before: str = "rtn", **options: Any) -> Steps
     """A learned part behind a solver."""
     found = {"reconstruction": "mse", "weights": part, "steps": steps, **PARTS[part], **options}
     return [{"solver": before}, found]
+
+
+def decoupled(steps: int) -> dict[str, Steps]:
+    """decoupleQ: one stage and both, at several rates; also keeping zero points, as large in a file as GPTQ's."""
+    first: Steps = [{"solver": "decoupleq"}]
+    whole: Steps = [{"solver": "decoupleq", "offsets": False}]
+    found = {"decoupleq, one stage": first, "decoupleq, one stage, zero points": whole}
+    found["decoupleq, one stage, beam 4"] = [{"solver": "decoupleq", "beam": 4}]
+    for rate in (1e-5, 1e-4, 5e-4):
+        rates = {"scales": rate, "norms": rate}
+        step = {"reconstruction": "mse", "weights": "frozen-codes", "norms": True, "steps": steps, "rates": rates}
+        found[f"decoupleq, both, {rate:g}"] = [*first, step]
+        if rate == 1e-4:
+            found["decoupleq, both, zero points"] = [*whole, step]
+            found["decoupleq, both, no norms"] = learned("frozen-codes", steps, "decoupleq")
+    return found
 
 
 def rows() -> defaults.Rows:
@@ -47,9 +64,11 @@ def rows() -> defaults.Rows:
             "awq, gptq both": [{"transform": "awq"}, *BOTH],
             "rotated, gptq both": [{"transform": "rotate"}, {"transform": "hadamard"}, *BOTH],
         }  # fmt: skip
-        parts = {part: learned(part, steps) for part in PARTS}
+        parts = {part: learned(part, steps) for part in PARTS if part != "frozen-codes"}
         parts["gptq, block-ap"] = learned("block-ap", steps, "gptq")
         parts["sign-round, two blocks"] = learned("sign-round", steps, window=2)
+        parts["gptq, frozen-codes"] = learned("frozen-codes", steps, "gptq")
+        parts |= decoupled(steps)
         found |= {f"INT{bits} g64 {name}": (each, scheme) for name, each in (plain | parts).items()}
     for line in ("nvfp4", "nvfp4-46", "nvfp4-search"):
         scheme = {"weights": line, "inputs": "nvfp4"}

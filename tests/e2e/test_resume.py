@@ -90,6 +90,7 @@ EVERY: dict[str, dict[str, Any]] = {
     **{name: {"effort": "quick"} for name in ("llm-fp4", "fp-baseline")},
     **{name: {"effort": "quick", "weights": "int4 group=16"} for name in ("adaround", "lwc", "flexround", "cbq")},
     **{n: {"effort": "quick", "weights": "int4 group=16 symmetric=false"} for n in ("signround", "efficientqat-ap")},
+    "decoupleq": {"effort": "quick", "weights": "int2 group=16 symmetric=false"},
     "lorc": {"weights": "int4 group=16"},
     "omniquant": {"effort": "quick"},
     "nvfp4": {},
@@ -123,6 +124,13 @@ STEPS: dict[str, list[dict[str, Any]]] = {
         {"solver": "gptq"},
         {"reconstruction": "mse", "weights": "adaround", "inputs": "lsq", "window": 2, "overlap": 1, "steps": 2},
         {"correction": "low-rank", "rank": 2},
+    ],
+    "norms and biases in windows that overlap": [
+        {"solver": "gptq"},
+        {
+            "reconstruction": "mse", "weights": "frozen-codes", "norms": True, "biases": True, "window": 2,
+            "overlap": 1, "steps": 2, "rates": {"default": 0.01},
+        },
     ],
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nybble.core.errors import LearningError, SchemeError
 from nybble.learned import make_part
 from nybble.quantizer import Quantizer
-from nybble.reconstruction import FLOAT, LOCAL
+from nybble.reconstruction import FLOAT, LOCAL, make_reconstruction
 from nybble.reconstruction.engine import reconstruct
 from nybble.reconstruction.inputs import mixed, rounds
 from nybble.reconstruction.losses.mse import Mse
@@ -67,6 +67,12 @@ def test_update_rules() -> None:
     torch.testing.assert_close(adamw, torch.tensor([2.0, -1.0, 0.5]) * (1 - 0.025) - 0.25 * gradient.sign())
     torch.testing.assert_close(moved(gradient, max_norm=5.0)[1], gradient / 10)
     assert torch.equal(moved(gradient, max_norm=51.0)[1], gradient)
+
+
+@pytest.mark.parametrize("beside", ["norms", "biases"])
+def test_a_transform_and_what_it_is_folded_into_dont_learn_together(beside: str) -> None:
+    with pytest.raises(SchemeError, match="folds what it learns into norms and biases; leave norms and biases out"):
+        make_reconstruction("mse", {"block": "let", "weights": "clip", beside: True})
 
 
 def test_mixed_inputs() -> None:

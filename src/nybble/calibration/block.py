@@ -66,7 +66,8 @@ class BlockState:
     Attributes:
         lends: gives, by name in the module, tensors that stand for its parameters on the quantized path, anew for every
             forward, with gradients: what a learned transform makes of them.
-        records: by a target's name. folded: full names of BatchNorms that went into convolutions, by convolution.
+        records: by a target's name. beside: what :meth:`stand_in` put in place, by name.
+        folded: full names of BatchNorms that went into convolutions, by convolution.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class BlockState:
         self.module, self.name, self.targets = module, name, targets
         self.records: dict[str, Record] = {}
         self.folded: dict[str, str] = {}
+        self.beside: dict[str, nn.Module] = {}
         self._precise: dict[str, Tensor] = {}
         self._marks: dict[str, tuple[int, int]] = {}
         self._float: dict[str, Part] = {}
@@ -223,9 +225,20 @@ class BlockState:
         _exchange(self.module, place, part)
         self._installed[place] = part
 
+    def stand_in(self, name: str, part: nn.Module | None) -> None:
+        """Let ``part`` stand for a module that is no target, on the quantized path alone; None: itself again."""
+        self._float.setdefault(name, _at(self.module, name))
+        if part is None:
+            _exchange(self.module, name, self._float.pop(name))
+            del self._installed[name], self.beside[name]
+            return
+        _exchange(self.module, name, part)
+        self._installed[name] = self.beside[name] = part
+
     def packed(self) -> dict[str, nn.Module]:
         """By place, the quantized modules: what stands in, or what a trainable twin began from."""
         modules = {place: part for place, part in self._installed.items() if isinstance(part, nn.Module)}
+        modules = {place: part for place, part in modules.items() if place not in self.beside}
         return {place: self._packed.get(place, part) for place, part in modules.items()}
 
     def place(self, target: Target) -> str:
@@ -272,7 +285,7 @@ class BlockState:
     def settle(self) -> None:
         """Forget the float layers and the truth: what stands in is what is left."""
         self._float, self._installed, self._packed, self._precise, self._marks = {}, {}, {}, {}, {}
-        self._came, self.lends = {}, None
+        self._came, self.lends, self.beside = {}, None, {}
 
 
 @contextmanager

@@ -43,6 +43,8 @@ class Reconstruction(ABC):
         weights, inputs: what is learned of a layer's weight, or of its input.
         block: a transform of all of a block's float weights that is learned, and folded into them at the end. At least
             one of the three is learned.
+        norms, biases: whether the weights and biases of a block's normalisation layers, or the biases of its learned
+            layers, learn too, in groups of these names. They stay what they are stored as.
         window: blocks that are optimised together. overlap: how many of them the next window has too; their parts go
             on from what they learned.
         steps: of the optimiser for each window; each takes one batch of calibration samples.
@@ -68,6 +70,8 @@ class Reconstruction(ABC):
     weights: Part | None = None
     inputs: Part | None = None
     block: LearnedTransform | None = None
+    norms: bool = False
+    biases: bool = False
     window: int = 1
     overlap: int = 0
     steps: int = 200
@@ -99,6 +103,11 @@ class Reconstruction(ABC):
         self._check_rates()
 
     def _check_transform(self) -> None:
+        if self.block is not None and (self.norms or self.biases):
+            raise SchemeError(
+                f"block={LearnedTransform.registry.key_of(self.block)} folds what it learns into norms and biases; "
+                "leave norms and biases out, or learn them in a step of their own behind it."
+            )
         if self.block is not None and self.weights is not None and self.weights.fixes_x:
             raise SchemeError(
                 f"{part_name(self.weights)} holds the weight that it began with, and block="
@@ -149,7 +158,7 @@ class Reconstruction(ABC):
                 f"a reconstruction has nothing to learn with {names} alone: it has no parameters beside the weights, "
                 "which stay; name adaround, clip or lsq."
             )
-        known = {"default", *groups}
+        known = {"default", *groups, *(name for name in ("norms", "biases") if getattr(self, name))}
         for group in self.rates:
             if group not in known:
                 raise SchemeError(

@@ -5,7 +5,7 @@ batch; batches go round in an order that a seed decides. Blocks that stay for th
 these learned. Where what was reached loses more than the window did at the start, as the solver left it, it goes back.
 
 ==============  =====================================================================================
-twins           trainable layers in a block, and back
+twins           trainable layers in a block, and back; norms: those that learn beside them
 targets         what the window should give, for every batch
 optimizing      update rules, learning rates, clipped gradients
 training        the loop over steps; keeping: the best state of it; inputs: what a step is fed
@@ -35,6 +35,7 @@ from nybble.nn.fake import FakeLayer
 from nybble.nn.kinds import Target
 from nybble.reconstruction import REGISTRY, Reconstruction
 from nybble.reconstruction.moves import curve, short
+from nybble.reconstruction.norms import LearnedNorm, norms_of, put_norms
 from nybble.reconstruction.targets import Wanted, output_of, wanted_of
 from nybble.reconstruction.training import Trained, train
 from nybble.reconstruction.transforming import begin_transform, learning_through, transformed
@@ -55,8 +56,9 @@ def reconstruct(window: Window, options: Reconstruction) -> Outcome:
 
     Every layer's record gets a note, and in ``learned["windows"]`` the window's name, how many ``blocks`` it has, the
     ``loss``, ``before`` and ``after`` over all batches, the ``steps`` taken, ``kept`` (``last``, ``start``, or the step
-    that the ``best`` state was at), whether it ``diverged``, the ``precision`` of products where it was another than
-    the model's; and the first layer's record its ``curve``: ``[step, loss]``.
+    that the ``best`` state was at), whether it ``diverged``, how many ``norms`` learned where they were asked to, the
+    ``precision`` of products where it was another than the model's; and the first layer's record its ``curve``:
+    ``[step, loss]``.
 
     Args:
         window: quantized, with a float path, and the path that ``options.feed`` names.
@@ -72,15 +74,17 @@ def reconstruct(window: Window, options: Reconstruction) -> Outcome:
         for number, state in enumerate(window.blocks):
             begin_transform(window, number, options)
             put_twins(state, _learned(state, options), options)
+            if options.norms and twins_of(state):  # not of a block that stays in float
+                put_norms(state)
         twins = [twin for state in window.blocks for twin in twins_of(state).values()]
-        groups = _groups(window, twins)
+        groups = _groups(window, twins, options)
         if not groups:  # a code book, a split tensor: codes as the solver left them
             _go_back(window, carried)
             text = f"window of {len(window.blocks)}: nothing in it can be learned; as the solver left it"
             _note(window, options, text)
             return Outcome(before=before, after=before, kept=False)
         try:
-            with torch.enable_grad(), _frozen(window, twins), learning_through(window):
+            with torch.enable_grad(), _frozen(window, groups), learning_through(window):
                 trained = train(window, options, wanted, twins, groups, losses, _judge(window, options, wanted))
             after = _mean(_evaluate(window, options, wanted))
             if not math.isfinite(after):
@@ -103,9 +107,13 @@ def _learned(state: BlockState, options: Reconstruction) -> list[Target]:
 
 
 def _learning(state: BlockState) -> list[nn.Module]:
-    """All that has something to learn in a block: its twins, and its transform."""
+    """All that has something to learn in a block: its twins and norms, and its transform."""
     change = transformed(state)
-    return [*twins_of(state).values(), *(() if change is None else (change.moving,))]
+    return [*twins_of(state).values(), *_norms(state), *(() if change is None else (change.moving,))]
+
+
+def _norms(state: BlockState) -> list[LearnedNorm]:
+    return list(norms_of(state).values())
 
 
 def _state_of(part: nn.Module) -> dict[str, Tensor]:
@@ -127,6 +135,11 @@ def _go_back(window: Window, carried: Mapping[nn.Module, Mapping[str, Tensor]]) 
                 twin.eval()
             elif isinstance(twin, FakeLayer):
                 state.replace(target, state.packed()[state.place(target)])
+        for name, norm in norms_of(state).items():
+            if norm in carried:
+                norm.load_state_dict(carried[norm])
+            else:
+                state.stand_in(name, None)
 
 
 @torch.no_grad()
@@ -151,7 +164,7 @@ def _judge(window: Window, options: Reconstruction, wanted: Wanted) -> Any:
     return lambda: _mean(_evaluate(window, options, wanted))
 
 
-def _groups(window: Window, twins: Sequence[FakeLayer]) -> dict[str, list[nn.Parameter]]:
+def _groups(window: Window, twins: Sequence[FakeLayer], options: Reconstruction) -> dict[str, list[nn.Parameter]]:
     """What is learned, by learning-rate group."""
     groups: dict[str, list[nn.Parameter]] = {}
     parts: list[Learned | Moving] = [part for twin in twins for _, part in twin.learned()]
@@ -159,13 +172,16 @@ def _groups(window: Window, twins: Sequence[FakeLayer]) -> dict[str, list[nn.Par
     for learned in parts:
         for name, parameters in learned.groups().items():
             groups.setdefault(name, []).extend(parameters)
-    return groups
+    norms = [parameter for state in window.blocks for norm in _norms(state) for parameter in norm.parameters()]
+    biases = [twin.bias for twin in twins if twin.bias is not None]
+    beside = (("norms", options.norms, norms), ("biases", options.biases, biases))
+    return groups | {name: parameters for name, asked, parameters in beside if asked and parameters}
 
 
 @contextmanager
-def _frozen(window: Window, twins: Sequence[FakeLayer]) -> Iterator[None]:
-    """Let nothing but the learned parts' own parameters ask for gradients."""
-    wanted = {id(p) for twin in twins for _, part in twin.learned() for ps in part.groups().values() for p in ps}
+def _frozen(window: Window, groups: Mapping[str, Sequence[nn.Parameter]]) -> Iterator[None]:
+    """Let nothing but what is learned ask for gradients."""
+    wanted = {id(parameter) for parameters in groups.values() for parameter in parameters}
     asked = {p: p.requires_grad for state in window.blocks for p in state.module.parameters()}
     try:
         for parameter in asked:
@@ -192,6 +208,8 @@ def _say(window: Window, options: Reconstruction, trained: Trained, before: floa
         "before": short(before), "after": short(after), "steps": len(trained.losses), "kept": kept,
         "diverged": trained.diverged,
     }  # fmt: skip
+    if options.norms:
+        entry["norms"] = sum(len(norms_of(state)) for state in window.blocks)
     if trained.precision is not None:
         entry["precision"] = str(trained.precision).removeprefix("torch.")
     first = {**entry, "curve": curve(trained.losses)}

@@ -20,13 +20,15 @@ from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 from nybble.reconstruction import Reconstruction
 from nybble.reconstruction.moves import moves
+from nybble.reconstruction.norms import settle_norms
 from nybble.reconstruction.transforming import transformed
 
 
 def put_twins(state: BlockState, targets: Sequence[Target], options: Reconstruction) -> None:
     """Let a trainable twin stand for each quantized layer whose parts are learned.
 
-    It begins with that one's scales. A learned weight begins at the float one, so GPTQ's codes are not kept.
+    It begins with that one's scales. A learned weight begins at the float one, so GPTQ's codes are not kept, but by
+    parts that say so.
     """
     for target in targets:
         layer = state.installed(target)
@@ -65,12 +67,18 @@ def _weights(packed: QTensor, truth: Tensor, record: Record, options: Reconstruc
     """
     part = options.follower if moved else options.weights
     if part is not None and isinstance(packed, BlockQTensor) and record.quantizer is not None:
+        if part.keeps_codes:
+            truth = packed.dequantize()
         return part.make(record.quantizer, truth, packed if part.takes_start and not moved else None, WEIGHTS)
     return Fixed(packed, record.quantizer or Quantizer("int8"))
 
 
 def settle_twins(state: BlockState) -> None:
-    """Let the packed layers that the twins of a block come to stand in their place; a learned transform is folded."""
+    """Let the packed layers that the twins of a block come to stand in their place; and normalisation layers.
+
+    A learned transform is folded.
+    """
+    settle_norms(state)
     change = transformed(state)
     if change is not None:
         change.settle()

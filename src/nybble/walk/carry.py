@@ -25,6 +25,7 @@ from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import describe, restore
 from nybble.nn.layouts import Layouts
 from nybble.quantizer import Quantizer
+from nybble.reconstruction.norms import norms_of, put_norms
 from nybble.reconstruction.transforming import resume_transform, transformed
 from nybble.reconstruction.twins import put_twins, twins_of
 from nybble.walk.blocks import put
@@ -66,6 +67,9 @@ class Carry:
             change = transformed(state)
             for key, tensor in ({} if change is None else change.moving.state_dict()).items():
                 tensors[f"{index}.transform.{key}"] = tensor
+            for name, norm in norms_of(state).items():
+                for key, tensor in norm.state_dict().items():
+                    tensors[f"{index}.norm.{name}.{key}"] = tensor
             records = {}
             for name, record in state.records.items():
                 records[name] = _plain(record)
@@ -79,6 +83,7 @@ class Carry:
                 "records": records,
                 "twins": list(twins_of(state)),
                 "places": [] if change is None else [place.name for place in change.moving.places],
+                "norms": list(norms_of(state)),
             }
         write_tensorfile(self.tensors, {name: t.detach().contiguous() for name, t in tensors.items()}, {})
         atomic_write_json(self.json, blocks)
@@ -105,6 +110,10 @@ class Carry:
             moved = _below(stored, f"{index}.transform.")
             resume_transform(window, step.reconstruction, entry["places"], moved)
             put_twins(state, [t for t in state.targets if t.name in entry["twins"]], step.reconstruction)
+        if entry["norms"]:
+            put_norms(state)
+        for name, norm in norms_of(state).items():
+            norm.load_state_dict(_below(stored, f"{index}.norm.{name}."))
         for name, twin in twins_of(state).items():
             twin.load_state_dict(_below(stored, f"{index}.twin.{name}."), strict=False)
 

@@ -1,0 +1,92 @@
+"""Frozen codes: scales and offsets learn, what every weight was rounded to stays.
+
+    w_hat = s v + o,     v the value of the code,     dw_hat/ds = v,  dw_hat/do = 1
+
+The last step of any method that decides the codes well and the scales less so: stage two of decoupleQ (Guo et al. 2024,
+arXiv:2404.12759, section 3.4), the end-to-end phase of EfficientQAT (Chen et al. 2024, arXiv:2407.11062, section 3.3),
+distillation of scales alone. Nothing but codes, scales and offsets is held: no float weight is needed.
+
+Codes are those of the weight that it is made with: the nearest ones of a float weight, a solver's own where the weight
+is that solver's ``dequantize()``. Zero points are whole numbers in the units of codes and stay too; where the range
+itself should move, let the quantizer keep an offset. Scales are used as they are stored (16 bits, nested, powers of
+two), with the gradient straight through; the outer scale of nested ones stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from nybble.core.errors import SchemeError
+from nybble.learned import WEIGHTS, Learned, Part
+from nybble.learned._held import Held
+from nybble.ops.grid import Grid, straight_through
+from nybble.qtensor import QTensor, QuantParams
+from nybble.quantizer import Quantizer
+from nybble.scales.one import One
+
+_TINY = 2.0**-126
+
+
+class Frozen(Learned):
+    """See the module.
+
+    Args:
+        quantizer: with a scale that is a tensor.
+        x: the weight that is rounded, once.
+        params: to begin with.
+    """
+
+    def __init__(self, quantizer: Quantizer, x: Tensor, params: QuantParams) -> None:
+        super().__init__(quantizer, WEIGHTS)
+        self.held = Held(quantizer, params, ("scale", "offset"))
+        self.codes: Tensor
+        self.register_buffer("codes", quantizer.quantize(x, quantizer.harden(params)).unpacked())
+
+    def params(self) -> QuantParams:
+        """Raw parameters, scales among those that the quantizer's rule could give; gradients go straight through."""
+        params = self.held.params()
+        assert isinstance(params.scale, Tensor)
+        raw, rule = params.scale.detach(), self.quantizer.scale
+        kept = rule.allowed(raw)
+        kept = torch.where(torch.isfinite(kept), kept, rule.allowed(raw.clamp_min(_TINY)))  # no power of two below zero
+        return replace(params, scale=straight_through(kept, params.scale))
+
+    def estimate(self, x: Tensor) -> Tensor:  # noqa: D102
+        codes = self.quantizer.granularity.to_blocks(self.codes)
+
+        def decided(y: Tensor, grid: Grid) -> Tensor:
+            return grid.decode(codes)
+
+        return self.quantizer.soft(x.detach(), self.params(), decided)
+
+    def settle(self, x: Tensor) -> QTensor:  # noqa: D102
+        return self.quantizer.pack(self.codes, self.params())
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:  # noqa: D102
+        return {"scales": list(self.held.parameters())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenCodes(Part):
+    """No options; the learning rate of scales and offsets is for the group ``scales``."""
+
+    sides = (WEIGHTS,)
+    groups = ("scales",)
+    fixes_x = True
+    keeps_codes = True
+
+    def check_more(self, quantizer: Quantizer, side: str) -> None:  # noqa: D102
+        if quantizer.granularity.factored or isinstance(quantizer.scale, One):
+            raise SchemeError(
+                f"frozen-codes learns a scale for each block, and {quantizer} has none of its own; use tensor, "
+                "channel, group, block or flat with a scale."
+            )
+
+    def begin(self, quantizer: Quantizer, x: Tensor, start: QuantParams | None, side: str) -> Learned:  # noqa: D102
+        return Frozen(quantizer, x, quantizer.measured(x, start))
+
+
+PART = FrozenCodes
