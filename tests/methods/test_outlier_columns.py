@@ -115,7 +115,7 @@ def test_bad_input() -> None:
         make_solver("outlier-columns", {"by": "std"})
     with pytest.raises(SchemeError, match="span=whole is about scales, and float16 has none"):
         OutlierColumns(span="whole")
-    with pytest.raises(SchemeError, match="span=whole.*group=16 has others for fewer columns"):
+    with pytest.raises(SchemeError, match=r"span=whole.*group=16 has others for fewer columns"):
         OutlierColumns(keep="int4 group=16", span="whole")
     with pytest.raises(UsageError, match="float17"):
         OutlierColumns(keep="float17")

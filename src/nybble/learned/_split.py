@@ -31,7 +31,7 @@ class SplitLearned(Learned):
         """Of the weight, each part's."""
         return [x.index_select(self._packed.dim, at.to(x.device)) for at in self._packed.slices()]
 
-    def estimate(self, x: Tensor) -> Tensor:  # noqa: D102
+    def estimate(self, x: Tensor) -> Tensor:
         made = []
         for number, (part, own) in enumerate(zip(self._packed.parts, self._slices(x), strict=True)):
             if str(number) in self.parts:
@@ -41,19 +41,20 @@ class SplitLearned(Learned):
         back = self._packed.order().argsort().to(x.device)
         return torch.cat(made, self._packed.dim).index_select(self._packed.dim, back)
 
-    def settle(self, x: Tensor) -> QTensor | QuantParams:  # noqa: D102
+    def settle(self, x: Tensor) -> QTensor | QuantParams:
         made: list[QTensor | Tensor] = list(self._packed.parts)
         for number, own in enumerate(self._slices(x)):
-            if str(number) in self.parts:
-                settled = self.parts[str(number)].settle(own)
+            part = self.parts[str(number)] if str(number) in self.parts else None
+            if isinstance(part, Learned):
+                settled = part.settle(own)
                 assert isinstance(settled, QTensor)
                 made[number] = settled
         return SplitQTensor(self._packed.shape, self._packed.dim, self._packed.index, tuple(made))
 
-    def penalty(self, t: float) -> Tensor:  # noqa: D102
+    def penalty(self, t: float) -> Tensor:
         return sum((part.penalty(t) for part in self._learned()), super().penalty(t))
 
-    def groups(self) -> dict[str, list[nn.Parameter]]:  # noqa: D102
+    def groups(self) -> dict[str, list[nn.Parameter]]:
         found: dict[str, list[nn.Parameter]] = {}
         for part in self._learned():
             for name, parameters in part.groups().items():

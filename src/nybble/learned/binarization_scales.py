@@ -3,8 +3,8 @@
     w_hat = (r x c) o (s code + m)          r [out, 1], c [1, in], both begin at 1; m, a block's mean, stays
 
 The block-wise scaling factors of PTQ1.61 (Zhao et al. 2025, "PTQ1.61: Push the Real Limit of Extremely Low-Bit
-Post-Training Quantization Methods for Large Language Models", arXiv:2502.13179), where codes are signs, s = alpha_s, r =
-alpha_r1 and c = alpha_r2. The signs are those of the float weight and see no gradient, so no straight-through estimator
+Post-Training Quantization Methods for Large Language Models", arXiv:2502.13179), where codes are signs, s is alpha_s,
+r alpha_r1 and c alpha_r2. The signs are those of the float weight and see no gradient, so no straight-through estimator
 is needed. Of a split tensor the part in the scheme's quantizer learns: salient columns have no such factors.
 
 What is stored are the base, whose scales (and means) have r in them where every block is in one row (``merge``; else,

@@ -42,7 +42,7 @@ class SplitQTensor(QTensor):
 
     def slices(self) -> list[Tensor]:
         """int64, for every part: which slices of the tensor it has, in its own order."""
-        return list(self.order().split([part.shape[self.dim] for part in self.parts]))
+        return list(torch.split(self.order(), [part.shape[self.dim] for part in self.parts]))
 
     def _members(self) -> Tensor:
         """uint8 [shape[dim]]: the number of each slice's part."""

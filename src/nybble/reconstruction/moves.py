@@ -29,9 +29,10 @@ def moves(weight: Tensor, quantizer: Quantizer | None, began: QuantLayer, settle
         settled: the one that it came to.
 
     Returns:
-        Of a split tensor, about the part that learned. Those that can be said: ``left_nearest``, the share of weights that are not what rounding the float weight to
-        nearest gives with the settled layer's own scales; ``scales`` and ``input_scales``, the smallest, median and
-        largest ratio of a scale to what it was; ``zero_points``, the share of zero points that changed.
+        Those that can be said, of a split tensor about the part that learned: ``left_nearest``, the share of weights
+        that are not what rounding the float weight to nearest gives with the settled layer's own scales; ``scales`` and
+        ``input_scales``, the smallest, median and largest ratio of a scale to what it was; ``zero_points``, the share
+        of zero points that changed.
     """
     found: dict[str, Any] = {}
     if isinstance(began.weight, Packed) and isinstance(settled.weight, Packed) and quantizer is not None:
@@ -49,7 +50,9 @@ def moves(weight: Tensor, quantizer: Quantizer | None, began: QuantLayer, settle
     return found
 
 
-def _pairs(was: QTensor | Tensor, now: QTensor | Tensor, weight: Tensor) -> list[tuple[BlockQTensor, BlockQTensor, Tensor]]:
+def _pairs(
+    was: QTensor | Tensor, now: QTensor | Tensor, weight: Tensor
+) -> list[tuple[BlockQTensor, BlockQTensor, Tensor]]:
     """What can be compared: codes before and after, and the weight that they are of."""
     if isinstance(was, SplitQTensor) and isinstance(now, SplitQTensor):
         parts = zip(was.parts, now.parts, was.slices(), strict=True)

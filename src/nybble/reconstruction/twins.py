@@ -70,8 +70,8 @@ def _weights(packed: QTensor, truth: Tensor, record: Record, options: Reconstruc
 
 
 def _is_in(part: QTensor | Tensor, quantizer: Quantizer) -> TypeGuard[BlockQTensor]:
-    same = isinstance(part, BlockQTensor) and part.format == quantizer.format
-    return same and part.granularity == quantizer.granularity
+    cut = (quantizer.format, quantizer.granularity)
+    return isinstance(part, BlockQTensor) and (part.format, part.granularity) == cut
 
 
 def _made(part: Part, quantizer: Quantizer, packed: BlockQTensor, truth: Tensor) -> Learned:

@@ -3,9 +3,9 @@
     L = accumulated E(T(W, X), T(W_q, X_q)) + local E(T(W, X_q), T(W_q, X_q))
 
 CBQ's homologous reconstruction (Ding et al. 2023, arXiv:2312.07950): the first term corrects what the blocks before
-have lost, the second is the window's own error. OmniQuant's ``aug_loss`` is the same with E the squared error; PTQ1.61's
-(Zhao et al. 2025, arXiv:2502.13179) with E that and the negative logarithm of the cosine, a mean over tokens, both with
-weight 1. There the squared error is over the target's power: the published code's own would outweigh the angle, or
+have lost, the second is the window's own error. OmniQuant's ``aug_loss`` is the same with E the squared error.
+PTQ1.61's (Zhao et al. 2025, arXiv:2502.13179) adds to that the negative logarithm of the cosine, a mean over tokens,
+with weight 1. There the squared error is over the target's power: the published code's own would outweigh the angle, or
 vanish beside it, as the hidden states of a model are large or small; and the code's absolute value of the cosine would
 reward outputs that point the other way.
 """
