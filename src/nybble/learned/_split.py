@@ -44,9 +44,8 @@ class SplitLearned(Learned):
     def settle(self, x: Tensor) -> QTensor | QuantParams:
         made: list[QTensor | Tensor] = list(self._packed.parts)
         for number, own in enumerate(self._slices(x)):
-            part = self.parts[str(number)] if str(number) in self.parts else None
-            if isinstance(part, Learned):
-                settled = part.settle(own)
+            if str(number) in self.parts:
+                settled = self._part(number).settle(own)
                 assert isinstance(settled, QTensor)
                 made[number] = settled
         return SplitQTensor(self._packed.shape, self._packed.dim, self._packed.index, tuple(made))
@@ -59,6 +58,11 @@ class SplitLearned(Learned):
         for part in self._learned():
             for name, parameters in part.groups().items():
                 found.setdefault(name, []).extend(parameters)
+        return found
+
+    def _part(self, number: int) -> Learned:
+        found = self.parts[str(number)]
+        assert isinstance(found, Learned)
         return found
 
     def _learned(self) -> list[Learned]:

@@ -51,8 +51,10 @@ class AroundCodes(Learned):
         if options.columns:
             self.columns = nn.Parameter(torch.ones(1, *x.shape[1:], dtype=torch.float32, device=x.device))
         start = self.held.params().scale
+        nested = any(isinstance(how, Quantizer) for how in (quantizer.scale_format, quantizer.offset_format))
+        start = start.detach().clone() if nested and isinstance(start, Tensor) else None
         self.start: Tensor | None
-        self.register_buffer("start", start.detach().clone() if isinstance(start, Tensor) else None, persistent=False)
+        self.register_buffer("start", start, persistent=False)
 
     @property
     def merges(self) -> bool:

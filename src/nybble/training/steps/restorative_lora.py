@@ -145,8 +145,9 @@ class RestorativeLora(TrainStep):
             for group in optimizer.param_groups:
                 group["lr"] = self.rate * self._share(step)
             loss = trainee.loss(*trainee.batch(numbers))
-            if not bool(loss.isfinite()):
-                raise LearningError(f"restorative-lora: the loss is {float(loss)} at step {step}; take a smaller rate.")
+            found = float(loss.detach())
+            if not math.isfinite(found):
+                raise LearningError(f"restorative-lora: the loss is {found} at step {step}; take a smaller rate.")
             torch.autograd.backward(loss)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
