@@ -157,7 +157,7 @@ def layer(rows: int, columns: int, merge: bool, eight: bool, real: bool = False)
     factors += [] if merge else [part.stored(torch.empty(rows, 1, device="meta"))]  # type: ignore[attr-defined]
     rest = OuterScaled(Quantizer(line).quantize(w[:, few:]), tuple(factors))
     members = pack_members(torch.empty(columns, dtype=torch.uint8, device="meta"), 2)
-    return SplitQTensor((rows, columns), 1, members, (rest, Quantizer(keep).quantize(w[:, :few])))  # type: ignore[arg-type]
+    return SplitQTensor((rows, columns), 1, members, (rest, Quantizer(keep).quantize(w[:, :few])))
 
 
 SMOLLM2 = [(576, 576), (576, 576), (192, 576), (192, 576), (1536, 576), (1536, 576), (576, 1536)]
@@ -284,7 +284,7 @@ def test_signs_stay_and_only_scales_have_gradients() -> None:
         "scales": [(48, 1)], "factors": [(48, 1), (1, 64)],
     }  # fmt: skip
     x = w.clone().requires_grad_()
-    learned.train()(x).square().sum().backward()  # type: ignore[no-untyped-call]
+    learned.train()(x).square().sum().backward()
     assert x.grad is None
     before = learned.settle(w)
     with torch.no_grad():
@@ -318,8 +318,8 @@ def test_a_solvers_codes_are_kept() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ preprocessing
-TRAIN = {"steps": 4, "rank": 4, "rate": 1e-2}
-FEW = {"steps": 4}
+TRAIN: dict[str, Any] = {"steps": 4, "rank": 4, "rate": 1e-2}
+FEW: dict[str, Any] = {"steps": 4}
 
 
 def packed(model: nn.Module, name: str) -> Any:
@@ -336,7 +336,12 @@ def test_a_zero_adapter_gives_the_first_pass_dequantized(monkeypatch: pytest.Mon
     first, _ = nybble.quantize(tiny_model(dtype=torch.float32), recipe(**FEW), tokens(0, 8), settings=SETTINGS)
     seen: list[dict[str, Tensor]] = []
     real = prepared._with_weights
-    monkeypatch.setattr(prepared, "_with_weights", lambda job, found: seen.append(found) or real(job, found))
+
+    def spy(job: Any, found: dict[str, Tensor]) -> Any:
+        seen.append(found)
+        return real(job, found)
+
+    monkeypatch.setattr(prepared, "_with_weights", spy)
     for rate in (1e-30, 1e-2):
         made = recipe({**TRAIN, "rate": rate}, **FEW)
         nybble.quantize(tiny_model(dtype=torch.float32), made, tokens(0, 8), settings=SETTINGS)
@@ -372,7 +377,8 @@ def test_trained_from_a_folder_killed_and_resumed(tmp_path: Path, monkeypatch: p
     torch.set_num_threads(1)
     source, ids, made = str(save_tiny(tmp_path / "model")), tokens(0, 8), recipe(TRAIN, **FEW)
     nybble.quantize(source, made, ids, out=tmp_path / "whole", settings=SETTINGS)
-    write, trained, calls = Parts.write, prepared._trained, []
+    write, trained = Parts.write, prepared._trained
+    calls: list[int] = []
 
     class Stop(BaseException):
         pass
@@ -380,7 +386,11 @@ def test_trained_from_a_folder_killed_and_resumed(tmp_path: Path, monkeypatch: p
     def stopping(*args: Any, **kwargs: Any) -> None:
         raise Stop
 
-    monkeypatch.setattr(prepared, "_trained", lambda *args: calls.append(1) or trained(*args))
+    def counting(*args: Any) -> dict[str, Tensor]:
+        calls.append(1)
+        return trained(*args)
+
+    monkeypatch.setattr(prepared, "_trained", counting)
     monkeypatch.setattr(Parts, "write", stopping)
     with pytest.raises(Stop):
         nybble.quantize(source, made, ids, out=tmp_path / "out", settings=SETTINGS)
@@ -432,18 +442,18 @@ def loss(model: Any) -> float:
 
 def test_better_than_others_of_its_bits() -> None:
     """Binary by rounding; and what outlier columns in 16 bits reach by rounding with no fewer bits."""
-    settings = nybble.Settings(samples=24, seq_len=24, batch=8, dtype=torch.float32)
+    settings = nybble.Settings(samples=96, seq_len=24, batch=8, dtype=torch.float32)
 
     def run(made: Any) -> tuple[float, float]:
-        model, report = nybble.quantize(copy.deepcopy(trained()), made, chain(3, 24), settings=settings)
+        model, report = nybble.quantize(copy.deepcopy(trained()), made, chain(3, 96), settings=settings)
         return loss(model), report.bits
 
     plain = parse_recipe({"name": "rtn", "scheme": {"weights": BINARY}, "steps": [{"solver": "rtn"}]})
     columns = [{"solver": "outlier-columns", "share": 0.1}]
     outliers = parse_recipe({"name": "columns", "scheme": {"weights": BINARY}, "steps": columns})
-    learn = {"steps": 60, "rates": {"scales": 5e-3, "factors": 2e-2}}
+    learn: dict[str, Any] = {"steps": 60, "rates": {"scales": 5e-3, "factors": 2e-2}}
     found, bits = run(recipe(**learn))
-    prepared, same = run(recipe({"steps": 60, "rank": 8, "rate": 5e-3, "batch": 8}, **learn))
+    prepared, same = run(recipe({"steps": 150, "rank": 8, "rate": 1e-3, "batch": 8}, **learn))
     rounded, binary_bits = run(plain)
     kept, kept_bits = run(outliers)
     assert binary_bits < bits == same < kept_bits
