@@ -50,7 +50,7 @@ class SplitLearned(Learned):
                 made[number] = settled
         return SplitQTensor(self._packed.shape, self._packed.dim, self._packed.index, tuple(made))
 
-    def penalty(self, t: float) -> Tensor:
+    def penalty(self, t: float | Tensor) -> Tensor:
         return sum((part.penalty(t) for part in self._learned()), super().penalty(t))
 
     def groups(self) -> dict[str, list[nn.Parameter]]:

@@ -71,7 +71,9 @@ class AroundCodes(Learned):
         if self.merges:
             assert isinstance(scale, Tensor)
             scale, offset = scale * self.rows, offset * self.rows if isinstance(offset, Tensor) else None
-        if self.start is not None and isinstance(scale, Tensor) and not torch.equal(scale.detach(), self.start):
+        # Whether they have moved is not asked in training: that would wait for the device at every step.
+        start = self.start
+        if start is not None and isinstance(scale, Tensor) and (self.training or not torch.equal(scale, start)):
             return replace(params, scale=scale, offset=offset, scale_params=None, offset_params=None)
         return replace(params, scale=scale, offset=offset)
 
