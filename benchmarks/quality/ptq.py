@@ -92,7 +92,7 @@ def rows() -> defaults.Rows:
     found["INT4 W4A4 smooth, gptq"] = (smooth + GPTQ, w4a4)
     found["INT4 W4A4 quarot"] = ([{"transform": "rotate"}, {"transform": "hadamard"}, *GPTQ], w4a4)
     found["INT4 W4A4 quarot, both"] = ([{"transform": "rotate"}, {"transform": "hadamard"}, *BOTH], w4a4)
-    return found | omniquant_rows()
+    return found | omniquant_rows() | binary()
 
 
 def omniquant(steps: int, **options: Any) -> Steps:
@@ -123,6 +123,40 @@ def omniquant_rows() -> defaults.Rows:
             f"OmniQuant {name}": (omniquant(steps), scheme),
             f"OmniQuant {name} let everywhere": (omniquant(steps, block={"let": {"where": "all"}}), scheme),
         }
+    return found
+
+
+def binary() -> defaults.Rows:
+    """PTQ1.61 and what it must be better than: binary weights, and columns of the largest inputs in more bits."""
+    eight = "(uint8 tensor scale=minmax(offset=true))"
+    lines = {
+        "": ("scale_format=float16 offset_format=float16", "float16", "float16"),
+        ", scales in 8 bits": (f"scale_format={eight} offset_format={eight}", eight, eight[1:-1]),
+    }
+    found: defaults.Rows = {}
+    for name, (words, scales, factors) in lines.items():
+        scheme = {"weights": f"binary channel scale=mean(offset=true) {words}"}
+        mask = {
+            "solver": "outlier-columns", "share": 0.2, "count": "down", "by": "largest",
+            "keep": f"int4 channel symmetric=false scale_format={scales}",
+        }  # fmt: skip
+        learn = {
+            "reconstruction": "two-target", "error": "mse-cosine", "optimizer": "adamw", "steps": 1000,
+            "weights": {"binarization-scales": {"factors": factors}}, "rates": {"scales": 5e-4, "factors": 1e-3},
+        }  # fmt: skip
+        fast = {**learn, "rates": {"scales": 2e-3, "factors": 1e-2}}
+        train = {"train": "restorative-lora", "steps": 1000, "rate": 3e-4}
+        found[f"PTQ1.61 mask alone{name}"] = ([mask], scheme)
+        found[f"PTQ1.61 without preprocessing{name}"] = ([mask, learn], scheme)
+        found[f"PTQ1.61 without preprocessing, larger rates{name}"] = ([mask, fast], scheme)
+        found[f"PTQ1.61 with preprocessing{name}"] = ([train, mask, fast], scheme)
+        if not name:
+            found["binary rtn"] = ([{"solver": "rtn"}], scheme)
+            found["binary, 5% outlier columns"] = ([{"solver": "outlier-columns", "share": 0.05}], scheme)
+            whole = {**mask, "span": "whole"}
+            found["PTQ1.61 without preprocessing, range of the whole row"] = ([whole, fast], scheme)
+            energy = {**mask, "by": "inputs"}
+            found["PTQ1.61 without preprocessing, mask by energy"] = ([energy, fast], scheme)
     return found
 
 

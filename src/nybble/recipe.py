@@ -4,7 +4,8 @@ name: llm-fp4
 summary: what it does, in a line
 source: paper, year, arXiv number
 scheme: W4A16_E2M1                  # a preset's name or a mapping; --scheme and --weights override it
-steps:                              # transform* -> solver -> reconstruction* -> correction*; any of them may be missing
+steps:                              # train*, transform*, solver, reconstruction*, correction*; any may be missing
+  - train: restorative-lora         # of the whole float model, on its quantized self, before all else
   - transform: smooth
   - solver: llm-fp4                 # left out: rtn
     rounds: 3                       # an option of the step
@@ -29,6 +30,7 @@ from nybble.recipes import REGISTRY, check_recipe_name
 from nybble.scheme import Scheme, parse_scheme
 
 ROOMS = {
+    "train": ("nybble.training.steps", "training step"),
     "transform": ("nybble.transforms", "transform"),
     "solver": ("nybble.solvers", "solver"),
     "reconstruction": ("nybble.reconstruction.losses", "reconstruction loss"),
@@ -43,6 +45,7 @@ _WHY = {
     ("reconstruction", "solver"): "the solver would throw away what the reconstruction learned",
     ("correction", "solver"): "the solver would throw away what was corrected",
     ("correction", "reconstruction"): "the reconstruction would change the codes whose loss was corrected",
+    **{(kind, "train"): "it trains the whole float model, before any block is touched" for kind in KINDS[1:]},
     ("solver", "solver"): "the second would throw away the codes of the first",
 }
 
@@ -170,7 +173,7 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
     steps = tuple(_step(step, where) for step in listed)
     check_order(steps, where)
     if not any(step.kind == "solver" for step in steps):
-        first = next((i for i, step in enumerate(steps) if step.kind != "transform"), len(steps))
+        first = next((i for i, step in enumerate(steps) if step.kind not in KINDS[:2]), len(steps))
         steps = (*steps[:first], Step(kind="solver", name="rtn", options={}), *steps[first:])
     with within(where):
         scheme = parse_scheme(data["scheme"])

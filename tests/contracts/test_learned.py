@@ -33,6 +33,7 @@ LINES: dict[str, tuple[str, ...]] = {
 #: What a part can't learn; everything else of LINES it must.
 REFUSED: dict[str, dict[str, set[str]]] = {
     "ste": {},
+    "binarization-scales": {},
     "lsq": {
         WEIGHTS: {"int4 rank1", "float4_e2m1fn shifted", "float16_e8m7 tensor scale=one"},
         ACTIVATIONS: {

@@ -19,7 +19,8 @@ from nybble.core.tensorfile import write_tensorfile
 from nybble.qtensor import REGISTRY, Factored, Inverse, QTensor, QuantParams, dense, from_spec
 from nybble.qtensor.block import BlockQTensor
 from nybble.qtensor.low_rank_sum import LowRankSum
-from nybble.qtensor.split import SplitQTensor
+from nybble.qtensor.outer_scaled import OuterScaled
+from nybble.qtensor.split import SplitQTensor, pack_members
 from nybble.qtensor.vector import VectorQTensor
 from nybble.quantizer import Quantizer
 
@@ -54,6 +55,20 @@ def _split() -> SplitQTensor:
     return SplitQTensor(SHAPE, 1, index, parts)
 
 
+def _members() -> SplitQTensor:
+    """Three parts whose slices are in order: two bits a slice."""
+    members = torch.arange(64).remainder(5).clamp(max=2)
+    parts = [x()[:, members == part] for part in range(3)]
+    made = Quantizer("binary channel scale=mean(offset=true)").quantize(parts[0]), parts[1].half()
+    return SplitQTensor(SHAPE, 1, pack_members(members, 3), (*made, Quantizer("int4 channel").quantize(parts[2])))
+
+
+def _outer_scaled() -> OuterScaled:
+    rows, columns = torch.rand(12, 1), torch.rand(1, 64).half()
+    base = Quantizer("binary group=16 scale=mean(offset=true)").quantize(x())
+    return OuterScaled(base, (Quantizer("uint8 tensor").quantize(rows), columns))
+
+
 def _low_rank() -> LowRankSum:
     base = Quantizer("float4_e2m1fn group=32").quantize(x())
     u, s, v = torch.linalg.svd(x() - base.dequantize(), full_matrices=False)
@@ -85,6 +100,8 @@ MADE: dict[str, Callable[[], QTensor]] = {
     ),
     "vector 16 bits": lambda: _vector(None, 300, torch.float32),
     "split": _split,
+    "split members": _members,
+    "outer-scaled": _outer_scaled,
     "low-rank-sum": _low_rank,
 }
 

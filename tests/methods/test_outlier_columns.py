@@ -10,7 +10,7 @@ from nybble.calibration.error import relative_error
 from nybble.core.errors import SchemeError, UsageError
 from nybble.qtensor.split import SplitQTensor
 from nybble.quantizer import Quantizer
-from nybble.solvers import Solved, Stats, Weight
+from nybble.solvers import Solved, Stats, Weight, make_solver
 from nybble.solvers.outlier_columns import OutlierColumns
 
 ROWS, COLUMNS = 64, 100
@@ -37,7 +37,7 @@ def split(solved: Solved) -> tuple[list[int], SplitQTensor]:
     """The columns that were kept, and the tensor."""
     tensor = solved.weight
     assert isinstance(tensor, SplitQTensor)
-    return tensor.index.tolist()[-tensor.parts[1].shape[1] :], tensor
+    return tensor.slices()[1].tolist(), tensor
 
 
 def test_loud_inputs_are_kept_and_the_rest_is_the_quantizer() -> None:
@@ -54,10 +54,10 @@ def test_loud_inputs_are_kept_and_the_rest_is_the_quantizer() -> None:
 
 
 def test_bits_are_those_of_the_paper() -> None:
-    """k + 16 / B + p (16 - k - 16 / B), and the index: 32 bits a column."""
+    """k + 16 / B + p (16 - k - 16 / B), and which part it is in: a bit a column."""
     (found,) = solve(OutlierColumns(share=0.04), matrix(), second=moment())
     blocks = -(-ROWS * 96 // 64)
-    stored = 3 * ROWS * 96 + 16 * blocks + 16 * ROWS * 4 + 32 * COLUMNS
+    stored = 3 * ROWS * 96 + 16 * blocks + 16 * ROWS * 4 + 8 * -(-COLUMNS // 8)
     assert found.weight.bits_per_element() == stored / (ROWS * COLUMNS)
     assert found.weight.bytes_by_role()["unquantized"] == 2 * ROWS * 4
 
@@ -108,10 +108,14 @@ def test_groups_of_a_convolution_keep_the_same_columns() -> None:
 
 
 def test_bad_input() -> None:
-    for share in (0.0, 0.6):
-        with pytest.raises(SchemeError, match=r"0 < share <= 0.5"):
+    for share in (-0.1, 0.6):
+        with pytest.raises(SchemeError, match=r"0 <= share <= 0.5"):
             OutlierColumns(share=share)
-    with pytest.raises(SchemeError, match="by=std; it is inputs or weights"):
-        OutlierColumns(by="std")
+    with pytest.raises(SchemeError, match=r"by.*inputs.*largest.*mean.*weights"):
+        make_solver("outlier-columns", {"by": "std"})
+    with pytest.raises(SchemeError, match="span=whole is about scales, and float16 has none"):
+        OutlierColumns(span="whole")
+    with pytest.raises(SchemeError, match=r"span=whole.*group=16 has others for fewer columns"):
+        OutlierColumns(keep="int4 group=16", span="whole")
     with pytest.raises(UsageError, match="float17"):
         OutlierColumns(keep="float17")

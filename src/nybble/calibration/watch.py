@@ -23,7 +23,7 @@ from nybble.quantizer import Quantizer
 
 SAMPLE = 1024
 """Tokens of an input that are looked at for pictures."""
-Gatherer = InputSample | SecondMoment | DriftMoments
+Gatherer = InputSample | SecondMoment | DriftMoments | ChannelSizes
 
 
 class Asker(Protocol):
@@ -38,7 +38,7 @@ class Asker(Protocol):
         """How many inputs it wants at most."""
 
     def needs(self, inputs: Quantizer | None) -> frozenset[str]:
-        """Which of ``second_moment``, ``drift``, ``inputs`` it reads, for inputs under this quantizer."""
+        """Which of ``second_moment``, ``drift``, ``sizes``, ``inputs`` it reads, for inputs under this quantizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,7 @@ class Seen:
         moments: by leader; missing where nothing was seen. routed: by fused weight, one an expert.
         later: leaders of those who ask for their drift, to be seen by :func:`layer_moments` when their turn comes.
         drifts: by leader, once they were seen.
+        sizes: of the input's channels, by leader. routed_sizes: by fused weight, one an expert.
         samples: inputs themselves, by leader. looks: a few of them, for pictures.
     """
 
@@ -93,6 +94,8 @@ class Seen:
     routed: dict[str, list[SecondMoment]] = field(default_factory=dict)
     later: list[str] = field(default_factory=list)
     drifts: dict[str, DriftMoments] = field(default_factory=dict)
+    sizes: dict[str, ChannelSizes] = field(default_factory=dict)
+    routed_sizes: dict[str, list[ChannelSizes]] = field(default_factory=dict)
     samples: dict[str, InputSample] = field(default_factory=dict)
     looks: dict[str, InputSample] = field(default_factory=dict)
 
@@ -147,12 +150,15 @@ def see_block(window: Window, path: str, asker: Asker, looks: bool = False) -> S
     for target in state.targets:
         if target.kind.fused and "second_moment" in asker.needs(None):
             seen.routed[target.name] = [SecondMoment(target.shape[1]) for _ in range(target.matrices)]
-    if looks or seen.moments or seen.later or seen.samples or seen.routed or own_rows:
+        if target.kind.fused and "sizes" in asker.needs(None):
+            seen.routed_sizes[target.name] = [ChannelSizes(target.shape[1]) for _ in range(target.matrices)]
+    if looks or seen.moments or seen.later or seen.sizes or seen.samples or seen.routed or own_rows:
         for group in groups:
             width, parts = group.members[0].shape[1], group.members[0].groups
             look = partial(InputSample, width, tokens, SAMPLE, parts)
             seen.looks[group.leader] = gathering.get(group.leader, "look", look)
-        routed = [(t, seen.routed[t.name]) for t in state.targets if t.name in seen.routed]
+        both = (seen.routed, seen.routed_sizes)
+        routed: Routed = [(t, found[t.name]) for t in state.targets for found in both if t.name in found]
         _watch(state, gathering.fresh, routed, batches)
     return seen
 
@@ -168,12 +174,15 @@ def _ask(group: Group, asker: Asker, seen: Seen, gathering: _Gathering, tokens: 
         seen.moments[leader] = gathering.get(
             leader, f"moment {group.inputs} {fixed is None}", partial(SecondMoment, width, group.inputs, fixed, parts)
         )
+    if "sizes" in wanted:
+        seen.sizes[leader] = gathering.get(leader, "sizes", partial(ChannelSizes, width))
     if "inputs" in wanted:
         most = asker.most_tokens
         seen.samples[leader] = gathering.get(leader, f"inputs {most}", partial(InputSample, width, tokens, most, parts))
 
 
 Inputs = tuple[Quantizer | None, QuantParams | None]
+Routed = Sequence[tuple[Target, Sequence[Gatherer]]]
 
 
 def layer_moments(
@@ -245,7 +254,7 @@ def see_channels(
 def _watch(
     state: BlockState,
     fresh: Sequence[tuple[str, Gatherer]],
-    routed: Sequence[tuple[Target, list[SecondMoment]]],
+    routed: Routed,
     batches: Batches,
 ) -> None:
     """Run the block as it stands once and let everything that gathers inputs gather them."""
@@ -314,20 +323,20 @@ def _watching(
 
 
 @contextmanager
-def _watching_routed(block: nn.Module, routed: Sequence[tuple[Target, list[SecondMoment]]]) -> Iterator[None]:
+def _watching_routed(block: nn.Module, routed: Routed) -> Iterator[None]:
     """Let each matrix of fused targets gather the rows that are sent to it."""
     handles = []
-    for target, moments in routed:
+    for target, gatherers in routed:
 
         def see(
             module: nn.Module,
             args: tuple[Any, ...],
             kwargs: dict[str, Any],
             target: Target = target,
-            moments: list[SecondMoment] = moments,
+            gatherers: Sequence[Gatherer] = gatherers,
         ) -> None:
             for number, rows in target.kind.routed(module, target.leaf, args, kwargs):
-                moments[number].add(rows)
+                gatherers[number].add(rows)
 
         handles.append(block.get_submodule(target.module).register_forward_pre_hook(see, with_kwargs=True))
     try:

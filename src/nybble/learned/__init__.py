@@ -116,8 +116,8 @@ class Part(ABC):
         takes_start: whether it can begin with a solver's parameters.
         registry: where parts are found by name, for options that name one.
         fixes_x: whether the weight stays what it was at :meth:`make`, without a gradient (AdaRound).
-        keeps_codes: whether codes stay those of the weight that :meth:`make` gets: of a solver's result it should get
-            the dequantized weight then, not the float one.
+        keeps_codes: whether codes stay those that a solver left (GPTQ's, say): :meth:`make` should get the dequantized
+            weight then, not the float one.
         soft: whether the training formula gives values between those that are stored, so that its loss isn't theirs.
     """
 

@@ -1,6 +1,7 @@
 """The main job: a float model becomes a quantized one, window after window of its blocks.
 
     1. open the source; a skeleton of the model without weights
+       (a recipe that trains first: quantize in memory, train, go on with the float weights that this came to)
     2. match the scheme, make the recipe's steps, let each check what it gets and say what it needs and costs
     3. calibration samples -> the tensors in front of block 0, on every path that a step reads (if any looks at data)
     4. for each window: load the blocks that are new, transform and solve them; learn on the window; correct, write and
@@ -40,6 +41,7 @@ from nybble.models.sources.open import open_source
 from nybble.nn.config import config_of
 from nybble.nn.in_place import evaluation_mode, untouched, whole_or_not_at_all
 from nybble.nn.kv_model import use_quantized_cache
+from nybble.pipelines.prepared import prepared, training_lines
 from nybble.pipelines.request import Asked, Changes, build_recipe, read_recipe
 from nybble.recipe import Recipe
 from nybble.report.record import LayerRow, Report
@@ -101,16 +103,17 @@ def quantize(
         for module in held:
             stack.enter_context(whole_or_not_at_all(module))
         job = _job(model, made, data, settings, out, tokenizer)
-        for line in job.preflight(out):
+        for line in (*job.preflight(out), *training_lines(job)):
             (announce or _ignore)(line)
         given = known_inputs(job, data)
         if out is None:
+            job = prepared(job, data, None, progress)
             rows = _in_memory({"": job}, progress or Silent())[0][""]
             job = _tried(job, given, announce or _ignore)
             _mark(job, rows)
             result = _result(job, model, held)
         else:
-            job, rows = _write(job, given, Path(out), progress or Silent(), announce or _ignore)
+            job, rows = _write(job, data, given, Path(out), progress or Silent(), announce or _ignore)
             result = Path(out)
     return result, Report(layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started)
 
@@ -144,7 +147,8 @@ def preflight(
         stack.enter_context(torch.no_grad())
         if isinstance(model, nn.Module):
             stack.enter_context(untouched(model))
-        return _job(model, made, data, settings, out, tokenizer).preflight(out)
+        job = _job(model, made, data, settings, out, tokenizer)
+        return [*job.preflight(out), *training_lines(job)]
 
 
 def _asked(
@@ -208,6 +212,7 @@ def quantize_many(
         for group in [*([together] if together else []), *alone]:
             _require_memory(group)
             given = {name: known_inputs(job, data) for name, job in group.items()}
+            group = {name: prepared(job, data, None, progress) for name, job in group.items()}
             rows, seconds = _in_memory(group, progress or Silent())
             for name, job in group.items():
                 done = _tried(job, given[name], _ignore)
@@ -285,7 +290,7 @@ def _require_memory(jobs: Mapping[str, Job]) -> None:
 
 
 def _write(
-    job: Job, given: Sequence[Tensors], out: Path, progress: Progress, announce: Callable[[str], None]
+    job: Job, data: Data, given: Sequence[Tensors], out: Path, progress: Progress, announce: Callable[[str], None]
 ) -> tuple[Job, list[LayerRow]]:
     folder = AtomicFolder(out, resumable=True)
     try:
@@ -298,6 +303,7 @@ def _write(
                 # All that may fail at the end fails here, before hours of work.
                 if lacks := save_side_files(job.kind, job.source, job.model, partial):
                     announce(lacks)
+                job = prepared(job, data, parts, progress)
                 Walk({"": job}, partial if job.settings.spill else None).run(parts, progress)
                 job = _tried(job, given, announce, parts)
                 config = model_config(job.model, job.dtype)  # with what quantizing changed: heads that are tied no more

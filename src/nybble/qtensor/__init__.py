@@ -7,7 +7,8 @@ double quantization (dynamic 8-bit scales per 256 blocks plus a mean) and 4-bit 
 ==============  ================================================================================
 BlockQTensor    codes of one format, a scale a block
 VectorQTensor   indices into a code book of vectors
-SplitQTensor    columns in different quantizers, or left in 16 bits (outlier columns)
+SplitQTensor    columns in different quantizers, or left in 16 bits (outlier columns, PTQ1.61)
+OuterScaled     a QTensor times factors of its rows and columns (PTQ1.61)
 LowRankSum      a QTensor plus A @ B (low-rank compensation)
 ==============  ================================================================================
 

@@ -11,6 +11,8 @@ from nybble.nn.layer import QuantLayer
 from nybble.nn.packed import Packed
 from nybble.qtensor import QTensor, dense
 from nybble.qtensor.block import BlockQTensor
+from nybble.qtensor.outer_scaled import OuterScaled
+from nybble.qtensor.split import SplitQTensor
 from nybble.quantizer import Quantizer
 
 POINTS = 40
@@ -27,15 +29,15 @@ def moves(weight: Tensor, quantizer: Quantizer | None, began: QuantLayer, settle
         settled: the one that it came to.
 
     Returns:
-        Those that can be said: ``left_nearest``, the share of weights that are not what rounding the float weight to
-        nearest gives with the settled layer's own scales; ``scales`` and ``input_scales``, the smallest, median and
-        largest ratio of a scale to what it was; ``zero_points``, the share of zero points that changed.
+        Those that can be said, of a split tensor about the part that learned: ``left_nearest``, the share of weights
+        that are not what rounding the float weight to nearest gives with the settled layer's own scales; ``scales`` and
+        ``input_scales``, the smallest, median and largest ratio of a scale to what it was; ``zero_points``, the share
+        of zero points that changed.
     """
     found: dict[str, Any] = {}
     if isinstance(began.weight, Packed) and isinstance(settled.weight, Packed) and quantizer is not None:
-        was, now = began.weight.qtensor(), settled.weight.qtensor()
-        if isinstance(was, BlockQTensor) and isinstance(now, BlockQTensor):
-            nearest = quantizer.quantize(weight, now.params).dequantize()
+        for was, now, own in _pairs(began.weight.qtensor(), settled.weight.qtensor(), weight):
+            nearest = quantizer.quantize(own, now.params).dequantize()
             found["left_nearest"] = short(float((now.dequantize() != nearest).float().mean()))
             found |= _ratios("scales", was.params.scale, now.params.scale)
             if was.params.zero_point is not None and now.params.zero_point is not None:
@@ -46,6 +48,18 @@ def moves(weight: Tensor, quantizer: Quantizer | None, began: QuantLayer, settle
         if before is not None and after is not None:
             found |= _ratios("input_scales", before.scale, after.scale)
     return found
+
+
+def _pairs(
+    was: QTensor | Tensor, now: QTensor | Tensor, weight: Tensor
+) -> list[tuple[BlockQTensor, BlockQTensor, Tensor]]:
+    """What can be compared: codes before and after, and the weight that they are of."""
+    if isinstance(was, SplitQTensor) and isinstance(now, SplitQTensor):
+        parts = zip(was.parts, now.parts, was.slices(), strict=True)
+        moved = [(a, b, weight.index_select(was.dim, at)) for a, b, at in parts if a is not b]
+        return [pair for a, b, own in moved for pair in _pairs(a, b, own)][:1]
+    base = now.base if isinstance(now, OuterScaled) else now
+    return [(was, base, weight)] if isinstance(was, BlockQTensor) and isinstance(base, BlockQTensor) else []
 
 
 def curve(losses: Sequence[float]) -> list[list[float]]:

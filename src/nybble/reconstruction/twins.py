@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 from torch import Tensor
 
 from nybble.calibration.block import BlockState, Record
-from nybble.learned import ACTIVATIONS, WEIGHTS, Learned
+from nybble.learned import ACTIVATIONS, WEIGHTS, Learned, Part
 from nybble.learned._fixed import Fixed
+from nybble.learned._split import SplitLearned
 from nybble.learned.ste import StraightThrough
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.fake import FakeLayer
@@ -17,6 +19,7 @@ from nybble.nn.layer import QuantLayer
 from nybble.nn.packed import Packed
 from nybble.qtensor import QTensor
 from nybble.qtensor.block import BlockQTensor
+from nybble.qtensor.split import SplitQTensor
 from nybble.quantizer import Quantizer
 from nybble.reconstruction import Reconstruction
 from nybble.reconstruction.moves import moves
@@ -27,8 +30,8 @@ from nybble.reconstruction.transforming import transformed
 def put_twins(state: BlockState, targets: Sequence[Target], options: Reconstruction) -> None:
     """Let a trainable twin stand for each quantized layer whose parts are learned.
 
-    It begins with that one's scales. A learned weight begins at the float one, so GPTQ's codes are not kept, but by
-    parts that say so.
+    It begins with that one's scales. A learned weight begins at the float one, so GPTQ's codes are not kept, unless the
+    part keeps codes.
     """
     for target in targets:
         layer = state.installed(target)
@@ -63,14 +66,34 @@ def _following(given: ActivationQuantizer | None) -> StraightThrough | None:
 def _weights(packed: QTensor, truth: Tensor, record: Record, options: Reconstruction, moved: bool) -> Learned:
     """What rounds a weight: the learned part where there is one for it, else the codes as they are.
 
-    Of a weight that a transform has ``moved`` the solver's scales fit nothing.
+    Of a split tensor the parts in the record's quantizer learn, the others (outlier columns) stay. Of a weight that a
+    transform has ``moved`` the solver's scales fit nothing.
     """
-    part = options.follower if moved else options.weights
-    if part is not None and isinstance(packed, BlockQTensor) and record.quantizer is not None:
-        if part.keeps_codes:
-            truth = packed.dequantize()
-        return part.make(record.quantizer, truth, packed if part.takes_start and not moved else None, WEIGHTS)
-    return Fixed(packed, record.quantizer or Quantizer("int8"))
+    part, quantizer = options.follower if moved else options.weights, record.quantizer
+    if part is not None and quantizer is not None:
+        if isinstance(packed, BlockQTensor):
+            return _made(part, quantizer, packed, truth, moved)
+        if isinstance(packed, SplitQTensor):
+            pairs = zip(packed.parts, packed.slices(), strict=True)
+            found = [
+                _made(part, quantizer, own, truth.index_select(packed.dim, at), moved)
+                if _is_in(own, quantizer)
+                else None
+                for own, at in pairs
+            ]
+            if any(found):
+                return SplitLearned(packed, found, quantizer)
+    return Fixed(packed, quantizer or Quantizer("int8"))
+
+
+def _is_in(part: QTensor | Tensor, quantizer: Quantizer) -> TypeGuard[BlockQTensor]:
+    cut = (quantizer.format, quantizer.granularity)
+    return isinstance(part, BlockQTensor) and (part.format, part.granularity) == cut
+
+
+def _made(part: Part, quantizer: Quantizer, packed: BlockQTensor, truth: Tensor, moved: bool) -> Learned:
+    x = packed.dequantize() if part.keeps_codes else truth
+    return part.make(quantizer, x, packed if part.takes_start and not moved else None, WEIGHTS)
 
 
 def settle_twins(state: BlockState) -> None:

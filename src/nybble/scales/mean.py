@@ -1,6 +1,8 @@
 """``scale = mean|x|``: least squares for binary codes, and b1.58's rule for ternary ones.
 
-Rastegari et al. 2016, arXiv:1603.05279; Ma et al. 2024, arXiv:2402.17764.
+Rastegari et al. 2016, arXiv:1603.05279; Ma et al. 2024, arXiv:2402.17764. With ``offset=true`` a block's mean is kept
+in the units of x, and what is rounded is x less that mean: ``x_hat = mean|x - m| sign(x - m) + m``, for binary codes
+least squares again (XNOR with a mean, as in IR-Net; PTQ1.61, arXiv:2502.13179, begins with mean|x| instead).
 """
 
 from __future__ import annotations
@@ -17,18 +19,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mean(ScaleRule):
-    """Weighted mean of the magnitudes."""
+    """Weighted mean of the magnitudes.
+
+    Attributes:
+        offset: keep the block's mean, and round what is left.
+    """
+
+    offset: bool = False
+
+    @property
+    def has_offset(self) -> bool:  # noqa: D102
+        return self.offset
 
     def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
-        import torch
+        wide = blocks.double()  # sums of float32 could overflow
+        weight = None if weight is None else weight.double().expand_as(blocks)
+        if not self.offset:
+            return BlockParams(_mean(wide.abs(), weight).float())
+        centre = _mean(wide, weight).float()
+        return BlockParams(_mean((wide - centre.double()).abs(), weight).float(), offset=centre)
 
-        magnitude = blocks.abs().double()  # sums of float32 could overflow
-        if weight is None:
-            return BlockParams(magnitude.mean(1, keepdim=True).float())
-        weight = weight.double().expand_as(blocks)
-        total = weight.sum(1, keepdim=True)
-        mean = (magnitude * weight).sum(1, keepdim=True) / torch.where(total == 0, 1.0, total)
-        return BlockParams(mean.float())
+
+def _mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    """Of each block, float64 [blocks, 1]; 0 where nothing counts."""
+    import torch
+
+    if weight is None:
+        return values.mean(1, keepdim=True)
+    total = weight.sum(1, keepdim=True)
+    return (values * weight).sum(1, keepdim=True) / torch.where(total == 0, 1.0, total)
 
 
 PART = Mean

@@ -43,6 +43,14 @@ class Weight:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How large each channel of an input is, before any quantizer: its ``largest`` and its ``mean`` magnitude."""
+
+    largest: Float32[Tensor, " columns"]
+    mean: Float32[Tensor, " columns"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stats:
     """What calibration saw of the input that some weights share; what a solver doesn't need is None.
 
@@ -51,6 +59,7 @@ class Stats:
             float32 [columns, columns], of a grouped convolution [groups, columns, columns]; None where calibration saw
             nothing (an expert without tokens).
         drift: how those inputs differ from the float network's; None where tokens of both can't be paired (experts).
+        sizes: of the channels of those inputs; None as for ``second_moment``.
         inputs: the inputs themselves before any quantizer, [tokens, columns] or [groups, tokens, columns], in the
             model's dtype.
         fisher: squared gradients of the loss by the layer's outputs, by the weight's name: float32 [tokens, rows].
@@ -59,6 +68,7 @@ class Stats:
 
     second_moment: Float32[Tensor, "*groups columns columns"] | None = None
     drift: Drift | None = None
+    sizes: Sizes | None = None
     inputs: Float[Tensor, "*groups tokens columns"] | None = None
     fisher: Mapping[str, Float32[Tensor, "tokens _rows"]] = field(default_factory=dict)
     quantizer: Quantizer | None = None
@@ -106,7 +116,8 @@ class Solver(ABC):
     def needs(self, inputs: Quantizer | None) -> frozenset[str]:
         """What :meth:`solve` reads, for inputs under this quantizer.
 
-        Any of ``second_moment``, ``drift`` (of the quantized path's, with both :attr:`paths`), ``inputs``, ``fisher``.
+        Any of ``second_moment``, ``drift`` (of the quantized path's, with both :attr:`paths`), ``sizes``, ``inputs``,
+        ``fisher``.
         """
         return frozenset()
 

@@ -162,7 +162,7 @@ class Job:
     @property
     def shares(self) -> bool:
         """Whether its hidden states are the float network's own, so that other recipes may read the same."""
-        if any(step.moves_stream for step in self.steps):
+        if any(step.moves_stream for step in self.steps) or any(step.kind == "train" for step in self.recipe.steps):
             return False
         plain = self.paths <= {"float"} and self.window == 1 and len(self.adapter.stacks) == 1
         return plain and not any("block inputs" in self.needs for _ in self.transforms)

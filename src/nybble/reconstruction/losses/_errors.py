@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+LEAST = 1e-4
+"""The smallest cosine that has a logarithm here."""
 
 
 def real_rows(output: Tensor, wanted: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -25,6 +29,13 @@ def real_vectors(output: Tensor, wanted: Tensor, mask: Tensor | None) -> tuple[T
 def relative(output: Tensor, wanted: Tensor) -> Tensor:
     """``|y - y_float|^2 / |y_float|^2``; 0 where all is 0."""
     return (output - wanted).square().sum() / wanted.square().sum().clamp(min=1e-20)
+
+
+def angle(output: Tensor, wanted: Tensor) -> Tensor:
+    """``-log cos(y, y_float)``, a mean over vectors whose target isn't 0; a cosine below :data:`LEAST` counts as it."""
+    cosine = functional.cosine_similarity(output, wanted, -1).clamp(min=LEAST)
+    real = wanted.abs().amax(-1) > 0
+    return -torch.where(real, cosine.log(), 0.0).sum() / real.sum().clamp(min=1)
 
 
 def distance_and_divergence(output: Tensor, wanted: Tensor) -> Tensor:

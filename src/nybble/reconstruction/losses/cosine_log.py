@@ -11,14 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from nybble.reconstruction import FLOAT, Reconstruction
-from nybble.reconstruction.losses._errors import real_vectors
-
-LEAST = 1e-4
+from nybble.reconstruction.losses._errors import angle, real_vectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +22,7 @@ class CosineLog(Reconstruction):
     """The engine's options are its own."""
 
     def loss(self, output: Tensor, wanted: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:  # noqa: D102
-        given, goal = real_vectors(output, wanted[FLOAT], mask)
-        cosine = functional.cosine_similarity(given, goal, -1).clamp(min=LEAST)
-        real = goal.abs().amax(-1) > 0
-        return -torch.where(real, cosine.log(), 0.0).sum() / real.sum().clamp(min=1)
+        return angle(*real_vectors(output, wanted[FLOAT], mask))
 
 
 PART = CosineLog

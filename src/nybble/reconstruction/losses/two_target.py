@@ -4,6 +4,10 @@
 
 CBQ's homologous reconstruction (Ding et al. 2023, arXiv:2312.07950): the first term corrects what the blocks before
 have lost, the second is the window's own error. OmniQuant's ``aug_loss`` is the same with E the squared error.
+PTQ1.61's (Zhao et al. 2025, arXiv:2502.13179) adds to that the negative logarithm of the cosine, a mean over tokens,
+with weight 1. There the squared error is over the target's power: the published code's own would outweigh the angle, or
+vanish beside it, as the hidden states of a model are large or small; and the code's absolute value of the cosine would
+reward outputs that point the other way.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from torch import Tensor
 
 from nybble.core.errors import SchemeError
 from nybble.reconstruction import FLOAT, LOCAL, Reconstruction
-from nybble.reconstruction.losses._errors import distance_and_divergence, real_rows, real_vectors, relative
+from nybble.reconstruction.losses._errors import angle, distance_and_divergence, real_rows, real_vectors, relative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +28,12 @@ class TwoTarget(Reconstruction):
     """Options beside the engine's.
 
     Attributes:
-        error: E: ``mse``, the squared error over the target's power, or ``l2-kl``, CBQ's.
+        error: E: ``mse``, the squared error over the target's power, ``l2-kl``, CBQ's, or ``mse-cosine``, PTQ1.61's.
         accumulated: weight of the error to what the float network gives. local: of the error to what the float blocks
             give for the quantized path's inputs.
     """
 
-    error: Literal["mse", "l2-kl"] = "mse"
+    error: Literal["mse", "l2-kl", "mse-cosine"] = "mse"
     accumulated: float = 1.0
     local: float = 1.0
 
@@ -57,7 +61,10 @@ class TwoTarget(Reconstruction):
     def _error(self, output: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
         if self.error == "mse":
             return relative(*real_rows(output, wanted, mask))
-        return distance_and_divergence(*real_vectors(output, wanted, mask))
+        vectors = real_vectors(output, wanted, mask)
+        if self.error == "mse-cosine":
+            return relative(*vectors) + angle(*vectors)
+        return distance_and_divergence(*vectors)
 
 
 PART = TwoTarget

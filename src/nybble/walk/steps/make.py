@@ -11,6 +11,7 @@ from nybble.models.adapter import Adapter
 from nybble.recipe import Recipe
 from nybble.reconstruction import make_reconstruction
 from nybble.solvers import make_solver
+from nybble.training.steps import make_train_step
 from nybble.transforms import make_transform
 from nybble.walk.steps import BlockStep
 from nybble.walk.steps.correction import CorrectionStep
@@ -20,7 +21,7 @@ from nybble.walk.steps.transform import TransformStep
 
 
 def make_steps(recipe: Recipe, adapter: Adapter) -> tuple[tuple[BlockStep, ...], frozenset[str]]:
-    """The steps of a recipe in order, and the streams that they read.
+    """The steps of a recipe's walk in order, and the streams that they read; training is over before a walk begins.
 
     Transforms and corrections look at the float path where there is one, else at the quantized.
 
@@ -46,7 +47,7 @@ def make_steps(recipe: Recipe, adapter: Adapter) -> tuple[tuple[BlockStep, ...],
             found.append(SolverStep(step.name, solver, later))
         elif step.kind == "reconstruction":
             found.append(next(left))
-        else:
+        elif step.kind == "correction":
             found.append(CorrectionStep(step.name, make_correction(step.name, step.options), path))
     return tuple(found), paths
 
@@ -64,6 +65,7 @@ def check_quick(recipe: Recipe) -> None:
 
 
 _MAKE: dict[str, Callable[[str, Mapping[str, Any]], Any]] = {
+    "train": make_train_step,
     "transform": make_transform,
     "solver": make_solver,
     "reconstruction": make_reconstruction,

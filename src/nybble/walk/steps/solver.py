@@ -10,13 +10,13 @@ from torch import Tensor
 
 from nybble.calibration.block import BlockState, Record
 from nybble.calibration.operands import see_operands
-from nybble.calibration.statistics import SecondMoment
+from nybble.calibration.statistics import ChannelSizes, SecondMoment
 from nybble.calibration.watch import Group, Seen, layer_moments, see_block, see_nothing
 from nybble.calibration.window import Window
 from nybble.core.errors import DataError, UsageError, within
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import Quantized, Target
-from nybble.solvers import Solved, Solver, Stats, Weight
+from nybble.solvers import Sizes, Solved, Solver, Stats, Weight
 from nybble.walk.steps import BlockStep, Cost, Load, Subject
 from nybble.walk.steps._solver_cost import solver_cost
 
@@ -65,7 +65,8 @@ class SolverStep(BlockStep):
             self._solve_group(state, group, seen, window.calibration.fisher)
         for target in state.targets:
             if target.kind.fused:
-                self._solve_fused(state, target, seen.routed.pop(target.name, None))
+                routed, sizes = seen.routed.pop(target.name, None), seen.routed_sizes.pop(target.name, None)
+                self._solve_fused(state, target, routed, sizes)
 
     def run_outside(self, window: Window) -> None:
         """The same for what is in no block: every target with a seed of its own."""
@@ -127,7 +128,13 @@ class SolverStep(BlockStep):
             "nybble.solvers.Solved, one a weight."
         )
 
-    def _solve_fused(self, state: BlockState, target: Target, moments: list[SecondMoment] | None) -> None:
+    def _solve_fused(
+        self,
+        state: BlockState,
+        target: Target,
+        moments: Sequence[SecondMoment] | None,
+        sizes: Sequence[ChannelSizes] | None,
+    ) -> None:
         if target.rule.weights is None:
             return
         stored, solved = state.matrix(target), []
@@ -137,7 +144,8 @@ class SolverStep(BlockStep):
             weight = Weight(name=name, matrix=matrix, quantizer=target.rule.weights)
             second = None if moments is None else moments[number].mean(name)
             with within(name):
-                found = self._answers([weight], Stats(second_moment=second))[0]
+                stats = Stats(second_moment=second, sizes=None if sizes is None else _sizes(sizes[number]))
+                found = self._answers([weight], stats)[0]
             solved.append(found)
             record = state.records[f"{target.name}.{number}"] = _record(target, found, (None, None), None)
             record.number = number
@@ -179,10 +187,18 @@ def _stats(state: BlockState, group: Group, seen: Seen, fisher: Mapping[str, Ten
     return Stats(
         second_moment=None if moment is None else moment.mean(f"{state.prefix}{group.leader}"),
         drift=None if drift is None else drift.mean(),
+        sizes=_sizes(seen.sizes.pop(group.leader, None)),
         inputs=None if sample is None else sample.all(),
         quantizer=group.inputs,
         fisher={name: fisher[name] for t in group.members if (name := f"{state.prefix}{t.name}") in fisher},
     )
+
+
+def _sizes(seen: ChannelSizes | None) -> Sizes | None:
+    """What a solver gets of them; None where nothing was seen."""
+    if seen is None or seen.largest is None:
+        return None
+    return Sizes(largest=seen.largest, mean=seen.mean)
 
 
 def _record(target: Target, found: Solved | None, inputs: tuple[Any, Any], sample: Tensor | None) -> Record:
