@@ -113,7 +113,8 @@ class MacUnit:
         """The unit, term by term.
 
         Args:
-            w: codes of weights. x: codes of inputs, as many.
+            w: codes of weights.
+            x: codes of inputs, as many.
 
         Returns:
             After each term the sum in steps, as a two's complement number of :attr:`bits` that wraps; and whether a

@@ -24,6 +24,8 @@ Term = tuple[bool, int, int]
 SECONDS = 600
 FLOW = "synth_xilinx -family xcup -flatten -nodsp -nowidelut -noiopad -noclkbuf"
 """UltraScale+: six-input LUTs, carry chains, flip-flops with reset and enable; no multiplier blocks."""
+WRITE = "splitnets; opt_clean -purge; write_verilog -noattr netlist.v"
+"""Each bit a net of its own, so that a dump shows each once."""
 CELLS = "xilinx/cells_sim.v"
 _SEEN = re.compile(r"^\s+(\w+)\s+(\d+)\s*$", re.MULTILINE)
 
@@ -118,7 +120,9 @@ def toggles(unit: MacUnit, terms: Sequence[Term], netlist: str) -> float:
     """Changes of a mapped unit's nets per clock: a stand-in for its switching energy, without delays or glitches.
 
     Args:
-        unit: what was mapped. terms, netlist: as :func:`simulate`.
+        unit: what was mapped.
+        terms: as for :func:`simulate`.
+        netlist: what :func:`synthesize` made of it.
 
     Returns:
         Bits that change value per term, over all nets of the netlist but the clock.
@@ -137,12 +141,16 @@ def synthesize(unit: MacUnit) -> Mapped:
     with tempfile.TemporaryDirectory(prefix="nybble-") as name:
         folder = Path(name)
         (folder / "unit.v").write_text(verilog(unit), encoding="utf-8")
-        script = f"read_verilog unit.v; {FLOW} -top {unit.name}; tee -o cells.txt stat; splitnets; opt_clean -purge; write_verilog -noattr netlist.v"
+        script = f"read_verilog unit.v; {FLOW} -top {unit.name}; tee -o cells.txt stat; {WRITE}"
         _run([find_tool("yosys"), "-q", "-p", script], folder)
         cells = {kind: int(count) for kind, count in _SEEN.findall((folder / "cells.txt").read_text("utf-8"))}
         netlist = (folder / "netlist.v").read_text(encoding="utf-8")
     return Mapped(
-        luts=_count(cells, "LUT"), carries=_count(cells, "CARRY"), flops=_count(cells, "FD"), cells=cells, netlist=netlist
+        luts=_count(cells, "LUT"),
+        carries=_count(cells, "CARRY"),
+        flops=_count(cells, "FD"),
+        cells=cells,
+        netlist=netlist,
     )
 
 
@@ -150,7 +158,9 @@ def _count(cells: dict[str, int], kind: str) -> int:
     return sum(count for name, count in cells.items() if name.startswith(kind))
 
 
-def _played(unit: MacUnit, terms: Sequence[Term], netlist: str | None, folder: Path, dump: bool) -> list[tuple[int, bool]]:
+def _played(
+    unit: MacUnit, terms: Sequence[Term], netlist: str | None, folder: Path, dump: bool
+) -> list[tuple[int, bool]]:
     """Write, compile, run, read."""
     (folder / "unit.v").write_text(verilog(unit) if netlist is None else netlist, encoding="utf-8")
     (folder / "bench.v").write_text(bench(unit), encoding="utf-8")
@@ -158,10 +168,7 @@ def _played(unit: MacUnit, terms: Sequence[Term], netlist: str | None, folder: P
     rows = (f"{int(reset)} {w:0{a}b} {x:0{b}b}\n" for reset, w, x in terms)
     (folder / "vectors.txt").write_text("".join(rows), encoding="utf-8")
     files = ["bench.v", "unit.v"] if netlist is None else ["bench.v", "unit.v", str(_cells())]
-    tops = ["-s", "bench"] if netlist is None else ["-s", "bench", "-s", "glbl"]
-    if netlist is not None and "module glbl" not in _cells().read_text(encoding="utf-8"):
-        tops = tops[:2]
-    _run([find_tool("iverilog"), "-g2005-sv", *tops, "-o", "bench.vvp", *files], folder)
+    _run([find_tool("iverilog"), "-g2005-sv", "-s", "bench", "-o", "bench.vvp", *files], folder)
     said = _run([find_tool("vvp"), "-n", "bench.vvp", "+vectors=vectors.txt", *(["+dump"] if dump else [])], folder)
     found = [line.split() for line in said.splitlines() if re.fullmatch(r"[01xz] [01xz]+", line)]
     if len(found) != len(terms) or any(set(flag + bits) - {"0", "1"} for flag, bits in found):

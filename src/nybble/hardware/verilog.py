@@ -42,7 +42,7 @@ def verilog(unit: MacUnit) -> str:
 
 
 def _operand(name: str, operand: Operand) -> list[str]:
-    """``NAME_factor``; also ``NAME_negative``, ``NAME_shift`` and ``NAME_special`` where the format has such a thing."""
+    """``NAME_factor``; ``NAME_negative``, ``NAME_shift`` and ``NAME_special`` where the format has such a thing."""
     fmt = operand.format
     if isinstance(fmt, Minifloat):
         lines = _float(name, fmt)
