@@ -92,6 +92,7 @@ EVERY: dict[str, dict[str, Any]] = {
     **{n: {"effort": "quick", "weights": "int4 group=16 symmetric=false"} for n in ("signround", "efficientqat-ap")},
     "lorc": {"weights": "int4 group=16"},
     "omniquant": {"effort": "quick"},
+    "minifloat": {"effort": "quick"},
     "nvfp4": {},
     "quarot": {},
     "mxfp4": {"weights": "mxfp4 group=16", "activations": "mxfp4-ct group=16"},

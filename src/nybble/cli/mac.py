@@ -56,8 +56,8 @@ def _unit(weights: str, inputs: str, length: int, accumulator: str) -> MacUnit:
 
 
 def _facts(unit: MacUnit) -> dict[str, Any]:
-    from nybble.costs.mac import luts
     from nybble.core.errors import UsageError
+    from nybble.costs.mac import luts
 
     try:
         stated: int | None = unit.stated_bits

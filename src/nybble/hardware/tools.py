@@ -196,7 +196,9 @@ def _signed(bits: str) -> int:
 
 def _changes(vcd: Path) -> int:
     """Bits that change in a dump, from the second clock on; a net that has several names counts once, the clock not."""
-    widths, clocks, values = {}, set(), {}
+    widths: dict[str, int] = {}
+    values: dict[str, str] = {}
+    clocks: set[str] = set()
     changed, started = 0, False
     for line in vcd.read_text(encoding="utf-8").splitlines():
         if line.startswith("$var"):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -34,9 +34,10 @@ from nybble.transforms._folds import Channel, Scaling, safe_factor
 LAYER, ZERO_PAD = "layer ", "padding with zeros"
 COMMUTE = {
     ZERO_PAD, "relu", "relu_", "leaky_relu", "leaky_relu_", "max_pool1d_with_indices", "max_pool2d_with_indices",
-    "max_pool2d", "avg_pool1d", "avg_pool2d", "_adaptive_avg_pool2d", "mean", "squeeze", "view", "_unsafe_view", "detach", "alias",
+    "max_pool2d", "avg_pool1d", "avg_pool2d", "_adaptive_avg_pool2d", "mean", "squeeze", "view", "_unsafe_view",
+    "detach", "alias",
 }  # fmt: skip
-"""Operators that give c f(x) for c x, with any c > 0 for each channel, as long as they leave channels where they are."""
+"""Operators that give c f(x) for c x, any c > 0 for each channel, as long as they leave channels where they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,8 @@ class CrossLayer(Scaling):
     def rewrites(self, window: Window, adapter: Adapter, path: str) -> Iterator[Rewrite]:  # noqa: D102
         yield from super().rewrites(window, adapter, path)
         state = window.block
-        known = {fold.first for fold in adapter.linear_folds_of(state.module, window.calibration.config)}
+        config: Any = window.calibration.config
+        known = {fold.first for fold in adapter.linear_folds_of(state.module, config)}
         call, given = next(iter(window.batches(path)()))
         pairs = find_pairs(state.module, lambda: call.run(state.module, given))
         pairs = {first: second for first, second in pairs.items() if first not in known}
@@ -174,18 +176,16 @@ def find_pairs(block: nn.Module, run: Callable[[], Any]) -> dict[str, str]:
     return {name: second for name, second in pairs.items() if second is not None and watch.calls[second] == 1}
 
 
-@dataclass
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Who makes each tensor and who reads it; what happens inside a layer is the layer's own."""
 
-    given: dict[str, Tensor] = field(default_factory=dict)
-    calls: Counter[str] = field(default_factory=Counter)
-    uses: dict[int, list[tuple[str | None, Tensor | None]]] = field(default_factory=dict)
-    alive: list[Tensor] = field(default_factory=list)  # so that no other tensor gets the id of one that was seen
-    inside: str = ""
-
-    def __post_init__(self) -> None:
-        super().__init__()
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.given: dict[str, Tensor] = {}
+        self.calls: Counter[str] = Counter()
+        self.uses: dict[int, list[tuple[str | None, Tensor | None]]] = {}
+        self.alive: list[Tensor] = []  # so that no other tensor gets the id of one that was seen
+        self.inside = ""
 
     def enter(self, name: str) -> Callable[..., None]:
         """A hook before a layer."""
@@ -229,9 +229,9 @@ class _Watch(TorchDispatchMode):
             uses = self.uses.get(id(tensor), [])
             while uses and uses[0][1] is tensor and uses[0][0] in COMMUTE:  # in place
                 uses = uses[1:]
-            if len(uses) != 1 or uses[0][0] is None:
+            by, gives = uses[0] if len(uses) == 1 else (None, None)
+            if by is None:
                 return None
-            by, gives = uses[0]
             if by.startswith(LAYER):
                 second = by.removeprefix(LAYER)
                 wanted = 1 if is_conv(block.get_submodule(second)) else tensor.dim() - 1
