@@ -6,10 +6,11 @@
 Every unit's sum is exact, and as wide as a dot product of so many terms needs (4608: the longest of ResNet-18). Both
 the Verilog and what Yosys made of it play the same codes, all pairs where there are at most 4096 and else as many
 random ones, in runs that are cleared at random, and every sum is compared with nybble's own. LUTs, carry blocks and
-flip-flops are Yosys's, before placement, without multiplier blocks. ``toggles`` stands in for energy: nets of the netlist that
-change per term, when both operands are N(0, 1) scaled to their largest of 1024. It leaves out glitches, wires and the
-clock, so it compares units and says nothing in joules. Result: benchmarks/results/mac.json; a pair replaces its earlier
-result, and at the end the coefficients of nybble.costs.mac are fitted to all of them anew and printed.
+flip-flops are Yosys's, before placement, without multiplier blocks. ``toggles`` stands in for energy: nets of the
+netlist that change per term, when both operands are N(0, 1) scaled to their largest of 1024. It leaves out glitches,
+wires and the clock, so it compares units and says nothing in joules. Result: benchmarks/results/mac.json; a pair
+replaces its earlier result, and at the end the coefficients of nybble.costs.mac are fitted to all of them anew and
+printed.
 """
 
 from __future__ import annotations
