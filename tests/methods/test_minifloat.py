@@ -114,6 +114,23 @@ def test_what_two_read_or_run_twice_is_no_pair() -> None:
     assert find_pairs(given, lambda: {"y": (h := given.a(X)), "z": given.b(h)}) == {}  # the block gives it to others
 
 
+def test_a_mean_over_channels_is_none_over_space() -> None:
+    """With as many rows as channels, the shapes alone would not tell."""
+    over = {1: {}, 3: {"0": "2"}}
+    for dim, pairs in over.items():
+        net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Mean(dim), nn.Conv1d(8, 4, 1))
+        assert find_pairs(net, partial(net, torch.randn(2, 3, 8, 8))) == pairs
+
+
+class Mean(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(self.dim)
+
+
 def test_columns_of_grouped_convolutions() -> None:
     conv = nn.Conv2d(6, 9, 3, groups=3, bias=False)
     by, x = torch.rand(6) + 0.5, torch.randn(2, 6, 5, 5)
@@ -147,12 +164,15 @@ def test_the_float_network_stays_and_ranges_agree() -> None:
     plain = quantized(net, [], "float16_e8m7 tensor")
     lost = [float((logits(found, images().pixel_values) - exact).norm() / exact.norm()) for found in (same, plain)]
     assert lost[0] < 0.02 and lost[1] < 0.02  # bfloat16's own rounding
-    transform = make_transform("cross-layer", {"iterations": 100, "bias": False})
-    state = _applied(transform, net)
-    torch.testing.assert_close(logits(state.module, images().pixel_values), exact, rtol=1e-5, atol=1e-5)
-    first, second = state.get("a.weight"), state.get("b.weight")
-    columns = second.abs().reshape(4, 2, 2, -1).amax((1, 3)).flatten()
-    torch.testing.assert_close(first.abs().flatten(1).amax(1), columns, rtol=1e-3, atol=0)
+    for bias in (False, True):
+        transform = make_transform("cross-layer", {"iterations": 100, "bias": bias})
+        state = _applied(transform, net)
+        torch.testing.assert_close(logits(state.module, images().pixel_values), exact, rtol=1e-5, atol=1e-5)
+        first, second = state.get("a.weight").abs().flatten(1).amax(1), state.get("b.weight")
+        if bias:
+            first = torch.maximum(first, state.get("a.bias").abs())
+        columns = second.abs().reshape(4, 2, 2, -1).amax((1, 3)).flatten()
+        torch.testing.assert_close(first, columns, rtol=1e-3, atol=0)
 
 
 def _applied(transform: Any, net: nn.Module) -> Any:
@@ -178,20 +198,22 @@ def test_one_scale_for_a_tensor_loses_less() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet", "plain", "mobilenet"])
-def test_the_recipe_beats_rounding_to_nearest(name: str) -> None:
-    """The output error of whole networks, at the recipe's own formats; with ReLU6 there are no pairs."""
+def test_the_recipes_beat_rounding_to_nearest(name: str) -> None:
+    """The output error of whole networks, at the recipes' own formats; with ReLU6 there are no pairs."""
     network = networks()[name]
     exact = logits(network, images().pixel_values)
-    recipe = load_recipe("minifloat")
-    assert [step.name for step in recipe.steps] == ["fold-batchnorm", "cross-layer", "rtn", "mse", "bias"]
+    ours, learned = load_recipe("minifloat"), load_recipe("minifloat-learned").with_effort("quick")
+    assert [step.name for step in ours.steps] == ["fold-batchnorm", "cross-layer", "gptq", "bias"]
+    assert [step.name for step in learned.steps] == ["fold-batchnorm", "cross-layer", "rtn", "mse", "bias"]
+    assert ours.scheme == learned.scheme
     steps = [{"transform": "fold-batchnorm"}, {"solver": "rtn"}]
-    plain = parse_recipe({"name": "nearest", "scheme": recipe.scheme.to_dict(), "steps": steps})
+    plain = parse_recipe({"name": "nearest", "scheme": ours.scheme.to_dict(), "steps": steps})
     lost = {}
-    for each in (recipe.with_effort("quick"), plain):
+    for each in (ours, learned, plain):
         settings = nybble.Settings(samples=6, batch=3, dtype=torch.float32)
         found, _ = nybble.quantize(copy.deepcopy(network), each, images(), settings=settings)
         lost[each.name] = float((logits(found, images().pixel_values) - exact).norm() / exact.norm())
-    assert lost["minifloat"] < 0.9 * lost["nearest"], lost
+    assert lost["minifloat"] < 0.9 * lost["nearest"] and lost["minifloat-learned"] < 0.9 * lost["nearest"], lost
 
 
 def test_options_that_make_no_sense() -> None:

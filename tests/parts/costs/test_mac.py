@@ -58,7 +58,7 @@ def test_the_fit_finds_what_made_the_counts() -> None:
 
 
 def test_what_is_counted() -> None:
-    """By hand: factors of 2 and 7 bits; 8.75 bits of product, shifted by 0 to 2; a sum of 24 bits."""
+    """By hand: factors of 2 and 7 bits; 11 bits of product in 2 stages (shifts of 0 to 2); a sum of 24 bits."""
     assert features(unit("e2m1", "int8")) == (14, 0, 22, 24, 4 + 16)
     assert features(unit("int8", "int8")) == (49, 49 * 4, 0, 28, 32)
     assert features(unit("e3m0_finite", "int8"))[:2] == (0, 0)  # shifts alone
