@@ -11,6 +11,7 @@ import torch
 from tests.parts.models.test_cnns import images, logits, networks
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import ViTConfig, ViTForImageClassification
 
 import nybble
 from nybble.core.errors import SchemeError
@@ -214,6 +215,26 @@ def test_the_recipes_beat_rounding_to_nearest(name: str) -> None:
         found, _ = nybble.quantize(copy.deepcopy(network), each, images(), settings=settings)
         lost[each.name] = float((logits(found, images().pixel_values) - exact).norm() / exact.norm())
     assert lost["minifloat"] < 0.9 * lost["nearest"] and lost["minifloat-learned"] < 0.9 * lost["nearest"], lost
+
+
+@pytest.mark.parametrize("name", ["minifloat", "minifloat-learned"])
+def test_the_recipes_on_a_vision_transformer(name: str) -> None:
+    """Every linear layer of its blocks, inputs too; values and output projections are the only pairs."""
+    make: Any = ViTConfig
+    config = make(
+        image_size=32, patch_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_labels=5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    build: Any = ViTForImageClassification
+    network = build(config).eval().requires_grad_(False)
+    recipe = load_recipe(name)
+    recipe = recipe.with_effort("quick") if name == "minifloat-learned" else recipe
+    exact = logits(network, images().pixel_values)
+    settings = nybble.Settings(samples=6, batch=3, dtype=torch.float32)
+    found, report = nybble.quantize(network, recipe, images(), settings=settings)
+    assert len(report.layers) == 2 * 6 and all(row.input_scale is not None for row in report.layers)
+    assert 0 < float((logits(found, images().pixel_values) - exact).norm() / exact.norm()) < 0.3
 
 
 def test_options_that_make_no_sense() -> None:

@@ -87,8 +87,8 @@ def test_random_codes_in_a_row(pair: tuple[str, str]) -> None:
     found, draw = unit(pair, length=600), random.Random(2)
     w, x = produced(pair[0]), produced(pair[1])
     terms: list[Term] = [(True, 0, 0)] + [(False, draw.choice(w), draw.choice(x)) for _ in range(500)]
-    most = [int(get_format(name).grid_codes[0 if get_format(name).signed else -1]) for name in pair]
-    terms += [(True, 0, 0), *[(False, *most)] * 600, (True, 1, 1)]
+    a, b = (int(fmt.grid_codes[0 if fmt.signed else -1]) for fmt in (found.weights, found.inputs))
+    terms += [(True, 0, 0), *[(False, a, b)] * 600, (True, 1, 1)]
     assert simulate(found, terms) == expected(found, terms)
 
 
