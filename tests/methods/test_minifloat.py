@@ -198,23 +198,42 @@ def test_one_scale_for_a_tensor_loses_less() -> None:
     assert errors["equalised"] < 0.7 * errors["as it is"]
 
 
-@pytest.mark.parametrize("name", ["resnet", "plain", "mobilenet"])
-def test_the_recipes_beat_rounding_to_nearest(name: str) -> None:
-    """The output error of whole networks, at the recipes' own formats; with ReLU6 there are no pairs."""
-    network = networks()[name]
-    exact = logits(network, images().pixel_values)
-    ours, learned = load_recipe("minifloat"), load_recipe("minifloat-learned").with_effort("quick")
+@pytest.mark.parametrize("name", ["resnet", "plain", "pairs"])
+def test_the_recipe_beats_rounding_to_nearest(name: str) -> None:
+    """What tells images apart: the logits' distance from their mean, which bias correction alone would bring back."""
+    network = made(name)
+    exact, ours = apart(network), load_recipe("minifloat")
     assert [step.name for step in ours.steps] == ["fold-batchnorm", "cross-layer", "gptq", "bias"]
-    assert [step.name for step in learned.steps] == ["fold-batchnorm", "cross-layer", "rtn", "mse", "bias"]
-    assert ours.scheme == learned.scheme
     steps = [{"transform": "fold-batchnorm"}, {"solver": "rtn"}]
     plain = parse_recipe({"name": "nearest", "scheme": ours.scheme.to_dict(), "steps": steps})
-    lost = {}
-    for each in (ours, learned, plain):
-        settings = nybble.Settings(samples=6, batch=3, dtype=torch.float32)
-        found, _ = nybble.quantize(copy.deepcopy(network), each, images(), settings=settings)
-        lost[each.name] = float((logits(found, images().pixel_values) - exact).norm() / exact.norm())
-    assert lost["minifloat"] < 0.9 * lost["nearest"] and lost["minifloat-learned"] < 0.9 * lost["nearest"], lost
+    lost = [float((apart(run(network, each)[0]) - exact).norm() / exact.norm()) for each in (ours, plain)]
+    assert lost[0] < 0.9 * lost[1]
+
+
+@pytest.mark.parametrize("name", ["resnet", "plain", "pairs"])
+def test_what_is_learned_lowers_the_error_of_its_window(name: str) -> None:
+    """From what the nearest values of the same equalised network lose at its output."""
+    recipe = load_recipe("minifloat-learned").with_effort("quick")
+    assert [step.name for step in recipe.steps] == ["fold-batchnorm", "cross-layer", "rtn", "mse"]
+    assert recipe.scheme == load_recipe("minifloat").scheme
+    _, report = run(made(name), recipe)
+    (window,) = next(row.learned for row in report.layers if row.learned)["windows"]
+    assert window["kept"] == "last" and window["after"] < window["before"]
+
+
+def made(name: str) -> Any:
+    return networks()[name] if name != "pairs" else Net().eval().requires_grad_(False)
+
+
+def run(network: Any, recipe: Any) -> Any:
+    settings = nybble.Settings(samples=6, batch=3, dtype=torch.float32)
+    return nybble.quantize(copy.deepcopy(network), recipe, images(), settings=settings)
+
+
+def apart(network: Any) -> Tensor:
+    """Logits without their mean over images."""
+    found = logits(network, images().pixel_values)
+    return found - found.mean(0)
 
 
 @pytest.mark.parametrize("name", ["minifloat", "minifloat-learned"])
