@@ -93,6 +93,8 @@ EVERY: dict[str, dict[str, Any]] = {
     "decoupleq": {"effort": "quick", "weights": "int2 group=16 symmetric=false"},
     "lorc": {"weights": "int4 group=16"},
     "omniquant": {"effort": "quick"},
+    "minifloat": {},
+    "minifloat-learned": {"effort": "quick"},
     "nvfp4": {},
     "quarot": {},
     "mxfp4": {"weights": "mxfp4 group=16", "activations": "mxfp4-ct group=16"},
