@@ -48,9 +48,9 @@ def rows() -> defaults.Rows:
             }
         scheme = {"weights": f"int{bits} group=64 symmetric=false"}
         found |= {f"W{bits}A16 {name}": (each, scheme) for name, each in candidates.items()}
-    signed = learned("sign-round", 200)
+    signed = learned("sign-round", 200) + scales()
     targets = {
-        "NVFP4": {"weights": "nvfp4-search", "inputs": "nvfp4"},
+        "NVFP4": {"weights": "nvfp4", "inputs": "nvfp4"},
         "MXFP4": {"weights": "mxfp4", "inputs": defaults.MX.format("even")},
         "W4A8": {"weights": "int4 group=64 symmetric=false", "inputs": "int8 token"},
     }
