@@ -26,7 +26,7 @@ from typing import Any
 
 from nybble.core.errors import NybbleError, SchemeError, UsageError, did_you_mean, within
 from nybble.core.registry import PluginWarning, Registry
-from nybble.recipes import REGISTRY, check_recipe_name
+from nybble.recipes import REGISTRY, check_recipe_name, recipe_for
 from nybble.scheme import Scheme, parse_scheme
 
 ROOMS = {
@@ -146,6 +146,7 @@ def load_recipe(name: str) -> Recipe:
     """
     if name.endswith((".yaml", ".yml")):
         return parse_recipe(read_yaml(name, "recipe"), name)
+    name = recipe_for(name)
     check_recipe_name(name)
     found = REGISTRY.get(name)
     return parse_recipe(_yaml(found, name) if isinstance(found, str) else found, name)

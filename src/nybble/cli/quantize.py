@@ -14,7 +14,7 @@ from nybble.core.files import check_new_folder
 from nybble.data.text import check_source
 from nybble.models.build.config_file import read_json
 from nybble.models.named import check_float, check_model
-from nybble.recipes import check_recipe_name
+from nybble.recipes import BEST, check_recipe_name, recipe_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +63,20 @@ class RunOptions:
 
 
 RUN = RunOptions()
+CHANGES = SchemeOptions()
 
 
 @grouped
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file, or demo:smollm2.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
-    recipe: Annotated[str, typer.Option(help="A method: nybble recipes lists them; or a YAML file.")],
-    changes: SchemeOptions,
+    changes: SchemeOptions = CHANGES,
+    recipe: Annotated[
+        str, typer.Option(help="A method: nybble recipes lists them; or a YAML file. Left out: what measured best.")
+    ] = BEST,
+    target: Annotated[
+        str | None, typer.Option(help="What the recipe best is to come to: w4a16 (the usual), w3a16, w2a16, nvfp4 ...")
+    ] = None,
     data: Annotated[
         str, typer.Option(help="Calibration data: a text file, JSONL, hub dataset id, or builtin; images.")
     ] = "builtin",
@@ -83,6 +89,7 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Quantize MODEL into the folder OUT."""
+    recipe = recipe_for(recipe, target)
     _check(model, out, recipe, data, eval)
     from nybble.pipelines.request import build_recipe
     from nybble.walk.settings import Settings

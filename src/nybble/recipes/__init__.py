@@ -48,6 +48,31 @@ def spellings(name: str) -> tuple[str, str, str]:
 REGISTRY = Recipes("nybble.recipes", "recipe", lambda part: isinstance(part, str | Mapping))
 
 
+BEST, USUAL = "best", "w4a16"
+"""``best`` is a family of recipes, ``best-TARGET``; the target that is meant where none is named."""
+
+
+def targets() -> list[str]:
+    """What there is a best recipe for."""
+    return [name.removeprefix(f"{BEST}-") for name in REGISTRY.names() if name.startswith(f"{BEST}-")]
+
+
+def recipe_for(name: str, target: str | None = None) -> str:
+    """The recipe's own name: of ``best`` the one for a target, in any case (``NVFP4``).
+
+    Raises:
+        UsageError: an unknown target (with the closest one), or one for another recipe.
+    """
+    if target is not None and name != BEST:
+        raise UsageError(f"target {target!r} goes with the recipe {BEST!r}; {name!r} has its own scheme (--scheme).")
+    if name != BEST:
+        return name
+    found = (target or USUAL).lower()
+    if found not in targets():
+        raise UsageError(f"unknown target {target!r}.{did_you_mean(found, targets())}")
+    return f"{BEST}-{found}"
+
+
 def check_recipe_name(name: str) -> None:
     """Refuse a name that there isn't, without reading any recipe; a YAML file that isn't there.
 
