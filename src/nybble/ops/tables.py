@@ -146,7 +146,8 @@ def neighbours(y: Tensor, grid: NumberFormat | str | Tensor) -> tuple[Tensor, Te
         fmt = get_format(grid) if isinstance(grid, str) else grid
         values, minus = grid_table(fmt.name, y.device), fmt.negative_zero is not None
     above = torch.bucketize(y, values, right=True)
-    found = values[(above - 1).clamp(min=0)], values[above.clamp(max=len(values) - 1)]
+    # take: a place without dimensions would be read back by values[place], which waits for the GPU
+    found = values.take((above - 1).clamp(min=0)), values.take(above.clamp(max=len(values) - 1))
     if minus:
         found = tuple(torch.where(v == 0, torch.copysign(v, y), v) for v in found)  # type: ignore[assignment]
     return torch.where(y.isnan(), y, found[0]), torch.where(y.isnan(), y, found[1])
