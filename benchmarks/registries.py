@@ -21,12 +21,14 @@ from nybble import formats as number_formats
 from nybble.core.registry import Registry
 from nybble.formats import Family, format_names, get_format
 from nybble.kv_format import KVFormat
+from nybble.learned import transforms as learned_transform
 from nybble.models import adapter
 from nybble.presets import PRESETS
 from nybble.quantizer import Quantizer
 from nybble.recipe import Step, load_recipe, recipe_names
 from nybble.scheme import PRESETS as SCHEMES
 from nybble.scheme import Rule, Scheme
+from nybble.training import steps as training_steps
 
 NO_DEFAULT = (dataclasses.MISSING, None, "", ())
 WORDS: dict[Any, str] = {
@@ -39,6 +41,7 @@ WORDS: dict[Any, str] = {
     KVFormat: "KV line",
     Rule: "rule",
     learned.Part: "learned part",
+    learned_transform.LearnedTransform: "learned transform",
 }
 
 
@@ -287,6 +290,16 @@ def learned_parts() -> str:
     return _steps(learned.REGISTRY, learned.Part)
 
 
+def learned_transforms() -> str:
+    """All learned transforms."""
+    return _steps(learned_transform.REGISTRY, learned_transform.LearnedTransform)
+
+
+def train_steps() -> str:
+    """All trainings of the float model."""
+    return _steps(training_steps.REGISTRY, training_steps.TrainStep)
+
+
 def correction_options() -> str:
     """What every correction has."""
     return table(OPTIONS, _options(corrections.Correction), numbers=False)
@@ -302,6 +315,6 @@ TABLES: dict[str, Callable[[], str]] = {
     for f in (
         words, families, format_families, formats, presets, granularities, scale_rules, roundings, packings, rule_keys,
         scheme_keys, scheme_presets, recipes, transform_steps, solver_steps, reconstruction_options,
-        reconstruction_steps, learned_parts, correction_options, correction_steps,
+        reconstruction_steps, learned_parts, learned_transforms, train_steps, correction_options, correction_steps,
     )
 }  # fmt: skip

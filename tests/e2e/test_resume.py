@@ -93,6 +93,13 @@ EVERY: dict[str, dict[str, Any]] = {
     "decoupleq": {"effort": "quick", "weights": "int2 group=16 symmetric=false"},
     "lorc": {"weights": "int4 group=16"},
     "omniquant": {"effort": "quick"},
+    "ptq1.61": {"effort": "quick"},
+    **{
+        f"best-w{bits}a16": {"effort": "quick", "weights": f"int{bits} group=16 symmetric=false"} for bits in (4, 3, 2)
+    },
+    "best-w4a8": {"effort": "quick", "weights": "int4 group=16 symmetric=false", "activations": "int8 token"},
+    "best-nvfp4": {"effort": "quick"},
+    "best-mxfp4": {"effort": "quick", "weights": "mxfp4 group=16", "activations": "mxfp4-ct group=16"},
     "minifloat": {},
     "minifloat-learned": {"effort": "quick"},
     "nvfp4": {},

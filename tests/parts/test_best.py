@@ -1,0 +1,56 @@
+"""The recipe ``best``: a family by target, and what the command line takes where no recipe is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.tiny import save_text, save_tiny
+
+from nybble.cli import main
+from nybble.core.errors import UsageError
+from nybble.pipelines.request import build_recipe
+from nybble.recipe import load_recipe
+from nybble.recipes import targets
+
+
+def test_best_is_a_family_by_target() -> None:
+    assert set(targets()) >= {"w4a16", "w3a16", "w2a16", "w4a8", "nvfp4", "mxfp4"}
+    assert load_recipe("best") == load_recipe("best-w4a16") == build_recipe("best", target="w4a16")
+    assert build_recipe("best", target="NVFP4").scheme == load_recipe("nvfp4").scheme
+    with pytest.raises(UsageError, match=r"unknown target 'w4a61'. Did you mean 'w4a16'"):
+        build_recipe("best", target="w4a61")
+    with pytest.raises(UsageError, match=r"target 'nvfp4' goes with the recipe 'best'; 'gptq' has its own scheme"):
+        build_recipe("gptq", target="nvfp4")
+
+
+@pytest.mark.parametrize("target", targets())
+def test_every_target_ends_no_worse_than_its_solver(target: str) -> None:
+    """A window that signed gradients or scales would make worse goes back to what GPTQ left."""
+    steps = load_recipe(f"best-{target}").steps
+    assert [step.name for step in steps if step.kind == "solver"] == ["gptq"]
+    assert {"sign-round"} <= {step.options.get("weights") for step in steps}
+
+
+def test_the_usual_recipe_of_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place, text = save_tiny(tmp_path / "model"), save_text(tmp_path / "text.txt", 600)
+
+    def run(*arguments: Any) -> tuple[Any, str, str]:
+        asked = ("quantize", place, *arguments, "--data", text, "--samples", 2, "--seq-len", 8, "--effort", "quick")
+        monkeypatch.setattr("sys.argv", ["nybble", *map(str, asked)])
+        monkeypatch.setattr("warnings.formatwarning", __import__("warnings").formatwarning)
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code or 0, *capfd.readouterr()
+
+    code, out, _ = run(tmp_path / "a", "--weights", "int4 group=16 symmetric=false", "--json")
+    assert code == 0 and '"recipe": "best-w4a16"' in out
+    code, out, _ = run(tmp_path / "b", "--target", "w2a16", "--weights", "int2 group=16 symmetric=false", "--json")
+    assert code == 0 and '"recipe": "best-w2a16"' in out
+    code, _, err = run(tmp_path / "c", "--target", "w9")
+    assert code == 2 and "unknown target 'w9'" in err
+    code, _, err = run(tmp_path / "d", "--recipe", "rtn", "--target", "nvfp4")
+    assert code == 2 and "goes with the recipe 'best'" in err
