@@ -104,7 +104,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
     if value in NO_DEFAULT:
         return "needed" if value is dataclasses.MISSING and field.default_factory is dataclasses.MISSING else ""
     if isinstance(value, tuple):
-        return f"`[{', '.join(map(str, value))}]`"
+        return f"`[{', '.join(map(str, value))}]`".replace("|", "\\|")
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
