@@ -122,6 +122,29 @@ def _input_picture(value: Any) -> bool:
     )
 
 
+def _window(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and _text(value.get("window"))
+        and _text(value.get("loss"))
+        and all(_count(value.get(key)) for key in ("blocks", "steps"))
+        and all(_positive(value.get(key)) for key in ("before", "after"))
+        and (_text(value.get("kept")) or _count(value.get("kept")))
+        and isinstance(value.get("diverged"), bool)
+        and _text(value.get("precision", ""))
+        and _list(_list(_positive, 2, 2), 0, MOST_BINS)(value.get("curve", []))
+    )
+
+
+def _learned(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and _list(_window, 0, MOST_BINS)(value.get("windows", []))
+        and _positive(value.get("left_nearest", 0))
+        and all(_list(_number, 3, 3)(value[key]) for key in ("scales", "input_scales") if key in value)
+    )
+
+
 def _sample(value: Any) -> bool:
     return isinstance(value, dict) and "prompt" in value and all(map(_text, value.values()))
 
@@ -138,6 +161,7 @@ FIELDS: dict[str, tuple[bool, Check]] = {
     "input_scale": (False, _maybe(_number)),
     "input_shifts": (False, _maybe(_list(_count, 1, MOST_BINS))),
     "clip": (False, _maybe(_list(_number, 3, 3))),
+    "learned": (False, _maybe(_learned)),
     "notes": (False, _list(_text, 0, MOST_BINS)),
     "weight_picture": (False, _maybe(_histogram)),
     "input_picture": (False, _maybe(_input_picture)),

@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Any
 
 from nybble.core.errors import UsageError
-from nybble.report import lines, tables, words
+from nybble.report import learning, lines, tables, words
 
 SCRIPTS = ("plot.js", "charts.js", "table.js")
 
@@ -70,6 +70,8 @@ def context(data: dict[str, Any]) -> dict[str, Any]:
         "chosen": lines.formats_were_chosen(facts, asked),
         "quantizers": [(lines.SIDES[side], *lines.quantizer_table(facts, side)) for side in ("weights", "inputs")],
         "findings": tables.findings(facts),
+        "windows": learning.windows_of(manifest["layers"]),
+        "curve_box": f"0 0 {learning.WIDE:g} {learning.HIGH:g}",
         "has_spread": any(row.get("input_picture") for row in facts),
         "columns": columns,
         "left_out": [title for key, title, _ in tables.COLUMNS if key not in shown],

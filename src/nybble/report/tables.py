@@ -46,6 +46,10 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("clip_low", "Clip low", "Smallest clip value of the rows, over the row's largest magnitude."),
     ("clip_mid", "Clip median", "The same, median of the rows."),
     ("clip_high", "Clip high", "The same, largest of the rows."),
+    ("moved", "Left nearest", "Share of weights that learning took to another value than the nearest one."),
+    ("scale_low", "Scale low", "Smallest ratio of a scale to what it was before learning."),
+    ("scale_mid", "Scale median", "The same, median of the scales."),
+    ("scale_high", "Scale high", "The same, largest of the scales."),
     ("shifted", "Shifted", "Share of input columns whose exponent bias is shifted."),
     ("notes", "Notes", "Fallbacks and other remarks."),
 )
@@ -66,18 +70,22 @@ def layer_table(facts: Sequence[Row]) -> tuple[list[tuple[str, str, str, bool]],
 
 def _cells(row: Row) -> dict[str, tuple[str, Any]]:
     low, middle, high = row.get("clip") or (None, None, None)
+    learned = row.get("learned") or {}
+    scales = learned.get("scales") or (None, None, None)
     texts = {"name": row["name"], "notes": "; ".join(row["notes"])}
     texts |= {"weights": row["weights"] or "float", "inputs": row["inputs"] or "float"}
     cells: dict[str, tuple[str, Any]] = {key: (text, text) for key, text in texts.items()}
     cells["shape"] = (" × ".join(map(str, row["shape"])), math.prod(row["shape"]))
     numbers = {"bits": row["bits"], "sqnr": row["sqnr"], "ratio": row["ratio"]}
     numbers |= {"clip_low": low, "clip_mid": middle, "clip_high": high}
+    numbers |= dict(zip(("scale_low", "scale_mid", "scale_high"), scales, strict=True))
     digits = {"bits": 3, "sqnr": 2}
     for key, value in numbers.items():
         cells[key] = ("" if value is None else f"{value:.{digits.get(key, 3)}f}", value)
     for key in ("error", "rtn_error", "shifted"):
         cells[key] = (percent(row[key]), row[key])
-    return cells
+    moved = learned.get("left_nearest")
+    return cells | {"moved": (percent(moved), moved)}
 
 
 def byte_table(sizes: Row) -> list[Row]:

@@ -52,6 +52,16 @@ def layer(index: int, kind: str, rng: random.Random) -> dict[str, Any]:
     }
 
 
+def learned(index: int) -> dict[str, Any]:
+    """Of the first layer of a window of two blocks."""
+    curve = [[4.5 + 10 * step, float(f"{0.02 * math.exp(-step / 8):.4g}")] for step in range(20)]
+    window = {
+        "window": f"block {index}", "blocks": 2, "loss": "mse", "before": 0.02, "after": 0.005, "steps": 200,
+        "kept": 173, "diverged": False, "precision": "bfloat16",
+    }  # fmt: skip
+    return {"windows": [window | {"curve": curve}], "left_nearest": 0.0712, "scales": [0.81, 0.99, 1.0]}
+
+
 def manifest(blocks: int = 30) -> dict[str, Any]:
     rng = random.Random(0)
     return {

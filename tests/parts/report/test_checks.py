@@ -4,12 +4,13 @@ import copy
 from typing import Any
 
 import pytest
-from tests.parts.report.synthetic import evaluation, manifest
+from tests.parts.report.synthetic import evaluation, learned, manifest
 
 from nybble.core.errors import FileError
 from nybble.report.checks import check_evaluation, check_manifest
 
 GOOD = manifest(1)
+GOOD["layers"][3]["learned"] = learned(0)
 NO_PICTURE = {"weight_picture": None, "input_picture": None, "clip": None, "input_shifts": None, "input_scale": None}
 # What is wrong -> where in a row, what is put there.
 WRONG: dict[str, tuple[tuple[str, ...], Any]] = {
@@ -32,6 +33,26 @@ WRONG: dict[str, tuple[tuple[str, ...], Any]] = {
     "histogram": (("input_picture", "histogram"), None),
     "channels": (("input_picture", "channels"), [[1.0]]),
     "inter": (("input_picture", "inter"), -1.0),
+    "learned": (("learned",), 3),
+    "windows": (("learned", "windows"), [5]),
+    "left nearest": (("learned", "left_nearest"), "many"),
+    "scales": (("learned", "scales"), [1.0]),
+    **{
+        f"window's {key}": (("learned", "windows"), [{**learned(0)["windows"][0], key: value}])
+        for key, value in (
+            ("window", 3),
+            ("loss", None),
+            ("blocks", -1),
+            ("steps", 2.5),
+            ("before", float("nan")),
+            ("after", "0"),
+            ("kept", None),
+            ("diverged", "no"),
+            ("precision", 16),
+            ("curve", [[1.0]]),
+            ("curve", [[0.0, -1.0]] * 2),
+        )
+    },
 }
 
 

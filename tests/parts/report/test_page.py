@@ -7,11 +7,16 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from tests.parts.report.synthetic import EVIL, page_data
+import torch
+from tests.parts.report.synthetic import EVIL, learned, page_data
+from tests.tiny import tiny_model
 
+import nybble
 from nybble.core.errors import UsageError
 from nybble.formats import get_format
 from nybble.quantizer import Quantizer
+from nybble.report.checks import check_manifest
+from nybble.report.learning import windows_of
 from nybble.report.names import depth_of, kinds_of
 from nybble.report.page import render
 from nybble.report.tables import layer_facts, layer_table
@@ -154,7 +159,7 @@ def test_layers_without_calibration_and_pictures() -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["title", "name", "recipe", "prompt", "sample", "metric", "note", "model", "line", "scheme"]
+    "place", ["title", "name", "recipe", "prompt", "sample", "metric", "note", "model", "line", "scheme", "window"]
 )
 def test_texts_of_others_are_escaped(place: str) -> None:
     data = page_data(1)
@@ -173,6 +178,9 @@ def test_texts_of_others_are_escaped(place: str) -> None:
         evaluation["models"]["quantized"][EVIL] = EVIL
     elif place == "note":
         row["notes"] = [EVIL]
+    elif place == "window":
+        row["learned"] = learned(0)
+        row["learned"]["windows"][0] |= {"window": EVIL, "loss": EVIL, "kept": EVIL, "precision": EVIL}
     elif place == "model":
         manifest.update(name=EVIL, model={EVIL: EVIL})
     elif place == "scheme":
@@ -262,3 +270,43 @@ def test_numbers_of_the_table() -> None:
     assert found["shape"][:2] == ("576 × 576", 576 * 576)
     assert found["shifted"][0] == "10.4 %"  # 60 of 576
     assert [column[3] for column in columns if column[0] in ("name", "bits", "weights")] == [False, False, True]
+
+
+def test_what_was_learned_is_drawn() -> None:
+    """A row and a curve for each window, columns for each layer; nothing where nothing was learned."""
+    data = page_data()
+    assert "What was learned" not in render(data)
+    for index in (0, 7):
+        data["manifest"]["layers"][index]["learned"] = learned(index)
+    short = learned(1)
+    del short["windows"][0]["curve"]  # of a layer that the window doesn't begin with
+    data["manifest"]["layers"][1]["learned"] = short
+    page = Reader(render(data))
+    assert {"What was learned", "block 0 (2 blocks)", "block 7 (2 blocks)", "-75 %", "step 173", "bfloat16"} <= set(
+        page.text.split("\n")
+    )
+    assert page.text.count("block 1 ") == 0
+    paths = [
+        attributes["d"] for tag, attributes in page.tags if tag == "path" and "M0.0 0.0 L" in str(attributes.get("d"))
+    ]
+    assert len(paths) == 2 and str(paths[0]).count("L") == 19
+    columns, rows = layer_table(layer_facts(data["manifest"]["layers"]))
+    keys = [column[0] for column in columns]
+    assert rows[0][keys.index("moved")] == ("7.12 %", 0.0712) and rows[2][keys.index("moved")][1] is None
+    assert [rows[7][keys.index(key)][0] for key in ("scale_low", "scale_mid", "scale_high")] == [
+        "0.810",
+        "0.990",
+        "1.000",
+    ]
+
+
+def test_windows_of_a_real_run() -> None:
+    recipe = {
+        "scheme": {"weights": "int3 group=16 symmetric=false"},
+        "steps": [{"reconstruction": "mse", "weights": "flexround", "window": 2, "steps": 6}],
+    }
+    _, report = nybble.quantize(tiny_model(), recipe, torch.arange(48).reshape(2, 24))
+    rows = [row.to_dict() for row in report.layers]
+    check_manifest({"recipe": {}, "layers": rows}, "nybble.json")
+    found = windows_of(rows)
+    assert len(found) == 1 and found[0]["path"].startswith("M0.0") and found[0]["steps"] == "6"
