@@ -31,6 +31,7 @@ PROCESSOR_FILES = (
 """How images, sound and video are prepared, and what puts them together with text."""
 SENTENCE_FILES = (
     "modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "router_config.json",
+    "[0-9]*_*/*config.json", "[0-9]*_*/*.safetensors",
 )  # fmt: skip
 """How an encoder's token vectors become a sentence's, as sentence-transformers writes it; the folders go with them."""
 HEAD_FILES = ("head.safetensors", "readout.safetensors", "decision*.json", "judge_config.json", "calibration.json",
