@@ -23,6 +23,7 @@ from nybble.training.prepare import prepare
 
 LINE = "int4 group=16 scale_format=float16"
 untyped: Any = nybble
+TRACED = torch.jit.ScriptModule()
 
 
 def rounded(line: str = LINE) -> torch.Tensor:
@@ -155,6 +156,16 @@ def test_what_is_neither_model_nor_recipe(arguments: Any, says: str) -> None:
             "Did you mean 'int4' or 'int4_full' or 'float4_e2m",
         ),
         (lambda: untyped.quantize_many("folder", ["rtn"]), "recipes are a mapping of any names to recipes; got a list"),
+        (lambda: untyped.quantize(nn.Sequential(nn.ReLU()), weights="int4"), "a Sequential without weights"),
+        (lambda: untyped.quantize(nn.Linear(2, 2, device="meta"), weights="int4"), "Linear are on the meta device"),
+        (lambda: untyped.quantize(TRACED, weights="int4"), "a TorchScript module can't be given other layers"),
+        (lambda: untyped.preflight(TRACED, weights="int4"), "a TorchScript module can't be given other layers"),
+        (lambda: untyped.quantize(nn.Linear(2, 2), tokenizer=3), "makes tokens of texts .*; got a int"),
+        (lambda: untyped.quantize("folder", out=3), "the output folder is a path; got a int"),
+        (lambda: untyped.quantize("folder", out=f"{__file__}/x"), "test_python.py is a file, so .*/x can't be in it"),
+        (lambda: untyped.save(None, "new"), "a quantized model; got a NoneType"),
+        (lambda: untyped.save(nn.Linear(2, 2), None), "the output folder is a path; got a NoneType"),
+        (lambda: untyped.save(nn.Linear(2, 2), "new", "x"), r"\(it has save_pretrained\); got a str"),
         (lambda: untyped.load(3), "a folder, a GGUF file or a hub id; got a int"),
         (lambda: untyped.load(nn.Linear(2, 2)), "got a Linear"),
         (lambda: untyped.Quantizer("int4").quantize([1.0, 2.0]), "is a tensor; got a list. torch.as_tensor"),

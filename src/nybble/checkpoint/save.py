@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from nybble.checkpoint.describe import describe_model
 from nybble.checkpoint.parts import Parts
 from nybble.core.errors import ModelError, UsageError
 from nybble.core.explicit import explicit_settings
-from nybble.core.files import AtomicFolder, disk_errors
+from nybble.core.files import AtomicFolder, check_new_folder, disk_errors
 from nybble.data.kinds import DataKind
 from nybble.models.sources.side_files import GENERATION
 from nybble.nn.config import config_of
@@ -109,6 +110,11 @@ def save(
     Raises:
         UsageError: nothing in it is quantized, its cache neither. FileError: the folder exists or can't be written.
     """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"what is saved is a quantized model; got a {type(model).__name__}.")
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise UsageError(f"a tokenizer is transformers' (it has save_pretrained); got a {type(tokenizer).__name__}.")
+    check_new_folder(out)
     if not any(True for _ in quant_modules(model)) and recorded_kv(model) is None:
         raise UsageError("nothing in this model is quantized; save float models with model.save_pretrained.")
     if config_of(model) is None:

@@ -124,10 +124,15 @@ def check_new_folder(out: Path | str) -> None:
     Raises:
         UsageError: no name, or that of a file. FileError: it exists.
     """
+    if not isinstance(out, str | os.PathLike):
+        raise UsageError(f"the output folder is a path; got a {type(out).__name__}.")
     if str(out).strip() in ("", "."):  # a Path makes one of the other
         raise UsageError("the output folder's name is empty, or '.', the folder we are in; give that of a new one.")
     if os.path.lexists(out):
         raise FileError(f"{out} exists already. Remove it or choose another output folder.")
+    above = next((place for place in Path(out).absolute().parents if os.path.lexists(place)), None)
+    if above is not None and not above.is_dir():
+        raise FileError(f"{above} is a file, so {out} can't be in it. Choose another output folder.")
     if (suffix := Path(out).suffix.lower()) in _FILES:
         raise UsageError(f"{out} would be a folder with the name of a {suffix} file; give a name without {suffix}.")
 

@@ -31,7 +31,7 @@ from nybble.calibration.trace import Tensors
 from nybble.checkpoint.parts import Parts, begun_with
 from nybble.checkpoint.save import keep_record, mark_quantized, model_config, save_side_files
 from nybble.core.device import out_of_memory, require_memory
-from nybble.core.errors import FileError, LearningError, NybbleError, UsageError, did_you_mean
+from nybble.core.errors import FileError, LearningError, ModelError, NybbleError, UsageError, did_you_mean
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, check_new_folder
 from nybble.core.progress import Progress, Silent
@@ -94,6 +94,7 @@ def quantize(
     """
     started = time.perf_counter()
     made, settings = _asked(recipe, changes, settings, out)
+    _check_given(model, tokenizer)
     held = {model: model.training} if isinstance(model, nn.Module) else {}
     with ExitStack() as stack:
         stack.enter_context(preserve_global_rng())
@@ -142,6 +143,7 @@ def preflight(
     Args and errors are those of :func:`quantize`.
     """
     made, settings = _asked(recipe, changes, settings, out)
+    _check_given(model, tokenizer)
     with ExitStack() as stack:
         stack.enter_context(preserve_global_rng())
         stack.enter_context(torch.no_grad())
@@ -167,6 +169,24 @@ def _asked(
     if out is not None:
         check_new_folder(out)
     return made, _as_begun(found, out)
+
+
+def _check_given(model: object, tokenizer: object) -> None:
+    """Refuse modules that can't be changed or have nothing to change, and what makes no tokens."""
+    if tokenizer is not None and not callable(tokenizer):
+        raise UsageError(f"a tokenizer makes tokens of texts (transformers' do); got a {type(tokenizer).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("a TorchScript module can't be given other layers; quantize the module that it was made from.")
+    if not isinstance(model, nn.Module):
+        return
+    first = next(iter(model.parameters()), None)
+    if first is None:
+        raise ModelError(f"a {type(model).__name__} without weights: there is nothing to quantize.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError(
+            f"the weights of this {type(model).__name__} are on the meta device, where they have no values; load them "
+            "first, or give the folder that they are in."
+        )
 
 
 @explicit_settings()

@@ -59,7 +59,8 @@ def encoder(folder: Path, pooling: dict[str, Any], more: list[str]) -> Path:
     (folder / "2_Dense" / "config.json").write_text(json.dumps(dense))
     save_file({"linear.weight": torch.randn(16, 32), "linear.bias": torch.randn(16)},
               folder / "2_Dense" / "model.safetensors")  # fmt: skip
-    (folder / "3_Normalize" / "config.json").write_text("{}") if "Normalize" in more else None
+    for made in folder.glob("*_Normalize"):
+        (made / "config.json").write_text("{}")
     names = ["Transformer", "Pooling", "Dense", *more]
     listed = [
         {"idx": i, "name": str(i), "path": f"{i}_{k}" if i else "", "type": KIND + k} for i, k in enumerate(names)
@@ -121,6 +122,17 @@ def test_side_files_go_along_and_their_loss_is_seen(tmp_path: Path) -> None:
     (out / "modules.json").unlink()
     with pytest.raises(nybble.core.errors.ModelError, match="embeddings of 32 values"):
         cosine()
+
+
+def test_what_is_behind_a_dropout_counts_and_a_residual_is_not_guessed(tmp_path: Path) -> None:
+    place = encoder(tmp_path / "m", {"pooling_mode": "mean"}, ["Dropout", "Normalize"])
+    found = read_pooling(open_source(str(place)))
+    assert found.words == "mean, dense, normalized"
+    pooled = found(torch.randn(3, 5, 32), None)
+    torch.testing.assert_close(pooled.norm(dim=-1), torch.ones(3))
+    settings = json.loads((place / "2_Dense" / "config.json").read_text())
+    (place / "2_Dense" / "config.json").write_text(json.dumps({**settings, "use_residual": True}))
+    assert read_pooling(open_source(str(place))).words == "mean, Dense and what follows it left out"
 
 
 def test_what_cannot_be_judged_is_named(tmp_path: Path) -> None:
