@@ -12,13 +12,13 @@ from torch import nn
 
 from nybble.calibration.chain import chain_fault
 from nybble.core.device import measure_flops, require_memory
-from nybble.core.errors import SchemeError, within
+from nybble.core.errors import DataError, SchemeError, within
 from nybble.core.files import need_space
 from nybble.core.versions import versions
 from nybble.data import InMemory, Origin, Samples
 from nybble.data.given import Data, samples_of
 from nybble.data.kinds import DataKind, data_kind
-from nybble.models.adapter import Adapter, adapter_for, whole_adapter
+from nybble.models.adapter import TEXTS, Adapter, adapter_for, whole_adapter
 from nybble.models.sources import called
 from nybble.nn.kinds import Target, apart_line
 from nybble.recipe import Recipe
@@ -30,6 +30,7 @@ from nybble.walk.steps import BlockStep, Load, Subject
 from nybble.walk.steps.make import make_steps
 from nybble.walk.steps.reconstruction import ReconstructionStep
 from nybble.walk.steps.solver import SolverStep
+from nybble.walk.steps.transform import TransformStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,8 +85,10 @@ class Job:
         subject, steps, paths = _planned(model, adapter_for(model), recipe)
         adapter = subject.adapter
         left_out: list[BlockStep] = []
-        if isinstance(data, str) and data == "builtin" and not data_kind(adapter.reads).asks:
-            left_out = [step for step in steps if step.kind == "correction" and step.needs(subject)]
+        main, usual = getattr(model, "main_input_name", "input_ids"), isinstance(data, str) and data == "builtin"
+        heard = usual and adapter.reads in TEXTS and main.startswith("input_") and main != "input_ids"  # sound
+        if heard or (usual and not data_kind(adapter.reads).asks):
+            left_out = [step for step in steps if step.needs(subject) and _spare(step, heard)]
             steps = tuple(step for step in steps if step not in left_out)
         needs = frozenset().union(*(step.needs(subject) for step in steps))
         moving = next((step.name for step in steps if step.moves_stream), "")
@@ -95,10 +98,15 @@ class Job:
                 f"{moving} the blocks give others; use loss=output."
             )
         tokens = None
+        if needs and heard:
+            raise DataError(
+                f"{type(model).__name__} reads {main}, and {data!r} is text; "
+                f"in Python give data={{{main!r}: tensor, ...}}."
+            )
         if needs:
             kind = data_kind(adapter.reads)
             origin: Origin = InMemory(model.config, tokenizer) if source is None or tokenizer is not None else source
-            tokens = samples_of(data, kind, origin, settings.wanted(), getattr(model, "main_input_name", "input_ids"))
+            tokens = samples_of(data, kind, origin, settings.wanted(), main)
             tokens = kind.fitted(tokens, model)
             kind.check(tokens, model)
             one = kind.batch(tokens.inputs, 0, 1, "cpu").inputs
@@ -265,6 +273,11 @@ def _planned(
         for step in steps:
             step.check(subject)
     return subject, steps, paths
+
+
+def _spare(step: BlockStep, folds: bool) -> bool:
+    """Whether a recipe is worth running without a step; ``folds``: transforms too that only tidy up."""
+    return step.kind == "correction" or (folds and isinstance(step, TransformStep) and not step.transform.required)
 
 
 def _some(names: Sequence[str]) -> str:

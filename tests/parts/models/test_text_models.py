@@ -15,7 +15,7 @@ from tests.tiny import save_text, tiny_tokenizer
 import nybble
 from nybble.calibration.block import BlockState
 from nybble.calibration.trace import HIDDEN, capture_block_calls
-from nybble.core.errors import ModelError
+from nybble.core.errors import DataError, ModelError
 from nybble.data import load_text, pair_samples
 from nybble.models.adapter import adapter_for, reads_of
 from nybble.models.sources.open import open_source
@@ -236,3 +236,27 @@ def test_a_cast_is_no_write_to_a_block() -> None:
     block.gate.weight.data = block.gate.weight.data + 1
     with pytest.raises(RuntimeError, match="written to without"):
         state.get("gate.weight")
+
+
+def test_models_of_sound_are_rounded_without_a_tokenizer(tmp_path: Path) -> None:
+    """Their BatchNorms would be folded on inputs that nobody has; what needs data says which."""
+    sizes = {
+        **{k: v for k, v in SIZES.items() if "key_value" not in k}, "conv_dim": (8, 8), "conv_stride": (2, 2),
+        "conv_kernel": (3, 3), "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2,
+        "conv_depthwise_kernel_size": 3, "position_embeddings_type": "relative",
+    }  # fmt: skip
+    model = made("Wav2Vec2ConformerModel", "wav2vec2-conformer", sizes, factor=1)
+    model.save_pretrained(tmp_path / "m")
+    said: list[str] = []
+    nybble.quantize(str(tmp_path / "m"), weights="int8 channel", out=tmp_path / "q", announce=said.append)
+    assert any("left out, as no data is given: transform 'fold-batchnorm'" in line for line in said)
+    with pytest.raises(DataError, match=r"reads input_values, and 'builtin' is text; in Python give data="):
+        nybble.quantize(str(tmp_path / "m"), "gptq", weights="int8 channel")
+    sound = {"input_values": torch.randn(2, 400, generator=torch.Generator().manual_seed(1))}
+    back, settings = nybble.load(tmp_path / "q", dtype="float32")[0], Settings(dtype=torch.float32)
+    with torch.no_grad():
+        want, got = model(**sound).last_hidden_state, back(**sound).last_hidden_state
+    assert 0 < float((want - got).norm() / want.norm()) < 0.05
+    found, _ = nybble.quantize(str(tmp_path / "m"), "gptq", sound, weights="int8 channel", settings=settings)
+    with torch.no_grad():
+        assert float((found(**sound).last_hidden_state - want).norm() / want.norm()) < 0.05
