@@ -85,7 +85,7 @@ def tensor_on_grid(stored: QTensor | Tensor, quantizer: Quantizer, searched: boo
         return stored.dtype in (torch.float16, torch.bfloat16) and bool(torch.isfinite(stored).all())
     if isinstance(stored, SplitQTensor):
         whole = torch.cat([dense(part) for part in stored.parts], stored.dim)
-        placed = torch.equal(stored.dequantize().index_select(stored.dim, stored.index.long()), whole)
+        placed = torch.equal(stored.dequantize().index_select(stored.dim, stored.order()), whole)
         return placed and all(tensor_on_grid(part, quantizer, searched) for part in stored.parts)
     if isinstance(stored, VectorQTensor):
         runs = stored.dequantize().reshape(-1, stored.codebook.shape[1])

@@ -134,7 +134,7 @@ def test_recipes_of_yaml() -> None:
     assert parse_recipe({"scheme": "W4A16", "steps": steps}, "mine.yaml").name == "mine.yaml"
     assert parse_recipe({"name": "own", "scheme": "W4A16", "steps": steps}, "mine.yaml").name == "own"
     for step in ({"solver": "gptq", "correction": "bias"}, {"slover": "gptq"}, "gptq"):
-        with pytest.raises(SchemeError, match=r"mine\.yaml: a step names exactly one of transform, solver, "):
+        with pytest.raises(SchemeError, match=r"mine\.yaml: a step names exactly one of train, transform, solver, "):
             parse_recipe({"scheme": "W4A16", "steps": [step]}, "mine.yaml")
 
 
