@@ -161,7 +161,7 @@ REQUESTS: dict[str, tuple[list[str], int, str]] = {
     "recipe key": (["--recipe", "FOLDER/unknown-key.yaml"], 2, r"a recipe has no key 'step'\. Did you mean 'steps'"),
     "recipe scheme lacks": (["--recipe", "FOLDER/no-scheme.yaml"], 2, r"the recipe lacks a scheme: a preset's name"),
     "recipe steps type": (["--recipe", "FOLDER/steps-number.yaml"], 2, r"steps is a list of mappings; got 5"),
-    "recipe step text": (["--recipe", "FOLDER/step-text.yaml"], 2, r"exactly one of train, transform, solver, .*; got 'rtn'"),
+    "recipe step text": (["--recipe", "FOLDER/step-text.yaml"], 2, r"exactly one of train, transform, .*; got 'rtn'"),
     "recipe step kind": (["--recipe", "FOLDER/step-kind.yaml"], 2, r"solver, .*; got \{'sovler': 'rtn'\}"),
     "recipe two": (["--recipe", "FOLDER/two-steps.yaml"], 2, r"'gptq' can't come after solver 'rtn': .*keep one"),
     "recipe scheme": (["--recipe", "FOLDER/scheme-number.yaml"], 2, r"scheme-number\.yaml: a scheme is .*; got 5"),
