@@ -201,8 +201,22 @@ def cnn() -> str:
     return table(head, rows) + "\n" + "\n\n".join(notes) + "\n"
 
 
+def composition() -> str:
+    """Recipes with formats and granularities: pairs that were looked at, are legal, and ran without a fault."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in _load("composition")["rows"]:
+        rows.setdefault(row["recipe"], []).append(row)
+    found = []
+    for name, tried in sorted(rows.items()):
+        legal = [row for row in tried if not row["reason"]]
+        faults = [f"`{row['format']} {row['granularity']}`" for row in legal if row["fault"]]
+        right = len(legal) - len(faults)
+        found.append([f"`{name}`", str(len(tried)), str(len(legal)), str(right), ", ".join(faults)])
+    return table(("recipe", "pairs", "legal", "right", "a fault"), found)
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    **{f.__name__: f for f in (demo, gptq, fake_quantize, speed, memory, minilm, vit, cnn)},
+    **{f.__name__: f for f in (demo, gptq, fake_quantize, speed, memory, minilm, vit, cnn, composition)},
     **registries.TABLES,
 }
 
