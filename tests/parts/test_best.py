@@ -27,8 +27,8 @@ def test_best_is_a_family_by_target() -> None:
 
 
 @pytest.mark.parametrize("target", targets())
-def test_every_target_ends_no_worse_than_its_solver(target: str) -> None:
-    """A window that signed gradients or scales would make worse goes back to what GPTQ left."""
+def test_every_target_begins_with_gptq(target: str) -> None:
+    """So that a window which signed gradients would make worse has GPTQ's codes to go back to."""
     steps = load_recipe(f"best-{target}").steps
     assert [step.name for step in steps if step.kind == "solver"] == ["gptq"]
     assert {"sign-round"} <= {step.options.get("weights") for step in steps}

@@ -81,6 +81,16 @@ class QueryKeyFold:
     unless: tuple[str, ...] = ()
 
 
+ROTARY_QUERY_KEY = QueryKeyFold(
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    rows="value_heads",
+    rotary=True,
+    unless=("self_attn.q_norm", "self_attn.k_norm"),
+)
+"""Of llama and all that call their layers as it does."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Flow:
     """A tensor that goes from block to block beside the hidden states: T5's position bias, a second stream of tokens.

@@ -6,7 +6,7 @@ those here, not the MLP's norm as in llama.
 
 from __future__ import annotations
 
-from nybble.models.adapter import Adapter, LinearFold, NormFold, QueryKeyFold
+from nybble.models.adapter import ROTARY_QUERY_KEY, Adapter, LinearFold, NormFold
 
 PART = Adapter(
     name="gemma2",
@@ -25,13 +25,5 @@ PART = Adapter(
         LinearFold(first="self_attn.v_proj", second="self_attn.o_proj", rows="value_heads", heads=True),
         LinearFold(first="mlp.up_proj", second="mlp.down_proj", gates=("mlp.gate_proj",)),
     ),
-    query_key_folds=(
-        QueryKeyFold(
-            query="self_attn.q_proj",
-            key="self_attn.k_proj",
-            rows="value_heads",
-            rotary=True,
-            unless=("self_attn.q_norm", "self_attn.k_norm"),
-        ),
-    ),
+    query_key_folds=(ROTARY_QUERY_KEY,),
 )

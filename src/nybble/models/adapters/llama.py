@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nybble.models.adapter import Adapter, LinearFold, NormFold, QueryKeyFold
+from nybble.models.adapter import ROTARY_QUERY_KEY, Adapter, LinearFold, NormFold
 
 PART = Adapter(
     name="llama",
@@ -20,14 +20,6 @@ PART = Adapter(
         # down reads act(gate) * up: linear in up.
         LinearFold(first="mlp.up_proj", second="mlp.down_proj", gates=("mlp.gate_proj",)),
     ),
-    query_key_folds=(
-        QueryKeyFold(
-            query="self_attn.q_proj",
-            key="self_attn.k_proj",
-            rows="value_heads",
-            rotary=True,
-            unless=("self_attn.q_norm", "self_attn.k_norm"),
-        ),
-    ),
+    query_key_folds=(ROTARY_QUERY_KEY,),
     writers=("self_attn.o_proj", "mlp.down_proj"),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nybble.models.adapter import Adapter, LinearFold, NormFold, QueryKeyFold
+from nybble.models.adapter import ROTARY_QUERY_KEY, Adapter, LinearFold, NormFold
 
 PART = Adapter(
     name="mixtral",
@@ -16,15 +16,7 @@ PART = Adapter(
         NormFold(norm="post_attention_layernorm", readers=("mlp.gate", "mlp.experts.gate_up_proj")),
     ),
     linear_folds=(LinearFold(first="self_attn.v_proj", second="self_attn.o_proj", rows="value_heads", heads=True),),
-    query_key_folds=(
-        QueryKeyFold(
-            query="self_attn.q_proj",
-            key="self_attn.k_proj",
-            rows="value_heads",
-            rotary=True,
-            unless=("self_attn.q_norm", "self_attn.k_norm"),
-        ),
-    ),
+    query_key_folds=(ROTARY_QUERY_KEY,),
     writers=("self_attn.o_proj", "mlp.experts.down_proj"),
     experts="mlp.experts",
     limits=("up -> down of each expert is not offered as a fold: both halves are rows of one 3-D gate_up_proj",),

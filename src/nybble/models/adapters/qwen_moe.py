@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nybble.models.adapter import Adapter, LinearFold, NormFold, QueryKeyFold
+from nybble.models.adapter import ROTARY_QUERY_KEY, Adapter, LinearFold, NormFold
 
 ROUTED = ("mlp.gate", "mlp.experts.gate_up_proj")
 SHARED = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert_gate")
@@ -29,15 +29,7 @@ PART = Adapter(
             gates=("mlp.shared_expert.gate_proj",),
         ),
     ),
-    query_key_folds=(
-        QueryKeyFold(
-            query="self_attn.q_proj",
-            key="self_attn.k_proj",
-            rows="value_heads",
-            rotary=True,
-            unless=("self_attn.q_norm", "self_attn.k_norm"),
-        ),
-    ),
+    query_key_folds=(ROTARY_QUERY_KEY,),
     writers=("self_attn.o_proj", "mlp.down_proj", "mlp.experts.down_proj", "mlp.shared_expert.down_proj"),
     experts="mlp.experts",
     limits=("up -> down of each expert is not offered as a fold: both halves are rows of one 3-D gate_up_proj",),
