@@ -91,6 +91,7 @@ def main(about: str | None, known: Rows) -> None:
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--steps", type=int, default=1500, help="of training")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no other row is begun")
+    parser.add_argument("--beside", type=int, default=0, help="how many other runs share the device, for the record")
     parser.add_argument("--missing", action="store_true", help="leave out the rows that the record has")
     args = parser.parse_args()
     args.until = time.monotonic() + args.seconds
@@ -190,6 +191,7 @@ def judge(
         seconds = time.perf_counter() - started
         hold_dense(made, torch.bfloat16)
         row = {"bits": report.bits, "seconds": round(seconds, 1), "ppl": perplexity(made, texts)}
+        row |= {"beside": args.beside} if args.beside else {}
         record(args.record, title, name, row, args.device)
 
 

@@ -11,12 +11,13 @@ class Row:
     """One quantized model.
 
     Attributes:
-        recipe: a recipe's name. weights, inputs, embeddings: quantizer lines; None leaves them in float.
+        recipe: a recipe's name. weights, inputs, embeddings: quantizer lines; without weights the recipe's own scheme
+            stands, else None leaves inputs and embeddings in float.
         effort: quick or full. bits: embeddings/weights/activations, for tables.
     """
 
     recipe: str
-    weights: str
+    weights: str | None = None
     inputs: str | None = None
     embeddings: str | None = None
     effort: str = "full"
@@ -44,6 +45,13 @@ def _table() -> dict[str, Row]:
     rows["RTN NF4 64"] = Row(recipe="rtn", weights="nf4 flat=64", bits="16/4/16")
     rows["RTN NVFP4"] = Row(recipe="rtn", weights="nvfp4", inputs="nvfp4", bits="16/4/4")
     rows["GPTQ NVFP4"] = Row(recipe="gptq", weights="nvfp4", inputs="nvfp4", bits="16/4/4")
+    for bits in (4, 3, 2):
+        line = f"int{bits} group=64 symmetric=false"
+        rows[f"RTN INT{bits} g64 asym"] = Row(recipe="rtn", weights=line, bits=f"16/{bits}/16")
+        rows[f"GPTQ INT{bits} g64 asym"] = Row(recipe="gptq", weights=line, bits=f"16/{bits}/16")
+    for target in ("w4a16", "w3a16", "w2a16", "w4a8", "nvfp4", "mxfp4"):
+        weights, inputs = (target[1], target[3:]) if target.startswith("w") else ("4", "4")
+        rows[f"best {target}"] = Row(recipe=f"best-{target}", bits=f"16/{weights}/{inputs}")
     rows["RTN MXFP4"] = Row(recipe="rtn", weights="mxfp4", inputs="mxfp4", bits="16/4/4")
     return rows
 

@@ -89,7 +89,8 @@ def run_row(
     searches = bool(load_recipe(row.recipe).solver.quick)
     effort = (args.effort or row.effort) if searches else None
     recipe = build_recipe(
-        row.recipe, weights=row.weights, activations=row.inputs or "none", embeddings=row.embeddings,
+        row.recipe, weights=row.weights, activations=row.inputs or ("none" if row.weights else None),
+        embeddings=row.embeddings,
         effort=effort or "full",
     )  # fmt: skip
     model = source.model(torch.bfloat16, args.device)
