@@ -265,6 +265,10 @@ def test_pow2_by_its_formula(fmt: str, mode: str) -> None:
             exponent = math.frexp(a / form.absmax)[1] - 3
             while Fraction(a) ** 2 >= 2 * (Fraction(form.absmax) * Fraction(2) ** exponent) ** 2:
                 exponent += 1
+        elif mode == "rfloor":
+            exponent = math.frexp(a / form.absmax)[1] - 3
+            while form.absmax * 2.0 ** (exponent + 1) <= a:
+                exponent += 1
         else:
             exponent = math.frexp(a / form.absmax)[1] - 3
             while form.absmax * 2.0**exponent < a:

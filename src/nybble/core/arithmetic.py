@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-POW2_MODES = ("floor", "ceil", "even", "rceil", "nearest")
+POW2_MODES = ("floor", "ceil", "even", "rceil", "rfloor", "nearest")
 """Rules by which a number becomes a power of two (:func:`nybble.ops.scaling.pow2_scale`)."""
 
 

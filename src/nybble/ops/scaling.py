@@ -44,6 +44,7 @@ def pow2_scale(amax: Float32[Tensor, "*shape"], fmt: NumberFormat, mode: str) ->
     ``ceil``   2^(ceil(log2 amax) - emax)
     ``even``   as floor, of amax rounded to the format's mantissa bits (half up)
     ``rceil``  2^ceil(log2(amax / max)): never saturates
+    ``rfloor``  2^floor(log2(amax / max)): at most the scale amax / max, where ``floor`` may be above it
     ``nearest``  2^round(log2(amax / max))
 
     The exponent is clamped to [-127, 127], E8M0's range; a zero block gets 2^-127 (0 in a format without a zero, as
@@ -52,7 +53,7 @@ def pow2_scale(amax: Float32[Tensor, "*shape"], fmt: NumberFormat, mode: str) ->
     Args:
         amax: float32, largest magnitude of each block.
         fmt: format of the elements.
-        mode: one of the five.
+        mode: one of the six.
     """
     if mode not in POW2_MODES:
         raise UsageError(f"pow2 mode {mode!r} is not one of {', '.join(POW2_MODES)}.")
@@ -70,6 +71,7 @@ def pow2_scale(amax: Float32[Tensor, "*shape"], fmt: NumberFormat, mode: str) ->
         "ceil": below - 1,
         "even": below >> getattr(fmt, "m", 0) + 1,
         "rceil": below - 1 - int(np.float32(top - 1) * below),
+        "rfloor": -math.ceil(np.float32(top - 1) * below),  # below max's mantissa it borrows from the exponent
         "nearest": below - math.ceil((2 * middle[0] - 1) * below) - (middle[1] - 1) * below,
     }[mode]
     biased = ((amax.view(torch.int32) + carry >> 23) - least).clamp(0, 254)

@@ -74,6 +74,29 @@ class BlockQTensor(QTensor):
             blocks = blocks + block_view(self.params.offset, self.granularity, self.shape)
         return self.granularity.from_blocks(blocks, self.shape).to(dtype)
 
+    def cast(self, target: NumberFormat | str, granularity: Granularity | str = "channel") -> BlockQTensor:
+        """The same values in a wider float whose codes take up the powers of two by which the scales differ.
+
+        So units for FP8 read FP4 weights (ZeroQuant-FP): exponents are shifted, and one real number a row is applied
+        behind the product.
+
+        Args:
+            target: a float that has all values of the format.
+            granularity: who shares a real number, here the largest of its scales: no more than what ``scale_format``
+                lets share one.
+
+        Returns:
+            codes in ``target``, float32 scales; ``dequantize()`` is this tensor's, bit for bit (but where a product of
+            float32 underflows).
+
+        Raises:
+            FormatError: :func:`nybble.ops.casting.shifted_codes`.
+            SchemeError: ratios that are no powers of two; zero points, offsets or a learned grid.
+        """
+        from nybble.qtensor._cast import cast
+
+        return cast(self, target, granularity)
+
     def _parts(self) -> Iterator[tuple[str, Tensor | QTensor, str]]:
         """Name, value and role of everything beside the codes."""
         scale = self.params.scale

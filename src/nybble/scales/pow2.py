@@ -1,8 +1,8 @@
 """A power of two: OCP MX v1.0 and the other rules in use.
 
 ``mode`` is that of :func:`nybble.ops.scaling.pow2_scale`: floor (the specification's and ggml's), ceil, even
-(compressed-tensors'), rceil (ModelOpt's), nearest (MLX's); or ``search``: of the specification's scale and twice that,
-which loses less of each block.
+(compressed-tensors'), rceil (ModelOpt's, and ZeroQuant-FP's constraint M1), rfloor, nearest (MLX's); or ``search``: of
+the specification's scale and twice that, which loses less of each block.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SEARCH = "search"
 
 @dataclass(frozen=True)
 class Pow2(ScaleRule):
-    """``mode``: floor (the specification's), ceil, even, rceil, nearest, or search."""
+    """``mode``: floor (the specification's), ceil, even, rceil, rfloor, nearest, or search."""
 
     mode: str = "floor"
 

@@ -2,10 +2,16 @@
 
 Wu et al. 2023 (ZeroQuant-FP), arXiv:2307.09782, constraint M2: with S_max the largest of the scales that share one
 real number, S_i' = S_max / 2^ceil(log2(S_max / S_i)). That number is applied behind the product; what the product
-reads is q 2^-k, exactly a value of E4M3 for k <= 8 and of E5M2 for k <= 15. Which scales share one, and how far they
-may differ, is what the scales' own line says; ``(ufloat3_e3m0_finite channel floor=normal)``, the default, keeps k <= 6
-in three bits and one number a row, and smaller blocks take the smallest scale. (M1, where every scale is a power of two
-by itself, is ``pow2(mode=rceil)``.)
+reads is q 2^-k, exactly a value of E4M3 for k <= 8 and of E5M2 for k <= 15
+(:meth:`nybble.qtensor.block.BlockQTensor.cast`). Which scales share one, and how far they may differ, is what the
+scales' own line says; ``(ufloat3_e3m0_finite channel floor=normal)``, the default, keeps k <= 6 in three bits and one
+number a row, and smaller blocks take the smallest scale; ``(ufloat3_e3m0_finite group=4 floor=normal)`` gives every
+four scales of a row a number of their own. (M1, where every scale is a power of two by itself, is
+``pow2(mode=rceil)``.)
+
+Published is ``down``, whose scales clip the largest values of most blocks. Of Student's t weights (5 degrees of freedom,
+E2M1, groups of 256) it loses 0.027 in square, ``up`` 0.023, ``nearest`` 0.020, real scales 0.018: so ``nearest`` is the
+default. ``stored`` under the same scale_format takes the power of two that loses least of each block.
 """
 
 from __future__ import annotations
@@ -27,9 +33,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pow2Ratio(ScaleRule):
-    """``mode``: down (as published: what is above the format's largest saturates), up, or nearest in the logarithm."""
+    """``mode``: nearest in the logarithm, down (as published: what is above the format's largest saturates), or up."""
 
-    mode: str = "down"
+    mode: str = "nearest"
 
     scale_format: ClassVar[str] = "(ufloat3_e3m0_finite channel floor=normal)"
     judges_stored: ClassVar[Literal["", "nested", "always"]] = "nested"
