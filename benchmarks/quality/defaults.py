@@ -128,12 +128,17 @@ def main(about: str | None, known: Rows) -> None:
 
 def rung(name: str, chosen: dict[str, Any], args: argparse.Namespace) -> None:
     """Judge the rows on a model of the ladder."""
-    folder, texts = args.ladder / "models" / name, args.ladder / "texts"
+    folder = args.ladder / "models" / name
     if not folder.is_dir():
         raise SystemExit(
             f"no {folder}: train it (python -m benchmarks.ladder) or give --ladder the folder with models/"
         )
-    tokenizer = open_source(str(folder)).tokenizer()
+    judge(f"ladder {name}", str(folder), *ladder_texts(open_source(str(folder)).tokenizer(), args), chosen, args)
+
+
+def ladder_texts(tokenizer: Any, args: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
+    """Samples of the ladder's calibration text, and windows of its three held-out ones."""
+    texts = args.ladder / "texts"
     calibration = sample(str(texts / "calibration.jsonl.xz"), "calibration", tokenizer, args.samples, args)
     held = {}
     for text in ("held-out", "perl-doc", "debian-reference-en"):
@@ -141,7 +146,7 @@ def rung(name: str, chosen: dict[str, Any], args: argparse.Namespace) -> None:
             documents = [tokenizer.eos_token + json.loads(line)["text"] for line in lines]
         windows = cut(tokenizer, documents, args.seq_len)
         held[text] = windows[:: max(1, len(windows) // args.windows)][: args.windows]  # of all its documents
-    judge(f"ladder {name}", str(folder), calibration, held, chosen, args)
+    return calibration, held
 
 
 def sample(text: str, part: str, tokenizer: Any, samples: int, args: argparse.Namespace) -> Any:

@@ -36,6 +36,7 @@ class Rule(Specification, Protocol):
     def scale_format(self) -> str | Rule: ...  # noqa: D102
     @property
     def offset_format(self) -> str | Rule: ...  # noqa: D102
+    def replace(self, **options: Any) -> Rule: ...  # noqa: D102
 
 
 # ------------------------------------------------------------------------------------------------ parameters
@@ -53,7 +54,7 @@ def fit(spec: Rule, x: Tensor, weight: Tensor | None) -> QuantParams:
     if mask is not None:
         importance = mask.float() if importance is None else importance * mask
     judged = spec.scale.judges_stored
-    if judged == "always" or (judged == "nested" and not isinstance(spec.scale_format, str)):
+    if judged == "always" or (judged and not isinstance(spec.scale_format, str)):
         return _fit_as_stored(spec, blocks, importance, shape)
     found = spec.scale.fit(blocks, spec.format, spec.rounding, importance)
     return finish(spec, found, shape, _outer_of(found.over))
@@ -66,15 +67,18 @@ def _fit_as_stored(spec: Rule, blocks: Tensor, importance: Tensor | None, shape:
     """
     inner = spec.scale_format
     outer: QuantParams | None = None
+    wide: QuantParams | None = None  # the outer scale before its own rounding, where ratios to it are judged
 
     def project(scale: Tensor, over: Tensor | None) -> Tensor:
-        nonlocal outer
+        nonlocal outer, wide
         if isinstance(inner, str):
             return narrow_scale(guarded(scale, spec.format), inner)
         if outer is None:
             absmax = divided(blocks.abs().amax(1), spec.format.absmax).reshape(shape)
             outer = _outer_of(over) or fit(inner, absmax, None)
-        return fake_quantize(inner, scale.reshape(shape), outer, None).reshape(-1, 1)
+            if spec.scale.judges_stored == "ratios":
+                wide = fit(inner.replace(scale_format="float32"), absmax, None)
+        return fake_quantize(inner, scale.reshape(shape), wide or outer, None).reshape(-1, 1)
 
     rule: Any = spec.scale
     found = rule.fit(blocks, spec.format, spec.rounding, importance, project)

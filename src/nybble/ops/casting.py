@@ -58,38 +58,36 @@ def shifted_codes(
         uint8 (int32 above 8 bits), shape of ``codes``; -0 stays -0 where ``target`` has one.
 
     Raises:
-        FormatError: a shift below 0 or above :func:`largest_shift`; formats without an exact cast; a code that means NaN
-            or Inf. Waits for the device.
+        FormatError: a shift below 0 or above :func:`largest_shift`; formats without an exact cast; a code that means
+            NaN or Inf. Waits for the device.
     """
     limit = largest_shift(source, target)
     assert isinstance(target, Minifloat)
     values = decode_table(source.name, codes.device)
-    table = encode(values, target.name, "nearest-even").int()
-    wide, shift = table[codes.int()], shift.int()
     read = values[codes.int()]
     if not bool(read.isfinite().all()):
         raise FormatError(f"codes of {source.name} that mean NaN or Inf have no exponent to shift.")
-    asked = torch.where(read == 0, 0, shift)
-    if codes.numel() and not 0 <= int(asked.min()) <= int(asked.max()) <= limit:
-        least, most = int(asked.min()), int(asked.max())
+    shift = torch.where(read == 0, 0, shift.int())
+    if codes.numel() and not 0 <= int(shift.min()) <= int(shift.max()) <= limit:
         raise FormatError(
-            f"{source.name} times 2^-k is exact in {target.name} for 0 <= k <= {limit}; the shifts are {least} .. {most}. "
-            f"{_wider(source, most)}et fewer scales share one real number, or keep k in fewer bits: "
-            "scale_format=(ufloat3_e3m0_finite group=4 floor=normal)."
+            f"{source.name} times 2^-k is exact in {target.name} for 0 <= k <= {limit}; the shifts are "
+            f"{int(shift.min())} .. {int(shift.max())}. {_way_out(source, int(shift.max()))}."
         )
-    m, sign = target.m, wide & (int(target.has_sign) << target.e + target.m)
-    field = wide >> m & (1 << target.e) - 1
-    fraction = wide & (1 << m) - 1
-    left = field - asked
-    significand = torch.where(field > 0, fraction | 1 << m, fraction)  # the hidden bit is written out ...
-    below = significand >> (field.clamp(min=1) - asked - 1).neg().clamp(0, 31)  # ... among subnormal numbers
-    return (sign | torch.where((left >= 1) & (field > 0), left << m | fraction, below)).to(code_dtype(target))
+    wide = encode(values, target.name, "nearest-even").int()[codes.int()]
+    hidden, sign = 1 << target.m, wide & (int(target.has_sign) << target.e + target.m)
+    field, fraction = wide >> target.m & (1 << target.e) - 1, wide & hidden - 1
+    normal = field - shift << target.m | fraction
+    significand = torch.where(field > 0, hidden | fraction, fraction)
+    subnormal = significand >> (1 - field.clamp(min=1) + shift).clamp(0, 31)  # the hidden bit is shifted in
+    return (sign | torch.where(field > shift, normal, subnormal)).to(code_dtype(target))
 
 
-def _wider(source: NumberFormat, shift: int) -> str:
-    """The beginning of a way out: the narrowest usual format that takes the shift, if any does."""
-    for name in ("float8_e4m3fn", "float8_e5m2", "bfloat16"):
-        wide = get_format(name)
-        if np.isin(source.grid, wide.grid).all() and largest_shift(source, wide) >= shift:
-            return f"Take {wide.name}, l"
-    return "L"
+def _way_out(source: NumberFormat, shift: int) -> str:
+    """Formats that take the shift, if usual ones do, and lines that keep shifts small."""
+    names = [name for name in ("float8_e4m3fn", "float8_e5m2", "bfloat16") if _takes(get_format(name), source, shift)]
+    wider = f"Take {names[0]}, or let" if names else "Let"
+    return f"{wider} fewer scales share one real number: scale_format=(ufloat3_e3m0_finite group=4 floor=normal)"
+
+
+def _takes(target: NumberFormat, source: NumberFormat, shift: int) -> bool:
+    return bool(np.isin(source.grid, target.grid).all()) and largest_shift(source, target) >= shift

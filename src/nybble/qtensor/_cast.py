@@ -39,9 +39,9 @@ def cast(found: BlockQTensor, target: NumberFormat | str, granularity: Granulari
     odd = (mantissa != wanted) & (each != 0)  # zeros pad a short block
     if bool(odd.any()):
         raise SchemeError(
-            f"an exact cast takes scales that differ by powers of two within each '{share}'; {int(odd.any(1).sum())} of "
-            f"{len(each)} differ otherwise. scale=pow2-ratio makes such scales for whatever shares a real number in its "
-            "scale_format: '(ufloat3_e3m0_finite channel floor=normal)'; so does scale=pow2."
+            f"an exact cast takes scales that differ by powers of two within each '{share}'; in "
+            f"{int(odd.any(1).sum())} of {len(each)} they don't. scale=pow2-ratio makes such scales for what shares a "
+            "real number in its scale_format, '(ufloat3_e3m0_finite channel floor=normal)'; so does scale=pow2."
         )
     shift = share.from_blocks(top - exponent, shape)
     wider = shifted_codes(codes, shift, found.format, wide)

@@ -44,12 +44,13 @@ class ScaleRule(ABC):
     Attributes:
         scale_format: what its scales are stored in where a line doesn't say; empty leaves it to the granularity.
         judges_stored: ``nested`` or ``always``, where :meth:`fit` takes ``project`` too, for nested scales or for all:
-            (scales [blocks, 1], ``over`` or None) -> what would be stored of them.
+            (scales [blocks, 1], ``over`` or None) -> what would be stored of them; ``ratios`` for nested ones under an
+            outer scale that isn't rounded itself.
         weighs: whether solvers that know the energy of the inputs give it to :meth:`fit` as the weight.
     """
 
     scale_format: ClassVar[str] = ""
-    judges_stored: ClassVar[Literal["", "nested", "always"]] = ""
+    judges_stored: ClassVar[Literal["", "nested", "ratios", "always"]] = ""
     weighs: ClassVar[bool] = False
 
     @property

@@ -37,7 +37,7 @@ class Mse(ScaleRule):
     p: float = 2.0
     asymmetric: bool = False
 
-    judges_stored: ClassVar[Literal["", "nested", "always"]] = "nested"
+    judges_stored: ClassVar[Literal["", "nested", "ratios", "always"]] = "nested"
 
     def __post_init__(self) -> None:
         if self.grid < 1:

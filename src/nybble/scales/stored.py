@@ -41,7 +41,7 @@ class Stored(ScaleRule):
     grid: int = 18
     inner: float = 0.0
 
-    judges_stored: ClassVar[Literal["", "nested", "always"]] = "always"
+    judges_stored: ClassVar[Literal["", "nested", "ratios", "always"]] = "always"
     weighs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
