@@ -79,7 +79,8 @@ def shifted_codes(
     normal = field - shift << target.m | fraction
     significand = torch.where(field > 0, hidden | fraction, fraction)
     subnormal = significand >> (1 - field.clamp(min=1) + shift).clamp(0, 31)  # the hidden bit is shifted in
-    return (sign | torch.where(field > shift, normal, subnormal)).to(code_dtype(target))
+    result: Tensor = (sign | torch.where(field > shift, normal, subnormal)).to(code_dtype(target))
+    return result
 
 
 def _way_out(source: NumberFormat, shift: int) -> str:
