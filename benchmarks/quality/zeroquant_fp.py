@@ -25,7 +25,6 @@ from typing import Any
 import defaults
 from defaults import judge, ladder_texts, recorded
 
-from nybble.core.versions import versions
 from nybble.models.sources.open import open_source
 from nybble.recipe import load_recipe
 
@@ -98,7 +97,7 @@ def main() -> None:
         print(f"{time.monotonic() - started:.0f} s so far", flush=True)
     if args.record:
         about = {"samples": args.samples, "seq_len": args.seq_len, "windows": args.windows}
-        found = json.loads(args.record.read_text(encoding="utf-8")) | about | {"versions": versions()}
+        found = json.loads(args.record.read_text(encoding="utf-8")) | about
         args.record.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         for model, _ in plan:
             conclude(title(model), recorded(args.record, title(model)))
@@ -123,7 +122,7 @@ def plan_of(args: argparse.Namespace) -> list[tuple[str, defaults.Rows]]:
 
 
 def conclude(model: str, rows: dict[str, Any]) -> None:
-    """Print perplexity of the first text over what each row is compared with, in per cent."""
+    """Print what perplexity on each text gains over what a row is compared with, in per cent, and what it costs."""
     pairs = [("scales " + n, "scales real") for n in ("M1 up", "M1 nearest", "M2 down", "M2 nearest")]
     pairs += [("scales M2 searched", "E2M1 x E4M3"), ("zeroquant-fp", "zeroquant-fp's scheme, to nearest")]
     pairs += [(f"{w} x E4M3", f"{w} x INT8") for w in ("INT4", "E2M1")]

@@ -31,9 +31,10 @@ PRESETS: dict[str, str] = {
     ),
     "nvfp4-search": "float4_e2m1fn group=16 scale=stored scale_format=(float8_e4m3fn tensor floor=normal)",
     # Scales for which E2M1 becomes E4M3 by a shift of the exponent (Wu et al. 2023, ZeroQuant-FP; their groups have 256
-    # where that divides the columns), as published: powers of two (M1), or powers of two times one number a row (M2)
+    # where that divides the columns): powers of two (M1), or powers of two times one number a row (M2), to the nearest
+    # ratio, which loses less than the published scale=pow2-ratio(mode=down)
     "fp4-m1": "float4_e2m1fn group=64 scale=pow2(mode=rceil) scale_format=(float8_e8m0fnu scale=one)",
-    "fp4-m2": "float4_e2m1fn group=64 scale=pow2-ratio(mode=down)",
+    "fp4-m2": "float4_e2m1fn group=64 scale=pow2-ratio",
     # As compressed-tensors calculates them: power-of-two scales by the mode "even", and NVFP4 over a stored divisor
     "mxfp4-ct": "float4_e2m1fn group=32 scale=pow2(mode=even) scale_format=(float8_e8m0fnu scale=one)",
     "mxfp6-ct": "float6_e2m3fn group=32 scale=pow2(mode=even) scale_format=(float8_e8m0fnu scale=one)",
