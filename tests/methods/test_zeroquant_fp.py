@@ -256,18 +256,20 @@ def test_a_file_holds_codes_shifts_one_number_a_row_and_factors(place: tuple[Pat
     assert json.loads((Path(out) / "nybble.json").read_text())["layers"]
 
 
+def mean_error(report: Any) -> float:
+    return float(np.mean([row.error for row in report.layers]))
+
+
 def test_each_step_of_the_recipe_is_worth_it(place: tuple[Path, Path]) -> None:
     """Relative output error, its mean over the layers: each of GPTQ and LoRC lowers it, with the other and without."""
     scheme = {"weights": str(recipe().scheme.rules[0].weights), "inputs": "fp8-token"}
 
     def error(*steps: dict[str, Any]) -> float:
         made = parse_recipe({"name": "x", "scheme": scheme, "steps": list(steps)})
-        _, report = nybble.quantize(str(place[0]), made, str(place[1]), settings=SETTINGS)
-        return sum(row.error for row in report.layers) / len(report.layers)
+        return mean_error(nybble.quantize(str(place[0]), made, str(place[1]), settings=SETTINGS)[1])
 
     nearest, gptq, lorc = {"solver": "rtn"}, {"solver": "gptq"}, {"correction": "low-rank", "rank": 8}
-    _, report = nybble.quantize(str(place[0]), recipe(), str(place[1]), settings=SETTINGS)
-    whole = sum(row.error for row in report.layers) / len(report.layers)
+    whole = mean_error(nybble.quantize(str(place[0]), recipe(), str(place[1]), settings=SETTINGS)[1])
     assert whole == error(gptq, lorc)
     assert whole < 0.8 * error(nearest, lorc) < 0.8 * error(nearest)
     assert whole < 0.8 * error(gptq) < 0.8 * error(nearest)
