@@ -53,7 +53,7 @@ def scales() -> defaults.Rows:
     e8m0 = "scale_format=(float8_e8m0fnu scale=one)"
     lines = {
         "real": E2M1, "M1 up": "fp4-m1", "M1 nearest": f"{E2M1} scale=pow2(mode=nearest) {e8m0}",
-        "M2 down": "fp4-m2", "M2 nearest": f"{E2M1} scale=pow2-ratio", "M2 searched": f"{E2M1} scale=stored {ROW}",
+        "M2 down": f"{E2M1} scale=pow2-ratio(mode=down)", "M2 nearest": f"{E2M1} scale=pow2-ratio", "M2 searched": f"{E2M1} scale=stored {ROW}",
     }  # fmt: skip
     plain = [{"solver": "gptq", "clip": False}]
     return {
