@@ -53,7 +53,8 @@ def scales() -> defaults.Rows:
     e8m0 = "scale_format=(float8_e8m0fnu scale=one)"
     lines = {
         "real": E2M1, "M1 up": "fp4-m1", "M1 nearest": f"{E2M1} scale=pow2(mode=nearest) {e8m0}",
-        "M2 down": f"{E2M1} scale=pow2-ratio(mode=down)", "M2 nearest": f"{E2M1} scale=pow2-ratio", "M2 searched": f"{E2M1} scale=stored {ROW}",
+        "M2 down": f"{E2M1} scale=pow2-ratio(mode=down)", "M2 nearest": f"{E2M1} scale=pow2-ratio",
+        "M2 searched": f"{E2M1} scale=stored {ROW}",
     }  # fmt: skip
     plain = [{"solver": "gptq", "clip": False}]
     return {
@@ -151,6 +152,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no other row is begun")
     parser.add_argument("--missing", action="store_true", help="leave out the rows that the record has")
     parser.add_argument("--record", type=Path)
+    parser.add_argument("--beside", default="", help="what else ran on the machine: seconds are then no measure")
     return parser.parse_args()
 
 
