@@ -152,7 +152,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no other row is begun")
     parser.add_argument("--missing", action="store_true", help="leave out the rows that the record has")
     parser.add_argument("--record", type=Path)
-    parser.add_argument("--beside", default="", help="what else ran on the machine: seconds are then no measure")
+    parser.add_argument("--beside", type=int, default=0, help="how many other runs share the device, for the record")
     return parser.parse_args()
 
 
