@@ -28,6 +28,7 @@ SHARD_BYTES = 5_000_000_000
 MANIFEST = "nybble.json"
 EVALUATION = "evaluation.json"
 REQUEST = "request.json"
+MARK = ".mark"
 SPILL = "hidden.bin."  # and the number of the stack
 
 
@@ -131,9 +132,25 @@ class Parts:
         found: dict[str, Tensor] = load_file(self.parts / f"{name}.safetensors", device=str(device))
         return found
 
+    def mark(self, stage: str) -> None:
+        """Say that a stage's parts, written as ``NAME.STAGE``, are all there."""
+        atomic_write_json(self.parts / f"{stage}{MARK}", {})
+
+    def marked(self, stage: str) -> bool:
+        """Whether they are."""
+        return (self.parts / f"{stage}{MARK}").exists()
+
+    def take(self, names: list[str], stage: str) -> None:
+        """Let a marked stage's parts stand in the places of those before it; those that do already stay."""
+        for name in names:
+            for ending in ("safetensors", "json"):
+                staged = self.parts / f"{name}.{stage}.{ending}"
+                if staged.exists():
+                    staged.replace(self.parts / f"{name}.{ending}")
+
     def fill(self, name: str, root: nn.Module, block: nn.Module, device: torch.device) -> None:
         """Give a block of ``root`` its finished part's tensors; before that its quantized modules, if it lacks them."""
-        if any(True for _ in quant_modules(block)):
+        if {key for key, _ in quant_modules(root)} >= self._json(name)["modules"].keys():
             root.load_state_dict(self._tensors(name, device), strict=False, assign=True)
         else:
             self.restore(name, root, device)

@@ -8,7 +8,7 @@ these learned. Where what was reached loses more than the window did at the star
 twins           trainable layers in a block, and back; norms: those that learn beside them
 targets         what the window should give, for every batch
 optimizing      update rules, learning rates, clipped gradients
-training        the loop over steps; keeping: the best state of it; inputs: what a step is fed
+training        the loop over steps; inputs: what a step is fed
 gradients       forward and backward of a step; on a GPU recorded, and replayed
 transforming    a learned transform of a block's float weights
 moves           what it did, as numbers for the report
@@ -28,14 +28,15 @@ from torch import Tensor, nn
 
 from nybble.calibration.block import BlockState
 from nybble.calibration.window import Window
+from nybble.core.curve import curve, short
 from nybble.core.errors import LearningError
 from nybble.learned import Learned
 from nybble.learned.transforms import Moving
 from nybble.nn.fake import FakeLayer
 from nybble.nn.kinds import Target
+from nybble.nn.learned_norm import LearnedNorm
 from nybble.reconstruction import REGISTRY, Reconstruction
-from nybble.reconstruction.moves import curve, short
-from nybble.reconstruction.norms import LearnedNorm, norms_of, put_norms
+from nybble.reconstruction.norms import norms_of, put_norms
 from nybble.reconstruction.targets import Wanted, output_of, wanted_of
 from nybble.reconstruction.training import Trained, train
 from nybble.reconstruction.transforming import begin_transform, learning_through, transformed
