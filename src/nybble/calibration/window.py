@@ -34,6 +34,7 @@ class Calibration:
         gradients: squared gradients of what blocks give by a block's full name, where a step asked for them.
         guides: squared gradients of what layers give, means over groups of channels, by a layer's full name, where a
             solver asked for them: [tokens, groups].
+        times: seconds of every learning on a window, by its name, in order.
         spill: leading part of the names of files for what a step keeps of all samples; None keeps it in memory.
     """
 
@@ -49,6 +50,7 @@ class Calibration:
     gradients: dict[str, Stream] = field(default_factory=dict)
     guides: dict[str, Tensor] = field(default_factory=dict)
     adapter: Adapter | None = None
+    times: dict[str, list[float]] = field(default_factory=dict)
     spill: Path | None = None
 
 

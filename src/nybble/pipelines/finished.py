@@ -1,13 +1,14 @@
 """What a recipe trains behind everything else: the quantized model, whole in memory, beside the float one.
 
-Of a run that writes a folder, every part is written anew beside the old one; when all are there a mark says so, and they
-take the old ones' places. A run that is killed before the mark trains again from the old parts, which are as they were;
-after it, it goes on renaming: the bytes are the same.
+Of a run that writes a folder, every part is written anew beside the old one; when all are there a mark says so, and
+they take the old ones' places. A run that is killed before the mark trains again from the old parts, which are as they
+were; after it, it goes on renaming: the bytes are the same.
 """
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,7 +30,7 @@ from nybble.pipelines.prepared import batches_of, samples_for, targets_in, train
 from nybble.quantizer import Quantizer
 from nybble.recipe import trained
 from nybble.report.record import LayerRow
-from nybble.training.steps import Finish, Finished, Inputs, Student
+from nybble.training.steps import MODEL, Finish, Finished, Inputs, Student
 from nybble.walk.blocks import load_outside, release
 from nybble.walk.job import OUTSIDE, Job
 from nybble.walk.steps.make import make_finishes
@@ -108,6 +109,7 @@ def finished_parts(job: Job, teacher: Teacher, data: Data, parts: Parts, progres
                 dotted = f"{prefix}." if inside and prefix else ""
                 without = {} if inside else {"without": job.adapter.inside}
                 parts.write(f"{name}.{_stage(number)}", dotted, module, own, **without)
+            parts.took(MODEL, [*parts.times().get(MODEL, [])[:number], job.times[MODEL][-1]])
             parts.mark(_stage(number))
             _let_go(job)
         parts.take(job.part_names(), _stage(number))
@@ -139,8 +141,11 @@ def _run(
         blocks=[name for name in job.adapter.block_names(job.model) if name], seed=job.settings.seed,
         token_ids=job.adapter.reads == "tokens",
     )  # fmt: skip
+    started = time.perf_counter()
     with products_in(job.products), evaluation_mode(job.model):
-        return step.run(student, progress)
+        done = step.run(student, progress)
+    job.times.setdefault(MODEL, []).append(time.perf_counter() - started)
+    return done
 
 
 def _weights(job: Job, rows: Sequence[LayerRow]) -> dict[str, list[Quantizer]]:

@@ -119,7 +119,8 @@ def quantize(
         else:
             job, rows = _write(job, data, given, Path(out), progress or Silent(), announce or _ignore)
             result = Path(out)
-    return result, Report(layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return result, Report(layers=tuple(rows), manifest=job.manifest(), seconds=seconds, times=job.times)
 
 
 def _result(job: Job, model: str | Path | nn.Module, held: Mapping[nn.Module, bool]) -> Any:
@@ -244,7 +245,9 @@ def quantize_many(
                 seconds[name] += time.perf_counter() - started
                 done = _tried(job, given[name], _ignore)
                 _mark(done, rows[name])
-                report = Report(layers=tuple(rows[name]), manifest=done.manifest(), seconds=seconds[name])
+                report = Report(
+                    layers=tuple(rows[name]), manifest=done.manifest(), seconds=seconds[name], times=done.times
+                )
                 found[name] = done.model, report
     return {name: found[name] for name in recipes}
 

@@ -18,6 +18,7 @@ moves           what it did, as numbers for the report
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def reconstruct(window: Window, options: Reconstruction) -> Outcome:
     ``loss``, ``before`` and ``after`` over all batches, the ``steps`` taken, ``kept`` (``last``, ``start``, or the step
     that the ``best`` state was at), whether it ``diverged``, how many ``norms`` learned where they were asked to, the
     ``precision`` of products where it was another than the model's; and the first layer's record its ``curve``:
-    ``[step, loss]``.
+    ``[step, loss]``. Seconds stand in ``window.calibration.times``, apart from what the same inputs make alike.
 
     Args:
         window: quantized, with a float path, and the path that ``options.feed`` names.
@@ -68,6 +69,7 @@ def reconstruct(window: Window, options: Reconstruction) -> Outcome:
     Raises:
         LearningError: the loss is no number; the window is what it was before then.
     """
+    started = time.perf_counter()
     with wanted_of(window, options.targets) as wanted:
         losses = _evaluate(window, options, wanted)
         before = sum(losses) / len(losses)
@@ -97,6 +99,7 @@ def reconstruct(window: Window, options: Reconstruction) -> Outcome:
     if not kept:
         _go_back(window, carried)
     _say(window, options, trained, before, after)
+    window.calibration.times.setdefault(window.part, []).append(time.perf_counter() - started)
     return Outcome(before=before, after=min(before, after), kept=kept)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,7 @@ class Job:
         device, dtype: of forwards. products: what products are computed in on a CPU.
         tokens: what is calibrated on; None where no step of the walk looks at data. taught: what a training behind it
             learns from; None where there is none.
+        times: seconds of what was learned, by the window's name, in order.
         outside_sees: whether what is in no block wants its inputs.
     """
 
@@ -71,6 +72,7 @@ class Job:
     untried: str = ""
     left_out: tuple[str, ...] = ()
     taught: Samples | None = None
+    times: dict[str, list[float]] = field(default_factory=dict)
 
     @staticmethod
     def make(
@@ -101,8 +103,8 @@ class Job:
             )
         if moving and "guided" in needs:
             raise SchemeError(
-                f"recipe {recipe.name}: guided weighs inputs by gradients by what layers of the network gave as it came, "
-                f"and behind {moving} they give others; leave guided out."
+                f"recipe {recipe.name}: guided weighs inputs by gradients by what layers gave in the network as it "
+                f"came, and behind {moving} they give others; leave guided out."
             )
         tokens, finishes = None, make_finishes(recipe)
         if (needs or finishes) and heard:

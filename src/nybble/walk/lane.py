@@ -72,7 +72,7 @@ class Lane:
         self.calibration = Calibration(
             tokens=0 if job.tokens is None else job.tokens.tokens, samples=samples,
             batches=-(-samples // job.settings.batch), device=job.device, dtype=job.dtype, seed=job.settings.seed,
-            config=job.model.config, paths=job.paths, adapter=job.adapter,
+            config=job.model.config, paths=job.paths, adapter=job.adapter, times=job.times,
             spill=None if spill is None else spill / f"{SPILL}wanted",
         )  # fmt: skip
 
@@ -239,6 +239,9 @@ class Lane:
         """Write the blocks that leave, and before them what those that stay bring along."""
         if span.leave < span.stop:
             Carry(parts, span.leave).write({i: self.states[i] for i in range(span.leave, span.stop)})
+        window = f"window-{span.start:04d}"
+        if window in self.job.times:
+            parts.took(window, self.job.times[window])
         for index, found in rows.items():
             state = self.states[index]
             parts.write(part_name(index), state.prefix, state.module, [row.to_dict() for row in found])

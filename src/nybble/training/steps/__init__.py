@@ -26,6 +26,8 @@ from nybble.recipe import ROOMS
 
 REGISTRY = Registry(*ROOMS["train"], lambda part: isinstance(part, type) and issubclass(part, TrainStep))
 Inputs = Mapping[str, Tensor]
+MODEL = "model"
+"""What reports call the window that is the whole model."""
 
 
 @dataclass(frozen=True, kw_only=True)
