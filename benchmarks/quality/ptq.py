@@ -69,11 +69,11 @@ def distilled() -> defaults.Rows:
             "decoupleq guided": [{"solver": "decoupleq", "guided": 4}], "gptq, distilled": GPTQ + DISTILL,
             "gptq guided, distilled": guided(4) + DISTILL,
             "gptq guided, sign-round, scales distilled": guided(4) + signed + DISTILL,
-            "gptq, distilled on 256 logits": GPTQ + [{**DISTILL[0], "top_k": 256}],
-            "gptq, distilled, rates 1e-3": GPTQ + [{**DISTILL[0], "rates": {"default": 1e-3}}],
-            "gptq, distilled, rates 1e-2": GPTQ + [{**DISTILL[0], "rates": {"default": 1e-2}}],
-            "gptq, scales and norms distilled": GPTQ + [{**DISTILL[0], "what": ["scales", "norms"]}],
-            "gptq, next token": GPTQ + [{**DISTILL[0], "loss": "nll"}],
+            "gptq, distilled on 256 logits": [*GPTQ, {**DISTILL[0], "top_k": 256}],
+            "gptq, distilled, rates 1e-3": [*GPTQ, {**DISTILL[0], "rates": {"default": 0.001}}],
+            "gptq, distilled, rates 1e-2": [*GPTQ, {**DISTILL[0], "rates": {"default": 0.01}}],
+            "gptq, scales and norms distilled": [*GPTQ, {**DISTILL[0], "what": ["scales", "norms"]}],
+            "gptq, next token": [*GPTQ, {**DISTILL[0], "loss": "nll"}],
         }  # fmt: skip
         found |= {f"INT{bits} g64 {name}": (each, scheme) for name, each in candidates.items()}
     return found

@@ -211,7 +211,7 @@ def test_every_layer_in_a_block_sees_its_own(family: str, monkeypatch: pytest.Mo
         return real(self, weights, stats)
 
     monkeypatch.setattr(SolverStep, "_answers", answers)
-    scheme = {"targets": ["Linear", "Experts"] if family == "mixtral" else ["Linear"], "weights": TWO}
+    scheme = {"targets": ["Experts", "Linear"] if family == "mixtral" else ["Linear"], "weights": TWO}
     _, report = quantized({"solver": "gptq", "guided": 2}, tiny_model(family, dtype=torch.float32), scheme=scheme)
     assert seen and {name: count for name, count in seen.items() if "experts" not in name} == {
         row.name: 2 for row in report.layers if "experts" not in row.name

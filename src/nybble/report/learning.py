@@ -37,13 +37,17 @@ def windows_of(rows: Sequence[Row], times: Mapping[str, Sequence[float]] | None 
                     "after": f"{after:.3g}",
                     "change": f"{100 * (after / before - 1):+.0f} %" if before else "",
                     "steps": f"{window['steps']:,}",
-                    "time": f"{seconds.pop(0):.3g} s" if seconds else "",
+                    "time": _time(seconds.pop(0)) if seconds else "",
                     "kept": window["kept"] if isinstance(window["kept"], str) else f"step {window['kept']:,}",
                     "remark": "diverged" if window["diverged"] else window.get("precision", ""),
                     "path": path_of(window["curve"]),
                 }
             )
     return found
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def path_of(curve: Sequence[Sequence[float]]) -> str:

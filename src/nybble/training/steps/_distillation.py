@@ -21,7 +21,7 @@ from nybble.training.steps._student import Learners
 if TYPE_CHECKING:
     from nybble.training.steps.distill import Distill
 
-DEFAULT_RATE = 1e-3
+DEFAULT_RATE = 3e-3
 
 
 class Distillation:

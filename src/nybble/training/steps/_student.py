@@ -65,6 +65,7 @@ class Learners:
         self.norms: dict[str, LearnedNorm] = {}
         self._was: dict[str, nn.Module] = {}
         self._biases: dict[str, tuple[QuantLayer, nn.Parameter]] = {}
+        self._asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         if "scales" in what:
@@ -114,6 +115,7 @@ class Learners:
         for layer, was in self._biases.values():
             assert layer.bias is not None
             layer.bias = nn.Parameter(layer.bias.detach().to(was.dtype), requires_grad=False)
+        self._ask_as_before()
         return ratios
 
     def undo(self) -> None:
@@ -122,6 +124,12 @@ class Learners:
             set_module(self._model, name, module)
         for layer, was in self._biases.values():
             layer.bias = was
+        self._ask_as_before()
+
+    def _ask_as_before(self) -> None:
+        """Gradients for the caller's parameters, where they wanted any."""
+        for name, parameter in self._model.named_parameters():
+            parameter.requires_grad_(self._asked[name])
 
 
 def _ratios(before: Tensor, after: Tensor) -> tuple[float, float, float]:
