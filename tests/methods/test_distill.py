@@ -173,7 +173,7 @@ def test_experts_and_other_layers(family: str) -> None:
 
 @pytest.mark.parametrize("inputs", ["int8 tensor static", "nvfp4"])
 def test_activation_quantizers_are_in_place(inputs: str) -> None:
-    _, report = run(recipe(scheme={"weights": "nvfp4", "inputs": inputs}, steps=20))
+    _, report = run(recipe(scheme={"weights": TWO, "inputs": inputs}, steps=20))
     assert entry(report)["after"] < entry(report)["before"]
 
 
@@ -275,8 +275,7 @@ def test_a_vision_transformer_a_classifier_of_texts_and_a_plain_network() -> Non
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(3 if parameter.ndim > 1 else 1)
-        scheme = {"targets": ["Linear", "Conv"] if model is cnn else ["Linear"], "weights": "int2 channel"}
-        _, report = run(recipe(scheme=scheme, solver="rtn", steps=30, every=5), model.eval(), data)
+        _, report = run(recipe("int2 channel", solver="rtn", steps=30, every=5), model.eval(), data)
         assert entry(report)["after"] < entry(report)["before"], type(model)
 
 
