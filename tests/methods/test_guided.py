@@ -136,9 +136,11 @@ def solve(solver: str, line: str, stats: Stats, **options: Any) -> Any:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("line", [TWO, "int3 channel", "nvfp4", "mxfp4", "int3 group=16 scale=minmax(offset=true)"])
 def test_equal_moments_give_gptqs_codes(line: str, options: dict[str, Any]) -> None:
-    both = {"drift": DRIFT} if options.get("inputs") == "both" else {}
-    plain = solve("gptq", line, Stats(second_moment=H, **both), **options)
-    guided = solve("gptq", line, Stats(second_moment=H, guided={"w": H.expand(4, 64, 64)}, **both), guided=4, **options)
+    both = DRIFT if options.get("inputs") == "both" else None
+    plain = solve("gptq", line, Stats(second_moment=H, drift=both), **options)
+    guided = solve(
+        "gptq", line, Stats(second_moment=H, guided={"w": H.expand(4, 64, 64)}, drift=both), guided=4, **options
+    )
     mine, theirs = guided.weight.tensors(), plain.weight.tensors()
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
@@ -146,11 +148,11 @@ def test_equal_moments_give_gptqs_codes(line: str, options: dict[str, Any]) -> N
 @pytest.mark.parametrize(("solver", "options"), [("gptq", each) for each in OPTIONS[:4]] + [("decoupleq", {})], ids=str)
 def test_each_group_is_rounded_for_its_own_moment(solver: str, options: dict[str, Any]) -> None:
     """It loses less than plain under the moments that it is given, and never more than rounding to nearest."""
-    both = {"drift": DRIFT} if options.get("inputs") == "both" else {}
-    plain = solve(solver, TWO, Stats(second_moment=H, **both), **options)
-    guided = solve(solver, TWO, Stats(second_moment=H, guided={"w": MANY}, **both), guided=4, **options)
+    both = DRIFT if options.get("inputs") == "both" else None
+    plain = solve(solver, TWO, Stats(second_moment=H, drift=both), **options)
+    guided = solve(solver, TWO, Stats(second_moment=H, guided={"w": MANY}, drift=both), guided=4, **options)
     assert guided.error < guided.rtn_error
-    if not both:
+    if both is None:
         errors = [relative_error(W, each.weight.dequantize(), MANY) for each in (guided, plain)]
         assert errors[0] < 0.97 * errors[1]
         assert guided.error == pytest.approx(errors[0], rel=1e-4)
