@@ -271,19 +271,15 @@ def test_a_vision_transformer_a_classifier_of_texts_and_a_plain_network() -> Non
             num_labels=4,
         )
     )  # fmt: skip
+    torch.manual_seed(7)
     cnn = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 5))
-    images = torch.randn(
-        64,
-        3,
-        16,
-        16,  # two held-back samples would be chance
-        generator=torch.Generator().manual_seed(1),
-    )
+    images = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     for model, data in ((vit, {"pixel_values": images}), (bert, tokens(64)), (cnn, images[:, :, :8, :8].contiguous())):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(3 if parameter.ndim > 1 else 1)
-        made = recipe("int2 channel", solver="rtn", steps=30, every=5)
+        # Scales that clip far too much, so that there is something to gain for any weights.
+        made = recipe("int4 channel scale=percentile(p=70)", solver="rtn", steps=30, every=5, held=0.5)
         _, report = nybble.quantize(model.eval(), made, data, settings=replace(SETTINGS, samples=64))
         assert entry(report)["after"] < entry(report)["before"], type(model)
 
