@@ -10,7 +10,9 @@ says what was tried and lost; the recipes ``best-*`` are what won on the models 
 from __future__ import annotations
 
 import defaults
-from ptq import GPTQ, PARTS, REFINE, Steps, learned
+from ptq import DISTILL, GPTQ, PARTS, REFINE, Steps, learned
+
+from nybble.recipe import load_recipe
 
 SMOOTH: Steps = [{"transform": "smooth", "alpha": 0.6}]
 SCALES = {"weights": "frozen-codes", "steps": 100, "rates": {"scales": 1e-4}}
@@ -65,5 +67,20 @@ def rows() -> defaults.Rows:
     return found
 
 
+def finished() -> defaults.Rows:
+    """What the recipes of today come to, and what they do with distillation into scales (and norms) behind them."""
+    found: defaults.Rows = {}
+    for target in ("w4a16", "w3a16", "w2a16", "w4a8", "nvfp4", "mxfp4"):
+        recipe = load_recipe(f"best-{target}").with_effort("full").to_dict()
+        steps, scheme, name = recipe["steps"], recipe["scheme"], target.upper()
+        found[f"{name} best"] = (steps, scheme)
+        for rate in (1e-3, 3e-3, 1e-2):
+            found[f"{name} best + distill {rate:g}"] = ([*steps, {**DISTILL[0], "rates": {"default": rate}}], scheme)
+        norms = {**DISTILL[0], "what": ["scales", "norms"]}
+        found[f"{name} best + distill, norms"] = ([*steps, norms], scheme)
+        found[f"{name} best + distill, 600 steps"] = ([*steps, {**DISTILL[0], "steps": 600}], scheme)
+    return found
+
+
 if __name__ == "__main__":
-    defaults.main(__doc__, rows())
+    defaults.main(__doc__, rows() | finished())

@@ -17,6 +17,7 @@ Steps = list[dict[str, Any]]
 GPTQ: Steps = [{"solver": "gptq"}]
 BOTH: Steps = [{"solver": "gptq", "inputs": "both"}]
 REFINE: Steps = [{"correction": "refine-scales"}]
+DISTILL: Steps = [{"train": "distill", "rates": {"default": 3e-3}}]
 PARTS: dict[str, dict[str, Any]] = {
     "clip": {"rates": {"default": 0.01}, "schedule": "constant"},
     "adaround": {"rates": {"rounding": 0.05}, "schedule": "constant"},
@@ -49,6 +50,32 @@ def decoupled(steps: int) -> dict[str, Steps]:
         if rate == 1e-4:
             found["decoupleq, both, zero points"] = [*whole, step]
             found["decoupleq, both, no norms"] = learned("frozen-codes", steps, "decoupleq")
+    return found
+
+
+def guided(groups: int, **options: Any) -> Steps:
+    """GPTQ with second moments that gradients of the loss weigh."""
+    return [{"solver": "gptq", "guided": groups, **options}]
+
+
+def distilled() -> defaults.Rows:
+    """Gradients of the end loss in front, distillation into the scales behind, and both."""
+    found: defaults.Rows = {}
+    for bits, steps in ((4, 200), (3, 200), (2, 400)):
+        scheme = {"weights": f"int{bits} group=64 symmetric=false"}
+        signed = learned("sign-round", steps, "gptq")[1:]
+        candidates = {
+            "gptq guided": guided(4), "gptq guided, one group": guided(1), "gptq guided both": guided(4, inputs="both"),
+            "decoupleq guided": [{"solver": "decoupleq", "guided": 4}], "gptq, distilled": GPTQ + DISTILL,
+            "gptq guided, distilled": guided(4) + DISTILL,
+            "gptq guided, sign-round, scales distilled": guided(4) + signed + DISTILL,
+            "gptq, distilled on 256 logits": [*GPTQ, {**DISTILL[0], "top_k": 256}],
+            "gptq, distilled, rates 1e-3": [*GPTQ, {**DISTILL[0], "rates": {"default": 0.001}}],
+            "gptq, distilled, rates 1e-2": [*GPTQ, {**DISTILL[0], "rates": {"default": 0.01}}],
+            "gptq, scales and norms distilled": [*GPTQ, {**DISTILL[0], "what": ["scales", "norms"]}],
+            "gptq, next token": [*GPTQ, {**DISTILL[0], "loss": "nll"}],
+        }  # fmt: skip
+        found |= {f"INT{bits} g64 {name}": (each, scheme) for name, each in candidates.items()}
     return found
 
 
@@ -92,7 +119,7 @@ def rows() -> defaults.Rows:
     found["INT4 W4A4 smooth, gptq"] = (smooth + GPTQ, w4a4)
     found["INT4 W4A4 quarot"] = ([{"transform": "rotate"}, {"transform": "hadamard"}, *GPTQ], w4a4)
     found["INT4 W4A4 quarot, both"] = ([{"transform": "rotate"}, {"transform": "hadamard"}, *BOTH], w4a4)
-    return found | omniquant_rows() | binary()
+    return found | omniquant_rows() | binary() | distilled()
 
 
 def omniquant(steps: int, **options: Any) -> Steps:

@@ -4,8 +4,8 @@ name: llm-fp4
 summary: what it does, in a line
 source: paper, year, arXiv number
 scheme: W4A16_E2M1                  # a preset's name or a mapping; --scheme and --weights override it
-steps:                              # train*, transform*, solver, reconstruction*, correction*; any may be missing
-  - train: restorative-lora         # of the whole float model, on its quantized self, before all else
+steps:                              # train* transform* solver reconstruction* correction* train*; any may be missing
+  - train: restorative-lora         # of the whole model: in front of all else or, as distill, behind it
   - transform: smooth
   - solver: llm-fp4                 # left out: rtn
     rounds: 3                       # an option of the step
@@ -45,7 +45,6 @@ _WHY = {
     ("reconstruction", "solver"): "the solver would throw away what the reconstruction learned",
     ("correction", "solver"): "the solver would throw away what was corrected",
     ("correction", "reconstruction"): "the reconstruction would change the codes whose loss was corrected",
-    **{(kind, "train"): "it trains the whole float model, before any block is touched" for kind in KINDS[1:]},
     ("solver", "solver"): "the second would throw away the codes of the first",
 }
 
@@ -174,7 +173,7 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
     steps = tuple(_step(step, where) for step in listed)
     check_order(steps, where)
     if not any(step.kind == "solver" for step in steps):
-        first = next((i for i, step in enumerate(steps) if step.kind not in KINDS[:2]), len(steps))
+        first = _behind_transforms(steps)
         steps = (*steps[:first], Step(kind="solver", name="rtn", options={}), *steps[first:])
     with within(where):
         scheme = parse_scheme(data["scheme"])
@@ -189,14 +188,45 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
 
 def check_order(steps: Sequence[Step], where: str = "recipe") -> None:
     """Raise SchemeError, naming two steps and the reason, where one can't come after another."""
+    _check_trainings(steps, where)
     for i, after in enumerate(steps):
         for before in steps[:i]:
             why = _WHY.get((before.kind, after.kind))
             if why is not None:
+                keep = "; keep one solver" if before.kind == after.kind else ""
                 raise SchemeError(
                     f"{where}: {after.kind} {after.name!r} can't come after {before.kind} {before.name!r}: {why}. "
-                    f"The order is {' -> '.join(KINDS)}{'; keep one solver' if before.kind == after.kind else ''}."
+                    f"The order is {' -> '.join((*KINDS, 'train'))}{keep}."
                 )
+
+
+def trained(recipe: Recipe) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    """The steps that train the whole model: in front of the solver, and behind everything."""
+    at = next(i for i, step in enumerate(recipe.steps) if step.kind == "solver")
+    before, after = recipe.steps[:at], recipe.steps[at:]
+    return tuple(s for s in before if s.kind == "train"), tuple(s for s in after if s.kind == "train")
+
+
+def _behind_transforms(steps: Sequence[Step]) -> int:
+    """Where a solver that nobody named stands: behind trainings in front, and transforms."""
+    at = 0
+    for kind in KINDS[:2]:
+        while at < len(steps) and steps[at].kind == kind:
+            at += 1
+    return at
+
+
+def _check_trainings(steps: Sequence[Step], where: str) -> None:
+    """Raise SchemeError for a training with other steps on both sides."""
+    for i, step in enumerate(steps):
+        before = next((s for s in reversed(steps[:i]) if s.kind != "train"), None)
+        after = next((s for s in steps[i:] if s.kind != "train"), None)
+        if step.kind == "train" and before is not None and after is not None:
+            raise SchemeError(
+                f"{where}: train {step.name!r} can't stand between {before.kind} {before.name!r} and {after.kind} "
+                f"{after.name!r}: it trains the whole model, before any block is touched or when all are done. Put it "
+                "first or last."
+            )
 
 
 def _step(data: Any, where: str) -> Step:

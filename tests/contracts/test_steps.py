@@ -29,7 +29,7 @@ from nybble.walk.estimate import Estimate, estimate
 from nybble.walk.plan import make_plan
 from nybble.walk.steps import Cost, Load, Subject
 from nybble.walk.steps.correction import CorrectionStep
-from nybble.walk.steps.make import make_steps
+from nybble.walk.steps.make import make_finishes, make_steps
 from nybble.walk.steps.transform import TransformStep
 
 SCHEME = {"weights": "int4 group=16", "inputs": "int8 tensor static"}
@@ -81,9 +81,22 @@ def test_orders_that_cannot_work_name_both(before: str, after: str) -> None:
     if order == sorted(order) and not (before == after == "solver"):
         recipe(*steps)
         return
+    if after == "train":  # which a training of another sort may be: distill
+        with pytest.raises(SchemeError, match=r"'restorative-lora' makes other float weights.*put it first"):
+            make_finishes(recipe(*steps))
+        make_finishes(recipe(steps[0], {"train": "distill"}))
+        return
     names = [step[kind] for step, kind in zip(steps, (before, after), strict=True)]
     with pytest.raises(SchemeError, match=f"{after} '{names[1]}' can't come after {before} '{names[0]}': .*order is"):
         recipe(*steps)
+
+
+def test_a_training_behind_all_kinds(model: str, text: str) -> None:
+    steps = [*(STEP[kind] for kind in KINDS), {"train": "distill", "steps": 2, "every": 1}]
+    found, report = nybble.quantize(model, recipe(*steps), text, settings=SETTINGS)
+    assert [next(iter(step)) for step in report.manifest["recipe"]["steps"]] == [*KINDS, "train"]
+    assert isinstance(found.model.layers[0].mlp.down_proj.weight.qtensor(), LowRankSum)
+    assert all("held back" in row.notes[-1] for row in report.layers)
 
 
 def test_several_of_a_kind(model: str, text: str) -> None:

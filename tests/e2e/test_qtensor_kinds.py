@@ -55,7 +55,11 @@ def run(folder: Path, name: str, out: Path, resume: bool = False) -> Any:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(out)): p.read_bytes()
+        for p in sorted(out.rglob("*"))
+        if p.is_file() and p.name != "times.json"
+    }
 
 
 def both(out: Path) -> tuple[Any, Any]:

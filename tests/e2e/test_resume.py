@@ -19,7 +19,7 @@ import torch
 from tests.e2e.processes import start
 from tests.tiny import save_text, save_tiny
 
-from nybble.checkpoint.parts import MANIFEST, Parts
+from nybble.checkpoint.parts import MANIFEST, TIMES, Parts
 from nybble.core.errors import FileError, LearningError
 from nybble.learned.lsq import LearnedScale
 from nybble.pipelines.quantize import quantize
@@ -49,7 +49,7 @@ def command(folder: Path, out: Path, *options: str) -> list[str]:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name != TIMES}
 
 
 def progress(partial: Path) -> int:
@@ -90,6 +90,7 @@ EVERY: dict[str, dict[str, Any]] = {
     **{name: {"effort": "quick"} for name in ("llm-fp4", "fp-baseline")},
     **{name: {"effort": "quick", "weights": "int4 group=16"} for name in ("adaround", "lwc", "flexround", "cbq")},
     **{n: {"effort": "quick", "weights": "int4 group=16 symmetric=false"} for n in ("signround", "efficientqat-ap")},
+    "efficientqat": {"effort": "quick", "weights": "int4 group=16 symmetric=false"},
     "decoupleq": {"effort": "quick", "weights": "int2 group=16 symmetric=false"},
     "lorc": {"weights": "int4 group=16"},
     "omniquant": {"effort": "quick"},

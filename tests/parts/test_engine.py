@@ -11,6 +11,7 @@ import torch
 from tests.parts.test_reconstruction import BATCHES, LINE, Made, options
 from torch import Tensor, nn
 
+from nybble.core.curve import POINTS, curve
 from nybble.core.errors import LearningError, SchemeError
 from nybble.learned import make_part
 from nybble.quantizer import Quantizer
@@ -18,7 +19,6 @@ from nybble.reconstruction import FLOAT, LOCAL, make_reconstruction
 from nybble.reconstruction.engine import reconstruct
 from nybble.reconstruction.inputs import mixed, rounds
 from nybble.reconstruction.losses.mse import Mse
-from nybble.reconstruction.moves import POINTS, curve
 from nybble.reconstruction.optimizing import Mover, rate
 from nybble.reconstruction.targets import wanted_of
 from nybble.reconstruction.twins import settle_twins, twins_of

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nybble.calibration.statistics import InputSample
+from nybble.calibration.statistics import InputSample, row_groups
 from nybble.core.errors import DataError
 from nybble.core.seeds import derive_seed
 from nybble.data.kinds import Batch, data_kind
@@ -67,6 +67,48 @@ def fisher_of(
     return result
 
 
+def guides_of(
+    model: nn.Module,
+    adapter: Adapter,
+    layers: Mapping[str, int],
+    inputs: Mapping[str, Tensor],
+    *,
+    batch: int,
+    groups: int,
+    seed: int,
+) -> dict[str, Tensor]:
+    """How much the outputs of some layers matter to the loss, token by token: means over groups of channels.
+
+    Args:
+        model: float, all of it loaded; its parameters get no gradients.
+        adapter: the model's.
+        layers: linear modules by full name, and the width of their outputs.
+        inputs: what the model is called with, all samples.
+        batch: samples a forward takes, as the walk's: a layer that is called twice sees them in that order.
+        groups: of neighbouring output channels, that are wanted (:func:`row_groups`).
+        seed: of the labels.
+
+    Returns:
+        bfloat16 [tokens, groups] a layer, squared gradients, the rows of padding left out; nothing of a layer that no
+        gradient reached. Only they are kept: a layer's gradients go as soon as they are there.
+    """
+    found: dict[str, list[Tensor]] = {}
+
+    def means(name: str, gradient: Tensor) -> Tensor:
+        wide = gradient.detach().float()
+        shape = (*wide.shape[:-1], row_groups(layers[name], groups), -1)
+        return wide.reshape(shape).square_().mean(-1)
+
+    for _, batch_, gradients in _passes(model, adapter, list(layers), inputs, batch, seed, means):
+        for name, calls in gradients.items():
+            for each in calls:
+                padded = batch_.real is not None and each.shape[:2] == batch_.real.shape
+                kept = each[batch_.real] if padded and batch_.real is not None else each.reshape(-1, each.shape[-1])
+                found.setdefault(name, []).append(kept.bfloat16())
+    whole = {name: torch.cat(parts) for name, parts in found.items() if len({part.shape[1] for part in parts}) == 1}
+    return {name: guide for name, guide in whole.items() if guide.shape[1] == row_groups(layers[name], groups)}
+
+
 def block_gradients(
     model: nn.Module,
     adapter: Adapter,
@@ -99,10 +141,20 @@ def block_gradients(
         yield start, {name: gradients[name][0] for name in blocks}
 
 
+def _whole(name: str, gradient: Tensor) -> Tensor:
+    return gradient.detach()
+
+
 def _passes(
-    model: nn.Module, adapter: Adapter, names: Sequence[str], inputs: Mapping[str, Tensor], batch: int, seed: int
+    model: nn.Module,
+    adapter: Adapter,
+    names: Sequence[str],
+    inputs: Mapping[str, Tensor],
+    batch: int,
+    seed: int,
+    kept: Callable[[str, Tensor], Tensor] = _whole,
 ) -> Iterator[tuple[int, Batch, dict[str, list[Tensor]]]]:
-    """For every batch its first sample, itself, and the gradients by the outputs of the modules of these names."""
+    """For every batch its first sample, itself, and what is ``kept`` of gradients by the outputs of these modules."""
     asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
     device, kind = next(iter(asked)).device, data_kind(adapter.reads)
     generator = torch.Generator(device).manual_seed(derive_seed(seed, "fisher"))
@@ -117,7 +169,7 @@ def _passes(
         model.requires_grad_(False)
         for start in range(0, len(next(iter(inputs.values()))), batch):
             given = kind.batch(inputs, start, start + batch, device)
-            yield start, given, _gradients(model, given, names, generator)
+            yield start, given, _gradients(model, given, names, generator, kept)
     finally:
         for handle in handles:
             handle.remove()
@@ -131,7 +183,9 @@ def _ask_for_gradients(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         hidden.requires_grad_(True)
 
 
-def _gradients(model: nn.Module, batch: Batch, names: Sequence[str], generator: Any) -> dict[str, list[Tensor]]:
+def _gradients(
+    model: nn.Module, batch: Batch, names: Sequence[str], generator: Any, kept: Callable[[str, Tensor], Tensor]
+) -> dict[str, list[Tensor]]:
     """One batch forth and back; a module that is called twice has a gradient of each call, in their order."""
     calls: dict[str, list[Tensor]] = {}
     reached: set[str] = set()
@@ -144,7 +198,7 @@ def _gradients(model: nn.Module, batch: Batch, names: Sequence[str], generator: 
             number = len(own) - 1
 
             def note(gradient: Tensor) -> None:
-                own[number] = gradient.detach()
+                own[number] = kept(name, gradient)
                 reached.add(name)
 
             if hidden.requires_grad:

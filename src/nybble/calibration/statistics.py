@@ -59,6 +59,66 @@ class SecondMoment:
         return self._sum
 
 
+class GuidedMoments:
+    """Second moments for groups of output channels, tokens weighed by what these outputs mean to the end loss.
+
+    Of group k the mean of ``g_k x x^T``, g_k the mean over its channels of the loss's squared gradient by the output
+    (Kim et al. 2025, GuidedQuant, arXiv:2505.07004, section 3), over its mean over all tokens: where all tokens matter
+    alike it is the plain moment.
+
+    Args:
+        columns, inputs, params: as for :class:`SecondMoment`.
+        guide: [tokens, groups], of all tokens in the order in which they will come.
+    """
+
+    def __init__(
+        self, columns: int, guide: Tensor, inputs: Quantizer | None = None, params: QuantParams | None = None
+    ) -> None:
+        self.columns, self.inputs, self.params = columns, inputs, params
+        mean = guide.double().mean(0)
+        wide = torch.where(mean > 0, guide.double() / mean, 1.0).float()
+        self._roots, self._seen, self._settled = wide.sqrt_(), 0, False
+        self._sum: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        """Count the tokens of ``x`` [..., columns]; not after :meth:`mean`."""
+        exact = x.dtype != torch.bfloat16
+        x = x if self.inputs is None else self.inputs.fake_quantize(x, self.params)
+        flat = x.reshape(-1, self.columns)
+        roots = self._roots[self._seen : self._seen + len(flat)].to(flat.device)
+        self._seen += len(flat)
+        if not len(flat) or len(roots) != len(flat):
+            return
+        if self._sum is None:
+            self._sum = torch.zeros(roots.shape[1], self.columns, self.columns, dtype=torch.float32, device=flat.device)
+        for group in range(roots.shape[1]):
+            weighed = flat.float() * roots[:, group, None]
+            self._sum[group] += cross_gram(weighed, weighed, exact)
+
+    def mean(self, name: str) -> Tensor | None:
+        """float32 [groups, columns, columns]; None where other tokens came than those that gave gradients.
+
+        Raises:
+            DataError: it isn't finite; names the layer.
+        """
+        if self._sum is None or self._seen != len(self._roots):
+            return None
+        if not bool(torch.isfinite(self._sum).all()):
+            raise DataError(
+                f"the weighed calibration inputs of {name} hold NaN or Inf (or overflow); check the data and the "
+                "model's dtype, or leave guided out."
+            )
+        if not self._settled:
+            self._sum.div_(self._seen)
+            self._settled = True
+        return self._sum
+
+
+def row_groups(rows: int, wanted: int) -> int:
+    """How many groups of equally many neighbouring rows there are: as many as are wanted, or the next fewer."""
+    return next(count for count in range(min(rows, wanted), 0, -1) if rows % count == 0)
+
+
 class DriftMoments:
     """Moments of what inputs differ from the float network's, token by token: :class:`~nybble.calibration.error.Drift`.
 

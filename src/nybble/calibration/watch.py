@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nybble.calibration.block import BlockState
 from nybble.calibration.groups import trace_groups
-from nybble.calibration.statistics import ChannelSizes, DriftMoments, InputSample, Range, SecondMoment
+from nybble.calibration.statistics import ChannelSizes, DriftMoments, GuidedMoments, InputSample, Range, SecondMoment
 from nybble.calibration.trace import BlockCall, Tensors
 from nybble.calibration.window import Batches, Known, Window
 from nybble.core.errors import DataError
@@ -23,7 +23,7 @@ from nybble.quantizer import Quantizer
 
 SAMPLE = 1024
 """Tokens of an input that are looked at for pictures."""
-Gatherer = InputSample | SecondMoment | DriftMoments | ChannelSizes
+Gatherer = InputSample | SecondMoment | DriftMoments | GuidedMoments | ChannelSizes
 
 
 class Asker(Protocol):
@@ -38,7 +38,7 @@ class Asker(Protocol):
         """How many inputs it wants at most."""
 
     def needs(self, inputs: Quantizer | None) -> frozenset[str]:
-        """Which of ``second_moment``, ``drift``, ``sizes``, ``inputs`` it reads, for inputs under this quantizer."""
+        """Which of ``second_moment``, ``drift``, ``guided``, ``sizes``, ``inputs`` it reads, for such inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,7 @@ class Seen:
         moments: by leader; missing where nothing was seen. routed: by fused weight, one an expert.
         later: leaders of those who ask for their drift, to be seen by :func:`layer_moments` when their turn comes.
         drifts: by leader, once they were seen.
+        guided: moments weighed by gradients, by target; of those who ask for a drift seen when that is.
         sizes: of the input's channels, by leader. routed_sizes: by fused weight, one an expert.
         samples: inputs themselves, by leader. looks: a few of them, for pictures.
     """
@@ -94,6 +95,7 @@ class Seen:
     routed: dict[str, list[SecondMoment]] = field(default_factory=dict)
     later: list[str] = field(default_factory=list)
     drifts: dict[str, DriftMoments] = field(default_factory=dict)
+    guided: dict[str, GuidedMoments] = field(default_factory=dict)
     sizes: dict[str, ChannelSizes] = field(default_factory=dict)
     routed_sizes: dict[str, list[ChannelSizes]] = field(default_factory=dict)
     samples: dict[str, InputSample] = field(default_factory=dict)
@@ -147,6 +149,8 @@ def see_block(window: Window, path: str, asker: Asker, looks: bool = False) -> S
     tokens = own_rows * window.calibration.samples if own_rows else tokens
     for group in groups:
         _ask(group, asker, seen, gathering, tokens)
+        if "guided" in asker.needs(group.inputs):
+            _ask_guided(state, group, window.calibration.guides, seen, gathering)
     for target in state.targets:
         if target.kind.fused and "second_moment" in asker.needs(None):
             seen.routed[target.name] = [SecondMoment(target.shape[1]) for _ in range(target.matrices)]
@@ -181,12 +185,32 @@ def _ask(group: Group, asker: Asker, seen: Seen, gathering: _Gathering, tokens: 
         seen.samples[leader] = gathering.get(leader, f"inputs {most}", partial(InputSample, width, tokens, most, parts))
 
 
+def _ask_guided(
+    state: BlockState, group: Group, guides: Mapping[str, Tensor], seen: Seen, gathering: _Gathering
+) -> None:
+    """Put moments weighed by gradients into ``seen``, of those members whose gradients are known."""
+    fixed = seen.params.get(group.leader)
+    for target in group.members:
+        guide = guides.get(f"{state.prefix}{target.name}")
+        if guide is None or target.rule.weights is None or target.groups > 1:
+            continue
+        make = partial(GuidedMoments, target.shape[1], guide, group.inputs, fixed)
+        if group.leader in seen.later:
+            seen.guided[target.name] = make()
+        else:
+            key = f"guided {target.name} {guide.shape[1]} {group.inputs} {fixed is None}"
+            seen.guided[target.name] = gathering.get(group.leader, key, make)
+
+
 Inputs = tuple[Quantizer | None, QuantParams | None]
 Routed = Sequence[tuple[Target, Sequence[Gatherer]]]
 
 
 def layer_moments(
-    window: Window, path: str, layers: Mapping[str, tuple[Target, Inputs]]
+    window: Window,
+    path: str,
+    layers: Mapping[str, tuple[Target, Inputs]],
+    beside: Sequence[tuple[str, GuidedMoments]] = (),
 ) -> tuple[dict[str, SecondMoment], dict[str, DriftMoments]]:
     """Of the inputs of some layers of a block; layers that were never called are missing.
 
@@ -199,6 +223,7 @@ def layer_moments(
         window: of one block.
         path: whose inputs, where one is run.
         layers: by name, with the quantizer that the input passes first and its parameters.
+        beside: what else gathers the inputs of some of these.
     """
     state = window.block
     both = {"float", "quantized"} <= window.calibration.paths
@@ -208,11 +233,11 @@ def layer_moments(
     if both:
         hold_dense(state.module, window.calibration.dtype)
         batches = partial(_both, state, list(drifts.items()), window.batches("float"), window.batches("quantized"))
-        _watch(state, [*moments.items(), *drifts.items()], [], batches)
+        _watch(state, [*moments.items(), *drifts.items(), *beside], [], batches)
         hold_dense(state.module, None)
     else:
         with state.on("float"):
-            _watch(state, [*moments.items()], [], window.batches(path))
+            _watch(state, [*moments.items(), *beside], [], window.batches(path))
     return {name: moment for name, moment in moments.items() if moment.tokens}, drifts
 
 

@@ -32,6 +32,9 @@ class Calibration:
         paths: the streams that are run; of both, a layer's inputs can be compared.
         adapter: the model's; None where nobody asks what may be rescaled together.
         gradients: squared gradients of what blocks give by a block's full name, where a step asked for them.
+        guides: squared gradients of what layers give, means over groups of channels, by a layer's full name, where a
+            solver asked for them: [tokens, groups].
+        times: seconds of every learning on a window, by its name, in order.
         spill: leading part of the names of files for what a step keeps of all samples; None keeps it in memory.
     """
 
@@ -45,7 +48,9 @@ class Calibration:
     fisher: dict[str, Tensor] = field(default_factory=dict)
     paths: frozenset[str] = frozenset()
     gradients: dict[str, Stream] = field(default_factory=dict)
+    guides: dict[str, Tensor] = field(default_factory=dict)
     adapter: Adapter | None = None
+    times: dict[str, list[float]] = field(default_factory=dict)
     spill: Path | None = None
 
 

@@ -82,4 +82,4 @@ def _file_role(name: str) -> str:
         return "tokenizer"
     if name == "model.safetensors.index.json":
         return "headers"
-    return "report" if name in ("nybble.json", "evaluation.json", "report.html", CARD) else "config"
+    return "report" if name in ("nybble.json", "evaluation.json", "times.json", "report.html", CARD) else "config"

@@ -1,7 +1,8 @@
 """The files of a quantized model: one part a block while the work runs, one safetensors file when it is done.
 
 ``OUT.partial/parts/block-0007.safetensors`` and its ``.json`` (descriptions and report rows) appear whole, the JSON
-last, so that a block either is done or is not. The result holds no times: the same inputs give the same bytes.
+last, so that a block either is done or is not. But for ``times.json`` the result holds no times: the same inputs give
+the same bytes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ SHARD_BYTES = 5_000_000_000
 MANIFEST = "nybble.json"
 EVALUATION = "evaluation.json"
 REQUEST = "request.json"
+MARK = ".mark"
+TIMES = "times.json"
+"""How long learning took on each window: the one file that two runs of a request don't have alike."""
 SPILL = "hidden.bin."  # and the number of the stack
 
 
@@ -113,6 +117,15 @@ class Parts:
             {"modules": modules, "layouts": layouts.entries, "rows": rows},
         )
 
+    def took(self, window: str, seconds: list[float]) -> None:
+        """Keep how long learning on a window took, every time that something was learned on it."""
+        atomic_write_json(self.parts / f"{window}.times", seconds)
+
+    def times(self) -> dict[str, list[float]]:
+        """Of all windows, by name."""
+        found = sorted(self.parts.glob("*.times"))
+        return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in found}
+
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The report rows of a finished part."""
         found: list[dict[str, Any]] = self._json(name)["rows"]
@@ -131,9 +144,25 @@ class Parts:
         found: dict[str, Tensor] = load_file(self.parts / f"{name}.safetensors", device=str(device))
         return found
 
+    def mark(self, stage: str) -> None:
+        """Say that a stage's parts, written as ``NAME.STAGE``, are all there."""
+        atomic_write_json(self.parts / f"{stage}{MARK}", {})
+
+    def marked(self, stage: str) -> bool:
+        """Whether they are."""
+        return (self.parts / f"{stage}{MARK}").exists()
+
+    def take(self, names: list[str], stage: str) -> None:
+        """Let a marked stage's parts stand in the places of those before it; those that do already stay."""
+        for name in names:
+            for ending in ("safetensors", "json"):
+                staged = self.parts / f"{name}.{stage}.{ending}"
+                if staged.exists():
+                    staged.replace(self.parts / f"{name}.{ending}")
+
     def fill(self, name: str, root: nn.Module, block: nn.Module, device: torch.device) -> None:
         """Give a block of ``root`` its finished part's tensors; before that its quantized modules, if it lacks them."""
-        if any(True for _ in quant_modules(block)):
+        if {key for key, _ in quant_modules(root)} >= self._json(name)["modules"].keys():
             root.load_state_dict(self._tensors(name, device), strict=False, assign=True)
         else:
             self.restore(name, root, device)
@@ -155,6 +184,8 @@ class Parts:
         quantization = quantization_config(modules, layouts, kv)
         atomic_write_json(self.folder / "config.json", config | {"quantization_config": quantization})
         atomic_write_text(self.folder / CARD, card(config, manifest))
+        if times := self.times():
+            atomic_write_json(self.folder / TIMES, times)
         atomic_write_json(self.folder / MANIFEST, manifest | {"layers": rows})
 
     def finish(self) -> list[dict[str, Any]]:

@@ -35,15 +35,15 @@ class Frozen(Learned):
 
     Args:
         quantizer: with a scale that is a tensor.
-        x: the weight that is rounded, once.
+        codes: integers of the weight's shape, which stay.
         params: to begin with.
     """
 
-    def __init__(self, quantizer: Quantizer, x: Tensor, params: QuantParams) -> None:
+    def __init__(self, quantizer: Quantizer, codes: Tensor, params: QuantParams) -> None:
         super().__init__(quantizer, WEIGHTS)
         self.held = Held(quantizer, params, ("scale", "offset"))
         self.codes: Tensor
-        self.register_buffer("codes", quantizer.quantize(x, quantizer.harden(params)).unpacked())
+        self.register_buffer("codes", codes)
 
     def params(self) -> QuantParams:
         """Raw parameters, scales among those that the quantizer's rule could give; gradients go straight through."""
@@ -86,7 +86,8 @@ class FrozenCodes(Part):
             )
 
     def begin(self, quantizer: Quantizer, x: Tensor, start: QuantParams | None, side: str) -> Learned:  # noqa: D102
-        return Frozen(quantizer, x, quantizer.measured(x, start))
+        params = quantizer.measured(x, start)
+        return Frozen(quantizer, quantizer.quantize(x, quantizer.harden(params)).unpacked(), params)
 
 
 PART = FrozenCodes

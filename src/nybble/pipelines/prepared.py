@@ -7,7 +7,7 @@ and corrections change biases, which the real pass changes anew.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nybble.checkpoint.parts import Parts
 from nybble.core.device import require_memory
+from nybble.core.errors import SchemeError
 from nybble.core.products import products_in
 from nybble.core.progress import Progress, Silent
 from nybble.core.tensorfile import write_tensorfile
@@ -29,8 +30,8 @@ from nybble.nn.in_place import evaluation_mode
 from nybble.nn.kinds import Target
 from nybble.nn.layer import QuantLayer
 from nybble.nn.packed import Packed
-from nybble.recipe import Recipe
-from nybble.training.steps import Trainee, TrainStep, main_output, make_train_step
+from nybble.recipe import Recipe, trained
+from nybble.training.steps import Preparation, Trainee, TrainStep, main_output, make_train_step
 from nybble.walk.job import Job
 from nybble.walk.walk import Walk
 
@@ -38,10 +39,21 @@ FILE = "prepared.safetensors"
 """In the folder of an unfinished run's parts: float weights after training, for a run that goes on from it."""
 
 
-def training_of(recipe: Recipe) -> list[TrainStep]:
-    """The training steps of a recipe that are not turned off."""
-    made = [make_train_step(step.name, step.options) for step in recipe.steps if step.kind == "train"]
-    return [step for step in made if not step.idle]
+def preparations(recipe: Recipe) -> list[Preparation]:
+    """The training steps in front of a recipe's others that are not turned off.
+
+    Raises:
+        UsageError, SchemeError: an unknown step or option; one that comes last.
+    """
+    found = []
+    for step in trained(recipe)[0]:
+        made = make_train_step(step.name, step.options)
+        if not isinstance(made, Preparation):
+            raise SchemeError(
+                f"train {step.name!r} works on the quantized model; put it last, behind the solver (name one: rtn)."
+            )
+        found.append(made)
+    return [step for step in found if not step.idle]
 
 
 def training_lines(job: Job) -> list[str]:
@@ -50,16 +62,21 @@ def training_lines(job: Job) -> list[str]:
     Raises:
         UsageError, SchemeError: an unknown step or option. DataError: not enough memory.
     """
-    steps = training_of(job.recipe)
+    steps = preparations(job.recipe)
     if not steps:
         return []
-    elements = sum(t.matrices * t.shape[0] * t.shape[1] for targets in job.plan.blocks for t in targets)
-    needed = max(step.working_bytes(elements, job.dtype) for step in steps)
+    needed = training_bytes(job, steps)
     require_memory(needed, job.device)
-    names = ", ".join(step.name for step in job.recipe.steps if step.kind == "train")
+    names = ", ".join(step.name for step in trained(job.recipe)[0])
     return [
         f"before it, the whole model is quantized once and trained ({names}): about {needed / 1e9:.2f} GB of memory"
     ]
+
+
+def training_bytes(job: Job, steps: Sequence[TrainStep]) -> int:
+    """Most memory that any of them takes."""
+    elements = sum(t.matrices * t.shape[0] * t.shape[1] for targets in job.plan.blocks for t in targets)
+    return max(step.working_bytes(elements, job.dtype) for step in steps)
 
 
 def prepared(job: Job, data: Data, parts: Parts | None = None, progress: Progress | None = None) -> Job:
@@ -71,7 +88,7 @@ def prepared(job: Job, data: Data, parts: Parts | None = None, progress: Progres
         parts: of an unfinished run: what training came to is kept there, and taken from there.
         progress: told of the first pass.
     """
-    for number, step in enumerate(training_of(job.recipe)):
+    for number, step in enumerate(preparations(job.recipe)):
         path = None if parts is None else parts.parts / f"{number}-{FILE}"
         if path is not None and path.exists():
             tensors = _read(path)
@@ -99,19 +116,11 @@ def _with_weights(job: Job, tensors: Mapping[str, Tensor]) -> Job:
     return job
 
 
-def _trained(job: Job, step: TrainStep, data: Data, progress: Progress) -> dict[str, Tensor]:
+def _trained(job: Job, step: Preparation, data: Data, progress: Progress) -> dict[str, Tensor]:
     """float32 parameters by full name, on the CPU: of everything that the scheme quantizes."""
     first = _first_pass(job, data, progress)
-    layers = {name: module for name, _, module in _targets(first) if _is_layer(module)}
-    samples = _samples(job, step, data)
-    kind = job.kind
-
-    def batch(numbers: list[int]) -> tuple[Mapping[str, Tensor], Tensor | None]:
-        chosen = {name: tensor[numbers] for name, tensor in samples.inputs.items()}
-        made = kind.batch(chosen, 0, len(numbers), job.device)
-        return made.inputs, made.real
-
-    count = next(iter(samples.inputs.values())).shape[0]
+    layers = {name: module for name, _, module in targets_in(first) if _is_layer(module)}
+    count, batch = batches_of(job, samples_for(job, step, data))
     with products_in(job.products), evaluation_mode(first.model):
         wanted = None if _tells_next_token(step, job, first.model) else _float_output(job)
         trainee = Trainee(
@@ -119,7 +128,7 @@ def _trained(job: Job, step: TrainStep, data: Data, progress: Progress) -> dict[
         )
         changed = step.run(trainee)
     found: dict[str, Tensor] = {}
-    for name, target, module in _targets(first):
+    for name, target, module in targets_in(first):
         matrix = changed.get(name, _dense(module))
         if matrix is not None:
             found |= _parameters(job.model, name, target, matrix)
@@ -139,7 +148,7 @@ def _first_pass(job: Job, data: Data, progress: Progress) -> Job:
     return made
 
 
-def _targets(job: Job) -> list[tuple[str, Target, nn.Module]]:
+def targets_in(job: Job) -> list[tuple[str, Target, nn.Module]]:
     """What a finished job quantized: full name, target, and the module that has its codes."""
     names = [*job.adapter.block_names(job.model), ""]
     found = []
@@ -171,10 +180,24 @@ def _parameters(model: nn.Module, name: str, target: Target, matrix: Tensor) -> 
     return {f"{path}.{leaf}": v.reshape(shapes[leaf]).contiguous().cpu() for leaf, v in values.items()}
 
 
-def _samples(job: Job, step: TrainStep, data: Data) -> Samples:
+def batches_of(
+    job: Job, samples: Samples
+) -> tuple[int, Callable[[list[int]], tuple[Mapping[str, Tensor], Tensor | None]]]:
+    """How many samples there are, and what makes a batch of some: inputs on the device, and which tokens are real."""
+
+    def batch(numbers: list[int]) -> tuple[Mapping[str, Tensor], Tensor | None]:
+        chosen = {name: tensor[numbers] for name, tensor in samples.inputs.items()}
+        made = job.kind.batch(chosen, 0, len(numbers), job.device)
+        return made.inputs, made.real
+
+    return next(iter(samples.inputs.values())).shape[0], batch
+
+
+def samples_for(job: Job, step: TrainStep, data: Data) -> Samples:
     """What is trained on: of a SRC as many as the step wants, else what the job is calibrated on."""
-    if job.tokens is not None and not (step.samples and isinstance(data, str | Path)):
-        return job.tokens
+    known = job.tokens or job.taught
+    if known is not None and not (step.samples and isinstance(data, str | Path)):
+        return known
     settings = job.settings
     wanted = Wanted(
         part="calibration", samples=step.samples or settings.wanted().samples, seq_len=settings.seq_len,

@@ -6,7 +6,8 @@
     3. calibration samples -> the tensors in front of block 0, on every path that a step reads (if any looks at data)
     4. for each window: load the blocks that are new, transform and solve them; learn on the window; correct, write and
        release the blocks that leave it, and move the streams through them
-    5. what is outside the blocks; then one file, config, manifest; the folder appears
+    5. what is outside the blocks; (a recipe that trains last: the whole quantized model, which it learns on;) then one
+       file, config, manifest; the folder appears
 
 Paths are ``float`` (what the float network computes) and ``quantized`` (what it computes with the blocks so far
 quantized). Memory holds one window and its activations. A killed run is resumed at the first window that isn't done;
@@ -41,6 +42,7 @@ from nybble.models.sources.open import open_source
 from nybble.nn.config import config_of
 from nybble.nn.in_place import evaluation_mode, untouched, whole_or_not_at_all
 from nybble.nn.kv_model import use_quantized_cache
+from nybble.pipelines.finished import are_walked, finished, finished_parts, finishing_lines, teacher_of
 from nybble.pipelines.prepared import prepared, training_lines
 from nybble.pipelines.request import Asked, Changes, build_recipe, read_recipe
 from nybble.recipe import Recipe
@@ -104,19 +106,21 @@ def quantize(
         for module in held:
             stack.enter_context(whole_or_not_at_all(module))
         job = _job(model, made, data, settings, out, tokenizer)
-        for line in (*job.preflight(out), *training_lines(job)):
+        for line in (*job.preflight(out), *training_lines(job), *finishing_lines(job)):
             (announce or _ignore)(line)
         given = known_inputs(job, data)
         if out is None:
+            teacher = teacher_of(job)
             job = prepared(job, data, None, progress)
-            rows = _in_memory({"": job}, progress or Silent())[0][""]
+            rows = finished(job, teacher, data, _in_memory({"": job}, progress or Silent())[0][""], progress)
             job = _tried(job, given, announce or _ignore)
             _mark(job, rows)
             result = _result(job, model, held)
         else:
             job, rows = _write(job, data, given, Path(out), progress or Silent(), announce or _ignore)
             result = Path(out)
-    return result, Report(layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return result, Report(layers=tuple(rows), manifest=job.manifest(), seconds=seconds, times=job.times)
 
 
 def _result(job: Job, model: str | Path | nn.Module, held: Mapping[nn.Module, bool]) -> Any:
@@ -150,7 +154,7 @@ def preflight(
         if isinstance(model, nn.Module):
             stack.enter_context(untouched(model))
         job = _job(model, made, data, settings, out, tokenizer)
-        return [*job.preflight(out), *training_lines(job)]
+        return [*job.preflight(out), *training_lines(job), *finishing_lines(job)]
 
 
 def _asked(
@@ -232,12 +236,18 @@ def quantize_many(
         for group in [*([together] if together else []), *alone]:
             _require_memory(group)
             given = {name: known_inputs(job, data) for name, job in group.items()}
+            teachers = {name: teacher_of(job) for name, job in group.items()}
             group = {name: prepared(job, data, None, progress) for name, job in group.items()}
             rows, seconds = _in_memory(group, progress or Silent())
             for name, job in group.items():
+                started = time.perf_counter()
+                rows[name] = finished(job, teachers[name], data, rows[name], progress)
+                seconds[name] += time.perf_counter() - started
                 done = _tried(job, given[name], _ignore)
                 _mark(done, rows[name])
-                report = Report(layers=tuple(rows[name]), manifest=done.manifest(), seconds=seconds[name])
+                report = Report(
+                    layers=tuple(rows[name]), manifest=done.manifest(), seconds=seconds[name], times=done.times
+                )
                 found[name] = done.model, report
     return {name: found[name] for name in recipes}
 
@@ -323,8 +333,11 @@ def _write(
                 # All that may fail at the end fails here, before hours of work.
                 if lacks := save_side_files(job.kind, job.source, job.model, partial):
                     announce(lacks)
-                job = prepared(job, data, parts, progress)
-                Walk({"": job}, partial if job.settings.spill else None).run(parts, progress)
+                teacher = teacher_of(job)
+                if not are_walked(job, parts):
+                    job = prepared(job, data, parts, progress)
+                    Walk({"": job}, partial if job.settings.spill else None).run(parts, progress)
+                finished_parts(job, teacher, data, parts, progress)
                 job = _tried(job, given, announce, parts)
                 config = model_config(job.model, job.dtype)  # with what quantizing changed: heads that are tied no more
                 parts.assemble(job.part_names(), config, job.manifest(), job.plan.kv)

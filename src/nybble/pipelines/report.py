@@ -7,12 +7,12 @@ from typing import Any
 
 from nybble.checkpoint.account import inspect
 from nybble.checkpoint.load import described
-from nybble.checkpoint.parts import EVALUATION, MANIFEST
+from nybble.checkpoint.parts import EVALUATION, MANIFEST, TIMES
 from nybble.core.errors import FileError, UsageError
 from nybble.core.files import atomic_write_text, check_folder
 from nybble.core.guard import reading
 from nybble.models.build.config_file import read_json
-from nybble.report.checks import check_evaluation, check_manifest
+from nybble.report.checks import check_evaluation, check_manifest, check_times
 from nybble.report.page import render
 from nybble.report.record import described_rows
 
@@ -53,7 +53,7 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> dict[str,
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """What the page shows: ``title``, ``manifest``, ``config``, ``sizes``, ``evaluation`` (None without one).
+    """What the page shows: ``title``, ``manifest``, ``config``, ``sizes``; ``evaluation`` and ``times``, or None.
 
     Raises:
         FileError: see :func:`write_report`.
@@ -67,12 +67,17 @@ def collect(folder: Path) -> dict[str, Any]:
     if (folder / EVALUATION).exists():
         evaluation = read_json(folder / EVALUATION)
         check_evaluation(evaluation, folder / EVALUATION)
+    times = None
+    if (folder / TIMES).exists():
+        times = read_json(folder / TIMES)
+        check_times(times, folder / TIMES)
     return {
         "title": folder.resolve().name or str(folder),
         "manifest": manifest,
         "config": read_json(folder / "config.json"),
         "sizes": _without_page(inspect(folder)),
         "evaluation": evaluation,
+        "times": times,
     }
 
 

@@ -8,7 +8,7 @@ these learned. Where what was reached loses more than the window did at the star
 twins           trainable layers in a block, and back; norms: those that learn beside them
 targets         what the window should give, for every batch
 optimizing      update rules, learning rates, clipped gradients
-training        the loop over steps; keeping: the best state of it; inputs: what a step is fed
+training        the loop over steps; inputs: what a step is fed
 gradients       forward and backward of a step; on a GPU recorded, and replayed
 transforming    a learned transform of a block's float weights
 moves           what it did, as numbers for the report
@@ -18,6 +18,7 @@ moves           what it did, as numbers for the report
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,14 +29,15 @@ from torch import Tensor, nn
 
 from nybble.calibration.block import BlockState
 from nybble.calibration.window import Window
+from nybble.core.curve import curve, short
 from nybble.core.errors import LearningError
 from nybble.learned import Learned
 from nybble.learned.transforms import Moving
 from nybble.nn.fake import FakeLayer
 from nybble.nn.kinds import Target
+from nybble.nn.learned_norm import LearnedNorm
 from nybble.reconstruction import REGISTRY, Reconstruction
-from nybble.reconstruction.moves import curve, short
-from nybble.reconstruction.norms import LearnedNorm, norms_of, put_norms
+from nybble.reconstruction.norms import norms_of, put_norms
 from nybble.reconstruction.targets import Wanted, output_of, wanted_of
 from nybble.reconstruction.training import Trained, train
 from nybble.reconstruction.transforming import begin_transform, learning_through, transformed
@@ -58,7 +60,7 @@ def reconstruct(window: Window, options: Reconstruction) -> Outcome:
     ``loss``, ``before`` and ``after`` over all batches, the ``steps`` taken, ``kept`` (``last``, ``start``, or the step
     that the ``best`` state was at), whether it ``diverged``, how many ``norms`` learned where they were asked to, the
     ``precision`` of products where it was another than the model's; and the first layer's record its ``curve``:
-    ``[step, loss]``.
+    ``[step, loss]``. Seconds stand in ``window.calibration.times``, apart from what the same inputs make alike.
 
     Args:
         window: quantized, with a float path, and the path that ``options.feed`` names.
@@ -67,6 +69,7 @@ def reconstruct(window: Window, options: Reconstruction) -> Outcome:
     Raises:
         LearningError: the loss is no number; the window is what it was before then.
     """
+    started = time.perf_counter()
     with wanted_of(window, options.targets) as wanted:
         losses = _evaluate(window, options, wanted)
         before = sum(losses) / len(losses)
@@ -96,6 +99,7 @@ def reconstruct(window: Window, options: Reconstruction) -> Outcome:
     if not kept:
         _go_back(window, carried)
     _say(window, options, trained, before, after)
+    window.calibration.times.setdefault(window.part, []).append(time.perf_counter() - started)
     return Outcome(before=before, after=min(before, after), kept=kept)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from nybble.core.curve import short
 from nybble.nn.layer import QuantLayer
 from nybble.nn.packed import Packed
 from nybble.qtensor import QTensor, dense
@@ -14,9 +14,6 @@ from nybble.qtensor.block import BlockQTensor
 from nybble.qtensor.outer_scaled import OuterScaled
 from nybble.qtensor.split import SplitQTensor
 from nybble.quantizer import Quantizer
-
-POINTS = 40
-"""Of a loss curve, at most."""
 
 
 def moves(weight: Tensor, quantizer: Quantizer | None, began: QuantLayer, settled: QuantLayer) -> dict[str, Any]:
@@ -60,18 +57,6 @@ def _pairs(
         return [pair for a, b, own in moved for pair in _pairs(a, b, own)][:1]
     base = now.base if isinstance(now, OuterScaled) else now
     return [(was, base, weight)] if isinstance(was, BlockQTensor) and isinstance(base, BlockQTensor) else []
-
-
-def curve(losses: Sequence[float]) -> list[list[float]]:
-    """A few dozen points ``[step, loss]`` of the losses of all steps: each the mean of as many neighbours."""
-    width = -(-len(losses) // POINTS) if losses else 1
-    pieces = [(start, losses[start : start + width]) for start in range(0, len(losses), width)]
-    return [[start + (len(piece) - 1) / 2, short(sum(piece) / len(piece))] for start, piece in pieces]
-
-
-def short(value: float) -> float:
-    """Four digits: enough to draw, and a manifest stays small."""
-    return float(f"{value:.4g}")
 
 
 def _ratios(name: str, was: Any, now: Any) -> dict[str, list[float]]:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from nybble.calibration.trace import BlockCall
 from nybble.calibration.window import Window
 from nybble.core.errors import LearningError
+from nybble.core.keeping import Best
 from nybble.nn.fake import FakeLayer
 from nybble.reconstruction import Reconstruction
 from nybble.reconstruction.gradients import Gradients
 from nybble.reconstruction.inputs import rounds
-from nybble.reconstruction.keeping import Best
 from nybble.reconstruction.optimizing import Mover
 from nybble.reconstruction.targets import Wanted, output_of
 from nybble.reconstruction.twins import twins_of

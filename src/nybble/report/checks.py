@@ -59,6 +59,21 @@ def check_evaluation(evaluation: dict[str, Any], place: object) -> None:
         raise _damaged(place, "'samples' are not texts with a prompt")
 
 
+def check_times(times: Any, place: object) -> None:
+    """Refuse times that are no lists of seconds by a window's name.
+
+    Args:
+        times: times.json.
+        place: the file, for messages.
+
+    Raises:
+        FileError: what is wrong.
+    """
+    for window, seconds in times.items():
+        if not _list(_positive, 0, MOST_BINS)(seconds):
+            raise _damaged(place, f"{window!r} took {_short(seconds)}")
+
+
 def _damaged(place: object, what: str) -> FileError:
     return FileError(f"{place}: {what}. The file is damaged or from another nybble; run `nybble quantize` again.")
 

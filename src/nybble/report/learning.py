@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
@@ -10,21 +10,24 @@ WIDE, HIGH = 160.0, 32.0
 """Of a curve's drawing, in its own units."""
 
 
-def windows_of(rows: Sequence[Row]) -> list[Row]:
+def windows_of(rows: Sequence[Row], times: Mapping[str, Sequence[float]] | None = None) -> list[Row]:
     """Every window of every reconstruction, in the order of their first layers.
 
     Args:
         rows: a manifest's layers, checked. The layer that a window begins with has its curve.
+        times: seconds by the window's name, in order; None where nobody kept them.
 
     Returns:
-        ``name``, ``loss``, ``before``, ``after``, ``change`` (of the two), ``steps``, ``kept``, ``remark``, ``path``
-        (of a curve in a box of :data:`WIDE` x :data:`HIGH`, from 0 to its largest loss; empty without one).
+        ``name``, ``loss``, ``before``, ``after``, ``change`` (of the two), ``steps``, ``time``, ``kept``, ``remark``,
+        ``path`` (of a curve in a box of :data:`WIDE` x :data:`HIGH`, from 0 to its largest loss; empty without one).
     """
-    found = []
+    found: list[Row] = []
+    left = {name: list(seconds) for name, seconds in (times or {}).items()}
     for row in rows:
         for window in (row.get("learned") or {}).get("windows", ()):
             if "curve" not in window:
                 continue
+            seconds = left.get(window["window"])
             before, after = window["before"], window["after"]
             found.append(
                 {
@@ -34,12 +37,17 @@ def windows_of(rows: Sequence[Row]) -> list[Row]:
                     "after": f"{after:.3g}",
                     "change": f"{100 * (after / before - 1):+.0f} %" if before else "",
                     "steps": f"{window['steps']:,}",
+                    "time": _time(seconds.pop(0)) if seconds else "",
                     "kept": window["kept"] if isinstance(window["kept"], str) else f"step {window['kept']:,}",
                     "remark": "diverged" if window["diverged"] else window.get("precision", ""),
                     "path": path_of(window["curve"]),
                 }
             )
     return found
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def path_of(curve: Sequence[Sequence[float]]) -> str:

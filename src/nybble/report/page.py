@@ -18,7 +18,8 @@ def render(data: dict[str, Any]) -> str:
 
     Args:
         data: ``title``; ``manifest`` (nybble.json, checked); ``config`` (config.json); ``sizes`` (of
-            :func:`nybble.checkpoint.account.inspect`); ``evaluation`` (evaluation.json, checked) or None.
+            :func:`nybble.checkpoint.account.inspect`); ``evaluation`` (evaluation.json, checked) or None;
+            ``times`` (times.json, checked) or None.
 
     Returns:
         HTML. Every text in it that came from ``data`` is escaped.
@@ -70,7 +71,7 @@ def context(data: dict[str, Any]) -> dict[str, Any]:
         "chosen": lines.formats_were_chosen(facts, asked),
         "quantizers": [(lines.SIDES[side], *lines.quantizer_table(facts, side)) for side in ("weights", "inputs")],
         "findings": tables.findings(facts),
-        "windows": learning.windows_of(manifest["layers"]),
+        "windows": learning.windows_of(manifest["layers"], data.get("times")),
         "curve_box": f"0 0 {learning.WIDE:g} {learning.HIGH:g}",
         "has_spread": any(row.get("input_picture") for row in facts),
         "columns": columns,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -182,12 +182,14 @@ class Report:
     Attributes:
         layers: one a weight. manifest: model, recipe, data hashes, versions. seconds: wall time of the quantization.
         evaluation: metrics by name after quantization (and of the float model under ``float``).
+        times: seconds of what was learned, by the window's name, in order.
     """
 
     layers: tuple[LayerRow, ...]
     manifest: dict[str, Any]
     seconds: float
     evaluation: dict[str, Any] | None = None
+    times: dict[str, list[float]] = field(default_factory=dict)
 
     def worst(self, count: int = 5) -> list[LayerRow]:
         """The layers with the largest relative error."""

@@ -58,6 +58,9 @@ class Stats:
         second_moment: ``E[x x^T]`` of the inputs as the layer will get them (quantized, where the scheme says how),
             float32 [columns, columns], of a grouped convolution [groups, columns, columns]; None where calibration saw
             nothing (an expert without tokens).
+        guided: second moments for groups of neighbouring rows, tokens weighed by what these rows' outputs mean to the
+            model's loss, by the weight's name: float32 [groups, columns, columns]; missing where gradients and inputs
+            can't be paired.
         drift: how those inputs differ from the float network's; None where tokens of both can't be paired (experts).
         sizes: of the channels of those inputs; None as for ``second_moment``.
         inputs: the inputs themselves before any quantizer, [tokens, columns] or [groups, tokens, columns], in the
@@ -67,6 +70,7 @@ class Stats:
     """
 
     second_moment: Float32[Tensor, "*groups columns columns"] | None = None
+    guided: Mapping[str, Float32[Tensor, "_groups columns columns"]] = field(default_factory=dict)
     drift: Drift | None = None
     sizes: Sizes | None = None
     inputs: Float[Tensor, "*groups tokens columns"] | None = None
@@ -116,10 +120,15 @@ class Solver(ABC):
     def needs(self, inputs: Quantizer | None) -> frozenset[str]:
         """What :meth:`solve` reads, for inputs under this quantizer.
 
-        Any of ``second_moment``, ``drift`` (of the quantized path's, with both :attr:`paths`), ``sizes``, ``inputs``,
-        ``fisher``.
+        Any of ``second_moment``, ``drift`` (of the quantized path's, with both :attr:`paths`), ``guided`` (in
+        :attr:`guides` groups), ``sizes``, ``inputs``, ``fisher``.
         """
         return frozenset()
+
+    @property
+    def guides(self) -> int:
+        """How many groups of rows it wants second moments of that gradients weigh; 0: none."""
+        return 0
 
     @property
     def chooses_inputs(self) -> bool:

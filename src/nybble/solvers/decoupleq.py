@@ -64,6 +64,8 @@ class DecoupleQ(Solver):
         sweeps: of the descent, at most; 0 leaves it out.
         damping: share of the mean diagonal that is added to H.
         offsets: let a real offset stand for an integer zero point; false keeps zero points.
+        guided: how many groups of rows have a second moment of their own, which gradients of the loss weigh (as of
+            gptq); 0: all rows share the plain one.
     """
 
     path: ClassVar[str] = "quantized"
@@ -74,16 +76,21 @@ class DecoupleQ(Solver):
     sweeps: int = 4
     damping: float = 0.01
     offsets: bool = True
+    guided: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("rounds", 1), ("starts", 1), ("beam", 1), ("sweeps", 0)):
+        for name, least in (("rounds", 1), ("starts", 1), ("beam", 1), ("sweeps", 0), ("guided", 0)):
             if getattr(self, name) < least:
                 raise SchemeError(f"decoupleq: {name}={getattr(self, name)}; at least {least}.")
         if not 0 <= self.damping < 1:
             raise SchemeError(f"decoupleq: damping={self.damping:g} is a share of the mean diagonal, 0 <= damping < 1.")
 
     def needs(self, inputs: Quantizer | None) -> frozenset[str]:  # noqa: D102
-        return frozenset({"second_moment"})
+        return frozenset({"second_moment", "guided"} if self.guided else {"second_moment"})
+
+    @property
+    def guides(self) -> int:  # noqa: D102
+        return self.guided
 
     def quantizer_for(self, quantizer: Quantizer) -> Quantizer:
         """With a real offset in place of an integer zero point, where ``offsets`` says so."""
@@ -114,8 +121,19 @@ class DecoupleQ(Solver):
         second, notes = stats.second_moment, tuple[str, ...]()
         if second is None:
             notes = ("no calibration input reached it: its inputs count alike",)
-        factor = self._factor(weights[0].matrix, second)
-        return [self._solve(weight, second, factor, notes) for weight in weights]
+        shared = None
+        if any(weight.name not in stats.guided for weight in weights):
+            shared = self._factor(weights[0].matrix, second)
+        solved = []
+        for weight in weights:
+            own = stats.guided.get(weight.name)
+            if own is not None:
+                said = (*notes, f"errors weighed by gradients of the loss, in {len(own)} groups of rows")
+                solved.append(self._solve(weight, own, self._factor(weight.matrix, own), said))
+            else:
+                assert shared is not None
+                solved.append(self._solve(weight, second, shared, notes))
+        return solved
 
     def _factor(self, like: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
         """H damped [groups, columns, columns], U with U^T U = H^-1 in the order of the visits, the order, notes."""

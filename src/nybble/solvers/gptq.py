@@ -23,6 +23,14 @@ little T stays W. The share alpha is QEP's (Arai & Ichikawa 2025, arXiv:2504.096
 data alone have lost, too, the more the fewer tokens there are. x is what the layer gets with those before it in place:
 what these have made up for isn't made up for again.
 
+``guided: g`` weighs what each token's outputs mean to the model's loss (Kim et al. 2025, GuidedQuant,
+arXiv:2505.07004): neighbouring rows in g groups, and of each group an H of its own, ``E[g_k x x^T]`` with g_k the mean
+over its rows of the loss's squared gradient by the output, from one backward pass of the float model. The labels of
+that loss are drawn from the model itself, so that the squares estimate its Fisher information (GuidedQuant takes the
+data's own next tokens; drawn ones need no labels, and serve every model with logits). Every row is rounded with its
+group's H, in its order; with ``inputs: both`` T is still the plain least-squares one. Rows that g doesn't divide are in
+the next fewer groups that do.
+
 Damping: H + d mean(diag H) I with d = 0.01; a factorisation that still fails is retried with 10 times more, three
 times, and then the layer falls back to round-to-nearest; each is noted. Inputs that are always zero get H_jj = 1: their
 weights round to nearest.
@@ -30,6 +38,7 @@ weights round to nearest.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -66,6 +75,8 @@ class Gptq(Solver):
         clip: give every block the clip value with the least error, each column weighted by its inputs' energy, where
             the scheme's rule is a plain maximum; false keeps the maximum. Rules that weigh (``stored``) do it
             themselves, with the columns' weights or, under false, without.
+        guided: how many groups of rows have a second moment of their own, which gradients of the loss weigh; 0: all
+            rows share the plain one.
     """
 
     path: ClassVar[str] = "quantized"
@@ -76,10 +87,13 @@ class Gptq(Solver):
     inputs: Literal["quantized", "both"] = "quantized"
     alpha: float = 0.5
     clip: bool = True
+    guided: int = 0
 
     def __post_init__(self) -> None:
         if self.block < 1:
             raise SchemeError(f"gptq: block={self.block}; at least one column.")
+        if self.guided < 0:
+            raise SchemeError(f"gptq: guided={self.guided} groups of rows; 0 leaves it out.")
         if not 0 <= self.damping < 1:
             raise SchemeError(f"gptq: damping={self.damping:g} is a share of the mean diagonal, 0 <= damping < 1.")
         if not 0 < self.alpha <= 1:
@@ -90,7 +104,12 @@ class Gptq(Solver):
             )
 
     def needs(self, inputs: Quantizer | None) -> frozenset[str]:  # noqa: D102
-        return frozenset({"second_moment", "drift"} if self.inputs == "both" else {"second_moment"})
+        drift = {"drift"} if self.inputs == "both" else set()
+        return frozenset({"second_moment", *drift, *({"guided"} if self.guided else ())})
+
+    @property
+    def guides(self) -> int:  # noqa: D102
+        return self.guided
 
     @property
     def paths(self) -> frozenset[str]:  # noqa: D102
@@ -116,6 +135,17 @@ class Gptq(Solver):
         return quantizer
 
     def solve(self, weights: Sequence[Weight], stats: Stats) -> list[Solved]:  # noqa: D102
+        alone = [weight for weight in weights if weight.name in stats.guided]
+        found = {weight.name: self._solve_guided(weight, stats) for weight in alone}
+        rest = [weight for weight in weights if weight.name not in found]
+        found |= {w.name: each for w, each in zip(rest, self._solve(rest, stats) if rest else [], strict=True)}
+        if self.guided and stats.second_moment is not None:
+            plain = "no gradients of its outputs, token by token: solved as with guided=0"
+            found |= {w.name: replace(found[w.name], notes=(*found[w.name].notes, plain)) for w in rest}
+        return [found[weight.name] for weight in weights]
+
+    def _solve(self, weights: Sequence[Weight], stats: Stats) -> list[Solved]:
+        """Weights that share one second moment."""
         second, drift = stats.second_moment, stats.drift if self.inputs == "both" else None
         plain = [weight.quantizer.quantize(weight.matrix) for weight in weights]
         plain_errors = [
@@ -131,7 +161,7 @@ class Gptq(Solver):
             ]
         upper, order = factor
         if self.inputs == "both" and drift is None:
-            notes = (*notes, "no float inputs to compare with, token by token: solved as with inputs=quantized")
+            notes = (*notes, _UNPAIRED)
         targets = weights
         if drift is not None:
             targets = [replace(w, matrix=_target(w.matrix, self.alpha * drift.cross, upper, order)) for w in weights]
@@ -142,12 +172,33 @@ class Gptq(Solver):
         for grid, weight, columns, base, base_error in zip(grids, weights, rounded, plain, plain_errors, strict=True):
             found = grid.finish(columns)
             error = relative_error(weight.matrix, found.dequantize(), second, drift)
-            if error > base_error:
-                kept = (*notes, f"worse than round-to-nearest ({error:.3g} > {base_error:.3g}): kept the latter")
-                solved.append(Solved(weight=base, error=base_error, rtn_error=base_error, notes=kept))
-            else:
-                solved.append(Solved(weight=found, error=error, rtn_error=base_error, notes=notes))
+            solved.append(_better(found, error, base, base_error, notes))
         return solved
+
+    def _solve_guided(self, weight: Weight, stats: Stats) -> Solved:
+        """A weight whose groups of rows have second moments of their own; the grid is one for all of it."""
+        guided, base, notes = stats.guided[weight.name], weight.quantizer.quantize(weight.matrix), list[str]()
+        aim = weight
+        if self.inputs == "both" and stats.drift is None:
+            notes.append(_UNPAIRED)
+        elif self.inputs == "both" and stats.drift is not None and stats.second_moment is not None:
+            shared, said = self._factor(stats.second_moment)
+            notes += said
+            if shared is not None:
+                aim = replace(weight, matrix=_target(weight.matrix, self.alpha * stats.drift.cross, *shared))
+        base_error = relative_error(aim.matrix, base.dequantize(), guided)
+        grid = _Grid(aim, guided.diagonal(dim1=-2, dim2=-1) if self.clip else None)
+        rows, rounded = len(weight.matrix) // len(guided), []
+        for number, moment in enumerate(guided):
+            factor, said = self._factor(moment)
+            notes += [note for note in said if note not in notes]
+            if factor is None:
+                return Solved(weight=base, error=base_error, rtn_error=base_error, notes=tuple(notes))
+            rounded += self._visit([grid.part(slice(number * rows, (number + 1) * rows))], *factor)
+        found = grid.finish(torch.cat(rounded))
+        error = relative_error(aim.matrix, found.dequantize(), guided)
+        notes.append(f"errors weighed by gradients of the loss, in {len(guided)} groups of rows")
+        return _better(found, error, base, base_error, tuple(notes))
 
     def _factor(self, second_moment: Tensor) -> tuple[tuple[Tensor, Tensor | None] | None, tuple[str, ...]]:
         """Upper Cholesky factor of the damped inverse, the order of columns, and notes; None if no damping helped.
@@ -230,6 +281,17 @@ class Gptq(Solver):
         ]
 
 
+_UNPAIRED = "no float inputs to compare with, token by token: solved as with inputs=quantized"
+
+
+def _better(found: BlockQTensor, error: float, base: BlockQTensor, base_error: float, notes: tuple[str, ...]) -> Solved:
+    """What was found, or what rounding to nearest gives where that loses less."""
+    if error > base_error:
+        kept = (*notes, f"worse than round-to-nearest ({error:.3g} > {base_error:.3g}): kept the latter")
+        return Solved(weight=base, error=base_error, rtn_error=base_error, notes=kept)
+    return Solved(weight=found, error=error, rtn_error=base_error, notes=notes)
+
+
 def _target(matrix: Tensor, cross: Tensor, upper: Tensor, order: Tensor | None) -> Tensor:
     """``W + W C H^-1``; for C = E[d x^T] the weights that give the float outputs best on these inputs.
 
@@ -262,6 +324,15 @@ class _Grid:
         self.scale = self._spread(self.params.scale)
         self.zero = self._spread(self.params.zero_point)
         self.offset = self._spread(self.params.offset)
+
+    def part(self, rows: slice) -> _Grid:
+        """The same grid of some rows."""
+        made = copy.copy(self)
+        made.matrix = self.matrix[rows]
+        for name in ("scale", "zero", "offset"):
+            value = getattr(self, name)
+            setattr(made, name, None if value is None else value[:, rows].contiguous())
+        return made
 
     @property
     def kind(self) -> tuple[object, ...]:

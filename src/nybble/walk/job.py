@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from nybble.walk.estimate import Estimate, estimate, with_layers
 from nybble.walk.plan import Plan, make_plan
 from nybble.walk.settings import DEFAULT_SAMPLES, Settings
 from nybble.walk.steps import BlockStep, Load, Subject
-from nybble.walk.steps.make import make_steps
+from nybble.walk.steps.make import make_finishes, make_steps
 from nybble.walk.steps.reconstruction import ReconstructionStep
 from nybble.walk.steps.solver import SolverStep
 from nybble.walk.steps.transform import TransformStep
@@ -48,7 +48,9 @@ class Job:
         adapter: found before any layer is quantized: looking at the model finds float layers only.
         steps: of the recipe, in order. paths: streams that they read. needs: what calibration must show.
         device, dtype: of forwards. products: what products are computed in on a CPU.
-        tokens: what is calibrated on; None where no step looks at data.
+        tokens: what is calibrated on; None where no step of the walk looks at data. taught: what a training behind it
+            learns from; None where there is none.
+        times: seconds of what was learned, by the window's name, in order.
         outside_sees: whether what is in no block wants its inputs.
     """
 
@@ -69,6 +71,8 @@ class Job:
     outside_sees: bool
     untried: str = ""
     left_out: tuple[str, ...] = ()
+    taught: Samples | None = None
+    times: dict[str, list[float]] = field(default_factory=dict)
 
     @staticmethod
     def make(
@@ -97,23 +101,29 @@ class Job:
                 f"recipe {recipe.name}: loss=fisher weighs outputs by gradients of the network as it came, and behind "
                 f"{moving} the blocks give others; use loss=output."
             )
-        tokens = None
-        if needs and heard:
+        if moving and "guided" in needs:
+            raise SchemeError(
+                f"recipe {recipe.name}: guided weighs inputs by gradients by what layers gave in the network as it "
+                f"came, and behind {moving} they give others; leave guided out."
+            )
+        tokens, finishes = None, make_finishes(recipe)
+        if (needs or finishes) and heard:
             raise DataError(
                 f"{type(model).__name__} reads {main}, and {data!r} is text; "
                 f"in Python give data={{{main!r}: tensor, ...}}."
             )
-        if needs:
+        if needs or finishes:
             kind = data_kind(adapter.reads)
             origin: Origin = InMemory(model.config, tokenizer) if source is None or tokenizer is not None else source
             tokens = samples_of(data, kind, origin, settings.wanted(), main)
             tokens = kind.fitted(tokens, model)
             kind.check(tokens, model)
             one = kind.batch(tokens.inputs, 0, 1, "cpu").inputs
-            fault = None if adapter.whole or adapter.convolutional else chain_fault(model, adapter, one)
+            fault = None if adapter.whole or adapter.convolutional or not needs else chain_fault(model, adapter, one)
             if fault is not None:
                 subject, steps, paths = _planned(model, whole_adapter(model, str(fault).rstrip(".")), recipe)
                 adapter = subject.adapter
+        taught, tokens = tokens if finishes else None, tokens if needs else None
         for module_kind in subject.plan.kinds:
             module_kind.prepare(model)
         solver = next(step.solver for step in steps if isinstance(step, SolverStep))
@@ -125,6 +135,7 @@ class Job:
         return Job(
             model, adapter, source, recipe, steps, paths if tokens is not None else frozenset(), needs, subject.plan,
             settings, device, dtype, products, tokens, cost, sees, left_out=tuple(step.name for step in left_out),
+            taught=taught,
         )  # fmt: skip
 
     @property
@@ -230,11 +241,12 @@ class Job:
 
     def request(self) -> dict[str, Any]:
         """Everything that decides the bytes of the result."""
+        read = self.tokens or self.taught
         return {
             "format_version": 1,
             "model": "" if self.source is None else self.source.fingerprint(),
             "recipe": self.recipe.to_dict(),
-            "data": None if self.tokens is None else self.tokens.manifest(),
+            "data": None if read is None else read.manifest(),
             "settings": {
                 "seed": self.settings.seed,
                 "batch": self.settings.batch,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nybble.calibration.block import BlockState
-from nybble.calibration.fisher import block_gradients, fisher_of, layers_with_weights
+from nybble.calibration.fisher import block_gradients, fisher_of, guides_of, layers_with_weights
 from nybble.calibration.streams import Stream
 from nybble.calibration.tail import tail
 from nybble.calibration.trace import HIDDEN, BlockCall, Tensors, capture_block_calls
@@ -72,7 +72,7 @@ class Lane:
         self.calibration = Calibration(
             tokens=0 if job.tokens is None else job.tokens.tokens, samples=samples,
             batches=-(-samples // job.settings.batch), device=job.device, dtype=job.dtype, seed=job.settings.seed,
-            config=job.model.config, paths=job.paths, adapter=job.adapter,
+            config=job.model.config, paths=job.paths, adapter=job.adapter, times=job.times,
             spill=None if spill is None else spill / f"{SPILL}wanted",
         )  # fmt: skip
 
@@ -131,14 +131,21 @@ class Lane:
     def _see_gradients(self) -> None:
         """Fisher weights, where a step asks for them: passes of the whole float model, which is let go of then."""
         job = self.job
-        if job.tokens is None or not job.needs & {"fisher", "output gradients"}:
+        if job.tokens is None or not job.needs & {"fisher", "guided", "output gradients"}:
             return
         model = job.model if job.source is None else job.source.model(job.dtype, job.device)
         if "output gradients" in job.needs:
             self._see_output_gradients(model)
+        layers = layers_with_weights(list(zip(self.names, job.plan.blocks, strict=True)))
+        if "guided" in job.needs:
+            self.calibration.guides.update(
+                guides_of(
+                    model, job.adapter, layers, job.tokens.inputs, batch=job.settings.batch,
+                    groups=job.solver.guides, seed=job.settings.seed,
+                )
+            )  # fmt: skip
         if "fisher" not in job.needs:
             return
-        layers = layers_with_weights(list(zip(self.names, job.plan.blocks, strict=True)))
         if not layers:
             raise DataError("loss=fisher weighs the outputs of linear layers, and none is quantized; use loss=output.")
         self.calibration.fisher.update(
@@ -232,6 +239,9 @@ class Lane:
         """Write the blocks that leave, and before them what those that stay bring along."""
         if span.leave < span.stop:
             Carry(parts, span.leave).write({i: self.states[i] for i in range(span.leave, span.stop)})
+        window = f"window-{span.start:04d}"
+        if window in self.job.times:
+            parts.took(window, self.job.times[window])
         for index, found in rows.items():
             state = self.states[index]
             parts.write(part_name(index), state.prefix, state.module, [row.to_dict() for row in found])

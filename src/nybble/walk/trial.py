@@ -113,7 +113,7 @@ def _run(job: Job, given: Tensors, parts: Parts | None) -> str:
     place = "the model"
     try:
         if parts is not None and (job.adapter.whole or _not_a_chain(job, given)):
-            _fill(job, parts)
+            bring_back(job, parts)
             parts = None
         if parts is None:
             job.model(**given, **no_cache(job.model))
@@ -146,7 +146,7 @@ def _run_behind(job: Job, given: Tensors, end: Tensors, parts: Parts) -> None:
     try:
         tail(job.adapter, given, None, ()).run(job.model, end)
     except ModelError:
-        _fill(job, parts)
+        bring_back(job, parts)
         job.model(**given, **no_cache(job.model))
 
 
@@ -155,8 +155,8 @@ def _not_a_chain(job: Job, given: Tensors) -> bool:
     return not job.adapter.convolutional and chain_fault(job.model, job.adapter, given) is not None
 
 
-def _fill(job: Job, parts: Parts) -> None:
-    """Bring everything that was written back into the model."""
+def bring_back(job: Job, parts: Parts) -> None:
+    """Bring all blocks that were written back into the model."""
     for index, name in enumerate(job.adapter.block_names(job.model)):
         parts.fill(part_name(index), job.model, job.model.get_submodule(name), job.device)
     job.model.tie_weights()

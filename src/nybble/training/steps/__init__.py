@@ -1,26 +1,33 @@
-"""Training of the whole float network before a recipe's other steps begin: one method a file.
+"""Training of the whole network, in front of a recipe's other steps or behind them all: one method a file.
 
-A step gets the network as those other steps quantize it in a first pass, and gives other float weights: what the real
-pass then quantizes from the start. Nothing that it trained with is left in the result.
+In front (:class:`Preparation`): a step gets the network as the other steps quantize it in a first pass, and gives other
+float weights: what the real pass then quantizes from the start. Nothing that it trained with is left in the result.
+
+Behind (:class:`Finish`): a step gets the quantized network, and moves in it what the file has room for anyhow: scales,
+norms, biases. Codes stay.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nybble.core.progress import Progress
 from nybble.core.registry import Registry
 from nybble.core.shapes import Bool, Float, Float32
 from nybble.nn.layer import QuantLayer
+from nybble.quantizer import Quantizer
 from nybble.recipe import ROOMS
 
 REGISTRY = Registry(*ROOMS["train"], lambda part: isinstance(part, type) and issubclass(part, TrainStep))
 Inputs = Mapping[str, Tensor]
+MODEL = "model"
+"""What reports call the window that is the whole model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +70,51 @@ class Trainee:
         return (output - wanted).square().sum() / wanted.square().sum().clamp(min=1e-20)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """A quantized network that is to be finished, and what it learns from.
+
+    Attributes:
+        model: in evaluation mode, changed in place.
+        weights: its packed weights, by the full names of the modules that hold them (:class:`nybble.nn.packed.Packed`),
+            with the quantizers that they may be of.
+        blocks: full names of its blocks; empty where all of it is one.
+        samples: how many there are. batch: as of :class:`Trainee`.
+        teacher: brings the float network, whole, and gives what it says to the same inputs.
+        seed: of everything that is drawn.
+        token_ids: whether the model reads tokens, each of which tells the one before it.
+    """
+
+    model: nn.Module
+    weights: Mapping[str, Sequence[Quantizer]]
+    blocks: Sequence[str]
+    samples: int
+    batch: Callable[[list[int]], tuple[Inputs, Tensor | None]]
+    teacher: Callable[[], Callable[[Inputs], Any]]
+    seed: int
+    token_ids: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What finishing came to, in numbers for the report.
+
+    Attributes:
+        entry: as of a window of a reconstruction (``window``, ``blocks``, ``loss``, ``before`` and ``after`` on samples
+            that weren't trained on, ``steps``, ``kept``, ``diverged``, ``curve``).
+        scales: for each weight whose scales learned the smallest, median and largest ratio to what they were.
+    """
+
+    entry: dict[str, Any]
+    scales: Mapping[str, tuple[float, float, float]]
+
+
 class TrainStep(ABC):
     """A method; its fields are its options in a recipe."""
 
     @property
     def idle(self) -> bool:
-        """Whether its options turn it off, so that there is no first pass either."""
+        """Whether its options turn it off, so that nothing is done for it either."""
         return False
 
     @property
@@ -80,6 +126,10 @@ class TrainStep(ABC):
     def working_bytes(self, elements: int, dtype: torch.dtype) -> int:
         """Most memory that it takes beside activations, for quantized layers of so many weights in all."""
 
+
+class Preparation(TrainStep):
+    """Comes before all other steps."""
+
     @abstractmethod
     def run(self, trainee: Trainee) -> dict[str, Float32[Tensor, "_rows _columns"]]:
         """Train.
@@ -89,6 +139,18 @@ class TrainStep(ABC):
 
         Raises:
             LearningError: a loss is no number.
+        """
+
+
+class Finish(TrainStep):
+    """Comes after all other steps."""
+
+    @abstractmethod
+    def run(self, student: Student, progress: Progress) -> Finished:
+        """Train what is in ``student.model``, never to worse than it was on samples that aren't trained on.
+
+        Raises:
+            LearningError: a loss is no number. DataError: too few samples. ModelError: the model has no such output.
         """
 
 

@@ -29,7 +29,7 @@ from nybble.core.seeds import generator
 from nybble.nn.packed import Packed
 from nybble.nn.swap import hold_dense
 from nybble.scheme import matches
-from nybble.training.steps import Trainee, TrainStep
+from nybble.training.steps import Preparation, Trainee
 
 
 class Adapted(Packed):
@@ -70,7 +70,7 @@ class Adapted(Packed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RestorativeLora(TrainStep):
+class RestorativeLora(Preparation):
     """Options of the method.
 
     Attributes:

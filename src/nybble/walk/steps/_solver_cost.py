@@ -21,7 +21,8 @@ def solver_cost(solver: Solver, targets: Sequence[Target], load: Load) -> Cost:
     flops = 0.0
     for target in solved:
         if solver.needs(target.rule.inputs) & {"second_moment", "inputs"}:
-            flops += tokens * target.shape[1] ** 2 * _kept(solver, target)
+            kept = _kept(solver, target) + (2 * solver.guides if target.kind.by_rows else 0)
+            flops += tokens * target.shape[1] ** 2 * kept
         most = min(load.samples * target.kind.rows_a_sample, solver.most_tokens) or tokens
         flops += solver.flops(*target.shape, most, target.rule.inputs) * target.matrices
     flops += _passes(solved, solver) * sum(_forward(t, load) for t in targets)
@@ -56,6 +57,8 @@ def _moments(targets: Sequence[Target], solver: Solver) -> int:
         total += each * 4 * max(linear, default=0) ** 2
     else:
         total += each * sum(4 * c * c * min(3, linear.count(c)) for c in set(linear))
+    if any("guided" in solver.needs(t.rule.inputs) for t in needy):  # each weight has its own
+        total += sum(4 * solver.guides * t.shape[1] ** 2 for t in needy if t.kind.by_rows and not t.kind.fused)
     return int(total + 4 * max(t.shape[1] for t in needy) ** 2)
 
 

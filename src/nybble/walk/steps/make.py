@@ -8,10 +8,10 @@ from typing import Any
 from nybble.core.errors import SchemeError, within
 from nybble.corrections import make_correction
 from nybble.models.adapter import Adapter
-from nybble.recipe import Recipe
+from nybble.recipe import Recipe, trained
 from nybble.reconstruction import make_reconstruction
 from nybble.solvers import make_solver
-from nybble.training.steps import make_train_step
+from nybble.training.steps import Finish, make_train_step
 from nybble.transforms import make_transform
 from nybble.walk.steps import BlockStep
 from nybble.walk.steps.correction import CorrectionStep
@@ -50,6 +50,24 @@ def make_steps(recipe: Recipe, adapter: Adapter) -> tuple[tuple[BlockStep, ...],
         elif step.kind == "correction":
             found.append(CorrectionStep(step.name, make_correction(step.name, step.options), path))
     return tuple(found), paths
+
+
+def make_finishes(recipe: Recipe) -> list[Finish]:
+    """The training steps behind all others that are not turned off.
+
+    Raises:
+        UsageError, SchemeError: an unknown step or option; one that comes first.
+    """
+    found = []
+    for step in trained(recipe)[1]:
+        made = make_train_step(step.name, step.options)
+        if not isinstance(made, Finish):
+            raise SchemeError(
+                f"recipe {recipe.name}: train {step.name!r} makes other float weights, which the other steps quantize; "
+                "put it first."
+            )
+        found.append(made)
+    return [step for step in found if not step.idle]
 
 
 def check_quick(recipe: Recipe) -> None:

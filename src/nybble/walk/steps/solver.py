@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -42,11 +43,18 @@ class SolverStep(BlockStep):
         return subject.plan.needs(self.solver)
 
     def cost(self, subject: Subject, targets: Sequence[Target], load: Load) -> Cost:  # noqa: D102
-        return solver_cost(self.solver, targets, load)
+        cost = solver_cost(self.solver, targets, load)
+        guided = self.solver.guides and any(t.rule.weights and t.kind.by_rows for t in targets)
+        if not guided or not load.samples:
+            return cost
+        layers = sum(len(block) for block in subject.plan.blocks)
+        return replace(cost, held=cost.held + 2 * self.solver.guides * layers * load.samples * load.seq_len)
 
     def gradient_tokens(self, subject: Subject, load: Load) -> int:  # noqa: D102
-        wanted = "fisher" in subject.plan.needs(self.solver)
-        return min(load.samples * load.seq_len, self.solver.most_tokens) if wanted else 0
+        needs = subject.plan.needs(self.solver)
+        if "guided" in needs:  # of a batch at a time; what is kept of them is small
+            return load.tokens
+        return min(load.samples * load.seq_len, self.solver.most_tokens) if "fisher" in needs else 0
 
     # ------------------------------------------------------------------------------------------------ doing
     def run(self, window: Window) -> None:
@@ -84,7 +92,9 @@ class SolverStep(BlockStep):
         if group.leader not in seen.later:
             return
         inputs = (group.inputs, seen.params.get(group.leader))
-        moments, drifts = layer_moments(window, self.path, {group.leader: (group.members[0], inputs)})
+        guided = [(group.leader, seen.guided[t.name]) for t in group.members if t.name in seen.guided]
+        layers = {group.leader: (group.members[0], inputs)}
+        moments, drifts = layer_moments(window, self.path, layers, guided)
         seen.moments.update(moments)
         seen.drifts.update(drifts)
 
@@ -184,7 +194,10 @@ def _stats(state: BlockState, group: Group, seen: Seen, fisher: Mapping[str, Ten
     drift = seen.drifts.pop(group.leader, None)
     if not group.members[0].kind.shares_input:  # a table that a head reads: judged by the head's output error
         sample = None
+    guided = {t.name: seen.guided.pop(t.name) for t in group.members if t.name in seen.guided}
+    weighed = {f"{state.prefix}{name}": each.mean(f"{state.prefix}{name}") for name, each in guided.items()}
     return Stats(
+        guided={name: moments for name, moments in weighed.items() if moments is not None},
         second_moment=None if moment is None else moment.mean(f"{state.prefix}{group.leader}"),
         drift=None if drift is None else drift.mean(),
         sizes=_sizes(seen.sizes.pop(group.leader, None)),

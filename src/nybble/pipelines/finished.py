@@ -1,0 +1,201 @@
+"""What a recipe trains behind everything else: the quantized model, whole in memory, beside the float one.
+
+Of a run that writes a folder, every part is written anew beside the old one; when all are there a mark says so, and
+they take the old ones' places. A run that is killed before the mark trains again from the old parts, which are as they
+were; after it, it goes on renaming: the bytes are the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from nybble.checkpoint.parts import Parts
+from nybble.core.device import require_memory
+from nybble.core.errors import NybbleError
+from nybble.core.products import products_in
+from nybble.core.progress import Progress, Silent
+from nybble.data.given import Data
+from nybble.nn.experts import PackedExperts
+from nybble.nn.in_place import evaluation_mode
+from nybble.nn.kv_model import no_cache
+from nybble.nn.layer import QuantLayer
+from nybble.nn.packed import Packed
+from nybble.pipelines.prepared import batches_of, samples_for, targets_in, training_bytes
+from nybble.quantizer import Quantizer
+from nybble.recipe import trained
+from nybble.report.record import LayerRow
+from nybble.training.steps import MODEL, Finish, Finished, Inputs, Student
+from nybble.walk.blocks import load_outside, release
+from nybble.walk.job import OUTSIDE, Job
+from nybble.walk.steps.make import make_finishes
+from nybble.walk.trial import bring_back
+
+Teacher = Callable[[], Callable[[Inputs], Any]]
+
+
+def finishing_lines(job: Job) -> list[str]:
+    """What is trained at the end, for people; raises where the memory can't hold it.
+
+    Raises:
+        UsageError, SchemeError: an unknown step or option, or one that comes first. DataError: not enough memory.
+    """
+    steps = make_finishes(job.recipe)
+    if not steps:
+        return []
+    needed = training_bytes(job, steps)
+    require_memory(needed, job.device)
+    names = ", ".join(step.name for step in trained(job.recipe)[1])
+    return [f"after it, the whole quantized model is trained ({names}): about {needed / 1e9:.2f} GB of memory"]
+
+
+def teacher_of(job: Job) -> Teacher:
+    """What brings the float model, to be called after it was quantized; a model in memory is copied now."""
+    kept = copy.deepcopy(job.model) if job.source is None and make_finishes(job.recipe) else None
+
+    def teacher() -> Callable[[Inputs], Any]:
+        model = kept
+        if job.source is not None:
+            model = job.source.model(job.dtype, job.device)
+        assert model is not None
+
+        @torch.no_grad()
+        def output(inputs: Inputs) -> Any:
+            with evaluation_mode(model):
+                return model(**inputs, **no_cache(model))
+
+        return output
+
+    return teacher
+
+
+def are_walked(job: Job, parts: Parts) -> bool:
+    """Whether an earlier run wrote all parts, so that only what comes behind the walk is left; loads what it needs."""
+    if not make_finishes(job.recipe) or not all(parts.done(name) for name in job.part_names()):
+        return False
+    load_outside(job)
+    parts.fill(OUTSIDE, job.model, job.model, job.device)
+    job.model.tie_weights()
+    return True
+
+
+def finished(
+    job: Job, teacher: Teacher, data: Data, rows: Sequence[LayerRow], progress: Progress | None = None
+) -> list[LayerRow]:
+    """Train a job's quantized model, in memory, by what its recipe ends with; returns the rows with what it says."""
+    found = list(rows)
+    for step in make_finishes(job.recipe):
+        found = _told(found, _run(job, step, teacher, data, found, progress or Silent()))
+    return found
+
+
+def finished_parts(job: Job, teacher: Teacher, data: Data, parts: Parts, progress: Progress | None = None) -> None:
+    """The same for a model whose parts are written."""
+    for number, step in enumerate(make_finishes(job.recipe)):
+        if not parts.marked(_stage(number)):
+            _bring_all(job, parts)
+            names = job.part_names()
+            rows = [LayerRow.from_dict(row) for name in names for row in parts.rows(name)]
+            told = {row.name: row for row in _told(rows, _run(job, step, teacher, data, rows, progress or Silent()))}
+            for name, prefix in zip(names, [*job.adapter.block_names(job.model), ""], strict=True):
+                own = [told[row["name"]].to_dict() for row in parts.rows(name)]
+                inside = name != OUTSIDE
+                module = job.model.get_submodule(prefix) if inside else job.model
+                dotted = f"{prefix}." if inside and prefix else ""
+                without = {} if inside else {"without": job.adapter.inside}
+                parts.write(f"{name}.{_stage(number)}", dotted, module, own, **without)
+            parts.took(MODEL, [*parts.times().get(MODEL, [])[:number], job.times[MODEL][-1]])
+            parts.mark(_stage(number))
+            _let_go(job)
+        parts.take(job.part_names(), _stage(number))
+
+
+def _stage(number: int) -> str:
+    return f"finished-{number}"
+
+
+def _bring_all(job: Job, parts: Parts) -> None:
+    """The whole quantized model in memory."""
+    bring_back(job, parts)
+    parts.fill(OUTSIDE, job.model, job.model, job.device)
+    job.model.tie_weights()
+
+
+def _let_go(job: Job) -> None:
+    if job.source is not None and not job.adapter.whole:
+        for block in job.adapter.blocks_of(job.model):
+            release(block)
+
+
+def _run(
+    job: Job, step: Finish, teacher: Teacher, data: Data, rows: Sequence[LayerRow], progress: Progress
+) -> Finished:
+    count, batch = batches_of(job, samples_for(job, step, data))
+    student = Student(
+        model=job.model, weights=_weights(job, rows), samples=count, batch=batch, teacher=teacher,
+        blocks=[name for name in job.adapter.block_names(job.model) if name], seed=job.settings.seed,
+        token_ids=job.adapter.reads == "tokens",
+    )  # fmt: skip
+    started = time.perf_counter()
+    with products_in(job.products), evaluation_mode(job.model):
+        done = step.run(student, progress)
+    job.times.setdefault(MODEL, []).append(time.perf_counter() - started)
+    return done
+
+
+def _weights(job: Job, rows: Sequence[LayerRow]) -> dict[str, list[Quantizer]]:
+    """Modules that hold packed weights of layers and experts, with what these may be rounded with."""
+    lines = {row.name: row.weights for row in rows}
+    found: dict[str, list[Quantizer]] = {}
+    for name, target, module in targets_in(job):
+        asked = target.rule.weights
+        if asked is None:
+            continue
+        usual = [job.solver.quantizer_for(asked), asked]
+        if isinstance(module, QuantLayer) and isinstance(module.weight, Packed):
+            found[f"{name}.weight"] = [*_parsed(lines.get(name)), *usual]
+        elif isinstance(module, PackedExperts):
+            for number in range(len(module.experts)):
+                found[f"{name}.experts.{number}"] = [*_parsed(lines.get(f"{name}.{number}")), *usual]
+    return found
+
+
+def _parsed(line: str | None) -> list[Quantizer]:
+    """The quantizer of a row's line, where it is one: a search may have chosen another than the scheme's."""
+    try:
+        return [Quantizer((line or "").partition(" + rank ")[0])]
+    except NybbleError:  # what a tensor of another kind says of itself
+        return []
+
+
+def _told(rows: Sequence[LayerRow], done: Finished) -> list[LayerRow]:
+    """The rows with what was done: of all that learned, and of the first one the curve."""
+    found: list[LayerRow] = []
+    entry = done.entry
+    ratios = {_row_name(name): ratio for name, ratio in done.scales.items()}
+    for row in rows:
+        ratio = ratios.get(row.name)
+        if ratio is None and (done.scales or found):
+            found.append(row)
+            continue
+        learned = row.learned or {}
+        text = (
+            f"{entry['loss']}: {entry['before']:.3g} -> {entry['after']:.3g} on samples held back, on the whole model"
+        )
+        if ratio is not None:
+            text += f"; values times {ratio[0]:g} .. {ratio[2]:g}, after error and picture were taken"
+        windows = [*learned.get("windows", ()), entry]
+        found.append(replace(row, notes=(*row.notes, text), learned={**learned, "windows": windows}))
+        entry = {key: value for key, value in entry.items() if key != "curve"}
+    return found
+
+
+def _row_name(name: str) -> str:
+    """Of the row about what a module holds: a layer's, or that of one of a fused weight's experts."""
+    owner, _, leaf = name.rpartition(".")
+    return owner if leaf == "weight" else f"{owner.removesuffix('.experts')}.{leaf}"

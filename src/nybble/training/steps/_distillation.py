@@ -1,0 +1,147 @@
+"""The loop of a distillation: steps over batches, looks at samples that are held back, the best state of all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from nybble.core.curve import curve, short
+from nybble.core.errors import LearningError
+from nybble.core.keeping import Best
+from nybble.core.progress import Progress, task
+from nybble.core.seeds import generator
+from nybble.training.steps import MODEL, Student
+from nybble.training.steps._lessons import Lessons
+from nybble.training.steps._student import Learners
+
+if TYPE_CHECKING:
+    from nybble.training.steps.distill import Distill
+
+DEFAULT_RATE = 3e-3
+
+
+class Distillation:
+    """One training.
+
+    Args:
+        options: of it. student: what learns, with what learns in it (``learners``) in place. lessons: the loss.
+        progress: told after each step.
+    """
+
+    def __init__(
+        self, options: Distill, student: Student, lessons: Lessons, learners: Learners, progress: Progress
+    ) -> None:
+        self.options, self.student, self.lessons, self.learners = options, student, lessons, learners
+        self.progress, self.parameters = progress, learners.parameters()
+        default = options.rates.get("default", DEFAULT_RATE)
+        groups = []
+        for kind, parameters in learners.groups().items():
+            rate = options.rates.get(kind, default)
+            for parameter in parameters:
+                size = float(parameter.detach().abs().mean()) if options.relative else 1.0
+                groups.append({"params": [parameter], "lr": rate * (size or 1.0)})
+        self.optimizer = torch.optim.Adam(groups)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._share)
+
+    def train(self, numbers: Sequence[int], held: Sequence[int]) -> dict[str, Any]:
+        """Move what learns, and end in the best state; what the report says of it."""
+        options, best, losses = self.options, Best(self.parameters), list[float]()
+        before, looks = self._judged(held), 0
+        if not math.isfinite(before):
+            raise LearningError(self._failure(held[: options.micro], before, 0))
+        best.see(before, 0)
+        draws = generator(self.student.seed, "distill", "samples")
+        order: list[int] = []
+        with task(self.progress, options.steps, "distill") as bar:
+            for step in range(options.steps):
+                while len(order) < options.batch:
+                    order += [numbers[i] for i in torch.randperm(len(numbers), generator=draws).tolist()]
+                batch, order = order[: options.batch], order[options.batch :]
+                losses.append(self._step(batch, step))
+                if (step + 1) % options.every == 0 or step + 1 == options.steps:
+                    best.see(self._judged(held), step + 1)
+                    looks = 0 if best.step == step + 1 else looks + 1
+                bar.advance(note=f"{best.judged:.4g} of {before:.4g}")
+                if options.patience and looks >= options.patience:
+                    break
+        best.restore()
+        kept = "start" if not best.step else "last" if best.step == len(losses) else best.step
+        return {
+            "window": MODEL, "blocks": max(1, len(self.student.blocks)), "loss": f"distill, {options.loss}",
+            "before": short(before), "after": short(best.judged), "steps": len(losses), "kept": kept,
+            "diverged": False, "curve": curve(losses),
+        }  # fmt: skip
+
+    def _step(self, batch: Sequence[int], step: int) -> float:
+        """One step of the optimizer; the batch's loss before it."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total, count = 0.0, 0.0
+        for part in self._parts(batch):
+            with self._precision():
+                lost, rows = self.lessons.lost(part)
+            found = float(lost.detach())
+            if not math.isfinite(found):
+                raise LearningError(self._failure(part, found, step))
+            torch.autograd.backward(lost)
+            total, count = total + found, count + rows
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(max(count, 1e-20))
+        if self.options.max_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.options.max_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        return total / max(count, 1e-20)
+
+    @torch.no_grad()
+    def _judged(self, held: Sequence[int]) -> float:
+        """The mean loss of the samples that are held back; infinite where it is no number."""
+        found = [self.lessons.lost(part) for part in self._parts(held)]
+        total = sum(float(lost) for lost, _ in found) / max(sum(rows for _, rows in found), 1e-20)
+        return total if math.isfinite(total) else math.inf
+
+    def _parts(self, numbers: Sequence[int]) -> list[Sequence[int]]:
+        size = self.options.micro
+        return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+    def _precision(self) -> torch.autocast:
+        """Of products in a training step."""
+        parameter = next(self.student.model.parameters())
+        wanted = self.options.precision == "bfloat16" and parameter.dtype == torch.float32
+        # no cache: weights are made anew in every forward
+        return torch.autocast(parameter.device.type, torch.bfloat16, enabled=wanted, cache_enabled=False)
+
+    def _share(self, step: int) -> float:
+        """Of every rate: rises in a line, then falls as half a cosine to ``final``."""
+        options = self.options
+        warm = round(options.warmup * options.steps)
+        if step < warm:
+            return (step + 1) / warm
+        fallen = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, options.steps - warm)))
+        return options.final + (1 - options.final) * fallen
+
+    @torch.no_grad()
+    def _failure(self, numbers: Sequence[int], loss: float, step: int) -> str:
+        """Which layer gives something that is no number."""
+        found: list[str] = []
+
+        def watch(name: str) -> Callable[..., None]:
+            def see(_: nn.Module, __: object, output: object) -> None:
+                if not found and isinstance(output, torch.Tensor) and not bool(torch.isfinite(output).all()):
+                    found.append(name)
+
+            return see
+
+        owners = [name.removesuffix(".weight") for name in self.learners.scales]
+        handles = [self.student.model.get_submodule(n).register_forward_hook(watch(n)) for n in owners]
+        try:
+            self.lessons.lost(numbers)
+        finally:
+            for handle in handles:
+                handle.remove()
+        where = f"{found[0]} gives NaN or Inf, so " if found else ""
+        return f"{where}the loss of distill is {loss} at step {step}; take smaller rates."

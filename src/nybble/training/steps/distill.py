@@ -1,0 +1,149 @@
+"""Distillation into scales: codes stay, and scales (norms, biases) of the whole network learn what the float one says.
+
+    min over scales   E_x KL( softmax(z_float(x) / T) || softmax(z(x) / T) ) T^2        W_hat = s (q - zero), q fixed
+
+Every method before it looks at a block at a time; what blocks do to each other's errors shows at the logits alone. The
+scales are one number in 16, 32 or 64, already in the file, and have room: none is larger after it.
+
+``loss: kl`` is distillation from the float network's logits (Hinton et al. 2015, arXiv:1503.02531), which needs no
+label, as MLX's DWQ does it, and NVIDIA's QAD, which trains weights too; with ``top_k`` the float network is run once,
+its k likeliest classes are kept and all others count as one, so that it needn't be in memory beside the quantized one.
+``loss: nll``, the next token of the data, is the end-to-end phase of EfficientQAT (E2E-QP; Chen et al. 2024,
+arXiv:2407.11062, section 3.3). ``loss: mse`` compares whatever a model gives, over its power: hidden states too.
+
+Scales of any stored kind: 16 bits, a power of two, E4M3 under another scale (which stays). The forward uses what would
+be stored, with the gradient straight through (:mod:`nybble.learned.frozen_codes`), and so what is judged is what the
+file will hold. Activation quantizers are in place, with the gradient straight through where nothing is clipped.
+
+Some samples are held back. The state that is kept is the one that loses least on these, that of the start among them:
+nothing gets worse there. Memory: the blocks' inputs of one forward, one block's dense weights, logits; beside the
+quantized network and the float one.
+
+Where we differ: Adam, and rates as shares of a tensor's mean magnitude (``relative``), so that one serves layers and
+formats of all sizes; EfficientQAT's are absolute, and its gradients are cut at 0.3 (``max_norm``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from nybble.core.errors import DataError, SchemeError
+from nybble.core.progress import Progress
+from nybble.core.seeds import derive_seed, generator
+from nybble.training.steps import Finish, Finished, Student
+from nybble.training.steps._distillation import Distillation
+from nybble.training.steps._lessons import Lessons
+from nybble.training.steps._student import Learners, checkpointed
+
+KINDS = ("scales", "norms", "biases")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(Finish):
+    """Options of the method.
+
+    Attributes:
+        what: of ``scales`` (and offsets), ``norms`` (weights and biases of normalisation layers) and ``biases`` of
+            quantized layers, what learns.
+        loss: ``kl`` to the float network's logits, ``nll`` of the data's next tokens, or ``mse`` of what the model
+            gives.
+        temperature: of ``kl``'s distributions. top_k: how many of the float network's logits are kept for each row, of
+            one run of it; 0: all, in a run at every step.
+        steps: of the optimizer; 0 turns the step off.
+        rates: learning rate by what learns, and ``default`` for the rest.
+        relative: rates are shares of each tensor's mean magnitude.
+        warmup: the share of the steps over which rates rise. final: the share of a rate that it falls to, as half a
+            cosine.
+        max_norm: longer gradients, all together, are shortened to it.
+        batch: samples a step. micro: samples of them in one forward; gradients add up.
+        held: the share of the samples that is held back, one at least. every: steps between two looks at these.
+        patience: looks without a gain after which it ends; 0: never.
+        precision: ``bfloat16`` computes the products of a float32 model's training steps in it; ``model`` leaves them.
+        samples: how many there are, of a SRC that has as many; 0: those of the calibration.
+    """
+
+    what: tuple[Literal["scales", "norms", "biases"], ...] = ("scales",)
+    loss: Literal["kl", "nll", "mse"] = "kl"
+    temperature: float = 1.0
+    top_k: int = 0
+    steps: int = 200
+    rates: Mapping[str, float] = field(default_factory=dict)
+    relative: bool = True
+    warmup: float = 0.05
+    final: float = 0.05
+    max_norm: float | None = None
+    batch: int = 8
+    micro: int = 2
+    held: float = 0.125
+    every: int = 20
+    patience: int = 0
+    precision: Literal["model", "bfloat16"] = "model"
+    samples: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.what or len(set(self.what)) != len(self.what):
+            raise SchemeError(f"distill: what={list(self.what)} names each of {', '.join(KINDS)} once, one at least.")
+        for name in ("batch", "micro", "every"):
+            if getattr(self, name) < 1:
+                raise SchemeError(f"distill: {name}={getattr(self, name)} is 1 or more.")
+        for name in ("steps", "top_k", "patience", "samples"):
+            if getattr(self, name) < 0:
+                raise SchemeError(f"distill: {name}={getattr(self, name)} is 0 or more.")
+        if self.batch % self.micro and self.micro < self.batch:
+            raise SchemeError(f"distill: batch={self.batch} is no multiple of micro={self.micro} samples.")
+        if not (0 <= self.warmup <= 1 and 0 <= self.final <= 1 and 0 < self.held < 1):
+            raise SchemeError(
+                f"distill: warmup={self.warmup:g}, final={self.final:g}, held={self.held:g} are shares; held is "
+                "neither 0 nor 1."
+            )
+        self._check_loss()
+
+    def _check_loss(self) -> None:
+        if self.temperature <= 0 or (self.max_norm is not None and self.max_norm <= 0):
+            raise SchemeError(f"distill: temperature={self.temperature:g}, max_norm={self.max_norm} are more than 0.")
+        if self.loss != "kl" and (self.temperature != 1 or self.top_k):
+            raise SchemeError(f"distill: temperature and top_k are for loss: kl; loss={self.loss} has neither.")
+        for name, rate in self.rates.items():
+            if name != "default" and name not in self.what:
+                raise SchemeError(f"distill: rates names {name!r}; what learns is {', '.join(self.what)}, or default.")
+            if rate < 0:
+                raise SchemeError(f"distill: rates: {name} is {rate:g}; a learning rate is 0 or more.")
+
+    @property
+    def idle(self) -> bool:  # noqa: D102
+        return not self.steps
+
+    def working_bytes(self, elements: int, dtype: torch.dtype) -> int:
+        """The float network, codes and their unpacked copy, scales of 16 weights each with gradients and moments."""
+        return elements * ((0 if self.loss == "nll" else dtype.itemsize) + 3)
+
+    def run(self, student: Student, progress: Progress) -> Finished:  # noqa: D102
+        order = torch.randperm(student.samples, generator=generator(student.seed, "distill", "held")).tolist()
+        kept = max(1, round(self.held * student.samples))
+        if kept >= student.samples:
+            raise DataError(
+                f"distill trains on some samples and is judged on others, and there is {student.samples} in all; give "
+                "two or more."
+            )
+        torch.manual_seed(derive_seed(student.seed, "distill"))  # stochastic roundings of activations draw from it
+        lessons = Lessons.of(student, self.loss, self.temperature, self.top_k, self.micro)
+        learners = Learners(student.model, student.weights, self.what)
+        try:
+            if not learners.parameters():
+                raise SchemeError(
+                    f"distill finds nothing to learn: no weight has {' or '.join(self.what)} that it can move; name "
+                    f"others of {', '.join(KINDS)}, or leave the step out."
+                )
+            with torch.enable_grad(), checkpointed(student.model, student.blocks):
+                entry = Distillation(self, student, lessons, learners, progress).train(order[kept:], order[:kept])
+        except BaseException:
+            learners.undo()
+            raise
+        return Finished(entry=entry, scales=learners.settle())
+
+
+PART = Distill

@@ -1,0 +1,435 @@
+"""Distillation behind a recipe: codes stay, what is stored moves, never to worse on samples that are held back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tests.tiny import save_tiny, tiny_model
+from torch import Tensor, nn
+from torch.nn import functional
+
+import nybble
+from nybble.checkpoint.account import inspect
+from nybble.checkpoint.parts import Parts
+from nybble.core.errors import DataError, LearningError, ModelError, SchemeError
+from nybble.core.seeds import generator
+from nybble.learned._of_packed import learn_scales
+from nybble.nn.packed import Packed
+from nybble.pipelines import finished
+from nybble.pipelines.report import collect
+from nybble.qtensor import QTensor
+from nybble.qtensor.block import BlockQTensor
+from nybble.qtensor.low_rank_sum import LowRankSum
+from nybble.qtensor.outer_scaled import OuterScaled
+from nybble.quantizer import Quantizer
+from nybble.recipe import Recipe, parse_recipe
+from nybble.report.learning import windows_of
+from nybble.report.page import render
+from nybble.training.steps import Preparation, make_train_step
+
+TWO = "int2 group=16 symmetric=false"
+LINES = (
+    TWO, "int4 channel", "nvfp4", "mxfp4", "nf4 flat=64 scale_format=(dynamic8 flat=32 center=mean)",
+    "int3 group=16 scale=minmax(offset=true)", "float4_e2m1fn block=8x16", "binary channel scale=mean(offset=true)",
+)  # fmt: skip
+SETTINGS = nybble.Settings(samples=16, seq_len=16, batch=4, dtype=torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def tokens(samples: int = 16) -> Tensor:
+    return torch.randint(3, 300, (samples, 16), generator=torch.Generator().manual_seed(0))
+
+
+def recipe(weights: str = TWO, scheme: dict[str, Any] | None = None, solver: str = "gptq", **options: Any) -> Recipe:
+    """A solver, and distillation where there are options for it."""
+    step = {"train": "distill", "steps": 12, "every": 4, "rates": {"default": 5e-3}, **options}
+    steps = [{"solver": solver}, *([step] if options.pop("on", True) else [])]
+    return parse_recipe({"name": "made", "scheme": scheme or {"weights": weights}, "steps": steps})
+
+
+def run(made: Recipe, model: Any = None, data: Any = None) -> tuple[Any, Any]:
+    model = tiny_model(dtype=torch.float32) if model is None else model
+    return nybble.quantize(model, made, tokens() if data is None else data, settings=SETTINGS)
+
+
+def plain(made: Recipe) -> Recipe:
+    """Without what trains."""
+    found = made.to_dict()
+    found["steps"] = [step for step in found["steps"] if "train" not in step]
+    return parse_recipe(found)
+
+
+def packs(model: nn.Module) -> dict[str, QTensor]:
+    return {name: m.qtensor() for name, m in model.named_modules() if isinstance(m, Packed)}
+
+
+def entry(report: Any) -> dict[str, Any]:
+    """What the report says of it, from the layer that has the curve."""
+    windows = [w for row in report.layers for w in (row.learned or {}).get("windows", ()) if "curve" in w]
+    assert len(windows) == 1
+    found: dict[str, Any] = windows[0]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ what learns
+def matrix(seed: int = 0) -> Tensor:
+    return torch.randn(32, 64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("around", ["", "low-rank", "outer"])
+def test_it_begins_at_what_is_stored_with_any_codes(line: str, around: str) -> None:
+    """Of codes that aren't the nearest ones; its values are the stored ones, also after the scales moved."""
+    quantizer = Quantizer(line)
+    params = quantizer.fit(matrix())
+    packed: QTensor = quantizer.pack(quantizer.quantize(matrix(1), params).unpacked(), params)
+    if around:
+        a, b = torch.randn(32, 2), torch.randn(2, 64)
+        packed = LowRankSum(packed, a, b) if around == "low-rank" else OuterScaled(packed, (a[:, :1], b[:1]))
+    learned = learn_scales(packed, [Quantizer("int8"), quantizer])
+    assert learned is not None
+    nothing = torch.zeros(()).expand(32, 64)
+    assert torch.equal(learned.estimate(nothing), packed.dequantize())
+    with torch.no_grad():
+        for parameter in learned.parameters():
+            parameter.mul_(2.2)  # more than a power of two
+    settled = learned.settle(nothing)
+    assert isinstance(settled, QTensor) and settled.spec() == packed.spec()
+    assert torch.equal(learned.estimate(nothing), settled.dequantize())
+    moved = [name for name, tensor in settled.tensors().items() if not torch.equal(tensor, packed.tensors()[name])]
+    assert moved and all("scale" in name or "offset" in name for name in moved)
+
+
+def test_the_gradient_is_the_closed_form() -> None:
+    """EfficientQAT's: for a group of a scale, the sum over its values of (q - z) times the gradient by the weight."""
+    quantizer = Quantizer("int2 group=16 symmetric=false scale_format=float32")
+    packed, pull = quantizer.quantize(matrix()), matrix(5)
+    learned = learn_scales(packed, [quantizer])
+    assert learned is not None
+    (learned.estimate(torch.zeros(()).expand(32, 64)) * pull).sum().backward()  # type: ignore[no-untyped-call]
+    (scale,) = learned.groups()["scales"]
+    want = (packed.dequantize().view(32, 4, 16) / packed.params.scale.view(32, 4, 1) * pull.view(32, 4, 16)).sum(-1)  # type: ignore[union-attr]
+    assert scale.grad is not None
+    torch.testing.assert_close(scale.grad.view(32, 4), want, rtol=1e-5, atol=1e-5)
+    assert scale.numel() == packed.dequantize().numel() // 16
+
+
+def test_weights_without_scales_of_their_own_are_left() -> None:
+    assert learn_scales(Quantizer("int4 rank1").quantize(matrix()), [Quantizer("int4 rank1")]) is None
+    assert learn_scales(Quantizer(TWO).quantize(matrix()), [Quantizer("int2 group=32 symmetric=false")]) is None
+
+
+# ------------------------------------------------------------------------------------------------ whole models
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"loss": "nll"},
+        {"loss": "mse"},
+        {"top_k": 20},
+        {"temperature": 2.0},
+        {"what": ["scales", "norms", "biases"]},
+    ],
+    ids=str,
+)
+def test_codes_stay_and_the_loss_falls(options: dict[str, Any]) -> None:
+    made = recipe(**options)
+    model, report = run(made)
+    before, _ = run(plain(made))
+    found = entry(report)
+    assert found["after"] < found["before"] and found["curve"]
+    was, now = packs(before), packs(model)
+    assert was.keys() == now.keys()
+    for name, packed in now.items():
+        first = was[name]
+        assert isinstance(packed, BlockQTensor) and isinstance(first, BlockQTensor)
+        assert torch.equal(packed.codes, first.codes)
+        zero = [p.params.zero_point.tensors()["codes"] for p in (packed, first)]  # type: ignore[union-attr]
+        assert torch.equal(*zero)
+    assert any(not torch.equal(now[name].dequantize(), was[name].dequantize()) for name in now)
+    norms = [torch.equal(p, before.get_parameter(n)) for n, p in model.named_parameters() if "norm" in n]
+    assert all(norms) == ("norms" not in options.get("what", ()))
+    for name, parameter in model.named_parameters():
+        like = before.get_parameter(name)
+        assert (parameter.dtype, parameter.requires_grad) == (like.dtype, like.requires_grad), name
+    assert all(any("held back" in note for note in row.notes) for row in report.layers)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt2"])
+def test_experts_and_other_layers(family: str) -> None:
+    scheme = {"targets": ["Experts", "Linear"] if family == "mixtral" else ["Linear"], "weights": TWO}
+    _, report = run(recipe(scheme=scheme), tiny_model(family, dtype=torch.float32))
+    assert entry(report)["after"] < entry(report)["before"]
+    assert all(row.learned for row in report.layers)
+
+
+@pytest.mark.parametrize("inputs", ["int8 tensor static", "nvfp4"])
+def test_activation_quantizers_are_in_place(inputs: str) -> None:
+    _, report = run(recipe(scheme={"weights": TWO, "inputs": inputs}, steps=20))
+    assert entry(report)["after"] < entry(report)["before"]
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=ids, use_cache=False).logits
+    return found
+
+
+@pytest.mark.parametrize("top_k", [0, 300, 20])
+def test_the_loss_is_torchs(top_k: int) -> None:
+    """KL of held-back samples before any step: of all logits, and less of the largest alone with the rest as one."""
+    made = recipe(steps=1, rates={"default": 0.0}, top_k=top_k, temperature=2.0)
+    model, report = run(made)
+    held = torch.randperm(16, generator=generator(0, "distill", "held"))[:2]
+    teacher, student = (logits(m, tokens()[held]) / 2 for m in (tiny_model(dtype=torch.float32), model))
+    want = functional.kl_div(
+        student.log_softmax(-1).flatten(0, 1), teacher.log_softmax(-1).flatten(0, 1), log_target=True,
+        reduction="batchmean",
+    )  # fmt: skip
+    found = entry(report)["before"]
+    if top_k == 20:
+        assert 0 < found < 4 * float(want)
+    else:
+        assert found == pytest.approx(4 * float(want), rel=1e-3)  # four digits are kept
+    assert entry(report)["kept"] == "start"
+
+
+def test_next_token_loss_is_the_models_own() -> None:
+    model, report = run(recipe(steps=1, rates={"default": 0.0}, loss="nll"))
+    held = torch.randperm(16, generator=generator(0, "distill", "held"))[:2]
+    ids = tokens()[held]
+    with torch.no_grad():
+        want = float(model(input_ids=ids, labels=ids, use_cache=False).loss)
+    assert entry(report)["before"] == pytest.approx(want, rel=1e-3)
+
+
+def test_padding_counts_for_nothing() -> None:
+    """Samples of 10 tokens, padded to 16 by other tokens: the same loss as of other padding."""
+    mask = torch.ones(16, 16, dtype=torch.int64)
+    mask[:, 10:] = 0
+    found = []
+    for seed in (1, 2):
+        ids = tokens()
+        ids[:, 10:] = torch.randint(3, 300, (16, 6), generator=torch.Generator().manual_seed(seed))
+        for loss in ("kl", "nll"):
+            data = {"input_ids": ids, "attention_mask": mask}
+            found.append(entry(run(recipe(solver="rtn", loss=loss, steps=2), data=data)[1])["curve"])
+    assert found[0] == found[2] and found[1] == found[3]
+
+
+def test_gradients_add_up_over_parts_of_a_batch() -> None:
+    """One sample at a time or all of a batch: the same scales but for the order of sums."""
+    one, whole = (packs(run(recipe(micro=micro, steps=3, every=3))[0]) for micro in (1, 8))
+    for name in one:
+        torch.testing.assert_close(one[name].dequantize(), whole[name].dequantize(), rtol=2e-3, atol=1e-4)
+
+
+def test_never_worse_on_samples_held_back() -> None:
+    """Rates that ruin everything: what the solver left, bit for bit, and the report says so."""
+    made = recipe(rates={"default": 10.0}, what=["scales", "norms", "biases"])
+    (model, report), (before, _) = run(made), run(plain(made))
+    assert entry(report)["kept"] == "start" and entry(report)["after"] == entry(report)["before"]
+    was, now = before.state_dict(), model.state_dict()
+    assert was.keys() == now.keys() and all(torch.equal(was[name], now[name]) for name in was)
+
+
+def test_patience_ends_it_early() -> None:
+    _, report = run(recipe(rates={"default": 10.0}, steps=40, every=4, patience=2))
+    assert entry(report)["steps"] == 8
+
+
+def test_the_callers_random_numbers_are_their_own() -> None:
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    run(recipe())
+    assert torch.equal(torch.rand(3), want)
+
+
+# ------------------------------------------------------------------------------------------------ other kinds of models
+def test_a_vision_transformer_a_classifier_of_texts_and_a_plain_network() -> None:
+    torch.manual_seed(0)
+    kit: Any = transformers
+    vit = kit.ViTForImageClassification(
+        kit.ViTConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=16,
+            patch_size=8, num_labels=5,
+        )
+    )  # fmt: skip
+    bert = kit.BertForSequenceClassification(
+        kit.BertConfig(
+            vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+            num_labels=4,
+        )
+    )  # fmt: skip
+    torch.manual_seed(7)
+    cnn = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 5))
+    images = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    for model, data in ((vit, {"pixel_values": images}), (bert, tokens(64)), (cnn, images[:, :, :8, :8].contiguous())):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(3 if parameter.ndim > 1 else 1)
+        # Scales that clip far too much, so that there is something to gain for any weights.
+        made = recipe("int4 channel scale=percentile(p=70)", solver="rtn", steps=30, every=5, held=0.5)
+        _, report = nybble.quantize(model.eval(), made, data, settings=replace(SETTINGS, samples=64))
+        assert entry(report)["after"] < entry(report)["before"], type(model)
+
+
+def test_hidden_states_have_no_logits() -> None:
+    kit: Any = transformers
+    config = kit.BertConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
+    )
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match=r"loss=kl reads logits.*use loss: mse"):
+        run(recipe(solver="rtn"), kit.BertModel(config).eval())
+    _, report = run(recipe(solver="rtn", loss="mse"), kit.BertModel(config).eval())
+    assert entry(report)["after"] < entry(report)["before"]
+
+
+# ------------------------------------------------------------------------------------------------ folders
+class Stop(BaseException):
+    """A kill."""
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in out.iterdir() if p.name != "times.json"}
+
+
+@pytest.mark.parametrize("at", ["training", "second part", "mark", "take", "assemble"])
+def test_killed_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    """The same bytes, those of the model in memory; behind the mark nothing is trained again."""
+    made, source = recipe(what=["scales", "norms"]), str(save_tiny(tmp_path / "model"))
+    in_memory, _ = run(made, source)
+    nybble.quantize(source, made, tokens(), out=tmp_path / "whole", settings=SETTINGS)
+    calls: list[str] = []
+
+    def stop(name: str, number: int = 1) -> None:
+        real = getattr(Parts, name)
+
+        def stopping(self: Parts, *args: Any, **kwargs: Any) -> None:
+            calls.append(name)
+            if calls.count(name) == number:
+                raise Stop
+            real(self, *args, **kwargs)
+
+        monkeypatch.setattr(Parts, name, stopping)
+
+    ran = finished._run
+
+    def running(*args: Any) -> Any:
+        calls.append("training")
+        if at == "training" and calls.count("training") == 1:
+            raise Stop
+        return ran(*args)
+
+    monkeypatch.setattr(finished, "_run", running)
+    if at == "second part":
+        stop("write", 5)  # two blocks and what is outside them, then the trained ones
+    elif at != "training":
+        stop(at)
+    with pytest.raises(Stop):
+        nybble.quantize(source, made, tokens(), out=tmp_path / "out", settings=SETTINGS)
+    nybble.quantize(source, made, tokens(), out=tmp_path / "out", settings=nybble.Settings(**{
+        **{name: getattr(SETTINGS, name) for name in ("samples", "seq_len", "batch", "dtype")}, "resume": True,
+    }))  # fmt: skip
+    assert files(tmp_path / "whole") == files(tmp_path / "out")
+    assert calls.count("training") == (1 if at in ("take", "assemble") else 2)
+    loaded, _ = nybble.load(tmp_path / "out")
+    assert torch.equal(logits(loaded, tokens()), logits(in_memory, tokens()))
+
+
+def test_a_folder_says_how_long_everything_took(tmp_path: Path) -> None:
+    """In a file of its own, and on the page; all else is as of another run."""
+    source, learn = str(save_tiny(tmp_path / "model")), {"reconstruction": "mse", "weights": "frozen-codes", "steps": 2}
+    steps = [{"solver": "rtn"}, learn, learn, {"train": "distill", "steps": 2}]
+    made = parse_recipe({"name": "made", "scheme": {"weights": TWO}, "steps": steps})
+    _, report = nybble.quantize(source, made, tokens(), out=tmp_path / "out", settings=SETTINGS)
+    found = collect(tmp_path / "out")
+    assert {name: len(seconds) for name, seconds in found["times"].items()} == {
+        "window-0000": 2, "window-0001": 2, "model": 1,
+    }  # fmt: skip
+    assert report.times == found["times"]
+    rows = windows_of(found["manifest"]["layers"], found["times"])
+    assert [row["name"] for row in rows] == ["window-0000"] * 2 + ["model (2 blocks)"] + ["window-0001"] * 2
+    assert all(row["time"].endswith(" s") for row in rows)
+    assert render(found).count(" s</td><td>") >= 5
+    assert inspect(tmp_path / "out")["files"]["times.json"] > 0
+
+
+def test_a_model_in_memory_learns_from_itself_as_it_was(tmp_path: Path) -> None:
+    source = str(save_tiny(tmp_path / "model", dtype=torch.float32))
+    streamed, report = run(recipe(), source)
+    held, again = run(recipe())
+    assert torch.equal(logits(streamed, tokens()), logits(held, tokens()))
+    assert entry(report) == entry(again)
+
+
+def test_no_number_stops_with_what_was_done_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nybble.training.steps import _lessons
+
+    source, real, calls = str(save_tiny(tmp_path / "model")), _lessons.Lessons.lost, [0]
+
+    def broken(self: Any, numbers: Any) -> Any:
+        calls[0] += 1
+        lost, rows = real(self, numbers)
+        return (lost * torch.nan if calls[0] > 3 else lost), rows
+
+    monkeypatch.setattr(_lessons.Lessons, "lost", broken)
+    with pytest.raises(LearningError, match=r"loss of distill is nan at step \d.*stays in .*out.partial"):
+        nybble.quantize(source, recipe(), tokens(), out=tmp_path / "out", settings=SETTINGS)
+    assert (tmp_path / "out.partial" / "parts" / "block-0001.safetensors").exists()
+    calls[0], model = 0, tiny_model(dtype=torch.float32)
+    was = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(LearningError, match="is nan at step"):
+        run(recipe(), model)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in was.items())
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"what": []}, "names each of scales, norms, biases once"), ({"rates": {"norms": 1e-3}}, "rates names 'norms'"),
+        ({"batch": 8, "micro": 3}, "no multiple"), ({"held": 1.0}, "neither 0 nor 1"), ({"every": 0}, "1 or more"),
+        ({"loss": "nll", "top_k": 4}, "for loss: kl"), ({"temperature": 0.0}, "more than 0"),
+        ({"steps": -1}, "0 or more"),
+    ],
+)  # fmt: skip
+def test_options_that_mean_nothing(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(SchemeError, match=said):
+        make_train_step("distill", options)
+
+
+def test_its_place_is_the_end() -> None:
+    distill, lora = {"train": "distill"}, {"train": "restorative-lora", "steps": 1}
+    made = {"name": "made", "scheme": {"weights": TWO}}
+    with pytest.raises(SchemeError, match=r"can't stand between solver 'rtn' and correction 'bias'.*first or last"):
+        parse_recipe({**made, "steps": [{"solver": "rtn"}, distill, {"correction": "bias"}]})
+    with pytest.raises(SchemeError, match=r"works on the quantized model; put it last"):
+        run(parse_recipe({**made, "steps": [distill, {"solver": "rtn"}]}))
+    with pytest.raises(SchemeError, match=r"makes other float weights.*put it first"):
+        run(parse_recipe({**made, "steps": [{"solver": "rtn"}, lora]}))
+    assert isinstance(make_train_step("restorative-lora", {}), Preparation)
+    assert parse_recipe({**made, "steps": [{"transform": "smooth"}, distill]}).steps[1].name == "rtn"
+
+
+def test_too_little_and_nothing_to_learn() -> None:
+    with pytest.raises(DataError, match="there is 1 in all; give two or more"):
+        run(recipe(), data=tokens(1))
+    with pytest.raises(SchemeError, match=r"finds nothing to learn.*scales"):
+        run(recipe("int4 rank1", solver="rtn"))
+
+
+def test_turned_off_it_is_the_recipe_without_it() -> None:
+    off, without = run(recipe(steps=0))[0].state_dict(), run(plain(recipe()))[0].state_dict()
+    assert all(torch.equal(off[name], without[name]) for name in without)
