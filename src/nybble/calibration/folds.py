@@ -262,7 +262,7 @@ def _heads(state: BlockState, fold: LinearFold, config: Any, channels: int) -> H
         return mixed_columns(x.reshape(-1, channels), places, {"rotation": rotation}).reshape(x.shape)
 
     count, width = places.rows.shape
-    return Heads(count=count, width=width, weights=rewrite.weights, function=rewrite.function, turned=turned)
+    return Heads(count=count, width=width, function=rewrite.function, turned=turned)
 
 
 def _multiplied(layer: str, by_name: Mapping[str, Target]) -> bool:

@@ -151,7 +151,9 @@ def _let_through(block: RoundedBlock) -> None:
 
 def _twin(state: BlockState, target: Target, weights: bool) -> FakeLayer:
     rule, latent = target.rule, state.matrix(target).float()
-    learned = StraightThrough(rule.weights, WEIGHTS, None) if weights and rule.weights is not None else None
+    learned = (
+        StraightThrough(rule.weights, WEIGHTS, None, through=True) if weights and rule.weights is not None else None
+    )
     sides = [None if q is None else _straight(q) for q in (rule.inputs, rule.outputs)]
     return FakeLayer(state.float_module(target.name), latent, learned, *sides, trainable=False)
 

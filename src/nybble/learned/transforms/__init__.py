@@ -41,14 +41,12 @@ class Heads:
     Attributes:
         count: how many rotations there are: of values, of which several heads of queries may read one.
         width: channels of each.
-        weights: full names in the block of what :attr:`function` reads.
-        function: with the parameter ``rotation``, float32 [count, width, width], orthogonal.
+        function: of the place's weights, with the parameter ``rotation``, float32 [count, width, width], orthogonal.
         turned: activations [..., channels] and rotations -> what the layer that reads them gets in their place.
     """
 
     count: int
     width: int
-    weights: tuple[str, ...]
     function: Function
     turned: Callable[[Tensor, Tensor], Tensor]
 
@@ -163,15 +161,20 @@ class LearnedTransform(ABC):
 
     Attributes:
         groups: names of its learning-rate groups.
+        inside_heads: whether it works inside the heads of attention alone.
         registry: where parts are found by name, for options that name one.
     """
 
     groups: ClassVar[tuple[str, ...]] = ()
+    inside_heads: ClassVar[bool] = False
     registry: ClassVar[Registry] = REGISTRY
 
     @abstractmethod
     def takes(self, place: Place) -> bool:
         """Whether it works on a place."""
+
+    def check_heads(self, width: int) -> None:  # noqa: B027  (most don't look at heads)
+        """Raise SchemeError where it can't work inside heads of so many channels."""
 
     @abstractmethod
     def begin(self, places: Sequence[Place], extents: Sequence[Extent | None] | None) -> Moving:
