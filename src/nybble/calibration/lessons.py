@@ -82,12 +82,14 @@ class Network(Lessons):
         adapter: the model's.
         targets: what the scheme rounds, by the full names of blocks; of the empty name, what is in none.
         products: what products are best computed in on the model's device.
+        speaks: whether its output is about the next token.
     """
 
     model: nn.Module
     adapter: Adapter
     targets: Mapping[str, Sequence[Target]]
     products: torch.dtype
+    speaks: bool
 
 
 def main_output(output: Any) -> Tensor:

@@ -10,8 +10,8 @@ above it; here that is what learns, by default alone:
 
 ``codes``   ``rounded``: elements are rounded anew under the scales that come of it, with the gradient of LSQ (Esser et
             al. 2020, arXiv:1902.08153: v - w / s inside the range); ``fixed``: they stay, a solver's own too.
-``inner``   ``fixed``: codes of the scales stay, so that all blocks grow together; ``rounded``: they are rounded anew to
-            what the scales were; ``learned``: so they are, and what they were learns as well, each by exp(r).
+``inner``   ``fixed``: codes of the scales stay, so that all blocks under one outer scale grow together; ``learned``:
+            each also has a factor exp(r) of its own, and is rounded anew.
 
 No paper's method: what "Outer scales" of block formats calls for, in the form that these parts have. A factor for each
 row or column above *any* format, whether it has such a scale or not, is ``binarization-scales``.
@@ -77,11 +77,11 @@ class Outer(Learned):
                 continue
             raw, own = getattr(found, side), self._parameters.get(f"{side}_own")
             after = _after(outer, grown, self._parameters.get(f"{side}_moved"))
-            if self.options.inner == "fixed":
-                raw, after = _carried(inner, raw, outer, after, grown), _detached(after)
-            elif own is not None:
-                raw = raw * own.exp()
-            changed: dict[str, Any] = {side: raw, f"{side}_params": after}
+            raw = _carried(inner, raw, outer, after, grown)
+            changed: dict[str, Any] = {
+                side: raw if own is None else raw * own.exp(),
+                f"{side}_params": _detached(after),  # which has its gradient through the scales
+            }
             found = replace(found, **changed)
         return found
 
@@ -161,11 +161,11 @@ class OuterScales(Part):
 
     Attributes:
         codes: whether elements are ``rounded`` anew or stay ``fixed``.
-        inner: whether codes of the scales stay ``fixed``, are ``rounded`` anew, or the scales are ``learned`` too.
+        inner: whether codes of the scales stay ``fixed``, or the scales are ``learned`` too.
     """
 
     codes: Literal["rounded", "fixed"] = "rounded"
-    inner: Literal["fixed", "rounded", "learned"] = "fixed"
+    inner: Literal["fixed", "learned"] = "fixed"
 
     sides = (WEIGHTS,)
     groups = ("outer",)
@@ -180,9 +180,9 @@ class OuterScales(Part):
         if all(_outer(quantizer, which) is None for which in _SIDES):
             raise SchemeError(
                 f"outer-scales learns the scale that other scales have, and {quantizer} ({quantizer.format.name}) has "
-                "none; nvfp4, nf4-dq and fp4-m2 do, and any line with scale_format=(...) in parentheses that isn't scale=one. For factors of "
-                "rows or columns above any other format use binarization-scales, for the scales themselves "
-                "frozen-codes."
+                "none; nvfp4, nf4-dq and fp4-m2 do, and any line with scale_format=(...) in parentheses that isn't "
+                "scale=one. For factors of rows or columns above any other format use binarization-scales, for the "
+                "scales themselves frozen-codes."
             )
 
     def begin(self, quantizer: Quantizer, x: Tensor, start: QuantParams | None, side: str) -> Learned:  # noqa: D102

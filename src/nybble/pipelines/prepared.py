@@ -128,11 +128,12 @@ def _network(job: Job, step: TransformStep, data: Data) -> Network:
     samples = _samples(job, step.transform, data)
     names = [*job.adapter.block_names(job.model), ""]
     targets = dict(zip(names, [*job.plan.blocks, job.plan.outside], strict=True))
-    next_token = _tells_next_token(step.transform, job, model)
+    asked = getattr(step.transform, "loss", "auto")
     count = next(iter(samples.inputs.values())).shape[0]
     return Network(
         model=model.eval(), adapter=job.adapter, targets=targets, products=job.products, samples=count,
-        batch=_batches(job, samples), wanted=None if next_token else _float_output(job), seed=job.settings.seed,
+        batch=_batches(job, samples), wanted=None if asked == "next-token" else _float_output(job),
+        seed=job.settings.seed, speaks=job.adapter.reads == "tokens" and job.adapter.head is not None,
     )  # fmt: skip
 
 

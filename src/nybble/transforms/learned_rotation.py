@@ -14,9 +14,11 @@ from. Learned before the first block is quantized, from the float network as it 
 transforms there are beside it; any solver, format and granularity may follow.
 
 Where we differ: a rotation for every key/value head, not one for all heads of a layer; ``loss: kl`` (of OSTQuant, Hu et
-al. 2025, arXiv:2501.13987: what the float network says of the next token, all of it and not its thousand likeliest)
-beside the next token; static ranges are those of each batch while it learns, and attention's operands, the KV cache and
-inputs of fused experts stay in float then. The paper's two rotations at run time (R3, R4) are not here.
+al. 2025, arXiv:2501.13987: what the float network says of the next token, all of it and not its thousand likeliest) by
+default, as its gradient is that of rounding alone, where the next token's is mostly that of the text; the gradient goes
+through the ranges of weights and activations too. While it learns, static ranges are those of each batch, and
+attention's operands, the KV cache and inputs of fused experts stay in float. The paper's two rotations at run time (R3,
+R4) are not here.
 """
 
 from __future__ import annotations
@@ -64,10 +66,12 @@ class LearnedRotation(Rotate):
         batch: samples a step. samples: how many there are to draw from, of a SRC that has as many; 0: those of the
             calibration.
         rate: of the descent, falling in a line to 0; a step never turns a matrix by more than about a radian in all.
+            The paper's is 1.5.
         momentum: share of the direction before that is kept.
         rounds: ``all``, or the ``activations`` alone, for weights that a solver rounds well.
-        loss: ``next-token``; ``kl``, how far what is said of it diverges from the float network; ``output``, the
-            difference of the two outputs; ``auto``: the first where a model tells a next token, else the last.
+        loss: ``kl``, how far what is said of the next token diverges from the float network; ``next-token``, the
+            text's own; ``output``, the difference of the two outputs; ``auto``: the first where a model tells a next
+            token, else the last.
     """
 
     stream: bool = True
@@ -76,10 +80,10 @@ class LearnedRotation(Rotate):
     steps: int = 100
     batch: int = 4
     samples: int = 0
-    rate: float = 1.5
+    rate: float = 10.0
     momentum: float = 0.0
     rounds: Literal["all", "activations"] = "all"
-    loss: Literal["auto", "next-token", "kl", "output"] = "auto"
+    loss: Literal["auto", "kl", "next-token", "output"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -193,10 +197,11 @@ class LearnedRotation(Rotate):
         rounded = RoundedNetwork(network, lambda state: self._learning(state, network, leaves), self.rounds == "all")
         order = network.order(self.steps * self.batch, "learned-rotation", "samples")
         descent = CayleyDescent([*leaves.values()], self.momentum)
+        divergence = self.loss == "kl" or (self.loss == "auto" and network.speaks)
         with torch.enable_grad():
             for step in range(self.steps):
                 inputs, real = network.batch(order[step * self.batch : (step + 1) * self.batch])
-                loss = network.judged(rounded(inputs), inputs, real, divergence=self.loss == "kl")
+                loss = network.judged(rounded(inputs), inputs, real, divergence=divergence)
                 value = float(loss.detach())
                 if not math.isfinite(value):
                     raise LearningError(
