@@ -28,6 +28,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "frozen-codes": {"rates": {"scales": 1e-4}},
     "block-ap": {"optimizer": "adamw", "final": 0.05, "rates": {"weights": 2e-5, "scales": 1e-4}},
     "lora-rounding": {"rates": {"rounding": 0.05, "scales": 1e-4}},
+    "outer-scales": {"rates": {"outer": 1e-3}, "keep": "best", "every": 40},
 }  # fmt: skip
 
 
@@ -91,7 +92,7 @@ def rows() -> defaults.Rows:
             "awq, gptq both": [{"transform": "awq"}, *BOTH],
             "rotated, gptq both": [{"transform": "rotate"}, {"transform": "hadamard"}, *BOTH],
         }  # fmt: skip
-        parts = {part: learned(part, steps) for part in PARTS if part != "frozen-codes"}
+        parts = {part: learned(part, steps) for part in PARTS if part not in ("frozen-codes", "outer-scales")}
         parts["gptq, block-ap"] = learned("block-ap", steps, "gptq")
         parts["sign-round, two blocks"] = learned("sign-round", steps, window=2)
         parts["gptq, frozen-codes"] = learned("frozen-codes", steps, "gptq")
@@ -119,7 +120,50 @@ def rows() -> defaults.Rows:
     found["INT4 W4A4 smooth, gptq"] = (smooth + GPTQ, w4a4)
     found["INT4 W4A4 quarot"] = ([{"transform": "rotate"}, {"transform": "hadamard"}, *GPTQ], w4a4)
     found["INT4 W4A4 quarot, both"] = ([{"transform": "rotate"}, {"transform": "hadamard"}, *BOTH], w4a4)
-    return found | omniquant_rows() | binary() | distilled()
+    return found | rotation_rows() | outer_rows() | omniquant_rows() | binary() | distilled()
+
+
+def rotation_rows() -> defaults.Rows:
+    """Rotations, fixed and learned: of the whole stream for integers, in blocks of 32 for MX."""
+    found: defaults.Rows = {}
+    w4a4 = {"weights": "int4 channel", "inputs": "int4 token"}
+    spin: dict[str, Any] = {"transform": "learned-rotation"}
+    for name, options in {
+        "": {"rounds": "activations"}, ", weights rounded too": {}, ", next token": {"loss": "next-token"},
+        ", stream alone": {"heads": False}, ", 400 steps": {"rounds": "activations", "steps": 400},
+    }.items():  # fmt: skip
+        found[f"INT4 W4A4 spinquant{name}"] = ([{**spin, **options}, *GPTQ], w4a4)
+    inside = {"reconstruction": "mse", "block": "head-rotation", "steps": 200, "rates": {"rotation": 0.005},
+              "keep": "best", "every": 40}  # fmt: skip
+    found["INT4 W4A4 rotate, gptq, head-rotation by window"] = ([{"transform": "rotate"}, *GPTQ, inside], w4a4)
+    mx = {"weights": "mxfp4", "inputs": defaults.MX.format("even")}
+    rotations: dict[str, Steps] = {
+        "no rotation": [],
+        "hadamard of 32 whole": [{"transform": "rotate", "block": 32}, {"transform": "hadamard", "block": 32}],
+        "learned rotation of 32": [{**spin, "block": 32, "head_block": 32}],
+    }
+    smooth: Steps = [{"transform": "smooth", "alpha": 0.6}]
+    for name, steps in rotations.items():
+        found[f"MXFP4 blocks: {name}, rtn"] = ([*steps, {"solver": "rtn"}], mx)
+        found[f"MXFP4 blocks: {name}, gptq"] = (steps + GPTQ, mx)
+        found[f"MXFP4 blocks: {name}, smooth, gptq"] = (steps + smooth + GPTQ, mx)
+        found[f"MXFP4 blocks: {name}, sign-round"] = (steps + learned("sign-round", 200), mx)
+    return found
+
+
+def outer_rows() -> defaults.Rows:
+    """The scale above NVFP4's scales learned: alone, with those, behind GPTQ's codes."""
+    scheme, found = {"weights": "nvfp4", "inputs": "nvfp4"}, dict[str, Any]()
+    ways: dict[str, tuple[str, dict[str, str]]] = {
+        "rtn": ("rtn", {}), "scales too": ("rtn", {"inner": "learned"}),
+        "gptq": ("gptq", {"codes": "fixed"}), "gptq, scales too": ("gptq", {"codes": "fixed", "inner": "learned"}),
+    }  # fmt: skip
+    for name, (solver, options) in ways.items():
+        found[f"NVFP4 outer {name}"] = (learned("outer-scales", 200, solver, weights={"outer-scales": options}), scheme)
+    frozen = learned("frozen-codes", 200, "gptq")
+    found["NVFP4 outer, none: gptq"] = (GPTQ, scheme)
+    found["NVFP4 outer, none: gptq, frozen-codes"] = (frozen, scheme)
+    return found
 
 
 def omniquant(steps: int, **options: Any) -> Steps:

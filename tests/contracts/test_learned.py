@@ -46,6 +46,7 @@ REFUSED: dict[str, dict[str, set[str]]] = {
     "block-ap": {WEIGHTS: {"int4 rank1", "float4_e2m1fn shifted", "float16_e8m7 tensor scale=one"}},
     "lora-rounding": {WEIGHTS: {"int4 rank1", "float4_e2m1fn shifted", "float16_e8m7 tensor scale=one"}},
     "frozen-codes": {WEIGHTS: {"int4 rank1", "float4_e2m1fn shifted", "float16_e8m7 tensor scale=one"}},
+    "outer-scales": {WEIGHTS: {line for line in LINES[WEIGHTS] if line not in ("nvfp4", "nf4-bnb-dq")}},
     "clip": {
         WEIGHTS: {
             "int3 group=24 pad=true scale=mse", "mxfp4", "ternary channel scale=mean", "binary group=8 scale=mean",

@@ -105,6 +105,7 @@ EVERY: dict[str, dict[str, Any]] = {
     "minifloat-learned": {"effort": "quick"},
     "nvfp4": {},
     "quarot": {},
+    "spinquant": {"effort": "quick"},
     "mxfp4": {"weights": "mxfp4 group=16", "activations": "mxfp4-ct group=16"},
     **{name: {"weights": "int4 group=16 symmetric=false"} for name in ("w4a16", "hqq", "awq")},
 }  # fmt: skip
@@ -134,6 +135,14 @@ STEPS: dict[str, list[dict[str, Any]]] = {
         {"solver": "gptq"},
         {"reconstruction": "mse", "weights": "adaround", "inputs": "lsq", "window": 2, "overlap": 1, "steps": 2},
         {"correction": "low-rank", "rank": 2},
+    ],
+    "rotations learned of all of it and in windows that overlap": [
+        {"transform": "learned-rotation", "steps": 2, "batch": 2, "heads": False},
+        {"solver": "gptq"},
+        {
+            "reconstruction": "mse", "block": "head-rotation", "window": 2, "overlap": 1, "steps": 2,
+            "rates": {"rotation": 0.05},
+        },
     ],
     "norms and biases in windows that overlap": [
         {"solver": "gptq"},

@@ -375,16 +375,16 @@ def test_a_model_in_memory_learns_from_itself_as_it_was(tmp_path: Path) -> None:
 
 
 def test_no_number_stops_with_what_was_done_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nybble.training.steps import _lessons
+    from nybble.training.steps import _teaching
 
-    source, real, calls = str(save_tiny(tmp_path / "model")), _lessons.Lessons.lost, [0]
+    source, real, calls = str(save_tiny(tmp_path / "model")), _teaching.Teaching.lost, [0]
 
     def broken(self: Any, numbers: Any) -> Any:
         calls[0] += 1
         lost, rows = real(self, numbers)
         return (lost * torch.nan if calls[0] > 3 else lost), rows
 
-    monkeypatch.setattr(_lessons.Lessons, "lost", broken)
+    monkeypatch.setattr(_teaching.Teaching, "lost", broken)
     with pytest.raises(LearningError, match=r"loss of distill is nan at step \d.*stays in .*out.partial"):
         nybble.quantize(source, recipe(), tokens(), out=tmp_path / "out", settings=SETTINGS)
     assert (tmp_path / "out.partial" / "parts" / "block-0001.safetensors").exists()

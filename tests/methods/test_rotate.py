@@ -15,11 +15,11 @@ import nybble
 from nybble.calibration.block import BlockState
 from nybble.calibration.window import Calibration, Window
 from nybble.core.errors import DataError, ModelError, SchemeError
+from nybble.core.orthogonal import hadamard_signs, rotation
 from nybble.data import load_text, token_samples
 from nybble.models.adapter import REGISTRY, adapter_for
 from nybble.recipe import parse_recipe
 from nybble.transforms import make_transform
-from nybble.transforms._orthogonal import hadamard_signs, rotation
 
 SETTINGS = nybble.Settings(samples=4, seq_len=12, batch=2, dtype=torch.float32)
 HALF = "float16_e5m10 channel"

@@ -18,13 +18,13 @@ from nybble.calibration.trace import HIDDEN, BlockCall, capture_block_calls
 from nybble.calibration.watch import see_channels
 from nybble.calibration.window import Calibration, Window
 from nybble.core.errors import ModelError, SchemeError, UsageError
+from nybble.core.orthogonal import hadamard
 from nybble.data import load_text, token_samples
 from nybble.models.adapter import LinearFold, NormFold, adapter_for, feeding_rows
 from nybble.recipe import parse_recipe
 from nybble.transforms import make_transform
 from nybble.transforms._folds import Channel, one_a_row, scaling
 from nybble.transforms._mixing import Places
-from nybble.transforms._orthogonal import hadamard
 
 KNOWN = [family for family in FAMILIES if family != "falcon"]
 SETTINGS = nybble.Settings(samples=4, seq_len=12, batch=2, dtype=torch.float32)
@@ -170,7 +170,7 @@ def test_a_rotation_spreads_an_outlier_and_a_permutation_sorts() -> None:
     largest = torch.tensor([1.0, 8, 2, 4, 3, 1, 7, 5])
     seen = channel(fold, largest, torch.randn(8, 4), [torch.randn(4, 8)])
     config = SimpleNamespace(num_attention_heads=2)
-    places = Places.of(seen, config)
+    places = Places.of(fold, 8, config)
     assert places.rows.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]] and places.reads.tolist() == [0, 1]
     order = made("permute", {}).parameters(seen, places, 0)["order"]
     assert order.tolist() == [[1, 3, 2, 0], [2, 3, 0, 1]]
@@ -198,7 +198,7 @@ def test_queries_that_share_a_value_head_share_its_order() -> None:
     config = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2)
     rows = feeding_rows(fold, config, 8)  # type: ignore[arg-type]
     seen = Channel(fold=fold, largest=torch.tensor([1.0, 2, 9, 2, 1, 1, 1, 5]), before=None, behind=[], rows=rows)
-    places = Places.of(seen, config)
+    places = Places.of(fold, 8, config)
     assert places.reads.tolist() == [0, 0, 1, 1]
     assert places.by_block(seen.largest).tolist() == [[9, 2], [1, 5]]
 

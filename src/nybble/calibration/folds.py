@@ -15,70 +15,21 @@ import torch
 from torch import Tensor
 
 from nybble.calibration.block import BlockState
+from nybble.calibration.matrices import Matrices, Rewrite
+from nybble.calibration.mixing import Places, mixed_columns, mixing
 from nybble.calibration.watch import see_channels
 from nybble.calibration.window import Window
-from nybble.learned.transforms import Extent, Function, Place
+from nybble.learned.transforms import Extent, Function, Heads, Place
 from nybble.models.adapter import Adapter, LinearFold, NormFold, QueryKeyFold, feeding_rows, query_key_rows
-from nybble.nn.kinds import Target, matrix_at, values_at
+from nybble.nn.kinds import Target
 from nybble.quantizer import Quantizer
 
 Fold = NormFold | LinearFold
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rewrite:
-    """Weights that change together.
-
-    Attributes:
-        weights: names of the parameters that are read, relative to the block; any of them may change.
-        parameters: what the change depends on beside the weights.
-        function: (weights, parameters) -> the weights that changed, float32; differentiable in both.
-    """
-
-    weights: tuple[str, ...]
-    parameters: Mapping[str, Tensor]
-    function: Function
-
-    def apply(self, state: BlockState) -> None:
-        """Rewrite a block."""
-        found = self.function({name: state.get(name) for name in self.weights}, self.parameters)
-        for name, value in found.items():
-            state.put(name, value)
-
-
 def folds_of(adapter: Adapter, block: Any, config: Any) -> list[Fold]:
     """All pairs of a block."""
     return [*adapter.norm_folds_of(block, config), *adapter.linear_folds_of(block, config)]
-
-
-class Matrices:
-    """A block's weights as matrices [rows, columns] (of fused experts [experts, rows, columns]), by a fold's names."""
-
-    def __init__(self, state: BlockState) -> None:
-        self.state = state
-
-    def parameters(self, name: str) -> tuple[str, ...]:
-        """The parameters that a matrix is made of."""
-        asked: list[str] = []
-
-        def get(full: str) -> Tensor:
-            asked.append(full)
-            return self.state.raw(full)
-
-        matrix_at(self.state.module, name, get)
-        return tuple(asked)
-
-    def bias(self, name: str) -> str | None:
-        """The name of a module's bias, if it has one."""
-        return f"{name}.bias" if self.state.has(f"{name}.bias") else None
-
-    def get(self, name: str, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The matrix now, or as ``weights`` have its parameters; float32."""
-        return matrix_at(self.state.module, name, self.state.get if weights is None else weights.__getitem__)
-
-    def put(self, name: str, matrix: Tensor) -> dict[str, Tensor]:
-        """What its parameters must hold for the matrix to be this one."""
-        return values_at(self.state.module, name, matrix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,15 +239,30 @@ def _place(state: BlockState, fold: Fold, config: Any, by_name: Mapping[str, Tar
     weights, function = fold_function(state, fold, rows, shifts)
     inputs = [by_name[name].rule.inputs for name in behind if name in by_name]
     made = by_name[first].rule.outputs if first in by_name else None
-    heads = isinstance(fold, LinearFold) and fold.heads
+    heads = _heads(state, fold, config, len(units)) if isinstance(fold, LinearFold) and fold.heads else None
     return Place(
         name=f"{first} -> {behind[0]}",
         kind="norm" if isinstance(fold, NormFold) else "attention" if fold.heads else "linear",
         makers=(first,), readers=behind, weights=weights, function=function, units=units,
         shifts=shifts,
-        rounded=made is not None or any(x is not None for x in inputs) or (heads and _multiplied(first, by_name)),
+        rounded=made is not None
+        or any(x is not None for x in inputs)
+        or (heads is not None and _multiplied(first, by_name)),
         static=any(x is not None and x.static for x in inputs),
+        heads=heads,
     )  # fmt: skip
+
+
+def _heads(state: BlockState, fold: LinearFold, config: Any, channels: int) -> Heads:
+    """How the values of attention are rotated inside each head."""
+    places = Places.of(fold, channels, config, Matrices(state).get(fold.second).device)
+    rewrite = mixing(state, fold, places, {})
+
+    def turned(x: Tensor, rotation: Tensor) -> Tensor:
+        return mixed_columns(x.reshape(-1, channels), places, {"rotation": rotation}).reshape(x.shape)
+
+    count, width = places.rows.shape
+    return Heads(count=count, width=width, function=rewrite.function, turned=turned)
 
 
 def _multiplied(layer: str, by_name: Mapping[str, Target]) -> bool:

@@ -10,6 +10,23 @@ from torch import Tensor, nn
 from nybble.core.errors import SchemeError
 from nybble.qtensor import Factored, Inverse, QTensor, QuantParams
 from nybble.quantizer import Quantizer
+from nybble.scales.one import One
+
+
+def check_own_scales(name: str, quantizer: Quantizer, instead: str = "") -> None:
+    """Raise SchemeError for a quantizer whose blocks have no scale of their own that could learn.
+
+    Args:
+        name: of the part.
+        quantizer: what it is to learn.
+        instead: a part that needs none.
+    """
+    if quantizer.granularity.factored or isinstance(quantizer.scale, One):
+        raise SchemeError(
+            f"{name} learns a scale for each block, and {quantizer} has none of its own; use tensor, channel, group, "
+            f"block or flat with a scale{f', or {instead}' if instead else ''}."
+        )
+
 
 _PLAIN = ("scale", "zero_point", "offset", "thresholds", "grid")
 _NESTED = ("scale_params", "offset_params")

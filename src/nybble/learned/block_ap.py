@@ -21,14 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nybble.core.errors import SchemeError
 from nybble.learned import WEIGHTS, Learned, Part
-from nybble.learned._held import Held
+from nybble.learned._held import Held, check_own_scales
 from nybble.learned._reaching import reach
 from nybble.ops.grid import Grid, straight_through
 from nybble.qtensor import QTensor, QuantParams
 from nybble.quantizer import Quantizer
-from nybble.scales.one import One
 
 
 class AllTrained(Learned):
@@ -71,11 +69,7 @@ class BlockAP(Part):
     fixes_x = True
 
     def check_more(self, quantizer: Quantizer, side: str) -> None:  # noqa: D102
-        if quantizer.granularity.factored or isinstance(quantizer.scale, One):
-            raise SchemeError(
-                f"block-ap learns a scale for each block, and {quantizer} has none of its own; use tensor, channel, "
-                "group, block or flat with a scale, or ste."
-            )
+        check_own_scales("block-ap", quantizer, "ste")
 
     def begin(self, quantizer: Quantizer, x: Tensor, start: QuantParams | None, side: str) -> Learned:  # noqa: D102
         return AllTrained(quantizer, x, quantizer.measured(x, start))

@@ -19,13 +19,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from nybble.core.errors import SchemeError
 from nybble.learned import WEIGHTS, Learned, Part
-from nybble.learned._held import Held
+from nybble.learned._held import Held, check_own_scales
 from nybble.ops.grid import Grid, straight_through
 from nybble.qtensor import QTensor, QuantParams
 from nybble.quantizer import Quantizer
-from nybble.scales.one import One
 
 _TINY = 2.0**-126
 
@@ -79,11 +77,7 @@ class FrozenCodes(Part):
     keeps_codes = True
 
     def check_more(self, quantizer: Quantizer, side: str) -> None:  # noqa: D102
-        if quantizer.granularity.factored or isinstance(quantizer.scale, One):
-            raise SchemeError(
-                f"frozen-codes learns a scale for each block, and {quantizer} has none of its own; use tensor, "
-                "channel, group, block or flat with a scale."
-            )
+        check_own_scales("frozen-codes", quantizer)
 
     def begin(self, quantizer: Quantizer, x: Tensor, start: QuantParams | None, side: str) -> Learned:  # noqa: D102
         params = quantizer.measured(x, start)

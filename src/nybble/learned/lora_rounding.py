@@ -26,12 +26,11 @@ from torch import Tensor, nn
 from nybble.core.errors import SchemeError
 from nybble.learned import WEIGHTS, Learned, Part
 from nybble.learned._fraction import fractions
-from nybble.learned._held import Held
+from nybble.learned._held import Held, check_own_scales
 from nybble.learned._rectified import Deciding, rectified
 from nybble.ops.grid import Grid, straight_through
 from nybble.qtensor import QTensor, QuantParams
 from nybble.quantizer import Quantizer
-from nybble.scales.one import One
 
 
 class LowRankUpOrDown(Learned):
@@ -118,11 +117,7 @@ class LoraRounding(Deciding, Part):
                 f"lora-rounding rounds up or down, also to zero, and {quantizer} stores nothing below its floor; leave "
                 "floor out."
             )
-        if quantizer.granularity.factored or isinstance(quantizer.scale, One):
-            raise SchemeError(
-                f"lora-rounding learns a scale for each block, and {quantizer} has none of its own; use tensor, "
-                "channel, group, block or flat with a scale, or adaround."
-            )
+        check_own_scales("lora-rounding", quantizer, "adaround")
 
     def begin(self, quantizer: Quantizer, x: Tensor, start: QuantParams | None, side: str) -> Learned:  # noqa: D102
         if start is not None and start.thresholds is not None:

@@ -1,7 +1,9 @@
-"""What a recipe trains before it quantizes: a first pass in memory, the training, and a float model with other weights.
+"""What a recipe learns of the whole network before it quantizes.
 
-The first pass is the recipe's solver and reconstructions alone: transforms would leave the weights in another basis,
-and corrections change biases, which the real pass changes anew.
+A ``train`` step: a first pass in memory, the training, and a float model with other weights. The first pass is the
+recipe's solver and reconstructions alone: transforms would leave the weights in another basis, and corrections change
+biases, which the real pass changes anew. Then transforms that learn: each gets the float network as it is by then, and
+its parameters are known when the first block comes.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from nybble.calibration.lessons import Network, main_output
 from nybble.checkpoint.parts import Parts
 from nybble.core.device import require_memory
 from nybble.core.errors import SchemeError
@@ -31,12 +34,14 @@ from nybble.nn.kinds import Target
 from nybble.nn.layer import QuantLayer
 from nybble.nn.packed import Packed
 from nybble.recipe import Recipe, trained
-from nybble.training.steps import Preparation, Trainee, TrainStep, main_output, make_train_step
+from nybble.training.steps import Preparation, Trainee, TrainStep, make_train_step
 from nybble.walk.job import Job
+from nybble.walk.steps.transform import TransformStep
 from nybble.walk.walk import Walk
 
-FILE = "prepared.safetensors"
-"""In the folder of an unfinished run's parts: float weights after training, for a run that goes on from it."""
+FILE, LEARNED = "prepared.safetensors", "learned.safetensors"
+"""In the folder of an unfinished run's parts: float weights after training, and what transforms learned, for a run that
+goes on from it."""
 
 
 def preparations(recipe: Recipe) -> list[Preparation]:
@@ -62,15 +67,29 @@ def training_lines(job: Job) -> list[str]:
     Raises:
         UsageError, SchemeError: an unknown step or option. DataError: not enough memory.
     """
-    steps = preparations(job.recipe)
-    if not steps:
-        return []
-    needed = training_bytes(job, steps)
-    require_memory(needed, job.device)
-    names = ", ".join(step.name for step in trained(job.recipe)[0])
-    return [
-        f"before it, the whole model is quantized once and trained ({names}): about {needed / 1e9:.2f} GB of memory"
-    ]
+    steps, lines = preparations(job.recipe), list[str]()
+    if steps:
+        needed = training_bytes(job, steps)
+        require_memory(needed, job.device)
+        names = ", ".join(step.name for step in trained(job.recipe)[0])
+        lines.append(
+            f"before it, the whole model is quantized once and trained ({names}): about {needed / 1e9:.2f} GB of memory"
+        )
+    for step in _learning(job):
+        sizes = {name: parameter.numel() for name, parameter in job.model.named_parameters()}
+        blocks = [
+            sum(sizes[f"{n}.{p}"] for p, _ in job.model.get_submodule(n).named_parameters() if f"{n}.{p}" in sizes)
+            for n in job.adapter.block_names(job.model)
+        ]
+        tables = [size for name, size in sizes.items() if not job.adapter.inside(name)]
+        needed = step.transform.learning_bytes(sum(sizes.values()), max([*blocks, *tables]))
+        require_memory(needed, job.device)
+        lines.append(f"before it, {step.name} learns on the whole float model: about {needed / 1e9:.2f} GB of memory")
+    return lines
+
+
+def _learning(job: Job) -> list[TransformStep]:
+    return [step for step in job.steps if isinstance(step, TransformStep) and step.transform.learns]
 
 
 def training_bytes(job: Job, steps: Sequence[TrainStep]) -> int:
@@ -97,7 +116,41 @@ def prepared(job: Job, data: Data, parts: Parts | None = None, progress: Progres
             if path is not None:
                 write_tensorfile(path, tensors, {})
         job = _with_weights(job, tensors)
-    return job
+    return _taught(job, data, parts)
+
+
+def _taught(job: Job, data: Data, parts: Parts | None) -> Job:
+    """The job with what its transforms learned of the whole network."""
+    steps = list(job.steps)
+    for number, step in enumerate(job.steps):
+        if not isinstance(step, TransformStep) or not step.transform.learns:
+            continue
+        path = None if parts is None else parts.parts / f"{number}-{LEARNED}"
+        if path is not None and path.exists():
+            found = _read(path)
+        else:
+            found = step.transform.learn(_network(job, step, data))
+            if path is not None:
+                write_tensorfile(path, found, {})
+        steps[number] = step.taught(found)
+    return replace(job, steps=tuple(steps))
+
+
+def _network(job: Job, step: TransformStep, data: Data) -> Network:
+    """The float network in memory, and what it is taught with."""
+    if job.source is None:
+        model = copy.deepcopy(job.model).float().to(job.device)
+    else:
+        model = job.source.model(torch.float32, job.device)
+    count, batch = batches_of(job, samples_for(job, step.transform, data))
+    names = [*job.adapter.block_names(job.model), ""]
+    targets = dict(zip(names, [*job.plan.blocks, job.plan.outside], strict=True))
+    asked = getattr(step.transform, "loss", "auto")
+    return Network(
+        model=model.eval(), adapter=job.adapter, targets=targets, products=job.products, samples=count,
+        batch=batch, wanted=None if asked == "next-token" else _float_output(job),
+        seed=job.settings.seed, speaks=job.adapter.reads == "tokens" and job.adapter.head is not None,
+    )  # fmt: skip
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -124,8 +177,9 @@ def _trained(job: Job, step: Preparation, data: Data, progress: Progress) -> dic
     with products_in(job.products), evaluation_mode(first.model):
         wanted = None if _tells_next_token(step, job, first.model) else _float_output(job)
         trainee = Trainee(
-            model=first.model, layers=layers, samples=count, batch=batch, wanted=wanted, seed=job.settings.seed
-        )
+            model=first.model, layers=layers, samples=count, batch=batch, wanted=wanted,
+            seed=job.settings.seed,
+        )  # fmt: skip
         changed = step.run(trainee)
     found: dict[str, Tensor] = {}
     for name, target, module in targets_in(first):
@@ -193,14 +247,14 @@ def batches_of(
     return next(iter(samples.inputs.values())).shape[0], batch
 
 
-def samples_for(job: Job, step: TrainStep, data: Data) -> Samples:
-    """What is trained on: of a SRC as many as the step wants, else what the job is calibrated on."""
-    known = job.tokens or job.taught
-    if known is not None and not (step.samples and isinstance(data, str | Path)):
+def samples_for(job: Job, step: Any, data: Data) -> Samples:
+    """What is learned from: of a SRC as many as the step wants, else what the job is calibrated on."""
+    asked, known = int(getattr(step, "samples", 0)), job.tokens or job.taught
+    if known is not None and not (asked and isinstance(data, str | Path)):
         return known
     settings = job.settings
     wanted = Wanted(
-        part="calibration", samples=step.samples or settings.wanted().samples, seq_len=settings.seq_len,
+        part="calibration", samples=asked or settings.wanted().samples, seq_len=settings.seq_len,
         seed=settings.seed, fewer=True,
     )  # fmt: skip
     origin: Origin = InMemory(job.model.config) if job.source is None else job.source

@@ -1,6 +1,6 @@
 """Transforms: rewrite a block so that it computes the same in float and loses less when quantized. One method a file.
 
-What a transform does to a block is a list of :class:`~nybble.calibration.folds.Rewrite`: each a *function* of some
+What a transform does to a block is a list of :class:`~nybble.calibration.matrices.Rewrite`: each a *function* of some
 weights and of parameters (the factors, an order of channels, a rotation), so that the parameters can also be learned.
 Which weights may be rewritten together is the adapter's knowledge; what calibration sees of the channels between them
 is gathered when asked for.
@@ -13,12 +13,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from nybble.calibration.folds import Rewrite
+from torch import Tensor
+
+from nybble.calibration.lessons import Network
+from nybble.calibration.matrices import Rewrite
 from nybble.calibration.window import Window
 from nybble.core.errors import ModelError
 from nybble.core.registry import Registry
 from nybble.models.adapter import Adapter
 from nybble.recipe import ROOMS
+from nybble.scheme import Rule
 
 __all__ = ["REGISTRY", "Rewrite", "Transform", "make_transform"]
 
@@ -34,11 +38,13 @@ class Transform(ABC):
         required: whether a model in which it finds nothing is an error, and not simply done.
         moves_stream: whether the hidden states between blocks are others afterwards, so that what is in no block is
             rewritten too.
+        learns: whether its parameters are learned, once for the whole model, before the first block is run.
     """
 
     reads_inputs: ClassVar[bool] = True
     required: ClassVar[bool] = True
     moves_stream: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
 
     @abstractmethod
     def rewrites(self, window: Window, adapter: Adapter, path: str) -> Iterable[Rewrite]:
@@ -68,6 +74,25 @@ class Transform(ABC):
     def outside(self, adapter: Adapter, model: Any, seed: int) -> Iterable[Rewrite]:
         """What it does to what is in no block (names from the model on); before the first block is run."""
         return ()
+
+    def learning_bytes(self, elements: int, largest: int) -> int:
+        """Most memory that learning takes beside activations, of a model and of its largest block (or table)."""
+        return 0
+
+    def learn(self, network: Network) -> dict[str, Tensor]:
+        """What it learns of the whole float network: parameters by name, on the CPU; nothing where it is turned off.
+
+        Raises:
+            LearningError: a loss is no number.
+        """
+        return {}
+
+    def taught(self, found: Mapping[str, Tensor]) -> Transform:
+        """The same with what :meth:`learn` found."""
+        return self
+
+    def check_rules(self, rules: Sequence[Rule]) -> None:  # noqa: B027  (only what learns looks at a scheme)
+        """Raise SchemeError where it can't learn for what a scheme rounds."""
 
     def limits(self, adapter: Adapter, config: Any) -> list[str]:
         """Why it may find nothing, for people."""

@@ -13,13 +13,12 @@ from torch import Tensor
 from nybble.calibration.folds import (
     Channel,
     Fold,
-    Matrices,
-    Rewrite,
     channels_of,
     folds_of,
     one_a_row,
     scaling,
 )
+from nybble.calibration.matrices import Matrices, Rewrite
 from nybble.calibration.window import Window
 from nybble.models.adapter import Adapter
 from nybble.transforms import Transform

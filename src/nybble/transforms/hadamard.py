@@ -12,15 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nybble.core.errors import SchemeError
-from nybble.core.seeds import derive_seed
+from nybble.core.orthogonal import head_rotations
 from nybble.models.adapter import Adapter, LinearFold
 from nybble.transforms._folds import Channel
 from nybble.transforms._mixing import Mixing, Places
-from nybble.transforms._orthogonal import hadamard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +44,8 @@ class Hadamard(Mixing):
         return ["only the channels between an attention's values and its output can be rotated"]
 
     def parameters(self, channel: Channel, places: Places, seed: int) -> dict[str, Tensor]:  # noqa: D102
-        blocks, width = places.rows.shape
-        if self.block and width % self.block:
-            raise SchemeError(f"hadamard: block={self.block} does not divide the {width} channels of a head.")
-        part = hadamard(self.block or width & -width)
-        rotation = torch.kron(torch.eye(width // len(part), dtype=part.dtype), part).expand(blocks, -1, -1)
-        if self.signs:
-            generator = torch.Generator().manual_seed(derive_seed(seed, "hadamard"))
-            rotation = rotation * (torch.randint(0, 2, (blocks, 1, width), generator=generator) * 2 - 1)
-        return {"rotation": rotation.contiguous().to(channel.largest.device)}
+        rotation = head_rotations(len(places.rows), places.rows.shape[1], self.block, self.signs, seed)
+        return {"rotation": rotation.to(channel.largest.device)}
 
 
 PART = Hadamard

@@ -9,8 +9,9 @@ compute the same logits. The stream between blocks is x R from then on. A head t
 matrix, as it alone has the weights of the last norm: it is untied, and the file holds both. (One table would serve both
 only where those weights are all alike.) ``block`` rotates blocks of neighbours, which is what formats with short blocks
 (MX: 32) gain from: across the whole row a rotation makes every block as loud as the loudest. What lies between values
-and attention's output is for the transform ``hadamard``; the inputs of an MLP's last layer, behind a product of two
-activations, can only be rotated while the model runs, which is not done here.
+and attention's output is for the transform ``hadamard``, a matrix that is learned for ``learned-rotation``; the inputs
+of an MLP's last layer, behind a product of two activations, can only be rotated while the model runs, which is not done
+here.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from torch import Tensor, nn
 from nybble.calibration.block import BlockState
 from nybble.calibration.window import Window
 from nybble.core.errors import ModelError, SchemeError
+from nybble.core.orthogonal import Matrix, rotation
 from nybble.models.adapter import Adapter, NormFold
 from nybble.nn.kinds.tied import untie_head
 from nybble.transforms import Rewrite, Transform
 from nybble.transforms._folds import Matrices
-from nybble.transforms._orthogonal import Matrix, rotation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +99,14 @@ class Rotate(Transform):
         yield _reading(state, last.readers, last, parameters)
 
     def rewrites(self, window: Window, adapter: Adapter, path: str) -> Iterator[Rewrite]:  # noqa: D102
-        state = window.block
         config: Any = window.calibration.config
         matrix = self._rotation(int(config.hidden_size), window.calibration.seed, window.calibration.device)
-        parameters = {"rotation": matrix}
+        yield from self.turning(window.block, adapter, config, {"rotation": matrix})
+
+    def turning(
+        self, state: BlockState, adapter: Adapter, config: Any, parameters: Mapping[str, Tensor]
+    ) -> Iterator[Rewrite]:
+        """What it does to a block with the parameter ``rotation``, float32 [width, width]."""
         for fold in adapter.norm_folds_of(state.module, config):
             yield _reading(state, fold.readers, fold, parameters)
         for name in adapter.writers_of(state.module):

@@ -35,6 +35,23 @@ Function = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tens
 
 
 @dataclass(frozen=True, kw_only=True)
+class Heads:
+    """Heads of an attention, inside of which the channels of values may also be rotated.
+
+    Attributes:
+        count: how many rotations there are: of values, of which several heads of queries may read one.
+        width: channels of each.
+        function: of the place's weights, with the parameter ``rotation``, float32 [count, width, width], orthogonal.
+        turned: activations [..., channels] and rotations -> what the layer that reads them gets in their place.
+    """
+
+    count: int
+    width: int
+    function: Function
+    turned: Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Place:
     """Channels of a block between what makes and what reads them.
 
@@ -50,6 +67,7 @@ class Place:
             several readers, or that a rotation mixes, share one.
         shifts: whether they may be shifted: all that makes and reads them has a bias.
         rounded: whether the scheme rounds them. static: with a range that was fixed before.
+        heads: of ``attention``, how its channels are rotated.
     """
 
     name: str
@@ -62,6 +80,7 @@ class Place:
     shifts: bool = False
     rounded: bool = False
     static: bool = False
+    heads: Heads | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +127,12 @@ class Moving(nn.Module, ABC):
         with torch.autocast(device, enabled=False):
             for number, place in enumerate(self.places):
                 given = {name: found[name] if name in found else weights[name] for name in place.weights}
-                found |= place.function(given, self.parameters_of(number))
+                found |= self.function_of(place)(given, self.parameters_of(number))
         return found
+
+    def function_of(self, place: Place) -> Function:
+        """What its parameters are given to: the place's own, which rescales, or another that it offers."""
+        return place.function
 
     def told(self, names: Sequence[str]) -> str:
         """Some of its places in words, with what is done there."""
@@ -120,8 +143,12 @@ class Moving(nn.Module, ABC):
         for number, place in enumerate(self.places):
             if layer in place.readers and place.kind != "product":
                 given = {name: value.detach() for name, value in self.parameters_of(number).items()}
-                x = (x - given["shift"] if "shift" in given else x) / given["factor"]
+                x = self.turned(place, x, given)
         return x
+
+    def turned(self, place: Place, x: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        """What is read at a place in place of ``x``, float32 [..., channels], under these parameters."""
+        return (x - given["shift"] if "shift" in given else x) / given["factor"]
 
     @property
     def touched(self) -> frozenset[str]:
@@ -134,15 +161,20 @@ class LearnedTransform(ABC):
 
     Attributes:
         groups: names of its learning-rate groups.
+        inside_heads: whether it works inside the heads of attention alone.
         registry: where parts are found by name, for options that name one.
     """
 
     groups: ClassVar[tuple[str, ...]] = ()
+    inside_heads: ClassVar[bool] = False
     registry: ClassVar[Registry] = REGISTRY
 
     @abstractmethod
     def takes(self, place: Place) -> bool:
         """Whether it works on a place."""
+
+    def check_heads(self, width: int) -> None:  # noqa: B027  (most don't look at heads)
+        """Raise SchemeError where it can't work inside heads of so many channels."""
 
     @abstractmethod
     def begin(self, places: Sequence[Place], extents: Sequence[Extent | None] | None) -> Moving:

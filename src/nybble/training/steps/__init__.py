@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nybble.calibration.lessons import Inputs, Lessons, main_output
 from nybble.core.progress import Progress
 from nybble.core.registry import Registry
 from nybble.core.shapes import Bool, Float, Float32
@@ -24,31 +25,24 @@ from nybble.nn.layer import QuantLayer
 from nybble.quantizer import Quantizer
 from nybble.recipe import ROOMS
 
+__all__ = ["REGISTRY", "Inputs", "TrainStep", "Trainee", "main_output", "make_train_step"]
+
 REGISTRY = Registry(*ROOMS["train"], lambda part: isinstance(part, type) and issubclass(part, TrainStep))
-Inputs = Mapping[str, Tensor]
 MODEL = "model"
 """What reports call the window that is the whole model."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trainee:
+class Trainee(Lessons):
     """A network after the first pass, and what it is trained on.
 
     Attributes:
         model: quantized, in evaluation mode; its own to change.
         layers: its quantized layers with packed weights, by full name.
-        samples: how many there are. batch: the inputs of those of these numbers, on the model's device, and which
-            tokens are real (None: all).
-        wanted: what the float network gives for the same inputs; None where the next token is what is wanted.
-        seed: of everything that is drawn.
     """
 
     model: nn.Module
     layers: Mapping[str, QuantLayer]
-    samples: int
-    batch: Callable[[list[int]], tuple[Inputs, Tensor | None]]
-    wanted: Callable[[Inputs], Tensor] | None
-    seed: int
 
     def output(self, inputs: Inputs) -> Float[Tensor, " samples *rest"]:
         """What the network gives for these."""
@@ -57,17 +51,8 @@ class Trainee:
     def loss(
         self, inputs: Inputs, real: Bool[Tensor, "samples tokens"] | None, wanted: Tensor | None = None
     ) -> Float32[Tensor, ""]:
-        """Of the next token, a mean over real ones; or of the float network's output, over its power."""
-        output = self.output(inputs).float()
-        if self.wanted is None:
-            ids = inputs["input_ids"]
-            lost = -output[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-            counts = torch.ones_like(lost) if real is None else (real[:, 1:] & real[:, :-1]).float()
-            return (lost * counts).sum() / counts.sum().clamp(min=1)
-        wanted = (self.wanted(inputs) if wanted is None else wanted).float()
-        if real is not None and real.shape == output.shape[:2]:
-            output, wanted = output[real], wanted[real]
-        return (output - wanted).square().sum() / wanted.square().sum().clamp(min=1e-20)
+        """See :meth:`~nybble.calibration.lessons.Lessons.judged`, of what the network gives for these."""
+        return self.judged(self.output(inputs), inputs, real, wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,15 +137,6 @@ class Finish(TrainStep):
         Raises:
             LearningError: a loss is no number. DataError: too few samples. ModelError: the model has no such output.
         """
-
-
-def main_output(output: Any) -> Tensor:
-    """The tensor that a network is about: logits, else the last hidden state, else the first tensor of it."""
-    if isinstance(output, Tensor):
-        return output
-    named = [getattr(output, name, None) for name in ("logits", "last_hidden_state")]
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
-    return next(value for value in (*named, *values) if isinstance(value, Tensor))
 
 
 def make_train_step(name: str, options: Mapping[str, Any]) -> TrainStep:

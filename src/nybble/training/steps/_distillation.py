@@ -15,7 +15,7 @@ from nybble.core.keeping import Best
 from nybble.core.progress import Progress, task
 from nybble.core.seeds import generator
 from nybble.training.steps import MODEL, Student
-from nybble.training.steps._lessons import Lessons
+from nybble.training.steps._teaching import Teaching
 from nybble.training.steps._student import Learners
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Distillation:
     """
 
     def __init__(
-        self, options: Distill, student: Student, lessons: Lessons, learners: Learners, progress: Progress
+        self, options: Distill, student: Student, lessons: Teaching, learners: Learners, progress: Progress
     ) -> None:
         self.options, self.student, self.lessons, self.learners = options, student, lessons, learners
         self.progress, self.parameters = progress, learners.parameters()

@@ -36,7 +36,7 @@ from nybble.core.progress import Progress
 from nybble.core.seeds import derive_seed, generator
 from nybble.training.steps import Finish, Finished, Student
 from nybble.training.steps._distillation import Distillation
-from nybble.training.steps._lessons import Lessons
+from nybble.training.steps._teaching import Teaching
 from nybble.training.steps._student import Learners, checkpointed
 
 KINDS = ("scales", "norms", "biases")
@@ -130,7 +130,7 @@ class Distill(Finish):
                 "two or more."
             )
         torch.manual_seed(derive_seed(student.seed, "distill"))  # stochastic roundings of activations draw from it
-        lessons = Lessons.of(student, self.loss, self.temperature, self.top_k, self.micro)
+        lessons = Teaching.of(student, self.loss, self.temperature, self.top_k, self.micro)
         learners = Learners(student.model, student.weights, self.what)
         try:
             if not learners.parameters():

@@ -8,7 +8,7 @@ from typing import ClassVar
 from nybble.calibration.window import Window
 from nybble.core.errors import SchemeError, within
 from nybble.models.adapter import under
-from nybble.nn.kinds import Target
+from nybble.nn.kinds import Target, matrix_at
 from nybble.reconstruction import FISHER, Reconstruction
 from nybble.reconstruction.engine import reconstruct
 from nybble.solvers import Solver
@@ -62,12 +62,19 @@ class ReconstructionStep(BlockStep):
     def _check_transform(self, subject: Subject) -> None:
         """A transform alone must find something; beside a part it does where it can."""
         options, adapter, config = self.reconstruction, subject.adapter, subject.model.config
-        if options.block is None or options.weights is not None or options.inputs is not None:
+        if options.block is None:
             return
+        found = False
         for block in adapter.blocks_of(subject.model):
-            folds = (adapter.norm_folds_of, adapter.linear_folds_of, adapter.query_key_folds_of)
-            if any(find(block, config) for find in folds):
-                return
+            linear = adapter.linear_folds_of(block, config)
+            heads = [fold for fold in linear if fold.heads]
+            for fold in heads:
+                channels = matrix_at(block, fold.second, block.get_parameter).shape[-1]
+                options.block.check_heads(channels // int(config.num_attention_heads))
+            others = [*adapter.norm_folds_of(block, config), *linear, *adapter.query_key_folds_of(block, config)]
+            found |= bool(heads if options.block.inside_heads else others)
+        if found or options.weights is not None or options.inputs is not None:
+            return
         reasons = "; ".join(adapter.limits_of(config)) or "its adapter lists no such pair"
         raise SchemeError(
             f"{self.name} learns a transform alone, and finds no channels to rescale in this model: {reasons}. Name a "

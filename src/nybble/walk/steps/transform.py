@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from nybble.calibration.window import Window
 from nybble.models.adapter import Adapter
@@ -29,10 +31,17 @@ class TransformStep(BlockStep):
     def needs(self, subject: Subject) -> frozenset[str]:  # noqa: D102
         blocks = self.adapter.blocks_of(subject.model)
         works = any(self.transform.works_on(self.adapter, block, subject.model.config) for block in blocks)
-        return frozenset({"block inputs"} if works and self.transform.reads_inputs else ())
+        found = {"block inputs"} if works and self.transform.reads_inputs else set[str]()
+        return frozenset(found | ({"whole network"} if works and self.transform.learns else set[str]()))
 
     def check(self, subject: Subject) -> None:  # noqa: D102
         self.transform.check(self.key, self.adapter, subject.model)
+        targets = [target for block in subject.plan.blocks for target in block] + list(subject.plan.outside)
+        self.transform.check_rules(list(dict.fromkeys(target.rule for target in targets)))
+
+    def taught(self, found: Mapping[str, Tensor]) -> TransformStep:
+        """The step with what its transform learned of the whole network."""
+        return TransformStep(self.key, self.transform.taught(found), self.adapter, self.path)
 
     def cost(self, subject: Subject, targets: Sequence[Target], load: Load) -> Cost:
         """Its rewritten weights are kept in float32; a pass over the inputs."""

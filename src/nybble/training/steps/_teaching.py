@@ -16,7 +16,7 @@ from nybble.training.steps import Inputs, Student, main_output
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lessons:
+class Teaching:
     """A loss over samples.
 
     Attributes:
@@ -33,13 +33,13 @@ class Lessons:
     known: dict[int, tuple[Tensor, Tensor]]
 
     @staticmethod
-    def of(student: Student, loss: str, temperature: float, top_k: int, size: int) -> Lessons:
+    def of(student: Student, loss: str, temperature: float, top_k: int, size: int) -> Teaching:
         """With ``top_k`` the float network is run once over all samples, ``size`` at a time, and let go of."""
         if loss == "nll":
-            return Lessons(student=student, loss=loss, temperature=1.0, teacher=None, known={})
+            return Teaching(student=student, loss=loss, temperature=1.0, teacher=None, known={})
         teacher, known = student.teacher(), dict[int, tuple[Tensor, Tensor]]()
         if not top_k:
-            return Lessons(student=student, loss=loss, temperature=temperature, teacher=teacher, known=known)
+            return Teaching(student=student, loss=loss, temperature=temperature, teacher=teacher, known=known)
         for start in range(0, student.samples, size):
             numbers = list(range(start, min(start + size, student.samples)))
             with torch.no_grad():
@@ -48,7 +48,7 @@ class Lessons:
                 largest, places = chances.topk(min(top_k, chances.shape[-1]), -1)
             for at, number in enumerate(numbers):
                 known[number] = largest[at].cpu(), places[at].int().cpu()
-        return Lessons(student=student, loss=loss, temperature=temperature, teacher=None, known=known)
+        return Teaching(student=student, loss=loss, temperature=temperature, teacher=None, known=known)
 
     def lost(self, numbers: Sequence[int]) -> tuple[Float32[Tensor, ""], float]:
         """Of some samples, the sum of losses and what it is to be divided by: predictions, or the output's power."""

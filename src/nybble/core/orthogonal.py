@@ -106,3 +106,26 @@ def rotation(width: int, matrix: Matrix, block: int, signs: bool, seed: int) -> 
     if signs:
         whole = (torch.randint(0, 2, (width, 1), generator=generator) * 2 - 1) * whole
     return whole
+
+
+def head_rotations(heads: int, width: int, block: int, signs: bool, seed: int) -> Tensor:
+    """Hadamard matrices for the channels of each head, float32 [heads, width, width], the same for the same arguments.
+
+    Args:
+        heads: how many.
+        width: channels of each.
+        block: channels that are rotated among themselves; 0 means the largest power of two that divides the width.
+        signs: with random signs of the columns, of every head its own.
+        seed: of these.
+
+    Raises:
+        SchemeError: the block doesn't divide the width.
+    """
+    if block and width % block:
+        raise SchemeError(f"block={block} does not divide the {width} channels of a head.")
+    part = hadamard(block or width & -width)
+    found = torch.kron(torch.eye(width // len(part), dtype=part.dtype), part).expand(heads, -1, -1)
+    if signs:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "hadamard"))
+        found = found * (torch.randint(0, 2, (heads, 1, width), generator=generator) * 2 - 1)
+    return found.contiguous()
