@@ -37,9 +37,12 @@ from nybble.qtensor import QTensor, QuantParams
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 from nybble.rounding import get_rounding
+from nybble.scales.one import One
 
 REGISTRY = Registry("nybble.learned", "learned part", lambda part: isinstance(part, type) and issubclass(part, Part))
 WEIGHTS, ACTIVATIONS = "weights", "activations"
+_WIDEST = 2.0**63
+"""The largest value under a scale of its own that can be learned: the scale's gradient has this square in it."""
 
 
 class Learned(nn.Module, ABC):
@@ -152,6 +155,13 @@ class Part(ABC):
         ):
             raise SchemeError(
                 f"{name}: weights are signed and {quantizer} is not; add symmetric=false or use a signed format."
+            )
+        if quantizer.format.absmax > _WIDEST and quantizer.scale_format != "float16" and quantizer.scale != One():
+            raise SchemeError(
+                f"{name} can't learn {quantizer}: values of {quantizer.format.name} reach {quantizer.format.absmax:.2g}, "
+                "so scales come near float32's smallest number and gradients through them overflow; keep the scales in "
+                f"scale_format=float16{', take scale=one' * quantizer.format.signed}, or use a format of a narrower "
+                "range (float8_e5m2)."
             )
         self.check_more(quantizer, side)
 
