@@ -96,7 +96,7 @@ class NumberFormat(ABC):
         """Smallest (most negative) finite value."""
         return float(self.grid[0])
 
-    @property
+    @cached_property
     def absmax(self) -> float:
         """Largest magnitude: what the largest element of a block is scaled to."""
         return float(np.abs(self.grid).max())
@@ -106,7 +106,7 @@ class NumberFormat(ABC):
         """Whether any value is negative."""
         return self.min < 0
 
-    @property
+    @cached_property
     def smallest(self) -> float:
         """Smallest magnitude above zero (subnormals included)."""
         return float(np.abs(self.grid[self.grid != 0]).min())
