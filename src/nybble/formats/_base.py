@@ -64,6 +64,18 @@ class NumberFormat(ABC):
         return self._sorted[1]
 
     @cached_property
+    def reach(self) -> tuple[float, float]:
+        """Half a step beyond the smallest and the largest value, in float32: where rounding to them ends."""
+        grid = self.grid.astype(np.float32)
+        with np.errstate(over="ignore"):
+            return float(grid[0] - (grid[1] - grid[0]) / 2), float(grid[-1] + (grid[-1] - grid[-2]) / 2)
+
+    @cached_property
+    def in_ones(self) -> bool:
+        """Whether each value is the one before it plus 1, as integers are."""
+        return bool((np.diff(self.grid) == 1).all())
+
+    @cached_property
     def has_zero(self) -> bool:
         """Whether 0 is one of the values that an encoder produces."""
         return bool((self.grid == 0).any())

@@ -157,11 +157,12 @@ class Part(ABC):
                 f"{name}: weights are signed and {quantizer} is not; add symmetric=false or use a signed format."
             )
         if quantizer.format.absmax > _WIDEST and quantizer.scale_format != "float16" and quantizer.scale != One():
+            fmt = quantizer.format
             raise SchemeError(
-                f"{name} can't learn {quantizer}: values of {quantizer.format.name} reach {quantizer.format.absmax:.2g}, "
-                "so scales come near float32's smallest number and gradients through them overflow; keep the scales in "
-                f"scale_format=float16{', take scale=one' * quantizer.format.signed}, or use a format of a narrower "
-                "range (float8_e5m2)."
+                f"{name} can't learn {quantizer}: values of {fmt.name} reach {fmt.absmax:.2g}, so scales come near "
+                "float32's smallest number and gradients through them overflow; keep the scales in "
+                f"scale_format=float16{', take scale=one' * fmt.signed}, or use a format of a narrower range "
+                "(float8_e5m2)."
             )
         self.check_more(quantizer, side)
 
