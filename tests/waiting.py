@@ -21,7 +21,7 @@ class WaitError(Exception):
     """An operator that waits for the device."""
 
 
-class NeverWaits(TorchDispatchMode):
+class NeverWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises :class:`WaitError` at the first operator that would wait; our own operators run as they do on a GPU.
 
     Args:
@@ -29,7 +29,7 @@ class NeverWaits(TorchDispatchMode):
     """
 
     def __init__(self, *, warm: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.warm = warm
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

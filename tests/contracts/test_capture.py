@@ -44,7 +44,7 @@ def cases() -> list[tuple[str, str, dict[str, Any]]]:
 def step(learned: Learned, x: Tensor, t: Tensor) -> None:
     for parameter in learned.parameters():
         parameter.grad = None
-    ((learned(x) - x.detach() * 0.9).square().mean() + learned.penalty(t)).backward()  # type: ignore[no-untyped-call]
+    ((learned(x) - x.detach() * 0.9).square().mean() + learned.penalty(t)).backward()
 
 
 @pytest.mark.parametrize(("name", "side", "options"), cases())
