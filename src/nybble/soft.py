@@ -41,7 +41,7 @@ from nybble.qtensor.block import BlockQTensor
 
 
 class Specification(Protocol):
-    """What is asked of a :class:`nybble.quantizer.Quantizer`, which is a row above."""
+    """What is asked of a :class:`nybble.quantizer.Quantizer`, a row above: fields and methods as there."""
 
     @property
     def format(self) -> NumberFormat: ...  # noqa: D102

@@ -80,6 +80,18 @@ def cases() -> list[tuple[str, str, str]]:
     ]
 
 
+#: Lines whose parameters are stored differently, one of each: for what depends on nothing else.
+STORED = frozenset((
+    "int4 channel", "int4 group=8 symmetric=false", "nvfp4", "float4_e2m1fn group=16 scale=minmax(offset=true)",
+    "int4 rank1", "nf4-bnb-dq", "float16_e8m7 tensor scale=one", "int8 token", "float4_e2m1fn shifted static",
+    "int8 tensor static scale=learned",
+))  # fmt: skip
+
+
+def few() -> list[tuple[str, str, str]]:
+    return [case for case in cases() if case[2] in STORED]
+
+
 def settled(learned: Learned, x: Tensor) -> Tensor:
     """What the settled parameters give, by the stored tensor's own arithmetic."""
     found = learned.settle(x)
@@ -127,8 +139,10 @@ def test_begins_at_a_start(name: str, side: str, line: str) -> None:
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("name", "side", "line"), cases())
+@pytest.mark.parametrize(
+    ("name", "side", "line", "dtype"),
+    [(*case, torch.float32) for case in cases()] + [(*case, torch.bfloat16) for case in few()],
+)
 def test_eval_is_what_is_stored(name: str, side: str, line: str, dtype: torch.dtype) -> None:
     learned, x = made(name, line, side)
     moved(learned, x)
@@ -176,7 +190,7 @@ def test_state_goes_on_exactly(name: str, side: str, line: str) -> None:
     assert torch.equal(learned.eval()(x), restored.eval()(x))
 
 
-@pytest.mark.parametrize(("name", "side", "line"), cases())
+@pytest.mark.parametrize(("name", "side", "line"), few())
 def test_stays_float32(name: str, side: str, line: str) -> None:
     learned, _ = made(name, line, side)
     before = {key: value.clone() for key, value in learned.state_dict().items()}
