@@ -221,15 +221,15 @@ def test_refusals(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, part in REGISTRY.all().items() if WEIGHTS in part.sides])
 def test_formats_of_float32s_whole_range(name: str) -> None:
-    """2^127 under a scale of 2^-127 has no gradient in float32: refused; under what float16 can store it has one."""
-    for line in ("float8_e8m0fnu tensor scale=minmax(offset=true)", "float16_e8m7 group=16 scale_format=bfloat16"):
-        with pytest.raises(SchemeError, match=rf"{name} can't learn {line.split()[0]}.*scale_format=float16"):
-            make_part(name, {}).make(Quantizer(line), tensor(WEIGHTS))
-        learned, x = made(name, f"{line} scale_format=float16", WEIGHTS)
-        moving = [*learned.parameters(), *([] if REGISTRY.get(name).fixes_x else [x.requires_grad_()])]
-        (1e-9 * torch.linspace(-1, 1, x.numel()).reshape(x.shape) * learned.train()(x)).sum().backward()
-        gradients = [tensor.grad for tensor in moving if tensor.grad is not None]
-        assert all(g.isfinite().all() for g in gradients) and any(g.count_nonzero() for g in gradients)
+    """2^127 under a scale of 2^-127 has no gradient in float32; where nothing is scaled (LINES) there is one."""
+    part = make_part(name, {})
+    for line, out in (
+        ("float8_e8m0fnu tensor scale=minmax(offset=true)", r"\(float8_e5m2\)\."),
+        ("float8_e8m0fnu group=16 scale=minmax(offset=true)", r"\(float8_e5m2\)\."),
+        ("float16_e8m7 group=16 scale_format=bfloat16", r"\(float8_e5m2\), or scale=one\."),
+    ):
+        with pytest.raises(SchemeError, match=rf"{name} can't learn {line.split()[0]}.*{out}"):
+            part.make(Quantizer(line), tensor(WEIGHTS))
 
 
 def test_bad_starts_and_options() -> None:

@@ -156,13 +156,12 @@ class Part(ABC):
             raise SchemeError(
                 f"{name}: weights are signed and {quantizer} is not; add symmetric=false or use a signed format."
             )
-        if quantizer.format.absmax > _WIDEST and quantizer.scale_format != "float16" and quantizer.scale != One():
+        if quantizer.format.absmax > _WIDEST and not isinstance(quantizer.scale, One):
             fmt = quantizer.format
             raise SchemeError(
-                f"{name} can't learn {quantizer}: values of {fmt.name} reach {fmt.absmax:.2g}, so scales come near "
-                "float32's smallest number and gradients through them overflow; keep the scales in "
-                f"scale_format=float16{', take scale=one' * fmt.signed}, or use a format of a narrower range "
-                "(float8_e5m2)."
+                f"{name} can't learn {quantizer}: values of {fmt.name} reach {fmt.absmax:.2g}, so its scales come near "
+                "float32's smallest number, where gradients through them overflow, and float16 can't store them; "
+                f"use a format of a narrower range (float8_e5m2){', or scale=one' * fmt.signed}."
             )
         self.check_more(quantizer, side)
 
