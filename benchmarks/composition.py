@@ -1,7 +1,9 @@
 """Every recipe with every family of formats at every granularity: what is legal, and that all that is legal works.
 
-    python benchmarks/composition.py --out benchmarks/results/composition.json [--recipes NAME ...] [--every N]
-        [--jobs 2]
+    python benchmarks/composition.py --out benchmarks/results/composition.json [--recipes NAME ...]
+        [--formats NAME ...] [--every N] [--jobs 2]
+
+The file keeps the rows that a run doesn't try: what was mended is tried again alone.
 
 Legal is what ``nybble recipes --matrix`` says. Each legal pair is then run whole, with few steps, on a llama of one
 block, and three promises are looked at: the forward is that of the unpacked weights, and a folder that is saved and
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -121,36 +124,47 @@ def tried(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"fault": fault}
 
 
-def rows_of(recipe: str) -> list[dict[str, Any]]:
+def rows_of(recipe: str, formats: Sequence[str]) -> list[dict[str, Any]]:
     """All of one recipe, legal or not."""
     torch.set_num_threads(1)
-    return matrix.legal_combinations([recipe], FORMATS)
+    return matrix.legal_combinations([recipe], formats)
+
+
+def record(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    """Write the file with these rows in the place of theirs."""
+    if path is None:
+        return
+    known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    kept = {(row["recipe"], row["format"], row["granularity"]): row for row in [*known, *rows]}
+    found = {"formats": FORMATS, "rows": list(kept.values()), "hardware": hardware("cpu"), "versions": versions()}
+    atomic_write_json(path, found)
 
 
 def main() -> None:
-    """Try all, write."""
+    """Try all, write after each recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--recipes", nargs="+", default=recipe_names())
+    parser.add_argument("--formats", nargs="+", default=FORMATS)
     parser.add_argument("--every", type=int, default=1, help="only each Nth pair")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
-    started = time.monotonic()
+    started, done, number = time.monotonic(), [], 0
     with ProcessPoolExecutor(options.jobs) as pool:
-        rows = [row for found in pool.map(rows_of, options.recipes) for row in found]
-        done = []
-        for number, row in enumerate(pool.map(tried, rows[:: options.every], chunksize=4)):
-            done.append(row)
-            if row.get("fault"):
-                print(json.dumps(row), flush=True)
-            if number % 200 == 0:
-                print(f"{number} of {len(rows)}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        for recipe in options.recipes:
+            rows = pool.submit(rows_of, recipe, options.formats).result()
+            chosen = [row for at, row in enumerate(rows, number) if at % options.every == 0]
+            number += len(rows)
+            fresh = list(pool.map(tried, chosen, chunksize=4))
+            for row in fresh:
+                if row.get("fault"):
+                    print(json.dumps(row), flush=True)
+            done += fresh
+            record(options.out, fresh)
+            print(f"{recipe}: {len(fresh)} pairs, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     legal = [row for row in done if not row["reason"]]
     faults = [row for row in legal if row["fault"]]
     print(f"{len(done)} pairs, {len(legal)} legal, {len(faults)} with a fault, {time.monotonic() - started:.0f} s")
-    if options.out is not None:
-        found = {"formats": FORMATS, "rows": done, "hardware": hardware("cpu"), "versions": versions()}
-        atomic_write_json(options.out, found)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ MODULES = (
 Hints = Mapping[str, Any]
 Claim = tuple[str, Any, Any]  # name, value, hint
 _fields: dict[type, Hints] = {}  # of the dataclasses among the contracts
+_shaped: dict[type, tuple[str, ...]] = {}  # of any class that a call has met: its fields that have shapes
 
 
 class ShapeError(AssertionError):
@@ -49,6 +50,7 @@ class ShapeError(AssertionError):
 def check_contracts() -> dict[str, list[str]]:
     """Begin to check; the contracts found, by module."""
     modules = [importlib.import_module(name) for name in MODULES]
+    _shaped.clear()
     for module in modules:
         for kind in vars(module).values():
             if not inspect.isclass(kind) or kind.__module__ != module.__name__ or not dataclasses.is_dataclass(kind):
@@ -140,6 +142,7 @@ def _checked(function: Callable[..., Any], hints: Hints, run: Callable[..., Any]
     signature, run = inspect.signature(function), run or function
     name = f"{function.__module__}.{function.__qualname__}"
     seen: set[Any] = set()  # shapes and dtypes that are right
+    met: set[Any] = set()  # the same by place, before arguments have their names: most calls end there
 
     def judge(given: Mapping[str, Any]) -> None:
         claims = [claim for key, value in given.items() for claim in _claims(key, value, hints)]
@@ -162,7 +165,10 @@ def _checked(function: Callable[..., Any], hints: Hints, run: Callable[..., Any]
                 with suppress(TypeError):  # other arguments than it has
                     judge(signature.bind(*args, **kwargs).arguments)
             raise
-        judge(signature.bind(*args, **kwargs).arguments | {"return": found})
+        place = (*map(_place, args), *((name, _place(value)) for name, value in kwargs.items()), _place(found))
+        if place not in met:
+            judge(signature.bind(*args, **kwargs).arguments | {"return": found})
+            met.add(place)
         return found
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -193,6 +199,23 @@ def _key(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return (type(value), *map(_key, value))
     return (type(value), value.dtype, value.shape) if isinstance(value, Tensor) else type(value)
+
+
+def _place(value: Any) -> Any:
+    """As :func:`_key`, with the fields that have shapes."""
+    if isinstance(value, Tensor):
+        return type(value), value.dtype, value.shape
+    kind = type(value)
+    if isinstance(value, list | tuple):
+        return (kind, *map(_place, value))
+    if isinstance(value, Mapping):
+        return (kind, *((name, _place(item)) for name, item in value.items()))
+    if (names := _shaped.get(kind)) is None:
+        names = _shaped[kind] = tuple(name for k in kind.__mro__ for name in _fields.get(k, ()))
+    if not names:
+        return kind
+    own = vars(value)
+    return (kind, *(_place(own[name]) if name in own else None for name in names))
 
 
 def _wrong(claims: list[Claim]) -> str | None:

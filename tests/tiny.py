@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nybble.nn.kv_model import cache_argument
+from nybble.recipe import Recipe
 
 WORDS = ["<unk>", "<s>", "</s>", *(a + b for a in "bcdfghklmn" for b in "aeiou")]  # 53 tokens
 SIZES: dict[str, Any] = {
@@ -75,6 +77,17 @@ def save_tiny(folder: Path, family: str = "llama", **changes: Any) -> Path:
     tiny_model(family, **changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def shortened(recipe: Recipe, steps: int = 2) -> Recipe:
+    """With few steps of training: more of them say nothing about how a recipe's parts work together."""
+    few = [
+        replace(step, options={**step.options, "steps": min(steps, step.options["steps"])})
+        if "steps" in step.options
+        else step
+        for step in recipe.steps
+    ]
+    return replace(recipe, steps=tuple(few))
 
 
 def save_text(path: Path, words: int = 1200) -> Path:

@@ -41,7 +41,7 @@ from nybble.qtensor.block import BlockQTensor
 
 
 class Specification(Protocol):
-    """What is asked of a :class:`nybble.quantizer.Quantizer`, which is a row above."""
+    """What is asked of a :class:`nybble.quantizer.Quantizer`, a row above: fields and methods as there."""
 
     @property
     def format(self) -> NumberFormat: ...  # noqa: D102
@@ -255,17 +255,16 @@ def _softened(
     params = soften(how, stored.params)
     raw = _raw(dense(stored) if divisor is None else divisor).reshape(stored.shape)
     outer, want = harden(how, params), stored.unpacked()
-    for _ in range(_STEPS):
+    for _ in range(_AROUND_A_MEAN if how.center else _ELSEWHERE):  # all of them: to ask would wait for the device
         got = how.quantize(raw, outer).unpacked()
-        if torch.equal(got, want):
-            break
         apart = decode(want, how.format.name) - decode(got, how.format.name)
         there = torch.nextafter(raw, torch.copysign(torch.full_like(raw, torch.inf), apart))
         raw = torch.where(got == want, raw, there)
     return raw, params
 
 
-_STEPS = 16  # of float32: around a mean, one of them can be as wide as the cells of several codes
+_AROUND_A_MEAN = 16  # steps of float32, one of which can be as wide as the cells of several codes
+_ELSEWHERE = 1  # a product that was rounded, divided again, is less than that apart
 
 
 def integers(zero_point: Tensor, fmt: NumberFormat) -> BlockQTensor:

@@ -16,7 +16,7 @@ from tests.contracts.inputs import all_float16, near_decisions, random_bits, sam
 from torch import Tensor
 
 from nybble.formats import format_names, get_format
-from nybble.kernels import cpu
+from nybble.kernels import _chunks, _rounders
 from nybble.ops import blocks as block_ops
 from nybble.ops import rounding as rounding_ops
 from nybble.ops import tables
@@ -200,19 +200,19 @@ def test_the_fast_path_is_taken() -> None:
     """A kernel that always fell back to the readable version would pass everything above."""
     for fmt in FORMATS:
         if get_format(fmt).bits <= 8:
-            assert cpu._rounder(fmt, "nearest-even") is not None, fmt
+            assert _rounders.rounder(fmt, "nearest-even") is not None, fmt
     for fmt in ("float4_e2m1fn", "float6_e3m2fn", "float8_e4m3fn", "float8_e5m2"):
-        assert cpu._adder(fmt, "nearest-even") is not None, fmt
+        assert _rounders.adder(fmt, "nearest-even") is not None, fmt
 
 
 @pytest.mark.parametrize("columns", [1, 7, 32, 4096, 1_000_000])
 @pytest.mark.parametrize("count", [1, 5, 40_000, 524_288])
 def test_chunks_cover_everything_once(count: int, columns: int, threads: int) -> None:
-    parts = list(cpu._parts(count, columns))
+    parts = list(_chunks.parts(count, columns))
     assert [start for start, _ in parts] == [0, *(stop for _, stop in parts[:-1])] and parts[-1][1] == count
     assert all(start < stop for start, stop in parts)
     if threads == 1:
-        assert max(stop - start for start, stop in parts) <= max(1, cpu.ALONE // columns)
+        assert max(stop - start for start, stop in parts) <= max(1, _chunks.ALONE // columns)
 
 
 def test_large_results() -> None:
@@ -221,7 +221,7 @@ def test_large_results() -> None:
     torch.set_num_threads(2)
     try:
         x = torch.randn(300_007, 32)
-        assert x.nbytes > cpu.OWN_MAPPING
+        assert x.nbytes > _chunks.OWN_MAPPING
         x[123_456, 7], x[299_999] = torch.nan, 0
         for fmt, dtype in (("float4_e2m1fn", torch.float32), ("nf4", torch.float32), ("float8_e5m2", torch.bfloat16)):
             arguments = (x.to(dtype), fmt, "nearest-even", get_format(fmt).absmax, "", "float32")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny import FAMILIES, MOES, linear_names, logits, save_text, save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import FAMILIES, MOES, linear_names, logits, save_text, save_tiny, shortened, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -43,9 +43,30 @@ RECIPES: dict[str, dict[str, str]] = {
     "gptq nested": {"weights": "nf4 flat=64 scale_format=(dynamic8 flat=32 center=mean)"},
 }  # fmt: skip
 # A recipe meets each kind of layer, a family each path through the walk; all with all would tell nothing more.
-KINDS_OF_LAYER = ("llama", "gpt2", "mixtral", "falcon")  # Linear, Conv1D, fused experts, without an adapter
+EVERY = ("llama", "mixtral")  # Linear, fused experts
+KINDS_OF_LAYER = ("gpt2", "falcon")  # Conv1D, without an adapter: for what a recipe adds to those with fewer steps
 PATHS = ("rtn", "gptq static", "smoothquant", "llm-fp4", "adaround")
-PAIRS = [(f, n) for f in FAMILIES for n in RECIPES if f in KINDS_OF_LAYER or n in PATHS]
+
+
+def adding() -> list[str]:
+    """The recipes with a step that no shorter one has."""
+    met: set[tuple[str, ...]] = set()
+    found, steps_of = [], {name: load_recipe(name.split()[0]).steps for name in RECIPES}
+    for name in sorted(RECIPES, key=lambda n: (len(steps_of[n]), n.startswith("best"), n)):
+        steps = {(s.kind, s.name, *(str(s.options.get(key)) for key in ("weights", "block"))) for s in steps_of[name]}
+        if steps - met or name not in recipe_names():
+            found.append(name)
+        met |= steps
+    return found
+
+
+ADDING = adding()
+PAIRS = [
+    (family, name)
+    for family in FAMILIES
+    for name in RECIPES
+    if family in EVERY or name in PATHS or (family in KINDS_OF_LAYER and name in ADDING)
+]
 SETTINGS = Settings(samples=5, seq_len=16, batch=2)  # the last batch is a short one
 
 
@@ -69,7 +90,9 @@ def source(folder: Path, family: str) -> str:
 
 
 def make(name: str, **changes: str) -> Recipe:
-    recipe = build_recipe(name if name in recipe_names() else name.split()[0], **{**RECIPES[name], **changes})
+    recipe = shortened(
+        build_recipe(name if name in recipe_names() else name.split()[0], **{**RECIPES[name], **changes})
+    )
     rules = [replace(r, weights=narrow(r.weights), inputs=narrow(r.inputs)) for r in recipe.scheme.rules]
     return recipe.with_scheme(replace(recipe.scheme, rules=tuple(rules)))
 

@@ -87,7 +87,7 @@ with warnings.catch_warnings(record=True) as seen:
         codes = [nybble.quantizer.Quantizer(line).quantize(x).codes.tolist() for line in lines]
         codes += nybble.quantizer.Quantizer(lines[1]).quantize(x, grid).codes.tolist()  # ops that have no kernel
     late = [str(w.message) for w in seen[len(early):]]
-after = [name for name in sys.modules if name.startswith("nybble.kernels.")]
+after = [name for name in sys.modules if name.startswith("nybble.kernels.") and not name.startswith("nybble.kernels._")]
 print(json.dumps([early, loaded, late, after, codes]))
 """
 

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,8 +73,9 @@ def available_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+@cache
 def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Multiply-adds x 2 a second of a square product, from a few milliseconds of it."""
+    """Multiply-adds x 2 a second of a square product, from a few milliseconds of it, measured once a process."""
     import torch
 
     n = 1024 if device.type == "cpu" else 4096

@@ -64,6 +64,18 @@ class NumberFormat(ABC):
         return self._sorted[1]
 
     @cached_property
+    def reach(self) -> tuple[float, float]:
+        """Half a step beyond the smallest and the largest value, in float32: where rounding to them ends."""
+        grid = self.grid.astype(np.float32)
+        with np.errstate(over="ignore"):
+            return float(grid[0] - (grid[1] - grid[0]) / 2), float(grid[-1] + (grid[-1] - grid[-2]) / 2)
+
+    @cached_property
+    def in_ones(self) -> bool:
+        """Whether each value is the one before it plus 1, as integers are."""
+        return bool((np.diff(self.grid) == 1).all())
+
+    @cached_property
     def has_zero(self) -> bool:
         """Whether 0 is one of the values that an encoder produces."""
         return bool((self.grid == 0).any())
@@ -96,7 +108,7 @@ class NumberFormat(ABC):
         """Smallest (most negative) finite value."""
         return float(self.grid[0])
 
-    @property
+    @cached_property
     def absmax(self) -> float:
         """Largest magnitude: what the largest element of a block is scaled to."""
         return float(np.abs(self.grid).max())
@@ -106,7 +118,7 @@ class NumberFormat(ABC):
         """Whether any value is negative."""
         return self.min < 0
 
-    @property
+    @cached_property
     def smallest(self) -> float:
         """Smallest magnitude above zero (subnormals included)."""
         return float(np.abs(self.grid[self.grid != 0]).min())

@@ -37,9 +37,12 @@ from nybble.qtensor import QTensor, QuantParams
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 from nybble.rounding import get_rounding
+from nybble.scales.one import One
 
 REGISTRY = Registry("nybble.learned", "learned part", lambda part: isinstance(part, type) and issubclass(part, Part))
 WEIGHTS, ACTIVATIONS = "weights", "activations"
+_WIDEST = 2.0**63
+"""The largest value under a scale of its own that can be learned: the scale's gradient has this square in it."""
 
 
 class Learned(nn.Module, ABC):
@@ -152,6 +155,13 @@ class Part(ABC):
         ):
             raise SchemeError(
                 f"{name}: weights are signed and {quantizer} is not; add symmetric=false or use a signed format."
+            )
+        if quantizer.format.absmax > _WIDEST and not isinstance(quantizer.scale, One):
+            fmt = quantizer.format
+            raise SchemeError(
+                f"{name} can't learn {quantizer}: values of {fmt.name} reach {fmt.absmax:.2g}, so its scales come near "
+                "float32's smallest number, where gradients through them overflow, and float16 can't store them; "
+                f"use a format of a narrower range (float8_e5m2){', or scale=one' * fmt.signed}."
             )
         self.check_more(quantizer, side)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nybble.formats import NumberFormat
+from nybble.ops.blocks import safe_divisor
 from nybble.ops.scaling import divided, guarded
 from nybble.qtensor import QuantParams
 from nybble.quantizer import Quantizer
 from nybble.scales import BlockParams
 from nybble.scales.absmax import AbsMax
-from nybble.scales.minmax import MinMax, fit_range
+from nybble.scales.minmax import MinMax
 
 
 def has_range(quantizer: Quantizer) -> bool:
@@ -37,7 +39,7 @@ def shared_range(quantizer: Quantizer, x: Tensor, upper: Tensor, lower: Tensor) 
     low = lower.reshape(-1, 1) * below.amin(1, keepdim=True)
     rule = quantizer.scale
     if isinstance(rule, MinMax):
-        found = fit_range(low, high, quantizer.format, rule.offset)
+        found = _spread(low, high, quantizer.format, rule.offset)
     else:
         assert isinstance(rule, AbsMax)
         target = rule.target or quantizer.format.absmax
@@ -47,3 +49,14 @@ def shared_range(quantizer: Quantizer, x: Tensor, upper: Tensor, lower: Tensor) 
         scale = guarded(scale, quantizer.format)
     zero, offset = (None if v is None else v.reshape(shape) for v in (found.zero_point, found.offset))
     return QuantParams(scale, zero, offset)
+
+
+def _spread(low: Tensor, high: Tensor, fmt: NumberFormat, offset: bool) -> BlockParams:
+    """As :func:`nybble.scales.minmax.fit_range`, of ranges that float32 holds: a branch has its gradient's cost."""
+    if not offset:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = divided(high - low, fmt.max - fmt.min)
+    if offset:
+        return BlockParams(scale, offset=low - scale * fmt.min)
+    zero = torch.round(fmt.min - low / safe_divisor(scale)).clamp(fmt.min, fmt.max)
+    return BlockParams(scale, zero_point=zero)

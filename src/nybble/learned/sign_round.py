@@ -65,6 +65,8 @@ class Shifted(Learned):
 
     def _round(self, y: Tensor, grid: Grid) -> Tensor:
         v = self.quantizer.granularity.to_blocks(_within(self.v, -0.5, 0.5))
+        if grid.table is None and grid.format.in_ones:
+            return reaching(y + v, grid)
         return reaching(y + v * _gap(y, grid), grid)
 
     def estimate(self, x: Tensor) -> Tensor:  # noqa: D102
@@ -85,7 +87,7 @@ def _within(value: Tensor, low: float, high: float) -> Tensor:
 
 @torch.no_grad()
 def _gap(y: Tensor, grid: Grid) -> Tensor:
-    """The distance of the two values around each y; 1 of integers, and beyond the range, where there is one only."""
+    """The distance of the two values around each y; 1 beyond the range, where there is one only."""
     lower, upper = grid.neighbours(y)
     return torch.where(upper > lower, upper - lower, 1.0)
 

@@ -110,11 +110,7 @@ def narrow_scale(scale: Float32[Tensor, "*shape"], dtype: str) -> Float32[Tensor
         return scale
     kind: torch.dtype = getattr(torch, dtype)
     info = torch.finfo(kind)
-    narrow = scale.to(kind).float()
-    # full and no tensor(): nothing may be copied from the processor while a GPU records
-    least = torch.copysign(
-        torch.full((), info.smallest_normal * info.eps, dtype=torch.float32, device=scale.device), scale
-    )
-    most = torch.copysign(torch.full((), info.max, dtype=torch.float32, device=scale.device), scale)
-    narrow = torch.where((narrow == 0) & (scale != 0), least, narrow)
-    return torch.where(narrow.isinf() & scale.isfinite(), most, narrow)
+    magnitude = scale.abs()
+    held = magnitude.clamp(info.smallest_normal * info.eps, info.max)
+    kept = (magnitude == 0) | (magnitude == torch.inf)
+    return torch.copysign(torch.where(kept, magnitude, held), scale).to(kind).float()

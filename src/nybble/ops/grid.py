@@ -267,7 +267,7 @@ class _StraightThrough(torch.autograd.Function):
             raise DataError(
                 f"straight_through: value {list(value.shape)} and surrogate {list(surrogate.shape)} differ."
             )
-        return value.clone()
+        return value
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

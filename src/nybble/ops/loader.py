@@ -2,8 +2,8 @@
 
 A module of ``nybble/kernels/`` belongs to the device that its name begins with (``cpu``, ``cuda_scaled`` ...); other
 packages add theirs as entry points of the group ``nybble.kernels``, named alike. Importing one registers its kernels
-with the ops (``op.register_kernel(device)``). One that fails (Triton is missing, a plug-in is broken) is named in a
-warning and left out; without any, every number stays the same.
+with the ops (``op.register_kernel(device)``); what begins with ``_`` is shared among them. One that fails (Triton is
+missing, a plug-in is broken) is named in a warning and left out; without any, every number stays the same.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def kernel_modules() -> dict[str, Import]:
     folder = importlib.util.find_spec(FOLDER)
     places = (folder.submodule_search_locations or ()) if folder else ()
     found: dict[str, Import] = {
-        m.name: partial(importlib.import_module, f"{FOLDER}.{m.name}") for m in pkgutil.iter_modules(places)
+        m.name: partial(importlib.import_module, f"{FOLDER}.{m.name}")
+        for m in pkgutil.iter_modules(places)
+        if not m.name.startswith("_")
     }
     return found | {entry.name: entry.load for entry in plugins().select(group=FOLDER)}
 
