@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nybble.calibration.block import BlockState
+from nybble.models.adapter import under
 
 
 class LearnedNorm(nn.Module):
@@ -44,9 +45,9 @@ class LearnedNorm(nn.Module):
 
 
 def put_norms(state: BlockState) -> None:
-    """Let every normalisation layer of a block learn."""
+    """Let every normalisation layer of a block, or of the part of it that a view is about, learn."""
     for name, module in list(state.module.named_modules()):
-        if _is_norm(module):
+        if _is_norm(module) and _within(state, name):
             state.stand_in(name, LearnedNorm(module))
 
 
@@ -58,7 +59,12 @@ def settle_norms(state: BlockState) -> None:
 
 def norms_of(state: BlockState) -> dict[str, LearnedNorm]:
     """Those of a block that learn, by name."""
-    return {name: module for name, module in state.beside.items() if isinstance(module, LearnedNorm)}
+    found = {name: module for name, module in state.beside.items() if isinstance(module, LearnedNorm)}
+    return {name: module for name, module in found.items() if _within(state, name)}
+
+
+def _within(state: BlockState, name: str) -> bool:
+    return name == state.within or name.startswith(under(state.within))
 
 
 def _is_norm(module: nn.Module) -> bool:
