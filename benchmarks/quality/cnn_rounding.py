@@ -45,7 +45,7 @@ METHODS = ("rtn", "gptq", "adaround", "flexround", "decoupleq", "signround")
 LINE = "tensor scale=mse symmetric=false"
 SETTINGS = {"W4A16": ("int4", None), "W8A8": ("int8", "int8")}
 RATES = {"adaround": {"rounding": 0.02}}
-OPTIONS = {"flexround": {"weights": "flexround(columns=true)"}}
+OPTIONS: dict[str, dict[str, Any]] = {"flexround": {"weights": {"flexround": {"columns": True}}}}
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def trained(samples: ImageSamples, folder: Path, *, epochs: int, batch: int, dev
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05, fused=True)
         return train(
             model, samples, optimizer, epochs=epochs, batch=batch, rise=0.1, device=device, logits=call_model,
-            bfloat16=True,
+            bfloat16=device != "cpu",
         )  # fmt: skip
 
     return kept(folder, build, make, epochs=epochs, batch=batch, seed=0, samples=len(samples.pixel_values))

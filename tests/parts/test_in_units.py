@@ -17,7 +17,7 @@ import nybble
 from nybble.calibration.window import Window
 from nybble.core.errors import SchemeError
 from nybble.recipe import parse_recipe
-from nybble.reconstruction import in_units
+from nybble.reconstruction.engine import reconstruct
 from nybble.report.record import Report
 
 
@@ -87,13 +87,12 @@ def test_a_unit_is_fed_what_reaches_it_on_each_path(monkeypatch: pytest.MonkeyPa
     def look(window: Window, options: Any) -> Any:
         name = window.blocks[0].within
         seen[name] = {p: [given["hidden"].clone() for _, given in window.inputs(p)] for p in ("float", "quantized")}
-        return learn(window, options)
+        return reconstruct(window, options)
 
     def keep(caught: dict[str, Tensor], name: str, _: nn.Module, args: tuple[Tensor]) -> None:
         caught[name] = args[0].clone()
 
-    learn = in_units.reconstruct
-    monkeypatch.setattr(in_units, "reconstruct", look)
+    monkeypatch.setattr("nybble.reconstruction.in_units.reconstruct", look)
     found, _ = run()
     for path, net in (("float", network()), ("quantized", found)):
         caught: dict[str, Tensor] = {}
@@ -187,7 +186,7 @@ def test_a_unit_that_writes_to_its_input_does_not_spoil_it() -> None:
     """The same network with a ReLU that makes a new tensor comes to the same codes."""
     net = nn.Sequential(conv(), nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1)))
     other = copy.deepcopy(net)
-    other[1][0].inplace = False  # type: ignore[index, assignment]
+    other[1][0].inplace = False  # type: ignore[index]
     assert same(run(net, steps=10)[0], run(other, steps=10)[0])
 
 

@@ -49,14 +49,19 @@ def in_units(adapter: Adapter, options: Reconstruction) -> bool:
 def units_of(window: Window, options: Reconstruction) -> list[Unit]:
     """The units of a window of one block, found by running it on what it is given; empty: it can't be cut."""
     state, (calls, given) = window.block, next(iter(window.inputs("float")))
-    call = calls[0]
-    if type(call) is BlockCall and not call.args and not call.kwargs:
-        given = {name: tensor[:2] for name, tensor in given.items()}
+    call, samples = calls[0], len(given[HIDDEN])
+    if isinstance(call, WholeCall):
+        call = replace(call, inputs={name: _few(tensor, samples) for name, tensor in call.inputs.items()})
+    if isinstance(call, WholeCall) or not (call.args or call.kwargs):  # two samples show as much as a batch does
+        given = {name: _few(tensor, samples) for name, tensor in given.items()}
     inputs = [*given.values(), *(call.inputs.values() if isinstance(call, WholeCall) else ())]
+    layers = layers_of(state.targets, options)
     with state.on("float") as module:
-        return find_units(
-            module, layers_of(state.targets, options), lambda: call.run(module, given), inputs, options.unit
-        )
+        return find_units(module, layers, lambda: call.run(module, given), inputs, options.unit)
+
+
+def _few(tensor: Tensor, samples: int) -> Tensor:
+    return tensor[:2] if tensor.dim() and len(tensor) == samples else tensor
 
 
 def layers_of(targets: Sequence[Target], options: Reconstruction) -> dict[str, str]:
