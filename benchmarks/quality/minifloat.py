@@ -13,7 +13,7 @@ best of several techniques:
     gptq      GPTQ instead of round to nearest
     learned   up or down learned for each weight (AdaRound on the format's own grid), one residual block of the CNN, one
               block of the ViT after the other; biases as they are, since a window has made up for its layers' means
-    layers    the same layer by layer
+    layers    the same layer by layer (of the CNN, unless --techniques asks for it)
 
 (by mean top-1 on the test images; the rows of all techniques are kept). All techniques run with the first seed, the
 best of each pair of formats with the others. A ResNet-8-like CNN (fashion_cnn.py) and the ViT of vit.py are trained on
@@ -69,6 +69,8 @@ MIXED = tuple((weights, inputs) for weights in ("int4", "e2m1") for inputs in WI
 EQUAL = {"cnn": {"transform": "cross-layer"}, "vit": {"transform": "smooth"}}
 SAME = ("network", "weights", "inputs", "technique", "seed", "images")
 TECHNIQUES = ("nearest", "gptq", "learned", "layers")
+USUAL = {"cnn": TECHNIQUES, "vit": TECHNIQUES[:3]}
+"""Without layer by layer where there are many layers."""
 TRAINERS = {"cnn": (fashion_cnn.trained, 256), "vit": (vit.trained, 512)}
 """How a network is trained, and images of a step."""
 
@@ -109,7 +111,11 @@ def main() -> None:
     found = begun(args.out, places, args.steps)
     print(f"float {[found[p.network]['float'] for p in places]}, {time.perf_counter() - started:.0f} s", flush=True)
     every = [(place, pair) for place in places for pair in pairs(args.bits, args.mixed)]
-    first = [Task(place, *pair, technique, 0, args.steps) for place, pair in every for technique in args.techniques]
+    first = [
+        Task(place, *pair, technique, 0, args.steps)
+        for place, pair in every
+        for technique in args.techniques or USUAL[place.network]
+    ]
     run(first, found, args)
     best = {
         (n, row["weights"], row["inputs"]): row["technique"] for n in args.networks for row in best_of(of(found, n))
@@ -315,8 +321,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--mixed", action=argparse.BooleanOptionalAction, default=True, help="4-bit weights, 8-bit inputs"
     )
-    parser.add_argument("--techniques", nargs="+", choices=TECHNIQUES, default=list(TECHNIQUES))
-    parser.add_argument("--steps", type=int, default=400, help="of learned rounding, a window")
+    parser.add_argument("--techniques", nargs="+", choices=TECHNIQUES, help="other than the usual ones")
+    parser.add_argument("--steps", type=int, default=200, help="of learned rounding, a window")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--calibration", type=int, default=256, help="training images")
     parser.add_argument("--epochs", type=int, default=20)
