@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import nybble
 from nybble.calibration.window import Window
 from nybble.core.errors import SchemeError
+from nybble.models.adapter import whole_adapter
 from nybble.recipe import parse_recipe
 from nybble.reconstruction.engine import reconstruct
 from nybble.report.record import Report
@@ -212,6 +213,21 @@ def test_blocks_of_language_models_layer_by_layer() -> None:
     inside = [w["window"] for w in found if w["window"].startswith("window-0001/")]
     layers = [f"self_attn.{side}_proj" for side in "qkvo"] + [f"mlp.{side}_proj" for side in ("gate", "up", "down")]
     assert inside == [f"window-0001/{name}" for name in layers]
+
+
+@pytest.mark.parametrize(("unit", "count"), [("block", 2), ("layer", 14), ("whole", 1)])
+def test_models_that_are_one_block_are_cut_as_networks_are(
+    unit: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A llama that nobody knows how to walk: data flow shows its blocks."""
+    monkeypatch.setattr("nybble.walk.job.adapter_for", lambda model: whole_adapter(model, "it is one block here"))
+    ids = torch.randint(0, 60, (4, 10), generator=torch.Generator().manual_seed(0))
+    step = {"reconstruction": "mse", "weights": "flexround", "steps": 2, "unit": unit}
+    recipe = parse_recipe({"name": "made", "scheme": {"weights": "int3 channel"}, "steps": [{"solver": "rtn"}, step]})
+    settings = nybble.Settings(samples=4, seq_len=10, batch=2, dtype=torch.float32)
+    _, report = nybble.quantize(tiny_model(dtype=torch.float32), recipe, ids, settings=settings)
+    assert len(places(report)) == count
+    assert unit != "block" or places(report) == ["model.layers.0", "model.layers.1"]
 
 
 def test_refusals() -> None:
