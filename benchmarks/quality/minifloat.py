@@ -1,22 +1,27 @@
 """Minifloats beside integers, 3 to 8 bits: accuracy against bits, and against what a multiply-accumulate unit costs.
 
     apt-get install dataset-fashion-mnist
-    python benchmarks/quality/minifloat.py [--networks cnn vit] [--bits 3 4 5 6 7 8] [--test 2000] [--plot FILE]
+    python benchmarks/quality/minifloat.py [--networks cnn vit] [--bits 3 4 5 6 7 8] [--seeds 3] [--plot FILE]
+    python benchmarks/quality/minifloat.py --device cuda --jobs 12 --seeds 3 --plot benchmarks/results/minifloat.png
 
 Weights and inputs of all convolutions and linear layers, first and last ones too, are in one format (or 4-bit weights
-beside 8-bit inputs), weights with a scale a channel, inputs with one for the tensor, at the 99.999th percentile of 128
-training images. As in Aggarwal et al. 2023 (arXiv:2311.12359) every format gets the best of several techniques:
+beside 8-bit inputs), weights with a scale a channel, inputs with one for the tensor, at the 99.999th percentile of
+--calibration training images, which the seed draws. As in Aggarwal et al. 2023 (arXiv:2311.12359) every format gets the
+best of several techniques:
 
     nearest   BatchNorms folded, layers equalised (the ViT: SmoothQuant), round to nearest, biases corrected
     gptq      GPTQ instead of round to nearest
-    learned   up or down learned for each weight (AdaRound on the format's own grid) over windows of a block, the whole
-              CNN in one; biases as they are, since a window has made up for its layers' means already
+    learned   up or down learned for each weight (AdaRound on the format's own grid), one residual block of the CNN, one
+              block of the ViT after the other; biases as they are, since a window has made up for its layers' means
+    layers    the same layer by layer (of the CNN, unless --techniques asks for it)
 
-(by top-1 on the test images; the rows of all techniques are kept). A ResNet-8-like CNN
-(fashion_cnn.py) and the ViT of vit.py are trained on Fashion-MNIST first, with fixed seeds, and kept in --work. LUTs
-and toggles are of benchmarks/results/mac.json; where a pair isn't there, the estimate of nybble.costs.mac, marked. All
-inputs are signed, also behind a ReLU. Rows that are there already (same network, format, technique, images) are kept.
-Result: benchmarks/results/minifloat.json, with the Pareto front of each axis.
+(by mean top-1 on the test images; the rows of all techniques are kept). All techniques run with the first seed, the
+best of each pair of formats with the others. A ResNet-8-like CNN (fashion_cnn.py) and the ViT of vit.py are trained on
+Fashion-MNIST first, with fixed seeds, and kept in --work. LUTs and toggles are of benchmarks/results/mac.json; where a
+pair isn't there, the estimate of nybble.costs.mac, marked. All inputs are signed, also behind a ReLU. Rows that are
+there already (same network and its training, format, technique, seed, images) are kept. Where the package can't be
+installed, --data is a folder with its four files. Result: benchmarks/results/minifloat.json, with the Pareto front of
+each axis.
 """
 
 from __future__ import annotations
@@ -24,20 +29,26 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import fashion
+import fashion_cnn
 import torch
-from fashion_cnn import trained
+import vit
 from run import hardware, named
-from transformers import ViTForImageClassification
-from vit import WANTS, find, fit
+from side_by_side import rows as rows_of
+from torch import Tensor
 
 import nybble
 from nybble.core.versions import versions
 from nybble.costs.mac import luts
-from nybble.data.images import ImageSamples, image_samples
+from nybble.data.images import ImageSamples
 from nybble.eval import classification, classify
 from nybble.formats import get_format
 from nybble.hardware.mac import MacUnit
@@ -56,47 +67,110 @@ FORMATS = {
 WIDE = ("int8", "e2m5_finite", "e3m4_finite", "e4m3_finite")
 MIXED = tuple((weights, inputs) for weights in ("int4", "e2m1") for inputs in WIDE)
 EQUAL = {"cnn": {"transform": "cross-layer"}, "vit": {"transform": "smooth"}}
-SAME = ("network", "weights", "inputs", "technique")
+SAME = ("network", "weights", "inputs", "technique", "seed", "images")
+TECHNIQUES = ("nearest", "gptq", "learned", "layers")
+USUAL = {"cnn": TECHNIQUES, "vit": TECHNIQUES[:3]}
+"""Without layer by layer where there are many layers."""
+TRAINERS = {"cnn": (fashion_cnn.trained, 256), "vit": (vit.trained, 512)}
+"""How a network is trained, and images of a step."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A network, where images are, and how many of them to take."""
+
+    network: str
+    data: Path
+    work: Path
+    device: str
+    epochs: int
+    train: int | None
+    test: int | None
+    calibration: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One quantization."""
+
+    place: Place
+    weights: str
+    inputs: str
+    technique: str
+    seed: int
+    steps: int
 
 
 def main() -> None:
     """Train or load, quantize in every way, judge; then the Pareto fronts."""
-    args = arguments()
-    train = str(find(args.images, "train"))
-    calibration = image_samples(train, WANTS, samples=128, seed=0)
-    test = image_samples(str(find(args.images, "t10k")), WANTS, samples=args.test)
-    found = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {"rows": []}
-    found |= {"hardware": hardware("cpu"), "versions": versions(), "steps": args.steps}
-    found["calibration"] = named(calibration)
-    for network in args.networks:
-        model, about = load(network, args, train)
-        exact = classify(model, test.pixel_values)
-        about = {"training": about, "test": named(test)}
-        found[network] = {"float": classification(exact, None, test.labels), **about}
-        for weights, inputs in pairs(args.bits, args.mixed):
-            for technique in args.techniques:
-                row = {"network": network, "weights": weights, "inputs": inputs, "technique": technique}
-                row["images"] = len(test.pixel_values)
-                if any(all(r[key] == row[key] for key in (*SAME, "images")) for r in found["rows"]):
-                    continue
-                row |= judged(model, recipe_of(row, args.steps), calibration, test, exact)
-                found["rows"] = [r for r in found["rows"] if any(r[key] != row[key] for key in SAME)] + [row]
-                print(row, flush=True)
-                write(args.out, found)
-    write(args.out, found)
+    args, started = arguments(), time.perf_counter()
+    places = [
+        Place(network, args.data, args.work, args.device, args.epochs, args.train, args.test, args.calibration)
+        for network in args.networks
+    ]
+    found = begun(args.out, places, args.steps)
+    print(f"float {[found[p.network]['float'] for p in places]}, {time.perf_counter() - started:.0f} s", flush=True)
+    every = [(place, pair) for place in places for pair in pairs(args.bits, args.mixed)]
+    first = [
+        Task(place, *pair, technique, 0, args.steps)
+        for place, pair in every
+        for technique in args.techniques or USUAL[place.network]
+    ]
+    run(first, found, args)
+    best = {
+        (n, row["weights"], row["inputs"]): row["technique"] for n in args.networks for row in best_of(of(found, n))
+    }
+    again = [
+        Task(place, *pair, best[place.network, *pair], seed, args.steps)
+        for seed in range(1, args.seeds)
+        for place, pair in every
+    ]
+    run(again, found, args)
     if args.plot:
         draw(found, args.plot)
+    print(f"{time.perf_counter() - started:.0f} s in all", flush=True)
+
+
+def begun(out: Path, places: Sequence[Place], steps: int) -> dict[str, Any]:
+    """What was recorded; without the rows of networks that were trained, calibrated or judged otherwise."""
+    found = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"rows": []}
+    for place in places:
+        ready = Ready.of(place)
+        about = {
+            "float": classification(ready.exact, None, ready.test.labels), "training": ready.training,
+            "test": named(ready.test), "calibration": place.calibration, "steps": steps,
+        }  # fmt: skip
+        if found.get(place.network) != json.loads(json.dumps(about)):
+            found["rows"] = [row for row in found["rows"] if row["network"] != place.network]
+        found[place.network] = about
+    return found | {"hardware": hardware(places[0].device), "versions": versions()}
+
+
+def run(tasks: Sequence[Task], found: dict[str, Any], args: argparse.Namespace) -> None:
+    """The rows that aren't there yet, learned ones first, so that processes end together."""
+    known = {tuple(row[key] for key in SAME) for row in found["rows"]}
+    left = [task for task in tasks if tuple(head(task)[key] for key in SAME) not in known]
+    left.sort(key=lambda task: (task.technique in ("nearest", "gptq"), task.place.network != "vit"))
+    for row in rows_of(judged, left, args.jobs):
+        found["rows"].append(row)
+        print(row, flush=True)
+        write(args.out, found)
+    write(args.out, found)
+
+
+def of(found: dict[str, Any], network: str) -> list[dict[str, Any]]:
+    """Rows of a network."""
+    return [row for row in found["rows"] if row["network"] == network]
 
 
 def write(out: Path, found: dict[str, Any]) -> None:
     """With what units cost, and the fronts."""
-    found["rows"] = [{**row, **cost(row["weights"], row["inputs"])} for row in found["rows"]]
+    found["rows"].sort(key=lambda row: [str(row[key]) for key in SAME])
     found["best"], found["pareto"] = {}, {}
     for network in sorted({row["network"] for row in found["rows"]}):
-        best = best_of([row for row in found["rows"] if row["network"] == network])
-        found["best"][network] = {
-            label(r): {k: r[k] for k in ("technique", "top1", "layer_bits", "luts")} for r in best
-        }
+        best = best_of(of(found, network))
+        shown = ("technique", "top1", "spread", "seeds", "layer_bits", "luts", "cost")
+        found["best"][network] = {label(r): {k: r[k] for k in shown} for r in best}
         axes = ("layer_bits", "luts", "toggles")
         found["pareto"][network] = {axis: [label(r) for r in front(best, axis)] for axis in axes}
     out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -108,31 +182,67 @@ def pairs(bits: list[int], mixed: bool) -> list[tuple[str, str]]:
     return same + (list(MIXED) if mixed else [])
 
 
-def recipe_of(row: dict[str, Any], steps: int) -> Recipe:
+def recipe_of(task: Task) -> Recipe:
     """A technique over one pair of formats."""
-    scheme = {"weights": f"{row['weights']} channel"}
-    scheme["inputs"] = f"{row['inputs']} tensor static scale=percentile(p=99.999)"
-    learned = {"reconstruction": "mse", "weights": "adaround", "steps": steps, "rates": {"rounding": 0.005}}
-    learned["schedule"] = "constant"
+    scheme = {"weights": f"{task.weights} channel"}
+    scheme["inputs"] = f"{task.inputs} tensor static scale=percentile(p=99.999)"
+    learned = {"reconstruction": "mse", "weights": "adaround", "steps": task.steps, "rates": {"rounding": 0.02}}
+    learned |= {"schedule": "constant", "mix": 0.5, **({"unit": "layer"} if task.technique == "layers" else {})}
     middle: dict[str, list[dict[str, Any]]] = {
-        "nearest": [{"solver": "rtn"}], "gptq": [{"solver": "gptq"}], "learned": [{"solver": "rtn"}, learned],
+        "nearest": [{"solver": "rtn"}], "gptq": [{"solver": "gptq"}],
+        "learned": [{"solver": "rtn"}, learned], "layers": [{"solver": "rtn"}, learned],
     }  # fmt: skip
-    stages = [{"transform": "fold-batchnorm"}, EQUAL[row["network"]], *middle[row["technique"]]]
-    stages += [] if row["technique"] == "learned" else [{"correction": "bias"}]
-    return parse_recipe({"name": row["technique"], "scheme": scheme, "steps": stages})
+    stages = [{"transform": "fold-batchnorm"}, EQUAL[task.place.network], *middle[task.technique]]
+    stages += [{"correction": "bias"}] if task.technique in ("nearest", "gptq") else []
+    return parse_recipe({"name": task.technique, "scheme": scheme, "steps": stages})
 
 
-def judged(
-    model: Any, recipe: Recipe, calibration: ImageSamples, test: ImageSamples, exact: torch.Tensor
-) -> dict[str, Any]:
-    """Top-1 on test images, and the bits of what was quantized, scales included."""
+@dataclass(frozen=True)
+class Ready:
+    """What every task of a process needs."""
+
+    network: Any
+    training: dict[str, Any]
+    test: ImageSamples
+    exact: Tensor
+
+    @staticmethod
+    @cache
+    def of(place: Place) -> Ready:
+        """Load it; train where nobody has."""
+        make, batch = TRAINERS[place.network]
+        samples, folder = (
+            fashion.images(place.data, "train", place.train),
+            place.work / f"{place.network}-fashion-mnist",
+        )
+        network, training = make(samples, folder, epochs=place.epochs, batch=batch, device=place.device)
+        network, test = network.to(place.device), fashion.images(place.data, "t10k", place.test)
+        return Ready(network, training, test, classify(network, test.pixel_values, 500))
+
+
+def head(task: Task) -> dict[str, Any]:
+    """What tells a task's row from others."""
+    row = {"network": task.place.network, "weights": task.weights, "inputs": task.inputs}
+    return row | {"technique": task.technique, "seed": task.seed, "images": task.place.test or 10000}
+
+
+def judged(task: Task) -> dict[str, Any]:
+    """Quantize; top-1 on test images, the bits of what was quantized, scales included, and what a unit costs."""
+    ready, calibration = Ready.of(task.place), drawn(task.place.data, task.place.calibration, task.seed)
     started = time.perf_counter()
-    settings = nybble.Settings(batch=32)
-    quantized, report = nybble.quantize(copy.deepcopy(model), recipe, calibration, settings=settings)
+    settings = nybble.Settings(batch=32, device=task.place.device, seed=task.seed)
+    made, report = nybble.quantize(copy.deepcopy(ready.network), recipe_of(task), calibration, settings=settings)
     seconds = round(time.perf_counter() - started, 1)
-    hold_dense(quantized, torch.float32)
-    found = classification(classify(quantized, test.pixel_values), exact, test.labels)
-    return {**found, "layer_bits": round(report.bits, 4), "seconds": seconds}
+    hold_dense(made, torch.float32)
+    found = classification(classify(made, ready.test.pixel_values, 500), ready.exact, ready.test.labels)
+    row = {**head(task), **found, "layer_bits": round(report.bits, 4), "seconds": seconds}
+    return row | cost(task.weights, task.inputs)
+
+
+@cache
+def drawn(data: Path, samples: int, seed: int) -> ImageSamples:
+    """What calibrates."""
+    return fashion.images(data, "train", samples, seed)
 
 
 def cost(weights: str, inputs: str) -> dict[str, Any]:
@@ -145,13 +255,18 @@ def cost(weights: str, inputs: str) -> dict[str, Any]:
     return {"luts": round(luts(unit), 1), "toggles": None, "cost": "estimated"}
 
 
-def best_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each pair of formats the technique with the highest top-1."""
+def best_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each pair of formats the technique with the highest top-1 under the first seed; its mean over all seeds."""
     best: dict[str, dict[str, Any]] = {}
-    for row in rows:
+    for row in (row for row in rows if row["seed"] == 0):
         if label(row) not in best or row["top1"] > best[label(row)]["top1"]:
             best[label(row)] = row
-    return list(best.values())
+    found = []
+    for name, row in best.items():
+        top1 = [r["top1"] for r in rows if label(r) == name and r["technique"] == row["technique"]]
+        spread = round(statistics.stdev(top1), 5) if len(top1) > 1 else None
+        found.append({**row, "top1": round(statistics.mean(top1), 5), "spread": spread, "seeds": len(top1)})
+    return found
 
 
 def front(rows: list[dict[str, Any]], axis: str) -> list[dict[str, Any]]:
@@ -170,23 +285,6 @@ def label(row: dict[str, Any]) -> str:
     return names[0] if names[0] == names[1] else " x ".join(names)
 
 
-def load(network: str, args: argparse.Namespace, train: str) -> tuple[Any, dict[str, Any]]:
-    """A network in float, and how it was trained."""
-    folder = args.work / f"{network}-fashion-mnist"
-    if network == "cnn":
-        samples = image_samples(train, WANTS, samples=args.train, fewer=True)
-        model: Any = trained(samples, folder, epochs=args.epochs)
-    else:
-        if not folder.exists():
-            samples = image_samples(train, WANTS, samples=args.train, fewer=True)
-            fit(samples, argparse.Namespace(epochs=args.epochs, batch=256, device="cpu")).save_pretrained(folder)
-            about = {"epochs": args.epochs, "batch": 256, "seed": 0, "samples": len(samples.pixel_values)}
-            (folder / "training.json").write_text(json.dumps(about | {"hardware": hardware("cpu")}), encoding="utf-8")
-        make: Any = ViTForImageClassification.from_pretrained
-        model = make(folder).eval().requires_grad_(False)
-    return model, json.loads((folder / "training.json").read_text(encoding="utf-8"))
-
-
 def draw(found: dict[str, Any], path: Path) -> None:
     """Top-1 against bits and against LUTs, a row of two for each network; the fronts as lines."""
     from matplotlib.figure import Figure
@@ -194,7 +292,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     networks = list(found["best"])
     figure = Figure(figsize=(11, 4.5 * len(networks)), layout="constrained")
     for axes, network in zip(figure.subplots(len(networks), 2, squeeze=False), networks, strict=True):
-        rows = best_of([row for row in found["rows"] if row["network"] == network])
+        rows = best_of(of(found, network))
         for ax, axis, said in zip(
             axes, ("layer_bits", "luts"), ("bits a weight, scales included", "LUTs"), strict=True
         ):
@@ -217,18 +315,21 @@ def draw(found: dict[str, Any], path: Path) -> None:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--networks", nargs="+", choices=("cnn", "vit"), default=["cnn", "vit"])
+    parser.add_argument("--data", type=Path, default=fashion.FOLDER)
+    parser.add_argument("--networks", nargs="+", choices=tuple(TRAINERS), default=list(TRAINERS))
     parser.add_argument("--bits", nargs="+", type=int, choices=tuple(FORMATS), default=list(FORMATS))
     parser.add_argument(
         "--mixed", action=argparse.BooleanOptionalAction, default=True, help="4-bit weights, 8-bit inputs"
     )
-    techniques = ("nearest", "gptq", "learned")
-    parser.add_argument("--techniques", nargs="+", choices=techniques, default=list(techniques))
-    parser.add_argument("--steps", type=int, default=100, help="of learned rounding, a block")
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--techniques", nargs="+", choices=TECHNIQUES, help="other than the usual ones")
+    parser.add_argument("--steps", type=int, default=200, help="of learned rounding, a window")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--calibration", type=int, default=256, help="training images")
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--train", type=int, help="at most so many training images")
     parser.add_argument("--test", type=int, help="so many test images instead of all 10,000")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--work", type=Path, default=Path("benchmark-work"))
     parser.add_argument("--out", type=Path, default=RESULTS / "minifloat.json")
     parser.add_argument("--plot", type=Path, help="draw to this file too")

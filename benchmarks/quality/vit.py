@@ -12,25 +12,25 @@ forward with and without shifts, interleaved. Result: benchmarks/results/vit.jso
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from fashion import FOLDER, call_model, images, kept, train
 from run import hardware, named
 from transformers import ViTConfig, ViTForImageClassification
 
 import nybble
-from nybble.core.progress import Bars, task
 from nybble.core.versions import versions
-from nybble.data.images import ImageSamples, Preparation, image_samples
+from nybble.data.images import ImageSamples
 from nybble.eval import classification, classify
 from nybble.nn.swap import hold_dense
 from nybble.recipe import Recipe, load_recipe, parse_recipe
 
 RESULT = Path(__file__).parents[1] / "results" / "vit.json"
-WANTS = Preparation(height=28, width=28, channels=1, mean=(0.286,), std=(0.353,))
 FP = {4: "e2m1", 6: "e2m3", 8: "e4m3"}
 METHODS = ("percentile-int", "minmax-int", "minmax-fp", "fp-baseline", "llm-fp4", "llm-fp4 fisher")
 
@@ -38,23 +38,18 @@ METHODS = ("percentile-int", "minmax-int", "minmax-fp", "fp-baseline", "llm-fp4"
 def main() -> None:
     """Train or load, quantize in every way, judge."""
     args = arguments()
-    train = image_samples(str(find(args.images, "train")), WANTS, samples=args.train, fewer=True)
-    test = image_samples(str(find(args.images, "t10k")), WANTS, samples=args.test)
-    calibration = image_samples(str(find(args.images, "train")), WANTS, samples=128, seed=0)
-    folder = args.work / "vit-fashion-mnist"
-    if not folder.exists():
-        fit(train, args).save_pretrained(folder)
-        trained = {"epochs": args.epochs, "batch": args.batch, "seed": 0, "hardware": hardware(args.device)}
-        (folder / "training.json").write_text(json.dumps(trained) + "\n", encoding="utf-8")
-    load: Any = ViTForImageClassification.from_pretrained
-    exact = classify(load(folder).to(args.device), test.pixel_values)
+    test, calibration = images(args.images, "t10k", args.test), images(args.images, "train", 128, 0)
+    folder, samples = args.work / "vit-fashion-mnist", images(args.images, "train", args.train)
+    network, training = trained(samples, folder, epochs=args.epochs, batch=args.batch, device=args.device)
+    network = network.to(args.device)
+    exact = classify(network, test.pixel_values)
     rows = [{"method": "float", "bits": "16/16", **classification(exact, None, test.labels)}]
     print(rows[0], flush=True)
     forwards = {}
     for bits in ((8, 8), (6, 6), (4, 4)):
         for method in METHODS:
             started = time.perf_counter()
-            model = load(folder, dtype=torch.bfloat16).to(args.device)
+            model = copy.deepcopy(network).bfloat16()
             settings = nybble.Settings(batch=32, device=args.device)
             recipe = recipe_of(method, bits, args.effort)
             quantized, _ = nybble.quantize(model, recipe, calibration, settings=settings)
@@ -65,7 +60,7 @@ def main() -> None:
             print(rows[-1], flush=True)
             if bits == (4, 4) and method in ("fp-baseline", "llm-fp4"):
                 forwards[method] = quantized
-    about = {"training": json.loads((folder / "training.json").read_text(encoding="utf-8"))}
+    about = {"training": training}
     about |= {"hardware": hardware(args.device), "versions": versions(), "test": named(test)}
     about |= {
         "effort": args.effort,
@@ -94,38 +89,29 @@ def recipe_of(method: str, bits: tuple[int, int], effort: str) -> Recipe:
     return parse_recipe({"name": method, "scheme": {"rules": rules}, "steps": [step]})
 
 
-def fit(train: ImageSamples, args: argparse.Namespace) -> Any:
-    """Train the model: AdamW, cosine schedule with warm-up, flips and shifts of two pixels."""
+def build() -> Any:
+    """The model, with random weights."""
     torch.manual_seed(0)
     make: Any = ViTConfig
     config = make(
         image_size=28, patch_size=4, num_channels=1, hidden_size=192, intermediate_size=768, num_hidden_layers=6,
         num_attention_heads=3, num_labels=10,
     )  # fmt: skip
-    model: Any = ViTForImageClassification(config).to(args.device).train()
-    pixels, labels = train.pixel_values.to(args.device), train.labels
-    assert labels is not None
-    labels = labels.to(args.device)
-    steps = args.epochs * (len(pixels) // args.batch)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
-    with task(Bars(), args.epochs, "train") as bar:
-        for _ in range(args.epochs):
-            order = torch.randperm(len(pixels), device=args.device)
-            for start in range(0, len(pixels) - args.batch + 1, args.batch):
-                chosen = order[start : start + args.batch]
-                x = pixels[chosen]
-                x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
-                by = torch.randint(-2, 3, (2,)).tolist()
-                x = x.roll(by, (-2, -1))
-                with torch.autocast(args.device, torch.bfloat16):
-                    loss = model(pixel_values=x, labels=labels[chosen]).loss
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-            bar.advance(note=f"loss {float(loss.detach()):.3f}")
-    return model.eval()
+    return ViTForImageClassification(config)
+
+
+def trained(samples: ImageSamples, folder: Path, *, epochs: int, batch: int, device: str) -> tuple[Any, dict[str, Any]]:
+    """The model from ``folder``, trained and put there first where it isn't yet (AdamW, one cycle); and how it was."""
+
+    def make() -> Any:
+        model = build().to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05, fused=True)
+        return train(
+            model, samples, optimizer, epochs=epochs, batch=batch, rise=0.1, device=device, logits=call_model,
+            bfloat16=device != "cpu",
+        )  # fmt: skip
+
+    return kept(folder, build, make, epochs=epochs, batch=batch, seed=0, samples=len(samples.pixel_values))
 
 
 def shift_time(models: dict[str, Any], test: ImageSamples, device: str) -> float:
@@ -150,18 +136,10 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def find(folder: Path, part: str) -> Path:
-    """The IDX file of a part, wherever the package keeps it."""
-    found = sorted(folder.rglob(f"{part}-images-idx3-ubyte*"))
-    if not found:
-        raise SystemExit(f"{folder} holds no {part}-images-idx3-ubyte; apt-get install dataset-fashion-mnist")
-    return found[0]
-
-
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--images", type=Path, default=FOLDER)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--effort", choices=("quick", "full"), default="full")

@@ -210,15 +210,17 @@ def test_the_recipe_beats_rounding_to_nearest(name: str) -> None:
     assert lost[0] < 0.9 * lost[1]
 
 
-@pytest.mark.parametrize("name", ["resnet", "plain", "pairs"])
-def test_what_is_learned_lowers_the_error_of_its_window(name: str) -> None:
-    """From what the nearest values of the same equalised network lose at its output."""
+@pytest.mark.parametrize("name", ["resnet", "mobilenet", "plain"])
+def test_what_is_learned_lowers_the_errors_of_its_windows(name: str) -> None:
+    """From what the nearest values of the same equalised network lose, residual block by residual block."""
     recipe = load_recipe("minifloat-learned").with_effort("quick")
     assert [step.name for step in recipe.steps] == ["fold-batchnorm", "cross-layer", "rtn", "mse"]
     assert recipe.scheme == load_recipe("minifloat").scheme
     _, report = run(made(name), recipe)
-    (window,) = next(row.learned for row in report.layers if row.learned)["windows"]
-    assert window["kept"] == "last" and window["after"] < window["before"]
+    windows = [w for row in report.layers if row.learned for w in row.learned["windows"] if "curve" in w]
+    assert len({w["window"] for w in windows}) == len(windows) >= 3
+    lowered = [w["after"] / w["before"] for w in windows if w["kept"] == "last"]
+    assert len(lowered) > len(windows) / 2 and sum(lowered) < 0.9 * len(lowered)
 
 
 def made(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -66,6 +67,7 @@ class BlockState:
     Attributes:
         lends: gives, by name in the module, tensors that stand for its parameters on the quantized path, anew for every
             forward, with gradients: what a learned transform makes of them.
+        within: name of the module in the block that a view (:meth:`narrowed`) is about; empty for all of it.
         records: by a target's name. beside: what :meth:`stand_in` put in place, by name.
         folded: full names of BatchNorms that went into convolutions, by convolution.
     """
@@ -87,6 +89,7 @@ class BlockState:
         self._installed: dict[str, Part] = {}
         self._packed: dict[str, nn.Module] = {}
         self._came: dict[str, Tensor] = {}
+        self.within = ""
         self.lends: Callable[[], Mapping[str, Tensor]] | None = None
         for key, tensor in (precise or {}).items():
             live = self._live(key)
@@ -97,6 +100,12 @@ class BlockState:
     def prefix(self) -> str:
         """What full names of its parts begin with."""
         return f"{self.name}." if self.name else ""
+
+    def narrowed(self, within: str, targets: Sequence[Target]) -> BlockState:
+        """The same block, of which a module and the targets in it alone are to be worked on: what is done is shared."""
+        view = copy.copy(self)
+        view.within, view.targets = within, targets
+        return view
 
     # ------------------------------------------------------------------------------------------------ weights
     def get(self, name: str) -> Tensor:

@@ -84,6 +84,22 @@ class WholeCall(BlockCall):
         return {HIDDEN: _main_output(block(**inputs, **no_cache(block)))}
 
 
+@dataclass(frozen=True, kw_only=True)
+class UnitCall(BlockCall):
+    """A call of a module inside a block (:class:`nybble.calibration.units.Unit`).
+
+    ``name``: its own, in the block. ``writes``: it writes to what it is given.
+    """
+
+    name: str
+    writes: bool = False
+
+    def run(self, block: nn.Module, given: Tensors) -> dict[str, Tensor]:
+        """Call the module as it is in ``block`` now."""
+        module, hidden = block.get_submodule(self.name), given[HIDDEN]
+        return {HIDDEN: module(hidden.clone() if self.writes else hidden, *self.args, **self.kwargs)}
+
+
 class NamedOutput(dict[str, Tensor]):
     """What a block returned by names, as the model reads it: by attribute (None of what there isn't) or by place."""
 

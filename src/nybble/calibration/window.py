@@ -91,6 +91,12 @@ class Window:
         (found,) = self.blocks
         return found
 
+    @property
+    def last(self) -> str:
+        """Full name of the module whose output is the window's."""
+        state = self.blocks[-1]
+        return f"{state.prefix}{state.within}" if state.within else state.name
+
     def batches(self, path: str, block: int = 0) -> Batches:
         """The inputs of one of the window's blocks on a path, run through the blocks before it.
 

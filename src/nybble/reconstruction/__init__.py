@@ -45,7 +45,11 @@ class Reconstruction(ABC):
             one of the three is learned.
         norms, biases: whether the weights and biases of a block's normalisation layers, or the biases of its learned
             layers, learn too, in groups of these names. They stay what they are stored as.
-        window: blocks that are optimised together. overlap: how many of them the next window has too; their parts go
+        unit: what a window counts. ``block``: the model's blocks; of a model that is walked as one block, as
+            convolutional networks are, its residual blocks, and the layers that are in none
+            (:mod:`nybble.calibration.units`). ``layer``: each layer by itself. ``whole``: a model that is walked as one
+            block is one window. Where such a model can't be cut, or ``block`` ties layers of all of it, it is whole.
+        window: units that are optimised together. overlap: how many of them the next window has too; their parts go
             on from what they learned.
         steps: of the optimiser for each window; each takes one batch of calibration samples.
         rates: learning rate by the parts' groups (AdaRound: ``rounding``), and ``default`` for all others.
@@ -72,6 +76,7 @@ class Reconstruction(ABC):
     block: LearnedTransform | None = None
     norms: bool = False
     biases: bool = False
+    unit: Literal["block", "layer", "whole"] = "block"
     window: int = 1
     overlap: int = 0
     steps: int = 200
@@ -107,6 +112,11 @@ class Reconstruction(ABC):
             raise SchemeError(
                 f"block={LearnedTransform.registry.key_of(self.block)} folds what it learns into norms and biases; "
                 "leave norms and biases out, or learn them in a step of their own behind it."
+            )
+        if self.block is not None and self.unit == "layer":
+            raise SchemeError(
+                f"block={LearnedTransform.registry.key_of(self.block)} ties layers of a block together, and unit=layer "
+                "learns one at a time; take unit=block."
             )
         if self.block is not None and self.weights is not None and self.weights.fixes_x:
             raise SchemeError(

@@ -11,6 +11,7 @@ optimizing      update rules, learning rates, clipped gradients
 training        the loop over steps; inputs: what a step is fed
 gradients       forward and backward of a step; on a GPU recorded, and replayed
 transforming    a learned transform of a block's float weights
+in_units        around it: a block learned in parts, residual block by residual block or layer by layer
 moves           what it did, as numbers for the report
 ==============  =====================================================================================
 """

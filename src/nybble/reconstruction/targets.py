@@ -46,7 +46,8 @@ def wanted_of(window: Window, names: Sequence[str]) -> Iterator[Wanted]:
     """The targets of these names, over all batches; files that hold them go with the context.
 
     ``float`` and ``local`` are passes of the float blocks: over what the float network gives them, or over what the
-    quantized blocks before them give. The gradients of ``fisher`` are the last block's, gathered before the walk.
+    quantized blocks before them give. The gradients of ``fisher``, by what the last block or unit gives, were
+    gathered before the walk.
     """
     calibration = window.calibration
     stream = Stream(calibration.samples, calibration.device, calibration.spill)
@@ -60,7 +61,7 @@ def wanted_of(window: Window, names: Sequence[str]) -> Iterator[Wanted]:
                 else:
                     stream.write(start, {name: output})
                 start += size
-        yield Wanted(stream, names, calibration.gradients[window.blocks[-1].name] if FISHER in names else None)
+        yield Wanted(stream, names, calibration.gradients[window.last] if FISHER in names else None)
     finally:
         stream.close()
 

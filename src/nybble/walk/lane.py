@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,41 +12,24 @@ from torch import nn
 
 from nybble.calibration.block import BlockState
 from nybble.calibration.fisher import block_gradients, fisher_of, guides_of, layers_with_weights
+from nybble.calibration.spans import Span, spans
 from nybble.calibration.streams import Stream
 from nybble.calibration.tail import tail
 from nybble.calibration.trace import HIDDEN, BlockCall, Tensors, capture_block_calls
+from nybble.calibration.units import find_units
 from nybble.calibration.window import Calibration, Known, Window
 from nybble.checkpoint.parts import SPILL, Parts
 from nybble.core.errors import DataError
 from nybble.core.seeds import derive_seed
+from nybble.models.adapter import under
 from nybble.nn.swap import hold_dense
+from nybble.reconstruction import FISHER
+from nybble.reconstruction.in_units import chains, in_units, layers_of
 from nybble.reconstruction.twins import settle_twins
 from nybble.report.record import LayerRow, block_rows
 from nybble.walk.blocks import load_block, load_outside, outside_state, release
 from nybble.walk.carry import Carry
 from nybble.walk.job import OUTSIDE, Job, part_name
-
-
-@dataclass(frozen=True)
-class Span:
-    """Blocks ``start .. stop`` are worked on together; those before ``leave`` are finished then."""
-
-    start: int
-    stop: int
-    leave: int
-
-
-def spans(stacks: Sequence[int], window: int, overlap: int) -> Iterator[Span]:
-    """The windows over a model, in order; none reaches from one stack of blocks into the next."""
-    first = 0
-    for size in stacks:
-        start, end = first, first + size
-        while start < end:
-            stop = min(start + window, end)
-            leave = stop if stop == end else start + window - overlap
-            yield Span(start, stop, leave)
-            start = leave
-        first = end
 
 
 class Lane:
@@ -156,21 +139,38 @@ class Lane:
         )  # fmt: skip
 
     def _see_output_gradients(self, model: nn.Module) -> None:
-        """Squares of the gradients by what the last block of every window gives, kept as hidden states are."""
+        """Squares of the gradients by what every window gives, kept as hidden states are."""
         job, found = self.job, self.calibration.gradients
         assert job.tokens is not None
-        last = {self.names[span.stop - 1]: span.stop - 1 for span in self.spans()}
-        for name, index in last.items():
+        last = self._outlets(model)
+        for index, name in enumerate(last):
             spill = None if self.spill is None else self.spill / f"{SPILL}gradient.{index}"
             found[name] = Stream(self.calibration.samples, job.device, spill)
         passes = block_gradients(
-            model, job.adapter, list(last), job.tokens.inputs, batch=job.settings.batch, seed=job.settings.seed
+            model, job.adapter, last, job.tokens.inputs, batch=job.settings.batch, seed=job.settings.seed
         )
         for start, gradients in passes:
             size = min(job.settings.batch, self.calibration.samples - start)
             for name, gradient in gradients.items():
                 wide = gradient.float() if gradient.dtype == torch.float16 else gradient  # squares need its exponents
                 found[name].begin(start, (), {HIDDEN: wide.square()}, size)
+
+    def _outlets(self, model: nn.Module) -> list[str]:
+        """Full names of the last block of every window; of those that are learned in units, the last of theirs."""
+        job, found = self.job, dict[str, None]()
+        assert job.tokens is not None
+        inputs = job.kind.batch(job.tokens.inputs, 0, 2, next(model.parameters()).device).inputs
+        for options in (step.reconstruction for step in job.reconstructions if FISHER in step.reconstruction.targets):
+            units = in_units(job.adapter, options)
+            for name, targets in zip(self.names, job.plan.blocks, strict=True) if units else ():
+                block = model.get_submodule(name)
+                own = find_units(
+                    block, layers_of(targets, options), lambda: model(**inputs), inputs.values(), options.unit
+                )
+                windows = spans(chains(own), options.window, options.overlap)
+                found |= {f"{under(name)}{own[span.stop - 1].name}": None for span in windows} or {name: None}
+            found |= {} if units else {self.names[span.stop - 1]: None for span in self.spans()}
+        return list(found)
 
     def close(self) -> None:
         """Let go of all streams."""

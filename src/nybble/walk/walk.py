@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
 
+from nybble.calibration.spans import Span
 from nybble.calibration.window import Known
 from nybble.checkpoint.parts import Parts
 from nybble.core.products import products_in
 from nybble.core.progress import Progress, task
 from nybble.report.record import LayerRow
 from nybble.walk.job import Job, part_name
-from nybble.walk.lane import Lane, Span
+from nybble.walk.lane import Lane
 
 
 class Walk:

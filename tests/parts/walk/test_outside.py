@@ -10,12 +10,12 @@ import torch
 from tests.tiny import logits, save_text, save_tiny, tiny_model, tiny_tokenizer
 
 import nybble
+from nybble.calibration.spans import Span, spans
 from nybble.core.errors import UsageError
 from nybble.data import load_text, token_samples
 from nybble.nn.linear import QuantLinear
 from nybble.quantizer import Quantizer
 from nybble.recipe import parse_recipe
-from nybble.walk.lane import Span, spans
 
 SETTINGS = nybble.Settings(samples=6, seq_len=12, batch=2, dtype=torch.float32)
 

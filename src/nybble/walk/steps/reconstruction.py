@@ -10,7 +10,7 @@ from nybble.core.errors import SchemeError, within
 from nybble.models.adapter import under
 from nybble.nn.kinds import Target, matrix_at
 from nybble.reconstruction import FISHER, Reconstruction
-from nybble.reconstruction.engine import reconstruct
+from nybble.reconstruction.in_units import in_units, learn
 from nybble.solvers import Solver
 from nybble.walk.steps import BlockStep, Cost, Load, Subject
 
@@ -40,7 +40,13 @@ class ReconstructionStep(BlockStep):
         return load.tokens if self._weighed else 0
 
     def check(self, subject: Subject) -> None:  # noqa: D102
-        names = subject.adapter.block_names(subject.model)
+        options, adapter = self.reconstruction, subject.adapter
+        if options.unit == "layer" and options.window > 1 and not (adapter.convolutional or adapter.whole):
+            raise SchemeError(
+                f"{self.name}: window={options.window} counts blocks in {type(subject.model).__name__}, and unit=layer "
+                "learns one layer at a time; take window=1, or unit=block."
+            )
+        names = adapter.block_names(subject.model)
         learned = 0
         inputs = [t for targets in subject.plan.blocks for t in targets if t.rule.inputs is not None]
         for name, targets in zip(names, subject.plan.blocks, strict=True):
@@ -87,6 +93,9 @@ class ReconstructionStep(BlockStep):
         width = sum(sum(t.shape) for t in targets)
         kept = load.samples * load.seq_len * max((t.shape[1] for t in targets), default=0) * load.dtype.itemsize
         gradients = kept * len(subject.plan.blocks) if self._weighed else 0
+        if in_units(subject.adapter, self.reconstruction):  # with what goes into a unit, on each path
+            most = max((load.inputs.get(t.name, t.shape[1] * load.seq_len) for t in targets), default=0)
+            kept = (1 + len(self.paths)) * load.samples * most * load.dtype.itemsize
         kept = 0 if load.spilled else kept * len({*self.reconstruction.targets} - {FISHER}) + gradients
         running = load.tokens * width * (2 * load.dtype.itemsize + 8)
         passes = 3 * self.reconstruction.steps * load.tokens + 3 * load.samples * load.seq_len
@@ -100,4 +109,4 @@ class ReconstructionStep(BlockStep):
         )
 
     def run(self, window: Window) -> None:  # noqa: D102
-        reconstruct(window, self.reconstruction)
+        learn(window, self.reconstruction)
