@@ -12,6 +12,8 @@ from torch import Tensor
 
 from nybble.calibration.trace import BlockCall
 
+_PLAIN = (Tensor, str, int, float, bool, torch.dtype, torch.device, type(None))
+
 
 class Held:
     """Tensors that the blocks of an earlier batch were called with, to be held instead of equal ones.
@@ -39,6 +41,18 @@ class Held:
 def own(calls: Sequence[BlockCall]) -> list[BlockCall]:
     """The calls with lists and mappings of their own: blocks may write into them what later ones read (Gemma 4)."""
     return _mapped_calls(calls, lambda tensor: tensor)
+
+
+def keeps(call: BlockCall) -> bool:
+    """Whether a block is called with lists, mappings or objects, into which it may write what later ones read."""
+    given = [*call.args, *call.kwargs.values()]
+    while given:
+        value = given.pop()
+        if isinstance(value, tuple):
+            given += value
+        elif not isinstance(value, _PLAIN):
+            return True
+    return False
 
 
 def _mapped_calls(calls: Sequence[BlockCall], change: Callable[[Tensor], Tensor]) -> list[BlockCall]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nybble.calibration.chain import chain_fault
+from nybble.core import ranks
 from nybble.core.device import measure_flops, require_memory
 from nybble.core.errors import DataError, SchemeError, within
 from nybble.core.files import need_space
@@ -117,7 +118,7 @@ class Job:
         for module_kind in subject.plan.kinds:
             module_kind.prepare(model)
         solver = next(step.solver for step in steps if isinstance(step, SolverStep))
-        products = settings.products_of(device, dtype)
+        products = ranks.lead_says(settings.products_of(device, dtype))
         load = _load(subject, source, settings, dtype, tokens, kept, paths, steps)
         load = replace(load, wide=products != dtype)
         cost = estimate(subject, steps, load, measure_flops(device, products))
@@ -222,7 +223,8 @@ class Job:
         more = ""
         if self.window > 1:
             more = f"a smaller window (its {self.window} blocks take {self.estimate.window / 1e9:.1f} GB), "
-        require_memory(self.estimate.memory, self.device, more)
+        each = ranks.size_here() if self.device.type == "cpu" else 1
+        require_memory(self.estimate.memory * each, self.device, more)
         if out is not None:
             beside = {} if self.source is None else self.source.side_files()
             need_space(out, self.estimate.disk + sum(path.stat().st_size for path in beside.values()))
@@ -238,7 +240,7 @@ class Job:
             "settings": {
                 "seed": self.settings.seed,
                 "batch": self.settings.batch,
-                "device": str(self.device),
+                "device": self.device.type,
                 "dtype": str(self.dtype),
                 "products": str(self.products),
             },

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nybble.calibration.arguments import keeps
 from nybble.calibration.block import BlockState
 from nybble.calibration.fisher import block_gradients, fisher_of, layers_with_weights
 from nybble.calibration.streams import Stream
@@ -17,6 +18,7 @@ from nybble.calibration.tail import tail
 from nybble.calibration.trace import HIDDEN, BlockCall, Tensors, capture_block_calls
 from nybble.calibration.window import Calibration, Known, Window
 from nybble.checkpoint.parts import SPILL, Parts
+from nybble.core import ranks
 from nybble.core.errors import DataError
 from nybble.core.seeds import derive_seed
 from nybble.nn.swap import hold_dense
@@ -72,9 +74,12 @@ class Lane:
         self.calibration = Calibration(
             tokens=0 if job.tokens is None else job.tokens.tokens, samples=samples,
             batches=-(-samples // job.settings.batch), device=job.device, dtype=job.dtype, seed=job.settings.seed,
-            config=job.model.config, paths=job.paths, adapter=job.adapter,
-            spill=None if spill is None else spill / f"{SPILL}wanted",
+            config=job.model.config, paths=job.paths, adapter=job.adapter, spill=self._spilled("wanted"),
         )  # fmt: skip
+
+    def _spilled(self, name: str) -> Path | None:
+        """Leading part of the names of this process's files, if hidden states are to be in files."""
+        return None if self.spill is None else self.spill / f"{SPILL}{ranks.tag()}{name}"
 
     @property
     def calibrated(self) -> bool:
@@ -105,7 +110,7 @@ class Lane:
         before, self.streams = self.streams, {}
         first: Stream | None = None
         for path in sorted(self.job.paths):
-            spill = None if self.spill is None else self.spill / f"{SPILL}{path}.{stack}"
+            spill = self._spilled(f"{path}.{stack}")
             if first is not None and not stack:
                 self.streams[path] = first.fork(spill)
                 continue
@@ -154,8 +159,7 @@ class Lane:
         assert job.tokens is not None
         last = {self.names[span.stop - 1]: span.stop - 1 for span in self.spans()}
         for name, index in last.items():
-            spill = None if self.spill is None else self.spill / f"{SPILL}gradient.{index}"
-            found[name] = Stream(self.calibration.samples, job.device, spill)
+            found[name] = Stream(self.calibration.samples, job.device, self._spilled(f"gradient.{index}"))
         passes = block_gradients(
             model, job.adapter, list(last), job.tokens.inputs, batch=job.settings.batch, seed=job.settings.seed
         )
@@ -245,13 +249,23 @@ class Lane:
                     self._advance(index, path, stream)
 
     def _advance(self, index: int, path: str, stream: Stream) -> None:
-        torch.manual_seed(derive_seed(self.job.settings.seed, part_name(index), "advance"))
-        state = self.states[index]
+        """Every process moves its share of the batches, and gives it to the others.
+
+        Where blocks write into what later ones read (Gemma 4), all move all.
+        """
+        state, starts, made = self.states[index], list(stream), dict[int, Tensors]()
+        alone = any(keeps(stream.calls[start][self._in_stack(index)]) for start in starts)
         with state.on(path) as module, state.as_it_came() if path == "float" else nullcontext():
             hold_dense(module, self.job.dtype)
-            for start in stream:
+            for start in starts if alone else (starts[number] for number in ranks.share(len(starts))):
+                torch.manual_seed(derive_seed(self.job.settings.seed, part_name(index), "advance", str(start)))
                 stream.write(start, stream.calls[start][self._in_stack(index)].run(module, stream.read(start)))
+                if ranks.size() > 1:
+                    made[start] = stream.read(start)
             hold_dense(module, None)
+        for start, tensors in () if alone or ranks.size() == 1 else ranks.spread(made, self.job.device):
+            if start not in made:
+                stream.write(start, tensors)
         if not stream.finite():
             raise DataError(f"the outputs of block {index} hold NaN or Inf; try another dtype or a gentler scheme.")
 
@@ -298,7 +312,7 @@ class Lane:
     # ------------------------------------------------------------------------------------------------ the rest
     def outside(self, parts: Parts | None) -> list[LayerRow]:
         """Quantize what is in no block, on the inputs that it gets there."""
-        if parts is not None and parts.done(OUTSIDE):
+        if parts is not None and ranks.lead_says(parts.done(OUTSIDE)):
             return [LayerRow.from_dict(row) for row in parts.rows(OUTSIDE)]
         state = outside_state(self.job)
         source = None
@@ -318,7 +332,7 @@ class Lane:
         """The whole model's inputs with what the last block gave; blocks themselves are not run."""
         assert self.job.tokens is not None
         stream, batch = self.streams[path], self.job.settings.batch
-        wanted = self.job.outside_names()
-        for start in stream:
+        wanted, starts = self.job.outside_names(), list(stream)
+        for start in starts if order is None else (starts[number] for number in order):
             batched = self.job.kind.batch(self.job.tokens.inputs, start, start + batch, self.job.device)
             yield [tail(self.job.adapter, batched.inputs, batched.real, wanted)], stream.read(start)
