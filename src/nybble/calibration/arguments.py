@@ -35,12 +35,12 @@ class Held:
             place += 1
             return known[place - 1] if place <= len(known) and _same(known[place - 1], tensor) else tensor
 
-        return _mapped_calls(calls, held)
+        return mapped_calls(calls, held)
 
 
 def own(calls: Sequence[BlockCall]) -> list[BlockCall]:
     """The calls with lists and mappings of their own: blocks may write into them what later ones read (Gemma 4)."""
-    return _mapped_calls(calls, lambda tensor: tensor)
+    return mapped_calls(calls, lambda tensor: tensor)
 
 
 def keeps(call: BlockCall) -> bool:
@@ -55,7 +55,8 @@ def keeps(call: BlockCall) -> bool:
     return False
 
 
-def _mapped_calls(calls: Sequence[BlockCall], change: Callable[[Tensor], Tensor]) -> list[BlockCall]:
+def mapped_calls(calls: Sequence[BlockCall], change: Callable[[Tensor], Tensor]) -> list[BlockCall]:
+    """The calls with every tensor among their arguments changed, in containers of their own."""
     seen: dict[int, tuple[Any, Any]] = {}
     return [
         replace(

@@ -31,6 +31,7 @@ class Calibration:
         device, dtype: of forwards. seed: of every random choice. config: the model's.
         fisher: squared gradients of outputs by a layer's full name, where a step asked for them.
         paths: the streams that are run; of both, a layer's inputs can be compared.
+        batch: samples of each batch but the last; 0: as evenly as they go.
         adapter: the model's; None where nobody asks what may be rescaled together.
         gradients: squared gradients of what blocks give by a block's full name, where a step asked for them.
         spill: leading part of the names of files for what a step keeps of all samples; None keeps it in memory.
@@ -48,6 +49,11 @@ class Calibration:
     gradients: dict[str, Stream] = field(default_factory=dict)
     adapter: Adapter | None = None
     spill: Path | None = None
+    batch: int = 0
+
+    def first(self, number: int) -> int:
+        """The first sample of a batch."""
+        return number * (self.batch or -(-self.samples // self.batches))
 
 
 Source = Callable[[str, Sequence[int] | None], Iterable[tuple[Sequence[BlockCall], Tensors]]]
@@ -127,8 +133,7 @@ class Window:
     def before(self) -> float:
         """The share of all samples that processes before this one have."""
         calibration = self.calibration
-        batch = -(-calibration.samples // calibration.batches)
-        return ranks.share(calibration.batches).start * batch / calibration.samples
+        return calibration.first(ranks.share(calibration.batches).start) / calibration.samples
 
     def run(self, calls: Sequence[BlockCall], given: Tensors, path: str) -> Tensors:
         """What the last block gives for one batch of the first one's inputs."""

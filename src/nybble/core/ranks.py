@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import os
 import pickle  # noqa: TID251  (between processes of one run, as torch.distributed's own; never a file)
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -206,9 +206,41 @@ def spread(own: Mapping[int, T], device: torch.device) -> Iterator[tuple[int, T]
             yield key, own[key] if mine else _unpacked(head, tensors)
 
 
+def others(count: int, get: Callable[[int], T], device: torch.device) -> Iterator[tuple[int, T]]:
+    """Of ``count`` things that ranks made in shares, what the others made; one at a time is on its way.
+
+    Args:
+        count: as for :func:`share`.
+        get: one of this rank's own.
+        device: of the tensors that come.
+    """
+    for rank in range(size() if size() > 1 else 0):
+        for key in range(count * rank // size(), count * (rank + 1) // size()):
+            for _, found in spread({key: get(key)} if rank == number() else {}, device):
+                if rank != number():
+                    yield key, found
+
+
 def from_rank(tensor: Tensor, rank: int) -> Tensor:
     """A tensor as one rank has it, in place; all have one of the same shape and dtype."""
-    return tensor if size() == 1 else tensor.copy_(_broadcast(tensor, rank))
+    found = tensor if size() == 1 else _broadcast(tensor, rank)
+    return tensor if found.data_ptr() == tensor.data_ptr() else tensor.copy_(found)
+
+
+def summed(tensor: Tensor, rank: int) -> Tensor:
+    """The sum over ranks, on one of them; elsewhere of no use. At most two of the terms may be other than zero.
+
+    Args:
+        tensor: floats of any dtype; rounded once, as when two are added.
+        rank: who gets it.
+    """
+    if size() == 1:
+        return tensor
+    carried = _carried(tensor.contiguous())
+    if f"{carried.device.type}:gloo" in dist.get_backend_config():
+        carried = carried.float()  # it knows no 16 bits
+    dist.reduce(carried, rank)
+    return carried.to(tensor.device, tensor.dtype)
 
 
 def _broadcast(tensor: Tensor, rank: int) -> Tensor:

@@ -73,8 +73,9 @@ class Lane:
         samples = len(next(iter(inputs.values()))) if inputs else 0
         self.calibration = Calibration(
             tokens=0 if job.tokens is None else job.tokens.tokens, samples=samples,
-            batches=-(-samples // job.settings.batch), device=job.device, dtype=job.dtype, seed=job.settings.seed,
-            config=job.model.config, paths=job.paths, adapter=job.adapter, spill=self._spilled("wanted"),
+            batches=-(-samples // job.settings.batch), batch=job.settings.batch, device=job.device, dtype=job.dtype,
+            seed=job.settings.seed, config=job.model.config, paths=job.paths, adapter=job.adapter,
+            spill=self._spilled("wanted"),
         )  # fmt: skip
 
     def _spilled(self, name: str) -> Path | None:
@@ -253,19 +254,17 @@ class Lane:
 
         Where blocks write into what later ones read (Gemma 4), all move all.
         """
-        state, starts, made = self.states[index], list(stream), dict[int, Tensors]()
+        state, starts = self.states[index], list(stream)
         alone = any(keeps(stream.calls[start][self._in_stack(index)]) for start in starts)
         with state.on(path) as module, state.as_it_came() if path == "float" else nullcontext():
             hold_dense(module, self.job.dtype)
             for start in starts if alone else (starts[number] for number in ranks.share(len(starts))):
                 torch.manual_seed(derive_seed(self.job.settings.seed, part_name(index), "advance", str(start)))
                 stream.write(start, stream.calls[start][self._in_stack(index)].run(module, stream.read(start)))
-                if ranks.size() > 1:
-                    made[start] = stream.read(start)
             hold_dense(module, None)
-        for start, tensors in () if alone or ranks.size() == 1 else ranks.spread(made, self.job.device):
-            if start not in made:
-                stream.write(start, tensors)
+        if not alone:
+            for number, tensors in ranks.others(len(starts), lambda n: stream.read(starts[n]), self.job.device):
+                stream.write(starts[number], tensors)
         if not stream.finite():
             raise DataError(f"the outputs of block {index} hold NaN or Inf; try another dtype or a gentler scheme.")
 
