@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+import torch.multiprocessing.spawn as multiprocessing
 from tests.tiny import save_text, save_tiny, tiny_model
 
 import nybble
@@ -42,9 +43,14 @@ RECIPES: dict[str, Any] = {
         "scheme": {**INT4, "inputs": "int8 token rounding=stochastic"},
         "steps": [{"solver": "gptq"}],
     },
-    "searched": {"recipe": "llm-fp4"},
+    "weighed": {
+        "scheme": INT4,
+        "steps": [{"solver": "gptq"}, {"reconstruction": "fisher", "weights": "sign-round", "steps": 2}],
+    },
+    "experts": {"scheme": INT4, "steps": [{"solver": "gptq"}]},
 }  # fmt: skip
-EXPERTS = {"scheme": INT4, "steps": [{"solver": "gptq"}]}
+OF_MORE = ("gptq", "learned")
+"""What three processes do."""
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +62,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def _quantized(folder: Path, out: Path) -> None:
+def _quantized(folder: Path, out: Path, names: Iterable[str] = RECIPES) -> None:
     """Every recipe, each step in halves however small it is."""
     halves.LEAST = 1
-    for name, recipe in (*RECIPES.items(), ("experts", EXPERTS)):
+    for name in names:
         model = folder / ("mixtral" if name == "experts" else "llama")
-        asked, more = (recipe["recipe"], {}) if "recipe" in recipe else (recipe, {})
         settings = SIZES | {"spill": name == "learned"}
-        nybble.quantize(model, asked, str(folder / "text.txt"), out=out / name, settings=settings, **more)
+        nybble.quantize(model, RECIPES[name], str(folder / "text.txt"), out=out / name, settings=settings)
+
+
+def _quantized_by_more(folder: Path, out: Path) -> None:
+    _quantized(folder, out, OF_MORE)
 
 
 def _worker(rank: int, folder: Path, out: Path, count: int, work: str) -> None:
@@ -85,25 +94,33 @@ def files(out: Path) -> dict[str, bytes]:
     return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_the_same_bytes_as_one_process(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
-) -> None:
-    monkeypatch.setattr(halves, "LEAST", 1)
-    threads = torch.get_num_threads()
+@pytest.fixture(scope="module")
+def one(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one process writes."""
+    out, least, threads = tmp_path_factory.mktemp("one"), halves.LEAST, torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        (tmp_path / "one").mkdir()
-        _quantized(folder, tmp_path / "one")
+        _quantized(folder, out)
     finally:
+        halves.LEAST = least
         torch.set_num_threads(threads)
-    start(count, folder, tmp_path / "more", "_quantized")
-    one, more = files(tmp_path / "one"), files(tmp_path / "more")
-    assert one.keys() == more.keys()
-    differs = [name for name in one if one[name] != more[name]]
-    assert not differs
+    return files(out)
+
+
+def test_two_come_to_the_bytes_of_one(folder: Path, tmp_path: Path, one: dict[str, bytes]) -> None:
+    start(2, folder, tmp_path / "two", "_quantized")
+    two = files(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert [name for name in one if one[name] != two[name]] == []
     manifest = json.loads(one["learned/nybble.json"])
     assert {w["steps"] for row in manifest["layers"] for w in row["learned"]["windows"]} == {4}
+
+
+def test_three_come_to_them_too(folder: Path, tmp_path: Path, one: dict[str, bytes]) -> None:
+    start(3, folder, tmp_path / "three", "_quantized_by_more")
+    three = files(tmp_path / "three")
+    assert {name.partition("/")[0] for name in three} == set(OF_MORE)
+    assert [name for name in three if one[name] != three[name]] == []
 
 
 def _in_memory(folder: Path, out: Path) -> None:
@@ -127,19 +144,19 @@ def test_every_process_holds_a_result_in_memory(folder: Path, tmp_path: Path) ->
 
 def _failing(folder: Path, out: Path) -> None:
     """A solver that fails in the second process, when it has a layer to solve; then requests that differ."""
-    rank, solve = dist.get_rank(), Gptq.solve
+    rank, monkey = dist.get_rank(), pytest.MonkeyPatch()
 
     def broken(self: Gptq, *args: Any) -> Any:
         raise DataError("the second one can't")
 
     said = []
     if rank == 1:
-        Gptq.solve = broken  # type: ignore[method-assign]
+        monkey.setattr(Gptq, "solve", broken)
     try:
         nybble.quantize(folder / "llama", "gptq", str(folder / "text.txt"), out=out / "made", settings=SIZES, **INT4)  # type: ignore[arg-type]
     except NybbleError as error:
         said.append(f"{type(error).__name__}: {error}")
-    Gptq.solve = solve  # type: ignore[method-assign]
+    monkey.undo()
     try:
         settings = SIZES | {"seed": rank}
         nybble.quantize(folder / "llama", "gptq", str(folder / "text.txt"), settings=settings, **INT4)  # type: ignore[arg-type]

@@ -169,6 +169,17 @@ class Lane:
             for name, gradient in gradients.items():
                 wide = gradient.float() if gradient.dtype == torch.float16 else gradient  # squares need its exponents
                 found[name].begin(start, (), {HIDDEN: wide.square()}, size)
+        for stream in found.values():
+            self._share(stream)
+
+    def _share(self, stream: Stream) -> None:
+        """Put what other processes have of their shares into a stream that has this one's."""
+        first, samples, batch = self.calibration.first, self.calibration.samples, self.job.settings.batch
+        made = ranks.others(
+            self.calibration.batches, lambda number: stream.read(first(number))[HIDDEN], self.job.device
+        )
+        for number, tensor in made:
+            stream.begin(first(number), (), {HIDDEN: tensor}, min(batch, samples - first(number)))
 
     def close(self) -> None:
         """Let go of all streams."""
