@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing.spawn as multiprocessing
 from tests.tiny import save_text, save_tiny, tiny_model
+from torch.multiprocessing.spawn import spawn
 
 import nybble
 from nybble.core.errors import DataError, NybbleError, UsageError
@@ -87,7 +87,7 @@ def _worker(rank: int, folder: Path, out: Path, count: int, work: str) -> None:
 def start(count: int, folder: Path, out: Path, work: str) -> None:
     """Run a function of this module in several processes that know each other."""
     out.mkdir()
-    multiprocessing.spawn(_worker, (folder, out, count, work), nprocs=count)  # type: ignore[no-untyped-call]
+    spawn(_worker, (folder, out, count, work), nprocs=count)  # type: ignore[no-untyped-call]
 
 
 def files(out: Path) -> dict[str, bytes]:

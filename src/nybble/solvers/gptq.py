@@ -192,9 +192,9 @@ class Gptq(Solver):
         for grid in grids:
             left, (span,) = grid.matrix.T.contiguous(), _stack([grid])
             by_row = uppers.repeat_interleave(left.shape[1] // len(uppers), 0).permute(1, 2, 0)
-            result = torch.empty_like(left)
+            result, divisor = torch.empty_like(left), span.divisor()
             for j in range(len(left)):
-                result[j] = span.round_column(left[j], j)
+                result[j] = span.round_column(left[j], j, divisor)
                 left[j + 1 :] -= by_row[j, j + 1 :] * ((left[j] - result[j]) / by_row[j, j])
             found.append(result.T.contiguous())
         return found
