@@ -10,8 +10,8 @@ command and, through its progress, every block; peak memory that torch allocated
 blocks stream), and the process's largest resident set. A block is the median of those after the first, which sets
 libraries up. With fewer blocks than the shape has, "whole" is an extrapolation and the record says so: what comes
 before and after the blocks as measured (what comes after, mostly writing, in proportion to the blocks), the first block
-once, and the block for all others. "phases" are seconds of the median block by what they went to, the device waited for. Before
-anything the shape's own pre-flight lines, from files of the right size that hold nothing.
+once, and the block for all others. "phases" are seconds of the median block by what they went to, the device waited
+for. Before anything the shape's own pre-flight lines, from files of the right size that hold nothing.
 """
 
 from __future__ import annotations

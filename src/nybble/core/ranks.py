@@ -145,14 +145,23 @@ def agreed(asked: Mapping[str, object]) -> None:
     Raises:
         UsageError: they do; names the first thing, and what two of them have there.
     """
-    first, *others = gather(dict(asked))
-    for rank, other in enumerate(others, 1):
+    first, *rest = gather(dict(_leaves(asked)))
+    for rank, other in enumerate(rest, 1):
         for name in first:
             if other.get(name) != first[name]:
                 was, now = (f"{str(value)[:80]}" for value in (first[name], other.get(name)))
                 raise UsageError(
                     f"the processes are asked for different things: {name} is {was}; of rank {rank} {now}."
                 )
+
+
+def _leaves(asked: Mapping[str, object], path: str = "") -> Iterator[tuple[str, object]]:
+    """Nested mappings as one, with dotted names."""
+    for name, value in asked.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
 
 
 def total(tensor: Tensor | None, device: torch.device) -> Tensor | None:
