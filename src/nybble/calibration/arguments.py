@@ -12,6 +12,8 @@ from torch import Tensor
 
 from nybble.calibration.trace import BlockCall
 
+_PLAIN = (Tensor, str, int, float, bool, torch.dtype, torch.device, type(None))
+
 
 class Held:
     """Tensors that the blocks of an earlier batch were called with, to be held instead of equal ones.
@@ -33,15 +35,28 @@ class Held:
             place += 1
             return known[place - 1] if place <= len(known) and _same(known[place - 1], tensor) else tensor
 
-        return _mapped_calls(calls, held)
+        return mapped_calls(calls, held)
 
 
 def own(calls: Sequence[BlockCall]) -> list[BlockCall]:
     """The calls with lists and mappings of their own: blocks may write into them what later ones read (Gemma 4)."""
-    return _mapped_calls(calls, lambda tensor: tensor)
+    return mapped_calls(calls, lambda tensor: tensor)
 
 
-def _mapped_calls(calls: Sequence[BlockCall], change: Callable[[Tensor], Tensor]) -> list[BlockCall]:
+def keeps(call: BlockCall) -> bool:
+    """Whether a block is called with lists, mappings or objects, into which it may write what later ones read."""
+    given = [*call.args, *call.kwargs.values()]
+    while given:
+        value = given.pop()
+        if isinstance(value, tuple):
+            given += value
+        elif not isinstance(value, _PLAIN):
+            return True
+    return False
+
+
+def mapped_calls(calls: Sequence[BlockCall], change: Callable[[Tensor], Tensor]) -> list[BlockCall]:
+    """The calls with every tensor among their arguments changed, in containers of their own."""
     seen: dict[int, tuple[Any, Any]] = {}
     return [
         replace(

@@ -44,18 +44,40 @@ def relative_error(
             identity.
         drift: of the inputs; None where the layer is judged on what it gets.
     """
-    difference = matrix - approximation
-    if second_moment is None:
-        lost, whole = _total(difference.square_()), _total(matrix.square())
-    else:
-        difference, matrix = (by_group(x, second_moment) for x in (difference, matrix))
-        lost = _total((difference @ second_moment).mul_(difference))
-        whole = _total((matrix @ second_moment).mul_(matrix))
+    return RelativeError(matrix, second_moment, drift).of(approximation)
+
+
+class RelativeError:
+    """:func:`relative_error` of several approximations of one weight, whose own power is measured once.
+
+    Args:
+        matrix: as there; second_moment, drift, too.
+    """
+
+    def __init__(self, matrix: Tensor, second_moment: Tensor | None, drift: Drift | None = None) -> None:
+        self.matrix, self.second_moment, self.drift = matrix, second_moment, drift
+        self._crossed: Tensor | None = None
+        self._moved = 0.0
+        if second_moment is None:
+            self._whole = _total(matrix.square())
+            return
+        grouped = by_group(matrix, second_moment)
+        self._whole = _total((grouped @ second_moment).mul_(grouped))
         if drift is not None:
-            moved, crossed = _total((matrix @ drift.power).mul_(matrix)), matrix @ drift.cross
-            whole += moved + 2 * _total(crossed * matrix)
-            lost += moved + 2 * _total(crossed * difference)
-    return 0.0 if whole <= 0 else max(lost / whole, 0.0)  # in this order: NaN stays
+            self._moved, self._crossed = _total((grouped @ drift.power).mul_(grouped)), grouped @ drift.cross
+            self._whole += self._moved + 2 * _total(self._crossed * grouped)
+
+    def of(self, approximation: Tensor) -> float:
+        """Float32 [rows, columns]."""
+        difference = self.matrix - approximation
+        if self.second_moment is None:
+            lost = _total(difference.square_())
+        else:
+            difference = by_group(difference, self.second_moment)
+            lost = _total((difference @ self.second_moment).mul_(difference))
+            if self._crossed is not None:
+                lost += self._moved + 2 * _total(self._crossed * difference)
+        return 0.0 if self._whole <= 0 else max(lost / self._whole, 0.0)  # in this order: NaN stays
 
 
 def by_group(matrix: Tensor, like: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.calibration.statistics import InputSample, row_groups
+from nybble.core import ranks
 from nybble.core.errors import DataError
 from nybble.core.seeds import derive_seed
 from nybble.data.kinds import Batch, data_kind
@@ -51,11 +52,24 @@ def fisher_of(
         DataError: no gradient reached a layer, so the model's output doesn't depend on it.
     """
     found = {name: InputSample(rows, tokens, most) for name, rows in layers.items()}
-    for _, batch_, gradients in _passes(model, adapter, list(layers), inputs, batch, seed):
-        for name, gradient in ((leaf, each) for leaf, calls in gradients.items() for each in calls):
-            padded = batch_.real is not None and gradient.shape[:2] == batch_.real.shape
-            kept = gradient[batch_.real] if padded and batch_.real is not None else gradient
-            found[name].add(kept.float().square())
+    samples = len(next(iter(inputs.values())))
+    starts = range(0, samples, batch)
+    own = [starts[number] for number in ranks.share(len(starts))]
+
+    def see(names: Sequence[str], own: Sequence[int]) -> None:
+        for _, batch_, gradients in _passes(model, adapter, names, inputs, batch, seed, own):
+            for name, gradient in ((leaf, each) for leaf, calls in gradients.items() for each in calls):
+                padded = batch_.real is not None and gradient.shape[:2] == batch_.real.shape
+                kept = gradient[batch_.real] if padded and batch_.real is not None else gradient
+                found[name].add(kept.float().square())
+
+    for sample in found.values():
+        sample.begin(ranks.share(len(starts)).start * batch / samples)
+    see(list(found), own)
+    device = next(model.parameters()).device
+    again = [name for name, sample in found.items() if not sample.merge(device)]
+    if again:
+        see(again, starts)
     result = {}
     for name, sample in found.items():
         squares = sample.all()
@@ -89,8 +103,9 @@ def guides_of(
         seed: of the labels.
 
     Returns:
-        bfloat16 [tokens, groups] a layer, squared gradients, the rows of padding left out; nothing of a layer that no
-        gradient reached. Only they are kept: a layer's gradients go as soon as they are there.
+        bfloat16 [tokens, groups] a layer, squared gradients of this process's share of batches, the rows of padding
+        left out; nothing of a layer that no gradient reached. Only they are kept: a layer's gradients go as soon as
+        they are there.
     """
     found: dict[str, list[Tensor]] = {}
 
@@ -99,14 +114,22 @@ def guides_of(
         shape = (*wide.shape[:-1], row_groups(layers[name], groups), -1)
         return wide.reshape(shape).square_().mean(-1)
 
-    for _, batch_, gradients in _passes(model, adapter, list(layers), inputs, batch, seed, means):
+    starts = range(0, len(next(iter(inputs.values()))), batch)
+    own = [starts[number] for number in ranks.share(len(starts))]
+    for _, batch_, gradients in _passes(model, adapter, list(layers), inputs, batch, seed, own, means):
         for name, calls in gradients.items():
             for each in calls:
                 padded = batch_.real is not None and each.shape[:2] == batch_.real.shape
                 kept = each[batch_.real] if padded and batch_.real is not None else each.reshape(-1, each.shape[-1])
                 found.setdefault(name, []).append(kept.bfloat16())
-    whole = {name: torch.cat(parts) for name, parts in found.items() if len({part.shape[1] for part in parts}) == 1}
-    return {name: guide for name, guide in whole.items() if guide.shape[1] == row_groups(layers[name], groups)}
+    widths = ranks.gather({name: {part.shape[1] for part in parts} for name, parts in found.items()})
+    device, result = next(model.parameters()).device, {}
+    for name, rows in layers.items():
+        seen, wanted = set[int]().union(*(each.get(name, ()) for each in widths)), row_groups(rows, groups)
+        if seen == {wanted}:
+            none = torch.zeros(0, wanted, dtype=torch.bfloat16, device=device)  # of a process without a share
+            result[name] = torch.cat([none, *found.get(name, ())])
+    return result
 
 
 def block_gradients(
@@ -118,7 +141,7 @@ def block_gradients(
     batch: int,
     seed: int,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Gradients of the model's log likelihood by what some blocks give, batch by batch.
+    """Gradients of the model's log likelihood by what some blocks give, batch by batch of this process's share.
 
     Args:
         model: float, all of it loaded; its parameters get no gradients.
@@ -134,7 +157,9 @@ def block_gradients(
     Raises:
         DataError: no gradient reached a block, so the model's output doesn't depend on it.
     """
-    for start, _, gradients in _passes(model, adapter, blocks, inputs, batch, seed):
+    starts = range(0, len(next(iter(inputs.values()))), batch)
+    own = [starts[number] for number in ranks.share(len(starts))]
+    for start, _, gradients in _passes(model, adapter, blocks, inputs, batch, seed, own):
         for name in blocks:
             if name not in gradients:
                 raise DataError(f"no gradient of the model's output reached {name}, so it has no Fisher weights.")
@@ -152,12 +177,13 @@ def _passes(
     inputs: Mapping[str, Tensor],
     batch: int,
     seed: int,
+    starts: Sequence[int],
     kept: Callable[[str, Tensor], Tensor] = _whole,
 ) -> Iterator[tuple[int, Batch, dict[str, list[Tensor]]]]:
-    """For every batch its first sample, itself, and what is ``kept`` of gradients by the outputs of these modules."""
+    """For some batches the first sample, the batch, and what is ``kept`` of gradients by these modules' outputs."""
     asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
     device, kind = next(iter(asked)).device, data_kind(adapter.reads)
-    generator = torch.Generator(device).manual_seed(derive_seed(seed, "fisher"))
+    generator = torch.Generator(device)
     handles = [
         model.get_submodule(stack[0]).register_forward_pre_hook(_ask_for_gradients, with_kwargs=True)
         for stack in adapter.stack_names(model)
@@ -167,7 +193,8 @@ def _passes(
         handles += [table.register_forward_hook(lambda _, __, rows: rows.requires_grad_(True)) for table in tables]
     try:
         model.requires_grad_(False)
-        for start in range(0, len(next(iter(inputs.values()))), batch):
+        for start in starts:
+            generator.manual_seed(derive_seed(seed, "fisher", str(start)))
             given = kind.batch(inputs, start, start + batch, device)
             yield start, given, _gradients(model, given, names, generator, kept)
     finally:

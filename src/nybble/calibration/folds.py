@@ -83,7 +83,7 @@ def channels_of(window: Window, folds: Sequence[Fold], path: str, moments: bool 
     rules = {target.name: target.rule.weights for target in window.block.targets}
     matrices, config = Matrices(window.block), window.calibration.config
     readers = {_reader(window.block, fold): fold for fold in folds}
-    sizes = see_channels(window.block.module, list(readers), window.batches(path), moments)
+    sizes = see_channels(window.block.module, list(readers), window.own(path), moments)
     for name, fold in readers.items():
         if name not in sizes:
             continue

@@ -1,11 +1,19 @@
-"""What solvers need to know of a layer's inputs: the second moment, and the range for static activations."""
+"""What solvers need to know of a layer's inputs: the second moment, and the range for static activations.
+
+Where several processes share the batches (:mod:`nybble.core.ranks`), each gathers its own, and ``merge`` makes one of
+all: the same in every process, and what one process by itself comes to. So sums over batches, of float32 terms, are
+float64: these are exact unless terms are 2^25 apart, in any order.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from nybble.calibration.error import Drift
+from nybble.core import ranks
 from nybble.core.errors import DataError
 from nybble.core.matmul import cross_gram, gram
 from nybble.qtensor import QuantParams
@@ -15,7 +23,7 @@ _SAMPLE = 1 << 20
 
 
 class SecondMoment:
-    """Mean of ``x x^T`` over all tokens, accumulated in float32.
+    """Mean of ``x x^T`` over all tokens: of each batch in float32, these added in float64.
 
     Args:
         columns: width of the input. inputs: the quantizer that the input passes first, with its parameters if static.
@@ -28,7 +36,7 @@ class SecondMoment:
         self.columns, self.inputs, self.params, self.groups = columns, inputs, params, groups
         self.tokens = 0
         self._sum: Tensor | None = None
-        self._settled = False
+        self._mean: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         """Count the tokens of ``x`` [..., columns]; not after :meth:`mean`."""
@@ -37,9 +45,13 @@ class SecondMoment:
         flat = x if self.groups > 1 else x.reshape(-1, self.columns)
         if not flat.shape[-2]:
             return
-        product = gram(flat)
-        self._sum = product if self._sum is None else self._sum.add_(product)
+        self._sum = _more(self._sum, gram(flat))
         self.tokens += flat.shape[-2]
+
+    def merge(self, device: torch.device) -> bool:
+        """Make one of all ranks' ``device``: of the sum."""
+        self.tokens, self._sum = sum(ranks.gather(self.tokens)), ranks.total(self._sum, device)
+        return True
 
     def mean(self, name: str) -> Tensor | None:
         """float32 [columns, columns] ([groups, ...] of groups), or None if no token came.
@@ -47,16 +59,14 @@ class SecondMoment:
         Raises:
             DataError: it isn't finite; names the layer.
         """
-        if self._sum is None:
-            return None
-        if not bool(torch.isfinite(self._sum).all()):
-            raise DataError(
-                f"the calibration inputs of {name} hold NaN or Inf (or overflow); check the data and the model's dtype."
-            )
-        if not self._settled:  # in place: the matrix may be large; several recipes may ask
-            self._sum.div_(self.tokens)
-            self._settled = True
-        return self._sum
+        if self._mean is None and self._sum is not None:
+            self._mean, self._sum = self._sum.div_(self.tokens).float(), None  # the matrix may be large
+            if not bool(torch.isfinite(self._mean).all()):
+                raise DataError(
+                    f"the calibration inputs of {name} hold NaN or Inf (or overflow); check the data and the model's "
+                    "dtype."
+                )
+        return self._mean
 
 
 class GuidedMoments:
@@ -68,17 +78,21 @@ class GuidedMoments:
 
     Args:
         columns, inputs, params: as for :class:`SecondMoment`.
-        guide: [tokens, groups], of all tokens in the order in which they will come.
+        guide: [tokens, groups], of this process's tokens in the order in which they will come.
     """
 
     def __init__(
         self, columns: int, guide: Tensor, inputs: Quantizer | None = None, params: QuantParams | None = None
     ) -> None:
         self.columns, self.inputs, self.params = columns, inputs, params
-        mean = guide.double().mean(0)
+        self._total = sum(ranks.gather(len(guide)))
+        sums = ranks.total(guide.double().sum(0), guide.device)
+        assert sums is not None
+        mean = sums / self._total
         wide = torch.where(mean > 0, guide.double() / mean, 1.0).float()
-        self._roots, self._seen, self._settled = wide.sqrt_(), 0, False
-        self._sum: Tensor | None = None
+        self._roots, self._seen = wide.sqrt_(), 0
+        self._mean: Tensor | None = None
+        self._sum: list[Tensor | None] = [None] * guide.shape[1]
 
     def add(self, x: Tensor) -> None:
         """Count the tokens of ``x`` [..., columns]; not after :meth:`mean`."""
@@ -89,11 +103,16 @@ class GuidedMoments:
         self._seen += len(flat)
         if not len(flat) or len(roots) != len(flat):
             return
-        if self._sum is None:
-            self._sum = torch.zeros(roots.shape[1], self.columns, self.columns, dtype=torch.float32, device=flat.device)
         for group in range(roots.shape[1]):
             weighed = flat.float() * roots[:, group, None]
-            self._sum[group] += cross_gram(weighed, weighed, exact)
+            self._sum[group] = _more(self._sum[group], cross_gram(weighed, weighed, exact))
+
+    def merge(self, device: torch.device) -> bool:
+        """Make one of all ranks' ``device``: of the sums."""
+        found = ranks.gather((self._seen, len(self._roots)))
+        fits = all(seen == known for seen, known in found)  # else other tokens came than those that gave gradients
+        self._sum = [ranks.total(each, device) if fits else None for each in self._sum]
+        return True
 
     def mean(self, name: str) -> Tensor | None:
         """float32 [groups, columns, columns]; None where other tokens came than those that gave gradients.
@@ -101,17 +120,18 @@ class GuidedMoments:
         Raises:
             DataError: it isn't finite; names the layer.
         """
-        if self._sum is None or self._seen != len(self._roots):
-            return None
-        if not bool(torch.isfinite(self._sum).all()):
-            raise DataError(
-                f"the weighed calibration inputs of {name} hold NaN or Inf (or overflow); check the data and the "
-                "model's dtype, or leave guided out."
-            )
-        if not self._settled:
-            self._sum.div_(self._seen)
-            self._settled = True
-        return self._sum
+        if self._mean is None:
+            sums = [each for each in self._sum if each is not None]
+            if not sums:
+                return None
+            self._mean = torch.stack([each.div_(self._total).float() for each in sums])
+            self._sum = [None] * len(sums)
+            if not bool(torch.isfinite(self._mean).all()):
+                raise DataError(
+                    f"the weighed calibration inputs of {name} hold NaN or Inf (or overflow); check the data and the "
+                    "model's dtype, or leave guided out."
+                )
+        return self._mean
 
 
 def row_groups(rows: int, wanted: int) -> int:
@@ -155,9 +175,15 @@ class DriftMoments:
             return
         wanted = wanted - x
         power, cross = cross_gram(wanted, wanted, exact), cross_gram(wanted, x, exact)
-        self._power = power if self._power is None else self._power.add_(power)
-        self._cross = cross if self._cross is None else self._cross.add_(cross)
+        self._power, self._cross = _more(self._power, power), _more(self._cross, cross)
         self.tokens += x.shape[-2]
+
+    def merge(self, device: torch.device) -> bool:
+        """Make one of all ranks' ``device``: of the sums."""
+        found = ranks.gather((self.tokens, self.paired))
+        self.tokens, self.paired = sum(tokens for tokens, _ in found), all(paired for _, paired in found)
+        self._power, self._cross = ranks.total(self._power, device), ranks.total(self._cross, device)
+        return True
 
     def end_batch(self) -> None:
         """After a batch: nothing expected may be left."""
@@ -168,7 +194,7 @@ class DriftMoments:
         """Both moments, or None where no token came or tokens don't correspond."""
         if self._power is None or self._cross is None or not self.paired:
             return None
-        return Drift(power=self._power / self.tokens, cross=self._cross / self.tokens)
+        return Drift(power=(self._power / self.tokens).float(), cross=(self._cross / self.tokens).float())
 
 
 class ChannelSizes:
@@ -179,11 +205,11 @@ class ChannelSizes:
     """
 
     def __init__(self, columns: int, moment: bool = False) -> None:
-        self.tokens = 0
+        self.columns, self.tokens = columns, 0
         self.lowest: Tensor | None = None
         self.highest: Tensor | None = None
         self.moment = SecondMoment(columns) if moment else None
-        self._sum = torch.zeros(columns, dtype=torch.float32)
+        self._sum: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         """Count the tokens of ``x`` [..., channels]."""
@@ -192,10 +218,16 @@ class ChannelSizes:
             low, high = rows.amin(0).float(), rows.amax(0).float()
             self.lowest = low if self.lowest is None else torch.minimum(self.lowest, low)
             self.highest = high if self.highest is None else torch.maximum(self.highest, high)
-            self._sum = self._sum.to(x.device) + rows.abs().sum(0, dtype=torch.float32)
+            self._sum = _more(self._sum, rows.abs().sum(0, dtype=torch.float32))
             self.tokens += len(rows)
         if self.moment is not None:
             self.moment.add(x)
+
+    def merge(self, device: torch.device) -> bool:
+        """Make one of all ranks' ``device``: of what is added up."""
+        self.tokens, self._sum = sum(ranks.gather(self.tokens)), ranks.total(self._sum, device)
+        self.lowest, self.highest = ranks.lowest(self.lowest, device), ranks.highest(self.highest, device)
+        return True if self.moment is None else self.moment.merge(device)
 
     @property
     def largest(self) -> Tensor | None:
@@ -205,7 +237,8 @@ class ChannelSizes:
     @property
     def mean(self) -> Tensor:
         """Of magnitudes; only after tokens came."""
-        return self._sum / self.tokens
+        assert self._sum is not None
+        return (self._sum / self.tokens).float()
 
 
 class InputSample:
@@ -218,7 +251,7 @@ class InputSample:
 
     def __init__(self, columns: int, total: int, most: int, groups: int = 1) -> None:
         self.columns, self.stride, self.groups = columns, max(1, -(-total // most)), groups
-        self._seen = 0
+        self.total, self._first, self._seen = total, 0, 0
         self._kept: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
@@ -226,6 +259,26 @@ class InputSample:
         flat = x if self.groups > 1 else x.reshape(-1, self.columns)
         self._kept.append(flat[..., -self._seen % self.stride :: self.stride, :].clone())
         self._seen += flat.shape[-2]
+
+    def begin(self, share: float) -> None:
+        """Other ranks see this share of all tokens before those that come; a guess, which :meth:`merge` looks at."""
+        self._first = self._seen = round(share * self.total)
+        self._kept = []
+
+    def merge(self, device: torch.device) -> bool:
+        """Make one of all ranks' ``device``: of what others kept.
+
+        Returns:
+            False: the tokens of ranks don't join (padding, experts), so all is forgotten, to be seen by one alone.
+        """
+        found = ranks.gather((self._first, self._seen))
+        joins = [0, *(seen for _, seen in found[:-1])]
+        if any(first != before for (first, _), before in zip(found, joins, strict=True)):
+            self.begin(0)
+            return False
+        self._kept = [kept for _, each in ranks.spread({ranks.number(): self._kept}, device) for kept in each]
+        self._first, self._seen = 0, found[-1][1]
+        return True
 
     def all(self) -> Tensor | None:
         """[tokens, columns] ([groups, ...] of groups) in the model's dtype, or None if no token came."""
@@ -241,6 +294,7 @@ class Range:
 
     def __init__(self, total: int) -> None:
         self.stride = max(1, total // _SAMPLE)
+        self._begun, self._counts = self.stride, list[int]()
         self._samples: list[Tensor] = []
         self._low: Tensor | None = None
         self._high: Tensor | None = None
@@ -257,9 +311,31 @@ class Range:
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
         self._samples.append(flat[:: self.stride].clone())
+        self._counts.append(len(flat))
         if sum(map(len, self._samples)) > 4 * _SAMPLE:
-            self.stride *= 2
-            self._samples = [sample[::2].clone() for sample in self._samples]
+            self._thin(2 * self.stride)
+
+    def _stride(self, counts: Sequence[int]) -> int:
+        """Every which value is kept of calls of these sizes: twice as many at each after which there are too many."""
+        stride = self._begun
+        for number in range(len(counts)):
+            if sum(-(-count // stride) for count in counts[: number + 1]) > 4 * _SAMPLE:
+                stride *= 2
+        return stride
+
+    def _thin(self, stride: int) -> None:
+        if stride > self.stride:
+            self._samples = [sample[:: stride // self.stride].clone() for sample in self._samples]
+            self.stride = stride
+
+    def merge(self, device: torch.device) -> bool:
+        """Make one of all ranks' ``device``: of what others saw."""
+        self._counts = [count for counts in ranks.gather(self._counts) for count in counts]
+        self._thin(self._stride(self._counts))
+        self._samples = [kept for _, each in ranks.spread({ranks.number(): self._samples}, device) for kept in each]
+        self._low, self._high = ranks.lowest(self._low, device), ranks.highest(self._high, device)
+        self._columns = ranks.highest(self._columns, device)
+        return True
 
     def fit(self, quantizer: Quantizer, name: str) -> QuantParams:
         """Parameters of a static quantizer; absmax and minmax see the extremes, searching rules the sample."""
@@ -273,3 +349,8 @@ class Range:
         if quantizer.granularity.calibrated_on == "columns" and self._columns is not None:
             return quantizer.fit(self._columns)
         return quantizer.fit(values)
+
+
+def _more(total: Tensor | None, term: Tensor) -> Tensor:
+    """A float64 sum with one float32 term more."""
+    return term.double() if total is None else total.add_(term)

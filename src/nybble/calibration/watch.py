@@ -15,6 +15,7 @@ from nybble.calibration.groups import trace_groups
 from nybble.calibration.statistics import ChannelSizes, DriftMoments, GuidedMoments, InputSample, Range, SecondMoment
 from nybble.calibration.trace import BlockCall, Tensors
 from nybble.calibration.window import Batches, Known, Window
+from nybble.core import ranks
 from nybble.core.errors import DataError
 from nybble.nn.kinds import Target, kind_of, read_by
 from nybble.nn.swap import hold_dense
@@ -134,8 +135,8 @@ def see_block(window: Window, path: str, asker: Asker, looks: bool = False) -> S
     Raises:
         DataError: a layer with static inputs was never called, or saw NaN.
     """
-    state, batches = window.block, window.batches(path)
-    call, given = next(iter(batches()))
+    state = window.block
+    call, given = next(iter(window.batches(path)()))
     groups, uncalled = find_groups(state.module, state.targets, call, given)
     alone = [g for g in see_nothing(state.targets).groups if g.leader in uncalled]
     for group in alone:
@@ -143,7 +144,7 @@ def see_block(window: Window, path: str, asker: Asker, looks: bool = False) -> S
             name = f"{state.prefix}{group.leader}"
             raise DataError(f"{name} was never called on the calibration data, so its activations have no scale.")
     gathering, tokens = _Gathering(window.known), window.calibration.tokens
-    params = {} if asker.chooses_inputs else _ranges(state, groups, batches, tokens, gathering.known)
+    params = {} if asker.chooses_inputs else _ranges(window, groups, path, tokens, gathering.known)
     seen = Seen(groups=[*groups, *alone], params=params)
     own_rows = max((group.members[0].kind.rows_a_sample for group in groups), default=0)
     tokens = own_rows * window.calibration.samples if own_rows else tokens
@@ -163,7 +164,7 @@ def see_block(window: Window, path: str, asker: Asker, looks: bool = False) -> S
             seen.looks[group.leader] = gathering.get(group.leader, "look", look)
         both = (seen.routed, seen.routed_sizes)
         routed: Routed = [(t, found[t.name]) for t in state.targets for found in both if t.name in found]
-        _watch(state, gathering.fresh, routed, batches)
+        _watch(window, gathering.fresh, routed, window.own(path), window.batches(path))
     return seen
 
 
@@ -232,25 +233,26 @@ def layer_moments(
     drifts = {name: DriftMoments(*options) for name, options in made.items()} if both else {}
     if both:
         hold_dense(state.module, window.calibration.dtype)
-        batches = partial(_both, state, list(drifts.items()), window.batches("float"), window.batches("quantized"))
-        _watch(state, [*moments.items(), *drifts.items(), *beside], [], batches)
+        batches = partial(_both, state, list(drifts.items()), window.own("float"), window.own("quantized"))
+        _watch(window, [*moments.items(), *drifts.items(), *beside], [], batches)
         hold_dense(state.module, None)
     else:
         with state.on("float"):
-            _watch(state, [*moments.items(), *beside], [], window.batches(path))
+            _watch(window, [*moments.items(), *beside], [], window.own(path))
     return {name: moment for name, moment in moments.items() if moment.tokens}, drifts
 
 
-def _ranges(
-    state: BlockState, groups: Sequence[Group], batches: Batches, tokens: int, known: Known
-) -> dict[str, QuantParams]:
+def _ranges(window: Window, groups: Sequence[Group], path: str, tokens: int, known: Known) -> dict[str, QuantParams]:
     """Parameters of static input quantizers, by leader."""
+    state = window.block
     static = [g for g in groups if g.inputs is not None and g.inputs.static]
     if not static:
         return {}
     fresh = {g.leader: Range(tokens * g.members[0].shape[1]) for g in static if (g.leader, "range") not in known}
     if fresh:
-        _run(state.module, batches, [(name, r.add) for name, r in fresh.items()])
+        _run(state.module, window.own(path), [(name, r.add) for name, r in fresh.items()])
+        for seen in fresh.values():
+            seen.merge(window.calibration.device)
     known.update({(name, "range"): r for name, r in fresh.items()})
     ranges: dict[str, Any] = {g.leader: known[g.leader, "range"] for g in static}
     return {
@@ -261,8 +263,16 @@ def _ranges(
 def see_channels(
     block: nn.Module, names: Sequence[str], batches: Batches, moments: bool = False
 ) -> dict[str, ChannelSizes]:
-    """Sizes of the input channels of some modules, and second moments on demand; those never called are missing."""
+    """Sizes of the input channels of some modules, and second moments on demand; those never called are missing.
+
+    Args:
+        block: real, in float.
+        names: of modules in it.
+        batches: of this process's share.
+        moments: with second moments.
+    """
     found: dict[str, ChannelSizes] = {}
+    device = next(block.parameters()).device
 
     def note(name: str) -> Callable[[Tensor], None]:
         def add(x: Tensor) -> None:
@@ -273,24 +283,47 @@ def see_channels(
         return add
 
     _run(block, batches, [(name, note(name)) for name in names])
-    return {name: sizes for name, sizes in found.items() if sizes.tokens}
+    for widths in ranks.gather({name: sizes.columns for name, sizes in found.items()}):
+        for name, columns in widths.items():
+            found.setdefault(name, ChannelSizes(columns, moments))
+    called = [name for name in names if name in found]
+    for name in called:
+        found[name].merge(device)
+    return {name: found[name] for name in called if found[name].tokens}
 
 
 def _watch(
-    state: BlockState,
+    window: Window,
     fresh: Sequence[tuple[str, Gatherer]],
     routed: Routed,
     batches: Batches,
+    everyone: Batches | None = None,
 ) -> None:
-    """Run the block as it stands once and let everything that gathers inputs gather them."""
+    """Run the block as it stands once and let everything that gathers inputs gather them.
+
+    Args:
+        window: of one block.
+        fresh: what gathers inputs of modules, empty.
+        routed: what gathers those of fused weights, empty.
+        batches: of this process's share.
+        everyone: all, for samples of tokens that can't be put together of shares.
+    """
     if not fresh and not routed:
         return
-    adds: dict[str, list[Callable[[Tensor], None]]] = {}
+    state, adds = window.block, dict[str, list[Callable[[Tensor], None]]]()
     for name, part in fresh:
         adds.setdefault(name, []).append(part.add)
+        if isinstance(part, InputSample):
+            part.begin(window.before)
     watchers = [(name, _gatherer(state.float_module(name), each)) for name, each in adds.items()]
     with _watching_routed(state.module, routed):
         _run(state.module, batches, watchers)
+    device = window.calibration.device
+    again = [(name, part) for name, part in fresh if not part.merge(device)]
+    for part in (part for _, parts in routed for part in parts):
+        part.merge(device)
+    if again and everyone is not None:
+        _run(state.module, everyone, [(name, _gatherer(state.float_module(name), [p.add])) for name, p in again])
 
 
 def _both(

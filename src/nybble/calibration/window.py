@@ -12,6 +12,7 @@ from torch import Tensor
 from nybble.calibration.block import BlockState
 from nybble.calibration.streams import Stream
 from nybble.calibration.trace import BlockCall, Tensors
+from nybble.core import ranks
 from nybble.core.seeds import derive_seed
 from nybble.models.adapter import Adapter
 
@@ -30,6 +31,7 @@ class Calibration:
         device, dtype: of forwards. seed: of every random choice. config: the model's.
         fisher: squared gradients of outputs by a layer's full name, where a step asked for them.
         paths: the streams that are run; of both, a layer's inputs can be compared.
+        batch: samples of each batch but the last; 0: as evenly as they go.
         adapter: the model's; None where nobody asks what may be rescaled together.
         gradients: squared gradients of what blocks give by a block's full name, where a step asked for them.
         guides: squared gradients of what layers give, means over groups of channels, by a layer's full name, where a
@@ -52,6 +54,11 @@ class Calibration:
     adapter: Adapter | None = None
     times: dict[str, list[float]] = field(default_factory=dict)
     spill: Path | None = None
+    batch: int = 0
+
+    def first(self, number: int) -> int:
+        """The first sample of a batch."""
+        return number * (self.batch or -(-self.samples // self.batches))
 
 
 Source = Callable[[str, Sequence[int] | None], Iterable[tuple[Sequence[BlockCall], Tensors]]]
@@ -110,6 +117,34 @@ class Window:
                 yield calls[0], given
 
         return run
+
+    def own(self, path: str) -> Batches:
+        """As :meth:`batches` of the first block, those of this process's share alone.
+
+        Whatever each draws of torch's random state doesn't depend on the share, and what is drawn later neither.
+        """
+
+        def run() -> Iterator[tuple[BlockCall, Tensors]]:
+            for _, calls, given in self.own_inputs(path):
+                yield calls[0], given
+
+        return run
+
+    def own_inputs(self, path: str) -> Iterator[tuple[int, Sequence[BlockCall], Tensors]]:
+        """Of this process's share of the batches: the number, and as :meth:`inputs`."""
+        base, order = int(torch.randint(1 << 62, ())), ranks.share(self.calibration.batches)
+        found = iter(self.inputs(path, order=None if ranks.size() == 1 else order))
+        for number in order:
+            torch.manual_seed(derive_seed(base, str(number)))
+            calls, given = next(found)
+            yield number, calls, given
+        torch.manual_seed(derive_seed(base, "after"))
+
+    @property
+    def before(self) -> float:
+        """The share of all samples that processes before this one have."""
+        calibration = self.calibration
+        return calibration.first(ranks.share(calibration.batches).start) / calibration.samples
 
     def run(self, calls: Sequence[BlockCall], given: Tensors, path: str) -> Tensors:
         """What the last block gives for one batch of the first one's inputs."""

@@ -49,13 +49,16 @@ class Parts:
         folder: ``OUT.partial``.
         request: everything that decides the bytes; a resumed run must ask for the same.
         resume: continue; otherwise what is there is cleared.
+        writes: false for a process beside the one that writes: it only reads what that one has made before.
 
     Raises:
         FileError: resumed with another request; names what differs.
     """
 
-    def __init__(self, folder: Path, request: dict[str, Any], resume: bool) -> None:
-        self.folder, self.parts = folder, folder / "parts"
+    def __init__(self, folder: Path, request: dict[str, Any], resume: bool, *, writes: bool = True) -> None:
+        self.folder, self.parts, self.writes = folder, folder / "parts", writes
+        if not writes:
+            return
         for left in folder.glob(f"{SPILL}*"):
             left.unlink()
         before = begun_with(folder) if resume else None
@@ -100,6 +103,8 @@ class Parts:
             rows: of its layers.
             without: says which names are in other parts.
         """
+        if not self.writes:
+            return
         first: dict[int, str] = {}
         tensors: dict[str, Tensor] = {}
         tied = getattr(module, "all_tied_weights_keys", {})

@@ -7,6 +7,7 @@ A module may also define ``interrupted``, which gets the command's arguments and
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import signal
 import sys
@@ -14,12 +15,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Annotated, Any
 
 import typer
 
-from nybble.cli._output import fail, print_json_error
+from nybble.cli._output import fail, is_silent, print_json_error
 from nybble.core.errors import NybbleError, UsageError
 from nybble.core.versions import VERSION
 
@@ -102,6 +104,9 @@ def _warning(message: Warning | str, category: type[Warning], *place: Any, **lin
 def main() -> None:
     """Entry point of ``nybble``; exit codes 0 success, 2 bad arguments, 1 failure."""
     warnings.formatwarning = _warning
+    if is_silent():  # one process says what there is to say; what went wrong unforeseen, each
+        warnings.simplefilter("ignore")
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  (for good)
     if "--json" not in sys.argv[1:]:
         build()()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -25,9 +26,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def is_silent() -> bool:
+    """Whether torchrun started this process beside the one that speaks."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
+
+
 def note(text: str) -> None:
     """A line for people, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    if not is_silent():
+        print(text, file=sys.stderr, flush=True)
 
 
 def fail(text: str, code: int, kind: str = "") -> int:

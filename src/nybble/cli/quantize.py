@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nybble.cli._options import grouped
-from nybble.cli._output import megabytes, note, print_json, print_table
+from nybble.cli._output import is_silent, megabytes, note, print_json, print_table
 from nybble.core.files import check_new_folder
 from nybble.data.text import check_source
 from nybble.models.build.config_file import read_json
 from nybble.models.named import check_float, check_model
 from nybble.recipes import BEST, check_recipe_name, recipe_for
+
+if TYPE_CHECKING:
+    from nybble.recipe import Recipe
+    from nybble.walk.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,20 +100,37 @@ def command(
 
     settings = Settings(**vars(run))
     made = build_recipe(recipe, effort=effort, **{**vars(changes), "ignore": changes.ignore or ()})
-    from nybble.checkpoint.account import inspect  # torch comes from here on: all above needs none
+    from nybble.core import ranks  # torch comes from here on: all above needs none
+
+    with ranks.started(run.device) as device:
+        result = _done(model, out, made, data, replace(settings, device=device), eval, dry_run)
+    if json:
+        print_json(result)
+    elif dry_run:
+        print("\n".join(result["preflight"]))
+    elif result:
+        _print(result)
+
+
+def _done(
+    model: str, out: Path, made: Recipe, data: str, settings: Settings, eval: str | None, dry_run: bool
+) -> dict[str, Any]:
+    """What is said of it in the end; nothing by a process beside the one that writes."""
+    from nybble.checkpoint.account import inspect
     from nybble.core.progress import Bars
     from nybble.pipelines.evaluate import judge_folder, judged_on
     from nybble.pipelines.quantize import preflight, quantize
 
-    held_out = None if eval is None else judged_on(model, eval, seq_len=run.seq_len)
+    held_out = None if eval is None else judged_on(model, eval, seq_len=settings.seq_len)
     if dry_run:
         lines = preflight(model, made, data, out=out, settings=settings)
-        print_json({"dry_run": True, "recipe": made.name, "preflight": lines}) if json else print("\n".join(lines))
-        return
+        return {"dry_run": True, "recipe": made.name, "preflight": lines}
     _, report = quantize(model, made, data, out=out, settings=settings, progress=Bars(), announce=note)
+    if is_silent():
+        return {}
     evaluation = None
     if held_out is not None:
-        found = judge_folder(out, model, held_out, device=run.device, progress=Bars())
+        found = judge_folder(out, model, held_out, device=str(settings.device), progress=Bars())
         evaluation = {**found["models"], "data": found["data"], "samples": found["samples"]}
     sizes = inspect(out)
     result: dict[str, Any] = {
@@ -124,10 +145,7 @@ def command(
     }
     if evaluation is not None:
         result["evaluation"] = evaluation
-    if json:
-        print_json(result)
-        return
-    _print(result)
+    return result
 
 
 def _check(model: str, out: Path, recipe: str, data: str, held_out: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -51,15 +51,22 @@ def out_of_memory(device: str) -> Iterator[None]:
         ) from error
 
 
-def require_memory(needed: int, device: torch.device, more: str = "") -> None:
-    """Refuse a run that can't fit; names both numbers. ``more``: a further way out, with a comma behind it."""
+def require_memory(needed: int, device: torch.device, fitting: Callable[[int], str] | None = None) -> None:
+    """Refuse a run that can't fit; names both numbers.
+
+    Args:
+        needed: bytes.
+        device: where.
+        fitting: says what would fit into so many bytes; None: what makes any run smaller.
+    """
     import torch
 
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if needed > free:
+        usual = "Use fewer samples or shorter ones (--samples, --seq-len), a smaller --batch, or --spill."
         raise DeviceError(
             f"about {needed / 1e9:.1f} GB are needed on {device} and {free / 1e9:.1f} GB are free. "
-            f"Use {more}fewer samples or shorter ones (--samples, --seq-len), a smaller --batch, or --spill."
+            f"{usual if fitting is None else fitting(free)}"
         )
 
 

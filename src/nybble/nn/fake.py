@@ -8,6 +8,7 @@ so that casts happen at the same places: in eval mode ``fake(x) == fake.settle()
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,12 +33,17 @@ class FakeWeight(nn.Module):
         latent: float32 [out, in]; kept without a copy.
         learned: None leaves the weight in float.
         trainable: whether gradients reach ``latent``.
+
+    Attributes:
+        instead: gives the weight in place of :meth:`dense`, while there is one: of a step that rounds once for several
+            forwards.
     """
 
     def __init__(self, latent: Tensor, learned: Learned | None, *, trainable: bool) -> None:
         super().__init__()
         self.latent = nn.Parameter(latent, requires_grad=trainable)
         self.learned = learned
+        self.instead: Callable[[FakeWeight, torch.dtype], Tensor] | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -45,7 +51,11 @@ class FakeWeight(nn.Module):
         return self.latent.shape
 
     def forward(self, dtype: torch.dtype) -> Tensor:
-        """The weight to multiply with: rounded in float32, then cast, as ``QTensor.dequantize`` does."""
+        """The weight to multiply with."""
+        return self.dense(dtype) if self.instead is None else self.instead(self, dtype)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Rounded in float32, then cast, as ``QTensor.dequantize`` does."""
         dense: Tensor = self.latent if self.learned is None else self.learned(self.latent)
         return dense.to(dtype)
 

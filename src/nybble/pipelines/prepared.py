@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nybble.calibration.lessons import Network, main_output
 from nybble.checkpoint.parts import Parts
+from nybble.core import ranks
 from nybble.core.device import require_memory
 from nybble.core.errors import SchemeError
 from nybble.core.products import products_in
@@ -109,11 +110,11 @@ def prepared(job: Job, data: Data, parts: Parts | None = None, progress: Progres
     """
     for number, step in enumerate(preparations(job.recipe)):
         path = None if parts is None else parts.parts / f"{number}-{FILE}"
-        if path is not None and path.exists():
+        if path is not None and ranks.lead_says(path.exists()):
             tensors = _read(path)
         else:
             tensors = _trained(job, step, data, progress or Silent())
-            if path is not None:
+            if path is not None and ranks.leads():
                 write_tensorfile(path, tensors, {})
         job = _with_weights(job, tensors)
     return _taught(job, data, parts)

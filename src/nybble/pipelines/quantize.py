@@ -31,6 +31,7 @@ from torch import nn
 from nybble.calibration.trace import Tensors
 from nybble.checkpoint.parts import Parts, begun_with
 from nybble.checkpoint.save import keep_record, mark_quantized, model_config, save_side_files
+from nybble.core import ranks
 from nybble.core.device import out_of_memory, require_memory
 from nybble.core.errors import FileError, LearningError, ModelError, NybbleError, UsageError, did_you_mean
 from nybble.core.explicit import explicit_settings
@@ -99,6 +100,8 @@ def quantize(
     _check_given(model, tokenizer)
     held = {model: model.training} if isinstance(model, nn.Module) else {}
     with ExitStack() as stack:
+        stack.enter_context(ranks.together())
+        progress, announce = (progress, announce) if ranks.leads() else (None, None)
         stack.enter_context(preserve_global_rng())
         stack.enter_context(torch.no_grad())
         stack.enter_context(out_of_memory(str(settings.device or "cpu")))
@@ -106,6 +109,7 @@ def quantize(
         for module in held:
             stack.enter_context(whole_or_not_at_all(module))
         job = _job(model, made, data, settings, out, tokenizer)
+        ranks.agreed(job.request())
         for line in (*job.preflight(out), *training_lines(job), *finishing_lines(job)):
             (announce or _ignore)(line)
         given = known_inputs(job, data)
@@ -227,10 +231,12 @@ def quantize_many(
     settings = Settings.of(settings)
     jobs: dict[str, Job] = {}
     found: dict[str, tuple[Any, Report]] = {}
-    with preserve_global_rng(), torch.no_grad(), out_of_memory(str(settings.device or "cpu")):
+    with ranks.together(), preserve_global_rng(), torch.no_grad(), out_of_memory(str(settings.device or "cpu")):
+        progress = progress if ranks.leads() else None
         for name, recipe in recipes.items():
             jobs[name] = _job(model, read_recipe(recipe), data, settings, None)
             data = jobs[name].tokens or data  # cut once
+        ranks.agreed({name: job.request() for name, job in jobs.items()})
         together = {name: job for name, job in jobs.items() if job.shares}
         alone = [{name: job} for name, job in jobs.items() if not job.shares]
         for group in [*([together] if together else []), *alone]:
@@ -324,32 +330,43 @@ def _write(
 ) -> tuple[Job, list[LayerRow]]:
     folder = AtomicFolder(out, resumable=True)
     try:
-        with folder as partial:
-            parts = Parts(partial, job.request(), job.settings.resume)
+        with folder if ranks.leads() else nullcontext(folder.partial) as partial:
+            with ranks.in_order():
+                parts = Parts(partial, job.request(), job.settings.resume, writes=ranks.leads())
             if job.settings.resume:
                 announce(parts.begun(job.part_names()))
-            if not parts.assembled:
-                assert job.source is not None
-                # All that may fail at the end fails here, before hours of work.
-                if lacks := save_side_files(job.kind, job.source, job.model, partial):
-                    announce(lacks)
-                teacher = teacher_of(job)
-                if not are_walked(job, parts):
-                    job = prepared(job, data, parts, progress)
-                    Walk({"": job}, partial if job.settings.spill else None).run(parts, progress)
-                finished_parts(job, teacher, data, parts, progress)
-                job = _tried(job, given, announce, parts)
-                config = model_config(job.model, job.dtype)  # with what quantizing changed: heads that are tied no more
-                parts.assemble(job.part_names(), config, job.manifest(), job.plan.kv)
-            return job, [LayerRow.from_dict(row) for row in parts.finish()]
+            if not ranks.lead_says(parts.assembled):
+                job = _made(job, data, given, parts, progress, announce)
+            rows = ranks.lead_says(parts.finish() if ranks.leads() else [])
+            return job, [LayerRow.from_dict(row) for row in rows]
     except NybbleError as error:
         # A bad request leaves nothing; what could go on once there is room (a full disk) or the same request stays, and
         # so do hours of work before a window whose training failed.
-        if not isinstance(error, FileError | LearningError):
+        if ranks.leads() and not isinstance(error, FileError | LearningError):
             shutil.rmtree(folder.partial, ignore_errors=True)
         if isinstance(error, LearningError):
             raise LearningError(f"{error} What was finished before it stays in {folder.partial}.") from error
         raise
+
+
+def _made(
+    job: Job, data: Data, given: Sequence[Tensors], parts: Parts, progress: Progress, announce: Callable[[str], None]
+) -> Job:
+    """All files of the result in the parts' folder; the job as it is then."""
+    assert job.source is not None
+    # All that may fail at the end fails here, before hours of work.
+    if ranks.leads() and (lacks := save_side_files(job.kind, job.source, job.model, parts.folder)):
+        announce(lacks)
+    teacher = teacher_of(job)
+    if not ranks.lead_says(are_walked(job, parts)):
+        job = prepared(job, data, parts, progress)
+        Walk({"": job}, parts.folder if job.settings.spill else None).run(parts, progress)
+    if ranks.leads():
+        finished_parts(job, teacher, data, parts, progress)
+        job = _tried(job, given, announce, parts)
+        config = model_config(job.model, job.dtype)  # with what quantizing changed: heads that are tied no more
+        parts.assemble(job.part_names(), config, job.manifest(), job.plan.kv)
+    return replace(job, untried=ranks.lead_says(job.untried))
 
 
 def _ignore(line: str) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from nybble.calibration.block import BlockState
 from nybble.calibration.window import Window
+from nybble.core import ranks
 from nybble.core.curve import curve, short
 from nybble.core.errors import LearningError
 from nybble.learned import Learned
@@ -153,11 +154,11 @@ def _evaluate(window: Window, options: Reconstruction, wanted: Wanted) -> list[f
     for state in window.blocks:
         for twin in twins_of(state).values():
             twin.eval()
-    found = []
-    for number, (calls, given) in enumerate(window.inputs(options.feed)):
+    own = []
+    for number, calls, given in window.own_inputs(options.feed):
         output = output_of(window, calls, given, "quantized")
-        found.append(float(options.loss(output, wanted[number], calls[0].mask)))
-    return found
+        own.append(float(options.loss(output, wanted[number], calls[0].mask)))
+    return [loss for losses in ranks.gather(own) for loss in losses]
 
 
 def _mean(losses: Sequence[float]) -> float:

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from nybble.calibration.trace import BlockCall
 from nybble.calibration.window import Window
+from nybble.core import ranks
 from nybble.learned import Learned
 from nybble.nn.fake import FakeLayer
 from nybble.reconstruction import Reconstruction
+from nybble.reconstruction.halves import Batch, Halves
 from nybble.reconstruction.optimizing import Mover
 from nybble.reconstruction.targets import output_of
 
@@ -32,6 +34,7 @@ class Gradients:
         window: with its twins in place. options: of the engine. twins: all that the window has. mover: of their parts.
         scale: the window's loss at the start.
         precision: of products; None: as the model.
+        halves: where steps are done in halves.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Gradients:
         mover: Mover,
         scale: float,
         precision: torch.dtype | None,
+        halves: Halves | None = None,
     ) -> None:
         self.window, self.options, self.twins, self.mover = window, options, twins, mover
         self.scale, self.precision = scale, precision
@@ -50,6 +54,17 @@ class Gradients:
         self._progress = torch.zeros((), device=window.calibration.device) if cuda else None
         self._warm = WARM if cuda and options.steps >= FEWEST else -1
         self._recorded: _Recorded | None = None
+        self._halves = halves
+        if ranks.size() > 1:  # what goes between processes is not recorded
+            self._warm = -1
+
+    def sync(self) -> None:
+        """Let every process have what was learned, wherever that was: elsewhere than in halves, as the first has it."""
+        if self._halves is not None:
+            self._halves.sync()
+        else:
+            for parameter in self.mover.parameters:
+                ranks.from_rank(parameter.data, 0)
 
     def of(
         self, calls: Sequence[BlockCall], given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], step: int
@@ -68,22 +83,52 @@ class Gradients:
                 error, loss = self._run(calls, given, wanted, step)
         else:
             error, loss = self._run(calls, given, wanted, step)
-        return float(error), float(loss)
+        return self._told(float(error), float(loss))
+
+    def _told(self, error: float, loss: float) -> tuple[float, float]:
+        """The same numbers to all processes: sums of those that each has of its own, or the first one's."""
+        if ranks.size() == 1:
+            return error, loss
+        found = ranks.gather((error, loss))
+        if self._halves is None:
+            return found[0]
+        total = torch.tensor(sum(error for error, _ in found), dtype=torch.float32)  # as if added in one process
+        return float(total), sum(loss for _, loss in found)
 
     def _run(
         self, calls: Sequence[BlockCall], given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], step: int
     ) -> tuple[Tensor, Tensor]:
         self.mover.clear()
+        if self._halves is not None:
+            return self._run_halves(self._halves, (calls, given, wanted), step)
         with _products(self.window, self.precision):
             output = output_of(self.window, calls, given, "quantized")
         error = self.options.loss(output, wanted, calls[0].mask)
         loss = error
         if self._penalized:
             t = step / self.options.steps if self._progress is None else self._progress
-            loss = error + self.options.penalty * self.scale * _penalty(self.twins, t)
+            loss = error + self.options.penalty * self.scale * self._penalty(self.twins, t)
         loss.backward()  # type: ignore[no-untyped-call]
         self.mover.shape()
         return error.detach(), loss.detach()
+
+    def _run_halves(self, halves: Halves, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+        """As :meth:`_run`; the penalty of each layer's parts is its owner's."""
+        error = halves.run(batch, lambda: _products(self.window, self.precision))
+        loss, own = error, [twin for twin in self.twins if halves.owns(twin.weight)]
+        if self._penalized and own:
+            t = step / self.options.steps if self._progress is None else self._progress
+            penalty = self.options.penalty * self.scale * self._penalty(own, t)
+            if penalty.requires_grad:  # not before a part's penalty begins
+                penalty.backward()  # type: ignore[no-untyped-call]
+            loss = error + penalty.detach()
+        self.mover.shape()
+        return error, loss
+
+    def _penalty(self, twins: Sequence[FakeLayer], t: float | Tensor) -> Tensor:
+        """Of the parts of some layers, a mean over all elements that the penalties of all are sums over."""
+        total = torch.stack([twin.penalty(t) for twin in twins]).sum()
+        return total / sum(twin.weight.shape.numel() for twin in self.twins)
 
     def _record(
         self, calls: Sequence[BlockCall], given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
@@ -173,12 +218,6 @@ def _aside() -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
     torch.cuda.current_stream().wait_stream(stream)
-
-
-def _penalty(twins: Sequence[FakeLayer], t: float | Tensor) -> Tensor:
-    """The parts' penalties, a mean over all elements that they are sums over."""
-    total = torch.stack([twin.penalty(t) for twin in twins]).sum()
-    return total / sum(twin.weight.shape.numel() for twin in twins)
 
 
 def _products(window: Window, precision: torch.dtype | None) -> AbstractContextManager[object]:

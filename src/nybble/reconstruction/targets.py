@@ -10,6 +10,7 @@ from torch import Tensor
 from nybble.calibration.streams import Stream
 from nybble.calibration.trace import HIDDEN, BlockCall
 from nybble.calibration.window import Window
+from nybble.core import ranks
 from nybble.reconstruction import FISHER, FLOAT, LOCAL
 
 _PATHS = {FLOAT: "float", LOCAL: "quantized"}
@@ -20,13 +21,13 @@ class Wanted:
     """Targets by batch.
 
     Args:
-        stream: of the targets, in order of the batches.
+        stream: of the targets.
         names: which there are.
         gradients: squared, where ``fisher`` is among them.
     """
 
     def __init__(self, stream: Stream, names: Sequence[str], gradients: Stream | None = None) -> None:
-        self._stream, self._names, self._starts = stream, names, list(stream)
+        self._stream, self._names, self._starts = stream, names, sorted(stream)
         self._gradients = gradients
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
@@ -53,17 +54,31 @@ def wanted_of(window: Window, names: Sequence[str]) -> Iterator[Wanted]:
     stream = Stream(calibration.samples, calibration.device, calibration.spill)
     try:
         for name in (name for name in names if name in _PATHS):
-            start = 0
-            for calls, given in window.inputs(_PATHS[name]):
-                output, size = output_of(window, calls, given, "float"), len(given[HIDDEN])
-                if name == FLOAT:
-                    stream.begin(start, calls, {HIDDEN: output}, size)
-                else:
-                    stream.write(start, {name: output})
-                start += size
+            _fill(stream, window, name)
         yield Wanted(stream, names, calibration.gradients[window.last] if FISHER in names else None)
     finally:
         stream.close()
+
+
+def _fill(stream: Stream, window: Window, name: str) -> None:
+    """Put the outputs of all batches into the stream, as :class:`Wanted` reads it; each process makes its share."""
+    first, sizes = window.calibration.first, dict[int, int]()
+
+    def put(number: int, output: Tensor, size: int) -> None:
+        if name == FLOAT:
+            stream.begin(first(number), (), {HIDDEN: output}, size)
+        else:
+            stream.write(first(number), {name: output})
+
+    for number, calls, given in window.own_inputs(_PATHS[name]):
+        sizes[number] = len(given[HIDDEN])
+        put(number, output_of(window, calls, given, "float"), sizes[number])
+    key = HIDDEN if name == FLOAT else name
+    made = ranks.others(
+        window.calibration.batches, lambda n: (sizes[n], stream.read(first(n))[key]), window.calibration.device
+    )
+    for number, (size, output) in made:
+        put(number, output, size)
 
 
 def output_of(window: Window, calls: Sequence[BlockCall], given: Mapping[str, Tensor], path: str) -> Tensor:

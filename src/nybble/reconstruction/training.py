@@ -14,7 +14,7 @@ from nybble.calibration.window import Window
 from nybble.core.errors import LearningError
 from nybble.core.keeping import Best
 from nybble.nn.fake import FakeLayer
-from nybble.reconstruction import Reconstruction
+from nybble.reconstruction import Reconstruction, halves
 from nybble.reconstruction.gradients import Gradients
 from nybble.reconstruction.inputs import rounds
 from nybble.reconstruction.optimizing import Mover
@@ -65,27 +65,33 @@ def train(
     scale, mover, trained = sum(before) / len(before), Mover(groups, options), Trained()
     best = Best(mover.parameters)
     trained.precision = _precision(window, options)
+    large = next(iter(wanted[0].values())).numel() >= halves.LEAST
+    shared = halves.halves_for(window, options, twins, mover.parameters) if large else None
     _train_mode(twins)
-    gradients = Gradients(window, options, twins, mover, scale, trained.precision)
+    gradients = Gradients(window, options, twins, mover, scale, trained.precision, shared)
     for step, (number, calls, given) in enumerate(rounds(window, options)):
         error, loss = gradients.of(calls, given, wanted[number], step)
         if not math.isfinite(loss):
+            gradients.sync()
             raise LearningError(_failure(window, calls, given, loss, step))
         trained.losses.append(error)
         if options.keep == "best" and not options.every:
             best.see(trained.losses[-1] / (before[number] or 1.0), step)
         mover.move()
         if options.every and (step + 1) % options.every == 0 and step + 1 < options.steps:
+            gradients.sync()
             best.see(judge(), step + 1)
             _train_mode(twins)
         if _diverges(options, trained.losses, scale, len(before)):
             trained.diverged = True
             break
     if options.every:
+        gradients.sync()
         best.see(judge(), len(trained.losses))
     if 0 <= best.step < len(trained.losses):
         best.restore()
         trained.best = best.step
+    gradients.sync()
     return trained
 
 

@@ -55,7 +55,7 @@ def input_picture(sample: Tensor, quantizer: Quantizer | None, params: QuantPara
         "histogram": histogram,
         "inter": _short(float(means.var(correction=0)) / power),
         "intra": _short(float(magnitude.var(0, correction=0).mean()) / power),
-        "channels": [[_short(float(loudest[i])), _short(float(means[i]))] for i in shown],
+        "channels": [[_short(a), _short(b)] for a, b in torch.stack([loudest, means], 1)[shown].tolist()],
     }
 
 

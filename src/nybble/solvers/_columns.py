@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nybble.ops.blocks import divide
+from nybble.ops.blocks import safe_divisor, safe_reciprocal
 from nybble.ops.rounding import round_to, round_to_codes
 from nybble.quantizer import Quantizer
 
@@ -47,18 +47,24 @@ class Span:
         """Only the columns ``start .. stop``."""
         return Span(self.rows, self.quantizer, *(None if t is None else t[start:stop] for t in self.tensors))
 
-    def round_column(self, w: Tensor, column: int) -> Tensor:
+    def divisor(self) -> Tensor | None:
+        """What all columns are divided by, or multiplied with under ``reciprocal``: for :meth:`round_column`."""
+        if self.scale is None:
+            return None
+        return safe_reciprocal(self.scale) if self.quantizer.reciprocal else safe_divisor(self.scale)
+
+    def round_column(self, w: Tensor, column: int, divisor: Tensor | None) -> Tensor:
         """One column [rows] on its grid, as the quantizer will store it."""
         fmt, rounding = self.quantizer.format, self.quantizer.rounding
         y = w if self.offset is None else w - self.offset[column]
-        scale = None if self.scale is None else self.scale[column]
-        y = y if scale is None else divide(y, scale, self.quantizer.reciprocal)
+        if divisor is not None:
+            y = y * divisor[column] if self.quantizer.reciprocal else y / divisor[column]
         if self.zero is None:
             y = round_to(y, fmt.name, rounding)
         else:
             zero = self.zero[column]
             y = round_to_codes(y, zero, fmt.min, fmt.max, rounding) - zero
-        y = y if scale is None else y * scale
+        y = y if self.scale is None else y * self.scale[column]
         return y if self.offset is None else y + self.offset[column]
 
 
@@ -77,13 +83,13 @@ def visit_block(part: Tensor, upper: Tensor, spans: Sequence[Span], result: Tens
         float32 [columns, rows]: the errors over the pivots, for the columns after the block.
     """
     errors = torch.empty_like(part)
-    columns = part.shape[0]
+    columns, divisors = part.shape[0], [span.divisor() for span in spans]
     for start in range(0, columns, _RUN):
         stop = min(start + _RUN, columns)
         for j in range(start, stop):
             w = part[j]
-            for span in spans:
-                result[j, span.rows] = span.round_column(w[span.rows], j)
+            for span, divisor in zip(spans, divisors, strict=True):
+                result[j, span.rows] = span.round_column(w[span.rows], j, divisor)
             torch.sub(w, result[j], out=errors[j]).div_(upper[j, j])
             if j + 1 < stop:
                 part[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j], alpha=-1)

@@ -47,7 +47,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from nybble.calibration.error import by_group, relative_error
+from nybble.calibration.error import RelativeError, by_group, relative_error
 from nybble.core.errors import SchemeError
 from nybble.qtensor import QuantParams, ScaleLike, block_view
 from nybble.qtensor.block import BlockQTensor
@@ -116,11 +116,11 @@ class Gptq(Solver):
         return frozenset({"float", "quantized"} if self.inputs == "both" else {"quantized"})
 
     def working_bytes(self, rows: Sequence[int], columns: int) -> int:
-        """Eight matrices like H while it is put in order and factorised; then eight copies of all weights."""
+        """Five matrices like H while it is factorised, four beside what it is; then eight copies of all weights."""
         weights = 4 * columns * sum(rows)
         if self.inputs == "both":  # the targets and what they are made of
             weights = 3 * weights // 2
-        return max(32 * columns**2 + 5 * weights // 2, 4 * columns**2 + 8 * weights)
+        return max(20 * columns**2 + 5 * weights // 2, 4 * columns**2 + 8 * weights)
 
     def quantizer_for(self, quantizer: Quantizer) -> Quantizer:  # noqa: D102
         if get_rounding(quantizer.rounding).stochastic:
@@ -148,9 +148,8 @@ class Gptq(Solver):
         """Weights that share one second moment."""
         second, drift = stats.second_moment, stats.drift if self.inputs == "both" else None
         plain = [weight.quantizer.quantize(weight.matrix) for weight in weights]
-        plain_errors = [
-            relative_error(w.matrix, q.dequantize(), second, drift) for w, q in zip(weights, plain, strict=True)
-        ]
+        errors = [RelativeError(weight.matrix, second, drift) for weight in weights]
+        plain_errors = [error.of(q.dequantize()) for error, q in zip(errors, plain, strict=True)]
         factor: tuple[Tensor, Tensor | None] | None = None
         notes: tuple[str, ...] = ("no calibration input reached it: rounded to nearest",)
         if second is not None:
@@ -169,10 +168,9 @@ class Gptq(Solver):
         grids = [_Grid(weight, energy) for weight in targets]
         rounded = self._visit(grids, upper, order) if upper.dim() == 2 else self._visit_groups(grids, upper)
         solved = []
-        for grid, weight, columns, base, base_error in zip(grids, weights, rounded, plain, plain_errors, strict=True):
+        for grid, columns, measure, base, base_error in zip(grids, rounded, errors, plain, plain_errors, strict=True):
             found = grid.finish(columns)
-            error = relative_error(weight.matrix, found.dequantize(), second, drift)
-            solved.append(_better(found, error, base, base_error, notes))
+            solved.append(_better(found, measure.of(found.dequantize()), base, base_error, notes))
         return solved
 
     def _solve_guided(self, weight: Weight, stats: Stats) -> Solved:
@@ -205,26 +203,28 @@ class Gptq(Solver):
 
         Of moments [groups, columns, columns] all factors at once; their columns stay in their order.
         """
-        h = second_moment.clone()
-        diagonal = h.diagonal(dim1=-2, dim2=-1)
+        diagonal = second_moment.diagonal(dim1=-2, dim2=-1).clone()
         dead = diagonal == 0
         diagonal[dead] = 1
         notes = [f"{int(dead.sum())} inputs are always zero"] if bool(dead.any()) else []
-        order = diagonal.argsort(descending=True, stable=True) if self.activation_order and h.dim() == 2 else None
-        if order is not None:
-            h = h[order][:, order]
-        mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)
+        grouped = diagonal.dim() > 1
+        order = diagonal.argsort(descending=True, stable=True) if self.activation_order and not grouped else None
+        ordered = diagonal if order is None else diagonal[order]
+        mean = ordered.mean(-1)
         damping = torch.full_like(mean, self.damping)
-        identity = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+        identity = torch.eye(diagonal.shape[-1], dtype=diagonal.dtype, device=diagonal.device)
         for attempt in range(4):
-            damped = h.clone()
-            damped.diagonal(dim1=-2, dim2=-1).add_((damping * mean)[..., None])
             # With its rows and columns reversed, H = M M^T for an upper M, and H^-1 = U^T U for U = M^-1: no inverse,
-            # and one factorisation less than chol(H^-1).
-            reversed_lower, info = torch.linalg.cholesky_ex(damped.flip(-2, -1))
+            # and one factorisation less than chol(H^-1). As few as can be of these matrices are there at once.
+            damped = ordered + (damping * mean)[..., None]
+            reversed_lower, info = torch.linalg.cholesky_ex(_reversed(second_moment, order, damped))
             failed = info != 0
-            m = torch.where(failed[..., None, None], identity, reversed_lower.flip(-2, -1))
+            m = reversed_lower.flip(-2, -1)
+            del reversed_lower
+            if bool(failed.any()):
+                m = torch.where(failed[..., None, None], identity, m)
             upper = torch.linalg.solve_triangular(m, identity.expand_as(m), upper=True)
+            del m
             failed = failed | ~torch.isfinite(upper).all(-1).all(-1)
             if not bool(failed.any()):
                 if attempt:
@@ -242,9 +242,9 @@ class Gptq(Solver):
         for grid in grids:
             left, (span,) = grid.matrix.T.contiguous(), _stack([grid])
             by_row = uppers.repeat_interleave(left.shape[1] // len(uppers), 0).permute(1, 2, 0)
-            result = torch.empty_like(left)
+            result, divisor = torch.empty_like(left), span.divisor()
             for j in range(len(left)):
-                result[j] = span.round_column(left[j], j)
+                result[j] = span.round_column(left[j], j, divisor)
                 left[j + 1 :] -= by_row[j, j + 1 :] * ((left[j] - result[j]) / by_row[j, j])
             found.append(result.T.contiguous())
         return found
@@ -308,6 +308,17 @@ def _target(matrix: Tensor, cross: Tensor, upper: Tensor, order: Tensor | None) 
     if order is not None:
         moved = torch.empty_like(moved).index_copy_(1, order, moved)
     return matrix + moved.reshape(matrix.shape)
+
+
+def _reversed(second_moment: Tensor, order: Tensor | None, diagonal: Tensor) -> Tensor:
+    """The second moment with its columns in order, and that reversed, and another diagonal (in order)."""
+    if order is None:
+        h = second_moment.flip(-2, -1)
+    else:
+        back = order.flip(0)
+        h = second_moment.index_select(0, back).index_select(1, back)
+    h.diagonal(dim1=-2, dim2=-1).copy_(diagonal.flip(-1))
+    return h
 
 
 class _Grid:

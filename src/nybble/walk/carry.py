@@ -40,16 +40,18 @@ class Carry:
     """
 
     def __init__(self, parts: Parts, index: int) -> None:
-        self.tensors = parts.parts / f"carry-{index:04d}.safetensors"
+        self.writes, self.tensors = parts.writes, parts.parts / f"carry-{index:04d}.safetensors"
         self.json = self.tensors.with_suffix(".carry")
 
     def remove(self) -> None:
         """Let go of it."""
-        for path in (self.json, self.tensors):
+        for path in (self.json, self.tensors) if self.writes else ():
             path.unlink(missing_ok=True)
 
     def write(self, states: Mapping[int, BlockState]) -> None:
         """Keep the blocks that stay."""
+        if not self.writes:
+            return
         tensors: dict[str, Tensor] = {}
         blocks: dict[str, Any] = {}
         for index, state in states.items():

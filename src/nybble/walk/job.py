@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nybble.calibration.chain import chain_fault
+from nybble.core import ranks
 from nybble.core.device import measure_flops, require_memory
 from nybble.core.errors import DataError, SchemeError, within
 from nybble.core.files import need_space
@@ -24,6 +25,7 @@ from nybble.nn.kinds import Target, apart_line
 from nybble.recipe import Recipe
 from nybble.solvers import Solver
 from nybble.walk.estimate import Estimate, estimate, with_layers
+from nybble.walk.fitting import fitting
 from nybble.walk.plan import Plan, make_plan
 from nybble.walk.settings import DEFAULT_SAMPLES, Settings
 from nybble.walk.steps import BlockStep, Load, Subject
@@ -51,6 +53,7 @@ class Job:
         tokens: what is calibrated on; None where no step of the walk looks at data. taught: what a training behind it
             learns from; None where there is none.
         times: seconds of what was learned, by the window's name, in order.
+        load: the sizes that the estimate is of.
         outside_sees: whether what is in no block wants its inputs.
     """
 
@@ -68,6 +71,7 @@ class Job:
     products: torch.dtype
     tokens: Samples | None
     estimate: Estimate
+    load: Load
     outside_sees: bool
     untried: str = ""
     left_out: tuple[str, ...] = ()
@@ -127,14 +131,14 @@ class Job:
         for module_kind in subject.plan.kinds:
             module_kind.prepare(model)
         solver = next(step.solver for step in steps if isinstance(step, SolverStep))
-        products = settings.products_of(device, dtype)
+        products = ranks.lead_says(settings.products_of(device, dtype))
         load = _load(subject, source, settings, dtype, tokens, kept, paths, steps)
         load = replace(load, wide=products != dtype)
         cost = estimate(subject, steps, load, measure_flops(device, products))
         sees = any(_wants_inputs(target, solver) for target in subject.plan.outside)
         return Job(
             model, adapter, source, recipe, steps, paths if tokens is not None else frozenset(), needs, subject.plan,
-            settings, device, dtype, products, tokens, cost, sees, left_out=tuple(step.name for step in left_out),
+            settings, device, dtype, products, tokens, cost, load, sees, left_out=tuple(step.name for step in left_out),
             taught=taught,
         )  # fmt: skip
 
@@ -230,14 +234,24 @@ class Job:
             lines.append(f"all of the model is one block, and in memory at once: {self.adapter.whole}")
         if self.source is not None and self.source.note:
             lines.append(self.source.note)
-        more = ""
-        if self.window > 1:
-            more = f"a smaller window (its {self.window} blocks take {self.estimate.window / 1e9:.1f} GB), "
-        require_memory(self.estimate.memory, self.device, more)
+        each = ranks.size_here() if self.device.type == "cpu" else 1
+        more = f"Its {self.window} blocks at once take {self.estimate.window / 1e9:.1f} GB. " if self.window > 1 else ""
+        require_memory(
+            self.estimate.memory * each, self.device,
+            lambda free: more + fitting(self.load, free // each, self._memory),
+        )  # fmt: skip
         if out is not None:
             beside = {} if self.source is None else self.source.side_files()
             need_space(out, self.estimate.disk + sum(path.stat().st_size for path in beside.values()))
         return lines
+
+    def _memory(self, load: Load, narrow: bool) -> int:
+        """What a run of other sizes would take; ``narrow``: with windows of one block."""
+        steps, subject = list(self.steps), Subject(model=self.model, adapter=self.adapter, plan=self.plan)
+        if narrow:
+            load = replace(load, window=1)
+            steps = [step.narrow() if isinstance(step, ReconstructionStep) else step for step in steps]
+        return estimate(subject, steps, load, 1.0).memory
 
     def request(self) -> dict[str, Any]:
         """Everything that decides the bytes of the result."""
@@ -250,7 +264,7 @@ class Job:
             "settings": {
                 "seed": self.settings.seed,
                 "batch": self.settings.batch,
-                "device": str(self.device),
+                "device": self.device.type,
                 "dtype": str(self.dtype),
                 "products": str(self.products),
             },

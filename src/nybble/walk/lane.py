@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nybble.calibration.arguments import keeps
 from nybble.calibration.block import BlockState
 from nybble.calibration.fisher import block_gradients, fisher_of, guides_of, layers_with_weights
 from nybble.calibration.spans import Span, spans
@@ -19,6 +20,7 @@ from nybble.calibration.trace import HIDDEN, BlockCall, Tensors, capture_block_c
 from nybble.calibration.units import find_units
 from nybble.calibration.window import Calibration, Known, Window
 from nybble.checkpoint.parts import SPILL, Parts
+from nybble.core import ranks
 from nybble.core.errors import DataError
 from nybble.core.seeds import derive_seed
 from nybble.models.adapter import under
@@ -54,10 +56,14 @@ class Lane:
         samples = len(next(iter(inputs.values()))) if inputs else 0
         self.calibration = Calibration(
             tokens=0 if job.tokens is None else job.tokens.tokens, samples=samples,
-            batches=-(-samples // job.settings.batch), device=job.device, dtype=job.dtype, seed=job.settings.seed,
-            config=job.model.config, paths=job.paths, adapter=job.adapter, times=job.times,
-            spill=None if spill is None else spill / f"{SPILL}wanted",
+            batches=-(-samples // job.settings.batch), batch=job.settings.batch, device=job.device, dtype=job.dtype,
+            seed=job.settings.seed, config=job.model.config, paths=job.paths, adapter=job.adapter, times=job.times,
+            spill=self._spilled("wanted"),
         )  # fmt: skip
+
+    def _spilled(self, name: str) -> Path | None:
+        """Leading part of the names of this process's files, if hidden states are to be in files."""
+        return None if self.spill is None else self.spill / f"{SPILL}{ranks.tag()}{name}"
 
     @property
     def calibrated(self) -> bool:
@@ -88,7 +94,7 @@ class Lane:
         before, self.streams = self.streams, {}
         first: Stream | None = None
         for path in sorted(self.job.paths):
-            spill = None if self.spill is None else self.spill / f"{SPILL}{path}.{stack}"
+            spill = self._spilled(f"{path}.{stack}")
             if first is not None and not stack:
                 self.streams[path] = first.fork(spill)
                 continue
@@ -144,8 +150,7 @@ class Lane:
         assert job.tokens is not None
         last = self._outlets(model)
         for index, name in enumerate(last):
-            spill = None if self.spill is None else self.spill / f"{SPILL}gradient.{index}"
-            found[name] = Stream(self.calibration.samples, job.device, spill)
+            found[name] = Stream(self.calibration.samples, job.device, self._spilled(f"gradient.{index}"))
         passes = block_gradients(
             model, job.adapter, last, job.tokens.inputs, batch=job.settings.batch, seed=job.settings.seed
         )
@@ -154,6 +159,17 @@ class Lane:
             for name, gradient in gradients.items():
                 wide = gradient.float() if gradient.dtype == torch.float16 else gradient  # squares need its exponents
                 found[name].begin(start, (), {HIDDEN: wide.square()}, size)
+        for stream in found.values():
+            self._share(stream)
+
+    def _share(self, stream: Stream) -> None:
+        """Put what other processes have of their shares into a stream that has this one's."""
+        first, samples, batch = self.calibration.first, self.calibration.samples, self.job.settings.batch
+        made = ranks.others(
+            self.calibration.batches, lambda number: stream.read(first(number))[HIDDEN], self.job.device
+        )
+        for number, tensor in made:
+            stream.begin(first(number), (), {HIDDEN: tensor}, min(batch, samples - first(number)))
 
     def _outlets(self, model: nn.Module) -> list[str]:
         """Full names of the last block of every window; of those that are learned in units, the last of theirs."""
@@ -255,13 +271,21 @@ class Lane:
                     self._advance(index, path, stream)
 
     def _advance(self, index: int, path: str, stream: Stream) -> None:
-        torch.manual_seed(derive_seed(self.job.settings.seed, part_name(index), "advance"))
-        state = self.states[index]
+        """Every process moves its share of the batches, and gives it to the others.
+
+        Where blocks write into what later ones read (Gemma 4), all move all.
+        """
+        state, starts = self.states[index], list(stream)
+        alone = any(keeps(stream.calls[start][self._in_stack(index)]) for start in starts)
         with state.on(path) as module, state.as_it_came() if path == "float" else nullcontext():
             hold_dense(module, self.job.dtype)
-            for start in stream:
+            for start in starts if alone else (starts[number] for number in ranks.share(len(starts))):
+                torch.manual_seed(derive_seed(self.job.settings.seed, part_name(index), "advance", str(start)))
                 stream.write(start, stream.calls[start][self._in_stack(index)].run(module, stream.read(start)))
             hold_dense(module, None)
+        if not alone:
+            for number, tensors in ranks.others(len(starts), lambda n: stream.read(starts[n]), self.job.device):
+                stream.write(starts[number], tensors)
         if not stream.finite():
             raise DataError(f"the outputs of block {index} hold NaN or Inf; try another dtype or a gentler scheme.")
 
@@ -308,7 +332,7 @@ class Lane:
     # ------------------------------------------------------------------------------------------------ the rest
     def outside(self, parts: Parts | None) -> list[LayerRow]:
         """Quantize what is in no block, on the inputs that it gets there."""
-        if parts is not None and parts.done(OUTSIDE):
+        if parts is not None and ranks.lead_says(parts.done(OUTSIDE)):
             return [LayerRow.from_dict(row) for row in parts.rows(OUTSIDE)]
         state = outside_state(self.job)
         source = None
@@ -328,7 +352,7 @@ class Lane:
         """The whole model's inputs with what the last block gave; blocks themselves are not run."""
         assert self.job.tokens is not None
         stream, batch = self.streams[path], self.job.settings.batch
-        wanted = self.job.outside_names()
-        for start in stream:
+        wanted, starts = self.job.outside_names(), list(stream)
+        for start in starts if order is None else (starts[number] for number in order):
             batched = self.job.kind.batch(self.job.tokens.inputs, start, start + batch, self.job.device)
             yield [tail(self.job.adapter, batched.inputs, batched.real, wanted)], stream.read(start)

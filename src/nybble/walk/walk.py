@@ -9,6 +9,7 @@ from time import perf_counter
 from nybble.calibration.spans import Span
 from nybble.calibration.window import Known
 from nybble.checkpoint.parts import Parts
+from nybble.core import ranks
 from nybble.core.products import products_in
 from nybble.core.progress import Progress, task
 from nybble.report.record import LayerRow
@@ -87,10 +88,8 @@ class Walk:
         """How many windows an earlier run finished, counted from the first."""
         if parts is None:
             return 0
-        for number, span in enumerate(todo):
-            if not all(parts.done(part_name(index)) for index in range(span.start, span.leave)):
-                return number
-        return len(todo)
+        ready = [all(parts.done(part_name(index)) for index in range(span.start, span.leave)) for span in todo]
+        return ranks.lead_says(ready.index(False) if False in ready else len(todo))
 
 
 def _last(rows: Mapping[str, list[LayerRow]]) -> str:

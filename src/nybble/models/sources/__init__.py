@@ -11,6 +11,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,6 +168,10 @@ class ModelSource(ABC):
         Files up to 1 GiB are hashed whole. Of larger ones: the first 8 MiB (the header), the last MiB, and 62 samples
         of 1 MiB spread evenly; enough to tell models apart, not proof against an attacker.
         """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         total = hashlib.sha256()
         for path in sorted(self.weight_files(), key=lambda p: p.name):
             total.update(f"{path.name}\0{path.stat().st_size}\0{_content_hash(path)}\n".encode())

@@ -15,8 +15,8 @@ from nybble.core.keeping import Best
 from nybble.core.progress import Progress, task
 from nybble.core.seeds import generator
 from nybble.training.steps import MODEL, Student
-from nybble.training.steps._teaching import Teaching
 from nybble.training.steps._student import Learners
+from nybble.training.steps._teaching import Teaching
 
 if TYPE_CHECKING:
     from nybble.training.steps.distill import Distill

@@ -36,8 +36,8 @@ from nybble.core.progress import Progress
 from nybble.core.seeds import derive_seed, generator
 from nybble.training.steps import Finish, Finished, Student
 from nybble.training.steps._distillation import Distillation
-from nybble.training.steps._teaching import Teaching
 from nybble.training.steps._student import Learners, checkpointed
+from nybble.training.steps._teaching import Teaching
 
 KINDS = ("scales", "norms", "biases")
 

@@ -37,7 +37,7 @@ def _rows(targets: Sequence[Target], solver: Solver, load: Load) -> int:
     kept = 0
     if gathered & {"second_moment", "inputs"}:
         kept = sum(
-            4 * t.shape[1] * (_kept(solver, t) * t.shape[1] + (most if "inputs" in gathered else SAMPLE))
+            4 * t.shape[1] * (2 * _kept(solver, t) * t.shape[1] + (most if "inputs" in gathered else SAMPLE))
             for t in targets
         )
     return kept + max(
@@ -46,19 +46,19 @@ def _rows(targets: Sequence[Target], solver: Solver, load: Load) -> int:
 
 
 def _moments(targets: Sequence[Target], solver: Solver) -> int:
-    """Float32 second moments: a block reads at most three tensors of one width (qkv, out, MLP); and one to add."""
+    """Second moments, float64 sums: a block reads at most three tensors of one width (qkv, out, MLP); one to add."""
     needy = [t for t in targets if "second_moment" in solver.needs(t.rule.inputs)]
     if not needy:
         return 0
-    total = sum(4 * t.matrices * t.shape[1] ** 2 for t in needy if t.kind.fused)
+    total = sum(8 * t.matrices * t.shape[1] ** 2 for t in needy if t.kind.fused)
     each = max(_kept(solver, t) for t in needy)
     linear = [t.shape[1] for t in needy if not t.kind.fused]
     if any(_later(solver, t) for t in needy):  # of one input after the other
-        total += each * 4 * max(linear, default=0) ** 2
+        total += each * 8 * max(linear, default=0) ** 2
     else:
-        total += each * sum(4 * c * c * min(3, linear.count(c)) for c in set(linear))
+        total += each * sum(8 * c * c * min(3, linear.count(c)) for c in set(linear))
     if any("guided" in solver.needs(t.rule.inputs) for t in needy):  # each weight has its own
-        total += sum(4 * solver.guides * t.shape[1] ** 2 for t in needy if t.kind.by_rows and not t.kind.fused)
+        total += sum(8 * solver.guides * t.shape[1] ** 2 for t in needy if t.kind.by_rows and not t.kind.fused)
     return int(total + 4 * max(t.shape[1] for t in needy) ** 2)
 
 

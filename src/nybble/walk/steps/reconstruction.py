@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 from nybble.calibration.window import Window
@@ -25,9 +26,15 @@ class ReconstructionStep(BlockStep):
     kind: ClassVar[str] = "reconstruction"
 
     def __init__(self, key: str, reconstruction: Reconstruction, solver: Solver) -> None:
+        self._key = key
         self.name, self.reconstruction, self.solver = f"reconstruction {key!r}", reconstruction, solver
         self.window, self.overlap = reconstruction.window, reconstruction.overlap
         self.paths = frozenset({"float", reconstruction.feed})
+
+    def narrow(self) -> ReconstructionStep:
+        """The same on windows of one block."""
+        options = replace(self.reconstruction, window=1, overlap=0)
+        return ReconstructionStep(self._key, options, self.solver)
 
     def needs(self, subject: Subject) -> frozenset[str]:  # noqa: D102
         return frozenset({"block inputs", *(("output gradients",) if self._weighed else ())})

@@ -14,6 +14,7 @@ from nybble.calibration.operands import see_operands
 from nybble.calibration.statistics import ChannelSizes, SecondMoment
 from nybble.calibration.watch import Group, Seen, layer_moments, see_block, see_nothing
 from nybble.calibration.window import Window
+from nybble.core import ranks
 from nybble.core.errors import DataError, UsageError, within
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import Quantized, Target
@@ -67,25 +68,38 @@ class SolverStep(BlockStep):
         found = {t.name: self._operands(window, t) for t in products}  # all before any is in place
         for target in products:
             self._put_operands(state, target, found[target.name])
-        window.seed("solve")
-        for group in seen.groups:
-            self._see_drift(window, group, seen)
-            self._solve_group(state, group, seen, window.calibration.fisher)
+        self._solve_groups(window, seen, window.calibration.fisher, "solve")
         for target in state.targets:
             if target.kind.fused:
                 routed, sizes = seen.routed.pop(target.name, None), seen.routed_sizes.pop(target.name, None)
-                self._solve_fused(state, target, routed, sizes)
+                self._solve_fused(window, target, routed, sizes)
 
     def run_outside(self, window: Window) -> None:
-        """The same for what is in no block: every target with a seed of its own."""
-        state = window.block
-        seen = see_nothing(state.targets)
+        """The same for what is in no block."""
+        seen = see_nothing(window.block.targets)
         if window.calibrated:
             seen = see_block(window, self.path, self.solver)
-        for group in seen.groups:
-            window.seed(group.leader)
-            self._see_drift(window, group, seen)
-            self._solve_group(state, group, seen, {})
+        self._solve_groups(window, seen, {}, "")
+
+    def _solve_groups(self, window: Window, seen: Seen, fisher: Mapping[str, Tensor], phase: str) -> None:
+        """Every group with a seed of its own; by several processes at once, unless each sees what those before it gave.
+
+        Processes give each other what they came to.
+        """
+        state, device, owners = window.block, window.calibration.device, _owners(seen.groups)
+        stages = [[number] for number in range(len(seen.groups))] if seen.later else [list(range(len(seen.groups)))]
+        for numbers in stages:
+            mine: dict[int, list[Solved]] = {}
+            for number in numbers:
+                group = seen.groups[number]
+                window.seed(f"{phase} {group.leader}".strip())
+                self._see_drift(window, group, seen)
+                stats = _stats(state, group, seen, fisher, owners[number] == ranks.number())
+                if stats is not None:
+                    mine[number] = self._solved(state, group, stats)
+                    del stats
+            for number, solved in sorted(ranks.spread(mine, device)):
+                self._install(state, seen.groups[number], seen, solved)
 
     def _see_drift(self, window: Window, group: Group, seen: Seen) -> None:
         """Of a group that asks for its drift: what it gets now that the groups before it are in place."""
@@ -98,7 +112,8 @@ class SolverStep(BlockStep):
         seen.moments.update(moments)
         seen.drifts.update(drifts)
 
-    def _solve_group(self, state: BlockState, group: Group, seen: Seen, fisher: Mapping[str, Tensor]) -> None:
+    def _solved(self, state: BlockState, group: Group, stats: Stats) -> list[Solved]:
+        """What the solver makes of a group's weights."""
         weights = [
             Weight(
                 name=f"{state.prefix}{t.name}",
@@ -108,13 +123,16 @@ class SolverStep(BlockStep):
             for t in group.members
             if t.rule.weights is not None
         ]
-        look = seen.looks.pop(group.leader, None)
-        sample = None if look is None else look.all()
-        stats, params = _stats(state, group, seen, fisher), seen.params.get(group.leader)
         with within(f"{state.prefix}{group.leader}"):
-            solved = dict(zip([w.name for w in weights], self._answers(weights, stats), strict=True))
+            return self._answers(weights, stats)
+
+    def _install(self, state: BlockState, group: Group, seen: Seen, answers: Sequence[Solved]) -> None:
+        """Put a group's layers in place."""
+        look, params = seen.looks.pop(group.leader, None), seen.params.get(group.leader)
+        sample = None if look is None else look.all()
+        solved = dict(zip([t.name for t in group.members if t.rule.weights is not None], answers, strict=True))
         for target in group.members:
-            found = solved.get(f"{state.prefix}{target.name}")
+            found = solved.get(target.name)
             chosen = (target.rule.inputs, params) if found is None or found.inputs is None else found.inputs
             state.records[target.name] = _record(target, found, chosen, sample)
             made = Quantized(
@@ -140,26 +158,30 @@ class SolverStep(BlockStep):
 
     def _solve_fused(
         self,
-        state: BlockState,
+        window: Window,
         target: Target,
         moments: Sequence[SecondMoment] | None,
         sizes: Sequence[ChannelSizes] | None,
     ) -> None:
+        """Every matrix by itself; processes take their share of them."""
         if target.rule.weights is None:
             return
-        stored, solved = state.matrix(target), []
-        for number in range(target.matrices):
+        state, mine = window.block, dict[int, Solved]()
+        stored = state.matrix(target)
+        for number in ranks.share(target.matrices):
             name = f"{state.prefix}{target.name}.{number}"
+            window.seed(f"solve {target.name}.{number}")
             matrix = self._checked(stored[number], name)
             weight = Weight(name=name, matrix=matrix, quantizer=target.rule.weights)
             second = None if moments is None else moments[number].mean(name)
             with within(name):
                 stats = Stats(second_moment=second, sizes=None if sizes is None else _sizes(sizes[number]))
-                found = self._answers([weight], stats)[0]
-            solved.append(found)
+                mine[number] = self._answers([weight], stats)[0]
+        solved = dict(ranks.spread(mine, window.calibration.device))
+        for number, found in sorted(solved.items()):
             record = state.records[f"{target.name}.{number}"] = _record(target, found, (None, None), None)
             record.number = number
-        state.install(target, Quantized(weights=[s.weight for s in solved]))
+        state.install(target, Quantized(weights=[solved[number].weight for number in sorted(solved)]))
 
     def _operands(self, window: Window, target: Target) -> dict[str, ActivationQuantizer]:
         """The quantizers of an attention's operands; the parameters of static ones from what the block computes."""
@@ -188,10 +210,27 @@ class SolverStep(BlockStep):
         return matrix.float().contiguous()
 
 
-def _stats(state: BlockState, group: Group, seen: Seen, fisher: Mapping[str, Tensor]) -> Stats:
-    """What a solver gets of a group's input; the memory is free once the caller lets go of it."""
+def _owners(groups: Sequence[Group]) -> list[int]:
+    """Which process solves each group: the dearest first, each by whoever has least to do.
+
+    What a method takes grows with the weights, with the columns that it goes through one after the other, and of those
+    that factorise a second moment with its cube.
+    """
+    shapes = [(sum(t.shape[0] for t in group.members), group.members[0].shape[1]) for group in groups]
+    costs = [columns * (rows + 2 * columns) for rows, columns in shapes]
+    owners, busy = [0] * len(groups), [0] * ranks.size()
+    for number in sorted(range(len(groups)), key=lambda n: -costs[n]):
+        owners[number] = busy.index(min(busy))
+        busy[owners[number]] += costs[number]
+    return owners
+
+
+def _stats(state: BlockState, group: Group, seen: Seen, fisher: Mapping[str, Tensor], wanted: bool) -> Stats | None:
+    """What a solver gets of a group's input, if it is wanted; the memory is free once the caller lets go of it."""
     moment, sample = seen.moments.pop(group.leader, None), seen.samples.pop(group.leader, None)
     drift = seen.drifts.pop(group.leader, None)
+    if not wanted:
+        return None
     if not group.members[0].kind.shares_input:  # a table that a head reads: judged by the head's output error
         sample = None
     guided = {t.name: seen.guided.pop(t.name) for t in group.members if t.name in seen.guided}
