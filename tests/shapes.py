@@ -34,7 +34,7 @@ from nybble.core.shapes import KINDS
 MODULES = (
     "nybble.ops.rounding", "nybble.ops.scaling", "nybble.ops.blocks", "nybble.ops.tables", "nybble.ops.grid",
     "nybble.granularity", "nybble.scales", "nybble.quantizer", "nybble.learned", "nybble.optim",
-    "nybble.calibration.error", "nybble.solvers", "nybble.transforms._mixing", "nybble.reconstruction",
+    "nybble.calibration.error", "nybble.solvers", "nybble.calibration.mixing", "nybble.reconstruction",
 )  # fmt: skip
 
 Hints = Mapping[str, Any]

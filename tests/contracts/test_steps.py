@@ -301,7 +301,7 @@ def test_a_window_reads_what_the_float_network_computes(
             assert same == [first + block == 0] * 3
         assert all(record.sample is not None for state in window.blocks for record in state.records.values())
 
-    monkeypatch.setattr("nybble.walk.steps.reconstruction.reconstruct", see)
+    monkeypatch.setattr("nybble.walk.steps.reconstruction.learn", see)
     step = {**STEP["reconstruction"], "window": 2, "feed": feed}
     solver = "rtn" if feed == "quantized" else "gptq"
     nybble.quantize(folder, recipe({"solver": solver}, step), tokens, settings=dataclasses.replace(SETTINGS, samples=5))

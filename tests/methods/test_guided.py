@@ -57,9 +57,9 @@ def by_hand(model: Any, ids: Tensor) -> np.ndarray[Any, Any]:
         seen.append(output)
 
     handle = model.get_submodule(NAME).register_forward_hook(keep)
-    generator = torch.Generator().manual_seed(derive_seed(0, "fisher"))
     found = []
     for start in range(0, len(ids), 4):
+        generator = torch.Generator().manual_seed(derive_seed(0, "fisher", str(start)))
         seen.clear()
         log_likelihood(model(input_ids=ids[start : start + 4], use_cache=False), None, generator).backward()  # type: ignore[no-untyped-call]
         assert seen[0].grad is not None

@@ -94,8 +94,8 @@ def test_gradients_of_the_likelihood_weigh_outputs() -> None:
     names = ["model.layers.0", "model.layers.1"]
     found = dict(block_gradients(model, adapter_for(model), names, {"input_ids": ids}, batch=2, seed=3))
     assert list(found) == [0, 2, 4] and all(set(each) == set(names) for each in found.values())
-    generator = torch.Generator().manual_seed(derive_seed(3, "fisher"))
     for start, gradients in found.items():
+        generator = torch.Generator().manual_seed(derive_seed(3, "fisher", str(start)))
         with torch.enable_grad():
             embedded = model.get_input_embeddings()(ids[start : start + 2]).detach().requires_grad_()
             output = model(inputs_embeds=embedded, output_hidden_states=True)

@@ -120,7 +120,7 @@ class GuidedMoments:
         Raises:
             DataError: it isn't finite; names the layer.
         """
-        if self._mean is None:
+        if self._mean is None and self._seen == len(self._roots):
             sums = [each for each in self._sum if each is not None]
             if not sums:
                 return None

@@ -124,7 +124,8 @@ class Parts:
 
     def took(self, window: str, seconds: list[float]) -> None:
         """Keep how long learning on a window took, every time that something was learned on it."""
-        atomic_write_json(self.parts / f"{window}.times", seconds)
+        if self.writes:
+            atomic_write_json(self.parts / f"{window}.times", seconds)
 
     def times(self) -> dict[str, list[float]]:
         """Of all windows, by name."""

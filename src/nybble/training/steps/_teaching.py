@@ -75,6 +75,15 @@ class Teaching:
         return self.temperature**2 * found, float(chances.shape[:-1].numel())
 
 
+@torch.no_grad()
+def at_once(student: Student, batch: int) -> int:
+    """How many samples one forward takes: the largest divisor of ``batch`` that gives up to a gigabyte of float32."""
+    inputs, _ = student.batch([0])
+    size = main_output(student.model(**inputs, **no_cache(student.model))).numel()
+    divisors = [count for count in range(batch, 0, -1) if batch % count == 0]
+    return next((count for count in divisors if count * size <= 1 << 28), 1)
+
+
 def _logits(output: Any, loss: str) -> Float[Tensor, "*rows classes"]:
     """The logits of an output.
 

@@ -26,7 +26,7 @@ formats of all sizes; EfficientQAT's are absolute, and its gradients are cut at 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -37,7 +37,7 @@ from nybble.core.seeds import derive_seed, generator
 from nybble.training.steps import Finish, Finished, Student
 from nybble.training.steps._distillation import Distillation
 from nybble.training.steps._student import Learners, checkpointed
-from nybble.training.steps._teaching import Teaching
+from nybble.training.steps._teaching import Teaching, at_once
 
 KINDS = ("scales", "norms", "biases")
 
@@ -59,7 +59,8 @@ class Distill(Finish):
         warmup: the share of the steps over which rates rise. final: the share of a rate that it falls to, as half a
             cosine.
         max_norm: longer gradients, all together, are shortened to it.
-        batch: samples a step. micro: samples of them in one forward; gradients add up.
+        batch: samples a step. micro: samples of them in one forward (0: as many as give up to a gigabyte of logits);
+            gradients add up.
         held: the share of the samples that is held back, one at least. every: steps between two looks at these.
         patience: looks without a gain after which it ends; 0: never.
         precision: ``bfloat16`` computes the products of a float32 model's training steps in it; ``model`` leaves them.
@@ -77,7 +78,7 @@ class Distill(Finish):
     final: float = 0.05
     max_norm: float | None = None
     batch: int = 8
-    micro: int = 2
+    micro: int = 0
     held: float = 0.125
     every: int = 20
     patience: int = 0
@@ -87,13 +88,13 @@ class Distill(Finish):
     def __post_init__(self) -> None:
         if not self.what or len(set(self.what)) != len(self.what):
             raise SchemeError(f"distill: what={list(self.what)} names each of {', '.join(KINDS)} once, one at least.")
-        for name in ("batch", "micro", "every"):
+        for name in ("batch", "every"):
             if getattr(self, name) < 1:
                 raise SchemeError(f"distill: {name}={getattr(self, name)} is 1 or more.")
-        for name in ("steps", "top_k", "patience", "samples"):
+        for name in ("micro", "steps", "top_k", "patience", "samples"):
             if getattr(self, name) < 0:
                 raise SchemeError(f"distill: {name}={getattr(self, name)} is 0 or more.")
-        if self.batch % self.micro and self.micro < self.batch:
+        if self.micro and self.batch % self.micro and self.micro < self.batch:
             raise SchemeError(f"distill: batch={self.batch} is no multiple of micro={self.micro} samples.")
         if not (0 <= self.warmup <= 1 and 0 <= self.final <= 1 and 0 < self.held < 1):
             raise SchemeError(
@@ -130,7 +131,8 @@ class Distill(Finish):
                 "two or more."
             )
         torch.manual_seed(derive_seed(student.seed, "distill"))  # stochastic roundings of activations draw from it
-        lessons = Teaching.of(student, self.loss, self.temperature, self.top_k, self.micro)
+        options = self if self.micro else replace(self, micro=at_once(student, self.batch))
+        lessons = Teaching.of(student, self.loss, self.temperature, self.top_k, options.micro)
         learners = Learners(student.model, student.weights, self.what)
         try:
             if not learners.parameters():
@@ -139,7 +141,7 @@ class Distill(Finish):
                     f"others of {', '.join(KINDS)}, or leave the step out."
                 )
             with torch.enable_grad(), checkpointed(student.model, student.blocks):
-                entry = Distillation(self, student, lessons, learners, progress).train(order[kept:], order[:kept])
+                entry = Distillation(options, student, lessons, learners, progress).train(order[kept:], order[:kept])
         except BaseException:
             learners.undo()
             raise
