@@ -14,6 +14,7 @@ from nybble.core.files import check_new_folder
 from nybble.data.text import check_source
 from nybble.models.build.config_file import read_json
 from nybble.models.named import check_float, check_model
+from nybble.pipelines.request import split_targets
 from nybble.recipes import BEST, check_recipe_name, recipe_for
 
 
@@ -75,7 +76,12 @@ def command(
         str, typer.Option(help="A method: nybble recipes lists them; or a YAML file. Left out: what measured best.")
     ] = BEST,
     target: Annotated[
-        str | None, typer.Option(help="What the recipe best is to come to: w4a16 (the usual), w3a16, w2a16, nvfp4 ...")
+        list[str] | None,
+        typer.Option(
+            help="What the recipe best is to come to (w4a16, the usual, w3a16, w2a16, nvfp4 ...), or who is to load "
+            "what nybble export makes of OUT (compressed-tensors ...): the scheme is kept to what that holds exactly. "
+            "Both may be given; repeatable."
+        ),
     ] = None,
     data: Annotated[
         str, typer.Option(help="Calibration data: a text file, JSONL, hub dataset id, or builtin; images.")
@@ -89,7 +95,8 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Quantize MODEL into the folder OUT."""
-    recipe = recipe_for(recipe, target)
+    aim, files = split_targets(target)
+    recipe = recipe_for(recipe, aim)
     _check(model, out, recipe, data, eval)
     from nybble.pipelines.request import build_recipe
     from nybble.walk.settings import Settings
@@ -103,10 +110,10 @@ def command(
 
     held_out = None if eval is None else judged_on(model, eval, seq_len=run.seq_len)
     if dry_run:
-        lines = preflight(model, made, data, out=out, settings=settings)
+        lines = preflight(model, made, data, out=out, settings=settings, target=files)
         print_json({"dry_run": True, "recipe": made.name, "preflight": lines}) if json else print("\n".join(lines))
         return
-    _, report = quantize(model, made, data, out=out, settings=settings, progress=Bars(), announce=note)
+    _, report = quantize(model, made, data, out=out, settings=settings, progress=Bars(), announce=note, target=files)
     evaluation = None
     if held_out is not None:
         found = judge_folder(out, model, held_out, device=run.device, progress=Bars())

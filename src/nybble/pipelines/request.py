@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
 
 from nybble.core.device import check_device
-from nybble.core.errors import SchemeError, UsageError, within
+from nybble.core.errors import SchemeError, UsageError, did_you_mean, within
 from nybble.core.options import at_least_one
 from nybble.data.text import check_text
+from nybble.export import REGISTRY as EXPORTS
+from nybble.export import is_target
 from nybble.kv_format import KVFormat
 from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe, check_names, load_recipe, parse_recipe, read_yaml
-from nybble.recipes import recipe_for
+from nybble.recipes import recipe_for, targets
 from nybble.scheme import Rule, Scheme, parse_scheme
 
 Asked: TypeAlias = str | Path | Recipe | Scheme | Mapping[str, Any]
@@ -25,7 +27,7 @@ Line: TypeAlias = str | Quantizer
 class Changes(TypedDict, total=False):
     """What :func:`build_recipe` changes."""
 
-    target: str | None
+    target: str | Sequence[str] | None
     scheme: str | Scheme | Mapping[str, Any] | None
     weights: Line | None
     activations: Line | None
@@ -62,7 +64,7 @@ def read_recipe(asked: Asked) -> Recipe:
 def build_recipe(
     recipe: Asked,
     *,
-    target: str | None = None,
+    target: str | Sequence[str] | None = None,
     scheme: str | Scheme | Mapping[str, Any] | None = None,
     weights: Line | None = None,
     activations: Line | None = None,
@@ -76,7 +78,8 @@ def build_recipe(
 
     Args:
         recipe: a name, a YAML file, YAML's mapping, a Recipe, or a Scheme.
-        target: what the recipe ``best`` is to come to: ``nvfp4``, ``w4a16`` ...
+        target: what the recipe ``best`` is to come to: ``nvfp4``, ``w4a16`` ... Names of export targets are left to
+            whoever knows the model (:func:`split_targets`).
         scheme: in place of the recipe's: a preset's name, a YAML file, YAML's mapping, or a Scheme.
         weights: the quantizer of all its rules' weights; ``none`` is float.
         activations: of all its rules' inputs.
@@ -89,8 +92,9 @@ def build_recipe(
     Raises:
         UsageError, SchemeError: unknown names, contradictions, or what no step can do.
     """
-    if target is not None:
-        recipe = recipe_for(recipe if isinstance(recipe, str) else type(recipe).__name__, target)
+    aim, _ = split_targets(target)
+    if aim is not None:
+        recipe = recipe_for(recipe if isinstance(recipe, str) else type(recipe).__name__, aim)
     asked = read_recipe(recipe)
     made = asked.with_effort(effort)
     cached = kv if kv is None or isinstance(kv, KVFormat) else KVFormat.parse(kv)
@@ -114,6 +118,28 @@ def build_recipe(
         chosen = replace(chosen, ignore=(*chosen.ignore, *ignore))
     _check_quick(asked)
     return made.with_scheme(chosen)
+
+
+def split_targets(target: str | Sequence[str] | None) -> tuple[str | None, list[str]]:
+    """What ``best`` is to come to, and who is to load the result: names of the two never meet.
+
+    Args:
+        target: one name, several, or none: of a best recipe's target (``w4a16``), of export targets
+            (``compressed-tensors``, ``dense:float16``).
+
+    Raises:
+        UsageError: a name of neither, with the closest; two of the first kind.
+    """
+    given = [target] if isinstance(target, str) else list(target or ())
+    files = [name for name in given if is_target(name)]
+    aims = [name for name in given if name not in files]
+    for name in aims:
+        if name.lower() not in targets():
+            known = [*targets(), *EXPORTS.names()]
+            raise UsageError(f"unknown target {name!r}.{did_you_mean(name.lower(), known)}")
+    if len(aims) > 1:
+        raise UsageError(f"two targets for the recipe best: {', '.join(aims)}. Keep one.")
+    return (aims[0] if aims else None), files
 
 
 def _check_quick(recipe: Recipe) -> None:

@@ -50,6 +50,7 @@ class Job:
         device, dtype: of forwards. products: what products are computed in on a CPU.
         tokens: what is calibrated on; None where no step looks at data.
         outside_sees: whether what is in no block wants its inputs.
+        targets: who is to load what will be exported; the scheme keeps to what they hold.
     """
 
     model: Any
@@ -69,6 +70,7 @@ class Job:
     outside_sees: bool
     untried: str = ""
     left_out: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
 
     @staticmethod
     def make(
@@ -243,6 +245,7 @@ class Job:
                 "products": str(self.products),
             },
             **({"left_in_float": dict(self.plan.apart)} if self.plan.apart else {}),
+            **({"targets": list(self.targets)} if self.targets else {}),
             "threads": torch.get_num_threads(),
             "versions": versions(),
         }

@@ -19,6 +19,7 @@ from nybble.nn.kinds import Quantized, Target
 from nybble.solvers import Sizes, Solved, Solver, Stats, Weight
 from nybble.walk.steps import BlockStep, Cost, Load, Subject
 from nybble.walk.steps._solver_cost import solver_cost
+from nybble.walk.steps._together import beside_each_other, joined, solve_joined
 
 
 class SolverStep(BlockStep):
@@ -27,12 +28,13 @@ class SolverStep(BlockStep):
     Args:
         key: the solver's. solver: the method.
         looks: whether later steps want some of every layer's inputs.
+        together: layers that share what a quantizer has for a whole tensor (:class:`~nybble.scheme.Scheme`).
     """
 
     kind: ClassVar[str] = "solver"
 
-    def __init__(self, key: str, solver: Solver, looks: bool = False) -> None:
-        self.looks = looks
+    def __init__(self, key: str, solver: Solver, looks: bool = False, together: Sequence[Sequence[str]] = ()) -> None:
+        self.looks, self.together = looks, together
         self.name, self.solver, self.path = f"solver {key!r}", solver, solver.path
         self.paths = solver.paths
 
@@ -60,7 +62,7 @@ class SolverStep(BlockStep):
         for target in products:
             self._put_operands(state, target, found[target.name])
         window.seed("solve")
-        for group in seen.groups:
+        for group in seen.groups if window.calibrated else beside_each_other(seen.groups, self.together):
             self._see_drift(window, group, seen)
             self._solve_group(state, group, seen, window.calibration.fisher)
         for target in state.targets:
@@ -102,7 +104,7 @@ class SolverStep(BlockStep):
         sample = None if look is None else look.all()
         stats, params = _stats(state, group, seen, fisher), seen.params.get(group.leader)
         with within(f"{state.prefix}{group.leader}"):
-            solved = dict(zip([w.name for w in weights], self._answers(weights, stats), strict=True))
+            solved = self._solved(weights, stats)
         for target in group.members:
             found = solved.get(f"{state.prefix}{target.name}")
             chosen = (target.rule.inputs, params) if found is None or found.inputs is None else found.inputs
@@ -114,6 +116,18 @@ class SolverStep(BlockStep):
                 folded=state.folded.get(target.name, ""),
             )
             state.install(target, made)
+
+    def _solved(self, weights: Sequence[Weight], stats: Stats) -> dict[str, Solved]:
+        """What becomes of each, by name; those that share a scale are solved as one."""
+        groups = joined(weights, self.together)
+        if all(len(group) == 1 for group in groups):
+            return dict(zip([w.name for w in weights], self._answers(weights, stats), strict=True))
+        found: dict[str, Solved] = {}
+        for group in groups:
+            one = len(group) == 1
+            answers = self._answers(group, stats) if one else solve_joined(self._answers, group, stats)
+            found |= dict(zip([w.name for w in group], answers, strict=True))
+        return found
 
     def _answers(self, weights: Sequence[Weight], stats: Stats) -> list[Solved]:
         """What the solver makes of them; it may be another package's."""
