@@ -14,7 +14,7 @@ from nybble.core.files import check_new_folder
 from nybble.data.text import check_source
 from nybble.models.build.config_file import read_json
 from nybble.models.named import check_float, check_model
-from nybble.pipelines.request import split_targets
+from nybble.pipelines.targets import split_targets
 from nybble.recipes import BEST, check_recipe_name, recipe_for
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -43,8 +43,19 @@ def in_checkpoint(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict
     from transformers.core_model_loading import revert_weight_conversion
 
     with reading("the names of this model's checkpoint", ModelError):
+        _know_conversions(model)
         found: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
     return found
+
+
+def _know_conversions(model: Any) -> None:
+    """Let transformers look up once what it would look up for every tensor; a prefix is no part of a family's names."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    if getattr(model, "_weight_conversions", None) is None:
+        known = get_model_conversion_mapping(model, add_legacy=False)
+        model._weight_conversions = [one for one in known if not isinstance(one, PrefixChange)]
 
 
 def parts_of(model: PreTrainedModel, name: str, matrices: int, rows: int, transposed: bool) -> list[Part]:

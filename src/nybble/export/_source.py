@@ -102,7 +102,11 @@ class Source(ABC):
         return stated if isinstance(stated, torch.dtype) else torch.float32
 
     def skeleton(self) -> PreTrainedModel:
-        """The float model, on the meta device."""
+        """The float model, on the meta device; always the same, nobody changes it."""
+        return self._skeleton
+
+    @cached_property
+    def _skeleton(self) -> PreTrainedModel:
         return meta_model(self.transformers_config, self.dtype, [*self.floats, *self.layers])
 
 

@@ -44,7 +44,8 @@ from nybble.nn.in_place import evaluation_mode, untouched, whole_or_not_at_all
 from nybble.nn.kv_model import use_quantized_cache
 from nybble.pipelines.export import constrain
 from nybble.pipelines.prepared import prepared, training_lines
-from nybble.pipelines.request import Asked, Changes, build_recipe, read_recipe, split_targets
+from nybble.pipelines.request import Asked, Changes, build_recipe, read_recipe
+from nybble.pipelines.targets import split_targets
 from nybble.recipe import Recipe
 from nybble.report.record import LayerRow, Report
 from nybble.walk.job import Job

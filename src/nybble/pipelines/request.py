@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
 
 from nybble.core.device import check_device
-from nybble.core.errors import SchemeError, UsageError, did_you_mean, within
+from nybble.core.errors import SchemeError, UsageError, within
 from nybble.core.options import at_least_one
 from nybble.data.text import check_text
-from nybble.export import REGISTRY as EXPORTS
-from nybble.export import is_target
 from nybble.kv_format import KVFormat
+from nybble.pipelines.targets import split_targets
 from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe, check_names, load_recipe, parse_recipe, read_yaml
-from nybble.recipes import recipe_for, targets
+from nybble.recipes import recipe_for
 from nybble.scheme import Rule, Scheme, parse_scheme
 
 Asked: TypeAlias = str | Path | Recipe | Scheme | Mapping[str, Any]
@@ -79,7 +78,7 @@ def build_recipe(
     Args:
         recipe: a name, a YAML file, YAML's mapping, a Recipe, or a Scheme.
         target: what the recipe ``best`` is to come to: ``nvfp4``, ``w4a16`` ... Names of export targets are left to
-            whoever knows the model (:func:`split_targets`).
+            whoever knows the model (:mod:`nybble.pipelines.targets`).
         scheme: in place of the recipe's: a preset's name, a YAML file, YAML's mapping, or a Scheme.
         weights: the quantizer of all its rules' weights; ``none`` is float.
         activations: of all its rules' inputs.
@@ -118,28 +117,6 @@ def build_recipe(
         chosen = replace(chosen, ignore=(*chosen.ignore, *ignore))
     _check_quick(asked)
     return made.with_scheme(chosen)
-
-
-def split_targets(target: str | Sequence[str] | None) -> tuple[str | None, list[str]]:
-    """What ``best`` is to come to, and who is to load the result: names of the two never meet.
-
-    Args:
-        target: one name, several, or none: of a best recipe's target (``w4a16``), of export targets
-            (``compressed-tensors``, ``dense:float16``).
-
-    Raises:
-        UsageError: a name of neither, with the closest; two of the first kind.
-    """
-    given = [target] if isinstance(target, str) else list(target or ())
-    files = [name for name in given if is_target(name)]
-    aims = [name for name in given if name not in files]
-    for name in aims:
-        if name.lower() not in targets():
-            known = [*targets(), *EXPORTS.names()]
-            raise UsageError(f"unknown target {name!r}.{did_you_mean(name.lower(), known)}")
-    if len(aims) > 1:
-        raise UsageError(f"two targets for the recipe best: {', '.join(aims)}. Keep one.")
-    return (aims[0] if aims else None), files
 
 
 def _check_quick(recipe: Recipe) -> None:

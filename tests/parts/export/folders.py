@@ -1,0 +1,62 @@
+"""Tiny models of several families, quantized into folders once a run."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from tests.tiny import save_text, save_tiny
+from transformers import BertConfig, BertForSequenceClassification, ResNetConfig, ResNetForImageClassification
+
+from nybble.pipelines.quantize import quantize
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96}
+_ROOM = TemporaryDirectory(prefix="nybble-export-")
+
+
+@cache
+def text() -> str:
+    return str(save_text(Path(_ROOM.name, "text.txt")))
+
+
+@cache
+def model(family: str = "llama") -> Path:
+    """A float folder."""
+    folder = Path(_ROOM.name, f"float-{family}")
+    if family == "bert":
+        torch.manual_seed(1)
+        made: Any = BertForSequenceClassification(
+            BertConfig(vocab_size=300, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, **SIZES)
+        )
+        made.save_pretrained(folder)
+    elif family == "resnet":
+        torch.manual_seed(1)
+        made = ResNetForImageClassification(
+            ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=5, image_size=32)
+        )
+        for module in made.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+                module.weight.data.uniform_(0.5, 2)
+                module.bias.data.normal_()
+        made.save_pretrained(folder)
+    else:
+        changes: dict[str, Any] = {} if family == "gpt2" else dict(SIZES)
+        if family == "qwen3_moe":
+            changes["moe_intermediate_size"] = 32
+        save_tiny(folder, family, **changes)
+    return folder
+
+
+@cache
+def quantized(family: str = "llama", recipe: str = "rtn", calibrated: bool = False, **changes: Any) -> Path:
+    """A folder that nybble wrote."""
+    number = quantized.cache_info().currsize
+    folder = Path(_ROOM.name, f"{family}-{number}")
+    data: dict[str, Any] = {"data": text(), "settings": {"seq_len": 32, "samples": 4}} if calibrated else {}
+    quantize(str(model(family)), recipe, out=folder, **data, **changes)
+    return folder
