@@ -70,7 +70,9 @@ def opened(folder: Path, source: Source, dtype: torch.dtype = torch.float32, deq
             options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
         model, info = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
         _unpack(model)
-        nn.Module.to(model, dtype)  # some formats become bfloat16, whatever is asked for
+        for parameter in model.parameters():  # some formats become bfloat16, whatever is asked for
+            if parameter.is_floating_point() and dtype == torch.float32:
+                parameter.data = parameter.data.to(dtype)
     wrong = [
         *sorted(info["missing_keys"]),
         *sorted(info["unexpected_keys"]),

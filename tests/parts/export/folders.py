@@ -58,5 +58,7 @@ def quantized(family: str = "llama", recipe: str = "rtn", calibrated: bool = Fal
     number = quantized.cache_info().currsize
     folder = Path(_ROOM.name, f"{family}-{number}")
     data: dict[str, Any] = {"data": text(), "settings": {"seq_len": 32, "samples": 4}} if calibrated else {}
+    if family == "resnet":
+        data = {"data": torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
     quantize(str(model(family)), recipe, out=folder, **data, **changes)
     return folder

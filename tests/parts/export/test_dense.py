@@ -36,7 +36,7 @@ assert "nybble" not in sys.modules
         ("gpt2", {"weights": "float4_e2m1fn group=16"}, 8),
         ("qwen3_moe", {"weights": "int4 group=16"}, 24),
         ("mixtral", {"weights": "mxfp4"}, 24),
-        ("bert", {"weights": "int3 group=16"}, 12),
+        ("bert", {"weights": "int3 group=16"}, 14),
         ("resnet", {"weights": "int4 channel"}, 0),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -46,7 +46,8 @@ def test_families(family: str, changes: dict[str, Any], weights: int, tmp_path: 
     checked = found["check"]
     assert checked["weights"] == weights or (family == "resnet" and checked["weights"] > 3)
     if not checked["uncalled"]:
-        assert checked["cosine"] > (0.999 if family in ("mixtral", "qwen3_moe") else 1 - 1e-5)
+        # in bfloat16: transformers adds experts up in another order, and a norm rounds once more than a bias
+        assert checked["cosine"] > (0.999 if family in ("mixtral", "qwen3_moe", "resnet") else 1 - 1e-5)
     else:
         assert family == "resnet"
 
