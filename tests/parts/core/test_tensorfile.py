@@ -216,12 +216,16 @@ def test_streamed_tensors_are_made_one_at_a_time_and_copied_ranges_are_read(tmp_
     header = read_tensor_header(tmp_path / "whole.safetensors")
     made: list[str] = []
 
+    def make(name: str) -> Tensor:
+        made.append(name)
+        return tensors[name]
+
     def planned(name: str) -> Planned:
         entry = header.tensors[name]
         if name in ("t0", "t3"):
             place = header.data_start + entry.begin
             return Planned(dtype=entry.dtype, shape=entry.shape, bytes_from=header.path, offset=place)
-        return Planned(dtype=entry.dtype, shape=entry.shape, bytes_from=lambda: made.append(name) or tensors[name])
+        return Planned(dtype=entry.dtype, shape=entry.shape, bytes_from=lambda: make(name))
 
     plans = {name: planned(name) for name in tensors}
     assert stream_tensorfiles(plans, tmp_path / "a.safetensors", {"format": "pt"}) == [tmp_path / "a.safetensors"]

@@ -22,34 +22,34 @@ def text() -> str:
     return str(save_text(Path(_ROOM.name, "text.txt")))
 
 
+def _bert() -> Any:
+    sizes: dict[str, Any] = {**SIZES, "vocab_size": 300, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    return BertForSequenceClassification(BertConfig(num_attention_heads=4, **sizes))
+
+
+def _resnet() -> Any:
+    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "image_size": 32}
+    made = ResNetForImageClassification(ResNetConfig(**sizes, num_labels=5))  # type: ignore[call-arg]
+    for module in made.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            values = {"running_mean": (-1, 1), "running_var": (0.5, 2), "weight": (0.5, 2), "bias": (-1, 1)}
+            for name, (low, high) in values.items():
+                getattr(module, name).data.uniform_(low, high)
+    return made
+
+
 @cache
 def model(family: str = "llama") -> Path:
     """A float folder."""
     folder = Path(_ROOM.name, f"float-{family}")
-    if family == "bert":
+    if family in ("bert", "resnet"):
         torch.manual_seed(1)
-        made: Any = BertForSequenceClassification(
-            BertConfig(vocab_size=300, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, **SIZES)
-        )
-        made.save_pretrained(folder)
-    elif family == "resnet":
-        torch.manual_seed(1)
-        made = ResNetForImageClassification(
-            ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=5, image_size=32)
-        )
-        for module in made.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.running_mean.normal_()
-                module.running_var.uniform_(0.5, 2)
-                module.weight.data.uniform_(0.5, 2)
-                module.bias.data.normal_()
-        made.save_pretrained(folder)
-    else:
-        changes: dict[str, Any] = {} if family == "gpt2" else dict(SIZES)
-        if family == "qwen3_moe":
-            changes["moe_intermediate_size"] = 32
-        save_tiny(folder, family, **changes)
-    return folder
+        (_bert() if family == "bert" else _resnet()).save_pretrained(folder)
+        return folder
+    changes: dict[str, Any] = {} if family == "gpt2" else dict(SIZES)
+    if family == "qwen3_moe":
+        changes["moe_intermediate_size"] = 32
+    return save_tiny(folder, family, **changes)
 
 
 @cache
