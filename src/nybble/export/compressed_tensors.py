@@ -30,9 +30,8 @@ from nybble.export._transformers import open_and_compare
 from nybble.qtensor.block import BlockQTensor
 from nybble.scheme import Scheme
 
-_CARD = """This folder is in the format of [compressed-tensors](https://github.com/vllm-project/compressed-tensors):
-vLLM serves it as it is (`vllm serve .`), and transformers opens it where the Python package compressed-tensors is
-installed. nybble is not needed."""
+_CARD = """This folder is in the format of [compressed-tensors](https://github.com/vllm-project/compressed-tensors).
+{vllm}transformers opens it where the Python package compressed-tensors is installed. nybble is not needed."""
 
 
 class CompressedTensors(ExportTarget):
@@ -91,7 +90,10 @@ class CompressedTensors(ExportTarget):
         config, changed = _config(source, places)
         stream_tensorfiles(tensors, folder / "model.safetensors", {"format": "pt"}, SHARD_BYTES)
         atomic_write_json(folder / "config.json", source.config | changed | {"quantization_config": config})
-        write_beside(source, folder, _CARD)
+        served = all(rows_for(place.scheme) for place in places)
+        write_beside(
+            source, folder, _CARD.format(vllm="vLLM serves it as it is: `vllm serve .`; and\n" if served else "")
+        )
 
     def verify(self, folder: Path, source: Source) -> Verified:  # noqa: D102
         library()
