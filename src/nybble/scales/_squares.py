@@ -42,6 +42,14 @@ def solve(
     groups = scales.groups if scales.groups is not None else offsets.groups
     if groups is None:
         groups = torch.arange(count, device=blocks.device).view(-1, 1)
+    if blocks.is_meta:  # sizes alone are asked for
+        one, outer = blocks.new_empty(count, 1), blocks.new_empty(len(groups))
+        return BlockParams(
+            one,
+            offset=one if search.offset else None,
+            outer=None if scales.groups is None else outer,
+            offset_outer=None if offsets.groups is None else outer,
+        )
     kept: list[tuple[Tensor, ...]] = []
     step = max(1, CHUNK // max(1, size * groups.shape[1]))
     for some in torch.split(groups, step):
@@ -53,11 +61,12 @@ def solve(
     parts = [torch.cat(column) for column in zip(*kept, strict=True)]
     scale, offset = torch.empty(count, 1, device=blocks.device), torch.empty(count, 1, device=blocks.device)
     scale[groups.reshape(-1)], offset[groups.reshape(-1)] = parts[0], parts[1]
+    outer, offset_outer = parts[2][:, 0], parts[3][:, 0]
     return BlockParams(
         scale,
         offset=offset if search.offset else None,
-        outer=parts[2][:, 0] if scales.groups is not None else None,
-        offset_outer=parts[3][:, 0] if search.offset and offsets.groups is not None else None,
+        outer=None if scales.groups is None else outer,
+        offset_outer=None if offsets.groups is None else offset_outer,
     )
 
 

@@ -147,29 +147,37 @@ class GgufSource(ModelSource):
         """Dequantize the named tensors, one at a time."""
         for name in names:
             found = self.read_quantized(name)
-            if found is None:
-                entry = self._entry(name)
-                tensor = torch.from_numpy(float_values(self._bytes(entry), entry))
-            else:
-                tensor = found.dequantize()
-            yield name, self._as_transformers(name, tensor)
+            if found is not None:
+                yield name, found.dequantize()
+                continue
+            entry = self._entry(name)
+            tensor = self._rows(name, torch.from_numpy(float_values(self._bytes(entry), entry)))
+            yield name, tensor - self._arch.norm_offset if name.endswith("norm.weight") else tensor
 
     def read_quantized(self, name: str) -> BlockQTensor | None:
-        """A weight with the file's own codes and scales; None for one in float.
+        """A weight with the file's own codes and scales, rows in transformers' order; None for one in float.
 
-        Rows of q and k are in the file's order, which :meth:`read` undoes (``rope_interleaved``). A global scale beside an NVFP4
-        weight is in it.
+        A scale of scales beside an NVFP4 weight is in it.
         """
         entry = self._entry(name)
-        found = quantized(self._bytes(entry), entry, f"{self.spec}: {self._files[name]}")
+        if entry.kind not in by_number():
+            return None
+        data = torch.from_numpy(self._bytes(entry).reshape(math.prod(entry.shape[:-1]), -1))
+        found = quantized(self._rows(name, data).numpy(), entry, f"{self.spec}: {self._files[name]}")
         beside = self._scales.get(self._files[name])
         if found is None or beside is None:
             return found
         entry = self._header.tensors[beside]
         return with_global_scale(found, torch.from_numpy(float_values(self._bytes(entry), entry)))
 
+    def described(self, name: str) -> BlockQTensor | None:
+        """What :meth:`read_quantized` would give, without its numbers: tensors on the meta device."""
+        entry = self._entry(name)
+        kind = by_number().get(entry.kind)
+        return None if kind is None else kind.quantizer.quantize(torch.empty(entry.shape, device="meta"))
+
     def _bytes(self, entry: GgufTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        data = np.asarray(np.memmap(self.path, np.uint8, mode="r"))
+        data = np.asarray(np.memmap(self.path, np.uint8, mode="c"))  # nobody writes; torch asks for what may be written
         return data[entry.start : entry.start + entry.nbytes]
 
     @cached_property
@@ -185,13 +193,13 @@ class GgufSource(ModelSource):
                 found[weight] = tensor
         return found
 
-    def _as_transformers(self, name: str, tensor: Tensor) -> Tensor:
-        """Undo what llama.cpp's converter did to this tensor."""
+    def _rows(self, name: str, tensor: Tensor) -> Tensor:
+        """Undo what llama.cpp's converter did to the order of rows; of values, or of the bytes that they are."""
         if self._arch.rope_interleaved and ".q_proj." in name:
             return halves_apart(tensor, self.config.num_attention_heads)
         if self._arch.rope_interleaved and ".k_proj." in name:
             return halves_apart(tensor, self.config.num_key_value_heads)
-        return tensor - self._arch.norm_offset if name.endswith("norm.weight") else tensor
+        return tensor
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Rebuilt from the metadata."""
