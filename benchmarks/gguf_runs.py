@@ -3,10 +3,10 @@
     pip install --target PEER xllamacpp libggml-python
     PYTHONPATH=PEER python benchmarks/gguf_runs.py --out benchmarks/results/gguf_runs.json
 
-SmolLM2-135M-Instruct is written as each type. llama.cpp, the library that the package xllamacpp carries, is called through
-its C interface with one thread; nybble's side is the same file opened by nybble, in float32. llama.cpp rounds activations to
-eight bits before its products with quantized weights, nybble doesn't, so logits differ a little. ``q4_k_m by ggml`` is
-the same plan with the weights rounded by ggml's quantizer (libggml-python) instead of by nybble.
+SmolLM2-135M-Instruct is written as each type. llama.cpp, the library that the package xllamacpp carries, is called
+through its C interface with one thread; nybble's side is the same file opened by nybble, in float32. llama.cpp rounds
+activations to eight bits before its products with quantized weights, nybble doesn't, so logits differ a little.
+``q4_k_m by ggml`` is the same plan with the weights rounded by ggml's quantizer (libggml-python) instead of by nybble.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tests.parts.models.ggml import quantize_chunk
 
 from nybble.core.files import atomic_write_json
 from nybble.data.sources.builtin import split_topics
@@ -33,11 +34,11 @@ from nybble.models.gguf.types import block_type, decode
 from nybble.models.gguf.write import Weight, plan, write_gguf
 from nybble.models.sources.open import open_source
 from nybble.pipelines.load import load
-from tests.parts.models.ggml import quantize_chunk
 
 PROMPTS = (
-    "The capital of France is", "Water boils at a temperature of", "def fibonacci(n):\n", "Once upon a time, there was",
-    "The three states of matter are", "In Python, a list is", "The largest planet of the solar system", "To make tea, first",
+    "The capital of France is", "Water boils at a temperature of", "def fibonacci(n):\n",
+    "Once upon a time, there was", "The three states of matter are", "In Python, a list is",
+    "The largest planet of the solar system", "To make tea, first",
 )  # fmt: skip
 
 
@@ -181,7 +182,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4)
     options = parser.parse_args()
     source = open_source("demo:smollm2")
-    weights, tokenizer = weights_of(source), source.tokenizer()
+    weights, tokenizer = weights_of(source, codes=False), source.tokenizer()
     text = "\n".join(topics[name] for name in split_topics(topics)["evaluation"])
     ids = tokenizer(text[: 4000 * options.windows])["input_ids"]
     windows = [ids[i * 256 : (i + 1) * 256] for i in range(options.windows)]

@@ -9,7 +9,6 @@ _BNB8 = (
 )
 
 
-
 def _scales(line: str) -> str:
     """Scales and minima of one line; the scale of minima is negative."""
     return f"scale_format=({line} scale=least-squares) offset_format=({line} scale=least-squares)"

@@ -8,8 +8,9 @@ No bit is lost but in the last byte.
              c2 c2 c1 c1 c1 c0 c0 c0   c5 c4 c4 c4 c3 c3 c3 c2   c7 c7 c7 c6 c6 c6 c5 c5      (bit 7 left, bit 0 right)
 
 For 4 bits that is "low nibble first", as compressed-tensors and most of the field have it. Two of
-four bits and four of two are pushed together in a word of as many bytes; of others eight fill ``bits`` bytes, so they are in
-a 64-bit word: pairs of bytes, pairs of these, and the two halves. Codes of more than 8 bits take two bytes each.
+four bits and four of two are pushed together in a word of as many bytes; of others eight fill ``bits`` bytes, so they
+are in a 64-bit word: pairs of bytes, pairs of these, and the two halves. Codes of more than 8 bits take two bytes
+each.
 """
 
 from __future__ import annotations

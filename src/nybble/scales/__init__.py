@@ -28,16 +28,16 @@ class BlockParams:
     """What a rule found: ``x_hat = scale * (value - zero_point)``, or ``scale * value + offset``.
 
     Each is float32 [blocks, 1]; ``over``, where the rule fixes the scale of the scales too, is that one's reciprocal,
-    float32, one element. A rule that is told how they are stored (:class:`Storage`) gives the scales of nested scales and
-    offsets in ``outer`` and ``offset_outer``, float32, in the order of its groups.
+    float32, one element. A rule that is told how they are stored (:class:`Storage`) gives the scales of nested scales
+    and offsets in ``outer`` and ``offset_outer``, float32, in the order of its groups.
     """
 
     scale: Float32[Tensor, "blocks 1"]
     zero_point: Float32[Tensor, "blocks 1"] | None = None
     offset: Float32[Tensor, "blocks 1"] | None = None
     over: Float32[Tensor, " ..."] | None = None
-    outer: Float32[Tensor, " groups"] | None = None
-    offset_outer: Float32[Tensor, " groups"] | None = None
+    outer: Float32[Tensor, " _outer"] | None = None
+    offset_outer: Float32[Tensor, " _outer"] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Storage:
 
     Attributes:
         dtype: float32, float16 or bfloat16. format: of nested ones.
-        groups: int64 [groups, blocks of one]: which blocks' share an outer scale.
+        groups: int64 [groups, blocks of one]: those that share an outer scale.
     """
 
     dtype: str = "float32"
     format: NumberFormat | None = None
-    groups: Integer[Tensor, "groups blocks"] | None = None
+    groups: Integer[Tensor, "_groups _shared"] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What :mod:`nybble.scales.least_squares` calculates. Blocks are [blocks, elements], parameters [blocks, 1]; float32."""
+"""What the rule ``least-squares`` calculates: float32 blocks [blocks, elements], parameters [blocks, 1]."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Search(Protocol):
     """Options of the rule."""
 
     @property
-    def offset(self) -> bool: ...  # noqa: D102
+    def offset(self) -> bool: ...
     @property
-    def grid(self) -> int: ...  # noqa: D102
+    def grid(self) -> int: ...
     @property
-    def rounds(self) -> int: ...  # noqa: D102
+    def rounds(self) -> int: ...
 
 
 def solve(
@@ -80,7 +80,7 @@ class _Sums:
 
 
 class _Fit:
-    """Some blocks in units of ``unit`` [blocks / share, 1]; those that share an outer scale are ``share`` neighbours."""
+    """Some blocks, over ``unit`` [blocks / share, 1]; ``share`` neighbours have one outer scale."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class _Fit:
         return square.sum(1, keepdim=True)
 
     def best(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale and offset for given values; an offset that would be positive is 0 where only negative ones are kept."""
+        """Scale and offset for given values; where only negative offsets are kept, 0 instead of a positive one."""
         s = self.sums(v)
         if not self.search.offset:
             return _quotient(s.xv, s.vv), None
@@ -219,9 +219,7 @@ class _Fit:
                 free = self.sum_x - first.value * sums.v
                 second.fit(_quotient(free, self.weight), self.weight, free)
 
-    def _neighbours(
-        self, first: _Level, second: _Level | None, error: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _neighbours(self, first: _Level, second: _Level | None, error: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stored scales one code up or down, with their own best values and offsets, where that loses less."""
         for direction in (-1, 1):
             code = first.neighbour(direction)
@@ -249,9 +247,7 @@ class _Level:
         code: [blocks, 1]. outer: [blocks / share, 1].
     """
 
-    def __init__(
-        self, target: Tensor, weight: Tensor, storage: Storage, owner: _Fit, *, negative: bool
-    ) -> None:
+    def __init__(self, target: Tensor, weight: Tensor, storage: Storage, owner: _Fit, *, negative: bool) -> None:
         share, grid = owner.share, owner.search.grid
         self.dtype, self.share, self.negative, self.unit = getattr(torch, storage.dtype), share, negative, owner.unit
         self.format = storage.format if storage.groups is not None else None
@@ -304,7 +300,9 @@ class _Level:
         """Codes nearest to ``target``, the least error's; then the outer scale that is best for these codes.
 
         Args:
-            target: [blocks, 1]. weight: curvature of the error. free: ``target * weight``, exact where that is 0 / 0.
+            target: [blocks, 1].
+            weight: curvature of the error.
+            free: ``target * weight``, exact where that is 0 / 0.
         """
         self.code = self.stored(target)
         if self.format is None:

@@ -1,12 +1,14 @@
-"""Scales (and offsets) of the least weighted squared error, as they will be stored: codes, scales and scales of scales together.
+"""Scales (and offsets) of the least weighted squared error, as they will be stored: also scales of scales.
 
-For codes v of a block, ``sum w (x - s v - o)^2`` is quadratic in s and o, so the best ones are solved for; then the nearest
-codes are taken again. Blocks begin at the best of several clip values. Where scales are stored in few bits over a scale of
-their own (GGUF's K-quants), that one's best value, given all codes below it, is a quotient too: each block's stored scale
-and offset, their neighbours, and the outer scales are moved in turn, and each move lowers the error or is left out.
+For codes v of a block, ``sum w (x - s v - o)^2`` is quadratic in s and o, so the best ones are solved for; then the
+nearest codes are taken again. Blocks begin at the best of several clip values. Where scales are stored in few bits
+over a scale of their own (GGUF's K-quants), that one's best value, given all codes below it, is a quotient too: each
+block's stored scale and offset, their neighbours, and the outer scales are moved in turn, and each move lowers the
+error or is left out.
 
-llama.cpp (``make_qkx3_quants``, ``make_qx_quants`` in ggml-quants.c) solves for the scale and minimum of a block on a grid of
-clip values as well, with weights of its own making (importance times ``sqrt(sigma^2 + x^2)``), and rounds them afterwards.
+llama.cpp (``make_qkx3_quants``, ``make_qx_quants`` in ggml-quants.c) solves for the scale and minimum of a block on a
+grid of clip values as well, with weights of its own making (importance times ``sqrt(sigma^2 + x^2)``), and rounds them
+afterwards.
 """
 
 from __future__ import annotations

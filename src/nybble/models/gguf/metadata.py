@@ -1,4 +1,4 @@
-"""What a transformers config says, as GGUF metadata: the table of :mod:`nybble.models.sources.gguf_names`, read backwards."""
+"""What a transformers config says, as GGUF metadata: the table of ``sources/gguf_names.py``, read backwards."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def _rope_parameters(config: PreTrainedConfig) -> Mapping[str, Any]:
 def rope_factors(config: PreTrainedConfig) -> np.ndarray[Any, np.dtype[np.float32]] | None:
     """The tensor ``rope_freqs``: what llama.cpp divides each frequency by; None where it rotates as it always does.
 
-    As transformers' ``_compute_llama3_parameters``: long waves are stretched by ``factor``, short ones not, between the two
-    it goes smoothly.
+    As transformers' ``_compute_llama3_parameters``: long waves are stretched by ``factor``, short ones not, between
+    the two it goes smoothly.
     """
     rope = _rope_parameters(config)
     if rope.get("rope_type", "default") != "llama3":

@@ -1,8 +1,8 @@
 """Which tensor gets which type: a block type alone, or llama.cpp's mixtures (``Q4_K_M``) as data.
 
-The mixtures give more bits to what they hurt most: values (``attn_v``), the second half of the MLP (``ffn_down``), the head.
-Rules as in llama.cpp, ``src/llama-quant.cpp`` (``llama_tensor_get_type``), for models of the llama family. Where rows are no
-whole blocks the type falls back as there, and the writer says so.
+The mixtures give more bits to what they hurt most: values (``attn_v``), the second half of the MLP (``ffn_down``), the
+head. Rules as in llama.cpp, ``src/llama-quant.cpp`` (``llama_tensor_get_type``), for models of the llama family. Where
+rows are no whole blocks the type falls back as there, and the writer says so.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ Choice = Callable[[int, int], str]
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """A mixture. ``base``: the type of what no rule names. ``number``: ggml's file type. ``rules``: tensor within a block
-    -> type. ``head``: of the output, and of the embedding where that is the output too. ``embedding``: else; empty: base."""
+    """A mixture.
+
+    Attributes:
+        base: the type of what no rule names. number: ggml's file type. rules: tensor within a block -> type.
+        head: of the output, and of the embedding where that is the output too. embedding: else; empty: base.
+    """
 
     base: str
     number: int
@@ -80,8 +84,7 @@ SHORTER = {
     "Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
     "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q1_0": "Q4_0", "Q2_0": "Q4_0", "NVFP4": "MXFP4",
 }  # fmt: skip
-"""What llama.cpp takes for rows that a type's blocks don't divide (``llama_tensor_get_type_fallback``); of the last three
-nothing is said there."""
+"""For rows that a type's blocks don't divide (``llama_tensor_get_type_fallback``; the last three are not there)."""
 FLOATS = {"F32": 0, "F16": 1, "BF16": 30}
 
 

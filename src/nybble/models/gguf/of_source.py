@@ -12,21 +12,26 @@ from nybble.models.sources.gguf_file import GgufSource
 from nybble.qtensor import QTensor
 
 
-def weights_of(source: ModelSource) -> dict[str, Weight]:
-    """Parameter -> weight; a tied one once, nothing is read yet. What a GGUF has quantized keeps its codes."""
+def weights_of(source: ModelSource, *, codes: bool = True) -> dict[str, Weight]:
+    """Parameter -> weight; a tied one once, nothing is read yet.
+
+    Args:
+        source: of the model.
+        codes: give what a GGUF has quantized with the codes that it has, so that nothing is rounded; else its values.
+    """
     return {
         name: Weight(
             shape=stored.shape,
             dtype=stored.dtype,
-            read=partial(_read, source, name),
-            stored=source.described(name) if isinstance(source, GgufSource) else None,
+            read=partial(_read, source, name, codes),
+            stored=source.described(name) if codes and isinstance(source, GgufSource) else None,
         )
         for name, stored in source.stored().items()
     }
 
 
-def _read(source: ModelSource, name: str) -> Tensor | QTensor:
-    found = source.read_quantized(name) if isinstance(source, GgufSource) else None
+def _read(source: ModelSource, name: str, codes: bool) -> Tensor | QTensor:
+    found = source.read_quantized(name) if codes and isinstance(source, GgufSource) else None
     if found is not None:
         return found
     ((_, tensor),) = source.read([name])

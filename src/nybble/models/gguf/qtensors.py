@@ -59,7 +59,9 @@ def _packed(spec: Quantizer, name: str, codes: Tensor) -> Tensor:
     return packed
 
 
-def _nested(spec: str | Quantizer, codes: Tensor | None, outer: Tensor | None, shape: tuple[int, ...]) -> Tensor | QTensor:
+def _nested(
+    spec: str | Quantizer, codes: Tensor | None, outer: Tensor | None, shape: tuple[int, ...]
+) -> Tensor | QTensor:
     """A scale or an offset: plain, or codes over ``outer``, over 1 where the file has none."""
     if isinstance(spec, str):
         assert outer is not None
@@ -218,7 +220,7 @@ def _values(fmt: NumberFormat) -> list[float]:
 
 def _coarser(weight: BlockQTensor, spec: Quantizer) -> bool:
     """Whether the weight's scales stand for whole blocks of the type."""
-    if weight.granularity.factored or not weight.granularity.rows_apart and not weight.granularity.one_scale:
+    if weight.granularity.factored or not (weight.granularity.rows_apart or weight.granularity.one_scale):
         return False
     count = math.prod(weight.granularity.scale_shape(weight.shape))
     wanted = spec.granularity.scale_shape(weight.shape)
@@ -267,7 +269,7 @@ def _halves(weight: BlockQTensor, value: Tensor, spec: Quantizer, kind: BlockTyp
         rows = value.reshape(*shape[:-1], -1)
         wide = rows.repeat_interleave(shape[-1] // rows.shape[-1], -1)
     half = wide.to(torch.float16)
-    if not torch.equal(half.float(), wide.float()):
+    if value.dtype != torch.float16 and not torch.equal(half.float(), wide.float()):
         raise SchemeError(
             f"{type_name(kind)} keeps scales in float16, and those of {line_of(weight)} are no such numbers; quantize "
             f"with scale_format=float16."
@@ -276,7 +278,7 @@ def _halves(weight: BlockQTensor, value: Tensor, spec: Quantizer, kind: BlockTyp
 
 
 def global_scale(weight: BlockQTensor) -> Tensor | None:
-    """What the blocks of an NVFP4 file leave out: float32 [1], the number that multiplies all scales; None where it is 1.
+    """What NVFP4 blocks leave out: float32 [1], the number that multiplies all scales; None where there is none.
 
     A divisor becomes its reciprocal, rounded to float32.
     """

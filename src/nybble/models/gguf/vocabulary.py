@@ -1,8 +1,8 @@
 """A tokenizer as GGUF metadata: byte-level BPE (``gpt2``) and sentencepiece's BPE with byte tokens (``llama``).
 
 llama.cpp cuts text by rules that have names; a tokenizer can be written if its own rules are those of one of
-:data:`nybble.models.sources.gguf_tokenizer.PRE_TOKENIZERS`. Sentencepiece's merges become scores: a token's is minus the
-number of the merge that makes it, so the pair that merges first has the highest.
+:data:`nybble.models.sources.gguf_tokenizer.PRE_TOKENIZERS`. Sentencepiece's merges become scores: a token's is minus
+the number of the merge that makes it, so the pair that merges first has the highest.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 NORMAL, UNKNOWN, UNUSED, BYTE = 1, 2, 5, 6
 NAMED = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
-INSTEAD = "Leave the tokenizer out (tokenizer=None) and give llama.cpp one of its own, or use another target."
+INSTEAD = "Leave the tokenizer out, or use another target."
 
 
 def tokenizer_pairs(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, Any]:
@@ -39,7 +39,9 @@ def tokenizer_pairs(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, 
     with reading("the tokenizer", ModelError):
         said = json.loads(backend.to_str())
     if said["model"].get("type") != "BPE":
-        raise ModelError(f"a tokenizer of type {said['model'].get('type')} can't be written as GGUF: BPE can. {INSTEAD}")
+        raise ModelError(
+            f"a tokenizer of type {said['model'].get('type')} can't be written as GGUF: BPE can. {INSTEAD}"
+        )
     made = _sentencepiece(said) if said["model"].get("byte_fallback") else _byte_level(said)
     pairs = {"tokenizer.ggml.model": made.pop("model")} | _tokens(said, rows, made.pop("scores", None)) | made
     for key, name in NAMED.items():
@@ -56,9 +58,7 @@ def tokenizer_pairs(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, 
 def _tokens(said: Mapping[str, Any], rows: int, scores: Mapping[str, float] | None) -> dict[str, Any]:
     """The vocabulary in the order of ids, with the kind of each token."""
     vocabulary = {number: token for token, number in said["model"]["vocab"].items()}
-    kinds = {
-        number: BYTE if scores is not None and _is_byte(token) else NORMAL for number, token in vocabulary.items()
-    }
+    kinds = {number: BYTE if scores is not None and _is_byte(token) else NORMAL for number, token in vocabulary.items()}
     if (unknown := said["model"].get("unk_token")) in said["model"]["vocab"]:
         kinds[said["model"]["vocab"][unknown]] = UNKNOWN
     for token in said["added_tokens"]:

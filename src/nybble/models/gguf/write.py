@@ -85,8 +85,8 @@ def plan(
         tensors in the file's order, and what is worth saying.
 
     Raises:
-        ModelError: an architecture that isn't known, a tensor without a place. UsageError: no such file type; a weight that
-            no type holds, without ``file_type``.
+        ModelError: an architecture that isn't known, a tensor without a place. UsageError: no such file type; a weight
+            that no type holds, without ``file_type``.
     """
     name, arch = arch_for(config)
     asked = mix(file_type) if file_type else None
@@ -103,8 +103,9 @@ def plan(
             continue
         if weight.stored is not None and asked is None:
             raise UsageError(
-                f"{source}: no GGUF type holds {line_of(weight.stored)} in rows of {weight.shape[-1]} exactly. Quantize with a "
-                "type's own line (--weights q4_k, q8_0, mxfp4 ...), or name a file type to round to (gguf:q4_k_m)."
+                f"{source}: no GGUF type holds {line_of(weight.stored)} in rows of {weight.shape[-1]} exactly. "
+                "Quantize with a type's own line (--weights q4_k, q8_0, mxfp4 ...), or name a file type to round to "
+                "(gguf:q4_k_m)."
             )
         wanted, got = _type(target, weight, asked, config)
         if weight.stored is not None:
@@ -303,17 +304,21 @@ def _data(tensor: Planned, weight: Weight, context: _Context, scales: dict[str, 
         if tensor.name.endswith("norm.weight"):
             plain = plain.float() + context.arch.norm_offset
         data = _rounded(tensor, plain, context.energies.get(tensor.source))
-    return _permuted(tensor.source, data, context).contiguous()
+    return permuted(tensor.source, data, context.config, context.arch).contiguous()
 
 
-def _permuted(source: str, data: Tensor, context: _Context) -> Tensor:
-    """Rows of q and k as llama.cpp rotates them: of each head's halves, one of each in turn."""
-    config = context.config
-    if not context.arch.rope_interleaved:
+def permuted(source: str, data: Tensor, config: PreTrainedConfig, arch: GgufArch) -> Tensor:
+    """Rows of q and k as llama.cpp rotates them: of each head's halves, one of each in turn.
+
+    Args:
+        source: the parameter.
+        data: its rows, values or bytes.
+        config: of the model.
+        arch: what it is in llama.cpp.
+    """
+    if not arch.rope_interleaved or not (".q_proj." in source or ".k_proj." in source):
         return data
     heads = config.num_attention_heads if ".q_proj." in source else config.num_key_value_heads
-    if not (".q_proj." in source or ".k_proj." in source):
-        return data
     halves = data.reshape(heads, 2, data.shape[0] // heads // 2, *data.shape[1:])
     return halves.transpose(1, 2).reshape(data.shape)
 

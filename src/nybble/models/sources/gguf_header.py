@@ -141,7 +141,7 @@ def _tensor(cursor: _Cursor, name: str) -> GgufTensor:
     shape = tuple(cursor.number("<Q", name) for _ in range(dims))[::-1]
     kind = cursor.number("<I", name)
     if kind not in sizes():
-        raise FileError(f"{cursor.place}: {name} has tensor type {kind}, unknown to nybble and the installed gguf package.")
+        raise FileError(f"{cursor.place}: {name} has tensor type {kind}, unknown to the installed gguf package.")
     block, block_bytes = sizes()[kind]
     if min(shape) < 1 or shape[-1] % block:
         raise FileError(f"{cursor.place}: {name} has shape {list(shape)}; rows of type {kind} are blocks of {block}.")

@@ -1,10 +1,12 @@
 """GGUF's block types: bytes to QTensor and back, without a loss; one type a file.
 
-A type is a :class:`BlockType` record: a quantizer line, which says what the numbers mean, and the fields of a block, which
-say where their bits are. The scale of a K-quant is a QTensor itself (``uint6 group=8`` over float16), and so is its minimum,
-whose own scale is stored without the sign that ``x_hat = scale * code + offset`` gives it. Nothing here knows a type by name.
+A type is a :class:`BlockType` record: a quantizer line, which says what the numbers mean, and the fields of a block,
+which say where their bits are. The scale of a K-quant is a QTensor itself (``uint6 group=8`` over float16), and so is
+its minimum, whose own scale is stored without the sign that ``x_hat = scale * code + offset`` gives it. Nothing here
+knows a type by name.
 
-Sources: github.com/ggml-org/ggml, ``ggml-common.h`` (the structs) and ``docs/gguf.md``; the package gguf, ``quants.py``.
+Sources: github.com/ggml-org/ggml, ``ggml-common.h`` (the structs) and ``docs/gguf.md``; the package gguf,
+``quants.py``.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from nybble.quantizer import Quantizer
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Parts = dict[str, Bytes]
-"""Of some blocks, [blocks, n] each: ``codes``, ``scale`` and ``offset`` as codes of their formats, one in a byte; ``d`` and
+"""Of some blocks, [blocks, n] each: ``codes``, ``scale`` and ``offset`` as codes of their formats, one in a byte;
+``d`` and
 ``m``, the outermost scale and offset, as the bytes of float16."""
 
 REGISTRY = Registry("nybble.models.gguf.types", "GGUF block type", lambda part: isinstance(part, BlockType))
@@ -42,7 +45,7 @@ class Field(Protocol):
         """How many."""
 
     def read(self, data: Bytes) -> Parts:
-        """``[blocks, nbytes]`` -> bits of parts, where they belong; what several fields have of one part is joined by or."""
+        """``[blocks, nbytes]`` -> bits of parts, where they belong; bits of one part in several fields are joined."""
 
     def write(self, parts: Parts) -> Bytes:
         """The inverse: ``[blocks, nbytes]``."""
@@ -101,7 +104,7 @@ class BlockType:
         return np.concatenate([each.write(parts) for each in self.fields], 1)
 
     def _flipped(self, parts: Parts) -> Parts:
-        found = {name: bits ^ np.uint8(self.flips[name]) if name in self.flips else bits for name, bits in parts.items()}
+        found = {name: bits ^ np.uint8(self.flips.get(name, 0)) for name, bits in parts.items()}
         if self.negative:
             found["m"] = found["m"] ^ np.array([0, 0x80], np.uint8)
         return found

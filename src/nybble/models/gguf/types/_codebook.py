@@ -1,8 +1,8 @@
 """Types whose codes name vectors of a code book, read as the scalars that these are made of.
 
-Eight (or four) neighbours share an index and their signs, so the file has fewer bits than codes of one value each; values and
-scales are the same. The code books themselves are in the package gguf, whose dequantizer, given blocks with an outer
-scale of 1, says what the vectors are.
+Eight (or four) neighbours share an index and their signs, so the file has fewer bits than codes of one value each;
+values and scales are the same. The code books themselves are in the package gguf, whose dequantizer, given blocks with
+an outer scale of 1, says what the vectors are.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Book:
     def _grid(self) -> Numbers:
         return np.array(self.values, np.float32)
 
-    def read(self, data: Bytes) -> Parts:  # noqa: D102
+    def read(self, data: Bytes) -> Parts:
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 

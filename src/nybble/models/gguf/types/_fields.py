@@ -12,8 +12,6 @@ from nybble.models.gguf.types import Bytes, Parts
 _ELEMENTS = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8"), 16: np.dtype("c16")}
 
 
-
-
 @dataclass(frozen=True)
 class Raw:
     """Bytes of a part as they are: a float16 ``d`` or ``m``, or codes of 8 bits."""
@@ -21,10 +19,10 @@ class Raw:
     part: str
     nbytes: int = 2
 
-    def read(self, data: Bytes) -> Parts:  # noqa: D102
+    def read(self, data: Bytes) -> Parts:
         return {self.part: data}
 
-    def write(self, parts: Parts) -> Bytes:  # noqa: D102
+    def write(self, parts: Parts) -> Bytes:
         return parts[self.part]
 
 
@@ -45,7 +43,7 @@ class Plane:
     run: int
     shift: int = 0
 
-    def read(self, data: Bytes) -> Parts:  # noqa: D102
+    def read(self, data: Bytes) -> Parts:
         per, mask, count = 8 // self.bits, np.uint8((1 << self.bits) - 1), len(data)
         data = np.ascontiguousarray(data)
         out = np.empty((count, self.nbytes // self.run, per, self.run), np.uint8)
@@ -57,7 +55,7 @@ class Plane:
             _runs(out)[:, :, place] = _runs(bits.reshape(count, -1, self.run))
         return {self.part: out.reshape(count, -1)}
 
-    def write(self, parts: Parts) -> Bytes:  # noqa: D102
+    def write(self, parts: Parts) -> Bytes:
         per, mask, count = 8 // self.bits, np.uint8((1 << self.bits) - 1), len(parts[self.part])
         codes = _runs(np.ascontiguousarray(parts[self.part]).reshape(count, -1, per, self.run))
         out = np.zeros((count, self.nbytes), np.uint8)
@@ -83,10 +81,10 @@ class LowHigh:
     high: str
     nbytes: int
 
-    def read(self, data: Bytes) -> Parts:  # noqa: D102
+    def read(self, data: Bytes) -> Parts:
         return {self.low: data & np.uint8(15), self.high: data >> np.uint8(4)}
 
-    def write(self, parts: Parts) -> Bytes:  # noqa: D102
+    def write(self, parts: Parts) -> Bytes:
         return parts[self.low] | parts[self.high] << np.uint8(4)
 
 
@@ -94,15 +92,15 @@ class LowHigh:
 class SixBits:
     """Eight scales and eight minima of six bits in twelve bytes (Q4_K, Q5_K).
 
-    The first four of each have the low six bits of bytes 0-3 and 4-7; the top two bits of those bytes belong to the last
-    four, whose low halves share bytes 8-11.
+    The first four of each have the low six bits of bytes 0-3 and 4-7; the top two bits of those bytes belong to the
+    last four, whose low halves share bytes 8-11.
     """
 
     low: str = "scale"
     high: str = "offset"
     nbytes: int = 12
 
-    def read(self, data: Bytes) -> Parts:  # noqa: D102
+    def read(self, data: Bytes) -> Parts:
         first, second, rest = data[:, 0:4], data[:, 4:8], data[:, 8:12]
         top, six = np.uint8(0x30), np.uint8(63)
         return {
@@ -110,7 +108,7 @@ class SixBits:
             self.high: np.concatenate([second & six, rest >> np.uint8(4) | second >> np.uint8(2) & top], 1),
         }
 
-    def write(self, parts: Parts) -> Bytes:  # noqa: D102
+    def write(self, parts: Parts) -> Bytes:
         low, high = parts[self.low], parts[self.high]
         top = np.uint8(0x30)
         return np.concatenate(
@@ -127,8 +125,8 @@ class SixBits:
 class Trits:
     """Ternary digits, five to a byte as a fraction: byte = ceil(256 / 243 * (81 t0 + 27 t1 + 9 t2 + 3 t3 + t4)).
 
-    Digit k of byte j of a run is element j + k run: multiplying by 3 moves the next digit above the byte. The digits are
-    value + 1; codes are those of ``ternary`` (0, 1, and 3 for -1). The last bytes hold four.
+    Digit k of byte j of a run is element j + k run: multiplying by 3 moves the next digit above the byte. The digits
+    are value + 1; codes are those of ``ternary`` (0, 1, and 3 for -1). The last bytes hold four.
     """
 
     part: str
@@ -139,7 +137,7 @@ class Trits:
         """One for each of a run."""
         return sum(run for run, _ in self.runs)
 
-    def read(self, data: Bytes) -> Parts:  # noqa: D102
+    def read(self, data: Bytes) -> Parts:
         found: list[Any] = []
         at = 0
         for run, digits in self.runs:
@@ -151,7 +149,7 @@ class Trits:
         digit = np.concatenate(found, 1)
         return {self.part: digit - np.uint8(1) & np.uint8(3)}
 
-    def write(self, parts: Parts) -> Bytes:  # noqa: D102
+    def write(self, parts: Parts) -> Bytes:
         digit = (parts[self.part] + np.uint8(1) & np.uint8(3)).astype(np.uint16)
         found: list[Any] = []
         at = 0
@@ -162,5 +160,3 @@ class Trits:
                 at += run
             found.append(((value * np.uint32(256) + 242) // 243).astype(np.uint8))
         return np.concatenate(found, 1)
-
-
