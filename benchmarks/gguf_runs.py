@@ -5,7 +5,8 @@
 
 SmolLM2-135M-Instruct is written as each type. llama.cpp, the library that the package xllamacpp carries, is called
 through its C interface with one thread; nybble's side is the same file opened by nybble, in float32. llama.cpp rounds
-activations to eight bits before its products with quantized weights, nybble doesn't, so logits differ a little.
+activations to eight bits before its products with quantized weights, so logits differ a little; under ``inputs
+rounded`` nybble's side does so too.
 ``q4_k_m by ggml`` is the same plan with the weights rounded by ggml's quantizer (libggml-python) instead of by nybble.
 """
 
@@ -16,7 +17,7 @@ import ctypes
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -28,12 +29,14 @@ from tests.parts.models.ggml import quantize_chunk
 
 from nybble.core.files import atomic_write_json
 from nybble.data.sources.builtin import split_topics
+from nybble.models.gguf.metadata import arch_for, gguf_name
 from nybble.models.gguf.mixes import FLOATS
 from nybble.models.gguf.of_source import weights_of
 from nybble.models.gguf.types import block_type, decode
 from nybble.models.gguf.write import Weight, plan, write_gguf
 from nybble.models.sources.open import open_source
 from nybble.pipelines.load import load
+from nybble.quantizer import Quantizer
 
 PROMPTS = (
     "The capital of France is", "Water boils at a temperature of", "def fibonacci(n):\n",
@@ -132,10 +135,33 @@ def nll(logits: torch.Tensor, ids: Sequence[int]) -> float:
     return float(torch.nn.functional.cross_entropy(logits[:-1].double(), wanted, reduction="sum"))
 
 
+INPUTS = {
+    32: "int8 group=32 scale_format=float16 raw_scale=true reciprocal=true rounding=half-away",  # Q8_0, Q8_1
+    256: "int8 group=256 scale_format=float32",  # Q8_K
+}
+"""What llama.cpp's CPU products round their inputs to, by the block of the weight's type."""
+
+
+def round_inputs(model: Any, types: Mapping[str, str]) -> None:
+    """Let the products of a float model round their inputs as llama.cpp does under weights of these types."""
+    arch = arch_for(model.config)[1]
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            at = "token_embd.weight" if name == "lm_head" else gguf_name(f"{name}.weight", arch)
+            kind = types.get(str(at), types.get("output.weight", "F32"))
+            if kind not in FLOATS:
+                quantizer = Quantizer(INPUTS[min(256, max(32, block_type(kind).block))])
+                module.register_forward_pre_hook(lambda _, given, q=quantizer: (q.fake_quantize(given[0]),))
+
+
 @torch.no_grad()
-def compare(path: Path, windows: Sequence[Sequence[int]], tokens: int) -> dict[str, Any]:
-    """Greedy text and perplexity of a file, here and there."""
+def compare(
+    path: Path, windows: Sequence[Sequence[int]], tokens: int, types: Mapping[str, str], rounded: bool
+) -> dict[str, Any]:
+    """Greedy text and perplexity of a file, here and there; ``rounded``: with inputs rounded here too."""
     (model, tokenizer), theirs = load(str(path), dtype=torch.float32), LlamaCpp(path)
+    if rounded:
+        round_inputs(model, types)
     vocabulary, same, first, agree = model.config.vocab_size, 0, [], 0
     for prompt in PROMPTS:
         ids = list(tokenizer(prompt)["input_ids"])
@@ -194,8 +220,10 @@ def main() -> None:
             given = by_ggml(source.config, weights, kind) if "ggml" in name else weights
             written = write_gguf(path, source.config, given, tokenizer=tokenizer, file_type=kind, name="SmolLM2")
             seconds = time.perf_counter() - begun
-            found = compare(path, windows, options.tokens)
-            results[name] = {"bytes": written.nbytes, "seconds": round(seconds, 1), **found}
+            results[name] = {"bytes": written.nbytes, "seconds": round(seconds, 1)}
+            results[name] |= compare(path, windows, options.tokens, written.types, False)
+            if set(written.types.values()) - set(FLOATS):
+                results[name]["inputs rounded"] = compare(path, windows, options.tokens, written.types, True)
             print(name, results[name], flush=True)
             atomic_write_json(
                 options.out, {"xllamacpp": version("xllamacpp"), "model": "demo:smollm2", "results": results}

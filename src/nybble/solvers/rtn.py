@@ -22,8 +22,8 @@ class Rtn(Solver):
 
     Attributes:
         scale: a scale rule that replaces the scheme's for weights; empty keeps it.
-        weighted: each column counts with its inputs' energy where a rule searches (mse: AWQ's clipping, Lin et al. 2023,
-            without the products of different inputs; least-squares: llama.cpp's imatrix).
+        weighted: each column counts with its inputs' energy where a rule searches (mse: AWQ's clipping, Lin et al.
+            2023, without the products of different inputs; least-squares: llama.cpp's imatrix).
     """
 
     scale: str = ""

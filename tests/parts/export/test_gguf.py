@@ -49,7 +49,7 @@ def test_exported_is_what_was_quantized(line: str, folder: Path, tmp_path: Path)
 
 @torch.no_grad()
 def test_a_mixture_in_one_step(folder: Path, tmp_path: Path) -> None:
-    """Layers are calibrated as they will be stored; the embedding, which is the head too, is rounded when it is written."""
+    """Layers are calibrated as they will be stored; the embedding, the head too, is rounded when it is written."""
     quantize(folder, "rtn", weights="q4_k", out=tmp_path / "out", target="gguf:q4_k_m")
     done = export(tmp_path / "out", tmp_path / "file", check=True)
     assert done["target"] == "gguf:q4_k_m"

@@ -52,8 +52,8 @@ MAX_DIMS = 4
 class GgufTensor:
     """Where a tensor is.
 
-    ``shape``: outermost dimension first (GGUF stores it reversed). ``kind``: ggml's number of the type. ``start``: from the
-    beginning of the file.
+    ``shape``: outermost dimension first (GGUF stores it reversed). ``kind``: ggml's number of the type. ``start``: from
+    the beginning of the file.
     """
 
     shape: tuple[int, ...]
