@@ -68,7 +68,7 @@ def damaged(whole: bytes, header: int, draw: random.Random) -> bytes:
     """The bytes with one to four changes, nine of ten in the header."""
     data = bytearray(whole)
     for _ in range(draw.randint(1, 4)):
-        at = draw.randrange(header if draw.random() < 0.9 else len(data))
+        at = draw.randrange(min(header, len(data)) if draw.random() < 0.9 else len(data))
         what = draw.randrange(6)
         if what == 0:
             data[at] ^= 1 << draw.randrange(8)
@@ -78,7 +78,7 @@ def damaged(whole: bytes, header: int, draw: random.Random) -> bytes:
             width = draw.choice((4, 8))
             data[at : at + width] = (draw.choice(LIMITS) % 2 ** (8 * width)).to_bytes(width, "little")
         elif what == 3:
-            size, other = draw.randint(1, 40), draw.randrange(header)
+            size, other = draw.randint(1, 40), draw.randrange(min(header, len(data)))
             data[at : at + size] = data[other : other + size]
         elif what == 4:
             del data[at : at + draw.randint(1, 16)]

@@ -176,7 +176,7 @@ class _Fit:
         self.negative = offsets.format is not None and not offsets.format.signed and self.search.offset
         scale, offset = self.start()
         sums = self.sums(self.values(scale, offset))
-        first = _Level(scale, sums.vv, scales, self, negative=False)
+        first = _Level(scale, sums.vv, scales, self, negative=False, never_zero=self.fmt.has_zero)
         second = None
         if offset is not None:
             again = _quotient(self.sum_x - first.value * sums.v, self.weight)
@@ -247,7 +247,9 @@ class _Level:
         code: [blocks, 1]. outer: [blocks / share, 1].
     """
 
-    def __init__(self, target: Tensor, weight: Tensor, storage: Storage, owner: _Fit, *, negative: bool) -> None:
+    def __init__(
+        self, target: Tensor, weight: Tensor, storage: Storage, owner: _Fit, *, negative: bool, never_zero: bool = False
+    ) -> None:
         share, grid = owner.share, owner.search.grid
         self.dtype, self.share, self.negative, self.unit = getattr(torch, storage.dtype), share, negative, owner.unit
         self.format = storage.format if storage.groups is not None else None
@@ -257,6 +259,9 @@ class _Level:
             search = _Plain(grid)
             fit = _Fit(rows, importance, 1, self.format, "nearest-even", search)
             self.outer = self._narrow(fit.start()[0])
+        self.least = 0.0  # a block of small values is as well zeros under a scale as anything under none
+        if never_zero and self.format is not None:
+            self.least = min(abs(float(value)) for value in self.format.grid if value)
         self.code = self.stored(target)
 
     @property
@@ -286,15 +291,24 @@ class _Level:
         if self.format is None:
             return self._narrow(target)
         outer = self.spread
-        return nearest(target / torch.where(outer == 0, 1.0, outer), self.format, "nearest-even")
+        wanted = target / torch.where(outer == 0, 1.0, outer)
+        return self._some(nearest(wanted.clone(), self.format, "nearest-even"), wanted)
+
+    def _some(self, code: Tensor, wanted: Tensor) -> Tensor:
+        """Where the code is 0 and may not be, the smallest of the wanted sign."""
+        assert self.format is not None
+        if not self.least:
+            return code
+        sign = torch.where((wanted < 0) & (self.format.min < 0), -1.0, 1.0)
+        return torch.where(code == 0, self.least * sign, code)
 
     def neighbour(self, direction: int) -> Tensor:
         """Codes one up or down, at the format's ends themselves."""
         assert self.format is not None
         if self.format.is_integer:
-            return (self.code + direction).clamp(self.format.min, self.format.max)
+            return self._some((self.code + direction).clamp(self.format.min, self.format.max), self.code)
         step = self.code.abs() * 0.13 + (self.format.max - self.format.min) * 1e-3
-        return nearest(self.code + direction * step, self.format, "nearest-even")
+        return self._some(nearest(self.code + direction * step, self.format, "nearest-even"), self.code)
 
     def fit(self, target: Tensor, weight: Tensor, free: Tensor) -> None:
         """Codes nearest to ``target``, the least error's; then the outer scale that is best for these codes.

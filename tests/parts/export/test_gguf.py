@@ -25,7 +25,7 @@ IDS = torch.arange(40)[None] % 128
 
 def model(**changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**SIZES, "tie_word_embeddings": True, **changes})).eval()
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, "tie_word_embeddings": True, **changes}))
 
 
 @pytest.fixture

@@ -24,6 +24,11 @@ WRITTEN = [name for name in NAMES if not REGISTRY.get(name).readonly]
 ROWS = 6
 
 
+def kind_of(name: str) -> BlockType:
+    found: BlockType = REGISTRY.get(name)
+    return found
+
+
 def columns(kind: BlockType) -> int:
     return 512 if kind.block == 256 else 4 * kind.block
 
@@ -45,7 +50,7 @@ def blocks_of(name: str, kind: BlockType) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_values_are_those_of_the_dequantizers(name: str) -> None:
-    kind = REGISTRY.get(name)
+    kind = kind_of(name)
     data, shape = blocks_of(name, kind), (ROWS, columns(kind))
     ours = decode(kind, data, shape).dequantize().numpy()
     known = {int(number): number for number in GGML_QUANT_SIZES}
@@ -64,11 +69,11 @@ def test_values_are_those_of_the_dequantizers(name: str) -> None:
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_there_and_back(name: str) -> None:
-    kind = REGISTRY.get(name)
+    kind = kind_of(name)
     data, shape = blocks_of(name, kind), (2, ROWS // 2, columns(kind))
     found = decode(kind, data, shape)
     assert encode(kind, found).numpy().tobytes() == data.tobytes() and encode(kind, found).shape[:2] == shape[:2]
-    assert exact_type(found) is kind and fitted(kind, found).dequantize().shape == shape
+    assert exact_type(found) == kind and fitted(kind, found).dequantize().shape == shape
     again = from_spec(found.spec(), found.tensors())
     assert isinstance(again, BlockQTensor) and encode(kind, again).numpy().tobytes() == data.tobytes()
     least = 8 * kind.nbytes / kind.block
@@ -78,7 +83,7 @@ def test_there_and_back(name: str) -> None:
 @pytest.mark.parametrize("name", WRITTEN)
 def test_what_a_preset_makes_is_written(name: str) -> None:
     """As a type's preset quantizes, so the file says, and ggml reads it."""
-    kind = REGISTRY.get(name)
+    kind = kind_of(name)
     assert kind.line in PRESETS
     x = torch.randn(ROWS, columns(kind)) * 0.02
     found = kind.quantizer.quantize(x)
@@ -125,8 +130,8 @@ def test_lines_that_a_type_holds(line: str, wanted: str) -> None:
     x = torch.randn(4, 512)
     weight = Quantizer(line).quantize(x)
     described = Quantizer(line).quantize(x.to("meta"))
-    kind = REGISTRY.get(wanted)
-    assert exact_type(weight) is kind and exact_type(described) is kind
+    kind = kind_of(wanted)
+    assert exact_type(weight) == exact_type(described) == kind
     made = fitted(kind, weight)
     back = decode(kind, encode(kind, made).numpy(), (4, 512))
     scale = global_scale(made)

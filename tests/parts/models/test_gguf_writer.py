@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -260,6 +261,22 @@ def test_stretched_frequencies(make_model: Any) -> None:
     theirs = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
     assert found is not None
     torch.testing.assert_close(plain / torch.from_numpy(found), theirs, rtol=1e-5, atol=0)
+
+
+def test_damaged_files_give_our_errors(tmp_path: Path) -> None:
+    """benchmarks/gguf_fuzz.py runs ten thousand; whatever else is raised fails the test."""
+    from benchmarks.gguf_fuzz import damaged, trial
+    from benchmarks.gguf_fuzz import tiny as whole_file
+
+    path = tmp_path / "tiny.gguf"
+    whole_file(path)
+    data = path.read_bytes()
+    assert trial(path) == "read"
+    outcomes = set()
+    for seed in range(60):
+        path.write_bytes(damaged(data, data.index(b"output_norm.weight") + 60, random.Random(seed)))
+        outcomes.add(trial(path))
+    assert {"read", "FileError"} <= outcomes <= {"read", "FileError", "ModelError"}
 
 
 @pytest.mark.skipif(find_spec("xllamacpp") is None, reason="llama.cpp itself: pip install xllamacpp")

@@ -103,7 +103,8 @@ def rope_factors(config: PreTrainedConfig) -> np.ndarray[Any, np.dtype[np.float3
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     waves = 2 * math.pi * float(rope["rope_theta"]) ** (np.arange(0, width, 2) / width)
     smooth = np.clip((old / waves - low) / (high - low), 0, 1)
-    return np.float32(1 / ((1 - smooth) / factor + smooth))
+    found: np.ndarray[Any, np.dtype[np.float32]] = (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+    return found
 
 
 def gguf_name(name: str, arch: GgufArch) -> str | None:

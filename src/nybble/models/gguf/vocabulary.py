@@ -83,7 +83,8 @@ def _is_byte(token: str) -> bool:
 
 def _merges(said: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Both spellings of tokenizer.json: pairs, and text with a space between."""
-    return [tuple(m.split(" ", 1)) if isinstance(m, str) else (m[0], m[1]) for m in said["model"]["merges"]]
+    pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in said["model"]["merges"]]
+    return [(pair[0], pair[1]) for pair in pairs]
 
 
 # ------------------------------------------------------------------------------------------------ byte-level BPE

@@ -9,7 +9,7 @@ import numpy as np
 
 from nybble.models.gguf.types import Bytes, Parts
 
-_ELEMENTS = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8"), 16: np.dtype("c16")}
+_ELEMENTS: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8"), 16: np.dtype("c16")}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,10 @@ class Plane:
 
 def _runs(data: Bytes) -> np.ndarray[Any, Any]:
     """The last dimension as one element, so that runs are copied whole."""
-    return data.view(_ELEMENTS.get(data.shape[-1], np.dtype((np.void, data.shape[-1]))))[..., 0]
+    size = int(data.shape[-1])
+    whole: np.dtype[Any] = _ELEMENTS[size] if size in _ELEMENTS else np.dtype((np.void, size))
+    found: np.ndarray[Any, Any] = data.view(whole)[..., 0]
+    return found
 
 
 @dataclass(frozen=True)
