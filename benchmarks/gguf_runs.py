@@ -18,6 +18,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -159,7 +160,8 @@ def compare(
     path: Path, windows: Sequence[Sequence[int]], tokens: int, types: Mapping[str, str], rounded: bool
 ) -> dict[str, Any]:
     """Greedy text and perplexity of a file, here and there; ``rounded``: with inputs rounded here too."""
-    (model, tokenizer), theirs = load(str(path), dtype=torch.float32), LlamaCpp(path)
+    loaded: Any = load(str(path), dtype=torch.float32)
+    (model, tokenizer), theirs = loaded, LlamaCpp(path)
     if rounded:
         round_inputs(model, types)
     vocabulary, same, first, agree = model.config.vocab_size, 0, [], 0
@@ -194,9 +196,9 @@ def by_ggml(config: Any, weights: dict[str, Weight], file_type: str) -> dict[str
         if tensor.kind in FLOATS:
             continue
         kind, weight = block_type(tensor.kind), weights[tensor.source]
-        data = quantize_chunk(kind.number, weight.read().float().numpy())
-        stored = decode(kind, data, weight.shape)
-        made[tensor.source] = Weight(shape=weight.shape, read=lambda stored=stored: stored, stored=stored)
+        values: Any = weight.read()
+        stored = decode(kind, quantize_chunk(kind.number, values.float().numpy()), weight.shape)
+        made[tensor.source] = Weight(shape=weight.shape, read=partial(lambda v: v, stored), stored=stored)
     return made
 
 

@@ -9,7 +9,9 @@ import numpy as np
 
 from nybble.models.gguf.types import Bytes, Parts
 
-_ELEMENTS: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8"), 16: np.dtype("c16")}
+_ELEMENTS: dict[int, np.dtype[Any]] = {
+    size: np.dtype(name) for size, name in ((1, "u1"), (2, "u2"), (4, "u4"), (8, "u8"), (16, "c16"))
+}
 
 
 @dataclass(frozen=True)
