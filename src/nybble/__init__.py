@@ -14,7 +14,7 @@ import importlib
 from functools import partial
 from typing import TYPE_CHECKING
 
-from nybble.core.imports import lazily, when_imported
+from nybble.core.imports import callable_too, lazily, when_imported
 from nybble.core.versions import VERSION
 
 __version__ = VERSION
@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what the names below are, for type checkers and editors
     from nybble.checkpoint.save import save as save
     from nybble.core.errors import NybbleError as NybbleError
     from nybble.eval import evaluate as evaluate
+    from nybble.pipelines.export import export as export
     from nybble.pipelines.load import load as load
     from nybble.pipelines.quantize import preflight as preflight
     from nybble.pipelines.quantize import quantize as quantize
@@ -46,6 +47,7 @@ _NAMES = {
     "load": "nybble.pipelines.load",
     "save": "nybble.checkpoint.save",
     "evaluate": "nybble.eval",
+    "export": "nybble.export",  # the room of targets, which can be called
     "optim": "nybble.optim",
     "NybbleError": "nybble.core.errors",
 }
@@ -63,4 +65,5 @@ def _import(name: str) -> None:
 
 
 when_imported("transformers.quantizers.auto", partial(_import, "nybble.checkpoint.transformers_hook"))
+when_imported("nybble.export", partial(callable_too, "nybble.export", "nybble.pipelines.export"))
 when_imported("peft.tuners.lora.model", partial(_import, "nybble.training.peft_hook"))

@@ -20,7 +20,7 @@ from nybble.packing import get_layout
 from nybble.qtensor import Factored, Inverse, QTensor, QuantParams, block_view
 from nybble.qtensor.block import BlockQTensor
 from nybble.rounding import get_rounding
-from nybble.scales import BlockParams, ScaleRule
+from nybble.scales import BlockParams, ScaleRule, Storage
 from nybble.scales.absmax import AbsMax
 from nybble.scales.one import One
 from nybble.scales.pow2 import Pow2
@@ -56,8 +56,23 @@ def fit(spec: Rule, x: Tensor, weight: Tensor | None) -> QuantParams:
     judged = spec.scale.judges_stored
     if judged == "always" or (judged and not isinstance(spec.scale_format, str)):
         return _fit_as_stored(spec, blocks, importance, shape)
+    if spec.scale.takes_storage:
+        rule: Any = spec.scale
+        stored = [_storage(each, shape, blocks.device) for each in (spec.scale_format, spec.offset_format)]
+        return finish(spec, rule.fit(blocks, spec.format, spec.rounding, importance, *stored), shape, None)
     found = spec.scale.fit(blocks, spec.format, spec.rounding, importance)
     return finish(spec, found, shape, _outer_of(found.over))
+
+
+def _storage(inner: str | Rule, shape: tuple[int, ...], device: torch.device) -> Storage:
+    """How scales of ``shape`` are stored; as float32 where their own scales are not one number for some of them."""
+    if isinstance(inner, str):
+        return Storage(inner)
+    if isinstance(inner.scale_format, str) and not isinstance(inner.scale, One) and not inner.granularity.factored:
+        groups = inner.granularity.to_blocks(torch.arange(math.prod(shape), device=device).view(shape))
+        if groups.numel() == math.prod(shape):
+            return Storage(inner.scale_format, inner.format, groups)
+    return Storage()
 
 
 def _fit_as_stored(spec: Rule, blocks: Tensor, importance: Tensor | None, shape: tuple[int, ...]) -> QuantParams:
@@ -101,7 +116,7 @@ def finish(spec: Rule, found: BlockParams, shape: tuple[int, ...], outer: QuantP
     scale: Tensor | QTensor | None = None
     raw = found.scale.reshape(shape)
     if not isinstance(spec.scale_format, str):
-        scale = quantize(spec.scale_format, raw, outer, None)
+        scale = quantize(spec.scale_format, raw, _outer(spec.scale_format, found.outer, shape) or outer, None)
     elif not isinstance(spec.scale, One):
         raw = guarded(raw, spec.format)
         scale = narrow_scale(raw, spec.scale_format)
@@ -111,10 +126,17 @@ def finish(spec: Rule, found: BlockParams, shape: tuple[int, ...], outer: QuantP
     if found.offset is not None:
         value = found.offset.reshape(shape)
         if not isinstance(spec.offset_format, str):
-            offset = quantize(spec.offset_format, value, None, None)
+            offset = quantize(spec.offset_format, value, _outer(spec.offset_format, found.offset_outer, shape), None)
         else:
             offset = narrow_scale(value, spec.offset_format).to(getattr(torch, spec.offset_format))
     return QuantParams(scale, zero_point, offset, divisor=raw if spec.raw_scale and scale is not None else None)
+
+
+def _outer(inner: Rule, outer: Tensor | None, shape: tuple[int, ...]) -> QuantParams | None:
+    """Parameters of nested scales whose own scales a rule gave, as they are stored."""
+    if outer is None or not isinstance(inner.scale_format, str):
+        return None
+    return QuantParams(outer.reshape(inner.granularity.scale_shape(shape)).to(getattr(torch, inner.scale_format)))
 
 
 def measured(spec: Rule, x: Tensor, params: QuantParams | None) -> QuantParams:

@@ -8,6 +8,12 @@ _BNB8 = (
     "dynamic8 flat=256 scale_format=float32 rounding=nearest-even-float32 reciprocal=true"  # bitsandbytes' 8-bit blocks
 )
 
+
+def _scales(line: str) -> str:
+    """Scales and minima of one line; the scale of minima is negative."""
+    return f"scale_format=({line} scale=least-squares) offset_format=({line} scale=least-squares)"
+
+
 PRESETS: dict[str, str] = {
     # OCP Microscaling v1.0: 32 elements share a power of two (E8M0), floor rule
     "mxfp8": "float8_e4m3fn group=32 scale=pow2 scale_format=(float8_e8m0fnu scale=one)",
@@ -74,4 +80,22 @@ PRESETS: dict[str, str] = {
     # binary and ternary weights
     "b1.58": "ternary tensor scale=mean",
     "xnor": "binary channel scale=mean",
+    # GGUF's block types (ggml-common.h): with K-quants, scales and minima are themselves in four to eight bits over
+    # float16. Scales by least squares; a reader can't tell how they were found
+    "q4_0": "int4_full group=32 scale=least-squares",
+    "q4_1": "uint4 group=32 scale=least-squares(offset=true)",
+    "q5_0": "int5_full group=32 scale=least-squares",
+    "q5_1": "uint5 group=32 scale=least-squares(offset=true)",
+    "q8_0": "int8_full group=32 scale=least-squares",
+    "q2_k": f"uint2 group=16 scale=least-squares(offset=true) {_scales('uint4 group=16')}",
+    "q3_k": "int3_full group=16 scale=least-squares scale_format=(int6_full group=16 scale=least-squares)",
+    "q4_k": f"uint4 group=32 scale=least-squares(offset=true) {_scales('uint6 group=8')}",
+    "q5_k": f"uint5 group=32 scale=least-squares(offset=true) {_scales('uint6 group=8')}",
+    "q6_k": "int6_full group=16 scale=least-squares scale_format=(int8_full group=16 scale=least-squares)",
+    "iq4_nl": "iq4nl group=32 scale=least-squares",
+    "iq4_xs": "iq4nl group=32 scale=least-squares scale_format=(int6_full group=8 scale=least-squares)",
+    "tq1_0": "ternary group=256 scale=least-squares packing=base3",
+    "tq2_0": "table[-1,0,1,2] group=256 scale=least-squares",
+    "q1_0": "binary group=128 scale=least-squares",
+    "q2_0": "table[-1,0,1,2] group=64 scale=least-squares",
 }

@@ -65,12 +65,15 @@ class Scheme:
     Attributes:
         rules: the first whose target matches a module decides. ignore: as targets; wins over all rules.
         name: a preset's name, for reports. kv: for the KV cache of every layer; left out (None), each rule's own.
+        together: last parts of the names of layers that stand side by side and read one input (``q_proj``, ``k_proj``,
+            ``v_proj``): what a quantizer shares over a whole tensor (NVFP4's outer scale), these share among them.
     """
 
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ("lm_head",)
     name: str = ""
     kv: KVFormat | None = None
+    together: tuple[tuple[str, ...], ...] = ()
 
     def match(self, modules: Mapping[str, Sequence[str]], fixed: Collection[str] = ()) -> Matches:
         """Assign rules to modules.
@@ -128,6 +131,8 @@ class Scheme:
         found: dict[str, Any] = {"rules": rules, "ignore": list(self.ignore)}
         if self.name:
             found["name"] = self.name
+        if self.together:
+            found["together"] = [list(group) for group in self.together]
         return found if self.kv is None else {**found, "kv": str(self.kv)}
 
     def override(self, *, weights: Quantizer | None = None, inputs: Quantizer | None = None) -> Scheme:
@@ -254,19 +259,20 @@ def parse_scheme(data: str | Mapping[str, Any]) -> Scheme:
         _known(data, ("preset", "ignore", "kv"), "a scheme with a preset")
         return replace(base, ignore=_strings(data.get("ignore", base.ignore), "ignore"), kv=_kv(data))
     if "rules" in data:
-        _known(data, ("rules", "ignore", "name", "kv"), "a scheme with rules")
+        _known(data, ("rules", "ignore", "name", "kv", "together"), "a scheme with rules")
         if not isinstance(data["rules"], Sequence) or not all(isinstance(rule, Mapping) for rule in data["rules"]):
             raise SchemeError(f"rules is a list of mappings; got {data['rules']!r}.")
         rules = tuple(_rule(rule) for rule in data["rules"])
     else:
-        _known(data, (*_RULE_KEYS, "ignore", "name"), "a scheme")
-        rule = {k: v for k, v in data.items() if k not in ("ignore", "name", "kv")}
+        _known(data, (*_RULE_KEYS, "ignore", "name", "together"), "a scheme")
+        rule = {k: v for k, v in data.items() if k not in ("ignore", "name", "kv", "together")}
         rules = (_rule(rule),) if rule or "kv" not in data else ()
     kv = _kv(data)
     if not rules and kv is None:
         raise SchemeError("a scheme without rules quantizes nothing; give targets and weights.")
     ignore = _strings(data.get("ignore", ("lm_head",)), "ignore")
-    return Scheme(rules=rules, ignore=ignore, name=str(data.get("name", "")), kv=kv)
+    together = tuple(_strings(group, "a group of together") for group in data.get("together", ()))
+    return Scheme(rules=rules, ignore=ignore, name=str(data.get("name", "")), kv=kv, together=together)
 
 
 def _rule(data: Mapping[str, Any]) -> Rule:

@@ -62,8 +62,8 @@ LINES = [
 
 
 def inputs(dtype: torch.dtype) -> Tensor:
-    """[16, 384]: normal rows, a zero group, one outlier, tiny and large rows, negative zeros."""
-    x = torch.randn(16, 384)
+    """[16, 768]: normal rows, a zero group, one outlier, tiny and large rows, negative zeros."""
+    x = torch.randn(16, 768)
     x[0, :128] = 0
     x[1, ::3] = -0.0
     x[2, 7] = 1000
@@ -166,7 +166,7 @@ def test_grid_values_stay(line: str) -> None:
 @pytest.mark.parametrize("line", [line for line in LINES if "block=" not in line])
 def test_empty(line: str) -> None:
     q = Quantizer(line)
-    for shape in ((0, 384), (3, 0)):
+    for shape in ((0, 768), (3, 0)):
         x = torch.zeros(shape)
         assert q.fake_quantize(x).shape == shape
         packed = q.quantize(x)
@@ -178,7 +178,7 @@ def test_empty(line: str) -> None:
 def test_one_block_and_many(line: str) -> None:
     """More than one second-level block, so that nested granularities have to count."""
     q = Quantizer(line)
-    x = torch.randn(128, 384)
+    x = torch.randn(128, 768)
     packed = q.quantize(x, generator=generator())
     again = from_spec(json.loads(json.dumps(packed.spec())), packed.tensors())
     assert same(again.dequantize(), q.fake_quantize(x, generator=generator()))

@@ -100,7 +100,14 @@ def make(name: str, **changes: str) -> Recipe:
 def narrow(quantizer: Quantizer | None) -> Quantizer | None:
     """With groups that fit 48 and 16 columns."""
     wide = quantizer is not None and isinstance(quantizer.granularity, PerGroup) and quantizer.granularity.size > 16
-    return quantizer.replace(group=16) if quantizer is not None and wide else quantizer
+    if quantizer is None or not wide:
+        return quantizer
+    inner = {
+        name: value.replace(group=1)  # of a K-quant's scales and minima
+        for name in ("scale_format", "offset_format")
+        if isinstance(value := getattr(quantizer, name), Quantizer) and isinstance(value.granularity, PerGroup)
+    }
+    return quantizer.replace(group=16, **inner)
 
 
 def run(folder: Path, family: str, recipe: Recipe, out: Path | None = None) -> tuple[Any, Any]:

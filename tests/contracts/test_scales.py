@@ -129,7 +129,7 @@ def test_in_a_quantizer(name: str, fmt: str, scale_format: str) -> None:
         assert scale.isfinite().all(), what
         if 0 in get_format(fmt).grid or what not in VANISHING:
             assert (scale != 0).all(), what
-        if name != "extreme":
+        if name not in ("extreme", "least-squares"):
             assert (scale >= 0).all(), what
         if what == "zero":
             assert (out == 0).all()

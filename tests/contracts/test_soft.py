@@ -56,7 +56,7 @@ def test_forward_is_fake_quantize(line: str) -> None:
         for given in (None, params, q.soften(params)):
             out = q.soft(x.clone().requires_grad_(), given, rounding_of(q))
             assert out.requires_grad and same(out.detach(), want)
-    assert q.soft(torch.zeros(0, 384)).shape == (0, 384)
+    assert q.soft(torch.zeros(0, 768)).shape == (0, 768)
 
 
 def test_a_mean_that_is_not_given_is_measured() -> None:
@@ -238,7 +238,7 @@ def test_gradients(line: str) -> None:
     q = Quantizer(line)
     if q.format.absmax > 1e30:  # clipped elements overflow float32
         return
-    x = torch.randn(16, 384) * torch.rand(16, 1)
+    x = torch.randn(16, 768) * torch.rand(16, 1)
     raw = shrunk(q.soften(q.measured(x, None)))
     x = x.masked_fill(reference(q, x, raw, q.harden(raw))[2], 0)
     found = check_gradients(q, x, raw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ from nybble.core.files import check_new_folder
 from nybble.data.text import check_source
 from nybble.models.build.config_file import read_json
 from nybble.models.named import check_float, check_model
+from nybble.pipelines.targets import split_targets
 from nybble.recipes import BEST, check_recipe_name, recipe_for
 
 if TYPE_CHECKING:
@@ -79,7 +81,12 @@ def command(
         str, typer.Option(help="A method: nybble recipes lists them; or a YAML file. Left out: what measured best.")
     ] = BEST,
     target: Annotated[
-        str | None, typer.Option(help="What the recipe best is to come to: w4a16 (the usual), w3a16, w2a16, nvfp4 ...")
+        list[str] | None,
+        typer.Option(
+            help="What the recipe best is to come to (w4a16, the usual, w3a16, w2a16, nvfp4 ...), or who is to load "
+            "what nybble export makes of OUT (compressed-tensors ...): the scheme is kept to what that holds exactly. "
+            "Both may be given; repeatable."
+        ),
     ] = None,
     data: Annotated[
         str, typer.Option(help="Calibration data: a text file, JSONL, hub dataset id, or builtin; images.")
@@ -93,7 +100,8 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Quantize MODEL into the folder OUT."""
-    recipe = recipe_for(recipe, target)
+    aim, files = split_targets(target)
+    recipe = recipe_for(recipe, aim)
     _check(model, out, recipe, data, eval)
     from nybble.pipelines.request import build_recipe
     from nybble.walk.settings import Settings
@@ -103,7 +111,7 @@ def command(
     from nybble.core import ranks  # torch comes from here on: all above needs none
 
     with ranks.started(run.device) as device:
-        result = _done(model, out, made, data, replace(settings, device=device), eval, dry_run)
+        result = _done(model, out, made, data, replace(settings, device=device), files, eval, dry_run)
     if json:
         print_json(result)
     elif dry_run:
@@ -113,7 +121,14 @@ def command(
 
 
 def _done(
-    model: str, out: Path, made: Recipe, data: str, settings: Settings, eval: str | None, dry_run: bool
+    model: str,
+    out: Path,
+    made: Recipe,
+    data: str,
+    settings: Settings,
+    files: Sequence[str],
+    eval: str | None,
+    dry_run: bool,
 ) -> dict[str, Any]:
     """What is said of it in the end; nothing by a process beside the one that writes."""
     from nybble.checkpoint.account import inspect
@@ -123,9 +138,9 @@ def _done(
 
     held_out = None if eval is None else judged_on(model, eval, seq_len=settings.seq_len)
     if dry_run:
-        lines = preflight(model, made, data, out=out, settings=settings)
+        lines = preflight(model, made, data, out=out, settings=settings, target=files)
         return {"dry_run": True, "recipe": made.name, "preflight": lines}
-    _, report = quantize(model, made, data, out=out, settings=settings, progress=Bars(), announce=note)
+    _, report = quantize(model, made, data, out=out, settings=settings, progress=Bars(), announce=note, target=files)
     if is_silent():
         return {}
     evaluation = None

@@ -37,6 +37,20 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
         sys.meta_path.insert(0, _Waiting(name, action))
 
 
+def callable_too(name: str, owner: str) -> None:
+    """Let the imported module ``name`` be called, as the function of the same last name in the module ``owner``.
+
+    A package ``p.x`` hides a function ``p.x``, once anything imports it; so it is both.
+    """
+    function = name.rpartition(".")[2]
+
+    class Callable(ModuleType):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return getattr(importlib.import_module(owner), function)(*args, **kwargs)
+
+    sys.modules[name].__class__ = Callable
+
+
 class _Waiting(importlib.abc.MetaPathFinder):
     """Finds nothing itself: wraps the loader that the other finders find, then steps aside."""
 

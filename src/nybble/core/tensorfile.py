@@ -7,8 +7,9 @@ changes from run to run; reading tensors back is left to it. The layout is descr
 from __future__ import annotations
 
 import json
+import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from nybble.core.files import atomic_file, disk_errors, need_space
 from nybble.core.tensorheader import DTYPE_BITS, TensorEntry, read_tensor_header
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _TORCH_NAMES = {
@@ -33,16 +35,37 @@ _CHUNK = 4 << 20  # bytes held at once while copying
 
 
 @dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A tensor that is made, or copied from another file, when its turn to be written comes.
+
+    Attributes:
+        dtype: safetensors name, ``BF16``. shape: sizes.
+        bytes_from: what makes it; or a file in which its bytes begin at ``offset``, row-major and little-endian.
+        offset: into that file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    bytes_from: Callable[[], Tensor] | Path
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Source:
     """A tensor to be written: its description, and where its bytes come from."""
 
     entry: TensorEntry
-    bytes_from: Tensor | Path
+    bytes_from: Tensor | Path | Callable[[], Tensor]
     offset: int = 0
 
     def chunks(self) -> Iterator[bytes | memoryview]:
         if not isinstance(self.bytes_from, Path):
-            yield _memory(self.bytes_from)
+            yield _memory(self._made(self.bytes_from))
             return
         with disk_errors(self.bytes_from), self.bytes_from.open("rb") as file:
             file.seek(self.offset)
@@ -53,6 +76,19 @@ class _Source:
                     raise FileError(f"{self.bytes_from}: became shorter while it was being read.")
                 left -= len(chunk)
                 yield chunk
+
+    def _made(self, tensor: Tensor | Callable[[], Tensor]) -> Tensor:
+        if not callable(tensor):
+            return tensor
+        made = tensor()
+        if (safetensors_name(made.dtype), tuple(made.shape)) != (self.entry.dtype, self.entry.shape):
+            raise AssertionError(f"{made.dtype} {list(made.shape)} was made where {self.entry} was planned")
+        return made
+
+
+def safetensors_name(dtype: torch.dtype) -> str | None:
+    """``BF16`` of torch.bfloat16; None of what safetensors can't store."""
+    return _TORCH_NAMES.get(str(dtype).removeprefix("torch."))
 
 
 def _memory(tensor: Tensor) -> memoryview:
@@ -75,7 +111,7 @@ def write_tensorfile(path: Path | str, tensors: Mapping[str, Tensor], metadata: 
     """
     sources = {}
     for name, tensor in tensors.items():
-        dtype = _TORCH_NAMES.get(str(tensor.dtype).removeprefix("torch."))
+        dtype = safetensors_name(tensor.dtype)
         if dtype is None:
             raise FileError(f"{path}: tensor {name!r} has dtype {tensor.dtype}, which safetensors can't store.")
         entry = TensorEntry(dtype=dtype, shape=tuple(tensor.shape), begin=0, nbytes=tensor.nbytes)
@@ -86,6 +122,36 @@ def write_tensorfile(path: Path | str, tensors: Mapping[str, Tensor], metadata: 
     header = _header(sources, names, metadata)
     with atomic_file(path, len(header) + _total(sources, names)) as file:
         _write(file, header, sources, names)
+
+
+def stream_tensorfiles(
+    tensors: Mapping[str, Planned], out: Path | str, metadata: Mapping[str, str], max_shard_bytes: int | None = None
+) -> list[Path]:
+    """Write tensors that are made one at a time to ``out``, or into shards beside it with an index.
+
+    Memory holds one tensor. Shards are named, filled and moved into place as by :func:`merge_tensorfiles`.
+
+    Args:
+        tensors: by name; each is made once, in the order of the file.
+        out: ``FOLDER/model.safetensors``.
+        metadata: strings for every file's header.
+        max_shard_bytes: most tensor bytes in one file, None for no limit.
+
+    Returns:
+        The files written, shards in order, then the index if there is one.
+
+    Raises:
+        FileError: the disk is full, or a file that tensors are copied from can't be read.
+    """
+    sources = {
+        name: _Source(
+            entry=TensorEntry(dtype=plan.dtype, shape=tuple(plan.shape), begin=0, nbytes=plan.nbytes),
+            bytes_from=plan.bytes_from,
+            offset=plan.offset,
+        )
+        for name, plan in tensors.items()
+    }
+    return _write_shards(sources, Path(out), metadata, max_shard_bytes)
 
 
 def merge_tensorfiles(
@@ -109,9 +175,13 @@ def merge_tensorfiles(
     Raises:
         FileError: a part is unreadable or malformed, two parts hold the same name, or the disk is full.
     """
-    out = Path(out)
-    sources = _collect(parts)
-    shards = _shards(sources, max_shard_bytes)
+    return _write_shards(_collect(parts), Path(out), metadata, max_shard_bytes)
+
+
+def _write_shards(
+    sources: Mapping[str, _Source], out: Path, metadata: Mapping[str, str], limit: int | None
+) -> list[Path]:
+    shards = _shards(sources, limit)
     stem, count = out.with_suffix(""), len(shards)
     paths = [out]
     if count > 1:

@@ -39,13 +39,16 @@ from nybble.core.files import AtomicFolder, check_new_folder
 from nybble.core.progress import Progress, Silent
 from nybble.core.seeds import preserve_global_rng
 from nybble.data.given import Data
+from nybble.export import get_target
 from nybble.models.sources.open import open_source
 from nybble.nn.config import config_of
 from nybble.nn.in_place import evaluation_mode, untouched, whole_or_not_at_all
 from nybble.nn.kv_model import use_quantized_cache
+from nybble.pipelines.export import constrain
 from nybble.pipelines.finished import are_walked, finished, finished_parts, finishing_lines, teacher_of
 from nybble.pipelines.prepared import prepared, training_lines
 from nybble.pipelines.request import Asked, Changes, build_recipe, read_recipe
+from nybble.pipelines.targets import split_targets
 from nybble.recipe import Recipe
 from nybble.report.record import LayerRow, Report
 from nybble.walk.job import Job
@@ -86,7 +89,8 @@ def quantize(
         progress: told after each block.
         announce: gets the pre-flight lines.
         changes: to the recipe's scheme, as the command line has them: ``weights``, ``activations``, ``scheme``, ``kv``,
-            ``embeddings``, ``matmuls``, ``ignore``, ``effort`` (:func:`~nybble.pipelines.request.build_recipe`).
+            ``embeddings``, ``matmuls``, ``ignore``, ``effort`` (:func:`~nybble.pipelines.request.build_recipe`); and
+            ``target``: what ``best`` is to come to, names of export targets that are to hold the result exactly.
 
     Returns:
         The quantized model, or with ``out`` its folder; and what was done.
@@ -96,7 +100,7 @@ def quantize(
             interrupted or stopped by a full disk or a training that came to no number: ``resume`` goes on from it.
     """
     started = time.perf_counter()
-    made, settings = _asked(recipe, changes, settings, out)
+    made, settings, files = _asked(recipe, changes, settings, out)
     _check_given(model, tokenizer)
     held = {model: model.training} if isinstance(model, nn.Module) else {}
     with ExitStack() as stack:
@@ -108,7 +112,7 @@ def quantize(
         stack.enter_context(evaluation_mode(*held))
         for module in held:
             stack.enter_context(whole_or_not_at_all(module))
-        job = _job(model, made, data, settings, out, tokenizer)
+        job = _job(model, made, data, settings, out, tokenizer, files)
         ranks.agreed(job.request())
         for line in (*job.preflight(out), *training_lines(job), *finishing_lines(job)):
             (announce or _ignore)(line)
@@ -150,21 +154,21 @@ def preflight(
 
     Args and errors are those of :func:`quantize`.
     """
-    made, settings = _asked(recipe, changes, settings, out)
+    made, settings, files = _asked(recipe, changes, settings, out)
     _check_given(model, tokenizer)
     with ExitStack() as stack:
         stack.enter_context(preserve_global_rng())
         stack.enter_context(torch.no_grad())
         if isinstance(model, nn.Module):
             stack.enter_context(untouched(model))
-        job = _job(model, made, data, settings, out, tokenizer)
+        job = _job(model, made, data, settings, out, tokenizer, files)
         return [*job.preflight(out), *training_lines(job), *finishing_lines(job)]
 
 
 def _asked(
     recipe: Asked, changes: Changes, settings: Settings | Mapping[str, Any] | None, out: str | Path | None
-) -> tuple[Recipe, Settings]:
-    """What is meant by a request, after the checks that need no model."""
+) -> tuple[Recipe, Settings, tuple[str, ...]]:
+    """What is meant by a request, after the checks that need no model; and the names of export targets."""
     found = Settings.of(settings)
     for name in changes:
         if name in (field.name for field in fields(Settings)):
@@ -176,7 +180,8 @@ def _asked(
         raise UsageError("resume goes on from what a killed run left in its output folder; give out, or leave it out.")
     if out is not None:
         check_new_folder(out)
-    return made, _as_begun(found, out)
+    _, files = split_targets(changes.get("target"))
+    return made, _as_begun(found, out), tuple(files)
 
 
 def _check_given(model: object, tokenizer: object) -> None:
@@ -265,12 +270,18 @@ def _job(
     settings: Settings,
     out: str | Path | None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    files: tuple[str, ...] = (),
 ) -> Job:
-    """Check everything that can be checked before anything heavy runs."""
+    """Check everything that can be checked before anything heavy runs; ``files``: names of export targets."""
+    ends = [get_target(name) for name in files]
     if isinstance(model, str | Path):
         source = open_source(str(model))
-        skeleton = source.skeleton(settings.place(None)[1])
+        dtype = settings.place(None)[1]
+        skeleton = source.skeleton(dtype)
+        if ends:
+            recipe = recipe.with_scheme(constrain(recipe.scheme, ends, skeleton, dtype))
         job = Job.make(skeleton, source, recipe, data, settings, kept=out is None, tokenizer=tokenizer)
+        job.targets = files
         if out is not None:
             model_config(job.model, job.dtype)  # refuses a config that JSON can't hold
         return job
@@ -281,7 +292,11 @@ def _job(
     from nybble.models.network import as_model
 
     known = as_model(model) if config_of(model) is None else model
-    return Job.make(known, None, recipe, data, settings, tokenizer=tokenizer)
+    if ends:
+        recipe = recipe.with_scheme(constrain(recipe.scheme, ends, known, settings.place(known)[1]))
+    job = Job.make(known, None, recipe, data, settings, tokenizer=tokenizer)
+    job.targets = files
+    return job
 
 
 def _as_begun(settings: Settings, out: str | Path | None) -> Settings:

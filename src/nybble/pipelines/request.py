@@ -12,6 +12,7 @@ from nybble.core.errors import SchemeError, UsageError, within
 from nybble.core.options import at_least_one
 from nybble.data.text import check_text
 from nybble.kv_format import KVFormat
+from nybble.pipelines.targets import split_targets
 from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe, check_names, load_recipe, parse_recipe, read_yaml
 from nybble.recipes import recipe_for
@@ -25,7 +26,7 @@ Line: TypeAlias = str | Quantizer
 class Changes(TypedDict, total=False):
     """What :func:`build_recipe` changes."""
 
-    target: str | None
+    target: str | Sequence[str] | None
     scheme: str | Scheme | Mapping[str, Any] | None
     weights: Line | None
     activations: Line | None
@@ -62,7 +63,7 @@ def read_recipe(asked: Asked) -> Recipe:
 def build_recipe(
     recipe: Asked,
     *,
-    target: str | None = None,
+    target: str | Sequence[str] | None = None,
     scheme: str | Scheme | Mapping[str, Any] | None = None,
     weights: Line | None = None,
     activations: Line | None = None,
@@ -76,7 +77,8 @@ def build_recipe(
 
     Args:
         recipe: a name, a YAML file, YAML's mapping, a Recipe, or a Scheme.
-        target: what the recipe ``best`` is to come to: ``nvfp4``, ``w4a16`` ...
+        target: what the recipe ``best`` is to come to: ``nvfp4``, ``w4a16`` ... Names of export targets are left to
+            whoever knows the model (:mod:`nybble.pipelines.targets`).
         scheme: in place of the recipe's: a preset's name, a YAML file, YAML's mapping, or a Scheme.
         weights: the quantizer of all its rules' weights; ``none`` is float.
         activations: of all its rules' inputs.
@@ -89,8 +91,9 @@ def build_recipe(
     Raises:
         UsageError, SchemeError: unknown names, contradictions, or what no step can do.
     """
-    if target is not None:
-        recipe = recipe_for(recipe if isinstance(recipe, str) else type(recipe).__name__, target)
+    aim, _ = split_targets(target)
+    if aim is not None:
+        recipe = recipe_for(recipe if isinstance(recipe, str) else type(recipe).__name__, aim)
     asked = read_recipe(recipe)
     made = asked.with_effort(effort)
     cached = kv if kv is None or isinstance(kv, KVFormat) else KVFormat.parse(kv)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from nybble.core.errors import UsageError
 from nybble.core.registry import Registry
-from nybble.core.shapes import Float32
+from nybble.core.shapes import Float32, Integer
 from nybble.formats import NumberFormat
 
 if TYPE_CHECKING:
@@ -28,13 +28,30 @@ class BlockParams:
     """What a rule found: ``x_hat = scale * (value - zero_point)``, or ``scale * value + offset``.
 
     Each is float32 [blocks, 1]; ``over``, where the rule fixes the scale of the scales too, is that one's reciprocal,
-    float32, one element.
+    float32, one element. A rule that is told how they are stored (:class:`Storage`) gives the scales of nested scales
+    and offsets in ``outer`` and ``offset_outer``, float32, in the order of its groups.
     """
 
     scale: Float32[Tensor, "blocks 1"]
     zero_point: Float32[Tensor, "blocks 1"] | None = None
     offset: Float32[Tensor, "blocks 1"] | None = None
     over: Float32[Tensor, " ..."] | None = None
+    outer: Float32[Tensor, " _outer"] | None = None
+    offset_outer: Float32[Tensor, " _outer"] | None = None
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How scales or offsets are stored: in ``dtype``, or as codes of ``format`` over an outer scale in ``dtype``.
+
+    Attributes:
+        dtype: float32, float16 or bfloat16. format: of nested ones.
+        groups: int64 [groups, blocks of one]: those that share an outer scale.
+    """
+
+    dtype: str = "float32"
+    format: NumberFormat | None = None
+    groups: Integer[Tensor, "_groups _shared"] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,11 +63,13 @@ class ScaleRule(ABC):
         judges_stored: ``nested`` or ``always``, where :meth:`fit` takes ``project`` too, for nested scales or for all:
             (scales [blocks, 1], ``over`` or None) -> what would be stored of them; ``ratios`` for nested ones under an
             outer scale that isn't rounded itself.
+        takes_storage: whether :meth:`fit` takes ``scales`` and ``offsets`` too, how they are stored (:class:`Storage`).
         weighs: whether solvers that know the energy of the inputs give it to :meth:`fit` as the weight.
     """
 
     scale_format: ClassVar[str] = ""
     judges_stored: ClassVar[Literal["", "nested", "ratios", "always"]] = ""
+    takes_storage: ClassVar[bool] = False
     weighs: ClassVar[bool] = False
 
     @property

@@ -22,8 +22,8 @@ class Rtn(Solver):
 
     Attributes:
         scale: a scale rule that replaces the scheme's for weights; empty keeps it.
-        weighted: each column counts with its inputs' energy where an mse rule searches (AWQ's clipping, Lin et al.
-            2023, without the products of different inputs).
+        weighted: each column counts with its inputs' energy where a rule searches (mse: AWQ's clipping, Lin et al.
+            2023, without the products of different inputs; least-squares: llama.cpp's imatrix).
     """
 
     scale: str = ""
@@ -42,8 +42,10 @@ class Rtn(Solver):
             if quantizer.scale.needs_integer:
                 rule = replace(rule, asymmetric=True) if isinstance(rule, Mse) else MinMax()
             quantizer = quantizer.replace(scale=rule)
-        if self.weighted and not isinstance(quantizer.scale, Mse):
-            raise SchemeError(f"{quantizer} searches no scale that weighted=true could move; give scale: mse.")
+        if self.weighted and not _searches(quantizer):
+            raise SchemeError(
+                f"{quantizer} searches no scale that weighted=true could move; give scale: mse or least-squares."
+            )
         return quantizer
 
     def solve(self, weights: Sequence[Weight], stats: Stats) -> list[Solved]:  # noqa: D102
@@ -61,7 +63,7 @@ class Rtn(Solver):
             params = chosen.fit(weight.matrix - weight.matrix.mean() if chosen.center else weight.matrix, energy)
         found = chosen.quantize(weight.matrix, params)
         error = relative_error(weight.matrix, found.dequantize(), second)
-        if error > plain_error and isinstance(chosen.scale, Mse):
+        if error > plain_error and _searches(chosen):
             return Solved(
                 weight=plain,
                 error=plain_error,
@@ -69,6 +71,11 @@ class Rtn(Solver):
                 notes=("fell back to the scheme's own scale rule",),
             )
         return Solved(weight=found, error=error, rtn_error=plain_error)
+
+
+def _searches(quantizer: Quantizer) -> bool:
+    """Whether the energy of the inputs moves its scales."""
+    return isinstance(quantizer.scale, Mse) or quantizer.scale.weighs
 
 
 PART = Rtn

@@ -55,6 +55,7 @@ class Job:
         times: seconds of what was learned, by the window's name, in order.
         load: the sizes that the estimate is of.
         outside_sees: whether what is in no block wants its inputs.
+        targets: who is to load what will be exported; the scheme keeps to what they hold.
     """
 
     model: Any
@@ -77,6 +78,7 @@ class Job:
     left_out: tuple[str, ...] = ()
     taught: Samples | None = None
     times: dict[str, list[float]] = field(default_factory=dict)
+    targets: tuple[str, ...] = ()
 
     @staticmethod
     def make(
@@ -269,6 +271,7 @@ class Job:
                 "products": str(self.products),
             },
             **({"left_in_float": dict(self.plan.apart)} if self.plan.apart else {}),
+            **({"targets": list(self.targets)} if self.targets else {}),
             "threads": torch.get_num_threads(),
             "versions": versions(),
         }

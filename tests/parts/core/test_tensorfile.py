@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nybble.core import files, tensorfile
 from nybble.core.errors import FileError
-from nybble.core.tensorfile import merge_tensorfiles, write_tensorfile
+from nybble.core.tensorfile import Planned, merge_tensorfiles, stream_tensorfiles, write_tensorfile
 from nybble.core.tensorheader import DTYPE_BITS, read_tensor_header
 
 DTYPES = [
@@ -207,3 +207,39 @@ def test_a_part_that_shrinks_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(FileError, match="part0: became shorter"):
         merge_tensorfiles([part], tmp_path / "out", {})
     assert os.listdir(tmp_path) == ["part0"]
+
+
+def test_streamed_tensors_are_made_one_at_a_time_and_copied_ranges_are_read(tmp_path: Path) -> None:
+    """The same bytes as tensors in memory give, in shards, and each is made once."""
+    tensors = {f"t{i}": torch.randn(3, 5).to(dtype) for i, dtype in enumerate((torch.float32, torch.bfloat16) * 3)}
+    write_tensorfile(tmp_path / "whole.safetensors", tensors, {"format": "pt"})
+    header = read_tensor_header(tmp_path / "whole.safetensors")
+    made: list[str] = []
+
+    def make(name: str) -> Tensor:
+        made.append(name)
+        return tensors[name]
+
+    def planned(name: str) -> Planned:
+        entry = header.tensors[name]
+        if name in ("t0", "t3"):
+            place = header.data_start + entry.begin
+            return Planned(dtype=entry.dtype, shape=entry.shape, bytes_from=header.path, offset=place)
+        return Planned(dtype=entry.dtype, shape=entry.shape, bytes_from=lambda: make(name))
+
+    plans = {name: planned(name) for name in tensors}
+    assert stream_tensorfiles(plans, tmp_path / "a.safetensors", {"format": "pt"}) == [tmp_path / "a.safetensors"]
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert sorted(made) == ["t1", "t2", "t4", "t5"]
+    files = stream_tensorfiles(plans, tmp_path / "b.safetensors", {}, max_shard_bytes=100)
+    assert [path.name for path in files][-1] == "b.safetensors.index.json" and len(files) > 3
+
+
+def test_a_failing_maker_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> torch.Tensor:
+        raise FileError("no")
+
+    plans = {"a": Planned(dtype="F32", shape=(2,), bytes_from=fail)}
+    with pytest.raises(FileError, match="no"):
+        stream_tensorfiles(plans, tmp_path / "a.safetensors", {})
+    assert not list(tmp_path.iterdir())

@@ -15,15 +15,16 @@ from torch import Tensor
 from nybble.core.errors import FileError, ModelError, NybbleError
 from nybble.models.build.config_file import make_config
 from nybble.models.build.skeleton import expected_tensors, meta_model
+from nybble.models.gguf.qtensors import with_global_scale
+from nybble.models.gguf.types import by_number, decode
 from nybble.models.sources import ModelSource, StoredTensor
 from nybble.models.sources.gguf_header import GgufTensor, read_gguf_header
 from nybble.models.sources.gguf_names import arch_of, config_dict, module_name
 from nybble.models.sources.match import Match, match_names
+from nybble.qtensor.block import BlockQTensor
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
-
-STEP_VALUES = 1 << 18
 
 
 def halves_apart(tensor: Tensor, heads: int) -> Tensor:
@@ -37,22 +38,38 @@ def halves_apart(tensor: Tensor, heads: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(tensor.shape)
 
 
-def float_values(data: np.ndarray[Any, np.dtype[np.uint8]], entry: GgufTensor) -> np.ndarray[Any, Any]:
-    """Dequantize a tensor's bytes.
+def quantized(data: np.ndarray[Any, np.dtype[np.uint8]], entry: GgufTensor, place: str) -> BlockQTensor | None:
+    """A tensor's bytes as a QTensor of the same codes; None for one in float.
 
-    gguf works through a tensor 16 rows at a time. Rows are whole blocks, so several can be laid end to end, which makes
-    those steps large enough to be quick and small enough for the cache.
+    Args:
+        data: uint8, the tensor's bytes.
+        entry: what they are.
+        place: for messages.
+    """
+    kind = by_number().get(entry.kind)
+    if kind is None:
+        return None
+    try:
+        return decode(kind, data, entry.shape)
+    except FileError as error:
+        raise FileError(f"{place}: {error}") from error
+
+
+def float_values(data: np.ndarray[Any, np.dtype[np.uint8]], entry: GgufTensor) -> np.ndarray[Any, Any]:
+    """A float tensor's bytes, or those of a type that only the gguf package knows.
 
     Returns:
-        float32, new and writable, in the tensor's order.
+        float32, new and writable, of the tensor's shape.
     """
+    from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    rows = math.prod(entry.shape[:-1])
-    joined = math.gcd(rows, 1 << max(0, (STEP_VALUES // (16 * entry.shape[-1])).bit_length() - 1))
-    values = dequantize(data.reshape(rows // joined, -1), entry.kind)
+    try:
+        values = dequantize(data.reshape(math.prod(entry.shape[:-1]), -1), GGMLQuantizationType(entry.kind))
+    except NotImplementedError as error:
+        raise ModelError(f"a tensor of type {GGMLQuantizationType(entry.kind).name} is no weight: {error}") from error
     # A float32 tensor comes back as a view of the file.
-    return values.astype(np.float32, copy=not values.flags.writeable)
+    return values.astype(np.float32, copy=not values.flags.writeable).reshape(entry.shape)
 
 
 def _check_whole(metadata: Mapping[str, Any], place: str) -> None:
@@ -88,7 +105,10 @@ class GgufSource(ModelSource):
     def _files(self) -> dict[str, str]:
         """Model name -> GGUF name."""
         found: dict[str, str] = {}
+        scales = {*self._scales.values(), *(f"{w.removesuffix('.weight')}.input_scale" for w in self._scales)}
         for tensor in self._shapes:
+            if tensor in scales:  # of activations none is used, as llama.cpp uses none
+                continue
             name = module_name(tensor, self._arch)
             if name is None:
                 # rope_freqs, experts and the like change what the model computes; ignoring them would be wrong.
@@ -125,19 +145,61 @@ class GgufSource(ModelSource):
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Dequantize the named tensors, one at a time."""
-        data = np.asarray(np.memmap(self.path, np.uint8, mode="r"))
         for name in names:
+            found = self.read_quantized(name)
+            if found is not None:
+                yield name, found.dequantize()
+                continue
             entry = self._entry(name)
-            tensor = torch.from_numpy(float_values(data[entry.start : entry.start + entry.nbytes], entry))
-            yield name, self._as_transformers(name, tensor.reshape(entry.shape))
+            tensor = self._rows(name, torch.from_numpy(float_values(self._bytes(entry), entry)))
+            yield name, tensor - self._arch.norm_offset if name.endswith("norm.weight") else tensor
 
-    def _as_transformers(self, name: str, tensor: Tensor) -> Tensor:
-        """Undo what llama.cpp's converter did to this tensor."""
+    def read_quantized(self, name: str) -> BlockQTensor | None:
+        """A weight with the file's own codes and scales, rows in transformers' order; None for one in float.
+
+        A scale of scales beside an NVFP4 weight is in it.
+        """
+        entry = self._entry(name)
+        if entry.kind not in by_number():
+            return None
+        data = torch.from_numpy(self._bytes(entry).reshape(math.prod(entry.shape[:-1]), -1))
+        found = quantized(self._rows(name, data).numpy(), entry, f"{self.spec}: {self._files[name]}")
+        beside = self._scales.get(self._files[name])
+        if found is None or beside is None:
+            return found
+        entry = self._header.tensors[beside]
+        return with_global_scale(found, torch.from_numpy(float_values(self._bytes(entry), entry)))
+
+    def described(self, name: str) -> BlockQTensor | None:
+        """What :meth:`read_quantized` would give, without its numbers: tensors on the meta device."""
+        entry = self._entry(name)
+        kind = by_number().get(entry.kind)
+        return None if kind is None else kind.quantizer.quantize(torch.empty(entry.shape, device="meta"))
+
+    def _bytes(self, entry: GgufTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        data = np.asarray(np.memmap(self.path, np.uint8, mode="c"))  # nobody writes; torch asks for what may be written
+        return data[entry.start : entry.start + entry.nbytes]
+
+    @cached_property
+    def _scales(self) -> dict[str, str]:
+        """Weight -> the tensor with its scale of scales, float32 [1]."""
+        found = {}
+        for tensor, entry in self._header.tensors.items():
+            weight = tensor.removesuffix(".scale") + ".weight"
+            if tensor.endswith(".scale") and weight in self._header.tensors:
+                kind = by_number().get(self._header.tensors[weight].kind)
+                if kind is None or not kind.scaled_apart or entry.shape != (1,) or entry.kind != 0:
+                    raise ModelError(f"{self.spec}: {tensor} is no scale of an NVFP4 weight (float32 [1]).")
+                found[weight] = tensor
+        return found
+
+    def _rows(self, name: str, tensor: Tensor) -> Tensor:
+        """Undo what llama.cpp's converter did to the order of rows; of values, or of the bytes that they are."""
         if self._arch.rope_interleaved and ".q_proj." in name:
             return halves_apart(tensor, self.config.num_attention_heads)
         if self._arch.rope_interleaved and ".k_proj." in name:
             return halves_apart(tensor, self.config.num_key_value_heads)
-        return tensor - self._arch.norm_offset if name.endswith("norm.weight") else tensor
+        return tensor
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Rebuilt from the metadata."""

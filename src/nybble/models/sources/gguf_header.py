@@ -18,14 +18,16 @@ import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES
 
 from nybble.core.errors import FileError
 from nybble.core.guard import reading
+from nybble.models.gguf.types import by_number
 
 # GGUF value type -> numpy dtype; 8 is a string, 9 an array.
 SCALARS = {
@@ -44,20 +46,27 @@ SCALARS = {
 STRING, ARRAY = 8, 9
 SMALLEST_PAIR, SMALLEST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
 MAX_DIMS = 4
-KNOWN_KINDS = frozenset(int(kind) for kind in GGML_QUANT_SIZES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GgufTensor:
     """Where a tensor is.
 
-    ``shape``: outermost dimension first (GGUF stores it reversed). ``start``: from the beginning of the file.
+    ``shape``: outermost dimension first (GGUF stores it reversed). ``kind``: ggml's number of the type. ``start``: from
+    the beginning of the file.
     """
 
     shape: tuple[int, ...]
-    kind: GGMLQuantizationType
+    kind: int
     start: int
     nbytes: int
+
+
+@cache
+def sizes() -> Mapping[int, tuple[int, int]]:
+    """Type -> elements and bytes of a block: what the installed gguf package knows, and the types of nybble's own."""
+    ours = {number: (kind.block, kind.nbytes) for number, kind in by_number().items()}
+    return ours | {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,14 +140,14 @@ def _tensor(cursor: _Cursor, name: str) -> GgufTensor:
         raise FileError(f"{cursor.place}: {name} has {dims} dimensions; GGUF allows 1 to {MAX_DIMS}.")
     shape = tuple(cursor.number("<Q", name) for _ in range(dims))[::-1]
     kind = cursor.number("<I", name)
-    if kind not in KNOWN_KINDS:
+    if kind not in sizes():
         raise FileError(f"{cursor.place}: {name} has tensor type {kind}, unknown to the installed gguf package.")
-    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    block, block_bytes = sizes()[kind]
     if min(shape) < 1 or shape[-1] % block:
         raise FileError(f"{cursor.place}: {name} has shape {list(shape)}; rows of type {kind} are blocks of {block}.")
     nbytes = math.prod(shape) // block * block_bytes
     start = cursor.number("<Q", name)
-    return GgufTensor(shape=shape, kind=GGMLQuantizationType(kind), start=start, nbytes=nbytes)
+    return GgufTensor(shape=shape, kind=kind, start=start, nbytes=nbytes)
 
 
 def _parse(cursor: _Cursor) -> GgufHeader:

@@ -44,7 +44,7 @@ def make_steps(recipe: Recipe, adapter: Adapter) -> tuple[tuple[BlockStep, ...],
         if step.kind == "transform":
             found.append(TransformStep(step.name, make_transform(step.name, step.options), adapter, path))
         elif step.kind == "solver":
-            found.append(SolverStep(step.name, solver, later))
+            found.append(SolverStep(step.name, solver, later, recipe.scheme.together))
         elif step.kind == "reconstruction":
             found.append(next(left))
         elif step.kind == "correction":

@@ -21,6 +21,7 @@ from nybble.nn.kinds import Quantized, Target
 from nybble.solvers import Sizes, Solved, Solver, Stats, Weight
 from nybble.walk.steps import BlockStep, Cost, Load, Subject
 from nybble.walk.steps._solver_cost import solver_cost
+from nybble.walk.steps._together import beside_each_other, joined, solve_joined
 
 
 class SolverStep(BlockStep):
@@ -29,12 +30,13 @@ class SolverStep(BlockStep):
     Args:
         key: the solver's. solver: the method.
         looks: whether later steps want some of every layer's inputs.
+        together: layers that share what a quantizer has for a whole tensor (:class:`~nybble.scheme.Scheme`).
     """
 
     kind: ClassVar[str] = "solver"
 
-    def __init__(self, key: str, solver: Solver, looks: bool = False) -> None:
-        self.looks = looks
+    def __init__(self, key: str, solver: Solver, looks: bool = False, together: Sequence[Sequence[str]] = ()) -> None:
+        self.looks, self.together = looks, together
         self.name, self.solver, self.path = f"solver {key!r}", solver, solver.path
         self.paths = solver.paths
 
@@ -68,6 +70,8 @@ class SolverStep(BlockStep):
         found = {t.name: self._operands(window, t) for t in products}  # all before any is in place
         for target in products:
             self._put_operands(state, target, found[target.name])
+        if not window.calibrated:
+            seen = replace(seen, groups=beside_each_other(seen.groups, self.together))
         self._solve_groups(window, seen, window.calibration.fisher, "solve")
         for target in state.targets:
             if target.kind.fused:
@@ -124,7 +128,7 @@ class SolverStep(BlockStep):
             if t.rule.weights is not None
         ]
         with within(f"{state.prefix}{group.leader}"):
-            return self._answers(weights, stats)
+            return self._joined(weights, stats)
 
     def _install(self, state: BlockState, group: Group, seen: Seen, answers: Sequence[Solved]) -> None:
         """Put a group's layers in place."""
@@ -142,6 +146,18 @@ class SolverStep(BlockStep):
                 folded=state.folded.get(target.name, ""),
             )
             state.install(target, made)
+
+    def _joined(self, weights: Sequence[Weight], stats: Stats) -> list[Solved]:
+        """What becomes of each; those that share a scale are solved as one."""
+        groups = joined(weights, self.together)
+        if all(len(group) == 1 for group in groups):
+            return self._answers(weights, stats)
+        found: dict[str, Solved] = {}
+        for group in groups:
+            one = len(group) == 1
+            answers = self._answers(group, stats) if one else solve_joined(self._answers, group, stats)
+            found |= dict(zip([w.name for w in group], answers, strict=True))
+        return [found[weight.name] for weight in weights]
 
     def _answers(self, weights: Sequence[Weight], stats: Stats) -> list[Solved]:
         """What the solver makes of them; it may be another package's."""

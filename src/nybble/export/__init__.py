@@ -1,0 +1,203 @@
+"""What others' runtimes load: one target a file.
+
+A target answers four questions, and says as data what it takes:
+
+=============  =========================================================================================
+``constrain``  a scheme, before anything is quantized -> the one whose result the target holds bit for bit
+``check``      a quantized model -> what of it the target can't hold, and the nearest that it does
+``write``      a quantized model -> files in a folder, one tensor in memory at a time
+``verify``     those files, opened as their users open them -> equal to the last bit, or an error
+``takes``      format x granularity x inputs, and the runtime's first version that loads it, with its source
+=============  =========================================================================================
+
+A new one is a file here, or an entry point of the group ``nybble.export`` in another package. ``PART`` is a subclass of
+:class:`ExportTarget`; its name is what ``--target`` says, and what stands behind a colon (``gguf:q4_k_m``) its option.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from nybble.core.errors import ModelError, UsageError
+from nybble.core.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+
+    from nybble.export._source import Source
+    from nybble.nn.kinds import Target
+    from nybble.scheme import Scheme
+
+_LISTED = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Layers that a target can't hold.
+
+    Attributes:
+        layers: their names. came: what they are, in words of a quantizer line. nearest: what the target takes instead.
+        why: what is wrong, where ``came`` doesn't say it.
+    """
+
+    layers: tuple[str, ...]
+    came: str
+    nearest: str
+    why: str = ""
+
+    def __str__(self) -> str:
+        names = ", ".join(self.layers[:_LISTED])
+        if len(self.layers) > _LISTED:
+            names += f" and {len(self.layers) - _LISTED} more"
+        return f"{names}: {self.came}{f' ({self.why})' if self.why else ''}; it takes {self.nearest}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Takes:
+    """A row of what a target takes: data for a page, and for ``--check``.
+
+    Attributes:
+        weights, inputs: quantizer lines, or words for a family of them; ``float`` where they stay so.
+        form: what the files call it. runtime: who loads it. since: its first version that does; empty where the source
+            names none. source: where that is said. note: limits.
+    """
+
+    weights: str
+    inputs: str
+    form: str
+    runtime: str
+    since: str
+    source: str
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of a model before it is quantized.
+
+    Attributes:
+        config: of config.json. dtype: of what stays in float. targets: name -> what a scheme may quantize.
+        classes: name -> the class names that a target answers to.
+    """
+
+    config: Mapping[str, Any]
+    dtype: torch.dtype
+    targets: Mapping[str, Target]
+    classes: Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """What opening the files showed.
+
+    Attributes:
+        opened_with: names and versions of the libraries that opened them.
+        weights: quantized weights compared, every one equal. exact_in: the dtype in which they are.
+        cosine, largest: of the logits to nybble's: cosine similarity, and largest difference over the largest logit;
+            None where the model could not be called (``uncalled`` says why).
+        runtimes: rows of ``takes`` that these files are.
+    """
+
+    opened_with: Mapping[str, str]
+    weights: int
+    exact_in: str
+    cosine: float | None
+    largest: float | None
+    uncalled: str = ""
+    runtimes: Sequence[Takes] = field(default_factory=tuple)
+
+
+class ExportTarget(ABC):
+    """Where a quantized model may go.
+
+    Args:
+        option: what stands behind the colon; empty for none.
+
+    Attributes:
+        summary: what it is, in a line.
+        options: what may stand behind the colon, word -> meaning; a target without any takes none.
+        takes: what it holds, and who loads that.
+    """
+
+    summary: ClassVar[str]
+    options: ClassVar[Mapping[str, str]] = {}
+    takes: ClassVar[tuple[Takes, ...]] = ()
+
+    def __init__(self, option: str = "") -> None:
+        self.option = option
+
+    @abstractmethod
+    def constrain(self, scheme: Scheme, facts: Facts) -> Scheme:
+        """The scheme whose result the target holds exactly: the same values where it can, told in other parameters.
+
+        Scales' dtypes, how an outer scale is kept, which layers share one are changed; a format or a group size is not.
+
+        Raises:
+            SchemeError: a rule asks for what the target can't hold; names the nearest.
+        """
+
+    @abstractmethod
+    def check(self, source: Source) -> list[Refusal]:
+        """What of a quantized model can't be written; headers and small tensors are read, no weight."""
+
+    def notes(self, source: Source) -> list[str]:
+        """What will be lost or done otherwise though the files are right, a line each."""
+        return []
+
+    @abstractmethod
+    def write(self, source: Source, folder: Path) -> None:
+        """Write the files into an empty folder, after :meth:`check`.
+
+        Raises:
+            FileError: the source can't be read, or the disk is full.
+        """
+
+    @abstractmethod
+    def verify(self, folder: Path, source: Source) -> Verified:
+        """Open what was written as its users do, and compare.
+
+        Raises:
+            FileError: it doesn't open, or a weight differs. UsageError: a library that opens it is missing.
+        """
+
+
+REGISTRY = Registry(
+    "nybble.export", "export target", lambda part: isinstance(part, type) and issubclass(part, ExportTarget)
+)
+
+
+def is_target(text: str) -> bool:
+    """Whether this names a target, with or without an option; nothing is imported."""
+    return text.partition(":")[0].lower() in REGISTRY
+
+
+def get_target(text: str) -> ExportTarget:
+    """A target as it is named: ``dense``, ``dense:float16``.
+
+    Raises:
+        UsageError: no such target, or no such option (the message has the closest).
+    """
+    from nybble.core.errors import did_you_mean
+
+    name, colon, option = text.partition(":")
+    part: type[ExportTarget] = REGISTRY.get(name.lower())
+    option = option.lower()
+    if colon and not part.options:
+        raise UsageError(f"target {text!r}: {name} takes nothing behind a colon.")
+    if colon and option not in part.options:
+        raise UsageError(f"target {text!r}: unknown option {option!r}.{did_you_mean(option, part.options)}")
+    return part(option)
+
+
+def refuse(name: str, refusals: Sequence[Refusal]) -> None:
+    """Raise ModelError with all that a target can't hold, if there is anything."""
+    if refusals:
+        lines = "\n  ".join(map(str, refusals))
+        raise ModelError(
+            f"target {name} can't hold this model as it is:\n  {lines}\n"
+            f"Quantize with --target {name}, which keeps to what it holds, or choose another target."
+        )

@@ -1,0 +1,98 @@
+"""A scheme as compressed-tensors can hold its result: the same formats, told in its parameters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from nybble.core.errors import SchemeError
+from nybble.export import Facts
+from nybble.export._ct_scheme import E2M1, E4M3, CannotError, activation_args, kv_args, weight_args
+from nybble.export._fused import SIBLINGS, fused_groups
+from nybble.line import PLAIN
+from nybble.quantizer import Quantizer
+from nybble.scales.absmax import AbsMax
+from nybble.scales.pow2 import Pow2
+from nybble.scheme import Rule, Scheme
+
+_MOST = 128  # rows of a trial
+
+
+def constrained(scheme: Scheme, facts: Facts) -> Scheme:
+    """See :meth:`nybble.export.ExportTarget.constrain`."""
+    made = replace(scheme, rules=tuple(_rule(rule, facts) for rule in scheme.rules), together=SIBLINGS)
+    found = made.match(facts.classes).rules
+    for name, rule in found.items():
+        target = facts.targets[name]
+        try:
+            _check(rule, target.shape)
+        except CannotError as error:
+            raise SchemeError(f"{name}: compressed-tensors can't hold {error}.") from error
+    for group in fused_groups(facts.targets):
+        rules = [found.get(name) for name in group]
+        if any(_sides(rule) != _sides(rules[0]) for rule in rules):
+            raise SchemeError(
+                f"{', '.join(group)}: runtimes join these layers into one, and the scheme treats them differently; "
+                "give all of them one rule, or ignore all."
+            )
+    if scheme.kv is not None and scheme.kv.stores:
+        try:
+            kv_args(scheme.kv, 1)
+        except CannotError as error:
+            raise SchemeError(f"compressed-tensors can't hold a {error}.") from error
+    return made
+
+
+def _sides(rule: Rule | None) -> tuple[Any, ...]:
+    return () if rule is None else (rule.weights, rule.inputs, rule.outputs)
+
+
+def _rule(rule: Rule, facts: Facts) -> Rule:
+    weights = rule.weights
+    if weights is not None:
+        weights = _weights(weights, facts.dtype, alone=rule.inputs is None)
+    return replace(rule, weights=weights, inputs=_activations(rule.inputs), outputs=_activations(rule.outputs))
+
+
+def _activations(quantizer: Quantizer | None) -> Quantizer | None:
+    """With powers of two chosen as the library, and vLLM, choose them at every token."""
+    if quantizer is None or not isinstance(quantizer.scale, Pow2):
+        return quantizer
+    mode = "rceil" if quantizer.format.name == E4M3 else "even"  # compressed-tensors' threshold, 1.75, of both
+    return quantizer.replace(scale=f"pow2(mode={mode})")
+
+
+def _weights(quantizer: Quantizer, dtype: torch.dtype, alone: bool) -> Quantizer:
+    """The quantizer with its scales as the format keeps them.
+
+    Args:
+        quantizer: of weights.
+        dtype: of the model; runtimes cast the scales of integers to it.
+        alone: whether inputs stay in float.
+    """
+    inner = quantizer.scale_format
+    changed: dict[str, Any] = {"packing": "dense"} if quantizer.packing != "dense" else {}
+    if isinstance(inner, Quantizer) and inner.format.name == E4M3 and quantizer.format.name == E2M1:
+        if not quantizer.scale.two_level and "inner=" not in str(quantizer.scale) and isinstance(inner.scale, AbsMax):
+            # A power of two has an exact reciprocal, which files keep; and siblings' can be brought to one exactly.
+            changed["scale_format"] = inner.replace(scale="pow2(mode=rceil)")
+    elif inner in PLAIN and quantizer.format.is_integer and alone and not quantizer.granularity.factored:
+        wanted = str(dtype).removeprefix("torch.")
+        if inner != wanted and wanted != "float32":
+            changed["scale_format"] = wanted
+    return quantizer.replace(**changed) if changed else quantizer
+
+
+def _check(rule: Rule, shape: tuple[int, int]) -> None:
+    if rule.weights is not None:
+        rows, columns = shape
+        weight_args(rule.weights.quantize(torch.ones(min(rows, _MOST), columns)))
+    for quantizer in (rule.inputs, rule.outputs):
+        if quantizer is not None:
+            activation_args(quantizer)
+    if rule.matmuls is not None:
+        raise CannotError("operands of attention", "--matmuls left out")
+    if rule.kv is not None:
+        raise CannotError(f"KV cache {rule.kv}", "one cache for all layers (--kv)")

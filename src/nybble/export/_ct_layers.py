@@ -1,0 +1,179 @@
+"""Where a model's layers stand in a compressed-tensors checkpoint, and under which scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nybble.core.tensorfile import Planned
+from nybble.export._ct_config import form_of
+from nybble.export._ct_scheme import E2M1, Args, CannotError, activation_args, is_nvfp4, weight_args
+from nybble.export._ct_tensors import Matrix, shared_divisor
+from nybble.export._fused import fused_groups
+from nybble.export._names import Part, parts_of
+from nybble.export._source import Layer, Source
+from nybble.nn.embedding import input_embedding
+from nybble.nn.kinds import Kind
+from nybble.qtensor.block import BlockQTensor
+
+_FLOAT = "all weights of this kind in float"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A module of the checkpoint.
+
+    Attributes:
+        name: of it there. at: the module's name in the model; empty for one of fused experts. layer: what it is of.
+        scheme: weights, input_activations and output_activations, as arguments; and the ``format``.
+        matrix: what its weight is; None where that stays in float.
+        untied: whether it is a head that read the embedding's table, and gets a copy.
+        embedding: whether it is a table.
+    """
+
+    name: str
+    at: str
+    layer: Layer
+    scheme: dict[str, Any]
+    matrix: Matrix | None
+    untied: bool = False
+    embedding: bool = False
+
+    def tensors(self, source: Source) -> dict[str, Planned]:
+        """What is written, by full name."""
+        found = {} if self.matrix is None else self.matrix.tensors()
+        for side, word in (("inputs", "input"), ("outputs", "output")):
+            filled = source.activation(self.layer, side)
+            if filled is None or not filled.quantizer.static or self.untied:
+                continue
+            parts = filled.state_dict()
+            found[f"{word}_scale"] = _kept(parts["scale"].float().reshape(1))
+            if "zero_point" in parts:
+                found[f"{word}_zero_point"] = _kept(parts["zero_point"].round().to(torch.int8).reshape(1))
+        return {f"{self.name}.{name}": plan for name, plan in found.items()}
+
+
+def _kept(tensor: Tensor) -> Planned:
+    dtype = "F32" if tensor.dtype == torch.float32 else "I8"
+    return Planned(dtype=dtype, shape=tuple(tensor.shape), bytes_from=lambda: tensor)
+
+
+def scheme_of(source: Source, model: nn.Module, layer: Layer) -> dict[str, Any]:
+    """The scheme of a layer: arguments by side, and the format of its files.
+
+    Raises:
+        CannotError: compressed-tensors has none.
+    """
+    _check_kind(model, layer, layer.kind)
+    if layer.kind.reads_another:
+        layer = table_of(source, model, layer)
+    found: dict[str, Any] = {}
+    for weight in layer.weights.values():
+        args = weight_args(weight)
+        if found.setdefault("weights", args) != args:
+            raise CannotError("experts in different formats", "one format for all experts of a layer")
+    if "weights" in found and layer.kind.fused:
+        _check_parts(source, model, layer, found["weights"])
+    for side, word in (("inputs", "input_activations"), ("outputs", "output_activations")):
+        quantizer = getattr(layer, side)
+        if quantizer is not None:
+            found[word] = activation_args(quantizer.quantizer)
+    return {**found, "format": form_of(found)}
+
+
+def _check_kind(model: nn.Module, layer: Layer, kind: Kind) -> None:
+    if kind.reads_another:
+        module = model.get_submodule(layer.name)
+        if isinstance(module, nn.Embedding):
+            raise CannotError("an embedding that shares another's table", "embeddings in float", "it has no ties")
+        return
+    if kind.fused:
+        return
+    module = model.get_submodule(layer.name)
+    if kind.operands:
+        raise CannotError("the operands of attention", "--matmuls left out")
+    if not isinstance(module, nn.Linear | nn.Embedding):
+        what = f"a {type(module).__name__}"
+        raise CannotError(what, f"nn.Linear and nn.Embedding; {_FLOAT} (--ignore {type(module).__name__})")
+
+
+def table_of(source: Source, model: nn.Module, head: Layer) -> Layer:
+    """The embedding whose table a head reads."""
+    named = str(head.entry.get("table", ""))
+    table = input_embedding(model)
+    name = named or next(name for name, module in model.named_modules() if module is table)
+    return source.layers[name]
+
+
+def placed(source: Source, model: Any) -> list[Placed]:
+    """All quantized modules of the checkpoint.
+
+    Raises:
+        CannotError: one that compressed-tensors has no words for; :meth:`check` said so.
+    """
+    found: list[Placed] = []
+    divisors = {name: divisor for group, divisor in nvfp4_groups(source, model) for name in group}
+    for layer in source.layers.values():
+        scheme = scheme_of(source, model, layer)
+        untied = layer.kind.reads_another
+        read = table_of(source, model, layer) if untied else layer
+        table = isinstance(model.get_submodule(layer.name), nn.Embedding) if not layer.kind.fused else False
+        if not read.weights:
+            found.append(Placed(layer.name, layer.name, layer, scheme, None))
+        for name, prefix, rows in _where(source, model, layer, read):
+            matrix = Matrix(source, read, prefix, rows, scheme["weights"], scheme["format"], divisors.get(layer.name))
+            at = "" if layer.kind.fused else layer.name
+            found.append(Placed(name, at, layer, scheme, matrix, untied, table))
+    return found
+
+
+def nvfp4_groups(source: Source, model: Any) -> list[tuple[tuple[str, ...], float | None]]:
+    """Names of layers that runtimes join, all in NVFP4; and the divisor that they can share, None where they can't."""
+    found = []
+    for group in fused_groups(source.layers):
+        layers = [source.layers[name] for name in group]
+        weights = [weight for layer in layers for weight in layer.weights.values()]
+        if weights and all(isinstance(w, BlockQTensor) and w.format.name == E2M1 and is_nvfp4(w) for w in weights):
+            found.append((group, shared_divisor(source, layers)))
+    return found
+
+
+def _where(source: Source, model: Any, layer: Layer, read: Layer) -> Iterator[tuple[str, str, tuple[int, ...] | None]]:
+    """Name in the checkpoint, prefix of the stored matrix, its rows (None: all)."""
+    prefixes = list(read.weights)
+    if not prefixes:
+        return
+    rows = read.weights[prefixes[0]].shape[0]
+    for part in _parts(model, layer, len(prefixes) if layer.kind.fused else 0, rows):
+        whole = part.rows == tuple(range(rows))
+        yield part.name.removesuffix(".weight"), prefixes[part.matrix], None if whole else part.rows
+
+
+def _parts(model: Any, layer: Layer, matrices: int, rows: int) -> list[Part]:
+    name = layer.name if layer.kind.fused else f"{layer.name}.weight"
+    return parts_of(model, name, matrices, rows, bool(layer.entry.get("transposed", False)))
+
+
+def _check_parts(source: Source, model: Any, layer: Layer, args: Args) -> None:
+    """Whether a checkpoint has experts apart, as compressed-tensors does, and their rows can be cut there."""
+    from nybble.core.errors import GranularityError
+    from nybble.qtensor._rows import take_rows
+
+    weight = next(iter(layer.weights.values()))
+    for part in _parts(model, layer, len(layer.weights), weight.shape[0]):
+        if not part.name.endswith(".weight"):
+            raise CannotError("experts that this family keeps in one tensor", f"{_FLOAT} (--ignore Experts)")
+        if part.matrix == 0 and args["strategy"] == "block":
+            try:
+                real = type(weight).rebuild(weight.spec(), {k: _zeros(t) for k, t in weight.tensors().items()})
+                take_rows(real, part.rows)
+            except GranularityError as error:
+                raise CannotError(str(weight.spec()["granularity"]), "group=128", str(error)) from error
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    return torch.zeros(tensor.shape, dtype=tensor.dtype)

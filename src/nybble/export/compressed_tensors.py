@@ -1,0 +1,175 @@
+"""compressed-tensors folders, which vLLM serves, and transformers opens with that library.
+
+Every code and scale is written as it is: the library's own decoder gives nybble's values. What its schema can't say is
+refused. The config is made by its own classes, and the format of a layer chosen by its own rule.
+Source: compressed-tensors 0.20 (``quantization/quant_args.py``, ``compressors/``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nybble.core.files import atomic_write_json
+from nybble.core.tensorfile import stream_tensorfiles
+from nybble.export import ExportTarget, Facts, Refusal, Verified
+from nybble.export._ct_config import NEEDS, library, quantization_config
+from nybble.export._ct_constrain import constrained
+from nybble.export._ct_layers import Placed, nvfp4_groups, placed, scheme_of
+from nybble.export._ct_scheme import CannotError, kv_args
+from nybble.export._ct_takes import TAKES, rows_for
+from nybble.export._ct_tensors import divisor_of
+from nybble.export._ct_verify import compare_decoded, how_opened
+from nybble.export._folder import SHARD_BYTES, head_width, write_beside
+from nybble.export._fused import fused_groups
+from nybble.export._names import as_stored
+from nybble.export._source import Source
+from nybble.export._transformers import open_and_compare
+from nybble.qtensor.block import BlockQTensor
+from nybble.scheme import Scheme
+
+_CARD = """This folder is in the format of [compressed-tensors](https://github.com/vllm-project/compressed-tensors).
+{vllm}transformers opens it where the Python package compressed-tensors is installed. nybble is not needed."""
+
+
+class CompressedTensors(ExportTarget):
+    """``pack-quantized`` and its siblings."""
+
+    summary = "safetensors for vLLM, and for transformers with compressed-tensors"
+    takes = TAKES
+
+    def constrain(self, scheme: Scheme, facts: Facts) -> Scheme:  # noqa: D102
+        return constrained(scheme, facts)
+
+    def check(self, source: Source) -> list[Refusal]:  # noqa: D102
+        found: dict[tuple[str, str, str], list[str]] = {}
+        schemes: dict[str, dict[str, Any]] = {}
+        model = source.skeleton()
+        for name, layer in source.layers.items():
+            try:
+                schemes[name] = scheme_of(source, model, layer)
+            except CannotError as error:
+                found.setdefault((error.came, error.nearest, error.why), []).append(name)
+        refusals = [
+            Refusal(layers=tuple(names), came=came, nearest=nearest, why=why)
+            for (came, nearest, why), names in found.items()
+        ]
+        if source.kv is not None:
+            try:
+                kv_args(source.kv, head_width(source))
+            except CannotError as error:
+                refusals.append(error.of("the KV cache"))
+        return refusals or [*_unequal(source, schemes), *_inexact(source, schemes)]
+
+    def notes(self, source: Source) -> list[str]:  # noqa: D102
+        model = source.skeleton()
+        kinds = {str(rows_for(scheme_of(source, model, layer))): layer for layer in source.layers.values()}
+        unserved = [layer.name for key, layer in kinds.items() if key == "()"]
+        lines = [f"no vLLM that is known takes the scheme of {unserved[0]}"] if unserved else []
+        if source.kv is not None:
+            lines.append("vLLM reads KV caches of float8 with one calibrated scale; this cache is read by transformers")
+        rounded = _narrowed(source)
+        if rounded:
+            more = f" and {len(rounded) - 1} more" if len(rounded) > 1 else ""
+            lines.append(
+                f"runtimes keep scales in the model's {str(source.dtype).removeprefix('torch.')}, which rounds those "
+                f"of {rounded[0]}{more} (not if quantized with --target compressed-tensors)"
+            )
+        return lines
+
+    def write(self, source: Source, folder: Path) -> None:  # noqa: D102
+        library()
+        model = source.skeleton()
+        places = placed(source, model)
+        floats = {name: source.copied(name) for name in source.floats}
+        tensors = as_stored(model, floats, source.tensor)
+        for place in places:
+            tensors |= place.tensors(source)
+        config, changed = _config(source, places)
+        stream_tensorfiles(tensors, folder / "model.safetensors", {"format": "pt"}, SHARD_BYTES)
+        atomic_write_json(folder / "config.json", source.config | changed | {"quantization_config": config})
+        served = all(rows_for(place.scheme) for place in places)
+        write_beside(
+            source, folder, _CARD.format(vllm="vLLM serves it as it is: `vllm serve .`; and\n" if served else "")
+        )
+
+    def verify(self, folder: Path, source: Source) -> Verified:  # noqa: D102
+        library()
+        model = source.skeleton()
+        places = placed(source, model)
+        rows = tuple({row: None for place in places for row in rows_for(place.scheme)})
+        count, exact_in = compare_decoded(folder, source, places)
+        why, dequantize = how_opened(source, places)
+        if why:
+            opened_with = {name: version(name) for name in NEEDS[:1]}
+            return Verified(
+                opened_with=opened_with, weights=count, exact_in=exact_in, cosine=None, largest=None, uncalled=why,
+                runtimes=rows,
+            )  # fmt: skip
+        return open_and_compare(folder, source, NEEDS, runtimes=rows, dequantize=dequantize)
+
+
+def _config(source: Source, places: Sequence[Placed]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``quantization_config``, and what else of config.json is no longer so: a head that has its own table now."""
+    kv = None if source.kv is None else kv_args(source.kv, head_width(source))
+    found = quantization_config(source, places, kv)
+    untied = any(place.untied for place in places)
+    changed: dict[str, Any] = {}
+    if untied:
+        changed["tie_word_embeddings"] = False
+        text = source.config.get("text_config")
+        if isinstance(text, Mapping):
+            changed["text_config"] = {**text, "tie_word_embeddings": False}
+    return found, changed
+
+
+def _unequal(source: Source, schemes: Mapping[str, dict[str, Any]]) -> list[Refusal]:
+    """Siblings that runtimes join, and that differ."""
+    linear = [name for name in source.floats if name.endswith(".weight") and len(source.floats[name].shape) == 2]
+    names = [*source.layers, *(name.removesuffix(".weight") for name in linear)]
+    found = []
+    for group in fused_groups(names):
+        theirs = [schemes.get(name) for name in group]
+        if any(scheme != theirs[0] for scheme in theirs):
+            why = "runtimes join them into one layer"
+            found.append(Refusal(layers=group, came="different schemes", nearest="one scheme for all of them", why=why))
+    for group, divisor in nvfp4_groups(source, source.skeleton()):
+        if divisor is None and group not in {refusal.layers for refusal in found}:
+            why = "runtimes join them into one layer, which has one"
+            came, nearest = "different global scales of NVFP4", "one global scale for all of them"
+            found.append(Refusal(layers=group, came=came, nearest=nearest, why=why))
+    return found
+
+
+def _inexact(source: Source, schemes: Mapping[str, dict[str, Any]]) -> list[Refusal]:
+    """NVFP4 weights whose scales no divisor gives."""
+    bad: list[str] = []
+    for name, scheme in schemes.items():
+        if (scheme.get("weights") or {}).get("strategy") != "tensor_group":
+            continue
+        layer = source.layers[name]
+        bad += [prefix for prefix in layer.weights if divisor_of(source, layer, prefix) is None]
+    why = "no divisor gives these values"
+    return [Refusal(layers=tuple(bad), came="NVFP4 over a factor", nearest="nvfp4-ct", why=why)] if bad else []
+
+
+def _narrowed(source: Source) -> list[str]:
+    """Layers of integers whose scales lose bits in the dtype of the model."""
+    import torch
+
+    found = []
+    for name, layer in source.layers.items():
+        for prefix, tensor in layer.weights.items():
+            scale = tensor.params.scale if isinstance(tensor, BlockQTensor) else None
+            plain = isinstance(scale, torch.Tensor) and tensor.format.is_integer  # type: ignore[attr-defined]
+            if plain and layer.inputs is None and scale.dtype != source.dtype:  # type: ignore[union-attr]
+                values = source.tensor(f"{prefix}.scale").float()
+                if not torch.equal(values.to(source.dtype).float(), values):
+                    found.append(name)
+                    break
+    return found
+
+
+PART = CompressedTensors

@@ -1,0 +1,185 @@
+"""A folder without quantization: the dequantized weights, for any program that loads transformers' folders.
+
+A weight is calculated in float32 and cast, as nybble's own layers do before each product. Rounded inputs and KV caches
+are left out: a dense folder has no place for them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from nybble.core.errors import ModelError
+from nybble.core.files import atomic_write_json
+from nybble.core.tensorfile import Planned, safetensors_name, stream_tensorfiles
+from nybble.export import ExportTarget, Facts, Refusal, Takes, Verified
+from nybble.export._folder import SHARD_BYTES, write_beside
+from nybble.export._names import as_stored
+from nybble.export._source import Layer, Source
+from nybble.export._transformers import open_and_compare
+from nybble.models.build.skeleton import expected_tensors
+from nybble.nn.kinds import Kind, kind_of
+from nybble.scheme import Scheme
+
+_DTYPES = {
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "f16": torch.float16,
+    "float32": torch.float32, "f32": torch.float32,
+}  # fmt: skip
+
+_CARD = (
+    "Its weights are plain numbers again, as they were after quantization: any program loads it, nybble is not needed."
+)
+
+
+class Dense(ExportTarget):
+    """Plain safetensors; the option is their dtype, by default the model's."""
+
+    summary = "plain safetensors of the dequantized weights"
+    options: ClassVar = {name: f"in {str(dtype).removeprefix('torch.')}" for name, dtype in _DTYPES.items()}
+    takes = (
+        Takes(
+            weights="any",
+            inputs="float",
+            form="safetensors",
+            runtime="transformers",
+            since="4.30",
+            source="https://huggingface.co/docs/transformers/main_classes/model",
+            note="rounding of inputs and of the KV cache is left out",
+        ),
+    )
+
+    def constrain(self, scheme: Scheme, facts: Facts) -> Scheme:
+        """Any scheme fits."""
+        return scheme
+
+    def check(self, source: Source) -> list[Refusal]:
+        """Nothing is refused."""
+        return []
+
+    def notes(self, source: Source) -> list[str]:  # noqa: D102
+        lines = []
+        rounded = [layer.name for layer in source.layers.values() if layer.inputs or layer.outputs]
+        rounded += [layer.name for layer in source.layers.values() if layer.kind.operands]
+        if rounded:
+            more = f" and {len(rounded) - 1} more" if len(rounded) > 1 else ""
+            lines.append(f"activations are not rounded any more: {rounded[0]}{more}")
+        if source.kv is not None:
+            lines.append("the KV cache is in float")
+        return lines
+
+    def write(self, source: Source, folder: Path) -> None:  # noqa: D102
+        dtype = _DTYPES.get(self.option, source.dtype)
+        model = source.skeleton()
+        tensors = _tensors(source, model, dtype if self.option else None)
+        read = partial(_read, source, tensors)
+        stored = as_stored(model, tensors, read)
+        stream_tensorfiles(stored, folder / "model.safetensors", {"format": "pt"}, SHARD_BYTES)
+        config = source.config | {"dtype": str(dtype).removeprefix("torch.")}
+        atomic_write_json(folder / "config.json", config)
+        write_beside(source, folder, _CARD)
+
+    def verify(self, folder: Path, source: Source) -> Verified:
+        """The weights are compared in the dtype of the files."""
+        dtype = _DTYPES.get(self.option, source.dtype)
+        return open_and_compare(folder, source, ("transformers",), self.takes, dtype)
+
+
+def _read(source: Source, tensors: dict[str, Planned], name: str) -> Tensor:
+    made = tensors[name].bytes_from
+    return source.tensor(name) if isinstance(made, Path) else made()
+
+
+def _tensors(source: Source, model: Any, dtype: torch.dtype | None) -> dict[str, Planned]:
+    """Everything that the float model has, by name in it.
+
+    Args:
+        source: what is written.
+        model: its float skeleton.
+        dtype: that all is to have; None leaves float tensors theirs, and gives weights what the model has there.
+    """
+    expected = expected_tensors(model)
+    found: dict[str, Planned] = {}
+    for name, entry in source.floats.items():
+        if dtype is None or entry.dtype not in ("F64", "F32", "F16", "BF16") or entry.dtype == safetensors_name(dtype):
+            found[name] = source.copied(name)
+        else:
+            cast = partial(_cast, source, name, dtype)
+            found[name] = Planned(dtype=str(safetensors_name(dtype)), shape=entry.shape, bytes_from=cast)
+    for layer in source.layers.values():
+        for name in _parameters(model, layer):
+            wanted = dtype or expected[name].dtype
+            make = partial(_values, source, layer, model, name, wanted)
+            shape = tuple(expected[name].shape)
+            found[name] = Planned(dtype=str(safetensors_name(wanted)), shape=shape, bytes_from=make)
+    found |= _norms(source, model, found)
+    ours = {name for name in found if name in expected}
+    unknown = sorted(found.keys() - ours)
+    if unknown:
+        raise ModelError(f"{source.place} holds {unknown[0]}, which a float {type(model).__name__} does not have.")
+    return found
+
+
+def _cast(source: Source, name: str, dtype: torch.dtype) -> Tensor:
+    return source.tensor(name).to(dtype)
+
+
+def _at(model: Any, layer: Layer) -> tuple[str, str, Any, Kind]:
+    """Name of the module that has a layer's matrices, their parameter there, the module, its kind."""
+    at, _, leaf = layer.name.rpartition(".") if layer.kind.fused else (layer.name, "", "")
+    module = model.get_submodule(at)
+    kind = kind_of(module)
+    if kind is None:
+        raise ModelError(f"{layer.name} is a {type(module).__name__} in the float model, which holds no matrix.")
+    return at, leaf, module, kind
+
+
+def _parameters(model: Any, layer: Layer) -> list[str]:
+    """Full names of the parameters that hold a layer's matrices."""
+    if not layer.weights:
+        return []
+    at, leaf, _, kind = _at(model, layer)
+    return [f"{at}.{name}" for name in kind.parameters(leaf)]
+
+
+def _values(source: Source, layer: Layer, model: Any, name: str, dtype: torch.dtype) -> Tensor:
+    at, leaf, module, kind = _at(model, layer)
+    matrices = [source.weight(layer, prefix).dequantize(dtype) for prefix in layer.weights]
+    whole = torch.stack(matrices) if kind.fused else matrices[0]
+    return kind.values(module, leaf, whole)[name.removeprefix(f"{at}.")].contiguous()
+
+
+def _norms(source: Source, model: Any, found: dict[str, Planned]) -> dict[str, Planned]:
+    """Of BatchNorms that are in the convolutions before them: one that only adds the bias that it has become."""
+    norms: dict[str, Planned] = {}
+    for layer in source.layers.values():
+        folded = str(layer.entry.get("folded", ""))
+        if not folded:
+            continue
+        norm = model.get_submodule(folded)
+        has_bias = model.get_submodule(layer.name).bias is not None
+        bias = found[f"{layer.name}.bias"]
+        if not has_bias:
+            del found[f"{layer.name}.bias"]
+        width, zero = norm.num_features, torch.zeros(norm.num_features)
+        values = {
+            "weight": torch.ones(width), "running_mean": zero, "running_var": torch.full((width,), 1 - norm.eps),
+            **({"bias": zero} if has_bias else {}),
+        }  # fmt: skip
+        for name, value in values.items():
+            norms[f"{folded}.{name}"] = Planned(dtype="F32", shape=(width,), bytes_from=partial(_same, value))
+        if not has_bias:
+            norms[f"{folded}.bias"] = bias
+        count = torch.zeros((), dtype=torch.int64)
+        norms[f"{folded}.num_batches_tracked"] = Planned(dtype="I64", shape=(), bytes_from=partial(_same, count))
+    return norms
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+PART = Dense

@@ -1,0 +1,176 @@
+"""One GGUF file, which llama.cpp and what is built on it run.
+
+Weights of a block type's own line (``q4_k``, ``q8_0``, ``mxfp4``, ``nvfp4`` ...), or of a line that a type holds
+exactly, keep every code. What is in float stays so, or gets the type that stands behind the colon (``gguf:q4_k_m``),
+as embeddings and heads do there. Source: github.com/ggml-org/ggml, ``docs/gguf.md``; see
+:mod:`nybble.models.gguf.write`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+
+from nybble.core.errors import FileError, GranularityError, SchemeError
+from nybble.export import ExportTarget, Facts, Refusal, Takes, Verified
+from nybble.export._folder import write_beside
+from nybble.export._source import Layer, Source
+from nybble.models.build.config_file import make_config
+from nybble.models.gguf.metadata import arch_for, gguf_name
+from nybble.models.gguf.mixes import FLOATS, file_types, fitting, mix, type_for
+from nybble.models.gguf.qtensors import exact_type, global_scale, line_of
+from nybble.models.gguf.types import REGISTRY, block_type, type_name
+from nybble.models.gguf.write import Weight, permuted, plan, write_gguf
+from nybble.models.sources.folder import DTYPES, read_tokenizer
+from nybble.quantizer import Quantizer
+from nybble.scheme import Rule, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FILE = "model.gguf"
+NEAREST = "a line of GGUF's own (q8_0, q4_k, mxfp4 ...), or gguf:TYPE, which rounds again"
+_SOURCE = "https://github.com/ggml-org/llama.cpp/blob/master/ggml/include/ggml.h"
+_CARD = "`{file}` runs in llama.cpp (`llama-cli -m {file}`) and in what is built on it; nybble is not needed."
+
+
+class Gguf(ExportTarget):
+    """A file for llama.cpp."""
+
+    summary = "a GGUF file for llama.cpp"
+    options: ClassVar[dict[str, str]] = {name.lower(): f"what is in float becomes {name}" for name in file_types()}
+    takes = tuple(
+        Takes(weights=kind.line, inputs="float", form=type_name(kind), runtime="llama.cpp", since="", source=_SOURCE)
+        for kind in REGISTRY.all().values()
+        if not kind.readonly
+    )
+
+    def constrain(self, scheme: Scheme, facts: Facts) -> Scheme:
+        """With a type behind the colon its own lines; else each line has to be one that a type holds.
+
+        Raises:
+            SchemeError: inputs that would be rounded, or a line that no type holds.
+        """
+        chosen = scheme.match(facts.classes).rules
+        rules: dict[Rule, list[str]] = {}
+        for name, rule in chosen.items():
+            if rule.inputs is not None or rule.outputs is not None:
+                raise SchemeError(f"{name}: a GGUF keeps no quantizer of inputs or outputs; leave --activations out.")
+            if rule.weights is not None:
+                rules.setdefault(self._rule(rule, name, facts), []).append(name)
+        made = [replace(rule, targets=tuple(names)) for rule, names in rules.items()]
+        return replace(scheme, rules=(*made, *(rule for rule in scheme.rules if rule.of_attention)))
+
+    def _rule(self, rule: Rule, name: str, facts: Facts) -> Rule:
+        assert rule.weights is not None
+        target = facts.targets[name]
+        if not self.option:
+            _check(rule.weights, name, target.shape)
+            return replace(rule, targets=())
+        config = make_config(dict(facts.config), "the model")
+        at = gguf_name(f"{name}.weight", arch_for(config)[1])
+        if at is None:
+            raise SchemeError(f"{name} has no place in a GGUF; ignore it, or use another target.")
+        wanted = type_for(mix(self.option), at, config.num_hidden_layers, bool(config.tie_word_embeddings))
+        kind = fitting(wanted, target.shape[1])
+        return replace(rule, targets=(), weights=None if kind in FLOATS else Quantizer(block_type(kind).line))
+
+    def check(self, source: Source) -> list[Refusal]:  # noqa: D102
+        arch_for(source.transformers_config)
+        if self.option:
+            return []
+        found: dict[str, list[str]] = {}
+        for layer in source.layers.values():
+            for weight in layer.weights.values():
+                if exact_type(weight) is None:
+                    found.setdefault(line_of(weight), []).append(layer.name)
+        return [Refusal(layers=tuple(names), came=line, nearest=NEAREST) for line, names in found.items()]
+
+    def notes(self, source: Source) -> list[str]:  # noqa: D102
+        lines = plan(source.transformers_config, _weights(source), self.option)[1]
+        rounded = [layer.name for layer in source.layers.values() if layer.inputs or layer.outputs]
+        if rounded:
+            lines.append(f"activations are rounded as llama.cpp does, not as here: {rounded[0]}")
+        if source.kv is not None:
+            lines.append("the KV cache is llama.cpp's own (--cache-type-k, --cache-type-v)")
+        return lines
+
+    def write(self, source: Source, folder: Path) -> None:  # noqa: D102
+        write_beside(source, folder, _CARD.format(file=FILE))
+        has = (folder / "tokenizer.json").exists()
+        write_gguf(
+            folder / FILE,
+            source.transformers_config,
+            _weights(source),
+            tokenizer=read_tokenizer(folder, source.transformers_config) if has else None,
+            file_type=self.option,
+            name=Path(source.place).name,
+        )
+
+    def verify(self, folder: Path, source: Source) -> Verified:
+        """By the gguf package's reader and dequantizer, which know nothing of nybble."""
+        from gguf import GGUFReader
+
+        weights, config = _weights(source), source.transformers_config
+        _, arch = arch_for(config)
+        theirs = {tensor.name: tensor for tensor in GGUFReader(str(folder / FILE)).tensors}
+        count = 0
+        for tensor in plan(config, weights, self.option)[0]:
+            if not tensor.exact:
+                continue
+            found: Any = weights[tensor.source].read()
+            wanted = permuted(tensor.source, found.dequantize(), config, arch)
+            beside = theirs.get(f"{tensor.name.removesuffix('.weight')}.scale")
+            if not _equal(theirs[tensor.name], wanted, None if beside is None else global_scale(found)):
+                raise FileError(f"{folder / FILE}: {tensor.name} differs from {tensor.source}.")
+            count += 1
+        return Verified(
+            opened_with={"gguf": version("gguf")}, weights=count, exact_in="float32", cosine=None, largest=None,
+            uncalled="the file's tensors were compared, llama.cpp was not run",
+        )  # fmt: skip
+
+
+def _equal(theirs: Any, wanted: Tensor, scale: Tensor | None) -> bool:
+    """The same values; under a scale of scales, which is multiplied in another order, to a float32's last bits."""
+    from gguf.quants import dequantize
+
+    values = torch.from_numpy(np.array(dequantize(theirs.data, theirs.tensor_type))).view(wanted.shape)
+    if scale is None:
+        return torch.equal(values, wanted)
+    return bool(torch.allclose(values * scale, wanted, rtol=4e-7, atol=0))
+
+
+def _check(quantizer: Quantizer, name: str, shape: tuple[int, int]) -> None:
+    try:
+        made = quantizer.quantize(torch.empty(shape, device="meta"))
+    except GranularityError as error:
+        raise SchemeError(f"{name}: {error}") from error
+    if exact_type(made) is None:
+        raise SchemeError(f"{name}: no GGUF type holds {line_of(made)} in rows of {shape[1]} exactly; use {NEAREST}.")
+
+
+def _weights(source: Source) -> dict[str, Weight]:
+    """Parameter -> weight, of floats and of quantized layers."""
+    found = {
+        name: Weight(shape=entry.shape, dtype=DTYPES[entry.dtype], read=partial(source.tensor, name))
+        for name, entry in source.floats.items()
+    }
+    for layer in source.layers.values():
+        for prefix, described in layer.weights.items():
+            found[f"{layer.name}.weight"] = Weight(
+                shape=described.shape, read=partial(_read, source, layer, prefix), stored=described
+            )
+    return found
+
+
+def _read(source: Source, layer: Layer, prefix: str) -> Any:
+    return source.weight(layer, prefix)
+
+
+PART = Gguf

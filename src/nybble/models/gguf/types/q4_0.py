@@ -1,0 +1,12 @@
+"""Q4_0: 32 four-bit integers under a float16 scale."""
+
+from nybble.models.gguf.types import BlockType
+from nybble.models.gguf.types._fields import Plane, Raw
+
+PART = BlockType(
+    number=2,
+    block=32,
+    line="q4_0",
+    fields=(Raw("d"), Plane("codes", 16, bits=4, run=16)),
+    flips={"codes": 8},
+)

@@ -1,0 +1,18 @@
+"""Q5_K: 8 blocks of 32 five-bit codes; scales and minima of six bits over float16 ones."""
+
+from nybble.models.gguf.types import BlockType
+from nybble.models.gguf.types._fields import Plane, Raw, SixBits
+
+PART = BlockType(
+    number=13,
+    block=256,
+    line="q5_k",
+    fields=(
+        Raw("d"),
+        Raw("m"),
+        SixBits(),
+        Plane("codes", 32, bits=1, run=32, shift=4),
+        Plane("codes", 128, bits=4, run=32),
+    ),
+    negative=True,
+)

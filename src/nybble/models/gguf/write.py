@@ -1,0 +1,343 @@
+"""A model as one GGUF file: plan, then one tensor at a time; the file appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nybble.core.errors import FileError, ModelError, UsageError
+from nybble.core.files import disk_errors, need_space, sync_folder
+from nybble.models.gguf.metadata import arch_for, config_pairs, gguf_name, rope_factors
+from nybble.models.gguf.mixes import FLOATS, NUMBERS, Mix, fitting, mix, type_for
+from nybble.models.gguf.qtensors import exact_type, fitted, global_scale, line_of
+from nybble.models.gguf.types import block_type, encode, type_name
+from nybble.models.gguf.vocabulary import tokenizer_pairs
+from nybble.qtensor import QTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from nybble.models.sources.gguf_names import GgufArch
+
+ROWS = 1 << 22
+"""Elements of a float tensor that are quantized at a time."""
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A parameter of the model.
+
+    Attributes:
+        shape: as transformers has it. dtype: of a float one.
+        read: gives it, once: a tensor, or a QTensor of this shape.
+        stored: a QTensor's description, its tensors on the meta device; None of a float one.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor | QTensor]
+    dtype: torch.dtype = torch.float32
+    stored: QTensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A tensor of the file.
+
+    Attributes:
+        name: GGUF's. source: the parameter's. kind: ``F32``, ``Q4_K``. exact: the codes are written as they are.
+    """
+
+    name: str
+    source: str
+    kind: str
+    exact: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What was written. ``types``: GGUF tensor -> type. ``notes``: what is not as it was asked for, a line each."""
+
+    nbytes: int
+    types: Mapping[str, str]
+    notes: Sequence[str]
+
+
+def plan(
+    config: PreTrainedConfig, weights: Mapping[str, Weight], file_type: str = ""
+) -> tuple[list[Planned], list[str]]:
+    """Which tensor gets which type; nothing is read.
+
+    Args:
+        config: of the model.
+        weights: parameter -> weight; of tied ones, one.
+        file_type: of what is in float: a type, or a mixture of llama.cpp's (``q4_k_m``). Quantized weights that a type
+            holds exactly keep their codes whatever it is; others are rounded again. Empty: all stays as it is.
+
+    Returns:
+        tensors in the file's order, and what is worth saying.
+
+    Raises:
+        ModelError: an architecture that isn't known, a tensor without a place. UsageError: no such file type; a weight
+            that no type holds, without ``file_type``.
+    """
+    name, arch = arch_for(config)
+    asked = mix(file_type) if file_type else None
+    found: list[Planned] = []
+    shorter: dict[tuple[str, str], list[str]] = {}
+    again: dict[tuple[str, str], list[str]] = {}
+    for source, weight in weights.items():
+        target = gguf_name(source, arch)
+        if target is None:
+            raise ModelError(f"{source} has no place in a GGUF of architecture {name}; use another target.")
+        kind = exact_type(weight.stored) if weight.stored is not None else None
+        if kind is not None:
+            found.append(Planned(name=target, source=source, kind=type_name(kind), exact=True))
+            continue
+        if weight.stored is not None and asked is None:
+            raise UsageError(
+                f"{source}: no GGUF type holds {line_of(weight.stored)} in rows of {weight.shape[-1]} exactly. "
+                "Quantize with a type's own line (--weights q4_k, q8_0, mxfp4 ...), or name a file type to round to "
+                "(gguf:q4_k_m)."
+            )
+        wanted, got = _type(target, weight, asked, config)
+        if weight.stored is not None:
+            again.setdefault((line_of(weight.stored), got), []).append(target)
+        if wanted != got:
+            shorter.setdefault((wanted, got), []).append(target)
+        found.append(Planned(name=target, source=source, kind=got))
+    notes = [f"rows that {a}'s blocks don't divide are {b}: {_listed(names)}" for (a, b), names in shorter.items()]
+    notes += [f"rounded again, {line} to {kind}: {_listed(names)}" for (line, kind), names in again.items()]
+    return _ordered(found), notes
+
+
+def _type(name: str, weight: Weight, asked: Mix | None, config: PreTrainedConfig) -> tuple[str, str]:
+    """The type that is wanted, and the one that fits the rows."""
+    if len(weight.shape) != 2:
+        return "F32", "F32"
+    if asked is None:
+        kind = _DTYPES.get(weight.dtype, "F32")
+        return kind, kind
+    wanted = type_for(asked, name, config.num_hidden_layers, bool(config.tie_word_embeddings))
+    return wanted, fitting(wanted, weight.shape[-1])
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _ordered(found: Sequence[Planned]) -> list[Planned]:
+    """As llama.cpp's converter has them: the embedding, the blocks in order, the rest."""
+
+    def place(tensor: Planned) -> tuple[int, int, str]:
+        prefix, _, rest = tensor.name.partition(".")
+        number = rest.partition(".")[0]
+        block = int(number) if prefix == "blk" and number.isdecimal() else -1
+        return (0 if prefix == "token_embd" else 1 if block >= 0 else 2, block, tensor.name)
+
+    return sorted(found, key=place)
+
+
+def write_gguf(
+    path: Path,
+    config: PreTrainedConfig,
+    weights: Mapping[str, Weight],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    file_type: str = "",
+    energies: Mapping[str, Tensor] | None = None,
+    name: str = "",
+) -> Written:
+    """Write a model; one tensor is in memory at a time.
+
+    Args:
+        path: of the file; its folder must exist.
+        config: of the float model.
+        weights: parameter -> weight.
+        tokenizer: goes into the metadata; None leaves it out.
+        file_type: see :func:`plan`.
+        energies: parameter -> mean square of each of its inputs, float32 [columns]: what counts when float weights are
+            rounded here (llama.cpp's imatrix).
+        name: of the model, for people.
+
+    Raises:
+        ModelError, UsageError: see :func:`plan`; a tokenizer that llama.cpp has no rules for; nothing is written.
+        FileError: the disk.
+    """
+    tensors, notes = plan(config, weights, file_type)
+    arch_name, arch = arch_for(config)
+    pairs = config_pairs(config, arch_name, arch)
+    if tokenizer is not None:
+        pairs |= tokenizer_pairs(tokenizer, config.vocab_size)
+    pairs["general.file_type"] = _number(file_type, tensors)
+    pairs["general.quantization_version"] = 2
+    if name:
+        pairs["general.name"] = name
+    partial = path.with_name(path.name + ".partial")
+    need_space(path, sum(_nbytes(t.kind, weights[t.source].shape) for t in tensors))
+    with disk_errors(path):
+        try:
+            _write(partial, arch_name, pairs, tensors, weights, _Context(config, arch, energies or {}))
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            size = partial.stat().st_size
+            partial.replace(path)
+            sync_folder(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    return Written(nbytes=size, types={t.name: t.kind for t in tensors}, notes=notes)
+
+
+@dataclass(frozen=True)
+class _Context:
+    config: PreTrainedConfig
+    arch: GgufArch
+    energies: Mapping[str, Tensor]
+
+
+def _write(
+    partial: Path,
+    arch: str,
+    pairs: Mapping[str, Any],
+    tensors: Sequence[Planned],
+    weights: Mapping[str, Weight],
+    context: _Context,
+) -> None:
+    from gguf import GGUFWriter
+
+    writer: Any = GGUFWriter(None, arch)
+    for key, value in pairs.items():
+        add_pair(writer, key, value)
+    extra = _extra(context.config)
+    for key, values in extra.items():
+        writer.add_tensor_info(key, values.shape, values.dtype, values.nbytes)
+    scaled = [t for t in tensors if t.kind not in FLOATS and block_type(t.kind).scaled_apart]
+    for tensor in tensors:
+        shape = weights[tensor.source].shape
+        writer.add_tensor_info(tensor.name, shape, np.dtype("f4"), _nbytes(tensor.kind, shape), _ggml(tensor.kind))
+    for tensor in scaled:
+        writer.add_tensor_info(_scale_name(tensor), (1,), np.dtype("f4"), 4)
+    try:
+        writer.write_header_to_file(partial)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for values in extra.values():
+            writer.write_tensor_data(values)
+        globals_: dict[str, Tensor] = {}
+        for tensor in tensors:
+            writer.write_tensor_data(_data(tensor, weights[tensor.source], context, globals_).numpy())
+        for tensor in scaled:
+            writer.write_tensor_data(globals_[tensor.name].numpy())
+    finally:
+        for file in writer.fout or []:
+            file.close()
+
+
+def add_pair(writer: Any, key: str, value: Any) -> None:
+    """A value under the type that llama.cpp reads: u32 for integers, f32, bool, string, lists of these."""
+    from gguf import GGUFValueType as Kind
+
+    kinds = {bool: Kind.BOOL, int: Kind.UINT32, float: Kind.FLOAT32, str: Kind.STRING}
+    if isinstance(value, list):
+        inner = kinds[type(value[0])] if value else Kind.STRING
+        writer.add_key_value(key, value, Kind.ARRAY, sub_type=Kind.INT32 if inner == Kind.UINT32 else inner)
+        return
+    writer.add_key_value(key, value, kinds[type(value)])
+
+
+def _extra(config: PreTrainedConfig) -> dict[str, np.ndarray[Any, Any]]:
+    factors = rope_factors(config)
+    return {} if factors is None else {"rope_freqs.weight": factors}
+
+
+def _scale_name(tensor: Planned) -> str:
+    return tensor.name.removesuffix(".weight") + ".scale"
+
+
+def _ggml(kind: str) -> Any:
+    from gguf.constants import GGMLQuantizationType
+
+    number = FLOATS[kind] if kind in FLOATS else block_type(kind).number
+    try:
+        return GGMLQuantizationType(number)
+    except ValueError:
+        raise UsageError(f"the installed package gguf doesn't know {kind}; pip install -U gguf") from None
+
+
+def _nbytes(kind: str, shape: tuple[int, ...]) -> int:
+    count = int(np.prod(shape))
+    if kind in FLOATS:
+        return count * (4 if kind == "F32" else 2)
+    found = block_type(kind)
+    return count // found.block * found.nbytes
+
+
+def _number(file_type: str, tensors: Sequence[Planned]) -> int:
+    """``general.file_type``: of what was asked for, else of the type that most of the file's tensors have."""
+    if file_type:
+        return mix(file_type).number
+    kinds = [t.kind for t in tensors if t.kind != "F32"] or ["F32"]
+    return NUMBERS.get(max(dict.fromkeys(kinds), key=kinds.count), 0)
+
+
+def _data(tensor: Planned, weight: Weight, context: _Context, scales: dict[str, Tensor]) -> Tensor:
+    """A tensor's bytes, uint8 [rows, bytes of a row] (float ones in their dtype)."""
+    value = weight.read()
+    if tuple(value.shape) != weight.shape:
+        raise FileError(f"{tensor.source} is {list(value.shape)}; {list(weight.shape)} was expected.")
+    kind = None if tensor.kind in FLOATS else block_type(tensor.kind)
+    if kind is not None and (tensor.exact or kind.scaled_apart):
+        whole = fitted(kind, value if isinstance(value, QTensor) else kind.quantizer.quantize(value))
+        found = global_scale(whole)
+        scales[tensor.name] = torch.ones(1) if found is None else found.cpu()
+        data = encode(kind, whole)
+    else:
+        plain = value.dequantize() if isinstance(value, QTensor) else value.detach()
+        if tensor.name.endswith("norm.weight"):
+            plain = plain.float() + context.arch.norm_offset
+        data = _rounded(tensor, plain, context.energies.get(tensor.source))
+    return permuted(tensor.source, data, context.config, context.arch).contiguous()
+
+
+def permuted(source: str, data: Tensor, config: PreTrainedConfig, arch: GgufArch) -> Tensor:
+    """Rows of q and k as llama.cpp rotates them: of each head's halves, one of each in turn.
+
+    Args:
+        source: the parameter.
+        data: its rows, values or bytes.
+        config: of the model.
+        arch: what it is in llama.cpp.
+    """
+    if not arch.rope_interleaved or not (".q_proj." in source or ".k_proj." in source):
+        return data
+    heads = config.num_attention_heads if ".q_proj." in source else config.num_key_value_heads
+    halves = data.reshape(heads, 2, data.shape[0] // heads // 2, *data.shape[1:])
+    return halves.transpose(1, 2).reshape(data.shape)
+
+
+def _rounded(tensor: Planned, plain: Tensor, energy: Tensor | None) -> Tensor:
+    """A float tensor in the file's type."""
+    if not bool(torch.isfinite(plain).all()):
+        raise ModelError(f"{tensor.source} holds NaN or Inf; repair the model.")
+    if tensor.kind == "BF16":
+        return plain.to(torch.bfloat16).view(torch.uint8).view(*plain.shape[:-1], -1)
+    if tensor.kind in FLOATS:
+        return plain.to(torch.float32 if tensor.kind == "F32" else torch.float16)
+    return torch.cat(list(_blocks(tensor.kind, plain, energy)))
+
+
+def _blocks(kind: str, plain: Tensor, energy: Tensor | None) -> Iterator[Tensor]:
+    found = block_type(kind)
+    quantizer = found.quantizer
+    for rows in torch.split(plain, max(1, ROWS // plain.shape[-1])):
+        wide = rows.float()
+        params = quantizer.fit(wide, None if energy is None else energy.float()[None])
+        yield encode(found, quantizer.quantize(wide, params))

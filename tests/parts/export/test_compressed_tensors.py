@@ -1,0 +1,340 @@
+"""What compressed-tensors' own writer, decoder and transformers make of the same weights and scales."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.parts.export.folders import quantized
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from nybble.core.errors import ModelError, UsageError
+from nybble.export import _ct_config as config_module
+from nybble.export import get_target
+from nybble.export._ct_layers import placed
+from nybble.export._ct_takes import TAKES, rows_for
+from nybble.export._source import FolderSource
+from nybble.pipelines.export import export
+
+REASON = "the oracle of vLLM's checkpoints: pip install compressed-tensors"
+with warnings.catch_warnings():  # what it warns of at import is none of ours
+    warnings.simplefilter("ignore")
+    pytest.importorskip("compressed_tensors", reason=REASON)
+    from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+TARGET = "compressed-tensors"
+WEIGHTS = {
+    "int4 group=16": "pack-quantized",
+    "int8 channel": "pack-quantized",
+    "int2_full group=32 symmetric=false": "pack-quantized",
+    "int3 group=32": "pack-quantized",
+    "int5 channel": "pack-quantized",
+    "int6 group=16 symmetric=false": "pack-quantized",
+    "int7 tensor": "pack-quantized",
+    "uint4 group=32 symmetric=false": "pack-quantized",
+    "int8 tensor symmetric=false": "pack-quantized",
+    "int4-ct group=32": "pack-quantized",
+    "int4 flat=32": "pack-quantized",
+    "int4 block=1x16": "pack-quantized",
+    "ternary channel packing=base3": "pack-quantized",
+    "mxint8": "pack-quantized",
+    "float8_e4m3fn tensor": "naive-quantized",
+    "float8_e4m3fn channel": "naive-quantized",
+    "float8_e4m3fn group=32": "naive-quantized",
+    "float8_e4m3fn block=16x32": "naive-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+    "nvfp4-ct": "nvfp4-pack-quantized",
+    "nvfp4-search": "nvfp4-pack-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
+    "mxfp6": "mxfp6-pack-quantized",
+    "mxfp8": "mxfp8-quantized",
+}
+BOTH = {
+    ("int8-ct", "int8_full token scale=absmax(target=127.5)"): "int-quantized",
+    ("int8 channel", "int8 tensor static"): "int-quantized",
+    ("int4 group=32", "int8_full token scale=absmax(target=127.5)"): "int-quantized",
+    ("int8 channel symmetric=false", "int8 token symmetric=false"): "int-quantized",
+    ("float8_e4m3fn channel", "float8_e4m3fn token"): "float-quantized",
+    ("float8_e4m3fn tensor", "float8_e4m3fn tensor static"): "float-quantized",
+    ("float8_e4m3fn block=16x32", "float8_e4m3fn group=32 scale_format=float32"): "float-quantized",
+    ("int4 group=32", "float8_e4m3fn token"): "int-quantized",
+    ("mxfp4", "mxfp4"): "mxfp4-pack-quantized",
+    ("mxfp8", "mxfp8"): "mxfp8-quantized",
+    ("mxfp6", "mxfp6"): "mxfp6-pack-quantized",
+    ("none", "float8_e4m3fn token"): "dense",
+}
+
+
+def written(folder: Path, dest: Path, **options: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
+    """What export says, the tensors, the quantization config."""
+    found = export(folder, dest, TARGET, **options)
+    return found, load_file(dest / "model.safetensors"), json.loads((dest / "config.json").read_text())
+
+
+def by_its_own_writer(folder: Path, config: dict[str, Any], dest: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model with nybble's dequantized weights, compressed by the library with nybble's scales: tensors, config."""
+    auto: Any = AutoModelForCausalLM
+    with FolderSource(folder) as source, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = auto.from_config(source.transformers_config, dtype=torch.float32)
+        asked = QuantizationConfig.model_validate(config | {"quantization_status": "frozen"})
+        apply_quantization_config(model, asked, show_progress=False)
+        for place in placed(source, source.skeleton()):
+            module = model.get_submodule(place.name)
+            tensors = place.tensors(source)
+            if place.matrix is not None:
+                matrix = place.matrix.read()
+                decoded = BaseCompressor.get_value_from_registry(place.scheme["format"]).decompress(
+                    {k.rpartition(".")[2]: _value(source, p) for k, p in tensors.items() if ".weight" in k},
+                    module.quantization_scheme,
+                )
+                module.weight.data = matrix.dequantize()
+                for name in ("weight_scale", "weight_zero_point", "weight_global_scale"):
+                    if name in decoded:
+                        setattr(module, name, nn.Parameter(decoded[name].clone(), requires_grad=False))
+            for side in ("input_scale", "input_zero_point"):
+                if f"{place.name}.{side}" in tensors:
+                    value = _value(source, tensors[f"{place.name}.{side}"])
+                    setattr(module, side, nn.Parameter(value, requires_grad=False))
+        compressor = ModelCompressor.from_pretrained_model(model)
+        compressor.compress_model(model)
+        dest.mkdir()
+        compressor.update_config(str(dest))
+        theirs = json.loads((dest / "config.json").read_text())["quantization_config"]
+        names = [place.name for place in placed(source, source.skeleton())]
+        return {k: v for k, v in model.state_dict().items() if k.rpartition(".")[0] in names}, theirs
+
+
+def _value(source: FolderSource, plan: Any) -> torch.Tensor:
+    if callable(plan.bytes_from):
+        made: torch.Tensor = plan.bytes_from()
+        return made
+    data = plan.bytes_from.read_bytes()[plan.offset : plan.offset + plan.nbytes]
+    kinds = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F16": torch.float16, "F32": torch.float32}
+    kind = kinds.get(plan.dtype, torch.bfloat16)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(kind).view(plan.shape)
+
+
+def positive_zero(name: str, tensor: torch.Tensor, form: str) -> torch.Tensor:
+    """Without the sign of zeros: a dequantized weight has it, and their FP4 encoder keeps it, but for one of them."""
+    if not name.endswith("weight_packed") or "fp" not in form or form.startswith("mxfp6"):
+        return tensor
+    low, high = tensor & 15, tensor >> 4
+    return torch.where(low == 8, 0, low) | torch.where(high == 8, 0, high) << 4
+
+
+@pytest.mark.parametrize("line", WEIGHTS)
+def test_bytes_config_and_values(line: str, tmp_path: Path) -> None:
+    folder = quantized(weights=line, target=TARGET)
+    found, ours, config = written(folder, tmp_path / "d", check=True)
+    quantization = config["quantization_config"]
+    assert quantization["format"] == WEIGHTS[line]
+    assert quantization["ignore"] == ["lm_head"] and quantization["config_groups"]["group_0"]["targets"] == ["Linear"]
+    theirs, said = by_its_own_writer(folder, quantization, tmp_path / "t")
+    group = dict(quantization["config_groups"]["group_0"])
+    expected = dict(said["config_groups"]["group_0"])
+    assert {k: group["weights"][k] for k in expected["weights"]} == expected["weights"]
+    assert (group["format"], quantization["format"]) == (expected["format"], said["format"])
+    for name, tensor in theirs.items():
+        if name.endswith(".bias"):
+            continue
+        mine = ours[name]
+        if name.endswith("_scale") and mine.dtype != tensor.dtype:  # their model is in float32
+            assert torch.equal(mine.float(), tensor.float()), name
+            continue
+        assert mine.dtype == tensor.dtype and mine.shape == tensor.shape, (name, mine.dtype, tensor.dtype)
+        form = WEIGHTS[line]
+        assert torch.equal(
+            positive_zero(name, mine.view(torch.uint8), form), positive_zero(name, tensor.view(torch.uint8), form)
+        ), name
+    checked = found["check"]
+    assert checked["weights"] == 14 and not checked["uncalled"]
+    assert checked["cosine"] > (1 - 1e-6 if checked["exact_in"] == "float32" else 0.999)
+    if line == "nvfp4":
+        assert checked["exact_in"] == "float32"  # the outer scale is a power of two
+
+
+@pytest.mark.parametrize(("weights", "inputs"), BOTH)
+def test_inputs(weights: str, inputs: str, tmp_path: Path) -> None:
+    folder = quantized(weights=weights, activations=inputs, target=TARGET, calibrated="static" in inputs)
+    found, ours, config = written(folder, tmp_path / "d", check=True)
+    quantization = config["quantization_config"]
+    assert quantization["format"] == BOTH[weights, inputs]
+    args = quantization["config_groups"]["group_0"]["input_activations"]
+    assert args["dynamic"] is ("static" not in inputs)
+    assert ("model.layers.0.mlp.up_proj.input_scale" in ours) is ("static" in inputs)
+    # int8 with 127 codes is nybble's and vLLM's; the library divides by 127.5
+    assert found["check"]["cosine"] > (0.998 if inputs.startswith("int8 ") else 1 - 1e-6)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize(
+    ("line", "opens"),
+    [
+        ("int4 group=16", True),
+        ("int8 channel", True),
+        ("mxfp4", True),
+        ("float8_e4m3fn channel", True),
+        ("nvfp4", False),
+        ("int4 group=16 symmetric=false", False),
+        ("float8_e4m3fn block=16x16", False),
+    ],
+)
+def test_experts(family: str, line: str, opens: bool, tmp_path: Path) -> None:
+    """Fused experts are written apart, under the names that the family's checkpoints have."""
+    found, ours, _ = written(quantized(family, weights=line, target=TARGET), tmp_path / "d", check=True)
+    name = "mlp.experts.3.up_proj" if family == "qwen3_moe" else "block_sparse_moe.experts.3.w3"
+    assert f"model.layers.1.{name}.weight_scale" in ours
+    assert not any("gate_up_proj" in key for key in ours)
+    assert found["check"]["weights"] == (24 if opens else 32)  # fused, or one by one
+    assert bool(found["check"]["uncalled"]) is not opens
+
+
+def test_several_schemes(tmp_path: Path) -> None:
+    scheme = {
+        "rules": [
+            {"targets": ["re:.*mlp.*_proj"], "weights": "mxfp4"},
+            {"targets": ["re:.*layers.0.*_proj"], "weights": "int8 channel", "inputs": "int8 token"},
+            {"targets": ["Linear"], "weights": "float8_e4m3fn channel"},
+        ]
+    }
+    found, _, config = written(_made(tmp_path, scheme=scheme), tmp_path / "d", check=True)
+    quantization = config["quantization_config"]
+    assert quantization["format"] == "mixed-precision" and len(quantization["config_groups"]) == 3
+    assert found["check"]["weights"] == 14 and found["check"]["cosine"] > 0.998
+
+
+def _made(tmp_path: Path, family: str = "llama", **changes: Any) -> Path:
+    from tests.parts.export.folders import model
+
+    from nybble.pipelines.quantize import quantize
+
+    quantize(str(model(family)), "rtn", out=tmp_path / "q", target=TARGET, **changes)
+    return tmp_path / "q"
+
+
+def test_experts_and_the_rest_apart(tmp_path: Path) -> None:
+    rules = [{"targets": ["Experts"], "weights": "int4 group=16"}, {"targets": ["Linear"], "weights": "int8 channel"}]
+    found, _, config = written(_made(tmp_path, "qwen3_moe", scheme={"rules": rules}), tmp_path / "d", check=True)
+    targets = [group["targets"] for group in config["quantization_config"]["config_groups"].values()]
+    assert any(target.startswith("re:") and "experts" in target for target in targets[1])
+    assert (
+        found["check"]["cosine"] > 0.99
+    )  # weights are equal in bfloat16, ours are in float32: a token may be routed anew
+
+
+@pytest.mark.parametrize("recipe", ["gptq", "hqq", "lwc", "best-nvfp4"])
+def test_nvfp4_of_any_method_shares_its_global_scale(recipe: str, tmp_path: Path) -> None:
+    quick = {"effort": "quick"} if recipe.startswith("best") else {}
+    changes = {"weights": "nvfp4", "activations": "none", **quick}
+    folder = quantized("llama", recipe, True, target=TARGET, **changes)
+    found, ours, _ = written(folder, tmp_path / "d", check=True)
+    scales = [ours[f"model.layers.0.self_attn.{n}_proj.weight_global_scale"] for n in "qkv"]
+    assert scales[0] == scales[1] == scales[2] and scales[0].log2() % 1 == 0
+    assert found["check"]["exact_in"] == "float32" and found["check"]["largest"] == 0
+
+
+def test_siblings_that_differ_are_refused_with_their_names(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"layers\.0\.self_attn\.q_proj, .*different global scales of NVFP4"):
+        export(quantized(weights="nvfp4"), tmp_path / "d", TARGET)
+    scheme = {"rules": [{"targets": ["re:.*k_proj"], "weights": "int8 channel"}, {"weights": "int4 channel"}]}
+    with pytest.raises(Exception, match=r"q_proj, .*k_proj, .*v_proj: runtimes join these layers"):
+        _made(tmp_path, scheme=scheme)
+    assert not (tmp_path / "d").exists() and not (tmp_path / "d.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "nearest"),
+    [
+        ("float4_e2m1fn group=32", "nvfp4 or mxfp4"),
+        ("nf4 group=32", "int4 group=32"),
+        ("float8_e5m2 channel", "float8_e4m3fn channel"),
+        ("int4 flat=48", "16, 32, 64"),
+        ("int4 group=16 scale=minmax(offset=true)", "symmetric=false"),
+    ],
+)
+def test_what_has_no_word_is_refused_with_the_nearest(line: str, nearest: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as refused:
+        export(quantized(weights=line), tmp_path / "d", TARGET)
+    assert nearest in str(refused.value) and "model.layers.0.self_attn.q_proj" in str(refused.value)
+    with pytest.raises(Exception, match="compressed-tensors can't hold"):
+        _made(tmp_path, weights=line)
+    assert not (tmp_path / "d").exists()
+
+
+def test_embeddings_and_a_head_that_reads_them(tmp_path: Path) -> None:
+    """The head gets the table too: runtimes know no tied packed weights."""
+    folder = quantized("qwen2", weights="int4 group=32", embeddings="int4 group=32", target=TARGET)
+    found, ours, config = written(folder, tmp_path / "d", check=True)
+    assert config["tie_word_embeddings"] is False
+    assert torch.equal(ours["lm_head.weight_packed"], ours["model.embed_tokens.weight_packed"])
+    assert found["check"]["weights"] == 16 and found["check"]["cosine"] > 0.999
+
+
+def test_an_encoder(tmp_path: Path) -> None:
+    found, _, config = written(quantized("bert", weights="int4 group=16", target=TARGET), tmp_path / "d", check=True)
+    assert found["check"]["weights"] == 14 and found["check"]["cosine"] > 1 - 1e-6
+    assert config["quantization_config"]["ignore"] == []
+
+
+def test_the_cache(tmp_path: Path) -> None:
+    folder = quantized(weights="int4 group=16", kv="float8_e4m3fn token", target=TARGET)
+    found, _, config = written(folder, tmp_path / "d", check=True)
+    kv = config["quantization_config"]["kv_cache_scheme"]
+    assert (kv["type"], kv["num_bits"], kv["strategy"], kv["group_size"], kv["dynamic"]) == (
+        "float",
+        8,
+        "group",
+        16,
+        True,
+    )
+    assert found["check"]["cosine"] > 1 - 1e-6
+    with pytest.raises(ModelError, match="no newest tokens are left in float"):
+        export(quantized(weights="int4 group=16", kv="int8 token residual=8"), tmp_path / "e", TARGET)
+
+
+def test_a_library_that_is_missing_or_old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = quantized(weights="int4 group=16")
+    for found, said in (("0.14.1", "0.14.1 is too old"), (None, "needs the package compressed-tensors")):
+        config_module.library.cache_clear()
+        monkeypatch.setattr(config_module, "version", _version(found))
+        with pytest.raises(UsageError, match=said):
+            export(folder, tmp_path / "d", TARGET)
+    config_module.library.cache_clear()
+
+
+def _version(found: str | None) -> Any:
+    def version(name: str) -> str:
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    return version
+
+
+def test_a_weight_that_was_changed_is_found(tmp_path: Path) -> None:
+    folder = quantized(weights="int8 channel")
+    export(folder, tmp_path / "d", TARGET)
+    path = tmp_path / "d" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    begin = header["model.layers.1.mlp.up_proj.weight_packed"]["data_offsets"][0]
+    data[8 + int.from_bytes(data[:8], "little") + begin] ^= 1
+    path.write_bytes(data)
+    with FolderSource(folder) as source, pytest.raises(Exception, match=r"layers.1.mlp.up_proj isn't what was written"):
+        get_target(TARGET).verify(tmp_path / "d", source)
+
+
+def test_the_table_names_a_source_for_every_row() -> None:
+    assert all(row.source.startswith("https://") and row.weights for row in TAKES)
+    with FolderSource(quantized(weights="int4 group=16")) as source:
+        places = placed(source, source.skeleton())
+    assert [row.since for row in rows_for(places[0].scheme)] == ["0.5.1"]

@@ -1,0 +1,76 @@
+"""The target gguf: from a folder that nybble wrote to a file whose values the gguf package reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nybble.core.errors import ModelError, SchemeError, UsageError
+from nybble.models.sources.gguf_header import read_gguf_header
+from nybble.models.sources.open import open_source
+from nybble.pipelines.export import export
+from nybble.pipelines.load import load
+from nybble.pipelines.quantize import quantize
+
+SIZES = {
+    "vocab_size": 128, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "max_position_embeddings": 64,
+}  # fmt: skip
+IDS = torch.arange(40)[None] % 128
+
+
+def model(**changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, "tie_word_embeddings": True, **changes}))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    place = tmp_path / "float"
+    model().save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize("line", ["q4_k", "nvfp4", "int4 group=32"])
+@torch.no_grad()
+def test_exported_is_what_was_quantized(line: str, folder: Path, tmp_path: Path) -> None:
+    quantize(folder, "rtn", weights=line, out=tmp_path / "out", target="gguf")
+    done = export(tmp_path / "out", tmp_path / "file", "gguf", check=True)
+    assert done["check"]["weights"] == 14 and done["check"]["exact_in"] == "float32"
+    ours, _ = load(tmp_path / "out", dtype=torch.float32)
+    back = open_source(str(tmp_path / "file" / "model.gguf")).model(torch.float32)
+    torch.testing.assert_close(back(IDS).logits, ours(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert (tmp_path / "file" / "README.md").exists()
+
+
+@torch.no_grad()
+def test_a_mixture_in_one_step(folder: Path, tmp_path: Path) -> None:
+    """Layers are calibrated as they will be stored; the embedding, the head too, is rounded when it is written."""
+    quantize(folder, "rtn", weights="q4_k", out=tmp_path / "out", target="gguf:q4_k_m")
+    done = export(tmp_path / "out", tmp_path / "file", check=True)
+    assert done["target"] == "gguf:q4_k_m"
+    header = read_gguf_header(tmp_path / "file" / "model.gguf")
+    kinds = {name: entry.kind for name, entry in header.tensors.items()}
+    assert (
+        kinds["token_embd.weight"] == 14 and kinds["blk.1.attn_v.weight"] == 14 and kinds["blk.0.attn_q.weight"] == 12
+    )
+    assert header.metadata["general.file_type"] == 15
+
+
+def test_what_it_cannot_hold(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SchemeError, match=r"no GGUF type holds 'int4_full group=64 scale=float16 zero_point"):
+        quantize(folder, "rtn", weights="int4 group=64 symmetric=false", out=tmp_path / "no", target="gguf")
+    with pytest.raises(SchemeError, match="a GGUF keeps no quantizer of inputs"):
+        quantize(folder, "rtn", weights="q8_0", activations="int8 token", out=tmp_path / "no", target="gguf")
+    quantize(folder, "rtn", weights="int4 group=64 symmetric=false", out=tmp_path / "out")
+    with pytest.raises(UsageError, match="unknown option 'q4_k_x'"):
+        export(tmp_path / "out", tmp_path / "file", "gguf:q4_k_x")
+    with pytest.raises(ModelError, match=r"(?s)target gguf can't hold this model.*gguf:TYPE, which rounds again"):
+        export(tmp_path / "out", tmp_path / "file", "gguf")
+    done = export(tmp_path / "out", tmp_path / "file", "gguf:q8_0")
+    assert any("rounded again" in note for note in done["notes"])
+    assert not (tmp_path / "no").exists()

@@ -1,0 +1,298 @@
+"""GGUF files that nybble writes: read back by nybble, the gguf package and transformers, and run by llama.cpp."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from tests.parts.models.test_gguf import MODEL_TYPES, byte_tokens
+
+from nybble.core.errors import FileError, ModelError, UsageError
+from nybble.models.gguf.metadata import arch_for, rope_factors
+from nybble.models.gguf.mixes import fitting, mix, type_for
+from nybble.models.gguf.of_source import weights_of
+from nybble.models.gguf.vocabulary import tokenizer_pairs
+from nybble.models.gguf.write import Weight, write_gguf
+from nybble.models.sources.gguf_header import read_gguf_header
+from nybble.models.sources.gguf_names import ARCHS
+from nybble.models.sources.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer
+from nybble.models.sources.open import open_source
+from nybble.qtensor import QTensor
+from nybble.quantizer import Quantizer
+
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 264, "bos_token_id": 1, "eos_token_id": 257}
+
+
+def weights_in(model: Any, line: str = "") -> dict[str, Weight]:
+    """A model's parameters, matrices quantized by a line if one is given."""
+    found: dict[str, Weight] = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        value: Any = tensor
+        stored: QTensor | None = None
+        if line and tensor.ndim == 2:
+            value = Quantizer(line).quantize(tensor)
+            stored = Quantizer(line).quantize(tensor.to("meta"))
+        found[name] = Weight(
+            shape=tuple(tensor.shape), dtype=tensor.dtype, read=partial(lambda v: v, value), stored=stored
+        )
+    return found
+
+
+def tokenizer_of(pre: str = "gpt-2", size: int = 264) -> Any:
+    tokens = [*byte_tokens(), "he", "<|end|>"] + [f"<|{i}|>" for i in range(size - 258)]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": ["h e"], "tokenizer.ggml.token_type": [1] * 257 + [3] * (size - 257),
+        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 257,
+        "tokenizer.chat_template": "{{ messages[0]['content'] }}",
+    }  # fmt: skip
+    return build_tokenizer(metadata, Path("x.gguf"))
+
+
+@pytest.fixture
+def tiny(make_model: Any) -> Callable[..., Any]:
+    def make(arch: str, **changes: Any) -> Any:
+        more = {"num_hidden_layers": 6, "layer_types": None} if arch == "gemma3" else {}
+        return make_model(MODEL_TYPES.get(arch, arch), **{**WIDE, **more, **changes})
+
+    return make
+
+
+@pytest.mark.parametrize("arch", [*sorted(ARCHS), "mistral"])
+@torch.no_grad()
+def test_float_models_come_back_exactly(arch: str, tiny: Any, tmp_path: Path, input_ids: torch.Tensor) -> None:
+    model = tiny(arch, **({"sliding_window": None} if arch == "mistral" else {}))
+    path = tmp_path / "tiny.gguf"
+    written = write_gguf(path, model.config, weights_in(model), name="tiny")
+    assert written.nbytes == path.stat().st_size and not written.notes and set(written.types.values()) == {"F32"}
+    ours = open_source(str(path)).model(torch.float32)
+    for name, tensor in model.state_dict().items():
+        if arch.startswith("gemma") and name.endswith("norm.weight"):  # the file has them plus one
+            torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=0, atol=2.0**-23)
+        else:
+            assert torch.equal(ours.state_dict()[name], tensor), name
+    torch.testing.assert_close(ours(input_ids=input_ids).logits, model(input_ids=input_ids).logits)
+
+
+@pytest.mark.parametrize("line", ["q8_0", "q4_k", "q6_k", "iq4_xs", "mxfp4", "nvfp4", "q4_0", "tq2_0"])
+@torch.no_grad()
+def test_codes_are_written_as_they_are(line: str, tiny: Any, tmp_path: Path) -> None:
+    """Rows of q and k too, which llama.cpp has in another order; the gguf package reads the same values."""
+    model = tiny("llama", tie_word_embeddings=False)
+    weights, path = weights_in(model, line), tmp_path / "tiny.gguf"
+    write_gguf(path, model.config, weights)
+    source, again = open_source(str(path)), tmp_path / "again.gguf"
+    loaded = source.load(list(weights))
+    for name, weight in weights.items():
+        value: Any = weight.read()
+        assert torch.equal(loaded[name], value.dequantize() if isinstance(value, QTensor) else value), name
+    theirs = {tensor.name: tensor for tensor in GGUFReader(str(path)).tensors}
+    found: Any = weights["model.layers.1.mlp.up_proj.weight"].read()
+    other = np.array(dequantize(theirs["blk.1.ffn_up.weight"].data, theirs["blk.1.ffn_up.weight"].tensor_type))
+    if line == "nvfp4":
+        other = other * np.array(theirs["blk.1.ffn_up.scale"].data)
+        np.testing.assert_allclose(other, found.dequantize().numpy(), rtol=4e-7)
+    else:
+        assert np.array_equal(other, found.dequantize().numpy())
+    write_gguf(again, source.config, weights_of(source))  # from GGUF to GGUF nothing is rounded
+    a, b = read_gguf_header(path), read_gguf_header(again)
+    for name, entry in a.tensors.items():
+        there = b.tensors[name]
+        old, new = path.read_bytes(), again.read_bytes()
+        assert old[entry.start : entry.start + entry.nbytes] == new[there.start : there.start + there.nbytes]
+
+
+@torch.no_grad()
+def test_a_mixture(tiny: Any, tmp_path: Path) -> None:
+    model = tiny("llama", num_hidden_layers=8, intermediate_size=320)
+    energies = {"model.layers.0.mlp.up_proj.weight": torch.ones(256).index_fill_(0, torch.arange(0, 256, 32), 1e4)}
+    path = tmp_path / "tiny.gguf"
+    written = write_gguf(path, model.config, weights_in(model), file_type="q4_k_m", energies=energies)
+    assert written.types["blk.0.attn_v.weight"] == written.types["token_embd.weight"] == "Q6_K"
+    assert written.types["blk.1.attn_v.weight"] == written.types["blk.0.attn_q.weight"] == "Q4_K"
+    assert written.types["blk.0.ffn_down.weight"] == "Q8_0" and written.types["blk.1.ffn_down.weight"] == "Q5_0"
+    assert written.types["blk.0.attn_norm.weight"] == "F32"
+    assert any(
+        n.startswith("rows that Q4_K's blocks don't divide are Q5_0: blk.1.ffn_down.weight") for n in written.notes
+    )
+    source = open_source(str(path))
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight, got = model.state_dict()[name], source.load([name])[name]
+    assert torch.equal(
+        got, Quantizer("q4_k").fake_quantize(weight, Quantizer("q4_k").fit(weight, energies[name][None]))
+    )
+    assert read_gguf_header(path).metadata["general.file_type"] == 15
+
+
+def test_the_mixtures_of_llama_cpp() -> None:
+    """As llama-quantize --dry-run has them for 32 blocks (use_more_bits: 0-3, every third from 6 on, 28-31)."""
+    chosen = [i for i in range(32) if type_for(mix("Q4_K_M"), f"blk.{i}.ffn_down.weight", 32, False) == "Q6_K"]
+    assert chosen == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
+    assert type_for(mix("q4_k_s"), "blk.3.attn_v.weight", 32, False) == "Q5_K"
+    assert type_for(mix("q4_k_s"), "blk.4.attn_v.weight", 32, False) == "Q4_K"
+    assert type_for(mix("q8_0"), "output.weight", 32, False) == "Q8_0"
+    assert [fitting(kind, 576) for kind in ("Q4_K", "Q5_K", "Q6_K", "Q3_K", "NVFP4", "TQ1_0")] == [
+        "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "NVFP4", "Q4_0",
+    ]  # fmt: skip
+    assert fitting("Q4_K", 100) == "F16"
+    with pytest.raises(UsageError, match=r"unknown GGUF type 'q4_k_x'\. Did you mean"):
+        mix("q4_k_x")
+
+
+@pytest.mark.parametrize(
+    "pre", sorted({next(n for n, p in PRE_TOKENIZERS.items() if p == q) for q in PRE_TOKENIZERS.values()})
+)
+def test_byte_level_tokenizers(pre: str, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(pre)
+    pairs = tokenizer_pairs(tokenizer, 270)
+    assert PRE_TOKENIZERS[pairs["tokenizer.ggml.pre"]].patterns == PRE_TOKENIZERS[pre].patterns
+    assert pairs["tokenizer.ggml.token_type"][256:259] == [1, 3, 3] and pairs["tokenizer.ggml.token_type"][269] == 5
+    again = build_tokenizer(pairs, Path("x.gguf"))
+    text = "He's the 1234th,  isn't\n\n he?<|end|>"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert again.chat_template == tokenizer.chat_template and again.eos_token == tokenizer.eos_token
+
+
+def spm() -> Any:
+    """A sentencepiece-like tokenizer as transformers converts Llama 2's."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(
+        ["the cat sat on the mat and the hat of that cat is there", "a bat that sat"] * 4, trainer
+    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    said = json.loads(backend.to_str())
+    said["added_tokens"] = [token for token in said["added_tokens"] if token["id"] < 3]  # bytes are ordinary tokens
+    made = Tokenizer.from_str(json.dumps(said))
+    made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<s>", "</s>")])
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_a_sentencepiece_tokenizer() -> None:
+    tokenizer = spm()
+    pairs = tokenizer_pairs(tokenizer, 430)
+    tokens, scores = pairs["tokenizer.ggml.tokens"], pairs["tokenizer.ggml.scores"]
+    assert pairs["tokenizer.ggml.model"] == "llama" and pairs["tokenizer.ggml.add_space_prefix"] is True
+    assert pairs["tokenizer.ggml.token_type"][tokens.index("<0x0A>")] == 6
+    assert segmented("the cat sat on a hat", tokens, scores) == tokenizer("the cat sat on a hat")["input_ids"]
+
+
+def segmented(text: str, tokens: list[str], scores: list[float]) -> list[int]:
+    """As llama.cpp's llm_tokenizer_spm: the neighbours whose joint token has the highest score, leftmost first."""
+    pieces = list("▁" + text.replace(" ", "▁"))
+    while True:
+        joined = [a + b for a, b in itertools.pairwise(pieces)]
+        pairs = [(scores[tokens.index(token)], -i) for i, token in enumerate(joined) if token in tokens]
+        if not pairs:
+            return [tokens.index(piece) for piece in pieces]
+        at = -max(pairs)[1]
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+
+
+def test_tokenizers_that_cannot_be_written() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    fast: Any = PreTrainedTokenizerFast
+    with pytest.raises(ModelError, match="a tokenizer of type WordLevel can't be written as GGUF"):
+        tokenizer_pairs(fast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a"))), 9)
+    backend = Tokenizer(models.BPE({"a": 0}, []))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(ModelError, match="no rules for a pre-tokenizer of type Whitespace"):
+        tokenizer_pairs(fast(tokenizer_object=backend), 9)
+    with pytest.raises(ModelError, match="the tokenizer has the token 263, and the model's embedding 200 rows"):
+        tokenizer_pairs(tokenizer_of(), 200)
+
+
+@torch.no_grad()
+def test_what_is_refused_leaves_nothing(tiny: Any, make_model: Any, tmp_path: Path) -> None:
+    path, model = tmp_path / "tiny.gguf", tiny("llama")
+    with pytest.raises(ModelError, match=r"a model of type 'gpt2' can't be written as GGUF; nybble writes .*qwen3"):
+        arch_for(make_model("gpt2").config)
+    with pytest.raises(UsageError, match=r"no GGUF type holds 'int4_full group=16 scale=float16.*gguf:q4_k_m"):
+        write_gguf(path, model.config, weights_in(model, "int4 group=16 symmetric=false"))
+    written = write_gguf(path, model.config, weights_in(model, "int4 group=16"), file_type="q8_0")
+    assert any(note.startswith("rounded again, 'int4 group=16 scale=float16' to Q8_0") for note in written.notes)
+    path.unlink()
+    bad = weights_in(model) | {"model.norm.weight": Weight(shape=(256,), read=lambda: torch.full((256,), torch.nan))}
+    with pytest.raises(ModelError, match=r"model.norm.weight holds NaN or Inf"):
+        write_gguf(path, model.config, bad)
+    with pytest.raises(ModelError, match=r"model.extra.weight has no place in a GGUF of architecture llama"):
+        write_gguf(
+            path,
+            model.config,
+            weights_in(model) | {"model.extra.weight": Weight(shape=(2,), read=lambda: torch.ones(2))},
+        )
+    with pytest.raises(FileError, match="there"):
+        write_gguf(tmp_path / "there" / "x.gguf", model.config, weights_in(model))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stretched_frequencies(make_model: Any) -> None:
+    """Llama 3's, against transformers' own function."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    config = make_model("llama", rope_parameters=rope, head_dim=64).config
+    found = rope_factors(config)
+    plain = 1 / (500000.0 ** (torch.arange(0, 64, 2).float() / 64))
+    theirs = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
+    assert found is not None
+    torch.testing.assert_close(plain / torch.from_numpy(found), theirs, rtol=1e-5, atol=0)
+
+
+def test_damaged_files_give_our_errors(tmp_path: Path) -> None:
+    """benchmarks/gguf_fuzz.py runs ten thousand; whatever else is raised fails the test."""
+    from benchmarks.gguf_fuzz import damaged, trial
+    from benchmarks.gguf_fuzz import tiny as whole_file
+
+    path = tmp_path / "tiny.gguf"
+    whole_file(path)
+    data = path.read_bytes()
+    assert trial(path) == "read"
+    outcomes = set()
+    for seed in range(60):
+        path.write_bytes(damaged(data, data.index(b"output_norm.weight") + 60, random.Random(seed)))
+        outcomes.add(trial(path))
+    assert {"read", "FileError"} <= outcomes <= {"read", "FileError", "ModelError"}
+
+
+@pytest.mark.skipif(find_spec("xllamacpp") is None, reason="llama.cpp itself: pip install xllamacpp")
+@torch.no_grad()
+def test_llama_cpp_computes_the_same(tiny: Any, tmp_path: Path) -> None:
+    """Logits of a float file, and of one with eight bits, for which llama.cpp rounds each input to eight bits too."""
+    from benchmarks.gguf_runs import LlamaCpp
+
+    model, ids = tiny("llama"), list(range(20, 60))
+    for line, bound in (("", 0.01), ("q8_0", 0.15)):
+        path = tmp_path / f"tiny{line}.gguf"
+        write_gguf(path, model.config, weights_in(model, line), tokenizer=tokenizer_of())
+        theirs = LlamaCpp(path)
+        wanted = open_source(str(path)).model(torch.float32)(torch.tensor([ids])).logits[0]
+        (found,) = theirs.logits(iter([ids]), 264)
+        assert theirs.ids("hello 12") == tokenizer_of()("hello 12")["input_ids"]
+        theirs.close()
+        error = (torch.from_numpy(found) - wanted).norm() / wanted.norm()
+        assert float(error) < bound
