@@ -9,9 +9,9 @@ a process of its own; with --ranks N also by torchrun with N GPUs, after the run
 command and, through its progress, every block; peak memory that torch allocated on the GPU (there is nothing before:
 blocks stream), and the process's largest resident set. A block is the median of those after the first, which sets
 libraries up. With fewer blocks than the shape has, "whole" is an extrapolation and the record says so: what comes
-before and after the blocks as measured (what comes after, mostly writing, in proportion to the blocks), the first block
-once, and the block for all others. "phases" are seconds of the median block by what they went to, the device waited
-for. Before anything the shape's own pre-flight lines, from files of the right size that hold nothing.
+before and after the blocks as measured (what comes after, mostly writing, in proportion to the bytes of the result),
+the first block once, and the block for all others. "phases" are seconds of the median block by what they went to, the
+device waited for. Before anything the shape's own pre-flight lines, from files of the right size that hold nothing.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def record(options: argparse.Namespace, clock: Clock, whole: float, device: str)
         "seconds_before": round(before, 2),
         "seconds_after": round(after, 2),
         "seconds_measured": round(whole, 2),
-        "whole": round(before + seconds[0] + block * (total - 1) + after * total / options.blocks, 1),
+        "whole": round(before + seconds[0] + block * (total - 1) + after * larger(options), 1),
         "whole_is": "measured" if options.blocks == total else f"extrapolated from {options.blocks} of {total} blocks",
         "phases": {name: round(s, 3) for name, s in clock.spent[typical].items()},
         "peak_host_gb": round(peak_host() / 1e9, 2),
@@ -249,6 +249,14 @@ def record(options: argparse.Namespace, clock: Clock, whole: float, device: str)
         found["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         found["reserved_gpu_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
     return found
+
+
+def larger(options: argparse.Namespace) -> float:
+    """How many times larger the result of all blocks is than the one of those that were made."""
+    shape = SHAPES[options.shape]
+    beside = 2 * 2 * shape["vocab_size"] * shape["hidden_size"]  # embedding and head in bfloat16
+    size = sum(path.stat().st_size for path in (options.work / "out").glob("*.safetensors"))
+    return (beside + (size - beside) / options.blocks * shape["num_hidden_layers"]) / size
 
 
 def peak_host() -> int:

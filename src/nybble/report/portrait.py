@@ -12,6 +12,8 @@ from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 
 BINS = 64
+_PART = 1 << 22
+"""Values counted at once: fewer than float32 can count."""
 SAMPLE = 1024
 """Tokens of an input that are looked at."""
 
@@ -80,9 +82,19 @@ def _histogram(y: Tensor, top: float) -> dict[str, Any]:
     """Counts of 64 bins over -1.25 top .. 1.25 top, values beyond in the last ones; ``clipped``: share above top."""
     edge = 1.25 * top
     flat = y.reshape(-1).nan_to_num()
-    counts = torch.histc(flat.clamp(-edge, edge).float().cpu(), BINS, -edge, edge)
+    counts = torch.zeros(BINS, dtype=torch.int64)
+    for part in flat.split(_PART):
+        counts += _counts(part.clamp(-edge, edge).float(), edge)
     clipped = float((flat.abs() > top).float().mean())
-    return {"edge": edge, "counts": [int(c) for c in counts], "clipped": _short(clipped)}
+    return {"edge": edge, "counts": counts.tolist(), "clipped": _short(clipped)}
+
+
+def _counts(flat: Tensor, edge: float) -> Tensor:
+    """int64 [BINS], on the CPU; counted where the values are, as a large weight takes longer to bring over."""
+    if flat.device.type == "cpu":
+        return torch.histc(flat, BINS, -edge, edge).long()
+    bins = ((flat + edge) * (BINS / (2 * edge))).long().clamp_(0, BINS - 1)  # histc has no deterministic kernel there
+    return torch.bincount(bins, minlength=BINS).cpu()
 
 
 def _short(value: float) -> float:
