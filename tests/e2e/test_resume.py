@@ -106,6 +106,7 @@ EVERY: dict[str, dict[str, Any]] = {
     "nvfp4": {},
     "quarot": {},
     "spinquant": {"effort": "quick"},
+    "k-quants": {"weights": "int4 group=16 scale=least-squares(offset=true)"},
     "zeroquant-fp": {"weights": "float4_e2m1fn group=16 scale=pow2-ratio"},
     "mxfp4": {"weights": "mxfp4 group=16", "activations": "mxfp4-ct group=16"},
     **{name: {"weights": "int4 group=16 symmetric=false"} for name in ("w4a16", "hqq", "awq")},

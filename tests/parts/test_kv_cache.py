@@ -61,12 +61,12 @@ def filled(quantizer: Quantizer | None, x: Tensor, cuts: Sequence[int], residual
 
 
 def accepted() -> list[str]:
-    """Every preset that a cache can have, and LINES."""
+    """Every preset that a cache of heads of 128 can have, and LINES."""
     found = list(LINES)
     for name in PRESETS:
         try:
-            KVFormat.parse(name)
-        except SchemeError:
+            filled(KVFormat.parse(name).keys, states(1), [1])
+        except (SchemeError, GranularityError):
             continue
         found.append(name)
     return found

@@ -59,7 +59,7 @@ def solve(
         w = None if weight is None else weight.expand(blocks.shape)[some.reshape(-1)]
         kept.append(_Fit(x, w, some.shape[1], fmt, rounding, search, unit).run(scales, offsets))
     parts = [torch.cat(column) for column in zip(*kept, strict=True)]
-    scale, offset = torch.empty(count, 1, device=blocks.device), torch.empty(count, 1, device=blocks.device)
+    scale, offset = (torch.empty(count, 1, dtype=torch.float32, device=blocks.device) for _ in range(2))
     scale[groups.reshape(-1)], offset[groups.reshape(-1)] = parts[0], parts[1]
     outer, offset_outer = parts[2][:, 0], parts[3][:, 0]
     return BlockParams(
@@ -183,7 +183,7 @@ class _Fit:
             again = again.clamp(max=0) if self.negative else again
             second = _Level(again, self.weight, offsets, self, negative=self.negative)
         kept = self._state(first, second)
-        best = torch.full((len(self.x) // self.share, 1), torch.inf, device=self.x.device)
+        best = torch.full((len(self.x) // self.share, 1), torch.inf, dtype=torch.float32, device=self.x.device)
         for turn in range(self.search.rounds + 1):
             values = self.values(first.value, None if second is None else second.value)
             error = self.error(values, first.value, None if second is None else second.value)
