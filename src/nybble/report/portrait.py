@@ -83,7 +83,7 @@ def _histogram(y: Tensor, top: float) -> dict[str, Any]:
     edge = 1.25 * top
     flat = y.reshape(-1).nan_to_num()
     counts = torch.zeros(BINS, dtype=torch.int64)
-    for part in flat.split(_PART):
+    for part in torch.split(flat, _PART):
         counts += _counts(part.clamp(-edge, edge).float(), edge)
     clipped = float((flat.abs() > top).float().mean())
     return {"edge": edge, "counts": counts.tolist(), "clipped": _short(clipped)}

@@ -299,7 +299,7 @@ class _Level:
         assert self.format is not None
         if not self.least:
             return code
-        sign = torch.where((wanted < 0) & (self.format.min < 0), -1.0, 1.0)
+        sign = torch.where((wanted < 0) & (self.format.min < 0), -1.0, 1.0).to(wanted.dtype)
         return torch.where(code == 0, self.least * sign, code)
 
     def neighbour(self, direction: int) -> Tensor:
