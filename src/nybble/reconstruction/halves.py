@@ -163,11 +163,8 @@ def halves_of(batch: Batch) -> list[tuple[Batch, float | Tensor]]:
 
 def owners_of(weights: Sequence[FakeWeight]) -> dict[FakeWeight, int]:
     """Which process rounds and moves each: the largest first, each by whoever has least."""
-    owners, busy = dict[FakeWeight, int](), [0] * ranks.size()
-    for weight in sorted(weights, key=lambda w: -w.shape.numel()):
-        owners[weight] = busy.index(min(busy))
-        busy[owners[weight]] += weight.shape.numel()
-    return owners
+    ordered = sorted(weights, key=lambda w: -w.shape.numel())
+    return dict(zip(ordered, ranks.owners([w.shape.numel() for w in ordered]), strict=True))
 
 
 def _learns(weight: FakeWeight) -> bool:

@@ -13,10 +13,13 @@ from nybble.walk.steps import Cost, Load
 def solver_cost(solver: Solver, targets: Sequence[Target], load: Load) -> Cost:
     """Of the targets of one block, or of one that is in no block."""
     solved = [t for t in targets if t.rule.weights is not None]
+    alone = 0
     if any(t.kind.rows_a_sample for t in targets):
         peak = _rows(solved, solver, load)
     else:
-        peak = _moments(solved, solver) + _inputs(solved, solver, load) + _solving(targets, solver)
+        gathered, inputs = _moments(solved, solver), _inputs(solved, solver, load)
+        peak = gathered + inputs
+        alone = max(gathered, _solving(targets, solver, gathered)) + inputs
     tokens = load.samples * load.seq_len
     flops = 0.0
     for target in solved:
@@ -27,7 +30,7 @@ def solver_cost(solver: Solver, targets: Sequence[Target], load: Load) -> Cost:
         flops += solver.flops(*target.shape, most, target.rule.inputs) * target.matrices
     flops += _passes(solved, solver) * sum(_forward(t, load) for t in targets)
     stored = sum(solver.stored_bytes(t.rule.weights, t.shape) * t.matrices for t in solved if t.rule.weights)
-    return Cost(peak=peak, flops=flops, stored=stored)
+    return Cost(peak=peak, alone=alone, flops=flops, stored=stored)
 
 
 def _rows(targets: Sequence[Target], solver: Solver, load: Load) -> int:
@@ -97,11 +100,17 @@ def _inputs(targets: Sequence[Target], solver: Solver, load: Load) -> int:
     return tokens * (kept + 24 * max(widths))
 
 
-def _solving(targets: Sequence[Target], solver: Solver) -> int:
-    """Of weights that are solved together, at most three of one width; experts are solved one by one."""
-    found = [0]
+def _solving(targets: Sequence[Target], solver: Solver, gathered: int) -> int:
+    """Of weights that are solved together, at most three of one width; experts are solved one by one.
+
+    Beside what was gathered, of which the widest inputs' goes first: it is part of what the method works with.
+    """
+    found, widest = [0], max((t.shape[1] for t in targets), default=0)
+    gone = [t for t in targets if t.shape[1] == widest and not t.kind.fused]
     for width in {t.shape[1] for t in targets}:
         rows = sorted((t.shape[0] for t in targets if t.shape[1] == width and not t.kind.fused), reverse=True)[:3]
         rows = rows or [max(t.shape[0] for t in targets if t.shape[1] == width)]
-        found.append(solver.working_bytes(rows, width))
+        reads = [t for t in gone if "second_moment" in solver.needs(t.rule.inputs) and not _later(solver, t)]
+        own = 8 * width**2 if reads else 0
+        found.append(solver.working_bytes(rows, width) + max(0, gathered - own - (4 * width**2 if own else 0)))
     return max(found)
