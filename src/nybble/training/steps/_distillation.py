@@ -90,7 +90,7 @@ class Distillation:
                 torch.autograd.backward(lost)
                 losses.append(lost.detach())
                 counts.append(rows)
-        found = torch.stack(losses).tolist()  # the one time in a step that the device is waited for
+        found: list[float] = torch.stack(losses).tolist()  # the one time in a step that the device is waited for
         for part, loss in zip(parts, found, strict=True):
             if not math.isfinite(loss):
                 raise LearningError(self._failure(part, loss, step))

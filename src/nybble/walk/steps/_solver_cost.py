@@ -19,7 +19,7 @@ def solver_cost(solver: Solver, targets: Sequence[Target], load: Load) -> Cost:
     else:
         gathered, inputs = _moments(solved, solver), _inputs(solved, solver, load)
         peak = gathered + inputs
-        alone = max(gathered, _solving(targets, solver, gathered)) + inputs
+        alone = max(gathered, _solving(targets, solved, solver)) + inputs
     tokens = load.samples * load.seq_len
     flops = 0.0
     for target in solved:
@@ -100,17 +100,16 @@ def _inputs(targets: Sequence[Target], solver: Solver, load: Load) -> int:
     return tokens * (kept + 24 * max(widths))
 
 
-def _solving(targets: Sequence[Target], solver: Solver, gathered: int) -> int:
+def _solving(targets: Sequence[Target], solved: Sequence[Target], solver: Solver) -> int:
     """Of weights that are solved together, at most three of one width; experts are solved one by one.
 
-    Beside what was gathered, of which the widest inputs' goes first: it is part of what the method works with.
+    Beside what was gathered of inputs as wide or narrower, as the widest go first; one is what the method works with.
     """
-    found, widest = [0], max((t.shape[1] for t in targets), default=0)
-    gone = [t for t in targets if t.shape[1] == widest and not t.kind.fused]
+    found = [0]
     for width in {t.shape[1] for t in targets}:
         rows = sorted((t.shape[0] for t in targets if t.shape[1] == width and not t.kind.fused), reverse=True)[:3]
         rows = rows or [max(t.shape[0] for t in targets if t.shape[1] == width)]
-        reads = [t for t in gone if "second_moment" in solver.needs(t.rule.inputs) and not _later(solver, t)]
-        own = 8 * width**2 if reads else 0
-        found.append(solver.working_bytes(rows, width) + max(0, gathered - own - (4 * width**2 if own else 0)))
+        left = [t for t in solved if t.kind.fused or t.shape[1] <= width]
+        own = any(t.shape[1] == width and not t.kind.fused for t in left)
+        found.append(solver.working_bytes(rows, width) + max(0, _moments(left, solver) - 12 * own * width**2))
     return max(found)
