@@ -222,13 +222,13 @@ def test_a_window_larger_than_the_memory_says_how_much(
 
 
 class Weighed(TransformStep):
-    """Holds 1000 bytes of a block, takes 10 while it runs, and does nothing."""
+    """Holds 1000 bytes of a block, takes 10 while it runs it and others when it doesn't, and does nothing."""
 
-    def __init__(self, window: int) -> None:
-        self.window = window
+    def __init__(self, window: int, alone: int = 0) -> None:
+        self.window, self.alone = window, alone
 
     def cost(self, subject: Subject, targets: Any, load: Load) -> Cost:
-        return Cost(held=1000, peak=10)
+        return Cost(held=1000, peak=10, alone=self.alone)
 
 
 @pytest.mark.parametrize(("window", "together"), [(1, 1), (2, 2), (3, 2)])
@@ -246,6 +246,16 @@ def test_an_estimate_counts_the_blocks_that_are_in_memory_together(window: int, 
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     assert found(window).window == together * (block * (2 + 4) + 1000) + 10  # as it is stored, and in float32
     assert found(window).memory - found(1).memory == found(window).window - found(1).window
+
+
+def test_what_is_needed_when_no_block_runs_does_not_add_up_with_what_a_block_needs() -> None:
+    model = tiny_model(dtype=torch.float32)
+    adapter = adapter_for(model)
+    plan = make_plan(model, adapter, parse_scheme(SCHEME), make_solver("rtn", {}))
+    subject = Subject(model=model, adapter=adapter, plan=plan)
+    load = Load(samples=4, seq_len=16, batch=2, dtype=torch.float32, source_bytes=4)
+    found = [estimate(subject, [Weighed(1, alone)], load, 1e9).window for alone in (0, 5, 10**9, 10**9 + 7)]
+    assert found[0] == found[1] < 10**9 < found[2] == found[3] - 7
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from torch.multiprocessing.spawn import spawn
 import nybble
 from nybble.core.errors import DataError, NybbleError, UsageError
 from nybble.reconstruction import halves
+from nybble.report import record
 from nybble.solvers.gptq import Gptq
 
 SIZES = {"samples": 10, "seq_len": 24, "batch": 2}  # five batches: three for one of two processes
@@ -143,6 +144,27 @@ def test_every_process_holds_a_result_in_memory(folder: Path, tmp_path: Path) ->
     torch.set_num_threads(threads)
     one = (tmp_path / "one.json").read_text()
     assert [(tmp_path / "more" / f"{rank}.json").read_text() == one for rank in range(2)] == [True, True]
+
+
+def _noting_rows(folder: Path, out: Path) -> None:
+    """Which rows a process makes of its own."""
+    made, plain = list[str](), record._row
+
+    def noted(state: Any, name: str, known: Any) -> Any:
+        made.append(f"{state.prefix}{name}")
+        return plain(state, name, known)
+
+    record._row = noted  # the process ends with this
+    ids = torch.randint(3, 50, (6, 12), generator=torch.Generator().manual_seed(2))
+    _, report = nybble.quantize(tiny_model(), RECIPES["gptq"], ids, settings={"batch": 2})
+    (out / f"{dist.get_rank()}.json").write_text(json.dumps([made, [row.name for row in report.layers]]))
+
+
+def test_each_row_is_made_by_one(folder: Path, tmp_path: Path) -> None:
+    start(2, folder, tmp_path / "rows", "_noting_rows")
+    (mine, rows), (yours, same) = (json.loads((tmp_path / "rows" / f"{rank}.json").read_text()) for rank in range(2))
+    assert rows == same
+    assert mine and yours and sorted(mine + yours) == sorted(rows)
 
 
 def _failing(folder: Path, out: Path) -> None:

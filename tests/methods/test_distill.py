@@ -19,6 +19,7 @@ from nybble.checkpoint.parts import Parts
 from nybble.core.errors import DataError, LearningError, ModelError, SchemeError
 from nybble.core.seeds import generator
 from nybble.learned._of_packed import learn_scales
+from nybble.learned.frozen_codes import Frozen
 from nybble.nn.packed import Packed
 from nybble.pipelines import finished
 from nybble.pipelines.report import collect
@@ -30,7 +31,8 @@ from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe, parse_recipe
 from nybble.report.learning import windows_of
 from nybble.report.page import render
-from nybble.training.steps import Preparation, make_train_step
+from nybble.training.steps import Preparation, _teaching, make_train_step
+from nybble.training.steps._adam import Adam
 
 TWO = "int2 group=16 symmetric=false"
 LINES = (
@@ -233,6 +235,79 @@ def test_gradients_add_up_over_parts_of_a_batch() -> None:
         torch.testing.assert_close(one[name].dequantize(), whole[name].dequantize(), rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("line", [TWO, "nf4 flat=64 scale_format=(dynamic8 flat=32 center=mean)", "binary channel"])
+def test_weights_are_made_once_a_step(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all may be there: whatever the parts of a batch, once a step and once a look; else the same scales."""
+    scheme = {"weights": line}
+    calls = []
+    plain_estimate = Frozen.estimate
+
+    def counted(self: Frozen, x: Tensor) -> Tensor:
+        calls.append(self)
+        return plain_estimate(self, x)
+
+    monkeypatch.setattr(Frozen, "estimate", counted)
+    settings: dict[str, Any] = {"scheme": scheme, "solver": "rtn", "micro": 2, "steps": 3, "every": 3}
+    once = packs(run(recipe(**settings))[0])
+    assert len(calls) == (3 + 2) * len(once)  # steps and looks
+    calls.clear()
+    anew = packs(run(recipe(**settings, dense_gb=0.0))[0])
+    assert len(calls) > 3 * 4 * len(anew)
+    for name in once:
+        torch.testing.assert_close(once[name].dequantize(), anew[name].dequantize(), rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_its_own_gradient_is_autograds(line: str) -> None:
+    """Bit for bit that of the quantizer's differentiable form, which keeps every step."""
+    quantizer = Quantizer(line)
+    packed, pull = quantizer.quantize(matrix()), matrix(5)
+    learned = learn_scales(packed, [quantizer])
+    if not isinstance(learned, Frozen):
+        pytest.skip("its scales don't learn by themselves")
+    x, found = torch.zeros(()).expand(32, 64), []
+    blocks = quantizer.granularity.to_blocks(learned.codes)
+    for values in (learned.estimate(x), quantizer.soft(x, learned.params(), lambda _, grid: grid.decode(blocks))):
+        gradients = torch.autograd.grad((values * pull).sum(), list(learned.groups()["scales"]))
+        found.append((values, *gradients))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_adam_is_torchs(share: float) -> None:
+    """With a rate for every tensor, one of which gets no gradient at times."""
+    draws = torch.Generator().manual_seed(0)
+    mine = [nn.Parameter(torch.randn(n, 3, generator=draws)) for n in (2, 5, 7)]
+    theirs = [nn.Parameter(p.detach().clone()) for p in mine]
+    rates = [1e-3, 3e-2, 0.5]
+    adam = Adam(mine, rates)
+    other = torch.optim.Adam([{"params": [p], "lr": r * share} for p, r in zip(theirs, rates, strict=True)])
+    for step in range(5):
+        for number, (p, q) in enumerate(zip(mine, theirs, strict=True)):
+            grad = None if number == 1 and step in (0, 3) else torch.randn(p.shape, generator=draws)
+            p.grad, q.grad = grad, None if grad is None else grad.clone()
+        adam.step(share)
+        other.step()
+        assert all(torch.equal(p, q) for p, q in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("loss", ["kl", "mse"])
+def test_what_the_float_network_gives_is_kept_where_it_fits(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run once over all samples then, and the same is learned; refused room, it runs at every step."""
+    made, found = [], []
+    plain_wanted = _teaching._wanted
+    monkeypatch.setattr(_teaching, "_wanted", lambda *given: made.append(1) or plain_wanted(*given))
+    for most in (0.0, 1.0):
+        monkeypatch.setattr(_teaching, "_float_bytes", lambda _: 0)
+        made.clear()
+        model, report = run(recipe(solver="rtn", loss=loss, micro=2, steps=4, every=4, logits_gb=most))
+        found.append((len(made), packs(model)))
+        assert entry(report)["steps"] == 4
+    assert found[1][0] == 16 // 2 < found[0][0]
+    for name, packed in found[0][1].items():
+        torch.testing.assert_close(packed.dequantize(), found[1][1][name].dequantize(), rtol=2e-3, atol=1e-4)
+
+
 def test_never_worse_on_samples_held_back() -> None:
     """Rates that ruin everything: what the solver left, bit for bit, and the report says so."""
     made = recipe(rates={"default": 10.0}, what=["scales", "norms", "biases"])
@@ -402,7 +477,7 @@ def test_no_number_stops_with_what_was_done_on_disk(tmp_path: Path, monkeypatch:
         ({"what": []}, "names each of scales, norms, biases once"), ({"rates": {"norms": 1e-3}}, "rates names 'norms'"),
         ({"batch": 8, "micro": 3}, "no multiple"), ({"held": 1.0}, "neither 0 nor 1"), ({"every": 0}, "1 or more"),
         ({"loss": "nll", "top_k": 4}, "for loss: kl"), ({"temperature": 0.0}, "more than 0"),
-        ({"steps": -1}, "0 or more"),
+        ({"steps": -1}, "0 or more"), ({"dense_gb": -1.0}, "dense_gb=-1 is 0 or more"),
     ],
 )  # fmt: skip
 def test_options_that_mean_nothing(options: dict[str, Any], said: str) -> None:

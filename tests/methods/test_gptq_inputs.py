@@ -35,6 +35,24 @@ from nybble.walk.steps.solver import SolverStep
 ROWS, COLUMNS, TOKENS = 12, 16, 400
 
 
+def test_the_widest_inputs_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the largest second moment is let go of before the others' work begins."""
+    widths, plain = list[int](), Gptq.solve
+
+    def noted(self: Gptq, weights: Any, stats: Stats) -> Any:
+        widths.append(weights[0].matrix.shape[1])
+        return plain(self, weights, stats)
+
+    monkeypatch.setattr(Gptq, "solve", noted)
+    ids = torch.randint(3, 50, (6, 12), generator=torch.Generator().manual_seed(2))
+    model = tiny_model()
+    nybble.quantize(model, "gptq", ids, settings={"batch": 2}, weights="int4 group=16")
+    blocks, groups = len(model.model.layers), 4
+    assert len(widths) == blocks * groups
+    for start in range(0, len(widths), groups):
+        assert widths[start] == model.config.intermediate_size > max(widths[start + 1 : start + groups])
+
+
 def layer(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """A weight, the float inputs, and what a lossy network in front makes of them; all float64."""
     generator = torch.Generator().manual_seed(seed)

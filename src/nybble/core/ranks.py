@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import os
 import pickle  # noqa: TID251  (between processes of one run, as torch.distributed's own; never a file)
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -114,6 +114,19 @@ def tag() -> str:
 def share(count: int) -> range:
     """Which of ``count`` things this rank takes: neighbours, as many as the others do."""
     return range(count * number() // size(), count * (number() + 1) // size())
+
+
+def owners(costs: Sequence[float]) -> list[int]:
+    """Which rank takes each of some things: the dearest first, each by whoever has least to do.
+
+    Args:
+        costs: of each, in any unit.
+    """
+    found, busy = [0] * len(costs), [0.0] * size()
+    for place in sorted(range(len(costs)), key=lambda n: -costs[n]):
+        found[place] = busy.index(min(busy))
+        busy[found[place]] += costs[place]
+    return found
 
 
 def gather(value: T) -> list[T]:

@@ -15,6 +15,7 @@ two), with the gradient straight through; the outer scale of nested ones stays.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from nybble.learned._held import Held, check_own_scales
 from nybble.ops.grid import Grid, straight_through
 from nybble.qtensor import QTensor, QuantParams
 from nybble.quantizer import Quantizer
+from nybble.soft import grid_of, through, unscaled
 
 _TINY = 2.0**-126
 
@@ -49,10 +51,17 @@ class Frozen(Learned):
         assert isinstance(params.scale, Tensor)
         raw, rule = params.scale.detach(), self.quantizer.scale
         kept = rule.allowed(raw)
+        if kept is raw:  # any will do
+            return params
         kept = torch.where(torch.isfinite(kept), kept, rule.allowed(raw.clamp_min(_TINY)))  # no power of two below zero
         return replace(params, scale=straight_through(kept, params.scale))
 
-    def estimate(self, x: Tensor) -> Tensor:  # noqa: D102
+    def estimate(self, x: Tensor) -> Tensor:
+        """Values of the codes, of the shape and dtype of ``x``; no large tensor is kept for the gradient."""
+        if self.quantizer.format.has_zero and x.numel():
+            params = through(self.quantizer, self.params())
+            made: Tensor = _Scaled.apply(self, params, tuple(x.shape), params.scale, params.offset)  # type: ignore[no-untyped-call]
+            return made.to(x.dtype)
         codes = self.quantizer.granularity.to_blocks(self.codes)
 
         def decided(y: Tensor, grid: Grid) -> Tensor:
@@ -65,6 +74,41 @@ class Frozen(Learned):
 
     def groups(self) -> dict[str, list[nn.Parameter]]:  # noqa: D102
         return {"scales": list(self.held.parameters())}
+
+    def values(self, params: QuantParams, shape: tuple[int, ...]) -> Tensor:
+        """What the codes stand for, zero points taken off: float32 [blocks, elements]."""
+        return grid_of(self.quantizer, params, shape).decode(self.quantizer.granularity.to_blocks(self.codes))
+
+
+class _Scaled(torch.autograd.Function):
+    """``s v + o``, where v is decoded again for the gradient instead of being kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, frozen: Frozen, params: QuantParams, shape: tuple[int, ...], scale: Tensor, offset: Tensor | None
+    ) -> Tensor:
+        plain = replace(params, scale=scale, offset=offset)
+        ctx.frozen, ctx.shape, ctx.params = frozen, shape, QuantParams(None, params.zero_point, grid=params.grid)
+        ctx.shapes = scale.shape, None if offset is None else offset.shape
+        granularity = frozen.quantizer.granularity
+        return granularity.from_blocks(unscaled(frozen.values(plain, shape), plain, granularity, shape), shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        by_scale, by_offset = None, None
+        asked, blocks = ctx.needs_input_grad[3:], ctx.frozen.quantizer.granularity.to_blocks(grads[0])
+        if asked[0]:
+            moved = blocks * ctx.frozen.values(ctx.params, ctx.shape)
+            by_scale = _sums(moved, ctx.shapes[0])
+        if asked[1]:
+            by_offset = _sums(blocks, ctx.shapes[1])
+        return None, None, None, by_scale, by_offset
+
+
+def _sums(blocks: Tensor, shape: torch.Size) -> Tensor:
+    """Of each block, or of all where they share one number."""
+    found = blocks.sum(1) if shape.numel() > 1 or len(blocks) == 1 else blocks.sum()
+    return found.reshape(shape)
 
 
 @dataclass(frozen=True, kw_only=True)

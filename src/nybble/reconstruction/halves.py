@@ -67,7 +67,7 @@ class Halves:
             batch: whole.
             products: the precision of forwards.
         """
-        dense = {weight: self._dense(weight, dtype) for weight, dtype in self.dtypes.items()}
+        dense = self._dense()
         leaves = {w: made.detach().requires_grad_(_learns(w)) for w, made in dense.items()}
         parts = halves_of(batch)
         place = ranks.number() % len(parts)
@@ -85,20 +85,33 @@ class Halves:
             for weight in leaves:
                 weight.instead = None
         counts = ranks.number() < len(parts)  # a third process did what another does
+        gradients = {}
         for weight, leaf in leaves.items():
             if _learns(weight):
                 own = leaf.grad if leaf.grad is not None and counts else torch.zeros_like(leaf)
                 gradient = ranks.summed(own, self.owners[weight])
                 if self.owns(weight):
-                    dense[weight].backward(gradient)  # type: ignore[no-untyped-call]
+                    gradients[weight] = gradient
+                del own, gradient
+                leaf.grad = None
+        for weight, gradient in gradients.items():  # all sums are there: no process waits for another's roundings
+            dense[weight].backward(gradient)  # type: ignore[no-untyped-call]
         assert total is not None
         return total if counts else torch.zeros_like(total)
 
-    def _dense(self, weight: FakeWeight, dtype: torch.dtype) -> Tensor:
-        """A weight as its owner rounds it; there with what its gradient needs."""
-        mine = self.owns(weight)
-        made = weight.dense(dtype) if mine else torch.empty(weight.shape, dtype=dtype, device=weight.latent.device)
-        ranks.from_rank(made.detach(), self.owners[weight])
+    def _dense(self) -> dict[FakeWeight, Tensor]:
+        """Every weight as its owner rounds it; there with what its gradient needs.
+
+        All roundings come before anything is told: told one by one, each would wait for those of the other processes.
+        """
+        made = {
+            weight: weight.dense(dtype)
+            if self.owns(weight)
+            else torch.empty(weight.shape, dtype=dtype, device=weight.latent.device)
+            for weight, dtype in self.dtypes.items()
+        }
+        for weight, tensor in made.items():
+            ranks.from_rank(tensor.detach(), self.owners[weight])
         return made
 
 
@@ -163,11 +176,8 @@ def halves_of(batch: Batch) -> list[tuple[Batch, float | Tensor]]:
 
 def owners_of(weights: Sequence[FakeWeight]) -> dict[FakeWeight, int]:
     """Which process rounds and moves each: the largest first, each by whoever has least."""
-    owners, busy = dict[FakeWeight, int](), [0] * ranks.size()
-    for weight in sorted(weights, key=lambda w: -w.shape.numel()):
-        owners[weight] = busy.index(min(busy))
-        busy[owners[weight]] += weight.shape.numel()
-    return owners
+    ordered = sorted(weights, key=lambda w: -w.shape.numel())
+    return dict(zip(ordered, ranks.owners([w.shape.numel() for w in ordered]), strict=True))
 
 
 def _learns(weight: FakeWeight) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nybble.calibration.block import BlockState, Record
 from nybble.calibration.error import relative_error
+from nybble.core import ranks
 from nybble.nn.kinds import quant_modules
 from nybble.nn.packed import Packed
 from nybble.qtensor import Factored, QTensor, dense
@@ -18,6 +19,7 @@ from nybble.qtensor.block import BlockQTensor
 from nybble.qtensor.low_rank_sum import LowRankSum
 from nybble.quantizer import Quantizer
 from nybble.report.portrait import input_picture, weight_picture
+from nybble.rounding import get_rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +71,19 @@ class LayerRow:
 
 
 def block_rows(state: BlockState) -> list[LayerRow]:
-    """The rows of a finished block, from the records of its targets and the modules that are really there."""
-    return [_row(state, name, record) for name, record in state.records.items()]
+    """The rows of a finished block, from the records of its targets and the modules that are really there.
+
+    Several processes share them. Where something would be drawn (of a stochastic rounding), each makes all, as the
+    draws of one row go on from those of the one before.
+    """
+    records = list(state.records.items())
+    draws = any(get_rounding(q.rounding).stochastic for _, r in records for q in (r.quantizer, r.inputs[0]) if q)
+    if draws or ranks.size() == 1:
+        return [_row(state, name, record) for name, record in records]
+    owners = ranks.owners([math.prod(record.target.shape) for _, record in records])
+    mine = {n: _row(state, *records[n]) for n, owner in enumerate(owners) if owner == ranks.number()}
+    made = {n: row for each in ranks.gather(mine) for n, row in each.items()}
+    return [made[number] for number in range(len(records))]
 
 
 def described_rows(model: nn.Module) -> list[LayerRow]:

@@ -167,6 +167,7 @@ class Gptq(Solver):
         energy = second.diagonal(dim1=-2, dim2=-1) if self.clip else None
         grids = [_Grid(weight, energy) for weight in targets]
         rounded = self._visit(grids, upper, order) if upper.dim() == 2 else self._visit_groups(grids, upper)
+        del factor, upper  # as large as the second moment
         solved = []
         for grid, columns, measure, base, base_error in zip(grids, rounded, errors, plain, plain_errors, strict=True):
             found = grid.finish(columns)
@@ -212,7 +213,6 @@ class Gptq(Solver):
         ordered = diagonal if order is None else diagonal[order]
         mean = ordered.mean(-1)
         damping = torch.full_like(mean, self.damping)
-        identity = torch.eye(diagonal.shape[-1], dtype=diagonal.dtype, device=diagonal.device)
         for attempt in range(4):
             # With its rows and columns reversed, H = M M^T for an upper M, and H^-1 = U^T U for U = M^-1: no inverse,
             # and one factorisation less than chol(H^-1). As few as can be of these matrices are there at once.
@@ -221,10 +221,11 @@ class Gptq(Solver):
             failed = info != 0
             m = reversed_lower.flip(-2, -1)
             del reversed_lower
+            identity = torch.eye(diagonal.shape[-1], dtype=diagonal.dtype, device=diagonal.device)
             if bool(failed.any()):
                 m = torch.where(failed[..., None, None], identity, m)
             upper = torch.linalg.solve_triangular(m, identity.expand_as(m), upper=True)
-            del m
+            del m, identity
             failed = failed | ~torch.isfinite(upper).all(-1).all(-1)
             if not bool(failed.any()):
                 if attempt:
@@ -254,8 +255,10 @@ class Gptq(Solver):
 
         Works on the transpose, so that a column is contiguous.
         """
-        left = torch.cat([grid.matrix for grid in grids]).T.contiguous()
         spans = _stack(grids)
+        for grid in grids:
+            grid.let_go()
+        left = torch.cat([grid.matrix for grid in grids]).T.contiguous()
         if order is not None:
             left, spans = left[order], [span.ordered(order) for span in spans]
         columns = left.shape[0]
@@ -271,10 +274,12 @@ class Gptq(Solver):
             )
             if stop < columns:
                 left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+        del left, spans
         if order is not None:
             back = torch.empty_like(result)
             back[order] = result
             result = back
+            del back
         ends = torch.tensor([grid.matrix.shape[0] for grid in grids]).cumsum(0).tolist()
         return [
             result[:, end - grid.matrix.shape[0] : end].T.contiguous() for grid, end in zip(grids, ends, strict=True)
@@ -344,6 +349,10 @@ class _Grid:
             value = getattr(self, name)
             setattr(made, name, None if value is None else value[:, rows].contiguous())
         return made
+
+    def let_go(self) -> None:
+        """Of what was spread over the columns, which is as large as the weight; :meth:`finish` reads none of it."""
+        self.scale = self.zero = self.offset = None
 
     @property
     def kind(self) -> tuple[object, ...]:

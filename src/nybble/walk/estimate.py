@@ -56,9 +56,12 @@ def estimate(subject: Subject, steps: Sequence[BlockStep], load: Load, flops: fl
     costs = [_block_cost(subject, steps, targets, load) for targets in plan.blocks]
     at_once = min(load.window, len(blocks))
     window = at_once * (block + max(cost.held for cost in costs))
-    work = max(_seeing(model, targets, load) + cost.peak for targets, cost in zip(plan.blocks, costs, strict=True))
+    work = max(
+        max(_seeing(model, targets, load) + cost.peak, cost.alone)
+        for targets, cost in zip(plan.blocks, costs, strict=True)
+    )
     costs_behind = [_block_cost(subject, steps, [t], load) for t in plan.outside]
-    behind = max((cost.peak for cost in costs_behind), default=0)
+    behind = max((max(cost.peak, cost.alone) for cost in costs_behind), default=0)
     reading = 2 * max(outside, default=0) * load.source_bytes
     reading = max(reading, *(step.outside_bytes(subject, load) for step in steps))
     own = getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0) or 0  # what each block reads alone
@@ -92,6 +95,7 @@ def _block_cost(subject: Subject, steps: Sequence[BlockStep], targets: Sequence[
     return Cost(
         held=sum(cost.held for cost in costs),
         peak=max((cost.peak for cost in costs), default=0),
+        alone=max((cost.alone for cost in costs), default=0),
         flops=sum(cost.flops for cost in costs),
         stored=sum(cost.stored for cost in costs),
     )

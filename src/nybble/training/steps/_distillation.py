@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nybble.core.curve import curve, short
 from nybble.core.errors import LearningError
@@ -15,6 +16,7 @@ from nybble.core.keeping import Best
 from nybble.core.progress import Progress, task
 from nybble.core.seeds import generator
 from nybble.training.steps import MODEL, Student
+from nybble.training.steps._adam import Adam
 from nybble.training.steps._student import Learners
 from nybble.training.steps._teaching import Teaching
 
@@ -38,14 +40,14 @@ class Distillation:
         self.options, self.student, self.lessons, self.learners = options, student, lessons, learners
         self.progress, self.parameters = progress, learners.parameters()
         default = options.rates.get("default", DEFAULT_RATE)
-        groups = []
+        rates = []
         for kind, parameters in learners.groups().items():
             rate = options.rates.get(kind, default)
             for parameter in parameters:
                 size = float(parameter.detach().abs().mean()) if options.relative else 1.0
-                groups.append({"params": [parameter], "lr": rate * (size or 1.0)})
-        self.optimizer = torch.optim.Adam(groups)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._share)
+                rates.append(rate * (size or 1.0))
+        self.optimizer = Adam(self.parameters, rates)
+        self.once = learners.dense_bytes() <= options.dense_gb * 1e9
 
     def train(self, numbers: Sequence[int], held: Sequence[int]) -> dict[str, Any]:
         """Move what learns, and end in the best state; what the report says of it."""
@@ -78,30 +80,38 @@ class Distillation:
 
     def _step(self, batch: Sequence[int], step: int) -> float:
         """One step of the optimizer; the batch's loss before it."""
-        self.optimizer.zero_grad(set_to_none=True)
-        total, count = 0.0, 0.0
-        for part in self._parts(batch):
-            with self._precision():
-                lost, rows = self.lessons.lost(part)
-            found = float(lost.detach())
-            if not math.isfinite(found):
-                raise LearningError(self._failure(part, found, step))
-            torch.autograd.backward(lost)
-            total, count = total + found, count + rows
         for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad.div_(max(count, 1e-20))
+            parameter.grad = None
+        parts, losses, counts = self._parts(batch), list[Tensor](), list[float | Tensor]()
+        with self._weights():
+            for part in parts:
+                with self._precision():
+                    lost, rows = self.lessons.lost(part)
+                torch.autograd.backward(lost)
+                losses.append(lost.detach())
+                counts.append(rows)
+        found: list[float] = torch.stack(losses).tolist()  # the one time in a step that the device is waited for
+        for part, loss in zip(parts, found, strict=True):
+            if not math.isfinite(loss):
+                raise LearningError(self._failure(part, loss, step))
+        count = max(sum(map(float, counts)), 1e-20)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        torch._foreach_div_(gradients, count)
         if self.options.max_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.options.max_norm)
-        self.optimizer.step()
-        self.schedule.step()
-        return total / max(count, 1e-20)
+        self.optimizer.step(self._share(step))
+        return sum(found) / count
+
+    def _weights(self) -> AbstractContextManager[None]:
+        """Dense weights once for all parts, where they may all be there."""
+        return self.learners.made() if self.once else nullcontext()
 
     @torch.no_grad()
     def _judged(self, held: Sequence[int]) -> float:
         """The mean loss of the samples that are held back; infinite where it is no number."""
-        found = [self.lessons.lost(part) for part in self._parts(held)]
-        total = sum(float(lost) for lost, _ in found) / max(sum(rows for _, rows in found), 1e-20)
+        with self._weights():
+            found = [self.lessons.lost(part) for part in self._parts(held)]
+        total = sum(float(lost) for lost, _ in found) / max(sum(float(rows) for _, rows in found), 1e-20)
         return total if math.isfinite(total) else math.inf
 
     def _parts(self, numbers: Sequence[int]) -> list[Sequence[int]]:
@@ -112,7 +122,7 @@ class Distillation:
         """Of products in a training step."""
         parameter = next(self.student.model.parameters())
         wanted = self.options.precision == "bfloat16" and parameter.dtype == torch.float32
-        # no cache: weights are made anew in every forward
+        # no cache: weights may be made anew in every forward
         return torch.autocast(parameter.device.type, torch.bfloat16, enabled=wanted, cache_enabled=False)
 
     def _share(self, step: int) -> float:

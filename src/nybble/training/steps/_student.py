@@ -33,9 +33,37 @@ class LearningScales(Packed):
     def __init__(self, base: Packed, learned: Learned) -> None:
         super().__init__(base.qtensor(), base.dtype)
         self.learned = learned
+        known = set() if base.dtype is None else {base.dtype}
+        self._asked, self._used = {True: known, False: known}, set[torch.dtype]()
+        self._made: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def forward(self, dtype: torch.dtype) -> Tensor:
-        """The weight in ``dtype``, with gradients to its scales."""
+        """The weight in ``dtype``, with gradients to its scales, or to what :meth:`make` made."""
+        self._used.add(dtype)
+        made = self._made.get(dtype)
+        return self._weight(dtype) if made is None else made[1]
+
+    def make(self) -> None:
+        """Make the weight once for all forwards until :meth:`let_go`: where gradients are wanted, as leaves."""
+        learns, self._used = torch.is_grad_enabled(), set()
+        for dtype in self._asked[learns]:
+            weight = self._weight(dtype)
+            self._made[dtype] = weight, weight.detach().requires_grad_(learns)
+
+    def let_go(self) -> None:
+        """What came to the leaves goes on to the scales."""
+        for weight, leaf in self._made.values():
+            if leaf.grad is not None:
+                weight.backward(leaf.grad)  # type: ignore[no-untyped-call]
+        if self._used:  # the next time in these: a product's precision may be another than the model's
+            self._asked[torch.is_grad_enabled()] = self._used
+        self._made = {}
+
+    def forget(self) -> None:
+        """Let go of it without that."""
+        self._made = {}
+
+    def _weight(self, dtype: torch.dtype) -> Tensor:
         return self.learned.estimate(self._shape_alone()).to(dtype)
 
     def _shape_alone(self) -> Tensor:
@@ -101,6 +129,24 @@ class Learners:
     def parameters(self) -> list[nn.Parameter]:
         """All of them."""
         return [parameter for parameters in self.groups().values() for parameter in parameters]
+
+    def dense_bytes(self) -> int:
+        """Of all dense weights, with a gradient to each."""
+        sizes = [w.shape.numel() * (w.dtype or torch.float32).itemsize for w in self.scales.values()]
+        return 2 * sum(sizes)
+
+    @contextmanager
+    def made(self) -> Iterator[None]:
+        """Inside, dense weights are made once, and gradients add up in them; behind it they have gone to the scales."""
+        try:
+            for weight in self.scales.values():
+                weight.make()
+            yield
+            for weight in self.scales.values():
+                weight.let_go()
+        finally:
+            for weight in self.scales.values():
+                weight.forget()
 
     def settle(self) -> dict[str, tuple[float, float, float]]:
         """Put what was learned in place, as it is stored; ratios of scales, by weight."""

@@ -16,8 +16,8 @@ be stored, with the gradient straight through (:mod:`nybble.learned.frozen_codes
 file will hold. Activation quantizers are in place, with the gradient straight through where nothing is clipped.
 
 Some samples are held back. The state that is kept is the one that loses least on these, that of the start among them:
-nothing gets worse there. Memory: the blocks' inputs of one forward, one block's dense weights, logits; beside the
-quantized network and the float one.
+nothing gets worse there. Memory: the blocks' inputs of one forward, logits, dense weights once a step (of one block
+where all would be too much); beside the quantized network and the float one.
 
 Where we differ: Adam, and rates as shares of a tensor's mean magnitude (``relative``), so that one serves layers and
 formats of all sizes; EfficientQAT's are absolute, and its gradients are cut at 0.3 (``max_norm``).
@@ -52,7 +52,7 @@ class Distill(Finish):
         loss: ``kl`` to the float network's logits, ``nll`` of the data's next tokens, or ``mse`` of what the model
             gives.
         temperature: of ``kl``'s distributions. top_k: how many of the float network's logits are kept for each row, of
-            one run of it; 0: all, in a run at every step.
+            one run of it; 0: all, in a run at every step unless they are kept (``logits_gb``).
         steps: of the optimizer; 0 turns the step off.
         rates: learning rate by what learns, and ``default`` for the rest.
         relative: rates are shares of each tensor's mean magnitude.
@@ -62,6 +62,11 @@ class Distill(Finish):
         batch: samples a step. micro: samples of them in one forward (0: as many as give up to a gigabyte of logits);
             gradients add up.
         held: the share of the samples that is held back, one at least. every: steps between two looks at these.
+        dense_gb: gigabytes that the dense weights of all layers, and the gradients to them, may take together; they
+            are then made once a step, and gradients of its forwards add up in the weights' dtype. In a larger network
+            they are made in every forward, for a block at a time.
+        logits_gb: gigabytes that what the float network gives to all samples may take on the device; it is run once
+            then, and let go of. What takes no more than the float network itself is kept in any case.
         patience: looks without a gain after which it ends; 0: never.
         precision: ``bfloat16`` computes the products of a float32 model's training steps in it; ``model`` leaves them.
         samples: how many there are, of a SRC that has as many; 0: those of the calibration.
@@ -80,6 +85,8 @@ class Distill(Finish):
     batch: int = 8
     micro: int = 0
     held: float = 0.125
+    dense_gb: float = 16.0
+    logits_gb: float = 0.0
     every: int = 20
     patience: int = 0
     precision: Literal["model", "bfloat16"] = "model"
@@ -101,6 +108,9 @@ class Distill(Finish):
                 f"distill: warmup={self.warmup:g}, final={self.final:g}, held={self.held:g} are shares; held is "
                 "neither 0 nor 1."
             )
+        for name in ("dense_gb", "logits_gb"):
+            if getattr(self, name) < 0:
+                raise SchemeError(f"distill: {name}={getattr(self, name):g} is 0 or more gigabytes.")
         self._check_loss()
 
     def _check_loss(self) -> None:
@@ -119,8 +129,10 @@ class Distill(Finish):
         return not self.steps
 
     def working_bytes(self, elements: int, dtype: torch.dtype) -> int:
-        """The float network, codes and their unpacked copy, scales of 16 weights each with gradients and moments."""
-        return elements * ((0 if self.loss == "nll" else dtype.itemsize) + 3)
+        """The float network, codes and their unpacked copy, scales of 16 weights each with moments, what is kept."""
+        dense = 2 * elements * dtype.itemsize
+        kept = int(1e9 * self.logits_gb) + (dense if dense <= 1e9 * self.dense_gb else 0)
+        return elements * ((0 if self.loss == "nll" else dtype.itemsize) + 3) + kept
 
     def run(self, student: Student, progress: Progress) -> Finished:  # noqa: D102
         order = torch.randperm(student.samples, generator=generator(student.seed, "distill", "held")).tolist()
@@ -132,7 +144,7 @@ class Distill(Finish):
             )
         torch.manual_seed(derive_seed(student.seed, "distill"))  # stochastic roundings of activations draw from it
         options = self if self.micro else replace(self, micro=at_once(student, self.batch))
-        lessons = Teaching.of(student, self.loss, self.temperature, self.top_k, options.micro)
+        lessons = Teaching.of(student, options)
         learners = Learners(student.model, student.weights, self.what)
         try:
             if not learners.parameters():

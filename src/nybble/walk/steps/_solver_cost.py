@@ -13,10 +13,13 @@ from nybble.walk.steps import Cost, Load
 def solver_cost(solver: Solver, targets: Sequence[Target], load: Load) -> Cost:
     """Of the targets of one block, or of one that is in no block."""
     solved = [t for t in targets if t.rule.weights is not None]
+    alone = 0
     if any(t.kind.rows_a_sample for t in targets):
         peak = _rows(solved, solver, load)
     else:
-        peak = _moments(solved, solver) + _inputs(solved, solver, load) + _solving(targets, solver)
+        gathered, inputs = _moments(solved, solver), _inputs(solved, solver, load)
+        peak = gathered + inputs
+        alone = max(gathered, _solving(targets, solved, solver)) + inputs
     tokens = load.samples * load.seq_len
     flops = 0.0
     for target in solved:
@@ -27,7 +30,7 @@ def solver_cost(solver: Solver, targets: Sequence[Target], load: Load) -> Cost:
         flops += solver.flops(*target.shape, most, target.rule.inputs) * target.matrices
     flops += _passes(solved, solver) * sum(_forward(t, load) for t in targets)
     stored = sum(solver.stored_bytes(t.rule.weights, t.shape) * t.matrices for t in solved if t.rule.weights)
-    return Cost(peak=peak, flops=flops, stored=stored)
+    return Cost(peak=peak, alone=alone, flops=flops, stored=stored)
 
 
 def _rows(targets: Sequence[Target], solver: Solver, load: Load) -> int:
@@ -97,11 +100,16 @@ def _inputs(targets: Sequence[Target], solver: Solver, load: Load) -> int:
     return tokens * (kept + 24 * max(widths))
 
 
-def _solving(targets: Sequence[Target], solver: Solver) -> int:
-    """Of weights that are solved together, at most three of one width; experts are solved one by one."""
+def _solving(targets: Sequence[Target], solved: Sequence[Target], solver: Solver) -> int:
+    """Of weights that are solved together, at most three of one width; experts are solved one by one.
+
+    Beside what was gathered of inputs as wide or narrower, as the widest go first; one is what the method works with.
+    """
     found = [0]
     for width in {t.shape[1] for t in targets}:
         rows = sorted((t.shape[0] for t in targets if t.shape[1] == width and not t.kind.fused), reverse=True)[:3]
         rows = rows or [max(t.shape[0] for t in targets if t.shape[1] == width)]
-        found.append(solver.working_bytes(rows, width))
+        left = [t for t in solved if t.kind.fused or t.shape[1] <= width]
+        own = any(t.shape[1] == width and not t.kind.fused for t in left)
+        found.append(solver.working_bytes(rows, width) + max(0, _moments(left, solver) - 12 * own * width**2))
     return max(found)

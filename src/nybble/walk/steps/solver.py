@@ -94,7 +94,8 @@ class SolverStep(BlockStep):
         stages = [[number] for number in range(len(seen.groups))] if seen.later else [list(range(len(seen.groups)))]
         for numbers in stages:
             mine: dict[int, list[Solved]] = {}
-            for number in numbers:
+            # the widest input first: its second moment is let go of before the others' weights are copied
+            for number in sorted(numbers, key=lambda n: -seen.groups[n].members[0].shape[1]):
                 group = seen.groups[number]
                 window.seed(f"{phase} {group.leader}".strip())
                 self._see_drift(window, group, seen)
@@ -233,12 +234,7 @@ def _owners(groups: Sequence[Group]) -> list[int]:
     that factorise a second moment with its cube.
     """
     shapes = [(sum(t.shape[0] for t in group.members), group.members[0].shape[1]) for group in groups]
-    costs = [columns * (rows + 2 * columns) for rows, columns in shapes]
-    owners, busy = [0] * len(groups), [0] * ranks.size()
-    for number in sorted(range(len(groups)), key=lambda n: -costs[n]):
-        owners[number] = busy.index(min(busy))
-        busy[owners[number]] += costs[number]
-    return owners
+    return ranks.owners([columns * (rows + 2 * columns) for rows, columns in shapes])
 
 
 def _stats(state: BlockState, group: Group, seen: Seen, fisher: Mapping[str, Tensor], wanted: bool) -> Stats | None:
