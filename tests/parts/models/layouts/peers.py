@@ -39,5 +39,7 @@ def write(folder: Path, model: Any, tensors: dict[str, Tensor], quantization: di
 
 def swapped(model: Any, made: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     """The model's tensors with those of some modules, by module and leaf, in place of their weights."""
-    kept = {n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in made and n != "lm_head.weight"}
+    kept = {
+        n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in made and n != "lm_head.weight"
+    }
     return kept | {f"{module}.{leaf}": t for module, parts in made.items() for leaf, t in parts.items()}

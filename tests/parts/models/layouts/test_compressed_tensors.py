@@ -28,7 +28,10 @@ GROUP = {"strategy": "group", "group_size": 32}
 FLOAT: dict[str, Any] = {"type": "float", "symmetric": True}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"pack int{b}": ("pack-quantized", {**INT, **GROUP, "num_bits": b}) for b in range(2, 9)},
-    **{f"pack int{b} zeros": ("pack-quantized", {**INT, **GROUP, "num_bits": b, "symmetric": False}) for b in range(2, 9)},
+    **{
+        f"pack int{b} zeros": ("pack-quantized", {**INT, **GROUP, "num_bits": b, "symmetric": False})
+        for b in range(2, 9)
+    },
     "pack channel zeros": ("pack-quantized", {**INT, "strategy": "channel", "num_bits": 3, "symmetric": False}),
     "pack tensor zeros": ("pack-quantized", {**INT, "strategy": "tensor", "num_bits": 4, "symmetric": False}),
     "pack block": ("pack-quantized", {**INT, "strategy": "block", "block_structure": [16, 32], "num_bits": 4}),
