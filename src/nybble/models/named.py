@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nybble.core.errors import FileError, ModelError, UsageError
 from nybble.core.registry import Registry
+from nybble.models.build.config_file import read_json
 
 LAYOUTS = Registry("nybble.models.sources.layouts", "layout of quantized checkpoints")
 """By ``quant_method``: others' quantized checkpoints that are read (:mod:`nybble.models.sources.layouts`)."""
@@ -24,6 +26,26 @@ def check_model(spec: str) -> None:
     written_as_path = spec.startswith((".", "/", "~")) or spec.lower().endswith(".gguf") or spec.count("/") > 1
     if written_as_path and not Path(spec).exists():
         raise FileError(f"there is no {spec}. {_NOTE}")
+
+
+QUANTIZED = ("quantization_config", "compression_config")
+"""Keys of config.json that say how a model is quantized; the second is an older name."""
+MODELOPT = "hf_quant_config.json"
+
+
+def stated_quantization(folder: Path, config: Mapping[str, Any]) -> Any:
+    """What config.json, or ModelOpt's file beside it, says of how a model is quantized; None for a float one.
+
+    Raises:
+        FileError: that file is no JSON object.
+    """
+    for key in QUANTIZED:
+        if config.get(key):
+            return config[key]
+    if not (folder / MODELOPT).is_file():
+        return None
+    found = read_json(folder / MODELOPT)
+    return {**found, "quant_method": "modelopt"} if isinstance(found.get("quantization"), dict) else None
 
 
 def is_packed(quantization: Any) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from nybble.core.errors import FileError, ModelError
 from nybble.models.build.skeleton import kept_float32, unsaved
@@ -54,7 +55,8 @@ def packed_model(source: FolderSource, dtype: torch.dtype) -> PreTrainedModel:
     except FileError as error:
         raise FileError(f"{source.spec}: {error}") from error
     model.tie_weights()
-    return model.eval()
+    nn.Module.eval(model)
+    return model
 
 
 def _fits(target: Target, found: Sequence[QTensor]) -> bool:

@@ -20,7 +20,7 @@ from nybble.core.tensorheader import TensorEntry, read_tensor_header
 from nybble.models.adapter import checkpoint_renames
 from nybble.models.build.config_file import make_config, read_json
 from nybble.models.build.skeleton import base_class, expected_tensors, meta_model, model_class, unsaved
-from nybble.models.named import check_float, is_packed
+from nybble.models.named import QUANTIZED, check_float, is_packed, stated_quantization
 from nybble.models.sources import ModelSource, StoredTensor
 from nybble.models.sources.layouts import Files, PackedWeight, packed_weights
 from nybble.models.sources.left_over import SWITCHES, LeftOver, left_over
@@ -35,8 +35,6 @@ SINGLE = "model.safetensors"
 INDEX_ENDING = ".safetensors.index.json"
 INDEX = f"model{INDEX_ENDING}"
 NAMED = "transformers_weights"  # key of config.json
-QUANTIZED = ("quantization_config", "compression_config")  # keys of config.json; the second is an older name
-MODELOPT = "hf_quant_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -82,17 +80,6 @@ def weight_files(folder: Path, named: object = None) -> dict[str, tuple[Path, Te
             )
         raise ModelError(f"{folder} has a config.json and no .safetensors file.")
     return _whole(single[0])
-
-
-def quantization_config(folder: Path, raw: Mapping[str, Any]) -> Any:
-    """What config.json, or ModelOpt's file beside it, says of how a model is quantized; None for a float one."""
-    for key in QUANTIZED:
-        if raw.get(key):
-            return raw[key]
-    if not (folder / MODELOPT).is_file():
-        return None
-    found = read_json(folder / MODELOPT)
-    return {**found, "quant_method": "modelopt"} if isinstance(found.get("quantization"), dict) else None
 
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -199,7 +186,7 @@ class FolderSource(ModelSource):
         self.folder = folder
         self.aliases = True
         raw = read_json(folder / "config.json")
-        quantization = quantization_config(folder, raw)
+        quantization = stated_quantization(folder, raw)
         if is_packed(quantization):
             raw = {key: value for key, value in raw.items() if key not in QUANTIZED}
         self.config = make_config(raw, str(folder / "config.json"))

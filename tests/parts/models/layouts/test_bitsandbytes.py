@@ -37,19 +37,21 @@ def checkpoint(place: Path, options: dict[str, Any]) -> tuple[Path, dict[str, Te
     """A folder, and the float32 values of its weights."""
     llama(torch.float32, **WIDE).save_pretrained(place / "float")
     auto: Any = AutoModelForCausalLM
+    settings: Any = BitsAndBytesConfig
+    layers: Any = bnb.nn
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = auto.from_pretrained(
-            place / "float", quantization_config=BitsAndBytesConfig(**options), dtype=torch.float32, device_map="cpu"
+            place / "float", quantization_config=settings(**options), dtype=torch.float32, device_map="cpu"
         )
         model.save_pretrained(place / "bnb")
     tiny_tokenizer().save_pretrained(place / "bnb")
     values: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            values[f"{name}.weight"] = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-        elif isinstance(module, bnb.nn.Linear8bitLt):
-            weight: Any = module.weight
+        weight: Any = getattr(module, "weight", None)
+        if isinstance(module, layers.Linear4bit):
+            values[f"{name}.weight"] = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        elif isinstance(module, layers.Linear8bitLt):
             values[f"{name}.weight"] = bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB)
     assert len(values) == 14
     return place / "bnb", values
@@ -77,7 +79,7 @@ def test_a_model_keeps_them_packed(name: str, tmp_path: Path) -> None:
 
 
 def test_blocks_that_cross_rows() -> None:
-    """Rows of 96 in blocks of 64, by the library's generic code; its kernel for CPUs is twice as far from the weight."""
+    """Rows of 96 in blocks of 64, by the library's generic code; its kernel for CPUs is twice as far from x."""
     from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 
     from nybble.core.tensorheader import TensorEntry

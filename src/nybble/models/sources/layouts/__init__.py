@@ -145,6 +145,10 @@ class Layout(ABC):
                 that has no QTensor.
         """
 
+    def in_float(self, config: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint of this config may have no packed weight at all."""
+        return False
+
     def left(self, config: Mapping[str, Any]) -> str:
         """What of the checkpoint the model won't do (quantized activations, say), in a line; else empty."""
         return ""
@@ -166,6 +170,11 @@ def packed_weights(config: Any, files: Files) -> tuple[dict[str, PackedWeight], 
             if weight.name in files.entries and weight.name not in weight.parts.values():
                 raise FileError(f"{files.place} has {weight.name} twice, packed and in float.")
             found[weight.name] = weight
+        if not found and not layout.in_float(config):
+            raise FileError(
+                f"{files.place}: config.json says that it is quantized by {method}, and it has none of the tensors of "
+                "such a model. If its weights are in float, take quantization_config out of config.json."
+            )
         return found, layout.left(config)
 
 

@@ -46,7 +46,8 @@ class BitsAndBytes(Layout):
     def weights(self, config: Mapping[str, Any], files: Files) -> Iterator[PackedWeight]:  # noqa: D102
         for name in files.entries:
             if _STATE in name:
-                yield _four_bits(*name.split(_STATE, 1), files)
+                weight, _, kind = name.partition(_STATE)
+                yield _four_bits(weight, kind, files)
         for module in files.ending("SCB"):
             yield _eight_bits(module, files)
         packed = [m for m in files.ending("weight") if files.entries[f"{m}.weight"].dtype == "U8"]

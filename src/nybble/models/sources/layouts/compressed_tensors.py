@@ -63,8 +63,6 @@ class CompressedTensors(Layout):
                 "checkpoint without, or the float model."
             )
         groups = _groups(config)
-        if all(form == "dense" for form, _, _ in groups):
-            return  # fake-quantized: the weights are in float
         for name in dict.fromkeys([*files.ending("weight_packed"), *files.ending("weight_scale")]):
             form, args = _chosen(name, groups)
             if form == "dense":
@@ -72,6 +70,10 @@ class CompressedTensors(Layout):
             if form not in FORMATS:
                 raise ModelError(f"{files.place}: {name} has the format {form!r:.60}; readable: {', '.join(FORMATS)}.")
             yield _weight(name, form, args, files)
+
+    def in_float(self, config: Mapping[str, Any]) -> bool:
+        """Of the format ``dense`` weights are rounded, and kept in float."""
+        return all(form == "dense" for form, _, _ in _groups(config))
 
     def left(self, config: Mapping[str, Any]) -> str:  # noqa: D102
         groups = config.get("config_groups") or {}
@@ -83,7 +85,7 @@ class CompressedTensors(Layout):
 
 def _groups(config: Mapping[str, Any]) -> list[tuple[str, list[str], Args]]:
     """(format, targets, QuantizationArgs of weights) of each group that has any."""
-    found = []
+    found: list[tuple[str, list[str], Args]] = []
     for group in config["config_groups"].values():
         args = group.get("weights")
         if args is not None:
