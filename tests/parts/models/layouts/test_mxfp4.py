@@ -20,11 +20,11 @@ from nybble.nn.experts import PackedExperts
 
 
 def _model() -> Any:
-    sizes: dict[str, Any] = dict(
-        vocab_size=300, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
-        rope_scaling=None, sliding_window=8,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "vocab_size": 300, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0,
+        "rope_scaling": None, "sliding_window": 8,
+    }  # fmt: skip
     make: Any = GptOssForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
