@@ -222,8 +222,8 @@ class FolderSource(ModelSource):
         return found
 
     def packed_names(self) -> dict[str, PackedWeight]:
-        """The packed weights by their name in the model; those that transformers fuses while loading aren't there."""
-        if not self.packed or not self.streamable:
+        """The packed weights by their name in the model; of those that transformers fuses while loading (experts), none."""
+        if not self.packed:
             return {}
         return {name: self.packed[file] for name, file in self._match.files.items() if file in self.packed}
 
