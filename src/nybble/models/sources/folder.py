@@ -222,7 +222,7 @@ class FolderSource(ModelSource):
         return found
 
     def packed_names(self) -> dict[str, PackedWeight]:
-        """The packed weights by their name in the model; of those that transformers fuses while loading (experts), none."""
+        """The packed weights by their name in the model; none of the experts that transformers fuses while loading."""
         if not self.packed:
             return {}
         return {name: self.packed[file] for name, file in self._match.files.items() if file in self.packed}
