@@ -325,7 +325,7 @@ def damage(model: Path, what: str) -> None:
                 (model / name).unlink()
         case "quantized":
             config = json.loads((model / "config.json").read_text())
-            (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+            (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "hqq"}}))
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def damage(model: Path, what: str) -> None:
         ("config text", r"config\.json can't be read: JSONDecodeError"),
         ("model type", r"model_type 'lama' is unknown.*Did you mean 'llama'"),
         ("no tokenizer", r"holds no tokenizer\. Put one beside the weights"),
-        ("quantized", r"is already quantized \(gptq\); start from the float model"),
+        ("quantized", r"is already quantized \(hqq\); start from the float model"),
     ],
 )
 def test_models_that_cannot_be_read(

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from nybble.checkpoint.card import CARD
-from nybble.checkpoint.read import read_checkpoint
+from nybble.checkpoint.marked import is_others
+from nybble.checkpoint.read import Checkpoint, read_checkpoint
 from nybble.core.errors import FileError
+from nybble.core.tensorheader import read_tensor_header
+from nybble.models.build.config_file import read_json
+from nybble.models.sources.folder import FolderSource
 from nybble.models.sources.side_files import is_tokenizer_file
 
 
 def inspect(folder: str | Path) -> dict[str, Any]:
-    """Bytes by role, by module and by file.
+    """Bytes by role, by module and by file, of a folder that nybble wrote or of another library's quantized model.
 
     Returns:
         ``bytes``: role -> bytes (codes, scales, offsets, tables, padding, unquantized, headers, config, tokenizer ...),
@@ -25,7 +29,7 @@ def inspect(folder: str | Path) -> dict[str, Any]:
         FileError: the folder can't be read, or config and tensors contradict each other.
     """
     folder = Path(folder)
-    checkpoint = read_checkpoint(folder)
+    checkpoint = _of_others(folder) if is_others(folder) else read_checkpoint(folder)
     total: dict[str, int] = defaultdict(int)
     modules: dict[str, dict[str, Any]] = {
         n: {"elements": c, "bytes": defaultdict(int)} for n, c in checkpoint.elements.items()
@@ -37,7 +41,7 @@ def inspect(folder: str | Path) -> dict[str, Any]:
         total[role] += entry.nbytes - wasted
         if wasted:
             total["padding"] += wasted
-        owner = next((prefix for prefix in _prefixes(name) if prefix in modules), None)
+        owner = checkpoint.owners.get(name) or next((p for p in _prefixes(name) if p in modules), None)
         if owner is not None:
             modules[owner]["bytes"][role] += entry.nbytes
         elif role == "unquantized":
@@ -70,6 +74,20 @@ def inspect(folder: str | Path) -> dict[str, Any]:
             "a file was changed."
         )
     return result
+
+
+def _of_others(folder: Path) -> Checkpoint:
+    """What another library's folder keeps, in the same words."""
+    source = FolderSource(str(folder), folder)
+    paths = sorted({path for path in source.weight_files() if path.suffix == ".safetensors"})
+    headers = tuple(read_tensor_header(path) for path in paths)
+    stored = {name: entry for header in headers for name, entry in header.tensors.items()}
+    found = Checkpoint(read_json(folder / "config.json"), stored, headers, {}, [])
+    for name, weight in source.packed.items():
+        found.elements[name] = math.prod(weight.shape)
+        for role, part in weight.parts.items():
+            found.roles[part], found.owners[part] = weight.kept_as[role], name
+    return found
 
 
 def _prefixes(name: str) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from nybble.core.errors import FileError
 from nybble.core.files import check_folder
 from nybble.models.build.config_file import read_json
+from nybble.models.named import is_packed, stated_quantization
 
 
 def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -31,3 +32,16 @@ def check_quantized(folder: Path) -> None:
     check_folder(folder)
     if quantization_of(read_json(folder / "config.json")) is None:
         raise FileError(f"{folder} is not a model that nybble wrote: its config.json has no quantization by nybble.")
+
+
+def is_others(folder: Path) -> bool:
+    """Whether ``folder`` holds a checkpoint that another library quantized and nybble reads."""
+    path = folder / "config.json"
+    return path.is_file() and is_packed(stated_quantization(folder, read_json(path)))
+
+
+def check_readable(folder: Path) -> None:
+    """Raise FileError unless ``folder`` holds a quantized model: nybble's, or another library's that nybble reads."""
+    check_folder(folder)
+    if not is_others(folder):
+        check_quantized(folder)

@@ -31,7 +31,8 @@ class Checkpoint:
         modules: name -> description of a quantized module. layouts: what the descriptions number.
         expected: name -> (dtype, shape) of each quantized module's tensor.
         roles: name -> codes, scales, offsets, tables or unquantized. padding: bytes that packing wastes, by name.
-        elements: name of a quantized weight -> its number of elements. kv: what the model caches in, if it says so.
+        elements: name of a quantized weight -> its number of elements. owners: tensor -> the quantized weight that it
+            is of, where its name doesn't begin with that one's. kv: what the model caches in, if it says so.
     """
 
     config: dict[str, Any]
@@ -43,6 +44,7 @@ class Checkpoint:
     roles: dict[str, str] = field(default_factory=dict)
     padding: dict[str, int] = field(default_factory=dict)
     elements: dict[str, int] = field(default_factory=dict)
+    owners: dict[str, str] = field(default_factory=dict)
     kv: KVRecord | None = None
 
 

@@ -7,14 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from nybble.checkpoint.marked import check_quantized
+from nybble.checkpoint.marked import check_readable
 from nybble.cli._output import megabytes, note, print_json, print_table
 from nybble.core.files import check_new_folder
 from nybble.export import REGISTRY
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that nybble quantize wrote.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="A folder that nybble quantize wrote, or another library's quantized model."
+        ),
+    ],
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder to write; must not exist.")],
     target: Annotated[
         str,
@@ -32,7 +37,7 @@ def command(
     check_new_folder(dest)
     if target:
         REGISTRY.check(target.partition(":")[0].lower())
-    check_quantized(folder)
+    check_readable(folder)
     from nybble.pipelines.export import export
 
     found = export(folder, dest, target, check=check, announce=note)

@@ -7,17 +7,19 @@ from typing import Annotated
 
 import typer
 
-from nybble.checkpoint.marked import check_quantized
+from nybble.checkpoint.marked import check_readable
 from nybble.cli._output import print_json, print_table
 
 
 def command(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that nybble wrote.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A folder that nybble wrote, or another library's quantized model.")
+    ],
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
     modules: Annotated[bool, typer.Option("--modules", help="A row for each quantized weight.")] = False,
 ) -> None:
     """Account for every byte of OUT."""
-    check_quantized(out)
+    check_readable(out)
     from nybble.checkpoint.account import inspect
 
     found = inspect(out)

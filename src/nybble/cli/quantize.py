@@ -14,7 +14,7 @@ from nybble.cli._output import is_silent, megabytes, note, print_json, print_tab
 from nybble.core.files import check_new_folder
 from nybble.data.text import check_source
 from nybble.models.build.config_file import read_json
-from nybble.models.named import check_float, check_model
+from nybble.models.named import check_float, check_model, stated_quantization
 from nybble.pipelines.targets import split_targets
 from nybble.recipes import BEST, check_recipe_name, recipe_for
 
@@ -169,7 +169,7 @@ def _check(model: str, out: Path, recipe: str, data: str, held_out: str | None) 
     check_recipe_name(recipe)
     check_model(model)
     if (config := Path(model) / "config.json").is_file():
-        check_float(model, read_json(config).get("quantization_config"))
+        check_float(model, stated_quantization(Path(model), read_json(config)))
     for src in (data,) if held_out is None else (data, held_out):
         check_source(src)
 

@@ -8,23 +8,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from nybble.checkpoint.marked import check_quantized
+from nybble.checkpoint.marked import check_readable, is_others
 from nybble.checkpoint.parts import MANIFEST
+from nybble.checkpoint.save import save
+from nybble.core.dtypes import FLOATS
 from nybble.core.errors import UsageError
 from nybble.core.explicit import explicit_settings
-from nybble.core.files import AtomicFolder, check_new_folder
+from nybble.core.files import AtomicFolder, check_new_folder, disk_errors
 from nybble.export import ExportTarget, Facts, get_target, refuse
 from nybble.export._source import FolderSource
 from nybble.models.adapter import adapter_for
 from nybble.models.build.config_file import read_json
+from nybble.models.sources.side_files import copy_side_files
 from nybble.nn.kinds import targets_of
+from nybble.pipelines.load import load_with_origin
 from nybble.scheme import Scheme
 
 
@@ -41,7 +47,7 @@ def export(
     """Write a quantized model as another program loads it.
 
     Args:
-        folder: what ``nybble quantize`` or :func:`nybble.save` wrote.
+        folder: what ``nybble quantize`` or :func:`nybble.save` wrote, or another library's quantized model.
         dest: must not exist; it appears whole or not at all.
         target: a target's name, with its option behind a colon; empty takes the one that the folder was quantized for.
         check: open the result with the libraries that load it, and compare weights and logits with nybble's.
@@ -58,10 +64,10 @@ def export(
     """
     folder, dest = Path(folder), Path(dest)
     check_new_folder(dest)
-    check_quantized(folder)
+    check_readable(folder)
     name = target or _meant(folder)
     part = get_target(name)
-    with FolderSource(folder) as source:
+    with _own(folder, dest) as own, FolderSource(own) as source:
         refuse(name, part.check(source))
         notes = part.notes(source)
         for note in notes:
@@ -79,6 +85,24 @@ def export(
         "notes": notes,
     }
     return found if verified is None else found | {"check": asdict(verified)}
+
+
+@contextmanager
+def _own(folder: Path, dest: Path) -> Iterator[Path]:
+    """The folder itself, or of another library's a copy in nybble's files, beside ``dest`` and for as long as needed.
+
+    No code changes; the copy is made in memory.
+    """
+    if not is_others(folder):
+        yield folder
+        return
+    with disk_errors(dest), TemporaryDirectory(prefix=f"{dest.name}.", dir=dest.absolute().parent) as room:
+        config = read_json(folder / "config.json")
+        stated = config.get("dtype", config.get("torch_dtype"))
+        model, origin = load_with_origin(folder, dtype=stated if stated in FLOATS else None)
+        copied = save(model, Path(room, "model"))
+        copy_side_files(origin.side_files(), copied)
+        yield copied
 
 
 def constrain(scheme: Scheme, targets: list[ExportTarget], model: Any, dtype: torch.dtype) -> Scheme:

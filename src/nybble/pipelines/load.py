@@ -11,6 +11,7 @@ from torch import nn
 
 from nybble.checkpoint.load import Beside, described, load_quantized
 from nybble.checkpoint.marked import is_quantized
+from nybble.checkpoint.save import mark_quantized
 from nybble.core.device import check_device
 from nybble.core.dtypes import float_dtype
 from nybble.core.errors import FileError, ModelError, UsageError
@@ -18,6 +19,8 @@ from nybble.core.explicit import explicit_settings
 from nybble.data import Origin
 from nybble.data.kinds import data_kind
 from nybble.models.adapter import reads_of
+from nybble.models.build.packed import packed_model
+from nybble.models.sources.folder import FolderSource
 from nybble.models.sources.open import open_source
 from nybble.models.sources.side_files import is_tokenizer_file, side_files
 from nybble.nn.swap import hold_dense
@@ -35,6 +38,8 @@ def load(
     dense: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a model and its tokenizer: a folder that nybble wrote, or whatever :func:`open_source` takes.
+
+    A folder that another library quantized keeps its weights packed, with that library's codes and scales.
 
     Models of text alone have a tokenizer; with one of images, or from a folder that holds no tokenizer, comes None.
     So it does, with a warning that says why, where the tokenizer can't be read: the model is of use without.
@@ -89,7 +94,14 @@ def load_with_origin(
     device = torch.device(check_device(device))
     if not is_quantized(folder):
         source = open_source(str(model))
-        return source.model(wanted or torch.bfloat16, device), source
+        if not (isinstance(source, FolderSource) and source.packed_names()):
+            return source.model(wanted or torch.bfloat16, device), source
+        loaded = packed_model(source, wanted or torch.bfloat16)
+        mark_quantized(loaded)
+        nn.Module.to(loaded, device)
+        if dense:
+            hold_dense(loaded, loaded.dtype)
+        return loaded, source
     loaded = load_quantized(folder, wanted)
     nn.Module.to(loaded, device)
     if dense:

@@ -368,7 +368,8 @@ def test_code_in_the_folder_never_runs(llama: Path, tmp_path: Path) -> None:
         ({"hidden_size": 2**40}, "the config says"),
         ({"architectures": ["os"]}, "'os' is not a transformers class"),
         ({"architectures": ["GPT2LMHeadModel"]}, "not a transformers class for 'llama'"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"already quantized \(gptq\)"),
+        ({"quantization_config": {"quant_method": "hqq", "bits": 4}}, r"already quantized \(hqq\)"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "by gptq, and it has none of the tensors"),
         ({"head_dim": 2**50, "num_attention_heads": 1}, "."),
     ],
 )

@@ -20,11 +20,13 @@ from nybble.core.tensorheader import TensorEntry, read_tensor_header
 from nybble.models.adapter import checkpoint_renames
 from nybble.models.build.config_file import make_config, read_json
 from nybble.models.build.skeleton import base_class, expected_tensors, meta_model, model_class, unsaved
-from nybble.models.named import check_float
+from nybble.models.named import QUANTIZED, check_float, is_packed, stated_quantization
 from nybble.models.sources import ModelSource, StoredTensor
+from nybble.models.sources.layouts import Files, PackedWeight, packed_weights
 from nybble.models.sources.left_over import SWITCHES, LeftOver, left_over
 from nybble.models.sources.match import Match, match_names
 from nybble.models.sources.side_files import GENERATION, is_tokenizer_file, left_behind, side_files
+from nybble.qtensor import QTensor
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -173,19 +175,65 @@ def converted_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, s
 
 @final
 class FolderSource(ModelSource):
-    """Safetensors in a folder. Only the tensors asked for are read, through the system's page cache."""
+    """Safetensors in a folder. Only the tensors asked for are read, through the system's page cache.
+
+    What another library has quantized is served as the float model that it stands for, in float32;
+    :meth:`read_packed` gives its QTensors.
+    """
 
     def __init__(self, spec: str, folder: Path) -> None:
         self.spec = spec
         self.folder = folder
         self.aliases = True
         raw = read_json(folder / "config.json")
+        quantization = stated_quantization(folder, raw)
+        if is_packed(quantization):
+            raw = {key: value for key, value in raw.items() if key not in QUANTIZED}
         self.config = make_config(raw, str(folder / "config.json"))
-        self._tensors = weight_files(folder, raw.get(NAMED))
-        if not self._tensors:
+        self._files = weight_files(folder, raw.get(NAMED))
+        if not self._files:
             raise ModelError(f"{spec} has no tensors.")
+        self.packed: dict[str, PackedWeight] = {}
+        self._undone, self._tensors = "", self._files
+        if is_packed(quantization):
+            self._unpack(quantization)
         self._converted: dict[str, Tensor] | None = None
         self._headless = ""
+
+    def _unpack(self, quantization: Any) -> None:
+        """Have each packed weight in the place of the tensors that it is made of."""
+        files = Files(self.spec, {name: entry for name, (_, entry) in self._files.items()}, self._file_tensor)
+        self.packed, self._undone = packed_weights(quantization, files)
+        parts = {part for weight in self.packed.values() for part in weight.parts.values()}
+        self._tensors = {name: found for name, found in self._files.items() if name not in parts}
+        for name, weight in self.packed.items():
+            held = [self._files[part] for part in weight.parts.values()]
+            size = sum(entry.nbytes for _, entry in held)
+            entry = TensorEntry(dtype="F32", shape=weight.shape, begin=0, nbytes=size)
+            self._tensors[name] = (held[0][0], entry)
+
+    def _file_tensor(self, name: str) -> Tensor:
+        """A tensor as it is stored."""
+        from safetensors import safe_open
+
+        path = self._files[name][0]
+        with reading(path), safe_open(path, framework="pt", device="cpu") as file:
+            found: Tensor = file.get_tensor(name)
+        return found
+
+    def packed_names(self) -> dict[str, PackedWeight]:
+        """The packed weights by their name in the model; none of the experts that transformers fuses while loading."""
+        if not self.packed:
+            return {}
+        return {name: self.packed[file] for name, file in self._match.files.items() if file in self.packed}
+
+    def read_packed(self, name: str) -> Sequence[QTensor]:
+        """A packed weight, by its name in the model: a QTensor [out, in], or one for each expert.
+
+        Raises:
+            FileError: the file can't be read, or holds numbers that can't be meant.
+        """
+        return self.packed_names()[name].made(self._file_tensor)
 
     @property
     def streamable(self) -> bool:  # type: ignore[override]
@@ -202,9 +250,11 @@ class FolderSource(ModelSource):
                 f"{self.config.model_type} checkpoints are converted while loading (no stored tensor is "
                 f"{self._match.missing[0]}), so the whole model is read into memory."
             )
-        files = {path.name for path, _ in self._tensors.values()}
+        files = {path.name for path, _ in self._files.values()}
         if SINGLE in files and (self.folder / INDEX).is_file():
             said.append(f"{SINGLE} and {INDEX} are both there; {SINGLE} is read, as transformers does.")
+        if self._undone:
+            said.append(self._undone)
         others = self._left.others
         if others:
             said.append(f"{len(others)} stored tensors have no place in the model and are left out, {others[0]} first.")
@@ -291,6 +341,9 @@ class FolderSource(ModelSource):
         with ExitStack() as stack:
             opened: dict[Path, Any] = {}
             for name in names:
+                if name in self.packed:
+                    yield name, self.packed[name].values(self._file_tensor)
+                    continue
                 path = self._tensors[name][0]
                 with reading(path):
                     if path not in opened:
@@ -397,4 +450,4 @@ class FolderSource(ModelSource):
 
     def weight_files(self) -> tuple[Path, ...]:
         """config.json and every shard."""
-        return (self.folder / "config.json", *sorted({path for path, _ in self._tensors.values()}))
+        return (self.folder / "config.json", *sorted({path for path, _ in self._files.values()}))

@@ -1,0 +1,278 @@
+"""compressed-tensors (llm-compressor, vLLM): its formats of quantized weights, mixed ones too.
+
+``config_groups`` say which modules have which QuantizationArgs; a module's tensors are named beside it:
+
+=======================  ==========================================================================================
+pack-quantized           ``weight_packed`` int32 (offset binary, a little-endian stream a row), ``weight_scale``,
+                         ``weight_shape`` int64 [2]; ``weight_zero_point`` packed down its columns (int8 for a tensor
+                         or blocks); ``weight_g_idx`` where older versions reordered columns
+int-, float-,            ``weight`` int8 or float8_e4m3fn, ``weight_scale``, ``weight_zero_point`` int8
+naive-quantized
+nvfp4-pack-quantized     ``weight_packed`` uint8, ``weight_scale`` float8_e4m3fn, ``weight_global_scale`` float32 [1]: a
+                         divisor
+mxfp4-, mxfp6-pack-,     ``weight_packed`` uint8 (``weight`` float8_e4m3fn of mxfp8), ``weight_scale`` uint8 exponents
+mxfp8-quantized
+=======================  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble.core.errors import FileError, ModelError
+from nybble.models.sources.layouts import FLOATS, Files, Layout, PackedWeight, whole, words
+from nybble.models.sources.layouts._pieces import (
+    E2M1,
+    E4M3,
+    block,
+    in_order,
+    integers,
+    mx,
+    nvfp4,
+    packed,
+    reordered,
+    signed_codes,
+    stream_rows,
+)
+from nybble.qtensor import QTensor
+
+Args = Mapping[str, Any]
+Build = Callable[[Mapping[str, Tensor]], Sequence[QTensor]]
+ROLES = {
+    "weight": "codes", "weight_packed": "codes", "weight_scale": "scales", "weight_global_scale": "scales",
+    "weight_zero_point": "offsets", "weight_shape": "tables", "weight_g_idx": "tables",
+}  # fmt: skip
+_PLAIN = ("int-quantized", "float-quantized", "naive-quantized")
+_MX = {"mxfp4-pack-quantized": (E2M1, 4), "mxfp6-pack-quantized": ("float6_e2m3fn", 6), "mxfp8-quantized": (E4M3, 8)}
+FORMATS = ("pack-quantized", *_PLAIN, "nvfp4-pack-quantized", *_MX)
+
+
+class CompressedTensors(Layout):
+    """See the module."""
+
+    def weights(self, config: Mapping[str, Any], files: Files) -> Iterator[PackedWeight]:  # noqa: D102
+        if config.get("transform_config"):
+            raise ModelError(
+                f"{files.place} rotates activations while it runs (transform_config), which only vLLM does; take a "
+                "checkpoint without, or the float model."
+            )
+        groups = _groups(config)
+        for name in dict.fromkeys([*files.ending("weight_packed"), *files.ending("weight_scale")]):
+            form, args = _chosen(name, groups)
+            if form == "dense":
+                continue
+            if form not in FORMATS:
+                raise ModelError(f"{files.place}: {name} has the format {form!r:.60}; readable: {', '.join(FORMATS)}.")
+            yield _weight(name, form, args, files)
+
+    def in_float(self, config: Mapping[str, Any]) -> bool:
+        """Of the format ``dense`` weights are rounded, and kept in float."""
+        return all(form == "dense" for form, _, _ in _groups(config))
+
+    def left(self, config: Mapping[str, Any]) -> str:  # noqa: D102
+        groups = config.get("config_groups") or {}
+        sides = {side for g in groups.values() for side in ("input_activations", "output_activations") if g.get(side)}
+        found = ["activations" if sides else "", "the KV cache" if config.get("kv_cache_scheme") else ""]
+        named = " and ".join(what for what in found if what)
+        return f"The checkpoint asks for quantized {named} too; here they stay in float." if named else ""
+
+
+def _groups(config: Mapping[str, Any]) -> list[tuple[str, list[str], Args]]:
+    """(format, targets, QuantizationArgs of weights) of each group that has any."""
+    found: list[tuple[str, list[str], Args]] = []
+    for group in config["config_groups"].values():
+        args = group.get("weights")
+        if args is not None:
+            form = group.get("format") or config.get("format")
+            if not isinstance(form, str) or not isinstance(args, dict):
+                raise FileError(f"a group of quantization_config has format {form!r:.40} and weights {args!r:.40}.")
+            found.append((form, [str(target) for target in group["targets"]], args))
+    return found
+
+
+def _chosen(name: str, groups: list[tuple[str, list[str], Args]]) -> tuple[str, Args]:
+    """The format and args of a module: a group that names it goes before one that names its class."""
+    for form, targets, args in groups:
+        for target in targets:
+            pattern = target.removeprefix("re:")
+            if name == target or (pattern != target and len(pattern) < 1000 and re.match(pattern, name)):
+                return form, args
+    # A class can't be seen in the files; names are dotted, or begin with "re:", and classes are neither.
+    for form, targets, args in groups:
+        if any("." not in target and not target.startswith("re:") for target in targets):
+            return form, args
+    raise FileError(f"{name} is quantized, and no group of quantization_config is for it.")
+
+
+def _weight(name: str, form: str, args: Args, files: Files) -> PackedWeight:
+    if form == "pack-quantized":
+        parts, shape, build = _packed_integers(name, args, files)
+    elif form in _PLAIN:
+        parts, shape, build = _plain(name, args, files)
+    else:
+        parts, shape, build = _blocks(name, form, args, files)
+    return PackedWeight(
+        name=f"{name}.weight",
+        shape=shape,
+        parts={part: f"{name}.{part}" for part in parts},
+        build=build,
+        kept_as=ROLES,
+    )
+
+
+Found = tuple[list[str], tuple[int, int], Build]
+
+
+def _packed_integers(name: str, args: Args, files: Files) -> Found:
+    bits = _integer(name, args)
+    rows, count = files.matrix(f"{name}.weight_packed", ("I32",))
+    files.need(f"{name}.weight_shape", ("I64", "I32"), (2,))
+    shape = tuple(int(n) for n in files.small(f"{name}.weight_shape"))
+    if shape[0] != rows or shape[1] < 1 or words(shape[1], bits) != count:
+        raise FileError(
+            f"{files.place}: {name}.weight_shape says {list(shape)}, and {name}.weight_packed is [{rows}, {count}] "
+            f"words of {bits}-bit codes."
+        )
+    parts = ["weight_packed", "weight_scale", "weight_shape"]
+    found = (rows, shape[1])
+    granularity, scales = _shared(name, args, found)
+    files.any_of(f"{name}.weight_scale", FLOATS, _spellings(scales))
+    if not args.get("symmetric", True):
+        parts.append("weight_zero_point")
+        if args.get("strategy") in ("group", "channel"):
+            files.need(f"{name}.weight_zero_point", ("I32",), (words(rows, bits), scales[1]))
+        else:
+            files.any_of(f"{name}.weight_zero_point", ("I8",), _spellings(scales))
+    if f"{name}.weight_g_idx" in files.entries:
+        files.need(f"{name}.weight_g_idx", ("I32", "I64"), (found[1],))
+        parts.append("weight_g_idx")
+    return parts, found, partial(_build_integers, bits=bits, shape=found, granularity=granularity, scales=scales)
+
+
+def _build_integers(
+    t: Mapping[str, Tensor], *, bits: int, shape: tuple[int, int], granularity: str, scales: tuple[int, int]
+) -> list[QTensor]:
+    half = 1 << (bits - 1)
+    codes = stream_rows(t["weight_packed"], bits, shape[1]) ^ half
+    order = None
+    if "weight_g_idx" in t and bool((t["weight_g_idx"] >= 0).all()):  # -1: not reordered
+        order = in_order(t["weight_g_idx"], shape[1] // scales[1])
+        codes = codes if order is None else codes[:, order.long()]
+    zero: QTensor | None = None
+    if "weight_zero_point" in t:
+        stored = t["weight_zero_point"]
+        if stored.dtype == torch.int32:
+            points = stream_rows(stored.T.contiguous(), bits, scales[0]).T ^ half
+        else:
+            points = signed_codes(stored.reshape(scales), bits)
+        zero = integers(points, f"int{bits}_full")
+    found = block(f"int{bits}_full", granularity, shape, packed(codes, bits), t["weight_scale"], zero)
+    return [reordered(found, order)]
+
+
+def _plain(name: str, args: Args, files: Files) -> Found:
+    is_float = args.get("type") == "float"
+    shape = files.matrix(f"{name}.weight", ("F8_E4M3",) if is_float else ("I8",))
+    bits = 8 if is_float else _integer(name, args)
+    granularity, scales = _shared(name, args, shape)
+    files.any_of(f"{name}.weight_scale", FLOATS, _spellings(scales))
+    parts = ["weight", "weight_scale"]
+    if not args.get("symmetric", True):
+        if is_float:
+            raise FileError(f"{name} is said to have zero points in {E4M3}.")
+        files.any_of(f"{name}.weight_zero_point", ("I8",), _spellings(scales))
+        parts.append("weight_zero_point")
+    return parts, shape, partial(_build_plain, bits=bits, shape=shape, granularity=granularity, scales=scales)
+
+
+def _build_plain(
+    t: Mapping[str, Tensor], *, bits: int, shape: tuple[int, int], granularity: str, scales: tuple[int, int]
+) -> list[QTensor]:
+    if t["weight"].dtype != torch.int8:
+        return [block(E4M3, granularity, shape, t["weight"].view(torch.uint8).reshape(-1), t["weight_scale"])]
+    zero: QTensor | None = None
+    if "weight_zero_point" in t:
+        zero = integers(signed_codes(t["weight_zero_point"].reshape(scales), bits), f"int{bits}_full")
+    codes = packed(signed_codes(t["weight"], bits), bits)
+    return [block(f"int{bits}_full", granularity, shape, codes, t["weight_scale"], zero)]
+
+
+def _blocks(name: str, form: str, args: Args, files: Files) -> Found:
+    """NVFP4 and the MX formats."""
+    if form.startswith("nv"):
+        rows, half = files.matrix(f"{name}.weight_packed", ("U8",))
+        shape = (rows, 2 * half)
+        _dividing(name, shape, 16)
+        files.need(f"{name}.weight_scale", ("F8_E4M3",), (rows, shape[1] // 16))
+        files.any_of(f"{name}.weight_global_scale", ("F32",), ((1,), ()))
+        return ["weight_packed", "weight_scale", "weight_global_scale"], shape, partial(_build_nvfp4, shape=shape)
+    fmt, bits = _MX[form]
+    codes = "weight" if bits == 8 else "weight_packed"
+    rows, count = files.matrix(f"{name}.{codes}", ("F8_E4M3",) if bits == 8 else ("U8",))
+    shape = (rows, count * 8 // bits)
+    _dividing(name, shape, 32)
+    if count * 8 % bits:
+        raise FileError(
+            f"{files.place}: {name}.{codes} has rows of {count} bytes, which codes of {bits} bits don't fill."
+        )
+    files.need(f"{name}.weight_scale", ("U8", "F8_E8M0"), (rows, shape[1] // 32))
+    return [codes, "weight_scale"], shape, partial(_build_mx, codes=codes, fmt=fmt, shape=shape)
+
+
+def _build_nvfp4(t: Mapping[str, Tensor], *, shape: tuple[int, int]) -> list[QTensor]:
+    return [nvfp4(shape, t["weight_packed"], t["weight_scale"], t["weight_global_scale"], divides=True)]
+
+
+def _build_mx(t: Mapping[str, Tensor], *, codes: str, fmt: str, shape: tuple[int, int]) -> list[QTensor]:
+    return [mx(fmt, shape, t[codes], t["weight_scale"])]
+
+
+def _integer(name: str, args: Args) -> int:
+    if args.get("type", "int") != "int":
+        raise FileError(f"{name}: integers are stored, and quantization_config says type {args.get('type')!r:.40}.")
+    return whole(args.get("num_bits", 8), 1, 8, f"num_bits of {name}")
+
+
+def _shared(name: str, args: Args, shape: tuple[int, int]) -> tuple[str, tuple[int, int]]:
+    """The granularity that a strategy is, and the shape of its scales."""
+    rows, columns = shape
+    found = args.get("strategy")
+    if found == "tensor" or (found is None and args.get("group_size") is None):
+        return "tensor", (1, 1)
+    if found == "channel":
+        return "channel", (rows, 1)
+    if found in ("group", None):
+        size = whole(args.get("group_size"), -1, columns, f"group_size of {name}")
+        if size < 1:
+            return "channel", (rows, 1)
+        return f"group={_dividing(name, shape, size)}", (rows, columns // size)
+    if found == "block":
+        high, wide = (whole(n, 1, 1 << 20, f"block_structure of {name}") for n in args["block_structure"])
+        if rows % high or columns % wide:
+            raise ModelError(f"{name} is {rows} x {columns} in blocks of {high} x {wide}, and the last ones are short.")
+        return f"block={high}x{wide}", (rows // high, columns // wide)
+    raise ModelError(f"{name}: nybble knows no weights that share scales by {found!r:.40}.")
+
+
+def _dividing(name: str, shape: tuple[int, int], size: int) -> int:
+    if shape[1] % size:
+        raise FileError(f"{name} has {shape[1]} columns, and groups of {size} don't divide them.")
+    return size
+
+
+def _spellings(scales: tuple[int, int]) -> list[tuple[int, ...]]:
+    """Shapes in which versions of the library wrote scales."""
+    rows, columns = scales
+    found: list[tuple[int, ...]] = [scales]
+    if columns == 1:
+        found.append((rows,))
+    return [*found, ()] if scales == (1, 1) else found
+
+
+PART = CompressedTensors()
