@@ -133,7 +133,7 @@ class Linear(nn.Module):
         self.geometry = layer.geometry if isinstance(layer, QuantConv) else None
         shape = layer.geometry.shape if isinstance(layer, QuantConv) else None
         held = layer.weight
-        self.weight: Any = Weight(coded(held.qtensor), shape) if isinstance(held, Packed) else held
+        self.weight: Any = Weight(coded(held.qtensor()), shape) if isinstance(held, Packed) else held
         self.bias = layer.bias
         self.inputs, self.outputs = (None if q is None else Rounded(q) for q in (layer.inputs, layer.outputs))
         if conv:  # which MobileNetV2 reads of its convolutions
