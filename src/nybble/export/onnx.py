@@ -1,0 +1,245 @@
+"""One ONNX file with QDQ nodes, which onnxruntime and what is built on it run: encoders, vision models, CNNs.
+
+Weights are stored as nybble's own codes, in ONNX's integer and float8 types, behind ``DequantizeLinear``; inputs go
+through ``QuantizeLinear`` and back. Runtimes fuse both with the products around them, or calculate in float32 as
+nybble does. torch's exporter traces the network around them; batch size and tokens stay free.
+Source: github.com/onnx/onnx, ``docs/Operators.md`` (QuantizeLinear, DequantizeLinear).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from nybble.checkpoint.load import load_quantized
+from nybble.core.errors import ModelError, SchemeError, UsageError
+from nybble.core.guard import reading
+from nybble.core.seeds import preserve_global_rng
+from nybble.export import ExportTarget, Facts, Refusal, Takes, Verified
+from nybble.export._ct_scheme import CannotError
+from nybble.export._folder import write_beside
+from nybble.export._onnx_layers import OPSET, Weight, put_nodes
+from nybble.export._onnx_verify import compare_outputs, compare_weights, versions
+from nybble.export._onnx_weights import RANGES, check_activation, form_of
+from nybble.export._source import Layer, Source
+from nybble.export._transformers import _inputs, _silently
+from nybble.nn.kinds import Kind
+from nybble.nn.kinds.conv import PART as CONV
+from nybble.nn.kinds.embedding import PART as EMBEDDING
+from nybble.nn.kinds.linear import PART as LINEAR
+from nybble.scheme import Scheme
+
+FILE = "model.onnx"
+MOST = 1_800_000_000
+"""Bytes of tensors in one file, below protobuf's 2 GiB; more stand beside it."""
+_NEEDS = ("onnx", "onnxscript", "onnxruntime")
+_KINDS: tuple[Kind, ...] = (LINEAR, CONV, EMBEDDING)
+_OPERATORS = "https://github.com/onnx/onnx/blob/main/docs/Operators.md#DequantizeLinear"
+_CARD = """`{file}` runs in onnxruntime (`onnxruntime.InferenceSession("{file}")`) and wherever opset {opset}
+does; nybble is not needed. Inputs: {inputs}. Outputs: {outputs}."""
+
+
+def _row(weights: str, inputs: str, form: str, since: str, note: str = "") -> Takes:
+    return Takes(
+        weights=weights, inputs=inputs, form=form, runtime="onnxruntime", since=since, source=_OPERATORS, note=note
+    )
+
+
+class Onnx(ExportTarget):
+    """QDQ."""
+
+    summary = "an ONNX file with QDQ nodes for onnxruntime: encoders, vision models, CNNs"
+    takes: ClassVar[tuple[Takes, ...]] = (
+        _row("int8 (tensor, channel, group=N)", "int8 static, uint8 symmetric=false static", "QDQ INT8", "1.20"),
+        _row("int8 (tensor, channel, group=N)", "float", "QDQ INT8", "1.20", "weight only"),
+        _row("int2, int3, int4, ternary (tensor, channel, group=N)", "float, int8", "QDQ INT4", "1.20"),
+        _row("float8_e4m3fn, float8_e5m2", "float, float8 static", "QDQ FLOAT8", "1.20", "in float32 on CPUs"),
+    )
+
+    def constrain(self, scheme: Scheme, facts: Facts) -> Scheme:
+        """Nothing is changed; what it can't hold is refused.
+
+        Raises:
+            SchemeError: names the layer and the nearest.
+        """
+        if scheme.kv is not None and scheme.kv.stores:
+            raise SchemeError("onnx has no KV cache; leave --kv out, or take the target gguf or compressed-tensors.")
+        for name, rule in scheme.match(facts.classes).rules.items():
+            target = facts.targets[name]
+            try:
+                _check_kind(target.kind)
+                if rule.weights is not None:
+                    form_of(rule.weights.quantize(torch.empty(target.shape, device="meta")))
+                for side in (rule.inputs, rule.outputs):
+                    if side is not None:
+                        check_activation(side)
+            except CannotError as error:
+                raise SchemeError(f"{name}: onnx can't hold {error}.") from error
+        return scheme
+
+    def check(self, source: Source) -> list[Refusal]:  # noqa: D102
+        found: dict[tuple[str, str, str], list[str]] = {}
+        for layer in source.layers.values():
+            try:
+                _check_layer(layer)
+            except CannotError as error:
+                found.setdefault((error.came, error.nearest, error.why), []).append(layer.name)
+        refusals = [Refusal(layers=tuple(n), came=c, nearest=near, why=why) for (c, near, why), n in found.items()]
+        model = source.skeleton()
+        if source.kv is not None or model.can_generate() or source.config.get("is_encoder_decoder"):
+            came = f"a {type(model).__name__}, which generates token by token"
+            nearest = "encoders, vision models and CNNs; --target gguf or compressed-tensors takes this one"
+            refusals.append(Refusal(layers=("the model",), came=came, nearest=nearest))
+        elif not Path(source.place).is_dir() or _example(model) is None:
+            nearest = "models of tokens or of images of one size, from a folder"
+            refusals.append(Refusal(layers=("the model",), came=f"a {type(model).__name__}", nearest=nearest))
+        return refusals
+
+    def notes(self, source: Source) -> list[str]:  # noqa: D102
+        lines = []
+        if source.dtype != torch.float32:
+            lines.append(f"what is in {str(source.dtype).removeprefix('torch.')} becomes float32")
+        if any(layer.weights and layer.inputs is None for layer in source.layers.values()):
+            lines.append(
+                "onnxruntime rounds the inputs of weight-only products to int8 unless the session option "
+                "session.qdq_matmulnbits_accuracy_level is 1"
+            )
+        return lines
+
+    def write(self, source: Source, folder: Path) -> None:
+        """The whole model is in memory: torch's exporter traces it.
+
+        Raises:
+            UsageError: onnx and onnxscript are missing. ModelError: the exporter can't trace this model.
+        """
+        _need(_NEEDS[:2])
+        with _silently(), preserve_global_rng():
+            model: Any = load_quantized(Path(source.place), torch.float32)
+            model.set_attn_implementation("eager") if hasattr(model, "set_attn_implementation") else None
+            given = _example(model)
+            assert given is not None
+            weights = put_nodes(model)
+            traced = Traced(model, list(given)).eval()
+            program = _export(traced, given, type(model).__name__)
+        for name, weight in weights.items():
+            for part in ("codes", "zero_point"):
+                _retype(program.model, f"{name}.weight.{part}", f"{name}.table.{part}", weight)
+        for node in program.model.graph:  # where in torch's code each came from
+            node.metadata_props.clear()
+        for value in (*program.model.graph.inputs, *program.model.graph.initializers.values()):
+            value.metadata_props.clear()
+        program.model.metadata_props.clear()
+        size = sum(t.numel() * t.element_size() for t in traced.state_dict().values())
+        program.save(folder / FILE, external_data=size > MOST)
+        inputs, outputs = ", ".join(given), ", ".join(traced.outputs)
+        write_beside(source, folder, _CARD.format(file=FILE, opset=OPSET, inputs=inputs, outputs=outputs))
+
+    def verify(self, folder: Path, source: Source) -> Verified:
+        """Codes in the file are compared, what onnxruntime makes of them, and the outputs of the whole model."""
+        _need(_NEEDS)
+        count = compare_weights(folder / FILE, source)
+        model = load_quantized(Path(source.place), torch.float32)
+        given = _example(model)
+        assert given is not None
+        cosine, largest = compare_outputs(folder / FILE, model, given)
+        return Verified(
+            opened_with=versions(), weights=count, exact_in="float32", cosine=cosine, largest=largest,
+            runtimes=_rows(source, self.takes),
+        )  # fmt: skip
+
+
+class Traced(nn.Module):
+    """A model of named inputs as one of inputs in order, which gives its tensors in order.
+
+    Args:
+        model: gives a ``ModelOutput``. names: of the inputs.
+
+    Attributes:
+        outputs: names of what it gives, after it has been called.
+    """
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+        self.outputs: list[str] = []
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+        found = self.model(**dict(zip(self.names, given, strict=True)))
+        kept = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        self.outputs = list(kept)
+        return tuple(kept.values())
+
+
+def _check_kind(kind: Kind) -> None:
+    if kind.operands:
+        raise CannotError("the operands of attention", "--matmuls left out")
+    if kind not in _KINDS:
+        raise CannotError(f"a module of the kind {kind}", "linear layers, convolutions and embeddings")
+
+
+def _check_layer(layer: Layer) -> None:
+    _check_kind(layer.kind)
+    for weight in layer.weights.values():
+        form_of(weight)
+    for side in (layer.inputs, layer.outputs):
+        if side is not None:
+            check_activation(side.quantizer)
+
+
+def _example(model: Any) -> dict[str, Tensor] | None:
+    """Inputs by name, two of a batch; None where none are known."""
+    found = _inputs(model)
+    if found is not None and "input_ids" in found and getattr(model.config, "type_vocab_size", 0) > 1:
+        found["token_type_ids"] = torch.zeros_like(found["input_ids"])
+    return found
+
+
+def _export(traced: Traced, given: Mapping[str, Tensor], name: str) -> Any:
+    with torch.no_grad():
+        traced(*given.values())
+    free = {"input_ids": {0: "batch", 1: "tokens"}, "pixel_values": {0: "batch"}}
+    shapes = [free.get(key, free["input_ids"]) for key in given]
+    with warnings.catch_warnings(), reading(f"the graph of this {name} by torch.onnx.export", ModelError):
+        warnings.simplefilter("ignore")
+        dynamic = [dict.fromkeys(shape, torch.export.Dim.DYNAMIC) for shape in shapes]
+        return torch.onnx.export(
+            traced, tuple(given.values()), dynamo=True, opset_version=OPSET, input_names=list(given),
+            output_names=traced.outputs, dynamic_shapes=(tuple(dynamic),), verbose=False,
+        )  # fmt: skip
+
+
+def _retype(model: Any, name: str, other: str, weight: Weight) -> None:
+    """Give codes of fewer than eight bits their own type, in which two or four share a byte."""
+    if weight.kind not in RANGES or weight.kind.endswith("8"):
+        return
+    import ml_dtypes
+    import onnx_ir as ir
+
+    held = model.graph.initializers
+    value = held.get(f"model.{name}", held.get(f"model.{other}"))
+    if value is not None and value.const_value is not None:
+        kind = ir.DataType[weight.kind]
+        narrow = value.const_value.numpy().astype(getattr(ml_dtypes, weight.kind.lower()))
+        value.const_value = ir.Tensor(narrow, dtype=kind, name=value.name)
+        value.dtype = kind
+
+
+def _rows(source: Source, takes: tuple[Takes, ...]) -> tuple[Takes, ...]:
+    """The rows that a model's weights are."""
+    forms = {form_of(w).kind.lstrip("U") for layer in source.layers.values() for w in layer.weights.values()}
+    return tuple(row for row in takes if any(form.startswith(row.form.removeprefix("QDQ ")) for form in forms))
+
+
+def _need(packages: tuple[str, ...]) -> None:
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"target onnx needs {', '.join(missing)}: pip install 'nybble[onnx]'.")
+
+
+PART = Onnx
