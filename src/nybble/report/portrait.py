@@ -93,8 +93,13 @@ def _counts(flat: Tensor, edge: float) -> Tensor:
     """int64 [BINS], on the CPU; counted where the values are, as a large weight takes longer to bring over."""
     if flat.device.type == "cpu":
         return torch.histc(flat, BINS, -edge, edge).long()
+    return _binned(flat, edge).cpu()
+
+
+def _binned(flat: Tensor, edge: float) -> Tensor:
+    """int64 [BINS], where the values are."""
     bins = ((flat + edge) * (BINS / (2 * edge))).long().clamp_(0, BINS - 1)  # histc has no deterministic kernel there
-    return torch.bincount(bins, minlength=BINS).cpu()
+    return torch.bincount(bins, minlength=BINS)
 
 
 def _short(value: float) -> float:
