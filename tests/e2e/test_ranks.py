@@ -154,7 +154,7 @@ def _noting_rows(folder: Path, out: Path) -> None:
         made.append(f"{state.prefix}{name}")
         return plain(state, name, known)
 
-    record._row = noted  # the process ends with this
+    record._row = noted  # type: ignore[assignment]  # the process ends with this
     ids = torch.randint(3, 50, (6, 12), generator=torch.Generator().manual_seed(2))
     _, report = nybble.quantize(tiny_model(), RECIPES["gptq"], ids, settings={"batch": 2})
     (out / f"{dist.get_rank()}.json").write_text(json.dumps([made, [row.name for row in report.layers]]))

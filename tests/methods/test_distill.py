@@ -294,9 +294,14 @@ def test_adam_is_torchs(share: float) -> None:
 @pytest.mark.parametrize("loss", ["kl", "mse"])
 def test_what_the_float_network_gives_is_kept_where_it_fits(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run once over all samples then, and the same is learned; refused room, it runs at every step."""
-    made, found = [], []
+    made, found = list[int](), []
     plain_wanted = _teaching._wanted
-    monkeypatch.setattr(_teaching, "_wanted", lambda *given: made.append(1) or plain_wanted(*given))
+
+    def counted(*given: Any) -> Any:
+        made.append(1)
+        return plain_wanted(*given)
+
+    monkeypatch.setattr(_teaching, "_wanted", counted)
     for most in (0.0, 1.0):
         monkeypatch.setattr(_teaching, "_float_bytes", lambda _: 0)
         made.clear()
@@ -357,6 +362,14 @@ def test_a_vision_transformer_a_classifier_of_texts_and_a_plain_network() -> Non
         made = recipe("int4 channel scale=percentile(p=70)", solver="rtn", steps=30, every=5, held=0.5)
         _, report = nybble.quantize(model.eval(), made, data, settings=replace(SETTINGS, samples=64))
         assert entry(report)["after"] < entry(report)["before"], type(model)
+
+
+def test_what_can_be_seen_beforehand_is_refused_beforehand() -> None:
+    model = tiny_model(dtype=torch.float32, attention_bias=False, mlp_bias=False)
+    with pytest.raises(SchemeError, match=r"finds nothing to learn.*biases"):
+        nybble.preflight(model, recipe(what=["biases"]), tokens(), settings=SETTINGS)
+    with pytest.raises(DataError, match="there is 1 in all"):
+        nybble.preflight(model, recipe(), tokens()[:1], settings=replace(SETTINGS, samples=1))
 
 
 def test_hidden_states_have_no_logits() -> None:

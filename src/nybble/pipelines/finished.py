@@ -48,10 +48,21 @@ def finishing_lines(job: Job) -> list[str]:
     steps = make_finishes(job.recipe)
     if not steps:
         return []
+    names = [*job.adapter.block_names(job.model), ""]
+    layers = [
+        job.model.get_submodule(f"{name}.{target.module}" if name else target.module)
+        for name, targets in zip(names, [*job.plan.blocks, job.plan.outside], strict=True)
+        for target in targets
+        if target.rule.weights is not None
+    ]
+    known = job.tokens or job.taught
+    for step in steps:
+        own = bool(getattr(step, "samples", 0))  # of its own, which are read when it begins
+        step.check(job.model, layers, None if known is None or own else len(next(iter(known.inputs.values()))))
     needed = training_bytes(job, steps)
     require_memory(needed, job.device)
-    names = ", ".join(step.name for step in trained(job.recipe)[1])
-    return [f"after it, the whole quantized model is trained ({names}): about {needed / 1e9:.2f} GB of memory"]
+    said = ", ".join(step.name for step in trained(job.recipe)[1])
+    return [f"after it, the whole quantized model is trained ({said}): about {needed / 1e9:.2f} GB of memory"]
 
 
 def teacher_of(job: Job) -> Teacher:

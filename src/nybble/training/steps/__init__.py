@@ -130,6 +130,18 @@ class Preparation(TrainStep):
 class Finish(TrainStep):
     """Comes after all other steps."""
 
+    def check(self, model: nn.Module, layers: Sequence[nn.Module], samples: int | None) -> None:
+        """Refuse before any work what can be seen beforehand.
+
+        Args:
+            model: float, perhaps without values.
+            layers: its modules that will be quantized.
+            samples: how many there will be to train on; None where nobody knows yet.
+
+        Raises:
+            SchemeError: it would find nothing to learn. DataError: too few samples.
+        """
+
     @abstractmethod
     def run(self, student: Student, progress: Progress) -> Finished:
         """Train what is in ``student.model``, never to worse than it was on samples that aren't trained on.

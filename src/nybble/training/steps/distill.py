@@ -25,15 +25,17 @@ formats of all sizes; EfficientQAT's are absolute, and its gradients are cut at 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
+from torch import nn
 
 from nybble.core.errors import DataError, SchemeError
 from nybble.core.progress import Progress
 from nybble.core.seeds import derive_seed, generator
+from nybble.nn.learned_norm import is_norm
 from nybble.training.steps import Finish, Finished, Student
 from nybble.training.steps._distillation import Distillation
 from nybble.training.steps._student import Learners, checkpointed
@@ -134,30 +136,50 @@ class Distill(Finish):
         kept = int(1e9 * self.logits_gb) + (dense if dense <= 1e9 * self.dense_gb else 0)
         return elements * ((0 if self.loss == "nll" else dtype.itemsize) + 3) + kept
 
+    def check(self, model: nn.Module, layers: Sequence[nn.Module], samples: int | None) -> None:  # noqa: D102
+        if samples is not None:
+            self._held_of(samples)
+        some = {
+            "scales": bool(layers),
+            "norms": any(map(is_norm, model.modules())),
+            "biases": any(getattr(layer, "bias", None) is not None for layer in layers),
+        }
+        if not any(some[kind] for kind in self.what):
+            raise _nothing(self.what)
+
+    def _held_of(self, samples: int) -> int:
+        """How many are held back."""
+        kept = max(1, round(self.held * samples))
+        if kept >= samples:
+            raise DataError(
+                f"distill trains on some samples and is judged on others, and there is {samples} in all; give two or "
+                "more."
+            )
+        return kept
+
     def run(self, student: Student, progress: Progress) -> Finished:  # noqa: D102
         order = torch.randperm(student.samples, generator=generator(student.seed, "distill", "held")).tolist()
-        kept = max(1, round(self.held * student.samples))
-        if kept >= student.samples:
-            raise DataError(
-                f"distill trains on some samples and is judged on others, and there is {student.samples} in all; give "
-                "two or more."
-            )
+        kept = self._held_of(student.samples)
         torch.manual_seed(derive_seed(student.seed, "distill"))  # stochastic roundings of activations draw from it
         options = self if self.micro else replace(self, micro=at_once(student, self.batch))
         lessons = Teaching.of(student, options)
         learners = Learners(student.model, student.weights, self.what)
         try:
             if not learners.parameters():
-                raise SchemeError(
-                    f"distill finds nothing to learn: no weight has {' or '.join(self.what)} that it can move; name "
-                    f"others of {', '.join(KINDS)}, or leave the step out."
-                )
+                raise _nothing(self.what)
             with torch.enable_grad(), checkpointed(student.model, student.blocks):
                 entry = Distillation(options, student, lessons, learners, progress).train(order[kept:], order[:kept])
         except BaseException:
             learners.undo()
             raise
         return Finished(entry=entry, scales=learners.settle())
+
+
+def _nothing(what: Sequence[str]) -> SchemeError:
+    return SchemeError(
+        f"distill finds nothing to learn: no weight has {' or '.join(what)} that it can move; name others of "
+        f"{', '.join(KINDS)}, or leave the step out."
+    )
 
 
 PART = Distill

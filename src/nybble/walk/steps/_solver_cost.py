@@ -24,7 +24,7 @@ def solver_cost(solver: Solver, targets: Sequence[Target], load: Load) -> Cost:
     flops = 0.0
     for target in solved:
         if solver.needs(target.rule.inputs) & {"second_moment", "inputs"}:
-            kept = _kept(solver, target) + (2 * solver.guides if target.kind.by_rows else 0)
+            kept = _kept(solver, target) + (2 * min(solver.guides, target.shape[0]) if target.kind.by_rows else 0)
             flops += tokens * target.shape[1] ** 2 * kept
         most = min(load.samples * target.kind.rows_a_sample, solver.most_tokens) or tokens
         flops += solver.flops(*target.shape, most, target.rule.inputs) * target.matrices
@@ -61,7 +61,9 @@ def _moments(targets: Sequence[Target], solver: Solver) -> int:
     else:
         total += each * sum(8 * c * c * min(3, linear.count(c)) for c in set(linear))
     if any("guided" in solver.needs(t.rule.inputs) for t in needy):  # each weight has its own
-        total += sum(8 * solver.guides * t.shape[1] ** 2 for t in needy if t.kind.by_rows and not t.kind.fused)
+        total += sum(
+            8 * min(solver.guides, t.shape[0]) * t.shape[1] ** 2 for t in needy if t.kind.by_rows and not t.kind.fused
+        )
     return int(total + 4 * max(t.shape[1] for t in needy) ** 2)
 
 

@@ -50,8 +50,9 @@ class SolverStep(BlockStep):
         guided = self.solver.guides and any(t.rule.weights and t.kind.by_rows for t in targets)
         if not guided or not load.samples:
             return cost
-        layers = sum(len(block) for block in subject.plan.blocks)
-        return replace(cost, held=cost.held + 2 * self.solver.guides * layers * load.samples * load.seq_len)
+        weights = [t for block in subject.plan.blocks for t in block if t.kind.by_rows]
+        groups = sum(min(self.solver.guides, target.shape[0]) for target in weights)
+        return replace(cost, held=cost.held + 2 * groups * load.samples * load.seq_len)
 
     def gradient_tokens(self, subject: Subject, load: Load) -> int:  # noqa: D102
         needs = subject.plan.needs(self.solver)
