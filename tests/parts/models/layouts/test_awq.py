@@ -1,4 +1,4 @@
-"""AWQ: no library that writes it runs here, so a packer and a decoder written out from AutoAWQ's documents."""
+"""AWQ: no library that writes it runs here, so a packer and a decoder written out for this test."""
 
 from __future__ import annotations
 

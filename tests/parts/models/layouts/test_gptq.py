@@ -1,4 +1,4 @@
-"""GPTQ: no library that writes it runs here, so a packer and a decoder written out from AutoGPTQ's documents.
+"""GPTQ: no library that writes it runs here, so a packer and a decoder written out for this test.
 
 They shift Python integers into words one code at a time, and know nothing of streams or QTensors.
 """

@@ -1,4 +1,4 @@
-"""ModelOpt: its package isn't installed; NVFP4 is judged by compressed-tensors' decoder, whose divisor is the inverse.
+"""ModelOpt: its package isn't installed; no file that it wrote was read; codes of NVFP4 are unpacked by compressed-tensors.
 
 FP8, INT8 and MXFP8 by formulas in torch's own dtypes.
 """
