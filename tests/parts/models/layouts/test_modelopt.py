@@ -1,4 +1,4 @@
-"""ModelOpt: its package isn't installed; no file that it wrote was read; codes of NVFP4 are unpacked by compressed-tensors.
+"""ModelOpt: its package is not installed and no file of its was read; compressed-tensors unpacks the codes of NVFP4.
 
 FP8, INT8 and MXFP8 by formulas in torch's own dtypes.
 """

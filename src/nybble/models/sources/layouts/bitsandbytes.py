@@ -6,8 +6,9 @@
        uint8, under ``weight.nested_absmax``, ``weight.nested_quant_map`` float32 [256], and a mean
 8-bit  ``weight`` int8 [out, in], ``SCB`` float32 [out]: the largest magnitude of a row; x = code * SCB / 127
 =====  =============================================================================================================
-Blocks of four bits run on from row to row, as the library's GPU and generic code have them; its CPU kernel (0.50.2)
-reads rows that are no multiple of a block otherwise, and twice as far from the weights that were quantized.
+Blocks of four bits run on from row to row, as the library's generic code has them (its GPU kernels were not tried);
+its CPU kernel (0.50.2) reads rows that are no multiple of a block otherwise, and twice as far from the weights that were
+quantized.
 """
 
 from __future__ import annotations
