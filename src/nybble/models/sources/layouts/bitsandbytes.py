@@ -7,8 +7,8 @@
 8-bit  ``weight`` int8 [out, in], ``SCB`` float32 [out]: the largest magnitude of a row; x = code * SCB / 127
 =====  =============================================================================================================
 Blocks of four bits run on from row to row, as the library's generic code has them (its GPU kernels were not tried);
-its CPU kernel (0.50.2) reads rows that are no multiple of a block otherwise, and twice as far from the weights that were
-quantized.
+its CPU kernel (0.50.2) reads rows that are no multiple of a block otherwise, and twice as far from the weights that
+were quantized.
 """
 
 from __future__ import annotations
