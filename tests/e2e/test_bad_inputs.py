@@ -288,7 +288,7 @@ def test_calibration_that_overflows(folder: Path, tmp_path: Path, recipe: Any) -
         tensors["model.layers.1.input_layernorm.weight"].fill_(3e38)
 
     model = broken(folder, tmp_path / "model", change)
-    with pytest.raises(DataError, match=r"calibration inputs of model\.layers\.1\.self_attn\.\w+ hold NaN or Inf"):
+    with pytest.raises(DataError, match=r"calibration inputs of model\.layers\.1\.\S+ hold NaN or Inf"):
         run_quantize(model, folder, tmp_path / "out", recipe=recipe)
     assert os.listdir(tmp_path) == ["model"]
 
