@@ -296,7 +296,8 @@ def test_the_cache(tmp_path: Path) -> None:
         16,
         True,
     )
-    assert found["check"]["cosine"] > 1 - 1e-6
+    # Not nearer: a sum that a processor takes in another order moves a key over the edge of an E4M3 step, 6 % of it.
+    assert found["check"]["cosine"] > 0.98
     with pytest.raises(ModelError, match="no newest tokens are left in float"):
         export(quantized(weights="int4 group=16", kv="int8 token residual=8"), tmp_path / "e", TARGET)
 
