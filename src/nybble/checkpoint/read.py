@@ -66,8 +66,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         with reading(folder / "config.json"):
             _describe(found)
+    except FileError:
+        raise
     except NybbleError as error:
-        raise error if isinstance(error, FileError) else FileError(f"{folder / 'config.json'}: {error}") from error
+        raise FileError(f"{folder / 'config.json'}: {error}") from error
     for name, (dtype, shape) in found.expected.items():
         entry = stored.get(name)
         if entry is None:

@@ -22,6 +22,7 @@ from nybble.models.build.config_file import make_config, read_json
 from nybble.models.build.skeleton import base_class, expected_tensors, meta_model, model_class, unsaved
 from nybble.models.named import QUANTIZED, check_float, is_packed, stated_quantization
 from nybble.models.sources import ModelSource, StoredTensor
+from nybble.models.sources.fused import Fused, made_of
 from nybble.models.sources.layouts import Files, PackedWeight, packed_weights
 from nybble.models.sources.left_over import SWITCHES, LeftOver, left_over
 from nybble.models.sources.match import Match, match_names
@@ -198,6 +199,7 @@ class FolderSource(ModelSource):
         if is_packed(quantization):
             self._unpack(quantization)
         self._converted: dict[str, Tensor] | None = None
+        self._fused: dict[str, Fused] = {}
         self._headless = ""
 
     def _unpack(self, quantization: Any) -> None:
@@ -222,10 +224,14 @@ class FolderSource(ModelSource):
         return found
 
     def packed_names(self) -> dict[str, PackedWeight]:
-        """The packed weights by their name in the model; none of the experts that transformers fuses while loading."""
+        """The packed weights by their name in the model; of experts in one parameter those that are all packed."""
         if not self.packed:
             return {}
-        return {name: self.packed[file] for name, file in self._match.files.items() if file in self.packed}
+        return {name: weight for name, file in self._match.files.items() if (weight := self._whole(file)) is not None}
+
+    def _whole(self, file: str) -> PackedWeight | None:
+        """A packed weight by its name in the files, or one that several of them make up."""
+        return self._fused[file].packed(file, self.packed) if file in self._fused else self.packed.get(file)
 
     def read_packed(self, name: str) -> Sequence[QTensor]:
         """A packed weight, by its name in the model: a QTensor [out, in], or one for each expert.
@@ -273,7 +279,25 @@ class FolderSource(ModelSource):
         found = match if self._complete(match) else self._match_base(shapes, renames)
         if found is None:
             raise ModelError(f"{self.spec} lacks {len(match.missing)} tensors, {match.missing[0]} first.")
-        return found
+        return self._put_together(found)
+
+    def _put_together(self, match: Match) -> Match:
+        """The match with what the files have in pieces or under other names, if that is all that it lacks."""
+        if not match.missing:
+            return match
+        shapes = {name: tuple(info.shape) for name, (_, info) in self._tensors.items()}
+        direct, fused = made_of(self._expected, match, expected_tensors(self._expected), shapes)
+        if not set(match.missing) <= direct.keys() | fused.keys():
+            return match
+        self._fused = fused
+        for name, found in fused.items():
+            held = [self._tensors[piece] for piece in found.names()]
+            dtypes = {entry.dtype for _, entry in held}
+            dtype, nbytes = dtypes.pop() if len(dtypes) == 1 else "F32", sum(entry.nbytes for _, entry in held)
+            self._tensors[name] = (held[0][0], TensorEntry(dtype=dtype, shape=found.shape, begin=0, nbytes=nbytes))
+        used = {*direct.values(), *(piece for found in fused.values() for piece in found.names())}
+        files = {**match.files, **direct, **{name: name for name in fused}}
+        return replace(match, files=files, missing=(), unused=tuple(name for name in match.unused if name not in used))
 
     def _complete(self, match: Match) -> bool:
         """Whether the file has all of the model, as it is or to be converted."""
@@ -341,6 +365,9 @@ class FolderSource(ModelSource):
         with ExitStack() as stack:
             opened: dict[Path, Any] = {}
             for name in names:
+                if name in self._fused:
+                    yield name, self._fused[name].values(self._from_files, self._dtype(name))
+                    continue
                 if name in self.packed:
                     yield name, self.packed[name].values(self._file_tensor)
                     continue
@@ -351,20 +378,24 @@ class FolderSource(ModelSource):
                     tensor = opened[path].get_tensor(name)
                 yield name, tensor
 
-    def _dtype(self, file_name: str) -> torch.dtype:
+    def _dtype(self, file_name: str, expected: Tensor | None = None) -> torch.dtype:
+        """Of a stored tensor; where the model has a float one (``expected``), it has to be float too."""
         name = self._tensors[file_name][1].dtype
-        if name not in DTYPES:
+        found = DTYPES.get(name)
+        wanted = expected is not None and expected.is_floating_point()
+        if found is None or (wanted and not found.is_floating_point):
             raise ModelError(f"{self.spec}: {file_name} has dtype {name}, which is not a float model's.")
-        return DTYPES[name]
+        return found
 
     @cached_property
     def _stored(self) -> dict[str, StoredTensor]:
         match, _ = self._match, self._left
         if not match.missing:
+            expected = expected_tensors(self._expected)
             return {
                 name: StoredTensor(
                     shape=tuple(self._tensors[file][1].shape),
-                    dtype=self._dtype(file),
+                    dtype=self._dtype(file, expected[name]),
                     nbytes=self._tensors[file][1].nbytes,
                 )
                 for name, file in match.files.items()

@@ -17,7 +17,6 @@ mxfp8-quantized
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from nybble.core.errors import FileError, ModelError
 from nybble.models.sources.layouts import FLOATS, Files, Layout, PackedWeight, whole, words
+from nybble.models.sources.layouts._patterns import compiled
 from nybble.models.sources.layouts._pieces import (
     E2M1,
     E4M3,
@@ -101,7 +101,7 @@ def _chosen(name: str, groups: list[tuple[str, list[str], Args]]) -> tuple[str, 
     for form, targets, args in groups:
         for target in targets:
             pattern = target.removeprefix("re:")
-            if name == target or (pattern != target and len(pattern) < 1000 and re.match(pattern, name)):
+            if name == target or (pattern != target and compiled(pattern).match(name)):
                 return form, args
     # A class can't be seen in the files; names are dotted, or begin with "re:", and classes are neither.
     for form, targets, args in groups:

@@ -1,0 +1,107 @@
+"""Small models of every layout that nybble reads, each written by the library that owns it where that is installed.
+
+Of a block two layers stay packed and the rest is float, so that one opens and decodes in milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Made = tuple[Path, dict[str, Tensor]]
+PACKED = ("layers.0.self_attn.q_proj.", "layers.0.mlp.up_proj.", ".experts")
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def folders() -> dict[str, Callable[[Path], Path]]:
+    """Reader -> writes its model into an empty place; gives the folder, or the file."""
+    from tests.parts.models.layouts import test_awq, test_bitsandbytes, test_gptq, test_modelopt, test_mxfp4
+    from tests.parts.models.layouts import test_compressed_tensors as ct
+
+    cases = ("pack int4 zeros", "pack int3", "pack block", "int8 zeros", "fp8 block", "nvfp4", "mxfp6", "mxfp8")
+    others: dict[str, Callable[[Path], Made]] = {
+        **{f"compressed-tensors {c}": lambda p, c=c: ct.checkpoint(p / "q", *ct.CASES[c]) for c in cases},
+        **{
+            f"bitsandbytes {c}": lambda p, c=c: test_bitsandbytes.checkpoint(p, test_bitsandbytes.CASES[c])
+            for c in ("nf4 nested", "fp4 in bfloat16", "int8")
+        },
+        "gptq 4 bits in another order": lambda p: test_gptq.checkpoint(p / "q", 4, 32, order=True),
+        "gptq 3 bits": lambda p: test_gptq.checkpoint(p / "q", 3, 40, form="gptq_v2"),
+        "awq": lambda p: test_awq.checkpoint(p / "q", 32),
+        **{f"modelopt {k}": lambda p, k=k: test_modelopt.checkpoint(p / "q", k) for k in ("NVFP4", "MXFP8", "FP8")},
+        "modelopt apart": lambda p: test_modelopt.checkpoint(p / "q", "MXFP4", apart=True),
+        "mxfp4": lambda p: test_mxfp4.checkpoint(p / "q")[:2],
+    }
+    found: dict[str, Callable[[Path], Path]] = {n: lambda p, m=m: _few(*m(p)) for n, m in others.items()}
+    return found | {"float in shards": _shards, "nybble": _own, "gguf": _gguf, "gguf of many types": _gguf_types}
+
+
+def _few(folder: Path, values: dict[str, Tensor]) -> Path:
+    """One block, with two of its layers packed."""
+    path = folder / WEIGHTS
+    tensors = {n: t for n, t in load_file(path).items() if "layers.1." not in n}
+    modules = {n.removesuffix(".weight"): t for n, t in values.items() if not any(p in f"{n}." for p in PACKED)}
+    kept = {n: t for n, t in tensors.items() if not any(n.startswith(f"{m}.") for m in modules)}
+    floats = {f"{m}.weight": t.to(torch.bfloat16) for m, t in modules.items() if "layers.0." in m}
+    save_file(kept | floats, path, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] = 1
+    if config.get("layer_types"):
+        config["layer_types"] = config["layer_types"][:1]
+    (folder / "config.json").write_text(json.dumps(config))
+    for extra in folder.glob("tokenizer*"):
+        extra.unlink()
+    return folder
+
+
+def _float(**changes: Any) -> Any:
+    from tests.parts.models.layouts.peers import llama
+
+    return llama(num_hidden_layers=1, **changes)
+
+
+def _shards(place: Path) -> Path:
+    """A float model in two shards under an index."""
+    folder = place / "q"
+    _float().save_pretrained(folder, max_shard_size="60KB")
+    assert (folder / INDEX).is_file()
+    return folder
+
+
+def _own(place: Path) -> Path:
+    """A folder of nybble's own, with rounded activations and a cache in few bits."""
+    from nybble.pipelines.quantize import quantize
+    from nybble.pipelines.request import build_recipe
+
+    _float().save_pretrained(place / "float")
+    recipe = build_recipe("rtn", weights="nvfp4", activations="int8_full token", kv="int4 group=16")
+    quantize(str(place / "float"), recipe, out=place / "q")
+    return place / "q"
+
+
+def _gguf(place: Path) -> Path:
+    """Metadata and float tensors in llama.cpp's own writer."""
+    from tests.numerics.test_fuzz_files import write_gguf
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=True,
+    )  # fmt: skip
+    write_gguf(place / "it.gguf", LlamaForCausalLM(config))
+    return place / "it.gguf"
+
+
+def _gguf_types(place: Path) -> Path:
+    from benchmarks.gguf_fuzz import tiny
+
+    tiny(place / "it.gguf")
+    return place / "it.gguf"
