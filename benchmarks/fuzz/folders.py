@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 
 def folders() -> dict[str, Callable[[Path], Path]]:
     """Reader -> writes its model into an empty place; gives the folder, or the file."""
-    from tests.parts.models.layouts import test_awq, test_bitsandbytes, test_gptq, test_modelopt, test_mxfp4
+    from tests.parts.models.layouts import test_awq, test_bitsandbytes, test_experts, test_gptq, test_modelopt, test_mxfp4
     from tests.parts.models.layouts import test_compressed_tensors as ct
 
     cases = ("pack int4 zeros", "pack int3", "pack block", "int8 zeros", "fp8 block", "nvfp4", "mxfp6", "mxfp8")
@@ -38,9 +39,46 @@ def folders() -> dict[str, Callable[[Path], Path]]:
         **{f"modelopt {k}": lambda p, k=k: test_modelopt.checkpoint(p / "q", k) for k in ("NVFP4", "MXFP8", "FP8")},
         "modelopt apart": lambda p: test_modelopt.checkpoint(p / "q", "MXFP4", apart=True),
         "mxfp4": lambda p: test_mxfp4.checkpoint(p / "q")[:2],
+        "compressed-tensors with activations and a cache": _rounded,
+        "compressed-tensors experts": lambda p: test_experts.checkpoint(p / "q", *ct.CASES["pack int4 zeros"])[:2],
+        "auto-round": lambda p: test_gptq.checkpoint(p / "q", 4, 32, form="gptq_v2"),
+        "gptq of own bits": lambda p: test_gptq.checkpoint(p / "q", 4, 32),
     }
     found: dict[str, Callable[[Path], Path]] = {n: lambda p, m=m: _few(*m(p)) for n, m in others.items()}
+    found["auto-round"] = partial(_said, found["auto-round"], {
+        "quant_method": "auto-round", "bits": 8, "group_size": 32, "packing_format": "auto_round", "data_type": "int",
+        "extra_config": {"model.layers.0.mlp.up_proj": {"bits": 4}, r".*q_proj": {"bits": 4, "group_size": 32}},
+    })  # fmt: skip
+    found["gptq of own bits"] = partial(_said, found["gptq of own bits"], {
+        "quant_method": "gptq", "bits": 8, "dynamic": {r"-:.*down": {}, r"+:.*(q|up)_proj": {"bits": 4, "group_size": 32}},
+    })  # fmt: skip
     return found | {"float in shards": _shards, "nybble": _own, "gguf": _gguf, "gguf of many types": _gguf_types}
+
+
+def _rounded(place: Path) -> Made:
+    """Static scales of inputs, and a cache whose scales are 1."""
+    from tests.parts.models.layouts import test_compressed_tensors as ct
+
+    folder, values = ct.checkpoint(place / "q", *ct.CASES["fp8 channel"])
+    tensors = load_file(folder / WEIGHTS)
+    modules = [n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale")]
+    tensors |= {f"{m}.input_scale": torch.tensor([0.02]) for m in modules if any(p in f"{m}." for p in PACKED)}
+    tensors |= {f"model.layers.0.self_attn.{s}_scale": torch.ones(1) for s in "kv"}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    raw = json.loads((folder / "config.json").read_text())
+    side = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    raw["quantization_config"]["config_groups"]["group_0"]["input_activations"] = side
+    raw["quantization_config"]["kv_cache_scheme"] = side
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder, values
+
+
+def _said(make: Callable[[Path], Path], quantization: dict[str, Any], place: Path) -> Path:
+    """A folder whose config.json says this of the quantization."""
+    folder = make(place)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": quantization}))
+    return folder
 
 
 def _few(folder: Path, values: dict[str, Tensor]) -> Path:

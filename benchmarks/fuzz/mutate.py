@@ -16,7 +16,7 @@ Header = dict[str, Any]
 ODD: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 2, 3, 5, 7, 16, 63, 255, 1 << 31, 1 << 32, 1 << 53, 1 << 62, 1 << 63, (1 << 64) - 1,
     10**30, 0.5, -0.0, 1e308, float("inf"), float("-inf"), float("nan"), "", "4", "group", "channel", "re:(", "re:.*",
-    "../../etc/passwd", "/dev/zero", "x" * 3000, "\ud800", "\x00", [], [[]], [-1], [1 << 62] * 3, {}, {"a": {"b": []}},
+    "../../etc/passwd", "re:(a+)+$", "(.*|a)*b", "/dev/zero", "x" * 3000, "\ud800", "\x00", [], [[]], [-1], [1 << 62] * 3, {}, {"a": {"b": []}},
     "float", "int", "gptq", "awq", "mxfp4", "bitsandbytes", "modelopt", "compressed-tensors", "nybble", "dense",
 )  # fmt: skip
 NUMBERS = (0, 1, 2, 3, 31, 32, 255, 1 << 15, (1 << 16) - 1, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, 1 << 60,

@@ -23,7 +23,8 @@ def inspect(folder: str | Path) -> dict[str, Any]:
     Returns:
         ``bytes``: role -> bytes (codes, scales, offsets, tables, padding, unquantized, headers, config, tokenizer ...),
         which add up to ``total``, the size of all files; ``modules``: per quantized weight bytes by role, elements,
-        bits; ``bits_per_quantized_weight``, and ``bits_per_weight`` over all that is stored; ``files``: name -> size.
+        bits; ``bits_per_quantized_weight``, and ``bits_per_weight`` over all that is stored; ``files``: name -> size;
+        ``note``: what another library's checkpoint asks to be rounded and nybble keeps in float, if anything.
 
     Raises:
         FileError: the folder can't be read, or config and tensors contradict each other.
@@ -68,6 +69,8 @@ def inspect(folder: str | Path) -> dict[str, Any]:
         "bits_per_weight": 8 * stored / max(1, elements + parameters),
         "modules": modules,
     }
+    if checkpoint.note:
+        result["note"] = checkpoint.note
     if sum(total.values()) != result["total"]:
         raise FileError(
             f"{folder}: {sum(total.values())} bytes are accounted for and {result['total']} are on disk; "
@@ -82,7 +85,8 @@ def _of_others(folder: Path) -> Checkpoint:
     paths = sorted({path for path in source.weight_files() if path.suffix == ".safetensors"})
     headers = tuple(read_tensor_header(path) for path in paths)
     stored = {name: entry for header in headers for name, entry in header.tensors.items()}
-    found = Checkpoint(read_json(folder / "config.json"), stored, headers, {}, [])
+    found = Checkpoint(read_json(folder / "config.json"), stored, headers, {}, [], note=source.rounded.left)
+    found.roles.update(dict.fromkeys(source.rounded.used, "scales"))
     for name, weight in source.packed.items():
         found.elements[name] = math.prod(weight.shape)
         for role, part in weight.parts.items():

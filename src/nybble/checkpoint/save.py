@@ -81,12 +81,12 @@ def save_side_files(kind: DataKind, source: ModelSource, model: PreTrainedModel,
     lacks = source.write_side_files(folder)
     kind.write_side_files(source, folder)
     if GENERATION not in source.side_files():
-        _save_generation_config(model, folder)
+        save_generation_config(model, folder)
     return lacks
 
 
-def _save_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    """As ``save_pretrained``, which refuses values that it has read."""
+def save_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    """What the model generates with, as ``save_pretrained`` writes it; which refuses values that it has read."""
     if model.can_generate() and model.generation_config is not None:
         with disk_errors(folder / GENERATION):
             model.generation_config.to_json_file(folder / GENERATION, keys_to_pop=["compile_config"])
@@ -127,7 +127,7 @@ def save(
         parts = Parts(partial, {}, resume=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        _save_generation_config(model, partial)
+        save_generation_config(model, partial)
         record = dict(vars(model).get(_RECORD, {}) if manifest is None else manifest)
         parts.write("model", "", model, record.pop("layers", []))
         parts.assemble(["model"], model_config(model, model.dtype), record, recorded_kv(model))

@@ -19,18 +19,17 @@ import torch
 
 from nybble.checkpoint.marked import check_readable, is_others
 from nybble.checkpoint.parts import MANIFEST
-from nybble.checkpoint.save import save
-from nybble.core.dtypes import FLOATS
-from nybble.core.errors import UsageError
+from nybble.checkpoint.stream import copy_as_own
+from nybble.core.dtypes import FLOATS, float_dtype
+from nybble.core.errors import ModelError, UsageError
 from nybble.core.explicit import explicit_settings
-from nybble.core.files import AtomicFolder, check_new_folder, disk_errors
+from nybble.core.files import AtomicFolder, check_new_folder, disk_errors, need_space
 from nybble.export import ExportTarget, Facts, get_target, refuse
 from nybble.export._source import FolderSource
 from nybble.models.adapter import adapter_for
 from nybble.models.build.config_file import read_json
-from nybble.models.sources.side_files import copy_side_files
+from nybble.models.sources.folder import FolderSource as ForeignFolder
 from nybble.nn.kinds import targets_of
-from nybble.pipelines.load import load_with_origin
 from nybble.scheme import Scheme
 
 
@@ -91,7 +90,7 @@ def export(
 def _own(folder: Path, dest: Path) -> Iterator[Path]:
     """The folder itself, or of another library's a copy in nybble's files, beside ``dest`` and for as long as needed.
 
-    No code changes; the copy is made in memory.
+    No code changes; the copy is made a block at a time.
     """
     if not is_others(folder):
         yield folder
@@ -99,10 +98,11 @@ def _own(folder: Path, dest: Path) -> Iterator[Path]:
     with disk_errors(dest), TemporaryDirectory(prefix=f"{dest.name}.", dir=dest.absolute().parent) as room:
         config = read_json(folder / "config.json")
         stated = config.get("dtype", config.get("torch_dtype"))
-        model, origin = load_with_origin(folder, dtype=stated if stated in FLOATS else None)
-        copied = save(model, Path(room, "model"))
-        copy_side_files(origin.side_files(), copied)
-        yield copied
+        source = ForeignFolder(str(folder), folder)
+        if not source.packed_names():
+            raise ModelError(f"{folder} has its weights in float; export what `nybble quantize` makes of it.")
+        need_space(Path(room), sum(path.stat().st_size for path in source.weight_files()) * 2)
+        yield copy_as_own(source, Path(room, "model"), float_dtype(stated if stated in FLOATS else "bfloat16", "dtype"))
 
 
 def constrain(scheme: Scheme, targets: list[ExportTarget], model: Any, dtype: torch.dtype) -> Scheme:

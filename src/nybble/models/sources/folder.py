@@ -24,10 +24,13 @@ from nybble.models.named import QUANTIZED, check_float, is_packed, stated_quanti
 from nybble.models.sources import ModelSource, StoredTensor
 from nybble.models.sources.fused import Fused, made_of
 from nybble.models.sources.layouts import Files, PackedWeight, packed_weights
+from nybble.models.sources.layouts._rounded import Rounded
 from nybble.models.sources.left_over import SWITCHES, LeftOver, left_over
 from nybble.models.sources.match import Match, match_names
 from nybble.models.sources.side_files import GENERATION, is_tokenizer_file, left_behind, side_files
-from nybble.qtensor import QTensor
+from nybble.nn.activation import ActivationQuantizer
+from nybble.qtensor import QTensor, QuantParams
+from nybble.quantizer import Quantizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -195,7 +198,7 @@ class FolderSource(ModelSource):
         if not self._files:
             raise ModelError(f"{spec} has no tensors.")
         self.packed: dict[str, PackedWeight] = {}
-        self._undone, self._tensors = "", self._files
+        self.rounded, self._tensors = Rounded(), self._files
         if is_packed(quantization):
             self._unpack(quantization)
         self._converted: dict[str, Tensor] | None = None
@@ -205,8 +208,8 @@ class FolderSource(ModelSource):
     def _unpack(self, quantization: Any) -> None:
         """Have each packed weight in the place of the tensors that it is made of."""
         files = Files(self.spec, {name: entry for name, (_, entry) in self._files.items()}, self._file_tensor)
-        self.packed, self._undone = packed_weights(quantization, files)
-        parts = {part for weight in self.packed.values() for part in weight.parts.values()}
+        self.packed, self.rounded = packed_weights(quantization, files)
+        parts = {part for weight in self.packed.values() for part in weight.parts.values()} | self.rounded.used
         self._tensors = {name: found for name, found in self._files.items() if name not in parts}
         for name, weight in self.packed.items():
             held = [self._files[part] for part in weight.parts.values()]
@@ -232,6 +235,19 @@ class FolderSource(ModelSource):
     def _whole(self, file: str) -> PackedWeight | None:
         """A packed weight by its name in the files, or one that several of them make up."""
         return self._fused[file].packed(file, self.packed) if file in self._fused else self.packed.get(file)
+
+    def activations(self, name: str, side: str) -> ActivationQuantizer | None:
+        """The quantizer of ``inputs`` or ``outputs`` beside a packed weight, by the weight's name in the model.
+
+        Raises:
+            FileError: numbers that can't be meant.
+        """
+        found = getattr(self.rounded, side).get(self._match.files[name].removesuffix(".weight"))
+        if found is None:
+            return None
+        with reading(f"the {side} of {name}"):
+            params = found.params(self._file_tensor)
+            return ActivationQuantizer(Quantizer(found.line), None if params is None else QuantParams(params[0], params[1]))
 
     def read_packed(self, name: str) -> Sequence[QTensor]:
         """A packed weight, by its name in the model: a QTensor [out, in], or one for each expert.
@@ -259,8 +275,11 @@ class FolderSource(ModelSource):
         files = {path.name for path, _ in self._files.values()}
         if SINGLE in files and (self.folder / INDEX).is_file():
             said.append(f"{SINGLE} and {INDEX} are both there; {SINGLE} is read, as transformers does.")
-        if self._undone:
-            said.append(self._undone)
+        rounds = [w for w, asked in (("activations", self.rounded.inputs), ("the KV cache", self.rounded.kv)) if asked]
+        if rounds:
+            said.append(f"The checkpoint rounds {' and '.join(rounds)} too, which its float model does not.")
+        if self.rounded.left:
+            said.append(self.rounded.left)
         others = self._left.others
         if others:
             said.append(f"{len(others)} stored tensors have no place in the model and are left out, {others[0]} first.")

@@ -1,4 +1,4 @@
-"""AWQ: no library that writes it runs here, so a packer and a decoder written out for this test."""
+"""AWQ in whole models: a packer and a decoder written out for this test; test_words.py has the libraries' own."""
 
 from __future__ import annotations
 

@@ -66,6 +66,7 @@ def test_values_are_the_librarys_own(name: str, tmp_path: Path) -> None:
         assert torch.equal(found[key], value), key
 
 
+@pytest.mark.filterwarnings("ignore:.*LLM.int8 rounds activations too")
 @pytest.mark.parametrize("name", ["nf4 nested", "int8"])
 def test_a_model_keeps_them_packed(name: str, tmp_path: Path) -> None:
     folder, wanted = checkpoint(tmp_path, CASES[name])

@@ -124,13 +124,6 @@ def _changed(folder: Path, change: Any) -> Path:
     return folder
 
 
-def test_what_stays_in_float_is_said(tmp_path: Path) -> None:
-    folder, _ = checkpoint(tmp_path / "ct", *CASES["int8 channel"])
-    side = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
-    _changed(folder, lambda c: c["config_groups"]["group_0"].update(input_activations=side))
-    assert "quantized activations too" in open_source(str(folder)).note
-
-
 def test_bad_ones_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -1,4 +1,4 @@
-"""GPTQ: no library that writes it runs here, so a packer and a decoder written out for this test.
+"""GPTQ in whole models: a packer and a decoder written out for this test; test_words.py has the libraries' own.
 
 They shift Python integers into words one code at a time, and know nothing of streams or QTensors.
 """
@@ -46,10 +46,14 @@ def layer(
     if order:
         index = index[torch.randperm(columns, generator=g)]
     weight = (scales[index] * (codes - zeros[index]).half()).T
-    stored = (zeros - less) % (1 << bits)  # 0 less one wraps to the largest
+    # GPTQModel takes one from each point of a whole word at once, so that a 0 borrows from its neighbour; from points
+    # that go across words one by one
+    whole = 32 % bits == 0
+    points = down((zeros if whole else (zeros - less) % (1 << bits)).T, bits).T.contiguous()
+    ones = sum(less << place for place in range(0, 32, bits))
     parts = {
         "qweight": down(codes, bits),
-        "qzeros": down(stored.T, bits).T.contiguous(),
+        "qzeros": (points.long() - ones).to(torch.int32) if whole else points,
         "scales": scales,
         "g_idx": index.int(),
     }

@@ -84,4 +84,4 @@ def test_other_kinds_of_auto_round_are_named() -> None:
     config, files, _ = case("auto-round auto_round 3 bits")
     with pytest.raises(ModelError, match="nv_fp"):
         packed_weights({**config, "data_type": "nv_fp"}, files)
-    assert "activations" in packed_weights({**config, "act_bits": 8}, files)[1]
+    assert "activations" in packed_weights({**config, "act_bits": 8}, files)[1].left

@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from nybble.core.guard import reading
 from nybble.core.tensorheader import TensorEntry
 from nybble.models.named import LAYOUTS
 from nybble.qtensor import QTensor
+
+if TYPE_CHECKING:
+    from nybble.models.sources.layouts._rounded import Rounded
 
 SMALL = 1 << 16
 """Bytes of a tensor that may be read before a model is accepted: a shape, a record of JSON."""
@@ -149,13 +152,23 @@ class Layout(ABC):
         """Whether a checkpoint of this config may have no packed weight at all."""
         return False
 
-    def left(self, config: Mapping[str, Any]) -> str:
-        """What of the checkpoint the model won't do (quantized activations, say), in a line; else empty."""
-        return ""
+    def rounded(self, config: Mapping[str, Any], files: Files, modules: Sequence[str]) -> Rounded:
+        """What else is to be rounded: activations, the KV cache.
+
+        Args:
+            config, files: as for :meth:`weights`.
+            modules: names of those with packed weights.
+
+        Raises:
+            FileError: tensors that should say how are missing, or contradict the config.
+        """
+        from nybble.models.sources.layouts._rounded import Rounded
+
+        return Rounded()
 
 
-def packed_weights(config: Any, files: Files) -> tuple[dict[str, PackedWeight], str]:
-    """The packed weights of a checkpoint whose ``quantization_config`` says ``config``, by name; and what is left out.
+def packed_weights(config: Any, files: Files) -> tuple[dict[str, PackedWeight], Rounded]:
+    """The packed weights of a checkpoint whose ``quantization_config`` says ``config``, by name; what else is rounded.
 
     Raises:
         FileError: malformed, or tensors that are missing or contradict it. ModelError: none of the known layouts.
@@ -175,7 +188,8 @@ def packed_weights(config: Any, files: Files) -> tuple[dict[str, PackedWeight], 
                 f"{files.place}: config.json says that it is quantized by {method}, and it has none of the tensors of "
                 "such a model. If its weights are in float, take quantization_config out of config.json."
             )
-        return found, layout.left(config)
+        modules = [name.removesuffix(".weight") for name in found]
+        return found, layout.rounded(config, files, modules)
 
 
 def whole(value: Any, low: int, high: int, what: str) -> int:

@@ -8,7 +8,7 @@ their own. ``data_type`` mx_fp: ``weight_packed`` uint8, ``weight_scale`` uint8 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from nybble.core.errors import FileError, ModelError
 from nybble.models.sources.layouts import Files, Layout, PackedWeight, whole
 from nybble.models.sources.layouts._patterns import compiled
 from nybble.models.sources.layouts._pieces import E2M1, mx
+from nybble.models.sources.layouts._rounded import Rounded, Side, dynamic_line, not_rounded
 from nybble.models.sources.layouts._words import Words, awq_weight, gptq_weight
 from nybble.qtensor import QTensor
 
@@ -40,9 +41,20 @@ class AutoRound(Layout):
         for module in files.ending("qweight"):
             yield _integers(module, form, {**config, **_own(module, config.get("extra_config") or {})}, files)
 
-    def left(self, config: Mapping[str, Any]) -> str:  # noqa: D102
-        rounds = type(config.get("act_bits")) is int and config["act_bits"] < 16
-        return "The checkpoint asks for quantized activations too; here they stay in float." if rounds else ""
+    def rounded(self, config: Mapping[str, Any], files: Files, modules: Sequence[str]) -> Rounded:  # noqa: D102
+        line = dynamic_line({**_MX_INPUTS, "num_bits": config["act_bits"]}, "act_bits") if _rounds_mx(config) else None
+        asks = type(config.get("act_bits")) is int and config["act_bits"] < 16
+        inputs = {} if line is None else {module: Side(line=line) for module in modules}
+        return Rounded(inputs=inputs, left=not_rounded(asks and line is None, False))
+
+
+_MX_INPUTS = {"type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8", "dynamic": True}
+
+
+def _rounds_mx(config: Mapping[str, Any]) -> bool:
+    """Whether inputs are measured in groups of 32 under powers of two."""
+    said = [config.get(f"act_{word}") for word in ("data_type", "group_size", "dynamic")]
+    return said == ["mx_fp", 32, True] and config.get("act_bits") in (4, 8)
 
 
 def _integers(module: str, form: str, said: Mapping[str, Any], files: Files) -> PackedWeight:

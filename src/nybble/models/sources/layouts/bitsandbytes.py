@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from nybble.formats import get_format
 from nybble.granularity import make_granularity
 from nybble.models.sources.layouts import Files, Layout, PackedWeight, whole
 from nybble.models.sources.layouts._pieces import block
+from nybble.models.sources.layouts._rounded import Rounded
 from nybble.qtensor import QTensor, QuantParams
 from nybble.qtensor.block import BlockQTensor
 from nybble.qtensor.outer_scaled import OuterScaled
@@ -56,8 +57,9 @@ class BitsAndBytes(Layout):
         if lost:
             raise FileError(f"{files.place}: {lost[0]}.weight is packed, and no quant_state is beside it.")
 
-    def left(self, config: Mapping[str, Any]) -> str:  # noqa: D102
-        return "LLM.int8 rounds activations too; here they stay in float." if config.get("load_in_8bit") else ""
+    def rounded(self, config: Mapping[str, Any], files: Files, modules: Sequence[str]) -> Rounded:  # noqa: D102
+        line = "LLM.int8 rounds activations too; here they stay in float."
+        return Rounded(left=line if config.get("load_in_8bit") else "")
 
 
 def _four_bits(name: str, kind: str, files: Files) -> PackedWeight:

@@ -40,6 +40,7 @@ from nybble.models.sources.layouts._pieces import (
     signed_codes,
     stream_rows,
 )
+from nybble.models.sources.layouts._rounded import Rounded, Side, dynamic_line, not_rounded, ones, static_side
 from nybble.qtensor import QTensor
 
 Args = Mapping[str, Any]
@@ -50,6 +51,11 @@ ROLES = {
 }  # fmt: skip
 _PLAIN = ("int-quantized", "float-quantized", "naive-quantized")
 _MX = {"mxfp4-pack-quantized": (E2M1, 4), "mxfp6-pack-quantized": ("float6_e2m3fn", 6), "mxfp8-quantized": (E4M3, 8)}
+SIDES = {"input_activations": "input", "output_activations": "output"}
+BESIDE = frozenset(
+    f"{side}_{what}" for side in ("input", "output", "k", "v", "q") for what in ("scale", "zero_point", "global_scale")
+)
+"""Tensors that say how something else than a weight is rounded."""
 FORMATS = ("pack-quantized", *_PLAIN, "nvfp4-pack-quantized", *_MX)
 
 
@@ -75,12 +81,51 @@ class CompressedTensors(Layout):
         """Of the format ``dense`` weights are rounded, and kept in float."""
         return all(form == "dense" for form, _, _ in _groups(config))
 
-    def left(self, config: Mapping[str, Any]) -> str:  # noqa: D102
-        groups = config.get("config_groups") or {}
-        sides = {side for g in groups.values() for side in ("input_activations", "output_activations") if g.get(side)}
-        found = ["activations" if sides else "", "the KV cache" if config.get("kv_cache_scheme") else ""]
-        named = " and ".join(what for what in found if what)
-        return f"The checkpoint asks for quantized {named} too; here they stay in float." if named else ""
+    def rounded(self, config: Mapping[str, Any], files: Files, modules: Sequence[str]) -> Rounded:  # noqa: D102
+        named = {side: _sides(config, side) for side in SIDES}
+        found: dict[str, dict[str, Side]] = {side: {} for side in SIDES}
+        lost = False
+        for side, word in SIDES.items():
+            for module in modules if named[side] else ():
+                args = _chosen(module, named[side], f"{side} of {module}")[1]
+                made = _side(module, word, args, files) if args else None
+                lost |= bool(args) and made is None
+                if made is not None:
+                    found[side][module] = made
+        kv, cached = _cache(config.get("kv_cache_scheme"), files)
+        used = {n for n in files.entries if n.rpartition(".")[2] in BESIDE}
+        return Rounded(
+            inputs=found["input_activations"], outputs=found["output_activations"], kv=kv, used=frozenset(used),
+            left=not_rounded(lost, cached and not kv, ", by numbers that were calibrated over scales or tokens"),
+        )  # fmt: skip
+
+
+def _sides(config: Mapping[str, Any], side: str) -> list[tuple[str, list[str], Args]]:
+    """As :func:`_groups`, of activations; none where no group has any."""
+    groups = [group for group in config["config_groups"].values() if group.get("weights") is not None]
+    if not any(group.get(side) for group in groups):
+        return []
+    return [("", [str(target) for target in group["targets"]], group.get(side) or {}) for group in groups]
+
+
+def _side(module: str, word: str, args: Args, files: Files) -> Side | None:
+    dynamic = args.get("dynamic", False)
+    if dynamic is True:
+        line = dynamic_line(args, module)
+        return None if line is None else Side(line=line)
+    return static_side(module, word, args, files) if dynamic is False else None
+
+
+def _cache(args: Args | None, files: Files) -> tuple[str, bool]:
+    """The line of a KV cache, where nybble has one; and whether any is asked for."""
+    if not args:
+        return "", False
+    if args.get("dynamic", False) is True:
+        line = dynamic_line(args, "kv_cache_scheme")
+        return (line or "") if line is None or " tensor" not in line else "", True
+    scales = [name for name in files.entries if name.endswith((".k_scale", ".v_scale"))]
+    fixed = args.get("type") == "float" and args.get("num_bits", 8) == 8 and args.get("strategy") in ("tensor", None)
+    return ("float8_e4m3fn tensor scale=one" if fixed and scales and ones(scales, files) else ""), True
 
 
 def _groups(config: Mapping[str, Any]) -> list[tuple[str, list[str], Args]]:
@@ -96,7 +141,7 @@ def _groups(config: Mapping[str, Any]) -> list[tuple[str, list[str], Args]]:
     return found
 
 
-def _chosen(name: str, groups: list[tuple[str, list[str], Args]]) -> tuple[str, Args]:
+def _chosen(name: str, groups: list[tuple[str, list[str], Args]], what: str = "") -> tuple[str, Args]:
     """The format and args of a module: a group that names it goes before one that names its class."""
     for form, targets, args in groups:
         for target in targets:
@@ -107,7 +152,7 @@ def _chosen(name: str, groups: list[tuple[str, list[str], Args]]) -> tuple[str, 
     for form, targets, args in groups:
         if any("." not in target and not target.startswith("re:") for target in targets):
             return form, args
-    raise FileError(f"{name} is quantized, and no group of quantization_config is for it.")
+    raise FileError(f"{what or name} is quantized, and no group of quantization_config is for it.")
 
 
 def _weight(name: str, form: str, args: Args, files: Files) -> PackedWeight:

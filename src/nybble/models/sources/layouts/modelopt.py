@@ -13,7 +13,7 @@ Described by ``hf_quant_config.json``, or by config.json with ``quant_method`` m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from nybble.core.errors import FileError, ModelError
 from nybble.models.sources.layouts import FLOATS, Files, Layout, PackedWeight
 from nybble.models.sources.layouts._pieces import E2M1, E4M3, block, mx, nvfp4
+from nybble.models.sources.layouts._rounded import Rounded, Side, not_rounded, ones
 from nybble.qtensor import QTensor
 
 ROLES = {"weight": "codes", "weight_scale": "scales", "weight_scale_2": "scales"}
@@ -44,11 +45,24 @@ class ModelOpt(Layout):
         for module in dict.fromkeys([*files.ending("weight_scale"), *files.ending("weight_scale_2")]):
             yield _weight(module, files)
 
-    def left(self, config: Mapping[str, Any]) -> str:  # noqa: D102
+    def rounded(self, config: Mapping[str, Any], files: Files, modules: Sequence[str]) -> Rounded:  # noqa: D102
         said = config.get("quantization") or config
-        sides = [] if "A16" in str(said.get("quant_algo")) else ["activations"]
-        sides += ["the KV cache"] if said.get("kv_cache_quant_algo") or said.get("kv_cache_scheme") else []
-        return f"The checkpoint asks for quantized {' and '.join(sides)} too; here they stay in float." if sides else ""
+        algo = str(said.get("quant_algo"))
+        inputs: dict[str, Side] = {}
+        for module in modules:
+            kept, scale = files.entries[f"{module}.weight"].dtype, f"{module}.input_scale"
+            if kept == "F8_E4M3" and scale in files.entries and files.entries[f"{module}.weight_scale"].dtype != "U8":
+                files.any_of(scale, FLOATS, ((), (1,)))
+                inputs[module] = Side(line="float8_e4m3fn tensor static", scale=scale)
+            elif algo == "FP8_PER_CHANNEL_PER_TOKEN":
+                inputs[module] = Side(line="float8_e4m3fn token")
+        cached = said.get("kv_cache_quant_algo") or said.get("kv_cache_scheme")
+        scales = [name for name in files.entries if name.endswith((".k_scale", ".v_scale"))]
+        fixed = cached and "FP8" in (cached if isinstance(cached, str) else str(cached.get("type"))) and scales
+        kv = "float8_e4m3fn tensor scale=one" if fixed and ones(scales, files) else ""
+        asks = "A16" not in algo and len(inputs) < len(modules)
+        used = frozenset(n for n in files.entries if n.endswith((".input_scale", ".output_scale"))) | set(scales)
+        return Rounded(inputs=inputs, kv=kv, used=used, left=not_rounded(asks, bool(cached) and not kv))
 
 
 def _weight(module: str, files: Files) -> PackedWeight:

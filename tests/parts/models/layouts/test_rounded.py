@@ -1,0 +1,136 @@
+"""Activations and caches that a checkpoint asks to be rounded: as compressed-tensors rounds them, or said not to be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils.helpers import compute_dynamic_scales_and_zp
+from safetensors.torch import load_file, save_file
+from tests.parts.models.layouts import test_compressed_tensors
+from tests.parts.models.layouts import test_modelopt as peer
+from torch import Tensor
+
+import nybble
+from nybble.checkpoint.account import inspect
+from nybble.core.errors import FileError
+from nybble.models.sources.open import open_source
+from nybble.nn.kv_model import recorded_kv
+from nybble.pipelines.export import export
+
+INT: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True}
+FLOAT: dict[str, Any] = {**INT, "type": "float"}
+MX = {"strategy": "group", "group_size": 32, "scale_dtype": torch.uint8}
+DYNAMIC: dict[str, dict[str, Any]] = {
+    "int8 token": {**INT, "strategy": "token"},
+    "int4 token": {**INT, "strategy": "token", "num_bits": 4},
+    "int8 tensor": {**INT, "strategy": "tensor"},
+    "int8 group": {**INT, "strategy": "group", "group_size": 32},
+    "int8 token zeros": {**INT, "strategy": "token", "symmetric": False},
+    "fp8 token": {**FLOAT, "strategy": "token"},
+    "fp8 group": {**FLOAT, "strategy": "group", "group_size": 32},
+    "mxfp4": {**FLOAT, **MX, "num_bits": 4},
+    "mxfp6": {**FLOAT, **MX, "num_bits": 6},
+    "mxfp8": {**FLOAT, **MX},
+}
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+def asks(place: Path, side: str, args: dict[str, Any], extra: dict[str, Tensor] | None = None, **more: Any) -> Path:
+    """A checkpoint of compressed-tensors that asks for more than its weights."""
+    folder, _ = test_compressed_tensors.checkpoint(place, *test_compressed_tensors.CASES["int8 channel"])
+    path = folder / "config.json"
+    raw = json.loads(path.read_text())
+    said = json.loads(QuantizationArgs(**args).model_dump_json()) if args else None
+    raw["quantization_config"]["config_groups"]["group_0"][side] = said
+    raw["quantization_config"].update(more)
+    path.write_text(json.dumps(raw))
+    if extra:
+        save_file(load_file(folder / "model.safetensors") | extra, folder / "model.safetensors")
+    return folder
+
+
+def layers(folder: Path) -> list[str]:
+    return [n.removesuffix(".weight_scale") for n in load_file(folder / "model.safetensors") if "weight_scale" in n]
+
+
+def inputs() -> Tensor:
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(2, 7, 64, generator=g) * torch.rand(2, 7, 1, generator=g) * 4
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_measured_as_the_library_measures(name: str, tmp_path: Path) -> None:
+    folder = asks(tmp_path / "q", "input_activations", DYNAMIC[name])
+    model, _ = nybble.load(folder, dtype="float32")
+    args, x = QuantizationArgs(**DYNAMIC[name]), inputs()
+    wanted = fake_quantize(x, *compute_dynamic_scales_and_zp(x, args, None), args)
+    layer: Any = model.get_submodule(LAYER)
+    assert torch.equal(layer.inputs(x), wanted) and not torch.equal(wanted, x)
+    assert "The checkpoint rounds activations too" in open_source(str(folder)).note
+
+
+@pytest.mark.parametrize("args", [{**INT}, {**FLOAT}, {**INT, "symmetric": False}], ids=["int8", "fp8", "zeros"])
+def test_calibrated_scales(args: dict[str, Any], tmp_path: Path) -> None:
+    args = {**args, "strategy": "tensor", "dynamic": False}
+    scale, zero = torch.tensor([0.017]), torch.tensor([0 if args["symmetric"] else -21], dtype=torch.int8)
+    folder = asks(tmp_path / "q", "input_activations", args)
+    parts = {"input_scale": scale} | ({} if args["symmetric"] else {"input_zero_point": zero})
+    extra = {f"{n}.{leaf}": t.clone() for n in layers(folder) for leaf, t in parts.items()}
+    save_file(load_file(folder / "model.safetensors") | extra, folder / "model.safetensors")
+    layer: Any = nybble.load(folder, dtype="float32")[0].get_submodule(LAYER)
+    x = inputs()
+    assert torch.equal(layer.inputs(x), fake_quantize(x, scale, zero, QuantizationArgs(**args)))
+    assert inspect(folder)["total"] == sum(p.stat().st_size for p in folder.iterdir())
+    save_file({k: t for k, t in load_file(folder / "model.safetensors").items() if k != f"{LAYER}.input_scale"},
+              folder / "model.safetensors")  # fmt: skip
+    with pytest.raises(FileError, match="up_proj.input_scale"):
+        nybble.load(folder)
+
+
+def test_outputs_and_the_way_back(tmp_path: Path) -> None:
+    """What is read is written again: the config of the exported folder asks for the same."""
+    folder = asks(tmp_path / "q", "input_activations", DYNAMIC["int8 token"])
+    export(folder, tmp_path / "back", "compressed-tensors")
+    groups = json.loads((tmp_path / "back/config.json").read_text())["quantization_config"]["config_groups"]
+    (group,) = groups.values()
+    said = group["input_activations"]
+    assert (said["num_bits"], said["type"], said["strategy"], said["dynamic"]) == (8, "int", "token", True)
+    folder = asks(tmp_path / "out", "output_activations", DYNAMIC["fp8 token"])
+    layer: Any = nybble.load(folder, dtype="float32")[0].get_submodule(LAYER)
+    assert layer.inputs is None and str(layer.outputs.quantizer) == "float8_e4m3fn token"
+
+
+def test_caches(tmp_path: Path) -> None:
+    cache = {**FLOAT, "strategy": "tensor", "dynamic": False}
+    scales = {f"model.layers.{i}.self_attn.{s}_scale": torch.ones(1) for i in (0, 1) for s in "kv"}
+    folder = asks(tmp_path / "q", "input_activations", {}, scales, kv_cache_scheme=cache)
+    assert str(recorded_kv(nybble.load(folder)[0])) == "float8_e4m3fn scale=one"
+    group = {**FLOAT, "strategy": "group", "group_size": 16}
+    folder = asks(tmp_path / "g", "input_activations", {}, kv_cache_scheme=group)
+    assert "group=16" in str(recorded_kv(nybble.load(folder)[0]))
+    folder = asks(tmp_path / "c", "input_activations", {}, {n: t * 2 for n, t in scales.items()}, kv_cache_scheme=cache)
+    with pytest.warns(UserWarning, match="the KV cache too.*stay in float"):
+        assert recorded_kv(nybble.load(folder)[0]) is None
+
+
+def test_what_is_left_is_said_once(tmp_path: Path) -> None:
+    local = {**FLOAT, "num_bits": 4, "strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
+    folder = asks(tmp_path / "q", "input_activations", local)
+    with pytest.warns(UserWarning, match="activations too.*stay in float") as said:
+        model, _ = nybble.load(folder)
+    layer: Any = model.get_submodule(LAYER)
+    assert layer.inputs is None and len(said) == 1 and "activations" in inspect(folder)["note"]
+
+
+def test_tokens_of_modelopt(tmp_path: Path) -> None:
+    folder, _ = peer.checkpoint(tmp_path / "q", "FP8_PER_CHANNEL_PER_TOKEN")
+    layer: Any = nybble.load(folder, dtype="float32")[0].get_submodule(LAYER)
+    x = inputs()
+    args = QuantizationArgs(**DYNAMIC["fp8 token"])
+    assert torch.equal(layer.inputs(x), fake_quantize(x, *compute_dynamic_scales_and_zp(x, args, None), args))
