@@ -23,36 +23,54 @@ INDEX = "model.safetensors.index.json"
 
 def folders() -> dict[str, Callable[[Path], Path]]:
     """Reader -> writes its model into an empty place; gives the folder, or the file."""
-    from tests.parts.models.layouts import test_awq, test_bitsandbytes, test_experts, test_gptq, test_modelopt, test_mxfp4
+    from tests.parts.models.layouts import (
+        test_awq,
+        test_bitsandbytes,
+        test_experts,
+        test_gptq,
+        test_modelopt,
+        test_mxfp4,
+    )
     from tests.parts.models.layouts import test_compressed_tensors as ct
 
     cases = ("pack int4 zeros", "pack int3", "pack block", "int8 zeros", "fp8 block", "nvfp4", "mxfp6", "mxfp8")
+    q, bnb, modelopt = "q", test_bitsandbytes.CASES, test_modelopt.checkpoint
     others: dict[str, Callable[[Path], Made]] = {
-        **{f"compressed-tensors {c}": lambda p, c=c: ct.checkpoint(p / "q", *ct.CASES[c]) for c in cases},
-        **{
-            f"bitsandbytes {c}": lambda p, c=c: test_bitsandbytes.checkpoint(p, test_bitsandbytes.CASES[c])
-            for c in ("nf4 nested", "fp4 in bfloat16", "int8")
-        },
-        "gptq 4 bits in another order": lambda p: test_gptq.checkpoint(p / "q", 4, 32, order=True),
-        "gptq 3 bits": lambda p: test_gptq.checkpoint(p / "q", 3, 40, form="gptq_v2"),
-        "awq": lambda p: test_awq.checkpoint(p / "q", 32),
-        **{f"modelopt {k}": lambda p, k=k: test_modelopt.checkpoint(p / "q", k) for k in ("NVFP4", "MXFP8", "FP8")},
-        "modelopt apart": lambda p: test_modelopt.checkpoint(p / "q", "MXFP4", apart=True),
-        "mxfp4": lambda p: test_mxfp4.checkpoint(p / "q")[:2],
+        **{f"compressed-tensors {c}": partial(_inside, ct.checkpoint, *ct.CASES[c]) for c in cases},
+        "bitsandbytes nf4 nested": lambda p: test_bitsandbytes.checkpoint(p, bnb["nf4 nested"]),
+        "bitsandbytes fp4 in bfloat16": lambda p: test_bitsandbytes.checkpoint(p, bnb["fp4 in bfloat16"]),
+        "bitsandbytes int8": lambda p: test_bitsandbytes.checkpoint(p, bnb["int8"]),
+        "gptq 4 bits in another order": lambda p: test_gptq.checkpoint(p / q, 4, 32, order=True),
+        "gptq 3 bits": lambda p: test_gptq.checkpoint(p / q, 3, 40, form="gptq_v2"),
+        "awq": lambda p: test_awq.checkpoint(p / q, 32),
+        **{f"modelopt {kind}": partial(_inside, modelopt, kind) for kind in ("NVFP4", "MXFP8", "FP8")},
+        "modelopt apart": lambda p: modelopt(p / q, "MXFP4", apart=True),
+        "mxfp4": lambda p: test_mxfp4.checkpoint(p / q)[:2],
         "compressed-tensors with activations and a cache": _rounded,
-        "compressed-tensors experts": lambda p: test_experts.checkpoint(p / "q", *ct.CASES["pack int4 zeros"])[:2],
-        "auto-round": lambda p: test_gptq.checkpoint(p / "q", 4, 32, form="gptq_v2"),
-        "gptq of own bits": lambda p: test_gptq.checkpoint(p / "q", 4, 32),
+        "compressed-tensors experts": lambda p: test_experts.checkpoint(p / q, *ct.CASES["pack int4 zeros"])[:2],
+        "auto-round": lambda p: test_gptq.checkpoint(p / q, 4, 32, form="gptq_v2"),
+        "gptq of own bits": lambda p: test_gptq.checkpoint(p / q, 4, 32),
     }
-    found: dict[str, Callable[[Path], Path]] = {n: lambda p, m=m: _few(*m(p)) for n, m in others.items()}
+    found: dict[str, Callable[[Path], Path]] = {name: partial(_small, make) for name, make in others.items()}
     found["auto-round"] = partial(_said, found["auto-round"], {
         "quant_method": "auto-round", "bits": 8, "group_size": 32, "packing_format": "auto_round", "data_type": "int",
         "extra_config": {"model.layers.0.mlp.up_proj": {"bits": 4}, r".*q_proj": {"bits": 4, "group_size": 32}},
     })  # fmt: skip
     found["gptq of own bits"] = partial(_said, found["gptq of own bits"], {
-        "quant_method": "gptq", "bits": 8, "dynamic": {r"-:.*down": {}, r"+:.*(q|up)_proj": {"bits": 4, "group_size": 32}},
+        "quant_method": "gptq", "bits": 8,
+        "dynamic": {r"-:.*down": {}, r"+:.*(q|up)_proj": {"bits": 4, "group_size": 32}},
     })  # fmt: skip
     return found | {"float in shards": _shards, "nybble": _own, "gguf": _gguf, "gguf of many types": _gguf_types}
+
+
+def _inside(make: Callable[..., Made], *args: Any) -> Made:
+    """Called with the folder's place last by :func:`folders`."""
+    *given, place = args
+    return make(place / "q", *given)
+
+
+def _small(make: Callable[[Path], Made], place: Path) -> Path:
+    return _few(*make(place))
 
 
 def _rounded(place: Path) -> Made:
@@ -127,7 +145,6 @@ def _own(place: Path) -> Path:
 def _gguf(place: Path) -> Path:
     """Metadata and float tensors in llama.cpp's own writer."""
     from tests.numerics.test_fuzz_files import write_gguf
-
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -84,7 +84,8 @@ def _outcome(path: Path, depth: int) -> str:
     except FaultError:
         raise
     except BaseException as error:
-        raise FaultError(f"{type(error).__name__} escaped: {''.join(traceback.format_exception(error)[-6:])}") from error
+        where = "".join(traceback.format_exception(error)[-6:])
+        raise FaultError(f"{type(error).__name__} escaped: {where}") from error
     return "read"
 
 

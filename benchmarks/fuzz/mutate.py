@@ -16,7 +16,8 @@ Header = dict[str, Any]
 ODD: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 2, 3, 5, 7, 16, 63, 255, 1 << 31, 1 << 32, 1 << 53, 1 << 62, 1 << 63, (1 << 64) - 1,
     10**30, 0.5, -0.0, 1e308, float("inf"), float("-inf"), float("nan"), "", "4", "group", "channel", "re:(", "re:.*",
-    "../../etc/passwd", "re:(a+)+$", "(.*|a)*b", "/dev/zero", "x" * 3000, "\ud800", "\x00", [], [[]], [-1], [1 << 62] * 3, {}, {"a": {"b": []}},
+    "../../etc/passwd", "re:(a+)+$", "(.*|a)*b", "/dev/zero", "x" * 3000, "\ud800", "\x00",
+    [], [[]], [-1], [1 << 62] * 3, {}, {"a": {"b": []}},
     "float", "int", "gptq", "awq", "mxfp4", "bitsandbytes", "modelopt", "compressed-tensors", "nybble", "dense",
 )  # fmt: skip
 NUMBERS = (0, 1, 2, 3, 31, 32, 255, 1 << 15, (1 << 16) - 1, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, 1 << 60,
@@ -25,7 +26,9 @@ BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1,
     "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
-FILLS = (b"\x00", b"\xff", b"\x7f", b"\x80", b"\x00\x00\x80\x7f", b"\x00\x00\xc0\x7f", b"\x00\x7c", b"\x01", b"\xff\x7f")
+FILLS = (
+    b"\x00", b"\xff", b"\x7f", b"\x80", b"\x00\x00\x80\x7f", b"\x00\x00\xc0\x7f", b"\x00\x7c", b"\x01", b"\xff\x7f",
+)  # fmt: skip
 
 
 def damaged(files: Files, r: random.Random) -> tuple[str, Files]:
@@ -163,8 +166,8 @@ def tensor(files: Files, r: random.Random) -> Files | None:
         tensors[key] = (dtype, [*shape[:-1], 0], b"")
     elif how == 5 and shape and shape[-1] > 1 and dtype in BYTES:
         less, size = shape[-1] - 1, BYTES[dtype]
-        rows = [data[i * size * shape[-1] :][: less * size] for i in range(math.prod(shape[:-1]))]
-        tensors[key] = (dtype, [*shape[:-1], less], b"".join(rows))
+        kept = [data[i * size * shape[-1] :][: less * size] for i in range(math.prod(shape[:-1]))]
+        tensors[key] = (dtype, [*shape[:-1], less], b"".join(kept))
     return {**files, name: _written(tensors)}
 
 

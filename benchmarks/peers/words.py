@@ -3,9 +3,8 @@
     PYTHONPATH=.:src:$PEERS python benchmarks/peers/words.py tests/parts/models/layouts/words.safetensors
 
 PEERS holds gptqmodel 7.7.0, autoawq 0.2.9 (both unpacked; pure Python is enough) and auto-round 0.16.1, with what they
-import. Of a case NAME the file has the tensors ``NAME/leaf``; its metadata says in ``NAME`` the quantization_config that
-the peer writes, and the sha256 of the float16 weight [out, in] by the peer's own dequantizer,
--0 counted as 0.
+import. Of a case NAME the file has the tensors ``NAME/leaf``; its metadata says in ``NAME`` the quantization_config
+that the peer writes, and the sha256 of the float16 weight [out, in] by the peer's own dequantizer, -0 counted as 0.
 """
 
 from __future__ import annotations
@@ -54,7 +53,10 @@ def gptqmodel() -> Iterator[Case]:
     for form, bits in [*forms, *(("gptq_p", b) for b in (3, 4, 5, 6, 7))]:
         for sym, order in ((False, False), (False, True)) if bits in (3, 4) else ((bits == 8, False),):
             config = QuantizeConfig(bits=bits, group_size=32, desc_act=order, sym=sym, format=form)
-            made = dict(bits=bits, group_size=32, sym=sym, desc_act=order, in_features=COLUMNS, out_features=ROWS)
+            made: dict[str, Any] = {
+                "bits": bits, "group_size": 32, "sym": sym, "desc_act": order, "in_features": COLUMNS,
+                "out_features": ROWS,
+            }  # fmt: skip
             layer, scales, zeros, index = drawn(bits, 32, sym=sym, order=order)
             packer = TorchLinear(**made, format=form)
             packer.pack_original(layer, scales, zeros, index)
@@ -102,12 +104,11 @@ def auto_round() -> Iterator[Case]:
     asked += [("auto_round", 2, False), ("auto_round", 3, False), ("auto_round", 4, True), ("auto_round", 4, False)]
     asked += [("auto_awq", 4, True), ("auto_awq", 4, False), ("auto_round:auto_awq", 4, False)]
     for form, bits, sym in asked:
-        sizes = dict(hidden_size=COLUMNS, intermediate_size=ROWS, num_hidden_layers=1, attention_bias=False)
-        model = tiny_model("llama", torch.bfloat16, **sizes)
+        model = tiny_model(
+            "llama", hidden_size=COLUMNS, intermediate_size=ROWS, num_hidden_layers=1, attention_bias=False
+        )
         with tempfile.TemporaryDirectory() as room:
-            work = AutoRound(
-                model, tiny_tokenizer(), bits=bits, sym=sym, group_size=32, iters=0, disable_opt_rtn=True
-            )
+            work = AutoRound(model, tiny_tokenizer(), bits=bits, sym=sym, group_size=32, iters=0, disable_opt_rtn=True)
             work.quantize_and_save(room, format=form)
             (path,) = Path(room).rglob("config.json")
             said = json.loads(path.read_text())["quantization_config"]

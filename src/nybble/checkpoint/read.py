@@ -32,7 +32,8 @@ class Checkpoint:
         expected: name -> (dtype, shape) of each quantized module's tensor.
         roles: name -> codes, scales, offsets, tables or unquantized. padding: bytes that packing wastes, by name.
         elements: name of a quantized weight -> its number of elements. owners: tensor -> the quantized weight that it
-            is of, where its name doesn't begin with that one's. kv: what the model caches in, if it says so. note: what of it won't be done.
+            is of, where its name doesn't begin with that one's. kv: what the model caches in, if it says so.
+        note: what of it won't be done.
     """
 
     config: dict[str, Any]

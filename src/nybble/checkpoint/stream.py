@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,20 +27,22 @@ def copy_as_own(source: FolderSource, out: Path, dtype: torch.dtype) -> Path:
     Raises:
         ModelError: tensors that don't fit the model. FileError: damaged ones, or ``out`` can't be written.
     """
-    with AtomicFolder(out) as partial:
-        parts = Parts(partial, {}, resume=False)
+    with AtomicFolder(out) as room:
+        parts = Parts(room, {}, resume=False)
         written: list[str] = []
         blocks: list[str] = []
         for prefix, module in packed_blocks(source, dtype):
             written.append(f"part-{len(written):05d}")
-            done = tuple(blocks)
-            parts.write(
-                written[-1], prefix, module, [], lambda key, done=done: not prefix and bool(done) and key.startswith(done)
-            )  # type: ignore[misc]
+            elsewhere = () if prefix else tuple(blocks)
+            parts.write(written[-1], prefix, module, [], partial(_begins, elsewhere))
             blocks.append(prefix)
             model = module
-        save_generation_config(model, partial)
+        save_generation_config(model, room)
         parts.assemble(written, model_config(model, dtype), {}, cache_of(source))
         parts.finish()
-        copy_side_files(source.side_files(), partial)
+        copy_side_files(source.side_files(), room)
     return out
+
+
+def _begins(prefixes: tuple[str, ...], name: str) -> bool:
+    return name.startswith(prefixes)

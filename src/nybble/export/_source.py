@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +15,12 @@ from torch import Tensor
 
 from nybble.checkpoint.read import Checkpoint, read_checkpoint
 from nybble.core.errors import FileError
-from nybble.core.guard import reading
+from nybble.core.files import disk_errors
 from nybble.core.tensorfile import Planned
 from nybble.core.tensorheader import TensorEntry
 from nybble.models.build.config_file import make_config
 from nybble.models.build.skeleton import meta_model
+from nybble.models.sources.folder import DTYPES
 from nybble.models.sources.side_files import side_files
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import Kind, Stored, kind_of_entry
@@ -130,8 +130,6 @@ class FolderSource(Source):
         self.layers = dict(self._described())
         taken = set(found.expected)
         self.floats = {name: entry for name, (_, _, entry) in self._entries.items() if name not in taken}
-        self._stack = ExitStack()
-        self._opened: dict[Path, Any] = {}
 
     def _described(self) -> Iterator[tuple[str, Layer]]:
         layouts = Layouts(self._checkpoint.layouts)
@@ -151,16 +149,19 @@ class FolderSource(Source):
         return Planned(dtype=entry.dtype, shape=entry.shape, bytes_from=path, offset=start + entry.begin)
 
     def tensor(self, name: str) -> Tensor:
-        from safetensors import safe_open
-
+        """In memory of its own: pages of a mapped file would stay, and come to as much as the file."""
         if name not in self._entries:
             raise FileError(f"{self.folder} has no tensor {name!r}.")
-        path = self._entries[name][0]
-        with reading(path):
-            if path not in self._opened:
-                self._opened[path] = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-            found: Tensor = self._opened[path].get_tensor(name)
-        return found
+        path, start, entry = self._entries[name]
+        if entry.dtype not in DTYPES:
+            raise FileError(f"{self.folder}: {name} has dtype {entry.dtype}, which no quantized model has.")
+        data = bytearray(entry.nbytes)
+        with disk_errors(path), path.open("rb") as file:
+            file.seek(start + entry.begin)
+            if file.readinto(data) != len(data):
+                raise FileError(f"{path}: became shorter while it was being read.")
+        found = torch.frombuffer(data, dtype=DTYPES[entry.dtype]) if data else torch.empty(0, dtype=DTYPES[entry.dtype])
+        return found.reshape(entry.shape)
 
     def side_files(self) -> Mapping[str, Path]:
         return side_files(self.folder)
@@ -171,5 +172,4 @@ class FolderSource(Source):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._opened.clear()
-        self._stack.close()
+        return None

@@ -51,7 +51,8 @@ def packed_blocks(source: FolderSource, dtype: torch.dtype) -> Iterator[tuple[st
     """The same model, of which one block at a time is in memory; behind the last one what is in none.
 
     Args:
-        source, dtype: as for :func:`packed_model`.
+        source: as for :func:`packed_model`.
+        dtype: of what is in float.
 
     Yields:
         a block's name with a dot, and its module; at last "" and the model, whose blocks have no values any more.
@@ -120,7 +121,8 @@ class _Filling:
             if _fits(target, found):
                 sides = _sides(self.source, target, names[0])
                 self.rounds += len(sides)
-                target.kind.put(self.model, target, Quantized(weights=found, **sides))
+                made = Quantized(weights=found, inputs=sides.get("inputs"), outputs=sides.get("outputs"))
+                target.kind.put(self.model, target, made)
                 held.add(names[0])
         return held
 
@@ -128,7 +130,7 @@ class _Filling:
         """Warn of what the files ask to be rounded and isn't."""
         rounded = self.source.rounded
         asked = len(rounded.inputs) + len(rounded.outputs)
-        lost = f"{asked - self.rounds} layers that no quantizer of activations can be put to (experts, say) run in float."
+        lost = f"{asked - self.rounds} layers that take no quantizer of activations (experts, say) run in float."
         if rounded.left or self.rounds < asked:
             warnings.warn(f"{self.source.spec}: {rounded.left or lost}", stacklevel=4)
 

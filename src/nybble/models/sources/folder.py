@@ -247,7 +247,7 @@ class FolderSource(ModelSource):
             return None
         with reading(f"the {side} of {name}"):
             params = found.params(self._file_tensor)
-            return ActivationQuantizer(Quantizer(found.line), None if params is None else QuantParams(params[0], params[1]))
+            return ActivationQuantizer(Quantizer(found.line), None if params is None else QuantParams(*params))
 
     def read_packed(self, name: str) -> Sequence[QTensor]:
         """A packed weight, by its name in the model: a QTensor [out, in], or one for each expert.

@@ -47,7 +47,8 @@ class Fused:
         """Put together; never more in memory than that and one piece.
 
         Args:
-            read: gives the named tensors, one at a time. dtype: of the result.
+            read: gives the named tensors, one at a time.
+            dtype: of the result.
         """
         found, done = torch.empty(self.shape, dtype=dtype), 0
         for _, piece in read(self.names()):
@@ -60,7 +61,8 @@ class Fused:
         """The parameter as one QTensor an expert, where every piece is one.
 
         Args:
-            name: of the parameter. weights: the packed weights of the files.
+            name: of the parameter.
+            weights: the packed weights of the files.
         """
         if any(piece not in weights or weights[piece].transposed for piece in self.names()):
             return None
@@ -91,7 +93,10 @@ def made_of(
     """What the missing parameters of a match are made of.
 
     Args:
-        model: on the meta device. match: of its names. expected: its tensors. shapes: of what the files hold.
+        model: on the meta device.
+        match: of its names.
+        expected: its tensors.
+        shapes: of what the files hold.
 
     Returns:
         parameter -> the tensor that it is under another name; parameter -> the matrices that make it up. One that

@@ -50,7 +50,7 @@ def test_values_are_the_peers_own(name: str) -> None:
 
 
 def test_what_the_file_covers() -> None:
-    """Every width, both first formats and planes, both orders of columns; else the test above proves less than it says."""
+    """Every width, all formats, both orders of columns; else the test above proves less than it says."""
     names = list(HEADER.metadata)
     for form, bits in (("gptq", 2348), ("gptq_v2", 234), ("gptq_p", 34567)):
         assert all(any(n.startswith(f"gptqmodel {form} {b} bits") for n in names) for b in str(bits))
@@ -76,7 +76,7 @@ def test_modules_with_bits_of_their_own() -> None:
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(.*|a)*b", ".*" * 12, "(", r"(a)\1+.*"])
 def test_patterns_that_take_for_ever_are_refused(pattern: str) -> None:
     config, files, _ = case("gptqmodel gptq 4 bits")
-    with pytest.raises(FileError, match="for ever|no regular expression"):
+    with pytest.raises(FileError, match=r"for ever|no regular expression"):
         packed_weights({**config, "dynamic": {pattern: {}}}, files)
 
 

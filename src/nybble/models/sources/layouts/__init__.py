@@ -156,7 +156,8 @@ class Layout(ABC):
         """What else is to be rounded: activations, the KV cache.
 
         Args:
-            config, files: as for :meth:`weights`.
+            config: as for :meth:`weights`.
+            files: likewise.
             modules: names of those with packed weights.
 
         Raises:

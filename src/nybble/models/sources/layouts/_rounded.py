@@ -18,8 +18,8 @@ _MX = {
     6: "float6_e2m3fn group=32 scale=pow2(mode=even)",
     8: "float8_e4m3fn group=32 scale=pow2(mode=rceil)",
 }
-"""Bits -> how compressed-tensors measures. Of 8 bits it takes the next power of two where the largest element would be 448
-itself, and not only where it would be more."""
+"""Bits -> how compressed-tensors measures. Of 8 bits it takes the next power of two where the largest element would be
+448 itself, and not only where it would be more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,10 @@ def static_side(module: str, side: str, args: Args, files: Files) -> Side | None
     """With the scale that the files have for a module; None where nybble has no such quantizer.
 
     Args:
-        module: by its name. side: input or output. args: compressed-tensors' arguments. files: what there is.
+        module: by its name.
+        side: input or output.
+        args: compressed-tensors' arguments.
+        files: what there is.
 
     Raises:
         FileError: no such scale, or more than one number.

@@ -1,8 +1,8 @@
 """auto-round's own folders: integers in GPTQ's or AWQ's words, and MXFP4 as llm-compressor has it.
 
 ``packing_format`` says which. With awq in it: AWQ's. With gptq in it, gptqmodel apart: GPTQ's, zero points less one.
-Else GPTQ's, zero points as they are. ``extra_config`` gives modules, by name or by a pattern of names, bits and sizes of
-their own. ``data_type`` mx_fp: ``weight_packed`` uint8, ``weight_scale`` uint8 exponents.
+Else GPTQ's, zero points as they are. ``extra_config`` gives modules, by name or by a pattern of names, bits and sizes
+of their own. ``data_type`` mx_fp: ``weight_packed`` uint8, ``weight_scale`` uint8 exponents.
 """
 
 from __future__ import annotations
@@ -62,19 +62,16 @@ def _integers(module: str, form: str, said: Mapping[str, Any], files: Files) -> 
     if "awq" in form:
         return awq_weight(module, Words(bits=whole(said.get("bits"), 4, 7, f"bits of {module}"), size=size), files)
     less = int("gptq" in form and "gptqmodel" not in form)
-    return gptq_weight(module, Words(bits=whole(said.get("bits"), 2, 8, f"bits of {module}"), size=size, less=less), files)
+    bits = whole(said.get("bits"), 2, 8, f"bits of {module}")
+    return gptq_weight(module, Words(bits=bits, size=size, less=less), files)
 
 
 def _own(module: str, extra: Mapping[str, Any]) -> Mapping[str, Any]:
     """What is said of a module by its name, else by the first pattern that is found in it."""
-    if module in extra:
-        found: Mapping[str, Any] = extra[module]
-        return found
-    for key, values in extra.items():
-        if re.search(r"[*+?^$()\[\]\\|]", key) and compiled(key).search(module):
-            found = values
-            return found
-    return {}
+    patterns = [key for key in extra if re.search(r"[*+?^$()\[\]\\|]", key)]
+    named = module if module in extra else next((key for key in patterns if compiled(key).search(module)), None)
+    found: Mapping[str, Any] = {} if named is None else extra[named]
+    return found
 
 
 def _mx(module: str, files: Files) -> PackedWeight:
