@@ -11,6 +11,7 @@ nybble's, more than 2 s, 64 MiB or a file elsewhere is a fault; it is named with
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import sys
 from functools import partial
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="keep the readers that --out has already")
     parser.add_argument("--only", default="", help="readers whose name has this in it")
     parser.add_argument("--trial", type=int, help="this one alone")
     parser.add_argument("--out", type=Path)
@@ -36,21 +38,25 @@ def main() -> None:
     chosen = [name for name in folders() if options.only in name]
     each = -(-options.count // len(chosen))
     numbers = range(each) if options.trial is None else range(options.trial, options.trial + 1)
-    readers: dict[str, Any] = {}
-    all_faults: list[str] = []
+    record: dict[str, Any] = {
+        "command": f"python -m benchmarks.fuzz --count {options.count} --seed {options.seed}",
+        "seed": options.seed, "each": len(numbers), "trials": 0, "faults": [], "readers": {}, **versions(),
+    }  # fmt: skip
+    if options.resume and options.out and options.out.exists():
+        before = json.loads(options.out.read_text())
+        record = before if (before["seed"], before["each"]) == (options.seed, len(numbers)) else record
+    left = [name for name in chosen if name not in record["readers"]]
     with get_context("spawn").Pool(options.processes) as pool:
-        for name, found, faults in pool.imap(partial(of_reader, numbers=numbers, seed=options.seed), chosen):
-            readers[name] = found
-            all_faults += faults
+        for name, found, faults in pool.imap_unordered(partial(of_reader, numbers=numbers, seed=options.seed), left):
+            record["readers"][name] = found
+            record["faults"] += faults
+            record["trials"] += len(numbers)
             print(f"{name}: {found['outcomes']}", flush=True)
-    total = sum(sum(found["outcomes"].values()) for found in readers.values())
-    print(f"{total} trials, {len(all_faults)} faults")
-    if options.out:
-        record = {
-            "command": f"python -m benchmarks.fuzz --count {options.count} --seed {options.seed}",
-            "trials": total, "faults": all_faults, "seed": options.seed, "readers": readers, **versions(),
-        }  # fmt: skip
-        atomic_write_json(options.out, record)
+            if options.out:
+                record["readers"] = {n: record["readers"][n] for n in chosen if n in record["readers"]}
+                atomic_write_json(options.out, record)
+    all_faults = record["faults"]
+    print(f"{record['trials']} trials, {len(all_faults)} faults")
     sys.exit(bool(all_faults))
 
 

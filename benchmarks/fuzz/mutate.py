@@ -8,6 +8,7 @@ import math
 import random
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 Files = dict[str, bytes]
@@ -132,7 +133,8 @@ def header(files: Files, r: random.Random) -> Files | None:
     name, head, body = found
     changed = spoilt(head, r)
     if isinstance(changed, dict) and r.random() < 0.2 and len(head) > 2:  # two tensors in one place
-        a, b = r.sample([k for k in head if k != "__metadata__"], 2)
+        names = [k for k in head if k != "__metadata__"]
+        a, b = r.choice(names), r.choice(names)
         changed = {**head, a: head[b]}
     return {**files, name: _joined(_text(changed, r), body)}
 
@@ -158,7 +160,7 @@ def tensor(files: Files, r: random.Random) -> Files | None:
             tensors[key] = (wide, shape, data)
     elif how == 2:
         tensors[key] = (dtype, r.choice((shape[::-1], [1, *shape], [*shape, 1], [math.prod(shape)])), data)
-    elif how == 3 and shape and shape[0]:
+    elif how == 3 and shape and shape[0] and data:
         rows = r.choice((0, 1, shape[0] - 1, 2 * shape[0]))
         size = len(data) // shape[0]
         tensors[key] = (dtype, [rows, *shape[1:]], (data * 2)[: rows * size])
@@ -192,8 +194,9 @@ def numbers(files: Files, r: random.Random) -> Files | None:
         value = r.choice(FILLS) if how == 1 else bytes([r.randrange(256)])
         changed[at : at + len(value)] = value[: len(changed) - at]
     if key.endswith(".weight.quant_state.bitsandbytes__nf4") and r.random() < 0.7:  # JSON inside a tensor
-        inner = _text(spoilt(json.loads(data), r), r)
-        changed, shape = bytearray(inner), [len(inner)]
+        with suppress(ValueError, RecursionError):  # what another change has spoilt
+            inner = _text(spoilt(json.loads(data), r), r)
+            changed, shape = bytearray(inner), [len(inner)]
     tensors[key] = (dtype, shape, bytes(changed))
     return {**files, name: _written(tensors)}
 
@@ -210,14 +213,25 @@ def _opened(files: Files, r: random.Random) -> tuple[str, Header, bytes] | None:
 
 
 def _parts(head: Header, body: bytes) -> dict[str, tuple[str, list[int], bytes]]:
-    try:
-        return {
-            name: (entry["dtype"], list(entry["shape"]), body[entry["data_offsets"][0] : entry["data_offsets"][1]])
-            for name, entry in head.items()
-            if name != "__metadata__"
-        }
-    except (KeyError, TypeError, IndexError):
-        return {}
+    """Name -> dtype, shape, bytes; nothing of a header that another change has spoilt."""
+    found: dict[str, tuple[str, list[int], bytes]] = {}
+    for name, entry in head.items():
+        if name == "__metadata__":
+            continue
+        sound = isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}
+        if not sound or not isinstance(entry["dtype"], str) or len(_sizes(entry["data_offsets"])) != 2:
+            return {}
+        if _sizes(entry["shape"]) != entry["shape"]:
+            return {}
+        begin, end = entry["data_offsets"]
+        found[name] = (entry["dtype"], list(entry["shape"]), body[begin:end])
+    return found
+
+
+def _sizes(value: Any) -> list[int]:
+    """The list that it is, if it is one of sizes that a small file can have."""
+    sound = isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 20 for n in value)
+    return value if sound else []
 
 
 def _written(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:

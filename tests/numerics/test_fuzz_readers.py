@@ -6,6 +6,7 @@ Config, headers, indices, shapes, dtypes and numbers are changed, files cut or l
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from collections import Counter
@@ -18,6 +19,9 @@ from benchmarks.fuzz.folders import folders
 from benchmarks.fuzz.judge import FaultError, read, watched
 from benchmarks.fuzz.mutate import damaged
 from benchmarks.fuzz.run import files_of, put, trials
+
+import nybble
+from nybble.core.errors import FileError
 
 TRIALS = 36
 READERS = (
@@ -57,7 +61,6 @@ def test_nothing_but_own_errors(name: str, tmp_path: Path, quiet: None) -> None:
 
 def test_the_judge_sees_what_it_is_to_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error that is none of nybble's, memory, a file elsewhere, an error that is its own cause."""
-    from nybble.core.errors import FileError
     from nybble.models.sources import open as opened
 
     def elsewhere(spec: str) -> None:
@@ -83,6 +86,19 @@ def test_the_judge_sees_what_it_is_to_see(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(opened, "open_source", made)
         with watched([""]), pytest.raises(FaultError, match=text):
             read(tmp_path / "it", 0)
+
+
+def test_no_error_is_its_own_cause(tmp_path: Path) -> None:
+    folder = folders()["nybble"](tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["layouts"] = [{}]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FileError) as caught:
+        nybble.load(folder)
+    seen: list[BaseException | None] = [caught.value]
+    while seen[-1] is not None:
+        assert seen[-1].__cause__ not in seen
+        seen.append(seen[-1].__cause__)
 
 
 def test_damage_is_of_many_kinds_and_always_the_same() -> None:

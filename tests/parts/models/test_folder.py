@@ -95,6 +95,16 @@ def test_sharded(make_model: Any, tmp_path: Path, llama: Path) -> None:
     assert all(torch.equal(ours[name], tensor) for name, tensor in load_file(llama / "model.safetensors").items())
 
 
+def test_integers_are_no_float_weights(llama: Path) -> None:
+    stored = load_file(llama / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({**stored, name: stored[name].to(torch.int8)}, llama / "model.safetensors")
+    with pytest.raises(ModelError, match=r"up_proj\.weight has dtype I8"):
+        open_source(str(llama)).load([name])
+    with pytest.raises(ModelError, match=r"up_proj\.weight has dtype I8"):
+        load(llama)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "opt"])
 def test_checkpoints_without_the_base_prefix(family: str, make_model: Any, tmp_path: Path) -> None:
     model = make_model(family)
