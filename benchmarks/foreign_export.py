@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -83,11 +82,8 @@ def _layer(rows: int, columns: int, g: torch.Generator) -> dict[str, Tensor]:
 def run(words: list[str]) -> dict[str, Any]:
     """A command of this file in a process of its own: seconds, and MiB at its peak."""
     began = time.monotonic()
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     done = subprocess.run([sys.executable, __file__, *words], check=True, capture_output=True, text=True)
-    peak = int(done.stdout.split()[-1])
-    assert before == 0 or peak
-    return {"seconds": round(time.monotonic() - began, 1), "peak_mib": peak // 1024}
+    return {"seconds": round(time.monotonic() - began, 1), "peak_mib": int(done.stdout.split()[-1]) // 1024}
 
 
 def main() -> None:
@@ -104,7 +100,8 @@ def main() -> None:
         source, dest, target = options.export
         if target != "none":
             export(source, dest, target)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        status = Path("/proc/self/status").read_text()  # getrusage's would begin with what this process was forked from
+        print(status.partition("VmHWM:")[2].split()[0])
         return
     with tempfile.TemporaryDirectory(dir=options.room) as room:
         folder = Path(room, "gptq")
@@ -113,7 +110,8 @@ def main() -> None:
         began = time.monotonic()
         shutil.copytree(folder, Path(room, "copy"))
         found: dict[str, Any] = {
-            "command": "python benchmarks/foreign_export.py", "bytes": size, "largest_shard": shard,
+            "command": f"python benchmarks/foreign_export.py --layers {options.layers}",
+            "bytes": size, "largest_shard": shard,
             "layers": options.layers, "copy_seconds": round(time.monotonic() - began, 1),
             "imports": run(["--export", str(folder), f"{room}/no", "none"]),
         }  # fmt: skip

@@ -55,7 +55,7 @@ def packed_blocks(source: FolderSource, dtype: torch.dtype) -> Iterator[tuple[st
         dtype: of what is in float.
 
     Yields:
-        a block's name with a dot, and its module; at last "" and the model, whose blocks have no values any more.
+        a block's name with a dot, and its module; at last "" and the model, whose blocks are gone.
 
     Raises:
         ModelError, FileError: as :func:`packed_model`.
@@ -67,9 +67,9 @@ def packed_blocks(source: FolderSource, dtype: torch.dtype) -> Iterator[tuple[st
         blocks = []  # a block that shares with another can't be let go before it
     for block in blocks:
         filling.fill(lambda name, block=block: name.startswith(block))  # type: ignore[misc]
-        module = filling.model.get_submodule(block.removesuffix("."))
-        yield block, module
-        nn.Module.to(module, "meta")
+        name = block.removesuffix(".")
+        yield block, filling.model.get_submodule(name)
+        filling.model.set_submodule(name, nn.Module())  # what it held goes with it
     done = tuple(blocks)
     filling.fill(lambda name: not name.startswith(done) if done else True)
     filling.say()

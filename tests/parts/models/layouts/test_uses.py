@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from torch import Tensor
 
 import nybble
 from nybble.checkpoint.account import inspect
+from nybble.models.build.packed import packed_blocks
+from nybble.models.sources.folder import FolderSource
 from nybble.pipelines.evaluate import run_eval
 from nybble.pipelines.export import export
 from nybble.pipelines.quantize import quantize
@@ -90,6 +94,19 @@ def test_the_float_model_of_nf4_is_written(tmp_path: Path) -> None:
     export(folder, tmp_path / "dense", "dense:float32")
     found = load_file(tmp_path / "dense/model.safetensors")
     assert all(torch.equal(found[key], value) for key, value in wanted.items())
+
+
+def test_a_block_at_a_time(tmp_path: Path) -> None:
+    """What packed_blocks gave is let go before the next is read, and is together what the whole model has."""
+    folder, _ = MADE["gptq"](tmp_path)
+    whole, held, seen = nybble.load(folder, dtype="float16")[0].state_dict(), [], dict[str, Tensor]()
+    for prefix, module in packed_blocks(FolderSource(str(folder), folder), torch.float16):
+        gc.collect()
+        assert not any(ref() is not None for ref in held)
+        held += [weakref.ref(part) for part in module.modules() if prefix]
+        seen |= {f"{prefix}{key}": value.clone() for key, value in module.state_dict().items()}
+        del module
+    assert seen.keys() == whole.keys() and all(torch.equal(seen[key], value) for key, value in whole.items())
 
 
 def test_saved_as_nybbles_own(tmp_path: Path) -> None:
