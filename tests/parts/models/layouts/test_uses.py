@@ -99,7 +99,8 @@ def test_the_float_model_of_nf4_is_written(tmp_path: Path) -> None:
 def test_a_block_at_a_time(tmp_path: Path) -> None:
     """What packed_blocks gave is let go before the next is read, and is together what the whole model has."""
     folder, _ = MADE["gptq"](tmp_path)
-    whole, held, seen = nybble.load(folder, dtype="float16")[0].state_dict(), [], dict[str, Tensor]()
+    whole, seen = nybble.load(folder, dtype="float16")[0].state_dict(), dict[str, Tensor]()
+    held: list[Any] = []
     for prefix, module in packed_blocks(FolderSource(str(folder), folder), torch.float16):
         gc.collect()
         assert not any(ref() is not None for ref in held)
