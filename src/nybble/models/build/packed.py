@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from nybble.core.errors import FileError, ModelError
+from nybble.core.errors import FileError, ModelError, SchemeError
 from nybble.models.build.skeleton import kept_float32, unsaved
 from nybble.models.sources.folder import FolderSource
 from nybble.nn.kinds import Quantized, Target, prepare_quantized, targets_of
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def packed_model(source: FolderSource, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a folder with QTensors where the files have packed weights, in eval mode, on the CPU.
 
-    A packed weight that no kind of module can hold (one that is tied to another, say) is dequantized.
+    A packed weight that no kind of module can hold is dequantized; a table stays one with the head that reads it.
 
     Args:
         source: with :attr:`~nybble.models.sources.folder.FolderSource.packed` weights.
@@ -34,16 +34,19 @@ def packed_model(source: FolderSource, dtype: torch.dtype) -> PreTrainedModel:
     model = source.skeleton(dtype)
     expected, computed, kept = set(model.state_dict()), unsaved(model), kept_float32(model)
     waiting, ties = source.packed_names(), source.ties()
-    shared = {*ties, *ties.values()}
     held: set[str] = set()
     for target in targets_of(model).values():
         names = [name for name in target.parameters if name in waiting]
-        if len(names) != 1 or names != list(target.parameters) or shared & set(names):
+        if len(names) != 1 or names != list(target.parameters):
+            continue
+        others = _tied_to(names[0], ties)
+        shared = _sharing(target, model, others) if others else target
+        if shared is None:
             continue
         found = source.read_packed(names[0])
         if _fits(target, found):
-            target.kind.put(model, target, Quantized(weights=found))
-            held.add(names[0])
+            target.kind.put(model, shared, Quantized(weights=found))
+            held |= {names[0], *others}
     names = [name for name in (*source.tensor_names(), *ties) if name not in held]
     unfit = model.load_state_dict(source.load(names, dtype=dtype, kept=kept), strict=False, assign=True)
     absent = [n for n in unfit.missing_keys if n in expected and n not in ties and n not in computed]
@@ -57,6 +60,20 @@ def packed_model(source: FolderSource, dtype: torch.dtype) -> PreTrainedModel:
     model.tie_weights()
     nn.Module.eval(model)
     return model
+
+
+def _tied_to(name: str, ties: Mapping[str, str]) -> list[str]:
+    """Full names of the other parameters that share a tensor."""
+    kept = ties.get(name, name)
+    return [other for other in (kept, *(tied for tied, to in ties.items() if to == kept)) if other != name]
+
+
+def _sharing(target: Target, model: nn.Module, others: Sequence[str]) -> Target | None:
+    """A table with the head and the embeddings that read it; None where no kind of module can be shared so."""
+    try:
+        return target.kind.tied(target, model, others)
+    except SchemeError:
+        return None
 
 
 def _fits(target: Target, found: Sequence[QTensor]) -> bool:

@@ -20,7 +20,7 @@ from nybble.core.tensorheader import TensorEntry, read_tensor_header
 from nybble.models.adapter import checkpoint_renames
 from nybble.models.build.config_file import make_config, read_json
 from nybble.models.build.skeleton import base_class, expected_tensors, meta_model, model_class, unsaved
-from nybble.models.named import QUANTIZED, check_float, is_packed, stated_quantization
+from nybble.models.named import STATED, check_float, is_packed, stated_quantization
 from nybble.models.sources import ModelSource, StoredTensor
 from nybble.models.sources.layouts import Files, PackedWeight, packed_weights
 from nybble.models.sources.left_over import SWITCHES, LeftOver, left_over
@@ -188,7 +188,7 @@ class FolderSource(ModelSource):
         raw = read_json(folder / "config.json")
         quantization = stated_quantization(folder, raw)
         if is_packed(quantization):
-            raw = {key: value for key, value in raw.items() if key not in QUANTIZED}
+            raw = {key: value for key, value in raw.items() if key not in STATED}
         self.config = make_config(raw, str(folder / "config.json"))
         self._files = weight_files(folder, raw.get(NAMED))
         if not self._files:

@@ -17,6 +17,7 @@ from tests.parts.models.layouts import (
     test_bitsandbytes,
     test_compressed_tensors,
     test_gptq,
+    test_mlx,
     test_modelopt,
     test_mxfp4,
 )
@@ -39,6 +40,7 @@ MADE: dict[str, Callable[[Path], Path]] = {
     "awq": lambda p: test_awq.checkpoint(p / "q", 32)[0],
     "mxfp4": lambda p: test_mxfp4.checkpoint(p / "q")[0],
     "modelopt": lambda p: test_modelopt.checkpoint(p / "q", "NVFP4")[0],
+    "mlx": lambda p: test_mlx.checkpoint(p / "q", "mixed")[0],
 }
 ODD: tuple[Any, ...] = (
     None,
@@ -61,7 +63,7 @@ ODD: tuple[Any, ...] = (
 DTYPES = (torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.float32, torch.float8_e4m3fn)
 NAMES = {
     torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64", torch.float16: "F16",
-    torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint32: "U32", torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3",
 }  # fmt: skip
 ROUNDS = 140
 """Of each layout: more than a thousand in all."""

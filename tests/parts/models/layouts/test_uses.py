@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.parts.models.layouts import test_awq, test_bitsandbytes, test_compressed_tensors, test_gptq, test_modelopt
+from tests.parts.models.layouts import (
+    test_awq,
+    test_bitsandbytes,
+    test_compressed_tensors,
+    test_gptq,
+    test_mlx,
+    test_modelopt,
+)
 from tests.tiny import logits, save_text
 from torch import Tensor
 
@@ -28,6 +35,7 @@ MADE: dict[str, Callable[[Path], tuple[Path, dict[str, Tensor]]]] = {
     "gptq": lambda p: test_gptq.checkpoint(p / "q", 4, 32),
     "awq": lambda p: test_awq.checkpoint(p / "q", 32),
     "modelopt": lambda p: test_modelopt.checkpoint(p / "q", "NVFP4", apart=True),
+    "mlx": lambda p: test_mlx.checkpoint(p / "q", "mixed"),
 }
 
 
