@@ -29,9 +29,16 @@ TAKES: tuple[Takes, ...] = (
         runtime="mlx-lm",
         since="",
         source=_DOCS,
-        note="a scale over the scales of experts alone (nvfp4)",
+        note="a scale over these scales experts alone have (nvfp4), and mlx runs that on GPUs alone",
     ),
 )
 
-TRIED = frozenset({"llama"})
+TRIED = frozenset([
+    "cohere", "ernie4_5", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "helium", "hunyuan_v1_dense", "llama",
+    "mistral", "mixtral", "nemotron", "olmo2", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+    "seed_oss", "smollm3", "stablelm", "starcoder2",
+])  # fmt: skip
 """``model_type`` of families whose folder mlx-lm 0.32.2 ran with nybble's logits."""
+
+WINDOWLESS = frozenset({"gemma2", "mistral"})
+"""Those of them that attend to all tokens in mlx-lm 0.32.2, whatever sliding window config.json asks for."""

@@ -19,7 +19,7 @@ from nybble.export._ct_scheme import CannotError
 from nybble.export._folder import SHARD_BYTES, write_beside
 from nybble.export._mlx_constrain import constrained
 from nybble.export._mlx_layers import as_read, placed, quantization
-from nybble.export._mlx_takes import TAKES, TRIED
+from nybble.export._mlx_takes import TAKES, TRIED, WINDOWLESS
 from nybble.export._mlx_tensors import Placed
 from nybble.export._mlx_verify import NEEDS, compare_logits, compare_weights, library
 from nybble.export._names import as_stored
@@ -68,6 +68,9 @@ class Mlx(ExportTarget):
         family = str(source.config.get("model_type"))
         if family not in TRIED:
             lines.append(f"no {family} was tried with mlx-lm; --check runs it")
+        window = source.config.get("sliding_window")
+        if family in WINDOWLESS and window:
+            lines.append(f"mlx-lm gives {family} no sliding window: it says something else behind {window} tokens")
         return lines
 
     def write(self, source: Source, folder: Path) -> None:  # noqa: D102

@@ -86,7 +86,7 @@ def checkpoint(folder: Path, kind: str, **said: Any) -> tuple[Path, dict[str, Te
     model, g = llama(torch.float32, tie_word_embeddings=True), torch.Generator().manual_seed(0)
     others = MIXED if kind == "mixed" else {}
     kind = "affine-4-32" if kind == "mixed" else kind
-    tensors, values = {}, {}
+    tensors, values = dict[str, Tensor](), dict[str, Tensor]()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding) and name != "lm_head":
             parts, values[f"{name}.weight"] = packed(others.get(name, kind), *module.weight.shape, g=g)
@@ -152,7 +152,7 @@ def test_activations_that_are_left_are_said(tmp_path: Path) -> None:
 def test_experts(tmp_path: Path) -> None:
     """Three stacks become the two fused parameters; a global scale is each expert's own."""
     model, g = tiny_model("qwen3_moe", torch.float32, hidden_size=64, moe_intermediate_size=32), torch.Generator()
-    tensors, wanted = {}, {}
+    tensors, wanted = dict[str, Tensor](), dict[str, Tensor]()
     for layer in range(2):
         place, values = f"model.layers.{layer}.mlp", {}
         for leaf, shape in {"gate": (32, 64), "up": (32, 64), "down": (64, 32)}.items():

@@ -57,6 +57,9 @@ def test_quantized_again_from_their_values(name: str, tmp_path: Path) -> None:
     model, tokenizer = nybble.load(tmp_path / "again")
     assert tokenizer is not None and json.loads((tmp_path / "again/config.json").read_text())["quantization_config"]
     for key, value in wanted.items():
+        if "embed" in key:  # MLX packs it too, and it is in float again
+            assert torch.equal(model.get_parameter(key).data, value.bfloat16())
+            continue
         layer: Any = model.get_submodule(key.removesuffix(".weight"))
         found = layer.weight(torch.float32)
         assert 0 < (found - value.float()).abs().max() < 0.02 * value.float().abs().max()
