@@ -36,6 +36,17 @@ class Mlx(ExportTarget):
     summary = "safetensors for MLX (mlx-lm)"
     takes = TAKES
 
+    def __init__(self, option: str = "") -> None:
+        super().__init__(option)
+        self._known: tuple[Source, list[Placed]] | None = None
+
+    def _places(self, source: Source) -> list[Placed]:
+        """The modules of the folder; what their scales allow is looked up once."""
+        if self._known is None or self._known[0] is not source:
+            model = source.skeleton()
+            self._known = source, [p for layer in source.layers.values() for p in placed(source, model, layer)]
+        return self._known[1]
+
     def constrain(self, scheme: Scheme, facts: Facts) -> Scheme:  # noqa: D102
         return constrained(scheme, facts)
 
@@ -55,7 +66,7 @@ class Mlx(ExportTarget):
 
     def notes(self, source: Source) -> list[str]:  # noqa: D102
         lines = []
-        wide = [p.path for p in _places(source) if p.form.mode == "affine" and p.dtype != source.dtype]
+        wide = [p.path for p in self._places(source) if p.form.mode == "affine" and p.dtype != source.dtype]
         if wide:
             more = f" and {len(wide) - 1} more" if len(wide) > 1 else ""
             dtype = str(source.dtype).removeprefix("torch.")
@@ -74,7 +85,7 @@ class Mlx(ExportTarget):
         return lines
 
     def write(self, source: Source, folder: Path) -> None:  # noqa: D102
-        model, places = source.skeleton(), _places(source)
+        model, places = source.skeleton(), self._places(source)
         tensors = as_stored(model, {name: source.copied(name) for name in source.floats}, source.tensor)
         for place in places:
             made = place.tensors()
@@ -93,7 +104,7 @@ class Mlx(ExportTarget):
     def verify(self, folder: Path, source: Source) -> Verified:
         """By mlx's dequantizer; the logits by mlx-lm, both sides in float32."""
         library()
-        places = _places(source)
+        places = self._places(source)
         count = compare_weights(folder, places)
         cosine, largest, why = compare_logits(folder, source)
         modes = {(place.form.mode, place.form.bits) for place in places}
@@ -106,11 +117,6 @@ class Mlx(ExportTarget):
             uncalled=why,
             runtimes=tuple(row for row in TAKES if any(mode == row.form for mode, _ in modes)),
         )
-
-
-def _places(source: Source) -> list[Placed]:
-    model = source.skeleton()
-    return [place for layer in source.layers.values() for place in placed(source, model, layer)]
 
 
 PART = Mlx
