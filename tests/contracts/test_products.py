@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from nybble.kernels import _library, cpu_products
 from nybble.kernels._weights import Weight, weight_of
 from nybble.nn.compiled import key_of
 from nybble.nn.linear import QuantLinear
+from nybble.nn.packed import Packed
 from nybble.nn.products import packed_linear, reference
 from nybble.qtensor import QTensor
 from nybble.quantizer import Quantizer
@@ -64,6 +65,12 @@ def multiplied(x: Tensor, weight: QTensor, bias: Tensor | None = None) -> Tensor
     return packed_linear(x, list(tensors.values()), key_of(weight.spec(), list(tensors)), list(weight.shape), bias)
 
 
+def layer_of(line: str) -> tuple[QuantLinear, Packed]:
+    layer = QuantLinear(packed(line))
+    assert isinstance(layer.weight, Packed)
+    return layer, layer.weight
+
+
 def record(weight: QTensor) -> Weight:
     library = _library.library()
     assert library is not None
@@ -104,9 +111,7 @@ def test_columns_that_no_step_divides(bits: int, columns: int, isa: int) -> None
         x = torch.randn(3, columns)
         want = (x.double() @ weight.dequantize().double().T).float()
         assert torch.allclose(multiplied(x, weight), want, rtol=0, atol=1e-5)
-        assert torch.equal(
-            cpu_products._values(record(weight), torch.empty(0), 0, rows), weight.dequantize()
-        )
+        assert torch.equal(cpu_products._values(record(weight), torch.empty(0), 0, rows), weight.dequantize())
 
 
 def test_nothing_behind_the_codes_is_read() -> None:
@@ -211,16 +216,22 @@ def test_the_schema_and_the_fake_hold() -> None:
 
 def test_a_layer_uses_it_and_a_gradient_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setitem(packed_linear._kernels, "cpu", lambda *given: calls.append(1) or cpu_products.linear(*given))
-    layer = QuantLinear(packed("int4 group=32"))
+
+    def counted(*given: Any) -> Tensor:
+        calls.append(1)
+        return cpu_products.linear(*given)
+
+    monkeypatch.setitem(packed_linear._kernels, "cpu", counted)
+    layer, weight = layer_of("int4 group=32")
     x = torch.randn(2, COLUMNS)
     with torch.no_grad():
         y = layer(x)
     assert calls == [1]
     x.requires_grad_()
     layer(x).sum().backward()
-    assert calls == [1] and torch.allclose(x.grad, layer.weight(torch.float32).sum(0).expand(2, -1), atol=1e-5)
-    layer.weight.hold(torch.float32)
+    assert x.grad is not None
+    assert calls == [1] and torch.allclose(x.grad, weight(torch.float32).sum(0).expand(2, -1), atol=1e-5)
+    weight.hold(torch.float32)
     with torch.no_grad():
         assert torch.allclose(layer(x), y, atol=1e-5) and calls == [1]
 
@@ -243,8 +254,8 @@ def test_without_the_library_it_says_so_once(fault: str, monkeypatch: pytest.Mon
         multiplied(x, packed("int2 group=32"))
     _library.library.cache_clear()
     assert torch.equal(y, x @ weight.dequantize().T)
-    wanted = {"no compiler": "no C\\+\\+ compiler", "a compiler that fails": "failed", "a broken file": "packed-"}[fault]
-    assert re.search(wanted, str(said[0].message)) and not list(tmp_path.rglob("tmp*"))
+    wanted = {"no compiler": "no C++ compiler", "a compiler that fails": "failed", "a broken file": "packed-"}
+    assert wanted[fault] in str(said[0].message) and not list(tmp_path.rglob("tmp*"))
 
 
 def test_what_it_cannot_read_goes_the_readable_way() -> None:
@@ -255,3 +266,11 @@ def test_what_it_cannot_read_goes_the_readable_way() -> None:
             continue
         x = torch.randn(2, COLUMNS)
         assert torch.equal(multiplied(x, weight), x @ weight.dequantize().T), line
+
+
+def test_it_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, weight = layer_of("int4 group=32")
+    assert weight.how()[0] and weight.how()[1].startswith("compiled look-up")
+    assert layer_of("int4 rank1")[1].how() == (False, "scale of the kind Factored")
+    monkeypatch.setattr(cpu_products, "SMALL", 1 << 15)
+    assert weight.how() == (False, "fewer than 32,768 elements")

@@ -43,7 +43,9 @@ def build(folder: Path) -> Path:
     Raises:
         OSError: no compiler; or it fails, with the end of what it says.
     """
-    compiler = next((found for name in (os.environ.get("CXX"), *_COMPILERS) if name and (found := shutil.which(name))), "")
+    compiler = next(
+        (found for name in (os.environ.get("CXX"), *_COMPILERS) if name and (found := shutil.which(name))), ""
+    )
     if not compiler:
         raise OSError("no C++ compiler (c++, g++, clang++ or what CXX names)")
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +59,7 @@ def build(folder: Path) -> Path:
         if done.returncode:
             raise OSError(f"{compiler} failed: {done.stderr.strip()[-300:]}")
         target = folder / file_name()
-        os.replace(made, target)
+        made.replace(target)
     return target
 
 

@@ -72,7 +72,9 @@ def weight_of(qtensor: QTensor, prepare: Any) -> Weight | str:
     if blocks is None or k * bits % 8:
         return f"scales by {qtensor.granularity} of {k} columns"
     kept: list[Tensor] = [_contiguous(qtensor.codes)]
-    table = decode_table(qtensor.format.name, torch.device("cpu")) if qtensor.params.grid is None else qtensor.params.grid
+    table = (
+        decode_table(qtensor.format.name, torch.device("cpu")) if qtensor.params.grid is None else qtensor.params.grid
+    )
     table = _contiguous(table.float())
     if table.numel() != 2**bits:
         return f"{table.numel()} values in {bits} bits"

@@ -19,6 +19,7 @@ SMALL = 1 << 15
 PART = 1 << 22
 """Elements of W that are expanded at a time."""
 _ISA = 3
+_SETS = {0: "any processor", 2: "AVX2", 3: "AVX-512"}
 _PLAN = "_nybble_weight"
 
 
@@ -42,6 +43,18 @@ def linear(x: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int],
     wide = None if bias is None else bias.float().contiguous()
     _run(weight, x, rows, wide, out, 0, n)
     return out
+
+
+def how(tensors: Sequence[Tensor], key: str, shape: Sequence[int]) -> tuple[bool, str]:
+    """See ``packed_linear.how``."""
+    made = library()
+    if made is None:
+        return False, "no compiled library"
+    if shape[0] * shape[1] < SMALL:
+        return False, f"fewer than {SMALL:,} elements"
+    if _weight(tensors, key) is None:
+        return False, str(weight_of(qtensor_of(tensors, key), made.nybble_prepare))
+    return True, f"compiled look-up, {_SETS[min(_ISA, made.nybble_isa())]}"
 
 
 def _expanded(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -99,4 +112,4 @@ def _weight(tensors: Sequence[Tensor], key: str) -> Weight | None:
     return usable
 
 
-packed_linear.register_kernel("cpu")(linear)
+packed_linear.register_kernel("cpu", how)(linear)

@@ -99,6 +99,10 @@ class Packed(nn.Module):
         y: Tensor = packed_linear(x, list(_tensors(self).values()), self._key, self.shape, bias)
         return y
 
+    def how(self) -> tuple[bool, str]:
+        """Whether :meth:`linear` has a kernel where this is; its name, or why there is none."""
+        return packed_linear.how(list(_tensors(self).values()), self._key, self.shape)
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """A call, by name."""
         values: Tensor = self(dtype)

@@ -18,7 +18,10 @@ DEVICES = frozenset({"cpu"})
 """Types of devices for which there are kernels."""
 Kernel = Callable[[Tensor, Sequence[Tensor], str, Sequence[int], Tensor | None], Tensor]
 
-_LIBRARY = torch.library.Library("nybble", "FRAGMENT")
+Says = Callable[[Sequence[Tensor], str, Sequence[int]], tuple[bool, str]]
+
+_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+_LIBRARY: Any = torch.library.Library("nybble", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("packed_linear(Tensor x, Tensor[] tensors, str key, int[] shape, Tensor? bias) -> Tensor")
 
 
@@ -52,30 +55,42 @@ def _record(key: str) -> dict[str, Any]:
 
 
 class _Op:
-    """As ``torch.library.custom_op`` has it, with a third of its time a call: of a layer's product at one row, a tenth."""
+    """As ``torch.library.custom_op`` has it, in a third of its time a call, which counts where x has one row."""
 
     def __init__(self) -> None:
         self._init_fn = reference
         self._kernels: dict[str, Kernel] = {}
+        self._say: dict[str, Says] = {}
 
-    def register_kernel(self, device: str) -> Callable[[Kernel], Kernel]:
-        """Of a type of device."""
+    def register_kernel(self, device: str, says: Says | None = None) -> Callable[[Kernel], Kernel]:
+        """Of a type of device; ``says`` answers for :meth:`how`."""
 
         def register(kernel: Kernel) -> Kernel:
-            if device not in self._kernels:
-                key = {"cpu": "CPU", "cuda": "CUDA"}[device]
-                _LIBRARY.impl("packed_linear", lambda *given: self._kernels[device](*given), key)
-            self._kernels[device] = kernel
+            if device in _KEYS:
+                if device not in self._kernels:
+                    _LIBRARY.impl("packed_linear", lambda *given: self._kernels[device](*given), _KEYS[device])
+                self._kernels[device] = kernel
+                if says is not None:
+                    self._say[device] = says
             return kernel
 
         return register
+
+    def how(self, tensors: Sequence[Tensor], key: str, shape: Sequence[int]) -> tuple[bool, str]:
+        """Whether there is a kernel for a weight where its tensors are; its name, or why there is none."""
+        device = tensors[0].device.type
+        if device in self._kernels and device not in self._say:  # what waits for the first use is loaded by one
+            self(torch.zeros(0, shape[1], device=device), list(tensors), key, list(shape), None)
+        if device not in self._say:
+            return False, f"no kernels for {device}"
+        return self._say[device](tensors, key, shape)
 
     def __call__(self, *given: Any) -> Tensor:
         found: Tensor = torch.ops.nybble.packed_linear.default(*given)
         return found
 
 
-@torch.library.register_fake("nybble::packed_linear")
+@torch.library.register_fake("nybble::packed_linear")  # type: ignore[untyped-decorator]
 def _(x: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int], bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], shape[0]))
 
