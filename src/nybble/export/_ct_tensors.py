@@ -25,6 +25,7 @@ from torch.nn import functional
 from nybble.core.errors import FileError
 from nybble.core.tensorfile import Planned, safetensors_name
 from nybble.export._ct_scheme import Args
+from nybble.export._reciprocal import reciprocals
 from nybble.export._source import Layer, Source
 from nybble.packing import get_layout
 from nybble.qtensor import Inverse, dense
@@ -238,13 +239,7 @@ def exact_divisor(outer: Tensor | Inverse) -> float | None:
     scales = torch.arange(1, 127, dtype=torch.uint8).view(_E4M3).float()
     products = torch.tensor([0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float32)[:, None]
     wanted = (products * (scales * factor)).bfloat16()
-    low = high = middle = 1 / factor
-    infinite = torch.tensor([torch.inf], dtype=torch.float32)
-    candidates = [middle]
-    for _ in range(8):
-        low, high = torch.nextafter(low, -infinite), torch.nextafter(high, infinite)
-        candidates += [low, high]
-    fits = (c.item() for c in candidates if torch.equal((products * (scales / c)).bfloat16(), wanted))
+    fits = (c for c in reciprocals(factor) if torch.equal((products * (scales / c)).bfloat16(), wanted))
     return next(fits, None)
 
 

@@ -92,7 +92,8 @@ def _groups(config: Mapping[str, Any]) -> list[tuple[str, list[str], Args]]:
             form = group.get("format") or config.get("format")
             if not isinstance(form, str) or not isinstance(args, dict):
                 raise FileError(f"a group of quantization_config has format {form!r:.40} and weights {args!r:.40}.")
-            found.append((form, [str(target) for target in group["targets"]], args))
+            inputs = group.get("input_activations")
+            found.append((form, [str(target) for target in group["targets"]], args | {"inputs": inputs}))
     return found
 
 
@@ -123,7 +124,27 @@ def _weight(name: str, form: str, args: Args, files: Files) -> PackedWeight:
         parts={part: f"{name}.{part}" for part in parts},
         build=build,
         kept_as=ROLES,
+        inputs=_inputs(name, args["inputs"], files),
     )
+
+
+def _inputs(name: str, args: Args | None, files: Files) -> tuple[str, str] | None:
+    """What rounds the inputs, as :attr:`PackedWeight.inputs`; none where no quantizer says it (NVFP4, zero points)."""
+    if not args or args.get("num_bits") not in (4, 6, 8) or not (args.get("symmetric", True) or args.get("dynamic")):
+        return None
+    bits, strategy, dynamic = args["num_bits"], args.get("strategy"), args.get("dynamic")
+    if args.get("type") == "float" and strategy == "group" and args.get("group_size") == 32 and dynamic is True:
+        return f"mxfp{bits} scale=pow2(mode={'rceil' if bits == 8 else 'even'})", ""
+    word = {("float", 8): E4M3, ("int", 8): "int8", ("int", 4): "int4"}.get((str(args.get("type", "int")), bits))
+    if word is None or strategy not in ("tensor", "token"):
+        return None
+    if dynamic is True:
+        return f"{word} {strategy}" + ("" if args.get("symmetric", True) else " symmetric=false"), ""
+    scale = f"{name}.input_scale"
+    if dynamic or strategy != "tensor" or scale not in files.entries:
+        return None
+    files.any_of(scale, FLOATS, ((1,), ()))
+    return f"{word} tensor static", scale
 
 
 Found = tuple[list[str], tuple[int, int], Build]
