@@ -6,7 +6,7 @@ Two shapes: SmolLM2's (135M) and a llama of 1.1 billion weights, of random numbe
 after a plain copy of what it reads and writes: a target has to read A and write B, so the copy that it is measured
 against moves half of the bytes of both, which for a B of A's size is A's copy. Both end with the files on the disk
 (fsync). The least of the repetitions counts for both; the first one of a process also imports what it needs. On a
-machine that others use too, ``load`` says how many wanted its cores, and ``cpu_seconds`` what a conversion took of them.
+machine that others use too, ``load`` says how many wanted its cores, ``cpu_seconds`` what a conversion took of them.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def packed(kind: str, shape: tuple[int, int], g: torch.Generator) -> dict[str, t
 
 ARGS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
     "int4": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64}, None),
-    "nvfp4": ("nvfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}, None),
+    "nvfp4": (
+        "nvfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}, None,
+    ),
     "fp8": (
         "float-quantized",
         {"num_bits": 8, "type": "float", "strategy": "channel"},
@@ -145,10 +147,10 @@ def measured(source: Path, target: str, room: Path, repeat: int) -> dict[str, An
 
     taken, worked, copied = [], [], []
     found: dict[str, Any] = {}
+    made, again, beside = room / "made", room / "again", room / "beside"
     for _ in range(repeat):
-        made, again, beside = room / "made", room / "again", room / "beside"
         begun = time.process_time()
-        taken.append(seconds(lambda made=made: found.update(nybble.convert(source, made, target))))
+        taken.append(seconds(lambda: found.update(nybble.convert(source, made, target))))
         worked.append(time.process_time() - begun)
         copied.append((seconds(lambda: copy(source, again)) + seconds(lambda: copy(made, beside))) / 2)
         for folder in (made, again, beside):

@@ -256,7 +256,7 @@ def _header(sources: Mapping[str, _Source], names: Sequence[str], metadata: Mapp
 
 
 def _write(file: BinaryIO, header: bytes, sources: Mapping[str, _Source], names: Sequence[str]) -> None:
-    """Header, then each tensor in its place; they are made in the order of their names, whatever that of their bytes."""
+    """Header, then each tensor in its place; they are made in the order of their names."""
     file.write(header)
     places, position = {}, len(header)
     for name in names:

@@ -205,7 +205,9 @@ def refuse(name: str, refusals: Sequence[Refusal], way_out: str = "") -> None:
     """Raise ModelError with all that a target can't hold, if there is anything.
 
     Args:
-        name: of the target. refusals: what it can't hold. way_out: what to do then; by default to quantize for it.
+        name: of the target.
+        refusals: what it can't hold.
+        way_out: what to do then; by default to quantize for it.
     """
     if refusals:
         lines = "\n  ".join(map(str, refusals))

@@ -27,6 +27,7 @@ from nybble.core.tensorfile import Planned, safetensors_name
 from nybble.export._ct_scheme import Args
 from nybble.export._reciprocal import reciprocals
 from nybble.export._source import Layer, Source
+from nybble.models.sources.layouts._pieces import flipped
 from nybble.packing import get_layout
 from nybble.qtensor import Inverse, dense
 from nybble.qtensor._rows import take_rows
@@ -215,15 +216,6 @@ def _words(codes: Tensor, bits: int) -> Tensor:
     wide = functional.pad(codes, (0, -columns % 32)).reshape(-1)
     words = get_layout("dense").pack(wide, bits).view(torch.int32).view(rows, -1)
     return words[:, : math.ceil(columns * bits / 32)].contiguous()
-
-
-def flipped(data: Tensor, bits: int) -> Tensor:
-    """A dense stream of codes with the highest bit of each flipped; the pattern repeats after ``bits`` bytes."""
-    pattern = sum(1 << (i * bits + bits - 1) for i in range(8)).to_bytes(bits, "little")
-    if len(set(pattern)) == 1:
-        return data ^ pattern[0]
-    mask = torch.tensor(list(pattern), dtype=torch.uint8, device=data.device)
-    return data ^ mask.repeat(math.ceil(data.numel() / bits))[: data.numel()]
 
 
 # ------------------------------------------------------------------------------------------------- NVFP4's global scale

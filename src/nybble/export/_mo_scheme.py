@@ -44,7 +44,9 @@ def algorithm_of(weight: QTensor | None, inputs: Quantizer | None, outputs: Quan
     """Of a layer.
 
     Args:
-        weight: its matrix, which may be on the meta device. inputs, outputs: what rounds the activations.
+        weight: its matrix, which may be on the meta device.
+        inputs: what rounds what enters it.
+        outputs: what rounds what leaves it.
 
     Raises:
         CannotError: ModelOpt has none.
@@ -129,7 +131,8 @@ def quantization(found: Mapping[str, Algorithm], excluded: list[str]) -> dict[st
     """``quantization`` of hf_quant_config.json.
 
     Args:
-        found: module -> what it is. excluded: modules with a matrix that stay in float.
+        found: module -> what it is.
+        excluded: modules with a matrix that stay in float.
     """
     kinds = {str(algorithm.entry()): algorithm for algorithm in found.values()}
     if len(kinds) > 1:
@@ -137,9 +140,8 @@ def quantization(found: Mapping[str, Algorithm], excluded: list[str]) -> dict[st
         return {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None, "quantized_layers": layers}
     (only,) = kinds.values()
     entry = only.entry()
-    return {
-        "quant_algo": entry.pop("quant_algo"), "kv_cache_quant_algo": None, **entry, "exclude_modules": sorted(excluded),
-    }  # fmt: skip
+    algo = entry.pop("quant_algo")
+    return {"quant_algo": algo, "kv_cache_quant_algo": None, **entry, "exclude_modules": sorted(excluded)}
 
 
 def mirrored(said: Mapping[str, Any], producer: Mapping[str, str]) -> dict[str, Any]:

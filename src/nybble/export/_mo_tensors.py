@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from nybble.core.tensorfile import Planned
 from nybble.export._ct_layers import nvfp4_groups, stored_under
 from nybble.export._ct_scheme import CannotError
-from nybble.export._ct_tensors import Matrix, scale_of, signed
+from nybble.export._ct_tensors import Matrix, scale_of
 from nybble.export._mo_scheme import NEAREST, Algorithm, algorithm_of
 from nybble.export._reciprocal import reciprocals
 from nybble.export._source import Layer, Source
@@ -103,7 +103,7 @@ def _scales(tensor: BlockQTensor) -> Tensor:
 
 def _row_pairs(tensor: BlockQTensor) -> Tensor:
     """int4 [rows, columns] -> uint8 [rows / 2, columns]."""
-    codes = signed(tensor).view(torch.uint8) & 15
+    codes = tensor.unpacked()  # two's complement in both
     return codes[::2] | codes[1::2] << 4
 
 
@@ -167,7 +167,7 @@ def shared_factors(source: Source, model: Any) -> dict[str, tuple[float, float |
 
     Only powers of two lie between such; a block's scale takes up the difference.
     """
-    found = {}
+    found: dict[str, tuple[float, float | None]] = {}
     for group, divisor in nvfp4_groups(source, model):
         own = {
             factor_of(source, source.layers[name], prefix) for name in group for prefix in source.layers[name].weights

@@ -47,7 +47,7 @@ class Recoding:
 
 
 def centred(tensor: QTensor) -> QTensor | None:
-    """GPTQ's symmetric weights, say: ``scale * (code - 8)`` with unsigned codes is ``scale * code`` with signed ones."""
+    """GPTQ's symmetric weights: ``scale * (code - 8)`` of unsigned codes is ``scale * code`` of signed ones."""
     if not isinstance(tensor, BlockQTensor) or not isinstance(tensor.params.zero_point, BlockQTensor):
         return None
     zero, bits = tensor.params.zero_point, tensor.format.bits
@@ -65,7 +65,7 @@ def centred(tensor: QTensor) -> QTensor | None:
 
 
 def tiled(tensor: QTensor) -> QTensor | None:
-    """MXFP4 as NVFP4, where the exponents of all blocks lie within the 17 that E4M3 has (those of zeros don't count)."""
+    """MXFP4 as NVFP4, where the exponents of all blocks that aren't zero lie within E4M3's 18 powers of two."""
     if not isinstance(tensor, BlockQTensor) or tensor.format.name != E2M1 or tensor.layout != "dense":
         return None
     scale = tensor.params.scale

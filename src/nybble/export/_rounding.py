@@ -24,9 +24,9 @@ from nybble.scheme import Rule, Scheme
 AUTO = "auto"
 _ROWS = 64  # of a trial
 _MORE = 0.6  # bits that the nearest may have more than what there is: the scales of smaller groups
-_USUAL = tuple(
-    f"int{bits} {shared}" for bits in (2, 3, 4, 5, 6, 8) for shared in ("group=32", "group=32 symmetric=false", "channel")
-) + ("nvfp4", "mxfp4", "mxfp6", "mxfp8", "float8_e4m3fn channel", "float8_e4m3fn tensor")  # fmt: skip
+_SHARED = ("group=32", "group=32 symmetric=false", "channel")
+_FLOATS = ("nvfp4", "mxfp4", "mxfp6", "mxfp8", "float8_e4m3fn channel", "float8_e4m3fn tensor")
+_USUAL = (*(f"int{bits} {shared}" for bits in (2, 3, 4, 5, 6, 8) for shared in _SHARED), *_FLOATS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,8 @@ def recodings(source: Source, bad: Callable[[Source], Sequence[str]], rounding: 
     """How layers that a target can't hold are told in its words, every code kept.
 
     Args:
-        source: what there is. bad: names of the layers of a source that the target can't hold.
+        source: what there is.
+        bad: names of the layers of a source that the target can't hold.
         rounding: whether scales may be rounded for that.
     """
     found: dict[str, Recoding] = {}

@@ -120,7 +120,8 @@ def layers_of(modules: Mapping[str, Mapping[str, Any]], entries: list[dict[str, 
     """The layers that a checkpoint describes.
 
     Args:
-        modules: name -> description. entries: the layouts that descriptions number.
+        modules: name -> description.
+        entries: the layouts that descriptions number.
     """
     layouts = Layouts(entries)
     with torch.device("meta"):

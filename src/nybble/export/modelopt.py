@@ -1,7 +1,7 @@
 """ModelOpt's folders, which TensorRT-LLM and vLLM serve on NVIDIA's cards.
 
-``hf_quant_config.json`` says what is quantized how, config.json says it again; codes and scales are written as they are.
-Its NVFP4 with four-bit inputs asks for a calibrated scale above those of tokens, which no quantizer of activations here
+``hf_quant_config.json`` says what is quantized how, config.json says it again; codes and scales stay as they are. Its
+NVFP4 with four-bit inputs asks for a calibrated scale above those of tokens, which no quantizer of activations here
 has; weights alone, or with FP8 inputs, are held. Source: nvidia-modelopt 0.47 (``torch/export/``).
 """
 
@@ -53,7 +53,7 @@ class ModelOpt(ExportTarget):
     """Every algorithm of ModelOpt's that a scheme can say exactly."""
 
     summary = "safetensors in ModelOpt's layout, for TensorRT-LLM and vLLM"
-    takes = (
+    takes: ClassVar[tuple[Takes, ...]] = (
         _row("nvfp4", "float", "W4A16_NVFP4"),
         _row("nvfp4", "float8_e4m3fn tensor static", "W4A8_NVFP4_FP8", "tensorrt-llm"),
         _row("float8_e4m3fn tensor", "float8_e4m3fn tensor static", "FP8"),

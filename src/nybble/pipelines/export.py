@@ -86,8 +86,10 @@ def written(
     Args:
         source: that the target's ``check`` found nothing against.
         dest: must not exist.
-        part: the target. name: as it was asked for, with its option.
-        check, announce: as there.
+        part: the target.
+        name: as it was asked for, with its option.
+        check: as there.
+        announce: as there.
         progress: gets tensors.
     """
     notes = [*getattr(source, "notes", ()), *part.notes(source)]

@@ -2,8 +2,8 @@
 
     python modelopt_peer.py FLOAT OUT OURS...
 
-FLOAT is a folder in bfloat16. OUT gets a folder for each of its configs, beside each ``values.safetensors``; for each of
-OURS, ``NAME.safetensors``, the same, and ``NAME.json``, the config.json that its converter makes.
+FLOAT is a folder in bfloat16. OUT gets a folder for each of its configs, beside each ``NAME.safetensors``; for each of
+OURS the same in ``NAME.safetensors``, and in ``NAME.json`` the config.json that its converter makes.
 """
 
 from __future__ import annotations

@@ -42,10 +42,10 @@ def same(before: dict[str, Tensor], after: dict[str, Tensor], but: str = "-") ->
     assert not differ
 
 
-# -------------------------------------------------------------------------------------------------------- there and back
+# ------------------------------------------------------------------------------------------------------ there and back
 @pytest.mark.parametrize("kind", ["NVFP4", "FP8", "W8A8_SQ_PER_CHANNEL", "MXFP8"])
 def test_modelopt_there_and_back(kind: str, tmp_path: Path) -> None:
-    """Through compressed-tensors: every byte but NVFP4's one number, whose reciprocal is rounded, and its input scale."""
+    """Through compressed-tensors: every byte but NVFP4's one number, whose reciprocal is rounded, and input scale."""
     folder, _ = test_modelopt.checkpoint(tmp_path / "q", kind)
     tensors = load_file(folder / "model.safetensors")
     static = kind in ("FP8", "W8A8_SQ_PER_CHANNEL")
@@ -75,7 +75,7 @@ def test_gguf_there_and_back(line: str, target: str, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "vocab_size": 96}
     made = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes))
     made.to(torch.float16).save_pretrained(tmp_path / "float")
-    nybble.quantize(str(tmp_path / "float"), "rtn", weights=line, out=tmp_path / "q", target=["gguf", "modelopt"][:1])
+    nybble.quantize(str(tmp_path / "float"), "rtn", weights=line, out=tmp_path / "q", target=["gguf", target])
     export(tmp_path / "q", tmp_path / "a", "gguf")
     file = tmp_path / "a" / "model.gguf"
     there = convert(file, tmp_path / "b", target, round="auto")
@@ -104,7 +104,7 @@ def test_what_a_gguf_says_comes_along(tmp_path: Path) -> None:
         assert all(torch.equal(t, b.tensors()[key]) for key, t in a.tensors().items())
 
 
-# ------------------------------------------------------------------------------------------- the same codes, other words
+# ----------------------------------------------------------------------------------------- the same codes, other words
 def symmetric_gptq(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     """Zero points of 8 everywhere, as GPTQ's files of symmetric weights have them."""
     made, wanted = {}, {}
@@ -152,7 +152,7 @@ def test_mxfp4_is_nvfp4(tmp_path: Path) -> None:
         convert(folder, tmp_path / "e", "modelopt-nvfp4")
 
 
-# ------------------------------------------------------------------------------------------------------------- rounding
+# ------------------------------------------------------------------------------------------------------------ rounding
 def test_rounding_has_to_be_asked_for(tmp_path: Path) -> None:
     folder, wanted = test_bitsandbytes.checkpoint(tmp_path, test_bitsandbytes.CASES["nf4 nested"])
     with pytest.raises(ModelError, match=r"(?s)can't hold this model.*q_proj.*nf4.*--round auto"):
@@ -191,7 +191,7 @@ def test_a_type_of_the_target_asks_for_it(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "model.gguf").read_bytes() == (tmp_path / "b" / "model.gguf").read_bytes()
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ----------------------------------------------------------------------------------------------------------- bad input
 def test_bad_input_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = test_compressed_tensors.checkpoint(tmp_path / "q", *CT["nvfp4"])
     with pytest.raises(UsageError, match=r"is in float, and compressed-tensors is for quantized models"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -33,6 +35,15 @@ def packed(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes of any shape as a QTensor keeps them."""
     found: Tensor = get_layout("dense").pack(codes.contiguous().reshape(-1), bits)
     return found
+
+
+def flipped(data: Tensor, bits: int) -> Tensor:
+    """A dense stream of codes with the highest bit of each flipped; the pattern repeats after ``bits`` bytes."""
+    pattern = sum(1 << (i * bits + bits - 1) for i in range(8)).to_bytes(bits, "little")
+    if len(set(pattern)) == 1:
+        return data ^ pattern[0]
+    mask = torch.tensor(list(pattern), dtype=torch.uint8, device=data.device)
+    return data ^ mask.repeat(math.ceil(data.numel() / bits))[: data.numel()]
 
 
 def signed_codes(values: Tensor, bits: int) -> Tensor:

@@ -31,6 +31,7 @@ from nybble.models.sources.layouts._pieces import (
     E2M1,
     E4M3,
     block,
+    flipped,
     in_order,
     integers,
     mx,
@@ -179,8 +180,9 @@ def _packed_integers(name: str, args: Args, files: Files) -> Found:
 def _build_integers(
     t: Mapping[str, Tensor], *, bits: int, shape: tuple[int, int], granularity: str, scales: tuple[int, int]
 ) -> list[QTensor]:
-    half = 1 << (bits - 1)
-    codes = stream_rows(t["weight_packed"], bits, shape[1]) ^ half
+    half, codes = 1 << (bits - 1), t["weight_packed"]
+    plain = codes.shape[1] * 32 == shape[1] * bits and "weight_g_idx" not in t  # rows follow each other without a gap
+    codes = codes if plain else stream_rows(codes, bits, shape[1]) ^ half
     order = None
     if "weight_g_idx" in t and bool((t["weight_g_idx"] >= 0).all()):  # -1: not reordered
         order = in_order(t["weight_g_idx"], shape[1] // scales[1])
@@ -193,7 +195,8 @@ def _build_integers(
         else:
             points = signed_codes(stored.reshape(scales), bits)
         zero = integers(points, f"int{bits}_full")
-    found = block(f"int{bits}_full", granularity, shape, packed(codes, bits), t["weight_scale"], zero)
+    kept = flipped(codes.contiguous().view(torch.uint8).reshape(-1), bits) if plain else packed(codes, bits)
+    found = block(f"int{bits}_full", granularity, shape, kept, t["weight_scale"], zero)
     return [reordered(found, order)]
 
 

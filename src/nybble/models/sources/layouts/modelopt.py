@@ -113,7 +113,10 @@ def _groups(module: str, shape: tuple[int, int], sizes: Sequence[int], files: Fi
     """Columns that share a scale.
 
     Args:
-        module: whose. shape: of its weight. sizes: that there may be; none: any. files: what is there.
+        module: whose.
+        shape: of its weight.
+        sizes: that there may be; none: any.
+        files: what is there.
 
     Raises:
         FileError: a scale of another shape.
@@ -124,8 +127,8 @@ def _groups(module: str, shape: tuple[int, int], sizes: Sequence[int], files: Fi
     if not size or (sizes and size not in sizes):
         wanted = " or ".join(map(str, sizes)) or "one size"
         raise FileError(
-            f"{files.place}: {module}.weight_scale is {list(found)}; a weight {list(shape)} in groups of {wanted} needs "
-            "another."
+            f"{files.place}: {module}.weight_scale is {list(found)}; a weight {list(shape)} in groups of {wanted} "
+            "needs another."
         )
     return size
 
