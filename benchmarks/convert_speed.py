@@ -2,6 +2,8 @@
 
     python benchmarks/convert_speed.py [--only smollm2]     writes benchmarks/results/convert_speed.json
 
+Rows that are not measured again stay as they are.
+
 Two shapes: SmolLM2's (135M) and a llama of 1.1 billion weights, of random numbers made here. Each conversion runs right
 after a plain copy of what it reads and writes: a target has to read A and write B, so the copy that it is measured
 against moves half of the bytes of both, which for a B of A's size is A's copy. Both end with the files on the disk
@@ -191,6 +193,9 @@ def main() -> None:
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 rows.append({"model": name, "from": kind, "to": target, **json.loads(done.stdout)})
                 print(json.dumps(rows[-1]), flush=True)
+    new = {(row["model"], row["from"], row["to"]) for row in rows}
+    before = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
+    rows = [row for row in before if (row["model"], row["from"], row["to"]) not in new] + rows
     place = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     RESULT.write_text(
         json.dumps({"command": "python benchmarks/convert_speed.py", **place, "rows": rows}, indent=2) + "\n"

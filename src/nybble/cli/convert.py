@@ -65,11 +65,15 @@ def _print(found: dict[str, Any]) -> None:
     if not found["rounded"]:
         print("no weight was rounded again")
     rows = [
-        [str(len(row["layers"])), row["layers"][0], row["from"], row["to"], f"{row['error']:.2g}"]
+        [str(len(row["layers"])), row["layers"][0], row["from"], row["to"], _error(row["error"])]
         for row in (*found["recoded"], *found["rounded"])
     ]
     if rows:
         print_table("not as they were", ("layers", "first", "from", "to", "|W - W'|^2 / |W|^2"), rows)
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
 
 
 def interrupted(dest: Path, **_: object) -> str:

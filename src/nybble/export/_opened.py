@@ -75,6 +75,11 @@ class OpenedSource(Source):
         if isinstance(self._source, FolderSource):
             whole = bool(self._inputs) and len(self._inputs) == len(self._parameters)
             found = self._source.notes(carried=[".input_scale"] if whole else (), undone=not whole)
+            joined = sorted(self._source.packed.keys() - {w.name for w in self._source.packed_names().values()})
+            if joined:
+                found.append(
+                    f"{len(joined)} packed weights that transformers joins are in float here, {joined[0]} first"
+                )
         if self.unpacked:
             more = f" and {len(self.unpacked) - 1} more" if len(self.unpacked) > 1 else ""
             found.append(f"packed in the files, and in float here, as no layer can hold it: {self.unpacked[0]}{more}")

@@ -12,20 +12,21 @@ import copy
 import json
 import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 warnings.simplefilter("ignore")
-import modelopt.torch.quantization as mtq  # noqa: E402
-from modelopt.torch.export import export_hf_checkpoint  # noqa: E402
-from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format  # noqa: E402
-from modelopt.torch.export.quant_utils import pack_int4_in_uint8  # noqa: E402
-from modelopt.torch.quantization.qtensor import FP8QTensor, INT8QTensor, MXFP8QTensor, NVFP4QTensor  # noqa: E402
-from modelopt.torch.quantization.qtensor.mxfp4_tensor import MXFP4QTensor  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+mtq: Any = import_module("modelopt.torch.quantization")
+export: Any = import_module("modelopt.torch.export")
+converter: Any = import_module("modelopt.torch.export.convert_hf_config")
+packer: Any = import_module("modelopt.torch.export.quant_utils")
+kinds: Any = import_module("modelopt.torch.quantization.qtensor")
+mxfp4: Any = import_module("modelopt.torch.quantization.qtensor.mxfp4_tensor")
 
 CONFIGS = (
     "NVFP4_DEFAULT_CFG", "W4A16_NVFP4_CFG", "FP8_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG",
@@ -43,21 +44,21 @@ def values(folder: Path) -> dict[str, torch.Tensor]:
         wide = torch.Size((weight.shape[0], weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)))
         if weight.dtype == torch.uint8 and scale.dtype == torch.float8_e4m3fn:
             size, above = wide[1] // scale.shape[1], held[f"{name}_scale_2"]
-            packed: Any = NVFP4QTensor(wide, F32, weight)
+            packed: Any = kinds.NVFP4QTensor(wide, F32, weight)
             made = packed.dequantize(F32, scale=scale, double_scale=above, block_sizes={-1: size})
         elif scale.dtype == torch.uint8:
-            kind: Any = MXFP4QTensor if weight.dtype == torch.uint8 else MXFP8QTensor
+            kind: Any = mxfp4.MXFP4QTensor if weight.dtype == torch.uint8 else kinds.MXFP8QTensor
             made = kind(wide, F32, weight).dequantize(F32, scale=scale, block_sizes={-1: 32})
         elif weight.dtype == torch.uint8:
             codes = torch.stack([weight & 15, weight >> 4], 1).flatten(0, 1)
             size = weight.shape[1] // scale.shape[1]
             made = ((codes ^ 8).float() - 8) * scale.repeat_interleave(size, 1)
-            assert torch.equal(pack_int4_in_uint8(made, scale, size), weight), name
+            assert torch.equal(packer.pack_int4_in_uint8(made, scale, size), weight), name
         elif scale.dim() == 4:
-            tiles: Any = FP8QTensor(wide, F32, weight)
+            tiles: Any = kinds.FP8QTensor(wide, F32, weight)
             made = tiles.dequantize(F32, scale=scale.squeeze(3).squeeze(1), block_sizes={-1: 128, -2: 128})
         else:
-            kind = INT8QTensor if weight.dtype == torch.int8 else FP8QTensor
+            kind = kinds.INT8QTensor if weight.dtype == torch.int8 else kinds.FP8QTensor
             made = kind(wide, F32, weight).dequantize(F32, scale=scale[:, None] if scale.dim() else scale)
         smooth = held.get(f"{name.removesuffix('weight')}pre_quant_scale")
         found[name] = (made if smooth is None else made * smooth.float()).contiguous()
@@ -67,20 +68,21 @@ def values(folder: Path) -> dict[str, torch.Tensor]:
 def main(place: str, out: Path, ours: list[Path]) -> None:
     """All of the above."""
     for name in CONFIGS:
-        model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16)
+        auto: Any = AutoModelForCausalLM
+        model = auto.from_pretrained(place, dtype=torch.bfloat16)
 
         def calibrate(seen: Any) -> None:
             seen(torch.arange(32)[None])
 
         with torch.no_grad():
-            export_hf_checkpoint(
+            export.export_hf_checkpoint(
                 mtq.quantize(model, copy.deepcopy(getattr(mtq, name)), calibrate), export_dir=out / name
             )
         save_file(values(out / name), out / f"{name}.safetensors")
     for folder in ours:
         save_file(values(folder), out / f"{folder.name}.safetensors")
         said = json.loads((folder / "hf_quant_config.json").read_text())
-        (out / f"{folder.name}.json").write_text(json.dumps(convert_hf_quant_config_format(said)))
+        (out / f"{folder.name}.json").write_text(json.dumps(converter.convert_hf_quant_config_format(said)))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def test_gguf_there_and_back(line: str, target: str, tmp_path: Path) -> None:
     """Embeddings, norms and metadata too: the file is the same to the last bit."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "vocab_size": 96}
-    made = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes))
+    made: Any = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes))
     made.to(torch.float16).save_pretrained(tmp_path / "float")
     nybble.quantize(str(tmp_path / "float"), "rtn", weights=line, out=tmp_path / "q", target=["gguf", target])
     export(tmp_path / "q", tmp_path / "a", "gguf")
