@@ -65,7 +65,7 @@ class OpenedSource(Source):
         self._names = {prefix: layer.name for layer in self.layers.values() for prefix in layer.weights}
         placed = set(self._parameters.values())
         self.unpacked = sorted(packed.keys() - placed)
-        self.notes = self._notes()
+        self.notes: list[str] = self._notes()
         self._beside = self._side_files()
         self.floats = {name: self._float(name) for name in source.stored() if name not in placed}
         self._last: tuple[str, Sequence[QTensor]] = ("", ())

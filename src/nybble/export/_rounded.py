@@ -50,7 +50,7 @@ class RoundedSource(Source):
     ) -> None:
         self._source, self.quantizers, self.recodings = source, dict(quantizers), dict(recodings)
         self.place, self.config, self.kv, self.floats = source.place, source.config, source.kv, source.floats
-        self.notes = list(getattr(source, "notes", ()))
+        self.notes = source.notes
         self._changed = {*self.quantizers, *self.recodings}
         self.layers = {name: self._layer(layer) for name, layer in source.layers.items()}
         self._names = {prefix: name for name, layer in self.layers.items() for prefix in layer.weights}

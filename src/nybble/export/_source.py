@@ -57,6 +57,7 @@ class Source(ABC):
 
     Attributes:
         place: what it is called. config: of config.json, without what describes the quantization.
+        notes: what of the files is not in the rest, a line each.
         layers: by name. kv: what it caches in. floats: name -> entry of what is stored and belongs to no quantizer.
     """
 
@@ -65,6 +66,7 @@ class Source(ABC):
     layers: Mapping[str, Layer]
     kv: KVRecord | None
     floats: Mapping[str, TensorEntry]
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def copied(self, name: str) -> Planned:

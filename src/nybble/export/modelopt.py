@@ -202,10 +202,11 @@ def _scale(source: Source, name: str) -> float:
 
 
 def _excluded(source: Source, model: Any) -> list[str]:
-    """Modules with a matrix that stay in float."""
-    return [
-        target.name for target in targets_of(model).values() if target.matrices and target.name not in source.layers
-    ]
+    """Modules with a matrix that stay in float, routers of experts and a tied head too."""
+    stored = (name for name, entry in source.floats.items() if name.endswith(".weight") and len(entry.shape) == 2)
+    tied = (target.name for target in targets_of(model).values() if target.matrices and not target.kind.fused)
+    names = dict.fromkeys([*(name.removesuffix(".weight") for name in stored), *tied])
+    return [name for name in names if name not in source.layers]
 
 
 def _unequal(source: Source, model: Any, found: Mapping[str, Algorithm]) -> list[Refusal]:

@@ -92,7 +92,7 @@ def written(
         announce: as there.
         progress: gets tensors.
     """
-    notes = [*getattr(source, "notes", ()), *part.notes(source)]
+    notes = [*source.notes, *part.notes(source)]
     for note in notes:
         (announce or _ignore)(note)
     with AtomicFolder(dest) as partial, showing(progress or Silent()):

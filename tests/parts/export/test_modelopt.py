@@ -124,13 +124,13 @@ def test_several_formats_in_one_model(tmp_path: Path) -> None:
         {"targets": ["re:.*self_attn.*"], "weights": "float8_e4m3fn channel", "inputs": "float8_e4m3fn token"},
         {"targets": ["Experts"], "weights": "nvfp4"},
     ]
-    ignore = ["lm_head", "re:.*mlp.gate"]
-    quantize(str(model("qwen3_moe")), "rtn", out=tmp_path / "q", scheme={"rules": rules, "ignore": ignore})
+    quantize(str(model("qwen3_moe")), "rtn", out=tmp_path / "q", scheme={"rules": rules})
     export(tmp_path / "q", tmp_path / "d", "modelopt", check=True)
     said = json.loads((tmp_path / "d" / "hf_quant_config.json").read_text())["quantization"]
     layers = said["quantized_layers"]
     assert said["quant_algo"] == "MIXED_PRECISION"
     assert layers["model.layers.0.mlp.experts.3.up_proj"] == {"quant_algo": "W4A16_NVFP4", "group_size": 16}
+    assert "model.layers.0.mlp.gate" not in layers and len(layers) == 2 * (4 + 4 * 3)
     assert layers["model.layers.1.self_attn.q_proj"] == {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}
 
 
