@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -116,7 +117,12 @@ def exact_factor(outer: Tensor | Inverse) -> float | None:
     """
     if not isinstance(outer, Inverse):
         return outer.float().reshape(-1)[0].item()
-    divisor = outer.divisor.float().reshape(1)
+    return _exact(outer.divisor.float().reshape(-1)[0].item())
+
+
+@cache
+def _exact(value: float) -> float | None:
+    divisor = torch.tensor([value], dtype=torch.float32)
     scales = torch.arange(1, 127, dtype=torch.uint8).view(_E4M3).float()
     halves = torch.tensor([0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float32)[:, None]
     wanted = halves * (scales / divisor)

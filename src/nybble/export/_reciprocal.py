@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,15 +21,20 @@ def reciprocals(value: Tensor) -> Iterator[float]:
     Args:
         value: float32, one positive number.
     """
-    one = value.float().reshape(1)
+    yield from _near(value.float().reshape(-1)[0].item())
+
+
+@cache
+def _near(value: float) -> tuple[float, ...]:
+    one = torch.tensor([value], dtype=torch.float32)
     infinite = torch.tensor([torch.inf], dtype=torch.float32)
     low = high = 1 / one
     near = [low]
     for _ in range(8):
         low, high = torch.nextafter(low, -infinite), torch.nextafter(high, infinite)
         near += [low, high]
-    for _, found in sorted(enumerate(near), key=lambda pair: (*_worse(pair[1], one), pair[0])):
-        yield found.item()
+    ordered = sorted(enumerate(near), key=lambda pair: (*_worse(pair[1], one), pair[0]))
+    return tuple(found.item() for _, found in ordered)
 
 
 def _worse(found: Tensor, value: Tensor) -> tuple[bool, bool]:

