@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what the names below are, for type checkers and editors
     from nybble.checkpoint.save import save as save
     from nybble.core.errors import NybbleError as NybbleError
     from nybble.eval import evaluate as evaluate
+    from nybble.pipelines.convert import convert as convert
     from nybble.pipelines.export import export as export
     from nybble.pipelines.load import load as load
     from nybble.pipelines.quantize import preflight as preflight
@@ -47,6 +48,7 @@ _NAMES = {
     "load": "nybble.pipelines.load",
     "save": "nybble.checkpoint.save",
     "evaluate": "nybble.eval",
+    "convert": "nybble.pipelines.convert",
     "export": "nybble.export",  # the room of targets, which can be called
     "optim": "nybble.optim",
     "NybbleError": "nybble.core.errors",

@@ -314,3 +314,15 @@ def _known(data: Mapping[str, Any], keys: tuple[str, ...], what: str) -> None:
     for key in data:
         if key not in keys:
             raise SchemeError(f"{what} has no key {key!r}.{did_you_mean(str(key), keys)}")
+
+
+def shares_over_rows(quantizer: Quantizer) -> bool:
+    """Whether a weight has a scale that belongs to the whole of it, or its scales have.
+
+    >>> [shares_over_rows(Quantizer(q)) for q in ("nvfp4", "float8_e4m3fn tensor", "mxfp4", "int4 group=32")]
+    [True, True, False, False]
+    """
+    inner = quantizer.scale_format
+    if isinstance(inner, Quantizer) and inner.granularity.one_scale and str(inner.scale) != "one":
+        return True
+    return quantizer.granularity.one_scale and str(quantizer.scale) != "one"

@@ -124,7 +124,7 @@ def placed(source: Source, model: Any) -> list[Placed]:
         table = isinstance(model.get_submodule(layer.name), nn.Embedding) if not layer.kind.fused else False
         if not read.weights:
             found.append(Placed(layer.name, layer.name, layer, scheme, None))
-        for name, prefix, rows in _where(source, model, layer, read):
+        for name, prefix, rows in stored_under(source, model, layer, read):
             matrix = Matrix(source, read, prefix, rows, scheme["weights"], scheme["format"], divisors.get(layer.name))
             at = "" if layer.kind.fused else layer.name
             found.append(Placed(name, at, layer, scheme, matrix, untied, table))
@@ -142,7 +142,9 @@ def nvfp4_groups(source: Source, model: Any) -> list[tuple[tuple[str, ...], floa
     return found
 
 
-def _where(source: Source, model: Any, layer: Layer, read: Layer) -> Iterator[tuple[str, str, tuple[int, ...] | None]]:
+def stored_under(
+    source: Source, model: Any, layer: Layer, read: Layer
+) -> Iterator[tuple[str, str, tuple[int, ...] | None]]:
     """Name in the checkpoint, prefix of the stored matrix, its rows (None: all)."""
     prefixes = list(read.weights)
     if not prefixes:

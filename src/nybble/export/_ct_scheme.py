@@ -190,7 +190,8 @@ def _nearest(fmt: NumberFormat, granularity: Granularity, columns: int) -> str:
 def in_words(tensor: QTensor) -> str:
     """What a tensor is, for people."""
     if not isinstance(tensor, BlockQTensor):
-        return f"a {tensor.kind.replace('_', ' ')} tensor"
+        word = tensor.kind.replace("_", " ")
+        return f"{'an' if word[0] in 'aeiou' else 'a'} {word} tensor"
     found = f"{tensor.format.name} {tensor.granularity}"
     scale = tensor.params.scale
     if isinstance(scale, BlockQTensor):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,15 +12,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nybble.checkpoint.describe import restore_model
+from nybble.checkpoint.load import load_quantized
 from nybble.checkpoint.read import Checkpoint, read_checkpoint
 from nybble.core.errors import FileError
 from nybble.core.guard import reading
 from nybble.core.tensorfile import Planned
 from nybble.core.tensorheader import TensorEntry
 from nybble.models.build.config_file import make_config
-from nybble.models.build.skeleton import meta_model
+from nybble.models.build.skeleton import expected_tensors, fill_buffers_, kept_float32, meta_model
 from nybble.models.sources.side_files import side_files
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import Kind, Stored, kind_of_entry
@@ -55,6 +57,7 @@ class Source(ABC):
 
     Attributes:
         place: what it is called. config: of config.json, without what describes the quantization.
+        notes: what of the files is not in the rest, a line each.
         layers: by name. kv: what it caches in. floats: name -> entry of what is stored and belongs to no quantizer.
     """
 
@@ -63,6 +66,7 @@ class Source(ABC):
     layers: Mapping[str, Layer]
     kv: KVRecord | None
     floats: Mapping[str, TensorEntry]
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def copied(self, name: str) -> Planned:
@@ -75,6 +79,10 @@ class Source(ABC):
     @abstractmethod
     def side_files(self) -> Mapping[str, Path]:
         """What stands beside the weights and goes along: name -> file."""
+
+    def loaded(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model that nybble calculates with, in memory; what is in float in ``dtype``."""
+        return model_of(self, dtype)
 
     def weight(self, layer: Layer, prefix: str) -> QTensor:
         """A layer's matrix, read."""
@@ -110,6 +118,68 @@ class Source(ABC):
         return meta_model(self.transformers_config, self.dtype, [*self.floats, *self.layers])
 
 
+def layers_of(modules: Mapping[str, Mapping[str, Any]], entries: list[dict[str, Any]]) -> dict[str, Layer]:
+    """The layers that a checkpoint describes.
+
+    Args:
+        modules: name -> description.
+        entries: the layouts that descriptions number.
+    """
+    layouts = Layouts(entries)
+    with torch.device("meta"):
+        empty = [layouts.empty(number) for number in range(len(layouts.entries))]
+    found = {}
+    for name, given in modules.items():
+        entry, said = dict(given), Stored()
+        kind = kind_of_entry(name, entry)
+        kind.stored(name, entry, empty, said)
+        numbers: Sequence[int] = entry.get("weights", [entry["weight"]] if "weight" in entry else [])
+        weights = {prefix: empty[number] for prefix, number in zip(said.elements, numbers, strict=True)}
+        sides = {s: ActivationQuantizer.from_dict(entry[s]) if s in entry else None for s in ("inputs", "outputs")}
+        found[name] = Layer(name=name, kind=kind, weights=weights, entry=entry, **sides)
+    return found
+
+
+def described(source: Source) -> tuple[dict[str, dict[str, Any]], Layouts]:
+    """How nybble's own files would describe a source: the inverse of :func:`layers_of`."""
+    layouts = Layouts()
+    modules: dict[str, dict[str, Any]] = {}
+    for name, layer in source.layers.items():
+        numbers = [layouts.number(weight) for weight in layer.weights.values()]
+        modules[name] = dict(layer.entry)
+        if "weights" in layer.entry:
+            modules[name]["weights"] = numbers
+        elif numbers:
+            modules[name]["weight"] = numbers[0]
+    return modules, layouts
+
+
+def model_of(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of any source in memory, in eval mode: packed weights packed, what is in float in ``dtype``."""
+    modules, layouts = described(source)
+    model = meta_model(source.transformers_config, dtype, [*source.floats, *source.layers])
+    fill_buffers_(model)
+    restore_model(model, modules, layouts.entries, source.kv)
+    expected, kept = expected_tensors(model), kept_float32(model)
+    tensors: dict[str, Tensor] = {}
+    for name in source.floats:
+        tensor = source.tensor(name).clone()
+        wanted = torch.float32 if name in kept else dtype
+        tensors[name] = tensor.to(wanted) if tensor.is_floating_point() else tensor
+    for layer in source.layers.values():
+        for prefix in layer.weights:
+            held = source.weight(layer, prefix).tensors()
+            tensors |= {f"{prefix}.{part}": tensor.clone() for part, tensor in held.items()}
+        for side in ("inputs", "outputs"):
+            if (filled := source.activation(layer, side)) is not None:
+                tensors |= {f"{layer.name}.{side}.{part}": tensor for part, tensor in filled.state_dict().items()}
+    there = {id(expected[name]): tensor for name, tensor in tensors.items() if name in expected}
+    tensors |= {name: there[id(t)] for name, t in expected.items() if id(t) in there and name not in tensors}
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    return nn.Module.eval(model)
+
+
 class FolderSource(Source):
     """A folder that nybble wrote, open for reading; a context manager.
 
@@ -127,24 +197,14 @@ class FolderSource(Source):
         self.config = {key: value for key, value in found.config.items() if key != "quantization_config"}
         self.kv = found.kv
         self._entries = {n: (h.path, h.data_start, e) for h in found.headers for n, e in h.tensors.items()}
-        self.layers = dict(self._described())
+        self.layers = layers_of(found.modules, found.layouts)
         taken = set(found.expected)
         self.floats = {name: entry for name, (_, _, entry) in self._entries.items() if name not in taken}
         self._stack = ExitStack()
         self._opened: dict[Path, Any] = {}
 
-    def _described(self) -> Iterator[tuple[str, Layer]]:
-        layouts = Layouts(self._checkpoint.layouts)
-        with torch.device("meta"):
-            empty = [layouts.empty(number) for number in range(len(layouts.entries))]
-        for name, entry in self._checkpoint.modules.items():
-            kind = kind_of_entry(name, entry)
-            said = Stored()
-            kind.stored(name, entry, empty, said)
-            numbers: Sequence[int] = entry.get("weights", [entry["weight"]] if "weight" in entry else [])
-            weights = {prefix: empty[number] for prefix, number in zip(said.elements, numbers, strict=True)}
-            sides = {s: ActivationQuantizer.from_dict(entry[s]) if s in entry else None for s in ("inputs", "outputs")}
-            yield name, Layer(name=name, kind=kind, weights=weights, entry=entry, **sides)
+    def loaded(self, dtype: torch.dtype) -> PreTrainedModel:
+        return load_quantized(self.folder, dtype)
 
     def copied(self, name: str) -> Planned:
         path, start, entry = self._entries[name]

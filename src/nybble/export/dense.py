@@ -39,6 +39,7 @@ class Dense(ExportTarget):
     """Plain safetensors; the option is their dtype, by default the model's."""
 
     summary = "plain safetensors of the dequantized weights"
+    in_float = True
     options: ClassVar = {name: f"in {str(dtype).removeprefix('torch.')}" for name, dtype in _DTYPES.items()}
     takes = (
         Takes(

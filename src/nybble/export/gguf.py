@@ -28,6 +28,8 @@ from nybble.models.gguf.qtensors import exact_type, global_scale, line_of
 from nybble.models.gguf.types import REGISTRY, block_type, type_name
 from nybble.models.gguf.write import Weight, permuted, plan, write_gguf
 from nybble.models.sources.folder import DTYPES, read_tokenizer
+from nybble.qtensor import QTensor
+from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 from nybble.scheme import Rule, Scheme
 
@@ -44,6 +46,7 @@ class Gguf(ExportTarget):
     """A file for llama.cpp."""
 
     summary = "a GGUF file for llama.cpp"
+    in_float = True
     options: ClassVar[dict[str, str]] = {name.lower(): f"what is in float becomes {name}" for name in file_types()}
     takes = tuple(
         Takes(weights=kind.line, inputs="float", form=type_name(kind), runtime="llama.cpp", since="", source=_SOURCE)
@@ -86,11 +89,18 @@ class Gguf(ExportTarget):
         if self.option:
             return []
         found: dict[str, list[str]] = {}
+        wide: list[str] = []
         for layer in source.layers.values():
-            for weight in layer.weights.values():
+            for prefix, weight in layer.weights.items():
                 if exact_type(weight) is None:
                     found.setdefault(line_of(weight), []).append(layer.name)
-        return [Refusal(layers=tuple(names), came=line, nearest=NEAREST) for line, names in found.items()]
+                elif _too_fine(source, prefix, weight):
+                    wide.append(layer.name)
+        refusals = [Refusal(layers=tuple(names), came=line, nearest=NEAREST) for line, names in found.items()]
+        if wide:
+            came, nearest = "scales in float32 that float16 does not have", "scale_format=float16"
+            refusals.append(Refusal(layers=tuple(wide), came=came, nearest=nearest))
+        return refusals
 
     def notes(self, source: Source) -> list[str]:  # noqa: D102
         lines = plan(source.transformers_config, _weights(source), self.option)[1]
@@ -100,6 +110,19 @@ class Gguf(ExportTarget):
         if source.kv is not None:
             lines.append("the KV cache is llama.cpp's own (--cache-type-k, --cache-type-v)")
         return lines
+
+    def rounds(self, source: Source) -> dict[str, Quantizer]:  # noqa: D102
+        if not self.option:
+            return {}
+        at = {f"{layer.name}.weight": name for name, layer in source.layers.items() if layer.weights}
+        planned = plan(source.transformers_config, _weights(source), self.option)[0]
+        again = {at[t.source]: t.kind for t in planned if t.source in at and not t.exact and t.kind not in FLOATS}
+        exact = {t.source: t.kind for t in planned if t.source in at and t.exact}
+        for layer in source.layers.values():
+            for prefix, weight in layer.weights.items():
+                if _too_fine(source, prefix, weight) and f"{layer.name}.weight" in exact:
+                    again[layer.name] = exact[f"{layer.name}.weight"]
+        return {name: Quantizer(block_type(kind).line) for name, kind in again.items()}
 
     def write(self, source: Source, folder: Path) -> None:  # noqa: D102
         write_beside(source, folder, _CARD.format(file=FILE))
@@ -144,6 +167,20 @@ def _equal(theirs: Any, wanted: Tensor, scale: Tensor | None) -> bool:
     if scale is None:
         return torch.equal(values, wanted)
     return bool(torch.allclose(values * scale, wanted, rtol=4e-7, atol=0))
+
+
+def _too_fine(source: Source, prefix: str, weight: QTensor) -> bool:
+    """Whether a weight that its type could hold has scales in float32 that are no float16; only scales are read."""
+    kind = exact_type(weight)
+    if kind is None or not isinstance(weight, BlockQTensor) or not isinstance(kind.quantizer.scale_format, str):
+        return False
+    for side in ("scale", "offset"):
+        value = getattr(weight.params, side)
+        if isinstance(value, torch.Tensor) and value.dtype != torch.float16:
+            found = source.tensor(f"{prefix}.{side}").float()
+            if not torch.equal(found.to(torch.float16).float(), found):
+                return True
+    return False
 
 
 def _check(quantizer: Quantizer, name: str, shape: tuple[int, int]) -> None:

@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nybble.checkpoint.load import load_quantized
 from nybble.core.errors import ModelError, SchemeError, UsageError
 from nybble.core.guard import reading
 from nybble.core.seeds import preserve_global_rng
@@ -96,8 +95,8 @@ class Onnx(ExportTarget):
             came = f"a {type(model).__name__}, which generates token by token"
             nearest = "encoders, vision models and CNNs; --target gguf or compressed-tensors takes this one"
             refusals.append(Refusal(layers=("the model",), came=came, nearest=nearest))
-        elif not Path(source.place).is_dir() or _example(model) is None:
-            nearest = "models of tokens or of images of one size, from a folder"
+        elif _example(model) is None:
+            nearest = "models of tokens or of images of one size"
             refusals.append(Refusal(layers=("the model",), came=f"a {type(model).__name__}", nearest=nearest))
         return refusals
 
@@ -120,7 +119,7 @@ class Onnx(ExportTarget):
         """
         _need(_NEEDS[:2])
         with _silently(), preserve_global_rng():
-            model: Any = load_quantized(Path(source.place), torch.float32)
+            model: Any = source.loaded(torch.float32)
             model.set_attn_implementation("eager") if hasattr(model, "set_attn_implementation") else None
             given = _example(model)
             assert given is not None
@@ -144,7 +143,7 @@ class Onnx(ExportTarget):
         """Codes in the file are compared, what onnxruntime makes of them, and the outputs of the whole model."""
         _need(_NEEDS)
         count = compare_weights(folder / FILE, source)
-        model = load_quantized(Path(source.place), torch.float32)
+        model = source.loaded(torch.float32)
         given = _example(model)
         assert given is not None
         cosine, largest = compare_outputs(folder / FILE, model, given)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nybble.core.errors import FileError, ModelError, UsageError
 from nybble.core.files import disk_errors, need_space, sync_folder
+from nybble.core.progress import SHOWN, task
 from nybble.models.gguf.metadata import arch_for, config_pairs, gguf_name, rope_factors
 from nybble.models.gguf.mixes import FLOATS, NUMBERS, Mix, fitting, mix, type_for
 from nybble.models.gguf.qtensors import exact_type, fitted, global_scale, line_of
@@ -232,8 +233,10 @@ def _write(
         for values in extra.values():
             writer.write_tensor_data(values)
         globals_: dict[str, Tensor] = {}
-        for tensor in tensors:
-            writer.write_tensor_data(_data(tensor, weights[tensor.source], context, globals_).numpy())
+        with task(SHOWN.get(), len(tensors), "tensors") as bar:
+            for tensor in tensors:
+                writer.write_tensor_data(_data(tensor, weights[tensor.source], context, globals_).numpy())
+                bar.advance(note=tensor.name)
         for tensor in scaled:
             writer.write_tensor_data(globals_[tensor.name].numpy())
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -22,11 +22,13 @@ from nybble.models.build.config_file import make_config, read_json
 from nybble.models.build.skeleton import base_class, expected_tensors, meta_model, model_class, unsaved
 from nybble.models.named import STATED, check_float, is_packed, stated_quantization
 from nybble.models.sources import ModelSource, StoredTensor
-from nybble.models.sources.layouts import Files, PackedWeight, packed_weights
+from nybble.models.sources.layouts import DECIDING, Files, PackedWeight, packed_weights
 from nybble.models.sources.left_over import SWITCHES, LeftOver, left_over
 from nybble.models.sources.match import Match, match_names
 from nybble.models.sources.side_files import GENERATION, is_tokenizer_file, left_behind, side_files
-from nybble.qtensor import QTensor
+from nybble.nn.activation import ActivationQuantizer
+from nybble.qtensor import QTensor, QuantParams
+from nybble.quantizer import Quantizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -194,6 +196,8 @@ class FolderSource(ModelSource):
         if not self._files:
             raise ModelError(f"{spec} has no tensors.")
         self.packed: dict[str, PackedWeight] = {}
+        self._opened: dict[Path, Any] = {}
+        self._descriptions: dict[tuple[str, Any], Sequence[QTensor]] = {}
         self._undone, self._tensors = "", self._files
         if is_packed(quantization):
             self._unpack(quantization)
@@ -217,14 +221,23 @@ class FolderSource(ModelSource):
         from safetensors import safe_open
 
         path = self._files[name][0]
-        with reading(path), safe_open(path, framework="pt", device="cpu") as file:
-            found: Tensor = file.get_tensor(name)
+        with reading(path):
+            if path not in self._opened:
+                self._opened[path] = safe_open(path, framework="pt", device="cpu")
+            found: Tensor = self._opened[path].get_tensor(name)
         return found
 
-    def packed_names(self) -> dict[str, PackedWeight]:
+    def _empty_tensor(self, name: str) -> Tensor:
+        """A tensor as it is stored, on the meta device."""
+        entry = self._files[name][1]
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+
+    def packed_names(self) -> Mapping[str, PackedWeight]:
         """The packed weights by their name in the model; none of the experts that transformers fuses while loading."""
-        if not self.packed:
-            return {}
+        return self._packed_names if self.packed else {}
+
+    @cached_property
+    def _packed_names(self) -> dict[str, PackedWeight]:
         return {name: self.packed[file] for name, file in self._match.files.items() if file in self.packed}
 
     def read_packed(self, name: str) -> Sequence[QTensor]:
@@ -235,6 +248,49 @@ class FolderSource(ModelSource):
         """
         return self.packed_names()[name].made(self._file_tensor)
 
+    def described_packed(self, name: str) -> Sequence[QTensor]:
+        """What :meth:`read_packed` gives, on the meta device; numbers are read where they decide its form."""
+        weight = self.packed_names()[name]
+        if set(weight.parts) & set(DECIDING):
+            return weight.described(self._empty_tensor, self._file_tensor)
+        entries = tuple(
+            (role, self._files[at][1].dtype, tuple(self._files[at][1].shape)) for role, at in weight.parts.items()
+        )
+        build: Any = weight.build  # of alike weights one partial application for each, with equal arguments
+        alike = (str(build), entries)
+        if alike not in self._descriptions:
+            self._descriptions[alike] = weight.described(self._empty_tensor, self._file_tensor)
+        return self._descriptions[alike]
+
+    def rounds_inputs(self, name: str) -> ActivationQuantizer | None:
+        """What the files round the inputs of a packed weight's module with; None for nothing that a quantizer says.
+
+        Raises:
+            FileError: its scale is no positive number.
+        """
+        said = self.packed_names()[name].inputs
+        if said is None:
+            return None
+        line, at = said
+        if not at:
+            return ActivationQuantizer(Quantizer(line))
+        scale = self._file_tensor(at).float().reshape(1)
+        if not bool(scale.isfinite().all() and (scale > 0).all()):
+            raise FileError(f"{self.spec}: {at} is {scale.item()}; a positive number is needed.")
+        return ActivationQuantizer(Quantizer(line), QuantParams(scale))
+
+    def stored_at(self, name: str) -> tuple[Path, int, TensorEntry] | None:
+        """Where the bytes of a tensor of the model begin, and what they are; None where it is made of others."""
+        file = self._match.files.get(name)
+        if not self.streamable or file is None or file in self.packed:
+            return None
+        path, entry = self._files[file]
+        return path, self._starts[path] + entry.begin, entry
+
+    @cached_property
+    def _starts(self) -> dict[Path, int]:
+        return {path: read_tensor_header(path).data_start for path in {path for path, _ in self._files.values()}}
+
     @property
     def streamable(self) -> bool:  # type: ignore[override]
         """Whether every tensor of the model is one tensor of the files."""
@@ -243,6 +299,15 @@ class FolderSource(ModelSource):
     @property
     def note(self) -> str:  # type: ignore[override]
         """Why it is not streamable, what of the files is not read; or empty."""
+        return " ".join(self.notes())
+
+    def notes(self, carried: Collection[str] = (), undone: bool = True) -> list[str]:
+        """The sentences of :attr:`note`.
+
+        Args:
+            carried: endings of stored tensors that are read after all.
+            undone: whether quantized activations are left out.
+        """
         streamable = self.streamable
         said = [self._headless] if self._headless else []
         if not streamable:
@@ -253,12 +318,12 @@ class FolderSource(ModelSource):
         files = {path.name for path, _ in self._files.values()}
         if SINGLE in files and (self.folder / INDEX).is_file():
             said.append(f"{SINGLE} and {INDEX} are both there; {SINGLE} is read, as transformers does.")
-        if self._undone:
+        if self._undone and undone:
             said.append(self._undone)
-        others = self._left.others
+        others = [name for name in self._left.others if not name.endswith(tuple(carried))]
         if others:
             said.append(f"{len(others)} stored tensors have no place in the model and are left out, {others[0]} first.")
-        return " ".join(said)
+        return said
 
     @cached_property
     def _match(self) -> Match:

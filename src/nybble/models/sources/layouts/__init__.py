@@ -26,6 +26,8 @@ from nybble.qtensor import QTensor
 SMALL = 1 << 16
 """Bytes of a tensor that may be read before a model is accepted: a shape, a record of JSON."""
 FLOATS = ("F32", "F16", "BF16")
+DECIDING = ("g_idx", "weight_g_idx", "quant_map", "nested_quant_map")
+"""Roles whose numbers decide what a weight is: an order of columns, a table that is a format's own or not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,8 @@ class PackedWeight:
         build: from those tensors, in memory, to the QTensors [out, in] that it is made of: one, or one an expert.
         kept_as: role -> codes, scales, offsets or tables, as a report counts them.
         transposed: whether the parameter is [..., in, out].
+        inputs: what rounds the module's inputs, where a quantizer says it: its line, and the name in the files of its
+            one scale, empty where every tensor is measured.
     """
 
     name: str
@@ -46,6 +50,7 @@ class PackedWeight:
     build: Callable[[Mapping[str, Tensor]], Sequence[QTensor]]
     kept_as: Mapping[str, str]
     transposed: bool = False
+    inputs: tuple[str, str] | None = None
 
     def made(self, read: Callable[[str], Tensor]) -> Sequence[QTensor]:
         """Read and checked.
@@ -59,6 +64,25 @@ class PackedWeight:
                 return self.build(tensors)
         except NybbleError as error:
             raise FileError(f"{self.name}: {error}") from error
+
+    def described(self, empty: Callable[[str], Tensor], read: Callable[[str], Tensor]) -> Sequence[QTensor]:
+        """What :meth:`made` gives, on the meta device.
+
+        Args:
+            empty: gives any tensor on the meta device.
+            read: gives its numbers, for the few that decide the form.
+
+        Raises:
+            FileError: as :meth:`made`.
+        """
+        tensors = {role: (read if role in DECIDING else empty)(name).contiguous() for role, name in self.parts.items()}
+        try:
+            found = self.build(tensors)
+        except (RuntimeError, NotImplementedError):  # asks a tensor without numbers for one
+            found = self.made(read)
+        except NybbleError as error:
+            raise FileError(f"{self.name}: {error}") from error
+        return [part.to("meta") for part in found]
 
     def values(self, read: Callable[[str], Tensor]) -> Tensor:
         """float32, of :attr:`shape`."""

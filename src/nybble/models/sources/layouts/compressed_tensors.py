@@ -31,6 +31,7 @@ from nybble.models.sources.layouts._pieces import (
     E2M1,
     E4M3,
     block,
+    flipped,
     in_order,
     integers,
     mx,
@@ -92,7 +93,8 @@ def _groups(config: Mapping[str, Any]) -> list[tuple[str, list[str], Args]]:
             form = group.get("format") or config.get("format")
             if not isinstance(form, str) or not isinstance(args, dict):
                 raise FileError(f"a group of quantization_config has format {form!r:.40} and weights {args!r:.40}.")
-            found.append((form, [str(target) for target in group["targets"]], args))
+            inputs = group.get("input_activations")
+            found.append((form, [str(target) for target in group["targets"]], args | {"inputs": inputs}))
     return found
 
 
@@ -123,7 +125,27 @@ def _weight(name: str, form: str, args: Args, files: Files) -> PackedWeight:
         parts={part: f"{name}.{part}" for part in parts},
         build=build,
         kept_as=ROLES,
+        inputs=_inputs(name, args["inputs"], files),
     )
+
+
+def _inputs(name: str, args: Args | None, files: Files) -> tuple[str, str] | None:
+    """What rounds the inputs, as :attr:`PackedWeight.inputs`; none where no quantizer says it (NVFP4, zero points)."""
+    if not args or args.get("num_bits") not in (4, 6, 8) or not (args.get("symmetric", True) or args.get("dynamic")):
+        return None
+    bits, strategy, dynamic = args["num_bits"], args.get("strategy"), args.get("dynamic")
+    if args.get("type") == "float" and strategy == "group" and args.get("group_size") == 32 and dynamic is True:
+        return f"mxfp{bits} scale=pow2(mode={'rceil' if bits == 8 else 'even'})", ""
+    word = {("float", 8): E4M3, ("int", 8): "int8", ("int", 4): "int4"}.get((str(args.get("type", "int")), bits))
+    if word is None or strategy not in ("tensor", "token"):
+        return None
+    if dynamic is True:
+        return f"{word} {strategy}" + ("" if args.get("symmetric", True) else " symmetric=false"), ""
+    scale = f"{name}.input_scale"
+    if dynamic or strategy != "tensor" or scale not in files.entries:
+        return None
+    files.any_of(scale, FLOATS, ((1,), ()))
+    return f"{word} tensor static", scale
 
 
 Found = tuple[list[str], tuple[int, int], Build]
@@ -158,8 +180,9 @@ def _packed_integers(name: str, args: Args, files: Files) -> Found:
 def _build_integers(
     t: Mapping[str, Tensor], *, bits: int, shape: tuple[int, int], granularity: str, scales: tuple[int, int]
 ) -> list[QTensor]:
-    half = 1 << (bits - 1)
-    codes = stream_rows(t["weight_packed"], bits, shape[1]) ^ half
+    half, codes = 1 << (bits - 1), t["weight_packed"]
+    plain = codes.shape[1] * 32 == shape[1] * bits and "weight_g_idx" not in t  # rows follow each other without a gap
+    codes = codes if plain else stream_rows(codes, bits, shape[1]) ^ half
     order = None
     if "weight_g_idx" in t and bool((t["weight_g_idx"] >= 0).all()):  # -1: not reordered
         order = in_order(t["weight_g_idx"], shape[1] // scales[1])
@@ -172,7 +195,8 @@ def _build_integers(
         else:
             points = signed_codes(stored.reshape(scales), bits)
         zero = integers(points, f"int{bits}_full")
-    found = block(f"int{bits}_full", granularity, shape, packed(codes, bits), t["weight_scale"], zero)
+    kept = flipped(codes.contiguous().view(torch.uint8).reshape(-1), bits) if plain else packed(codes, bits)
+    found = block(f"int{bits}_full", granularity, shape, kept, t["weight_scale"], zero)
     return [reordered(found, order)]
 
 

@@ -1,19 +1,25 @@
-"""NVIDIA ModelOpt: NVFP4, FP8, MXFP8, MXFP4 and INT8 weights; which one, a module's tensors say.
+"""NVIDIA ModelOpt: NVFP4, FP8, MXFP8, MXFP4, INT8 and INT4 weights; which one, a module's tensors say.
 
 ===========  =======================================================================================================
-NVFP4        ``weight`` uint8 [out, in / 2]; ``weight_scale`` float8_e4m3fn [out, in / 16]; ``weight_scale_2`` float32:
-             the scales are *multiplied* by it (compressed-tensors' ``weight_global_scale`` is its reciprocal)
+NVFP4        ``weight`` uint8 [out, in / 2]; ``weight_scale`` float8_e4m3fn [out, in / 16] (or 32);
+             ``weight_scale_2`` float32: the scales are *multiplied* by it (compressed-tensors'
+             ``weight_global_scale`` is its reciprocal)
 MXFP4        ``weight`` uint8 [out, in / 2]; ``weight_scale`` uint8 [out, in / 32]
-FP8, INT8    ``weight`` float8_e4m3fn or int8; ``weight_scale`` float32, one or one a row
+FP8, INT8    ``weight`` float8_e4m3fn or int8; ``weight_scale`` float32, one or one a row; of FP8 also one for each
+             128 x 128, [out / 128, 1, in / 128, 1]
 MXFP8        ``weight`` float8_e4m3fn; ``weight_scale`` uint8 [out, in / 32]
+INT4 (AWQ)   ``weight`` uint8 [out / 2, in], the first of two rows in the low nibble; ``weight_scale`` float32
+             [out, in / group]
 ===========  =======================================================================================================
 
-Described by ``hf_quant_config.json``, or by config.json with ``quant_method`` modelopt.
+``pre_quant_scale`` [in] (SmoothQuant, AWQ) multiplies the inputs before the product; here it multiplies the columns of
+the weight, which is the same but for the rounding of that product. Described by ``hf_quant_config.json``, or by
+config.json with ``quant_method`` modelopt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,10 +28,11 @@ from torch import Tensor
 
 from nybble.core.errors import FileError, ModelError
 from nybble.models.sources.layouts import FLOATS, Files, Layout, PackedWeight
-from nybble.models.sources.layouts._pieces import E2M1, E4M3, block, mx, nvfp4
+from nybble.models.sources.layouts._pieces import E2M1, E4M3, block, mx, nvfp4, packed
 from nybble.qtensor import QTensor
+from nybble.qtensor.outer_scaled import OuterScaled
 
-ROLES = {"weight": "codes", "weight_scale": "scales", "weight_scale_2": "scales"}
+ROLES = {"weight": "codes", "weight_scale": "scales", "weight_scale_2": "scales", "pre_quant_scale": "scales"}
 
 
 class ModelOpt(Layout):
@@ -34,15 +41,14 @@ class ModelOpt(Layout):
     def weights(self, config: Mapping[str, Any], files: Files) -> Iterator[PackedWeight]:  # noqa: D102
         said = config.get("quantization") or config
         algo = str(said.get("quant_algo"))
-        smooth = next((name for name in files.entries if name.endswith(("pre_quant_scale", "svdquant_lora_a"))), None)
-        if smooth is not None or algo in ("W4A16_AWQ", "W4A8_AWQ", "W4A8_NVFP4_FP8", "NVFP4_SVD"):
-            why = f"has {smooth}" if smooth else f"is {algo}"
+        lora = next((name for name in files.entries if name.endswith("svdquant_lora_a")), None)
+        if lora is not None or algo in ("W4A8_AWQ", "NVFP4_SVD"):
             raise ModelError(
-                f"{files.place} {why}: inputs have to be scaled before the product, or four bits are packed down the "
-                "outputs, which isn't read. NVFP4, FP8, MXFP8, MXFP4 and INT8 without smoothing are."
+                f"{files.place} {f'has {lora}' if lora else f'is {algo}'}, which isn't read; NVFP4, FP8, MXFP8, MXFP4, "
+                "INT8 and INT4 weights are."
             )
         for module in dict.fromkeys([*files.ending("weight_scale"), *files.ending("weight_scale_2")]):
-            yield _weight(module, files)
+            yield _weight(module, _algo(said, module), files)
 
     def left(self, config: Mapping[str, Any]) -> str:  # noqa: D102
         said = config.get("quantization") or config
@@ -51,36 +57,95 @@ class ModelOpt(Layout):
         return f"The checkpoint asks for quantized {' and '.join(sides)} too; here they stay in float." if sides else ""
 
 
-def _weight(module: str, files: Files) -> PackedWeight:
+def _algo(said: Mapping[str, Any], module: str) -> str:
+    """Of a module: its own, where a checkpoint has several."""
+    layers = said.get("quantized_layers") or {}
+    return str(layers.get(module, said).get("quant_algo"))
+
+
+def _inputs(module: str, algo: str, files: Files) -> tuple[str, str] | None:
+    """What rounds the inputs, as :attr:`PackedWeight.inputs`; of NVFP4's four bits no quantizer of inputs says it."""
+    measured = {"FP8_PER_CHANNEL_PER_TOKEN": f"{E4M3} token", "MXFP8": "mxfp8 scale=pow2(mode=rceil)"}.get(algo)
+    if measured is not None:
+        return measured, ""
+    fixed = {"FP8": E4M3, "W4A8_NVFP4_FP8": E4M3, "W8A8_SQ_PER_CHANNEL": "int8"}.get(algo)
+    scale = f"{module}.input_scale"
+    if fixed is None or scale not in files.entries or f"{module}.pre_quant_scale" in files.entries:
+        return None
+    files.any_of(scale, ("F32",), ((), (1,)))
+    return f"{fixed} tensor static", scale
+
+
+def _weight(module: str, algo: str, files: Files) -> PackedWeight:
     rows, count = files.matrix(f"{module}.weight", ("U8", "F8_E4M3", "I8"))
     dtype = files.entries[f"{module}.weight"].dtype
     scale = files.need(f"{module}.weight_scale", (*FLOATS, "F8_E4M3", "U8"))
     parts = {role: f"{module}.{role}" for role in ("weight", "weight_scale")}
     shape = (rows, 2 * count if dtype == "U8" else count)
+    build: Callable[[Mapping[str, Tensor]], list[QTensor]]
     if dtype == "U8" and scale.dtype == "F8_E4M3":
-        _groups(module, shape, 16, files)
+        size = _groups(module, shape, (16, 32), files)
         files.any_of(f"{module}.weight_scale_2", ("F32",), ((), (1,)))
         parts["weight_scale_2"] = f"{module}.weight_scale_2"
-        build = partial(_build_nvfp4, shape=shape)
+        build = partial(_build_nvfp4, shape=shape, size=size)
     elif scale.dtype == "U8" and dtype != "I8":
-        _groups(module, shape, 32, files)
+        _groups(module, shape, (32,), files)
         build = partial(_build_mx, shape=shape, fmt=E2M1 if dtype == "U8" else E4M3)
+    elif dtype == "U8":
+        shape = (2 * rows, count)
+        build = partial(_build_int4, shape=shape, size=_groups(module, shape, (), files))
     else:
-        if dtype == "U8":
-            raise FileError(f"{files.place}: {module}.weight_scale is {scale.dtype}; of four bits it is F8_E4M3 or U8.")
-        files.any_of(f"{module}.weight_scale", FLOATS, ((), (1,), (rows,), (rows, 1)))
+        tiles = ((rows // 128, 1, count // 128, 1),) if rows % 128 == count % 128 == 0 and dtype != "I8" else ()
+        files.any_of(f"{module}.weight_scale", FLOATS, ((), (1,), (rows,), (rows, 1), *tiles))
         build = partial(_build_plain, shape=shape)
-    return PackedWeight(name=f"{module}.weight", shape=shape, parts=parts, build=build, kept_as=ROLES)
+    smooth = f"{module}.pre_quant_scale"
+    if smooth in files.entries:
+        files.any_of(smooth, FLOATS, ((shape[1],), (1, shape[1])))
+        parts["pre_quant_scale"] = smooth
+        build = partial(_smoothed, build)
+    return PackedWeight(
+        name=f"{module}.weight", shape=shape, parts=parts, build=build, kept_as=ROLES,
+        inputs=_inputs(module, algo, files),
+    )  # fmt: skip
 
 
-def _groups(module: str, shape: tuple[int, int], size: int, files: Files) -> None:
-    if shape[1] % size:
-        raise FileError(f"{files.place}: {module} has {shape[1]} columns, which groups of {size} don't divide.")
-    files.need(f"{module}.weight_scale", ("F8_E4M3", "U8"), (shape[0], shape[1] // size))
+def _groups(module: str, shape: tuple[int, int], sizes: Sequence[int], files: Files) -> int:
+    """Columns that share a scale.
+
+    Args:
+        module: whose.
+        shape: of its weight.
+        sizes: that there may be; none: any.
+        files: what is there.
+
+    Raises:
+        FileError: a scale of another shape.
+    """
+    found = files.need(f"{module}.weight_scale", (*FLOATS, "F8_E4M3", "U8")).shape
+    count = found[1] if len(found) == 2 and found[0] == shape[0] else 0
+    size = shape[1] // count if count and shape[1] % count == 0 else 0
+    if not size or (sizes and size not in sizes):
+        wanted = " or ".join(map(str, sizes)) or "one size"
+        raise FileError(
+            f"{files.place}: {module}.weight_scale is {list(found)}; a weight {list(shape)} in groups of {wanted} "
+            "needs another."
+        )
+    return size
 
 
-def _build_nvfp4(t: Mapping[str, Tensor], *, shape: tuple[int, int]) -> list[QTensor]:
-    return [nvfp4(shape, t["weight"], t["weight_scale"], t["weight_scale_2"], divides=False)]
+def _smoothed(build: Callable[[Mapping[str, Tensor]], list[QTensor]], t: Mapping[str, Tensor]) -> list[QTensor]:
+    (found,) = build(t)
+    return [OuterScaled(found, (t["pre_quant_scale"].reshape(1, -1),))]
+
+
+def _build_nvfp4(t: Mapping[str, Tensor], *, shape: tuple[int, int], size: int) -> list[QTensor]:
+    return [nvfp4(shape, t["weight"], t["weight_scale"], t["weight_scale_2"], divides=False, size=size)]
+
+
+def _build_int4(t: Mapping[str, Tensor], *, shape: tuple[int, int], size: int) -> list[QTensor]:
+    codes = torch.stack([t["weight"] & 15, t["weight"] >> 4], 1)
+    word = "channel" if size == shape[1] else f"group={size}"
+    return [block("int4_full", word, shape, packed(codes, 4), t["weight_scale"])]
 
 
 def _build_mx(t: Mapping[str, Tensor], *, shape: tuple[int, int], fmt: str) -> list[QTensor]:
@@ -89,7 +154,8 @@ def _build_mx(t: Mapping[str, Tensor], *, shape: tuple[int, int], fmt: str) -> l
 
 def _build_plain(t: Mapping[str, Tensor], *, shape: tuple[int, int]) -> list[QTensor]:
     fmt = "int8_full" if t["weight"].dtype == torch.int8 else E4M3
-    granularity = "tensor" if t["weight_scale"].numel() == 1 else "channel"
+    tiles = "block=128x128" if t["weight_scale"].dim() == 4 else "channel"
+    granularity = "tensor" if t["weight_scale"].numel() == 1 else tiles
     return [block(fmt, granularity, shape, t["weight"].view(torch.uint8).reshape(-1), t["weight_scale"])]
 
 
