@@ -100,6 +100,7 @@ class Verified:
         cosine, largest: of the logits to nybble's: cosine similarity, and largest difference over the largest logit;
             None where the model could not be called (``uncalled`` says why).
         runtimes: rows of ``takes`` that these files are.
+        layerwise: what comparing layer by layer showed, name -> number; empty where that was not done.
     """
 
     opened_with: Mapping[str, str]
@@ -109,6 +110,7 @@ class Verified:
     largest: float | None
     uncalled: str = ""
     runtimes: Sequence[Takes] = field(default_factory=tuple)
+    layerwise: Mapping[str, float] = field(default_factory=dict)
 
 
 class ExportTarget(ABC):

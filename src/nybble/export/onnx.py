@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,9 +25,11 @@ from nybble.core.seeds import preserve_global_rng
 from nybble.export import ExportTarget, Facts, Refusal, Takes, Verified
 from nybble.export._ct_scheme import CannotError
 from nybble.export._folder import write_beside
-from nybble.export._onnx_layers import OPSET, Weight, put_nodes
+from nybble.export._onnx_graph import mark_layers, retype
+from nybble.export._onnx_judge import judge_layers
+from nybble.export._onnx_layers import OPSET, put_nodes
 from nybble.export._onnx_verify import compare_outputs, compare_weights, versions
-from nybble.export._onnx_weights import RANGES, check_activation, form_of
+from nybble.export._onnx_weights import check_activation, form_of
 from nybble.export._source import Layer, Source
 from nybble.export._transformers import _inputs, _silently
 from nybble.nn.kinds import Kind
@@ -55,6 +58,9 @@ class Onnx(ExportTarget):
     """QDQ."""
 
     summary = "an ONNX file with QDQ nodes for onnxruntime: encoders, vision models, CNNs"
+    options: ClassVar[dict[str, str]] = {
+        "int8": "signed inputs have int8 codes, which TensorRT asks for; by default uint8 ones, 128 higher, for CPUs"
+    }
     takes: ClassVar[tuple[Takes, ...]] = (
         _row("int8 (tensor, channel, group=N)", "int8 static, uint8 symmetric=false static", "QDQ INT8", "1.20"),
         _row("int8 (tensor, channel, group=N)", "float", "QDQ INT8", "1.20", "weight only"),
@@ -124,33 +130,35 @@ class Onnx(ExportTarget):
             model.set_attn_implementation("eager") if hasattr(model, "set_attn_implementation") else None
             given = _example(model)
             assert given is not None
-            weights = put_nodes(model)
+            layers, weights = put_nodes(model, self.option == "int8")
             traced = Traced(model, list(given)).eval()
             program = _export(traced, given, type(model).__name__)
-        for name, weight in weights.items():
-            for part in ("codes", "zero_point"):
-                _retype(program.model, f"{name}.weight.{part}", f"{name}.table.{part}", weight)
-        for node in program.model.graph:  # where in torch's code each came from
-            node.metadata_props.clear()
-        for value in (*program.model.graph.inputs, *program.model.graph.initializers.values()):
-            value.metadata_props.clear()
+        graph = program.model.graph
+        mark_layers(graph, layers)
         program.model.metadata_props.clear()
+        for name, weight in weights.items():
+            retype(graph, name, weight)
         size = sum(t.numel() * t.element_size() for t in traced.state_dict().values())
         program.save(folder / FILE, external_data=size > MOST)
         inputs, outputs = ", ".join(given), ", ".join(traced.outputs)
         write_beside(source, folder, _CARD.format(file=FILE, opset=OPSET, inputs=inputs, outputs=outputs))
 
     def verify(self, folder: Path, source: Source) -> Verified:
-        """Codes in the file are compared, what onnxruntime makes of them, and the outputs of the whole model."""
+        """Codes in the file are compared, what onnxruntime makes of them, every layer, and the whole model's outputs.
+
+        What can fail is each layer's own comparison (:mod:`nybble.export._onnx_judge`); the whole model's says how far
+        codes that flipped took it.
+        """
         _need(_NEEDS)
         count = compare_weights(folder / FILE, source)
         model = load_quantized(Path(source.place), torch.float32)
         given = _example(model)
         assert given is not None
         cosine, largest = compare_outputs(folder / FILE, model, given)
+        judged = judge_layers(folder / FILE, model, given)
         return Verified(
             opened_with=versions(), weights=count, exact_in="float32", cosine=cosine, largest=largest,
-            runtimes=_rows(source, self.takes),
+            runtimes=_rows(source, self.takes), layerwise=asdict(judged),
         )  # fmt: skip
 
 
@@ -212,22 +220,6 @@ def _export(traced: Traced, given: Mapping[str, Tensor], name: str) -> Any:
             traced, tuple(given.values()), dynamo=True, opset_version=OPSET, input_names=list(given),
             output_names=traced.outputs, dynamic_shapes=(tuple(dynamic),), verbose=False,
         )  # fmt: skip
-
-
-def _retype(model: Any, name: str, other: str, weight: Weight) -> None:
-    """Give codes of fewer than eight bits their own type, in which two or four share a byte."""
-    if weight.kind not in RANGES or weight.kind.endswith("8"):
-        return
-    import ml_dtypes
-    import onnx_ir as ir
-
-    held = model.graph.initializers
-    value = held.get(f"model.{name}", held.get(f"model.{other}"))
-    if value is not None and value.const_value is not None:
-        kind = ir.DataType[weight.kind]
-        narrow = value.const_value.numpy().astype(getattr(ml_dtypes, weight.kind.lower()))
-        value.const_value = ir.Tensor(narrow, dtype=kind, name=value.name)
-        value.dtype = kind
 
 
 def _rows(source: Source, takes: tuple[Takes, ...]) -> tuple[Takes, ...]:
