@@ -62,8 +62,8 @@ class Takes:
 
     Attributes:
         weights, inputs: quantizer lines, or words for a family of them; ``float`` where they stay so.
-        form: what the files call it. runtime: who loads it. since: its first version that does; empty where the source
-            names none. source: where that is said. note: limits.
+        form: what the files call it. runtime: who loads it. since: its first version that does, or the change that
+            brought it; empty where nothing shows one. source: what shows it. note: limits.
     """
 
     weights: str
@@ -123,9 +123,11 @@ class ExportTarget(ABC):
         summary: what it is, in a line.
         options: what may stand behind the colon, word -> meaning; a target without any takes none.
         takes: what it holds, and who loads that.
+        loses: what its files never keep, in words; empty where what can't be kept is refused.
     """
 
     summary: ClassVar[str]
+    loses: ClassVar[str] = ""
     options: ClassVar[Mapping[str, str]] = {}
     takes: ClassVar[tuple[Takes, ...]] = ()
 

@@ -9,7 +9,6 @@ is carried on, and each operator of the network is compared.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +68,9 @@ def judge_layers(path: Path, model: nn.Module, given: Mapping[str, Tensor]) -> J
     """Compare every layer, and what stands between them.
 
     Args:
-        path: the file. model: nybble's, its outputs are compared too. given: inputs by name.
+        path: the file.
+        model: nybble's; its outputs are compared too.
+        given: inputs by name.
 
     Raises:
         FileError: a layer has codes that are further than a step apart, more unequal ones than :data:`EQUAL` lets be,
@@ -105,14 +106,14 @@ class _Judge:
     def of(self, name: str) -> Any:
         """The hook of a layer."""
 
-        def hook(module: Any, args: Any, kwargs: Any, y: Tensor) -> Tensor:
+        def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> Tensor:
             self.seen.add(name)
             place = self.places[name]
             theirs = torch.from_numpy(self.held[place.output]).view(y.shape)
             if isinstance(module, QuantEmbedding):
                 self.largest = max(self.largest, self.near(name, y, theirs))
                 return theirs
-            (x,) = (*args, *kwargs.values())
+            x = [*args, *kwargs.values()][0]
             if module.inputs is not None:
                 x = self._same_codes(f"the inputs of {name}", module.inputs, x, place.inputs)
             weight = module.weight(x.dtype) if isinstance(module.weight, nn.Module) else module.weight
@@ -130,7 +131,7 @@ class _Judge:
         off = float((ours - theirs).abs().max() / ours.abs().max().clamp_min(1e-30))
         if not off <= NEAR:  # NaN too
             raise FileError(
-                f"{self.path}: from equal inputs, {name} gives other values in onnxruntime, by {off:.2g} of the largest."
+                f"{self.path}: from equal inputs, onnxruntime makes others of {name}, {off:.2g} of the largest off."
             )
         return off
 

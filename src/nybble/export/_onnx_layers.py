@@ -43,9 +43,8 @@ def _codes_of(codes: Tensor, kind: str) -> Tensor:
 class Rounded(nn.Module):
     """``DequantizeLinear(QuantizeLinear(x))``, with a calibrated scale, or that of each tensor or row.
 
-    Signed codes are written 128 higher as uint8, the same values: onnxruntime has integer products of uint8 inputs alone
-    on x86 (``core/optimizer/qdq_transformer``, ``QDQIsInt8Allowed``), and turns int8 ones only where one layer reads
-    them.
+    Signed codes are written 128 higher as uint8, the same values: on x86 onnxruntime (1.32) has integer products of
+    uint8 inputs alone, and makes such ones of int8 only where a single layer reads them.
 
     Args:
         filled: the quantizer; :func:`nybble.export._onnx_weights.check_activation` let it pass.

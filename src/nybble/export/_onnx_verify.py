@@ -112,7 +112,8 @@ def _filled(tensor: Any, folder: Path) -> Any:
 def _dequantized(parts: list[Any], ours: Weight) -> Any:
     from onnx import TensorProto, helper
 
-    node = helper.make_node("DequantizeLinear", [part.name for part in parts], ["values"], **ours.where)
+    where: dict[str, Any] = ours.where
+    node = helper.make_node("DequantizeLinear", [part.name for part in parts], ["values"], **where)
     output = helper.make_tensor_value_info("values", TensorProto.FLOAT, None)
     graph = helper.make_graph([node], "weight", [], [output], parts)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
