@@ -39,7 +39,7 @@ from nybble.pipelines.export import export
 from nybble.pipelines.quantize import quantize
 
 sys.path.insert(0, str(Path(__file__).parent / "quality"))
-LINES = {
+LINES: dict[str, dict[str, Any]] = {
     "int8 channel": {"weights": "int8 channel"},
     "int8 channel, int8 static": {"weights": "int8 channel", "activations": "int8 static"},
     "int8 channel, int8": {"weights": "int8 channel", "activations": "int8"},
@@ -48,14 +48,22 @@ LINES = {
 NETWORKS = ("minilm", "vit", "mobilenet-v2", "efficientnet-lite0")
 
 
-class Named(nn.Module):
-    """A network of images that gives its logits by name."""
+class Whole(nn.Module):
+    """A network of images, its layers under a name."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def forward(self, pixel_values: Tensor) -> Any:
+        """[n, 3, h, w] -> logits [n, classes]."""
+        return self.network(pixel_values)
+
+
+class Named(Whole):
+    """The same; it gives its logits by name."""
+
+    def forward(self, pixel_values: Tensor) -> Any:
         """[n, 3, h, w] -> logits [n, classes]."""
         return {"logits": self.network(pixel_values)}
 
@@ -136,7 +144,7 @@ def in_memory(name: str, model: nn.Module, room: Path, runs: int) -> dict[str, A
     given = {"pixel_values": images(2)}
     paths, rows = {"float32": room / f"{name}.onnx"}, {"float32": written(model, given, room / f"{name}.onnx")}
     for number, (line, words) in enumerate(LINES.items()):
-        made, _ = nybble.quantize(copy.deepcopy(model.network), "rtn", images(8), **words)
+        made, _ = nybble.quantize(Whole(copy.deepcopy(model.network)), "rtn", images(8), **words)
         ours: Any = Named(made).eval()
         paths[line] = room / f"{name}-{number}.onnx"
         with _silently(), torch.no_grad():

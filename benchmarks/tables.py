@@ -224,7 +224,7 @@ def onnx_layers() -> str:
             judged = row.get("layerwise")
             apart = f"{judged['unequal']:.1e}" if judged and judged["codes"] else ""
             off = f"{max(judged['largest'], judged['end']):.1e}" if judged else ""
-            times = f"{row['seconds'] / lines['float32']['seconds']:.2f}"
+            times = f"{row['seconds'] / lines['float32']['seconds']:.2f}" if "seconds" in row else "not measured"
             rows.append([name, f"`{line}`", f"{row['cosine']:.6f}", apart, off, f"{row['bytes'] / 1e6:.1f}", times])
     columns = (
         "network", "weights and inputs", "cosine of the whole", "codes one step off", "most that a layer is off", "MB",

@@ -1,8 +1,8 @@
 """Which vLLM, and which transformers, take which of compressed-tensors' schemes, and where that is said.
 
-vLLM's versions are what its published packages show (0.5.0.post1, 0.5.1, 0.5.4, 0.5.5, 0.8.4, 0.8.5, 0.8.5.post1, 0.9.0
-and 0.15.0 were looked at): the first whose code chooses the scheme, "or earlier" where none without it was. Where only
-its source of November 2026 shows that a scheme is taken, no version is given.
+vLLM's versions are what its published packages show (0.5.0.post1, 0.5.1 to 0.5.5, 0.8.4, 0.8.5, 0.8.5.post1, 0.9.0,
+0.14.1 and 0.15.0 were looked at): the first whose code chooses the scheme, "or earlier" where the one before that was
+looked at is many versions older. Where only its source of November 2026 shows that a scheme is taken, none is given.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ _ROWS: tuple[tuple[Callable[[_Said], bool], Takes], ...] = (
     (
         lambda s: s.form == "int-quantized" and s.bits == 4 and s.strategy in ("group", "channel")
         and s.inputs == "int8 token",
-        _vllm("int4; group or channel", "int8 token", "int-quantized", "0.15.0 or earlier", _chosen("0.15.0"),
+        _vllm("int4; group or channel", "int8 token", "int-quantized", "0.14.1 or earlier", _chosen("0.14.1"),
               "on CPUs"),
     ),
     (
@@ -86,20 +86,21 @@ _ROWS: tuple[tuple[Callable[[_Said], bool], Takes], ...] = (
         and s.inputs in ("float8 token", "float8 tensor", "float8 tensor static"),
         _vllm(
             "float8_e4m3fn; tensor or channel", "float8_e4m3fn; token, or tensor static", "float-quantized",
-            "0.5.4 or earlier", _chosen("0.5.4"),
+            "0.5.3", _chosen("0.5.3"),
         ),
     ),
     (
         lambda s: s.form == "float-quantized" and s.strategy == "block" and s.inputs == "float8 group",
         _vllm(
-            "float8_e4m3fn block=128x128", "float8_e4m3fn group=128", "float-quantized", "0.15.0 or earlier",
-            _chosen("0.15.0"),
+            "float8_e4m3fn block=128x128", "float8_e4m3fn group=128", "float-quantized", "0.14.1 or earlier",
+            _chosen("0.14.1"),
         ),
     ),
     (
         lambda s: s.form == "naive-quantized" and s.bits == 8 and s.strategy in ("tensor", "channel", "block")
         and s.inputs == "float",
-        _vllm("float8_e4m3fn; tensor, channel or block", "float", "naive-quantized", "", f"{_SCHEMES}w8a16_fp8.py"),
+        _vllm("float8_e4m3fn; tensor, channel or block", "float", "naive-quantized", "0.5.4", _chosen("0.5.4"),
+              "blocks later"),
     ),
     (
         lambda s: s.form == "nvfp4-pack-quantized" and s.inputs == "float",
@@ -108,7 +109,7 @@ _ROWS: tuple[tuple[Callable[[_Said], bool], Takes], ...] = (
     (
         lambda s: s.form == "mxfp4-pack-quantized" and s.inputs in ("float", "mxfloat4 group"),
         _vllm(
-            "mxfp4", "float, or mxfp4", "mxfp4-pack-quantized", "0.15.0 or earlier", f"{_PULL}31926",
+            "mxfp4", "float, or mxfp4", "mxfp4-pack-quantized", "0.14.1 or earlier", _chosen("0.14.1"),
             "that version leaves inputs in float",
         ),
     ),
