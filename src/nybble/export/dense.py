@@ -164,10 +164,10 @@ def _piecewise(tensor: QTensor, dtype: torch.dtype) -> Tensor:
 
     Of matrices whose blocks follow each other; others are dequantized whole. The values are the same.
     """
-    plain = isinstance(tensor, BlockQTensor) and tensor.params.grid is None
-    if not plain or isinstance(tensor.params.scale, Factored | Inverse):  # type: ignore[union-attr]
+    if not isinstance(tensor, BlockQTensor) or tensor.params.grid is not None:
         return tensor.dequantize(dtype)
-    assert isinstance(tensor, BlockQTensor)
+    if isinstance(tensor.params.scale, Factored | Inverse):
+        return tensor.dequantize(dtype)
     codes = tensor.unpacked()
     blocks = tensor.granularity.to_blocks(codes)
     if blocks.data_ptr() != codes.data_ptr() or not blocks.is_contiguous() or blocks.numel() != codes.numel():

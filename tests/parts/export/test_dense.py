@@ -116,8 +116,8 @@ def test_options_that_there_are_not(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["int4 group=16", "int8", "int8 channel symmetric=false", "nvfp4", "nf4 flat=64", "int4 block=4x16", "int4 rank1", "q4_k"],
-)  # fmt: skip
+    ["int4 group=16", "int8", "int8 channel symmetric=false", "nvfp4", "nf4 flat=64", "int4 block=4x16", "int4 rank1"],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_pieces_are_the_whole(line: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A matrix that is dequantized some blocks at a time has the same bits, the last piece being shorter."""
