@@ -64,8 +64,8 @@ class Takes:
 
     Attributes:
         weights, inputs: quantizer lines, or words for a family of them; ``float`` where they stay so.
-        form: what the files call it. runtime: who loads it. since: its first version that does; empty where the source
-            names none. source: where that is said. note: limits.
+        form: what the files call it. runtime: who loads it. since: its first version that does, or the change that
+            brought it; empty where nothing shows one. source: what shows it. note: limits.
     """
 
     weights: str
@@ -102,6 +102,7 @@ class Verified:
         cosine, largest: of the logits to nybble's: cosine similarity, and largest difference over the largest logit;
             None where the model could not be called (``uncalled`` says why).
         runtimes: rows of ``takes`` that these files are.
+        layerwise: what comparing layer by layer showed, name -> number; empty where that was not done.
     """
 
     opened_with: Mapping[str, str]
@@ -111,6 +112,7 @@ class Verified:
     largest: float | None
     uncalled: str = ""
     runtimes: Sequence[Takes] = field(default_factory=tuple)
+    layerwise: Mapping[str, float] = field(default_factory=dict)
 
 
 class ExportTarget(ABC):
@@ -124,10 +126,12 @@ class ExportTarget(ABC):
         options: what may stand behind the colon, word -> meaning; a target without any takes none.
         takes: what it holds, and who loads that.
         in_float: whether a model without a quantized layer can go there.
+        loses: what its files never keep, in words; empty where what can't be kept is refused.
     """
 
     summary: ClassVar[str]
     in_float: ClassVar[bool] = False
+    loses: ClassVar[str] = ""
     options: ClassVar[Mapping[str, str]] = {}
     takes: ClassVar[tuple[Takes, ...]] = ()
 

@@ -38,6 +38,7 @@ class CompressedTensors(ExportTarget):
     """``pack-quantized`` and its siblings."""
 
     summary = "safetensors for vLLM, and for transformers with compressed-tensors"
+    loses = "nothing; what its schema can't say is refused"
     takes = TAKES
 
     def constrain(self, scheme: Scheme, facts: Facts) -> Scheme:  # noqa: D102

@@ -39,7 +39,19 @@ if TYPE_CHECKING:
 FILE = "model.gguf"
 NEAREST = "a line of GGUF's own (q8_0, q4_k, mxfp4 ...), or gguf:TYPE, which rounds again"
 _SOURCE = "https://github.com/ggml-org/llama.cpp/blob/master/ggml/include/ggml.h"
+_PULL = "https://github.com/ggml-org/llama.cpp/pull/"
+_PULLS = {
+    "Q5_0": 1187, "Q5_1": 1187, "Q2_K": 1684, "Q3_K": 1684, "Q4_K": 1684, "Q5_K": 1684, "Q6_K": 1684, "IQ4_NL": 5590,
+    "IQ4_XS": 5747, "TQ1_0": 8151, "TQ2_0": 8151, "MXFP4": 15091, "NVFP4": 19769, "Q1_0": 21273, "Q2_0": 24448,
+}  # fmt: skip
+"""What brought each type to llama.cpp, which numbers no versions; all merged. k-quants by what #5196 says of #1684."""
 _CARD = "`{file}` runs in llama.cpp (`llama-cli -m {file}`) and in what is built on it; nybble is not needed."
+
+
+def _row(line: str, form: str) -> Takes:
+    pull = _PULLS.get(form)
+    since, source = ("", _SOURCE) if pull is None else (f"pull request {pull}", f"{_PULL}{pull}")
+    return Takes(weights=line, inputs="float", form=form, runtime="llama.cpp", since=since, source=source)
 
 
 class Gguf(ExportTarget):
@@ -48,11 +60,8 @@ class Gguf(ExportTarget):
     summary = "a GGUF file for llama.cpp"
     in_float = True
     options: ClassVar[dict[str, str]] = {name.lower(): f"what is in float becomes {name}" for name in file_types()}
-    takes = tuple(
-        Takes(weights=kind.line, inputs="float", form=type_name(kind), runtime="llama.cpp", since="", source=_SOURCE)
-        for kind in REGISTRY.all().values()
-        if not kind.readonly
-    )
+    loses = "the rounding of inputs and of the KV cache; behind a colon, all is rounded again that has another type"
+    takes = tuple(_row(kind.line, type_name(kind)) for kind in REGISTRY.all().values() if not kind.readonly)
 
     def constrain(self, scheme: Scheme, facts: Facts) -> Scheme:
         """With a type behind the colon its own lines; else each line has to be one that a type holds.
