@@ -23,18 +23,12 @@ from nybble.export._source import Layer, Source
 from nybble.export._transformers import open_and_compare
 from nybble.models.build.skeleton import expected_tensors
 from nybble.nn.kinds import Kind, kind_of
-from nybble.ops.rounding import decode
-from nybble.qtensor import Factored, Inverse, QTensor, block_view
-from nybble.qtensor.block import BlockQTensor
 from nybble.scheme import Scheme
 
 _DTYPES = {
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "f16": torch.float16,
     "float32": torch.float32, "f32": torch.float32,
 }  # fmt: skip
-
-_PIECE = 1 << 18
-"""Elements that are dequantized at once: a megabyte of float32."""
 
 _CARD = (
     "Its weights are plain numbers again, as they were after quantization: any program loads it, nybble is not needed."
@@ -155,40 +149,9 @@ def _parameters(model: Any, layer: Layer) -> list[str]:
 
 def _values(source: Source, layer: Layer, model: Any, name: str, dtype: torch.dtype) -> Tensor:
     at, leaf, module, kind = _at(model, layer)
-    matrices = [_piecewise(source.weight(layer, prefix), dtype) for prefix in layer.weights]
+    matrices = [source.weight(layer, prefix).dequantize(dtype) for prefix in layer.weights]
     whole = torch.stack(matrices) if kind.fused else matrices[0]
     return kind.values(module, leaf, whole)[name.removeprefix(f"{at}.")].contiguous()
-
-
-def _piecewise(tensor: QTensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.dequantize(dtype)``, some blocks at a time: what is in between stays in the processor's caches.
-
-    Of matrices whose blocks follow each other; others are dequantized whole. The values are the same.
-    """
-    if not isinstance(tensor, BlockQTensor) or tensor.params.grid is not None:
-        return tensor.dequantize(dtype)
-    if isinstance(tensor.params.scale, Factored | Inverse):
-        return tensor.dequantize(dtype)
-    codes = tensor.unpacked()
-    blocks = tensor.granularity.to_blocks(codes)
-    if blocks.data_ptr() != codes.data_ptr() or not blocks.is_contiguous() or blocks.numel() != codes.numel():
-        return tensor.dequantize(dtype)
-    if blocks.shape[0] == 1:  # one scale for all
-        blocks = blocks.reshape(-1, tensor.shape[-1])
-    params = (tensor.params.zero_point, tensor.params.scale, tensor.params.offset)
-    zero, scale, offset = (
-        None if part is None else block_view(part, tensor.granularity, tensor.shape).expand(len(blocks), 1)
-        for part in params
-    )
-    found = torch.empty(blocks.shape, dtype=dtype)
-    step = max(1, _PIECE // blocks.shape[1])
-    for start in range(0, len(blocks), step):
-        cut = slice(start, start + step)
-        values = decode(blocks[cut], tensor.format.name)
-        values = values if zero is None else values - zero[cut]
-        values = values if scale is None else values * scale[cut]
-        found[cut] = values if offset is None else values + offset[cut]
-    return found.view(tensor.shape)
 
 
 def _norms(source: Source, model: Any, found: dict[str, Planned]) -> dict[str, Planned]:

@@ -16,9 +16,7 @@ from tests.tiny import input_ids
 
 from nybble.checkpoint.load import load_quantized
 from nybble.core.errors import UsageError
-from nybble.export import dense
 from nybble.pipelines.export import export
-from nybble.quantizer import Quantizer
 
 ALONE = """
 import sys, torch, transformers
@@ -112,15 +110,3 @@ def test_options_that_there_are_not(tmp_path: Path) -> None:
         export(folder, tmp_path / "d", "dens")
     with pytest.raises(UsageError, match="say --target"):
         export(folder, tmp_path / "d")
-
-
-@pytest.mark.parametrize(
-    "line",
-    ["int4 group=16", "int8", "int8 channel symmetric=false", "nvfp4", "nf4 flat=64", "int4 block=4x16", "int4 rank1"],
-)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_pieces_are_the_whole(line: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A matrix that is dequantized some blocks at a time has the same bits, the last piece being shorter."""
-    monkeypatch.setattr(dense, "_PIECE", 768)
-    tensor = Quantizer(line).quantize(torch.randn(20, 256, generator=torch.Generator().manual_seed(0)))
-    assert torch.equal(dense._piecewise(tensor, dtype), tensor.dequantize(dtype))
