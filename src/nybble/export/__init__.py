@@ -121,11 +121,13 @@ class ExportTarget(ABC):
         summary: what it is, in a line.
         options: what may stand behind the colon, word -> meaning; a target without any takes none.
         takes: what it holds, and who loads that.
+        at_once: ``nybble quantize --target`` writes the files too, beside its own, into a folder of the target's name.
     """
 
     summary: ClassVar[str]
     options: ClassVar[Mapping[str, str]] = {}
     takes: ClassVar[tuple[Takes, ...]] = ()
+    at_once: ClassVar[bool] = False
 
     def __init__(self, option: str = "") -> None:
         self.option = option

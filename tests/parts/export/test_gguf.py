@@ -42,7 +42,7 @@ def test_exported_is_what_was_quantized(line: str, folder: Path, tmp_path: Path)
     done = export(tmp_path / "out", tmp_path / "file", "gguf", check=True)
     assert done["check"]["weights"] == 14 and done["check"]["exact_in"] == "float32"
     ours, _ = load(tmp_path / "out", dtype=torch.float32)
-    back = open_source(str(tmp_path / "file" / "model.gguf")).model(torch.float32)
+    back = open_source(str(next((tmp_path / "file").glob("*.gguf")))).model(torch.float32)
     torch.testing.assert_close(back(IDS).logits, ours(IDS).logits, rtol=1e-4, atol=1e-4)
     assert (tmp_path / "file" / "README.md").exists()
 
@@ -53,7 +53,7 @@ def test_a_mixture_in_one_step(folder: Path, tmp_path: Path) -> None:
     quantize(folder, "rtn", weights="q4_k", out=tmp_path / "out", target="gguf:q4_k_m")
     done = export(tmp_path / "out", tmp_path / "file", check=True)
     assert done["target"] == "gguf:q4_k_m"
-    header = read_gguf_header(tmp_path / "file" / "model.gguf")
+    header = read_gguf_header(tmp_path / "file" / "float-Q4_K_M.gguf")
     kinds = {name: entry.kind for name, entry in header.tensors.items()}
     assert (
         kinds["token_embd.weight"] == 14 and kinds["blk.1.attn_v.weight"] == 14 and kinds["blk.0.attn_q.weight"] == 12
