@@ -46,7 +46,8 @@ LADDER = Path("build/ladder")
 def text_of(part: str, ladder: bool) -> str:
     """Calibration or evaluation text: of the ladder's own, or of Python's help topics."""
     if not ladder:
-        return "\n".join(topics[name] for name in split_topics(topics)[part])
+        parts: dict[str, Any] = dict(split_topics(topics))
+        return "\n".join(topics[name] for name in parts[part])
     file = LADDER / "texts" / {"calibration": "calibration.jsonl.xz", "evaluation": "perl-doc.jsonl.xz"}[part]
     with lzma.open(file, "rt", encoding="utf-8") as lines:
         return "\n".join(json.loads(line)["text"] for line, _ in zip(lines, range(200), strict=False))
@@ -107,7 +108,8 @@ def measure(name: str, kinds: Sequence[str], count: int) -> Iterator[tuple[str, 
         list(batches(tokenizer(text_of(part, ladder)[: 2000 * n])["input_ids"], n))
         for part, n in (("calibration", 16), ("evaluation", count))
     )
-    model: Any = source.model(torch.float32).eval()
+    model: Any = source.model(torch.float32)
+    model.eval()
     energies = energies_of(model, calibration)
     params: Mapping[str, Tensor] = dict(model.named_parameters())
     original = {key: value.clone() for key, value in params.items()}

@@ -174,7 +174,8 @@ def compare(path: Path, types: Mapping[str, str], windows: Sequence[Sequence[int
     """See the module's docstring."""
     source = open_source(str(path))
     tokenizer, vocabulary = source.tokenizer(), source.config.vocab_size
-    model = source.model(torch.float32).eval()
+    model: Any = source.model(torch.float32)
+    model.eval()
     theirs, halves = LlamaCpp(path), LlamaCpp(path, exact=False)
     prompts = [list(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
     alike = sum(ids == theirs.ids(text) for ids, text in zip(prompts, PROMPTS, strict=True))
@@ -217,8 +218,8 @@ def in_float(path: Path) -> dict[str, Weight]:
 
 
 def _value(source: Any, name: str) -> torch.Tensor:
-    ((_, tensor),) = source.read([name])
-    return tensor.float()
+    found: torch.Tensor = dict(source.read([name]))[name]
+    return found.float()
 
 
 def batches(ids: Sequence[int], count: int, size: int = 256) -> Iterator[Sequence[int]]:

@@ -211,7 +211,6 @@ class LlamaCpp:
         """Every product with a weight of the file that one run over ``ids`` makes."""
         found: list[Product] = []
 
-        @_CALLBACK
         def seen(tensor: Any, asked: bool, _: Any) -> bool:
             node = tensor.contents
             wanted: bool = self._library.ggml_op_name(node.op) == b"MUL_MAT" and node.src[0].contents.name.endswith(
@@ -221,7 +220,7 @@ class LlamaCpp:
                 found.append(Product(node.src[0].contents.name.decode(), _values(node.src[1].contents), _values(node)))
             return wanted or not asked
 
-        list(self.logits(iter([ids]), vocabulary, seen))
+        list(self.logits(iter([ids]), vocabulary, _CALLBACK(seen)))
         return found
 
     def close(self) -> None:
