@@ -46,7 +46,7 @@ LADDER = Path("build/ladder")
 def text_of(part: str, ladder: bool) -> str:
     """Calibration or evaluation text: of the ladder's own, or of Python's help topics."""
     if not ladder:
-        parts: dict[str, Any] = dict(split_topics(topics))
+        parts: Any = split_topics(topics)
         return "\n".join(topics[name] for name in parts[part])
     file = LADDER / "texts" / {"calibration": "calibration.jsonl.xz", "evaluation": "perl-doc.jsonl.xz"}[part]
     with lzma.open(file, "rt", encoding="utf-8") as lines:

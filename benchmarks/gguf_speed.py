@@ -60,7 +60,7 @@ def random_weights(config: LlamaConfig, name: str) -> dict[str, Weight]:
         if len(shape) == 2 and shape not in made:
             count = shape[0] * shape[1] // kind.block
             made[shape] = decode(kind, np.resize(few, (count, kind.nbytes)), shape)
-        value = made[shape] if len(shape) == 2 else torch.ones(shape)
+        value: Any = made[shape] if len(shape) == 2 else torch.ones(shape)
         stored = None
         if len(shape) == 2:
             stored = from_spec(value.spec(), {name: tensor.to("meta") for name, tensor in value.tensors().items()})
