@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nybble.core.versions import VERSION
+from nybble.scheme import in_short
 
 CARD = "README.md"
 
@@ -70,7 +71,8 @@ def _scheme(scheme: Mapping[str, Any]) -> str:
     lines = []
     for rule in scheme.get("rules", ()):
         parts = ", ".join(f"{what} `{line}`" for what, line in rule.items() if what != "targets")
-        lines.append(f"- {', '.join(f'`{target}`' for target in rule['targets'])}: {parts}")
+        named = in_short(dict.fromkeys(rule["targets"], 1))
+        lines.append(f"- {', '.join(f'`{target}`' for target in named)}: {parts}")
     if "kv" in scheme:
         lines.append(f"- KV cache: `{scheme['kv']}`")
     return "\n" + "\n".join(lines) + "\n" if lines else ""

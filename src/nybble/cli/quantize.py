@@ -84,8 +84,8 @@ def command(
         list[str] | None,
         typer.Option(
             help="What the recipe best is to come to (w4a16, the usual, w3a16, w2a16, nvfp4 ...), or who is to load "
-            "what nybble export makes of OUT (compressed-tensors ...): the scheme is kept to what that holds exactly. "
-            "Both may be given; repeatable."
+            "what nybble export makes of OUT (compressed-tensors ...): the scheme is kept to what that holds exactly; "
+            "gguf:q4_k_m also writes OUT/gguf. Both may be given; repeatable."
         ),
     ] = None,
     data: Annotated[
@@ -160,7 +160,23 @@ def _done(
     }
     if evaluation is not None:
         result["evaluation"] = evaluation
+    result["exported"] = _exported(out, files)
     return result
+
+
+def _exported(out: Path, files: Sequence[str]) -> list[dict[str, Any]]:
+    """The files of targets that are written at once; how the others' are made is said."""
+    from nybble.export import get_target
+    from nybble.pipelines.export import export
+
+    found = []
+    for name in files:
+        if get_target(name).at_once:
+            made = export(out, out / name.partition(":")[0].lower(), name, announce=note)
+            found.append({key: made[key] for key in ("dest", "target", "bytes", "files", "notes")})
+        else:
+            note(f"nybble export {out} DEST --target {name} writes the files that {name} means")
+    return found
 
 
 def _check(model: str, out: Path, recipe: str, data: str, held_out: str | None) -> None:
@@ -190,6 +206,9 @@ def _print(result: dict[str, Any]) -> None:
         f"{result['bits_per_weight']:.3f} bits a weight over everything stored "
         f"({result['bits_per_quantized_weight']:.3f} in quantized layers), {result['seconds']:.0f} s"
     )
+    for made in result["exported"]:
+        largest = max(made["files"], key=made["files"].get)
+        print(f"{made['dest']}/{largest}: {made['target']}, {megabytes(made['files'][largest])}")
     worst = sorted(result["layers"], key=lambda row: -(row["error"] or 0))[:5]
     rows = [
         [r["name"], f"{r['bits']:.2f}", f"{r['error']:.2e}", f"{r['rtn_error']:.2e}", "; ".join(r["notes"])]

@@ -127,6 +127,7 @@ class ExportTarget(ABC):
         takes: what it holds, and who loads that.
         in_float: whether a model without a quantized layer can go there.
         loses: what its files never keep, in words; empty where what can't be kept is refused.
+        at_once: ``nybble quantize --target`` writes the files too, beside its own, into a folder of the target's name.
     """
 
     summary: ClassVar[str]
@@ -134,6 +135,7 @@ class ExportTarget(ABC):
     loses: ClassVar[str] = ""
     options: ClassVar[Mapping[str, str]] = {}
     takes: ClassVar[tuple[Takes, ...]] = ()
+    at_once: ClassVar[bool] = False
 
     def __init__(self, option: str = "") -> None:
         self.option = option

@@ -55,6 +55,7 @@ class OpenedSource(Source):
     def __init__(self, source: ModelSource, room: Path) -> None:
         self._source, self._room = source, room
         self.place, self.kv = source.spec, None
+        self.title = source.spec.rstrip("/").rsplit("/")[-1].removeprefix("demo:").removesuffix(".gguf")
         packed = _packed(source)
         model = source.skeleton(_dtype(source, packed))
         self.config = model_config(model, model.dtype)

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from nybble.checkpoint.describe import restore_model
 from nybble.checkpoint.load import load_quantized
+from nybble.checkpoint.parts import MANIFEST
 from nybble.checkpoint.read import Checkpoint, read_checkpoint
 from nybble.core.errors import FileError
 from nybble.core.guard import reading
 from nybble.core.tensorfile import Planned
 from nybble.core.tensorheader import TensorEntry
-from nybble.models.build.config_file import make_config
+from nybble.models.build.config_file import make_config, read_json
 from nybble.models.build.skeleton import expected_tensors, fill_buffers_, kept_float32, meta_model
 from nybble.models.sources.side_files import side_files
 from nybble.nn.activation import ActivationQuantizer
@@ -56,12 +57,14 @@ class Source(ABC):
     """A quantized model that is written elsewhere.
 
     Attributes:
-        place: what it is called. config: of config.json, without what describes the quantization.
+        place: where it is. title: what people call the model.
+        config: of config.json, without what describes the quantization.
         notes: what of the files is not in the rest, a line each.
         layers: by name. kv: what it caches in. floats: name -> entry of what is stored and belongs to no quantizer.
     """
 
     place: str
+    title: str
     config: dict[str, Any]
     layers: Mapping[str, Layer]
     kv: KVRecord | None
@@ -191,7 +194,7 @@ class FolderSource(Source):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.place = folder, str(folder)
+        self.folder, self.place, self.title = folder, str(folder), _title(folder)
         self._checkpoint: Checkpoint = read_checkpoint(folder)
         found = self._checkpoint
         self.config = {key: value for key, value in found.config.items() if key != "quantization_config"}
@@ -233,3 +236,10 @@ class FolderSource(Source):
     ) -> None:
         self._opened.clear()
         self._stack.close()
+
+
+def _title(folder: Path) -> str:
+    """As the run that made it calls the model; else the folder's name."""
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    named = manifest.get("name")
+    return named if isinstance(named, str) and named else folder.absolute().name
