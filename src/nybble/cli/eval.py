@@ -96,9 +96,26 @@ def command(
         return
     if wrong := task.given():
         raise UsageError(f"{wrong[0]} is of tasks; name some (--tasks NAME[,NAME]), or leave it out.")
-    data = "builtin" if data is None else data
-    check_source(data)
     names = None if metrics is None else _names(metrics)
+    _on_data(model, "builtin" if data is None else data, names, reference, seq_len or SEQ_LEN, samples, device, json)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _on_data(
+    model: str,
+    data: str,
+    names: list[str] | None,
+    reference: str | None,
+    seq_len: int,
+    samples: int | None,
+    device: str,
+    json: bool,
+) -> None:
+    """Metrics on held-out data, in a table or as JSON."""
+    check_source(data)
     if reference is None and (needy := COMPARING.intersection(names or ())):
         raise UsageError(f"metric {min(needy)!r} compares with the float model; give it (--reference MODEL).")
     from nybble.core.progress import Bars  # torch comes from here on
@@ -109,7 +126,7 @@ def command(
         data,
         metrics=names,
         reference=reference,
-        seq_len=SEQ_LEN if seq_len is None else seq_len,
+        seq_len=seq_len,
         samples=samples,
         device=device,
         progress=Bars(),
@@ -125,10 +142,6 @@ def command(
     what = f"{manifest['predictions']} predictions" if "predictions" in manifest else f"{manifest['samples']} samples"
     digest = next((value for name, value in manifest.items() if name.endswith("sha256")), "not stated")
     print(f"{what}; data sha256 {str(digest)[:16]}")
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _tasks(models: dict[str, str], task: TaskOptions, seq_len: int | None, device: str, json: bool) -> None:
