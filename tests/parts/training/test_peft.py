@@ -98,7 +98,7 @@ def _inside(name: str, state: dict[str, Tensor]) -> str:
 
 
 def test_a_second_adapter_and_a_model_in_memory() -> None:
-    """"all-linear" means the same layers again, none inside an adapter; each adapter is alone, or off."""
+    """ "all-linear" means the same layers again, none inside an adapter; each adapter is alone, or off."""
     model = tiny_model()
     nybble.quantize(model, build_recipe("rtn", **SCHEMES["weights"]))
     base = logits(model)
