@@ -122,6 +122,11 @@ def save(
             f"{type(model).__name__} is a plain network: no config says how to build it again, so there is no folder "
             "for it. Keep its state_dict, or quantize it as a transformers model (its timm wrapper, say)."
         )
+    if any(tensor.device.type == "meta" for tensor in (*model.parameters(), *model.buffers())):
+        raise UsageError(
+            "parts of this model are offloaded (device_map); model.save_pretrained writes the same tensors and brings "
+            "each, or load it without."
+        )
     out = Path(out)
     with AtomicFolder(out) as partial:
         parts = Parts(partial, {}, resume=False)

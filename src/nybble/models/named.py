@@ -70,4 +70,5 @@ def check_float(model: str, quantization: Any) -> None:
     """
     if quantization and not is_packed(quantization):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise ModelError(f"{model} is already quantized ({method}); start from the float model instead.")
+        way = ", or from what `nybble export MODEL DEST --target dense` makes of this" if method == "nybble" else ""
+        raise ModelError(f"{model} is already quantized ({method}); start from the float model instead{way}.")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import FileError, SchemeError
+from nybble.kv_format import tokens_apart
 from nybble.learned._reaching import reaching
 from nybble.learned.ste import following
 from nybble.nn.compiled import fake_quantize, static_params
@@ -121,3 +122,14 @@ def check_static(quantizer: Quantizer) -> None:
             f"{quantizer}: static activations have one float32 scale for the tensor; "
             "write 'tensor' or 'shifted', or leave out 'static'."
         )
+
+
+def measured_over_tokens(root: nn.Module) -> dict[str, Quantizer]:
+    """Quantizers of activations whose scales are measured on several tokens at once, by name.
+
+    What they make of a token depends on the others of its batch, padding among them: one prompt alone comes to other
+    numbers than in a batch. With a scale of each token (``token``, ``group=N``) or a calibrated one (``static``)
+    nothing does. NVFP4's measured outer scale is one of the tensor, too.
+    """
+    found = {name: m.quantizer for name, m in root.named_modules() if isinstance(m, ActivationQuantizer)}
+    return {name: q for name, q in found.items() if not q.static and not tokens_apart(q)}
