@@ -9,9 +9,9 @@ import torch
 
 from nybble.core.errors import SchemeError
 from nybble.export import Facts
-from nybble.export._ct_scheme import E2M1, E4M3, CannotError, activation_args, kv_args, weight_args
 from nybble.export._fused import SIBLINGS, fused_groups
 from nybble.line import PLAIN
+from nybble.models.sources.layouts._ct_args import E2M1, E4M3, CannotError, activation_args, kv_args, weight_args
 from nybble.quantizer import Quantizer
 from nybble.scales.absmax import AbsMax
 from nybble.scales.pow2 import Pow2

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from nybble.core.tensorfile import Planned
 from nybble.export._ct_config import form_of
-from nybble.export._ct_scheme import E2M1, Args, CannotError, activation_args, is_nvfp4, weight_args
 from nybble.export._ct_tensors import Matrix, shared_divisor
 from nybble.export._fused import fused_groups
 from nybble.export._names import Part, parts_of
 from nybble.export._source import Layer, Source
+from nybble.models.sources.layouts._ct_args import E2M1, Args, CannotError, activation_args, is_nvfp4, weight_args
 from nybble.nn.embedding import input_embedding
 from nybble.nn.kinds import Kind
 from nybble.qtensor.block import BlockQTensor

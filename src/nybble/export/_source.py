@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -14,9 +13,8 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from nybble.checkpoint.read import Checkpoint, read_checkpoint
+from nybble.checkpoint.read import Checkpoint, Tensors, read_checkpoint
 from nybble.core.errors import FileError
-from nybble.core.guard import reading
 from nybble.core.tensorfile import Planned
 from nybble.core.tensorheader import TensorEntry
 from nybble.models.build.config_file import make_config
@@ -115,23 +113,22 @@ class FolderSource(Source):
 
     Args:
         folder: of the model.
+        checkpoint: what is in it, where that is known.
 
     Raises:
         FileError: it isn't one, or its files contradict each other.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, checkpoint: Checkpoint | None = None) -> None:
         self.folder, self.place = folder, str(folder)
-        self._checkpoint: Checkpoint = read_checkpoint(folder)
+        self._checkpoint: Checkpoint = read_checkpoint(folder) if checkpoint is None else checkpoint
         found = self._checkpoint
         self.config = {key: value for key, value in found.config.items() if key != "quantization_config"}
         self.kv = found.kv
         self._entries = {n: (h.path, h.data_start, e) for h in found.headers for n, e in h.tensors.items()}
         self.layers = dict(self._described())
-        taken = set(found.expected)
-        self.floats = {name: entry for name, (_, _, entry) in self._entries.items() if name not in taken}
-        self._stack = ExitStack()
-        self._opened: dict[Path, Any] = {}
+        self.floats = {name: entry for name, entry in found.stored.items() if name not in found.expected}
+        self._tensors = Tensors(found)
 
     def _described(self) -> Iterator[tuple[str, Layer]]:
         layouts = Layouts(self._checkpoint.layouts)
@@ -147,20 +144,16 @@ class FolderSource(Source):
             yield name, Layer(name=name, kind=kind, weights=weights, entry=entry, **sides)
 
     def copied(self, name: str) -> Planned:
+        if name not in self._entries:  # made of others, as it is asked for
+            entry = self._checkpoint.stored[name]
+            return Planned(dtype=entry.dtype, shape=entry.shape, bytes_from=partial(self.tensor, name))
         path, start, entry = self._entries[name]
         return Planned(dtype=entry.dtype, shape=entry.shape, bytes_from=path, offset=start + entry.begin)
 
     def tensor(self, name: str) -> Tensor:
-        from safetensors import safe_open
-
-        if name not in self._entries:
+        if name not in self._checkpoint.stored:
             raise FileError(f"{self.folder} has no tensor {name!r}.")
-        path = self._entries[name][0]
-        with reading(path):
-            if path not in self._opened:
-                self._opened[path] = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-            found: Tensor = self._opened[path].get_tensor(name)
-        return found
+        return self._tensors.get(name)
 
     def side_files(self) -> Mapping[str, Path]:
         return side_files(self.folder)
@@ -171,5 +164,4 @@ class FolderSource(Source):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._opened.clear()
-        self._stack.close()
+        self._tensors.__exit__(kind, error, trace)

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from nybble.checkpoint.marked import check_readable, is_others
-from nybble.checkpoint.parts import MANIFEST
+from nybble.checkpoint.marked import MANIFEST, check_readable, is_others
 from nybble.checkpoint.save import save
 from nybble.core.dtypes import FLOATS
 from nybble.core.errors import UsageError

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from nybble.export import Refusal
 from nybble.formats import NumberFormat
 from nybble.granularity import Granularity, fitting_sizes
 from nybble.kv_format import KVFormat
@@ -36,16 +35,12 @@ class CannotError(Exception):
     """What compressed-tensors has no words for.
 
     Attributes:
-        came, nearest, why: as :class:`nybble.export.Refusal` has them.
+        came: what it is. nearest: what can be said instead. why: what is wrong, where ``came`` doesn't say it.
     """
 
     def __init__(self, came: str, nearest: str, why: str = "") -> None:
         super().__init__(f"{came}: {why or 'no such scheme'}; it takes {nearest}")
         self.came, self.nearest, self.why = came, nearest, why
-
-    def of(self, *layers: str) -> Refusal:
-        """The refusal of layers."""
-        return Refusal(layers=layers, came=self.came, nearest=self.nearest, why=self.why)
 
 
 @dataclass(frozen=True)
