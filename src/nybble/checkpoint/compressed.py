@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import FileError, NybbleError
-from nybble.formats import NumberFormat
 from nybble.models.sources.layouts import Files, PackedWeight, packed_weights
-from nybble.models.sources.layouts._ct_args import CannotError, activation_args, kv_args, weight_args
+from nybble.models.sources.layouts._ct_args import CannotError, above, activation_args, kv_args, weight_args
 from nybble.models.sources.layouts.compressed_tensors import group_of
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import Stored, kind_of_entry
@@ -90,7 +89,7 @@ class Compressed:
                 continue
             quantizer = ActivationQuantizer.from_dict(entry[side])
             for part in quantizer.state_dict():
-                half = _half(quantizer.quantizer.format) if part == "zero_point" else 0
+                half = above(quantizer.quantizer.format) if part == "zero_point" else 0
                 stored = f"{name}.{word}_{part}"
                 self._sides[f"{name}.{side}.{part}"] = stored, half
                 self.roles[stored] = quantizer.roles()[part]
@@ -189,13 +188,8 @@ def _as_described(prefix: str, found: QTensor, empty: BlockQTensor) -> dict[str,
     return tensors
 
 
-def _half(fmt: NumberFormat) -> int:
-    """By how much the codes of an unsigned integer are above the signed ones of the files."""
-    return 1 << (fmt.bits - 1) if fmt.name.startswith("u") else 0
-
-
 def _codes(found: BlockQTensor, empty: BlockQTensor) -> Tensor:
-    half = _half(empty.format)
+    half = above(empty.format)
     if not half and found.layout == empty.layout:
         return found.codes
     codes: Tensor = get_layout(empty.layout).pack(found.unpacked().reshape(-1) ^ half, empty.format.bits)

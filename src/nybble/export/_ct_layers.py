@@ -15,7 +15,15 @@ from nybble.export._ct_tensors import Matrix, shared_divisor
 from nybble.export._fused import fused_groups
 from nybble.export._names import Part, parts_of
 from nybble.export._source import Layer, Source
-from nybble.models.sources.layouts._ct_args import E2M1, Args, CannotError, activation_args, is_nvfp4, weight_args
+from nybble.models.sources.layouts._ct_args import (
+    E2M1,
+    Args,
+    CannotError,
+    above,
+    activation_args,
+    is_nvfp4,
+    weight_args,
+)
 from nybble.nn.embedding import input_embedding
 from nybble.nn.kinds import Kind
 from nybble.qtensor.block import BlockQTensor
@@ -53,7 +61,8 @@ class Placed:
             parts = filled.state_dict()
             found[f"{word}_scale"] = _kept(parts["scale"].float().reshape(1))
             if "zero_point" in parts:
-                found[f"{word}_zero_point"] = _kept(parts["zero_point"].round().to(torch.int8).reshape(1))
+                zero_point = parts["zero_point"] - above(filled.quantizer.format)
+                found[f"{word}_zero_point"] = _kept(zero_point.round().to(torch.int8).reshape(1))
         return {f"{self.name}.{name}": plan for name, plan in found.items()}
 
 

@@ -24,10 +24,10 @@ E4M3, E2M1, E2M3, E8M0 = "float8_e4m3fn", "float4_e2m1fn", "float6_e2m3fn", "flo
 _FLOATS = {E4M3: 8, E2M1: 4, E2M3: 6}
 _INTEGER = re.compile(r"(u?)int([1-8])(_full)?|ternary")
 _WITHOUT = {
-    "low_rank": "the same without the correction lorc",
+    "low-rank-sum": "the same without the correction lorc",
     "split": "one quantizer for all columns",
     "vector": "a scalar format, int2 group=64 symmetric=false",
-    "outer_scaled": "int2 group=64 symmetric=false",
+    "outer-scaled": "int2 group=64 symmetric=false",
 }
 
 
@@ -193,6 +193,11 @@ def in_words(tensor: QTensor) -> str:
     elif isinstance(scale, torch.Tensor):
         found += f" scale_format={str(scale.dtype).removeprefix('torch.')}"
     return found
+
+
+def above(fmt: NumberFormat) -> int:
+    """By how much the codes of an integer, unsigned ones, are above those of compressed-tensors, which are signed."""
+    return 1 << (fmt.bits - 1) if fmt.name.startswith("u") else 0
 
 
 # ---------------------------------------------------------------------------------------------------------- activations
