@@ -90,7 +90,7 @@ class Compressed:
             quantizer = ActivationQuantizer.from_dict(entry[side])
             for part in quantizer.state_dict():
                 half = above(quantizer.quantizer.format) if part == "zero_point" else 0
-                stored = f"{name}.{word}_{part}"
+                stored = f"{name}.{word}_{'global_scale' if part == 'divisor' else part}"
                 self._sides[f"{name}.{side}.{part}"] = stored, half
                 self.roles[stored] = quantizer.roles()[part]
 

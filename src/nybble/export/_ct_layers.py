@@ -59,6 +59,9 @@ class Placed:
             if filled is None or not filled.quantizer.static or self.untied:
                 continue
             parts = filled.state_dict()
+            if "divisor" in parts:
+                found[f"{word}_global_scale"] = _kept(parts["divisor"].float().reshape(1))
+                continue
             found[f"{word}_scale"] = _kept(parts["scale"].float().reshape(1))
             if "zero_point" in parts:
                 zero_point = parts["zero_point"] - above(filled.quantizer.format)

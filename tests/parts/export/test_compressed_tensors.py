@@ -66,6 +66,7 @@ BOTH = {
     ("float8_e4m3fn tensor", "float8_e4m3fn tensor static"): "float-quantized",
     ("float8_e4m3fn block=16x32", "float8_e4m3fn group=32 scale_format=float32"): "float-quantized",
     ("int4 group=32", "float8_e4m3fn token"): "int-quantized",
+    ("nvfp4", "nvfp4"): "nvfp4-pack-quantized",  # inputs under a calibrated divisor, that of the target
     ("mxfp4", "mxfp4"): "mxfp4-pack-quantized",
     ("mxfp8", "mxfp8"): "mxfp8-quantized",
     ("mxfp6", "mxfp6"): "mxfp6-pack-quantized",
@@ -164,12 +165,14 @@ def test_bytes_config_and_values(line: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("weights", "inputs"), BOTH)
 def test_inputs(weights: str, inputs: str, tmp_path: Path) -> None:
-    folder = quantized(weights=weights, activations=inputs, target=TARGET, calibrated="static" in inputs)
+    calibrated = "static" in inputs or inputs == "nvfp4"
+    folder = quantized(weights=weights, activations=inputs, target=TARGET, calibrated=calibrated)
     found, ours, config = written(folder, tmp_path / "d", check=True)
     quantization = config["quantization_config"]
     assert quantization["format"] == BOTH[weights, inputs]
     args = quantization["config_groups"]["group_0"]["input_activations"]
-    assert args["dynamic"] is ("static" not in inputs)
+    assert args["dynamic"] == ("local" if inputs == "nvfp4" else "static" not in inputs)
+    assert ("model.layers.0.mlp.up_proj.input_global_scale" in ours) is (inputs == "nvfp4")
     assert ("model.layers.0.mlp.up_proj.input_scale" in ours) is ("static" in inputs)
     # int8 with 127 codes is nybble's and vLLM's; the library divides by 127.5
     assert found["check"]["cosine"] > (0.998 if inputs.startswith("int8 ") else 1 - 1e-6)

@@ -226,8 +226,10 @@ def activation_args(quantizer: Quantizer) -> Args:
     if fmt.name == E4M3 and inner is None:
         return floats
     if fmt.name == E2M1 and where.get("group_size") == 16:
+        if quantizer.static and quantizer.scale.takes_divisor and inner is not None and inner.format.name == E4M3:
+            return {**floats, "strategy": "tensor_group", "dynamic": "local", "scale_dtype": torch.float8_e4m3fn}
         why = "the scale of its scales is measured on every tensor, and runtimes want a calibrated one"
-        raise CannotError(came, "inputs in float (--activations none), mxfp4, or float8_e4m3fn token", why)
+        raise CannotError(came, "nvfp4-ct static, mxfp4, float8_e4m3fn token, or inputs in float", why)
     raise CannotError(came, "int8 token, float8_e4m3fn token, mxfp4 or mxfp8")
 
 
