@@ -212,7 +212,7 @@ class Parts:
             write: writes them in another form than nybble's own; None: that one.
         """
         found = self._gathered(names, config, kv)
-        for left in self.folder.glob("*.safetensors*"):  # of a run that was killed here, perhaps in another form
+        for left in self.folder.glob("model*.safetensors*"):  # of a run that was killed here, perhaps in another form
             left.unlink()
         why = "" if write is None else write(found, self.folder, manifest)
         form: dict[str, Any] = {"name": NATIVE, "why": why} if why else {"name": NATIVE}

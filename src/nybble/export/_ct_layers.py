@@ -105,9 +105,9 @@ def _check_kind(model: nn.Module, layer: Layer, kind: Kind) -> None:
         return
     if kind.fused:
         return
-    module = model.get_submodule(layer.name)
     if kind.operands:
         raise CannotError("the operands of attention", "--matmuls left out")
+    module = model.get_submodule(layer.name)
     if not isinstance(module, nn.Linear | nn.Embedding):
         what = f"a {type(module).__name__}"
         raise CannotError(what, f"nn.Linear and nn.Embedding; {_FLOAT} (--ignore {type(module).__name__})")

@@ -10,8 +10,9 @@ from nybble.checkpoint.card import CARD, compressed_card
 from nybble.checkpoint.marked import COMPRESSED, NATIVE
 from nybble.checkpoint.parts import Writer
 from nybble.checkpoint.read import Checkpoint
-from nybble.core.errors import FileError, NybbleError
+from nybble.core.errors import FileError, ModelError, NybbleError
 from nybble.core.files import atomic_write_text
+from nybble.core.guard import reading
 from nybble.export._ct_config import library
 from nybble.export._ct_form import lacking
 from nybble.export._source import FolderSource
@@ -64,8 +65,9 @@ def _why_not(source: FolderSource) -> str:
     """Why a model can't be in compressed-tensors' form, in a line; empty where it can."""
     try:
         library()
-        found = lacking(source)
-    except NybbleError as error:  # the package is missing, or transformers knows no such model
+        with reading(f"{COMPRESSED}' schemes of this model", ModelError):
+            found = lacking(source)
+    except NybbleError as error:  # the package is missing, or the model is of a kind that nobody else knows
         return str(error).rstrip(".")
     more = f" (and {len(found) - 1} more reasons)" if len(found) > 1 else ""
     return f"{COMPRESSED} can't hold {found[0]}{more}" if found else ""
