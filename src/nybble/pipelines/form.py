@@ -52,9 +52,10 @@ def writer(form: str, announce: Callable[[str], None]) -> Writer | None:
                 announce(f"written in nybble's own form: {why}")
                 return why
             target = CompressedTensors()
-            for note in target.notes(source):
+            notes = target.notes(source)
+            for note in notes:
                 announce(note)
-            text = target.write_model(source, folder)
+            text = "\n".join([target.write_model(source, folder), *(f"- {note}" for note in notes)])
             atomic_write_text(folder / CARD, compressed_card(source.config, manifest, text))
         return ""
 
