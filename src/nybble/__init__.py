@@ -21,7 +21,6 @@ __version__ = VERSION
 
 if TYPE_CHECKING:  # what the names below are, for type checkers and editors
     from nybble import optim as optim
-    from nybble.checkpoint.save import save as save
     from nybble.core.errors import NybbleError as NybbleError
     from nybble.eval import evaluate as evaluate
     from nybble.pipelines.convert import convert as convert
@@ -30,6 +29,7 @@ if TYPE_CHECKING:  # what the names below are, for type checkers and editors
     from nybble.pipelines.quantize import preflight as preflight
     from nybble.pipelines.quantize import quantize as quantize
     from nybble.pipelines.quantize import quantize_many as quantize_many
+    from nybble.pipelines.save import save as save
     from nybble.qtensor import QTensor as QTensor
     from nybble.quantizer import Quantizer as Quantizer
     from nybble.recipe import Recipe as Recipe
@@ -46,7 +46,7 @@ _NAMES = {
     "quantize_many": "nybble.pipelines.quantize",
     "preflight": "nybble.pipelines.quantize",
     "load": "nybble.pipelines.load",
-    "save": "nybble.checkpoint.save",
+    "save": "nybble.pipelines.save",
     "evaluate": "nybble.eval",
     "convert": "nybble.pipelines.convert",
     "export": "nybble.export",  # the room of targets, which can be called

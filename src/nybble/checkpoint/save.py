@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nybble.checkpoint.describe import describe_model
-from nybble.checkpoint.parts import Parts
+from nybble.checkpoint.parts import Parts, Writer
 from nybble.core.errors import ModelError, UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, check_new_folder, disk_errors
@@ -98,14 +98,16 @@ def save(
     out: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     manifest: dict[str, Any] | None = None,
+    write: Writer | None = None,
 ) -> Path:
-    """Write a model that was quantized in memory to a folder, as ``nybble quantize`` would.
+    """Write a model that was quantized in memory to a folder.
 
     Args:
         model: from :func:`nybble.quantize`, or after training from ``convert``.
         out: must not exist.
         tokenizer: to stand beside it; without one, text can't be made or judged with the folder.
         manifest: what nybble.json says; None takes what the model remembers of its quantization, if it does.
+        write: writes another form than nybble's own.
 
     Raises:
         UsageError: nothing in it is quantized, its cache neither. FileError: the folder exists or can't be written.
@@ -135,6 +137,6 @@ def save(
         _save_generation_config(model, partial)
         record = dict(vars(model).get(_RECORD, {}) if manifest is None else manifest)
         parts.write("model", "", model, record.pop("layers", []))
-        parts.assemble(["model"], model_config(model, model.dtype), record, recorded_kv(model))
+        parts.assemble(["model"], model_config(model, model.dtype), record, recorded_kv(model), write)
         parts.finish()
     return out

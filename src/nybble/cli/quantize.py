@@ -15,7 +15,7 @@ from nybble.core.files import check_new_folder
 from nybble.data.text import check_source
 from nybble.models.build.config_file import read_json
 from nybble.models.named import check_float, check_model, stated_quantization
-from nybble.pipelines.targets import split_targets
+from nybble.pipelines.targets import AUTO, check_form_name, split_targets
 from nybble.recipes import BEST, check_recipe_name, recipe_for
 
 if TYPE_CHECKING:
@@ -88,6 +88,13 @@ def command(
             "gguf:q4_k_m also writes OUT/gguf. Both may be given; repeatable."
         ),
     ] = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            help="Of the files: compressed-tensors, which vLLM and transformers load without nybble; native; or auto, "
+            "the first where it says all of the result exactly."
+        ),
+    ] = AUTO,
     data: Annotated[
         str, typer.Option(help="Calibration data: a text file, JSONL, hub dataset id, or builtin; images.")
     ] = "builtin",
@@ -102,6 +109,7 @@ def command(
     """Quantize MODEL into the folder OUT."""
     aim, files = split_targets(target)
     recipe = recipe_for(recipe, aim)
+    check_form_name(form)
     _check(model, out, recipe, data, eval)
     from nybble.pipelines.request import build_recipe
     from nybble.walk.settings import Settings
@@ -111,7 +119,7 @@ def command(
     from nybble.core import ranks  # torch comes from here on: all above needs none
 
     with ranks.started(run.device) as device:
-        result = _done(model, out, made, data, replace(settings, device=device), files, eval, dry_run)
+        result = _done(model, out, made, data, replace(settings, device=device), files, eval, dry_run, form)
     if json:
         print_json(result)
     elif dry_run:
@@ -129,18 +137,25 @@ def _done(
     files: Sequence[str],
     eval: str | None,
     dry_run: bool,
+    form: str,
 ) -> dict[str, Any]:
     """What is said of it in the end; nothing by a process beside the one that writes."""
     from nybble.checkpoint.account import inspect
+    from nybble.checkpoint.marked import form_of
     from nybble.core.progress import Bars
     from nybble.pipelines.evaluate import judge_folder, judged_on
+    from nybble.pipelines.form import check_form
     from nybble.pipelines.quantize import preflight, quantize
+
+    check_form(form)
 
     held_out = None if eval is None else judged_on(model, eval, seq_len=settings.seq_len)
     if dry_run:
         lines = preflight(model, made, data, out=out, settings=settings, target=files)
         return {"dry_run": True, "recipe": made.name, "preflight": lines}
-    _, report = quantize(model, made, data, out=out, settings=settings, progress=Bars(), announce=note, target=files)
+    _, report = quantize(
+        model, made, data, out=out, settings=settings, progress=Bars(), announce=note, form=form, target=files
+    )
     if is_silent():
         return {}
     evaluation = None
@@ -151,6 +166,7 @@ def _done(
     result: dict[str, Any] = {
         "out": str(out),
         "recipe": made.name,
+        "form": form_of(out),
         "weights": len(report.layers),
         "seconds": report.seconds,
         "bits_per_weight": sizes["bits_per_weight"],

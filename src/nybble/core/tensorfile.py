@@ -11,7 +11,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -57,6 +57,15 @@ class Planned:
         """Size in bytes."""
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
+    def recast(self, shape: Sequence[int], dtype: str = "") -> Planned:
+        """The same bytes under another shape, and another dtype of as many bytes (empty: the same)."""
+        made, wanted = self.bytes_from, tuple(shape)
+        found = replace(self, dtype=dtype or self.dtype, shape=wanted)
+        if isinstance(made, Path):
+            return found
+        kind = _dtype_named(found.dtype)
+        return replace(found, bytes_from=lambda: made().contiguous().view(kind).view(wanted))
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
@@ -94,6 +103,14 @@ class _Source:
 def safetensors_name(dtype: torch.dtype) -> str | None:
     """``BF16`` of torch.bfloat16; None of what safetensors can't store."""
     return _TORCH_NAMES.get(str(dtype).removeprefix("torch."))
+
+
+def _dtype_named(name: str) -> torch.dtype:
+    """torch.bfloat16 of ``BF16``."""
+    import torch
+
+    kind: torch.dtype = getattr(torch, next(known for known, stored in _TORCH_NAMES.items() if stored == name))
+    return kind
 
 
 def _memory(tensor: Tensor) -> memoryview:

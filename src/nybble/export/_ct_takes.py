@@ -37,8 +37,9 @@ class _Said:
 def _inputs(args: Mapping[str, Any] | None) -> str:
     if not args:
         return "float"
-    scale = "mx" if args.get("scale_dtype") is not None else ""
-    dynamic = "" if args["dynamic"] else " static"
+    local = args["dynamic"] == "local"  # NVFP4's: a calibrated scale over those of the groups
+    scale = "mx" if args.get("scale_dtype") is not None and not local else ""
+    dynamic = " local" if local else "" if args["dynamic"] else " static"
     return f"{scale}{args['type']}{args['num_bits']} {args['strategy']}{dynamic}"
 
 
@@ -107,6 +108,13 @@ _ROWS: tuple[tuple[Callable[[_Said], bool], Takes], ...] = (
         _vllm("nvfp4", "float", "nvfp4-pack-quantized", "0.9.0", f"{_PULL}17914"),
     ),
     (
+        lambda s: s.form == "nvfp4-pack-quantized" and s.inputs == "float4 tensor_group local",
+        _vllm(
+            "nvfp4", "nvfp4-ct static", "nvfp4-pack-quantized", "", f"{_SCHEMES}w4a4_nvfp4.py",
+            "inputs are rounded on Blackwell; elsewhere they stay in float",
+        ),
+    ),
+    (
         lambda s: s.form == "mxfp4-pack-quantized" and s.inputs in ("float", "mxfloat4 group"),
         _vllm(
             "mxfp4", "float, or mxfp4", "mxfp4-pack-quantized", "0.14.1 or earlier", _chosen("0.14.1"),
@@ -121,7 +129,7 @@ _ROWS: tuple[tuple[Callable[[_Said], bool], Takes], ...] = (
 
 _TRANSFORMERS = Takes(
     weights="every scheme of this table, int2 to int8 of any of its granularities, mxfp6",
-    inputs="int, float8_e4m3fn, mxfp4, mxfp6, mxfp8; token, tensor, group",
+    inputs="int, float8_e4m3fn, nvfp4, mxfp4, mxfp6, mxfp8; token, tensor, group",
     form="all",
     runtime="transformers",
     since="",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,9 +24,9 @@ from torch.nn import functional
 
 from nybble.core.errors import FileError
 from nybble.core.tensorfile import Planned, safetensors_name
-from nybble.export._ct_scheme import Args
 from nybble.export._reciprocal import reciprocals
 from nybble.export._source import Layer, Source
+from nybble.models.sources.layouts._ct_args import Args
 from nybble.models.sources.layouts._pieces import flipped
 from nybble.packing import get_layout
 from nybble.qtensor import Inverse, dense
@@ -125,7 +125,7 @@ class Matrix:
     def _codes(self, dtype: str, shape: tuple[int, int]) -> Planned:
         """The bytes as they are: where all rows are wanted, of the file."""
         if self.rows is None and self.empty.layout == "dense":
-            return replace(self.source.copied(f"{self.prefix}.codes"), dtype=dtype, shape=shape)
+            return self.source.copied(f"{self.prefix}.codes").recast(shape, dtype)
         kind = _E4M3 if dtype == "F8_E4M3" else torch.uint8
         return _made(dtype, shape, lambda: self.read().codes.view(shape).view(kind))
 
@@ -148,12 +148,12 @@ class Matrix:
             dtype, kind = ("F8_E4M3", _E4M3) if self.form.startswith("nv") else ("U8", torch.uint8)
             ratio = self._ratio()
             if self.rows is None and ratio == 1:
-                return replace(self.source.copied(f"{self.prefix}.scale.codes"), dtype=dtype, shape=shape)
+                return self.source.copied(f"{self.prefix}.scale.codes").recast(shape, dtype)
             return _made(dtype, shape, lambda: moved(scale_of(self.read()).codes.view(kind), ratio).view(shape))
         # The library multiplies in the dtype that is stored; only the model's own, or float32, gives nybble's values.
         if isinstance(scale, Tensor) and scale.dtype in (self.source.dtype, torch.float32):
             if self.rows is None:
-                return replace(self.source.copied(f"{self.prefix}.scale"), shape=shape)
+                return self.source.copied(f"{self.prefix}.scale").recast(shape)
             return _made(str(safetensors_name(scale.dtype)), shape, lambda: self._plain_scale().view(shape))
         return _made("F32", shape, lambda: self._plain_scale().float().reshape(shape))
 

@@ -9,9 +9,9 @@ import torch
 
 from nybble.core.errors import GranularityError, SchemeError
 from nybble.export import Facts
-from nybble.export._ct_scheme import E2M1, E4M3, CannotError
 from nybble.export._mlx_form import form_of
 from nybble.line import PLAIN
+from nybble.models.sources.layouts._ct_args import E2M1, E4M3, CannotError
 from nybble.quantizer import Quantizer
 from nybble.scales.minmax import MinMax
 from nybble.scheme import Rule, Scheme

@@ -13,8 +13,8 @@ from itertools import pairwise
 
 import torch
 
-from nybble.export._ct_scheme import E2M1, E4M3, CannotError, in_words, is_mx, strategy
 from nybble.formats import NumberFormat
+from nybble.models.sources.layouts._ct_args import E2M1, E4M3, CannotError, in_words, is_mx, strategy
 from nybble.qtensor import Factored, Inverse, QTensor
 from nybble.qtensor.block import BlockQTensor
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from nybble.export._ct_scheme import CannotError
 from nybble.export._mlx_form import form_of
 from nybble.export._mlx_tensors import Piece, Placed
 from nybble.export._names import parts_of
 from nybble.export._source import Layer, Source
+from nybble.models.sources.layouts._ct_args import CannotError
 from nybble.nn.kinds.tied import input_table
 
 _FLOAT = "all weights of this kind in float"

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from nybble.core.tensorfile import Planned, safetensors_name
-from nybble.export._ct_scheme import CannotError, in_words
-from nybble.export._ct_tensors import flipped, moved
+from nybble.export._ct_tensors import moved
 from nybble.export._mlx_form import Form, is_power_of_two, nearest, repeated
 from nybble.export._source import Layer, Source
+from nybble.models.sources.layouts._ct_args import CannotError, in_words
+from nybble.models.sources.layouts._pieces import flipped
 from nybble.packing import get_layout
 from nybble.qtensor import Inverse, dense
 from nybble.qtensor._rows import take_rows

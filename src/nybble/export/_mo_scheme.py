@@ -9,7 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nybble.export._ct_scheme import E2M1, E4M3, E8M0, Args, CannotError, in_words, is_mx, is_nvfp4, weight_args
+from nybble.models.sources.layouts._ct_args import (
+    E2M1,
+    E4M3,
+    E8M0,
+    Args,
+    CannotError,
+    in_words,
+    is_mx,
+    is_nvfp4,
+    weight_args,
+)
 from nybble.qtensor import Inverse, QTensor
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer

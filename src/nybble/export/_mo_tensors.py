@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from nybble.core.tensorfile import Planned
 from nybble.export._ct_layers import nvfp4_groups, stored_under
-from nybble.export._ct_scheme import CannotError
 from nybble.export._ct_tensors import Matrix, scale_of
 from nybble.export._mo_scheme import NEAREST, Algorithm, algorithm_of
 from nybble.export._reciprocal import reciprocals
 from nybble.export._source import Layer, Source
+from nybble.models.sources.layouts._ct_args import CannotError
 from nybble.qtensor import Inverse, dense
 from nybble.qtensor.block import BlockQTensor
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from nybble.calibration.error import relative_error
 from nybble.core.errors import GranularityError, NybbleError, SchemeError, UsageError
 from nybble.export import ExportTarget, Facts
-from nybble.export._ct_scheme import in_words
 from nybble.export._fused import fused_groups
 from nybble.export._recodings import EXACT, ROUNDING, Recoding
 from nybble.export._rounded import RoundedSource
 from nybble.export._source import Source
 from nybble.models.adapter import adapter_for
+from nybble.models.sources.layouts._ct_args import in_words
 from nybble.nn.kinds import targets_of
 from nybble.quantizer import Quantizer
 from nybble.scheme import Rule, Scheme

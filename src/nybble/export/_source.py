@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -16,10 +15,9 @@ from torch import Tensor, nn
 
 from nybble.checkpoint.describe import restore_model
 from nybble.checkpoint.load import load_quantized
-from nybble.checkpoint.parts import MANIFEST
-from nybble.checkpoint.read import Checkpoint, read_checkpoint
+from nybble.checkpoint.marked import MANIFEST
+from nybble.checkpoint.read import Checkpoint, Tensors, read_checkpoint
 from nybble.core.errors import FileError
-from nybble.core.guard import reading
 from nybble.core.tensorfile import Planned
 from nybble.core.tensorheader import TensorEntry
 from nybble.models.build.config_file import make_config, read_json
@@ -188,42 +186,37 @@ class FolderSource(Source):
 
     Args:
         folder: of the model.
+        checkpoint: what is in it, where that is known.
 
     Raises:
         FileError: it isn't one, or its files contradict each other.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, checkpoint: Checkpoint | None = None) -> None:
         self.folder, self.place, self.title = folder, str(folder), _title(folder)
-        self._checkpoint: Checkpoint = read_checkpoint(folder)
+        self._checkpoint: Checkpoint = read_checkpoint(folder) if checkpoint is None else checkpoint
         found = self._checkpoint
         self.config = {key: value for key, value in found.config.items() if key != "quantization_config"}
         self.kv = found.kv
         self._entries = {n: (h.path, h.data_start, e) for h in found.headers for n, e in h.tensors.items()}
         self.layers = layers_of(found.modules, found.layouts)
-        taken = set(found.expected)
-        self.floats = {name: entry for name, (_, _, entry) in self._entries.items() if name not in taken}
-        self._stack = ExitStack()
-        self._opened: dict[Path, Any] = {}
+        self.floats = {name: entry for name, entry in found.stored.items() if name not in found.expected}
+        self._tensors = Tensors(found)
 
     def loaded(self, dtype: torch.dtype) -> PreTrainedModel:
         return load_quantized(self.folder, dtype)
 
     def copied(self, name: str) -> Planned:
+        if name not in self._entries:  # made of others, as it is asked for
+            entry = self._checkpoint.stored[name]
+            return Planned(dtype=entry.dtype, shape=entry.shape, bytes_from=partial(self.tensor, name))
         path, start, entry = self._entries[name]
         return Planned(dtype=entry.dtype, shape=entry.shape, bytes_from=path, offset=start + entry.begin)
 
     def tensor(self, name: str) -> Tensor:
-        from safetensors import safe_open
-
-        if name not in self._entries:
+        if name not in self._checkpoint.stored:
             raise FileError(f"{self.folder} has no tensor {name!r}.")
-        path = self._entries[name][0]
-        with reading(path):
-            if path not in self._opened:
-                self._opened[path] = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-            found: Tensor = self._opened[path].get_tensor(name)
-        return found
+        return self._tensors.get(name)
 
     def side_files(self) -> Mapping[str, Path]:
         return side_files(self.folder)
@@ -234,8 +227,7 @@ class FolderSource(Source):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._opened.clear()
-        self._stack.close()
+        self._tensors.__exit__(kind, error, trace)
 
 
 def _title(folder: Path) -> str:

@@ -15,7 +15,6 @@ from nybble.core.errors import ModelError
 from nybble.core.files import atomic_write_json
 from nybble.core.tensorfile import stream_tensorfiles
 from nybble.export import ExportTarget, Facts, Refusal, Verified
-from nybble.export._ct_scheme import CannotError
 from nybble.export._folder import SHARD_BYTES, write_beside
 from nybble.export._mlx_constrain import constrained
 from nybble.export._mlx_layers import as_read, placed, quantization
@@ -24,6 +23,7 @@ from nybble.export._mlx_tensors import Placed
 from nybble.export._mlx_verify import NEEDS, compare_logits, compare_weights, library
 from nybble.export._names import as_stored
 from nybble.export._source import Source
+from nybble.models.sources.layouts._ct_args import CannotError
 from nybble.scheme import Scheme
 
 _CARD = """This folder is in the format of [MLX](https://github.com/ml-explore/mlx):

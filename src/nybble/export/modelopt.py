@@ -22,7 +22,6 @@ from nybble.core.tensorfile import stream_tensorfiles
 from nybble.core.versions import VERSION
 from nybble.export import ExportTarget, Facts, Refusal, Takes, Verified
 from nybble.export._ct_layers import nvfp4_groups
-from nybble.export._ct_scheme import CannotError
 from nybble.export._folder import SHARD_BYTES, write_beside
 from nybble.export._fused import SIBLINGS, fused_groups
 from nybble.export._mo_scheme import NEAREST, Algorithm, algorithm_of, is_divisor, mirrored, quantization
@@ -30,6 +29,7 @@ from nybble.export._mo_tensors import algorithm, decoded, factor_of, placed, sha
 from nybble.export._names import as_stored
 from nybble.export._source import Source
 from nybble.models.sources.folder import weight_files
+from nybble.models.sources.layouts._ct_args import CannotError
 from nybble.nn.kinds import targets_of
 from nybble.quantizer import Quantizer
 from nybble.scheme import Rule, Scheme
@@ -122,7 +122,8 @@ class ModelOpt(ExportTarget):
                 bad.setdefault((error.came, error.nearest, error.why), []).append(name)
         refusals = [Refusal(layers=tuple(n), came=c, nearest=near, why=why) for (c, near, why), n in bad.items()]
         if source.kv is not None:
-            refusals.append(_kv(source.kv).of("the KV cache"))
+            cannot = _kv(source.kv)
+            refusals.append(Refusal(layers=("the KV cache",), came=cannot.came, nearest=cannot.nearest, why=cannot.why))
         if not found and not refusals:
             refusals.append(Refusal(layers=("the model",), came="all in float", nearest=NEAREST))
         return refusals or [*_unequal(source, model, found), *_inexact(source)]

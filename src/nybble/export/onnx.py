@@ -22,7 +22,6 @@ from nybble.core.errors import ModelError, SchemeError, UsageError
 from nybble.core.guard import reading
 from nybble.core.seeds import preserve_global_rng
 from nybble.export import ExportTarget, Facts, Refusal, Takes, Verified
-from nybble.export._ct_scheme import CannotError
 from nybble.export._folder import write_beside
 from nybble.export._onnx_graph import mark_layers, retype
 from nybble.export._onnx_judge import judge_layers
@@ -31,6 +30,7 @@ from nybble.export._onnx_verify import compare_outputs, compare_weights, version
 from nybble.export._onnx_weights import check_activation, form_of
 from nybble.export._source import Layer, Source
 from nybble.export._transformers import _inputs, _silently
+from nybble.models.sources.layouts._ct_args import CannotError
 from nybble.nn.kinds import Kind
 from nybble.nn.kinds.conv import PART as CONV
 from nybble.nn.kinds.embedding import PART as EMBEDDING

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from nybble.checkpoint.marked import check_readable, is_quantized
-from nybble.checkpoint.parts import MANIFEST
+from nybble.checkpoint.marked import MANIFEST, check_readable, is_quantized
 from nybble.core.errors import UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, check_new_folder, disk_errors

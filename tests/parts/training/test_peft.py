@@ -84,7 +84,7 @@ def test_trains_is_saved_loaded_and_merged(tmp_path: Path, scheme: str) -> None:
     share = 0.05 if scheme in ("weights", "W8A8", "matmuls") else 0.5  # a merged adapter sees what 4 bits left of x
     assert (logits(merged) - logits(model)).norm() < share * change.norm()
     merged.save_pretrained(tmp_path / "by transformers")
-    nybble.save(merged, tmp_path / "by nybble")
+    nybble.save(merged, tmp_path / "by nybble", form="native")
     for folder in ("by transformers", "by nybble"):
         assert torch.equal(logits(auto.from_pretrained(tmp_path / folder)), logits(merged))
         assert torch.equal(logits(nybble.load(tmp_path / folder)[0]), logits(merged))

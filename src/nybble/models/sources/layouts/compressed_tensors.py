@@ -84,6 +84,22 @@ class CompressedTensors(Layout):
         return f"The checkpoint asks for quantized {named} too; here they stay in float." if named else ""
 
 
+def group_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What ``config_groups`` say of a module; None where it stays in float.
+
+    Args:
+        name: of a linear layer, or of an embedding that is named.
+        config: ``quantization_config``.
+    """
+    if any(_named(name, str(target)) for target in config.get("ignore") or ()):
+        return None
+    groups = [(group, [str(target) for target in group["targets"]]) for group in config["config_groups"].values()]
+    for group, targets in groups:
+        if any(_named(name, target) for target in targets):
+            return dict(group)
+    return next((dict(group) for group, targets in groups if any(map(_is_class, targets))), None)
+
+
 def _groups(config: Mapping[str, Any]) -> list[tuple[str, list[str], Args]]:
     """(format, targets, QuantizationArgs of weights) of each group that has any."""
     found: list[tuple[str, list[str], Args]] = []
@@ -101,15 +117,22 @@ def _groups(config: Mapping[str, Any]) -> list[tuple[str, list[str], Args]]:
 def _chosen(name: str, groups: list[tuple[str, list[str], Args]]) -> tuple[str, Args]:
     """The format and args of a module: a group that names it goes before one that names its class."""
     for form, targets, args in groups:
-        for target in targets:
-            pattern = target.removeprefix("re:")
-            if name == target or (pattern != target and len(pattern) < 1000 and re.match(pattern, name)):
-                return form, args
-    # A class can't be seen in the files; names are dotted, or begin with "re:", and classes are neither.
+        if any(_named(name, target) for target in targets):
+            return form, args
     for form, targets, args in groups:
-        if any("." not in target and not target.startswith("re:") for target in targets):
+        if any(map(_is_class, targets)):
             return form, args
     raise FileError(f"{name} is quantized, and no group of quantization_config is for it.")
+
+
+def _named(name: str, target: str) -> bool:
+    pattern = target.removeprefix("re:")
+    return name == target or (pattern != target and len(pattern) < 1000 and re.match(pattern, name) is not None)
+
+
+def _is_class(target: str) -> bool:
+    """A class can't be seen in the files; names are dotted, or begin with "re:", and classes are neither."""
+    return "." not in target and not target.startswith("re:")
 
 
 def _weight(name: str, form: str, args: Args, files: Files) -> PackedWeight:
