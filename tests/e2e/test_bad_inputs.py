@@ -138,7 +138,6 @@ REQUESTS: dict[str, tuple[list[str], int, str]] = {
     "ignore bad re": ([*GOOD, "--ignore", "re:("], 2, r"'re:\(' is not a regular"),
     "ignore all": ([*GOOD, "--ignore", "Linear"], 2, r"the target 'Linear' matches no module that is left to it"),
     "kv": ([*GOOD, "--kv", "int4"], 2, r"'tensor' has scales that tokens share.*Write 'int4 token'"),
-    "effort": (["--effort", "quick"], 2, r"leave --effort out"),
     "effort word": (["--effort", "much"], 2, r"effort 'much' is neither quick nor full"),
     "samples": ([*GOOD, "--samples", "0"], 2, r"samples is 0; it must be 1 or more"),
     "batch": ([*GOOD, "--batch", "-1"], 2, r"batch is -1; it must be 1 or more"),
