@@ -151,6 +151,23 @@ def test_the_best_state_by_the_steps_own_losses() -> None:
     assert all(torch.equal(a, b) for a, b in zip(made.learned(), again.learned(), strict=True))
 
 
+def test_penalties_are_in_units_of_the_loss_at_the_start() -> None:
+    """A loss a thousandth as large, all else equal, comes to the same: powers of two and signs leave every bit."""
+
+    def learned(factor: float) -> list[Tensor]:
+        class Times(Mse):
+            def loss(self, output: Tensor, wanted: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
+                return factor * super().loss(output, wanted, mask)
+
+        made = Made()
+        part = make_part("adaround", {"warmup": 0.0, "strength": 1.0})
+        reconstruct(made.window, Times(weights=part, steps=20, optimizer="sign", penalty=1.0, rates={"rounding": 0.1}))
+        return made.learned()
+
+    pairs = list(zip(learned(1.0), learned(2.0**-10), strict=True))
+    assert pairs and all(torch.equal(one, other) for one, other in pairs)
+
+
 def test_what_diverges_is_stopped() -> None:
     """At the end of the first round that lost more than so many times the start; the best state before it is kept."""
     lost: list[float] = []
