@@ -216,6 +216,27 @@ def test_a_loss_that_is_no_number_names_the_layer_and_leaves_the_window_as_it_wa
     reconstruct(made.window, options(steps=2))  # and can be learned on again
 
 
+@pytest.mark.parametrize("huge", [True, False])
+def test_an_infinite_loss_of_finite_outputs_names_the_layer_with_the_largest(huge: bool) -> None:
+    """If those are large enough to be the reason: their squares overflow."""
+    made = Made()
+
+    class Squared(Mse):
+        def loss(self, output: Tensor, wanted: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
+            found = super().loss(output, wanted, mask)
+            if not output.requires_grad:
+                return found
+            for number, state in enumerate(made.states):
+                (twin,) = twins_of(state).values()
+                for parameter in twin.learned()[0][1].parameters():
+                    parameter.data.fill_(1e20 if huge and number == 1 else 1.0)  # behind autograd's back
+            return found * torch.inf
+
+    said = r"^blocks\.1\.layer gives values up to .*e\+2\d, so the" if huge else "^the"
+    with pytest.raises(LearningError, match=said + " loss of window-0000 is inf at step 0"):
+        reconstruct(made.window, Squared(weights=make_part("block-ap", {}), steps=3))
+
+
 @pytest.mark.parametrize("targets", [(FLOAT,), (FLOAT, LOCAL)])
 def test_targets_are_in_files_where_states_are_spilled(tmp_path: Path, targets: tuple[str, ...]) -> None:
     made = Made()
