@@ -35,8 +35,7 @@ from nybble.recipe import Recipe, load_recipe, parse_recipe, recipe_names
 from nybble.walk.settings import Settings
 
 RECIPES: dict[str, dict[str, str]] = {
-    # Each with its own scheme; those that search, the quick way.
-    **{n: {"effort": "quick"} if any(s.quick for s in load_recipe(n).steps) else {} for n in recipe_names()},
+    **{n: {"effort": "quick"} for n in recipe_names()},  # each with its own scheme
     "rtn dynamic": {"scheme": "NVFP4"},
     "mse zero point": {"weights": "int4 group=16 symmetric=false"},
     "gptq dynamic": {"weights": "mxfp4 group=16", "activations": "mxfp4 group=16"},

@@ -99,7 +99,9 @@ def command(
         str, typer.Option(help="Calibration data: a text file, JSONL, hub dataset id, or builtin; images.")
     ] = "builtin",
     run: RunOptions = RUN,
-    effort: Annotated[str, typer.Option(help="quick or full, for recipes that search.")] = "full",
+    effort: Annotated[
+        str, typer.Option(help="quick: fewer steps and candidates, where a recipe has such. Or full.")
+    ] = "full",
     eval: Annotated[str | None, typer.Option(help="Evaluate before and after on this text.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, say what would be done and needed, and stop.")
