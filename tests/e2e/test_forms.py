@@ -29,12 +29,13 @@ pytest.importorskip("compressed_tensors", reason="the form of that name")
 
 COMPRESSED = "compressed-tensors"
 HELD: dict[str, dict[str, Any]] = {
-    "codes that change their sign, zero points": {"weights": "uint4 group=32 symmetric=false"},
+    "codes that change their sign, zero points": {"weights": "uint4 group=32 symmetric=false scale_format=bfloat16"},
     "another packing": {"weights": "ternary channel packing=base3"},
     "odd bits, a tensor's zero point": {"weights": "int3 tensor symmetric=false"},
     "no scale": {"weights": "int8 channel scale=one"},
     "blocks of floats, inputs in groups": {
-        "weights": "float8_e4m3fn block=16x32", "activations": "float8_e4m3fn group=32 scale_format=float32"
+        "weights": "float8_e4m3fn block=16x32 scale_format=bfloat16",
+        "activations": "float8_e4m3fn group=32 scale_format=float32"
     },
     "a factor of E4M3 scales, shared": {"weights": "nvfp4", "activations": "none", "target": COMPRESSED},
     "exponents, inputs, a cache": {
@@ -43,12 +44,16 @@ HELD: dict[str, dict[str, Any]] = {
     "calibrated inputs with a zero point": {
         "weights": "int8 channel", "activations": "uint8 tensor static symmetric=false", "calibrated": True
     },
-    "a table": {"weights": "int4 group=16", "embeddings": "int4 group=16", "family": "mistral"},
+    "a table": {
+        "weights": "int4 group=16 scale_format=bfloat16", "embeddings": "int4 group=16 scale_format=bfloat16",
+        "family": "mistral",
+    },
     "float weights": {"weights": "none", "activations": "float8_e4m3fn token"},
     "a cache alone": {"weights": "none", "kv": "float8_e4m3fn token"},
 }  # fmt: skip
 NATIVE: dict[str, tuple[dict[str, Any], str]] = {
     "a format": ({"weights": "nf4 group=32"}, "nf4 group=32 scale_format=float16; it takes int4 group=32"),
+    "scales that would be wider": ({"weights": "int4 group=16"}, "float16 scales of a bfloat16 model in float32"),
     "a divisor for each": ({"weights": "nvfp4"}, "different global scales of NVFP4"),
     "scales in eight bits": ({"weights": "mxint8"}, "scales that are quantized themselves"),
     "a rule for inputs": ({"weights": "mxfp4", "activations": "mxfp4"}, "runtimes measure inputs by their own rule"),
@@ -93,14 +98,16 @@ def test_what_it_says_comes_back_bit_for_bit(case: str, tmp_path: Path) -> None:
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("line", ["int4 group=16", "int4 group=16 symmetric=false"])
+@pytest.mark.parametrize(
+    "line", ["int4 group=16 scale_format=bfloat16", "int4 group=16 symmetric=false scale_format=bfloat16"]
+)
 def test_others_load_it_as_it_is(line: str) -> None:
     """As anybody types it: zero points, which transformers can't keep packed, need no argument either."""
     folder = quantized(weights=line)
     auto: Any = AutoModelForCausalLM
-    loaded = auto.from_pretrained(folder, dtype=torch.float32)
+    loaded = auto.from_pretrained(folder, dtype=torch.bfloat16)
     assert type(loaded.model.layers[0].mlp.up_proj) is torch.nn.Linear
-    assert torch.equal(logits(loaded), logits(nybble.load(folder, dtype="float32")[0]))
+    assert torch.equal(logits(loaded), logits(nybble.load(folder, dtype="bfloat16")[0]))
     card = (folder / "README.md").read_text()
     assert "vllm serve ." in card and "import nybble" not in card and line.split()[0] in card
 
@@ -135,7 +142,7 @@ def test_asked_for_it_is_refused_with_the_reason_and_nothing_is_lost(tmp_path: P
 def test_a_complete_folder_has_the_form_that_it_has(tmp_path: Path) -> None:
     """Of a run that was killed before the folder was moved."""
     out = tmp_path / "q"
-    shutil.copytree(quantized(weights="int4 group=16"), tmp_path / "q.partial")
+    shutil.copytree(quantized(weights="int4 group=16", form=COMPRESSED), tmp_path / "q.partial")
     (tmp_path / "q.partial" / "parts").mkdir()
     changes: dict[str, Any] = {"weights": "int4 group=16", "settings": {"resume": True}}
     with pytest.raises(FileError, match="complete, in the form compressed-tensors; now it is to be native"):
@@ -153,7 +160,7 @@ def test_forms_that_make_no_sense(tmp_path: Path) -> None:
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Written natively, with one line that says so; what it wrote before is read without it."""
-    before = quantized(weights="int4 group=16")
+    before = quantized(weights="int4 group=16", form=COMPRESSED)
     expected = logits(nybble.load(before)[0])
     library.library.cache_clear()
     monkeypatch.setattr(library, "version", _missing)
@@ -212,7 +219,7 @@ def test_two_files_that_contradict_each_other(case: str, tmp_path: Path) -> None
 
 def test_without_its_record_it_is_anybodys(tmp_path: Path) -> None:
     """nybble.json left behind: the weights as they were, inputs in float, which is said."""
-    shutil.copytree(quantized(weights="int4 group=16"), tmp_path / "q")
+    shutil.copytree(quantized(weights="int4 group=16", form=COMPRESSED), tmp_path / "q")
     (tmp_path / "q" / "nybble.json").unlink()
     ours, theirs = nybble.load(tmp_path / "q")[0], nybble.load(quantized(weights="int4 group=16"))[0]
     assert torch.equal(logits(ours), logits(theirs))
