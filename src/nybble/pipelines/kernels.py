@@ -6,6 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
 from nybble.pipelines.load import load_with_origin
@@ -18,7 +20,11 @@ def kernels_of(folder: str | Path) -> list[dict[str, Any]]:
         a row for what is alike: ``weights``, how many; ``format``; ``kernel``, its name, or None; ``reason``, why there
         is none.
     """
-    model, _ = load_with_origin(folder)
+    return kernels_of_model(load_with_origin(folder)[0])
+
+
+def kernels_of_model(model: nn.Module) -> list[dict[str, Any]]:
+    """The same of a loaded model, where it is."""
     rows: Counter[tuple[str, str | None, str]] = Counter()
     for layer in model.modules():
         weight = getattr(layer, "weight", None)
