@@ -22,7 +22,7 @@ import torch
 
 from nybble.core.errors import NybbleError
 from nybble.core.files import atomic_write_json
-from nybble.models.gguf.types import REGISTRY
+from nybble.models.gguf.types import writable_types
 from nybble.models.gguf.write import Weight, write_gguf
 from nybble.models.sources.gguf_tokenizer import build_tokenizer
 from nybble.models.sources.open import open_source
@@ -38,7 +38,7 @@ def tiny(path: Path) -> None:
         vocab_size=300, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
-    kinds = [kind for kind in REGISTRY.all().values() if not kind.readonly and kind.number != 42]
+    kinds = [kind for kind in writable_types().values() if kind.number != 42]
     weights: dict[str, Weight] = {}
     for number, (name, tensor) in enumerate(LlamaForCausalLM(config).state_dict().items()):
         if name == "lm_head.weight":

@@ -16,7 +16,18 @@ from typing import Any, Literal
 
 import yaml
 
-from nybble import corrections, granularity, learned, packing, reconstruction, rounding, scales, solvers, transforms
+from nybble import (
+    corrections,
+    export,
+    granularity,
+    learned,
+    packing,
+    reconstruction,
+    rounding,
+    scales,
+    solvers,
+    transforms,
+)
 from nybble import formats as number_formats
 from nybble.core.registry import Registry
 from nybble.formats import Family, format_names, get_format
@@ -310,11 +321,35 @@ def correction_steps() -> str:
     return _steps(corrections.REGISTRY, corrections.Correction)
 
 
+# ----------------------------------------------------------------------------------------------------------- targets
+def targets() -> str:
+    """All export targets: what each is, what may stand behind its colon, what it loses."""
+    rows = []
+    for name, part in _parts(export.REGISTRY).items():
+        options = "; ".join(f"`{word}`: {_markdown(says)}" for word, says in part.options.items())
+        rows.append([f"`{name}`", _markdown(part.summary), options, _markdown(part.loses)])
+    return table(("target", "what it writes", "behind a colon", "what is lost"), rows, numbers=False)
+
+
+def target_rows() -> str:
+    """What every target takes, and who loads that since when."""
+    rows = [
+        [
+            f"`{name}`", f"`{row.form}`", _markdown(row.weights), _markdown(row.inputs), row.runtime,
+            f"[{row.since or 'not checked'}]({row.source})", _markdown(row.note),
+        ]
+        for name, part in _parts(export.REGISTRY).items()
+        for row in part.takes
+    ]  # fmt: skip
+    return table(("target", "in its files", "weights", "inputs", "runtime", "since", "limits"), rows, numbers=False)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         words, families, format_families, formats, presets, granularities, scale_rules, roundings, packings, rule_keys,
         scheme_keys, scheme_presets, recipes, transform_steps, solver_steps, reconstruction_options,
         reconstruction_steps, learned_parts, learned_transforms, train_steps, correction_options, correction_steps,
+        targets, target_rows,
     )
 }  # fmt: skip

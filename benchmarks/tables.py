@@ -215,8 +215,27 @@ def composition() -> str:
     return table(("recipe", "pairs", "legal", "right", "a fault"), found)
 
 
+def onnx_layers() -> str:
+    """ONNX files in onnxruntime: whole outputs, layer by layer, seconds."""
+    data = _load("onnx_runs")
+    rows = []
+    for name, lines in data["networks"].items():
+        for line, row in lines.items():
+            judged = row.get("layerwise")
+            apart = f"{judged['unequal']:.1e}" if judged and judged["codes"] else ""
+            off = f"{max(judged['largest'], judged['end']):.1e}" if judged else ""
+            times = f"{row['seconds'] / lines['float32']['seconds']:.2f}" if "seconds" in row else "not measured"
+            rows.append([name, f"`{line}`", f"{row['cosine']:.6f}", apart, off, f"{row['bytes'] / 1e6:.1f}", times])
+    columns = (
+        "network", "weights and inputs", "cosine of the whole", "codes one step off", "most that a layer is off", "MB",
+        "time, float32 = 1",
+    )  # fmt: skip
+    versions = ", ".join(f"{name} {data['versions'][name]}" for name in ("onnxruntime", "torch", "transformers"))
+    return table(columns, rows) + f"\n{data['cpu']}, one thread, one image or one sentence of 128 tokens; {versions}.\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    **{f.__name__: f for f in (demo, gptq, fake_quantize, speed, memory, minilm, vit, cnn, composition)},
+    **{f.__name__: f for f in (demo, gptq, fake_quantize, speed, memory, minilm, vit, cnn, composition, onnx_layers)},
     **registries.TABLES,
 }
 

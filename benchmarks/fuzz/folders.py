@@ -28,6 +28,7 @@ def folders() -> dict[str, Callable[[Path], Path]]:
         test_bitsandbytes,
         test_experts,
         test_gptq,
+        test_mlx,
         test_modelopt,
         test_mxfp4,
     )
@@ -45,6 +46,9 @@ def folders() -> dict[str, Callable[[Path], Path]]:
         "awq": lambda p: test_awq.checkpoint(p / q, 32),
         **{f"modelopt {kind}": partial(_inside, modelopt, kind) for kind in ("NVFP4", "MXFP8", "FP8")},
         "modelopt apart": lambda p: modelopt(p / q, "MXFP4", apart=True),
+        "modelopt mixed": _mixed,
+        "mlx": lambda p: test_mlx.checkpoint(p / q, "mixed"),
+        "mlx nvfp4": lambda p: test_mlx.checkpoint(p / q, "nvfp4-4-16"),
         "mxfp4": lambda p: test_mxfp4.checkpoint(p / q)[:2],
         "compressed-tensors with activations and a cache": _rounded,
         "compressed-tensors experts": lambda p: test_experts.checkpoint(p / q, *ct.CASES["pack int4 zeros"])[:2],
@@ -91,6 +95,27 @@ def _rounded(place: Path) -> Made:
     return folder, values
 
 
+def _mixed(place: Path) -> Made:
+    """ModelOpt's integers of AWQ, two rows a byte under smoothed columns, beside FP8 with one scale of the inputs."""
+    from tests.parts.models.layouts import test_modelopt
+
+    folder, values = test_modelopt.checkpoint(place / "q", "FP8")
+    tensors, g = load_file(folder / WEIGHTS), torch.Generator().manual_seed(0)
+    for name in [n for n in values if "up_proj" in n]:
+        rows, columns = values[name].shape
+        module = name.removesuffix(".weight")
+        tensors[name] = torch.randint(0, 256, (rows // 2, columns), generator=g, dtype=torch.uint8)
+        tensors[f"{name}_scale"] = torch.rand(rows, columns // 32, generator=g) + 0.01
+        tensors[f"{module}.pre_quant_scale"] = torch.rand(columns, generator=g) + 0.5
+    tensors |= {f"{n.removesuffix('.weight')}.input_scale": torch.tensor(0.02) for n in values if "q_proj" in n}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    raw = json.loads((folder / "config.json").read_text())
+    layers = {n.removesuffix(".weight"): {"quant_algo": "W4A16_AWQ" if "up_proj" in n else "FP8"} for n in values}
+    raw["quantization_config"] |= {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder, values
+
+
 def _said(make: Callable[[Path], Path], quantization: dict[str, Any], place: Path) -> Path:
     """A folder whose config.json says this of the quantization."""
     folder = make(place)
@@ -105,7 +130,7 @@ def _few(folder: Path, values: dict[str, Tensor]) -> Path:
     tensors = {n: t for n, t in load_file(path).items() if "layers.1." not in n}
     modules = {n.removesuffix(".weight"): t for n, t in values.items() if not any(p in f"{n}." for p in PACKED)}
     kept = {n: t for n, t in tensors.items() if not any(n.startswith(f"{m}.") for m in modules)}
-    floats = {f"{m}.weight": t.to(torch.bfloat16) for m, t in modules.items() if "layers.0." in m}
+    floats = {f"{m}.weight": t.to(torch.bfloat16) for m, t in modules.items() if "layers.1." not in m}
     save_file(kept | floats, path, {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config["num_hidden_layers"] = 1

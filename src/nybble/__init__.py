@@ -21,14 +21,15 @@ __version__ = VERSION
 
 if TYPE_CHECKING:  # what the names below are, for type checkers and editors
     from nybble import optim as optim
-    from nybble.checkpoint.save import save as save
     from nybble.core.errors import NybbleError as NybbleError
     from nybble.eval import evaluate as evaluate
+    from nybble.pipelines.convert import convert as convert
     from nybble.pipelines.export import export as export
     from nybble.pipelines.load import load as load
     from nybble.pipelines.quantize import preflight as preflight
     from nybble.pipelines.quantize import quantize as quantize
     from nybble.pipelines.quantize import quantize_many as quantize_many
+    from nybble.pipelines.save import save as save
     from nybble.qtensor import QTensor as QTensor
     from nybble.quantizer import Quantizer as Quantizer
     from nybble.recipe import Recipe as Recipe
@@ -45,8 +46,9 @@ _NAMES = {
     "quantize_many": "nybble.pipelines.quantize",
     "preflight": "nybble.pipelines.quantize",
     "load": "nybble.pipelines.load",
-    "save": "nybble.checkpoint.save",
+    "save": "nybble.pipelines.save",
     "evaluate": "nybble.eval",
+    "convert": "nybble.pipelines.convert",
     "export": "nybble.export",  # the room of targets, which can be called
     "optim": "nybble.optim",
     "NybbleError": "nybble.core.errors",

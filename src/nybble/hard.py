@@ -33,6 +33,8 @@ class Rule(Specification, Protocol):
     @property
     def scale(self) -> ScaleRule: ...  # noqa: D102
     @property
+    def static(self) -> bool: ...  # noqa: D102
+    @property
     def scale_format(self) -> str | Rule: ...  # noqa: D102
     @property
     def offset_format(self) -> str | Rule: ...  # noqa: D102
@@ -43,6 +45,9 @@ class Rule(Specification, Protocol):
 def fit(spec: Rule, x: Tensor, weight: Tensor | None) -> QuantParams:
     """See :meth:`nybble.quantizer.Quantizer.fit`."""
     wide = _real(x).float()
+    if spec.static and spec.scale.takes_divisor and wide.numel():
+        two: Any = spec.scale
+        return QuantParams(Inverse(two.divisor(wide, spec.format).reshape(1)))
     shape = spec.granularity.scale_shape(wide.shape)
     if not wide.numel():
         return finish(spec, BlockParams(wide.new_ones(math.prod(shape), 1)), shape, None)
@@ -141,12 +146,23 @@ def _outer(inner: Rule, outer: Tensor | None, shape: tuple[int, ...]) -> QuantPa
 
 def measured(spec: Rule, x: Tensor, params: QuantParams | None) -> QuantParams:
     """See :meth:`nybble.quantizer.Quantizer.measured`."""
+    if spec.static and spec.scale.takes_divisor:
+        return _under(spec, x, fit(spec, x, None) if params is None else params)
     if not spec.center or (params is not None and params.offset is not None):
         return fit(spec, x, None) if params is None else params
     wide = x.float().contiguous()  # the mean adds up in memory order
     mean = wide.mean()
     params = fit(spec, wide - mean, None) if params is None else params
     return replace(params, offset=mean.reshape(1))
+
+
+def _under(spec: Rule, x: Tensor, params: QuantParams) -> QuantParams:
+    """Parameters of ``x``: scales of its blocks, over the calibrated divisor that is all of ``params``."""
+    if not isinstance(params.scale, Inverse):
+        return params
+    two: Any = spec.scale
+    found = two.under(spec.granularity.to_blocks(x.float()), spec.format, params.scale.divisor.float().reshape(()))
+    return finish(spec, found, spec.granularity.scale_shape(x.shape), _outer_of(found.over))
 
 
 # ------------------------------------------------------------------------------------------------ use

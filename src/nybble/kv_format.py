@@ -137,6 +137,17 @@ def _check_tokens(quantizer: Quantizer) -> None:
         )
 
 
+def tokens_apart(quantizer: Quantizer) -> bool:
+    """Whether what a quantizer makes of a token [..., tokens, width] is the same whatever tokens stand beside it.
+
+    >>> [tokens_apart(Quantizer(line)) for line in ("int8 token", "mxfp4", "int8 tensor", "nvfp4")]
+    [True, True, False, False]
+    """
+    nested = [q for q in (quantizer.scale_format, quantizer.offset_format) if isinstance(q, Quantizer)]
+    alone = _fits_tokens(quantizer) and not quantizer.scale.two_level and not quantizer.center
+    return alone and all(tokens_apart(inner) for inner in nested)
+
+
 def _fits_tokens(quantizer: Quantizer) -> bool:
     """Whether every scale belongs to one row [head width] of one token, or there is none to be measured."""
     if str(quantizer.scale) == "one" and not isinstance(quantizer.scale_format, Quantizer):

@@ -21,7 +21,8 @@ raw_scale=true      divide by the scale as it was before its own rounding, as bi
 floor=              normal | subnormal: the smallest magnitude that is ever stored (scales of NVFP4)
 center=mean         store x minus its mean, and the mean (double quantization)
 packing=            dense, base3                                                                    (dense)
-static              activations: calibrated once instead of measured on every tensor
+static              activations: calibrated once instead of measured on every tensor; with scale=two-level the
+                    divisor is, and its blocks' scales are measured
 ==================  =======================================================================================
 """
 

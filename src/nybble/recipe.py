@@ -18,9 +18,11 @@ steps:                              # train* transform* solver reconstruction* c
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +85,13 @@ class Recipe:
         return replace(self, scheme=scheme)
 
     def with_effort(self, effort: str) -> Recipe:
-        """The recipe as ``quick`` or ``full`` work.
+        """The recipe as ``quick`` or ``full`` work; they are the same where no step has a quick way.
 
         Raises:
-            UsageError: another word, or quick where no step has a quick way.
+            UsageError: another word.
         """
         if effort not in ("quick", "full"):
             raise UsageError(f"effort {effort!r} is neither quick nor full.")
-        if effort == "quick" and not any(step.quick for step in self.steps):
-            raise UsageError(f"recipe {self.name!r} searches nothing, so it has no quick way; leave --effort out.")
         changes = [step.quick if effort == "quick" else {} for step in self.steps]
         steps = [replace(s, options={**s.options, **c}, quick={}) for s, c in zip(self.steps, changes, strict=True)]
         return replace(self, steps=tuple(steps))
@@ -258,6 +258,19 @@ def _yaml(text: str, where: str) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _loader())
     except yaml.YAMLError as error:
         raise SchemeError(f"{where} is not valid YAML: {error}") from error
+
+
+@cache
+def _loader() -> Any:
+    """PyYAML's safe one, which is of YAML 1.1, with 1.2's floats: to the former ``1e-3`` and ``1.0e30`` are text."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader

@@ -169,6 +169,19 @@ def matches(pattern: str, name: str, classes: Sequence[str]) -> bool:
     return pattern == name or pattern in classes
 
 
+def in_short(targets: Mapping[str, int]) -> dict[str, int]:
+    """Targets and what each of them counts; names that differ in a number alone are one, with ``*`` for the number.
+
+    >>> in_short({"layers.0.up": 1, "layers.1.up": 1, "Linear": 4})
+    {'layers.*.up': 2, 'Linear': 4}
+    """
+    found: dict[str, int] = {}
+    for target, count in targets.items():
+        short = target if target.startswith("re:") else re.sub(r"(?<=\.)\d+(?=\.|$)", "*", target)
+        found[short] = found.get(short, 0) + count
+    return found
+
+
 def split_apart(found: Matches, alike: Mapping[str, tuple[str, ...]]) -> tuple[Matches, dict[str, str]]:
     """The matches without the modules that only look like those of a kind, and these with their classes.
 
@@ -314,3 +327,15 @@ def _known(data: Mapping[str, Any], keys: tuple[str, ...], what: str) -> None:
     for key in data:
         if key not in keys:
             raise SchemeError(f"{what} has no key {key!r}.{did_you_mean(str(key), keys)}")
+
+
+def shares_over_rows(quantizer: Quantizer) -> bool:
+    """Whether a weight has a scale that belongs to the whole of it, or its scales have.
+
+    >>> [shares_over_rows(Quantizer(q)) for q in ("nvfp4", "float8_e4m3fn tensor", "mxfp4", "int4 group=32")]
+    [True, True, False, False]
+    """
+    inner = quantizer.scale_format
+    if isinstance(inner, Quantizer) and inner.granularity.one_scale and str(inner.scale) != "one":
+        return True
+    return quantizer.granularity.one_scale and str(quantizer.scale) != "one"

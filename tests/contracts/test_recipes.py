@@ -21,6 +21,7 @@ from transformers.utils import logging
 import nybble
 from nybble.checkpoint import parts as checkpoint
 from nybble.checkpoint.account import inspect
+from nybble.checkpoint.marked import MANIFEST, NATIVE, form_of
 from nybble.core.errors import FileError, ModelError, SchemeError
 from nybble.granularity.group import PerGroup
 from nybble.models.adapter import adapter_for
@@ -34,8 +35,7 @@ from nybble.recipe import Recipe, load_recipe, parse_recipe, recipe_names
 from nybble.walk.settings import Settings
 
 RECIPES: dict[str, dict[str, str]] = {
-    # Each with its own scheme; those that search, the quick way.
-    **{n: {"effort": "quick"} if any(s.quick for s in load_recipe(n).steps) else {} for n in recipe_names()},
+    **{n: {"effort": "quick"} for n in recipe_names()},  # each with its own scheme
     "rtn dynamic": {"scheme": "NVFP4"},
     "mse zero point": {"weights": "int4 group=16 symmetric=false"},
     "gptq dynamic": {"weights": "mxfp4 group=16", "activations": "mxfp4 group=16"},
@@ -110,10 +110,10 @@ def narrow(quantizer: Quantizer | None) -> Quantizer | None:
     return quantizer.replace(group=16, **inner)
 
 
-def run(folder: Path, family: str, recipe: Recipe, out: Path | None = None) -> tuple[Any, Any]:
+def run(folder: Path, family: str, recipe: Recipe, out: Path | None = None, form: str = "auto") -> tuple[Any, Any]:
     # Tokens rather than text: AutoTokenizer makes some families' own tokenizers out of our small one.
     tokens = token_samples(folder, tiny_tokenizer())
-    return quantize(source(folder, family), recipe, tokens, out=out, settings=SETTINGS)
+    return quantize(source(folder, family), recipe, tokens, out=out, settings=SETTINGS, form=form)
 
 
 def for_moe(recipe: Recipe) -> Recipe:
@@ -132,7 +132,7 @@ def check_bytes(out: Path) -> dict[str, Any]:
     assert "other" not in found["bytes"]
     roles = [item for module in found["modules"].values() for item in module["bytes"].items()]
     modules = sum(count for role, count in roles if role != "unquantized")  # outlier columns that a split tensor keeps
-    rows = json.loads((out / checkpoint.MANIFEST).read_text())["layers"]
+    rows = json.loads((out / MANIFEST).read_text())["layers"]
     inputs = sum(4 * bool(row["input_scale"]) + sum(row["input_shifts"] or ()) for row in rows)
     assert found["bytes"]["codes"] <= modules
     packed = sum(found["bytes"].get(role, 0) for role in ("codes", "scales", "offsets", "tables", "padding"))
@@ -169,8 +169,9 @@ def test_one_model_in_memory_on_disk_and_loaded(folder: Path, tmp_path: Path, fa
         ours, tokenizer = nybble.load(out)
     assert captured.getvalue() == ""
     auto: Any = AutoModelForCausalLM
+    native = out if form_of(out) == NATIVE else nybble.save(ours, tmp_path / "native", tokenizer, form=NATIVE)
     # By default transformers 5.17 runs Gemma 2 with sdpa, which leaves its cap on attention scores out.
-    theirs = auto.from_pretrained(out, **({"attn_implementation": "eager"} if family == "gemma2" else {}))
+    theirs = auto.from_pretrained(native, **({"attn_implementation": "eager"} if family == "gemma2" else {}))
     expected = logits(in_memory)
     assert torch.isfinite(expected).all() and expected.std() > 0.01
     assert torch.equal(logits(ours), expected)
@@ -234,7 +235,7 @@ def token_samples(folder: Path, tokenizer: Any) -> Any:
 @pytest.mark.parametrize("loader", ["nybble", "transformers"])
 def test_save_pretrained_round_trip(folder: Path, tmp_path: Path, family: str, loader: str) -> None:
     recipe = make("gptq") if family == "mixtral" else make("gptq static")
-    run(folder, family, recipe, tmp_path / "out")
+    run(folder, family, recipe, tmp_path / "out", form=NATIVE)  # which save_pretrained writes
     auto: Any = AutoModelForCausalLM
     model = nybble.load(tmp_path / "out")[0] if loader == "nybble" else auto.from_pretrained(tmp_path / "out")
     model.save_pretrained(tmp_path / "again")

@@ -19,7 +19,8 @@ from nybble.qtensor.split import SplitQTensor
 from nybble.qtensor.vector import VectorQTensor
 from nybble.quantizer import Quantizer
 from nybble.solvers import REGISTRY, Solved, Stats, Weight, make_solver
-from nybble.solvers.gptq import Gptq, _Grid, _stack
+from nybble.solvers._grid import Grid, stack
+from nybble.solvers.gptq import Gptq
 from nybble.solvers.rtn import Rtn
 
 ROWS, COLUMNS = 24, 32
@@ -274,7 +275,7 @@ def test_weights_that_round_alike_share_a_span() -> None:
         "int4 channel", "int4 group=8", "int4 channel rounding=toward-zero",
         "int4 channel rounding=toward-zero reciprocal=true", "int4 group=8 symmetric=false", "nf4 channel",
     )  # fmt: skip
-    spans = _stack([_Grid(weight(line), None) for line in lines])
+    spans = stack([Grid(weight(line), None) for line in lines])
     assert [(span.rows.start, span.rows.stop) for span in spans] == [(0, 48), *((n, n + 24) for n in (48, 72, 96, 120))]
     assert [span.quantizer for span in spans] == [Quantizer(lines[n]) for n in (0, 2, 3, 4, 5)]
 

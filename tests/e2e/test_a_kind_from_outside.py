@@ -142,7 +142,7 @@ def run(recipe):
     down = model.model.layers[1].mlp.down_proj
     merged = (down.kernel.float() * down.gain.float()).T.detach().contiguous()
     model, report = nybble.quantize(model, build_recipe(recipe, **OPTIONS[recipe]), tokens)
-    out = nybble.save(model, folder / recipe, tiny_tokenizer())
+    out = nybble.save(model, folder / recipe, tiny_tokenizer(), form="native")
     ours, theirs = nybble.load(out)[0], AutoModelForCausalLM.from_pretrained(out)
     block = ours.model.layers[1]
     entries = json.loads((out / "config.json").read_text())["quantization_config"]["modules"]

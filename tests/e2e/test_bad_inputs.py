@@ -14,16 +14,20 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny import WORDS, save_text, save_tiny
+from tests.tiny import WORDS, save_text, save_tiny, tiny_model
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from nybble.cli import main
 from nybble.core import device
 from nybble.core.errors import DataError, DeviceError, FileError, ModelError, NybbleError, UsageError
+from nybble.pipelines.prepared import require_training
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.request import build_recipe
+from nybble.recipe import parse_recipe
+from nybble.walk.job import Job
 from nybble.walk.settings import Settings
+from nybble.walk.steps.make import make_finishes
 
 RECIPE = build_recipe("gptq", weights="int4 group=16")
 GOOD = ["--weights", "int4 group=16"]
@@ -138,7 +142,6 @@ REQUESTS: dict[str, tuple[list[str], int, str]] = {
     "ignore bad re": ([*GOOD, "--ignore", "re:("], 2, r"'re:\(' is not a regular"),
     "ignore all": ([*GOOD, "--ignore", "Linear"], 2, r"the target 'Linear' matches no module that is left to it"),
     "kv": ([*GOOD, "--kv", "int4"], 2, r"'tensor' has scales that tokens share.*Write 'int4 token'"),
-    "effort": (["--effort", "quick"], 2, r"leave --effort out"),
     "effort word": (["--effort", "much"], 2, r"effort 'much' is neither quick nor full"),
     "samples": ([*GOOD, "--samples", "0"], 2, r"samples is 0; it must be 1 or more"),
     "batch": ([*GOOD, "--batch", "-1"], 2, r"batch is -1; it must be 1 or more"),
@@ -410,6 +413,27 @@ def test_too_little_memory(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(DeviceError, match=r"about 0\.3 GB are needed on cpu and 0\.0 GB are free.*--spill.*--samples"):
         run_quantize(folder / "model", folder, tmp_path / "out")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ({"train": "distill"}, r"With dense_gb: 0, logits_gb: 0 in the recipe it takes"),
+        ({"train": "distill", "dense_gb": 0.0}, r"grows with the model, not with the samples: leave the step out"),
+    ],
+)  # fmt: skip
+def test_too_little_memory_for_a_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, step: dict[str, Any], said: str
+) -> None:
+    """What it takes isn't the samples': says what of it may go, or that nothing may."""
+    recipe = parse_recipe({"name": "x", "scheme": {"weights": "int4 channel"}, "steps": [{"solver": "rtn"}, step]})
+    job = Job.make(tiny_model(), None, recipe, torch.zeros(4, 16, dtype=torch.int64), Settings(samples=4))
+    asked = make_finishes(recipe)
+    elements = sum(t.matrices * t.shape[0] * t.shape[1] for targets in job.plan.blocks for t in targets)
+    needed = asked[0].working_bytes(elements, job.dtype)
+    monkeypatch.setattr(device, "available_memory", lambda: needed - 1)
+    with pytest.raises(DeviceError, match=said):
+        require_training(job, asked)
 
 
 def test_too_little_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,8 @@ def test_a_kv_cache_is_kept(place: Path, tmp_path: Path, nybble: Any) -> None:
     asked = ["quantize", place / "model", tmp_path / "out", "--recipe", "rtn", "--weights", "int4 group=16"]
     assert nybble(*asked, "--kv", "int4 group=8")[0] == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert "int4 group=8" in json.dumps(config["quantization_config"])
+    assert config["quantization_config"]["kv_cache_scheme"]["group_size"] == 8
+    assert json.loads((tmp_path / "out" / "nybble.json").read_text())["form"]["quantization"]["kv"] == "int4 group=8"
     assert nybble("generate", tmp_path / "out", "ba be bi", "--max-new-tokens", "2")[0] == 0
 
 
@@ -240,12 +241,18 @@ def test_the_matrix_says_each_reason_once() -> None:
 
 
 def test_modules_are_a_table(place: Path, tmp_path: Path, nybble: Any) -> None:
-    quantize(place / "model", weights="int4 group=16", out=tmp_path / "out")
-    out = nybble("inspect", tmp_path / "out", "--modules")[1]
-    assert "{" not in out
-    head, row = (line for line in out.splitlines() if "elements" in line or "layers.0.mlp.up_proj" in line)
-    cells = [[cell.strip() for cell in re.split("[│┃]", line)[2:-1]] for line in (head, row)]
-    assert dict(zip(*cells, strict=True)) == {"elements": "1,536", "bits": "5.000", "codes": "768", "scales": "192"}
+    """Of both forms: compressed-tensors has scales in float32 where they aren't in the model's dtype, and a shape."""
+    native = {"elements": "1,536", "bits": "5.000", "codes": "768", "scales": "192"}
+    for form, wanted in (
+        ("native", native),
+        ("compressed-tensors", native | {"bits": "6.083", "scales": "384", "tables": "16"}),
+    ):
+        quantize(place / "model", weights="int4 group=16", out=tmp_path / form, form=form)
+        out = nybble("inspect", tmp_path / form, "--modules")[1]
+        assert "{" not in out
+        head, row = (line for line in out.splitlines() if "elements" in line or "layers.0.mlp.up_proj" in line)
+        cells = [[cell.strip() for cell in re.split("[│┃]", line)[2:-1]] for line in (head, row)]
+        assert dict(zip(*cells, strict=True)) == wanted
 
 
 def test_a_folder_is_not_called_like_a_file(place: Path, tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ def save_float(folder: Path, family: str, auto: Any) -> Any:
 def quantized(folder: Path, family: str, auto: Any, **lines: Any) -> Path:
     save_float(folder / "float", family, auto)
     made = build_recipe("rtn", weights="int8 channel", **lines)
-    nybble.quantize(str(folder / "float"), made, out=folder / "out", settings=SETTINGS)
+    # Of nybble's own form, which its hooks load into other heads.
+    nybble.quantize(str(folder / "float"), made, out=folder / "out", settings=SETTINGS, form="native")
     return folder / "out"
 
 
@@ -236,7 +237,7 @@ def made(folder: Path, name: str, family: str, sizes: dict[str, Any]) -> Any:
     cls: Any = getattr(transformers, name)
     model = cls._from_config(AutoConfig.for_model(family, **sizes), dtype=torch.bfloat16).eval()
     model.save_pretrained(folder / "float")
-    nybble.quantize(str(folder / "float"), "rtn", weights="int8 channel", out=folder / "out")
+    nybble.quantize(str(folder / "float"), "rtn", weights="int8 channel", out=folder / "out", form="native")
     return cls
 
 

@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("kv")
     save_tiny(made / "float", "gemma2", dtype=torch.float32)
     save_text(made / "text.txt", 300)
-    common = ["--recipe", "rtn", "--weights", "int4 group=16"]
+    common = ["--recipe", "rtn", "--weights", "int4 group=16", "--form", "native"]  # which both loaders read
     assert run("quantize", str(made / "float"), str(made / "plain"), *common) == 0
     assert run("quantize", str(made / "float"), str(made / "kv"), *common, "--kv", LINE) == 0
     return made

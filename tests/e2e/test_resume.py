@@ -19,7 +19,8 @@ import torch
 from tests.e2e.processes import start
 from tests.tiny import save_text, save_tiny, shortened
 
-from nybble.checkpoint.parts import MANIFEST, TIMES, Parts
+from nybble.checkpoint.marked import MANIFEST
+from nybble.checkpoint.parts import TIMES, Parts
 from nybble.core.errors import FileError, LearningError
 from nybble.learned.lsq import LearnedScale
 from nybble.pipelines.quantize import quantize

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from tests.tiny import tiny_model
 
+from nybble.export import REGISTRY as TARGETS
 from nybble.models.adapter import adapter_for
 from nybble.quantizer import Quantizer
 from nybble.recipe import parse_recipe, recipe_names
@@ -53,6 +54,7 @@ def test_the_grammar_has_every_part_and_what_every_option_means() -> None:
     assert [name for name in SOLVERS.names() if f"\n**`{name}`**: " not in recipes] == []
     assert [name for name in PRESETS if f"\n| `{name}` | " not in page("schemes")] == []
     assert [name for name in SCALES.names() if f"\n| `{name}` | " not in page("lines")] == []
+    assert [name for name in TARGETS.names() if f"\n| `{name}` | " not in page("targets")] == []
     assert "| `activation_order` | true or false | " in recipes
     assert "| `grid` | whole number | `100` | clip candidates |" in recipes
     options = [line for line in recipes.splitlines() if line.startswith("| `") and line.count(" | ") == 3]

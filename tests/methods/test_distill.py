@@ -17,6 +17,7 @@ import nybble
 from nybble.checkpoint.account import inspect
 from nybble.checkpoint.parts import Parts
 from nybble.core.errors import DataError, LearningError, ModelError, SchemeError
+from nybble.core.progress import Silent
 from nybble.core.seeds import generator
 from nybble.learned._of_packed import learn_scales
 from nybble.learned.frozen_codes import Frozen
@@ -31,7 +32,7 @@ from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe, parse_recipe
 from nybble.report.learning import windows_of
 from nybble.report.page import render
-from nybble.training.steps import Preparation, _teaching, make_train_step
+from nybble.training.steps import Finish, Preparation, Student, _teaching, make_train_step
 from nybble.training.steps._adam import Adam
 
 TWO = "int2 group=16 symmetric=false"
@@ -233,6 +234,28 @@ def test_gradients_add_up_over_parts_of_a_batch() -> None:
     one, whole = (packs(run(recipe(micro=micro, steps=3, every=3))[0]) for micro in (1, 8))
     for name in one:
         torch.testing.assert_close(one[name].dequantize(), whole[name].dequantize(), rtol=2e-3, atol=1e-4)
+
+
+def test_the_gradient_is_the_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows counted 8 times, with their losses, say nothing new: what ``max_norm`` and ``relative: false`` go by."""
+    real, step, found = _teaching.Teaching.lost, Adam.step, dict[float, list[Tensor]]()
+
+    def gradients(times: float) -> list[Tensor]:
+        def lost(self: Any, numbers: Any) -> Any:
+            loss, rows = real(self, numbers)
+            return loss * times, rows * times
+
+        def seen(self: Adam, share: float) -> None:
+            found[times] = [p.grad.clone() for p in self.parameters if p.grad is not None]
+            step(self, share)
+
+        monkeypatch.setattr(_teaching.Teaching, "lost", lost)
+        monkeypatch.setattr(Adam, "step", seen)
+        run(recipe(solver="rtn", micro=2, steps=1))
+        return found[times]
+
+    pairs = list(zip(gradients(1.0), gradients(8.0), strict=True))
+    assert pairs and all(torch.equal(one, other) for one, other in pairs)
 
 
 @pytest.mark.parametrize("line", [TWO, "nf4 flat=64 scale_format=(dynamic8 flat=32 center=mean)", "binary channel"])
@@ -481,6 +504,33 @@ def test_no_number_stops_with_what_was_done_on_disk(tmp_path: Path, monkeypatch:
     with pytest.raises(LearningError, match="is nan at step"):
         run(recipe(), model)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in was.items())
+
+
+def test_what_fails_leaves_the_network_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules, biases and which of all asks for gradients: of a network that is the caller's own."""
+    model, _ = run(plain(recipe()), tiny_model("gpt_neox", dtype=torch.float32))
+    model.requires_grad_(True)
+    name = next(name for name, _ in model.named_parameters())
+    model.get_parameter(name).requires_grad_(False)
+    modules, asked = dict(model.named_modules()), {n: p.requires_grad for n, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    weights = {name: [Quantizer(TWO)] for name in packs(model)}
+
+    def killed(self: Adam, share: float) -> None:
+        raise Stop
+
+    student = Student(
+        model=model, weights=weights, blocks=[], samples=4, seed=0, token_ids=True,
+        batch=lambda numbers: ({"input_ids": tokens()[numbers]}, None), teacher=lambda: model,
+    )  # fmt: skip
+    step = make_train_step("distill", {"what": ["scales", "norms", "biases"], "loss": "nll"})
+    assert isinstance(step, Finish)
+    monkeypatch.setattr(Adam, "step", killed)
+    with pytest.raises(Stop):
+        step.run(student, Silent())
+    assert dict(model.named_modules()) == modules
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == asked
+    assert all(p is parameters[n] for n, p in model.named_parameters())
 
 
 # ------------------------------------------------------------------------------------------------ refusals

@@ -9,6 +9,8 @@ import json
 import random
 import struct
 from collections.abc import Iterator
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,28 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     save_tiny(made / "model", family)
     save_text(made / "text.txt", 100)
     recipe = build_recipe(name, **options)
-    quantize(made / "model", recipe, str(made / "text.txt"), out=made / "out", settings=Settings(seq_len=8, batch=4))
+    quantize(
+        made / "model",
+        recipe,
+        str(made / "text.txt"),
+        out=made / "out",
+        settings=Settings(seq_len=8, batch=4),
+        form="native",
+    )
+    return made
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In compressed-tensors' form, with nybble's description beside."""
+    made = tmp_path_factory.mktemp("fuzz")
+    save_tiny(made / "model", "llama")
+    save_text(made / "text.txt", 100)
+    recipe = build_recipe("gptq", **MODELS["integers"][2], kv="int8 token")
+    settings = Settings(seq_len=8, batch=4)
+    quantize(
+        made / "model", recipe, str(made / "text.txt"), out=made / "out", settings=settings, form="compressed-tensors"
+    )
     return made
 
 
@@ -94,10 +117,10 @@ def use(folder: Path, call: int) -> bool:
     return True
 
 
-def targeted(config: dict[str, Any], rng: random.Random) -> bytes:
-    """A mutation of one description or layout, whose effect reaches furthest."""
+def targeted(config: dict[str, Any], rng: random.Random, path: tuple[str, ...] = ("quantization_config",)) -> bytes:
+    """A mutation of one description or layout, whose effect reaches furthest; ``path``: where they are."""
     changed = json.loads(json.dumps(config))
-    quantization = changed["quantization_config"]
+    quantization = reduce(getitem, path, changed)
     layout = rng.choice(quantization["layouts"])
     modules = quantization["modules"]
     name = rng.choice(list(modules))
@@ -158,6 +181,26 @@ def test_mutations(folder: Path, kind: str) -> None:
     assert sum(outcomes) < MUTATIONS * 0.9  # most do harm
     assert kind == "header" or sum(outcomes) > MUTATIONS * 0.05  # and some don't: the rest of the way was taken
     assert all(use(folder, call) for call in range(3))
+
+
+def test_mutations_of_two_files_that_have_to_agree(compressed: Path) -> None:
+    """Of nybble.json's description, of compressed-tensors' config, and of the header."""
+    names = ("nybble.json", "config.json", "model.safetensors")
+    whole = {name: (compressed / "out" / name).read_bytes() for name in names}
+    outcomes: dict[str, list[bool]] = {name: [] for name in names}
+    for seed in range(MUTATIONS):
+        rng, name = random.Random(seed), names[seed % 3]
+        if name == "nybble.json":
+            new = targeted(json.loads(whole[name]), rng, ("form", "quantization"))
+        elif name == "config.json":
+            new = mutated_json(json.loads(whole[name]), rng)
+        else:
+            new = mutated_header(whole[name], rng, as_json=bool(seed % 2))
+        (compressed / "out" / name).write_bytes(new)
+        outcomes[name].append(use(compressed, rng.randrange(3)))
+        (compressed / "out" / name).write_bytes(whole[name])
+    assert all(sum(found) < len(found) * 0.9 for found in outcomes.values())
+    assert all(use(compressed, call) for call in range(3))
 
 
 def mutated_header(data: bytes, rng: random.Random, as_json: bool) -> bytes:

@@ -27,7 +27,7 @@ TRIALS = 36
 READERS = (
     "compressed-tensors pack int4 zeros", "compressed-tensors with activations and a cache",
     "compressed-tensors experts", "bitsandbytes nf4 nested", "gptq of own bits", "awq", "auto-round", "modelopt NVFP4",
-    "mxfp4", "float in shards", "nybble",
+    "modelopt mixed", "mlx", "mxfp4", "float in shards", "nybble",
 )  # fmt: skip
 
 

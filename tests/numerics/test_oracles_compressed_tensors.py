@@ -10,9 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from nybble.core.errors import FileError, SchemeError
+from nybble.learned import ACTIVATIONS
+from nybble.learned.lsq import Lsq
+from nybble.nn.activation import ActivationQuantizer
 from nybble.ops.rounding import decode
 from nybble.packing import get_layout
-from nybble.qtensor import Inverse, dense
+from nybble.qtensor import Inverse, QuantParams, dense
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 
@@ -24,7 +28,9 @@ with warnings.catch_warnings():  # what it warns of at import is none of ours
     from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8, unpack_fp4_from_uint8
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
     from compressed_tensors.quantization.lifecycle.forward import dequantize, fake_quantize, quantize
+    from compressed_tensors.quantization.quant_scheme import NVFP4
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+    from compressed_tensors.quantization.utils.helpers import compute_dynamic_scales_and_zp
 
 
 def inputs(group: int) -> Tensor:
@@ -253,3 +259,41 @@ def test_mxfp4_scales_at_every_mantissa() -> None:
     for mode in ("floor", "ceil", "rceil"):
         other = Quantizer(f"float4_e2m1fn group=32 scale=pow2(mode={mode})").quantize(x)
         assert not torch.equal(scale_of(other), scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_of_nvfp4_under_a_calibrated_divisor(dtype: torch.dtype) -> None:
+    """Divisor, scales of 16 inputs and values as the library finds them, beyond what was calibrated too."""
+    args, quantizer = NVFP4["input_activations"], Quantizer("nvfp4-ct static")
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        seen = torch.randn(100, 64, generator=generator) * 3
+        x = torch.randn(5, 7, 64, generator=generator) * torch.exp(3 * torch.randn(5, 7, 64, generator=generator))
+        x[0, 0, :16] = 0
+        x[0, 1] *= 1e-6
+        x = x.to(dtype)
+        params = quantizer.fit(seen.flatten())
+        theirs = generate_gparam(seen.min(), seen.max())
+        assert isinstance(params.scale, Inverse) and torch.equal(params.scale.divisor, theirs)
+        layer = ActivationQuantizer(quantizer, params)
+        scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Module(), global_scale=theirs)
+        wanted = fake_quantize(x, scale, zero, args, global_scale=theirs)
+        if dtype == torch.float32:
+            assert torch.equal(layer(x), wanted)
+        else:  # they measure in bfloat16: a scale may come to lie on the other side of a tie
+            assert (layer(x) != wanted).float().mean() < 0.01
+        again = ActivationQuantizer.from_dict(layer.to_dict())
+        again.load_state_dict(layer.state_dict())
+        assert torch.equal(again(x), layer(x))
+        assert torch.equal(layer(x.clone().requires_grad_()), layer(x))  # what training computes
+        largest = layer(torch.full((1, 16), 1e9)).max()  # saturates: 448 * 6 over the divisor
+        assert largest == (torch.tensor(448.0) / theirs * 6)
+
+
+def test_what_has_no_divisor_to_calibrate() -> None:
+    with pytest.raises(SchemeError, match="nvfp4-ct static"):
+        ActivationQuantizer(Quantizer("nvfp4 static"), QuantParams(torch.ones(1)))
+    with pytest.raises(SchemeError, match=r"lsq learns one scale for all activations.*under a divisor"):
+        Lsq().check(Quantizer("nvfp4-ct static"), ACTIVATIONS)
+    with pytest.raises(FileError, match=r"static parameters of .* can't be \['scale'\]"):
+        ActivationQuantizer.from_dict({"quantizer": "nvfp4-ct static", "static": ["scale"]})

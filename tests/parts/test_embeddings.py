@@ -252,7 +252,7 @@ def test_each_head_reads_the_table_that_it_was_tied_to(tmp_path: Path, case: str
     said: list[str] = []
     out, report = nybble.quantize(
         tmp_path / "float", "rtn", out=tmp_path / "out", weights="int8 channel", embeddings="int8 channel",
-        settings=settings, announce=said.append,
+        settings=settings, announce=said.append, form="native",
     )  # fmt: skip
     for row in report.layers:
         weight = exact.get_submodule(row.name).weight
@@ -277,7 +277,7 @@ def test_a_table_that_the_familys_initialiser_touches(tmp_path: Path, name: str)
     exact.save_pretrained(tmp_path / "float")
     settings = nybble.Settings(dtype=torch.float32)
     options: Any = {"weights": "int8 channel", "embeddings": "int8 channel", "settings": settings}
-    out, _ = nybble.quantize(tmp_path / "float", "rtn", out=tmp_path / "out", **options)
+    out, _ = nybble.quantize(tmp_path / "float", "rtn", out=tmp_path / "out", form="native", **options)
     memory, _ = nybble.quantize(exact, "rtn", **options)
     expected = memory(input_ids()).last_hidden_state
     for found in (nybble.load(out)[0], cls.from_pretrained(out).eval()):

@@ -151,6 +151,23 @@ def test_the_best_state_by_the_steps_own_losses() -> None:
     assert all(torch.equal(a, b) for a, b in zip(made.learned(), again.learned(), strict=True))
 
 
+def test_penalties_are_in_units_of_the_loss_at_the_start() -> None:
+    """A loss a thousandth as large, all else equal, comes to the same: powers of two and signs leave every bit."""
+
+    def learned(factor: float) -> list[Tensor]:
+        class Times(Mse):
+            def loss(self, output: Tensor, wanted: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
+                return factor * super().loss(output, wanted, mask)
+
+        made = Made()
+        part = make_part("adaround", {"warmup": 0.0, "strength": 1.0})
+        reconstruct(made.window, Times(weights=part, steps=20, optimizer="sign", penalty=1.0, rates={"rounding": 0.1}))
+        return made.learned()
+
+    pairs = list(zip(learned(1.0), learned(2.0**-10), strict=True))
+    assert pairs and all(torch.equal(one, other) for one, other in pairs)
+
+
 def test_what_diverges_is_stopped() -> None:
     """At the end of the first round that lost more than so many times the start; the best state before it is kept."""
     lost: list[float] = []
@@ -197,6 +214,27 @@ def test_a_loss_that_is_no_number_names_the_layer_and_leaves_the_window_as_it_wa
     assert [state.module.get_submodule("layer") for state in made.states] == packed
     assert torch.equal(made.weights(), before)
     reconstruct(made.window, options(steps=2))  # and can be learned on again
+
+
+@pytest.mark.parametrize("huge", [True, False])
+def test_an_infinite_loss_of_finite_outputs_names_the_layer_with_the_largest(huge: bool) -> None:
+    """If those are large enough to be the reason: their squares overflow."""
+    made = Made()
+
+    class Squared(Mse):
+        def loss(self, output: Tensor, wanted: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
+            found = super().loss(output, wanted, mask)
+            if not output.requires_grad:
+                return found
+            for number, state in enumerate(made.states):
+                (twin,) = twins_of(state).values()
+                for parameter in twin.learned()[0][1].parameters():
+                    parameter.data.fill_(1e20 if huge and number == 1 else 1.0)  # behind autograd's back
+            return found * torch.inf
+
+    said = r"^blocks\.1\.layer gives values up to .*e\+2\d, so the" if huge else "^the"
+    with pytest.raises(LearningError, match=said + " loss of window-0000 is inf at step 0"):
+        reconstruct(made.window, Squared(weights=make_part("block-ap", {}), steps=3))
 
 
 @pytest.mark.parametrize("targets", [(FLOAT,), (FLOAT, LOCAL)])

@@ -236,6 +236,8 @@ def test_refusals() -> None:
     with pytest.raises(SchemeError, match=r"window=2 counts blocks in LlamaForCausalLM.*window=1"):
         made = parse_recipe({**recipe, "steps": [{"solver": "rtn"}, {**step, "window": 2}]})
         nybble.quantize(tiny_model(), made, torch.zeros(1, 4, dtype=torch.int64))
+    with pytest.raises(SchemeError, match=r"window=2 counts units, and unit=whole.*window=1, or unit=block"):
+        run(unit="whole", window=2)
     with pytest.raises(SchemeError, match=r"block=let ties layers.*unit=layer.*unit=block"):
         made = parse_recipe(
             {**recipe, "steps": [{"solver": "rtn"}, {"reconstruction": "mse", "block": "let", "unit": "layer"}]}

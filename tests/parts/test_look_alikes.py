@@ -140,7 +140,7 @@ def test_routers_and_experts_of_llama4(tmp_path: Path) -> None:
     save_tiny(tmp_path / "float")
     model.save_pretrained(tmp_path / "float")
     _, report = quantize(
-        str(tmp_path / "float"), recipe(), out=tmp_path / "out", settings=Settings(dtype=torch.float32)
+        str(tmp_path / "float"), recipe(), out=tmp_path / "out", settings=Settings(dtype=torch.float32), form="native"
     )
     classes = {"experts": "Llama4TextExperts", "router": "Llama4Router"}
     named = {f"model.layers.{i}.feed_forward.{leaf}": cls for i in range(2) for leaf, cls in classes.items()}

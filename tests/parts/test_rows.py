@@ -9,8 +9,9 @@ from nybble.core.errors import GranularityError
 from nybble.qtensor._rows import split_rows, take_rows
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
+from nybble.scheme import shares_over_rows
 from nybble.solvers import Solved, Stats, Weight
-from nybble.walk.steps._together import joined, shares_over_rows, solve_joined
+from nybble.walk.steps._together import joined, solve_joined
 
 LINES = [
     "int4 group=16", "int4 channel", "int4 tensor", "int3 group=32 symmetric=false", "nvfp4", "nvfp4-ct", "mxfp4",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def inspect(folder: str | Path) -> dict[str, Any]:
         FileError: the folder can't be read, or config and tensors contradict each other.
     """
     folder = Path(folder)
-    checkpoint = _of_others(folder) if is_others(folder) else read_checkpoint(folder)
+    checkpoint = _of_others(folder) if is_others(folder) else _on_disk(read_checkpoint(folder))
     total: dict[str, int] = defaultdict(int)
     modules: dict[str, dict[str, Any]] = {
         n: {"elements": c, "bytes": defaultdict(int)} for n, c in checkpoint.elements.items()
@@ -77,6 +78,15 @@ def inspect(folder: str | Path) -> dict[str, Any]:
             "a file was changed."
         )
     return result
+
+
+def _on_disk(found: Checkpoint) -> Checkpoint:
+    """A checkpoint as its files have it, whatever their form."""
+    if found.compressed is None:
+        return found
+    stored = {name: entry for header in found.headers for name, entry in header.tensors.items()}
+    made = found.compressed
+    return replace(found, stored=stored, roles=made.roles, owners=made.owners, padding={})
 
 
 def _of_others(folder: Path) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""The README.md of a quantized model's folder: what it is, and how to load it, which needs nybble."""
+"""The README.md of a quantized model's folder: what it is, and how to load it, with nybble or without."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nybble.core.versions import VERSION
+from nybble.scheme import in_short
 
 CARD = "README.md"
 
@@ -22,6 +23,7 @@ tags: [nybble, quantized]
 nybble {version} made these files{how}. **Loading them needs the Python package nybble.** transformers does not know
 this format by itself: without `import nybble` it gives the layers random weights, with no more than a warning, and a
 language model then writes fluent nonsense.
+{why}
 
 ```python
 import nybble  # before from_pretrained: it registers the format
@@ -32,25 +34,65 @@ model = {auto}.from_pretrained(".")  # this folder, or its id on the hub
 
 `nybble.load(".")` gives the model and its tokenizer, if it has one, and checks the files first.
 {scheme}
-`nybble inspect .` says what every byte is for, `nybble report .` what each layer lost; `nybble.json` records the run.
+{record}"""
+
+_RECORD = """`nybble inspect .` says what every byte is for, `nybble report .` what each layer lost; nybble.json
+records the run.
 """
 
+_OTHER_FORM = """
+It is not in the form of compressed-tensors, which other programs load without nybble:
 
-def card(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    """The card of a model.
+> {why}
+"""
+
+_LOADS_ANYWHERE = """---
+library_name: transformers
+tags: [compressed-tensors, quantized]
+---
+
+# A quantized {architecture}
+
+{text}
+
+```python
+from transformers import {auto}  # with `pip install compressed-tensors`
+
+model = {auto}.from_pretrained(".")  # this folder, or its id on the hub
+```
+
+nybble {version} made these files{how}; with it, `nybble.load(".")` keeps the weights packed.
+{scheme}
+{record}"""
+
+
+def card(config: Mapping[str, Any], manifest: Mapping[str, Any], why: str = "") -> str:
+    """The card of a model in nybble's own form.
 
     Args:
         config: of config.json, with ``architectures`` and ``model_type``.
         manifest: of the run; empty where there was none.
+        why: it isn't in compressed-tensors' form; empty where nobody asked.
     """
+    return _filled(_TEXT, config, manifest, why=_OTHER_FORM.format(why=why) if why else "")
+
+
+def compressed_card(config: Mapping[str, Any], manifest: Mapping[str, Any], text: str) -> str:
+    """The card of a model in compressed-tensors' form; ``text`` says who loads it. Otherwise as :func:`card`."""
+    return _filled(_LOADS_ANYWHERE, config, manifest, text=text)
+
+
+def _filled(template: str, config: Mapping[str, Any], manifest: Mapping[str, Any], **texts: str) -> str:
     architecture = (config.get("architectures") or ["model"])[0]
     recipe = manifest.get("recipe") or {}
-    return _TEXT.format(
+    return template.format(
         architecture=architecture,
         version=VERSION,
         how=f" with the recipe `{recipe['name']}`" if recipe else "",
         auto=_auto_class(architecture, str(config.get("model_type", ""))),
         scheme=_scheme(recipe.get("scheme") or {}),
+        record=_RECORD,
+        **texts,
     )
 
 
@@ -70,7 +112,8 @@ def _scheme(scheme: Mapping[str, Any]) -> str:
     lines = []
     for rule in scheme.get("rules", ()):
         parts = ", ".join(f"{what} `{line}`" for what, line in rule.items() if what != "targets")
-        lines.append(f"- {', '.join(f'`{target}`' for target in rule['targets'])}: {parts}")
+        named = in_short(dict.fromkeys(rule["targets"], 1))
+        lines.append(f"- {', '.join(f'`{target}`' for target in named)}: {parts}")
     if "kv" in scheme:
         lines.append(f"- KV cache: `{scheme['kv']}`")
     return "\n" + "\n".join(lines) + "\n" if lines else ""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.checkpoint.describe import restore_model
-from nybble.checkpoint.read import Checkpoint, read_checkpoint
+from nybble.checkpoint.read import Checkpoint, Tensors, read_checkpoint
 from nybble.checkpoint.save import mark_quantized
 from nybble.core.errors import FileError
 from nybble.core.guard import reading
@@ -31,7 +31,7 @@ def load_quantized(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     model = _skeleton(folder, checkpoint, dtype, filled=True)
     expected = expected_tensors(model)
     _check_names(folder, checkpoint, expected, unsaved(model))
-    tensors = _read(folder, checkpoint, dtype, kept_float32(model))
+    tensors = _read(checkpoint, dtype, kept_float32(model))
     kept = {id(expected[name]): tensor for name, tensor in tensors.items()}
     tensors |= {name: kept[id(tied)] for name, tied in expected.items() if id(tied) in kept and name not in tensors}
     with reading(folder):
@@ -74,17 +74,14 @@ def _check_names(folder: Path, checkpoint: Checkpoint, expected: dict[str, Tenso
         raise FileError(f"{folder}: the weight files hold {unknown[0]}, which the model of config.json does not have.")
 
 
-def _read(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, kept: Collection[str]) -> dict[str, Tensor]:
-    from safetensors import safe_open
-
+def _read(checkpoint: Checkpoint, dtype: torch.dtype | None, kept: Collection[str]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for header in checkpoint.headers:
-        with reading(header.path), safe_open(header.path, framework="pt", device="cpu") as file:
-            for name in header.tensors:
-                tensor = file.get_tensor(name).clone()  # not a map of the file, which may change
-                wanted = torch.float32 if name in kept else dtype
-                cast = wanted is not None and tensor.is_floating_point() and name not in checkpoint.expected
-                tensors[name] = tensor.to(wanted) if cast else tensor
+    files = Tensors(checkpoint)
+    for name in checkpoint.stored:
+        tensor = files.get(name)
+        wanted = torch.float32 if name in kept else dtype
+        cast = wanted is not None and tensor.is_floating_point() and name not in checkpoint.expected
+        tensors[name] = tensor.to(wanted) if cast else tensor
     return tensors
 
 

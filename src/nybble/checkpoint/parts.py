@@ -18,21 +18,27 @@ from torch import Tensor, nn
 
 from nybble.checkpoint.card import CARD, card
 from nybble.checkpoint.describe import quantization_config, renumber
+from nybble.checkpoint.marked import COMPRESSED, FORM, MANIFEST, NATIVE
+from nybble.checkpoint.read import Checkpoint, checkpoint_of
 from nybble.core.errors import FileError
 from nybble.core.files import atomic_write_json, atomic_write_text
 from nybble.core.tensorfile import merge_tensorfiles, write_tensorfile
+from nybble.core.tensorheader import read_tensor_header
 from nybble.nn.kinds import describe, quant_modules, restore_all
 from nybble.nn.kv_model import KVRecord
 from nybble.nn.layouts import Layouts
 
 SHARD_BYTES = 5_000_000_000
-MANIFEST = "nybble.json"
 EVALUATION = "evaluation.json"
 REQUEST = "request.json"
 MARK = ".mark"
 TIMES = "times.json"
 """How long learning took on each window: the one file that two runs of a request don't have alike."""
 SPILL = "hidden.bin."  # and the number of the stack
+
+Writer = Callable[[Checkpoint, Path, dict[str, Any]], str]
+"""Writes weight files, config.json and a card into a folder, of all parts as one checkpoint and a manifest, in
+compressed-tensors' form; or writes nothing, and returns why."""
 
 
 def _never(name: str) -> bool:
@@ -74,6 +80,21 @@ class Parts:
     def assembled(self) -> bool:
         """Whether all final files are there (parts may be left)."""
         return (self.folder / MANIFEST).exists()
+
+    def check_form(self, asked: str) -> None:
+        """Refuse to go on from a folder that is complete in another form than the one that is asked for.
+
+        Raises:
+            FileError: it is.
+        """
+        if not self.assembled:
+            return
+        form = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8")).get(FORM, {}).get("name", NATIVE)
+        if asked in (NATIVE, COMPRESSED) and asked != form:
+            raise FileError(
+                f"{self.folder} is complete, in the form {form}; now it is to be {asked}. Repeat the first command, or "
+                "start anew without --resume."
+            )
 
     def begun(self, names: list[str]) -> str:
         """What an earlier run left, in a line."""
@@ -174,25 +195,51 @@ class Parts:
             self.restore(name, root, device)
 
     def assemble(
-        self, names: list[str], config: dict[str, Any], manifest: dict[str, Any], kv: KVRecord | None = None
+        self,
+        names: list[str],
+        config: dict[str, Any],
+        manifest: dict[str, Any],
+        kv: KVRecord | None = None,
+        write: Writer | None = None,
     ) -> None:
-        """Merge all parts into the final files in ``folder``; ``kv`` is what the model caches in."""
-        rows: list[dict[str, Any]] = []
+        """Make the final files in ``folder`` of all parts.
+
+        Args:
+            names: of the parts.
+            config: of the float model's config.json.
+            manifest: what nybble.json says beside the rows and the form.
+            kv: what the model caches in.
+            write: writes them in another form than nybble's own; None: that one.
+        """
+        found = self._gathered(names, config, kv)
+        for left in self.folder.glob("model*.safetensors*"):  # of a run that was killed here, perhaps in another form
+            left.unlink()
+        why = "" if write is None else write(found, self.folder, manifest)
+        form: dict[str, Any] = {"name": NATIVE, "why": why} if why else {"name": NATIVE}
+        quantization = found.config["quantization_config"]
+        if write is not None and not why:
+            form = {"name": COMPRESSED, "quantization": quantization}
+        else:
+            files = [self.parts / f"{name}.safetensors" for name in names]
+            merge_tensorfiles(files, self.folder / "model.safetensors", {"format": "pt"}, SHARD_BYTES)
+            atomic_write_json(self.folder / "config.json", config | {"quantization_config": quantization})
+            atomic_write_text(self.folder / CARD, card(config, manifest, why))
+        if times := self.times():
+            atomic_write_json(self.folder / TIMES, times)
+        rows = [row for name in names for row in self.rows(name)]
+        atomic_write_json(self.folder / MANIFEST, manifest | {FORM: form, "layers": rows})
+
+    def _gathered(self, names: list[str], config: dict[str, Any], kv: KVRecord | None) -> Checkpoint:
+        """All parts as one checkpoint; no tensor is read."""
         layouts = Layouts()
         modules: dict[str, Any] = {}
         for name in names:
             data = self._json(name)
-            rows += self.rows(name)
             numbers = [layouts.add(entry) for entry in data["layouts"]]
             modules |= {module: renumber(entry, numbers) for module, entry in data["modules"].items()}
-        files = [self.parts / f"{name}.safetensors" for name in names]
-        merge_tensorfiles(files, self.folder / "model.safetensors", {"format": "pt"}, SHARD_BYTES)
+        headers = [read_tensor_header(self.parts / f"{name}.safetensors") for name in names]
         quantization = quantization_config(modules, layouts, kv)
-        atomic_write_json(self.folder / "config.json", config | {"quantization_config": quantization})
-        atomic_write_text(self.folder / CARD, card(config, manifest))
-        if times := self.times():
-            atomic_write_json(self.folder / TIMES, times)
-        atomic_write_json(self.folder / MANIFEST, manifest | {"layers": rows})
+        return checkpoint_of(self.parts / "all", config | {"quantization_config": quantization}, headers)
 
     def finish(self) -> list[dict[str, Any]]:
         """Remove what isn't part of the result; returns all rows."""
@@ -215,7 +262,7 @@ def begun_with(folder: Path) -> dict[str, Any] | None:
     for name in (REQUEST, MANIFEST):
         if (folder / name).exists():
             found: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
-            return {key: value for key, value in found.items() if key not in ("name", "layers", "untried")}
+            return {key: value for key, value in found.items() if key not in ("name", "layers", "untried", FORM)}
     return None
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nybble.checkpoint.describe import describe_model
-from nybble.checkpoint.parts import Parts
+from nybble.checkpoint.parts import Parts, Writer
 from nybble.core.errors import ModelError, UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, check_new_folder, disk_errors
@@ -81,11 +81,11 @@ def save_side_files(kind: DataKind, source: ModelSource, model: PreTrainedModel,
     lacks = source.write_side_files(folder)
     kind.write_side_files(source, folder)
     if GENERATION not in source.side_files():
-        save_generation_config(model, folder)
+        _save_generation_config(model, folder)
     return lacks
 
 
-def save_generation_config(model: PreTrainedModel, folder: Path) -> None:
+def _save_generation_config(model: PreTrainedModel, folder: Path) -> None:
     """What the model generates with, as ``save_pretrained`` writes it; which refuses values that it has read."""
     if model.can_generate() and model.generation_config is not None:
         with disk_errors(folder / GENERATION):
@@ -98,14 +98,16 @@ def save(
     out: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     manifest: dict[str, Any] | None = None,
+    write: Writer | None = None,
 ) -> Path:
-    """Write a model that was quantized in memory to a folder, as ``nybble quantize`` would.
+    """Write a model that was quantized in memory to a folder.
 
     Args:
         model: from :func:`nybble.quantize`, or after training from ``convert``.
         out: must not exist.
         tokenizer: to stand beside it; without one, text can't be made or judged with the folder.
         manifest: what nybble.json says; None takes what the model remembers of its quantization, if it does.
+        write: writes another form than nybble's own.
 
     Raises:
         UsageError: nothing in it is quantized, its cache neither. FileError: the folder exists or can't be written.
@@ -122,14 +124,19 @@ def save(
             f"{type(model).__name__} is a plain network: no config says how to build it again, so there is no folder "
             "for it. Keep its state_dict, or quantize it as a transformers model (its timm wrapper, say)."
         )
+    if any(tensor.device.type == "meta" for tensor in (*model.parameters(), *model.buffers())):
+        raise UsageError(
+            "parts of this model are offloaded (device_map); model.save_pretrained writes the same tensors and brings "
+            "each, or load it without."
+        )
     out = Path(out)
     with AtomicFolder(out) as partial:
         parts = Parts(partial, {}, resume=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        save_generation_config(model, partial)
+        _save_generation_config(model, partial)
         record = dict(vars(model).get(_RECORD, {}) if manifest is None else manifest)
         parts.write("model", "", model, record.pop("layers", []))
-        parts.assemble(["model"], model_config(model, model.dtype), record, recorded_kv(model))
+        parts.assemble(["model"], model_config(model, model.dtype), record, recorded_kv(model), write)
         parts.finish()
     return out

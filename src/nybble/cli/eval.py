@@ -1,12 +1,15 @@
-"""``nybble eval MODEL --data SRC``: metrics of a model, float or quantized."""
+"""``nybble eval MODEL --data SRC``: metrics of a model, float or quantized; ``--tasks``: its scores in public tasks."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from nybble.cli._output import print_json, print_table
+from nybble.cli._options import grouped
+from nybble.cli._output import note, print_json, print_table
 from nybble.core.device import check_device
 from nybble.core.errors import UsageError
 from nybble.core.options import at_least_one
@@ -15,16 +18,50 @@ from nybble.models.named import check_model
 
 COMPARING = frozenset({"agreement", "cosine", "kl"})
 """Nybble's own metrics that are none without a float model; known here, so that saying so takes no torch."""
+SEQ_LEN = 512
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """Of tasks, in place of data and metrics."""
+
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated tasks of lm-evaluation-harness (pip install 'nybble[lm-eval]'), in place of --data."
+        ),
+    ] = None
+    task_dir: Annotated[
+        Path | None,
+        typer.Option(help="A folder with tasks of your own: YAML files, and the data and Python that these name."),
+    ] = None
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Of tasks: prompts at a time; left out, 8, or 1 where a batch would share a scale."),
+    ] = None
+    limit: Annotated[int | None, typer.Option(help="Of tasks: only the first so many questions of each.")] = None
+    num_fewshot: Annotated[int | None, typer.Option(help="Of tasks: solved examples in front of a question.")] = None
+    chat: Annotated[bool, typer.Option("--chat", help="Of tasks: put prompts into the chat template.")] = False
+
+    def given(self) -> list[str]:
+        """The options of tasks that were given, as they are typed."""
+        names = ("task_dir", "batch_size", "limit", "num_fewshot", "chat")
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, False)]
+
+
+TASKS = TaskOptions()
+
+
+@grouped
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="What nybble wrote, or any float model.")],
     data: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="What the model reads: a text file, JSONL, hub dataset id or builtin; images; a plug-in's own."
+            help="What the model reads: a text file, JSONL, hub dataset id or builtin (the default); images; a "
+            "plug-in's own."
         ),
-    ] = "builtin",
+    ] = None,
     metrics: Annotated[
         str | None,
         typer.Option(
@@ -33,20 +70,52 @@ def command(
         ),
     ] = None,
     reference: Annotated[str | None, typer.Option(help="The float model, for metrics that compare with it.")] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens a window; windows do not overlap.")] = 512,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(help="Tokens a window, 512; windows do not overlap. Of tasks: at most, else as the model says."),
+    ] = None,
     samples: Annotated[
         int | None, typer.Option(help="At most so many windows, sentences or images, spread evenly; default all.")
     ] = None,
+    task: TaskOptions = TASKS,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Evaluate MODEL on held-out text, or on images if it reads those."""
+    """Evaluate MODEL on held-out text, on images if it reads those, or in tasks of lm-evaluation-harness."""
     for spec in (model,) if reference is None else (model, reference):
         check_model(spec)
-    check_source(data)
     check_device(device)
-    at_least_one(seq_len=seq_len, samples=samples)
-    names = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
+    at_least_one(seq_len=seq_len, samples=samples, batch_size=task.batch_size, limit=task.limit)
+    if task.tasks is not None:
+        theirs = {"--data": data, "--metrics": metrics, "--samples": samples}
+        if wrong := [name for name, value in theirs.items() if value is not None]:
+            raise UsageError(
+                f"tasks bring data and metrics of their own; leave out {wrong[0]} (--limit says how much)."
+            )
+        _tasks({"model": model} | ({} if reference is None else {"reference": reference}), task, seq_len, device, json)
+        return
+    if wrong := task.given():
+        raise UsageError(f"{wrong[0]} is of tasks; name some (--tasks NAME[,NAME]), or leave it out.")
+    names = None if metrics is None else _names(metrics)
+    _on_data(model, "builtin" if data is None else data, names, reference, seq_len or SEQ_LEN, samples, device, json)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _on_data(
+    model: str,
+    data: str,
+    names: list[str] | None,
+    reference: str | None,
+    seq_len: int,
+    samples: int | None,
+    device: str,
+    json: bool,
+) -> None:
+    """Metrics on held-out data, in a table or as JSON."""
+    check_source(data)
     if reference is None and (needy := COMPARING.intersection(names or ())):
         raise UsageError(f"metric {min(needy)!r} compares with the float model; give it (--reference MODEL).")
     from nybble.core.progress import Bars  # torch comes from here on
@@ -73,3 +142,41 @@ def command(
     what = f"{manifest['predictions']} predictions" if "predictions" in manifest else f"{manifest['samples']} samples"
     digest = next((value for name, value in manifest.items() if name.endswith("sha256")), "not stated")
     print(f"{what}; data sha256 {str(digest)[:16]}")
+
+
+def _tasks(models: dict[str, str], task: TaskOptions, seq_len: int | None, device: str, json: bool) -> None:
+    """Scores of the model, and of the reference where there is one, in a table or as JSON."""
+    from nybble.pipelines.tasks import run_tasks
+
+    result = run_tasks(
+        models,
+        _names(str(task.tasks)),
+        task.task_dir,
+        batch_size=task.batch_size,
+        limit=task.limit,
+        num_fewshot=task.num_fewshot,
+        chat=task.chat,
+        seq_len=seq_len,
+        device=device,
+    )
+    found, manifest = result["models"], result["data"]
+    for text in result["notes"].values():
+        note(text)
+    if json:
+        said: dict[str, Any] = {"metrics": found["model"], "data": manifest, "model": models["model"]}
+        beside = {"reference": found["reference"]} if "reference" in found else {}
+        print_json({**said, **beside, "notes": result["notes"]})
+        return
+    rows = [[name, *(_with_error(numbers, name) for numbers in found.values())] for name in found["model"]]
+    print_table(f"{models['model']} in {manifest['source']}", ("metric", *found), [r for r in rows if r[1]])
+    for name, facts in manifest["tasks"].items():
+        print(f"{name}: {facts['samples']} questions, version {facts['version']}; sha256 {facts['sha256'][:16]}")
+
+
+def _with_error(numbers: dict[str, float], name: str) -> str:
+    """A value with its standard error; empty for the standard error itself."""
+    metric, comma, rule = name.partition(",")
+    if metric.endswith("_stderr"):
+        return ""
+    error = numbers.get(f"{metric}_stderr{comma}{rule}")
+    return f"{numbers[name]:.5g}" + ("" if error is None else f" ± {error:.2g}")

@@ -48,10 +48,11 @@ def command(
         f"{found['dest']}: {found['target']}, {megabytes(found['bytes'])} (OUT has {megabytes(found['source_bytes'])})"
     )
     if check:
-        _print(found["check"])
+        print_check(found["check"])
 
 
-def _print(found: dict[str, Any]) -> None:
+def print_check(found: dict[str, Any]) -> None:
+    """What opening the result showed (:class:`nybble.export.Verified`)."""
     opened = ", ".join(f"{name} {version}" for name, version in found["opened_with"].items())
     print(f"opened with {opened}: {found['weights']} weights equal to the last bit in {found['exact_in']}")
     if found["cosine"] is not None:

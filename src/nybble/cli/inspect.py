@@ -16,6 +16,9 @@ def command(
         Path, typer.Argument(metavar="OUT", help="A folder that nybble wrote, or another library's quantized model.")
     ],
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="How each kind of packed weight is multiplied with on this machine's CPU.")
+    ] = False,
     modules: Annotated[bool, typer.Option("--modules", help="A row for each quantized weight.")] = False,
 ) -> None:
     """Account for every byte of OUT."""
@@ -23,6 +26,10 @@ def command(
     from nybble.checkpoint.account import inspect
 
     found = inspect(out)
+    if kernels:
+        from nybble.pipelines.kernels import kernels_of
+
+        found["kernels"] = kernels_of(out)
     if json:
         print_json(found)
         return
@@ -36,6 +43,14 @@ def command(
         f"{found['bits_per_quantized_weight']:.4f} bits each, "
         f"{found['bits_per_weight']:.4f} over everything stored"
     )
+    if found.get("note"):
+        print(found["note"])
+    if kernels:
+        shown = [
+            [str(row["weights"]), row["format"], row["kernel"] or f"unpacked at every call: {row['reason']}"]
+            for row in found["kernels"]
+        ]
+        print_table("how packed weights are multiplied with", ("weights", "format", "kernel"), shown)
     if modules:
         roles = list(dict.fromkeys(role for module in found["modules"].values() for role in module["bytes"]))
         shown = [

@@ -15,7 +15,7 @@ from nybble.core.files import check_new_folder
 from nybble.data.text import check_source
 from nybble.models.build.config_file import read_json
 from nybble.models.named import check_float, check_model, stated_quantization
-from nybble.pipelines.targets import split_targets
+from nybble.pipelines.targets import AUTO, check_form_name, split_targets
 from nybble.recipes import BEST, check_recipe_name, recipe_for
 
 if TYPE_CHECKING:
@@ -84,15 +84,24 @@ def command(
         list[str] | None,
         typer.Option(
             help="What the recipe best is to come to (w4a16, the usual, w3a16, w2a16, nvfp4 ...), or who is to load "
-            "what nybble export makes of OUT (compressed-tensors ...): the scheme is kept to what that holds exactly. "
-            "Both may be given; repeatable."
+            "what nybble export makes of OUT (compressed-tensors ...): the scheme is kept to what that holds exactly; "
+            "gguf:q4_k_m also writes OUT/gguf. Both may be given; repeatable."
         ),
     ] = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            help="Of the files: compressed-tensors, which vLLM and transformers load without nybble; native; or auto, "
+            "the first where it says all of the result exactly."
+        ),
+    ] = AUTO,
     data: Annotated[
         str, typer.Option(help="Calibration data: a text file, JSONL, hub dataset id, or builtin; images.")
     ] = "builtin",
     run: RunOptions = RUN,
-    effort: Annotated[str, typer.Option(help="quick or full, for recipes that search.")] = "full",
+    effort: Annotated[
+        str, typer.Option(help="quick: fewer steps and candidates, where a recipe has such. Or full.")
+    ] = "full",
     eval: Annotated[str | None, typer.Option(help="Evaluate before and after on this text.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, say what would be done and needed, and stop.")
@@ -102,6 +111,7 @@ def command(
     """Quantize MODEL into the folder OUT."""
     aim, files = split_targets(target)
     recipe = recipe_for(recipe, aim)
+    check_form_name(form)
     _check(model, out, recipe, data, eval)
     from nybble.pipelines.request import build_recipe
     from nybble.walk.settings import Settings
@@ -111,7 +121,7 @@ def command(
     from nybble.core import ranks  # torch comes from here on: all above needs none
 
     with ranks.started(run.device) as device:
-        result = _done(model, out, made, data, replace(settings, device=device), files, eval, dry_run)
+        result = _done(model, out, made, data, replace(settings, device=device), files, eval, dry_run, form)
     if json:
         print_json(result)
     elif dry_run:
@@ -129,18 +139,25 @@ def _done(
     files: Sequence[str],
     eval: str | None,
     dry_run: bool,
+    form: str,
 ) -> dict[str, Any]:
     """What is said of it in the end; nothing by a process beside the one that writes."""
     from nybble.checkpoint.account import inspect
+    from nybble.checkpoint.marked import form_of
     from nybble.core.progress import Bars
     from nybble.pipelines.evaluate import judge_folder, judged_on
+    from nybble.pipelines.form import check_form
     from nybble.pipelines.quantize import preflight, quantize
+
+    check_form(form)
 
     held_out = None if eval is None else judged_on(model, eval, seq_len=settings.seq_len)
     if dry_run:
         lines = preflight(model, made, data, out=out, settings=settings, target=files)
         return {"dry_run": True, "recipe": made.name, "preflight": lines}
-    _, report = quantize(model, made, data, out=out, settings=settings, progress=Bars(), announce=note, target=files)
+    _, report = quantize(
+        model, made, data, out=out, settings=settings, progress=Bars(), announce=note, form=form, target=files
+    )
     if is_silent():
         return {}
     evaluation = None
@@ -151,6 +168,7 @@ def _done(
     result: dict[str, Any] = {
         "out": str(out),
         "recipe": made.name,
+        "form": form_of(out),
         "weights": len(report.layers),
         "seconds": report.seconds,
         "bits_per_weight": sizes["bits_per_weight"],
@@ -160,7 +178,23 @@ def _done(
     }
     if evaluation is not None:
         result["evaluation"] = evaluation
+    result["exported"] = _exported(out, files)
     return result
+
+
+def _exported(out: Path, files: Sequence[str]) -> list[dict[str, Any]]:
+    """The files of targets that are written at once; how the others' are made is said."""
+    from nybble.export import get_target
+    from nybble.pipelines.export import export
+
+    found = []
+    for name in files:
+        if get_target(name).at_once:
+            made = export(out, out / name.partition(":")[0].lower(), name, announce=note)
+            found.append({key: made[key] for key in ("dest", "target", "bytes", "files", "notes")})
+        else:
+            note(f"nybble export {out} DEST --target {name} writes the files that {name} means")
+    return found
 
 
 def _check(model: str, out: Path, recipe: str, data: str, held_out: str | None) -> None:
@@ -190,6 +224,9 @@ def _print(result: dict[str, Any]) -> None:
         f"{result['bits_per_weight']:.3f} bits a weight over everything stored "
         f"({result['bits_per_quantized_weight']:.3f} in quantized layers), {result['seconds']:.0f} s"
     )
+    for made in result["exported"]:
+        largest = max(made["files"], key=made["files"].get)
+        print(f"{made['dest']}/{largest}: {made['target']}, {megabytes(made['files'][largest])}")
     worst = sorted(result["layers"], key=lambda row: -(row["error"] or 0))[:5]
     rows = [
         [r["name"], f"{r['bits']:.2f}", f"{r['error']:.2e}", f"{r['rtn_error']:.2e}", "; ".join(r["notes"])]

@@ -94,8 +94,7 @@ def rotation(width: int, matrix: Matrix, block: int, signs: bool, seed: int) -> 
         SchemeError: the block doesn't divide the width; there is no such Hadamard matrix.
     """
     size = block or width
-    if width % size:
-        raise SchemeError(f"block: {block} does not divide the {width} channels that are to be rotated.")
+    check_block("block", block, width, "that are to be rotated", matrix)
     generator = torch.Generator().manual_seed(derive_seed(seed, "rotate"))
     if matrix == "hadamard":
         part = hadamard(size)
@@ -108,7 +107,32 @@ def rotation(width: int, matrix: Matrix, block: int, signs: bool, seed: int) -> 
     return whole
 
 
-def head_rotations(heads: int, width: int, block: int, signs: bool, seed: int) -> Tensor:
+def check_block(option: str, block: int, width: int, which: str, matrix: Matrix) -> None:
+    """Refuse a block that does not divide the channels; names the nearest ones that do, and have such a matrix.
+
+    Args:
+        option: what a user calls it.
+        block: channels that are rotated among themselves; 0: all.
+        width: channels.
+        which: of them, in words.
+        matrix: of the rotation.
+
+    Raises:
+        SchemeError: it doesn't.
+    """
+    if not block or width % block == 0:
+        return
+    sizes = [
+        n for n in range(2, width + 1) if width % n == 0 and (matrix != "hadamard" or hadamard_signs(n) is not None)
+    ]
+    near = [*[n for n in sizes if n < block][-1:], *[n for n in sizes if n > block][:1]]
+    raise SchemeError(
+        f"{option}={block} does not divide the {width} channels {which}; "
+        + (f"the nearest that do: {', '.join(map(str, near))}." if near else f"leave {option} out.")
+    )
+
+
+def head_rotations(heads: int, width: int, block: int, signs: bool, seed: int, option: str = "block") -> Tensor:
     """Hadamard matrices for the channels of each head, float32 [heads, width, width], the same for the same arguments.
 
     Args:
@@ -117,12 +141,12 @@ def head_rotations(heads: int, width: int, block: int, signs: bool, seed: int) -
         block: channels that are rotated among themselves; 0 means the largest power of two that divides the width.
         signs: with random signs of the columns, of every head its own.
         seed: of these.
+        option: what a user calls the block.
 
     Raises:
         SchemeError: the block doesn't divide the width.
     """
-    if block and width % block:
-        raise SchemeError(f"block={block} does not divide the {width} channels of a head.")
+    check_block(option, block, width, "of a head", "hadamard")
     part = hadamard(block or width & -width)
     found = torch.kron(torch.eye(width // len(part), dtype=part.dtype), part).expand(heads, -1, -1)
     if signs:

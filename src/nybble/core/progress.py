@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -36,6 +37,20 @@ class Silent:
 
     def done(self) -> None:
         """Ignore the end."""
+
+
+SHOWN: ContextVar[Progress] = ContextVar("SHOWN", default=Silent())  # noqa: B039  (it keeps nothing)
+"""What the writers of files report to: they are called through several layers that have nothing to say of it."""
+
+
+@contextmanager
+def showing(progress: Progress) -> Iterator[None]:
+    """Let the writers of files report to ``progress`` while the block runs."""
+    before = SHOWN.set(progress)
+    try:
+        yield
+    finally:
+        SHOWN.reset(before)
 
 
 class Bars:

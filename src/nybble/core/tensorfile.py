@@ -11,12 +11,13 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from nybble.core.errors import FileError
 from nybble.core.files import atomic_file, disk_errors, need_space
+from nybble.core.progress import SHOWN, task
 from nybble.core.tensorheader import DTYPE_BITS, TensorEntry, read_tensor_header
 
 if TYPE_CHECKING:
@@ -42,17 +43,28 @@ class Planned:
         dtype: safetensors name, ``BF16``. shape: sizes.
         bytes_from: what makes it; or a file in which its bytes begin at ``offset``, row-major and little-endian.
         offset: into that file.
+        raw: what is made may have another dtype and shape: its bytes are meant, as those of a file are.
     """
 
     dtype: str
     shape: tuple[int, ...]
     bytes_from: Callable[[], Tensor] | Path
     offset: int = 0
+    raw: bool = False
 
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+    def recast(self, shape: Sequence[int], dtype: str = "") -> Planned:
+        """The same bytes under another shape, and another dtype of as many bytes (empty: the same)."""
+        made, wanted = self.bytes_from, tuple(shape)
+        found = replace(self, dtype=dtype or self.dtype, shape=wanted)
+        if isinstance(made, Path):
+            return found
+        kind = _dtype_named(found.dtype)
+        return replace(found, bytes_from=lambda: made().contiguous().view(kind).view(wanted))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +74,7 @@ class _Source:
     entry: TensorEntry
     bytes_from: Tensor | Path | Callable[[], Tensor]
     offset: int = 0
+    raw: bool = False
 
     def chunks(self) -> Iterator[bytes | memoryview]:
         if not isinstance(self.bytes_from, Path):
@@ -81,7 +94,8 @@ class _Source:
         if not callable(tensor):
             return tensor
         made = tensor()
-        if (safetensors_name(made.dtype), tuple(made.shape)) != (self.entry.dtype, self.entry.shape):
+        same = (safetensors_name(made.dtype), tuple(made.shape)) == (self.entry.dtype, self.entry.shape)
+        if not (made.nbytes == self.entry.nbytes if self.raw else same):
             raise AssertionError(f"{made.dtype} {list(made.shape)} was made where {self.entry} was planned")
         return made
 
@@ -89,6 +103,14 @@ class _Source:
 def safetensors_name(dtype: torch.dtype) -> str | None:
     """``BF16`` of torch.bfloat16; None of what safetensors can't store."""
     return _TORCH_NAMES.get(str(dtype).removeprefix("torch."))
+
+
+def _dtype_named(name: str) -> torch.dtype:
+    """torch.bfloat16 of ``BF16``."""
+    import torch
+
+    kind: torch.dtype = getattr(torch, next(known for known, stored in _TORCH_NAMES.items() if stored == name))
+    return kind
 
 
 def _memory(tensor: Tensor) -> memoryview:
@@ -132,7 +154,8 @@ def stream_tensorfiles(
     Memory holds one tensor. Shards are named, filled and moved into place as by :func:`merge_tensorfiles`.
 
     Args:
-        tensors: by name; each is made once, in the order of the file.
+        tensors: by name; each is made once, those of a shard in the order of their names: what is made of one thing
+            (codes and scales of a weight) is made one after the other.
         out: ``FOLDER/model.safetensors``.
         metadata: strings for every file's header.
         max_shard_bytes: most tensor bytes in one file, None for no limit.
@@ -148,6 +171,7 @@ def stream_tensorfiles(
             entry=TensorEntry(dtype=plan.dtype, shape=tuple(plan.shape), begin=0, nbytes=plan.nbytes),
             bytes_from=plan.bytes_from,
             offset=plan.offset,
+            raw=plan.raw,
         )
         for name, plan in tensors.items()
     }
@@ -249,10 +273,19 @@ def _header(sources: Mapping[str, _Source], names: Sequence[str], metadata: Mapp
 
 
 def _write(file: BinaryIO, header: bytes, sources: Mapping[str, _Source], names: Sequence[str]) -> None:
+    """Header, then each tensor in its place; they are made in the order of their names."""
     file.write(header)
+    places, position = {}, len(header)
     for name in names:
-        for chunk in sources[name].chunks():
-            file.write(chunk)
+        places[name] = position
+        position += sources[name].entry.nbytes
+    with task(SHOWN.get(), len(names), "tensors") as bar:
+        for name in sorted(names):
+            if file.tell() != places[name]:
+                file.seek(places[name])
+            for chunk in sources[name].chunks():
+                file.write(chunk)
+            bar.advance(note=name)
     file.flush()  # a full disk shows here, before any file is moved
 
 

@@ -1,12 +1,13 @@
 """What others' runtimes load: one target a file.
 
-A target answers four questions, and says as data what it takes:
+A target answers five questions, and says as data what it takes:
 
 =============  =========================================================================================
 ``constrain``  a scheme, before anything is quantized -> the one whose result the target holds bit for bit
 ``check``      a quantized model -> what of it the target can't hold, and the nearest that it does
 ``write``      a quantized model -> files in a folder, one tensor in memory at a time
 ``verify``     those files, opened as their users open them -> equal to the last bit, or an error
+``rounds``     weights that ``write`` would round again, as the option asks -> to what; most targets round nothing
 ``takes``      format x granularity x inputs, and the runtime's first version that loads it, with its source
 =============  =========================================================================================
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from nybble.export._source import Source
     from nybble.nn.kinds import Target
+    from nybble.quantizer import Quantizer
     from nybble.scheme import Scheme
 
 _LISTED = 4
@@ -62,8 +64,8 @@ class Takes:
 
     Attributes:
         weights, inputs: quantizer lines, or words for a family of them; ``float`` where they stay so.
-        form: what the files call it. runtime: who loads it. since: its first version that does; empty where the source
-            names none. source: where that is said. note: limits.
+        form: what the files call it. runtime: who loads it. since: its first version that does, or the change that
+            brought it; empty where nothing shows one. source: what shows it. note: limits.
     """
 
     weights: str
@@ -100,6 +102,7 @@ class Verified:
         cosine, largest: of the logits to nybble's: cosine similarity, and largest difference over the largest logit;
             None where the model could not be called (``uncalled`` says why).
         runtimes: rows of ``takes`` that these files are.
+        layerwise: what comparing layer by layer showed, name -> number; empty where that was not done.
     """
 
     opened_with: Mapping[str, str]
@@ -109,6 +112,7 @@ class Verified:
     largest: float | None
     uncalled: str = ""
     runtimes: Sequence[Takes] = field(default_factory=tuple)
+    layerwise: Mapping[str, float] = field(default_factory=dict)
 
 
 class ExportTarget(ABC):
@@ -121,11 +125,17 @@ class ExportTarget(ABC):
         summary: what it is, in a line.
         options: what may stand behind the colon, word -> meaning; a target without any takes none.
         takes: what it holds, and who loads that.
+        in_float: whether a model without a quantized layer can go there.
+        loses: what its files never keep, in words; empty where what can't be kept is refused.
+        at_once: ``nybble quantize --target`` writes the files too, beside its own, into a folder of the target's name.
     """
 
     summary: ClassVar[str]
+    in_float: ClassVar[bool] = False
+    loses: ClassVar[str] = ""
     options: ClassVar[Mapping[str, str]] = {}
     takes: ClassVar[tuple[Takes, ...]] = ()
+    at_once: ClassVar[bool] = False
 
     def __init__(self, option: str = "") -> None:
         self.option = option
@@ -147,6 +157,10 @@ class ExportTarget(ABC):
     def notes(self, source: Source) -> list[str]:
         """What will be lost or done otherwise though the files are right, a line each."""
         return []
+
+    def rounds(self, source: Source) -> Mapping[str, Quantizer]:
+        """Layers whose weights :meth:`write` rounds again because the option asks for that, and to what."""
+        return {}
 
     @abstractmethod
     def write(self, source: Source, folder: Path) -> None:
@@ -193,11 +207,15 @@ def get_target(text: str) -> ExportTarget:
     return part(option)
 
 
-def refuse(name: str, refusals: Sequence[Refusal]) -> None:
-    """Raise ModelError with all that a target can't hold, if there is anything."""
+def refuse(name: str, refusals: Sequence[Refusal], way_out: str = "") -> None:
+    """Raise ModelError with all that a target can't hold, if there is anything.
+
+    Args:
+        name: of the target.
+        refusals: what it can't hold.
+        way_out: what to do then; by default to quantize for it.
+    """
     if refusals:
         lines = "\n  ".join(map(str, refusals))
-        raise ModelError(
-            f"target {name} can't hold this model as it is:\n  {lines}\n"
-            f"Quantize with --target {name}, which keeps to what it holds, or choose another target."
-        )
+        usual = f"Quantize with --target {name}, which keeps to what it holds, or choose another target."
+        raise ModelError(f"target {name} can't hold this model as it is:\n  {lines}\n{way_out or usual}")

@@ -9,9 +9,9 @@ import torch
 
 from nybble.core.errors import SchemeError
 from nybble.export import Facts
-from nybble.export._ct_scheme import E2M1, E4M3, CannotError, activation_args, kv_args, weight_args
 from nybble.export._fused import SIBLINGS, fused_groups
 from nybble.line import PLAIN
+from nybble.models.sources.layouts._ct_args import E2M1, E4M3, CannotError, activation_args, kv_args, weight_args
 from nybble.quantizer import Quantizer
 from nybble.scales.absmax import AbsMax
 from nybble.scales.pow2 import Pow2
@@ -57,8 +57,14 @@ def _rule(rule: Rule, facts: Facts) -> Rule:
 
 
 def _activations(quantizer: Quantizer | None) -> Quantizer | None:
-    """With powers of two chosen as the library, and vLLM, choose them at every token."""
-    if quantizer is None or not isinstance(quantizer.scale, Pow2):
+    """As the library, and vLLM, find scales at every token: powers of two; NVFP4's under a calibrated divisor."""
+    if quantizer is None:
+        return None
+    inner = quantizer.scale_format
+    nested = isinstance(inner, Quantizer) and inner.format.name == E4M3 and inner.granularity.one_scale
+    if nested and quantizer.format.name == E2M1 and str(quantizer.granularity) == "group=16":
+        return Quantizer("nvfp4-ct static")
+    if not isinstance(quantizer.scale, Pow2):
         return quantizer
     mode = "rceil" if quantizer.format.name == E4M3 else "even"  # compressed-tensors' threshold, 1.75, of both
     return quantizer.replace(scale=f"pow2(mode={mode})")

@@ -11,11 +11,19 @@ from torch import Tensor, nn
 
 from nybble.core.tensorfile import Planned
 from nybble.export._ct_config import form_of
-from nybble.export._ct_scheme import E2M1, Args, CannotError, activation_args, is_nvfp4, weight_args
 from nybble.export._ct_tensors import Matrix, shared_divisor
 from nybble.export._fused import fused_groups
 from nybble.export._names import Part, parts_of
 from nybble.export._source import Layer, Source
+from nybble.models.sources.layouts._ct_args import (
+    E2M1,
+    Args,
+    CannotError,
+    above,
+    activation_args,
+    is_nvfp4,
+    weight_args,
+)
 from nybble.nn.embedding import input_embedding
 from nybble.nn.kinds import Kind
 from nybble.qtensor.block import BlockQTensor
@@ -51,9 +59,13 @@ class Placed:
             if filled is None or not filled.quantizer.static or self.untied:
                 continue
             parts = filled.state_dict()
+            if "divisor" in parts:
+                found[f"{word}_global_scale"] = _kept(parts["divisor"].float().reshape(1))
+                continue
             found[f"{word}_scale"] = _kept(parts["scale"].float().reshape(1))
             if "zero_point" in parts:
-                found[f"{word}_zero_point"] = _kept(parts["zero_point"].round().to(torch.int8).reshape(1))
+                zero_point = parts["zero_point"] - above(filled.quantizer.format)
+                found[f"{word}_zero_point"] = _kept(zero_point.round().to(torch.int8).reshape(1))
         return {f"{self.name}.{name}": plan for name, plan in found.items()}
 
 
@@ -93,9 +105,9 @@ def _check_kind(model: nn.Module, layer: Layer, kind: Kind) -> None:
         return
     if kind.fused:
         return
-    module = model.get_submodule(layer.name)
     if kind.operands:
         raise CannotError("the operands of attention", "--matmuls left out")
+    module = model.get_submodule(layer.name)
     if not isinstance(module, nn.Linear | nn.Embedding):
         what = f"a {type(module).__name__}"
         raise CannotError(what, f"nn.Linear and nn.Embedding; {_FLOAT} (--ignore {type(module).__name__})")
@@ -124,7 +136,7 @@ def placed(source: Source, model: Any) -> list[Placed]:
         table = isinstance(model.get_submodule(layer.name), nn.Embedding) if not layer.kind.fused else False
         if not read.weights:
             found.append(Placed(layer.name, layer.name, layer, scheme, None))
-        for name, prefix, rows in _where(source, model, layer, read):
+        for name, prefix, rows in stored_under(source, model, layer, read):
             matrix = Matrix(source, read, prefix, rows, scheme["weights"], scheme["format"], divisors.get(layer.name))
             at = "" if layer.kind.fused else layer.name
             found.append(Placed(name, at, layer, scheme, matrix, untied, table))
@@ -142,7 +154,9 @@ def nvfp4_groups(source: Source, model: Any) -> list[tuple[tuple[str, ...], floa
     return found
 
 
-def _where(source: Source, model: Any, layer: Layer, read: Layer) -> Iterator[tuple[str, str, tuple[int, ...] | None]]:
+def stored_under(
+    source: Source, model: Any, layer: Layer, read: Layer
+) -> Iterator[tuple[str, str, tuple[int, ...] | None]]:
     """Name in the checkpoint, prefix of the stored matrix, its rows (None: all)."""
     prefixes = list(read.weights)
     if not prefixes:

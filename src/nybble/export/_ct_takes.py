@@ -1,7 +1,8 @@
 """Which vLLM, and which transformers, take which of compressed-tensors' schemes, and where that is said.
 
-vLLM's versions are the first release after the pull request that is named (by the dates of both); where only its source
-shows that a scheme is taken, no version is given. Sources were read in November 2026.
+vLLM's versions are what its published packages show (0.5.0.post1, 0.5.1 to 0.5.5, 0.8.4, 0.8.5, 0.8.5.post1, 0.9.0,
+0.14.1 and 0.15.0 were looked at): the first whose code chooses the scheme, "or earlier" where the one before that was
+looked at is many versions older. Where only its source of November 2026 shows that a scheme is taken, none is given.
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ from typing import Any
 from nybble.export import Takes
 
 _PULL = "https://github.com/vllm-project/vllm/pull/"
-_FILE = "https://github.com/vllm-project/vllm/blob/main/vllm/model_executor/layers/quantization/compressed_tensors/"
-_SCHEMES = f"{_FILE}schemes/compressed_tensors_"
+_AT = "https://github.com/vllm-project/vllm/blob/{}/vllm/model_executor/layers/quantization/compressed_tensors/"
+_SCHEMES = f"{_AT.format('main')}schemes/compressed_tensors_"
+
+
+def _chosen(version: str) -> str:
+    """Where a version chooses a scheme."""
+    return f"{_AT.format(f'v{version}')}compressed_tensors.py"
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,9 @@ class _Said:
 def _inputs(args: Mapping[str, Any] | None) -> str:
     if not args:
         return "float"
-    scale = "mx" if args.get("scale_dtype") is not None else ""
-    dynamic = "" if args["dynamic"] else " static"
+    local = args["dynamic"] == "local"  # NVFP4's: a calibrated scale over those of the groups
+    scale = "mx" if args.get("scale_dtype") is not None and not local else ""
+    dynamic = " local" if local else "" if args["dynamic"] else " static"
     return f"{scale}{args['type']}{args['num_bits']} {args['strategy']}{dynamic}"
 
 
@@ -57,7 +64,7 @@ _ROWS: tuple[tuple[Callable[[_Said], bool], Takes], ...] = (
     (
         lambda s: s.form == "pack-quantized" and s.bits in (4, 8) and s.symmetric
         and s.strategy in ("group", "channel"),
-        _vllm("int4, int8; group or channel", "float", "pack-quantized", "0.5.1", f"{_PULL}5385"),
+        _vllm("int4, int8; group or channel", "float", "pack-quantized", "0.5.1", _chosen("0.5.1")),
     ),
     (
         lambda s: s.form == "pack-quantized" and s.bits in (4, 8) and not s.symmetric
@@ -67,41 +74,50 @@ _ROWS: tuple[tuple[Callable[[_Said], bool], Takes], ...] = (
     (
         lambda s: s.form == "int-quantized" and s.bits == 8 and s.symmetric and s.strategy in ("tensor", "channel")
         and s.inputs in ("int8 token", "int8 tensor static"),
-        _vllm("int8; tensor or channel", "int8; token, or tensor static", "int-quantized", "0.5.5", f"{_PULL}7444"),
+        _vllm("int8; tensor or channel", "int8; token, or tensor static", "int-quantized", "0.5.1", _chosen("0.5.1")),
     ),
     (
         lambda s: s.form == "int-quantized" and s.bits == 4 and s.strategy in ("group", "channel")
         and s.inputs == "int8 token",
-        _vllm("int4; group or channel", "int8 token", "int-quantized", "", f"{_SCHEMES}w4a8_int.py", "on CPUs"),
+        _vllm("int4; group or channel", "int8 token", "int-quantized", "0.14.1 or earlier", _chosen("0.14.1"),
+              "on CPUs"),
     ),
     (
         lambda s: s.form == "float-quantized" and s.strategy in ("tensor", "channel")
         and s.inputs in ("float8 token", "float8 tensor", "float8 tensor static"),
         _vllm(
-            "float8_e4m3fn; tensor or channel", "float8_e4m3fn; token, or tensor static", "float-quantized", "0.5.5",
-            f"{_PULL}7444",
+            "float8_e4m3fn; tensor or channel", "float8_e4m3fn; token, or tensor static", "float-quantized",
+            "0.5.3", _chosen("0.5.3"),
         ),
     ),
     (
         lambda s: s.form == "float-quantized" and s.strategy == "block" and s.inputs == "float8 group",
         _vllm(
-            "float8_e4m3fn block=128x128", "float8_e4m3fn group=128", "float-quantized", "",
-            f"{_SCHEMES}w8a8_fp8.py",
+            "float8_e4m3fn block=128x128", "float8_e4m3fn group=128", "float-quantized", "0.14.1 or earlier",
+            _chosen("0.14.1"),
         ),
     ),
     (
         lambda s: s.form == "naive-quantized" and s.bits == 8 and s.strategy in ("tensor", "channel", "block")
         and s.inputs == "float",
-        _vllm("float8_e4m3fn; tensor, channel or block", "float", "naive-quantized", "", f"{_SCHEMES}w8a16_fp8.py"),
+        _vllm("float8_e4m3fn; tensor, channel or block", "float", "naive-quantized", "0.5.4", _chosen("0.5.4"),
+              "blocks later"),
     ),
     (
         lambda s: s.form == "nvfp4-pack-quantized" and s.inputs == "float",
         _vllm("nvfp4", "float", "nvfp4-pack-quantized", "0.9.0", f"{_PULL}17914"),
     ),
     (
+        lambda s: s.form == "nvfp4-pack-quantized" and s.inputs == "float4 tensor_group local",
+        _vllm(
+            "nvfp4", "nvfp4-ct static", "nvfp4-pack-quantized", "", f"{_SCHEMES}w4a4_nvfp4.py",
+            "inputs are rounded on Blackwell; elsewhere they stay in float",
+        ),
+    ),
+    (
         lambda s: s.form == "mxfp4-pack-quantized" and s.inputs in ("float", "mxfloat4 group"),
         _vllm(
-            "mxfp4", "float, or mxfp4", "mxfp4-pack-quantized", "0.15.0", f"{_PULL}31926",
+            "mxfp4", "float, or mxfp4", "mxfp4-pack-quantized", "0.14.1 or earlier", _chosen("0.14.1"),
             "that version leaves inputs in float",
         ),
     ),
@@ -113,13 +129,13 @@ _ROWS: tuple[tuple[Callable[[_Said], bool], Takes], ...] = (
 
 _TRANSFORMERS = Takes(
     weights="every scheme of this table, int2 to int8 of any of its granularities, mxfp6",
-    inputs="int, float8_e4m3fn, mxfp4, mxfp6, mxfp8; token, tensor, group",
+    inputs="int, float8_e4m3fn, nvfp4, mxfp4, mxfp6, mxfp8; token, tensor, group",
     form="all",
     runtime="transformers",
-    since="5.17",
+    since="",
     source="https://huggingface.co/docs/transformers/quantization/compressed_tensors",
-    note="with compressed-tensors 0.20; weights are dequantized at the first forward; several schemes in one model of "
-    "fused experts are not loaded",
+    note="opened with 5.23 and compressed-tensors 0.20; weights are dequantized at the first forward; several schemes "
+    "in one model of fused experts are not loaded",
 )
 
 TAKES: tuple[Takes, ...] = (*(row for _, row in _ROWS), _TRANSFORMERS)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,8 +24,10 @@ from torch.nn import functional
 
 from nybble.core.errors import FileError
 from nybble.core.tensorfile import Planned, safetensors_name
-from nybble.export._ct_scheme import Args
+from nybble.export._reciprocal import reciprocals
 from nybble.export._source import Layer, Source
+from nybble.models.sources.layouts._ct_args import Args
+from nybble.models.sources.layouts._pieces import flipped
 from nybble.packing import get_layout
 from nybble.qtensor import Inverse, dense
 from nybble.qtensor._rows import take_rows
@@ -123,7 +125,7 @@ class Matrix:
     def _codes(self, dtype: str, shape: tuple[int, int]) -> Planned:
         """The bytes as they are: where all rows are wanted, of the file."""
         if self.rows is None and self.empty.layout == "dense":
-            return replace(self.source.copied(f"{self.prefix}.codes"), dtype=dtype, shape=shape)
+            return self.source.copied(f"{self.prefix}.codes").recast(shape, dtype)
         kind = _E4M3 if dtype == "F8_E4M3" else torch.uint8
         return _made(dtype, shape, lambda: self.read().codes.view(shape).view(kind))
 
@@ -146,12 +148,12 @@ class Matrix:
             dtype, kind = ("F8_E4M3", _E4M3) if self.form.startswith("nv") else ("U8", torch.uint8)
             ratio = self._ratio()
             if self.rows is None and ratio == 1:
-                return replace(self.source.copied(f"{self.prefix}.scale.codes"), dtype=dtype, shape=shape)
+                return self.source.copied(f"{self.prefix}.scale.codes").recast(shape, dtype)
             return _made(dtype, shape, lambda: moved(scale_of(self.read()).codes.view(kind), ratio).view(shape))
         # The library multiplies in the dtype that is stored; only the model's own, or float32, gives nybble's values.
         if isinstance(scale, Tensor) and scale.dtype in (self.source.dtype, torch.float32):
             if self.rows is None:
-                return replace(self.source.copied(f"{self.prefix}.scale"), shape=shape)
+                return self.source.copied(f"{self.prefix}.scale").recast(shape)
             return _made(str(safetensors_name(scale.dtype)), shape, lambda: self._plain_scale().view(shape))
         return _made("F32", shape, lambda: self._plain_scale().float().reshape(shape))
 
@@ -216,15 +218,6 @@ def _words(codes: Tensor, bits: int) -> Tensor:
     return words[:, : math.ceil(columns * bits / 32)].contiguous()
 
 
-def flipped(data: Tensor, bits: int) -> Tensor:
-    """A dense stream of codes with the highest bit of each flipped; the pattern repeats after ``bits`` bytes."""
-    pattern = sum(1 << (i * bits + bits - 1) for i in range(8)).to_bytes(bits, "little")
-    if len(set(pattern)) == 1:
-        return data ^ pattern[0]
-    mask = torch.tensor(list(pattern), dtype=torch.uint8, device=data.device)
-    return data ^ mask.repeat(math.ceil(data.numel() / bits))[: data.numel()]
-
-
 # ------------------------------------------------------------------------------------------------- NVFP4's global scale
 def exact_divisor(outer: Tensor | Inverse) -> float | None:
     """What E4M3 scales are divided by to give the values that they have; None where no float32 does.
@@ -238,13 +231,7 @@ def exact_divisor(outer: Tensor | Inverse) -> float | None:
     scales = torch.arange(1, 127, dtype=torch.uint8).view(_E4M3).float()
     products = torch.tensor([0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float32)[:, None]
     wanted = (products * (scales * factor)).bfloat16()
-    low = high = middle = 1 / factor
-    infinite = torch.tensor([torch.inf], dtype=torch.float32)
-    candidates = [middle]
-    for _ in range(8):
-        low, high = torch.nextafter(low, -infinite), torch.nextafter(high, infinite)
-        candidates += [low, high]
-    fits = (c.item() for c in candidates if torch.equal((products * (scales / c)).bfloat16(), wanted))
+    fits = (c for c in reciprocals(factor) if torch.equal((products * (scales / c)).bfloat16(), wanted))
     return next(fits, None)
 
 

@@ -13,7 +13,7 @@ from nybble.models.sources.side_files import copy_side_files
 SHARD_BYTES = 5_000_000_000
 
 _CARD = """---
-library_name: transformers
+library_name: {library}
 tags: [quantized]
 ---
 
@@ -25,17 +25,18 @@ nybble {version} wrote it.
 """
 
 
-def write_beside(source: Source, folder: Path, text: str) -> None:
+def write_beside(source: Source, folder: Path, text: str, library: str = "transformers") -> None:
     """Tokenizer, chat template, generation settings as they came, and a card.
 
     Args:
         source: what is written.
         folder: where to.
         text: how the folder is loaded.
+        library: that loads it.
     """
     copy_side_files(source.side_files(), folder)
     architecture = (source.config.get("architectures") or ["model"])[0]
-    card = _CARD.format(architecture=architecture, text=text, version=VERSION)
+    card = _CARD.format(architecture=architecture, text=text, version=VERSION, library=library)
     atomic_write_text(folder / "README.md", card)
 
 

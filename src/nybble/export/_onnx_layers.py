@@ -43,18 +43,23 @@ def _codes_of(codes: Tensor, kind: str) -> Tensor:
 class Rounded(nn.Module):
     """``DequantizeLinear(QuantizeLinear(x))``, with a calibrated scale, or that of each tensor or row.
 
+    Signed codes are written 128 higher as uint8, the same values: on x86 onnxruntime (1.32) has integer products of
+    uint8 inputs alone, and makes such ones of int8 only where a single layer reads them.
+
     Args:
         filled: the quantizer; :func:`nybble.export._onnx_weights.check_activation` let it pass.
+        signed: write int8.
     """
 
-    def __init__(self, filled: ActivationQuantizer) -> None:
+    def __init__(self, filled: ActivationQuantizer, signed: bool = False) -> None:
         super().__init__()
         quantizer, params = filled.quantizer, filled.params()
         fmt = quantizer.format
         self.absmax, self.by_row = fmt.absmax, str(quantizer.granularity) == "token"
         # A type saturates at its own ends only: int8 leaves -128 out, int4 has eight bits here.
-        self.kind = FLOATS.get(fmt.name) or ("UINT8" if fmt.min >= 0 else "INT8")
-        whole = fmt.name in FLOATS or (fmt.min, fmt.max) == RANGES[self.kind]
+        self.kind = FLOATS.get(fmt.name) or ("INT8" if signed and fmt.min < 0 else "UINT8")
+        shift = 128 if self.kind == "UINT8" and fmt.min < 0 else 0
+        whole = fmt.name in FLOATS or (fmt.min + shift, fmt.max + shift) == RANGES[self.kind]
         self.ends = None if whole else (fmt.min, fmt.max)
         zero = None if params is None or params.zero_point is None else dense(params.zero_point).reshape(())
         if zero is not None and self.ends is not None:
@@ -62,7 +67,8 @@ class Rounded(nn.Module):
         scale = None if params is None or params.scale is None else dense(params.scale).reshape(())  # type: ignore[arg-type]
         self.register_buffer("scale", scale)
         empty = torch.zeros((), dtype=torch.int16 if self.kind in RANGES else torch.uint8)
-        self.register_buffer("zero_point", _codes_of(empty if zero is None else zero.to(torch.int16), self.kind))
+        moved = empty + shift if zero is None else zero.to(torch.int16) + shift
+        self.register_buffer("zero_point", _codes_of(moved, self.kind))
 
     def forward(self, x: Tensor) -> Tensor:
         """As the quantizer."""
@@ -125,9 +131,9 @@ class Weight(nn.Module):
 
 
 class Linear(nn.Module):
-    """Stands for a quantized linear layer or convolution."""
+    """Stands for a quantized linear layer or convolution; ``signed``: of :class:`Rounded`."""
 
-    def __init__(self, layer: QuantLayer) -> None:
+    def __init__(self, layer: QuantLayer, signed: bool = False) -> None:
         super().__init__()
         conv = isinstance(layer, QuantConv)
         self.geometry = layer.geometry if isinstance(layer, QuantConv) else None
@@ -135,7 +141,7 @@ class Linear(nn.Module):
         held = layer.weight
         self.weight: Any = Weight(coded(held.qtensor()), shape) if isinstance(held, Packed) else held
         self.bias = layer.bias
-        self.inputs, self.outputs = (None if q is None else Rounded(q) for q in (layer.inputs, layer.outputs))
+        self.inputs, self.outputs = (None if q is None else Rounded(q, signed) for q in (layer.inputs, layer.outputs))
         if conv:  # which MobileNetV2 reads of its convolutions
             self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
 
@@ -176,18 +182,23 @@ class Embedding(nn.Module):
         return rows if self.scale is None else self.scale.times(rows)
 
 
-def put_nodes(model: nn.Module) -> dict[str, Weight]:
-    """Replace a model's quantized modules; returns the weights by the modules' names."""
+def put_nodes(model: nn.Module, signed: bool = False) -> tuple[list[str], dict[str, Weight]]:
+    """Replace a model's quantized modules; returns their names, and the weights of those that have quantized ones.
+
+    ``signed``: of :class:`Rounded`.
+    """
+    layers: list[str] = []
     found: dict[str, Weight] = {}
     for name, module in list(model.named_modules()):
         made: Any = None
         if isinstance(module, QuantLayer):
-            made = Linear(module)
+            made = Linear(module, signed)
             if isinstance(made.weight, Weight):
                 found[name] = made.weight
         elif isinstance(module, QuantEmbedding):
             made = Embedding(module)
             found[name] = made.table
         if made is not None:
+            layers.append(name)
             set_module(model, name, made.eval())
-    return found
+    return layers, found

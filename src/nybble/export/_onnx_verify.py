@@ -45,12 +45,14 @@ def compare_weights(path: Path, source: Source) -> int:
 
     count = 0
     with reading(f"{path} by onnx"):
-        held = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
+        stored = onnx.load(path, load_external_data=False).graph.initializer
+        held: Mapping[str, Any] = {tensor.name: tensor for tensor in stored}
     for layer in source.layers.values():
         for prefix in layer.weights:
             found = source.weight(layer, prefix)
             ours: Any = Weight(coded(found), _shape(source, layer))
-            parts = [_part(held, layer.name, name, getattr(ours, name)) for name in ("codes", "scale", "zero_point")]
+            names = ("codes", "scale", "zero_point")
+            parts = [_part(path.parent, held, layer.name, name, getattr(ours, name)) for name in names]
             codes = parts[0]
             wanted = np.asarray(ours.codes.view(torch.uint8).numpy()) if "FLOAT" in ours.kind else ours.codes.numpy()
             theirs = onnx.numpy_helper.to_array(codes)
@@ -73,27 +75,45 @@ def _shape(source: Source, layer: Layer) -> tuple[int, ...] | None:
     return tuple(module.weight.shape)
 
 
-def _part(held: Mapping[str, Any], layer: str, name: str, value: Any) -> Any:
-    """An initializer; torch's exporter keeps one of small ones that are equal."""
+def _part(folder: Path, held: Mapping[str, Any], layer: str, name: str, value: Any) -> Any:
+    """An initializer, with its bytes; torch's exporter keeps one of small ones that are equal."""
     import onnx
 
     if value is None:
         return None
     for inner in ("weight", "table"):
         if f"model.{layer}.{inner}.{name}" in held:
-            return held[f"model.{layer}.{inner}.{name}"]
+            return _filled(held[f"model.{layer}.{inner}.{name}"], folder)
     wanted = value.float().numpy()
     for tensor in held.values():
-        same = tuple(tensor.dims) == wanted.shape
-        if same and np.array_equal(onnx.numpy_helper.to_array(tensor).astype(np.float32), wanted):
-            return tensor
+        if tuple(tensor.dims) == wanted.shape:
+            found = _filled(tensor, folder)
+            if np.array_equal(onnx.numpy_helper.to_array(found).astype(np.float32), wanted):
+                return found
     raise FileError(f"the ONNX file has no {name} of {layer}.")
+
+
+def _filled(tensor: Any, folder: Path) -> Any:
+    """A tensor, its bytes read if they stand in a file beside."""
+    import onnx
+    from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+
+    if not uses_external_data(tensor):
+        return tensor
+    found = onnx.TensorProto()
+    found.CopyFrom(tensor)
+    with reading(f"{folder} by onnx"):
+        load_external_data_for_tensor(found, str(folder))
+    found.ClearField("external_data")
+    found.data_location = onnx.TensorProto.DEFAULT
+    return found
 
 
 def _dequantized(parts: list[Any], ours: Weight) -> Any:
     from onnx import TensorProto, helper
 
-    node = helper.make_node("DequantizeLinear", [part.name for part in parts], ["values"], **ours.where)
+    where: dict[str, Any] = ours.where
+    node = helper.make_node("DequantizeLinear", [part.name for part in parts], ["values"], **where)
     output = helper.make_tensor_value_info("values", TensorProto.FLOAT, None)
     graph = helper.make_graph([node], "weight", [], [output], parts)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nybble.export._ct_scheme import CannotError, in_words
 from nybble.formats import NumberFormat
 from nybble.granularity import Granularity
+from nybble.models.sources.layouts._ct_args import CannotError, in_words
 from nybble.qtensor import Factored, Inverse, QTensor, dense
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer

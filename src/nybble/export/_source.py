@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nybble.checkpoint.read import Checkpoint, read_checkpoint
+from nybble.checkpoint.describe import restore_model
+from nybble.checkpoint.load import load_quantized
+from nybble.checkpoint.marked import MANIFEST
+from nybble.checkpoint.read import Checkpoint, Tensors, read_checkpoint
 from nybble.core.errors import FileError
-from nybble.core.files import disk_errors
 from nybble.core.tensorfile import Planned
 from nybble.core.tensorheader import TensorEntry
-from nybble.models.build.config_file import make_config
-from nybble.models.build.skeleton import meta_model
-from nybble.models.sources.folder import DTYPES
+from nybble.models.build.config_file import make_config, read_json
+from nybble.models.build.skeleton import expected_tensors, fill_buffers_, kept_float32, meta_model
 from nybble.models.sources.side_files import side_files
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import Kind, Stored, kind_of_entry
@@ -54,15 +55,19 @@ class Source(ABC):
     """A quantized model that is written elsewhere.
 
     Attributes:
-        place: what it is called. config: of config.json, without what describes the quantization.
+        place: where it is. title: what people call the model.
+        config: of config.json, without what describes the quantization.
+        notes: what of the files is not in the rest, a line each.
         layers: by name. kv: what it caches in. floats: name -> entry of what is stored and belongs to no quantizer.
     """
 
     place: str
+    title: str
     config: dict[str, Any]
     layers: Mapping[str, Layer]
     kv: KVRecord | None
     floats: Mapping[str, TensorEntry]
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def copied(self, name: str) -> Planned:
@@ -70,11 +75,15 @@ class Source(ABC):
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
-        """A stored tensor; it may be a view of the file."""
+        """A stored tensor; what is let go of it leaves memory."""
 
     @abstractmethod
     def side_files(self) -> Mapping[str, Path]:
         """What stands beside the weights and goes along: name -> file."""
+
+    def loaded(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model that nybble calculates with, in memory; what is in float in ``dtype``."""
+        return model_of(self, dtype)
 
     def weight(self, layer: Layer, prefix: str) -> QTensor:
         """A layer's matrix, read."""
@@ -110,58 +119,104 @@ class Source(ABC):
         return meta_model(self.transformers_config, self.dtype, [*self.floats, *self.layers])
 
 
+def layers_of(modules: Mapping[str, Mapping[str, Any]], entries: list[dict[str, Any]]) -> dict[str, Layer]:
+    """The layers that a checkpoint describes.
+
+    Args:
+        modules: name -> description.
+        entries: the layouts that descriptions number.
+    """
+    layouts = Layouts(entries)
+    with torch.device("meta"):
+        empty = [layouts.empty(number) for number in range(len(layouts.entries))]
+    found = {}
+    for name, given in modules.items():
+        entry, said = dict(given), Stored()
+        kind = kind_of_entry(name, entry)
+        kind.stored(name, entry, empty, said)
+        numbers: Sequence[int] = entry.get("weights", [entry["weight"]] if "weight" in entry else [])
+        weights = {prefix: empty[number] for prefix, number in zip(said.elements, numbers, strict=True)}
+        sides = {s: ActivationQuantizer.from_dict(entry[s]) if s in entry else None for s in ("inputs", "outputs")}
+        found[name] = Layer(name=name, kind=kind, weights=weights, entry=entry, **sides)
+    return found
+
+
+def described(source: Source) -> tuple[dict[str, dict[str, Any]], Layouts]:
+    """How nybble's own files would describe a source: the inverse of :func:`layers_of`."""
+    layouts = Layouts()
+    modules: dict[str, dict[str, Any]] = {}
+    for name, layer in source.layers.items():
+        numbers = [layouts.number(weight) for weight in layer.weights.values()]
+        modules[name] = dict(layer.entry)
+        if "weights" in layer.entry:
+            modules[name]["weights"] = numbers
+        elif numbers:
+            modules[name]["weight"] = numbers[0]
+    return modules, layouts
+
+
+def model_of(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of any source in memory, in eval mode: packed weights packed, what is in float in ``dtype``."""
+    modules, layouts = described(source)
+    model = meta_model(source.transformers_config, dtype, [*source.floats, *source.layers])
+    fill_buffers_(model)
+    restore_model(model, modules, layouts.entries, source.kv)
+    expected, kept = expected_tensors(model), kept_float32(model)
+    tensors: dict[str, Tensor] = {}
+    for name in source.floats:
+        tensor = source.tensor(name).clone()
+        wanted = torch.float32 if name in kept else dtype
+        tensors[name] = tensor.to(wanted) if tensor.is_floating_point() else tensor
+    for layer in source.layers.values():
+        for prefix in layer.weights:
+            held = source.weight(layer, prefix).tensors()
+            tensors |= {f"{prefix}.{part}": tensor.clone() for part, tensor in held.items()}
+        for side in ("inputs", "outputs"):
+            if (filled := source.activation(layer, side)) is not None:
+                tensors |= {f"{layer.name}.{side}.{part}": tensor for part, tensor in filled.state_dict().items()}
+    there = {id(expected[name]): tensor for name, tensor in tensors.items() if name in expected}
+    tensors |= {name: there[id(t)] for name, t in expected.items() if id(t) in there and name not in tensors}
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    return nn.Module.eval(model)
+
+
 class FolderSource(Source):
     """A folder that nybble wrote, open for reading; a context manager.
 
     Args:
         folder: of the model.
+        checkpoint: what is in it, where that is known.
 
     Raises:
         FileError: it isn't one, or its files contradict each other.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.place = folder, str(folder)
-        self._checkpoint: Checkpoint = read_checkpoint(folder)
+    def __init__(self, folder: Path, checkpoint: Checkpoint | None = None) -> None:
+        self.folder, self.place, self.title = folder, str(folder), _title(folder)
+        self._checkpoint: Checkpoint = read_checkpoint(folder) if checkpoint is None else checkpoint
         found = self._checkpoint
         self.config = {key: value for key, value in found.config.items() if key != "quantization_config"}
         self.kv = found.kv
         self._entries = {n: (h.path, h.data_start, e) for h in found.headers for n, e in h.tensors.items()}
-        self.layers = dict(self._described())
-        taken = set(found.expected)
-        self.floats = {name: entry for name, (_, _, entry) in self._entries.items() if name not in taken}
+        self.layers = layers_of(found.modules, found.layouts)
+        self.floats = {name: entry for name, entry in found.stored.items() if name not in found.expected}
+        self._tensors = Tensors(found)
 
-    def _described(self) -> Iterator[tuple[str, Layer]]:
-        layouts = Layouts(self._checkpoint.layouts)
-        with torch.device("meta"):
-            empty = [layouts.empty(number) for number in range(len(layouts.entries))]
-        for name, entry in self._checkpoint.modules.items():
-            kind = kind_of_entry(name, entry)
-            said = Stored()
-            kind.stored(name, entry, empty, said)
-            numbers: Sequence[int] = entry.get("weights", [entry["weight"]] if "weight" in entry else [])
-            weights = {prefix: empty[number] for prefix, number in zip(said.elements, numbers, strict=True)}
-            sides = {s: ActivationQuantizer.from_dict(entry[s]) if s in entry else None for s in ("inputs", "outputs")}
-            yield name, Layer(name=name, kind=kind, weights=weights, entry=entry, **sides)
+    def loaded(self, dtype: torch.dtype) -> PreTrainedModel:
+        return load_quantized(self.folder, dtype)
 
     def copied(self, name: str) -> Planned:
+        if name not in self._entries:  # made of others, as it is asked for
+            entry = self._checkpoint.stored[name]
+            return Planned(dtype=entry.dtype, shape=entry.shape, bytes_from=partial(self.tensor, name), raw=True)
         path, start, entry = self._entries[name]
         return Planned(dtype=entry.dtype, shape=entry.shape, bytes_from=path, offset=start + entry.begin)
 
     def tensor(self, name: str) -> Tensor:
-        """In memory of its own: pages of a mapped file would stay, and come to as much as the file."""
-        if name not in self._entries:
+        if name not in self._checkpoint.stored:
             raise FileError(f"{self.folder} has no tensor {name!r}.")
-        path, start, entry = self._entries[name]
-        if entry.dtype not in DTYPES:
-            raise FileError(f"{self.folder}: {name} has dtype {entry.dtype}, which no quantized model has.")
-        data = bytearray(entry.nbytes)
-        with disk_errors(path), path.open("rb") as file:
-            file.seek(start + entry.begin)
-            if file.readinto(data) != len(data):
-                raise FileError(f"{path}: became shorter while it was being read.")
-        found = torch.frombuffer(data, dtype=DTYPES[entry.dtype]) if data else torch.empty(0, dtype=DTYPES[entry.dtype])
-        return found.reshape(entry.shape)
+        return self._tensors.get(name)
 
     def side_files(self) -> Mapping[str, Path]:
         return side_files(self.folder)
@@ -173,3 +228,10 @@ class FolderSource(Source):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         return None
+
+
+def _title(folder: Path) -> str:
+    """As the run that made it calls the model; else the folder's name."""
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    named = manifest.get("name")
+    return named if isinstance(named, str) and named else folder.absolute().name

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nybble.checkpoint.load import load_quantized
 from nybble.core.errors import FileError
 from nybble.core.guard import reading
 from nybble.core.seeds import preserve_global_rng
@@ -161,22 +160,19 @@ def _pairs(source: Source, model: Any, layer: Layer) -> Iterator[tuple[Tensor, T
 
 def _compare_logits(source: Source, model: Any, dtype: torch.dtype) -> tuple[float | None, float | None, str]:
     """Cosine and largest relative difference of the logits to nybble's, or why there are none."""
-    folder = Path(source.place)
-    if not folder.is_dir():
-        return None, None, "the source is no folder that nybble loads"
     inputs = _inputs(model)
     if inputs is None:
         return None, None, f"no inputs are known for a {type(model).__name__}"
     with _silently(), preserve_global_rng():
         theirs = _output(model(**inputs))
-        ours = _output(load_quantized(folder, dtype)(**inputs))
+        ours = _output(source.loaded(dtype)(**inputs))
     if theirs is None or ours is None or theirs.shape != ours.shape:
         return None, None, f"a {type(model).__name__} has no logits to compare"
     a, b = ours.double().flatten(), theirs.double().flatten()
     cosine = float(a @ b / (a.norm() * b.norm()).clamp_min(1e-300)) if a.norm() else 1.0
     largest = float((a - b).abs().max() / a.abs().max().clamp_min(1e-300))
     if not math.isfinite(cosine):
-        raise FileError(f"{folder}: the logits of what was written hold NaN or Inf.")
+        raise FileError(f"{source.place}: the logits of what was written hold NaN or Inf.")
     return cosine, largest, ""
 
 

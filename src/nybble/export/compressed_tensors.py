@@ -18,7 +18,6 @@ from nybble.export import ExportTarget, Facts, Refusal, Verified
 from nybble.export._ct_config import NEEDS, library, quantization_config
 from nybble.export._ct_constrain import constrained
 from nybble.export._ct_layers import Placed, nvfp4_groups, placed, scheme_of
-from nybble.export._ct_scheme import CannotError, kv_args
 from nybble.export._ct_takes import TAKES, rows_for
 from nybble.export._ct_tensors import divisor_of
 from nybble.export._ct_verify import compare_decoded, how_opened
@@ -27,17 +26,20 @@ from nybble.export._fused import fused_groups
 from nybble.export._names import as_stored
 from nybble.export._source import Source
 from nybble.export._transformers import open_and_compare
+from nybble.models.sources.layouts._ct_args import CannotError, kv_args
+from nybble.qtensor import Inverse
 from nybble.qtensor.block import BlockQTensor
 from nybble.scheme import Scheme
 
 _CARD = """This folder is in the format of [compressed-tensors](https://github.com/vllm-project/compressed-tensors).
-{vllm}transformers opens it where the Python package compressed-tensors is installed. nybble is not needed."""
+{vllm}transformers opens it where the Python package compressed-tensors is installed{dense}. nybble is not needed."""
 
 
 class CompressedTensors(ExportTarget):
     """``pack-quantized`` and its siblings."""
 
     summary = "safetensors for vLLM, and for transformers with compressed-tensors"
+    loses = "nothing; what its schema can't say is refused"
     takes = TAKES
 
     def constrain(self, scheme: Scheme, facts: Facts) -> Scheme:  # noqa: D102
@@ -60,7 +62,9 @@ class CompressedTensors(ExportTarget):
             try:
                 kv_args(source.kv, head_width(source))
             except CannotError as error:
-                refusals.append(error.of("the KV cache"))
+                refusals.append(
+                    Refusal(layers=("the KV cache",), came=error.came, nearest=error.nearest, why=error.why)
+                )
         return refusals or [*_unequal(source, schemes), *_inexact(source, schemes)]
 
     def notes(self, source: Source) -> list[str]:  # noqa: D102
@@ -80,6 +84,10 @@ class CompressedTensors(ExportTarget):
         return lines
 
     def write(self, source: Source, folder: Path) -> None:  # noqa: D102
+        write_beside(source, folder, self.write_model(source, folder))
+
+    def write_model(self, source: Source, folder: Path) -> str:
+        """Write weights and config.json alone; returns who loads them, for a card."""
         library()
         model = source.skeleton()
         places = placed(source, model)
@@ -91,8 +99,9 @@ class CompressedTensors(ExportTarget):
         stream_tensorfiles(tensors, folder / "model.safetensors", {"format": "pt"}, SHARD_BYTES)
         atomic_write_json(folder / "config.json", source.config | changed | {"quantization_config": config})
         served = all(rows_for(place.scheme) for place in places)
-        write_beside(
-            source, folder, _CARD.format(vllm="vLLM serves it as it is: `vllm serve .`; and\n" if served else "")
+        return _CARD.format(
+            vllm="vLLM serves it as it is: `vllm serve .`; and\n" if served else "",
+            dense=", and dequantizes the weights while it loads" if config.get("dequantize") else "",
         )
 
     def verify(self, folder: Path, source: Source) -> Verified:  # noqa: D102
@@ -115,6 +124,8 @@ def _config(source: Source, places: Sequence[Placed]) -> tuple[dict[str, Any], d
     """``quantization_config``, and what else of config.json is no longer so: a head that has its own table now."""
     kv = None if source.kv is None else kv_args(source.kv, head_width(source))
     found = quantization_config(source, places, kv)
+    if how_opened(source, places)[1]:
+        found["dequantize"] = True  # transformers' word; from_pretrained then needs none from its caller
     untied = any(place.untied for place in places)
     changed: dict[str, Any] = {}
     if untied:
@@ -140,7 +151,18 @@ def _unequal(source: Source, schemes: Mapping[str, dict[str, Any]]) -> list[Refu
             why = "runtimes join them into one layer, which has one"
             came, nearest = "different global scales of NVFP4", "one global scale for all of them"
             found.append(Refusal(layers=group, came=came, nearest=nearest, why=why))
+    for group in fused_groups(source.layers):
+        if len({_input_divisor(source, name) for name in group}) > 1:
+            why = "runtimes join them into one layer, which has one input"
+            came, nearest = "different global scales of inputs", "one calibrated global scale for all of them"
+            found.append(Refusal(layers=group, came=came, nearest=nearest, why=why))
     return found
+
+
+def _input_divisor(source: Source, name: str) -> float | None:
+    filled = source.activation(source.layers[name], "inputs")
+    params = None if filled is None else filled.params()
+    return params.scale.divisor.item() if params is not None and isinstance(params.scale, Inverse) else None
 
 
 def _inexact(source: Source, schemes: Mapping[str, dict[str, Any]]) -> list[Refusal]:

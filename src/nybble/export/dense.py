@@ -39,6 +39,8 @@ class Dense(ExportTarget):
     """Plain safetensors; the option is their dtype, by default the model's."""
 
     summary = "plain safetensors of the dequantized weights"
+    in_float = True
+    loses = "codes and scales: weights are as large as they were; the rounding of inputs, outputs and the KV cache"
     options: ClassVar = {name: f"in {str(dtype).removeprefix('torch.')}" for name, dtype in _DTYPES.items()}
     takes = (
         Takes(
@@ -46,9 +48,9 @@ class Dense(ExportTarget):
             inputs="float",
             form="safetensors",
             runtime="transformers",
-            since="4.30",
+            since="",
             source="https://huggingface.co/docs/transformers/main_classes/model",
-            note="rounding of inputs and of the KV cache is left out",
+            note="a version that has the model's family; opened with 5.23",
         ),
     )
 

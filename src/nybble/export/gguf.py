@@ -8,6 +8,7 @@ as embeddings and heads do there. Source: github.com/ggml-org/ggml, ``docs/gguf.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -25,31 +26,44 @@ from nybble.models.build.config_file import make_config
 from nybble.models.gguf.metadata import arch_for, gguf_name
 from nybble.models.gguf.mixes import FLOATS, file_types, fitting, mix, type_for
 from nybble.models.gguf.qtensors import exact_type, global_scale, line_of
-from nybble.models.gguf.types import REGISTRY, block_type, type_name
-from nybble.models.gguf.write import Weight, permuted, plan, write_gguf
-from nybble.models.sources.folder import DTYPES, read_tokenizer
+from nybble.models.gguf.types import block_type, type_name, writable_types
+from nybble.models.gguf.write import Weight, file_type_of, permuted, plan, write_gguf
+from nybble.models.sources.folder import read_tokenizer
+from nybble.models.sources.stored import DTYPES
+from nybble.qtensor import QTensor
+from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
-from nybble.scheme import Rule, Scheme
+from nybble.scheme import Matches, Rule, Scheme, matches
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FILE = "model.gguf"
 NEAREST = "a line of GGUF's own (q8_0, q4_k, mxfp4 ...), or gguf:TYPE, which rounds again"
 _SOURCE = "https://github.com/ggml-org/llama.cpp/blob/master/ggml/include/ggml.h"
+_PULL = "https://github.com/ggml-org/llama.cpp/pull/"
+_PULLS = {
+    "Q5_0": 1187, "Q5_1": 1187, "Q2_K": 1684, "Q3_K": 1684, "Q4_K": 1684, "Q5_K": 1684, "Q6_K": 1684, "IQ4_NL": 5590,
+    "IQ4_XS": 5747, "TQ1_0": 8151, "TQ2_0": 8151, "MXFP4": 15091, "NVFP4": 19769, "Q1_0": 21273, "Q2_0": 24448,
+}  # fmt: skip
+"""What brought each type to llama.cpp, which numbers no versions; all merged. k-quants by what #5196 says of #1684."""
 _CARD = "`{file}` runs in llama.cpp (`llama-cli -m {file}`) and in what is built on it; nybble is not needed."
+
+
+def _row(line: str, form: str) -> Takes:
+    pull = _PULLS.get(form)
+    since, source = ("", _SOURCE) if pull is None else (f"pull request {pull}", f"{_PULL}{pull}")
+    return Takes(weights=line, inputs="float", form=form, runtime="llama.cpp", since=since, source=source)
 
 
 class Gguf(ExportTarget):
     """A file for llama.cpp."""
 
     summary = "a GGUF file for llama.cpp"
+    in_float = True
     options: ClassVar[dict[str, str]] = {name.lower(): f"what is in float becomes {name}" for name in file_types()}
-    takes = tuple(
-        Takes(weights=kind.line, inputs="float", form=type_name(kind), runtime="llama.cpp", since="", source=_SOURCE)
-        for kind in REGISTRY.all().values()
-        if not kind.readonly
-    )
+    loses = "the rounding of inputs and of the KV cache; behind a colon, all is rounded again that has another type"
+    at_once = True
+    takes = tuple(_row(kind.line, type_name(kind)) for kind in writable_types().values())
 
     def constrain(self, scheme: Scheme, facts: Facts) -> Scheme:
         """With a type behind the colon its own lines; else each line has to be one that a type holds.
@@ -57,15 +71,36 @@ class Gguf(ExportTarget):
         Raises:
             SchemeError: inputs that would be rounded, or a line that no type holds.
         """
-        chosen = scheme.match(facts.classes).rules
+        found = scheme.match(facts.classes)
         rules: dict[Rule, list[str]] = {}
-        for name, rule in chosen.items():
+        for name, rule in (found.rules | self._rest(found, scheme, facts)).items():
             if rule.inputs is not None or rule.outputs is not None:
                 raise SchemeError(f"{name}: a GGUF keeps no quantizer of inputs or outputs; leave --activations out.")
             if rule.weights is not None:
                 rules.setdefault(self._rule(rule, name, facts), []).append(name)
         made = [replace(rule, targets=tuple(names)) for rule, names in rules.items()]
-        return replace(scheme, rules=(*made, *(rule for rule in scheme.rules if rule.of_attention)))
+        named = {name for names in rules.values() for name in names}
+        return replace(
+            scheme,
+            rules=(*made, *(rule for rule in scheme.rules if rule.of_attention)),
+            ignore=tuple(pattern for pattern in scheme.ignore if pattern not in named),
+        )
+
+    def _rest(self, found: Matches, scheme: Scheme, facts: Facts) -> dict[str, Rule]:
+        """The head and the embedding, which a type behind the colon rounds too: they are calibrated as they will be."""
+        if not self.option or mix(self.option).base in FLOATS or not any(r.weights for r in found.rules.values()):
+            return {}
+        asked = {pattern for pattern in scheme.ignore if pattern != "lm_head"}
+        config = make_config(dict(facts.config), "the model")
+        arch = arch_for(config)[1]
+        places = ("token_embd.weight",) if config.tie_word_embeddings else ("token_embd.weight", "output.weight")
+        return {
+            name: Rule(weights=Quantizer(block_type(mix(self.option).base).line))
+            for name in facts.targets
+            if gguf_name(f"{name}.weight", arch) in places
+            and name not in found.rules
+            and not any(matches(pattern, name, facts.classes[name]) for pattern in asked)
+        }
 
     def _rule(self, rule: Rule, name: str, facts: Facts) -> Rule:
         assert rule.weights is not None
@@ -86,11 +121,18 @@ class Gguf(ExportTarget):
         if self.option:
             return []
         found: dict[str, list[str]] = {}
+        wide: list[str] = []
         for layer in source.layers.values():
-            for weight in layer.weights.values():
+            for prefix, weight in layer.weights.items():
                 if exact_type(weight) is None:
                     found.setdefault(line_of(weight), []).append(layer.name)
-        return [Refusal(layers=tuple(names), came=line, nearest=NEAREST) for line, names in found.items()]
+                elif _too_fine(source, prefix, weight):
+                    wide.append(layer.name)
+        refusals = [Refusal(layers=tuple(names), came=line, nearest=NEAREST) for line, names in found.items()]
+        if wide:
+            came, nearest = "scales in float32 that float16 does not have", "scale_format=float16"
+            refusals.append(Refusal(layers=tuple(wide), came=came, nearest=nearest))
+        return refusals
 
     def notes(self, source: Source) -> list[str]:  # noqa: D102
         lines = plan(source.transformers_config, _weights(source), self.option)[1]
@@ -101,17 +143,26 @@ class Gguf(ExportTarget):
             lines.append("the KV cache is llama.cpp's own (--cache-type-k, --cache-type-v)")
         return lines
 
+    def rounds(self, source: Source) -> dict[str, Quantizer]:  # noqa: D102
+        if not self.option:
+            return {}
+        at = {f"{layer.name}.weight": name for name, layer in source.layers.items() if layer.weights}
+        planned = plan(source.transformers_config, _weights(source), self.option)[0]
+        again = {at[t.source]: t.kind for t in planned if t.source in at and not t.exact and t.kind not in FLOATS}
+        exact = {t.source: t.kind for t in planned if t.source in at and t.exact}
+        for layer in source.layers.values():
+            for prefix, weight in layer.weights.items():
+                if _too_fine(source, prefix, weight) and f"{layer.name}.weight" in exact:
+                    again[layer.name] = exact[f"{layer.name}.weight"]
+        return {name: Quantizer(block_type(kind).line) for name, kind in again.items()}
+
     def write(self, source: Source, folder: Path) -> None:  # noqa: D102
-        write_beside(source, folder, _CARD.format(file=FILE))
+        config, weights = source.transformers_config, _weights(source)
+        file = f"{file_stem(source.title)}-{file_type_of(plan(config, weights, self.option)[0], self.option)}.gguf"
+        write_beside(source, folder, _CARD.format(file=file))
         has = (folder / "tokenizer.json").exists()
-        write_gguf(
-            folder / FILE,
-            source.transformers_config,
-            _weights(source),
-            tokenizer=read_tokenizer(folder, source.transformers_config) if has else None,
-            file_type=self.option,
-            name=Path(source.place).name,
-        )
+        tokenizer = read_tokenizer(folder, config) if has else None
+        write_gguf(folder / file, config, weights, tokenizer=tokenizer, file_type=self.option, name=source.title)
 
     def verify(self, folder: Path, source: Source) -> Verified:
         """By the gguf package's reader and dequantizer, which know nothing of nybble."""
@@ -119,7 +170,8 @@ class Gguf(ExportTarget):
 
         weights, config = _weights(source), source.transformers_config
         _, arch = arch_for(config)
-        theirs = {tensor.name: tensor for tensor in GGUFReader(str(folder / FILE)).tensors}
+        (file,) = folder.glob("*.gguf")
+        theirs = {tensor.name: tensor for tensor in GGUFReader(str(file)).tensors}
         count = 0
         for tensor in plan(config, weights, self.option)[0]:
             if not tensor.exact:
@@ -128,12 +180,17 @@ class Gguf(ExportTarget):
             wanted = permuted(tensor.source, found.dequantize(), config, arch)
             beside = theirs.get(f"{tensor.name.removesuffix('.weight')}.scale")
             if not _equal(theirs[tensor.name], wanted, None if beside is None else global_scale(found)):
-                raise FileError(f"{folder / FILE}: {tensor.name} differs from {tensor.source}.")
+                raise FileError(f"{file}: {tensor.name} differs from {tensor.source}.")
             count += 1
         return Verified(
             opened_with={"gguf": version("gguf")}, weights=count, exact_in="float32", cosine=None, largest=None,
             uncalled="the file's tensors were compared, llama.cpp was not run",
         )  # fmt: skip
+
+
+def file_stem(title: str) -> str:
+    """A model's name as a part of a file's: ``org/Name 1B`` is ``Name-1B``."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", title.rsplit("/")[-1]).strip("-.") or "model"
 
 
 def _equal(theirs: Any, wanted: Tensor, scale: Tensor | None) -> bool:
@@ -144,6 +201,20 @@ def _equal(theirs: Any, wanted: Tensor, scale: Tensor | None) -> bool:
     if scale is None:
         return torch.equal(values, wanted)
     return bool(torch.allclose(values * scale, wanted, rtol=4e-7, atol=0))
+
+
+def _too_fine(source: Source, prefix: str, weight: QTensor) -> bool:
+    """Whether a weight that its type could hold has scales in float32 that are no float16; only scales are read."""
+    kind = exact_type(weight)
+    if kind is None or not isinstance(weight, BlockQTensor) or not isinstance(kind.quantizer.scale_format, str):
+        return False
+    for side in ("scale", "offset"):
+        value = getattr(weight.params, side)
+        if isinstance(value, torch.Tensor) and value.dtype != torch.float16:
+            found = source.tensor(f"{prefix}.{side}").float()
+            if not torch.equal(found.to(torch.float16).float(), found):
+                return True
+    return False
 
 
 def _check(quantizer: Quantizer, name: str, shape: tuple[int, int]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,18 +18,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nybble.checkpoint.load import load_quantized
 from nybble.core.errors import ModelError, SchemeError, UsageError
 from nybble.core.guard import reading
 from nybble.core.seeds import preserve_global_rng
 from nybble.export import ExportTarget, Facts, Refusal, Takes, Verified
-from nybble.export._ct_scheme import CannotError
 from nybble.export._folder import write_beside
-from nybble.export._onnx_layers import OPSET, Weight, put_nodes
+from nybble.export._onnx_graph import mark_layers, retype
+from nybble.export._onnx_judge import judge_layers
+from nybble.export._onnx_layers import OPSET, put_nodes
 from nybble.export._onnx_verify import compare_outputs, compare_weights, versions
-from nybble.export._onnx_weights import RANGES, check_activation, form_of
+from nybble.export._onnx_weights import check_activation, form_of
 from nybble.export._source import Layer, Source
 from nybble.export._transformers import _inputs, _silently
+from nybble.models.sources.layouts._ct_args import CannotError
 from nybble.nn.kinds import Kind
 from nybble.nn.kinds.conv import PART as CONV
 from nybble.nn.kinds.embedding import PART as EMBEDDING
@@ -40,14 +42,21 @@ MOST = 1_800_000_000
 """Bytes of tensors in one file, below protobuf's 2 GiB; more stand beside it."""
 _NEEDS = ("onnx", "onnxscript", "onnxruntime")
 _KINDS: tuple[Kind, ...] = (LINEAR, CONV, EMBEDDING)
-_OPERATORS = "https://github.com/onnx/onnx/blob/main/docs/Operators.md#DequantizeLinear"
+_PULL = "https://github.com/microsoft/onnxruntime/pull/"
+_ROUNDS = "float inputs are rounded to int8, unless session.qdq_matmulnbits_accuracy_level is 1"
 _CARD = """`{file}` runs in onnxruntime (`onnxruntime.InferenceSession("{file}")`) and wherever opset {opset}
 does; nybble is not needed. Inputs: {inputs}. Outputs: {outputs}."""
 
 
-def _row(weights: str, inputs: str, form: str, since: str, note: str = "") -> Takes:
+def _row(weights: str, inputs: str, form: str, since: str, pull: int, note: str) -> Takes:
     return Takes(
-        weights=weights, inputs=inputs, form=form, runtime="onnxruntime", since=since, source=_OPERATORS, note=note
+        weights=weights,
+        inputs=inputs,
+        form=form,
+        runtime="onnxruntime",
+        since=since,
+        source=f"{_PULL}{pull}",
+        note=note,
     )
 
 
@@ -55,12 +64,25 @@ class Onnx(ExportTarget):
     """QDQ."""
 
     summary = "an ONNX file with QDQ nodes for onnxruntime: encoders, vision models, CNNs"
+    loses = "16-bit floats become float32; tokens of more than one length, but not images of another size, can be given"
+    options: ClassVar[dict[str, str]] = {
+        "int8": "signed inputs have int8 codes, which TensorRT asks for; by default uint8 ones, 128 higher, for CPUs"
+    }
+    # Run in 1.17.3, which refuses all, 1.18.1, 1.19.2, and every second one up to 1.32.0.
     takes: ClassVar[tuple[Takes, ...]] = (
-        _row("int8 (tensor, channel, group=N)", "int8 static, uint8 symmetric=false static", "QDQ INT8", "1.20"),
-        _row("int8 (tensor, channel, group=N)", "float", "QDQ INT8", "1.20", "weight only"),
-        _row("int2, int3, int4, ternary (tensor, channel, group=N)", "float, int8", "QDQ INT4", "1.20"),
-        _row("float8_e4m3fn, float8_e5m2", "float, float8 static", "QDQ FLOAT8", "1.20", "in float32 on CPUs"),
-    )
+        _row("int8 (tensor, channel)", "int8 static, uint8 symmetric=false static", "QDQ INT8", "1.18", 19745, ""),
+        _row("int8 (tensor, channel)", "float", "QDQ INT8", "1.18", 19745, _ROUNDS),
+        _row("int8 group=N", "float", "QDQ INT8", "1.19", 20901, _ROUNDS),
+        _row(
+            "int2, int3, int4, ternary (tensor, channel, group=N)", "float, int8 (tensor, token)", "QDQ INT4", "1.19",
+            20362, _ROUNDS,
+        ),
+        _row("float8_e4m3fn, float8_e5m2", "float", "QDQ FLOAT8", "1.18", 19745, "calculates in float32 on CPUs"),
+        _row(
+            "float8_e4m3fn, float8_e5m2", "float8_e4m3fn static", "QDQ FLOAT8", "1.32", 19745,
+            "calculates in float32 on CPUs; up to 1.31 it refuses the file",
+        ),
+    )  # fmt: skip
 
     def constrain(self, scheme: Scheme, facts: Facts) -> Scheme:
         """Nothing is changed; what it can't hold is refused.
@@ -96,8 +118,8 @@ class Onnx(ExportTarget):
             came = f"a {type(model).__name__}, which generates token by token"
             nearest = "encoders, vision models and CNNs; --target gguf or compressed-tensors takes this one"
             refusals.append(Refusal(layers=("the model",), came=came, nearest=nearest))
-        elif not Path(source.place).is_dir() or _example(model) is None:
-            nearest = "models of tokens or of images of one size, from a folder"
+        elif _example(model) is None:
+            nearest = "models of tokens or of images of one size"
             refusals.append(Refusal(layers=("the model",), came=f"a {type(model).__name__}", nearest=nearest))
         return refusals
 
@@ -113,45 +135,66 @@ class Onnx(ExportTarget):
         return lines
 
     def write(self, source: Source, folder: Path) -> None:
-        """The whole model is in memory: torch's exporter traces it.
+        """The whole model is in memory, its codes a byte each: torch's exporter traces it.
+
+        Above :data:`MOST` bytes they stand in a file beside, ``model.onnx.data``, and are written one by one.
 
         Raises:
             UsageError: onnx and onnxscript are missing. ModelError: the exporter can't trace this model.
         """
         _need(_NEEDS[:2])
         with _silently(), preserve_global_rng():
-            model: Any = load_quantized(Path(source.place), torch.float32)
+            model: Any = source.loaded(torch.float32)
             model.set_attn_implementation("eager") if hasattr(model, "set_attn_implementation") else None
             given = _example(model)
             assert given is not None
-            weights = put_nodes(model)
-            traced = Traced(model, list(given)).eval()
-            program = _export(traced, given, type(model).__name__)
-        for name, weight in weights.items():
-            for part in ("codes", "zero_point"):
-                _retype(program.model, f"{name}.weight.{part}", f"{name}.table.{part}", weight)
-        for node in program.model.graph:  # where in torch's code each came from
-            node.metadata_props.clear()
-        for value in (*program.model.graph.inputs, *program.model.graph.initializers.values()):
-            value.metadata_props.clear()
-        program.model.metadata_props.clear()
-        size = sum(t.numel() * t.element_size() for t in traced.state_dict().values())
-        program.save(folder / FILE, external_data=size > MOST)
-        inputs, outputs = ", ".join(given), ", ".join(traced.outputs)
-        write_beside(source, folder, _CARD.format(file=FILE, opset=OPSET, inputs=inputs, outputs=outputs))
+            outputs = write_graph(model, given, folder / FILE, signed=self.option == "int8")
+        card = _CARD.format(file=FILE, opset=OPSET, inputs=", ".join(given), outputs=", ".join(outputs))
+        write_beside(source, folder, card)
 
     def verify(self, folder: Path, source: Source) -> Verified:
-        """Codes in the file are compared, what onnxruntime makes of them, and the outputs of the whole model."""
+        """Codes in the file are compared, what onnxruntime makes of them, every layer, and the whole model's outputs.
+
+        What can fail is each layer's own comparison (:mod:`nybble.export._onnx_judge`); the whole model's says how far
+        codes that flipped took it.
+        """
         _need(_NEEDS)
         count = compare_weights(folder / FILE, source)
-        model = load_quantized(Path(source.place), torch.float32)
+        model = source.loaded(torch.float32)
         given = _example(model)
         assert given is not None
         cosine, largest = compare_outputs(folder / FILE, model, given)
+        judged = judge_layers(folder / FILE, model, given)
         return Verified(
             opened_with=versions(), weights=count, exact_in="float32", cosine=cosine, largest=largest,
-            runtimes=_rows(source, self.takes),
+            runtimes=_rows(source, self.takes), layerwise=asdict(judged),
         )  # fmt: skip
+
+
+def write_graph(model: nn.Module, given: Mapping[str, Tensor], path: Path, signed: bool = False) -> list[str]:
+    """Write the file; returns the outputs' names.
+
+    Args:
+        model: with quantized layers, which are replaced; it gives a mapping to tensors.
+        given: inputs by name, two of a batch.
+        path: where to.
+        signed: the option ``int8``.
+
+    Raises:
+        ModelError: the exporter can't trace this model.
+    """
+    name = type(model).__name__
+    layers, weights = put_nodes(model, signed)
+    traced = Traced(model, list(given)).eval()
+    program = _export(traced, given, name)
+    graph = program.model.graph
+    mark_layers(graph, layers)
+    program.model.metadata_props.clear()
+    for layer, weight in weights.items():
+        retype(graph, layer, weight)
+    size = sum(t.numel() * t.element_size() for t in traced.state_dict().values())
+    program.save(path, external_data=size > MOST)
+    return traced.outputs
 
 
 class Traced(nn.Module):
@@ -214,26 +257,16 @@ def _export(traced: Traced, given: Mapping[str, Tensor], name: str) -> Any:
         )  # fmt: skip
 
 
-def _retype(model: Any, name: str, other: str, weight: Weight) -> None:
-    """Give codes of fewer than eight bits their own type, in which two or four share a byte."""
-    if weight.kind not in RANGES or weight.kind.endswith("8"):
-        return
-    import ml_dtypes
-    import onnx_ir as ir
-
-    held = model.graph.initializers
-    value = held.get(f"model.{name}", held.get(f"model.{other}"))
-    if value is not None and value.const_value is not None:
-        kind = ir.DataType[weight.kind]
-        narrow = value.const_value.numpy().astype(getattr(ml_dtypes, weight.kind.lower()))
-        value.const_value = ir.Tensor(narrow, dtype=kind, name=value.name)
-        value.dtype = kind
-
-
 def _rows(source: Source, takes: tuple[Takes, ...]) -> tuple[Takes, ...]:
     """The rows that a model's weights are."""
     forms = {form_of(w).kind.lstrip("U") for layer in source.layers.values() for w in layer.weights.values()}
-    return tuple(row for row in takes if any(form.startswith(row.form.removeprefix("QDQ ")) for form in forms))
+    rounded = any(layer.inputs for layer in source.layers.values())
+    return tuple(
+        row
+        for row in takes
+        if any(form.startswith(row.form.removeprefix("QDQ ")) for form in forms)
+        and ("float8" in row.inputs or "int8" in row.inputs if rounded else "float" in row.inputs.split(", "))
+    )
 
 
 def _need(packages: tuple[str, ...]) -> None:

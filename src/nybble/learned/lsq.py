@@ -78,6 +78,11 @@ class Lsq(Part):
                 f"lsq learns one scale for all activations, and {quantizer} measures each tensor's: write 'tensor "
                 "static', or learn it by ste."
             )
+        if side == ACTIVATIONS and quantizer.scale.takes_divisor:
+            raise SchemeError(
+                f"lsq learns one scale for all activations, and {quantizer} measures those of blocks under a divisor: "
+                "write 'tensor static', or learn it by ste."
+            )
         if quantizer.granularity.factored:
             raise SchemeError(
                 f"lsq learns a scale for each block; {quantizer} multiplies factors of several blocks. Granularities "

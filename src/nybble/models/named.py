@@ -31,17 +31,26 @@ def check_model(spec: str) -> None:
 QUANTIZED = ("quantization_config", "compression_config")
 """Keys of config.json that say how a model is quantized; the second is an older name."""
 MODELOPT = "hf_quant_config.json"
+MLX = ("quantization", "quantize_activations")
+"""Keys of config.json in MLX's folders; the first says how, and ``quantization_config`` repeats it without a method."""
+STATED = (*QUANTIZED, *MLX)
+"""All keys of config.json that say how a model is quantized."""
 
 
 def stated_quantization(folder: Path, config: Mapping[str, Any]) -> Any:
     """What config.json, or ModelOpt's file beside it, says of how a model is quantized; None for a float one.
 
+    MLX's folders name no method: theirs is what stands under ``quantization``, with the ``quant_method`` mlx.
+
     Raises:
         FileError: that file is no JSON object.
     """
-    for key in QUANTIZED:
-        if config.get(key):
-            return config[key]
+    stated = next((config[key] for key in QUANTIZED if config.get(key)), None)
+    by_mlx = config.get(MLX[0])
+    if isinstance(by_mlx, dict) and not (isinstance(stated, dict) and stated.get("quant_method")):
+        return {**by_mlx, MLX[1]: bool(config.get(MLX[1])), "quant_method": "mlx"}
+    if stated:
+        return stated
     if not (folder / MODELOPT).is_file():
         return None
     found = read_json(folder / MODELOPT)
@@ -61,4 +70,5 @@ def check_float(model: str, quantization: Any) -> None:
     """
     if quantization and not is_packed(quantization):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise ModelError(f"{model} is already quantized ({method}); start from the float model instead.")
+        way = ", or from what `nybble export MODEL DEST --target dense` makes of this" if method == "nybble" else ""
+        raise ModelError(f"{model} is already quantized ({method}); start from the float model instead{way}.")

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import FileError, SchemeError
+from nybble.kv_format import tokens_apart
 from nybble.learned._reaching import reaching
 from nybble.learned.ste import following
 from nybble.nn.compiled import fake_quantize, static_params
-from nybble.qtensor import Factored, QTensor, QuantParams, dense
+from nybble.qtensor import Factored, Inverse, QTensor, QuantParams, dense
 from nybble.quantizer import Quantizer
 
-_PARTS = ("scale", "zero_point", "offset")  # and what the granularity stores of factors
+_PARTS = ("scale", "zero_point", "offset", "divisor")  # of nested scales; and what the granularity stores of factors
 
 
 class ActivationQuantizer(nn.Module):
@@ -80,9 +81,13 @@ class ActivationQuantizer(nn.Module):
             raise FileError(
                 f"static parameters of an activation quantizer are among {', '.join(known)}; got {static!r}."
             )
+        if quantizer.scale.takes_divisor != (static == ["divisor"]) and (static or quantizer.static):
+            raise FileError(f"static parameters of {quantizer} can't be {static!r}.")
         if not static:
             return ActivationQuantizer(quantizer)
         found = {part: torch.empty(1, dtype=torch.float32) for part in static}
+        if "divisor" in found:
+            return ActivationQuantizer(quantizer, QuantParams(Inverse(found["divisor"])))
         scale: Tensor | Factored | None = found.get("scale")
         if not granularity.stored.keys().isdisjoint(found):
             columns = data.get("columns")
@@ -104,10 +109,12 @@ def _parts(quantizer: Quantizer, params: QuantParams | None) -> dict[str, Tensor
     found: dict[str, Tensor | None] = dict.fromkeys((*_PARTS, *quantizer.granularity.stored))
     if params is None:
         return found
-    for part in _PARTS:
+    for part in _PARTS[:3]:
         value = getattr(params, part)
         if isinstance(value, Tensor | QTensor):
             found[part] = dense(value).reshape(1)
+    if isinstance(params.scale, Inverse):
+        found["divisor"] = params.scale.divisor.reshape(1)
     if isinstance(params.scale, Factored):
         found |= quantizer.granularity.store([dense(factor) for factor in params.scale.factors])
     return found
@@ -116,8 +123,19 @@ def _parts(quantizer: Quantizer, params: QuantParams | None) -> dict[str, Tensor
 def check_static(quantizer: Quantizer) -> None:
     """Raise SchemeError for a static quantizer that one calibrated value can't serve."""
     fixed = quantizer.granularity.calibrated_on and quantizer.scale_format == "float32"
-    if quantizer.static and not fixed:
+    if quantizer.static and not fixed and not quantizer.scale.takes_divisor:
         raise SchemeError(
-            f"{quantizer}: static activations have one float32 scale for the tensor; "
-            "write 'tensor' or 'shifted', or leave out 'static'."
+            f"{quantizer}: static activations have one float32 scale for the tensor, or one divisor of the scales of "
+            "its blocks; write 'tensor', 'shifted' or 'scale=two-level' (nvfp4-ct static), or leave out 'static'."
         )
+
+
+def measured_over_tokens(root: nn.Module) -> dict[str, Quantizer]:
+    """Quantizers of activations whose scales are measured on several tokens at once, by name.
+
+    What they make of a token depends on the others of its batch, padding among them: one prompt alone comes to other
+    numbers than in a batch. With a scale of each token (``token``, ``group=N``) or a calibrated one (``static``)
+    nothing does. NVFP4's measured outer scale is one of the tensor, too.
+    """
+    found = {name: m.quantizer for name, m in root.named_modules() if isinstance(m, ActivationQuantizer)}
+    return {name: q for name, q in found.items() if not q.static and not tokens_apart(q)}

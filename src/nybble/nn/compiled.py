@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nybble.learned._reaching import reach
 from nybble.ops.grid import Grid
-from nybble.qtensor import Factored, QuantParams, Spec, from_spec
+from nybble.qtensor import Factored, Inverse, QuantParams, Spec, from_spec
 from nybble.quantizer import Quantizer
 
 
@@ -117,6 +117,8 @@ def static_params(quantizer: Quantizer, parts: Mapping[str, Tensor]) -> QuantPar
     """Parameters of a static quantizer from what is stored of them, by name; None of one that measures every tensor."""
     if not quantizer.static:
         return None
+    if "divisor" in parts:
+        return QuantParams(Inverse(parts["divisor"]))
     granularity = quantizer.granularity
     scale: Tensor | Factored | None = parts.get("scale")
     if granularity.stored and granularity.stored.keys() <= parts.keys():

@@ -46,6 +46,10 @@ class QuantLayer(nn.Module):
             self.weight.dtype = dtype
         return self
 
+    def of_packed(self, x: Tensor, weight: Packed) -> Tensor:
+        """:meth:`product` of a packed weight; layers for whose products there are kernels have their own."""
+        return self.product(x, weight(x.dtype))
+
     @abstractmethod
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """Of what enters and a dense weight, with the bias."""
@@ -55,8 +59,7 @@ class QuantLayer(nn.Module):
         x = widened(x, self.weight.dtype)
         if self.inputs is not None:
             x = self.inputs(x)
-        weight = self.weight(x.dtype) if isinstance(self.weight, Packed) else self.weight
-        y = self.product(x, weight)
+        y = self.of_packed(x, self.weight) if isinstance(self.weight, Packed) else self.product(x, self.weight)
         return y if self.outputs is None else self.outputs(y)
 
 

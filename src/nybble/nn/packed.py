@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nybble.core.errors import FileError
 from nybble.nn.compiled import dequantize, key_of
+from nybble.nn.products import packed_linear
 from nybble.qtensor import QTensor, Spec, from_spec
 
 
@@ -88,6 +89,19 @@ class Packed(nn.Module):
             values: Tensor = dequantize(list(_tensors(self).values()), self._key, list(self.shape), dtype)
             return values
         return self.qtensor().dequantize(dtype)
+
+    def held(self, dtype: torch.dtype) -> bool:
+        """Whether :meth:`hold` keeps the values in ``dtype``."""
+        return self._dense is not None and self._dense.dtype == dtype
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x W^T + bias``; see :func:`nybble.nn.products.reference`."""
+        y: Tensor = packed_linear(x, list(_tensors(self).values()), self._key, self.shape, bias)
+        return y
+
+    def how(self) -> tuple[bool, str]:
+        """Whether :meth:`linear` has a kernel where this is; its name, or why there is none."""
+        return packed_linear.how(list(_tensors(self).values()), self._key, self.shape)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """A call, by name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
 
 _HOOKS = (
@@ -26,6 +27,14 @@ def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
             setattr(module, hooks, getattr(old, hooks))
         module._is_full_backward_hook = old._is_full_backward_hook
     owner.add_module(leaf, module)
+
+
+def hold_slow(root: nn.Module, dtype: torch.dtype) -> None:
+    """Keep dequantized copies of the packed weights that no kernel multiplies with: every call would unpack them."""
+    for layer in root.modules():
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Packed) and not (isinstance(layer, QuantLinear) and weight.how()[0]):
+            weight.hold(dtype)
 
 
 def hold_dense(root: nn.Module, dtype: torch.dtype | None) -> None:

@@ -17,18 +17,17 @@ from typing import Any
 
 import torch
 
-from nybble.checkpoint.marked import check_readable, is_others
-from nybble.checkpoint.parts import MANIFEST
-from nybble.checkpoint.stream import copy_as_own
-from nybble.core.dtypes import FLOATS, float_dtype
+from nybble.checkpoint.marked import MANIFEST, check_readable, is_quantized
 from nybble.core.errors import ModelError, UsageError
 from nybble.core.explicit import explicit_settings
-from nybble.core.files import AtomicFolder, check_new_folder, disk_errors, need_space
+from nybble.core.files import AtomicFolder, check_new_folder, disk_errors
+from nybble.core.progress import Progress, Silent, showing
 from nybble.export import ExportTarget, Facts, get_target, refuse
-from nybble.export._source import FolderSource
+from nybble.export._opened import OpenedSource
+from nybble.export._source import FolderSource, Source
 from nybble.models.adapter import adapter_for
 from nybble.models.build.config_file import read_json
-from nybble.models.sources.folder import FolderSource as ForeignFolder
+from nybble.models.sources.open import open_source
 from nybble.nn.kinds import targets_of
 from nybble.scheme import Scheme
 
@@ -66,43 +65,75 @@ def export(
     check_readable(folder)
     name = target or _meant(folder)
     part = get_target(name)
-    with _own(folder, dest) as own, FolderSource(own) as source:
+    with opened(folder, dest) as source:
+        if isinstance(source, OpenedSource) and not source.layers and not part.in_float:
+            raise ModelError(f"{folder} has its weights in float; export what `nybble quantize` makes of it.")
         refuse(name, part.check(source))
-        notes = part.notes(source)
-        for note in notes:
-            (announce or _ignore)(note)
-        with AtomicFolder(dest) as partial:
-            part.write(source, partial)
-            verified = part.verify(partial, source) if check else None
-        files = {str(p.relative_to(dest)): p.stat().st_size for p in sorted(dest.rglob("*")) if p.is_file()}
+        return written(source, dest, part, name, check=check, announce=announce)
+
+
+def written(
+    source: Source,
+    dest: Path,
+    part: ExportTarget,
+    name: str,
+    *,
+    check: bool,
+    announce: Callable[[str], None] | None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write what a target holds; see :func:`export`, whose answer this is.
+
+    Args:
+        source: that the target's ``check`` found nothing against.
+        dest: must not exist.
+        part: the target.
+        name: as it was asked for, with its option.
+        check: as there.
+        announce: as there.
+        progress: gets tensors.
+    """
+    notes = [*source.notes, *part.notes(source)]
+    for note in notes:
+        (announce or _ignore)(note)
+    with AtomicFolder(dest) as partial, showing(progress or Silent()):
+        part.write(source, partial)
+        verified = part.verify(partial, source) if check else None
+    files = {str(p.relative_to(dest)): p.stat().st_size for p in sorted(dest.rglob("*")) if p.is_file()}
     found: dict[str, Any] = {
         "dest": str(dest),
         "target": name,
         "bytes": sum(files.values()),
-        "source_bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
+        "source_bytes": source_bytes(source.place),
         "files": files,
         "notes": notes,
     }
     return found if verified is None else found | {"check": asdict(verified)}
 
 
-@contextmanager
-def _own(folder: Path, dest: Path) -> Iterator[Path]:
-    """The folder itself, or of another library's a copy in nybble's files, beside ``dest`` and for as long as needed.
+def source_bytes(place: str) -> int:
+    """Bytes of a model's file, or of its folder; 0 of what is neither."""
+    path = Path(place)
+    return sum(p.stat().st_size for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file())
 
-    No code changes; the copy is made a block at a time.
+
+@contextmanager
+def opened(model: str | Path, dest: Path) -> Iterator[Source]:
+    """What :func:`export` and :func:`~nybble.pipelines.convert.convert` take, as targets see it; nothing is read yet.
+
+    Args:
+        model: a folder that nybble wrote, or whatever :func:`nybble.models.sources.open.open_source` takes.
+        dest: beside which there is room for what has to be written first.
     """
-    if not is_others(folder):
-        yield folder
+    folder = Path(model)
+    if folder.is_dir() and is_quantized(folder):
+        with FolderSource(folder) as own:
+            yield own
         return
-    with disk_errors(dest), TemporaryDirectory(prefix=f"{dest.name}.", dir=dest.absolute().parent) as room:
-        config = read_json(folder / "config.json")
-        stated = config.get("dtype", config.get("torch_dtype"))
-        source = ForeignFolder(str(folder), folder)
-        if not source.packed_names():
-            raise ModelError(f"{folder} has its weights in float; export what `nybble quantize` makes of it.")
-        need_space(Path(room), sum(path.stat().st_size for path in source.weight_files()) * 2)
-        yield copy_as_own(source, Path(room, "model"), float_dtype(stated if stated in FLOATS else "bfloat16", "dtype"))
+    found = open_source(str(model))
+    above = next(place for place in dest.absolute().parents if place.is_dir())
+    with disk_errors(dest), TemporaryDirectory(prefix=f"{dest.name}.", dir=above) as room:
+        yield OpenedSource(found, Path(room))
 
 
 def constrain(scheme: Scheme, targets: list[ExportTarget], model: Any, dtype: torch.dtype) -> Scheme:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from nybble.checkpoint.parts import Parts
-from nybble.core.device import require_memory
 from nybble.core.errors import NybbleError
 from nybble.core.products import products_in
 from nybble.core.progress import Progress, Silent
@@ -26,7 +25,7 @@ from nybble.nn.in_place import evaluation_mode
 from nybble.nn.kv_model import no_cache
 from nybble.nn.layer import QuantLayer
 from nybble.nn.packed import Packed
-from nybble.pipelines.prepared import batches_of, samples_for, targets_in, training_bytes
+from nybble.pipelines.prepared import batches_of, require_training, samples_for, targets_in
 from nybble.quantizer import Quantizer
 from nybble.recipe import trained
 from nybble.report.record import LayerRow
@@ -59,8 +58,7 @@ def finishing_lines(job: Job) -> list[str]:
     for step in steps:
         own = bool(getattr(step, "samples", 0))  # of its own, which are read when it begins
         step.check(job.model, layers, None if known is None or own else len(next(iter(known.inputs.values()))))
-    needed = training_bytes(job, steps)
-    require_memory(needed, job.device)
+    needed = require_training(job, steps)
     said = ", ".join(step.name for step in trained(job.recipe)[1])
     return [f"after it, the whole quantized model is trained ({said}): about {needed / 1e9:.2f} GB of memory"]
 

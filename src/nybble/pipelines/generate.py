@@ -12,6 +12,7 @@ from nybble.core.seeds import derive_seed, preserve_global_rng
 from nybble.data.kinds import data_kind
 from nybble.models.adapter import reads_of
 from nybble.nn.kv_model import use_quantized_cache
+from nybble.nn.swap import hold_slow
 from nybble.pipelines.load import load_with_origin
 from nybble.pipelines.request import check_prompt
 
@@ -31,7 +32,8 @@ def generate(
     """Answer or continue ``prompt``.
 
     Args:
-        model: what :func:`nybble.checkpoint.load.load` takes; packed weights are dequantized once.
+        model: what :func:`nybble.checkpoint.load.load` takes; packed weights are dequantized
+            once, where no kernel multiplies with them as they are.
         prompt: some text.
         max_new_tokens: at most so many.
         chat: use the tokenizer's chat template, if it has one.
@@ -45,7 +47,8 @@ def generate(
         The new text alone.
     """
     cached = check_prompt(prompt, max_new_tokens, device, kv)
-    loaded, origin = load_with_origin(model, device=device, dense=True)
+    loaded, origin = load_with_origin(model, device=device)
+    hold_slow(loaded, loaded.dtype)
     tokenizer = data_kind(reads_of(loaded)).tokenizer(origin) if loaded.can_generate() else None
     if tokenizer is None:
         raise ModelError(f"{model} is a {type(loaded).__name__}, which generates no text.")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from nybble.data import Origin
 from nybble.data.kinds import data_kind
 from nybble.models.adapter import reads_of
 from nybble.models.build.packed import packed_model
+from nybble.models.build.spread import spread
 from nybble.models.sources.folder import FolderSource
 from nybble.models.sources.open import open_source
 from nybble.models.sources.side_files import is_tokenizer_file, side_files
@@ -36,6 +38,9 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     dense: bool = False,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[Any, int | str] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a model and its tokenizer: a folder that nybble wrote, or whatever :func:`open_source` takes.
 
@@ -53,13 +58,28 @@ def load(
             says, else bfloat16.
         device: where to.
         dense: keep dequantized copies of packed weights (faster, the same numbers).
+        device_map: in place of ``device``: where each part is to run, as transformers and accelerate take it
+            (:func:`nybble.models.build.spread.spread`). The model is read into memory first; a folder of nybble's that
+            doesn't fit there goes part by part with ``AutoModelForCausalLM.from_pretrained(..., device_map=...)``.
+        max_memory: for ``device_map="auto"``.
+        offload_folder: where what goes to disk is kept while the model lives; default the system's temporary place.
 
     Raises:
-        NybbleError: the model can't be read; nothing else escapes.
+        UsageError: options that contradict each other, or a device_map that accelerate can't follow. NybbleError: the
+            model can't be read; nothing else escapes.
     """
+    if device_map is None and (max_memory is not None or offload_folder is not None):
+        raise UsageError("max_memory and offload_folder say how to follow a device_map; give one, or leave them out.")
+    if device_map is not None and (dense or str(device) != "cpu"):
+        other = (
+            "dense=True keeps copies that can't be moved" if dense else f"device={str(device)!r} is a map of its own"
+        )
+        raise UsageError(f"{other}; leave it out, or device_map.")
     if not isinstance(model, str | Path):
         raise UsageError(f"a model to load is a folder, a GGUF file or a hub id; got a {type(model).__name__}.")
     loaded, origin = load_with_origin(model, dtype=dtype, device=device, dense=dense)
+    if device_map is not None:
+        spread(loaded, device_map, max_memory, offload_folder)
     folder = Path(model)
     if folder.is_dir() and not any(is_tokenizer_file(name) for name in side_files(folder)):
         return loaded, None  # transformers would make up an empty one for some models, and fail for others

@@ -21,7 +21,6 @@ from nybble.calibration.lessons import Network, main_output
 from nybble.checkpoint.parts import Parts
 from nybble.core import ranks
 from nybble.core.device import require_memory
-from nybble.core.errors import SchemeError
 from nybble.core.products import products_in
 from nybble.core.progress import Progress, Silent
 from nybble.core.tensorfile import write_tensorfile
@@ -34,9 +33,10 @@ from nybble.nn.in_place import evaluation_mode
 from nybble.nn.kinds import Target
 from nybble.nn.layer import QuantLayer
 from nybble.nn.packed import Packed
-from nybble.recipe import Recipe, trained
-from nybble.training.steps import Preparation, Trainee, TrainStep, make_train_step
+from nybble.recipe import trained
+from nybble.training.steps import Preparation, Trainee, TrainStep
 from nybble.walk.job import Job
+from nybble.walk.steps.make import make_preparations
 from nybble.walk.steps.transform import TransformStep
 from nybble.walk.walk import Walk
 
@@ -45,33 +45,15 @@ FILE, LEARNED = "prepared.safetensors", "learned.safetensors"
 goes on from it."""
 
 
-def preparations(recipe: Recipe) -> list[Preparation]:
-    """The training steps in front of a recipe's others that are not turned off.
-
-    Raises:
-        UsageError, SchemeError: an unknown step or option; one that comes last.
-    """
-    found = []
-    for step in trained(recipe)[0]:
-        made = make_train_step(step.name, step.options)
-        if not isinstance(made, Preparation):
-            raise SchemeError(
-                f"train {step.name!r} works on the quantized model; put it last, behind the solver (name one: rtn)."
-            )
-        found.append(made)
-    return [step for step in found if not step.idle]
-
-
 def training_lines(job: Job) -> list[str]:
     """What is trained, for people; raises where the memory can't hold it.
 
     Raises:
         UsageError, SchemeError: an unknown step or option. DataError: not enough memory.
     """
-    steps, lines = preparations(job.recipe), list[str]()
+    steps, lines = make_preparations(job.recipe), list[str]()
     if steps:
-        needed = training_bytes(job, steps)
-        require_memory(needed, job.device)
+        needed = require_training(job, steps)
         names = ", ".join(step.name for step in trained(job.recipe)[0])
         lines.append(
             f"before it, the whole model is quantized once and trained ({names}): about {needed / 1e9:.2f} GB of memory"
@@ -84,7 +66,7 @@ def training_lines(job: Job) -> list[str]:
         ]
         tables = [size for name, size in sizes.items() if not job.adapter.inside(name)]
         needed = step.transform.learning_bytes(sum(sizes.values()), max([*blocks, *tables]))
-        require_memory(needed, job.device)
+        require_memory(needed, job.device, lambda _: _GROWS)
         lines.append(f"before it, {step.name} learns on the whole float model: about {needed / 1e9:.2f} GB of memory")
     return lines
 
@@ -93,10 +75,33 @@ def _learning(job: Job) -> list[TransformStep]:
     return [step for step in job.steps if isinstance(step, TransformStep) and step.transform.learns]
 
 
-def training_bytes(job: Job, steps: Sequence[TrainStep]) -> int:
-    """Most memory that any of them takes."""
+def require_training(job: Job, steps: Sequence[Any]) -> int:
+    """Most bytes of memory that any of them (:class:`~nybble.training.steps.TrainStep`) takes.
+
+    Raises:
+        DeviceError: there aren't as many.
+    """
     elements = sum(t.matrices * t.shape[0] * t.shape[1] for targets in job.plan.blocks for t in targets)
-    return max(step.working_bytes(elements, job.dtype) for step in steps)
+
+    def needs(steps: Sequence[TrainStep]) -> int:
+        return max(step.working_bytes(elements, job.dtype) for step in steps)
+
+    def fitting(free: int) -> str:
+        rooms = [{name: 0.0 for name in _ROOMS if hasattr(step, name)} for step in steps]
+        least = needs([replace(step, **room) for step, room in zip(steps, rooms, strict=True)])
+        said = ", ".join(f"{name}: 0" for name in _ROOMS if any(name in room for room in rooms))
+        return f"With {said} in the recipe it takes {least / 1e9:.1f} GB." if least <= free else _GROWS
+
+    needed = needs(steps)
+    require_memory(needed, job.device, fitting)
+    return needed
+
+
+_ROOMS = ("dense_gb", "logits_gb")
+"""Options that let a training have memory for what it could make anew."""
+_GROWS = (
+    "It grows with the model, not with the samples: leave the step out of the recipe, or take a device with more of it."
+)
 
 
 def prepared(job: Job, data: Data, parts: Parts | None = None, progress: Progress | None = None) -> Job:
@@ -108,7 +113,7 @@ def prepared(job: Job, data: Data, parts: Parts | None = None, progress: Progres
         parts: of an unfinished run: what training came to is kept there, and taken from there.
         progress: told of the first pass.
     """
-    for number, step in enumerate(preparations(job.recipe)):
+    for number, step in enumerate(make_preparations(job.recipe)):
         path = None if parts is None else parts.parts / f"{number}-{FILE}"
         if path is not None and ranks.lead_says(path.exists()):
             tensors = _read(path)

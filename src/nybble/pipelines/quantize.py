@@ -46,9 +46,10 @@ from nybble.nn.in_place import evaluation_mode, untouched, whole_or_not_at_all
 from nybble.nn.kv_model import use_quantized_cache
 from nybble.pipelines.export import constrain
 from nybble.pipelines.finished import are_walked, finished, finished_parts, finishing_lines, teacher_of
+from nybble.pipelines.form import check_form, writer
 from nybble.pipelines.prepared import prepared, training_lines
 from nybble.pipelines.request import Asked, Changes, build_recipe, read_recipe
-from nybble.pipelines.targets import split_targets
+from nybble.pipelines.targets import AUTO, split_targets
 from nybble.recipe import Recipe
 from nybble.report.record import LayerRow, Report
 from nybble.walk.job import Job
@@ -71,6 +72,7 @@ def quantize(
     settings: Settings | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     announce: Callable[[str], None] | None = None,
+    form: str = AUTO,
     **changes: Unpack[Changes],
 ) -> tuple[Any, Report]:
     """Quantize a model.
@@ -88,6 +90,8 @@ def quantize(
         settings: sizes, device, seed; or a mapping of them.
         progress: told after each block.
         announce: gets the pre-flight lines.
+        form: of the files in ``out``: ``compressed-tensors``, which others load without nybble; ``native``, which holds
+            everything; or ``auto``: the first where it says all of the result.
         changes: to the recipe's scheme, as the command line has them: ``weights``, ``activations``, ``scheme``, ``kv``,
             ``embeddings``, ``matmuls``, ``ignore``, ``effort`` (:func:`~nybble.pipelines.request.build_recipe`); and
             ``target``: what ``best`` is to come to, names of export targets that are to hold the result exactly.
@@ -100,6 +104,11 @@ def quantize(
             interrupted or stopped by a full disk or a training that came to no number: ``resume`` goes on from it.
     """
     started = time.perf_counter()
+    check_form(form)
+    if out is None and form != AUTO:
+        raise UsageError(
+            f"form={form!r} is of files, and there is no out; nybble.save(model, folder, form=...) takes it."
+        )
     made, settings, files = _asked(recipe, changes, settings, out)
     _check_given(model, tokenizer)
     held = {model: model.training} if isinstance(model, nn.Module) else {}
@@ -125,7 +134,7 @@ def quantize(
             _mark(job, rows)
             result = _result(job, model, held)
         else:
-            job, rows = _write(job, data, given, Path(out), progress or Silent(), announce or _ignore)
+            job, rows = _write(job, data, given, Path(out), progress or Silent(), announce or _ignore, form)
             result = Path(out)
     seconds = time.perf_counter() - started
     return result, Report(layers=tuple(rows), manifest=job.manifest(), seconds=seconds, times=job.times)
@@ -341,7 +350,13 @@ def _require_memory(jobs: Mapping[str, Job]) -> None:
 
 
 def _write(
-    job: Job, data: Data, given: Sequence[Tensors], out: Path, progress: Progress, announce: Callable[[str], None]
+    job: Job,
+    data: Data,
+    given: Sequence[Tensors],
+    out: Path,
+    progress: Progress,
+    announce: Callable[[str], None],
+    form: str,
 ) -> tuple[Job, list[LayerRow]]:
     folder = AtomicFolder(out, resumable=True)
     try:
@@ -350,8 +365,10 @@ def _write(
                 parts = Parts(partial, job.request(), job.settings.resume, writes=ranks.leads())
             if job.settings.resume:
                 announce(parts.begun(job.part_names()))
+            if ranks.leads():
+                parts.check_form(form)
             if not ranks.lead_says(parts.assembled):
-                job = _made(job, data, given, parts, progress, announce)
+                job = _made(job, data, given, parts, progress, announce, form)
             rows = ranks.lead_says(parts.finish() if ranks.leads() else [])
             return job, [LayerRow.from_dict(row) for row in rows]
     except NybbleError as error:
@@ -365,7 +382,13 @@ def _write(
 
 
 def _made(
-    job: Job, data: Data, given: Sequence[Tensors], parts: Parts, progress: Progress, announce: Callable[[str], None]
+    job: Job,
+    data: Data,
+    given: Sequence[Tensors],
+    parts: Parts,
+    progress: Progress,
+    announce: Callable[[str], None],
+    form: str,
 ) -> Job:
     """All files of the result in the parts' folder; the job as it is then."""
     assert job.source is not None
@@ -380,7 +403,7 @@ def _made(
         finished_parts(job, teacher, data, parts, progress)
         job = _tried(job, given, announce, parts)
         config = model_config(job.model, job.dtype)  # with what quantizing changed: heads that are tied no more
-        parts.assemble(job.part_names(), config, job.manifest(), job.plan.kv)
+        parts.assemble(job.part_names(), config, job.manifest(), job.plan.kv, writer(form, announce))
     return replace(job, untried=ranks.lead_says(job.untried))
 
 

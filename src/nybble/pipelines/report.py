@@ -7,7 +7,8 @@ from typing import Any
 
 from nybble.checkpoint.account import inspect
 from nybble.checkpoint.load import described
-from nybble.checkpoint.parts import EVALUATION, MANIFEST, TIMES
+from nybble.checkpoint.marked import MANIFEST
+from nybble.checkpoint.parts import EVALUATION, TIMES
 from nybble.core.errors import FileError, UsageError
 from nybble.core.files import atomic_write_text, check_folder
 from nybble.core.guard import reading

@@ -1,12 +1,24 @@
-"""What ``--target`` of ``nybble quantize`` means: a best recipe's, or who is to load the result; without torch."""
+"""What ``--target`` and ``--form`` of ``nybble quantize`` mean; without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nybble.checkpoint.marked import COMPRESSED, NATIVE
 from nybble.core.errors import UsageError, did_you_mean
 from nybble.export import REGISTRY, is_target
 from nybble.recipes import targets
+
+AUTO = "auto"
+FORMS = (AUTO, COMPRESSED, NATIVE)
+"""Of the files: compressed-tensors', which others load without nybble; nybble's own, which holds everything; or the
+first where it says all of the result."""
+
+
+def check_form_name(form: str) -> None:
+    """Raise UsageError unless there is such a form."""
+    if form not in FORMS:
+        raise UsageError(f"unknown form {form!r}.{did_you_mean(str(form), FORMS)}")
 
 
 def split_targets(target: str | Sequence[str] | None) -> tuple[str | None, list[str]]:

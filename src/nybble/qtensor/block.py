@@ -58,6 +58,12 @@ class BlockQTensor(QTensor):
         return codes
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # noqa: D102
+        from nybble.qtensor._by_rows import by_rows
+
+        quick = by_rows(self, dtype)
+        return self._dequantized(dtype) if quick is None else quick
+
+    def _dequantized(self, dtype: torch.dtype) -> Tensor:
         values: Tensor = (
             decode(self.unpacked(), self.format.name)
             if self.params.grid is None

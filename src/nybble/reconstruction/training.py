@@ -116,14 +116,20 @@ def _precision(window: Window, options: Reconstruction) -> torch.dtype | None:
     return torch.bfloat16 if has else None
 
 
+_HUGE = 1e15
+"""Of values beyond it a few million squares add up to more than float32 holds."""
+
+
 def _failure(window: Window, calls: Sequence[BlockCall], given: Mapping[str, Tensor], loss: float, step: int) -> str:
-    """Which layer gives something that is no number, of a batch whose loss is none."""
-    found: list[str] = []
+    """Which layer gives something that is no number, or the largest ones, of a batch whose loss is none."""
+    found, largest = list[str](), dict[str, float]()
 
     def watch(name: str) -> Callable[..., None]:
         def see(_: nn.Module, __: object, output: object) -> None:
-            if not found and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
-                found.append(name)
+            if not found and isinstance(output, Tensor) and output.numel():
+                largest[name] = float(output.abs().max())
+                if not math.isfinite(largest[name]):
+                    found.append(name)
 
         return see
 
@@ -136,4 +142,7 @@ def _failure(window: Window, calls: Sequence[BlockCall], given: Mapping[str, Ten
         for handle in handles:
             handle.remove()
     where = f"{found[0]} gives NaN or Inf, so " if found else ""
+    name = max(largest, key=lambda name: largest[name], default="")
+    if not found and largest.get(name, 0.0) > _HUGE:
+        where = f"{name} gives values up to {largest[name]:.2g}, so "
     return f"{where}the loss of {window.part} is {loss} at step {step}; take smaller rates."

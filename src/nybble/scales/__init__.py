@@ -64,12 +64,15 @@ class ScaleRule(ABC):
             (scales [blocks, 1], ``over`` or None) -> what would be stored of them; ``ratios`` for nested ones under an
             outer scale that isn't rounded itself.
         takes_storage: whether :meth:`fit` takes ``scales`` and ``offsets`` too, how they are stored (:class:`Storage`).
+        takes_divisor: whether a divisor of nested scales that was calibrated can be given (:meth:`TwoLevel.under`), so
+            that static activations may have such scales.
         weighs: whether solvers that know the energy of the inputs give it to :meth:`fit` as the weight.
     """
 
     scale_format: ClassVar[str] = ""
     judges_stored: ClassVar[Literal["", "nested", "ratios", "always"]] = ""
     takes_storage: ClassVar[bool] = False
+    takes_divisor: ClassVar[bool] = False
     weighs: ClassVar[bool] = False
 
     @property

@@ -9,7 +9,7 @@ last bits, and so in a few codes. A scale that E4M3 would round to 0 becomes 0.1
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from nybble.core.arithmetic import divided
 from nybble.core.errors import UsageError
@@ -29,6 +29,8 @@ class TwoLevel(ScaleRule):
 
     inner: float = 448.0
 
+    takes_divisor: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if not self.inner > 0:
             raise UsageError(
@@ -40,8 +42,15 @@ class TwoLevel(ScaleRule):
         return True
 
     def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
+        return self.under(blocks, fmt, self.divisor(blocks, fmt))
+
+    def divisor(self, x: Tensor, fmt: NumberFormat) -> Tensor:
+        """The divisor for a tensor, or for all that are like it."""
+        return divisor_of(x.abs().max(), fmt, self.inner)
+
+    def under(self, blocks: Tensor, fmt: NumberFormat, divisor: Tensor) -> BlockParams:
+        """As :meth:`fit`, under a divisor that is known: of inputs, a calibrated one."""
         amax = blocks.abs().amax(1, keepdim=True)
-        divisor = divisor_of(amax.max(), fmt, self.inner)
         return BlockParams(not_vanishing(divided(amax, fmt.absmax), divisor, fmt), over=divisor)
 
 

@@ -38,8 +38,6 @@ weights round to nearest.
 
 from __future__ import annotations
 
-import copy
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -47,18 +45,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from nybble.calibration.error import RelativeError, by_group, relative_error
+from nybble.calibration.error import RelativeError, relative_error
 from nybble.core.errors import SchemeError
-from nybble.qtensor import QuantParams, ScaleLike, block_view
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 from nybble.rounding import get_rounding
-from nybble.scales.absmax import AbsMax
-from nybble.scales.minmax import MinMax
 from nybble.solvers import Solved, Solver, Stats, Weight
-from nybble.solvers._columns import Span, visit_block, visit_block_in_graph
-
-CLIP = "low=0.6,high=1.1,grid=11"
+from nybble.solvers._columns import visit_block, visit_block_in_graph
+from nybble.solvers._factor import factorised, least_squares
+from nybble.solvers._grid import Grid, stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +148,7 @@ class Gptq(Solver):
         factor: tuple[Tensor, Tensor | None] | None = None
         notes: tuple[str, ...] = ("no calibration input reached it: rounded to nearest",)
         if second is not None:
-            factor, notes = self._factor(second)
+            factor, notes = factorised(second, self.damping, self.activation_order)
         if second is None or factor is None:
             return [
                 Solved(weight=q, error=e, rtn_error=e, notes=notes) for q, e in zip(plain, plain_errors, strict=True)
@@ -163,9 +158,11 @@ class Gptq(Solver):
             notes = (*notes, _UNPAIRED)
         targets = weights
         if drift is not None:
-            targets = [replace(w, matrix=_target(w.matrix, self.alpha * drift.cross, upper, order)) for w in weights]
+            targets = [
+                replace(w, matrix=least_squares(w.matrix, self.alpha * drift.cross, upper, order)) for w in weights
+            ]
         energy = second.diagonal(dim1=-2, dim2=-1) if self.clip else None
-        grids = [_Grid(weight, energy) for weight in targets]
+        grids = [Grid(weight, energy) for weight in targets]
         rounded = self._visit(grids, upper, order) if upper.dim() == 2 else self._visit_groups(grids, upper)
         del factor, upper  # as large as the second moment
         solved = []
@@ -181,15 +178,15 @@ class Gptq(Solver):
         if self.inputs == "both" and stats.drift is None:
             notes.append(_UNPAIRED)
         elif self.inputs == "both" and stats.drift is not None and stats.second_moment is not None:
-            shared, said = self._factor(stats.second_moment)
+            shared, said = factorised(stats.second_moment, self.damping, self.activation_order)
             notes += said
             if shared is not None:
-                aim = replace(weight, matrix=_target(weight.matrix, self.alpha * stats.drift.cross, *shared))
+                aim = replace(weight, matrix=least_squares(weight.matrix, self.alpha * stats.drift.cross, *shared))
         base_error = relative_error(aim.matrix, base.dequantize(), guided)
-        grid = _Grid(aim, guided.diagonal(dim1=-2, dim2=-1) if self.clip else None)
+        grid = Grid(aim, guided.diagonal(dim1=-2, dim2=-1) if self.clip else None)
         rows, rounded = len(weight.matrix) // len(guided), []
         for number, moment in enumerate(guided):
-            factor, said = self._factor(moment)
+            factor, said = factorised(moment, self.damping, self.activation_order)
             notes += [note for note in said if note not in notes]
             if factor is None:
                 return Solved(weight=base, error=base_error, rtn_error=base_error, notes=tuple(notes))
@@ -199,49 +196,11 @@ class Gptq(Solver):
         notes.append(f"errors weighed by gradients of the loss, in {len(guided)} groups of rows")
         return _better(found, error, base, base_error, tuple(notes))
 
-    def _factor(self, second_moment: Tensor) -> tuple[tuple[Tensor, Tensor | None] | None, tuple[str, ...]]:
-        """Upper Cholesky factor of the damped inverse, the order of columns, and notes; None if no damping helped.
-
-        Of moments [groups, columns, columns] all factors at once; their columns stay in their order.
-        """
-        diagonal = second_moment.diagonal(dim1=-2, dim2=-1).clone()
-        dead = diagonal == 0
-        diagonal[dead] = 1
-        notes = [f"{int(dead.sum())} inputs are always zero"] if bool(dead.any()) else []
-        grouped = diagonal.dim() > 1
-        order = diagonal.argsort(descending=True, stable=True) if self.activation_order and not grouped else None
-        ordered = diagonal if order is None else diagonal[order]
-        mean = ordered.mean(-1)
-        damping = torch.full_like(mean, self.damping)
-        for attempt in range(4):
-            # With its rows and columns reversed, H = M M^T for an upper M, and H^-1 = U^T U for U = M^-1: no inverse,
-            # and one factorisation less than chol(H^-1). As few as can be of these matrices are there at once.
-            damped = ordered + (damping * mean)[..., None]
-            reversed_lower, info = torch.linalg.cholesky_ex(_reversed(second_moment, order, damped))
-            failed = info != 0
-            m = reversed_lower.flip(-2, -1)
-            del reversed_lower
-            identity = torch.eye(diagonal.shape[-1], dtype=diagonal.dtype, device=diagonal.device)
-            if bool(failed.any()):
-                m = torch.where(failed[..., None, None], identity, m)
-            upper = torch.linalg.solve_triangular(m, identity.expand_as(m), upper=True)
-            del m, identity
-            failed = failed | ~torch.isfinite(upper).all(-1).all(-1)
-            if not bool(failed.any()):
-                if attempt:
-                    notes.append(f"damping raised to {float(damping.max()):g}")
-                return (upper, order), tuple(notes)
-            damping = torch.where(failed, damping.clamp_min(1e-4) * 10, damping)
-        notes.append(
-            f"the second moment can't be factorised even with damping {float(damping.max()) / 10:g}: rounded to nearest"
-        )
-        return None, tuple(notes)
-
-    def _visit_groups(self, grids: Sequence[_Grid], uppers: Tensor) -> list[Tensor]:
+    def _visit_groups(self, grids: Sequence[Grid], uppers: Tensor) -> list[Tensor]:
         """As :meth:`_visit` where every group of rows has its own factor, [groups, columns, columns]: all at once."""
         found = []
         for grid in grids:
-            left, (span,) = grid.matrix.T.contiguous(), _stack([grid])
+            left, (span,) = grid.matrix.T.contiguous(), stack([grid])
             by_row = uppers.repeat_interleave(left.shape[1] // len(uppers), 0).permute(1, 2, 0)
             result, divisor = torch.empty_like(left), span.divisor()
             for j in range(len(left)):
@@ -250,12 +209,12 @@ class Gptq(Solver):
             found.append(result.T.contiguous())
         return found
 
-    def _visit(self, grids: Sequence[_Grid], upper: Tensor, order: Tensor | None) -> list[Tensor]:
+    def _visit(self, grids: Sequence[Grid], upper: Tensor, order: Tensor | None) -> list[Tensor]:
         """Run over the columns of all weights at once, rows stacked; returns the rounded matrices [rows, columns].
 
         Works on the transpose, so that a column is contiguous.
         """
-        spans = _stack(grids)
+        spans = stack(grids)
         for grid in grids:
             grid.let_go()
         left = torch.cat([grid.matrix for grid in grids]).T.contiguous()
@@ -295,106 +254,6 @@ def _better(found: BlockQTensor, error: float, base: BlockQTensor, base_error: f
         kept = (*notes, f"worse than round-to-nearest ({error:.3g} > {base_error:.3g}): kept the latter")
         return Solved(weight=base, error=base_error, rtn_error=base_error, notes=kept)
     return Solved(weight=found, error=error, rtn_error=base_error, notes=notes)
-
-
-def _target(matrix: Tensor, cross: Tensor, upper: Tensor, order: Tensor | None) -> Tensor:
-    """``W + W C H^-1``; for C = E[d x^T] the weights that give the float outputs best on these inputs.
-
-    Args:
-        matrix: W, float32 [rows, columns].
-        cross: C, float32 [columns, columns], or [groups, columns, columns].
-        upper: U with U^T U = H^-1, its columns in ``order``.
-        order: int64 [columns], or None.
-    """
-    lacking = by_group(matrix, cross) @ cross
-    if order is not None:
-        lacking = lacking[:, order]
-    moved = lacking @ upper.mT @ upper
-    if order is not None:
-        moved = torch.empty_like(moved).index_copy_(1, order, moved)
-    return matrix + moved.reshape(matrix.shape)
-
-
-def _reversed(second_moment: Tensor, order: Tensor | None, diagonal: Tensor) -> Tensor:
-    """The second moment with its columns in order, and that reversed, and another diagonal (in order)."""
-    if order is None:
-        h = second_moment.flip(-2, -1)
-    else:
-        back = order.flip(0)
-        h = second_moment.index_select(0, back).index_select(1, back)
-    h.diagonal(dim1=-2, dim2=-1).copy_(diagonal.flip(-1))
-    return h
-
-
-class _Grid:
-    """The fixed grid of one weight: its quantizer's parameters, spread over the columns."""
-
-    def __init__(self, weight: Weight, energy: Tensor | None) -> None:
-        self.matrix, self.quantizer = weight.matrix, weight.quantizer
-        if energy is not None and energy.dim() == 2:
-            energy = energy.repeat_interleave(len(self.matrix) // len(energy), 0)
-        searched = None if energy is None else _searched(self.quantizer)
-        used = searched or self.quantizer
-        weighed = searched is not None or used.scale.weighs
-        self.params: QuantParams = used.fit(self.matrix, energy if weighed else None)
-        self.scale = self._spread(self.params.scale)
-        self.zero = self._spread(self.params.zero_point)
-        self.offset = self._spread(self.params.offset)
-
-    def part(self, rows: slice) -> _Grid:
-        """The same grid of some rows."""
-        made = copy.copy(self)
-        made.matrix = self.matrix[rows]
-        for name in ("scale", "zero", "offset"):
-            value = getattr(self, name)
-            setattr(made, name, None if value is None else value[:, rows].contiguous())
-        return made
-
-    def let_go(self) -> None:
-        """Of what was spread over the columns, which is as large as the weight; :meth:`finish` reads none of it."""
-        self.scale = self.zero = self.offset = None
-
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """Weights of one kind are rounded together."""
-        q = self.quantizer
-        return q.format, q.rounding, q.reciprocal, self.scale is None, self.zero is None, self.offset is None
-
-    def _spread(self, value: ScaleLike | None) -> Tensor | None:
-        """[columns, rows], contiguous."""
-        if value is None:
-            return None
-        granularity, shape = self.quantizer.granularity, tuple(self.matrix.shape)
-        blocks = granularity.to_blocks(self.matrix)
-        wide = block_view(value, granularity, shape).expand_as(blocks)
-        return granularity.from_blocks(wide, shape).T.contiguous()
-
-    def finish(self, matrix: Tensor) -> BlockQTensor:
-        """``matrix`` (anything, or already on the grid) as a QTensor with these parameters."""
-        return self.quantizer.quantize(matrix, self.params)
-
-
-def _searched(quantizer: Quantizer) -> Quantizer | None:
-    """The quantizer with clip values searched, or None where its scale rule isn't a plain maximum of a block."""
-    scale = quantizer.scale
-    plain = isinstance(scale, AbsMax) or (isinstance(scale, MinMax) and not scale.has_offset)
-    if quantizer.granularity.factored or not plain:
-        return None
-    return quantizer.replace(scale=f"mse({CLIP},asymmetric={str(scale.needs_integer).lower()})")
-
-
-def _stack(grids: Sequence[_Grid]) -> list[Span]:
-    """Spans over the stacked rows of all weights; neighbours of one kind share one."""
-    spans: list[Span] = []
-    start = 0
-    for _, run in itertools.groupby(grids, key=lambda grid: grid.kind):
-        members = list(run)
-        stop = start + sum(grid.matrix.shape[0] for grid in members)
-        parts = [[getattr(grid, name) for grid in members] for name in ("scale", "zero", "offset")]
-        joined = [None if tensors[0] is None else torch.cat(tensors, 1) for tensors in parts]
-        spans.append(Span(slice(start, stop), members[0].quantizer, *joined))
-        start = stop
-    return spans
 
 
 PART = Gptq

@@ -30,7 +30,7 @@ BESIDE = (True, False, "gaussian", "orthogonal", "eva")
 """Ways to begin (``init_lora_weights``) that leave the base weight as it is."""
 
 
-class PackedLora(Linear):  # type: ignore[misc]  # PEFT has no types
+class PackedLoraLinear(Linear):  # type: ignore[misc]  # PEFT has no types; it knows layers of its own by "Linear"
     """LoRA beside a quantized linear layer; arguments as of PEFT's own layers.
 
     Raises:
@@ -55,6 +55,11 @@ class PackedLora(Linear):  # type: ignore[misc]  # PEFT has no types
             raise SchemeError(
                 f"init_lora_weights={config.init_lora_weights!r} begins by changing the base weight, and this one is "
                 f"packed; use one of {', '.join(map(repr, BESIDE))}."
+            )
+        if getattr(config, "use_qalora", False):
+            raise SchemeError(
+                "use_qalora=True folds an adapter into the zero points of GPTQ's layers; nybble keeps a merged one "
+                "beside the codes, exactly. Leave it out."
             )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
@@ -104,6 +109,15 @@ class PackedLora(Linear):  # type: ignore[misc]  # PEFT has no types
         bias += sign * self.scaling[name] * self.lora_B[name].bias
 
 
+def _packed_names(model: nn.Module, classifies: bool) -> set[str]:
+    """Packed layers that "all-linear" means: no head, nothing inside what already has an adapter."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = {head, *(getattr(model, name, None) for name in tuners.SEQ_CLS_HEAD_NAMES if head is None and classifies)}
+    layers = [name for name, module in model.named_modules() if isinstance(module, tuners.BaseTunerLayer)]
+    packed = {name for name, m in model.named_modules() if isinstance(m, QuantLinear) and m not in heads}
+    return {name for name in packed if not any(name.startswith(f"{layer}.") for layer in layers)}
+
+
 def register() -> None:
     """Let PEFT meet quantized linear layers.
 
@@ -117,18 +131,16 @@ def register() -> None:
     def dispatch_packed(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
         base = target.get_base_layer() if isinstance(target, tuners.BaseTunerLayer) else target
         if isinstance(base, QuantLinear) and kwargs.get("parameter_name") is None:
-            return PackedLora(target, adapter_name, config, **kwargs)
+            return PackedLoraLinear(target, adapter_name, config, **kwargs)
         made: nn.Module | None = dispatch(target, adapter_name, config=config, **kwargs)
         return made
 
     @wraps(include)
     def include_packed(config: Any, model: nn.Module) -> Any:
-        every = getattr(config, "target_modules", None) == "all-linear"
+        wanted = getattr(config, "target_modules", None)
         found = include(config, model)
-        if every:
-            head = getattr(model, "get_output_embeddings", lambda: None)()
-            packed = {n for n, m in model.named_modules() if isinstance(m, QuantLinear) and m is not head}
-            found.target_modules = {*found.target_modules, *packed}
+        if isinstance(wanted, str) and wanted.lower() == tuners.INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            found.target_modules = {*found.target_modules, *_packed_names(model, found.task_type == "SEQ_CLS")}
         return found
 
     lora_model.dispatch_default = dispatch_packed

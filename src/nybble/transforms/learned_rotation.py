@@ -277,7 +277,7 @@ def _begin_heads(state: BlockState, fold: LinearFold, config: Any, options: Lear
     matrix = matrix_at(state.module, fold.second, state.raw)
     places = Places.of(fold, matrix.shape[-1], config, "cpu" if matrix.is_meta else matrix.device)
     heads, width = places.rows.shape
-    whole = head_rotations(heads, width, options.head_block, options.signs, seed)
+    whole = head_rotations(heads, width, options.head_block, options.signs, seed, "head_block")
     size = options.head_block or width
     parts = [whole[:, i : i + size, i : i + size] for i in range(0, width, size)]
     return _Heads(places=places, rotation=torch.stack(parts, 1).flatten(0, 1))

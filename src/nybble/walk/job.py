@@ -23,6 +23,7 @@ from nybble.models.adapter import TEXTS, Adapter, adapter_for, whole_adapter
 from nybble.models.sources import called
 from nybble.nn.kinds import Target, apart_line
 from nybble.recipe import Recipe
+from nybble.scheme import in_short
 from nybble.solvers import Solver
 from nybble.walk.estimate import Estimate, estimate, with_layers
 from nybble.walk.fitting import fitting
@@ -209,9 +210,8 @@ class Job:
     def preflight(self, out: str | Path | None) -> list[str]:
         """What will be done, in lines; raises if memory or disk can't hold it."""
         ignored = self.recipe.scheme.ignore
-        counts = ", ".join(
-            f"{pattern}: {count}" for pattern, count in self.plan.counts.items() if pattern not in ignored
-        )
+        taken = {pattern: count for pattern, count in self.plan.counts.items() if pattern not in ignored}
+        counts = ", ".join(f"{pattern}: {count}" for pattern, count in in_short(taken).items())
         data = "no calibration"
         if self.tokens is not None:
             data = "calibration {} x {} tokens".format(*self.kind.size(self.tokens))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.parts.export.folders import quantized
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -66,6 +67,7 @@ BOTH = {
     ("float8_e4m3fn tensor", "float8_e4m3fn tensor static"): "float-quantized",
     ("float8_e4m3fn block=16x32", "float8_e4m3fn group=32 scale_format=float32"): "float-quantized",
     ("int4 group=32", "float8_e4m3fn token"): "int-quantized",
+    ("nvfp4", "nvfp4"): "nvfp4-pack-quantized",  # inputs under a calibrated divisor, that of the target
     ("mxfp4", "mxfp4"): "mxfp4-pack-quantized",
     ("mxfp8", "mxfp8"): "mxfp8-quantized",
     ("mxfp6", "mxfp6"): "mxfp6-pack-quantized",
@@ -164,15 +166,36 @@ def test_bytes_config_and_values(line: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("weights", "inputs"), BOTH)
 def test_inputs(weights: str, inputs: str, tmp_path: Path) -> None:
-    folder = quantized(weights=weights, activations=inputs, target=TARGET, calibrated="static" in inputs)
+    calibrated = "static" in inputs or inputs == "nvfp4"
+    folder = quantized(weights=weights, activations=inputs, target=TARGET, calibrated=calibrated)
     found, ours, config = written(folder, tmp_path / "d", check=True)
     quantization = config["quantization_config"]
     assert quantization["format"] == BOTH[weights, inputs]
     args = quantization["config_groups"]["group_0"]["input_activations"]
-    assert args["dynamic"] is ("static" not in inputs)
+    assert args["dynamic"] == ("local" if inputs == "nvfp4" else "static" not in inputs)
+    assert ("model.layers.0.mlp.up_proj.input_global_scale" in ours) is (inputs == "nvfp4")
     assert ("model.layers.0.mlp.up_proj.input_scale" in ours) is ("static" in inputs)
     # int8 with 127 codes is nybble's and vLLM's; the library divides by 127.5
     assert found["check"]["cosine"] > (0.998 if inputs.startswith("int8 ") else 1 - 1e-6)
+
+
+def test_siblings_share_the_divisor_of_their_input(tmp_path: Path) -> None:
+    """One that differs, which no calibration gives, is refused with the names of all."""
+    changes = {"weights": "nvfp4", "activations": "nvfp4", "target": TARGET, "form": "native"}
+    shutil.copytree(quantized(calibrated=True, **changes), tmp_path / "q")
+    file = tmp_path / "q" / "model.safetensors"
+    tensors = load_file(file)
+    divisors = [tensors[f"model.layers.0.self_attn.{n}_proj.inputs.divisor"] for n in "qkv"]
+    assert divisors[0] == divisors[1] == divisors[2] != tensors["model.layers.0.mlp.down_proj.inputs.divisor"]
+    tensors["model.layers.0.self_attn.k_proj.inputs.divisor"] *= 2
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"q_proj, .*k_proj, .*v_proj: different global scales of inputs"):
+        export(tmp_path / "q", tmp_path / "d", TARGET)
+
+
+def test_inputs_measured_whole_are_refused_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"runtimes want a calibrated one\); it takes nvfp4-ct static"):
+        export(quantized(weights="int8 channel", activations="nvfp4"), tmp_path / "d", TARGET)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])

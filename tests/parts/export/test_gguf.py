@@ -10,11 +10,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nybble.core.errors import ModelError, SchemeError, UsageError
+from nybble.export.gguf import file_stem
 from nybble.models.sources.gguf_header import read_gguf_header
 from nybble.models.sources.open import open_source
 from nybble.pipelines.export import export
 from nybble.pipelines.load import load
 from nybble.pipelines.quantize import quantize
+from nybble.quantizer import Quantizer
 
 SIZES = {
     "vocab_size": 128, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8,
@@ -42,7 +44,7 @@ def test_exported_is_what_was_quantized(line: str, folder: Path, tmp_path: Path)
     done = export(tmp_path / "out", tmp_path / "file", "gguf", check=True)
     assert done["check"]["weights"] == 14 and done["check"]["exact_in"] == "float32"
     ours, _ = load(tmp_path / "out", dtype=torch.float32)
-    back = open_source(str(tmp_path / "file" / "model.gguf")).model(torch.float32)
+    back = open_source(str(next((tmp_path / "file").glob("*.gguf")))).model(torch.float32)
     torch.testing.assert_close(back(IDS).logits, ours(IDS).logits, rtol=1e-4, atol=1e-4)
     assert (tmp_path / "file" / "README.md").exists()
 
@@ -53,12 +55,54 @@ def test_a_mixture_in_one_step(folder: Path, tmp_path: Path) -> None:
     quantize(folder, "rtn", weights="q4_k", out=tmp_path / "out", target="gguf:q4_k_m")
     done = export(tmp_path / "out", tmp_path / "file", check=True)
     assert done["target"] == "gguf:q4_k_m"
-    header = read_gguf_header(tmp_path / "file" / "model.gguf")
+    header = read_gguf_header(tmp_path / "file" / "float-Q4_K_M.gguf")
     kinds = {name: entry.kind for name, entry in header.tensors.items()}
     assert (
         kinds["token_embd.weight"] == 14 and kinds["blk.1.attn_v.weight"] == 14 and kinds["blk.0.attn_q.weight"] == 12
     )
-    assert header.metadata["general.file_type"] == 15
+    assert header.metadata["general.file_type"] == 15 and header.metadata["general.name"] == "float"
+    assert done["check"]["weights"] == 15  # the table of embedding and head too was in its codes
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_head_and_embedding_are_calibrated(tied: bool, folder: Path, tmp_path: Path) -> None:
+    """As they will be stored; the head by its own inputs. What the user leaves out, stays out."""
+    place = tmp_path / "apart"
+    model(tie_word_embeddings=tied).save_pretrained(place)
+    before = {name: tensor.clone() for name, tensor in model(tie_word_embeddings=tied).state_dict().items()}
+    made, report = quantize(place, "k-quants", IDS, target="gguf:q4_k_m", settings={"dtype": torch.float32})
+    lines = {row.name: row.bits for row in report.layers}
+    for name, line in {
+        "model.embed_tokens": "q6_k" if tied else "q4_k",
+        **({} if tied else {"lm_head": "q6_k"}),
+    }.items():
+        found = made.get_submodule(name).weight.qtensor()
+        plain = Quantizer(line).quantize(before[f"{name}.weight"])
+        assert found.format == plain.format and name in lines
+        # the head's columns count by its inputs' energy, those of a table that is only looked up all alike
+        assert torch.equal(found.dequantize(), plain.dequantize()) == (line == "q4_k")
+    table = "model.embed_tokens"
+    made, report = quantize(place, "rtn", target="gguf:q4_k_m", ignore=[table])
+    assert table not in {row.name for row in report.layers}
+    assert len(report.layers) == (14 if tied else 15)
+
+
+def test_files_at_once(folder: Path, tmp_path: Path) -> None:
+    """The command writes them beside its own."""
+    from nybble.cli.quantize import _exported
+
+    quantize(folder, "rtn", out=tmp_path / "out", target="gguf:q4_k_m")
+    (done,) = _exported(tmp_path / "out", ["gguf:q4_k_m", "dense"])
+    assert [path.name for path in (tmp_path / "out" / "gguf").glob("*.gguf")] == ["float-Q4_K_M.gguf"]
+    assert done["target"] == "gguf:q4_k_m" and "float-Q4_K_M.gguf" in done["files"]
+    load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("title", "stem"), [("org/Name 1B (chat)", "Name-1B-chat"), ("...", "model"), ("a..b", "a..b")]
+)
+def test_names_of_files(title: str, stem: str) -> None:
+    assert file_stem(title) == stem
 
 
 def test_what_it_cannot_hold(folder: Path, tmp_path: Path) -> None:

@@ -47,6 +47,9 @@ def test_onnxruntime_computes_the_same(family: str, changes: dict[str, Any], kin
     checked = done["check"]
     assert checked["weights"] > 7 and checked["exact_in"] == "float32"
     assert checked["cosine"] > 0.999
+    judged = checked["layerwise"]
+    assert (judged["layers"] >= checked["weights"]) and (judged["codes"] > 9000) == ("activations" in changes)
+    assert judged["worst"] < 0.001 and max(judged["largest"], judged["end"]) < 1e-5
     held = onnx.load(tmp_path / "d" / "model.onnx").graph.initializer
     found = [tensor for tensor in held if tensor.name.endswith("weight.codes")]
     assert {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in found} == {kind}
@@ -54,23 +57,40 @@ def test_onnxruntime_computes_the_same(family: str, changes: dict[str, Any], kin
 
 @runs
 @pytest.mark.filterwarnings("ignore")
-def test_a_changed_code_is_found(tmp_path: Path) -> None:
+def test_what_was_changed_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file whose tensors stand beside it: a code, a scale of inputs, a bias, something between layers."""
     import onnx
 
+    from nybble.checkpoint.load import load_quantized
+    from nybble.export._onnx_judge import judge_layers
     from nybble.export._onnx_verify import compare_weights
     from nybble.export._source import FolderSource
 
-    folder = quantized("bert", weights="int8 channel")
-    export(folder, tmp_path / "d", "onnx")
+    monkeypatch.setattr("nybble.export.onnx.MOST", 1000)
+    folder = made("bert", tmp_path / "out", weights="int8 channel", activations="int8 static")
+    done = export(folder, tmp_path / "d", "onnx:int8", check=True)
     path = tmp_path / "d" / "model.onnx"
-    with FolderSource(folder) as source:
-        assert compare_weights(path, source) == 14
+    assert done["files"]["model.onnx.data"] > 100_000 and done["check"]["layerwise"]["layers"] == 12
+    model, ids = load_quantized(folder, torch.float32), IDS[:2]
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    for name, words in (
+        ("model.bert.encoder.layer.1.attention.self.key.weight.codes", r"the codes of .*key aren't what was written"),
+        ("model.bert.encoder.layer.0.output.dense.inputs.scale", r"other codes of the inputs of .*0.output.dense: "),
+        (
+            "model.bert.encoder.layer.0.intermediate.dense.bias",
+            r"from equal inputs, .*makes others of .*0.intermediate.dense, ",
+        ),
+        ("model.bert.embeddings.LayerNorm.weight", r"other codes of the inputs of .*0.attention.self.query"),
+    ):
         held = onnx.load(path)
-        codes = next(t for t in held.graph.initializer if t.name.endswith("key.weight.codes"))
-        codes.raw_data = bytes([codes.raw_data[0] ^ 1]) + codes.raw_data[1:]
-        onnx.save(held, path)
-        with pytest.raises(FileError, match=r"the codes of .*key aren't what was written"):
-            compare_weights(path, source)
+        tensor = next(t for t in held.graph.initializer if t.name == name)
+        values = onnx.numpy_helper.to_array(tensor)
+        changed = values ^ 1 if "codes" in name else values * 1.02 + (0.001 if "bias" in name else 0)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(changed.astype(values.dtype), name))
+        onnx.save(held, tmp_path / "changed.onnx")
+        with FolderSource(folder) as source, pytest.raises(FileError, match=words):
+            compare_weights(tmp_path / "changed.onnx", source)
+            judge_layers(tmp_path / "changed.onnx", model, given)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from nybble.nn.packed import Packed
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 from nybble.recipe import parse_recipe
+from nybble.reconstruction import engine
+from nybble.reconstruction.norms import norms_of
 
 OFFSET = "int2_full group=16 scale=minmax(offset=true) scale_format=float32 offset_format=float32"
 
@@ -191,6 +194,35 @@ def test_windows_that_overlap_and_what_goes_back() -> None:
     reference = tiny_model(dtype=torch.float32).state_dict()
     norms = {name: t for name, t in model.state_dict().items() if "layernorm" in name}
     assert len(norms) == 4 and all(torch.equal(t, reference[name]) for name, t in norms.items())
+
+
+def test_norms_go_back_to_what_the_window_before_left() -> None:
+    """Of two windows that overlap, the second makes the block that both have worse: its norms are the first one's."""
+    model = tiny_model(dtype=torch.float32, num_hidden_layers=3)
+    step = {**STAGE_TWO, "steps": 4, "window": 2, "overlap": 1}
+    seen: list[tuple[bool, list[Tensor], list[Tensor]]] = []
+    real = engine.reconstruct
+
+    def watch(window: Any, options: Any) -> Any:
+        def norms() -> list[Tensor]:
+            return [
+                p.detach().clone() for state in window.blocks for n in norms_of(state).values() for p in n.parameters()
+            ]
+
+        before = norms()
+        if before:  # what the window before it left
+            options = replace(options, rates={"scales": 0.0, "norms": 3.0})
+        found = real(window, options)
+        seen.append((found.kept, before, norms()))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nybble.reconstruction.in_units.reconstruct", watch)
+        run(model, SOLVER, step)
+    (first, none, _), (second, before, after) = seen
+    assert first and not none and not second and len(before) == 2
+    assert all(torch.equal(one, other) for one, other in zip(before, after[: len(before)], strict=True))
+    assert not all(bool((t == t.round()).all()) for t in before)  # they had learned
 
 
 def test_biases_learn_where_there_are_some() -> None:

@@ -158,7 +158,9 @@ def test_beside_other_parts_and_behind_any_solver() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(SchemeError, match="block=3 does not divide the 8 channels of a head"):
+    with pytest.raises(
+        SchemeError, match="head-rotation: block=3 does not divide the 8 channels of a head; the nearest that do: 2, 4"
+    ):
         quantized({"solver": "rtn"}, {**LEARN, "block": {"head-rotation": {"block": 3}}})
     with pytest.raises(SchemeError, match="block=-1"):
         make_learned_transform("head-rotation", {"block": -1})

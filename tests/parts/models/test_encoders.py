@@ -320,7 +320,7 @@ def test_to_a_folder_and_back(name: str, tmp_path: Path, monkeypatch: pytest.Mon
         buffer.add_(torch.linspace(-2, 2, buffer.numel()).view_as(buffer))
     model.save_pretrained(tmp_path / "float")
     recipe = build_recipe("rtn", weights="int8 channel")
-    out, _ = nybble.quantize(tmp_path / "float", recipe, out=tmp_path / "out")
+    out, _ = nybble.quantize(tmp_path / "float", recipe, out=tmp_path / "out", form="native")
     memory: Any = nybble.quantize(type(model).from_pretrained(tmp_path / "float").eval(), recipe)[0]
     inputs = inputs_of("bart" if name in LIKE_BART else name)
     inputs = {key: x.bfloat16() if x.is_floating_point() else x for key, x in inputs.items()}

@@ -13,14 +13,24 @@ from tests.parts.models import ggml
 
 from nybble.core.errors import FileError, SchemeError, UsageError
 from nybble.models.gguf.qtensors import exact_type, fitted, global_scale, with_global_scale
-from nybble.models.gguf.types import REGISTRY, BlockType, block_type, by_number, decode, encode, type_name
+from nybble.models.gguf.types import (
+    REGISTRY,
+    BlockType,
+    block_type,
+    by_number,
+    decode,
+    encode,
+    type_name,
+    writable,
+    writable_types,
+)
 from nybble.presets import PRESETS
 from nybble.qtensor import from_spec
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 
 NAMES = REGISTRY.names()
-WRITTEN = [name for name in NAMES if not REGISTRY.get(name).readonly]
+WRITTEN = list(writable_types())
 ROWS = 6
 
 
@@ -44,7 +54,9 @@ def blocks_of(name: str, kind: BlockType) -> np.ndarray[Any, Any]:
         data[:, :4][data[:, :4] == 0x7F] = 0x7E  # read as 0, and written so
     if name == "tq1-0":  # 243 of 256 bytes are written
         data = Quantizer("tq1_0").quantize(torch.randn(count, 256)).unpacked().numpy()
-        data = block_type("TQ1_0").write({"codes": data, "d": np.tile(np.array([0, 60], np.uint8), (count, 1))})
+        data = writable(block_type("TQ1_0")).write(
+            {"codes": data, "d": np.tile(np.array([0, 60], np.uint8), (count, 1))}
+        )
     return data
 
 

@@ -164,7 +164,8 @@ def test_heads_before_the_encoder_are_loaded(tmp_path: Path, name: str) -> None:
     """Of a tied table the stored name is the one that transformers ties the others to; any name of it can be read."""
     kind = "camembert" if name.startswith("C") else "xlm-roberta"
     place, text = saved(tmp_path, made(name, kind, SIZES))
-    out, _ = nybble.quantize(place, "rtn", text, out=tmp_path / "q", settings=Settings(samples=8, seq_len=12))
+    settings = Settings(samples=8, seq_len=12)
+    out, _ = nybble.quantize(place, "rtn", text, out=tmp_path / "q", settings=settings, form="native")
     weights = Path(str(out)) / "model.safetensors"
     table = "roberta.embeddings.word_embeddings.weight"
     tensors = load_file(weights)

@@ -110,6 +110,7 @@ def test_calibrated_to_a_folder_and_back(name: str, tmp_path: Path) -> None:
     lines: list[str] = []
     out, _ = nybble.quantize(
         tmp_path / "float", "gptq", inputs, out=tmp_path / "q", weights="int8 channel", settings=settings,
+        form="native",
         announce=lines.append,
     )  # fmt: skip
     assert any("one block" in line for line in lines) == whole

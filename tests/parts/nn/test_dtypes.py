@@ -23,7 +23,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A tiny model with quantized embeddings and, of the second, experts."""
     tmp = tmp_path_factory.mktemp("dtypes")
     recipe = build_recipe("rtn", weights=WEIGHTS, embeddings="int8 channel")
-    nybble.quantize(str(save_tiny(tmp / "float", request.param)), recipe, out=str(tmp / "out"))
+    nybble.quantize(str(save_tiny(tmp / "float", request.param)), recipe, out=str(tmp / "out"), form="native")
     return tmp / "out"
 
 
@@ -78,7 +78,7 @@ def test_layers_that_a_family_keeps_in_float32(tmp_path: Path) -> None:
     assert torch.equal(t5_logits(nybble.load(tmp_path / "float", dtype=torch.float16)[0]), t5_logits(half))
 
     recipe = build_recipe("rtn", weights="int8 group=16 scale_format=bfloat16")
-    nybble.quantize(str(tmp_path / "float"), recipe, out=str(tmp_path / "out"))
+    nybble.quantize(str(tmp_path / "float"), recipe, out=str(tmp_path / "out"), form="native")
     want = t5_logits(rounded(auto.from_pretrained(tmp_path / "out", dtype=torch.float32), half))
     assert want.isfinite().all()
     for found in (

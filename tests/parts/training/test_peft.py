@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import input_ids, logits, save_tiny
+from tests.tiny import input_ids, logits, save_tiny, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import nybble
-from nybble.core.errors import SchemeError
+from nybble.core.errors import ModelError, SchemeError
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
@@ -33,9 +33,10 @@ SCHEMES = {
 
 
 def quantized(tmp_path: Path, family: str, scheme: str) -> Path:
-    recipe = build_recipe("rtn", **SCHEMES[scheme])
-    nybble.quantize(str(save_tiny(tmp_path / "float", family)), recipe, out=str(tmp_path / "out"))
-    return tmp_path / "out"
+    """A folder in nybble's own form."""
+    model, tokenizer = nybble.load(save_tiny(tmp_path / "float", family))
+    nybble.quantize(model, build_recipe("rtn", **SCHEMES[scheme]))
+    return nybble.save(model, tmp_path / "out", tokenizer)
 
 
 def config(**options: Any) -> Any:
@@ -83,7 +84,7 @@ def test_trains_is_saved_loaded_and_merged(tmp_path: Path, scheme: str) -> None:
     share = 0.05 if scheme in ("weights", "W8A8", "matmuls") else 0.5  # a merged adapter sees what 4 bits left of x
     assert (logits(merged) - logits(model)).norm() < share * change.norm()
     merged.save_pretrained(tmp_path / "by transformers")
-    nybble.save(merged, tmp_path / "by nybble")
+    nybble.save(merged, tmp_path / "by nybble", form="native")
     for folder in ("by transformers", "by nybble"):
         assert torch.equal(logits(auto.from_pretrained(tmp_path / folder)), logits(merged))
         assert torch.equal(logits(nybble.load(tmp_path / folder)[0]), logits(merged))
@@ -94,6 +95,42 @@ def _inside(name: str, state: dict[str, Tensor]) -> str:
     if name in state:
         return name
     return next(key for key in state if key.replace(".base_layer", "") == name)
+
+
+def test_a_second_adapter_and_a_model_in_memory() -> None:
+    """ "all-linear" means the same layers again, none inside an adapter; each adapter is alone, or off."""
+    model = tiny_model()
+    nybble.quantize(model, build_recipe("rtn", **SCHEMES["weights"]))
+    base = logits(model)
+    found = peft.get_peft_model(model, config(init_lora_weights=False))
+    first = logits(found)
+    found.add_adapter("second", config(r=2, init_lora_weights=False))
+    names = {n.split(".lora_A")[0]: n.rpartition("lora_A.")[2] for n, _ in found.named_parameters() if ".lora_A." in n}
+    assert len(names) == 14 and not any("base_layer" in name or "lora_" in name for name in names)
+    assert torch.equal(logits(found), first)
+    found.set_adapter("second")
+    assert not torch.allclose(logits(found), first)
+    with found.disable_adapter():
+        assert torch.equal(logits(found), base)
+
+
+def test_merged_becomes_float_weights_that_are_quantized_again(tmp_path: Path) -> None:
+    """A merged folder is refused as it is, with the way: written out dense, it is a float model like any other."""
+    auto: Any = AutoModelForCausalLM
+    out = quantized(tmp_path, "llama", "weights")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(auto.from_pretrained(out), config(init_lora_weights=False))
+    merged = adapted.merge_and_unload()
+    nybble.save(merged, tmp_path / "merged", tiny_tokenizer())
+    recipe = build_recipe("rtn", **SCHEMES["W8A8"])
+    with pytest.raises(ModelError, match="--target dense"):
+        nybble.quantize(str(tmp_path / "merged"), recipe, out=str(tmp_path / "again"))
+    nybble.export(tmp_path / "merged", tmp_path / "dense", target="dense")
+    assert torch.equal(logits(auto.from_pretrained(tmp_path / "dense")), logits(merged))
+    again, _ = nybble.load(tmp_path / "dense")
+    nybble.quantize(again, recipe)
+    assert (logits(again) - logits(merged)).norm() < 0.1 * logits(merged).norm()
 
 
 def test_merged_is_exact_and_undone() -> None:
@@ -121,6 +158,7 @@ def test_merged_is_exact_and_undone() -> None:
     [
         ({"init_lora_weights": "pissa"}, SchemeError, "init_lora_weights='pissa'.*packed"),
         ({"use_dora": True}, ValueError, "use_dora"),
+        ({"use_qalora": True}, SchemeError, "use_qalora"),
     ],
 )
 def test_what_would_change_a_packed_weight_is_refused(options: Any, error: Any, message: str) -> None:

@@ -55,6 +55,7 @@ def test_bits_are_known_before(place: Path, tmp_path: Path, name: str) -> None:
     nybble.quantize(
         str(place / "model"), recipe, str(place / "text.txt"), out=tmp_path / "out", settings=settings,
         announce=lines.append,
+        form="native",
     )  # fmt: skip
     found = inspect(tmp_path / "out")["bits_per_quantized_weight"]
     said = re.search(r"weights in \d+ blocks at ([\d.]+) bits", lines[0])

@@ -128,7 +128,7 @@ def test_blocks_that_return_lists_run_in_the_trial(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "float")
     tiny_tokenizer().save_pretrained(tmp_path / "float")
     out, report = nybble.quantize(
-        tmp_path / "float", "rtn", out=tmp_path / "q", weights="int8 channel", embeddings="int8 channel",
+        tmp_path / "float", "rtn", out=tmp_path / "q", weights="int8 channel", embeddings="int8 channel", form="native",
         settings=Settings(dtype=torch.float32),
     )  # fmt: skip
     assert "untried" not in report.manifest

@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nybble.core.errors import SchemeError
-from nybble.core.orthogonal import head_rotations
+from nybble.core.errors import SchemeError, within
+from nybble.core.orthogonal import check_block, head_rotations
 from nybble.core.stiefel import block_diagonal, turned
 from nybble.learned.transforms import Extent, Function, Heads, LearnedTransform, Moving, Place
 
@@ -91,8 +91,10 @@ class HeadRotation(LearnedTransform):
             raise SchemeError(f"head-rotation: block={self.block} is a number of channels, or 0.")
 
     def check_heads(self, width: int) -> None:  # noqa: D102
-        if self.block and width % self.block:
-            raise SchemeError(f"head-rotation: block={self.block} does not divide the {width} channels of a head.")
+        with within("head-rotation"):
+            check_block(
+                "block", self.block, width, "of a head", "hadamard" if self.start == "hadamard" else "orthogonal"
+            )
 
     def takes(self, place: Place) -> bool:  # noqa: D102
         return place.heads is not None

@@ -1,20 +1,21 @@
-"""A model whose weights stay packed as another library's files have them: whole, or a block at a time."""
+"""A model whose weights stay packed as another library's files have them."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from nybble.core.errors import FileError, ModelError, NybbleError, within
+from nybble.core.errors import FileError, ModelError, NybbleError, SchemeError, within
 from nybble.models.build.skeleton import kept_float32, unsaved
 from nybble.models.sources.folder import FolderSource
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import Quantized, Target, prepare_quantized, targets_of
-from nybble.nn.kv_model import KVRecord, from_json, use_quantized_cache
+from nybble.nn.kv_model import KVRecord, check_cache, from_json, use_quantized_cache
 from nybble.nn.packed import validate_packed
 from nybble.qtensor import QTensor
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 def packed_model(source: FolderSource, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a folder with QTensors where the files have packed weights, in eval mode, on the CPU.
 
-    A packed weight that no kind of module can hold (one that is tied to another, say) is dequantized. Inputs, outputs
-    and the KV cache are rounded as the files ask, where nybble can; a warning says what it can't.
+    A packed weight that no kind of module can hold is dequantized; a table stays one with the head that reads it.
+    Inputs, outputs and the KV cache are rounded as the files ask, where nybble can; a warning says what it can't.
 
     Args:
         source: with :attr:`~nybble.models.sources.folder.FolderSource.packed` weights.
@@ -35,139 +36,115 @@ def packed_model(source: FolderSource, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         ModelError: tensors that don't fit the model. FileError: damaged ones.
     """
-    filling = _Filling(source, dtype)
-    filling.fill(lambda name: True)
-    model = filling.model
+    model = source.skeleton(dtype)
+    expected, computed, kept = set(model.state_dict()), unsaved(model), kept_float32(model)
+    ties = source.ties()
+    held, rounds = _put(source, model)
+    names = [name for name in (*source.tensor_names(), *ties) if name not in held]
+    unfit = model.load_state_dict(source.load(names, dtype=dtype, kept=kept), strict=False, assign=True)
+    absent = [n for n in unfit.missing_keys if n in expected and n not in ties and n not in computed]
+    if absent or unfit.unexpected_keys:
+        raise ModelError(f"{source.spec}: tensors don't fit the model: {(absent + unfit.unexpected_keys)[:5]}.")
     prepare_quantized(model)
     with _told_of(source):
-        use_quantized_cache(model, cache_of(source))
-    filling.say()
+        validate_packed(model)
+    use_quantized_cache(model, cache_of(source, model))
+    left = source.rounded.left or lost_sides(source, rounds)
+    if left:
+        warnings.warn(f"{source.spec}: {left}", stacklevel=3)
     model.tie_weights()
     nn.Module.eval(model)
     return model
 
 
-def packed_blocks(source: FolderSource, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
-    """The same model, of which one block at a time is in memory; behind the last one what is in none.
-
-    Args:
-        source: as for :func:`packed_model`.
-        dtype: of what is in float.
-
-    Yields:
-        a block's name with a dot, and its module; at last "" and the model, whose blocks are gone.
+def cache_of(source: FolderSource, model: nn.Module) -> KVRecord | None:
+    """What the files ask the KV cache of their model to be in, where nybble can.
 
     Raises:
-        ModelError, FileError: as :func:`packed_model`.
+        FileError: that model has no such cache.
     """
-    filling = _Filling(source, dtype)
-    blocks = _blocks(filling.model)
-    ties = source.ties()
-    if any(name.startswith(tuple(blocks)) for tie in ties.items() for name in tie):
-        blocks = []  # a block that shares with another can't be let go before it
-    for block in blocks:
-        filling.fill(lambda name, block=block: name.startswith(block))  # type: ignore[misc]
-        name = block.removesuffix(".")
-        yield block, filling.model.get_submodule(name)
-        filling.model.set_submodule(name, nn.Module())  # what it held goes with it
-    done = tuple(blocks)
-    filling.fill(lambda name: not name.startswith(done) if done else True)
-    filling.say()
-    filling.model.tie_weights()
-    nn.Module.eval(filling.model)
-    yield "", filling.model
-
-
-def cache_of(source: FolderSource) -> KVRecord | None:
-    """What the files ask the KV cache to be in, where nybble can."""
-    return from_json(source.rounded.kv or None)
-
-
-class _Filling:
-    """A skeleton on its way to a model."""
-
-    def __init__(self, source: FolderSource, dtype: torch.dtype) -> None:
-        self.source, self.dtype = source, dtype
-        self.model = source.skeleton(dtype)
-        self.expected, self.kept = set(self.model.state_dict()), kept_float32(self.model)
-        self.rounds = 0
-
-    def fill(self, wanted: Callable[[str], bool]) -> None:
-        """Give the parameters with the names that are wanted what the files have."""
-        source, model = self.source, self.model
-        ties = source.ties()
-        held = self._put(wanted)
-        names = [name for name in (*source.tensor_names(), *ties) if name not in held and wanted(name)]
-        tensors = source.load(names, dtype=self.dtype, kept=self.kept)
-        unfit = model.load_state_dict(tensors, strict=False, assign=True)
-        computed = unsaved(model)
-        missing = [name for name in unfit.missing_keys if name in self.expected and wanted(name)]
-        absent = [name for name in missing if name not in ties and name not in computed]
-        if absent or unfit.unexpected_keys:
-            raise ModelError(f"{source.spec}: tensors don't fit the model: {(absent + unfit.unexpected_keys)[:5]}.")
-        with _told_of(source):
-            validate_packed(model)
-
-    def _put(self, wanted: Callable[[str], bool]) -> set[str]:
-        """Packed modules in place of float ones; the parameters that they hold."""
-        waiting, ties = self.source.packed_names(), self.source.ties()
-        shared = {*ties, *ties.values()}
-        held: set[str] = set()
-        for target in targets_of(self.model).values():
-            names = [name for name in target.parameters if name in waiting and wanted(name)]
-            if len(names) != 1 or names != list(target.parameters) or shared & set(names):
-                continue
-            found = self.source.read_packed(names[0])
-            if _fits(target, found):
-                sides = _sides(self.source, target, names[0])
-                self.rounds += len(sides)
-                made = Quantized(weights=found, inputs=sides.get("inputs"), outputs=sides.get("outputs"))
-                target.kind.put(self.model, target, made)
-                held.add(names[0])
-        return held
-
-    def say(self) -> None:
-        """Warn of what the files ask to be rounded and isn't."""
-        rounded = self.source.rounded
-        asked = len(rounded.inputs) + len(rounded.outputs)
-        lost = f"{asked - self.rounds} layers that take no quantizer of activations (experts, say) run in float."
-        if rounded.left or self.rounds < asked:
-            warnings.warn(f"{self.source.spec}: {rounded.left or lost}", stacklevel=4)
-
-
-class _told_of:  # noqa: N801
-    """Errors of nybble's own become the file's, with the model's name before them."""
-
-    def __init__(self, source: FolderSource) -> None:
-        self.source = source
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, NybbleError):
-            raise FileError(f"{self.source.spec}: {error}") from error
-
-
-def _blocks(model: nn.Module) -> list[str]:
-    """Names, with a dot, of the modules in lists that are in no other list."""
-    found: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not name.startswith(tuple(found)):
-            found += [f"{name}.{number}." for number in range(len(module))]
+    with _told_of(source):
+        found = from_json(source.rounded.kv or None)
+        if found is not None:
+            check_cache(model, found)
     return found
 
 
-def _sides(source: FolderSource, target: Target, name: str) -> dict[str, ActivationQuantizer]:
-    """What is rounded on the way in and out of a module, where its kind can."""
-    found = {side: source.activations(name, side) for side in ("inputs", "outputs") if side in target.kind.sides}
+def sides_of(source: FolderSource, target: Target, name: str) -> dict[str, ActivationQuantizer]:
+    """What is rounded on the way in and out of a module, where its kind can.
+
+    Args:
+        source: of the model.
+        target: the module.
+        name: of its packed weight.
+
+    Raises:
+        FileError: numbers that can't be meant. GranularityError: groups that don't divide what passes.
+    """
+    asked = {side: source.activations(name, side) for side in ("inputs", "outputs") if side in target.kind.sides}
+    found: dict[str, ActivationQuantizer] = {side: q for side, q in asked.items() if q is not None}
     columns = {"inputs": target.shape[1], "outputs": target.shape[0]}
     for side, quantizer in found.items():
-        if quantizer is not None:
-            with within(f"{source.spec}: {side} of {name}"):
-                quantizer.quantizer.granularity.check((1, columns[side]))
-    return {side: quantizer for side, quantizer in found.items() if quantizer is not None}
+        with within(f"{source.spec}: {side} of {name}"):
+            quantizer.quantizer.granularity.check((1, columns[side]))
+    return found
 
 
-def _fits(target: Target, found: Sequence[QTensor]) -> bool:
+def lost_sides(source: FolderSource, rounds: int) -> str:
+    """A line on what the files ask to be rounded, nybble can, and no layer took; ``rounds``: how many were taken."""
+    lost = len(source.rounded.inputs) + len(source.rounded.outputs) - rounds
+    return f"{lost} layers that take no quantizer of activations (experts, say) run in float." if lost > 0 else ""
+
+
+def shared_by(target: Target, model: nn.Module, name: str, ties: Mapping[str, str]) -> Target | None:
+    """A target with all that read its parameter; None where that can't be packed, or follows another.
+
+    Args:
+        target: that alone.
+        model: with it.
+        name: of its parameter.
+        ties: name -> the name that it is tied to.
+    """
+    kept = ties.get(name, name)
+    others = [other for other in (kept, *(tied for tied, to in ties.items() if to == kept)) if other != name]
+    try:
+        return target.kind.tied(target, model, others) if others else target
+    except SchemeError:
+        return None
+
+
+def fits(target: Target, found: Sequence[QTensor]) -> bool:
+    """Whether these are all of a target's matrices."""
     return len(found) == target.matrices and all(tuple(part.shape) == target.shape for part in found)
+
+
+def _put(source: FolderSource, model: nn.Module) -> tuple[set[str], int]:
+    """Packed modules in place of float ones; the parameters that they hold, and how many round what passes."""
+    waiting, ties = source.packed_names(), source.ties()
+    held: set[str] = set()
+    rounds = 0
+    for target in targets_of(model).values():
+        names = [name for name in target.parameters if name in waiting]
+        if len(names) != 1 or names != list(target.parameters):
+            continue
+        shared = shared_by(target, model, names[0], ties)
+        if shared is None:
+            continue
+        found = source.read_packed(names[0])
+        if fits(target, found):
+            sides = sides_of(source, target, names[0])
+            rounds += len(sides)
+            made = Quantized(weights=found, inputs=sides.get("inputs"), outputs=sides.get("outputs"))
+            target.kind.put(model, shared, made)
+            kept = ties.get(names[0], names[0])
+            held |= {names[0], kept, *(tied for tied, to in ties.items() if to == kept)}
+    return held, rounds
+
+
+@contextmanager
+def _told_of(source: FolderSource) -> Iterator[None]:
+    """Errors of nybble's own become the file's, with the model's name before them."""
+    try:
+        yield
+    except NybbleError as error:
+        raise FileError(f"{source.spec}: {error}") from error

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from nybble.core.errors import UsageError, did_you_mean
-from nybble.models.gguf.types import REGISTRY, block_type
+from nybble.models.gguf.types import block_type, writable_types
 
 Choice = Callable[[int, int], str]
 """``(block, blocks) -> type``; an empty string leaves the mixture's own."""
@@ -90,7 +90,7 @@ FLOATS = {"F32": 0, "F16": 1, "BF16": 30}
 
 def file_types() -> list[str]:
     """Everything that a file can be asked to be."""
-    kinds = [name.replace("-", "_").upper() for name, kind in REGISTRY.all().items() if not kind.readonly]
+    kinds = [name.replace("-", "_").upper() for name in writable_types()]
     return sorted({*MIXES, *kinds, *FLOATS})
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nybble.core.errors import SchemeError
 from nybble.formats import NumberFormat
-from nybble.models.gguf.types import CHUNK, REGISTRY, BlockType, Bytes, type_name
+from nybble.models.gguf.types import CHUNK, BlockType, Bytes, WritableType, type_name, writable_types
 from nybble.packing import get_layout
 from nybble.qtensor import Inverse, QTensor, QuantParams
 from nybble.qtensor.block import BlockQTensor
@@ -80,7 +80,7 @@ def _exponents(spec: Quantizer) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ QTensor -> bytes
-def taken_apart(kind: BlockType, weight: BlockQTensor) -> Bytes:
+def taken_apart(kind: WritableType, weight: BlockQTensor) -> Bytes:
     """See :func:`nybble.models.gguf.types.encode`: [blocks, bytes of one].
 
     Raises:
@@ -168,14 +168,14 @@ def _plain(value: object) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ other lines
-def exact_type(weight: QTensor) -> BlockType | None:
+def exact_type(weight: QTensor) -> WritableType | None:
     """The smallest type that holds a weight as it is, told by its description alone (the meta device will do).
 
     Of scales in float32 only their values tell whether float16 holds them: :func:`fitted` looks at those.
     """
     if not isinstance(weight, BlockQTensor):
         return None
-    kinds = [kind for kind in REGISTRY.all().values() if not kind.readonly and _holds(kind, weight)]
+    kinds = [kind for kind in writable_types().values() if _holds(kind, weight)]
     alike = [kind for kind in kinds if _alike(weight, kind.quantizer)]
     return min(alike or kinds, key=lambda kind: kind.nbytes / kind.block, default=None)
 

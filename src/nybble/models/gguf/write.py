@@ -14,8 +14,10 @@ from torch import Tensor
 
 from nybble.core.errors import FileError, ModelError, UsageError
 from nybble.core.files import disk_errors, need_space, sync_folder
+from nybble.core.progress import SHOWN, task
+from nybble.core.versions import VERSION
 from nybble.models.gguf.metadata import arch_for, config_pairs, gguf_name, rope_factors
-from nybble.models.gguf.mixes import FLOATS, NUMBERS, Mix, fitting, mix, type_for
+from nybble.models.gguf.mixes import FLOATS, Mix, fitting, mix, type_for
 from nybble.models.gguf.qtensors import exact_type, fitted, global_scale, line_of
 from nybble.models.gguf.types import block_type, encode, type_name
 from nybble.models.gguf.vocabulary import tokenizer_pairs
@@ -176,8 +178,10 @@ def write_gguf(
     pairs = config_pairs(config, arch_name, arch)
     if tokenizer is not None:
         pairs |= tokenizer_pairs(tokenizer, config.vocab_size)
-    pairs["general.file_type"] = _number(file_type, tensors)
+    pairs["general.type"] = "model"
+    pairs["general.file_type"] = _number(file_type_of(tensors, file_type))
     pairs["general.quantization_version"] = 2
+    pairs["general.quantized_by"] = f"nybble {VERSION}"
     if name:
         pairs["general.name"] = name
     partial = path.with_name(path.name + ".partial")
@@ -232,8 +236,10 @@ def _write(
         for values in extra.values():
             writer.write_tensor_data(values)
         globals_: dict[str, Tensor] = {}
-        for tensor in tensors:
-            writer.write_tensor_data(_data(tensor, weights[tensor.source], context, globals_).numpy())
+        with task(SHOWN.get(), len(tensors), "tensors") as bar:
+            for tensor in tensors:
+                writer.write_tensor_data(_data(tensor, weights[tensor.source], context, globals_).numpy())
+                bar.advance(note=tensor.name)
         for tensor in scaled:
             writer.write_tensor_data(globals_[tensor.name].numpy())
     finally:
@@ -280,12 +286,17 @@ def _nbytes(kind: str, shape: tuple[int, ...]) -> int:
     return count // found.block * found.nbytes
 
 
-def _number(file_type: str, tensors: Sequence[Planned]) -> int:
-    """``general.file_type``: of what was asked for, else of the type that most of the file's tensors have."""
+def file_type_of(tensors: Sequence[Planned], file_type: str = "") -> str:
+    """What a file is called: ``Q4_K_M``; where nothing was asked for, the type that most of its matrices have."""
     if file_type:
-        return mix(file_type).number
+        return file_type.upper().replace("-", "_")
     kinds = [t.kind for t in tensors if t.kind != "F32"] or ["F32"]
-    return NUMBERS.get(max(dict.fromkeys(kinds), key=kinds.count), 0)
+    return max(dict.fromkeys(kinds), key=kinds.count)
+
+
+def _number(file_type: str) -> int:
+    """``general.file_type``."""
+    return mix(file_type).number
 
 
 def _data(tensor: Planned, weight: Weight, context: _Context, scales: dict[str, Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ from nybble.core.tensorheader import TensorEntry, read_tensor_header
 from nybble.models.adapter import checkpoint_renames
 from nybble.models.build.config_file import make_config, read_json
 from nybble.models.build.skeleton import base_class, expected_tensors, meta_model, model_class, unsaved
-from nybble.models.named import QUANTIZED, check_float, is_packed, stated_quantization
+from nybble.models.named import STATED, check_float, is_packed, stated_quantization
 from nybble.models.sources import ModelSource, StoredTensor
 from nybble.models.sources.fused import Fused, made_of
 from nybble.models.sources.layouts import Files, PackedWeight, packed_weights
@@ -28,6 +28,7 @@ from nybble.models.sources.layouts._rounded import Rounded
 from nybble.models.sources.left_over import SWITCHES, LeftOver, left_over
 from nybble.models.sources.match import Match, match_names
 from nybble.models.sources.side_files import GENERATION, is_tokenizer_file, left_behind, side_files
+from nybble.models.sources.stored import DTYPES, empty_tensor, read_tensor
 from nybble.nn.activation import ActivationQuantizer
 from nybble.qtensor import QTensor, QuantParams
 from nybble.quantizer import Quantizer
@@ -40,12 +41,6 @@ INDEX_ENDING = ".safetensors.index.json"
 INDEX = f"model{INDEX_ENDING}"
 NAMED = "transformers_weights"  # key of config.json
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # fmt: skip
 
 
 def weight_files(folder: Path, named: object = None) -> dict[str, tuple[Path, TensorEntry]]:
@@ -87,6 +82,7 @@ def weight_files(folder: Path, named: object = None) -> dict[str, tuple[Path, Te
 
 
 PREPROCESSOR = "preprocessor_config.json"
+_NUMBER = 8  # bytes at most
 
 
 def read_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
@@ -192,12 +188,13 @@ class FolderSource(ModelSource):
         raw = read_json(folder / "config.json")
         quantization = stated_quantization(folder, raw)
         if is_packed(quantization):
-            raw = {key: value for key, value in raw.items() if key not in QUANTIZED}
+            raw = {key: value for key, value in raw.items() if key not in STATED}
         self.config = make_config(raw, str(folder / "config.json"))
         self._files = weight_files(folder, raw.get(NAMED))
         if not self._files:
             raise ModelError(f"{spec} has no tensors.")
         self.packed: dict[str, PackedWeight] = {}
+        self._descriptions: dict[tuple[str, Any], Sequence[QTensor]] = {}
         self.rounded, self._tensors = Rounded(), self._files
         if is_packed(quantization):
             self._unpack(quantization)
@@ -218,18 +215,20 @@ class FolderSource(ModelSource):
             self._tensors[name] = (held[0][0], entry)
 
     def _file_tensor(self, name: str) -> Tensor:
-        """A tensor as it is stored."""
-        from safetensors import safe_open
+        """A tensor as it is stored, in memory of its own."""
+        path, entry = self._files[name]
+        return read_tensor(path, self._starts[path], name, entry)
 
-        path = self._files[name][0]
-        with reading(path), safe_open(path, framework="pt", device="cpu") as file:
-            found: Tensor = file.get_tensor(name)
-        return found
+    def _empty_tensor(self, name: str) -> Tensor:
+        """A tensor as it is stored, on the meta device."""
+        return empty_tensor(name, self._files[name][1])
 
-    def packed_names(self) -> dict[str, PackedWeight]:
+    def packed_names(self) -> Mapping[str, PackedWeight]:
         """The packed weights by their name in the model; of experts in one parameter those that are all packed."""
-        if not self.packed:
-            return {}
+        return self._packed_names if self.packed else {}
+
+    @cached_property
+    def _packed_names(self) -> dict[str, PackedWeight]:
         return {name: weight for name, file in self._match.files.items() if (weight := self._whole(file)) is not None}
 
     def _whole(self, file: str) -> PackedWeight | None:
@@ -257,6 +256,44 @@ class FolderSource(ModelSource):
         """
         return self.packed_names()[name].made(self._file_tensor)
 
+    def described_packed(self, name: str) -> Sequence[QTensor]:
+        """What :meth:`read_packed` gives, on the meta device; numbers are read where they decide its form."""
+        weight = self.packed_names()[name]
+        entries = tuple(
+            (role, self._files[at][1].dtype, tuple(self._files[at][1].shape)) for role, at in weight.parts.items()
+        )
+        build: Any = weight.build  # of alike weights one partial application for each, with equal arguments
+        alike = (str(build), entries)
+        if alike in self._descriptions:
+            return self._descriptions[alike]
+        seen: list[str] = []
+
+        def read(part: str) -> Tensor:
+            seen.append(part)
+            return self._file_tensor(part)
+
+        def empty(part: str) -> Tensor:
+            # Matrices that are joined share what is one number for each, or stand side by side.
+            joins = self._match.files[name] in self._fused and self._files[part][1].nbytes <= _NUMBER
+            return read(part) if joins else self._empty_tensor(part)
+
+        found = weight.described(empty, read)
+        if not seen:  # no numbers of its own decide
+            self._descriptions[alike] = found
+        return found
+
+    def stored_at(self, name: str) -> tuple[Path, int, TensorEntry] | None:
+        """Where the bytes of a tensor of the model begin, and what they are; None where it is made of others."""
+        file = self._match.files.get(name)
+        if not self.streamable or file is None or file in self.packed or file in self._fused:
+            return None
+        path, entry = self._files[file]
+        return path, self._starts[path] + entry.begin, entry
+
+    @cached_property
+    def _starts(self) -> dict[Path, int]:
+        return {path: read_tensor_header(path).data_start for path in {path for path, _ in self._files.values()}}
+
     @property
     def streamable(self) -> bool:  # type: ignore[override]
         """Whether every tensor of the model is one tensor of the files."""
@@ -265,6 +302,10 @@ class FolderSource(ModelSource):
     @property
     def note(self) -> str:  # type: ignore[override]
         """Why it is not streamable, what of the files is not read; or empty."""
+        return " ".join(self.notes())
+
+    def notes(self, in_float: bool = True) -> list[str]:
+        """The sentences of :attr:`note`; ``in_float``: what the model rounds and its float model doesn't, too."""
         streamable = self.streamable
         said = [self._headless] if self._headless else []
         if not streamable:
@@ -275,15 +316,15 @@ class FolderSource(ModelSource):
         files = {path.name for path, _ in self._files.values()}
         if SINGLE in files and (self.folder / INDEX).is_file():
             said.append(f"{SINGLE} and {INDEX} are both there; {SINGLE} is read, as transformers does.")
-        rounds = [w for w, asked in (("activations", self.rounded.inputs), ("the KV cache", self.rounded.kv)) if asked]
-        if rounds:
-            said.append(f"The checkpoint rounds {' and '.join(rounds)} too, which its float model does not.")
         if self.rounded.left:
             said.append(self.rounded.left)
+        asked = [w for w, asked in (("activations", self.rounded.inputs), ("the KV cache", self.rounded.kv)) if asked]
+        if asked and in_float:
+            said.append(f"The checkpoint rounds {' and '.join(asked)} too, which its float model does not.")
         others = self._left.others
         if others:
             said.append(f"{len(others)} stored tensors have no place in the model and are left out, {others[0]} first.")
-        return " ".join(said)
+        return said
 
     @cached_property
     def _match(self) -> Match:

@@ -170,6 +170,11 @@ class GgufSource(ModelSource):
         entry = self._header.tensors[beside]
         return with_global_scale(found, torch.from_numpy(float_values(self._bytes(entry), entry)))
 
+    def kept_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a float tensor is stored; float32 of a type that only the gguf package knows."""
+        found = {1: torch.float16, 30: torch.bfloat16}.get(self._entry(name).kind, torch.float32)
+        return torch.float32 if name.endswith("norm.weight") else found
+
     def described(self, name: str) -> BlockQTensor | None:
         """What :meth:`read_quantized` would give, without its numbers: tensors on the meta device."""
         entry = self._entry(name)

@@ -16,20 +16,8 @@ from nybble.calibration.error import relative_error
 from nybble.calibration.watch import Group
 from nybble.core.errors import GranularityError, SchemeError
 from nybble.qtensor._rows import split_rows
-from nybble.quantizer import Quantizer
+from nybble.scheme import shares_over_rows
 from nybble.solvers import Solved, Stats, Weight
-
-
-def shares_over_rows(quantizer: Quantizer) -> bool:
-    """Whether a weight has a scale that belongs to the whole of it, or its scales have.
-
-    >>> [shares_over_rows(Quantizer(q)) for q in ("nvfp4", "float8_e4m3fn tensor", "mxfp4", "int4 group=32")]
-    [True, True, False, False]
-    """
-    inner = quantizer.scale_format
-    if isinstance(inner, Quantizer) and inner.granularity.one_scale and str(inner.scale) != "one":
-        return True
-    return quantizer.granularity.one_scale and str(quantizer.scale) != "one"
 
 
 def joined(weights: Sequence[Weight], together: Sequence[Sequence[str]]) -> list[list[Weight]]:

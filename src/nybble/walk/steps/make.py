@@ -8,10 +8,10 @@ from typing import Any
 from nybble.core.errors import SchemeError, within
 from nybble.corrections import make_correction
 from nybble.models.adapter import Adapter
-from nybble.recipe import Recipe, trained
+from nybble.recipe import Recipe, Step, trained
 from nybble.reconstruction import make_reconstruction
 from nybble.solvers import make_solver
-from nybble.training.steps import Finish, make_train_step
+from nybble.training.steps import Finish, Preparation, make_train_step
 from nybble.transforms import make_transform
 from nybble.walk.steps import BlockStep
 from nybble.walk.steps.correction import CorrectionStep
@@ -52,20 +52,32 @@ def make_steps(recipe: Recipe, adapter: Adapter) -> tuple[tuple[BlockStep, ...],
     return tuple(found), paths
 
 
+def make_preparations(recipe: Recipe) -> list[Preparation]:
+    """The training steps in front of a recipe's others that are not turned off.
+
+    Raises:
+        UsageError, SchemeError: an unknown step or option; one that comes last.
+    """
+    said = "works on the quantized model; put it last, behind the solver (name one: rtn)."
+    return _trainings(recipe, trained(recipe)[0], Preparation, said)
+
+
 def make_finishes(recipe: Recipe) -> list[Finish]:
     """The training steps behind all others that are not turned off.
 
     Raises:
         UsageError, SchemeError: an unknown step or option; one that comes first.
     """
+    said = "makes other float weights, which the other steps quantize; put it first."
+    return _trainings(recipe, trained(recipe)[1], Finish, said)
+
+
+def _trainings(recipe: Recipe, steps: Sequence[Step], place: type, said: str) -> list[Any]:
     found = []
-    for step in trained(recipe)[1]:
+    for step in steps:
         made = make_train_step(step.name, step.options)
-        if not isinstance(made, Finish):
-            raise SchemeError(
-                f"recipe {recipe.name}: train {step.name!r} makes other float weights, which the other steps quantize; "
-                "put it first."
-            )
+        if not isinstance(made, place):
+            raise SchemeError(f"recipe {recipe.name}: train {step.name!r} {said}")
         found.append(made)
     return [step for step in found if not step.idle]
 

@@ -53,6 +53,11 @@ class ReconstructionStep(BlockStep):
                 f"{self.name}: window={options.window} counts blocks in {type(subject.model).__name__}, and unit=layer "
                 "learns one layer at a time; take window=1, or unit=block."
             )
+        if options.unit == "whole" and options.window > 1 and (adapter.convolutional or adapter.whole):
+            raise SchemeError(
+                f"{self.name}: window={options.window} counts units, and unit=whole makes one of all of "
+                f"{type(subject.model).__name__}; take window=1, or unit=block."
+            )
         names = adapter.block_names(subject.model)
         learned = 0
         inputs = [t for targets in subject.plan.blocks for t in targets if t.rule.inputs is not None]

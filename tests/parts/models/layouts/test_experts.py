@@ -19,7 +19,7 @@ import nybble
 from nybble.checkpoint.account import inspect
 from nybble.models.sources.open import open_source
 from nybble.nn.experts import PackedExperts
-from nybble.pipelines.export import export
+from nybble.pipelines.export import export, opened
 
 FAMILIES = {"mixtral": ("w1", "w3", "w2"), "qwen3_moe": ("gate_proj", "up_proj", "down_proj")}
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
@@ -131,6 +131,25 @@ def test_there_and_back_keeps_every_byte(tmp_path: Path) -> None:
     kept = {k.replace("block_sparse_moe", "mlp"): t for k, t in after.items() if ".experts." in k}
     assert renamed.keys() == kept.keys()
     assert all(torch.equal(kept[k].view(torch.uint8), t.view(torch.uint8)) for k, t in renamed.items())
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_written_elsewhere_as_codes(apart: bool, tmp_path: Path) -> None:
+    """Whether halves share a scale, their numbers say: one layer may, and the next not."""
+    folder, wanted, _ = checkpoint(tmp_path / "q", *ct.CASES["nvfp4"], "qwen3_moe", apart=apart)
+    if apart:
+        tensors = load_file(folder / "model.safetensors")
+        one = {k: torch.ones(1) for k in tensors if "layers.0." in k and k.endswith("global_scale")}
+        save_file(tensors | one, folder / "model.safetensors", {"format": "pt"})
+        wanted = open_source(str(folder)).load(list(wanted))
+    with opened(folder, tmp_path / "dense") as source:
+        layers: Any = source.layers
+        kinds = {n: {w.spec()["kind"] for w in layers[n].weights.values()} for n in wanted if "gate_up" in n}
+        assert sorted(map(str, kinds.values())) == (["{'block'}", "{'split'}"] if apart else ["{'block'}"] * 2)
+        assert not source.notes
+    export(folder, tmp_path / "dense", "dense:float32")
+    found = open_source(str(tmp_path / "dense")).load(list(wanted))
+    assert all(torch.equal(found[name].to(value.dtype), value) for name, value in wanted.items())
 
 
 def test_one_expert_in_float_makes_its_parameter_float(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""ModelOpt: its package is not installed and no file of its was read; compressed-tensors unpacks the codes of NVFP4.
+"""ModelOpt by formulas in torch's own dtypes; compressed-tensors unpacks the codes of NVFP4.
 
-FP8, INT8 and MXFP8 by formulas in torch's own dtypes.
+Its own files are read, and judged by its own dequantizers, in ``tests/parts/export/test_modelopt.py``.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def test_values(kind: str, tmp_path: Path) -> None:
     found = source.load(list(wanted))
     for key, value in wanted.items():
         assert torch.equal(found[key], value), key
-    rounds = kind == "FP8_PER_CHANNEL_PER_TOKEN"  # as nybble can; the others ask for what it can't
+    rounds = kind in ("FP8_PER_CHANNEL_PER_TOKEN", "MXFP8")  # as nybble can; the others ask for what it can't
     assert ("rounds activations" if rounds else "quantized activations") in source.note
     assert ("KV cache" in source.note) == (kind == "FP8")
 
@@ -99,8 +99,9 @@ def test_bad_ones_are_refused(tmp_path: Path) -> None:
         ({f"{key}weight_scale": None}, FileError, "weight_scale"),
         ({f"{key}weight_scale_2": None}, FileError, "weight_scale_2"),
         ({f"{key}weight": tensors[f"{key}weight"][:, :-8].clone()}, FileError, "weight_scale"),
-        ({f"{key}weight_scale": torch.ones(96)}, FileError, "four bits"),
-        ({f"{key}pre_quant_scale": torch.ones(64)}, ModelError, "pre_quant_scale"),
+        ({f"{key}weight_scale": torch.ones(96)}, FileError, "weight_scale"),
+        ({f"{key}pre_quant_scale": torch.ones(63)}, FileError, "pre_quant_scale"),
+        ({f"{key}svdquant_lora_a": torch.ones(4, 64)}, ModelError, "svdquant_lora_a"),
     ]
     for change, error, text in cases:
         save_file({n: t for n, t in {**tensors, **change}.items() if t is not None}, folder / "model.safetensors")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import nybble
 from nybble.checkpoint.account import inspect
+from nybble.cli.inspect import command
 from nybble.core.errors import FileError
 from nybble.models.sources.open import open_source
 from nybble.nn.kv_model import recorded_kv
@@ -104,6 +105,10 @@ def test_outputs_and_the_way_back(tmp_path: Path) -> None:
     folder = asks(tmp_path / "out", "output_activations", DYNAMIC["fp8 token"])
     layer: Any = nybble.load(folder, dtype="float32")[0].get_submodule(LAYER)
     assert layer.inputs is None and str(layer.outputs.quantizer) == "float8_e4m3fn token"
+    found = export(folder, tmp_path / "out again", "compressed-tensors")
+    groups = json.loads((tmp_path / "out again/config.json").read_text())["quantization_config"]["config_groups"]
+    assert [group["output_activations"]["strategy"] for group in groups.values()] == ["token"]
+    assert not any("in float" in note or "does not" in note for note in found["notes"])
 
 
 def test_caches(tmp_path: Path) -> None:
@@ -114,23 +119,54 @@ def test_caches(tmp_path: Path) -> None:
     group = {**FLOAT, "strategy": "group", "group_size": 16}
     folder = asks(tmp_path / "g", "input_activations", {}, kv_cache_scheme=group)
     assert "group=16" in str(recorded_kv(nybble.load(folder)[0]))
+    export(folder, tmp_path / "back", "compressed-tensors")
+    again = json.loads((tmp_path / "back/config.json").read_text())["quantization_config"]["kv_cache_scheme"]
+    assert (again["type"], again["group_size"], again["dynamic"]) == ("float", 16, True)
     folder = asks(tmp_path / "c", "input_activations", {}, {n: t * 2 for n, t in scales.items()}, kv_cache_scheme=cache)
     with pytest.warns(UserWarning, match="the KV cache too.*stay in float"):
         assert recorded_kv(nybble.load(folder)[0]) is None
 
 
-def test_what_is_left_is_said_once(tmp_path: Path) -> None:
+def test_what_is_left_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     local = {**FLOAT, "num_bits": 4, "strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
     folder = asks(tmp_path / "q", "input_activations", local)
     with pytest.warns(UserWarning, match="activations too.*stay in float") as said:
         model, _ = nybble.load(folder)
     layer: Any = model.get_submodule(LAYER)
     assert layer.inputs is None and len(said) == 1 and "activations" in inspect(folder)["note"]
+    command(folder)
+    assert capsys.readouterr().out.count(inspect(folder)["note"]) == 1
 
 
-def test_tokens_of_modelopt(tmp_path: Path) -> None:
-    folder, _ = peer.checkpoint(tmp_path / "q", "FP8_PER_CHANNEL_PER_TOKEN")
+@pytest.mark.parametrize(("kind", "name"), [("FP8_PER_CHANNEL_PER_TOKEN", "fp8 token"), ("MXFP8", "mxfp8")])
+def test_measured_inputs_of_modelopt(kind: str, name: str, tmp_path: Path) -> None:
+    folder, _ = peer.checkpoint(tmp_path / "q", kind)
     layer: Any = nybble.load(folder, dtype="float32")[0].get_submodule(LAYER)
-    x = inputs()
-    args = QuantizationArgs(**DYNAMIC["fp8 token"])
+    x, args = inputs(), QuantizationArgs(**DYNAMIC[name])
     assert torch.equal(layer.inputs(x), fake_quantize(x, *compute_dynamic_scales_and_zp(x, args, None), args))
+
+
+def test_calibrated_inputs_of_modelopt(tmp_path: Path) -> None:
+    """Of several algorithms each module has its own; inputs that are multiplied first stay in float, and it is said."""
+    folder, wanted = peer.checkpoint(tmp_path / "q", "W8A8_SQ_PER_CHANNEL")
+    tensors = load_file(folder / "model.safetensors")
+    names = [name.removesuffix(".weight") for name in wanted]
+    tensors |= {f"{name}.input_scale": torch.tensor(0.017) for name in names}
+    gate = LAYER.replace("up_proj", "gate_proj")
+    tensors[f"{gate}.pre_quant_scale"] = torch.rand(64) + 0.5
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    raw = json.loads((folder / "config.json").read_text())
+    layers = {name: {"quant_algo": "W8A16" if "q_proj" in name else "W8A8_SQ_PER_CHANNEL"} for name in names}
+    raw["quantization_config"] |= {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.warns(UserWarning, match="activations too.*stay in float"):
+        model: Any = nybble.load(folder, dtype="float32")[0]
+    x, args = inputs(), QuantizationArgs(**{**INT, "strategy": "tensor", "dynamic": False})
+    found = model.get_submodule(LAYER).inputs(x)
+    assert torch.equal(found, fake_quantize(x, torch.tensor([0.017]), torch.zeros(1, dtype=torch.int8), args))
+    assert model.get_submodule(gate).inputs is None
+    assert model.get_submodule("model.layers.0.self_attn.q_proj").inputs is None
+    tensors[f"{LAYER}.input_scale"] = torch.tensor(-1.0)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FileError, match=r"up_proj\.input_scale is -1"):
+        nybble.load(folder)

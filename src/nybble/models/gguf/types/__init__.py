@@ -47,13 +47,17 @@ class Field(Protocol):
     def read(self, data: Bytes) -> Parts:
         """``[blocks, nbytes]`` -> bits of parts, where they belong; bits of one part in several fields are joined."""
 
+
+class WritableField(Field, Protocol):
+    """One that can be written, too."""
+
     def write(self, parts: Parts) -> Bytes:
-        """The inverse: ``[blocks, nbytes]``."""
+        """The inverse of ``read``: ``[blocks, nbytes]``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockType:
-    """A type of GGUF.
+    """A type of GGUF, as it is read.
 
     Attributes:
         number: ggml's own. block: elements of a block, always neighbours in a row.
@@ -61,7 +65,6 @@ class BlockType:
         fields: of a block, in the file's order.
         flips: part -> bits that the file has the other way round (an integer stored plus 2^(bits-1)).
         negative: the file has the offset's scale without its minus.
-        readonly: files may have it, and nybble writes none: its values come from a code book of vectors.
     """
 
     number: int
@@ -70,7 +73,6 @@ class BlockType:
     fields: tuple[Field, ...]
     flips: Mapping[str, int] = field(default_factory=dict)
     negative: bool = False
-    readonly: bool = False
 
     @cached_property
     def quantizer(self) -> Quantizer:
@@ -98,16 +100,39 @@ class BlockType:
             at += each.nbytes
         return self._flipped(parts)
 
-    def write(self, parts: Parts) -> Bytes:
-        """The inverse of :meth:`read`."""
-        parts = self._flipped(parts)
-        return np.concatenate([each.write(parts) for each in self.fields], 1)
-
     def _flipped(self, parts: Parts) -> Parts:
         found = {name: bits ^ np.uint8(self.flips.get(name, 0)) for name, bits in parts.items()}
         if self.negative:
             found["m"] = found["m"] ^ np.array([0, 0x80], np.uint8)
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritableType(BlockType):
+    """A type that nybble writes: all but those whose values come from a code book of vectors."""
+
+    fields: tuple[WritableField, ...]
+
+    def write(self, parts: Parts) -> Bytes:
+        """The inverse of :meth:`read`."""
+        parts = self._flipped(parts)
+        return np.concatenate([each.write(parts) for each in self.fields], 1)
+
+
+def writable(kind: BlockType) -> WritableType:
+    """``kind``, if it is written.
+
+    Raises:
+        UsageError: it is only read.
+    """
+    if not isinstance(kind, WritableType):
+        raise UsageError(f"{type_name(kind)} is read but not written: its values come from a code book of vectors.")
+    return kind
+
+
+def writable_types() -> Mapping[str, WritableType]:
+    """Every type that is written, under its name in the registry."""
+    return {name: kind for name, kind in REGISTRY.all().items() if isinstance(kind, WritableType)}
 
 
 def block_type(name: str) -> BlockType:
@@ -165,10 +190,9 @@ def encode(kind: BlockType, weight: BlockQTensor) -> Tensor:
     """
     from nybble.models.gguf.qtensors import taken_apart
 
-    if kind.readonly:
-        raise UsageError(f"{type_name(kind)} is read but not written: its values come from a code book of vectors.")
+    found = writable(kind)
     check_shape(kind, weight.shape)
-    blocks = taken_apart(kind, weight)
+    blocks = taken_apart(found, weight)
     return torch.from_numpy(blocks).view(*weight.shape[:-1], -1)
 
 

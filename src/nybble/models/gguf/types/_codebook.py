@@ -52,10 +52,6 @@ class Book:
         found = np.searchsorted(self._grid, values).astype(np.uint8)
         return {"codes": found.reshape(len(data), -1), "scale": codes, "d": outer}
 
-    def write(self, parts: Parts) -> Bytes:
-        """Never asked for: the types are only read."""
-        raise NotImplementedError(self.name)
-
 
 def signed(*sizes: float) -> tuple[float, ...]:
     """Both signs of each, ascending."""
@@ -89,7 +85,7 @@ def book_type(number: int, group: int, book: Book) -> BlockType:
     count = 256 // group
     names = [get_format(f"table[{','.join(map(str, values))}]").name for values in (book.values, book.scales)]
     line = f"{names[0]} group={group} scale_format=({names[1]} group={count} scale_format=float16)"
-    return BlockType(number=number, block=256, line=line, fields=(book,), readonly=True)
+    return BlockType(number=number, block=256, line=line, fields=(book,))
 
 
 TERNARY: Sequence[float] = (-1.125, -1.0 + 0.125, -0.125, 0.125, 1.0 - 0.125, 1.125)

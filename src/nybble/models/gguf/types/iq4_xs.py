@@ -1,9 +1,9 @@
 """IQ4_XS: 8 blocks of 32 codes of IQ4_NL's table; six-bit scales over a float16 one."""
 
-from nybble.models.gguf.types import BlockType
+from nybble.models.gguf.types import WritableType
 from nybble.models.gguf.types._fields import Plane, Raw
 
-PART = BlockType(
+PART = WritableType(
     number=23,
     block=256,
     line="iq4_xs",

@@ -3,10 +3,10 @@
 An exponent byte of 255 is NaN, as OCP has it; ggml takes 2^127 for it, and writes none.
 """
 
-from nybble.models.gguf.types import BlockType
+from nybble.models.gguf.types import WritableType
 from nybble.models.gguf.types._fields import Plane, Raw
 
-PART = BlockType(
+PART = WritableType(
     number=39,
     block=32,
     line="mxfp4",

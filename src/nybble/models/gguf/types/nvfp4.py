@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nybble.core.errors import FileError
-from nybble.models.gguf.types import BlockType, Bytes, Parts
+from nybble.models.gguf.types import Bytes, Parts, WritableType
 from nybble.models.gguf.types._fields import Plane
 
 
@@ -35,7 +35,7 @@ class Unsigned:
         return parts[self.part]
 
 
-PART = BlockType(
+PART = WritableType(
     number=40,
     block=64,
     line="nvfp4",

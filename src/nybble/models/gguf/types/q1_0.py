@@ -1,9 +1,9 @@
 """Q1_0: 128 signs under a float16 scale."""
 
-from nybble.models.gguf.types import BlockType
+from nybble.models.gguf.types import WritableType
 from nybble.models.gguf.types._fields import Plane, Raw
 
-PART = BlockType(
+PART = WritableType(
     number=41,
     block=128,
     line="q1_0",

@@ -1,9 +1,9 @@
 """Q2_K: 16 blocks of 16 two-bit codes; scales and minima of four bits over float16 ones."""
 
-from nybble.models.gguf.types import BlockType
+from nybble.models.gguf.types import WritableType
 from nybble.models.gguf.types._fields import LowHigh, Plane, Raw
 
-PART = BlockType(
+PART = WritableType(
     number=10,
     block=256,
     line="q2_k",

@@ -1,9 +1,9 @@
 """Q3_K: 16 blocks of 16 three-bit integers; six-bit scales over a float16 one."""
 
-from nybble.models.gguf.types import BlockType
+from nybble.models.gguf.types import WritableType
 from nybble.models.gguf.types._fields import Plane, Raw
 
-PART = BlockType(
+PART = WritableType(
     number=11,
     block=256,
     line="q3_k",

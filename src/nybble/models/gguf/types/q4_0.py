@@ -1,9 +1,9 @@
 """Q4_0: 32 four-bit integers under a float16 scale."""
 
-from nybble.models.gguf.types import BlockType
+from nybble.models.gguf.types import WritableType
 from nybble.models.gguf.types._fields import Plane, Raw
 
-PART = BlockType(
+PART = WritableType(
     number=2,
     block=32,
     line="q4_0",

@@ -1,9 +1,9 @@
 """Q4_1: 32 four-bit codes, a float16 scale and minimum."""
 
-from nybble.models.gguf.types import BlockType
+from nybble.models.gguf.types import WritableType
 from nybble.models.gguf.types._fields import Plane, Raw
 
-PART = BlockType(
+PART = WritableType(
     number=3,
     block=32,
     line="q4_1",

@@ -1,9 +1,9 @@
 """Q4_K: 8 blocks of 32 four-bit codes; scales and minima of six bits over float16 ones."""
 
-from nybble.models.gguf.types import BlockType
+from nybble.models.gguf.types import WritableType
 from nybble.models.gguf.types._fields import Plane, Raw, SixBits
 
-PART = BlockType(
+PART = WritableType(
     number=12,
     block=256,
     line="q4_k",

@@ -1,9 +1,9 @@
 """Q5_0: 32 five-bit integers under a float16 scale; the fifth bits stand together."""
 
-from nybble.models.gguf.types import BlockType
+from nybble.models.gguf.types import WritableType
 from nybble.models.gguf.types._fields import Plane, Raw
 
-PART = BlockType(
+PART = WritableType(
     number=6,
     block=32,
     line="q5_0",

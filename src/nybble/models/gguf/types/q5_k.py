@@ -1,9 +1,9 @@
 """Q5_K: 8 blocks of 32 five-bit codes; scales and minima of six bits over float16 ones."""
 
-from nybble.models.gguf.types import BlockType
+from nybble.models.gguf.types import WritableType
 from nybble.models.gguf.types._fields import Plane, Raw, SixBits
 
-PART = BlockType(
+PART = WritableType(
     number=13,
     block=256,
     line="q5_k",

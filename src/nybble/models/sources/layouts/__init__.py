@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 SMALL = 1 << 16
 """Bytes of a tensor that may be read before a model is accepted: a shape, a record of JSON."""
 FLOATS = ("F32", "F16", "BF16")
+DECIDING = ("g_idx", "weight_g_idx", "quant_map", "nested_quant_map")
+"""Roles whose numbers decide what a weight is: an order of columns, a table that is a format's own or not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,28 @@ class PackedWeight:
                 return self.build(tensors)
         except NybbleError as error:
             raise FileError(f"{self.name}: {error}") from error
+
+    def described(self, empty: Callable[[str], Tensor], read: Callable[[str], Tensor]) -> Sequence[QTensor]:
+        """What :meth:`made` gives, on the meta device.
+
+        Args:
+            empty: gives any tensor on the meta device.
+            read: gives its numbers, for the few that decide the form.
+
+        Raises:
+            FileError: as :meth:`made`.
+        """
+        tensors = {
+            role: (read if role.rpartition(".")[2] in DECIDING else empty)(name).contiguous()
+            for role, name in self.parts.items()
+        }
+        try:
+            found = self.build(tensors)
+        except NybbleError as error:
+            raise FileError(f"{self.name}: {error}") from error
+        except (RuntimeError, LookupError, TypeError, ValueError):  # asks a tensor without numbers for one
+            found = self.made(read)
+        return [part.to("meta") for part in found]
 
     def values(self, read: Callable[[str], Tensor]) -> Tensor:
         """float32, of :attr:`shape`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -35,6 +37,15 @@ def packed(codes: Tensor, bits: int) -> Tensor:
     return found
 
 
+def flipped(data: Tensor, bits: int) -> Tensor:
+    """A dense stream of codes with the highest bit of each flipped; the pattern repeats after ``bits`` bytes."""
+    pattern = sum(1 << (i * bits + bits - 1) for i in range(8)).to_bytes(bits, "little")
+    if len(set(pattern)) == 1:
+        return data ^ pattern[0]
+    mask = torch.tensor(list(pattern), dtype=torch.uint8, device=data.device)
+    return data ^ mask.repeat(math.ceil(data.numel() / bits))[: data.numel()]
+
+
 def signed_codes(values: Tensor, bits: int) -> Tensor:
     """int8 integers as two's complement of ``bits`` bits, uint8.
 
@@ -42,7 +53,7 @@ def signed_codes(values: Tensor, bits: int) -> Tensor:
         FileError: one needs more.
     """
     half = 1 << (bits - 1)
-    if bits < 8 and bool(((values < -half) | (values >= half)).any()):
+    if bits < 8 and values.device.type != "meta" and bool(((values < -half) | (values >= half)).any()):
         raise FileError(f"integers beyond the {-half} .. {half - 1} of {bits} bits.")
     return values.contiguous().view(torch.uint8) & ((1 << bits) - 1)
 
@@ -64,13 +75,15 @@ def block(
     )
 
 
-def nvfp4(shape: tuple[int, int], codes: Tensor, scale: Tensor, outer: Tensor, *, divides: bool) -> BlockQTensor:
-    """E2M1 in groups of 16 under E4M3 scales and one float32, by which these are multiplied or ``divides``."""
+def nvfp4(
+    shape: tuple[int, int], codes: Tensor, scale: Tensor, outer: Tensor, *, divides: bool, size: int = 16
+) -> BlockQTensor:
+    """E2M1 in groups of ``size`` under E4M3 scales and one float32, by which these are multiplied or ``divides``."""
     one = outer.float().reshape(1, 1)
     params = QuantParams(Inverse(one) if divides else one)
-    count = (shape[0], shape[1] // 16)
+    count = (shape[0], shape[1] // size)
     inner = BlockQTensor(get_format(E4M3), make_granularity("tensor"), count, _bytes(scale), params)
-    return BlockQTensor(get_format(E2M1), make_granularity("group=16"), shape, _bytes(codes), QuantParams(inner))
+    return BlockQTensor(get_format(E2M1), make_granularity(f"group={size}"), shape, _bytes(codes), QuantParams(inner))
 
 
 def mx(name: str, shape: tuple[int, int], codes: Tensor, scale: Tensor) -> BlockQTensor:

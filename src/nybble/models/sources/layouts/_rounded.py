@@ -35,11 +35,18 @@ class Side:
     zero_point: str = ""
 
     def params(self, read: Callable[[str], Tensor]) -> tuple[Tensor, Tensor | None] | None:
-        """Scale and zero point, float32 [1]; None where they are measured on every tensor."""
+        """Scale and zero point, float32 [1]; None where they are measured on every tensor.
+
+        Raises:
+            FileError: the scale is no positive number.
+        """
         if not self.scale:
             return None
         zero = read(self.zero_point).float().reshape(1).clone() if self.zero_point else None
-        return read(self.scale).float().reshape(1).clone(), zero
+        scale = read(self.scale).float().reshape(1).clone()
+        if not bool(scale.isfinite().all() and (scale > 0).all()):
+            raise FileError(f"{self.scale} is {scale.item()}; a positive number is needed.")
+        return scale, zero
 
 
 @dataclass(frozen=True, kw_only=True)

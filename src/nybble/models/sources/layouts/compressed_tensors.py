@@ -31,6 +31,7 @@ from nybble.models.sources.layouts._pieces import (
     E2M1,
     E4M3,
     block,
+    flipped,
     in_order,
     integers,
     mx,
@@ -128,6 +129,22 @@ def _cache(args: Args | None, files: Files) -> tuple[str, bool]:
     return ("float8_e4m3fn tensor scale=one" if fixed and scales and ones(scales, files) else ""), True
 
 
+def group_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What ``config_groups`` say of a module; None where it stays in float.
+
+    Args:
+        name: of a linear layer, or of an embedding that is named.
+        config: ``quantization_config``.
+    """
+    if any(_named(name, str(target)) for target in config.get("ignore") or ()):
+        return None
+    groups = [(group, [str(target) for target in group["targets"]]) for group in config["config_groups"].values()]
+    for group, targets in groups:
+        if any(_named(name, target) for target in targets):
+            return dict(group)
+    return next((dict(group) for group, targets in groups if any(map(_is_class, targets))), None)
+
+
 def _groups(config: Mapping[str, Any]) -> list[tuple[str, list[str], Args]]:
     """(format, targets, QuantizationArgs of weights) of each group that has any."""
     found: list[tuple[str, list[str], Args]] = []
@@ -144,15 +161,22 @@ def _groups(config: Mapping[str, Any]) -> list[tuple[str, list[str], Args]]:
 def _chosen(name: str, groups: list[tuple[str, list[str], Args]], what: str = "") -> tuple[str, Args]:
     """The format and args of a module: a group that names it goes before one that names its class."""
     for form, targets, args in groups:
-        for target in targets:
-            pattern = target.removeprefix("re:")
-            if name == target or (pattern != target and compiled(pattern).match(name)):
-                return form, args
-    # A class can't be seen in the files; names are dotted, or begin with "re:", and classes are neither.
+        if any(_named(name, target) for target in targets):
+            return form, args
     for form, targets, args in groups:
-        if any("." not in target and not target.startswith("re:") for target in targets):
+        if any(map(_is_class, targets)):
             return form, args
     raise FileError(f"{what or name} is quantized, and no group of quantization_config is for it.")
+
+
+def _named(name: str, target: str) -> bool:
+    pattern = target.removeprefix("re:")
+    return name == target or (pattern != target and compiled(pattern).match(name) is not None)
+
+
+def _is_class(target: str) -> bool:
+    """A class can't be seen in the files; names are dotted, or begin with "re:", and classes are neither."""
+    return "." not in target and not target.startswith("re:")
 
 
 def _weight(name: str, form: str, args: Args, files: Files) -> PackedWeight:
@@ -203,8 +227,9 @@ def _packed_integers(name: str, args: Args, files: Files) -> Found:
 def _build_integers(
     t: Mapping[str, Tensor], *, bits: int, shape: tuple[int, int], granularity: str, scales: tuple[int, int]
 ) -> list[QTensor]:
-    half = 1 << (bits - 1)
-    codes = stream_rows(t["weight_packed"], bits, shape[1]) ^ half
+    half, codes = 1 << (bits - 1), t["weight_packed"]
+    plain = codes.shape[1] * 32 == shape[1] * bits and "weight_g_idx" not in t  # rows follow each other without a gap
+    codes = codes if plain else stream_rows(codes, bits, shape[1]) ^ half
     order = None
     if "weight_g_idx" in t and bool((t["weight_g_idx"] >= 0).all()):  # -1: not reordered
         order = in_order(t["weight_g_idx"], shape[1] // scales[1])
@@ -217,7 +242,8 @@ def _build_integers(
         else:
             points = signed_codes(stored.reshape(scales), bits)
         zero = integers(points, f"int{bits}_full")
-    found = block(f"int{bits}_full", granularity, shape, packed(codes, bits), t["weight_scale"], zero)
+    kept = flipped(codes.contiguous().view(torch.uint8).reshape(-1), bits) if plain else packed(codes, bits)
+    found = block(f"int{bits}_full", granularity, shape, kept, t["weight_scale"], zero)
     return [reordered(found, order)]
 
 

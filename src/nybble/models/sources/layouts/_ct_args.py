@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from nybble.export import Refusal
 from nybble.formats import NumberFormat
 from nybble.granularity import Granularity, fitting_sizes
 from nybble.kv_format import KVFormat
@@ -25,10 +24,10 @@ E4M3, E2M1, E2M3, E8M0 = "float8_e4m3fn", "float4_e2m1fn", "float6_e2m3fn", "flo
 _FLOATS = {E4M3: 8, E2M1: 4, E2M3: 6}
 _INTEGER = re.compile(r"(u?)int([1-8])(_full)?|ternary")
 _WITHOUT = {
-    "low_rank": "the same without the correction lorc",
+    "low-rank-sum": "the same without the correction lorc",
     "split": "one quantizer for all columns",
     "vector": "a scalar format, int2 group=64 symmetric=false",
-    "outer_scaled": "int2 group=64 symmetric=false",
+    "outer-scaled": "int2 group=64 symmetric=false",
 }
 
 
@@ -36,16 +35,12 @@ class CannotError(Exception):
     """What compressed-tensors has no words for.
 
     Attributes:
-        came, nearest, why: as :class:`nybble.export.Refusal` has them.
+        came: what it is. nearest: what can be said instead. why: what is wrong, where ``came`` doesn't say it.
     """
 
     def __init__(self, came: str, nearest: str, why: str = "") -> None:
         super().__init__(f"{came}: {why or 'no such scheme'}; it takes {nearest}")
         self.came, self.nearest, self.why = came, nearest, why
-
-    def of(self, *layers: str) -> Refusal:
-        """The refusal of layers."""
-        return Refusal(layers=layers, came=self.came, nearest=self.nearest, why=self.why)
 
 
 @dataclass(frozen=True)
@@ -190,7 +185,8 @@ def _nearest(fmt: NumberFormat, granularity: Granularity, columns: int) -> str:
 def in_words(tensor: QTensor) -> str:
     """What a tensor is, for people."""
     if not isinstance(tensor, BlockQTensor):
-        return f"a {tensor.kind.replace('_', ' ')} tensor"
+        word = tensor.kind.replace("_", " ")
+        return f"{'an' if word[0] in 'aeiou' else 'a'} {word} tensor"
     found = f"{tensor.format.name} {tensor.granularity}"
     scale = tensor.params.scale
     if isinstance(scale, BlockQTensor):
@@ -198,6 +194,11 @@ def in_words(tensor: QTensor) -> str:
     elif isinstance(scale, torch.Tensor):
         found += f" scale_format={str(scale.dtype).removeprefix('torch.')}"
     return found
+
+
+def above(fmt: NumberFormat) -> int:
+    """By how much the codes of an integer, unsigned ones, are above those of compressed-tensors, which are signed."""
+    return 1 << (fmt.bits - 1) if fmt.name.startswith("u") else 0
 
 
 # ---------------------------------------------------------------------------------------------------------- activations
@@ -226,8 +227,10 @@ def activation_args(quantizer: Quantizer) -> Args:
     if fmt.name == E4M3 and inner is None:
         return floats
     if fmt.name == E2M1 and where.get("group_size") == 16:
+        if quantizer.static and quantizer.scale.takes_divisor and inner is not None and inner.format.name == E4M3:
+            return {**floats, "strategy": "tensor_group", "dynamic": "local", "scale_dtype": torch.float8_e4m3fn}
         why = "the scale of its scales is measured on every tensor, and runtimes want a calibrated one"
-        raise CannotError(came, "inputs in float (--activations none), mxfp4, or float8_e4m3fn token", why)
+        raise CannotError(came, "nvfp4-ct static, mxfp4, float8_e4m3fn token, or inputs in float", why)
     raise CannotError(came, "int8 token, float8_e4m3fn token, mxfp4 or mxfp8")
 
 

@@ -1,0 +1,206 @@
+"""How fast models are converted and exported, beside copying the same files with ``cp``.
+
+    python benchmarks/convert_speed.py [--only smollm2]     writes benchmarks/results/convert_speed.json
+
+Rows that are not measured again stay as they are.
+
+Two shapes: SmolLM2's (135M) and a llama of 1.1 billion weights, of random numbers made here. Each conversion runs right
+after a plain copy of what it reads and writes: a target has to read A and write B, so the copy that it is measured
+against moves half of the bytes of both, which for a B of A's size is A's copy. Both end with the files on the disk
+(fsync). The least of the repetitions counts for both; the first one of a process also imports what it needs. On a
+machine that others use too, ``load`` says how many wanted its cores, ``cpu_seconds`` what a conversion took of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "convert_speed.json"
+MODELS: dict[str, dict[str, Any]] = {
+    "smollm2": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+    },
+    "llama-1.1b": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "vocab_size": 32000, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+CASES = (
+    ("int4", "compressed-tensors"), ("int4", "modelopt"), ("int4", "gguf"), ("int4", "dense"),
+    ("nvfp4", "compressed-tensors"), ("nvfp4", "modelopt-nvfp4"), ("nvfp4", "gguf"), ("nvfp4", "dense"),
+    ("fp8", "modelopt"), ("fp8", "dense"),
+)  # fmt: skip
+"""What A is (written by nybble's compressed-tensors target's own layout), and the target."""
+
+
+def layers(sizes: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Linear layers of a llama: name -> [out, in]."""
+    width, inner = sizes["hidden_size"], sizes["intermediate_size"]
+    kv = width // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
+    of = {
+        "self_attn.q_proj": (width, width), "self_attn.k_proj": (kv, width), "self_attn.v_proj": (kv, width),
+        "self_attn.o_proj": (width, width), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }  # fmt: skip
+    return {f"model.layers.{i}.{name}": shape for i in range(sizes["num_hidden_layers"]) for name, shape in of.items()}
+
+
+def packed(kind: str, shape: tuple[int, int], g: torch.Generator) -> dict[str, torch.Tensor]:
+    """A random weight as compressed-tensors keeps it."""
+    rows, columns = shape
+    if kind == "int4":
+        words = torch.randint(-(2**31), 2**31, (rows, columns // 8), generator=g, dtype=torch.int64).int()
+        scale = torch.rand(rows, columns // 64, generator=g).half() * 0.01
+        size = torch.tensor(shape, dtype=torch.int64)
+        return {"weight_packed": words, "weight_scale": scale, "weight_shape": size}
+    if kind == "nvfp4":
+        codes = torch.randint(0, 256, (rows, columns // 2), generator=g, dtype=torch.uint8)
+        scale = (torch.rand(rows, columns // 16, generator=g) * 400 + 1).to(torch.float8_e4m3fn)
+        return {"weight_packed": codes, "weight_scale": scale, "weight_global_scale": torch.tensor([2.0**13])}
+    codes = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
+    codes[codes & 127 == 127] = 0  # NaN
+    scale = torch.rand(rows, 1, generator=g) * 0.01
+    return {"weight": codes.view(torch.float8_e4m3fn), "weight_scale": scale}
+
+
+ARGS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
+    "int4": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64}, None),
+    "nvfp4": (
+        "nvfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}, None,
+    ),
+    "fp8": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "channel"},
+        {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, "symmetric": True},
+    ),
+}  # fmt: skip
+
+
+def make(kind: str, sizes: dict[str, Any], folder: Path) -> Path:
+    """A compressed-tensors folder of random codes in a llama's shapes."""
+    g = torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, shape in layers(sizes).items():
+        tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in packed(kind, shape, g).items()}
+    width, dtype = sizes["hidden_size"], torch.float16 if kind == "int4" else torch.bfloat16
+    tensors["model.embed_tokens.weight"] = torch.randn(sizes["vocab_size"], width, generator=g).to(dtype)
+    if not sizes["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = torch.randn(sizes["vocab_size"], width, generator=g).to(dtype)
+    for i in range(sizes["num_hidden_layers"]):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{i}.{norm}.weight"] = torch.ones(width, dtype=dtype)
+    tensors["model.norm.weight"] = torch.ones(width, dtype=dtype)
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    form, args, inputs = ARGS[kind]
+    group = {
+        "targets": ["Linear"],
+        "weights": {"symmetric": True, "dynamic": False, **args},
+        "input_activations": inputs,
+    }
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes,
+        "dtype": str(dtype).removeprefix("torch."), "head_dim": width // sizes["num_attention_heads"],
+        "quantization_config": {
+            "quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group},
+            "ignore": ["lm_head"],
+        },
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Of a call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def copy(source: Path, to: Path) -> None:
+    """A plain copy of a folder, on the disk."""
+    subprocess.run(["cp", "-r", str(source), str(to)], check=True)
+    for path in to.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def measured(source: Path, target: str, room: Path, repeat: int) -> dict[str, Any]:
+    """Seconds of a conversion and of the copies, paired."""
+    import nybble
+
+    taken, worked, copied = [], [], []
+    found: dict[str, Any] = {}
+    made, again, beside = room / "made", room / "again", room / "beside"
+    for _ in range(repeat):
+        begun = time.process_time()
+        taken.append(seconds(lambda: found.update(nybble.convert(source, made, target))))
+        worked.append(time.process_time() - begun)
+        copied.append((seconds(lambda: copy(source, again)) + seconds(lambda: copy(made, beside))) / 2)
+        for folder in (made, again, beside):
+            shutil.rmtree(folder)
+    return {
+        "bytes_in": found["source_bytes"], "bytes_out": found["bytes"], "seconds": round(min(taken), 3),
+        "cpu_seconds": round(min(worked), 3), "load": round(os.getloadavg()[0], 1),
+        "copy_seconds": round(min(copied), 3), "of_copy": round(min(copied) / min(taken), 3),
+        "rounded": len(found["rounded"]), "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Measure every case; one process a case, so that peaks of memory are its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=MODELS)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--target", help="one target alone")
+    parser.add_argument("--case", nargs=3, metavar=("A", "TARGET", "ROOM"), help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.case:
+        source, target, room = asked.case
+        print(json.dumps(measured(Path(source), target, Path(room), asked.repeat)))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as room:
+        for name, sizes in MODELS.items():
+            if asked.only not in (None, name):
+                continue
+            sources: dict[str, Path] = {}
+            for kind, target in CASES:
+                if asked.target not in (None, target):
+                    continue
+                if kind not in sources:
+                    sources[kind] = make(kind, sizes, Path(room, f"{name}-{kind}"))
+                command = [sys.executable, __file__, "--repeat", str(asked.repeat)]
+                command += ["--case", str(sources[kind]), target, room]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                rows.append({"model": name, "from": kind, "to": target, **json.loads(done.stdout)})
+                print(json.dumps(rows[-1]), flush=True)
+    new = {(row["model"], row["from"], row["to"]) for row in rows}
+    before = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
+    rows = [row for row in before if (row["model"], row["from"], row["to"]) not in new] + rows
+    place = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+    RESULT.write_text(
+        json.dumps({"command": "python benchmarks/convert_speed.py", **place, "rows": rows}, indent=2) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

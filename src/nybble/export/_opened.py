@@ -1,0 +1,240 @@
+"""Another library's quantized model, or a GGUF file, as targets see it: streamed, every code as it came.
+
+What the files call their weights, and how they pack them, is :mod:`nybble.models.sources`' to know. Here each packed
+weight gets the place that nybble's own files would give it, so a target can't tell the two apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nybble.checkpoint.describe import describe_model
+from nybble.checkpoint.save import model_config
+from nybble.core.dtypes import FLOATS, float_dtype
+from nybble.core.errors import FileError, ModelError, SchemeError
+from nybble.core.files import disk_errors
+from nybble.core.tensorfile import Planned, safetensors_name
+from nybble.core.tensorheader import TensorEntry
+from nybble.export._source import Layer, Source, layers_of
+from nybble.models.build.config_file import read_json
+from nybble.models.build.packed import cache_of, fits, lost_sides, shared_by, sides_of
+from nybble.models.sources import ModelSource
+from nybble.models.sources.folder import FolderSource
+from nybble.models.sources.gguf_file import GgufSource
+from nybble.models.sources.side_files import GENERATION, side_files
+from nybble.models.sources.stored import DTYPES
+from nybble.nn.activation import ActivationQuantizer
+from nybble.nn.kinds import Quantized, targets_of
+from nybble.qtensor import QTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Packed = Mapping[str, Sequence[QTensor]]
+"""Parameter -> its matrices on the meta device."""
+
+
+class OpenedSource(Source):
+    """A model of any source, its packed weights as QTensors.
+
+    Args:
+        source: where it is. room: an empty folder, for files that a GGUF has in another form.
+
+    Attributes:
+        unpacked: parameters that the files pack and no layer can hold: they are here in float.
+        notes: what of the files is not in the layers, a line each.
+
+    Raises:
+        ModelError: tensors that don't fit the model. FileError: files that contradict each other.
+    """
+
+    def __init__(self, source: ModelSource, room: Path) -> None:
+        self._source, self._room = source, room
+        self.place = source.spec
+        self.title = source.spec.rstrip("/").rsplit("/")[-1].removeprefix("demo:").removesuffix(".gguf")
+        packed = _packed(source)
+        model = source.skeleton(_dtype(source, packed))
+        self.config = model_config(model, model.dtype)
+        self.kv = cache_of(source, model) if isinstance(source, FolderSource) else None
+        self._sides: dict[str, dict[str, ActivationQuantizer]] = {}
+        self._parameters = _place(source, model, packed, self._sides)
+        described = describe_model(model)
+        self.layers = layers_of(described["modules"], described["layouts"])
+        self._names = {prefix: layer.name for layer in self.layers.values() for prefix in layer.weights}
+        placed = set(self._parameters.values())
+        self.unpacked = sorted(packed.keys() - placed)
+        self.notes: list[str] = self._notes()
+        self._beside = self._side_files()
+        self.floats = {name: self._float(name) for name in source.stored() if name not in placed}
+        self._last: tuple[str, Sequence[QTensor]] = ("", ())
+
+    def _notes(self) -> list[str]:
+        found = [self._source.note] if self._source.note else []
+        if isinstance(self._source, FolderSource):
+            lost = lost_sides(self._source, sum(map(len, self._sides.values())))
+            found = [*self._source.notes(in_float=False), *([lost] if lost else [])]
+            used = {part for weight in self._source.packed_names().values() for part in weight.parts.values()}
+            joined = sorted(n for n, w in self._source.packed.items() if not used.issuperset(w.parts.values()))
+            if joined:
+                found.append(
+                    f"{len(joined)} packed weights that transformers joins with others in float are in float here, "
+                    f"{joined[0]} first"
+                )
+        if self.unpacked:
+            more = f" and {len(self.unpacked) - 1} more" if len(self.unpacked) > 1 else ""
+            found.append(f"packed in the files, and in float here, as no layer can hold it: {self.unpacked[0]}{more}")
+        return found
+
+    def _float(self, name: str) -> TensorEntry:
+        found = self._source.stored()[name]
+        dtype = found.dtype
+        if isinstance(self._source, GgufSource) and name not in self.unpacked:
+            dtype = self._source.kept_dtype(name)
+        nbytes = found.numel * dtype.itemsize
+        return TensorEntry(dtype=str(safetensors_name(dtype)), shape=tuple(found.shape), begin=0, nbytes=nbytes)
+
+    def copied(self, name: str) -> Planned:
+        if name in self.floats:
+            entry = self.floats[name]
+            at = self._source.stored_at(name) if isinstance(self._source, FolderSource) else None
+            if at is not None:
+                return Planned(dtype=entry.dtype, shape=entry.shape, bytes_from=at[0], offset=at[1])
+            return Planned(dtype=entry.dtype, shape=entry.shape, bytes_from=partial(self.tensor, name), raw=True)
+        empty = self.tensor(name) if self._passing(name) is not None else self._described_part(name)
+        dtype = str(safetensors_name(empty.dtype))
+        return Planned(dtype=dtype, shape=tuple(empty.shape), bytes_from=partial(self.tensor, name), raw=True)
+
+    def tensor(self, name: str) -> Tensor:
+        if name in self.floats:
+            ((_, found),) = self._source.read([name])
+            wanted = self.floats[name].dtype
+            return found if safetensors_name(found.dtype) == wanted else found.to(DTYPES[wanted])
+        passing = self._passing(name)
+        if passing is not None:
+            return passing
+        prefix, part = self._split(name)
+        return self.weight(self.layers[self._names[prefix]], prefix).tensors()[part]
+
+    def activation(self, layer: Layer, side: str) -> ActivationQuantizer | None:
+        return self._sides.get(layer.name, {}).get(side)
+
+    def _passing(self, name: str) -> Tensor | None:
+        """A number of what rounds inputs or outputs, if it is one."""
+        module, _, part = name.rpartition(".")
+        owner, _, side = module.rpartition(".")
+        quantizer = self._sides.get(owner, {}).get(side)
+        found: Tensor | None = None if quantizer is None else quantizer.state_dict().get(part)
+        return found
+
+    def weight(self, layer: Layer, prefix: str) -> QTensor:
+        if self._last[0] != layer.name:
+            found = self._read(layer.name)
+            for part, wanted in zip(found, layer.weights.values(), strict=True):
+                part.validate()
+                if part.spec() != wanted.spec():
+                    raise FileError(f"{self.place}: {prefix} is not what its description says.")
+            self._last = (layer.name, found)
+        return self._last[1][list(layer.weights).index(prefix)]
+
+    def _read(self, layer: str) -> Sequence[QTensor]:
+        name = self._parameters[layer]
+        if isinstance(self._source, FolderSource):
+            return self._source.read_packed(name)
+        assert isinstance(self._source, GgufSource)
+        found = self._source.read_quantized(name)
+        assert found is not None
+        return [found]
+
+    def _split(self, name: str) -> tuple[str, str]:
+        """Prefix of a stored weight, and which of its tensors is meant."""
+        for at in reversed([i for i, letter in enumerate(name) if letter == "."]):
+            if name[:at] in self._names:
+                return name[:at], name[at + 1 :]
+        raise FileError(f"{self.place} has no tensor {name!r}.")
+
+    def _described_part(self, name: str) -> Tensor:
+        prefix, part = self._split(name)
+        return self.layers[self._names[prefix]].weights[prefix].tensors()[part]
+
+    def _side_files(self) -> dict[str, Path]:
+        found = dict(self._source.side_files())
+        if found or isinstance(self._source, FolderSource):
+            return found
+        lacks = self._source.write_side_files(self._room)
+        if lacks:
+            self.notes.append(lacks)
+        generation = getattr(self._source.skeleton(torch.float32), "generation_config", None)
+        if generation is not None:
+            with disk_errors(self._room / GENERATION):
+                generation.to_json_file(self._room / GENERATION, keys_to_pop=["compile_config"])
+        return side_files(self._room)
+
+    def side_files(self) -> Mapping[str, Path]:
+        """As the folder has them; of a GGUF its tokenizer in transformers' form, written once."""
+        return self._beside
+
+
+def _packed(source: ModelSource) -> Packed:
+    if isinstance(source, FolderSource):
+        return {name: source.described_packed(name) for name in source.packed_names()}
+    if isinstance(source, GgufSource):
+        found = {name: source.described(name) for name in source.stored()}
+        return {name: [tensor] for name, tensor in found.items() if tensor is not None}
+    return {}
+
+
+def _dtype(source: ModelSource, packed: Packed) -> torch.dtype:
+    """What the model is in: as its config says; of a GGUF, which says nothing, what its scales and floats are in.
+
+    Runtimes keep the scales of integers in the model's dtype, so of float16 scales another one would round them.
+    """
+    if isinstance(source, GgufSource):
+        half = [t for tensors in packed.values() for q in tensors for t in q.tensors().values()]
+        floats = {source.kept_dtype(name) for name in source.stored() if name not in packed}
+        return (
+            torch.float16
+            if any(t.dtype == torch.float16 for t in half) and torch.bfloat16 not in floats
+            else (torch.bfloat16)
+        )
+    raw = read_json(source.folder / "config.json") if isinstance(source, FolderSource) else {}
+    stated = raw.get("dtype", raw.get("torch_dtype"))
+    return float_dtype(stated, "dtype") if stated in FLOATS else torch.bfloat16
+
+
+def _place(
+    source: ModelSource, model: PreTrainedModel, packed: Packed, passing: dict[str, dict[str, ActivationQuantizer]]
+) -> dict[str, str]:
+    """Put packed weights, on the meta device, where the float ones of a model stand: layer -> its parameter.
+
+    One that is tied to more than an embedding and its head has no place.
+
+    Args:
+        source: what there is.
+        model: a skeleton.
+        packed: descriptions of its packed weights.
+        passing: gets what rounds inputs and outputs, by layer and side.
+    """
+    placed: dict[str, str] = {}
+    for target in targets_of(model).values():
+        names = [name for name in target.parameters if name in packed]
+        if len(names) != 1 or names != list(target.parameters):
+            continue
+        (name,), found = names, packed[names[0]]
+        planned = shared_by(target, model, name, source.ties()) if fits(target, found) else None
+        if planned is None:
+            continue
+        sides = sides_of(source, target, name) if isinstance(source, FolderSource) else {}
+        made = Quantized(weights=found, inputs=sides.get("inputs"), outputs=sides.get("outputs"))
+        try:
+            target.kind.put(model, planned, made)
+        except (SchemeError, ModelError):
+            continue
+        placed[target.name] = name
+        passing |= {target.name: sides} if sides else {}
+    return placed

@@ -1,0 +1,172 @@
+"""A quantized model some of whose weights are rounded again to what a target holds, or told in other words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from nybble.calibration.error import relative_error
+from nybble.core.errors import FileError
+from nybble.core.tensorfile import Planned, safetensors_name
+from nybble.export._recodings import Recoding
+from nybble.export._source import Layer, Source
+from nybble.nn.activation import ActivationQuantizer
+from nybble.qtensor import QTensor
+from nybble.qtensor._rows import split_rows
+from nybble.quantizer import Quantizer
+from nybble.scheme import shares_over_rows
+
+_KEPT = 2
+"""Groups whose rounded weights stay in memory: a file has the names of two that belong together side by side."""
+
+
+class RoundedSource(Source):
+    """Another source, with some weights in other quantizers.
+
+    Args:
+        source: what is rounded.
+        quantizers: layer -> its new one; others keep every code.
+        together: last parts of the names of siblings that share what a quantizer has for a whole tensor
+            (:attr:`nybble.scheme.Scheme.together`).
+        recodings: layer -> how its codes are told in other words.
+
+    Attributes:
+        quantizers, recodings: as given. notes: of the source.
+        errors: layer -> ``|W - W'|^2 / |W|^2`` of W as it was, for those that were read.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        quantizers: Mapping[str, Quantizer],
+        together: Sequence[Sequence[str]] = (),
+        recodings: Mapping[str, Recoding] = MappingProxyType({}),
+    ) -> None:
+        self._source, self.quantizers, self.recodings = source, dict(quantizers), dict(recodings)
+        self.place, self.title, self.config = source.place, source.title, source.config
+        self.kv, self.floats = source.kv, source.floats
+        self.notes = source.notes
+        self._changed = {*self.quantizers, *self.recodings}
+        self.layers = {name: self._layer(layer) for name, layer in source.layers.items()}
+        self._names = {prefix: name for name, layer in self.layers.items() for prefix in layer.weights}
+        self._groups = _groups(quantizers, together)
+        self._made: dict[tuple[str, ...], dict[str, list[QTensor]]] = {}
+        self._last: tuple[tuple[str, str], QTensor] | None = None
+        self.errors: dict[str, float] = {}
+
+    def _layer(self, layer: Layer) -> Layer:
+        quantizer, recoding = self.quantizers.get(layer.name), self.recodings.get(layer.name)
+        if quantizer is not None:
+            empty = {
+                prefix: quantizer.quantize(torch.empty(weight.shape, device="meta"))
+                for prefix, weight in layer.weights.items()
+            }
+            return replace(layer, weights=empty)
+        if recoding is None:
+            return layer
+        made = {prefix: self._recoded(recoding, layer, prefix).to("meta") for prefix in layer.weights}
+        return replace(layer, weights=made)
+
+    def _recoded(self, recoding: Recoding, layer: Layer, prefix: str, seen: bool = False) -> QTensor:
+        """Of a layer of the source; ``seen``: with its numbers, which some have to see to know what comes of it."""
+        given = self._source.weight(layer, prefix) if seen or recoding.looks else layer.weights[prefix]
+        found = recoding.make(given)
+        if found is None:
+            raise FileError(f"{self.place}: {prefix} is not {recoding.words}.")
+        return found
+
+    def weight(self, layer: Layer, prefix: str) -> QTensor:
+        if layer.name in self.recodings:
+            return self._again(layer, prefix)
+        if layer.name not in self.quantizers:
+            return self._source.weight(layer, prefix)
+        group = self._groups[layer.name]
+        if group not in self._made:
+            while len(self._made) >= _KEPT:
+                del self._made[next(iter(self._made))]
+            self._made[group] = self._rounded(group)
+        return self._made[group][layer.name][list(layer.weights).index(prefix)]
+
+    def _again(self, layer: Layer, prefix: str) -> QTensor:
+        """A weight in other words; the last one is kept."""
+        key = (layer.name, prefix)
+        if self._last is None or self._last[0] != key:
+            recoding, own = self.recodings[layer.name], self._source.layers[layer.name]
+            found = self._recoded(recoding, own, prefix, seen=True)
+            if recoding.rounds or not recoding.looks:
+                before = self._source.weight(own, prefix).dequantize()
+                error = relative_error(before, found.dequantize(), None)
+                self.errors[layer.name] = max(error, self.errors.get(layer.name, 0.0))
+            else:
+                self.errors[layer.name] = 0.0
+            self._last = (key, found)
+        return self._last[1]
+
+    def _rounded(self, group: tuple[str, ...]) -> dict[str, list[QTensor]]:
+        quantizer = self.quantizers[group[0]]
+        before = {name: self._values(name) for name in group}
+        found: dict[str, list[QTensor]]
+        if len(group) == 1:
+            found = {group[0]: [quantizer.quantize(matrix) for matrix in before[group[0]]]}
+        else:
+            matrices = [matrix for name in group for matrix in before[name]]
+            whole = quantizer.quantize(torch.cat(matrices))
+            parts = split_rows(whole, [len(matrix) for matrix in matrices])
+            found = {name: [part] for name, part in zip(group, parts, strict=True)}
+        for name, parts in found.items():
+            pairs = zip(before[name], parts, strict=True)
+            self.errors[name] = relative_error(
+                torch.cat(before[name]), torch.cat([part.dequantize() for _, part in pairs]), None
+            )
+        return found
+
+    def _values(self, name: str) -> list[Tensor]:
+        layer = self._source.layers[name]
+        found = [self._source.weight(layer, prefix).dequantize() for prefix in layer.weights]
+        if not all(bool(matrix.isfinite().all()) for matrix in found):
+            raise FileError(f"{self.place}: {name} holds NaN or Inf, which can't be rounded again.")
+        return found
+
+    def _held(self, name: str) -> tuple[Layer, str, str] | None:
+        """Of a tensor of a weight that is rounded: its layer, prefix, and which of its tensors it is."""
+        for at in reversed([i for i, letter in enumerate(name) if letter == "."]):
+            owner = self._names.get(name[:at])
+            if owner is not None:
+                return (self.layers[owner], name[:at], name[at + 1 :]) if owner in self._changed else None
+        return None
+
+    def copied(self, name: str) -> Planned:
+        held = None if name in self.floats else self._held(name)
+        if held is None:
+            return self._source.copied(name)
+        layer, prefix, part = held
+        empty = layer.weights[prefix].tensors()[part]
+        made = partial(self.tensor, name)
+        return Planned(dtype=str(safetensors_name(empty.dtype)), shape=tuple(empty.shape), bytes_from=made, raw=True)
+
+    def tensor(self, name: str) -> Tensor:
+        held = None if name in self.floats else self._held(name)
+        return self._source.tensor(name) if held is None else self.weight(held[0], held[1]).tensors()[held[2]]
+
+    def activation(self, layer: Layer, side: str) -> ActivationQuantizer | None:
+        return self._source.activation(layer, side)
+
+    def side_files(self) -> Mapping[str, Path]:
+        return self._source.side_files()
+
+
+def _groups(quantizers: Mapping[str, Quantizer], together: Sequence[Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Each layer with those that are rounded as one matrix with it."""
+    groups: dict[object, list[str]] = {}
+    for name, quantizer in quantizers.items():
+        parent, _, leaf = name.rpartition(".")
+        number = next((i for i, names in enumerate(together) if leaf in names), None)
+        alone = number is None or not shares_over_rows(quantizer)
+        groups.setdefault(name if alone else (parent, number, quantizer), []).append(name)
+    return {name: tuple(group) for group in groups.values() for name in group}

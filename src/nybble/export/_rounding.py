@@ -1,0 +1,174 @@
+"""What weights are rounded to where a target can't hold them as they are: a line that is asked for, or the nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nybble.calibration.error import relative_error
+from nybble.core.errors import GranularityError, NybbleError, SchemeError, UsageError
+from nybble.export import ExportTarget, Facts
+from nybble.export._fused import fused_groups
+from nybble.export._recodings import EXACT, ROUNDING, Recoding
+from nybble.export._rounded import RoundedSource
+from nybble.export._source import Source
+from nybble.models.adapter import adapter_for
+from nybble.models.sources.layouts._ct_args import in_words
+from nybble.nn.kinds import targets_of
+from nybble.quantizer import Quantizer
+from nybble.scheme import Rule, Scheme
+
+AUTO = "auto"
+_ROWS = 64  # of a trial
+_MORE = 0.6  # bits that the nearest may have more than what there is: the scales of smaller groups
+_SHARED = ("group=32", "group=32 symmetric=false", "channel")
+_FLOATS = ("nvfp4", "mxfp4", "mxfp6", "mxfp8", "float8_e4m3fn channel", "float8_e4m3fn tensor")
+_USUAL = (*(f"int{bits} {shared}" for bits in (2, 3, 4, 5, 6, 8) for shared in _SHARED), *_FLOATS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changed:
+    """Layers that are told in other words, or get another quantizer.
+
+    Attributes:
+        layers: names. came: what they are. to: what they become. rounds: whether their values change by more than a
+            last bit of float32. kept: whether every code is kept.
+    """
+
+    layers: tuple[str, ...]
+    came: str
+    to: str
+    rounds: bool
+    kept: bool
+
+
+def recodings(source: Source, bad: Callable[[Source], Sequence[str]], rounding: bool) -> dict[str, Recoding]:
+    """How layers that a target can't hold are told in its words, every code kept.
+
+    Args:
+        source: what there is.
+        bad: names of the layers of a source that the target can't hold.
+        rounding: whether scales may be rounded for that.
+    """
+    found: dict[str, Recoding] = {}
+    for recoding in (*EXACT, *(ROUNDING if rounding else ())):
+        left = bad(RoundedSource(source, {}, (), found) if found else source)
+        fits = {name: recoding for name in left if name not in found and _fits(source, recoding, name)}
+        if fits:
+            still = set(bad(RoundedSource(source, {}, (), found | fits)))
+            found |= {name: recoding for name in fits if name not in still}
+    return found
+
+
+def _fits(source: Source, recoding: Recoding, name: str) -> bool:
+    layer = source.layers[name]
+    given = (source.weight(layer, prefix) if recoding.looks else empty for prefix, empty in layer.weights.items())
+    return bool(layer.weights) and all(recoding.make(weight) is not None for weight in given)
+
+
+def facts_of(source: Source) -> Facts:
+    """What a target's ``constrain`` asks of a model that is quantized already."""
+    model = source.skeleton()
+    known = targets_of(model)
+    convolutional = adapter_for(model).convolutional
+    classes = {n: t.kind.class_names(model.get_submodule(t.module), convolutional) for n, t in known.items()}
+    return Facts(config=source.config, dtype=source.dtype, targets=known, classes=classes)
+
+
+def rounded(
+    source: Source, target: ExportTarget, names: Sequence[str], line: str, kept: Mapping[str, Recoding]
+) -> RoundedSource:
+    """The source with weights that the target holds.
+
+    Args:
+        source: what there is.
+        target: where it goes.
+        names: of layers that it can't hold; siblings that runtimes join come with them where they have to.
+        line: a quantizer line for all of them; ``auto``: for each what the target holds in about as many bits, with
+            the least error on the first of its kind.
+        kept: layers whose codes stay, in other words.
+
+    Raises:
+        UsageError: no such line. SchemeError: the target can't hold that either.
+    """
+    facts = facts_of(source)
+    wanted = list(dict.fromkeys(name for name in names if name in source.layers and source.layers[name].weights))
+    beside = [name for group in fused_groups(source.layers) if set(group) & set(wanted) for name in group]
+    for layers in (wanted, list(dict.fromkeys([*wanted, *beside]))):
+        try:
+            chosen = _auto(source, target, facts, layers) if line == AUTO else dict.fromkeys(layers, Quantizer(line))
+            scheme = target.constrain(_scheme(chosen), facts)
+        except (UsageError, SchemeError, GranularityError):
+            if set(beside) <= set(layers):
+                raise
+            continue
+        rules = scheme.match(facts.classes).rules
+        final = {name: rule.weights for name, rule in rules.items() if rule.weights is not None}
+        left = {name: recoding for name, recoding in kept.items() if name not in final}
+        return RoundedSource(source, final, scheme.together, left)
+    raise AssertionError("one of the two is tried last")
+
+
+def table(source: RoundedSource, before: Source) -> list[Changed]:
+    """Which layers go from what to what, alike ones in one row."""
+    found: dict[tuple[str, str, bool, bool], list[str]] = {}
+    for name, layer in before.layers.items():
+        quantizer, recoding = source.quantizers.get(name), source.recodings.get(name)
+        if quantizer is None and recoding is None:
+            continue
+        came = in_words(next(iter(layer.weights.values())))
+        to, rounds = (recoding.words, recoding.rounds) if recoding is not None else (str(quantizer), True)
+        found.setdefault((came, to, rounds, recoding is not None), []).append(name)
+    return [
+        Changed(layers=tuple(names), came=came, to=to, rounds=rounds, kept=kept)
+        for (came, to, rounds, kept), names in found.items()
+    ]
+
+
+def _scheme(chosen: Mapping[str, Quantizer]) -> Scheme:
+    lines: dict[Quantizer, list[str]] = {}
+    for name, quantizer in chosen.items():
+        lines.setdefault(quantizer, []).append(name)
+    return Scheme(rules=tuple(Rule(targets=tuple(n), weights=q) for q, n in lines.items()), ignore=())
+
+
+def _auto(source: Source, target: ExportTarget, facts: Facts, names: Sequence[str]) -> dict[str, Quantizer]:
+    """The nearest of each layer; one for those alike, found on the first of them."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(in_words(next(iter(source.layers[name].weights.values()))), []).append(name)
+    found: dict[str, Quantizer] = {}
+    for some in alike.values():
+        found |= dict.fromkeys(some, _nearest(source, target, facts, some))
+    return found
+
+
+def _nearest(source: Source, target: ExportTarget, facts: Facts, names: Sequence[str]) -> Quantizer:
+    layer = source.layers[names[0]]
+    prefix, weight = next(iter(layer.weights.items()))
+    held: list[tuple[float, Quantizer]] = []
+    for line in dict.fromkeys([*(row.weights for row in target.takes), *_USUAL]):
+        try:
+            quantizer = Quantizer(line)
+            trial = quantizer.quantize(torch.empty(weight.shape, device="meta"))
+            target.constrain(_scheme(dict.fromkeys(names, quantizer)), facts)
+        except NybbleError:
+            continue
+        held.append((trial.bits_per_element(), quantizer))
+    if not held:
+        raise UsageError(
+            f"{target.summary}: none of the usual lines fits {', '.join(names[:3])}; give one with --round LINE."
+        )
+    bits = weight.bits_per_element()
+    close = [quantizer for size, quantizer in held if size <= bits + _MORE]
+    if not close:
+        return min(held, key=lambda pair: pair[0])[1]
+    values = source.weight(layer, prefix).dequantize()[:_ROWS]
+    return min(close, key=lambda quantizer: _error(values, quantizer))
+
+
+def _error(values: Tensor, quantizer: Quantizer) -> float:
+    return relative_error(values, quantizer.quantize(values).dequantize(), None)

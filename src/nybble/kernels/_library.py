@@ -1,0 +1,107 @@
+"""The compiled part of the CPU kernels: found, or built once where there is a C++ compiler; loaded by ctypes.
+
+``_native/*.cpp`` needs nothing but a compiler: no header of Python or torch, so that one build serves every version of
+both. It is looked for beside its source (where installing built it), then in the user's cache; the file's name holds a
+hash of the source. Which instructions a processor has is asked when it runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+SOURCE = Path(__file__).parent / "_native"
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off")
+_COMPILERS = ("c++", "g++", "clang++")
+_LIMIT_S = 600
+
+
+def file_name() -> str:
+    """Of the library that belongs to this source, compiler's flags and kind of machine."""
+    digest = hashlib.sha256(" ".join((*FLAGS, platform.machine(), platform.system())).encode())
+    for path in sorted(SOURCE.glob("*.cpp")) + sorted(SOURCE.glob("*.inc")):
+        digest.update(path.read_bytes())
+    return f"packed-{digest.hexdigest()[:16]}.so"
+
+
+def cache_folder() -> Path:
+    """Where what is built at the first use is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nybble" / "kernels"
+
+
+def build(folder: Path) -> Path:
+    """Compile into ``folder``; the file appears there whole or not at all.
+
+    Raises:
+        OSError: no compiler; or it fails, with the end of what it says.
+    """
+    compiler = next(
+        (found for name in (os.environ.get("CXX"), *_COMPILERS) if name and (found := shutil.which(name))), ""
+    )
+    if not compiler:
+        raise OSError("no C++ compiler (c++, g++, clang++ or what CXX names)")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as room:
+        made = Path(room) / "packed.so"
+        command = [compiler, *FLAGS, "-o", str(made), str(SOURCE / "packed.cpp")]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise OSError(f"{compiler} took more than {_LIMIT_S} s") from error
+        if done.returncode:
+            raise OSError(f"{compiler} failed: {done.stderr.strip()[-300:]}")
+        target = folder / file_name()
+        made.replace(target)
+    return target
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library; None, with one warning, where there is none and none can be built."""
+    name = file_name()
+    failed = []
+    for folder in (SOURCE, cache_folder()):
+        if (folder / name).is_file():
+            try:
+                return _opened(folder / name)
+            except (OSError, AttributeError) as error:
+                failed.append(f"{folder / name}: {error}")
+    try:
+        return _opened(build(cache_folder()))
+    except (OSError, AttributeError) as error:
+        failed.append(str(error))
+    warnings.warn(
+        f"the compiled CPU kernels aren't there ({'; '.join(failed)}): packed weights are expanded before they are "
+        "multiplied with, which takes longer; the numbers are the same.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None
+
+
+def _opened(path: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path))
+    found.nybble_isa.restype = found.nybble_prepare.restype = found.nybble_run.restype = ctypes.c_int
+    found.nybble_prepare.argtypes = (ctypes.c_void_p,)
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    found.nybble_run.argtypes = (
+        pointer, pointer, number, number, pointer, pointer, number, number, number, number, number, pointer,
+    )  # fmt: skip
+    return found
+
+
+@cache
+def team() -> int | None:
+    """Address of ``GOMP_parallel`` of the OpenMP that torch has loaded, so that both use the same threads; or None."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except AttributeError:
+        return None

@@ -1,0 +1,262 @@
+// Products of rows and packed weights on a CPU: codes of 1 to 8 bits, a scale for every group of sixteen columns or more.
+//
+// y[m, n] = sum_k x[m, k] * w[n, k],   w = (table[code] - zero) * scale + offset,   all of float32.
+//
+// The weights come out as they do in Python, bit for bit; only the order of the sum is another one, and the same for
+// every number of rows and threads. Nothing here allocates more than one row's scales a thread.
+#include <stdint.h>
+#include <string.h>
+#include <stdlib.h>
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define X86 1
+#include <immintrin.h>
+#endif
+
+namespace {
+
+enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, CODES = 3 };
+// How a code's value is found: in the table; in its lower half, the upper one being that negated; base + (code ^ flip);
+// as the bits of a float, moved up by `flip` and multiplied with `base`.
+enum Kind { TABLE = 0, MIRROR = 1, LINEAR = 2, FLOAT = 3 };
+
+// One value a block of columns: plain floats, or codes of `bits` whose values are multiplied with those of an outer block.
+struct Side {
+    const void* data;  // null: there is none
+    int64_t dtype, bits;
+    const float* table;
+    const float* outer;  // null: none
+    int64_t outer_block, size;  // of blocks; of all
+    float add;
+    float absent;  // what it is where there is none
+};
+
+struct Weight {
+    const uint8_t* codes;
+    const float* table;
+    int64_t n, k, bits, kind;
+    int64_t group;       // columns that share a block
+    int64_t row_blocks;  // blocks in a row
+    int64_t row_share;   // rows that share a block
+    int64_t affine;      // has a zero point or an offset
+    float base;
+    int32_t flip;
+    Side scale, zero, offset;
+    // of these, what follows from the rest
+    int64_t steps;    // of sixteen columns
+    int64_t careful;  // of the last steps of the last rows, which are read from a copy: a look ahead ends behind the codes
+    int64_t from;     // the first of these rows
+    int64_t room;     // floats of one row's scales
+    int32_t shift;    // a step's block is step >> shift
+    int32_t direct;   // blocks are found so
+};
+
+struct Row { const uint8_t* codes; const float *scale, *zero, *offset; };
+struct Call { const float* x; int64_t m, stride; const float* bias; void* out; int64_t dtype, width, to; };
+typedef void (*Part)(const Weight&, const Call&, int64_t, int64_t, float*);
+
+inline float from_bfloat16(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float f;
+    memcpy(&f, &wide, 4);
+    return f;
+}
+
+inline uint16_t to_bfloat16(float f) {
+    uint32_t b;
+    memcpy(&b, &f, 4);
+    if ((b & 0x7fffffff) > 0x7f800000) return (uint16_t)(b >> 16 | 0x40);
+    return (uint16_t)((b + 0x7fff + (b >> 16 & 1)) >> 16);
+}
+
+inline float from_float16(uint16_t h) {  // finite: scales and offsets are
+    uint32_t bits = (uint32_t)(h & 0x7fff) << 13, sign = (uint32_t)(h & 0x8000) << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    f *= 0x1p112f;
+    memcpy(&bits, &f, 4);
+    bits |= sign;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+inline float whole_float16(uint16_t h) {  // Inf and NaN too
+    if ((h & 0x7c00) != 0x7c00) return from_float16(h);
+    uint32_t bits = (uint32_t)(h & 0x8000) << 16 | 0x7f800000 | (uint32_t)(h & 0x3ff) << 13;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+inline uint16_t to_float16(float f) {
+    uint32_t b;
+    memcpy(&b, &f, 4);
+    uint32_t sign = b >> 16 & 0x8000, a = b & 0x7fffffff;
+    if (a >= 0x7f800000) return (uint16_t)(sign | 0x7c00 | (a > 0x7f800000 ? 0x200 | (a >> 13 & 0x3ff) : 0));
+    if (a >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
+    if (a < 0x38800000) {  // subnormal: the addition rounds
+        float g;
+        memcpy(&g, &a, 4);
+        g += 0.5f;
+        memcpy(&a, &g, 4);
+        return (uint16_t)(sign | (a - 0x3f000000));
+    }
+    a += 0xfff + (a >> 13 & 1);
+    return (uint16_t)(sign | ((a - 0x38000000) >> 13));
+}
+
+enum { CAREFUL = 80 };
+
+inline const uint8_t* tail(const Weight& w, const uint8_t* at, int64_t step, uint8_t* copy) {
+    memset(copy, 0, CAREFUL);
+    memcpy(copy, at, (w.k - 16 * step) * w.bits / 8);
+    return copy;
+}
+
+inline void put(void* out, int64_t dtype, int64_t i, float value) {
+    if (dtype == FLOAT32) ((float*)out)[i] = value;
+    else ((uint16_t*)out)[i] = dtype == BFLOAT16 ? to_bfloat16(value) : to_float16(value);
+}
+
+inline void emit(const Call& call, int64_t m, int64_t n, float value) {
+    put(call.out, call.dtype, m * call.width + n, call.bias ? value + call.bias[n] : value);
+}
+
+#define ISA 0
+namespace portable {
+#include "packed_body.inc"
+}
+#undef ISA
+
+#ifdef X86
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define ISA 2
+namespace avx2 {
+#include "packed_body.inc"
+}
+#undef ISA
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+#define ISA 3
+namespace avx512 {
+#include "packed_body.inc"
+}
+#undef ISA
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+int best() {
+#ifdef X86
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return 3;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 2;
+#endif
+    return 0;
+}
+
+Part pick(const Weight& w, int isa) {
+    Part found = nullptr;
+#ifdef X86
+    if (isa == 3) found = avx512::pick(w);
+    if (isa >= 2 && !found) found = avx2::pick(w);
+#endif
+    return found ? found : portable::pick(w);
+}
+
+struct Work { const Weight* w; const Call* call; Part part; int64_t block; int64_t next; int failed; };
+
+void work(void* given) {
+    Work& job = *(Work*)given;
+    const int64_t floats = 8 * 3 * job.w->room;  // of up to eight rows
+    float* room = (float*)malloc(sizeof(float) * (floats ? floats : 1));
+    if (!room) {
+        __atomic_store_n(&job.failed, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    for (;;) {  // whoever is ready takes the next rows: another process may hold one of the cores
+        const int64_t from = __atomic_fetch_add(&job.next, job.block, __ATOMIC_RELAXED);
+        if (from >= job.call->to) break;
+        const int64_t to = from + job.block < job.call->to ? from + job.block : job.call->to;
+        job.part(*job.w, *job.call, from, to, room);
+    }
+    free(room);
+}
+
+}  // namespace
+
+typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel
+
+extern "C" {
+
+int nybble_isa() { return best(); }
+
+// Fills in what follows from the rest; 0, or 1 where the weight is none that this library multiplies with.
+int nybble_prepare(Weight* w) {
+    if (w->bits < 1 || w->bits > 8 || w->k * w->bits % 8 || w->group < 1 || w->row_share < 1) return 1;
+    if (w->group % 16 && w->group < w->k) return 1;
+    w->steps = (w->k + 15) / 16;
+    const int64_t short_by = w->steps * 16 * w->bits / 8 - w->k * w->bits / 8;  // bytes that the last step lacks
+    w->careful = (short_by + w->bits + 8 + 2 * w->bits - 1) / (2 * w->bits);
+    if (w->careful > w->steps) w->careful = w->steps;
+    const int64_t bytes = w->k * w->bits / 8;
+    w->from = w->n - (short_by + w->bits + 8 + bytes - 1) / bytes;
+    const int64_t each = (w->group + 15) / 16;
+    w->direct = 1;
+    w->shift = 0;
+    if (w->row_blocks == 1) w->shift = 62;
+    else {
+        while ((int64_t)1 << w->shift < each) ++w->shift;
+        if ((int64_t)1 << w->shift != each) w->direct = 0, w->shift = 0;
+    }
+    w->room = w->direct ? w->row_blocks : w->row_blocks * each;
+    return 0;
+}
+
+// x [m, k] -> out [m, n]; or, without x, the values of rows `from` to `to` in their places of out [n, k].
+// 0, or 1 where there is no memory.
+int nybble_run(const Weight* w, const void* x, int64_t x_dtype, int64_t m, const float* bias, void* out, int64_t dtype,
+               int64_t from, int64_t to, int64_t threads, int64_t isa, Parallel parallel) {
+    Call call = {nullptr, m, 16 * w->steps, bias, out, dtype, w->n, to};
+    float* own = nullptr;
+    if (x) {
+        const int64_t tile = m == 1 ? 1 : m <= 4 ? 4 : (m + 7) / 8 * 8;
+        if (x_dtype == FLOAT32 && w->k % 16 == 0 && tile == m) call.x = (const float*)x;
+        else {
+            own = (float*)calloc(tile * call.stride, sizeof(float));
+            if (!own) return 1;
+            for (int64_t i = 0; i < m; ++i) {
+                float* to_row = own + i * call.stride;
+                if (x_dtype == FLOAT32) memcpy(to_row, (const float*)x + i * w->k, sizeof(float) * w->k);
+                else if (x_dtype == BFLOAT16)
+                    for (int64_t j = 0; j < w->k; ++j) to_row[j] = from_bfloat16(((const uint16_t*)x)[i * w->k + j]);
+                else
+                    for (int64_t j = 0; j < w->k; ++j) to_row[j] = whole_float16(((const uint16_t*)x)[i * w->k + j]);
+            }
+            call.x = own;
+        }
+    }
+    int64_t block = 16384 / (w->k ? w->k : 1);
+    block = block < 8 ? 8 : block / 8 * 8;
+    Work job = {w, &call, pick(*w, isa < best() ? (int)isa : best()), block, from, 0};
+    if (threads > 1 && parallel && to - from > block) parallel(work, &job, (unsigned)threads, 0);
+    else work(&job);
+    free(own);
+    return job.failed;
+}
+}

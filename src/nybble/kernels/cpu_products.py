@@ -1,0 +1,115 @@
+"""Products of packed weights on a CPU, by the compiled library; what it can't read goes the readable way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nybble.kernels._library import library, team
+from nybble.kernels._weights import DTYPES, Weight, weight_of
+from nybble.nn.products import packed_linear, qtensor_of, reference
+
+ROWS = 16
+"""Of x, up to which codes are looked up for each product; for more W is expanded, a part at a time."""
+SMALL = 1 << 15
+"""Elements of W below which calling the library takes longer than it saves."""
+PART = 1 << 22
+"""Elements of W that are expanded at a time."""
+_ISA = 3
+_SETS = {0: "any processor", 2: "AVX2", 3: "AVX-512"}
+_PLAN = "_nybble_weight"
+
+
+def linear(x: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int], bias: Tensor | None) -> Tensor:
+    """See :func:`nybble.nn.products.reference`."""
+    n, k = shape
+    if n * k < SMALL or not x.numel() or x.dtype not in DTYPES:
+        return reference(x, tensors, key, shape, bias)
+    weight = _weight(tensors, key)
+    if weight is None:
+        return reference(x, tensors, key, shape, bias)
+    if x.shape[-1] != k or (weight.n, weight.k) != (n, k):
+        raise RuntimeError(
+            f"packed_linear: x {list(x.shape)} and a weight {[weight.n, weight.k]} that is said to be {[n, k]}."
+        )
+    rows = x.numel() // k
+    if rows > ROWS:
+        return _expanded(x, weight, bias)
+    x = x.contiguous()
+    out = x.new_empty((*x.shape[:-1], n))
+    wide = None if bias is None else bias.float().contiguous()
+    _run(weight, x, rows, wide, out, 0, n)
+    return out
+
+
+def how(tensors: Sequence[Tensor], key: str, shape: Sequence[int]) -> tuple[bool, str]:
+    """See ``packed_linear.how``."""
+    made = library()
+    if made is None:
+        return False, "no compiled library"
+    if shape[0] * shape[1] < SMALL:
+        return False, f"fewer than {SMALL:,} elements"
+    if _weight(tensors, key) is None:
+        return False, str(weight_of(qtensor_of(tensors, key), made.nybble_prepare))
+    return True, f"compiled look-up, {_SETS[min(_ISA, made.nybble_isa())]}"
+
+
+def _expanded(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """W in the dtype of x, whole or a part at a time: the reference's bits where it is whole."""
+    step = max(1, PART // weight.k)
+    if step >= weight.n:
+        return functional.linear(x, _values(weight, x, 0, weight.n), bias)
+    out = x.new_empty((*x.shape[:-1], weight.n))
+    for start in range(0, weight.n, step):
+        stop = min(start + step, weight.n)
+        part = None if bias is None else bias[start:stop]
+        out[..., start:stop] = functional.linear(x, _values(weight, x, start, stop), part)
+    return out
+
+
+def _values(weight: Weight, like: Tensor, start: int, stop: int) -> Tensor:
+    out = like.new_empty((stop - start, weight.k))
+    _run(weight, None, 0, None, out, start, stop)
+    return out
+
+
+def _run(weight: Weight, x: Tensor | None, rows: int, bias: Tensor | None, out: Tensor, start: int, stop: int) -> None:
+    found = library()
+    assert found is not None
+    place = out.data_ptr() - (0 if x is not None else start * weight.k * out.element_size())
+    failed = found.nybble_run(
+        weight.address,
+        None if x is None else x.data_ptr(),
+        0 if x is None else DTYPES[x.dtype],
+        rows,
+        None if bias is None else bias.data_ptr(),
+        place,
+        DTYPES[out.dtype],
+        start,
+        stop,
+        torch.get_num_threads(),
+        _ISA,
+        team(),
+    )
+    if failed:
+        raise MemoryError(f"no memory for a product with a packed weight [{weight.n}, {weight.k}].")
+
+
+def _weight(tensors: Sequence[Tensor], key: str) -> Weight | None:
+    """The library's record of a weight, kept with its codes as long as the same tensors come with them."""
+    first = tensors[0]
+    kept = getattr(first, _PLAN, None)
+    if kept is not None and kept[0] == key and all(a is b for a, b in zip(kept[1], tensors[1:], strict=True)):
+        found: Weight | None = kept[2]
+        return found
+    made = library()
+    weight = None if made is None else weight_of(qtensor_of(tensors, key), made.nybble_prepare)
+    usable = weight if isinstance(weight, Weight) else None
+    setattr(first, _PLAN, (key, tuple(tensors[1:]), usable))
+    return usable
+
+
+packed_linear.register_kernel("cpu", how)(linear)

