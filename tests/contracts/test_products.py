@@ -118,18 +118,19 @@ def test_nothing_behind_the_codes_is_read() -> None:
     """Codes that end where their mapping does, in a process of its own."""
     script = """
 import ctypes, mmap, torch
-from nybble.kernels import cpu_products
+from nybble.kernels import cpu_integers, cpu_products
 from nybble.nn.compiled import key_of
+from nybble.nn.integer_products import integer_linear
 from nybble.nn.products import packed_linear
 from nybble.quantizer import Quantizer
-cpu_products.SMALL = 1
+cpu_products.SMALL, cpu_integers._LEAST = 1, 0
 libc = ctypes.CDLL(None)
 libc.mmap.restype = ctypes.c_void_p
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 page = mmap.PAGESIZE
 for isa in (0, 2, 3):
-    cpu_products._ISA = isa
+    cpu_products._ISA, cpu_integers._ISA = isa, isa + (isa == 3)
     for line in ("binary", "int2", "int3", "int4", "int5", "int6", "int8", "float8_e4m3fn"):
         for columns in (8, 24, 64, 104):
             weight = Quantizer(f"{line} channel").quantize(torch.randn(5, columns))
@@ -145,6 +146,11 @@ for isa in (0, 2, 3):
                 x = torch.randn(rows, columns)
                 y = packed_linear(x, list(tensors.values()), key, [5, columns], None)
                 assert torch.allclose(y, x @ weight.dequantize().T, atol=1e-4)
+                if weight.format.is_integer:
+                    for inputs in ("int8 token", "int8 token symmetric=false"):
+                        y = integer_linear(x, list(tensors.values()), key, [5, columns], None, [], "", inputs)
+                        of_x = Quantizer(inputs).fake_quantize(x)
+                        assert torch.allclose(y, of_x @ weight.dequantize().T, atol=1e-4)
 print("whole")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

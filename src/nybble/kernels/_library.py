@@ -95,6 +95,11 @@ def _opened(path: Path) -> ctypes.CDLL:
     found.nybble_run.argtypes = (
         pointer, pointer, number, number, pointer, pointer, number, number, number, number, number, pointer,
     )  # fmt: skip
+    found.nybble_whole_isa.restype = found.nybble_whole_knows.restype = found.nybble_whole.restype = ctypes.c_int
+    found.nybble_whole_knows.argtypes = (pointer, number)
+    found.nybble_whole.argtypes = (
+        pointer, number, pointer, pointer, number, number, pointer, pointer, number, number, number, pointer,
+    )  # fmt: skip
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nybble.formats.integer import IntFormat
 from nybble.granularity import Granularity, make_granularity
 from nybble.ops.rounding import decode_table
 from nybble.qtensor import QTensor, dense
@@ -45,10 +46,11 @@ class Weight:
     Args:
         record: for the library.
         kept: the tensors.
+        signed: whether its codes are signed integers; None: they are no integers.
     """
 
-    def __init__(self, record: _Weight, kept: Sequence[Tensor]) -> None:
-        self._record, self._kept = record, tuple(kept)
+    def __init__(self, record: _Weight, kept: Sequence[Tensor], signed: bool | None) -> None:
+        self._record, self._kept, self.signed = record, tuple(kept), signed
         self.address = ctypes.addressof(record)
         self.n, self.k = int(record.n), int(record.k)
 
@@ -95,7 +97,16 @@ def weight_of(qtensor: QTensor, prepare: Any) -> Weight | str:
     record.affine = params.zero_point is not None or params.offset is not None
     if prepare(ctypes.addressof(record)):
         return f"scales by {qtensor.granularity} of {k} columns"
-    return Weight(record, kept)
+    return Weight(record, kept, _signed(qtensor))
+
+
+def _signed(qtensor: BlockQTensor) -> bool | None:
+    """Of a weight that is integers, zero points too, times scales."""
+    fmt, zero = qtensor.format, qtensor.params.zero_point
+    whole = isinstance(zero, BlockQTensor) and zero.format == fmt and zero.params.scale is None
+    if not isinstance(fmt, IntFormat) or qtensor.params.grid is not None or not (zero is None or whole):
+        return None
+    return fmt.is_signed
 
 
 def _contiguous(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from nybble.kv_format import tokens_apart
 from nybble.learned._reaching import reaching
 from nybble.learned.ste import following
 from nybble.nn.compiled import fake_quantize, static_params
+from nybble.nn.integer_products import rounds_to_integers
 from nybble.qtensor import Factored, Inverse, QTensor, QuantParams, dense
 from nybble.quantizer import Quantizer
 
@@ -27,6 +28,7 @@ class ActivationQuantizer(nn.Module):
             as its granularity stores it: of a shifted one, the columns' exponents as integers (``shifts``, uint8).
 
     Attributes:
+        whole: whether what passes is integers of up to 8 bits times one scale a row (products of whole numbers).
         through: whether the gradient goes through measured scales too (:class:`nybble.learned.ste.Ste`).
     """
 
@@ -36,7 +38,7 @@ class ActivationQuantizer(nn.Module):
         if (params is None) == quantizer.static:
             raise FileError(f"{quantizer}: a static quantizer, and only that, comes with calibrated parameters.")
         self.quantizer, self._line = quantizer, str(quantizer)
-        self.through = False
+        self.through, self.whole = False, rounds_to_integers(quantizer)
         for part, value in _parts(quantizer, params).items():
             self.register_buffer(part, value)
 
@@ -50,6 +52,16 @@ class ActivationQuantizer(nn.Module):
             rounded: Tensor = fake_quantize(x, list(parts.values()), " ".join(parts), self._line)
             return rounded
         return self.quantizer.fake_quantize(x, static_params(self.quantizer, parts))
+
+    def arguments(self) -> tuple[list[Tensor], str, str]:
+        """Static parameters, their names and the line, as operators take them."""
+        parts = {part: value for part, value in self._buffers.items() if value is not None}
+        return list(parts.values()), " ".join(parts), self._line
+
+    @property
+    def watched(self) -> bool:
+        """Whether a call of it is more than its forward: somebody looks at what passes, or brings its tensors."""
+        return bool(self._forward_hooks or self._forward_pre_hooks) or hasattr(self, "_hf_hook")
 
     def params(self) -> QuantParams | None:
         """The calibrated parameters of a static quantizer; None where every tensor is measured."""

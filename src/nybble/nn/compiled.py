@@ -66,7 +66,7 @@ def fake_quantize(x: Tensor, parts: Sequence[Tensor], names: str, line: str) -> 
         names: theirs, with spaces between.
         line: of the quantizer.
     """
-    quantizer = _quantizer(line)
+    quantizer = quantizer_of(line)
     return quantizer.fake_quantize(
         x, static_params(quantizer, dict(zip(names.split(), parts, strict=True)))
     ).contiguous()
@@ -84,7 +84,7 @@ def _(x: Tensor, parts: Sequence[Tensor], names: str, line: str) -> Tensor:
 )
 def fake_quantize_backward(gradient: Tensor, x: Tensor, parts: Sequence[Tensor], names: str, line: str) -> Tensor:
     """The gradient of x in :func:`fake_quantize`; arguments as there. No autograd runs inside an operator."""
-    quantizer, inside = _quantizer(line), []
+    quantizer, inside = quantizer_of(line), []
 
     def look(y: Tensor, grid: Grid) -> Tensor:
         low, high = reach(y, grid)
@@ -127,7 +127,8 @@ def static_params(quantizer: Quantizer, parts: Mapping[str, Tensor]) -> QuantPar
 
 
 @cache
-def _quantizer(line: str) -> Quantizer:
+def quantizer_of(line: str) -> Quantizer:
+    """The quantizer of a line, made once."""
     return Quantizer(line)
 
 

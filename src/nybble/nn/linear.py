@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nybble.nn.layer import QuantLayer
+from nybble.nn.activation import ActivationQuantizer
+from nybble.nn.layer import QuantLayer, widened
 from nybble.nn.packed import Packed
 from nybble.nn.products import DEVICES
 
@@ -24,9 +25,35 @@ class QuantLinear(QuantLayer):
         """Width of the input."""
         return self.weight.shape[1]
 
+    def forward(self, x: Tensor) -> Tensor:
+        """As the float layer; whole numbers on both sides are multiplied as such where there is a kernel."""
+        x = widened(x, self.weight.dtype)
+        weight, inputs = self.weight, self.inputs
+        if not isinstance(weight, Packed) or inputs is None or not self._whole(x, weight, inputs):
+            return super().forward(x)
+        y = weight.integer_linear(x, self.bias, inputs)
+        return y if self.outputs is None else self.outputs(y)
+
+    def _whole(self, x: Tensor, weight: Packed, inputs: ActivationQuantizer) -> bool:
+        """Whether both sides are integers and nothing else wants the floats: a gradient, a hook, a held copy."""
+        fit = weight.whole and inputs.whole and x.device.type in DEVICES
+        free = not weight.held(x.dtype) and not (torch.is_grad_enabled() and x.requires_grad)
+        return fit and free and not inputs.watched and not weight.brought
+
+    def how(self) -> tuple[bool, str]:
+        """Whether there is a kernel for this layer where its weight is; its name, or why there is none."""
+        if not isinstance(self.weight, Packed):
+            return False, "a weight in float"
+        if self.inputs is not None and self.inputs.whole and self.weight.whole:
+            found = self.weight.how(self.inputs)
+            if found[0]:
+                return found
+        return self.weight.how()
+
     def of_packed(self, x: Tensor, weight: Packed) -> Tensor:
         """As :func:`nybble.nn.products.reference`, by the kernel for where x is; a gradient takes the readable way."""
-        if weight.held(x.dtype) or (torch.is_grad_enabled() and x.requires_grad) or x.device.type not in DEVICES:
+        gradient = torch.is_grad_enabled() and x.requires_grad
+        if gradient or weight.held(x.dtype) or weight.brought or x.device.type not in DEVICES:
             return self.product(x, weight(x.dtype))
         return weight.linear(x, self.bias)
 

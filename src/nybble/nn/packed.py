@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import FileError
+from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.compiled import dequantize, key_of
+from nybble.nn.integer_products import holds_integers, integer_linear
 from nybble.nn.products import packed_linear
 from nybble.qtensor import QTensor, Spec, from_spec
 
@@ -44,6 +46,9 @@ class Packed(nn.Module):
     Args:
         qtensor: what to hold; on the meta device when a checkpoint will fill it.
         dtype: of the float weight that it stands for, which models ask for and ``.to(dtype)`` changes; None: of none.
+
+    Attributes:
+        whole: whether the values are integers of up to 8 bits times scales.
     """
 
     def __init__(self, qtensor: QTensor, dtype: torch.dtype | None = None) -> None:
@@ -58,6 +63,7 @@ class Packed(nn.Module):
                     part.add_module(inner, _Part())
                 part = part.get_submodule(inner)
             part.register_buffer(leaf, tensor)
+        self.whole = holds_integers(self.spec)
         self._key = key_of(self.spec, list(_tensors(self)))
         self._dense: Tensor | None = None
         self._view: tuple[QTensor, dict[str, Tensor]] | None = None
@@ -94,14 +100,32 @@ class Packed(nn.Module):
         """Whether :meth:`hold` keeps the values in ``dtype``."""
         return self._dense is not None and self._dense.dtype == dtype
 
+    @property
+    def brought(self) -> bool:
+        """Whether the tensors are there for the length of a call only (accelerate's hooks, of offloaded weights)."""
+        return hasattr(self, "_hf_hook")
+
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + bias``; see :func:`nybble.nn.products.reference`."""
         y: Tensor = packed_linear(x, list(_tensors(self).values()), self._key, self.shape, bias)
         return y
 
-    def how(self) -> tuple[bool, str]:
-        """Whether :meth:`linear` has a kernel where this is; its name, or why there is none."""
-        return packed_linear.how(list(_tensors(self).values()), self._key, self.shape)
+    def integer_linear(self, x: Tensor, bias: Tensor | None, inputs: ActivationQuantizer) -> Tensor:
+        """``inputs(x) W^T + bias``; see :func:`nybble.nn.integer_products.reference`."""
+        weight = list(_tensors(self).values())
+        y: Tensor = integer_linear(x, weight, self._key, self.shape, bias, *inputs.arguments())
+        return y
+
+    def how(self, inputs: ActivationQuantizer | None = None) -> tuple[bool, str]:
+        """Whether there is a kernel where this is; its name, or why there is none.
+
+        Args:
+            inputs: of what it is multiplied with; None asks for :meth:`linear`, else for :meth:`integer_linear`.
+        """
+        weight = list(_tensors(self).values())
+        if inputs is None:
+            return packed_linear.how(weight, self._key, self.shape)
+        return integer_linear.how(weight, self._key, self.shape, *inputs.arguments())
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """A call, by name."""

@@ -16,13 +16,13 @@ from nybble.qtensor import QTensor, from_spec
 
 DEVICES = frozenset({"cpu"})
 """Types of devices for which there are kernels."""
-Kernel = Callable[[Tensor, Sequence[Tensor], str, Sequence[int], Tensor | None], Tensor]
-
-Says = Callable[[Sequence[Tensor], str, Sequence[int]], tuple[bool, str]]
+Kernel = Callable[..., Tensor]
+"""With the arguments of an operator's reference."""
+Says = Callable[..., tuple[bool, str]]
+"""(tensors, key, shape, and what else the operator has) -> whether a kernel fits; its name, or why none does."""
 
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _LIBRARY: Any = torch.library.Library("nybble", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("packed_linear(Tensor x, Tensor[] tensors, str key, int[] shape, Tensor? bias) -> Tensor")
 
 
 def reference(x: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int], bias: Tensor | None) -> Tensor:
@@ -54,11 +54,20 @@ def _record(key: str) -> dict[str, Any]:
     return found
 
 
-class _Op:
-    """As ``torch.library.custom_op`` has it, in a third of its time a call, which counts where x has one row."""
+class Operator:
+    """As ``torch.library.custom_op`` has it, in a third of its time a call, which counts where x has one row.
 
-    def __init__(self) -> None:
-        self._init_fn = reference
+    Args:
+        name: below ``nybble::``.
+        reference: ``(x, tensors, key, shape, bias, ...) -> Tensor``, the first as :func:`reference` has them.
+        more: what follows these in the schema.
+    """
+
+    def __init__(self, name: str, reference: Kernel, more: str = "") -> None:
+        self._init_fn, self._name = reference, name
+        _LIBRARY.define(f"{name}(Tensor x, Tensor[] tensors, str key, int[] shape, Tensor? bias{more}) -> Tensor")
+        torch.library.register_fake(f"nybble::{name}", _fake)
+        self._op = getattr(torch.ops.nybble, name).default
         self._kernels: dict[str, Kernel] = {}
         self._say: dict[str, Says] = {}
 
@@ -68,7 +77,7 @@ class _Op:
         def register(kernel: Kernel) -> Kernel:
             if device in _KEYS:
                 if device not in self._kernels:
-                    _LIBRARY.impl("packed_linear", lambda *given: self._kernels[device](*given), _KEYS[device])
+                    _LIBRARY.impl(self._name, lambda *given: self._kernels[device](*given), _KEYS[device])
                 self._kernels[device] = kernel
                 if says is not None:
                     self._say[device] = says
@@ -76,24 +85,24 @@ class _Op:
 
         return register
 
-    def how(self, tensors: Sequence[Tensor], key: str, shape: Sequence[int]) -> tuple[bool, str]:
+    def how(self, tensors: Sequence[Tensor], key: str, shape: Sequence[int], *more: Any) -> tuple[bool, str]:
         """Whether there is a kernel for a weight where its tensors are; its name, or why there is none."""
         device = tensors[0].device.type
         if device in self._kernels and device not in self._say:  # what waits for the first use is loaded by one
-            self(torch.zeros(0, shape[1], device=device), list(tensors), key, list(shape), None)
+            self(torch.zeros(0, shape[1], device=device), list(tensors), key, list(shape), None, *more)
         if device not in self._say:
             return False, f"no kernels for {device}"
-        return self._say[device](tensors, key, shape)
+        return self._say[device](tensors, key, shape, *more)
 
     def __call__(self, *given: Any) -> Tensor:
-        found: Tensor = torch.ops.nybble.packed_linear.default(*given)
+        """With the arguments of the reference, in their order."""
+        found: Tensor = self._op(*given)
         return found
 
 
-@torch.library.register_fake("nybble::packed_linear")  # type: ignore[untyped-decorator]
-def _(x: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int], bias: Tensor | None) -> Tensor:
+def _fake(x: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int], *more: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
-packed_linear = _Op()
+packed_linear = Operator("packed_linear", reference)
 load_at_first_use([packed_linear])

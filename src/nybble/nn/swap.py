@@ -33,7 +33,7 @@ def hold_slow(root: nn.Module, dtype: torch.dtype) -> None:
     """Keep dequantized copies of the packed weights that no kernel multiplies with: every call would unpack them."""
     for layer in root.modules():
         weight = getattr(layer, "weight", None)
-        if isinstance(weight, Packed) and not (isinstance(layer, QuantLinear) and weight.how()[0]):
+        if isinstance(weight, Packed) and not (isinstance(layer, QuantLinear) and layer.how()[0]):
             weight.hold(dtype)
 
 

@@ -30,7 +30,7 @@ def kernels_of_model(model: nn.Module) -> list[dict[str, Any]]:
         weight = getattr(layer, "weight", None)
         if not isinstance(weight, Packed):
             continue
-        fast, said = weight.how() if isinstance(layer, QuantLinear) else (False, f"a {type(layer).__name__}")
+        fast, said = layer.how() if isinstance(layer, QuantLinear) else (False, f"a {type(layer).__name__}")
         rows[(str(weight.spec.get("format", weight.spec["kind"])), said if fast else None, "" if fast else said)] += 1
     return [
         {"weights": count, "format": name, "kernel": kernel, "reason": reason}

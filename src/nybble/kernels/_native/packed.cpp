@@ -10,6 +10,7 @@
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define X86 1
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -170,6 +171,16 @@ int best() {
     return 0;
 }
 
+// GCC 11 and later know its name only from some minor versions on.
+bool has_avxvnni() {
+#ifdef X86
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+#else
+    return false;
+#endif
+}
+
 Part pick(const Weight& w, int isa) {
     Part found = nullptr;
 #ifdef X86
@@ -197,6 +208,8 @@ void work(void* given) {
     }
     free(room);
 }
+
+#include "integers.inc"
 
 }  // namespace
 
@@ -257,6 +270,45 @@ int nybble_run(const Weight* w, const void* x, int64_t x_dtype, int64_t m, const
     if (threads > 1 && parallel && to - from > block) parallel(work, &job, (unsigned)threads, 0);
     else work(&job);
     free(own);
+    return job.failed;
+}
+
+int nybble_whole_isa() { return best_whole(); }
+
+// Whether nybble_whole multiplies with a weight of integer codes.
+int nybble_whole_knows(const Weight* w, int64_t isa) {
+    return known(w->bits, isa < best_whole() ? (int)isa : best_whole()) && w->k <= (int64_t)1 << 30;
+}
+
+// x [m, k], rounded as `in` says, times a weight of integer codes -> out [m, n]; 0, or 1 where there is no memory.
+int nybble_whole(const Weight* w, int64_t is_signed, const Inputs* in, const void* x, int64_t x_dtype, int64_t m,
+                 const float* bias, void* out, int64_t dtype, int64_t threads, int64_t isa, Parallel parallel) {
+    const int64_t width = padded(w->k), most = (m + 3) / 4 * 4;
+    const bool asymmetric = in->rule == MINMAX || in->zero || in->shift;
+    int8_t* ones = (int8_t*)calloc(width, 1);
+    if (!ones) return 1;
+    const Plan p = plan_of(*w, is_signed, asymmetric, m, ones);
+    for (int64_t i = 0; i < w->k; ++i) ones[i / 64 * 64 + p.place[i % 64]] = 1;
+    const int64_t sums = most * p.parts * 64, bytes = sums + most * (p.stride + 8);
+    uint8_t* room = (uint8_t*)calloc(bytes, 1);
+    if (!room) {
+        free(ones);
+        return 1;
+    }
+    Rounded rounded = {(int8_t*)(room + sums), (int32_t*)room, (float*)(room + sums + most * p.stride), nullptr};
+    rounded.zero = (int32_t*)(rounded.scale + most);
+    const Call call = {nullptr, m, 0, bias, out, dtype, w->n, w->n};
+    const int use = isa < best_whole() ? (int)isa : best_whole();
+    Product job = {&p, &functions_of(use), in, &rounded, &call, x, x_dtype, 8, 0, 0};
+    if (threads > 1 && parallel && m > 8) parallel(rounding, &job, (unsigned)threads, 0);
+    else rounding(&job);
+    int64_t block = 131072 / width / 24 * 24;  // rows of W that stay in the cache while all of x passes
+    if (m == 1 || block < 24) block = 24;
+    job.block = block, job.next = 0;
+    if (!job.failed && threads > 1 && parallel && w->n > block) parallel(multiplying, &job, (unsigned)threads, 0);
+    else if (!job.failed) multiplying(&job);
+    free(room);
+    free(ones);
     return job.failed;
 }
 }
