@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 Packed = Mapping[str, Sequence[QTensor]]
 """Parameter -> its matrices on the meta device."""
+_KEPT = 2
+"""Layers that stay in memory: files have the names of an expert's three matrices, of two parameters, side by side."""
 
 
 class OpenedSource(Source):
@@ -72,7 +74,7 @@ class OpenedSource(Source):
         self.notes: list[str] = self._notes()
         self._beside = self._side_files()
         self.floats = {name: self._float(name) for name in source.stored() if name not in placed}
-        self._last: tuple[str, Sequence[QTensor]] = ("", ())
+        self._made: dict[str, Sequence[QTensor]] = {}
 
     def _notes(self) -> list[str]:
         found = [self._source.note] if self._source.note else []
@@ -133,14 +135,16 @@ class OpenedSource(Source):
         return found
 
     def weight(self, layer: Layer, prefix: str) -> QTensor:
-        if self._last[0] != layer.name:
+        if layer.name not in self._made:
+            while len(self._made) >= _KEPT:
+                del self._made[next(iter(self._made))]
             found = self._read(layer.name)
             for part, wanted in zip(found, layer.weights.values(), strict=True):
                 part.validate()
                 if part.spec() != wanted.spec():
                     raise FileError(f"{self.place}: {prefix} is not what its description says.")
-            self._last = (layer.name, found)
-        return self._last[1][list(layer.weights).index(prefix)]
+            self._made[layer.name] = found
+        return self._made[layer.name][list(layer.weights).index(prefix)]
 
     def _read(self, layer: str) -> Sequence[QTensor]:
         name = self._parameters[layer]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import nybble
 from nybble.checkpoint.account import inspect
+from nybble.export._opened import OpenedSource
 from nybble.models.sources.open import open_source
 from nybble.nn.experts import PackedExperts
 from nybble.pipelines.export import export, opened
@@ -121,11 +122,19 @@ def test_halves_that_share_no_scale_stand_side_by_side(name: str, tmp_path: Path
     assert torch.equal(logits(model), logits(plain))
 
 
-def test_there_and_back_keeps_every_byte(tmp_path: Path) -> None:
-    folder, _, _ = checkpoint(tmp_path / "q", *ct.CASES["pack int4 zeros"])
+def test_there_and_back_keeps_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, wanted, _ = checkpoint(tmp_path / "q", *ct.CASES["pack int4 zeros"])
     sizes = inspect(folder)
     assert sizes["quantized_parameters"] == 2 * 4 * 3 * 64 * 96
+    was_read, read = list[str](), OpenedSource._read
+
+    def noted(self: OpenedSource, name: str) -> Any:
+        was_read.append(name)
+        return read(self, name)
+
+    monkeypatch.setattr(OpenedSource, "_read", noted)
     export(folder, tmp_path / "back", "compressed-tensors")
+    assert sorted(was_read) == sorted(wanted)  # once each, though their matrices are written in turn
     before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "back/model.safetensors")
     renamed = {k.replace("block_sparse_moe", "mlp"): t for k, t in before.items() if ".experts." in k}
     kept = {k.replace("block_sparse_moe", "mlp"): t for k, t in after.items() if ".experts." in k}
