@@ -1,6 +1,6 @@
 """Damaged models of every layout that nybble reads: the model, or an error of nybble's own, and nothing else.
 
-    PYTHONPATH=.:src python -m benchmarks.fuzz --count 100000 --out benchmarks/results/fuzz_readers.json
+    PYTHONPATH=.:src python -m benchmarks.fuzz --count 111120 --out benchmarks/results/fuzz_readers.json
 
 Each trial changes the files of a small model in one to three ways (benchmarks/fuzz/mutate.py), opens it and decodes
 every packed tensor; one in four reads the whole model, one in sixteen builds and inspects it. Another error than
