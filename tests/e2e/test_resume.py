@@ -450,7 +450,9 @@ def test_a_stochastic_head_is_drawn_alike(tmp_path: Path) -> None:
 def test_no_times_and_no_places_in_the_files(folder: Path, tmp_path: Path) -> None:
     again(folder, tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "nybble.json").read_text())
-    assert set(manifest) == {"name", "format_version", "model", "recipe", "data", "settings", "versions", "layers"}
+    assert set(manifest) == {
+        "name", "format_version", "form", "model", "recipe", "data", "settings", "versions", "layers"
+    }  # fmt: skip
     assert manifest["name"] == "model"
     text = "".join(p.read_text() for p in (tmp_path / "out").glob("*.json"))
     assert str(tmp_path) not in text and str(folder / "model") not in text

@@ -102,8 +102,8 @@ class Packed(nn.Module):
 
     @property
     def brought(self) -> bool:
-        """Whether the tensors are there for the length of a call only (accelerate's hooks, of offloaded weights)."""
-        return hasattr(self, "_hf_hook")
+        """Whether the values are a call's alone: accelerate's hooks bring the tensors, or a subclass learns them."""
+        return hasattr(self, "_hf_hook") or type(self).forward is not Packed.forward
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + bias``; see :func:`nybble.nn.products.reference`."""

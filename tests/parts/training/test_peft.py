@@ -36,7 +36,7 @@ def quantized(tmp_path: Path, family: str, scheme: str) -> Path:
     """A folder in nybble's own form."""
     model, tokenizer = nybble.load(save_tiny(tmp_path / "float", family))
     nybble.quantize(model, build_recipe("rtn", **SCHEMES[scheme]))
-    return nybble.save(model, tmp_path / "out", tokenizer)
+    return nybble.save(model, tmp_path / "out", tokenizer, form="native")
 
 
 def config(**options: Any) -> Any:
