@@ -327,7 +327,8 @@ def targets() -> str:
     rows = []
     for name, part in _parts(export.REGISTRY).items():
         options = "; ".join(f"`{word}`: {_markdown(says)}" for word, says in part.options.items())
-        rows.append([f"`{name}`", _markdown(part.summary), options, _markdown(part.loses)])
+        lost = part.loses or "nothing; what it can't hold is refused"
+        rows.append([f"`{name}`", _markdown(part.summary), options, _markdown(lost)])
     return table(("target", "what it writes", "behind a colon", "what is lost"), rows, numbers=False)
 
 
