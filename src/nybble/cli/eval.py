@@ -28,7 +28,7 @@ class TaskOptions:
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated tasks of lm-evaluation-harness (pip install 'nybble[lm-eval]'), in place of --data."
+            help="Comma-separated tasks of lm-evaluation-harness (pip install 'nybble\\[lm-eval]'), in place of --data."
         ),
     ] = None
     task_dir: Annotated[

@@ -46,6 +46,8 @@ _PULLS = {
     "IQ4_XS": 5747, "TQ1_0": 8151, "TQ2_0": 8151, "MXFP4": 15091, "NVFP4": 19769, "Q1_0": 21273, "Q2_0": 24448,
 }  # fmt: skip
 """What brought each type to llama.cpp, which numbers no versions; all merged. k-quants by what #5196 says of #1684."""
+TOKENIZER = "tokenizer.json"
+_BARE = f"`{{file}}` holds no tokenizer, so llama.cpp doesn't load it: put {TOKENIZER} beside the model and export it again."
 _CARD = "`{file}` runs in llama.cpp (`llama-cli -m {file}`) and in what is built on it; nybble is not needed."
 
 
@@ -141,6 +143,10 @@ class Gguf(ExportTarget):
             lines.append(f"activations are rounded as llama.cpp does, not as here: {rounded[0]}")
         if source.kv is not None:
             lines.append("the KV cache is llama.cpp's own (--cache-type-k, --cache-type-v)")
+        if TOKENIZER not in source.side_files():
+            lines.append(
+                f"without a tokenizer, as {source.place} has no {TOKENIZER}: llama.cpp doesn't load such a file"
+            )
         return lines
 
     def rounds(self, source: Source) -> dict[str, Quantizer]:  # noqa: D102
@@ -159,8 +165,8 @@ class Gguf(ExportTarget):
     def write(self, source: Source, folder: Path) -> None:  # noqa: D102
         config, weights = source.transformers_config, _weights(source)
         file = f"{file_stem(source.title)}-{file_type_of(plan(config, weights, self.option)[0], self.option)}.gguf"
-        write_beside(source, folder, _CARD.format(file=file))
-        has = (folder / "tokenizer.json").exists()
+        has = TOKENIZER in source.side_files()
+        write_beside(source, folder, (_CARD if has else _BARE).format(file=file))
         tokenizer = read_tokenizer(folder, config) if has else None
         write_gguf(folder / file, config, weights, tokenizer=tokenizer, file_type=self.option, name=source.title)
 

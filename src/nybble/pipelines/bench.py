@@ -70,7 +70,8 @@ def bench(
     kernels = kernels_of_model(packed)
     if not kernels:
         raise ModelError(
-            f"{model} has no packed weights; quantize it first (nybble quantize), and time what comes out."
+            f"{model} has no packed weights when it is loaded (those of a GGUF file become floats): time what "
+            "`nybble quantize` makes, or `nybble convert --target compressed-tensors`."
         )
     models: dict[str, nn.Module] = {"packed": packed}
     for name, dtype in zip(against, dtypes, strict=True):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.parts.export.folders import quantized
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nybble.core.errors import ModelError, SchemeError, UsageError
@@ -118,3 +120,12 @@ def test_what_it_cannot_hold(folder: Path, tmp_path: Path) -> None:
     done = export(tmp_path / "out", tmp_path / "file", "gguf:q8_0")
     assert any("rounded again" in note for note in done["notes"])
     assert not (tmp_path / "no").exists()
+
+
+def test_without_a_tokenizer_it_says_so(tmp_path: Path) -> None:
+    """The file is whole, and llama.cpp would not load it."""
+    bare = tmp_path / "bare"
+    shutil.copytree(quantized(weights="q8_0"), bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    found = export(bare, tmp_path / "d", "gguf")
+    assert [note for note in found["notes"] if "no tokenizer.json" in note and "llama.cpp" in note]
+    assert "holds no tokenizer" in (tmp_path / "d" / "README.md").read_text()
