@@ -47,7 +47,10 @@ _PULLS = {
 }  # fmt: skip
 """What brought each type to llama.cpp, which numbers no versions; all merged. k-quants by what #5196 says of #1684."""
 TOKENIZER = "tokenizer.json"
-_BARE = f"`{{file}}` holds no tokenizer, so llama.cpp doesn't load it: put {TOKENIZER} beside the model and export it again."
+_BARE = (
+    "`{file}` holds no tokenizer, so llama.cpp doesn't load it: put tokenizer.json beside the model, and export it "
+    "again."
+)
 _CARD = "`{file}` runs in llama.cpp (`llama-cli -m {file}`) and in what is built on it; nybble is not needed."
 
 
