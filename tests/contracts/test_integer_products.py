@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.contracts import compiled
 from torch import Tensor
 
-from nybble.kernels import _library, cpu_integers, cpu_products
+from nybble.kernels import cpu_integers, cpu_products
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.compiled import key_of
 from nybble.nn.integer_products import integer_linear, reference
@@ -32,8 +33,9 @@ INPUTS = [
     "int8-ct-asym token", "int4 token", "int8 token scale=mse", "int8 token scale_format=float16",
 ]  # fmt: skip
 ROWS = 30
-BEST = 0 if (made := _library.library()) is None else made.nybble_whole_isa()
+BEST = 0 if (made := compiled.library()) is None else made.nybble_whole_isa()
 ISAS = [isa for isa in (0, 2, 3, 4) if isa <= BEST and (isa != 3 or BEST == 3)]
+pytestmark = compiled.needed
 
 
 @pytest.fixture(autouse=True)

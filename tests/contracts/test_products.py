@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.contracts import compiled
 from torch import Tensor
 
 from nybble.core.errors import FormatError, SchemeError, UsageError
@@ -31,7 +32,8 @@ LINES = [
     "int4 channel", "nf4 flat=96", "int2 group=16 symmetric=false scale_format=float32",
 ]  # fmt: skip
 ROWS, COLUMNS = 30, 192
-ISAS = [isa for isa in (0, 2, 3) if isa <= (0 if (made := _library.library()) is None else made.nybble_isa())]
+ISAS = [isa for isa in (0, 2, 3) if isa <= (0 if (made := compiled.library()) is None else made.nybble_isa())]
+pytestmark = compiled.needed
 
 
 @pytest.fixture(autouse=True)
