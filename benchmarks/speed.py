@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ from torch import nn
 import nybble
 from nybble.core.files import atomic_write_json
 from nybble.core.versions import versions
-from nybble.nn.kv_model import cache_argument
 from nybble.nn.swap import hold_dense
+from nybble.pipelines.bench import read, write
 
 MODEL = "demo:smollm2"
 ROWS: dict[str, dict[str, Any]] = {
@@ -36,7 +35,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "FP8_DYNAMIC": {"scheme": "FP8_DYNAMIC"},
     "NVFP4": {"scheme": "NVFP4"},
 }
-PROMPT, READ, WRITTEN = 32, 256, 4
+READ, WRITTEN = 256, 4
 
 
 def main() -> None:
@@ -51,10 +50,13 @@ def main() -> None:
         models[name] = nybble.quantize(MODEL, "rtn", **request)[0]
     models["int4 group=64, dense"] = nybble.quantize(MODEL, "rtn", weights="int4 group=64")[0]
     hold_dense(models["int4 group=64, dense"], torch.bfloat16)
-    for work in (read, write):  # the first call of each makes buffers and code
-        for model in models.values():
-            work(model)
-    turns = [{name: (read(model), write(model)) for name, model in models.items()} for _ in range(options.rounds)]
+    for model in models.values():  # the first call of each makes buffers and code
+        read(model, READ)
+        write(model, 1, WRITTEN)
+    turns = [
+        {name: (read(model, READ), write(model, 1, WRITTEN)) for name, model in models.items()}
+        for _ in range(options.rounds)
+    ]
     rows = []
     for name, model in models.items():
         over = [statistics.median(turn[name][i] / turn["float"][i] for turn in turns) for i in (0, 1)]
@@ -79,28 +81,6 @@ def held(model: nn.Module) -> int:
     for module in model.modules():
         tensors |= {t.data_ptr(): t.nbytes for t in vars(module).values() if isinstance(t, torch.Tensor)}
     return sum(tensors.values())
-
-
-@torch.no_grad()
-def read(model: Any) -> float:
-    """Seconds for READ tokens at once."""
-    ids = torch.arange(1000, 1000 + READ)[None]
-    start = time.perf_counter()
-    model(input_ids=ids, use_cache=False)
-    return time.perf_counter() - start
-
-
-@torch.no_grad()
-def write(model: Any) -> float:
-    """Seconds for WRITTEN tokens, one at a time, behind a prompt in the cache."""
-    cache = cache_argument(type(model))  # transformers 5.24 has another name for it
-    past = model(input_ids=torch.arange(1000, 1000 + PROMPT)[None], use_cache=True).past_key_values
-    token = torch.tensor([[1000]])
-    start = time.perf_counter()
-    for _ in range(WRITTEN):
-        found = model(input_ids=token, use_cache=True, **{cache: past})
-        past, token = found.past_key_values, found.logits[:, -1:].argmax(-1)
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 
 from nybble.core.errors import SchemeError
 from nybble.export import Facts
-from nybble.export._fused import SIBLINGS, fused_groups
+from nybble.export._fused import SIBLINGS, check_siblings
 from nybble.line import PLAIN
 from nybble.models.sources.layouts._ct_args import E2M1, E4M3, CannotError, activation_args, kv_args, weight_args
 from nybble.quantizer import Quantizer
@@ -30,23 +30,13 @@ def constrained(scheme: Scheme, facts: Facts) -> Scheme:
             _check(rule, target.shape)
         except CannotError as error:
             raise SchemeError(f"{name}: compressed-tensors can't hold {error}.") from error
-    for group in fused_groups(facts.targets):
-        rules = [found.get(name) for name in group]
-        if any(_sides(rule) != _sides(rules[0]) for rule in rules):
-            raise SchemeError(
-                f"{', '.join(group)}: runtimes join these layers into one, and the scheme treats them differently; "
-                "give all of them one rule, or ignore all."
-            )
+    check_siblings(found, facts.targets)
     if scheme.kv is not None and scheme.kv.stores:
         try:
             kv_args(scheme.kv, 1)
         except CannotError as error:
             raise SchemeError(f"compressed-tensors can't hold a {error}.") from error
     return made
-
-
-def _sides(rule: Rule | None) -> tuple[Any, ...]:
-    return () if rule is None else (rule.weights, rule.inputs, rule.outputs)
 
 
 def _rule(rule: Rule, facts: Facts) -> Rule:

@@ -5,7 +5,10 @@ Source: vLLM's ``packed_modules_mapping`` of its models, llm-compressor's guide 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from nybble.core.errors import SchemeError
+from nybble.scheme import Rule
 
 SIBLINGS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),
@@ -34,3 +37,23 @@ def fused_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
         if len(members) > 1:
             found.setdefault(members)
     return list(found)
+
+
+def check_siblings(rules: Mapping[str, Rule], names: Iterable[str]) -> None:
+    """Raise SchemeError where layers that are joined have different rules, or only some of them have one.
+
+    Args:
+        rules: layer -> its rule.
+        names: of all layers.
+    """
+    for group in fused_groups(names):
+        first, *others = (_sides(rules.get(name)) for name in group)
+        if any(other != first for other in others):
+            raise SchemeError(
+                f"{', '.join(group)}: runtimes join these layers into one, and the scheme treats them differently; "
+                "give all of them one rule, or ignore all."
+            )
+
+
+def _sides(rule: Rule | None) -> tuple[object, ...]:
+    return () if rule is None else (rule.weights, rule.inputs, rule.outputs)

@@ -23,7 +23,7 @@ from nybble.core.versions import VERSION
 from nybble.export import ExportTarget, Facts, Refusal, Takes, Verified
 from nybble.export._ct_layers import nvfp4_groups
 from nybble.export._folder import SHARD_BYTES, write_beside
-from nybble.export._fused import SIBLINGS, fused_groups
+from nybble.export._fused import SIBLINGS, check_siblings, fused_groups
 from nybble.export._mo_scheme import NEAREST, Algorithm, algorithm_of, is_divisor, mirrored, quantization
 from nybble.export._mo_tensors import algorithm, decoded, factor_of, placed, shared_factors
 from nybble.export._names import as_stored
@@ -31,7 +31,6 @@ from nybble.export._source import Source
 from nybble.models.sources.folder import weight_files
 from nybble.models.sources.layouts._ct_args import CannotError
 from nybble.nn.kinds import targets_of
-from nybble.quantizer import Quantizer
 from nybble.scheme import Rule, Scheme
 
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
@@ -76,13 +75,7 @@ class ModelOpt(ExportTarget):
                 self._check_rule(rule, facts.targets[name])
             except CannotError as error:
                 raise SchemeError(f"{name}: ModelOpt can't hold {error}.") from error
-        for group in fused_groups(facts.targets):
-            rules = [found.get(name) for name in group]
-            if any(_sides(rule) != _sides(rules[0]) for rule in rules):
-                raise SchemeError(
-                    f"{', '.join(group)}: runtimes join these layers into one, and the scheme treats them differently; "
-                    "give all of them one rule, or ignore all."
-                )
+        check_siblings(found, facts.targets)
         if scheme.kv is not None and scheme.kv.stores:
             raise SchemeError(f"ModelOpt can't hold a {_kv(scheme.kv)}.")
         return made
@@ -186,10 +179,6 @@ def _rule(rule: Rule) -> Rule:
     weights = rule.weights
     dense = weights is None or weights.packing == "dense"
     return rule if weights is None or dense else replace(rule, weights=weights.replace(packing="dense"))
-
-
-def _sides(rule: Rule | None) -> tuple[Quantizer | None, ...]:
-    return () if rule is None else (rule.weights, rule.inputs)
 
 
 def _kv(kv: object) -> CannotError:

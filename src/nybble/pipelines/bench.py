@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from nybble.nn.swap import hold_dense
 from nybble.pipelines.kernels import kernels_of_model
 from nybble.pipelines.load import load_with_origin
 
+Turn = dict[str, dict[str, float]]
+"""What was timed -> model -> tokens a second."""
 BEHIND = 32
 """Tokens that are in the cache when writing begins."""
 
@@ -82,20 +84,6 @@ def bench(
         for timed in models.values():
             run(timed)
     turns = [{what: {name: run(m) for name, m in models.items()} for what, run in work.items()} for _ in range(rounds)]
-    rates = {n: {what: statistics.median(turn[what][n] for turn in turns) for what in work} for n in models}
-    rows = [
-        {
-            "name": name,
-            "bytes": held(m),
-            "read": rates[name]["read"],
-            "write": {str(b): rates[name][str(b)] for b in batches},
-        }
-        for name, m in models.items()
-    ]
-    ratios = {
-        what: statistics.median(turn[what]["packed"] / max(turn[what][n] for n in against) for turn in turns)
-        for what in (work if against else ())
-    }
     return {
         "model": str(model),
         "prompt": prompt,
@@ -103,11 +91,23 @@ def bench(
         "rounds": rounds,
         "device": device,
         "threads": torch.get_num_threads(),
-        "rows": rows,
-        "ratios": ratios,
+        **_summary(turns, {name: held(m) for name, m in models.items()}, list(against)),
         "kernels": kernels,
         "versions": versions(),
     }
+
+
+def _summary(turns: Sequence[Turn], sizes: Mapping[str, int], against: Sequence[str]) -> dict[str, Any]:
+    """``rows`` and ``ratios`` of :func:`bench`, from what each turn came to."""
+    rows = []
+    for name, size in sizes.items():
+        rates = {what: statistics.median(turn[what][name] for turn in turns) for what in turns[0]}
+        rows.append({"name": name, "bytes": size, "read": rates.pop("read"), "write": rates})
+    ratios = {
+        what: statistics.median(turn[what]["packed"] / max(turn[what][name] for name in against) for turn in turns)
+        for what in (turns[0] if against else ())
+    }
+    return {"rows": rows, "ratios": ratios}
 
 
 def unpacked(model: Any) -> nn.Module:
