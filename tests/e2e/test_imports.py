@@ -233,3 +233,9 @@ print(len([Quantizer(name) for name in PRESETS] + [load_recipe(name) for name in
 print("torch" in sys.modules)
 """
     assert python(code) == "True\nFalse\n"
+
+
+def test_quantizing_needs_no_gguf() -> None:
+    """What is no GGUF file is quantized where that package is missing."""
+    code = "import sys; sys.modules['gguf'] = None; import nybble; nybble.quantize, nybble.preflight; print('done')"
+    assert python(code) == "done\n"

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES
 
 from nybble.core.errors import FileError
 from nybble.core.guard import reading
@@ -66,6 +65,8 @@ class GgufTensor:
 def sizes() -> Mapping[int, tuple[int, int]]:
     """Type -> elements and bytes of a block: what the installed gguf package knows, and the types of nybble's own."""
     ours = {number: (kind.block, kind.nbytes) for number, kind in by_number().items()}
+    from gguf.constants import GGML_QUANT_SIZES  # here: quantizing what is no GGUF file needs no gguf
+
     return ours | {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
 
 
