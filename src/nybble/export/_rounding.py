@@ -18,6 +18,7 @@ from nybble.export._source import Source
 from nybble.models.adapter import adapter_for
 from nybble.models.sources.layouts._ct_args import in_words
 from nybble.nn.kinds import targets_of
+from nybble.qtensor import QTensor
 from nybble.quantizer import Quantizer
 from nybble.scheme import Rule, Scheme
 
@@ -35,7 +36,8 @@ class Changed:
 
     Attributes:
         layers: names. came: what they are. to: what they become. rounds: whether their values change by more than a
-            last bit of float32. kept: whether every code is kept.
+            last bit of float32. kept: whether every code is kept. beside: what else those were that runtimes join
+            with them, for which they all got one line; empty where there was nothing else.
     """
 
     layers: tuple[str, ...]
@@ -43,6 +45,7 @@ class Changed:
     to: str
     rounds: bool
     kept: bool
+    beside: str = ""
 
 
 def recodings(source: Source, bad: Callable[[Source], Sequence[str]], rounding: bool) -> dict[str, Recoding]:
@@ -114,17 +117,19 @@ def rounded(
 
 def table(source: RoundedSource, before: Source) -> list[Changed]:
     """Which layers go from what to what, alike ones in one row."""
-    found: dict[tuple[str, str, bool, bool], list[str]] = {}
-    for name, layer in before.layers.items():
+    found: dict[tuple[str, str, bool, bool, str], list[str]] = {}
+    words = {name: in_words(_first(before, name)[1]) for name, layer in before.layers.items() if layer.weights}
+    joined = {name: group for group in fused_groups(source.quantizers) for name in group}
+    for name, came in words.items():
         quantizer, recoding = source.quantizers.get(name), source.recodings.get(name)
         if quantizer is None and recoding is None:
             continue
-        came = in_words(next(iter(layer.weights.values())))
+        beside = ", ".join(dict.fromkeys(words[one] for one in joined.get(name, ()) if words[one] != came))
         to, rounds = (recoding.words, recoding.rounds) if recoding is not None else (str(quantizer), True)
-        found.setdefault((came, to, rounds, recoding is not None), []).append(name)
+        found.setdefault((came, to, rounds, recoding is not None, beside), []).append(name)
     return [
-        Changed(layers=tuple(names), came=came, to=to, rounds=rounds, kept=kept)
-        for (came, to, rounds, kept), names in found.items()
+        Changed(layers=tuple(names), came=came, to=to, rounds=rounds, kept=kept, beside=beside)
+        for (came, to, rounds, kept, beside), names in found.items()
     ]
 
 
@@ -136,38 +141,57 @@ def _scheme(chosen: Mapping[str, Quantizer]) -> Scheme:
 
 
 def _auto(source: Source, target: ExportTarget, facts: Facts, names: Sequence[str]) -> dict[str, Quantizer]:
-    """The nearest of each layer; one for those alike, found on the first of them."""
-    alike: dict[str, list[str]] = {}
+    """The nearest of each layer; one for what runtimes join, and for those alike, found on the first of them."""
+    joined = {name: group for group in fused_groups(names) for name in group}
+    alike: dict[object, dict[tuple[str, ...], None]] = {}
     for name in names:
-        alike.setdefault(in_words(next(iter(source.layers[name].weights.values()))), []).append(name)
+        group = joined.get(name, (name,))
+        what = tuple((in_words(_first(source, one)[1]), tuple(facts.classes[one])) for one in group)
+        alike.setdefault(what, {})[group] = None
     found: dict[str, Quantizer] = {}
-    for some in alike.values():
-        found |= dict.fromkeys(some, _nearest(source, target, facts, some))
+    for groups in alike.values():
+        some = [name for group in groups for name in group]
+        found |= dict.fromkeys(some, _nearest(source, target, facts, some, next(iter(groups))))
     return found
 
 
-def _nearest(source: Source, target: ExportTarget, facts: Facts, names: Sequence[str]) -> Quantizer:
-    layer = source.layers[names[0]]
-    prefix, weight = next(iter(layer.weights.items()))
+def _first(source: Source, name: str) -> tuple[str, QTensor]:
+    """Prefix and description of a layer's weight; of experts those of the first."""
+    return next(iter(source.layers[name].weights.items()))
+
+
+def _nearest(
+    source: Source, target: ExportTarget, facts: Facts, names: Sequence[str], first: Sequence[str]
+) -> Quantizer:
+    """What the target holds of all of ``names`` in about as many bits as the widest of ``first`` has, the best there.
+
+    Args:
+        source: what there is.
+        target: where it goes.
+        facts: of the model.
+        names: of layers.
+        first: those of them on which errors are measured: a layer, or all that runtimes join with it.
+    """
+    weights = [_first(source, name)[1] for name in first]
     held: list[tuple[float, Quantizer]] = []
     for line in dict.fromkeys([*(row.weights for row in target.takes), *_USUAL]):
         try:
             quantizer = Quantizer(line)
-            trial = quantizer.quantize(torch.empty(weight.shape, device="meta"))
+            trials = [quantizer.quantize(torch.empty(weight.shape, device="meta")) for weight in weights]
             target.constrain(_scheme(dict.fromkeys(names, quantizer)), facts)
         except NybbleError:
             continue
-        held.append((trial.bits_per_element(), quantizer))
+        held.append((max(trial.bits_per_element() for trial in trials), quantizer))
     if not held:
         raise UsageError(
             f"{target.summary}: none of the usual lines fits {', '.join(names[:3])}; give one with --round LINE."
         )
-    bits = weight.bits_per_element()
+    bits = max(weight.bits_per_element() for weight in weights)
     close = [quantizer for size, quantizer in held if size <= bits + _MORE]
     if not close:
         return min(held, key=lambda pair: pair[0])[1]
-    values = source.weight(layer, prefix).dequantize()[:_ROWS]
-    return min(close, key=lambda quantizer: _error(values, quantizer))
+    values = [source.weight(source.layers[n], _first(source, n)[0]).dequantize()[:_ROWS].clone() for n in first]
+    return min(close, key=lambda quantizer: sum(_error(matrix, quantizer) for matrix in values))
 
 
 def _error(values: Tensor, quantizer: Quantizer) -> float:

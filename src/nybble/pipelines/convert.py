@@ -15,7 +15,7 @@ import torch
 
 from nybble.core.errors import UsageError
 from nybble.core.explicit import explicit_settings
-from nybble.core.files import check_new_folder
+from nybble.core.files import new_folder
 from nybble.core.progress import Progress
 from nybble.export import ExportTarget, Refusal, get_target, refuse
 from nybble.export._rounded import RoundedSource
@@ -59,7 +59,8 @@ def convert(
     Returns:
         as :func:`nybble.export`; and ``rounded``, for each pair of quantizers ``layers``, ``from``, ``to``,
         ``codes_kept`` (scales alone were rounded), and ``error``, the mean of ``|W - W'|^2 / |W|^2`` over these layers;
-        empty where nothing was. ``recoded``: the same of layers whose codes are all kept and told in other words, with
+        ``beside``, what else runtimes join with them, where one line had to do for different ones; empty where nothing
+        was. ``recoded``: the same of layers whose codes are all kept and told in other words, with
         the same values or a float32's last bit beside them.
 
     Raises:
@@ -71,8 +72,7 @@ def convert(
     >>> nybble.convert("model-gptq", "model-ct", "compressed-tensors")["rounded"]  # doctest: +SKIP
     []
     """
-    dest = Path(dest)
-    check_new_folder(dest)
+    dest = new_folder(dest, model)
     part = get_target(target)
     if round and round != AUTO:
         Quantizer(round)  # before the model is opened
@@ -129,13 +129,15 @@ def _layers(source: Source, refusal: Refusal) -> Sequence[str]:
 def _said(row: Changed) -> str:
     more = f" and {len(row.layers) - _SHOWN} more" if len(row.layers) > _SHOWN else ""
     what = "rounded again" if row.rounds else "told otherwise"
-    return f"{what}, {row.came} to {row.to}: {', '.join(row.layers[:_SHOWN])}{more}"
+    why = f"; runtimes join them with layers of {row.beside}, so all get one line" if row.beside else ""
+    return f"{what}, {row.came} to {row.to}: {', '.join(row.layers[:_SHOWN])}{more}{why}"
 
 
 def _row(row: Changed, errors: dict[str, float]) -> dict[str, Any]:
     known = [errors[name] for name in row.layers if name in errors]
     mean = sum(known) / len(known) if known else None
-    return {"layers": list(row.layers), "from": row.came, "to": row.to, "codes_kept": row.kept, "error": mean}
+    found = {"layers": list(row.layers), "from": row.came, "to": row.to, "codes_kept": row.kept, "error": mean}
+    return found | ({"beside": row.beside} if row.beside else {})
 
 
 def _ignore(line: str) -> None:

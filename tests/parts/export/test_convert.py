@@ -186,6 +186,33 @@ def test_siblings_share_what_a_runtime_joins(tmp_path: Path) -> None:
     assert scales[0] == scales[1] == scales[2] != scales[3] and found["rounded"][0]["to"].startswith("float4_e2m1fn")
 
 
+def wide(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
+    """A float model without a tokenizer, with rows of whole K blocks, and norms that aren't all 1."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 96}
+    made: Any = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes | changes))
+    for name, parameter in made.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.data.uniform_(0.5, 1.5)
+    made.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def test_siblings_of_several_types_get_one_line(tmp_path: Path) -> None:
+    """llama.cpp's mixtures give values more bits: the group gets a line of as many, and is named."""
+    convert(wide(tmp_path / "float"), tmp_path / "g", "gguf:q4_k_m")
+    said: list[str] = []
+    found = convert(
+        gguf(tmp_path / "g"), tmp_path / "d", "compressed-tensors", round="auto", check=True, announce=said.append
+    )
+    lines = {name: row["to"] for row in found["rounded"] for name in row["layers"]}
+    assert {lines[f"model.layers.0.self_attn.{n}_proj"] for n in "qkv"} == {"int6 group=32 symmetric=false"}
+    assert lines["model.layers.0.mlp.up_proj"].startswith("int4 group=32")  # nothing of six bits is joined with it
+    assert any("runtimes join them with layers of int6" in line for line in said)
+    assert {row["beside"][:4] for row in found["rounded"] if "beside" in row} == {"int6", "uint"}
+    assert found["check"]["weights"] == 9
+
+
 def test_a_type_of_the_target_asks_for_it(tmp_path: Path) -> None:
     """The file is what export writes, which rounds as it writes; here it is said, and by how much."""
     folder = quantized("llama", weights="int4 group=32 symmetric=false")
@@ -216,6 +243,30 @@ def test_bad_input_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(FileError, match="bytes are needed but 1,000 are free"):
         convert(folder, tmp_path / "d", "modelopt")
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+
+def test_the_model_itself_is_no_place_to_write(tmp_path: Path) -> None:
+    """By whatever name it is called, before anything is opened."""
+    (tmp_path / "a").mkdir()
+    folder = shutil.copytree(model(), tmp_path / "q")
+    (tmp_path / "link").symlink_to(folder)
+    before = sorted(tmp_path.rglob("*"))
+    for dest in (folder, f"{folder}/", tmp_path / "a" / ".." / "q", tmp_path / "link"):
+        with pytest.raises(UsageError, match="is the model itself"):
+            convert(folder, dest, "gguf")
+    for source, dest in ((folder, folder / "x" / "y"), (tmp_path / "link", folder / "x"), (folder, tmp_path / "link/x")):
+        for call in (convert, export):
+            with pytest.raises(UsageError, match="would be in the model's own folder"):
+                call(source, dest, "gguf")
+    assert sorted(tmp_path.rglob("*")) == before
+    made = convert(folder, tmp_path / "no" / ".." / "b", "dense")
+    assert made["dest"] == str(tmp_path / "b") and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(("asked", "said"), [("q9", "q8_0, q6_k"), ("iq3", "iq4_nl, iq4_xs"), ("q4km", "'q4_k_m'")])
+def test_the_nearest_types_are_named(asked: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=rf"unknown option '{asked}'\. (Nearest: |Did you mean ){said}"):
+        convert(model(), tmp_path / "d", f"gguf:{asked}")
 
 
 def test_the_command_line(tmp_path: Path) -> None:
