@@ -162,6 +162,10 @@ class ExportTarget(ABC):
         """Layers whose weights :meth:`write` rounds again because the option asks for that, and to what."""
         return {}
 
+    def shifts(self, source: Source) -> list[Refusal]:
+        """Layers that :meth:`write` takes as they are, though a float32's last bit of their values moves there."""
+        return []
+
     @abstractmethod
     def write(self, source: Source, folder: Path) -> None:
         """Write the files into an empty folder, after :meth:`check`.

@@ -99,7 +99,7 @@ class RoundedSource(Source):
         if self._last is None or self._last[0] != key:
             recoding, own = self.recodings[layer.name], self._source.layers[layer.name]
             found = self._recoded(recoding, own, prefix, seen=True)
-            if recoding.rounds or not recoding.looks:
+            if recoding.rounds:
                 before = self._source.weight(own, prefix).dequantize()
                 error = relative_error(before, found.dequantize(), None)
                 self.errors[layer.name] = max(error, self.errors.get(layer.name, 0.0))

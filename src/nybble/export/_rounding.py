@@ -12,7 +12,7 @@ from nybble.calibration.error import relative_error
 from nybble.core.errors import GranularityError, NybbleError, SchemeError, UsageError
 from nybble.export import ExportTarget, Facts
 from nybble.export._fused import fused_groups
-from nybble.export._recodings import EXACT, ROUNDING, Recoding
+from nybble.export._recodings import EXACT, NUDGED, ROUNDING, Recoding
 from nybble.export._rounded import RoundedSource
 from nybble.export._source import Source
 from nybble.models.adapter import adapter_for
@@ -35,8 +35,8 @@ class Changed:
     """Layers that are told in other words, or get another quantizer.
 
     Attributes:
-        layers: names. came: what they are. to: what they become. rounds: whether their values change by more than a
-            last bit of float32. kept: whether every code is kept. beside: what else those were that runtimes join
+        layers: names. came: what they are. to: what they become. rounds: whether their values change. kept: whether every
+            code is kept. beside: what else those were that runtimes join
             with them, for which they all got one line; empty where there was nothing else.
     """
 
@@ -48,16 +48,19 @@ class Changed:
     beside: str = ""
 
 
-def recodings(source: Source, bad: Callable[[Source], Sequence[str]], rounding: bool) -> dict[str, Recoding]:
+def recodings(
+    source: Source, bad: Callable[[Source], Sequence[str]], *, nudging: bool, rounding: bool
+) -> dict[str, Recoding]:
     """How layers that a target can't hold are told in its words, every code kept.
 
     Args:
         source: what there is.
         bad: names of the layers of a source that the target can't hold.
-        rounding: whether scales may be rounded for that.
+        nudging: whether values may move by a float32's last bit for that.
+        rounding: whether scales may be rounded.
     """
     found: dict[str, Recoding] = {}
-    for recoding in (*EXACT, *(ROUNDING if rounding else ())):
+    for recoding in (*EXACT, *(NUDGED if nudging else ()), *(ROUNDING if rounding else ())):
         left = bad(RoundedSource(source, {}, (), found) if found else source)
         fits = {name: recoding for name in left if name not in found and _fits(source, recoding, name)}
         if fits:

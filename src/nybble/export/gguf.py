@@ -21,6 +21,7 @@ import torch
 from nybble.core.errors import FileError, GranularityError, SchemeError
 from nybble.export import ExportTarget, Facts, Refusal, Takes, Verified
 from nybble.export._folder import write_beside
+from nybble.export._last_bit import moves, outer_of
 from nybble.export._source import Layer, Source
 from nybble.models.build.config_file import make_config
 from nybble.models.gguf.metadata import arch_for, gguf_name
@@ -30,7 +31,7 @@ from nybble.models.gguf.types import block_type, type_name, writable_types
 from nybble.models.gguf.write import Weight, file_type_of, permuted, plan, write_gguf
 from nybble.models.sources.folder import read_tokenizer
 from nybble.models.sources.stored import DTYPES
-from nybble.qtensor import QTensor
+from nybble.qtensor import Inverse, QTensor
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 from nybble.scheme import Matches, Rule, Scheme, matches
@@ -164,6 +165,18 @@ class Gguf(ExportTarget):
                 if _too_fine(source, prefix, weight) and f"{layer.name}.weight" in exact:
                     again[layer.name] = exact[f"{layer.name}.weight"]
         return {name: Quantizer(block_type(kind).line) for name, kind in again.items()}
+
+    def shifts(self, source: Source) -> list[Refusal]:  # noqa: D102
+        bad = []
+        for layer in source.layers.values():
+            for prefix, weight in layer.weights.items():
+                if isinstance(outer_of(weight), Inverse) and exact_type(weight) is not None:
+                    factor = 1 / source.tensor(f"{prefix}.scale.scale.divisor").float().reshape(())
+                    if moves(source, prefix, weight, factor.item()):
+                        bad.append(layer.name)
+        why = "under its reciprocal, a factor, a last bit of values moves"
+        found = Refusal(layers=tuple(dict.fromkeys(bad)), came="NVFP4 over a divisor", nearest="nvfp4", why=why)
+        return [found] if bad else []
 
     def write(self, source: Source, folder: Path) -> None:  # noqa: D102
         config, weights = source.transformers_config, _weights(source)

@@ -24,6 +24,7 @@ from nybble.export import ExportTarget, Facts, Refusal, Takes, Verified
 from nybble.export._ct_layers import nvfp4_groups
 from nybble.export._folder import SHARD_BYTES, write_beside
 from nybble.export._fused import SIBLINGS, check_siblings, fused_groups
+from nybble.export._last_bit import moves
 from nybble.export._mo_scheme import NEAREST, Algorithm, algorithm_of, is_divisor, mirrored, quantization
 from nybble.export._mo_tensors import algorithm, decoded, factor_of, placed, shared_factors
 from nybble.export._names import as_stored
@@ -133,6 +134,17 @@ class ModelOpt(ExportTarget):
         if apart is not None:
             lines.append(f"runtimes join {', '.join(apart)} under the largest of their scales, which rounds them again")
         return lines
+
+    def shifts(self, source: Source) -> list[Refusal]:  # noqa: D102
+        bad = []
+        for layer in source.layers.values():
+            for prefix, weight in layer.weights.items():
+                factor = factor_of(source, layer, prefix) if is_divisor(weight) else None
+                if factor is not None and moves(source, prefix, weight, factor):
+                    bad.append(layer.name)
+        why = "under its reciprocal, a factor, a last bit of values moves"
+        found = Refusal(layers=tuple(dict.fromkeys(bad)), came="NVFP4 over a divisor", nearest="nvfp4", why=why)
+        return [found] if bad else []
 
     def write(self, source: Source, folder: Path) -> None:  # noqa: D102
         model = source.skeleton()

@@ -58,10 +58,9 @@ def convert(
 
     Returns:
         as :func:`nybble.export`; and ``rounded``, for each pair of quantizers ``layers``, ``from``, ``to``,
-        ``codes_kept`` (scales alone were rounded), and ``error``, the mean of ``|W - W'|^2 / |W|^2`` over these layers;
+        ``codes_kept`` (scales alone were rounded, or their reciprocals), and ``error``, the mean of ``|W - W'|^2 / |W|^2`` over these layers;
         ``beside``, what else runtimes join with them, where one line had to do for different ones; empty where nothing
-        was. ``recoded``: the same of layers whose codes are all kept and told in other words, with
-        the same values or a float32's last bit beside them.
+        was. ``recoded``: the same of layers whose codes are all kept and told in other words, with the same values.
 
     Raises:
         UsageError: no such target or line; a float model for a target of quantized ones. ModelError: the target can't
@@ -97,14 +96,15 @@ def _held(source: Source, part: ExportTarget, target: str, line: str) -> tuple[S
     """The source as the target holds it, and what had to be told in other words, or rounded, for that."""
 
     def bad(seen: Source) -> list[str]:
-        refused = [name for refusal in part.check(seen) for name in _layers(seen, refusal)]
+        refused = [name for refusal in _unheld(part, seen) for name in _layers(seen, refusal)]
         return [*refused, *(name for name in part.rounds(seen) if name not in refused)]
 
-    refusals, asked = part.check(source), part.rounds(source)
+    asked, refusals = part.rounds(source), _unheld(part, source)
     if not asked and not any(_layers(source, refusal) for refusal in refusals):
         refuse(target, refusals, "Choose another target.")
         return source, []
-    kept = recodings(source, bad, rounding=line == AUTO or bool(asked))
+    nudging = bool(line or part.option)
+    kept = recodings(source, bad, nudging=nudging, rounding=line == AUTO or bool(asked))
     new = RoundedSource(source, {}, (), kept)
     left = bad(new)
     if left and (again := {name: quantizer for name, quantizer in part.rounds(new).items() if name in left}):
@@ -116,8 +116,13 @@ def _held(source: Source, part: ExportTarget, target: str, line: str) -> tuple[S
         "No code is changed without being asked: --round auto rounds these weights again, to the nearest that it "
         "holds, --round LINE to a quantizer of your choice. The float model, if there is one, loses less."
     )
-    refuse(target, part.check(new), way_out if left and not line else "Choose another target.")
+    refuse(target, _unheld(part, new), way_out if left and not line else "Choose another target.")
     return new, table(new, source)
+
+
+def _unheld(part: ExportTarget, source: Source) -> list[Refusal]:
+    """What a target refuses, and what it would write with other values."""
+    return [*part.check(source), *part.shifts(source)]
 
 
 def _layers(source: Source, refusal: Refusal) -> Sequence[str]:

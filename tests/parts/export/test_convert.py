@@ -52,7 +52,7 @@ def same(before: dict[str, Tensor], after: dict[str, Tensor], but: str = "-") ->
 # ------------------------------------------------------------------------------------------------------ there and back
 @pytest.mark.parametrize("kind", ["NVFP4", "FP8", "W8A8_SQ_PER_CHANNEL", "MXFP8"])
 def test_modelopt_there_and_back(kind: str, tmp_path: Path) -> None:
-    """Through compressed-tensors: every byte but NVFP4's one number, whose reciprocal is rounded, and input scale."""
+    """Through compressed-tensors: every byte but NVFP4's input scale, and its one number's last bit, which is told."""
     folder, _ = test_modelopt.checkpoint(tmp_path / "q", kind)
     tensors = load_file(folder / "model.safetensors")
     static = kind in ("FP8", "W8A8_SQ_PER_CHANNEL")
@@ -60,9 +60,20 @@ def test_modelopt_there_and_back(kind: str, tmp_path: Path) -> None:
         names = [name.removesuffix("weight_scale") for name in tensors if name.endswith("weight_scale")]
         tensors |= {f"{name}input_scale": torch.tensor(0.25 + i / 64) for i, name in enumerate(names)}
         save_file(tensors, folder / "model.safetensors")
-    one = convert(folder, tmp_path / "ct", "compressed-tensors")
-    back = convert(tmp_path / "ct", tmp_path / "back", "modelopt", check=True)
-    assert not one["rounded"] and not back["rounded"] and back["check"]["weights"] == 14
+    if kind == "NVFP4":
+        for target in ("compressed-tensors", "modelopt"):
+            with pytest.raises(ModelError, match=r"(?s)q_proj.*reciprocal.*a last bit of values moves.*--round auto"):
+                convert(tmp_path / ("q" if target[0] == "c" else "ct"), tmp_path / "no", target)
+            if target[0] == "c":
+                one = convert(folder, tmp_path / "ct", target, round="auto")
+        back = convert(tmp_path / "ct", tmp_path / "back", "modelopt", check=True, round="int8 channel")
+        assert sum(len(row["layers"]) for row in one["rounded"]) == 14
+        assert all(row["codes_kept"] and 0 < row["error"] < 2**-46 for row in one["rounded"])
+    else:
+        one = convert(folder, tmp_path / "ct", "compressed-tensors")
+        back = convert(tmp_path / "ct", tmp_path / "back", "modelopt", check=True)
+        assert not one["rounded"] and not back["rounded"]
+    assert back["check"]["weights"] == 14
     before = {name: t for name, t in bits(folder).items() if kind != "NVFP4" or not name.endswith("input_scale")}
     same(before, bits(tmp_path / "back"), "weight_scale_2")
     said = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
@@ -138,6 +149,40 @@ def test_symmetric_gptq_is_modelopts_int4(tmp_path: Path) -> None:
     assert found["rounded"] == [] and found["recoded"][0]["error"] == 0 and found["check"]["exact_in"] == "float32"
     for name, value in values(tmp_path / "d", list(wanted)).items():
         assert torch.equal(value, wanted[name])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("int4 group=32", "the same codes, signed, without an offset"),
+        ("int8 group=32", "the same codes, signed, without an offset"),
+        ("uint4 group=32 symmetric=false", "the same codes over integer zero points"),
+    ],
+)
+def test_whole_offsets_of_mlx_are_zero_points(line: str, words: str, tmp_path: Path) -> None:
+    """There and back with every value; compressed-tensors' own decoder says so too (check)."""
+    folder = quantized("llama", weights=line)
+    convert(folder, tmp_path / "mlx", "mlx")
+    found = convert(tmp_path / "mlx", tmp_path / "ct", "compressed-tensors", check=True)
+    assert found["rounded"] == [] and {row["to"] for row in found["recoded"]} == {words}
+    assert all(row["error"] == 0 for row in found["recoded"]) and found["check"]["exact_in"] == "float32"
+    names = [name for row in found["recoded"] for name in row["layers"]]
+    layers = nybble.load(folder, dtype="float32")[0]
+    for name, value in values(tmp_path / "ct", [f"{name}.weight" for name in names]).items():
+        assert torch.equal(value, layers.get_submodule(name.removesuffix(".weight")).weight.dequantize(torch.float32)), name
+
+
+def test_other_offsets_of_mlx_are_none(tmp_path: Path) -> None:
+    """A bias beside a whole number of scales, by the last bit of one: refused, and the layer alone is named."""
+    convert(quantized("llama", weights="int4 group=32"), tmp_path / "mlx", "mlx")
+    file = tmp_path / "mlx" / "model.safetensors"
+    tensors = load_file(file)
+    key = "model.layers.1.self_attn.o_proj.biases"
+    bits16 = torch.int32 if tensors[key].dtype == torch.float32 else torch.int16
+    tensors[key].view(bits16)[0, 0] += 1
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match=r"\n  model\.layers\.1\.self_attn\.o_proj: uint4 [^,]*it has a real offset"):
+        convert(tmp_path / "mlx", tmp_path / "ct", "compressed-tensors")
 
 
 def test_mxfp4_is_nvfp4(tmp_path: Path) -> None:
@@ -237,11 +282,11 @@ def test_bad_input_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
     with pytest.raises(FileError, match=r"model\.safetensors"):
-        convert(folder, tmp_path / "d", "modelopt")
+        convert(folder, tmp_path / "d", "modelopt", round="auto")
     weights.write_bytes(whole)
     monkeypatch.setattr(files, "free_bytes", lambda path: 1000)
     with pytest.raises(FileError, match="bytes are needed but 1,000 are free"):
-        convert(folder, tmp_path / "d", "modelopt")
+        convert(folder, tmp_path / "d", "modelopt", round="auto")
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
 
 
@@ -278,11 +323,11 @@ def test_the_command_line(tmp_path: Path) -> None:
         process.join()
         return process.exitcode, Path(f"{errors}.out").read_text(), errors.read_text()
 
-    code, printed, said = run(str(tmp_path / "a"), "--target", "modelopt-nvfp4", "--check", "--json")
+    code, printed, said = run(str(tmp_path / "a"), "--target", "modelopt-nvfp4", "--round", "auto", "--check", "--json")
     assert code == 0 and json.loads(printed)["check"]["weights"] == 14, said
     code, printed, _ = run(str(tmp_path / "b"), "--target", "gguf", "--round", "auto")
     assert code == 1  # its tokenizer can't be written so
     code, printed, _ = run(str(tmp_path / "c"), "--target", "modelopt", "--round", "int8 channel")
-    assert code == 0 and "no weight was rounded again" in printed
+    assert code == 0 and "not as they were" in printed and "no weight" not in printed
     code, _, said = run(str(tmp_path / "c"), "--target", "modelopt")
     assert code == 1 and "exists already" in said
