@@ -9,7 +9,7 @@ import typer
 
 from nybble.checkpoint.marked import check_readable
 from nybble.cli._output import megabytes, note, print_json, print_table
-from nybble.core.files import new_folder
+from nybble.core.files import check_new_folder
 from nybble.export import REGISTRY
 
 
@@ -34,7 +34,7 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Write OUT as vLLM, transformers and others load it."""
-    new_folder(dest, folder)
+    check_new_folder(dest)
     if target:
         REGISTRY.check(target.partition(":")[0].lower())
     check_readable(folder)

