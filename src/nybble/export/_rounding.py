@@ -35,9 +35,9 @@ class Changed:
     """Layers that are told in other words, or get another quantizer.
 
     Attributes:
-        layers: names. came: what they are. to: what they become. rounds: whether their values change. kept: whether every
-            code is kept. beside: what else those were that runtimes join
-            with them, for which they all got one line; empty where there was nothing else.
+        layers: names. came: what they are. to: what they become. rounds: whether their values change. kept: whether
+            every code is kept. beside: what else those were that runtimes join with them, for which they all got one
+            line; empty where there was nothing else.
     """
 
     layers: tuple[str, ...]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from nybble.core.errors import FileError, GranularityError, SchemeError
-from nybble.export import ExportTarget, Facts, Refusal, Takes, Verified
+from nybble.export import Cast, ExportTarget, Facts, Refusal, Takes, Verified
 from nybble.export._folder import write_beside
 from nybble.export._last_bit import moves, outer_of
 from nybble.export._source import Layer, Source
@@ -166,6 +166,17 @@ class Gguf(ExportTarget):
                     again[layer.name] = exact[f"{layer.name}.weight"]
         return {name: Quantizer(block_type(kind).line) for name, kind in again.items()}
 
+    def casts(self, source: Source) -> list[Cast]:  # noqa: D102
+        weights, again = _weights(source), self.rounds(source)
+        found = []
+        for tensor in plan(source.transformers_config, weights, self.option)[0]:
+            name, stored = tensor.source.removesuffix(".weight"), weights[tensor.source].stored
+            came = str(weights[tensor.source].dtype).removeprefix("torch.") if stored is None else line_of(stored)
+            kept = ("F32", {"float16": "F16", "bfloat16": "BF16"}.get(came))
+            if not tensor.exact and tensor.kind not in kept and name not in again:
+                found.append(Cast(name=name, came=came, to=tensor.kind))
+        return found
+
     def shifts(self, source: Source) -> list[Refusal]:  # noqa: D102
         bad = []
         for layer in source.layers.values():
@@ -184,7 +195,8 @@ class Gguf(ExportTarget):
         has = TOKENIZER in source.side_files()
         write_beside(source, folder, (_CARD if has else _BARE).format(file=file))
         tokenizer = read_tokenizer(folder, config) if has else None
-        write_gguf(folder / file, config, weights, tokenizer=tokenizer, file_type=self.option, name=source.title)
+        done = write_gguf(folder / file, config, weights, tokenizer=tokenizer, file_type=self.option, name=source.title)
+        self.errors = {name.removesuffix(".weight"): error for name, error in done.errors.items()}
 
     def verify(self, folder: Path, source: Source) -> Verified:
         """By the gguf package's reader and dequantizer, which know nothing of nybble."""

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from nybble.core.errors import UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import new_folder
 from nybble.core.progress import Progress
-from nybble.export import ExportTarget, Refusal, get_target, refuse
+from nybble.export import Cast, ExportTarget, Refusal, get_target, refuse
 from nybble.export._rounded import RoundedSource
 from nybble.export._rounding import AUTO, Changed, recodings, rounded, table
 from nybble.export._source import Source
@@ -25,6 +26,7 @@ from nybble.pipelines.export import opened, written
 from nybble.quantizer import Quantizer
 
 _SHOWN = 3
+_FLOATS = ("float32", "float16", "bfloat16", "f32", "f16", "bf16")
 
 
 @explicit_settings()
@@ -57,10 +59,11 @@ def convert(
         progress: gets tensors.
 
     Returns:
-        as :func:`nybble.export`; and ``rounded``, for each pair of quantizers ``layers``, ``from``, ``to``,
-        ``codes_kept`` (scales alone were rounded, or their reciprocals), and ``error``, the mean of ``|W - W'|^2 / |W|^2`` over these layers;
-        ``beside``, what else runtimes join with them, where one line had to do for different ones; empty where nothing
-        was. ``recoded``: the same of layers whose codes are all kept and told in other words, with the same values.
+        as :func:`nybble.export`; and ``rounded``, for each pair of quantizers, types or dtypes ``layers``, ``from``,
+        ``to``, ``codes_kept`` (scales alone were rounded, or a reciprocal of theirs), ``error``, the mean of
+        ``|W - W'|^2 / |W|^2`` over these layers, and ``beside``, what else runtimes join with them, where one line had
+        to do for different ones; empty where nothing was. ``recoded``: the same of layers whose codes are all kept and
+        told in other words, with the same values.
 
     Raises:
         UsageError: no such target or line; a float model for a target of quantized ones. ModelError: the target can't
@@ -82,10 +85,13 @@ def convert(
                 f"{target}` makes one."
             )
         new, rows = _held(source, part, target, round)
-        for row in rows:
+        cast = _cast(part.casts(new))
+        for row in (*rows, *cast):
             (announce or _ignore)(_said(row))
         found = written(new, dest, part, target, check=check, announce=announce, progress=progress)
-    errors = new.errors if isinstance(new, RoundedSource) else {}
+    errors = (new.errors if isinstance(new, RoundedSource) else {}) | part.errors
+    changed = [replace(row, layers=tuple(n for n in row.layers if errors.get(n) != 0)) for row in cast]
+    rows += [row for row in changed if row.layers]
     return found | {
         "rounded": [_row(row, errors) for row in rows if row.rounds],
         "recoded": [_row(row, errors) for row in rows if not row.rounds],
@@ -131,9 +137,17 @@ def _layers(source: Source, refusal: Refusal) -> Sequence[str]:
     return [owners.get(name, name) for name in refusal.layers if owners.get(name, name) in source.layers]
 
 
+def _cast(casts: Sequence[Cast]) -> list[Changed]:
+    alike: dict[tuple[str, str], list[str]] = {}
+    for cast in casts:
+        alike.setdefault((cast.came, cast.to), []).append(cast.name)
+    return [Changed(layers=tuple(n), came=c, to=to, rounds=True, kept=False) for (c, to), n in alike.items()]
+
+
 def _said(row: Changed) -> str:
     more = f" and {len(row.layers) - _SHOWN} more" if len(row.layers) > _SHOWN else ""
-    what = "rounded again" if row.rounds else "told otherwise"
+    what = ("cast" if row.to.lower() in _FLOATS else "rounded again") if row.rounds else "told otherwise"
+    what = "rounded" if row.came in _FLOATS and what[0] == "r" else what
     why = f"; runtimes join them with layers of {row.beside}, so all get one line" if row.beside else ""
     return f"{what}, {row.came} to {row.to}: {', '.join(row.layers[:_SHOWN])}{more}{why}"
 

@@ -21,6 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import nybble
 from nybble.core import files
 from nybble.core.errors import FileError, ModelError, SchemeError, UsageError
+from nybble.models.sources.gguf_file import halves_apart
+from nybble.models.sources.gguf_names import ARCHS, module_name
 from nybble.models.sources.open import open_source
 from nybble.pipelines.convert import convert
 from nybble.pipelines.export import export
@@ -206,7 +208,9 @@ def test_whole_offsets_of_mlx_are_zero_points(line: str, words: str, tmp_path: P
     names = [name for row in found["recoded"] for name in row["layers"]]
     layers = nybble.load(folder, dtype="float32")[0]
     for name, value in values(tmp_path / "ct", [f"{name}.weight" for name in names]).items():
-        assert torch.equal(value, layers.get_submodule(name.removesuffix(".weight")).weight.dequantize(torch.float32)), name
+        assert torch.equal(
+            value, layers.get_submodule(name.removesuffix(".weight")).weight.dequantize(torch.float32)
+        ), name
 
 
 def test_other_offsets_of_mlx_are_none(tmp_path: Path) -> None:
@@ -306,6 +310,56 @@ def test_a_type_of_the_target_asks_for_it(tmp_path: Path) -> None:
     assert gguf(tmp_path / "a").read_bytes() == gguf(tmp_path / "b").read_bytes()
 
 
+def changed(before: Path, after: Path) -> dict[str, float]:
+    """By gguf's own reader and dequantizer: parameter -> relative error, of what a file has other values of."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    tensors = {t.name: t for t in GGUFReader(str(after)).tensors}
+    wanted = load_file(before / "model.safetensors")
+    found: dict[str, float] = {}
+    for name, value in wanted.items():
+        at = next(t for n, t in tensors.items() if module_name(n, ARCHS["llama"]) == name)
+        theirs = torch.from_numpy(dequantize(at.data, at.tensor_type).copy()).view(value.shape)
+        beside = tensors.get(at.name.removesuffix("weight") + "scale")
+        theirs = theirs if beside is None else theirs * float(beside.data[0])
+        if any(f".{part}_proj." in name for part in "qk"):
+            theirs = halves_apart(theirs, 4 if ".q_proj." in name else 2)
+        error = float((theirs - value.float()).square().sum() / value.float().square().sum())
+        found |= {name.removesuffix(".weight"): error} if error else {}
+    return found
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp4", "q4_k_m", "f16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_tensor_that_changes_is_listed(kind: str, tied: bool, tmp_path: Path) -> None:
+    """Embeddings and heads get other types than the rest; norms in float32 keep their values."""
+    folder = wide(tmp_path / "float", tie_word_embeddings=tied)
+    tensors = load_file(folder / "model.safetensors")
+    table = "model.embed_tokens.weight"
+    tensors[table] = tensors[table].half().bfloat16()  # the others have values below float16's
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    said: list[str] = []
+    found = convert(folder, tmp_path / "g", f"gguf:{kind}", announce=said.append)
+    wanted = changed(folder, gguf(tmp_path / "g"))
+    assert sorted(name for row in found["rounded"] for name in row["layers"]) == sorted(wanted)
+    assert ("model.layers.0.mlp.up_proj" in wanted) and ("model.embed_tokens" in wanted) == (kind != "f16")
+    for row in found["rounded"]:
+        mean = sum(wanted[name] for name in row["layers"]) / len(row["layers"])
+        assert row["error"] == pytest.approx(mean, rel=1e-4) and row["from"] == "bfloat16"
+        assert any(f"bfloat16 to {row['to']}" in line for line in said)
+
+
+def test_weights_that_become_floats_are_listed(tmp_path: Path) -> None:
+    """Where 16 bits round them; int4 times a scale of as many digits as its dtype has needs more."""
+    folder = quantized("llama", weights="int4 group=32")
+    for target, to in (("dense", "bfloat16"), ("dense:float16", "float16")):
+        found = convert(folder, tmp_path / to, target)
+        names = [name for row in found["rounded"] for name in row["layers"] if row["from"].startswith("int4")]
+        assert len(names) == 14 and all(row["to"] == to and 0 < row["error"] < 2**-14 for row in found["rounded"])
+    assert convert(folder, tmp_path / "wide", "dense:float32")["rounded"] == []
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 def test_bad_input_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = test_compressed_tensors.checkpoint(tmp_path / "q", *CT["nvfp4"])
@@ -336,7 +390,11 @@ def test_the_model_itself_is_no_place_to_write(tmp_path: Path) -> None:
     for dest in (folder, f"{folder}/", tmp_path / "a" / ".." / "q", tmp_path / "link"):
         with pytest.raises(UsageError, match="is the model itself"):
             convert(folder, dest, "gguf")
-    for source, dest in ((folder, folder / "x" / "y"), (tmp_path / "link", folder / "x"), (folder, tmp_path / "link/x")):
+    for source, dest in (
+        (folder, folder / "x" / "y"),
+        (tmp_path / "link", folder / "x"),
+        (folder, tmp_path / "link/x"),
+    ):
         with pytest.raises(UsageError, match="would be in the model's own folder"):
             convert(source, dest, "gguf")
     assert sorted(tmp_path.rglob("*")) == before
