@@ -147,7 +147,7 @@ def new_folder(out: Path | str, source: Path | str) -> Path:
     Raises:
         UsageError: they are one, or ``out`` would be in the folder ``source``. FileError: it exists.
     """
-    if isinstance(out, str | os.PathLike) and Path(source).exists():
+    if Path(source).exists():
         _check_apart(Path(out), Path(source))
     check_new_folder(out)
     found = Path(out)

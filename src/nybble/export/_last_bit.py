@@ -43,7 +43,7 @@ def same(codes: Tensor, outer: Tensor | Inverse, written: float) -> bool:
 
 def exact_reciprocal(codes: Tensor, outer: Tensor | Inverse) -> float | None:
     """The number of the other kind that gives these scales the same float32 values; None where there is none."""
-    used = codes.unique()
+    used = torch.unique(codes)
     value = outer.divisor if isinstance(outer, Inverse) else outer
     return next((found for found in reciprocals(value) if same(used, outer, found)), None)
 
@@ -63,4 +63,6 @@ def moves(source: Source, prefix: str, weight: QTensor, written: float) -> bool:
     divides = isinstance(outer, Inverse)
     value = source.tensor(f"{prefix}.scale.scale.divisor" if divides else f"{prefix}.scale.scale")
     found = Inverse(value) if divides else value
-    return not same(_ALL, found, written) and not same(source.tensor(f"{prefix}.scale.codes").unique(), found, written)
+    return not same(_ALL, found, written) and not same(
+        torch.unique(source.tensor(f"{prefix}.scale.codes")), found, written
+    )

@@ -193,6 +193,7 @@ def _divided(tensor: QTensor, exact: bool) -> QTensor | None:
     if found is None or isinstance(found[2], Inverse):
         return None
     weight, scale, outer = found
+    assert isinstance(outer, Tensor)
     value = exact_reciprocal(scale.codes, outer) if exact else exact_divisor(outer) or next(reciprocals(outer))
     return None if value is None else _above(weight, scale, Inverse(_other(outer, value)))
 
@@ -202,6 +203,7 @@ def _scaled(tensor: QTensor, exact: bool) -> QTensor | None:
     if found is None or not isinstance(found[2], Inverse):
         return None
     weight, scale, outer = found
+    assert isinstance(outer, Inverse)
     nearest = reciprocals(outer.divisor)
     value = exact_reciprocal(scale.codes, outer) if exact else exact_factor(outer) or next(nearest)
     return None if value is None else _above(weight, scale, _other(outer.divisor, value))

@@ -24,6 +24,7 @@ from nybble.core.errors import FileError, ModelError, SchemeError, UsageError
 from nybble.models.sources.gguf_file import halves_apart
 from nybble.models.sources.gguf_names import ARCHS, module_name
 from nybble.models.sources.open import open_source
+from nybble.nn.kv_model import recorded_kv
 from nybble.pipelines.convert import convert
 from nybble.pipelines.export import export
 
@@ -160,6 +161,42 @@ def test_what_a_gguf_says_comes_along(tmp_path: Path) -> None:
         assert all(torch.equal(t, b.tensors()[key]) for key, t in a.tensors().items())
 
 
+def test_a_float8_cache_goes_there_and_back(tmp_path: Path) -> None:
+    """As ModelOpt's two files and its scales say it, and as it is read by either file."""
+    folder = quantized("llama", weights="nvfp4", kv="float8_e4m3fn tensor scale=one", target="modelopt")
+    found = convert(folder, tmp_path / "a", "modelopt", check=True)
+    assert not any("cache" in note for note in found["notes"])
+    said = json.loads((tmp_path / "a" / "hf_quant_config.json").read_text())["quantization"]
+    mirror = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
+    assert said["kv_cache_quant_algo"] == "FP8"
+    assert mirror["kv_cache_scheme"] == {"dynamic": False, "num_bits": 8, "type": "float"}
+    scales = {
+        n: t for n, t in load_file(tmp_path / "a" / "model.safetensors").items() if n.endswith(("k_scale", "v_scale"))
+    }
+    assert {n: (t.shape, float(t)) for n, t in scales.items()} == {
+        f"model.layers.{i}.self_attn.{s}_proj.{s}_scale": (torch.Size([]), 1.0) for i in (0, 1) for s in "kv"
+    }
+    convert(tmp_path / "a", tmp_path / "b", "modelopt")
+    same(bits(tmp_path / "a"), bits(tmp_path / "b"))
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    for place in "ab":
+        assert str(recorded_kv(nybble.load(tmp_path / place)[0])) == "float8_e4m3fn scale=one"
+
+
+def test_what_modelopts_cache_is_not_is_said(tmp_path: Path) -> None:
+    tokens = quantized("llama", weights="int8 channel", kv="float8_e4m3fn token")
+    found = convert(tokens, tmp_path / "a", "modelopt")
+    assert any("float8 without scales there" in note for note in found["notes"])
+    assert (
+        json.loads((tmp_path / "a" / "hf_quant_config.json").read_text())["quantization"]["kv_cache_quant_algo"]
+        == "FP8"
+    )
+    with pytest.raises(ModelError, match=r"the KV cache: KV cache int8 token.*it takes float8_e4m3fn scale=one in all"):
+        convert(quantized("llama", weights="int8 channel", kv="int8 token"), tmp_path / "b", "modelopt")
+
+
 # ----------------------------------------------------------------------------------------- the same codes, other words
 def symmetric_gptq(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     """Zero points of 8 everywhere, as GPTQ's files of symmetric weights have them."""
@@ -206,7 +243,7 @@ def test_whole_offsets_of_mlx_are_zero_points(line: str, words: str, tmp_path: P
     assert found["rounded"] == [] and {row["to"] for row in found["recoded"]} == {words}
     assert all(row["error"] == 0 for row in found["recoded"]) and found["check"]["exact_in"] == "float32"
     names = [name for row in found["recoded"] for name in row["layers"]]
-    layers = nybble.load(folder, dtype="float32")[0]
+    layers: Any = nybble.load(folder, dtype="float32")[0]
     for name, value in values(tmp_path / "ct", [f"{name}.weight" for name in names]).items():
         assert torch.equal(
             value, layers.get_submodule(name.removesuffix(".weight")).weight.dequantize(torch.float32)
