@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,7 +94,7 @@ def rounded(
         target: where it goes.
         names: of layers that it can't hold; siblings that runtimes join come with them where they have to.
         line: a quantizer line for all of them; ``auto``: for each what the target holds in about as many bits, with
-            the least error on the first of its kind.
+            the least error on the first of its kind. Embeddings that it holds in no line at all become floats.
         kept: layers whose codes stay, in other words.
 
     Raises:
@@ -102,6 +102,10 @@ def rounded(
     """
     facts = facts_of(source)
     wanted = list(dict.fromkeys(name for name in names if name in source.layers and source.layers[name].weights))
+    tables = [
+        name for name in wanted if "Embedding" in facts.classes[name] and not any(_held(source, target, facts, [name]))
+    ]
+    wanted = [name for name in wanted if name not in tables]
     beside = [name for group in fused_groups(source.layers) if set(group) & set(wanted) for name in group]
     for layers in (wanted, list(dict.fromkeys([*wanted, *beside]))):
         try:
@@ -114,7 +118,8 @@ def rounded(
         rules = scheme.match(facts.classes).rules
         final = {name: rule.weights for name, rule in rules.items() if rule.weights is not None}
         left = {name: recoding for name, recoding in kept.items() if name not in final}
-        return RoundedSource(source, final, scheme.together, left)
+        left = {name: recoding for name, recoding in left.items() if name not in tables}
+        return RoundedSource(source, final, scheme.together, left, tables)
     raise AssertionError("one of the two is tried last")
 
 
@@ -125,6 +130,8 @@ def table(source: RoundedSource, before: Source) -> list[Changed]:
     joined = {name: group for group in fused_groups(source.quantizers) for name in group}
     for name, came in words.items():
         quantizer, recoding = source.quantizers.get(name), source.recodings.get(name)
+        if name in source.unpacked:
+            found.setdefault((came, str(source.dtype).removeprefix("torch."), True, False, ""), []).append(name)
         if quantizer is None and recoding is None:
             continue
         beside = ", ".join(dict.fromkeys(words[one] for one in joined.get(name, ()) if words[one] != came))
@@ -175,26 +182,32 @@ def _nearest(
         names: of layers.
         first: those of them on which errors are measured: a layer, or all that runtimes join with it.
     """
-    weights = [_first(source, name)[1] for name in first]
-    held: list[tuple[float, Quantizer]] = []
-    for line in dict.fromkeys([*(row.weights for row in target.takes), *_USUAL]):
-        try:
-            quantizer = Quantizer(line)
-            trials = [quantizer.quantize(torch.empty(weight.shape, device="meta")) for weight in weights]
-            target.constrain(_scheme(dict.fromkeys(names, quantizer)), facts)
-        except NybbleError:
-            continue
-        held.append((max(trial.bits_per_element() for trial in trials), quantizer))
+    held = list(_held(source, target, facts, names))
     if not held:
         raise UsageError(
             f"{target.summary}: none of the usual lines fits {', '.join(names[:3])}; give one with --round LINE."
         )
-    bits = max(weight.bits_per_element() for weight in weights)
+    bits = max(_first(source, name)[1].bits_per_element() for name in first)
     close = [quantizer for size, quantizer in held if size <= bits + _MORE]
     if not close:
         return min(held, key=lambda pair: pair[0])[1]
     values = [source.weight(source.layers[n], _first(source, n)[0]).dequantize()[:_ROWS].clone() for n in first]
     return min(close, key=lambda quantizer: sum(_error(matrix, quantizer) for matrix in values))
+
+
+def _held(
+    source: Source, target: ExportTarget, facts: Facts, names: Sequence[str]
+) -> Iterator[tuple[float, Quantizer]]:
+    """The usual lines that a target holds of all of ``names``, behind their bits."""
+    shapes = {_first(source, name)[1].shape for name in names}
+    for line in dict.fromkeys([*(row.weights for row in target.takes), *_USUAL]):
+        try:
+            quantizer = Quantizer(line)
+            trials = [quantizer.quantize(torch.empty(shape, device="meta")) for shape in shapes]
+            target.constrain(_scheme(dict.fromkeys(names, quantizer)), facts)
+        except NybbleError:
+            continue
+        yield max(trial.bits_per_element() for trial in trials), quantizer
 
 
 def _error(values: Tensor, quantizer: Quantizer) -> float:

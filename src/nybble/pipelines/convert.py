@@ -53,7 +53,7 @@ def convert(
         dest: must not exist; it appears whole or not at all.
         target: a target's name, with its option behind a colon.
         round: a quantizer line for the weights that the target can't hold; ``auto`` takes the nearest, of about as
-            many bits, that it holds.
+            many bits, that it holds. Embeddings are cast to the model's dtype where it holds no packed ones.
         check: open the result with the libraries that load it, and compare weights and logits with nybble's.
         announce: gets what will be lost or rounded, a line each, before anything is written.
         progress: gets tensors.

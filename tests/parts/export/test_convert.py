@@ -336,6 +336,25 @@ def test_siblings_of_several_types_get_one_line(tmp_path: Path) -> None:
     assert found["check"]["weights"] == 9
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_become_floats_where_none_are_packed(tied: bool, tmp_path: Path) -> None:
+    """As in ModelOpt's folders; a head that reads the table is tied to it again."""
+    convert(wide(tmp_path / "float", tie_word_embeddings=tied), tmp_path / "g", "gguf:q8_0")
+    with pytest.raises(ModelError, match=r"embed_tokens.*a quantized embedding"):
+        convert(gguf(tmp_path / "g"), tmp_path / "d", "modelopt")
+    found = convert(gguf(tmp_path / "g"), tmp_path / "d", "modelopt", round="int8 channel", check=True)
+    (row,) = [row for row in found["rounded"] if "model.embed_tokens" in row["layers"]]
+    assert row["layers"] == ["model.embed_tokens"] and row["to"] == "float16" and 0 < row["error"] < 2**-20
+    name = "model.embed_tokens.weight"
+    before = values(gguf(tmp_path / "g"), [name])[name]
+    tensors = load_file(tmp_path / "d" / "model.safetensors")
+    assert torch.equal(tensors[name], before.half()) and ("lm_head.weight" in tensors) == (not tied)
+    assert (
+        name.removesuffix(".weight")
+        in json.loads((tmp_path / "d" / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
+    )
+
+
 def test_a_type_of_the_target_asks_for_it(tmp_path: Path) -> None:
     """The file is what export writes, which rounds as it writes; here it is said, and by how much."""
     folder = quantized("llama", weights="int4 group=32 symmetric=false")
