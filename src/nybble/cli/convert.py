@@ -9,7 +9,7 @@ import typer
 
 from nybble.cli._output import megabytes, note, print_json, print_table
 from nybble.cli.export import print_check
-from nybble.core.files import check_new_folder
+from nybble.core.files import new_folder
 from nybble.core.progress import Bars
 from nybble.export import REGISTRY
 from nybble.models.named import check_model
@@ -46,7 +46,7 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Write A as vLLM, llama.cpp, transformers and others load it, without changing a code."""
-    check_new_folder(dest)
+    new_folder(dest, model)
     REGISTRY.check(target.partition(":")[0].lower())
     check_model(model)
     from nybble.pipelines.convert import convert

@@ -7,10 +7,12 @@ file, on its way up (:func:`within`). Anything else that escapes from nybble is 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-_LISTED, _SHOWN = 24, 8
+_LISTED, _SHOWN, _NEAR = 24, 8, 4
+_SIZED = re.compile(r"([a-z]+)_?(\d+)")
 
 
 class NybbleError(Exception):
@@ -64,9 +66,22 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
     if close:
         return f" Did you mean {lower[close[0]]!r}?"
+    if near := _near_in_size(name, known):
+        return f" Nearest: {', '.join(near)}."
     if len(known) > _LISTED:
         return f" Some of the {len(known)} known: {', '.join(known[:_SHOWN])} ..."
     return f" Known: {', '.join(known)}."
+
+
+def _near_in_size(name: str, known: Sequence[str]) -> list[str]:
+    """Those of ``known`` with the letters that ``name`` begins with, nearest in the number behind them: q9, q8_0."""
+    sizes = {option: _SIZED.match(option.lower()) for option in (name, *known)}
+    asked = sizes[name]
+    if asked is None:
+        return []
+    alike = [(option, found) for option in known if (found := sizes[option]) is not None and found[1] == asked[1]]
+    alike.sort(key=lambda pair: abs(int(pair[1][2]) - int(asked[2])))
+    return [option for option, _ in alike[:_NEAR]]
 
 
 @contextmanager

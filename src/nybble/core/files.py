@@ -137,6 +137,31 @@ def check_new_folder(out: Path | str) -> None:
         raise UsageError(f"{out} would be a folder with the name of a {suffix} file; give a name without {suffix}.")
 
 
+def new_folder(out: Path | str, source: Path | str) -> Path:
+    """The folder ``out`` that is to appear, without ``..``; refused where none can (:func:`check_new_folder`).
+
+    Args:
+        out: what is to appear.
+        source: what it is made of, a path or a name that is none; links are followed.
+
+    Raises:
+        UsageError: they are one, or ``out`` would be in the folder ``source``. FileError: it exists.
+    """
+    if Path(source).exists():
+        _check_apart(Path(out), Path(source))
+    check_new_folder(out)
+    found = Path(out)
+    return found.resolve() if ".." in found.parts else found
+
+
+def _check_apart(out: Path, source: Path) -> None:
+    written, read = out.resolve(), source.resolve()
+    if written == read:
+        raise UsageError(f"{out} is the model itself, which stays as it is; choose a new output folder.")
+    if read.is_dir() and read in written.parents:
+        raise UsageError(f"{out} would be in the model's own folder, {source}; choose an output folder outside of it.")
+
+
 def check_folder(folder: Path | str) -> None:
     """Raise FileError unless there is such a folder."""
     if not Path(folder).is_dir():

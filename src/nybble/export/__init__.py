@@ -59,6 +59,19 @@ class Refusal:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cast:
+    """A tensor that is rounded, or cast, while it is written.
+
+    Attributes:
+        name: of the module, or of the parameter where that is no weight. came: what it is. to: what it becomes.
+    """
+
+    name: str
+    came: str
+    to: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Takes:
     """A row of what a target takes: data for a page, and for ``--check``.
 
@@ -122,6 +135,7 @@ class ExportTarget(ABC):
         option: what stands behind the colon; empty for none.
 
     Attributes:
+        errors: name of a :class:`Cast` -> ``|W - W'|^2 / |W|^2``, which :meth:`write` finds.
         summary: what it is, in a line.
         options: what may stand behind the colon, word -> meaning; a target without any takes none.
         takes: what it holds, and who loads that.
@@ -139,6 +153,7 @@ class ExportTarget(ABC):
 
     def __init__(self, option: str = "") -> None:
         self.option = option
+        self.errors: dict[str, float] = {}
 
     @abstractmethod
     def constrain(self, scheme: Scheme, facts: Facts) -> Scheme:
@@ -161,6 +176,14 @@ class ExportTarget(ABC):
     def rounds(self, source: Source) -> Mapping[str, Quantizer]:
         """Layers whose weights :meth:`write` rounds again because the option asks for that, and to what."""
         return {}
+
+    def casts(self, source: Source) -> list[Cast]:
+        """What :meth:`write` rounds or casts beside :meth:`rounds`: floats above all; values may stay."""
+        return []
+
+    def shifts(self, source: Source) -> list[Refusal]:
+        """Layers that :meth:`write` takes as they are, though a float32's last bit of their values moves there."""
+        return []
 
     @abstractmethod
     def write(self, source: Source, folder: Path) -> None:

@@ -168,6 +168,8 @@ def mirrored(said: Mapping[str, Any], producer: Mapping[str, str]) -> dict[str, 
             f"group_{i}": {**_group(*key), "targets": sorted(names)} for i, (key, names) in enumerate(alike.items())
         }
         found["quantized_layers"] = said["quantized_layers"]
+    if said.get("kv_cache_quant_algo") == "FP8":
+        found["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
     return {
         **found, "ignore": said.get("exclude_modules", []), "quant_algo": algo, "producer": dict(producer),
         "quant_method": "modelopt",

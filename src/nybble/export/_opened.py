@@ -6,6 +6,7 @@ weight gets the place that nybble's own files would give it, so a target can't t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -74,7 +75,17 @@ class OpenedSource(Source):
         self.notes: list[str] = self._notes()
         self._beside = self._side_files()
         self.floats = {name: self._float(name) for name in source.stored() if name not in placed}
+        self.notes += self._wide()
         self._made: dict[str, Sequence[QTensor]] = {}
+
+    def _wide(self) -> list[str]:
+        """What of a GGUF stays in float32 in a model of 16 bits, which would round it."""
+        if not isinstance(self._source, GgufSource) or self.dtype == torch.float32:
+            return []
+        wide = [n for n, entry in self.floats.items() if entry.dtype == "F32" and n not in self.unpacked]
+        more = f" and {len(wide) - 1} more" if len(wide) > 1 else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return [f"in float32, as {dtype} would round it: {wide[0]}{more}"] if wide else []
 
     def _notes(self) -> list[str]:
         found = [self._source.note] if self._source.note else []
@@ -98,6 +109,10 @@ class OpenedSource(Source):
         dtype = found.dtype
         if isinstance(self._source, GgufSource) and name not in self.unpacked:
             dtype = self._source.kept_dtype(name)
+            if dtype == torch.float32 and self.dtype != dtype:  # as GGUF has norms and biases whatever they were
+                ((_, values),) = self._source.read([name])
+                exact = torch.equal(values.to(self.dtype).float(), values)
+                dtype = self.dtype if exact else dtype
         nbytes = found.numel * dtype.itemsize
         return TensorEntry(dtype=str(safetensors_name(dtype)), shape=tuple(found.shape), begin=0, nbytes=nbytes)
 
@@ -199,16 +214,23 @@ def _dtype(source: ModelSource, packed: Packed) -> torch.dtype:
     Runtimes keep the scales of integers in the model's dtype, so of float16 scales another one would round them.
     """
     if isinstance(source, GgufSource):
-        half = [t for tensors in packed.values() for q in tensors for t in q.tensors().values()]
-        floats = {source.kept_dtype(name) for name in source.stored() if name not in packed}
-        return (
-            torch.float16
-            if any(t.dtype == torch.float16 for t in half) and torch.bfloat16 not in floats
-            else (torch.bfloat16)
-        )
+        return _gguf_dtype(source, packed)
     raw = read_json(source.folder / "config.json") if isinstance(source, FolderSource) else {}
     stated = raw.get("dtype", raw.get("torch_dtype"))
     return float_dtype(stated, "dtype") if stated in FLOATS else torch.bfloat16
+
+
+def _gguf_dtype(source: GgufSource, packed: Packed) -> torch.dtype:
+    halves = any(t.dtype == torch.float16 for q in packed.values() for part in q for t in part.tensors().values())
+    floats = Counter[torch.dtype]()
+    for name, found in source.stored().items():
+        if name not in packed and len(found.shape) == 2:  # others are in float32 in every file
+            floats[source.kept_dtype(name)] += found.numel
+    if packed:
+        del floats[torch.float32]  # routers of experts
+    if torch.bfloat16 in floats:
+        return torch.bfloat16
+    return torch.float16 if halves else max(floats, key=lambda dtype: floats[dtype], default=torch.bfloat16)
 
 
 def _place(

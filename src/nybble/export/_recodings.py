@@ -2,9 +2,12 @@
 
 ===========  ========================================================================================  ==============
 ``centred``  zero points that are all in the middle of an unsigned range -> signed codes without any   the same values
+``signed``   offsets that are whole multiples of scales -> signed codes, where those have the range    the same values
+``whole``    such offsets -> integer zero points                                                       the same values
 ``tiled``    powers of two over 32 columns -> E4M3 scales over 16, above them one power of two          the same values
-``divided``  NVFP4 above a factor -> above its reciprocal, a divisor                                    a last bit off
-``scaled``   NVFP4 above a divisor -> above its reciprocal, a factor                                    a last bit off
+``divided``  NVFP4 above a factor -> above its reciprocal, a divisor, where the scales' values stay     the same values
+``scaled``   NVFP4 above a divisor -> above its reciprocal, a factor, where the scales' values stay     the same values
+``nudged``   the same two where no reciprocal gives these values                                       a last bit off
 ``halved``   scales in float32 -> in float16                                                            rounds scales
 ===========  ========================================================================================  ==============
 Each takes a tensor with its numbers and says None where it is about another kind, or where the numbers don't allow it.
@@ -18,9 +21,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from nybble.export._ct_tensors import exact_divisor
+from nybble.export._last_bit import exact_reciprocal
+from nybble.export._mo_tensors import exact_factor
 from nybble.export._reciprocal import reciprocals
 from nybble.formats import get_format
 from nybble.granularity import make_granularity
+from nybble.models.sources.layouts._pieces import integers
 from nybble.packing import get_layout
 from nybble.qtensor import Inverse, QTensor, QuantParams
 from nybble.qtensor.block import BlockQTensor
@@ -35,7 +42,7 @@ class Recoding:
     """A way to keep codes.
 
     Attributes:
-        words: what becomes of a tensor. rounds: whether its values change by more than a last bit of float32.
+        words: what becomes of a tensor. rounds: whether its values change.
         make: a tensor with its numbers -> the other one; None where there is none.
         looks: whether ``make`` has to see the numbers, else the meta device will do.
     """
@@ -62,6 +69,63 @@ def centred(tensor: QTensor) -> QTensor | None:
         codes = get_layout(tensor.layout).pack(flipped.reshape(-1), bits)
     params = replace(tensor.params, zero_point=None)
     return replace(tensor, format=get_format(f"int{bits}_full"), codes=codes, params=params)
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """Integers over scales and offsets: bits, codes [out, in], and the zero point of each code's block, all int16."""
+
+    bits: int
+    codes: Tensor
+    zeros: Tensor
+    blocks: Tensor
+
+
+def _counted(tensor: QTensor) -> _Counted | None:
+    """MLX's and Q4_1's kind, where every offset is a whole number of scales that a zero point can be."""
+    if not isinstance(tensor, BlockQTensor) or tensor.granularity.factored or tensor.params.zero_point is not None:
+        return None
+    scale, offset, bits = tensor.params.scale, tensor.params.offset, tensor.format.bits
+    if not isinstance(scale, Tensor) or not isinstance(offset, Tensor) or scale.numel() != offset.numel():
+        return None
+    (rows, columns), count = tensor.shape, scale.numel()
+    if tensor.format.name != f"uint{bits}" or bits < 2 or count % rows or columns % (count // rows):
+        return None
+    steps, low = scale.double().reshape(rows, -1), offset.double().reshape(rows, -1)
+    zeros = torch.where((steps == 0) & (low == 0), 1 << (bits - 1), -low / steps)
+    if not bool(((zeros >= 0) & (zeros < 1 << bits)).all()):
+        return None
+    blocks = zeros.round().to(torch.int16)
+    codes = tensor.unpacked().view(rows, columns).to(torch.int16)
+    return _Counted(bits, codes, blocks.repeat_interleave(columns // blocks.shape[1], 1), blocks)
+
+
+def _if_same(made: BlockQTensor, tensor: QTensor) -> BlockQTensor | None:
+    return made if torch.equal(made.dequantize(), tensor.dequantize()) else None
+
+
+def signed(tensor: QTensor) -> QTensor | None:
+    """``scale * code - 8 * scale`` of unsigned codes is ``scale * code`` of signed ones."""
+    found = _counted(tensor)
+    if found is None:
+        return None
+    assert isinstance(tensor, BlockQTensor)
+    half, values = 1 << (found.bits - 1), found.codes - found.zeros
+    if bool(((values < -half) | (values >= half)).any()):
+        return None
+    codes = get_layout(tensor.layout).pack((values & (2 * half - 1)).to(torch.uint8).reshape(-1), found.bits)
+    params = replace(tensor.params, offset=None)
+    return _if_same(replace(tensor, format=get_format(f"int{found.bits}_full"), codes=codes, params=params), tensor)
+
+
+def whole(tensor: QTensor) -> QTensor | None:
+    """``scale * code - z * scale`` is ``scale * (code - z)``, if float32 rounds no value of it otherwise."""
+    found = _counted(tensor)
+    if found is None:
+        return None
+    assert isinstance(tensor, BlockQTensor)
+    zeros = integers(found.blocks.to(torch.uint8), tensor.format.name)
+    return _if_same(replace(tensor, params=replace(tensor.params, offset=None, zero_point=zeros)), tensor)
 
 
 def tiled(tensor: QTensor) -> QTensor | None:
@@ -100,35 +164,49 @@ def _outer(tensor: QTensor) -> tuple[BlockQTensor, BlockQTensor, Tensor | Invers
     return (tensor, scale, outer) if isinstance(outer, Tensor | Inverse) else None
 
 
-def _reciprocal(value: Tensor) -> Tensor:
-    if value.device.type == "meta":
-        return value.float()
-    found = torch.tensor([next(reciprocals(value))], dtype=torch.float32)
-    return found.view(value.shape)
+def _above(weight: BlockQTensor, scale: BlockQTensor, outer: Tensor | Inverse) -> BlockQTensor:
+    inner = replace(scale, params=replace(scale.params, scale=outer))
+    return replace(weight, params=replace(weight.params, scale=inner))
+
+
+def _other(value: Tensor, found: float) -> Tensor:
+    return torch.full_like(value, found, dtype=torch.float32)
 
 
 def divided(tensor: QTensor) -> QTensor | None:
     """ModelOpt's and GGUF's NVFP4 as compressed-tensors has it."""
-    found = _outer(tensor)
-    if found is None:
-        return None
-    weight, scale, outer = found
-    if isinstance(outer, Inverse):
-        return None
-    inner = replace(scale, params=replace(scale.params, scale=Inverse(_reciprocal(outer))))
-    return replace(weight, params=replace(weight.params, scale=inner))
+    return _divided(tensor, exact=True)
 
 
 def scaled(tensor: QTensor) -> QTensor | None:
     """The other way."""
+    return _scaled(tensor, exact=True)
+
+
+def nudged(tensor: QTensor) -> QTensor | None:
+    """Either, with the reciprocal whose values are the same in bfloat16 if there is one, else the nearest."""
+    return _divided(tensor, exact=False) or _scaled(tensor, exact=False)
+
+
+def _divided(tensor: QTensor, exact: bool) -> QTensor | None:
     found = _outer(tensor)
-    if found is None:
+    if found is None or isinstance(found[2], Inverse):
         return None
     weight, scale, outer = found
-    if not isinstance(outer, Inverse):
+    assert isinstance(outer, Tensor)
+    value = exact_reciprocal(scale.codes, outer) if exact else exact_divisor(outer) or next(reciprocals(outer))
+    return None if value is None else _above(weight, scale, Inverse(_other(outer, value)))
+
+
+def _scaled(tensor: QTensor, exact: bool) -> QTensor | None:
+    found = _outer(tensor)
+    if found is None or not isinstance(found[2], Inverse):
         return None
-    inner = replace(scale, params=replace(scale.params, scale=_reciprocal(outer.divisor)))
-    return replace(weight, params=replace(weight.params, scale=inner))
+    weight, scale, outer = found
+    assert isinstance(outer, Inverse)
+    nearest = reciprocals(outer.divisor)
+    value = exact_reciprocal(scale.codes, outer) if exact else exact_factor(outer) or next(nearest)
+    return None if value is None else _above(weight, scale, _other(outer.divisor, value))
 
 
 def halved(tensor: QTensor) -> QTensor | None:
@@ -147,8 +225,12 @@ def halved(tensor: QTensor) -> QTensor | None:
 
 EXACT = (
     Recoding("the same codes, signed", centred, looks=True),
+    Recoding("the same codes, signed, without an offset", signed, looks=True),
+    Recoding("the same codes over integer zero points", whole, looks=True),
     Recoding("the same codes as NVFP4", tiled, looks=True),
-    Recoding("the same codes over a divisor, the factor's reciprocal", divided),
-    Recoding("the same codes over a factor, the divisor's reciprocal", scaled),
+    Recoding("the same codes over a divisor, the factor's reciprocal", divided, looks=True),
+    Recoding("the same codes over a factor, the divisor's reciprocal", scaled, looks=True),
 )
+NUDGED = (Recoding("the same codes, a last bit off under the reciprocal", nudged, rounds=True, looks=True),)
+"""Those that any wish to round allows."""
 ROUNDING = (Recoding("the same codes, scales in float16", halved, rounds=True, looks=True),)

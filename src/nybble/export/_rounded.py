@@ -14,9 +14,11 @@ from torch import Tensor
 from nybble.calibration.error import relative_error
 from nybble.core.errors import FileError
 from nybble.core.tensorfile import Planned, safetensors_name
+from nybble.core.tensorheader import TensorEntry
 from nybble.export._recodings import Recoding
 from nybble.export._source import Layer, Source
 from nybble.nn.activation import ActivationQuantizer
+from nybble.nn.kinds.tied import input_table
 from nybble.qtensor import QTensor
 from nybble.qtensor._rows import split_rows
 from nybble.quantizer import Quantizer
@@ -35,9 +37,10 @@ class RoundedSource(Source):
         together: last parts of the names of siblings that share what a quantizer has for a whole tensor
             (:attr:`nybble.scheme.Scheme.together`).
         recodings: layer -> how its codes are told in other words.
+        unpacked: embeddings that are in float from here on, in the model's dtype; heads that read them follow.
 
     Attributes:
-        quantizers, recodings: as given. notes: of the source.
+        quantizers, recodings, unpacked: as given. notes: of the source.
         errors: layer -> ``|W - W'|^2 / |W|^2`` of W as it was, for those that were read.
     """
 
@@ -47,18 +50,40 @@ class RoundedSource(Source):
         quantizers: Mapping[str, Quantizer],
         together: Sequence[Sequence[str]] = (),
         recodings: Mapping[str, Recoding] = MappingProxyType({}),
+        unpacked: Sequence[str] = (),
     ) -> None:
         self._source, self.quantizers, self.recodings = source, dict(quantizers), dict(recodings)
         self.place, self.title, self.config = source.place, source.title, source.config
-        self.kv, self.floats = source.kv, source.floats
-        self.notes = source.notes
+        self.kv, self.notes, self.unpacked = source.kv, source.notes, tuple(unpacked)
+        self._tables = {f"{name}.weight": source.layers[name] for name in unpacked}
+        self.floats = {**source.floats, **{name: self._entry(layer) for name, layer in self._tables.items()}}
         self._changed = {*self.quantizers, *self.recodings}
-        self.layers = {name: self._layer(layer) for name, layer in source.layers.items()}
+        self.layers = {n: self._layer(layer) for n, layer in source.layers.items() if not self._in_float(layer)}
         self._names = {prefix: name for name, layer in self.layers.items() for prefix in layer.weights}
         self._groups = _groups(quantizers, together)
         self._made: dict[tuple[str, ...], dict[str, list[QTensor]]] = {}
         self._last: tuple[tuple[str, str], QTensor] | None = None
         self.errors: dict[str, float] = {}
+
+    def _in_float(self, layer: Layer) -> bool:
+        if not layer.kind.reads_another or not self.unpacked:
+            return layer.name in self.unpacked
+        named = str(layer.entry.get("table", ""))
+        return (named or input_table(self._source.skeleton())) in self.unpacked
+
+    def _entry(self, layer: Layer) -> TensorEntry:
+        (weight,) = layer.weights.values()
+        rows, columns = weight.shape
+        size = rows * columns * self.dtype.itemsize
+        return TensorEntry(dtype=str(safetensors_name(self.dtype)), shape=(rows, columns), begin=0, nbytes=size)
+
+    def _table(self, name: str) -> Tensor:
+        layer = self._tables[name]
+        (prefix,) = layer.weights
+        wide = self._source.weight(layer, prefix).dequantize()
+        found = wide.to(self.dtype)
+        self.errors[layer.name] = relative_error(wide, found.float(), None)
+        return found
 
     def _layer(self, layer: Layer) -> Layer:
         quantizer, recoding = self.quantizers.get(layer.name), self.recodings.get(layer.name)
@@ -99,7 +124,7 @@ class RoundedSource(Source):
         if self._last is None or self._last[0] != key:
             recoding, own = self.recodings[layer.name], self._source.layers[layer.name]
             found = self._recoded(recoding, own, prefix, seen=True)
-            if recoding.rounds or not recoding.looks:
+            if recoding.rounds:
                 before = self._source.weight(own, prefix).dequantize()
                 error = relative_error(before, found.dequantize(), None)
                 self.errors[layer.name] = max(error, self.errors.get(layer.name, 0.0))
@@ -142,6 +167,9 @@ class RoundedSource(Source):
         return None
 
     def copied(self, name: str) -> Planned:
+        if name in self._tables:
+            entry, made = self.floats[name], partial(self._table, name)
+            return Planned(dtype=entry.dtype, shape=entry.shape, bytes_from=made, raw=True)
         held = None if name in self.floats else self._held(name)
         if held is None:
             return self._source.copied(name)
@@ -151,6 +179,8 @@ class RoundedSource(Source):
         return Planned(dtype=str(safetensors_name(empty.dtype)), shape=tuple(empty.shape), bytes_from=made, raw=True)
 
     def tensor(self, name: str) -> Tensor:
+        if name in self._tables:
+            return self._table(name)
         held = None if name in self.floats else self._held(name)
         return self._source.tensor(name) if held is None else self.weight(held[0], held[1]).tensors()[held[2]]
 

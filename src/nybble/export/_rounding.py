@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +12,13 @@ from nybble.calibration.error import relative_error
 from nybble.core.errors import GranularityError, NybbleError, SchemeError, UsageError
 from nybble.export import ExportTarget, Facts
 from nybble.export._fused import fused_groups
-from nybble.export._recodings import EXACT, ROUNDING, Recoding
+from nybble.export._recodings import EXACT, NUDGED, ROUNDING, Recoding
 from nybble.export._rounded import RoundedSource
 from nybble.export._source import Source
 from nybble.models.adapter import adapter_for
 from nybble.models.sources.layouts._ct_args import in_words
 from nybble.nn.kinds import targets_of
+from nybble.qtensor import QTensor
 from nybble.quantizer import Quantizer
 from nybble.scheme import Rule, Scheme
 
@@ -34,8 +35,9 @@ class Changed:
     """Layers that are told in other words, or get another quantizer.
 
     Attributes:
-        layers: names. came: what they are. to: what they become. rounds: whether their values change by more than a
-            last bit of float32. kept: whether every code is kept.
+        layers: names. came: what they are. to: what they become. rounds: whether their values change. kept: whether
+            every code is kept. beside: what else those were that runtimes join with them, for which they all got one
+            line; empty where there was nothing else.
     """
 
     layers: tuple[str, ...]
@@ -43,18 +45,22 @@ class Changed:
     to: str
     rounds: bool
     kept: bool
+    beside: str = ""
 
 
-def recodings(source: Source, bad: Callable[[Source], Sequence[str]], rounding: bool) -> dict[str, Recoding]:
+def recodings(
+    source: Source, bad: Callable[[Source], Sequence[str]], *, nudging: bool, rounding: bool
+) -> dict[str, Recoding]:
     """How layers that a target can't hold are told in its words, every code kept.
 
     Args:
         source: what there is.
         bad: names of the layers of a source that the target can't hold.
-        rounding: whether scales may be rounded for that.
+        nudging: whether values may move by a float32's last bit for that.
+        rounding: whether scales may be rounded.
     """
     found: dict[str, Recoding] = {}
-    for recoding in (*EXACT, *(ROUNDING if rounding else ())):
+    for recoding in (*EXACT, *(NUDGED if nudging else ()), *(ROUNDING if rounding else ())):
         left = bad(RoundedSource(source, {}, (), found) if found else source)
         fits = {name: recoding for name in left if name not in found and _fits(source, recoding, name)}
         if fits:
@@ -88,7 +94,7 @@ def rounded(
         target: where it goes.
         names: of layers that it can't hold; siblings that runtimes join come with them where they have to.
         line: a quantizer line for all of them; ``auto``: for each what the target holds in about as many bits, with
-            the least error on the first of its kind.
+            the least error on the first of its kind. Embeddings that it holds in no line at all become floats.
         kept: layers whose codes stay, in other words.
 
     Raises:
@@ -96,6 +102,10 @@ def rounded(
     """
     facts = facts_of(source)
     wanted = list(dict.fromkeys(name for name in names if name in source.layers and source.layers[name].weights))
+    tables = [
+        name for name in wanted if "Embedding" in facts.classes[name] and not any(_held(source, target, facts, [name]))
+    ]
+    wanted = [name for name in wanted if name not in tables]
     beside = [name for group in fused_groups(source.layers) if set(group) & set(wanted) for name in group]
     for layers in (wanted, list(dict.fromkeys([*wanted, *beside]))):
         try:
@@ -108,23 +118,28 @@ def rounded(
         rules = scheme.match(facts.classes).rules
         final = {name: rule.weights for name, rule in rules.items() if rule.weights is not None}
         left = {name: recoding for name, recoding in kept.items() if name not in final}
-        return RoundedSource(source, final, scheme.together, left)
+        left = {name: recoding for name, recoding in left.items() if name not in tables}
+        return RoundedSource(source, final, scheme.together, left, tables)
     raise AssertionError("one of the two is tried last")
 
 
 def table(source: RoundedSource, before: Source) -> list[Changed]:
     """Which layers go from what to what, alike ones in one row."""
-    found: dict[tuple[str, str, bool, bool], list[str]] = {}
-    for name, layer in before.layers.items():
+    found: dict[tuple[str, str, bool, bool, str], list[str]] = {}
+    words = {name: in_words(_first(before, name)[1]) for name, layer in before.layers.items() if layer.weights}
+    joined = {name: group for group in fused_groups(source.quantizers) for name in group}
+    for name, came in words.items():
         quantizer, recoding = source.quantizers.get(name), source.recodings.get(name)
+        if name in source.unpacked:
+            found.setdefault((came, str(source.dtype).removeprefix("torch."), True, False, ""), []).append(name)
         if quantizer is None and recoding is None:
             continue
-        came = in_words(next(iter(layer.weights.values())))
+        beside = ", ".join(dict.fromkeys(words[one] for one in joined.get(name, ()) if words[one] != came))
         to, rounds = (recoding.words, recoding.rounds) if recoding is not None else (str(quantizer), True)
-        found.setdefault((came, to, rounds, recoding is not None), []).append(name)
+        found.setdefault((came, to, rounds, recoding is not None, beside), []).append(name)
     return [
-        Changed(layers=tuple(names), came=came, to=to, rounds=rounds, kept=kept)
-        for (came, to, rounds, kept), names in found.items()
+        Changed(layers=tuple(names), came=came, to=to, rounds=rounds, kept=kept, beside=beside)
+        for (came, to, rounds, kept, beside), names in found.items()
     ]
 
 
@@ -136,38 +151,63 @@ def _scheme(chosen: Mapping[str, Quantizer]) -> Scheme:
 
 
 def _auto(source: Source, target: ExportTarget, facts: Facts, names: Sequence[str]) -> dict[str, Quantizer]:
-    """The nearest of each layer; one for those alike, found on the first of them."""
-    alike: dict[str, list[str]] = {}
+    """The nearest of each layer; one for what runtimes join, and for those alike, found on the first of them."""
+    joined = {name: group for group in fused_groups(names) for name in group}
+    alike: dict[object, dict[tuple[str, ...], None]] = {}
     for name in names:
-        alike.setdefault(in_words(next(iter(source.layers[name].weights.values()))), []).append(name)
+        group = joined.get(name, (name,))
+        what = tuple((in_words(_first(source, one)[1]), tuple(facts.classes[one])) for one in group)
+        alike.setdefault(what, {})[group] = None
     found: dict[str, Quantizer] = {}
-    for some in alike.values():
-        found |= dict.fromkeys(some, _nearest(source, target, facts, some))
+    for groups in alike.values():
+        some = [name for group in groups for name in group]
+        found |= dict.fromkeys(some, _nearest(source, target, facts, some, next(iter(groups))))
     return found
 
 
-def _nearest(source: Source, target: ExportTarget, facts: Facts, names: Sequence[str]) -> Quantizer:
-    layer = source.layers[names[0]]
-    prefix, weight = next(iter(layer.weights.items()))
-    held: list[tuple[float, Quantizer]] = []
-    for line in dict.fromkeys([*(row.weights for row in target.takes), *_USUAL]):
-        try:
-            quantizer = Quantizer(line)
-            trial = quantizer.quantize(torch.empty(weight.shape, device="meta"))
-            target.constrain(_scheme(dict.fromkeys(names, quantizer)), facts)
-        except NybbleError:
-            continue
-        held.append((trial.bits_per_element(), quantizer))
+def _first(source: Source, name: str) -> tuple[str, QTensor]:
+    """Prefix and description of a layer's weight; of experts those of the first."""
+    return next(iter(source.layers[name].weights.items()))
+
+
+def _nearest(
+    source: Source, target: ExportTarget, facts: Facts, names: Sequence[str], first: Sequence[str]
+) -> Quantizer:
+    """What the target holds of all of ``names`` in about as many bits as the widest of ``first`` has, the best there.
+
+    Args:
+        source: what there is.
+        target: where it goes.
+        facts: of the model.
+        names: of layers.
+        first: those of them on which errors are measured: a layer, or all that runtimes join with it.
+    """
+    held = list(_held(source, target, facts, names))
     if not held:
         raise UsageError(
             f"{target.summary}: none of the usual lines fits {', '.join(names[:3])}; give one with --round LINE."
         )
-    bits = weight.bits_per_element()
+    bits = max(_first(source, name)[1].bits_per_element() for name in first)
     close = [quantizer for size, quantizer in held if size <= bits + _MORE]
     if not close:
         return min(held, key=lambda pair: pair[0])[1]
-    values = source.weight(layer, prefix).dequantize()[:_ROWS]
-    return min(close, key=lambda quantizer: _error(values, quantizer))
+    values = [source.weight(source.layers[n], _first(source, n)[0]).dequantize()[:_ROWS].clone() for n in first]
+    return min(close, key=lambda quantizer: sum(_error(matrix, quantizer) for matrix in values))
+
+
+def _held(
+    source: Source, target: ExportTarget, facts: Facts, names: Sequence[str]
+) -> Iterator[tuple[float, Quantizer]]:
+    """The usual lines that a target holds of all of ``names``, behind their bits."""
+    shapes = {_first(source, name)[1].shape for name in names}
+    for line in dict.fromkeys([*(row.weights for row in target.takes), *_USUAL]):
+        try:
+            quantizer = Quantizer(line)
+            trials = [quantizer.quantize(torch.empty(shape, device="meta")) for shape in shapes]
+            target.constrain(_scheme(dict.fromkeys(names, quantizer)), facts)
+        except NybbleError:
+            continue
+        yield max(trial.bits_per_element() for trial in trials), quantizer
 
 
 def _error(values: Tensor, quantizer: Quantizer) -> float:

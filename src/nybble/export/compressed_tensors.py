@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from nybble.core.files import atomic_write_json
 from nybble.core.tensorfile import stream_tensorfiles
 from nybble.export import ExportTarget, Facts, Refusal, Verified
@@ -23,6 +25,7 @@ from nybble.export._ct_tensors import divisor_of
 from nybble.export._ct_verify import compare_decoded, how_opened
 from nybble.export._folder import SHARD_BYTES, head_width, write_beside
 from nybble.export._fused import fused_groups
+from nybble.export._last_bit import moves, outer_of
 from nybble.export._names import as_stored
 from nybble.export._source import Source
 from nybble.export._transformers import open_and_compare
@@ -82,6 +85,18 @@ class CompressedTensors(ExportTarget):
                 f"of {rounded[0]}{more} (not if quantized with --target compressed-tensors)"
             )
         return lines
+
+    def shifts(self, source: Source) -> list[Refusal]:  # noqa: D102
+        bad = []
+        for layer in source.layers.values():
+            for prefix, weight in layer.weights.items():
+                if isinstance(outer_of(weight), Tensor):
+                    divisor = divisor_of(source, layer, prefix)
+                    if divisor is not None and moves(source, prefix, weight, divisor):
+                        bad.append(layer.name)
+        why = "under its reciprocal, a divisor, a last bit of values moves"
+        found = Refusal(layers=tuple(dict.fromkeys(bad)), came="NVFP4 over a factor", nearest="nvfp4-ct", why=why)
+        return [found] if bad else []
 
     def write(self, source: Source, folder: Path) -> None:  # noqa: D102
         write_beside(source, folder, self.write_model(source, folder))

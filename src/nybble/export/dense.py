@@ -13,15 +13,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from nybble.calibration.error import relative_error
 from nybble.core.errors import ModelError
 from nybble.core.files import atomic_write_json
 from nybble.core.tensorfile import Planned, safetensors_name, stream_tensorfiles
-from nybble.export import ExportTarget, Facts, Refusal, Takes, Verified
+from nybble.export import Cast, ExportTarget, Facts, Refusal, Takes, Verified
 from nybble.export._folder import SHARD_BYTES, write_beside
 from nybble.export._names import as_stored
 from nybble.export._source import Layer, Source
 from nybble.export._transformers import open_and_compare
 from nybble.models.build.skeleton import expected_tensors
+from nybble.models.sources.layouts._ct_args import in_words
 from nybble.nn.kinds import Kind, kind_of
 from nybble.scheme import Scheme
 
@@ -73,10 +75,26 @@ class Dense(ExportTarget):
             lines.append("the KV cache is in float")
         return lines
 
+    def casts(self, source: Source) -> list[Cast]:  # noqa: D102
+        dtype, found = _DTYPES.get(self.option, source.dtype), []
+        to = str(dtype).removeprefix("torch.")
+        if self.option:
+            names = {str(safetensors_name(one)): str(one).removeprefix("torch.") for one in _DTYPES.values()}
+            floats = ((name, names.get(entry.dtype, to)) for name, entry in source.floats.items())
+            found = [
+                Cast(name=name.removesuffix(".weight"), came=came, to=to)
+                for name, came in floats
+                if to not in (came, "float32")
+            ]
+        if to == "float32":
+            return found
+        weights = ((layer.name, next(iter(layer.weights.values()), None)) for layer in source.layers.values())
+        return [*found, *(Cast(name=name, came=in_words(w), to=to) for name, w in weights if w is not None)]
+
     def write(self, source: Source, folder: Path) -> None:  # noqa: D102
         dtype = _DTYPES.get(self.option, source.dtype)
         model = source.skeleton()
-        tensors = _tensors(source, model, dtype if self.option else None)
+        tensors = _tensors(source, model, dtype if self.option else None, self.errors)
         read = partial(_read, source, tensors)
         stored = as_stored(model, tensors, read)
         stream_tensorfiles(stored, folder / "model.safetensors", {"format": "pt"}, SHARD_BYTES)
@@ -95,13 +113,14 @@ def _read(source: Source, tensors: dict[str, Planned], name: str) -> Tensor:
     return source.tensor(name) if isinstance(made, Path) else made()
 
 
-def _tensors(source: Source, model: Any, dtype: torch.dtype | None) -> dict[str, Planned]:
+def _tensors(source: Source, model: Any, dtype: torch.dtype | None, errors: dict[str, float]) -> dict[str, Planned]:
     """Everything that the float model has, by name in it.
 
     Args:
         source: what is written.
         model: its float skeleton.
         dtype: that all is to have; None leaves float tensors theirs, and gives weights what the model has there.
+        errors: gets those of what is cast, when it is.
     """
     expected = expected_tensors(model)
     found: dict[str, Planned] = {}
@@ -109,12 +128,12 @@ def _tensors(source: Source, model: Any, dtype: torch.dtype | None) -> dict[str,
         if dtype is None or entry.dtype not in ("F64", "F32", "F16", "BF16") or entry.dtype == safetensors_name(dtype):
             found[name] = source.copied(name)
         else:
-            cast = partial(_cast, source, name, dtype)
+            cast = partial(_cast, source, name, dtype, errors)
             found[name] = Planned(dtype=str(safetensors_name(dtype)), shape=entry.shape, bytes_from=cast)
     for layer in source.layers.values():
         for name in _parameters(model, layer):
             wanted = dtype or expected[name].dtype
-            make = partial(_values, source, layer, model, name, wanted)
+            make = partial(_values, source, layer, model, name, wanted, errors)
             shape = tuple(expected[name].shape)
             found[name] = Planned(dtype=str(safetensors_name(wanted)), shape=shape, bytes_from=make)
     found |= _norms(source, model, found)
@@ -125,8 +144,13 @@ def _tensors(source: Source, model: Any, dtype: torch.dtype | None) -> dict[str,
     return found
 
 
-def _cast(source: Source, name: str, dtype: torch.dtype) -> Tensor:
-    return source.tensor(name).to(dtype)
+def _cast(source: Source, name: str, dtype: torch.dtype, errors: dict[str, float]) -> Tensor:
+    found = source.tensor(name)
+    made = found.to(dtype)
+    errors[name.removesuffix(".weight")] = relative_error(
+        found.float().reshape(1, -1), made.float().reshape(1, -1), None
+    )
+    return made
 
 
 def _at(model: Any, layer: Layer) -> tuple[str, str, Any, Kind]:
@@ -147,9 +171,17 @@ def _parameters(model: Any, layer: Layer) -> list[str]:
     return [f"{at}.{name}" for name in kind.parameters(leaf)]
 
 
-def _values(source: Source, layer: Layer, model: Any, name: str, dtype: torch.dtype) -> Tensor:
+def _values(
+    source: Source, layer: Layer, model: Any, name: str, dtype: torch.dtype, errors: dict[str, float]
+) -> Tensor:
     at, leaf, module, kind = _at(model, layer)
-    matrices = [source.weight(layer, prefix).dequantize(dtype) for prefix in layer.weights]
+    matrices = []
+    for prefix in layer.weights:
+        wide = source.weight(layer, prefix).dequantize()
+        matrices.append(wide.to(dtype))
+        if dtype != torch.float32:
+            error = relative_error(wide, matrices[-1].float(), None)
+            errors[layer.name] = max(error, errors.get(layer.name, 0.0))
     whole = torch.stack(matrices) if kind.fused else matrices[0]
     return kind.values(module, leaf, whole)[name.removeprefix(f"{at}.")].contiguous()
 

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from nybble.core.errors import FileError, GranularityError, SchemeError
-from nybble.export import ExportTarget, Facts, Refusal, Takes, Verified
+from nybble.export import Cast, ExportTarget, Facts, Refusal, Takes, Verified
 from nybble.export._folder import write_beside
+from nybble.export._last_bit import moves, outer_of
 from nybble.export._source import Layer, Source
 from nybble.models.build.config_file import make_config
 from nybble.models.gguf.metadata import arch_for, gguf_name
@@ -30,7 +31,7 @@ from nybble.models.gguf.types import block_type, type_name, writable_types
 from nybble.models.gguf.write import Weight, file_type_of, permuted, plan, write_gguf
 from nybble.models.sources.folder import read_tokenizer
 from nybble.models.sources.stored import DTYPES
-from nybble.qtensor import QTensor
+from nybble.qtensor import Inverse, QTensor
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 from nybble.scheme import Matches, Rule, Scheme, matches
@@ -165,13 +166,37 @@ class Gguf(ExportTarget):
                     again[layer.name] = exact[f"{layer.name}.weight"]
         return {name: Quantizer(block_type(kind).line) for name, kind in again.items()}
 
+    def casts(self, source: Source) -> list[Cast]:  # noqa: D102
+        weights, again = _weights(source), self.rounds(source)
+        found = []
+        for tensor in plan(source.transformers_config, weights, self.option)[0]:
+            name, stored = tensor.source.removesuffix(".weight"), weights[tensor.source].stored
+            came = str(weights[tensor.source].dtype).removeprefix("torch.") if stored is None else line_of(stored)
+            kept = ("F32", {"float16": "F16", "bfloat16": "BF16"}.get(came))
+            if not tensor.exact and tensor.kind not in kept and name not in again:
+                found.append(Cast(name=name, came=came, to=tensor.kind))
+        return found
+
+    def shifts(self, source: Source) -> list[Refusal]:  # noqa: D102
+        bad = []
+        for layer in source.layers.values():
+            for prefix, weight in layer.weights.items():
+                if isinstance(outer_of(weight), Inverse) and exact_type(weight) is not None:
+                    factor = 1 / source.tensor(f"{prefix}.scale.scale.divisor").float().reshape(())
+                    if moves(source, prefix, weight, factor.item()):
+                        bad.append(layer.name)
+        why = "under its reciprocal, a factor, a last bit of values moves"
+        found = Refusal(layers=tuple(dict.fromkeys(bad)), came="NVFP4 over a divisor", nearest="nvfp4", why=why)
+        return [found] if bad else []
+
     def write(self, source: Source, folder: Path) -> None:  # noqa: D102
         config, weights = source.transformers_config, _weights(source)
         file = f"{file_stem(source.title)}-{file_type_of(plan(config, weights, self.option)[0], self.option)}.gguf"
         has = TOKENIZER in source.side_files()
         write_beside(source, folder, (_CARD if has else _BARE).format(file=file))
         tokenizer = read_tokenizer(folder, config) if has else None
-        write_gguf(folder / file, config, weights, tokenizer=tokenizer, file_type=self.option, name=source.title)
+        done = write_gguf(folder / file, config, weights, tokenizer=tokenizer, file_type=self.option, name=source.title)
+        self.errors = {name.removesuffix(".weight"): error for name, error in done.errors.items()}
 
     def verify(self, folder: Path, source: Source) -> Verified:
         """By the gguf package's reader and dequantizer, which know nothing of nybble."""

@@ -24,6 +24,8 @@ from nybble.export import ExportTarget, Facts, Refusal, Takes, Verified
 from nybble.export._ct_layers import nvfp4_groups
 from nybble.export._folder import SHARD_BYTES, write_beside
 from nybble.export._fused import SIBLINGS, check_siblings, fused_groups
+from nybble.export._last_bit import moves
+from nybble.export._mo_kv import FP8, check_kv, kv_tensors, measured
 from nybble.export._mo_scheme import NEAREST, Algorithm, algorithm_of, is_divisor, mirrored, quantization
 from nybble.export._mo_tensors import algorithm, decoded, factor_of, placed, shared_factors
 from nybble.export._names import as_stored
@@ -31,6 +33,7 @@ from nybble.export._source import Source
 from nybble.models.sources.folder import weight_files
 from nybble.models.sources.layouts._ct_args import CannotError
 from nybble.nn.kinds import targets_of
+from nybble.nn.kv_model import cached_attentions
 from nybble.scheme import Rule, Scheme
 
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
@@ -76,9 +79,13 @@ class ModelOpt(ExportTarget):
             except CannotError as error:
                 raise SchemeError(f"{name}: ModelOpt can't hold {error}.") from error
         check_siblings(found, facts.targets)
-        if scheme.kv is not None and scheme.kv.stores:
-            raise SchemeError(f"ModelOpt can't hold a {_kv(scheme.kv)}.")
-        return made
+        if scheme.kv is None or not scheme.kv.stores:
+            return made
+        try:
+            check_kv(scheme.kv)
+        except CannotError as error:
+            raise SchemeError(f"ModelOpt can't hold a {error}.") from error
+        return replace(made, kv=FP8)
 
     def _check_rule(self, rule: Rule, target: Any) -> None:
         if "Embedding" in target.kind.classes:
@@ -86,7 +93,7 @@ class ModelOpt(ExportTarget):
         if rule.matmuls is not None:
             raise CannotError("operands of attention", "--matmuls left out")
         if rule.kv is not None:
-            raise _kv(rule.kv)
+            raise CannotError(f"KV cache {rule.kv}", "one cache for all layers (--kv)")
         rows, columns = target.shape
         weight = (
             None
@@ -115,8 +122,10 @@ class ModelOpt(ExportTarget):
                 bad.setdefault((error.came, error.nearest, error.why), []).append(name)
         refusals = [Refusal(layers=tuple(n), came=c, nearest=near, why=why) for (c, near, why), n in bad.items()]
         if source.kv is not None:
-            cannot = _kv(source.kv)
-            refusals.append(Refusal(layers=("the KV cache",), came=cannot.came, nearest=cannot.nearest, why=cannot.why))
+            try:
+                check_kv(source.kv, len(cached_attentions(model)))
+            except CannotError as e:
+                refusals.append(Refusal(layers=("the KV cache",), came=e.came, nearest=e.nearest, why=e.why))
         if not found and not refusals:
             refusals.append(Refusal(layers=("the model",), came="all in float", nearest=NEAREST))
         return refusals or [*_unequal(source, model, found), *_inexact(source)]
@@ -132,7 +141,22 @@ class ModelOpt(ExportTarget):
         apart = next((group for group in single if len({_scale(source, name) for name in group}) > 1), None)
         if apart is not None:
             lines.append(f"runtimes join {', '.join(apart)} under the largest of their scales, which rounds them again")
+        if source.kv is not None and measured(source.kv):
+            lines.append(
+                "the KV cache is float8 without scales there (k_scale and v_scale 1); here tokens have their own"
+            )
         return lines
+
+    def shifts(self, source: Source) -> list[Refusal]:  # noqa: D102
+        bad = []
+        for layer in source.layers.values():
+            for prefix, weight in layer.weights.items():
+                factor = factor_of(source, layer, prefix) if is_divisor(weight) else None
+                if factor is not None and moves(source, prefix, weight, factor):
+                    bad.append(layer.name)
+        why = "under its reciprocal, a factor, a last bit of values moves"
+        found = Refusal(layers=tuple(dict.fromkeys(bad)), came="NVFP4 over a divisor", nearest="nvfp4", why=why)
+        return [found] if bad else []
 
     def write(self, source: Source, folder: Path) -> None:  # noqa: D102
         model = source.skeleton()
@@ -142,6 +166,9 @@ class ModelOpt(ExportTarget):
         for place in places:
             tensors |= place.tensors(source)
         said = quantization({place.name: place.algorithm for place in places}, _excluded(source, model))
+        if source.kv is not None:
+            tensors |= kv_tensors(model)
+            said["kv_cache_quant_algo"] = "FP8"
         stream_tensorfiles(tensors, folder / "model.safetensors", {"format": "pt"}, SHARD_BYTES)
         atomic_write_json(folder / "hf_quant_config.json", {"producer": PRODUCER, "quantization": said})
         atomic_write_json(folder / "config.json", source.config | {"quantization_config": mirrored(said, PRODUCER)})
@@ -179,11 +206,6 @@ def _rule(rule: Rule) -> Rule:
     weights = rule.weights
     dense = weights is None or weights.packing == "dense"
     return rule if weights is None or dense else replace(rule, weights=weights.replace(packing="dense"))
-
-
-def _kv(kv: object) -> CannotError:
-    why = "ModelOpt's has one calibrated scale a layer, and here every token has its own"
-    return CannotError(f"KV cache {kv}", "the cache in float (--kv left out)", why)
 
 
 def _scale(source: Source, name: str) -> float:

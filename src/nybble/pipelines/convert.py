@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import torch
 
 from nybble.core.errors import UsageError
 from nybble.core.explicit import explicit_settings
-from nybble.core.files import check_new_folder
+from nybble.core.files import new_folder
 from nybble.core.progress import Progress
-from nybble.export import ExportTarget, Refusal, get_target, refuse
+from nybble.export import Cast, ExportTarget, Refusal, get_target, refuse
 from nybble.export._rounded import RoundedSource
 from nybble.export._rounding import AUTO, Changed, recodings, rounded, table
 from nybble.export._source import Source
@@ -25,6 +26,7 @@ from nybble.pipelines.export import opened, written
 from nybble.quantizer import Quantizer
 
 _SHOWN = 3
+_FLOATS = ("float32", "float16", "bfloat16", "f32", "f16", "bf16")
 
 
 @explicit_settings()
@@ -51,16 +53,17 @@ def convert(
         dest: must not exist; it appears whole or not at all.
         target: a target's name, with its option behind a colon.
         round: a quantizer line for the weights that the target can't hold; ``auto`` takes the nearest, of about as
-            many bits, that it holds.
+            many bits, that it holds. Embeddings are cast to the model's dtype where it holds no packed ones.
         check: open the result with the libraries that load it, and compare weights and logits with nybble's.
         announce: gets what will be lost or rounded, a line each, before anything is written.
         progress: gets tensors.
 
     Returns:
-        as :func:`nybble.export`; and ``rounded``, for each pair of quantizers ``layers``, ``from``, ``to``,
-        ``codes_kept`` (scales alone were rounded), and ``error``, the mean of ``|W - W'|^2 / |W|^2`` over these layers;
-        empty where nothing was. ``recoded``: the same of layers whose codes are all kept and told in other words, with
-        the same values or a float32's last bit beside them.
+        as :func:`nybble.export`; and ``rounded``, for each pair of quantizers, types or dtypes ``layers``, ``from``,
+        ``to``, ``codes_kept`` (scales alone were rounded, or a reciprocal of theirs), ``error``, the mean of
+        ``|W - W'|^2 / |W|^2`` over these layers, and ``beside``, what else runtimes join with them, where one line had
+        to do for different ones; empty where nothing was. ``recoded``: the same of layers whose codes are all kept and
+        told in other words, with the same values.
 
     Raises:
         UsageError: no such target or line; a float model for a target of quantized ones. ModelError: the target can't
@@ -71,8 +74,7 @@ def convert(
     >>> nybble.convert("model-gptq", "model-ct", "compressed-tensors")["rounded"]  # doctest: +SKIP
     []
     """
-    dest = Path(dest)
-    check_new_folder(dest)
+    dest = new_folder(dest, model)
     part = get_target(target)
     if round and round != AUTO:
         Quantizer(round)  # before the model is opened
@@ -83,10 +85,13 @@ def convert(
                 f"{target}` makes one."
             )
         new, rows = _held(source, part, target, round)
-        for row in rows:
+        cast = _cast(part.casts(new))
+        for row in (*rows, *cast):
             (announce or _ignore)(_said(row))
         found = written(new, dest, part, target, check=check, announce=announce, progress=progress)
-    errors = new.errors if isinstance(new, RoundedSource) else {}
+    errors = (new.errors if isinstance(new, RoundedSource) else {}) | part.errors
+    changed = [replace(row, layers=tuple(n for n in row.layers if errors.get(n) != 0)) for row in cast]
+    rows += [row for row in changed if row.layers]
     return found | {
         "rounded": [_row(row, errors) for row in rows if row.rounds],
         "recoded": [_row(row, errors) for row in rows if not row.rounds],
@@ -97,14 +102,15 @@ def _held(source: Source, part: ExportTarget, target: str, line: str) -> tuple[S
     """The source as the target holds it, and what had to be told in other words, or rounded, for that."""
 
     def bad(seen: Source) -> list[str]:
-        refused = [name for refusal in part.check(seen) for name in _layers(seen, refusal)]
+        refused = [name for refusal in _unheld(part, seen) for name in _layers(seen, refusal)]
         return [*refused, *(name for name in part.rounds(seen) if name not in refused)]
 
-    refusals, asked = part.check(source), part.rounds(source)
+    asked, refusals = part.rounds(source), _unheld(part, source)
     if not asked and not any(_layers(source, refusal) for refusal in refusals):
         refuse(target, refusals, "Choose another target.")
         return source, []
-    kept = recodings(source, bad, rounding=line == AUTO or bool(asked))
+    nudging = bool(line or part.option)
+    kept = recodings(source, bad, nudging=nudging, rounding=line == AUTO or bool(asked))
     new = RoundedSource(source, {}, (), kept)
     left = bad(new)
     if left and (again := {name: quantizer for name, quantizer in part.rounds(new).items() if name in left}):
@@ -116,8 +122,13 @@ def _held(source: Source, part: ExportTarget, target: str, line: str) -> tuple[S
         "No code is changed without being asked: --round auto rounds these weights again, to the nearest that it "
         "holds, --round LINE to a quantizer of your choice. The float model, if there is one, loses less."
     )
-    refuse(target, part.check(new), way_out if left and not line else "Choose another target.")
+    refuse(target, _unheld(part, new), way_out if left and not line else "Choose another target.")
     return new, table(new, source)
+
+
+def _unheld(part: ExportTarget, source: Source) -> list[Refusal]:
+    """What a target refuses, and what it would write with other values."""
+    return [*part.check(source), *part.shifts(source)]
 
 
 def _layers(source: Source, refusal: Refusal) -> Sequence[str]:
@@ -126,16 +137,26 @@ def _layers(source: Source, refusal: Refusal) -> Sequence[str]:
     return [owners.get(name, name) for name in refusal.layers if owners.get(name, name) in source.layers]
 
 
+def _cast(casts: Sequence[Cast]) -> list[Changed]:
+    alike: dict[tuple[str, str], list[str]] = {}
+    for cast in casts:
+        alike.setdefault((cast.came, cast.to), []).append(cast.name)
+    return [Changed(layers=tuple(n), came=c, to=to, rounds=True, kept=False) for (c, to), n in alike.items()]
+
+
 def _said(row: Changed) -> str:
     more = f" and {len(row.layers) - _SHOWN} more" if len(row.layers) > _SHOWN else ""
-    what = "rounded again" if row.rounds else "told otherwise"
-    return f"{what}, {row.came} to {row.to}: {', '.join(row.layers[:_SHOWN])}{more}"
+    what = ("cast" if row.to.lower() in _FLOATS else "rounded again") if row.rounds else "told otherwise"
+    what = "rounded" if row.came in _FLOATS and what[0] == "r" else what
+    why = f"; runtimes join them with layers of {row.beside}, so all get one line" if row.beside else ""
+    return f"{what}, {row.came} to {row.to}: {', '.join(row.layers[:_SHOWN])}{more}{why}"
 
 
 def _row(row: Changed, errors: dict[str, float]) -> dict[str, Any]:
     known = [errors[name] for name in row.layers if name in errors]
     mean = sum(known) / len(known) if known else None
-    return {"layers": list(row.layers), "from": row.came, "to": row.to, "codes_kept": row.kept, "error": mean}
+    found = {"layers": list(row.layers), "from": row.came, "to": row.to, "codes_kept": row.kept, "error": mean}
+    return found | ({"beside": row.beside} if row.beside else {})
 
 
 def _ignore(line: str) -> None:

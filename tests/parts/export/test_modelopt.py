@@ -156,4 +156,4 @@ def test_nvfp4_alone(tmp_path: Path) -> None:
             target="modelopt-nvfp4",
         )  # fmt: skip
     with pytest.raises(SchemeError, match="KV cache"):
-        nybble.quantize(str(model()), "rtn", weights="nvfp4", kv="float8_e4m3fn token", target="modelopt-nvfp4")
+        nybble.quantize(str(model()), "rtn", weights="nvfp4", kv="int8 token", target="modelopt-nvfp4")

@@ -65,11 +65,17 @@ class Planned:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What was written. ``types``: GGUF tensor -> type. ``notes``: what is not as it was asked for, a line each."""
+    """What was written.
+
+    Attributes:
+        nbytes: of the file. types: GGUF tensor -> type. notes: what is not as it was asked for, a line each.
+        errors: parameter -> ``|W - W'|^2 / |W|^2``, of all that were rounded or cast while they were written.
+    """
 
     nbytes: int
     types: Mapping[str, str]
     notes: Sequence[str]
+    errors: Mapping[str, float]
 
 
 def plan(
@@ -185,10 +191,11 @@ def write_gguf(
     if name:
         pairs["general.name"] = name
     partial = path.with_name(path.name + ".partial")
+    context = _Context(config, arch, energies or {}, {})
     need_space(path, sum(_nbytes(t.kind, weights[t.source].shape) for t in tensors))
     with disk_errors(path):
         try:
-            _write(partial, arch_name, pairs, tensors, weights, _Context(config, arch, energies or {}))
+            _write(partial, arch_name, pairs, tensors, weights, context)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             size = partial.stat().st_size
@@ -197,7 +204,7 @@ def write_gguf(
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-    return Written(nbytes=size, types={t.name: t.kind for t in tensors}, notes=notes)
+    return Written(nbytes=size, types={t.name: t.kind for t in tensors}, notes=notes, errors=context.errors)
 
 
 @dataclass(frozen=True)
@@ -205,6 +212,7 @@ class _Context:
     config: PreTrainedConfig
     arch: GgufArch
     energies: Mapping[str, Tensor]
+    errors: dict[str, float]
 
 
 def _write(
@@ -307,6 +315,8 @@ def _data(tensor: Planned, weight: Weight, context: _Context, scales: dict[str, 
     kind = None if tensor.kind in FLOATS else block_type(tensor.kind)
     if kind is not None and (tensor.exact or kind.scaled_apart):
         whole = fitted(kind, value if isinstance(value, QTensor) else kind.quantizer.quantize(value))
+        if isinstance(value, Tensor):
+            context.errors[tensor.source] = _Error().add(value, whole.dequantize()).relative
         found = global_scale(whole)
         scales[tensor.name] = torch.ones(1) if found is None else found.cpu()
         data = encode(kind, whole)
@@ -314,7 +324,9 @@ def _data(tensor: Planned, weight: Weight, context: _Context, scales: dict[str, 
         plain = value.dequantize() if isinstance(value, QTensor) else value.detach()
         if tensor.name.endswith("norm.weight"):
             plain = plain.float() + context.arch.norm_offset
-        data = _rounded(tensor, plain, context.energies.get(tensor.source))
+        error = _Error()
+        data = _rounded(tensor, plain, context.energies.get(tensor.source), error)
+        context.errors[tensor.source] = error.relative
     return permuted(tensor.source, data, context.config, context.arch).contiguous()
 
 
@@ -334,21 +346,46 @@ def permuted(source: str, data: Tensor, config: PreTrainedConfig, arch: GgufArch
     return halves.transpose(1, 2).reshape(data.shape)
 
 
-def _rounded(tensor: Planned, plain: Tensor, energy: Tensor | None) -> Tensor:
+class _Error:
+    """``|W - W'|^2 / |W|^2`` of a tensor in pieces."""
+
+    def __init__(self) -> None:
+        self._lost = self._whole = 0.0
+
+    def add(self, before: Tensor, after: Tensor) -> _Error:
+        """A piece, as it was and as it is."""
+        wide = before.double()
+        self._lost += (wide - after.double()).square().sum().item()
+        self._whole += wide.square().sum().item()
+        return self
+
+    @property
+    def relative(self) -> float:
+        return self._lost / self._whole if self._whole else self._lost
+
+
+def _rounded(tensor: Planned, plain: Tensor, energy: Tensor | None, error: _Error) -> Tensor:
     """A float tensor in the file's type."""
     if not bool(torch.isfinite(plain).all()):
         raise ModelError(f"{tensor.source} holds NaN or Inf; repair the model.")
-    if tensor.kind == "BF16":
-        return plain.to(torch.bfloat16).view(torch.uint8).view(*plain.shape[:-1], -1)
-    if tensor.kind in FLOATS:
-        return plain.to(torch.float32 if tensor.kind == "F32" else torch.float16)
-    return torch.cat(list(_blocks(tensor.kind, plain, energy)))
+    if tensor.kind not in FLOATS:
+        return torch.cat(list(_blocks(tensor.kind, plain, energy, error)))
+    cast = plain.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[tensor.kind])
+    for before, after in zip(_chunks(plain), _chunks(cast), strict=True):
+        error.add(before, after)
+    return cast.view(torch.uint8).view(*plain.shape[:-1], -1) if tensor.kind == "BF16" else cast
 
 
-def _blocks(kind: str, plain: Tensor, energy: Tensor | None) -> Iterator[Tensor]:
+def _chunks(plain: Tensor) -> Sequence[Tensor]:
+    return torch.split(plain, max(1, ROWS // plain.shape[-1])) if plain.ndim else (plain,)
+
+
+def _blocks(kind: str, plain: Tensor, energy: Tensor | None, error: _Error) -> Iterator[Tensor]:
     found = block_type(kind)
     quantizer = found.quantizer
-    for rows in torch.split(plain, max(1, ROWS // plain.shape[-1])):
+    for rows in _chunks(plain):
         wide = rows.float()
         params = quantizer.fit(wide, None if energy is None else energy.float()[None])
-        yield encode(found, quantizer.quantize(wide, params))
+        made = quantizer.quantize(wide, params)
+        error.add(wide, made.dequantize())
+        yield encode(found, made)

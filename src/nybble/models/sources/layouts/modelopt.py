@@ -61,11 +61,17 @@ class ModelOpt(Layout):
         inputs = {module: side for module, side in found.items() if side is not None}
         cached = said.get("kv_cache_quant_algo") or said.get("kv_cache_scheme")
         scales = [name for name in files.entries if name.endswith((".k_scale", ".v_scale"))]
-        fixed = cached and "FP8" in (cached if isinstance(cached, str) else str(cached.get("type"))) and scales
-        kv = "float8_e4m3fn tensor scale=one" if fixed and ones(scales, files) else ""
+        kv = f"{E4M3} tensor scale=one" if _is_fp8(cached) and ones(scales, files) else ""
         asks = any(module not in inputs and not _weights_alone(algo) for module, algo in algos.items())
         used = frozenset(n for n in files.entries if n.endswith((".input_scale", ".output_scale"))) | set(scales)
         return Rounded(inputs=inputs, kv=kv, used=used, left=not_rounded(asks, bool(cached) and not kv))
+
+
+def _is_fp8(cached: object) -> bool:
+    """Whether a KV cache is E4M3, by hf_quant_config.json's word or config.json's; where no scale is, it is 1."""
+    if isinstance(cached, Mapping):
+        return cached.get("type") == "float" and cached.get("num_bits") == 8
+    return cached == "FP8"
 
 
 def _algo(said: Mapping[str, Any], module: str) -> str:
