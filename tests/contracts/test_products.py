@@ -276,6 +276,11 @@ def test_what_it_cannot_read_goes_the_readable_way() -> None:
         assert torch.equal(multiplied(x, weight), x @ weight.dequantize().T), line
 
 
+@pytest.mark.parametrize("line", ["int4 channel", "int8 channel", "float8_e4m3fn channel", "float8_e5m2 group=32"])
+def test_each_set_of_instructions_has_its_version(line: str, isa: int) -> None:
+    assert layer_of(line)[1].how() == (True, f"compiled look-up, {cpu_products._SETS[isa]}")
+
+
 def test_it_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
     _, weight = layer_of("int4 group=32")
     assert weight.how()[0] and weight.how()[1].startswith("compiled look-up")

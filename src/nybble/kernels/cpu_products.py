@@ -52,9 +52,10 @@ def how(tensors: Sequence[Tensor], key: str, shape: Sequence[int]) -> tuple[bool
         return False, "no compiled library"
     if shape[0] * shape[1] < SMALL:
         return False, f"fewer than {SMALL:,} elements"
-    if _weight(tensors, key) is None:
+    weight = _weight(tensors, key)
+    if weight is None:
         return False, str(weight_of(qtensor_of(tensors, key), made.nybble_prepare))
-    return True, f"compiled look-up, {_SETS[min(_ISA, made.nybble_isa())]}"
+    return True, f"compiled look-up, {_SETS[made.nybble_set(weight.address, _ISA)]}"
 
 
 def _expanded(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:

@@ -14,6 +14,8 @@
 #include <immintrin.h>
 #endif
 
+#define INLINE __attribute__((always_inline))
+
 namespace {
 
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, CODES = 3 };
@@ -181,13 +183,44 @@ bool has_avxvnni() {
 #endif
 }
 
-Part pick(const Weight& w, int isa) {
-    Part found = nullptr;
+// The set of instructions that has a version for these codes, of those up to isa.
+int set_of(const Weight& w, int isa) {
 #ifdef X86
-    if (isa == 3) found = avx512::pick(w);
-    if (isa >= 2 && !found) found = avx2::pick(w);
+    if (isa == 3 && avx512::pick(w)) return 3;
+    if (isa >= 2 && avx2::pick(w)) return 2;
 #endif
-    return found ? found : portable::pick(w);
+    return 0;
+}
+
+Part pick(const Weight& w, int isa) {
+#ifdef X86
+    const int set = set_of(w, isa);
+    if (set == 3) return avx512::pick(w);
+    if (set == 2) return avx2::pick(w);
+#endif
+    return portable::pick(w);
+}
+
+// Whether four bits are multiplied 64 columns at a time, with an x in the order of `nibble_place`.
+bool by_nibbles(const Weight& w, int isa) {
+    const bool shared = w.row_blocks == 1 || w.group % 64 == 0;
+    return isa == 3 && w.bits == 4 && w.k % 64 == 0 && (shared || w.group == 16 || w.group == 32);
+}
+
+// Of lane i % 16 after i / 16 shifts, within 64 columns.
+inline int nibble_place(int i) { return i % 8 * 8 + i / 8 % 2 * 4 + i / 16; }
+
+Part pick_product(const Weight& w, int isa) {
+#ifdef X86
+    if (by_nibbles(w, isa)) return avx512::pick_nibbles(w);
+#endif
+    return pick(w, isa);
+}
+
+inline float float_of(const void* x, int64_t dtype, int64_t i) {
+    if (dtype == FLOAT32) return ((const float*)x)[i];
+    const uint16_t half = ((const uint16_t*)x)[i];
+    return dtype == BFLOAT16 ? from_bfloat16(half) : whole_float16(half);
 }
 
 struct Work { const Weight* w; const Call* call; Part part; int64_t block; int64_t next; int failed; };
@@ -219,6 +252,9 @@ extern "C" {
 
 int nybble_isa() { return best(); }
 
+// The set of instructions that nybble_run multiplies with.
+int nybble_set(const Weight* w, int64_t isa) { return set_of(*w, isa < best() ? (int)isa : best()); }
+
 // Fills in what follows from the rest; 0, or 1 where the weight is none that this library multiplies with.
 int nybble_prepare(Weight* w) {
     if (w->bits < 1 || w->bits > 8 || w->k * w->bits % 8 || w->group < 1 || w->row_share < 1) return 1;
@@ -246,27 +282,26 @@ int nybble_prepare(Weight* w) {
 int nybble_run(const Weight* w, const void* x, int64_t x_dtype, int64_t m, const float* bias, void* out, int64_t dtype,
                int64_t from, int64_t to, int64_t threads, int64_t isa, Parallel parallel) {
     Call call = {nullptr, m, 16 * w->steps, bias, out, dtype, w->n, to};
+    const int use = isa < best() ? (int)isa : best();
     float* own = nullptr;
     if (x) {
         const int64_t tile = m == 1 ? 1 : m <= 4 ? 4 : (m + 7) / 8 * 8;
-        if (x_dtype == FLOAT32 && w->k % 16 == 0 && tile == m) call.x = (const float*)x;
+        const bool turned = by_nibbles(*w, use);
+        if (x_dtype == FLOAT32 && w->k % 16 == 0 && tile == m && !turned) call.x = (const float*)x;
         else {
             own = (float*)calloc(tile * call.stride, sizeof(float));
             if (!own) return 1;
-            for (int64_t i = 0; i < m; ++i) {
-                float* to_row = own + i * call.stride;
-                if (x_dtype == FLOAT32) memcpy(to_row, (const float*)x + i * w->k, sizeof(float) * w->k);
-                else if (x_dtype == BFLOAT16)
-                    for (int64_t j = 0; j < w->k; ++j) to_row[j] = from_bfloat16(((const uint16_t*)x)[i * w->k + j]);
-                else
-                    for (int64_t j = 0; j < w->k; ++j) to_row[j] = whole_float16(((const uint16_t*)x)[i * w->k + j]);
-            }
+            int place[64];
+            for (int i = 0; i < 64; ++i) place[i] = turned ? nibble_place(i) : i;
+            for (int64_t i = 0; i < m; ++i)
+                for (int64_t j = 0; j < w->k; ++j)
+                    own[i * call.stride + j] = float_of(x, x_dtype, i * w->k + j / 64 * 64 + place[j % 64]);
             call.x = own;
         }
     }
     int64_t block = 16384 / (w->k ? w->k : 1);
     block = block < 8 ? 8 : block / 8 * 8;
-    Work job = {w, &call, pick(*w, isa < best() ? (int)isa : best()), block, from, 0};
+    Work job = {w, &call, x ? pick_product(*w, use) : pick(*w, use), block, from, 0};
     if (threads > 1 && parallel && to - from > block) parallel(work, &job, (unsigned)threads, 0);
     else work(&job);
     free(own);
