@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from nybble.kernels._library import library, team
 from nybble.kernels._weights import DTYPES, Weight, weight_of
-from nybble.nn.products import packed_linear, qtensor_of, reference
+from nybble.nn.products import packed_linear, packed_rows, qtensor_of, reference, rows_reference
 
 ROWS = 16
 """Of x, up to which codes are looked up for each product; for more W is expanded, a part at a time."""
@@ -42,6 +42,21 @@ def linear(x: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int],
     out = x.new_empty((*x.shape[:-1], n))
     wide = None if bias is None else bias.float().contiguous()
     _run(weight, x, rows, wide, out, 0, n)
+    return out
+
+
+def rows(ids: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """See :func:`nybble.nn.products.rows_reference`."""
+    weight, found = _weight(tensors, key), library()
+    if weight is None or found is None or not ids.numel() or dtype not in DTYPES or ids.dtype != torch.int64:
+        return rows_reference(ids, tensors, key, shape, dtype)
+    low, high = ids.aminmax()
+    if low < 0 or high >= weight.n:
+        raise IndexError(f"ids from {int(low)} to {int(high)} for a table of {weight.n} rows.")
+    ids = ids.contiguous()
+    out = torch.empty((*ids.shape, weight.k), dtype=dtype)
+    if found.nybble_rows(weight.address, ids.data_ptr(), ids.numel(), out.data_ptr(), DTYPES[dtype], _ISA):
+        raise MemoryError(f"no memory for rows of a packed table [{weight.n}, {weight.k}].")
     return out
 
 
@@ -114,3 +129,4 @@ def _weight(tensors: Sequence[Tensor], key: str) -> Weight | None:
 
 
 packed_linear.register_kernel("cpu", how)(linear)
+packed_rows.register_kernel("cpu")(rows)

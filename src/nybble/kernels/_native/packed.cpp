@@ -58,6 +58,18 @@ struct Row { const uint8_t* codes; const float *scale, *zero, *offset; };
 struct Call { const float* x; int64_t m, stride; const float* bias; void* out; int64_t dtype, width, to; };
 typedef void (*Part)(const Weight&, const Call&, int64_t, int64_t, float*);
 
+// A float's values: exponents from `least` to `most`, as powers of two; 1.5 * 2^(23 - mantissa bits); the largest one.
+struct FloatGrid { float least, most, factor, largest; };
+
+// How activations are rounded: to a float's values or to integers, `columns` of them with a scale: their largest
+// magnitude over `target`, rounded to the dtype `narrow`; or a power of two; or that in `inner`, over one scale for all.
+struct Rounding {
+    int64_t columns, integer, pow2, narrow, nested;
+    FloatGrid grid, inner;
+    float low, high, target, inner_target, inner_floor;
+    int32_t carry, emax;  // of powers of two: what is added to the bits of the magnitude, and taken off its exponent
+};
+
 inline float from_bfloat16(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
     float f;
@@ -128,6 +140,7 @@ inline void emit(const Call& call, int64_t m, int64_t n, float value) {
 #define ISA 0
 namespace portable {
 #include "packed_body.inc"
+#include "inputs_body.inc"
 }
 #undef ISA
 
@@ -141,6 +154,7 @@ namespace portable {
 #define ISA 2
 namespace avx2 {
 #include "packed_body.inc"
+#include "inputs_body.inc"
 }
 #undef ISA
 #if defined(__clang__)
@@ -154,6 +168,7 @@ namespace avx2 {
 #define ISA 3
 namespace avx512 {
 #include "packed_body.inc"
+#include "inputs_body.inc"
 }
 #undef ISA
 #if defined(__clang__)
@@ -242,6 +257,7 @@ void work(void* given) {
     free(room);
 }
 
+#include "inputs.inc"
 #include "integers.inc"
 
 }  // namespace
@@ -305,6 +321,46 @@ int nybble_run(const Weight* w, const void* x, int64_t x_dtype, int64_t m, const
     if (threads > 1 && parallel && to - from > block) parallel(work, &job, (unsigned)threads, 0);
     else work(&job);
     free(own);
+    return job.failed;
+}
+
+// Some rows' values, row ids[i] in the i-th place of out [count, k]; 0, or 1 where there is no memory.
+int nybble_rows(const Weight* w, const int64_t* ids, int64_t count, void* out, int64_t dtype, int64_t isa) {
+    float* room = (float*)malloc(sizeof(float) * (3 * w->room + 1));
+    if (!room) return 1;
+    const Part part = pick(*w, isa < best() ? (int)isa : best());
+    const int64_t bytes = w->k * (dtype == FLOAT32 ? 4 : 2);
+    for (int64_t i = 0; i < count; ++i) {
+        void* place = (void*)((uintptr_t)out + (uintptr_t)((i - ids[i]) * bytes));
+        const Call call = {nullptr, 0, 0, nullptr, place, dtype, w->n, ids[i] + 1};
+        part(*w, call, ids[i], ids[i] + 1, room);
+    }
+    free(room);
+    return 0;
+}
+
+// x, so many blocks, rounded -> out; 0; 1 where there is no memory; 2 where a scale of all isn't finite, and nothing done.
+int nybble_round(const Rounding* how, const void* x, int64_t dtype, int64_t count, void* out, int64_t threads, int64_t isa,
+                 Parallel parallel) {
+    RoundBlocks run = portable::round_blocks;
+#ifdef X86
+    const int use = isa < best() ? (int)isa : best();
+    if (use == 3) run = avx512::round_blocks;
+    else if (use == 2) run = avx2::round_blocks;
+#endif
+    float outer = 1;
+    if (how->nested) {
+        const int32_t top = top_of(x, dtype, count * how->columns);
+        if (top >= 0x7f800000) return 2;
+        memcpy(&outer, &top, 4);
+        outer = outer / how->target / how->inner_target;
+        if (outer == 0) outer = 1;
+    }
+    int64_t step = 8192 / how->columns;
+    step = step < 1 ? 1 : step;
+    RoundingWork job = {how, run, x, dtype, count, step < count ? step : count, 0, outer, out, 0};
+    if (threads > 1 && parallel && count >= 4 * step) parallel(round_part, &job, (unsigned)threads, 0);
+    else round_part(&job);
     return job.failed;
 }
 
