@@ -99,6 +99,8 @@ def _opened(path: Path) -> ctypes.CDLL:
     found.nybble_rows.restype = found.nybble_round.restype = ctypes.c_int
     found.nybble_rows.argtypes = (pointer, pointer, number, pointer, number, number)
     found.nybble_round.argtypes = (pointer, pointer, number, number, pointer, number, number, pointer)
+    found.nybble_decode.restype = ctypes.c_int
+    found.nybble_decode.argtypes = (pointer, pointer, number, number, number, number, number, pointer)
     found.nybble_whole_isa.restype = found.nybble_whole_knows.restype = found.nybble_whole.restype = ctypes.c_int
     found.nybble_whole_knows.argtypes = (pointer, number)
     found.nybble_whole.argtypes = (

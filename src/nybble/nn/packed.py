@@ -106,6 +106,10 @@ class Packed(nn.Module):
         """Whether the values are a call's alone: accelerate's hooks bring the tensors, or a subclass learns them."""
         return hasattr(self, "_hf_hook") or type(self).forward is not Packed.forward
 
+    def arguments(self) -> tuple[list[Tensor], str, torch.Size]:
+        """Tensors, key and shape, as operators take them."""
+        return list(_tensors(self).values()), self._key, self.shape
+
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + bias``; see :func:`nybble.nn.products.reference`."""
         y: Tensor = packed_linear(x, list(_tensors(self).values()), self._key, self.shape, bias)

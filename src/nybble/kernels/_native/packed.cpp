@@ -4,6 +4,7 @@
 //
 // The weights come out as they do in Python, bit for bit; only the order of the sum is another one, and the same for
 // every number of rows and threads. Nothing here allocates more than one row's scales a thread.
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 #include <stdlib.h>
@@ -68,6 +69,16 @@ struct Rounding {
     FloatGrid grid, inner;
     float low, high, target, inner_target, inner_floor;
     int32_t carry, emax;  // of powers of two: what is added to the bits of the magnitude, and taken off its exponent
+};
+
+// What decoder_body.inc has.
+struct DecoderMath {
+    void (*round_all)(int64_t, float*, int64_t);
+    void (*normalize)(int64_t, const float*, float, const float*, int64_t, float*);
+    void (*add_to)(int64_t, float*, const float*, int64_t);
+    void (*gated)(int64_t, float*, const float*, int64_t);
+    void (*rotate)(int64_t, float*, const float*, const float*, int64_t, float*);
+    void (*attend)(const float*, const float*, const float*, int64_t, int64_t, float, float*, float*);
 };
 
 inline float from_bfloat16(uint16_t bits) {
@@ -141,6 +152,7 @@ inline void emit(const Call& call, int64_t m, int64_t n, float value) {
 namespace portable {
 #include "packed_body.inc"
 #include "inputs_body.inc"
+#include "decoder_body.inc"
 }
 #undef ISA
 
@@ -155,6 +167,7 @@ namespace portable {
 namespace avx2 {
 #include "packed_body.inc"
 #include "inputs_body.inc"
+#include "decoder_body.inc"
 }
 #undef ISA
 #if defined(__clang__)
@@ -169,6 +182,7 @@ namespace avx2 {
 namespace avx512 {
 #include "packed_body.inc"
 #include "inputs_body.inc"
+#include "decoder_body.inc"
 }
 #undef ISA
 #if defined(__clang__)
@@ -259,6 +273,7 @@ void work(void* given) {
 
 #include "inputs.inc"
 #include "integers.inc"
+#include "decoder.inc"
 
 }  // namespace
 
@@ -401,5 +416,63 @@ int nybble_whole(const Weight* w, int64_t is_signed, const Inputs* in, const voi
     free(room);
     free(ones);
     return job.failed;
+}
+
+// x [m, width], the embeddings of a token each at one position, through all layers -> x, behind the last norm; 0, 1 where
+// there is no memory, 2 where activations that aren't finite can't be rounded.
+int nybble_decode(const Decoder* given, float* x, int64_t m, int64_t position, int64_t threads, int64_t isa, int64_t whole_isa,
+                  Parallel parallel) {
+    const Decoder& d = *given;
+    const DecoderMath* math = &portable::math;
+#ifdef X86
+    const int use = isa < best() ? (int)isa : best();
+    if (use == 3) math = &avx512::math;
+    else if (use == 2) math = &avx2::math;
+#endif
+    const int64_t of_q = d.heads * d.head, of_k = d.key_heads * d.head, widest = d.inner > of_q ? d.inner : of_q;
+    const int64_t most = widest > d.width ? widest : d.width;
+    float* room = (float*)malloc(sizeof(float) * m * (d.width + 2 * of_q + 2 * of_k + 2 * d.inner + 2 * most));
+    if (!room) return 1;
+    float *h = room, *q = h + m * d.width, *k = q + m * of_q, *v = k + m * of_k, *out = v + m * of_k;
+    float *gate = out + m * of_q, *up = gate + m * d.inner, *found = up + m * d.inner, *rounded = found + m * most;
+    int failed = 0;
+    auto product = [&](const Projection& p, const float* from, float* to) {
+        if (failed) return;
+        if (p.whole) {
+            failed = nybble_whole(p.w, p.is_signed, p.whole, from, FLOAT32, m, p.bias, to, FLOAT32, threads, whole_isa, parallel);
+        } else {
+            if (p.how) {
+                failed = nybble_round(p.how, from, FLOAT32, m * p.w->k / p.how->columns, rounded, threads, isa, parallel);
+                if (failed) return;
+                math->round_all(d.dtype, rounded, m * p.w->k);
+                from = rounded;
+            }
+            failed = nybble_run(p.w, from, FLOAT32, m, p.bias, to, FLOAT32, 0, p.w->n, threads, isa, parallel);
+        }
+        math->round_all(d.dtype, to, m * p.w->n);
+    };
+    for (int64_t i = 0; i < d.count && !failed; ++i) {
+        const Layer& layer = d.layers[i];
+        for (int64_t j = 0; j < m; ++j) math->normalize(d.dtype, layer.before, d.eps, x + j * d.width, d.width, h + j * d.width);
+        product(layer.q, h, q);
+        product(layer.k, h, k);
+        product(layer.v, h, v);
+        if (failed) break;
+        Attending job = {&d, &layer, math, q, k, v, out, m, position, 0, 0};
+        if (threads > 1 && parallel && m * of_q * (position + 1) > 1 << 16) parallel(attending, &job, (unsigned)threads, 0);
+        else attending(&job);
+        failed = job.failed;
+        product(layer.o, out, found);
+        math->add_to(d.dtype, x, found, m * d.width);
+        for (int64_t j = 0; j < m; ++j) math->normalize(d.dtype, layer.between, d.eps, x + j * d.width, d.width, h + j * d.width);
+        product(layer.gate, h, gate);
+        product(layer.up, h, up);
+        math->gated(d.dtype, gate, up, m * d.inner);
+        product(layer.down, gate, found);
+        math->add_to(d.dtype, x, found, m * d.width);
+    }
+    for (int64_t j = 0; j < m && !failed; ++j) math->normalize(d.dtype, d.last, d.eps, x + j * d.width, d.width, x + j * d.width);
+    free(room);
+    return failed;
 }
 }
