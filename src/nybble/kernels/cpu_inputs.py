@@ -104,7 +104,11 @@ def _set_scale(made: _Rounding, quantizer: Quantizer) -> bool:
     rule, stored, fmt = quantizer.scale, quantizer.scale_format, quantizer.format
     if isinstance(rule, Pow2) and rule.of_maximum:
         exact = str(stored) == "float8_e8m0fnu scale=one"
-        made.pow2, made.narrow, made.emax = True, 0 if exact else _NARROW.get(str(stored), 0), math.frexp(fmt.absmax)[1] - 1
+        made.pow2, made.narrow, made.emax = (
+            True,
+            0 if exact else _NARROW.get(str(stored), 0),
+            math.frexp(fmt.absmax)[1] - 1,
+        )
         made.carry, made.target = pow2_carry(fmt, rule.mode), 1.0
         return (exact or str(stored) in _NARROW) and made.emax >= 1
     if not isinstance(rule, AbsMax):

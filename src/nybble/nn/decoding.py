@@ -155,7 +155,11 @@ def plan_of(model: Any) -> Plan | None:
     scaled = config._attn_implementation not in ("sdpa", "eager") or getattr(config, "hidden_act", "silu") != "silu"
     if scaled or getattr(config, "use_sliding_window", False) or _slides(config):
         return None
-    if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") not in ("default", "linear", "llama3"):
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") not in (
+        "default",
+        "linear",
+        "llama3",
+    ):
         return None
     layers = [_layer_of(layer) for layer in body.layers]
     if any(layer is None for layer in layers) or not known_as(body.norm, _NORMS):

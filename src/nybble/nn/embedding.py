@@ -74,6 +74,10 @@ class QuantEmbedding(nn.Module):
         assert self.weight.dtype is not None
         return self.weight.dtype
 
+    def how(self) -> tuple[bool, str]:
+        """As :meth:`nybble.nn.linear.QuantLinear.how`."""
+        return self.weight.how()
+
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [...] -> [..., width]."""
         rows = self.weight.rows(ids, self.dtype)
@@ -102,6 +106,10 @@ class TiedEmbedding(nn.Module):
     def weight(self) -> Packed:
         """The table."""
         return self._embedding[0].weight
+
+    def how(self) -> tuple[bool, str]:
+        """As :meth:`nybble.nn.linear.QuantLinear.how`."""
+        return self.weight.how()
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [...] -> [..., width]."""
@@ -132,11 +140,15 @@ class TiedHead(nn.Module):
         """The table."""
         return self._embedding[0].weight
 
+    def how(self) -> tuple[bool, str]:
+        """As :meth:`nybble.nn.linear.QuantLinear.how`."""
+        return self.weight.how()
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., tokens]."""
         weight = self.weight
         here = x.device.type in DEVICES and weight.device == x.device
-        if here and not (torch.is_grad_enabled() and x.requires_grad or weight.held(x.dtype) or weight.brought):
+        if here and not ((torch.is_grad_enabled() and x.requires_grad) or weight.held(x.dtype) or weight.brought):
             return weight.linear(x, self.bias)
         return functional.linear(x, self.weight(x.dtype).to(x.device), self.bias)  # which may be another GPU's
 

@@ -124,9 +124,7 @@ def rows_reference(
     return functional.embedding(ids, qtensor_of(tensors, key).dequantize(dtype))
 
 
-def _like_rows(
-    ids: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int], dtype: torch.dtype
-) -> Tensor:
+def _like_rows(ids: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return ids.new_empty((*ids.shape, shape[1]), dtype=dtype)
 
 

@@ -17,10 +17,10 @@ from nybble.nn.swap import hold_slow
 from nybble.pipelines.load import load_with_origin
 from nybble.pipelines.request import check_prompt
 
-
 _HARMLESS = frozenset({
     "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "do_sample",
-    "temperature", "top_k", "top_p", "max_length", "max_new_tokens",
+    "temperature", "top_k", "top_p", "max_length", "max_new_tokens", "use_cache", "output_attentions",
+    "output_hidden_states",
 })  # fmt: skip
 
 
