@@ -22,7 +22,7 @@ from nybble.pipelines import generate
 from nybble.pipelines.load import load_with_origin
 from nybble.quantizer import Quantizer
 
-WIDE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
+WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
 ISAS = [isa for isa in (0, 2, 3) if isa <= (0 if (made := compiled.library()) is None else made.nybble_isa())]
 pytestmark = compiled.needed
 
@@ -41,7 +41,8 @@ def packed(family: str, weights: str, inputs: str = "", dtype: torch.dtype = tor
             parameter.uniform_(0.5, 1.5)  # norms
     for name, old in list(model.model.layers.named_modules()):
         if isinstance(old, nn.Linear):
-            bias = None if old.bias is None else old.bias.normal_()
+            found: Any = old.bias  # torch calls it a tensor
+            bias = None if found is None else found.normal_()
             own = ActivationQuantizer(Quantizer(inputs)) if inputs else None
             table = Quantizer(weights).quantize(old.weight.float())
             set_module(model, f"model.layers.{name}", QuantLinear(table, bias, own).standing_for(dtype))
@@ -151,7 +152,12 @@ def test_generate_writes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(generate, "load_with_origin", partial(load_with_origin, dtype=torch.float32))
     calls: list[int] = []
     steps = cpu_decoding.CpuSteps.__call__
-    monkeypatch.setattr(cpu_decoding.CpuSteps, "__call__", lambda *a: (calls.append(1), steps(*a))[1])
+
+    def counted(*given: Any) -> Tensor:
+        calls.append(1)
+        return steps(*given)
+
+    monkeypatch.setattr(cpu_decoding.CpuSteps, "__call__", counted)
     text = generate.generate(str(tmp_path / "out"), "ba be bi", max_new_tokens=12)
     assert calls, text
     monkeypatch.setattr(generate, "decoding_of", lambda *_: None)

@@ -13,7 +13,8 @@ from nybble.nn.input_rounding import rounded_inputs
 from nybble.quantizer import Quantizer
 
 LINES = [
-    "float8_e4m3fn token", "float8_e5m2 group=64", "float4_e2m1fn group=32", "float8_e4m3fn token scale_format=bfloat16",
+    "float8_e4m3fn token", "float8_e5m2 group=64", "float4_e2m1fn group=32",
+    "float8_e4m3fn token scale_format=bfloat16",
     "nvfp4", "nvfp4 scale=absmax(target=5)", "mxfp8", "mxfp6", "mxfp4-ocp", "mxfp4-ct", "mxfp4-mlx", "mxfp4-modelopt",
     "mxint8", "bfp12", "int8 token", "int8 group=32", "int4 token", "float16 token",
 ]  # fmt: skip
@@ -68,7 +69,12 @@ def test_what_it_has_no_version_of_goes_the_readable_way(line: str) -> None:
 
 def test_layers_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    monkeypatch.setitem(rounded_inputs._kernels, "cpu", lambda *given: (calls.append(1), cpu_inputs.rounded(*given))[1])
+
+    def counted(x: Tensor, line: str) -> Tensor:
+        calls.append(1)
+        return cpu_inputs.rounded(x, line)
+
+    monkeypatch.setitem(rounded_inputs._kernels, "cpu", counted)
     inputs = ActivationQuantizer(Quantizer("float8_e4m3fn token"))
     x = torch.randn(3, 64, requires_grad=True)
     assert same(inputs(x.detach()), inputs.quantizer.fake_quantize(x)) and calls == [1]

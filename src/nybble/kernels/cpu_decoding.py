@@ -110,7 +110,7 @@ class CpuSteps:
         tensors, key, _ = packed.arguments()
         weight = cpu_products._weight(tensors, key)
         if weight is None:
-            raise _Unfit
+            raise _UnfitError
         self._kept.append(weight)
         made = _Projection(w=weight.address, is_signed=bool(weight.signed))
         if linear.bias is not None:
@@ -119,17 +119,17 @@ class CpuSteps:
             return made
         parts, _, line = inputs.arguments()
         whole = inputs.whole and packed.whole and cpu_integers._weight(tensors, key, packed.shape) is not None
-        record = None if parts or inputs.watched else cpu_integers.measured(line) if whole else None
-        if record is None and not whole and not parts:
-            record = cpu_inputs._rounding(line, linear.in_features)
+        record: ctypes.Structure | None = None
+        if not parts and not inputs.watched:
+            record = cpu_integers.measured(line) if whole else cpu_inputs._rounding(line, linear.in_features)
         if record is None:
-            raise _Unfit
+            raise _UnfitError
         self._kept.append(record)
         setattr(made, "whole" if whole else "how", ctypes.addressof(record))
         return made
 
 
-class _Unfit(Exception):
+class _UnfitError(Exception):
     """The library has no version of something."""
 
 
@@ -140,7 +140,7 @@ def steps(plan: Plan, sequences: int, tokens: int) -> CpuSteps | None:
         return None
     try:
         return CpuSteps(plan, sequences, tokens)
-    except _Unfit:
+    except _UnfitError:
         return None
 
 

@@ -1,9 +1,9 @@
 """One token at a time through a decoder whose layers are packed: what a kernel needs to do that in one call.
 
 A module, a hook and a tensor for every step between the products cost a small model more than its products. Where a
-model's layers are those of transformers' Llama (Mistral, Qwen2, Qwen3: the same with biases, or norms of heads), nothing
-looks at what passes between them, and ``kernels/`` has a version for where they are, a token takes one call; the numbers
-are those of the modules but for the order of float32 sums.
+model's layers are those of transformers' Llama (Mistral, Qwen2, Qwen3: the same with biases, or norms of heads),
+nothing looks at what passes between them, and ``kernels/`` has a version for where they are, a token takes one call;
+the numbers are those of the modules but for the order of float32 sums.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ class Decoding:
     """Writes tokens behind a prompt, which the model's own forward reads.
 
     Args:
-        model: a causal language model. plan: of it. sequences: at once. tokens: at most so many, with the prompt's.
+        model: a causal language model.
+        steps: what a kernel made of its plan.
     """
 
     def __init__(self, model: Any, steps: Steps) -> None:
@@ -117,7 +118,7 @@ class Decoding:
 
     @torch.no_grad()
     def read(self, ids: Tensor) -> Tensor:
-        """The prompt, int64 [sequences, tokens], all of one length; logits of its last token [sequences, vocabulary]."""
+        """The prompt, int64 [sequences, tokens], all of one length; logits of its last token."""
         found = self._model(input_ids=ids, use_cache=True, logits_to_keep=1)
         cache = getattr(found, cache_argument(type(self._model)), None) or found.past_key_values
         for number, layer in enumerate(cache.layers):
@@ -128,7 +129,7 @@ class Decoding:
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
-        """The next token of each sequence, int64 [sequences]; logits of what follows [sequences, vocabulary]."""
+        """The next token of each sequence, int64 [sequences]; logits of what follows it, [sequences, vocabulary]."""
         x = self._model.get_input_embeddings()(ids)
         hidden = self._steps(x, self._position)
         self._position += 1
@@ -140,7 +141,9 @@ def decoding_of(model: Any, sequences: int, tokens: int) -> Decoding | None:
     """What writes with a model in one call a token; None where the modules have to be called.
 
     Args:
-        model: a language model. sequences: at once. tokens: at most so many in each, with the prompt's.
+        model: a language model.
+        sequences: written at once.
+        tokens: at most so many in each, with the prompt's.
     """
     plan = plan_of(model)
     steps = None if plan is None else make_steps(plan, sequences, tokens)
@@ -191,11 +194,15 @@ def _layer_of(layer: nn.Module) -> Layer | None:
     heads = [attention.get_submodule(name) for name in _OF_HEADS if name in attention._modules]
     if not all(known_as(norm, _NORMS) for norm in (*norms, *heads)):
         return None
-    plain = [m for m in linears if type(m) is QuantLinear and m.outputs is None and isinstance(m.weight, Packed)]
-    if len(plain) < len(linears) or any(m.weight.brought or m.weight._dense is not None for m in plain):
+    plain = [m for m in linears if type(m) is QuantLinear and m.outputs is None and _reads_packed(m.weight)]
+    if len(plain) < len(linears):
         return None
     weights = [norm.weight.detach() for norm in (*norms, *heads)]  # type: ignore[operator]
     return Layer(tuple(plain), (weights[0], weights[1]), (weights[2], weights[3]) if heads else None)
+
+
+def _reads_packed(weight: Any) -> bool:
+    return isinstance(weight, Packed) and not (weight.brought or weight.holds)
 
 
 def _watched(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Activations with measured scales, rounded by one operator, for which ``kernels/`` has versions that read them once."""
+"""Activations with measured scales, rounded by one operator, for which ``kernels/`` has versions of their own."""
 
 from __future__ import annotations
 

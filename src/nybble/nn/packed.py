@@ -97,6 +97,11 @@ class Packed(nn.Module):
             return values
         return self.qtensor().dequantize(dtype)
 
+    @property
+    def holds(self) -> bool:
+        """Whether :meth:`hold` keeps the values."""
+        return self._dense is not None
+
     def held(self, dtype: torch.dtype) -> bool:
         """Whether :meth:`hold` keeps the values in ``dtype``."""
         return self._dense is not None and self._dense.dtype == dtype

@@ -55,9 +55,9 @@ def bench(
     Returns:
         ``rows``: for the packed model and each unpacked one ``name``, ``bytes`` of all tensors, ``read`` in tokens a
         second, ``write``: batch -> tokens a second; ``one_call``: whether the packed model writes a token in one call
-        (:mod:`nybble.nn.decoding`) or module by module, as the unpacked ones do; ``ratios`` of the packed model's rates to the fastest unpacked
-        model's in the same turn; ``kernels`` as :func:`nybble.pipelines.kernels.kernels_of`; ``threads``,
-        ``versions``.
+        (:mod:`nybble.nn.decoding`), or module by module as the unpacked ones do; ``ratios`` of the packed model's
+        rates to the fastest unpacked model's in the same turn; ``kernels`` as
+        :func:`nybble.pipelines.kernels.kernels_of`; ``threads``, ``versions``.
 
     Raises:
         ModelError: no language model; or nothing of it is packed.
