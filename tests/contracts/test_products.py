@@ -12,16 +12,19 @@ from typing import Any
 import pytest
 import torch
 from tests.contracts import compiled
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from nybble.core.errors import FormatError, SchemeError, UsageError
 from nybble.formats import format_names, get_format
 from nybble.kernels import _library, cpu_products
 from nybble.kernels._weights import Weight, weight_of
 from nybble.nn.compiled import key_of
+from nybble.nn.embedding import QuantEmbedding, TiedHead
 from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
 from nybble.nn.products import packed_linear, reference
+from nybble.nn.swap import hold_slow
 from nybble.qtensor import QTensor
 from nybble.quantizer import Quantizer
 
@@ -174,6 +177,31 @@ def test_threads_bias_strides_and_nothing(two_threads: None) -> None:
         assert y.dtype == dtype and torch.allclose(y.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
 
 
+@pytest.mark.parametrize("line", ["int8 channel", "int4 group=32 symmetric=false", "nvfp4", "float8_e4m3fn channel"])
+def test_rows_of_a_table(line: str, isa: int) -> None:
+    table = QuantEmbedding(packed(line), torch.bfloat16)
+    ids = torch.tensor([[29, 0, 7], [7, 7, 28]])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        want = functional.embedding(ids, table.weight.qtensor().dequantize(dtype))
+        assert torch.equal(table.weight.rows(ids, dtype), want) and table.to(dtype)(ids).dtype == dtype
+    assert table(ids[:0]).shape == (0, 3, COLUMNS)
+    for wrong in (-1, ROWS):
+        with pytest.raises(IndexError, match=f"a table of {ROWS} rows"):
+            table(torch.tensor([3, wrong]))
+
+
+def test_a_tied_head_never_expands_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = QuantEmbedding(packed("int8 channel"), torch.float32)
+    head, x = TiedHead(table, torch.randn(ROWS)), torch.randn(2, COLUMNS)
+    want = functional.linear(x, table.weight.qtensor().dequantize(), head.bias)
+    with monkeypatch.context() as m, torch.no_grad():
+        m.setattr(type(table.weight.qtensor()), "dequantize", lambda *_: pytest.fail("was expanded"))
+        assert torch.allclose(head(x), want, atol=1e-4) and table(torch.tensor([1])).shape == (1, COLUMNS)
+    assert torch.allclose(head(x.requires_grad_()), want, atol=1e-4) and head.how()[0] and table.how()[0]
+    hold_slow(nn.ModuleList([table, head]), torch.float32)
+    assert not table.weight.held(torch.float32)
+
+
 def test_parts_of_a_large_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = packed("nvfp4"), torch.randn(40, COLUMNS)
     whole = multiplied(x, weight)
@@ -274,6 +302,11 @@ def test_what_it_cannot_read_goes_the_readable_way() -> None:
             continue
         x = torch.randn(2, COLUMNS)
         assert torch.equal(multiplied(x, weight), x @ weight.dequantize().T), line
+
+
+@pytest.mark.parametrize("line", ["int4 channel", "int8 channel", "float8_e4m3fn channel", "float8_e5m2 group=32"])
+def test_each_set_of_instructions_has_its_version(line: str, isa: int) -> None:
+    assert layer_of(line)[1].how() == (True, f"compiled look-up, {cpu_products._SETS[isa]}")
 
 
 def test_it_says_how(monkeypatch: pytest.MonkeyPatch) -> None:

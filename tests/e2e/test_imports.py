@@ -92,7 +92,7 @@ print(json.dumps([early, loaded, late, after, codes]))
 """
 
 
-CPU = [f"nybble.kernels.{name}" for name in ("cpu", "cpu_products", "cpu_integers")]
+CPU = [f"nybble.kernels.{name}" for name in ("cpu", "cpu_inputs", "cpu_products", "cpu_integers", "cpu_decoding")]
 
 
 def test_kernels_wait_for_the_first_use_of_their_device() -> None:

@@ -49,5 +49,6 @@ def command(
     ]
     columns = ("weights", "MB", f"reads {prompt}", *(f"writes, batch {b}" for b in batches))
     print_table(f"{model}: tokens a second, {found['threads']} threads on {device}", columns, [*rows, ratios])
+    print("the packed model writes " + ("a token in one call" if found["one_call"] else "module by module"))
     for row in found["kernels"]:
         print(f"{row['weights']} x {row['format']}: {row['kernel'] or 'unpacked at every call: ' + row['reason']}")

@@ -90,11 +90,17 @@ def library() -> ctypes.CDLL | None:
 def _opened(path: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
     found.nybble_isa.restype = found.nybble_prepare.restype = found.nybble_run.restype = ctypes.c_int
-    found.nybble_prepare.argtypes = (ctypes.c_void_p,)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
+    found.nybble_prepare.argtypes = (pointer,)
+    found.nybble_set.restype, found.nybble_set.argtypes = ctypes.c_int, (pointer, number)
     found.nybble_run.argtypes = (
         pointer, pointer, number, number, pointer, pointer, number, number, number, number, number, pointer,
     )  # fmt: skip
+    found.nybble_rows.restype = found.nybble_round.restype = ctypes.c_int
+    found.nybble_rows.argtypes = (pointer, pointer, number, pointer, number, number)
+    found.nybble_round.argtypes = (pointer, pointer, number, number, pointer, number, number, pointer)
+    found.nybble_decode.restype = ctypes.c_int
+    found.nybble_decode.argtypes = (pointer, pointer, number, number, number, number, number, pointer)
     found.nybble_whole_isa.restype = found.nybble_whole_knows.restype = found.nybble_whole.restype = ctypes.c_int
     found.nybble_whole_knows.argtypes = (pointer, number)
     found.nybble_whole.argtypes = (

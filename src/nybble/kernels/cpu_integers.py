@@ -125,6 +125,11 @@ def _fused(line: str) -> bool:
     return plain and isinstance(quantizer.scale, AbsMax | MinMax) and not quantizer.static
 
 
+def measured(line: str) -> _Inputs | None:
+    """The library's record of a quantizer whose scales it measures itself; None of others."""
+    return _rule(line) if _fused(line) else None
+
+
 @lru_cache(maxsize=4096)
 def _rule(line: str) -> _Inputs:
     quantizer = quantizer_of(line)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from nybble.kernels._library import library, team
 from nybble.kernels._weights import DTYPES, Weight, weight_of
-from nybble.nn.products import packed_linear, qtensor_of, reference
+from nybble.nn.products import packed_linear, packed_rows, qtensor_of, reference, rows_reference
 
 ROWS = 16
 """Of x, up to which codes are looked up for each product; for more W is expanded, a part at a time."""
@@ -45,6 +45,21 @@ def linear(x: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int],
     return out
 
 
+def rows(ids: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """See :func:`nybble.nn.products.rows_reference`."""
+    weight, found = _weight(tensors, key), library()
+    if weight is None or found is None or not ids.numel() or dtype not in DTYPES or ids.dtype != torch.int64:
+        return rows_reference(ids, tensors, key, shape, dtype)
+    low, high = ids.aminmax()
+    if low < 0 or high >= weight.n:
+        raise IndexError(f"ids from {int(low)} to {int(high)} for a table of {weight.n} rows.")
+    ids = ids.contiguous()
+    out = torch.empty((*ids.shape, weight.k), dtype=dtype)
+    if found.nybble_rows(weight.address, ids.data_ptr(), ids.numel(), out.data_ptr(), DTYPES[dtype], _ISA):
+        raise MemoryError(f"no memory for rows of a packed table [{weight.n}, {weight.k}].")
+    return out
+
+
 def how(tensors: Sequence[Tensor], key: str, shape: Sequence[int]) -> tuple[bool, str]:
     """See ``packed_linear.how``."""
     made = library()
@@ -52,9 +67,10 @@ def how(tensors: Sequence[Tensor], key: str, shape: Sequence[int]) -> tuple[bool
         return False, "no compiled library"
     if shape[0] * shape[1] < SMALL:
         return False, f"fewer than {SMALL:,} elements"
-    if _weight(tensors, key) is None:
+    weight = _weight(tensors, key)
+    if weight is None:
         return False, str(weight_of(qtensor_of(tensors, key), made.nybble_prepare))
-    return True, f"compiled look-up, {_SETS[min(_ISA, made.nybble_isa())]}"
+    return True, f"compiled look-up, {_SETS[made.nybble_set(weight.address, _ISA)]}"
 
 
 def _expanded(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -113,3 +129,4 @@ def _weight(tensors: Sequence[Tensor], key: str) -> Weight | None:
 
 
 packed_linear.register_kernel("cpu", how)(linear)
+packed_rows.register_kernel("cpu")(rows)

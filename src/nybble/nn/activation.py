@@ -12,7 +12,9 @@ from nybble.kv_format import tokens_apart
 from nybble.learned._reaching import reaching
 from nybble.learned.ste import following
 from nybble.nn.compiled import fake_quantize, static_params
+from nybble.nn.input_rounding import rounded_inputs
 from nybble.nn.integer_products import rounds_to_integers
+from nybble.nn.products import DEVICES
 from nybble.qtensor import Factored, Inverse, QTensor, QuantParams, dense
 from nybble.quantizer import Quantizer
 
@@ -51,6 +53,8 @@ class ActivationQuantizer(nn.Module):
         if training or torch.compiler.is_compiling():
             rounded: Tensor = fake_quantize(x, list(parts.values()), " ".join(parts), self._line)
             return rounded
+        if not parts and x.device.type in DEVICES and isinstance(x, Tensor):
+            return rounded_inputs(x, self._line)
         return self.quantizer.fake_quantize(x, static_params(self.quantizer, parts))
 
     def arguments(self) -> tuple[list[Tensor], str, str]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nybble.nn.packed import Packed
+from nybble.nn.products import DEVICES
 from nybble.qtensor import QTensor
 
 
@@ -73,9 +74,13 @@ class QuantEmbedding(nn.Module):
         assert self.weight.dtype is not None
         return self.weight.dtype
 
+    def how(self) -> tuple[bool, str]:
+        """As :meth:`nybble.nn.linear.QuantLinear.how`."""
+        return self.weight.how()
+
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [...] -> [..., width]."""
-        rows = functional.embedding(ids, self.weight(self.dtype))
+        rows = self.weight.rows(ids, self.dtype)
         return rows if self.scale is None else self.scale.times(rows)
 
     def extra_repr(self) -> str:  # noqa: D102
@@ -102,9 +107,13 @@ class TiedEmbedding(nn.Module):
         """The table."""
         return self._embedding[0].weight
 
+    def how(self) -> tuple[bool, str]:
+        """As :meth:`nybble.nn.linear.QuantLinear.how`."""
+        return self.weight.how()
+
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [...] -> [..., width]."""
-        rows = functional.embedding(ids, self.weight(self._embedding[0].dtype).to(ids.device))
+        rows = self.weight.rows(ids, self._embedding[0].dtype)
         return rows if self.scale is None else self.scale.times(rows)
 
     def extra_repr(self) -> str:  # noqa: D102
@@ -131,8 +140,16 @@ class TiedHead(nn.Module):
         """The table."""
         return self._embedding[0].weight
 
+    def how(self) -> tuple[bool, str]:
+        """As :meth:`nybble.nn.linear.QuantLinear.how`."""
+        return self.weight.how()
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., tokens]."""
+        weight = self.weight
+        here = x.device.type in DEVICES and weight.device == x.device
+        if here and not ((torch.is_grad_enabled() and x.requires_grad) or weight.held(x.dtype) or weight.brought):
+            return weight.linear(x, self.bias)
         return functional.linear(x, self.weight(x.dtype).to(x.device), self.bias)  # which may be another GPU's
 
     def extra_repr(self) -> str:  # noqa: D102

@@ -74,5 +74,6 @@ def reference(
     return products.reference(rounded(x, parts, names, line), tensors, key, shape, bias)
 
 
-integer_linear = Operator("integer_linear", reference, ", Tensor[] parts, str names, str line")
+_TAKES = f"Tensor x, {products.WEIGHT}, Tensor? bias, Tensor[] parts, str names, str line"
+integer_linear = Operator("integer_linear", reference, _TAKES, products.like_product)
 load_at_first_use([integer_linear])

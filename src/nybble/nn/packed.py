@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from nybble.core.errors import FileError
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.compiled import dequantize, key_of
 from nybble.nn.integer_products import holds_integers, integer_linear
-from nybble.nn.products import packed_linear
+from nybble.nn.products import DEVICES, packed_linear, packed_rows
 from nybble.qtensor import QTensor, Spec, from_spec
 
 
@@ -96,6 +97,11 @@ class Packed(nn.Module):
             return values
         return self.qtensor().dequantize(dtype)
 
+    @property
+    def holds(self) -> bool:
+        """Whether :meth:`hold` keeps the values."""
+        return self._dense is not None
+
     def held(self, dtype: torch.dtype) -> bool:
         """Whether :meth:`hold` keeps the values in ``dtype``."""
         return self._dense is not None and self._dense.dtype == dtype
@@ -105,10 +111,21 @@ class Packed(nn.Module):
         """Whether the values are a call's alone: accelerate's hooks bring the tensors, or a subclass learns them."""
         return hasattr(self, "_hf_hook") or type(self).forward is not Packed.forward
 
+    def arguments(self) -> tuple[list[Tensor], str, torch.Size]:
+        """Tensors, key and shape, as operators take them."""
+        return list(_tensors(self).values()), self._key, self.shape
+
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + bias``; see :func:`nybble.nn.products.reference`."""
         y: Tensor = packed_linear(x, list(_tensors(self).values()), self._key, self.shape, bias)
         return y
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Some rows in ``dtype``: int64 [...] -> [..., width]; see :func:`nybble.nn.products.rows_reference`."""
+        if self.held(dtype) or self.brought or ids.device.type not in DEVICES or self.device.type not in DEVICES:
+            return functional.embedding(ids, self(dtype).to(ids.device))
+        found: Tensor = packed_rows(ids, list(_tensors(self).values()), self._key, self.shape, dtype)
+        return found
 
     def integer_linear(self, x: Tensor, bias: Tensor | None, inputs: ActivationQuantizer) -> Tensor:
         """``inputs(x) W^T + bias``; see :func:`nybble.nn.integer_products.reference`."""

@@ -59,14 +59,15 @@ class Operator:
 
     Args:
         name: below ``nybble::``.
-        reference: ``(x, tensors, key, shape, bias, ...) -> Tensor``, the first as :func:`reference` has them.
-        more: what follows these in the schema.
+        reference: what it computes.
+        takes: arguments of the reference, in the schema's language.
+        fake: with these arguments, a tensor like the result.
     """
 
-    def __init__(self, name: str, reference: Kernel, more: str = "") -> None:
+    def __init__(self, name: str, reference: Kernel, takes: str, fake: Kernel) -> None:
         self._init_fn, self._name = reference, name
-        _LIBRARY.define(f"{name}(Tensor x, Tensor[] tensors, str key, int[] shape, Tensor? bias{more}) -> Tensor")
-        torch.library.register_fake(f"nybble::{name}", _fake)
+        _LIBRARY.define(f"{name}({takes}) -> Tensor")
+        torch.library.register_fake(f"nybble::{name}", fake)
         self._op = getattr(torch.ops.nybble, name).default
         self._kernels: dict[str, Kernel] = {}
         self._say: dict[str, Says] = {}
@@ -100,9 +101,34 @@ class Operator:
         return found
 
 
-def _fake(x: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int], *more: Any) -> Tensor:
+def like_product(x: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int], *more: Any) -> Tensor:
+    """Fake of a product."""
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
-packed_linear = Operator("packed_linear", reference)
-load_at_first_use([packed_linear])
+def rows_reference(
+    ids: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """Some rows of a packed table.
+
+    Args:
+        ids: int64 [...], of rows.
+        tensors: of a QTensor [rows, width], as :func:`reference` has them.
+        key: as there.
+        shape: as there.
+        dtype: of what comes out.
+
+    Returns:
+        [..., width] in ``dtype``; a kernel's bits are the same.
+    """
+    return functional.embedding(ids, qtensor_of(tensors, key).dequantize(dtype))
+
+
+def _like_rows(ids: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return ids.new_empty((*ids.shape, shape[1]), dtype=dtype)
+
+
+WEIGHT = "Tensor[] tensors, str key, int[] shape"
+packed_linear = Operator("packed_linear", reference, f"Tensor x, {WEIGHT}, Tensor? bias", like_product)
+packed_rows = Operator("packed_rows", rows_reference, f"Tensor ids, {WEIGHT}, ScalarType dtype", _like_rows)
+load_at_first_use([packed_linear, packed_rows])

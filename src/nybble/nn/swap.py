@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from nybble.nn.embedding import QuantEmbedding, TiedEmbedding, TiedHead
 from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
 
@@ -12,6 +13,10 @@ _HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks",
 )  # fmt: skip
+
+
+BY_KERNELS = (QuantLinear, QuantEmbedding, TiedEmbedding, TiedHead)
+"""Layers for whose weights there may be kernels; they say how."""
 
 
 def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
@@ -33,7 +38,7 @@ def hold_slow(root: nn.Module, dtype: torch.dtype) -> None:
     """Keep dequantized copies of the packed weights that no kernel multiplies with: every call would unpack them."""
     for layer in root.modules():
         weight = getattr(layer, "weight", None)
-        if isinstance(weight, Packed) and not (isinstance(layer, QuantLinear) and layer.how()[0]):
+        if isinstance(weight, Packed) and not (isinstance(layer, BY_KERNELS) and layer.how()[0]):
             weight.hold(dtype)
 
 

@@ -17,6 +17,7 @@ from nybble.core.dtypes import float_dtype
 from nybble.core.errors import ModelError, UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.core.versions import versions
+from nybble.nn.decoding import Decoding, decoding_of
 from nybble.nn.kv_model import cache_argument
 from nybble.nn.layer import QuantLayer
 from nybble.nn.swap import hold_dense
@@ -53,9 +54,10 @@ def bench(
 
     Returns:
         ``rows``: for the packed model and each unpacked one ``name``, ``bytes`` of all tensors, ``read`` in tokens a
-        second, ``write``: batch -> tokens a second; ``ratios`` of the packed model's rates to the fastest unpacked
-        model's in the same turn; ``kernels`` as :func:`nybble.pipelines.kernels.kernels_of`; ``threads``,
-        ``versions``.
+        second, ``write``: batch -> tokens a second; ``one_call``: whether the packed model writes a token in one call
+        (:mod:`nybble.nn.decoding`), or module by module as the unpacked ones do; ``ratios`` of the packed model's
+        rates to the fastest unpacked model's in the same turn; ``kernels`` as
+        :func:`nybble.pipelines.kernels.kernels_of`; ``threads``, ``versions``.
 
     Raises:
         ModelError: no language model; or nothing of it is packed.
@@ -92,6 +94,7 @@ def bench(
         "device": device,
         "threads": torch.get_num_threads(),
         **_summary(turns, {name: held(m) for name, m in models.items()}, list(against)),
+        "one_call": decoding_of(packed, 1, 1) is not None,
         "kernels": kernels,
         "versions": versions(),
     }
@@ -146,7 +149,10 @@ def read(model: Any, tokens: int) -> float:
 
 @torch.no_grad()
 def write(model: Any, batch: int, tokens: int) -> float:
-    """Seconds for so many steps of a batch, behind a short prompt in the cache."""
+    """Seconds for so many steps of a batch, behind a short prompt in the cache; in one call each where that can be."""
+    decoding = decoding_of(model, batch, BEHIND + tokens)
+    if decoding is not None:
+        return _write_steps(model, decoding, batch, tokens)
     cache = cache_argument(type(model))  # transformers 5.24 has another name for it
     past = model(input_ids=_ids(model, batch, BEHIND), use_cache=True).past_key_values
     token = _ids(model, batch, 1)
@@ -156,6 +162,15 @@ def write(model: Any, batch: int, tokens: int) -> float:
         found = model(input_ids=token, use_cache=True, **{cache: past})
         past, token = found.past_key_values, found.logits[:, -1:].argmax(-1)
     _wait(model)
+    return time.perf_counter() - start
+
+
+def _write_steps(model: Any, decoding: Decoding, batch: int, tokens: int) -> float:
+    decoding.read(_ids(model, batch, BEHIND))
+    token = _ids(model, batch, 1)[:, 0]
+    start = time.perf_counter()
+    for _ in range(tokens):
+        token = decoding.step(token).argmax(-1)
     return time.perf_counter() - start
 
 

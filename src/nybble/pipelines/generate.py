@@ -11,10 +11,17 @@ from nybble.core.explicit import explicit_settings
 from nybble.core.seeds import derive_seed, preserve_global_rng
 from nybble.data.kinds import data_kind
 from nybble.models.adapter import reads_of
+from nybble.nn.decoding import Decoding, decoding_of
 from nybble.nn.kv_model import use_quantized_cache
 from nybble.nn.swap import hold_slow
 from nybble.pipelines.load import load_with_origin
 from nybble.pipelines.request import check_prompt
+
+_HARMLESS = frozenset({
+    "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "do_sample",
+    "temperature", "top_k", "top_p", "max_length", "max_new_tokens", "use_cache", "output_attentions",
+    "output_hidden_states",
+})  # fmt: skip
 
 
 @explicit_settings()
@@ -62,15 +69,42 @@ def generate(
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     ids = inputs["input_ids"].to(device)
+    decoding = None if sample or not _plain(loaded) else decoding_of(loaded, 1, ids.shape[1] + max_new_tokens)
+    if decoding is not None:
+        new = torch.tensor(_likeliest(decoding, ids, max_new_tokens, _ends(loaded)))
+    else:
+        new = _generated(loaded, tokenizer, ids, max_new_tokens, sample, seed)
+    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+
+
+def _generated(loaded: Any, tokenizer: Any, ids: torch.Tensor, count: int, sample: bool, seed: int) -> torch.Tensor:
+    """What transformers' ``generate`` adds."""
     with preserve_global_rng(), torch.no_grad():
         torch.manual_seed(derive_seed(seed, "generate"))
-        model_generate: Any = loaded.generate
-        made = model_generate(
+        made = loaded.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=count,
             do_sample=sample,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
-    new = made[0] if loaded.config.is_encoder_decoder else made[0, ids.shape[1] :]
-    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+    found: torch.Tensor = made[0] if loaded.config.is_encoder_decoder else made[0, ids.shape[1] :]
+    return found
+
+
+def _plain(loaded: Any) -> bool:
+    """Whether the likeliest token is what the model's settings for generating ask for, and nothing else."""
+    return set(loaded.generation_config.to_diff_dict()) <= _HARMLESS
+
+
+def _ends(loaded: Any) -> frozenset[int]:
+    found = loaded.generation_config.eos_token_id
+    return frozenset([] if found is None else [found] if isinstance(found, int) else found)
+
+
+def _likeliest(decoding: Decoding, ids: torch.Tensor, count: int, ends: frozenset[int]) -> list[int]:
+    """At most ``count`` tokens behind a prompt [1, tokens], up to the first that ends the text."""
+    found = [int(decoding.read(ids).argmax(-1))]
+    while len(found) < count and found[-1] not in ends:
+        found.append(int(decoding.step(torch.tensor(found[-1:])).argmax(-1)))
+    return found

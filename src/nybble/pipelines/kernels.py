@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
+from nybble.nn.swap import BY_KERNELS
 from nybble.pipelines.load import load_with_origin
 
 
@@ -30,7 +30,7 @@ def kernels_of_model(model: nn.Module) -> list[dict[str, Any]]:
         weight = getattr(layer, "weight", None)
         if not isinstance(weight, Packed):
             continue
-        fast, said = layer.how() if isinstance(layer, QuantLinear) else (False, f"a {type(layer).__name__}")
+        fast, said = layer.how() if isinstance(layer, BY_KERNELS) else (False, f"a {type(layer).__name__}")
         rows[(str(weight.spec.get("format", weight.spec["kind"])), said if fast else None, "" if fast else said)] += 1
     return [
         {"weights": count, "format": name, "kernel": kernel, "reason": reason}

@@ -4,6 +4,7 @@
 //
 // The weights come out as they do in Python, bit for bit; only the order of the sum is another one, and the same for
 // every number of rows and threads. Nothing here allocates more than one row's scales a thread.
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 #include <stdlib.h>
@@ -13,6 +14,8 @@
 #include <cpuid.h>
 #include <immintrin.h>
 #endif
+
+#define INLINE __attribute__((always_inline))
 
 namespace {
 
@@ -55,6 +58,28 @@ struct Weight {
 struct Row { const uint8_t* codes; const float *scale, *zero, *offset; };
 struct Call { const float* x; int64_t m, stride; const float* bias; void* out; int64_t dtype, width, to; };
 typedef void (*Part)(const Weight&, const Call&, int64_t, int64_t, float*);
+
+// A float's values: exponents from `least` to `most`, as powers of two; 1.5 * 2^(23 - mantissa bits); the largest one.
+struct FloatGrid { float least, most, factor, largest; };
+
+// How activations are rounded: to a float's values or to integers, `columns` of them with a scale: their largest
+// magnitude over `target`, rounded to the dtype `narrow`; or a power of two; or that in `inner`, over one scale for all.
+struct Rounding {
+    int64_t columns, integer, pow2, narrow, nested;
+    FloatGrid grid, inner;
+    float low, high, target, inner_target, inner_floor;
+    int32_t carry, emax;  // of powers of two: what is added to the bits of the magnitude, and taken off its exponent
+};
+
+// What decoder_body.inc has.
+struct DecoderMath {
+    void (*round_all)(int64_t, float*, int64_t);
+    void (*normalize)(int64_t, const float*, float, const float*, int64_t, float*);
+    void (*add_to)(int64_t, float*, const float*, int64_t);
+    void (*gated)(int64_t, float*, const float*, int64_t);
+    void (*rotate)(int64_t, float*, const float*, const float*, int64_t, float*);
+    void (*attend)(const float*, const float*, const float*, int64_t, int64_t, float, float*, float*);
+};
 
 inline float from_bfloat16(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
@@ -126,6 +151,8 @@ inline void emit(const Call& call, int64_t m, int64_t n, float value) {
 #define ISA 0
 namespace portable {
 #include "packed_body.inc"
+#include "inputs_body.inc"
+#include "decoder_body.inc"
 }
 #undef ISA
 
@@ -139,6 +166,8 @@ namespace portable {
 #define ISA 2
 namespace avx2 {
 #include "packed_body.inc"
+#include "inputs_body.inc"
+#include "decoder_body.inc"
 }
 #undef ISA
 #if defined(__clang__)
@@ -152,6 +181,8 @@ namespace avx2 {
 #define ISA 3
 namespace avx512 {
 #include "packed_body.inc"
+#include "inputs_body.inc"
+#include "decoder_body.inc"
 }
 #undef ISA
 #if defined(__clang__)
@@ -181,13 +212,44 @@ bool has_avxvnni() {
 #endif
 }
 
-Part pick(const Weight& w, int isa) {
-    Part found = nullptr;
+// The set of instructions that has a version for these codes, of those up to isa.
+int set_of(const Weight& w, int isa) {
 #ifdef X86
-    if (isa == 3) found = avx512::pick(w);
-    if (isa >= 2 && !found) found = avx2::pick(w);
+    if (isa == 3 && avx512::pick(w)) return 3;
+    if (isa >= 2 && avx2::pick(w)) return 2;
 #endif
-    return found ? found : portable::pick(w);
+    return 0;
+}
+
+Part pick(const Weight& w, int isa) {
+#ifdef X86
+    const int set = set_of(w, isa);
+    if (set == 3) return avx512::pick(w);
+    if (set == 2) return avx2::pick(w);
+#endif
+    return portable::pick(w);
+}
+
+// Whether four bits are multiplied 64 columns at a time, with an x in the order of `nibble_place`.
+bool by_nibbles(const Weight& w, int isa) {
+    const bool shared = w.row_blocks == 1 || w.group % 64 == 0;
+    return isa == 3 && w.bits == 4 && w.k % 64 == 0 && (shared || w.group == 16 || w.group == 32);
+}
+
+// Of lane i % 16 after i / 16 shifts, within 64 columns.
+inline int nibble_place(int i) { return i % 8 * 8 + i / 8 % 2 * 4 + i / 16; }
+
+Part pick_product(const Weight& w, int isa) {
+#ifdef X86
+    if (by_nibbles(w, isa)) return avx512::pick_nibbles(w);
+#endif
+    return pick(w, isa);
+}
+
+inline float float_of(const void* x, int64_t dtype, int64_t i) {
+    if (dtype == FLOAT32) return ((const float*)x)[i];
+    const uint16_t half = ((const uint16_t*)x)[i];
+    return dtype == BFLOAT16 ? from_bfloat16(half) : whole_float16(half);
 }
 
 struct Work { const Weight* w; const Call* call; Part part; int64_t block; int64_t next; int failed; };
@@ -209,7 +271,9 @@ void work(void* given) {
     free(room);
 }
 
+#include "inputs.inc"
 #include "integers.inc"
+#include "decoder.inc"
 
 }  // namespace
 
@@ -218,6 +282,9 @@ typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_p
 extern "C" {
 
 int nybble_isa() { return best(); }
+
+// The set of instructions that nybble_run multiplies with.
+int nybble_set(const Weight* w, int64_t isa) { return set_of(*w, isa < best() ? (int)isa : best()); }
 
 // Fills in what follows from the rest; 0, or 1 where the weight is none that this library multiplies with.
 int nybble_prepare(Weight* w) {
@@ -246,30 +313,69 @@ int nybble_prepare(Weight* w) {
 int nybble_run(const Weight* w, const void* x, int64_t x_dtype, int64_t m, const float* bias, void* out, int64_t dtype,
                int64_t from, int64_t to, int64_t threads, int64_t isa, Parallel parallel) {
     Call call = {nullptr, m, 16 * w->steps, bias, out, dtype, w->n, to};
+    const int use = isa < best() ? (int)isa : best();
     float* own = nullptr;
     if (x) {
         const int64_t tile = m == 1 ? 1 : m <= 4 ? 4 : (m + 7) / 8 * 8;
-        if (x_dtype == FLOAT32 && w->k % 16 == 0 && tile == m) call.x = (const float*)x;
+        const bool turned = by_nibbles(*w, use);
+        if (x_dtype == FLOAT32 && w->k % 16 == 0 && tile == m && !turned) call.x = (const float*)x;
         else {
             own = (float*)calloc(tile * call.stride, sizeof(float));
             if (!own) return 1;
-            for (int64_t i = 0; i < m; ++i) {
-                float* to_row = own + i * call.stride;
-                if (x_dtype == FLOAT32) memcpy(to_row, (const float*)x + i * w->k, sizeof(float) * w->k);
-                else if (x_dtype == BFLOAT16)
-                    for (int64_t j = 0; j < w->k; ++j) to_row[j] = from_bfloat16(((const uint16_t*)x)[i * w->k + j]);
-                else
-                    for (int64_t j = 0; j < w->k; ++j) to_row[j] = whole_float16(((const uint16_t*)x)[i * w->k + j]);
-            }
+            int place[64];
+            for (int i = 0; i < 64; ++i) place[i] = turned ? nibble_place(i) : i;
+            for (int64_t i = 0; i < m; ++i)
+                for (int64_t j = 0; j < w->k; ++j)
+                    own[i * call.stride + j] = float_of(x, x_dtype, i * w->k + j / 64 * 64 + place[j % 64]);
             call.x = own;
         }
     }
     int64_t block = 16384 / (w->k ? w->k : 1);
     block = block < 8 ? 8 : block / 8 * 8;
-    Work job = {w, &call, pick(*w, isa < best() ? (int)isa : best()), block, from, 0};
+    Work job = {w, &call, x ? pick_product(*w, use) : pick(*w, use), block, from, 0};
     if (threads > 1 && parallel && to - from > block) parallel(work, &job, (unsigned)threads, 0);
     else work(&job);
     free(own);
+    return job.failed;
+}
+
+// Some rows' values, row ids[i] in the i-th place of out [count, k]; 0, or 1 where there is no memory.
+int nybble_rows(const Weight* w, const int64_t* ids, int64_t count, void* out, int64_t dtype, int64_t isa) {
+    float* room = (float*)malloc(sizeof(float) * (3 * w->room + 1));
+    if (!room) return 1;
+    const Part part = pick(*w, isa < best() ? (int)isa : best());
+    const int64_t bytes = w->k * (dtype == FLOAT32 ? 4 : 2);
+    for (int64_t i = 0; i < count; ++i) {
+        void* place = (void*)((uintptr_t)out + (uintptr_t)((i - ids[i]) * bytes));
+        const Call call = {nullptr, 0, 0, nullptr, place, dtype, w->n, ids[i] + 1};
+        part(*w, call, ids[i], ids[i] + 1, room);
+    }
+    free(room);
+    return 0;
+}
+
+// x, so many blocks, rounded -> out; 0; 1 where there is no memory; 2 where a scale of all isn't finite, and nothing done.
+int nybble_round(const Rounding* how, const void* x, int64_t dtype, int64_t count, void* out, int64_t threads, int64_t isa,
+                 Parallel parallel) {
+    RoundBlocks run = portable::round_blocks;
+#ifdef X86
+    const int use = isa < best() ? (int)isa : best();
+    if (use == 3) run = avx512::round_blocks;
+    else if (use == 2) run = avx2::round_blocks;
+#endif
+    float outer = 1;
+    if (how->nested) {
+        const int32_t top = top_of(x, dtype, count * how->columns);
+        if (top >= 0x7f800000) return 2;
+        memcpy(&outer, &top, 4);
+        outer = outer / how->target / how->inner_target;
+        if (outer == 0) outer = 1;
+    }
+    int64_t step = 8192 / how->columns;
+    step = step < 1 ? 1 : step;
+    RoundingWork job = {how, run, x, dtype, count, step < count ? step : count, 0, outer, out, 0};
+    if (threads > 1 && parallel && count >= 4 * step) parallel(round_part, &job, (unsigned)threads, 0);
+    else round_part(&job);
     return job.failed;
 }
 
@@ -310,5 +416,63 @@ int nybble_whole(const Weight* w, int64_t is_signed, const Inputs* in, const voi
     free(room);
     free(ones);
     return job.failed;
+}
+
+// x [m, width], the embeddings of a token each at one position, through all layers -> x, behind the last norm; 0, 1 where
+// there is no memory, 2 where activations that aren't finite can't be rounded.
+int nybble_decode(const Decoder* given, float* x, int64_t m, int64_t position, int64_t threads, int64_t isa, int64_t whole_isa,
+                  Parallel parallel) {
+    const Decoder& d = *given;
+    const DecoderMath* math = &portable::math;
+#ifdef X86
+    const int use = isa < best() ? (int)isa : best();
+    if (use == 3) math = &avx512::math;
+    else if (use == 2) math = &avx2::math;
+#endif
+    const int64_t of_q = d.heads * d.head, of_k = d.key_heads * d.head, widest = d.inner > of_q ? d.inner : of_q;
+    const int64_t most = widest > d.width ? widest : d.width;
+    float* room = (float*)malloc(sizeof(float) * m * (d.width + 2 * of_q + 2 * of_k + 2 * d.inner + 2 * most));
+    if (!room) return 1;
+    float *h = room, *q = h + m * d.width, *k = q + m * of_q, *v = k + m * of_k, *out = v + m * of_k;
+    float *gate = out + m * of_q, *up = gate + m * d.inner, *found = up + m * d.inner, *rounded = found + m * most;
+    int failed = 0;
+    auto product = [&](const Projection& p, const float* from, float* to) {
+        if (failed) return;
+        if (p.whole) {
+            failed = nybble_whole(p.w, p.is_signed, p.whole, from, FLOAT32, m, p.bias, to, FLOAT32, threads, whole_isa, parallel);
+        } else {
+            if (p.how) {
+                failed = nybble_round(p.how, from, FLOAT32, m * p.w->k / p.how->columns, rounded, threads, isa, parallel);
+                if (failed) return;
+                math->round_all(d.dtype, rounded, m * p.w->k);
+                from = rounded;
+            }
+            failed = nybble_run(p.w, from, FLOAT32, m, p.bias, to, FLOAT32, 0, p.w->n, threads, isa, parallel);
+        }
+        math->round_all(d.dtype, to, m * p.w->n);
+    };
+    for (int64_t i = 0; i < d.count && !failed; ++i) {
+        const Layer& layer = d.layers[i];
+        for (int64_t j = 0; j < m; ++j) math->normalize(d.dtype, layer.before, d.eps, x + j * d.width, d.width, h + j * d.width);
+        product(layer.q, h, q);
+        product(layer.k, h, k);
+        product(layer.v, h, v);
+        if (failed) break;
+        Attending job = {&d, &layer, math, q, k, v, out, m, position, 0, 0};
+        if (threads > 1 && parallel && m * of_q * (position + 1) > 1 << 16) parallel(attending, &job, (unsigned)threads, 0);
+        else attending(&job);
+        failed = job.failed;
+        product(layer.o, out, found);
+        math->add_to(d.dtype, x, found, m * d.width);
+        for (int64_t j = 0; j < m; ++j) math->normalize(d.dtype, layer.between, d.eps, x + j * d.width, d.width, h + j * d.width);
+        product(layer.gate, h, gate);
+        product(layer.up, h, up);
+        math->gated(d.dtype, gate, up, m * d.inner);
+        product(layer.down, gate, found);
+        math->add_to(d.dtype, x, found, m * d.width);
+    }
+    for (int64_t j = 0; j < m && !failed; ++j) math->normalize(d.dtype, d.last, d.eps, x + j * d.width, d.width, x + j * d.width);
+    free(room);
+    return failed;
 }
 }
