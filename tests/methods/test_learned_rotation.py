@@ -297,7 +297,7 @@ def test_a_model_in_memory_keeps_its_float_weights_until_then(monkeypatch: pytes
     model = made("llama")
     before = {name: t.clone() for name, t in model.state_dict().items()}
     monkeypatch.setattr(Network, "judged", lambda *args, **kwargs: torch.tensor(torch.nan))
-    with pytest.raises(LearningError, match="learned-rotation: the loss is nan at step 0"):
+    with pytest.raises(LearningError, match="the loss of learned-rotation is nan at step 0"):
         quantized(LEARN, {"solver": "rtn"}, model=model)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -223,6 +223,8 @@ class Job:
             f"about {self.estimate.memory / 1e9:.2f} GB of memory, {self.estimate.disk / 1e9:.2f} GB of disk, "
             f"{self.estimate.seconds:.0f} s on {self.device}",
         ]
+        if self.plan.uneven:
+            lines.append(f"columns that groups don't divide end in a shorter one: {_some(self.plan.uneven)}")
         left = [name for name in self.plan.ignored if name != "lm_head"]
         if left and len(left) <= 8:
             lines.append(f"left in float: {', '.join(left)}")
