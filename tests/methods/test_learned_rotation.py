@@ -20,7 +20,7 @@ from nybble.calibration.window import Calibration, Window
 from nybble.core import tensorfile
 from nybble.core.errors import LearningError, ModelError, SchemeError
 from nybble.core.orthogonal import rotation
-from nybble.core.stiefel import orthogonality_error
+from nybble.core.stiefel import CayleyDescent, orthogonality_error
 from nybble.models.adapter import adapter_for
 from nybble.pipelines import prepared
 from nybble.recipe import load_recipe, parse_recipe
@@ -193,6 +193,22 @@ def test_learned_matrices_are_orthogonal() -> None:
             assert orthogonality_error(matrices) < 1e-5, name
     start = rotation(32, "hadamard", 0, True, 0)
     assert float((learned()[STREAM][0] - start).square().sum().sqrt()) > 0.3
+
+
+def test_momentum_keeps_some_of_the_direction_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step has none before it; from the second on it goes elsewhere."""
+    states, step = list[list[Tensor]](), CayleyDescent.step
+
+    def seen(self: CayleyDescent, rate: float) -> None:
+        step(self, rate)
+        states.append([matrix.detach().clone() for matrix in self.matrices])
+
+    monkeypatch.setattr(CayleyDescent, "step", seen)
+    for momentum in (0.0, 0.9):
+        quantized({**LEARN, "steps": 2, "momentum": momentum}, {"solver": "rtn"}, model=planted(num_hidden_layers=1))
+    (first, second), (same, other) = states[:2], states[2:]
+    assert all(torch.equal(one, two) for one, two in zip(first, same, strict=True))
+    assert not any(torch.equal(one, two) for one, two in zip(second, other, strict=True))
 
 
 @torch.no_grad()
