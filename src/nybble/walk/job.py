@@ -19,7 +19,7 @@ from nybble.core.versions import versions
 from nybble.data import InMemory, Origin, Samples
 from nybble.data.given import Data, samples_of
 from nybble.data.kinds import DataKind, data_kind
-from nybble.models.adapter import TEXTS, Adapter, adapter_for, whole_adapter
+from nybble.models.adapter import TEXTS, Adapter, adapter_for, under, whole_adapter
 from nybble.models.sources import called
 from nybble.nn.kinds import Target, apart_line
 from nybble.recipe import Recipe
@@ -342,7 +342,9 @@ def _load(
     if tokens is not None and subject.adapter.convolutional:
         example = kind.probe(tokens.inputs, "meta")
         sample = next(iter(example.values())).numel()
-        names = {t.name for targets in subject.plan.blocks for t in targets}
+        prefixes = [under(name) for name in subject.adapter.block_names(subject.model)]
+        inside = zip(prefixes, subject.plan.blocks, strict=True)
+        names = {f"{prefix}{t.name}": t.name for prefix, targets in inside for t in targets}
         products, inputs = with_layers(subject.model, names, example)
     return Load(
         samples=samples,

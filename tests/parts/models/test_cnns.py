@@ -42,6 +42,7 @@ from nybble.quantizer import Quantizer
 from nybble.recipe import parse_recipe
 from nybble.solvers import make_solver
 from nybble.transforms.fold_batchnorm import FoldBatchnorm, fold_batchnorms
+from nybble.walk.job import Job
 from nybble.walk.plan import make_plan
 
 INT8 = {"weights": "int8 channel", "activations": "int8 tensor static"}
@@ -420,6 +421,16 @@ def test_solvers_alone_on_networks_of_transformers(name: str) -> None:
         found, _ = nybble.quantize(network, recipe, images())
         lost[solver] = float((logits(found, images().pixel_values) - exact).norm() / exact.norm())
     assert lost["gptq"] < lost["rtn"] < 1
+
+
+def test_layers_whose_names_end_alike_are_told_apart() -> None:
+    """Numbered layers inside of numbered layers, as in an EfficientNet of ``nn.Sequential`` alone."""
+    inner = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Sequential(nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)))
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), inner, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    job = Job.make(as_model(net.eval()), None, build_recipe("gptq", weights="int8 channel"), images().pixel_values,
+                   nybble.Settings(samples=6))  # fmt: skip
+    assert job.load.products == {"0": 16 * 16, "1.0": 16 * 16, "1.1.1": 16 * 16, "4": 1}
+    assert job.load.inputs == {"0": 3 * 32 * 32, "1.0": 4 * 16 * 16, "1.1.1": 8 * 16 * 16, "4": 4}
 
 
 @pytest.mark.parametrize("target", ["w4a16", "w2a16"])
