@@ -305,8 +305,19 @@ def test_same_seed_same_bytes_and_resumed(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_recipe() -> None:
     recipe = load_recipe("spinquant")
     assert [step.name for step in recipe.steps] == ["learned-rotation", "gptq"]
+    assert recipe.solver.options == {"inputs": "both"}
     lines = nybble.preflight(planted(), recipe, tokens(0))
     assert any("learned-rotation' learns on the whole float model" in line for line in lines)
+
+
+def test_behind_rotations_gptq_makes_up_for_what_inputs_lost() -> None:
+    """Four-bit inputs lose so much that weights fitted to them alone are far off (docs/log.md, SpinQuant at W4A4)."""
+    exact, recipe, found = planted(), load_recipe("quarot"), list[float]()
+    assert [step.name for step in recipe.steps] == ["rotate", "hadamard", "gptq"]
+    for options in (recipe.solver.options, {}):
+        model, _ = quantized({"transform": "rotate"}, {"transform": "hadamard"}, {"solver": "gptq", **options})
+        found.append(divergence(model, exact))
+    assert found[0] < 0.8 * found[1]
 
 
 def test_a_model_in_memory_keeps_its_float_weights_until_then(monkeypatch: pytest.MonkeyPatch) -> None:
