@@ -383,15 +383,15 @@ def test_rates_rise_in_a_line_and_long_gradients_are_cut(monkeypatch: pytest.Mon
         run(recipe(solver="rtn", steps=8, every=8, warmup=0.5, final=0.2, max_norm=longest))
     one = nn.Parameter(torch.zeros(1))  # torch's schedules are the oracle
     optimizer = torch.optim.SGD([one], lr=1.0)
-    rising = torch.optim.lr_scheduler.LinearLR(optimizer, 0.25, 1.0, 3)
+    schedule: torch.optim.lr_scheduler.LRScheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.25, 1.0, 3)
     wanted = []
     for number in range(8):
         if number == 4:
             optimizer.param_groups[0]["lr"] = 1.0
-            rising = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4, 0.2)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4, 0.2)
         wanted.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
-        rising.step()
+        schedule.step()
     assert shares[:8] == shares[8:] == pytest.approx(wanted)
     assert min(lengths[:8]) > 1e-3 and lengths[8:] == pytest.approx([1e-3] * 8, rel=1e-3)
 
