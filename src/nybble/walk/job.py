@@ -15,6 +15,7 @@ from nybble.core import ranks
 from nybble.core.device import measure_flops, require_memory
 from nybble.core.errors import DataError, SchemeError, within
 from nybble.core.files import need_space
+from nybble.core.memory import resident_memory
 from nybble.core.versions import versions
 from nybble.data import InMemory, Origin, Samples
 from nybble.data.given import Data, samples_of
@@ -220,8 +221,8 @@ class Job:
         size = f" at {self.estimate.bits:.2f} bits" if self.estimate.bits else ""
         lines = [
             f"{self.plan.targets} weights in {len(self.plan.blocks)} blocks{size} ({counts}); {data}",
-            f"about {self.estimate.memory / 1e9:.2f} GB of memory, {self.estimate.disk / 1e9:.2f} GB of disk, "
-            f"{self.estimate.seconds:.0f} s on {self.device}",
+            f"about {self.estimate.memory / 1e9:.2f} GB of memory{self._beside()}, {self.estimate.disk / 1e9:.2f} GB "
+            f"of disk, {self.estimate.seconds:.0f} s on {self.device}",
         ]
         if self.plan.uneven:
             lines.append(f"columns that groups don't divide end in a shorter one: {_some(self.plan.uneven)}")
@@ -248,6 +249,11 @@ class Job:
             beside = {} if self.source is None else self.source.side_files()
             need_space(out, self.estimate.disk + sum(path.stat().st_size for path in beside.values()))
         return lines
+
+    def _beside(self) -> str:
+        """What the estimate leaves out: Python, torch, a model that is in memory already."""
+        known = resident_memory() if self.device.type == "cpu" else 0
+        return f" above the {known / 1e9:.2f} GB in use now" if known else ""
 
     def _memory(self, load: Load, narrow: bool) -> int:
         """What a run of other sizes would take; ``narrow``: with windows of one block."""
