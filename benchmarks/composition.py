@@ -8,7 +8,8 @@ The file keeps the rows that a run doesn't try: what was mended is tried again a
 Legal is what ``nybble recipes --matrix`` says. Each legal pair is then run whole, with few steps, on a llama of one
 block, and three promises are looked at: the forward is that of the unpacked weights, and a folder that is saved and
 loaded gives the same logits, bit for bit; the same request gives the same bytes again; no layer's error is above
-round-to-nearest's by more than float noise where both were measured. One format stands for its family (a listed format
+round-to-nearest's by more than float noise where both were measured. Inputs stay in float, but for the recipe that
+learns on rounded inputs alone, which keeps its own. One format stands for its family (a listed format
 of each code path); ``--matrix`` itself lists them all.
 """
 
@@ -38,6 +39,7 @@ from nybble.core.files import atomic_write_json
 from nybble.core.versions import versions
 from nybble.nn.kinds import quant_modules
 from nybble.pipelines import matrix
+from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe, load_recipe, recipe_names
 from nybble.scheme import Rule, Scheme
 
@@ -73,10 +75,22 @@ def shortened(recipe: Recipe) -> Recipe:
     return replace(recipe, steps=tuple(steps))
 
 
+def inputs_of(recipe: Recipe) -> Quantizer | None:
+    """Float, but where something is learned on rounded inputs alone: then the recipe's own."""
+    learned = any(step.options.get("rounds") == "activations" for step in recipe.steps)
+    return recipe.scheme.rules[0].inputs if learned else None
+
+
+def rounding(quantizer: Quantizer) -> Any:
+    """A hook that rounds what enters a layer, as the quantizer measures it."""
+    return lambda _, entering: (quantizer.fake_quantize(entering[0]), *entering[1:])
+
+
 def proved(recipe_name: str, name: str, granularity: str) -> str:
     """What is wrong with a legal pair; empty where nothing is."""
     quantizer = matrix.quantizer_of(name, granularity)
-    recipe = shortened(load_recipe(recipe_name)).with_scheme(Scheme(rules=(Rule(weights=quantizer),)))
+    recipe = shortened(load_recipe(recipe_name))
+    recipe = recipe.with_scheme(Scheme(rules=(Rule(weights=quantizer, inputs=inputs_of(recipe)),)))
     data = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(1))
     found = []
     for _ in range(2):
@@ -98,7 +112,10 @@ def proved(recipe_name: str, name: str, granularity: str) -> str:
             {key: value for key, value in done.state_dict().items() if isinstance(value, torch.Tensor)}, strict=False
         )
         for place, module in quant_modules(done):
-            dense.get_submodule(place).weight.copy_(module.weight.qtensor().dequantize(torch.float32))
+            layer = dense.get_submodule(place)
+            layer.weight.copy_(module.weight.qtensor().dequantize(torch.float32))
+            if module.inputs is not None:
+                layer.register_forward_pre_hook(rounding(module.inputs.quantizer))
         if not torch.equal(dense(data).logits, want):
             return "the forward is not that of the unpacked weights"
     for row in report.layers:

@@ -200,6 +200,7 @@ def child(options: argparse.Namespace) -> None:
     """One run in this process, one of several if torchrun started it; the first writes a record."""
     import nybble
     from nybble.core import ranks
+    from nybble.core.memory import resident_memory
 
     with ranks.started(options.device) as device, clocking(device) as clock:
         if device.startswith("cuda"):
@@ -207,6 +208,7 @@ def child(options: argparse.Namespace) -> None:
             torch.cuda.reset_peak_memory_stats()
         out = options.work / "out"
         asked = {key: value for key, value in CASES[options.child].items() if key != "recipe"}
+        held = resident_memory()  # the estimate is of what comes above it
         clock.started = clock.wait()
         nybble.quantize(
             options.work / f"{options.shape}-{options.blocks}", CASES[options.child]["recipe"], ids_of(options),
@@ -214,7 +216,8 @@ def child(options: argparse.Namespace) -> None:
         )  # fmt: skip
         whole = clock.wait() - clock.started
         if os.environ.get("RANK", "0") == "0":
-            options.record.write_text(json.dumps(record(options, clock, whole, device)))
+            found = record(options, clock, whole, device) | {"host_before_gb": round(held / 1e9, 2)}
+            options.record.write_text(json.dumps(found))
 
 
 @contextlib.contextmanager

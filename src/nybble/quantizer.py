@@ -143,6 +143,18 @@ class Quantizer:
         """A copy with some words changed: ``q.replace(group=64)``."""
         return Quantizer(str(self), **options)
 
+    def fitted(self, shape: tuple[int, ...]) -> Quantizer:
+        """The same, spelled as plainly as a tensor of ``shape`` allows: without padding where no group is short.
+
+        >>> q = Quantizer("int4 group=64 pad=true")
+        >>> [str(q.fitted((8, columns))) for columns in (128, 147, 27)]
+        ['int4 group=64', 'int4 group=64 pad=true', 'int4 group=27']
+        """
+        plain = self.granularity.fitted(shape)
+        if plain == self.granularity:
+            return self
+        return self.replace(**{key: value for key, _, value in (word.partition("=") for word in str(plain).split())})
+
     # ------------------------------------------------------------------------------------------------ parameters
     def fit(self, x: Float[Tensor, "*shape"], weight: Float[Tensor, "*#shape"] | None = None) -> QuantParams:
         """Find scales (and zero points or offsets) for ``x``.

@@ -103,6 +103,26 @@ def test_what_a_part_has_not_is_refused(word: str) -> None:
 
 
 @pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if len(shape) == 2], ids=str)
+def test_the_plainest_spelling_cuts_the_same_blocks(line: str, shape: tuple[int, ...]) -> None:
+    granularity = made(line)
+    try:
+        granularity.check(shape)
+    except GranularityError:
+        return
+    plain, padded = granularity.fitted(shape), granularity.mask(shape)
+    assert plain.scale_shape(shape) == granularity.scale_shape(shape)
+    owners = []
+    for part in (granularity, plain):
+        blocks = part.to_blocks(torch.zeros(shape))
+        owners.append(part.from_blocks(torch.arange(float(len(blocks)))[:, None].expand(blocks.shape), shape))
+    assert torch.equal(*owners)
+    lengths = {1} if padded is None else set(padded.sum(1).tolist())
+    assert not math.prod(shape) or granularity.uneven(shape) == plain.uneven(shape) == (len(lengths) > 1)
+    assert granularity.uneven(shape) or not math.prod(shape) or "pad" not in str(plain)
+
+
+@pytest.mark.parametrize("line", LINES)
 def test_text_leads_back(line: str) -> None:
     assert str(made(line)) == line
     assert made(line) == made(line) and hash(made(line)) == hash(made(line))

@@ -211,7 +211,7 @@ def test_usage_errors_of_the_parser(folder: Path, tmp_path: Path, nybble: Callab
     out = tmp_path / "out"
     for arguments, message in (
         (["quantize", folder / "model"], "OUT"),
-        (["quantize", folder / "model", out], "group=64 does not divide them"),  # the usual recipe, of a tiny model
+        (["quantize", folder / "model", out, "--recipe", "rtn", "--weights", "int4 group=64"], "does not divide them"),
         (["quantize"], "MODEL"),
         (["quantise"], "quantise"),
         (["quantize", folder / "model", out, "--recipe", "rtn", "--grup", "4"], "--grup"),

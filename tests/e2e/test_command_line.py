@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -94,6 +95,9 @@ def test_a_dry_run_checks_all_and_writes_nothing(place: Path, tmp_path: Path, ny
     asked += ["--seq-len", "16", "--weights", "int4 group=16", "--dry-run"]
     code, out, _ = nybble(*asked)
     assert code == 0 and out.startswith("14 weights in 2 blocks") and "calibration 18 x 16 tokens" in out
+    known = re.search(r"about 0\.\d\d GB of memory above the (\d+\.\d\d) GB in use now, ", out)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    assert known and float(known[1]) * 1e9 == pytest.approx(pages * os.sysconf("SC_PAGE_SIZE"), rel=0.2)
     code, out, _ = nybble(*asked, "--json")
     assert code == 0 and json.loads(out)["preflight"][0].startswith("14 weights in 2 blocks")
     assert nybble(*asked, "--weights", "int4 group=7")[0] == 2

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from nybble.core.errors import DataError, NybbleError, UsageError
 from nybble.reconstruction import halves
 from nybble.report import record
 from nybble.solvers.gptq import Gptq
+from nybble.training.steps.distill import Distill
+from nybble.training.steps.restorative_lora import RestorativeLora
+from nybble.transforms.learned_rotation import LearnedRotation
 
 SIZES = {"samples": 10, "seq_len": 24, "batch": 2}  # five batches: three for one of two processes
 SIGN = {
@@ -48,6 +51,13 @@ RECIPES: dict[str, Any] = {
     "weighed": {
         "scheme": INT4,
         "steps": [{"solver": "gptq"}, {"reconstruction": "fisher", "weights": "sign-round", "steps": 2}],
+    },
+    "rotated, trained": {
+        "scheme": {**INT4, "inputs": "int4 token"},
+        "steps": [
+            {"train": "restorative-lora", "steps": 1}, {"transform": "learned-rotation", "steps": 1},
+            {"solver": "gptq"}, {"train": "distill", "steps": 1},
+        ],
     },
     "experts": {"scheme": INT4, "steps": [{"solver": "gptq"}]},
 }  # fmt: skip
@@ -77,19 +87,21 @@ def _quantized_by_more(folder: Path, out: Path) -> None:
     _quantized(folder, out, OF_MORE)
 
 
-def _worker(rank: int, folder: Path, out: Path, count: int, work: str) -> None:
+def _worker(rank: int, folder: Path, out: Path, count: int, works: Sequence[str]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{out}.meet", rank=rank, world_size=count)
+    dist.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=count)
     try:
-        globals()[work](folder, out)
+        for work in works:
+            globals()[work](folder, out / work)
     finally:
         dist.destroy_process_group()
 
 
-def start(count: int, folder: Path, out: Path, work: str) -> None:
-    """Run a function of this module in several processes that know each other."""
-    out.mkdir()
-    spawn(_worker, (folder, out, count, work), nprocs=count)  # type: ignore[no-untyped-call]
+def start(count: int, folder: Path, out: Path, *works: str) -> None:
+    """Run functions of this module in several processes that know each other, which take long to start."""
+    for work in works:
+        (out / work).mkdir()
+    spawn(_worker, (folder, out, count, works), nprocs=count)  # type: ignore[no-untyped-call]
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -111,9 +123,16 @@ def one(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, byt
     return files(out)
 
 
-def test_two_come_to_the_bytes_of_one(folder: Path, tmp_path: Path, one: dict[str, bytes]) -> None:
-    start(2, folder, tmp_path / "two", "_quantized")
-    two = files(tmp_path / "two")
+@pytest.fixture(scope="module")
+def pair(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes leave, each thing in a folder of its name."""
+    out = tmp_path_factory.mktemp("pair")
+    start(2, folder, out, "_quantized", "_in_memory", "_noting_rows", "_learning", "_failing")
+    return out
+
+
+def test_two_come_to_the_bytes_of_one(pair: Path, one: dict[str, bytes]) -> None:
+    two = files(pair / "_quantized")
     assert one.keys() == two.keys()
     assert [name for name in one if one[name] != two[name]] == []
     manifest = json.loads(one["learned/nybble.json"])
@@ -121,8 +140,8 @@ def test_two_come_to_the_bytes_of_one(folder: Path, tmp_path: Path, one: dict[st
 
 
 def test_three_come_to_them_too(folder: Path, tmp_path: Path, one: dict[str, bytes]) -> None:
-    start(3, folder, tmp_path / "three", "_quantized_by_more")
-    three = files(tmp_path / "three")
+    start(3, folder, tmp_path, "_quantized_by_more")
+    three = files(tmp_path / "_quantized_by_more")
     assert {name.partition("/")[0] for name in three} == set(OF_MORE)
     assert [name for name in three if one[name] != three[name]] == []
 
@@ -137,13 +156,47 @@ def _in_memory(folder: Path, out: Path) -> None:
     (out / f"{rank}.json").write_text(json.dumps([found, [row.to_dict() for row in report.layers]]))
 
 
-def test_every_process_holds_a_result_in_memory(folder: Path, tmp_path: Path) -> None:
-    start(2, folder, tmp_path / "more", "_in_memory")
+def test_every_process_holds_a_result_in_memory(folder: Path, tmp_path: Path, pair: Path) -> None:
     threads = torch.get_num_threads()
     _in_memory(folder, tmp_path)
     torch.set_num_threads(threads)
     one = (tmp_path / "one.json").read_text()
-    assert [(tmp_path / "more" / f"{rank}.json").read_text() == one for rank in range(2)] == [True, True]
+    assert [(pair / "_in_memory" / f"{rank}.json").read_text() == one for rank in range(2)] == [True, True]
+
+
+def _learning(folder: Path, out: Path) -> None:
+    """What is learned of the whole model, where no two processes would learn the same."""
+    rank, monkey, calls = dist.get_rank(), pytest.MonkeyPatch(), list[str]()
+
+    def apart(cls: type, name: str) -> None:
+        plain = getattr(cls, name)
+
+        def made(*given: Any) -> Any:
+            calls.append(cls.__name__)
+            torch.nn.init.normal_(torch.empty(rank + 1))  # what is drawn differs, too
+            return plain(*given)
+
+        monkey.setattr(cls, name, made)
+
+    for cls, name in ((RestorativeLora, "run"), (LearnedRotation, "learn"), (Distill, "run")):
+        apart(cls, name)
+    ids, said = torch.randint(3, 50, (6, 12), generator=torch.Generator().manual_seed(2)), list[str]()
+    model, report = nybble.quantize(
+        tiny_model(), RECIPES["rotated, trained"], ids, settings={"batch": 2}, announce=said.append
+    )
+    found = [[name, t.float().tolist()] for name, t in sorted(model.state_dict().items())]
+    rows = [row.to_dict() for row in report.layers]
+    (out / f"{rank}.json").write_text(json.dumps([calls, said, found, rows]))
+    monkey.undo()
+
+
+def test_one_learns_of_the_whole_model_for_all(pair: Path) -> None:
+    (calls, said, *one), (none, silent, *two) = (
+        json.loads((pair / "_learning" / f"{rank}.json").read_text()) for rank in range(2)
+    )
+    assert calls == ["RestorativeLora", "LearnedRotation", "Distill"] and none == silent == []
+    assert sum("by the first process for all: about" in line for line in said) == 3
+    assert one == two
 
 
 def _noting_rows(folder: Path, out: Path) -> None:
@@ -154,15 +207,17 @@ def _noting_rows(folder: Path, out: Path) -> None:
         made.append(f"{state.prefix}{name}")
         return plain(state, name, known)
 
-    record._row = noted  # type: ignore[assignment]  # the process ends with this
+    record._row = noted  # type: ignore[assignment]
     ids = torch.randint(3, 50, (6, 12), generator=torch.Generator().manual_seed(2))
     _, report = nybble.quantize(tiny_model(), RECIPES["gptq"], ids, settings={"batch": 2})
     (out / f"{dist.get_rank()}.json").write_text(json.dumps([made, [row.name for row in report.layers]]))
+    record._row = plain
 
 
-def test_each_row_is_made_by_one(folder: Path, tmp_path: Path) -> None:
-    start(2, folder, tmp_path / "rows", "_noting_rows")
-    (mine, rows), (yours, same) = (json.loads((tmp_path / "rows" / f"{rank}.json").read_text()) for rank in range(2))
+def test_each_row_is_made_by_one(pair: Path) -> None:
+    (mine, rows), (yours, same) = (
+        json.loads((pair / "_noting_rows" / f"{rank}.json").read_text()) for rank in range(2)
+    )
     assert rows == same
     assert mine and yours and sorted(mine + yours) == sorted(rows)
 
@@ -190,28 +245,32 @@ def _failing(folder: Path, out: Path) -> None:
     (out / f"said-{rank}").write_text("\n".join(said))
 
 
-def test_an_error_in_one_stops_all_and_nothing_is_left(folder: Path, tmp_path: Path) -> None:
-    start(2, folder, tmp_path / "out", "_failing")
-    first, second = ((tmp_path / "out" / f"said-{rank}").read_text().splitlines() for rank in range(2))
+def test_an_error_in_one_stops_all_and_nothing_is_left(pair: Path) -> None:
+    first, second = ((pair / "_failing" / f"said-{rank}").read_text().splitlines() for rank in range(2))
     assert first == second
     assert first[0].startswith("DataError: model.layers.0.") and first[0].endswith("the second one can't")
     assert re.match(r"the processes are asked for different things: data\.\w+ is .*; of rank 1 ", first[1])
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"said-0", "said-1"}
+    assert {p.name for p in (pair / "_failing").iterdir()} == {"said-0", "said-1"}
 
 
 def test_torchrun_is_all_that_is_said(folder: Path, tmp_path: Path) -> None:
-    """Two processes by torch's own launcher, and one: the same files, one table, one line of progress."""
+    """Two processes by torch's own launcher, and one: the same files; of two one table, and one line of progress."""
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "nybble"]
     options = ["--data", str(folder / "text.txt"), "--samples", "6", "--seq-len", "24", "--batch", "2"]
     line = ["--recipe", "gptq", "--weights", "int4 group=16"]
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "nybble"]
-    said = {}
-    for name, launcher in (("one", ["nybble"]), ("two", torchrun)):
-        command = [sys.executable, "-m", *launcher, "quantize", str(folder / "llama"), str(tmp_path / name)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*command, *options, *line], env=environment, capture_output=True, text=True, check=True, timeout=300
-        )
-        said[name] = [row for row in done.stdout.splitlines() if "bits a weight" in row]
-        assert done.stderr.count("14 weights in 2 blocks") == 1
-    assert len(said["one"]) == len(said["two"]) == 1
+    command = [sys.executable, "-m", *torchrun, "quantize", str(folder / "llama"), str(tmp_path / "two")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *options, *line], env=environment, capture_output=True, text=True, check=True, timeout=300
+    )
+    assert len([row for row in done.stdout.splitlines() if "bits a weight" in row]) == 1
+    assert done.stderr.count("14 weights in 2 blocks") == 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    settings = {"samples": 6, "seq_len": 24, "batch": 2}
+    nybble.quantize(
+        folder / "llama", "gptq", str(folder / "text.txt"), out=tmp_path / "one", weights="int4 group=16",
+        settings=settings,
+    )  # fmt: skip
+    torch.set_num_threads(threads)
     assert files(tmp_path / "one") == files(tmp_path / "two")

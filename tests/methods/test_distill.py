@@ -34,6 +34,7 @@ from nybble.report.learning import windows_of
 from nybble.report.page import render
 from nybble.training.steps import Finish, Preparation, Student, _teaching, make_train_step
 from nybble.training.steps._adam import Adam
+from nybble.training.steps._distillation import Distillation
 
 TWO = "int2 group=16 symmetric=false"
 LINES = (
@@ -343,6 +344,56 @@ def test_never_worse_on_samples_held_back() -> None:
     assert entry(report)["kept"] == "start" and entry(report)["after"] == entry(report)["before"]
     was, now = before.state_dict(), model.state_dict()
     assert was.keys() == now.keys() and all(torch.equal(was[name], now[name]) for name in was)
+
+
+def test_the_best_look_of_all_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the last one: looks are made after steps 4, 8 and 12, and the second loses least."""
+    said, states = iter([4.0, 3.0, 1.0, 2.0]), list[list[Tensor]]()
+
+    def judged(self: Distillation, held: Any) -> float:
+        states.append([parameter.detach().clone() for parameter in self.parameters])
+        return next(said)
+
+    def trained(self: Distillation, numbers: Any, held: Any) -> Any:
+        found = plain_train(self, numbers, held)
+        states.append([parameter.detach().clone() for parameter in self.parameters])
+        return found
+
+    plain_train = Distillation.train
+    monkeypatch.setattr(Distillation, "_judged", judged)
+    monkeypatch.setattr(Distillation, "train", trained)
+    _, report = run(recipe(solver="rtn"))
+    assert (entry(report)["kept"], entry(report)["before"], entry(report)["after"]) == (8, 4.0, 1.0)
+    *_, second, last, end = states
+    assert all(torch.equal(one, other) for one, other in zip(second, end, strict=True))
+    assert any(not torch.equal(one, other) for one, other in zip(last, end, strict=True))
+
+
+def test_rates_rise_in_a_line_and_long_gradients_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares, lengths, step = list[float](), list[float](), Adam.step
+
+    def seen(self: Adam, share: float) -> None:
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        shares.append(share)
+        lengths.append(float(torch.stack([g.square().sum() for g in gradients]).sum().sqrt()))
+        step(self, share)
+
+    monkeypatch.setattr(Adam, "step", seen)
+    for longest in (None, 1e-3):
+        run(recipe(solver="rtn", steps=8, every=8, warmup=0.5, final=0.2, max_norm=longest))
+    one = nn.Parameter(torch.zeros(1))  # torch's schedules are the oracle
+    optimizer = torch.optim.SGD([one], lr=1.0)
+    schedule: torch.optim.lr_scheduler.LRScheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.25, 1.0, 3)
+    wanted = []
+    for number in range(8):
+        if number == 4:
+            optimizer.param_groups[0]["lr"] = 1.0
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4, 0.2)
+        wanted.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert shares[:8] == shares[8:] == pytest.approx(wanted)
+    assert min(lengths[:8]) > 1e-3 and lengths[8:] == pytest.approx([1e-3] * 8, rel=1e-3)
 
 
 def test_patience_ends_it_early() -> None:

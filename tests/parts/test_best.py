@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def test_every_target_begins_with_gptq(target: str) -> None:
 def test_the_usual_recipe_of_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    place, text = save_tiny(tmp_path / "model"), save_text(tmp_path / "text.txt", 600)
+    place, text = save_tiny(tmp_path / "model", num_hidden_layers=1), save_text(tmp_path / "text.txt", 600)
 
     def run(*arguments: Any) -> tuple[Any, str, str]:
         asked = ("quantize", place, *arguments, "--data", text, "--samples", 2, "--seq-len", 8, "--effort", "quick")
@@ -47,11 +48,28 @@ def test_the_usual_recipe_of_the_command_line(
             main()
         return stop.value.code or 0, *capfd.readouterr()
 
-    code, out, _ = run(tmp_path / "a", "--weights", "int4 group=16 symmetric=false", "--json")
+    code, out, _ = run(tmp_path / "a", "--json")
     assert code == 0 and '"recipe": "best-w4a16"' in out
+    sizes = {row["weights"] for row in json.loads(out)["layers"]}  # of 32 and 48 columns
+    assert sizes == {"int4 group=32 symmetric=false", "int4 group=48 symmetric=false"}
     code, out, _ = run(tmp_path / "b", "--target", "w2a16", "--weights", "int2 group=16 symmetric=false", "--json")
     assert code == 0 and '"recipe": "best-w2a16"' in out
     code, _, err = run(tmp_path / "c", "--target", "w9")
     assert code == 2 and "unknown target 'w9'" in err
     code, _, err = run(tmp_path / "d", "--recipe", "rtn", "--target", "nvfp4")
     assert code == 2 and "goes with the recipe 'best'" in err
+
+
+def test_the_list_has_it_with_its_targets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def listed(*options: str) -> str:
+        monkeypatch.setattr("sys.argv", ["nybble", "recipes", *options])
+        with pytest.raises(SystemExit):
+            main()
+        return capsys.readouterr().out
+
+    first, *others = json.loads(listed("--json"))["recipes"]
+    assert (first["name"], first["same_as"]) == ("best", "best-w4a16")
+    assert first["targets"] == {target: f"best-{target}" for target in targets()}
+    same = next(recipe for recipe in others if recipe["name"] == first["same_as"])
+    assert all(first[key] == same[key] for key in ("scheme", "steps"))
+    assert "│ best " in listed()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nybble.core.errors import SchemeError
+from nybble.recipe import load_recipe
 from nybble.reconstruction import FISHER, FLOAT, LOCAL, REGISTRY, make_reconstruction
 
 MASK = torch.tensor([[True, True, False], [True, False, False]])
@@ -107,3 +108,10 @@ def test_two_targets_are_weighed_and_either_may_go() -> None:
     ):  # fmt: skip
         with pytest.raises(SchemeError, match=f"two-target.*{said}"):
             make_reconstruction("two-target", {"weights": "adaround", **options})
+
+
+def test_cbqs_recipe_has_cbqs_error_on_both_targets() -> None:
+    (step,) = (step for step in load_recipe("cbq").steps if step.kind == "reconstruction")
+    wanted, other, output = torch.randn(3, 2, 3, 16)
+    found = make_reconstruction(step.name, step.options).loss(output, {FLOAT: wanted, LOCAL: other}, None)
+    torch.testing.assert_close(found, loss("l2-kl", output, wanted) + loss("l2-kl", output, other))

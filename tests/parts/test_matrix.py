@@ -12,11 +12,13 @@ import torch
 from nybble.cli import main
 from nybble.cli.recipes import grouped
 from nybble.core.errors import NybbleError
+from nybble.core.progress import Bars, Silent
 from nybble.formats import format_names
 from nybble.pipelines import matrix
 from nybble.quantizer import Quantizer
 from nybble.recipe import load_recipe, recipe_names
 from nybble.solvers import Stats, Weight, make_solver
+from nybble.solvers.rtn import Rtn
 
 RECIPES = ("rtn", "minmax-fp", "fp-baseline")
 KNOWN = ("block=4x16", "channel", "flat=24", "group=16", "plane", "rank1", "shifted", "tensor", "token")
@@ -86,6 +88,39 @@ def test_a_row_says_what_happens_to_another_weight(rows: list[dict[str, Any]]) -
     assert seen == {True, False}
 
 
+class Counted(Silent):
+    """Steps that were reported, and those that were announced."""
+
+    def __init__(self) -> None:
+        self.total, self.steps = 0, 0
+
+    def start(self, total: int, what: str) -> None:
+        """Keep how many there will be."""
+        self.total += total
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """Count."""
+        self.steps += n
+
+
+def test_recipes_that_share_a_solver_share_its_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, bars, solve = list[str](), Counted(), Rtn.solve
+
+    def counted(self: Rtn, *given: Any) -> Any:
+        tried.append(self.scale)
+        return solve(self, *given)
+
+    monkeypatch.setattr(Rtn, "solve", counted)
+    recipes = ("rtn", "omniquant", "efficientqat", "mse", "adaround")
+    rows = matrix.legal_combinations(recipes, ["int4", "int8"], bars)
+    assert bars.total == bars.steps == len(recipes) * 2
+    legal = {(r["recipe"], r["format"], r["granularity"]) for r in rows if not r["reason"]}
+    own = {(name, at) for recipe, name, at in legal if recipe in recipes[:3]}
+    searched = {(name, at) for recipe, name, at in legal if recipe in recipes[3:]}
+    assert tried.count("") == len(own) and len(tried) - tried.count("") == len(searched)
+    assert {scale for scale in tried if scale} == {"mse(grid=1,high=1.6)"}  # its smallest search
+
+
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str) -> str:
     monkeypatch.setattr("sys.argv", ["nybble", "recipes", "--matrix", *options])
     with pytest.raises(SystemExit) as stop:
@@ -97,8 +132,15 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *op
 def test_as_json_and_as_a_table(
     rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(matrix, "legal_combinations", lambda *_: rows)
+    shown: list[Any] = []
+
+    def known(recipes: object, progress: Any) -> list[dict[str, Any]]:
+        shown.append(progress)
+        return rows
+
+    monkeypatch.setattr(matrix, "legal_combinations", known)
     assert json.loads(run(monkeypatch, capsys, "--json")) == {"combinations": rows}
+    assert isinstance(shown[0], Bars)
     printed = run(monkeypatch, capsys)
     bad = [row for row in rows if row["reason"]]
     assert f"{len(rows)} combinations of recipe, format and granularity; {len(rows) - len(bad)} are legal" in printed

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nybble.cli._output import print_json, print_table
-from nybble.recipes import check_recipe_name
+from nybble.recipes import BEST, check_recipe_name, recipe_for, targets
 
 if TYPE_CHECKING:
     from nybble.recipe import Recipe
@@ -35,15 +35,25 @@ def command(
     elif name is not None:
         _show(load_recipe(name), json)
     else:
-        recipes = listed_recipes()
-        if json:
-            print_json({"recipes": [r.to_dict() for r in recipes]})
-        else:
-            print_table(
-                "recipes",
-                ("name", "needs", "what it does", "source"),
-                [[r.name, _needs(r), r.summary, r.source] for r in recipes],
-            )
+        _list(listed_recipes(), json)
+
+
+def _list(recipes: Sequence[Recipe], json: bool) -> None:
+    """All of them, and first the one that is a name for others: what is taken where no recipe is named."""
+    usual, members = recipe_for(BEST), {target: recipe_for(BEST, target) for target in targets()}
+    best = next(recipe for recipe in recipes if recipe.name == usual)
+    if json:
+        first = {**best.to_dict(), "name": BEST, "same_as": usual, "targets": members}
+        print_json({"recipes": [first, *(recipe.to_dict() for recipe in recipes)]})
+        return
+    others = ", ".join(target for target, name in members.items() if name != usual)
+    what = f"{usual}, which `nybble quantize` takes where no recipe is named; with --target {others}: that one's."
+    rows = [[r.name, _needs(r), r.summary, r.source] for r in recipes]
+    print_table(
+        "recipes",
+        ("name", "needs", "what it does", "source"),
+        [[BEST, _needs(best), what, "chosen by measurement (docs/log.md)"], *rows],
+    )
 
 
 def _needs(recipe: Recipe) -> str:
@@ -67,9 +77,10 @@ def _show(recipe: Recipe, json: bool) -> None:
 
 
 def _matrix(name: str | None, json: bool) -> None:
+    from nybble.core.progress import Bars
     from nybble.pipelines.matrix import legal_combinations
 
-    rows = legal_combinations() if name is None else legal_combinations([name])
+    rows = legal_combinations(None if name is None else [name], progress=Bars())
     if json:
         print_json({"combinations": rows})
         return

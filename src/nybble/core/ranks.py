@@ -143,6 +143,19 @@ def lead_says(value: T) -> T:
     return gather(value if leads() else None)[0] if size() > 1 else value  # type: ignore[return-value]
 
 
+def lead_makes(make: Callable[[], T], device: torch.device) -> T:
+    """What the first rank makes, to all; the others wait for it. For work that can't be shared without other numbers.
+
+    Args:
+        make: asks nothing of other ranks; what it gives can be pickled, tensors in it too.
+        device: of the tensors that come.
+    """
+    if size() == 1:
+        return make()
+    ((_, found),) = spread({0: make()} if leads() else {}, device)
+    return found
+
+
 @contextmanager
 def in_order() -> Iterator[None]:
     """The first rank does what is inside, then the others, who may read what it wrote."""

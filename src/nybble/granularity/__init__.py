@@ -159,6 +159,14 @@ class Granularity(ABC):
         """Raise GranularityError when a tensor of ``shape`` can't be cut; the message has sizes that fit."""
         self.scale_shape(shape)
 
+    def fitted(self, shape: Sequence[int]) -> Granularity:
+        """The plainest granularity that cuts a tensor of ``shape``, which it can cut, into the same blocks."""
+        return self
+
+    def uneven(self, shape: Sequence[int]) -> bool:
+        """Whether some blocks of a tensor of ``shape`` are shorter than others."""
+        return False
+
     # ------------------------------------------------------------------------------------------------ factored scales
     @property
     def factored(self) -> bool:

@@ -35,6 +35,9 @@ class Flat(Granularity):
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:  # noqa: D102
         return (-(-math.prod(shape) // self.size),)
 
+    def uneven(self, shape: Sequence[int]) -> bool:  # noqa: D102
+        return math.prod(shape) > self.size and math.prod(shape) % self.size > 0
+
     def to_blocks(self, x: Tensor) -> Tensor:  # noqa: D102
         return cut_rows(x.reshape(-1), self.size)
 

@@ -53,6 +53,14 @@ class PerGroup(Granularity):
             )
         return (*shape[:-1], -(-columns // self.size))
 
+    def fitted(self, shape: Sequence[int]) -> Granularity:
+        """Without padding where no group is short; one group of all columns where there are fewer than it has."""
+        columns = shape[-1]
+        return self if not self.pad or not columns or self.uneven(shape) else PerGroup(min(self.size, columns))
+
+    def uneven(self, shape: Sequence[int]) -> bool:  # noqa: D102
+        return shape[-1] > self.size and shape[-1] % self.size > 0
+
     def to_blocks(self, x: Tensor) -> Tensor:  # noqa: D102
         self.scale_shape(x.shape)
         return cut_rows(x, self.size)

@@ -11,11 +11,13 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from nybble.checkpoint.parts import Parts
+from nybble.core import ranks
 from nybble.core.errors import NybbleError
 from nybble.core.products import products_in
 from nybble.core.progress import Progress, Silent
@@ -25,7 +27,7 @@ from nybble.nn.in_place import evaluation_mode
 from nybble.nn.kv_model import no_cache
 from nybble.nn.layer import QuantLayer
 from nybble.nn.packed import Packed
-from nybble.pipelines.prepared import batches_of, require_training, samples_for, targets_in
+from nybble.pipelines.prepared import batches_of, by_one, require_training, samples_for, targets_in
 from nybble.quantizer import Quantizer
 from nybble.recipe import trained
 from nybble.report.record import LayerRow
@@ -60,7 +62,7 @@ def finishing_lines(job: Job) -> list[str]:
         step.check(job.model, layers, None if known is None or own else len(next(iter(known.inputs.values()))))
     needed = require_training(job, steps)
     said = ", ".join(step.name for step in trained(job.recipe)[1])
-    return [f"after it, the whole quantized model is trained ({said}): about {needed / 1e9:.2f} GB of memory"]
+    return [f"after it, the whole quantized model is trained ({said}){by_one()}: about {needed / 1e9:.2f} GB of memory"]
 
 
 def teacher_of(job: Job) -> Teacher:
@@ -96,10 +98,16 @@ def are_walked(job: Job, parts: Parts) -> bool:
 def finished(
     job: Job, teacher: Teacher, data: Data, rows: Sequence[LayerRow], progress: Progress | None = None
 ) -> list[LayerRow]:
-    """Train a job's quantized model, in memory, by what its recipe ends with; returns the rows with what it says."""
+    """Train a job's quantized model, in memory, by what its recipe ends with; returns the rows with what it says.
+
+    Of several processes the first one trains, and the others get what its model came to.
+    """
     found = list(rows)
     for step in make_finishes(job.recipe):
-        found = _told(found, _run(job, step, teacher, data, found, progress or Silent()))
+        train = partial(_run, job, step, teacher, data, found, progress or Silent())
+        found = _told(found, ranks.lead_makes(train, job.device))
+        for tensor in job.model.state_dict().values():
+            ranks.from_rank(tensor, 0)
     return found
 
 

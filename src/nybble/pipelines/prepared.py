@@ -3,7 +3,7 @@
 A ``train`` step: a first pass in memory, the training, and a float model with other weights. The first pass is the
 recipe's solver and reconstructions alone: transforms would leave the weights in another basis, and corrections change
 biases, which the real pass changes anew. Then transforms that learn: each gets the float network as it is by then, and
-its parameters are known when the first block comes.
+its parameters are known when the first block comes. Of several processes the first one trains and learns, for all.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -56,7 +57,8 @@ def training_lines(job: Job) -> list[str]:
         needed = require_training(job, steps)
         names = ", ".join(step.name for step in trained(job.recipe)[0])
         lines.append(
-            f"before it, the whole model is quantized once and trained ({names}): about {needed / 1e9:.2f} GB of memory"
+            f"before it, the whole model is quantized once and trained ({names}){by_one()}: about "
+            f"{needed / 1e9:.2f} GB of memory"
         )
     for step in _learning(job):
         sizes = {name: parameter.numel() for name, parameter in job.model.named_parameters()}
@@ -67,8 +69,14 @@ def training_lines(job: Job) -> list[str]:
         tables = [size for name, size in sizes.items() if not job.adapter.inside(name)]
         needed = step.transform.learning_bytes(sum(sizes.values()), max([*blocks, *tables]))
         require_memory(needed, job.device, lambda _: _GROWS)
-        lines.append(f"before it, {step.name} learns on the whole float model: about {needed / 1e9:.2f} GB of memory")
+        what = f"before it, {step.name} learns on the whole float model{by_one()}"
+        lines.append(f"{what}: about {needed / 1e9:.2f} GB of memory")
     return lines
+
+
+def by_one() -> str:
+    """Who trains a whole model, of several processes: a step of it is small, and one that is shared other numbers."""
+    return "" if ranks.size() == 1 else ", by the first process for all"
 
 
 def _learning(job: Job) -> list[TransformStep]:
@@ -132,14 +140,19 @@ def _taught(job: Job, data: Data, parts: Parts | None) -> Job:
         if not isinstance(step, TransformStep) or not step.transform.learns:
             continue
         path = None if parts is None else parts.parts / f"{number}-{LEARNED}"
-        if path is not None and path.exists():
+        if path is not None and ranks.lead_says(path.exists()):
             found = _read(path)
         else:
-            found = step.transform.learn(_network(job, step, data))
-            if path is not None:
+            learn = partial(_learned, job, step, data)
+            found = ranks.lead_makes(learn, torch.device("cpu"))
+            if path is not None and ranks.leads():
                 write_tensorfile(path, found, {})
         steps[number] = step.taught(found)
     return replace(job, steps=tuple(steps))
+
+
+def _learned(job: Job, step: TransformStep, data: Data) -> dict[str, Tensor]:
+    return step.transform.learn(_network(job, step, data))
 
 
 def _network(job: Job, step: TransformStep, data: Data) -> Network:
@@ -180,13 +193,17 @@ def _trained(job: Job, step: Preparation, data: Data, progress: Progress) -> dic
     first = _first_pass(job, data, progress)
     layers = {name: module for name, _, module in targets_in(first) if _is_layer(module)}
     count, batch = batches_of(job, samples_for(job, step, data))
-    with products_in(job.products), evaluation_mode(first.model):
+
+    def train() -> Mapping[str, Tensor]:
         wanted = None if _tells_next_token(step, job, first.model) else _float_output(job)
         trainee = Trainee(
             model=first.model, layers=layers, samples=count, batch=batch, wanted=wanted,
             seed=job.settings.seed,
         )  # fmt: skip
-        changed = step.run(trainee)
+        return step.run(trainee)
+
+    with products_in(job.products), evaluation_mode(first.model):
+        changed = ranks.lead_makes(train, job.device)
     found: dict[str, Tensor] = {}
     for name, target, module in targets_in(first):
         matrix = changed.get(name, _dense(module))

@@ -82,7 +82,10 @@ def quantize(
             torch module that is called with tensors. What is in memory is changed in place (but for a model that is a
             single layer: use what is returned), and as it was where the run fails or is interrupted. It runs in
             evaluation mode and gets back the modes that it had.
-        recipe: a name, a YAML file, YAML's mapping, a Recipe, or a Scheme (rounded to nearest).
+        recipe: a name, a YAML file, YAML's mapping, a Recipe, or a Scheme (rounded to nearest). Left out: ``rtn``,
+            which takes any module, needs no data, and is done in seconds: a call that names a quantizer means that
+            quantizer. The command line's is ``best``, which learns from calibration data for minutes; ``"best"`` here
+            means it too, with ``target`` for another size.
         data: for calibration: a SRC; a list of texts; a tensor of the model's main input, samples in front; its inputs
             by name; a list of either of these, padded on the right where lengths differ; samples of :mod:`nybble.data`.
         tokenizer: for texts; a model that is not in memory brings its own.

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from nybble.calibration.finite import require_number
 from nybble.calibration.trace import BlockCall
 from nybble.calibration.window import Window
-from nybble.core.errors import LearningError
 from nybble.core.keeping import Best
 from nybble.nn.fake import FakeLayer
 from nybble.reconstruction import Reconstruction, halves
@@ -71,9 +70,7 @@ def train(
     gradients = Gradients(window, options, twins, mover, scale, trained.precision, shared)
     for step, (number, calls, given) in enumerate(rounds(window, options)):
         error, loss = gradients.of(calls, given, wanted[number], step)
-        if not math.isfinite(loss):
-            gradients.sync()
-            raise LearningError(_failure(window, calls, given, loss, step))
+        _check(loss, step, window, calls, given, gradients)
         trained.losses.append(error)
         if options.keep == "best" and not options.every:
             best.see(trained.losses[-1] / (before[number] or 1.0), step)
@@ -116,33 +113,19 @@ def _precision(window: Window, options: Reconstruction) -> torch.dtype | None:
     return torch.bfloat16 if has else None
 
 
-_HUGE = 1e15
-"""Of values beyond it a few million squares add up to more than float32 holds."""
+def _check(
+    loss: float,
+    step: int,
+    window: Window,
+    calls: Sequence[BlockCall],
+    given: Mapping[str, Tensor],
+    gradients: Gradients,
+) -> None:
+    """Raise LearningError for a batch whose loss is no number."""
 
+    def again() -> None:
+        gradients.sync()
+        output_of(window, calls, given, "quantized")
 
-def _failure(window: Window, calls: Sequence[BlockCall], given: Mapping[str, Tensor], loss: float, step: int) -> str:
-    """Which layer gives something that is no number, or the largest ones, of a batch whose loss is none."""
-    found, largest = list[str](), dict[str, float]()
-
-    def watch(name: str) -> Callable[..., None]:
-        def see(_: nn.Module, __: object, output: object) -> None:
-            if not found and isinstance(output, Tensor) and output.numel():
-                largest[name] = float(output.abs().max())
-                if not math.isfinite(largest[name]):
-                    found.append(name)
-
-        return see
-
-    named = [(f"{state.prefix}{name}", twin) for state in window.blocks for name, twin in twins_of(state).items()]
-    handles = [twin.register_forward_hook(watch(name)) for name, twin in named]
-    try:
-        with torch.no_grad():
-            output_of(window, calls, given, "quantized")
-    finally:
-        for handle in handles:
-            handle.remove()
-    where = f"{found[0]} gives NaN or Inf, so " if found else ""
-    name = max(largest, key=lambda name: largest[name], default="")
-    if not found and largest.get(name, 0.0) > _HUGE:
-        where = f"{name} gives values up to {largest[name]:.2g}, so "
-    return f"{where}the loss of {window.part} is {loss} at step {step}; take smaller rates."
+    twins = {f"{state.prefix}{name}": twin for state in window.blocks for name, twin in twins_of(state).items()}
+    require_number(loss, step, window.part, twins, again)

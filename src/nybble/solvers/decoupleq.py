@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -87,6 +87,9 @@ class DecoupleQ(Solver):
 
     def needs(self, inputs: Quantizer | None) -> frozenset[str]:  # noqa: D102
         return frozenset({"second_moment", "guided"} if self.guided else {"second_moment"})
+
+    def trial(self) -> DecoupleQ:  # noqa: D102
+        return replace(self, rounds=1, starts=1, beam=1, sweeps=0)
 
     @property
     def guides(self) -> int:  # noqa: D102

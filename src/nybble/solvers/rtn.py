@@ -48,6 +48,10 @@ class Rtn(Solver):
             )
         return quantizer
 
+    def trial(self) -> Rtn:  # noqa: D102
+        rule = parse_scale_rule(self.scale) if self.scale else None
+        return replace(self, scale=str(replace(rule, grid=1))) if isinstance(rule, Mse) else self
+
     def solve(self, weights: Sequence[Weight], stats: Stats) -> list[Solved]:  # noqa: D102
         return [self._solve(weight, stats.second_moment if self.weighted else None) for weight in weights]
 

@@ -34,10 +34,11 @@ import torch
 from torch import Tensor
 
 from nybble.calibration.block import BlockState
+from nybble.calibration.finite import require_number
 from nybble.calibration.lessons import Network
 from nybble.calibration.mixing import Places, mixing
 from nybble.calibration.window import Window
-from nybble.core.errors import LearningError, ModelError, SchemeError, within
+from nybble.core.errors import ModelError, SchemeError, within
 from nybble.core.orthogonal import head_rotations, rotation
 from nybble.core.stiefel import CayleyDescent, block_diagonal
 from nybble.learned import ACTIVATIONS, WEIGHTS
@@ -216,7 +217,7 @@ class LearnedRotation(Rotate):
                 break
             with torch.enable_grad():
                 loss = loss_of(order[step * self.batch : (step + 1) * self.batch])
-            _check(float(loss.detach()), step)
+            require_number(float(loss.detach()), step, "learned-rotation")
             torch.autograd.backward(loss)
             descent.step(self.rate * (1 - step / self.steps))
         return best
@@ -256,13 +257,6 @@ class LearnedRotation(Rotate):
         """What R1 begins with, [blocks, n, n]: that of ``rotate`` by the same options."""
         whole, size = rotation(width, self.matrix, self.block, self.signs, seed), self.block or width
         return torch.stack([whole[i : i + size, i : i + size] for i in range(0, width, size)])
-
-
-def _check(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise LearningError(
-            f"learned-rotation: the loss is {loss} at step {step}; take a smaller rate, or calibrate in another dtype."
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,8 +111,16 @@ def _fisher(subject: Subject, steps: Sequence[BlockStep], load: Load, weights: i
     return weights * size + 4 * tokens * rows + load.tokens * 8 * size * rows
 
 
-def with_layers(model: Any, names: set[str], example: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:
-    """Of each layer, rows that its matrix is multiplied with and elements of its input, for one sample."""
+def with_layers(
+    model: Any, names: Mapping[str, str], example: Mapping[str, Tensor]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Of each layer, rows that its matrix is multiplied with and elements of its input, for one sample.
+
+    Args:
+        model: on any device; a copy of it runs on none.
+        names: of layers in the model -> those that the answers have.
+        example: inputs of one sample, on the meta device.
+    """
     rows: dict[str, int] = {}
     inputs: dict[str, int] = {}
     twin = copy.deepcopy(model).to("meta")
@@ -126,9 +134,8 @@ def with_layers(model: Any, names: set[str], example: Mapping[str, Tensor]) -> t
         return hook
 
     for name, module in twin.named_modules():
-        short = next((n for n in names if name.endswith(f".{n}")), None)
-        if short is not None:
-            module.register_forward_hook(note(short))
+        if name in names:
+            module.register_forward_hook(note(names[name]))
     with torch.no_grad():
         dtype = next(twin.parameters()).dtype
         twin(**{name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in example.items()})

@@ -15,11 +15,12 @@ from nybble.core import ranks
 from nybble.core.device import measure_flops, require_memory
 from nybble.core.errors import DataError, SchemeError, within
 from nybble.core.files import need_space
+from nybble.core.memory import resident_memory
 from nybble.core.versions import versions
 from nybble.data import InMemory, Origin, Samples
 from nybble.data.given import Data, samples_of
 from nybble.data.kinds import DataKind, data_kind
-from nybble.models.adapter import TEXTS, Adapter, adapter_for, whole_adapter
+from nybble.models.adapter import TEXTS, Adapter, adapter_for, under, whole_adapter
 from nybble.models.sources import called
 from nybble.nn.kinds import Target, apart_line
 from nybble.recipe import Recipe
@@ -220,9 +221,11 @@ class Job:
         size = f" at {self.estimate.bits:.2f} bits" if self.estimate.bits else ""
         lines = [
             f"{self.plan.targets} weights in {len(self.plan.blocks)} blocks{size} ({counts}); {data}",
-            f"about {self.estimate.memory / 1e9:.2f} GB of memory, {self.estimate.disk / 1e9:.2f} GB of disk, "
-            f"{self.estimate.seconds:.0f} s on {self.device}",
+            f"about {self.estimate.memory / 1e9:.2f} GB of memory{self._beside()}, {self.estimate.disk / 1e9:.2f} GB "
+            f"of disk, {self.estimate.seconds:.0f} s on {self.device}",
         ]
+        if self.plan.uneven:
+            lines.append(f"columns that groups don't divide end in a shorter one: {_some(self.plan.uneven)}")
         left = [name for name in self.plan.ignored if name != "lm_head"]
         if left and len(left) <= 8:
             lines.append(f"left in float: {', '.join(left)}")
@@ -246,6 +249,11 @@ class Job:
             beside = {} if self.source is None else self.source.side_files()
             need_space(out, self.estimate.disk + sum(path.stat().st_size for path in beside.values()))
         return lines
+
+    def _beside(self) -> str:
+        """What the estimate leaves out: Python, torch, a model that is in memory already."""
+        known = resident_memory() if self.device.type == "cpu" else 0
+        return f" above the {known / 1e9:.2f} GB in use now" if known else ""
 
     def _memory(self, load: Load, narrow: bool) -> int:
         """What a run of other sizes would take; ``narrow``: with windows of one block."""
@@ -340,7 +348,9 @@ def _load(
     if tokens is not None and subject.adapter.convolutional:
         example = kind.probe(tokens.inputs, "meta")
         sample = next(iter(example.values())).numel()
-        names = {t.name for targets in subject.plan.blocks for t in targets}
+        prefixes = [under(name) for name in subject.adapter.block_names(subject.model)]
+        inside = zip(prefixes, subject.plan.blocks, strict=True)
+        names = {f"{prefix}{t.name}": t.name for prefix, targets in inside for t in targets}
         products, inputs = with_layers(subject.model, names, example)
     return Load(
         samples=samples,

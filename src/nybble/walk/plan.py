@@ -49,6 +49,13 @@ class Plan:
         everything = [*self.blocks, *self.products, self.outside]
         return list(dict.fromkeys(target.kind for targets in everything for target in targets))
 
+    @property
+    def uneven(self) -> tuple[str, ...]:
+        """Names and columns of weights whose last group is shorter than the others."""
+        lines = [(t, t.rule.weights) for targets in (*self.blocks, self.outside) for t in targets]
+        short = [t for t, line in lines if line is not None and line.granularity.uneven(t.shape)]
+        return tuple(dict.fromkeys(f"{t.name} ({t.shape[1]} columns)" for t in short))  # of many blocks once
+
     def needs(self, solver: Solver) -> frozenset[str]:
         """What must be seen: what the solver needs, and ``ranges`` for static inputs. Of a table nobody sees inputs."""
         rules = {t.rule for block in self.blocks for t in block}
@@ -85,6 +92,7 @@ def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver
         with within(name):
             target.kind.check(target, modules[name])
             _check(target, solver)
+            target = _fitted(target)
             others = _sharing(target, tied)
             planned = target.kind.tied(target, model, others) if others else target
             if planned is not None:
@@ -182,6 +190,14 @@ def _with_tied(model: nn.Module, names: set[str]) -> set[str]:
 def _reads_table(module: nn.Module, tables: set[int]) -> bool:
     """Whether a layer's weight is the table of an embedding."""
     return id(getattr(module, "weight", None)) in tables
+
+
+def _fitted(target: Target) -> Target:
+    """The target with its weight's granularity as plain as its shape allows: files and reports say what is there."""
+    rule = target.rule
+    if rule.weights is None:
+        return target
+    return replace(target, rule=replace(rule, weights=rule.weights.fitted(target.shape)))
 
 
 def _check(target: Target, solver: Solver) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tests.tiny import shortened
 from torch import Tensor, nn
 from transformers import (
     AutoModelForImageClassification,
@@ -41,6 +42,7 @@ from nybble.quantizer import Quantizer
 from nybble.recipe import parse_recipe
 from nybble.solvers import make_solver
 from nybble.transforms.fold_batchnorm import FoldBatchnorm, fold_batchnorms
+from nybble.walk.job import Job
 from nybble.walk.plan import make_plan
 
 INT8 = {"weights": "int8 channel", "activations": "int8 tensor static"}
@@ -419,6 +421,33 @@ def test_solvers_alone_on_networks_of_transformers(name: str) -> None:
         found, _ = nybble.quantize(network, recipe, images())
         lost[solver] = float((logits(found, images().pixel_values) - exact).norm() / exact.norm())
     assert lost["gptq"] < lost["rtn"] < 1
+
+
+def test_layers_whose_names_end_alike_are_told_apart() -> None:
+    """Numbered layers inside of numbered layers, as in an EfficientNet of ``nn.Sequential`` alone."""
+    inner = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Sequential(nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)))
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), inner, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    job = Job.make(as_model(net.eval()), None, build_recipe("gptq", weights="int8 channel"), images().pixel_values,
+                   nybble.Settings(samples=6))  # fmt: skip
+    assert job.load.products == {"0": 16 * 16, "1.0": 16 * 16, "1.1.1": 16 * 16, "4": 1}
+    assert job.load.inputs == {"0": 3 * 32 * 32, "1.0": 4 * 16 * 16, "1.1.1": 8 * 16 * 16, "4": 4}
+
+
+@pytest.mark.parametrize("target", ["w4a16", "w2a16"])
+def test_the_best_recipe_of_a_target_takes_kernels_of_any_size(tmp_path: Path, target: str) -> None:
+    """147 columns are two groups of 64 and one of 19; fewer than 64 are one group."""
+    network, said = networks()["resnet"], list[str]()
+    recipe = shortened(build_recipe("best", target=target, effort="quick"))
+    _, report = nybble.quantize(network, recipe, images(), announce=said.append)
+    cut = {row.shape[1]: (row.weights or "").split(maxsplit=1)[1] for row in report.layers}
+    assert cut == {
+        147: "group=64 pad=true symmetric=false",
+        **{columns: f"group={min(columns, 64)} symmetric=false" for columns in cut if columns != 147},
+    }
+    assert any("end in a shorter one: embedder.embedder.convolution (147 columns)" in line for line in said)
+    nybble.save(network, tmp_path / "out")
+    ours, _ = nybble.load(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(logits(ours, images().pixel_values), logits(network, images().pixel_values))
 
 
 def test_learned_convolutions_still_know_their_norms(tmp_path: Path) -> None:

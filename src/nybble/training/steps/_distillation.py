@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from nybble.calibration.finite import require_number
 from nybble.core.curve import curve, short
-from nybble.core.errors import LearningError
 from nybble.core.keeping import Best
 from nybble.core.progress import Progress, task
 from nybble.core.seeds import generator
@@ -53,8 +53,7 @@ class Distillation:
         """Move what learns, and end in the best state; what the report says of it."""
         options, best, losses = self.options, Best(self.parameters), list[float]()
         before, looks = self._judged(held), 0
-        if not math.isfinite(before):
-            raise LearningError(self._failure(held[: options.micro], before, 0))
+        self._check(held[: options.micro], before, 0)
         best.see(before, 0)
         draws = generator(self.student.seed, "distill", "samples")
         order: list[int] = []
@@ -92,8 +91,7 @@ class Distillation:
                 counts.append(rows)
         found: list[float] = torch.stack(losses).tolist()  # the one time in a step that the device is waited for
         for part, loss in zip(parts, found, strict=True):
-            if not math.isfinite(loss):
-                raise LearningError(self._failure(part, loss, step))
+            self._check(part, loss, step)
         count = max(sum(map(float, counts)), 1e-20)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         torch._foreach_div_(gradients, count)
@@ -101,6 +99,12 @@ class Distillation:
             nn.utils.clip_grad_norm_(self.parameters, self.options.max_norm)
         self.optimizer.step(self._share(step))
         return sum(found) / count
+
+    def _check(self, numbers: Sequence[int], loss: float, step: int) -> None:
+        """Raise LearningError for samples whose loss is no number."""
+        owners = [name.removesuffix(".weight") for name in self.learners.scales]
+        layers = {name: self.student.model.get_submodule(name) for name in owners}
+        require_number(loss, step, "distill", layers, lambda: self.lessons.lost(numbers))
 
     def _weights(self) -> AbstractContextManager[None]:
         """Dense weights once for all parts, where they may all be there."""
@@ -133,25 +137,3 @@ class Distillation:
             return (step + 1) / warm
         fallen = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, options.steps - warm)))
         return options.final + (1 - options.final) * fallen
-
-    @torch.no_grad()
-    def _failure(self, numbers: Sequence[int], loss: float, step: int) -> str:
-        """Which layer gives something that is no number."""
-        found: list[str] = []
-
-        def watch(name: str) -> Callable[..., None]:
-            def see(_: nn.Module, __: object, output: object) -> None:
-                if not found and isinstance(output, torch.Tensor) and not bool(torch.isfinite(output).all()):
-                    found.append(name)
-
-            return see
-
-        owners = [name.removesuffix(".weight") for name in self.learners.scales]
-        handles = [self.student.model.get_submodule(n).register_forward_hook(watch(n)) for n in owners]
-        try:
-            self.lessons.lost(numbers)
-        finally:
-            for handle in handles:
-                handle.remove()
-        where = f"{found[0]} gives NaN or Inf, so " if found else ""
-        return f"{where}the loss of distill is {loss} at step {step}; take smaller rates."

@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from nybble.core.errors import LearningError, SchemeError
+from nybble.calibration.finite import require_number
+from nybble.core.errors import SchemeError
 from nybble.core.seeds import generator
 from nybble.nn.packed import Packed
 from nybble.nn.swap import hold_dense
@@ -144,10 +146,10 @@ class RestorativeLora(Preparation):
             numbers, order = order[: self.batch], order[self.batch :]
             for group in optimizer.param_groups:
                 group["lr"] = self.rate * self._share(step)
-            loss = trainee.loss(*trainee.batch(numbers))
-            found = float(loss.detach())
-            if not math.isfinite(found):
-                raise LearningError(f"restorative-lora: the loss is {found} at step {step}; take a smaller rate.")
+            batch = trainee.batch(numbers)
+            loss = trainee.loss(*batch)
+            again = partial(trainee.loss, *batch)
+            require_number(float(loss.detach()), step, "restorative-lora", trainee.layers, again)
             torch.autograd.backward(loss)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
