@@ -166,6 +166,12 @@ class OpenedSource(Source):
             self._made[layer.name] = found
         return self._made[layer.name][list(layer.weights).index(prefix)]
 
+    def scales(self, layer: Layer, prefix: str) -> QTensor:
+        names = [f"{prefix}.{name}" for name in layer.weights[prefix].tensors() if name != "codes"]
+        if all(self._kept(name) is not None for name in names):
+            return super().scales(layer, prefix)
+        return self.weight(layer, prefix)
+
     def _read(self, layer: str) -> Sequence[QTensor]:
         name = self._parameters[layer]
         if isinstance(self._source, FolderSource):
