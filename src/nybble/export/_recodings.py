@@ -131,32 +131,6 @@ def scaled(tensor: QTensor) -> QTensor | None:
     return replace(weight, params=replace(weight.params, scale=inner))
 
 
-def same_book(first: QTensor, second: QTensor) -> bool:
-    """Whether NVFP4 of the same codes has the same values, whatever codes these are: every code under every scale is.
-
-    Args:
-        first: its codes, and those of its scales, are not looked at.
-        second: likewise.
-    """
-    books = []
-    for tensor in (first, second):
-        found = _outer(tensor)
-        if found is None:
-            return False
-        weight, scale, outer = found
-        value = outer.divisor if isinstance(outer, Inverse) else outer
-        plain = weight.params.zero_point is None and weight.params.offset is None and weight.params.grid is None
-        if value.numel() != 1 or value.is_meta or not plain:
-            return False
-        codes = get_layout("dense").pack(torch.arange(16, dtype=torch.uint8), 4).repeat(256)
-        scales = replace(scale, shape=(256, 1), codes=torch.arange(256, dtype=torch.uint8), layout="dense")
-        params = replace(weight.params, scale=scales)
-        cut = make_granularity("group=16")
-        books.append(replace(weight, granularity=cut, shape=(256, 16), codes=codes, params=params, layout="dense"))
-    one, other = (book.dequantize() for book in books)
-    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
-
-
 def halved(tensor: QTensor) -> QTensor | None:
     """Scales, and real offsets, as GGUF keeps them."""
     if not isinstance(tensor, BlockQTensor) or not isinstance(tensor.params.scale, Tensor):

@@ -14,7 +14,7 @@ from torch import Tensor
 from nybble.calibration.error import relative_error
 from nybble.core.errors import FileError
 from nybble.core.tensorfile import Planned, safetensors_name
-from nybble.export._recodings import Recoding, same_book
+from nybble.export._recodings import Recoding
 from nybble.export._source import Layer, Source
 from nybble.nn.activation import ActivationQuantizer
 from nybble.qtensor import QTensor
@@ -105,22 +105,16 @@ class RoundedSource(Source):
 
     @property
     def errors(self) -> dict[str, float]:
-        """Layer -> ``|W - W'|^2 / |W|^2`` of W as it was, for those that were written; reads what doesn't tell it."""
+        """Layer -> ``|W - W'|^2 / |W|^2`` of W as it was; those told in other words are read for it."""
         for name in self.recodings.keys() - self._errors.keys():
             own = self._source.layers[name]
             self._errors[name] = max((self._error(own, prefix) for prefix in own.weights), default=0.0)
         return self._errors
 
     def _error(self, own: Layer, prefix: str) -> float:
-        """Of a weight in other words; one that keeps all values has none, and so has one whose code book does."""
         recoding = self.recodings[own.name]
         if recoding.looks and not recoding.rounds:
-            return 0.0
-        if not recoding.looks:
-            few = self._source.scales(own, prefix)
-            told = recoding.make(few)
-            if told is not None and same_book(few, told):
-                return 0.0
+            return 0.0  # the same values
         before, after = self._source.weight(own, prefix), self._recoded(recoding, own, prefix, seen=True)
         return relative_error(before.dequantize(), after.dequantize(), None)
 
