@@ -16,6 +16,7 @@ import torch
 from nybble.core.errors import UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import check_new_folder
+from nybble.core.memory import new_objects_alone
 from nybble.core.progress import Progress
 from nybble.export import ExportTarget, Refusal, get_target, refuse
 from nybble.export._rounded import RoundedSource
@@ -29,6 +30,7 @@ _SHOWN = 3
 
 @explicit_settings()
 @torch.no_grad()
+@new_objects_alone()
 def convert(
     model: str | Path,
     dest: str | Path,

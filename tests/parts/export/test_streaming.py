@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from tests.parts.models.layouts import test_compressed_tensors, test_modelopt
 
 from nybble.core.finite import all_finite
+from nybble.core.memory import new_objects_alone
 from nybble.export._opened import OpenedSource
 from nybble.models.sources.folder import FolderSource
 from nybble.models.sources.open import open_source
@@ -60,6 +62,18 @@ def test_scales_come_without_codes(tmp_path: Path, whole: list[str]) -> None:
             assert parts["codes"].is_meta and not whole
             assert torch.equal(parts["scale"], with_codes.weight(layer, prefix).tensors()["scale"])
             whole.clear()
+
+
+def test_the_collector_is_left_as_it_was() -> None:
+    gc.unfreeze()
+    with new_objects_alone(), new_objects_alone():
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    with new_objects_alone():
+        pass
+    assert gc.get_freeze_count() > 0
+    gc.unfreeze()
 
 
 def test_codes_move_two_at_a_time() -> None:
