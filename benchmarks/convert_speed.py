@@ -1,14 +1,15 @@
-"""How fast models are converted and exported, beside copying the same files with ``cp``.
+"""How fast models are converted and exported, beside copying as many bytes.
 
     python benchmarks/convert_speed.py [--only smollm2]     writes benchmarks/results/convert_speed.json
 
 Rows that are not measured again stay as they are.
 
-Two shapes: SmolLM2's (135M) and a llama of 1.1 billion weights, of random numbers made here. Each conversion runs right
-after a plain copy of what it reads and writes: a target has to read A and write B, so the copy that it is measured
-against moves half of the bytes of both, which for a B of A's size is A's copy. Both end with the files on the disk
-(fsync). The least of the repetitions counts for both; the first one of a process also imports what it needs. On a
-machine that others use too, ``load`` says how many wanted its cores, ``cpu_seconds`` what a conversion took of them.
+Two shapes: SmolLM2's (135M) and a llama of 1.1 billion weights, of random numbers made here. A process first converts a
+model of two tiny layers: ``start_seconds`` is what that takes, nearly all of it imports of torch and transformers. Then
+conversions and copies take turns. A copy is ``shutil.copyfile`` of what the conversion wrote, and reads what more the
+source has; both end with the files on the disk (fsync). ``of_copy`` is the median of the turns' ratios, ``seconds``,
+``cpu_seconds`` and those of the copy are medians, too. On a machine that others use, ``load`` says how many wanted its
+cores, and ``of_copy_cpu`` compares the processor's time, which they move less.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -42,8 +44,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4, "vocab_size": 32000, "tie_word_embeddings": False,
     },
 }  # fmt: skip
+TINY: dict[str, Any] = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "vocab_size": 128, "tie_word_embeddings": False,
+}  # fmt: skip
 CASES = (
-    ("int4", "compressed-tensors"), ("int4", "modelopt"), ("int4", "gguf"), ("int4", "dense"),
+    ("int4", "compressed-tensors"), ("int4", "modelopt"), ("int4", "gguf"), ("int4", "dense"), ("int4", "mlx"),
     ("nvfp4", "compressed-tensors"), ("nvfp4", "modelopt-nvfp4"), ("nvfp4", "gguf"), ("nvfp4", "dense"),
     ("fp8", "modelopt"), ("fp8", "dense"),
 )  # fmt: skip
@@ -127,41 +133,58 @@ def make(kind: str, sizes: dict[str, Any], folder: Path) -> Path:
     return folder
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Of a call."""
-    start = time.perf_counter()
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Wall-clock and CPU seconds of a call."""
+    wall, cpu = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def copy(source: Path, to: Path) -> None:
-    """A plain copy of a folder, on the disk."""
-    subprocess.run(["cp", "-r", str(source), str(to)], check=True)
-    for path in to.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+def copy(source: Path, made: Path, to: Path) -> None:
+    """Reads as many bytes as ``source`` has, writes those of ``made``, on the disk."""
+    to.mkdir()
+    for path in made.iterdir():
+        shutil.copyfile(path, to / path.name)
+        with (to / path.name).open("rb") as file:
+            os.fsync(file.fileno())
+    more, buffer = size(source) - size(made), bytearray(1 << 20)
+    with (source / "model.safetensors").open("rb", buffering=0) as file:
+        while more > 0:
+            more -= file.readinto(buffer) or more
 
 
-def measured(source: Path, target: str, room: Path, repeat: int) -> dict[str, Any]:
-    """Seconds of a conversion and of the copies, paired."""
-    import nybble
+def size(folder: Path) -> int:
+    """Bytes of a folder's files."""
+    return sum(path.stat().st_size for path in folder.iterdir())
 
-    taken, worked, copied = [], [], []
+
+def measured(source: Path, tiny: Path, target: str, room: Path, repeat: int) -> dict[str, Any]:
+    """A process's first conversion, and seconds of conversions and copies in turns."""
+    made, beside = room / "made", room / "beside"
+
+    def convert(what: Path) -> dict[str, Any]:
+        import nybble
+
+        return nybble.convert(what, made, target)
+
+    start = timed(lambda: convert(tiny))
+    shutil.rmtree(made)
     found: dict[str, Any] = {}
-    made, again, beside = room / "made", room / "again", room / "beside"
+    turns = []
     for _ in range(repeat):
-        begun = time.process_time()
-        taken.append(seconds(lambda: found.update(nybble.convert(source, made, target))))
-        worked.append(time.process_time() - begun)
-        copied.append((seconds(lambda: copy(source, again)) + seconds(lambda: copy(made, beside))) / 2)
-        for folder in (made, again, beside):
-            shutil.rmtree(folder)
+        ours = timed(lambda: found.update(convert(source)))
+        turns.append((*ours, *timed(lambda: copy(source, made, beside))))
+        shutil.rmtree(made)
+        shutil.rmtree(beside)
+    wall, cpu, copied, copied_cpu = (round(median(each), 3) for each in zip(*turns, strict=True))
     return {
-        "bytes_in": found["source_bytes"], "bytes_out": found["bytes"], "seconds": round(min(taken), 3),
-        "cpu_seconds": round(min(worked), 3), "load": round(os.getloadavg()[0], 1),
-        "copy_seconds": round(min(copied), 3), "of_copy": round(min(copied) / min(taken), 3),
-        "rounded": len(found["rounded"]), "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "bytes_in": found["source_bytes"], "bytes_out": found["bytes"], "turns": repeat,
+        "start_seconds": round(start[0], 2), "start_cpu_seconds": round(start[1], 2),
+        "seconds": wall, "cpu_seconds": cpu, "copy_seconds": copied, "copy_cpu_seconds": copied_cpu,
+        "of_copy": round(median(turn[2] / turn[0] for turn in turns), 3),
+        "of_copy_cpu": round(median(turn[3] / turn[1] for turn in turns), 3),
+        "load": round(os.getloadavg()[0], 1), "threads": torch.get_num_threads(), "rounded": len(found["rounded"]),
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }  # fmt: skip
 
 
@@ -169,13 +192,13 @@ def main() -> None:
     """Measure every case; one process a case, so that peaks of memory are its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=MODELS)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--target", help="one target alone")
-    parser.add_argument("--case", nargs=3, metavar=("A", "TARGET", "ROOM"), help=argparse.SUPPRESS)
+    parser.add_argument("--case", nargs=4, metavar=("A", "TINY", "TARGET", "ROOM"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.case:
-        source, target, room = asked.case
-        print(json.dumps(measured(Path(source), target, Path(room), asked.repeat)))
+        source, tiny, target, room = asked.case
+        print(json.dumps(measured(Path(source), Path(tiny), target, Path(room), asked.repeat)))
         return
     rows = []
     with tempfile.TemporaryDirectory() as room:
@@ -188,8 +211,11 @@ def main() -> None:
                     continue
                 if kind not in sources:
                     sources[kind] = make(kind, sizes, Path(room, f"{name}-{kind}"))
+                tiny = Path(room, f"tiny-{kind}")
+                if not tiny.exists():
+                    make(kind, TINY, tiny)
                 command = [sys.executable, __file__, "--repeat", str(asked.repeat)]
-                command += ["--case", str(sources[kind]), target, room]
+                command += ["--case", str(sources[kind]), str(tiny), target, room]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 rows.append({"model": name, "from": kind, "to": target, **json.loads(done.stdout)})
                 print(json.dumps(rows[-1]), flush=True)

@@ -80,6 +80,14 @@ def scheme_of(source: Source, model: nn.Module, layer: Layer) -> dict[str, Any]:
     Raises:
         CannotError: compressed-tensors has none.
     """
+    key = ("scheme", layer.name)
+    if key not in source.known:
+        source.known[key] = _scheme_of(source, model, layer)
+    found: dict[str, Any] = source.known[key]
+    return found
+
+
+def _scheme_of(source: Source, model: nn.Module, layer: Layer) -> dict[str, Any]:
     _check_kind(model, layer, layer.kind)
     if layer.kind.reads_another:
         layer = table_of(source, model, layer)

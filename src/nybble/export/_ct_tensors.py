@@ -236,7 +236,15 @@ def exact_divisor(outer: Tensor | Inverse) -> float | None:
 
 
 def divisor_of(source: Source, layer: Layer, prefix: str) -> float | None:
-    """:func:`exact_divisor` of an NVFP4 weight; one number is read."""
+    """:func:`exact_divisor` of an NVFP4 weight; one number is read, once."""
+    key = ("divisor", prefix)
+    if key not in source.known:
+        source.known[key] = _divisor_of(source, layer, prefix)
+    found: float | None = source.known[key]
+    return found
+
+
+def _divisor_of(source: Source, layer: Layer, prefix: str) -> float | None:
     weight = layer.weights[prefix]
     assert isinstance(weight, BlockQTensor)
     outer = scale_of(weight).params.scale

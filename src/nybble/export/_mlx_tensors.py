@@ -62,6 +62,12 @@ class Placed:
         assert isinstance(found, BlockQTensor)
         return found if piece.rows is None else take_rows(found, piece.rows)
 
+    def scales(self, piece: Piece) -> BlockQTensor:
+        """A matrix whose codes needn't be read."""
+        found = self.source.scales(self.layer, piece.prefix)
+        assert isinstance(found, BlockQTensor)
+        return found if piece.rows is None else take_rows(found, piece.rows)
+
     @property
     def shape(self) -> tuple[int, int]:
         """[out, in] of a matrix."""
@@ -128,7 +134,7 @@ class Placed:
         """
         wanted = self.source.dtype
         for piece in self.pieces:
-            tensor = self.read(piece)
+            tensor = self.scales(piece)
             if not exact_in(tensor, self.form, wanted):
                 wanted = torch.float32
                 if not exact_in(tensor, self.form, wanted):
@@ -147,7 +153,7 @@ class Placed:
         if self.form.mode == "affine":
             _ = self.dtype
         elif self.form.outer:
-            for tensor in map(self.read, self.pieces):
+            for tensor in map(self.scales, self.pieces):
                 self._check_outer(_nested(tensor), in_words(tensor))
 
     def _check_outer(self, scale: BlockQTensor, came: str) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ from nybble.export._mo_scheme import NEAREST, Algorithm, algorithm_of
 from nybble.export._reciprocal import reciprocals
 from nybble.export._source import Layer, Source
 from nybble.models.sources.layouts._ct_args import CannotError
+from nybble.packing._nibbles import CHUNK, interleave
 from nybble.qtensor import Inverse, dense
 from nybble.qtensor.block import BlockQTensor
 
@@ -104,8 +106,16 @@ def _scales(tensor: BlockQTensor) -> Tensor:
 
 def _row_pairs(tensor: BlockQTensor) -> Tensor:
     """int4 [rows, columns] -> uint8 [rows / 2, columns]."""
-    codes = tensor.unpacked()  # two's complement in both
-    return codes[::2] | codes[1::2] << 4
+    if tensor.layout != "dense" or tensor.shape[1] % 2:
+        codes = tensor.unpacked()  # two's complement in both
+        return codes[::2] | codes[1::2] << 4
+    pairs = tensor.codes.view(tensor.shape[0] // 2, 2, -1).numpy()
+    out = np.empty((len(pairs), tensor.shape[1]), np.uint8)
+    step = max(1, CHUNK // tensor.shape[1])
+    for start in range(0, len(pairs), step):
+        part = pairs[start : start + step]
+        out[start : start + step] = interleave(part[:, 0], part[:, 1])
+    return torch.from_numpy(out)
 
 
 # ------------------------------------------------------------------------------------------------ NVFP4's factor
@@ -136,7 +146,15 @@ def _exact(value: float) -> float | None:
 
 
 def factor_of(source: Source, layer: Layer, prefix: str) -> float | None:
-    """:func:`exact_factor` of an NVFP4 weight; one number is read."""
+    """:func:`exact_factor` of an NVFP4 weight; one number is read, once."""
+    key = ("factor", prefix)
+    if key not in source.known:
+        source.known[key] = _factor_of(source, layer, prefix)
+    found: float | None = source.known[key]
+    return found
+
+
+def _factor_of(source: Source, layer: Layer, prefix: str) -> float | None:
     weight = layer.weights[prefix]
     assert isinstance(weight, BlockQTensor)
     outer = scale_of(weight).params.scale

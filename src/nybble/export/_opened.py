@@ -29,10 +29,11 @@ from nybble.models.sources import ModelSource
 from nybble.models.sources.folder import FolderSource
 from nybble.models.sources.gguf_file import GgufSource
 from nybble.models.sources.side_files import GENERATION, side_files
-from nybble.models.sources.stored import DTYPES
+from nybble.models.sources.stored import DTYPES, read_tensor
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import Quantized, targets_of
 from nybble.qtensor import QTensor
+from nybble.qtensor.block import BlockQTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,9 +124,13 @@ class OpenedSource(Source):
             if at is not None:
                 return Planned(dtype=entry.dtype, shape=entry.shape, bytes_from=at[0], offset=at[1])
             return Planned(dtype=entry.dtype, shape=entry.shape, bytes_from=partial(self.tensor, name), raw=True)
-        empty = self.tensor(name) if self._passing(name) is not None else self._described_part(name)
-        dtype = str(safetensors_name(empty.dtype))
-        return Planned(dtype=dtype, shape=tuple(empty.shape), bytes_from=partial(self.tensor, name), raw=True)
+        passing = self._passing(name)
+        empty = self._described_part(name) if passing is None else passing
+        dtype, shape = str(safetensors_name(empty.dtype)), tuple(empty.shape)
+        kept = self._kept(name) if passing is None else None
+        if kept is not None:
+            return Planned(dtype=dtype, shape=shape, bytes_from=kept[0], offset=kept[1])
+        return Planned(dtype=dtype, shape=shape, bytes_from=partial(self.tensor, name), raw=True)
 
     def tensor(self, name: str) -> Tensor:
         if name in self.floats:
@@ -135,8 +140,23 @@ class OpenedSource(Source):
         passing = self._passing(name)
         if passing is not None:
             return passing
+        kept = self._kept(name)
+        if kept is not None:
+            path, begin, entry = kept
+            stored, empty = read_tensor(path, begin - entry.begin, name, entry), self._described_part(name)
+            return stored.reshape(-1).view(empty.dtype).reshape(empty.shape)
         prefix, part = self._split(name)
         return self.weight(self.layers[self._names[prefix]], prefix).tensors()[part]
+
+    def _kept(self, name: str) -> tuple[Path, int, TensorEntry] | None:
+        """Where a weight's tensor stands in the files as it is, and no other number of the weight has to be read."""
+        if not isinstance(self._source, FolderSource):
+            return None
+        prefix, part = self._split(name)
+        layer = self.layers[self._names[prefix]]
+        if not isinstance(layer.weights[prefix], BlockQTensor):  # others' tensors are checked against each other
+            return None
+        return self._source.packed_at(self._parameters[layer.name], list(layer.weights).index(prefix), part)
 
     def activation(self, layer: Layer, side: str) -> ActivationQuantizer | None:
         return self._sides.get(layer.name, {}).get(side)
@@ -160,6 +180,12 @@ class OpenedSource(Source):
                     raise FileError(f"{self.place}: {prefix} is not what its description says.")
             self._made[layer.name] = found
         return self._made[layer.name][list(layer.weights).index(prefix)]
+
+    def scales(self, layer: Layer, prefix: str) -> QTensor:
+        names = [f"{prefix}.{name}" for name in layer.weights[prefix].tensors() if name != "codes"]
+        if all(self._kept(name) is not None for name in names):
+            return super().scales(layer, prefix)
+        return self.weight(layer, prefix)
 
     def _read(self, layer: str) -> Sequence[QTensor]:
         name = self._parameters[layer]

@@ -41,7 +41,6 @@ class RoundedSource(Source):
 
     Attributes:
         quantizers, recodings, unpacked: as given. notes: of the source.
-        errors: layer -> ``|W - W'|^2 / |W|^2`` of W as it was, for those that were read.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class RoundedSource(Source):
         self._groups = _groups(quantizers, together)
         self._made: dict[tuple[str, ...], dict[str, list[QTensor]]] = {}
         self._last: tuple[tuple[str, str], QTensor] | None = None
-        self.errors: dict[str, float] = {}
+        self._errors: dict[str, float] = {}
 
     def _in_float(self, layer: Layer) -> bool:
         if not layer.kind.reads_another or not self.unpacked:
@@ -82,7 +81,7 @@ class RoundedSource(Source):
         (prefix,) = layer.weights
         wide = self._source.weight(layer, prefix).dequantize()
         found = wide.to(self.dtype)
-        self.errors[layer.name] = relative_error(wide, found.float(), None)
+        self._errors[layer.name] = relative_error(wide, found.float(), None)
         return found
 
     def _layer(self, layer: Layer) -> Layer:
@@ -118,20 +117,39 @@ class RoundedSource(Source):
             self._made[group] = self._rounded(group)
         return self._made[group][layer.name][list(layer.weights).index(prefix)]
 
+    def scales(self, layer: Layer, prefix: str) -> QTensor:
+        return self.weight(layer, prefix) if layer.name in self._changed else self._source.scales(layer, prefix)
+
     def _again(self, layer: Layer, prefix: str) -> QTensor:
         """A weight in other words; the last one is kept."""
         key = (layer.name, prefix)
         if self._last is None or self._last[0] != key:
-            recoding, own = self.recodings[layer.name], self._source.layers[layer.name]
-            found = self._recoded(recoding, own, prefix, seen=True)
-            if recoding.rounds:
-                before = self._source.weight(own, prefix).dequantize()
-                error = relative_error(before, found.dequantize(), None)
-                self.errors[layer.name] = max(error, self.errors.get(layer.name, 0.0))
-            else:
-                self.errors[layer.name] = 0.0
-            self._last = (key, found)
+            own = self._source.layers[layer.name]
+            self._last = (key, self._recoded(self.recodings[layer.name], own, prefix, seen=True))
         return self._last[1]
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Layer -> ``|W - W'|^2 / |W|^2`` of W as it was; those told in other words are read for it."""
+        for name in self.recodings.keys() - self._errors.keys():
+            own = self._source.layers[name]
+            self._errors[name] = max((self._error(own, prefix) for prefix in own.weights), default=0.0)
+        return self._errors
+
+    def _error(self, own: Layer, prefix: str) -> float:
+        recoding = self.recodings[own.name]
+        if recoding.looks and not recoding.rounds:
+            return 0.0  # the same values
+        before, after = self._source.weight(own, prefix), self._recoded(recoding, own, prefix, seen=True)
+        return relative_error(before.dequantize(), after.dequantize(), None)
+
+    def _kept(self, name: str, prefix: str, part: str) -> bool:
+        """Whether a tensor of a weight in other words is the source's own."""
+        recoding = self.recodings.get(name)
+        if recoding is None or recoding.looks:
+            return False
+        own = self._source.layers[name].weights[prefix].tensors()
+        return own.get(part) is self.layers[name].weights[prefix].tensors()[part]
 
     def _rounded(self, group: tuple[str, ...]) -> dict[str, list[QTensor]]:
         quantizer = self.quantizers[group[0]]
@@ -146,7 +164,7 @@ class RoundedSource(Source):
             found = {name: [part] for name, part in zip(group, parts, strict=True)}
         for name, parts in found.items():
             pairs = zip(before[name], parts, strict=True)
-            self.errors[name] = relative_error(
+            self._errors[name] = relative_error(
                 torch.cat(before[name]), torch.cat([part.dequantize() for _, part in pairs]), None
             )
         return found
@@ -174,6 +192,8 @@ class RoundedSource(Source):
         if held is None:
             return self._source.copied(name)
         layer, prefix, part = held
+        if self._kept(layer.name, prefix, part):
+            return self._source.copied(name)
         empty = layer.weights[prefix].tensors()[part]
         made = partial(self.tensor, name)
         return Planned(dtype=str(safetensors_name(empty.dtype)), shape=tuple(empty.shape), bytes_from=made, raw=True)
@@ -182,7 +202,15 @@ class RoundedSource(Source):
         if name in self._tables:
             return self._table(name)
         held = None if name in self.floats else self._held(name)
-        return self._source.tensor(name) if held is None else self.weight(held[0], held[1]).tensors()[held[2]]
+        if held is None or self._kept(held[0].name, held[1], held[2]):
+            return self._source.tensor(name)
+        layer, prefix, part = held
+        recoding = self.recodings.get(layer.name)
+        if recoding is not None and not recoding.looks and part != "codes":
+            found = recoding.make(self._source.scales(self._source.layers[layer.name], prefix))
+            assert found is not None  # as it was without its numbers
+            return found.tensors()[part]
+        return self.weight(layer, prefix).tensors()[part]
 
     def activation(self, layer: Layer, side: str) -> ActivationQuantizer | None:
         return self._source.activation(layer, side)

@@ -90,6 +90,15 @@ class Source(ABC):
         empty = layer.weights[prefix]
         return from_spec(empty.spec(), {name: self.tensor(f"{prefix}.{name}") for name in empty.tensors()})
 
+    def scales(self, layer: Layer, prefix: str) -> QTensor:
+        """A layer's matrix with all that is read but its codes, which may be on the meta device."""
+        empty = layer.weights[prefix]
+        parts = empty.tensors()
+        return from_spec(
+            empty.spec(),
+            {name: part if name == "codes" else self.tensor(f"{prefix}.{name}") for name, part in parts.items()},
+        )
+
     def activation(self, layer: Layer, side: str) -> ActivationQuantizer | None:
         """The quantizer of ``inputs`` or ``outputs`` with its parameters, read."""
         found = getattr(layer, side)
@@ -98,6 +107,11 @@ class Source(ABC):
         filled = ActivationQuantizer.from_dict(dict(layer.entry[side]))
         filled.load_state_dict({name: self.tensor(f"{layer.name}.{side}.{name}") for name in filled.state_dict()})
         return filled
+
+    @cached_property
+    def known(self) -> dict[tuple[str, str], Any]:
+        """What targets worked out about a layer, by what it is and the name; a source never changes."""
+        return {}
 
     @cached_property
     def transformers_config(self) -> PreTrainedConfig:

@@ -17,6 +17,7 @@ import torch
 from nybble.core.errors import UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import new_folder
+from nybble.core.memory import new_objects_alone
 from nybble.core.progress import Progress
 from nybble.export import Cast, ExportTarget, Refusal, get_target, refuse
 from nybble.export._rounded import RoundedSource
@@ -31,6 +32,7 @@ _FLOATS = ("float32", "float16", "bfloat16", "f32", "f16", "bf16")
 
 @explicit_settings()
 @torch.no_grad()
+@new_objects_alone()
 def convert(
     model: str | Path,
     dest: str | Path,

@@ -21,6 +21,7 @@ from nybble.checkpoint.marked import MANIFEST, check_readable, is_quantized
 from nybble.core.errors import ModelError, UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, check_new_folder, disk_errors
+from nybble.core.memory import new_objects_alone
 from nybble.core.progress import Progress, Silent, showing
 from nybble.export import ExportTarget, Facts, get_target, refuse
 from nybble.export._opened import OpenedSource
@@ -34,6 +35,7 @@ from nybble.scheme import Scheme
 
 @explicit_settings()
 @torch.no_grad()
+@new_objects_alone()
 def export(
     folder: str | Path,
     dest: str | Path,

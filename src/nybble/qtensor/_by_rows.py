@@ -79,7 +79,7 @@ def _spread(value: Tensor, rows: int, groups: int) -> Tensor:
 def _values(codes: Tensor, tensor: BlockQTensor) -> Tensor:
     """float32, of a few rows of packed codes."""
     if tensor.format.bits == 8:
-        return decode_table(tensor.format.name, codes.device)[codes.reshape(-1).int()]
+        return torch.index_select(decode_table(tensor.format.name, codes.device), 0, codes.reshape(-1).int())
     pairs = _pairs(tensor.format.name)
     return torch.index_select(pairs, 0, codes.reshape(-1).int()).view(torch.float32)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nybble.core.errors import ModelError
 from nybble.core.guard import reading
@@ -75,7 +76,7 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype, stored: Collection[
     if not isinstance(layers, int) or layers > max(len(stored), 1):
         raise ModelError(f"config says {layers} layers, and the file has {len(stored)} tensors in all.")
     cls: Any = model_class(config)
-    with reading(f"a {cls.__name__} of this config", ModelError), torch.device("meta"):
+    with reading(f"a {cls.__name__} of this config", ModelError), torch.device("meta"), _Undrawn():
         capped = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
         pooled = "add_pooling_layer" not in inspect.signature(cls).parameters or any("pooler." in n for n in stored)
         bare = {} if pooled else {"add_pooling_layer": False}
@@ -83,6 +84,18 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype, stored: Collection[
     keep_float32_(model)
     nn.Module.eval(model)
     return model
+
+
+class _Undrawn(TorchFunctionMode):
+    """Initial weights are not drawn: on the meta device that changes nothing, and takes most of a model's making."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
 
 
 def kept_float32(model: nn.Module) -> frozenset[str]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nybble.core.errors import SchemeError
-from nybble.formats import NumberFormat
+from nybble.formats import get_format
 from nybble.models.gguf.types import CHUNK, BlockType, Bytes, WritableType, type_name, writable_types
 from nybble.packing import get_layout
 from nybble.qtensor import Inverse, QTensor, QuantParams
@@ -29,7 +30,9 @@ def build(kind: BlockType, blocks: Bytes, shape: tuple[int, ...]) -> BlockQTenso
     packed: dict[str, list[Tensor]] = {}
     for part in _chunks(blocks, kind):
         for name, codes in kind.read(part).items():
-            packed.setdefault(name, []).append(_packed(spec, name, torch.from_numpy(np.ascontiguousarray(codes))))
+            piece = torch.from_numpy(np.ascontiguousarray(codes))
+            whole = kind.paired and name == "codes"
+            packed.setdefault(name, []).append(piece.reshape(-1) if whole else _packed(spec, name, piece))
     found = {name: torch.cat(pieces) if len(pieces) > 1 else pieces[0] for name, pieces in packed.items()}
     outer = {name: found[name].view(torch.float16) for name in ("d", "m") if name in found}
     scale_shape = spec.granularity.scale_shape(shape)
@@ -80,8 +83,8 @@ def _exponents(spec: Quantizer) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ QTensor -> bytes
-def taken_apart(kind: WritableType, weight: BlockQTensor) -> Bytes:
-    """See :func:`nybble.models.gguf.types.encode`: [blocks, bytes of one].
+def taken_apart(kind: WritableType, weight: BlockQTensor) -> Iterator[Bytes]:
+    """What :func:`nybble.models.gguf.types.encode` gives, some blocks at a time: [blocks, bytes of one].
 
     Raises:
         SchemeError: the weight is not of the type's line.
@@ -89,18 +92,18 @@ def taken_apart(kind: WritableType, weight: BlockQTensor) -> Bytes:
     pieces = _pieces(kind.quantizer, weight)
     if pieces is None:
         raise SchemeError(f"{type_name(kind)} holds {kind.line!r}; got {line_of(weight)}.")
+    if kind.paired:
+        pieces["codes"] = _Piece(weight.codes.cpu(), weight.codes.numel())
     count = math.prod(weight.shape) // kind.block
-    out = np.empty((count, kind.nbytes), np.uint8)
     step = _step(kind)
     for start in range(0, count, step):
         stop = min(start + step, count)
-        out[start:stop] = kind.write({name: piece.blocks(start, stop, count) for name, piece in pieces.items()})
-    return out
+        yield kind.write({name: piece.blocks(start, stop, count) for name, piece in pieces.items()})
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A part as it is stored: ``elements`` codes of ``bits`` in ``data``, or the bytes of float16 (``bits`` 8)."""
+    """A part as it is stored: ``elements`` codes of ``bits`` in ``data``, or bytes (of float16, of pairs of codes)."""
 
     data: Tensor
     elements: int
@@ -109,7 +112,10 @@ class _Piece:
 
     def blocks(self, start: int, stop: int, count: int) -> Bytes:
         """Those of blocks ``start .. stop`` of ``count``: [blocks, n]."""
-        layout, per = get_layout(self.packing), self.elements // count
+        per = self.elements // count
+        if self.bits == 8:
+            return self.data[start * per : stop * per].view(-1, per).numpy()
+        layout = get_layout(self.packing)
         data = self.data[layout.size(start * per, self.bits) : layout.size(stop * per, self.bits)]
         codes: Bytes = layout.unpack(data, self.bits, (stop - start) * per).view(stop - start, per).numpy()
         return codes
@@ -184,7 +190,7 @@ def _holds(kind: BlockType, weight: BlockQTensor) -> bool:
     spec, params = kind.quantizer, weight.params
     if weight.shape[-1] % kind.block or params.zero_point is not None or params.grid is not None:
         return False
-    if not set(_values(weight.format)) <= set(_values(spec.format)):
+    if not _values(weight.format.name) <= _values(spec.format.name):
         return False
     if params.offset is not None and not spec.scale.has_offset:
         return False
@@ -214,8 +220,10 @@ def _holds(kind: BlockType, weight: BlockQTensor) -> bool:
     return weight.granularity == spec.granularity if nested else _coarser(weight, spec)
 
 
-def _values(fmt: NumberFormat) -> list[float]:
-    return [float(v) for v in fmt.values[fmt.encodable()]]
+@cache
+def _values(name: str) -> frozenset[float]:
+    fmt = get_format(name)
+    return frozenset(float(v) for v in fmt.values[fmt.encodable()])
 
 
 def _coarser(weight: BlockQTensor, spec: Quantizer) -> bool:

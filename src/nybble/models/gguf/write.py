@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from nybble.core.errors import FileError, ModelError, UsageError
 from nybble.core.files import disk_errors, need_space, sync_folder
+from nybble.core.finite import all_finite
 from nybble.core.progress import SHOWN, task
 from nybble.core.versions import VERSION
 from nybble.models.gguf.metadata import arch_for, config_pairs, gguf_name, rope_factors
 from nybble.models.gguf.mixes import FLOATS, Mix, fitting, mix, type_for
 from nybble.models.gguf.qtensors import exact_type, fitted, global_scale, line_of
-from nybble.models.gguf.types import block_type, encode, type_name
+from nybble.models.gguf.types import block_type, encode, encoded, type_name
 from nybble.models.gguf.vocabulary import tokenizer_pairs
 from nybble.qtensor import QTensor
 
@@ -241,18 +242,31 @@ def _write(
         writer.write_header_to_file(partial)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        (file,) = writer.fout
+        writer.write_padding(file, file.tell())
         for values in extra.values():
-            writer.write_tensor_data(values)
+            _append(writer, file, [values], values.nbytes)
         globals_: dict[str, Tensor] = {}
         with task(SHOWN.get(), len(tensors), "tensors") as bar:
             for tensor in tensors:
-                writer.write_tensor_data(_data(tensor, weights[tensor.source], context, globals_).numpy())
+                weight = weights[tensor.source]
+                _append(writer, file, _data(tensor, weight, context, globals_), _nbytes(tensor.kind, weight.shape))
                 bar.advance(note=tensor.name)
         for tensor in scaled:
-            writer.write_tensor_data(globals_[tensor.name].numpy())
+            _append(writer, file, [globals_[tensor.name].numpy()], 4)
     finally:
         for file in writer.fout or []:
             file.close()
+
+
+def _append(writer: Any, file: BinaryIO, pieces: Iterable[Any], nbytes: int) -> None:
+    """Write arrays that are a tensor of ``nbytes``; the writer would ask for all of it in one."""
+    begin = file.tell()
+    for piece in pieces:
+        file.write(piece.data)
+    if file.tell() - begin != nbytes:
+        raise AssertionError(f"{file.tell() - begin} bytes were made where {nbytes} were planned")
+    writer.write_padding(file, file.tell())
 
 
 def add_pair(writer: Any, key: str, value: Any) -> None:
@@ -307,8 +321,8 @@ def _number(file_type: str) -> int:
     return mix(file_type).number
 
 
-def _data(tensor: Planned, weight: Weight, context: _Context, scales: dict[str, Tensor]) -> Tensor:
-    """A tensor's bytes, uint8 [rows, bytes of a row] (float ones in their dtype)."""
+def _data(tensor: Planned, weight: Weight, context: _Context, scales: dict[str, Tensor]) -> Iterator[Any]:
+    """A tensor's bytes, in arrays of any dtype and shape."""
     value = weight.read()
     if tuple(value.shape) != weight.shape:
         raise FileError(f"{tensor.source} is {list(value.shape)}; {list(weight.shape)} was expected.")
@@ -319,6 +333,9 @@ def _data(tensor: Planned, weight: Weight, context: _Context, scales: dict[str, 
             context.errors[tensor.source] = _Error().add(value, whole.dequantize()).relative
         found = global_scale(whole)
         scales[tensor.name] = torch.ones(1) if found is None else found.cpu()
+        if not _turns(tensor.source, context.arch):
+            yield from encoded(kind, whole)
+            return
         data = encode(kind, whole)
     else:
         plain = value.dequantize() if isinstance(value, QTensor) else value.detach()
@@ -327,7 +344,12 @@ def _data(tensor: Planned, weight: Weight, context: _Context, scales: dict[str, 
         error = _Error()
         data = _rounded(tensor, plain, context.energies.get(tensor.source), error)
         context.errors[tensor.source] = error.relative
-    return permuted(tensor.source, data, context.config, context.arch).contiguous()
+    yield permuted(tensor.source, data, context.config, context.arch).contiguous().numpy()
+
+
+def _turns(source: str, arch: GgufArch) -> bool:
+    """Whether llama.cpp has the rows of a parameter in another order."""
+    return arch.rope_interleaved and (".q_proj." in source or ".k_proj." in source)
 
 
 def permuted(source: str, data: Tensor, config: PreTrainedConfig, arch: GgufArch) -> Tensor:
@@ -339,7 +361,7 @@ def permuted(source: str, data: Tensor, config: PreTrainedConfig, arch: GgufArch
         config: of the model.
         arch: what it is in llama.cpp.
     """
-    if not arch.rope_interleaved or not (".q_proj." in source or ".k_proj." in source):
+    if not _turns(source, arch):
         return data
     heads = config.num_attention_heads if ".q_proj." in source else config.num_key_value_heads
     halves = data.reshape(heads, 2, data.shape[0] // heads // 2, *data.shape[1:])
@@ -366,7 +388,7 @@ class _Error:
 
 def _rounded(tensor: Planned, plain: Tensor, energy: Tensor | None, error: _Error) -> Tensor:
     """A float tensor in the file's type."""
-    if not bool(torch.isfinite(plain).all()):
+    if not all_finite(plain):
         raise ModelError(f"{tensor.source} holds NaN or Inf; repair the model.")
     if tensor.kind not in FLOATS:
         return torch.cat(list(_blocks(tensor.kind, plain, energy, error)))

@@ -150,6 +150,27 @@ def _sharded(place: Path) -> dict[str, tuple[Path, TensorEntry]]:
     return tensors
 
 
+def _same_bytes(made: Sequence[QTensor], stored: Mapping[str, Tensor]) -> dict[tuple[int, str], str]:
+    """Which tensors of a packed weight are stored ones under another shape or dtype: those that share their memory.
+
+    Args:
+        made: its QTensors, made of ``stored``.
+        stored: role -> tensor on the meta device.
+
+    Returns:
+        number of the QTensor and name of its tensor -> role.
+    """
+    places = {tensor.untyped_storage()._cdata: role for role, tensor in stored.items()}
+    found: dict[tuple[int, str], str] = {}
+    for number, one in enumerate(made):
+        for name, tensor in one.tensors().items():
+            role = places.get(tensor.untyped_storage()._cdata) if tensor.is_meta else None
+            whole = role is not None and tensor.is_contiguous() and tensor.nbytes == stored[role].nbytes
+            if role is not None and whole and not tensor.is_conj() and not tensor.is_neg():
+                found[number, name] = role
+    return found
+
+
 def is_converted(model: PreTrainedModel, unused: Iterable[str]) -> bool:
     """Whether transformers has rules to make this model's tensors out of ``unused`` ones with other names.
 
@@ -195,6 +216,8 @@ class FolderSource(ModelSource):
             raise ModelError(f"{spec} has no tensors.")
         self.packed: dict[str, PackedWeight] = {}
         self._descriptions: dict[tuple[str, Any], Sequence[QTensor]] = {}
+        self._same_bytes: dict[str, Mapping[tuple[int, str], str]] = {}
+        self._same_alike: dict[tuple[str, Any], Mapping[tuple[int, str], str]] = {}
         self.rounded, self._tensors = Rounded(), self._files
         if is_packed(quantization):
             self._unpack(quantization)
@@ -265,6 +288,7 @@ class FolderSource(ModelSource):
         build: Any = weight.build  # of alike weights one partial application for each, with equal arguments
         alike = (str(build), entries)
         if alike in self._descriptions:
+            self._same_bytes[name] = self._same_alike[alike]
             return self._descriptions[alike]
         seen: list[str] = []
 
@@ -277,10 +301,29 @@ class FolderSource(ModelSource):
             joins = self._match.files[name] in self._fused and self._files[part][1].nbytes <= _NUMBER
             return read(part) if joins else self._empty_tensor(part)
 
-        found = weight.described(empty, read)
+        handed: dict[str, Tensor] = {}
+        found = weight.described(lambda part: handed.setdefault(part, empty(part)), read)
+        roles = {part: role for role, part in weight.parts.items()}
+        kept = {roles[part]: tensor for part, tensor in handed.items() if tensor.is_meta}
+        self._same_bytes[name] = _same_bytes(found, kept)
         if not seen:  # no numbers of its own decide
             self._descriptions[alike] = found
+            self._same_alike[alike] = self._same_bytes[name]
         return found
+
+    def packed_at(self, name: str, number: int, tensor: str) -> tuple[Path, int, TensorEntry] | None:
+        """Where the bytes of a tensor of a packed weight are in the files; None where it is made of them.
+
+        Args:
+            name: of the weight in the model; :meth:`described_packed` was asked for it.
+            number: of its QTensor.
+            tensor: a name of that one's tensors.
+        """
+        role = self._same_bytes[name].get((number, tensor))
+        if role is None:
+            return None
+        path, entry = self._files[self.packed_names()[name].parts[role]]
+        return path, self._starts[path] + entry.begin, entry
 
     def stored_at(self, name: str) -> tuple[Path, int, TensorEntry] | None:
         """Where the bytes of a tensor of the model begin, and what they are; None where it is made of others."""

@@ -12,7 +12,7 @@ Sources: github.com/ggml-org/ggml, ``ggml-common.h`` (the structs) and ``docs/gg
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, Protocol
@@ -28,13 +28,25 @@ from nybble.quantizer import Quantizer
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Parts = dict[str, Bytes]
-"""Of some blocks, [blocks, n] each: ``codes``, ``scale`` and ``offset`` as codes of their formats, one in a byte;
-``d`` and
-``m``, the outermost scale and offset, as the bytes of float16."""
+"""Of some blocks, [blocks, n] each: ``codes``, ``scale`` and ``offset`` as codes of their formats, one in a byte (the
+``codes`` of a type that is ``paired`` two in a byte, as a QTensor has them); ``d`` and ``m``, the outermost scale and
+offset, as the bytes of float16."""
+
+_ELEMENTS: dict[int, np.dtype[Any]] = {
+    size: np.dtype(name) for size, name in ((1, "u1"), (2, "u2"), (4, "u4"), (8, "u8"), (16, "c16"))
+}
 
 REGISTRY = Registry("nybble.models.gguf.types", "GGUF block type", lambda part: isinstance(part, BlockType))
 CHUNK = 1 << 17
 """Bytes of blocks that are taken apart at a time: they stay in the cache."""
+
+
+def runs(data: Bytes) -> np.ndarray[Any, Any]:
+    """The last dimension as one element, so that runs are copied whole."""
+    size = int(data.shape[-1])
+    whole: np.dtype[Any] = _ELEMENTS[size] if size in _ELEMENTS else np.dtype((np.void, size))
+    found: np.ndarray[Any, Any] = data.view(whole)[..., 0]
+    return found
 
 
 class Field(Protocol):
@@ -84,6 +96,13 @@ class BlockType:
         """Bytes of a block."""
         return sum(each.nbytes for each in self.fields)
 
+    @cached_property
+    def paired(self) -> bool:
+        """Whether codes have four bits and stay two in a byte."""
+        from nybble.models.gguf.types._fields import Pairs
+
+        return any(isinstance(each, Pairs) for each in self.fields)
+
     @property
     def scaled_apart(self) -> bool:
         """Whether the scale of all scales is no part of a block but a tensor of its own in the file (NVFP4)."""
@@ -101,7 +120,8 @@ class BlockType:
         return self._flipped(parts)
 
     def _flipped(self, parts: Parts) -> Parts:
-        found = {name: bits ^ np.uint8(self.flips.get(name, 0)) for name, bits in parts.items()}
+        flipped = {name: parts[name] ^ np.uint8(bits) for name, bits in self.flips.items()}
+        found = parts | flipped
         if self.negative:
             found["m"] = found["m"] ^ np.array([0, 0x80], np.uint8)
         return found
@@ -116,7 +136,12 @@ class WritableType(BlockType):
     def write(self, parts: Parts) -> Bytes:
         """The inverse of :meth:`read`."""
         parts = self._flipped(parts)
-        return np.concatenate([each.write(parts) for each in self.fields], 1)
+        blocks = np.empty((len(parts["codes"]), self.nbytes), np.uint8)
+        at = 0
+        for each in self.fields:
+            runs(blocks[:, at : at + each.nbytes])[:] = runs(each.write(parts))
+            at += each.nbytes
+        return blocks
 
 
 def writable(kind: BlockType) -> WritableType:
@@ -130,6 +155,7 @@ def writable(kind: BlockType) -> WritableType:
     return kind
 
 
+@cache
 def writable_types() -> Mapping[str, WritableType]:
     """Every type that is written, under its name in the registry."""
     return {name: kind for name, kind in REGISTRY.all().items() if isinstance(kind, WritableType)}
@@ -188,12 +214,17 @@ def encode(kind: BlockType, weight: BlockQTensor) -> Tensor:
     Raises:
         UsageError: a type that is only read. GranularityError: columns that its blocks don't divide.
     """
+    blocks = np.concatenate(list(encoded(kind, weight)))
+    return torch.from_numpy(blocks).view(*weight.shape[:-1], -1)
+
+
+def encoded(kind: BlockType, weight: BlockQTensor) -> Iterator[Bytes]:
+    """What :func:`encode` gives, some blocks at a time: uint8 [blocks, bytes of one]; raises as that does."""
     from nybble.models.gguf.qtensors import taken_apart
 
     found = writable(kind)
     check_shape(kind, weight.shape)
-    blocks = taken_apart(found, weight)
-    return torch.from_numpy(blocks).view(*weight.shape[:-1], -1)
+    return taken_apart(found, weight)
 
 
 def check_shape(kind: BlockType, shape: tuple[int, ...]) -> None:

@@ -7,11 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from nybble.models.gguf.types import Bytes, Parts
-
-_ELEMENTS: dict[int, np.dtype[Any]] = {
-    size: np.dtype(name) for size, name in ((1, "u1"), (2, "u2"), (4, "u4"), (8, "u8"), (16, "c16"))
-}
+from nybble.models.gguf.types import Bytes, Parts, runs
+from nybble.packing._nibbles import apart, interleave
 
 
 @dataclass(frozen=True)
@@ -54,12 +51,12 @@ class Plane:
             if place < per - 1:
                 bits = bits & mask
             bits = bits << np.uint8(self.shift) if self.shift else bits
-            _runs(out)[:, :, place] = _runs(bits.reshape(count, -1, self.run))
+            runs(out)[:, :, place] = runs(bits.reshape(count, -1, self.run))
         return {self.part: out.reshape(count, -1)}
 
     def write(self, parts: Parts) -> Bytes:
         per, mask, count = 8 // self.bits, np.uint8((1 << self.bits) - 1), len(parts[self.part])
-        codes = _runs(np.ascontiguousarray(parts[self.part]).reshape(count, -1, per, self.run))
+        codes = runs(np.ascontiguousarray(parts[self.part]).reshape(count, -1, per, self.run))
         out = np.zeros((count, self.nbytes), np.uint8)
         for place in range(per):
             part = np.ascontiguousarray(codes[:, :, place]).view(np.uint8).reshape(count, -1)
@@ -70,12 +67,29 @@ class Plane:
         return out
 
 
-def _runs(data: Bytes) -> np.ndarray[Any, Any]:
-    """The last dimension as one element, so that runs are copied whole."""
-    size = int(data.shape[-1])
-    whole: np.dtype[Any] = _ELEMENTS[size] if size in _ELEMENTS else np.dtype((np.void, size))
-    found: np.ndarray[Any, Any] = data.view(whole)[..., 0]
-    return found
+@dataclass(frozen=True)
+class Pairs:
+    """All codes of a part in four bits, as a :class:`Plane` has them; two stay in a byte in any order.
+
+    Attributes:
+        part: whose codes; two to a byte, the first in the low half. nbytes: of the field. run: bytes, a multiple of 8.
+    """
+
+    part: str
+    nbytes: int
+    run: int
+
+    def read(self, data: Bytes) -> Parts:
+        out = np.empty((len(data), self.nbytes // self.run, 2, self.run // 2), np.uint8)
+        halves = apart(np.ascontiguousarray(data).reshape(len(data), -1, self.run))
+        for side, half in enumerate(halves):
+            runs(out)[:, :, side] = runs(half)
+        return {self.part: out.reshape(len(data), -1)}
+
+    def write(self, parts: Parts) -> Bytes:
+        codes = runs(parts[self.part].reshape(len(parts[self.part]), -1, 2, self.run // 2))
+        low, high = (np.ascontiguousarray(codes[:, :, side]).view(np.uint8) for side in (0, 1))
+        return interleave(low, high).reshape(len(codes), -1)
 
 
 @dataclass(frozen=True)

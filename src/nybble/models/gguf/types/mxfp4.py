@@ -4,11 +4,11 @@ An exponent byte of 255 is NaN, as OCP has it; ggml takes 2^127 for it, and writ
 """
 
 from nybble.models.gguf.types import WritableType
-from nybble.models.gguf.types._fields import Plane, Raw
+from nybble.models.gguf.types._fields import Pairs, Raw
 
 PART = WritableType(
     number=39,
     block=32,
     line="mxfp4",
-    fields=(Raw("scale", 1), Plane("codes", 16, bits=4, run=16)),
+    fields=(Raw("scale", 1), Pairs("codes", 16, run=16)),
 )

@@ -14,7 +14,7 @@ import numpy as np
 
 from nybble.core.errors import FileError
 from nybble.models.gguf.types import Bytes, Parts, WritableType
-from nybble.models.gguf.types._fields import Plane
+from nybble.models.gguf.types._fields import Pairs
 
 
 @dataclass(frozen=True)
@@ -39,5 +39,5 @@ PART = WritableType(
     number=40,
     block=64,
     line="nvfp4",
-    fields=(Unsigned(), Plane("codes", 32, bits=4, run=8)),
+    fields=(Unsigned(), Pairs("codes", 32, run=8)),
 )

@@ -1,0 +1,96 @@
+"""What a conversion reads: bytes that stay are copied, codes move without being taken apart."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.parts.models.layouts import test_compressed_tensors, test_modelopt
+
+from nybble.core.finite import all_finite
+from nybble.core.memory import new_objects_alone
+from nybble.export._opened import OpenedSource
+from nybble.models.sources.folder import FolderSource
+from nybble.models.sources.open import open_source
+from nybble.packing import get_layout
+from nybble.packing._nibbles import apart, interleave
+from nybble.pipelines.convert import convert
+from nybble.qtensor import QTensor
+
+FILE = "model.safetensors"
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the packed weights of which all is read."""
+    found: list[str] = []
+    read = FolderSource.read_packed
+
+    def noted(self: FolderSource, name: str) -> Sequence[QTensor]:
+        found.append(name)
+        return read(self, name)
+
+    monkeypatch.setattr(FolderSource, "read_packed", noted)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"), [("NVFP4", "modelopt"), ("NVFP4", "compressed-tensors"), ("MXFP8", "modelopt")]
+)
+def test_bytes_that_stay_are_copied(kind: str, target: str, tmp_path: Path, whole: list[str]) -> None:
+    folder, _ = test_modelopt.checkpoint(tmp_path / "q", kind)
+    convert(folder, tmp_path / "there", target)
+    convert(tmp_path / "there", tmp_path / "again", "modelopt")
+    before, after = load_file(folder / FILE), load_file(tmp_path / "again" / FILE)
+    assert not whole
+    for name, tensor in after.items():
+        if not name.endswith("weight_scale_2"):  # its reciprocal was rounded in between
+            assert torch.equal(tensor.reshape(-1).view(torch.uint8), before[name].reshape(-1).view(torch.uint8)), name
+
+
+def test_scales_come_without_codes(tmp_path: Path, whole: list[str]) -> None:
+    folder, _ = test_compressed_tensors.checkpoint(tmp_path / "q", *test_compressed_tensors.CASES["pack int4"])
+    with_codes = OpenedSource(open_source(str(folder)), tmp_path)
+    for layer in with_codes.layers.values():
+        for prefix in layer.weights:
+            parts = with_codes.scales(layer, prefix).tensors()
+            assert parts["codes"].is_meta and not whole
+            assert torch.equal(parts["scale"], with_codes.weight(layer, prefix).tensors()["scale"])
+            whole.clear()
+
+
+def test_the_collector_is_left_as_it_was() -> None:
+    gc.unfreeze()
+    with new_objects_alone(), new_objects_alone():
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    with new_objects_alone():
+        pass
+    assert gc.get_freeze_count() > 0
+    gc.unfreeze()
+
+
+def test_codes_move_two_at_a_time() -> None:
+    layout = get_layout("dense")
+    low, high = np.random.default_rng(0).integers(0, 256, (2, 6, 12), dtype=np.uint8)
+    one, other = (layout.unpack(torch.from_numpy(side).reshape(-1), 4, 144).view(6, 24) for side in (low, high))
+    mixed = interleave(low, high)
+    assert torch.equal(torch.from_numpy(mixed), one | other << 4)
+    for side, again in zip((low, high), apart(mixed), strict=True):
+        assert np.array_equal(side, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_finite_numbers_are_told_by_their_bits(dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    numbers = torch.tensor([0.0, -0.0, info.max, info.min, info.tiny / 2], dtype=torch.float64).to(dtype).repeat(70_001)
+    assert all_finite(numbers) and all_finite(numbers[:0])
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        numbers[-1] = bad
+        assert not all_finite(numbers) and not all_finite(numbers.view(5, -1).T)
