@@ -42,6 +42,9 @@ class CompressedTensors(ExportTarget):
     loses = "nothing; what its schema can't say is refused"
     takes = TAKES
 
+    def require(self, check: bool) -> None:  # noqa: D102
+        library()
+
     def constrain(self, scheme: Scheme, facts: Facts) -> Scheme:  # noqa: D102
         return constrained(scheme, facts)
 

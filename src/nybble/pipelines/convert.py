@@ -82,6 +82,7 @@ def convert(
                 f"{model} is in float, and {target} is for quantized models: `nybble quantize {model} {dest} --target "
                 f"{target}` makes one."
             )
+        part.require(check)
         new, rows = _held(source, part, target, round)
         for row in rows:
             (announce or _ignore)(_said(row))
