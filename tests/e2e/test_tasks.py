@@ -80,7 +80,7 @@ def write_quantized(source: Path, out: Path, **scheme: str) -> None:
     """A folder in nybble's own form."""
     model, tokenizer = nybble.load(source)
     nybble.quantize(model, build_recipe("rtn", **scheme))
-    nybble.save(model, out, tokenizer)
+    nybble.save(model, out, tokenizer, form="native")
 
 
 @pytest.fixture(autouse=True)
