@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tests.tiny import save_text, save_tiny
 import nybble
 from nybble.core import files
 from nybble.core.errors import FileError, SchemeError, UsageError
-from nybble.export import REGISTRY, get_target
+from nybble.export import REGISTRY, _mlx_verify, get_target
 from nybble.pipelines.export import export
 from nybble.pipelines.quantize import preflight, quantize
 from nybble.pipelines.request import build_recipe
@@ -173,3 +174,25 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileError, match="bytes are needed but 1,000 are free"):
         nybble.export(quantized(weights="int8 channel"), tmp_path / "d", "dense")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("target", "check", "line"),
+    [("mlx", True, "pip install mlx mlx-lm"), ("onnx", False, r"pip install 'nybble\[onnx\]'")],
+)
+@pytest.mark.parametrize("command", [export, nybble.convert])
+def test_a_missing_library_is_named_before_anything_is_written(
+    target: str, check: bool, line: str, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    _mlx_verify.library.cache_clear()
+    monkeypatch.setattr(_mlx_verify, "version", missing)
+    monkeypatch.setattr("nybble.export.onnx.find_spec", lambda name: None)
+    monkeypatch.setattr(REGISTRY.get(target), "write", None)
+    family = "bert" if target == "onnx" else "llama"
+    with pytest.raises(UsageError, match=line):
+        command(quantized(family, weights="int4 group=32"), tmp_path / "d", target, check=check)
+    assert not list(tmp_path.iterdir())
+    _mlx_verify.library.cache_clear()
