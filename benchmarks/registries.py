@@ -328,8 +328,12 @@ def targets() -> str:
     for name, part in _parts(export.REGISTRY).items():
         options = "; ".join(f"`{word}`: {_markdown(says)}" for word, says in part.options.items())
         lost = part.loses or "nothing; what it can't hold is refused"
-        rows.append([f"`{name}`", _markdown(part.summary), options, _markdown(lost)])
-    return table(("target", "what it writes", "behind a colon", "what is lost"), rows, numbers=False)
+        usual = part.usual
+        alone = usual.weights or f":{usual.option}" * bool(usual.option) or load_recipe(f"best-{usual.best}").scheme
+        line = alone if isinstance(alone, str) else str(alone.rules[0].weights)
+        rows.append([f"`{name}`", _markdown(part.summary), f"`{line}`", options, _markdown(lost)])
+    columns = ("target", "what it writes", "made of weights where no scheme is named", "behind a colon", "what is lost")
+    return table(columns, rows, numbers=False)
 
 
 def target_rows() -> str:

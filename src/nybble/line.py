@@ -20,6 +20,7 @@ from nybble.scales.minmax import MinMax
 from nybble.scales.mse import Mse
 
 PLAIN = ("float32", "float16", "bfloat16")
+AUTO = "auto"  # of scale_format: as the model's own dtype, where that is known
 TENSOR = make_granularity("tensor")  # what a line means that names none
 WORDS = (
     "scale",
@@ -53,6 +54,11 @@ def default_of(key: str, granularity: Granularity, scale: ScaleRule) -> Any:
     if key in ("scale_format", "offset_format"):
         return scale.scale_format or granularity.scale_format if key == "scale_format" else granularity.scale_format
     return DEFAULTS[key]
+
+
+def is_open(granularity: Granularity, scale: ScaleRule) -> bool:
+    """Whether a line that leaves ``scale_format`` out lets a model say it: there are many scales, of 16 bits."""
+    return not scale.scale_format and granularity.scale_format == "float16"
 
 
 def split_words(line: str) -> dict[str, str]:
@@ -132,6 +138,9 @@ def parse_words(words: dict[str, str], line: str) -> dict[str, Any]:
         raise UsageError(f"quantizer {line!r}: center={center}; it is mean or left out.")
     rounding, packing = words.get("rounding", "nearest-even"), words.get("packing", "dense")
     rounding, packing = get_rounding(rounding).name, get_layout(packing).name
+    follows = words.get("scale_format", AUTO) == AUTO
+    if follows:
+        words.pop("scale_format", None)
     return {
         "format": fmt,
         "granularity": granularity,
@@ -144,6 +153,7 @@ def parse_words(words: dict[str, str], line: str) -> dict[str, Any]:
         "center": center,
         "packing": packing,
         "static": words.get("static", "false") in ("", "true"),
+        "follows": follows and is_open(granularity, scale),
     }
 
 

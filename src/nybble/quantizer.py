@@ -13,8 +13,9 @@ granularity         tensor | channel | token | plane | group=N [pad=true] | bloc
 scale=              a scale rule and its options: absmax, mse(grid=80), percentile(p=99.9), pow2 ... (absmax)
 symmetric=false     integers: the range min..max with an integer zero point
 rounding=           nearest-even, half-away, half-up, half-down, toward-zero, native, stochastic ... (nearest-even)
-scale_format=       float32, float16, bfloat16, or a quantizer line in parentheses (nested scales)
-                    (float16 for group, block and flat, bfloat16 for powers of two, else float32)
+scale_format=       float32, float16, bfloat16, or a quantizer line in parentheses (nested scales); or auto: float16
+                    for group, block and flat, but where a model's weights are quantized its own dtype, if that has 16
+                    bits; bfloat16 for powers of two, else float32                                           (auto)
 offset_format=      the same for a rule with an offset     (float16 for group, block and flat, else float32)
 reciprocal=true     multiply by 1 / scale instead of dividing by it, as some peers do
 raw_scale=true      divide by the scale as it was before its own rounding, as bitsandbytes and GGUF do
@@ -36,7 +37,7 @@ from nybble.core.shapes import Float, Integer
 from nybble.formats import NumberFormat
 from nybble.granularity import REGISTRY as GRANULARITIES
 from nybble.granularity import Granularity
-from nybble.line import DEFAULTS, PLAIN, TENSOR, as_written, default_of, override, parse_words, split_words
+from nybble.line import DEFAULTS, PLAIN, TENSOR, as_written, default_of, is_open, override, parse_words, split_words
 from nybble.packing import get_layout
 from nybble.rounding import get_rounding
 from nybble.scales import BlockParams, ScaleRule
@@ -79,6 +80,8 @@ class Quantizer:
     center: str
     packing: str
     static: bool
+    follows: bool
+    """Whether the line leaves the dtype of its scales to the model (``scale_format=auto``); float16 without one."""
 
     def __init__(self, line: str | Quantizer, /, **options: Any) -> None:
         words = split_words(str(line))
@@ -124,7 +127,8 @@ class Quantizer:
         words += scale
         for key in DEFAULTS:
             value = getattr(self, key)
-            if value != default_of(key, self.granularity, self.scale):
+            said = key == "scale_format" and not self.follows and is_open(self.granularity, self.scale)
+            if said or value != default_of(key, self.granularity, self.scale):
                 words.append(f"{key}=({value})" if isinstance(value, Quantizer) else f"{key}={str(value).lower()}")
         if self.static:
             words.append("static")
@@ -154,6 +158,14 @@ class Quantizer:
         if plain == self.granularity:
             return self
         return self.replace(**{key: value for key, _, value in (word.partition("=") for word in str(plain).split())})
+
+    def of_model(self, dtype: torch.dtype) -> Quantizer:
+        """As it is for the weights of a model in ``dtype``, whose 16 bits its scales have where the line says nothing.
+
+        Others multiply in the dtype in which scales are stored, so these are the ones that they load unchanged.
+        """
+        name = str(dtype).removeprefix("torch.")
+        return self.replace(scale_format=name) if self.follows and name in ("bfloat16", "float16") else self
 
     # ------------------------------------------------------------------------------------------------ parameters
     def fit(self, x: Float[Tensor, "*shape"], weight: Float[Tensor, "*#shape"] | None = None) -> QuantParams:

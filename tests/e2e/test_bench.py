@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from tests.parts.export.folders import model
-from tests.tiny import save_tiny
+from tests.tiny import logits, save_tiny
 from typer.testing import CliRunner
 
 import nybble
 from nybble.cli import build
 from nybble.core.errors import ModelError, UsageError
+from nybble.nn.kinds import quant_modules
 from nybble.pipelines.bench import bench, unpacked
+from nybble.pipelines.export import export
 from nybble.pipelines.load import load_with_origin
 
 
@@ -54,6 +56,21 @@ def test_the_command(out: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(build(), ["bench", str(out), *options, "--out", str(tmp_path / "b.json")])
     assert done.exit_code == 0 and "packed / fastest unpacked" in done.stdout and "int4" in done.stdout
     assert list(json.loads((tmp_path / "b.json").read_text())["rows"][0]["write"]) == ["2"]
+
+
+def test_a_gguf_file_is_timed_as_it_is_packed(out: Path, tmp_path: Path) -> None:
+    """Embedding and head too; and what is timed computes as the float model that the file stands for."""
+    nybble.quantize(str(out.parent / "float"), "rtn", weights="q8_0", embeddings="q8_0", out=tmp_path / "q")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "q" / name).unlink()  # of words, which a GGUF has no rules for
+    export(tmp_path / "q", tmp_path / "d", "gguf")
+    (file,) = (tmp_path / "d").glob("*.gguf")
+    found = bench(file, batches=(1,), prompt=8, tokens=1, rounds=1)
+    assert sum(row["weights"] for row in found["kernels"]) == 16 and "int8" in found["kernels"][0]["format"]
+    packed, half, _ = (row["bytes"] for row in found["rows"])
+    assert packed < 0.6 * half
+    ours, theirs = load_with_origin(file, packed=True, dense=True)[0], load_with_origin(file)[0]
+    assert torch.equal(logits(ours), logits(theirs)) and not list(quant_modules(theirs))
 
 
 def test_what_cannot_be_timed(out: Path, tmp_path: Path) -> None:

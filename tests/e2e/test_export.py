@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.e2e.processes import start
-from tests.parts.export.folders import model, quantized
-from tests.tiny import save_text
+from tests.parts.export.folders import model, quantized, text
+from tests.tiny import save_text, save_tiny
 
 import nybble
 from nybble.core import files
 from nybble.core.errors import FileError, SchemeError, UsageError
-from nybble.export import REGISTRY, get_target
-from nybble.pipelines.targets import split_targets
+from nybble.export import REGISTRY, _mlx_verify, get_target
+from nybble.pipelines.export import export
+from nybble.pipelines.quantize import preflight, quantize
+from nybble.pipelines.request import build_recipe
+from nybble.pipelines.targets import meant, split_targets
+from nybble.quantizer import Quantizer
 from nybble.recipes import targets
 
 pytest.importorskip("compressed_tensors", reason="the target of that name")
@@ -45,6 +52,65 @@ def test_every_target_says_what_it_takes(name: str) -> None:
     assert part.summary and part.takes and all(row.source and row.runtime and row.form for row in part.takes)
     for option in part.options:
         assert get_target(f"{name}:{option}").option == option
+
+
+USUAL = {
+    "compressed-tensors": "int4 group=64 symmetric=false",
+    "dense": "int4 group=64 symmetric=false",
+    "gguf": "int4 group=64 symmetric=false",  # the type behind the colon says what it becomes
+    "mlx": "int4 group=64 symmetric=false",
+    "modelopt": "nvfp4",
+    "modelopt-nvfp4": "nvfp4",
+    "onnx": "int4 group=64 symmetric=false",
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("wide"), hidden_size=128, intermediate_size=256, num_hidden_layers=1))
+
+
+@pytest.mark.parametrize("name", REGISTRY.names())
+def test_a_target_alone_gets_what_it_takes(name: str, wide: str) -> None:
+    """By the recipe best; a scheme that is given stays, and so does a recipe."""
+    rule = build_recipe("best", target=name).scheme.rules[0]
+    assert (str(rule.weights), rule.inputs) == (str(Quantizer(USUAL[name])), None)
+    settings = {"samples": 2, "seq_len": 8}
+    assert preflight(wide, "best", text(), target=name, effort="quick", settings=settings)
+    own = build_recipe("best", target=name, weights="int8 channel")
+    assert str(own.scheme.rules[0].weights) == "int8 channel" and own.name == "best-w4a16"
+    assert build_recipe("gptq", target=name) == build_recipe("gptq")
+    assert build_recipe("best", target=[name, "nvfp4"]).name == "best-nvfp4"
+
+
+def test_and_its_files_are_those(wide: str, tmp_path: Path) -> None:
+    settings = {"samples": 2, "seq_len": 8}
+    asked: dict[str, Any] = {"effort": "quick", "settings": settings}
+    quantize(wide, "best", text(), out=tmp_path / "q", target=["modelopt-nvfp4"], **asked)
+    export(tmp_path / "q", tmp_path / "d")
+    said = json.loads((tmp_path / "d" / "hf_quant_config.json").read_text())
+    assert said["quantization"]["quant_algo"] == "W4A16_NVFP4"
+    assert meant("best", {"target": "gguf"}).files == ("gguf:q4_k_m",)
+    assert meant("best", {"target": "gguf", "weights": "q4_0"}).files == ("gguf",)
+
+
+@pytest.mark.parametrize(
+    ("asked", "options"),
+    [
+        ({"target": "mlx"}, r"--weights 'int4 group=64 symmetric=false' --activations none"),
+        ({"target": "modelopt-nvfp4"}, "--weights 'nvfp4' --activations none"),
+        ({"target": "gguf"}, "--target gguf:q4_k_m takes any weights, with --activations none"),
+        ({"target": "mlx", "scheme": "NVFP4"}, "keep no quantizer of activations; pass --activations none"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_can(asked: dict[str, Any], options: str, wide: str) -> None:
+    with pytest.raises(SchemeError, match=options) as refused:
+        preflight(wide, "gptq", text(), settings={"samples": 2, "seq_len": 8}, **asked)
+    if "--weights" in options:  # and these do
+        line = re.search(r"--weights '([^']+)' --activations none", str(refused.value))
+        assert line is not None
+        again = {"target": asked["target"], "weights": line[1], "activations": "none"}
+        assert preflight(wide, "gptq", text(), settings={"samples": 2, "seq_len": 8}, **again)
 
 
 def test_the_command_line(tmp_path: Path) -> None:
@@ -108,3 +174,25 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileError, match="bytes are needed but 1,000 are free"):
         nybble.export(quantized(weights="int8 channel"), tmp_path / "d", "dense")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("target", "check", "line"),
+    [("mlx", True, "pip install mlx mlx-lm"), ("onnx", False, r"pip install 'nybble\[onnx\]'")],
+)
+@pytest.mark.parametrize("command", [export, nybble.convert])
+def test_a_missing_library_is_named_before_anything_is_written(
+    target: str, check: bool, line: str, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    _mlx_verify.library.cache_clear()
+    monkeypatch.setattr(_mlx_verify, "version", missing)
+    monkeypatch.setattr("nybble.export.onnx.find_spec", lambda name: None)
+    monkeypatch.setattr(REGISTRY.get(target), "write", None)
+    family = "bert" if target == "onnx" else "llama"
+    with pytest.raises(UsageError, match=line):
+        command(quantized(family, weights="int4 group=32"), tmp_path / "d", target, check=check)
+    assert not list(tmp_path.iterdir())
+    _mlx_verify.library.cache_clear()

@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM
 import nybble
 from nybble.checkpoint.account import inspect
 from nybble.checkpoint.load import described
-from nybble.core.errors import FileError, UsageError
+from nybble.core.errors import FileError, SchemeError, UsageError
 from nybble.export import _ct_config as library
 from nybble.nn.kinds import describe, quant_modules
 from nybble.nn.kv_model import recorded_kv
 from nybble.nn.layouts import Layouts
 from nybble.pipelines.evaluate import run_eval
 from nybble.pipelines.export import export
-from nybble.pipelines.quantize import quantize
+from nybble.pipelines.quantize import preflight, quantize
 
 pytest.importorskip("compressed_tensors", reason="the form of that name")
 
@@ -52,8 +52,10 @@ HELD: dict[str, dict[str, Any]] = {
     "a cache alone": {"weights": "none", "kv": "float8_e4m3fn token"},
 }  # fmt: skip
 NATIVE: dict[str, tuple[dict[str, Any], str]] = {
-    "a format": ({"weights": "nf4 group=32"}, "nf4 group=32 scale_format=float16; it takes int4 group=32"),
-    "scales that would be wider": ({"weights": "int4 group=16"}, "float16 scales of a bfloat16 model in float32"),
+    "a format": ({"weights": "nf4 group=32"}, "nf4 group=32 scale_format=bfloat16; it takes int4 group=32"),
+    "scales that would be wider": (
+        {"weights": "int4 group=16 scale_format=float16"}, "float16 scales of a bfloat16 model in float32",
+    ),
     "a divisor for each": ({"weights": "nvfp4"}, "different global scales of NVFP4"),
     "scales in eight bits": ({"weights": "mxint8"}, "scales that are quantized themselves"),
     "a rule for inputs": ({"weights": "mxfp4", "activations": "mxfp4"}, "runtimes measure inputs by their own rule"),
@@ -98,9 +100,7 @@ def test_what_it_says_comes_back_bit_for_bit(case: str, tmp_path: Path) -> None:
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "line", ["int4 group=16 scale_format=bfloat16", "int4 group=16 symmetric=false scale_format=bfloat16"]
-)
+@pytest.mark.parametrize("line", ["int4 group=16", "int4 group=16 symmetric=false"])
 def test_others_load_it_as_it_is(line: str) -> None:
     """As anybody types it: zero points, which transformers can't keep packed, need no argument either."""
     folder = quantized(weights=line)
@@ -124,16 +124,45 @@ def test_the_rest_is_native_and_says_why(case: str, tmp_path: Path) -> None:
     assert torch.equal(logits(nybble.load(again)[0]), logits(nybble.load(folder)[0]))
 
 
-def test_asked_for_it_is_refused_with_the_reason_and_nothing_is_lost(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"weights": "nf4 group=32"}, r"model\.layers\.0.*nf4 group=32.*it takes int4 group=32"),
+        ({"weights": "mxint8"}, "scales that are quantized themselves"),
+        (
+            {"weights": "float4_e2m1fn group=16 scale_format=(float8_e4m3fn tensor scale=mse)"},
+            "NVFP4 over a factor",
+        ),
+        ({"weights": "mxfp4", "activations": "int8 token scale=percentile"}, "measure inputs by their own rule"),
+        ({"weights": "int4 group=32", "embeddings": "int4 group=32", "family": "qwen2"}, "it would be stored twice"),
+        ({"weights": "int4 group=16", "family": "mixtral"}, "they would be stored apart"),
+    ],
+)
+def test_what_the_scheme_tells_is_refused_before_any_work(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    family = changes.pop("family", "llama")
+    for ask in (quantize, preflight):
+        with pytest.raises(SchemeError, match=rf"{words}.*--form auto"):
+            ask(str(model(family)), "rtn", out=tmp_path / "q", form=COMPRESSED, **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_asked_for_the_scheme_is_kept_to_it() -> None:
+    """What the usual form has to refuse: factors that differ between siblings, inputs by a rule of their own."""
+    folder = quantized(weights="nvfp4", form=COMPRESSED)
+    assert form_in(folder)["name"] == COMPRESSED and form_in(quantized(weights="nvfp4"))["name"] == "native"
+
+
+def test_what_steps_make_of_it_is_refused_at_the_end_and_nothing_is_lost(tmp_path: Path) -> None:
     out, said = tmp_path / "q", list[str]()
-    with pytest.raises(FileError, match=r"can't hold model\.layers\.0.*nf4 group=32.*--resume and --form auto"):
-        quantize(str(model()), "rtn", out=out, form=COMPRESSED, weights="nf4 group=32")
+    changes: dict[str, Any] = {"data": text(), "weights": "int4 group=16"}
+    settings = {"seq_len": 32, "samples": 4}
+    with pytest.raises(FileError, match=r"can't hold.*without the correction lorc.*--resume and --form auto"):
+        quantize(str(model()), "lorc", out=out, form=COMPRESSED, settings=settings, **changes)
     assert not out.exists() and (tmp_path / "q.partial" / "parts").is_dir()
-    settings = {"resume": True}
-    quantize(str(model()), "rtn", out=out, settings=settings, announce=said.append, weights="nf4 group=32")
+    quantize(str(model()), "lorc", out=out, settings={**settings, "resume": True}, announce=said.append, **changes)
     assert any("are done" in line for line in said) and any("written in nybble's own form: " in line for line in said)
-    whole = quantized(weights="nf4 group=32")
-    assert all((out / p.name).read_bytes() == p.read_bytes() for p in whole.iterdir())
+    whole = quantized(recipe="lorc", calibrated=True, weights="int4 group=16")
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     with pytest.raises(FileError, match="can't hold"):
         nybble.save(nybble.load(out)[0], tmp_path / "saved", form=COMPRESSED)
     assert not (tmp_path / "saved").exists()

@@ -80,7 +80,7 @@ def write_quantized(source: Path, out: Path, **scheme: str) -> None:
     """A folder in nybble's own form."""
     model, tokenizer = nybble.load(source)
     nybble.quantize(model, build_recipe("rtn", **scheme))
-    nybble.save(model, out, tokenizer)
+    nybble.save(model, out, tokenizer, form="native")
 
 
 @pytest.fixture(autouse=True)
@@ -167,9 +167,14 @@ def test_a_batch_that_would_share_a_scale_is_one_prompt(place: Path, tmp_path: P
 def test_what_cannot_be_asked_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nybble.pipelines.tasks.load_with_origin", None)  # nothing is read before
     tasks, model = place / "tasks", {"model": place / "float"}
-    with pytest.raises(UsageError, match=r"has a task 'chose'\. Did you mean 'choose'\?"):
-        monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "manager.py"))  # not its 14,000 tasks
-        run_tasks(model, ["chose"], tasks)
+    with monkeypatch.context() as patch:
+        patch.setattr("nybble.pipelines.tasks.described_with_origin", None)  # nor looked for
+        patch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "manager.py"))  # not its 14,000 tasks
+        said = (
+            r"has a task 'chose', 'raed'\. By 'chose', did you mean 'choose'\? By 'raed', did you mean 'read'\? Tasks"
+        )
+        with pytest.raises(UsageError, match=said):
+            run_tasks(model, ["chose", "continue", "raed"], tasks)
     broken = {"output_type": "multiple_choice", "test_split": "test", "dataset_path": "json", "task": "broken"}
     (tmp_path / "broken.yaml").write_text(json.dumps({**broken, "dataset_kwargs": {"data_files": "no.jsonl"}}))
     with pytest.raises(DataError, match=r"task 'broken' can't be read: .*no\.jsonl"):

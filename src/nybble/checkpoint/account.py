@@ -1,40 +1,51 @@
-"""What every byte of a quantized model is for; the sum is the size on disk, and there is no "other"."""
+"""What every byte of a model is for; the sum is the size on disk, and there is no "other"."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nybble.checkpoint.card import CARD
-from nybble.checkpoint.marked import is_others
+from nybble.checkpoint.foreign import of_folder, of_gguf
+from nybble.checkpoint.marked import MANIFEST, is_quantized
 from nybble.checkpoint.read import Checkpoint, read_checkpoint
 from nybble.core.errors import FileError
-from nybble.core.tensorheader import read_tensor_header
-from nybble.models.build.config_file import read_json
-from nybble.models.sources.folder import FolderSource
+from nybble.models.sources.gguf_file import GgufSource
+from nybble.models.sources.open import open_source
 from nybble.models.sources.side_files import is_tokenizer_file
 
 
-def inspect(folder: str | Path) -> dict[str, Any]:
-    """Bytes by role, by module and by file, of a folder that nybble wrote or of another library's quantized model.
+def inspect(model: str | Path) -> dict[str, Any]:
+    """Bytes by role, by module and by file, of any model that opens.
+
+    Args:
+        model: a folder that nybble wrote, another library's quantized model, a GGUF file, a float model; a hub id.
 
     Returns:
         ``bytes``: role -> bytes (codes, scales, offsets, tables, padding, unquantized, headers, config, tokenizer ...),
-        which add up to ``total``, the size of all files; ``modules``: per quantized weight bytes by role, elements,
-        bits; ``bits_per_quantized_weight``, and ``bits_per_weight`` over all that is stored; ``files``: name -> size;
-        ``note``: what another library's checkpoint asks to be rounded and nybble keeps in float, if anything.
+        which add up to ``total``, the size of all files; ``modules``: per quantized weight its ``format``, bytes by
+        role, elements, bits; ``formats``: a row for what is alike, with ``weights``, how many, ``elements`` and
+        ``bits``; ``bits_per_quantized_weight``, and ``bits_per_weight`` over all that is stored; ``files``: name ->
+        size; ``note``: what another library's checkpoint asks to be rounded and nybble keeps in float, if anything.
 
     Raises:
-        FileError: the folder can't be read, or config and tensors contradict each other.
+        FileError: it can't be read, or config and tensors contradict each other. ModelError: no model.
     """
-    folder = Path(folder)
-    checkpoint = _of_others(folder) if is_others(folder) else _on_disk(read_checkpoint(folder))
+    place = Path(model)
+    if place.is_dir() and (is_quantized(place) or (place / MANIFEST).is_file()):
+        checkpoint = _on_disk(read_checkpoint(place))
+    else:
+        source = open_source(str(model))
+        checkpoint = of_gguf(source) if isinstance(source, GgufSource) else of_folder(source)
+        place = source.path if isinstance(source, GgufSource) else checkpoint.headers[0].path.parent
     total: dict[str, int] = defaultdict(int)
     modules: dict[str, dict[str, Any]] = {
-        n: {"elements": c, "bytes": defaultdict(int)} for n, c in checkpoint.elements.items()
+        n: {"format": checkpoint.formats[n], "elements": c, "bytes": defaultdict(int)}
+        for n, c in checkpoint.elements.items()
     }
     parameters = 0
     for name, entry in checkpoint.stored.items():
@@ -49,7 +60,8 @@ def inspect(folder: str | Path) -> dict[str, Any]:
         elif role == "unquantized":
             parameters += math.prod(entry.shape)
     total["headers"] += sum(header.data_start for header in checkpoint.headers)
-    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = {str(p.relative_to(place)): p.stat().st_size for p in sorted(place.rglob("*")) if p.is_file()}
+    files = files or {place.name: place.stat().st_size}
     weights = {header.path.name for header in checkpoint.headers}
     for name, size in files.items():
         if name not in weights:
@@ -69,12 +81,13 @@ def inspect(folder: str | Path) -> dict[str, Any]:
         "bits_per_quantized_weight": 8 * packed / max(1, elements),
         "bits_per_weight": 8 * stored / max(1, elements + parameters),
         "modules": modules,
+        "formats": _formats(modules),
     }
     if checkpoint.note:
         result["note"] = checkpoint.note
     if sum(total.values()) != result["total"]:
         raise FileError(
-            f"{folder}: {sum(total.values())} bytes are accounted for and {result['total']} are on disk; "
+            f"{model}: {sum(total.values())} bytes are accounted for and {result['total']} are on disk; "
             "a file was changed."
         )
     return result
@@ -89,19 +102,17 @@ def _on_disk(found: Checkpoint) -> Checkpoint:
     return replace(found, stored=stored, roles=made.roles, owners=made.owners, padding={})
 
 
-def _of_others(folder: Path) -> Checkpoint:
-    """What another library's folder keeps, in the same words."""
-    source = FolderSource(str(folder), folder)
-    paths = sorted({path for path in source.weight_files() if path.suffix == ".safetensors"})
-    headers = tuple(read_tensor_header(path) for path in paths)
-    stored = {name: entry for header in headers for name, entry in header.tensors.items()}
-    found = Checkpoint(read_json(folder / "config.json"), stored, headers, {}, [], note=source.rounded.left)
-    found.roles.update(dict.fromkeys(source.rounded.used, "scales"))
-    for name, weight in source.packed.items():
-        found.elements[name] = math.prod(weight.shape)
-        for role, part in weight.parts.items():
-            found.roles[part], found.owners[part] = weight.kept_as[role], name
-    return found
+def _formats(modules: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What is alike in one row, the largest first."""
+    rows: dict[str, dict[str, Any]] = {}
+    for found in modules.values():
+        row = rows.setdefault(found["format"], {"format": found["format"], "weights": 0, "elements": 0, "bits": 0.0})
+        row["weights"] += 1
+        row["elements"] += found["elements"]
+        row["bits"] += 8 * sum(found["bytes"].values())
+    for row in rows.values():
+        row["bits"] /= max(1, row["elements"])
+    return sorted(rows.values(), key=lambda row: -row["elements"])
 
 
 def _prefixes(name: str) -> list[str]:

@@ -19,6 +19,7 @@ from nybble.core.tensorheader import TensorEntry, TensorHeader, read_tensor_head
 from nybble.models.build.config_file import read_json
 from nybble.models.sources.folder import NAMED, weight_files
 from nybble.models.sources.layouts import Files
+from nybble.models.sources.layouts._ct_args import in_words
 from nybble.models.sources.stored import DTYPES, read_tensor
 from nybble.nn.kinds import Stored, kind_of_entry
 from nybble.nn.kv_model import KVRecord, from_json
@@ -39,8 +40,9 @@ class Checkpoint:
             descriptions number.
         expected: name -> (dtype, shape) of each quantized module's tensor.
         roles: name -> codes, scales, offsets, tables or unquantized. padding: bytes that packing wastes, by name.
-        elements: name of a quantized weight -> its number of elements. owners: tensor -> the quantized weight that it
-            is of, where its name doesn't begin with that one's. kv: what the model caches in, if it says so.
+        elements: name of a quantized weight -> its number of elements. formats: the same -> what it is, in words.
+        owners: tensor -> the quantized weight that it is of, where its name doesn't begin with that one's. kv: what the
+            model caches in, if it says so.
         compressed: where compressed-tensors' files have it all; None of files in nybble's own form. note: what of it
             won't be done.
     """
@@ -54,6 +56,7 @@ class Checkpoint:
     roles: dict[str, str] = field(default_factory=dict)
     padding: dict[str, int] = field(default_factory=dict)
     elements: dict[str, int] = field(default_factory=dict)
+    formats: dict[str, str] = field(default_factory=dict)
     owners: dict[str, str] = field(default_factory=dict)
     kv: KVRecord | None = None
     compressed: Compressed | None = None
@@ -128,6 +131,7 @@ def _describe(found: Checkpoint) -> list[QTensor]:
     found.roles.update(said.roles)
     found.padding.update(said.padding)
     found.elements.update(said.elements)
+    found.formats.update({name: in_words(weight) for name, weight in said.weights.items()})
     return weights
 
 

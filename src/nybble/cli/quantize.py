@@ -15,7 +15,7 @@ from nybble.core.files import check_new_folder
 from nybble.data.text import check_source
 from nybble.models.build.config_file import read_json
 from nybble.models.named import check_float, check_model, stated_quantization
-from nybble.pipelines.targets import AUTO, check_form_name, split_targets
+from nybble.pipelines.targets import AUTO, check_form_name, meant, split_targets
 from nybble.recipes import BEST, check_recipe_name, recipe_for
 
 if TYPE_CHECKING:
@@ -109,15 +109,16 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Quantize MODEL into the folder OUT."""
-    aim, files = split_targets(target)
-    recipe = recipe_for(recipe, aim)
+    aim, _ = split_targets(target)
     check_form_name(form)
-    _check(model, out, recipe, data, eval)
+    _check(model, out, recipe_for(recipe, aim), data, eval)
     from nybble.pipelines.request import build_recipe
     from nybble.walk.settings import Settings
 
     settings = Settings(**vars(run))
-    made = build_recipe(recipe, effort=effort, **{**vars(changes), "ignore": changes.ignore or ()})
+    asked: dict[str, Any] = {**vars(changes), "target": target, "ignore": changes.ignore or ()}
+    files = meant(recipe, asked).files
+    made = build_recipe(recipe, effort=effort, **asked)
     from nybble.core import ranks  # torch comes from here on: all above needs none
 
     with ranks.started(run.device) as device:
@@ -153,7 +154,7 @@ def _done(
 
     held_out = None if eval is None else judged_on(model, eval, seq_len=settings.seq_len)
     if dry_run:
-        lines = preflight(model, made, data, out=out, settings=settings, target=files)
+        lines = preflight(model, made, data, out=out, settings=settings, form=form, target=files)
         return {"dry_run": True, "recipe": made.name, "preflight": lines}
     _, report = quantize(
         model, made, data, out=out, settings=settings, progress=Bars(), announce=note, form=form, target=files

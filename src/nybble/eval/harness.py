@@ -9,6 +9,7 @@ Source: Gao et al., github.com/EleutherAI/lm-evaluation-harness, ``docs/new_task
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import logging
@@ -17,6 +18,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from nybble.core.errors import DataError, FileError, ModelError, UsageError, did_you_mean
+from nybble.core.errors import DataError, FileError, ModelError, UsageError
 from nybble.core.guard import reading
 from nybble.core.options import at_least_one
 from nybble.core.seeds import preserve_global_rng
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 OLDEST = (0, 4, 12)
 """Of ``lm_eval``: the first whose tasks are loaded apart from a model."""
 INSTALL = "pip install 'nybble[lm-eval]'"
+_NEAR = 3
 RESAMPLES = 1000
 """Bootstrap samples of the standard errors that have no formula."""
 
@@ -75,20 +78,30 @@ def _apart() -> Iterator[None]:
         yield
 
 
-def load_tasks(names: Sequence[str], folder: str | Path | None = None) -> dict[str, Any]:
-    """The harness's tasks and groups of these names, with their data.
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """Tasks that there are, before their data is read.
+
+    Attributes:
+        manager: the harness's, which knows them. names: of tasks, groups and tags. place: folder of the user's own.
+    """
+
+    manager: Any
+    names: tuple[str, ...]
+    place: Path | None
+
+
+def find_tasks(names: Sequence[str], folder: str | Path | None = None) -> Named:
+    """The harness's tasks and groups of these names.
 
     Args:
         names: of tasks, groups or tags; patterns with ``*`` are taken.
         folder: with YAML files of further tasks, which win over the harness's own. Python that one of these asks for
             (``!function``) is run when it is loaded: a folder of tasks is trusted as a script is.
 
-    Returns:
-        As the harness's ``TaskManager.load``: ``tasks`` and ``groups`` by name, ``group_map``.
-
     Raises:
-        UsageError: no names; a name that there is no task of; the harness is missing or too old. FileError: no such
-            folder. DataError: a task's YAML or data can't be read; names the task.
+        UsageError: no names; names that there is no task of, all of them with those that are near; the harness is
+            missing or too old. FileError: no such folder.
     """
     harness_version()
     if not names:
@@ -102,19 +115,40 @@ def load_tasks(names: Sequence[str], folder: str | Path | None = None) -> dict[s
         manager = None if place is None else TaskManager(include_path=str(place), include_defaults=False)
         if manager is None or not all(manager.match_tasks([name]) for name in names):
             manager = TaskManager(include_path=None if place is None else str(place))  # reads 14,000 files
-        found: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
-        for name in dict.fromkeys(name for given in names for name in _matches(manager, given, place)):
-            for kind, items in _load(manager, name, place).items():
+        found = {name: sorted(manager.match_tasks([name])) for name in names}
+        unknown = [name for name, those in found.items() if not those]
+        if unknown:
+            hints = "".join(_near(name, manager.all_tasks) for name in unknown)
+            where = "lm_eval has no task" if place is None else f"neither {place} nor lm_eval has a task"
+            said = ", ".join(map(repr, unknown))
+            raise UsageError(f"{where} {said}.{hints} Tasks of your own: YAML files in --task-dir DIR.")
+    known = tuple(dict.fromkeys(name for those in found.values() for name in those))
+    return Named(manager=manager, names=known, place=place)
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """Names of tasks that a misspelt one may mean."""
+    close = difflib.get_close_matches(name.lower(), sorted(known), n=_NEAR, cutoff=0.6)
+    if not close:
+        return ""
+    *others, last = map(repr, close)
+    return f" By {name!r}, did you mean {', '.join(others)}{' or ' if others else ''}{last}?"
+
+
+def load_tasks(named: Named) -> dict[str, Any]:
+    """Tasks and groups with their data.
+
+    Returns:
+        As the harness's ``TaskManager.load``: ``tasks`` and ``groups`` by name, ``group_map``.
+
+    Raises:
+        DataError: a task's YAML or data can't be read; names the task.
+    """
+    found: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    with _apart(), reading("lm_eval", UsageError):
+        for name in named.names:
+            for kind, items in _load(named.manager, name, named.place).items():
                 found[kind] |= items
-    return found
-
-
-def _matches(manager: Any, name: str, place: Path | None) -> list[str]:
-    found: list[str] = sorted(manager.match_tasks([name]))
-    if not found:
-        hint = did_you_mean(name, manager.all_tasks)
-        where = "lm_eval has no task" if place is None else f"neither {place} nor lm_eval has a task"
-        raise UsageError(f"{where} {name!r}.{hint} Tasks of your own: YAML files in --task-dir DIR.")
     return found
 
 

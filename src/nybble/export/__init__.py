@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from nybble.core.errors import ModelError, UsageError
 from nybble.core.registry import Registry
+from nybble.recipes import USUAL
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +92,21 @@ class Takes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Usual:
+    """What is made for a target where nobody says what: by the recipe ``best``, over a scheme that the target holds.
+
+    Attributes:
+        best: of the family of best recipes the one whose steps, and scheme, are taken.
+        weights: a quantizer line in place of that scheme's weights, with inputs in float; empty keeps the scheme.
+        option: what then stands behind the target's colon.
+    """
+
+    best: str = USUAL
+    weights: str = ""
+    option: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Facts:
     """What is known of a model before it is quantized.
 
@@ -141,6 +157,7 @@ class ExportTarget(ABC):
         takes: what it holds, and who loads that.
         in_float: whether a model without a quantized layer can go there.
         loses: what its files never keep, in words; empty where what can't be kept is refused.
+        usual: what is made for it where no recipe and no scheme is named.
         at_once: ``nybble quantize --target`` writes the files too, beside its own, into a folder of the target's name.
     """
 
@@ -149,11 +166,22 @@ class ExportTarget(ABC):
     loses: ClassVar[str] = ""
     options: ClassVar[Mapping[str, str]] = {}
     takes: ClassVar[tuple[Takes, ...]] = ()
+    usual: ClassVar[Usual] = Usual()
     at_once: ClassVar[bool] = False
 
     def __init__(self, option: str = "") -> None:
         self.option = option
         self.errors: dict[str, float] = {}
+
+    def require(self, check: bool) -> None:  # noqa: B027  (most targets need nothing that nybble doesn't bring)
+        """Refuse at once where a library is missing.
+
+        Args:
+            check: whether what opens the files is needed too, beside what writes them.
+
+        Raises:
+            UsageError: it is missing or too old; the message has the line that installs it.
+        """
 
     @abstractmethod
     def constrain(self, scheme: Scheme, facts: Facts) -> Scheme:

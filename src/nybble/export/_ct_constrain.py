@@ -17,7 +17,7 @@ from nybble.scales.absmax import AbsMax
 from nybble.scales.pow2 import Pow2
 from nybble.scheme import Rule, Scheme
 
-_MOST = 128  # rows of a trial
+MOST_ROWS = 128  # of a trial
 
 
 def constrained(scheme: Scheme, facts: Facts) -> Scheme:
@@ -84,7 +84,7 @@ def _weights(quantizer: Quantizer, dtype: torch.dtype, alone: bool) -> Quantizer
 def _check(rule: Rule, shape: tuple[int, int]) -> None:
     if rule.weights is not None:
         rows, columns = shape
-        weight_args(rule.weights.quantize(torch.ones(min(rows, _MOST), columns)))
+        weight_args(rule.weights.quantize(torch.ones(min(rows, MOST_ROWS), columns)))
     for quantizer in (rule.inputs, rule.outputs):
         if quantizer is not None:
             activation_args(quantizer)

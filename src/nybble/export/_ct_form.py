@@ -7,25 +7,30 @@ tensors keep their names, and inputs that are measured while the model runs are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from nybble.export import Refusal, get_target
+from nybble.core.errors import SchemeError
+from nybble.export import Facts, Refusal, get_target
+from nybble.export._ct_constrain import MOST_ROWS, constrained
 from nybble.export._ct_layers import placed
 from nybble.export._ct_tensors import scale_of
 from nybble.export._ct_verify import how_opened
 from nybble.export._names import as_stored
 from nybble.export._source import Layer, Source
 from nybble.models.sources.layouts._ct_args import E4M3, in_words, is_mx, is_nvfp4
-from nybble.nn.activation import ActivationQuantizer
+from nybble.nn.kinds import Kind
 from nybble.qtensor import QTensor
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 from nybble.scales.absmax import AbsMax
 from nybble.scales.minmax import MinMax
 from nybble.scales.pow2 import Pow2
+from nybble.scheme import Scheme
 
 TARGET = "compressed-tensors"
 
@@ -34,7 +39,7 @@ def lacking(source: Source) -> list[Refusal]:
     """What of a quantized model can't be kept so; headers and small tensors are read."""
     if found := get_target(TARGET).check(source):
         return found
-    checks: tuple[Callable[[Source, Layer], Refusal | None], ...] = (_kind, _weights, _inputs)
+    checks: tuple[Callable[[Source, Layer], Refusal | None], ...] = (_layer_kind, _weights, _inputs)
     said: dict[tuple[str, str, str], list[str]] = {}
     for name, layer in source.layers.items():
         for check in checks:
@@ -48,14 +53,42 @@ def lacking(source: Source) -> list[Refusal]:
     return found or [*_names(source), *_opened(source)]
 
 
+def kept_to_form(scheme: Scheme, facts: Facts) -> Scheme:
+    """The scheme whose result can be kept so, as far as a scheme says: what steps make of it is seen at the end.
+
+    Raises:
+        SchemeError: a rule asks for what can't be; names the nearest.
+    """
+    made = constrained(scheme, facts)
+    text = facts.config.get("text_config")
+    tied = any(c.get("tie_word_embeddings") for c in (facts.config, text if isinstance(text, dict) else {}))
+    for name, rule in made.match(facts.classes).rules.items():
+        target = facts.targets[name]
+        weights = rule.weights
+        refusal = None if weights is None else _kind(target.kind, tied and "Embedding" in target.kind.classes)
+        if weights is not None and refusal is None:
+            rows, columns = target.shape
+            trial = weights.quantize(torch.ones(min(rows, MOST_ROWS), columns))
+            refusal = _scales(trial, partial(trial.tensors().__getitem__, "scale.scale"))
+        asked = [side for side in (rule.inputs, rule.outputs) if side is not None]
+        refusal = refusal or next((found for side in asked if (found := _side(side)) is not None), None)
+        if refusal is not None:
+            raise SchemeError(f"the form {TARGET} can't hold {replace(refusal, layers=(name,))}.")
+    return made
+
+
 def _refusal(came: str, nearest: str, why: str) -> Refusal:
     return Refusal(layers=(), came=came, nearest=nearest, why=why)
 
 
-def _kind(source: Source, layer: Layer) -> Refusal | None:
-    if layer.kind.reads_another:
+def _layer_kind(source: Source, layer: Layer) -> Refusal | None:
+    return _kind(layer.kind, layer.kind.reads_another)
+
+
+def _kind(kind: Kind, reads_another: bool) -> Refusal | None:
+    if reads_another:
         return _refusal("a head that reads the embedding's table", "embeddings in float", "it would be stored twice")
-    if layer.kind.fused:
+    if kind.fused:
         return _refusal("fused experts", "experts in float, or `nybble export`", "they would be stored apart")
     return None
 
@@ -63,14 +96,21 @@ def _kind(source: Source, layer: Layer) -> Refusal | None:
 def _weights(source: Source, layer: Layer) -> Refusal | None:
     for prefix, weight in layer.weights.items():
         assert isinstance(weight, BlockQTensor)  # or it was refused
-        if not isinstance(weight.params.scale, QTensor):
-            continue
-        if not (is_mx(weight) or is_nvfp4(weight)) or weight.format.is_integer or scale_of(weight).layout != "dense":
-            why = "scales that are quantized themselves would be stored in float32"
-            return _refusal(in_words(weight), "scale_format=float32", why)
-        outer = scale_of(weight).params.scale
-        if isinstance(outer, torch.Tensor) and _fraction(source.tensor(f"{prefix}.scale.scale")) != 0.5:
-            return _refusal("NVFP4 over a factor", "nvfp4-ct, or --target compressed-tensors", "files keep a divisor")
+        refusal = _scales(weight, partial(source.tensor, f"{prefix}.scale.scale"))
+        if refusal is not None:
+            return refusal
+    return None
+
+
+def _scales(weight: BlockQTensor, factor: Callable[[], torch.Tensor]) -> Refusal | None:
+    """Of scales that are quantized themselves; ``factor``: reads the number above them."""
+    if not isinstance(weight.params.scale, QTensor):
+        return None
+    if not (is_mx(weight) or is_nvfp4(weight)) or weight.format.is_integer or scale_of(weight).layout != "dense":
+        why = "scales that are quantized themselves would be stored in float32"
+        return _refusal(in_words(weight), "scale_format=float32", why)
+    if isinstance(scale_of(weight).params.scale, torch.Tensor) and _fraction(factor()) != 0.5:
+        return _refusal("NVFP4 over a factor", "nvfp4-ct, or --target compressed-tensors", "files keep a divisor")
     return None
 
 
@@ -80,16 +120,15 @@ def _fraction(value: torch.Tensor) -> float:
 
 
 def _inputs(source: Source, layer: Layer) -> Refusal | None:
-    for quantizer in _measured(layer):
-        if not _as_runtimes(quantizer):
-            why = "runtimes measure inputs by their own rule"
-            return _refusal(f"inputs {quantizer}", "--target compressed-tensors, which takes that rule", why)
-    return None
+    sides = [side.quantizer for side in (layer.inputs, layer.outputs) if side is not None]
+    return next((found for side in sides if (found := _side(side)) is not None), None)
 
 
-def _measured(layer: Layer) -> Iterator[Quantizer]:
-    sides: tuple[ActivationQuantizer | None, ...] = (layer.inputs, layer.outputs)
-    yield from (side.quantizer for side in sides if side is not None and not side.quantizer.static)
+def _side(quantizer: Quantizer) -> Refusal | None:
+    if quantizer.static or _as_runtimes(quantizer):
+        return None
+    why = "runtimes measure inputs by their own rule"
+    return _refusal(f"inputs {quantizer}", "--target compressed-tensors, which takes that rule", why)
 
 
 def _as_runtimes(quantizer: Quantizer) -> bool:

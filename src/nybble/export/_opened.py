@@ -62,10 +62,10 @@ class OpenedSource(Source):
         self._source, self._room = source, room
         self.place = source.spec
         self.title = source.spec.rstrip("/").rsplit("/")[-1].removeprefix("demo:").removesuffix(".gguf")
-        packed = _packed(source)
+        packed: Packed = {name: source.described_packed(name) for name in source.packed_names()}
         model = source.skeleton(_dtype(source, packed))
         self.config = model_config(model, model.dtype)
-        self.kv = cache_of(source, model) if isinstance(source, FolderSource) else None
+        self.kv = cache_of(source, model)
         self._sides: dict[str, dict[str, ActivationQuantizer]] = {}
         self._parameters = _place(source, model, packed, self._sides)
         described = describe_model(model)
@@ -188,13 +188,7 @@ class OpenedSource(Source):
         return self.weight(layer, prefix)
 
     def _read(self, layer: str) -> Sequence[QTensor]:
-        name = self._parameters[layer]
-        if isinstance(self._source, FolderSource):
-            return self._source.read_packed(name)
-        assert isinstance(self._source, GgufSource)
-        found = self._source.read_quantized(name)
-        assert found is not None
-        return [found]
+        return self._source.read_packed(self._parameters[layer])
 
     def _split(self, name: str) -> tuple[str, str]:
         """Prefix of a stored weight, and which of its tensors is meant."""
@@ -223,15 +217,6 @@ class OpenedSource(Source):
     def side_files(self) -> Mapping[str, Path]:
         """As the folder has them; of a GGUF its tokenizer in transformers' form, written once."""
         return self._beside
-
-
-def _packed(source: ModelSource) -> Packed:
-    if isinstance(source, FolderSource):
-        return {name: source.described_packed(name) for name in source.packed_names()}
-    if isinstance(source, GgufSource):
-        found = {name: source.described(name) for name in source.stored()}
-        return {name: [tensor] for name, tensor in found.items() if tensor is not None}
-    return {}
 
 
 def _dtype(source: ModelSource, packed: Packed) -> torch.dtype:
@@ -281,7 +266,7 @@ def _place(
         planned = shared_by(target, model, name, source.ties()) if fits(target, found) else None
         if planned is None:
             continue
-        sides = sides_of(source, target, name) if isinstance(source, FolderSource) else {}
+        sides = sides_of(source, target, name)
         made = Quantized(weights=found, inputs=sides.get("inputs"), outputs=sides.get("outputs"))
         try:
             target.kind.put(model, planned, made)

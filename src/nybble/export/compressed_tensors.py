@@ -45,6 +45,9 @@ class CompressedTensors(ExportTarget):
     loses = "nothing; what its schema can't say is refused"
     takes = TAKES
 
+    def require(self, check: bool) -> None:  # noqa: D102
+        library()
+
     def constrain(self, scheme: Scheme, facts: Facts) -> Scheme:  # noqa: D102
         return constrained(scheme, facts)
 
@@ -76,7 +79,7 @@ class CompressedTensors(ExportTarget):
         unserved = [layer.name for key, layer in kinds.items() if key == "()"]
         lines = [f"no vLLM that is known takes the scheme of {unserved[0]}"] if unserved else []
         if source.kv is not None:
-            lines.append("vLLM reads KV caches of float8 with one calibrated scale; this cache is read by transformers")
+            lines.append("others' KV caches: transformers caches in float, vLLM in float8 by one calibrated scale")
         rounded = _narrowed(source)
         if rounded:
             more = f" and {len(rounded) - 1} more" if len(rounded) > 1 else ""

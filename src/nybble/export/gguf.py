@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from nybble.core.errors import FileError, GranularityError, SchemeError
-from nybble.export import Cast, ExportTarget, Facts, Refusal, Takes, Verified
+from nybble.export import Cast, ExportTarget, Facts, Refusal, Takes, Usual, Verified
 from nybble.export._folder import write_beside
 from nybble.export._last_bit import moves, outer_of
 from nybble.export._source import Layer, Source
@@ -68,6 +68,7 @@ class Gguf(ExportTarget):
     in_float = True
     options: ClassVar[dict[str, str]] = {name.lower(): f"what is in float becomes {name}" for name in file_types()}
     loses = "the rounding of inputs and of the KV cache; behind a colon, all is rounded again that has another type"
+    usual = Usual(option="q4_k_m")
     at_once = True
     takes = tuple(_row(kind.line, type_name(kind)) for kind in writable_types().values())
 
@@ -81,7 +82,7 @@ class Gguf(ExportTarget):
         rules: dict[Rule, list[str]] = {}
         for name, rule in (found.rules | self._rest(found, scheme, facts)).items():
             if rule.inputs is not None or rule.outputs is not None:
-                raise SchemeError(f"{name}: a GGUF keeps no quantizer of inputs or outputs; leave --activations out.")
+                raise SchemeError(f"{name}: a GGUF keeps no quantizer of inputs or outputs; pass --activations none.")
             if rule.weights is not None:
                 rules.setdefault(self._rule(rule, name, facts), []).append(name)
         made = [replace(rule, targets=tuple(names)) for rule, names in rules.items()]
@@ -113,7 +114,8 @@ class Gguf(ExportTarget):
         target = facts.targets[name]
         if not self.option:
             _check(rule.weights, name, target.shape)
-            return replace(rule, targets=())
+            halves = rule.weights.replace(scale_format="float16") if rule.weights.follows else rule.weights
+            return replace(rule, targets=(), weights=halves)
         config = make_config(dict(facts.config), "the model")
         at = gguf_name(f"{name}.weight", arch_for(config)[1])
         if at is None:

@@ -47,6 +47,10 @@ class Mlx(ExportTarget):
             self._known = source, [p for layer in source.layers.values() for p in placed(source, model, layer)]
         return self._known[1]
 
+    def require(self, check: bool) -> None:  # noqa: D102
+        if check:
+            library()
+
     def constrain(self, scheme: Scheme, facts: Facts) -> Scheme:  # noqa: D102
         return constrained(scheme, facts)
 

@@ -20,7 +20,7 @@ from nybble.core.files import atomic_write_json
 from nybble.core.guard import reading
 from nybble.core.tensorfile import stream_tensorfiles
 from nybble.core.versions import VERSION
-from nybble.export import ExportTarget, Facts, Refusal, Takes, Verified
+from nybble.export import ExportTarget, Facts, Refusal, Takes, Usual, Verified
 from nybble.export._ct_layers import nvfp4_groups
 from nybble.export._folder import SHARD_BYTES, write_beside
 from nybble.export._fused import SIBLINGS, check_siblings, fused_groups
@@ -67,6 +67,7 @@ class ModelOpt(ExportTarget):
         _row("int8 channel", "int8 tensor static", "W8A8_SQ_PER_CHANNEL", "tensorrt-llm"),
         _row("mxfp4", "float", "mxfp4", "tensorrt-llm", "ModelOpt writes it; no runtime is known that serves it"),
     )
+    usual = Usual(weights="nvfp4")
     algorithms: ClassVar[frozenset[str]] = frozenset()
     """Those that are written; none: all."""
 
@@ -107,7 +108,8 @@ class ModelOpt(ExportTarget):
     def _allowed(self, found: Algorithm) -> Algorithm:
         if self.algorithms and found.name not in self.algorithms:
             raise CannotError(
-                found.name, "nvfp4 with inputs in float (--activations none) or float8_e4m3fn tensor static"
+                found.name,
+                "nvfp4 with inputs in float (--activations none) or --activations 'float8_e4m3fn tensor static'",
             )
         return found
 

@@ -84,6 +84,9 @@ class Onnx(ExportTarget):
         ),
     )  # fmt: skip
 
+    def require(self, check: bool) -> None:  # noqa: D102
+        _need(_NEEDS if check else _NEEDS[:2])
+
     def constrain(self, scheme: Scheme, facts: Facts) -> Scheme:
         """Nothing is changed; what it can't hold is refused.
 
@@ -140,9 +143,8 @@ class Onnx(ExportTarget):
         Above :data:`MOST` bytes they stand in a file beside, ``model.onnx.data``, and are written one by one.
 
         Raises:
-            UsageError: onnx and onnxscript are missing. ModelError: the exporter can't trace this model.
+            ModelError: the exporter can't trace this model.
         """
-        _need(_NEEDS[:2])
         with _silently(), preserve_global_rng():
             model: Any = source.loaded(torch.float32)
             model.set_attn_implementation("eager") if hasattr(model, "set_attn_implementation") else None
@@ -158,7 +160,6 @@ class Onnx(ExportTarget):
         What can fail is each layer's own comparison (:mod:`nybble.export._onnx_judge`); the whole model's says how far
         codes that flipped took it.
         """
-        _need(_NEEDS)
         count = compare_weights(folder / FILE, source)
         model = source.loaded(torch.float32)
         given = _example(model)

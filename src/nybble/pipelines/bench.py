@@ -68,18 +68,15 @@ def bench(
             raise UsageError(f"{name} is a whole number from 1 on; got {value!r}.")
     dtypes = [float_dtype(name, "against") for name in against]
     check_device(device)
-    packed, _ = load_with_origin(model, device=device)
+    packed, _ = load_with_origin(model, device=device, packed=True)
     if not packed.can_generate() or packed.main_input_name != "input_ids":
         raise ModelError(f"{model} is a {type(packed).__name__}; a model that writes text can be timed.")
     kernels = kernels_of_model(packed)
     if not kernels:
-        raise ModelError(
-            f"{model} has no packed weights when it is loaded (those of a GGUF file become floats): time what "
-            "`nybble quantize` makes, or `nybble convert --target compressed-tensors`."
-        )
+        raise ModelError(f"{model} has no packed weights: time what `nybble quantize` makes, or others' such models.")
     models: dict[str, nn.Module] = {"packed": packed}
     for name, dtype in zip(against, dtypes, strict=True):
-        models[name] = unpacked(load_with_origin(model, dtype=dtype, device=device)[0])
+        models[name] = unpacked(load_with_origin(model, dtype=dtype, device=device, packed=True)[0])
     work: dict[str, Callable[[nn.Module], float]] = {"read": partial(_reads, prompt)}
     work |= {str(b): partial(_writes, b, tokens) for b in batches}
     for run in work.values():  # the first call of each makes buffers and code

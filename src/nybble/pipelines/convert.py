@@ -86,6 +86,7 @@ def convert(
                 f"{model} is in float, and {target} is for quantized models: `nybble quantize {model} {dest} --target "
                 f"{target}` makes one."
             )
+        part.require(check)
         new, rows = _held(source, part, target, round)
         cast = _cast(part.casts(new))
         for row in (*rows, *cast):

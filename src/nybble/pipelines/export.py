@@ -23,14 +23,11 @@ from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, check_new_folder, disk_errors
 from nybble.core.memory import new_objects_alone
 from nybble.core.progress import Progress, Silent, showing
-from nybble.export import ExportTarget, Facts, get_target, refuse
+from nybble.export import ExportTarget, get_target, refuse
 from nybble.export._opened import OpenedSource
 from nybble.export._source import FolderSource, Source
-from nybble.models.adapter import adapter_for
 from nybble.models.build.config_file import read_json
 from nybble.models.sources.open import open_source
-from nybble.nn.kinds import targets_of
-from nybble.scheme import Scheme
 
 
 @explicit_settings()
@@ -71,6 +68,7 @@ def export(
         if isinstance(source, OpenedSource) and not source.layers and not part.in_float:
             raise ModelError(f"{folder} has its weights in float; export what `nybble quantize` makes of it.")
         refuse(name, part.check(source))
+        part.require(check)
         return written(source, dest, part, name, check=check, announce=announce)
 
 
@@ -136,28 +134,6 @@ def opened(model: str | Path, dest: Path) -> Iterator[Source]:
     above = next(place for place in dest.absolute().parents if place.is_dir())
     with disk_errors(dest), TemporaryDirectory(prefix=f"{dest.name}.", dir=above) as room:
         yield OpenedSource(found, Path(room))
-
-
-def constrain(scheme: Scheme, targets: list[ExportTarget], model: Any, dtype: torch.dtype) -> Scheme:
-    """A scheme whose result every one of some targets holds.
-
-    Args:
-        scheme: what is asked for.
-        targets: in order.
-        model: float, its weights possibly on the meta device.
-        dtype: of what will stay in float.
-
-    Raises:
-        SchemeError: one can't hold it; names the nearest.
-    """
-    convolutional = adapter_for(model).convolutional
-    known = targets_of(model)
-    classes = {n: t.kind.class_names(model.get_submodule(t.module), convolutional) for n, t in known.items()}
-    config = model.config.to_dict() if hasattr(model.config, "to_dict") else {}
-    facts = Facts(config=config, dtype=dtype, targets=known, classes=classes)
-    for target in targets:
-        scheme = target.constrain(scheme, facts)
-    return scheme
 
 
 def _meant(folder: Path) -> str:

@@ -74,8 +74,8 @@ def _grows(source: FolderSource) -> str:
             if isinstance(scale, Tensor) and scale.dtype not in (source.dtype, torch.float32):
                 kept, own = (str(dtype).removeprefix("torch.") for dtype in (scale.dtype, source.dtype))
                 return (
-                    f"{COMPRESSED} would keep {kept} scales of a {own} model in float32; --target {COMPRESSED} makes "
-                    f"them {own}, and --form {COMPRESSED} takes the larger files"
+                    f"{COMPRESSED} would keep {kept} scales of a {own} model in float32; quantized with "
+                    f"scale_format=auto they are {own}"
                 )
     return ""
 

@@ -20,7 +20,7 @@ def kernels_of(folder: str | Path) -> list[dict[str, Any]]:
         a row for what is alike: ``weights``, how many; ``format``; ``kernel``, its name, or None; ``reason``, why there
         is none.
     """
-    return kernels_of_model(load_with_origin(folder)[0])
+    return kernels_of_model(load_with_origin(folder, packed=True)[0])
 
 
 def kernels_of_model(model: nn.Module) -> list[dict[str, Any]]:

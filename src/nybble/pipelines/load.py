@@ -38,13 +38,15 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     dense: bool = False,
+    packed: bool = False,
     device_map: str | Mapping[str, Any] | None = None,
     max_memory: Mapping[Any, int | str] | None = None,
     offload_folder: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a model and its tokenizer: a folder that nybble wrote, or whatever :func:`open_source` takes.
 
-    A folder that another library quantized keeps its weights packed, with that library's codes and scales.
+    A folder that another library quantized keeps its weights packed, with that library's codes and scales. Those of a
+    GGUF file become floats, unless ``packed`` says otherwise.
 
     Models of text alone have a tokenizer; with one of images, or from a folder that holds no tokenizer, comes None.
     So it does, with a warning that says why, where the tokenizer can't be read: the model is of use without.
@@ -58,6 +60,7 @@ def load(
             says, else bfloat16.
         device: where to.
         dense: keep dequantized copies of packed weights (faster, the same numbers).
+        packed: keep the weights of a GGUF file packed too, in its blocks' codes and scales.
         device_map: in place of ``device``: where each part is to run, as transformers and accelerate take it
             (:func:`nybble.models.build.spread.spread`). The model is read into memory first; a folder of nybble's that
             doesn't fit there goes part by part with ``AutoModelForCausalLM.from_pretrained(..., device_map=...)``.
@@ -77,7 +80,7 @@ def load(
         raise UsageError(f"{other}; leave it out, or device_map.")
     if not isinstance(model, str | Path):
         raise UsageError(f"a model to load is a folder, a GGUF file or a hub id; got a {type(model).__name__}.")
-    loaded, origin = load_with_origin(model, dtype=dtype, device=device, dense=dense)
+    loaded, origin = load_with_origin(model, dtype=dtype, device=device, dense=dense, packed=packed)
     if device_map is not None:
         spread(loaded, device_map, max_memory, offload_folder)
     folder = Path(model)
@@ -107,6 +110,7 @@ def load_with_origin(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     dense: bool = False,
+    packed: bool = False,
 ) -> tuple[PreTrainedModel, Origin]:
     """As :func:`load`; with what the model's place offers for making samples, of which nothing is read yet."""
     folder = Path(model)
@@ -114,7 +118,7 @@ def load_with_origin(
     device = torch.device(check_device(device))
     if not is_quantized(folder):
         source = open_source(str(model))
-        if not (isinstance(source, FolderSource) and source.packed_names()):
+        if not source.packed_names() or not (packed or isinstance(source, FolderSource)):
             return source.model(wanted or torch.bfloat16, device), source
         loaded = packed_model(source, wanted or torch.bfloat16)
         mark_quantized(loaded)

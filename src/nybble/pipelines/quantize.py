@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from nybble.calibration.trace import Tensors
+from nybble.checkpoint.marked import COMPRESSED
 from nybble.checkpoint.parts import Parts, begun_with
 from nybble.checkpoint.save import keep_record, mark_quantized, model_config, save_side_files
 from nybble.core import ranks
@@ -39,17 +40,16 @@ from nybble.core.files import AtomicFolder, check_new_folder
 from nybble.core.progress import Progress, Silent
 from nybble.core.seeds import preserve_global_rng
 from nybble.data.given import Data
-from nybble.export import get_target
 from nybble.models.sources.open import open_source
 from nybble.nn.config import config_of
 from nybble.nn.in_place import evaluation_mode, untouched, whole_or_not_at_all
 from nybble.nn.kv_model import use_quantized_cache
-from nybble.pipelines.export import constrain
+from nybble.pipelines.constrain import constrain
 from nybble.pipelines.finished import are_walked, finished, finished_parts, finishing_lines, teacher_of
 from nybble.pipelines.form import check_form, writer
 from nybble.pipelines.prepared import prepared, training_lines
 from nybble.pipelines.request import Asked, Changes, build_recipe, read_recipe
-from nybble.pipelines.targets import AUTO, split_targets
+from nybble.pipelines.targets import AUTO, meant
 from nybble.recipe import Recipe
 from nybble.report.record import LayerRow, Report
 from nybble.walk.job import Job
@@ -124,7 +124,7 @@ def quantize(
         stack.enter_context(evaluation_mode(*held))
         for module in held:
             stack.enter_context(whole_or_not_at_all(module))
-        job = _job(model, made, data, settings, out, tokenizer, files)
+        job = _job(model, made, data, settings, out, tokenizer, files, form)
         ranks.agreed(job.request())
         for line in (*job.preflight(out), *training_lines(job), *finishing_lines(job)):
             (announce or _ignore)(line)
@@ -160,12 +160,14 @@ def preflight(
     tokenizer: PreTrainedTokenizerBase | None = None,
     out: str | Path | None = None,
     settings: Settings | Mapping[str, Any] | None = None,
+    form: str = AUTO,
     **changes: Unpack[Changes],
 ) -> list[str]:
     """What :func:`quantize` would do and need, in lines, after all its checks; nothing is quantized or written.
 
     Args and errors are those of :func:`quantize`.
     """
+    check_form(form)
     made, settings, files = _asked(recipe, changes, settings, out)
     _check_given(model, tokenizer)
     with ExitStack() as stack:
@@ -173,7 +175,7 @@ def preflight(
         stack.enter_context(torch.no_grad())
         if isinstance(model, nn.Module):
             stack.enter_context(untouched(model))
-        job = _job(model, made, data, settings, out, tokenizer, files)
+        job = _job(model, made, data, settings, out, tokenizer, files, form)
         return [*job.preflight(out), *training_lines(job), *finishing_lines(job)]
 
 
@@ -192,8 +194,7 @@ def _asked(
         raise UsageError("resume goes on from what a killed run left in its output folder; give out, or leave it out.")
     if out is not None:
         check_new_folder(out)
-    _, files = split_targets(changes.get("target"))
-    return made, _as_begun(found, out), tuple(files)
+    return made, _as_begun(found, out), meant(recipe, changes).files
 
 
 def _check_given(model: object, tokenizer: object) -> None:
@@ -283,17 +284,17 @@ def _job(
     out: str | Path | None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     files: tuple[str, ...] = (),
+    form: str = AUTO,
 ) -> Job:
     """Check everything that can be checked before anything heavy runs; ``files``: names of export targets."""
-    ends = [get_target(name) for name in files]
     if isinstance(model, str | Path):
         source = open_source(str(model))
         dtype = settings.place(None)[1]
         skeleton = source.skeleton(dtype)
-        if ends:
-            recipe = recipe.with_scheme(constrain(recipe.scheme, ends, skeleton, dtype))
+        form = _form_begun(settings, out, form)
+        recipe = recipe.with_scheme(constrain(recipe.scheme, files, skeleton, dtype, form))
         job = Job.make(skeleton, source, recipe, data, settings, kept=out is None, tokenizer=tokenizer)
-        job.targets = files
+        job.targets, job.kept_to = files, form if form == COMPRESSED else ""
         if out is not None:
             model_config(job.model, job.dtype)  # refuses a config that JSON can't hold
         return job
@@ -304,8 +305,7 @@ def _job(
     from nybble.models.network import as_model
 
     known = as_model(model) if config_of(model) is None else model
-    if ends:
-        recipe = recipe.with_scheme(constrain(recipe.scheme, ends, known, settings.place(known)[1]))
+    recipe = recipe.with_scheme(constrain(recipe.scheme, files, known, settings.place(known)[1]))
     job = Job.make(known, None, recipe, data, settings, tokenizer=tokenizer)
     job.targets = files
     return job
@@ -320,6 +320,12 @@ def _as_begun(settings: Settings, out: str | Path | None) -> Settings:
     if begun is None:
         return settings
     return replace(settings, products=torch.float32 if begun == "torch.float32" else settings.dtype or torch.bfloat16)
+
+
+def _form_begun(settings: Settings, out: str | Path | None, form: str) -> str:
+    """The form that the scheme keeps to: a resumed run's is the one that was asked for at first, whatever it is now."""
+    before = begun_with(AtomicFolder(Path(out), resumable=True).partial) if settings.resume and out else None
+    return form if before is None else str(before.get("kept_to", AUTO))
 
 
 def _in_memory(jobs: Mapping[str, Job], progress: Progress) -> tuple[dict[str, list[LayerRow]], dict[str, float]]:

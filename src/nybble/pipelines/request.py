@@ -12,10 +12,9 @@ from nybble.core.errors import SchemeError, UsageError, within
 from nybble.core.options import at_least_one
 from nybble.data.text import check_text
 from nybble.kv_format import KVFormat
-from nybble.pipelines.targets import split_targets
+from nybble.pipelines.targets import meant
 from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe, check_names, load_recipe, parse_recipe, read_yaml
-from nybble.recipes import recipe_for
 from nybble.scheme import Rule, Scheme, parse_scheme
 
 Asked: TypeAlias = str | Path | Recipe | Scheme | Mapping[str, Any]
@@ -77,8 +76,8 @@ def build_recipe(
 
     Args:
         recipe: a name, a YAML file, YAML's mapping, a Recipe, or a Scheme.
-        target: what the recipe ``best`` is to come to: ``nvfp4``, ``w4a16`` ... Names of export targets are left to
-            whoever knows the model (:mod:`nybble.pipelines.targets`).
+        target: what the recipe ``best`` is to come to: ``nvfp4``, ``w4a16`` ... Of an export target it is what that
+            usually gets, unless a scheme is given; keeping to what it holds is left to whoever knows the model.
         scheme: in place of the recipe's: a preset's name, a YAML file, YAML's mapping, or a Scheme.
         weights: the quantizer of all its rules' weights; ``none`` is float.
         activations: of all its rules' inputs.
@@ -91,10 +90,8 @@ def build_recipe(
     Raises:
         UsageError, SchemeError: unknown names, contradictions, or what no step can do.
     """
-    aim, _ = split_targets(target)
-    if aim is not None:
-        recipe = recipe_for(recipe if isinstance(recipe, str) else type(recipe).__name__, aim)
-    asked = read_recipe(recipe)
+    found = meant(recipe, {"target": target, "scheme": scheme, "weights": weights, "activations": activations})
+    asked, weights = read_recipe(found.recipe), found.weights or weights
     made = asked.with_effort(effort)
     cached = kv if kv is None or isinstance(kv, KVFormat) else KVFormat.parse(kv)
     if scheme is not None and (weights is not None or activations is not None):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from nybble.checkpoint.marked import COMPRESSED, NATIVE
 from nybble.core.errors import UsageError, did_you_mean
-from nybble.export import REGISTRY, is_target
-from nybble.recipes import targets
+from nybble.export import REGISTRY, get_target, is_target
+from nybble.recipes import BEST, recipe_for, targets
 
 AUTO = "auto"
 FORMS = (AUTO, COMPRESSED, NATIVE)
@@ -44,3 +46,44 @@ def split_targets(target: str | Sequence[str] | None) -> tuple[str | None, list[
     if len(aims) > 1:
         raise UsageError(f"two targets for the recipe best: {', '.join(aims)}. Keep one.")
     return (aims[0] if aims else None), files
+
+
+CHOSEN = ("scheme", "weights", "activations")
+"""Changes that say what layers are to become; where one is given, a target chooses nothing by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meant:
+    """What a recipe and targets come to together.
+
+    Attributes:
+        recipe: as it was given; of ``best`` the family's member.
+        files: names of export targets, with their options.
+        weights: a quantizer line in place of the recipe's weights; None leaves the scheme to the recipe.
+    """
+
+    recipe: Any
+    files: tuple[str, ...]
+    weights: str | None = None
+
+
+def meant(recipe: Any, changes: Mapping[str, Any]) -> Meant:
+    """What is asked for; where neither a recipe nor a scheme is named, what the first export target usually gets.
+
+    Args:
+        recipe: a name, or what else a recipe may be given as.
+        changes: arguments of :func:`nybble.pipelines.request.build_recipe`, of which ``target`` and :data:`CHOSEN` are
+            looked at.
+
+    Raises:
+        UsageError: unknown targets, or one that doesn't go with the recipe.
+    """
+    aim, files = split_targets(changes.get("target"))
+    if aim is not None:
+        name = recipe if isinstance(recipe, str) else type(recipe).__name__
+        return Meant(recipe=recipe_for(name, aim), files=tuple(files))
+    if recipe != BEST or not files or any(changes.get(name) is not None for name in CHOSEN):
+        return Meant(recipe=recipe, files=tuple(files))
+    usual = get_target(files[0]).usual
+    first = files[0] if ":" in files[0] or not usual.option else f"{files[0]}:{usual.option}"
+    return Meant(recipe=recipe_for(BEST, usual.best), files=(first, *files[1:]), weights=usual.weights or None)

@@ -11,7 +11,7 @@ from nybble.core.errors import ModelError
 from nybble.core.explicit import explicit_settings
 from nybble.core.options import at_least_one
 from nybble.data.kinds import data_kind
-from nybble.eval.harness import harness_version, load_tasks, run_harness
+from nybble.eval.harness import find_tasks, harness_version, load_tasks, run_harness
 from nybble.models.adapter import reads_of
 from nybble.nn.activation import measured_over_tokens
 from nybble.pipelines.load import described_with_origin, load_with_origin
@@ -39,7 +39,7 @@ def run_tasks(
     Args:
         models: name -> what :func:`nybble.pipelines.load.load` takes; packed weights are dequantized once.
         tasks: names that the harness or ``task_dir`` has.
-        task_dir: folder with YAML files of further tasks; see :func:`nybble.eval.harness.load_tasks`.
+        task_dir: folder with YAML files of further tasks; see :func:`nybble.eval.harness.find_tasks`.
         batch_size: prompts at a time; None takes 8, or 1 where activations are measured over a whole batch (then a
             larger one, asked for, makes every answer depend on its neighbours and their padding).
         limit: only the first so many questions of each task.
@@ -59,9 +59,10 @@ def run_tasks(
     check_device(device)
     at_least_one(batch_size=batch_size, limit=limit, seq_len=seq_len)
     source = f"lm_eval {harness_version()}"
+    named = find_tasks(tasks, task_dir)  # a model may have to be fetched first
     for name, spec in models.items():
         _check_writes(name, spec)
-    loaded = load_tasks(tasks, task_dir)
+    loaded = load_tasks(named)
     found: dict[str, dict[str, float]] = {}
     notes: dict[str, str] = {}
     manifest: dict[str, Any] = {}

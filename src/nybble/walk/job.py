@@ -58,6 +58,7 @@ class Job:
         load: the sizes that the estimate is of.
         outside_sees: whether what is in no block wants its inputs.
         targets: who is to load what will be exported; the scheme keeps to what they hold.
+        kept_to: the form of files that it keeps to as well; empty for none.
     """
 
     model: Any
@@ -81,6 +82,7 @@ class Job:
     taught: Samples | None = None
     times: dict[str, list[float]] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
+    kept_to: str = ""
 
     @staticmethod
     def make(
@@ -280,6 +282,7 @@ class Job:
             },
             **({"left_in_float": dict(self.plan.apart)} if self.plan.apart else {}),
             **({"targets": list(self.targets)} if self.targets else {}),
+            **({"kept_to": self.kept_to} if self.kept_to else {}),
             "threads": torch.get_num_threads(),
             "versions": versions(),
         }

@@ -11,6 +11,7 @@ import torch
 from tests.parts.export.folders import quantized
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nybble.checkpoint.account import inspect
 from nybble.core.errors import ModelError, SchemeError, UsageError
 from nybble.export.gguf import file_stem
 from nybble.models.sources.gguf_header import read_gguf_header
@@ -49,6 +50,14 @@ def test_exported_is_what_was_quantized(line: str, folder: Path, tmp_path: Path)
     back = open_source(str(next((tmp_path / "file").glob("*.gguf")))).model(torch.float32)
     torch.testing.assert_close(back(IDS).logits, ours(IDS).logits, rtol=1e-4, atol=1e-4)
     assert (tmp_path / "file" / "README.md").exists()
+    (file,) = (tmp_path / "file").glob("*.gguf")
+    found = inspect(file)
+    assert found["total"] == file.stat().st_size == sum(found["bytes"].values())
+    (kind,) = found["formats"]
+    bits = {"q4_k": ("Q4_K", 4.5), "nvfp4": ("NVFP4", 4.5), "int4 group=32": ("Q4_0", 4.5)}[line]
+    assert kind["weights"] == 14 and kind["format"] == bits[0] and kind["bits"] == pytest.approx(bits[1], abs=1e-3)
+    assert found["bytes"]["codes"] == found["quantized_parameters"] // 2
+    assert found["parameters"] == sum(p.numel() for p in model().parameters())
 
 
 @torch.no_grad()

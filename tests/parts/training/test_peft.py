@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,46 @@ def _inside(name: str, state: dict[str, Tensor]) -> str:
     if name in state:
         return name
     return next(key for key in state if key.replace(".base_layer", "") == name)
+
+
+CT: dict[str, Any] = {
+    "zero points": {"weights": "int4 group=16 symmetric=false"},
+    "rounded inputs": {"weights": "int8 channel", "activations": "int8 token"},
+    "divisors": {"weights": "nvfp4", "activations": "none", "target": "compressed-tensors"},
+}
+
+
+@pytest.mark.parametrize("foreign", [False, True], ids=["nybble's folder", "another's folder"])
+@pytest.mark.parametrize("case", CT)
+def test_on_folders_in_compressed_tensors_form(case: str, foreign: bool, tmp_path: Path) -> None:
+    """Packed when nybble.load reads them, so adapters train on codes; what is saved loads, and merged it is exact."""
+    pytest.importorskip("compressed_tensors", reason="the form of that name")
+    out = nybble.quantize(str(save_tiny(tmp_path / "float")), "rtn", out=tmp_path / "out", **CT[case])[0]
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    if foreign:
+        (out / "nybble.json").unlink()
+    base, _ = nybble.load(out)
+    before = logits(base)
+    codes = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model, losses, still = trained(base)
+    adapters = {name.split(".lora_A")[0] for name, p in model.named_parameters() if ".lora_A." in name}
+    assert len(adapters) == 14 and not still and losses[-1] < losses[0] - 0.3
+    state = model.get_base_model().state_dict()
+    assert all(torch.equal(state[_inside(name, state)], tensor) for name, tensor in codes.items())
+
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(nybble.load(out)[0], tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model)) and not torch.allclose(logits(again), before)
+    with again.disable_adapter():
+        assert torch.equal(logits(again), before)
+
+    merged = again.merge_and_unload(safe_merge=True)
+    assert (logits(merged) - logits(model)).norm() < 0.05 * (logits(model) - before).norm()
+    saved = nybble.save(merged, tmp_path / "merged", tiny_tokenizer())
+    form = json.loads((saved / "nybble.json").read_text())["form"]
+    assert form["name"] == "native" and "without the correction lorc, or a merged adapter" in form["why"]
+    assert torch.equal(logits(nybble.load(saved)[0]), logits(merged))
 
 
 def test_a_second_adapter_and_a_model_in_memory() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from nybble.core.errors import FileError, ModelError, NybbleError, SchemeError, within
 from nybble.models.build.skeleton import kept_float32, unsaved
+from nybble.models.sources import ModelSource
 from nybble.models.sources.folder import FolderSource
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import Quantized, Target, prepare_quantized, targets_of
@@ -23,14 +24,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def packed_model(source: FolderSource, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a folder with QTensors where the files have packed weights, in eval mode, on the CPU.
+def packed_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+    """A model with QTensors where its files have packed weights, in eval mode, on the CPU.
 
     A packed weight that no kind of module can hold is dequantized; a table stays one with the head that reads it.
     Inputs, outputs and the KV cache are rounded as the files ask, where nybble can; a warning says what it can't.
 
     Args:
-        source: with :attr:`~nybble.models.sources.folder.FolderSource.packed` weights.
+        source: with packed weights.
         dtype: of what is in float.
 
     Raises:
@@ -49,7 +50,7 @@ def packed_model(source: FolderSource, dtype: torch.dtype) -> PreTrainedModel:
     with _told_of(source):
         validate_packed(model)
     use_quantized_cache(model, cache_of(source, model))
-    left = source.rounded.left or lost_sides(source, rounds)
+    left = (source.rounded.left or lost_sides(source, rounds)) if isinstance(source, FolderSource) else ""
     if left:
         warnings.warn(f"{source.spec}: {left}", stacklevel=3)
     model.tie_weights()
@@ -57,12 +58,14 @@ def packed_model(source: FolderSource, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def cache_of(source: FolderSource, model: nn.Module) -> KVRecord | None:
+def cache_of(source: ModelSource, model: nn.Module) -> KVRecord | None:
     """What the files ask the KV cache of their model to be in, where nybble can.
 
     Raises:
         FileError: that model has no such cache.
     """
+    if not isinstance(source, FolderSource):
+        return None
     with _told_of(source):
         found = from_json(source.rounded.kv or None)
         if found is not None:
@@ -70,7 +73,7 @@ def cache_of(source: FolderSource, model: nn.Module) -> KVRecord | None:
     return found
 
 
-def sides_of(source: FolderSource, target: Target, name: str) -> dict[str, ActivationQuantizer]:
+def sides_of(source: ModelSource, target: Target, name: str) -> dict[str, ActivationQuantizer]:
     """What is rounded on the way in and out of a module, where its kind can.
 
     Args:
@@ -81,6 +84,8 @@ def sides_of(source: FolderSource, target: Target, name: str) -> dict[str, Activ
     Raises:
         FileError: numbers that can't be meant. GranularityError: groups that don't divide what passes.
     """
+    if not isinstance(source, FolderSource):
+        return {}
     asked = {side: source.activations(name, side) for side in ("inputs", "outputs") if side in target.kind.sides}
     found: dict[str, ActivationQuantizer] = {side: q for side, q in asked.items() if q is not None}
     columns = {"inputs": target.shape[1], "outputs": target.shape[0]}
@@ -118,7 +123,7 @@ def fits(target: Target, found: Sequence[QTensor]) -> bool:
     return len(found) == target.matrices and all(tuple(part.shape) == target.shape for part in found)
 
 
-def _put(source: FolderSource, model: nn.Module) -> tuple[set[str], int]:
+def _put(source: ModelSource, model: nn.Module) -> tuple[set[str], int]:
     """Packed modules in place of float ones; the parameters that they hold, and how many round what passes."""
     waiting, ties = source.packed_names(), source.ties()
     held: set[str] = set()
@@ -142,7 +147,7 @@ def _put(source: FolderSource, model: nn.Module) -> tuple[set[str], int]:
 
 
 @contextmanager
-def _told_of(source: FolderSource) -> Iterator[None]:
+def _told_of(source: ModelSource) -> Iterator[None]:
     """Errors of nybble's own become the file's, with the model's name before them."""
     try:
         yield

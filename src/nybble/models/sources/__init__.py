@@ -25,6 +25,8 @@ from nybble.models.sources.side_files import copy_side_files
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from nybble.qtensor import QTensor
+
 MIB = 1 << 20
 WHOLE_HASH_BYTES = 1 << 30
 
@@ -76,6 +78,22 @@ class ModelSource(ABC):
     @abstractmethod
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield the named tensors (of :meth:`stored`) one at a time, on the CPU, in the file's dtype."""
+
+    def packed_names(self) -> Collection[str]:
+        """Those that the files pack, as :meth:`read_packed` gives them; :meth:`read` gives what they stand for."""
+        return ()
+
+    def read_packed(self, name: str) -> Sequence[QTensor]:
+        """A packed weight with the codes and scales of the files: a QTensor [out, in], or one for each expert.
+
+        Raises:
+            FileError: the file can't be read, or holds numbers that can't be meant.
+        """
+        raise KeyError(name)
+
+    def described_packed(self, name: str) -> Sequence[QTensor]:
+        """What :meth:`read_packed` gives, on the meta device; numbers are read where they decide its form."""
+        raise KeyError(name)
 
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:

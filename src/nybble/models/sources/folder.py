@@ -281,7 +281,13 @@ class FolderSource(ModelSource):
 
     def described_packed(self, name: str) -> Sequence[QTensor]:
         """What :meth:`read_packed` gives, on the meta device; numbers are read where they decide its form."""
-        weight = self.packed_names()[name]
+        return self._described(self.packed_names()[name], joined=self._match.files[name] in self._fused)
+
+    def described_stored(self, file: str) -> Sequence[QTensor]:
+        """The same of a weight of :attr:`packed`, by its name there."""
+        return self._described(self.packed[file], joined=False)
+
+    def _described(self, weight: PackedWeight, joined: bool) -> Sequence[QTensor]:
         entries = tuple(
             (role, self._files[at][1].dtype, tuple(self._files[at][1].shape)) for role, at in weight.parts.items()
         )
@@ -298,7 +304,7 @@ class FolderSource(ModelSource):
 
         def empty(part: str) -> Tensor:
             # Matrices that are joined share what is one number for each, or stand side by side.
-            joins = self._match.files[name] in self._fused and self._files[part][1].nbytes <= _NUMBER
+            joins = joined and self._files[part][1].nbytes <= _NUMBER
             return read(part) if joins else self._empty_tensor(part)
 
         handed: dict[str, Tensor] = {}

@@ -181,6 +181,38 @@ class GgufSource(ModelSource):
         kind = by_number().get(entry.kind)
         return None if kind is None else kind.quantizer.quantize(torch.empty(entry.shape, device="meta"))
 
+    @cached_property
+    def _packed_names(self) -> list[str]:
+        return [name for name in self.stored() if self._entry(name).kind in by_number()]
+
+    def packed_names(self) -> Sequence[str]:
+        """All that is in blocks of a type that nybble has."""
+        return self._packed_names
+
+    def read_packed(self, name: str) -> Sequence[BlockQTensor]:
+        """As :meth:`read_quantized`."""
+        found = self.read_quantized(name)
+        assert found is not None
+        return [found]
+
+    def described_packed(self, name: str) -> Sequence[BlockQTensor]:
+        """As :meth:`described`."""
+        found = self.described(name)
+        assert found is not None
+        return [found]
+
+    def entries(self) -> Mapping[str, GgufTensor]:
+        """All tensors of the file by their names there, scales of scales too."""
+        return self._header.tensors
+
+    def file_name(self, name: str) -> str:
+        """What the file calls a tensor of the model."""
+        return self._files[name]
+
+    def scale_name(self, name: str) -> str:
+        """What the file calls the scale of all scales of a packed weight; empty where there is none."""
+        return self._scales.get(self._files[name], "")
+
     def _bytes(self, entry: GgufTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
         data = np.asarray(np.memmap(self.path, np.uint8, mode="c"))  # nobody writes; torch asks for what may be written
         return data[entry.start : entry.start + entry.nbytes]

@@ -83,16 +83,19 @@ class Stored:
     Attributes:
         tensors: name -> (dtype, shape). roles: name -> codes, scales, offsets or tables.
         elements: name of a quantized weight -> how many it has. padding: name -> bytes that packing wastes.
+        weights: the weights themselves, described or filled.
     """
 
     tensors: dict[str, tuple[torch.dtype, list[int]]] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)
     elements: dict[str, int] = field(default_factory=dict)
     padding: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, QTensor] = field(default_factory=dict)
 
     def weight(self, prefix: str, qtensor: QTensor) -> None:
         """Count a packed weight under ``prefix``."""
         self.elements[prefix] = math.prod(qtensor.shape)
+        self.weights[prefix] = qtensor
         self._add(prefix, qtensor.tensors(), qtensor.roles())
         wasted = qtensor.padding_bytes().get("codes", 0)
         if wasted:

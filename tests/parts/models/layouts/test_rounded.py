@@ -134,7 +134,7 @@ def test_what_is_left_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture
         model, _ = nybble.load(folder)
     layer: Any = model.get_submodule(LAYER)
     assert layer.inputs is None and len(said) == 1 and "activations" in inspect(folder)["note"]
-    command(folder)
+    command(str(folder))
     assert capsys.readouterr().out.count(inspect(folder)["note"]) == 1
 
 

@@ -41,6 +41,16 @@ MADE: dict[str, Callable[[Path], tuple[Path, dict[str, Tensor]]]] = {
 }
 
 
+FORMATS = {
+    "compressed-tensors": "int4_full group=32 scale_format=bfloat16",
+    "bitsandbytes": "nf4 flat=64 scale_format=(dynamic8 flat=256)",
+    "gptq": "uint4 group=32 scale_format=float16",
+    "awq": "uint4 group=32 scale_format=float16",
+    "modelopt": "float4_e2m1fn group=16 scale_format=(float8_e4m3fn tensor)",
+    "mlx": "uint3 group=32 scale_format=bfloat16",
+}
+
+
 @pytest.mark.parametrize("name", MADE)
 def test_inspected_to_the_byte(name: str, tmp_path: Path) -> None:
     folder, wanted = MADE[name](tmp_path)
@@ -49,6 +59,8 @@ def test_inspected_to_the_byte(name: str, tmp_path: Path) -> None:
     assert found["modules"].keys() == wanted.keys()
     assert found["quantized_parameters"] == sum(value.numel() for value in wanted.values())
     assert 4 < found["bits_per_quantized_weight"] < 6.5
+    assert FORMATS[name] in {row["format"] for row in found["formats"]}
+    assert sum(row["elements"] for row in found["formats"]) == found["quantized_parameters"]
     assert sum(found["bytes"].values()) == found["total"] and found["bytes"]["codes"] > found["bytes"]["scales"]
 
 

@@ -24,7 +24,7 @@ E4M3, E2M1, E2M3, E8M0 = "float8_e4m3fn", "float4_e2m1fn", "float6_e2m3fn", "flo
 _FLOATS = {E4M3: 8, E2M1: 4, E2M3: 6}
 _INTEGER = re.compile(r"(u?)int([1-8])(_full)?|ternary")
 _WITHOUT = {
-    "low-rank-sum": "the same without the correction lorc",
+    "low-rank-sum": "the same without the correction lorc, or a merged adapter",
     "split": "one quantizer for all columns",
     "vector": "a scalar format, int2 group=64 symmetric=false",
     "outer-scaled": "int2 group=64 symmetric=false",

@@ -1,0 +1,74 @@
+"""Before anything is quantized: a scheme that those who are to load the result can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from nybble.checkpoint.marked import COMPRESSED
+from nybble.core.errors import SchemeError
+from nybble.export import ExportTarget, Facts, get_target
+from nybble.export._ct_form import kept_to_form
+from nybble.models.adapter import adapter_for
+from nybble.nn.kinds import targets_of
+from nybble.pipelines.targets import AUTO
+from nybble.recipe import load_recipe
+from nybble.recipes import BEST, recipe_for
+from nybble.scheme import Scheme
+
+
+def constrain(scheme: Scheme, targets: Sequence[str], model: Any, dtype: torch.dtype, form: str = AUTO) -> Scheme:
+    """A scheme whose result every one of some targets holds.
+
+    Args:
+        scheme: what is asked for.
+        targets: their names, in order.
+        model: float, its weights possibly on the meta device.
+        dtype: of what will stay in float.
+        form: of nybble's own folder; where it is to be compressed-tensors', the scheme is kept to that too.
+
+    Raises:
+        SchemeError: one can't hold it; names the nearest, and options that the target takes.
+    """
+    convolutional = adapter_for(model).convolutional
+    known = targets_of(model)
+    classes = {n: t.kind.class_names(model.get_submodule(t.module), convolutional) for n, t in known.items()}
+    config = model.config.to_dict() if hasattr(model.config, "to_dict") else {}
+    facts = Facts(config=config, dtype=dtype, targets=known, classes=classes)
+    for name in targets:
+        part = get_target(name)
+        if part.at_once:
+            part.require(check=False)
+        with _with_a_way_out(_options(name, part)):
+            scheme = part.constrain(scheme, facts)
+    if form == COMPRESSED:
+        with _with_a_way_out("--form auto, or --form native, writes nybble's own form of it."):
+            scheme = kept_to_form(scheme, facts)
+    return _with_scales(scheme, dtype)
+
+
+def _with_scales(scheme: Scheme, dtype: torch.dtype) -> Scheme:
+    """The scheme with all that its lines leave to the model said."""
+    rules = (replace(rule, weights=rule.weights and rule.weights.of_model(dtype)) for rule in scheme.rules)
+    return replace(scheme, rules=tuple(rules))
+
+
+@contextmanager
+def _with_a_way_out(text: str) -> Iterator[None]:
+    try:
+        yield
+    except SchemeError as error:
+        raise SchemeError(f"{error} {text}") from error
+
+
+def _options(name: str, part: ExportTarget) -> str:
+    """Options of ``nybble quantize`` that go with a target."""
+    usual = part.usual
+    if usual.option:
+        return f"--target {name.partition(':')[0]}:{usual.option} takes any weights, with --activations none."
+    line = usual.weights or str(load_recipe(recipe_for(BEST, usual.best)).scheme.rules[0].weights)
+    return f"--target {name} takes --weights '{line}' --activations none, which it chooses where no scheme is named."
