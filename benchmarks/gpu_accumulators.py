@@ -51,7 +51,7 @@ def accumulator_bits(device: str = "cuda") -> dict[str, Any]:
             _product[(1,)](
                 x, w, y, one, one, one, torch.ones(32, device=device), one, one, one, 32, 32, 32, k=384, DOT=1,
                 FLIP=False, GROUPS=1, XZERO=False, WZERO=False, XMANY=False, BIAS=False, PROMOTED=promote,
-                ASSEMBLED=device != "cpu", BM=64, BN=32, BK=128, num_warps=4, num_stages=2,
+                ASSEMBLED=device != "cpu", TMA=False, BM=64, BN=32, BK=128, num_warps=4, num_stages=2,
             )  # fmt: skip
             found[f"{name}, promoted every {promote}"] = kept_bits(y)
         if device == "cuda":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -64,6 +64,26 @@ class Weight:
     def group(self) -> int:
         """Columns that share a scale."""
         return self.k // self.scale.shape[1]
+
+    def on(self, dot: int) -> tuple[Tensor, Tensor | None, float]:
+        """Scales behind the product, and what codes are multiplied with before it, exactly, on some tensor cores."""
+        if dot == FP8 and self.inner is not None:
+            return (*self._shifted, 1.0)
+        if dot == INT8 and self.code == E2M1:
+            return self._halved, None, 2.0
+        return self.scale, self.inner, 1.0
+
+    @cached_property
+    def _shifted(self) -> tuple[Tensor, Tensor]:
+        """Block scales as powers of two up to 64, and the rest a row."""
+        assert self.inner is not None
+        top = self.inner.amax(1, keepdim=True)
+        return (self.scale * top / _LIFT).contiguous(), (self.inner / top * _LIFT).contiguous()
+
+    @cached_property
+    def _halved(self) -> Tensor:
+        """Scales of twice E2M1's values, which are whole."""
+        return self.scale / 2
 
     @property
     def block(self) -> int:
@@ -177,11 +197,3 @@ def _shifts(inner: Tensor) -> bool:
     ratio = inner / inner.amax(1, keepdim=True)
     mantissa, _ = torch.frexp(ratio)
     return bool(((mantissa == 0.5) & (ratio >= _DEEPEST) & inner.isfinite()).all())
-
-
-def shifted(weight: Weight) -> tuple[Tensor, Tensor | None]:
-    """Scale and inner scale of a weight on FP8 units: powers of two to at most 64, and the rest a row."""
-    if weight.inner is None:
-        return weight.scale, None
-    top = weight.inner.amax(1, keepdim=True)
-    return (weight.scale * top / _LIFT).contiguous(), (weight.inner / top * _LIFT).contiguous()

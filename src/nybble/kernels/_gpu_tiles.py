@@ -9,20 +9,23 @@ rows it is decoded a part at a time into numbers that stay in the L2 cache.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nybble.kernels._gpu import INTERPRETED, shared
-from nybble.kernels._gpu_operands import BF16, BYTE, DOT_DTYPES, FP8, INT8, Weight, shifted
+from nybble.kernels._gpu_operands import BF16, BYTE, DOT_DTYPES, FP8, INT8, Weight
 from nybble.kernels.gpu_quantizers import Rows
 
-FEW = 64
-"""Rows of x up to which a weight is decoded inside the product."""
 PART = 8 << 20
 """Elements of a weight that are decoded at a time: in 8 bits, a sixth of an H100's L2 cache."""
-PROMOTE = 64
+EXACT, USUAL = 64, 128
+"""Columns that FP8 units, which keep 13 bits below the largest, add up by themselves: of E2M1's products, which are
+quarters up to 36, 113 fit; of others as many as in torch's own products."""
 
 
 @triton.jit
@@ -129,34 +132,42 @@ def _packed_product(
     x, w, y, xs, xz, xsum, ws, wz, wsum, inner, bias, rows, width, stride, plane,
     k: tl.constexpr, DOT: tl.constexpr, CODE: tl.constexpr, FLIP: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK: tl.constexpr, XZERO: tl.constexpr, WZERO: tl.constexpr, XMANY: tl.constexpr, BIAS: tl.constexpr,
-    PROMOTED: tl.constexpr, ASSEMBLED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PROMOTED: tl.constexpr, ASSEMBLED: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
     """W of two codes a byte, decoded here; x's even and odd columns apart; BK bytes of each row of W at a time."""
     half: tl.constexpr = k // 2
     tile_m, tile_n = _place(rows, width, BM, BN)
     rm, rn, rk = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
     m, n = rm % rows, rn % width
-    even = x + m.to(tl.int64)[None, :] * half + rk[:, None]
-    odd = even + plane
-    codes = w + n.to(tl.int64)[:, None] * half + rk[None, :]
+    if not TMA:
+        even = x + m.to(tl.int64)[None, :] * half + rk[:, None]
+        odd = even + plane
+        codes = w + n.to(tl.int64)[:, None] * half + rk[None, :]
     if DOT == 0 and GROUPS == 1:
         acc = tl.zeros((BN, BM), tl.int32)
     else:
         acc = tl.zeros((BN, BM), tl.float32)
     for start in range(0, half, BK):
-        if half % BK == 0:
+        if TMA:
+            byte = w.load([tile_n * BN, start])
+            x0 = tl.trans(x.load([tile_m * BM, start]))
+            x1 = tl.trans(x.load([rows + tile_m * BM, start]))
+        elif half % BK == 0:
             byte, x0, x1 = tl.load(codes + start), tl.load(even + start), tl.load(odd + start)
         else:
             left = half - start
             byte = tl.load(codes + start, mask=rk[None, :] < left, other=0)
             x0 = tl.load(even + start, mask=rk[:, None] < left, other=0.0)
             x1 = tl.load(odd + start, mask=rk[:, None] < left, other=0.0)
-        if BLOCK > 0 or DOT == 2 or (DOT == 1 and CODE == 1):
+        if BLOCK > 0 or DOT == 2 or (DOT == 1 and CODE == 1) or (DOT == 0 and CODE == 2):
             low, high = _value(byte, False, CODE, FLIP, ASSEMBLED), _value(byte, True, CODE, FLIP, ASSEMBLED)
             if BLOCK > 0:
                 at = inner + n.to(tl.int64)[:, None] * (k // BLOCK) + (start + rk[None, :]) * 2 // BLOCK
                 by = tl.load(at, mask=rk[None, :] < half - start, other=0.0)
                 low, high = low * by, high * by
+            if DOT == 0:
+                low, high = low * 2.0, high * 2.0  # E2M1's values, whole
             if DOT == 2 and not ASSEMBLED:
                 x0, x1 = x0.to(tl.float32), x1.to(tl.float32)
             low, high = low.to(x0.dtype), high.to(x0.dtype)
@@ -173,7 +184,9 @@ def _packed_product(
         else:
             g = start * 2 // (k // GROUPS)
             if DOT == 0:
-                part = tl.dot(high, x1, tl.dot(low, x0, out_dtype=tl.int32), out_dtype=tl.int32) >> 4
+                part = tl.dot(high, x1, tl.dot(low, x0, out_dtype=tl.int32), out_dtype=tl.int32)
+                if CODE == 1:
+                    part = part >> 4
                 if XZERO or WZERO:
                     part = tl.trans(
                         _corrected(
@@ -199,7 +212,9 @@ def _packed_product(
             acc += part * tl.load(ws + n * GROUPS + g)[:, None]
     acc = tl.trans(acc)
     if DOT == 0 and GROUPS == 1:
-        acc = _corrected(acc >> 4, n, m, 0, n >= 0, xz, xsum, wz, wsum, 1, XZERO, WZERO).to(tl.float32)
+        if CODE == 1:
+            acc = acc >> 4
+        acc = _corrected(acc, n, m, 0, n >= 0, xz, xsum, wz, wsum, 1, XZERO, WZERO).to(tl.float32)
     if DOT == 1 and CODE == 2 and BLOCK == 0:
         acc = acc * 64.0  # E2M1's bits in E4M3's places are a 64th
     _stored(acc, y, xs, ws, bias, rm, rn, m, n, rows, width, stride, XMANY, GROUPS == 1, BIAS)
@@ -210,20 +225,24 @@ def _product(
     x, w, y, xs, xz, xsum, ws, wz, wsum, bias, rows, width, stride,
     k: tl.constexpr, DOT: tl.constexpr, FLIP: tl.constexpr, GROUPS: tl.constexpr,
     XZERO: tl.constexpr, WZERO: tl.constexpr, XMANY: tl.constexpr, BIAS: tl.constexpr,
-    PROMOTED: tl.constexpr, ASSEMBLED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PROMOTED: tl.constexpr, ASSEMBLED: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
     """Both sides in the tensor cores' numbers."""
     tile_m, tile_n = _place(rows, width, BM, BN)
     rm, rn, rk = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
     m, n = rm % rows, rn % width
-    left_at = x + m.to(tl.int64)[:, None] * k + rk[None, :]
-    right_at = w + n.to(tl.int64)[None, :] * k + rk[:, None]
+    if not TMA:
+        left_at = x + m.to(tl.int64)[:, None] * k + rk[None, :]
+        right_at = w + n.to(tl.int64)[None, :] * k + rk[:, None]
     if DOT == 0 and GROUPS == 1:
         acc = tl.zeros((BM, BN), tl.int32)
     else:
         acc = tl.zeros((BM, BN), tl.float32)
     for start in range(0, k, BK):
-        if k % BK == 0:
+        if TMA:
+            a, b = x.load([tile_m * BM, start]), tl.trans(w.load([tile_n * BN, start]))
+        elif k % BK == 0:
             a, b = tl.load(left_at + start), tl.load(right_at + start)
         else:
             a = tl.load(left_at + start, mask=rk[None, :] < k - start, other=0.0)
@@ -284,27 +303,46 @@ def _expand(
     tl.store(out + to, value.to(out.dtype.element_ty), mask=inside)
 
 
-def expand(weight: Weight, dot: int, inner: Tensor | None, out: Tensor, start: int, stop: int) -> Tensor:
-    """Rows ``start`` to ``stop`` of a weight in the dtype of ``out`` [at least as many, k]; integers less their bias."""
-    codes = weight.codes[start:stop]
-    made = out[: stop - start]
-    by = weight.scale if inner is None else inner[start:stop]
+@dataclass(frozen=True)
+class Tile:
+    """Rows of x, rows of W and columns (bytes of packed codes) of a tile; warps, and tiles on their way.
+
+    Attributes:
+        tma: whether the copy engine brings them.
+    """
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    tma: bool = False
+
+
+SMALL = Tile(32, 32, 64, 4, 1)
+"""For the interpreter."""
+DENSE = {
+    INT8: Tile(128, 256, 128, 8, 3, True),
+    FP8: Tile(128, 128, 128, 8, 4, True),
+    BF16: Tile(128, 256, 64, 8, 3, True),
+}
+FEW_DENSE = Tile(64, 64, 128, 4, 4)
+"""For operands in the tensor cores' numbers."""
+PACKED = {16: Tile(16, 64, 128, 4, 4), 32: Tile(32, 64, 128, 4, 4), 64: Tile(64, 64, 128, 4, 4)}
+"""For packed weights, by the rows of x that they are for; in bfloat16 half as many columns."""
+
+
+def expand(weight: Weight, by: Tensor | None, factor: float, out: Tensor, start: int, stop: int) -> Tensor:
+    """Rows ``start`` to ``stop`` of ``factor * code * by``, integers less their bias, in ``out`` [as many or more, k]."""
+    codes, made = weight.codes[start:stop], out[: stop - start]
+    scales = weight.scale if by is None else by[start:stop]
     size = 2048 if weight.code == BYTE else 1024
     _expand[(triton.cdiv(codes.numel(), size),)](
-        codes, by, made, codes.numel(), CODE=weight.code, FLIP=weight.flip != 0,
-        BLOCK=0 if inner is None else weight.block, FACTOR=1.0, BYTES=size, FLOAT=not weight.whole,
+        codes, scales, made, codes.numel(), CODE=weight.code, FLIP=weight.flip != 0,
+        BLOCK=0 if by is None else weight.block, FACTOR=factor, BYTES=size, FLOAT=not weight.whole,
         ASSEMBLED=not INTERPRETED,
     )  # fmt: skip
     return made
-
-
-def kind_of(rows_kind: int, weight: Weight) -> int:
-    """The tensor cores for a product: of x in INT8, FP8 or bfloat16, and a weight."""
-    if rows_kind == BF16:
-        return BF16
-    if rows_kind == INT8:
-        return INT8 if weight.whole and weight.inner is None and weight.group >= 64 else BF16
-    return FP8 if weight.fp8 and weight.zero is None and (weight.inner is not None or weight.group >= 64) else BF16
 
 
 def fits(weight: Weight, dot: int, planes: bool) -> bool:
@@ -317,73 +355,80 @@ def fits(weight: Weight, dot: int, planes: bool) -> bool:
     return groups == 1 or (size >= step and size & (size - 1) == 0)
 
 
-def product(rows: Rows, weight: Weight, dot: int, bias: Tensor | None, out: Tensor) -> Tensor:
+def product(rows: Rows, weight: Weight, dot: int, promote: int, bias: Tensor | None, out: Tensor) -> Tensor:
     """``x W^T + bias``.
 
     Args:
-        rows: of x, codes in the dtype of ``dot``; even and odd columns apart for the product of few rows.
+        rows: of x, codes in the dtype of ``dot``; even and odd columns apart where a packed weight is decoded inside.
         weight: of a plan.
         dot: :data:`INT8`, :data:`FP8` or :data:`BF16`.
+        promote: columns whose products FP8 units add up by themselves.
         bias: [n] or None.
         out: [rows, n], float32, bfloat16 or float16, contiguous; is filled.
     """
-    scale, inner = shifted(weight) if dot == FP8 else (weight.scale, weight.inner)
+    scale, by, factor = weight.on(dot)
     if rows.codes.dim() == 3:
-        return _few(rows, weight, dot, scale, inner, bias, out)
-    direct = weight.code == BYTE and inner is None and (dot == INT8 if weight.whole else dot == FP8)
-    if direct:
+        return _inside(rows, weight, dot, promote, scale, by, bias, out)
+    if weight.code == BYTE and by is None and (dot == INT8 if weight.whole else dot == FP8):
         codes = weight.codes.view(DOT_DTYPES[dot])
-        _dense(rows, codes, weight, dot, scale, bias, out, 0, weight.n, weight.flip != 0)
+        _dense(rows, codes, weight, dot, promote, scale, bias, out, 0, weight.n, weight.flip != 0)
         return out
     step = min(weight.n, max(128, PART // weight.k // 128 * 128))
     room = torch.empty((step, weight.k), dtype=DOT_DTYPES[dot], device=out.device)
     for start in range(0, weight.n, step):
         stop = min(start + step, weight.n)
-        codes = expand(weight, dot, inner, room, start, stop)
-        _dense(rows, codes, weight, dot, scale, bias, out, start, stop, False)
+        codes = expand(weight, by, factor, room, start, stop)
+        _dense(rows, codes, weight, dot, promote, scale, bias, out, start, stop, False)
     return out
 
 
-def _few(
-    rows: Rows, weight: Weight, dot: int, scale: Tensor, inner: Tensor | None, bias: Tensor | None, out: Tensor
-) -> Tensor:
+def _inside(
+    rows: Rows, weight: Weight, dot: int, promote: int, scale: Tensor, by: Tensor | None, bias: Tensor | None,
+    out: Tensor,
+) -> Tensor:  # fmt: skip
+    """A packed weight, decoded inside the product."""
     count, groups = out.shape[0], scale.shape[1]
-    bm = shared(min(count, 64))
-    bk = min(128, max(32, shared(weight.k // 2))) if dot != BF16 else min(64, shared(weight.k // 2))
+    tile = PACKED.get(shared(count)) or PACKED[64 if count <= 64 else max(PACKED)]
+    bm, bn = (tile.bm, tile.bn) if not INTERPRETED else (min(tile.bm, 32), 32)
+    bk = min(tile.bk if dot != BF16 else tile.bk // 2, max(32, shared(weight.k // 2)))
     bk = min(bk, weight.group // 2) if groups > 1 else bk
-    bn = 64 if not INTERPRETED else 32
-    none = rows.scale
+    none, tma = rows.scale, tile.tma and weight.k % 32 == 0
+    codes, x = weight.codes, rows.codes
+    if tma:
+        x = TensorDescriptor.from_tensor(x.view(2 * count, -1), [bm, bk])
+        codes = TensorDescriptor.from_tensor(codes, [bn, bk])
     _packed_product[(triton.cdiv(count, bm) * triton.cdiv(weight.n, bn),)](
-        rows.codes, weight.codes, out, rows.scale, _or(rows.zero, none), _or(rows.sums, none), scale,
-        _or(weight.zero, none), _or(weight.sums, none), _or(inner, none), _or(bias, none), count, weight.n,
-        out.stride(0), rows.codes.stride(0), k=weight.k, DOT=dot, CODE=weight.code, FLIP=weight.flip != 0, GROUPS=groups,
-        BLOCK=0 if inner is None else weight.block, XZERO=rows.zero is not None, WZERO=weight.zero is not None,
-        XMANY=rows.scale.numel() > 1, BIAS=bias is not None, PROMOTED=min(PROMOTE, bk), ASSEMBLED=not INTERPRETED,
-        BM=bm, BN=bn, BK=bk, num_warps=4, num_stages=4,
+        x, codes, out, rows.scale, _or(rows.zero, none), _or(rows.sums, none), scale,
+        _or(weight.zero, none), _or(weight.sums, none), _or(by, none), _or(bias, none), count, weight.n,
+        out.stride(0), rows.codes.stride(0), k=weight.k, DOT=dot, CODE=weight.code, FLIP=weight.flip != 0,
+        GROUPS=groups, BLOCK=0 if by is None else weight.block, XZERO=rows.zero is not None,
+        WZERO=weight.zero is not None, XMANY=rows.scale.numel() > 1, BIAS=bias is not None,
+        PROMOTED=min(promote, bk), ASSEMBLED=not INTERPRETED, TMA=tma, BM=bm, BN=bn, BK=bk, num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
     return out
 
 
-CONFIGS = {INT8: (128, 256, 128, 8, 3), FP8: (128, 128, 128, 8, 4), BF16: (128, 256, 64, 8, 3)}
-"""Rows of x, of W and columns of a tile; warps, and tiles on their way."""
-
-
 def _dense(
-    rows: Rows, codes: Tensor, weight: Weight, dot: int, scale: Tensor, bias: Tensor | None, out: Tensor,
+    rows: Rows, codes: Tensor, weight: Weight, dot: int, promote: int, scale: Tensor, bias: Tensor | None, out: Tensor,
     start: int, stop: int, flip: bool,
 ) -> None:  # fmt: skip
     """Rows ``start`` to ``stop`` of W."""
     count, groups = out.shape[0], scale.shape[1]
-    bm, bn, bk, warps, stages = CONFIGS[dot] if not INTERPRETED else (32, 32, 64, 4, 1)
-    bk = min(bk, weight.group) if groups > 1 else bk
-    none = rows.scale
+    tile = SMALL if INTERPRETED else FEW_DENSE if count <= 64 else DENSE[dot]
+    bm = min(tile.bm, shared(count))
+    bk = min(tile.bk, weight.group) if groups > 1 else tile.bk
+    none, tma = rows.scale, tile.tma and weight.k * codes.element_size() % 16 == 0
+    x = rows.codes
+    if tma:
+        x, codes = (TensorDescriptor.from_tensor(t, [b, bk]) for t, b in ((x, bm), (codes, tile.bn)))
     part = [None if t is None else t[start:stop] for t in (scale, weight.zero, weight.sums, bias)]
-    _product[(triton.cdiv(count, bm) * triton.cdiv(stop - start, bn),)](
-        rows.codes, codes, out[:, start:stop], rows.scale, _or(rows.zero, none), _or(rows.sums, none),
+    _product[(triton.cdiv(count, bm) * triton.cdiv(stop - start, tile.bn),)](
+        x, codes, out[:, start:stop], rows.scale, _or(rows.zero, none), _or(rows.sums, none),
         part[0], _or(part[1], none), _or(part[2], none), _or(part[3], none), count, stop - start, out.stride(0),
         k=weight.k, DOT=dot, FLIP=flip, GROUPS=groups, XZERO=rows.zero is not None, WZERO=weight.zero is not None,
-        XMANY=rows.scale.numel() > 1, BIAS=bias is not None, PROMOTED=min(PROMOTE, bk), ASSEMBLED=not INTERPRETED,
-        BM=bm, BN=bn, BK=bk, num_warps=warps, num_stages=stages,
+        XMANY=rows.scale.numel() > 1, BIAS=bias is not None, PROMOTED=min(promote, bk), ASSEMBLED=not INTERPRETED,
+        TMA=tma, BM=bm, BN=tile.bn, BK=bk, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ head are two products. Scales of whole tokens are applied to scores and probabil
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,9 +19,12 @@ from torch import Tensor
 from nybble.formats.integer import IntFormat
 from nybble.kernels._gpu import INTERPRETED, shared
 from nybble.kernels._gpu_tiles import _value
+from nybble.nn.cached_attention import cached_attention, stored_rows
 from nybble.qtensor import dense
 from nybble.qtensor.block import BlockQTensor
 
+Rows = tuple[Sequence[Tensor], str, str, Tensor]
+"""Stored tensors, their names, the quantizer's line, and the newest tokens."""
 FLOAT, INT8, FP8, INT4, E2M1 = range(5)
 PLAIN, E4M3, E8M0 = range(3)
 _STEP = 64
@@ -54,7 +58,8 @@ class Side:
     def of(found: BlockQTensor | Tensor) -> Side | None:
         """The stored form of keys or values; None where the kernel can't read it."""
         if isinstance(found, Tensor):
-            return Side(found.contiguous(), FLOAT, False, found.shape[-1])
+            width = found.shape[-1]
+            return None if width & (width - 1) or width < 32 else Side(found.contiguous(), FLOAT, False, width)
         fmt, params, width = found.format, found.params, found.shape[-1]
         names = {"float8_e4m3fn": FP8, "float4_e2m1fn": E2M1}
         code = {4: INT4, 8: INT8}.get(fmt.bits) if isinstance(fmt, IntFormat) else names.get(fmt.name)
@@ -326,3 +331,47 @@ def _launch(
         MASKED=mask is not None, HEADS=key_heads, STEPS=steps, STEP=_STEP, ASSEMBLED=not INTERPRETED,
         num_warps=4, num_stages=3,
     )  # fmt: skip
+
+
+def attend(
+    query: Tensor,
+    keys: Sequence[Tensor],
+    key_names: str,
+    key_line: str,
+    values: Sequence[Tensor],
+    value_names: str,
+    value_line: str,
+    newest_keys: Tensor,
+    newest_values: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """See :func:`nybble.nn.cached_attention.cached_attention`."""
+    given = (query, keys, key_names, key_line, values, value_names, value_line, newest_keys, newest_values, mask)
+    found = _sides((keys, key_names, key_line, newest_keys), (values, value_names, value_line, newest_values))
+    if found is None or query.shape[2] != 1 or not query.numel():
+        expanded: Tensor = cached_attention._init_fn(*given, scaling)
+        return expanded
+    return decode(query, *found, scaling, _added(mask, query), (newest_keys, newest_values))
+
+
+def _sides(keys: Rows, values: Rows) -> tuple[Side, Side] | None:
+    """Both as the kernel reads them; None where it can't."""
+    stored = [stored_rows(*rows) for rows in (keys, values)]
+    if stored[0] is None or stored[1] is None:
+        return None
+    sides = [Side.of(part) for part in stored]
+    newest = [Side.of(rows[3]) for rows in (keys, values)]
+    known = sides[0] is not None and sides[1] is not None and None not in newest
+    return (sides[0], sides[1]) if known else None  # type: ignore[return-value]
+
+
+def _added(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """A mask of one query a sequence, as what is added to the scores: float32 [batch, tokens]."""
+    if mask is None:
+        return None
+    part = mask.expand(query.shape[0], -1, -1, -1)[:, 0, -1]
+    return torch.where(part, 0.0, -torch.inf) if part.dtype == torch.bool else part.float()
+
+
+cached_attention.register_kernel("cuda")(attend)

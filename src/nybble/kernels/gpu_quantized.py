@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from nybble.kernels import _gpu_tiles as tiles
 from nybble.kernels import gpu_quantizers as quantizers
 from nybble.kernels._gpu_operands import BF16, BYTE, DOT_DTYPES, FP8, INT8, Weight, weight_of
+from nybble.kernels._gpu_operands import E2M1 as E2M1_CODES
 from nybble.kernels.gpu_quantizers import E2M1, E4M3, INT, Rows
 from nybble.nn.compiled import quantizer_of, static_params
 from nybble.nn.float_products import float_linear
@@ -27,6 +28,8 @@ from nybble.scales.minmax import MinMax
 from nybble.scales.pow2 import Pow2
 from nybble.scales.two_level import TwoLevel
 
+FEW = 64
+"""Rows of x up to which a packed weight is decoded inside the product."""
 _NAMES = {INT8: "INT8", FP8: "FP8", BF16: "bfloat16"}
 _E8M0 = "float8_e8m0fnu scale=one"
 _NVFP4 = "float8_e4m3fn floor=normal"
@@ -149,24 +152,54 @@ def _flat(value: Any, like: Tensor) -> Tensor:
     return dense(value).float().reshape(-1).contiguous()
 
 
-def route(weight: Weight | str, line: str, rows: int) -> tuple[int, bool, int] | str:
-    """Tensor cores, whether even and odd columns are apart, and columns whose codes are added up; or why there is none."""
+class Way(NamedTuple):
+    """How a product goes.
+
+    Attributes:
+        dot: the tensor cores.
+        planes: whether even and odd columns of x are apart, and a packed weight is decoded inside.
+        group: columns of x whose codes are added up; 0: none are.
+        promote: columns that FP8 units add up by themselves.
+    """
+
+    dot: int
+    planes: bool
+    group: int
+    promote: int
+
+
+def cores_for(rule: Rounder, weight: Weight, inside: bool) -> int:
+    """The tensor cores for a product of rounded x and a weight, which may be decoded inside it."""
+    plain = weight.inner is None and weight.group >= 64
+    if rule.cores == BF16:
+        return BF16
+    doubled = weight.code == E2M1_CODES and plain and rule.high <= 127
+    if rule.cores == INT8:
+        return INT8 if (weight.whole and plain) or doubled else BF16
+    if rule.kind == E2M1 and doubled and not inside:
+        return INT8  # sums are exact there without a float32 sum beside
+    return FP8 if weight.fp8 and weight.zero is None and (weight.inner is not None or plain) else BF16
+
+
+def route(weight: Weight | str, line: str, rows: int) -> Way | str:
+    """How some rows of x go; or why there is no way."""
     if isinstance(weight, str):
         return weight
     rule = rounder_of(line)
     if rule is None:
         return f"activations by {line}"
-    dot = tiles.kind_of(rule.cores, weight)
+    planes = rows <= FEW and weight.code != BYTE
+    dot = cores_for(rule, weight, planes)
     if (rule.group and weight.k % rule.group) or (dot == BF16 and rule.cores == INT8 and rule.high > 127):
         return f"activations by {line} of {weight.k} columns"
-    if dot != INT8 and rule.asymmetric:
+    if rule.asymmetric and not (dot == INT8 and weight.whole):
         return "zero points of activations beside weights that are no integers"
-    planes = rows <= tiles.FEW and weight.code != BYTE
     group = weight.group if weight.zero is not None else 0
     odd = group and group != weight.k and group & (group - 1)
     if odd or not tiles.fits(weight, dot, planes) or weight.k > 65536:
         return f"groups of {weight.group} columns, or zero points, on {_NAMES[dot]} cores"
-    return dot, planes, group
+    exact = rule.kind == E2M1 and weight.code == E2M1_CODES and weight.inner is None
+    return Way(dot, planes, group, tiles.EXACT if exact else tiles.USUAL)
 
 
 def linear(
@@ -188,10 +221,9 @@ def linear(
     way = route(weight, line, rows)
     if isinstance(way, str) or isinstance(weight, str) or not rows:
         return packed_linear(rounded(x, parts, names, line), tensors, key, shape, bias)
-    dot, planes, group = way
-    found = rows_of(x.reshape(rows, k).contiguous(), parts, names, line, dot, planes, group)
+    found = rows_of(x.reshape(rows, k).contiguous(), parts, names, line, way.dot, way.planes, way.group)
     out = x.new_empty((rows, n))
-    return tiles.product(found, weight, dot, bias, out).view(*x.shape[:-1], n)
+    return tiles.product(found, weight, way.dot, way.promote, bias, out).view(*x.shape[:-1], n)
 
 
 def how(
@@ -199,7 +231,7 @@ def how(
 ) -> tuple[bool, str]:
     """See ``integer_linear.how``."""
     way = route(weight_of(tensors, key), line, 1)
-    return (False, way) if isinstance(way, str) else (True, f"Triton, {_NAMES[way[0]]} tensor cores")
+    return (False, way) if isinstance(way, str) else (True, f"Triton, {_NAMES[way.dot]} tensor cores")
 
 
 for _op in (integer_linear, float_linear):

@@ -111,7 +111,7 @@ def _measured_row(bits, least, most, target, low, high, ZERO: tl.constexpr):
 
 @triton.jit
 def _tokens(
-    x, codes, scales, zeros, sums, scale_in, zero_in, rows, stride, target, low, high, shift,
+    x, codes, scales, zeros, sums, scale_in, zero_in, rows, stride, target, low, high, shift, factor,
     columns: tl.constexpr, KIND: tl.constexpr, GIVEN: tl.constexpr, MANY: tl.constexpr, ZERO: tl.constexpr, INSIDE: tl.constexpr,
     SHIFTED: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +127,7 @@ def _tokens(
         stored, scale, zero = _given_row(row, bits, scale_in, zero_in, MANY, ZERO)
     else:
         stored, scale, zero = _measured_row(bits, least, most, target, low, high, ZERO)
-    tl.store(scales + row, stored)
+    tl.store(scales + row, tl.math.div_rn(stored, factor))
     if ZERO or SHIFTED:
         tl.store(zeros + row, (zero - shift).to(tl.int32))
     scale = tl.where(scale == 0, 1.0, scale)
@@ -143,7 +143,7 @@ def _tokens(
                 y = tl.minimum(tl.maximum(_whole(tl.minimum(tl.maximum(y, -1e6), 1e6)) + zero, low), high)
         else:
             y = _on_grid(y, low, high, KIND)
-        y = tl.where(inside, y - shift, 0.0)
+        y = tl.where(inside, (y - shift) * factor, 0.0)
         if columns == GROUP:
             added += tl.sum(y, 0).to(tl.int32)
         elif GROUP > 0:
@@ -254,13 +254,14 @@ def tokens(
         given: scales and zero points, float32 [rows] or [1], instead of measured ones.
         asymmetric: measure a range and a zero point.
         inside: add the zero point before rounding.
-        dtype: of the codes, which must hold the grid's values.
+        dtype: of the codes, which must hold the grid's values; E2M1's are doubled in int8.
         planes: even and odd columns apart, for weights of two codes a byte.
         group: columns of a group whose codes are added up, a power of two or all; 0: none are.
     """
     rows, columns = x.shape
     target, low, high = float(target), float(low), float(high)
     shift = 128.0 if high > 127 and kind == INT else 0.0
+    factor = 2.0 if kind == E2M1 and dtype == torch.int8 else 1.0
     zero = asymmetric or (given is not None and given[1] is not None)
     many = given is not None and given[0].numel() > 1
     codes = x.new_empty((2, rows, columns // 2) if planes else (rows, columns), dtype=dtype)
@@ -272,9 +273,9 @@ def tokens(
     if rows:
         _tokens[(rows,)](
             x, codes, scale, scale if zeros is None else zeros, scale if sums is None else sums,
-            scale_in, scale_in if zero_in is None else zero_in, rows, x.stride(0), target, low, high, shift,
-            columns=columns, KIND=kind, GIVEN=given is not None, MANY=many, ZERO=zero, INSIDE=inside, SHIFTED=shift > 0, PLANES=planes,
-            GROUP=group, BLOCK=block, num_warps=min(8, max(1, block // 512)),
+            scale_in, scale_in if zero_in is None else zero_in, rows, x.stride(0), target, low, high, shift, factor,
+            columns=columns, KIND=kind, GIVEN=given is not None, MANY=many, ZERO=zero, INSIDE=inside,
+            SHIFTED=shift > 0, PLANES=planes, GROUP=group, BLOCK=block, num_warps=min(8, max(1, block // 512)),
             enable_fp_fusion=False,
         )  # fmt: skip
     return Rows(codes, scale, zeros, sums)
@@ -321,7 +322,8 @@ def blocks(
         _largest[(triton.cdiv(x.numel(), 8192),)](x, largest, x.numel(), BLOCK=8192)
     per = max(1, 4096 // group)
     _blocks[(triton.cdiv(count, per),)](
-        x, out, outer, outer if divisor is None else divisor, largest, count, float(high), float(low), float(high), carry or 0, emax,
+        x, out, outer, outer if divisor is None else divisor, largest, count, float(high), float(low), float(high),
+        carry or 0, emax,
         KIND=kind, RULE=rule, GROUP=group, BLOCK=per, enable_fp_fusion=False,
     )  # fmt: skip
     return Rows(out, outer)

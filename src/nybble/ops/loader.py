@@ -1,9 +1,10 @@
 """Fast versions of ops, found by device and loaded at its first use.
 
 A module of ``nybble/kernels/`` belongs to the device that its name begins with (``cpu``, ``cuda_scaled`` ...; ``gpu``
-is CUDA's, whose name AMD's GPUs bear in torch, too); other packages add theirs as entry points of the group ``nybble.kernels``, named alike. Importing one registers its kernels
-with the ops (``op.register_kernel(device)``); what begins with ``_`` is shared among them. One that fails (Triton is
-missing, a plug-in is broken) is named in a warning and left out; without any, every number stays the same.
+stands for ``cuda``, as torch calls AMD's GPUs too); other packages add theirs as entry points of the group
+``nybble.kernels``, named alike. Importing one registers its kernels with the ops (``op.register_kernel(device)``); what
+begins with ``_`` is shared among them. One that fails (Triton is missing, a plug-in is broken) is named in a warning
+and left out; without any, every number stays the same.
 """
 
 from __future__ import annotations
