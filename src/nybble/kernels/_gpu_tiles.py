@@ -163,8 +163,11 @@ def _packed_product(
         if BLOCK > 0 or DOT == 2 or (DOT == 1 and CODE == 1) or (DOT == 0 and CODE == 2):
             low, high = _value(byte, False, CODE, FLIP, ASSEMBLED), _value(byte, True, CODE, FLIP, ASSEMBLED)
             if BLOCK > 0:
-                at = inner + n.to(tl.int64)[:, None] * (k // BLOCK) + (start + rk[None, :]) * 2 // BLOCK
-                by = tl.load(at, mask=rk[None, :] < half - start, other=0.0)
+                count: tl.constexpr = BK * 2 // BLOCK if BK * 2 > BLOCK else 1
+                block = start * 2 // BLOCK + tl.arange(0, count)
+                at = inner + n.to(tl.int64)[:, None] * (k // BLOCK) + block[None, :]
+                by = tl.load(at, mask=block[None, :] < k // BLOCK, other=0.0)
+                by = tl.reshape(tl.broadcast_to(by[:, :, None], (BN, count, BK // count)), (BN, BK))
                 low, high = low * by, high * by
             if DOT == 0:
                 low, high = low * 2.0, high * 2.0  # E2M1's values, whole

@@ -112,11 +112,23 @@ def _scale(scale, outer, row, at, count: tl.constexpr, STORED: tl.constexpr, ins
         bits = found.to(tl.int32)
         bits = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
         wide = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-        return wide * tl.load(outer + row, mask=inside, other=0.0)
-    if STORED == 2:
+        wide = wide * tl.load(outer + row, mask=inside, other=0.0)
+    elif STORED == 2:
         bits = found.to(tl.int32)
-        return tl.where(bits > 0, bits << 23, 1 << 22).to(tl.float32, bitcast=True)
-    return found.to(tl.float32)
+        wide = tl.where(bits > 0, bits << 23, 1 << 22).to(tl.float32, bitcast=True)
+    else:
+        wide = found.to(tl.float32)
+    return wide
+
+
+@triton.jit
+def _wide(found, COUNT: tl.constexpr, PER: tl.constexpr, STEP: tl.constexpr, DOWN: tl.constexpr):
+    """Each scale as often as it has columns: of [scales, tokens] where columns go down, else of [tokens, scales]."""
+    if DOWN:
+        wide = tl.reshape(tl.broadcast_to(found[:, None, :], (COUNT, PER, STEP)), (COUNT * PER, STEP))
+    else:
+        wide = tl.reshape(tl.broadcast_to(found[:, :, None], (STEP, COUNT, PER)), (STEP, COUNT * PER))
+    return wide
 
 
 @triton.jit
@@ -150,23 +162,30 @@ def _zeros(zero, row, at, count: tl.constexpr, CODE: tl.constexpr, FLIP: tl.cons
     byte = tl.load(zero + row * count + at, mask=inside, other=0).to(tl.int32)
     half: tl.constexpr = 8 if CODE == 3 else 128
     if FLIP:
-        return (byte - half).to(tl.float32)
-    return tl.where(byte >= half, byte - 2 * half, byte).to(tl.float32)
+        number = byte - half
+    else:
+        number = tl.where(byte >= half, byte - 2 * half, byte)
+    return number.to(tl.float32)
 
 
 @triton.jit
 def _tile(
-    byte, HIGH: tl.constexpr, row, column, inside, scale, outer, zero, dtype: tl.constexpr,
-    WIDTH: tl.constexpr, SCALES: tl.constexpr, CODE: tl.constexpr, FLIP: tl.constexpr, STORED: tl.constexpr,
-    ZERO: tl.constexpr, ASSEMBLED: tl.constexpr,
+    byte, HIGH: tl.constexpr, row, inside, scale, outer, zero, dtype: tl.constexpr, DOWN: tl.constexpr,
+    BYTES: tl.constexpr, STEP: tl.constexpr, SCALES: tl.constexpr, CODE: tl.constexpr, FLIP: tl.constexpr,
+    STORED: tl.constexpr, ZERO: tl.constexpr, ASSEMBLED: tl.constexpr,
 ):  # fmt: skip
-    """Values of a tile of tokens, in ``dtype``; scales of whole tokens are left out."""
+    """Values of a tile of tokens, in ``dtype``, columns downwards or across; scales of whole tokens are left out."""
     found = _decoded(byte, HIGH, CODE, FLIP, ASSEMBLED)
-    at = column * (2 if CODE > 2 else 1) // (WIDTH // (SCALES if SCALES > 0 else 1))
-    if ZERO:
-        found = found - _zeros(zero, row, at, SCALES, CODE, FLIP, inside)
-    if SCALES > 1:
-        found = found * _scale(scale, outer, row, at, SCALES, STORED, inside)
+    if SCALES > 0:
+        per: tl.constexpr = BYTES // SCALES
+        if DOWN:
+            at, row, inside = tl.arange(0, SCALES)[:, None], row[None, :], inside[None, :]
+        else:
+            at, row, inside = tl.arange(0, SCALES)[None, :], row[:, None], inside[:, None]
+        if ZERO:
+            found = found - _wide(_zeros(zero, row, at, SCALES, CODE, FLIP, inside), SCALES, per, STEP, DOWN)
+        if SCALES > 1:
+            found = found * _wide(_scale(scale, outer, row, at, SCALES, STORED, inside), SCALES, per, STEP, DOWN)
     return found.to(dtype)
 
 
@@ -200,12 +219,12 @@ def _attend(
         inside = token < tokens
         row = head.to(tl.int64) * tokens + token
         byte = _codes(k, row[None, :], kcol[:, None], kbytes, KCODE, inside[None, :])
-        tile = _tile(byte, False, row[None, :], kcol[:, None], inside[None, :], ks, ko, kz, dtype,
-                     WIDTH, KSCALES, KCODE, KFLIP, KSTORED, KZERO, ASSEMBLED)  # fmt: skip
+        tile = _tile(byte, False, row, inside, ks, ko, kz, dtype, True,
+                     kbytes, STEP, KSCALES, KCODE, KFLIP, KSTORED, KZERO, ASSEMBLED)  # fmt: skip
         score = tl.dot(q0, tile, input_precision="ieee")
         if kparts == 2:
-            tile = _tile(byte, True, row[None, :], kcol[:, None], inside[None, :], ks, ko, kz, dtype,
-                         WIDTH, KSCALES, KCODE, KFLIP, KSTORED, KZERO, ASSEMBLED)  # fmt: skip
+            tile = _tile(byte, True, row, inside, ks, ko, kz, dtype, True,
+                         kbytes, STEP, KSCALES, KCODE, KFLIP, KSTORED, KZERO, ASSEMBLED)  # fmt: skip
             score = tl.dot(q1, tile, score, input_precision="ieee")
         if KSCALES == 1:
             score = score * _scale(ks, ko, row, 0, 1, KSTORED, inside)[None, :]
@@ -223,12 +242,12 @@ def _attend(
             p = p * _scale(vs, vo, row, 0, 1, VSTORED, inside)[None, :]
         p = p.to(dtype)
         byte = _codes(v, row[:, None], vcol[None, :], vbytes, VCODE, inside[:, None])
-        tile = _tile(byte, False, row[:, None], vcol[None, :], inside[:, None], vs, vo, vz, dtype,
-                     VWIDTH, VSCALES, VCODE, VFLIP, VSTORED, VZERO, ASSEMBLED)  # fmt: skip
+        tile = _tile(byte, False, row, inside, vs, vo, vz, dtype, False,
+                     vbytes, STEP, VSCALES, VCODE, VFLIP, VSTORED, VZERO, ASSEMBLED)  # fmt: skip
         acc0 = tl.dot(p, tile, acc0 * kept[:, None], input_precision="ieee")
         if vparts == 2:
-            tile = _tile(byte, True, row[:, None], vcol[None, :], inside[:, None], vs, vo, vz, dtype,
-                         VWIDTH, VSCALES, VCODE, VFLIP, VSTORED, VZERO, ASSEMBLED)  # fmt: skip
+            tile = _tile(byte, True, row, inside, vs, vo, vz, dtype, False,
+                         vbytes, STEP, VSCALES, VCODE, VFLIP, VSTORED, VZERO, ASSEMBLED)  # fmt: skip
             acc1 = tl.dot(p, tile, acc1 * kept[:, None], input_precision="ieee")
     slot = (head.to(tl.int64) * GROUP + query) * slots + first + part
     tl.store(most + slot, top, mask=query < GROUP)
