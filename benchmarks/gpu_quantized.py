@@ -65,7 +65,8 @@ CACHES = ("int8 token", "int4 group=64 scale_format=float32", "float8_e4m3fn tok
 LENGTHS = ((1, 8192), (1, 32768), (16, 4096))
 EIGHT = (
     Tile(128, 256, 128, 8, 3, True), Tile(128, 256, 128, 8, 4, True), Tile(128, 128, 128, 4, 4, True),
-    Tile(128, 128, 128, 8, 4, True), Tile(256, 128, 128, 8, 3, True), Tile(128, 256, 128, 8, 3), Tile(128, 128, 128, 8, 4),
+    Tile(128, 128, 128, 8, 4, True), Tile(256, 128, 128, 8, 3, True), Tile(128, 256, 128, 8, 3),
+    Tile(128, 128, 128, 8, 4),
 )  # fmt: skip
 SIXTEEN = (
     Tile(128, 256, 64, 8, 3, True), Tile(128, 256, 64, 8, 4, True), Tile(256, 128, 64, 8, 4, True),
@@ -161,6 +162,7 @@ class Made:
         self.copies = [[t.clone() for t in tensors.values()] for _ in range(count)]
 
     def call(self, x: Tensor, line: str) -> Call:
+        """The product with one of the copies."""
         op = integer_linear if Quantizer(line).format.is_integer else float_linear
         return lambda i: op(x, self.copies[i], self.key, [N, K], None, [], "", line)
 
@@ -173,6 +175,7 @@ class Made:
         return float((y[part, :512].double() - exact).norm() / exact.norm())
 
     def us(self, x: Tensor, line: str) -> float:
+        """Microseconds of a product."""
         return graph_us(self.call(x, line), len(self.copies))
 
 
@@ -200,6 +203,7 @@ class Trial:
             tiles.USUAL, tiles.PART, gpu_quantized.FEW = self.promote, self.part, 64
 
     def undo(self) -> None:
+        """Let them go as before, but for the tile."""
         tiles.PACKED.pop(2048, None)
         tiles.USUAL, tiles.PART, gpu_quantized.FEW = 128, 8 << 20, 64
 
@@ -231,11 +235,12 @@ def best_of(found: list[Row]) -> dict[str, list[int]]:
     """The fastest tile of each kind (for packed weights, by the first inputs)."""
     best: dict[str, Row] = {}
     for row in found:
-        kind = row["kind"]
-        if "us" in row and (kind != "packed 2048") and row["promote"] == 128 and row["part"] == 8 << 20:
-            if kind not in best or row["us"] < best[kind]["us"]:
-                if kind not in best or best[kind]["weights"] == row["weights"]:
-                    best[kind] = row
+        kind, usual = row["kind"], row["promote"] == 128 and row["part"] == 8 << 20
+        if "us" not in row or kind == "packed 2048" or not usual:
+            continue
+        before = best.setdefault(kind, row)
+        if row["us"] < before["us"] and before["weights"] == row["weights"]:
+            best[kind] = row
     return {kind: list(row["tile"]) for kind, row in best.items()}
 
 
@@ -300,11 +305,13 @@ class Workers:
         ]  # fmt: skip
 
     def wait(self) -> None:
+        """Until all have done what they were told."""
         for process in self.processes:
             assert process.stdout is not None
             process.stdout.readline()
 
     def tell(self, best: dict[str, list[int]]) -> None:
+        """The tiles that are going to be measured."""
         for process in self.processes:
             assert process.stdin is not None
             try:
@@ -325,7 +332,11 @@ def copy_gbs() -> float:
 def bf16_rows(sizes: tuple[int, ...]) -> dict[int, float]:
     dense = drawn("weight", N, K).bfloat16() / 64
     weights = [dense.clone() for _ in range(copies_of(dense.nbytes))]
-    return {m: graph_us(lambda i, x=rows(m): torch.nn.functional.linear(x, weights[i]), len(weights)) for m in sizes}  # type: ignore[misc]
+    found = {}
+    for m in sizes:
+        x = rows(m)
+        found[m] = graph_us(lambda i, x=x: torch.nn.functional.linear(x, weights[i]), len(weights))  # type: ignore[misc]
+    return found
 
 
 def products(weights: dict[str, Made], sizes: tuple[int, ...], bf16: dict[int, float], gbs: float) -> Iterator[Row]:
@@ -348,7 +359,7 @@ def products(weights: dict[str, Made], sizes: tuple[int, ...], bf16: dict[int, f
 
 
 def peers() -> Iterator[Row]:
-    """torch's own products of operands that are rounded already, at 2,048 rows, and what it takes to expand a weight."""
+    """Torch's own products of operands that are rounded already, at 2,048 rows; and expanding a weight."""
     x, weight = rows(2048), drawn("weight", N, K)
     count = copies_of(N * K)
     a, b = x.to(torch.float8_e4m3fn), [weight.to(torch.float8_e4m3fn) for _ in range(count)]
@@ -378,7 +389,8 @@ def peers() -> Iterator[Row]:
                     tiles.expand(p[i], by, factor, room, start, min(N, start + s))
 
             row = {"expanding": line, "dot": dot, "part": part}
-            yield tried(row, lambda c=expand, n=len(plan): {"us": graph_us(c, n)})  # type: ignore[misc]
+            count = len(plan)
+            yield tried(row, lambda c=expand, n=count: {"us": graph_us(c, n)})  # type: ignore[misc]
 
 
 def quantizers(gbs: float) -> Iterator[Row]:
@@ -432,9 +444,11 @@ class Cache:
         self.wide = [t.dequantize() for t in found] if line else [t.float() for t in found]
 
     def call(self, i: int) -> Tensor:
+        """Attention over one of the copies."""
         return gpu_attention.decode(self.q, *self.copies[i], 128**-0.5)
 
     def error(self) -> float:
+        """Distance of the first sequence's result from float64 over what the cache holds, over its norm."""
         keys, values = (t[:1].double().repeat_interleave(4, 1) for t in self.wide)
         exact = (self.q[:1].double() @ keys.transpose(2, 3) * 128**-0.5).softmax(-1) @ values
         return float((self.call(0)[:1].double() - exact).norm() / exact.norm())
@@ -506,7 +520,8 @@ def main() -> None:
     begun, sizes = time.perf_counter(), SIZES[:3] if options.quick else SIZES
     if options.worker:
         share = tuple(int(n) for n in options.worker.split("/"))
-        return worker((share[0], share[1]), options.tune, sizes)
+        worker((share[0], share[1]), options.tune, sizes)
+        return
     workers, weights = Workers(options), dict[str, Made]()
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,

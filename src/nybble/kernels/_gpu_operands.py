@@ -188,7 +188,7 @@ def _scales(qtensor: BlockQTensor, groups: int) -> tuple[Tensor, Tensor | None] 
 def _sums(qtensor: BlockQTensor, groups: int, zero: Tensor | None, flip: int) -> Tensor:
     n, k = qtensor.shape
     values = decode(qtensor.unpacked(), qtensor.format.name).view(n, groups, k // groups).sum(2)
-    found = values.int() + flip * (k // groups)
+    found: Tensor = values.int() + flip * (k // groups)
     return (found if zero is None else found - zero * (k // groups)).contiguous()
 
 

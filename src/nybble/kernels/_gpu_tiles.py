@@ -1,4 +1,4 @@
-# mypy: disallow-untyped-decorators=false, disallow-untyped-defs=false
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """Products of two quantized operands on tensor cores: INT8, FP8, or bfloat16 where both are exact in it.
 
 Whole numbers are added up as such. On FP8 units, whose accumulators are narrow, partial sums go to float32 as often as
@@ -336,7 +336,7 @@ PACKED = {16: Tile(16, 64, 128, 4, 4), 32: Tile(32, 64, 128, 4, 4), 64: Tile(64,
 
 
 def expand(weight: Weight, by: Tensor | None, factor: float, out: Tensor, start: int, stop: int) -> Tensor:
-    """Rows ``start`` to ``stop`` of ``factor * code * by``, integers less their bias, in ``out`` [as many or more, k]."""
+    """Rows ``start`` to ``stop`` of ``factor * code * by``, integers less their bias, in ``out`` [enough rows, k]."""
     codes, made = weight.codes[start:stop], out[: stop - start]
     scales = weight.scale if by is None else by[start:stop]
     size = 2048 if weight.code == BYTE else 1024

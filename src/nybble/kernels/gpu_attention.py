@@ -1,4 +1,4 @@
-# mypy: disallow-untyped-decorators=false, disallow-untyped-defs=false
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """Attention of single queries over keys and values in few bits, which are read as they lie in the cache.
 
 Flash decoding (Dao et al. 2023): programs share the tokens of a head of keys among them, each for all the queries that
@@ -376,13 +376,11 @@ def attend(
 
 def _sides(keys: Rows, values: Rows) -> tuple[Side, Side] | None:
     """Both as the kernel reads them; None where it can't."""
-    stored = [stored_rows(*rows) for rows in (keys, values)]
-    if stored[0] is None or stored[1] is None:
+    k, v = stored_rows(*keys), stored_rows(*values)
+    if k is None or v is None or Side.of(keys[3]) is None or Side.of(values[3]) is None:
         return None
-    sides = [Side.of(part) for part in stored]
-    newest = [Side.of(rows[3]) for rows in (keys, values)]
-    known = sides[0] is not None and sides[1] is not None and None not in newest
-    return (sides[0], sides[1]) if known else None  # type: ignore[return-value]
+    sides = Side.of(k), Side.of(v)
+    return None if sides[0] is None or sides[1] is None else (sides[0], sides[1])
 
 
 def _added(mask: Tensor | None, query: Tensor) -> Tensor | None:

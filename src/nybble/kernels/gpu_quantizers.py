@@ -1,4 +1,4 @@
-# mypy: disallow-untyped-decorators=false, disallow-untyped-defs=false
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """Activations onto the grids that tensor cores read, scales measured in the same kernel: the quantizer's own bits.
 
 Two shapes of scales: one a row (``token``; or one that was calibrated), whose codes go to INT8 or FP8 products; and
@@ -88,7 +88,8 @@ def _given_row(row, bits, scale_in, zero_in, MANY: tl.constexpr, ZERO: tl.conste
     zero = 0.0
     if ZERO:
         zero = tl.load(zero_in + at)
-    return tl.where(bits > 0x7F800000, float("nan"), scale), scale, zero
+    lost = (bits > 0x7F800000) | (scale == float("inf"))
+    return tl.where(lost, float("nan"), scale), scale, zero
 
 
 @triton.jit
@@ -112,8 +113,8 @@ def _measured_row(bits, least, most, target, low, high, ZERO: tl.constexpr):
 @triton.jit
 def _tokens(
     x, codes, scales, zeros, sums, scale_in, zero_in, rows, stride, target, low, high, shift, factor,
-    columns: tl.constexpr, KIND: tl.constexpr, GIVEN: tl.constexpr, MANY: tl.constexpr, ZERO: tl.constexpr, INSIDE: tl.constexpr,
-    SHIFTED: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    columns: tl.constexpr, KIND: tl.constexpr, GIVEN: tl.constexpr, MANY: tl.constexpr, ZERO: tl.constexpr,
+    INSIDE: tl.constexpr, SHIFTED: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)

@@ -1,8 +1,8 @@
-"""Attention over keys and values as a cache stores them, as one operator: ``kernels/`` has versions that expand nothing.
+"""Attention over keys and values as a cache stores them, as one operator.
 
-Models meet it through :class:`Stored`: what a quantized cache hands to a model's attention in place of a tensor, where
-there are kernels. The implementation ``nybble-cache``, registered with transformers, takes such keys and values apart;
-to everything else they are a tensor, made when it is first used.
+``kernels/`` has versions that expand nothing. Models meet it through :class:`Stored`: what a quantized cache hands to a
+model's attention in place of a tensor, where there are kernels. The implementation ``nybble-cache``, registered with
+transformers, takes such keys and values apart; to everything else they are a tensor, made when it is first used.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Stored(Tensor):
         """Of the rows as they are now."""
         newest = rows.newest
         shape = (*newest.shape[:2], rows.tokens, newest.shape[3])
-        make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make: Any = torch.Tensor._make_wrapper_subclass
         made: Stored = make(cls, shape, dtype=newest.dtype, device=newest.device)
         found = rows.rows()
         line = "" if rows.quantizer is None else str(rows.quantizer)
@@ -128,7 +128,7 @@ class Stored(Tensor):
         return f"Stored({list(self.shape)})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         read = tree_map_only(Stored, Stored.read, (args, kwargs or {}))
         return func(*read[0], **read[1])
 
@@ -136,7 +136,7 @@ class Stored(Tensor):
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention by torch (``sdpa``), but over :class:`Stored` keys and values by one operator.
+    """Transformers' attention by torch (``sdpa``), but over :class:`Stored` keys and values by one operator.
 
     Arguments and result are those of transformers' attention functions.
     """
@@ -145,7 +145,7 @@ def attention(
     plain = not others.get("dropout") and others.get("s_aux") is None and others.get("position_bias") is None
     if not (isinstance(key, Stored) and isinstance(value, Stored) and plain and query.shape[2] == 1):
         key, value = (t.read() if isinstance(t, Stored) else t for t in (key, value))
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **others)  # type: ignore[no-any-return]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
     scaling = others.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     out = cached_attention(query, *key.rows[:3], *value.rows[:3], key.rows[3], value.rows[3], attention_mask, scaling)

@@ -92,7 +92,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return states.shape[2] == 1 and states.device.type in DEVICES and self.kv.stores and not grad
 
     def attend(self, query: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
-        """Attention of some queries over all that is stored; see :func:`nybble.nn.cached_attention.cached_attention`."""
+        """Attention over all that is stored; see :func:`nybble.nn.cached_attention.cached_attention`."""
         keys, values = (Stored(side).rows for side in self._sides)
         found: Tensor = cached_attention(query, *keys[:3], *values[:3], keys[3], values[3], mask, scaling)
         return found
