@@ -190,7 +190,7 @@ class Trial:
     m: int
     tile: Tile
     promote: int = tiles.USUAL
-    part: int = 8 << 20
+    part: int = 16 << 20
 
     def use(self) -> None:
         """Let products go so."""
@@ -200,12 +200,12 @@ class Trial:
             gpu_quantized.FEW = max(64, size)
         else:
             tiles.DENSE[{"INT8": tiles.INT8, "FP8": tiles.FP8, "BF16": tiles.BF16}[self.kind]] = self.tile
-            tiles.USUAL, tiles.PART, gpu_quantized.FEW = self.promote, self.part, 64
+            tiles.USUAL, tiles.PART, tiles.TORCH = self.promote, self.part, False
 
     def undo(self) -> None:
         """Let them go as before, but for the tile."""
         tiles.PACKED.pop(2048, None)
-        tiles.USUAL, tiles.PART, gpu_quantized.FEW = 128, 8 << 20, 64
+        tiles.USUAL, tiles.PART, gpu_quantized.FEW, tiles.TORCH = 128, 16 << 20, 64, True
 
 
 def trials() -> list[Trial]:
@@ -213,7 +213,7 @@ def trials() -> list[Trial]:
     found = [Trial("INT8", "int8 channel", "int8 token", 2048, tile) for tile in EIGHT]
     found += [Trial("FP8", *fp8, 2048, tile, promote) for tile in EIGHT for promote in (128, 64)]
     found += [Trial("BF16", "mxfp4-ocp", "mxfp4-ocp", 2048, tile) for tile in SIXTEEN]
-    found += [Trial("BF16", "mxfp4-ocp", "mxfp4-ocp", 2048, SIXTEEN[0], part=part << 20) for part in (16, 64)]
+    found += [Trial("BF16", "mxfp4-ocp", "mxfp4-ocp", 2048, SIXTEEN[0], part=part << 20) for part in (8, 64)]
     for weights, inputs in (("int4 channel", "int8 token"), ("float4_e2m1fn channel", "float8_e4m3fn token")):
         found += [Trial("packed 2048", weights, inputs, 2048, tile) for tile in LARGE]
         for m, few in FEW.items():
@@ -235,7 +235,7 @@ def best_of(found: list[Row]) -> dict[str, list[int]]:
     """The fastest tile of each kind (for packed weights, by the first inputs)."""
     best: dict[str, Row] = {}
     for row in found:
-        kind, usual = row["kind"], row["promote"] == 128 and row["part"] == 8 << 20
+        kind, usual = row["kind"], row["promote"] == 128 and row["part"] == 16 << 20
         if "us" not in row or kind == "packed 2048" or not usual:
             continue
         before = best.setdefault(kind, row)

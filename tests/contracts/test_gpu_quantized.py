@@ -34,7 +34,7 @@ PAIRS = (
     ("uint4 group=64 symmetric=false", "int8 token symmetric=false", "INT8", "INT8"),
     ("int4 group=128 symmetric=false", "int8 tensor", "INT8", "INT8"),
     ("int4 group=32", "int8 token", "bfloat16", "bfloat16"),
-    ("float4_e2m1fn channel", "float4_e2m1fn token", "FP8", "INT8"),
+    ("float4_e2m1fn channel", "float4_e2m1fn token", "FP8", "FP8"),
     ("float4_e2m1fn group=128", "int8 token", "INT8", "INT8"),
     ("float4_e2m1fn channel", "float8_e4m3fn token", "FP8", "FP8"),
     ("float8_e4m3fn channel", "float8_e4m3fn token", "FP8", "FP8"),
@@ -148,6 +148,24 @@ def test_sums_of_whole_numbers(weights: str) -> None:
         whole = decode(stored.unpacked(), stored.format.name).double() @ codes.double().T
         assert isinstance(stored.params.scale, Tensor) and isinstance(weight.params.scale, Tensor)
         assert torch.equal(y, whole.float() * stored.params.scale * weight.params.scale.T)
+
+
+def test_products_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes to torch's own FP8 product on a GPU: expanded a part at a time, both sides' scales, a bias."""
+    from nybble.kernels import _gpu_tiles
+
+    monkeypatch.setattr(_gpu_tiles, "WHOLE", 32 * 64)
+    bias = torch.randn(48, device=interpreted.DEVICE)
+    for weights in ("float4_e2m1fn channel", "fp4-m2", "float8_e4m3fn channel", "int4 channel"):
+        weight = Quantizer(weights).quantize(torch.randn(48, 64, device=interpreted.DEVICE))
+        tensors = weight.tensors()
+        plan = kernels().weight_of(list(tensors.values()), key_of(weight.spec(), list(tensors)))
+        x = torch.randn(70, 64, device=interpreted.DEVICE).bfloat16()
+        rows = kernels().rows_of(x, [], "", "float8_e4m3fn token", 1, False, 0)
+        y = _gpu_tiles._by_torch(rows, plan, *plan.on(1), bias, x.new_empty(70, 48))
+        wide = Quantizer("float8_e4m3fn token").fake_quantize(x.float()).double()
+        exact = wide @ weight.dequantize().double().T + bias.bfloat16().double()
+        assert y.dtype == torch.bfloat16 and (y.double() - exact).norm() <= 3e-3 * exact.norm(), weights
 
 
 def test_shapes() -> None:

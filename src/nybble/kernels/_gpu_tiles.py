@@ -21,11 +21,15 @@ from nybble.kernels._gpu import INTERPRETED, shared
 from nybble.kernels._gpu_operands import BF16, BYTE, DOT_DTYPES, FP8, INT8, Weight
 from nybble.kernels.gpu_quantizers import Rows
 
-PART = 8 << 20
-"""Elements of a weight that are decoded at a time: in 8 bits, a sixth of an H100's L2 cache."""
+PART = 16 << 20
+"""Elements of a weight that are decoded at a time: in 8 bits, a third of an H100's L2 cache."""
+WHOLE = 128 << 20
+"""Elements that are decoded at a time where torch multiplies."""
 EXACT, USUAL = 64, 128
 """Columns that FP8 units, which keep 13 bits below the largest, add up by themselves: of E2M1's products, which are
-quarters up to 36, 113 fit; of others as many as in torch's own products."""
+quarters up to 36, 113 fit; of others as many as in torch's own products (where E2M1's sums are exact up to 4,096)."""
+TORCH = True
+"""Whether torch's own FP8 products are used where it has them: they are faster."""
 
 
 @triton.jit
@@ -325,14 +329,19 @@ class Tile:
 SMALL = Tile(32, 32, 64, 4, 1)
 """For the interpreter."""
 DENSE = {
-    INT8: Tile(128, 256, 128, 8, 3, True),
-    FP8: Tile(128, 128, 128, 8, 4, True),
-    BF16: Tile(128, 256, 64, 8, 3, True),
+    INT8: Tile(128, 256, 128, 8, 4, True),
+    FP8: Tile(256, 128, 128, 8, 3, True),
+    BF16: Tile(128, 256, 64, 8, 4, True),
 }
 FEW_DENSE = Tile(64, 64, 128, 4, 4)
 """For operands in the tensor cores' numbers."""
-PACKED = {16: Tile(16, 64, 128, 4, 4), 32: Tile(32, 64, 128, 4, 4), 64: Tile(64, 64, 128, 4, 4)}
-"""For packed weights, by the rows of x that they are for; in bfloat16 half as many columns."""
+PACKED = {
+    16: Tile(16, 64, 256, 4, 3),
+    32: Tile(32, 64, 128, 4, 4),
+    64: Tile(64, 64, 128, 4, 4),
+    128: Tile(128, 128, 64, 4, 4, True),
+}
+"""For packed weights, by the rows of x up to which they are for (the last: beyond); bfloat16 takes half the columns."""
 
 
 def expand(weight: Weight, by: Tensor | None, factor: float, out: Tensor, start: int, stop: int) -> Tensor:
@@ -367,15 +376,22 @@ def product(rows: Rows, weight: Weight, dot: int, promote: int, bias: Tensor | N
         dot: :data:`INT8`, :data:`FP8` or :data:`BF16`.
         promote: columns whose products FP8 units add up by themselves.
         bias: [n] or None.
-        out: [rows, n], float32, bfloat16 or float16, contiguous; is filled.
+        out: [rows, n], float32, bfloat16 or float16, contiguous; is filled, or another returned.
     """
     scale, by, factor = weight.on(dot)
     if rows.codes.dim() == 3:
         return _inside(rows, weight, dot, promote, scale, by, bias, out)
-    if weight.code == BYTE and by is None and (dot == INT8 if weight.whole else dot == FP8):
+    if (
+        weight.code == BYTE
+        and by is None
+        and not by_torch(weight, dot, out)
+        and (dot == INT8 if weight.whole else dot == FP8)
+    ):
         codes = weight.codes.view(DOT_DTYPES[dot])
         _dense(rows, codes, weight, dot, promote, scale, bias, out, 0, weight.n, weight.flip != 0)
         return out
+    if by_torch(weight, dot, out):
+        return _by_torch(rows, weight, scale, by, factor, bias, out)
     step = min(weight.n, max(128, PART // weight.k // 128 * 128))
     room = torch.empty((step, weight.k), dtype=DOT_DTYPES[dot], device=out.device)
     for start in range(0, weight.n, step):
@@ -385,15 +401,41 @@ def product(rows: Rows, weight: Weight, dot: int, promote: int, bias: Tensor | N
     return out
 
 
+def by_torch(weight: Weight, dot: int, out: Tensor) -> bool:
+    """Whether torch has a product with scales of rows: of E4M3, its partial sums promoted as :data:`USUAL` says."""
+    sizes = weight.k % 16 == 0 and weight.n % 16 == 0 and weight.scale.shape[1] == 1
+    return TORCH and dot == FP8 and out.is_cuda and out.dtype == torch.bfloat16 and out.shape[0] > 64 and sizes
+
+
+def _by_torch(
+    rows: Rows, weight: Weight, scale: Tensor, by: Tensor | None, factor: float, bias: Tensor | None, out: Tensor
+) -> Tensor:
+    left = rows.scale.expand(out.shape[0]).view(-1, 1).contiguous()
+    step, parts = max(16, WHOLE // weight.k // 16 * 16), []
+    for start in range(0, weight.n, step):
+        stop = min(start + step, weight.n)
+        if weight.code == BYTE and by is None:
+            codes = weight.codes[start:stop].view(torch.float8_e4m3fn)
+        else:
+            room = torch.empty((stop - start, weight.k), dtype=torch.float8_e4m3fn, device=out.device)
+            codes = expand(weight, by, factor, room, start, stop)
+        right = scale[start:stop].view(1, -1).contiguous()
+        added = None if bias is None else bias[start:stop].to(out.dtype)
+        parts.append(
+            torch._scaled_mm(rows.codes, codes.t(), left, right, bias=added, out_dtype=out.dtype, use_fast_accum=False)
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
 def _inside(
     rows: Rows, weight: Weight, dot: int, promote: int, scale: Tensor, by: Tensor | None, bias: Tensor | None,
     out: Tensor,
 ) -> Tensor:  # fmt: skip
     """A packed weight, decoded inside the product."""
     count, groups = out.shape[0], scale.shape[1]
-    tile = PACKED.get(shared(count)) or PACKED[64 if count <= 64 else max(PACKED)]
+    tile = PACKED.get(shared(count)) or PACKED[max(PACKED)]
     bm, bn = (tile.bm, tile.bn) if not INTERPRETED else (min(tile.bm, 32), 32)
-    bk = min(tile.bk if dot != BF16 else tile.bk // 2, max(32, shared(weight.k // 2)))
+    bk = min(tile.bk if dot != BF16 else min(64, tile.bk // 2), max(32, shared(weight.k // 2)))
     bk = min(bk, weight.group // 2) if groups > 1 else bk
     none, tma = rows.scale, tile.tma and weight.k % 32 == 0
     codes, x = weight.codes, rows.codes

@@ -146,9 +146,12 @@ def _decoded(byte, HIGH: tl.constexpr, CODE: tl.constexpr, FLIP: tl.constexpr, A
             byte = byte ^ 0x80
         found = byte.to(tl.int8, bitcast=True).to(tl.float32)
     elif CODE == 2:
-        bits = byte.to(tl.int32)
-        bits = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
-        found = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+        if ASSEMBLED:
+            found = byte.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        else:  # the interpreter's conversion loses subnormals
+            bits = byte.to(tl.int32)
+            bits = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
+            found = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
     elif CODE == 3:
         found = _value(byte, HIGH, 1, FLIP, ASSEMBLED)
     else:
@@ -174,7 +177,7 @@ def _tile(
     BYTES: tl.constexpr, STEP: tl.constexpr, SCALES: tl.constexpr, CODE: tl.constexpr, FLIP: tl.constexpr,
     STORED: tl.constexpr, ZERO: tl.constexpr, ASSEMBLED: tl.constexpr,
 ):  # fmt: skip
-    """Values of a tile of tokens, in ``dtype``, columns downwards or across; scales of whole tokens are left out."""
+    """Values of a tile of tokens, in ``dtype``, columns downwards or across; what whole tokens share is left out."""
     found = _decoded(byte, HIGH, CODE, FLIP, ASSEMBLED)
     if SCALES > 0:
         per: tl.constexpr = BYTES // SCALES
@@ -182,7 +185,7 @@ def _tile(
             at, row, inside = tl.arange(0, SCALES)[:, None], row[None, :], inside[None, :]
         else:
             at, row, inside = tl.arange(0, SCALES)[None, :], row[:, None], inside[:, None]
-        if ZERO:
+        if ZERO and SCALES > 1:
             found = found - _wide(_zeros(zero, row, at, SCALES, CODE, FLIP, inside), SCALES, per, STEP, DOWN)
         if SCALES > 1:
             found = found * _wide(_scale(scale, outer, row, at, SCALES, STORED, inside), SCALES, per, STEP, DOWN)
@@ -210,6 +213,11 @@ def _attend(
     q0 = (tl.load(at, mask=real, other=0.0).to(tl.float32)).to(dtype)
     if kparts == 2:
         q1 = (tl.load(at + 1, mask=real, other=0.0).to(tl.float32)).to(dtype)
+    if KZERO and KSCALES == 1:
+        whole = tl.sum(q0.to(tl.float32), 1)
+        if kparts == 2:
+            whole += tl.sum(q1.to(tl.float32), 1)
+    shifts = tl.zeros((ROWS,), tl.float32)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     sums = tl.zeros((ROWS,), tl.float32)
     acc0 = tl.zeros((ROWS, vbytes), tl.float32)
@@ -226,6 +234,8 @@ def _attend(
             tile = _tile(byte, True, row, inside, ks, ko, kz, dtype, True,
                          kbytes, STEP, KSCALES, KCODE, KFLIP, KSTORED, KZERO, ASSEMBLED)  # fmt: skip
             score = tl.dot(q1, tile, score, input_precision="ieee")
+        if KZERO and KSCALES == 1:
+            score -= whole[:, None] * _zeros(kz, row, 0, 1, KCODE, KFLIP, inside)[None, :]
         if KSCALES == 1:
             score = score * _scale(ks, ko, row, 0, 1, KSTORED, inside)[None, :]
         score = score * scaling
@@ -240,6 +250,8 @@ def _attend(
         top = new
         if VSCALES == 1:
             p = p * _scale(vs, vo, row, 0, 1, VSTORED, inside)[None, :]
+            if VZERO:
+                shifts = shifts * kept + tl.sum(p * _zeros(vz, row, 0, 1, VCODE, VFLIP, inside)[None, :], 1)
         p = p.to(dtype)
         byte = _codes(v, row[:, None], vcol[None, :], vbytes, VCODE, inside[:, None])
         tile = _tile(byte, False, row, inside, vs, vo, vz, dtype, False,
@@ -249,6 +261,8 @@ def _attend(
             tile = _tile(byte, True, row, inside, vs, vo, vz, dtype, False,
                          vbytes, STEP, VSCALES, VCODE, VFLIP, VSTORED, VZERO, ASSEMBLED)  # fmt: skip
             acc1 = tl.dot(p, tile, acc1 * kept[:, None], input_precision="ieee")
+    if VZERO and VSCALES == 1:
+        acc0, acc1 = acc0 - shifts[:, None], acc1 - shifts[:, None]
     slot = (head.to(tl.int64) * GROUP + query) * slots + first + part
     tl.store(most + slot, top, mask=query < GROUP)
     tl.store(total + slot, sums, mask=query < GROUP)

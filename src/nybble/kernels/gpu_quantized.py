@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nybble.kernels import _gpu_tiles as tiles
 from nybble.kernels import gpu_quantizers as quantizers
-from nybble.kernels._gpu_operands import BF16, BYTE, DOT_DTYPES, FP8, INT8, Weight, weight_of
+from nybble.kernels._gpu_operands import BF16, BYTE, DOT_DTYPES, FP8, INT4, INT8, Weight, weight_of
 from nybble.kernels._gpu_operands import E2M1 as E2M1_CODES
 from nybble.kernels.gpu_quantizers import E2M1, E4M3, INT, Rows
 from nybble.nn.compiled import quantizer_of, static_params
@@ -168,16 +168,14 @@ class Way(NamedTuple):
     promote: int
 
 
-def cores_for(rule: Rounder, weight: Weight, inside: bool) -> int:
-    """The tensor cores for a product of rounded x and a weight, which may be decoded inside it."""
+def cores_for(rule: Rounder, weight: Weight) -> int:
+    """The tensor cores for a product of rounded x and a weight."""
     plain = weight.inner is None and weight.group >= 64
     if rule.cores == BF16:
         return BF16
     doubled = weight.code == E2M1_CODES and plain and rule.high <= 127
     if rule.cores == INT8:
         return INT8 if (weight.whole and plain) or doubled else BF16
-    if rule.kind == E2M1 and doubled and not inside:
-        return INT8  # sums are exact there without a float32 sum beside
     return FP8 if weight.fp8 and weight.zero is None and (weight.inner is not None or plain) else BF16
 
 
@@ -188,8 +186,9 @@ def route(weight: Weight | str, line: str, rows: int) -> Way | str:
     rule = rounder_of(line)
     if rule is None:
         return f"activations by {line}"
-    planes = rows <= FEW and weight.code != BYTE
-    dot = cores_for(rule, weight, planes)
+    few = rows <= FEW and weight.code != BYTE
+    dot = cores_for(rule, weight)
+    planes = few or (weight.code == INT4 and dot == INT8 and weight.scale.shape[1] == 1)  # no slower for many rows
     if (rule.group and weight.k % rule.group) or (dot == BF16 and rule.cores == INT8 and rule.high > 127):
         return f"activations by {line} of {weight.k} columns"
     if rule.asymmetric and not (dot == INT8 and weight.whole):

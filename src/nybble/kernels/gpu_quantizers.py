@@ -313,9 +313,9 @@ def blocks(
         bfloat16 values times block scales, exact; the scale is what E4M3 scales are multiplied with.
     """
     out = torch.empty_like(x, dtype=torch.bfloat16)
-    outer = torch.ones(1, dtype=torch.float32, device=x.device)
     count = x.numel() // group
     rule = (0 if carry is not None else 1) if emax else (2 if divisor is None else 3)
+    outer = (torch.ones if rule < 2 else torch.empty)(1, dtype=torch.float32, device=x.device)
     largest = torch.zeros(1, dtype=torch.int32, device=x.device) if rule == 2 else outer
     if not count:
         return Rows(out, outer)

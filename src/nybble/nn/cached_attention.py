@@ -162,6 +162,8 @@ def use_cached_attention(model: Any, on: bool) -> None:
     AttentionInterface.register(IMPLEMENTATION, attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
     before, after = ("sdpa", IMPLEMENTATION) if on else (IMPLEMENTATION, "sdpa")
+    if not getattr(model, "_supports_attention_backend", False):  # it would look for the name "sdpa" itself
+        return
     for module in model.modules():
         config: Any = config_of(module)
         if config is not None and getattr(config, "_attn_implementation", None) == before:
