@@ -162,7 +162,8 @@ def test_products_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         plan = kernels().weight_of(list(tensors.values()), key_of(weight.spec(), list(tensors)))
         x = torch.randn(70, 64, device=interpreted.DEVICE).bfloat16()
         rows = kernels().rows_of(x, [], "", "float8_e4m3fn token", 1, False, 0)
-        y = _gpu_tiles._by_torch(rows, plan, *plan.on(1), bias, x.new_empty(70, 48))
+        scale, by, factor = plan.on(1)
+        y = _gpu_tiles._by_torch(rows, plan, scale, by, factor, bias, x.new_empty(70, 48))
         wide = Quantizer("float8_e4m3fn token").fake_quantize(x.float()).double()
         exact = wide @ weight.dequantize().double().T + bias.bfloat16().double()
         assert y.dtype == torch.bfloat16 and (y.double() - exact).norm() <= 3e-3 * exact.norm(), weights
