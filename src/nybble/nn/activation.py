@@ -12,6 +12,7 @@ from nybble.kv_format import tokens_apart
 from nybble.learned._reaching import reaching
 from nybble.learned.ste import following
 from nybble.nn.compiled import fake_quantize, static_params
+from nybble.nn.float_products import rounds_to_floats
 from nybble.nn.input_rounding import rounded_inputs
 from nybble.nn.integer_products import rounds_to_integers
 from nybble.nn.products import DEVICES
@@ -31,6 +32,7 @@ class ActivationQuantizer(nn.Module):
 
     Attributes:
         whole: whether what passes is integers of up to 8 bits times one scale a row (products of whole numbers).
+        few: whether it is what tensor cores read (:mod:`nybble.nn.float_products`).
         through: whether the gradient goes through measured scales too (:class:`nybble.learned.ste.Ste`).
     """
 
@@ -40,7 +42,7 @@ class ActivationQuantizer(nn.Module):
         if (params is None) == quantizer.static:
             raise FileError(f"{quantizer}: a static quantizer, and only that, comes with calibrated parameters.")
         self.quantizer, self._line = quantizer, str(quantizer)
-        self.through, self.whole = False, rounds_to_integers(quantizer)
+        self.through, self.whole, self.few = False, rounds_to_integers(quantizer), rounds_to_floats(quantizer)
         for part, value in _parts(quantizer, params).items():
             self.register_buffer(part, value)
 

@@ -34,6 +34,7 @@ from transformers.cache_utils import (
 
 from nybble.core.errors import ModelError, UsageError
 from nybble.kv_format import KVFormat
+from nybble.nn.cached_attention import DEVICES, Stored, cached_attention
 from nybble.nn.kv_rows import TokenRows
 from nybble.qtensor import QTensor
 from nybble.quantizer import Quantizer
@@ -75,14 +76,26 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store more tokens; returns all that are stored, as they are read back."""
+        """Store more tokens; returns all that are stored, as they are read back (on a GPU, when they are used)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         found = []
         for side, states in zip(self._sides, (key_states, value_states), strict=True):
             side.append(states)
-            found.append(_straight_through(states, side.read()))
+            whole = self._as_stored(states)
+            found.append(Stored(side) if whole else _straight_through(states, side.read()))
         return found[0], found[1]
+
+    def _as_stored(self, states: Tensor) -> bool:
+        """Whether one more token is met by a query that reads the rows as they lie."""
+        grad = torch.is_grad_enabled() and states.requires_grad
+        return states.shape[2] == 1 and states.device.type in DEVICES and self.kv.stores and not grad
+
+    def attend(self, query: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+        """Attention over all that is stored; see :func:`nybble.nn.cached_attention.cached_attention`."""
+        keys, values = (Stored(side).rows for side in self._sides)
+        found: Tensor = cached_attention(query, *keys[:3], *values[:3], keys[3], values[3], mask, scaling)
+        return found
 
     def get_seq_length(self) -> int:
         """How many tokens were cached."""

@@ -17,6 +17,7 @@ from torch import nn
 from nybble.core.errors import FileError, ModelError, NybbleError, UsageError, within
 from nybble.kv_format import KVFormat
 from nybble.nn.attention import attentions
+from nybble.nn.cached_attention import use_cached_attention
 from nybble.nn.config import config_of
 from nybble.nn.kv_rows import check_width
 
@@ -79,6 +80,7 @@ def use_quantized_cache(model: Any, kv: KVRecord | None) -> None:
             if isinstance(hook, CacheHook):
                 del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
     model.__dict__.pop(_PREPARE, None)
+    use_cached_attention(model, kv is not None)
     if kv is None:
         return
     check_cache(model, kv)

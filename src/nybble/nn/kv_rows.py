@@ -75,9 +75,13 @@ class TokenRows:
         values = stored.dequantize(self.newest.dtype)
         return torch.cat([values, self.newest], 2) if self.newest.shape[2] else values
 
+    def rows(self) -> dict[str, Tensor]:
+        """What is stored in few bits, by name, [batch, heads, tokens, ...] each; empty where nothing is."""
+        return dict(self._rows) if self.rounded else {}
+
     def qtensor(self) -> QTensor | None:
         """The rounded tokens as [batch, heads, tokens, width]; None where there are none."""
-        return _from_rows(self._rows, self._skeleton) if self._skeleton is not None and self.rounded else None
+        return rows_to_qtensor(self._rows, self._skeleton) if self._skeleton is not None and self.rounded else None
 
     def drop_oldest(self, count: int) -> None:
         """Forget the first tokens."""
@@ -157,7 +161,7 @@ def _to_rows(stored: BlockQTensor) -> dict[str, Tensor]:
     return found
 
 
-def _from_rows(rows: dict[str, Tensor], like: BlockQTensor, prefix: str = "") -> BlockQTensor:
+def rows_to_qtensor(rows: Mapping[str, Tensor], like: BlockQTensor, prefix: str = "") -> BlockQTensor:
     """Inverse of :func:`_to_rows`; the number of tokens is that of the rows."""
     codes, layout, bits = rows[f"{prefix}codes"], get_layout(like.layout), like.format.bits
     shape = (*codes.shape[:-1], like.shape[-1])
@@ -169,8 +173,13 @@ def _from_rows(rows: dict[str, Tensor], like: BlockQTensor, prefix: str = "") ->
     params: dict[str, Tensor | BlockQTensor] = {}
     for name, value in _parts(like):
         key = f"{prefix}{name}"
-        params[name] = rows[key] if isinstance(value, Tensor) else _from_rows(rows, value, f"{key}.")
+        params[name] = rows[key] if isinstance(value, Tensor) else rows_to_qtensor(rows, value, f"{key}.")
     return replace(like, shape=shape, codes=codes.reshape(-1), params=_params(params))
+
+
+def skeleton_of(quantizer: Quantizer, width: int) -> BlockQTensor:
+    """What all rows of a width have in common, whatever their values."""
+    return _skeleton(quantizer.quantize(torch.zeros(1, 1, 1, width)))
 
 
 def _skeleton(stored: BlockQTensor) -> BlockQTensor:

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nybble.nn import float_products
 from nybble.nn.activation import ActivationQuantizer
+from nybble.nn.float_products import float_linear
+from nybble.nn.integer_products import integer_linear
 from nybble.nn.layer import QuantLayer, widened
 from nybble.nn.packed import Packed
-from nybble.nn.products import DEVICES
+from nybble.nn.products import DEVICES, Operator
 
 
 class QuantLinear(QuantLayer):
@@ -26,26 +29,29 @@ class QuantLinear(QuantLayer):
         return self.weight.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the float layer; whole numbers on both sides are multiplied as such where there is a kernel."""
+        """As the float layer; two rounded sides are multiplied as codes where there is a kernel."""
         x = widened(x, self.weight.dtype)
         weight, inputs = self.weight, self.inputs
-        if not isinstance(weight, Packed) or inputs is None or not self._whole(x, weight, inputs):
+        if not isinstance(weight, Packed) or inputs is None or not self._free(x, weight, inputs):
             return super().forward(x)
-        y = weight.integer_linear(x, self.bias, inputs)
+        op = _operator(weight, inputs, x.device.type)
+        if op is None:
+            return super().forward(x)
+        y = weight.rounded_linear(op, x, self.bias, inputs)
         return y if self.outputs is None else self.outputs(y)
 
-    def _whole(self, x: Tensor, weight: Packed, inputs: ActivationQuantizer) -> bool:
-        """Whether both sides are integers and nothing else wants the floats: a gradient, a hook, a held copy."""
-        fit = weight.whole and inputs.whole and x.device.type in DEVICES
+    def _free(self, x: Tensor, weight: Packed, inputs: ActivationQuantizer) -> bool:
+        """Whether nothing wants the floats: a gradient, a hook, a held copy."""
         free = not weight.held(x.dtype) and not (torch.is_grad_enabled() and x.requires_grad)
-        return fit and free and not inputs.watched and not weight.brought
+        return free and not inputs.watched and not weight.brought
 
     def how(self) -> tuple[bool, str]:
         """Whether there is a kernel for this layer where its weight is; its name, or why there is none."""
         if not isinstance(self.weight, Packed):
             return False, "a weight in float"
-        if self.inputs is not None and self.inputs.whole and self.weight.whole:
-            found = self.weight.how(self.inputs)
+        if self.inputs is not None:
+            op = _operator(self.weight, self.inputs, self.weight.device.type)
+            found = (False, "") if op is None else self.weight.how(op, self.inputs)
             if found[0]:
                 return found
         return self.weight.how()
@@ -63,3 +69,12 @@ class QuantLinear(QuantLayer):
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _operator(weight: Packed, inputs: ActivationQuantizer, device: str) -> Operator | None:
+    """What multiplies two rounded sides as they are, on a type of device; None: nothing does."""
+    if weight.whole and inputs.whole and device in DEVICES:
+        return integer_linear
+    if weight.few and inputs.few and device in float_products.DEVICES:
+        return float_linear
+    return None

@@ -13,8 +13,9 @@ from torch.nn import functional
 from nybble.core.errors import FileError
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.compiled import dequantize, key_of
-from nybble.nn.integer_products import holds_integers, integer_linear
-from nybble.nn.products import DEVICES, packed_linear, packed_rows
+from nybble.nn.float_products import holds_floats
+from nybble.nn.integer_products import holds_integers
+from nybble.nn.products import DEVICES, Operator, packed_linear, packed_rows
 from nybble.qtensor import QTensor, Spec, from_spec
 
 
@@ -50,6 +51,7 @@ class Packed(nn.Module):
 
     Attributes:
         whole: whether the values are integers of up to 8 bits times scales.
+        few: whether they are what tensor cores read, times scales (:mod:`nybble.nn.float_products`).
     """
 
     def __init__(self, qtensor: QTensor, dtype: torch.dtype | None = None) -> None:
@@ -64,7 +66,7 @@ class Packed(nn.Module):
                     part.add_module(inner, _Part())
                 part = part.get_submodule(inner)
             part.register_buffer(leaf, tensor)
-        self.whole = holds_integers(self.spec)
+        self.whole, self.few = holds_integers(self.spec), holds_floats(self.spec)
         self._key = key_of(self.spec, list(_tensors(self)))
         self._dense: Tensor | None = None
         self._view: tuple[QTensor, dict[str, Tensor]] | None = None
@@ -127,22 +129,21 @@ class Packed(nn.Module):
         found: Tensor = packed_rows(ids, list(_tensors(self).values()), self._key, self.shape, dtype)
         return found
 
-    def integer_linear(self, x: Tensor, bias: Tensor | None, inputs: ActivationQuantizer) -> Tensor:
-        """``inputs(x) W^T + bias``; see :func:`nybble.nn.integer_products.reference`."""
+    def rounded_linear(self, op: Operator, x: Tensor, bias: Tensor | None, inputs: ActivationQuantizer) -> Tensor:
+        """``inputs(x) W^T + bias`` by an operator; see :func:`nybble.nn.integer_products.reference`."""
         weight = list(_tensors(self).values())
-        y: Tensor = integer_linear(x, weight, self._key, self.shape, bias, *inputs.arguments())
+        y: Tensor = op(x, weight, self._key, self.shape, bias, *inputs.arguments())
         return y
 
-    def how(self, inputs: ActivationQuantizer | None = None) -> tuple[bool, str]:
+    def how(self, op: Operator = packed_linear, inputs: ActivationQuantizer | None = None) -> tuple[bool, str]:
         """Whether there is a kernel where this is; its name, or why there is none.
 
         Args:
-            inputs: of what it is multiplied with; None asks for :meth:`linear`, else for :meth:`integer_linear`.
+            op: of :meth:`linear`, or of :meth:`rounded_linear`.
+            inputs: as there.
         """
         weight = list(_tensors(self).values())
-        if inputs is None:
-            return packed_linear.how(weight, self._key, self.shape)
-        return integer_linear.how(weight, self._key, self.shape, *inputs.arguments())
+        return op.how(weight, self._key, self.shape, *(() if inputs is None else inputs.arguments()))
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """A call, by name."""

@@ -57,7 +57,7 @@ def pow2_scale(amax: Float32[Tensor, "*shape"], fmt: NumberFormat, mode: str) ->
     """
     if mode not in POW2_MODES:
         raise UsageError(f"pow2 mode {mode!r} is not one of {', '.join(POW2_MODES)}.")
-    emax = math.frexp(fmt.absmax)[1] - 1
+    emax = math.frexp(fmt.absmax)[1] - 1  # absmax = top * 2^emax, 1 <= top < 2
     finite = amax.isfinite()
     least = torch.full_like(amax, emax, dtype=torch.int32)
     if emax < 1:  # where amax is subnormal its bits don't tell its exponent; a format above 1 clamps there anyhow
@@ -71,8 +71,8 @@ def pow2_scale(amax: Float32[Tensor, "*shape"], fmt: NumberFormat, mode: str) ->
 
 
 def pow2_carry(fmt: NumberFormat, mode: str) -> int:
-    """What is added to the bits of amax, so that a carry into the exponent happens exactly where the mode rounds up."""
-    top = 2 * math.frexp(fmt.absmax)[0]  # absmax = top * 2^emax, 1 <= top < 2
+    """What is added to the bits of a float32 magnitude, so that its exponent goes up where ``mode`` rounds up."""
+    top = 2 * math.frexp(fmt.absmax)[0]
     below = 1 << 23
     middle = math.frexp(top * math.sqrt(2))  # of a binade, in units of max: at this mantissa "nearest" goes up
     return {

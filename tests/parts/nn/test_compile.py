@@ -22,6 +22,7 @@ from nybble.quantizer import Quantizer
 
 WHOLE = {
     "weights and embeddings": {"weights": "int4 group=16", "embeddings": "int8 channel"},
+    "whole numbers": {"weights": "int8 channel", "activations": "int8 token"},
     "every product": {"weights": "nvfp4", "activations": "int8 token", "matmuls": "int8 tensor"},
 }
 
@@ -38,14 +39,46 @@ def compiled(module: Any) -> Any:
     return torch.compile(module, fullgraph=True, backend="aot_eager")
 
 
+def packed(folder: Path, scheme: str) -> Any:
+    """A decoder of one layer."""
+    recipe = build_recipe("rtn", **WHOLE[scheme])
+    nybble.quantize(str(save_tiny(folder / "float", num_hidden_layers=1)), recipe, out=str(folder / "out"))
+    return nybble.load(folder / "out")[0]
+
+
 @pytest.mark.parametrize("scheme", WHOLE)
 def test_a_whole_model(tmp_path: Path, scheme: str) -> None:
-    recipe = build_recipe("rtn", **WHOLE[scheme])
-    nybble.quantize(str(save_tiny(tmp_path / "float", num_hidden_layers=1)), recipe, out=str(tmp_path / "out"))
-    model, _ = nybble.load(tmp_path / "out")
+    model = packed(tmp_path, scheme)
     with torch.no_grad():
         found = compiled(model)(input_ids=input_ids(), use_cache=False).logits
     assert torch.equal(found, logits(model))
+
+
+def test_a_model_is_exported(tmp_path: Path) -> None:
+    """For any number of sequences and tokens, with the weights packed."""
+    model, ids = packed(tmp_path, "whole numbers"), input_ids()
+    dims = {"input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=64)}, "use_cache": None}
+    export: Any = torch.export.export
+    exported = export(model, (), {"input_ids": ids, "use_cache": False}, dynamic_shapes=dims)
+    run = exported.module()
+    with torch.no_grad():
+        for part in (ids, ids[:1, :7]):
+            want = model(input_ids=part, use_cache=False).logits
+            assert torch.equal(run(input_ids=part, use_cache=False).logits, want)
+    held = [t for name, t in exported.state_dict.items() if "proj.weight" in name and t.dim() == 2]
+    assert held and all(t.shape[1] == 1 for t in held)  # scales of rows; no weight in float
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
+def test_inductor(tmp_path: Path) -> None:
+    """One graph with kernels of the compiler's own around the operators; in float32 it rounds where eager does."""
+    model = packed(tmp_path, "weights and embeddings").float()
+    with torch.no_grad():
+        whole: Any = torch.compile(model, fullgraph=True)
+        found = whole(input_ids=input_ids(), use_cache=False).logits
+    want = logits(model)
+    assert torch.allclose(found, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("family", MOES)
