@@ -1,0 +1,228 @@
+"""Products of packed weights on NVIDIA's GPUs, in Triton; what its kernels can't read goes the readable way.
+
+One row of x is a sum of float32; up to ``ROWS`` rows go to the tensor cores by a kernel that decodes tiles of W; for more
+W is expanded, a part at a time, and multiplied with by cuBLAS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nybble.core.errors import UsageError
+from nybble.kernels import _triton_products as kernels
+from nybble.kernels._gpu_weights import Weight, weight_of
+from nybble.nn.products import packed_linear, qtensor_of, reference
+
+ROWS = 256
+"""Of x, up to which tiles of W are decoded for each product; beyond, W is expanded (measured on an H100)."""
+PART = 1 << 24
+"""Elements of W that are expanded at a time: 32 MiB of bfloat16, which the second-level cache holds."""
+_PLAN = "_nybble_gpu_weight"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program of a kernel does: rows of W, units of its columns, rows of x; its warps and stages."""
+
+    rows: int
+    units: int
+    lines: int = 1
+    warps: int = 4
+    stages: int = 1
+    parts: int = 1
+
+
+def tile_of(weight: Weight, rows: int) -> Tile:
+    """For a weight and a number of rows of x: measured on an H100 (``benchmarks/gpu_products.py --tune``)."""
+    if rows == 1:
+        return Tile(16, 128 if weight.unit == 8 else 32)
+    lines = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    tile = 64
+    programs = -(-weight.n // tile) * -(-rows // lines)
+    units = weight.k // weight.unit
+    parts = max(1, min(8, 264 // programs, units // 32))
+    return Tile(tile, 16, lines, 4, 3 if weight.unit == 8 else 2, parts)
+
+
+def linear(x: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int], bias: Tensor | None) -> Tensor:
+    """See :func:`nybble.nn.products.reference`.
+
+    Raises:
+        UsageError: x, the weight and the bias are of shapes, dtypes or devices that don't fit each other.
+    """
+    weight = _weight(tensors, key)
+    _check(x, tensors[0], shape, bias)
+    if not x.numel() or weight is None:
+        return reference(x, tensors, key, shape, bias)
+    flat = x.reshape(-1, weight.k).contiguous()
+    with _on(x):
+        if path_of(weight, flat.shape[0], x.dtype) == "expanded":
+            return multiply_expanded(flat, weight, bias).view(*x.shape[:-1], weight.n)
+        return multiply(flat, weight, bias, tile_of(weight, flat.shape[0])).view(*x.shape[:-1], weight.n)
+
+
+def how(tensors: Sequence[Tensor], key: str, shape: Sequence[int]) -> tuple[bool, str]:
+    """See ``packed_linear.how``."""
+    weight = _weight(tensors, key)
+    if weight is None:
+        return False, str(weight_of(qtensor_of(tensors, key)))
+    if not weight.whole:
+        return True, "Triton, W expanded a part at a time"
+    return True, f"Triton, packed up to {ROWS} rows"
+
+
+def path_of(weight: Weight, rows: int, dtype: torch.dtype) -> str:
+    """What multiplies a weight with some rows of x."""
+    if rows > ROWS or not weight.whole or dtype == torch.float32:
+        return "expanded"
+    return "one row" if rows == 1 else "tiles"
+
+
+def kernels_there() -> list[str]:
+    """Kinds of kernels that there are."""
+    return ["triton"]
+
+
+def candidates(weight: Weight, rows: int) -> Iterator[tuple[str, Callable[[Tensor, Weight], Tensor]]]:
+    """Ways to multiply, by name, among which ``benchmarks/gpu_products.py --tune`` looks for the quickest."""
+    wide = 128 // (weight.unit // 8)
+    if rows == 1:
+        tiles = [Tile(n, u, warps=w) for n in (4, 8, 16) for u in (wide // 2, wide, 2 * wide) for w in (2, 4)]
+    else:
+        lines = min(64, 1 << max(4, (rows - 1).bit_length()))
+        tiles = [
+            Tile(n, u, lines, w, s, p)
+            for n, w in ((32, 4), (64, 4), (128, 8))
+            for u in (16, 32)
+            for s in (2, 4)
+            for p in ((1, 4) if rows < 64 else (1,))
+        ]
+    for tile in tiles:
+        yield repr(tile), partial(_by, tile)
+    yield "expanded", lambda x, w: multiply_expanded(x, w, None)
+
+
+def _by(tile: Tile, x: Tensor, weight: Weight) -> Tensor:
+    return multiply(x, weight, None, tile)
+
+
+def multiply(x: Tensor, weight: Weight, bias: Tensor | None, tile: Tile) -> Tensor:
+    """x [m, k] W^T + bias, W decoded in registers; ``weight.whole``."""
+    m, n = x.shape[0], weight.n
+    row_units = weight.k // weight.unit
+    out = x.new_empty(m, n)
+    given = (x, *_pointers(weight), weight.codes if bias is None else bias)
+    sizes = (weight.scales.outer_block, weight.scales.add, weight.across, weight.share, weight.group, row_units)
+    meta = _meta(weight) | {"BIAS": bias is not None, "BN": tile.rows, "BU": tile.units, "num_warps": tile.warps}
+    grid = -(-n // tile.rows)
+    if m == 1:
+        kernels.one_row[(grid,)](*given, out, n, *sizes, **meta)
+        return out
+    steps = -(-row_units // (tile.parts * tile.units))
+    parts = -(-row_units // (steps * tile.units))
+    to = out if parts == 1 else x.new_empty(parts, m, n, dtype=torch.float32)
+    kernels.rows_of[grid, -(-m // tile.lines), parts](
+        *given, to, m, n, *sizes, steps, **meta, BM=tile.lines, num_stages=tile.stages
+    )
+    if parts > 1:
+        kernels.added[(-(-m * n // 1024),)](to, out, m * n, PARTS=parts, BLOCK=1024)
+    return out
+
+
+def multiply_expanded(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """x [m, k] W^T + bias by way of parts of W in the dtype of x."""
+    step = max(1, PART // weight.k)
+    if step >= weight.n:
+        return functional.linear(x, expand(weight, x.dtype, 0, weight.n), bias)
+    out = x.new_empty(x.shape[0], weight.n)
+    step = -(-weight.n // -(-weight.n // step))
+    for start in range(0, weight.n, step):
+        stop = min(start + step, weight.n)
+        part = expand(weight, x.dtype, start, stop)
+        out[:, start:stop] = functional.linear(x, part, None if bias is None else bias[start:stop])
+    return out
+
+
+def expand(weight: Weight, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+    """Rows of W: the bits of the reference's."""
+    rows, k = stop - start, weight.k
+    out = torch.empty(rows, k, dtype=dtype, device=weight.codes.device)
+    _, *given = _pointers(weight)
+    sizes = (weight.scales.outer_block, weight.scales.add, weight.across, weight.share, weight.group)
+    meta = _meta(weight)
+    if weight.whole:
+        units = k // weight.unit
+        block = max(1, 256 // weight.unit)
+        kernels.expanded_units[-(-rows // 8), -(-units // block)](
+            _words(weight), *given, out, start, rows, *sizes, units, **meta, BN=8, BU=block
+        )
+        return out
+    for name in ("C", "UNIT", "KIND", "FLIP", "BASE"):
+        del meta[name]
+    kernels.expanded[-(-rows // 8), -(-k // 128)](
+        weight.codes, *given, out, start, rows, k, weight.codes.numel(), *sizes, **meta, BN=8, BK=128
+    )
+    return out
+
+
+def _words(weight: Weight) -> Tensor:
+    return weight.codes.view(torch.int32)
+
+
+def _pointers(weight: Weight) -> tuple[Tensor, ...]:
+    """Codes, table, scales, their table and outer ones, zeros, offsets; any tensor for what isn't there."""
+    scales, none = weight.scales, weight.table
+    sides = (scales.table, scales.outer, weight.zero, weight.offset)
+    codes = _words(weight) if weight.whole else weight.codes
+    return codes, weight.table, scales.values, *(none if side is None else side for side in sides)
+
+
+def _meta(weight: Weight) -> dict[str, Any]:
+    return {
+        "BITS": weight.bits, "C": weight.unit, "UNIT": 3 if weight.bits == 3 else 1, "KIND": weight.kind,
+        "FLIP": weight.flip, "BASE": weight.base, "SCALE": weight.scales.how, "OUTER": weight.scales.outers,
+        "ZERO": weight.zero is not None, "OFFSET": weight.offset is not None,
+    }  # fmt: skip
+
+
+def _check(x: Tensor, codes: Tensor, shape: Sequence[int], bias: Tensor | None) -> None:
+    n, k = shape
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UsageError(f"packed_linear: x in {x.dtype}; it takes float32, bfloat16 and float16.")
+    if x.dim() < 1 or x.shape[-1] != k:
+        raise UsageError(f"packed_linear: x {list(x.shape)} and a weight {[n, k]}: the last sides differ.")
+    if x.device != codes.device:
+        raise UsageError(f"packed_linear: x on {x.device} and a weight on {codes.device}.")
+    if bias is not None and (list(bias.shape) != [n] or bias.dtype != x.dtype or bias.device != x.device):
+        raise UsageError(
+            f"packed_linear: a bias {list(bias.shape)} in {bias.dtype} on {bias.device}; it has to be {[n]} in "
+            f"{x.dtype} on {x.device}, as x is."
+        )
+
+
+def _on(x: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _weight(tensors: Sequence[Tensor], key: str) -> Weight | None:
+    """The record of a weight, kept with its codes as long as the same tensors come with them."""
+    first = tensors[0]
+    kept = getattr(first, _PLAN, None)
+    if kept is not None and kept[0] == key and all(a is b for a, b in zip(kept[1], tensors[1:], strict=True)):
+        found: Weight | None = kept[2]
+        return found
+    weight = weight_of(qtensor_of(tensors, key))
+    usable = weight if isinstance(weight, Weight) else None
+    setattr(first, _PLAN, (key, tuple(tensors[1:]), usable))
+    return usable
+
+
+packed_linear.register_kernel("cuda", how)(linear)
