@@ -4,9 +4,10 @@
 
 A CUDA graph holds 20 calls or more, each with the next of as many copies of a weight as no cache holds (200 MB); a time
 is the median of its replays over the calls in it. Peers are timed the same way in the same run: torch's bfloat16
-product, its tinygemm (INT4, groups of 128), bitsandbytes' NF4 where it is installed. The floor of a row is what it has to
-read and write over the bandwidth of a large copy, measured first. Every result is compared with float64 before it is
-timed: the error is given as a share of the bound that rounding W and y to bfloat16 and adding in float32 allow.
+product, its tinygemm (INT4, groups of 128), bitsandbytes' NF4 where it is installed. The floor of a row is what it has
+to read and write over the bandwidth of the quickest large copy, measured first. Every result is compared with float64
+before it is timed: the error is given as a share of the bound that rounding W (with its scale: twice) and y to bfloat16
+and adding in float32 allow. ``--tune`` first times the shapes of the kernels and takes the best ones from there on.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import argparse
 import itertools
 import json
 import math
+import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nybble.core.files import atomic_file
-from nybble.kernels import cuda_products
+from nybble.kernels import _few_rows, cuda_products
 from nybble.kernels._gpu_weights import Weight, weight_of
 from nybble.nn.compiled import key_of
 from nybble.nn.products import packed_linear
@@ -52,6 +56,13 @@ SHAPES = ((14336, 4096), (4096, 4096))
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
 QUICK_ROWS = (1, 16, 64, 2048)
 CALLS, COLD = 20, 200e6
+SHAPES_TRIED = (
+    ((32, 1), (24, 1), (16, 1), (16, 1)),
+    ((16, 2), (16, 2), (12, 1), (12, 1)),
+    ((24, 1), (16, 1), (8, 2), (8, 1)),
+    ((8, 3), (8, 3), (8, 1), (8, 2)),
+)
+"""Warps of a block and blocks of a multiprocessor, for up to 8, 16, 32 and 64 rows."""
 BARS = {  # (columns out, rows): the most of floors, by format; of bf16 where rows are 2048
     (14336, 1): {"NF4": 1.8, "NF4 double": 1.8, "": 1.5},
     (4096, 1): {"": 2.4},
@@ -61,23 +72,22 @@ BARS = {  # (columns out, rows): the most of floors, by format; of bf16 where ro
 }
 
 
-def timed(calls: Sequence[Call], budget: float = 0.05) -> float:
+def timed(calls: Sequence[Call], budget: float = 0.03) -> float:
     """Microseconds of one of ``calls``, which a graph holds in turn, :data:`CALLS` of them or more."""
     many = max(CALLS, len(calls))
-    order = [calls[i % len(calls)] for i in range(many)]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in calls[:3]:
+        for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in order:
+        for call in itertools.islice(itertools.cycle(calls), many):
             call()
     times: list[float] = []
     start = time.perf_counter()
-    while len(times) < 5 or (time.perf_counter() - start < budget and len(times) < 200):
+    while len(times) < 6 or (time.perf_counter() - start < budget and len(times) < 200):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()  # type: ignore[no-untyped-call]
         graph.replay()
@@ -89,8 +99,6 @@ def timed(calls: Sequence[Call], budget: float = 0.05) -> float:
 
 def eager(calls: Sequence[Call], count: int = 200) -> float:
     """Microseconds of one call without a graph."""
-    for call in calls[:3]:
-        call()
     torch.cuda.synchronize()
     start = time.perf_counter()
     for call in itertools.islice(itertools.cycle(calls), count):
@@ -103,11 +111,19 @@ def copies(nbytes: float) -> range:
     return range(max(2, math.ceil(COLD / nbytes)))
 
 
-def bandwidth() -> float:
-    """Bytes a second, read and written, of a copy of 1 GiB."""
+def bandwidth() -> dict[str, float]:
+    """Bytes a second, read and written, of copies of 1 GiB: in a graph, and by another kernel of torch's."""
     one = torch.empty(1 << 28, dtype=torch.float32, device="cuda").normal_()
     two = torch.empty_like(one)
-    return 2 * one.numel() * 4 / (timed([lambda: two.copy_(one)]) * 1e-6)
+    ways: dict[str, Call] = {"copy_": lambda: two.copy_(one), "neg": lambda: torch.neg(one, out=two)}
+    found = {name: 2 * one.numel() * 4 / (timed([call]) * 1e-6) for name, call in ways.items()}
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()  # type: ignore[no-untyped-call]
+    for _ in range(10):
+        two.copy_(one)
+    end.record()  # type: ignore[no-untyped-call]
+    end.synchronize()
+    return found | {"copy_ without a graph": 10 * 2 * one.numel() * 4 / (begin.elapsed_time(end) * 1e-3)}
 
 
 def peers(n: int, k: int, m: int) -> Iterator[tuple[str, float]]:
@@ -142,11 +158,14 @@ def layers(line: str, n: int, k: int) -> tuple[QTensor, list[list[Tensor]], str]
     return packed, made, key_of(packed.spec(), list(tensors))
 
 
-def share_of_bound(y: Tensor, x: Tensor, packed: QTensor) -> float:
-    """The largest error over its bound: W and y rounded to bfloat16, sums of float32."""
+def share_of_bound(y: Tensor, x: Tensor, packed: QTensor, bias: Tensor | None = None) -> float:
+    """The largest error over its bound: W, its scale and y rounded to the dtype of x, sums of float32."""
+    eps = torch.finfo(x.dtype).eps / 2
     w = packed.dequantize(torch.float32).double()
     exact, size = x.double() @ w.T, x.double().abs() @ w.abs().T
-    bound = 2.0**-8 * exact.abs() + (2.0**-8 + w.shape[1] * 2.0**-24) * size + 1e-30
+    if bias is not None:
+        exact = exact + bias.double()
+    bound = 2 * eps * exact.abs() + (2.1 * eps + w.shape[1] * 2.0**-24) * size + 1e-30
     return float(((y.double() - exact).abs() / bound).max())
 
 
@@ -155,7 +174,7 @@ def row_of(name: str, made: Any, m: int, n: int, k: int, found: dict[str, float]
     x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
     share = share_of_bound(packed_linear(x, tensors[0], key, [n, k], None), x, packed)
     if not share < 1:
-        raise SystemExit(f"{name} {n}x{k} M={m}: the error is {share:.3g} times its bound")
+        raise ArithmeticError(f"the error is {share:.3g} times its bound")
     calls: list[Call] = [lambda t=t: packed_linear(x, t, key, [n, k], None) for t in tensors]  # type: ignore[misc]
     us = timed(calls)
     weight = weight_of(packed)
@@ -176,33 +195,106 @@ def row_of(name: str, made: Any, m: int, n: int, k: int, found: dict[str, float]
     return row
 
 
-def tune(lines: Sequence[str], rows: Sequence[int], seconds: float) -> list[dict[str, Any]]:
-    """Times of every tile; prints the best."""
-    results, end = [], time.perf_counter() + seconds
-    for (n, k), name, m in itertools.product(SHAPES, lines, rows):
-        packed = Quantizer(LINES[name]).quantize(torch.randn(n, k, device="cuda") / math.sqrt(k))
-        found = weight_of(packed)
-        assert isinstance(found, Weight)
-        weights = [weight_of(type(packed).rebuild(packed.spec(), {a: t.clone() for a, t in packed.tensors().items()}))
-                   for _ in copies(found.nbytes())]  # fmt: skip
-        x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
-        here = []
-        for label, call in cuda_products.candidates(found, m):
-            if time.perf_counter() > end:
-                print("tune: out of time", flush=True)
-                return results
-            try:
-                share = share_of_bound(call(x, found), x, packed)
-                us = timed([lambda w=w, call=call: call(x, w) for w in weights], 0.01)  # type: ignore[misc]
-            except Exception as error:
-                print(f"  {name} {n}x{k} M={m} {label}: {type(error).__name__} {str(error)[:200]!r}", flush=True)
+def small(line: str, n: int = 64, k: int = 256) -> Weight:
+    found = weight_of(Quantizer(line).quantize(torch.randn(n, k, device="cuda")))
+    assert isinstance(found, Weight)
+    return found
+
+
+def build(lines: Sequence[str], tried: Sequence[Any], dtype: torch.dtype = torch.bfloat16) -> None:
+    """Compile what these formats need, all at once."""
+    kinds = {_few_rows.kind_of(small(LINES[name]), dtype, m) for name in lines for m in (1, 64)}
+    asked = [(kind, shapes) for kind in sorted(k for k in kinds if not isinstance(k, str)) for shapes in tried]
+    start = time.perf_counter()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = list(pool.map(lambda one: _few_rows.library(*one), asked))
+    print(f"{len(asked)} libraries in {time.perf_counter() - start:.1f} s, {made.count(None)} failed", flush=True)
+
+
+def check() -> None:
+    """Every format on odd shapes, with a bias, float16 too; raises SystemExit."""
+    wrong = 0
+    for dtype in (torch.bfloat16, torch.float16):
+        build(list(LINES), [None], dtype)
+        for (name, line), (n, k), m in itertools.product(LINES.items(), ((1000, 4096), (4104, 1280)), (1, 9, 30, 100)):
+            packed, tensors, key = layers(line, n, k)
+            weight = weight_of(packed)
+            assert isinstance(weight, Weight)
+            if torch.float16 == dtype and name in ("MXFP4", "NVFP4") and m > 1:
                 continue
-            here.append({"format": name, "shape": [n, k], "rows": m, "tile": label, "us": round(us, 2),
-                         "of_bound": round(share, 3)})  # fmt: skip
-        here.sort(key=lambda row: row["us"])
-        results += here
-        for row in here[:4]:
-            print(f"  tune {name} {n}x{k} M={m}: {row['us']} us {row['tile']} (of bound {row['of_bound']})", flush=True)
+            x = torch.randn(m, k, dtype=dtype, device="cuda")
+            bias = torch.randn(n, dtype=dtype, device="cuda")
+            share = share_of_bound(packed_linear(x, tensors[0], key, [n, k], bias), x, packed, bias)
+            if not share < 1:
+                wrong += 1
+                print(f"WRONG {name} {n}x{k} M={m} {dtype} {cuda_products.path_of(weight, m, dtype)}: {share:.3g}")
+    raise SystemExit(wrong)
+
+
+def tune(lines: Sequence[str], rows: Sequence[int], end: float) -> list[dict[str, Any]]:
+    """Times of the kernels' shapes; prints the best, and takes those of the compiled ones."""
+    results: list[dict[str, Any]] = []
+    build(lines, SHAPES_TRIED)
+    for (n, k), name in itertools.product(SHAPES, lines):
+        packed, tensors, _ = layers(LINES[name], n, k)
+        names = list(packed.tensors())
+        weights = [weight_of(type(packed).rebuild(packed.spec(), dict(zip(names, t, strict=True)))) for t in tensors]
+        found = weights[0]
+        assert isinstance(found, Weight)
+        for m in rows:
+            x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
+            here = []
+            for label, shapes, call in ways(found, m, full=name == lines[0] and n == SHAPES[0][0]):
+                if time.perf_counter() > end:
+                    break
+                try:
+                    share = share_of_bound(call(x, found), x, packed)
+                    us = timed([lambda w=w, call=call, x=x: call(x, w) for w in weights], 0.01)  # type: ignore[misc]
+                except Exception as error:
+                    print(f"  {name} {n}x{k} M={m} {label}: {type(error).__name__} {str(error)[:200]!r}", flush=True)
+                    continue
+                here.append({"format": name, "shape": [n, k], "rows": m, "way": label, "shapes": shapes,
+                             "us": round(us, 2), "of_bound": round(share, 3)})  # fmt: skip
+            here.sort(key=lambda row: row["us"])
+            results += here
+            for row in here[:3]:
+                print(f"  {name} {n}x{k} M={m}: {row['us']} us {row['way']} ({row['of_bound']} of bound)", flush=True)
+    for of in _few_rows.SHAPES:
+        total: dict[tuple[int, int], float] = {}
+        for row in results:
+            if row["shapes"] and (row["rows"] - 1) // 8 + 1 in ((of,) if of < 4 else (of - 1, of)):
+                at = row["shapes"][list(_few_rows.SHAPES).index(of)]
+                total[at] = total.get(at, 0) + row["us"]
+        if total:
+            _few_rows.SHAPES[of] = min(total, key=lambda shape: total[shape])
+    print(f"taken: {_few_rows.SHAPES}", flush=True)
+    return results
+
+
+def ways(weight: Weight, rows: int, full: bool) -> Iterator[tuple[str, Any, Callable[[Tensor, Weight], Tensor]]]:
+    kind = _few_rows.kind_of(weight, torch.bfloat16, rows)
+    for shapes in SHAPES_TRIED if cuda_products.COMPILED and rows <= 64 and not isinstance(kind, str) else ():
+        made = _few_rows.library(kind, shapes)  # type: ignore[arg-type]
+        if made is not None:
+            yield f"compiled {shapes}", shapes, lambda x, w, made=made: _few_rows.multiply(made, x, w, None)
+    if full:
+        for label, call in cuda_products.candidates(weight, rows):
+            yield label, None, call
+
+
+def rows_of(lines: Sequence[str], rows: Sequence[int], found: Any, speed: float, end: float) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = []
+    for (n, k), name in itertools.product(SHAPES, lines):
+        if time.perf_counter() > end:
+            break
+        made = layers(LINES[name], n, k)
+        for m in rows:
+            if (n, m) not in found:
+                found[n, m] = dict(peers(n, k, m))
+            try:
+                results.append(row_of(name, made, m, n, k, found[n, m], speed))
+            except Exception as error:
+                print(f"FAILED {name} {n}x{k} M={m}: {type(error).__name__} {str(error)[:300]}", flush=True)
     return results
 
 
@@ -210,51 +302,65 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     parser.add_argument("--quick", action="store_true", help="the four main formats and the rows that have a bar")
-    parser.add_argument("--tune", action="store_true", help="time every tile of the kernels first, and print the best")
-    parser.add_argument("--tune-rows", type=int, nargs="+", default=[1, 16, 64, 256])
-    parser.add_argument("--lines", nargs="+", help="only these formats")
-    parser.add_argument("--rows", type=int, nargs="+")
-    parser.add_argument("--seconds", type=float, default=210, help="no row is begun after these (default 210)")
+    parser.add_argument("--tune", action="store_true", help="time the kernels' shapes first, and take the best")
+    parser.add_argument("--check", action="store_true", help="only compare with float64, on small odd shapes")
+    parser.add_argument("--seconds", type=float, default=210, help="nothing is begun after these (default 210)")
     options = parser.parse_args()
     torch.manual_seed(0)
+    if options.check:
+        check()
     begin = time.perf_counter()
-    lines = options.lines or (QUICK if options.quick else LINES)
-    rows = options.rows or (QUICK_ROWS if options.quick else ROWS)
-    speed = bandwidth()
-    print(f"{torch.cuda.get_device_name()}, copy {speed / 1e12:.3f} TB/s", flush=True)
-    tuned = tune(lines, options.tune_rows, options.seconds / 2) if options.tune else []
-    results: list[dict[str, Any]] = []
-    others: list[dict[str, Any]] = []
-    for n, k in SHAPES:
-        found = {m: dict(peers(n, k, m)) for m in rows}
-        others += [{"shape": [n, k], "rows": m, **{name: round(us, 2) for name, us in f.items()}}
-                   for m, f in found.items()]  # fmt: skip
-        for name in lines:
-            made = layers(LINES[name], n, k)
-            for m in rows:
-                if time.perf_counter() - begin > options.seconds:
-                    print("out of time", flush=True)
-                    break
-                results.append(row_of(name, made, m, n, k, found[m], speed))
+    end = begin + options.seconds
+    checked = subprocess.run([sys.executable, __file__, "--check"], capture_output=True, text=True, timeout=180)
+    print(f"check: {checked.returncode} in {time.perf_counter() - begin:.0f} s\n{checked.stdout[-2000:]}", flush=True)
+    if checked.returncode:
+        print(checked.stderr[-1500:], flush=True)
+        cuda_products.COMPILED = False
+    speeds = bandwidth()
+    speed = max(speeds.values())
+    print(
+        f"{torch.cuda.get_device_name()}, copies { ({k: round(v / 1e12, 3) for k, v in speeds.items()}) } TB/s",
+        flush=True,
+    )
+    tuned = tune(("INT4 g128", "NVFP4"), (1, 16, 32, 64, 2048), begin + options.seconds / 2) if options.tune else []
+    if cuda_products.COMPILED:
+        build(QUICK if options.quick else list(LINES), [None])
+    found: dict[tuple[int, int], dict[str, float]] = {}
+    results = rows_of(QUICK, QUICK_ROWS, found, speed, end)
+    compiled, cuda_products.COMPILED = cuda_products.COMPILED, False
+    portable = rows_of(QUICK, QUICK_ROWS[:3], found, speed, end) if compiled else []
+    cuda_products.COMPILED = compiled
+    if not options.quick:
+        others = [name for name in LINES if name not in QUICK]
+        results += rows_of(others, QUICK_ROWS, found, speed, end)
+        results += rows_of(list(LINES), [m for m in ROWS if m not in QUICK_ROWS], found, speed, end)
+    print_rows(results, portable, found)
     report = {
         "what": (__doc__ or "").partition("\n")[0], "device": torch.cuda.get_device_name(),
-        "copy_bytes_a_second": round(speed), "python": platform.python_version(), "torch": torch.__version__,
-        "triton": getattr(sys.modules.get("triton"), "__version__", None), "seconds": round(time.perf_counter() - begin),
-        "kernels": cuda_products.kernels_there(), "peers": others, "results": results, "tuned": tuned,
+        "copy_bytes_a_second": speeds, "python": platform.python_version(), "torch": torch.__version__,
+        "triton": getattr(sys.modules.get("triton"), "__version__", None), "cuda": torch.version.cuda,
+        "seconds": round(time.perf_counter() - begin), "shapes": {str(k): v for k, v in _few_rows.SHAPES.items()},
+        "peers": [{"columns_out": n, "rows": m, **{name: round(us, 2) for name, us in us_of.items()}}
+                  for (n, m), us_of in found.items()],
+        "results": results, "triton_alone": portable, "tuned": tuned,
     }  # fmt: skip
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(options.out) as file:
             file.write((json.dumps(report, indent=2) + "\n").encode())
-    for peer in others:
-        print(peer)
-    for row in results:
-        bar = f"bar {row['bar']} {'met' if row['met'] else 'MISSED'}" if "bar" in row else ""
-        print(
-            f"{row['format']:22} {row['shape'][0]:5} x {row['shape'][1]} M={row['rows']:<4} {row['us']:8.2f} us = "
-            f"{row['times_floor']:5.2f} floors, {row['of_bf16']:5.2f} bf16 {row.get('eager_us', '')} {row['kernel']} {bar}"
-        )
     print(f"{report['seconds']} s")
+
+
+def print_rows(results: list[dict[str, Any]], portable: list[dict[str, Any]], found: dict[Any, Any]) -> None:
+    for (n, m), us in found.items():
+        print(n, m, {name: round(value, 2) for name, value in us.items()})
+    for row in [*results, *portable]:
+        if row["rows"] in QUICK_ROWS:
+            bar = f"bar {row['bar']} {'met' if row['met'] else 'MISSED'}" if "bar" in row else ""
+            print(
+                f"{row['format']:21} {row['shape'][0]:5} M={row['rows']:<4} {row['us']:7.2f} us {row['times_floor']:5.2f} "
+                f"floors {row['of_bf16']:5.2f} bf16 {row.get('eager_us', '')} {row['kernel']} {bar}"
+            )
 
 
 if __name__ == "__main__":

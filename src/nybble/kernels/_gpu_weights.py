@@ -13,7 +13,7 @@ from torch import Tensor
 from nybble.granularity import Granularity, make_granularity
 from nybble.ops.rounding import decode_table
 from nybble.packing import get_layout
-from nybble.qtensor import QTensor, dense
+from nybble.qtensor import Inverse, QTensor, dense
 from nybble.qtensor.block import BlockQTensor
 
 LINEAR, E2M1, TABLE = range(3)
@@ -32,7 +32,7 @@ class Scales:
         table: float32 [256] of LOOKED_UP.
         outer: float32 [blocks / outer_block], or None.
         outer_block: neighbours that share an outer scale.
-        add: to each scale.
+        add: float32 [1], to each scale, or None.
     """
 
     values: Tensor
@@ -40,7 +40,7 @@ class Scales:
     table: Tensor | None = None
     outer: Tensor | None = None
     outer_block: int = 1
-    add: float = 0.0
+    add: Tensor | None = None
 
     @property
     def outers(self) -> int:
@@ -119,7 +119,8 @@ def weight_of(qtensor: QTensor) -> Weight | str:
         if isinstance(side, str):
             return f"{name} {side}"
         sides[name] = side
-    kind, flip, base = _kind(table.cpu(), bits)
+    grid = params.grid
+    kind, flip, base = _kind_of(qtensor.format.name) if grid is None else _kind(table.cpu(), bits)
     return Weight(
         n, k, bits, codes, kind, table.contiguous(), flip, base, group, across, share, scales, sides["zero"],
         sides["offset"],
@@ -156,6 +157,12 @@ def blocks_of(granularity: str, n: int, k: int) -> tuple[int, int, int] | None:
     return (columns, across, share) if torch.equal(order, wanted.double()) else None
 
 
+@lru_cache(maxsize=256)
+def _kind_of(name: str) -> tuple[int, int, float]:
+    table = decode_table(name, torch.device("cpu"))
+    return _kind(table, table.numel().bit_length() - 1)
+
+
 def _kind(table: Tensor, bits: int) -> tuple[int, int, float]:
     """How values are found without looking them up: what, and its ``flip`` and ``base``."""
     codes = torch.arange(2**bits)
@@ -179,21 +186,23 @@ def _scales(value: Any, count: int, device: torch.device) -> Scales | str:
     params, bits, name = value.params, value.format.bits, value.format.name
     if bits > 8 or params.zero_point is not None or math.prod(value.shape) != count:
         return f"in {name}"
-    add = 0.0
+    add = None
     if params.offset is not None:
         offset = dense(params.offset)
         if offset.numel() != 1:
             return "with offsets of its own"
-        add = float(offset)
+        add = offset.float().reshape(1)
     table = decode_table(name, device) if params.grid is None else params.grid.float()
     how = {"float8_e4m3fn": E4M3, "float8_e8m0fnu": E8M0}.get(name, LOOKED_UP) if params.grid is None else LOOKED_UP
-    how = LOOKED_UP if add else how
+    how = how if add is None else LOOKED_UP
     codes = value.codes if bits == 8 else get_layout(value.layout).unpack(value.codes, bits, count)
     outer, size = None, 1
     if params.scale is not None:
-        if not isinstance(params.scale, Tensor | QTensor):
+        stored = params.scale.divisor if isinstance(params.scale, Inverse) else params.scale
+        if not isinstance(stored, Tensor | QTensor):
             return "with factors"
-        outer = dense(params.scale).float().reshape(-1).contiguous()
+        outer = dense(stored).float().reshape(-1).contiguous()
+        outer = 1 / outer if isinstance(params.scale, Inverse) else outer
         found_size = _outer(str(value.granularity), value.shape, outer.numel())
         if found_size is None:
             return f"by {value.granularity}"
@@ -216,10 +225,10 @@ def _side(value: Any, count: int) -> Tensor | str | None:
     if not isinstance(value, Tensor | QTensor):
         return f"of the kind {type(value).__name__}"
     found = _numbers(dense(value), count)
-    if isinstance(found, Tensor) and isinstance(value, BlockQTensor):
-        small = found.to(torch.int8)
-        return small if torch.equal(small.to(found.dtype), found) else found
-    return found
+    whole = isinstance(value, BlockQTensor) and value.format.is_integer and value.params.scale is None
+    if isinstance(found, str) or not whole or max(abs(value.format.values)) > 127:
+        return found
+    return found.to(torch.int8)
 
 
 @lru_cache(maxsize=4096)

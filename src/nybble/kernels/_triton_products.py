@@ -1,7 +1,7 @@
 """Products of packed weights in Triton: one row of x, several rows, and W by itself.
 
-A *unit* is what of a row of codes fills whole 32-bit words: 32 bits (or three times that with codes of 3 bits). Code i of
-the units of a tile multiplies the columns i, i + C, i + 2 C ... of x: nothing that is decoded is ever moved.
+A *unit* is what of a row of codes fills whole 32-bit words: 32 bits (or three times that with codes of 3 bits). Code i
+of the units of a tile multiplies the columns i, i + C, i + 2 C ... of x: nothing that is decoded is ever moved.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nybble.kernels._triton_decode import E2M1, LINEAR, codes_of, in_place, phases, reversed_code, scales_of, values_of
+from nybble.kernels._triton_decode import E2M1, LINEAR, codes_of, in_place, scales_of, values_of
 
 
 @triton.jit
@@ -33,13 +33,13 @@ def _side(ptr, index, mask, HAS: tl.constexpr):
 
 @triton.jit
 def one_row(
-    x_ptr, codes_ptr, table_ptr, scale_ptr, scale_table_ptr, outer_ptr, zero_ptr, offset_ptr, bias_ptr, out_ptr,
-    n, outer_block, add, across: tl.constexpr, share: tl.constexpr, group: tl.constexpr, row_units: tl.constexpr,
+    x_ptr, codes_ptr, table_ptr, scale_ptr, scale_table_ptr, outer_ptr, add_ptr, zero_ptr, offset_ptr, bias_ptr, out_ptr,
+    n, outer_block, across: tl.constexpr, share: tl.constexpr, group: tl.constexpr, row_units: tl.constexpr,
     BITS: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr, FLIP: tl.constexpr,
-    BASE: tl.constexpr, SCALE: tl.constexpr, OUTER: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
+    BASE: tl.constexpr, SCALE: tl.constexpr, OUTER: tl.constexpr, ADD: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     BIAS: tl.constexpr, BN: tl.constexpr, BU: tl.constexpr,
 ):  # fmt: skip
-    """out [n] = W x: products and sums of float32, each row's by one program."""
+    """Out [n] = W x: products and sums of float32, each row's by one program."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     row_mask = rows < n
     total = tl.zeros((BN, BU), tl.float32)
@@ -51,7 +51,7 @@ def one_row(
         mask = row_mask[:, None] & unit_mask[None, :]
         w0, w1, w2 = _words(codes_ptr, rows, units, mask, row_units, UNIT)
         index = (rows[:, None] // share) * across + (units * C // group)[None, :]
-        scale = scales_of(scale_ptr, scale_table_ptr, outer_ptr, index, mask, outer_block, add, SCALE, OUTER)
+        scale = scales_of(scale_ptr, scale_table_ptr, outer_ptr, add_ptr, index, mask, outer_block, SCALE, OUTER, ADD)
         part = tl.zeros((BN, BU), tl.float32)
         sums = tl.zeros((BU,), tl.float32)
         for i in tl.static_range(C):
@@ -80,16 +80,16 @@ def one_row(
 
 @triton.jit
 def rows_of(
-    x_ptr, codes_ptr, table_ptr, scale_ptr, scale_table_ptr, outer_ptr, zero_ptr, offset_ptr, bias_ptr, out_ptr,
-    m, n, outer_block, add, across: tl.constexpr, share: tl.constexpr, group: tl.constexpr, row_units: tl.constexpr,
+    x_ptr, codes_ptr, table_ptr, scale_ptr, scale_table_ptr, outer_ptr, add_ptr, zero_ptr, offset_ptr, bias_ptr, out_ptr,
+    m, n, outer_block, across: tl.constexpr, share: tl.constexpr, group: tl.constexpr, row_units: tl.constexpr,
     STEPS: tl.constexpr,
     BITS: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr, FLIP: tl.constexpr,
-    BASE: tl.constexpr, SCALE: tl.constexpr, OUTER: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
+    BASE: tl.constexpr, SCALE: tl.constexpr, OUTER: tl.constexpr, ADD: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BU: tl.constexpr,
 ):  # fmt: skip
-    """out [parts, m, n] = x W^T over parts of the columns: W is rounded to the dtype of x, sums are float32.
+    """Out [parts, m, n] = x W^T over parts of the columns: W is rounded to the dtype of x, sums are float32.
 
-    W is the left operand and stays in registers. The bias comes with the first part.
+    x is [C, m, k / C]: the columns i, i + C ... that code i of the units multiplies. W is the left operand and stays in registers. The bias comes with the first part.
     """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     lines = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -104,32 +104,29 @@ def rows_of(
         mask = row_mask[:, None] & (units < end)[None, :]
         w0, w1, w2 = _words(codes_ptr, rows, units, mask, row_units, UNIT)
         index = (rows[:, None] // share) * across + (units * C // group)[None, :]
-        scale = scales_of(scale_ptr, scale_table_ptr, outer_ptr, index, mask, outer_block, add, SCALE, OUTER)
+        scale = scales_of(scale_ptr, scale_table_ptr, outer_ptr, add_ptr, index, mask, outer_block, SCALE, OUTER, ADD)
         zero = _side(zero_ptr, index, mask, ZERO)
         offset = _side(offset_ptr, index, mask, OFFSET)
-        columns = start * C + tl.arange(0, BU * C)
-        x_mask = line_mask[:, None] & (columns < end * C)[None, :]
-        x = tl.load(x_ptr + lines[:, None].to(tl.int64) * (row_units * C) + columns[None, :], mask=x_mask, other=0)
-        xs = phases(x, BM, BU, C)
-        for j in tl.static_range(C):
-            code = reversed_code(w0, w1, w2, j, BITS, C)
+        x_mask = line_mask[:, None] & (units < end)[None, :]
+        for i in tl.static_range(C):
+            x = tl.load(x_ptr + (i * m + lines)[:, None] * row_units + units[None, :], mask=x_mask, other=0)
+            code = codes_of(w0, w1, w2, i, BITS)
             value = values_of(code, table_ptr, KIND, FLIP, BASE)
             if ZERO:
                 value = value - zero
             value = value * scale
             if OFFSET:
                 value = value + offset
-            total = tl.dot(value.to(x.dtype), tl.trans(xs[j]), total)
-    if BIAS:
-        if part == 0:
-            total += tl.load(bias_ptr + rows, mask=row_mask, other=0).to(tl.float32)[:, None]
+            total = tl.dot(value.to(x.dtype), tl.trans(x), total)
+    if BIAS and part == 0:
+        total += tl.load(bias_ptr + rows, mask=row_mask, other=0).to(tl.float32)[:, None]
     at = out_ptr + part.to(tl.int64) * m * n + lines[None, :].to(tl.int64) * n + rows[:, None]
     tl.store(at, total.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & line_mask[None, :])
 
 
 @triton.jit
 def added(parts_ptr, out_ptr, count, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """out [count] = the sum of float32 parts, in their order."""
+    """Out [count] = the sum of float32 parts, in their order."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     total = tl.zeros((BLOCK,), tl.float32)
@@ -140,12 +137,12 @@ def added(parts_ptr, out_ptr, count, PARTS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def expanded(
-    codes_ptr, table_ptr, scale_ptr, scale_table_ptr, outer_ptr, zero_ptr, offset_ptr, out_ptr,
-    first, n, k, size, outer_block, add, across: tl.constexpr, share: tl.constexpr, group: tl.constexpr,
-    BITS: tl.constexpr, SCALE: tl.constexpr, OUTER: tl.constexpr, ZERO: tl.constexpr,
+    codes_ptr, table_ptr, scale_ptr, scale_table_ptr, outer_ptr, add_ptr, zero_ptr, offset_ptr, out_ptr,
+    first, n, k, size, outer_block, across: tl.constexpr, share: tl.constexpr, group: tl.constexpr,
+    BITS: tl.constexpr, SCALE: tl.constexpr, OUTER: tl.constexpr, ADD: tl.constexpr, ZERO: tl.constexpr,
     OFFSET: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out [n, k] = rows of W from ``first`` on, of any number of columns and bits: a code is looked for in two bytes."""
+    """Out [n, k] = rows of W from ``first`` on, of any number of columns and bits: a code is looked for in two bytes."""
     lines = tl.program_id(0) * BN + tl.arange(0, BN)
     columns = tl.program_id(1) * BK + tl.arange(0, BK)
     mask = (lines < n)[:, None] & (columns < k)[None, :]
@@ -159,7 +156,9 @@ def expanded(
     index = (rows[:, None] // share) * across + (columns // group)[None, :]
     if ZERO:
         value -= _side(zero_ptr, index, mask, ZERO)
-    value = value * scales_of(scale_ptr, scale_table_ptr, outer_ptr, index, mask, outer_block, add, SCALE, OUTER)
+    value = value * scales_of(
+        scale_ptr, scale_table_ptr, outer_ptr, add_ptr, index, mask, outer_block, SCALE, OUTER, ADD
+    )
     if OFFSET:
         value += _side(offset_ptr, index, mask, OFFSET)
     tl.store(
@@ -169,11 +168,11 @@ def expanded(
 
 @triton.jit
 def expanded_units(
-    codes_ptr, table_ptr, scale_ptr, scale_table_ptr, outer_ptr, zero_ptr, offset_ptr, out_ptr,
-    first, n, outer_block, add, across: tl.constexpr, share: tl.constexpr, group: tl.constexpr,
+    codes_ptr, table_ptr, scale_ptr, scale_table_ptr, outer_ptr, add_ptr, zero_ptr, offset_ptr, out_ptr,
+    first, n, outer_block, across: tl.constexpr, share: tl.constexpr, group: tl.constexpr,
     row_units: tl.constexpr,
     BITS: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr, FLIP: tl.constexpr,
-    BASE: tl.constexpr, SCALE: tl.constexpr, OUTER: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
+    BASE: tl.constexpr, SCALE: tl.constexpr, OUTER: tl.constexpr, ADD: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     BN: tl.constexpr, BU: tl.constexpr,
 ):  # fmt: skip
     """As :func:`expanded` where rows are whole units: each word is read once, and C values are written side by side."""
@@ -183,7 +182,9 @@ def expanded_units(
     rows = first + lines
     w0, w1, w2 = _words(codes_ptr, rows, units, mask, row_units, UNIT)
     index = (rows[:, None] // share) * across + (units * C // group)[None, :]
-    scale = scales_of(scale_ptr, scale_table_ptr, outer_ptr, index, mask, outer_block, add, SCALE, OUTER)[:, :, None]
+    scale = scales_of(scale_ptr, scale_table_ptr, outer_ptr, add_ptr, index, mask, outer_block, SCALE, OUTER, ADD)[
+        :, :, None
+    ]
     places = tl.arange(0, C).to(tl.uint32)[None, None, :]
     if UNIT == 1:
         code = (w0[:, :, None] >> (places * BITS)) & (2**BITS - 1)

@@ -17,14 +17,27 @@ from torch import Tensor
 from torch.nn import functional
 
 from nybble.core.errors import UsageError
+from nybble.kernels import _few_rows
 from nybble.kernels import _triton_products as kernels
-from nybble.kernels._gpu_weights import Weight, weight_of
+from nybble.kernels._gpu_weights import TABLE, Weight, weight_of
 from nybble.nn.products import packed_linear, qtensor_of, reference
 
-ROWS = 256
-"""Of x, up to which tiles of W are decoded for each product; beyond, W is expanded (measured on an H100)."""
+ROWS = 64
+"""Of x, up to which Triton decodes tiles of W for each product; beyond, W is expanded (measured on an H100)."""
+FEW = 128
+"""Of x, up to which the compiled CUDA kernels multiply, 64 at a time."""
+COMPILED = True
+"""Whether the CUDA kernels are taken where they can be compiled."""
 PART = 1 << 24
 """Elements of W that are expanded at a time: 32 MiB of bfloat16, which the second-level cache holds."""
+TRIED = (
+    (32, 4, 32, 3, 4),
+    (64, 4, 32, 3, 4),
+    (64, 4, 64, 3, 2),
+    (64, 4, 32, 4, 2),
+    (128, 4, 32, 3, 4),
+    (128, 8, 32, 3, 2),
+)
 _PLAN = "_nybble_gpu_weight"
 
 
@@ -45,11 +58,9 @@ def tile_of(weight: Weight, rows: int) -> Tile:
     if rows == 1:
         return Tile(16, 128 if weight.unit == 8 else 32)
     lines = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    tile = 64
-    programs = -(-weight.n // tile) * -(-rows // lines)
-    units = weight.k // weight.unit
-    parts = max(1, min(8, 264 // programs, units // 32))
-    return Tile(tile, 16, lines, 4, 3 if weight.unit == 8 else 2, parts)
+    programs = -(-weight.n // 64) * -(-rows // lines)
+    parts = max(1, min(8, 600 // programs, weight.k // weight.unit // 64))
+    return Tile(64, 32 if weight.unit == 8 else 16, lines, 4, 3, parts)
 
 
 def linear(x: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int], bias: Tensor | None) -> Tensor:
@@ -64,9 +75,14 @@ def linear(x: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int],
         return reference(x, tensors, key, shape, bias)
     flat = x.reshape(-1, weight.k).contiguous()
     with _on(x):
-        if path_of(weight, flat.shape[0], x.dtype) == "expanded":
-            return multiply_expanded(flat, weight, bias).view(*x.shape[:-1], weight.n)
-        return multiply(flat, weight, bias, tile_of(weight, flat.shape[0])).view(*x.shape[:-1], weight.n)
+        made, path = _path(weight, flat.shape[0], x.dtype)
+        if path == "compiled":
+            out = _compiled(made, _aligned(flat), weight, bias)
+        elif path == "expanded":
+            out = multiply_expanded(flat, weight, bias)
+        else:
+            out = multiply(flat, weight, bias, tile_of(weight, flat.shape[0]))
+    return out.view(*x.shape[:-1], weight.n)
 
 
 def how(tensors: Sequence[Tensor], key: str, shape: Sequence[int]) -> tuple[bool, str]:
@@ -74,40 +90,53 @@ def how(tensors: Sequence[Tensor], key: str, shape: Sequence[int]) -> tuple[bool
     weight = _weight(tensors, key)
     if weight is None:
         return False, str(weight_of(qtensor_of(tensors, key)))
+    if _path(weight, 1, torch.bfloat16)[1] == "compiled":
+        return True, f"CUDA, packed up to {FEW} rows"
     if not weight.whole:
         return True, "Triton, W expanded a part at a time"
     return True, f"Triton, packed up to {ROWS} rows"
 
 
 def path_of(weight: Weight, rows: int, dtype: torch.dtype) -> str:
-    """What multiplies a weight with some rows of x."""
+    """What multiplies a weight with some rows of x: "compiled", "one row", "tiles" or "expanded"."""
+    return _path(weight, rows, dtype)[1]
+
+
+def _path(weight: Weight, rows: int, dtype: torch.dtype) -> tuple[Any, str]:
+    if COMPILED and rows <= FEW and weight.codes.is_cuda:
+        kind = _few_rows.kind_of(weight, dtype, rows)
+        made = None if isinstance(kind, str) else _few_rows.library(kind)
+        if made is not None:
+            return made, "compiled"
     if rows > ROWS or not weight.whole or dtype == torch.float32:
-        return "expanded"
-    return "one row" if rows == 1 else "tiles"
+        return None, "expanded"
+    return None, "one row" if rows == 1 else "tiles"
 
 
-def kernels_there() -> list[str]:
-    """Kinds of kernels that there are."""
-    return ["triton"]
+def _compiled(made: Any, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    if x.shape[0] <= _few_rows.ROWS:
+        return _few_rows.multiply(made, x, weight, bias)
+    return torch.cat([_few_rows.multiply(made, part, weight, bias) for part in x.split(_few_rows.ROWS)])
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def candidates(weight: Weight, rows: int) -> Iterator[tuple[str, Callable[[Tensor, Weight], Tensor]]]:
-    """Ways to multiply, by name, among which ``benchmarks/gpu_products.py --tune`` looks for the quickest."""
+    """Ways to multiply in Triton, by name, among which ``benchmarks/gpu_products.py --tune`` looks for the quickest."""
     wide = 128 // (weight.unit // 8)
     if rows == 1:
-        tiles = [Tile(n, u, warps=w) for n in (4, 8, 16) for u in (wide // 2, wide, 2 * wide) for w in (2, 4)]
-    else:
+        tiles = [Tile(n, u, warps=w) for n in (4, 8) for u in (wide // 2, wide) for w in (1, 2)]
+    elif rows <= 64:
         lines = min(64, 1 << max(4, (rows - 1).bit_length()))
-        tiles = [
-            Tile(n, u, lines, w, s, p)
-            for n, w in ((32, 4), (64, 4), (128, 8))
-            for u in (16, 32)
-            for s in (2, 4)
-            for p in ((1, 4) if rows < 64 else (1,))
-        ]
+        tiles = [Tile(n, u, lines, w, s, p) for n, w, u, s, p in TRIED]
+    else:
+        tiles = []
     for tile in tiles:
         yield repr(tile), partial(_by, tile)
-    yield "expanded", lambda x, w: multiply_expanded(x, w, None)
+    for part in (22, 24, 26) if rows > 64 else ():
+        yield f"expanded 2^{part}", lambda x, w, part=part: multiply_expanded(x, w, None, 1 << part)  # type: ignore[misc]
 
 
 def _by(tile: Tile, x: Tensor, weight: Weight) -> Tensor:
@@ -115,12 +144,12 @@ def _by(tile: Tile, x: Tensor, weight: Weight) -> Tensor:
 
 
 def multiply(x: Tensor, weight: Weight, bias: Tensor | None, tile: Tile) -> Tensor:
-    """x [m, k] W^T + bias, W decoded in registers; ``weight.whole``."""
+    """``x [m, k] W^T + bias``, W decoded in registers; ``weight.whole``."""
     m, n = x.shape[0], weight.n
     row_units = weight.k // weight.unit
     out = x.new_empty(m, n)
     given = (x, *_pointers(weight), weight.codes if bias is None else bias)
-    sizes = (weight.scales.outer_block, weight.scales.add, weight.across, weight.share, weight.group, row_units)
+    sizes = (weight.scales.outer_block, weight.across, weight.share, weight.group, row_units)
     meta = _meta(weight) | {"BIAS": bias is not None, "BN": tile.rows, "BU": tile.units, "num_warps": tile.warps}
     grid = -(-n // tile.rows)
     if m == 1:
@@ -129,25 +158,38 @@ def multiply(x: Tensor, weight: Weight, bias: Tensor | None, tile: Tile) -> Tens
     steps = -(-row_units // (tile.parts * tile.units))
     parts = -(-row_units // (steps * tile.units))
     to = out if parts == 1 else x.new_empty(parts, m, n, dtype=torch.float32)
+    apart = x.view(m, row_units, weight.unit).permute(2, 0, 1).contiguous()
     kernels.rows_of[grid, -(-m // tile.lines), parts](
-        *given, to, m, n, *sizes, steps, **meta, BM=tile.lines, num_stages=tile.stages
+        apart,
+        *given[1:],
+        to,
+        m,
+        n,
+        *sizes,
+        steps,
+        **meta,
+        BM=tile.lines,
+        num_stages=1 if weight.kind == TABLE else tile.stages,
     )
     if parts > 1:
         kernels.added[(-(-m * n // 1024),)](to, out, m * n, PARTS=parts, BLOCK=1024)
     return out
 
 
-def multiply_expanded(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """x [m, k] W^T + bias by way of parts of W in the dtype of x."""
-    step = max(1, PART // weight.k)
+def multiply_expanded(x: Tensor, weight: Weight, bias: Tensor | None, part: int = PART) -> Tensor:
+    """``x [m, k] W^T + bias`` by way of parts of W in the dtype of x."""
+    step = max(1, part // weight.k)
     if step >= weight.n:
         return functional.linear(x, expand(weight, x.dtype, 0, weight.n), bias)
     out = x.new_empty(x.shape[0], weight.n)
     step = -(-weight.n // -(-weight.n // step))
     for start in range(0, weight.n, step):
         stop = min(start + step, weight.n)
-        part = expand(weight, x.dtype, start, stop)
-        out[:, start:stop] = functional.linear(x, part, None if bias is None else bias[start:stop])
+        values = expand(weight, x.dtype, start, stop)
+        if bias is None:
+            torch.mm(x, values.T, out=out[:, start:stop])
+        else:
+            torch.addmm(bias[start:stop], x, values.T, out=out[:, start:stop])
     return out
 
 
@@ -156,7 +198,7 @@ def expand(weight: Weight, dtype: torch.dtype, start: int, stop: int) -> Tensor:
     rows, k = stop - start, weight.k
     out = torch.empty(rows, k, dtype=dtype, device=weight.codes.device)
     _, *given = _pointers(weight)
-    sizes = (weight.scales.outer_block, weight.scales.add, weight.across, weight.share, weight.group)
+    sizes = (weight.scales.outer_block, weight.across, weight.share, weight.group)
     meta = _meta(weight)
     if weight.whole:
         units = k // weight.unit
@@ -178,9 +220,9 @@ def _words(weight: Weight) -> Tensor:
 
 
 def _pointers(weight: Weight) -> tuple[Tensor, ...]:
-    """Codes, table, scales, their table and outer ones, zeros, offsets; any tensor for what isn't there."""
+    """Codes, table, scales, their table, outer ones and addend, zeros, offsets; any tensor for what isn't there."""
     scales, none = weight.scales, weight.table
-    sides = (scales.table, scales.outer, weight.zero, weight.offset)
+    sides = (scales.table, scales.outer, scales.add, weight.zero, weight.offset)
     codes = _words(weight) if weight.whole else weight.codes
     return codes, weight.table, scales.values, *(none if side is None else side for side in sides)
 
@@ -189,7 +231,7 @@ def _meta(weight: Weight) -> dict[str, Any]:
     return {
         "BITS": weight.bits, "C": weight.unit, "UNIT": 3 if weight.bits == 3 else 1, "KIND": weight.kind,
         "FLIP": weight.flip, "BASE": weight.base, "SCALE": weight.scales.how, "OUTER": weight.scales.outers,
-        "ZERO": weight.zero is not None, "OFFSET": weight.offset is not None,
+        "ADD": weight.scales.add is not None,        "ZERO": weight.zero is not None, "OFFSET": weight.offset is not None,
     }  # fmt: skip
 
 
