@@ -25,6 +25,33 @@ def _words(codes_ptr, rows, units, mask, row_units, UNIT: tl.constexpr):
 
 
 @triton.jit
+def _indices(
+    rows, start, end, across: tl.constexpr, share: tl.constexpr, group: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
+    BU: tl.constexpr,
+):  # fmt: skip
+    """Of the blocks of a tile of units: [rows, blocks], and whether each is there; [rows, units] where they don't fit."""
+    if across == 1:
+        blocks = tl.zeros((1,), tl.int32)
+    elif group % (BU * C) == 0:
+        blocks = start * C // group + tl.zeros((1,), tl.int32)
+    elif (BU * C) % group == 0:
+        blocks = start * C // group + tl.arange(0, BU * C // group)
+    else:
+        units = start + tl.arange(0, BU)
+        blocks = tl.where(units < end, units * C // group, across)
+    return (rows[:, None] // share) * across + blocks[None, :], (blocks < across)[None, :]
+
+
+@triton.jit
+def _spread(values, BN: tl.constexpr, BU: tl.constexpr):
+    """[rows, blocks] -> [rows, units], or [rows, 1] of one block."""
+    if values.shape[1] == 1 or values.shape[1] == BU:
+        return values
+    each: tl.constexpr = BU // values.shape[1]
+    return tl.reshape(tl.broadcast_to(values[:, :, None], (BN, values.shape[1], each)), (BN, BU))
+
+
+@triton.jit
 def _side(ptr, index, mask, HAS: tl.constexpr):
     if HAS:
         return tl.load(ptr + index, mask=mask, other=0).to(tl.float32)
@@ -50,8 +77,9 @@ def one_row(
         unit_mask = units < row_units
         mask = row_mask[:, None] & unit_mask[None, :]
         w0, w1, w2 = _words(codes_ptr, rows, units, mask, row_units, UNIT)
-        index = (rows[:, None] // share) * across + (units * C // group)[None, :]
-        scale = scales_of(scale_ptr, scale_table_ptr, outer_ptr, add_ptr, index, mask, outer_block, SCALE, OUTER, ADD)
+        index, there = _indices(rows, start, row_units, across, share, group, C, BN, BU)
+        there = there & row_mask[:, None]
+        scale = scales_of(scale_ptr, scale_table_ptr, outer_ptr, add_ptr, index, there, outer_block, SCALE, OUTER, ADD)
         part = tl.zeros((BN, BU), tl.float32)
         sums = tl.zeros((BU,), tl.float32)
         for i in tl.static_range(C):
@@ -68,10 +96,10 @@ def one_row(
                 part += values_of(codes_of(w0, w1, w2, i, BITS), table_ptr, KIND, FLIP, BASE) * xi[None, :]
         part = part * back
         if ZERO:
-            part -= _side(zero_ptr, index, mask, ZERO) * sums[None, :]
-        total += part * scale
+            part -= _spread(_side(zero_ptr, index, there, ZERO), BN, BU) * sums[None, :]
+        total += part * _spread(scale, BN, BU)
         if OFFSET:
-            total += _side(offset_ptr, index, mask, OFFSET) * sums[None, :]
+            total += _spread(_side(offset_ptr, index, there, OFFSET), BN, BU) * sums[None, :]
     y = tl.sum(total, 1)
     if BIAS:
         y += tl.load(bias_ptr + rows, mask=row_mask, other=0).to(tl.float32)
@@ -97,16 +125,20 @@ def rows_of(
     row_mask, line_mask = rows < n, lines < m
     first = part * (STEPS * BU)
     end = tl.minimum(row_units, first + STEPS * BU)
-    total = tl.zeros((BN, BM), tl.float32)
+    total = tl.zeros((BM, BN), tl.float32)
     for step in range(STEPS):
         start = first + step * BU
         units = start + tl.arange(0, BU)
         mask = row_mask[:, None] & (units < end)[None, :]
         w0, w1, w2 = _words(codes_ptr, rows, units, mask, row_units, UNIT)
-        index = (rows[:, None] // share) * across + (units * C // group)[None, :]
-        scale = scales_of(scale_ptr, scale_table_ptr, outer_ptr, add_ptr, index, mask, outer_block, SCALE, OUTER, ADD)
-        zero = _side(zero_ptr, index, mask, ZERO)
-        offset = _side(offset_ptr, index, mask, OFFSET)
+        index, there = _indices(rows, start, row_units, across, share, group, C, BN, BU)
+        there = there & row_mask[:, None]
+        scale = scales_of(scale_ptr, scale_table_ptr, outer_ptr, add_ptr, index, there, outer_block, SCALE, OUTER, ADD)
+        scale = _spread(scale, BN, BU)
+        if ZERO:
+            zero = _spread(_side(zero_ptr, index, there, ZERO), BN, BU)
+        if OFFSET:
+            offset = _spread(_side(offset_ptr, index, there, OFFSET), BN, BU)
         x_mask = line_mask[:, None] & (units < end)[None, :]
         for i in tl.static_range(C):
             x = tl.load(x_ptr + (i * m + lines)[:, None] * row_units + units[None, :], mask=x_mask, other=0)
@@ -117,11 +149,11 @@ def rows_of(
             value = value * scale
             if OFFSET:
                 value = value + offset
-            total = tl.dot(value.to(x.dtype), tl.trans(x), total)
+            total = tl.dot(x, tl.trans(value.to(x.dtype)), total)
     if BIAS and part == 0:
-        total += tl.load(bias_ptr + rows, mask=row_mask, other=0).to(tl.float32)[:, None]
-    at = out_ptr + part.to(tl.int64) * m * n + lines[None, :].to(tl.int64) * n + rows[:, None]
-    tl.store(at, total.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & line_mask[None, :])
+        total += tl.load(bias_ptr + rows, mask=row_mask, other=0).to(tl.float32)[None, :]
+    at = out_ptr + part.to(tl.int64) * m * n + lines[:, None].to(tl.int64) * n + rows[None, :]
+    tl.store(at, total.to(out_ptr.dtype.element_ty), mask=line_mask[:, None] & row_mask[None, :])
 
 
 @triton.jit

@@ -30,36 +30,7 @@ COMPILED = True
 """Whether the CUDA kernels are taken where they can be compiled."""
 PART = 1 << 24
 """Elements of W that are expanded at a time: 32 MiB of bfloat16, which the second-level cache holds."""
-TRIED = (
-    (32, 4, 32, 3, 4),
-    (64, 4, 32, 3, 4),
-    (64, 4, 64, 3, 2),
-    (64, 4, 32, 4, 2),
-    (128, 4, 32, 3, 4),
-    (128, 8, 32, 3, 2),
-)
-_PLAN = "_nybble_gpu_weight"
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What a program of a kernel does: rows of W, units of its columns, rows of x; its warps and stages."""
-
-    rows: int
-    units: int
-    lines: int = 1
-    warps: int = 4
-    stages: int = 1
-    parts: int = 1
-
-
-def tile_of(weight: Weight, rows: int) -> Tile:
-    """For a weight and a number of rows of x: measured on an H100 (``benchmarks/gpu_products.py --tune``)."""
-    if rows == 1:
-        return Tile(16, 128 if weight.unit == 8 else 32)
-    lines = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    programs = -(-weight.n // 64) * -(-rows // lines)
-    parts = max(1, min(8, 600 // programs, weight.k // weight.unit // 64))
+TRIED = ((32, 4, 32, 3, 2), (64, 4, 32, 3, 4), (64, 4, 32, 3, 1), (128, 4, 32, 3, 2))
     return Tile(64, 32 if weight.unit == 8 else 16, lines, 4, 3, parts)
 
 
@@ -127,7 +98,7 @@ def candidates(weight: Weight, rows: int) -> Iterator[tuple[str, Callable[[Tenso
     """Ways to multiply in Triton, by name, among which ``benchmarks/gpu_products.py --tune`` looks for the quickest."""
     wide = 128 // (weight.unit // 8)
     if rows == 1:
-        tiles = [Tile(n, u, warps=w) for n in (4, 8) for u in (wide // 2, wide) for w in (1, 2)]
+        tiles = [Tile(n, u, warps=w) for n, u, w in ((8, wide, 2), (4, wide, 1), (8, wide // 2, 2))]
     elif rows <= 64:
         lines = min(64, 1 << max(4, (rows - 1).bit_length()))
         tiles = [Tile(n, u, lines, w, s, p) for n, w, u, s, p in TRIED]
@@ -231,7 +202,8 @@ def _meta(weight: Weight) -> dict[str, Any]:
     return {
         "BITS": weight.bits, "C": weight.unit, "UNIT": 3 if weight.bits == 3 else 1, "KIND": weight.kind,
         "FLIP": weight.flip, "BASE": weight.base, "SCALE": weight.scales.how, "OUTER": weight.scales.outers,
-        "ADD": weight.scales.add is not None,        "ZERO": weight.zero is not None, "OFFSET": weight.offset is not None,
+        "ADD": weight.scales.add is not None,
+        "ZERO": weight.zero is not None, "OFFSET": weight.offset is not None,
     }  # fmt: skip
 
 
