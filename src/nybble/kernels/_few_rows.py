@@ -74,7 +74,7 @@ def _library(kind: Kind, shapes: tuple[tuple[int, int], ...]) -> Any:
     """What is compiled for a kind of weight, by torch's builder and into its cache; None where that can't be."""
     from torch.utils import cpp_extension
 
-    if cpp_extension.CUDA_HOME is None:
+    if cpp_extension.CUDA_HOME is None or torch.cuda.get_device_capability() < (8, 0):
         return None
     names = ("BITS", "BRAIN", "SCALE", "PRE", "ZERO", "HALVES")
     defines = [f"-D{name}={int(value)}" for name, value in zip(names, kind, strict=True)]

@@ -31,6 +31,28 @@ COMPILED = True
 PART = 1 << 24
 """Elements of W that are expanded at a time: 32 MiB of bfloat16, which the second-level cache holds."""
 TRIED = ((32, 4, 32, 3, 2), (64, 4, 32, 3, 4), (64, 4, 32, 3, 1), (128, 4, 32, 3, 2))
+_PLAN = "_nybble_gpu_weight"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program of a kernel does: rows of W, units of its columns, rows of x; its warps and stages."""
+
+    rows: int
+    units: int
+    lines: int = 1
+    warps: int = 4
+    stages: int = 1
+    parts: int = 1
+
+
+def tile_of(weight: Weight, rows: int) -> Tile:
+    """For a weight and a number of rows of x: measured on an H100 (``benchmarks/gpu_products.py --tune``)."""
+    if rows == 1:
+        return Tile(8, 128 if weight.unit == 8 else 32, warps=2)
+    lines = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    programs = -(-weight.n // 64) * -(-rows // lines)
+    parts = max(1, min(8, 600 // programs, weight.k // weight.unit // 64))
     return Tile(64, 32 if weight.unit == 8 else 16, lines, 4, 3, parts)
 
 
