@@ -359,9 +359,10 @@ def print_rows(results: list[dict[str, Any]], portable: list[dict[str, Any]], fo
     for row in [*results, *portable]:
         if row["rows"] in QUICK_ROWS:
             bar = f"bar {row['bar']} {'met' if row['met'] else 'MISSED'}" if "bar" in row else ""
+            end = f"{row.get('eager_us', '')} {row['kernel']} {bar}"
             print(
                 f"{row['format']:21} {row['shape'][0]:5} M={row['rows']:<4} {row['us']:7.2f} us "
-                f"{row['times_floor']:5.2f} floors {row['of_bf16']:5.2f} bf16 {row.get('eager_us', '')} {row['kernel']} {bar}"
+                f"{row['times_floor']:5.2f} floors {row['of_bf16']:5.2f} bf16 {end}"
             )
 
 

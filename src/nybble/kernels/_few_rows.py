@@ -98,13 +98,8 @@ def _library(kind: Kind, shapes: tuple[tuple[int, int], ...]) -> Any:
             stacklevel=2,
         )
         return None
-    found.shapes = {}
-    for of in SHAPES:
-        warps, blocks = ctypes.c_int(), ctypes.c_int()
-        found.nybble_few_rows_shape(of, ctypes.byref(warps), ctypes.byref(blocks))
-        found.shapes[of] = warps.value, blocks.value
     found.nybble_few_rows.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
-    return found
+    return found, dict(zip(SHAPES, shapes, strict=True))
 
 
 def multiply(made: Any, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -112,10 +107,11 @@ def multiply(made: Any, x: Tensor, weight: Weight, bias: Tensor | None) -> Tenso
     m, n = x.shape[0], weight.n
     out = x.new_empty(m, n)
     of = 1 << max(0, (-(-m // 8) - 1).bit_length())
-    warps, per = made.shapes[of]
+    run, shapes = made
+    warps, per = shapes[of]
     args, blocks = _args(x, weight, bias, out, warps, per * _processors(x.device.index or 0))
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    failed = made.nybble_few_rows(ctypes.addressof(args), of, blocks, stream)
+    failed = run.nybble_few_rows(ctypes.addressof(args), of, blocks, stream)
     if failed:
         raise RuntimeError(f"packed_linear: CUDA error {failed} in a product with a weight {[n, weight.k]}.")
     return out

@@ -225,10 +225,9 @@ def _side(value: Any, count: int) -> Tensor | str | None:
     if not isinstance(value, Tensor | QTensor):
         return f"of the kind {type(value).__name__}"
     found = _numbers(dense(value), count)
-    whole = isinstance(value, BlockQTensor) and value.format.is_integer and value.params.scale is None
-    if isinstance(found, str) or not whole or max(abs(value.format.values)) > 127:
+    if isinstance(found, str) or not isinstance(value, BlockQTensor) or value.params.scale is not None:
         return found
-    return found.to(torch.int8)
+    return found.to(torch.int8) if value.format.is_integer and max(abs(value.format.values)) <= 127 else found
 
 
 @lru_cache(maxsize=4096)

@@ -4,6 +4,8 @@ A *unit* is what of a row of codes fills whole 32-bit words: 32 bits (or three t
 of the units of a tile multiplies the columns i, i + C, i + 2 C ... of x: nothing that is decoded is ever moved.
 """
 
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
 from __future__ import annotations
 
 import triton
@@ -29,7 +31,7 @@ def _indices(
     rows, start, end, across: tl.constexpr, share: tl.constexpr, group: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
     BU: tl.constexpr,
 ):  # fmt: skip
-    """Of the blocks of a tile of units: [rows, blocks], and whether each is there; [rows, units] where they don't fit."""
+    """Of the blocks of a tile of units, [rows, blocks], and which are there; [rows, units] where blocks don't fit."""
     if across == 1:
         blocks = tl.zeros((1,), tl.int32)
     elif group % (BU * C) == 0:
@@ -60,11 +62,12 @@ def _side(ptr, index, mask, HAS: tl.constexpr):
 
 @triton.jit
 def one_row(
-    x_ptr, codes_ptr, table_ptr, scale_ptr, scale_table_ptr, outer_ptr, add_ptr, zero_ptr, offset_ptr, bias_ptr, out_ptr,
+    x_ptr, codes_ptr, table_ptr, scale_ptr, scale_table_ptr, outer_ptr, add_ptr,
+    zero_ptr, offset_ptr, bias_ptr, out_ptr,
     n, outer_block, across: tl.constexpr, share: tl.constexpr, group: tl.constexpr, row_units: tl.constexpr,
     BITS: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr, FLIP: tl.constexpr,
-    BASE: tl.constexpr, SCALE: tl.constexpr, OUTER: tl.constexpr, ADD: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
-    BIAS: tl.constexpr, BN: tl.constexpr, BU: tl.constexpr,
+    BASE: tl.constexpr, SCALE: tl.constexpr, OUTER: tl.constexpr, ADD: tl.constexpr, ZERO: tl.constexpr,
+    OFFSET: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BU: tl.constexpr,
 ):  # fmt: skip
     """Out [n] = W x: products and sums of float32, each row's by one program."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -108,16 +111,18 @@ def one_row(
 
 @triton.jit
 def rows_of(
-    x_ptr, codes_ptr, table_ptr, scale_ptr, scale_table_ptr, outer_ptr, add_ptr, zero_ptr, offset_ptr, bias_ptr, out_ptr,
+    x_ptr, codes_ptr, table_ptr, scale_ptr, scale_table_ptr, outer_ptr, add_ptr,
+    zero_ptr, offset_ptr, bias_ptr, out_ptr,
     m, n, outer_block, across: tl.constexpr, share: tl.constexpr, group: tl.constexpr, row_units: tl.constexpr,
     STEPS: tl.constexpr,
     BITS: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr, FLIP: tl.constexpr,
-    BASE: tl.constexpr, SCALE: tl.constexpr, OUTER: tl.constexpr, ADD: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
-    BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BU: tl.constexpr,
+    BASE: tl.constexpr, SCALE: tl.constexpr, OUTER: tl.constexpr, ADD: tl.constexpr, ZERO: tl.constexpr,
+    OFFSET: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BU: tl.constexpr,
 ):  # fmt: skip
     """Out [parts, m, n] = x W^T over parts of the columns: W is rounded to the dtype of x, sums are float32.
 
-    x is [C, m, k / C]: the columns i, i + C ... that code i of the units multiplies. W is the left operand and stays in registers. The bias comes with the first part.
+    x is [C, m, k / C]: the columns i, i + C ... that code i of the units multiplies. The bias comes with
+    the first part.
     """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     lines = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -174,7 +179,7 @@ def expanded(
     BITS: tl.constexpr, SCALE: tl.constexpr, OUTER: tl.constexpr, ADD: tl.constexpr, ZERO: tl.constexpr,
     OFFSET: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Out [n, k] = rows of W from ``first`` on, of any number of columns and bits: a code is looked for in two bytes."""
+    """Out [n, k] = rows of W from ``first`` on, of any number of columns and bits: a code is in two bytes."""
     lines = tl.program_id(0) * BN + tl.arange(0, BN)
     columns = tl.program_id(1) * BK + tl.arange(0, BK)
     mask = (lines < n)[:, None] & (columns < k)[None, :]
@@ -204,8 +209,8 @@ def expanded_units(
     first, n, outer_block, across: tl.constexpr, share: tl.constexpr, group: tl.constexpr,
     row_units: tl.constexpr,
     BITS: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr, FLIP: tl.constexpr,
-    BASE: tl.constexpr, SCALE: tl.constexpr, OUTER: tl.constexpr, ADD: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
-    BN: tl.constexpr, BU: tl.constexpr,
+    BASE: tl.constexpr, SCALE: tl.constexpr, OUTER: tl.constexpr, ADD: tl.constexpr, ZERO: tl.constexpr,
+    OFFSET: tl.constexpr, BN: tl.constexpr, BU: tl.constexpr,
 ):  # fmt: skip
     """As :func:`expanded` where rows are whole units: each word is read once, and C values are written side by side."""
     lines = tl.program_id(0) * BN + tl.arange(0, BN)

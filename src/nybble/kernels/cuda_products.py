@@ -1,7 +1,8 @@
 """Products of packed weights on NVIDIA's GPUs, in Triton; what its kernels can't read goes the readable way.
 
-One row of x is a sum of float32; up to ``ROWS`` rows go to the tensor cores by a kernel that decodes tiles of W; for more
-W is expanded, a part at a time, and multiplied with by cuBLAS.
+Up to ``FEW`` rows of x are multiplied by CUDA C++ where that can be compiled. In Triton one row is a sum of float32, up
+to ``ROWS`` go to the tensor cores by a kernel that decodes tiles of W. For more W is expanded, a part at a time, and
+multiplied with by cuBLAS.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn import functional
 
@@ -32,6 +34,9 @@ PART = 1 << 24
 """Elements of W that are expanded at a time: 32 MiB of bfloat16, which the second-level cache holds."""
 TRIED = ((32, 4, 32, 3, 2), (64, 4, 32, 3, 4), (64, 4, 32, 3, 1), (128, 4, 32, 3, 2))
 _PLAN = "_nybble_gpu_weight"
+
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+    raise ImportError(f"Triton {triton.__version__}; the kernels need 3.6 or later")
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,8 @@ def linear(x: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int],
     Raises:
         UsageError: x, the weight and the bias are of shapes, dtypes or devices that don't fit each other.
     """
-    weight = _weight(tensors, key)
     _check(x, tensors[0], shape, bias)
+    weight = _weight(tensors, key)
     if not x.numel() or weight is None:
         return reference(x, tensors, key, shape, bias)
     flat = x.reshape(-1, weight.k).contiguous()
@@ -109,7 +114,7 @@ def _path(weight: Weight, rows: int, dtype: torch.dtype) -> tuple[Any, str]:
 def _compiled(made: Any, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     if x.shape[0] <= _few_rows.ROWS:
         return _few_rows.multiply(made, x, weight, bias)
-    return torch.cat([_few_rows.multiply(made, part, weight, bias) for part in x.split(_few_rows.ROWS)])
+    return torch.cat([_few_rows.multiply(made, part, weight, bias) for part in torch.split(x, _few_rows.ROWS)])
 
 
 def _aligned(x: Tensor) -> Tensor:

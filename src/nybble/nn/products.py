@@ -14,7 +14,7 @@ from torch.nn import functional
 from nybble.ops.loader import load_at_first_use
 from nybble.qtensor import QTensor, from_spec
 
-DEVICES = frozenset({"cpu"})
+DEVICES = frozenset({"cpu", "cuda"})
 """Types of devices for which there are kernels."""
 Kernel = Callable[..., Tensor]
 """With the arguments of an operator's reference."""

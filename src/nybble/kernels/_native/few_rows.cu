@@ -288,12 +288,6 @@ int launch(const Args& g, int blocks, cudaStream_t stream) {
 
 }  // namespace
 
-// Warps of a block and blocks of a multiprocessor, for 8 `of` rows of x.
-extern "C" void nybble_few_rows_shape(int of, int* warps, int* blocks) {
-    *warps = of == 1 ? WARPS_1 : of == 2 ? WARPS_2 : of == 4 ? WARPS_4 : WARPS_8;
-    *blocks = of == 1 ? BLOCKS_1 : of == 2 ? BLOCKS_2 : of == 4 ? BLOCKS_4 : BLOCKS_8;
-}
-
 // 0, or a CUDA error. Up to 8 `of` rows of x, which is 1, 2, 4 or 8.
 extern "C" int nybble_few_rows(const Args* g, int of, int blocks, void* stream) {
     const auto on = static_cast<cudaStream_t>(stream);
