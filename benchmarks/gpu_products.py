@@ -207,9 +207,19 @@ def build(lines: Sequence[str], tried: Sequence[Any], dtype: torch.dtype = torch
     kinds = {_few_rows.kind_of(small(LINES[name]), dtype, m) for name in lines for m in (1, 64)}
     asked = [(kind, shapes) for kind in sorted(k for k in kinds if not isinstance(k, str)) for shapes in tried]
     start = time.perf_counter()
+    device = torch.cuda.current_device()
+
+    def one(given: Any) -> Any:
+        torch.cuda.set_device(device)
+        try:
+            return _few_rows.library(*given)
+        except Exception as error:
+            print(f"not compiled: {type(error).__name__} {error}", flush=True)
+            return None
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = list(pool.map(lambda one: _few_rows.library(*one), asked))
-    print(f"{len(asked)} libraries in {time.perf_counter() - start:.1f} s, {made.count(None)} failed", flush=True)
+        made = list(pool.map(one, asked))
+    print(f"{len(asked)} kernels in {time.perf_counter() - start:.1f} s, {made.count(None)} not compiled", flush=True)
 
 
 def check() -> None:
@@ -332,12 +342,23 @@ def main() -> None:
     compiled, cuda_products.COMPILED = cuda_products.COMPILED, False
     portable = rows_of(("INT4 g128", "NVFP4", "NF4"), QUICK_ROWS[:3], found, speed, end) if compiled else []
     cuda_products.COMPILED = compiled
-    if not options.quick:
-        others = [name for name in LINES if name not in QUICK]
-        results += rows_of(others, QUICK_ROWS, found, speed, end)
-        results += rows_of(list(LINES), [m for m in ROWS if m not in QUICK_ROWS], found, speed, end)
     print_rows(results, portable, found)
-    report = {
+    for lines, rows in (
+        ()
+        if options.quick
+        else (  # less and less of what the bars speak of
+            ([name for name in LINES if name not in QUICK], QUICK_ROWS),
+            (list(LINES), [m for m in ROWS if m not in QUICK_ROWS]),
+        )
+    ):
+        save(options.out, report(begin, speeds, found, results, portable, tuned))
+        results += rows_of(lines, rows, found, speed, end)
+    save(options.out, report(begin, speeds, found, results, portable, tuned))
+    print(f"{len(results)} rows, {time.perf_counter() - begin:.0f} s")
+
+
+def report(begin: float, speeds: Any, found: Any, results: Any, portable: Any, tuned: Any) -> dict[str, Any]:
+    return {
         "what": (__doc__ or "").partition("\n")[0], "device": torch.cuda.get_device_name(),
         "copy_bytes_a_second": speeds, "python": platform.python_version(), "torch": torch.__version__,
         "triton": getattr(sys.modules.get("triton"), "__version__", None), "cuda": torch.version.cuda,
@@ -346,11 +367,13 @@ def main() -> None:
                   for (n, m), us_of in found.items()],
         "results": results, "triton_alone": portable, "tuned": tuned,
     }  # fmt: skip
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(options.out) as file:
-            file.write((json.dumps(report, indent=2) + "\n").encode())
-    print(f"{report['seconds']} s")
+
+
+def save(out: Path | None, found: dict[str, Any]) -> None:
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(out) as file:
+            file.write((json.dumps(found, indent=2) + "\n").encode())
 
 
 def print_rows(results: list[dict[str, Any]], portable: list[dict[str, Any]], found: dict[Any, Any]) -> None:

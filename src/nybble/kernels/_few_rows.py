@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import shutil
+import subprocess
+import tempfile
 import warnings
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nybble.kernels._gpu_weights import E8M0, PLAIN, Weight
+from nybble.kernels._library import cache_folder
 
 ROWS = 64
 """Of x, that one pass over the codes serves."""
@@ -23,6 +27,13 @@ _WIDE = 128
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CODES, _CODES_BY_BLOCKS = 3, 4
 _NONE = 30
+
+
+FLAGS = ("-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC")
+_LIMIT_S = 600
+Shapes = tuple[tuple[int, int], ...]
+Made = tuple[Any, dict[int, tuple[int, int]]]
+"""A function, and its shapes."""
 
 
 class _Args(ctypes.Structure):
@@ -36,7 +47,7 @@ class _Args(ctypes.Structure):
 
 
 Kind = tuple[int, bool, int, bool, bool, bool]
-"""What a library is compiled for: bits, bfloat16 or not, how scales are stored, PRE, ZERO, HALVES."""
+"""What a kernel is compiled for: bits, bfloat16 or not, how scales are stored, PRE, ZERO, HALVES."""
 
 
 def kind_of(weight: Weight, dtype: torch.dtype, rows: int) -> Kind | str:
@@ -64,45 +75,68 @@ def _log(size: int) -> int | None:
     return None if size & (size - 1) else size.bit_length() - 1
 
 
-def library(kind: Kind, shapes: tuple[tuple[int, int], ...] | None = None) -> Any:
-    """See :func:`_library`; ``shapes`` in place of :data:`SHAPES`."""
-    return _library(kind, shapes or tuple(SHAPES.values()))
+def library(kind: Kind, shapes: Shapes | None = None) -> Made | None:
+    """What is compiled for a kind of weight and the current device; None, with one warning, where that can't be."""
+    nvcc = compiler()
+    if nvcc is None or torch.cuda.get_device_capability() < (8, 0):
+        return None
+    return _library(kind, shapes or tuple(SHAPES.values()), "{}{}".format(*torch.cuda.get_device_capability()), nvcc)
+
+
+@cache
+def compiler() -> str | None:
+    """Path of an nvcc: that of the CUDA that torch's builder finds."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return None if CUDA_HOME is None else shutil.which("nvcc", path=str(Path(CUDA_HOME) / "bin"))
 
 
 @lru_cache(maxsize=256)
-def _library(kind: Kind, shapes: tuple[tuple[int, int], ...]) -> Any:
-    """What is compiled for a kind of weight, by torch's builder and into its cache; None where that can't be."""
-    from torch.utils import cpp_extension
-
-    if cpp_extension.CUDA_HOME is None or torch.cuda.get_device_capability() < (8, 0):
+def _library(kind: Kind, shapes: Shapes, arch: str, nvcc: str) -> Made | None:
+    try:
+        return _opened(build(kind, shapes, arch, nvcc)), dict(zip(SHAPES, shapes, strict=True))
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        warnings.warn(
+            f"CUDA kernels that can't be compiled ({error}): Triton's are taken, which take longer.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
         return None
+
+
+def build(kind: Kind, shapes: Shapes, arch: str, nvcc: str) -> Path:
+    """Compile into the user's cache, where nobody has yet; the file appears there whole or not at all.
+
+    Raises:
+        OSError: the compiler fails; has the end of what it says.
+    """
     names = ("BITS", "BRAIN", "SCALE", "PRE", "ZERO", "HALVES")
     defines = [f"-D{name}={int(value)}" for name, value in zip(names, kind, strict=True)]
     for of, (warps, blocks) in zip(SHAPES, shapes, strict=True):
         defines += [f"-DWARPS_{of}={warps}", f"-DBLOCKS_{of}={blocks}"]
-    major, minor = torch.cuda.get_device_capability()
-    arch = f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}"
-    said = hashlib.sha256(" ".join([arch, *defines]).encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    try:
-        path = cpp_extension.load(
-            f"nybble_few_rows_{said}",
-            [str(SOURCE)],
-            extra_cuda_cflags=["-O3", "-std=c++17", arch, *defines],
-            is_python_module=False,
-        )
-        found = ctypes.CDLL(str(path))
-    except Exception as error:  # whatever a compiler, ninja or a loader raises
-        warnings.warn(
-            f"CUDA kernels that can't be compiled ({type(error).__name__}: {str(error)[:300]}): Triton's are taken.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-    found.nybble_few_rows.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
-    return found, dict(zip(SHAPES, shapes, strict=True))
+    flags = [*FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}", *defines]
+    digest = hashlib.sha256(" ".join([nvcc, *flags]).encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    target = cache_folder() / f"few_rows-{digest}.so"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as room:
+            made = Path(room) / "few_rows.so"
+            command = [nvcc, *flags, "-o", str(made), str(SOURCE)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
+            if done.returncode:
+                raise OSError(f"{nvcc} failed: {done.stderr.strip()[-300:]}")
+            made.replace(target)
+    return target
 
 
-def multiply(made: Any, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+def _opened(path: Path) -> Any:
+    run = ctypes.CDLL(str(path)).nybble_few_rows
+    run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
+    run.restype = ctypes.c_int
+    return run
+
+
+def multiply(made: Made, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """X [m, k] W^T + bias for m up to :data:`ROWS`; ``made`` is the library of its kind."""
     m, n = x.shape[0], weight.n
     out = x.new_empty(m, n)
@@ -111,7 +145,7 @@ def multiply(made: Any, x: Tensor, weight: Weight, bias: Tensor | None) -> Tenso
     warps, per = shapes[of]
     args, blocks = _args(x, weight, bias, out, warps, per * _processors(x.device.index or 0))
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    failed = run.nybble_few_rows(ctypes.addressof(args), of, blocks, stream)
+    failed = run(ctypes.addressof(args), of, blocks, stream)
     if failed:
         raise RuntimeError(f"packed_linear: CUDA error {failed} in a product with a weight {[n, weight.k]}.")
     return out

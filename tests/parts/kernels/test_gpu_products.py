@@ -35,7 +35,7 @@ def test_by_the_interpreter() -> None:
 
 
 def test_the_compiled_kernels_get_what_their_source_reads() -> None:
-    struct = re.search(r"struct Args \{(.*?)\};", _few_rows.SOURCE.read_text(), re.DOTALL)
+    struct = re.search(r"struct NybbleFewRows \{(.*?)\};", _few_rows.SOURCE.read_text(), re.DOTALL)
     assert struct is not None
     fields = re.sub(r"//.*|const|\*", "", struct.group(1)).split(";")
     names = [name.strip() for field in fields for name in re.sub(r"^\s*\w+\s", "", field).split(",") if name.strip()]

@@ -11,13 +11,7 @@
 
 #include <cstdint>
 
-namespace {
-
-enum { F32, BF16, F16, CODES, CODES_BY_BLOCKS };  // the last: codes times outer scales of their own, plus a number
-constexpr int PIECE = 32, WIDE = 4 * PIECE, PAIRS = 1 << 2 * BITS, STEP_BYTES = WIDE * BITS / 8;
-constexpr uint32_t TABLE = PAIRS * 128;
-
-struct Args {
+struct NybbleFewRows {
     const uint8_t* codes;
     const float* table;
     const void* scales;
@@ -32,6 +26,14 @@ struct Args {
     int32_t tiles, parts;                     // tiles of a block of threads at a time, parts of their columns
     const float* add;
 };
+
+namespace {
+
+using Args = NybbleFewRows;
+
+enum { F32, BF16, F16, CODES, CODES_BY_BLOCKS };  // the last: codes times outer scales of their own, plus a number
+constexpr int PIECE = 32, WIDE = 4 * PIECE, PAIRS = 1 << 2 * BITS, STEP_BYTES = WIDE * BITS / 8;
+constexpr uint32_t TABLE = PAIRS * 128;
 
 __device__ __forceinline__ float wide(uint32_t bits, bool brain) {
     if (brain) return __uint_as_float(bits << 16);
@@ -289,7 +291,7 @@ int launch(const Args& g, int blocks, cudaStream_t stream) {
 }  // namespace
 
 // 0, or a CUDA error. Up to 8 `of` rows of x, which is 1, 2, 4 or 8.
-extern "C" int nybble_few_rows(const Args* g, int of, int blocks, void* stream) {
+extern "C" __attribute__((visibility("default"))) int nybble_few_rows(const NybbleFewRows* g, int of, int blocks, void* stream) {
     const auto on = static_cast<cudaStream_t>(stream);
     if (of == 1) return launch<1, WARPS_1, BLOCKS_1>(*g, blocks, on);
     if (of == 2) return launch<2, WARPS_2, BLOCKS_2>(*g, blocks, on);
