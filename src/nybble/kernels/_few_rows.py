@@ -110,11 +110,7 @@ def build(kind: Kind, shapes: Shapes, arch: str, nvcc: str) -> Path:
     Raises:
         OSError: the compiler fails; has the end of what it says.
     """
-    names = ("BITS", "BRAIN", "SCALE", "PRE", "ZERO", "HALVES")
-    defines = [f"-D{name}={int(value)}" for name, value in zip(names, kind, strict=True)]
-    for of, (warps, blocks) in zip(SHAPES, shapes, strict=True):
-        defines += [f"-DWARPS_{of}={warps}", f"-DBLOCKS_{of}={blocks}"]
-    flags = [*FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}", *defines]
+    flags = [*FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}", *defines(kind, shapes)]
     digest = hashlib.sha256(" ".join([nvcc, *flags]).encode() + SOURCE.read_bytes()).hexdigest()[:16]
     target = cache_folder() / f"few_rows-{digest}.so"
     if not target.is_file():
@@ -127,6 +123,15 @@ def build(kind: Kind, shapes: Shapes, arch: str, nvcc: str) -> Path:
                 raise OSError(f"{nvcc} failed: {done.stderr.strip()[-300:]}")
             made.replace(target)
     return target
+
+
+def defines(kind: Kind, shapes: Shapes) -> list[str]:
+    """What the source is told."""
+    names = ("BITS", "BRAIN", "SCALE", "PRE", "ZERO", "HALVES")
+    found = [f"-D{name}={int(value)}" for name, value in zip(names, kind, strict=True)]
+    for of, (warps, blocks) in zip(SHAPES, shapes, strict=True):
+        found += [f"-DWARPS_{of}={warps}", f"-DBLOCKS_{of}={blocks}"]
+    return found
 
 
 def _opened(path: Path) -> Any:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +21,9 @@ from nybble.kernels import _few_rows
 from nybble.kernels._gpu_weights import Weight, weight_of
 from nybble.qtensor import QTensor
 from nybble.quantizer import Quantizer
+
+HOST = Path(__file__).with_name("few_rows_host.h")
+SHAPES = ((4, 1), (4, 1), (4, 1), (2, 1))
 
 
 def packed(line: str, n: int, k: int) -> QTensor:
@@ -72,3 +80,57 @@ def test_work_is_shared_out() -> None:
         args, count = _few_rows._args(torch.zeros(1, 256), record, None, torch.zeros(1, 1000), warps, blocks)
         assert count == min(blocks, 63) and args.tiles * args.parts <= warps and args.parts <= 2
         assert args.tiles == min(warps, -(-63 // count))
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Callable[[_few_rows.Kind], Any]:
+    """The source with stand-ins for PTX, compiled for a CPU."""
+    folder = tmp_path_factory.mktemp("host")
+    headers = [f"-include{name}" for name in ("algorithm", "barrier", "cstring", "memory", "thread", "vector")]
+    flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", f'-DNYBBLE_HOST="{HOST}"', "-x", "c++"]
+
+    @cache
+    def made(kind: _few_rows.Kind) -> Any:
+        target = folder / f"{kind}.so"
+        command = ["g++", *headers, *flags, *_few_rows.defines(kind, SHAPES), str(_few_rows.SOURCE), "-o", str(target)]
+        subprocess.run(command, check=True)
+        return _few_rows._opened(target)
+
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize(
+    ("line", "shape", "rows", "dtype"),
+    [
+        ("int4 group=128", (40, 256), 9, torch.bfloat16),
+        ("int4 group=256", (150, 512), 1, torch.bfloat16),  # a second round of tiles
+        ("int4 group=128", (33, 256), 33, torch.bfloat16),
+        ("int4 group=32 symmetric=false", (40, 288), 9, torch.float16),
+        ("int4 block=4x32 symmetric=false", (40, 96), 2, torch.float16),
+        ("nvfp4", (40, 288), 9, torch.bfloat16),
+        ("nvfp4-ct", (16, 64), 2, torch.bfloat16),
+        ("nf4-bnb-dq", (64, 512), 3, torch.bfloat16),
+        ("int3 group=32", (40, 96), 9, torch.bfloat16),
+        ("int2 group=64", (40, 192), 9, torch.float16),
+    ],
+    ids=str,
+)
+def test_the_compiled_kernels_on_a_cpu(
+    host: Callable[[_few_rows.Kind], Any], line: str, shape: tuple[int, int], rows: int, dtype: torch.dtype
+) -> None:
+    """Who reads, looks up, multiplies and adds what; the edges of both sides."""
+    weight, (n, k) = packed(line, *shape), shape
+    record = weight_of(weight)
+    assert isinstance(record, Weight)
+    kind = _few_rows.kind_of(record, dtype, rows)
+    assert isinstance(kind, tuple)
+    x, bias, out = torch.randn(rows, k).to(dtype), torch.randn(n).to(dtype), torch.full((rows, n), torch.nan).to(dtype)
+    of = 1 << max(0, (-(-rows // 8) - 1).bit_length())
+    args, blocks = _few_rows._args(x, record, bias, out, SHAPES[of.bit_length() - 1][0], 2)
+    assert host(kind)(ctypes.addressof(args), of, blocks, None) == 0
+    w, eps = weight.dequantize().double(), torch.finfo(dtype).eps / 2
+    exact, size = x.double() @ w.T + bias.double(), x.double().abs() @ w.abs().T
+    bound = 2 * eps * exact.abs() + (2.1 * eps + k * 2.0**-24) * size
+    assert bool(((out.double() - exact).abs() <= bound).all())

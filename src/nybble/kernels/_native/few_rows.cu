@@ -35,6 +35,10 @@ enum { F32, BF16, F16, CODES, CODES_BY_BLOCKS };  // the last: codes times outer
 constexpr int PIECE = 32, WIDE = 4 * PIECE, PAIRS = 1 << 2 * BITS, STEP_BYTES = WIDE * BITS / 8;
 constexpr uint32_t TABLE = PAIRS * 128;
 
+#ifdef NYBBLE_HOST  // a header with the same functions for a CPU, by which tests run the rest
+#include NYBBLE_HOST
+#else
+
 __device__ __forceinline__ float wide(uint32_t bits, bool brain) {
     if (brain) return __uint_as_float(bits << 16);
     float found;
@@ -89,12 +93,6 @@ __device__ __forceinline__ uint32_t stored(const void* scales, uint32_t index, u
     return found;
 }
 
-__device__ __forceinline__ float scale_of(const Args& g, uint32_t bits, uint32_t index, const float* table) {
-    if (SCALE == F32) return __uint_as_float(bits);
-    if (SCALE < CODES) return wide(bits, SCALE == BF16);
-    return SCALE == CODES ? table[bits] : table[bits] * __ldg(g.outer + (index >> g.outer_log)) + __ldg(g.add);
-}
-
 // A lane's piece of a row: 32 codes in BITS words.
 __device__ __forceinline__ void load(uint32_t (&w)[BITS], const uint8_t* at, uint32_t there) {
     if constexpr (BITS == 4)
@@ -119,18 +117,38 @@ __device__ __forceinline__ uint4 columns(const uint16_t* at, uint32_t there) {
     return found;
 }
 
+__device__ __forceinline__ uint32_t from_shared(uint32_t address) {
+    uint32_t found;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(found) : "r"(address));  // volatile: behind the barrier
+    return found;
+}
+
+template <typename Kernel>
+int start(Kernel kernel, const Args& g, int blocks, int threads, int bytes, void* stream) {
+    const cudaError_t failed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (failed != cudaSuccess) return failed;
+    kernel<<<blocks, threads, bytes, static_cast<cudaStream_t>(stream)>>>(g);
+    return cudaGetLastError();
+}
+
+#endif
+
+__device__ __forceinline__ float scale_of(const Args& g, uint32_t bits, uint32_t index, const float* table) {
+    if (SCALE == F32) return __uint_as_float(bits);
+    if (SCALE < CODES) return wide(bits, SCALE == BF16);
+    return SCALE == CODES ? table[bits] : table[bits] * __ldg(g.outer + (index >> g.outer_log)) + __ldg(g.add);
+}
+
 // Pair P of a piece, looked up in the lane's bank: 2 BITS bits from bit 2 BITS P on, times 128, are its place. The table
 // begins where these bits of an address are 0.
 template <int P>
 __device__ __forceinline__ uint32_t look_up(const uint32_t (&w)[BITS], uint32_t bank) {
     constexpr int bit = 2 * BITS * P, word = bit / 32, at = bit % 32;
-    uint32_t place, found;
+    uint32_t place;
     if constexpr (at + 2 * BITS > 32) place = __funnelshift_r(w[word], w[(word + 1) % BITS], at) << 7;
     else if constexpr (at >= 7) place = w[word] >> (at - 7);
     else place = w[word] << (7 - at);
-    place = (place & (PAIRS - 1) << 7) | bank;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(found) : "r"(place));  // volatile: behind the barrier
-    return found;
+    return from_shared((place & (PAIRS - 1) << 7) | bank);
 }
 
 // Columns 8 J and on of a piece, of 16 rows of W by NT times 8 rows of x.
@@ -279,22 +297,16 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) few_rows(const __grid_cons
 }
 
 template <int NT, int WARPS, int BLOCKS>
-int launch(const Args& g, int blocks, cudaStream_t stream) {
-    const int bytes = 2 * TABLE + 1024 + WARPS * NT * 512;
-    const auto kernel = few_rows<NT, WARPS, BLOCKS>;
-    const cudaError_t failed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (failed != cudaSuccess) return failed;
-    kernel<<<blocks, WARPS * 32, bytes, stream>>>(g);
-    return cudaGetLastError();
+int launch(const Args& g, int blocks, void* stream) {
+    return start(few_rows<NT, WARPS, BLOCKS>, g, blocks, WARPS * 32, 2 * TABLE + 1024 + WARPS * NT * 512, stream);
 }
 
 }  // namespace
 
 // 0, or a CUDA error. Up to 8 `of` rows of x, which is 1, 2, 4 or 8.
 extern "C" __attribute__((visibility("default"))) int nybble_few_rows(const NybbleFewRows* g, int of, int blocks, void* stream) {
-    const auto on = static_cast<cudaStream_t>(stream);
-    if (of == 1) return launch<1, WARPS_1, BLOCKS_1>(*g, blocks, on);
-    if (of == 2) return launch<2, WARPS_2, BLOCKS_2>(*g, blocks, on);
-    if (of == 4) return launch<4, WARPS_4, BLOCKS_4>(*g, blocks, on);
-    return launch<8, WARPS_8, BLOCKS_8>(*g, blocks, on);
+    if (of == 1) return launch<1, WARPS_1, BLOCKS_1>(*g, blocks, stream);
+    if (of == 2) return launch<2, WARPS_2, BLOCKS_2>(*g, blocks, stream);
+    if (of == 4) return launch<4, WARPS_4, BLOCKS_4>(*g, blocks, stream);
+    return launch<8, WARPS_8, BLOCKS_8>(*g, blocks, stream);
 }
