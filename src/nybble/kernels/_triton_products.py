@@ -54,10 +54,8 @@ def _spread(values, BN: tl.constexpr, BU: tl.constexpr):
 
 
 @triton.jit
-def _side(ptr, index, mask, HAS: tl.constexpr):
-    if HAS:
-        return tl.load(ptr + index, mask=mask, other=0).to(tl.float32)
-    return 0.0
+def _side(ptr, index, mask):
+    return tl.load(ptr + index, mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -99,10 +97,10 @@ def one_row(
                 part += values_of(codes_of(w0, w1, w2, i, BITS), table_ptr, KIND, FLIP, BASE) * xi[None, :]
         part = part * back
         if ZERO:
-            part -= _spread(_side(zero_ptr, index, there, ZERO), BN, BU) * sums[None, :]
+            part -= _spread(_side(zero_ptr, index, there), BN, BU) * sums[None, :]
         total += part * _spread(scale, BN, BU)
         if OFFSET:
-            total += _spread(_side(offset_ptr, index, there, OFFSET), BN, BU) * sums[None, :]
+            total += _spread(_side(offset_ptr, index, there), BN, BU) * sums[None, :]
     y = tl.sum(total, 1)
     if BIAS:
         y += tl.load(bias_ptr + rows, mask=row_mask, other=0).to(tl.float32)
@@ -141,9 +139,9 @@ def rows_of(
         scale = scales_of(scale_ptr, scale_table_ptr, outer_ptr, add_ptr, index, there, outer_block, SCALE, OUTER, ADD)
         scale = _spread(scale, BN, BU)
         if ZERO:
-            zero = _spread(_side(zero_ptr, index, there, ZERO), BN, BU)
+            zero = _spread(_side(zero_ptr, index, there), BN, BU)
         if OFFSET:
-            offset = _spread(_side(offset_ptr, index, there, OFFSET), BN, BU)
+            offset = _spread(_side(offset_ptr, index, there), BN, BU)
         x_mask = line_mask[:, None] & (units < end)[None, :]
         for i in tl.static_range(C):
             x = tl.load(x_ptr + (i * m + lines)[:, None] * row_units + units[None, :], mask=x_mask, other=0)
@@ -192,12 +190,12 @@ def expanded(
     value = tl.load(table_ptr + code.to(tl.int32))
     index = (rows[:, None] // share) * across + (columns // group)[None, :]
     if ZERO:
-        value -= _side(zero_ptr, index, mask, ZERO)
+        value -= _side(zero_ptr, index, mask)
     value = value * scales_of(
         scale_ptr, scale_table_ptr, outer_ptr, add_ptr, index, mask, outer_block, SCALE, OUTER, ADD
     )
     if OFFSET:
-        value += _side(offset_ptr, index, mask, OFFSET)
+        value += _side(offset_ptr, index, mask)
     tl.store(
         out_ptr + lines[:, None].to(tl.int64) * k + columns[None, :], value.to(out_ptr.dtype.element_ty), mask=mask
     )
@@ -233,10 +231,10 @@ def expanded_units(
         code = ((low >> at) | tl.where(at + BITS > 32, high << (32 - at), 0)) & (2**BITS - 1)
     value = values_of(code, table_ptr, KIND, FLIP, BASE)
     if ZERO:
-        value -= _side(zero_ptr, index, mask, ZERO)[:, :, None]
+        value -= _side(zero_ptr, index, mask)[:, :, None]
     value = value * scale
     if OFFSET:
-        value += _side(offset_ptr, index, mask, OFFSET)[:, :, None]
+        value += _side(offset_ptr, index, mask)[:, :, None]
     at3 = (
         lines[:, None, None].to(tl.int64) * (row_units * C) + units[None, :, None] * C + tl.arange(0, C)[None, None, :]
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import importlib
 import importlib.util
 import os
 import re
@@ -10,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from nybble.kernels._gpu_weights import Weight, weight_of
 from nybble.qtensor import QTensor
 from nybble.quantizer import Quantizer
 
+triton: Any = importlib.import_module("triton") if importlib.util.find_spec("triton") else None
 HOST = Path(__file__).with_name("few_rows_host.h")
 SHAPES = ((4, 1), (4, 1), (4, 1), (2, 1))
 
@@ -32,7 +35,7 @@ def packed(line: str, n: int, k: int) -> QTensor:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.skipif(triton is None, reason="needs Triton")
 def test_by_the_interpreter() -> None:
     """In a process of its own: Triton asks for it when it is first imported."""
     tests = Path(__file__).with_name("interpreted.py")
@@ -40,6 +43,42 @@ def test_by_the_interpreter() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[3])
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+
+
+def compile_for_hopper(kernel: Any, *given: Any, num_warps: int = 4, num_stages: int = 3, **meta: Any) -> None:
+    """What a launch would compile."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+    signature, constants, values = {}, {}, dict(zip(kernel.arg_names, given, strict=False)) | meta
+    for at, name in enumerate(kernel.arg_names):
+        value = values[name]
+        signature[name] = names.get(value.dtype, "*i8") if isinstance(value, torch.Tensor) else "i32"
+        if kernel.params[at].is_constexpr:
+            signature[name], constants[(at,)] = "constexpr", value
+    source = ASTSource(kernel, signature, constants)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert made.asm["cubin"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(triton is None, reason="needs Triton")
+@pytest.mark.parametrize("line", ["int4 group=128 symmetric=false", "q4_k", "nvfp4", "nf4-dq", "int3 group=64"])
+def test_triton_compiles_them_for_a_gpu(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its compiler refuses what its interpreter runs."""
+    gpu = importlib.import_module("nybble.kernels.cuda_products")
+    monkeypatch.setattr(
+        triton.runtime.jit.JITFunction, "__getitem__", lambda self, grid: partial(compile_for_hopper, self)
+    )
+    record = weight_of(packed(line, 64, 1024))
+    assert isinstance(record, Weight)
+    bias = torch.zeros(64).bfloat16()
+    for rows in (1, 20):
+        gpu.multiply(torch.zeros(rows, 1024).bfloat16(), record, bias, gpu.tile_of(record, rows))
+    gpu.expand(record, torch.bfloat16, 0, 64)
+    gpu.expand(dataclasses.replace(record, k=1022), torch.bfloat16, 0, 64)
 
 
 def test_the_compiled_kernels_get_what_their_source_reads() -> None:
@@ -109,6 +148,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Callable[[_few_rows.Kind],
         ("int4 group=128", (33, 256), 33, torch.bfloat16),
         ("int4 group=32 symmetric=false", (40, 288), 9, torch.float16),
         ("int4 block=4x32 symmetric=false", (40, 96), 2, torch.float16),
+        ("int4 group=16 symmetric=false", (16, 96), 2, torch.bfloat16),
         ("nvfp4", (40, 288), 9, torch.bfloat16),
         ("nvfp4-ct", (16, 64), 2, torch.bfloat16),
         ("nf4-bnb-dq", (64, 512), 3, torch.bfloat16),
