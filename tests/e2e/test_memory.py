@@ -48,4 +48,5 @@ def test_peak_is_below_the_estimate(model: Path, tmp_path: Path, options: list[s
     found = measure(["quantize", str(model), str(tmp_path / "out"), *options])
     above = found["peak"] - measure_base()
     assert above <= found["estimate"]
-    assert found["estimate"] <= 2 * above  # close enough to be of use
+    learned = any("learned" in option for option in options)  # room for every parameter's moments, not always there
+    assert found["estimate"] <= (3 if learned else 2) * above  # close enough to be of use

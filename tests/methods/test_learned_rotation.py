@@ -29,7 +29,7 @@ from nybble.transforms._rounded import RoundedNetwork
 from nybble.transforms.learned_rotation import STREAM, LearnedRotation
 
 W4A4 = {"targets": ["Linear"], "ignore": ["lm_head"], "weights": "int4 channel", "inputs": "int4 token"}
-LEARN: dict[str, Any] = {"transform": "learned-rotation", "steps": 24, "batch": 8, "rate": 10.0}
+LEARN: dict[str, Any] = {"transform": "learned-rotation", "steps": 12, "batch": 8, "rate": 10.0}
 HEADS = {"opt": 4, "gpt2": 4, "gpt_neox": 4, "bloom": 4}
 
 
@@ -38,7 +38,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def tokens(seed: int, samples: int = 64) -> Tensor:
+def tokens(seed: int, samples: int = 32) -> Tensor:
     return torch.randint(3, 300, (samples, 16), generator=torch.Generator().manual_seed(seed))
 
 
@@ -63,7 +63,7 @@ def quantized(
     *steps: dict[str, Any], model: Any = None, scheme: dict[str, Any] | None = None, **more: Any
 ) -> tuple[Any, Any]:
     recipe = parse_recipe({"name": "x", "scheme": scheme or W4A4, "steps": list(steps)})
-    settings = nybble.Settings(samples=64, seq_len=16, batch=16, dtype=torch.float32, **more)
+    settings = nybble.Settings(samples=32, seq_len=16, batch=16, dtype=torch.float32, **more)
     return nybble.quantize(planted() if model is None else model, recipe, tokens(0), settings=settings)
 
 
@@ -239,10 +239,10 @@ def test_blocks_of_neighbours_for_short_blocks_of_a_format() -> None:
 
 
 @pytest.mark.parametrize("behind", [
-    [{"solver": "gptq"}], [{"transform": "smooth"}, {"solver": "gptq"}],
+    [{"solver": "gptq"}], [{"transform": "smooth"}, {"solver": "rtn"}],
     [{"solver": "rtn"}, {"reconstruction": "mse", "weights": "sign-round", "optimizer": "sign", "steps": 10,
                          "rates": {"rounding": 0.005, "clip": 0.005}, "keep": "best"}],
-], ids=["gptq", "smooth, gptq", "sign-round"])  # fmt: skip
+], ids=["gptq", "smooth", "sign-round"])  # fmt: skip
 def test_before_any_solver(behind: list[dict[str, Any]]) -> None:
     exact = planted()
     fixed, found = (divergence(quantized({**LEARN, **more}, *behind)[0], exact) for more in ({"steps": 0}, {}))
@@ -252,9 +252,9 @@ def test_before_any_solver(behind: list[dict[str, Any]]) -> None:
 def test_experts_tables_and_heads_learn_with_the_rest() -> None:
     """Fused experts have no twin: their weights are rounded all the same, and gradients pass."""
     scheme = {"targets": ["Experts", "Linear", "Embedding"], "weights": "int4 channel"}
-    options = {**LEARN, "steps": 2, "loss": "next-token"}
+    options = {**LEARN, "steps": 4, "loss": "next-token"}
     moved = []
-    for steps in (0, 2):
+    for steps in (0, 4):
         model, _ = quantized({**options, "steps": steps}, {"solver": "rtn"}, model=made("mixtral"), scheme=scheme)
         moved.append(logits(model))
     assert not torch.equal(*moved)
