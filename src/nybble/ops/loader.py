@@ -1,9 +1,10 @@
 """Fast versions of ops, found by device and loaded at its first use.
 
-A module of ``nybble/kernels/`` belongs to the device that its name begins with (``cpu``, ``cuda_scaled`` ...); other
-packages add theirs as entry points of the group ``nybble.kernels``, named alike. Importing one registers its kernels
-with the ops (``op.register_kernel(device)``); what begins with ``_`` is shared among them. One that fails (Triton is
-missing, a plug-in is broken) is named in a warning and left out; without any, every number stays the same.
+A module of ``nybble/kernels/`` belongs to the device that its name begins with (``cpu``, ``cuda_scaled`` ...; ``gpu``
+stands for ``cuda``, as torch calls AMD's GPUs too); other packages add theirs as entry points of the group
+``nybble.kernels``, named alike. Importing one registers its kernels with the ops (``op.register_kernel(device)``); what
+begins with ``_`` is shared among them. One that fails (Triton is missing, a plug-in is broken) is named in a warning
+and left out; without any, every number stays the same.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from nybble.core.registry import plugins
 
 FOLDER = "nybble.kernels"
+ALIASES = {"gpu": "cuda"}
 Import = Callable[[], Any]
 
 
@@ -40,7 +42,8 @@ def load_at_first_use(ops: Iterable[Any]) -> None:
     """Let the first call of any of ``ops`` (torch.library custom ops) on a device load the kernels for it."""
     waiting: dict[str, dict[str, Import]] = {}
     for name, load in sorted(kernel_modules().items()):
-        waiting.setdefault(name.partition("_")[0], {})[name] = load
+        device = name.partition("_")[0]
+        waiting.setdefault(ALIASES.get(device, device), {})[name] = load
     ops = list(ops)
     for device in list(waiting):
         try:

@@ -57,16 +57,25 @@ def pow2_scale(amax: Float32[Tensor, "*shape"], fmt: NumberFormat, mode: str) ->
     """
     if mode not in POW2_MODES:
         raise UsageError(f"pow2 mode {mode!r} is not one of {', '.join(POW2_MODES)}.")
-    top, emax = math.frexp(fmt.absmax)
-    top, emax = 2 * top, emax - 1  # absmax = top * 2^emax, 1 <= top < 2
+    emax = math.frexp(fmt.absmax)[1] - 1  # absmax = top * 2^emax, 1 <= top < 2
     finite = amax.isfinite()
     least = torch.full_like(amax, emax, dtype=torch.int32)
     if emax < 1:  # where amax is subnormal its bits don't tell its exponent; a format above 1 clamps there anyhow
         amax, least = torch.where(amax < 1, amax * 2.0 ** (1 - emax), amax), torch.where(amax < 1, 1, least)
-    # Added to the bits of amax, a carry into the exponent happens exactly where the mode rounds up.
+    carry = pow2_carry(fmt, mode)
+    biased = ((amax.view(torch.int32) + carry >> 23) - least).clamp(0, 254)
+    scale = (biased << 23).clamp(min=1 << 22).view(torch.float32)  # 2^-127 is a subnormal: half of 2^-126's bits
+    if not fmt.has_zero:
+        scale = torch.where(amax == 0, torch.zeros_like(scale), scale)
+    return torch.where(finite, scale, torch.full_like(scale, torch.nan))
+
+
+def pow2_carry(fmt: NumberFormat, mode: str) -> int:
+    """What is added to the bits of a float32 magnitude, so that its exponent goes up where ``mode`` rounds up."""
+    top = 2 * math.frexp(fmt.absmax)[0]
     below = 1 << 23
     middle = math.frexp(top * math.sqrt(2))  # of a binade, in units of max: at this mantissa "nearest" goes up
-    carry = {
+    return {
         "floor": 0,
         "ceil": below - 1,
         "even": below >> getattr(fmt, "m", 0) + 1,
@@ -74,8 +83,3 @@ def pow2_scale(amax: Float32[Tensor, "*shape"], fmt: NumberFormat, mode: str) ->
         "rfloor": -math.ceil(np.float32(top - 1) * below),  # below max's mantissa it borrows from the exponent
         "nearest": below - math.ceil((2 * middle[0] - 1) * below) - (middle[1] - 1) * below,
     }[mode]
-    biased = ((amax.view(torch.int32) + carry >> 23) - least).clamp(0, 254)
-    scale = (biased << 23).clamp(min=below >> 1).view(torch.float32)  # 2^-127 is a subnormal: half of 2^-126's bits
-    if not fmt.has_zero:
-        scale = torch.where(amax == 0, torch.zeros_like(scale), scale)
-    return torch.where(finite, scale, torch.full_like(scale, torch.nan))
