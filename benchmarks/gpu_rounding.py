@@ -1,6 +1,6 @@
 """Rounding on a GPU: the fused kernels beside the readable operations and torch's own fake quantization.
 
-    python benchmarks/gpu_rounding.py --out benchmarks/results/gpu_rounding.json [--seconds 60]
+    python benchmarks/gpu_rounding.py --out benchmarks/results/gpu_rounding.json [--seconds 40]
 
 First every operation's bits against the readable version's, on the GPU. Then microseconds in a CUDA graph of 20 calls
 that take turns over copies of the tensor of 200 MB and more, medians of 10 replays; the readable version and torch's
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import statistics
 import sys
 import time
@@ -23,9 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent / "quality"))
-from run import hardware
 
 from nybble.core.files import atomic_write_json
 from nybble.core.versions import versions
@@ -37,6 +35,7 @@ from nybble.quantizer import Quantizer
 SHAPES = ((8 * 1024, 1536), (4096, 14336))
 DTYPES = (torch.float32, torch.bfloat16)
 CALLS, ROTATED = 20, 200 << 20
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = ("float4_e2m1fn", "int4", "nf4", "float8_e4m3fn", "int8")
 LINES = ("nvfp4", "mxfp4-ocp", "int8 token", "float8_e4m3fn token", "int4 group=32")
 
@@ -94,9 +93,9 @@ def operations(x: Tensor, fmt: str) -> Iterator[tuple[str, Any, Callable[[Tensor
 
 def hard_numbers(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Normal numbers with zero, huge, subnormal and non-finite blocks among them, and ties."""
-    x = torch.randn(shape, device="cuda") * torch.exp(torch.randn(shape[0], 1, device="cuda"))
-    x[0], x[1], x[2] = 0, -0.0, torch.randint(-9, 9, shape[1:], device="cuda") * 2.0**-149
-    x[3], x[4, 5], x[5, 7], x[6] = x[3] * 1e30, torch.nan, -torch.inf, torch.arange(shape[1], device="cuda") / 4
+    x = torch.randn(shape, device=DEVICE) * torch.exp(torch.randn(shape[0], 1, device=DEVICE))
+    x[0], x[1], x[2] = 0, -0.0, torch.randint(-9, 9, shape[1:], device=DEVICE) * 2.0**-149
+    x[3], x[4, 5], x[5, 7], x[6] = x[3] * 1e30, torch.nan, -torch.inf, torch.arange(shape[1], device=DEVICE) / 4
     return x.to(dtype)
 
 
@@ -114,21 +113,53 @@ def same(a: Tensor, b: Tensor, close: bool) -> bool:
     return bool(((a == b) & (a.signbit() == b.signbit()) | nan).all())
 
 
+def check_operations(part: tuple[torch.dtype, str]) -> tuple[int, list[str]]:
+    """How many operations were compared with the readable ones, and those that differ."""
+    wrong, count, (dtype, fmt) = [], 0, part
+    x = hard_numbers((640, 1536), dtype)
+    for name, op, arguments in operations(x, fmt):
+        args, count = arguments(x), count + 1
+        try:
+            fast, slow = op(*args), op._init_fn(*args)
+        except Exception as error:
+            wrong.append(f"{name} {fmt} {dtype}: {type(error).__name__}: {str(error)[-300:]}")
+            continue
+        pairs = zip(fast, slow, strict=True) if isinstance(fast, tuple) else ((fast, slow),)
+        for i, (mine, theirs) in enumerate(pairs):
+            if not same(mine, theirs, close=i == 1 and "backward" in name):
+                wrong.append(f"{name} {fmt} {dtype} [{i}]")
+    return count, wrong
+
+
+def check_passes(line: str) -> tuple[int, list[str]]:
+    """The same of forward and backward through a quantizer, at once and by steps."""
+    wrong, gradient = [], torch.randn(64, 1536, device=DEVICE)
+    for dtype in (torch.bfloat16, torch.float32):
+        x, found = torch.randn(64, 1536, device=DEVICE).to(dtype), []
+        for at_once in (True, False):
+            leaf = x.clone().requires_grad_()
+            out = Quantizer(line).soft(leaf, None, reaching if at_once else by_steps)
+            found.append((out.detach(), *torch.autograd.grad(out, leaf, gradient.to(dtype))))
+        found.append((Quantizer(line).fake_quantize(x), found[0][1]))
+        for other in found[1:]:
+            wrong += [f"{line} {dtype} [{i}]" for i in (0, 1) if not same(found[0][i], other[i], close=False)]
+    return 2, wrong
+
+
 def check(report: dict[str, Any]) -> None:
-    """Every operation against the readable one."""
-    wrong, count = [], 0
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        x = hard_numbers((640, 1536), dtype)
-        for fmt in (*FORMATS, "float8_e5m2", "float6_e3m2fn", "af4", "float16_e8m7"):
-            for name, op, arguments in operations(x, fmt):
-                args, count = arguments(x), count + 1
-                fast, slow = op(*args), op._init_fn(*args)
-                pairs = zip(fast, slow, strict=True) if isinstance(fast, tuple) else ((fast, slow),)
-                for i, (mine, theirs) in enumerate(pairs):
-                    if not same(mine, theirs, close=i == 1 and "backward" in name):
-                        wrong.append(f"{name} {fmt} {dtype} [{i}]")
-    report["checked"], report["wrong"] = count, wrong
-    print(f"{count} operations checked; wrong: {wrong or 'none'}", flush=True)
+    """All of them, in processes of their own, which compile at the same time."""
+    parts = [(torch.float32, fmt) for fmt in (*FORMATS, "float8_e5m2", "dynamic8", "float16_e8m7")]
+    parts += [(dtype, "float4_e2m1fn") for dtype in (torch.bfloat16, torch.float16)] + [(torch.bfloat16, "int8")]
+    with multiprocessing.get_context("spawn").Pool(12 if DEVICE == "cuda" else 1) as pool:
+        first, second = pool.map_async(check_operations, parts, 1), pool.map_async(check_passes, LINES, 1)
+        found = [*first.get(), *second.get()]
+    report["checked"], report["wrong"] = sum(count for count, _ in found), [w for _, wrong in found for w in wrong]
+    print(f"{report['checked']} operations checked; wrong: {report['wrong'] or 'none'}", flush=True)
+
+
+def by_steps(y: Tensor, grid: Any) -> Tensor:
+    """The same rounding, but not one that is known to be done at once."""
+    return reaching(y, grid)
 
 
 def clocked(call: Callable[[Tensor], Any], x: Tensor) -> float:
@@ -155,7 +186,7 @@ def clocked(call: Callable[[Tensor], Any], x: Tensor) -> float:
 
 def torchs_own(x: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
     """What torch has to compare with."""
-    zeros = torch.zeros(len(x), dtype=torch.int32, device="cuda")
+    zeros = torch.zeros(len(x), dtype=torch.int32, device=DEVICE)
     scale = x.float().abs().amax(1) / 7
     out = torch.empty_like(x)
     yield "copy", lambda t: out.copy_(t)
@@ -173,7 +204,7 @@ def torchs_own(x: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
 def passed(line: str, at_once: bool) -> Callable[[Tensor], Any]:
     """Forward and backward through a quantizer that measures."""
     quantizer = Quantizer(line)
-    how = reaching if at_once else (lambda y, grid: reaching(y, grid))
+    how = reaching if at_once else by_steps
 
     def run(t: Tensor) -> Any:
         leaf = t.detach().requires_grad_()
@@ -183,45 +214,51 @@ def passed(line: str, at_once: bool) -> Callable[[Tensor], Any]:
     return run
 
 
+def tasks(x: Tensor) -> Iterator[tuple[dict[str, Any], Callable[[Tensor], Any]]]:
+    """What is timed on one tensor: how its row begins, and the call."""
+    for name, call in torchs_own(x):
+        yield {"what": name}, call
+    for line in LINES:
+        yield {"what": "there and back, at once", "format": line}, passed(line, True)
+        yield {"what": "fake_quantize", "format": line}, Quantizer(line).fake_quantize
+    yield {"what": "there and back, by steps", "format": LINES[0]}, passed(LINES[0], False)
+    for fmt in FORMATS[:1] if x.dtype == torch.bfloat16 else FORMATS:
+        for name, op, arguments in operations(x, fmt):
+            yield {"what": name, "format": fmt}, lambda t, op=op, arguments=arguments: op(*arguments(t))
+            if fmt == FORMATS[0]:
+                row = {"what": f"{name}: readable", "format": fmt}
+                yield row, lambda t, op=op, arguments=arguments: op._init_fn(*arguments(t))
+
+
 def measure(shape: tuple[int, int], dtype: torch.dtype, until: float) -> Iterator[dict[str, Any]]:
     """Rows of the table for one tensor."""
-    x = torch.randn(shape, device="cuda").to(dtype)
-    base = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
-    floor = 0.0
-    for name, call in torchs_own(x):
-        took = clocked(call, x)
+    x, floor = torch.randn(shape, device=DEVICE).to(dtype), 0.0
+    for row, call in tasks(x):
+        if time.perf_counter() > until:
+            return
+        row = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), **row}
+        try:
+            took = clocked(call, x)
+        except RuntimeError as error:
+            yield {**row, "failed": str(error)[-200:]}
+            continue
         floor = floor or took
-        yield {**base, "what": name, "us": took, "over_floor": took / floor}
-    for fmt in FORMATS[:3] if dtype == torch.bfloat16 else FORMATS:
-        for name, op, arguments in operations(x, fmt):
-            if time.perf_counter() > until:
-                return
-            took = clocked(lambda t, op=op, arguments=arguments: op(*arguments(t)), x)
-            row = {**base, "what": name, "format": fmt, "us": took, "over_floor": took / floor}
-            if fmt == FORMATS[0]:
-                row["readable_us"] = clocked(lambda t, op=op, arguments=arguments: op._init_fn(*arguments(t)), x)
-            yield row
-    for line in LINES:
-        for at_once in (True, False):
-            if time.perf_counter() > until:
-                return
-            took = clocked(passed(line, at_once), x)
-            name = "there and back at once" if at_once else "there and back by steps"
-            yield {**base, "what": name, "format": line, "us": took, "over_floor": took / floor}
-        took = clocked(Quantizer(line).fake_quantize, x)
-        yield {**base, "what": "fake_quantize", "format": line, "us": took, "over_floor": took / floor}
+        yield {**row, "us": took, "over_floor": took / floor}
 
 
 def main() -> None:
     """Check, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, default=40, help="of the timings")
     options = parser.parse_args()
-    until = time.perf_counter() + options.seconds
+    sys.path.insert(0, str(Path(__file__).parent / "quality"))
+    from run import hardware
+
     rows: list[dict[str, Any]] = []
-    report: dict[str, Any] = {"hardware": hardware("cuda"), "versions": versions(), "rows": rows}
+    report: dict[str, Any] = {"hardware": hardware(DEVICE), "versions": versions(), "rows": rows}
     check(report)
+    until = time.perf_counter() + (options.seconds if DEVICE == "cuda" else 0)
     for dtype in reversed(DTYPES):
         for shape in reversed(SHAPES):
             for row in measure(shape, dtype, until):
