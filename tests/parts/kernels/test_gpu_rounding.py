@@ -30,7 +30,7 @@ from nybble.kernels import gpu_rounding, gpu_scales, gpu_straight  # noqa: E402
 # numpy, which the interpreter calculates with, says so of infinities and NaNs
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero):RuntimeWarning")
 
-FORMATS = [name for name in format_names() if get_format(name).bits <= 8]
+FORMATS = [name for name in format_names() if get_format(name).bits <= 8][::4]
 OF_EACH_KIND = ["float4_e2m1fn", "float8_e4m3fn", "float8_e5m2fnuz", "int4", "uint8", "nf4", "ufloat8_e4m4_finite"]
 ROUNDINGS = [name for name in REGISTRY.names() if not get_rounding(name).stochastic]
 
@@ -44,10 +44,10 @@ def alike(fast: Tensor, op: Any, *args: Any) -> bool:
     return same(fast.cpu(), readable(op)(*args).cpu())
 
 
-def hard_numbers(fmt: str, count: int = 200) -> Tensor:
+def hard_numbers(fmt: str) -> Tensor:
     points = near_decisions(get_format(fmt))
-    some = points[torch.randperm(len(points))[:1500]]
-    return torch.cat([some, random_bits(count), torch.tensor([0.0, -0.0])]).to(DEVICE)
+    some = points[torch.randperm(len(points))[:900]]
+    return torch.cat([some, random_bits(122), torch.tensor([0.0, -0.0])]).to(DEVICE)
 
 
 def blocks_of(count: int, elements: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -63,16 +63,15 @@ def blocks_of(count: int, elements: int, dtype: torch.dtype = torch.float32) -> 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_each_element(fmt: str) -> None:
     x = hard_numbers(fmt)
-    for name in ("nearest-even", "half-away"):
-        assert alike(gpu_rounding.round_to(x, fmt, name), rounding.round_to, x, fmt, name), name
-        assert alike(gpu_rounding.encode(x, fmt, name), rounding.encode, x, fmt, name), name
+    assert alike(gpu_rounding.round_to(x, fmt, "nearest-even"), rounding.round_to, x, fmt, "nearest-even")
+    assert alike(gpu_rounding.encode(x, fmt, "nearest-even"), rounding.encode, x, fmt, "nearest-even")
     lower, upper = gpu_rounding.around(x, rounding.grid_table(fmt, x.device), get_format(fmt).negative_zero is not None)
     below, above = tables.neighbours(x, fmt)
     assert same(lower, below) and same(upper, above)
 
 
 @pytest.mark.parametrize("name", ROUNDINGS)
-@pytest.mark.parametrize("fmt", OF_EACH_KIND)
+@pytest.mark.parametrize("fmt", OF_EACH_KIND[::2])
 def test_every_rounding(fmt: str, name: str) -> None:
     if get_rounding(name).native and get_format(fmt).encoder_thresholds is None:
         return
@@ -108,17 +107,19 @@ def test_around_zero_points(name: str) -> None:
         assert alike(gpu_rounding.round_to_codes(*args), rounding.round_to_codes, *args)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(40, 32), (9, 7), (7, 3000), (7, 70_000)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((40, 32), torch.float16), ((9, 7), torch.float32), ((7, 3000), torch.float32), ((7, 70_000), torch.float16)],
+    ids=str,
+)
 def test_blocks(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x = blocks_of(*shape, dtype)
-    for fmt in ("float4_e2m1fn", "int4", "nf4"):
-        target = get_format(fmt).absmax
-        for pow2, narrow in (("", "float32"), ("", "bfloat16"), ("", "float16"), ("floor", "float32")):
-            args = x, fmt, target, pow2, narrow
-            assert alike(gpu_scales.dynamic_scale(*args), measured.dynamic_scale, *args), args[1:]
-        args = x, fmt, "nearest-even", target, "", "float16"
-        assert alike(gpu_scales.dynamic_round(*args), block_ops.dynamic_round, *args), fmt
+    for pow2, narrow in (("", "float32"), ("", "bfloat16"), ("", "float16"), ("floor", "float32")):
+        args = x, "int4", 7.0, pow2, narrow
+        assert alike(gpu_scales.dynamic_scale(*args), measured.dynamic_scale, *args), args[1:]
+    for fmt in ("float4_e2m1fn", "nf4"):
+        more = x, fmt, "nearest-even", get_format(fmt).absmax, "", "float16"
+        assert alike(gpu_scales.dynamic_round(*more), block_ops.dynamic_round, *more), fmt
 
 
 @pytest.mark.parametrize("mode", POW2_MODES)
