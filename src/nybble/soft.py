@@ -41,7 +41,7 @@ from nybble.qtensor import (
 )
 from nybble.qtensor.block import BlockQTensor
 from nybble.rounding import get_rounding
-from nybble.scales._at_once import scale_at_once
+from nybble.scales._at_once import scale_at_once, stored_at_once
 
 
 class Specification(Protocol):
@@ -277,7 +277,8 @@ def _stored(raw: Tensor, how: str | Specification, params: QuantParams | None) -
 
 def _through(raw: Tensor, how: str | Specification, params: QuantParams | None) -> Tensor:
     if not isinstance(how, str):
-        return straight_through(soft(how, raw.detach(), params, None), raw)
+        stored = None if params is not None else stored_at_once(how, raw.detach())
+        return straight_through(soft(how, raw.detach(), params, None) if stored is None else stored, raw)
     return raw if how == "float32" else straight_through(narrow_scale(raw.detach(), how), raw)
 
 

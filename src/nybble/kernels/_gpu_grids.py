@@ -1,4 +1,4 @@
-# mypy: disallow-untyped-decorators=false, disallow-untyped-defs=false
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """How Triton kernels round one element: by the float32 adder, to whole numbers, or by a search among thresholds.
 
 As on a CPU (:mod:`nybble.kernels._rounders`): minifloats with ties to even by adding and taking away

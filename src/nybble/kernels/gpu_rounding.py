@@ -1,4 +1,4 @@
-# mypy: disallow-untyped-decorators=false, disallow-untyped-defs=false
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """GPU versions of the operations that round each element by itself, in Triton: one pass over memory, the same bits.
 
 How one element is rounded is in :mod:`nybble.kernels._gpu_grids`; scales are in :mod:`nybble.kernels.gpu_scales`.
@@ -156,12 +156,12 @@ def around(y: Tensor, values: Tensor, minus: bool) -> tuple[Tensor, Tensor]:
     return lower, upper
 
 
-def round_to_codes(y: Tensor, zero_point: Tensor, low: float, high: float, rounding: str) -> Tensor:
-    """See :func:`nybble.ops.rounding.round_to_codes`."""
+def whole_codes(y: Tensor, zero_point: Tensor, low: float, high: float, rounding: str) -> Tensor:
+    """See :func:`nybble.ops.rounding.whole_codes`."""
     rule = get_rounding(rounding)
     inner = zero_point.expand(y.shape)
     if y.dim() != 2 or not (rule.zero_inside or rule.name == "nearest-even"):
-        found: Tensor = rounding_ops.round_to_codes._init_fn(y, zero_point, low, high, rounding)
+        found: Tensor = rounding_ops.whole_codes._init_fn(y, zero_point, low, high, rounding)
         return found
     y = y.contiguous()
     out = torch.empty_like(y)
@@ -172,7 +172,7 @@ def round_to_codes(y: Tensor, zero_point: Tensor, low: float, high: float, round
     return out
 
 
-def _run(kernel, *args, **options) -> None:  # type: ignore[no-untyped-def]
+def _run(kernel, *args, **options) -> None:
     """Launch over all elements of the first argument."""
     count = args[0].numel()
     if count:
@@ -184,7 +184,7 @@ for _op, _fast in (
     (rounding_ops.round_to, round_to),
     (rounding_ops.encode, encode),
     (rounding_ops.decode, decode),
-    (rounding_ops.round_to_codes, round_to_codes),
+    (rounding_ops.whole_codes, whole_codes),
     (table_ops.table_round, table_round),
     (table_ops.table_encode, table_encode),
     (table_ops.table_decode, table_decode),

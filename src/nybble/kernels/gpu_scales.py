@@ -1,4 +1,4 @@
-# mypy: disallow-untyped-decorators=false, disallow-untyped-defs=false
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """GPU versions of the operations that measure: a block's largest magnitude, its scale, and rounding by it.
 
 Blocks of up to ``LONGEST`` elements are one program's (several short ones share one); of longer ones the largest
@@ -24,6 +24,7 @@ from nybble.ops.scaling import pow2_carry
 
 _WHOLE = 4096
 """Elements of a tile: a block that fits is read once."""
+_WITHOUT_ZERO = "binary"
 _NARROW = {"float32": 0, "float16": 1, "bfloat16": 2}
 
 
@@ -177,6 +178,12 @@ def nested_scale(blocks: Tensor, target: float, inner: str, inner_target: float,
     return out
 
 
+def narrowed(scale: Tensor, dtype: str) -> Tensor:
+    """See :func:`nybble.ops.blocks.narrowed`: each is a block of its own, in a format that keeps 0 as it is."""
+    found = dynamic_scale(scale.reshape(-1, 1), _WITHOUT_ZERO, 1.0, "", dtype)
+    return torch.copysign(found.view(scale.shape), scale.contiguous())
+
+
 def largest(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Bits of the largest magnitudes, int32: of each block [blocks, 1], and of all [1]."""
     count, elements = blocks.shape
@@ -229,6 +236,7 @@ def _tiles(count: int, elements: int) -> Cut:
 
 for _op, _fast in (
     (block_ops.dynamic_round, dynamic_round),
+    (block_ops.narrowed, narrowed),
     (measured.dynamic_scale, dynamic_scale),
     (measured.nested_scale, nested_scale),
 ):

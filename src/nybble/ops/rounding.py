@@ -144,11 +144,6 @@ def round_integers(x: Float32[Tensor, "*shape"], rounding: str) -> Float32[Tenso
     return torch.where(rest == 0.5, low + tie_up, nearest)
 
 
-@torch.library.custom_op(
-    "nybble::round_to_codes",
-    mutates_args=(),
-    schema="(Tensor y, Tensor zero_point, float low, float high, str rounding) -> Tensor",
-)
 def round_to_codes(
     y: Float32[Tensor, "*shape"], zero_point: Float32[Tensor, "*#shape"], low: float, high: float, rounding: str
 ) -> Float32[Tensor, "*shape"]:
@@ -164,13 +159,24 @@ def round_to_codes(
     Returns:
         float32 integers, shape of ``y``.
     """
+    found: Tensor = whole_codes(y, zero_point, low, high, rounding)
+    return found
+
+
+@torch.library.custom_op(
+    "nybble::whole_codes",
+    mutates_args=(),
+    schema="(Tensor y, Tensor zero_point, float low, float high, str rounding) -> Tensor",
+)
+def whole_codes(y: Tensor, zero_point: Tensor, low: float, high: float, rounding: str) -> Tensor:
+    """:func:`round_to_codes`."""
     y = y.contiguous()
     if get_rounding(rounding).zero_inside:
         return torch.round(y + zero_point).clamp(low, high) + 0.0  # no -0 among integers
     return (round_integers(y, rounding) + zero_point).clamp(low, high)
 
 
-@round_to_codes.register_fake
+@whole_codes.register_fake
 def _(y: Tensor, zero_point: Tensor, low: float, high: float, rounding: str) -> Tensor:
     return y.new_empty(y.shape)
 

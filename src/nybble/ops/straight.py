@@ -157,8 +157,7 @@ def _values(y: Tensor, zero: Tensor | None, fmt: str, rounding: str) -> Tensor:
         found: Tensor = round_to(y, fmt, rounding)
         return found
     form = get_format(fmt)
-    whole: Tensor = round_to_codes(y, zero, form.min, form.max, rounding) - zero
-    return whole
+    return round_to_codes(y, zero, form.min, form.max, rounding) - zero
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from nybble.formats.minifloat import Minifloat
 from nybble.rounding import get_rounding
 from nybble.scales.absmax import AbsMax
 from nybble.scales.pow2 import Pow2
@@ -38,13 +39,39 @@ def nested_of(spec: Any) -> tuple[float, str, float, float] | None:
     rule, inner = spec.scale, spec.scale_format
     if isinstance(inner, str) or not isinstance(rule, AbsMax) or not _plain(spec):
         return None
-    fmt, over = inner.format, inner.scale
-    known = fmt.has_zero and fmt.nan_code is not None and inner.rounding == "nearest-even"
-    one = isinstance(over, AbsMax) and inner.granularity.one_scale and not inner.granularity.factored
-    if not known or not one or inner.scale_format != "float32" or inner.reciprocal or inner.raw_scale or inner.center:
+    stored = _over_one(inner)
+    return None if stored is None else (rule.target or spec.format.absmax, *stored)
+
+
+def stored_at_once(inner: Any, raw: Tensor) -> Tensor | None:
+    """Scales as they are stored by a quantizer of their own that measures them; None where that takes more.
+
+    Args:
+        inner: the quantizer.
+        raw: float32, not empty, any shape.
+    """
+    import torch
+
+    from nybble.ops.measured import nested_scale
+
+    stored = _over_one(inner)
+    if stored is None or inner.static:
         return None
+    found = nested_scale(raw.reshape(-1, 1), 1.0, *stored).view(raw.shape)
+    return torch.where(raw < 0, -found, found) if stored[2] else torch.copysign(found, raw)
+
+
+def _over_one(inner: Any) -> tuple[str, float, float] | None:
+    """Format, target and least value of scales that are stored over one float32 for all; on a grid with both signs."""
+    fmt, over = inner.format, inner.scale
+    known = isinstance(fmt, Minifloat) and fmt.has_sign and fmt.has_zero and fmt.nan_code is not None
+    one = isinstance(over, AbsMax) and inner.granularity.one_scale and not inner.granularity.factored
+    plain = inner.rounding == "nearest-even" and not (inner.reciprocal or inner.raw_scale or inner.center)
+    if not (known and one and plain) or inner.scale_format != "float32":
+        return None
+    assert isinstance(fmt, Minifloat) and isinstance(over, AbsMax)
     least = {"": 0.0, "normal": fmt.min_normal, "subnormal": fmt.smallest}[inner.floor]
-    return rule.target or spec.format.absmax, fmt.name, over.target or fmt.absmax, least
+    return fmt.name, over.target or fmt.absmax, least
 
 
 def scale_at_once(spec: Any, blocks: Tensor) -> Tensor | None:

@@ -104,7 +104,7 @@ def test_around_zero_points(name: str) -> None:
     zero = torch.randint(0, 16, (len(y), 1)).float()
     for each in (zero, zero.expand_as(y).contiguous()):
         args = y.to(DEVICE), each.to(DEVICE), 0.0, 15.0, name
-        assert alike(gpu_rounding.round_to_codes(*args), rounding.round_to_codes, *args)
+        assert alike(gpu_rounding.whole_codes(*args), rounding.whole_codes, *args)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,13 @@ def test_blocks(shape: tuple[int, int], dtype: torch.dtype) -> None:
     for fmt in ("float4_e2m1fn", "nf4"):
         more = x, fmt, "nearest-even", get_format(fmt).absmax, "", "float16"
         assert alike(gpu_scales.dynamic_round(*more), block_ops.dynamic_round, *more), fmt
+
+
+def test_narrowed() -> None:
+    x = torch.cat([random_bits(500), torch.tensor([0.0, -0.0, 1e-30, -1e-41, 65519.0, -65520.0, torch.inf])])
+    for dtype in ("float16", "bfloat16"):
+        args = x.to(DEVICE), dtype
+        assert alike(gpu_scales.narrowed(*args), block_ops.narrowed, *args), dtype
 
 
 @pytest.mark.parametrize("mode", POW2_MODES)
