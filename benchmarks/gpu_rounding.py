@@ -115,7 +115,7 @@ def close(a: Tensor, b: Tensor, args: tuple[Any, ...]) -> bool:
     """Sums over blocks: within what adding up in another order may change, 32 roundings of the terms' magnitudes."""
     gradient, x, scale, *rest = args
     rounded = straight.straight_round(x, scale, *rest[:4])
-    terms = gradient.double().abs() * (rounded.double().abs() + x.double().abs()) / scale.abs()
+    terms = gradient.double().abs() * (rounded.double().abs() + x.double().abs()) / blocks.safe_divisor(scale).abs()
     bound, finite = 32 * 2.0**-24 * terms.sum(1, keepdim=True), a.isfinite() & b.isfinite()
     return torch.equal(a.isnan(), b.isnan()) and bool(((a.double() - b.double()).abs() <= bound)[finite].all())
 
