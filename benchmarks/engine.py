@@ -2,10 +2,10 @@
 
     python benchmarks/engine.py --out benchmarks/results/engine.json [--device cuda] [--seconds 300]
 
-One window of one block of a random llama with SmolLM2's sizes, 8 x 1024 tokens a step, INT4 in groups of 64, for every
-learned part: the median time of a step as the engine takes it (recorded on a GPU, then replayed) and with recording
-switched off, over the median time of the float block's own forward and backward in bfloat16 on the same inputs, taken
-the same way (both recorded, or both not). Both engines must come to the same codes.
+One window of one block of a random llama with SmolLM2's sizes, 8 x 1024 tokens a step, INT4 in groups of 64 (NVFP4 for
+outer scales), for every learned part: the median time of a step as the engine takes it (recorded on a GPU, then
+replayed) and with recording switched off, over the median time of the float block's own forward and backward in
+bfloat16 on the same inputs, taken the same way (both recorded, or both not). Both engines must come to the same codes.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from nybble.reconstruction import gradients
 
 SIZES = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 TOKENS = (8, 1024)
+WEIGHTS = {"outer-scales": "nvfp4"}  # INT4 in groups has no scale of its scales
 
 
 def model(device: str) -> Any:
@@ -114,7 +115,7 @@ def learn(part: str, device: str, steps: int, recorded: bool) -> tuple[float, st
 
     options = {**PARTS[part], "steps": steps}
     recipe = {
-        "scheme": {"weights": "int4 group=64 symmetric=false"},
+        "scheme": {"weights": WEIGHTS.get(part, "int4 group=64 symmetric=false")},
         "steps": [{"solver": "rtn"}, {"reconstruction": "mse", "weights": part, **options}],
     }
     generator = torch.Generator().manual_seed(1)

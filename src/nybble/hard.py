@@ -21,9 +21,8 @@ from nybble.qtensor import Factored, Inverse, QTensor, QuantParams, block_view
 from nybble.qtensor.block import BlockQTensor
 from nybble.rounding import get_rounding
 from nybble.scales import BlockParams, ScaleRule, Storage
-from nybble.scales.absmax import AbsMax
+from nybble.scales._at_once import dynamic_of, scale_at_once
 from nybble.scales.one import One
-from nybble.scales.pow2 import Pow2
 from nybble.soft import Specification, grid_of, integers, scaled, unscaled
 
 
@@ -172,13 +171,9 @@ def fake_quantize(spec: Rule, x: Tensor, params: QuantParams | None, generator: 
     x = _real(x)
     if not x.numel():
         return x.clone()
-    if params is None and _fused(spec):
-        target = spec.scale.target or spec.format.absmax if isinstance(spec.scale, AbsMax) else 1.0
-        mode = spec.scale.mode if isinstance(spec.scale, Pow2) else ""
-        narrow = spec.scale_format if isinstance(spec.scale_format, str) else "float32"
-        blocks = spec.granularity.to_blocks(x)
-        rounded = dynamic_round(blocks, spec.format.name, spec.rounding, target, mode, narrow)
-        return spec.granularity.from_blocks(rounded, x.shape)
+    found = None if params is not None else _at_once(spec, spec.granularity.to_blocks(x))
+    if found is not None:
+        return spec.granularity.from_blocks(found, x.shape)
     shape = tuple(x.shape)
     params = measured(spec, x, params)
     blocks = spec.granularity.to_blocks(x)
@@ -214,19 +209,17 @@ def _real(x: Tensor) -> Tensor:
     return x.detach()
 
 
-def _fused(spec: Rule) -> bool:
-    """Whether one op measures and rounds."""
-    nested = not isinstance(spec.scale_format, str)
-    exact = isinstance(spec.scale, Pow2) and str(spec.scale_format) == "float8_e8m0fnu scale=one"
-    return (
-        isinstance(spec.scale, AbsMax | Pow2)
-        and (not isinstance(spec.scale, Pow2) or spec.scale.of_maximum)
-        and (not nested or exact)
-        and not spec.granularity.factored
-        and not (
-            spec.reciprocal or spec.raw_scale or spec.floor or spec.center or get_rounding(spec.rounding).stochastic
-        )
-    )
+def _at_once(spec: Rule, blocks: Tensor) -> Tensor | None:
+    """Blocks measured and rounded in one operation or two; None where that takes more."""
+    dynamic = dynamic_of(spec)
+    if dynamic is not None:
+        found: Tensor = dynamic_round(blocks, spec.format.name, spec.rounding, *dynamic)
+        return found
+    scale = scale_at_once(spec, blocks)
+    if scale is None:
+        return None
+    rounded: Tensor = scaled_round(blocks, scale, spec.format.name, spec.rounding)
+    return rounded
 
 
 def _elementwise(spec: Rule, params: QuantParams) -> bool:

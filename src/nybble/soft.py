@@ -24,7 +24,9 @@ from nybble.formats import NumberFormat
 from nybble.granularity import Granularity, make_granularity
 from nybble.ops.blocks import divide, narrow_scale
 from nybble.ops.grid import Grid, Round, nearest, straight_through
+from nybble.ops.reaching import Reaching
 from nybble.ops.rounding import decode, encode
+from nybble.ops.straight import How, round_straight
 from nybble.packing import get_layout
 from nybble.qtensor import (
     Factored,
@@ -38,6 +40,8 @@ from nybble.qtensor import (
     scale_blocks,
 )
 from nybble.qtensor.block import BlockQTensor
+from nybble.rounding import get_rounding
+from nybble.scales._at_once import scale_at_once, stored_at_once
 
 
 class Specification(Protocol):
@@ -101,7 +105,18 @@ def soft(spec: Specification, x: Tensor, params: QuantParams | None, round: Roun
     if not x.numel():
         return x.clone()
     shape = tuple(x.shape)
+    at_once = (round is None or isinstance(round, Reaching)) and _plain(spec)
+    if at_once and params is None:
+        blocks = spec.granularity.to_blocks(x)
+        scale = scale_at_once(spec, blocks.detach())
+        if scale is not None:
+            return spec.granularity.from_blocks(_straight(spec, blocks, scale, None, round), shape)
     params = through(spec, spec.measured(x, params))
+    if at_once and isinstance(params.scale, Tensor) and _alone(params, round):
+        blocks, scale = spec.granularity.to_blocks(x), block_view(params.scale, spec.granularity, shape)
+        if len(scale) == len(blocks):
+            zero = None if params.zero_point is None else block_view(params.zero_point, spec.granularity, shape)
+            return spec.granularity.from_blocks(_straight(spec, blocks, scale, zero, round), shape)
     wide = spec.granularity.to_blocks(x).float()
     y = scaled(spec, wide, params, shape)
     values = (round or nearest)(y, grid_of(spec, params, shape))
@@ -115,6 +130,26 @@ def soft(spec: Specification, x: Tensor, params: QuantParams | None, round: Roun
         empty = block_view(params.scale, spec.granularity, shape) == 0
         blocks = torch.where(empty, straight_through(blocks, wide), blocks)
     return spec.granularity.from_blocks(blocks, shape).to(x.dtype)
+
+
+def _plain(spec: Specification) -> bool:
+    """Whether elements are divided by a scale a block, and rounded, and that is all."""
+    more = spec.floor or spec.reciprocal or spec.granularity.factored or get_rounding(spec.rounding).stochastic
+    return not more and spec.format.has_zero
+
+
+def _alone(params: QuantParams, round: Round | None) -> bool:
+    """Whether there is nothing but scales and whole zero points that no gradient reaches."""
+    zero = params.zero_point
+    moved = round is None and isinstance(zero, Tensor) and zero.requires_grad
+    others = params.offset, params.thresholds, params.divisor, params.grid
+    return not moved and all(value is None for value in others)
+
+
+def _straight(spec: Specification, blocks: Tensor, scale: Tensor, zero: Tensor | None, round: Round | None) -> Tensor:
+    """One operation forward, one backward; float32, float16 or bfloat16 [blocks, elements], as ``blocks``."""
+    shift = round.shift if isinstance(round, Reaching) else None
+    return round_straight(blocks, scale, zero, shift, How(spec.format.name, spec.rounding, round is not None))
 
 
 # --------------------------------------------------------------------------------------------------- codes by decision
@@ -242,7 +277,8 @@ def _stored(raw: Tensor, how: str | Specification, params: QuantParams | None) -
 
 def _through(raw: Tensor, how: str | Specification, params: QuantParams | None) -> Tensor:
     if not isinstance(how, str):
-        return straight_through(soft(how, raw.detach(), params, None), raw)
+        stored = None if params is not None else stored_at_once(how, raw.detach())
+        return straight_through(soft(how, raw.detach(), params, None) if stored is None else stored, raw)
     return raw if how == "float32" else straight_through(narrow_scale(raw.detach(), how), raw)
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from nybble.formats import format_names, get_format
 from nybble.kernels import _chunks, _rounders
 from nybble.ops import blocks as block_ops
+from nybble.ops import measured, straight, tables
 from nybble.ops import rounding as rounding_ops
-from nybble.ops import tables
 from nybble.ops.scaling import POW2_MODES
 from nybble.rounding import REGISTRY as ROUNDINGS
 from nybble.rounding import get_rounding
@@ -35,6 +35,13 @@ OPS = {
     "table_round": tables.table_round,
     "table_encode": tables.table_encode,
     "table_decode": tables.table_decode,
+    "around": tables.around,
+    "whole_codes": rounding_ops.whole_codes,
+    "narrowed": block_ops.narrowed,
+    "dynamic_scale": measured.dynamic_scale,
+    "nested_scale": measured.nested_scale,
+    "straight_round": straight.straight_round,
+    "straight_round_backward": straight.straight_round_backward,
 }
 SHAPES = [(0, 32), (3, 0), (1, 1), (5, 7), (3000, 33), (2, 70_000), (40_000, 1)]
 
@@ -175,6 +182,9 @@ def test_strides_and_modes(threads: int) -> None:
     assert same(out.detach(), readable("round_to")(wide, "float4_e2m1fn", "nearest-even"))
 
 
+BACKWARD = torch.randn(2, 16, 6).transpose(1, 2).bfloat16()
+
+
 @pytest.mark.parametrize(
     ("name", "args"),
     [
@@ -192,6 +202,16 @@ def test_strides_and_modes(threads: int) -> None:
         ("table_round", (torch.randn(32, 6).t(), torch.tensor([-0.5, 0.1, 0.7]), torch.tensor([-1.0, 0.0, 0.5, 1.0]))),
         ("table_encode", (torch.randn(7, 5).t(), torch.tensor([-0.5, 0.7]), torch.arange(3, dtype=torch.uint8))),
         ("table_decode", (torch.arange(16, dtype=torch.uint8).view(4, 4).t(), torch.randn(16))),
+        ("around", (torch.randn(6, 5).t(), torch.tensor([-1.0, 0.0, 2.0]), True)),
+        ("whole_codes", (torch.randn(6, 5).t(), torch.ones(5, 1), 0.0, 15.0, "half-up")),
+        ("narrowed", (torch.randn(5, 7).t(), "float16")),
+        ("dynamic_scale", (torch.randn(32, 6).t().half(), "int4", 7.0, "", "float16")),
+        ("nested_scale", (torch.randn(32, 16).bfloat16(), 6.0, "float8_e4m3fn", 448.0, 2.0**-6)),
+        ("straight_round", (torch.randn(6, 16), torch.rand(6, 1), None, torch.randn(16, 6).t(), "nf4", "nearest-even")),
+        (
+            "straight_round_backward",
+            (*BACKWARD, torch.rand(6, 1), torch.ones(6, 1), None, "uint4", "nearest-even", True, True, True),
+        ),
     ],
 )
 def test_opcheck(name: str, args: tuple[Any, ...]) -> None:

@@ -58,5 +58,6 @@ def _spread(low: Tensor, high: Tensor, fmt: NumberFormat, offset: bool) -> Block
     scale = divided(high - low, fmt.max - fmt.min)
     if offset:
         return BlockParams(scale, offset=low - scale * fmt.min)
-    zero = torch.round(fmt.min - low / safe_divisor(scale)).clamp(fmt.min, fmt.max)
+    # whole numbers have no gradient: none is calculated
+    zero = torch.round(fmt.min - low.detach() / safe_divisor(scale.detach())).clamp(fmt.min, fmt.max)
     return BlockParams(scale, zero_point=zero)

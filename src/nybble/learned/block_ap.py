@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from nybble.learned import WEIGHTS, Learned, Part
 from nybble.learned._held import Held, check_own_scales
-from nybble.learned._reaching import reach
 from nybble.ops.grid import Grid, straight_through
+from nybble.ops.reaching import reach
 from nybble.qtensor import QTensor, QuantParams
 from nybble.quantizer import Quantizer
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from nybble.core.errors import SchemeError
 from nybble.learned import WEIGHTS, Learned, Part
-from nybble.learned._reaching import reaching
 from nybble.learned._share import shared_range
+from nybble.ops.reaching import reaching
 from nybble.qtensor import QTensor, QuantParams
 from nybble.quantizer import Quantizer
 from nybble.scales.absmax import AbsMax

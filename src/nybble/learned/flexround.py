@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from nybble.core.errors import SchemeError
 from nybble.learned import WEIGHTS, Learned, Part
 from nybble.learned._held import Held
-from nybble.learned._reaching import reaching
 from nybble.ops.grid import Grid
+from nybble.ops.reaching import reaching
 from nybble.qtensor import QTensor, QuantParams
 from nybble.quantizer import Quantizer
 

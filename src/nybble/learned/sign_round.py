@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from nybble.core.errors import SchemeError
 from nybble.learned import WEIGHTS, Learned, Part
 from nybble.learned._held import Held
-from nybble.learned._reaching import reaching
 from nybble.learned._share import has_range, shared_range
-from nybble.ops.grid import Grid, straight_through
+from nybble.ops.grid import straight_through
+from nybble.ops.reaching import Reaching
 from nybble.qtensor import QTensor, QuantParams
 from nybble.quantizer import Quantizer
 from nybble.scales.one import One
@@ -63,18 +63,15 @@ class Shifted(Learned):
         assert isinstance(params.scale, Tensor)
         return replace(params, scale=params.scale * upper)
 
-    def _round(self, y: Tensor, grid: Grid) -> Tensor:
-        v = self.quantizer.granularity.to_blocks(_within(self.v, -0.5, 0.5))
-        if grid.table is None and grid.format.in_ones:
-            return reaching(y + v, grid)
-        return reaching(y + v * _gap(y, grid), grid)
+    def _round(self) -> Reaching:
+        return Reaching(self.quantizer.granularity.to_blocks(_within(self.v, -0.5, 0.5)))
 
     def estimate(self, x: Tensor) -> Tensor:  # noqa: D102
-        return self.quantizer.soft(x, self.params(x), self._round)
+        return self.quantizer.soft(x, self.params(x), self._round())
 
     @torch.no_grad()
     def settle(self, x: Tensor) -> QTensor:  # noqa: D102
-        return self.quantizer.settle(x, self.params(x), self._round)
+        return self.quantizer.settle(x, self.params(x), self._round())
 
     def groups(self) -> dict[str, list[nn.Parameter]]:  # noqa: D102
         return {"rounding": [self.v], "clip": [p for p in (self.alpha, self.beta) if p is not None]}
@@ -83,13 +80,6 @@ class Shifted(Learned):
 def _within(value: Tensor, low: float, high: float) -> Tensor:
     """Held between two bounds; the gradient goes through as if it weren't."""
     return straight_through(value.detach().clamp(low, high), value)
-
-
-@torch.no_grad()
-def _gap(y: Tensor, grid: Grid) -> Tensor:
-    """The distance of the two values around each y; 1 beyond the range, where there is one only."""
-    lower, upper = grid.neighbours(y)
-    return torch.where(upper > lower, upper - lower, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

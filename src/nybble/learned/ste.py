@@ -19,8 +19,8 @@ from torch import Tensor
 
 from nybble.learned import ACTIVATIONS, Learned, Part
 from nybble.learned._held import Held
-from nybble.learned._reaching import reaching
 from nybble.learned._share import has_range, shared_range
+from nybble.ops.reaching import reaching
 from nybble.qtensor import QTensor, QuantParams
 from nybble.quantizer import Quantizer
 

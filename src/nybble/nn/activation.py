@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from nybble.core.errors import FileError, SchemeError
 from nybble.kv_format import tokens_apart
-from nybble.learned._reaching import reaching
 from nybble.learned.ste import following
 from nybble.nn.compiled import fake_quantize, static_params
 from nybble.nn.float_products import rounds_to_floats
 from nybble.nn.input_rounding import rounded_inputs
 from nybble.nn.integer_products import rounds_to_integers
 from nybble.nn.products import DEVICES
+from nybble.ops.reaching import reaching
 from nybble.qtensor import Factored, Inverse, QTensor, QuantParams, dense
 from nybble.quantizer import Quantizer
 

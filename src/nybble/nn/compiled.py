@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nybble.learned._reaching import reach
 from nybble.ops.grid import Grid
+from nybble.ops.reaching import reach
 from nybble.qtensor import Factored, Inverse, QuantParams, Spec, from_spec
 from nybble.quantizer import Quantizer
 

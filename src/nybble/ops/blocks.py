@@ -108,9 +108,30 @@ def narrow_scale(scale: Float32[Tensor, "*shape"], dtype: str) -> Float32[Tensor
     """``scale`` rounded to a 16-bit ``dtype`` and back to float32; what is neither 0 nor infinite stays so."""
     if dtype == "float32":
         return scale
+    found: Tensor = narrowed(scale, dtype)
+    return found
+
+
+@torch.library.custom_op("nybble::narrowed", mutates_args=(), schema="(Tensor scale, str dtype) -> Tensor")
+def narrowed(scale: Float32[Tensor, "*shape"], dtype: str) -> Float32[Tensor, "*shape"]:
+    """:func:`narrow_scale` to one of the 16-bit dtypes.
+
+    Args:
+        scale: float32, any shape.
+        dtype: float16 or bfloat16.
+
+    Returns:
+        float32, shape of ``scale``.
+    """
+    scale = scale.contiguous()
     kind: torch.dtype = getattr(torch, dtype)
     info = torch.finfo(kind)
     magnitude = scale.abs()
     held = magnitude.clamp(info.smallest_normal * info.eps, info.max)
     kept = (magnitude == 0) | (magnitude == torch.inf)
     return torch.copysign(torch.where(kept, magnitude, held), scale).to(kind).float()
+
+
+@narrowed.register_fake
+def _(scale: Tensor, dtype: str) -> Tensor:
+    return scale.new_empty(scale.shape)

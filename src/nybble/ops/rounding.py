@@ -159,9 +159,26 @@ def round_to_codes(
     Returns:
         float32 integers, shape of ``y``.
     """
+    found: Tensor = whole_codes(y, zero_point, low, high, rounding)
+    return found
+
+
+@torch.library.custom_op(
+    "nybble::whole_codes",
+    mutates_args=(),
+    schema="(Tensor y, Tensor zero_point, float low, float high, str rounding) -> Tensor",
+)
+def whole_codes(y: Tensor, zero_point: Tensor, low: float, high: float, rounding: str) -> Tensor:
+    """:func:`round_to_codes`."""
+    y = y.contiguous()
     if get_rounding(rounding).zero_inside:
         return torch.round(y + zero_point).clamp(low, high) + 0.0  # no -0 among integers
     return (round_integers(y, rounding) + zero_point).clamp(low, high)
+
+
+@whole_codes.register_fake
+def _(y: Tensor, zero_point: Tensor, low: float, high: float, rounding: str) -> Tensor:
+    return y.new_empty(y.shape)
 
 
 def round_stochastic(

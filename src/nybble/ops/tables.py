@@ -122,6 +122,36 @@ def decision_points(values: Tensor, rounding: str) -> tuple[Tensor, Tensor, Tens
     return torch.where(lower == upper, ascending[1:], thresholds), ascending, codes.to(torch.uint8)
 
 
+@torch.library.custom_op(
+    "nybble::around", mutates_args=(), schema="(Tensor y, Tensor values, bool minus) -> (Tensor, Tensor)"
+)
+def around(
+    y: Float32[Tensor, "*shape"], values: Float32[Tensor, " values"], minus: bool
+) -> tuple[Float32[Tensor, "*shape"], Float32[Tensor, "*shape"]]:
+    """The values on either side of each y, as :func:`neighbours` has them.
+
+    Args:
+        y: float32, any shape.
+        values: float32, ascending.
+        minus: whether zeros take the sign of y.
+
+    Returns:
+        two float32 tensors of the shape of ``y``.
+    """
+    y = y.contiguous()
+    above = torch.bucketize(y, values, right=True)
+    # take: a place without dimensions would be read back by values[place], which waits for the GPU
+    found = values.take((above - 1).clamp(min=0)), values.take(above.clamp(max=len(values) - 1))
+    if minus:
+        found = tuple(torch.where(v == 0, torch.copysign(v, y), v) for v in found)  # type: ignore[assignment]
+    return torch.where(y.isnan(), y, found[0]), torch.where(y.isnan(), y, found[1])
+
+
+@around.register_fake
+def _(y: Tensor, values: Tensor, minus: bool) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), y.new_empty(y.shape)
+
+
 def neighbours(y: Tensor, grid: NumberFormat | str | Tensor) -> tuple[Tensor, Tensor]:
     """The values of a grid on either side of ``y``: ``lower <= y < upper``, exactly; saturates.
 
@@ -139,15 +169,11 @@ def neighbours(y: Tensor, grid: NumberFormat | str | Tensor) -> tuple[Tensor, Te
     >>> neighbours(torch.tensor([0.6, 1.0, -7.0, 9.0]), "float4_e2m1fn")
     (tensor([ 0.5000,  1.0000, -6.0000,  6.0000]), tensor([ 1.0000,  1.5000, -6.0000,  6.0000]))
     """
-    y = y.detach().contiguous()
+    y = y.detach()
     if isinstance(grid, Tensor):
         values, minus = decision_points(grid, "nearest-even")[1], False
     else:
         fmt = get_format(grid) if isinstance(grid, str) else grid
         values, minus = grid_table(fmt.name, y.device), fmt.negative_zero is not None
-    above = torch.bucketize(y, values, right=True)
-    # take: a place without dimensions would be read back by values[place], which waits for the GPU
-    found = values.take((above - 1).clamp(min=0)), values.take(above.clamp(max=len(values) - 1))
-    if minus:
-        found = tuple(torch.where(v == 0, torch.copysign(v, y), v) for v in found)  # type: ignore[assignment]
-    return torch.where(y.isnan(), y, found[0]), torch.where(y.isnan(), y, found[1])
+    lower, upper = around(y, values, minus)
+    return lower, upper

@@ -281,21 +281,24 @@ class FolderSource(ModelSource):
 
     def described_packed(self, name: str) -> Sequence[QTensor]:
         """What :meth:`read_packed` gives, on the meta device; numbers are read where they decide its form."""
-        return self._described(self.packed_names()[name], joined=self._match.files[name] in self._fused)
+        found, self._same_bytes[name] = self._described(
+            self.packed_names()[name], joined=self._match.files[name] in self._fused
+        )
+        return found
 
     def described_stored(self, file: str) -> Sequence[QTensor]:
         """The same of a weight of :attr:`packed`, by its name there."""
-        return self._described(self.packed[file], joined=False)
+        return self._described(self.packed[file], joined=False)[0]
 
-    def _described(self, weight: PackedWeight, joined: bool) -> Sequence[QTensor]:
+    def _described(self, weight: PackedWeight, joined: bool) -> tuple[Sequence[QTensor], Mapping[tuple[int, str], str]]:
+        """On the meta device; and which of its tensors are stored as they are, by the role that their bytes have."""
         entries = tuple(
             (role, self._files[at][1].dtype, tuple(self._files[at][1].shape)) for role, at in weight.parts.items()
         )
         build: Any = weight.build  # of alike weights one partial application for each, with equal arguments
         alike = (str(build), entries)
         if alike in self._descriptions:
-            self._same_bytes[name] = self._same_alike[alike]
-            return self._descriptions[alike]
+            return self._descriptions[alike], self._same_alike[alike]
         seen: list[str] = []
 
         def read(part: str) -> Tensor:
@@ -311,11 +314,10 @@ class FolderSource(ModelSource):
         found = weight.described(lambda part: handed.setdefault(part, empty(part)), read)
         roles = {part: role for role, part in weight.parts.items()}
         kept = {roles[part]: tensor for part, tensor in handed.items() if tensor.is_meta}
-        self._same_bytes[name] = _same_bytes(found, kept)
+        same = _same_bytes(found, kept)
         if not seen:  # no numbers of its own decide
-            self._descriptions[alike] = found
-            self._same_alike[alike] = self._same_bytes[name]
-        return found
+            self._descriptions[alike], self._same_alike[alike] = found, same
+        return found, same
 
     def packed_at(self, name: str, number: int, tensor: str) -> tuple[Path, int, TensorEntry] | None:
         """Where the bytes of a tensor of a packed weight are in the files; None where it is made of them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,18 +11,34 @@ from torch import Tensor
 from nybble.ops.grid import Grid
 
 
-def reaching(y: Tensor, grid: Grid) -> Tensor:
-    """The quantizer's own rounding; gradient 1 up to half a step beyond the ends of the range, 0 farther out.
+@dataclass(frozen=True, eq=False)
+class Reaching:
+    """A :data:`nybble.ops.grid.Round`: the quantizer's own rounding; gradient 1 up to half a step beyond the range.
 
-    Args:
-        y: float32 [blocks, elements], x / scale.
-        grid: of the values.
+    Farther out it is 0.
 
-    Returns:
-        float32, shape of ``y``.
+    Attributes:
+        shift: float32 [blocks, elements], added to y before rounding in steps of the grid; gets a gradient too.
     """
-    found: Tensor = _Reaching.apply(y, grid.nearest(y), *reach(y, grid))  # type: ignore[no-untyped-call]
-    return found
+
+    shift: Tensor | None = None
+
+    def __call__(self, y: Tensor, grid: Grid) -> Tensor:
+        """Float32 [blocks, elements], x / scale, and the grid -> values of that shape."""
+        if self.shift is not None:
+            y = y + (self.shift if grid.table is None and grid.format.in_ones else self.shift * _gap(y, grid))
+        found: Tensor = _Reaching.apply(y, grid.nearest(y), *reach(y, grid))  # type: ignore[no-untyped-call]
+        return found
+
+
+reaching = Reaching()
+
+
+@torch.no_grad()
+def _gap(y: Tensor, grid: Grid) -> Tensor:
+    """The distance of the two values around each y; 1 beyond the range, where there is one only."""
+    lower, upper = grid.neighbours(y)
+    return torch.where(upper > lower, upper - lower, 1.0)
 
 
 def reach(y: Tensor, grid: Grid) -> tuple[Tensor, Tensor] | tuple[float, float]:
