@@ -32,7 +32,6 @@ STEPS: dict[str, list[dict[str, Any]]] = {
     "rtn": [{"solver": "rtn"}],
     "rotated rtn": [{"transform": "rotate"}, {"solver": "rtn"}],
     "rotated gptq": [{"transform": "rotate"}, {"solver": "gptq"}],
-    "gptq": [{"solver": "gptq"}],
 }
 WINDOW, CALIBRATION, JUDGED = 256, 16, 32
 

@@ -26,11 +26,14 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nybble.core.errors import SchemeError, did_you_mean
 from nybble.kv_format import KVFormat
 from nybble.quantizer import Quantizer
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +137,11 @@ class Scheme:
         if self.together:
             found["together"] = [list(group) for group in self.together]
         return found if self.kv is None else {**found, "kv": str(self.kv)}
+
+    def of_model(self, dtype: torch.dtype) -> Scheme:
+        """With all that its lines leave to a model in ``dtype`` said (:meth:`nybble.quantizer.Quantizer.of_model`)."""
+        rules = (replace(rule, weights=rule.weights and rule.weights.of_model(dtype)) for rule in self.rules)
+        return replace(self, rules=tuple(rules))
 
     def override(self, *, weights: Quantizer | None = None, inputs: Quantizer | None = None) -> Scheme:
         """The same targets with other quantizers (``--weights``, ``--activations``)."""

@@ -246,7 +246,8 @@ def test_the_matrix_says_each_reason_once() -> None:
 
 def test_modules_are_a_table(place: Path, tmp_path: Path, nybble: Any) -> None:
     """Of both forms: compressed-tensors has a shape beside."""
-    native = {"elements": "1,536", "bits": "5.000", "codes": "768", "scales": "192"}
+    line = "int4 group=16 scale_format=bfloat16"
+    native = {"format": line, "elements": "1,536", "bits": "5.000", "codes": "768", "scales": "192"}
     for form, wanted in (
         ("native", native),
         ("compressed-tensors", native | {"bits": "5.083", "tables": "16"}),
@@ -254,7 +255,8 @@ def test_modules_are_a_table(place: Path, tmp_path: Path, nybble: Any) -> None:
         quantize(place / "model", weights="int4 group=16", out=tmp_path / form, form=form)
         out = nybble("inspect", tmp_path / form, "--modules")[1]
         assert "{" not in out
-        head, row = (line for line in out.splitlines() if "elements" in line or "layers.0.mlp.up_proj" in line)
+        shown = out.partition("quantized weights, and")[2].splitlines()
+        head, row = (line for line in shown if "elements" in line or "layers.0.mlp.up_proj" in line)
         cells = [[cell.strip() for cell in re.split("[│┃]", line)[2:-1]] for line in (head, row)]
         assert dict(zip(*cells, strict=True)) == wanted
 

@@ -157,16 +157,18 @@ def test_a_folders_own_readme(tiny: Path, tmp_path: Path, recipe: str | None, mo
 
     out = tmp_path / "out"
     if recipe:
-        nybble.quantize(tiny, recipe, weights="int4 group=64", out=out)
+        nybble.quantize(tiny, recipe, weights="int4 group=64", out=out, form="native")
     else:
         model, tokenizer = nybble.load(tiny)
-        nybble.save(nybble.quantize(model, weights="int4 group=64")[0], out, tokenizer)
+        nybble.save(nybble.quantize(model, weights="int4 group=64")[0], out, tokenizer, form="native")
     text = (out / "README.md").read_text()
     assert text.startswith("---\nlibrary_name: transformers\n") and "random\nweights" in text.replace(
         " weights", "\nweights"
     )
     assert "# A quantized LlamaForCausalLM" in text and "import AutoModelForCausalLM" in text
-    assert "- `Linear`: weights `int4 group=64`" in text  # of a model saved from memory too: it remembers its run
+    assert (
+        "- `Linear`: weights `int4 group=64 scale_format=bfloat16`" in text
+    )  # of a model saved from memory too: it remembers its run
     (code,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
     monkeypatch.chdir(out)
     names: dict[str, Any] = {}

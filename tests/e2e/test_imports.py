@@ -187,7 +187,7 @@ ELSEWHERE = {
     "eval demo:smollm2 --seq-len 0": "seq_len is 0; it must be 1 or more",
     "formats flaot4": "unknown format or preset 'flaot4'",
     "recipes keys.yaml": "keys.yaml: a recipe has no key 'step'",
-    "inspect float": "float is not a model that nybble wrote",
+    "inspect flaot": "there is no flaot here",
     "report float": "float is not a model that nybble wrote",
     "quantize done out --recipe rtn": "done is already quantized (nybble); start from the float model",
     "quantize demo:smollm2 '' --recipe rtn": "the output folder's name is empty",

@@ -79,7 +79,7 @@ def test_a_folder_saved_from_memory(tmp_path: Path, nybble: Run) -> None:
     )  # fmt: skip
     out = save(copy.deepcopy(made), tmp_path / "out", tiny_tokenizer())
     written = json.loads((out / "nybble.json").read_text())
-    assert written.pop("form")["name"] == "native"
+    assert written.pop("form")["name"] == "compressed-tensors"
     assert written == json.loads(json.dumps(report.manifest | {"layers": [row.to_dict() for row in report.layers]}))
     assert written["recipe"]["name"] == "gptq" and "with the recipe `gptq`" in (out / "README.md").read_text()
     code, output, _ = nybble("report", out, "--json")

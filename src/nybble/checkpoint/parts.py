@@ -268,7 +268,8 @@ def begun_with(folder: Path) -> dict[str, Any] | None:
 
 def _same_request(folder: Path, before: dict[str, Any], request: dict[str, Any]) -> None:
     was, now = _leaves(before), _leaves(request)
-    differs = [key for key in sorted({*was, *now}) if was.get(key) != now.get(key)]
+    known = sorted({*was, *now}, key=lambda key: (not key.startswith("settings."), key))  # a scheme may follow of them
+    differs = [key for key in known if was.get(key) != now.get(key)]
     if differs:
         key = differs[0]
         raise FileError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,13 +47,7 @@ def constrain(scheme: Scheme, targets: Sequence[str], model: Any, dtype: torch.d
     if form == COMPRESSED:
         with _with_a_way_out("--form auto, or --form native, writes nybble's own form of it."):
             scheme = kept_to_form(scheme, facts)
-    return _with_scales(scheme, dtype)
-
-
-def _with_scales(scheme: Scheme, dtype: torch.dtype) -> Scheme:
-    """The scheme with all that its lines leave to the model said."""
-    rules = (replace(rule, weights=rule.weights and rule.weights.of_model(dtype)) for rule in scheme.rules)
-    return replace(scheme, rules=tuple(rules))
+    return scheme.of_model(dtype)
 
 
 @contextmanager

@@ -92,6 +92,8 @@ def prepare(
         return alone
     chosen = scheme.scheme if isinstance(scheme, Recipe) else scheme
     chosen = chosen if isinstance(chosen, Scheme) else parse_scheme(chosen)
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    chosen = chosen if first is None else chosen.of_model(first.dtype)
     layers = _layers(model, chosen, _parts(learned or {}))
     for name, layer in layers.items():
         with within(name):
