@@ -74,6 +74,7 @@ def reference(
     return products.reference(rounded(x, parts, names, line), tensors, key, shape, bias)
 
 
-_TAKES = f"Tensor x, {products.WEIGHT}, Tensor? bias, Tensor[] parts, str names, str line"
-integer_linear = Operator("integer_linear", reference, _TAKES, products.like_product)
+TAKES = f"Tensor x, {products.WEIGHT}, Tensor? bias, Tensor[] parts, str names, str line"
+"""Of an operator with :func:`reference`'s arguments, in the schema's language."""
+integer_linear = Operator("integer_linear", reference, TAKES, products.like_product)
 load_at_first_use([integer_linear])
