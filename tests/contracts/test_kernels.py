@@ -70,10 +70,10 @@ def test_every_op_of_the_library_is_here() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("nybble::")
     }
-    # tests/parts/nn/test_compile.py, test_products.py, test_integer_products.py and test_gpu_kernels.py
+    # tests/parts/nn/test_compile.py, test_products.py, test_integer_products.py, test_rounded_inputs.py, test_gpu_*.py
     elsewhere = {
         "cached_attention", "dequantize", "experts", "fake_quantize", "fake_quantize_backward", "float_linear",
-        "integer_linear", "packed_linear",
+        "integer_linear", "packed_linear", "packed_rows", "rounded_inputs",
     }  # fmt: skip
     assert found - elsewhere == set(OPS)
 

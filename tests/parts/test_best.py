@@ -51,7 +51,7 @@ def test_the_usual_recipe_of_the_command_line(
     code, out, _ = run(tmp_path / "a", "--json")
     assert code == 0 and '"recipe": "best-w4a16"' in out
     sizes = {row["weights"] for row in json.loads(out)["layers"]}  # of 32 and 48 columns
-    assert sizes == {"int4 group=32 symmetric=false", "int4 group=48 symmetric=false"}
+    assert sizes == {f"int4 group={n} symmetric=false scale_format=bfloat16" for n in (32, 48)}
     code, out, _ = run(tmp_path / "b", "--target", "w2a16", "--weights", "int2 group=16 symmetric=false", "--json")
     assert code == 0 and '"recipe": "best-w2a16"' in out
     code, _, err = run(tmp_path / "c", "--target", "w9")

@@ -408,7 +408,7 @@ def test_every_tensor_that_changes_is_listed(kind: str, tied: bool, tmp_path: Pa
 
 def test_weights_that_become_floats_are_listed(tmp_path: Path) -> None:
     """Where 16 bits round them; int4 times a scale of as many digits as its dtype has needs more."""
-    folder = quantized("llama", weights="int4 group=32")
+    folder = quantized("llama", weights="int4 group=32 scale_format=float16")
     for target, to in (("dense", "bfloat16"), ("dense:float16", "float16")):
         found = convert(folder, tmp_path / to, target)
         names = [name for row in found["rounded"] for name in row["layers"] if row["from"].startswith("int4")]

@@ -44,7 +44,7 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 )
 def test_bytes_that_stay_are_copied(kind: str, target: str, tmp_path: Path, whole: list[str]) -> None:
     folder, _ = test_modelopt.checkpoint(tmp_path / "q", kind)
-    convert(folder, tmp_path / "there", target)
+    convert(folder, tmp_path / "there", target, round="auto" if target == "compressed-tensors" else "")  # a last bit
     convert(tmp_path / "there", tmp_path / "again", "modelopt")
     before, after = load_file(folder / FILE), load_file(tmp_path / "again" / FILE)
     assert not whole
