@@ -19,6 +19,7 @@ from torch import Tensor
 
 import nybble
 from nybble.core.errors import FileError, ModelError
+from nybble.models.sources.layouts._pieces import stream_rows
 from nybble.models.sources.open import open_source
 from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
@@ -152,3 +153,10 @@ def test_bad_ones_are_refused(tmp_path: Path) -> None:
         (folder / "config.json").write_text(original)
         with pytest.raises(error, match=text):
             open_source(str(_changed(folder, change)))
+
+
+def test_zero_points_of_few_rows_are_one_word() -> None:
+    """[1, groups] in the files: turned around, a column whose stride is no longer 1."""
+    codes = torch.arange(32, dtype=torch.int64).view(2, 16) % 4
+    words = (codes << torch.arange(0, 32, 2)).sum(1).to(torch.int32).view(1, 2)  # 16 rows, 2 groups
+    assert torch.equal(stream_rows(words.T.contiguous(), 2, 16), codes.to(torch.uint8))

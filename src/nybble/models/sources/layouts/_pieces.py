@@ -22,7 +22,7 @@ E2M1, E4M3, E8M0 = "float4_e2m1fn", "float8_e4m3fn", "float8_e8m0fnu"
 def stream_rows(stored: Tensor, bits: int, columns: int) -> Tensor:
     """int32 [rows, words], codes as a little-endian stream in each row -> uint8 [rows, columns]."""
     rows, count = stored.shape
-    data = stored.contiguous().view(torch.uint8).reshape(rows, 4 * count)
+    data = stored.reshape(-1).view(torch.uint8).view(rows, 4 * count)  # one word a row may have any stride
     per = 32 * count // bits  # what is behind the last whole code is padding
     if 32 * count % bits == 0:
         return get_layout("dense").unpack(data.reshape(-1), bits, rows * per).view(rows, per)[:, :columns]

@@ -242,7 +242,7 @@ def _build_integers(
         else:
             points = signed_codes(stored.reshape(scales), bits)
         zero = integers(points, f"int{bits}_full")
-    kept = flipped(codes.contiguous().view(torch.uint8).reshape(-1), bits) if plain else packed(codes, bits)
+    kept = flipped(codes.reshape(-1).view(torch.uint8), bits) if plain else packed(codes, bits)
     found = block(f"int{bits}_full", granularity, shape, kept, t["weight_scale"], zero)
     return [reordered(found, order)]
 
