@@ -40,7 +40,18 @@ def peak():  # not ru_maxrss: a process inherits that from the one that started 
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 """
-BASE = PEAK + "import torch; torch.ones(256, 256) @ torch.ones(256, 256); print(peak())"
+# Triton, where it is installed, comes with what transformers imports of torch.
+BASE = (
+    PEAK
+    + """
+import importlib.util
+import torch
+if importlib.util.find_spec("triton"):
+    import triton
+torch.ones(256, 256) @ torch.ones(256, 256)
+print(peak())
+"""
+)
 RUN = (
     PEAK
     + """

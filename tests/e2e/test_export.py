@@ -55,13 +55,13 @@ def test_every_target_says_what_it_takes(name: str) -> None:
 
 
 USUAL = {
-    "compressed-tensors": "int4 group=64 symmetric=false",
-    "dense": "int4 group=64 symmetric=false",
-    "gguf": "int4 group=64 symmetric=false",  # the type behind the colon says what it becomes
-    "mlx": "int4 group=64 symmetric=false",
+    "compressed-tensors": "int4 group=64 pad=true symmetric=false",
+    "dense": "int4 group=64 pad=true symmetric=false",
+    "gguf": "int4 group=64 pad=true symmetric=false",  # the type behind the colon says what it becomes
+    "mlx": "int4 group=64 pad=true symmetric=false",
     "modelopt": "nvfp4",
     "modelopt-nvfp4": "nvfp4",
-    "onnx": "int4 group=64 symmetric=false",
+    "onnx": "int4 group=64 pad=true symmetric=false",
 }
 
 
@@ -97,7 +97,7 @@ def test_and_its_files_are_those(wide: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "options"),
     [
-        ({"target": "mlx"}, r"--weights 'int4 group=64 symmetric=false' --activations none"),
+        ({"target": "mlx"}, r"--weights 'int4 group=64 pad=true symmetric=false' --activations none"),
         ({"target": "modelopt-nvfp4"}, "--weights 'nvfp4' --activations none"),
         ({"target": "gguf"}, "--target gguf:q4_k_m takes any weights, with --activations none"),
         ({"target": "mlx", "scheme": "NVFP4"}, "keep no quantizer of activations; pass --activations none"),

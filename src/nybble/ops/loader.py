@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import pkgutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -75,7 +75,14 @@ def _first_use(op: Any, device: str, waiting: dict[str, dict[str, Import]]) -> C
     return run
 
 
-def _warn(failed: dict[str, Exception]) -> None:
+_said: set[str] = set()  # each family of ops waits by itself, and a broken module fails for all of them
+
+
+def _warn(failed: Mapping[str, Exception]) -> None:
+    failed = {name: error for name, error in failed.items() if name not in _said}
+    _said.update(failed)
+    if not failed:
+        return
     reasons = "; ".join(f"{name} ({type(error).__name__}: {error})" for name, error in failed.items())
     warnings.warn(
         f"kernels that can't be loaded: {reasons}. Without them the numbers are the same and take longer.",
