@@ -4,8 +4,8 @@
 
 Two things are timed: reading 256 tokens at once, and writing four more with a cache behind 32. The models take turns,
 and each ratio is the median over the turns of its time over that of the float model (bfloat16) in the same turn. A
-packed layer multiplies with its codes where a kernel does; ``dense=True`` at load keeps an unpacked copy beside the packed one: the
-same numbers, in more memory than the float model's.
+packed layer multiplies with its codes where a kernel does; ``dense=True`` at load keeps an unpacked copy beside the
+packed one: the same numbers, in more memory than the float model's.
 """
 
 from __future__ import annotations

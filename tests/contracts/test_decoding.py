@@ -162,3 +162,16 @@ def test_generate_writes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert calls, text
     monkeypatch.setattr(generate, "decoding_of", lambda *_: None)
     assert generate.generate(str(tmp_path / "out"), "ba be bi", max_new_tokens=12) == text
+
+
+@torch.no_grad()
+def test_what_is_no_number_stays_so() -> None:
+    """An infinite embedding under inputs with a scale of the whole tensor: NaN from there on, as modules have it."""
+    model = packed("llama", "int4 group=32", "nvfp4")
+    model.get_input_embeddings().weight[7] = torch.inf
+    decoding = decoding_of(model, 1, 8)
+    assert decoding is not None
+    ids = torch.tensor([[1, 2, 3, 7, 4]])
+    decoding.read(ids[:, :3])
+    found = torch.stack([decoding.step(ids[:, at]) for at in (3, 4)])
+    assert found.isnan().all() and by_modules(model, ids, 3).isnan().all()

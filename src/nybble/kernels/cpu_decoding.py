@@ -87,8 +87,9 @@ class CpuSteps:
         )  # fmt: skip
         if failed == 1:
             raise MemoryError("no memory for a step of a decoder.")
-        if failed:
-            raise FloatingPointError("activations that are not finite, under scales of the whole tensor.")
+        if failed:  # NaN or Inf under a scale of the whole tensor: nothing is a number from there on, as with modules
+            self._cache[..., position, :] = torch.nan
+            hidden.fill_(torch.nan)
         return hidden.to(self._dtype)
 
     def _layer(self, layer: Layer, keys: Tensor, values: Tensor) -> _Layer:
