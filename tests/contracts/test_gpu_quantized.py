@@ -211,3 +211,15 @@ def test_an_old_triton_is_refused() -> None:
     check_version("3.6.0")
     with pytest.raises(ImportError, match=r"3\.2\.0 is older"):
         check_version("3.2.0")
+
+
+def test_a_weight_is_told_to_each_kernel_by_itself() -> None:
+    """What one kernel keeps with the codes is not what another looks for: inputs may be rounded, or not."""
+    from nybble.kernels import cuda_products
+
+    _, tensors, key = made("int4 channel", 64)
+    x = torch.randn(3, 64, device=interpreted.DEVICE).half()
+    wanted = kernels().linear(x, tensors, key, [N, 64], None, [], "", "int8 token")
+    plain = cuda_products.linear(x, tensors, key, [N, 64], None)
+    assert torch.equal(kernels().linear(x, tensors, key, [N, 64], None, [], "", "int8 token"), wanted)
+    assert torch.equal(cuda_products.linear(x, tensors, key, [N, 64], None), plain) and not torch.equal(plain, wanted)

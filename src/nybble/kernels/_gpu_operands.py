@@ -13,6 +13,7 @@ from torch import Tensor
 from nybble.formats import NumberFormat
 from nybble.formats.integer import IntFormat
 from nybble.granularity import make_granularity
+from nybble.kernels._places import kept_with
 from nybble.nn.products import qtensor_of
 from nybble.ops.rounding import decode
 from nybble.qtensor import Inverse, QTensor, dense
@@ -27,7 +28,7 @@ _LIFT = 64.0
 """E2M1's largest, 6, times this is near E4M3's largest, 448: the shifts that E4M3 can hold start there."""
 _DEEPEST = 2.0**-14
 """The smallest ratio of scales by which E2M1 (times 64) is still exact in E4M3."""
-_PLAN = "_nybble_gpu_weight"
+_PLAN = "_nybble_gpu_operand"
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,7 @@ def weight_of(tensors: Sequence[Tensor], key: str) -> Weight | str:
 
     Making it waits for the device: the first call of a layer is not one to capture in a graph.
     """
-    first = tensors[0]
-    kept = getattr(first, _PLAN, None)
-    if kept is not None and kept[0] == key and all(a is b for a, b in zip(kept[1], tensors[1:], strict=True)):
-        found: Weight | str = kept[2]
-        return found
-    made = plan(qtensor_of(tensors, key))
-    setattr(first, _PLAN, (key, tuple(tensors[1:]), made))
-    return made
+    return kept_with(tensors, key, _PLAN, lambda: plan(qtensor_of(tensors, key)))
 
 
 def plan(qtensor: QTensor) -> Weight | str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nybble.granularity import Granularity, make_granularity
+from nybble.kernels._places import blocks_of, outer_block
 from nybble.ops.rounding import decode_table
 from nybble.packing import get_layout
 from nybble.qtensor import Inverse, QTensor, dense
@@ -132,31 +132,6 @@ def _aligned(codes: Tensor) -> Tensor:
     return codes if codes.data_ptr() % 16 == 0 else codes.clone()
 
 
-@lru_cache(maxsize=4096)
-def blocks_of(granularity: str, n: int, k: int) -> tuple[int, int, int] | None:
-    """Columns of a block, blocks in a row, rows that share them; None where the blocks lie in no such order."""
-    found: Granularity = make_granularity(granularity)
-    shape = found.scale_shape((n, k))
-    total = math.prod(shape)
-    if len(shape) == 2:
-        across, down = shape[1], shape[0]
-    elif total and n * k % total == 0 and k % (n * k // total) == 0:
-        across, down = k * total // (n * k), n
-    else:
-        return None
-    columns = getattr(found, "size", 0) if across and k % across else k // max(across, 1)
-    if not columns or not down or n % down or -(-k // columns) != across:
-        return None
-    share = n // down
-    rows = min(n, 2 * share)  # of which the order shows
-    number = found.to_blocks(torch.zeros(rows, k))
-    index = torch.arange(number.shape[0], dtype=torch.float64).view(-1, 1).expand(number.shape)
-    order = found.from_blocks(index, (rows, k)).reshape(rows, k)
-    row, column = torch.arange(rows).view(-1, 1), torch.arange(k).view(1, -1)
-    wanted = (row // share) * across + column // columns
-    return (columns, across, share) if torch.equal(order, wanted.double()) else None
-
-
 @lru_cache(maxsize=256)
 def _kind_of(name: str) -> tuple[int, int, float]:
     table = decode_table(name, torch.device("cpu"))
@@ -203,7 +178,7 @@ def _scales(value: Any, count: int, device: torch.device) -> Scales | str:
             return "with factors"
         outer = dense(stored).float().reshape(-1).contiguous()
         outer = 1 / outer if isinstance(params.scale, Inverse) else outer
-        found_size = _outer(str(value.granularity), value.shape, outer.numel())
+        found_size = outer_block(str(value.granularity), value.shape, outer.numel())
         if found_size is None:
             return f"by {value.granularity}"
         size = found_size
@@ -228,18 +203,3 @@ def _side(value: Any, count: int) -> Tensor | str | None:
     if isinstance(found, str) or not isinstance(value, BlockQTensor) or value.params.scale is not None:
         return found
     return found.to(torch.int8) if value.format.is_integer and max(abs(value.format.values)) <= 127 else found
-
-
-@lru_cache(maxsize=4096)
-def _outer(granularity: str, shape: tuple[int, ...], count: int) -> int | None:
-    """How many neighbours in memory share an outer scale; None where those that do aren't neighbours."""
-    total = math.prod(shape)
-    if count == 1:
-        return total
-    found = make_granularity(granularity)
-    blocks = found.to_blocks(torch.zeros(shape))
-    if len(blocks) != count:
-        return None
-    order = found.from_blocks(torch.arange(count, dtype=torch.float64).view(-1, 1).expand(blocks.shape), shape)
-    size = int((order.reshape(-1) == 0).sum())
-    return size if torch.equal(order.reshape(-1).long(), torch.arange(total) // size) else None

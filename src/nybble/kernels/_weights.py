@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nybble.formats.integer import IntFormat
-from nybble.granularity import Granularity, make_granularity
+from nybble.kernels._places import blocks_of, outer_block
 from nybble.ops.rounding import decode_table
 from nybble.qtensor import QTensor, dense
 from nybble.qtensor.block import BlockQTensor
@@ -70,8 +69,9 @@ def weight_of(qtensor: QTensor, prepare: Any) -> Weight | str:
     if bits not in (1, 2, 3, 4, 5, 6, 8) or qtensor.layout != "dense":
         return f"codes of {bits} bits in the layout {qtensor.layout}"
     n, k = qtensor.shape
-    blocks = _blocks(str(qtensor.granularity), n, k)
-    if blocks is None or k * bits % 8:
+    blocks = blocks_of(str(qtensor.granularity), n, k)
+    uneven = blocks is not None and (k % blocks[1] or (blocks[0] % 16 and blocks[1] > 1))
+    if blocks is None or uneven or k * bits % 8:
         return f"scales by {qtensor.granularity} of {k} columns"
     kept: list[Tensor] = [_contiguous(qtensor.codes)]
     table = (
@@ -111,32 +111,6 @@ def _signed(qtensor: BlockQTensor) -> bool | None:
 
 def _contiguous(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous()
-
-
-@lru_cache(maxsize=4096)
-def _blocks(granularity: str, n: int, k: int) -> tuple[int, int, int] | None:
-    """Columns of a block, blocks in a row, rows that share them; None where the blocks lie in no such order."""
-    found: Granularity = make_granularity(granularity)
-    shape = found.scale_shape((n, k))
-    total = math.prod(shape)
-    if len(shape) == 2:
-        across, down = shape[1], shape[0]
-    elif total and n * k % total == 0 and k % (n * k // total) == 0:
-        across, down = k * total // (n * k), n
-    else:
-        return None
-    if not across or not down or k % across or n % down:
-        return None
-    columns, share = k // across, n // down
-    if columns % 16 and across > 1:
-        return None
-    rows = min(n, 2 * share)  # of which the order shows
-    number = found.to_blocks(torch.zeros(rows, k))
-    index = torch.arange(number.shape[0], dtype=torch.float64).view(-1, 1).expand(number.shape)
-    order = found.from_blocks(index, (rows, k)).view(rows, k)
-    row, column = torch.arange(rows).view(-1, 1), torch.arange(k).view(1, -1)
-    wanted = (row // share) * across + column // columns
-    return (columns, across, share) if torch.equal(order, wanted.double()) else None
 
 
 def _kind(table: Tensor, bits: int, stored: Tensor) -> tuple[int, int, float]:
@@ -194,24 +168,9 @@ def _side(value: Any, absent: float, count: int, kept: list[Tensor]) -> _Side | 
         if not isinstance(params.scale, Tensor | QTensor):
             return "with factors"
         outer = dense(params.scale).float().reshape(-1)
-        size = _outer(str(value.granularity), value.shape, outer.numel())
+        size = outer_block(str(value.granularity), value.shape, outer.numel())
         if size is None:
             return f"by {value.granularity}"
         kept.append(_contiguous(outer))
         side.outer, side.outer_block = kept[-1].data_ptr(), size
     return side
-
-
-@lru_cache(maxsize=4096)
-def _outer(granularity: str, shape: tuple[int, ...], count: int) -> int | None:
-    """How many neighbours in memory share an outer scale; None where those that do aren't neighbours."""
-    total = math.prod(shape)
-    if count == 1:
-        return total
-    found = make_granularity(granularity)
-    blocks = found.to_blocks(torch.zeros(shape))
-    if len(blocks) != count:
-        return None
-    order = found.from_blocks(torch.arange(count, dtype=torch.float64).view(-1, 1).expand(blocks.shape), shape)
-    size = int((order.reshape(-1) == 0).sum())
-    return size if torch.equal(order.reshape(-1).long(), torch.arange(total) // size) else None

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nybble.kernels._library import library, team
+from nybble.kernels._places import kept_with
 from nybble.kernels._weights import DTYPES, Weight, weight_of
 from nybble.nn.products import packed_linear, packed_rows, qtensor_of, reference, rows_reference
 
@@ -115,17 +116,14 @@ def _run(weight: Weight, x: Tensor | None, rows: int, bias: Tensor | None, out: 
 
 
 def _weight(tensors: Sequence[Tensor], key: str) -> Weight | None:
-    """The library's record of a weight, kept with its codes as long as the same tensors come with them."""
-    first = tensors[0]
-    kept = getattr(first, _PLAN, None)
-    if kept is not None and kept[0] == key and all(a is b for a, b in zip(kept[1], tensors[1:], strict=True)):
-        found: Weight | None = kept[2]
-        return found
+    """The library's record of a weight, made once; None where it can't read it."""
+    return kept_with(tensors, key, _PLAN, lambda: _made(tensors, key))
+
+
+def _made(tensors: Sequence[Tensor], key: str) -> Weight | None:
     made = library()
     weight = None if made is None else weight_of(qtensor_of(tensors, key), made.nybble_prepare)
-    usable = weight if isinstance(weight, Weight) else None
-    setattr(first, _PLAN, (key, tuple(tensors[1:]), usable))
-    return usable
+    return weight if isinstance(weight, Weight) else None
 
 
 packed_linear.register_kernel("cpu", how)(linear)

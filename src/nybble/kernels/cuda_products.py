@@ -22,6 +22,7 @@ from nybble.core.errors import UsageError
 from nybble.kernels import _few_rows
 from nybble.kernels import _triton_products as kernels
 from nybble.kernels._gpu_weights import TABLE, Weight, weight_of
+from nybble.kernels._places import kept_with
 from nybble.nn.products import packed_linear, qtensor_of, reference
 
 ROWS = 64
@@ -248,16 +249,13 @@ def _on(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _weight(tensors: Sequence[Tensor], key: str) -> Weight | None:
-    """The record of a weight, kept with its codes as long as the same tensors come with them."""
-    first = tensors[0]
-    kept = getattr(first, _PLAN, None)
-    if kept is not None and kept[0] == key and all(a is b for a, b in zip(kept[1], tensors[1:], strict=True)):
-        found: Weight | None = kept[2]
-        return found
+    """The record of a weight, made once; None where the kernels can't read it."""
+    return kept_with(tensors, key, _PLAN, lambda: _made(tensors, key))
+
+
+def _made(tensors: Sequence[Tensor], key: str) -> Weight | None:
     weight = weight_of(qtensor_of(tensors, key))
-    usable = weight if isinstance(weight, Weight) else None
-    setattr(first, _PLAN, (key, tuple(tensors[1:]), usable))
-    return usable
+    return weight if isinstance(weight, Weight) else None
 
 
 packed_linear.register_kernel("cuda", how)(linear)
