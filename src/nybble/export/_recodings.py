@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from nybble.export._ct_tensors import exact_divisor
 from nybble.export._last_bit import exact_reciprocal
 from nybble.export._mo_tensors import exact_factor
 from nybble.export._reciprocal import reciprocals
+from nybble.export._source import Layer, Source
 from nybble.formats import get_format
 from nybble.granularity import make_granularity
 from nybble.models.sources.layouts._pieces import integers
@@ -44,13 +46,21 @@ class Recoding:
     Attributes:
         words: what becomes of a tensor. rounds: whether its values change.
         make: a tensor with its numbers -> the other one; None where there is none.
-        looks: whether ``make`` has to see the numbers, else the meta device will do.
+        looks: which numbers ``make`` has to see: ``all``; ``scales``, which is all but the codes; or none (empty): the
+            meta device will do.
     """
 
     words: str
     make: Callable[[QTensor], QTensor | None]
     rounds: bool = False
-    looks: bool = False
+    looks: Literal["", "scales", "all"] = ""
+
+
+def seen_by(recoding: Recoding, source: Source, layer: Layer, prefix: str) -> QTensor:
+    """A matrix of a layer with the numbers that ``make`` has to see."""
+    if recoding.looks == "all":
+        return source.weight(layer, prefix)
+    return source.scales(layer, prefix) if recoding.looks else layer.weights[prefix]
 
 
 def centred(tensor: QTensor) -> QTensor | None:
@@ -224,13 +234,13 @@ def halved(tensor: QTensor) -> QTensor | None:
 
 
 EXACT = (
-    Recoding("the same codes, signed", centred, looks=True),
-    Recoding("the same codes, signed, without an offset", signed, looks=True),
-    Recoding("the same codes over integer zero points", whole, looks=True),
-    Recoding("the same codes as NVFP4", tiled, looks=True),
-    Recoding("the same codes over a divisor, the factor's reciprocal", divided, looks=True),
-    Recoding("the same codes over a factor, the divisor's reciprocal", scaled, looks=True),
+    Recoding("the same codes, signed", centred, looks="all"),
+    Recoding("the same codes, signed, without an offset", signed, looks="all"),
+    Recoding("the same codes over integer zero points", whole, looks="all"),
+    Recoding("the same codes as NVFP4", tiled, looks="all"),
+    Recoding("the same codes over a divisor, the factor's reciprocal", divided, looks="scales"),
+    Recoding("the same codes over a factor, the divisor's reciprocal", scaled, looks="scales"),
 )
-NUDGED = (Recoding("the same codes, a last bit off under the reciprocal", nudged, rounds=True, looks=True),)
+NUDGED = (Recoding("the same codes, a last bit off under the reciprocal", nudged, rounds=True, looks="scales"),)
 """Those that any wish to round allows."""
-ROUNDING = (Recoding("the same codes, scales in float16", halved, rounds=True, looks=True),)
+ROUNDING = (Recoding("the same codes, scales in float16", halved, rounds=True, looks="all"),)

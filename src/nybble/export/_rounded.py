@@ -15,7 +15,7 @@ from nybble.calibration.error import relative_error
 from nybble.core.errors import FileError
 from nybble.core.tensorfile import Planned, safetensors_name
 from nybble.core.tensorheader import TensorEntry
-from nybble.export._recodings import Recoding
+from nybble.export._recodings import Recoding, seen_by
 from nybble.export._source import Layer, Source
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds.tied import input_table
@@ -99,7 +99,7 @@ class RoundedSource(Source):
 
     def _recoded(self, recoding: Recoding, layer: Layer, prefix: str, seen: bool = False) -> QTensor:
         """Of a layer of the source; ``seen``: with its numbers, which some have to see to know what comes of it."""
-        given = self._source.weight(layer, prefix) if seen or recoding.looks else layer.weights[prefix]
+        given = self._source.weight(layer, prefix) if seen else seen_by(recoding, self._source, layer, prefix)
         found = recoding.make(given)
         if found is None:
             raise FileError(f"{self.place}: {prefix} is not {recoding.words}.")
@@ -146,7 +146,7 @@ class RoundedSource(Source):
     def _kept(self, name: str, prefix: str, part: str) -> bool:
         """Whether a tensor of a weight in other words is the source's own."""
         recoding = self.recodings.get(name)
-        if recoding is None or recoding.looks:
+        if recoding is None or recoding.looks == "all":
             return False
         own = self._source.layers[name].weights[prefix].tensors()
         return own.get(part) is self.layers[name].weights[prefix].tensors()[part]
@@ -206,7 +206,7 @@ class RoundedSource(Source):
             return self._source.tensor(name)
         layer, prefix, part = held
         recoding = self.recodings.get(layer.name)
-        if recoding is not None and not recoding.looks and part != "codes":
+        if recoding is not None and recoding.looks != "all" and part != "codes":
             found = recoding.make(self._source.scales(self._source.layers[layer.name], prefix))
             assert found is not None  # as it was without its numbers
             return found.tensors()[part]

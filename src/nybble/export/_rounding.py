@@ -12,7 +12,7 @@ from nybble.calibration.error import relative_error
 from nybble.core.errors import GranularityError, NybbleError, SchemeError, UsageError
 from nybble.export import ExportTarget, Facts
 from nybble.export._fused import fused_groups
-from nybble.export._recodings import EXACT, NUDGED, ROUNDING, Recoding
+from nybble.export._recodings import EXACT, NUDGED, ROUNDING, Recoding, seen_by
 from nybble.export._rounded import RoundedSource
 from nybble.export._source import Source
 from nybble.models.adapter import adapter_for
@@ -71,7 +71,7 @@ def recodings(
 
 def _fits(source: Source, recoding: Recoding, name: str) -> bool:
     layer = source.layers[name]
-    given = (source.weight(layer, prefix) if recoding.looks else empty for prefix, empty in layer.weights.items())
+    given = (seen_by(recoding, source, layer, prefix) for prefix in layer.weights)
     return bool(layer.weights) and all(recoding.make(weight) is not None for weight in given)
 
 
