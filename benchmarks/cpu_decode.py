@@ -288,7 +288,7 @@ def measure(name: str, options: argparse.Namespace, variants: list[str]) -> list
                 each = [own / theirs[0][i] for i, own in enumerate(one.turns[batch])]
                 found["times_llama_cpp"] = round(statistics.median(each), 2)
             row["batches"][str(batch)] = found
-        rows.append(row)
+        rows.append(row | {"tokens": options.tokens, "rounds": options.rounds})
         print(json.dumps(row), flush=True)
     return rows
 
@@ -327,11 +327,14 @@ def main() -> None:
     import torch
     import transformers
 
+    if options.out.exists():  # models that weren't asked for
+        earlier = json.loads(options.out.read_text(encoding="utf-8"))["rows"]
+        rows = [row for row in earlier if row["model"] not in options.models] + rows
     atomic_write_json(options.out, {
         "what": __doc__.partition("\n")[0] if __doc__ else "", "processor": processor(), "cores": os.cpu_count(),
         "threads": options.threads, "load_average": [round(v, 2) for v in os.getloadavg()],
         "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "llama_cpp": peer(), "tokens": options.tokens, "rounds": options.rounds, "rows": rows,
+        "llama_cpp": peer(), "rows": rows,
     })  # fmt: skip
 
 
