@@ -30,6 +30,7 @@ from run import hardware
 from torch import Tensor
 
 import nybble
+from nybble.core.errors import NybbleError
 from nybble.core.versions import versions
 from nybble.data import load_text, token_samples
 from nybble.eval import evaluate_many
@@ -190,7 +191,11 @@ def judge(
             continue
         recipe = parse_recipe({"name": name.replace(" ", "-"), "scheme": scheme, "steps": steps})
         started = time.perf_counter()
-        made, report = nybble.quantize(model, recipe, calibration, settings=settings)
+        try:
+            made, report = nybble.quantize(model, recipe, calibration, settings=settings)
+        except NybbleError as refusal:  # a rotation of a stream with LayerNorms, a group that doesn't divide
+            print(f"{title}: {name} is refused: {refusal}", flush=True)
+            continue
         if args.device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
