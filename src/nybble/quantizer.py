@@ -102,7 +102,11 @@ class Quantizer:
             self.granularity.check_format(self.format)
             word, what = self.granularity.word, self.granularity.factors_are
             if str(self.scale) != "absmax":
-                raise SchemeError(f"{word} factors are {what} (scale=absmax); {self.scale} has none.")
+                plain = "scale=absmax (recipe rtn)" if self.format.signed else "a signed format"
+                raise SchemeError(
+                    f"{self.format.name} {self.granularity}: {word} factors are {what} (scale=absmax); {self.scale} "
+                    f"has none. Use {plain}, or a scale a block: group, channel or block."
+                )
             if self.scale_format != "float32" or self.raw_scale:
                 raise SchemeError(f"{self}: {word} factors stay in float32; leave out scale_format and raw_scale.")
         rounding = get_rounding(self.rounding)

@@ -135,6 +135,19 @@ def test_in_a_quantizer(name: str, fmt: str, scale_format: str) -> None:
             assert (out == 0).all()
 
 
+@pytest.mark.parametrize("line", ["channel", "group=24 pad=true"])
+@pytest.mark.parametrize("name", RULES)
+def test_sizes_are_known_before_values(name: str, line: str) -> None:
+    """What pre-flight counts on a tensor without values is what is stored."""
+    for fmt in FORMATS:
+        try:
+            quantizer = Quantizer(f"{fmt} {line} scale={name}")
+            stored = quantizer.quantize(torch.randn(2, 64)).nbytes()
+        except (FormatError, SchemeError):
+            continue
+        assert quantizer.stored_bytes((2, 64)) == stored
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_nan_reaches_the_result(name: str) -> None:
     rule = rule_of(name)

@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.methods.test_omniquant import error, quantized
 
-from nybble.core.errors import UsageError
+from nybble.core.errors import SchemeError, UsageError
 from nybble.models.adapter import LinearFold, NormFold
 from nybble.quantizer import Quantizer
+from nybble.recipe import load_recipe
 from nybble.scales.cfp import largest_reserved
+from nybble.solvers import make_solver
 from nybble.transforms import make_transform
 from nybble.transforms._folds import Channel
 
@@ -90,3 +93,26 @@ def test_outlier_channels_alone_are_scaled() -> None:
     assert factor.tolist() == pytest.approx([1, 1, 1, 1, 1, 1, 4, 1, 4, 1])  # sqrt(20.8 / 1.3)
     with pytest.raises(UsageError, match=r"coarse=-1"):
         make_transform("cfp", {"coarse": -1.0})
+
+
+def test_as_a_recipes_scale_rule_it_keeps_zero_points() -> None:
+    """``rtn`` with ``scale: cfp``; a rule that finds no zero point isn't put aside in silence."""
+    line = "int4 channel symmetric=false scale_format=float32"
+    asked = make_solver("rtn", {"scale": "cfp"}).quantizer_for(Quantizer(line))
+    assert asked == Quantizer("int4 channel scale=cfp(asymmetric=true) scale_format=float32")
+    largest = make_solver("rtn", {"scale": "absmax"}).quantizer_for(Quantizer(line))
+    assert largest == Quantizer(line)
+    with pytest.raises(
+        SchemeError, match=r"int4 channel symmetric=false.*zero point, and scale=percentile.*mse or cfp"
+    ):
+        make_solver("rtn", {"scale": "percentile(p=99)"}).quantizer_for(Quantizer(line))
+
+
+def test_cbq_without_it_loses_more() -> None:
+    """The recipe, W4A4, two loud channels in front of attention and MLP, on tokens that nothing has seen."""
+    steps = [{key: value for key, value in s.items() if key != "quick"} for s in load_recipe("cbq").to_dict()["steps"]]
+    whole = [{**s, "steps": 6} if "reconstruction" in s else s for s in steps if "correction" not in s]
+    bare = [{key: value for key, value in s.items() if key != "scale"} for s in whole if s.get("transform") != "cfp"]
+    assert len(bare) == len(whole) - 1 and {"solver": "rtn", "scale": "cfp"} in whole
+    found, without = error(quantized(whole)[0]), error(quantized(bare)[0])
+    assert found < 0.6 * without and found < 0.6 * error(quantized([{"solver": "rtn"}])[0])

@@ -59,10 +59,16 @@ def finishing_lines(job: Job) -> list[str]:
     known = job.tokens or job.taught
     for step in steps:
         own = bool(getattr(step, "samples", 0))  # of its own, which are read when it begins
-        step.check(job.model, layers, None if known is None or own else len(next(iter(known.inputs.values()))))
+        count = None if known is None or own else len(next(iter(known.inputs.values())))
+        step.check(job.model, layers, count, token_ids=tells_tokens(job))
     needed = require_training(job, steps)
     said = ", ".join(step.name for step in trained(job.recipe)[1])
     return [f"after it, the whole quantized model is trained ({said}){by_one()}: about {needed / 1e9:.2f} GB of memory"]
+
+
+def tells_tokens(job: Job) -> bool:
+    """Whether the model reads tokens, each of which tells the one before it."""
+    return job.adapter.reads == "tokens"
 
 
 def teacher_of(job: Job) -> Teacher:
@@ -156,7 +162,7 @@ def _run(
     student = Student(
         model=job.model, weights=_weights(job, rows), samples=count, batch=batch, teacher=teacher,
         blocks=[name for name in job.adapter.block_names(job.model) if name], seed=job.settings.seed,
-        token_ids=job.adapter.reads == "tokens",
+        token_ids=tells_tokens(job),
     )  # fmt: skip
     started = time.perf_counter()
     with products_in(job.products), evaluation_mode(job.model):

@@ -50,7 +50,10 @@ class Cfp(ScaleRule):
         import torch
 
         magnitudes = blocks.abs()
-        real = magnitudes.flatten() if weight is None else magnitudes[weight.expand_as(blocks) > 0]
+        if weight is None or blocks.is_meta:  # of the latter only sizes are asked for
+            real = magnitudes.flatten()
+        else:
+            real = magnitudes[weight.expand_as(blocks) > 0]
         cut = largest_reserved(real, self.coarse, self.fine)
         if self.asymmetric:
             low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
@@ -74,7 +77,9 @@ def largest_reserved(magnitudes: Tensor, coarse: float, fine: float) -> Tensor:
     """
     import torch
 
-    none = magnitudes.new_tensor(torch.inf)
+    none = magnitudes.new_full((), torch.inf)
+    if magnitudes.is_meta:
+        return none  # only sizes are asked for
     ordered = magnitudes[magnitudes.isfinite()].double().sort().values
     if len(ordered) < 2:
         return none

@@ -78,8 +78,8 @@ def check_searchable(quantizer: Quantizer) -> None:
     granularity = quantizer.granularity
     if not granularity.searchable:
         raise SchemeError(
-            f"{granularity.word} factors are {granularity.factors_are}, so there is no clip value to search; "
-            "use recipe rtn."
+            f"{quantizer}: {granularity.word} factors are {granularity.factors_are}, so there is no clip value to "
+            "search; use recipe rtn, or a scale a block: group, channel or block."
         )
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from nybble.calibration.error import input_energy, relative_error
 from nybble.core.errors import SchemeError
 from nybble.quantizer import Quantizer
-from nybble.scales import parse_scale_rule
+from nybble.scales import ScaleRule, parse_scale_rule
+from nybble.scales.absmax import AbsMax
 from nybble.scales.minmax import MinMax
 from nybble.scales.mse import Mse
 from nybble.solvers import Solved, Solver, Stats, Weight
@@ -40,7 +41,7 @@ class Rtn(Solver):
                     f"{quantizer} keeps a real offset, which scale={self.scale} does not search; use recipe rtn."
                 )
             if quantizer.scale.needs_integer:
-                rule = replace(rule, asymmetric=True) if isinstance(rule, Mse) else MinMax()
+                rule = _around_zero_point(rule, quantizer)
             quantizer = quantizer.replace(scale=rule)
         if self.weighted and not _searches(quantizer):
             raise SchemeError(
@@ -75,6 +76,24 @@ class Rtn(Solver):
                 notes=("fell back to the scheme's own scale rule",),
             )
         return Solved(weight=found, error=error, rtn_error=plain_error)
+
+
+def _around_zero_point(rule: ScaleRule, quantizer: Quantizer) -> ScaleRule:
+    """The rule for ranges around an integer zero point.
+
+    Raises:
+        SchemeError: it finds a scale alone.
+    """
+    if hasattr(rule, "asymmetric"):
+        return replace(rule, asymmetric=True)  # type: ignore[call-arg]
+    if isinstance(rule, AbsMax):
+        return MinMax()  # the largest magnitude on each side
+    if rule.needs_integer:
+        return rule
+    raise SchemeError(
+        f"{quantizer} keeps an integer zero point, and scale={rule} finds none; use scale: absmax, mse or cfp, or a "
+        "weight line without symmetric=false."
+    )
 
 
 def _searches(quantizer: Quantizer) -> bool:

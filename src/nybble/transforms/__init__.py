@@ -103,7 +103,10 @@ class Transform(ABC):
         if not self.required or any(self.works_on(adapter, block, model.config) for block in adapter.blocks_of(model)):
             return
         reasons = "; ".join(self.limits(adapter, model.config)) or "its adapter lists no such pair"
-        raise ModelError(f"transform {name!r} finds no pair of weights to work on in this model: {reasons}.")
+        raise ModelError(
+            f"transform {name!r} finds no pair of weights to work on in this model: {reasons}. Take a recipe without "
+            "it; `nybble recipes NAME` prints one as YAML, to leave a step out."
+        )
 
     def run(self, window: Window, adapter: Adapter, path: str) -> None:
         """Rewrite the block of a window in place; all is looked at before anything changes."""

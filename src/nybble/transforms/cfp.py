@@ -12,6 +12,7 @@ stay bit for bit.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ class Cfp(Scaling):
     coarse: float = 1.5
     fine: float = 1.0
     linear: bool = False
+
+    required: ClassVar[bool] = False  # no outliers is an answer too
 
     def __post_init__(self) -> None:
         check_lambdas(self.coarse, self.fine)

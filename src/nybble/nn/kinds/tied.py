@@ -85,8 +85,8 @@ def _tie_table(root: nn.Module, name: str, table: str) -> None:
 
 def untie_head(model: Any) -> None:
     """Give an output head that shares the input embedding's table one of its own, with the same values."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if isinstance(head, nn.Linear) and head.weight is embedding.weight:
+    head, embedding = model.get_output_embeddings(), input_embedding(model)
+    if embedding is not None and isinstance(head, nn.Linear) and head.weight is embedding.weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
         model.config.get_text_config().tie_word_embeddings = False
         model.config.tie_word_embeddings = False

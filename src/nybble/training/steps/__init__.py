@@ -130,16 +130,18 @@ class Preparation(TrainStep):
 class Finish(TrainStep):
     """Comes after all other steps."""
 
-    def check(self, model: nn.Module, layers: Sequence[nn.Module], samples: int | None) -> None:
+    def check(self, model: nn.Module, layers: Sequence[nn.Module], samples: int | None, token_ids: bool) -> None:
         """Refuse before any work what can be seen beforehand.
 
         Args:
             model: float, perhaps without values.
             layers: its modules that will be quantized.
             samples: how many there will be to train on; None where nobody knows yet.
+            token_ids: as :attr:`Student.token_ids`.
 
         Raises:
-            SchemeError: it would find nothing to learn. DataError: too few samples.
+            SchemeError: it would find nothing to learn. DataError: too few samples. ModelError: the model gives
+                nothing of what the loss compares.
         """
 
     @abstractmethod

@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from nybble.core.errors import DataError, SchemeError
+from nybble.core.errors import DataError, ModelError, SchemeError
 from nybble.core.progress import Progress
 from nybble.core.seeds import derive_seed, generator
 from nybble.nn.learned_norm import is_norm
@@ -136,7 +136,14 @@ class Distill(Finish):
         kept = int(1e9 * self.logits_gb) + (dense if dense <= 1e9 * self.dense_gb else 0)
         return elements * ((0 if self.loss == "nll" else dtype.itemsize) + 3) + kept
 
-    def check(self, model: nn.Module, layers: Sequence[nn.Module], samples: int | None) -> None:  # noqa: D102
+    def check(  # noqa: D102
+        self, model: nn.Module, layers: Sequence[nn.Module], samples: int | None, token_ids: bool
+    ) -> None:
+        if self.loss == "nll" and not token_ids:
+            raise ModelError(
+                f"distill: loss=nll is the likelihood of the next token, which {type(model).__name__} doesn't tell; "
+                "use loss: kl, for logits against the float network's, or mse, for any output."
+            )
         if samples is not None:
             self._held_of(samples)
         some = {
