@@ -140,6 +140,7 @@ def test_blocks_for_products(line: str, alone: bool, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(gpu_quantizers, "_ALONE", 1 << 15 if alone else 0)
     x = hard(torch.bfloat16)[[0, 1, 4, 5, 6, 7, 8]].repeat(16, 1)
+    x[-1, -1] = 60
     rule, want = kernels().rounder_of(line), rounded(x, line)
     assert torch.equal((want.codes.float() * want.scale).bfloat16(), Quantizer(line).fake_quantize(x))
     times = torch.tensor([0.37], device=x.device)
@@ -160,7 +161,9 @@ def test_blocks_for_products(line: str, alone: bool, monkeypatch: pytest.MonkeyP
         ("nvfp4", "float8_e4m3fn token", False),
     ],
 )
-def test_few_rows_of_blocks_are_exact_in_bfloat16(weights: str, inputs: str, taken: bool) -> None:
+def test_few_rows_of_blocks_are_exact_in_bfloat16(
+    weights: str, inputs: str, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They are multiplied as any others; the tensor's scale goes to that of the weight's scales."""
     weight, tensors, key = made(weights, 256)
     bias = torch.randn(N, device=interpreted.DEVICE).bfloat16()
@@ -176,6 +179,9 @@ def test_few_rows_of_blocks_are_exact_in_bfloat16(weights: str, inputs: str, tak
             bound += 2.1 * bits * size  # Triton rounds W
         assert y.dtype == torch.bfloat16 and ((y.double() - want).abs() <= bound).all()
     assert kernels().decoded(tensors, key, rule, 17) is None
+    monkeypatch.delattr(kernels().cuda_products, "product")  # which would read float32 as bfloat16
+    apart = kernels().linear(x, tensors, key, [N, 256], bias.float(), [], "", inputs)
+    assert ((apart.double() - want).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("weights", ["int4 channel", "int8 channel symmetric=false", "float4_e2m1fn channel"])

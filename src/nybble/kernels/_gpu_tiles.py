@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nybble.kernels._gpu import INTERPRETED, shared
+from nybble.kernels._gpu import INTERPRETED, aligned, shared
 from nybble.kernels._gpu_operands import BF16, BYTE, DOT_DTYPES, FP8, INT8, Weight
 from nybble.kernels.gpu_quantizers import Rows
 
@@ -442,15 +442,20 @@ def _inside(
     if tma:
         x = TensorDescriptor.from_tensor(x.view(2 * count, -1), [bm, bk])
         codes = TensorDescriptor.from_tensor(codes, [bn, bk])
-    _packed_product[(triton.cdiv(count, bm) * triton.cdiv(weight.n, bn),)](
-        x, codes, out, rows.scale, _or(rows.zero, none), _or(rows.sums, none), scale,
-        _or(weight.zero, none), _or(weight.sums, none), _or(by, none), _or(bias, none), count, weight.n,
-        out.stride(0), rows.codes.stride(0), k=weight.k, DOT=dot, CODE=weight.code, FLIP=weight.flip != 0,
-        GROUPS=groups, BLOCK=0 if by is None else weight.block, XZERO=rows.zero is not None,
-        WZERO=weight.zero is not None, XMANY=rows.scale.numel() > 1, BIAS=bias is not None,
-        PROMOTED=min(promote, bk), ASSEMBLED=not INTERPRETED, TMA=tma, BM=bm, BN=bn, BK=bk, num_warps=tile.warps,
-        num_stages=tile.stages,
+    args = (
+        x, codes, out, rows.scale, _or(rows.zero, none), _or(rows.sums, none), scale, _or(weight.zero, none),
+        _or(weight.sums, none), _or(by, none), _or(bias, none),
     )  # fmt: skip
+    many = rows.scale.numel() > 1
+    sides = (many, rows.zero is None, rows.sums is None, None if bias is None else bias.dtype, aligned(bias))
+    weight.launches((count, out.dtype, dot, promote, tile, sides), _packed_product, args, lambda: (
+        (count, weight.n, out.stride(0), rows.codes.stride(0)),
+        (-(-count // bm) * -(-weight.n // bn), 1, 1),
+        {"k": weight.k, "DOT": dot, "CODE": weight.code, "FLIP": weight.flip != 0, "GROUPS": groups,
+         "BLOCK": 0 if by is None else weight.block, "XZERO": rows.zero is not None, "WZERO": weight.zero is not None,
+         "XMANY": many, "BIAS": bias is not None, "PROMOTED": min(promote, bk), "ASSEMBLED": not INTERPRETED,
+         "TMA": tma, "BM": bm, "BN": bn, "BK": bk, "num_warps": tile.warps, "num_stages": tile.stages},
+    ))  # fmt: skip
     return out
 
 
@@ -468,13 +473,21 @@ def _dense(
     if tma:
         x, codes = (TensorDescriptor.from_tensor(t, [b, bk]) for t, b in ((x, bm), (codes, tile.bn)))
     part = [None if t is None else t[start:stop] for t in (scale, weight.zero, weight.sums, bias)]
-    _product[(triton.cdiv(count, bm) * triton.cdiv(stop - start, tile.bn),)](
-        x, codes, out[:, start:stop], rows.scale, _or(rows.zero, none), _or(rows.sums, none),
-        part[0], _or(part[1], none), _or(part[2], none), _or(part[3], none), count, stop - start, out.stride(0),
-        k=weight.k, DOT=dot, FLIP=flip, GROUPS=groups, XZERO=rows.zero is not None, WZERO=weight.zero is not None,
-        XMANY=rows.scale.numel() > 1, BIAS=bias is not None, PROMOTED=min(promote, bk), ASSEMBLED=not INTERPRETED,
-        TMA=tma, BM=bm, BN=tile.bn, BK=bk, num_warps=tile.warps, num_stages=tile.stages,
+    args = (
+        x, codes, out[:, start:stop], rows.scale, _or(rows.zero, none), _or(rows.sums, none), part[0],
+        _or(part[1], none), _or(part[2], none), _or(part[3], none),
     )  # fmt: skip
+    many = rows.scale.numel() > 1
+    sides = (many, rows.zero is None, rows.sums is None, None if bias is None else bias.dtype, *map(aligned, part))
+    key = (count, stop - start, aligned(args[2]), out.dtype, dot, promote, tile, flip, sides)
+    weight.launches(key, _product, args, lambda: (
+        (count, stop - start, out.stride(0)),
+        (-(-count // bm) * -(-(stop - start) // tile.bn), 1, 1),
+        {"k": weight.k, "DOT": dot, "FLIP": flip, "GROUPS": groups, "XZERO": rows.zero is not None,
+         "WZERO": weight.zero is not None, "XMANY": many, "BIAS": bias is not None, "PROMOTED": min(promote, bk),
+         "ASSEMBLED": not INTERPRETED, "TMA": tma, "BM": bm, "BN": tile.bn, "BK": bk, "num_warps": tile.warps,
+         "num_stages": tile.stages},
+    ))  # fmt: skip
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

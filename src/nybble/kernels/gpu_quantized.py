@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nybble.kernels import _gpu_tiles as tiles
 from nybble.kernels import gpu_quantizers as quantizers
+from nybble.kernels._gpu import elsewhere
 from nybble.kernels._gpu_operands import BF16, BYTE, DOT_DTYPES, FP8, INT4, INT8, Weight, weight_of
 from nybble.kernels._gpu_operands import E2M1 as E2M1_CODES
 from nybble.kernels._gpu_weights import PLAIN
@@ -32,10 +33,12 @@ from nybble.scales.two_level import TwoLevel
 
 try:
     from nybble.kernels import cuda_products
+
+    DECODED = cuda_products.FEW
 except ImportError:  # it needs a later Triton, and is named by whoever loads it
-    cuda_products = None  # type: ignore[assignment]
+    DECODED = 0
 FEW = 64
-"""Rows of x up to which a packed weight is decoded inside the product."""
+"""Rows of x up to which a packed weight is decoded inside the product; with scales of blocks, above DECODED."""
 _NAMES = {INT8: "INT8", FP8: "FP8", BF16: "bfloat16"}
 _E8M0 = "float8_e8m0fnu scale=one"
 _NVFP4 = "float8_e4m3fn floor=normal"
@@ -112,7 +115,7 @@ def rows_of(x: Tensor, parts: Sequence[Tensor], names: str, line: str, dot: int,
     """
     rule = rounder_of(line)
     assert rule is not None
-    params = static_params(quantizer_of(line), dict(zip(names.split(), parts, strict=True)))
+    params = _static(line, parts, names)
     if rule.cores == BF16:
         return _rows_of_blocks(x, rule, line, params, planes=planes)
     given = None if rule.measured else _given(x, line, params)
@@ -121,6 +124,11 @@ def rows_of(x: Tensor, parts: Sequence[Tensor], names: str, line: str, dot: int,
         asymmetric=rule.asymmetric and rule.measured, inside=rule.inside, dtype=DOT_DTYPES[dot], planes=planes,
         group=group,
     )  # fmt: skip
+
+
+def _static(line: str, parts: Sequence[Tensor], names: str) -> Any:
+    """Parameters of a static quantizer; None of one that measures."""
+    return static_params(quantizer_of(line), dict(zip(names.split(), parts, strict=True))) if parts else None
 
 
 def _rows_of_blocks(
@@ -184,6 +192,14 @@ def route(weight: Weight | str, line: str, rows: int) -> Way | str:
     """How some rows of x go; or why there is no way."""
     if isinstance(weight, str):
         return weight
+    key = (line, rows <= FEW, tiles.USUAL)
+    if key not in weight.routes:
+        weight.routes[key] = _route(weight, line, rows)
+    found: Way | str = weight.routes[key]
+    return found
+
+
+def _route(weight: Weight, line: str, rows: int) -> Way | str:
     rule = rounder_of(line)
     if rule is None:
         return f"activations by {line}"
@@ -204,7 +220,7 @@ def route(weight: Weight | str, line: str, rows: int) -> Way | str:
 
 def decoded(tensors: Sequence[Tensor], key: str, rule: Rounder | None, rows: int) -> Decoded | None:
     """A weight by which a few rows in bfloat16, exact but for one scale, are multiplied as any others; or None."""
-    if cuda_products is None or rule is None or rule.cores != BF16 or not 0 < rows <= cuda_products.FEW:
+    if rule is None or rule.cores != BF16 or not 0 < rows <= DECODED:
         return None
     weight = cuda_products.weight_kept(tensors, key)
     if weight is None or not weight.whole or weight.k % rule.group:
@@ -218,8 +234,7 @@ def _by_blocks(x: Tensor, weight: Decoded, bias: Tensor | None, rule: Rounder, l
     if rule.emax:
         return cuda_products.product(_rows_of_blocks(x, rule, line, params).codes, weight, bias)
     found = _rows_of_blocks(x, rule, line, params, times=weight.scales.outer)
-    scales = replace(weight.scales, outer=found.scale, outer_block=weight.across * weight.n // weight.share)
-    return cuda_products.product(found.codes, replace(weight, scales=scales), bias)
+    return cuda_products.product(found.codes, weight, bias, found.scale)
 
 
 def linear(
@@ -235,9 +250,13 @@ def linear(
     """See :func:`nybble.nn.integer_products.reference`."""
     n, k = shape
     rows, rule = x.numel() // k, rounder_of(line)
-    few = None if x.dtype != torch.bfloat16 else decoded(tensors, key, rule, rows)
+    if elsewhere(x):
+        with torch.cuda.device(x.device):
+            return linear(x, tensors, key, shape, bias, parts, names, line)
+    brain = x.dtype == torch.bfloat16 and (bias is None or bias.dtype == x.dtype)
+    few = decoded(tensors, key, rule, rows) if brain else None
     if few is not None and rule is not None and x.shape[-1] == k and (few.n, few.k) == (n, k):
-        params = static_params(quantizer_of(line), dict(zip(names.split(), parts, strict=True)))
+        params = _static(line, parts, names)
         return _by_blocks(x.reshape(rows, k).contiguous(), few, bias, rule, line, params).view(*x.shape[:-1], n)
     weight = weight_of(tensors, key)
     if x.shape[-1] != k or (isinstance(weight, Weight) and (weight.n, weight.k) != (n, k)):

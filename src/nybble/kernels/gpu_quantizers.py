@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nybble.kernels._gpu import shared
+from nybble.kernels._gpu import Launches, aligned, shared
 
 INT, E4M3, E2M1 = 0, 1, 2
 """How a kernel rounds: to integers between two bounds, to E4M3, to E2M1."""
@@ -23,6 +23,7 @@ _LONGEST = 8192
 _ALONE = 1 << 15
 """Elements up to which each program finds the tensor's largest magnitude by itself: no second launch."""
 _SHARES = 512
+_launches = Launches()
 
 
 @dataclass(frozen=True)
@@ -297,13 +298,19 @@ def tokens(
     scale_in, zero_in = (scale, None) if given is None else given
     block = _row_block(columns, group)
     if rows:
-        _tokens[(rows,)](
+        args = (
             x, codes, scale, scale if zeros is None else zeros, scale if sums is None else sums,
-            scale_in, scale_in if zero_in is None else zero_in, rows, x.stride(0), target, low, high, shift, factor,
-            columns=columns, KIND=kind, GIVEN=given is not None, MANY=many, ZERO=zero, INSIDE=inside,
-            SHIFTED=shift > 0, PLANES=planes, GROUP=group, BLOCK=block, num_warps=min(8, max(1, block // 512)),
-            enable_fp_fusion=False,
+            scale_in, scale_in if zero_in is None else zero_in,
         )  # fmt: skip
+        told = (rows, columns, x.stride(0), kind, target, low, high, asymmetric, inside, dtype, planes, group)
+        sides = None if given is None else (many, aligned(scale_in), aligned(zero_in))
+        _launches((x.device, x.dtype, aligned(x), told, sides), _tokens, args, lambda: (
+            (rows, x.stride(0), target, low, high, shift, factor),
+            (rows, 1, 1),
+            {"columns": columns, "KIND": kind, "GIVEN": given is not None, "MANY": many, "ZERO": zero, "INSIDE": inside,
+             "SHIFTED": shift > 0, "PLANES": planes, "GROUP": group, "BLOCK": block,
+             "num_warps": min(8, max(1, block // 512)), "enable_fp_fusion": False},
+        ))  # fmt: skip
     return Rows(codes, scale, zeros, sums)
 
 
@@ -348,16 +355,21 @@ def blocks(
     outer = x.new_empty(1, dtype=torch.float32)
     if not count:
         return Rows(out, outer.fill_(1))
-    largest, shares = outer, 0
+    largest, shares, where = outer, 0, (x.device, x.dtype, aligned(x))
     if rule == 2 and x.numel() > _ALONE:
-        shares = min(_SHARES, shared(triton.cdiv(x.numel(), 4096)))
+        shares = min(_SHARES, shared(-(-x.numel() // 4096)))
         largest = x.new_empty(shares, dtype=torch.int32)
-        _largest[(shares,)](x, largest, x.numel(), triton.cdiv(x.numel(), shares), BLOCK=4096)
-    per = max(1, (4096 if count * group > _ALONE else 1024) // group)
-    _blocks[(triton.cdiv(count, per),)](
-        x, out, outer, outer if divisor is None else divisor, largest, outer if times is None else times, count,
-        float(high), float(low), float(high), carry or 0, emax,
-        KIND=kind, RULE=rule, GROUP=group, BLOCK=per, SHARES=shares, TIMES=times is not None, PLANES=planes,
-        enable_fp_fusion=False,
-    )  # fmt: skip
+        each = -(-x.numel() // shares)
+        _launches((*where, x.numel(), shares), _largest, (x, largest), lambda: (
+            (x.numel(), each), (shares, 1, 1), {"BLOCK": 4096},
+        ))  # fmt: skip
+    per = max(1, (4096 if x.numel() > _ALONE else 1024) // group)
+    args = (x, out, outer, outer if divisor is None else divisor, largest, outer if times is None else times)
+    told = (count, low, high, carry, emax, kind, rule, group, per, shares, planes)
+    _launches((*where, told, aligned(divisor), aligned(times)), _blocks, args, lambda: (
+        (count, float(high), float(low), float(high), carry or 0, emax),
+        (-(-count // per), 1, 1),
+        {"KIND": kind, "RULE": rule, "GROUP": group, "BLOCK": per, "SHARES": shares, "TIMES": times is not None,
+         "PLANES": planes, "enable_fp_fusion": False},
+    ))  # fmt: skip
     return Rows(out, outer)

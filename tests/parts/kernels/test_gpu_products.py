@@ -174,3 +174,29 @@ def test_the_compiled_kernels_on_a_cpu(
     exact, size = x.double() @ w.T + bias.double(), x.double().abs() @ w.abs().T
     bound = 2 * eps * exact.abs() + (2.1 * eps + k * 2.0**-24) * size
     assert bool(((out.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_calls_keep_what_they_share(host: Callable[[_few_rows.Kind], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a weight and a number of rows; x, the bias and a scale that multiplies the others are each call's own."""
+    monkeypatch.setattr(_few_rows, "_stream", lambda device: None)
+    monkeypatch.setattr(_few_rows, "_processors", lambda device: 2)
+    weight = packed("nvfp4", 40, 288)
+    record = weight_of(weight)
+    assert isinstance(record, Weight)
+    kind = _few_rows.kind_of(record, torch.bfloat16, 2)
+    assert isinstance(kind, tuple)
+    run, calls = host(kind), 0
+    w, eps = weight.dequantize().double(), torch.finfo(torch.bfloat16).eps / 2
+    for m, biased, by in ((2, True, None), (2, False, 3.0), (1, True, None), (2, True, 0.5)):
+        x, bias = torch.randn(m, 288).bfloat16(), torch.randn(40).bfloat16()
+        assert isinstance(record.scales.outer, torch.Tensor)
+        outer = None if by is None else record.scales.outer * by
+        made = (run, dict(zip(_few_rows.SHAPES, SHAPES, strict=True)))
+        y = _few_rows.multiply(made, x, record, bias if biased else None, outer)
+        exact = x.double() @ w.T * (by or 1) + (bias.double() if biased else 0)
+        size = x.double().abs() @ w.abs().T * (by or 1)
+        assert bool(((y.double() - exact).abs() <= 2 * eps * exact.abs() + (2.1 * eps + 2.0**-15) * size).all())
+        calls += 1
+    assert len(record.kept) == 2 < calls
