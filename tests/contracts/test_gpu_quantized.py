@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.contracts import interpreted
+from tests.waiting import NeverWaits
 from torch import Tensor
 
 from nybble.nn.compiled import key_of
@@ -247,6 +248,29 @@ def test_shapes() -> None:
     y = kernels().linear(x, *made("int4 group=17", 34)[1:], [N, 34], None, [], "", "int8 token")
     want = reference(x, *made("int4 group=17", 34)[1:], [N, 34], None, [], "", "int8 token")
     assert torch.allclose(y, want, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs"),
+    [("int4 group=128", ""), ("nvfp4", "nvfp4"), ("nvfp4", "nvfp4-ct"), ("fp4-m2", "float8_e4m3fn token"),
+     ("int4 channel", "int8 token symmetric=false")],
+)  # fmt: skip
+def test_a_second_call_waits_for_no_device(weights: str, inputs: str) -> None:
+    """And brings no numbers to it: a CUDA graph can be made of it."""
+    from nybble.kernels import cuda_products
+
+    _, tensors, key = made(weights, 256)
+    for m in (1, 20):
+        x = torch.randn(m, 256, device=interpreted.DEVICE).bfloat16()
+        given = (x, tensors, key, [N, 256], None)
+
+        def call(given: Any = given) -> Tensor:
+            found: Tensor = kernels().linear(*given, [], "", inputs) if inputs else cuda_products.linear(*given)
+            return found
+
+        call()
+        with NeverWaits():
+            call()
 
 
 def test_the_schemas_hold() -> None:
