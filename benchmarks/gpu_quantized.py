@@ -344,7 +344,8 @@ def products(weights: dict[str, Made], sizes: tuple[int, ...], bf16: dict[int, f
         for line, inputs, bar in PRODUCTS:
             made = weights.get(line) or Made(line)
             weights[line] = made
-            way = gpu_quantized.route(weight_of(made.copies[0], made.key), inputs, m)
+            decoded = gpu_quantized.decoded(made.copies[0], made.key, gpu_quantized.rounder_of(inputs), m)
+            way = "as any rows" if decoded else gpu_quantized.route(weight_of(made.copies[0], made.key), inputs, m)
             row: Row = {"weights": line, "inputs": inputs, "m": m, "way": str(way)}
 
             def measure(m: int = m, made: Made = made, inputs: str = inputs) -> Row:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.contracts import interpreted
+from tests.waiting import NeverWaits
 from torch import Tensor
 
 from nybble.nn.compiled import key_of
@@ -132,6 +133,58 @@ def test_products(weights: str, inputs: str, few: str, many: str) -> None:
         assert ((y.double() - (wide @ exact.T + bias)).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("line", ["mxfp4", "nvfp4", "nvfp4-ct"])
+def test_blocks_for_products(line: str, alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even and odd columns apart, one scale times another; the tensor's largest found once, or by every program."""
+    from nybble.kernels import gpu_quantizers
+
+    monkeypatch.setattr(gpu_quantizers, "_ALONE", 1 << 15 if alone else 0)
+    x = hard(torch.bfloat16)[[0, 1, 4, 5, 6, 7, 8]].repeat(16, 1)
+    x[-1, -1] = 60
+    rule, want = kernels().rounder_of(line), rounded(x, line)
+    assert torch.equal((want.codes.float() * want.scale).bfloat16(), Quantizer(line).fake_quantize(x))
+    times = torch.tensor([0.37], device=x.device)
+    found = kernels()._rows_of_blocks(x, rule, line, None, times=times, planes=True)
+    assert torch.equal(found.codes, want.codes.view(len(x), -1, 2).permute(2, 0, 1))
+    assert torch.equal(found.scale, want.scale * times)
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs", "taken"),
+    [
+        ("mxfp4", "mxfp4", True),
+        ("nvfp4", "nvfp4", True),
+        ("mxfp4-ocp", "nvfp4", True),
+        ("nvfp4", "nvfp4-ct", True),
+        ("int4 group=64", "mxfp4", True),
+        ("int4 group=64", "nvfp4", False),
+        ("nvfp4", "float8_e4m3fn token", False),
+    ],
+)
+def test_few_rows_of_blocks_are_exact_in_bfloat16(
+    weights: str, inputs: str, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are multiplied as any others; the tensor's scale goes to that of the weight's scales."""
+    weight, tensors, key = made(weights, 256)
+    bias = torch.randn(N, device=interpreted.DEVICE).bfloat16()
+    rule, bits = kernels().rounder_of(inputs), torch.finfo(torch.bfloat16).eps  # the interpreter cuts off
+    for m in (1, 3):
+        assert (kernels().decoded(tensors, key, rule, m) is not None) == taken
+        x = (torch.randn(m, 256, device=interpreted.DEVICE) * 3 + 0.2).bfloat16()
+        y = kernels().linear(x, tensors, key, [N, 256], bias, [], "", inputs)
+        wide, exact = Quantizer(inputs).fake_quantize(x.float()).double(), weight.dequantize().double()
+        want, size = wide @ exact.T + bias, wide.abs() @ exact.abs().T + bias.abs()
+        bound = bits * want.abs() + (256 + 8) * 2.0**-24 * size
+        if interpreted.DEVICE == "cuda":
+            bound += 2.1 * bits * size  # Triton rounds W
+        assert y.dtype == torch.bfloat16 and ((y.double() - want).abs() <= bound).all()
+    assert kernels().decoded(tensors, key, rule, 17) is None
+    monkeypatch.delattr(kernels().cuda_products, "product")  # which would read float32 as bfloat16
+    apart = kernels().linear(x, tensors, key, [N, 256], bias.float(), [], "", inputs)
+    assert ((apart.double() - want).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("weights", ["int4 channel", "int8 channel symmetric=false", "float4_e2m1fn channel"])
 def test_sums_of_whole_numbers(weights: str) -> None:
     """They are exact: what comes out is the sum in float32, times the two scales."""
@@ -195,6 +248,29 @@ def test_shapes() -> None:
     y = kernels().linear(x, *made("int4 group=17", 34)[1:], [N, 34], None, [], "", "int8 token")
     want = reference(x, *made("int4 group=17", 34)[1:], [N, 34], None, [], "", "int8 token")
     assert torch.allclose(y, want, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs"),
+    [("int4 group=128", ""), ("nvfp4", "nvfp4"), ("nvfp4", "nvfp4-ct"), ("fp4-m2", "float8_e4m3fn token"),
+     ("int4 channel", "int8 token symmetric=false")],
+)  # fmt: skip
+def test_a_second_call_waits_for_no_device(weights: str, inputs: str) -> None:
+    """And brings no numbers to it: a CUDA graph can be made of it."""
+    from nybble.kernels import cuda_products
+
+    _, tensors, key = made(weights, 256)
+    for m in (1, 20):
+        x = torch.randn(m, 256, device=interpreted.DEVICE).bfloat16()
+        given = (x, tensors, key, [N, 256], None)
+
+        def call(given: Any = given) -> Tensor:
+            found: Tensor = kernels().linear(*given, [], "", inputs) if inputs else cuda_products.linear(*given)
+            return found
+
+        call()
+        with NeverWaits():
+            call()
 
 
 def test_the_schemas_hold() -> None:

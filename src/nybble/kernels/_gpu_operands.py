@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from nybble.formats import NumberFormat
 from nybble.formats.integer import IntFormat
 from nybble.granularity import make_granularity
+from nybble.kernels._gpu import Launches
 from nybble.kernels._places import kept_with
 from nybble.nn.products import qtensor_of
 from nybble.ops.rounding import decode
@@ -85,6 +87,16 @@ class Weight:
     def _halved(self) -> Tensor:
         """Scales of twice E2M1's values, which are whole."""
         return self.scale / 2
+
+    @cached_property
+    def launches(self) -> Launches:
+        """What Triton compiled for products with it."""
+        return Launches()
+
+    @cached_property
+    def routes(self) -> dict[Hashable, Any]:
+        """How products with it go, as :mod:`nybble.kernels.gpu_quantized` found."""
+        return {}
 
     @property
     def block(self) -> int:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nybble.kernels._gpu import INTERPRETED, shared
+from nybble.kernels._gpu import INTERPRETED, aligned, shared
 from nybble.kernels._gpu_operands import BF16, BYTE, DOT_DTYPES, FP8, INT8, Weight
 from nybble.kernels.gpu_quantizers import Rows
 
@@ -96,6 +96,51 @@ def _value(byte, HIGH: tl.constexpr, CODE: tl.constexpr, FLIP: tl.constexpr, ASS
 
 
 @triton.jit
+def _brain(byte, HIGH: tl.constexpr):
+    """Four bits of E2M1 as bfloat16, four bytes at a time: its bits in bfloat16's places, which are 2^126 too small."""
+    if HIGH:
+        found = tl.inline_asm_elementwise(
+            "{ .reg .b32 t, u, z, p; mov.b32 z, 0x80008000; mov.b32 p, 0x7E807E80; "
+            "prmt.b32 t, $2, 0, 0x4140; and.b32 u, t, 0x00700070; shl.b32 u, u, 2; and.b32 t, t, 0x00800080; "
+            "shl.b32 t, t, 8; or.b32 t, t, u; fma.rn.bf16x2 $0, t, p, z; "
+            "prmt.b32 t, $2, 0, 0x4342; and.b32 u, t, 0x00700070; shl.b32 u, u, 2; and.b32 t, t, 0x00800080; "
+            "shl.b32 t, t, 8; or.b32 t, t, u; fma.rn.bf16x2 $1, t, p, z; }",
+            "=r,=r,r", [byte], tl.bfloat16, True, 4,
+        )  # fmt: skip
+    else:
+        found = tl.inline_asm_elementwise(
+            "{ .reg .b32 t, u, z, p; mov.b32 z, 0x80008000; mov.b32 p, 0x7E807E80; "
+            "prmt.b32 t, $2, 0, 0x4140; and.b32 u, t, 0x00070007; shl.b32 u, u, 6; and.b32 t, t, 0x00080008; "
+            "shl.b32 t, t, 12; or.b32 t, t, u; fma.rn.bf16x2 $0, t, p, z; "
+            "prmt.b32 t, $2, 0, 0x4342; and.b32 u, t, 0x00070007; shl.b32 u, u, 6; and.b32 t, t, 0x00080008; "
+            "shl.b32 t, t, 12; or.b32 t, t, u; fma.rn.bf16x2 $1, t, p, z; }",
+            "=r,=r,r", [byte], tl.bfloat16, True, 4,
+        )  # fmt: skip
+    return found
+
+
+@triton.jit
+def _doubled(byte, HIGH: tl.constexpr):
+    """Four bits of E2M1, times two, as int8: looked up in eight bytes and in their negatives, four at a time."""
+    if HIGH:
+        found = tl.inline_asm_elementwise(
+            "{ .reg .b32 t, u, p, n; shr.b32 t, $1, 4; and.b32 t, t, 0x07070707; shr.b32 u, t, 4; or.b32 t, t, u; "
+            "prmt.b32 t, t, 0, 0x4420; mov.b32 p, 0x03020100; prmt.b32 p, p, 0x0C080604, t; mov.b32 n, 0xFDFEFF00; "
+            "prmt.b32 n, n, 0xF4F8FAFC, t; prmt.b32 u, $1, 0, 0xBA98; lop3.b32 $0, p, n, u, 0xD8; }",
+            "=r,r", [byte], tl.int8, True, 4,
+        )  # fmt: skip
+    else:
+        found = tl.inline_asm_elementwise(
+            "{ .reg .b32 t, u, p, n; and.b32 t, $1, 0x07070707; shr.b32 u, t, 4; or.b32 t, t, u; "
+            "prmt.b32 t, t, 0, 0x4420; mov.b32 p, 0x03020100; prmt.b32 p, p, 0x0C080604, t; mov.b32 n, 0xFDFEFF00; "
+            "prmt.b32 n, n, 0xF4F8FAFC, t; shl.b32 u, $1, 4; prmt.b32 u, u, 0, 0xBA98; "
+            "lop3.b32 $0, p, n, u, 0xD8; }",
+            "=r,r", [byte], tl.int8, True, 4,
+        )  # fmt: skip
+    return found
+
+
+@triton.jit
 def _corrected(part, n, m, g, first, xz, xsum, wz, wsum, groups, XZERO: tl.constexpr, WZERO: tl.constexpr):
     """``sum (x - xz) (w - wz)`` of ``part = sum x w``, int32 [m, n]; where it is the first part of a group."""
     if WZERO:
@@ -165,15 +210,20 @@ def _packed_product(
             x0 = tl.load(even + start, mask=rk[:, None] < left, other=0.0)
             x1 = tl.load(odd + start, mask=rk[:, None] < left, other=0.0)
         if BLOCK > 0 or DOT == 2 or (DOT == 1 and CODE == 1) or (DOT == 0 and CODE == 2):
-            low, high = _value(byte, False, CODE, FLIP, ASSEMBLED), _value(byte, True, CODE, FLIP, ASSEMBLED)
+            if DOT == 2 and CODE == 2 and ASSEMBLED:
+                low, high = _brain(byte, False), _brain(byte, True)
+            elif DOT == 0 and ASSEMBLED:
+                low, high = _doubled(byte, False), _doubled(byte, True)
+            else:
+                low, high = _value(byte, False, CODE, FLIP, ASSEMBLED), _value(byte, True, CODE, FLIP, ASSEMBLED)
             if BLOCK > 0:
                 count: tl.constexpr = BK * 2 // BLOCK if BK * 2 > BLOCK else 1
                 block = start * 2 // BLOCK + tl.arange(0, count)
                 at = inner + n.to(tl.int64)[:, None] * (k // BLOCK) + block[None, :]
-                by = tl.load(at, mask=block[None, :] < k // BLOCK, other=0.0)
+                by = tl.load(at, mask=block[None, :] < k // BLOCK, other=0.0).to(low.dtype)  # exact
                 by = tl.reshape(tl.broadcast_to(by[:, :, None], (BN, count, BK // count)), (BN, BK))
                 low, high = low * by, high * by
-            if DOT == 0:
+            if DOT == 0 and not ASSEMBLED:
                 low, high = low * 2.0, high * 2.0  # E2M1's values, whole
             if DOT == 2 and not ASSEMBLED:
                 x0, x1 = x0.to(tl.float32), x1.to(tl.float32)
@@ -300,13 +350,25 @@ def _expand(
             if FLIP:
                 value = (byte ^ 0x80).to(tl.int8, bitcast=True).to(tl.float32)
     else:
-        low, high = _value(byte, False, CODE, FLIP, ASSEMBLED), _value(byte, True, CODE, FLIP, ASSEMBLED)
+        if CODE == 2 and ASSEMBLED and out.dtype.element_ty == tl.bfloat16:
+            low, high = _brain(byte, False), _brain(byte, True)
+        else:
+            low, high = _value(byte, False, CODE, FLIP, ASSEMBLED), _value(byte, True, CODE, FLIP, ASSEMBLED)
         value = tl.interleave(low, high)
         to = tl.program_id(0).to(tl.int64) * (2 * BYTES) + tl.arange(0, 2 * BYTES)
         inside = to < 2 * count
     if BLOCK > 0:
-        value = value * tl.load(inner + to // BLOCK, mask=inside, other=0.0)
-    value = value * FACTOR
+        wide: tl.constexpr = BYTES if CODE == 0 else 2 * BYTES
+        if wide % BLOCK == 0:  # each scale is read once
+            each: tl.constexpr = wide // BLOCK
+            block = tl.program_id(0).to(tl.int64) * each + tl.arange(0, each)
+            many = count if CODE == 0 else 2 * count
+            by = tl.load(inner + block, mask=block * BLOCK < many, other=0.0).to(value.dtype)
+            value = tl.reshape(tl.reshape(value, (each, BLOCK)) * by[:, None], (wide,))
+        else:
+            value = value * tl.load(inner + to // BLOCK, mask=inside, other=0.0)
+    if FACTOR != 1.0:
+        value = value * FACTOR
     tl.store(out + to, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -442,15 +504,20 @@ def _inside(
     if tma:
         x = TensorDescriptor.from_tensor(x.view(2 * count, -1), [bm, bk])
         codes = TensorDescriptor.from_tensor(codes, [bn, bk])
-    _packed_product[(triton.cdiv(count, bm) * triton.cdiv(weight.n, bn),)](
-        x, codes, out, rows.scale, _or(rows.zero, none), _or(rows.sums, none), scale,
-        _or(weight.zero, none), _or(weight.sums, none), _or(by, none), _or(bias, none), count, weight.n,
-        out.stride(0), rows.codes.stride(0), k=weight.k, DOT=dot, CODE=weight.code, FLIP=weight.flip != 0,
-        GROUPS=groups, BLOCK=0 if by is None else weight.block, XZERO=rows.zero is not None,
-        WZERO=weight.zero is not None, XMANY=rows.scale.numel() > 1, BIAS=bias is not None,
-        PROMOTED=min(promote, bk), ASSEMBLED=not INTERPRETED, TMA=tma, BM=bm, BN=bn, BK=bk, num_warps=tile.warps,
-        num_stages=tile.stages,
+    args = (
+        x, codes, out, rows.scale, _or(rows.zero, none), _or(rows.sums, none), scale, _or(weight.zero, none),
+        _or(weight.sums, none), _or(by, none), _or(bias, none),
     )  # fmt: skip
+    many = rows.scale.numel() > 1
+    sides = (many, rows.zero is None, rows.sums is None, None if bias is None else bias.dtype, aligned(bias))
+    weight.launches((count, out.dtype, dot, promote, tile, sides), _packed_product, args, lambda: (
+        (count, weight.n, out.stride(0), rows.codes.stride(0)),
+        (-(-count // bm) * -(-weight.n // bn), 1, 1),
+        {"k": weight.k, "DOT": dot, "CODE": weight.code, "FLIP": weight.flip != 0, "GROUPS": groups,
+         "BLOCK": 0 if by is None else weight.block, "XZERO": rows.zero is not None, "WZERO": weight.zero is not None,
+         "XMANY": many, "BIAS": bias is not None, "PROMOTED": min(promote, bk), "ASSEMBLED": not INTERPRETED,
+         "TMA": tma, "BM": bm, "BN": bn, "BK": bk, "num_warps": tile.warps, "num_stages": tile.stages},
+    ))  # fmt: skip
     return out
 
 
@@ -468,13 +535,21 @@ def _dense(
     if tma:
         x, codes = (TensorDescriptor.from_tensor(t, [b, bk]) for t, b in ((x, bm), (codes, tile.bn)))
     part = [None if t is None else t[start:stop] for t in (scale, weight.zero, weight.sums, bias)]
-    _product[(triton.cdiv(count, bm) * triton.cdiv(stop - start, tile.bn),)](
-        x, codes, out[:, start:stop], rows.scale, _or(rows.zero, none), _or(rows.sums, none),
-        part[0], _or(part[1], none), _or(part[2], none), _or(part[3], none), count, stop - start, out.stride(0),
-        k=weight.k, DOT=dot, FLIP=flip, GROUPS=groups, XZERO=rows.zero is not None, WZERO=weight.zero is not None,
-        XMANY=rows.scale.numel() > 1, BIAS=bias is not None, PROMOTED=min(promote, bk), ASSEMBLED=not INTERPRETED,
-        TMA=tma, BM=bm, BN=tile.bn, BK=bk, num_warps=tile.warps, num_stages=tile.stages,
+    args = (
+        x, codes, out[:, start:stop], rows.scale, _or(rows.zero, none), _or(rows.sums, none), part[0],
+        _or(part[1], none), _or(part[2], none), _or(part[3], none),
     )  # fmt: skip
+    many = rows.scale.numel() > 1
+    sides = (many, rows.zero is None, rows.sums is None, None if bias is None else bias.dtype, *map(aligned, part))
+    key = (count, stop - start, aligned(args[2]), out.dtype, dot, promote, tile, flip, sides)
+    weight.launches(key, _product, args, lambda: (
+        (count, stop - start, out.stride(0)),
+        (-(-count // bm) * -(-(stop - start) // tile.bn), 1, 1),
+        {"k": weight.k, "DOT": dot, "FLIP": flip, "GROUPS": groups, "XZERO": rows.zero is not None,
+         "WZERO": weight.zero is not None, "XMANY": many, "BIAS": bias is not None, "PROMOTED": min(promote, bk),
+         "ASSEMBLED": not INTERPRETED, "TMA": tma, "BM": bm, "BN": tile.bn, "BK": bk, "num_warps": tile.warps,
+         "num_stages": tile.stages},
+    ))  # fmt: skip
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

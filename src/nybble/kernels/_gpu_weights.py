@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -58,6 +58,7 @@ class Weight:
         table: float32 [2**bits].
         group, across, share: columns of a block, blocks in a row, rows that share them.
         zero, offset: a number a block, or None: value = (code's - zero) * scale + offset.
+        kept: what was found out about calls with it, by whoever makes them.
     """
 
     n: int
@@ -74,6 +75,7 @@ class Weight:
     scales: Scales
     zero: Tensor | None
     offset: Tensor | None
+    kept: dict[Any, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     @property
     def unit(self) -> int:

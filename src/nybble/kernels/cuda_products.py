@@ -8,8 +8,7 @@ multiplied with by cuBLAS.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.nn import functional
 from nybble.core.errors import UsageError
 from nybble.kernels import _few_rows
 from nybble.kernels import _triton_products as kernels
+from nybble.kernels._gpu import INTERPRETED, elsewhere
 from nybble.kernels._gpu_weights import TABLE, Weight, weight_of
 from nybble.kernels._places import kept_with
 from nybble.nn.products import packed_linear, qtensor_of, reference
@@ -69,24 +69,36 @@ def linear(x: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int],
         UsageError: x, the weight and the bias are of shapes, dtypes or devices that don't fit each other.
     """
     _check(x, tensors[0], shape, bias)
-    weight = _weight(tensors, key)
+    weight = weight_kept(tensors, key)
     if not x.numel() or weight is None:
         return reference(x, tensors, key, shape, bias)
-    flat = x.reshape(-1, weight.k).contiguous()
-    with _on(x):
-        made, path = _path(weight, flat.shape[0], x.dtype)
-        if path == "compiled":
-            out = _few_rows.multiply(made, _aligned(flat), weight, bias)
-        elif path == "expanded":
-            out = multiply_expanded(flat, weight, bias)
-        else:
-            out = multiply(flat, weight, bias, tile_of(weight, flat.shape[0]))
-    return out.view(*x.shape[:-1], weight.n)
+    return product(x.reshape(-1, weight.k).contiguous(), weight, bias).view(*x.shape[:-1], weight.n)
+
+
+def product(x: Tensor, weight: Weight, bias: Tensor | None, outer: Tensor | None = None) -> Tensor:
+    """``x [m, k] W^T + bias``, x contiguous, m at least 1; with ``outer``, float32 [1], for the scales' outer one."""
+    if elsewhere(x):
+        with torch.cuda.device(x.device):
+            return _product(x, weight, bias, outer)
+    return _product(x, weight, bias, outer)
+
+
+def _product(x: Tensor, weight: Weight, bias: Tensor | None, outer: Tensor | None) -> Tensor:
+    rows = x.shape[0]
+    made, path = _path(weight, rows, x.dtype)
+    if path == "compiled":
+        return _few_rows.multiply(made, _aligned(x), weight, bias, outer)
+    if outer is not None:
+        scales = replace(weight.scales, outer=outer, outer_block=weight.across * weight.n // weight.share)
+        weight = replace(weight, scales=scales)
+    if path == "expanded":
+        return multiply_expanded(x, weight, bias)
+    return multiply(x, weight, bias, tile_of(weight, rows))
 
 
 def how(tensors: Sequence[Tensor], key: str, shape: Sequence[int]) -> tuple[bool, str]:
     """See ``packed_linear.how``."""
-    weight = _weight(tensors, key)
+    weight = weight_kept(tensors, key)
     if weight is None:
         return False, str(weight_of(qtensor_of(tensors, key)))
     if _path(weight, 1, torch.bfloat16)[1] == "compiled":
@@ -102,6 +114,15 @@ def path_of(weight: Weight, rows: int, dtype: torch.dtype) -> str:
 
 
 def _path(weight: Weight, rows: int, dtype: torch.dtype) -> tuple[Any, str]:
+    """What is compiled, if that is taken, and the name of the path; found once for so many rows of a dtype."""
+    key = (min(rows, ROWS + 1), dtype, COMPILED)
+    if key not in weight.kept:
+        weight.kept[key] = _find_path(weight, rows, dtype)
+    found: tuple[Any, str] = weight.kept[key]
+    return found
+
+
+def _find_path(weight: Weight, rows: int, dtype: torch.dtype) -> tuple[Any, str]:
     if COMPILED and rows <= (FEW_LOOKED_UP if weight.kind == TABLE else FEW) and weight.codes.is_cuda:
         kind = _few_rows.kind_of(weight, dtype, rows)
         made = None if isinstance(kind, str) else _few_rows.library(kind)
@@ -152,6 +173,7 @@ def multiply(x: Tensor, weight: Weight, bias: Tensor | None, tile: Tile) -> Tens
     parts = -(-row_units // (steps * tile.units))
     to = out if parts == 1 else x.new_empty(parts, m, n, dtype=torch.float32)
     apart = x.view(m, row_units, weight.unit).permute(2, 0, 1).contiguous()
+    apart = apart.float() if INTERPRETED else apart  # the interpreter has no products of bfloat16
     kernels.rows_of[grid, -(-m // tile.lines), parts](
         apart,
         *given[1:],
@@ -244,11 +266,7 @@ def _check(x: Tensor, codes: Tensor, shape: Sequence[int], bias: Tensor | None) 
         )
 
 
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def _weight(tensors: Sequence[Tensor], key: str) -> Weight | None:
+def weight_kept(tensors: Sequence[Tensor], key: str) -> Weight | None:
     """The record of a weight, made once; None where the kernels can't read it."""
     return kept_with(tensors, key, _PLAN, lambda: _made(tensors, key))
 

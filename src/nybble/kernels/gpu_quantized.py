@@ -12,8 +12,11 @@ from torch import Tensor
 
 from nybble.kernels import _gpu_tiles as tiles
 from nybble.kernels import gpu_quantizers as quantizers
+from nybble.kernels._gpu import elsewhere
 from nybble.kernels._gpu_operands import BF16, BYTE, DOT_DTYPES, FP8, INT4, INT8, Weight, weight_of
 from nybble.kernels._gpu_operands import E2M1 as E2M1_CODES
+from nybble.kernels._gpu_weights import PLAIN
+from nybble.kernels._gpu_weights import Weight as Decoded
 from nybble.kernels.gpu_quantizers import E2M1, E4M3, INT, Rows
 from nybble.nn.compiled import quantizer_of, static_params
 from nybble.nn.float_products import float_linear
@@ -28,8 +31,14 @@ from nybble.scales.minmax import MinMax
 from nybble.scales.pow2 import Pow2
 from nybble.scales.two_level import TwoLevel
 
+try:
+    from nybble.kernels import cuda_products
+
+    DECODED = cuda_products.FEW
+except ImportError:  # it needs a later Triton, and is named by whoever loads it
+    DECODED = 0
 FEW = 64
-"""Rows of x up to which a packed weight is decoded inside the product."""
+"""Rows of x up to which a packed weight is decoded inside the product; with scales of blocks, above DECODED."""
 _NAMES = {INT8: "INT8", FP8: "FP8", BF16: "bfloat16"}
 _E8M0 = "float8_e8m0fnu scale=one"
 _NVFP4 = "float8_e4m3fn floor=normal"
@@ -106,9 +115,9 @@ def rows_of(x: Tensor, parts: Sequence[Tensor], names: str, line: str, dot: int,
     """
     rule = rounder_of(line)
     assert rule is not None
-    params = static_params(quantizer_of(line), dict(zip(names.split(), parts, strict=True)))
+    params = _static(line, parts, names)
     if rule.cores == BF16:
-        return _planes(_rows_of_blocks(x, rule, line, params), planes)
+        return _rows_of_blocks(x, rule, line, params, planes=planes)
     given = None if rule.measured else _given(x, line, params)
     return quantizers.tokens(
         x, rule.kind, rule.low, rule.high, target=rule.target, given=given,
@@ -117,7 +126,14 @@ def rows_of(x: Tensor, parts: Sequence[Tensor], names: str, line: str, dot: int,
     )  # fmt: skip
 
 
-def _rows_of_blocks(x: Tensor, rule: Rounder, line: str, params: Any) -> Rows:
+def _static(line: str, parts: Sequence[Tensor], names: str) -> Any:
+    """Parameters of a static quantizer; None of one that measures."""
+    return static_params(quantizer_of(line), dict(zip(names.split(), parts, strict=True))) if parts else None
+
+
+def _rows_of_blocks(
+    x: Tensor, rule: Rounder, line: str, params: Any, *, times: Tensor | None = None, planes: bool = False
+) -> Rows:
     divisor = None
     scale = quantizer_of(line).scale
     if isinstance(scale, TwoLevel):
@@ -125,16 +141,9 @@ def _rows_of_blocks(x: Tensor, rule: Rounder, line: str, params: Any) -> Rows:
         divisor = known.divisor if isinstance(known, Inverse) else scale.divisor(x.float(), quantizer_of(line).format)
         divisor = divisor.float().reshape(1)
     return quantizers.blocks(
-        x, rule.kind, rule.low, rule.high, group=rule.group, carry=rule.carry, emax=rule.emax, divisor=divisor
-    )
-
-
-def _planes(rows: Rows, planes: bool) -> Rows:
-    """Even and odd columns apart."""
-    if not planes:
-        return rows
-    count, columns = rows.codes.shape
-    return Rows(rows.codes.view(count, columns // 2, 2).permute(2, 0, 1).contiguous(), rows.scale)
+        x, rule.kind, rule.low, rule.high, group=rule.group, carry=rule.carry, emax=rule.emax, divisor=divisor,
+        times=times, planes=planes,
+    )  # fmt: skip
 
 
 def _given(x: Tensor, line: str, params: Any) -> tuple[Tensor, Tensor | None]:
@@ -183,6 +192,14 @@ def route(weight: Weight | str, line: str, rows: int) -> Way | str:
     """How some rows of x go; or why there is no way."""
     if isinstance(weight, str):
         return weight
+    key = (line, rows <= FEW, tiles.USUAL)
+    if key not in weight.routes:
+        weight.routes[key] = _route(weight, line, rows)
+    found: Way | str = weight.routes[key]
+    return found
+
+
+def _route(weight: Weight, line: str, rows: int) -> Way | str:
     rule = rounder_of(line)
     if rule is None:
         return f"activations by {line}"
@@ -201,6 +218,25 @@ def route(weight: Weight | str, line: str, rows: int) -> Way | str:
     return Way(dot, planes, group, tiles.EXACT if exact else tiles.USUAL)
 
 
+def decoded(tensors: Sequence[Tensor], key: str, rule: Rounder | None, rows: int) -> Decoded | None:
+    """A weight by which a few rows in bfloat16, exact but for one scale, are multiplied as any others; or None."""
+    if rule is None or rule.cores != BF16 or not 0 < rows <= DECODED:
+        return None
+    weight = cuda_products.weight_kept(tensors, key)
+    if weight is None or not weight.whole or weight.k % rule.group:
+        return None
+    scales = weight.scales
+    return weight if rule.emax or (scales.how != PLAIN and scales.outers < 2 and scales.add is None) else None
+
+
+def _by_blocks(x: Tensor, weight: Decoded, bias: Tensor | None, rule: Rounder, line: str, params: Any) -> Tensor:
+    """The product of few rows: their own scale, where they have one, goes to that of the weight's scales."""
+    if rule.emax:
+        return cuda_products.product(_rows_of_blocks(x, rule, line, params).codes, weight, bias)
+    found = _rows_of_blocks(x, rule, line, params, times=weight.scales.outer)
+    return cuda_products.product(found.codes, weight, bias, found.scale)
+
+
 def linear(
     x: Tensor,
     tensors: Sequence[Tensor],
@@ -213,10 +249,18 @@ def linear(
 ) -> Tensor:
     """See :func:`nybble.nn.integer_products.reference`."""
     n, k = shape
+    rows, rule = x.numel() // k, rounder_of(line)
+    if elsewhere(x):
+        with torch.cuda.device(x.device):
+            return linear(x, tensors, key, shape, bias, parts, names, line)
+    brain = x.dtype == torch.bfloat16 and (bias is None or bias.dtype == x.dtype)
+    few = decoded(tensors, key, rule, rows) if brain else None
+    if few is not None and rule is not None and x.shape[-1] == k and (few.n, few.k) == (n, k):
+        params = _static(line, parts, names)
+        return _by_blocks(x.reshape(rows, k).contiguous(), few, bias, rule, line, params).view(*x.shape[:-1], n)
     weight = weight_of(tensors, key)
     if x.shape[-1] != k or (isinstance(weight, Weight) and (weight.n, weight.k) != (n, k)):
         raise RuntimeError(f"x {list(x.shape)} and a weight {[n, k]} don't fit together.")
-    rows = x.numel() // k
     way = route(weight, line, rows)
     if isinstance(way, str) or isinstance(weight, str) or not rows:
         return packed_linear(rounded(x, parts, names, line), tensors, key, shape, bias)
@@ -229,6 +273,8 @@ def how(
     tensors: Sequence[Tensor], key: str, shape: Sequence[int], parts: Sequence[Tensor], names: str, line: str
 ) -> tuple[bool, str]:
     """See ``integer_linear.how``."""
+    if decoded(tensors, key, rounder_of(line), 1) is not None:
+        return cuda_products.how(tensors, key, shape)
     way = route(weight_of(tensors, key), line, 1)
     return (False, way) if isinstance(way, str) else (True, f"Triton, {_NAMES[way.dot]} tensor cores")
 

@@ -15,11 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nybble.kernels._gpu import shared
+from nybble.kernels._gpu import Launches, aligned, shared
 
 INT, E4M3, E2M1 = 0, 1, 2
 """How a kernel rounds: to integers between two bounds, to E4M3, to E2M1."""
 _LONGEST = 8192
+_ALONE = 1 << 15
+"""Elements up to which each program finds the tensor's largest magnitude by itself: no second launch."""
+_SHARES = 512
+_launches = Launches()
 
 
 @dataclass(frozen=True)
@@ -167,10 +171,21 @@ def _tokens(
 
 
 @triton.jit
-def _largest(x, out, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    v = tl.load(x + at, mask=at < count, other=0.0).to(tl.float32)
-    tl.atomic_max(out, tl.max(_magnitude(v), 0))
+def _largest_of(x, first, last, BLOCK: tl.constexpr):
+    """Of elements ``first`` to ``last``, the bits of the largest magnitude."""
+    bits = tl.zeros((BLOCK,), tl.int32)
+    for start in range(first, last, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        v = tl.load(x + at, mask=at < last, other=0.0).to(tl.float32)
+        bits = tl.maximum(bits, _magnitude(v))
+    return tl.max(bits, 0)
+
+
+@triton.jit
+def _largest(x, out, count, share, BLOCK: tl.constexpr):
+    """Of each program's share."""
+    first = tl.program_id(0).to(tl.int64) * share
+    tl.store(out + tl.program_id(0), _largest_of(x, first, tl.minimum(first + share, count), BLOCK))
 
 
 @triton.jit
@@ -190,14 +205,19 @@ def _lost(v, scale, unit, low, high, KIND: tl.constexpr):
 
 @triton.jit
 def _blocks(
-    x, out, outer_out, outer_in, largest, count, target, low, high, carry, emax,
-    KIND: tl.constexpr, RULE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    x, out, outer_out, outer_in, largest, times, count, target, low, high, carry, emax,
+    KIND: tl.constexpr, RULE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr,
+    TIMES: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
-    """RULE 0: powers of two; 1: the better of two; 2: E4M3 over the tensor's scale; 3: E4M3 over a divisor."""
+    """RULE 0: powers of two; 1: the better of two; 2: E4M3 over the tensor's scale; 3: E4M3 over a divisor.
+
+    The tensor's largest magnitude is that of SHARES, or with 0 looked for by every program.
+    """
     block = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     at = block[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     v = tl.load(x + at, mask=block[:, None] < count, other=0.0).to(tl.float32)
     bits = tl.max(_magnitude(v), 1)[:, None]
+    outer = 1.0
     if RULE == 0:
         short = _power(bits, carry, emax)
         by = short
@@ -210,7 +230,10 @@ def _blocks(
     else:
         raw = tl.math.div_rn(bits.to(tl.float32, bitcast=True), target)
         if RULE == 2:
-            top = tl.load(largest)
+            if SHARES > 0:
+                top = tl.max(tl.load(largest + tl.arange(0, SHARES)), 0)
+            else:
+                top = _largest_of(x, 0, count * GROUP, 4096)
             outer = tl.math.div_rn(tl.math.div_rn(top.to(tl.float32, bitcast=True), target), 448.0)
             outer = tl.where(outer == 0, 1.0, outer)
             outer = tl.where(top >= 0x7F800000, float("nan"), outer)
@@ -224,10 +247,13 @@ def _blocks(
             by = tl.math.div_rn(short, tl.broadcast_to(divisor, short.shape))
             outer = tl.math.div_rn(1.0, divisor)
             short = tl.where(bits > 0x7F800000, float("nan"), short)
-        tl.store(outer_out, outer)
+    if TIMES:
+        outer = outer * tl.load(times)
+    tl.store(outer_out, outer)
     by = tl.where(by == 0, 1.0, by)
     y = _on_grid(tl.math.div_rn(v, tl.broadcast_to(by, v.shape)), low, high, KIND)
-    tl.store(out + at, (y * short).to(out.dtype.element_ty), mask=block[:, None] < count)
+    to = (at & 1) * (count * GROUP // 2) + (at >> 1) if PLANES else at
+    tl.store(out + to, (y * short).to(out.dtype.element_ty), mask=block[:, None] < count)
 
 
 def tokens(
@@ -272,13 +298,19 @@ def tokens(
     scale_in, zero_in = (scale, None) if given is None else given
     block = _row_block(columns, group)
     if rows:
-        _tokens[(rows,)](
+        args = (
             x, codes, scale, scale if zeros is None else zeros, scale if sums is None else sums,
-            scale_in, scale_in if zero_in is None else zero_in, rows, x.stride(0), target, low, high, shift, factor,
-            columns=columns, KIND=kind, GIVEN=given is not None, MANY=many, ZERO=zero, INSIDE=inside,
-            SHIFTED=shift > 0, PLANES=planes, GROUP=group, BLOCK=block, num_warps=min(8, max(1, block // 512)),
-            enable_fp_fusion=False,
+            scale_in, scale_in if zero_in is None else zero_in,
         )  # fmt: skip
+        told = (rows, columns, x.stride(0), kind, target, low, high, asymmetric, inside, dtype, planes, group)
+        sides = None if given is None else (many, aligned(scale_in), aligned(zero_in))
+        _launches((x.device, x.dtype, aligned(x), told, sides), _tokens, args, lambda: (
+            (rows, x.stride(0), target, low, high, shift, factor),
+            (rows, 1, 1),
+            {"columns": columns, "KIND": kind, "GIVEN": given is not None, "MANY": many, "ZERO": zero, "INSIDE": inside,
+             "SHIFTED": shift > 0, "PLANES": planes, "GROUP": group, "BLOCK": block,
+             "num_warps": min(8, max(1, block // 512)), "enable_fp_fusion": False},
+        ))  # fmt: skip
     return Rows(codes, scale, zeros, sums)
 
 
@@ -296,6 +328,8 @@ def blocks(
     carry: int | None = None,
     emax: int = 0,
     divisor: Tensor | None = None,
+    times: Tensor | None = None,
+    planes: bool = False,
 ) -> Rows:
     """A scale a block of a row: powers of two where ``carry`` or ``emax`` say how, else E4M3.
 
@@ -308,23 +342,34 @@ def blocks(
         carry: of :func:`nybble.ops.scaling.pow2_carry`; None with ``emax``: the better of two scales.
         emax: exponent of the largest binade of the grid; 0: E4M3 scales.
         divisor: float32 [1], calibrated (NVFP4 as compressed-tensors has it); None measures the tensor's scale.
+        times: float32 [1], by which the returned scale is multiplied.
+        planes: even and odd columns apart.
 
     Returns:
         bfloat16 values times block scales, exact; the scale is what E4M3 scales are multiplied with.
     """
-    out = torch.empty_like(x, dtype=torch.bfloat16)
+    rows, columns = x.shape
+    out = x.new_empty((2, rows, columns // 2) if planes else (rows, columns), dtype=torch.bfloat16)
     count = x.numel() // group
     rule = (0 if carry is not None else 1) if emax else (2 if divisor is None else 3)
-    outer = (torch.ones if rule < 2 else torch.empty)(1, dtype=torch.float32, device=x.device)
-    largest = torch.zeros(1, dtype=torch.int32, device=x.device) if rule == 2 else outer
+    outer = x.new_empty(1, dtype=torch.float32)
     if not count:
-        return Rows(out, outer)
-    if rule == 2:
-        _largest[(triton.cdiv(x.numel(), 8192),)](x, largest, x.numel(), BLOCK=8192)
-    per = max(1, 4096 // group)
-    _blocks[(triton.cdiv(count, per),)](
-        x, out, outer, outer if divisor is None else divisor, largest, count, float(high), float(low), float(high),
-        carry or 0, emax,
-        KIND=kind, RULE=rule, GROUP=group, BLOCK=per, enable_fp_fusion=False,
-    )  # fmt: skip
+        return Rows(out, outer.fill_(1))
+    largest, shares, where = outer, 0, (x.device, x.dtype, aligned(x))
+    if rule == 2 and x.numel() > _ALONE:
+        shares = min(_SHARES, shared(-(-x.numel() // 4096)))
+        largest = x.new_empty(shares, dtype=torch.int32)
+        each = -(-x.numel() // shares)
+        _launches((*where, x.numel(), shares), _largest, (x, largest), lambda: (
+            (x.numel(), each), (shares, 1, 1), {"BLOCK": 4096},
+        ))  # fmt: skip
+    per = max(1, (4096 if x.numel() > _ALONE else 1024) // group)
+    args = (x, out, outer, outer if divisor is None else divisor, largest, outer if times is None else times)
+    told = (count, low, high, carry, emax, kind, rule, group, per, shares, planes)
+    _launches((*where, told, aligned(divisor), aligned(times)), _blocks, args, lambda: (
+        (count, float(high), float(low), float(high), carry or 0, emax),
+        (-(-count // per), 1, 1),
+        {"KIND": kind, "RULE": rule, "GROUP": group, "BLOCK": per, "SHARES": shares, "TIMES": times is not None,
+         "PLANES": planes, "enable_fp_fusion": False},
+    ))  # fmt: skip
     return Rows(out, outer)

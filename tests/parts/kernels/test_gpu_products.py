@@ -36,11 +36,12 @@ def packed(line: str, n: int, k: int) -> QTensor:
 
 @pytest.mark.slow
 @pytest.mark.skipif(triton is None, reason="needs Triton")
-def test_by_the_interpreter() -> None:
-    """In a process of its own: Triton asks for it when it is first imported."""
-    tests = Path(__file__).with_name("interpreted.py")
+@pytest.mark.parametrize(("name", "environment"), [("interpreted", {"TRITON_INTERPRET": "1"}), ("compiled", {})])
+def test_by_triton(name: str, environment: dict[str, str]) -> None:
+    """In a process of its own: whether kernels are interpreted is asked when they are first imported."""
+    tests = Path(__file__).with_name(f"{name}.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(tests)]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[3])
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
@@ -51,6 +52,7 @@ def compile_for_hopper(kernel: Any, *given: Any, num_warps: int = 4, num_stages:
     from triton.compiler import ASTSource
 
     names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+    names |= {torch.float8_e4m3fn: "*fp8e4nv", torch.uint8: "*u8"}
     signature, constants, values = {}, {}, dict(zip(kernel.arg_names, given, strict=False)) | meta
     for at, name in enumerate(kernel.arg_names):
         value = values[name]
@@ -58,7 +60,7 @@ def compile_for_hopper(kernel: Any, *given: Any, num_warps: int = 4, num_stages:
         if kernel.params[at].is_constexpr:
             signature[name], constants[(at,)] = "constexpr", value
     source = ASTSource(kernel, signature, constants)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}  # as of old
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert made.asm["cubin"]
 
@@ -174,3 +176,29 @@ def test_the_compiled_kernels_on_a_cpu(
     exact, size = x.double() @ w.T + bias.double(), x.double().abs() @ w.abs().T
     bound = 2 * eps * exact.abs() + (2.1 * eps + k * 2.0**-24) * size
     assert bool(((out.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_calls_keep_what_they_share(host: Callable[[_few_rows.Kind], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a weight and a number of rows; x, the bias and a scale that multiplies the others are each call's own."""
+    monkeypatch.setattr(_few_rows, "_stream", lambda device: None)
+    monkeypatch.setattr(_few_rows, "_processors", lambda device: 2)
+    weight = packed("nvfp4", 40, 288)
+    record = weight_of(weight)
+    assert isinstance(record, Weight)
+    kind = _few_rows.kind_of(record, torch.bfloat16, 2)
+    assert isinstance(kind, tuple)
+    run, calls = host(kind), 0
+    w, eps = weight.dequantize().double(), torch.finfo(torch.bfloat16).eps / 2
+    for m, biased, by in ((2, True, None), (2, False, 3.0), (1, True, None), (2, True, 0.5)):
+        x, bias = torch.randn(m, 288).bfloat16(), torch.randn(40).bfloat16()
+        assert isinstance(record.scales.outer, torch.Tensor)
+        outer = None if by is None else record.scales.outer * by
+        made = (run, dict(zip(_few_rows.SHAPES, SHAPES, strict=True)))
+        y = _few_rows.multiply(made, x, record, bias if biased else None, outer)
+        exact = x.double() @ w.T * (by or 1) + (bias.double() if biased else 0)
+        size = x.double().abs() @ w.abs().T * (by or 1)
+        assert bool(((y.double() - exact).abs() <= 2 * eps * exact.abs() + (2.1 * eps + 2.0**-15) * size).all())
+        calls += 1
+    assert len(record.kept) == 2 < calls

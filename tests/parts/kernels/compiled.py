@@ -1,0 +1,32 @@
+"""Kernels with instructions that no interpreter has, as Triton compiles them for a GPU that isn't there."""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+
+import pytest
+import torch
+import triton
+from tests.parts.kernels.test_gpu_products import compile_for_hopper, packed
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs"),
+    [("nvfp4", "nvfp4"), ("float4_e2m1fn channel", "int8 token"), ("fp4-m2", "float8_e4m3fn token")],
+)
+def test_triton_compiles_two_rounded_operands(weights: str, inputs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the instructions of their own that no interpreter has."""
+    gpu, tiles = (importlib.import_module(f"nybble.kernels.{name}") for name in ("gpu_quantized", "_gpu_tiles"))
+    operands, rows = (importlib.import_module(f"nybble.kernels.{name}") for name in ("_gpu_operands", "gpu_quantizers"))
+    assert not tiles.INTERPRETED
+    monkeypatch.setattr(
+        triton.runtime.jit.JITFunction, "__getitem__", lambda self, grid: partial(compile_for_hopper, self)
+    )
+    record = operands.plan(packed(weights, 64, 256))
+    way = gpu.route(record, inputs, 20)
+    codes = torch.zeros(2, 20, 128).to(operands.DOT_DTYPES[way.dot])
+    scale, by, factor = record.on(way.dot)
+    x = rows.Rows(codes, torch.ones(1))
+    tiles._inside(x, record, way.dot, way.promote, scale, by, None, torch.zeros(20, 64).bfloat16())
+    tiles.expand(record, by, factor, torch.zeros(64, 256).to(codes.dtype), 0, 64)
