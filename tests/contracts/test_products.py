@@ -15,7 +15,7 @@ from tests.contracts import compiled
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nybble.core.errors import FormatError, SchemeError, UsageError
+from nybble.core.errors import FormatError, SchemeError, TokenError, UsageError
 from nybble.formats import format_names, get_format
 from nybble.kernels import _library, cpu_products
 from nybble.kernels._weights import Weight, weight_of
@@ -186,7 +186,7 @@ def test_rows_of_a_table(line: str, isa: int) -> None:
         assert torch.equal(table.weight.rows(ids, dtype), want) and table.to(dtype)(ids).dtype == dtype
     assert table(ids[:0]).shape == (0, 3, COLUMNS)
     for wrong in (-1, ROWS):
-        with pytest.raises(IndexError, match=f"a table of {ROWS} rows"):
+        with pytest.raises(TokenError, match=f"a table of {ROWS} rows"):
             table(torch.tensor([3, wrong]))
 
 
@@ -223,23 +223,6 @@ def test_replaced_tensors_are_seen() -> None:
     assert torch.equal(packed_linear(x, list(tensors.values()), key, shape, None), 2 * before)
     tensors["scale"] = tensors["scale"] * 2
     assert torch.equal(packed_linear(x, list(tensors.values()), key, shape, None), 4 * before)
-
-
-@pytest.mark.parametrize("given", ["columns", "device", "shape"])
-def test_what_does_not_fit_is_an_error(given: str) -> None:
-    weight = packed("int4 group=32")
-    tensors = weight.tensors()
-    key, x, shape = key_of(weight.spec(), list(tensors)), torch.randn(1, COLUMNS), list(weight.shape)
-    if given == "columns":
-        x = torch.randn(1, COLUMNS + 16)
-    elif given == "shape":
-        shape = [ROWS, COLUMNS + 16]
-    else:
-        x = x.to("meta")
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        found = packed_linear(x, list(tensors.values()), key, shape, None)
-        assert found.device.type != "meta" or found.shape == (1, ROWS)
-        raise RuntimeError("meta tensors have no values") if given == "device" else AssertionError("was multiplied")
 
 
 def test_the_schema_and_the_fake_hold() -> None:

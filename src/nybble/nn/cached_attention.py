@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from nybble.nn.compiled import quantizer_of
 from nybble.nn.kv_rows import TokenRows, rows_to_qtensor, skeleton_of
+from nybble.nn.operands import check_attention
 from nybble.ops.loader import load_at_first_use
 from nybble.qtensor.block import BlockQTensor
 
@@ -66,6 +67,7 @@ def cached_attention(
         [batch, heads, queries, width of values], of the dtype of the query. A kernel adds up in float32 and rounds
         neither scales of whole tokens nor scores to it, so its result differs from the exact one by no more than this.
     """
+    check_attention("cached_attention", query, keys, values, (newest_keys, newest_values), mask)
     k = _read(keys, key_names, key_line, newest_keys)
     v = _read(values, value_names, value_line, newest_values)
     return functional.scaled_dot_product_attention(query, k, v, mask, scale=scaling, enable_gqa=True).contiguous()
@@ -73,6 +75,7 @@ def cached_attention(
 
 @cached_attention.register_fake
 def _(query: Tensor, *others: Any) -> Tensor:
+    check_attention("cached_attention", query, others[0], others[3], (others[6], others[7]), others[8])
     return query.new_empty((*query.shape[:3], others[7].shape[3]))
 
 
