@@ -203,6 +203,8 @@ OPERATORS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "fake_quantize": lambda: (torch.randn(64, 2).t(), [torch.ones(1)], "scale", "int8 tensor static"),
     "fake_quantize_backward": lambda: (torch.randn(2, 64), torch.randn(64, 2).t(), [], "", "mxfp4"),
     "cached_attention": lambda: tuple(stored(residual=2)),
+    "store_tokens": lambda: (torch.randn(2, 3, 32, 4).mT, "int3 token symmetric=false"),
+    "read_tokens": lambda: (*stored(residual=2)[1:4], stored(residual=2)[7]),
     "experts": lambda: (torch.randn(3, 8), torch.zeros(3, 2).long(), torch.ones(3, 2), OWNER.key),
 }
 

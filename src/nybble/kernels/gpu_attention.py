@@ -19,7 +19,8 @@ from torch import Tensor
 from nybble.formats.integer import IntFormat
 from nybble.kernels._gpu import INTERPRETED, shared
 from nybble.kernels._gpu_tiles import _value
-from nybble.nn.cached_attention import cached_attention, stored_rows
+from nybble.nn.cached_attention import cached_attention
+from nybble.nn.kv_operators import stored_rows
 from nybble.nn.operands import check_attention
 from nybble.qtensor import dense
 from nybble.qtensor.block import BlockQTensor
