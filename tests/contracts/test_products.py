@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
@@ -255,7 +256,7 @@ def test_a_layer_uses_it_and_a_gradient_does_not(monkeypatch: pytest.MonkeyPatch
         assert torch.allclose(layer(x), y, atol=1e-5) and calls == [1]
 
 
-@pytest.mark.parametrize("fault", ["no compiler", "a compiler that fails", "a broken file"])
+@pytest.mark.parametrize("fault", ["no compiler", "a compiler that fails", "a broken file", "no home"])
 def test_without_the_library_it_says_so_once(fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(_library, "SOURCE", tmp_path / "source")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -264,6 +265,10 @@ def test_without_the_library_it_says_so_once(fault: str, monkeypatch: pytest.Mon
     (tmp_path / "source").mkdir()
     if fault == "a broken file":
         (tmp_path / "source" / _library.file_name()).write_bytes(b"no library")
+    if fault == "no home":  # a user that the system doesn't know
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr(os, "getuid", lambda: 1 << 30)
     _library.library.cache_clear()
     weight, x = packed("int4 group=32"), torch.randn(1, COLUMNS)
     with pytest.warns(RuntimeWarning, match="the compiled CPU kernels aren't there") as said:
@@ -273,7 +278,12 @@ def test_without_the_library_it_says_so_once(fault: str, monkeypatch: pytest.Mon
         multiplied(x, packed("int2 group=32"))
     _library.library.cache_clear()
     assert torch.equal(y, x @ weight.dequantize().T)
-    wanted = {"no compiler": "no C++ compiler", "a compiler that fails": "failed", "a broken file": "packed-"}
+    wanted = {
+        "a compiler that fails": "failed",
+        "a broken file": "packed-",
+        "no home": "XDG_CACHE_HOME would say where",
+    }
+    wanted["no compiler"] = "no C++ compiler"
     assert wanted[fault] in str(said[0].message) and not list(tmp_path.rglob("tmp*"))
 
 
