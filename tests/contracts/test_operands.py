@@ -163,6 +163,7 @@ def stored(keys: str = "int8 token", values: str = "int8 token", residual: int =
         (0, torch.ones(2, 4, 1, 32, dtype=torch.int64), "x in torch.int64"),
         (4, [torch.ones(2, 2, 3, 16, dtype=torch.uint8)], "6 and 3 tokens in all"),
         (7, torch.randn(2, 2, 1, 32), "6 tokens in all"),
+        (8, torch.randn(2, 1, 0, 16), "batch, width or tokens differ"),
         (9, torch.ones(2, 1, 1, 5), r"broadcasts to \[2, 4, 1, 6\]"),
         (9, torch.ones(1, 2, 1, 1, 6), "a mask"),
         (9, torch.ones(6), r"a mask \[6\]"),
