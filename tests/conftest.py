@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
+from tests.contracts import interpreted  # noqa: F401 - says how Triton is to run before anything loads it
 from tests.shapes import check_contracts
 
 from nybble.core.seeds import preserve_global_rng

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nybble.core.errors import SchemeError, did_you_mean
 from nybble.line import split_words
@@ -42,6 +42,8 @@ class KVFormat:
     keys: Quantizer | None
     values: Quantizer | None
     residual: int = 0
+    lines: tuple[str, str] = field(init=False, repr=False, compare=False)
+    """Of keys and values, as operators take them; empty for float."""
 
     def __post_init__(self) -> None:
         if type(self.residual) is not int or self.residual < 0:
@@ -50,6 +52,7 @@ class KVFormat:
             quantizer = getattr(self, side)
             if quantizer is not None:
                 object.__setattr__(self, side, _of_tokens(quantizer))
+        object.__setattr__(self, "lines", tuple(str(getattr(self, side) or "") for side in _SIDES))
 
     @property
     def stores(self) -> bool:

@@ -137,6 +137,16 @@ def test_what_the_modules_have_to_do_they_do(why: str) -> None:
     assert plan_of(packed("llama", "int4 group=32")) is not None
 
 
+def test_what_comes_in_stays() -> None:
+    """A row of a table, say, which a step must not write to."""
+    plan = plan_of(packed("llama", "int4 group=32"))
+    assert plan is not None
+    steps = cpu_decoding.steps(plan, 2, 4)
+    x = torch.randn(2, 128)
+    kept = x.clone()
+    assert steps is not None and not torch.equal(steps(x, 0), x) and torch.equal(x, kept)
+
+
 def test_no_room_is_an_error() -> None:
     decoding = decoding_of(packed("llama", "int4 group=32"), 1, 8)
     assert decoding is not None

@@ -61,6 +61,22 @@ def test_one_query_over_stored_rows(line: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @interpreted.needed
+@pytest.mark.parametrize(
+    "shape", [(2, 6, 1, 150), (1, 6, 1, 1), (6, 1, 150), (1, 150), (2, 1, 1, 150), (1, 1, 1, 1)], ids=str
+)
+def test_any_mask_that_broadcasts(shape: tuple[int, ...]) -> None:
+    """One a head (ALiBi's), of fewer dimensions, of one value for all."""
+    from nybble.kernels import gpu_attention
+
+    layer = filled("int8 token")
+    query, mask = (torch.randn(s, device=interpreted.DEVICE) for s in ((2, 6, 1, 64), shape))
+    keys, values = operands(layer)
+    given = given_of(query, keys, values, mask)
+    want = cached_attention._init_fn(*given)
+    assert torch.allclose(gpu_attention.attend(*given), want, atol=1e-5 if interpreted.DEVICE == "cpu" else 1e-2)
+
+
+@interpreted.needed
 def test_what_the_kernel_cannot_read() -> None:
     from nybble.kernels import gpu_attention
 

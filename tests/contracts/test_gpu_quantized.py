@@ -234,8 +234,6 @@ def test_shapes() -> None:
     half = kernels().linear(x.bfloat16(), tensors, key, [N, 34], None, [], "", "int8 token")
     wide = reference(x.bfloat16().float(), tensors, key, [N, 34], None, [], "", "int8 token")
     assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), wide, rtol=0.01, atol=1e-4)
-    with pytest.raises(RuntimeError, match="don't fit together"):
-        kernels().linear(x, tensors, key, [N, 36], None, [], "", "int8 token")
     for weights, inputs, why in (
         ("int4 group=17", "int8 token", "groups of 17"),
         ("nf4 group=34", "float8_e4m3fn token", "codes in nf4"),

@@ -203,15 +203,6 @@ def _of(weight: QTensor) -> tuple[list[Tensor], str, list[int]]:
     return list(tensors.values()), key_of(weight.spec(), list(tensors)), list(weight.shape)
 
 
-def test_what_does_not_fit_together_is_an_error() -> None:
-    weight = packed("int8 channel")
-    with pytest.raises(RuntimeError, match="integer_linear"):
-        multiplied(torch.randn(1, 200), weight, "int8 token")
-    tensors, key, _ = _of(weight)
-    with pytest.raises(RuntimeError, match="integer_linear"):
-        integer_linear(torch.randn(1, 200), tensors, key, [ROWS, 200], None, [], "", "int8 token")
-
-
 def test_the_schema_and_the_fake_hold() -> None:
     for static in (([], "", "int8 token"), ([torch.ones(1)], "scale", "int8 tensor static")):
         given = (torch.randn(2, 3, 192), *_of(packed("int4 group=32")), torch.randn(ROWS), *static)

@@ -70,10 +70,10 @@ def test_every_op_of_the_library_is_here() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("nybble::")
     }
-    # tests/parts/nn/test_compile.py, test_products.py, test_integer_products.py, test_rounded_inputs.py, test_gpu_*.py
+    # test_operands.py; what they calculate: test_products.py, test_integer_products.py, test_gpu_*.py and others
     elsewhere = {
         "cached_attention", "dequantize", "experts", "fake_quantize", "fake_quantize_backward", "float_linear",
-        "integer_linear", "packed_linear", "packed_rows", "rounded_inputs",
+        "integer_linear", "packed_linear", "packed_rows", "read_tokens", "rounded_inputs", "store_tokens",
     }  # fmt: skip
     assert found - elsewhere == set(OPS)
 

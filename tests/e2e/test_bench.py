@@ -56,6 +56,16 @@ def test_the_command(out: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(build(), ["bench", str(out), *options, "--out", str(tmp_path / "b.json")])
     assert done.exit_code == 0 and "packed / fastest unpacked" in done.stdout and "int4" in done.stdout
     assert list(json.loads((tmp_path / "b.json").read_text())["rows"][0]["write"]) == ["2"]
+    with pytest.MonkeyPatch.context() as patch:  # said before anything is timed
+        patch.setattr("nybble.pipelines.bench.bench", lambda *_, **__: pytest.fail("was timed"))
+        for place, said in ((tmp_path / "no" / "b.json", "there is no folder"), (tmp_path, "is a folder")):
+            done = CliRunner().invoke(build(), ["bench", str(out), "--out", str(place)])
+            assert done.exit_code == 1 and said in done.stderr.replace("\n", " ")
+
+
+def test_a_float_model_has_no_kernels(out: Path) -> None:
+    done = CliRunner().invoke(build(), ["inspect", "--kernels", str(out.with_name("float"))])
+    assert done.exit_code == 0 and "no packed weights" in done.stdout and "multiplied with" not in done.stdout
 
 
 def test_a_gguf_file_is_timed_as_it_is_packed(out: Path, tmp_path: Path) -> None:

@@ -23,9 +23,11 @@ def command(
 ) -> None:
     """Time MODEL."""
     check_model(model)
-    from nybble.core.files import atomic_write_json
+    from nybble.core.files import atomic_write_json, check_new_file
     from nybble.pipelines.bench import bench
 
+    if out is not None:
+        check_new_file(out)
     batches = batch or [1, 8]
     found = bench(model, batches=batches, prompt=prompt, tokens=tokens, rounds=rounds, device=device)
     if out is not None:

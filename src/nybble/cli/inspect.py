@@ -60,7 +60,10 @@ def command(
             [str(row["weights"]), row["format"], row["kernel"] or f"unpacked at every call: {row['reason']}"]
             for row in found["kernels"]
         ]
-        print_table("how packed weights are multiplied with", ("weights", "format", "kernel"), shown)
+        if shown:
+            print_table("how packed weights are multiplied with", ("weights", "format", "kernel"), shown)
+        else:
+            print("no packed weights: torch multiplies with all of them")
     if modules:
         roles = list(dict.fromkeys(role for module in found["modules"].values() for role in module["bytes"]))
         shown = [

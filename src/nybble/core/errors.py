@@ -39,6 +39,10 @@ class DataError(NybbleError):
     """Text or tensors that can't be used: empty, too short, NaN."""
 
 
+class TokenError(DataError, IndexError):
+    """A token that a model has no embedding for."""
+
+
 class LearningError(DataError):
     """Training that came to no number."""
 

@@ -118,6 +118,19 @@ def atomic_write_json(path: Path | str, value: Any) -> None:
 _FILES = {".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".zip", ".json", ".html"}
 
 
+def check_new_file(path: Path | str) -> None:
+    """Refuse, before what takes long, a file that can't be written for want of its folder.
+
+    Raises:
+        FileError: there is no such folder, or the path is one itself.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise FileError(f"{path} is a folder; name a file in it.")
+    if not path.parent.is_dir():
+        raise FileError(f"{path}: there is no folder {path.parent}; make it first.")
+
+
 def check_new_folder(out: Path | str) -> None:
     """Refuse a place where no folder can appear, before anything is made.
 

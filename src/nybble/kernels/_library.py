@@ -33,8 +33,15 @@ def file_name() -> str:
 
 
 def cache_folder() -> Path:
-    """Where what is built at the first use is kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nybble" / "kernels"
+    """Where what is built at the first use is kept.
+
+    Raises:
+        OSError: a user without a home directory, as in some containers, and no XDG_CACHE_HOME.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nybble" / "kernels"
+    except RuntimeError as error:
+        raise OSError(f"nowhere to keep what is built (XDG_CACHE_HOME would say where): {error}") from error
 
 
 def build(folder: Path) -> Path:
@@ -68,12 +75,13 @@ def library() -> ctypes.CDLL | None:
     """The library; None, with one warning, where there is none and none can be built."""
     name = file_name()
     failed = []
-    for folder in (SOURCE, cache_folder()):
-        if (folder / name).is_file():
-            try:
-                return _opened(folder / name)
-            except (OSError, AttributeError) as error:
-                failed.append(f"{folder / name}: {error}")
+    for built in (True, False):
+        try:
+            place = (SOURCE if built else cache_folder()) / name
+            if place.is_file():
+                return _opened(place)
+        except (OSError, AttributeError) as error:
+            failed.append(f"{name}: {error}")
     try:
         return _opened(build(cache_folder()))
     except (OSError, AttributeError) as error:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from nybble.kernels._library import library, team
 from nybble.kernels._places import kept_with
 from nybble.kernels._weights import DTYPES, Weight, weight_of
-from nybble.nn.products import packed_linear, packed_rows, qtensor_of, reference, rows_reference
+from nybble.nn.products import check_ids, packed_linear, packed_rows, qtensor_of, reference, rows_reference
 
 ROWS = 16
 """Of x, up to which codes are looked up for each product; for more W is expanded, a part at a time."""
@@ -32,10 +32,6 @@ def linear(x: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int],
     weight = _weight(tensors, key)
     if weight is None:
         return reference(x, tensors, key, shape, bias)
-    if x.shape[-1] != k or (weight.n, weight.k) != (n, k):
-        raise RuntimeError(
-            f"packed_linear: x {list(x.shape)} and a weight {[weight.n, weight.k]} that is said to be {[n, k]}."
-        )
     rows = x.numel() // k
     if rows > ROWS:
         return _expanded(x, weight, bias)
@@ -51,9 +47,7 @@ def rows(ids: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int],
     weight, found = _weight(tensors, key), library()
     if weight is None or found is None or not ids.numel() or dtype not in DTYPES or ids.dtype != torch.int64:
         return rows_reference(ids, tensors, key, shape, dtype)
-    low, high = ids.aminmax()
-    if low < 0 or high >= weight.n:
-        raise IndexError(f"ids from {int(low)} to {int(high)} for a table of {weight.n} rows.")
+    check_ids(ids, weight.n)
     ids = ids.contiguous()
     out = torch.empty((*ids.shape, weight.k), dtype=dtype)
     if found.nybble_rows(weight.address, ids.data_ptr(), ids.numel(), out.data_ptr(), DTYPES[dtype], _ISA):

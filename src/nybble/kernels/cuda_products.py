@@ -17,7 +17,6 @@ import triton
 from torch import Tensor
 from torch.nn import functional
 
-from nybble.core.errors import UsageError
 from nybble.kernels import _few_rows
 from nybble.kernels import _triton_products as kernels
 from nybble.kernels._gpu import INTERPRETED, elsewhere
@@ -63,14 +62,9 @@ def tile_of(weight: Weight, rows: int) -> Tile:
 
 
 def linear(x: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int], bias: Tensor | None) -> Tensor:
-    """See :func:`nybble.nn.products.reference`.
-
-    Raises:
-        UsageError: x, the weight and the bias are of shapes, dtypes or devices that don't fit each other.
-    """
-    _check(x, tensors[0], shape, bias)
+    """See :func:`nybble.nn.products.reference`."""
     weight = weight_kept(tensors, key)
-    if not x.numel() or weight is None:
+    if not x.numel() or weight is None or x.dtype == torch.float64:
         return reference(x, tensors, key, shape, bias)
     return product(x.reshape(-1, weight.k).contiguous(), weight, bias).view(*x.shape[:-1], weight.n)
 
@@ -249,21 +243,6 @@ def _meta(weight: Weight) -> dict[str, Any]:
         "ADD": weight.scales.add is not None,
         "ZERO": weight.zero is not None, "OFFSET": weight.offset is not None,
     }  # fmt: skip
-
-
-def _check(x: Tensor, codes: Tensor, shape: Sequence[int], bias: Tensor | None) -> None:
-    n, k = shape
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UsageError(f"packed_linear: x in {x.dtype}; it takes float32, bfloat16 and float16.")
-    if x.dim() < 1 or x.shape[-1] != k:
-        raise UsageError(f"packed_linear: x {list(x.shape)} and a weight {[n, k]}: the last sides differ.")
-    if x.device != codes.device:
-        raise UsageError(f"packed_linear: x on {x.device} and a weight on {codes.device}.")
-    if bias is not None and (list(bias.shape) != [n] or bias.dtype != x.dtype or bias.device != x.device):
-        raise UsageError(
-            f"packed_linear: a bias {list(bias.shape)} in {bias.dtype} on {bias.device}; it has to be {[n]} in "
-            f"{x.dtype} on {x.device}, as x is."
-        )
 
 
 def weight_kept(tensors: Sequence[Tensor], key: str) -> Weight | None:

@@ -19,7 +19,9 @@ from torch import Tensor
 from nybble.formats.integer import IntFormat
 from nybble.kernels._gpu import INTERPRETED, shared
 from nybble.kernels._gpu_tiles import _value
-from nybble.nn.cached_attention import cached_attention, stored_rows
+from nybble.nn.cached_attention import cached_attention
+from nybble.nn.kv_operators import stored_rows
+from nybble.nn.operands import check_attention
 from nybble.qtensor import dense
 from nybble.qtensor.block import BlockQTensor
 
@@ -380,9 +382,13 @@ def attend(
     scaling: float,
 ) -> Tensor:
     """See :func:`nybble.nn.cached_attention.cached_attention`."""
+    check_attention("cached_attention", query, keys, values, (newest_keys, newest_values), mask)
     given = (query, keys, key_names, key_line, values, value_names, value_line, newest_keys, newest_values, mask)
     found = _sides((keys, key_names, key_line, newest_keys), (values, value_names, value_line, newest_values))
-    if found is None or query.shape[2] != 1 or not query.numel():
+    tokens = newest_keys.shape[2] + (keys[0].shape[2] if keys else 0)
+    of_all_heads = mask is None or (mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[3] == tokens)
+    one = query.shape[2] == 1 and newest_keys.shape[2] == newest_values.shape[2]
+    if found is None or not of_all_heads or not one or not query.numel():
         expanded: Tensor = cached_attention._init_fn(*given, scaling)
         return expanded
     return decode(query, *found, scaling, _added(mask, query), (newest_keys, newest_values))

@@ -255,12 +255,10 @@ def linear(
             return linear(x, tensors, key, shape, bias, parts, names, line)
     brain = x.dtype == torch.bfloat16 and (bias is None or bias.dtype == x.dtype)
     few = decoded(tensors, key, rule, rows) if brain else None
-    if few is not None and rule is not None and x.shape[-1] == k and (few.n, few.k) == (n, k):
+    if few is not None and rule is not None:
         params = _static(line, parts, names)
         return _by_blocks(x.reshape(rows, k).contiguous(), few, bias, rule, line, params).view(*x.shape[:-1], n)
     weight = weight_of(tensors, key)
-    if x.shape[-1] != k or (isinstance(weight, Weight) and (weight.n, weight.k) != (n, k)):
-        raise RuntimeError(f"x {list(x.shape)} and a weight {[n, k]} don't fit together.")
     way = route(weight, line, rows)
     if isinstance(way, str) or isinstance(weight, str) or not rows:
         return packed_linear(rounded(x, parts, names, line), tensors, key, shape, bias)

@@ -8,7 +8,6 @@ transformers, takes such keys and values apart; to everything else they are a te
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
-from nybble.nn.compiled import quantizer_of
-from nybble.nn.kv_rows import TokenRows, rows_to_qtensor, skeleton_of
+from nybble.nn.kv_operators import read_tokens
+from nybble.nn.kv_rows import TokenRows
+from nybble.nn.operands import check_attention
 from nybble.ops.loader import load_at_first_use
-from nybble.qtensor.block import BlockQTensor
 
 IMPLEMENTATION = "nybble-cache"
 DEVICES = frozenset({"cuda"})
@@ -66,6 +65,7 @@ def cached_attention(
         [batch, heads, queries, width of values], of the dtype of the query. A kernel adds up in float32 and rounds
         neither scales of whole tokens nor scores to it, so its result differs from the exact one by no more than this.
     """
+    check_attention("cached_attention", query, keys, values, (newest_keys, newest_values), mask)
     k = _read(keys, key_names, key_line, newest_keys)
     v = _read(values, value_names, value_line, newest_values)
     return functional.scaled_dot_product_attention(query, k, v, mask, scale=scaling, enable_gqa=True).contiguous()
@@ -73,27 +73,15 @@ def cached_attention(
 
 @cached_attention.register_fake
 def _(query: Tensor, *others: Any) -> Tensor:
+    check_attention("cached_attention", query, others[0], others[3], (others[6], others[7]), others[8])
     return query.new_empty((*query.shape[:3], others[7].shape[3]))
 
 
-def stored_rows(rows: Sequence[Tensor], names: str, line: str, newest: Tensor) -> BlockQTensor | None:
-    """The QTensor [batch, heads, tokens, width] over some rows; None where all are float."""
-    if not line or not rows:
-        return None
-    return rows_to_qtensor(dict(zip(names.split(), rows, strict=True)), _skeleton(line, newest.shape[3]))
-
-
-@lru_cache(maxsize=1024)
-def _skeleton(line: str, width: int) -> BlockQTensor:
-    return skeleton_of(quantizer_of(line), width)
-
-
 def _read(rows: Sequence[Tensor], names: str, line: str, newest: Tensor) -> Tensor:
-    found = stored_rows(rows, names, line, newest)
-    if found is None:
+    if not line or not rows:
         return newest
-    values = found.dequantize(newest.dtype)
-    return torch.cat([values, newest], 2) if newest.shape[2] else values
+    found: Tensor = read_tokens(rows, names, line, newest)
+    return found
 
 
 load_at_first_use([cached_attention])
@@ -116,8 +104,7 @@ class Stored(Tensor):
         make: Any = torch.Tensor._make_wrapper_subclass
         made: Stored = make(cls, shape, dtype=newest.dtype, device=newest.device)
         found = rows.rows()
-        line = "" if rows.quantizer is None else str(rows.quantizer)
-        made.rows = (list(found.values()), " ".join(found), line, newest)
+        made.rows = (list(found.values()), " ".join(found), rows.line, newest)
         return made
 
     def read(self) -> Tensor:

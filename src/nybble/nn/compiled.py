@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nybble.core.errors import UsageError
+from nybble.nn.operands import FLOATS, check_floats, record_of
 from nybble.ops.grid import Grid
 from nybble.ops.reaching import reach
 from nybble.qtensor import Factored, Inverse, QuantParams, Spec, from_spec
@@ -37,9 +39,18 @@ def dequantize(tensors: Sequence[Tensor], key: str, shape: Sequence[int], dtype:
         tensors: in the order that ``key`` has.
         key: of :func:`key_of`.
         shape: of the QTensor.
-        dtype: of what comes out.
+        dtype: of what comes out, a float's.
+
+    Raises:
+        UsageError: they don't fit each other.
     """
-    record = _record(key)
+    if dtype not in FLOATS:
+        raise UsageError(f"dequantize: values in {dtype}; they come in float32, bfloat16, float16 or float64.")
+    record = record_of(key)
+    if record["spec"].get("shape", list(shape)) != list(shape) or len(tensors) != len(record["names"]):
+        raise UsageError(
+            f"dequantize: {len(tensors)} tensors of a weight {list(shape)} are not what the key describes."
+        )
     found = from_spec(record["spec"], dict(zip(record["names"], tensors, strict=True)))
     return found.dequantize(dtype).contiguous()
 
@@ -66,6 +77,7 @@ def fake_quantize(x: Tensor, parts: Sequence[Tensor], names: str, line: str) -> 
         names: theirs, with spaces between.
         line: of the quantizer.
     """
+    check_floats("fake_quantize", x)
     quantizer = quantizer_of(line)
     return quantizer.fake_quantize(
         x, static_params(quantizer, dict(zip(names.split(), parts, strict=True)))
@@ -130,9 +142,3 @@ def static_params(quantizer: Quantizer, parts: Mapping[str, Tensor]) -> QuantPar
 def quantizer_of(line: str) -> Quantizer:
     """The quantizer of a line, made once."""
     return Quantizer(line)
-
-
-@cache
-def _record(key: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(key)
-    return found

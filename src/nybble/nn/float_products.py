@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from nybble.nn.compiled import quantizer_of
-from nybble.nn.integer_products import TAKES, reference
+from nybble.nn.integer_products import TAKES, checker, reference
 from nybble.nn.products import Operator, like_product
 from nybble.ops.loader import load_at_first_use
 from nybble.qtensor import Spec
@@ -41,6 +41,7 @@ def _small_integers(name: str) -> bool:
     return quantizer.format.is_integer and quantizer.format.bits in (4, 8)
 
 
-float_linear = Operator("float_linear", reference, TAKES, like_product)
+_check = checker(rounds_to_floats, "numbers that tensor cores read")
+float_linear = Operator("float_linear", reference, TAKES, like_product, _check)
 """``x`` rounded and times W; arguments and result as :func:`nybble.nn.integer_products.reference` has them."""
 load_at_first_use([float_linear])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nybble.nn.compiled import quantizer_of
+from nybble.nn.operands import check_floats, check_static
 from nybble.nn.products import Operator
 from nybble.ops.loader import load_at_first_use
 
@@ -26,5 +27,10 @@ def _like(x: Tensor, line: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-rounded_inputs = Operator("rounded_inputs", reference, "Tensor x, str line", _like)
+def _check(name: str, x: Tensor, line: str) -> None:
+    check_floats(name, x)
+    check_static(name, line, quantizer_of(line).static, (), "", x.device)
+
+
+rounded_inputs = Operator("rounded_inputs", reference, "Tensor x, str line", _like, _check)
 load_at_first_use([rounded_inputs])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
 
 from torch import Tensor
 
+from nybble.core.errors import UsageError
 from nybble.formats import get_format
 from nybble.nn import products
 from nybble.nn.compiled import quantizer_of, static_params
+from nybble.nn.operands import check_product, check_static
 from nybble.nn.products import Operator
 from nybble.ops.loader import load_at_first_use
 from nybble.qtensor import Spec
@@ -74,7 +78,26 @@ def reference(
     return products.reference(rounded(x, parts, names, line), tensors, key, shape, bias)
 
 
+def checker(rounds: Callable[[Quantizer], bool], what: str) -> Callable[..., None]:
+    """What checks the arguments of :func:`reference`, of an operator for some quantizers of activations only."""
+
+    @lru_cache(maxsize=4096)
+    def known(name: str, line: str) -> bool:
+        quantizer = quantizer_of(line)
+        if not rounds(quantizer):
+            raise UsageError(f"{name}: activations by {line}; it takes what rounds to {what}.")
+        return quantizer.static
+
+    def check(name: str, x: Tensor, *given: Any) -> None:
+        *weight, parts, names, line = given
+        check_product(name, x, *weight)
+        check_static(name, line, known(name, line), parts, names, x.device)
+
+    return check
+
+
 TAKES = f"Tensor x, {products.WEIGHT}, Tensor? bias, Tensor[] parts, str names, str line"
 """Of an operator with :func:`reference`'s arguments, in the schema's language."""
-integer_linear = Operator("integer_linear", reference, TAKES, products.like_product)
+_check = checker(rounds_to_integers, "integers of up to 8 bits, one scale a row or one for all")
+integer_linear = Operator("integer_linear", reference, TAKES, products.like_product, _check)
 load_at_first_use([integer_linear])

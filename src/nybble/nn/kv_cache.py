@@ -71,8 +71,11 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Get ready for keys and values of these shapes and dtypes; nothing is stored yet."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        pairs = ((self.kv.keys, key_states), (self.kv.values, value_states))
-        self._sides = tuple(TokenRows(quantizer, self.kv.residual, states) for quantizer, states in pairs)
+        (keys, values), residual = self.kv.lines, self.kv.residual
+        self._sides = (
+            TokenRows(self.kv.keys, residual, key_states, keys),
+            TokenRows(self.kv.values, residual, value_states, values),
+        )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -87,7 +90,9 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return found[0], found[1]
 
     def _as_stored(self, states: Tensor) -> bool:
-        """Whether one more token is met by a query that reads the rows as they lie."""
+        """Whether one more token is met by a query that reads the rows as they lie; no compiler follows that."""
+        if torch.compiler.is_compiling():
+            return False
         grad = torch.is_grad_enabled() and states.requires_grad
         return states.shape[2] == 1 and states.device.type in DEVICES and self.kv.stores and not grad
 

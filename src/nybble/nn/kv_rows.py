@@ -1,28 +1,22 @@
 """Tokens in few bits that more tokens are appended to: what a KV cache holds of the keys, or values, of one layer.
 
-A QTensor packs its codes in row-major order, so one token more would move every byte. Here each row (one token of one
-head, of the head's width) starts at a byte, and each stored tensor is [batch, heads, tokens, bytes or values of a row]:
-appending, cropping, and picking sequences of a batch move bytes and round nothing again. Where a row's codes fill
-whole bytes, as they nearly always do, that order *is* the QTensor's; elsewhere the row's last byte is padded.
+Each stored tensor is [batch, heads, tokens, bytes or values of a row] (:mod:`nybble.nn.kv_layout`): appending,
+cropping, and picking sequences of a batch move bytes and round nothing again.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from nybble.core.errors import GranularityError
 from nybble.granularity import fitting_sizes
-from nybble.packing import get_layout
-from nybble.qtensor import QTensor, QuantParams
-from nybble.qtensor.block import BlockQTensor
+from nybble.nn.kv_layout import own
+from nybble.nn.kv_operators import read_tokens, row_names, store_tokens, stored_rows
+from nybble.qtensor import QTensor
 from nybble.quantizer import Quantizer
-
-_PARTS = ("scale", "zero_point", "offset")
 
 
 class TokenRows:
@@ -32,18 +26,19 @@ class TokenRows:
         quantizer: with scales within a token (:class:`nybble.kv_format.KVFormat` sees to it); None stores float.
         residual: newest tokens left in float.
         like: [batch, heads, 0 or more, width], of the dtype that is read back; its values are not used.
+        line: of the quantizer, for who has it.
 
     Raises:
         GranularityError: the width can't be cut as the quantizer asks.
     """
 
-    def __init__(self, quantizer: Quantizer | None, residual: int, like: Tensor) -> None:
+    def __init__(self, quantizer: Quantizer | None, residual: int, like: Tensor, line: str | None = None) -> None:
         if quantizer is not None:
             check_width(quantizer, like.shape[3])
         self.quantizer, self.residual = quantizer, residual
+        self.line = str(quantizer or "") if line is None else line
         self.newest = like.new_empty((*like.shape[:2], 0, like.shape[3]))
         self._rows: dict[str, Tensor] = {}
-        self._skeleton: BlockQTensor | None = None  # all but the values
 
     @property
     def rounded(self) -> int:
@@ -61,19 +56,17 @@ class TokenRows:
         leaving = self.newest.shape[2] - self.residual
         if self.quantizer is None or leaving <= 0:
             return
-        found = self.quantizer.quantize(self.newest[:, :, :leaving])
+        found = store_tokens(self.newest[:, :, :leaving], self.line)
         self.newest = self.newest[:, :, leaving:].clone()
-        rows = _to_rows(found)
-        self._rows = {n: torch.cat([self._rows[n], t], 2) if self._rows else _own(t) for n, t in rows.items()}
-        self._skeleton = self._skeleton or _skeleton(found)
+        rows = zip(row_names(self.line, self.newest.shape[3]).split(), found, strict=True)
+        self._rows = {n: torch.cat([self._rows[n], t], 2) if self._rows else t for n, t in rows}
 
     def read(self) -> Tensor:
         """All tokens, in the dtype that came in."""
-        stored = self.qtensor()
-        if stored is None:
+        if not self.rounded:
             return self.newest
-        values = stored.dequantize(self.newest.dtype)
-        return torch.cat([values, self.newest], 2) if self.newest.shape[2] else values
+        values: Tensor = read_tokens(list(self._rows.values()), " ".join(self._rows), self.line, self.newest)
+        return values
 
     def rows(self) -> dict[str, Tensor]:
         """What is stored in few bits, by name, [batch, heads, tokens, ...] each; empty where nothing is."""
@@ -81,7 +74,9 @@ class TokenRows:
 
     def qtensor(self) -> QTensor | None:
         """The rounded tokens as [batch, heads, tokens, width]; None where there are none."""
-        return rows_to_qtensor(self._rows, self._skeleton) if self._skeleton is not None and self.rounded else None
+        if not self.rounded:
+            return None
+        return stored_rows(list(self._rows.values()), " ".join(self._rows), self.line, self.newest)
 
     def drop_oldest(self, count: int) -> None:
         """Forget the first tokens."""
@@ -110,8 +105,8 @@ class TokenRows:
     def _each(self, rounded: Callable[[Tensor], Tensor], newest: Callable[[Tensor], Tensor], count: int) -> None:
         if count <= 0:
             return
-        self._rows = {name: _own(rounded(t)) for name, t in self._rows.items()}
-        self.newest = _own(newest(self.newest))
+        self._rows = {name: own(rounded(t)) for name, t in self._rows.items()}
+        self.newest = own(newest(self.newest))
 
 
 def check_width(quantizer: Quantizer, width: int) -> None:
@@ -123,72 +118,3 @@ def check_width(quantizer: Quantizer, width: int) -> None:
             f"{quantizer}: a row of the KV cache is one head wide, {width} values, and '{quantizer.granularity}' does "
             f"not divide it. Sizes that do: {fitting_sizes(width)}. Or 'token' for one scale a row."
         ) from error
-
-
-def _own(x: Tensor) -> Tensor:
-    """The tensor in memory of its own: a view would keep all of what it was cut from."""
-    return x.contiguous() if x.untyped_storage().nbytes() == x.numel() * x.element_size() else x.clone()
-
-
-def _row(stored: BlockQTensor) -> tuple[int, int, int]:
-    """The least width at or above a row's whose codes fill whole bytes, these bytes, and those that the row needs."""
-    size, bits, width = get_layout(stored.layout).size, stored.format.bits, stored.shape[-1]
-    full = width
-    while size(8 * full, bits) != 8 * size(full, bits):
-        full += 1
-    return full, size(full, bits), size(width, bits)
-
-
-def _parts(stored: BlockQTensor) -> Iterator[tuple[str, Tensor | BlockQTensor]]:
-    for name in _PARTS:
-        value = getattr(stored.params, name)
-        if value is not None:
-            assert isinstance(value, Tensor | BlockQTensor)  # factored and inverse scales are of whole tensors
-            yield name, value
-
-
-def _to_rows(stored: BlockQTensor) -> dict[str, Tensor]:
-    """Its tensors as [batch, heads, tokens, bytes or values], under dotted names."""
-    codes, layout = stored.codes, get_layout(stored.layout)
-    full, all_bytes, needed = _row(stored)
-    if full != stored.shape[-1]:
-        padded = torch.nn.functional.pad(stored.unpacked(), (0, full - stored.shape[-1]))
-        codes = layout.pack(padded.reshape(-1), stored.format.bits)
-    found = {"codes": codes.reshape(*stored.shape[:-1], all_bytes)[..., :needed]}
-    for name, value in _parts(stored):
-        inner = {"": value} if isinstance(value, Tensor) else _to_rows(value)
-        found |= {f"{name}.{key}" if key else name: tensor for key, tensor in inner.items()}
-    return found
-
-
-def rows_to_qtensor(rows: Mapping[str, Tensor], like: BlockQTensor, prefix: str = "") -> BlockQTensor:
-    """Inverse of :func:`_to_rows`; the number of tokens is that of the rows."""
-    codes, layout, bits = rows[f"{prefix}codes"], get_layout(like.layout), like.format.bits
-    shape = (*codes.shape[:-1], like.shape[-1])
-    full, all_bytes, needed = _row(like)
-    if full != shape[-1]:
-        padded = torch.nn.functional.pad(codes, (0, all_bytes - needed)).reshape(-1)
-        unpacked = layout.unpack(padded, bits, math.prod(shape[:-1]) * full).reshape(-1, full)
-        codes = layout.pack(unpacked[:, : shape[-1]].reshape(-1), bits)
-    params: dict[str, Tensor | BlockQTensor] = {}
-    for name, value in _parts(like):
-        key = f"{prefix}{name}"
-        params[name] = rows[key] if isinstance(value, Tensor) else rows_to_qtensor(rows, value, f"{key}.")
-    return replace(like, shape=shape, codes=codes.reshape(-1), params=_params(params))
-
-
-def skeleton_of(quantizer: Quantizer, width: int) -> BlockQTensor:
-    """What all rows of a width have in common, whatever their values."""
-    return _skeleton(quantizer.quantize(torch.zeros(1, 1, 1, width)))
-
-
-def _skeleton(stored: BlockQTensor) -> BlockQTensor:
-    """The same without its values, and without a divisor, which only rounding needs."""
-    empty: dict[str, Tensor | BlockQTensor] = {
-        name: value.new_empty(0) if isinstance(value, Tensor) else _skeleton(value) for name, value in _parts(stored)
-    }
-    return replace(stored, codes=stored.codes.new_empty(0), params=_params(empty))
-
-
-def _params(parts: Mapping[str, Tensor | BlockQTensor]) -> QuantParams:
-    return QuantParams(parts.get("scale"), parts.get("zero_point"), parts.get("offset"))

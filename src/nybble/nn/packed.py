@@ -119,12 +119,12 @@ class Packed(nn.Module):
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + bias``; see :func:`nybble.nn.products.reference`."""
-        y: Tensor = packed_linear(x, list(_tensors(self).values()), self._key, self.shape, bias)
+        y: Tensor = packed_linear(x, list(_tensors(self).values()), self._key, self.shape, _as(x, bias))
         return y
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Some rows in ``dtype``: int64 [...] -> [..., width]; see :func:`nybble.nn.products.rows_reference`."""
-        if self.held(dtype) or self.brought or ids.device.type not in DEVICES or self.device.type not in DEVICES:
+        if self.held(dtype) or self.brought or ids.device != self.device or ids.device.type not in DEVICES:
             return functional.embedding(ids, self(dtype).to(ids.device))
         found: Tensor = packed_rows(ids, list(_tensors(self).values()), self._key, self.shape, dtype)
         return found
@@ -132,7 +132,7 @@ class Packed(nn.Module):
     def rounded_linear(self, op: Operator, x: Tensor, bias: Tensor | None, inputs: ActivationQuantizer) -> Tensor:
         """``inputs(x) W^T + bias`` by an operator; see :func:`nybble.nn.integer_products.reference`."""
         weight = list(_tensors(self).values())
-        y: Tensor = op(x, weight, self._key, self.shape, bias, *inputs.arguments())
+        y: Tensor = op(x, weight, self._key, self.shape, _as(x, bias), *inputs.arguments())
         return y
 
     def how(self, op: Operator = packed_linear, inputs: ActivationQuantizer | None = None) -> tuple[bool, str]:
@@ -180,6 +180,11 @@ class Packed(nn.Module):
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{self.spec.get('format', self.spec['kind'])}, {list(self.shape)}"
+
+
+def _as(x: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The bias in the dtype of x, which autocast may have changed."""
+    return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
 
 def validate_packed(root: nn.Module) -> None:

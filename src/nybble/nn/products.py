@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nybble.core.errors import TokenError
+from nybble.nn.operands import check_product, check_rows, record_of
 from nybble.ops.loader import load_at_first_use
 from nybble.qtensor import QTensor, from_spec
 
@@ -44,14 +44,8 @@ def reference(x: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[in
 
 def qtensor_of(tensors: Sequence[Tensor], key: str) -> QTensor:
     """The record over some tensors."""
-    record = _record(key)
+    record = record_of(key)
     return from_spec(record["spec"], dict(zip(record["names"], tensors, strict=True)))
-
-
-@cache
-def _record(key: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(key)
-    return found
 
 
 class Operator:
@@ -62,15 +56,24 @@ class Operator:
         reference: what it computes.
         takes: arguments of the reference, in the schema's language.
         fake: with these arguments, a tensor like the result.
+        check: called with the name and these arguments, before kernels, reference and fake.
     """
 
-    def __init__(self, name: str, reference: Kernel, takes: str, fake: Kernel) -> None:
-        self._init_fn, self._name = reference, name
-        _LIBRARY.define(f"{name}({takes}) -> Tensor")
-        torch.library.register_fake(f"nybble::{name}", fake)
-        self._op = getattr(torch.ops.nybble, name).default
+    def __init__(self, name: str, reference: Kernel, takes: str, fake: Kernel, check: Callable[..., None]) -> None:
+        self._init_fn, self._name, self._check = reference, name, check
         self._kernels: dict[str, Kernel] = {}
         self._say: dict[str, Says] = {}
+        _LIBRARY.define(f"{name}({takes}) -> Tensor")
+        torch.library.register_fake(f"nybble::{name}", self._checked(fake))
+        _LIBRARY.impl(name, self._checked(reference), "CompositeExplicitAutograd")  # wherever there is no kernel
+        self._op = getattr(torch.ops.nybble, name).default
+
+    def _checked(self, run: Kernel) -> Kernel:
+        def checked(*given: Any) -> Tensor:
+            self._check(self._name, *given)
+            return run(*given)
+
+        return checked
 
     def register_kernel(self, device: str, says: Says | None = None) -> Callable[[Kernel], Kernel]:
         """Of a type of device; ``says`` answers for :meth:`how`."""
@@ -78,7 +81,8 @@ class Operator:
         def register(kernel: Kernel) -> Kernel:
             if device in _KEYS:
                 if device not in self._kernels:
-                    _LIBRARY.impl(self._name, lambda *given: self._kernels[device](*given), _KEYS[device])
+                    run = self._checked(lambda *given: self._kernels[device](*given))
+                    _LIBRARY.impl(self._name, run, _KEYS[device])
                 self._kernels[device] = kernel
                 if says is not None:
                     self._say[device] = says
@@ -112,7 +116,7 @@ def rows_reference(
     """Some rows of a packed table.
 
     Args:
-        ids: int64 [...], of rows.
+        ids: int64 or int32 [...], of rows.
         tensors: of a QTensor [rows, width], as :func:`reference` has them.
         key: as there.
         shape: as there.
@@ -120,8 +124,23 @@ def rows_reference(
 
     Returns:
         [..., width] in ``dtype``; a kernel's bits are the same.
+
+    Raises:
+        TokenError: a number that no row has (on a CPU; a GPU would have to be waited for).
     """
+    check_ids(ids, shape[0])
     return functional.embedding(ids, qtensor_of(tensors, key).dequantize(dtype))
+
+
+def check_ids(ids: Tensor, rows: int) -> None:
+    """Raise TokenError for numbers, on a CPU, of rows that a table doesn't have."""
+    if ids.device.type != "cpu" or not ids.numel():
+        return
+    low, high = ids.aminmax()
+    if low < 0 or high >= rows:
+        raise TokenError(
+            f"tokens from {int(low)} to {int(high)} for a table of {rows} rows; another model's tokenizer makes such."
+        )
 
 
 def _like_rows(ids: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -129,6 +148,6 @@ def _like_rows(ids: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence
 
 
 WEIGHT = "Tensor[] tensors, str key, int[] shape"
-packed_linear = Operator("packed_linear", reference, f"Tensor x, {WEIGHT}, Tensor? bias", like_product)
-packed_rows = Operator("packed_rows", rows_reference, f"Tensor ids, {WEIGHT}, ScalarType dtype", _like_rows)
+packed_linear = Operator("packed_linear", reference, f"Tensor x, {WEIGHT}, Tensor? bias", like_product, check_product)
+packed_rows = Operator("packed_rows", rows_reference, f"Tensor ids, {WEIGHT}, ScalarType dtype", _like_rows, check_rows)
 load_at_first_use([packed_linear, packed_rows])

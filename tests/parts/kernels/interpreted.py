@@ -10,7 +10,6 @@ import torch
 import triton
 from torch import Tensor
 
-from nybble.core.errors import UsageError
 from nybble.kernels import cuda_products as gpu
 from nybble.kernels._gpu_weights import Weight, weight_of
 from nybble.nn.compiled import key_of
@@ -91,21 +90,6 @@ def test_float32_is_multiplied_as_such() -> None:
     y = gpu.linear(x, *given(weight), None)
     assert y.shape == (2, 3, 16) and torch.allclose(y, x @ weight.dequantize().T, atol=1e-5)
     assert gpu.linear(x[:0], *given(weight), None).shape == (0, 3, 16)
-
-
-@pytest.mark.parametrize(
-    ("x", "bias", "said"),
-    [
-        (torch.zeros(2, 64).double(), None, "x in torch.float64; it takes float32, bfloat16 and float16"),
-        (torch.zeros(2, 65), None, r"x \[2, 65\] and a weight \[16, 64\]"),
-        (torch.zeros(2, 64, device="meta"), None, "x on meta and a weight on cpu"),
-        (torch.zeros(2, 64), torch.zeros(15), r"a bias \[15\]"),
-        (torch.zeros(2, 64).half(), torch.zeros(16), r"has to be \[16\] in torch.float16"),
-    ],
-)
-def test_what_does_not_fit_is_said(x: Tensor, bias: Tensor | None, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        gpu.linear(x, *given(packed("int4 group=32", 16, 64)), bias)
 
 
 def test_a_record_is_made_once_and_holds_no_more_than_the_weight() -> None:
