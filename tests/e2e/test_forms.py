@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.parts.export.folders import model, quantized, text
 from tests.tiny import logits, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -17,7 +19,7 @@ import nybble
 from nybble.checkpoint.account import inspect
 from nybble.checkpoint.load import described
 from nybble.core.errors import FileError, SchemeError, UsageError
-from nybble.export import _ct_config as library
+from nybble.export import _ct_library as library
 from nybble.nn.kinds import describe, quant_modules
 from nybble.nn.kv_model import recorded_kv
 from nybble.nn.layouts import Layouts
@@ -49,6 +51,7 @@ HELD: dict[str, dict[str, Any]] = {
         "family": "mistral",
     },
     "float weights": {"weights": "none", "activations": "float8_e4m3fn token"},
+    "a cache without scales": {"weights": "int4 group=16", "kv": "float8_e4m3fn tensor scale=one"},
     "a cache alone": {"weights": "none", "kv": "float8_e4m3fn token"},
 }  # fmt: skip
 NATIVE: dict[str, tuple[dict[str, Any], str]] = {
@@ -188,20 +191,27 @@ def test_forms_that_make_no_sense(tmp_path: Path) -> None:
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Written natively, with one line that says so; what it wrote before is read without it."""
-    before = quantized(weights="int4 group=16", form=COMPRESSED)
-    expected = logits(nybble.load(before)[0])
+    """The same folder, by default and asked for, and it is read again; only --check wants the package."""
+    cases = ("exponents, inputs, a cache", "a cache without scales", "a table", "calibrated inputs with a zero point")
+    before = {case: quantized(**HELD[case]) for case in cases}
+    for name in [name for name in sys.modules if name.partition(".")[0] == "compressed_tensors"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)  # whoever imports it now gets an ImportError
     library.library.cache_clear()
     monkeypatch.setattr(library, "version", _missing)
-    said: list[str] = []
-    quantize(str(model()), "rtn", out=tmp_path / "q", announce=said.append, weights="int4 group=16")
-    assert form_in(tmp_path / "q")["name"] == "native"
-    assert [line for line in said if "pip install 'compressed-tensors>=0.20'" in line and "own form" in line]
-    with pytest.raises(UsageError, match="needs the package compressed-tensors"):
-        quantize(str(model()), "rtn", out=tmp_path / "r", form=COMPRESSED, weights="int4 group=16")
-    assert not list(tmp_path.glob("r*"))
-    assert torch.equal(logits(nybble.load(before)[0]), expected)
-    assert torch.equal(logits(nybble.load(tmp_path / "q")[0]), expected)
+    for number, (case, folder) in enumerate(before.items()):
+        changes = dict(HELD[case])
+        kept = {"data": text(), "settings": {"seq_len": 32, "samples": 4}} if changes.pop("calibrated", False) else {}
+        out = tmp_path / str(number)
+        form = COMPRESSED if number else "auto"
+        quantize(str(model(changes.pop("family", "llama"))), "rtn", out=out, form=form, **kept, **changes)
+        for name in ("model.safetensors", "config.json", "README.md"):
+            assert (out / name).read_bytes() == (folder / name).read_bytes(), (case, name)
+        assert torch.equal(logits(nybble.load(out)[0]), logits(nybble.load(folder)[0]))
+        export(out, tmp_path / f"{number}-again", COMPRESSED)
+        with pytest.raises(UsageError, match="--check of this target needs the package compressed-tensors"):
+            export(out, tmp_path / f"{number}-checked", COMPRESSED, check=True)
+    assert "pip install compressed-tensors" in (tmp_path / "0" / "README.md").read_text()
     library.library.cache_clear()
 
 
@@ -209,6 +219,15 @@ def _missing(name: str) -> str:
     from importlib.metadata import PackageNotFoundError
 
     raise PackageNotFoundError(name)
+
+
+def test_a_cache_that_got_a_scale(tmp_path: Path) -> None:
+    shutil.copytree(quantized(**HELD["a cache without scales"]), tmp_path / "q")
+    tensors = load_file(tmp_path / "q" / "model.safetensors")
+    tensors["model.layers.1.self_attn.v_scale"] *= 2
+    save_file(tensors, tmp_path / "q" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FileError, match=r"layers\.1\.self_attn\.v_scale is 2; nybble\.json says .* no scale"):
+        nybble.load(tmp_path / "q")
 
 
 CHANGES: dict[str, tuple[Any, str]] = {
