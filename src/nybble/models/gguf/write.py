@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 ROWS = 1 << 22
 """Elements of a float tensor that are quantized at a time."""
+_FEW = 1 << 16
+"""Elements whose squares are summed in float32, and which stay in the cache meanwhile."""
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -376,9 +378,11 @@ class _Error:
 
     def add(self, before: Tensor, after: Tensor) -> _Error:
         """A piece, as it was and as it is."""
-        wide = before.double()
-        self._lost += (wide - after.double()).square().sum().item()
-        self._whole += wide.square().sum().item()
+        for few, same in zip(before.reshape(-1).split(_FEW), after.reshape(-1).split(_FEW), strict=True):
+            wide = few.float()
+            off = wide - same.float()
+            self._lost += float(off.dot(off))
+            self._whole += float(wide.dot(wide))
         return self
 
     @property
@@ -393,8 +397,8 @@ def _rounded(tensor: Planned, plain: Tensor, energy: Tensor | None, error: _Erro
     if tensor.kind not in FLOATS:
         return torch.cat(list(_blocks(tensor.kind, plain, energy, error)))
     cast = plain.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[tensor.kind])
-    for before, after in zip(_chunks(plain), _chunks(cast), strict=True):
-        error.add(before, after)
+    if cast.dtype not in (plain.dtype, torch.float32) or plain.dtype == torch.float64:  # else every number is one there
+        error.add(plain, cast)
     return cast.view(torch.uint8).view(*plain.shape[:-1], -1) if tensor.kind == "BF16" else cast
 
 

@@ -173,7 +173,13 @@ def block_type(name: str) -> BlockType:
 
 def type_name(kind: BlockType) -> str:
     """As llama.cpp spells it: ``Q4_K``."""
-    return next(name for name, part in REGISTRY.all().items() if part is kind).replace("-", "_").upper()
+    return _names()[id(kind)]
+
+
+@cache
+def _names() -> Mapping[int, str]:
+    """By the part's identity: it has no hash, and the registry asks Python's imports for each."""
+    return {id(part): name.replace("-", "_").upper() for name, part in REGISTRY.all().items()}
 
 
 @cache
