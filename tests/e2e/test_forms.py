@@ -201,10 +201,12 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setattr(library, "version", _missing)
     for number, (case, folder) in enumerate(before.items()):
         changes = dict(HELD[case])
-        kept = {"data": text(), "settings": {"seq_len": 32, "samples": 4}} if changes.pop("calibrated", False) else {}
+        changes |= (
+            {"data": text(), "settings": {"seq_len": 32, "samples": 4}} if changes.pop("calibrated", False) else {}
+        )
         out = tmp_path / str(number)
         form = COMPRESSED if number else "auto"
-        quantize(str(model(changes.pop("family", "llama"))), "rtn", out=out, form=form, **kept, **changes)
+        quantize(str(model(changes.pop("family", "llama"))), "rtn", out=out, form=form, **changes)
         for name in ("model.safetensors", "config.json", "README.md"):
             assert (out / name).read_bytes() == (folder / name).read_bytes(), (case, name)
         assert torch.equal(logits(nybble.load(out)[0]), logits(nybble.load(folder)[0]))

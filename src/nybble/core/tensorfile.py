@@ -32,7 +32,7 @@ _TORCH_NAMES = {
     "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0",
 }  # fmt: skip
 
-_CHUNK = 4 << 20  # bytes held at once while copying
+_CHUNK = 1 << 20  # bytes held at once while copying
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,8 @@ class Planned:
 
     Attributes:
         dtype: safetensors name, ``BF16``. shape: sizes.
-        bytes_from: what makes it, whole or in pieces that stand one behind the other; or a file in which its bytes begin
-            at ``offset``, row-major and little-endian.
+        bytes_from: what makes it, whole or in pieces that stand one behind the other; or a file in which its bytes
+            begin at ``offset``, row-major and little-endian.
         offset: into that file.
         raw: what is made may have another dtype and shape: its bytes are meant, as those of a file are.
     """
@@ -88,26 +88,19 @@ class _Source:
         if not isinstance(self.bytes_from, Path):
             yield from map(_memory, self._made(self.bytes_from))
             return
-        with disk_errors(self.bytes_from), self.bytes_from.open("rb") as file:
-            file.seek(self.offset)
-            left = self.entry.nbytes
-            while left:
-                chunk = file.read(min(_CHUNK, left))
-                if not chunk:
-                    raise FileError(f"{self.bytes_from}: became shorter while it was being read.")
-                left -= len(chunk)
-                yield chunk
+        yield from file_chunks(self.bytes_from, self.offset, self.entry.nbytes)
 
     def _made(self, tensor: Tensor | Callable[[], Tensor | Iterator[Tensor]]) -> Iterator[Tensor]:
         """In pieces, of which no one but the writer holds one."""
         if not callable(tensor):
             yield tensor
             return
+        import torch
+
         made, left = tensor(), self.entry.nbytes
-        if hasattr(made, "shape"):
-            shape = tuple(made.shape)
-            if not self.raw and shape != self.entry.shape:
-                raise AssertionError(f"{made.dtype} {list(shape)} was made where {self.entry} was planned")
+        if isinstance(made, torch.Tensor):
+            if not self.raw and tuple(made.shape) != self.entry.shape:
+                raise AssertionError(f"{made.dtype} {list(made.shape)} was made where {self.entry} was planned")
             made = iter((made,))
         for piece in made:
             left -= piece.nbytes
@@ -116,6 +109,23 @@ class _Source:
             yield piece
         if left:
             raise AssertionError(f"{left} bytes were not made of {self.entry}")
+
+
+def file_chunks(path: Path, begin: int, nbytes: int) -> Iterator[memoryview]:
+    """Bytes of a file, in order, some at a time, each in the place of those before.
+
+    Raises:
+        FileError: it can't be read, or has fewer.
+    """
+    with disk_errors(path), path.open("rb", buffering=0) as file:
+        file.seek(begin)
+        room = memoryview(bytearray(min(_CHUNK, nbytes)))
+        while nbytes:
+            count = file.readinto(room[: min(len(room), nbytes)])
+            if not count:
+                raise FileError(f"{path}: became shorter while it was being read.")
+            nbytes -= count
+            yield room[:count]
 
 
 def safetensors_name(dtype: torch.dtype) -> str | None:

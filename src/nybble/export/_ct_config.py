@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from nybble.models.build.skeleton import meta_model
+from nybble.models.build.skeleton import has_optional_pooler, meta_model
 
 if TYPE_CHECKING:
     from nybble.export._ct_layers import Placed
@@ -112,7 +112,9 @@ def _ignored(source: Source, model: nn.Module, places: Sequence[Placed]) -> list
     """Names of the modules with a matrix that stays in float."""
     taken = {name for place in places for name in (place.at, place.name)}
     # Others build an optional pooler whether the files have it or not, and would pack one that nobody quantized.
-    whole = meta_model(source.transformers_config, source.dtype, [*source.floats, *source.layers, "pooler."])
+    whole: nn.Module = model
+    if has_optional_pooler(source.transformers_config):
+        whole = meta_model(source.transformers_config, source.dtype, [*source.floats, *source.layers, "pooler."])
     linear = [name for name, module in whole.named_modules() if isinstance(module, nn.Linear)]
     tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     stored = [

@@ -209,7 +209,7 @@ def _pieces(
 
 def _power(values: Tensor) -> float:
     """The sum of squares: in float64 over float32 sums of few."""
-    return sum(float(few.dot(few)) for few in values.reshape(-1).split(1 << 16))
+    return sum((float(few.dot(few)) for few in torch.split(values.reshape(-1), 1 << 16)), 0.0)
 
 
 def _norms(source: Source, model: Any, found: dict[str, Planned]) -> dict[str, Planned]:

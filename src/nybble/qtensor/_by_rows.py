@@ -42,9 +42,9 @@ def rows_of(tensor: QTensor) -> Iterator[Tensor]:
 
 
 def row_pieces(tensor: BlockQTensor) -> Iterator[tuple[slice, Tensor]] | None:
-    """The values of a matrix, some rows at a time in order: which, and float32 [rows, columns]; None where it has none.
+    """The values of a matrix, some rows at a time in order: which, and float32 [rows, columns]; None where it is none.
 
-    It has them for matrices on the CPU of 4 or 8 bits, with plain rows of codes and scales of rows or groups of columns.
+    It is one for matrices on the CPU of 4 or 8 bits, with plain rows of codes and scales of rows or groups of columns.
     """
     params, shape, bits = tensor.params, tensor.shape, tensor.format.bits
     if type(tensor.codes) is not Tensor or tensor.codes.device.type != "cpu" or torch.compiler.is_compiling():

@@ -109,6 +109,11 @@ class BlockType:
         inner = self.quantizer.scale_format
         return isinstance(inner, Quantizer) and inner.granularity.one_scale and str(inner.scale) != "one"
 
+    @property
+    def as_it_is(self) -> bool:
+        """Whether any bytes are blocks, and those that come back of them; ternary digits have several spellings."""
+        return not self.scaled_apart and self.quantizer.format.name != "ternary"
+
     def read(self, blocks: Bytes) -> Parts:
         """``[blocks, nbytes]`` -> parts."""
         parts: Parts = {}
