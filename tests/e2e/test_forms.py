@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.parts.export.folders import model, quantized, text
 from tests.tiny import logits, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.quantizers import auto as auto_quantizers
 
 import nybble
+from nybble.checkpoint import transformers_compressed
 from nybble.checkpoint.account import inspect
 from nybble.checkpoint.load import described
 from nybble.core.errors import FileError, SchemeError, UsageError
@@ -215,6 +217,28 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
             export(out, tmp_path / f"{number}-checked", COMPRESSED, check=True)
     assert "pip install compressed-tensors" in (tmp_path / "0" / "README.md").read_text()
     library.library.cache_clear()
+
+
+def test_transformers_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Behind ``import nybble`` it opens what nybble wrote, packed; of others' folders it says what they need."""
+    monkeypatch.setattr(transformers_compressed, "is_compressed_tensors_available", lambda: False)
+    for known in ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"):
+        monkeypatch.setattr(auto_quantizers, known, dict(getattr(auto_quantizers, known)))
+    transformers_compressed.register()
+    auto: Any = AutoModelForCausalLM
+    for case in ("exponents, inputs, a cache", "a cache without scales", "codes that change their sign, zero points"):
+        folder = quantized(**HELD[case])
+        model, info = auto.from_pretrained(folder, output_loading_info=True)
+        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        expected = nybble.load(folder)[0]
+        assert descriptions(model) == descriptions(expected) and torch.equal(logits(model), logits(expected))
+        base: Any = AutoModel
+        assert [type(m) for m in base.from_pretrained(folder).modules()] == [type(m) for m in model.model.modules()]
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(auto.from_pretrained(tmp_path / "again")), logits(model))
+    shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("nybble.json"))
+    with pytest.raises(ImportError, match=r"pip install compressed-tensors.*nybble\.load opens them all"):
+        auto.from_pretrained(tmp_path / "bare")
 
 
 def _missing(name: str) -> str:
