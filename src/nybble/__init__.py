@@ -66,6 +66,6 @@ def _import(name: str) -> None:
     importlib.import_module(name)
 
 
-when_imported("transformers.quantizers.auto", partial(_import, "nybble.checkpoint.transformers_hook"))
+when_imported("transformers.quantizers.auto", partial(_import, "nybble.checkpoint.transformers_compressed"))
 when_imported("nybble.export", partial(callable_too, "nybble.export", "nybble.pipelines.export"))
 when_imported("peft.tuners.lora.model", partial(_import, "nybble.training.peft_hook"))

@@ -73,3 +73,13 @@ def test_base3_bytes() -> None:
     """byte = sum of digit * 3**i, -1 as 2."""
     packed = get_layout("base3").pack(torch.tensor([1, 3, 0, 0, 3, 1], dtype=torch.uint8), 2)
     assert packed.tolist() == [1 + 2 * 3 + 2 * 81, 1]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_a_description_is_packed_without_calculating(bits: int) -> None:
+    """On the meta device: as long as the real ones, in one step however long they are."""
+    dense, count = get_layout("dense"), (1 << 20) + 8
+    kept = dense.pack(torch.empty(count, dtype=torch.uint8, device="meta"), bits)
+    assert kept.is_meta and (kept.dtype, kept.numel()) == (torch.uint8, dense.size(count, bits))
+    again = dense.unpack(kept, bits, count)
+    assert again.is_meta and (again.dtype, again.numel()) == (torch.uint8, count)

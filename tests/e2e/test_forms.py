@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.parts.export.folders import model, quantized, text
 from tests.tiny import logits, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.quantizers import auto as auto_quantizers
 
 import nybble
+from nybble.checkpoint import transformers_compressed
 from nybble.checkpoint.account import inspect
 from nybble.checkpoint.load import described
 from nybble.core.errors import FileError, SchemeError, UsageError
-from nybble.export import _ct_config as library
+from nybble.export import _ct_library as library
 from nybble.nn.kinds import describe, quant_modules
 from nybble.nn.kv_model import recorded_kv
 from nybble.nn.layouts import Layouts
@@ -49,6 +53,7 @@ HELD: dict[str, dict[str, Any]] = {
         "family": "mistral",
     },
     "float weights": {"weights": "none", "activations": "float8_e4m3fn token"},
+    "a cache without scales": {"weights": "int4 group=16", "kv": "float8_e4m3fn tensor scale=one"},
     "a cache alone": {"weights": "none", "kv": "float8_e4m3fn token"},
 }  # fmt: skip
 NATIVE: dict[str, tuple[dict[str, Any], str]] = {
@@ -188,27 +193,67 @@ def test_forms_that_make_no_sense(tmp_path: Path) -> None:
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Written natively, with one line that says so; what it wrote before is read without it."""
-    before = quantized(weights="int4 group=16", form=COMPRESSED)
-    expected = logits(nybble.load(before)[0])
+    """The same folder, by default and asked for, and it is read again; only --check wants the package."""
+    cases = ("exponents, inputs, a cache", "a cache without scales", "a table", "calibrated inputs with a zero point")
+    before = {case: quantized(**HELD[case]) for case in cases}
+    for name in [name for name in sys.modules if name.partition(".")[0] == "compressed_tensors"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)  # whoever imports it now gets an ImportError
     library.library.cache_clear()
     monkeypatch.setattr(library, "version", _missing)
-    said: list[str] = []
-    quantize(str(model()), "rtn", out=tmp_path / "q", announce=said.append, weights="int4 group=16")
-    assert form_in(tmp_path / "q")["name"] == "native"
-    assert [line for line in said if "pip install 'compressed-tensors>=0.20'" in line and "own form" in line]
-    with pytest.raises(UsageError, match="needs the package compressed-tensors"):
-        quantize(str(model()), "rtn", out=tmp_path / "r", form=COMPRESSED, weights="int4 group=16")
-    assert not list(tmp_path.glob("r*"))
-    assert torch.equal(logits(nybble.load(before)[0]), expected)
-    assert torch.equal(logits(nybble.load(tmp_path / "q")[0]), expected)
+    for number, (case, folder) in enumerate(before.items()):
+        changes = dict(HELD[case])
+        changes |= (
+            {"data": text(), "settings": {"seq_len": 32, "samples": 4}} if changes.pop("calibrated", False) else {}
+        )
+        out = tmp_path / str(number)
+        form = COMPRESSED if number else "auto"
+        quantize(str(model(changes.pop("family", "llama"))), "rtn", out=out, form=form, **changes)
+        for name in ("model.safetensors", "config.json", "README.md"):
+            assert (out / name).read_bytes() == (folder / name).read_bytes(), (case, name)
+        assert torch.equal(logits(nybble.load(out)[0]), logits(nybble.load(folder)[0]))
+        export(out, tmp_path / f"{number}-again", COMPRESSED)
+        with pytest.raises(UsageError, match="--check of this target needs the package compressed-tensors"):
+            export(out, tmp_path / f"{number}-checked", COMPRESSED, check=True)
+    assert "pip install compressed-tensors" in (tmp_path / "0" / "README.md").read_text()
     library.library.cache_clear()
+
+
+def test_transformers_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Behind ``import nybble`` it opens what nybble wrote, packed; of others' folders it says what they need."""
+    monkeypatch.setattr(transformers_compressed, "is_compressed_tensors_available", lambda: False)
+    for known in ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"):
+        monkeypatch.setattr(auto_quantizers, known, dict(getattr(auto_quantizers, known)))
+    transformers_compressed.register()
+    auto: Any = AutoModelForCausalLM
+    for case in ("exponents, inputs, a cache", "a cache without scales", "codes that change their sign, zero points"):
+        folder = quantized(**HELD[case])
+        model, info = auto.from_pretrained(folder, output_loading_info=True)
+        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        expected = nybble.load(folder)[0]
+        assert descriptions(model) == descriptions(expected) and torch.equal(logits(model), logits(expected))
+        base: Any = AutoModel
+        assert [type(m) for m in base.from_pretrained(folder).modules()] == [type(m) for m in model.model.modules()]
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(auto.from_pretrained(tmp_path / "again")), logits(model))
+    shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("nybble.json"))
+    with pytest.raises(ImportError, match=r"pip install compressed-tensors.*nybble\.load opens them all"):
+        auto.from_pretrained(tmp_path / "bare")
 
 
 def _missing(name: str) -> str:
     from importlib.metadata import PackageNotFoundError
 
     raise PackageNotFoundError(name)
+
+
+def test_a_cache_that_got_a_scale(tmp_path: Path) -> None:
+    shutil.copytree(quantized(**HELD["a cache without scales"]), tmp_path / "q")
+    tensors = load_file(tmp_path / "q" / "model.safetensors")
+    tensors["model.layers.1.self_attn.v_scale"] *= 2
+    save_file(tensors, tmp_path / "q" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FileError, match=r"layers\.1\.self_attn\.v_scale is 2; nybble\.json says .* no scale"):
+        nybble.load(tmp_path / "q")
 
 
 CHANGES: dict[str, tuple[Any, str]] = {

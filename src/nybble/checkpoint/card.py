@@ -61,7 +61,8 @@ from transformers import {auto}  # with `pip install compressed-tensors`
 model = {auto}.from_pretrained(".")  # this folder, or its id on the hub
 ```
 
-nybble {version} made these files{how}; with it, `nybble.load(".")` keeps the weights packed.
+nybble {version} made these files{how}; with it, `nybble.load(".")` keeps the weights packed, and so does transformers,
+once nybble is imported, where compressed-tensors is not installed.
 {scheme}
 {record}"""
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from nybble.core.errors import FileError, NybbleError
 from nybble.models.sources.layouts import Files, PackedWeight, packed_weights
 from nybble.models.sources.layouts._ct_args import CannotError, above, activation_args, kv_args, weight_args
+from nybble.models.sources.layouts._rounded import ones
 from nybble.models.sources.layouts.compressed_tensors import group_of
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import Stored, kind_of_entry
@@ -126,8 +127,20 @@ def compressed(
             files.need(stored, ("F32",) if role == "scales" else ("I8",), (1,))
     said = stated.get("kv_cache_scheme")
     width = said.get("group_size") if isinstance(said, dict) else None
-    _agree("the KV cache", "", None if kv is None else _args(kv_args, kv, width or 0), said)
+    args = None if kv is None else _args(kv_args, kv, width or 0)
+    _agree("the KV cache", "", args, said)
+    if args is not None and not args["dynamic"]:
+        found.roles |= _unit_scales(files)
     return found
+
+
+def _unit_scales(files: Files) -> dict[str, str]:
+    """The scales of a KV cache that has none for nybble: they have to be 1."""
+    names = [name for name in files.entries if name.endswith((".k_scale", ".v_scale"))]
+    wrong = next((name for name in names if not ones([name], files)), None)
+    if wrong is not None:
+        raise FileError(f"{wrong} is {files.small(wrong).item():.6g}; nybble.json says that the KV cache has no scale.")
+    return dict.fromkeys(names, "scales")
 
 
 def _check_scheme(name: str, entry: dict[str, Any], weights: list[QTensor], stated: Mapping[str, Any]) -> None:

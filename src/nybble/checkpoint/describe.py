@@ -87,12 +87,12 @@ def fit_to(model: Any, modules: Mapping[str, Any]) -> dict[str, Any]:
     bare = base is model and any(name.startswith(f"{model.base_model_prefix}.") for name in modules)
     for name, entry in modules.items():
         kind = kind_of_entry(name, entry)
-        place = next((place for place in _places(model, name) if _has(model, kind.holder(place))), None)
+        place = next((place for place in places(model, name) if _has(model, kind.holder(place))), None)
         if bare and place == name and not kind.claims(model.get_submodule(kind.holder(place))):
             continue  # a head's, which has a name that the base model has too (WavLMForXVector's feature_extractor)
         if place is not None:
             found[place] = _reading(model, entry)
-        elif any(place.partition(".")[0] in base._modules for place in _places(model, name)):
+        elif any(place.partition(".")[0] in base._modules for place in places(model, name)):
             found[name] = entry  # of the base model, so it should be there: restoring says that it isn't
     if modules and not found:
         raise ModelError(f"the checkpoint quantizes {next(iter(modules))}, and {type(model).__name__} has none of it.")
@@ -104,7 +104,7 @@ def _reading(model: Any, entry: dict[str, Any]) -> dict[str, Any]:
     table = entry.get("table")
     if not isinstance(table, str):
         return entry
-    return entry | {"table": next((place for place in _places(model, table) if _has(model, place)), table)}
+    return entry | {"table": next((place for place in places(model, table) if _has(model, place)), table)}
 
 
 def fit_cache(model: Any, kv: Any) -> Any:
@@ -113,10 +113,10 @@ def fit_cache(model: Any, kv: Any) -> Any:
         return None
     if not isinstance(kv, dict):
         return kv
-    return {next((p for p in _places(model, name) if _has(model, p)), name): line for name, line in kv.items()}
+    return {next((p for p in places(model, name) if _has(model, p)), name): line for name, line in kv.items()}
 
 
-def _places(model: Any, name: str) -> tuple[str, ...]:
+def places(model: Any, name: str) -> tuple[str, ...]:
     """Where a module of a folder may be: there, or with or without the base model's prefix."""
     prefix = f"{model.base_model_prefix}."
     return name, f"{prefix}{name}", name.removeprefix(prefix)

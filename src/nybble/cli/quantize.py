@@ -147,10 +147,7 @@ def _done(
     from nybble.checkpoint.marked import form_of
     from nybble.core.progress import Bars
     from nybble.pipelines.evaluate import judge_folder, judged_on
-    from nybble.pipelines.form import check_form
     from nybble.pipelines.quantize import preflight, quantize
-
-    check_form(form)
 
     held_out = None if eval is None else judged_on(model, eval, seq_len=settings.seq_len)
     if dry_run:

@@ -32,7 +32,7 @@ _TORCH_NAMES = {
     "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0",
 }  # fmt: skip
 
-_CHUNK = 4 << 20  # bytes held at once while copying
+_CHUNK = 1 << 20  # bytes held at once while copying
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +41,15 @@ class Planned:
 
     Attributes:
         dtype: safetensors name, ``BF16``. shape: sizes.
-        bytes_from: what makes it; or a file in which its bytes begin at ``offset``, row-major and little-endian.
+        bytes_from: what makes it, whole or in pieces that stand one behind the other; or a file in which its bytes
+            begin at ``offset``, row-major and little-endian.
         offset: into that file.
         raw: what is made may have another dtype and shape: its bytes are meant, as those of a file are.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    bytes_from: Callable[[], Tensor] | Path
+    bytes_from: Callable[[], Tensor | Iterator[Tensor]] | Path
     offset: int = 0
     raw: bool = False
 
@@ -64,7 +65,14 @@ class Planned:
         if isinstance(made, Path):
             return found
         kind = _dtype_named(found.dtype)
-        return replace(found, bytes_from=lambda: made().contiguous().view(kind).view(wanted))
+        return replace(found, bytes_from=lambda: whole(made()).contiguous().view(kind).view(wanted))
+
+
+def whole(made: Tensor | Iterator[Tensor]) -> Tensor:
+    """What a plan makes, in one."""
+    import torch
+
+    return made if isinstance(made, torch.Tensor) else torch.cat(list(made))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,32 +80,52 @@ class _Source:
     """A tensor to be written: its description, and where its bytes come from."""
 
     entry: TensorEntry
-    bytes_from: Tensor | Path | Callable[[], Tensor]
+    bytes_from: Tensor | Path | Callable[[], Tensor | Iterator[Tensor]]
     offset: int = 0
     raw: bool = False
 
     def chunks(self) -> Iterator[bytes | memoryview]:
         if not isinstance(self.bytes_from, Path):
-            yield _memory(self._made(self.bytes_from))
+            yield from map(_memory, self._made(self.bytes_from))
             return
-        with disk_errors(self.bytes_from), self.bytes_from.open("rb") as file:
-            file.seek(self.offset)
-            left = self.entry.nbytes
-            while left:
-                chunk = file.read(min(_CHUNK, left))
-                if not chunk:
-                    raise FileError(f"{self.bytes_from}: became shorter while it was being read.")
-                left -= len(chunk)
-                yield chunk
+        yield from file_chunks(self.bytes_from, self.offset, self.entry.nbytes)
 
-    def _made(self, tensor: Tensor | Callable[[], Tensor]) -> Tensor:
+    def _made(self, tensor: Tensor | Callable[[], Tensor | Iterator[Tensor]]) -> Iterator[Tensor]:
+        """In pieces, of which no one but the writer holds one."""
         if not callable(tensor):
-            return tensor
-        made = tensor()
-        same = (safetensors_name(made.dtype), tuple(made.shape)) == (self.entry.dtype, self.entry.shape)
-        if not (made.nbytes == self.entry.nbytes if self.raw else same):
-            raise AssertionError(f"{made.dtype} {list(made.shape)} was made where {self.entry} was planned")
-        return made
+            yield tensor
+            return
+        import torch
+
+        made, left = tensor(), self.entry.nbytes
+        if isinstance(made, torch.Tensor):
+            if not self.raw and tuple(made.shape) != self.entry.shape:
+                raise AssertionError(f"{made.dtype} {list(made.shape)} was made where {self.entry} was planned")
+            made = iter((made,))
+        for piece in made:
+            left -= piece.nbytes
+            if left < 0 or not (self.raw or safetensors_name(piece.dtype) == self.entry.dtype):
+                raise AssertionError(f"{piece.dtype} {list(piece.shape)} was made where {self.entry} was planned")
+            yield piece
+        if left:
+            raise AssertionError(f"{left} bytes were not made of {self.entry}")
+
+
+def file_chunks(path: Path, begin: int, nbytes: int) -> Iterator[memoryview]:
+    """Bytes of a file, in order, some at a time, each in the place of those before.
+
+    Raises:
+        FileError: it can't be read, or has fewer.
+    """
+    with disk_errors(path), path.open("rb", buffering=0) as file:
+        file.seek(begin)
+        room = memoryview(bytearray(min(_CHUNK, nbytes)))
+        while nbytes:
+            count = file.readinto(room[: min(len(room), nbytes)])
+            if not count:
+                raise FileError(f"{path}: became shorter while it was being read.")
+            nbytes -= count
+            yield room[:count]
 
 
 def safetensors_name(dtype: torch.dtype) -> str | None:

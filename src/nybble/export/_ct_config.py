@@ -1,66 +1,46 @@
-"""``quantization_config`` of config.json, by the classes of compressed-tensors itself."""
+"""``quantization_config`` of config.json, as compressed-tensors' own classes write it; without that library.
+
+Source: compressed-tensors 0.20 (``quantization/quant_config.py``, ``quantization/quant_scheme.py``,
+``quantization/quant_args.py``, ``compressors/format.py``); tests compare with what these make of the same arguments.
+"""
 
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from nybble.core.errors import UsageError
-from nybble.models.build.skeleton import meta_model
+from nybble.models.build.skeleton import has_optional_pooler, meta_model
 
 if TYPE_CHECKING:
     from nybble.export._ct_layers import Placed
     from nybble.export._source import Source
 
-NEEDS = ("compressed-tensors", "transformers")
-OLDEST = (0, 20)
-"""From it on, integers of 3, 5, 6 and 7 bits are one stream of bits; before, words with unused ones."""
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Without the warnings of other libraries, at import and after."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@cache
-def library() -> Any:
-    """The module ``compressed_tensors``.
-
-    Raises:
-        UsageError: it is missing or too old.
-    """
-    wanted = f"pip install 'compressed-tensors>={OLDEST[0]}.{OLDEST[1]}'"
-    try:
-        found = version("compressed-tensors")
-    except PackageNotFoundError:
-        raise UsageError(f"this target needs the package compressed-tensors: {wanted}") from None
-    numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
-    if numbers < OLDEST:
-        raise UsageError(f"compressed-tensors {found} is too old, its packed integers differ: {wanted}")
-    with quietly():
-        import compressed_tensors
-        import compressed_tensors.compressors
-        import compressed_tensors.quantization
-    return compressed_tensors
+SCHEMA = "0.20.0"
+"""The version of compressed-tensors whose schema and files these are. Before 0.20, integers of 3, 5, 6 and 7 bits were
+words with unused bits; from it on they are one stream."""
+_BLOCKS = {(4, 32): "mxfp4-pack-quantized", (6, 32): "mxfp6-pack-quantized", (4, 16): "nvfp4-pack-quantized"}
+_ARGS = ("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "scale_dtype")
+_UNSAID = ("block_structure", "scale_dtype")
+"""Left out where they are None."""
 
 
 def form_of(scheme: Mapping[str, Any]) -> str:
     """The format that the library itself would save a linear layer of this scheme in."""
-    found = library()
-    with quietly():
-        made = found.quantization.QuantizationScheme(targets=["Linear"], **scheme)
-        form: str = found.compressors.format.infer_module_format(nn.Linear, made).value
-    return form
+    weights, inputs = scheme.get("weights"), scheme.get("input_activations")
+    if weights is None:
+        return "dense"
+    if weights["type"] == "int":
+        return "pack-quantized" if inputs is None else "int-quantized"
+    bits, group = weights["num_bits"], weights.get("group_size")
+    if (bits, group) in _BLOCKS:
+        return _BLOCKS[bits, group]
+    if (bits, group, weights.get("scale_dtype")) == (8, 32, torch.uint8):
+        return "mxfp8-quantized"
+    return "naive-quantized" if inputs is None else "float-quantized"
 
 
 def quantization_config(source: Source, places: Sequence[Placed], kv: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -71,8 +51,6 @@ def quantization_config(source: Source, places: Sequence[Placed], kv: Mapping[st
         places: its quantized modules.
         kv: arguments of the KV cache.
     """
-    found = library()
-    model = source.skeleton()
     groups: list[dict[str, Any]] = []
     members: list[list[Placed]] = []
     for place in places:
@@ -81,26 +59,37 @@ def quantization_config(source: Source, places: Sequence[Placed], kv: Mapping[st
             members.append([])
         members[groups.index(place.scheme)].append(place)
     layers = [scheme for scheme, who in zip(groups, members, strict=True) if any(not p.embedding for p in who)]
-    with quietly():
-        schemes = {
-            f"group_{i}": found.quantization.QuantizationScheme(targets=_targets(who, len(layers) == 1), **scheme)
-            for i, (scheme, who) in enumerate(zip(groups, members, strict=True))
-        }
-        forms = {scheme["format"] for scheme in groups}
-        config = found.quantization.QuantizationConfig(
-            config_groups=schemes,
-            format="mixed-precision" if len(forms) > 1 else next(iter(forms), "dense"),
-            quantization_status="compressed",
-            kv_cache_scheme=None if kv is None else found.quantization.QuantizationArgs(**kv),
-            ignore=_ignored(source, model, places),
-        ).model_dump(mode="json", exclude={"quant_method"})
+    forms = {scheme["format"] for scheme in groups}
     return {
-        "version": found.__version__,
+        "version": SCHEMA,
         "quant_method": "compressed-tensors",
         "sparsity_config": {},
         "transform_config": {},
-        **config,
+        "config_groups": {
+            f"group_{i}": _group(_targets(who, len(layers) == 1), scheme)
+            for i, (scheme, who) in enumerate(zip(groups, members, strict=True))
+        },
+        "kv_cache_scheme": _args(kv),
+        "format": "mixed-precision" if len(forms) > 1 else next(iter(forms), "dense"),
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "ignore": _ignored(source, source.skeleton(), places),
+        "moe_sparsity_config": None,
     }
+
+
+def _group(targets: list[str], scheme: Mapping[str, Any]) -> dict[str, Any]:
+    """A QuantizationScheme, as it is dumped."""
+    sides = ("weights", "input_activations", "output_activations")
+    return {"targets": targets, **{side: _args(scheme.get(side)) for side in sides}, "format": scheme["format"]}
+
+
+def _args(args: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """QuantizationArgs, as they are dumped."""
+    if args is None:
+        return None
+    found = {name: args.get(name) for name in _ARGS if name not in _UNSAID or args.get(name) is not None}
+    return {name: str(value) if isinstance(value, torch.dtype) else value for name, value in found.items()}
 
 
 def _targets(places: Sequence[Placed], only: bool) -> list[str]:
@@ -123,7 +112,9 @@ def _ignored(source: Source, model: nn.Module, places: Sequence[Placed]) -> list
     """Names of the modules with a matrix that stays in float."""
     taken = {name for place in places for name in (place.at, place.name)}
     # Others build an optional pooler whether the files have it or not, and would pack one that nobody quantized.
-    whole = meta_model(source.transformers_config, source.dtype, [*source.floats, *source.layers, "pooler."])
+    whole: nn.Module = model
+    if has_optional_pooler(source.transformers_config):
+        whole = meta_model(source.transformers_config, source.dtype, [*source.floats, *source.layers, "pooler."])
     linear = [name for name, module in whole.named_modules() if isinstance(module, nn.Linear)]
     tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     stored = [

@@ -95,7 +95,7 @@ class Matrix:
     def _packed_integers(self, bits: int, rows: int, columns: int) -> dict[str, Planned]:
         words = math.ceil(columns * bits / 32)
         found = {
-            "weight_packed": _made("I32", (rows, words), lambda: packed_rows(self.read())),
+            "weight_packed": self._as_filed(bits) or _made("I32", (rows, words), lambda: packed_rows(self.read())),
             "weight_scale": self._scale(),
             "weight_shape": _made("I64", (2,), lambda: torch.tensor([rows, columns], dtype=torch.int64)),
         }
@@ -107,6 +107,13 @@ class Matrix:
             else:
                 found["weight_zero_point"] = _made("I8", shape, lambda: signed(self._zero_point()).view(shape))
         return found
+
+    def _as_filed(self, bits: int) -> Planned | None:
+        """The words of files in the same form, where nothing is between the rows; None else."""
+        signed_as_there = self.empty.format.name == f"int{bits}_full" and self.empty.layout == "dense"
+        if self.rows is not None or not signed_as_there or self.shape[1] * bits % 32:
+            return None
+        return self.source.filed(self.layer, self.prefix, self.form, "weight_packed")
 
     def _divisor(self) -> float:
         own = divisor_of(self.source, self.layer, self.prefix)

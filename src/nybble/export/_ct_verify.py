@@ -12,8 +12,8 @@ from torch import Tensor
 
 from nybble.core.errors import FileError
 from nybble.core.guard import reading
-from nybble.export._ct_config import library, quietly
 from nybble.export._ct_layers import Placed
+from nybble.export._ct_library import library, quietly
 from nybble.export._source import Source
 from nybble.models.build.config_file import read_json
 from nybble.models.sources.folder import weight_files

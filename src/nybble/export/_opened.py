@@ -132,6 +132,20 @@ class OpenedSource(Source):
             return Planned(dtype=dtype, shape=shape, bytes_from=kept[0], offset=kept[1])
         return Planned(dtype=dtype, shape=shape, bytes_from=partial(self.tensor, name), raw=True)
 
+    def filed(self, layer: Layer, prefix: str, form: str, role: str) -> Planned | None:
+        if not isinstance(self._source, FolderSource) or len(layer.weights) != 1:
+            return None
+        found = self._source.filed_at(self._parameters[layer.name], form, role)
+        if found is None:
+            return None
+        path, begin, entry = found
+        return Planned(dtype=entry.dtype, shape=tuple(entry.shape), bytes_from=path, offset=begin)
+
+    def blocks(self, layer: Layer, kind: str, turned: bool) -> tuple[Path, int, int] | None:
+        if not isinstance(self._source, GgufSource):
+            return None
+        return self._source.blocks_at(self._parameters[layer.name], kind, turned)
+
     def tensor(self, name: str) -> Tensor:
         if name in self.floats:
             ((_, found),) = self._source.read([name])

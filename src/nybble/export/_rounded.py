@@ -198,6 +198,14 @@ class RoundedSource(Source):
         made = partial(self.tensor, name)
         return Planned(dtype=str(safetensors_name(empty.dtype)), shape=tuple(empty.shape), bytes_from=made, raw=True)
 
+    def filed(self, layer: Layer, prefix: str, form: str, role: str) -> Planned | None:
+        kept = layer.name not in self._changed
+        return self._source.filed(self._source.layers[layer.name], prefix, form, role) if kept else None
+
+    def blocks(self, layer: Layer, kind: str, turned: bool) -> tuple[Path, int, int] | None:
+        kept = layer.name not in self._changed
+        return self._source.blocks(self._source.layers[layer.name], kind, turned) if kept else None
+
     def tensor(self, name: str) -> Tensor:
         if name in self._tables:
             return self._table(name)

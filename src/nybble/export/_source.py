@@ -73,6 +73,27 @@ class Source(ABC):
     def copied(self, name: str) -> Planned:
         """A stored tensor of any name, to be written as it is."""
 
+    def filed(self, layer: Layer, prefix: str, form: str, role: str) -> Planned | None:
+        """A part of a matrix as the files have it in another library's form; None where they have none such.
+
+        Args:
+            layer: with the matrix.
+            prefix: which it is.
+            form: as :class:`nybble.models.sources.layouts.PackedWeight` has it.
+            role: of the part.
+        """
+        return None
+
+    def blocks(self, layer: Layer, kind: str, turned: bool) -> tuple[Path, int, int] | None:
+        """Where a layer's weight is in blocks of GGUF's type ``kind``: file, offset and size; None where it isn't.
+
+        Args:
+            layer: of one matrix.
+            kind: as llama.cpp spells it.
+            turned: whether rows are to be in the order in which llama.cpp rotates them.
+        """
+        return None
+
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
         """A stored tensor; what is let go of it leaves memory."""

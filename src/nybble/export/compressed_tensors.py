@@ -1,7 +1,8 @@
 """compressed-tensors folders, which vLLM serves, and transformers opens with that library.
 
 Every code and scale is written as it is: the library's own decoder gives nybble's values. What its schema can't say is
-refused. The config is made by its own classes, and the format of a layer chosen by its own rule.
+refused. The config is what its own classes would write, and the format of a layer follows its own rule; only --check
+needs the library.
 Source: compressed-tensors 0.20 (``quantization/quant_args.py``, ``compressors/``).
 """
 
@@ -12,14 +13,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nybble.core.files import atomic_write_json
-from nybble.core.tensorfile import stream_tensorfiles
+from nybble.core.tensorfile import Planned, safetensors_name, stream_tensorfiles
 from nybble.export import ExportTarget, Facts, Refusal, Verified
-from nybble.export._ct_config import NEEDS, library, quantization_config
+from nybble.export._ct_config import quantization_config
 from nybble.export._ct_constrain import constrained
 from nybble.export._ct_layers import Placed, nvfp4_groups, placed, scheme_of
+from nybble.export._ct_library import NEEDS, library
 from nybble.export._ct_takes import TAKES, rows_for
 from nybble.export._ct_tensors import divisor_of
 from nybble.export._ct_verify import compare_decoded, how_opened
@@ -30,6 +33,7 @@ from nybble.export._names import as_stored
 from nybble.export._source import Source
 from nybble.export._transformers import open_and_compare
 from nybble.models.sources.layouts._ct_args import CannotError, kv_args
+from nybble.nn.kv_model import cached_attentions
 from nybble.qtensor import Inverse
 from nybble.qtensor.block import BlockQTensor
 from nybble.scheme import Scheme
@@ -46,7 +50,8 @@ class CompressedTensors(ExportTarget):
     takes = TAKES
 
     def require(self, check: bool) -> None:  # noqa: D102
-        library()
+        if check:
+            library()
 
     def constrain(self, scheme: Scheme, facts: Facts) -> Scheme:  # noqa: D102
         return constrained(scheme, facts)
@@ -79,7 +84,9 @@ class CompressedTensors(ExportTarget):
         unserved = [layer.name for key, layer in kinds.items() if key == "()"]
         lines = [f"no vLLM that is known takes the scheme of {unserved[0]}"] if unserved else []
         if source.kv is not None:
-            lines.append("others' KV caches: transformers caches in float, vLLM in float8 by one calibrated scale")
+            own = kv_args(source.kv, head_width(source))["dynamic"]
+            how = "by one calibrated scale" if own else "without a scale, as here"
+            lines.append(f"others' KV caches: transformers caches in float, vLLM in float8 {how}")
         rounded = _narrowed(source)
         if rounded:
             more = f" and {len(rounded) - 1} more" if len(rounded) > 1 else ""
@@ -106,13 +113,13 @@ class CompressedTensors(ExportTarget):
 
     def write_model(self, source: Source, folder: Path) -> str:
         """Write weights and config.json alone; returns who loads them, for a card."""
-        library()
         model = source.skeleton()
         places = placed(source, model)
         floats = {name: source.copied(name) for name in source.floats}
         tensors = as_stored(model, floats, source.tensor)
         for place in places:
             tensors |= place.tensors(source)
+        tensors |= _kv_scales(source, model)
         config, changed = _config(source, places)
         stream_tensorfiles(tensors, folder / "model.safetensors", {"format": "pt"}, SHARD_BYTES)
         atomic_write_json(folder / "config.json", source.config | changed | {"quantization_config": config})
@@ -123,7 +130,6 @@ class CompressedTensors(ExportTarget):
         )
 
     def verify(self, folder: Path, source: Source) -> Verified:  # noqa: D102
-        library()
         model = source.skeleton()
         places = placed(source, model)
         rows = tuple({row: None for place in places for row in rows_for(place.scheme)})
@@ -136,6 +142,15 @@ class CompressedTensors(ExportTarget):
                 runtimes=rows,
             )  # fmt: skip
         return open_and_compare(folder, source, NEEDS, runtimes=rows, dequantize=dequantize)
+
+
+def _kv_scales(source: Source, model: Any) -> dict[str, Planned]:
+    """``k_scale`` and ``v_scale`` of every layer that caches, 1 in the model's dtype; none where tokens have theirs."""
+    if source.kv is None or kv_args(source.kv, head_width(source))["dynamic"]:
+        return {}
+    one = torch.ones(1, dtype=source.dtype)
+    plan = Planned(dtype=str(safetensors_name(one.dtype)), shape=(1,), bytes_from=lambda: one)
+    return {f"{name}.{leaf}": plan for name in cached_attentions(model) for leaf in ("k_scale", "v_scale")}
 
 
 def _config(source: Source, places: Sequence[Placed]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -197,8 +212,6 @@ def _inexact(source: Source, schemes: Mapping[str, dict[str, Any]]) -> list[Refu
 
 def _narrowed(source: Source) -> list[str]:
     """Layers of integers whose scales lose bits in the dtype of the model."""
-    import torch
-
     found = []
     for name, layer in source.layers.items():
         for prefix, tensor in layer.weights.items():

@@ -6,6 +6,7 @@ are left out: a dense folder has no place for them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from torch import Tensor
 from nybble.calibration.error import relative_error
 from nybble.core.errors import ModelError
 from nybble.core.files import atomic_write_json
-from nybble.core.tensorfile import Planned, safetensors_name, stream_tensorfiles
+from nybble.core.tensorfile import Planned, safetensors_name, stream_tensorfiles, whole
 from nybble.export import Cast, ExportTarget, Facts, Refusal, Takes, Verified
 from nybble.export._folder import SHARD_BYTES, write_beside
 from nybble.export._names import as_stored
@@ -25,6 +26,7 @@ from nybble.export._transformers import open_and_compare
 from nybble.models.build.skeleton import expected_tensors
 from nybble.models.sources.layouts._ct_args import in_words
 from nybble.nn.kinds import Kind, kind_of
+from nybble.qtensor._by_rows import rows_of
 from nybble.scheme import Scheme
 
 _DTYPES = {
@@ -110,7 +112,7 @@ class Dense(ExportTarget):
 
 def _read(source: Source, tensors: dict[str, Planned], name: str) -> Tensor:
     made = tensors[name].bytes_from
-    return source.tensor(name) if isinstance(made, Path) else made()
+    return source.tensor(name) if isinstance(made, Path) else whole(made())
 
 
 def _tensors(source: Source, model: Any, dtype: torch.dtype | None, errors: dict[str, float]) -> dict[str, Planned]:
@@ -173,17 +175,41 @@ def _parameters(model: Any, layer: Layer) -> list[str]:
 
 def _values(
     source: Source, layer: Layer, model: Any, name: str, dtype: torch.dtype, errors: dict[str, float]
-) -> Tensor:
+) -> Tensor | Iterator[Tensor]:
+    """A parameter's values; in pieces where the matrix is the parameter, so that none is in memory in float."""
     at, leaf, module, kind = _at(model, layer)
-    matrices = []
-    for prefix in layer.weights:
-        wide = source.weight(layer, prefix).dequantize()
-        matrices.append(wide.to(dtype))
+    given = (_pieces(source, layer, prefix, dtype, errors) for prefix in layer.weights)
+    if not kind.fused:
+        (pieces,) = given
+        empty = torch.empty(next(iter(layer.weights.values())).shape, device="meta")
+        if kind.values(module, leaf, empty)[name.removeprefix(f"{at}.")] is empty:
+            return pieces
+        matrix = whole(pieces)
+    else:
+        matrix = torch.stack([whole(pieces) for pieces in given])
+    return kind.values(module, leaf, matrix)[name.removeprefix(f"{at}.")].contiguous()
+
+
+def _pieces(
+    source: Source, layer: Layer, prefix: str, dtype: torch.dtype, errors: dict[str, float]
+) -> Iterator[Tensor]:
+    """A matrix in ``dtype``, some rows at a time; once all are there, ``errors`` has what casting has cost."""
+    lost = power = 0.0
+    weight = source.weight(layer, prefix)
+    for wide in rows_of(weight):
+        made = wide.to(dtype)
         if dtype != torch.float32:
-            error = relative_error(wide, matrices[-1].float(), None)
-            errors[layer.name] = max(error, errors.get(layer.name, 0.0))
-    whole = torch.stack(matrices) if kind.fused else matrices[0]
-    return kind.values(module, leaf, whole)[name.removeprefix(f"{at}.")].contiguous()
+            lost += _power(wide - made.float())
+            power += _power(wide)
+        yield made
+    if dtype != torch.float32:
+        error = 0.0 if power <= 0 else lost / power  # in this order: NaN stays
+        errors[layer.name] = max(error, errors.get(layer.name, 0.0))
+
+
+def _power(values: Tensor) -> float:
+    """The sum of squares: in float64 over float32 sums of few."""
+    return sum((float(few.dot(few)) for few in torch.split(values.reshape(-1), 1 << 16)), 0.0)
 
 
 def _norms(source: Source, model: Any, found: dict[str, Planned]) -> dict[str, Planned]:

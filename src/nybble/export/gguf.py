@@ -271,7 +271,10 @@ def _weights(source: Source) -> dict[str, Weight]:
     for layer in source.layers.values():
         for prefix, described in layer.weights.items():
             found[f"{layer.name}.weight"] = Weight(
-                shape=described.shape, read=partial(_read, source, layer, prefix), stored=described
+                shape=described.shape,
+                read=partial(_read, source, layer, prefix),
+                stored=described,
+                blocks=partial(source.blocks, layer),
             )
     return found
 

@@ -40,6 +40,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.clone()
     count = codes.numel()
+    if codes.is_meta:  # a description: nothing is calculated, however long it is
+        return codes.new_empty(size(count, bits))
     if bits in (2, 4):
         word = _words(codes, torch.int16 if bits == 4 else torch.int32)
         word = word | word >> (8 - bits)
@@ -64,6 +66,8 @@ def unpack(data: Tensor, bits: int, count: int) -> Tensor:
         return data[::2].int() | data[1::2].int() << 8
     if bits == 8:
         return data
+    if data.is_meta:
+        return data.new_empty(count)
     if bits in (2, 4):
         word = data.to(torch.int16 if bits == 4 else torch.int32)
         if bits == 2:

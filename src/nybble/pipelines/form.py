@@ -16,23 +16,10 @@ from nybble.checkpoint.read import Checkpoint
 from nybble.core.errors import FileError, ModelError, NybbleError
 from nybble.core.files import atomic_write_text
 from nybble.core.guard import reading
-from nybble.export._ct_config import library
 from nybble.export._ct_form import lacking
 from nybble.export._source import FolderSource
 from nybble.export.compressed_tensors import CompressedTensors
-from nybble.pipelines.targets import check_form_name
 from nybble.qtensor.block import BlockQTensor
-
-
-def check_form(form: str) -> None:
-    """Refuse a form that there isn't, or that can't be written here.
-
-    Raises:
-        UsageError: no such form, or compressed-tensors is asked for and not installed.
-    """
-    check_form_name(form)
-    if form == COMPRESSED:
-        library()
 
 
 def writer(form: str, announce: Callable[[str], None]) -> Writer | None:
@@ -83,10 +70,9 @@ def _grows(source: FolderSource) -> str:
 def _why_not(source: FolderSource) -> str:
     """Why a model can't be in compressed-tensors' form, in a line; empty where it can."""
     try:
-        library()
         with reading(f"{COMPRESSED}' schemes of this model", ModelError):
             found = lacking(source)
-    except NybbleError as error:  # the package is missing, or the model is of a kind that nobody else knows
+    except NybbleError as error:  # of a kind that nobody else knows
         return str(error).rstrip(".")
     more = f" (and {len(found) - 1} more reasons)" if len(found) > 1 else ""
     return f"{COMPRESSED} can't hold {found[0]}{more}" if found else ""

@@ -46,10 +46,10 @@ from nybble.nn.in_place import evaluation_mode, untouched, whole_or_not_at_all
 from nybble.nn.kv_model import use_quantized_cache
 from nybble.pipelines.constrain import constrain
 from nybble.pipelines.finished import are_walked, finished, finished_parts, finishing_lines, teacher_of
-from nybble.pipelines.form import check_form, writer
+from nybble.pipelines.form import writer
 from nybble.pipelines.prepared import prepared, training_lines
 from nybble.pipelines.request import Asked, Changes, build_recipe, read_recipe
-from nybble.pipelines.targets import AUTO, meant
+from nybble.pipelines.targets import AUTO, check_form_name, meant
 from nybble.recipe import Recipe
 from nybble.report.record import LayerRow, Report
 from nybble.walk.job import Job
@@ -107,7 +107,7 @@ def quantize(
             interrupted or stopped by a full disk or a training that came to no number: ``resume`` goes on from it.
     """
     started = time.perf_counter()
-    check_form(form)
+    check_form_name(form)
     if out is None and form != AUTO:
         raise UsageError(
             f"form={form!r} is of files, and there is no out; nybble.save(model, folder, form=...) takes it."
@@ -167,7 +167,7 @@ def preflight(
 
     Args and errors are those of :func:`quantize`.
     """
-    check_form(form)
+    check_form_name(form)
     made, settings, files = _asked(recipe, changes, settings, out)
     _check_given(model, tokenizer)
     with ExitStack() as stack:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nybble.checkpoint import save as checkpoint
-from nybble.pipelines.form import check_form, writer
-from nybble.pipelines.targets import AUTO
+from nybble.pipelines.form import writer
+from nybble.pipelines.targets import AUTO, check_form_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,5 +35,5 @@ def save(
         UsageError: nothing in it is quantized, its cache neither; no such form. FileError: the folder exists or can't
             be written, or can't be in the form that is asked for.
     """
-    check_form(form)
+    check_form_name(form)
     return checkpoint.save(model, out, tokenizer, manifest, writer(form, lambda line: None))

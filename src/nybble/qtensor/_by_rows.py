@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,29 @@ _ROWS = 1 << 16  # elements at a time: they stay in the cache
 
 
 def by_rows(tensor: BlockQTensor, dtype: torch.dtype) -> Tensor | None:
-    """What ``tensor.dequantize(dtype)`` is, bit for bit; None where this way is none.
+    """What ``tensor.dequantize(dtype)`` is, bit for bit; None where :func:`row_pieces` gives none."""
+    pieces = row_pieces(tensor)
+    if pieces is None:
+        return None
+    out = torch.empty(tensor.shape, dtype=dtype)
+    for rows, values in pieces:
+        out[rows] = values
+    return out
+
+
+def rows_of(tensor: QTensor) -> Iterator[Tensor]:
+    """What ``tensor.dequantize()`` is, float32, some rows at a time; of a tensor that can't be cut so, all of them."""
+    from nybble.qtensor.block import BlockQTensor
+
+    pieces = row_pieces(tensor) if isinstance(tensor, BlockQTensor) else None
+    if pieces is None:
+        yield tensor.dequantize()
+    else:
+        yield from (values for _, values in pieces)
+
+
+def row_pieces(tensor: BlockQTensor) -> Iterator[tuple[slice, Tensor]] | None:
+    """The values of a matrix, some rows at a time in order: which, and float32 [rows, columns]; None where it is none.
 
     It is one for matrices on the CPU of 4 or 8 bits, with plain rows of codes and scales of rows or groups of columns.
     """
@@ -46,19 +69,24 @@ def by_rows(tensor: BlockQTensor, dtype: torch.dtype) -> Tensor | None:
         for side in sides
     )
     assert scale is not None
-    out = torch.empty(shape, dtype=dtype)
+    return _pieces(tensor, groups, scale, zero, offset)
+
+
+def _pieces(
+    tensor: BlockQTensor, groups: int, scale: Tensor, zero: Tensor | None, offset: Tensor | None
+) -> Iterator[tuple[slice, Tensor]]:
+    shape, divides = tensor.shape, isinstance(tensor.params.scale, Inverse)
     codes = tensor.codes.view(shape[0], -1)
     step = max(1, _ROWS // shape[1])
     for start in range(0, shape[0], step):
         rows = slice(start, start + step)
         values = _values(codes[rows], tensor).view(-1, groups, shape[1] // groups)
         if zero is not None:
-            values = values - zero[rows]
-        values = values / scale[rows] if isinstance(params.scale, Inverse) else values * scale[rows]
+            values.sub_(zero[rows])
+        values = values.div_(scale[rows]) if divides else values.mul_(scale[rows])
         if offset is not None:
-            values = values + offset[rows]
-        out[rows] = values.view(-1, shape[1])
-    return out
+            values.add_(offset[rows])
+        yield rows, values.view(-1, shape[1])
 
 
 def _groups(tensor: BlockQTensor) -> int:

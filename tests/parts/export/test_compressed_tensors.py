@@ -6,32 +6,38 @@ import json
 import shutil
 import warnings
 from importlib.metadata import PackageNotFoundError
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.parts.export.folders import quantized
+from tests.parts.export.folders import model, quantized
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from nybble.core.errors import ModelError, UsageError
-from nybble.export import _ct_config as config_module
+from nybble.core.errors import ModelError, SchemeError, UsageError
+from nybble.export import _ct_library as library_module
 from nybble.export import get_target
+from nybble.export._ct_config import form_of
 from nybble.export._ct_layers import placed
 from nybble.export._ct_takes import TAKES, rows_for
 from nybble.export._source import FolderSource
 from nybble.pipelines.export import export
+from nybble.pipelines.quantize import quantize
 
 REASON = "the oracle of vLLM's checkpoints: pip install compressed-tensors"
 with warnings.catch_warnings():  # what it warns of at import is none of ours
     warnings.simplefilter("ignore")
     pytest.importorskip("compressed_tensors", reason=REASON)
     from compressed_tensors.compressors import BaseCompressor, ModelCompressor
-    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from compressed_tensors.compressors.format import infer_module_format
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
 
 TARGET = "compressed-tensors"
+BESIDE = ("version", "quant_method", "sparsity_config", "transform_config", "dequantize")
+"""Of ``quantization_config``: what is no field of that class, but of transformers', or written by ``update_config``."""
 WEIGHTS = {
     "int4 group=16": "pack-quantized",
     "int8 channel": "pack-quantized",
@@ -76,9 +82,12 @@ BOTH = {
 
 
 def written(folder: Path, dest: Path, **options: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
-    """What export says, the tensors, the quantization config."""
+    """What export says, the tensors, config.json; whose quantization the library's own classes would write so."""
     found = export(folder, dest, TARGET, **options)
-    return found, load_file(dest / "model.safetensors"), json.loads((dest / "config.json").read_text())
+    config = json.loads((dest / "config.json").read_text())
+    said = {k: v for k, v in config["quantization_config"].items() if k not in BESIDE}
+    assert QuantizationConfig.model_validate(said).model_dump(mode="json", exclude={"quant_method"}) == said
+    return found, load_file(dest / "model.safetensors"), config
 
 
 def by_its_own_writer(folder: Path, config: dict[str, Any], dest: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -321,6 +330,16 @@ def test_the_cache(tmp_path: Path) -> None:
     )
     # Not nearer: a sum that a processor takes in another order moves a key over the edge of an E4M3 step, 6 % of it.
     assert found["check"]["cosine"] > 0.98
+    folder = quantized(weights="int4 group=16", kv="float8_e4m3fn tensor scale=one", target=TARGET)
+    found, ours, config = written(folder, tmp_path / "one", check=True)
+    kv = config["quantization_config"]["kv_cache_scheme"]
+    assert (kv["type"], kv["num_bits"], kv["strategy"], kv["dynamic"]) == ("float", 8, "tensor", False)
+    scales = {name: float(tensor) for name, tensor in ours.items() if name.endswith(("k_scale", "v_scale"))}
+    assert len(scales) == 4 and set(scales.values()) == {1.0} and found["check"]["cosine"] > 0.98
+    with pytest.raises(SchemeError, match="without a scale it is E4M3; it takes float8_e4m3fn tensor scale=one"):
+        quantize(str(model()), "rtn", weights="int4 group=16", kv="int8 token scale=one", target=TARGET)
+    with pytest.raises(SchemeError, match="runtimes measure a scale, and this has none"):
+        quantize(str(model()), "rtn", weights="int8 channel", activations="int8 tensor scale=one", target=TARGET)
     with pytest.raises(ModelError, match="no newest tokens are left in float"):
         export(quantized(weights="int4 group=16", kv="int8 token residual=8"), tmp_path / "e", TARGET)
 
@@ -328,11 +347,32 @@ def test_the_cache(tmp_path: Path) -> None:
 def test_a_library_that_is_missing_or_old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = quantized(weights="int4 group=16")
     for found, said in (("0.14.1", "0.14.1 is too old"), (None, "needs the package compressed-tensors")):
-        config_module.library.cache_clear()
-        monkeypatch.setattr(config_module, "version", _version(found))
+        library_module.library.cache_clear()
+        monkeypatch.setattr(library_module, "version", _version(found))
         with pytest.raises(UsageError, match=said):
-            export(folder, tmp_path / "d", TARGET)
-    config_module.library.cache_clear()
+            export(folder, tmp_path / "d", TARGET, check=True)
+    library_module.library.cache_clear()
+
+
+SIDES = [None, {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True},
+         {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}]  # fmt: skip
+
+
+@pytest.mark.parametrize("inputs", SIDES, ids=["float", "int8", "float8"])
+def test_formats_are_the_librarys_choice(inputs: dict[str, Any] | None) -> None:
+    """Every pair of arguments that there may be, and the config as its classes dump it."""
+    seen = set()
+    groups: list[dict[str, Any]] = [{"strategy": "group", "group_size": size} for size in (16, 32, 64)]
+    for shared in [{"strategy": "tensor"}, {"strategy": "channel"}, *groups]:
+        for bits, kind, dtype in product(range(1, 9), ("int", "float"), (None, torch.uint8)):
+            if kind == "float" and bits not in (4, 6, 8):
+                continue
+            weights = {"num_bits": bits, "type": kind, "symmetric": True, "dynamic": False, **shared}
+            scheme = {"weights": weights | ({"scale_dtype": dtype} if dtype else {}), "input_activations": inputs}
+            theirs = QuantizationScheme(targets=["Linear"], **scheme)
+            assert form_of(scheme) == infer_module_format(nn.Linear, theirs).value, scheme
+            seen.add(form_of(scheme))
+    assert len(seen) == 6 and form_of({"input_activations": inputs}) == "dense"
 
 
 def _version(found: str | None) -> Any:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from safetensors.torch import load_file
 from tests.parts.models.layouts import test_compressed_tensors, test_modelopt
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import nybble
 from nybble.core.finite import all_finite
 from nybble.core.memory import new_objects_alone
 from nybble.export._opened import OpenedSource
 from nybble.models.sources.folder import FolderSource
+from nybble.models.sources.gguf_file import GgufSource
 from nybble.models.sources.open import open_source
 from nybble.packing import get_layout
 from nybble.packing._nibbles import apart, interleave
 from nybble.pipelines.convert import convert
+from nybble.pipelines.export import export
 from nybble.qtensor import QTensor
 
 FILE = "model.safetensors"
@@ -95,3 +101,43 @@ def test_finite_numbers_are_told_by_their_bits(dtype: torch.dtype) -> None:
     for bad in (torch.nan, torch.inf, -torch.inf):
         numbers[-1] = bad
         assert not all_finite(numbers) and not all_finite(numbers.view(5, -1).T)
+
+
+@pytest.mark.parametrize("case", ["pack int4", "pack int3", "pack int8 zeros", "int8 channel"])
+def test_packed_words_are_copied(case: str, tmp_path: Path, whole: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From compressed-tensors to itself: each tensor of the files as it was, and as the way through codes has it."""
+    folder, _ = test_compressed_tensors.checkpoint(tmp_path / "q", *test_compressed_tensors.CASES[case])
+    convert(folder, tmp_path / "a", "compressed-tensors")
+    assert bool(whole) is (case not in ("pack int4", "pack int3"))  # zero points are made of a whole weight
+    monkeypatch.setattr(OpenedSource, "filed", lambda *asked: None)
+    convert(folder, tmp_path / "b", "compressed-tensors")
+    assert whole and (tmp_path / "a" / FILE).read_bytes() == (tmp_path / "b" / FILE).read_bytes()
+
+
+@pytest.mark.parametrize("line", ["q6_k", "q5_0", "q4_k", "tq1_0"])
+def test_blocks_of_a_gguf_are_copied(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of q and k, which llama.cpp has in another order, too; ternary digits are spelled anew."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 96}
+    made: Any = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes))
+    made.save_pretrained(tmp_path / "float")
+    nybble.quantize(str(tmp_path / "float"), "rtn", weights=line, out=tmp_path / "q", target="gguf")
+    read: list[str] = []
+    decoded = GgufSource.read_quantized
+
+    def noted(self: GgufSource, name: str) -> Any:
+        read.append(name)
+        return decoded(self, name)
+
+    monkeypatch.setattr(GgufSource, "read_quantized", noted)
+    export(tmp_path / "q", tmp_path / "a", "gguf")
+    (file,) = (tmp_path / "a").glob("*.gguf")
+    convert(file, tmp_path / "b", "gguf")
+    quick = [name for name in read if "_proj" in name]
+    monkeypatch.setattr(OpenedSource, "blocks", lambda *asked: None)
+    convert(file, tmp_path / "c", "gguf")
+    assert bool(quick) is (line == "tq1_0") and any("_proj" in name for name in read)
+    (one,), (other,) = ((tmp_path / place).glob("*.gguf") for place in "bc")
+    assert one.read_bytes() == other.read_bytes()
+    tensors = {t.name: t.data for t in GGUFReader(str(file)).tensors}
+    assert all(np.array_equal(t.data, tensors[t.name]) for t in GGUFReader(str(one)).tensors)

@@ -78,12 +78,17 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype, stored: Collection[
     cls: Any = model_class(config)
     with reading(f"a {cls.__name__} of this config", ModelError), torch.device("meta"), _Undrawn():
         capped = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
-        pooled = "add_pooling_layer" not in inspect.signature(cls).parameters or any("pooler." in n for n in stored)
+        pooled = not has_optional_pooler(config) or any("pooler." in n for n in stored)
         bare = {} if pooled else {"add_pooling_layer": False}
         model: PreTrainedModel = cls._from_config(copy.deepcopy(config), dtype=dtype, **capped, **bare)
     keep_float32_(model)
     nn.Module.eval(model)
     return model
+
+
+def has_optional_pooler(config: PreTrainedConfig) -> bool:
+    """Whether the class of :func:`model_class` builds a pooler unless it is told not to."""
+    return "add_pooling_layer" in inspect.signature(model_class(config)).parameters
 
 
 class _Undrawn(TorchFunctionMode):

@@ -25,6 +25,7 @@ def weights_of(source: ModelSource, *, codes: bool = True) -> dict[str, Weight]:
             dtype=stored.dtype,
             read=partial(_read, source, name, codes),
             stored=source.described(name) if codes and isinstance(source, GgufSource) else None,
+            blocks=partial(source.blocks_at, name) if codes and isinstance(source, GgufSource) else None,
         )
         for name, stored in source.stored().items()
     }

@@ -16,6 +16,7 @@ from nybble.core.errors import FileError, ModelError, UsageError
 from nybble.core.files import disk_errors, need_space, sync_folder
 from nybble.core.finite import all_finite
 from nybble.core.progress import SHOWN, task
+from nybble.core.tensorfile import file_chunks
 from nybble.core.versions import VERSION
 from nybble.models.gguf.metadata import arch_for, config_pairs, gguf_name, rope_factors
 from nybble.models.gguf.mixes import FLOATS, Mix, fitting, mix, type_for
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 ROWS = 1 << 22
 """Elements of a float tensor that are quantized at a time."""
+_FEW = 1 << 16
+"""Elements whose squares are summed in float32, and which stay in the cache meanwhile."""
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -42,12 +45,15 @@ class Weight:
         shape: as transformers has it. dtype: of a float one.
         read: gives it, once: a tensor, or a QTensor of this shape.
         stored: a QTensor's description, its tensors on the meta device; None of a float one.
+        blocks: of a type (``Q4_K``), and whether its rows are in llama.cpp's order: file, offset and size of the bytes
+            that :attr:`read` would be written as; None where there are none.
     """
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor | QTensor]
     dtype: torch.dtype = torch.float32
     stored: QTensor | None = None
+    blocks: Callable[[str, bool], tuple[Path, int, int] | None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,6 +329,10 @@ def _number(file_type: str) -> int:
 
 def _data(tensor: Planned, weight: Weight, context: _Context, scales: dict[str, Tensor]) -> Iterator[Any]:
     """A tensor's bytes, in arrays of any dtype and shape."""
+    kept = weight.blocks(tensor.kind, _turns(tensor.source, context.arch)) if weight.blocks and tensor.exact else None
+    if kept is not None:
+        yield from (np.frombuffer(chunk, np.uint8) for chunk in file_chunks(*kept))
+        return
     value = weight.read()
     if tuple(value.shape) != weight.shape:
         raise FileError(f"{tensor.source} is {list(value.shape)}; {list(weight.shape)} was expected.")
@@ -376,9 +386,11 @@ class _Error:
 
     def add(self, before: Tensor, after: Tensor) -> _Error:
         """A piece, as it was and as it is."""
-        wide = before.double()
-        self._lost += (wide - after.double()).square().sum().item()
-        self._whole += wide.square().sum().item()
+        for few, same in zip(*(torch.split(side.reshape(-1), _FEW) for side in (before, after)), strict=True):
+            wide = few.float()
+            off = wide - same.float()
+            self._lost += float(off.dot(off))
+            self._whole += float(wide.dot(wide))
         return self
 
     @property
@@ -393,8 +405,8 @@ def _rounded(tensor: Planned, plain: Tensor, energy: Tensor | None, error: _Erro
     if tensor.kind not in FLOATS:
         return torch.cat(list(_blocks(tensor.kind, plain, energy, error)))
     cast = plain.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[tensor.kind])
-    for before, after in zip(_chunks(plain), _chunks(cast), strict=True):
-        error.add(before, after)
+    if cast.dtype not in (plain.dtype, torch.float32) or plain.dtype == torch.float64:  # else every number is one there
+        error.add(plain, cast)
     return cast.view(torch.uint8).view(*plain.shape[:-1], -1) if tensor.kind == "BF16" else cast
 
 

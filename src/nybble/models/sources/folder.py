@@ -330,7 +330,21 @@ class FolderSource(ModelSource):
         role = self._same_bytes[name].get((number, tensor))
         if role is None:
             return None
-        path, entry = self._files[self.packed_names()[name].parts[role]]
+        return self._part_at(self.packed_names()[name].parts[role])
+
+    def filed_at(self, name: str, form: str, role: str) -> tuple[Path, int, TensorEntry] | None:
+        """Where a packed weight's part is in files of a form of its library's; None where they have another form.
+
+        Args:
+            name: of the weight in the model.
+            form: as :class:`PackedWeight` has it.
+            role: of the part.
+        """
+        weight = self.packed_names()[name]
+        return self._part_at(weight.parts[role]) if weight.form == form else None
+
+    def _part_at(self, file_name: str) -> tuple[Path, int, TensorEntry]:
+        path, entry = self._files[file_name]
         return path, self._starts[path] + entry.begin, entry
 
     def stored_at(self, name: str) -> tuple[Path, int, TensorEntry] | None:

@@ -16,7 +16,7 @@ from nybble.core.errors import FileError, ModelError, NybbleError
 from nybble.models.build.config_file import make_config
 from nybble.models.build.skeleton import expected_tensors, meta_model
 from nybble.models.gguf.qtensors import with_global_scale
-from nybble.models.gguf.types import by_number, decode
+from nybble.models.gguf.types import by_number, decode, type_name
 from nybble.models.sources import ModelSource, StoredTensor
 from nybble.models.sources.gguf_header import GgufTensor, read_gguf_header
 from nybble.models.sources.gguf_names import arch_of, config_dict, module_name
@@ -95,6 +95,7 @@ class GgufSource(ModelSource):
         self.streamable = True
         self.aliases = False
         self.note = ""
+        self._descriptions: dict[tuple[int, tuple[int, ...]], BlockQTensor | None] = {}
         self._header = read_gguf_header(path)
         _check_whole(self._header.metadata, spec)
         name, self._arch = arch_of(self._header.metadata, spec)
@@ -178,8 +179,12 @@ class GgufSource(ModelSource):
     def described(self, name: str) -> BlockQTensor | None:
         """What :meth:`read_quantized` would give, without its numbers: tensors on the meta device."""
         entry = self._entry(name)
-        kind = by_number().get(entry.kind)
-        return None if kind is None else kind.quantizer.quantize(torch.empty(entry.shape, device="meta"))
+        key = entry.kind, tuple(entry.shape)
+        if key not in self._descriptions:
+            kind = by_number().get(entry.kind)
+            made = None if kind is None else kind.quantizer.quantize(torch.empty(entry.shape, device="meta"))
+            self._descriptions[key] = made
+        return self._descriptions[key]
 
     @cached_property
     def _packed_names(self) -> list[str]:
@@ -212,6 +217,23 @@ class GgufSource(ModelSource):
     def scale_name(self, name: str) -> str:
         """What the file calls the scale of all scales of a packed weight; empty where there is none."""
         return self._scales.get(self._files[name], "")
+
+    def blocks_at(self, name: str, kind: str, turned: bool) -> tuple[Path, int, int] | None:
+        """File, offset and size of a packed weight's blocks; None where they are of another type or order.
+
+        Args:
+            name: of the weight in the model.
+            kind: the type, as llama.cpp spells it.
+            turned: whether rows are to be in the order in which llama.cpp rotates them.
+        """
+        entry = self._entry(name)
+        found = by_number().get(entry.kind)
+        if found is None or not found.as_it_is or type_name(found) != kind or self._turned(name) is not turned:
+            return None
+        return self.path, entry.start, entry.nbytes
+
+    def _turned(self, name: str) -> bool:
+        return self._arch.rope_interleaved and (".q_proj." in name or ".k_proj." in name)
 
     def _bytes(self, entry: GgufTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
         data = np.asarray(np.memmap(self.path, np.uint8, mode="c"))  # nobody writes; torch asks for what may be written

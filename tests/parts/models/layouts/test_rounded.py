@@ -127,6 +127,18 @@ def test_caches(tmp_path: Path) -> None:
         assert recorded_kv(nybble.load(folder)[0]) is None
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_caches_of_modelopt(scale: float, tmp_path: Path) -> None:
+    """Scales of 1 are E4M3 as it is; calibrated ones are no quantizer of nybble's, and that is said with the reason."""
+    folder, _ = peer.checkpoint(tmp_path / "q", "FP8", apart=True)
+    names = [f"model.layers.{i}.self_attn.{s}_proj.{s}_scale" for i in (0, 1) for s in "kv"]
+    extra = {name: torch.tensor(scale) for name in names}
+    save_file(load_file(folder / "model.safetensors") | extra, folder / "model.safetensors", {"format": "pt"})
+    source: Any = open_source(str(folder))
+    assert source.rounded.kv == ("float8_e4m3fn tensor scale=one" if scale == 1 else "")
+    assert ("the KV cache too, whose k_scale and v_scale were calibrated" in source.note) is (scale != 1)
+
+
 def test_what_is_left_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     local = {**FLOAT, "num_bits": 4, "strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
     folder = asks(tmp_path / "q", "input_activations", local)

@@ -109,6 +109,11 @@ class BlockType:
         inner = self.quantizer.scale_format
         return isinstance(inner, Quantizer) and inner.granularity.one_scale and str(inner.scale) != "one"
 
+    @property
+    def as_it_is(self) -> bool:
+        """Whether any bytes are blocks, and those that come back of them; ternary digits have several spellings."""
+        return not self.scaled_apart and self.quantizer.format.name != "ternary"
+
     def read(self, blocks: Bytes) -> Parts:
         """``[blocks, nbytes]`` -> parts."""
         parts: Parts = {}
@@ -173,7 +178,13 @@ def block_type(name: str) -> BlockType:
 
 def type_name(kind: BlockType) -> str:
     """As llama.cpp spells it: ``Q4_K``."""
-    return next(name for name, part in REGISTRY.all().items() if part is kind).replace("-", "_").upper()
+    return _names()[id(kind)]
+
+
+@cache
+def _names() -> Mapping[int, str]:
+    """By the part's identity: it has no hash, and the registry asks Python's imports for each."""
+    return {id(part): name.replace("-", "_").upper() for name, part in REGISTRY.all().items()}
 
 
 @cache

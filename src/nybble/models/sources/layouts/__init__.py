@@ -43,6 +43,7 @@ class PackedWeight:
         build: from those tensors, in memory, to the QTensors [out, in] that it is made of: one, or one an expert.
         kept_as: role -> codes, scales, offsets or tables, as a report counts them.
         transposed: whether the parameter is [..., in, out].
+        form: what the library calls this way of keeping it, where others of its files may hold the same bytes.
     """
 
     name: str
@@ -51,6 +52,7 @@ class PackedWeight:
     build: Callable[[Mapping[str, Tensor]], Sequence[QTensor]]
     kept_as: Mapping[str, str]
     transposed: bool = False
+    form: str = ""
 
     def made(self, read: Callable[[str], Tensor]) -> Sequence[QTensor]:
         """Read and checked.

@@ -212,6 +212,8 @@ def activation_args(quantizer: Quantizer) -> Args:
     word, _, size = str(quantizer.granularity).split()[0].partition("=")
     if word not in ("tensor", "token", "group") or quantizer.center or quantizer.scale.has_offset:
         raise CannotError(came, "int8 token, float8_e4m3fn token")
+    if is_one(quantizer) and not quantizer.static:
+        raise CannotError(came, f"{fmt} tensor static", "runtimes measure a scale, and this has none")
     where: Args = {"strategy": word, "dynamic": not quantizer.static}
     if word == "group":
         where["group_size"] = int(size)
@@ -234,8 +236,15 @@ def activation_args(quantizer: Quantizer) -> Args:
     raise CannotError(came, "int8 token, float8_e4m3fn token, mxfp4 or mxfp8")
 
 
+def is_one(quantizer: Quantizer) -> bool:
+    """Whether it has no scale: the format's own values."""
+    return str(quantizer.scale) == "one"
+
+
 def kv_args(kv: KVRecord, width: int | None) -> Args:
-    """Of a KV cache: every token of every head has scales of its own.
+    """Of a KV cache: every token of every head has scales of its own, or there is one number a layer, which is 1.
+
+    The latter is what vLLM serves: E4M3 that isn't ``dynamic``, with ``k_scale`` and ``v_scale`` beside each layer.
 
     Args:
         kv: what the model caches in.
@@ -251,6 +260,10 @@ def kv_args(kv: KVRecord, width: int | None) -> Args:
         raise CannotError(came, nearest, "keys and values, or layers, differ")
     if found.residual:
         raise CannotError(came, str(found.keys), "no newest tokens are left in float")
+    if is_one(found.keys):
+        if found.keys.format.name != E4M3:
+            raise CannotError(came, f"{E4M3} tensor scale=one", "without a scale it is E4M3")
+        return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
     args = activation_args(found.keys)
     if args["strategy"] == "token":
         if width is None:

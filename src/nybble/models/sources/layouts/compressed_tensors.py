@@ -192,6 +192,7 @@ def _weight(name: str, form: str, args: Args, files: Files) -> PackedWeight:
         parts={part: f"{name}.{part}" for part in parts},
         build=build,
         kept_as=ROLES,
+        form=form,
     )
 
 

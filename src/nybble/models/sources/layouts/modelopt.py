@@ -62,9 +62,10 @@ class ModelOpt(Layout):
         cached = said.get("kv_cache_quant_algo") or said.get("kv_cache_scheme")
         scales = [name for name in files.entries if name.endswith((".k_scale", ".v_scale"))]
         kv = f"{E4M3} tensor scale=one" if _is_fp8(cached) and ones(scales, files) else ""
+        why = ", whose k_scale and v_scale were calibrated and aren't 1" if _is_fp8(cached) and not kv else ""
         asks = any(module not in inputs and not _weights_alone(algo) for module, algo in algos.items())
         used = frozenset(n for n in files.entries if n.endswith((".input_scale", ".output_scale"))) | set(scales)
-        return Rounded(inputs=inputs, kv=kv, used=used, left=not_rounded(asks, bool(cached) and not kv))
+        return Rounded(inputs=inputs, kv=kv, used=used, left=not_rounded(asks, bool(cached) and not kv, why))
 
 
 def _is_fp8(cached: object) -> bool:

@@ -1,0 +1,47 @@
+"""compressed-tensors itself, which judges what was written; nothing is written with it."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from nybble.core.errors import UsageError
+
+NEEDS = ("compressed-tensors", "transformers")
+OLDEST = (0, 20)
+"""Those before it pack integers of 3, 5, 6 and 7 bits otherwise."""
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the warnings of other libraries, at import and after."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@cache
+def library() -> Any:
+    """The module ``compressed_tensors``.
+
+    Raises:
+        UsageError: it is missing or too old.
+    """
+    wanted = f"pip install 'compressed-tensors>={OLDEST[0]}.{OLDEST[1]}'"
+    try:
+        found = version("compressed-tensors")
+    except PackageNotFoundError:
+        raise UsageError(f"--check of this target needs the package compressed-tensors: {wanted}") from None
+    numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
+    if numbers < OLDEST:
+        raise UsageError(f"compressed-tensors {found} is too old, its packed integers differ: {wanted}")
+    with quietly():
+        import compressed_tensors
+        import compressed_tensors.compressors
+        import compressed_tensors.quantization
+    return compressed_tensors
