@@ -25,7 +25,7 @@ from nybble.export._folder import write_beside
 from nybble.export._last_bit import moves, outer_of
 from nybble.export._source import Layer, Source
 from nybble.models.build.config_file import make_config
-from nybble.models.gguf.metadata import arch_for, config_pairs, gguf_name
+from nybble.models.gguf.metadata import arch_for, config_pairs, gguf_name, lost_window
 from nybble.models.gguf.mixes import FLOATS, file_types, fitting, mix, type_for
 from nybble.models.gguf.qtensors import exact_type, global_scale, line_of
 from nybble.models.gguf.types import block_type, type_name, writable_types
@@ -152,6 +152,11 @@ class Gguf(ExportTarget):
         rounded = [layer.name for layer in source.layers.values() if layer.inputs or layer.outputs]
         if rounded:
             lines.append(f"activations are rounded as llama.cpp does, not as here: {rounded[0]}")
+        name, arch = arch_for(source.transformers_config)
+        if (window := lost_window(source.transformers_config, arch)) is not None:
+            lines.append(
+                f"llama.cpp's {name} attends to every token, this model to the last {window}: longer texts differ"
+            )
         if source.kv is not None:
             lines.append("the KV cache is llama.cpp's own (--cache-type-k, --cache-type-v)")
         if TOKENIZER not in source.side_files():

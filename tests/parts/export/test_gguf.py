@@ -12,13 +12,14 @@ import torch
 from tests.parts.export.folders import quantized
 from tests.tiny import save_tiny
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from nybble.checkpoint.account import inspect
 from nybble.core.errors import FileError, ModelError, SchemeError, UsageError
 from nybble.export.gguf import file_stem
 from nybble.models.sources.gguf_header import read_gguf_header
 from nybble.models.sources.open import open_source
+from nybble.pipelines.convert import convert
 from nybble.pipelines.export import export
 from nybble.pipelines.load import load
 from nybble.pipelines.quantize import quantize
@@ -161,6 +162,16 @@ def test_what_no_scheme_makes_fit_is_refused_before_anything_is_quantized(
         with pytest.raises(UsageError, match=f"package gguf doesn't know {kind}; pip install -U gguf"):
             quantize(folder, "rtn", weights=line, out=tmp_path / "no", target=target)
     assert not list(tmp_path.glob("no*"))
+
+
+@pytest.mark.parametrize(("window", "told"), [(16, True), (64, False), (None, False)])
+def test_a_window_that_llama_cpp_does_not_keep_is_told(window: int | None, told: bool, tmp_path: Path) -> None:
+    """Of as many tokens as the context has, there is nothing to lose."""
+    sizes: Any = SIZES
+    MistralForCausalLM(MistralConfig(**sizes, sliding_window=window)).save_pretrained(tmp_path / "float")
+    notes = convert(tmp_path / "float", tmp_path / "d", "gguf:f16")["notes"]
+    said = "llama.cpp's llama attends to every token, this model to the last 16: longer texts differ"
+    assert [note for note in notes if "attends to every token" in note] == [said] * told
 
 
 def test_a_damaged_tokenizer_is_an_error_of_ours(tmp_path: Path) -> None:
