@@ -69,7 +69,10 @@ class Gguf(ExportTarget):
     summary = "a GGUF file for llama.cpp"
     in_float = True
     options: ClassVar[dict[str, str]] = {name.lower(): f"what is in float becomes {name}" for name in file_types()}
-    loses = "the rounding of inputs and of the KV cache; sliding windows, but of Gemma; behind a colon, all is rounded again that has another type"
+    loses = (
+        "the rounding of inputs and of the KV cache; sliding windows, but of Gemma; behind "
+        "a colon, all is rounded again that has another type"
+    )
     usual = Usual(option="q4_k_m")
     at_once = True
     takes = tuple(_row(kind.line, type_name(kind)) for kind in writable_types().values())
