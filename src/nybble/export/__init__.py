@@ -18,7 +18,7 @@ A new one is a file here, or an entry point of the group ``nybble.export`` in an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,6 +29,8 @@ from nybble.recipes import USUAL
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from nybble.export._source import Source
     from nybble.nn.kinds import Target
@@ -112,13 +114,16 @@ class Facts:
 
     Attributes:
         config: of config.json. dtype: of what stays in float. targets: name -> what a scheme may quantize.
-        classes: name -> the class names that a target answers to.
+        classes: name -> the class names that a target answers to. model: float, possibly on the meta device.
+        tokenizer: of the model, that there may be none of; read when it is called.
     """
 
     config: Mapping[str, Any]
     dtype: torch.dtype
     targets: Mapping[str, Target]
     classes: Mapping[str, Sequence[str]]
+    model: nn.Module
+    tokenizer: Callable[[], PreTrainedTokenizerBase | None] = lambda: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +195,8 @@ class ExportTarget(ABC):
         Scales' dtypes, how an outer scale is kept, which layers share one are changed; a format or a group size is not.
 
         Raises:
-            SchemeError: a rule asks for what the target can't hold; names the nearest.
+            SchemeError: a rule asks for what the target can't hold; names the nearest. ModelError: no scheme would do:
+                the target can't hold this model, or its tokenizer.
         """
 
     @abstractmethod

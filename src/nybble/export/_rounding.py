@@ -81,7 +81,7 @@ def facts_of(source: Source) -> Facts:
     known = targets_of(model)
     convolutional = adapter_for(model).convolutional
     classes = {n: t.kind.class_names(model.get_submodule(t.module), convolutional) for n, t in known.items()}
-    return Facts(config=source.config, dtype=source.dtype, targets=known, classes=classes)
+    return Facts(config=source.config, dtype=source.dtype, targets=known, classes=classes, model=model)
 
 
 def rounded(

@@ -19,16 +19,18 @@ import numpy as np
 import torch
 
 from nybble.core.errors import FileError, GranularityError, SchemeError
+from nybble.core.guard import reading
 from nybble.export import Cast, ExportTarget, Facts, Refusal, Takes, Usual, Verified
 from nybble.export._folder import write_beside
 from nybble.export._last_bit import moves, outer_of
 from nybble.export._source import Layer, Source
 from nybble.models.build.config_file import make_config
-from nybble.models.gguf.metadata import arch_for, gguf_name
+from nybble.models.gguf.metadata import arch_for, config_pairs, gguf_name, lost_window
 from nybble.models.gguf.mixes import FLOATS, file_types, fitting, mix, type_for
 from nybble.models.gguf.qtensors import exact_type, global_scale, line_of
 from nybble.models.gguf.types import block_type, type_name, writable_types
-from nybble.models.gguf.write import Weight, file_type_of, permuted, plan, write_gguf
+from nybble.models.gguf.vocabulary import tokenizer_pairs
+from nybble.models.gguf.write import Weight, file_type_of, ggml_type, permuted, plan, write_gguf
 from nybble.models.sources.folder import read_tokenizer
 from nybble.models.sources.stored import DTYPES
 from nybble.qtensor import Inverse, QTensor
@@ -67,7 +69,10 @@ class Gguf(ExportTarget):
     summary = "a GGUF file for llama.cpp"
     in_float = True
     options: ClassVar[dict[str, str]] = {name.lower(): f"what is in float becomes {name}" for name in file_types()}
-    loses = "the rounding of inputs and of the KV cache; behind a colon, all is rounded again that has another type"
+    loses = (
+        "the rounding of inputs and of the KV cache; sliding windows, but of Gemma; behind "
+        "a colon, all is rounded again that has another type"
+    )
     usual = Usual(option="q4_k_m")
     at_once = True
     takes = tuple(_row(kind.line, type_name(kind)) for kind in writable_types().values())
@@ -76,8 +81,10 @@ class Gguf(ExportTarget):
         """With a type behind the colon its own lines; else each line has to be one that a type holds.
 
         Raises:
-            SchemeError: inputs that would be rounded, or a line that no type holds.
+            SchemeError: inputs that would be rounded, or a line that no type holds. ModelError: an architecture, a
+                tensor or a tokenizer that llama.cpp doesn't know. UsageError: the package gguf is too old for a type.
         """
+        _check_model(facts)
         found = scheme.match(facts.classes)
         rules: dict[Rule, list[str]] = {}
         for name, rule in (found.rules | self._rest(found, scheme, facts)).items():
@@ -113,7 +120,7 @@ class Gguf(ExportTarget):
         assert rule.weights is not None
         target = facts.targets[name]
         if not self.option:
-            _check(rule.weights, name, target.shape)
+            ggml_type(_type_of(rule.weights, name, target.shape))
             halves = rule.weights.replace(scale_format="float16") if rule.weights.follows else rule.weights
             return replace(rule, targets=(), weights=halves)
         config = make_config(dict(facts.config), "the model")
@@ -122,6 +129,7 @@ class Gguf(ExportTarget):
             raise SchemeError(f"{name} has no place in a GGUF; ignore it, or use another target.")
         wanted = type_for(mix(self.option), at, config.num_hidden_layers, bool(config.tie_word_embeddings))
         kind = fitting(wanted, target.shape[1])
+        ggml_type(kind)
         return replace(rule, targets=(), weights=None if kind in FLOATS else Quantizer(block_type(kind).line))
 
     def check(self, source: Source) -> list[Refusal]:  # noqa: D102
@@ -147,6 +155,11 @@ class Gguf(ExportTarget):
         rounded = [layer.name for layer in source.layers.values() if layer.inputs or layer.outputs]
         if rounded:
             lines.append(f"activations are rounded as llama.cpp does, not as here: {rounded[0]}")
+        name, arch = arch_for(source.transformers_config)
+        if (window := lost_window(source.transformers_config, arch)) is not None:
+            lines.append(
+                f"llama.cpp's {name} attends to every token, this model to the last {window}: longer texts differ"
+            )
         if source.kv is not None:
             lines.append("the KV cache is llama.cpp's own (--cache-type-k, --cache-type-v)")
         if TOKENIZER not in source.side_files():
@@ -196,7 +209,8 @@ class Gguf(ExportTarget):
         file = f"{file_stem(source.title)}-{file_type_of(plan(config, weights, self.option)[0], self.option)}.gguf"
         has = TOKENIZER in source.side_files()
         write_beside(source, folder, (_CARD if has else _BARE).format(file=file))
-        tokenizer = read_tokenizer(folder, config) if has else None
+        with reading(f"the tokenizer of {source.place}"):
+            tokenizer = read_tokenizer(folder, config) if has else None
         done = write_gguf(folder / file, config, weights, tokenizer=tokenizer, file_type=self.option, name=source.title)
         self.errors = {name.removesuffix(".weight"): error for name, error in done.errors.items()}
 
@@ -253,13 +267,25 @@ def _too_fine(source: Source, prefix: str, weight: QTensor) -> bool:
     return False
 
 
-def _check(quantizer: Quantizer, name: str, shape: tuple[int, int]) -> None:
+def _check_model(facts: Facts) -> None:
+    """What a file needs beside quantized weights, before there are any."""
+    config = make_config(dict(facts.config), "the model")
+    config_pairs(config, *arch_for(config))
+    parameters = facts.model.named_parameters()
+    plan(config, {name: Weight(shape=tuple(p.shape), read=p.detach) for name, p in parameters})
+    if (tokenizer := facts.tokenizer()) is not None:
+        tokenizer_pairs(tokenizer, config.vocab_size)
+
+
+def _type_of(quantizer: Quantizer, name: str, shape: tuple[int, int]) -> str:
+    """The type that holds a line exactly."""
     try:
         made = quantizer.quantize(torch.empty(shape, device="meta"))
     except GranularityError as error:
         raise SchemeError(f"{name}: {error}") from error
-    if exact_type(made) is None:
+    if (kind := exact_type(made)) is None:
         raise SchemeError(f"{name}: no GGUF type holds {line_of(made)} in rows of {shape[1]} exactly; use {NEAREST}.")
+    return type_name(kind)
 
 
 def _weights(source: Source) -> dict[str, Weight]:

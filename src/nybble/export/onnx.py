@@ -91,8 +91,10 @@ class Onnx(ExportTarget):
         """Nothing is changed; what it can't hold is refused.
 
         Raises:
-            SchemeError: names the layer and the nearest.
+            SchemeError: names the layer and the nearest. ModelError: a model that it holds in no scheme.
         """
+        if (refusal := _whole_refused(facts.model)) is not None:
+            raise ModelError(f"target onnx can't hold {refusal.came}; it takes {refusal.nearest}.")
         if scheme.kv is not None and scheme.kv.stores:
             raise SchemeError("onnx has no KV cache; leave --kv out, or take the target gguf or compressed-tensors.")
         for name, rule in scheme.match(facts.classes).rules.items():
@@ -116,15 +118,8 @@ class Onnx(ExportTarget):
             except CannotError as error:
                 found.setdefault((error.came, error.nearest, error.why), []).append(layer.name)
         refusals = [Refusal(layers=tuple(n), came=c, nearest=near, why=why) for (c, near, why), n in found.items()]
-        model = source.skeleton()
-        if source.kv is not None or model.can_generate() or source.config.get("is_encoder_decoder"):
-            came = f"a {type(model).__name__}, which generates token by token"
-            nearest = "encoders, vision models and CNNs; --target gguf or compressed-tensors takes this one"
-            refusals.append(Refusal(layers=("the model",), came=came, nearest=nearest))
-        elif _example(model) is None:
-            nearest = "models of tokens or of images of one size"
-            refusals.append(Refusal(layers=("the model",), came=f"a {type(model).__name__}", nearest=nearest))
-        return refusals
+        whole = _whole_refused(source.skeleton(), source.kv is not None)
+        return refusals if whole is None else [*refusals, whole]
 
     def notes(self, source: Source) -> list[str]:  # noqa: D102
         lines = []
@@ -225,6 +220,17 @@ def _check_kind(kind: Kind) -> None:
         raise CannotError("the operands of attention", "--matmuls left out")
     if kind not in _KINDS:
         raise CannotError(f"a module of the kind {kind}", "linear layers, convolutions and embeddings")
+
+
+def _whole_refused(model: Any, caches: bool = False) -> Refusal | None:
+    """Why a model can't be held whatever its layers are; None: it can."""
+    came = f"a {type(model).__name__}"
+    if caches or model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
+        nearest = "encoders, vision models and CNNs; language models go to gguf, compressed-tensors or mlx"
+        return Refusal(layers=("the model",), came=f"{came}, which generates token by token", nearest=nearest)
+    if _example(model) is None:
+        return Refusal(layers=("the model",), came=came, nearest="models of tokens or of images of one size")
+    return None
 
 
 def _check_layer(layer: Layer) -> None:

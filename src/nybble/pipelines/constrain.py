@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,14 @@ from nybble.recipes import BEST, recipe_for
 from nybble.scheme import Scheme
 
 
-def constrain(scheme: Scheme, targets: Sequence[str], model: Any, dtype: torch.dtype, form: str = AUTO) -> Scheme:
+def constrain(
+    scheme: Scheme,
+    targets: Sequence[str],
+    model: Any,
+    dtype: torch.dtype,
+    form: str = AUTO,
+    tokenizer: Callable[[], Any] = lambda: None,
+) -> Scheme:
     """A scheme whose result every one of some targets holds.
 
     Args:
@@ -29,15 +36,19 @@ def constrain(scheme: Scheme, targets: Sequence[str], model: Any, dtype: torch.d
         model: float, its weights possibly on the meta device.
         dtype: of what will stay in float.
         form: of nybble's own folder; where it is to be compressed-tensors', the scheme is kept to that too.
+        tokenizer: reads the model's; a target that writes one asks for it.
 
     Raises:
-        SchemeError: one can't hold it; names the nearest, and options that the target takes.
+        SchemeError: one can't hold it; names the nearest, and options that the target takes. ModelError: one can't hold
+            this model in any scheme, or its tokenizer.
     """
     convolutional = adapter_for(model).convolutional
     known = targets_of(model)
     classes = {n: t.kind.class_names(model.get_submodule(t.module), convolutional) for n, t in known.items()}
     config = model.config.to_dict() if hasattr(model.config, "to_dict") else {}
-    facts = Facts(config=config, dtype=dtype, targets=known, classes=classes)
+    facts = Facts(
+        config=config, dtype=dtype, targets=known, classes=classes, model=model, tokenizer=tokenizer
+    )  # fmt: skip
     for name in targets:
         part = get_target(name)
         if part.at_once:

@@ -7,19 +7,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nybble.core.errors import UsageError
+from nybble.core.errors import NybbleError, UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import new_folder
 from nybble.core.memory import new_objects_alone
 from nybble.core.progress import Progress
 from nybble.export import Cast, ExportTarget, Refusal, get_target, refuse
+from nybble.export._recodings import Recoding
 from nybble.export._rounded import RoundedSource
 from nybble.export._rounding import AUTO, Changed, recodings, rounded, table
 from nybble.export._source import Source
@@ -121,12 +122,24 @@ def _held(source: Source, part: ExportTarget, target: str, line: str) -> tuple[S
         left = bad(new)
     if left and line:
         new = rounded(source, part, left, line, kept)
-    way_out = (
-        "No code is changed without being asked: --round auto rounds these weights again, to the nearest that it "
-        "holds, --round LINE to a quantizer of your choice. The float model, if there is one, loses less."
-    )
-    refuse(target, _unheld(part, new), way_out if left and not line else "Choose another target.")
+    refusals = _unheld(part, new)
+    helps = bool(left and not line and refusals) and _would_help(source, part, left, kept)
+    refuse(target, refusals, _ASK if helps else "Choose another target.")
     return new, table(new, source)
+
+
+_ASK = (
+    "No code is changed without being asked: --round auto rounds these weights again, to the nearest that it holds, "
+    "--round LINE to a quantizer of your choice. The float model, if there is one, loses less."
+)
+
+
+def _would_help(source: Source, part: ExportTarget, left: Sequence[str], kept: Mapping[str, Recoding]) -> bool:
+    """Whether the target takes the model once its weights are rounded: no line makes another module of a layer."""
+    try:
+        return not _unheld(part, rounded(source, part, left, AUTO, kept))
+    except NybbleError:
+        return False
 
 
 def _unheld(part: ExportTarget, source: Source) -> list[Refusal]:

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -40,6 +41,7 @@ from nybble.core.files import AtomicFolder, check_new_folder
 from nybble.core.progress import Progress, Silent
 from nybble.core.seeds import preserve_global_rng
 from nybble.data.given import Data
+from nybble.models.sources import ModelSource
 from nybble.models.sources.open import open_source
 from nybble.nn.config import config_of
 from nybble.nn.in_place import evaluation_mode, untouched, whole_or_not_at_all
@@ -292,7 +294,7 @@ def _job(
         dtype = settings.place(None)[1]
         skeleton = source.skeleton(dtype)
         form = _form_begun(settings, out, form)
-        recipe = recipe.with_scheme(constrain(recipe.scheme, files, skeleton, dtype, form))
+        recipe = recipe.with_scheme(constrain(recipe.scheme, files, skeleton, dtype, form, partial(_tokenizer, source)))
         job = Job.make(skeleton, source, recipe, data, settings, kept=out is None, tokenizer=tokenizer)
         job.targets, job.kept_to = files, form if form == COMPRESSED else ""
         if out is not None:
@@ -309,6 +311,16 @@ def _job(
     job = Job.make(known, None, recipe, data, settings, tokenizer=tokenizer)
     job.targets = files
     return job
+
+
+def _tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
+    """Of a source; None where it has none."""
+    try:
+        return source.tokenizer()
+    except NybbleError:
+        if "tokenizer.json" in source.side_files():
+            raise
+        return None
 
 
 def _as_begun(settings: Settings, out: str | Path | None) -> Settings:

@@ -301,6 +301,15 @@ def test_rounding_has_to_be_asked_for(tmp_path: Path) -> None:
     assert not (tmp_path / "e").exists()
 
 
+@pytest.mark.parametrize("target", ["compressed-tensors", "modelopt", "mlx"])
+def test_rounding_is_no_way_out_of_a_module_that_no_line_fits(target: str, tmp_path: Path) -> None:
+    """GPT-2's Conv1D: the same answer with --round auto, which is not advised before it either."""
+    for line in ("", "auto"):
+        with pytest.raises(ModelError, match=r"(?s)c_attn.*a Conv1D; it takes nn.Linear.*Choose another target") as it:
+            convert(quantized("gpt2", weights="int4 group=16"), tmp_path / "d", target, round=line)
+        assert "--round" not in str(it.value)
+
+
 def test_siblings_share_what_a_runtime_joins(tmp_path: Path) -> None:
     folder, _ = test_compressed_tensors.checkpoint(tmp_path / "q", *CT["fp8 channel"])
     found = convert(folder, tmp_path / "d", "modelopt-nvfp4", round="nvfp4")

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import shutil
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.parts.export.folders import quantized
-from transformers import LlamaConfig, LlamaForCausalLM
+from tests.tiny import save_tiny
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from nybble.checkpoint.account import inspect
-from nybble.core.errors import ModelError, SchemeError, UsageError
+from nybble.core.errors import FileError, ModelError, SchemeError, UsageError
 from nybble.export.gguf import file_stem
 from nybble.models.sources.gguf_header import read_gguf_header
 from nybble.models.sources.open import open_source
+from nybble.pipelines.convert import convert
 from nybble.pipelines.export import export
 from nybble.pipelines.load import load
 from nybble.pipelines.quantize import quantize
@@ -129,6 +133,54 @@ def test_what_it_cannot_hold(folder: Path, tmp_path: Path) -> None:
     done = export(tmp_path / "out", tmp_path / "file", "gguf:q8_0")
     assert any("rounded again" in note for note in done["notes"])
     assert not (tmp_path / "no").exists()
+
+
+def test_what_no_scheme_makes_fit_is_refused_before_anything_is_quantized(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An architecture, a tensor, a tokenizer, a damaged one, a type that an old package doesn't know."""
+    monkeypatch.setattr("nybble.walk.walk.Walk.run", None)  # nothing is
+    gpt2, biased, named = save_tiny(tmp_path / "gpt2", "gpt2"), tmp_path / "biased", tmp_path / "named"
+    model(mlp_bias=True).save_pretrained(biased)
+    shutil.copytree(folder, named)
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    fast: Any = PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(named)
+    for place, said in (
+        (gpt2, "type 'gpt2' can't be written as GGUF"),
+        (biased, "no biases in the MLP"),
+        (named, "a tokenizer of type WordLevel can't be written as GGUF"),
+    ):
+        for target, line in (("gguf", "q8_0"), ("gguf:q4_k_m", None)):
+            with pytest.raises(ModelError, match=said):
+                quantize(place, "rtn", weights=line, out=tmp_path / "no", target=target)
+    (named / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match=r"the tokenizer of .*named can't be read"):
+        quantize(named, "rtn", weights="q8_0", out=tmp_path / "no", target="gguf")
+    monkeypatch.setattr("gguf.constants.GGMLQuantizationType", IntEnum("Old", {"F32": 0, "Q8_0": 8}))
+    for target, line, kind in (("gguf", "nvfp4", "NVFP4"), ("gguf:q4_k", None, "Q4_K")):
+        with pytest.raises(UsageError, match=f"package gguf doesn't know {kind}; pip install -U gguf"):
+            quantize(folder, "rtn", weights=line, out=tmp_path / "no", target=target)
+    assert not list(tmp_path.glob("no*"))
+
+
+@pytest.mark.parametrize(("window", "told"), [(16, True), (64, False), (None, False)])
+def test_a_window_that_llama_cpp_does_not_keep_is_told(window: int | None, told: bool, tmp_path: Path) -> None:
+    """Of as many tokens as the context has, there is nothing to lose."""
+    sizes: Any = SIZES
+    MistralForCausalLM(MistralConfig(**sizes, sliding_window=window)).save_pretrained(tmp_path / "float")
+    notes = convert(tmp_path / "float", tmp_path / "d", "gguf:f16")["notes"]
+    said = "llama.cpp's llama attends to every token, this model to the last 16: longer texts differ"
+    assert [note for note in notes if "attends to every token" in note] == [said] * told
+
+
+def test_a_damaged_tokenizer_is_an_error_of_ours(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(quantized(weights="q8_0"), out)
+    (out / "tokenizer.json").write_text("{")
+    with pytest.raises(FileError, match=r"the tokenizer of .*out can't be read"):
+        export(out, tmp_path / "d", "gguf")
+    assert not (tmp_path / "d").exists()
 
 
 def test_without_a_tokenizer_it_says_so(tmp_path: Path) -> None:

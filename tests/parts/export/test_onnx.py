@@ -123,8 +123,12 @@ def test_what_it_cannot_hold(tmp_path: Path) -> None:
     ):
         with pytest.raises(SchemeError, match=words):
             made("bert", tmp_path / "no", target="onnx", **changes)
-    with pytest.raises(ModelError, match=r"generates token by token; it takes encoders.*compressed-tensors"):
+    said = r"generates token by token; it takes encoders.*compressed-tensors"
+    with pytest.raises(ModelError, match=said):
         export(quantized("llama", weights="int8 channel"), tmp_path / "d", "onnx")
+    for family in ("llama", "gpt2"):  # before anything is quantized too
+        with pytest.raises(ModelError, match=said):
+            made(family, tmp_path / "no", target="onnx", weights="int8 channel")
     with pytest.raises(ModelError, match=r"(?s)can't hold this model.*nf4.*it takes int4 group=32"):
         export(quantized("bert", weights="nf4"), tmp_path / "d", "onnx")
     assert not (tmp_path / "d").exists() and not (tmp_path / "no").exists()

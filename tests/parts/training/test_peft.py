@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +36,21 @@ SCHEMES = {
 }
 
 
-def quantized(tmp_path: Path, family: str, scheme: str) -> Path:
-    """A folder in nybble's own form."""
-    model, tokenizer = nybble.load(save_tiny(tmp_path / "float", family))
-    nybble.quantize(model, build_recipe("rtn", **SCHEMES[scheme]))
-    return nybble.save(model, tmp_path / "out", tokenizer, form="native")
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name of a scheme -> a folder in nybble's own form, or of :data:`CT` -> in compressed-tensors'; each made once."""
+    room = tmp_path_factory.mktemp("peft")
+    save_tiny(room / "float")
+
+    @cache
+    def made(scheme: str) -> Path:
+        if scheme in CT:
+            return Path(nybble.quantize(str(room / "float"), "rtn", out=room / scheme, **CT[scheme])[0])
+        model, tokenizer = nybble.load(room / "float")
+        nybble.quantize(model, build_recipe("rtn", **SCHEMES[scheme]))
+        return nybble.save(model, room / scheme, tokenizer, form="native")
+
+    return made
 
 
 def config(**options: Any) -> Any:
@@ -63,10 +76,11 @@ def trained(model: Any, steps: int = 4) -> tuple[Any, list[float], list[str]]:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_trains_is_saved_loaded_and_merged(tmp_path: Path, scheme: str) -> None:
+def test_trains_is_saved_loaded_and_merged(tmp_path: Path, scheme: str, written: Callable[[str], Path]) -> None:
     auto: Any = AutoModelForCausalLM
-    out = quantized(tmp_path, "llama", scheme)
+    out = written(scheme)
     base = auto.from_pretrained(out)
+    before = logits(base)
     codes = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     layers = [name for name, module in base.named_modules() if isinstance(module, QuantLinear)]
     model, losses, still = trained(base)
@@ -81,7 +95,7 @@ def test_trains_is_saved_loaded_and_merged(tmp_path: Path, scheme: str) -> None:
     assert torch.equal(logits(again), logits(model))
 
     merged = again.merge_and_unload(safe_merge=True)
-    change = logits(model) - logits(auto.from_pretrained(out))
+    change = logits(model) - before
     share = 0.05 if scheme in ("weights", "W8A8", "matmuls") else 0.5  # a merged adapter sees what 4 bits left of x
     assert (logits(merged) - logits(model)).norm() < share * change.norm()
     merged.save_pretrained(tmp_path / "by transformers")
@@ -107,10 +121,12 @@ CT: dict[str, Any] = {
 
 @pytest.mark.parametrize("foreign", [False, True], ids=["nybble's folder", "another's folder"])
 @pytest.mark.parametrize("case", CT)
-def test_on_folders_in_compressed_tensors_form(case: str, foreign: bool, tmp_path: Path) -> None:
+def test_on_folders_in_compressed_tensors_form(
+    case: str, foreign: bool, tmp_path: Path, written: Callable[[str], Path]
+) -> None:
     """Packed when nybble.load reads them, so adapters train on codes; what is saved loads, and merged it is exact."""
     pytest.importorskip("compressed_tensors", reason="the form of that name")
-    out = nybble.quantize(str(save_tiny(tmp_path / "float")), "rtn", out=tmp_path / "out", **CT[case])[0]
+    out = shutil.copytree(written(case), tmp_path / "out")
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
     if foreign:
@@ -155,10 +171,10 @@ def test_a_second_adapter_and_a_model_in_memory() -> None:
         assert torch.equal(logits(found), base)
 
 
-def test_merged_becomes_float_weights_that_are_quantized_again(tmp_path: Path) -> None:
+def test_merged_becomes_float_weights_that_are_quantized_again(tmp_path: Path, written: Callable[[str], Path]) -> None:
     """A merged folder is refused as it is, with the way: written out dense, it is a float model like any other."""
     auto: Any = AutoModelForCausalLM
-    out = quantized(tmp_path, "llama", "weights")
+    out = written("weights")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         adapted = peft.get_peft_model(auto.from_pretrained(out), config(init_lora_weights=False))

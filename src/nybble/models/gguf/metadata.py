@@ -63,6 +63,14 @@ def config_pairs(config: PreTrainedConfig, name: str, arch: GgufArch) -> dict[st
     return pairs | _rope(config, name, arch)
 
 
+def lost_window(config: PreTrainedConfig, arch: GgufArch) -> int | None:
+    """How many tokens a block attends to where its architecture in llama.cpp attends to all; None: nothing is lost."""
+    window = getattr(config, "sliding_window", None)
+    if not window or "sliding_window" in arch.optional.values() or window >= config.max_position_embeddings:
+        return None
+    return int(window)
+
+
 def _rope(config: PreTrainedConfig, name: str, arch: GgufArch) -> dict[str, Any]:
     rope = _rope_parameters(config)
     pairs: dict[str, Any] = {f"{name}.rope.freq_base": float(rope["rope_theta"])}

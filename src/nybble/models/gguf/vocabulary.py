@@ -95,9 +95,12 @@ def _byte_level(said: Mapping[str, Any]) -> dict[str, Any]:
     merges = _merges(said)
     if spaced := next((pair for pair in merges if " " in pair[0] + pair[1]), None):
         raise ModelError(f"GGUF writes a merge with a space between, so {spaced} can't be one. {INSTEAD}")
+    rules = _rules(said)
+    if not merges:
+        raise ModelError(f"llama.cpp loads no byte-level tokenizer without merges, and this one has none. {INSTEAD}")
     return {
         "model": "gpt2",
-        "tokenizer.ggml.pre": _rules(said),
+        "tokenizer.ggml.pre": rules,
         "tokenizer.ggml.merges": [f"{left} {right}" for left, right in merges],
     }
 

@@ -241,7 +241,7 @@ def _write(
     scaled = [t for t in tensors if t.kind not in FLOATS and block_type(t.kind).scaled_apart]
     for tensor in tensors:
         shape = weights[tensor.source].shape
-        writer.add_tensor_info(tensor.name, shape, np.dtype("f4"), _nbytes(tensor.kind, shape), _ggml(tensor.kind))
+        writer.add_tensor_info(tensor.name, shape, np.dtype("f4"), _nbytes(tensor.kind, shape), ggml_type(tensor.kind))
     for tensor in scaled:
         writer.add_tensor_info(_scale_name(tensor), (1,), np.dtype("f4"), 4)
     try:
@@ -296,7 +296,12 @@ def _scale_name(tensor: Planned) -> str:
     return tensor.name.removesuffix(".weight") + ".scale"
 
 
-def _ggml(kind: str) -> Any:
+def ggml_type(kind: str) -> Any:
+    """A type as the package gguf has it.
+
+    Raises:
+        UsageError: an older one, which doesn't know it.
+    """
     from gguf.constants import GGMLQuantizationType
 
     number = FLOATS[kind] if kind in FLOATS else block_type(kind).number
