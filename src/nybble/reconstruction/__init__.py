@@ -156,9 +156,7 @@ class Reconstruction(ABC):
         if self.every and self.keep != "best":
             raise SchemeError(f"every={self.every} is how often keep=best looks; add it, or leave every out.")
         if self.mix_by == "sample" and not self.mix:
-            raise SchemeError(
-                "mix_by=sample says how float inputs are mixed in, and mix=0 mixes none; give mix a share."
-            )
+            raise SchemeError("mix_by=sample says how float inputs are mixed in, and mix=0 mixes none; give mix.")
         if self.max_norm is not None and self.optimizer == "sign":
             raise SchemeError(
                 f"max_norm={self.max_norm:g} shortens gradients, of which optimizer=sign takes the signs alone; leave "
