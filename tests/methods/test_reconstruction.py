@@ -91,7 +91,7 @@ def test_norms_that_learned_for_nothing_are_what_they_were() -> None:
     before = {name: module for name, module in exact().named_modules() if "norm" in name}
     for name, module in before.items():
         found = model.get_submodule(name)
-        assert type(found) is type(module) and torch.equal(found.weight, module.weight)  # type: ignore[arg-type]
+        assert type(found) is type(module) and torch.equal(found.weight, module.weight)
 
 
 @cache

@@ -125,6 +125,7 @@ def test_the_angle_counts_whole_beside_the_squared_error() -> None:
     apart, towards = (loss(name, output, wanted) for name in ("mse", "cosine-log"))
     found = loss("two-target", output, wanted, error="mse-cosine", local=0.0)
     torch.testing.assert_close(found, apart + towards)
-    for name, options in (("cosine-log", {}), ("two-target", {"error": "mse-cosine", "local": 0.0})):
+    both: dict[str, Any] = {"error": "mse-cosine", "local": 0.0}
+    for name, options in (("cosine-log", dict[str, Any]()), ("two-target", both)):
         beside = 0.0 if name == "cosine-log" else 4.0  # |-y - y|^2 / |y|^2
         assert float(loss(name, -wanted, wanted, **options)) == pytest.approx(beside - math.log(1e-4), rel=1e-5)
