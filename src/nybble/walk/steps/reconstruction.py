@@ -100,7 +100,7 @@ class ReconstructionStep(BlockStep):
         )
 
     def cost(self, subject: Subject, targets: Sequence[Target], load: Load) -> Cost:
-        """Float32 truth, up to two parameters an element with gradients and moments, a best state, activations twice."""
+        """Float32 truth, two parameters an element with gradients and moments, a best state, activations twice."""
         elements = sum(t.shape[0] * t.shape[1] for t in targets if self.reconstruction.learns(t))
         width = sum(sum(t.shape) for t in targets)
         kept = load.samples * load.seq_len * max((t.shape[1] for t in targets), default=0) * load.dtype.itemsize
