@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ CPU_OPERATIONS = 2.5e10  # a second and core, as the smallest model was seen to 
 def main() -> None:
     """Prepare, plan, train, collect."""
     asked = arguments()
-    corpus = prepare(asked.folder)
     chosen = names(tuple(asked.architectures), tuple(asked.sizes))
-    steps = planned(chosen, asked)
+    steps = planned(chosen, asked)  # before the text, which takes minutes: what can't be trained is refused at once
+    corpus = prepare(asked.folder)
     print(", ".join(f"{name}: {count} steps" for name, count in steps.items()), flush=True)
     started = time.monotonic()
     failed = train_all(steps, asked)
@@ -126,8 +127,8 @@ def collect(folder: Path, corpus: dict[str, Any], record: Path | None, run: dict
             atomic_write_bytes(place, (json.dumps(result, indent=1) + "\n").encode())
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """The command line; ``given``: what comes behind the command, instead of that of this process."""
     import torch
 
     parser = argparse.ArgumentParser(
@@ -136,16 +137,32 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("build/ladder"))
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
-    parser.add_argument("--minutes", type=float, default=25.0)
-    parser.add_argument("--steps", type=int, help="of each model, however long it takes")
+    parser.add_argument("--minutes", type=_above_zero(float), default=25.0)
+    parser.add_argument("--steps", type=_above_zero(int), help="of each model, however long it takes")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--jobs", type=int, help="models at once; all on a GPU, one on a CPU")
+    parser.add_argument("--jobs", type=_above_zero(int), help="models at once; all on a GPU, one on a CPU")
     parser.add_argument("--eager", action="store_true", help="don't compile")
     parser.add_argument("--record", type=Path, help="another place for ladder.json")
-    asked = parser.parse_args()
+    asked = parser.parse_args(given)
+    asked.sizes, asked.architectures = list(dict.fromkeys(asked.sizes)), list(dict.fromkeys(asked.architectures))
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here; --device cpu trains the smallest (--sizes 0.3m)")
     asked.jobs = asked.jobs or (len(asked.sizes) * len(asked.architectures) if asked.device == "cuda" else 1)
     asked.eager |= asked.device == "cpu"
     return asked
+
+
+def _above_zero(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """What reads a number above zero, for argparse."""
+
+    def number(text: str) -> float:
+        found = kind(text)
+        if not 0 < found < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+        return found
+
+    number.__name__ = kind.__name__  # argparse says "invalid int value"
+    return number
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ PARTS: dict[str, dict[str, Any]] = {
     },
     "frozen-codes": {"rates": {"scales": 1e-4}},
     "block-ap": {"optimizer": "adamw", "final": 0.05, "rates": {"weights": 2e-5, "scales": 1e-4}},
-    "lora-rounding": {"rates": {"rounding": 0.05, "scales": 1e-4}},
+    "lora-rounding": {"rates": {"rounding": 1e-3, "scales": 1e-4}},
     "outer-scales": {"rates": {"outer": 1e-3}, "keep": "best", "every": 40},
 }  # fmt: skip
 

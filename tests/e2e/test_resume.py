@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -238,54 +239,99 @@ def test_a_window_whose_training_fails_leaves_what_was_finished(
 OPERATIONS = [(Path, "replace"), (Path, "unlink"), (Path, "rename"), (shutil, "rmtree")]
 
 
-@pytest.mark.parametrize("name", ["minmax-fp", "gptq", "windows that overlap"])
+def meeting(patch: pytest.MonkeyPatch, met: Callable[[tuple[str, ...]], None]) -> None:
+    """Let ``met`` be called just before each file operation, with its kind: a place in the code with what called it."""
+
+    def meets(what: Any) -> Any:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            met(tuple(f"{f.filename}:{f.lineno}" for f in traceback.extract_stack() if "nybble" in f.filename))
+            return what(*args, **kwargs)
+
+        return step
+
+    for owner, operation in OPERATIONS:
+        patch.setattr(owner, operation, meets(getattr(owner, operation)))
+
+
+def ends(kinds: list[tuple[str, ...]]) -> list[int]:
+    """Numbers of the first and the last of each kind."""
+    last = len(kinds) - 1
+    return sorted({i for kind in set(kinds) for i in (kinds.index(kind), last - kinds[::-1].index(kind))})
+
+
+@pytest.mark.parametrize("name", ["minmax-fp", "gptq"])
 def test_stopped_before_every_file_operation(
     folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without chance: stopped just before each file operation, or the first and last of each kind, then resumed.
-
-    A kind is a place in the code with what called it; of recipes whose runs take longer, each is met twice.
-    """
+    """Without chance: stopped just before each file operation, or the first and last of each kind, then resumed."""
     recipe, model = recipe_called(name), tmp_path / "model"
-    save_tiny(model, "llama", num_hidden_layers=3 if "windows" in name else 2)
+    save_tiny(model, "llama", num_hidden_layers=2)
     torch.set_num_threads(1)
     settings = Settings(samples=2, seq_len=8, batch=2, resume=True, spill=name == "gptq")
-    calls, limit = 0, 1 << 30
+    limit = 1 << 30
     kinds: list[tuple[str, ...]] = []
 
     class Stop(BaseException):
         pass
 
-    def stopping(what: Any) -> Any:
-        def step(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            kinds.append(tuple(f"{f.filename}:{f.lineno}" for f in traceback.extract_stack() if "nybble" in f.filename))
-            if calls > limit:
-                raise Stop
-            return what(*args, **kwargs)
-
-        return step
+    def met(kind: tuple[str, ...]) -> None:
+        kinds.append(kind)
+        if len(kinds) > limit:
+            raise Stop
 
     def run(out: Path) -> None:
         quantize(model, recipe, str(folder / "text.txt"), out=out, settings=settings)
 
     with monkeypatch.context() as patch:
-        for owner, operation in OPERATIONS:
-            patch.setattr(owner, operation, stopping(getattr(owner, operation)))
+        meeting(patch, met)
         run(tmp_path / "whole")
-        total, expected, seen = calls, files(tmp_path / "whole"), kinds[:]
+        total, expected, seen = len(kinds), files(tmp_path / "whole"), kinds[:]
         assert total > 12
-        ends = {i for kind in set(seen) for i in (seen.index(kind), total - 1 - seen[::-1].index(kind))}
-        for before in range(total) if name == "minmax-fp" else sorted(ends):
+        for before in range(total) if name == "minmax-fp" else ends(seen):
             out = tmp_path / f"out{before}"
-            calls, limit = 0, before
+            kinds.clear()
+            limit = before
             with pytest.raises(Stop):
                 run(out)
             limit = 1 << 30
             if not out.exists():  # the last operation but one moves the folder; what follows only clears up
                 run(out)
             assert files(out) == expected, before
+
+
+def test_killed_before_file_operations_of_windows_that_overlap(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first and last of each kind: what one run has on disk then, as a kill leaves it, is gone on from.
+
+    From the walk on; what is written before it is the same for all recipes, and every file of that is met above.
+    """
+    recipe, model, run_in = recipe_called("windows that overlap"), tmp_path / "model", tmp_path / "run"
+    save_tiny(model, "llama", num_hidden_layers=3)
+    torch.set_num_threads(1)
+    run_in.mkdir()
+    kinds: list[tuple[str, ...]] = []
+
+    def met(kind: tuple[str, ...]) -> None:
+        shutil.copytree(run_in, tmp_path / str(len(kinds)))
+        kinds.append(kind)
+
+    def run(out: Path) -> None:
+        settings = Settings(samples=2, seq_len=8, batch=2, resume=True)
+        quantize(model, recipe, str(folder / "text.txt"), out=out, settings=settings)
+
+    with monkeypatch.context() as patch:
+        meeting(patch, met)
+        run(run_in / "out")
+    expected = files(run_in / "out")
+    walk = next(i for i, kind in enumerate(kinds) if any("/walk/" in place for place in kind))
+    chosen = [before for before in ends(kinds) if before >= walk]
+    assert len(chosen) > 12
+    for before in chosen:
+        out = tmp_path / str(before) / "out"
+        if not out.exists():
+            run(out)
+        assert files(out) == expected, before
 
 
 def test_interrupted(folder: Path, tmp_path: Path) -> None:

@@ -79,6 +79,21 @@ def test_better_than_nearest_on_what_it_has_not_seen(name: str) -> None:
     assert any((row.learned or {})["left_nearest"] > 0 for row in rows)
 
 
+def test_norms_that_learned_for_nothing_are_what_they_were() -> None:
+    """In a window that went back; the model has its own layers again."""
+    torch.set_num_threads(1)
+    step = {"reconstruction": "mse", "weights": "frozen-codes", "norms": True, "steps": 2, "rates": {"norms": 30.0}}
+    recipe = parse_recipe({"name": "worse", "scheme": SCHEME, "steps": [{"solver": "rtn"}, step]})
+    settings = nybble.Settings(samples=4, seq_len=16, batch=4, dtype=torch.float32)
+    model, report = nybble.quantize(tiny_model(dtype=torch.float32), recipe, tokens(0, 4), settings=settings)
+    kept = {window["kept"] for row in report.layers for window in (row.learned or {}).get("windows", ())}
+    assert kept == {"start"}
+    before = {name: module for name, module in exact().named_modules() if "norm" in name}
+    for name, module in before.items():
+        found = model.get_submodule(name)
+        assert type(found) is type(module) and torch.equal(found.weight, module.weight)
+
+
 @cache
 def quantized_bits() -> float:
     return quantized("rtn")[1].layers[0].bits

@@ -191,6 +191,36 @@ def test_what_diverges_is_stopped() -> None:
     assert f"it diverged and was stopped at step {len(lost)} of 60" in made.states[0].records["layer"].notes[-1]
 
 
+def test_what_diverges_goes_back_to_its_best_round() -> None:
+    """With keep=last, to the end of the round that lost least; a run of so many steps comes to the same bits."""
+    lost: list[float] = []
+
+    class Growing(Valued):
+        def loss(self, output: Tensor, wanted: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
+            found = super().loss(output, wanted, mask)
+            if output.requires_grad:
+                found = found * (1.0 if len(lost) < 3 * BATCHES else 1e3)
+                lost.append(float(found.detach()))
+            return found
+
+    def run(steps: int) -> tuple[Made, Any]:
+        lost.clear()
+        made = Made()
+        given: dict[str, Any] = {"weights": LSQ, "penalty": 0.0, "schedule": "constant", "rates": {"default": 1e-2}}
+        return made, reconstruct(made.window, Growing(**given, steps=steps, diverged=50.0))
+
+    made, found = run(60)
+    rounds = [sum(lost[i : i + BATCHES]) / BATCHES for i in range(0, len(lost), BATCHES)]
+    best = BATCHES * (1 + rounds.index(min(rounds)))
+    said = entry(made)
+    assert len(lost) == 4 * BATCHES and rounds[-1] > 50 * found.before > rounds[0]
+    assert said["diverged"] and said["kept"] == best < len(lost) and found.kept and found.after < found.before
+    note = made.states[0].records["layer"].notes[-1]
+    assert f"the best state, of step {best} of 20; it diverged and was stopped at step 20 of 60" in note
+    again, _ = run(best)
+    assert all(torch.equal(a, b) for a, b in zip(made.learned(), again.learned(), strict=True))
+
+
 def test_a_loss_that_is_no_number_names_the_layer_and_leaves_the_window_as_it_was() -> None:
     made = Made()
     before = made.weights()
@@ -342,6 +372,9 @@ def test_a_curve_is_a_few_dozen_means() -> None:
         ({"keep": "best"}, "adaround trains with weights between .* give every=N"),
         ({"max_norm": 0.0}, "max_norm=0 would leave no gradient"),
         ({"diverged": -1.0}, "diverged is 0 or more"),
+        ({"mix_by": "sample"}, "mix=0 mixes none"),
+        ({"optimizer": "sign", "max_norm": 1.0}, "optimizer=sign takes the signs alone"),
+        ({"rates": {"rounding": 1e38}}, "rates: rounding is 1e\\+38; .* at most 1e\\+06"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(changes: dict[str, Any], said: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -115,3 +116,16 @@ def test_cbqs_recipe_has_cbqs_error_on_both_targets() -> None:
     wanted, other, output = torch.randn(3, 2, 3, 16)
     found = make_reconstruction(step.name, step.options).loss(output, {FLOAT: wanted, LOCAL: other}, None)
     torch.testing.assert_close(found, loss("l2-kl", output, wanted) + loss("l2-kl", output, other))
+
+
+def test_the_angle_counts_whole_beside_the_squared_error() -> None:
+    """PTQ1.61's error by torch's functions; what points the other way has the largest angle there is, not none."""
+    wanted = torch.randn(2, 3, 16)
+    output = wanted + 0.3 * torch.randn(2, 3, 16)
+    apart, towards = (loss(name, output, wanted) for name in ("mse", "cosine-log"))
+    found = loss("two-target", output, wanted, error="mse-cosine", local=0.0)
+    torch.testing.assert_close(found, apart + towards)
+    both: dict[str, Any] = {"error": "mse-cosine", "local": 0.0}
+    for name, options in (("cosine-log", dict[str, Any]()), ("two-target", both)):
+        beside = 0.0 if name == "cosine-log" else 4.0  # |-y - y|^2 / |y|^2
+        assert float(loss(name, -wanted, wanted, **options)) == pytest.approx(beside - math.log(1e-4), rel=1e-5)

@@ -302,8 +302,28 @@ def test_a_window_that_comes_to_no_number_is_refused() -> None:
             found = super().loss(output, wanted, mask)
             return found if output.requires_grad or len(ASKED) <= BATCHES else found * torch.inf
 
-    with pytest.raises(LearningError, match=r"the reconstruction of window-0000 came to inf; take smaller rates"):
+    with pytest.raises(LearningError, match=r"^the loss of window-0000 is inf at step 2; take smaller rates"):
         reconstruct(Made().window, Broken(weights=make_part("adaround", {}), steps=2))
+
+
+def test_a_last_step_that_leaves_no_number_names_the_layer() -> None:
+    """The step's own loss was a number; what it moved is none."""
+    made = Made()
+    before = made.weights()
+
+    class Poisoned(Seen):
+        def loss(self, output: Tensor, wanted: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
+            found = super().loss(output, wanted, mask)
+            if sum(learns for _, _, learns in ASKED) == 3:
+                (twin,) = twins_of(made.states[1]).values()
+                for parameter in twin.learned()[0][1].parameters():
+                    parameter.data.fill_(torch.nan)  # behind autograd's back
+            return found
+
+    match = r"^blocks\.1\.layer gives NaN or Inf, so the loss of window-0000 is nan at step 3; take smaller rates"
+    with pytest.raises(LearningError, match=match):
+        reconstruct(made.window, Poisoned(weights=make_part("lsq", {}), steps=3))
+    assert torch.equal(made.weights(), before)
 
 
 def test_a_loss_of_nothing_is_nothing() -> None:

@@ -24,13 +24,19 @@ def fractions(quantizer: Quantizer, x: Tensor, params: QuantParams) -> tuple[Ten
 
     def look(y: Tensor, grid: Grid) -> Tensor:
         lower, upper = grid.neighbours(y)
-        clipped = lower == upper
-        gap = torch.where(clipped, 1.0, upper - lower)
-        v = logits_of(torch.where(clipped, 0.0, (y - lower) / gap).clamp(0, 1))
-        up = (grid.nearest(y) == upper) & ~clipped
-        found.extend((torch.where(up, v.clamp(min=0), v.clamp(max=_BELOW)), gap))
+        found.extend((logits_between(y, grid, lower, upper), torch.where(lower == upper, 1.0, upper - lower)))
         return lower
 
     quantizer.soft(x.float(), params, look)
     v, gap = (granularity.from_blocks(blocks, shape) for blocks in found)
     return v, gap
+
+
+@torch.no_grad()
+def logits_between(y: Tensor, grid: Grid, lower: Tensor, upper: Tensor) -> Tensor:
+    """:func:`fractions`' V for ``y`` = w / s between its neighbours on the grid; all float32 [blocks, elements]."""
+    clipped = lower == upper
+    gap = torch.where(clipped, 1.0, upper - lower)
+    v = logits_of(torch.where(clipped, 0.0, (y - lower) / gap).clamp(0, 1))
+    up = (grid.nearest(y) == upper) & ~clipped
+    return torch.where(up, v.clamp(min=0), v.clamp(max=_BELOW))

@@ -7,17 +7,18 @@ Ding et al. 2023, "CBQ: Cross-Block Quantization for Large Language Models", arX
 Gaussian, A2 [rank, in] at zero: (out + in) rank numbers learn instead of out in. The gradient of s goes through floor
 straight, and through the product; none in the clipped part. Once settled, V >= 0 is up.
 
-``start: half`` is the paper's start, V0 = 0: every weight half a step above its lower neighbour, no rounding that makes
-sense until it is trained. ``start: nearest`` is ours: V0 is the weight's own fraction, so that training begins at the
-float weight and settles to round-to-nearest at the start, as AdaRound does; what is learned then is which roundings
-to turn.
+``start: half`` is the paper's, V0 = 0: every weight begins half a step above its lower neighbour, no rounding that
+makes sense until the penalty has decided. ``start: nearest`` is ours: V0 is the weight's own fraction under the scales
+as they are by now, h is 0 or 1 already in training (its gradient that of the formula above), and there is no penalty:
+few numbers can't decide for every weight, but turn what lies near the middle. So it begins at round-to-nearest, and a
+scale that learns takes the nearest roundings with it: a V0 that stays would turn w / s past a whole number up twice.
 
 Where we differ: any format, floor(w / s) and floor(w / s) + 1 being the values of its grid around w / s.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from nybble.core.errors import SchemeError
 from nybble.learned import WEIGHTS, Learned, Part
-from nybble.learned._fraction import fractions
+from nybble.learned._fraction import logits_between
 from nybble.learned._held import Held, check_own_scales
 from nybble.learned._rectified import Deciding, rectified
 from nybble.ops.grid import Grid, straight_through
@@ -52,38 +53,38 @@ class LowRankUpOrDown(Learned):
         first = torch.randn(rows, rank, generator=generator, dtype=torch.float32)
         self.a1 = nn.Parameter(first.to(x.device))
         self.a2 = nn.Parameter(torch.zeros(rank, columns, dtype=torch.float32, device=x.device))
-        begin = fractions(quantizer, x, self.held.params())[0] if options.start == "nearest" else None
-        self.v0: Tensor | None
-        self.register_buffer("v0", begin)
         self._shape = tuple(x.shape)
 
-    def v(self) -> Tensor:
-        """V: float32, shape of the weight."""
+    def product(self) -> Tensor:
+        """A1 A2: float32, shape of the weight."""
         with torch.autocast(self.a1.device.type, enabled=False):
-            product = (self.a1 @ self.a2).reshape(self._shape)
-        return product if self.v0 is None else self.v0 + product
+            return (self.a1 @ self.a2).reshape(self._shape)
 
     def estimate(self, x: Tensor) -> Tensor:  # noqa: D102
-        h = self.quantizer.granularity.to_blocks(rectified(self.v()))
+        product = self.quantizer.granularity.to_blocks(self.product())
 
         def between(y: Tensor, grid: Grid) -> Tensor:
             lower, upper = grid.neighbours(y)
             floor = straight_through(lower, grid.clamp(y))
-            return floor + h * (upper - lower)
+            if self.options.start == "half":
+                return floor + rectified(product) * (upper - lower)
+            v = logits_between(y.detach(), grid, lower, upper) + product
+            return floor + straight_through((v.detach() >= 0).float(), rectified(v)) * (upper - lower)
 
         return self.quantizer.soft(x.detach(), self.held.params(), between)
 
     def settle(self, x: Tensor) -> QTensor:  # noqa: D102
-        up = self.quantizer.granularity.to_blocks((self.v().detach() >= 0).float()) > 0
+        product = self.quantizer.granularity.to_blocks(self.product().detach())
 
         def decided(y: Tensor, grid: Grid) -> Tensor:
             lower, upper = grid.neighbours(y)
-            return torch.where(up, upper, lower)
+            v = product if self.options.start == "half" else logits_between(y, grid, lower, upper) + product
+            return torch.where(v >= 0, upper, lower)
 
         return self.quantizer.settle(x, self.held.params(), decided)
 
     def penalty(self, t: float | Tensor) -> Tensor:  # noqa: D102
-        return self.options.term(rectified(self.v()), t)
+        return self.options.term(rectified(self.product()), t) if self.options.start == "half" else super().penalty(t)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:  # noqa: D102
         return {"rounding": [self.a1, self.a2], "scales": [self.held.get_parameter("scale")]}
@@ -95,7 +96,7 @@ class LoraRounding(Deciding, Part):
 
     Attributes:
         rank: columns of A1; of a layer with fewer rows or columns, as many as these.
-        start: ``nearest`` or ``half``.
+        start: ``nearest`` or ``half``; strength, beta and warmup are of the latter's penalty.
     """
 
     rank: int = 5
@@ -104,12 +105,21 @@ class LoraRounding(Deciding, Part):
     sides = (WEIGHTS,)
     groups = ("rounding", "scales")
     fixes_x = True
-    soft = True
+
+    @property
+    def soft(self) -> bool:  # type: ignore[override]
+        """Whether training gives values between those that are stored."""
+        return self.start == "half"
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise SchemeError(f"lora-rounding: rank={self.rank}; a product has 1 or more.")
         self.check_penalty("lora-rounding")
+        if self.start == "nearest" and any(getattr(self, f.name) != f.default for f in fields(Deciding)):
+            raise SchemeError(
+                "lora-rounding: strength, beta_start, beta_end and warmup are of a penalty that start=nearest, which "
+                "rounds already in training, does not have; add start=half, or leave them out."
+            )
 
     def check_more(self, quantizer: Quantizer, side: str) -> None:  # noqa: D102
         if quantizer.floor:

@@ -31,6 +31,8 @@ FLOAT = "float"
 """A target: what the float blocks give for what the float network gives them."""
 LOCAL = "local"
 """A target: what the float blocks give for what the quantized blocks before them give."""
+_FASTEST = 1e6
+"""The highest learning rate; steps of many more overflow float32, in torch's optimizers as in what is learned."""
 FISHER = "fisher"
 """Beside the targets: squared gradients of the model's log likelihood by the float blocks' outputs."""
 
@@ -68,7 +70,8 @@ class Reconstruction(ABC):
         every: how often ``best`` looks: at the whole window's loss, as it would be stored, every so many steps; 0: at
             each step's own loss, over what that batch lost at the start.
         diverged: training ends early where a round over all batches lost more than this many times what the window
-            lost at the start; 0: never.
+            lost at the start; 0: never. It goes back to its best state then: with ``keep=last`` that at the end of the
+            round that lost least.
     """
 
     weights: Part | None = None
@@ -152,6 +155,13 @@ class Reconstruction(ABC):
             raise SchemeError(f"mix={self.mix:g} mixes float inputs into quantized ones; it needs feed=quantized.")
         if self.every and self.keep != "best":
             raise SchemeError(f"every={self.every} is how often keep=best looks; add it, or leave every out.")
+        if self.mix_by == "sample" and not self.mix:
+            raise SchemeError("mix_by=sample says how float inputs are mixed in, and mix=0 mixes none; give mix.")
+        if self.max_norm is not None and self.optimizer == "sign":
+            raise SchemeError(
+                f"max_norm={self.max_norm:g} shortens gradients, of which optimizer=sign takes the signs alone; leave "
+                "max_norm out."
+            )
         soft = [part_name(part) for part in (self.weights, self.inputs) if part is not None and part.soft]
         if self.keep == "best" and not self.every and soft:
             raise SchemeError(
@@ -174,8 +184,10 @@ class Reconstruction(ABC):
                 raise SchemeError(
                     f"rates: no learned part has the group {group!r}; there are {', '.join(sorted(known))}."
                 )
-            if self.rates[group] < 0:
-                raise SchemeError(f"rates: {group} is {self.rates[group]:g}; a learning rate is 0 or more.")
+            if not 0 <= self.rates[group] <= _FASTEST:
+                raise SchemeError(
+                    f"rates: {group} is {self.rates[group]:g}; a learning rate is 0 or more, and at most {_FASTEST:g}."
+                )
 
     @abstractmethod
     def loss(

@@ -18,9 +18,8 @@ moves           what it did, as numbers for the report
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.calibration.block import BlockState
+from nybble.calibration.finite import require_number
 from nybble.calibration.window import Window
 from nybble.core import ranks
 from nybble.core.curve import curve, short
@@ -41,7 +41,7 @@ from nybble.nn.learned_norm import LearnedNorm
 from nybble.reconstruction import REGISTRY, Reconstruction
 from nybble.reconstruction.norms import norms_of, put_norms
 from nybble.reconstruction.targets import Wanted, output_of, wanted_of
-from nybble.reconstruction.training import Trained, train
+from nybble.reconstruction.training import Trained, named_twins, train
 from nybble.reconstruction.transforming import begin_transform, learning_through, transformed
 from nybble.reconstruction.twins import put_twins, twins_of
 
@@ -88,12 +88,12 @@ def reconstruct(window: Window, options: Reconstruction) -> Outcome:
             text = f"window of {len(window.blocks)}: nothing in it can be learned; as the solver left it"
             _note(window, options, text)
             return Outcome(before=before, after=before, kept=False)
+        judge = _judge(window, options, wanted)
         try:
             with torch.enable_grad(), _frozen(window, groups), learning_through(window):
-                trained = train(window, options, wanted, twins, groups, losses, _judge(window, options, wanted))
-            after = _mean(_evaluate(window, options, wanted))
-            if not math.isfinite(after):
-                raise LearningError(f"the reconstruction of {window.part} came to {after}; take smaller rates.")
+                trained = train(window, options, wanted, twins, groups, losses, judge)
+            after = judge()
+            require_number(after, len(trained.losses), window.part, named_twins(window), judge)
         except LearningError:
             _go_back(window, carried)
             raise
@@ -165,8 +165,8 @@ def _mean(losses: Sequence[float]) -> float:
     return sum(losses) / len(losses)
 
 
-def _judge(window: Window, options: Reconstruction, wanted: Wanted) -> Any:
-    """What ``keep=best`` asks every so many steps."""
+def _judge(window: Window, options: Reconstruction, wanted: Wanted) -> Callable[[], float]:
+    """What ``keep=best`` asks every so many steps, and what is asked at the end."""
     return lambda: _mean(_evaluate(window, options, wanted))
 
 

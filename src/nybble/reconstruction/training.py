@@ -27,7 +27,8 @@ class Trained:
 
     Attributes:
         losses: of every step's batch, without penalties.
-        best: the step whose state it ended with, where that was chosen and isn't the last.
+        best: the step whose state it ended with, where that was chosen and isn't the last: by ``keep``, or, where it
+            diverged, the end of the round over all batches that lost least.
         diverged: whether it was stopped.
         precision: of products, where it was another than the model's.
     """
@@ -62,7 +63,7 @@ def train(
         LearningError: a loss is no number; names the layer whose output is none.
     """
     scale, mover, trained = sum(before) / len(before), Mover(groups, options), Trained()
-    best = Best(mover.parameters)
+    best, ends = Best(mover.parameters), Best(mover.parameters)
     trained.precision = _precision(window, options)
     large = next(iter(wanted[0].values())).numel() >= halves.LEAST
     shared = halves.halves_for(window, options, twins, mover.parameters) if large else None
@@ -79,12 +80,18 @@ def train(
             gradients.sync()
             best.see(judge(), step + 1)
             _train_mode(twins)
-        if _diverges(options, trained.losses, scale, len(before)):
-            trained.diverged = True
-            break
+        if options.diverged and len(trained.losses) % len(before) == 0:
+            lost = sum(trained.losses[-len(before) :]) / len(before)
+            trained.diverged = 0 < options.diverged * scale < lost
+            if trained.diverged:
+                break
+            if options.keep == "last" and lost < scale:
+                ends.see(lost, step + 1)
     if options.every:
         gradients.sync()
         best.see(judge(), len(trained.losses))
+    if trained.diverged and options.keep == "last":
+        best = ends
     if 0 <= best.step < len(trained.losses):
         best.restore()
         trained.best = best.step
@@ -95,13 +102,6 @@ def train(
 def _train_mode(twins: Sequence[FakeLayer]) -> None:
     for twin in twins:
         twin.train()
-
-
-def _diverges(options: Reconstruction, losses: Sequence[float], start: float, batches: int) -> bool:
-    """Whether the round over all batches that ends here lost far more than the window at the start."""
-    if not options.diverged or not start or len(losses) % batches:
-        return False
-    return sum(losses[-batches:]) / batches > options.diverged * start
 
 
 def _precision(window: Window, options: Reconstruction) -> torch.dtype | None:
@@ -127,5 +127,9 @@ def _check(
         gradients.sync()
         output_of(window, calls, given, "quantized")
 
-    twins = {f"{state.prefix}{name}": twin for state in window.blocks for name, twin in twins_of(state).items()}
-    require_number(loss, step, window.part, twins, again)
+    require_number(loss, step, window.part, named_twins(window), again)
+
+
+def named_twins(window: Window) -> dict[str, FakeLayer]:
+    """The twins of a window by the names that the model has for their layers."""
+    return {f"{state.prefix}{name}": twin for state in window.blocks for name, twin in twins_of(state).items()}

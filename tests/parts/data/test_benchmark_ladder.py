@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.ladder import __main__ as command
 from benchmarks.ladder import bundle, sizes, text, train
 from benchmarks.texts import SHORTEST_DOCUMENT
 
@@ -165,6 +166,35 @@ def test_a_plan_gives_each_model_the_same_share() -> None:
         rung = sizes.SIZES[name.split("-", 1)[1]]
         assert steps * rung.batch * sizes.CONTEXT == pytest.approx(rung.tokens, rel=0.01)
         assert half[name] == pytest.approx(steps / 2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--minutes 0", "--minutes: 0 is no number above 0"),
+        ("--minutes nan", "--minutes: nan"),
+        ("--steps -1", "--steps: -1"),
+        ("--jobs 0", "--jobs: 0"),
+        ("--sizes 5m", "invalid choice: '5m'"),
+        ("--device cuda", "finds no GPU here"),
+        ("--sizes 30m --device cpu", "more than --minutes 25: choose fewer"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_text_is_made(
+    tmp_path: Path, options: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["ladder", str(tmp_path / "ladder"), *options.split()])
+    monkeypatch.setattr(command, "prepare", lambda folder: pytest.fail("the text was made first"))
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code not in (0, None)
+    assert said in capsys.readouterr().err + str(stopped.value.code)
+
+
+def test_a_size_named_twice_is_one() -> None:
+    asked = command.arguments(["build", "--sizes", "0.3m", "0.3m", "--architectures", "neox", "--device", "cpu"])
+    assert (asked.sizes, asked.architectures, asked.jobs) == (["0.3m"], ["neox"], 1)
 
 
 def test_what_does_not_compile_trains_as_it_is(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

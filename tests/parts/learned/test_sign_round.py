@@ -77,6 +77,20 @@ def test_bounds_hold_what_is_used_and_nothing_is_stuck_there() -> None:
     assert all(p.grad is not None and p.grad.count_nonzero() for p in part.parameters())
 
 
+def test_least_is_the_smallest_share_of_either_end() -> None:
+    x = torch.randn(4, 16)
+    for line in ("int4 channel symmetric=false", "int4 channel scale=mse"):
+        part = learned(line, x, least=0.7)
+        shares = [p for p in (part.alpha, part.beta) if p is not None]
+        found = []
+        for share in (0.1, 0.7, 0.75):
+            with torch.no_grad():
+                for p in shares:
+                    p.fill_(share)
+            found.append(part.eval()(x))
+        assert torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+
+
 @pytest.mark.parametrize("line", ["int2 group=16 symmetric=false", "nvfp4"])
 def test_signed_steps_beat_nearest(line: str) -> None:
     """200 steps of 1/200, falling in a line, the best state kept, as in the paper's code; V never leaves its range."""

@@ -100,7 +100,7 @@ class ReconstructionStep(BlockStep):
         )
 
     def cost(self, subject: Subject, targets: Sequence[Target], load: Load) -> Cost:
-        """A block's float32 truth, up to two parameters an element with gradients and moments, activations twice."""
+        """Float32 truth, two parameters an element with gradients and moments, a best state, activations twice."""
         elements = sum(t.shape[0] * t.shape[1] for t in targets if self.reconstruction.learns(t))
         width = sum(sum(t.shape) for t in targets)
         kept = load.samples * load.seq_len * max((t.shape[1] for t in targets), default=0) * load.dtype.itemsize
@@ -115,7 +115,7 @@ class ReconstructionStep(BlockStep):
         # with a transform every weight is rewritten in float32, with what its gradient needs
         rewritten = 0 if self.reconstruction.block is None else 16
         return Cost(
-            held=(4 + 2 * 16 + 8 + rewritten) * elements + running,
+            held=(4 + 2 * 16 + 4 + 8 + rewritten) * elements + running,
             peak=kept // max(1, self.window),
             flops=2.0 * passes * elements * self.window / hop,
         )
