@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from nybble.export._source import Source
+    from nybble.models.sources.layouts._ct_args import CannotError
     from nybble.nn.kinds import Target
     from nybble.quantizer import Quantizer
     from nybble.scheme import Scheme
@@ -113,12 +114,14 @@ class Facts:
     Attributes:
         config: of config.json. dtype: of what stays in float. targets: name -> what a scheme may quantize.
         classes: name -> the class names that a target answers to.
+        without_place: those for which checkpoints of plain matrices have no place, name -> why.
     """
 
     config: Mapping[str, Any]
     dtype: torch.dtype
     targets: Mapping[str, Target]
     classes: Mapping[str, Sequence[str]]
+    without_place: Mapping[str, CannotError] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
