@@ -50,6 +50,16 @@ def described(folder: Path) -> PreTrainedModel:
     return _skeleton(folder, read_checkpoint(folder), None)
 
 
+def check_complete(folder: Path, checkpoint: Checkpoint) -> None:
+    """Whether the files hold every tensor of the model that config.json describes, and no other; none is read.
+
+    Raises:
+        FileError: one is missing, of another shape, or of another model.
+    """
+    model = _skeleton(folder, checkpoint, None)
+    _check_names(folder, checkpoint, expected_tensors(model), unsaved(model))
+
+
 def _skeleton(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, filled: bool = False) -> PreTrainedModel:
     config = make_config(dict(checkpoint.config), str(folder / "config.json"))
     stated = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from nybble.export._source import Source
+    from nybble.models.sources.layouts._ct_args import CannotError
     from nybble.nn.kinds import Target
     from nybble.quantizer import Quantizer
     from nybble.scheme import Scheme
@@ -116,6 +117,7 @@ class Facts:
         config: of config.json. dtype: of what stays in float. targets: name -> what a scheme may quantize.
         classes: name -> the class names that a target answers to. model: float, possibly on the meta device.
         tokenizer: of the model, that there may be none of; read when it is called.
+        without_place: those for which checkpoints of plain matrices have no place, name -> why.
     """
 
     config: Mapping[str, Any]
@@ -124,6 +126,7 @@ class Facts:
     classes: Mapping[str, Sequence[str]]
     model: nn.Module
     tokenizer: Callable[[], PreTrainedTokenizerBase | None] = lambda: None
+    without_place: Mapping[str, CannotError] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

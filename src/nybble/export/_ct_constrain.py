@@ -27,6 +27,8 @@ def constrained(scheme: Scheme, facts: Facts) -> Scheme:
     for name, rule in found.items():
         target = facts.targets[name]
         try:
+            if rule.weights is not None and name in facts.without_place:
+                raise facts.without_place[name]
             _check(rule, target.shape)
         except CannotError as error:
             raise SchemeError(f"{name}: compressed-tensors can't hold {error}.") from error

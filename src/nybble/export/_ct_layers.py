@@ -13,6 +13,7 @@ from nybble.core.tensorfile import Planned
 from nybble.export._ct_config import form_of
 from nybble.export._ct_tensors import Matrix, shared_divisor
 from nybble.export._fused import fused_groups
+from nybble.export._modules import check_apart, check_module
 from nybble.export._names import Part, parts_of
 from nybble.export._source import Layer, Source
 from nybble.models.sources.layouts._ct_args import (
@@ -27,8 +28,6 @@ from nybble.models.sources.layouts._ct_args import (
 from nybble.nn.embedding import input_embedding
 from nybble.nn.kinds import Kind
 from nybble.qtensor.block import BlockQTensor
-
-_FLOAT = "all weights of this kind in float"
 
 
 @dataclass(frozen=True)
@@ -115,10 +114,7 @@ def _check_kind(model: nn.Module, layer: Layer, kind: Kind) -> None:
         return
     if kind.operands:
         raise CannotError("the operands of attention", "--matmuls left out")
-    module = model.get_submodule(layer.name)
-    if not isinstance(module, nn.Linear | nn.Embedding):
-        what = f"a {type(module).__name__}"
-        raise CannotError(what, f"nn.Linear and nn.Embedding; {_FLOAT} (--ignore {type(module).__name__})")
+    check_module(model.get_submodule(layer.name))
 
 
 def table_of(source: Source, model: nn.Module, head: Layer) -> Layer:
@@ -186,9 +182,8 @@ def _check_parts(source: Source, model: Any, layer: Layer, args: Args) -> None:
     from nybble.qtensor._rows import take_rows
 
     weight = next(iter(layer.weights.values()))
+    check_apart(model, layer.name, len(layer.weights), weight.shape[0], bool(layer.entry.get("transposed", False)))
     for part in _parts(model, layer, len(layer.weights), weight.shape[0]):
-        if not part.name.endswith(".weight"):
-            raise CannotError("experts that this family keeps in one tensor", f"{_FLOAT} (--ignore Experts)")
         if part.matrix == 0 and args["strategy"] == "block":
             try:
                 real = type(weight).rebuild(weight.spec(), {k: _zeros(t) for k, t in weight.tensors().items()})

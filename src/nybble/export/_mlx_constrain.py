@@ -99,6 +99,8 @@ def _check(quantizer: Quantizer, name: str, facts: Facts) -> None:
     target = facts.targets[name]
     rows, columns = target.shape
     try:
+        if name in facts.without_place:
+            raise facts.without_place[name]
         form_of(quantizer.quantize(torch.ones(min(rows, _MOST), columns)), target.kind.fused)
     except GranularityError as error:
         raise SchemeError(f"{name}: {error}") from error

@@ -14,12 +14,12 @@ from torch import nn
 
 from nybble.export._mlx_form import form_of
 from nybble.export._mlx_tensors import Piece, Placed
+from nybble.export._modules import check_apart, check_module
 from nybble.export._names import parts_of
 from nybble.export._source import Layer, Source
 from nybble.models.sources.layouts._ct_args import CannotError
 from nybble.nn.kinds.tied import input_table
 
-_FLOAT = "all weights of this kind in float"
 _EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)\.weight")
 _LEAVES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
@@ -58,9 +58,7 @@ def _check_kind(source: Source, model: Any, layer: Layer) -> None:
         if not isinstance(module, nn.Linear) or table != input_table(model):
             raise CannotError("a table that several embeddings read", "embeddings in float")
         return
-    if not isinstance(module, nn.Linear | nn.Embedding):
-        what = f"a {type(module).__name__}"
-        raise CannotError(what, f"nn.Linear and nn.Embedding; {_FLOAT} (--ignore {type(module).__name__})")
+    check_module(module)
 
 
 def _path(model: Any, layer: Layer) -> str:
@@ -75,10 +73,12 @@ def _experts(model: Any, layer: Layer) -> Iterator[tuple[str, tuple[Piece, ...]]
     prefixes = list(layer.weights)
     rows = layer.weights[prefixes[0]].shape[0]
     found: dict[str, dict[int, Piece]] = {}
-    for part in parts_of(model, layer.name, len(prefixes), rows, bool(layer.entry.get("transposed", False))):
+    transposed = bool(layer.entry.get("transposed", False))
+    check_apart(model, layer.name, len(prefixes), rows, transposed)
+    for part in parts_of(model, layer.name, len(prefixes), rows, transposed):
         match = _EXPERT.fullmatch(part.name)
         if match is None:
-            raise CannotError("experts that this family keeps in one tensor", f"{_FLOAT} (--ignore Experts)")
+            raise CannotError("experts under names that mlx-lm does not know", "experts in float (--ignore Experts)")
         leaf = _LEAVES.get(match[3], match[3])
         whole = part.rows == tuple(range(rows))
         piece = Piece(prefixes[part.matrix], None if whole else part.rows)

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nybble.checkpoint.load import load_quantized
 from nybble.core.errors import FileError, UsageError
 from nybble.core.guard import reading
 from nybble.core.seeds import preserve_global_rng
@@ -118,8 +117,6 @@ def compare_logits(folder: Path, source: Source) -> tuple[float | None, float | 
     Raises:
         FileError: mlx-lm can't load the folder, though it knows the model.
     """
-    if not Path(source.place).is_dir():
-        return None, None, "the source is no folder that nybble loads"
     config: Any = source.transformers_config.get_text_config()
     if config.is_encoder_decoder or not hasattr(config, "vocab_size"):
         return None, None, f"no inputs are known for a {config.model_type}"
@@ -137,7 +134,7 @@ def compare_logits(folder: Path, source: Source) -> tuple[float | None, float | 
             raise FileError(f"{folder}: mlx-lm can't load it: {last}")
         theirs = torch.from_numpy(np.load(paths[2], allow_pickle=False))
     with preserve_global_rng():
-        model: Any = load_quantized(Path(source.place), torch.float32)
+        model: Any = source.loaded(torch.float32)
         ours = model(input_ids=ids, use_cache=False).logits
     if ours.shape != theirs.shape:
         raise FileError(f"{folder}: mlx-lm's logits are {list(theirs.shape)}, nybble's {list(ours.shape)}.")

@@ -28,6 +28,7 @@ from nybble.core.tensorfile import Planned
 from nybble.export._ct_layers import nvfp4_groups, stored_under
 from nybble.export._ct_tensors import Matrix, scale_of
 from nybble.export._mo_scheme import NEAREST, Algorithm, algorithm_of
+from nybble.export._modules import check_apart, check_module
 from nybble.export._reciprocal import reciprocals
 from nybble.export._source import Layer, Source
 from nybble.models.sources.layouts._ct_args import CannotError
@@ -175,8 +176,11 @@ def algorithm(model: nn.Module, layer: Layer) -> Algorithm:
         raise CannotError("a quantized embedding", "embeddings in float")
     if kind.operands:
         raise CannotError("the operands of attention", "--matmuls left out")
-    if not kind.fused and not isinstance(model.get_submodule(layer.name), nn.Linear):
-        raise CannotError(f"a {type(model.get_submodule(layer.name)).__name__}", "nn.Linear alone quantized")
+    if not kind.fused:
+        check_module(model.get_submodule(layer.name))
+    if kind.fused and layer.weights:
+        rows = next(iter(layer.weights.values())).shape[0]
+        check_apart(model, layer.name, len(layer.weights), rows, bool(layer.entry.get("transposed", False)))
     sides = [None if side is None else side.quantizer for side in (layer.inputs, layer.outputs)]
     found = {algorithm_of(weight, *sides).name: algorithm_of(weight, *sides) for weight in layer.weights.values()}
     if len(found) != 1:

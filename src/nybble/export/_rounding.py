@@ -12,6 +12,7 @@ from nybble.calibration.error import relative_error
 from nybble.core.errors import GranularityError, NybbleError, SchemeError, UsageError
 from nybble.export import ExportTarget, Facts
 from nybble.export._fused import fused_groups
+from nybble.export._modules import without_place
 from nybble.export._recodings import EXACT, NUDGED, ROUNDING, Recoding, seen_by
 from nybble.export._rounded import RoundedSource
 from nybble.export._source import Source
@@ -23,7 +24,7 @@ from nybble.quantizer import Quantizer
 from nybble.scheme import Rule, Scheme
 
 AUTO = "auto"
-_ROWS = 64  # of a trial
+_ROWS = 128  # of a trial; those of the largest blocks that a target names
 _MORE = 0.6  # bits that the nearest may have more than what there is: the scales of smaller groups
 _SHARED = ("group=32", "group=32 symmetric=false", "channel")
 _FLOATS = ("nvfp4", "mxfp4", "mxfp6", "mxfp8", "float8_e4m3fn channel", "float8_e4m3fn tensor")
@@ -81,7 +82,10 @@ def facts_of(source: Source) -> Facts:
     known = targets_of(model)
     convolutional = adapter_for(model).convolutional
     classes = {n: t.kind.class_names(model.get_submodule(t.module), convolutional) for n, t in known.items()}
-    return Facts(config=source.config, dtype=source.dtype, targets=known, classes=classes, model=model)
+    nowhere = without_place(model, known)
+    return Facts(
+        config=source.config, dtype=source.dtype, targets=known, classes=classes, model=model, without_place=nowhere
+    )  # fmt: skip
 
 
 def rounded(
@@ -184,8 +188,10 @@ def _nearest(
     """
     held = list(_held(source, target, facts, names))
     if not held:
+        line, why = _refused(target, facts, names)
         raise UsageError(
-            f"{target.summary}: none of the usual lines fits {', '.join(names[:3])}; give one with --round LINE."
+            f"{target.summary}: none of the usual lines fits {', '.join(names[:3])}; of {line!r} it says: {why} "
+            "Give a line that does with --round LINE, or choose another target."
         )
     bits = max(_first(source, name)[1].bits_per_element() for name in first)
     close = [quantizer for size, quantizer in held if size <= bits + _MORE]
@@ -193,6 +199,16 @@ def _nearest(
         return min(held, key=lambda pair: pair[0])[1]
     values = [source.weight(source.layers[n], _first(source, n)[0]).dequantize()[:_ROWS].clone() for n in first]
     return min(close, key=lambda quantizer: sum(_error(matrix, quantizer) for matrix in values))
+
+
+def _refused(target: ExportTarget, facts: Facts, names: Sequence[str]) -> tuple[str, str]:
+    """A line that is usual for a target, and what keeps it from holding that."""
+    line = target.usual.weights or "int4 group=32"
+    try:
+        target.constrain(_scheme(dict.fromkeys(names, Quantizer(line))), facts)
+    except NybbleError as error:
+        return line, str(error)
+    return line, "it doesn't fit the shapes."
 
 
 def _held(

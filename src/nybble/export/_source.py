@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.checkpoint.describe import restore_model
-from nybble.checkpoint.load import load_quantized
+from nybble.checkpoint.load import check_complete, load_quantized
 from nybble.checkpoint.marked import MANIFEST
 from nybble.checkpoint.read import Checkpoint, Tensors, read_checkpoint
 from nybble.core.errors import FileError
@@ -237,6 +237,14 @@ class FolderSource(Source):
         self.layers = layers_of(found.modules, found.layouts)
         self.floats = {name: entry for name, entry in found.stored.items() if name not in found.expected}
         self._tensors = Tensors(found)
+
+    def check(self) -> None:
+        """Whether the files are those of the model of config.json, all of them; no tensor is read.
+
+        Raises:
+            FileError: they are not.
+        """
+        check_complete(self.folder, self._checkpoint)
 
     def loaded(self, dtype: torch.dtype) -> PreTrainedModel:
         return load_quantized(self.folder, dtype)

@@ -76,6 +76,8 @@ class ModelOpt(ExportTarget):
         found = made.match(facts.classes).rules
         for name, rule in found.items():
             try:
+                if rule.weights is not None and name in facts.without_place:
+                    raise facts.without_place[name]
                 self._check_rule(rule, facts.targets[name])
             except CannotError as error:
                 raise SchemeError(f"{name}: ModelOpt can't hold {error}.") from error

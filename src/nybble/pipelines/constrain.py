@@ -12,6 +12,7 @@ from nybble.checkpoint.marked import COMPRESSED
 from nybble.core.errors import SchemeError
 from nybble.export import ExportTarget, Facts, get_target
 from nybble.export._ct_form import kept_to_form
+from nybble.export._modules import without_place
 from nybble.models.adapter import adapter_for
 from nybble.nn.kinds import targets_of
 from nybble.pipelines.targets import AUTO
@@ -46,8 +47,10 @@ def constrain(
     known = targets_of(model)
     classes = {n: t.kind.class_names(model.get_submodule(t.module), convolutional) for n, t in known.items()}
     config = model.config.to_dict() if hasattr(model.config, "to_dict") else {}
+    nowhere = without_place(model, known)
     facts = Facts(
-        config=config, dtype=dtype, targets=known, classes=classes, model=model, tokenizer=tokenizer
+        config=config, dtype=dtype, targets=known, classes=classes, model=model, tokenizer=tokenizer,
+        without_place=nowhere,
     )  # fmt: skip
     for name in targets:
         part = get_target(name)

@@ -28,6 +28,7 @@ from nybble.pipelines.export import opened, written
 from nybble.quantizer import Quantizer
 
 _SHOWN = 3
+_PASSES = 3  # until no layer is refused: for itself, then beside its siblings
 _FLOATS = ("float32", "float16", "bfloat16", "f32", "f16", "bf16")
 
 
@@ -120,8 +121,12 @@ def _held(source: Source, part: ExportTarget, target: str, line: str) -> tuple[S
     if left and (again := {name: quantizer for name, quantizer in part.rounds(new).items() if name in left}):
         new = RoundedSource(source, again, (), {n: r for n, r in kept.items() if n not in again})
         left = bad(new)
-    if left and line:
+    for _ in range(_PASSES if left and line else 0):
         new = rounded(source, part, left, line, kept)
+        more = [name for name in bad(new) if name not in left]
+        if not more:
+            break
+        left = [*left, *more]  # what a target refuses of a whole it says once every part is held
     refusals = _unheld(part, new)
     helps = bool(left and not line and refusals) and _would_help(source, part, left, kept)
     refuse(target, refusals, _ASK if helps else "Choose another target.")

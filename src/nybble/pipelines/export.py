@@ -128,6 +128,7 @@ def opened(model: str | Path, dest: Path) -> Iterator[Source]:
     folder = Path(model)
     if folder.is_dir() and is_quantized(folder):
         with FolderSource(folder) as own:
+            own.check()
             yield own
         return
     found = open_source(str(model))

@@ -17,7 +17,7 @@ from tests.parts.export.folders import model, quantized
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from nybble.core.errors import ModelError, SchemeError, UsageError
+from nybble.core.errors import FileError, ModelError, SchemeError, UsageError
 from nybble.export import _ct_library as library_module
 from nybble.export import get_target
 from nybble.export._ct_config import form_of
@@ -402,3 +402,20 @@ def test_the_table_names_a_source_for_every_row() -> None:
     with FolderSource(quantized(weights="int4 group=16")) as source:
         places = placed(source, source.skeleton())
     assert [row.since for row in rows_for(places[0].scheme)] == ["0.5.1"]
+
+
+@pytest.mark.parametrize("line", ["int8 channel", "int4 group=32 scale_format=float32"])
+def test_scales_have_the_models_dtype(line: str, tmp_path: Path) -> None:
+    """Runtimes cast those of integers to it: in float32 they would multiply with others than were calibrated."""
+    _, tensors, _ = written(quantized(weights=line, target=TARGET), tmp_path / "d")
+    assert {t.dtype for n, t in tensors.items() if n.endswith("weight_scale")} == {torch.bfloat16}
+
+
+def test_logits_that_are_no_numbers_are_found(tmp_path: Path) -> None:
+    folder = shutil.copytree(quantized(weights="int4 group=32", target=TARGET), tmp_path / "q")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FileError, match="the logits of what was written hold NaN or Inf"):
+        export(folder, tmp_path / "d", TARGET, check=True)
+    assert not (tmp_path / "d").exists()

@@ -446,6 +446,33 @@ def test_bad_input_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
 
 
+def test_the_nearest_has_as_many_bits(tmp_path: Path) -> None:
+    """LLM.int8's factors of rows would be scales of int8."""
+    folder, _ = test_bitsandbytes.checkpoint(tmp_path, test_bitsandbytes.CASES["int8"])
+    with pytest.raises(ModelError, match="an outer-scaled tensor; it takes int8 channel\n"):
+        convert(folder, tmp_path / "d", "compressed-tensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_hidden_layers": 3}, "needs model.layers.2.*, which the weight files do not hold"),
+        ({"num_hidden_layers": 1}, "quantizes model.layers.1.*, which this model does not have"),
+        ({"hidden_size": 1 << 40}, "is described as .*1099511627776"),
+        ({"vocab_size": 301}, r"embed_tokens.weight is \[300, 64\]; config.json says \[301, 64\]"),
+    ],
+)
+@pytest.mark.parametrize("run", [convert, export])
+def test_files_of_another_model_are_refused(run: Any, changes: dict[str, int], said: str, tmp_path: Path) -> None:
+    """In nybble's own folders too, before a byte is written."""
+    folder = shutil.copytree(quantized(weights="int4 group=32"), tmp_path / "q")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises((FileError, ModelError), match=said):
+        run(folder, tmp_path / "d", "dense")
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+
 def test_the_model_itself_is_no_place_to_write(tmp_path: Path) -> None:
     """By whatever name it is called, before anything is opened."""
     (tmp_path / "a").mkdir()

@@ -190,3 +190,11 @@ def test_without_a_tokenizer_it_says_so(tmp_path: Path) -> None:
     found = export(bare, tmp_path / "d", "gguf")
     assert [note for note in found["notes"] if "no tokenizer.json" in note and "llama.cpp" in note]
     assert "holds no tokenizer" in (tmp_path / "d" / "README.md").read_text()
+
+
+def test_a_tokenizer_without_merges_is_refused(tmp_path: Path) -> None:
+    """Qwen's class makes a BPE of any vocabulary, of a list of words one without merges."""
+    save_tiny(tmp_path / "float", "qwen2")
+    with pytest.raises(ModelError, match=r"a tokenizer without merges can't be .* Leave the tokenizer"):
+        convert(tmp_path / "float", tmp_path / "d", "gguf:q8_0")
+    assert [path.name for path in tmp_path.iterdir()] == ["float"]

@@ -18,10 +18,12 @@ from tests.tiny import save_tiny
 
 import nybble
 from nybble.core.errors import SchemeError
+from nybble.export._mo_tensors import _row_pairs
 from nybble.models.sources.open import open_source
 from nybble.pipelines.convert import convert
 from nybble.pipelines.export import export
 from nybble.pipelines.quantize import quantize
+from nybble.quantizer import Quantizer
 
 PEER = Path(__file__).with_name("modelopt_peer.py")
 HOW = "pip install nvidia-modelopt (0.47; with omegaconf, pulp, scipy, nvidia-ml-py)"
@@ -157,3 +159,13 @@ def test_nvfp4_alone(tmp_path: Path) -> None:
         )  # fmt: skip
     with pytest.raises(SchemeError, match="KV cache"):
         nybble.quantize(str(model()), "rtn", weights="nvfp4", kv="int8 token", target="modelopt-nvfp4")
+
+
+@pytest.mark.parametrize("columns", [6, 7])
+def test_pairs_of_rows(columns: int) -> None:
+    """The first of two rows in the low nibble, in rows that fill no byte too."""
+    values = torch.randint(-7, 8, (4, columns), generator=torch.Generator().manual_seed(0))
+    values[:, 0] = 7
+    made: Any = Quantizer("int4 channel").quantize(values.float())
+    found = _row_pairs(made)
+    assert torch.equal(torch.stack([found & 15, found >> 4], 1).flatten(0, 1).to(torch.int64), values & 15)

@@ -93,11 +93,11 @@ def _byte_level(said: Mapping[str, Any]) -> dict[str, Any]:
     if kind not in ("", "NFC"):  # llama.cpp does nothing for NFC, as its own converter leaves it out
         raise ModelError(f"a byte-level tokenizer that normalizes by {kind} can't be written as GGUF. {INSTEAD}")
     merges = _merges(said)
+    if not merges:
+        raise ModelError(f"a tokenizer without merges can't be written as GGUF: llama.cpp has no such BPE. {INSTEAD}")
     if spaced := next((pair for pair in merges if " " in pair[0] + pair[1]), None):
         raise ModelError(f"GGUF writes a merge with a space between, so {spaced} can't be one. {INSTEAD}")
     rules = _rules(said)
-    if not merges:
-        raise ModelError(f"llama.cpp loads no byte-level tokenizer without merges, and this one has none. {INSTEAD}")
     return {
         "model": "gpt2",
         "tokenizer.ggml.pre": rules,

@@ -17,6 +17,7 @@ from nybble.kv_format import KVFormat
 from nybble.nn.kv_model import KVRecord
 from nybble.qtensor import Inverse, QTensor
 from nybble.qtensor.block import BlockQTensor
+from nybble.qtensor.outer_scaled import OuterScaled
 from nybble.quantizer import Quantizer
 
 Args = dict[str, Any]
@@ -27,8 +28,15 @@ _WITHOUT = {
     "low-rank-sum": "the same without the correction lorc, or a merged adapter",
     "split": "one quantizer for all columns",
     "vector": "a scalar format, int2 group=64 symmetric=false",
-    "outer-scaled": "int2 group=64 symmetric=false",
 }
+
+
+def _without(tensor: QTensor) -> str:
+    """What is nearest to a tensor that is more than codes and scales."""
+    if isinstance(tensor, OuterScaled) and isinstance(tensor.base, BlockQTensor):  # factors of rows go into scales
+        bits = tensor.base.format.bits
+        return "int2 group=64 symmetric=false" if bits < 3 else f"int{bits} {'channel' if bits == 8 else 'group=32'}"
+    return _WITHOUT.get(tensor.kind, "one format with a scale a group")
 
 
 class CannotError(Exception):
@@ -70,7 +78,7 @@ def weight_args(tensor: QTensor) -> Args:
     """
     came = in_words(tensor)
     if not isinstance(tensor, BlockQTensor):
-        raise CannotError(came, _WITHOUT.get(tensor.kind, "one format with a scale a group"))
+        raise CannotError(came, _without(tensor))
     rows, columns = tensor.shape
     if tensor.params.grid is not None:
         raise CannotError(came, f"{tensor.format.name} as it is", "its code book was learned")
