@@ -16,6 +16,7 @@ from nybble.data.text import check_source
 from nybble.models.build.config_file import read_json
 from nybble.models.named import check_float, check_model, stated_quantization
 from nybble.pipelines.targets import AUTO, check_form_name, meant, split_targets
+from nybble.report.learning import unmoved
 from nybble.recipes import BEST, check_recipe_name, recipe_for
 
 if TYPE_CHECKING:
@@ -228,6 +229,8 @@ def _print(result: dict[str, Any]) -> None:
     for made in result["exported"]:
         largest = max(made["files"], key=made["files"].get)
         print(f"{made['dest']}/{largest}: {made['target']}, {megabytes(made['files'][largest])}")
+    if said := unmoved(result["layers"]):
+        print(f"{said} (no step lost less than the start, which was kept)")
     worst = sorted(result["layers"], key=lambda row: -(row["error"] or 0))[:5]
     rows = [
         [r["name"], f"{r['bits']:.2f}", f"{r['error']:.2e}", f"{r['rtn_error']:.2e}", "; ".join(r["notes"])]
