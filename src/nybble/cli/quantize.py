@@ -16,8 +16,8 @@ from nybble.data.text import check_source
 from nybble.models.build.config_file import read_json
 from nybble.models.named import check_float, check_model, stated_quantization
 from nybble.pipelines.targets import AUTO, check_form_name, meant, split_targets
-from nybble.report.learning import unmoved
 from nybble.recipes import BEST, check_recipe_name, recipe_for
+from nybble.report.learning import unmoved
 
 if TYPE_CHECKING:
     from nybble.recipe import Recipe

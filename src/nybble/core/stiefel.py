@@ -61,7 +61,8 @@ class CayleyDescent:
         square = self._square[number].lerp_(turn.square().sum((-2, -1), keepdim=True), 1 - _SQUARES)
         grown = 1 - self.momentum ** self._steps[number]
         size = (square / (1 - _SQUARES ** self._steps[number])).sqrt().clamp_min(1e-30)
-        return mean * (turn.shape[-1] ** 0.5 / grown / size)
+        found: Tensor = mean * (turn.shape[-1] ** 0.5 / grown / size)
+        return found
 
 
 def turned(skew: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ from nybble.learned._held import Held, check_own_scales
 from nybble.ops.grid import Grid, straight_through
 from nybble.qtensor import QTensor, QuantParams
 from nybble.quantizer import Quantizer
+from nybble.scales.pow2 import Pow2
+from nybble.scales.pow2_ratio import Pow2Ratio
 from nybble.soft import grid_of, through, unscaled
 
 _TINY = 2.0**-126
@@ -78,6 +80,21 @@ class Frozen(Learned):
     def values(self, params: QuantParams, shape: tuple[int, ...]) -> Tensor:
         """What the codes stand for, zero points taken off: float32 [blocks, elements]."""
         return grid_of(self.quantizer, params, shape).decode(self.quantizer.granularity.to_blocks(self.codes))
+
+
+def has_finer_scales(quantizer: Quantizer) -> bool:
+    """Whether scales, or offsets, have values near them: of powers of two the next one doubles or halves a block.
+
+    With the codes fixed no block gains by that, so such scales have nothing to learn.
+    """
+    if isinstance(quantizer.scale, Pow2 | Pow2Ratio):
+        powers = True
+    elif isinstance(quantizer.scale_format, Quantizer):
+        grid = quantizer.scale_format.format.grid
+        powers = bool((grid[grid > 0][1:] == 2 * grid[grid > 0][:-1]).all())
+    else:
+        powers = False
+    return not powers or quantizer.scale.has_offset
 
 
 class _Scaled(torch.autograd.Function):

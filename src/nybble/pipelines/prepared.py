@@ -85,13 +85,18 @@ def _learning(job: Job) -> list[TransformStep]:
     return [step for step in job.steps if isinstance(step, TransformStep) and step.transform.learns]
 
 
+def elements_of(job: Job) -> int:
+    """Weights of all blocks' targets."""
+    return sum(t.matrices * t.shape[0] * t.shape[1] for targets in job.plan.blocks for t in targets)
+
+
 def require_training(job: Job, steps: Sequence[Any]) -> int:
     """Most bytes of memory that any of them (:class:`~nybble.training.steps.TrainStep`) takes.
 
     Raises:
         DeviceError: there aren't as many.
     """
-    elements = sum(t.matrices * t.shape[0] * t.shape[1] for targets in job.plan.blocks for t in targets)
+    elements = elements_of(job)
 
     def needs(steps: Sequence[TrainStep]) -> int:
         return max(step.working_bytes(elements, job.dtype) for step in steps)
@@ -157,7 +162,7 @@ def _learnt(path: Path) -> Learnt:
     """What an earlier run kept."""
     from safetensors import safe_open
 
-    with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(path, "pt") as file:
         entry = json.loads(file.metadata()["entry"])
     return Learnt(parameters=_read(path), entry=entry)
 

@@ -101,8 +101,8 @@ class LearnedRotation(Rotate):
             )
         if not 0 < self.rate <= 1 or not 0 <= self.momentum < 1:
             raise SchemeError(
-                f"learned-rotation: rate={self.rate:g} is an angle a step, in radians: above 0 and up to 1 (usual: 0.05); "
-                f"momentum={self.momentum:g} is from 0 to below 1."
+                f"learned-rotation: rate={self.rate:g} is an angle a step, in radians: above 0 and up to 1 (usual: "
+                f"0.05); momentum={self.momentum:g} is from 0 to below 1."
             )
 
     @property
@@ -232,7 +232,9 @@ class LearnedRotation(Rotate):
             "before": short(before), "after": short(best.judged), "steps": self.steps, "kept": kept,
             "diverged": False, "curve": curve(losses),
         }  # fmt: skip
-        return Learnt(parameters={name: leaf.detach().to("cpu", copy=True) for name, leaf in leaves.items()}, entry=entry)
+        return Learnt(
+            parameters={name: leaf.detach().to("cpu", copy=True) for name, leaf in leaves.items()}, entry=entry
+        )
 
     @torch.no_grad()
     def _all(self, loss_of: Callable[[list[int]], Tensor], samples: int) -> float:

@@ -11,9 +11,10 @@ its k likeliest classes are kept and all others count as one, so that it needn't
 ``loss: nll``, the next token of the data, is the end-to-end phase of EfficientQAT (E2E-QP; Chen et al. 2024,
 arXiv:2407.11062, section 3.3). ``loss: mse`` compares whatever a model gives, over its power: hidden states too.
 
-Scales of any stored kind: 16 bits, a power of two, E4M3 under another scale (which stays). The forward uses what would
-be stored, with the gradient straight through (:mod:`nybble.learned.frozen_codes`), and so what is judged is what the
-file will hold. Activation quantizers are in place, with the gradient straight through where nothing is clipped.
+Scales of any stored kind: 16 bits, E4M3 under another scale (which stays). Powers of two stay: with fixed codes the
+next one doubles or halves a block, which never gains; there norms are what learns (``what: [norms]``). The forward uses
+what would be stored, with the gradient straight through (:mod:`nybble.learned.frozen_codes`), and so what is judged is
+what the file will hold. Activation quantizers are in place, with the gradient straight through where nothing clips.
 
 Some samples are held back. The state that is kept is the one that loses least on these, that of the start among them:
 nothing gets worse there. Memory: the blocks' inputs of one forward, logits, dense weights once a step (of one block
@@ -35,7 +36,9 @@ from torch import nn
 from nybble.core.errors import DataError, SchemeError
 from nybble.core.progress import Progress
 from nybble.core.seeds import derive_seed, generator
+from nybble.learned.frozen_codes import has_finer_scales
 from nybble.nn.learned_norm import is_norm
+from nybble.quantizer import Quantizer
 from nybble.training.steps import Finish, Finished, Student
 from nybble.training.steps._distillation import Distillation
 from nybble.training.steps._student import Learners, checkpointed
@@ -52,7 +55,7 @@ class Distill(Finish):
         what: of ``scales`` (and offsets), ``norms`` (weights and biases of normalisation layers) and ``biases`` of
             quantized layers, what learns.
         loss: ``kl`` to the float network's logits, ``nll`` of the data's next tokens, or ``mse`` of what the model
-            gives.
+            gives; ``auto`` is the first where a model gives logits, else the last.
         temperature: of ``kl``'s distributions. top_k: how many of the float network's logits are kept for each row, of
             one run of it; 0: all, in a run at every step unless they are kept (``logits_gb``).
         steps: of the optimizer; 0 turns the step off.
@@ -72,10 +75,13 @@ class Distill(Finish):
         patience: looks without a gain after which it ends; 0: never.
         precision: ``bfloat16`` computes the products of a float32 model's training steps in it; ``model`` leaves them.
         samples: how many there are, of a SRC that has as many; 0: those of the calibration.
+        optional: leave the step out, with a line that says why, where it can't be done (nothing to learn, a single
+            sample, too little memory), or where dense weights don't fit ``dense_gb``: it would take longer than all
+            that comes before it.
     """
 
     what: tuple[Literal["scales", "norms", "biases"], ...] = ("scales",)
-    loss: Literal["kl", "nll", "mse"] = "kl"
+    loss: Literal["kl", "nll", "mse", "auto"] = "kl"
     temperature: float = 1.0
     top_k: int = 0
     steps: int = 200
@@ -93,6 +99,7 @@ class Distill(Finish):
     patience: int = 0
     precision: Literal["model", "bfloat16"] = "model"
     samples: int = 0
+    optional: bool = False
 
     def __post_init__(self) -> None:
         if not self.what or len(set(self.what)) != len(self.what):
@@ -118,7 +125,7 @@ class Distill(Finish):
     def _check_loss(self) -> None:
         if self.temperature <= 0 or (self.max_norm is not None and self.max_norm <= 0):
             raise SchemeError(f"distill: temperature={self.temperature:g}, max_norm={self.max_norm} are more than 0.")
-        if self.loss != "kl" and (self.temperature != 1 or self.top_k):
+        if self.loss not in ("kl", "auto") and (self.temperature != 1 or self.top_k):
             raise SchemeError(f"distill: temperature and top_k are for loss: kl; loss={self.loss} has neither.")
         for name, rate in self.rates.items():
             if name != "default" and name not in self.what:
@@ -133,19 +140,25 @@ class Distill(Finish):
     def working_bytes(self, elements: int, dtype: torch.dtype) -> int:
         """The float network, codes and their unpacked copy, scales of 16 weights each with moments, what is kept."""
         dense = 2 * elements * dtype.itemsize
-        kept = int(1e9 * self.logits_gb) + (dense if dense <= 1e9 * self.dense_gb else 0)
+        kept = int(1e9 * self.logits_gb) + (0 if self.too_large(elements, dtype) else dense)
         return elements * ((0 if self.loss == "nll" else dtype.itemsize) + 3) + kept
 
-    def check(self, model: nn.Module, layers: Sequence[nn.Module], samples: int | None) -> None:  # noqa: D102
+    def too_large(self, elements: int, dtype: torch.dtype) -> bool:
+        """Whether all dense weights and their gradients take more than ``dense_gb``."""
+        return 2 * elements * dtype.itemsize > 1e9 * self.dense_gb
+
+    def check(  # noqa: D102
+        self, model: nn.Module, layers: Sequence[nn.Module], quantizers: Sequence[Quantizer], samples: int | None
+    ) -> None:
         if samples is not None:
             self._held_of(samples)
         some = {
-            "scales": bool(layers),
+            "scales": any(map(has_finer_scales, quantizers)),
             "norms": any(map(is_norm, model.modules())),
             "biases": any(getattr(layer, "bias", None) is not None for layer in layers),
         }
         if not any(some[kind] for kind in self.what):
-            raise _nothing(self.what)
+            raise _nothing(self.what, () if some["scales"] else quantizers)
 
     def _held_of(self, samples: int) -> int:
         """How many are held back."""
@@ -161,7 +174,8 @@ class Distill(Finish):
         order = torch.randperm(student.samples, generator=generator(student.seed, "distill", "held")).tolist()
         kept = self._held_of(student.samples)
         torch.manual_seed(derive_seed(student.seed, "distill"))  # stochastic roundings of activations draw from it
-        options = self if self.micro else replace(self, micro=at_once(student, self.batch))
+        loss, size = at_once(student, self.batch)
+        options = replace(self, loss=loss if self.loss == "auto" else self.loss, micro=self.micro or size)
         lessons = Teaching.of(student, options)
         learners = Learners(student.model, student.weights, self.what)
         try:
@@ -175,7 +189,13 @@ class Distill(Finish):
         return Finished(entry=entry, scales=learners.settle())
 
 
-def _nothing(what: Sequence[str]) -> SchemeError:
+def _nothing(what: Sequence[str], coarse: Sequence[Quantizer] = ()) -> SchemeError:
+    if "scales" in what and coarse:
+        return SchemeError(
+            f"distill finds nothing to learn: scales of {coarse[0]} are powers of two, and with its codes fixed no "
+            "block gains by one twice or half as large. Name what=[norms] (or biases, where layers have any), or leave "
+            "the step out."
+        )
     return SchemeError(
         f"distill finds nothing to learn: no weight has {' or '.join(what)} that it can move; name others of "
         f"{', '.join(KINDS)}, or leave the step out."
