@@ -94,7 +94,7 @@ class Teaching:
 
 @torch.no_grad()
 def at_once(student: Student, batch: int) -> tuple[Literal["kl", "mse"], int]:
-    """The loss that suits what the model gives; and how many samples one forward takes.
+    """``kl`` of what tells tokens, ``mse`` of what may be any number; and how many samples one forward takes.
 
     That is the largest divisor of ``batch`` that gives up to a gigabyte of float32.
     """
@@ -102,7 +102,7 @@ def at_once(student: Student, batch: int) -> tuple[Literal["kl", "mse"], int]:
     output = student.model(**inputs, **no_cache(student.model))
     size = main_output(output).numel()
     divisors = [count for count in range(batch, 0, -1) if batch % count == 0]
-    speaks = isinstance(getattr(output, "logits", None), Tensor)
+    speaks = student.token_ids and isinstance(getattr(output, "logits", None), Tensor)
     return "kl" if speaks else "mse", next((count for count in divisors if count * size <= 1 << 28), 1)
 
 

@@ -55,7 +55,7 @@ class Distill(Finish):
         what: of ``scales`` (and offsets), ``norms`` (weights and biases of normalisation layers) and ``biases`` of
             quantized layers, what learns.
         loss: ``kl`` to the float network's logits, ``nll`` of the data's next tokens, or ``mse`` of what the model
-            gives; ``auto`` is the first where a model gives logits, else the last.
+            gives; ``auto`` is the first where a model gives logits of tokens, else the last.
         temperature: of ``kl``'s distributions. top_k: how many of the float network's logits are kept for each row, of
             one run of it; 0: all, in a run at every step unless they are kept (``logits_gb``).
         steps: of the optimizer; 0 turns the step off.
