@@ -77,8 +77,6 @@ def finished() -> defaults.Rows:
         found[f"{name} best"] = (steps, scheme)
         alone = {**DISTILL[0], "what": ["norms"], "rates": {"default": 1e-3}}
         found[f"{name} best + distill, norms alone 0.001"] = ([*steps, alone], scheme)
-        if target == "mxfp4":  # powers of two have nothing to learn
-            continue
         for rate in (1e-3, 3e-3, 1e-2):
             found[f"{name} best + distill {rate:g}"] = ([*steps, {**DISTILL[0], "rates": {"default": rate}}], scheme)
         norms = {**DISTILL[0], "what": ["scales", "norms"]}

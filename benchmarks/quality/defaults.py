@@ -93,7 +93,7 @@ def main(about: str | None, known: Rows) -> None:
     parser.add_argument("--steps", type=int, default=1500, help="of training")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no other row is begun")
     parser.add_argument("--beside", type=int, default=0, help="how many other runs share the device, for the record")
-    parser.add_argument("--seed", type=int, default=0, help="of what a recipe draws; others than 0 stand in rows' names")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn; not 0: it stands in rows' names")
     parser.add_argument("--missing", action="store_true", help="leave out the rows that the record has")
     args = parser.parse_args()
     args.until = time.monotonic() + args.seconds

@@ -117,7 +117,7 @@ def test_a_model_too_large_for_distillation_is_as_before() -> None:
             num_key_value_heads=1, vocab_size=128,
         )  # fmt: skip
         with torch.device("meta"):
-            model = LlamaForCausalLM(config).to(torch.bfloat16)
+            model = LlamaForCausalLM(config).bfloat16()
         job = Job.make(model, None, load_recipe("best-w2a16"), torch.zeros(4, 8, dtype=torch.int64), nybble.Settings())
         found = without_spare(job)
         lines[width] = found.spared, len(make_finishes(found.recipe)), found.taught is None

@@ -32,6 +32,10 @@ from nybble.soft import grid_of, through, unscaled
 _TINY = 2.0**-126
 
 
+class Exponents(nn.Parameter):
+    """Logarithms to the base 2 of scales: half an octave leads to the next power of two, whatever the scale's size."""
+
+
 class Frozen(Learned):
     """See the module.
 
@@ -39,17 +43,25 @@ class Frozen(Learned):
         quantizer: with a scale that is a tensor.
         codes: integers of the weight's shape, which stay.
         params: to begin with.
+        octaves: learn logarithms of the scales (:class:`Exponents`) instead of these.
     """
 
-    def __init__(self, quantizer: Quantizer, codes: Tensor, params: QuantParams) -> None:
+    def __init__(self, quantizer: Quantizer, codes: Tensor, params: QuantParams, octaves: bool = False) -> None:
         super().__init__(quantizer, WEIGHTS)
-        self.held = Held(quantizer, params, ("scale", "offset"))
+        self.held = Held(quantizer, params, ("offset",) if octaves else ("scale", "offset"))
+        self.exponents: Exponents | None = None
+        if octaves:
+            scale = self.held.params().scale
+            assert isinstance(scale, Tensor)
+            self.exponents = Exponents(scale.detach().clamp_min(_TINY).log2())
         self.codes: Tensor
         self.register_buffer("codes", codes)
 
     def params(self) -> QuantParams:
         """Raw parameters, scales among those that the quantizer's rule could give; gradients go straight through."""
         params = self.held.params()
+        if self.exponents is not None:
+            params = replace(params, scale=self.exponents.exp2())
         assert isinstance(params.scale, Tensor)
         raw, rule = params.scale.detach(), self.quantizer.scale
         kept = rule.allowed(raw)
@@ -75,26 +87,21 @@ class Frozen(Learned):
         return self.quantizer.pack(self.codes, self.params())
 
     def groups(self) -> dict[str, list[nn.Parameter]]:  # noqa: D102
-        return {"scales": list(self.held.parameters())}
+        return {"scales": list(self.parameters())}
 
     def values(self, params: QuantParams, shape: tuple[int, ...]) -> Tensor:
         """What the codes stand for, zero points taken off: float32 [blocks, elements]."""
         return grid_of(self.quantizer, params, shape).decode(self.quantizer.granularity.to_blocks(self.codes))
 
 
-def has_finer_scales(quantizer: Quantizer) -> bool:
-    """Whether scales, or offsets, have values near them: of powers of two the next one doubles or halves a block.
-
-    With the codes fixed no block gains by that, so such scales have nothing to learn.
-    """
+def has_powers(quantizer: Quantizer) -> bool:
+    """Whether scales (or their ratios to a common one) are powers of two."""
     if isinstance(quantizer.scale, Pow2 | Pow2Ratio):
-        powers = True
-    elif isinstance(quantizer.scale_format, Quantizer):
-        grid = quantizer.scale_format.format.grid
-        powers = bool((grid[grid > 0][1:] == 2 * grid[grid > 0][:-1]).all())
-    else:
-        powers = False
-    return not powers or quantizer.scale.has_offset
+        return True
+    if not isinstance(quantizer.scale_format, Quantizer):
+        return False
+    grid = quantizer.scale_format.format.grid
+    return bool((grid[grid > 0][1:] == 2 * grid[grid > 0][:-1]).all())
 
 
 class _Scaled(torch.autograd.Function):

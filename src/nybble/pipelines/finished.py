@@ -66,9 +66,8 @@ def _check(job: Job, step: Finish) -> None:
         if target.rule.weights is not None
     }
     layers = [job.model.get_submodule(name) for name in targets]
-    lines = dict.fromkeys(targets.values())
     known, own = job.tokens or job.taught, bool(getattr(step, "samples", 0))  # of its own: read when it begins
-    step.check(job.model, layers, list(lines), None if known is None or own else len(next(iter(known.inputs.values()))))
+    step.check(job.model, layers, None if known is None or own else len(next(iter(known.inputs.values()))))
 
 
 def without_spare(job: Job, begun: Mapping[str, Any] | None = None) -> Job:

@@ -135,15 +135,12 @@ class Finish(TrainStep):
         """Whether a run goes on without it, and says so, where it can't be done or takes more than it may."""
         return False
 
-    def check(
-        self, model: nn.Module, layers: Sequence[nn.Module], quantizers: Sequence[Quantizer], samples: int | None
-    ) -> None:
+    def check(self, model: nn.Module, layers: Sequence[nn.Module], samples: int | None) -> None:
         """Refuse before any work what can be seen beforehand.
 
         Args:
             model: float, perhaps without values.
             layers: its modules that will be quantized.
-            quantizers: of their weights, each once.
             samples: how many there will be to train on; None where nobody knows yet.
 
         Raises:

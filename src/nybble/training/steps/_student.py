@@ -14,7 +14,6 @@ from nybble.calibration.trace import replace_forward
 from nybble.core.curve import short
 from nybble.learned import Learned
 from nybble.learned._of_packed import learn_scales
-from nybble.learned.frozen_codes import has_finer_scales
 from nybble.nn.layer import QuantLayer
 from nybble.nn.learned_norm import LearnedNorm, is_norm
 from nybble.nn.packed import Packed
@@ -102,7 +101,7 @@ class Learners:
                 packed = model.get_submodule(name)
                 assert isinstance(packed, Packed)
                 learned = learn_scales(packed.qtensor(), known)
-                if learned is not None and has_finer_scales(learned.quantizer):
+                if learned is not None:
                     self._packed[name], self.scales[name] = packed, LearningScales(packed, learned)
                     set_module(model, name, self.scales[name])
         if "norms" in what:

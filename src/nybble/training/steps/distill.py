@@ -11,10 +11,11 @@ its k likeliest classes are kept and all others count as one, so that it needn't
 ``loss: nll``, the next token of the data, is the end-to-end phase of EfficientQAT (E2E-QP; Chen et al. 2024,
 arXiv:2407.11062, section 3.3). ``loss: mse`` compares whatever a model gives, over its power: hidden states too.
 
-Scales of any stored kind: 16 bits, E4M3 under another scale (which stays). Powers of two stay: with fixed codes the
-next one doubles or halves a block, which never gains; there norms are what learns (``what: [norms]``). The forward uses
-what would be stored, with the gradient straight through (:mod:`nybble.learned.frozen_codes`), and so what is judged is
-what the file will hold. Activation quantizers are in place, with the gradient straight through where nothing clips.
+Scales of any stored kind: 16 bits, a power of two, E4M3 under another scale (which stays). Of powers of two the
+logarithms learn, ten octaves at a rate of 1: 0.001 is the half octave to the next power in 50 steps, where a share of
+the scale would stay where it is. The forward uses what would be stored, with the gradient straight through
+(:mod:`nybble.learned.frozen_codes`), and so what is judged is what the file will hold. Activation quantizers are in
+place, with the gradient straight through where nothing is clipped.
 
 Some samples are held back. The state that is kept is the one that loses least on these, that of the start among them:
 nothing gets worse there. Memory: the blocks' inputs of one forward, logits, dense weights once a step (of one block
@@ -36,9 +37,7 @@ from torch import nn
 from nybble.core.errors import DataError, SchemeError
 from nybble.core.progress import Progress
 from nybble.core.seeds import derive_seed, generator
-from nybble.learned.frozen_codes import has_finer_scales
 from nybble.nn.learned_norm import is_norm
-from nybble.quantizer import Quantizer
 from nybble.training.steps import Finish, Finished, Student
 from nybble.training.steps._distillation import Distillation
 from nybble.training.steps._student import Learners, checkpointed
@@ -147,18 +146,16 @@ class Distill(Finish):
         """Whether all dense weights and their gradients take more than ``dense_gb``."""
         return 2 * elements * dtype.itemsize > 1e9 * self.dense_gb
 
-    def check(  # noqa: D102
-        self, model: nn.Module, layers: Sequence[nn.Module], quantizers: Sequence[Quantizer], samples: int | None
-    ) -> None:
+    def check(self, model: nn.Module, layers: Sequence[nn.Module], samples: int | None) -> None:  # noqa: D102
         if samples is not None:
             self._held_of(samples)
         some = {
-            "scales": any(map(has_finer_scales, quantizers)),
+            "scales": bool(layers),
             "norms": any(map(is_norm, model.modules())),
             "biases": any(getattr(layer, "bias", None) is not None for layer in layers),
         }
         if not any(some[kind] for kind in self.what):
-            raise _nothing(self.what, () if some["scales"] else quantizers)
+            raise _nothing(self.what)
 
     def _held_of(self, samples: int) -> int:
         """How many are held back."""
@@ -189,13 +186,7 @@ class Distill(Finish):
         return Finished(entry=entry, scales=learners.settle())
 
 
-def _nothing(what: Sequence[str], coarse: Sequence[Quantizer] = ()) -> SchemeError:
-    if "scales" in what and coarse:
-        return SchemeError(
-            f"distill finds nothing to learn: scales of {coarse[0]} are powers of two, and with its codes fixed no "
-            "block gains by one twice or half as large. Name what=[norms] (or biases, where layers have any), or leave "
-            "the step out."
-        )
+def _nothing(what: Sequence[str]) -> SchemeError:
     return SchemeError(
         f"distill finds nothing to learn: no weight has {' or '.join(what)} that it can move; name others of "
         f"{', '.join(KINDS)}, or leave the step out."
