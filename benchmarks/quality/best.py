@@ -72,8 +72,11 @@ def finished() -> defaults.Rows:
     found: defaults.Rows = {}
     for target in ("w4a16", "w3a16", "w2a16", "w4a8", "nvfp4", "mxfp4"):
         recipe = load_recipe(f"best-{target}").with_effort("full").to_dict()
-        steps, scheme, name = recipe["steps"], recipe["scheme"], target.upper()
+        steps = [step for step in recipe["steps"] if "train" not in step]
+        scheme, name = recipe["scheme"], target.upper()
         found[f"{name} best"] = (steps, scheme)
+        alone = {**DISTILL[0], "what": ["norms"], "rates": {"default": 1e-3}}
+        found[f"{name} best + distill, norms alone 0.001"] = ([*steps, alone], scheme)
         for rate in (1e-3, 3e-3, 1e-2):
             found[f"{name} best + distill {rate:g}"] = ([*steps, {**DISTILL[0], "rates": {"default": rate}}], scheme)
         norms = {**DISTILL[0], "what": ["scales", "norms"]}

@@ -93,6 +93,7 @@ def main(about: str | None, known: Rows) -> None:
     parser.add_argument("--steps", type=int, default=1500, help="of training")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no other row is begun")
     parser.add_argument("--beside", type=int, default=0, help="how many other runs share the device, for the record")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn; not 0: it stands in rows' names")
     parser.add_argument("--missing", action="store_true", help="leave out the rows that the record has")
     args = parser.parse_args()
     args.until = time.monotonic() + args.seconds
@@ -182,14 +183,15 @@ def judge(
     """Perplexity of the float model and of every row on each text, and seconds."""
     reference = nybble.load(model, device=args.device)[0]
     record(args.record, title, "float", {"bits": 16.0, "ppl": perplexity(reference, texts)}, args.device)
-    settings = nybble.Settings(batch=8, device=args.device)
-    for name, (steps, scheme) in chosen.items():
+    settings = nybble.Settings(batch=8, device=args.device, seed=args.seed)
+    for plain, (steps, scheme) in chosen.items():
+        name = f"{plain}, seed {args.seed}" if args.seed else plain
         if time.monotonic() > args.until:
             print(f"{title}: {name} and what follows is left for another run")
             return
         if args.missing and name in recorded(args.record, title):
             continue
-        recipe = parse_recipe({"name": name.replace(" ", "-"), "scheme": scheme, "steps": steps})
+        recipe = parse_recipe({"name": plain.replace(" ", "-"), "scheme": scheme, "steps": steps})
         started = time.perf_counter()
         try:
             made, report = nybble.quantize(model, recipe, calibration, settings=settings)

@@ -3,6 +3,11 @@
     python benchmarks/quality/ptq.py --record benchmarks/results/ptq.json [--device cuda] [--smollm2 FILE.gguf]
         [--rows WORD ...] [--models smollm2 trained ladder-llama-10m ...] [--ladder FOLDER] [--seconds N] [--missing]
 
+Learned rotations beside fixed ones, by the seed of their signs and samples (results/rotations.json, on CPUs):
+
+    python benchmarks/quality/ptq.py --rows "INT4 W4A4 quarot" "INT4 W4A4 spinquant" --without both weights next stream
+        400 head --models ladder-llama-3m ladder-llama-10m --seed 0 (and 1) --record benchmarks/results/rotations.json
+
 The models, calibration and held-out texts are those of defaults.py. Learned parts run for the steps that a row names,
 the same for all of one setting, so that what differs is the part.
 """

@@ -153,6 +153,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--missing", action="store_true", help="leave out the rows that the record has")
     parser.add_argument("--record", type=Path)
     parser.add_argument("--beside", type=int, default=0, help="how many other runs share the device, for the record")
+    parser.set_defaults(seed=0)
     return parser.parse_args()
 
 

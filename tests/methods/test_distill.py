@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,11 @@ from torch.nn import functional
 import nybble
 from nybble.checkpoint.account import inspect
 from nybble.checkpoint.parts import Parts
-from nybble.core.errors import DataError, LearningError, ModelError, SchemeError
+from nybble.core.errors import DataError, DeviceError, LearningError, ModelError, NybbleError, SchemeError
 from nybble.core.progress import Silent
 from nybble.core.seeds import generator
 from nybble.learned._of_packed import learn_scales
-from nybble.learned.frozen_codes import Frozen
+from nybble.learned.frozen_codes import Exponents, Frozen, has_powers
 from nybble.nn.packed import Packed
 from nybble.pipelines import finished
 from nybble.pipelines.report import collect
@@ -30,11 +32,11 @@ from nybble.qtensor.low_rank_sum import LowRankSum
 from nybble.qtensor.outer_scaled import OuterScaled
 from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe, parse_recipe
-from nybble.report.learning import windows_of
+from nybble.report.learning import unmoved, windows_of
 from nybble.report.page import render
 from nybble.training.steps import Finish, Preparation, Student, _teaching, make_train_step
 from nybble.training.steps._adam import Adam
-from nybble.training.steps._distillation import Distillation
+from nybble.training.steps._distillation import Distillation, _size
 
 TWO = "int2 group=16 symmetric=false"
 LINES = (
@@ -622,3 +624,96 @@ def test_too_little_and_nothing_to_learn() -> None:
 def test_turned_off_it_is_the_recipe_without_it() -> None:
     off, without = run(recipe(steps=0))[0].state_dict(), run(plain(recipe()))[0].state_dict()
     assert all(torch.equal(off[name], without[name]) for name in without)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "mxfp4 group=16", "float4_e2m1fn group=16 scale=pow2-ratio",
+        "int4 group=16 scale_format=(float8_e8m0fnu scale=one)",
+    ],
+)  # fmt: skip
+def test_powers_of_two_move_by_octaves(line: str) -> None:
+    """From a state where a third of the blocks has twice its scale: most come back, at the rate that others have."""
+    assert has_powers(Quantizer(line)) and not any(has_powers(Quantizer(other)) for other in (TWO, "nvfp4"))
+    packed = Quantizer(line).quantize(matrix())
+    learned = learn_scales(packed, [Quantizer(line)])
+    assert learned is not None
+    (exponents,) = (p for p in learned.groups()["scales"] if isinstance(p, Exponents))
+    wrong, nothing = torch.arange(exponents.numel()).view(exponents.shape) % 3 == 0, torch.zeros(()).expand(32, 64)
+    with torch.no_grad():
+        exponents[wrong] -= 0.7  # to the next one below
+    before = learned.estimate(nothing).detach()
+    adam = Adam([exponents], [1e-3 * _size(exponents, True)])
+    for _ in range(100):
+        exponents.grad = None
+        (learned.estimate(nothing) - matrix()).square().sum().backward()  # type: ignore[no-untyped-call]
+        adam.step(1.0)
+    after = learned.estimate(nothing).detach()
+    first, last, best = ((w - matrix()).square().mean() for w in (before, after, packed.dequantize()))
+    assert last - best < 0.2 * (first - best)
+
+
+# ------------------------------------------------------------------------------------------------ optional
+@pytest.mark.parametrize(
+    ("options", "line", "said"),
+    [
+        ({"dense_gb": 1e-6}, TWO, "dense weights and gradients don't fit the step's dense_gb"),
+        ({"logits_gb": 1e9}, TWO, "GB are needed on cpu and .* are free"),
+        ({"held": 0.97}, TWO, "distill trains on some samples"),
+    ],
+)  # fmt: skip
+def test_an_optional_one_is_left_out_with_a_line(options: dict[str, Any], line: str, said: str) -> None:
+    """The result is that of the recipe without it, and its record names no step that wasn't done."""
+    made, lines = recipe(line, optional=True, **options), list[str]()
+    model, report = nybble.quantize(
+        tiny_model(dtype=torch.float32), made, tokens(), settings=SETTINGS, announce=lines.append
+    )
+    without, _ = run(plain(made))
+    assert len([text for text in lines if re.search(f"^left out: train distill, as .*{said}", text)]) == 1
+    assert all(torch.equal(t, without.state_dict()[name]) for name, t in model.state_dict().items())
+    assert "distill" not in str(report.manifest["recipe"])
+    with pytest.raises(NybbleError) if options.get("dense_gb") is None else nullcontext():
+        run(recipe(line, **options))
+
+
+def test_an_optional_one_is_done_where_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a run that goes on with one that left it out leaves it out, whatever there is room for now."""
+    source, made = str(save_tiny(tmp_path / "model")), recipe(optional=True, steps=2, every=1)
+    done, _ = run(made, source)
+    assert all(
+        torch.equal(t, run(recipe(steps=2, every=1), source)[0].state_dict()[n]) for n, t in done.state_dict().items()
+    )
+    real, calls = Parts.write, list[int]()
+
+    def killed(self: Parts, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        raise Stop
+
+    def full(*_: Any) -> int:
+        calls.append(1)
+        raise DeviceError("full")
+
+    monkeypatch.setattr(Parts, "write", killed)
+    monkeypatch.setattr(finished, "require_training", full)
+    with pytest.raises(Stop):
+        nybble.quantize(source, made, tokens(), out=tmp_path / "out", settings=SETTINGS)
+    monkeypatch.undo()
+    again = replace(SETTINGS, resume=True)
+    nybble.quantize(source, made, tokens(), out=tmp_path / "out", settings=again)
+    loaded, without = nybble.load(tmp_path / "out")[0], run(plain(made), source)[0]
+    assert calls and torch.equal(logits(loaded, tokens()), logits(without, tokens()))
+
+
+def test_the_loss_that_suits_a_model() -> None:
+    """Logits where it gives any, else what it does give."""
+    for loss in ("kl", "mse"):
+        model = tiny_model(dtype=torch.float32)
+        _, report = run(recipe(solver="rtn", loss="auto", steps=2, every=1), model if loss == "kl" else model.model)
+        assert entry(report)["loss"] == f"distill, {loss}"
+
+
+def test_the_report_says_that_nothing_moved() -> None:
+    _, report = run(recipe(rates={"default": 10.0}))
+    assert unmoved([row.to_dict() for row in report.layers]) == "what was learned came to nothing: distill, kl"
+    assert any("no step was better than the start" in note for row in report.layers for note in row.notes)

@@ -24,12 +24,13 @@ from nybble.core.stiefel import CayleyDescent, orthogonality_error
 from nybble.models.adapter import adapter_for
 from nybble.pipelines import prepared
 from nybble.recipe import load_recipe, parse_recipe
-from nybble.transforms import make_transform
+from nybble.report.learning import unmoved
+from nybble.transforms import Learnt, make_transform
 from nybble.transforms._rounded import RoundedNetwork
 from nybble.transforms.learned_rotation import STREAM, LearnedRotation
 
 W4A4 = {"targets": ["Linear"], "ignore": ["lm_head"], "weights": "int4 channel", "inputs": "int4 token"}
-LEARN: dict[str, Any] = {"transform": "learned-rotation", "steps": 12, "batch": 8, "rate": 10.0}
+LEARN: dict[str, Any] = {"transform": "learned-rotation", "steps": 12, "batch": 8, "rate": 0.1, "momentum": 0.5}
 HEADS = {"opt": 4, "gpt2": 4, "gpt_neox": 4, "bloom": 4}
 
 
@@ -80,9 +81,10 @@ def learned(**options: Any) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     plain = LearnedRotation.learn
 
-    def watch(self: LearnedRotation, network: Network) -> dict[str, Tensor]:
-        found.update(plain(self, network))
-        return found
+    def watch(self: LearnedRotation, network: Network) -> Learnt:
+        learnt = plain(self, network)
+        found.update(learnt.parameters)
+        return learnt
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LearnedRotation, "learn", watch)
@@ -227,6 +229,38 @@ def test_better_than_the_fixed_rotations_on_tokens_never_seen(loss: str, judge: 
     assert found < 0.9 * fixed
 
 
+def test_the_report_says_what_it_came_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, after and a curve, once; where no step was better, so, and the bytes are those of the start."""
+
+    def entry(report: Any) -> tuple[dict[str, Any], str]:
+        told = [(w, row.notes[0]) for row in report.layers for w in (row.learned or {}).get("windows", ())]
+        assert len(told) == 1 and told[0][1].startswith("learned-rotation: ")
+        return told[0]
+
+    _, report = quantized(LEARN, {"solver": "rtn"})
+    found, note = entry(report)
+    assert found["after"] < 0.9 * found["before"] and found["steps"] == 12 and len(found["curve"]) == 12
+    assert "kept" not in note and unmoved([row.to_dict() for row in report.layers]) == ""
+    looks = iter([1.0, *[2.0] * 9])
+    monkeypatch.setattr(LearnedRotation, "_all", lambda *_: next(looks))
+    model, report = quantized({**LEARN, "steps": 4}, {"solver": "rtn"})
+    found, note = entry(report)
+    assert (found["kept"], found["before"], found["after"]) == ("start", 1.0, 1.0)
+    assert "no step was better than the start" in note
+    assert unmoved([row.to_dict() for row in report.layers]) == "what was learned came to nothing: learned-rotation"
+    start, _ = quantized({**LEARN, "steps": 0}, {"solver": "rtn"})
+    assert all(torch.equal(t, start.state_dict()[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("loud", [1.0, 1e3])
+def test_gradients_may_be_of_any_length(loud: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps whose length goes by the gradient's walk at random where it is long (docs/log.md, SpinQuant at W4A4)."""
+    plain, exact = Network.judged, planted()
+    monkeypatch.setattr(Network, "judged", lambda *given, **more: loud * plain(*given, **more))
+    fixed, found = (divergence(quantized({**LEARN, **m}, {"solver": "rtn"})[0], exact) for m in ({"steps": 0}, {}))
+    assert found < 0.9 * fixed
+
+
 def test_blocks_of_neighbours_for_short_blocks_of_a_format() -> None:
     """MX-like groups of 8: rotations of 8 channels, learned, before the same ones of Hadamard."""
     scheme = {**W4A4, "weights": "mxfp4 group=8", "inputs": "mxfp4 group=8"}
@@ -282,7 +316,7 @@ def test_same_seed_same_bytes_and_resumed(tmp_path: Path, monkeypatch: pytest.Mo
     calls: list[int] = []
     plain, advance = LearnedRotation.learn, tensorfile.write_tensorfile
 
-    def count(self: LearnedRotation, network: Network) -> dict[str, Tensor]:
+    def count(self: LearnedRotation, network: Network) -> Learnt:
         calls.append(1)
         return plain(self, network)
 
@@ -345,5 +379,6 @@ def test_refusals() -> None:
     refused("block=12 does not divide the 32 channels.*nearest that do: 8, 16", block=12)
     refused("head_block=3 does not divide the 8 channels of a head; the nearest that do: 2, 4", head_block=3)
     refused("rate=0", rate=0.0)
+    refused("rate=1.5 is an angle a step, in radians: above 0 and up to 1", rate=1.5)
     refused("batch=0", batch=0)
     refused("learned-rotation.*stochastic", scheme={**W4A4, "inputs": "int4 token rounding=stochastic"})

@@ -7,13 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tiny import save_text, save_tiny
+import torch
+from tests.tiny import save_text, save_tiny, tiny_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import nybble
 from nybble.cli import main
 from nybble.core.errors import UsageError
+from nybble.pipelines.finished import without_spare
 from nybble.pipelines.request import build_recipe
-from nybble.recipe import load_recipe
+from nybble.recipe import Recipe, load_recipe, parse_recipe
 from nybble.recipes import targets
+from nybble.walk.job import Job
+from nybble.walk.steps.make import make_finishes
 
 
 def test_best_is_a_family_by_target() -> None:
@@ -73,3 +80,48 @@ def test_the_list_has_it_with_its_targets(monkeypatch: pytest.MonkeyPatch, capsy
     same = next(recipe for recipe in others if recipe["name"] == first["same_as"])
     assert all(first[key] == same[key] for key in ("scheme", "steps"))
     assert "│ best " in listed()
+
+
+def shortened(target: str) -> Recipe:
+    """At full effort, of two steps wherever something is learned."""
+    found = build_recipe("best", target=target).to_dict()
+    found["steps"] = [{**step, "steps": 2} if "steps" in step else step for step in found["steps"]]
+    return parse_recipe(found)
+
+
+@pytest.mark.parametrize("target", ["w2a16", "w3a16", "nvfp4"])
+def test_it_ends_with_distillation_where_that_gains(target: str) -> None:
+    """At full effort, of any model whose output can be compared; at quick effort not."""
+    assert make_finishes(load_recipe(f"best-{target}").with_effort("quick")) == []
+    (step,) = make_finishes(load_recipe(f"best-{target}"))
+    assert step.optional and step.steps == 200  # type: ignore[attr-defined]
+    ids = torch.randint(3, 300, (4, 16), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))
+    cases: list[tuple[Any, Any, str]] = [(tiny_model(dtype=torch.float32), ids, "kl")]
+    cases += [(network, torch.randn(8, 64), "mse")] if target == "w2a16" else []
+    for model, data, loss in cases:
+        lines = list[str]()
+        _, report = nybble.quantize(model, shortened(target), data, announce=lines.append)
+        assert any("whole quantized model is trained (distill)" in line for line in lines)
+        losses = {w["loss"] for row in report.layers for w in (row.learned or {}).get("windows", ())}
+        assert f"distill, {loss}" in losses
+
+
+def test_a_model_too_large_for_distillation_is_as_before() -> None:
+    """Pre-flight of 8B weights, which has neither more memory nor a training; of 135M it names both."""
+    lines = {}
+    for layers, width in ((32, 4096), (2, 64)):
+        config = LlamaConfig(
+            hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=width // 64,
+            num_key_value_heads=1, vocab_size=128,
+        )  # fmt: skip
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config).bfloat16()
+        job = Job.make(model, None, load_recipe("best-w2a16"), torch.zeros(4, 8, dtype=torch.int64), nybble.Settings())
+        found = without_spare(job)
+        lines[width] = found.spared, len(make_finishes(found.recipe)), found.taught is None
+    assert lines[4096] == (
+        ("left out: train distill, as the model's dense weights and gradients don't fit the step's dense_gb",), 0, True
+    )  # fmt: skip
+    assert lines[64] == ((), 1, False)

@@ -17,6 +17,7 @@ from nybble.models.build.config_file import read_json
 from nybble.models.named import check_float, check_model, stated_quantization
 from nybble.pipelines.targets import AUTO, check_form_name, meant, split_targets
 from nybble.recipes import BEST, check_recipe_name, recipe_for
+from nybble.report.learning import unmoved
 
 if TYPE_CHECKING:
     from nybble.recipe import Recipe
@@ -225,6 +226,8 @@ def _print(result: dict[str, Any]) -> None:
     for made in result["exported"]:
         largest = max(made["files"], key=made["files"].get)
         print(f"{made['dest']}/{largest}: {made['target']}, {megabytes(made['files'][largest])}")
+    if said := unmoved(result["layers"]):
+        print(f"{said} (no step lost less than the start, which was kept)")
     worst = sorted(result["layers"], key=lambda row: -(row["error"] or 0))[:5]
     rows = [
         [r["name"], f"{r['bits']:.2f}", f"{r['error']:.2e}", f"{r['rtn_error']:.2e}", "; ".join(r["notes"])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Best:
@@ -15,7 +15,7 @@ class Best:
         parameters: what makes up a state.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = parameters
         self.judged, self.step = math.inf, -1
         self._state: list[Tensor] = []

@@ -12,7 +12,7 @@ from nybble.core.errors import SchemeError
 from nybble.core.explicit import no_autocast
 from nybble.learned import WEIGHTS, Learned
 from nybble.learned._split import SplitLearned
-from nybble.learned.frozen_codes import Frozen
+from nybble.learned.frozen_codes import Frozen, has_powers
 from nybble.qtensor import QTensor, QuantParams, dense
 from nybble.qtensor.block import BlockQTensor
 from nybble.qtensor.low_rank_sum import LowRankSum
@@ -51,7 +51,7 @@ class _Around(Learned):
 def learn_scales(packed: QTensor, known: Sequence[Quantizer]) -> Learned | None:
     """What learns the scales (and offsets) of a finished weight, its codes frozen; None where it has none to learn.
 
-    As it begins it settles to the very tensors of ``packed``.
+    As it begins it settles to the very tensors of ``packed``. Of scales that are powers of two logarithms learn.
 
     Args:
         packed: any kind of QTensor.
@@ -78,7 +78,7 @@ def _of_blocks(packed: BlockQTensor, known: Sequence[Quantizer]) -> Learned | No
         try:
             if not isinstance(quantizer.soften(packed.params).scale, Tensor):
                 continue
-            made = Frozen(quantizer, packed.unpacked(), packed.params)
+            made = Frozen(quantizer, packed.unpacked(), packed.params, octaves=has_powers(quantizer))
             settled = made.settle(torch.empty(0, dtype=torch.float32))
         except SchemeError:  # scales stored in another way than this quantizer's
             continue

@@ -25,9 +25,15 @@ from nybble.learned._held import Held, check_own_scales
 from nybble.ops.grid import Grid, straight_through
 from nybble.qtensor import QTensor, QuantParams
 from nybble.quantizer import Quantizer
+from nybble.scales.pow2 import Pow2
+from nybble.scales.pow2_ratio import Pow2Ratio
 from nybble.soft import grid_of, through, unscaled
 
 _TINY = 2.0**-126
+
+
+class Exponents(nn.Parameter):
+    """Logarithms to the base 2 of scales: half an octave leads to the next power of two, whatever the scale's size."""
 
 
 class Frozen(Learned):
@@ -37,17 +43,25 @@ class Frozen(Learned):
         quantizer: with a scale that is a tensor.
         codes: integers of the weight's shape, which stay.
         params: to begin with.
+        octaves: learn logarithms of the scales (:class:`Exponents`) instead of these.
     """
 
-    def __init__(self, quantizer: Quantizer, codes: Tensor, params: QuantParams) -> None:
+    def __init__(self, quantizer: Quantizer, codes: Tensor, params: QuantParams, octaves: bool = False) -> None:
         super().__init__(quantizer, WEIGHTS)
-        self.held = Held(quantizer, params, ("scale", "offset"))
+        self.held = Held(quantizer, params, ("offset",) if octaves else ("scale", "offset"))
+        self.exponents: Exponents | None = None
+        if octaves:
+            scale = self.held.params().scale
+            assert isinstance(scale, Tensor)
+            self.exponents = Exponents(scale.detach().clamp_min(_TINY).log2())
         self.codes: Tensor
         self.register_buffer("codes", codes)
 
     def params(self) -> QuantParams:
         """Raw parameters, scales among those that the quantizer's rule could give; gradients go straight through."""
         params = self.held.params()
+        if self.exponents is not None:
+            params = replace(params, scale=self.exponents.exp2())
         assert isinstance(params.scale, Tensor)
         raw, rule = params.scale.detach(), self.quantizer.scale
         kept = rule.allowed(raw)
@@ -73,11 +87,21 @@ class Frozen(Learned):
         return self.quantizer.pack(self.codes, self.params())
 
     def groups(self) -> dict[str, list[nn.Parameter]]:  # noqa: D102
-        return {"scales": list(self.held.parameters())}
+        return {"scales": list(self.parameters())}
 
     def values(self, params: QuantParams, shape: tuple[int, ...]) -> Tensor:
         """What the codes stand for, zero points taken off: float32 [blocks, elements]."""
         return grid_of(self.quantizer, params, shape).decode(self.quantizer.granularity.to_blocks(self.codes))
+
+
+def has_powers(quantizer: Quantizer) -> bool:
+    """Whether scales (or their ratios to a common one) are powers of two."""
+    if isinstance(quantizer.scale, Pow2 | Pow2Ratio):
+        return True
+    if not isinstance(quantizer.scale_format, Quantizer):
+        return False
+    grid = quantizer.scale_format.format.grid
+    return bool((grid[grid > 0][1:] == 2 * grid[grid > 0][:-1]).all())
 
 
 class _Scaled(torch.autograd.Function):

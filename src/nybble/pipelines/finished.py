@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,11 +27,11 @@ from nybble.nn.in_place import evaluation_mode
 from nybble.nn.kv_model import no_cache
 from nybble.nn.layer import QuantLayer
 from nybble.nn.packed import Packed
-from nybble.pipelines.prepared import batches_of, by_one, require_training, samples_for, targets_in
+from nybble.pipelines.prepared import batches_of, by_one, elements_of, require_training, samples_for, targets_in
 from nybble.quantizer import Quantizer
-from nybble.recipe import trained
+from nybble.recipe import Step, trained
 from nybble.report.record import LayerRow
-from nybble.training.steps import MODEL, Finish, Finished, Inputs, Student
+from nybble.training.steps import MODEL, Finish, Finished, Inputs, Student, make_train_step
 from nybble.walk.blocks import load_outside, release
 from nybble.walk.job import OUTSIDE, Job
 from nybble.walk.steps.make import make_finishes
@@ -48,22 +48,67 @@ def finishing_lines(job: Job) -> list[str]:
     """
     steps = make_finishes(job.recipe)
     if not steps:
-        return []
-    names = [*job.adapter.block_names(job.model), ""]
-    layers = [
-        job.model.get_submodule(f"{name}.{target.module}" if name else target.module)
-        for name, targets in zip(names, [*job.plan.blocks, job.plan.outside], strict=True)
-        for target in targets
-        if target.rule.weights is not None
-    ]
-    known = job.tokens or job.taught
+        return list(job.spared)
     for step in steps:
-        own = bool(getattr(step, "samples", 0))  # of its own, which are read when it begins
-        count = None if known is None or own else len(next(iter(known.inputs.values())))
-        step.check(job.model, layers, count, token_ids=tells_tokens(job))
+        _check(job, step)
     needed = require_training(job, steps)
     said = ", ".join(step.name for step in trained(job.recipe)[1])
-    return [f"after it, the whole quantized model is trained ({said}){by_one()}: about {needed / 1e9:.2f} GB of memory"]
+    line = f"after it, the whole quantized model is trained ({said}){by_one()}: about {needed / 1e9:.2f} GB of memory"
+    return [*job.spared, line]
+
+
+def _check(job: Job, step: Finish) -> None:
+    names = [*job.adapter.block_names(job.model), ""]
+    targets = {
+        f"{name}.{target.module}" if name else target.module: target.rule.weights
+        for name, found in zip(names, [*job.plan.blocks, job.plan.outside], strict=True)
+        for target in found
+        if target.rule.weights is not None
+    }
+    layers = [job.model.get_submodule(name) for name in targets]
+    known, own = job.tokens or job.taught, bool(getattr(step, "samples", 0))  # of its own: read when it begins
+    count = None if known is None or own else len(next(iter(known.inputs.values())))
+    step.check(job.model, layers, count, token_ids=tells_tokens(job))
+
+
+def without_spare(job: Job, begun: Mapping[str, Any] | None = None) -> Job:
+    """The job without those optional steps that can't be done or take too much here; ``spared`` says which, and why.
+
+    Args:
+        job: checked.
+        begun: the request of a run that this one goes on with, which has decided.
+    """
+    kept, lines = list[Step](), list[str]()
+    for step in job.recipe.steps:
+        made = make_train_step(step.name, step.options) if step.kind == "train" else None
+        reason = _spares(job, made, step, begun) if isinstance(made, Finish) and made.optional and not made.idle else ""
+        if reason:
+            lines.append(f"left out: train {step.name}, as {reason}")
+        else:
+            kept.append(step)
+    if not lines:
+        return job
+    recipe = replace(job.recipe, steps=tuple(kept))
+    return replace(job, recipe=recipe, spared=tuple(lines), taught=job.taught if make_finishes(recipe) else None)
+
+
+def _spares(job: Job, made: Finish, step: Step, begun: Mapping[str, Any] | None) -> str:
+    """Why an optional step is left out; empty where it isn't."""
+    if begun is not None:
+        return "" if step.to_dict() in begun["recipe"]["steps"] else "the run that this one goes on with left it out"
+
+    def reason() -> str:
+        too_large = getattr(made, "too_large", None)
+        if too_large is not None and too_large(elements_of(job), job.dtype):
+            return "the model's dense weights and gradients don't fit the step's dense_gb"
+        try:
+            _check(job, made)
+            require_training(job, [made])
+        except NybbleError as error:
+            return str(error).rstrip(".")
+        return ""
+
+    return ranks.lead_says(reason())
 
 
 def tells_tokens(job: Job) -> bool:
@@ -210,7 +255,9 @@ def _told(rows: Sequence[LayerRow], done: Finished) -> list[LayerRow]:
         text = (
             f"{entry['loss']}: {entry['before']:.3g} -> {entry['after']:.3g} on samples held back, on the whole model"
         )
-        if ratio is not None:
+        if entry["kept"] == "start":
+            text += "; no step was better than the start, which was kept"
+        elif ratio is not None:
             text += f"; values times {ratio[0]:g} .. {ratio[2]:g}, after error and picture were taken"
         windows = [*learned.get("windows", ()), entry]
         found.append(replace(row, notes=(*row.notes, text), learned={**learned, "windows": windows}))

@@ -9,6 +9,7 @@ its parameters are known when the first block comes. Of several processes the fi
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -36,6 +37,7 @@ from nybble.nn.layer import QuantLayer
 from nybble.nn.packed import Packed
 from nybble.recipe import trained
 from nybble.training.steps import Preparation, Trainee, TrainStep
+from nybble.transforms import Learnt
 from nybble.walk.job import Job
 from nybble.walk.steps.make import make_preparations
 from nybble.walk.steps.transform import TransformStep
@@ -83,13 +85,18 @@ def _learning(job: Job) -> list[TransformStep]:
     return [step for step in job.steps if isinstance(step, TransformStep) and step.transform.learns]
 
 
+def elements_of(job: Job) -> int:
+    """Weights of all blocks' targets."""
+    return sum(t.matrices * t.shape[0] * t.shape[1] for targets in job.plan.blocks for t in targets)
+
+
 def require_training(job: Job, steps: Sequence[Any]) -> int:
     """Most bytes of memory that any of them (:class:`~nybble.training.steps.TrainStep`) takes.
 
     Raises:
         DeviceError: there aren't as many.
     """
-    elements = sum(t.matrices * t.shape[0] * t.shape[1] for targets in job.plan.blocks for t in targets)
+    elements = elements_of(job)
 
     def needs(steps: Sequence[TrainStep]) -> int:
         return max(step.working_bytes(elements, job.dtype) for step in steps)
@@ -141,17 +148,26 @@ def _taught(job: Job, data: Data, parts: Parts | None) -> Job:
             continue
         path = None if parts is None else parts.parts / f"{number}-{LEARNED}"
         if path is not None and ranks.lead_says(path.exists()):
-            found = _read(path)
+            found = _learnt(path)
         else:
             learn = partial(_learned, job, step, data)
             found = ranks.lead_makes(learn, torch.device("cpu"))
             if path is not None and ranks.leads():
-                write_tensorfile(path, found, {})
+                write_tensorfile(path, found.parameters, {"entry": json.dumps(found.entry)})
         steps[number] = step.taught(found)
     return replace(job, steps=tuple(steps))
 
 
-def _learned(job: Job, step: TransformStep, data: Data) -> dict[str, Tensor]:
+def _learnt(path: Path) -> Learnt:
+    """What an earlier run kept."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        entry = json.loads(file.metadata()["entry"])
+    return Learnt(parameters=_read(path), entry=entry)
+
+
+def _learned(job: Job, step: TransformStep, data: Data) -> Learnt:
     return step.transform.learn(_network(job, step, data))
 
 

@@ -47,7 +47,14 @@ from nybble.nn.config import config_of
 from nybble.nn.in_place import evaluation_mode, untouched, whole_or_not_at_all
 from nybble.nn.kv_model import use_quantized_cache
 from nybble.pipelines.constrain import constrain
-from nybble.pipelines.finished import are_walked, finished, finished_parts, finishing_lines, teacher_of
+from nybble.pipelines.finished import (
+    are_walked,
+    finished,
+    finished_parts,
+    finishing_lines,
+    teacher_of,
+    without_spare,
+)
 from nybble.pipelines.form import writer
 from nybble.pipelines.prepared import prepared, training_lines
 from nybble.pipelines.request import Asked, Changes, build_recipe, read_recipe
@@ -299,7 +306,7 @@ def _job(
         job.targets, job.kept_to = files, form if form == COMPRESSED else ""
         if out is not None:
             model_config(job.model, job.dtype)  # refuses a config that JSON can't hold
-        return job
+        return without_spare(job, _begun(settings, out))
     if not isinstance(model, nn.Module):
         raise UsageError(f"a model is a hub id, a path, or a torch module in memory; got a {type(model).__name__}.")
     if out is not None:
@@ -310,7 +317,7 @@ def _job(
     recipe = recipe.with_scheme(constrain(recipe.scheme, files, known, settings.place(known)[1]))
     job = Job.make(known, None, recipe, data, settings, tokenizer=tokenizer)
     job.targets = files
-    return job
+    return without_spare(job)
 
 
 def _tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
@@ -336,8 +343,13 @@ def _as_begun(settings: Settings, out: str | Path | None) -> Settings:
 
 def _form_begun(settings: Settings, out: str | Path | None, form: str) -> str:
     """The form that the scheme keeps to: a resumed run's is the one that was asked for at first, whatever it is now."""
-    before = begun_with(AtomicFolder(Path(out), resumable=True).partial) if settings.resume and out else None
+    before = _begun(settings, out)
     return form if before is None else str(before.get("kept_to", AUTO))
+
+
+def _begun(settings: Settings, out: str | Path | None) -> dict[str, Any] | None:
+    """The request of the run that this one goes on with, if any."""
+    return begun_with(AtomicFolder(Path(out), resumable=True).partial) if settings.resume and out else None
 
 
 def _in_memory(jobs: Mapping[str, Job], progress: Progress) -> tuple[dict[str, list[LayerRow]], dict[str, float]]:

@@ -46,6 +46,16 @@ def windows_of(rows: Sequence[Row], times: Mapping[str, Sequence[float]] | None 
     return found
 
 
+def unmoved(rows: Sequence[Row]) -> str:
+    """Which learned parts ended where they began, in all their windows, in a line; empty where none did."""
+    kept: dict[str, set[bool]] = {}
+    for row in rows:
+        for window in (row.get("learned") or {}).get("windows", ()):
+            kept.setdefault(window["loss"], set()).add(window["kept"] == "start")
+    names = [name for name, starts in kept.items() if starts == {True}]
+    return f"what was learned came to nothing: {'; '.join(names)}" if names else ""
+
+
 def _time(seconds: float) -> str:
     return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 

@@ -72,6 +72,7 @@ def context(data: dict[str, Any]) -> dict[str, Any]:
         "quantizers": [(lines.SIDES[side], *lines.quantizer_table(facts, side)) for side in ("weights", "inputs")],
         "findings": tables.findings(facts),
         "windows": learning.windows_of(manifest["layers"], data.get("times")),
+        "unmoved": learning.unmoved(manifest["layers"]),
         "curve_box": f"0 0 {learning.WIDE:g} {learning.HIGH:g}",
         "has_spread": any(row.get("input_picture") for row in facts),
         "columns": columns,

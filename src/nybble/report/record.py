@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -68,6 +69,18 @@ class LayerRow:
         """Inverse of :meth:`to_dict`."""
         found: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return LayerRow(**found)
+
+
+def told(row: LayerRow, entries: Sequence[Mapping[str, Any]]) -> LayerRow:
+    """A row that says, in front of what was learned of its layer, what was learned before of the whole network."""
+    notes = [
+        f"{e['loss']}: {e['before']:.3g} -> {e['after']:.3g} on the whole network"
+        + ("; no step was better than the start, which was kept" if e["kept"] == "start" else "")
+        for e in entries
+    ]
+    learned = row.learned or {}
+    windows = [*map(dict, entries), *learned.get("windows", ())]
+    return replace(row, notes=(*notes, *row.notes), learned={**learned, "windows": windows})
 
 
 def block_rows(state: BlockState) -> list[LayerRow]:

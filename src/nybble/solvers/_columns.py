@@ -118,7 +118,7 @@ class _Recorded:
             visit_block(part, upper, spans, self.result)
         torch.cuda.current_stream(part.device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may call what they like
             self.errors = visit_block(part, upper, spans, self.result)
 
     def run(self, part: Tensor, upper: Tensor, spans: Sequence[Span], result: Tensor) -> Tensor:

@@ -30,6 +30,20 @@ REGISTRY = Registry(*ROOMS["transform"], lambda part: isinstance(part, type) and
 
 
 @dataclass(frozen=True, kw_only=True)
+class Learnt:
+    """What a transform learned of a whole network.
+
+    Attributes:
+        parameters: by name, on the CPU.
+        entry: for the report, as of a window of a reconstruction (:class:`nybble.report.record.LayerRow`); None where
+            it says nothing.
+    """
+
+    parameters: dict[str, Tensor]
+    entry: dict[str, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Transform(ABC):
     """A method; its fields are its options in a recipe.
 
@@ -79,16 +93,16 @@ class Transform(ABC):
         """Most memory that learning takes beside activations, of a model and of its largest block (or table)."""
         return 0
 
-    def learn(self, network: Network) -> dict[str, Tensor]:
-        """What it learns of the whole float network: parameters by name, on the CPU; nothing where it is turned off.
+    def learn(self, network: Network) -> Learnt:
+        """What it learns of the whole float network; nothing where it is turned off.
 
         Raises:
             LearningError: a loss is no number.
         """
-        return {}
+        return Learnt(parameters={}, entry=None)
 
     def taught(self, found: Mapping[str, Tensor]) -> Transform:
-        """The same with what :meth:`learn` found."""
+        """The same with the parameters that :meth:`learn` found."""
         return self
 
     def check_rules(self, rules: Sequence[Rule]) -> None:  # noqa: B027  (only what learns looks at a scheme)

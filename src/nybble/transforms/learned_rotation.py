@@ -16,16 +16,15 @@ transforms there are beside it; any solver, format and granularity may follow.
 Where we differ: a rotation for every key/value head, not one for all heads of a layer; ``loss: kl`` (of OSTQuant, Hu et
 al. 2025, arXiv:2501.13987: what the float network says of the next token, all of it and not its thousand likeliest) by
 default, as its gradient is that of rounding alone, where the next token's is mostly that of the text; the gradient goes
-through the ranges of weights and activations too. Ten times on the way the loss of up to 64 samples is taken, and the
-rotations of the least are kept: never worse there than what they began with. While it learns, static ranges are those
-of each batch, and attention's operands, the KV cache and inputs of fused experts stay in float. The paper's two
-rotations at run time (R3, R4) are not here.
+through the ranges of weights and activations too; steps are Cayley ADAM's and not SGD's. Five times on the way the
+loss of up to 32 samples is taken, and the rotations of the least are kept: never worse there than what they began with.
+While it learns, static ranges are those of each batch, and attention's operands, the KV cache and inputs of fused
+experts stay in float. The paper's two rotations at run time (R3, R4) are not here.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,7 +37,9 @@ from nybble.calibration.finite import require_number
 from nybble.calibration.lessons import Network
 from nybble.calibration.mixing import Places, mixing
 from nybble.calibration.window import Window
+from nybble.core.curve import curve, short
 from nybble.core.errors import ModelError, SchemeError, within
+from nybble.core.keeping import Best
 from nybble.core.orthogonal import head_rotations, rotation
 from nybble.core.stiefel import CayleyDescent, block_diagonal
 from nybble.learned import ACTIVATIONS, WEIGHTS
@@ -46,12 +47,12 @@ from nybble.learned.ste import Ste
 from nybble.models.adapter import Adapter, LinearFold
 from nybble.nn.kinds import matrix_at
 from nybble.scheme import Rule
-from nybble.transforms import Rewrite
+from nybble.transforms import Learnt, Rewrite
 from nybble.transforms._rounded import Rewrites, RoundedNetwork
 from nybble.transforms.rotate import Rotate
 
 STREAM = "stream"
-_LOOKS, _JUDGED = 10, 64
+_LOOKS, _JUDGED = 5, 32
 """How often the loss of some samples is looked at, and of how many."""
 
 
@@ -69,9 +70,9 @@ class LearnedRotation(Rotate):
         steps: of the descent; 0 leaves the rotations that it begins with.
         batch: samples a step. samples: how many there are to draw from, of a SRC that has as many; 0: those of the
             calibration.
-        rate: of the descent, falling in a line to 0; a step never turns a matrix by more than about a radian in all.
-            The paper's is 1.5.
-        momentum: share of the direction before that is kept.
+        rate: radians that a channel turns in a step where the gradients so far agree, falling in a line to 0; other
+            than the paper's 1.5, which is per unit of gradient.
+        momentum: share of the directions before that is kept.
         rounds: ``all``, or the ``activations`` alone, for weights that a solver rounds well.
         loss: ``kl``, how far what is said of the next token diverges from the float network; ``next-token``, the
             text's own; ``output``, the difference of the two outputs; ``auto``: the first where a model tells a next
@@ -84,8 +85,8 @@ class LearnedRotation(Rotate):
     steps: int = 100
     batch: int = 4
     samples: int = 0
-    rate: float = 10.0
-    momentum: float = 0.0
+    rate: float = 0.05
+    momentum: float = 0.9
     rounds: Literal["all", "activations"] = "all"
     loss: Literal["auto", "kl", "next-token", "output"] = "auto"
 
@@ -98,9 +99,10 @@ class LearnedRotation(Rotate):
                 f"learned-rotation: head_block={self.head_block}, steps={self.steps}, samples={self.samples}, batch="
                 f"{self.batch}: a batch has 1 sample or more, the others are 0 or more."
             )
-        if self.rate <= 0 or not 0 <= self.momentum < 1:
+        if not 0 < self.rate <= 1 or not 0 <= self.momentum < 1:
             raise SchemeError(
-                f"learned-rotation: rate={self.rate:g} is above 0, momentum={self.momentum:g} from 0 to below 1."
+                f"learned-rotation: rate={self.rate:g} is an angle a step, in radians: above 0 and up to 1 (usual: "
+                f"0.05); momentum={self.momentum:g} is from 0 to below 1."
             )
 
     @property
@@ -195,7 +197,7 @@ class LearnedRotation(Rotate):
         """The float32 network, a block of it rewritten, rounded and with gradients (10 times), as much for tables."""
         return 4 * elements + 40 * largest
 
-    def learn(self, network: Network) -> dict[str, Tensor]:  # noqa: D102
+    def learn(self, network: Network) -> Learnt:  # noqa: D102
         self.prepare(network.adapter, network.model)
         leaves: dict[str, Tensor] = {}
         rounded = RoundedNetwork(network, lambda state: self._learning(state, network, leaves), self.rounds == "all")
@@ -207,20 +209,32 @@ class LearnedRotation(Rotate):
             inputs, real = network.batch(numbers)
             return network.judged(rounded(inputs), inputs, real, divergence=divergence)
 
-        least, best, every = math.inf, dict[str, Tensor](), max(1, self.steps // _LOOKS)
-        for step in range(self.steps + 1):
-            if step % every == 0 or step == self.steps:
-                now = self._all(loss_of, min(network.samples, _JUDGED))
-                if now < least:
-                    least, best = now, {name: leaf.detach().to("cpu", copy=True) for name, leaf in leaves.items()}
-            if step == self.steps:
-                break
+        def look(step: int) -> float:
+            now = self._all(loss_of, min(network.samples, _JUDGED))
+            best.see(now, step)
+            return now
+
+        best, losses, every = Best([*leaves.values()]), list[float](), max(1, self.steps // _LOOKS)
+        before = look(0)
+        for step in range(self.steps):
             with torch.enable_grad():
                 loss = loss_of(order[step * self.batch : (step + 1) * self.batch])
-            require_number(float(loss.detach()), step, "learned-rotation")
+            losses.append(float(loss.detach()))
+            require_number(losses[-1], step, "learned-rotation")
             torch.autograd.backward(loss)
             descent.step(self.rate * (1 - step / self.steps))
-        return best
+            if (step + 1) % every == 0 or step + 1 == self.steps:
+                look(step + 1)
+        best.restore()
+        kept = "start" if not best.step else "last" if best.step == self.steps else best.step
+        entry = {
+            "window": "network", "blocks": len(rounded.blocks) - 1, "loss": "learned-rotation",
+            "before": short(before), "after": short(best.judged), "steps": self.steps, "kept": kept,
+            "diverged": False, "curve": curve(losses),
+        }  # fmt: skip
+        return Learnt(
+            parameters={name: leaf.detach().to("cpu", copy=True) for name, leaf in leaves.items()}, entry=entry
+        )
 
     @torch.no_grad()
     def _all(self, loss_of: Callable[[list[int]], Tensor], samples: int) -> float:

@@ -56,6 +56,7 @@ class Job:
             learns from; None where there is none.
         times: seconds of what was learned, by the window's name, in order.
         load: the sizes that the estimate is of.
+        spared: lines about optional trainings that are left out.
         outside_sees: whether what is in no block wants its inputs.
         targets: who is to load what will be exported; the scheme keeps to what they hold.
         kept_to: the form of files that it keeps to as well; empty for none.
@@ -79,6 +80,7 @@ class Job:
     outside_sees: bool
     untried: str = ""
     left_out: tuple[str, ...] = ()
+    spared: tuple[str, ...] = ()
     taught: Samples | None = None
     times: dict[str, list[float]] = field(default_factory=dict)
     targets: tuple[str, ...] = ()

@@ -28,10 +28,11 @@ from nybble.nn.swap import hold_dense
 from nybble.reconstruction import FISHER
 from nybble.reconstruction.in_units import chains, in_units, layers_of
 from nybble.reconstruction.twins import settle_twins
-from nybble.report.record import LayerRow, block_rows
+from nybble.report.record import LayerRow, block_rows, told
 from nybble.walk.blocks import load_block, load_outside, outside_state, release
 from nybble.walk.carry import Carry
 from nybble.walk.job import OUTSIDE, Job, part_name
+from nybble.walk.steps.transform import TransformStep
 
 
 class Lane:
@@ -248,8 +249,14 @@ class Lane:
             window.seed("correct")
             for step in self.job.corrections:
                 step.run(window)
-            found[index] = block_rows(state)
+            rows = block_rows(state)
+            found[index] = rows if index else self._with_lessons(rows)
         return found
+
+    def _with_lessons(self, rows: list[LayerRow]) -> list[LayerRow]:
+        """The first block's rows, where the report finds what transforms learned of the whole network."""
+        entries = [step.entry for step in self.job.transforms if isinstance(step, TransformStep) and step.entry]
+        return [told(rows[0], entries), *rows[1:]] if entries and rows else rows
 
     def write(self, span: Span, rows: Mapping[int, Sequence[LayerRow]], parts: Parts) -> None:
         """Write the blocks that leave, and before them what those that stay bring along."""

@@ -130,6 +130,11 @@ class Preparation(TrainStep):
 class Finish(TrainStep):
     """Comes after all other steps."""
 
+    @property
+    def optional(self) -> bool:
+        """Whether a run goes on without it, and says so, where it can't be done or takes more than it may."""
+        return False
+
     def check(self, model: nn.Module, layers: Sequence[nn.Module], samples: int | None, token_ids: bool) -> None:
         """Refuse before any work what can be seen beforehand.
 

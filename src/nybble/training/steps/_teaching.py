@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -93,12 +93,17 @@ class Teaching:
 
 
 @torch.no_grad()
-def at_once(student: Student, batch: int) -> int:
-    """How many samples one forward takes: the largest divisor of ``batch`` that gives up to a gigabyte of float32."""
+def at_once(student: Student, batch: int) -> tuple[Literal["kl", "mse"], int]:
+    """``kl`` of what tells tokens, ``mse`` of what may be any number; and how many samples one forward takes.
+
+    That is the largest divisor of ``batch`` that gives up to a gigabyte of float32.
+    """
     inputs, _ = student.batch([0])
-    size = main_output(student.model(**inputs, **no_cache(student.model))).numel()
+    output = student.model(**inputs, **no_cache(student.model))
+    size = main_output(output).numel()
     divisors = [count for count in range(batch, 0, -1) if batch % count == 0]
-    return next((count for count in divisors if count * size <= 1 << 28), 1)
+    speaks = student.token_ids and isinstance(getattr(output, "logits", None), Tensor)
+    return "kl" if speaks else "mse", next((count for count in divisors if count * size <= 1 << 28), 1)
 
 
 @torch.no_grad()

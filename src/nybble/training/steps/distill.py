@@ -11,9 +11,11 @@ its k likeliest classes are kept and all others count as one, so that it needn't
 ``loss: nll``, the next token of the data, is the end-to-end phase of EfficientQAT (E2E-QP; Chen et al. 2024,
 arXiv:2407.11062, section 3.3). ``loss: mse`` compares whatever a model gives, over its power: hidden states too.
 
-Scales of any stored kind: 16 bits, a power of two, E4M3 under another scale (which stays). The forward uses what would
-be stored, with the gradient straight through (:mod:`nybble.learned.frozen_codes`), and so what is judged is what the
-file will hold. Activation quantizers are in place, with the gradient straight through where nothing is clipped.
+Scales of any stored kind: 16 bits, a power of two, E4M3 under another scale (which stays). Of powers of two the
+logarithms learn, ten octaves at a rate of 1: 0.001 is the half octave to the next power in 50 steps, where a share of
+the scale would stay where it is. The forward uses what would be stored, with the gradient straight through
+(:mod:`nybble.learned.frozen_codes`), and so what is judged is what the file will hold. Activation quantizers are in
+place, with the gradient straight through where nothing is clipped.
 
 Some samples are held back. The state that is kept is the one that loses least on these, that of the start among them:
 nothing gets worse there. Memory: the blocks' inputs of one forward, logits, dense weights once a step (of one block
@@ -52,7 +54,7 @@ class Distill(Finish):
         what: of ``scales`` (and offsets), ``norms`` (weights and biases of normalisation layers) and ``biases`` of
             quantized layers, what learns.
         loss: ``kl`` to the float network's logits, ``nll`` of the data's next tokens, or ``mse`` of what the model
-            gives.
+            gives; ``auto`` is the first where a model gives logits of tokens, else the last.
         temperature: of ``kl``'s distributions. top_k: how many of the float network's logits are kept for each row, of
             one run of it; 0: all, in a run at every step unless they are kept (``logits_gb``).
         steps: of the optimizer; 0 turns the step off.
@@ -72,10 +74,13 @@ class Distill(Finish):
         patience: looks without a gain after which it ends; 0: never.
         precision: ``bfloat16`` computes the products of a float32 model's training steps in it; ``model`` leaves them.
         samples: how many there are, of a SRC that has as many; 0: those of the calibration.
+        optional: leave the step out, with a line that says why, where it can't be done (nothing to learn, a single
+            sample, too little memory), or where dense weights don't fit ``dense_gb``: it would take longer than all
+            that comes before it.
     """
 
     what: tuple[Literal["scales", "norms", "biases"], ...] = ("scales",)
-    loss: Literal["kl", "nll", "mse"] = "kl"
+    loss: Literal["kl", "nll", "mse", "auto"] = "kl"
     temperature: float = 1.0
     top_k: int = 0
     steps: int = 200
@@ -93,6 +98,7 @@ class Distill(Finish):
     patience: int = 0
     precision: Literal["model", "bfloat16"] = "model"
     samples: int = 0
+    optional: bool = False
 
     def __post_init__(self) -> None:
         if not self.what or len(set(self.what)) != len(self.what):
@@ -118,7 +124,7 @@ class Distill(Finish):
     def _check_loss(self) -> None:
         if self.temperature <= 0 or (self.max_norm is not None and self.max_norm <= 0):
             raise SchemeError(f"distill: temperature={self.temperature:g}, max_norm={self.max_norm} are more than 0.")
-        if self.loss != "kl" and (self.temperature != 1 or self.top_k):
+        if self.loss not in ("kl", "auto") and (self.temperature != 1 or self.top_k):
             raise SchemeError(f"distill: temperature and top_k are for loss: kl; loss={self.loss} has neither.")
         for name, rate in self.rates.items():
             if name != "default" and name not in self.what:
@@ -133,8 +139,12 @@ class Distill(Finish):
     def working_bytes(self, elements: int, dtype: torch.dtype) -> int:
         """The float network, codes and their unpacked copy, scales of 16 weights each with moments, what is kept."""
         dense = 2 * elements * dtype.itemsize
-        kept = int(1e9 * self.logits_gb) + (dense if dense <= 1e9 * self.dense_gb else 0)
+        kept = int(1e9 * self.logits_gb) + (0 if self.too_large(elements, dtype) else dense)
         return elements * ((0 if self.loss == "nll" else dtype.itemsize) + 3) + kept
+
+    def too_large(self, elements: int, dtype: torch.dtype) -> bool:
+        """Whether all dense weights and their gradients take more than ``dense_gb``."""
+        return 2 * elements * dtype.itemsize > 1e9 * self.dense_gb
 
     def check(  # noqa: D102
         self, model: nn.Module, layers: Sequence[nn.Module], samples: int | None, token_ids: bool
@@ -168,7 +178,8 @@ class Distill(Finish):
         order = torch.randperm(student.samples, generator=generator(student.seed, "distill", "held")).tolist()
         kept = self._held_of(student.samples)
         torch.manual_seed(derive_seed(student.seed, "distill"))  # stochastic roundings of activations draw from it
-        options = self if self.micro else replace(self, micro=at_once(student, self.batch))
+        loss, size = at_once(student, self.batch)
+        options = replace(self, loss=loss if self.loss == "auto" else self.loss, micro=self.micro or size)
         lessons = Teaching.of(student, options)
         learners = Learners(student.model, student.weights, self.what)
         try:

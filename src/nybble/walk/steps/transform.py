@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from nybble.calibration.window import Window
 from nybble.models.adapter import Adapter
 from nybble.nn.kinds import Target
-from nybble.transforms import Rewrite, Transform
+from nybble.transforms import Learnt, Rewrite, Transform
 from nybble.walk.steps import BlockStep, Cost, Load, Subject
 
 
@@ -20,13 +18,16 @@ class TransformStep(BlockStep):
     Args:
         key: the transform's. transform: the method. adapter: the model's.
         path: whose inputs it looks at.
+        entry: what the report says of what it learned.
     """
 
     kind: ClassVar[str] = "transform"
 
-    def __init__(self, key: str, transform: Transform, adapter: Adapter, path: str) -> None:
+    def __init__(
+        self, key: str, transform: Transform, adapter: Adapter, path: str, entry: Mapping[str, Any] | None = None
+    ) -> None:
         self.name, self.transform, self.adapter, self.path = f"transform {key!r}", transform, adapter, path
-        self.key, self.moves_stream = key, transform.moves_stream
+        self.key, self.moves_stream, self.entry = key, transform.moves_stream, entry
 
     def needs(self, subject: Subject) -> frozenset[str]:  # noqa: D102
         blocks = self.adapter.blocks_of(subject.model)
@@ -39,9 +40,9 @@ class TransformStep(BlockStep):
         targets = [target for block in subject.plan.blocks for target in block] + list(subject.plan.outside)
         self.transform.check_rules(list(dict.fromkeys(target.rule for target in targets)))
 
-    def taught(self, found: Mapping[str, Tensor]) -> TransformStep:
+    def taught(self, found: Learnt) -> TransformStep:
         """The step with what its transform learned of the whole network."""
-        return TransformStep(self.key, self.transform.taught(found), self.adapter, self.path)
+        return TransformStep(self.key, self.transform.taught(found.parameters), self.adapter, self.path, found.entry)
 
     def cost(self, subject: Subject, targets: Sequence[Target], load: Load) -> Cost:
         """Its rewritten weights are kept in float32; a pass over the inputs."""
