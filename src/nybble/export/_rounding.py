@@ -189,9 +189,11 @@ def _nearest(
     held = list(_held(source, target, facts, names))
     if not held:
         line, why = _refused(target, facts, names)
+        other = set(names) - set(facts.without_place)  # no line makes another module of the rest
+        way_out = "Give a line that does with --round LINE, or choose another target." if other else _ELSEWHERE
         raise UsageError(
             f"{target.summary}: none of the usual lines fits {', '.join(names[:3])}; of {line!r} it says: {why} "
-            "Give a line that does with --round LINE, or choose another target."
+            f"{way_out}"
         )
     bits = max(_first(source, name)[1].bits_per_element() for name in first)
     close = [quantizer for size, quantizer in held if size <= bits + _MORE]
@@ -199,6 +201,9 @@ def _nearest(
         return min(held, key=lambda pair: pair[0])[1]
     values = [source.weight(source.layers[n], _first(source, n)[0]).dequantize()[:_ROWS].clone() for n in first]
     return min(close, key=lambda quantizer: sum(_error(matrix, quantizer) for matrix in values))
+
+
+_ELSEWHERE = "Choose another target."
 
 
 def _refused(target: ExportTarget, facts: Facts, names: Sequence[str]) -> tuple[str, str]:
