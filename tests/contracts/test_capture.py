@@ -84,8 +84,8 @@ def test_a_step_of_the_engine_never_waits(block: str | None, weights: str) -> No
                 found = ran(self, *args)
         return found
 
-    rounds = {"weights": "ste"} if block else {"weights": "sign-round"}
-    options = {**rounds, "block": block, "optimizer": "sign", "steps": 2, "max_norm": 1.0}
+    by_length = {"weights": "ste", "optimizer": "adam", "max_norm": 1.0}
+    options = {**(by_length if block else {"weights": "sign-round", "optimizer": "sign"}), "block": block, "steps": 2}
     found = {"reconstruction": "mse", **{key: value for key, value in options.items() if value is not None}}
     recipe = {
         "scheme": {"weights": weights, "inputs": "nvfp4-search"},

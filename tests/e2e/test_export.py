@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from tests.e2e.processes import start
 from tests.parts.export.folders import model, quantized, text
+from tests.parts.models.test_gguf_writer import tokenizer_of
 from tests.tiny import save_text, save_tiny
 
 import nybble
 from nybble.core import files
-from nybble.core.errors import FileError, SchemeError, UsageError
+from nybble.core.errors import FileError, ModelError, SchemeError, UsageError
 from nybble.export import REGISTRY, _mlx_verify, get_target
 from nybble.pipelines.export import export
 from nybble.pipelines.quantize import preflight, quantize
@@ -67,7 +68,11 @@ USUAL = {
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny(tmp_path_factory.mktemp("wide"), hidden_size=128, intermediate_size=256, num_hidden_layers=1))
+    """A model whose tokenizer every target takes."""
+    folder, sizes = tmp_path_factory.mktemp("wide"), {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 264}
+    save_tiny(folder, num_hidden_layers=1, **sizes)
+    tokenizer_of(size=264).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.mark.parametrize("name", REGISTRY.names())
@@ -76,7 +81,11 @@ def test_a_target_alone_gets_what_it_takes(name: str, wide: str) -> None:
     rule = build_recipe("best", target=name).scheme.rules[0]
     assert (str(rule.weights), rule.inputs) == (str(Quantizer(USUAL[name])), None)
     settings = {"samples": 2, "seq_len": 8}
-    assert preflight(wide, "best", text(), target=name, effort="quick", settings=settings)
+    if name == "onnx":
+        with pytest.raises(ModelError, match=r"target onnx can't hold a LlamaForCausalLM, .* language models go to"):
+            preflight(wide, "best", text(), target=name, effort="quick", settings=settings)
+    else:
+        assert preflight(wide, "best", text(), target=name, effort="quick", settings=settings)
     own = build_recipe("best", target=name, weights="int8 channel")
     assert str(own.scheme.rules[0].weights) == "int8 channel" and own.name == "best-w4a16"
     assert build_recipe("gptq", target=name) == build_recipe("gptq")

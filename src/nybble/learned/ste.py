@@ -67,7 +67,8 @@ def following(quantizer: Quantizer, x: Tensor) -> QuantParams | None:
     if quantizer.granularity.factored or not isinstance(raw.scale, Tensor) or not x.requires_grad:
         return None
     largest = quantizer.granularity.to_blocks(x).float().abs().amax(1).reshape(shape)
-    grown = torch.where(largest > 0, largest / largest.detach(), torch.ones_like(largest))
+    whole = torch.where(largest > 0, largest, 1.0)  # what is all 0 would give 0 / 0 to the gradient, chosen or not
+    grown = whole / whole.detach()
     return replace(raw, scale=raw.scale * grown)
 
 

@@ -74,3 +74,13 @@ def test_static_activations_keep_the_first_scale() -> None:
     assert torch.equal(part(7 * x), quantizer.fake_quantize(7 * x, quantizer.fit(x)))
     assert part.fixed() is not None
     assert make_part("ste", {}).make(Quantizer("int8 token"), x, side=ACTIVATIONS).fixed() is None
+
+
+def test_blocks_of_zeros_have_a_gradient() -> None:
+    """Of a scale that follows its block's largest magnitude: 0 over 0 reached everything behind."""
+    x = torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
+    x[0, :16] = 0
+    x.requires_grad_()
+    learned = make_part("ste", {"through": True}).make(Quantizer("nvfp4-search"), x.detach()).train()
+    learned(x).square().sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all() and x.grad[0, 16:].abs().sum() > 0
