@@ -69,8 +69,8 @@ USUAL = {
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model whose tokenizer every target takes."""
-    folder, sizes = tmp_path_factory.mktemp("wide"), {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 264}
-    save_tiny(folder, num_hidden_layers=1, **sizes)
+    folder = tmp_path_factory.mktemp("wide")
+    save_tiny(folder, num_hidden_layers=1, hidden_size=128, intermediate_size=256, vocab_size=264)
     tokenizer_of(size=264).save_pretrained(folder)
     return str(folder)
 
