@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from nybble.kernels._places import blocks_of, outer_block
 from nybble.ops.rounding import decode_table
@@ -184,6 +185,7 @@ def _scales(value: Any, count: int, device: torch.device) -> Scales | str:
         if found_size is None:
             return f"by {value.granularity}"
         size = found_size
+    table = functional.pad(table, (0, 256 - table.numel()))  # the compiled kernels copy it whole
     return Scales(codes.detach().contiguous(), how, table.contiguous(), outer, size, add)
 
 

@@ -202,3 +202,11 @@ def test_calls_keep_what_they_share(host: Callable[[_few_rows.Kind], Any], monke
         assert bool(((y.double() - exact).abs() <= 2 * eps * exact.abs() + (2.1 * eps + 2.0**-15) * size).all())
         calls += 1
     assert len(record.kept) == 2 < calls
+
+
+@pytest.mark.skipif(triton is None, reason="needs Triton")
+@pytest.mark.parametrize("line", ["float4_e2m1fn group=64 scale=pow2-ratio", "mxfp4", "nvfp4"])
+def test_tables_of_scales_are_as_long_as_what_is_copied(line: str) -> None:
+    """``few_rows.cu`` copies 256 values into shared memory, whatever the scales' bits."""
+    weight = weight_of(packed(line, 64, 128))
+    assert isinstance(weight, Weight) and weight.scales.table is not None and weight.scales.table.numel() == 256
