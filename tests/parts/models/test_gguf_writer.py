@@ -223,7 +223,7 @@ def test_tokenizers_that_cannot_be_written() -> None:
     with pytest.raises(ModelError, match="no rules for a pre-tokenizer of type Whitespace"):
         tokenizer_pairs(fast(tokenizer_object=backend), 9)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    with pytest.raises(ModelError, match="no byte-level tokenizer without merges"):
+    with pytest.raises(ModelError, match="a tokenizer without merges"):
         tokenizer_pairs(fast(tokenizer_object=backend), 9)
     with pytest.raises(ModelError, match="the tokenizer has the token 263, and the model's embedding 200 rows"):
         tokenizer_pairs(tokenizer_of(), 200)
