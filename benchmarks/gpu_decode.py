@@ -521,7 +521,7 @@ def main() -> None:
     bench = Bench(options)
     report: Row = {
         "what": (__doc__ or "").partition("\n")[0],
-        "command": " ".join(["python", "benchmarks/gpu_decode.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/gpu_decode.py", *(a.rpartition("/")[2] for a in sys.argv[1:])]),
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU",
         "versions": versions() | installed("triton", "bitsandbytes", "gemlite") | {"cuda": torch.version.cuda},
         "copy_bytes_a_second": round(bench.speed),

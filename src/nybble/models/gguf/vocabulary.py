@@ -92,12 +92,11 @@ def _byte_level(said: Mapping[str, Any]) -> dict[str, Any]:
     kind = (said.get("normalizer") or {}).get("type", "")
     if kind not in ("", "NFC"):  # llama.cpp does nothing for NFC, as its own converter leaves it out
         raise ModelError(f"a byte-level tokenizer that normalizes by {kind} can't be written as GGUF. {INSTEAD}")
-    merges = _merges(said)
+    rules, merges = _rules(said), _merges(said)
     if not merges:
         raise ModelError(f"a tokenizer without merges can't be written as GGUF: llama.cpp has no such BPE. {INSTEAD}")
     if spaced := next((pair for pair in merges if " " in pair[0] + pair[1]), None):
         raise ModelError(f"GGUF writes a merge with a space between, so {spaced} can't be one. {INSTEAD}")
-    rules = _rules(said)
     return {
         "model": "gpt2",
         "tokenizer.ggml.pre": rules,
