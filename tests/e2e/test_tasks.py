@@ -17,6 +17,7 @@ from transformers import BertConfig, BertModel
 
 import nybble
 from nybble.cli import main
+from nybble.core import versions
 from nybble.core.errors import DataError, ModelError, UsageError
 from nybble.eval import harness
 from nybble.pipelines.request import build_recipe
@@ -201,7 +202,7 @@ def test_options_of_tasks_and_of_data_do_not_mix(place: Path, nybble_command: An
 
 
 @pytest.mark.parametrize(
-    ("installed", "said"), [(None, "need EleutherAI"), ("0.4.9.2", r"lm_eval 0\.4\.9\.2 is too old")]
+    ("installed", "said"), [(None, "need EleutherAI"), ("0.4.9.2", r"lm-eval 0\.4\.9\.2 is too old")]
 )
 def test_without_the_package_the_install_line_is_said(
     place: Path, monkeypatch: pytest.MonkeyPatch, installed: str | None, said: str
@@ -211,7 +212,7 @@ def test_without_the_package_the_install_line_is_said(
             raise importlib.metadata.PackageNotFoundError(name)
         return installed
 
-    monkeypatch.setattr(harness, "version", version)
+    monkeypatch.setattr(versions, "version", version)
     harness.harness_version.cache_clear()
     try:
         with pytest.raises(UsageError, match=rf"{said}.*pip install 'nybble\[lm-eval\]'"):

@@ -14,13 +14,11 @@ import hashlib
 import json
 import logging
 import random
-import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +29,7 @@ from nybble.core.errors import DataError, FileError, ModelError, UsageError
 from nybble.core.guard import reading
 from nybble.core.options import at_least_one
 from nybble.core.seeds import preserve_global_rng
+from nybble.core.versions import at_least
 from nybble.eval._logits import evaluating
 
 if TYPE_CHECKING:
@@ -51,15 +50,12 @@ def harness_version() -> str:
     Raises:
         UsageError: the package is missing or too old.
     """
-    wanted = f"{INSTALL} (lm-eval[hf]>={'.'.join(map(str, OLDEST))})"
-    try:
-        found = version("lm-eval")
-    except PackageNotFoundError:
-        raise UsageError(f"tasks need EleutherAI's lm-evaluation-harness: {wanted}") from None
-    numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:3])
-    if numbers < OLDEST:
-        raise UsageError(f"lm_eval {found} is too old: {wanted}")
-    return found
+    return at_least(
+        "lm-eval",
+        OLDEST,
+        needs="tasks need EleutherAI's lm-evaluation-harness",
+        install=f"{INSTALL} (lm-eval[hf]>={'.'.join(map(str, OLDEST))})",
+    )
 
 
 @contextlib.contextmanager

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from nybble.core.errors import UsageError
+from nybble.core.versions import at_least
 
 NEEDS = ("compressed-tensors", "transformers")
 OLDEST = (0, 20)
@@ -32,14 +30,13 @@ def library() -> Any:
     Raises:
         UsageError: it is missing or too old.
     """
-    wanted = f"pip install 'compressed-tensors>={OLDEST[0]}.{OLDEST[1]}'"
-    try:
-        found = version("compressed-tensors")
-    except PackageNotFoundError:
-        raise UsageError(f"--check of this target needs the package compressed-tensors: {wanted}") from None
-    numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
-    if numbers < OLDEST:
-        raise UsageError(f"compressed-tensors {found} is too old, its packed integers differ: {wanted}")
+    at_least(
+        "compressed-tensors",
+        OLDEST,
+        needs="--check of this target needs the package compressed-tensors",
+        install=f"pip install 'compressed-tensors>={OLDEST[0]}.{OLDEST[1]}'",
+        why="its packed integers differ",
+    )
     with quietly():
         import compressed_tensors
         import compressed_tensors.compressors

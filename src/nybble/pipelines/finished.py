@@ -98,9 +98,8 @@ def _spares(job: Job, made: Finish, step: Step, begun: Mapping[str, Any] | None)
         return "" if step.to_dict() in begun["recipe"]["steps"] else "the run that this one goes on with left it out"
 
     def reason() -> str:
-        too_large = getattr(made, "too_large", None)
-        if too_large is not None and too_large(elements_of(job), job.dtype):
-            return "the model's dense weights and gradients don't fit the step's dense_gb"
+        if excess := made.excess(elements_of(job), job.dtype):
+            return excess
         try:
             _check(job, made)
             require_training(job, [made])

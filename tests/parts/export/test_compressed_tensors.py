@@ -17,6 +17,7 @@ from tests.parts.export.folders import model, quantized
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from nybble.core import versions as versions_module
 from nybble.core.errors import FileError, ModelError, SchemeError, UsageError
 from nybble.export import _ct_library as library_module
 from nybble.export import get_target
@@ -348,7 +349,7 @@ def test_a_library_that_is_missing_or_old(monkeypatch: pytest.MonkeyPatch, tmp_p
     folder = quantized(weights="int4 group=16")
     for found, said in (("0.14.1", "0.14.1 is too old"), (None, "needs the package compressed-tensors")):
         library_module.library.cache_clear()
-        monkeypatch.setattr(library_module, "version", _version(found))
+        monkeypatch.setattr(versions_module, "version", _version(found))
         with pytest.raises(UsageError, match=said):
             export(folder, tmp_path / "d", TARGET, check=True)
     library_module.library.cache_clear()

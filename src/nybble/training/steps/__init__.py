@@ -135,6 +135,10 @@ class Finish(TrainStep):
         """Whether a run goes on without it, and says so, where it can't be done or takes more than it may."""
         return False
 
+    def excess(self, elements: int, dtype: torch.dtype) -> str:
+        """Why a model of so many weights makes an optional step take more than it may; empty where it doesn't."""
+        return ""
+
     def check(self, model: nn.Module, layers: Sequence[nn.Module], samples: int | None, token_ids: bool) -> None:
         """Refuse before any work what can be seen beforehand.
 

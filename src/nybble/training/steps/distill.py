@@ -139,12 +139,16 @@ class Distill(Finish):
     def working_bytes(self, elements: int, dtype: torch.dtype) -> int:
         """The float network, codes and their unpacked copy, scales of 16 weights each with moments, what is kept."""
         dense = 2 * elements * dtype.itemsize
-        kept = int(1e9 * self.logits_gb) + (0 if self.too_large(elements, dtype) else dense)
+        kept = int(1e9 * self.logits_gb) + (0 if self.excess(elements, dtype) else dense)
         return elements * ((0 if self.loss == "nll" else dtype.itemsize) + 3) + kept
 
-    def too_large(self, elements: int, dtype: torch.dtype) -> bool:
-        """Whether all dense weights and their gradients take more than ``dense_gb``."""
-        return 2 * elements * dtype.itemsize > 1e9 * self.dense_gb
+    def excess(self, elements: int, dtype: torch.dtype) -> str:  # noqa: D102
+        dense = 2 * elements * dtype.itemsize  # and their gradients
+        return (
+            "the model's dense weights and gradients don't fit the step's dense_gb"
+            if dense > 1e9 * self.dense_gb
+            else ""
+        )
 
     def check(  # noqa: D102
         self, model: nn.Module, layers: Sequence[nn.Module], samples: int | None, token_ids: bool
