@@ -68,6 +68,10 @@ PRESETS: dict[str, str] = {
     "state8-unsigned": f"u{_BNB8}",
     "state4": "dynamic4 flat=128 scale_format=float32 rounding=half-down",
     "state4-unsigned": "linear4 rank1 rounding=half-down",
+    # ... and two others in 8: E4M3 (torchao's), and companded, finer towards 0
+    "state-fp8": "float8_e4m3fn flat=256 scale_format=float32",
+    "state8-companded": "companded8 flat=256 scale_format=float32",
+    "state8-companded-unsigned": "ucompanded8 flat=256 scale_format=float32",
     # compressed-tensors' integers use all 16 codes; symmetric ones divide by 7.5, asymmetric ones add the zero point
     # before rounding
     "int4-ct": "int4_full group=128 scale=absmax(target=7.5) scale_format=float32",

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,27 +22,58 @@ from nybble.core.errors import SchemeError, UsageError, within
 from nybble.core.registry import Registry
 from nybble.core.seeds import generator
 from nybble.core.shapes import Float32
-from nybble.optim._embeddings import split_embeddings
+from nybble.optim._common import Common, translate, whole_signature
+from nybble.optim._embeddings import is_wide, split_embeddings
 from nybble.optim._flat import flatten, unflatten
-from nybble.optim._guards import check_range, finite_only, torch_refusals
-from nybble.optim._load import matched_groups, restore_entry, unseal
-from nybble.optim._states import Kind, StateChoice, check_shape, decode, encode, quantizer, resolve, to_saved
+from nybble.optim._guards import NonFiniteWarning, check_range, finite_only, torch_refusals
+from nybble.optim._load import matched_groups, restore_entry, restore_residual, unseal
+from nybble.optim._presets import SUFFIXES, rule_and_suffix
+from nybble.optim._states import (
+    Kind,
+    StateChoice,
+    check_keeps_sign,
+    check_shape,
+    decode,
+    encode,
+    line_for,
+    quantizer,
+    resolve,
+    to_saved,
+)
+from nybble.optim._weights import check_weights, join24, split24, stochastic_bfloat16
 from nybble.rounding import get_rounding
 
 REGISTRY = Registry(
     "nybble.optim", "optimizer", lambda part: isinstance(part, type) and issubclass(part, LowBitOptimizer)
 )
 
-__all__ = ["REGISTRY", "LowBitOptimizer", "check_range", "flatten", "split_embeddings", "unflatten"]
+__all__ = [
+    "REGISTRY",
+    "LowBitOptimizer",
+    "NonFiniteWarning",
+    "check_range",
+    "flatten",
+    "preset_names",
+    "split_embeddings",
+    "unflatten",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """Optimizers by class name: ``AdamW`` is the part ``adamw``."""
-    key = name.lower()
+    """Optimizers by class name: ``AdamW`` is the part ``adamw``, ``AdamW8bit`` that with the states of ``state8``."""
+    rule, suffix = rule_and_suffix(name)
+    key = rule.lower()
     part = REGISTRY.get(key) if key in REGISTRY.names() else None
-    if part is None or part.__name__ != name:
+    if part is None or part.__name__ != rule:
         raise AttributeError(f"module 'nybble.optim' has no attribute {name!r}")
+    if suffix:
+        globals()[name] = part = SUFFIXES[suffix].applied(part, name)
     return part
+
+
+def preset_names() -> list[str]:
+    """Every optimizer with the states of a preset: ``AdamW8bit``, ``AdamW4bit``, ``AdamWFp8`` ..."""
+    return sorted(part.__name__ + suffix for part in REGISTRY.all().values() for suffix in SUFFIXES)
 
 
 class LowBitOptimizer(torch.optim.Optimizer, ABC):
@@ -52,20 +84,46 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
     state is quantized, an element whose gradient (or new state) is NaN or infinite keeps its value and its states start
     again from 0, as in bitsandbytes, so that it doesn't take its block along.
 
+    Args:
+        params: parameters, named parameters or groups, as torch takes them; or a module, whose embeddings then keep
+            32-bit states (:func:`~nybble.optim.split_embeddings`).
+        options: the rule's.
+        common: :class:`~nybble.optim._common.Common`: ``state``, ``min_size``, ``seed``, ``weights``, ``keep_sign``,
+            and what torch, bitsandbytes and torchao call these.
+
     Attributes:
-        states: the rule's states and whether one is ``signed`` or ``nonnegative``.
+        states: the rule's states and whether one is ``signed`` or ``nonnegative``; all that it may ever keep.
+        factors: those of them that are small; one line for all states leaves them in float32.
         options_type: frozen dataclass of the rule's options, which checks them; its fields are keys of the groups.
+        counts: whether the twin's state dicts have the number of steps; ours always do.
+        default_state: where none is said; presets have others.
+        default_min_size: where none is said.
+        bits: that a preset's name says; None for rules.
     """
 
     states: ClassVar[dict[str, Kind]]
+    factors: ClassVar[tuple[str, ...]] = ()
     options_type: ClassVar[type[Any]]
+    counts: ClassVar[bool] = True
+    default_state: ClassVar[StateChoice] = "state8"
+    default_min_size: ClassVar[int] = 4096
+    bits: ClassVar[int | None] = None
 
-    def __init__(
-        self, params: ParamsT | nn.Module, options: Mapping[str, Any], *, state: StateChoice, min_size: int, seed: int
-    ) -> None:
-        defaults = {**options, "state": state, "min_size": min_size, "seed": seed}
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Spell the common arguments out for whoever asks for the signature."""
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = whole_signature(cls.__init__, cls._own())  # type: ignore[attr-defined]  # inspect's name
+
+    def __init__(self, params: ParamsT | nn.Module, options: Mapping[str, Any], **common: Unpack[Common]) -> None:
+        defaults = {**options, **translate(common, self._own(), self.bits, type(self).__name__)}
         with torch_refusals():
             super().__init__(split_embeddings(params) if isinstance(params, nn.Module) else params, defaults)
+
+    @classmethod
+    def _own(cls) -> dict[str, Any]:
+        """The common arguments by our names, and their defaults."""
+        kept = {"state": cls.default_state, "min_size": cls.default_min_size, "seed": 0}
+        return {**kept, "weights": "nearest", "keep_sign": False}
 
     @staticmethod
     @abstractmethod
@@ -89,9 +147,19 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
             the new parameter and the new states, in memory of their own (not ``grad`` itself).
         """
 
-    def shapes(self, p: Tensor) -> dict[str, tuple[int, ...]]:
-        """Shape of each state of ``p``: its own, unless a rule keeps less."""
+    def shapes(self, p: Tensor, options: Any = None) -> dict[str, tuple[int, ...]]:
+        """Shape of each state that is kept of ``p``: its own, unless a rule keeps less or fewer.
+
+        Args:
+            p: the parameter.
+            options: of its group; by default the optimizer's.
+        """
         return {name: tuple(p.shape) for name in self.states}
+
+    @staticmethod
+    def refusal(p: Tensor) -> str | None:
+        """Why the rule can't serve a parameter of this shape, with a way out; None where it can."""
+        return None
 
     # ------------------------------------------------------------------------------------------------------- groups
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -111,14 +179,19 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
 
     def _check_group(self, index: int) -> None:
         group = self.param_groups[index]
-        self._options(group)
-        group["state"] = resolve(group["state"], self.states)
+        options = self._options(group)
+        group["state"] = resolve(group["state"], self.states, self.factors)
+        if group["keep_sign"]:
+            check_keeps_sign(group["state"], self.states)
         for i, p in enumerate(group["params"]):
             with within(self._name(index, i)):
                 if p.dtype not in (torch.float32, torch.float16, torch.bfloat16):
                     raise UsageError(f"float32, float16 and bfloat16 parameters are served; this one is {p.dtype}.")
-                shapes = self.shapes(p)
-                for name, line in self._lines(group, p).items():
+                check_weights(group["weights"], p.dtype)
+                if (why := self.refusal(p)) is not None:
+                    raise UsageError(f"{type(self).__name__}: {why}")
+                shapes = self.shapes(p, options)
+                for name, line in self._lines(group, p, options).items():
                     if line is not None:
                         check_shape(line, shapes[name])
 
@@ -126,16 +199,19 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         """The rule's options of a group, checked."""
         check_range("min_size", group["min_size"], whole=True)
         check_range("seed", group["seed"], whole=True)
-        for switch in ("maximize", "amsgrad"):
+        for switch in ("maximize", "amsgrad", "capturable", "differentiable"):
             if group.get(switch):
                 raise SchemeError(f"{type(self).__name__} has no {switch}; leave it out, or use torch.optim's.")
         return self.options_type(**{f.name: group[f.name] for f in dataclasses.fields(self.options_type)})
 
-    def _lines(self, group: Mapping[str, Any], p: Tensor) -> dict[str, str | None]:
+    def _lines(self, group: Mapping[str, Any], p: Tensor, options: Any = None) -> dict[str, str | None]:
         """What each state of ``p`` is kept in: a quantizer line, or None for float32."""
+        shapes = self.shapes(p, self._options(group) if options is None else options)
+        if is_wide(p):
+            return dict.fromkeys(shapes)
         return {
-            name: group["state"][name] if math.prod(shape) >= group["min_size"] else None
-            for name, shape in self.shapes(p).items()
+            name: line_for(group["state"][name], shape) if math.prod(shape) >= group["min_size"] else None
+            for name, shape in shapes.items()
         }
 
     def _name(self, group: int, i: int) -> str:
@@ -161,6 +237,11 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         Raises:
             UsageError: a sparse gradient, or an option out of range; no parameter has changed then.
         """
+        if closure is not None and not callable(closure):
+            raise UsageError(
+                f"step takes one function that evaluates the whole model and returns its loss; got {closure!r}. Call "
+                "several from one function, and return their sum."
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -181,21 +262,79 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         with torch.no_grad():
             for g, i, p in due:
                 self._update(g, i, p, options[g])
+        if all(count.device.type == "cpu" for count in self._counts().values()):
+            self._warn()  # elsewhere the step would wait for the device
         return loss
 
     def _update(self, g: int, i: int, p: Tensor, options: Any) -> None:
-        state, lines = self.state[p], self._lines(self.param_groups[g], p)
-        step = int(state["step"]) + 1 if state else 1
+        group, state = self.param_groups[g], self.state[p]
+        lines, step = self._lines(group, p, options), int(state["step"]) + 1 if state else 1
         old = {
-            name: decode(state[name], self.states[name], p.device) if state else p.new_zeros(shape, dtype=torch.float32)
-            for name, shape in self.shapes(p).items()
+            name: decode(state[name], self.states[name], p.device)
+            if name in state
+            else p.new_zeros(shape, dtype=torch.float32)
+            for name, shape in self.shapes(p, options).items()
         }
         assert p.grad is not None
-        rule = finite_only(self.update) if any(lines.values()) else self.update
-        moved, new = rule(p.detach().float(), p.grad.float(), old, step, options)
-        p.copy_(moved)
-        kept = {name: encode(x, lines[name], self._generator(g, i, name, step, lines[name])) for name, x in new.items()}
+        rule = finite_only(self.update, self._reporter(self._name(g, i))) if any(lines.values()) else self.update
+        before = join24(p.detach(), state["residual"]) if "residual" in state else p.detach().float()
+        moved, new = rule(before, p.grad.float(), old, step, options)
+        kept: dict[str, Any] = {
+            name: encode(
+                x,
+                lines[name],
+                self._generator(g, i, name, step, lines[name]),
+                keep_sign=group["keep_sign"] and self.states[name] == "signed",
+            )
+            for name, x in new.items()
+        }
+        kept |= self._write(g, i, p, moved, step)
+        state.clear()
         state.update(step=torch.tensor(float(step)), **kept)
+
+    def _write(self, g: int, i: int, p: Tensor, moved: Tensor, step: int) -> dict[str, Tensor]:
+        """Round the new parameter into ``p``; the residual, where one is kept."""
+        group = self.param_groups[g]
+        if p.dtype != torch.bfloat16 or group["weights"] == "nearest":
+            p.copy_(moved)
+        elif group["weights"] == "stochastic":
+            draw = generator(group["seed"], "optim", f"{g}.{i}", "weights", str(step), device=p.device)
+            p.copy_(stochastic_bfloat16(moved, draw))
+        else:
+            weight, residual = split24(moved)
+            p.copy_(weight)
+            return {"residual": residual}
+        return {}
+
+    def _counts(self) -> dict[str, Tensor]:
+        """Elements set aside, by parameter; of this object alone, no part of its state."""
+        counts: dict[str, Tensor] = self.__dict__.setdefault("_set_aside", {})
+        return counts
+
+    def _reporter(self, name: str) -> Callable[[Tensor], None]:
+        def report(count: Tensor) -> None:
+            counts = self._counts()
+            counts[name] = counts[name] + count if name in counts else count
+
+        return report
+
+    def _warn(self) -> None:
+        """Say once that something was set aside."""
+        if self.__dict__.get("_warned") or not (found := self.set_aside()):
+            return
+        self._warned = True
+        where = ", ".join(f"{count} element(s) of {name}" for name, count in found.items())
+        warnings.warn(
+            f"NaN or infinite gradients, or ones too large for a state: {where}. They kept their values, and their "
+            "states began again from 0. set_aside() has the counts from now on.",
+            NonFiniteWarning,
+            stacklevel=3,
+        )
+
+    def set_aside(self) -> dict[str, int]:
+        """Elements that steps have left out so far because they weren't finite, by parameter; those with any."""
+        counts = {name: int(count) for name, count in self._counts().items()}
+        return {name: count for name, count in counts.items() if count}
 
     def _generator(self, g: int, i: int, name: str, step: int, line: str | None) -> torch.Generator | None:
         """A stream of its own for each rounding of each state, so that a resumed run draws the same numbers."""
@@ -206,11 +345,15 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
 
     # -------------------------------------------------------------------------------------------- saving and loading
     def state_bytes(self) -> dict[str, int]:
-        """Bytes held now, by state: codes, scales and what else a state needs; ``step`` is 4 bytes a parameter."""
+        """Bytes held now, by state: codes, scales and what else a state needs; ``step`` is 4 bytes a parameter.
+
+        ``residual``, where there is one, is a byte for each element.
+        """
         total = dict.fromkeys((*self.states, "step"), 0)
         for state in self.state.values():
             for name, kept in state.items():
-                total[name] += kept.numel() * kept.element_size() if isinstance(kept, Tensor) else kept.nbytes()
+                size = kept.numel() * kept.element_size() if isinstance(kept, Tensor) else kept.nbytes()
+                total[name] = total.get(name, 0) + size
         return total
 
     def state_dict(self) -> dict[str, Any]:
@@ -219,12 +362,14 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         Tensors, strings and numbers only: ``torch.load(weights_only=True)`` reads it; :func:`flatten` makes it fit for
         safetensors. With ``state=None`` it is what ``torch.optim`` writes and reads.
         """
+        self._warn()
         saved: dict[str, Any] = super().state_dict()
-        for group in saved["param_groups"]:
-            for index in group["params"]:
+        for own, group in zip(self.param_groups, saved["param_groups"], strict=True):
+            options = self._options(own)
+            for p, index in zip(own["params"], group["params"], strict=True):
                 if index in saved["state"]:
-                    entry = saved["state"][index].items()
-                    saved["state"][index] = {name: to_saved(x, group["state"].get(name)) for name, x in entry}
+                    entry, lines = saved["state"][index].items(), self._lines(own, p, options)
+                    saved["state"][index] = {name: to_saved(x, lines.get(name)) for name, x in entry}
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any], *, convert: bool = False) -> None:
@@ -251,18 +396,41 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
     def _restored(self, saved: dict[str, Any], convert: bool) -> dict[str, Any]:
         groups, states = [], {}
         for g, (own, theirs) in enumerate(matched_groups(self.param_groups, saved)):
-            ours = {key: own[key] for key in ("state", "min_size")}
+            ours = {key: own[key] for key in ("state", "min_size", "weights", "keep_sign")}
             groups.append({**{key: value for key, value in own.items() if key != "params"}, **theirs, **ours})
-            self._options(groups[-1])
+            options = self._options(groups[-1])
             for i, (index, p) in enumerate(zip(theirs["params"], own["params"], strict=True)):
-                lines = self._lines(own, p)
-
-                def draw(name: str, g: int = g, i: int = i, lines: dict[str, str | None] = lines) -> Any:
-                    return self._generator(g, i, name, 0, lines[name])
-
-                if saved["state"].get(index):
-                    place, entry, shapes = self._name(g, i), saved["state"][index], self.shapes(p)
-                    states[index] = restore_entry(
-                        place, entry, shapes, lines, self.states, p.device, draw if convert else None
-                    )
+                entry = saved["state"].get(index)
+                if entry and not self._unborn(entry):
+                    states[index] = self._restored_entry(g, i, p, dict(entry), options, convert)
         return {"state": states, "param_groups": groups}
+
+    @staticmethod
+    def _unborn(entry: Any) -> bool:
+        """Whether this is of before the first step, as some of torch's optimizers make it when they are built."""
+        step = entry.get("step") if isinstance(entry, Mapping) else None
+        return isinstance(step, Tensor | int | float) and bool(step == 0)
+
+    def _restored_entry(
+        self, g: int, i: int, p: Tensor, entry: dict[str, Any], options: Any, convert: bool
+    ) -> dict[str, Any]:
+        group, place = self.param_groups[g], self._name(g, i)
+        lines = self._lines(group, p, options)
+
+        def draw(name: str) -> Any:
+            return self._generator(g, i, name, 0, lines[name])
+
+        residual = entry.pop("residual", None)
+        if residual is not None and group["weights"] != "residual8" and not convert:
+            raise SchemeError(
+                f"{place}: saved with weights=residual8, and kept here as {group['weights']}. Build the optimizer with "
+                "weights='residual8', or leave these bits away: load_state_dict(..., convert=True)."
+            )
+        if not self.counts:
+            entry.setdefault("step", 1.0)
+        found: dict[str, Any] = dict(
+            restore_entry(place, entry, self.shapes(p, options), lines, self.states, p.device, draw if convert else None)
+        )
+        if residual is not None and group["weights"] == "residual8":
+            found["residual"] = restore_residual(place, residual, p)
+        return found

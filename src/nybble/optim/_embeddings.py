@@ -6,6 +6,18 @@ from typing import Any
 
 from torch import nn
 
+_MARK = "_nybble_state_in_float32"
+
+
+def mark_wide(p: nn.Parameter) -> None:
+    """Have the parameter's states kept in float32 by every optimizer of :mod:`nybble.optim`."""
+    setattr(p, _MARK, True)
+
+
+def is_wide(p: Any) -> bool:
+    """Whether :func:`mark_wide` marked it."""
+    return bool(getattr(p, _MARK, False))
+
 
 def split_embeddings(module: nn.Module) -> list[dict[str, Any]]:
     """Groups of a module's trainable parameters: the embeddings' keep 32-bit states, all others the optimizer's.

@@ -27,14 +27,19 @@ def check_range(name: str, given: object, *, count: int = 1, below: float = math
         raise UsageError(f"{name} is {what} >= 0{bound}; got {', '.join(map(repr, values))}.")
 
 
-def finite_only(rule: Callable[..., Updated]) -> Callable[..., Updated]:
-    """``rule``, with elements set aside whose gradient or new state is not finite."""
+class NonFiniteWarning(UserWarning):
+    """Gradients, or states made of them, were NaN or infinite; those elements were left out of a step."""
+
+
+def finite_only(rule: Callable[..., Updated], report: Callable[[Tensor], None]) -> Callable[..., Updated]:
+    """``rule``, with elements set aside whose gradient or new state is not finite; ``report`` gets their number."""
 
     def guarded(p: Tensor, grad: Tensor, states: dict[str, Tensor], step: int, options: Any) -> Updated:
         ok = grad.isfinite()
         moved, new = rule(p, torch.where(ok, grad, 0), states, step, options)
         for x in new.values():
             ok = ok & x.isfinite() if x.shape == p.shape else ok
+        report(ok.numel() - ok.sum())
         new = {name: torch.where(ok, x, 0) if x.shape == p.shape else x for name, x in new.items()}
         return torch.where(ok, moved, p), new
 

@@ -73,6 +73,7 @@ def restore_entry(
     Raises:
         SchemeError: saved in another quantizer, and not to be converted. FileError: not this optimizer's states.
     """
+    entry = {name: value for name, value in entry.items() if value is not None}  # torch's SGD before a momentum
     if set(entry) != {"step", *shapes}:
         raise FileError(
             f"{place}: {', '.join(sorted(entry))} were saved; {', '.join(sorted({'step', *shapes}))} are kept here."
@@ -87,6 +88,18 @@ def restore_entry(
                 kept = _converted(kept, line, lines[name], kinds[name], draw and draw(name), draw is not None)
         restored[name] = Sealed(kept)
     return restored
+
+
+def restore_residual(place: str, saved: object, p: Tensor) -> Sealed:
+    """The residual of a bfloat16 parameter.
+
+    Raises:
+        FileError: it isn't one, or is of another parameter.
+    """
+    if not isinstance(saved, Tensor) or saved.dtype != torch.int8 or saved.shape != p.shape:
+        found = f"{saved.dtype} {list(saved.shape)}" if isinstance(saved, Tensor) else type(saved).__name__
+        raise FileError(f"{place}: residual: int8 of shape {list(p.shape)} belongs here; found {found}.")
+    return Sealed(saved.detach().to(p.device))
 
 
 def _converted(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import FileError, SchemeError, UsageError, did_you_mean, within
+from nybble.granularity.rank1 import Rank1
 from nybble.presets import PRESETS
 from nybble.qtensor import from_spec
 from nybble.qtensor.block import BlockQTensor
@@ -31,13 +32,16 @@ def quantizer(line: str) -> Quantizer:
 
 
 # ------------------------------------------------------------------------------------------------------- which one
-def resolve(choice: StateChoice, kinds: Mapping[str, Kind]) -> dict[str, str | None]:
+def resolve(
+    choice: StateChoice, kinds: Mapping[str, Kind], factors: Collection[str] = ()
+) -> dict[str, str | None]:
     """The canonical quantizer line of each state, or None where it stays float32.
 
     Args:
         choice: one line for all states, or one for each by name. A preset that comes in a pair (``state8`` and
             ``state8-unsigned``) gives its unsigned half to states that are never negative.
         kinds: what the update rule keeps.
+        factors: states so small that one line for all leaves them in float32.
 
     Raises:
         UsageError: an unknown name or line. SchemeError: a quantizer that can't serve its state, and why.
@@ -51,7 +55,7 @@ def resolve(choice: StateChoice, kinds: Mapping[str, Kind]) -> dict[str, str | N
                 raise UsageError(f"state={dict(choice)} leaves out {name!r}; None keeps it in float32.")
         lines = dict(choice)
     else:
-        lines = {name: _half(choice, kind) for name, kind in kinds.items()}
+        lines = {name: None if name in factors else _half(choice, kind) for name, kind in kinds.items()}
     return {name: _canonical(lines[name], name, kind) for name, kind in kinds.items()}
 
 
@@ -107,6 +111,23 @@ def _nested(q: Quantizer) -> Iterator[Quantizer]:
             yield from _nested(part)
 
 
+def line_for(line: str | None, shape: tuple[int, ...]) -> str | None:
+    """The line for a state of this shape: of a vector rank 1 is one scale for all, so it has blocks of 128 instead.
+
+    Li et al. 2023, section 4.2: tensors of one dimension fall back to B128.
+    """
+    if line is None or len(shape) > 1 or not isinstance(quantizer(line).granularity, Rank1):
+        return line
+    return _in_blocks(line)
+
+
+@cache
+def _in_blocks(line: str) -> str:
+    nested = isinstance(quantizer(line).scale_format, Quantizer)
+    own = {} if nested else {"scale_format": "float32"}  # second moments would underflow flat's float16
+    return str(Quantizer(line, flat=128, **own))
+
+
 def check_shape(line: str, shape: tuple[int, ...]) -> None:
     """Raise GranularityError where a state of this shape can't be cut as the line, or its scales' own, asks."""
     q: str | Quantizer = quantizer(line)
@@ -116,13 +137,42 @@ def check_shape(line: str, shape: tuple[int, ...]) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- codes and back
-def encode(x: Tensor, line: str | None, generator: torch.Generator | None = None) -> Kept:
+def encode(
+    x: Tensor, line: str | None, generator: torch.Generator | None = None, *, keep_sign: bool = False
+) -> Kept:
     """float32 to codes and scales; zeros come back as zeros, in formats without a zero by a scale of 0.
 
     Li et al. 2023 take ``linear4`` for the second moment because it has no zero, which leaves 0 / 0 to a block that has
     seen no gradient; with a scale of 1 it would come back as 1/16 and never move again.
     """
-    return x if line is None else quantizer(line).quantize(x, generator=generator)
+    if line is None:
+        return x
+    kept = quantizer(line).quantize(x, generator=generator)
+    assert isinstance(kept, BlockQTensor)
+    return _with_signs(kept, x, line) if keep_sign else kept
+
+
+def _with_signs(kept: BlockQTensor, x: Tensor, line: str) -> BlockQTensor:
+    """Codes of 0 moved on to the neighbour on the side of ``x``, unless ``x`` is 0.
+
+    bitsandbytes' CUDA kernels do so below 0 only: there 0 counts as positive.
+    """
+    fmt = quantizer(line).format
+    (zero,) = (fmt.grid == 0).nonzero()[0]
+    below, above = int(fmt.grid_codes[zero - 1]), int(fmt.grid_codes[zero + 1])
+    lost = (kept.dequantize() == 0) & (x != 0)
+    codes = kept.unpacked().masked_fill(lost & (x < 0), below).masked_fill(lost & (x > 0), above)
+    return quantizer(line).pack(codes, kept.params)
+
+
+def check_keeps_sign(lines: Mapping[str, str | None], kinds: Mapping[str, Kind]) -> None:
+    """Raise SchemeError where ``keep_sign`` means nothing: no code for 0, or none at 0 but by an offset."""
+    for name, line in lines.items():
+        if line is None or kinds[name] == "nonnegative":
+            continue
+        fmt, scale = quantizer(line).format, quantizer(line).scale
+        if not fmt.signed or not fmt.has_zero or scale.needs_integer or scale.has_offset:
+            raise SchemeError(f"keep_sign: {name} is kept in {line!r}, which has no zero of its own; leave it out.")
 
 
 def decode(kept: Kept, kind: Kind, device: torch.device) -> Tensor:

@@ -6,29 +6,22 @@ Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; Dettmers et al. 2022, a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from nybble.optim import LowBitOptimizer, check_range
-from nybble.optim._states import Kind, StateChoice
+from nybble.optim import LowBitOptimizer
+from nybble.optim._adam import AdamOptions, adam_step
+from nybble.optim._common import Common
+from nybble.optim._states import Kind
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamWOptions:
-    """``lr`` >= 0, ``betas`` in [0, 1), ``eps`` >= 0, ``weight_decay`` >= 0 (a share of ``lr`` per step)."""
+class AdamWOptions(AdamOptions):
+    """As Adam's; ``weight_decay`` is a share of ``lr`` per step."""
 
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
     weight_decay: float = 1e-2
-
-    def __post_init__(self) -> None:
-        check_range("lr", self.lr)
-        check_range("betas", self.betas, count=2, below=1.0)
-        check_range("eps", self.eps)
-        check_range("weight_decay", self.weight_decay)
 
 
 class AdamW(LowBitOptimizer):
@@ -51,11 +44,8 @@ class AdamW(LowBitOptimizer):
         params: parameters, named parameters or groups, as torch takes them; or a module, whose embeddings then keep
             32-bit states (:func:`~nybble.optim.split_embeddings`).
         lr, betas, eps, weight_decay: :class:`AdamWOptions`; a group may have its own.
-        state: what the moments ``exp_avg`` (both signs) and ``exp_avg_sq`` (never negative) are kept in: a preset pair
-            (``state8``, ``state4``), any dynamic quantizer line for both, a mapping with one for each, or None for
-            float32. A group may have its own ``state`` and ``min_size``.
-        min_size: parameters with fewer elements keep float32 states.
-        seed: of stochastic rounding; not used by others.
+        common: ``state``, ``min_size``, ``seed``, ``weights``, ``keep_sign`` (:class:`~nybble.optim._common.Common`).
+            The moments are ``exp_avg`` (both signs) and ``exp_avg_sq`` (never negative).
 
     >>> import torch
     >>> layer = torch.nn.Linear(256, 64)
@@ -76,26 +66,18 @@ class AdamW(LowBitOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        *,
-        state: StateChoice = "state8",
-        min_size: int = 4096,
-        seed: int = 0,
+        **common: Unpack[Common],
     ) -> None:
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, options, state=state, min_size=min_size, seed=seed)
+        super().__init__(params, options, **common)
 
     @staticmethod
     def update(  # noqa: D102
         p: Tensor, grad: Tensor, states: dict[str, Tensor], step: int, options: AdamWOptions
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        beta1, beta2 = options.betas
         if options.weight_decay != 0:
             p = p * (1 - options.lr * options.weight_decay)
-        m = states["exp_avg"].lerp(grad, 1 - beta1)
-        v = (states["exp_avg_sq"] * beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(options.eps)
-        p = p.addcdiv(m, denominator, value=-(options.lr / (1 - beta1**step)))
-        return p, {"exp_avg": m, "exp_avg_sq": v}
+        return adam_step(p, grad, states, step, options)
 
 
 PART = AdamW
