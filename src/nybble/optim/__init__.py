@@ -429,7 +429,9 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         if not self.counts:
             entry.setdefault("step", 1.0)
         found: dict[str, Any] = dict(
-            restore_entry(place, entry, self.shapes(p, options), lines, self.states, p.device, draw if convert else None)
+            restore_entry(
+                place, entry, self.shapes(p, options), lines, self.states, p.device, draw if convert else None
+            )
         )
         if residual is not None and group["weights"] == "residual8":
             found["residual"] = restore_residual(place, residual, p)

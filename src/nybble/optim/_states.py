@@ -32,9 +32,7 @@ def quantizer(line: str) -> Quantizer:
 
 
 # ------------------------------------------------------------------------------------------------------- which one
-def resolve(
-    choice: StateChoice, kinds: Mapping[str, Kind], factors: Collection[str] = ()
-) -> dict[str, str | None]:
+def resolve(choice: StateChoice, kinds: Mapping[str, Kind], factors: Collection[str] = ()) -> dict[str, str | None]:
     """The canonical quantizer line of each state, or None where it stays float32.
 
     Args:
@@ -137,9 +135,7 @@ def check_shape(line: str, shape: tuple[int, ...]) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- codes and back
-def encode(
-    x: Tensor, line: str | None, generator: torch.Generator | None = None, *, keep_sign: bool = False
-) -> Kept:
+def encode(x: Tensor, line: str | None, generator: torch.Generator | None = None, *, keep_sign: bool = False) -> Kept:
     """float32 to codes and scales; zeros come back as zeros, in formats without a zero by a scale of 0.
 
     Li et al. 2023 take ``linear4`` for the second moment because it has no zero, which leaves 0 / 0 to a block that has
