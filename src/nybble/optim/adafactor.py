@@ -34,7 +34,8 @@ class AdafactorOptions:
     def __post_init__(self) -> None:
         check_range("lr", self.lr)
         check_range("weight_decay", self.weight_decay)
-        first, *rest = self.eps if isinstance(self.eps, tuple | list) and self.eps else (self.eps,)
+        given_eps: Any = self.eps
+        first, *rest = given_eps if isinstance(given_eps, tuple | list) and given_eps else (given_eps,)
         check_range("eps (of which the first may be None)", (0.0 if first is None else first, *rest), count=2)
         for name, bound, fits in (("beta2_decay", "<= 0", operator.le), ("d", ">= 1", operator.ge)):
             given: object = getattr(self, name)

@@ -112,11 +112,11 @@ def orthogonal(x: Tensor, options: MuonOptions) -> Tensor:
     """Something like ``U V^T`` of ``x = U S V^T``: its singular values lie around 1 (bfloat16, shape of ``x``)."""
     a, b, c = options.ns_coefficients
     tall = x.size(0) > x.size(1)
-    wide = x.bfloat16().T if tall else x.bfloat16()
+    wide: Tensor = x.bfloat16().T if tall else x.bfloat16()
     wide = wide / wide.norm().clamp(min=options.eps)
     for _ in range(options.ns_steps):
         gram = wide @ wide.T
-        odd = gram.addmm(gram, gram, beta=b, alpha=c)
+        odd: Tensor = gram.addmm(gram, gram, beta=b, alpha=c)
         wide = wide.addmm(odd, wide, beta=a)
     return wide.T if tall else wide
 

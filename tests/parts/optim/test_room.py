@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import nybble.optim
 from nybble.core.errors import FileError, FormatError, GranularityError, NybbleError, SchemeError, UsageError
-from nybble.optim import flatten, split_embeddings, unflatten
+from nybble.optim import NonFiniteWarning, flatten, split_embeddings, unflatten
 from nybble.optim._states import encode
 from nybble.optim.adamw import AdamW
 from nybble.qtensor.block import BlockQTensor
@@ -189,14 +189,15 @@ def test_grad_scaler() -> None:
 def test_what_is_not_finite_stays_alone(bad: float) -> None:
     """Its parameter stays, its states are 0; all others are as without it. (1e30 squared is infinite.)"""
     p, twin = weight(), weight()
-    optimizer, other = stepped(AdamW([p])), stepped(AdamW([twin]))
+    optimizer, other = stepped(AdamW([("w", p)])), stepped(AdamW([twin]))
     gradient = torch.randn(64, 64)
     p.grad, twin.grad = gradient.clone(), gradient.clone()
     p.grad[3, 5] = bad
     before = p[3, 5].item()
-    optimizer.step()
+    with pytest.warns(NonFiniteWarning, match=r"1 element\(s\) of w\. They kept"):
+        optimizer.step()
     other.step()
-    assert p[3, 5].item() == before
+    assert p[3, 5].item() == before and optimizer.set_aside() == {"w": 1} and not other.set_aside()
     p.data[3, 5] = twin.data[3, 5]
     assert torch.equal(p, twin)
     for name in EIGHT:
@@ -204,6 +205,9 @@ def test_what_is_not_finite_stays_alone(bad: float) -> None:
         assert optimizer.state[p][name].dequantize()[3, 5] == 0
         ours[3, 5] = theirs[3, 5]
         assert torch.equal(ours, theirs)
+    p.grad[4, :3] = bad
+    optimizer.step()  # said once; the counts go on
+    assert optimizer.set_aside() == {"w": 5}
 
 
 def test_without_a_quantizer_nan_is_torchs() -> None:
