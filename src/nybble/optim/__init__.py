@@ -22,7 +22,7 @@ from nybble.core.errors import SchemeError, UsageError, within
 from nybble.core.registry import Registry
 from nybble.core.seeds import generator
 from nybble.core.shapes import Float32
-from nybble.optim._common import Common, translate, whole_signature
+from nybble.optim._common import Common, WholeSignature, translate
 from nybble.optim._embeddings import is_wide, split_embeddings
 from nybble.optim._flat import flatten, unflatten
 from nybble.optim._guards import NonFiniteWarning, check_range, finite_only, torch_refusals
@@ -109,10 +109,7 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
     default_min_size: ClassVar[int] = 4096
     bits: ClassVar[int | None] = None
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Spell the common arguments out for whoever asks for the signature."""
-        super().__init_subclass__(**kwargs)
-        cls.__signature__ = whole_signature(cls.__init__, cls._own())  # type: ignore[attr-defined]  # inspect's name
+    __signature__ = WholeSignature()
 
     def __init__(self, params: ParamsT | nn.Module, options: Mapping[str, Any], **common: Unpack[Common]) -> None:
         defaults = {**options, **translate(common, self._own(), self.bits, type(self).__name__)}

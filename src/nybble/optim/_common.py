@@ -129,9 +129,12 @@ def _translated(key: str, value: Any, state: StateChoice, name: str) -> tuple[st
     return "state", f"{state} flat={value} scale_format=float32"
 
 
-def whole_signature(init: Callable[..., Any], own: Mapping[str, Any]) -> inspect.Signature:
-    """The signature of an optimizer with :class:`Common` spelled out; ``own`` has the defaults of ours."""
-    kept = [p for p in inspect.signature(init).parameters.values() if p.kind is not p.VAR_KEYWORD][1:]
-    defaults = {key: own.get(key, FIXED.get(key, (None,))[0]) for key in Common.__annotations__}
-    more = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=default) for k, default in defaults.items()]
-    return inspect.Signature([*kept, *more])
+class WholeSignature:
+    """The signature of an optimizer's class, with :class:`Common` spelled out, for whoever asks ``inspect`` or help."""
+
+    def __get__(self, instance: object, owner: Any) -> inspect.Signature:
+        """Of ``owner``'s constructor."""
+        named = [p for p in inspect.signature(owner.__init__).parameters.values() if p.kind is not p.VAR_KEYWORD][1:]
+        defaults = {key: FIXED.get(key, (None,))[0] for key in Common.__annotations__} | owner._own()
+        kind = inspect.Parameter.KEYWORD_ONLY
+        return inspect.Signature([*named, *(inspect.Parameter(k, kind, default=d) for k, d in defaults.items())])

@@ -52,8 +52,9 @@ class LAMB(LowBitOptimizer):
         p <- p (1 - lr wd) - lr c2 / c1 min(1, max_unorm |p| / |u|) u
         u = m / c1 / (sqrt(v) / c2 + eps) + wd p;  p <- p - lr |p| / |u| u                   max_unorm=None: the paper's
 
-    The paper's ratio is 1 where a norm is 0. With ``state=None`` the first form equals bitsandbytes' ``LAMB32bit`` bit
-    for bit on float32 parameters; their 8-bit LAMB leaves the norms out and is plain AdamW, ours is not.
+    The paper's ratio is 1 where a norm is 0. With ``state=None`` the first form is bitsandbytes' ``LAMB32bit``: bit for
+    bit on float32 parameters where nothing is clipped, and elsewhere but for the last bit of the factor, which they get
+    by a reciprocal. Their 8-bit LAMB leaves the norms out and is plain AdamW, ours is not.
 
     Args:
         params: parameters, named parameters or groups, or a module.
@@ -100,9 +101,9 @@ class LAMB(LowBitOptimizer):
 def _clipped(p: Tensor, m: Tensor, v: Tensor, c: tuple[float, float], decay: float, options: LAMBOptions) -> Tensor:
     assert options.max_unorm is not None
     direction = m / v.sqrt().add_(options.eps * c[1])
-    scale = float(clipped(p, direction, options.max_unorm))
+    scale = clipped(p, direction, options.max_unorm)
     kept = p * (1 - options.lr * decay) if decay else p
-    return kept.add(direction, alpha=-options.lr * c[1] / c[0] * scale)
+    return kept.add(direction, alpha=float(-options.lr * c[1] / c[0] * scale))
 
 
 def _published(p: Tensor, m: Tensor, v: Tensor, c: tuple[float, float], decay: float, options: LAMBOptions) -> Tensor:
