@@ -35,7 +35,7 @@ class StableEmbedding(nn.Embedding):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy's table is marked as well."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's has no types
         mark_wide(self.weight)
 
     def reset_parameters(self) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _MARK = "_nybble_state_in_float32"
 
 
-def mark_wide(p: nn.Parameter) -> None:
+def mark_wide(p: Tensor) -> None:
     """Have the parameter's states kept in float32 by every optimizer of :mod:`nybble.optim`."""
     setattr(p, _MARK, True)
 

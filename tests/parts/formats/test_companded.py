@@ -16,7 +16,7 @@ from nybble.quantizer import Quantizer
 
 def test_tables() -> None:
     signed = [Fraction(k, 127) / (2 - abs(Fraction(k, 127))) for k in range(-127, 128)]
-    assert np.array_equal(get_format("companded8").grid, np.float32([float(v) for v in signed]))
+    assert np.array_equal(get_format("companded8").grid, np.array([float(v) for v in signed], np.float32))
     assert get_format("companded8").values[[0, 127, 254, 255]].tolist() == [-1, 0, 1, 1]
     squares = [float(Fraction(k, 256) ** 2) for k in range(1, 257)]
     assert get_format("ucompanded8").values.tolist() == squares and not get_format("ucompanded8").has_zero

@@ -67,7 +67,7 @@ def test_peers_bit_for_bit(ours: Callable[..., Any], theirs: Any, options: dict[
 
 
 @pytest.mark.parametrize("mode", [{}, {"bias_correction": False}, {"adam_w_mode": False}])
-def test_lamb_as_published(mode: dict[str, bool]) -> None:
+def test_lamb_as_published(mode: dict[str, Any]) -> None:
     """Algorithm 2 in float64 for 10 steps; float32's errors stay below 64 units of its last place."""
     p = nn.Parameter(gradient((20, 30), 5))
     optimizer = LAMB([p], lr=0.05, weight_decay=0.1, max_unorm=None, state=None, **mode)
