@@ -73,7 +73,7 @@ class Parts:
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
             atomic_write_json(folder / REQUEST, request)
         else:
-            _same_request(folder, {**request, **before} if self.assembled else before, request)
+            same_request(folder, {**request, **before} if self.assembled else before, request)
         self.parts.mkdir(exist_ok=True)
 
     @property
@@ -266,7 +266,8 @@ def begun_with(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _same_request(folder: Path, before: dict[str, Any], request: dict[str, Any]) -> None:
+def same_request(folder: Path, before: dict[str, Any], request: dict[str, Any]) -> None:
+    """Raise FileError, naming what differs, unless what began ``folder`` asked for the same as ``request``."""
     was, now = _leaves(before), _leaves(request)
     known = sorted({*was, *now}, key=lambda key: (not key.startswith("settings."), key))  # a scheme may follow of them
     differs = [key for key in known if was.get(key) != now.get(key)]

@@ -42,7 +42,7 @@ def row_record(row: object, place: str, tokenizer: PreTrainedTokenizerBase | Non
     if isinstance(row.get("source"), str) and targets:
         return Record(check_text(row["source"], place), target)
     if isinstance(row.get("messages"), list):
-        return Record(_render(row["messages"], place, tokenizer))
+        return Record(render(row["messages"], place, tokenizer))
     if isinstance(row.get("translation"), Mapping):
         languages = " and ".join(map(str, row["translation"]))
         raise DataError(
@@ -59,14 +59,21 @@ def row_record(row: object, place: str, tokenizer: PreTrainedTokenizerBase | Non
     )
 
 
-def _render(messages: list[Any], place: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+def render(messages: list[Any], place: str, tokenizer: PreTrainedTokenizerBase | None, *, answer: bool = False) -> str:
+    """Chat messages as the tokenizer's template writes them; ``answer``: up to where the assistant's answer begins.
+
+    Raises:
+        DataError: no template, malformed messages, or a template that refuses them.
+    """
     if tokenizer is None or not tokenizer.chat_template:
         lack = "no tokenizer was given" if tokenizer is None else "this model's tokenizer has no chat template"
         raise DataError(f"{place} holds chat messages, and {lack}. Use a chat model, or records with 'text'.")
     if not all(isinstance(message, Mapping) and "role" in message for message in messages):
         raise DataError(f"{place}: each of 'messages' must be an object with 'role' and 'content'.")
     try:
-        return check_text(str(tokenizer.apply_chat_template(messages, tokenize=False)), place)
+        return check_text(
+            str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)), place
+        )
     except DataError:
         raise
     except Exception as error:  # a template is a program of the model's author: it may raise anything

@@ -94,7 +94,7 @@ def token_samples(
     if seq_len < 2:
         raise UsageError(f"a sequence length of {seq_len} leaves no token to predict. Give 2 or more.")
     check_count(samples)
-    windows = _windows(token_stream(source, tokenizer), _starts_with_bos(tokenizer), source, seq_len)
+    windows = _windows(token_stream(source, tokenizer), starts_with_bos(tokenizer), source, seq_len)
     available = windows.shape[0]
     wanted = available if samples is None or (fewer and samples > available) else samples
     if wanted > available:
@@ -126,7 +126,7 @@ def token_stream(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Tens
     return torch.tensor(stream, dtype=torch.int64)
 
 
-def _starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token that this tokenizer puts before any text, if it is its beginning-of-sequence token."""
     first = tokenizer("a")["input_ids"][:1]
     return first if first and first[0] == tokenizer.bos_token_id else []

@@ -27,6 +27,18 @@ def render(data: dict[str, Any]) -> str:
     Raises:
         UsageError: Jinja2 is missing.
     """
+    script = "\n".join(_part(name) for name in SCRIPTS)
+    return fill("page.html.j2", script, context(data))
+
+
+def fill(template: str, script: str, values: dict[str, Any]) -> str:
+    """A template of this folder as a page; errors as of :func:`render`.
+
+    Args:
+        template: the file; it may use ``style``, ``script`` and ``script_hash`` too.
+        script: the only one that the page may run.
+        values: what it shows.
+    """
     try:
         from jinja2 import Environment, StrictUndefined
         from markupsafe import Markup
@@ -34,14 +46,11 @@ def render(data: dict[str, Any]) -> str:
         raise UsageError("the report needs Jinja2: pip install 'nybble[report]'") from error
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    script = "\n".join(_part(name) for name in SCRIPTS)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = environment.from_string(_part("page.html.j2"))
-    page = template.render(
+    page = environment.from_string(_part(template)).render(
         style=Markup(_part("style.css")),  # our own files
         script=Markup(script),
-        script_hash=digest,
-        **context(data),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **values,
     )
     return page.encode("utf-8", "replace").decode()  # JSON may spell half a surrogate pair, which no file can hold
 

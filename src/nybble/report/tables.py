@@ -113,11 +113,12 @@ def metric_table(evaluation: Row) -> tuple[list[str], list[tuple[str, list[str],
     for key in dict.fromkeys(key for name in names for key in models[name]):
         values = [models[name].get(key) for name in names]
         before, after = (models.get(name, {}).get(key) for name in ("float", "quantized"))
-        rows.append((METRICS.get(key, key), [number(value) for value in values], _change(before, after)))
+        rows.append((METRICS.get(key, key), [number(value) for value in values], change(before, after)))
     return [MODELS.get(name, name) for name in names], rows
 
 
-def _change(before: Any, after: Any) -> str:
+def change(before: Any, after: Any) -> str:
+    """The difference of two numbers, and as a share of the first; empty where one is none."""
     if not all(isinstance(v, int | float) and math.isfinite(v) for v in (before, after)):
         return ""
     difference = number(abs(float(after - before)), 3)

@@ -36,11 +36,20 @@ PART = Json()
 
 
 def _documents(src: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Record]:
+    for row, place in json_rows(src):
+        yield row_record(row, place, tokenizer)
+
+
+def json_rows(src: str) -> Iterator[tuple[Any, str]]:
+    """Each record of a file as it is, and where it stands; blank lines are passed over.
+
+    Raises:
+        FileError, DataError: as :func:`nybble.data.files.read_utf8`, or a line that is not JSON.
+    """
     text = read_utf8(src).removeprefix("\ufeff")
     records = _listed(text) if ending(src) == ".json" else None
     if records is not None:
-        for number, row in enumerate(records, start=1):
-            yield row_record(row, f"{src}, record {number}", tokenizer)
+        yield from ((row, f"{src}, record {number}") for number, row in enumerate(records, start=1))
         return
     # Not splitlines(): it also cuts at characters such as U+2028, which JSON strings may hold.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -50,7 +59,7 @@ def _documents(src: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[
             row = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
             raise DataError(f"{src}, line {number} is not JSON: {error}. Each line must be one JSON object.") from None
-        yield row_record(row, f"{src}, line {number}", tokenizer)
+        yield row, f"{src}, line {number}"
 
 
 def _listed(text: str) -> list[Any] | None:

@@ -1,0 +1,255 @@
+"""The loop: transformers' Trainer, made safe to kill.
+
+It also learns of an order of examples that can be gone on with, of losses that are no number, and whom to tell.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from nybble.core.errors import FileError, LearningError, NybbleError
+from nybble.core.files import free_bytes
+from nybble.core.progress import Progress, task
+from nybble.core.seeds import derive_seed, generator
+from nybble.data.instructions import Example, collate
+from nybble.training.optimizers import make_optimizer, state_bytes
+from nybble.training.settings import TrainSettings
+
+STATE = "trainer_state.json"
+
+
+@dataclass
+class Run:
+    """What a run came to.
+
+    Attributes:
+        steps: updates. curve: (update, mean loss of its target tokens).
+        memory: bytes of ``gradients``, ``optimizer states``, and ``kept for backward`` (of one forward); on a GPU also
+            ``peak``, by torch's allocator.
+    """
+
+    steps: int = 0
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
+
+
+def train(model: nn.Module, rows: Sequence[Example], settings: TrainSettings, folder: Path, progress: Progress) -> Run:
+    """Train what wants gradients in ``model``.
+
+    Args:
+        model: on the device it is to train on.
+        rows: examples.
+        settings: sizes, rates, seed; ``resume`` goes on from the last whole checkpoint in ``folder``, if there is one.
+        folder: for ``checkpoints``, and ``logs`` for TensorBoard where that is installed.
+        progress: told after each update.
+
+    Raises:
+        LearningError: a loss that is no number; names the update. FileError: a checkpoint can't be written or read.
+    """
+    checkpoints = folder / "checkpoints"
+    last = last_checkpoint(checkpoints)
+    optimizer = make_optimizer(settings.optimizer, model, settings.lr)
+    trainer = _Loop(
+        model=model,
+        args=_arguments(settings, checkpoints),
+        train_dataset=rows,
+        data_collator=collate,
+        optimizers=(optimizer, None),
+        settings=settings,
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    if (writer := _tensorboard(folder / "logs")) is not None:
+        trainer.add_callback(writer)
+    if settings.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with _quiet(), task(progress, trainer.total, "training"):
+        trainer.add_callback(_Told(progress))
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    memory = {**trainer.memory, "optimizer states": state_bytes(optimizer)}
+    if settings.device == "cuda":
+        memory["peak"] = torch.cuda.max_memory_allocated()
+    curve = [(int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
+    return Run(steps=trainer.state.global_step, curve=curve, memory=memory)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; what a kill left of others is removed. The Trainer writes its state last."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in reversed(found):
+        try:
+            json.loads((path / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+        else:
+            return path
+    return None
+
+
+def _arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
+    word = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"  # before 5.24
+    again: dict[str, Any] = {f"{word}_checkpointing": settings.checkpointing}
+    again[f"{word}_checkpointing_kwargs"] = {"use_reentrant": False}
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulate,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.steps or -1,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=settings.warmup,
+        max_grad_norm=settings.clip,
+        **again,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        seed=derive_seed(settings.seed, "train") % 2**32,
+        use_cpu=settings.device == "cpu",
+        dataloader_pin_memory=settings.device != "cpu",
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # otherwise it copies the model to every GPU that it sees
+    return arguments
+
+
+class _Loop(Trainer):
+    """The Trainer with examples of about one length in an update, and a check of each loss."""
+
+    def __init__(self, *, settings: TrainSettings, **given: Any) -> None:
+        super().__init__(**given)
+        self.settings = settings
+        self.memory: dict[str, int] = {}
+
+    @property
+    def total(self) -> int:
+        """Updates of the whole run."""
+        per_epoch = -(-len(self.get_train_dataloader()) // self.settings.accumulate)
+        return self.settings.steps or self.settings.epochs * per_epoch
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return _ByLength([len(row["labels"]) for row in rows], self.settings)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        kept: dict[int, int] = {}
+        with _counting(model, kept) if not self.memory else nullcontext():
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not loss.isfinite():
+            raise LearningError(
+                f"the loss of update {self.state.global_step + 1} is {loss.item()}; use a smaller lr, or dtype float32."
+            )
+        if not self.memory:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            self.memory["gradients"] = sum(g.numel() * g.element_size() for g in gradients)
+            self.memory["kept for backward"] = sum(kept.values())
+        return loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except NybbleError:
+            raise
+        except Exception as error:  # torch and safetensors each have their own for a disk that is full
+            shutil.rmtree(folder, ignore_errors=True)
+            text = " ".join(str(error).split())[:200]
+            raise FileError(
+                f"{folder} can't be written ({text}); {free_bytes(folder):,} bytes are free there. Free some space and "
+                "go on with --resume."
+            ) from error
+
+
+class _ByLength(Sampler[int]):
+    """Examples of about one length in an update, the longest first; each epoch's order is its own and known ahead."""
+
+    def __init__(self, lengths: list[int], settings: TrainSettings) -> None:
+        self.lengths, self.together, self.seed = lengths, settings.batch * settings.accumulate, settings.seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        order = generator(self.seed, "train", "order", str(self.epoch))
+        grouped: Any = get_length_grouped_indices
+        return iter(grouped(self.lengths, self.together, generator=order))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by whoever counts epochs."""
+        self.epoch = epoch
+
+
+class _Told(TrainerCallback):
+    """Progress, with the newest loss; what an earlier run did counts at once."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self.progress.advance(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self.progress.advance()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+        if logs and "loss" in logs:
+            self.progress.advance(0, f"loss {float(logs['loss']):.4f}")
+
+
+def _tensorboard(folder: Path) -> Any:
+    """A callback that writes logs for TensorBoard, or None without it."""
+    if find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations.integration_utils import TensorBoardCallback
+
+    callback: Any = TensorBoardCallback
+    return callback(SummaryWriter(log_dir=str(folder)))
+
+
+@contextmanager
+def _counting(model: nn.Module, kept: dict[int, int]) -> Iterator[None]:
+    """Note the storages that autograd keeps from forward to backward, but for the model's own."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+
+    def note(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the Trainer's lines of advice: the progress is told by us."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,112 @@
+"""QLoRA: LoRA of PEFT beside frozen, packed weights. Dettmers et al. 2023, arXiv:2305.14314.
+
+A layer gives ``Y = X W + s X A B``, ``s = alpha / rank``, where W is dequantized when it is needed (with gradient
+checkpointing in forward and again in backward, so that one block's is there at a time), B begins at 0, and only A and B
+(float32) get gradients. Norms are frozen: transformers' calculate in float32 what needs it, and their weights stay as
+the base has them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from nybble.core.errors import ModelError, UsageError
+from nybble.core.options import at_least_one
+from nybble.core.seeds import derive_seed, preserve_global_rng
+from nybble.nn.kinds import quant_modules
+from nybble.nn.linear import QuantLinear
+from nybble.training.methods import Method
+
+ALL = "all-linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QloraOptions:
+    """``rank`` and ``alpha`` of every adapter, ``dropout`` of what enters it (0.05 from 33B parameters on).
+
+    ``targets``: names of layers as they end (``q_proj``), or all linear layers but the head.
+    """
+
+    rank: int = 64
+    alpha: float = 16.0
+    dropout: float = 0.1
+    targets: tuple[str, ...] = (ALL,)
+
+    def __post_init__(self) -> None:
+        at_least_one(rank=self.rank)
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"dropout is {self.dropout}; it must be 0 or more and below 1.")
+        if not self.alpha > 0 or not self.targets:
+            raise UsageError("alpha must be above 0, and targets name at least one layer.")
+
+
+class Qlora(Method):
+    """``nybble train qlora``."""
+
+    summary: ClassVar[str] = "LoRA adapters beside frozen weights, packed in NF4 with double quantization"
+    source: ClassVar[str] = "arXiv:2305.14314"
+    options_type: ClassVar[type[Any]] = QloraOptions
+    weights: ClassVar[str | None] = "nf4-bnb-dq"
+    continues: ClassVar[bool] = True
+
+    def needed(self) -> None:
+        """PEFT and accelerate."""
+        missing = [name for name in ("peft", "accelerate") if find_spec(name) is None]
+        if missing:
+            raise UsageError(f"training needs {' and '.join(missing)}: pip install 'nybble[train]'")
+
+    def attach(self, model: nn.Module, options: QloraOptions, start: Path | None, seed: int) -> nn.Module:
+        """As :class:`Method`; a ``start`` brings its own rank, alpha and targets."""
+        import peft
+
+        from nybble.training.adapters import load_adapter, with_adapter
+
+        if not any(isinstance(layer, QuantLinear) for _, layer in quant_modules(model)):
+            raise ModelError(f"no linear layer of this {type(model).__name__} is packed, so there is nothing to adapt.")
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        if start is not None:
+            return load_adapter(model, start, trainable=True)
+        targets = ALL if options.targets == (ALL,) else list(options.targets)
+        config = peft.LoraConfig(
+            r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=targets,
+            task_type="CAUSAL_LM",
+        )  # fmt: skip
+        with preserve_global_rng():
+            torch.manual_seed(derive_seed(seed, "qlora", "A"))
+            return with_adapter(model, config, f"targets {', '.join(options.targets)}")
+
+    def parts(self, model: nn.Module) -> dict[str, int]:
+        """Packed weights, adapters, and what is neither."""
+        packed = {id(t) for _, layer in quant_modules(model) for t in _tensors(layer) if not t.requires_grad}
+        every = {id(t): t for t in _tensors(model)}
+        found = {"adapters": 0, "base, packed": 0, "base, in float": 0}
+        for key, t in every.items():
+            name = "adapters" if t.requires_grad else "base, packed" if key in packed else "base, in float"
+            found[name] += t.numel() * t.element_size()
+        return found
+
+    def save(self, model: nn.Module, folder: Path, base: str) -> None:
+        """A PEFT adapter."""
+        adapted: Any = model
+        adapted.peft_config["default"].base_model_name_or_path = base
+        adapted.save_pretrained(folder, save_embedding_layers=False)
+
+    def merged(self, model: nn.Module) -> nn.Module:
+        """The base with each adapter beside its codes (:class:`~nybble.qtensor.low_rank_sum.LowRankSum`)."""
+        adapted: Any = model
+        merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
+        return merged
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+PART = Qlora()

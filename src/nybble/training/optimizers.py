@@ -1,0 +1,79 @@
+"""An optimizer from a line: its name in :mod:`nybble.optim`, and options."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+import nybble.optim
+from nybble.core.errors import UsageError, did_you_mean
+
+
+def parse_optimizer(line: str) -> tuple[type[Any], dict[str, Any]]:
+    """The class and its options.
+
+    Args:
+        line: ``AdamW``, ``AdamW state=state8 min_size=0``, ``AdamW state='dynamic8 flat=256'``; values are YAML's,
+            ``none`` is None.
+
+    Raises:
+        UsageError: an unknown optimizer or option, or a malformed line.
+    """
+    try:
+        name, *words = shlex.split(line)
+    except ValueError as error:
+        raise UsageError(f"optimizer {line!r}: give a name, and options as NAME=VALUE.") from error
+    kind = None if name.startswith("_") else getattr(nybble.optim, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or inspect.isabstract(kind):
+        known = [part.__name__ for part in nybble.optim.REGISTRY.all().values()]
+        raise UsageError(f"unknown optimizer {name!r}.{did_you_mean(name, known)}")
+    options = read_options(words, f"optimizer {name}")
+    takes = [key for key in inspect.signature(kind).parameters if key not in ("params", "lr")]
+    for key in options:
+        if key not in takes:
+            raise UsageError(f"optimizer {name} has no option {key!r} here.{did_you_mean(key, takes)}")
+    if "weight_decay" in takes:
+        options.setdefault("weight_decay", 0.0)  # adapters and scales aren't to shrink unless that is asked for
+    return kind, options
+
+
+def read_options(words: Iterable[str], where: str) -> dict[str, Any]:
+    """``NAME=VALUE`` words as a mapping, values read as YAML.
+
+    Raises:
+        UsageError: a word that is not of this form.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not key or not equals:
+            raise UsageError(f"{where}: {word!r} is not of the form NAME=VALUE.")
+        try:
+            found[key] = None if text.lower() == "none" else yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"{where}: the value of {word!r} is not YAML.") from error
+    return found
+
+
+def make_optimizer(line: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """The optimizer over the parameters that want gradients, by name; errors of :func:`parse_optimizer` and its own."""
+    kind, options = parse_optimizer(line)
+    wanted = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    made: torch.optim.Optimizer = kind(wanted, lr=lr, **options)
+    return made
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all that an optimizer keeps between steps."""
+    asked = getattr(optimizer, "state_bytes", None)
+    if asked is not None:
+        kept: Mapping[str, int] = asked()
+        return sum(kept.values())
+    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
