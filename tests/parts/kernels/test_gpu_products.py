@@ -154,6 +154,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Callable[[_few_rows.Kind],
         ("nvfp4", (40, 288), 9, torch.bfloat16),
         ("nvfp4-ct", (16, 64), 2, torch.bfloat16),
         ("nf4-bnb-dq", (64, 512), 3, torch.bfloat16),
+        ("float4_e2m1fn group=64 scale=pow2-ratio", (40, 256), 9, torch.bfloat16),  # outer scales, and no addend
         ("int3 group=32", (40, 96), 9, torch.bfloat16),
         ("int2 group=64", (40, 192), 9, torch.float16),
     ],

@@ -136,7 +136,9 @@ int start(Kernel kernel, const Args& g, int blocks, int threads, int bytes, void
 __device__ __forceinline__ float scale_of(const Args& g, uint32_t bits, uint32_t index, const float* table) {
     if (SCALE == F32) return __uint_as_float(bits);
     if (SCALE < CODES) return wide(bits, SCALE == BF16);
-    return SCALE == CODES ? table[bits] : table[bits] * __ldg(g.outer + (index >> g.outer_log)) + __ldg(g.add);
+    if (SCALE == CODES) return table[bits];
+    const float by = g.outer ? __ldg(g.outer + (index >> g.outer_log)) : 1.f;
+    return table[bits] * by + (g.add ? __ldg(g.add) : 0.f);
 }
 
 // Pair P of a piece, looked up in the lane's bank: 2 BITS bits from bit 2 BITS P on, times 128, are its place. The table
