@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 
 import numpy as np
 import torch
@@ -49,11 +49,17 @@ def preserve_global_rng() -> Iterator[None]:
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     cuda = torch.cuda.get_rng_state_all() if in_use else None
+    failed = False
     try:
         yield
+    except BaseException:
+        failed = True
+        raise
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
         if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+            # where a kernel has failed this fails, too, and the first error is the one to see
+            with suppress(RuntimeError) if failed else nullcontext():
+                torch.cuda.set_rng_state_all(cuda)

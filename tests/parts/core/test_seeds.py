@@ -49,3 +49,18 @@ def test_global_state_is_put_back_also_after_an_error(fails: bool) -> None:
     except KeyError:
         pass
     assert _draw() == expected
+
+
+def test_a_broken_device_does_not_hide_what_broke_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a failed kernel the device's random state can't be put back: the first error is what is seen."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", list)
+
+    def refuse(states: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", refuse)
+    with pytest.raises(ZeroDivisionError), preserve_global_rng():
+        raise ZeroDivisionError
+    with pytest.raises(RuntimeError, match="illegal"), preserve_global_rng():
+        pass
