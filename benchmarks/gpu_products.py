@@ -4,10 +4,11 @@
 
 A CUDA graph holds 20 calls or more, each with the next of as many copies of a weight as no cache holds (200 MB); a time
 is the median of its replays over the calls in it. Peers are timed the same way in the same run: torch's bfloat16
-product, its tinygemm (INT4, groups of 128), bitsandbytes' NF4 where it is installed. The floor of a row is what it has
-to read and write over the bandwidth of the quickest large copy, measured first. Every result is compared with float64
-before it is timed: the error is given as a share of the bound that rounding W (with its scale: twice) and y to bfloat16
-and adding in float32 allow. ``--tune`` first times the shapes of the kernels and takes the best ones from there on.
+product, its tinygemm (INT4, groups of 128), bitsandbytes' NF4 and gemlite's INT4 where they are installed. The floor of
+a row is what it has to read and write over the bandwidth of the quickest large copy, measured first. Every result is
+compared with float64 before it is timed: the error is given as a share of the bound that rounding W (with its scale:
+twice) and y to bfloat16 and adding in float32 allow. ``--tune`` first times the shapes of the kernels and takes the
+best ones from there on.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_decode import PEERS, installed
 from torch import Tensor
 from torch.nn import functional
 
@@ -131,24 +134,13 @@ def peers(n: int, k: int, m: int) -> Iterator[tuple[str, float]]:
     x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
     dense = [torch.randn(n, k, dtype=torch.bfloat16, device="cuda") for _ in copies(2 * n * k)]
     yield "bf16", timed([lambda w=w: functional.linear(x, w) for w in dense])  # type: ignore[misc]
-    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
-    scales = torch.rand(k // 128, n, 2, dtype=torch.bfloat16, device="cuda")
-    packed = torch._convert_weight_to_int4pack(codes, 8)
-    tiny = [(packed.clone(), scales.clone()) for _ in copies(n * k / 2)]
-    yield "tinygemm int4 g128", timed([lambda w=w: torch._weight_int4pack_mm(x, w[0], 128, w[1]) for w in tiny])  # type: ignore[misc]
-    try:
-        import bitsandbytes.functional as bnb
-    except ImportError:
-        return
-    weights = [bnb.quantize_4bit(dense[0], quant_type="nf4") for _ in copies(n * k / 2)]
-    yield "bitsandbytes NF4", timed([lambda w=w: _bnb(x, w) for w in weights])  # type: ignore[misc]
-
-
-def _bnb(x: Tensor, weight: Any) -> Tensor:
-    import bitsandbytes
-
-    found: Tensor = bitsandbytes.matmul_4bit(x, weight[0].t(), quant_state=weight[1])
-    return found
+    for name, (package, make) in PEERS.items():
+        if find_spec(package) is not None:
+            try:
+                made = [make(dense[0]) for _ in copies(n * k / 2)]
+                yield name, timed([lambda w=w: w(x) for w in made])  # type: ignore[misc]
+            except (ImportError, RuntimeError, TypeError, ValueError) as error:
+                print(f"{name} for {m} rows: {type(error).__name__}: {error}"[:300], flush=True)
 
 
 def layers(line: str, n: int, k: int) -> tuple[QTensor, list[list[Tensor]], str]:
@@ -362,6 +354,7 @@ def report(begin: float, speeds: Any, found: Any, results: Any, portable: Any, t
         "what": (__doc__ or "").partition("\n")[0], "device": torch.cuda.get_device_name(),
         "copy_bytes_a_second": speeds, "python": platform.python_version(), "torch": torch.__version__,
         "triton": getattr(sys.modules.get("triton"), "__version__", None), "cuda": torch.version.cuda,
+        "installed": installed("bitsandbytes", "gemlite"),
         "seconds": round(time.perf_counter() - begin), "shapes": {str(k): v for k, v in _few_rows.SHAPES.items()},
         "peers": [{"columns_out": n, "rows": m, **{name: round(us, 2) for name, us in us_of.items()}}
                   for (n, m), us_of in found.items()],
