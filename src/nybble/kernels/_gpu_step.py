@@ -10,16 +10,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nybble.kernels._gpu_blocks import divided, divisor, magnitude
+from nybble.kernels._gpu_blocks import divisor, magnitude
 from nybble.kernels._gpu_rules import HOST, decayed, second, updated
 from nybble.kernels._gpu_states import (
-    codes_of,
-    measure_scales,
+    codes_over,
+    place,
     read_codes,
     read_scales,
     read_values,
-    scaled,
+    spread,
+    tops,
     write_codes,
+    write_scales,
 )
 
 (
@@ -38,18 +40,18 @@ def _at(table, row, FIELD: tl.constexpr):
 
 
 @triton.jit
-def _floats(pointer, start, at, inside, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def _floats(pointer, at, inside, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """float32, of a parameter or gradient."""
     if DTYPE == 0:
         data = pointer.to(tl.pointer_type(tl.float32))
         if ALIGNED:
             data = tl.multiple_of(data, 16)
-        x = tl.load(data + start + at, mask=inside, other=0.0)
+        x = tl.load(data + at, mask=inside, other=0.0)
     else:
         data = pointer.to(tl.pointer_type(tl.int16))
         if ALIGNED:
             data = tl.multiple_of(data, 16)
-        bits = tl.load(data + start + at, mask=inside, other=0)
+        bits = tl.load(data + at, mask=inside, other=0)
         if DTYPE == 1:
             x = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
         else:
@@ -92,13 +94,13 @@ def _split(x):
 
 
 @triton.jit
-def _write(table, row, draws, start, at, inside, p, DTYPE: tl.constexpr, WEIGHTS: tl.constexpr, ALIGNED: tl.constexpr):
+def _write(table, row, draws, at, inside, p, DTYPE: tl.constexpr, WEIGHTS: tl.constexpr, ALIGNED: tl.constexpr):
     pointer = _at(table, row, 0)
     if DTYPE == 0:
         data = pointer.to(tl.pointer_type(tl.float32))
         if ALIGNED:
             data = tl.multiple_of(data, 16)
-        tl.store(data + start + at, p, mask=inside)
+        tl.store(data + at, p, mask=inside)
     else:
         data = pointer.to(tl.pointer_type(tl.int16))
         if ALIGNED:
@@ -108,82 +110,92 @@ def _write(table, row, draws, start, at, inside, p, DTYPE: tl.constexpr, WEIGHTS
         elif WEIGHTS == 0:
             bits = _to_bfloat16(p)
         elif WEIGHTS == 1:
-            random = tl.load(draws.to(tl.pointer_type(tl.int32)) + start + at, mask=inside, other=0)
+            random = tl.load(draws.to(tl.pointer_type(tl.int32)) + at, mask=inside, other=0)
             moved = ((p.to(tl.int32, bitcast=True) + random) & -65536).to(tl.float32, bitcast=True)
             bits = _to_bfloat16(tl.where(magnitude(p) < 0x7F800000, moved, p))
         else:
             high, residual = _split(p)
             bits = high.to(tl.int16)
-            beside = _at(table, row, 8).to(tl.pointer_type(tl.int8))
-            tl.store(beside + start + at, residual.to(tl.int8), mask=inside)
-        tl.store(data + start + at, bits, mask=inside)
+            tl.store(_at(table, row, 8).to(tl.pointer_type(tl.int8)) + at, residual.to(tl.int8), mask=inside)
+        tl.store(data + at, bits, mask=inside)
 
 
 @triton.jit
-def _rank1_scale(rows, columns, start, at, inside, width, TILE: tl.constexpr, LONG: tl.constexpr):
-    """The smaller of an element's two factors; LONG: a row is no shorter than a tile."""
-    first = start // width
-    off = (start - first * width).to(tl.int32) + at
-    wide = width.to(tl.int32)
-    if LONG:
-        over = (off >= wide).to(tl.int32)
-        column = off - tl.where(off >= wide, wide, 0)
+def _factors(rows, columns, chunk, width, at, inside, ZERO: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
+    """An element's factors of its row and of its column; ZERO: one of 0 counts as 1."""
+    rows, columns = rows.to(tl.pointer_type(tl.float32)), columns.to(tl.pointer_type(tl.float32))
+    if COLUMNS == 0:
+        row = at // width
+        by_row = tl.load(rows + row, mask=inside, other=1.0)
+        by_column = tl.load(columns + (at - row * width), mask=inside, other=1.0)
     else:
-        over = off // wide
-        column = off - over * wide
-    by_row = tl.load(rows.to(tl.pointer_type(tl.float32)) + first + over, mask=inside, other=1.0)
-    by_column = tl.load(columns.to(tl.pointer_type(tl.float32)) + column, mask=inside, other=1.0)
-    return by_row, by_column
+        ROWS: tl.constexpr = TILE // COLUMNS
+        across = width // COLUMNS
+        r = chunk // across * ROWS + tl.arange(0, ROWS)
+        c = chunk % across * COLUMNS + tl.arange(0, COLUMNS)
+        first = tl.max(tl.reshape(inside.to(tl.int32), (ROWS, COLUMNS)), 1) > 0
+        by_row = spread(tl.load(rows + r, mask=first, other=1.0), COLUMNS, TILE)
+        by_column = tl.reshape(tl.broadcast_to(tl.load(columns + c)[None, :], (ROWS, COLUMNS)), (TILE,))
+    if ZERO:
+        by_row, by_column = divisor(by_row), divisor(by_column)
+    return tl.minimum(by_row, by_column)
 
 
 @triton.jit
 def _decoded(
-    table, row, start, at, left, inside, values, META: tl.constexpr, CODES: tl.constexpr, TILE: tl.constexpr,
-    LONG: tl.constexpr, SHORT: tl.constexpr,
+    table, row, chunk, count, width, at, inside, values, META: tl.constexpr, CODES: tl.constexpr, TILE: tl.constexpr,
+    COLUMNS: tl.constexpr, SHORT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """A state, float32."""
     KIND: tl.constexpr = META[0]
     if KIND == 0:
         return tl.zeros((TILE,), tl.float32)
     elif KIND == 1:
-        data = _at(table, row, CODES).to(tl.pointer_type(tl.float32))
-        return tl.load(data + start + at, mask=inside, other=0.0)
+        return tl.load(_at(table, row, CODES).to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
     else:
-        code = read_codes(_at(table, row, CODES), start, left, META[1], TILE)
+        code = read_codes(_at(table, row, CODES), chunk, count, width, META[1], TILE, COLUMNS, ALIGNED)
         x = read_values(values, code, META)
         if SHORT:  # code 0 is no 0
             x = tl.where(inside, x, 0.0)
         if KIND == 2:
-            return x * read_scales(_at(table, row, CODES + 1), start, left, META[2], TILE)
+            return x * read_scales(_at(table, row, CODES + 1), chunk, count, width, META[2], TILE, COLUMNS, ALIGNED)
         else:
-            r, c = _rank1_scale(
-                _at(table, row, 4), _at(table, row, 5), start, at, inside, _at(table, row, 10), TILE, LONG
-            )
-            return x * tl.minimum(r, c)
+            return x * _factors(_at(table, row, 4), _at(table, row, 5), chunk, width, at, inside, False, TILE, COLUMNS)
+
+
+@triton.jit
+def _top(x, META: tl.constexpr, TILE: tl.constexpr):
+    """Bits of the largest magnitudes: of each block, or of all."""
+    if META[0] == 2:
+        return tops(x, META[2], TILE)
+    else:
+        return tl.max(magnitude(x), 0)
+
+
+@triton.jit
+def _finite(top, META: tl.constexpr):
+    """Whether what has these :func:`_top` is finite."""
+    if META[0] == 2:
+        return tl.max(top, 0) < 0x7F800000
+    else:
+        return top < 0x7F800000
 
 
 @triton.jit
 def _encoded(
-    table, row, start, at, left, inside, x, thresholds, values, codes, META: tl.constexpr, CODES: tl.constexpr,
-    TILE: tl.constexpr, LONG: tl.constexpr,
+    table, row, chunk, count, width, at, inside, x, top, thresholds, values, codes, META: tl.constexpr,
+    CODES: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     KIND: tl.constexpr = META[0]
     if KIND == 1:
-        data = _at(table, row, CODES).to(tl.pointer_type(tl.float32))
-        tl.store(data + start + at, x, mask=inside)
+        tl.store(_at(table, row, CODES).to(tl.pointer_type(tl.float32)) + at, x, mask=inside)
     elif KIND > 1:
         if KIND == 2:
-            scale = measure_scales(_at(table, row, CODES + 1), start, left, x, META, TILE)
-            y = scaled(x, scale, META, TILE)
+            scale = write_scales(_at(table, row, CODES + 1), chunk, count, width, top, META, TILE, COLUMNS)
         else:
-            r, c = _rank1_scale(
-                _at(table, row, 6), _at(table, row, 7), start, at, inside, _at(table, row, 10), TILE, LONG
-            )
-            if META[5]:
-                r, c = divisor(r), divisor(c)
-            y = divided(x, divisor(tl.minimum(r, c)))
-        found = codes_of(y, thresholds, values, codes, META)
-        write_codes(_at(table, row, CODES), start, left, found, META[1], TILE)
+            scale = _factors(_at(table, row, 6), _at(table, row, 7), chunk, width, at, inside, META[5], TILE, COLUMNS)
+        found = codes_over(x, scale, thresholds, values, codes, META, KIND == 2, TILE)
+        write_codes(_at(table, row, CODES), chunk, count, width, found, inside, META[1], TILE, COLUMNS, ALIGNED)
 
 
 @triton.jit
@@ -192,44 +204,47 @@ def step_kernel(
     rate, shrink, wd, b1, a1, b2, a2, root, inverse, eps, initial,
     RULE: tl.constexpr, FORMS: tl.constexpr, ONE: tl.constexpr, TWO: tl.constexpr, DTYPE: tl.constexpr,
     GRADIENT: tl.constexpr, WEIGHTS: tl.constexpr, GUARD: tl.constexpr, DECAY: tl.constexpr, FIRST: tl.constexpr,
-    NESTEROV: tl.constexpr, ALIGNED: tl.constexpr, LONG: tl.constexpr, SHORT: tl.constexpr, TILE: tl.constexpr,
+    NESTEROV: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, SHORT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One tile of one tensor; ``given`` has the addresses of gradients and of random numbers."""
-    KIND1: tl.constexpr = ONE[0]
-    KIND2: tl.constexpr = TWO[0]
+    HELD: tl.constexpr = ONE[0] > 0
     row = tl.load(work + tl.program_id(0) * 2).to(tl.int64)
-    start = tl.load(work + tl.program_id(0) * 2 + 1).to(tl.int64) * TILE
-    left = tl.minimum(_at(table, row, 9) - start, TILE).to(tl.int32)
-    if ALIGNED:
-        left = tl.multiple_of(left, 16)
-    at = tl.arange(0, TILE)
-    inside = at < left
-    g = _floats(tl.load(given + row * 2), start, at, inside, GRADIENT, ALIGNED)
-    before = _floats(_at(table, row, 0), start, at, inside, DTYPE, ALIGNED)
+    chunk = tl.load(work + tl.program_id(0) * 2 + 1).to(tl.int64)
+    count, width = _at(table, row, 9), _at(table, row, 10)
+    at, inside = place(chunk, count, width, 1, TILE, COLUMNS, ALIGNED)
+    g = _floats(tl.load(given + row * 2), at, inside, GRADIENT, ALIGNED)
+    before = _floats(_at(table, row, 0), at, inside, DTYPE, ALIGNED)
     if WEIGHTS == 2:
         beside = _at(table, row, 8).to(tl.pointer_type(tl.int8))
-        before = _joined(before, tl.load(beside + start + at, mask=inside, other=0).to(tl.int32))
-    one = _decoded(table, row, start, at, left, inside, values1, ONE, 1, TILE, LONG, SHORT)
-    two = _decoded(table, row, start, at, left, inside, values2, TWO, 3, TILE, LONG, SHORT)
-    if GUARD:
-        ok = magnitude(g) < 0x7F800000
-        g = tl.where(ok, g, 0.0)
+        before = _joined(before, tl.load(beside + at, mask=inside, other=0).to(tl.int32))
+    m = _decoded(table, row, chunk, count, width, at, inside, values1, ONE, 1, TILE, COLUMNS, SHORT, ALIGNED)
+    v = _decoded(table, row, chunk, count, width, at, inside, values2, TWO, 3, TILE, COLUMNS, SHORT, ALIGNED)
     p, one, two = updated(
-        before, g, one, two, rate, shrink, wd, b1, a1, b2, a2, root, inverse, eps, initial, RULE, FORMS, DECAY, FIRST, NESTEROV,
-        KIND1 > 0,
+        before, g, m, v, rate, shrink, wd, b1, a1, b2, a2, root, inverse, eps, initial, RULE, FORMS, DECAY, FIRST,
+        NESTEROV, HELD,
     )  # fmt: skip
-    if GUARD:
-        if KIND1 > 0:
-            ok = ok & (magnitude(one) < 0x7F800000)
-        if KIND2 > 0:
-            ok = ok & (magnitude(two) < 0x7F800000)
-        one, two, p = tl.where(ok, one, 0.0), tl.where(ok, two, 0.0), tl.where(ok, p, before)
-        aside = tl.sum((inside & (ok == 0)).to(tl.int32), 0)
-        if aside > 0:
+    top1, top2 = _top(one, ONE, TILE), _top(two, TWO, TILE)
+    if GUARD:  # noqa: SIM102 - compiled in; a gradient that isn't finite makes a state that isn't
+        if (_finite(top1, ONE) & _finite(top2, TWO)) == 0:
+            ok = magnitude(g) < 0x7F800000
+            p, one, two = updated(
+                before, tl.where(ok, g, 0.0), m, v, rate, shrink, wd, b1, a1, b2, a2, root, inverse, eps, initial,
+                RULE, FORMS, DECAY, FIRST, NESTEROV, HELD,
+            )  # fmt: skip
+            ok = ok & (magnitude(one) < 0x7F800000) & (magnitude(two) < 0x7F800000)
+            one, two, p = tl.where(ok, one, 0.0), tl.where(ok, two, 0.0), tl.where(ok, p, before)
+            top1, top2 = _top(one, ONE, TILE), _top(two, TWO, TILE)
+            aside = tl.sum((inside & (ok == 0)).to(tl.int32), 0)
             tl.atomic_add(_at(table, row, 11).to(tl.pointer_type(tl.int32)), aside)
-    _write(table, row, tl.load(given + row * 2 + 1), start, at, inside, p, DTYPE, WEIGHTS, ALIGNED)
-    _encoded(table, row, start, at, left, inside, one, thresholds1, values1, codes1, ONE, 1, TILE, LONG)
-    _encoded(table, row, start, at, left, inside, two, thresholds2, values2, codes2, TWO, 3, TILE, LONG)
+    _write(table, row, tl.load(given + row * 2 + 1), at, inside, p, DTYPE, WEIGHTS, ALIGNED)
+    _encoded(
+        table, row, chunk, count, width, at, inside, one, top1, thresholds1, values1, codes1, ONE, 1, TILE, COLUMNS,
+        ALIGNED,
+    )  # fmt: skip
+    _encoded(
+        table, row, chunk, count, width, at, inside, two, top2, thresholds2, values2, codes2, TWO, 3, TILE, COLUMNS,
+        ALIGNED,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -237,48 +252,41 @@ def maxima_kernel(
     table, given, work, values2, wd, b2, a2, initial,
     RULE: tl.constexpr, FORMS: tl.constexpr, TWO: tl.constexpr, DTYPE: tl.constexpr, GRADIENT: tl.constexpr,
     WEIGHTS: tl.constexpr, DECAY: tl.constexpr, FIRST: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, RECTANGLE: tl.constexpr,
 ):  # fmt: skip
-    """The largest new second state of each row and of each column, as bits: of one tile of one matrix."""
-    BITS: tl.constexpr = TWO[1]
-    row = tl.load(work + tl.program_id(0) * 3).to(tl.int64)
-    width = _at(table, row, 10)
-    height = (_at(table, row, 9) // width).to(tl.int32)
-    r = tl.load(work + tl.program_id(0) * 3 + 1) * ROWS + tl.arange(0, ROWS)
-    c0 = tl.load(work + tl.program_id(0) * 3 + 2) * COLUMNS
-    left = width.to(tl.int32) - c0
-    if ALIGNED:
-        left = tl.multiple_of(left, 16)
-        width = tl.multiple_of(width, 16)
-    c = tl.arange(0, COLUMNS)
-    inside = (r[:, None] < height) & (c[None, :] < left)
-    line = r[:, None].to(tl.int64) * width + c0
-    g = _floats(tl.load(given + row * 2), line, c[None, :], inside, GRADIENT, ALIGNED)
-    data = _at(table, row, 3).to(tl.pointer_type(tl.uint8))
-    if BITS == 8:
-        code = tl.load(data + line + c[None, :], mask=inside, other=0).to(tl.int32)
-    else:
-        half = tl.arange(0, COLUMNS // 2)
-        mask = (r[:, None] < height) & (half[None, :] * 2 < left)
-        pair = tl.load(data + line // 2 + half[None, :], mask=mask, other=0).to(tl.int32)
-        code = tl.reshape(tl.join(pair & 15, pair >> 4), (ROWS, COLUMNS))
-    by_row = tl.load(_at(table, row, 4).to(tl.pointer_type(tl.float32)) + r, mask=r < height, other=1.0)
-    by_column = tl.load(_at(table, row, 5).to(tl.pointer_type(tl.float32)) + c0 + c, mask=c < left, other=1.0)
-    two = read_values(values2, code, TWO) * tl.minimum(by_row[:, None], by_column[None, :])
-    ok = magnitude(g) < 0x7F800000
+    """The largest new second state of each row and of each column, as bits: of one rectangle of one matrix.
+
+    RECTANGLE: its columns, below 0 where not all fit.
+    """
+    TILE: tl.constexpr = ROWS * COLUMNS
+    row = tl.load(work + tl.program_id(0) * 2).to(tl.int64)
+    chunk = tl.load(work + tl.program_id(0) * 2 + 1).to(tl.int64)
+    count, width = _at(table, row, 9), _at(table, row, 10)
+    at, inside = place(chunk, count, width, 1, TILE, RECTANGLE, ALIGNED)
+    g = _floats(tl.load(given + row * 2), at, inside, GRADIENT, ALIGNED)
+    code = read_codes(_at(table, row, 3), chunk, count, width, TWO[1], TILE, RECTANGLE, ALIGNED)
+    across = tl.cdiv(width, COLUMNS)
+    r = chunk // across * ROWS + tl.arange(0, ROWS)
+    c = chunk % across * COLUMNS + tl.arange(0, COLUMNS)
+    lines, columns = r * width < count, c < width
+    by_row = tl.load(_at(table, row, 4).to(tl.pointer_type(tl.float32)) + r, mask=lines, other=1.0)
+    by_column = tl.load(_at(table, row, 5).to(tl.pointer_type(tl.float32)) + c, mask=columns, other=1.0)
+    by = tl.minimum(
+        tl.broadcast_to(by_row[:, None], (ROWS, COLUMNS)), tl.broadcast_to(by_column[None, :], (ROWS, COLUMNS))
+    )
+    two = read_values(values2, code, TWO) * tl.reshape(by, (TILE,))
+    ok = inside & (magnitude(g) < 0x7F800000)
     g = tl.where(ok, g, 0.0)
     if DECAY and RULE != 0:
-        p = _floats(_at(table, row, 0), line, c[None, :], inside, DTYPE, ALIGNED)
+        p = _floats(_at(table, row, 0), at, inside, DTYPE, ALIGNED)
         if WEIGHTS == 2:
             beside = _at(table, row, 8).to(tl.pointer_type(tl.int8))
-            p = _joined(p, tl.load(beside + line + c[None, :], mask=inside, other=0).to(tl.int32))
+            p = _joined(p, tl.load(beside + at, mask=inside, other=0).to(tl.int32))
         g = decayed(p, g, wd, RULE, FORMS, DECAY)
     bits = magnitude(second(g, two, b2, a2, initial, RULE, FORMS, FIRST))
-    bits = tl.where(ok & inside & (bits < 0x7F800000), bits, 0)
-    rows = _at(table, row, 6).to(tl.pointer_type(tl.int32))
-    columns = _at(table, row, 7).to(tl.pointer_type(tl.int32))
-    tl.atomic_max(rows + r, tl.max(bits, 1), mask=r < height, sem="relaxed")
-    tl.atomic_max(columns + c0 + c, tl.max(bits, 0), mask=c < left, sem="relaxed")
+    bits = tl.reshape(tl.where(ok & (bits < 0x7F800000), bits, 0), (ROWS, COLUMNS))
+    tl.atomic_max(_at(table, row, 6).to(tl.pointer_type(tl.int32)) + r, tl.max(bits, 1), mask=lines, sem="relaxed")
+    tl.atomic_max(_at(table, row, 7).to(tl.pointer_type(tl.int32)) + c, tl.max(bits, 0), mask=columns, sem="relaxed")
 
 
 @triton.jit

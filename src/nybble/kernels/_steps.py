@@ -107,6 +107,8 @@ def line_refusal(line: str) -> str | None:
         return f"rounding={q.rounding}"
     if q.format.bits not in (4, 8) or q.packing != "dense":
         return "codes of neither 4 nor 8 bits"
+    if q.format.negative_zero is not None and q.rounding != "nearest-even":
+        return f"a minifloat with rounding={q.rounding}"
     if not isinstance(q.scale, AbsMax) or q.floor or q.center or q.raw_scale:
         return "another scale than the largest magnitude"
     if isinstance(q.granularity, Rank1):

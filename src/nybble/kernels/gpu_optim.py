@@ -46,6 +46,8 @@ TILE = 2048
 WARPS = 4
 ROWS, COLUMNS = 32, 128
 """Of a tile whose maxima are taken."""
+RECTANGLES = (256, 128)
+"""Columns that a tile of a matrix may have."""
 DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 _ALIGNED = 16
 
@@ -67,8 +69,8 @@ class Table:
     Attributes:
         members: in the order of rows. places: addresses of parameters and gradients that were written last.
         rows: int64 [tensors, ROW]. given: int64 [tensors, 2]. work: int32 [tiles, 2].
-        maxima: int32 [tiles, 3], tiles of the first pass; factors: int32 [tiles, 2]; tops: int32, raw maxima.
-        aligned: whether all addresses and lengths are multiples of 16. long: whether rows are no shorter than tiles.
+        maxima: int32 [tiles, 2], of the first pass; factors: int32 [tiles, 2]; tops: int32, raw maxima.
+        aligned: whether all addresses and lengths are multiples of 16. columns: of a tile that is a rectangle, else 0.
         short: whether a block ends before the others do.
     """
 
@@ -77,7 +79,7 @@ class Table:
     rows: Tensor
     work: Tensor
     aligned: bool
-    long: bool
+    columns: int
     short: bool
     given: Tensor = field(default_factory=lambda: torch.empty(0))
     given_places: list[int] = field(default_factory=list)
@@ -139,10 +141,12 @@ def _form(line: str | None, name: str, device: torch.device) -> states.Form:
 
 
 def _whole(member: Member, grad: Tensor) -> bool:
-    """Whether 16 bytes at a time can be read: all of a parameter, or of its rows."""
-    pointers = (member.p.data_ptr(), grad.data_ptr())
+    """Whether 16 elements at a time can be read: all of a parameter and its codes, or of their rows."""
     size = member.p.numel() if member.p.dim() != 2 else member.p.shape[1]
-    return size % _ALIGNED == 0 and not any(x % _ALIGNED for x in pointers)
+    if size % _ALIGNED or (member.p.data_ptr() | grad.data_ptr()) % _ALIGNED:
+        return False
+    codes = (x.codes for x in member.kept.values() if isinstance(x, BlockQTensor))
+    return not any(x.data_ptr() % _ALIGNED for x in codes)
 
 
 def _table(spec: Spec, kept: Forms, members: list[Member], places: list[int], aligned: bool) -> Table:
@@ -155,21 +159,31 @@ def _table(spec: Spec, kept: Forms, members: list[Member], places: list[int], al
             _fill(row, state, *((CODES1, SCALE1) if name in FIRST else (CODES2, SCALE2)))
     tops = _add_maxima(rows, spec.device) if kept.rank1 else None
     count, width = rows[:, COUNT], rows[:, WIDTH]
+    columns = _columns(kept, width)
+    tiles = (
+        -(-count // kept.tile) if not columns else -(-(count // width) // (kept.tile // columns)) * (width // columns)
+    )
     table = Table(
         members,
         places,
         torch.from_numpy(rows).to(spec.device),
-        _tiles([-(-count // kept.tile)], spec.device),
+        _tiles(tiles, spec.device),
         aligned,
-        bool((width >= kept.tile).all()),
+        columns,
         bool((count % max(kept.one.meta[2], kept.two.meta[2])).any()),
     )
     if tops is not None:
         height = count // width
         table.tops = tops
-        table.maxima = _tiles([-(-height // ROWS), -(-width // COLUMNS)], spec.device)
-        table.factors = _tiles([-(-(height + width) // TILE)], spec.device)
+        table.maxima = _tiles(-(-height // ROWS) * -(-width // COLUMNS), spec.device)
+        table.factors = _tiles(-(-(height + width) // TILE), spec.device)
     return table
+
+
+def _columns(kept: Forms, width: Any) -> int:
+    """Columns of tiles that are rectangles, where scales are of rows and columns and all widths allow it."""
+    block = kept.one.meta[2] if kept.one.meta[0] == states.BLOCKS else 16
+    return next((c for c in RECTANGLES if kept.rank1 and c >= block and not (width % c).any()), 0)
 
 
 def _fill(row: Any, state: Kept, codes: int, scale: int) -> None:
@@ -196,16 +210,11 @@ def _add_maxima(rows: Any, device: torch.device) -> Tensor:
     return tops
 
 
-def _tiles(counts: list[Any], device: torch.device) -> Tensor:
-    """int32 [tiles, 1 + dims]: a tensor's row, and a tile's place in each dimension, the last one fastest."""
-    total = np.prod(np.stack(counts), 0)
-    row = np.repeat(np.arange(len(total)), total)
-    at = np.arange(len(row)) - np.repeat(np.cumsum(total) - total, total)
-    places = []
-    for count in reversed(counts):
-        places.append(at % count[row])
-        at = at // count[row]
-    return torch.from_numpy(np.stack([row, *reversed(places)], 1).astype(np.int32)).to(device)
+def _tiles(count: Any, device: torch.device) -> Tensor:
+    """int32 [tiles, 2]: a tensor's row in the table, and the number of one of its ``count`` tiles."""
+    row = np.repeat(np.arange(len(count)), count)
+    number = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+    return torch.from_numpy(np.stack([row, number], 1).astype(np.int32)).to(device)
 
 
 def _launch(launch: Launch, kept: Forms, table: Table) -> None:
@@ -222,14 +231,16 @@ def _launch(launch: Launch, kept: Forms, table: Table) -> None:
         maxima_kernel[(len(table.maxima),)](
             table.rows, table.given, table.maxima, two.values, decay, b2, a2, initial, RULE=rule, FORMS=meta,
             TWO=two.meta, DTYPE=dtype, GRADIENT=dtype, WEIGHTS=weights, DECAY=decays, FIRST=first,
-            ALIGNED=table.aligned, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS, **EXACT,
+            ALIGNED=table.aligned, ROWS=ROWS, COLUMNS=COLUMNS,
+            RECTANGLE=COLUMNS if table.columns else -COLUMNS, num_warps=WARPS, **EXACT,
         )  # fmt: skip
     step_kernel[(len(table.work),)](
         table.rows, table.given, table.work, one.values, one.thresholds, one.way.codes, two.values, two.thresholds,
-        two.way.codes, rate, shrink, decay, b1, a1, b2, a2, root, inverse, eps, initial, RULE=rule, FORMS=meta, ONE=one.meta,
-        TWO=two.meta, DTYPE=dtype, GRADIENT=dtype, WEIGHTS=weights, GUARD=spec.guarded, DECAY=decays, FIRST=first,
-        NESTEROV=getattr(options, "nesterov", False), ALIGNED=table.aligned, LONG=table.long, SHORT=table.short, TILE=kept.tile,
-        num_warps=WARPS, **EXACT,
+        two.way.codes, rate, shrink, decay, b1, a1, b2, a2, root, inverse, eps, initial, RULE=rule, FORMS=meta,
+        ONE=one.meta, TWO=two.meta, DTYPE=dtype, GRADIENT=dtype, WEIGHTS=weights, GUARD=spec.guarded,
+        DECAY=decays, FIRST=first,
+        NESTEROV=getattr(options, "nesterov", False), ALIGNED=table.aligned, COLUMNS=table.columns,
+        SHORT=table.short, TILE=kept.tile, num_warps=WARPS, **EXACT,
     )  # fmt: skip
     if kept.rank1:
         assert table.factors is not None
