@@ -224,7 +224,7 @@ def _launch(launch: Launch, kept: Forms, table: Table) -> None:
     rate, shrink, decay, b1, a1, b2, a2, root, inverse, eps, initial = numbers(spec.rule, options, step).all()
     one, two, meta = kept.one, kept.two, found.meta()
     dtype, rule, weights = DTYPES[spec.dtype], RULES.index(spec.rule), WEIGHTS.index(spec.weights)
-    decays, first = options.weight_decay != 0, step == 1
+    decays, first = options.weight_decay != 0, step == 1 and spec.rule in ("sgd", "adagrad")
     if kept.rank1:
         assert table.maxima is not None and table.tops is not None
         table.tops.zero_()

@@ -26,7 +26,7 @@ class Forms:
 
     Attributes:
         lerp: of a weight below 1/2. addcmul: of one tensor twice. square: the same with value=1.
-        addcdiv: with a value. add: with an alpha. div: by a number. sqrt: 0, as IEEE has it, or as MKL's vector library.
+        addcdiv: with a value. add: with an alpha. div: by a number. sqrt: as IEEE has it, or as MKL.
     """
 
     lerp: int
