@@ -235,7 +235,9 @@ def codes_of(y, thresholds, values, codes, META: tl.constexpr):
     """int32, of finite numbers over their scale."""
     GUESS: tl.constexpr = META[3]
     if GUESS == 0:
-        return code_of(y, thresholds, values, codes, META[7], META[8])
+        GRID: tl.constexpr = META[7]
+        CODING: tl.constexpr = META[8]
+        return code_of(y, thresholds, values, codes, GRID, CODING)
     elif GUESS == 5:
         return tl.minimum(tl.maximum(tl.ceil(y * 16.0 - 1.5), 0.0), 15.0).to(tl.int32)  # all of it exact
     else:
