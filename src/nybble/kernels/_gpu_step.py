@@ -36,7 +36,7 @@ NEAREST, STOCHASTIC, RESIDUAL8 = range(3)
 
 @triton.jit
 def _at(table, row, FIELD: tl.constexpr):
-    return tl.load(table + row * 13 + FIELD)
+    return tl.load(table + row * 12 + FIELD)
 
 
 @triton.jit
