@@ -11,6 +11,7 @@ import dataclasses
 import math
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Unpack, overload
 
@@ -25,6 +26,7 @@ from nybble.core.shapes import Float32
 from nybble.optim._common import Common, WholeSignature, translate
 from nybble.optim._embeddings import is_wide, split_embeddings
 from nybble.optim._flat import flatten, unflatten
+from nybble.optim._fused import Fused, find_kernel
 from nybble.optim._guards import NonFiniteWarning, check_range, finite_only, torch_refusals
 from nybble.optim._load import matched_groups, restore_entry, restore_residual, unseal
 from nybble.optim._presets import SUFFIXES, rule_and_suffix
@@ -113,6 +115,7 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
 
     def __init__(self, params: ParamsT | nn.Module, options: Mapping[str, Any], **common: Unpack[Common]) -> None:
         defaults = {**options, **translate(common, self._own(), self.bits, type(self).__name__)}
+        self._fused_off = common.get("fused") is False
         with torch_refusals():
             super().__init__(split_embeddings(params) if isinstance(params, nn.Module) else params, defaults)
 
@@ -256,12 +259,40 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
                     f"{self._name(g, i)} has a sparse gradient; use a dense one (nn.Embedding(sparse=False)), or "
                     "torch.optim.SparseAdam for it."
                 )
+        fused = self._fused()
         with torch.no_grad():
-            for g, i, p in due:
+            for g, i, p in fused.take(self, due, options):
                 self._update(g, i, p, options[g])
-        if all(count.device.type == "cpu" for count in self._counts().values()):
+        if not fused.waits() and all(count.device.type == "cpu" for count in self._counts().values()):
             self._warn()  # elsewhere the step would wait for the device
         return loss
+
+    def _fused(self) -> Fused:
+        """The steps by kernels; of this object alone, no part of its state."""
+        fused: Fused = self.__dict__.setdefault("_fused_steps", Fused())
+        return fused
+
+    def kernels(self) -> list[dict[str, Any]]:
+        """Who steps what: a kernel, or the rule by torch's operators. The numbers are the same.
+
+        Returns:
+            a row for what is alike: ``parameters``, how many; ``states``, name to quantizer line (None: float32);
+            ``device``; ``kernel``, its name, or None; ``reason``, why there is none.
+        """
+        rows: Counter[tuple[Any, ...]] = Counter()
+        for g, group in enumerate(self.param_groups):
+            options = self._options(group)
+            for p in group["params"]:
+                lines = self._lines(group, p, options)
+                why, spec = self._fused().judge(self, g, p, lines)
+                kernel = find_kernel(p.device) if why is None else None
+                why = why or (kernel.number_refusal(spec.rule, options) if kernel else None)
+                kernel = None if why else kernel
+                rows[tuple(lines.items()), str(p.device), kernel.name(spec) if kernel else None, why or ""] += 1
+        return [
+            {"parameters": count, "states": dict(lines), "device": device, "kernel": kernel, "reason": why}
+            for (lines, device, kernel, why), count in rows.most_common()
+        ]
 
     def _update(self, g: int, i: int, p: Tensor, options: Any) -> None:
         group, state = self.param_groups[g], self.state[p]
@@ -295,13 +326,18 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         if p.dtype != torch.bfloat16 or group["weights"] == "nearest":
             p.copy_(moved)
         elif group["weights"] == "stochastic":
-            draw = generator(group["seed"], "optim", f"{g}.{i}", "weights", str(step), device=p.device)
-            p.copy_(stochastic_bfloat16(moved, draw))
+            p.copy_(stochastic_bfloat16(moved, self._weight_generator(g, i, step)))
         else:
             weight, residual = split24(moved)
             p.copy_(weight)
             return {"residual": residual}
         return {}
+
+    def _weight_generator(self, g: int, i: int, step: int) -> torch.Generator:
+        """The stream by which a parameter is rounded stochastically after a step."""
+        group = self.param_groups[g]
+        device = group["params"][i].device
+        return generator(group["seed"], "optim", f"{g}.{i}", "weights", str(step), device=device)
 
     def _counts(self) -> dict[str, Tensor]:
         """Elements set aside, by parameter; of this object alone, no part of its state."""
@@ -330,7 +366,9 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
 
     def set_aside(self) -> dict[str, int]:
         """Elements that steps have left out so far because they weren't finite, by parameter; those with any."""
-        counts = {name: int(count) for name, count in self._counts().items()}
+        counts = self._fused().set_aside()
+        for name, count in self._counts().items():
+            counts[name] = counts.get(name, 0) + int(count)
         return {name: count for name, count in counts.items() if count}
 
     def _generator(self, g: int, i: int, name: str, step: int, line: str | None) -> torch.Generator | None:

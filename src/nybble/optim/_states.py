@@ -195,10 +195,10 @@ def from_saved(saved: object, shape: tuple[int, ...], device: torch.device) -> t
     kept: Kept
     line = None
     if isinstance(saved, Tensor) and saved.is_floating_point():
-        kept = saved.detach().to(device, torch.float32)
+        kept = saved.detach().to(device, torch.float32, copy=True)  # a step writes into it
     elif isinstance(saved, Mapping) and isinstance(saved.get("quantizer"), str) and isinstance(saved.get("spec"), dict):
         q = Quantizer(saved["quantizer"])
-        made = from_spec(saved["spec"], {k: t.to(device) for k, t in saved.items() if isinstance(t, Tensor)})
+        made = from_spec(saved["spec"], {k: t.to(device, copy=True) for k, t in saved.items() if isinstance(t, Tensor)})
         if not isinstance(made, BlockQTensor) or (made.format, made.granularity) != (q.format, q.granularity):
             raise FileError(f"it was saved as {q}, and its description says otherwise: {saved['spec']}.")
         kept, line = made, str(q)

@@ -58,9 +58,13 @@ def join24(weight: Tensor, residual: Tensor) -> Tensor:
     return torch.where(x.isfinite(), joined.view(torch.float32), x)
 
 
+def random_bits(x: Tensor, generator: torch.Generator) -> Tensor:
+    """What :func:`stochastic_bfloat16` adds below the bits that stay: int32 of the shape of ``x``, 0 .. 2**16 - 1."""
+    return torch.randint(0, 1 << 16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
+
+
 def stochastic_bfloat16(x: Tensor, generator: torch.Generator) -> Tensor:
     """float32 to one of the two neighbouring bfloat16 numbers, up with the share of the way there; exact ones stay."""
     bits = x.contiguous().view(torch.int32)
-    draw = torch.randint(0, 1 << 16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
-    moved = ((bits + draw) & -0x10000).view(torch.float32)
+    moved = ((bits + random_bits(x, generator)) & -0x10000).view(torch.float32)
     return torch.where(x.isfinite(), moved, x).to(torch.bfloat16)

@@ -71,6 +71,49 @@ struct Rounding {
     int32_t carry, emax;  // of powers of two: what is added to the bits of the magnitude, and taken off its exponent
 };
 
+// How a state of an optimizer is kept, and how the weights of bfloat16 are written.
+enum StateKind { ABSENT = 0, WIDE = 1, BLOCKS = 2, RANK1 = 3 };
+enum StepRule { ADAMW = 0, ADAM = 1, SGD = 2, LION = 3, RMSPROP = 4, ADAGRAD = 5 };
+enum WeightsWay { NEAREST = 0, STOCHASTIC = 1, RESIDUAL8 = 2 };
+
+// One state's codes: of 4 or 8 bits, blocks of so many, a value each; codes by cells of the upper 16 bits of a number:
+// the upper byte from the cell's edge on, the lower one before.
+struct StateForm {
+    int64_t kind, bits, block, reciprocal, zero;
+    const float *values, *edges;
+    const uint16_t* codes;
+    float target;
+};
+
+// fresh: factors of rows, then of columns, that are being measured.
+struct StepTensor {
+    void* p;
+    const void* g;
+    void* codes[2];  // or a state in float32
+    float* scales[2];
+    float* columns;
+    int8_t* residual;
+    const int32_t* draws;
+    int32_t* aside;
+    float* fresh;
+    int64_t count, width;
+};
+
+// A step of all tensors; work: a tensor and its first element, of so many items of `stretch` elements, in chunks.
+struct StepJob {
+    const StepTensor* tensors;
+    const int64_t* work;
+    void (*root_of)(int, const float*, float*, int64_t);
+    StateForm one, two;
+    int64_t count, items, stretch, chunk, rule, dtype, weights, guard, decays, first, nesterov, root_mode, forms[7];
+    float rate, shrink, decay, b1, a1, b2, a2, root, inverse, eps, initial;
+};
+
+inline void raise(int32_t* place, int32_t value) {
+    int32_t found = __atomic_load_n(place, __ATOMIC_RELAXED);
+    while (found < value && !__atomic_compare_exchange_n(place, &found, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+}
+
 // What decoder_body.inc has.
 struct DecoderMath {
     void (*round_all)(int64_t, float*, int64_t);
@@ -153,6 +196,7 @@ namespace portable {
 #include "packed_body.inc"
 #include "inputs_body.inc"
 #include "decoder_body.inc"
+#include "step_body.inc"
 }
 #undef ISA
 
@@ -168,6 +212,7 @@ namespace avx2 {
 #include "packed_body.inc"
 #include "inputs_body.inc"
 #include "decoder_body.inc"
+#include "step_body.inc"
 }
 #undef ISA
 #if defined(__clang__)
@@ -183,6 +228,7 @@ namespace avx512 {
 #include "packed_body.inc"
 #include "inputs_body.inc"
 #include "decoder_body.inc"
+#include "step_body.inc"
 }
 #undef ISA
 #if defined(__clang__)
@@ -274,6 +320,7 @@ void work(void* given) {
 #include "inputs.inc"
 #include "integers.inc"
 #include "decoder.inc"
+#include "step.inc"
 
 }  // namespace
 
@@ -474,5 +521,31 @@ int nybble_decode(const Decoder* given, float* x, int64_t m, int64_t position, i
     for (int64_t j = 0; j < m && !failed; ++j) math->normalize(d.dtype, d.last, d.eps, x + j * d.width, d.width, x + j * d.width);
     free(room);
     return failed;
+}
+
+// A step of all tensors of a launch, in place; 0, or 1 where there is no memory, and then some may have been stepped.
+int nybble_step(const StepJob* job, int64_t threads, int64_t isa, Parallel parallel) {
+    StepPart step = portable::step_chunk, maxima = portable::maxima_of;
+#ifdef X86
+    const int use = isa < best() ? (int)isa : best();
+    if (use == 3) step = avx512::step_chunk, maxima = avx512::maxima_of;
+    else if (use == 2) step = avx2::step_chunk, maxima = avx2::maxima_of;
+#endif
+    const bool rank1 = job->two.kind == RANK1;
+    for (int pass = rank1 ? 0 : 1; pass < 2; ++pass) {
+        StepWork work = {job, pass ? step : maxima, 0, 0};
+        if (threads > 1 && parallel && job->items > 1) parallel(step_part, &work, (unsigned)threads, 0);
+        else step_part(&work);
+        if (work.failed) return 1;
+    }
+    for (int64_t i = 0; rank1 && i < job->count; ++i) {
+        const StepTensor& x = job->tensors[i];
+        const int64_t height = x.count / x.width;
+        for (int64_t j = 0; j < height + x.width; ++j) {
+            const float top = job->two.zero && x.fresh[j] == 0 ? 1 : x.fresh[j];
+            (j < height ? x.scales[1] + j : x.columns + j - height)[0] = top;
+        }
+    }
+    return 0;
 }
 }

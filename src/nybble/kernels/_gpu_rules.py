@@ -1,0 +1,127 @@
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""The update rules of :mod:`nybble.optim` inside a Triton kernel, in the order of operations that torch has.
+
+torch's own operators contract a product and a sum into one rounding here and there, otherwise on a GPU than on a CPU;
+``FORMS`` (:mod:`nybble.optim._forms`) says where, so that the bits are those of the rule on the same device.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from nybble.kernels._gpu import INTERPRETED
+from nybble.kernels._gpu_blocks import divided
+
+HOST: tl.constexpr = tl.constexpr(INTERPRETED)
+ADAMW, ADAM, SGD, LION, RMSPROP, ADAGRAD = range(6)
+
+
+@triton.jit
+def _fused(a, b, c):
+    """``a b + c``, rounded once; the interpreter's own is rounded twice."""
+    if HOST:
+        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
+
+
+@triton.jit
+def _sum(a, b, c, FUSED: tl.constexpr):
+    """``a b + c``."""
+    if FUSED:
+        return _fused(a, b, c)
+    else:
+        return a * b + c
+
+
+@triton.jit
+def _plus(number, b, c, FUSED: tl.constexpr):
+    """``number b + c``."""
+    return _sum(tl.full(c.shape, number, tl.float32), b, c, FUSED)
+
+
+@triton.jit
+def _add_squares(x, g, by, HOW: tl.constexpr):
+    """``x.addcmul(g, g, value=by)``."""
+    if HOW < 2:
+        return _sum(g * by, g, x, HOW == 1)
+    else:
+        return _plus(by, g * g, x, HOW == 3)
+
+
+@triton.jit
+def _add_quotients(x, a, b, by, HOW: tl.constexpr):
+    """``x.addcdiv(a, b, value=by)``."""
+    if HOW == 0:
+        return divided(a * by, b) + x
+    else:
+        return _plus(by, divided(a, b), x, HOW == 2)
+
+
+@triton.jit
+def _sign(x):
+    return (x > 0).to(tl.float32) - (x < 0).to(tl.float32)
+
+
+@triton.jit
+def second(g, two, b2, a2, start, RULE: tl.constexpr, FORMS: tl.constexpr, FIRST: tl.constexpr):
+    """The new mean (or sum) of squares, of a gradient with its decay."""
+    if RULE == 5:
+        if FIRST:
+            two = two + start
+        return _sum(g, g, two, FORMS[2])
+    else:
+        return _add_squares(two * b2, g, a2, FORMS[1])
+
+
+@triton.jit
+def decayed(p, g, wd, RULE: tl.constexpr, FORMS: tl.constexpr, DECAY: tl.constexpr):
+    """The gradient of a rule whose decay goes through it."""
+    if DECAY and RULE != 0 and RULE != 3:
+        return _plus(wd, p, g, FORMS[4])
+    else:
+        return g
+
+
+@triton.jit
+def updated(
+    p, g, one, two, rate, shrink, wd, b1, a1, b2, a2, root, inverse, eps, start,
+    RULE: tl.constexpr, FORMS: tl.constexpr, DECAY: tl.constexpr, FIRST: tl.constexpr, NESTEROV: tl.constexpr,
+    HELD: tl.constexpr,
+):  # fmt: skip
+    """New parameter and states, float32; HELD: whether there is a first state."""
+    g = decayed(p, g, wd, RULE, FORMS, DECAY)
+    if DECAY and (RULE == 0 or RULE == 3):
+        p = p * shrink
+    if RULE == 0 or RULE == 1:
+        one = _plus(a1, g - one, one, FORMS[0])
+        two = second(g, two, b2, a2, start, RULE, FORMS, FIRST)
+        below = tl.math.sqrt_rn(two)
+        if FORMS[5]:
+            below = below * inverse
+        else:
+            below = divided(below, tl.full(below.shape, root, tl.float32))
+        p = _add_quotients(p, one, below + eps, rate, FORMS[3])
+    elif RULE == 2:
+        if FIRST or not HELD:
+            one = g
+        else:
+            one = _plus(a1, g, one * b1, FORMS[4])
+        towards = one
+        if NESTEROV:
+            towards = _plus(b1, one, g, FORMS[4])
+        p = _plus(rate, towards, p, FORMS[4])
+    elif RULE == 3:
+        towards = _sign(_plus(a1, g, one * b1, FORMS[4]))
+        one = _plus(a2, g, one * b2, FORMS[4])
+        p = _plus(rate, towards, p, FORMS[4])
+    else:
+        two = second(g, two, b2, a2, start, RULE, FORMS, FIRST)
+        below = tl.math.sqrt_rn(two) + eps
+        if RULE == 4 and HELD:
+            one = divided(g, below) + one * b1
+            p = _plus(rate, one, p, FORMS[4])
+        else:
+            p = _add_quotients(p, g, below, rate, FORMS[3])
+    return p, one, two

@@ -1,0 +1,302 @@
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""A state's codes and scales inside a Triton kernel: float32 and back, one tile of a flattened tensor at a time.
+
+The code of a number is how many thresholds are not above it. Maps of 8 bits are so regular that the nearest threshold
+is known but for some rounding of the guess, which changes nothing: one comparison with that threshold decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nybble.formats import get_format
+from nybble.kernels._gpu import INTERPRETED
+from nybble.kernels._gpu_blocks import divided, divisor, magnitude
+from nybble.kernels._gpu_grids import ADDER, WHOLE, Way, code_of, way
+from nybble.ops.rounding import decode_table
+
+HOST: tl.constexpr = tl.constexpr(INTERPRETED)
+ABSENT, WIDE, BLOCKS, RANK1 = range(4)
+"""How a state is kept: not at all, in float32, with a scale a block of neighbours, by rows and columns."""
+GENERAL, DECADES, DECADES_ABOVE_0, COMPANDED, COMPANDED_ABOVE_0, SIXTEENTHS = range(6)
+"""How the code of a number is found: as any format's, or by a guess (dynamic maps, companded ones, linear4)."""
+_GUESSED = {
+    "dynamic8": DECADES,
+    "udynamic8": DECADES_ABOVE_0,
+    "dynamic4": DECADES,
+    "udynamic4": DECADES_ABOVE_0,
+    "companded8": COMPANDED,
+    "ucompanded8": COMPANDED_ABOVE_0,
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a kernel keeps one state.
+
+    Attributes:
+        meta: what is compiled in: kind, bits, elements of a block, how codes are found, whether a reciprocal is
+            multiplied with, whether a scale of 0 becomes 1, what the largest magnitude is mapped to, and of
+            :class:`~nybble.kernels._gpu_grids.Way` the grid and the coding.
+        values: float32, of each code. thresholds: float32, ascending, -Inf before them for a guess. way: of the format.
+    """
+
+    meta: tuple[Any, ...]
+    values: Tensor
+    thresholds: Tensor
+    way: Way
+
+
+@lru_cache(maxsize=256)
+def form_of(
+    kind: int, fmt: str, block: int, rounding: str, reciprocal: bool, target: float, device: torch.device
+) -> Form:
+    """Of a format of 4 or 8 bits; ABSENT and WIDE take any."""
+    found, given = way(fmt, rounding, device), get_format(fmt)
+    in_order = bool((given.grid_codes == np.arange(len(given.grid))).all())
+    guess = _GUESSED.get(fmt, GENERAL) if in_order else GENERAL
+    if fmt == "linear4" and rounding == "half-down":
+        guess = SIXTEENTHS
+    meta = (kind, given.bits, block, guess, reciprocal, given.has_zero, float(target), found.grid, found.coding)
+    thresholds = found.thresholds
+    if guess not in (GENERAL, SIXTEENTHS):  # a guess may be the place before the first one, which nothing is below
+        thresholds = torch.cat([thresholds.new_full((1,), -torch.inf), thresholds])
+    return Form(meta, decode_table(fmt, device), thresholds, found)
+
+
+def regular(fmt: str, rounding: str) -> bool:
+    """Whether a code is found without a search among many thresholds."""
+    kind = way(fmt, rounding, torch.device("cpu")).grid[0]
+    return kind in (ADDER, WHOLE) or fmt in _GUESSED or get_format(fmt).bits <= 4
+
+
+@triton.jit
+def spread(x, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """[TILE / BLOCK], one number for each block, as [TILE]."""
+    return tl.reshape(tl.broadcast_to(x[:, None], (TILE // BLOCK, BLOCK)), (TILE,))
+
+
+@triton.jit
+def place(chunk, count, width, UNIT: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where runs of UNIT elements lie, in such runs, and which of them there are: of the tile ``chunk`` of a tensor.
+
+    Tiles are neighbours in memory, or, where COLUMNS are given, rectangles of a matrix that ``width`` is cut into;
+    below 0 the last of these is cut short.
+    """
+    if COLUMNS == 0:
+        left = tl.minimum(count - chunk * TILE, TILE).to(tl.int32)
+        if ALIGNED:
+            left = tl.multiple_of(left, 16)
+        k = tl.arange(0, TILE // UNIT)
+        return chunk * (TILE // UNIT) + k, k * UNIT < left
+    else:
+        WIDE: tl.constexpr = COLUMNS if COLUMNS > 0 else -COLUMNS
+        across = tl.cdiv(width, WIDE)
+        k = tl.arange(0, TILE // UNIT)
+        r = chunk // across * (TILE // WIDE) + k // (WIDE // UNIT)
+        c = chunk % across * (WIDE // UNIT) + k % (WIDE // UNIT)
+        inside = r * width < count
+        if COLUMNS > 0:
+            return r * (across * (WIDE // UNIT)) + c, inside
+        else:
+            return r * (width // UNIT) + c, inside & (c * UNIT < width)
+
+
+@triton.jit
+def read_codes(
+    pointer, chunk, count, width, BITS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """int32 [TILE]."""
+    data = pointer.to(tl.pointer_type(tl.uint8))
+    if ALIGNED:
+        data = tl.multiple_of(data, 16)
+    at, inside = place(chunk, count, width, 8 // BITS, TILE, COLUMNS, ALIGNED)
+    found = tl.load(data + at, mask=inside, other=0).to(tl.int32)
+    if BITS == 4:
+        found = tl.reshape(tl.join(found & 15, found >> 4), (TILE,))
+    return found
+
+
+@triton.jit
+def write_codes(
+    pointer, chunk, count, width, codes, inside, BITS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The inverse; half a byte behind the last code is 0."""
+    data = pointer.to(tl.pointer_type(tl.uint8))
+    if ALIGNED:
+        data = tl.multiple_of(data, 16)
+    at, there = place(chunk, count, width, 8 // BITS, TILE, COLUMNS, ALIGNED)
+    if BITS == 4:
+        if not ALIGNED:
+            codes = tl.where(inside, codes, 0)
+        low, high = tl.split(tl.reshape(codes, (TILE // 2, 2)))
+        codes = low | (high << 4)
+    tl.store(data + at, codes.to(tl.uint8), mask=there)
+
+
+@triton.jit
+def read_scales(
+    pointer, chunk, count, width, BLOCK: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """float32 [TILE]: the scale of each element's block."""
+    at, inside = place(chunk, count, width, BLOCK, TILE, COLUMNS, False)
+    scale = tl.load(pointer.to(tl.pointer_type(tl.float32)) + at, mask=inside, other=1.0)
+    return spread(scale, BLOCK, TILE)
+
+
+@triton.jit
+def tops(x, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """int32 [TILE / BLOCK]: bits of the largest magnitude of each block."""
+    return tl.max(tl.reshape(magnitude(x), (TILE // BLOCK, BLOCK)), 1)
+
+
+@triton.jit
+def write_scales(pointer, chunk, count, width, top, META: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Scales of blocks by their :func:`tops`, stored; float32 [TILE / BLOCK]."""
+    TARGET: tl.constexpr = META[6]
+    scale = top.to(tl.float32, bitcast=True)
+    if TARGET != 1.0:
+        scale = divided(scale, tl.full(scale.shape, TARGET, tl.float32))
+    if META[5]:
+        scale = divisor(scale)
+    at, inside = place(chunk, count, width, META[2], TILE, COLUMNS, False)
+    tl.store(pointer.to(tl.pointer_type(tl.float32)) + at, scale, mask=inside)
+    return scale
+
+
+@triton.jit
+def _power_of_two(x):
+    """2 to a small power, to 20 bits or so: a guess needs no more, and no care for subnormal numbers."""
+    if HOST:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def _nearest_in_decades(y, FIRST: tl.constexpr, BITS: tl.constexpr):
+    """Which threshold of a dynamic map of 8 or 4 bits is nearest to y, within [-1, 1]; 1 is the first one, 0 before it.
+
+    The decade of |y| comes from its bits, which are a logarithm but for less than a tenth of a power of two: at its
+    ends a decade may as well be taken for its neighbour, by up to one of the lower one's steps.
+    """
+    a = tl.abs(y)
+    LEAST: tl.constexpr = 870548090 if BITS == 8 else 981385955  # bits of 10**-7, of 10**-3
+    STEPS: tl.constexpr = (20.083571662769224 if BITS == 8 else 6.795859283219775) + FIRST
+    decade = tl.minimum((tl.maximum(a.to(tl.int32, bitcast=True) - LEAST, 0) >> 9) * 155 >> 23, BITS - 2)
+    steps = _power_of_two(decade.to(tl.float32) * -2.321928094887362 + STEPS)
+    base = ((decade + (127 + FIRST)) << 23).to(
+        tl.float32, bitcast=True
+    )  # steps: 10**(BITS - 2) 2**FIRST / 0.9 / 5**decade
+    if FIRST:
+        return (a * steps + (base * 0.8888888889 - 0.5)).to(tl.int32)
+    else:
+        MIDDLE: tl.constexpr = 128.0 if BITS == 8 else 8.0
+        found = a * steps + (base * 0.8888888889 - 0.5)
+        minus = y.to(tl.int32, bitcast=True) & -2147483648
+        return ((found.to(tl.int32, bitcast=True) | minus).to(tl.float32, bitcast=True) + MIDDLE).to(tl.int32)
+
+
+@triton.jit
+def _nearest_companded(y, ABOVE_0: tl.constexpr):
+    if ABOVE_0:
+        at = (tl.sqrt(y) * 256.0).to(tl.int32)
+        return tl.minimum(tl.maximum(at, 1), 255)
+    else:
+        at = (y * 254.0 / (1.0 + tl.abs(y)) + 128.0).to(tl.int32)
+        return tl.minimum(tl.maximum(at, 1), 254)
+
+
+@triton.jit
+def _nearest(y, META: tl.constexpr):
+    """Which threshold is nearest to y; 0 stands for one below all."""
+    GUESS: tl.constexpr = META[3]
+    if GUESS == 1:
+        return _nearest_in_decades(y, 0, META[1])
+    elif GUESS == 2:
+        return _nearest_in_decades(y, 1, META[1])
+    elif GUESS == 3:
+        return _nearest_companded(y, False)
+    else:
+        return _nearest_companded(y, True)
+
+
+@triton.jit
+def codes_of(y, thresholds, values, codes, META: tl.constexpr):
+    """int32, of finite numbers over their scale."""
+    GUESS: tl.constexpr = META[3]
+    if GUESS == 0:
+        GRID: tl.constexpr = META[7]
+        CODING: tl.constexpr = META[8]
+        return code_of(y, thresholds, values, codes, GRID, CODING)
+    elif GUESS == 5:
+        return tl.minimum(tl.maximum(tl.ceil(y * 16.0 - 1.5), 0.0), 15.0).to(tl.int32)  # all of it exact
+    else:
+        at = _nearest(y, META)
+        return at - (y < tl.load(thresholds + at)).to(tl.int32)
+
+
+@triton.jit
+def _quick_codes(y, thresholds, META: tl.constexpr):
+    """Codes of quotients that are right but for 2^-22 of them, and whether one may decide otherwise."""
+    if META[3] == 5:
+        z = y * 16.0 - 1.5
+        near = (z + 12582912.0) - 12582912.0
+        code = tl.minimum(tl.maximum(near + (z > near).to(tl.float32), 0.0), 15.0).to(tl.int32)
+        return code, (tl.abs(z - near) > 7.62939453125e-06) == 0
+    else:
+        at = tl.minimum(tl.maximum(_nearest(y, META), 0), (1 << META[1]) - 1)
+        edge = tl.load(thresholds + at)
+        return at - (y < edge).to(tl.int32), (tl.abs(y - edge) > tl.abs(y) * 4.76837158203125e-07) == 0
+
+
+@triton.jit
+def _reciprocal(x):
+    """But for an ulp."""
+    if HOST:
+        return divided(tl.full(x.shape, 1.0, tl.float32), x)
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def codes_over(x, scale, thresholds, values, codes, META: tl.constexpr, PER_BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """int32 [TILE], of ``x / scale``; scales of elements, or PER_BLOCK. No quotient where an estimate decides too."""
+    by = divisor(scale)
+    if PER_BLOCK:
+        inverse = tl.minimum(divided(tl.full(by.shape, 1.0, tl.float32), by), 3.4028234663852886e38)
+        if META[4]:
+            return codes_of(x * spread(inverse, META[2], TILE), thresholds, values, codes, META)
+        small = by < 7.52316384526264e-37
+    wide = spread(by, META[2], TILE) if PER_BLOCK else by
+    if META[3] == 0:
+        return codes_of(divided(x, wide), thresholds, values, codes, META)
+    else:
+        if PER_BLOCK:
+            found, unsure = _quick_codes(x * spread(inverse, META[2], TILE), thresholds, META)
+            any_unsure = tl.max(unsure.to(tl.int32), 0) + tl.max(small.to(tl.int32), 0)
+        else:
+            found, unsure = _quick_codes(x * _reciprocal(by), thresholds, META)
+            any_unsure = tl.max((unsure | (by < 7.52316384526264e-37)).to(tl.int32), 0)
+        if any_unsure > 0:
+            found = codes_of(divided(x, wide), thresholds, values, codes, META)
+        return found
+
+
+@triton.jit
+def read_values(values, codes, META: tl.constexpr):
+    """float32, of codes."""
+    GUESS: tl.constexpr = META[3]
+    if GUESS == 5:
+        return (codes + 1).to(tl.float32) * 0.0625
+    else:
+        return tl.load(values + codes)
