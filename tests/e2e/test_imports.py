@@ -94,7 +94,8 @@ print(json.dumps([early, loaded, late, after, codes]))
 """
 
 
-CPU = [f"nybble.kernels.{name}" for name in ("cpu", "cpu_inputs", "cpu_products", "cpu_integers", "cpu_decoding")]
+NAMES = ("cpu", "cpu_inputs", "cpu_products", "cpu_integers", "cpu_decoding", "cpu_optim")
+CPU = [f"nybble.kernels.{name}" for name in NAMES]
 
 
 def test_kernels_wait_for_the_first_use_of_their_device() -> None:

@@ -128,7 +128,7 @@ def _rank1_refusal(spec: Spec, name: str, line: str) -> str | None:
         return "scales of rows and columns of a momentum"
     if spec.dims != 2 or not spec.even:
         return "rows and columns of other than matrices of an even number of columns"
-    return None if (q.scale.target or q.format.absmax) == 1.0 and not q.reciprocal else "scales that are divided"
+    return None if target_of(line) == 1.0 and not q.reciprocal else "scales that are divided"
 
 
 def target_of(line: str) -> float:

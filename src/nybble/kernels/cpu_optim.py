@@ -124,7 +124,7 @@ class Steps:
 
 
 def _chunk(one: _Form, two: _Form) -> int:
-    return max(_CHUNK, one.block, two.block)
+    return max(_CHUNK, int(one.block), int(two.block))
 
 
 def forms_of(spec: Spec) -> tuple[_Form, _Form]:

@@ -31,6 +31,8 @@ class Common(TypedDict, total=False):
         min_8bit_size: bitsandbytes' name of ``min_size``.
         block_size: torchao's; elements that share a scale.
         bf16_stochastic_round: torchao's name of ``weights="stochastic"``.
+        fused: False leaves every step to the rule, by torch's operators; otherwise a kernel steps what it fits, with
+            the same bits, and writes states in place (:meth:`LowBitOptimizer.kernels` says which).
     """
 
     state: StateChoice
@@ -58,7 +60,6 @@ FIXED: dict[str, tuple[object, ...]] = {
     "amsgrad": (False, None),
     "maximize": (False, None),
     "foreach": (None, False),
-    "fused": (None, False),
     "capturable": (False, None),
     "differentiable": (False, None),
     "args": (None,),
@@ -67,6 +68,8 @@ FIXED: dict[str, tuple[object, ...]] = {
     "is_paged": (False,),
 }
 """Arguments of others and the values that mean what is done here."""
+SWITCHES: dict[str, tuple[object, ...]] = {"fused": (None, True, False)}
+"""Those of others that mean something here, beside what :func:`translate` gives."""
 
 _ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "min_8bit_size": ("min_size", lambda size: size),
@@ -91,8 +94,8 @@ def translate(given: Mapping[str, Any], own: Mapping[str, Any], bits: int | None
     for key, value in given.items():
         if key in own:
             continue
-        if key in FIXED:
-            if not any(value is legal or (type(value) is type(legal) and value == legal) for legal in FIXED[key]):
+        if (legal_ones := (FIXED | SWITCHES).get(key)) is not None:
+            if not any(value is legal or (type(value) is type(legal) and value == legal) for legal in legal_ones):
                 raise UsageError(f"{name} has no {key}={value!r}; leave it out, or use the library's that has it.")
             continue
         if key not in (*_ALIASES, "optim_bits", "block_size"):

@@ -52,12 +52,13 @@ class Member:
     """A parameter that a kernel steps.
 
     Attributes:
-        p: the parameter. entry: of the optimizer's state. kept: its states, as they were when this was made.
+        p: the parameter. shape: its. entry: of the optimizer's state. kept: its states, when this was made.
         residual: int8, beside a bfloat16, or None. count: address of an int32, of elements set aside.
         signature: of its group, when this was made.
     """
 
     p: Tensor
+    shape: torch.Size
     entry: dict[str, Any]
     kept: dict[str, Kept]
     residual: Tensor | None
@@ -66,10 +67,14 @@ class Member:
     signature: object
     refused: str | None = None
 
-    def current(self, entry: object, signature: object) -> bool:
-        """Whether all of this is still so."""
+    def current(self, p: Tensor, entry: object, signature: object) -> bool:
+        """Whether all of this is still so: a parameter may have been cast, moved or given other memory."""
         return (
-            entry is self.entry
+            p is self.p
+            and p.dtype == self.spec.dtype
+            and p.device == self.spec.device
+            and p.shape == self.shape
+            and entry is self.entry
             and signature == self.signature
             and len(self.entry) == 1 + len(self.kept) + (self.residual is not None)
             and all(self.entry.get(name) is kept for name, kept in self.kept.items())
@@ -91,7 +96,7 @@ class Launch:
     members: Sequence[Member]
     grads: Sequence[Tensor]
     draws: Sequence[Tensor] | None
-    held: dict[str, Any]
+    held: dict[Any, Any]
 
 
 class Kernel(Protocol):
@@ -140,19 +145,20 @@ class Fused:
     """The steps by kernels of one optimizer; not part of its state."""
 
     members: dict[tuple[int, int], Member] = field(default_factory=dict)
-    held: dict[tuple[Spec, int], dict[str, Any]] = field(default_factory=dict)
+    held: dict[tuple[Spec, int], dict[Any, Any]] = field(default_factory=dict)
     counts: list[tuple[Tensor, list[str]]] = field(default_factory=list)
     slots: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def take(self, optimizer: Any, due: Sequence[Due], options: Sequence[Any]) -> list[Due]:
         """Step what kernels can; what they can't comes back."""
-        rest, launches = [], {}
+        rest: list[Due] = []
+        launches: dict[tuple[Spec, int, int], list[Any]] = {}
         signatures: dict[int, object] = {}
         for g, i, p in due:
             if g not in signatures:
                 signatures[g] = _signature(optimizer, g, p, options[g])
             member, entry = self.members.get((g, i)), optimizer.state.get(p)
-            if member is None or member.p is not p or not member.current(entry, signatures[g]):
+            if member is None or not member.current(p, entry, signatures[g]):
                 member = self._made(optimizer, g, i, p, options[g], signatures[g])
             grad = p.grad
             assert grad is not None
@@ -185,16 +191,15 @@ class Fused:
     # ------------------------------------------------------------------------------------------------- one parameter
     def _made(self, optimizer: Any, g: int, i: int, p: Tensor, options: Any, signature: object) -> Member:
         """What is known of a parameter from now on; its states are made where there are none."""
-        group, entry = optimizer.param_groups[g], optimizer.state.get(p, {})
+        group, entry = optimizer.param_groups[g], optimizer.state[p]  # in the order of parameters
         lines = optimizer._lines(group, p, options)
         why, spec = self.judge(optimizer, g, p, lines)
         if why is None:
             why = _state_refusal(entry, lines, p, spec)
         if why is not None:
-            member = Member(p, entry, {}, None, 0, spec, signature, why)
+            member = Member(p, p.shape, entry, {}, None, 0, spec, signature, why)
             self.members[g, i] = member
             return member
-        entry = optimizer.state[p]
         shapes = optimizer.shapes(p, options)
         kept = {
             name: entry[name] if name in entry else encode(p.new_zeros(shape, dtype=torch.float32), lines[name])
@@ -207,7 +212,7 @@ class Fused:
         entry.clear()
         entry.update(step=step, **kept, **more)
         count = self._slot(optimizer, g, i, p.device)
-        self.members[g, i] = Member(p, entry, kept, more.get("residual"), count, spec, signature)
+        self.members[g, i] = Member(p, p.shape, entry, kept, more.get("residual"), count, spec, signature)
         return self.members[g, i]
 
     def judge(self, optimizer: Any, g: int, p: Tensor, lines: Mapping[str, str | None]) -> tuple[str | None, Spec]:
@@ -268,6 +273,8 @@ def _signature(optimizer: Any, g: int, p: Tensor, options: Any) -> object:
 
 
 def _unfit(p: Tensor, grad: Tensor) -> bool:
+    if not p.is_contiguous():
+        return True
     return type(grad) is not Tensor or grad.dtype != p.dtype or grad.device != p.device or not grad.is_contiguous()
 
 

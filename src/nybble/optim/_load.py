@@ -99,7 +99,7 @@ def restore_residual(place: str, saved: object, p: Tensor) -> Sealed:
     if not isinstance(saved, Tensor) or saved.dtype != torch.int8 or saved.shape != p.shape:
         found = f"{saved.dtype} {list(saved.shape)}" if isinstance(saved, Tensor) else type(saved).__name__
         raise FileError(f"{place}: residual: int8 of shape {list(p.shape)} belongs here; found {found}.")
-    return Sealed(saved.detach().to(p.device))
+    return Sealed(saved.detach().to(p.device, copy=True))  # a step writes into it
 
 
 def _converted(
