@@ -12,6 +12,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any, ClassVar, Unpack, overload
 
 import torch
@@ -27,7 +28,8 @@ from nybble.optim._embeddings import is_wide, split_embeddings
 from nybble.optim._flat import flatten, unflatten
 from nybble.optim._guards import NonFiniteWarning, check_range, finite_only, torch_refusals
 from nybble.optim._load import matched_groups, restore_entry, restore_residual, unseal
-from nybble.optim._presets import SUFFIXES, rule_and_suffix
+from nybble.optim._paged import Copies, copies_for, in_turn, is_paged
+from nybble.optim._presets import PAGED, SUFFIXES, paged, rule_and_suffix
 from nybble.optim._states import (
     Kind,
     StateChoice,
@@ -60,20 +62,28 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Optimizers by class name: ``AdamW`` is the part ``adamw``, ``AdamW8bit`` that with the states of ``state8``."""
-    rule, suffix = rule_and_suffix(name)
+    """Optimizers by class name: ``AdamW`` is the part ``adamw``, ``AdamW8bit`` that with the states of ``state8``.
+
+    ``PagedAdamW8bit`` is ``AdamW8bit`` whose states are paged.
+    """
+    plain = name.removeprefix(PAGED)
+    rule, suffix = rule_and_suffix(plain)
     key = rule.lower()
     part = REGISTRY.get(key) if key in REGISTRY.names() else None
     if part is None or part.__name__ != rule:
         raise AttributeError(f"module 'nybble.optim' has no attribute {name!r}")
     if suffix:
-        globals()[name] = part = SUFFIXES[suffix].applied(part, name)
+        made = globals().get(plain) or SUFFIXES[suffix].applied(part, plain)
+        globals()[plain] = part = made
+    if name != plain:
+        globals()[name] = part = paged(part, name)
     return part
 
 
 def preset_names() -> list[str]:
-    """Every optimizer with the states of a preset: ``AdamW8bit``, ``AdamW4bit``, ``AdamWFp8`` ..."""
-    return sorted(part.__name__ + suffix for part in REGISTRY.all().values() for suffix in SUFFIXES)
+    """Every optimizer with the states of a preset: ``AdamW8bit``, ``AdamW4bit``, ``PagedAdamWFp8`` ..."""
+    plain = [part.__name__ + suffix for part in REGISTRY.all().values() for suffix in SUFFIXES]
+    return sorted((*plain, *(PAGED + name for name in plain)))
 
 
 class LowBitOptimizer(torch.optim.Optimizer, ABC):
@@ -89,7 +99,7 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
             32-bit states (:func:`~nybble.optim.split_embeddings`).
         options: the rule's.
         common: :class:`~nybble.optim._common.Common`: ``state``, ``min_size``, ``seed``, ``weights``, ``keep_sign``,
-            and what torch, bitsandbytes and torchao call these.
+            ``is_paged``, and what torch, bitsandbytes and torchao call these.
 
     Attributes:
         states: the rule's states and whether one is ``signed`` or ``nonnegative``; all that it may ever keep.
@@ -98,6 +108,7 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         counts: whether the twin's state dicts have the number of steps; ours always do.
         default_state: where none is said; presets have others.
         default_min_size: where none is said.
+        default_is_paged: where nothing is said.
         bits: that a preset's name says; None for rules.
     """
 
@@ -107,6 +118,7 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
     counts: ClassVar[bool] = True
     default_state: ClassVar[StateChoice] = "state8"
     default_min_size: ClassVar[int] = 4096
+    default_is_paged: ClassVar[bool] = False
     bits: ClassVar[int | None] = None
 
     __signature__ = WholeSignature()
@@ -120,7 +132,7 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
     def _own(cls) -> dict[str, Any]:
         """The common arguments by our names, and their defaults."""
         kept = {"state": cls.default_state, "min_size": cls.default_min_size, "seed": 0}
-        return {**kept, "weights": "nearest", "keep_sign": False}
+        return {**kept, "weights": "nearest", "keep_sign": False, "is_paged": cls.default_is_paged}
 
     @staticmethod
     @abstractmethod
@@ -196,6 +208,8 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         """The rule's options of a group, checked."""
         check_range("min_size", group["min_size"], whole=True)
         check_range("seed", group["seed"], whole=True)
+        if not isinstance(group["is_paged"], bool):
+            raise UsageError(f"is_paged is True or False; got {group['is_paged']!r}.")
         for switch in ("maximize", "amsgrad", "capturable", "differentiable"):
             if group.get(switch):
                 raise SchemeError(f"{type(self).__name__} has no {switch}; leave it out, or use torch.optim's.")
@@ -256,8 +270,11 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
                     f"{self._name(g, i)} has a sparse gradient; use a dense one (nn.Embedding(sparse=False)), or "
                     "torch.optim.SparseAdam for it."
                 )
+        far = [(g, i, p) for g, i, p in due if self.param_groups[g]["is_paged"] and is_paged(p)]
+        apart = {p for _, _, p in far}
         with torch.no_grad():
-            for g, i, p in due:
+            near = [one for one in due if one[2] not in apart]
+            for g, i, p in chain(near, in_turn(far, self.state, self._copies)):
                 self._update(g, i, p, options[g])
         if all(count.device.type == "cpu" for count in self._counts().values()):
             self._warn()  # elsewhere the step would wait for the device
@@ -302,6 +319,13 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
             p.copy_(weight)
             return {"residual": residual}
         return {}
+
+    def _copies(self, device: torch.device) -> Copies:
+        """What copies paged states to a device and back; of this object alone, no part of its state."""
+        made: dict[torch.device, Copies] = self.__dict__.setdefault("_copies_of", {})
+        if device not in made:
+            made[device] = copies_for(device)
+        return made[device]
 
     def _counts(self) -> dict[str, Tensor]:
         """Elements set aside, by parameter; of this object alone, no part of its state."""
@@ -362,6 +386,7 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         self._warn()
         saved: dict[str, Any] = super().state_dict()
         for own, group in zip(self.param_groups, saved["param_groups"], strict=True):
+            del group["is_paged"]  # where states are isn't what they are
             options = self._options(own)
             for p, index in zip(own["params"], group["params"], strict=True):
                 if index in saved["state"]:
@@ -393,7 +418,7 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
     def _restored(self, saved: dict[str, Any], convert: bool) -> dict[str, Any]:
         groups, states = [], {}
         for g, (own, theirs) in enumerate(matched_groups(self.param_groups, saved)):
-            ours = {key: own[key] for key in ("state", "min_size", "weights", "keep_sign")}
+            ours = {key: own[key] for key in ("state", "min_size", "weights", "keep_sign", "is_paged")}
             groups.append({**{key: value for key, value in own.items() if key != "params"}, **theirs, **ours})
             options = self._options(groups[-1])
             for i, (index, p) in enumerate(zip(theirs["params"], own["params"], strict=True)):
@@ -417,6 +442,8 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         def draw(name: str) -> Any:
             return self._generator(g, i, name, 0, lines[name])
 
+        paged_out = group["is_paged"] and is_paged(p) and not convert
+        device = torch.device("cpu") if paged_out else p.device
         residual = entry.pop("residual", None)
         if residual is not None and group["weights"] != "residual8" and not convert:
             raise SchemeError(
@@ -426,10 +453,8 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         if not self.counts:
             entry.setdefault("step", 1.0)
         found: dict[str, Any] = dict(
-            restore_entry(
-                place, entry, self.shapes(p, options), lines, self.states, p.device, draw if convert else None
-            )
+            restore_entry(place, entry, self.shapes(p, options), lines, self.states, device, draw if convert else None)
         )
         if residual is not None and group["weights"] == "residual8":
-            found["residual"] = restore_residual(place, residual, p)
+            found["residual"] = restore_residual(place, residual, p, device)
         return found

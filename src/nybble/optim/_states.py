@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
 from typing import Any, Literal
 
@@ -178,6 +178,15 @@ def decode(kept: Kept, kind: Kind, device: torch.device) -> Tensor:
     kept = kept if kept.codes.device == device else kept.to(device)
     values = kept.dequantize()
     return values.clamp_min(0) if kind == "nonnegative" else values
+
+
+def each_tensor(kept: Kept, move: Callable[[Tensor], Tensor]) -> Kept:
+    """The state with each of its tensors moved."""
+    if isinstance(kept, Tensor):
+        return move(kept)
+    made = from_spec(kept.spec(), {name: move(t) for name, t in kept.tensors().items()})
+    assert isinstance(made, BlockQTensor)
+    return made
 
 
 # ------------------------------------------------------------------------------------------------- in a state dict
