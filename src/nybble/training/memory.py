@@ -70,14 +70,14 @@ class _Allocator:
         return stats.get("requested_bytes.all.current", allocated), allocated, peak
 
 
-class _Storages(TorchDispatchMode):
+class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Storages that operations make while this is on, and those that are brought, until they are let go of.
 
     What an operation takes and frees inside itself isn't seen.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held, self.most, self.known = 0, 0, weakref.WeakValueDictionary[int, Any]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -35,7 +35,7 @@ def test_every_byte_has_its_part(name: str) -> None:
     """But a loss of 4 bytes, the ids that the caller holds, and a count of 8 for each quantized parameter."""
     model = tiny_model(dtype=torch.float32).train()
     size = sum(p.numel() for p in model.parameters())
-    kind = torch.optim.AdamW if name == "torch" else getattr(nybble.optim, name)
+    kind: Any = torch.optim.AdamW if name == "torch" else getattr(nybble.optim, name)
     optimizer = kind(model.parameters(), **({} if name in ("torch", "AdamW32bit") else {"min_size": 0}))
     moments = moments_of(model, optimizer)
     assert [moment.name for moment in moments] == ["before", "forward", "backward", "step", "cleared"]
