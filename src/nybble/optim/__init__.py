@@ -30,6 +30,7 @@ from nybble.optim._guards import NonFiniteWarning, check_range, finite_only, tor
 from nybble.optim._load import matched_groups, restore_entry, restore_residual, unseal
 from nybble.optim._paged import Copies, copies_for, in_turn, is_paged
 from nybble.optim._presets import PAGED, SUFFIXES, paged, rule_and_suffix
+from nybble.optim._sharded import gathered, is_cut, local, local_gradient, span, spread
 from nybble.optim._states import (
     Kind,
     StateChoice,
@@ -105,6 +106,7 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         states: the rule's states and whether one is ``signed`` or ``nonnegative``; all that it may ever keep.
         factors: those of them that are small; one line for all states leaves them in float32.
         options_type: frozen dataclass of the rule's options, which checks them; its fields are keys of the groups.
+        elementwise: whether an element's step looks at no other element; the rule then serves shards of parameters.
         counts: whether the twin's state dicts have the number of steps; ours always do.
         default_state: where none is said; presets have others.
         default_min_size: where none is said.
@@ -115,6 +117,7 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
     states: ClassVar[dict[str, Kind]]
     factors: ClassVar[tuple[str, ...]] = ()
     options_type: ClassVar[type[Any]]
+    elementwise: ClassVar[bool] = True
     counts: ClassVar[bool] = True
     default_state: ClassVar[StateChoice] = "state8"
     default_min_size: ClassVar[int] = 4096
@@ -199,7 +202,12 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
                 check_weights(group["weights"], p.dtype)
                 if (why := self.refusal(p)) is not None:
                     raise UsageError(f"{type(self).__name__}: {why}")
-                shapes = self.shapes(p, options)
+                if not self.elementwise and is_cut(p):
+                    raise UsageError(
+                        f"{type(self).__name__} looks at whole tensors, and this one is sharded ({span(p)}). Use a "
+                        "rule of single elements (AdamW, Adam, Lion, SGD, RMSprop, Adagrad), or leave it replicated."
+                    )
+                shapes = self.shapes(local(p), options)
                 for name, line in self._lines(group, p, options).items():
                     if line is not None:
                         check_shape(line, shapes[name])
@@ -281,18 +289,17 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         return loss
 
     def _update(self, g: int, i: int, p: Tensor, options: Any) -> None:
-        group, state = self.param_groups[g], self.state[p]
+        group, state, mine = self.param_groups[g], self.state[p], local(p)
         lines, step = self._lines(group, p, options), int(state["step"]) + 1 if state else 1
         old = {
             name: decode(state[name], self.states[name], p.device)
             if name in state
-            else p.new_zeros(shape, dtype=torch.float32)
-            for name, shape in self.shapes(p, options).items()
+            else mine.new_zeros(shape, dtype=torch.float32)
+            for name, shape in self.shapes(mine, options).items()
         }
-        assert p.grad is not None
         rule = finite_only(self.update, self._reporter(self._name(g, i))) if any(lines.values()) else self.update
-        before = join24(p.detach(), state["residual"]) if "residual" in state else p.detach().float()
-        moved, new = rule(before, p.grad.float(), old, step, options)
+        before = join24(mine, state["residual"]) if "residual" in state else mine.float()
+        moved, new = rule(before, local_gradient(p).float(), old, step, options)
         kept: dict[str, Any] = {
             name: encode(
                 x,
@@ -302,7 +309,7 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
             )
             for name, x in new.items()
         }
-        kept |= self._write(g, i, p, moved, step)
+        kept |= self._write(g, i, mine, moved, step)
         state.clear()
         state.update(step=torch.tensor(float(step)), **kept)
 
@@ -312,7 +319,7 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         if p.dtype != torch.bfloat16 or group["weights"] == "nearest":
             p.copy_(moved)
         elif group["weights"] == "stochastic":
-            draw = generator(group["seed"], "optim", f"{g}.{i}", "weights", str(step), device=p.device)
+            draw = generator(group["seed"], "optim", self._stream(g, i), "weights", str(step), device=p.device)
             p.copy_(stochastic_bfloat16(moved, draw))
         else:
             weight, residual = split24(moved)
@@ -362,7 +369,11 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         if line is None or not get_rounding(quantizer(line).rounding).stochastic:
             return None
         group = self.param_groups[g]
-        return generator(group["seed"], "optim", f"{g}.{i}", name, str(step), device=group["params"][i].device)
+        return generator(group["seed"], "optim", self._stream(g, i), name, str(step), device=group["params"][i].device)
+
+    def _stream(self, g: int, i: int) -> str:
+        """What tells a parameter's random numbers from others', and those of its shards."""
+        return f"{g}.{i}{span(self.param_groups[g]['params'][i])}"
 
     # -------------------------------------------------------------------------------------------- saving and loading
     def state_bytes(self) -> dict[str, int]:
@@ -391,7 +402,7 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
             for p, index in zip(own["params"], group["params"], strict=True):
                 if index in saved["state"]:
                     entry, lines = saved["state"][index].items(), self._lines(own, p, options)
-                    saved["state"][index] = {name: to_saved(x, lines.get(name)) for name, x in entry}
+                    saved["state"][index] = {name: spread(to_saved(x, lines.get(name)), p) for name, x in entry}
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any], *, convert: bool = False) -> None:
@@ -437,7 +448,10 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         self, g: int, i: int, p: Tensor, entry: dict[str, Any], options: Any, convert: bool
     ) -> dict[str, Any]:
         group, place = self.param_groups[g], self._name(g, i)
-        lines = self._lines(group, p, options)
+        lines, mine = self._lines(group, p, options), local(p)
+        for name, value in entry.items():
+            with within(f"{place}: {name}"):
+                entry[name] = gathered(value, p)
 
         def draw(name: str) -> Any:
             return self._generator(g, i, name, 0, lines[name])
@@ -453,8 +467,10 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         if not self.counts:
             entry.setdefault("step", 1.0)
         found: dict[str, Any] = dict(
-            restore_entry(place, entry, self.shapes(p, options), lines, self.states, device, draw if convert else None)
+            restore_entry(
+                place, entry, self.shapes(mine, options), lines, self.states, device, draw if convert else None
+            )
         )
         if residual is not None and group["weights"] == "residual8":
-            found["residual"] = restore_residual(place, residual, p, device)
+            found["residual"] = restore_residual(place, residual, mine, device)
         return found
