@@ -93,7 +93,7 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
     Works as torch's do: closures, groups, schedulers, hooks, GradScaler; a parameter without a gradient is left alone.
     Parameters are float32, float16 or bfloat16; the update is float32 and rounded to the parameter's dtype. Where a
     state is quantized, an element whose gradient (or new state) is NaN or infinite keeps its value and its states start
-    again from 0, as in bitsandbytes, so that it doesn't take its block along.
+    again from 0, as in bitsandbytes, so that it doesn't take its block along; and with factored states not its row.
 
     Args:
         params: parameters, named parameters or groups, as torch takes them; or a module, whose embeddings then keep
@@ -254,7 +254,8 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
             the closure's loss.
 
         Raises:
-            UsageError: a sparse gradient, or an option out of range; no parameter has changed then.
+            UsageError: a gradient that is sparse or not of floating point, a parameter without numbers (meta), or an
+                option out of range; no parameter has changed then.
         """
         if closure is not None and not callable(closure):
             raise UsageError(
@@ -278,6 +279,12 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
                     f"{self._name(g, i)} has a sparse gradient; use a dense one (nn.Embedding(sparse=False)), or "
                     "torch.optim.SparseAdam for it."
                 )
+            if not p.grad.is_floating_point():
+                raise UsageError(
+                    f"{self._name(g, i)} has a gradient of {p.grad.dtype}; floating-point ones are served."
+                )
+            if p.is_meta:
+                raise UsageError(f"{self._name(g, i)} is on the meta device, which holds no numbers; load it first.")
         far = [(g, i, p) for g, i, p in due if self.param_groups[g]["is_paged"] and is_paged(p)]
         apart = {p for _, _, p in far}
         with torch.no_grad():
@@ -297,7 +304,9 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
             else mine.new_zeros(shape, dtype=torch.float32)
             for name, shape in self.shapes(mine, options).items()
         }
-        rule = finite_only(self.update, self._reporter(self._name(g, i))) if any(lines.values()) else self.update
+        # a factor is of a whole row, which one element would take along
+        guarded = any(lines.values()) or (self.factors and any(group["state"].values()))
+        rule = finite_only(self.update, self._reporter(self._name(g, i))) if guarded else self.update
         before = join24(mine, state["residual"]) if "residual" in state else mine.float()
         moved, new = rule(before, local_gradient(p).float(), old, step, options)
         kept: dict[str, Any] = {

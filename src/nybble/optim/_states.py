@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nybble.core.errors import FileError, SchemeError, UsageError, did_you_mean, within
 from nybble.granularity.rank1 import Rank1
@@ -203,7 +203,7 @@ def from_saved(saved: object, shape: tuple[int, ...], device: torch.device) -> t
     """
     kept: Kept
     line = None
-    if isinstance(saved, Tensor) and saved.is_floating_point():
+    if isinstance(saved, Tensor) and type(saved) in (Tensor, nn.Parameter) and saved.is_floating_point():
         kept = saved.detach().to(device, torch.float32)
     elif isinstance(saved, Mapping) and isinstance(saved.get("quantizer"), str) and isinstance(saved.get("spec"), dict):
         q = Quantizer(saved["quantizer"])
@@ -212,7 +212,7 @@ def from_saved(saved: object, shape: tuple[int, ...], device: torch.device) -> t
             raise FileError(f"it was saved as {q}, and its description says otherwise: {saved['spec']}.")
         kept, line = made, str(q)
     else:
-        what = saved.dtype if isinstance(saved, Tensor) else type(saved).__name__
+        what = saved.dtype if type(saved) is Tensor else type(saved).__name__  # torchao's say that they are float32
         raise FileError(f"a state is a floating-point tensor or codes with their description; found {what}.")
     if tuple(kept.shape) != tuple(shape):
         raise FileError(f"it was saved with shape {list(kept.shape)}; the parameter here needs {list(shape)}.")
