@@ -151,7 +151,7 @@ def test_defaults_are_the_twins(name: str) -> None:
     part, twin = REGISTRY.get(name), twin_of(name)
     ours, theirs = part(parameters(name)).defaults, twin(parameters(name)).defaults
     assert {k: v for k, v in ours.items() if k in theirs} == {k: theirs[k] for k in theirs.keys() & ours.keys()}
-    assert set(ours) - set(theirs) == {"state", "min_size", "seed", "weights", "keep_sign"}
+    assert set(ours) - set(theirs) == {"state", "min_size", "seed", "weights", "keep_sign", "is_paged"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -13,6 +13,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any, ClassVar, Unpack, overload
 
 import torch
@@ -29,7 +30,9 @@ from nybble.optim._flat import flatten, unflatten
 from nybble.optim._fused import Fused, find_kernel
 from nybble.optim._guards import NonFiniteWarning, check_range, finite_only, torch_refusals
 from nybble.optim._load import matched_groups, restore_entry, restore_residual, unseal
-from nybble.optim._presets import SUFFIXES, rule_and_suffix
+from nybble.optim._paged import Copies, copies_for, in_turn, is_paged
+from nybble.optim._presets import PAGED, SUFFIXES, paged, rule_and_suffix
+from nybble.optim._sharded import gathered, is_cut, local, local_gradient, span, spread
 from nybble.optim._states import (
     Kind,
     StateChoice,
@@ -62,20 +65,28 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Optimizers by class name: ``AdamW`` is the part ``adamw``, ``AdamW8bit`` that with the states of ``state8``."""
-    rule, suffix = rule_and_suffix(name)
+    """Optimizers by class name: ``AdamW`` is the part ``adamw``, ``AdamW8bit`` that with the states of ``state8``.
+
+    ``PagedAdamW8bit`` is ``AdamW8bit`` whose states are paged.
+    """
+    plain = name.removeprefix(PAGED)
+    rule, suffix = rule_and_suffix(plain)
     key = rule.lower()
     part = REGISTRY.get(key) if key in REGISTRY.names() else None
     if part is None or part.__name__ != rule:
         raise AttributeError(f"module 'nybble.optim' has no attribute {name!r}")
     if suffix:
-        globals()[name] = part = SUFFIXES[suffix].applied(part, name)
+        made = globals().get(plain) or SUFFIXES[suffix].applied(part, plain)
+        globals()[plain] = part = made
+    if name != plain:
+        globals()[name] = part = paged(part, name)
     return part
 
 
 def preset_names() -> list[str]:
-    """Every optimizer with the states of a preset: ``AdamW8bit``, ``AdamW4bit``, ``AdamWFp8`` ..."""
-    return sorted(part.__name__ + suffix for part in REGISTRY.all().values() for suffix in SUFFIXES)
+    """Every optimizer with the states of a preset: ``AdamW8bit``, ``AdamW4bit``, ``PagedAdamWFp8`` ..."""
+    plain = [part.__name__ + suffix for part in REGISTRY.all().values() for suffix in SUFFIXES]
+    return sorted((*plain, *(PAGED + name for name in plain)))
 
 
 class LowBitOptimizer(torch.optim.Optimizer, ABC):
@@ -84,31 +95,35 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
     Works as torch's do: closures, groups, schedulers, hooks, GradScaler; a parameter without a gradient is left alone.
     Parameters are float32, float16 or bfloat16; the update is float32 and rounded to the parameter's dtype. Where a
     state is quantized, an element whose gradient (or new state) is NaN or infinite keeps its value and its states start
-    again from 0, as in bitsandbytes, so that it doesn't take its block along.
+    again from 0, as in bitsandbytes, so that it doesn't take its block along; and with factored states not its row.
 
     Args:
         params: parameters, named parameters or groups, as torch takes them; or a module, whose embeddings then keep
             32-bit states (:func:`~nybble.optim.split_embeddings`).
         options: the rule's.
         common: :class:`~nybble.optim._common.Common`: ``state``, ``min_size``, ``seed``, ``weights``, ``keep_sign``,
-            and what torch, bitsandbytes and torchao call these.
+            ``is_paged``, and what torch, bitsandbytes and torchao call these.
 
     Attributes:
         states: the rule's states and whether one is ``signed`` or ``nonnegative``; all that it may ever keep.
         factors: those of them that are small; one line for all states leaves them in float32.
         options_type: frozen dataclass of the rule's options, which checks them; its fields are keys of the groups.
+        elementwise: whether an element's step looks at no other element; the rule then serves shards of parameters.
         counts: whether the twin's state dicts have the number of steps; ours always do.
         default_state: where none is said; presets have others.
         default_min_size: where none is said.
+        default_is_paged: where nothing is said.
         bits: that a preset's name says; None for rules.
     """
 
     states: ClassVar[dict[str, Kind]]
     factors: ClassVar[tuple[str, ...]] = ()
     options_type: ClassVar[type[Any]]
+    elementwise: ClassVar[bool] = True
     counts: ClassVar[bool] = True
     default_state: ClassVar[StateChoice] = "state8"
     default_min_size: ClassVar[int] = 4096
+    default_is_paged: ClassVar[bool] = False
     bits: ClassVar[int | None] = None
 
     __signature__ = WholeSignature()
@@ -123,7 +138,7 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
     def _own(cls) -> dict[str, Any]:
         """The common arguments by our names, and their defaults."""
         kept = {"state": cls.default_state, "min_size": cls.default_min_size, "seed": 0}
-        return {**kept, "weights": "nearest", "keep_sign": False}
+        return {**kept, "weights": "nearest", "keep_sign": False, "is_paged": cls.default_is_paged}
 
     @staticmethod
     @abstractmethod
@@ -190,7 +205,12 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
                 check_weights(group["weights"], p.dtype)
                 if (why := self.refusal(p)) is not None:
                     raise UsageError(f"{type(self).__name__}: {why}")
-                shapes = self.shapes(p, options)
+                if not self.elementwise and is_cut(p):
+                    raise UsageError(
+                        f"{type(self).__name__} looks at whole tensors, and this one is sharded ({span(p)}). Use a "
+                        "rule of single elements (AdamW, Adam, Lion, SGD, RMSprop, Adagrad), or leave it replicated."
+                    )
+                shapes = self.shapes(local(p), options)
                 for name, line in self._lines(group, p, options).items():
                     if line is not None:
                         check_shape(line, shapes[name])
@@ -199,6 +219,8 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         """The rule's options of a group, checked."""
         check_range("min_size", group["min_size"], whole=True)
         check_range("seed", group["seed"], whole=True)
+        if not isinstance(group["is_paged"], bool):
+            raise UsageError(f"is_paged is True or False; got {group['is_paged']!r}.")
         for switch in ("maximize", "amsgrad", "capturable", "differentiable"):
             if group.get(switch):
                 raise SchemeError(f"{type(self).__name__} has no {switch}; leave it out, or use torch.optim's.")
@@ -235,7 +257,8 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
             the closure's loss.
 
         Raises:
-            UsageError: a sparse gradient, or an option out of range; no parameter has changed then.
+            UsageError: a gradient that is sparse or not of floating point, a parameter without numbers (meta), or an
+                option out of range; no parameter has changed then.
         """
         if closure is not None and not callable(closure):
             raise UsageError(
@@ -259,9 +282,17 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
                     f"{self._name(g, i)} has a sparse gradient; use a dense one (nn.Embedding(sparse=False)), or "
                     "torch.optim.SparseAdam for it."
                 )
-        fused = self._fused()
+            if not p.grad.is_floating_point():
+                raise UsageError(
+                    f"{self._name(g, i)} has a gradient of {p.grad.dtype}; floating-point ones are served."
+                )
+            if p.is_meta:
+                raise UsageError(f"{self._name(g, i)} is on the meta device, which holds no numbers; load it first.")
+        far = [(g, i, p) for g, i, p in due if self.param_groups[g]["is_paged"] and is_paged(p)]
+        apart = {p for _, _, p in far}
+        near, fused = [one for one in due if one[2] not in apart], self._fused()
         with torch.no_grad():
-            for g, i, p in fused.take(self, due, options):
+            for g, i, p in chain(fused.take(self, near, options), in_turn(far, self.state, self._copies)):
                 self._update(g, i, p, options[g])
         if not fused.waits() and all(count.device.type == "cpu" for count in self._counts().values()):
             self._warn()  # elsewhere the step would wait for the device
@@ -295,18 +326,19 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         ]
 
     def _update(self, g: int, i: int, p: Tensor, options: Any) -> None:
-        group, state = self.param_groups[g], self.state[p]
+        group, state, mine = self.param_groups[g], self.state[p], local(p)
         lines, step = self._lines(group, p, options), int(state["step"]) + 1 if state else 1
         old = {
             name: decode(state[name], self.states[name], p.device)
             if name in state
-            else p.new_zeros(shape, dtype=torch.float32)
-            for name, shape in self.shapes(p, options).items()
+            else mine.new_zeros(shape, dtype=torch.float32)
+            for name, shape in self.shapes(mine, options).items()
         }
-        assert p.grad is not None
-        rule = finite_only(self.update, self._reporter(self._name(g, i))) if any(lines.values()) else self.update
-        before = join24(p.detach(), state["residual"]) if "residual" in state else p.detach().float()
-        moved, new = rule(before, p.grad.float(), old, step, options)
+        # a factor is of a whole row, which one element would take along
+        guarded = any(lines.values()) or (self.factors and any(group["state"].values()))
+        rule = finite_only(self.update, self._reporter(self._name(g, i))) if guarded else self.update
+        before = join24(mine, state["residual"]) if "residual" in state else mine.float()
+        moved, new = rule(before, local_gradient(p).float(), old, step, options)
         kept: dict[str, Any] = {
             name: encode(
                 x,
@@ -316,7 +348,7 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
             )
             for name, x in new.items()
         }
-        kept |= self._write(g, i, p, moved, step)
+        kept |= self._write(g, i, mine, moved, step)
         state.clear()
         state.update(step=torch.tensor(float(step)), **kept)
 
@@ -337,7 +369,14 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         """The stream by which a parameter is rounded stochastically after a step."""
         group = self.param_groups[g]
         device = group["params"][i].device
-        return generator(group["seed"], "optim", f"{g}.{i}", "weights", str(step), device=device)
+        return generator(group["seed"], "optim", self._stream(g, i), "weights", str(step), device=device)
+
+    def _copies(self, device: torch.device) -> Copies:
+        """What copies paged states to a device and back; of this object alone, no part of its state."""
+        made: dict[torch.device, Copies] = self.__dict__.setdefault("_copies_of", {})
+        if device not in made:
+            made[device] = copies_for(device)
+        return made[device]
 
     def _counts(self) -> dict[str, Tensor]:
         """Elements set aside, by parameter; of this object alone, no part of its state."""
@@ -376,7 +415,11 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         if line is None or not get_rounding(quantizer(line).rounding).stochastic:
             return None
         group = self.param_groups[g]
-        return generator(group["seed"], "optim", f"{g}.{i}", name, str(step), device=group["params"][i].device)
+        return generator(group["seed"], "optim", self._stream(g, i), name, str(step), device=group["params"][i].device)
+
+    def _stream(self, g: int, i: int) -> str:
+        """What tells a parameter's random numbers from others', and those of its shards."""
+        return f"{g}.{i}{span(self.param_groups[g]['params'][i])}"
 
     # -------------------------------------------------------------------------------------------- saving and loading
     def state_bytes(self) -> dict[str, int]:
@@ -400,11 +443,12 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         self._warn()
         saved: dict[str, Any] = super().state_dict()
         for own, group in zip(self.param_groups, saved["param_groups"], strict=True):
+            del group["is_paged"]  # where states are isn't what they are
             options = self._options(own)
             for p, index in zip(own["params"], group["params"], strict=True):
                 if index in saved["state"]:
                     entry, lines = saved["state"][index].items(), self._lines(own, p, options)
-                    saved["state"][index] = {name: to_saved(x, lines.get(name)) for name, x in entry}
+                    saved["state"][index] = {name: spread(to_saved(x, lines.get(name)), p) for name, x in entry}
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any], *, convert: bool = False) -> None:
@@ -431,7 +475,7 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
     def _restored(self, saved: dict[str, Any], convert: bool) -> dict[str, Any]:
         groups, states = [], {}
         for g, (own, theirs) in enumerate(matched_groups(self.param_groups, saved)):
-            ours = {key: own[key] for key in ("state", "min_size", "weights", "keep_sign")}
+            ours = {key: own[key] for key in ("state", "min_size", "weights", "keep_sign", "is_paged")}
             groups.append({**{key: value for key, value in own.items() if key != "params"}, **theirs, **ours})
             options = self._options(groups[-1])
             for i, (index, p) in enumerate(zip(theirs["params"], own["params"], strict=True)):
@@ -450,11 +494,16 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         self, g: int, i: int, p: Tensor, entry: dict[str, Any], options: Any, convert: bool
     ) -> dict[str, Any]:
         group, place = self.param_groups[g], self._name(g, i)
-        lines = self._lines(group, p, options)
+        lines, mine = self._lines(group, p, options), local(p)
+        for name, value in entry.items():
+            with within(f"{place}: {name}"):
+                entry[name] = gathered(value, p)
 
         def draw(name: str) -> Any:
             return self._generator(g, i, name, 0, lines[name])
 
+        paged_out = group["is_paged"] and is_paged(p) and not convert
+        device = torch.device("cpu") if paged_out else p.device
         residual = entry.pop("residual", None)
         if residual is not None and group["weights"] != "residual8" and not convert:
             raise SchemeError(
@@ -465,9 +514,9 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
             entry.setdefault("step", 1.0)
         found: dict[str, Any] = dict(
             restore_entry(
-                place, entry, self.shapes(p, options), lines, self.states, p.device, draw if convert else None
+                place, entry, self.shapes(mine, options), lines, self.states, device, draw if convert else None
             )
         )
         if residual is not None and group["weights"] == "residual8":
-            found["residual"] = restore_residual(place, residual, p)
+            found["residual"] = restore_residual(place, residual, mine, device)
         return found

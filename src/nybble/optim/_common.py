@@ -27,6 +27,8 @@ class Common(TypedDict, total=False):
         weights: how bfloat16 parameters are rounded after a step: ``nearest``, ``stochastic``, or ``residual8``, which
             keeps eight more bits of each in the state: a master copy of 24 bits.
         keep_sign: a state of both signs that is not 0 is never rounded to 0 but to the smallest value of its sign.
+        is_paged: parameters of 100,000 elements and more have their states in the host's memory (pinned, where there is
+            a GPU); they are copied to the device for an update and back. bitsandbytes' name.
         optim_bits: bitsandbytes' 8 or 32, for ``state="state8"`` or None.
         min_8bit_size: bitsandbytes' name of ``min_size``.
         block_size: torchao's; elements that share a scale.
@@ -40,6 +42,7 @@ class Common(TypedDict, total=False):
     seed: int
     weights: Weights
     keep_sign: bool
+    is_paged: bool
     optim_bits: int
     min_8bit_size: int
     block_size: int
@@ -53,7 +56,6 @@ class Common(TypedDict, total=False):
     args: None
     percentile_clipping: int
     block_wise: bool
-    is_paged: bool
 
 
 FIXED: dict[str, tuple[object, ...]] = {
@@ -65,7 +67,6 @@ FIXED: dict[str, tuple[object, ...]] = {
     "args": (None,),
     "percentile_clipping": (100,),
     "block_wise": (True,),
-    "is_paged": (False,),
 }
 """Arguments of others and the values that mean what is done here."""
 SWITCHES: dict[str, tuple[object, ...]] = {"fused": (None, True, False)}
@@ -78,7 +79,7 @@ _ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 
 
 def translate(given: Mapping[str, Any], own: Mapping[str, Any], bits: int | None, name: str) -> dict[str, Any]:
-    """Ours of what was given: ``state``, ``min_size``, ``seed``, ``weights`` and ``keep_sign``.
+    """Ours of what was given: ``state``, ``min_size``, ``seed``, ``weights``, ``keep_sign``, ``is_paged``.
 
     Args:
         given: a :class:`Common`.
@@ -129,6 +130,8 @@ def _translated(key: str, value: Any, state: StateChoice, name: str) -> tuple[st
         return "state", "state8" if value == 8 else None
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UsageError(f"{name}: block_size is a whole number >= 1; got {value!r}.")
+    if state is None:
+        raise UsageError(f"{name} keeps float32 states, which have no blocks; leave block_size out.")
     return "state", f"{state} flat={value} scale_format=float32"
 
 

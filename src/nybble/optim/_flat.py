@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from nybble.core.errors import FileError
+from nybble.core.errors import FileError, UsageError
+from nybble.optim._sharded import SHARDS, is_dtensor
 
 _KEY = "nybble.optim"
 
@@ -19,6 +20,9 @@ def flatten(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str,
     Returns:
         tensors: under ``<parameter>.<state>`` or, of a quantized state, ``<parameter>.<state>.<codes, scale ...>``.
         metadata: one entry, JSON, with all that isn't a tensor.
+
+    Raises:
+        UsageError: the states are sharded.
     """
     tensors: dict[str, Tensor] = {}
     rest: dict[str, dict[str, Any]] = {}
@@ -26,6 +30,8 @@ def flatten(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str,
         rest[str(index)] = {}
         for name, value in entry.items():
             parts = value if isinstance(value, Mapping) else {"": value}
+            if SHARDS in parts or any(map(is_dtensor, parts.values())):
+                raise UsageError(f"{index}.{name} is sharded; save such states by torch.distributed.checkpoint.")
             tensors |= {
                 f"{index}.{name}{key and '.'}{key}": t.contiguous() for key, t in parts.items() if isinstance(t, Tensor)
             }

@@ -32,10 +32,15 @@ class NonFiniteWarning(UserWarning):
 
 
 def finite_only(rule: Callable[..., Updated], report: Callable[[Tensor], None]) -> Callable[..., Updated]:
-    """``rule``, with elements set aside whose gradient or new state is not finite; ``report`` gets their number."""
+    """``rule``, with elements set aside whose gradient or new state is not finite; ``report`` gets their number.
+
+    Where a state is a sum over elements, also those whose square would make such a sum overflow.
+    """
 
     def guarded(p: Tensor, grad: Tensor, states: dict[str, Tensor], step: int, options: Any) -> Updated:
         ok = grad.isfinite()
+        if any(x.shape != p.shape for x in states.values()):
+            ok = ok & (grad * grad * max(grad.numel(), 1)).isfinite()
         moved, new = rule(p, torch.where(ok, grad, 0), states, step, options)
         for x in new.values():
             ok = ok & x.isfinite() if x.shape == p.shape else ok

@@ -67,7 +67,7 @@ def restore_entry(
         shapes: of the states.
         lines: what each is kept in here.
         kinds: of the states.
-        device: of the parameter.
+        device: for them.
         draw: the generator for rounding a state anew; None refuses to convert.
 
     Raises:
@@ -90,8 +90,8 @@ def restore_entry(
     return restored
 
 
-def restore_residual(place: str, saved: object, p: Tensor) -> Sealed:
-    """The residual of a bfloat16 parameter.
+def restore_residual(place: str, saved: object, p: Tensor, device: torch.device) -> Sealed:
+    """The residual of a bfloat16 parameter, on a device.
 
     Raises:
         FileError: it isn't one, or is of another parameter.
@@ -99,7 +99,7 @@ def restore_residual(place: str, saved: object, p: Tensor) -> Sealed:
     if not isinstance(saved, Tensor) or saved.dtype != torch.int8 or saved.shape != p.shape:
         found = f"{saved.dtype} {list(saved.shape)}" if isinstance(saved, Tensor) else type(saved).__name__
         raise FileError(f"{place}: residual: int8 of shape {list(p.shape)} belongs here; found {found}.")
-    return Sealed(saved.detach().to(p.device, copy=True))  # a step writes into it
+    return Sealed(saved.detach().to(device, copy=True))  # a step writes into it
 
 
 def _converted(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+PAGED = "Paged"
+
 
 @dataclass(frozen=True)
 class Suffix:
@@ -17,16 +19,17 @@ class Suffix:
         about: for the class's docstring.
     """
 
-    state: str
+    state: str | None
     bits: int
     min_size: int
     about: str
 
     def applied(self, rule: type[Any], name: str) -> type[Any]:
         """The rule's subclass of that name."""
+        small = f"Parameters of fewer than {self.min_size:,} elements keep 32-bit states. " if self.min_size else ""
         about = f"""{rule.__name__} with its states in {self.about}.
 
-Parameters of fewer than {self.min_size:,} elements keep 32-bit states. Takes what {rule.__name__} takes.
+{small}Takes what {rule.__name__} takes.
 """
         own = {"default_state": self.state, "default_min_size": self.min_size, "bits": self.bits}
         return type(name, (rule,), {**own, "__doc__": about, "__module__": "nybble.optim"})
@@ -43,8 +46,15 @@ SUFFIXES = {
         "columns (Li et al. 2023, arXiv:2309.01507)",
     ),
     "Fp8": Suffix("state-fp8", 8, 4096, "E4M3, blocks of 256 (as torchao's)"),
+    "32bit": Suffix(None, 32, 0, "float32"),
     "Companded8bit": Suffix("state8-companded", 8, 4096, "companded 8 bits, blocks of 256"),
 }
+
+
+def paged(kind: type[Any], name: str) -> type[Any]:
+    """The optimizer's subclass of that name, whose states are paged."""
+    about = f"""{kind.__name__} with the states of large parameters in the host's memory (``is_paged=True``)."""
+    return type(name, (kind,), {"default_is_paged": True, "__doc__": about, "__module__": "nybble.optim"})
 
 
 def rule_and_suffix(name: str) -> tuple[str, str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nybble.core.errors import FileError, SchemeError, UsageError, did_you_mean, within
 from nybble.granularity.rank1 import Rank1
@@ -180,6 +180,15 @@ def decode(kept: Kept, kind: Kind, device: torch.device) -> Tensor:
     return values.clamp_min(0) if kind == "nonnegative" else values
 
 
+def each_tensor(kept: Kept, move: Callable[[Tensor], Tensor]) -> Kept:
+    """The state with each of its tensors moved."""
+    if isinstance(kept, Tensor):
+        return move(kept)
+    made = from_spec(kept.spec(), {name: move(t) for name, t in kept.tensors().items()})
+    assert isinstance(made, BlockQTensor)
+    return made
+
+
 # ------------------------------------------------------------------------------------------------- in a state dict
 def to_saved(kept: Kept, line: str | None) -> Tensor | dict[str, Any]:
     """Plain tensors, strings and numbers only: ``torch.load(weights_only=True)`` reads them."""
@@ -194,7 +203,7 @@ def from_saved(saved: object, shape: tuple[int, ...], device: torch.device) -> t
     """
     kept: Kept
     line = None
-    if isinstance(saved, Tensor) and saved.is_floating_point():
+    if isinstance(saved, Tensor) and type(saved) in (Tensor, nn.Parameter) and saved.is_floating_point():
         kept = saved.detach().to(device, torch.float32, copy=True)  # a step writes into it
     elif isinstance(saved, Mapping) and isinstance(saved.get("quantizer"), str) and isinstance(saved.get("spec"), dict):
         q = Quantizer(saved["quantizer"])
@@ -203,7 +212,7 @@ def from_saved(saved: object, shape: tuple[int, ...], device: torch.device) -> t
             raise FileError(f"it was saved as {q}, and its description says otherwise: {saved['spec']}.")
         kept, line = made, str(q)
     else:
-        what = saved.dtype if isinstance(saved, Tensor) else type(saved).__name__
+        what = saved.dtype if type(saved) is Tensor else type(saved).__name__  # torchao's say that they are float32
         raise FileError(f"a state is a floating-point tensor or codes with their description; found {what}.")
     if tuple(kept.shape) != tuple(shape):
         raise FileError(f"it was saved with shape {list(kept.shape)}; the parameter here needs {list(shape)}.")

@@ -70,6 +70,7 @@ class Adafactor(LowBitOptimizer):
     }
     factors: ClassVar[tuple[str, ...]] = ("row_var", "col_var")
     options_type: ClassVar[type[Any]] = AdafactorOptions
+    elementwise: ClassVar[bool] = False
 
     def __init__(
         self,

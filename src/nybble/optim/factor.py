@@ -45,6 +45,7 @@ class Factor(LowBitOptimizer):
     }
     factors: ClassVar[tuple[str, ...]] = ("exp_avg_sq_row", "exp_avg_sq_col")
     options_type: ClassVar[type[Any]] = AdamWOptions
+    elementwise: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -66,6 +66,7 @@ class LAMB(LowBitOptimizer):
 
     states: ClassVar[dict[str, Kind]] = {"exp_avg": "signed", "exp_avg_sq": "nonnegative"}
     options_type: ClassVar[type[Any]] = LAMBOptions
+    elementwise: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -49,6 +49,7 @@ class LARS(LowBitOptimizer):
 
     states: ClassVar[dict[str, Kind]] = {"momentum_buffer": "signed"}
     options_type: ClassVar[type[Any]] = LARSOptions
+    elementwise: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -68,6 +68,7 @@ class Muon(LowBitOptimizer):
 
     states: ClassVar[dict[str, Kind]] = {"momentum_buffer": "signed"}
     options_type: ClassVar[type[Any]] = MuonOptions
+    elementwise: ClassVar[bool] = False
     counts: ClassVar[bool] = False
 
     def __init__(

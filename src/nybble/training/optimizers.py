@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import shlex
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -55,10 +56,17 @@ def read_options(words: Iterable[str], where: str) -> dict[str, Any]:
         if not key or not equals:
             raise UsageError(f"{where}: {word!r} is not of the form NAME=VALUE.")
         try:
-            found[key] = None if text.lower() == "none" else yaml.safe_load(text)
+            found[key] = None if text.lower() == "none" else _number(yaml.safe_load(text))
         except yaml.YAMLError as error:
             raise UsageError(f"{where}: the value of {word!r} is not YAML.") from error
     return found
+
+
+def _number(value: Any) -> Any:
+    """YAML takes 1e-7 for a word, for want of a dot."""
+    with suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
+    return value
 
 
 def make_optimizer(line: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -67,6 +75,35 @@ def make_optimizer(line: str, model: nn.Module, lr: float) -> torch.optim.Optimi
     wanted = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     made: torch.optim.Optimizer = kind(wanted, lr=lr, **options)
     return made
+
+
+def trainer_optimizer(line: str, args: Any) -> tuple[type[Any], dict[str, Any]]:
+    """For transformers' Trainer, which knows optimizers of others by class alone, and not by ``optim=``.
+
+    ::
+
+        args = TrainingArguments(out, learning_rate=1e-4, weight_decay=0.01)
+        Trainer(model, args, ..., optimizer_cls_and_kwargs=trainer_optimizer("AdamW8bit", args))
+
+    Args:
+        line: as :func:`parse_optimizer`; its options come before those of ``args``.
+        args: TrainingArguments, of which ``learning_rate`` is taken, and ``adam_beta1``, ``adam_beta2`` and
+            ``adam_epsilon`` by the rules that have Adam's. ``weight_decay`` is the Trainer's own to give, but to norms
+            and biases.
+
+    Returns:
+        the class and its arguments.
+
+    Raises:
+        UsageError: as :func:`parse_optimizer`.
+    """
+    kind, options = parse_optimizer(line)
+    takes = inspect.signature(kind).parameters
+    adams = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    usual = {"betas": (0.9, 0.999), "eps": 1e-8}
+    if any(key not in takes or takes[key].default != default for key, default in usual.items()):
+        adams = {}
+    return kind, {"lr": args.learning_rate, **adams, **options}
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -43,7 +43,7 @@ def stepped(made: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------ presets
 def test_every_rule_has_them() -> None:
     rules = [part.__name__ for part in REGISTRY.all().values()]
-    assert len(preset_names()) == 4 * len(rules)
+    assert len(preset_names()) == 10 * len(rules)
     assert {"AdamW8bit", "AdamW4bit", "AdamWFp8", "Factor4bit", "SGD8bit", "Lion8bit", "Muon4bit"} <= {*preset_names()}
     for name in preset_names():
         kind = optimizer(name)
@@ -106,12 +106,12 @@ def test_factors_stay_float32() -> None:
 
 # --------------------------------------------------------------------------------------------------------------- swaps
 BNB = [
-    *(name for name in dir(bitsandbytes.optim) if name.endswith("8bit") and not name.startswith("Paged")),
+    *(name for name in dir(bitsandbytes.optim) if name.endswith(("8bit", "32bit")) or name.startswith("Paged")),
     *("Adam", "AdamW", "SGD", "Lion", "LAMB", "LARS", "RMSprop", "Adagrad"),
 ]
 
 
-@pytest.mark.parametrize("name", [name for name in BNB if not name.startswith("AdEMAMix")])
+@pytest.mark.parametrize("name", [name for name in BNB if "AdEMAMix" not in name])
 def test_bitsandbytes_arguments(name: str) -> None:
     """Every argument of theirs by name, and their defaults: none is refused, and the rule's are the same."""
     kind = optimizer(name)
