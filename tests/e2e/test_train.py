@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.e2e.processes import start
 from tests.tiny import WORDS, logits, save_tiny
 
 import nybble
@@ -86,10 +89,79 @@ def test_gone_on_with_behind_a_kill_it_comes_to_the_same_weights(folder: Path, t
     with pytest.raises(FileError, match=r"begun with settings.lr = 0.02; now it is 0.01"):
         run(folder, out, replace(again, lr=0.01))
     second = run(folder, out, again)
-    assert weights(out) == weights(whole) and second["curve"] == first["curve"] and len(first["curve"]) == 6
+    assert weights(out) == weights(whole) and len(first["curve"]) == 6
+    assert {**second, "out": "", "seconds": 0} == {**first, "out": "", "seconds": 0}
     assert not partial.exists() and not (out / "checkpoints").exists()
     other = run(folder, tmp_path / "other", replace(SETTINGS, seed=1, steps=1))
     assert other["curve"][0] != first["curve"][0]
+
+
+KILLS = 4
+
+
+def files(out: Path, whole: Path) -> dict[str, bytes]:
+    """All that a run leaves but logs and times; paths of the folder itself become those of ``whole``."""
+    kept = {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+    found = {n: b for n, b in kept.items() if n != "times.json" and not n.startswith("logs/")}
+    return {name: data.replace(str(out).encode(), str(whole).encode()) for name, data in found.items()}
+
+
+def test_killed_with_sigkill_at_random_updates(folder: Path, tmp_path: Path) -> None:
+    """The command in processes of its own, killed a while after something new appeared on disk: the same bytes."""
+    whole, out, errors = tmp_path / "whole", tmp_path / "out", tmp_path / "errors"
+    sizes = ["--steps", "8", "--accumulate", "2", "--seq-len", "16", "--save-every", "2", "--dtype", "float32"]
+    more = ["--data", str(folder / "data.jsonl"), "--eval", str(folder / "held.jsonl"), "--merge", "--set", "rank=2"]
+
+    def command(place: Path) -> list[str]:
+        return ["train", "qlora", str(folder / "model"), str(place), *sizes, *more, "--resume"]
+
+    finished = start(command(whole), errors)
+    finished.join()
+    assert finished.exitcode == 0, errors.read_text()
+    partial, rng, kills = out.with_name("out.partial"), random.Random(0), 0
+
+    def seen() -> set[str]:
+        marks = ("base", "checkpoints/checkpoint-*", "merged", "training.json")
+        return {path.name for mark in marks for path in partial.glob(mark)}
+
+    while not out.exists():
+        before, run = seen(), start(command(out), errors)
+        while run.is_alive() and (kills == KILLS or seen() <= before):
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.05)
+        run.kill()
+        run.join()
+        kills += run.exitcode == -signal.SIGKILL
+        assert run.exitcode in (0, -signal.SIGKILL), errors.read_text()
+    assert kills >= KILLS // 2 and not partial.exists()
+    assert files(out, whole) == files(whole, whole)
+    assert {"adapter_model.safetensors", "merged/model.safetensors", "base/model.safetensors"} <= files(
+        out, whole
+    ).keys()
+
+
+def test_logs_for_tensorboard(folder: Path, tmp_path: Path) -> None:
+    """Each update once, with the loss of the curve, also where a killed run had logged what was done again."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "out", progress=_Stops(4))
+    assert (tmp_path / "out.partial" / "checkpoints" / "checkpoint-2").is_dir()
+    found = run(folder, tmp_path / "out", replace(SETTINGS, resume=True))
+    log = reader.EventAccumulator(str(tmp_path / "out" / "logs"))
+    log.Reload()
+    assert {"train/loss", "train/learning_rate", "train/grad_norm"} <= set(log.Tags()["scalars"])
+    losses = [(event.step, event.value) for event in log.Scalars("train/loss")]
+    assert losses == [(step, pytest.approx(loss, abs=1e-4)) for step, loss in found["curve"]]
+
+
+def test_what_is_missing_is_said_before_anything_is_done(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT's cards and our page need Jinja2."""
+    monkeypatch.setattr("nybble.training.methods.qlora.find_spec", lambda name: None if name == "jinja2" else True)
+    with pytest.raises(UsageError, match=r"training needs jinja2: pip install 'nybble\[train\]'"):
+        run(folder, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_it_writes(folder: Path, tmp_path: Path) -> None:
@@ -97,7 +169,8 @@ def test_what_it_writes(folder: Path, tmp_path: Path) -> None:
     settings = replace(SETTINGS, steps=3, optimizer="AdamW state=state8 min_size=0")
     found = run(folder, out, settings, judged_on=str(folder / "held.jsonl"), merge=True)
     kept = json.loads((out / "training.json").read_text())
-    assert {"out": str(out), **kept} == found
+    seconds = json.loads((out / "times.json").read_text())["training"]
+    assert {"out": str(out), "seconds": seconds[0], **kept} == found
     models = found["evaluation"]["models"]
     assert models["after"]["nll"] < models["before"]["nll"]
 

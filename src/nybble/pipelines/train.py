@@ -4,6 +4,8 @@
     OUT/adapter_*     the result, of a method that trains adapters
     OUT/merged        with ``merge``: both as one model
     OUT/training.json what was asked for and measured; OUT/report.html shows it
+    OUT/logs          losses and rates for TensorBoard, where that is installed
+    OUT/times.json    seconds: the one file (with the logs) that two runs of a request don't have alike
 
 Until all is there it is OUT.partial, with ``checkpoints`` in it: a killed run goes on from the last one that is whole,
 and comes to the same weights.
@@ -24,7 +26,7 @@ from typing import Any
 from torch import nn
 
 from nybble.checkpoint.marked import is_others, is_quantized
-from nybble.checkpoint.parts import REQUEST, begun_with, same_request
+from nybble.checkpoint.parts import REQUEST, TIMES, begun_with, same_request
 from nybble.core.device import out_of_memory
 from nybble.core.errors import DataError, ModelError, NybbleError, UsageError
 from nybble.core.explicit import explicit_settings
@@ -49,7 +51,7 @@ from nybble.training.optimizers import make_optimizer
 from nybble.training.settings import TrainSettings
 
 TRAINING, PAGE, BASE, BEFORE = "training.json", "report.html", "base", "before.json"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, MEMORY = "checkpoints", "memory.json"
 MOST_BITS = 8
 
 
@@ -116,7 +118,8 @@ def train(
         announce: gets lines of what is going on.
 
     Returns:
-        What training.json says: ``method``, ``model`` ..., ``steps``, ``curve``, ``evaluation``, ``memory``.
+        What training.json says: ``method``, ``model`` ..., ``steps``, ``curve``, ``evaluation``, ``memory``; with
+        ``out`` and ``seconds`` (of this call).
 
     Raises:
         NybbleError: bad requests, files, data; nothing is left behind, but for OUT.partial of a run that had begun to
@@ -133,14 +136,16 @@ def train(
         partial = stack.enter_context(AtomicFolder(out, resumable=True))
         try:
             _begin(partial, job)
-            base = _base(job, partial, progress, say)
-            result = _trained(job, base, partial, out, merge, progress, say)
+            result = _finished(partial)
+            if result is None:
+                base = _base(job, partial, progress, say)
+                result = _trained(job, base, partial, out, merge, progress, say)
         except BaseException as error:
             _forget_unbegun(partial, error)
             raise
-        result["seconds"] = time.perf_counter() - started
-        _finish(partial, result)
-    return {"out": str(out), **result}
+        seconds = time.perf_counter() - started
+        _finish(partial, result, seconds)
+    return {"out": str(out), **result, "seconds": seconds}
 
 
 def _checked(
@@ -234,6 +239,14 @@ def _begin(partial: Path, job: _Job) -> None:
     atomic_write_json(partial / REQUEST, request)
 
 
+def _finished(partial: Path) -> dict[str, Any] | None:
+    """The result of a run that was killed while it cleared up."""
+    if not (partial / TRAINING).exists():
+        return None
+    found: dict[str, Any] = json.loads((partial / TRAINING).read_text(encoding="utf-8"))
+    return found
+
+
 def _forget_unbegun(partial: Path, error: BaseException) -> None:
     """Remove a folder in which nothing is worth going on from: a request that was refused, or nothing made yet."""
     made = [name for name in (BASE, "base.partial", CHECKPOINTS) if (partial / name).exists()]
@@ -309,11 +322,13 @@ def _compared(before: dict[str, Any] | None, after: dict[str, Any] | None) -> di
     return {"models": {"before": before["metrics"], "after": after["metrics"]}, "samples": samples}
 
 
-def _finish(partial: Path, result: dict[str, Any]) -> None:
+def _finish(partial: Path, result: dict[str, Any], seconds: float) -> None:
+    """What stays; the request is the last to go, so that a run killed here is gone on with."""
     atomic_write_json(partial / TRAINING, result)
     atomic_write_text(partial / PAGE, render_training(result))
+    atomic_write_json(partial / TIMES, {"training": [seconds]})
     shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
-    for name in (BEFORE, REQUEST):
+    for name in (BEFORE, MEMORY, REQUEST):
         (partial / name).unlink(missing_ok=True)
 
 

@@ -56,8 +56,8 @@ class Qlora(Method):
     continues: ClassVar[bool] = True
 
     def needed(self) -> None:
-        """PEFT and accelerate."""
-        missing = [name for name in ("peft", "accelerate") if find_spec(name) is None]
+        """PEFT, accelerate, and what PEFT's cards and our page are filled in with."""
+        missing = [name for name in ("peft", "accelerate", "jinja2") if find_spec(name) is None]
         if missing:
             raise UsageError(f"training needs {' and '.join(missing)}: pip install 'nybble[train]'")
 
