@@ -194,6 +194,8 @@ def _chat(messages: list[Any], place: str, tokenizer: PreTrainedTokenizerBase) -
                 f"{place}: the chat template writes message {number + 1} in another way than its beginning, so what is "
                 "the target can't be told. Give pairs of 'instruction' and 'output'."
             )
+        if behind == before:
+            raise DataError(f"{place}: the chat template leaves message {number + 1} out, so there is no target.")
         pieces += [(before.removeprefix(done), False), (behind.removeprefix(before), True)]
         done = behind
     if not pieces:

@@ -39,6 +39,7 @@ from nybble.data.instructions import Examples, load_examples
 from nybble.data.kinds import data_kind
 from nybble.data.text import check_source
 from nybble.models.adapter import reads_of
+from nybble.models.sources.open import open_source
 from nybble.nn.linear import QuantLinear
 from nybble.pipelines.load import described_with_origin, load_with_origin
 from nybble.pipelines.quantize import quantize
@@ -64,6 +65,7 @@ class _Job:
     options: Any
     model: str
     weights: str | None
+    packed: bool
     start: Path | None
     settings: TrainSettings
     tokenizer: Any
@@ -77,6 +79,7 @@ class _Job:
             "options": json.loads(json.dumps(asdict(self.options))),
             "model": self.model,
             "weights": self.weights,
+            "packed": self.packed,
             "adapter": None if self.start is None else str(self.start),
             "settings": self.settings.request(),
             "data": self.examples.manifest(),
@@ -93,6 +96,7 @@ def train(
     data: str,
     *,
     weights: str | None = None,
+    packed: bool = False,
     options: Mapping[str, Any] | None = None,
     adapter: str | Path | None = None,
     judged_on: str | None = None,
@@ -109,8 +113,9 @@ def train(
         out: the folder to write; it appears whole or not at all.
         data: training examples, as :func:`nybble.data.instructions.load_examples` takes them.
         weights: quantizer line of the base, of at most 8 bits; None: the method's own.
+        packed: train on the blocks of a GGUF file as they are; otherwise its weights become floats, and are packed.
         options: of the method.
-        adapter: an earlier result of the method to go on from.
+        adapter: an earlier result of the method to go on from; ``model`` is the packed base that it was trained on.
         judged_on: held-out examples; loss and answers are measured on them before and after.
         merge: also write the base and what was trained as one model.
         settings: sizes, rates, device, seed; ``resume``.
@@ -128,7 +133,7 @@ def train(
     started, settings = time.perf_counter(), settings or TrainSettings()
     say, progress = announce or _ignore, progress or Silent()
     out = new_folder(out, model)
-    job = _checked(method, str(model), data, weights, options or {}, adapter, judged_on, settings)
+    job = _checked(method, str(model), data, weights, packed, options or {}, adapter, judged_on, settings)
     with ExitStack() as stack:
         stack.enter_context(preserve_global_rng())
         stack.enter_context(out_of_memory(settings.device))
@@ -153,6 +158,7 @@ def _checked(
     model: str,
     data: str,
     weights: str | None,
+    packed: bool,
     options: Mapping[str, Any],
     adapter: str | Path | None,
     judged_on: str | None,
@@ -165,11 +171,17 @@ def _checked(
     make_optimizer(settings.optimizer, nn.Linear(64, 64), settings.lr)  # all that can be wrong with its line
     if adapter is not None and not made.continues:
         raise UsageError(f"method {method} trains no adapter; leave --adapter out.")
+    base = None if adapter is None else made.base_of(Path(adapter))
     for src in (data, judged_on):
         check_source("builtin" if src is None else src)
     described, origin = described_with_origin(model)
     _check_model(model, described, settings)
-    line = _line(made, model, weights)
+    line = _line(made, model, weights, packed)
+    if base is not None and line is not None:
+        raise UsageError(
+            f"{adapter} was trained on a packed base, and {model} would be packed anew; give that base as MODEL: "
+            f"{base}."
+        )
     tokenizer: Any = data_kind(reads_of(described)).tokenizer(origin)
     judged = None
     if judged_on is not None:
@@ -178,14 +190,17 @@ def _checked(
     for found in (examples, judged or examples):
         _check_tokens(found, described)
     return _Job(
-        method=made, name=method, options=chosen, model=model, weights=line, settings=settings, tokenizer=tokenizer,
-        start=None if adapter is None else Path(adapter), examples=examples, judged=judged,
+        method=made, name=method, options=chosen, model=model, weights=line, packed=packed, settings=settings,
+        tokenizer=tokenizer, start=None if adapter is None else Path(adapter), examples=examples, judged=judged,
     )  # fmt: skip
 
 
 def _check_model(model: str, described: Any, settings: TrainSettings) -> None:
     if reads_of(described) != "tokens":
-        raise ModelError(f"{model} is a {type(described).__name__}; causal language models of text can be trained.")
+        raise ModelError(
+            f"{model} is a {type(described).__name__}; what is trained here are causal language models of text. Others "
+            "take adapters in a loop of your own: nybble.load, peft.get_peft_model."
+        )
     most = longest(described.config)
     if most is not None and settings.seq_len > most:
         raise UsageError(f"seq_len is {settings.seq_len}, and {model} has positions for {most} tokens; ask for fewer.")
@@ -201,9 +216,11 @@ def _check_tokens(found: Examples, described: Any) -> None:
         )
 
 
-def _line(method: Method, model: str, weights: str | None) -> str | None:
+def _line(method: Method, model: str, weights: str | None, packed: bool) -> str | None:
     """The line to pack the base in; None for a base that is packed already."""
-    if is_quantized(Path(model)) or is_others(Path(model)):
+    if packed and (Path(model).is_dir() or not open_source(model).packed_names()):
+        raise UsageError(f"--packed is for GGUF files with packed blocks, which {model} is not; leave it out.")
+    if packed or is_quantized(Path(model)) or is_others(Path(model)):
         if weights is not None:
             raise UsageError(f"{model} is packed already, and would be trained on as it is; leave --weights out.")
         return None
@@ -275,7 +292,7 @@ def _trained(
     from nybble.training.loop import train as loop  # the Trainer, which takes seconds
 
     settings = job.settings
-    loaded, _ = load_with_origin(base, dtype=settings.dtype, device=settings.device)
+    loaded, _ = load_with_origin(base, dtype=settings.dtype, device=settings.device, packed=job.packed)
     loaded.requires_grad_(False)
     before = _measured_before(job, loaded, partial, progress)
     model = job.method.attach(loaded, job.options, job.start, settings.seed)

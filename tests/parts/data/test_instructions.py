@@ -17,6 +17,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<s> ' + m.role + ' ' + m.content + ' </s> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s> assistant ' }}{% endif %}"
 )
+FIRST = "{{ messages[0].content }}"
 BACKWARDS = "{% for m in messages | reverse %}{{ m.content + ' ' }}{% endfor %}"
 
 
@@ -86,6 +87,7 @@ def test_a_batch_is_padded_where_nothing_looks(tmp_path: Path) -> None:
         ({"messages": [{"role": "assistant", "content": ""}]}, TEMPLATE, DataError, "message 1.* is empty"),
         ({"messages": [{"role": "user", "content": "ba"}]}, None, DataError, "no chat template"),
         ({"instruction": "ba", "output": "be"}, BACKWARDS, DataError, "in another way than its beginning"),
+        ({"instruction": "ba", "output": "be"}, FIRST, DataError, "the chat template leaves message 2 out"),
     ],
 )
 def test_what_has_no_target_is_refused(

@@ -61,6 +61,12 @@ class Qlora(Method):
         if missing:
             raise UsageError(f"training needs {' and '.join(missing)}: pip install 'nybble[train]'")
 
+    def base_of(self, start: Path) -> str:
+        """As the adapter's config says."""
+        from nybble.training.adapters import config_of_adapter
+
+        return str(config_of_adapter(start).base_model_name_or_path)
+
     def attach(self, model: nn.Module, options: QloraOptions, start: Path | None, seed: int) -> nn.Module:
         """As :class:`Method`; a ``start`` brings its own rank, alpha and targets."""
         import peft
