@@ -18,9 +18,11 @@ from tests.e2e.processes import start
 from tests.tiny import WORDS, logits, save_tiny
 
 import nybble
+from nybble.checkpoint.account import inspect
 from nybble.cli import main
 from nybble.core.errors import DataError, FileError, LearningError, ModelError, NybbleError, SchemeError, UsageError
 from nybble.core.progress import Silent
+from nybble.pipelines.report import write_report
 from nybble.pipelines.train import train
 from nybble.training.settings import TrainSettings
 
@@ -196,6 +198,46 @@ def test_what_it_writes(folder: Path, tmp_path: Path) -> None:
     on = run(folder, tmp_path / "on", replace(settings, steps=1), adapter=out, model=out / "base")
     assert on["weights"] is None and not (tmp_path / "on" / "base").exists()
     assert on["curve"][0][1] < found["curve"][0][1]
+    accounted(out, tmp_path / "on", found)
+    reported(out)
+
+
+def accounted(out: Path, on: Path, found: dict[str, Any]) -> None:
+    """Every byte of both folders, one with its base and one without."""
+    sizes, base = inspect(out), inspect(out / "base")
+    assert (
+        sum(sizes["bytes"].values()) == sizes["total"] == sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+    )
+    assert sizes["bytes"]["adapters"] == 4 * found["trainable"] and sizes["bytes"]["codes"] == base["bytes"]["codes"]
+    merged = sum(p.stat().st_size for p in (out / "merged").rglob("*") if p.is_file())
+    assert sizes["bytes"]["merged model"] == merged and sizes["modules"] == base["modules"]
+    assert sizes["parameters"] == base["parameters"] + found["trainable"]
+    alone = inspect(on)
+    assert sum(alone["bytes"].values()) == alone["total"] and "codes" not in alone["bytes"]
+    assert alone["parameters"] == found["trainable"] and alone["bits_per_weight"] == 32
+    assert alone["note"] == f"The base is in {out / 'base'}."
+
+
+def reported(out: Path) -> None:
+    """The page of the run, made again; a damaged record has none."""
+    page, record = (out / "report.html").read_bytes(), (out / "training.json").read_text()
+    made = write_report(out, out.with_name("page.html"))
+    assert out.with_name("page.html").read_bytes() == page and made["updates"] == 3 and made["evaluated"]
+    data = json.loads(record)
+    broken: list[dict[str, Any]] = [
+        {"curve": [[1]]},
+        {"memory": {"adapters": -1}},
+        {"data": {}},
+        {"evaluation": {"models": {"before": {"nll": 1.0}, "after": {}}}},
+        {"evaluation": {**data["evaluation"], "samples": [{"prompt": "a"}]}},
+        {"versions": None},
+    ]
+    for change in broken:
+        (out / "training.json").write_text(json.dumps({**data, **change}))
+        with pytest.raises(FileError, match=r"training.json.*run `nybble train` again|training.json.*damaged"):
+            write_report(out, out.with_name("other.html"))
+    (out / "training.json").write_text(record)
+    assert not out.with_name("other.html").exists()
 
 
 def test_checkpointing_keeps_less_and_changes_nothing(folder: Path, tmp_path: Path) -> None:
@@ -287,6 +329,12 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     code, text = call("qlora", place, str(tmp_path / "out"), *some, "--weights", "int4 group=16")
     found = json.loads(text)
     assert code == 0 and found["options"]["rank"] == 2 and found["weights"] == "int4 group=16" and found["steps"] == 1
+    for command, said in (("report", ["1 updates", "no held-out losses"]), ("inspect", ["adapters", "total on disk"])):
+        monkeypatch.setattr(sys, "argv", ["nybble", command, str(tmp_path / "out")])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        shown = capsys.readouterr().out
+        assert not ended.value.code and all(words in shown for words in said)
     assert call("qlorra", place, str(tmp_path / "x"), "--data", data) == (
         2,
         "nybble: unknown training method 'qlorra'. Did you mean 'qlora'?\n",

@@ -27,6 +27,7 @@ from torch import nn
 
 from nybble.checkpoint.marked import is_others, is_quantized
 from nybble.checkpoint.parts import REQUEST, TIMES, begun_with, same_request
+from nybble.checkpoint.trained import BASE, MERGED, TRAINING
 from nybble.core.device import out_of_memory
 from nybble.core.errors import DataError, ModelError, NybbleError, UsageError
 from nybble.core.explicit import explicit_settings
@@ -51,7 +52,7 @@ from nybble.training.methods import METHODS, Method
 from nybble.training.optimizers import make_optimizer
 from nybble.training.settings import TrainSettings
 
-TRAINING, PAGE, BASE, BEFORE = "training.json", "report.html", "base", "before.json"
+PAGE, BEFORE = "report.html", "before.json"
 CHECKPOINTS, MEMORY = "checkpoints", "memory.json"
 MOST_BITS = 8
 
@@ -303,9 +304,9 @@ def _trained(
     after = _measured(job, model, progress)
     job.method.save(model, partial, base if job.weights is None else str(out / BASE))
     if merge:
-        shutil.rmtree(partial / "merged", ignore_errors=True)
+        shutil.rmtree(partial / MERGED, ignore_errors=True)
         merged: Any = job.method.merged(model)
-        save(merged, partial / "merged", job.tokenizer, form="native")
+        save(merged, partial / MERGED, job.tokenizer, form="native")
     request = job.request()
     memory = {**parts, **run.memory}
     return {
