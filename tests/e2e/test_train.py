@@ -249,9 +249,22 @@ def test_checkpointing_keeps_less_and_changes_nothing(folder: Path, tmp_path: Pa
     assert found[0]["curve"] == found[1]["curve"]
 
 
+def test_the_loss_of_an_update_is_the_mean_over_its_targets(folder: Path, tmp_path: Path) -> None:
+    """Not over examples: one has a target token and its end, the other five."""
+    path = tmp_path / "two.jsonl"
+    rows = [{"instruction": "ba be bi", "output": "bo"}, {"instruction": "ba", "output": "be bi bo bu"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    still = {"options": {"rank": 2, "dropout": 0.0}, "data": str(path), "judged_on": str(path)}
+    found = run(folder, tmp_path / "out", replace(SETTINGS, steps=1), **still)
+    assert found["data"]["targets"] == 7
+    assert found["curve"][0][1] == pytest.approx(found["evaluation"]["models"]["before"]["nll"], abs=1e-4)
+
+
 BAD: dict[str, tuple[dict[str, Any], type[NybbleError], str]] = {
     "no data": ({"data": "gone.jsonl"}, FileError, "'gone.jsonl' does not exist"),
     "empty targets": ({"data": "EMPTY"}, DataError, "line 1: 'output' is empty"),
+    "no records": ({"data": "BLANK"}, DataError, "holds no record"),
+    "a bad line": ({"data": "BROKEN"}, DataError, "line 2 is not JSON"),
     "too long": ({"settings": replace(SETTINGS, seq_len=65)}, UsageError, "seq_len is 65.*positions for 64"),
     "16 bits": ({"weights": "float16 channel"}, UsageError, "have 16 bits"),
     "no format": ({"weights": "gone4"}, UsageError, "gone4"),
@@ -271,7 +284,10 @@ def test_one_error_and_nothing_half_written(folder: Path, tmp_path: Path, case: 
     given, error, message = BAD[case]
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"instruction": "ba", "output": ""}\n')
-    places = {"EMPTY": str(empty), "MODEL": folder / "model", "INSIDE": folder / "model" / "out"}
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    (tmp_path / "broken.jsonl").write_text('{"text": "ba"}\n{"text": \n')
+    data = {name: str(tmp_path / f"{name.lower()}.jsonl") for name in ("EMPTY", "BLANK", "BROKEN")}
+    places = {**data, "MODEL": folder / "model", "INSIDE": folder / "model" / "out"}
     asked: dict[str, Any] = {
         key: places.get(value, value) if isinstance(value, str) else value for key, value in given.items()
     }
@@ -279,7 +295,7 @@ def test_one_error_and_nothing_half_written(folder: Path, tmp_path: Path, case: 
     with pytest.raises(error, match=message):
         run(folder, asked.pop("out", tmp_path / "out"), asked.pop("settings", SETTINGS), **asked)
     begun = {"out.partial"} if case == "unlearnable" else set()  # its base is worth keeping
-    assert {path.name for path in tmp_path.iterdir()} == {"empty.jsonl"} | begun
+    assert {path.name for path in tmp_path.iterdir()} == {*(Path(path).name for path in data.values()), *begun}
     assert sorted(folder.rglob("*")) == before
 
 
