@@ -28,9 +28,10 @@ ALL = "all-linear"
 
 @dataclass(frozen=True, kw_only=True)
 class QloraOptions:
-    """``rank`` and ``alpha`` of every adapter, ``dropout`` of what enters it (0.05 from 33B parameters on).
+    """Of the adapters; the defaults are Guanaco's.
 
-    ``targets``: names of layers as they end (``q_proj``), or all linear layers but the head.
+    ``rank``: of A and B. ``alpha``: over the rank, what their product is scaled by. ``dropout``: of what enters (0.05
+    from 33B parameters on). ``targets``: names of layers as they end (``q_proj``), or all linear layers but the head.
     """
 
     rank: int = 64
