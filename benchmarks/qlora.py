@@ -252,7 +252,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--alpha", type=float, default=16.0)
     parser.add_argument("--dropout", type=float, default=0.05)
-    parser.add_argument("--optimizer", default="AdamW state=none")
+    parser.add_argument("--optimizer", default="torch.AdamW fused=true")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
