@@ -98,7 +98,29 @@ def test_gone_on_with_behind_a_kill_it_comes_to_the_same_weights(folder: Path, t
     assert other["curve"][0] != first["curve"][0]
 
 
-KILLS = 4
+class _Breaks(torch.optim.SGD):
+    """Its step ends in NaN, as that of a gradient which overflowed."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            p.data.fill_(float("nan"))
+
+
+def test_a_last_update_that_breaks_is_noticed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "make_optimizer", lambda line, model, lr: _Breaks(model.parameters(), lr=lr))
+    with pytest.raises(LearningError, match=r"lora_A\..* holds NaN or Inf behind the last update"):
+        run(folder, tmp_path / "out", replace(SETTINGS, steps=1))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("warmup", "rates"), [(1.0, [0.0, 0.25, 0.5, 0.75]), (0.5, [0.0, 0.5, 1.0, 1.0])])
+def test_the_rate_grows_over_a_share_of_the_updates(tmp_path: Path, warmup: float, rates: list[float]) -> None:
+    arguments = loop._arguments(replace(SETTINGS, warmup=warmup, steps=4), tmp_path)
+    steps = arguments.get_warmup_steps(4)
+    assert [min(1.0, step / steps) for step in range(4)] == rates
+
+
+KILLS = 3
 
 
 def files(out: Path, whole: Path) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -82,6 +83,9 @@ def train(model: nn.Module, rows: Sequence[Example], settings: TrainSettings, fo
     with _quiet(), task(progress, trainer.total, "training"):
         trainer.add_callback(_Told(progress))
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    for name, p in model.named_parameters():
+        if p.requires_grad and not p.isfinite().all():  # by the last update, which no loss has seen
+            raise LearningError(f"{name} holds NaN or Inf behind the last update; use a smaller lr, or dtype float32.")
     memory = {**trainer.memory, "optimizer states": state_bytes(optimizer)}
     if settings.device == "cuda":
         memory["peak"] = torch.cuda.max_memory_allocated()
@@ -117,7 +121,7 @@ def _arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
         num_train_epochs=settings.epochs,
         max_steps=settings.steps or -1,
         lr_scheduler_type="constant_with_warmup",
-        warmup_steps=settings.warmup,
+        warmup_steps=min(settings.warmup, math.nextafter(1.0, 0.0)),  # from 1 on it would be a number of updates
         max_grad_norm=settings.clip,
         **again,
         logging_steps=1,
