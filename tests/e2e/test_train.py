@@ -18,6 +18,7 @@ from tests.e2e.processes import start
 from tests.tiny import WORDS, logits, save_tiny
 
 import nybble
+import nybble.optim
 from nybble.checkpoint.account import inspect
 from nybble.cli import main
 from nybble.core.errors import DataError, FileError, LearningError, ModelError, NybbleError, SchemeError, UsageError
@@ -260,6 +261,14 @@ def reported(out: Path) -> None:
             write_report(out, out.with_name("other.html"))
     (out / "training.json").write_text(record)
     assert not out.with_name("other.html").exists()
+
+
+@pytest.mark.skipif(not hasattr(nybble.optim, "PagedAdamW32bit"), reason="no paged states here")
+def test_with_the_papers_paged_adamw_it_is_the_same(folder: Path, tmp_path: Path) -> None:
+    outs = {name: tmp_path / name for name in ("AdamW state=none", "PagedAdamW32bit")}
+    for line, out in outs.items():
+        run(folder, out, replace(SETTINGS, steps=2, optimizer=line))
+    assert len({weights(out) for out in outs.values()}) == 1
 
 
 def test_checkpointing_keeps_less_and_changes_nothing(folder: Path, tmp_path: Path) -> None:
