@@ -152,7 +152,7 @@ def test_killed_with_sigkill_at_random_updates(folder: Path, tmp_path: Path) -> 
     while not out.exists():
         before, run = seen(), start(command(out), errors)
         while run.is_alive() and (kills == KILLS or seen() <= before):
-            time.sleep(0.001)
+            time.sleep(0.005)
         time.sleep(rng.random() * 0.05)
         run.kill()
         run.join()
