@@ -21,6 +21,7 @@ from nybble import (
     export,
     granularity,
     learned,
+    optim,
     packing,
     reconstruction,
     rounding,
@@ -34,12 +35,15 @@ from nybble.formats import Family, format_names, get_format
 from nybble.kv_format import KVFormat
 from nybble.learned import transforms as learned_transform
 from nybble.models import adapter
+from nybble.optim._presets import SUFFIXES
 from nybble.presets import PRESETS
 from nybble.quantizer import Quantizer
 from nybble.recipe import Step, load_recipe, recipe_names
 from nybble.scheme import PRESETS as SCHEMES
 from nybble.scheme import Rule, Scheme
 from nybble.training import steps as training_steps
+from nybble.training.methods import METHODS
+from nybble.training.settings import TrainSettings
 
 NO_DEFAULT = (dataclasses.MISSING, None, "", ())
 WORDS: dict[Any, str] = {
@@ -322,6 +326,41 @@ def correction_steps() -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- targets
+# ---------------------------------------------------------------------------------------------------------- training
+def optimizers() -> str:
+    """Update rules, their states and options."""
+    rows = [
+        [f"`{part.__name__}`", _says(optim.REGISTRY, name), ", ".join(f"`{state}`" for state in part.states),
+         ", ".join(f"`{field.name}` {_default(field)}".strip() for field in _fields(part.options_type))]
+        for name, part in _parts(optim.REGISTRY).items()
+    ]  # fmt: skip
+    return table(("name", "what", "states", "options"), rows, numbers=False)
+
+
+def optimizer_presets() -> str:
+    """What the end of a preset's name stands for."""
+    rows = [
+        [f"`{name}`", _markdown(suffix.about), f"`{suffix.state}`", f"{suffix.min_size:,}"]
+        for name, suffix in SUFFIXES.items()
+    ]
+    return table(("end of the name", "states", "`state=`", "elements from which on"), rows, numbers=False)
+
+
+def train_methods() -> str:
+    """Methods of ``nybble train`` and what --set gives them."""
+    rows = []
+    for name, method in _parts(METHODS).items():
+        base = "the float model" if method.weights is None else f"`{method.weights}`"
+        meanings = _short_options(method.options_type)
+        rows.append([f"`{name}`", method.summary, base, meanings, method.source])
+    return table(("name", "what", "base", "options of --set", "source"), rows, numbers=False)
+
+
+def train_settings() -> str:
+    """Sizes and rates of the loop."""
+    return table(("setting", "kind", "default", "meaning"), _options(TrainSettings), numbers=False)
+
+
 def targets() -> str:
     """All export targets: what each is, what may stand behind its colon, what it loses."""
     rows = []
@@ -355,6 +394,6 @@ TABLES: dict[str, Callable[[], str]] = {
         words, families, format_families, formats, presets, granularities, scale_rules, roundings, packings, rule_keys,
         scheme_keys, scheme_presets, recipes, transform_steps, solver_steps, reconstruction_options,
         reconstruction_steps, learned_parts, learned_transforms, train_steps, correction_options, correction_steps,
-        targets, target_rows,
+        targets, target_rows, optimizers, optimizer_presets, train_methods, train_settings,
     )
 }  # fmt: skip

@@ -234,8 +234,40 @@ def onnx_layers() -> str:
     return table(columns, rows) + f"\n{data['cpu']}, one thread, one image or one sentence of 128 tokens; {versions}.\n"
 
 
+def qlora() -> str:
+    """LoRA over bases of several formats, and over a peer's."""
+    if not (RESULTS / "qlora.json").exists():
+        return "\nNo result is committed yet: `benchmarks/qlora.py` writes it.\n"
+    data = _load("qlora")
+    rows = [
+        [
+            r["variant"], f"`{r['line']}`" if r["line"] else "", f"{r['bits']:.3f}", f"{r['before']:.4f}",
+            f"{r['after']:.4f}", "" if r["ratio"] is None else f"{r['ratio']:.4f}",
+            " ".join(f"{ratio:.4f}" for ratio in r["by_seed"]),
+        ]
+        for r in data["summary"]
+    ]  # fmt: skip
+    columns = (
+        "base under LoRA on all linear layers", "line", "bits a weight", "held-out loss before", "after",
+        "over 16-bit LoRA", "by seed",
+    )  # fmt: skip
+    settings, versions = data["settings"], data["versions"]
+    said = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes")
+                     if name in versions)  # fmt: skip
+    updates = f"{settings['steps']} updates of {settings['batch'] * settings['accumulate']} examples"
+    left = "".join(f" {variant} was left out: {why}." for variant, why in data["left_out"].items())
+    return (
+        table(columns, rows)
+        + f"\n{data['model']}, {updates}, {data['judged']} held-out examples, nats a target token; "
+        f"{data['device']}; {said}.{left}\n"
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    **{f.__name__: f for f in (demo, gptq, fake_quantize, speed, memory, minilm, vit, cnn, composition, onnx_layers)},
+    **{
+        f.__name__: f
+        for f in (demo, gptq, fake_quantize, speed, memory, minilm, vit, cnn, composition, onnx_layers, qlora)
+    },
     **registries.TABLES,
 }
 

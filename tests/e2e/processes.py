@@ -9,7 +9,10 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["nybble.cli.quantize", "nybble.pipelines.quantize", "transformers.models.llama"])
+CONTEXT.set_forkserver_preload(
+    ["nybble.cli.quantize", "nybble.pipelines.quantize", "transformers.models.llama", "nybble.pipelines.train",
+     "nybble.training.loop", "nybble.training.adapters"]  # the last two only where their packages are
+)  # fmt: skip
 
 
 def start(arguments: list[str], errors: Path) -> ForkServerProcess:

@@ -87,9 +87,14 @@ def place(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(builtin, "PART", Short)
     monkeypatch.setattr(packages, "open_demo", lambda spec: FolderSource(spec, tiny))
     monkeypatch.chdir(tmp_path)
+    for name in ("instructions", "held"):
+        row = '{"instruction": "ba be", "output": "bi"}\n'
+        (tmp_path / f"{name}.jsonl").write_text(row * 4)
     return tmp_path
 
 
+# PEFT asks transformers in words that its newest release calls old.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 @named("python")
 def test_python(block: Block, place: Path, tiny: Path) -> None:
     if '"out"' in block.text and 'out="out"' not in block.text:  # what an earlier block made
@@ -99,6 +104,7 @@ def test_python(block: Block, place: Path, tiny: Path) -> None:
     exec(compile(block.text, block.place, "exec"), {"__name__": "document"})
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 @named("sh")
 def test_commands(block: Block, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``nybble`` is run; of ``make``, ``python`` and ``pip`` the target, the file or the extra must be there."""

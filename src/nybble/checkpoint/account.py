@@ -13,6 +13,7 @@ from nybble.checkpoint.card import CARD
 from nybble.checkpoint.foreign import of_folder, of_gguf
 from nybble.checkpoint.marked import MANIFEST, is_quantized
 from nybble.checkpoint.read import Checkpoint, read_checkpoint
+from nybble.checkpoint.trained import account_of_training, is_trained
 from nybble.core.errors import FileError
 from nybble.models.sources.gguf_file import GgufSource
 from nybble.models.sources.open import open_source
@@ -23,7 +24,8 @@ def inspect(model: str | Path) -> dict[str, Any]:
     """Bytes by role, by module and by file, of any model that opens.
 
     Args:
-        model: a folder that nybble wrote, another library's quantized model, a GGUF file, a float model; a hub id.
+        model: a folder that nybble wrote (a training run's too), another library's quantized model, a GGUF file, a
+            float model; a hub id.
 
     Returns:
         ``bytes``: role -> bytes (codes, scales, offsets, tables, padding, unquantized, headers, config, tokenizer ...),
@@ -36,6 +38,8 @@ def inspect(model: str | Path) -> dict[str, Any]:
         FileError: it can't be read, or config and tensors contradict each other. ModelError: no model.
     """
     place = Path(model)
+    if place.is_dir() and is_trained(place):
+        return account_of_training(place, inspect, _file_role)
     if place.is_dir() and (is_quantized(place) or (place / MANIFEST).is_file()):
         checkpoint = _on_disk(read_checkpoint(place))
     else:

@@ -17,7 +17,7 @@ def command(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="What nybble wrote, another library's quantized model, a .gguf file, a float model; a hub id.",
+            help="What nybble wrote (trained, too), another's quantized model, a .gguf file, a float model; a hub id.",
         ),
     ],
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,

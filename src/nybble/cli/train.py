@@ -28,9 +28,9 @@ class LoopOptions:
     lr: Annotated[float, typer.Option(help="Learning rate behind the warm-up.")] = 2e-4
     warmup: Annotated[float, typer.Option(help="Share of the updates in which the rate grows.")] = 0.03
     clip: Annotated[float, typer.Option(help="Largest norm of all gradients together.")] = 0.3
-    optimizer: Annotated[str, typer.Option(help="Of nybble.optim, perhaps with options: 'AdamW state=state8'.")] = (
-        "AdamW state=none"
-    )
+    optimizer: Annotated[
+        str, typer.Option(help="Of nybble.optim or torch, perhaps with options: AdamW8bit, torch.AdamW.")
+    ] = "AdamW state=none"
     checkpointing: Annotated[
         bool, typer.Option(help="Compute activations again in backward, instead of keeping them.")
     ] = True
@@ -50,13 +50,17 @@ def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A float model, or one that is packed already.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
     data: Annotated[
-        str, typer.Option(help="Instructions as JSON lines (chat messages, or instruction and output), or text.")
+        str,
+        typer.Option(help="Instructions as JSON lines or CSV (chat messages, or instruction and output), or text."),
     ],
     weights: Annotated[
         str | None, typer.Option(help="A quantizer line for the base, of up to 8 bits; left out: the method's own.")
     ] = None,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Train on the blocks of a GGUF file as they are, not on NF4 of its floats.")
+    ] = False,
     set: Annotated[list[str] | None, typer.Option(help="An option of the method: rank=16; repeatable.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="An adapter to go on from.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="An adapter to go on from; MODEL is its base.")] = None,
     eval: Annotated[str | None, typer.Option(help="Measure before and after on these held-out examples.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Also write base and adapter as one model.")] = False,
     loop: LoopOptions = LOOP,
@@ -74,8 +78,9 @@ def command(
     from nybble.training.settings import TrainSettings
 
     result = train(
-        method, model, out, data, weights=weights, options=read_options(set or [], "--set"), adapter=adapter,
-        judged_on=eval, merge=merge, settings=TrainSettings(**vars(loop)), progress=Bars(), announce=note,
+        method, model, out, data, weights=weights, packed=packed, options=read_options(set or [], "--set"),
+        adapter=adapter, judged_on=eval, merge=merge, settings=TrainSettings(**vars(loop)), progress=Bars(),
+        announce=note,
     )  # fmt: skip
     print_json(result) if json else _print(result)
 

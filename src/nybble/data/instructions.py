@@ -8,7 +8,7 @@ tokenized apart, as whoever asks the model later has the source alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,7 @@ from torch import Tensor
 from nybble.core.errors import DataError, UsageError
 from nybble.data.pairs import IGNORED
 from nybble.data.rows import render, row_record
-from nybble.data.sources.json import PART as JSON
-from nybble.data.sources.json import json_rows
+from nybble.data.sources import json, table
 from nybble.data.text import Part, check_source, check_text, load_text
 from nybble.data.tokens import starts_with_bos
 
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
 
 PAIRS = (("instruction", "output"), ("instruction", "response"), ("prompt", "completion"), ("prompt", "response"))
 """Names of source and target in a pair."""
+SHOWN = 5
+"""Places of bad records that an error names beside the first."""
 Piece = tuple[str, bool]
 """A part of an example, and whether it is a target."""
 Example = dict[str, list[int]]
@@ -67,15 +68,17 @@ def load_examples(
     """Read SRC as training examples.
 
     Args:
-        src: JSON lines or a JSON list of records, or any other text that :func:`nybble.data.text.load_text` takes,
-            whose documents are cut into pieces of ``seq_len`` tokens, all target.
+        src: records as JSON lines, a JSON list, or a table (CSV, TSV) with a line of these names; or any other text
+            that :func:`nybble.data.text.load_text` takes, whose documents are cut into pieces of ``seq_len`` tokens,
+            all target.
         tokenizer: of the model; its chat template, if it has one, renders pairs too, as a question and an answer.
         seq_len: most tokens of an example; longer ones lose their end.
         part: which half of ``builtin``.
 
     Raises:
         UsageError: ``seq_len`` below 2. FileError: SRC can't be read.
-        DataError: a record that is none of these, an empty target, or no example with a target that fits.
+        DataError: records that are none of these or have an empty target, by their lines; or no example with a target
+            that fits.
     """
     if seq_len < 2:
         raise UsageError(f"a sequence length of {seq_len} leaves no token to predict. Give 2 or more.")
@@ -123,15 +126,32 @@ def prompt_of(row: Example) -> list[int]:
 
 
 def _records(src: str, tokenizer: PreTrainedTokenizerBase, part: Part) -> Iterator[list[Piece]]:
-    if not JSON.accepts(src):
+    if json.PART.accepts(src):
+        yield from _read(src, json.json_rows(src), tokenizer)
+    elif table.PART.accepts(src):
+        yield from _read(src, table.table_rows(src), tokenizer)
+    else:
         yield from ([(text, True)] for text in load_text(src, part, tokenizer).documents)
-        return
-    empty = True
-    for row, place in json_rows(src):
-        empty = False
-        yield _pieces(row, place, tokenizer)
-    if empty:
+
+
+def _read(src: str, rows: Iterable[tuple[Any, str]], tokenizer: PreTrainedTokenizerBase) -> list[list[Piece]]:
+    """All records, or one error that says where every bad one is."""
+    found: list[list[Piece]] = []
+    bad: list[tuple[str, DataError]] = []
+    for row, place in rows:
+        try:
+            found.append(_pieces(row, place, tokenizer))
+        except DataError as error:
+            bad.append((place.removeprefix(f"{src}, "), error))
+    if len(bad) > 1:
+        more = [place for place, _ in bad[1:]]
+        rest = f" and {len(more) - SHOWN:,} more" if len(more) > SHOWN else ""
+        raise DataError(f"{bad[0][1]} Bad too: {', '.join(more[:SHOWN])}{rest}.") from bad[0][1]
+    if bad:
+        raise bad[0][1]
+    if not found:
         raise DataError(f"data {src!r} holds no record.")
+    return found
 
 
 def _pieces(row: Any, place: str, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
@@ -174,6 +194,8 @@ def _chat(messages: list[Any], place: str, tokenizer: PreTrainedTokenizerBase) -
                 f"{place}: the chat template writes message {number + 1} in another way than its beginning, so what is "
                 "the target can't be told. Give pairs of 'instruction' and 'output'."
             )
+        if behind == before:
+            raise DataError(f"{place}: the chat template leaves message {number + 1} out, so there is no target.")
         pieces += [(before.removeprefix(done), False), (behind.removeprefix(before), True)]
         done = behind
     if not pieces:

@@ -13,6 +13,7 @@ from nybble.nn.integer_products import integer_linear
 from nybble.nn.layer import QuantLayer, widened
 from nybble.nn.packed import Packed
 from nybble.nn.products import DEVICES, Operator
+from nybble.nn.recomputed import recomputed_linear
 
 
 class QuantLinear(QuantLayer):
@@ -58,8 +59,13 @@ class QuantLinear(QuantLayer):
 
     def of_packed(self, x: Tensor, weight: Packed) -> Tensor:
         """As :func:`nybble.nn.products.reference`, by the kernel for where x is; a gradient takes the readable way."""
-        gradient = torch.is_grad_enabled() and x.requires_grad
-        if gradient or weight.held(x.dtype) or weight.brought or x.device.type not in DEVICES:
+        trains = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        gradient = torch.is_grad_enabled() and trains
+        if weight.held(x.dtype) or weight.brought or (gradient and torch.compiler.is_compiling()):
+            return self.product(x, weight(x.dtype))
+        if gradient:
+            return recomputed_linear(x, weight, self.bias)
+        if x.device.type not in DEVICES:
             return self.product(x, weight(x.dtype))
         return weight.linear(x, self.bias)
 

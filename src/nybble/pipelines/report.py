@@ -1,4 +1,4 @@
-"""``nybble report``: read a quantized model's folder, make its page, write it whole or not at all."""
+"""``nybble report``: read the folder of a quantized model or of a run, make its page, write it whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ from nybble.checkpoint.account import inspect
 from nybble.checkpoint.load import described
 from nybble.checkpoint.marked import MANIFEST
 from nybble.checkpoint.parts import EVALUATION, TIMES
+from nybble.checkpoint.trained import TRAINING, is_trained
 from nybble.core.errors import FileError, UsageError
 from nybble.core.files import atomic_write_text, check_folder
 from nybble.core.guard import reading
 from nybble.models.build.config_file import read_json
-from nybble.report.checks import check_evaluation, check_manifest, check_times
+from nybble.report.checks import check_evaluation, check_manifest, check_times, check_training
 from nybble.report.page import render
 from nybble.report.record import described_rows
+from nybble.report.training import render_training
 
 PAGE = "report.html"
 
 
 def write_report(folder: str | Path, out: str | Path | None = None) -> dict[str, Any]:
-    """Write the page about a quantized model.
+    """Write the page about a quantized model, or about a training run.
 
     Args:
-        folder: what nybble wrote; without the record of a run (nybble.json) the page shows what the weights say.
+        folder: what nybble wrote; without the record of a run (nybble.json) the page shows what the weights say. What
+            ``nybble train`` wrote has its own page: losses, answers and memory.
         out: the file to make or replace, .html or .htm; by default report.html in ``folder``.
 
     Returns:
-        ``report``, ``bytes`` (of the page), ``layers``, ``bits_per_weight``, ``evaluated``.
+        ``report``, ``bytes`` (of the page), ``evaluated``; of a model ``layers``, ``bits_per_weight``, of training
+        ``updates``.
 
     Raises:
         UsageError: ``out`` is not a name for a page, or Jinja2 is missing.
@@ -40,6 +44,8 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> dict[str,
         raise UsageError(f"--out {target}: the report is a page; give a name that ends in .html.")
     if target.is_dir():
         raise FileError(f"{target} is a folder. Give --out another name.")
+    if is_trained(folder):
+        return _write_training(folder, target)
     data = collect(folder)
     with reading(folder / MANIFEST):  # JSON nested deeper than Python follows
         page = render(data)
@@ -51,6 +57,15 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> dict[str,
         "bits_per_weight": data["sizes"]["bits_per_weight"],
         "evaluated": data["evaluation"] is not None,
     }
+
+
+def _write_training(folder: Path, target: Path) -> dict[str, Any]:
+    data = read_json(folder / TRAINING)
+    check_training(data, folder / TRAINING)
+    page = render_training(data)
+    atomic_write_text(target, page)
+    found = {"report": str(target), "bytes": len(page.encode()), "updates": data["steps"]}
+    return found | {"evaluated": data["evaluation"] is not None}
 
 
 def collect(folder: Path) -> dict[str, Any]:

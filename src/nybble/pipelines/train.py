@@ -4,6 +4,8 @@
     OUT/adapter_*     the result, of a method that trains adapters
     OUT/merged        with ``merge``: both as one model
     OUT/training.json what was asked for and measured; OUT/report.html shows it
+    OUT/logs          losses and rates for TensorBoard, where that is installed
+    OUT/times.json    seconds: the one file (with the logs) that two runs of a request don't have alike
 
 Until all is there it is OUT.partial, with ``checkpoints`` in it: a killed run goes on from the last one that is whole,
 and comes to the same weights.
@@ -24,7 +26,8 @@ from typing import Any
 from torch import nn
 
 from nybble.checkpoint.marked import is_others, is_quantized
-from nybble.checkpoint.parts import REQUEST, begun_with, same_request
+from nybble.checkpoint.parts import REQUEST, TIMES, begun_with, same_request
+from nybble.checkpoint.trained import BASE, MERGED, TRAINING
 from nybble.core.device import out_of_memory
 from nybble.core.errors import DataError, ModelError, NybbleError, UsageError
 from nybble.core.explicit import explicit_settings
@@ -37,6 +40,7 @@ from nybble.data.instructions import Examples, load_examples
 from nybble.data.kinds import data_kind
 from nybble.data.text import check_source
 from nybble.models.adapter import reads_of
+from nybble.models.sources.open import open_source
 from nybble.nn.linear import QuantLinear
 from nybble.pipelines.load import described_with_origin, load_with_origin
 from nybble.pipelines.quantize import quantize
@@ -48,8 +52,8 @@ from nybble.training.methods import METHODS, Method
 from nybble.training.optimizers import make_optimizer
 from nybble.training.settings import TrainSettings
 
-TRAINING, PAGE, BASE, BEFORE = "training.json", "report.html", "base", "before.json"
-CHECKPOINTS = "checkpoints"
+PAGE, BEFORE = "report.html", "before.json"
+CHECKPOINTS, MEMORY = "checkpoints", "memory.json"
 MOST_BITS = 8
 
 
@@ -62,6 +66,7 @@ class _Job:
     options: Any
     model: str
     weights: str | None
+    packed: bool
     start: Path | None
     settings: TrainSettings
     tokenizer: Any
@@ -75,6 +80,7 @@ class _Job:
             "options": json.loads(json.dumps(asdict(self.options))),
             "model": self.model,
             "weights": self.weights,
+            "packed": self.packed,
             "adapter": None if self.start is None else str(self.start),
             "settings": self.settings.request(),
             "data": self.examples.manifest(),
@@ -91,6 +97,7 @@ def train(
     data: str,
     *,
     weights: str | None = None,
+    packed: bool = False,
     options: Mapping[str, Any] | None = None,
     adapter: str | Path | None = None,
     judged_on: str | None = None,
@@ -107,8 +114,9 @@ def train(
         out: the folder to write; it appears whole or not at all.
         data: training examples, as :func:`nybble.data.instructions.load_examples` takes them.
         weights: quantizer line of the base, of at most 8 bits; None: the method's own.
+        packed: train on the blocks of a GGUF file as they are; otherwise its weights become floats, and are packed.
         options: of the method.
-        adapter: an earlier result of the method to go on from.
+        adapter: an earlier result of the method to go on from; ``model`` is the packed base that it was trained on.
         judged_on: held-out examples; loss and answers are measured on them before and after.
         merge: also write the base and what was trained as one model.
         settings: sizes, rates, device, seed; ``resume``.
@@ -116,7 +124,8 @@ def train(
         announce: gets lines of what is going on.
 
     Returns:
-        What training.json says: ``method``, ``model`` ..., ``steps``, ``curve``, ``evaluation``, ``memory``.
+        What training.json says: ``method``, ``model`` ..., ``steps``, ``curve``, ``evaluation``, ``memory``; with
+        ``out`` and ``seconds`` (of this call).
 
     Raises:
         NybbleError: bad requests, files, data; nothing is left behind, but for OUT.partial of a run that had begun to
@@ -125,7 +134,7 @@ def train(
     started, settings = time.perf_counter(), settings or TrainSettings()
     say, progress = announce or _ignore, progress or Silent()
     out = new_folder(out, model)
-    job = _checked(method, str(model), data, weights, options or {}, adapter, judged_on, settings)
+    job = _checked(method, str(model), data, weights, packed, options or {}, adapter, judged_on, settings)
     with ExitStack() as stack:
         stack.enter_context(preserve_global_rng())
         stack.enter_context(out_of_memory(settings.device))
@@ -133,14 +142,16 @@ def train(
         partial = stack.enter_context(AtomicFolder(out, resumable=True))
         try:
             _begin(partial, job)
-            base = _base(job, partial, progress, say)
-            result = _trained(job, base, partial, out, merge, progress, say)
+            result = _finished(partial)
+            if result is None:
+                base = _base(job, partial, progress, say)
+                result = _trained(job, base, partial, out, merge, progress, say)
         except BaseException as error:
             _forget_unbegun(partial, error)
             raise
-        result["seconds"] = time.perf_counter() - started
-        _finish(partial, result)
-    return {"out": str(out), **result}
+        seconds = time.perf_counter() - started
+        _finish(partial, result, seconds)
+    return {"out": str(out), **result, "seconds": seconds}
 
 
 def _checked(
@@ -148,6 +159,7 @@ def _checked(
     model: str,
     data: str,
     weights: str | None,
+    packed: bool,
     options: Mapping[str, Any],
     adapter: str | Path | None,
     judged_on: str | None,
@@ -160,11 +172,17 @@ def _checked(
     make_optimizer(settings.optimizer, nn.Linear(64, 64), settings.lr)  # all that can be wrong with its line
     if adapter is not None and not made.continues:
         raise UsageError(f"method {method} trains no adapter; leave --adapter out.")
+    base = None if adapter is None else made.base_of(Path(adapter))
     for src in (data, judged_on):
         check_source("builtin" if src is None else src)
     described, origin = described_with_origin(model)
     _check_model(model, described, settings)
-    line = _line(made, model, weights)
+    line = _line(made, model, weights, packed)
+    if base is not None and line is not None:
+        raise UsageError(
+            f"{adapter} was trained on a packed base, and {model} would be packed anew; give that base as MODEL: "
+            f"{base}."
+        )
     tokenizer: Any = data_kind(reads_of(described)).tokenizer(origin)
     judged = None
     if judged_on is not None:
@@ -173,14 +191,17 @@ def _checked(
     for found in (examples, judged or examples):
         _check_tokens(found, described)
     return _Job(
-        method=made, name=method, options=chosen, model=model, weights=line, settings=settings, tokenizer=tokenizer,
-        start=None if adapter is None else Path(adapter), examples=examples, judged=judged,
+        method=made, name=method, options=chosen, model=model, weights=line, packed=packed, settings=settings,
+        tokenizer=tokenizer, start=None if adapter is None else Path(adapter), examples=examples, judged=judged,
     )  # fmt: skip
 
 
 def _check_model(model: str, described: Any, settings: TrainSettings) -> None:
     if reads_of(described) != "tokens":
-        raise ModelError(f"{model} is a {type(described).__name__}; causal language models of text can be trained.")
+        raise ModelError(
+            f"{model} is a {type(described).__name__}; what is trained here are causal language models of text. Others "
+            "take adapters in a loop of your own: nybble.load, peft.get_peft_model."
+        )
     most = longest(described.config)
     if most is not None and settings.seq_len > most:
         raise UsageError(f"seq_len is {settings.seq_len}, and {model} has positions for {most} tokens; ask for fewer.")
@@ -196,9 +217,11 @@ def _check_tokens(found: Examples, described: Any) -> None:
         )
 
 
-def _line(method: Method, model: str, weights: str | None) -> str | None:
+def _line(method: Method, model: str, weights: str | None, packed: bool) -> str | None:
     """The line to pack the base in; None for a base that is packed already."""
-    if is_quantized(Path(model)) or is_others(Path(model)):
+    if packed and (Path(model).is_dir() or not open_source(model).packed_names()):
+        raise UsageError(f"--packed is for GGUF files with packed blocks, which {model} is not; leave it out.")
+    if packed or is_quantized(Path(model)) or is_others(Path(model)):
         if weights is not None:
             raise UsageError(f"{model} is packed already, and would be trained on as it is; leave --weights out.")
         return None
@@ -234,6 +257,14 @@ def _begin(partial: Path, job: _Job) -> None:
     atomic_write_json(partial / REQUEST, request)
 
 
+def _finished(partial: Path) -> dict[str, Any] | None:
+    """The result of a run that was killed while it cleared up."""
+    if not (partial / TRAINING).exists():
+        return None
+    found: dict[str, Any] = json.loads((partial / TRAINING).read_text(encoding="utf-8"))
+    return found
+
+
 def _forget_unbegun(partial: Path, error: BaseException) -> None:
     """Remove a folder in which nothing is worth going on from: a request that was refused, or nothing made yet."""
     made = [name for name in (BASE, "base.partial", CHECKPOINTS) if (partial / name).exists()]
@@ -262,7 +293,7 @@ def _trained(
     from nybble.training.loop import train as loop  # the Trainer, which takes seconds
 
     settings = job.settings
-    loaded, _ = load_with_origin(base, dtype=settings.dtype, device=settings.device)
+    loaded, _ = load_with_origin(base, dtype=settings.dtype, device=settings.device, packed=job.packed)
     loaded.requires_grad_(False)
     before = _measured_before(job, loaded, partial, progress)
     model = job.method.attach(loaded, job.options, job.start, settings.seed)
@@ -273,9 +304,9 @@ def _trained(
     after = _measured(job, model, progress)
     job.method.save(model, partial, base if job.weights is None else str(out / BASE))
     if merge:
-        shutil.rmtree(partial / "merged", ignore_errors=True)
+        shutil.rmtree(partial / MERGED, ignore_errors=True)
         merged: Any = job.method.merged(model)
-        save(merged, partial / "merged", job.tokenizer, form="native")
+        save(merged, partial / MERGED, job.tokenizer, form="native")
     request = job.request()
     memory = {**parts, **run.memory}
     return {
@@ -309,11 +340,13 @@ def _compared(before: dict[str, Any] | None, after: dict[str, Any] | None) -> di
     return {"models": {"before": before["metrics"], "after": after["metrics"]}, "samples": samples}
 
 
-def _finish(partial: Path, result: dict[str, Any]) -> None:
+def _finish(partial: Path, result: dict[str, Any], seconds: float) -> None:
+    """What stays; the request is the last to go, so that a run killed here is gone on with."""
     atomic_write_json(partial / TRAINING, result)
     atomic_write_text(partial / PAGE, render_training(result))
+    atomic_write_json(partial / TIMES, {"training": [seconds]})
     shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
-    for name in (BEFORE, REQUEST):
+    for name in (BEFORE, MEMORY, REQUEST):
         (partial / name).unlink(missing_ok=True)
 
 

@@ -74,8 +74,34 @@ def check_times(times: Any, place: object) -> None:
             raise _damaged(place, f"{window!r} took {_short(seconds)}")
 
 
-def _damaged(place: object, what: str) -> FileError:
-    return FileError(f"{place}: {what}. The file is damaged or from another nybble; run `nybble quantize` again.")
+def check_training(training: dict[str, Any], place: object) -> None:
+    """Refuse the record of a training run whose numbers or texts are not what they should be.
+
+    Args:
+        training: training.json.
+        place: the file, for messages.
+
+    Raises:
+        FileError: what is wrong.
+    """
+    for key, good in TRAINING.items():
+        if key not in training or not good(training[key]):
+            raise _damaged(place, f"{key} = {_short(training.get(key))}", "train")
+    evaluation = training["evaluation"]
+    if evaluation is None:
+        return
+    check_evaluation(evaluation, place)
+    models = evaluation.get("models", {})
+    before, after = models.get("before", {}), models.get("after", {})
+    numbers = all(map(_number, (*before.values(), *after.values())))
+    if not numbers or "nll" not in before or before.keys() != after.keys():
+        raise _damaged(place, "'models' has no losses before and after", "train")
+    if not all({"before", "after", "target"} <= found.keys() for found in evaluation.get("samples", [])):
+        raise _damaged(place, "'samples' lack answers", "train")
+
+
+def _damaged(place: object, what: str, command: str = "quantize") -> FileError:
+    return FileError(f"{place}: {what}. The file is damaged or from another nybble; run `nybble {command}` again.")
 
 
 def _short(value: object) -> str:
@@ -182,3 +208,16 @@ FIELDS: dict[str, tuple[bool, Check]] = {
     "input_picture": (False, _maybe(_input_picture)),
 }
 """What a layer has: whether it must be there, and what is good."""
+
+TRAINING: dict[str, Check] = {
+    "method": _text,
+    "model": _text,
+    "steps": _count,
+    "trainable": _count,
+    "data": lambda value: isinstance(value, dict) and all(_count(value.get(key)) for key in ("examples", "targets")),
+    "curve": lambda value: isinstance(value, list) and all(map(_list(_number, 2, 2), value)),
+    "memory": lambda value: isinstance(value, dict) and all(map(_count, value.values())),
+    "evaluation": _maybe(lambda value: isinstance(value, dict)),
+    "versions": lambda value: isinstance(value, dict) and _text(value.get("nybble")),
+}
+"""What the record of a training run must have."""

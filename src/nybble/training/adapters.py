@@ -35,7 +35,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
         FileError: the folder holds no adapter, or a broken one. ModelError: it is no LoRA, or of another model.
     """
     folder = Path(folder)
-    config = _config(folder)
+    config = config_of_adapter(folder)
     config.inference_mode, config.base_model_name_or_path = not trainable, None  # PEFT warns of another name
     header = read_tensor_header(folder / WEIGHTS)
     stored = {name: tuple(entry.shape) for name, entry in header.tensors.items()}
@@ -70,7 +70,8 @@ def with_adapter(model: nn.Module, config: Any, what: str) -> nn.Module:
     return found
 
 
-def _config(folder: Path) -> Any:
+def config_of_adapter(folder: Path) -> Any:
+    """PEFT's config of the LoRA adapter that a folder holds; errors as of :func:`load_adapter`."""
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         missing = CONFIG if not (folder / CONFIG).is_file() else WEIGHTS
         raise FileError(f"{folder} holds no adapter: {missing} is missing. Give a folder that PEFT saved one into.")

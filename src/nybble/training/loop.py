@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,14 +24,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from nybble.core.errors import FileError, LearningError, NybbleError
-from nybble.core.files import free_bytes
+from nybble.core.files import atomic_write_json, free_bytes
 from nybble.core.progress import Progress, task
 from nybble.core.seeds import derive_seed, generator
 from nybble.data.instructions import Example, collate
 from nybble.training.optimizers import make_optimizer, state_bytes
 from nybble.training.settings import TrainSettings
 
-STATE = "trainer_state.json"
+STATE, MEMORY = "trainer_state.json", "memory.json"
 
 
 @dataclass
@@ -55,7 +56,7 @@ def train(model: nn.Module, rows: Sequence[Example], settings: TrainSettings, fo
         model: on the device it is to train on.
         rows: examples.
         settings: sizes, rates, seed; ``resume`` goes on from the last whole checkpoint in ``folder``, if there is one.
-        folder: for ``checkpoints``, and ``logs`` for TensorBoard where that is installed.
+        folder: for ``checkpoints``, ``memory.json``, and ``logs`` for TensorBoard where that is installed.
         progress: told after each update.
 
     Raises:
@@ -71,16 +72,20 @@ def train(model: nn.Module, rows: Sequence[Example], settings: TrainSettings, fo
         data_collator=collate,
         optimizers=(optimizer, None),
         settings=settings,
+        notes=folder / MEMORY,
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    if (writer := _tensorboard(folder / "logs")) is not None:
+    if (writer := _tensorboard(folder / "logs", 0 if last is None else _number(last))) is not None:
         trainer.add_callback(writer)
     if settings.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with _quiet(), task(progress, trainer.total, "training"):
         trainer.add_callback(_Told(progress))
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    for name, p in model.named_parameters():
+        if p.requires_grad and not p.isfinite().all():  # by the last update, which no loss has seen
+            raise LearningError(f"{name} holds NaN or Inf behind the last update; use a smaller lr, or dtype float32.")
     memory = {**trainer.memory, "optimizer states": state_bytes(optimizer)}
     if settings.device == "cuda":
         memory["peak"] = torch.cuda.max_memory_allocated()
@@ -90,8 +95,7 @@ def train(model: nn.Module, rows: Sequence[Example], settings: TrainSettings, fo
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint; what a kill left of others is removed. The Trainer writes its state last."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in reversed(found):
+    for path in sorted(folder.glob("checkpoint-*"), key=_number, reverse=True):
         try:
             json.loads((path / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -99,6 +103,11 @@ def last_checkpoint(folder: Path) -> Path | None:
         else:
             return path
     return None
+
+
+def _number(checkpoint: Path) -> int:
+    """The update behind which it was made."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
@@ -112,7 +121,7 @@ def _arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
         num_train_epochs=settings.epochs,
         max_steps=settings.steps or -1,
         lr_scheduler_type="constant_with_warmup",
-        warmup_steps=settings.warmup,
+        warmup_steps=min(settings.warmup, math.nextafter(1.0, 0.0)),  # from 1 on it would be a number of updates
         max_grad_norm=settings.clip,
         **again,
         logging_steps=1,
@@ -132,12 +141,16 @@ def _arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
 
 
 class _Loop(Trainer):
-    """The Trainer with examples of about one length in an update, and a check of each loss."""
+    """The Trainer with examples of about one length in an update, and a check of each loss.
 
-    def __init__(self, *, settings: TrainSettings, **given: Any) -> None:
+    Memory is what the very first forward took; a run that is gone on with finds it in ``notes``.
+    """
+
+    def __init__(self, *, settings: TrainSettings, notes: Path, **given: Any) -> None:
         super().__init__(**given)
-        self.settings = settings
-        self.memory: dict[str, int] = {}
+        self.settings, self.notes = settings, notes
+        known = notes.exists() and settings.resume
+        self.memory: dict[str, int] = json.loads(notes.read_text(encoding="utf-8")) if known else {}
 
     @property
     def total(self) -> int:
@@ -161,6 +174,7 @@ class _Loop(Trainer):
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             self.memory["gradients"] = sum(g.numel() * g.element_size() for g in gradients)
             self.memory["kept for backward"] = sum(kept.values())
+            atomic_write_json(self.notes, self.memory)
         return loss
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -215,15 +229,18 @@ class _Told(TrainerCallback):
             self.progress.advance(0, f"loss {float(logs['loss']):.4f}")
 
 
-def _tensorboard(folder: Path) -> Any:
-    """A callback that writes logs for TensorBoard, or None without it."""
+def _tensorboard(folder: Path, done: int) -> Any:
+    """A callback that writes logs for TensorBoard, or None without it.
+
+    What a killed run had logged behind its last checkpoint, update ``done``, is logged again: TensorBoard forgets it.
+    """
     if find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations.integration_utils import TensorBoardCallback
 
     callback: Any = TensorBoardCallback
-    return callback(SummaryWriter(log_dir=str(folder)))
+    return callback(SummaryWriter(log_dir=str(folder), purge_step=done + 1 if done else None))
 
 
 @contextmanager

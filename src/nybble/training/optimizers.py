@@ -1,4 +1,4 @@
-"""An optimizer from a line: its name in :mod:`nybble.optim`, and options."""
+"""An optimizer from a line: its name in :mod:`nybble.optim` or ``torch.optim``, and options."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ import yaml
 from torch import Tensor, nn
 
 import nybble.optim
-from nybble.core.errors import UsageError, did_you_mean
+from nybble.core.errors import NybbleError, UsageError, did_you_mean
+
+WHY_NOT = {
+    "LBFGS": "it asks for the loss several times a step, and a loop of accumulated gradients has it once",
+    "SparseAdam": "it takes sparse gradients, and these are dense",
+}
+"""torch's own that can't train here."""
 
 
 def parse_optimizer(line: str) -> tuple[type[Any], dict[str, Any]]:
     """The class and its options.
 
     Args:
-        line: ``AdamW``, ``AdamW state=state8 min_size=0``, ``AdamW state='dynamic8 flat=256'``; values are YAML's,
-            ``none`` is None.
+        line: ``AdamW``, ``AdamW8bit min_size=0``, ``AdamW state='dynamic8 flat=256'``; ``torch.AdamW fused=true`` is
+            torch's, and so is a name that only torch has (``NAdam``). Values are YAML's, ``none`` is None.
 
     Raises:
         UsageError: an unknown optimizer or option, or a malformed line.
@@ -30,10 +36,7 @@ def parse_optimizer(line: str) -> tuple[type[Any], dict[str, Any]]:
         name, *words = shlex.split(line)
     except ValueError as error:
         raise UsageError(f"optimizer {line!r}: give a name, and options as NAME=VALUE.") from error
-    kind = None if name.startswith("_") else getattr(nybble.optim, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or inspect.isabstract(kind):
-        known = [part.__name__ for part in nybble.optim.REGISTRY.all().values()]
-        raise UsageError(f"unknown optimizer {name!r}.{did_you_mean(name, known)}")
+    kind = _kind(name)
     options = read_options(words, f"optimizer {name}")
     takes = [key for key in inspect.signature(kind).parameters if key not in ("params", "lr")]
     for key in options:
@@ -42,6 +45,22 @@ def parse_optimizer(line: str) -> tuple[type[Any], dict[str, Any]]:
     if "weight_decay" in takes:
         options.setdefault("weight_decay", 0.0)  # adapters and scales aren't to shrink unless that is asked for
     return kind, options
+
+
+def _kind(name: str) -> type[Any]:
+    """The class of a name; ours first."""
+    bare = name.removeprefix("torch.").removeprefix("optim.")
+    places = (torch.optim,) if bare != name else (nybble.optim, torch.optim)
+    for place in places:
+        kind = None if bare.startswith("_") else getattr(place, bare, None)
+        if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer):
+            continue
+        if place is torch.optim and bare in WHY_NOT:
+            raise UsageError(f"optimizer {name} can't be used: {WHY_NOT[bare]}.")
+        if kind is not torch.optim.Optimizer and not inspect.isabstract(kind):
+            return kind
+    rules = [part.__name__ for part in nybble.optim.REGISTRY.all().values()]
+    raise UsageError(f"unknown optimizer {name!r}.{did_you_mean(name, [*rules, *nybble.optim.preset_names()])}")
 
 
 def read_options(words: Iterable[str], where: str) -> dict[str, Any]:
@@ -73,7 +92,12 @@ def make_optimizer(line: str, model: nn.Module, lr: float) -> torch.optim.Optimi
     """The optimizer over the parameters that want gradients, by name; errors of :func:`parse_optimizer` and its own."""
     kind, options = parse_optimizer(line)
     wanted = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    made: torch.optim.Optimizer = kind(wanted, lr=lr, **options)
+    try:
+        made: torch.optim.Optimizer = kind(wanted, lr=lr, **options)
+    except (TypeError, ValueError, RuntimeError) as error:  # torch's own words about its options
+        if isinstance(error, NybbleError):
+            raise
+        raise UsageError(f"optimizer {line!r}: {' '.join(str(error).split())}") from error
     return made
 
 

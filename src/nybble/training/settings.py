@@ -21,7 +21,7 @@ class TrainSettings:
         seq_len: most tokens of an example. lr: learning rate behind the warm-up; 1e-4 from 33B parameters on.
         warmup: share of the updates in which the rate grows from 0 to ``lr``, at which it stays.
         clip: largest norm of all gradients together.
-        optimizer: a name from :mod:`nybble.optim`, perhaps with options: ``AdamW state=state8``.
+        optimizer: a name from :mod:`nybble.optim` or ``torch.optim``, perhaps with options: ``AdamW8bit min_size=0``.
         checkpointing: compute a block's activations again in backward, instead of keeping them.
         save_every: updates from one checkpoint to the next.
         dtype: of forwards: bfloat16 or float32 (float16 overflows in one of five runs, says the authors' code).

@@ -17,6 +17,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<s> ' + m.role + ' ' + m.content + ' </s> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s> assistant ' }}{% endif %}"
 )
+FIRST = "{{ messages[0].content }}"
 BACKWARDS = "{% for m in messages | reverse %}{{ m.content + ' ' }}{% endfor %}"
 
 
@@ -86,6 +87,7 @@ def test_a_batch_is_padded_where_nothing_looks(tmp_path: Path) -> None:
         ({"messages": [{"role": "assistant", "content": ""}]}, TEMPLATE, DataError, "message 1.* is empty"),
         ({"messages": [{"role": "user", "content": "ba"}]}, None, DataError, "no chat template"),
         ({"instruction": "ba", "output": "be"}, BACKWARDS, DataError, "in another way than its beginning"),
+        ({"instruction": "ba", "output": "be"}, FIRST, DataError, "the chat template leaves message 2 out"),
     ],
 )
 def test_what_has_no_target_is_refused(
@@ -93,6 +95,38 @@ def test_what_has_no_target_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         read(tmp_path, [row], template)
+
+
+def test_tables_have_the_same_examples(tmp_path: Path) -> None:
+    rows = [{"instruction": "ba, be", "input": "", "output": 'bi "bo"'}, {"instruction": "ba\nbe", "output": "bu"}]
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = tmp_path / "rows.csv"
+    table.write_text('instruction,input,output\n"ba, be",,"bi ""bo"""\n"ba\nbe",,bu\n')
+    tabs = tmp_path / "rows.tsv"
+    tabs.write_text('instruction\toutput\nba, be\t"bi ""bo"""\n"ba\nbe"\tbu\n')
+    found = [load_examples(str(path), tiny_tokenizer(), seq_len=32).rows for path in (lines, table, tabs)]
+    assert found[0] == found[1] == found[2] and len(found[0]) == 2
+
+
+def test_every_bad_record_is_named_with_its_line(tmp_path: Path) -> None:
+    good, bad = {"instruction": "ba", "output": "be"}, {"instruction": "ba", "output": ""}
+    with pytest.raises(DataError, match=r"data.jsonl, line 2: 'output' is empty.* Bad too: line 4, line 5\.$"):
+        read(tmp_path, [good, bad, good, {"question": "ba"}, {"messages": 1}])
+    with pytest.raises(DataError, match=r"Bad too: line 2, line 3, line 4, line 5, line 6 and 2 more\.$"):
+        read(tmp_path, [bad] * 8)
+    table = tmp_path / "rows.csv"
+    for text, message in [
+        ('instruction,output\n"ba\nbe",be\nbi,\n', r"record 2 \(line 4\): 'output' is empty"),
+        ("instruction,output\nba,be\nbi\n", r"record 2 \(line 3\): 'output' is a NoneType"),
+        ("instruction,output\nba,be,bi\n", r"record 1 \(line 2\) has 3 fields for 2 columns. Put quotes"),
+        ('instruction,output\nba,"be\n', "is no table"),
+        ("question,answer\nba,be\n", r"record 1 \(line 2\) has neither 'messages'.*question, answer"),
+        ("instruction,output\n", "holds no record"),
+    ]:
+        table.write_text(text)
+        with pytest.raises(DataError, match=message):
+            load_examples(str(table), tiny_tokenizer(), seq_len=32)
 
 
 def test_other_bad_data(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_half_a_surrogate_pair_is_named(tmp_path: Path, content: str) -> None:
 def test_a_table_without_text_names_its_columns(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("id,body\n1,one", encoding="utf-8")
-    with pytest.raises(DataError, match="record 1 has neither 'text' nor 'messages'; its fields: id, body"):
+    with pytest.raises(DataError, match=r"record 1 \(line 2\) has neither 'text' nor 'messages'; its fields: id, body"):
         load_text(str(path), "calibration")
     path.write_text("text\n" + "x" * 200_000, encoding="utf-8")
     assert len(load_text(str(path), "calibration").documents[0]) == 200_000

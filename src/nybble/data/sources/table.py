@@ -36,13 +36,35 @@ PART = Table()
 
 
 def _documents(src: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Record]:
+    for row, place in table_rows(src):
+        yield row_record(row, place, tokenizer)
+
+
+def table_rows(src: str) -> list[tuple[dict[str, str | None], str]]:
+    """Each record by its column names, and where it begins; None where a record ends early.
+
+    Raises:
+        FileError, DataError: as :func:`nybble.data.files.read_utf8`; no table, or a record with more fields than names.
+    """
     text = read_utf8(src).removeprefix("\ufeff")
     before = csv.field_size_limit(len(text) + 1)  # the module's own limit is shorter than many a document
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=SEPARATORS[ending(src)], strict=True)
+    found = []
     try:
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=SEPARATORS[ending(src)], strict=True))
+        names = reader.fieldnames
+        line = reader.line_num + 1
+        for number, row in enumerate(reader, start=1):
+            place = f"{src}, record {number} (line {line})"
+            if any(more.strip() for more in row.get(None) or ()):
+                count = len(names or ()) + len(row[None])
+                raise DataError(
+                    f"{place} has {count} fields for {len(names or ())} columns. Put quotes around a field that holds "
+                    "the separator."
+                )
+            found.append(({key: value for key, value in row.items() if key}, place))
+            line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{src} is no table: {error}.") from error
     finally:
         csv.field_size_limit(before)
-    for number, row in enumerate(rows, start=1):
-        yield row_record({key: value for key, value in row.items() if key}, f"{src}, record {number}", tokenizer)
+    return found

@@ -36,6 +36,14 @@ class Method(ABC):
     def needed(self) -> None:
         """Raise UsageError where a package that the method needs is missing."""
 
+    def base_of(self, start: Path) -> str:
+        """Where the base of an earlier result was, as the result says; of methods that can go on from one.
+
+        Raises:
+            NybbleError: there is no result.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def attach(self, model: nn.Module, options: Any, start: Path | None, seed: int) -> nn.Module:
         """The model with what trains in it; parameters that don't train need no gradient.

@@ -28,9 +28,10 @@ ALL = "all-linear"
 
 @dataclass(frozen=True, kw_only=True)
 class QloraOptions:
-    """``rank`` and ``alpha`` of every adapter, ``dropout`` of what enters it (0.05 from 33B parameters on).
+    """Of the adapters; the defaults are Guanaco's.
 
-    ``targets``: names of layers as they end (``q_proj``), or all linear layers but the head.
+    ``rank``: of A and B. ``alpha``: over the rank, what their product is scaled by. ``dropout``: of what enters (0.05
+    from 33B parameters on). ``targets``: names of layers as they end (``q_proj``), or all linear layers but the head.
     """
 
     rank: int = 64
@@ -56,10 +57,16 @@ class Qlora(Method):
     continues: ClassVar[bool] = True
 
     def needed(self) -> None:
-        """PEFT and accelerate."""
-        missing = [name for name in ("peft", "accelerate") if find_spec(name) is None]
+        """PEFT, accelerate, and what PEFT's cards and our page are filled in with."""
+        missing = [name for name in ("peft", "accelerate", "jinja2") if find_spec(name) is None]
         if missing:
             raise UsageError(f"training needs {' and '.join(missing)}: pip install 'nybble[train]'")
+
+    def base_of(self, start: Path) -> str:
+        """As the adapter's config says."""
+        from nybble.training.adapters import config_of_adapter
+
+        return str(config_of_adapter(start).base_model_name_or_path)
 
     def attach(self, model: nn.Module, options: QloraOptions, start: Path | None, seed: int) -> nn.Module:
         """As :class:`Method`; a ``start`` brings its own rank, alpha and targets."""
