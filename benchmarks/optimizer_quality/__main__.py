@@ -1,8 +1,8 @@
 """Low-bit optimizers against 32-bit ones on six kinds of task: the loss on held-out data, same seeds, same data.
 
-    python -m benchmarks.optimizer_quality --pack build/optq/optq.zip            once, on Debian 12: the data in one file
+    python -m benchmarks.optimizer_quality --pack build/optq/optq.zip      once, on Debian 12: the data in one file
     python -m benchmarks.optimizer_quality --data build/optq/optq.zip --device cuda --jobs 4 --seeds 0 1 2
-        [--tasks lm mlm ...] [--optimizers AdamW AdamW8bit ...] [--seconds 500] [--missing] [--record FILE] [--mode graph]
+        [--tasks lm ...] [--optimizers AdamW AdamW8bit ...] [--seconds 500] [--missing] [--record FILE] [--mode graph]
 
 An estimate is printed first. Several workers share a GPU (``--jobs``), because an optimizer's step leaves it idle in
 between; with several GPUs they take turns over them. Results are written after each run; ``--missing`` leaves out what
@@ -81,12 +81,13 @@ def announce(runs: list[Run], asked: argparse.Namespace, record: Record) -> None
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
+    as_it_is = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.optimizer_quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m benchmarks.optimizer_quality", description=__doc__, formatter_class=as_it_is
     )
     parser.add_argument("--pack", type=Path, help="write the data's file, and train nothing")
-    parser.add_argument("--raw", type=Path, default=Path("build/optq/raw"), help="for --pack: where packages are unpacked")
-    parser.add_argument("--ladder", type=Path, default=Path("build/ladder"), help="for --pack: benchmarks/ladder's folder")
+    parser.add_argument("--raw", type=Path, default=Path("build/optq/raw"), help="for --pack: packages")
+    parser.add_argument("--ladder", type=Path, default=Path("build/ladder"), help="for --pack: its folder")
     parser.add_argument("--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="for --pack")
     parser.add_argument("--data", type=Path, default=Path("build/optq/optq.zip"))
     parser.add_argument("--tasks", nargs="+", choices=NAMES, default=list(NAMES))

@@ -62,7 +62,7 @@ class Stack(nn.Module):
     """Positions, blocks and a last norm, on embeddings that come from outside."""
 
     def __init__(
-        self, width: int, heads: int, layers: int, context: int, dropout: float = 0.0, *, causal: bool, other: bool = False
+        self, width: int, heads: int, layers: int, context: int, dropout: float, *, causal: bool, other: bool = False
     ) -> None:
         super().__init__()
         self.causal = causal
@@ -98,7 +98,7 @@ class LanguageModel(nn.Module):
     def __init__(self, words: int, width: int, heads: int, layers: int, context: int, *, causal: bool) -> None:
         super().__init__()
         self.table = embedding(words, width)
-        self.stack = Stack(width, heads, layers, context, causal=causal)
+        self.stack = Stack(width, heads, layers, context, 0.0, causal=causal)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids [batch, n] to hidden states [batch, n, width]."""

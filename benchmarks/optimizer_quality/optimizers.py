@@ -18,7 +18,7 @@ from benchmarks.optimizer_quality.tasks import Plan
 from torch import Tensor, nn
 
 Groups = list[dict[str, Any]]
-LION = {"rate": 0.15, "decay": 5.0}  # of AdamW's (Chen et al. 2023, section 5: 3 to 10 times lower, and higher)
+LION = {"rate": 0.2, "decay": 5.0}  # of AdamW's (Chen et al. 2023, section 5: 3 to 10 times lower, and higher)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,29 +117,25 @@ def _ours(name: str, **about: Any) -> Choice:
 
 
 def _peer(library: str, name: str, bits: int) -> Choice:
-    place = f"{library}.optim"
-    return Choice(
-        label=f"{library}'s `{name}`", build=adamw(place, name), twin="AdamW", bits=bits, needs=library, everywhere=False
-    )
+    build, label = adamw(f"{library}.optim", name), f"{library}'s `{name}`"
+    return Choice(label=label, build=build, twin="AdamW", bits=bits, needs=library, everywhere=False)
 
 
-def _bfloat16(weights: str, extra: bool) -> Choice:
+def _bfloat16(weights: str, everywhere: bool) -> Choice:
     return Choice(
         label=f"`AdamW8bit`, bfloat16 weights, `{weights}`", build=adamw("nybble.optim", "AdamW8bit", weights=weights),
-        twin="AdamW", bits=8, weights=torch.bfloat16, everywhere=not extra, extra=False,
+        twin="AdamW", bits=8, weights=torch.bfloat16, everywhere=everywhere,
     )  # fmt: skip
 
 
 CHOICES: dict[str, Choice] = {
     "AdamW": Choice(label="torch's `AdamW`", build=adamw("torch.optim", "AdamW"), needs="torch"),
-    "AdamW-32": Choice(
-        label="`AdamW(state=None)`", build=adamw("nybble.optim", "AdamW", state=None), twin="AdamW"
-    ),
+    "AdamW-32": Choice(label="`AdamW(state=None)`", build=adamw("nybble.optim", "AdamW", state=None), twin="AdamW"),
     "AdamW8bit": _ours("AdamW8bit", bits=8),
     "AdamW4bit": _ours("AdamW4bit", bits=4),
     "Factor4bit": _ours("Factor4bit", bits=4),
     "AdamWFp8": _ours("AdamWFp8", bits=8),
-    "AdamW8bit-residual8": _bfloat16("residual8", extra=False),
+    "AdamW8bit-residual8": _bfloat16("residual8", everywhere=True),
     "Lion": Choice(label="`Lion(state=None)`", build=lion("Lion", state=None)),
     "Lion8bit": Choice(label="`Lion8bit`", build=lion("Lion8bit"), twin="Lion", bits=8),
     "Muon": Choice(label="`Muon(state=None)`", build=muon("Muon", "AdamW", state=None), muon=True),
@@ -148,8 +144,8 @@ CHOICES: dict[str, Choice] = {
     "bitsandbytes-AdamW8bit": _peer("bitsandbytes", "AdamW8bit", 8),
     "torchao-AdamW8bit": _peer("torchao", "AdamW8bit", 8),
     "torchao-AdamW4bit": _peer("torchao", "AdamW4bit", 4),
-    "AdamW8bit-nearest": _bfloat16("nearest", extra=True),
-    "AdamW8bit-stochastic": _bfloat16("stochastic", extra=True),
+    "AdamW8bit-nearest": _bfloat16("nearest", everywhere=False),
+    "AdamW8bit-stochastic": _bfloat16("stochastic", everywhere=False),
     "AdamWCompanded8bit": _ours("AdamWCompanded8bit", bits=8, extra=True),
     "AdamW4bit-embeddings32": Choice(
         label="`AdamW4bit`, embeddings in 32 bits", build=wide_embeddings("AdamW4bit"), twin="AdamW", bits=4, extra=True

@@ -43,5 +43,3 @@ def expected(run: Run, record: Record) -> float:
     """Seconds of a run: as another seed took, or the plan's guess for an H100."""
     known = [found["seconds"] for (_, *what), found in record.runs.items() if tuple(what) == run[1:]]
     return sum(known) / len(known) if known else task_class(run[1]).plan.seconds * (1 if run[2] == "AdamW" else DEARER)
-
-

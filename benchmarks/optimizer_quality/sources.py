@@ -54,9 +54,7 @@ def descriptions(folder: Path) -> list[Described]:
         if description:
             name, source = fields["Package"], fields.get("Source", fields["Package"]).split()[0]
             section = fields["Section"].rsplit("/", 1)[-1]
-            found[name] = Described(
-                name=name, source=source, section=section, summary=summary, description=description
-            )
+            found[name] = Described(name=name, source=source, section=section, summary=summary, description=description)
     return [found[name] for name in sorted(found)]
 
 

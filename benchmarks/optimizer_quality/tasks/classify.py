@@ -18,8 +18,8 @@ class Sections(Task):
 
     title, unit, arrays = "text classification", "nats a description", ("packages.",)
     plan = Plan(
-        width=256, layers=4, heads=4, context=DESCRIPTION, steps=1150, batch=256, rate=1e-3, decay=0.05, betas=(0.9, 0.999),
-        dropout=0.1, seconds=12,
+        width=256, layers=4, heads=4, context=DESCRIPTION, steps=1150, batch=256,
+        rate=1e-3, decay=0.05, betas=(0.9, 0.999), dropout=0.1, seconds=12,
     )  # fmt: skip
 
     def load(self, arrays: dict[str, Any]) -> None:  # noqa: D102

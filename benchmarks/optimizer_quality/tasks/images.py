@@ -20,8 +20,9 @@ class FashionMNIST(Task):
 
     title, unit, arrays, muon = "image classification", "nats an image", ("images.",), False
     plan = Plan(
-        width=64, layers=2, heads=1, context=28, steps=1170, batch=256, rate=2e-3, decay=0.05, betas=(0.9, 0.999), seconds=15
-    )
+        width=64, layers=2, heads=1, context=28, steps=1170, batch=256,
+        rate=2e-3, decay=0.05, betas=(0.9, 0.999), seconds=15,
+    )  # fmt: skip
 
     def load(self, arrays: dict[str, Any]) -> None:  # noqa: D102
         self.x, self.y, *held = (

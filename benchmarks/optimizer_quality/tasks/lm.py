@@ -17,8 +17,9 @@ class CausalLM(Task):
 
     title, unit, arrays = "causal language model", "nats a token", ("lm.",)
     plan = Plan(
-        width=512, layers=6, heads=8, context=512, steps=1526, batch=64, rate=1.5e-3, decay=0.1, betas=(0.9, 0.95), seconds=40
-    )
+        width=512, layers=6, heads=8, context=512, steps=1526, batch=64,
+        rate=1.5e-3, decay=0.1, betas=(0.9, 0.95), seconds=40,
+    )  # fmt: skip
 
     def load(self, arrays: dict[str, Any]) -> None:  # noqa: D102
         self.ids = torch.from_numpy(arrays["lm.train"].astype("int32")).to(self.device)

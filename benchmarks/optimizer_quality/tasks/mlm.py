@@ -19,12 +19,13 @@ class MaskedLM(Task):
 
     title, unit, arrays = "masked language model", "nats a masked token", ("lm.",)
     plan = Plan(
-        width=384, layers=6, heads=6, context=256, steps=1200, batch=96, rate=1e-3, decay=0.05, betas=(0.9, 0.98), seconds=15
-    )
+        width=384, layers=6, heads=6, context=256, steps=1200, batch=96,
+        rate=1e-3, decay=0.05, betas=(0.9, 0.98), seconds=15,
+    )  # fmt: skip
 
     def load(self, arrays: dict[str, Any]) -> None:  # noqa: D102
-        cut = [torch.from_numpy(arrays[name].astype("int32")).to(self.device) for name in ("lm.train", "lm.held")]
-        self.rows, self.held = (ids[: len(ids) // self.p.context * self.p.context].view(-1, self.p.context) for ids in cut)
+        whole = [torch.from_numpy(arrays[name].astype("int32")) for name in ("lm.train", "lm.held")]
+        self.rows, self.held = (torch.stack(ids.split(self.p.context)[:-1]).to(self.device) for ids in whole)
         self.words, self.many = self.about["vocabulary"], round(SHARE * self.p.context)
 
     def model(self) -> nn.Module:  # noqa: D102

@@ -38,8 +38,8 @@ class Pairs(Task):
 
     title, unit, arrays = "contrastive pairs", "nats a text", ("packages.",)
     plan = Plan(
-        width=256, layers=4, heads=4, context=DESCRIPTION, steps=800, batch=512, rate=1e-3, decay=0.05, betas=(0.9, 0.999),
-        dropout=0.1, seconds=18,
+        width=256, layers=4, heads=4, context=DESCRIPTION, steps=800, batch=512,
+        rate=1e-3, decay=0.05, betas=(0.9, 0.999), dropout=0.1, seconds=18,
     )  # fmt: skip
 
     def load(self, arrays: dict[str, Any]) -> None:  # noqa: D102

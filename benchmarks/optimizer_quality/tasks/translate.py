@@ -21,8 +21,8 @@ class Strings(Task):
 
     title, unit, arrays = "translation", "nats a token", ("pairs.",)
     plan = Plan(
-        width=256, layers=3, heads=4, context=SENTENCE + 1, steps=1600, batch=256, rate=1e-3, decay=0.05, betas=(0.9, 0.98),
-        dropout=0.1, seconds=15,
+        width=256, layers=3, heads=4, context=SENTENCE + 1, steps=1600, batch=256,
+        rate=1e-3, decay=0.05, betas=(0.9, 0.98), dropout=0.1, seconds=15,
     )  # fmt: skip
 
     def load(self, arrays: dict[str, Any]) -> None:  # noqa: D102
