@@ -1,7 +1,7 @@
 """Low-bit optimizers against 32-bit ones on six kinds of task: the loss on held-out data, same seeds, same data.
 
     python -m benchmarks.optimizer_quality --pack build/optq/optq.zip      once, on Debian 12: the data in one file
-    python -m benchmarks.optimizer_quality --data build/optq/optq.zip --device cuda --jobs 4 --seeds 0 1 2
+    python -m benchmarks.optimizer_quality --data build/optq/optq.zip --device cuda --jobs 6 --seeds 0 1 2
         [--tasks lm ...] [--optimizers AdamW AdamW8bit ...] [--seconds 500] [--missing] [--record FILE] [--mode graph]
 
 An estimate is printed first. Several workers share a GPU (``--jobs``), because an optimizer's step leaves it idle in
@@ -94,7 +94,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--optimizers", nargs="+", choices=list(CHOICES), help="those of the study that are installed")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--jobs", type=int, help="at once: 4 on a GPU, 1 on a CPU")
+    parser.add_argument("--jobs", type=int, help="at once: 6 on a GPU, 1 on a CPU")
     parser.add_argument("--mode", choices=("graph", "compile", "compile+graph", "eager"), help="graph on a GPU")
     parser.add_argument("--seconds", type=float, default=math.inf, help="no run begins later")
     parser.add_argument("--record", type=Path, default=RECORD)
@@ -107,7 +107,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         parser.error("--device cuda: torch finds no GPU here")
     gpus = torch.cuda.device_count() if asked.device == "cuda" else 0
     asked.devices = [f"cuda:{i}" for i in range(gpus)] or ["cpu"]
-    asked.jobs = asked.jobs or (4 * gpus or 1)
+    asked.jobs = asked.jobs or (6 * gpus or 1)
     asked.mode = asked.mode or ("graph" if gpus else "eager")
     asked.changes = {"steps": asked.steps} if asked.steps else {}
     asked.seeds = sorted(set(asked.seeds))

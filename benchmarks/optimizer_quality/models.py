@@ -27,8 +27,8 @@ class Attention(nn.Module):
             query, key, value = self.query(x).chunk(3, dim=-1)
         else:
             query, (key, value) = self.query(x), self.other(seen).chunk(2, dim=-1)
-        split = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value)]
-        found = F.scaled_dot_product_attention(*split, attn_mask=mask, is_causal=causal)
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value))
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
         done: Tensor = self.out(found.transpose(1, 2).flatten(2))
         return done
 

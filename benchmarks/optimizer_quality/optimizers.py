@@ -121,10 +121,10 @@ def _peer(library: str, name: str, bits: int) -> Choice:
     return Choice(label=label, build=build, twin="AdamW", bits=bits, needs=library, everywhere=False)
 
 
-def _bfloat16(weights: str, everywhere: bool) -> Choice:
+def _bfloat16(weights: str, **about: Any) -> Choice:
     return Choice(
         label=f"`AdamW8bit`, bfloat16 weights, `{weights}`", build=adamw("nybble.optim", "AdamW8bit", weights=weights),
-        twin="AdamW", bits=8, weights=torch.bfloat16, everywhere=everywhere,
+        twin="AdamW", bits=8, weights=torch.bfloat16, **about,
     )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ CHOICES: dict[str, Choice] = {
     "AdamW4bit": _ours("AdamW4bit", bits=4),
     "Factor4bit": _ours("Factor4bit", bits=4),
     "AdamWFp8": _ours("AdamWFp8", bits=8),
-    "AdamW8bit-residual8": _bfloat16("residual8", everywhere=True),
+    "AdamW8bit-residual8": _bfloat16("residual8"),
     "Lion": Choice(label="`Lion(state=None)`", build=lion("Lion", state=None)),
     "Lion8bit": Choice(label="`Lion8bit`", build=lion("Lion8bit"), twin="Lion", bits=8),
     "Muon": Choice(label="`Muon(state=None)`", build=muon("Muon", "AdamW", state=None), muon=True),
@@ -145,10 +145,14 @@ CHOICES: dict[str, Choice] = {
     "torchao-AdamW8bit": _peer("torchao", "AdamW8bit", 8),
     "torchao-AdamW4bit": _peer("torchao", "AdamW4bit", 4),
     "AdamW8bit-nearest": _bfloat16("nearest", everywhere=False),
-    "AdamW8bit-stochastic": _bfloat16("stochastic", everywhere=False),
+    "AdamW8bit-stochastic": _bfloat16("stochastic", extra=True),
     "AdamWCompanded8bit": _ours("AdamWCompanded8bit", bits=8, extra=True),
     "AdamW4bit-embeddings32": Choice(
-        label="`AdamW4bit`, embeddings in 32 bits", build=wide_embeddings("AdamW4bit"), twin="AdamW", bits=4, extra=True
+        label="`AdamW4bit`, embeddings in 32 bits",
+        build=wide_embeddings("AdamW4bit"),
+        twin="AdamW",
+        bits=4,
+        everywhere=False,
     ),
     "Lion4bit": Choice(label="`Lion4bit`", build=lion("Lion4bit"), twin="Lion", bits=4, extra=True),
 }

@@ -30,7 +30,8 @@ COLORS = {  # after Okabe and Ito, by rule and bits
     "torchao-AdamW8bit": "#b0492f", "torchao-AdamW4bit": "#e377a0",
 }  # fmt: skip
 SMOOTH = 5  # points of a curve that are averaged for differences
-GAP = 0.075  # between labels, of an axis's height
+LEAST, LARGEST = 1.35, 6.0  # per cent that a lower panel reaches to each side
+GAP = 0.072  # between labels, of an axis's height
 
 
 def curves(runs: list[dict[str, Any]], task: str) -> Curves:
@@ -79,9 +80,8 @@ def draw(runs: list[dict[str, Any]], out: Path) -> None:
         upper = figure.add_subplot(cell[0])
         panel(upper, figure.add_subplot(cell[1], sharex=upper), runs, task)
     seeds = len({run["seed"] for run in runs})
-    figure.suptitle(
-        f"Low-bit optimizers and 32-bit ones on the same data in the same order; seeds: {seeds}", fontsize=13
-    )
+    means = "one seed" if seeds == 1 else f"means of {seeds} seeds"
+    figure.suptitle(f"Low-bit optimizers and 32-bit ones on the same data in the same order, {means}", fontsize=13)
     content = io.BytesIO()
     figure.savefig(content, format="png", metadata={"Software": None})
     atomic_write_bytes(out, content.getvalue())
@@ -100,36 +100,39 @@ def panel(upper: Any, lower: Any, runs: list[dict[str, Any]], task: str) -> None
         if twin in found and len(found[twin]) == len(y):
             shifts[name] = 100 * (smoothed(y) / smoothed(found[twin]) - 1)
             lower.plot(x, shifts[name], color=COLORS[name], linewidth=wide)
-    settled = np.concatenate([y[len(y) // 5 :] for y in shifts.values()] or [np.zeros(1)])
-    reach = max(1.35, float(np.nanmax(np.abs(settled), initial=0.0)) * 1.1)
-    reach = min(reach, 6.0)
+    low, high = limits(shifts)
     for bits, bar in BARS.items():
         lower.axhspan(-bar, bar, color="#000000", alpha=0.045, linewidth=0)
         lower.text(0.012 * steps, bar, f"{bits} bits: {bar:g} %", fontsize=6.5, color="#777777", va="bottom")
     lower.axhline(0, color="#000000", linewidth=0.8)
-    lower.set_ylim(-reach, reach)
+    lower.set_ylim(low, high)
     lower.set_xlim(0, steps)
-    labels(lower, {name: y[-1] for name, y in shifts.items()}, steps, reach)
-    if all(np.nanmin(y) > 0 for y in found.values()):
-        upper.set_yscale("log")
-        upper.yaxis.set_major_formatter("{x:g}")
-        upper.yaxis.set_minor_formatter("{x:g}")
+    labels(lower, {name: y[-1] for name, y in shifts.items()}, steps, low, high)
+    bottom, top = np.nanpercentile(np.concatenate(list(found.values())), (0, 99.5))
+    upper.set_ylim(bottom - 0.04 * (top - bottom), top + 0.04 * (top - bottom))  # single peaks may leave it
     upper.set_title(kind.title, fontsize=11, loc="left", fontweight="bold")
     upper.set_ylabel(f"training loss,\n{kind.unit}", fontsize=8)
     lower.set_ylabel("loss from the 32-bit twin's, %", fontsize=8)
     lower.set_xlabel("step", fontsize=8)
     upper.tick_params(labelsize=7, labelbottom=False)
-    upper.tick_params(which="minor", labelsize=6)
     lower.tick_params(labelsize=7)
     for axis in (upper, lower):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#dddddd", linewidth=0.5)
 
 
-def labels(axis: Any, ends: dict[str, float], steps: int, reach: float) -> None:
+def limits(shifts: Curves) -> tuple[float, float]:
+    """Of the lower panel: the bars and what stays near them after the first fifth; peaks may leave it."""
+    late = np.concatenate([y[len(y) // 5 :] for y in shifts.values()] or [np.zeros(1)])
+    low, high = np.nan_to_num(np.nanpercentile(late, (1, 99)))
+    return max(-LARGEST, min(-LEAST, 1.15 * low)), min(LARGEST, max(LEAST, 1.15 * high))
+
+
+def labels(axis: Any, ends: dict[str, float], steps: int, low: float, high: float) -> None:
     """Each curve's name at its end, apart from each other."""
-    named = {name: float(np.clip(np.nan_to_num(y, nan=reach), -reach, reach)) for name, y in ends.items()}
-    places = spread_out(list(named.values()), -0.97 * reach, 0.97 * reach, 2 * reach * GAP)
+    edge = 0.03 * (high - low)
+    named = {name: float(np.clip(np.nan_to_num(y, nan=high), low, high)) for name, y in ends.items()}
+    places = spread_out(list(named.values()), low + edge, high - edge, GAP * (high - low))
     for (name, end), y in zip(named.items(), places, strict=True):
         axis.plot([steps, 1.035 * steps], [end, y], color=COLORS[name], linewidth=0.7, clip_on=False)
         text = name if ends[name] == ends[name] else f"{name} (diverged)"

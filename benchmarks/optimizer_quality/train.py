@@ -50,13 +50,13 @@ class Passes:
         # no cache of cast weights: a graph would keep the casts of the first step
         with torch.autocast(self.kind, torch.bfloat16, cache_enabled=False):
             loss = self.measure(self.model, *batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         return loss.detach()
 
     def _record(self, example: tuple[Tensor, ...]) -> None:
         self.batch = tuple(x.clone() for x in example)
-        aside = torch.cuda.Stream()
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(WARM):
@@ -76,7 +76,9 @@ class Trainer:
     def __init__(self, data: Path, device: str, mode: str, changes: dict[str, Any], tiny: bool = False) -> None:
         self.data, self.device, self.mode, self.changes, self.tiny = data, device, mode, changes, tiny
         self.task: Task | None = None
-        self.name, self.key, self.passes, self.used = "", None, None, ""
+        self.passes: Passes | None = None
+        self.key: tuple[str, torch.dtype] | None = None
+        self.name = self.used = ""
 
     def run(self, name: str, optimizer: str, seed: int) -> dict[str, Any]:
         """Train, judge; the record."""
@@ -119,18 +121,16 @@ class Trainer:
         for mode in dict.fromkeys((self.mode, "eager")):
             model = self._network(task, weights)
             try:
-                self.passes, self.used = Passes(task, model, example, mode), mode
-                float(self.passes(example))
+                made = Passes(task, model, example, mode)
+                float(made(example))
             except Exception as error:
                 if mode == "eager":
                     raise
                 print(f"{name}, {mode}: {type(error).__name__}: {str(error)[:1000]}; goes on eagerly", flush=True)
-                self._forget()
                 continue
-            break
-        assert self.passes is not None
-        self.key = (name, weights)
-        return self.passes
+            self.passes, self.used, self.key = made, mode, (name, weights)
+            return made
+        raise AssertionError("the eager mode works or raises")
 
     def _network(self, task: Task, weights: torch.dtype) -> nn.Module:
         """On the device, its matrices in ``weights``."""

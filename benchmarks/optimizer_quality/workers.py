@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 from dataclasses import dataclass
@@ -57,7 +58,8 @@ class Worker:
 def work(runs: list[Run], places: list[Place], seconds: float, record: Record) -> tuple[list[Run], list[Run]]:
     """Give runs to one worker for each place; return those that weren't begun in time, and those that failed."""
     began, waiting, failed = time.monotonic(), list(runs), list[Run]()
-    workers = [Worker(place) for place in places[: len(runs)]]
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // len(places))))
+    workers = [Worker(place) for place in places[: len(runs)]] if seconds > 0 else []
     try:
         while workers:
             for worker in [worker for worker in workers if worker.run is None]:
@@ -71,14 +73,14 @@ def work(runs: list[Run], places: list[Place], seconds: float, record: Record) -
             pipes = {worker.pipe: worker for worker in workers}
             for pipe in wait(list(pipes), timeout=1) if pipes else ():
                 worker = pipes[pipe]  # type: ignore[index]
-                run, found = worker.run, worker.found()
-                assert run is not None
+                done, found = worker.run, worker.found()
+                assert done is not None
                 if isinstance(found, str):
-                    failed.append(run)
-                    print(f"{named(run)} FAILED: {found}", flush=True)
+                    failed.append(done)
+                    print(f"{named(done)} FAILED: {found}", flush=True)
                 else:
                     record.add(found)
-                    print(f"{time.monotonic() - began:6.0f} s  {named(run)}: {said(found)}", flush=True)
+                    print(f"{time.monotonic() - began:6.0f} s  {named(done)}: {said(found)}", flush=True)
     finally:
         for worker in workers:
             worker.process.terminate()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from benchmarks.optimizer_quality.pack import read
@@ -68,7 +68,7 @@ class Task(ABC):
         self.load(arrays)
 
     @abstractmethod
-    def load(self, arrays: dict[str, object]) -> None:
+    def load(self, arrays: dict[str, Any]) -> None:
         """Put the data where it is used."""
 
     @abstractmethod

@@ -25,7 +25,7 @@ class MaskedLM(Task):
 
     def load(self, arrays: dict[str, Any]) -> None:  # noqa: D102
         whole = [torch.from_numpy(arrays[name].astype("int32")) for name in ("lm.train", "lm.held")]
-        self.rows, self.held = (torch.stack(ids.split(self.p.context)[:-1]).to(self.device) for ids in whole)
+        self.rows, self.held = (torch.stack(torch.split(ids, self.p.context)[:-1]).to(self.device) for ids in whole)
         self.words, self.many = self.about["vocabulary"], round(SHARE * self.p.context)
 
     def model(self) -> nn.Module:  # noqa: D102
@@ -58,7 +58,7 @@ class MaskedLM(Task):
     def held_out(self, model: nn.Module) -> dict[str, float]:  # noqa: D102
         generator = torch.Generator(self.device).manual_seed(1 << 20)
         rows = self.held[: self.p.judged]
-        parts = [self.masked(part, generator) for part in rows.split(self.p.batch)]
+        parts = [self.masked(part, generator) for part in torch.split(rows, self.p.batch)]
         losses = [self.loss(model, *part) * len(part[0]) for part in parts]
         return {"loss": float(torch.stack(losses).sum()) / len(rows)}
 

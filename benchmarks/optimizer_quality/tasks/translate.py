@@ -52,7 +52,7 @@ class Strings(Task):
 
     def held_out(self, model: nn.Module) -> dict[str, float]:  # noqa: D102
         total, count = 0.0, 0
-        for batch in zip(*(part.split(256) for part in self.held), strict=True):
+        for batch in zip(*(torch.split(part, 256) for part in self.held), strict=True):
             tokens = int((batch[2] != IGNORED).sum())
             total, count = total + float(self.loss(model, *batch)) * tokens, count + tokens
         return {"loss": total / count}
