@@ -1,8 +1,8 @@
 """The optimizers that are compared: by name, with the 32-bit one that each is judged against.
 
-All get the same groups (matrices decay, vectors don't) as bare parameters, so that embeddings have low-bit states too:
-the harder case, and the same in every library. Muon takes the hidden matrices; the same library's AdamW of as many
-bits takes the rest.
+All get the same groups: matrices decay, vectors don't. nybble's keep 32-bit states of embeddings, as they do when they
+are given a module; those with ``-all`` don't, and neither do other libraries. Muon takes the hidden matrices, AdamW of
+as many bits the rest.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from benchmarks.optimizer_quality.tasks import Plan
 from torch import Tensor, nn
 
 Groups = list[dict[str, Any]]
+Build = Callable[[nn.Module, Plan], list[torch.optim.Optimizer]]
 LION = {"rate": 0.2, "decay": 5.0}  # of AdamW's (Chen et al. 2023, section 5: 3 to 10 times lower, and higher)
 
 
@@ -38,7 +39,7 @@ class Choice:
     """
 
     label: str
-    build: Callable[[nn.Module, Plan], list[torch.optim.Optimizer]]
+    build: Build
     twin: str | None = None
     bits: int = 32
     needs: str = "nybble"
@@ -48,49 +49,45 @@ class Choice:
     muon: bool = False
 
 
-def groups(parameters: list[nn.Parameter], decay: float) -> Groups:
-    """Matrices decay; gains and biases don't."""
-    found = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
+def groups(parameters: list[nn.Parameter], decay: float, wide: list[nn.Parameter] | None = None) -> Groups:
+    """Matrices decay; gains and biases don't. Parameters in ``wide`` keep 32-bit states."""
+    apart = {id(p) for p in wide or []}
+    found: Groups = [
+        {"params": [p for p in parameters if p.ndim > 1 and id(p) not in apart], "weight_decay": decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) in apart], "weight_decay": decay, "state": None},
     ]
     return [group for group in found if group["params"]]
 
 
-def adamw(library: str, name: str, **options: Any) -> Callable[[nn.Module, Plan], list[torch.optim.Optimizer]]:
-    """AdamW of a library."""
+def tables(model: nn.Module) -> list[nn.Parameter]:
+    """The embeddings."""
+    return [p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
+
+
+def adamw(library: str, name: str, wide: bool = False, **options: Any) -> Build:
+    """AdamW of a library; ``wide``: 32-bit states of embeddings."""
 
     def build(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
         parameters = list(model.parameters())
         more = options | ({"fused": parameters[0].is_cuda} if library == "torch.optim" else {})
-        return [_class(library, name)(groups(parameters, plan.decay), lr=plan.rate, betas=plan.betas, **more)]
+        made = groups(parameters, plan.decay, tables(model) if wide else None)
+        return [_class(library, name)(made, lr=plan.rate, betas=plan.betas, **more)]
 
     return build
 
 
-def wide_embeddings(name: str) -> Callable[[nn.Module, Plan], list[torch.optim.Optimizer]]:
-    """nybble's, with 32-bit states of embeddings."""
-
-    def build(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
-        tables = [p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
-        others = [p for p in model.parameters() if not any(p is table for table in tables)]
-        made = [*groups(others, plan.decay), {"params": tables, "weight_decay": plan.decay, "state": None}]
-        return [_class("nybble.optim", name)(made, lr=plan.rate, betas=plan.betas)]
-
-    return build
-
-
-def lion(name: str, **options: Any) -> Callable[[nn.Module, Plan], list[torch.optim.Optimizer]]:
+def lion(name: str, **options: Any) -> Build:
     """Lion, at a rate and a decay that go with AdamW's."""
 
     def build(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
-        made = groups(list(model.parameters()), LION["decay"] * plan.decay)
+        made = groups(list(model.parameters()), LION["decay"] * plan.decay, tables(model))
         return [_class("nybble.optim", name)(made, lr=LION["rate"] * plan.rate, betas=(0.9, 0.99), **options)]
 
     return build
 
 
-def muon(name: str, rest: str, **options: Any) -> Callable[[nn.Module, Plan], list[torch.optim.Optimizer]]:
+def muon(name: str, rest: str, **options: Any) -> Build:
     """Muon on hidden matrices at AdamW's rate, and AdamW on what is left."""
 
     def build(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
@@ -98,7 +95,8 @@ def muon(name: str, rest: str, **options: Any) -> Callable[[nn.Module, Plan], li
         outside = [p for p in model.parameters() if not any(p is one for one in inside)]
         first = _class("nybble.optim", name)
         hidden = first(inside, lr=plan.rate, weight_decay=plan.decay, adjust_lr_fn="match_rms_adamw", **options)
-        other = _class("nybble.optim", rest)(groups(outside, plan.decay), lr=plan.rate, betas=plan.betas, **options)
+        made = groups(outside, plan.decay, tables(model))
+        other = _class("nybble.optim", rest)(made, lr=plan.rate, betas=plan.betas, **options)
         return [hidden, other]
 
     return build
@@ -113,7 +111,12 @@ def _class(library: str, name: str) -> Any:
 
 
 def _ours(name: str, **about: Any) -> Choice:
-    return Choice(label=f"`{name}`", build=adamw("nybble.optim", name), twin="AdamW", **about)
+    return Choice(label=f"`{name}`", build=adamw("nybble.optim", name, wide=True), twin="AdamW", **about)
+
+
+def _all(name: str, **about: Any) -> Choice:
+    label = f"`{name}`, embeddings too"
+    return Choice(label=label, build=adamw("nybble.optim", name), twin="AdamW", **about)
 
 
 def _peer(library: str, name: str, bits: int) -> Choice:
@@ -122,10 +125,9 @@ def _peer(library: str, name: str, bits: int) -> Choice:
 
 
 def _bfloat16(weights: str, **about: Any) -> Choice:
-    return Choice(
-        label=f"`AdamW8bit`, bfloat16 weights, `{weights}`", build=adamw("nybble.optim", "AdamW8bit", weights=weights),
-        twin="AdamW", bits=8, weights=torch.bfloat16, **about,
-    )  # fmt: skip
+    build = adamw("nybble.optim", "AdamW8bit", wide=True, weights=weights)
+    label = f"`AdamW8bit`, bfloat16 weights, `{weights}`"
+    return Choice(label=label, build=build, twin="AdamW", bits=8, weights=torch.bfloat16, **about)
 
 
 CHOICES: dict[str, Choice] = {
@@ -133,6 +135,7 @@ CHOICES: dict[str, Choice] = {
     "AdamW-32": Choice(label="`AdamW(state=None)`", build=adamw("nybble.optim", "AdamW", state=None), twin="AdamW"),
     "AdamW8bit": _ours("AdamW8bit", bits=8),
     "AdamW4bit": _ours("AdamW4bit", bits=4),
+    "AdamW4bit-all": _all("AdamW4bit", bits=4),
     "Factor4bit": _ours("Factor4bit", bits=4),
     "AdamWFp8": _ours("AdamWFp8", bits=8),
     "AdamW8bit-residual8": _bfloat16("residual8"),
@@ -141,19 +144,13 @@ CHOICES: dict[str, Choice] = {
     "Muon": Choice(label="`Muon(state=None)`", build=muon("Muon", "AdamW", state=None), muon=True),
     "Muon8bit": Choice(label="`Muon8bit`", build=muon("Muon8bit", "AdamW8bit"), twin="Muon", bits=8, muon=True),
     "Muon4bit": Choice(label="`Muon4bit`", build=muon("Muon4bit", "AdamW4bit"), twin="Muon", bits=4, muon=True),
+    "AdamW8bit-all": _all("AdamW8bit", bits=8, everywhere=False),
     "bitsandbytes-AdamW8bit": _peer("bitsandbytes", "AdamW8bit", 8),
     "torchao-AdamW8bit": _peer("torchao", "AdamW8bit", 8),
     "torchao-AdamW4bit": _peer("torchao", "AdamW4bit", 4),
     "AdamW8bit-nearest": _bfloat16("nearest", everywhere=False),
     "AdamW8bit-stochastic": _bfloat16("stochastic", extra=True),
     "AdamWCompanded8bit": _ours("AdamWCompanded8bit", bits=8, extra=True),
-    "AdamW4bit-embeddings32": Choice(
-        label="`AdamW4bit`, embeddings in 32 bits",
-        build=wide_embeddings("AdamW4bit"),
-        twin="AdamW",
-        bits=4,
-        everywhere=False,
-    ),
     "Lion4bit": Choice(label="`Lion4bit`", build=lion("Lion4bit"), twin="Lion", bits=4, extra=True),
 }
 

@@ -27,11 +27,11 @@ COLORS = {  # after Okabe and Ito, by rule and bits
     "AdamW": "#000000", "AdamW-32": "#9a9a9a", "AdamW8bit": "#0072b2", "AdamW4bit": "#d55e00", "Factor4bit": "#cc79a7",
     "AdamWFp8": "#56b4e9", "AdamW8bit-residual8": "#7a5cb8", "Lion": "#5a6e00", "Lion8bit": "#8fae00",
     "Muon": "#006b4f", "Muon8bit": "#009e73", "Muon4bit": "#e69f00", "bitsandbytes-AdamW8bit": "#8c6d46",
-    "torchao-AdamW8bit": "#b0492f", "torchao-AdamW4bit": "#e377a0",
+    "AdamW4bit-all": "#f2a57d", "torchao-AdamW8bit": "#b0492f", "torchao-AdamW4bit": "#e377a0",
 }  # fmt: skip
 SMOOTH = 5  # points of a curve that are averaged for differences
 LEAST, LARGEST = 1.35, 6.0  # per cent that a lower panel reaches to each side
-GAP = 0.072  # between labels, of an axis's height
+LINE = 0.155  # inches of a label  # between labels, of an axis's height
 
 
 def curves(runs: list[dict[str, Any]], task: str) -> Curves:
@@ -110,6 +110,7 @@ def panel(upper: Any, lower: Any, runs: list[dict[str, Any]], task: str) -> None
     labels(lower, {name: y[-1] for name, y in shifts.items()}, steps, low, high)
     bottom, top = np.nanpercentile(np.concatenate(list(found.values())), (0, 99.5))
     upper.set_ylim(bottom - 0.04 * (top - bottom), top + 0.04 * (top - bottom))  # single peaks may leave it
+    labels(upper, {name: y[-1] for name, y in found.items() if not CHOICES[name].twin}, steps, *upper.get_ylim())
     upper.set_title(kind.title, fontsize=11, loc="left", fontweight="bold")
     upper.set_ylabel(f"training loss,\n{kind.unit}", fontsize=8)
     lower.set_ylabel("loss from the 32-bit twin's, %", fontsize=8)
@@ -132,7 +133,8 @@ def labels(axis: Any, ends: dict[str, float], steps: int, low: float, high: floa
     """Each curve's name at its end, apart from each other."""
     edge = 0.03 * (high - low)
     named = {name: float(np.clip(np.nan_to_num(y, nan=high), low, high)) for name, y in ends.items()}
-    places = spread_out(list(named.values()), low + edge, high - edge, GAP * (high - low))
+    inches = axis.get_window_extent().height / axis.figure.dpi
+    places = spread_out(list(named.values()), low + edge, high - edge, LINE / inches * (high - low))
     for (name, end), y in zip(named.items(), places, strict=True):
         axis.plot([steps, 1.035 * steps], [end, y], color=COLORS[name], linewidth=0.7, clip_on=False)
         text = name if ends[name] == ends[name] else f"{name} (diverged)"
