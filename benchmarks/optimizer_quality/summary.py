@@ -82,10 +82,10 @@ def rows(runs: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
         own = [found.get((task, name)) for task in tasks]
         if any(own):
             against = f" / {CHOICES[choice.twin].label}" if choice.twin else ""
-            weight = next((f"{sizes[task, name]:.2f}" for task in tasks if (task, name) in sizes), "")
+            weight = f"{sizes[tasks[0], name]:.2f}" if (tasks[0], name) in sizes else ""
             bar = f"{BARS[choice.bits]:g}" if choice.bits in BARS else ""
             made.append([choice.label + against, weight, bar, *(_shown(cell) for cell in own)])
-    return ["optimizer / judged against", "state bytes a parameter", "bar, %", *map(_title, tasks)], made
+    return ["optimizer / judged against", f"state bytes a parameter, {tasks[0]}", "bar, %", *map(_title, tasks)], made
 
 
 def _title(task: str) -> str:
