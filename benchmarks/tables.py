@@ -263,11 +263,27 @@ def qlora() -> str:
     )
 
 
+def optimizer_quality() -> str:
+    """Held-out losses of low-bit optimizers beside 32-bit ones."""
+    sys.path.insert(0, str(ROOT))  # run as a script, which finds its own folder alone
+    from benchmarks.optimizer_quality import summary
+
+    runs = _load("optimizer_quality")["runs"]
+    head, rows = summary.rows(runs)
+    seeds = sorted({run["seed"] for run in runs})
+    machines = sorted({run["hardware"]["gpu"] or run["hardware"]["cpu"] for run in runs})
+    versions = {name: version for run in runs for name, version in run["versions"].items()}
+    said = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "nybble")
+    about = f"{len(runs)} runs, seeds {', '.join(map(str, seeds))}; {', '.join(machines)}; {said}."
+    return f"{table(tuple(head), rows)}\n{summary.sentence(runs)}\n\n{about}\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     **{
         f.__name__: f
         for f in (demo, gptq, fake_quantize, speed, memory, minilm, vit, cnn, composition, onnx_layers, qlora)
     },
+    "optimizer_quality": optimizer_quality,
     **registries.TABLES,
 }
 
