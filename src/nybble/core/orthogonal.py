@@ -21,6 +21,8 @@ from nybble.core.errors import SchemeError
 from nybble.core.seeds import derive_seed
 
 Matrix = Literal["hadamard", "orthogonal"]
+_LARGEST = 128
+"""Order of a Sylvester factor: products with smaller matrices are no faster."""
 
 
 @cache
@@ -62,6 +64,38 @@ def _conference(q: int) -> np.ndarray:
 
 def _prime(n: int) -> bool:
     return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
+
+
+@cache
+def hadamard_factors(order: int) -> tuple[np.ndarray, ...]:
+    """Matrices whose Kronecker product is :func:`hadamard_signs`, none of them large where the order is a power of two.
+
+    Multiplying by them one after the other takes ``order * (n_1 + n_2 + ...)`` additions a row, not ``order ** 2``.
+
+    Raises:
+        SchemeError: none of this order is known here.
+    """
+    if hadamard_signs(order) is None:
+        raise SchemeError(
+            f"no Hadamard matrix of order {order} is known here (Sylvester's and Paley's constructions and their "
+            "products); take a block that divides the channels and has one, such as 32."
+        )
+    found, left = [], order
+    while left & (left - 1) and _paley(left) is None:
+        left //= 2
+    twos = (order // left if left & (left - 1) else order).bit_length() - 1
+    while twos:
+        part = min(twos, _LARGEST.bit_length() - 1)
+        found.append(hadamard_signs(1 << part))
+        twos -= part
+    if left & (left - 1):
+        found.append(_paley(left))
+    return tuple(each for each in found if each is not None)
+
+
+def largest_block(width: int) -> int:
+    """The most neighbours of ``width`` channels that a Hadamard matrix rotates, in blocks that divide them."""
+    return next(n for n in range(width, 0, -1) if width % n == 0 and hadamard_signs(n) is not None)
 
 
 def hadamard(order: int) -> Tensor:
