@@ -27,6 +27,7 @@ from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import Kind, Stored, kind_of_entry
 from nybble.nn.kv_model import KVRecord
 from nybble.nn.layouts import Layouts
+from nybble.nn.rotation import BlockRotation
 from nybble.qtensor import QTensor, from_spec
 
 if TYPE_CHECKING:
@@ -128,6 +129,15 @@ class Source(ABC):
         filled = ActivationQuantizer.from_dict(dict(layer.entry[side]))
         filled.load_state_dict({name: self.tensor(f"{layer.name}.{side}.{name}") for name in filled.state_dict()})
         return filled
+
+    def rotation(self, layer: Layer) -> BlockRotation | None:
+        """What rotates a layer's input while the model runs, read; None where nothing does."""
+        if layer.kind.unrotated is layer.kind:
+            return None
+        found = BlockRotation.from_dict(layer.entry["rotation"])
+        found.load_state_dict({name: self.tensor(f"{layer.name}.rotation.{name}") for name in found.state_dict()})
+        found.validate()
+        return found
 
     @cached_property
     def known(self) -> dict[tuple[str, str], Any]:

@@ -19,7 +19,9 @@ from nybble.core.guard import reading
 from nybble.core.seeds import preserve_global_rng
 from nybble.export import Takes, Verified
 from nybble.export._ct_library import quietly
+from nybble.export._ct_transforms import KEY, matrix_names, rotate_online
 from nybble.export._source import Layer, Source
+from nybble.models.build.config_file import read_json
 from nybble.models.build.skeleton import model_class
 from nybble.nn.kinds import kind_of
 from nybble.nn.kinds.tied import input_table
@@ -71,12 +73,15 @@ def opened(folder: Path, source: Source, dtype: torch.dtype = torch.float32, deq
             options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
         model, info = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
         _unpack(model)
+        rotate_online(model, folder)
         for parameter in model.parameters():  # some formats become bfloat16, whatever is asked for
             if parameter.is_floating_point() and dtype == torch.float32:
                 parameter.data = parameter.data.to(dtype)
+    stated = read_json(folder / "config.json").get("quantization_config") or {}
+    rotated = matrix_names(stated.get(KEY))
     wrong = [
         *sorted(info["missing_keys"]),
-        *sorted(key for key in info["unexpected_keys"] if not key.endswith(_CACHE)),
+        *sorted(key for key in info["unexpected_keys"] if not key.endswith((*_CACHE, *rotated))),
         *sorted(map(str, info["mismatched_keys"])),
     ]
     if wrong:
@@ -153,7 +158,7 @@ def _pairs(source: Source, model: Any, layer: Layer) -> Iterator[tuple[Tensor, T
         return
     at, _, leaf = layer.name.rpartition(".") if layer.kind.fused else (layer.name, "", "")
     module = model.get_submodule(at)
-    kind = kind_of(module) or layer.kind
+    kind = (kind_of(module) or layer.kind).unrotated  # as the files have it, rotated or not
     matrix = kind.matrix(module, leaf, lambda name: getattr(module, name))
     for number, prefix in enumerate(layer.weights):
         found = source.weight(layer, prefix).dequantize()
