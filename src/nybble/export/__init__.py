@@ -278,7 +278,10 @@ def refusals(part: ExportTarget, source: Source) -> list[Refusal]:
     return [Refusal(layers=rotated, came="an online rotation of its input", nearest=UNROTATED, why=why)]
 
 
-UNROTATED = "layers without: leave the step online-rotation out (rotate and hadamard are folded into weights)"
+UNROTATED = (
+    "layers without: --target dense folds it into float weights, and without the step online-rotation there is none "
+    "(rotate and hadamard are folded too)"
+)
 
 
 def refuse(name: str, refusals: Sequence[Refusal], way_out: str = "") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from nybble.nn.kv_model import KVRecord
 from nybble.nn.layouts import Layouts
 from nybble.nn.rotation import BlockRotation
 from nybble.qtensor import QTensor, from_spec
+from nybble.qtensor._by_rows import rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -200,6 +201,13 @@ def described(source: Source) -> tuple[dict[str, dict[str, Any]], Layouts]:
     return modules, layouts
 
 
+def unrotated_rows(source: Source, layer: Layer, prefix: str) -> Iterator[Tensor]:
+    """A layer's matrix, dequantized, some rows at a time: by the channels of an input that comes as it is."""
+    rotation = source.rotation(layer)
+    for rows in rows_of(source.weight(layer, prefix)):
+        yield rows if rotation is None else rotation(rows, back=True)
+
+
 def model_of(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     """The model of any source in memory, in eval mode: packed weights packed, what is in float in ``dtype``."""
     modules, layouts = described(source)
@@ -219,6 +227,8 @@ def model_of(source: Source, dtype: torch.dtype) -> PreTrainedModel:
         for side in ("inputs", "outputs"):
             if (filled := source.activation(layer, side)) is not None:
                 tensors |= {f"{layer.name}.{side}.{part}": tensor for part, tensor in filled.state_dict().items()}
+        if (rotation := source.rotation(layer)) is not None:
+            tensors |= {f"{layer.name}.rotation.{part}": tensor for part, tensor in rotation.state_dict().items()}
     there = {id(expected[name]): tensor for name, tensor in tensors.items() if name in expected}
     tensors |= {name: there[id(t)] for name, t in expected.items() if id(t) in there and name not in tensors}
     model.load_state_dict(tensors, strict=False, assign=True)
