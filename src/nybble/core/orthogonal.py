@@ -68,29 +68,32 @@ def _prime(n: int) -> bool:
 
 @cache
 def hadamard_factors(order: int) -> tuple[np.ndarray, ...]:
-    """Matrices whose Kronecker product is :func:`hadamard_signs`, none of them large where the order is a power of two.
+    """Small matrices whose Kronecker product is a Hadamard matrix; Sylvester's where the order is a power of two.
 
-    Multiplying by them one after the other takes ``order * (n_1 + n_2 + ...)`` additions a row, not ``order ** 2``.
+    Powers of two are split off before a construction of Paley's is asked for, so this may be another matrix than
+    :func:`hadamard_signs`: multiplying by these one after the other takes ``n_1 + n_2 + ...`` additions an element.
+
+    Returns:
+        int8 [n_i, n_i] of +-1, the product of all n_i being ``order``.
 
     Raises:
         SchemeError: none of this order is known here.
     """
-    if hadamard_signs(order) is None:
+    base = order & -order if order > 0 else 1
+    left = order // base if order > 0 else 0
+    while base > 1 and left > 1 and _paley(left) is None:
+        base, left = base // 2, left * 2
+    last = None if left <= 1 else _paley(left)
+    if order < 1 or (left > 1 and last is None):
         raise SchemeError(
             f"no Hadamard matrix of order {order} is known here (Sylvester's and Paley's constructions and their "
             "products); take a block that divides the channels and has one, such as 32."
         )
-    found, left = [], order
-    while left & (left - 1) and _paley(left) is None:
-        left //= 2
-    twos = (order // left if left & (left - 1) else order).bit_length() - 1
-    while twos:
-        part = min(twos, _LARGEST.bit_length() - 1)
-        found.append(hadamard_signs(1 << part))
-        twos -= part
-    if left & (left - 1):
-        found.append(_paley(left))
-    return tuple(each for each in found if each is not None)
+    twos = base.bit_length() - 1
+    parts = -(-twos // (_LARGEST.bit_length() - 1))
+    sizes = [1 << (twos // parts + (number < twos % parts)) for number in range(parts)]
+    found = [hadamard_signs(size) for size in sizes or ([1] if last is None else [])]
+    return tuple(each for each in (*found, last) if each is not None)
 
 
 def largest_block(width: int) -> int:

@@ -32,6 +32,11 @@ class RotatedQuantLinear(QuantLinear):
         super().__init__(weight, bias, inputs, outputs)
         self.rotation = rotation
 
+    def enters(self, x: Tensor) -> Tensor:
+        """``x V``."""
+        found: Tensor = self.rotation(x)
+        return found
+
     def forward(self, x: Tensor) -> Tensor:
         """As the float layer."""
-        return super().forward(self.rotation(widened(x, self.weight.dtype)))
+        return super().forward(self.enters(widened(x, self.weight.dtype)))

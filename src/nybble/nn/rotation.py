@@ -9,6 +9,7 @@ arXiv:2405.16406, R4. Computed in float32; H is a Hadamard matrix (:mod:`nybble.
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import lru_cache
 from typing import Any
@@ -76,17 +77,10 @@ rotate.register_autograd(_backward, setup_context=_keep)
 
 
 def _hadamard(rows: Tensor, back: bool) -> Tensor:
-    """[rows, n] times a Hadamard matrix over sqrt(n), factor by factor."""
-    n = rows.shape[1]
-    found, behind = rows, n
-    for factor in _factors(n, rows.dtype, rows.device):
-        size = len(factor)
-        behind //= size
-        turned = factor if back else factor.T
-        if behind == 1:
-            found = found.reshape(-1, size) @ turned.T
-        else:
-            found = turned @ found.reshape(-1, size, behind)
+    """[rows, n] times a Hadamard matrix over sqrt(n), factor by factor, the last one first."""
+    n, found = rows.shape[1], rows
+    for factor in reversed(_factors(n, rows.dtype, rows.device)):
+        found = (found.reshape(-1, n // len(factor), len(factor)) @ (factor.T if back else factor)).mT
     return found.reshape(-1, n) * (1 / math.sqrt(n))
 
 
@@ -196,3 +190,11 @@ def rotation_of(layer: nn.Module) -> BlockRotation | None:
     """What :func:`mark_rotated` said of a layer."""
     found: tuple[BlockRotation] | None = vars(layer).get(_MARK)
     return None if found is None else found[0]
+
+
+def mark_alike(model: nn.Module, like: nn.Module) -> None:
+    """Mark the layers of a float model as those of another copy of it are."""
+    for name, module in like.named_modules():
+        found = rotation_of(module)
+        if found is not None:
+            mark_rotated(model.get_submodule(name), copy.deepcopy(found))

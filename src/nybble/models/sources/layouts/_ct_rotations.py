@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import FileError, ModelError
-from nybble.core.orthogonal import hadamard, hadamard_signs
+from nybble.core.orthogonal import hadamard_signs
 from nybble.models.sources.layouts import FLOATS, Files
 from nybble.models.sources.layouts._patterns import is_class, named
 from nybble.nn.rotation import BlockRotation
@@ -64,7 +64,7 @@ def _signs(wide: Tensor) -> Tensor | None:
     """Signs of the rows, int8 [n], where that is all that tells a matrix from the Hadamard matrix known here."""
     if hadamard_signs(len(wide)) is None:
         return None
-    ratio = wide * hadamard(len(wide)).sign().double()
+    ratio = wide * BlockRotation(len(wide)).basis().sign().double()
     alike = bool((ratio == ratio[:, :1]).all() and (ratio.abs() == 1).all())
     return ratio[:, 0].to(torch.int8) if alike else None
 
