@@ -177,17 +177,14 @@ def online_rows() -> defaults.Rows:
     w4a4 = {"weights": "int4 channel", "inputs": "int4 token"}
     found |= {f"Online, INT4 W4A4: {name}": (steps + BOTH, w4a4) for name, steps in ways.items()}
     blocks: dict[str, tuple[dict[str, str], tuple[int, ...]]] = {
-        "MXFP4": ({"weights": "mxfp4", "inputs": defaults.MX.format("even")}, (32, 64, 128)),
-        "NVFP4": ({"weights": "nvfp4", "inputs": "nvfp4"}, (16, 32, 64, 128)),
+        "MXFP4": ({"weights": "mxfp4", "inputs": defaults.MX.format("even")}, (32, 128)),
+        "NVFP4": ({"weights": "nvfp4", "inputs": "nvfp4"}, (16, 32, 128)),
     }
     for line, (scheme, sizes) in blocks.items():
         small = sizes[0]
         ways = {
             "no rotation": [], "smooth": [{"transform": "smooth", "alpha": 0.6}],
             f"folded of {small}": [{"transform": name, "block": small} for name in ("rotate", "hadamard")],
-            "folded of 128, of 64 in heads, online of 128 in the MLP": [
-                {"transform": "rotate", "block": 128}, {"transform": "hadamard", "block": 64}, {**online, "block": 128},
-            ],
         }  # fmt: skip
         ways |= {f"online everywhere, of {size}": [{**every, "block": size}] for size in sizes}
         ways[f"online everywhere, of {small}, with signs"] = [{**every, "block": small, "signs": True}]

@@ -1,4 +1,4 @@
-"""Inputs rotated at run time: the float network stays what it is, and solvers see what the weights are multiplied with."""
+"""Inputs rotated at run time: the float network stays what it is, solvers see what the weights are multiplied with."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from nybble.nn.rotated_linear import RotatedQuantLinear
 from nybble.nn.rotation import rotation_of
 from nybble.recipe import parse_recipe
 from nybble.solvers import Stats, Weight
-from nybble.solvers.gptq import PART as Gptq
+from nybble.solvers.gptq import Gptq
 
-WIDE = {"hidden_size": 64, "intermediate_size": 96, "attention_bias": False}
+WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "attention_bias": False}
 HALF = {"weights": "float16_e5m10 channel"}
 SETTINGS = nybble.Settings(samples=4, seq_len=12, batch=2, dtype=torch.float32)
 ALL: dict[str, Any] = {"transform": "online-rotation", "layers": "all"}
@@ -59,7 +59,7 @@ def test_the_float_function_stays(family: str, options: dict[str, Any]) -> None:
     assert layers and all(isinstance(layer, RotatedQuantLinear) for layer in layers)
     assert far(logits(found), wanted) < 2e-3  # of weights with 11 bits
     for layer in layers:  # it does turn: the weights alone are another function's
-        layer.rotation = nn.Identity()  # type: ignore[assignment]
+        layer.rotation = nn.Identity()
     assert far(logits(found), wanted) > 0.1
 
 
@@ -174,7 +174,9 @@ def test_a_folder_by_every_loader(written: Path) -> None:
 def test_every_byte_is_named(written: Path) -> None:
     found = inspect(written)
     assert found["bytes"]["tables"] == 14 * 32  # signs, int8
-    assert {row["format"] for row in found["formats"]} == {"int4 group=16 scale_format=float16, behind random hadamard=32"}
+    assert {row["format"] for row in found["formats"]} == {
+        "int4 group=16 scale_format=float16, behind random hadamard=32"
+    }
 
 
 # PEFT asks transformers in words that its newest release calls old.
@@ -227,9 +229,7 @@ def test_bad_requests() -> None:
     with pytest.raises(ModelError, match="no linear layer of its blocks is called 'nobody'"):
         made(HALF, {**ALL, "layers": "nobody"})
     with pytest.raises(SchemeError, match=r"--target gguf can't hold what online-rotation makes.*Leave the step out"):
-        nybble.quantize(
-            tiny_model("llama", **WIDE), recipe({"weights": "int4 group=32"}, ALL), data(), target="gguf"
-        )
+        nybble.quantize(tiny_model("llama", **WIDE), recipe({"weights": "int4 group=32"}, ALL), data(), target="gguf")
 
 
 def test_a_later_run_is_not_rotated() -> None:

@@ -69,7 +69,7 @@ class Rotations:
 
 
 def _stored(rotation: BlockRotation) -> Tensor:
-    found = rotation.basis() * rotation.block**0.5
+    found: Tensor = rotation.basis() * float(rotation.block) ** 0.5
     return found.round() if rotation.matrix is None else found  # of a Hadamard matrix 1 and -1
 
 

@@ -26,7 +26,9 @@ _CLOSE = 1e-3
 
 
 @torch.library.custom_op(
-    "nybble::rotate", mutates_args=(), schema="(Tensor x, Tensor? signs, Tensor? matrix, int block, bool back) -> Tensor"
+    "nybble::rotate",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? signs, Tensor? matrix, int block, bool back) -> Tensor",
 )
 def rotate(x: Tensor, signs: Tensor | None, matrix: Tensor | None, block: int, back: bool) -> Tensor:
     """``x V``, or ``x V^T``, which brings it back.
@@ -180,7 +182,7 @@ _MARK = "_nybble_rotation"
 
 
 def mark_rotated(layer: nn.Module, rotation: BlockRotation | None) -> None:
-    """Say that a float layer will be quantized behind a rotation of its input (None: no longer); it computes the same."""
+    """Say that a float layer will be quantized behind a rotation of its input (None: no longer); it stays the same."""
     vars(layer).pop(_MARK, None)
     if rotation is not None:
         vars(layer)[_MARK] = (rotation,)

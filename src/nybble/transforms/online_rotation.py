@@ -67,8 +67,8 @@ class OnlineRotation(Transform):
     def limits(self, adapter: Adapter, config: Any) -> list[str]:  # noqa: D102
         if self.layers == MLP:
             return [
-                f"the adapter {adapter.name} does not say which layer is the last of an MLP; name it in layers, or take "
-                "layers: all"
+                f"the adapter {adapter.name} does not say which layer is the last of an MLP; name it in layers, or "
+                "take layers: all"
             ]
         return [f"no linear layer of its blocks is called {self.layers!r}"]
 

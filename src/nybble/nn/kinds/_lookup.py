@@ -129,7 +129,7 @@ def _weight_at(root: nn.Module, name: str) -> tuple[str, nn.Module, Kind | None,
 def matrix_at(root: nn.Module, name: str, get: Get | None = None) -> Tensor:
     """The matrix of a weight by name, [out, in]; of fused experts [experts, out, in]. A view where it can be one.
 
-    Its columns are the channels of what the module is called with, also where it is quantized behind a rotation of them.
+    Its columns are the channels of what the module is called with, also of one that is quantized behind a rotation.
 
     Args:
         root: the module that ``name`` is relative to.

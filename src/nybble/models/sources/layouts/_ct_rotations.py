@@ -1,7 +1,7 @@
 """``transform_config`` of compressed-tensors: which inputs a checkpoint rotates while the model runs, and by what.
 
 What a scheme says of weights (``weight_input``, ``weight_output``) is done in the files. Of what is done at run time
-the inputs of layers are nybble's; outputs, queries and keys are refused. A scheme's matrix is stored times sqrt(n), once
+the inputs of layers are nybble's; outputs, queries and keys are refused. A scheme's matrix is stored times sqrt(n), one
 for all modules of one size, under the first of them; a plain Hadamard matrix of a power of two needs none.
 Source: compressed-tensors 0.20 (``transform/``); tests read what llm-compressor writes.
 """
@@ -167,8 +167,8 @@ def _schemes(groups: Mapping[str, Any], place: str) -> Iterator[_Scheme]:
             if where != "input" or kind not in _TYPES or random:
                 came = f"{where!s:.40} by {kind!s:.40}{', each module its own' if random else ''}"
                 raise ModelError(
-                    f"{place} transforms {came} while it runs ({KEY}: {name!s:.40}); nybble rotates inputs of layers, by "
-                    f"{' or '.join(_TYPES)}. Take a checkpoint without, or the float model."
+                    f"{place} transforms {came} while it runs ({KEY}: {name!s:.40}); nybble rotates inputs of layers, "
+                    f"by {' or '.join(_TYPES)}. Take a checkpoint without, or the float model."
                 )
             head = group.get("head_dim")
             if head is not None and (type(head) is not int or not 1 <= head <= 1 << 20):
@@ -177,4 +177,3 @@ def _schemes(groups: Mapping[str, Any], place: str) -> Iterator[_Scheme]:
                 name=str(name), plain=kind == "hadamard", head_dim=head, inverse=bool(args.get("inverse", False)),
                 targets=[str(t) for t in args["targets"]], ignore=[str(t) for t in args.get("ignore") or ()],
             )  # fmt: skip
-
