@@ -33,7 +33,6 @@ from nybble.scheme import matches
 from nybble.transforms import Rewrite, Transform
 
 MLP, ALL = "mlp", "all"
-_FEW = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +63,18 @@ class OnlineRotation(Transform):
     def works_on(self, adapter: Adapter, block: Any, config: Any) -> bool:  # noqa: D102
         return any(True for _ in self._chosen(adapter, block))
 
-    def limits(self, adapter: Adapter, config: Any) -> list[str]:  # noqa: D102
-        if self.layers == MLP:
-            return [
-                f"the adapter {adapter.name} does not say which layer is the last of an MLP; name it in layers, or "
-                "take layers: all"
-            ]
-        return [f"no linear layer of its blocks is called {self.layers!r}"]
-
     def check(self, name: str, adapter: Adapter, model: Any) -> None:  # noqa: D102
-        super().check(name, adapter, model)
+        if not any(self.works_on(adapter, block, model.config) for block in adapter.blocks_of(model)):
+            why = f"no linear layer of its blocks is called {self.layers!r}"
+            if self.layers == MLP:
+                why = (
+                    f"the adapter {adapter.name} names none that ends an MLP (experts that are one parameter are not "
+                    "rotated)"
+                )
+            raise ModelError(
+                f"transform {name!r} finds no layer to rotate the input of: {why}. Say which, by a name or a pattern "
+                "in layers, or take layers: all."
+            )
         for path, block in zip(adapter.block_names(model), adapter.blocks_of(model), strict=True):
             for layer, module in self._chosen(adapter, block):
                 rotation = rotation_of(module)
