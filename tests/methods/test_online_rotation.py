@@ -18,9 +18,12 @@ from nybble.checkpoint.account import inspect
 from nybble.core.errors import FileError, ModelError, SchemeError
 from nybble.core.orthogonal import hadamard
 from nybble.core.tensorfile import write_tensorfile
+from nybble.learned import ACTIVATIONS, WEIGHTS
+from nybble.learned.ste import StraightThrough
+from nybble.nn.fake import FakeLayer
 from nybble.nn.linear import QuantLinear
 from nybble.nn.rotated_linear import RotatedQuantLinear
-from nybble.nn.rotation import rotation_of
+from nybble.nn.rotation import BlockRotation, mark_rotated, rotation_of
 from nybble.recipe import parse_recipe
 from nybble.solvers import Stats, Weight
 from nybble.solvers.gptq import Gptq
@@ -105,6 +108,20 @@ def test_solvers_see_rotated_inputs_and_weights(monkeypatch: pytest.MonkeyPatch)
     nybble.quantize(static, recipe(scheme, online), given, settings=settings)
     scale = static.model.layers[0].mlp.down_proj.inputs.scale.item()
     assert scale == pytest.approx(float(x.abs().max()) / 127, rel=1e-5)
+
+
+def test_a_trainable_twin_is_the_layer_that_it_settles_to() -> None:
+    layer, x = nn.Linear(48, 8), torch.randn(5, 48, requires_grad=True)
+    wanted = layer(x)
+    mark_rotated(layer, BlockRotation(24, torch.ones(24, dtype=torch.int8)))
+    eight = nybble.Quantizer("int8 channel"), nybble.Quantizer("int8 token")
+    sides = StraightThrough(eight[0], WEIGHTS, None), StraightThrough(eight[1], ACTIVATIONS, None)
+    twin = FakeLayer(layer, None, *sides).eval()
+    found = twin.settle()
+    assert isinstance(found, RotatedQuantLinear) and torch.equal(twin(x), found(x))
+    assert far(twin(x), wanted) < 0.02
+    (gradient,) = torch.autograd.grad(twin(x).sum(), x)
+    assert far(gradient, torch.autograd.grad(wanted.sum(), x)[0]) < 0.02
 
 
 def test_outliers_cost_less() -> None:
