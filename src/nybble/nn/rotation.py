@@ -127,8 +127,8 @@ class BlockRotation(nn.Module):
         return found
 
     def at(self, device: torch.device) -> BlockRotation:
-        """This, moved to a device."""
-        if any(buffer.device != device for buffer in self.buffers()):
+        """This, moved to a device; on the meta device it waits for a file's numbers, and stays."""
+        if any(buffer.device != device and not buffer.is_meta for buffer in self.buffers()):
             self.to(device)
         return self
 

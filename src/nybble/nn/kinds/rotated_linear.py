@@ -97,9 +97,10 @@ def _of(module: nn.Module) -> BlockRotation:
 
 
 def _rotated(module: nn.Module, x: Tensor, back: bool = False) -> Tensor:
-    if x.is_meta:  # no number of the rotation is asked for
+    rotation = _of(module)
+    if x.is_meta or any(buffer.is_meta for buffer in rotation.buffers()):  # shapes alone are asked for
         return torch.empty_like(x)
-    found: Tensor = _of(module).at(x.device)(x, back=back)
+    found: Tensor = rotation.at(x.device)(x, back=back)
     return found
 
 
