@@ -8,6 +8,11 @@ Learned rotations beside fixed ones, by the seed of their signs and samples (res
     python benchmarks/quality/ptq.py --rows "INT4 W4A4 quarot" "INT4 W4A4 spinquant" --without both weights next stream
         400 head --models ladder-llama-3m ladder-llama-10m --seed 0 (and 1) --record benchmarks/results/rotations.json
 
+Rotations that stay in the model beside those that are folded (results/online_rotations.json, on CPUs):
+
+    python benchmarks/quality/ptq.py --rows Online --models ladder-llama-3m ladder-llama-10m --samples 32
+        --record benchmarks/results/online_rotations.json
+
 The models, calibration and held-out texts are those of defaults.py. Learned parts run for the steps that a row names,
 the same for all of one setting, so that what differs is the part.
 """
@@ -125,7 +130,7 @@ def rows() -> defaults.Rows:
     found["INT4 W4A4 smooth, gptq"] = (smooth + GPTQ, w4a4)
     found["INT4 W4A4 quarot"] = ([{"transform": "rotate"}, {"transform": "hadamard"}, *GPTQ], w4a4)
     found["INT4 W4A4 quarot, both"] = ([{"transform": "rotate"}, {"transform": "hadamard"}, *BOTH], w4a4)
-    return found | rotation_rows() | outer_rows() | omniquant_rows() | binary() | distilled()
+    return found | rotation_rows() | online_rows() | outer_rows() | omniquant_rows() | binary() | distilled()
 
 
 def rotation_rows() -> defaults.Rows:
@@ -153,6 +158,37 @@ def rotation_rows() -> defaults.Rows:
         found[f"MXFP4 blocks: {name}, gptq"] = (steps + GPTQ, mx)
         found[f"MXFP4 blocks: {name}, smooth, gptq"] = (steps + smooth + GPTQ, mx)
         found[f"MXFP4 blocks: {name}, sign-round"] = (steps + learned("sign-round", 200), mx)
+    return found
+
+
+def online_rows() -> defaults.Rows:
+    """Rotations folded into weights, and inputs rotated at run time: behind the MLP's product, or of all layers."""
+    found: defaults.Rows = {}
+    online: dict[str, Any] = {"transform": "online-rotation"}
+    ends, every = {**online, "layers": "re:.*(down|o)_proj"}, {**online, "layers": "all"}
+    folded: Steps = [{"transform": "rotate"}, {"transform": "hadamard"}]
+    spin: Steps = [{"transform": "learned-rotation", "rounds": "activations"}]
+    ways: dict[str, Steps] = {
+        "no rotation": [], "folded": folded, "folded, online in the MLP": [*folded, online],
+        "folded, online in the MLP and behind attention": [*folded, ends], "online in the MLP": [online],
+        "online everywhere": [every], "online everywhere, of 128": [{**every, "block": 128}],
+        "learned, folded": spin, "learned, folded, online in the MLP": [*spin, online],
+    }  # fmt: skip
+    w4a4 = {"weights": "int4 channel", "inputs": "int4 token"}
+    found |= {f"Online, INT4 W4A4: {name}": (steps + BOTH, w4a4) for name, steps in ways.items()}
+    blocks: dict[str, tuple[dict[str, str], tuple[int, ...]]] = {
+        "MXFP4": ({"weights": "mxfp4", "inputs": defaults.MX.format("even")}, (32, 128)),
+        "NVFP4": ({"weights": "nvfp4", "inputs": "nvfp4"}, (16, 32, 128)),
+    }
+    for line, (scheme, sizes) in blocks.items():
+        small = sizes[0]
+        ways = {
+            "no rotation": [], "smooth": [{"transform": "smooth", "alpha": 0.6}],
+            f"folded of {small}": [{"transform": name, "block": small} for name in ("rotate", "hadamard")],
+        }  # fmt: skip
+        ways |= {f"online everywhere, of {size}": [{**every, "block": size}] for size in sizes}
+        ways[f"online everywhere, of {small}, with signs"] = [{**every, "block": small, "signs": True}]
+        found |= {f"Online, {line} W4A4: {name}": (steps + BOTH, scheme) for name, steps in ways.items()}
     return found
 
 

@@ -42,6 +42,7 @@ from nybble.nn.kinds import (
     values_at,
 )
 from nybble.nn.layouts import Layouts
+from nybble.nn.rotation import BlockRotation, mark_rotated
 from nybble.quantizer import Quantizer
 from nybble.scheme import Rule
 
@@ -77,6 +78,7 @@ SAMPLES: dict[str, list[Callable[[], nn.Module]]] = {
     "embedding": [lambda: nn.Embedding(10, 8, padding_idx=0)],
     "experts": [lambda: experts(MixtralConfig, MixtralExperts), lambda: experts(GptOssConfig, GptOssExperts)],
     "attention": [attention],
+    "rotated-linear": [lambda: rotated(nn.Linear(8, 6)), lambda: rotated(conv1d(6, 8))],
     "tied": [],
 }  # fmt: skip
 CASES = [(name, make) for name, makes in SAMPLES.items() for make in makes]
@@ -99,6 +101,11 @@ class Cosine(nn.Linear):
 
 def made(cls: Any, *args: Any, **kwargs: Any) -> nn.Module:
     module: nn.Module = cls(*args, **kwargs)
+    return module
+
+
+def rotated(module: nn.Module) -> nn.Module:
+    mark_rotated(module, BlockRotation(4, torch.tensor([1, -1, -1, 1], dtype=torch.int8)))
     return module
 
 
@@ -270,7 +277,12 @@ def test_described_and_restored(name: str, make: Callable[[], nn.Module]) -> Non
         assert (state[full].dtype, list(state[full].shape)) == (dtype, shape)
     left = set(state) - set(stored.tensors)
     assert all("bias" in n or (name == "attention" and n.endswith("proj.weight")) for n in left)
-    assert set(stored.roles.values()) <= {"codes", "scales", "offsets"}
+    assert set(stored.roles.values()) <= {
+        "codes",
+        "scales",
+        "offsets",
+        *(["tables"] if name == "rotated-linear" else []),
+    }
     assert sum(stored.elements.values()) == sum(t.matrices * t.shape[0] * t.shape[1] for t in targets)
     assert list(fresh.state_dict()) == list(state)
     fresh.load_state_dict(state, assign=True)
@@ -293,6 +305,8 @@ def test_entries_are_those_of_the_first_files() -> None:
 
     inputs = {"quantizer": "int8 static", "static": ["scale"]}
     assert entry(nn.Linear(8, 6)) == ("m", {"class": "linear", "weight": 0, "inputs": inputs})
+    turned = {"class": "rotated-linear", "rotation": {"block": 4, "signs": True}, "weight": 0, "inputs": inputs}
+    assert entry(rotated(nn.Linear(8, 6))) == ("m", turned)
     bare = {"class": "conv", "bias": False, "weight": 0, "inputs": inputs}
     assert entry(nn.Conv2d(8, 6, 3, bias=False)) == ("m", bare)
     folded = {"class": "conv", "bias": True, "folded": "a.norm", "weight": 0, "inputs": inputs}

@@ -152,7 +152,10 @@ def test_one_model_in_memory_on_disk_and_loaded(folder: Path, tmp_path: Path, fa
     try:
         path, report = run(folder, family, recipe, out)
     except ModelError as error:  # transforms of neighbours want to know who they are
-        if name in ("quarot", "spinquant"):
+        if name == "quarot-online" and family in MOES:
+            assert re.search("finds no layer to rotate the input of.*experts that are one parameter", str(error))
+            return
+        if name in ("quarot", "quarot-online", "spinquant"):
             assert re.search("can't rotate the residual stream.* lists no RMS norms", str(error))
             assert family in ("gpt2", "falcon")
             return

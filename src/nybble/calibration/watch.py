@@ -250,7 +250,7 @@ def _ranges(window: Window, groups: Sequence[Group], path: str, tokens: int, kno
         return {}
     fresh = {g.leader: Range(tokens * g.members[0].shape[1]) for g in static if (g.leader, "range") not in known}
     if fresh:
-        _run(state.module, window.own(path), [(name, r.add) for name, r in fresh.items()])
+        _run(state.module, window.own(path), [(name, _entering(state, name, r.add)) for name, r in fresh.items()])
         for seen in fresh.values():
             seen.merge(window.calibration.device)
     known.update({(name, "range"): r for name, r in fresh.items()})
@@ -337,6 +337,13 @@ def _both(
         yield found
         for _, part in drifts:
             part.end_batch()
+
+
+def _entering(state: BlockState, name: str, add: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """Shows the inputs of a float module as its quantizer gets them."""
+    module = state.float_module(name)
+    kind = kind_of(module)
+    return add if kind is None else lambda x: add(kind.enters(module, x))
 
 
 def _gatherer(module: nn.Module, adds: Sequence[Callable[[Tensor], None]]) -> Callable[[Tensor], None]:

@@ -79,6 +79,8 @@ class Compressed:
             if prefix not in packed or not isinstance(empty, BlockQTensor):
                 raise FileError(f"nybble.json describes {prefix}, which the weight files hold in no packed form.")
             found = packed.pop(prefix)
+            if found.rotation is not None:
+                raise FileError(f"config.json rotates the input of {name}, and nybble.json says nothing of it.")
             if tuple(found.shape) != tuple(empty.shape):
                 raise FileError(f"{prefix} is {list(found.shape)}; nybble.json says {list(empty.shape)}.")
             self._weights[prefix] = found, empty

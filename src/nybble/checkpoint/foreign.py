@@ -30,9 +30,11 @@ def of_folder(source: ModelSource) -> Checkpoint:
     config = read_json(source.folder / "config.json")
     found = Checkpoint(config, stored, headers, {}, [], note=source.rounded.left)
     found.roles.update(dict.fromkeys(source.rounded.used, "scales"))
+    found.roles.update(dict.fromkeys(source.rounded.matrices, "tables"))
     for name, weight in source.packed.items():
         found.elements[name] = math.prod(weight.shape)
-        found.formats[name] = in_words(source.described_stored(name)[0])
+        turned = "" if weight.rotation is None else f", behind a rotation of {weight.rotation.block} channels"
+        found.formats[name] = f"{in_words(source.described_stored(name)[0])}{turned}"
         for role, part in weight.parts.items():
             found.roles[part], found.owners[part] = weight.kept_as[role], name
     return found

@@ -131,7 +131,8 @@ def _describe(found: Checkpoint) -> list[QTensor]:
     found.roles.update(said.roles)
     found.padding.update(said.padding)
     found.elements.update(said.elements)
-    found.formats.update({name: in_words(weight) for name, weight in said.weights.items()})
+    notes = {name: f", {note}" for name, note in said.notes.items()}
+    found.formats.update({name: f"{in_words(weight)}{notes.get(name, '')}" for name, weight in said.weights.items()})
     return weights
 
 

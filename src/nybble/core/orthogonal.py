@@ -21,6 +21,8 @@ from nybble.core.errors import SchemeError
 from nybble.core.seeds import derive_seed
 
 Matrix = Literal["hadamard", "orthogonal"]
+_LARGEST = 128
+"""Order of a Sylvester factor: products with smaller matrices are no faster."""
 
 
 @cache
@@ -62,6 +64,41 @@ def _conference(q: int) -> np.ndarray:
 
 def _prime(n: int) -> bool:
     return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
+
+
+@cache
+def hadamard_factors(order: int) -> tuple[np.ndarray, ...]:
+    """Small matrices whose Kronecker product is a Hadamard matrix; Sylvester's where the order is a power of two.
+
+    Powers of two are split off before a construction of Paley's is asked for, so this may be another matrix than
+    :func:`hadamard_signs`: multiplying by these one after the other takes ``n_1 + n_2 + ...`` additions an element.
+
+    Returns:
+        int8 [n_i, n_i] of +-1, the product of all n_i being ``order``.
+
+    Raises:
+        SchemeError: none of this order is known here.
+    """
+    base = order & -order if order > 0 else 1
+    left = order // base if order > 0 else 0
+    while base > 1 and left > 1 and _paley(left) is None:
+        base, left = base // 2, left * 2
+    last = None if left <= 1 else _paley(left)
+    if order < 1 or (left > 1 and last is None):
+        raise SchemeError(
+            f"no Hadamard matrix of order {order} is known here (Sylvester's and Paley's constructions and their "
+            "products); take a block that divides the channels and has one, such as 32."
+        )
+    twos = base.bit_length() - 1
+    parts = -(-twos // (_LARGEST.bit_length() - 1))
+    sizes = [1 << (twos // parts + (number < twos % parts)) for number in range(parts)]
+    found = [hadamard_signs(size) for size in sizes or ([1] if last is None else [])]
+    return tuple(each for each in (*found, last) if each is not None)
+
+
+def largest_block(width: int) -> int:
+    """The most neighbours of ``width`` channels that a Hadamard matrix rotates, in blocks that divide them."""
+    return next(n for n in range(width, 0, -1) if width % n == 0 and hadamard_signs(n) is not None)
 
 
 def hadamard(order: int) -> Tensor:

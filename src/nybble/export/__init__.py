@@ -166,6 +166,7 @@ class ExportTarget(ABC):
         in_float: whether a model without a quantized layer can go there.
         loses: what its files never keep, in words; empty where what can't be kept is refused.
         usual: what is made for it where no recipe and no scheme is named.
+        rotates: whether its files can say that a layer's input is rotated while the model runs.
         at_once: ``nybble quantize --target`` writes the files too, beside its own, into a folder of the target's name.
     """
 
@@ -175,6 +176,7 @@ class ExportTarget(ABC):
     options: ClassVar[Mapping[str, str]] = {}
     takes: ClassVar[tuple[Takes, ...]] = ()
     usual: ClassVar[Usual] = Usual()
+    rotates: ClassVar[bool] = False
     at_once: ClassVar[bool] = False
 
     def __init__(self, option: str = "") -> None:
@@ -265,6 +267,21 @@ def get_target(text: str) -> ExportTarget:
     if colon and option not in part.options:
         raise UsageError(f"target {text!r}: unknown option {option!r}.{did_you_mean(option, part.options)}")
     return part(option)
+
+
+def refusals(part: ExportTarget, source: Source) -> list[Refusal]:
+    """All that a target can't write of a model: what it says itself, of layers that it can be asked about."""
+    rotated = tuple(name for name, layer in source.layers.items() if layer.kind.unrotated is not layer.kind)
+    if not rotated or part.rotates:
+        return part.check(source)
+    why = "the file has no words for it"
+    return [Refusal(layers=rotated, came="an online rotation of its input", nearest=UNROTATED, why=why)]
+
+
+UNROTATED = (
+    "layers without: --target dense folds it into float weights, and without the step online-rotation there is none "
+    "(rotate and hadamard are folded too)"
+)
 
 
 def refuse(name: str, refusals: Sequence[Refusal], way_out: str = "") -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from nybble.export._ct_transforms import KEY, transform_config
 from nybble.models.build.skeleton import has_optional_pooler, meta_model
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def quantization_config(source: Source, places: Sequence[Placed], kv: Mapping[st
         "version": SCHEMA,
         "quant_method": "compressed-tensors",
         "sparsity_config": {},
-        "transform_config": {},
+        KEY: transform_config(source),
         "config_groups": {
             f"group_{i}": _group(_targets(who, len(layers) == 1), scheme)
             for i, (scheme, who) in enumerate(zip(groups, members, strict=True))

@@ -88,6 +88,9 @@ def _layer_kind(source: Source, layer: Layer) -> Refusal | None:
 def _kind(kind: Kind, reads_another: bool) -> Refusal | None:
     if reads_another:
         return _refusal("a head that reads the embedding's table", "embeddings in float", "it would be stored twice")
+    if kind.unrotated is not kind:
+        why = "transformers leaves transform_config out without a word"
+        return _refusal("an online rotation of inputs", "--target compressed-tensors, for vLLM", why)
     if kind.fused:
         return _refusal("fused experts", "experts in float, or `nybble export`", "they would be stored apart")
     return None

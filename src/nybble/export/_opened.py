@@ -24,7 +24,7 @@ from nybble.core.tensorfile import Planned, safetensors_name
 from nybble.core.tensorheader import TensorEntry
 from nybble.export._source import Layer, Source, layers_of
 from nybble.models.build.config_file import read_json
-from nybble.models.build.packed import cache_of, fits, lost_sides, shared_by, sides_of
+from nybble.models.build.packed import cache_of, fits, lost_sides, rotated, shared_by, sides_of
 from nybble.models.sources import ModelSource
 from nybble.models.sources.folder import FolderSource
 from nybble.models.sources.gguf_file import GgufSource
@@ -32,6 +32,7 @@ from nybble.models.sources.side_files import GENERATION, side_files
 from nybble.models.sources.stored import DTYPES, read_tensor
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import Quantized, targets_of
+from nybble.nn.rotation import BlockRotation
 from nybble.qtensor import QTensor
 from nybble.qtensor.block import BlockQTensor
 
@@ -175,10 +176,18 @@ class OpenedSource(Source):
     def activation(self, layer: Layer, side: str) -> ActivationQuantizer | None:
         return self._sides.get(layer.name, {}).get(side)
 
+    def rotation(self, layer: Layer) -> BlockRotation | None:
+        if layer.kind.unrotated is layer.kind or not isinstance(self._source, FolderSource):
+            return None
+        return self._source.rotation(self._parameters[layer.name])
+
     def _passing(self, name: str) -> Tensor | None:
-        """A number of what rounds inputs or outputs, if it is one."""
+        """A number of what rounds inputs or outputs, or rotates inputs, if it is one."""
         module, _, part = name.rpartition(".")
         owner, _, side = module.rpartition(".")
+        if side == "rotation" and owner in self.layers:
+            made = self.rotation(self.layers[owner])
+            return None if made is None else made.state_dict().get(part)
         quantizer = self._sides.get(owner, {}).get(side)
         found: Tensor | None = None if quantizer is None else quantizer.state_dict().get(part)
         return found
@@ -283,7 +292,8 @@ def _place(
         sides = sides_of(source, target, name)
         made = Quantized(weights=found, inputs=sides.get("inputs"), outputs=sides.get("outputs"))
         try:
-            target.kind.put(model, planned, made)
+            planned = rotated(source, planned, model, name)
+            planned.kind.put(model, planned, made)
         except (SchemeError, ModelError):
             continue
         placed[target.name] = name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,7 +27,9 @@ from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import Kind, Stored, kind_of_entry
 from nybble.nn.kv_model import KVRecord
 from nybble.nn.layouts import Layouts
+from nybble.nn.rotation import BlockRotation
 from nybble.qtensor import QTensor, from_spec
+from nybble.qtensor._by_rows import rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -129,6 +131,15 @@ class Source(ABC):
         filled.load_state_dict({name: self.tensor(f"{layer.name}.{side}.{name}") for name in filled.state_dict()})
         return filled
 
+    def rotation(self, layer: Layer) -> BlockRotation | None:
+        """What rotates a layer's input while the model runs, read; None where nothing does."""
+        if layer.kind.unrotated is layer.kind:
+            return None
+        found = BlockRotation.from_dict(layer.entry["rotation"])
+        found.load_state_dict({name: self.tensor(f"{layer.name}.rotation.{name}") for name in found.state_dict()})
+        found.validate()
+        return found
+
     @cached_property
     def known(self) -> dict[tuple[str, str], Any]:
         """What targets worked out about a layer, by what it is and the name; a source never changes."""
@@ -190,6 +201,13 @@ def described(source: Source) -> tuple[dict[str, dict[str, Any]], Layouts]:
     return modules, layouts
 
 
+def unrotated_rows(source: Source, layer: Layer, prefix: str) -> Iterator[Tensor]:
+    """A layer's matrix, dequantized, some rows at a time: by the channels of an input that comes as it is."""
+    rotation = source.rotation(layer)
+    for rows in rows_of(source.weight(layer, prefix)):
+        yield rows if rotation is None else rotation(rows, back=True)
+
+
 def model_of(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     """The model of any source in memory, in eval mode: packed weights packed, what is in float in ``dtype``."""
     modules, layouts = described(source)
@@ -209,6 +227,8 @@ def model_of(source: Source, dtype: torch.dtype) -> PreTrainedModel:
         for side in ("inputs", "outputs"):
             if (filled := source.activation(layer, side)) is not None:
                 tensors |= {f"{layer.name}.{side}.{part}": tensor for part, tensor in filled.state_dict().items()}
+        if (rotation := source.rotation(layer)) is not None:
+            tensors |= {f"{layer.name}.rotation.{part}": tensor for part, tensor in rotation.state_dict().items()}
     there = {id(expected[name]): tensor for name, tensor in tensors.items() if name in expected}
     tensors |= {name: there[id(t)] for name, t in expected.items() if id(t) in there and name not in tensors}
     model.load_state_dict(tensors, strict=False, assign=True)

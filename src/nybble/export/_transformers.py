@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from nybble.core.errors import FileError
 from nybble.core.guard import reading
 from nybble.core.seeds import preserve_global_rng
+from nybble.core.tensorfile import whole
 from nybble.export import Takes, Verified
 from nybble.export._ct_library import quietly
-from nybble.export._source import Layer, Source
+from nybble.export._ct_transforms import KEY, matrix_names, rotate_online
+from nybble.export._source import Layer, Source, unrotated_rows
+from nybble.models.build.config_file import read_json
 from nybble.models.build.skeleton import model_class
 from nybble.nn.kinds import kind_of
 from nybble.nn.kinds.tied import input_table
@@ -71,12 +74,15 @@ def opened(folder: Path, source: Source, dtype: torch.dtype = torch.float32, deq
             options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
         model, info = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
         _unpack(model)
+        rotate_online(model, folder)
         for parameter in model.parameters():  # some formats become bfloat16, whatever is asked for
             if parameter.is_floating_point() and dtype == torch.float32:
                 parameter.data = parameter.data.to(dtype)
+    stated = read_json(folder / "config.json").get("quantization_config") or {}
+    rotated = matrix_names(stated.get(KEY))
     wrong = [
         *sorted(info["missing_keys"]),
-        *sorted(key for key in info["unexpected_keys"] if not key.endswith(_CACHE)),
+        *sorted(key for key in info["unexpected_keys"] if not key.endswith((*_CACHE, *rotated))),
         *sorted(map(str, info["mismatched_keys"])),
     ]
     if wrong:
@@ -98,6 +104,7 @@ def open_and_compare(
     runtimes: Sequence[Takes] = (),
     dtype: torch.dtype = torch.float32,
     dequantize: bool = False,
+    unrotated: bool = False,
 ) -> Verified:
     """Compare every quantized weight, and the logits.
 
@@ -108,6 +115,7 @@ def open_and_compare(
         runtimes: rows of the target's table that the files are.
         dtype: in which all is opened: that of the files, where they hold dense weights.
         dequantize: as :func:`opened`.
+        unrotated: the files have the weights of layers behind a rotation as those of layers without.
 
     Raises:
         FileError: it doesn't open, or a weight differs.
@@ -115,7 +123,7 @@ def open_and_compare(
     model = opened(folder, source, dtype, dequantize)
     exact_in, count = dtype, 0
     for layer in source.layers.values():
-        for ours, theirs, name in _pairs(source, model, layer):
+        for ours, theirs, name in _pairs(source, model, layer, unrotated):
             count += 1
             found = _equal_in(ours, theirs.float(), (dtype, source.dtype, torch.bfloat16))
             if found is None:
@@ -142,7 +150,7 @@ def _equal_in(ours: Tensor, theirs: Tensor, dtypes: Sequence[torch.dtype]) -> to
     return next((dtype for dtype in dtypes if torch.equal(ours.to(dtype).float(), theirs)), None)
 
 
-def _pairs(source: Source, model: Any, layer: Layer) -> Iterator[tuple[Tensor, Tensor, str]]:
+def _pairs(source: Source, model: Any, layer: Layer, unrotated: bool) -> Iterator[tuple[Tensor, Tensor, str]]:
     """Each matrix of a layer: what it is, what transformers has, its name."""
     if layer.kind.reads_another:
         table = source.layers[str(layer.entry.get("table", "")) or input_table(model)]
@@ -153,10 +161,10 @@ def _pairs(source: Source, model: Any, layer: Layer) -> Iterator[tuple[Tensor, T
         return
     at, _, leaf = layer.name.rpartition(".") if layer.kind.fused else (layer.name, "", "")
     module = model.get_submodule(at)
-    kind = kind_of(module) or layer.kind
+    kind = (kind_of(module) or layer.kind).unrotated  # as the files have it, rotated or not
     matrix = kind.matrix(module, leaf, lambda name: getattr(module, name))
     for number, prefix in enumerate(layer.weights):
-        found = source.weight(layer, prefix).dequantize()
+        found = whole(unrotated_rows(source, layer, prefix)) if unrotated else source.weight(layer, prefix).dequantize()
         yield found, matrix[number] if layer.kind.fused else matrix, prefix
 
 

@@ -25,6 +25,7 @@ from nybble.export._ct_layers import Placed, nvfp4_groups, placed, scheme_of
 from nybble.export._ct_library import NEEDS, library
 from nybble.export._ct_takes import TAKES, rows_for
 from nybble.export._ct_tensors import divisor_of
+from nybble.export._ct_transforms import KEY, rotations, unlike_siblings
 from nybble.export._ct_verify import compare_decoded, how_opened
 from nybble.export._folder import SHARD_BYTES, head_width, write_beside
 from nybble.export._fused import fused_groups
@@ -41,6 +42,10 @@ from nybble.scheme import Scheme
 _CARD = """This folder is in the format of [compressed-tensors](https://github.com/vllm-project/compressed-tensors).
 {vllm}transformers opens it where the Python package compressed-tensors is installed{dense}. nybble is not needed."""
 
+_ROTATED = f"""This folder is in the format of [compressed-tensors](https://github.com/vllm-project/compressed-tensors),
+with rotations of inputs while the model runs (`{KEY}` of config.json). vLLM applies them, and so does nybble.
+**transformers leaves them out without a word, and gives other numbers then.**"""
+
 
 class CompressedTensors(ExportTarget):
     """``pack-quantized`` and its siblings."""
@@ -48,6 +53,7 @@ class CompressedTensors(ExportTarget):
     summary = "safetensors for vLLM, and for transformers with compressed-tensors"
     loses = "nothing; what its schema can't say is refused"
     takes = TAKES
+    rotates = True
 
     def require(self, check: bool) -> None:  # noqa: D102
         if check:
@@ -76,7 +82,7 @@ class CompressedTensors(ExportTarget):
                 refusals.append(
                     Refusal(layers=("the KV cache",), came=error.came, nearest=error.nearest, why=error.why)
                 )
-        return refusals or [*_unequal(source, schemes), *_inexact(source, schemes)]
+        return refusals or [*_unequal(source, schemes), *_inexact(source, schemes), *unlike_siblings(source)]
 
     def notes(self, source: Source) -> list[str]:  # noqa: D102
         model = source.skeleton()
@@ -87,6 +93,8 @@ class CompressedTensors(ExportTarget):
             own = kv_args(source.kv, head_width(source))["dynamic"]
             how = "by one calibrated scale" if own else "without a scale, as here"
             lines.append(f"others' KV caches: transformers caches in float, vLLM in float8 {how}")
+        if rotations(source):
+            lines.append(f"transformers leaves {KEY} out without a word, and gives other numbers then; vLLM does it")
         rounded = _narrowed(source)
         if rounded:
             more = f" and {len(rounded) - 1} more" if len(rounded) > 1 else ""
@@ -119,11 +127,15 @@ class CompressedTensors(ExportTarget):
         tensors = as_stored(model, floats, source.tensor)
         for place in places:
             tensors |= place.tensors(source)
+        for each in rotations(source):
+            tensors |= each.tensors()
         tensors |= _kv_scales(source, model)
         config, changed = _config(source, places)
         stream_tensorfiles(tensors, folder / "model.safetensors", {"format": "pt"}, SHARD_BYTES)
         atomic_write_json(folder / "config.json", source.config | changed | {"quantization_config": config})
         served = all(rows_for(place.scheme) for place in places)
+        if rotations(source):
+            return _ROTATED
         return _CARD.format(
             vllm="vLLM serves it as it is: `vllm serve .`; and\n" if served else "",
             dense=", and dequantizes the weights while it loads" if config.get("dequantize") else "",

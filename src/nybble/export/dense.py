@@ -21,12 +21,11 @@ from nybble.core.tensorfile import Planned, safetensors_name, stream_tensorfiles
 from nybble.export import Cast, ExportTarget, Facts, Refusal, Takes, Verified
 from nybble.export._folder import SHARD_BYTES, write_beside
 from nybble.export._names import as_stored
-from nybble.export._source import Layer, Source
+from nybble.export._source import Layer, Source, unrotated_rows
 from nybble.export._transformers import open_and_compare
 from nybble.models.build.skeleton import expected_tensors
 from nybble.models.sources.layouts._ct_args import in_words
 from nybble.nn.kinds import Kind, kind_of
-from nybble.qtensor._by_rows import rows_of
 from nybble.scheme import Scheme
 
 _DTYPES = {
@@ -44,6 +43,7 @@ class Dense(ExportTarget):
 
     summary = "plain safetensors of the dequantized weights"
     in_float = True
+    rotates = True  # folded into the weights
     loses = "codes and scales: weights are as large as they were; the rounding of inputs, outputs and the KV cache"
     options: ClassVar = {name: f"in {str(dtype).removeprefix('torch.')}" for name, dtype in _DTYPES.items()}
     takes = (
@@ -107,7 +107,7 @@ class Dense(ExportTarget):
     def verify(self, folder: Path, source: Source) -> Verified:
         """The weights are compared in the dtype of the files."""
         dtype = _DTYPES.get(self.option, source.dtype)
-        return open_and_compare(folder, source, ("transformers",), self.takes, dtype)
+        return open_and_compare(folder, source, ("transformers",), self.takes, dtype, unrotated=True)
 
 
 def _read(source: Source, tensors: dict[str, Planned], name: str) -> Tensor:
@@ -195,8 +195,7 @@ def _pieces(
 ) -> Iterator[Tensor]:
     """A matrix in ``dtype``, some rows at a time; once all are there, ``errors`` has what casting has cost."""
     lost = power = 0.0
-    weight = source.weight(layer, prefix)
-    for wide in rows_of(weight):
+    for wide in unrotated_rows(source, layer, prefix):
         made = wide.to(dtype)
         if dtype != torch.float32:
             lost += _power(wide - made.float())

@@ -119,16 +119,18 @@ class FakeLayer(nn.Module):
         if isinstance(bias, Tensor):
             self.bias = nn.Parameter(bias.detach().float().clone(), requires_grad=trainable)
         self.inputs, self.outputs = inputs, outputs
-        self.dtype = matrix.dtype
+        self.dtype = next(like.parameters()).dtype
         self.folded = folded
-        # In tuples, so that they are no part of the state: an empty copy of the float layer, and its quantized layer.
+        # In tuples, so that they are no part of the state: an empty copy of the float layer, and its quantized layer
+        # (behind a rotation, which comes before the inputs are rounded, the one without).
         self._like = (kind, _empty(like))
         meta = torch.empty(matrix.shape, dtype=self.dtype, device="meta")
-        self._layer = (self._stand_in(meta, None, Quantized(folded=folded)),)
+        self._layer = (self._stand_in(meta, None, Quantized(folded=folded), rotated=False),)
 
     def forward(self, x: Tensor) -> Tensor:
         """As the quantized layer."""
-        x = widened(x, self.dtype)
+        kind, like = self._like
+        x = kind.enters(like, widened(x, self.dtype))
         if self.inputs is not None:
             x = self.inputs(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -143,10 +145,14 @@ class FakeLayer(nn.Module):
         layer = self._stand_in(self.weight.settle(self.dtype), bias, made)
         return layer.standing_for(self.dtype).train(self.training)
 
-    def _stand_in(self, weight: QTensor | Tensor, bias: Tensor | None, made: Quantized) -> QuantLayer:
-        """The quantized layer of this kind: all that this file asks of kinds."""
+    def _stand_in(
+        self, weight: QTensor | Tensor, bias: Tensor | None, made: Quantized, rotated: bool = True
+    ) -> QuantLayer:
+        """The quantized layer of this kind."""
         kind, like = self._like
-        return kind.stand_in(like, weight, bias, made)
+        part = kind if rotated else kind.unrotated
+        assert isinstance(part, LayerKind)
+        return part.stand_in(like, weight, bias, made)
 
     def penalty(self, t: float | Tensor) -> Tensor:
         """Sum of its learned quantizers' penalties at progress ``t``, 0 to 1."""

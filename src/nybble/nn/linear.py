@@ -29,6 +29,10 @@ class QuantLinear(QuantLayer):
         """Width of the input."""
         return self.weight.shape[1]
 
+    def enters(self, x: Tensor) -> Tensor:
+        """What the weight is multiplied with, before it is rounded, for an input [..., in]: as it is."""
+        return x
+
     def forward(self, x: Tensor) -> Tensor:
         """As the float layer; two rounded sides are multiplied as codes where there is a kernel."""
         x = widened(x, self.weight.dtype)

@@ -16,6 +16,7 @@ from nybble.nn.compiled import dequantize, key_of
 from nybble.nn.float_products import holds_floats
 from nybble.nn.integer_products import holds_integers
 from nybble.nn.products import DEVICES, Operator, packed_linear, packed_rows
+from nybble.nn.rotation import BlockRotation
 from nybble.qtensor import QTensor, Spec, from_spec
 
 
@@ -188,16 +189,17 @@ def _as(x: Tensor, bias: Tensor | None) -> Tensor | None:
 
 
 def validate_packed(root: nn.Module) -> None:
-    """Check the values of all packed tensors that are there (not on the meta device); once, after loading.
+    """Check the values of all packed tensors, and rotations, that are there (not on the meta device); after loading.
 
     Raises:
         FileError: names the tensor and what is wrong with it.
     """
     for name, module in root.named_modules():
-        if isinstance(module, Packed):
+        if isinstance(module, Packed | BlockRotation):
             try:
-                found = module.qtensor()
-                if all(tensor.device.type != "meta" for tensor in found.tensors().values()):
+                found = module.qtensor() if isinstance(module, Packed) else module
+                tensors = found.buffers() if isinstance(found, BlockRotation) else found.tensors().values()
+                if all(tensor.device.type != "meta" for tensor in tensors):
                     found.validate()
             except FileError as error:
                 raise FileError(f"{name}: {error}") from error

@@ -16,9 +16,10 @@ from nybble.export._modules import without_place
 from nybble.models.adapter import adapter_for
 from nybble.nn.kinds import targets_of
 from nybble.pipelines.targets import AUTO
-from nybble.recipe import load_recipe
+from nybble.recipe import Recipe, load_recipe
 from nybble.recipes import BEST, recipe_for
 from nybble.scheme import Scheme
+from nybble.transforms import make_transform
 
 
 def constrain(
@@ -62,6 +63,29 @@ def constrain(
         with _with_a_way_out("--form auto, or --form native, writes nybble's own form of it."):
             scheme = kept_to_form(scheme, facts)
     return scheme.of_model(dtype)
+
+
+def check_steps(recipe: Recipe, targets: Sequence[str], form: str = AUTO) -> None:
+    """Refuse steps of a recipe whose result a target, or a form of nybble's own folder, can't hold.
+
+    Raises:
+        SchemeError: names the step, the target and a way out.
+    """
+    for step in recipe.steps:
+        if step.kind != "transform" or not make_transform(step.name, step.options).rotates_inputs:
+            continue
+        if form == COMPRESSED:
+            raise SchemeError(
+                f"--form {COMPRESSED} can't hold what {step.name} makes, as transformers leaves it out without a word; "
+                f"--form auto writes nybble's own form, --target {COMPRESSED} the files for vLLM."
+            )
+        for name in targets:
+            if not get_target(name).rotates:
+                raise SchemeError(
+                    f"--target {name} can't hold what {step.name} makes: inputs that are rotated while the model runs. "
+                    "Leave the step out (rotate and hadamard are folded into weights), or take --target "
+                    f"{COMPRESSED}, for vLLM."
+                )
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from nybble.core.explicit import explicit_settings
 from nybble.core.files import new_folder
 from nybble.core.memory import new_objects_alone
 from nybble.core.progress import Progress
-from nybble.export import Cast, ExportTarget, Refusal, get_target, refuse
+from nybble.export import Cast, ExportTarget, Refusal, get_target, refusals, refuse
 from nybble.export._recodings import Recoding
 from nybble.export._rounded import RoundedSource
 from nybble.export._rounding import AUTO, Changed, recodings, rounded, table
@@ -149,7 +149,7 @@ def _would_help(source: Source, part: ExportTarget, left: Sequence[str], kept: M
 
 def _unheld(part: ExportTarget, source: Source) -> list[Refusal]:
     """What a target refuses, and what it would write with other values."""
-    return [*part.check(source), *part.shifts(source)]
+    return [*refusals(part, source), *part.shifts(source)]
 
 
 def _layers(source: Source, refusal: Refusal) -> Sequence[str]:

@@ -23,7 +23,7 @@ from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, check_new_folder, disk_errors
 from nybble.core.memory import new_objects_alone
 from nybble.core.progress import Progress, Silent, showing
-from nybble.export import ExportTarget, get_target, refuse
+from nybble.export import ExportTarget, get_target, refusals, refuse
 from nybble.export._opened import OpenedSource
 from nybble.export._source import FolderSource, Source
 from nybble.models.build.config_file import read_json
@@ -67,7 +67,7 @@ def export(
     with opened(folder, dest) as source:
         if isinstance(source, OpenedSource) and not source.layers and not part.in_float:
             raise ModelError(f"{folder} has its weights in float; export what `nybble quantize` makes of it.")
-        refuse(name, part.check(source))
+        refuse(name, refusals(part, source))
         part.require(check)
         return written(source, dest, part, name, check=check, announce=announce)
 

@@ -35,6 +35,7 @@ from nybble.nn.in_place import evaluation_mode
 from nybble.nn.kinds import Target
 from nybble.nn.layer import QuantLayer
 from nybble.nn.packed import Packed
+from nybble.nn.rotation import mark_alike
 from nybble.recipe import trained
 from nybble.training.steps import Preparation, Trainee, TrainStep
 from nybble.transforms import Learnt
@@ -177,6 +178,7 @@ def _network(job: Job, step: TransformStep, data: Data) -> Network:
         model = copy.deepcopy(job.model).float().to(job.device)
     else:
         model = job.source.model(torch.float32, job.device)
+        mark_alike(model, job.model)
     count, batch = batches_of(job, samples_for(job, step.transform, data))
     names = [*job.adapter.block_names(job.model), ""]
     targets = dict(zip(names, [*job.plan.blocks, job.plan.outside], strict=True))

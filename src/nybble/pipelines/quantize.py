@@ -46,7 +46,7 @@ from nybble.models.sources.open import open_source
 from nybble.nn.config import config_of
 from nybble.nn.in_place import evaluation_mode, untouched, whole_or_not_at_all
 from nybble.nn.kv_model import use_quantized_cache
-from nybble.pipelines.constrain import constrain
+from nybble.pipelines.constrain import check_steps, constrain
 from nybble.pipelines.finished import (
     are_walked,
     finished,
@@ -301,6 +301,7 @@ def _job(
         dtype = settings.place(None)[1]
         skeleton = source.skeleton(dtype)
         form = _form_begun(settings, out, form)
+        check_steps(recipe, files, form)
         recipe = recipe.with_scheme(constrain(recipe.scheme, files, skeleton, dtype, form, partial(_tokenizer, source)))
         job = Job.make(skeleton, source, recipe, data, settings, kept=out is None, tokenizer=tokenizer)
         job.targets, job.kept_to = files, form if form == COMPRESSED else ""
@@ -314,6 +315,7 @@ def _job(
     from nybble.models.network import as_model
 
     known = as_model(model) if config_of(model) is None else model
+    check_steps(recipe, files)
     recipe = recipe.with_scheme(constrain(recipe.scheme, files, known, settings.place(known)[1]))
     job = Job.make(known, None, recipe, data, settings, tokenizer=tokenizer)
     job.targets = files

@@ -77,6 +77,7 @@ class PackedLoraLinear(Linear):  # type: ignore[misc]  # PEFT has no types; it k
             if name not in self.lora_A:
                 continue
             a, b = self.lora_B[name].weight.detach() * self.scaling[name], self.lora_A[name].weight.detach().clone()
+            b = layer.enters(b)  # the adapter sees the input as it comes, the weight may see it rotated
             if safe_merge and not (a.isfinite().all() and b.isfinite().all()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self._shift_bias(name, 1)

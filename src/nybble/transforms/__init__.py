@@ -52,12 +52,14 @@ class Transform(ABC):
         required: whether a model in which it finds nothing is an error, and not simply done.
         moves_stream: whether the hidden states between blocks are others afterwards, so that what is in no block is
             rewritten too.
+        rotates_inputs: whether layers are quantized behind a rotation of their inputs, which stays in the model.
         learns: whether its parameters are learned, once for the whole model, before the first block is run.
     """
 
     reads_inputs: ClassVar[bool] = True
     required: ClassVar[bool] = True
     moves_stream: ClassVar[bool] = False
+    rotates_inputs: ClassVar[bool] = False
     learns: ClassVar[bool] = False
 
     @abstractmethod

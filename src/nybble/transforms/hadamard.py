@@ -1,10 +1,10 @@
 """Channels of every head rotated by a Hadamard matrix, which spreads an outlier over all of them.
 
 Ashkboos et al. 2024 (QuaRot), arXiv:2404.00456, section 4 (value and output projection): ``W_v`` becomes ``R W_v`` and
-``W_o`` becomes ``W_o R^T`` inside each head. The residual stream is for the transform ``rotate``; their rotation of the
-MLP's inner activations needs work at run time and is not here. R is a Hadamard matrix over sqrt(width) with random
-signs of its columns; where the width of a head is no power of two, blocks of its largest power-of-two divisor are
-rotated.
+``W_o`` becomes ``W_o R^T`` inside each head. The residual stream is for the transform ``rotate``, the MLP's inner
+activations, whose rotation needs work at run time, for ``online-rotation``. R is a Hadamard matrix over sqrt(width)
+with random signs of its columns; where the width of a head is no power of two, blocks of its largest power-of-two
+divisor are rotated.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ default, as its gradient is that of rounding alone, where the next token's is mo
 through the ranges of weights and activations too; steps are Cayley ADAM's and not SGD's. Five times on the way the
 loss of up to 32 samples is taken, and the rotations of the least are kept: never worse there than what they began with.
 While it learns, static ranges are those of each batch, and attention's operands, the KV cache and inputs of fused
-experts stay in float. The paper's two rotations at run time (R3, R4) are not here.
+experts stay in float. Of the paper's two
+rotations at run time R4 is ``online-rotation``, learned with if it stands in the recipe; R3 is not here.
 """
 
 from __future__ import annotations

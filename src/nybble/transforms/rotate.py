@@ -10,8 +10,8 @@ matrix, as it alone has the weights of the last norm: it is untied, and the file
 only where those weights are all alike.) ``block`` rotates blocks of neighbours, which is what formats with short blocks
 (MX: 32) gain from: across the whole row a rotation makes every block as loud as the loudest. What lies between values
 and attention's output is for the transform ``hadamard``, a matrix that is learned for ``learned-rotation``; the inputs
-of an MLP's last layer, behind a product of two activations, can only be rotated while the model runs, which is not done
-here.
+of an MLP's last layer, behind a product of two activations, can only be rotated while the model runs, which
+``online-rotation`` does.
 """
 
 from __future__ import annotations

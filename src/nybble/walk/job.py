@@ -23,6 +23,7 @@ from nybble.data.kinds import DataKind, data_kind
 from nybble.models.adapter import TEXTS, Adapter, adapter_for, under, whole_adapter
 from nybble.models.sources import called
 from nybble.nn.kinds import Target, apart_line
+from nybble.nn.rotation import mark_rotated
 from nybble.recipe import Recipe
 from nybble.scheme import in_short
 from nybble.solvers import Solver
@@ -193,7 +194,8 @@ class Job:
     @property
     def shares(self) -> bool:
         """Whether its hidden states are the float network's own, so that other recipes may read the same."""
-        if any(step.moves_stream for step in self.steps) or any(step.kind == "train" for step in self.recipe.steps):
+        moved = any(step.moves_stream or step.rotates_inputs for step in self.steps)
+        if moved or any(step.kind == "train" for step in self.recipe.steps):
             return False
         plain = self.paths <= {"float"} and self.window == 1 and len(self.adapter.stacks) == 1
         return plain and not any("block inputs" in self.needs for _ in self.transforms)
@@ -309,6 +311,8 @@ def _planned(
     with within(f"recipe {recipe.name}"):
         steps, paths = make_steps(recipe, adapter)
         solver = next(step.solver for step in steps if isinstance(step, SolverStep))
+        for module in model.modules():  # an earlier run's
+            mark_rotated(module, None)
         for step in steps:
             step.prepare(model)
         subject = Subject(model=model, adapter=adapter, plan=make_plan(model, adapter, recipe.scheme, solver))

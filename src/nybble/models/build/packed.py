@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,9 +16,10 @@ from nybble.models.build.skeleton import kept_float32, unsaved
 from nybble.models.sources import ModelSource
 from nybble.models.sources.folder import FolderSource
 from nybble.nn.activation import ActivationQuantizer
-from nybble.nn.kinds import Quantized, Target, prepare_quantized, targets_of
+from nybble.nn.kinds import Quantized, Target, kind_of, prepare_quantized, targets_of
 from nybble.nn.kv_model import KVRecord, check_cache, from_json, use_quantized_cache
 from nybble.nn.packed import validate_packed
+from nybble.nn.rotation import mark_rotated
 from nybble.qtensor import QTensor
 
 if TYPE_CHECKING:
@@ -95,6 +97,30 @@ def sides_of(source: ModelSource, target: Target, name: str) -> dict[str, Activa
     return found
 
 
+def rotated(source: ModelSource, target: Target, model: nn.Module, name: str) -> Target:
+    """The target, behind the rotation of its input that the files ask for, if they do.
+
+    Args:
+        source: of the model.
+        target: a module of ``model``, which is marked.
+        model: in float.
+        name: of its packed weight.
+
+    Raises:
+        ModelError: no linear layer. FileError: the rotation can't be meant.
+    """
+    rotation = source.rotation(name) if isinstance(source, FolderSource) else None
+    if rotation is None:
+        return target
+    module = model.get_submodule(target.module)
+    if target.kind.entry != "linear":
+        raise ModelError(f"{source.spec} rotates the input of {target.name}, a {type(module).__name__}.")
+    mark_rotated(module, rotation)
+    kind = kind_of(module)
+    assert kind is not None
+    return replace(target, kind=kind)
+
+
 def lost_sides(source: FolderSource, rounds: int) -> str:
     """A line on what the files ask to be rounded, nybble can, and no layer took; ``rounds``: how many were taken."""
     lost = len(source.rounded.inputs) + len(source.rounded.outputs) - rounds
@@ -140,7 +166,8 @@ def _put(source: ModelSource, model: nn.Module) -> tuple[set[str], int]:
             sides = sides_of(source, target, names[0])
             rounds += len(sides)
             made = Quantized(weights=found, inputs=sides.get("inputs"), outputs=sides.get("outputs"))
-            target.kind.put(model, shared, made)
+            shared = rotated(source, shared, model, names[0])
+            shared.kind.put(model, shared, made)
             kept = ties.get(names[0], names[0])
             held |= {names[0], kept, *(tied for tied, to in ties.items() if to == kept)}
     return held, rounds

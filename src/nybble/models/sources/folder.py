@@ -30,6 +30,7 @@ from nybble.models.sources.match import Match, match_names
 from nybble.models.sources.side_files import GENERATION, is_tokenizer_file, left_behind, side_files
 from nybble.models.sources.stored import DTYPES, empty_tensor, read_tensor
 from nybble.nn.activation import ActivationQuantizer
+from nybble.nn.rotation import BlockRotation
 from nybble.qtensor import QTensor, QuantParams
 from nybble.quantizer import Quantizer
 
@@ -230,6 +231,7 @@ class FolderSource(ModelSource):
         files = Files(self.spec, {name: entry for name, (_, entry) in self._files.items()}, self._file_tensor)
         self.packed, self.rounded = packed_weights(quantization, files)
         parts = {part for weight in self.packed.values() for part in weight.parts.values()} | self.rounded.used
+        parts |= self.rounded.matrices
         self._tensors = {name: found for name, found in self._files.items() if name not in parts}
         for name, weight in self.packed.items():
             held = [self._files[part] for part in weight.parts.values()]
@@ -270,6 +272,15 @@ class FolderSource(ModelSource):
         with reading(f"the {side} of {name}"):
             params = found.params(self._file_tensor)
             return ActivationQuantizer(Quantizer(found.line), None if params is None else QuantParams(*params))
+
+    def rotation(self, name: str) -> BlockRotation | None:
+        """What rotates the input of a packed weight, by the weight's name in the model; None where nothing does.
+
+        Raises:
+            FileError: its matrix can't be read, or isn't orthogonal.
+        """
+        found = self.packed_names()[name].rotation
+        return None if found is None else found.made(self._file_tensor)
 
     def read_packed(self, name: str) -> Sequence[QTensor]:
         """A packed weight, by its name in the model: a QTensor [out, in], or one for each expert.

@@ -58,13 +58,14 @@ class Fused:
         return found
 
     def packed(self, name: str, weights: Mapping[str, PackedWeight]) -> PackedWeight | None:
-        """The parameter as one QTensor an expert, where every piece is one.
+        """The parameter as one QTensor an expert, where every piece is one, and none is behind a rotation.
 
         Args:
             name: of the parameter.
             weights: the packed weights of the files.
         """
-        if any(piece not in weights or weights[piece].transposed for piece in self.names()):
+        found = [weights.get(piece) for piece in self.names()]
+        if any(each is None or each.transposed or each.rotation is not None for each in found):
             return None
         parts: dict[str, str] = {}
         kept: dict[str, str] = {}

@@ -83,7 +83,8 @@ class Stored:
     Attributes:
         tensors: name -> (dtype, shape). roles: name -> codes, scales, offsets or tables.
         elements: name of a quantized weight -> how many it has. padding: name -> bytes that packing wastes.
-        weights: the weights themselves, described or filled.
+        weights: the weights themselves, described or filled. notes: name of a quantized weight -> words on where it
+            stands, for ``inspect``.
     """
 
     tensors: dict[str, tuple[torch.dtype, list[int]]] = field(default_factory=dict)
@@ -91,6 +92,11 @@ class Stored:
     elements: dict[str, int] = field(default_factory=dict)
     padding: dict[str, int] = field(default_factory=dict)
     weights: dict[str, QTensor] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def tables(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+        """Count what is neither code nor scale under ``prefix``."""
+        self._add(prefix, tensors, dict.fromkeys(tensors, "tables"))
 
     def weight(self, prefix: str, qtensor: QTensor) -> None:
         """Count a packed weight under ``prefix``."""
@@ -145,6 +151,14 @@ class Kind(ABC):
     rows_a_sample: ClassVar[int] = 0
     operands: ClassVar[tuple[str, ...]] = ()
     part: ClassVar[str] = ""
+
+    @property
+    def unrotated(self) -> Kind:
+        """The kind of the same module without a rotation of its input; itself where there is none.
+
+        Its matrix is by the channels of what the module is called with: what transforms rewrite.
+        """
+        return self
 
     def __repr__(self) -> str:
         return self.entry
@@ -234,6 +248,10 @@ class Kind(ABC):
     def cut(self, module: nn.Module) -> str:
         """How the input is cut into rows: two modules that read one tensor share statistics where this is equal."""
         return ""
+
+    def enters(self, module: nn.Module, x: Tensor) -> Tensor:
+        """What a quantizer of inputs gets of what :meth:`reads` gave: as it is, or rotated."""
+        return x
 
     def rows(self, module: nn.Module, x: Tensor) -> Tensor:
         """What the matrix is multiplied with: [..., in], of a grouped convolution [groups, rows, in].

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from nybble.core.errors import FileError
 from nybble.nn.activation import ActivationQuantizer
-from nybble.nn.kinds._base import Kind, Quantized, Stored, Target, module_at
-from nybble.nn.kinds._lookup import matrix_at
+from nybble.nn.kinds._base import Kind, Quantized, Stored, Target, live, module_at
 from nybble.nn.layer import QuantLayer
 from nybble.nn.layouts import Layouts
 from nybble.nn.packed import Packed
@@ -49,7 +48,7 @@ class LayerKind(Kind):
 
     def put(self, root: nn.Module, target: Target, made: Quantized) -> None:
         old = root.get_submodule(target.name)
-        weight = made.weights[0] if made.weights else _dense(root, target.name)
+        weight = made.weights[0] if made.weights else self._dense(old)
         bias = old.bias.detach() if isinstance(old.bias, Tensor) else None
         layer = self.stand_in(old, weight, bias, made)
         set_module(root, target.name, layer.standing_for(next(old.parameters()).dtype))
@@ -72,7 +71,7 @@ class LayerKind(Kind):
         old = module_at(root, name, name)
         if not self.fits(old):
             raise FileError(f"{name} is described as a {self.entry}; in this model it is a {type(old).__name__}.")
-        matrix = _dense(root, name)
+        matrix = self._dense(old)
         sides = {s: ActivationQuantizer.from_dict(entry[s]) if s in entry else None for s in ("inputs", "outputs")}
         weight = layouts.empty(int(entry["weight"])) if "weight" in entry else matrix
         if tuple(weight.shape) != tuple(matrix.shape):
@@ -80,6 +79,10 @@ class LayerKind(Kind):
         made = Quantized(inputs=sides["inputs"], outputs=sides["outputs"], folded=str(entry.get("folded", "")))
         bias = self.empty_bias(old, matrix, entry)
         set_module(root, name, self.stand_in(old, weight, bias, made).standing_for(matrix.dtype))
+
+    def _dense(self, module: nn.Module) -> Tensor:
+        """The live matrix of a module, in the dtype that it has."""
+        return self.matrix(module, "", live(module)).detach().to(next(module.parameters()).dtype)
 
     def empty_bias(self, old: nn.Module, matrix: Tensor, entry: dict[str, Any]) -> Tensor | None:
         """The bias that a file will fill: the one that the model's module has."""
@@ -91,8 +94,3 @@ class LayerKind(Kind):
         for side in ("inputs", "outputs"):
             if side in entry:
                 into.activations(f"{name}.{side}", ActivationQuantizer.from_dict(entry[side]))
-
-
-def _dense(root: nn.Module, name: str) -> Tensor:
-    """The live matrix of a module of any kind, in the dtype that the module has."""
-    return matrix_at(root, name).detach().to(next(root.get_submodule(name).parameters()).dtype)

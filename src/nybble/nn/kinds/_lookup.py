@@ -129,6 +129,8 @@ def _weight_at(root: nn.Module, name: str) -> tuple[str, nn.Module, Kind | None,
 def matrix_at(root: nn.Module, name: str, get: Get | None = None) -> Tensor:
     """The matrix of a weight by name, [out, in]; of fused experts [experts, out, in]. A view where it can be one.
 
+    Its columns are the channels of what the module is called with, also of one that is quantized behind a rotation.
+
     Args:
         root: the module that ``name`` is relative to.
         name: a module or a fused parameter; of a module that no kind claims (a router) its weight, as it is.
@@ -139,13 +141,13 @@ def matrix_at(root: nn.Module, name: str, get: Get | None = None) -> Tensor:
     """
     path, module, kind, leaf = _weight_at(root, name)
     found = live(module) if get is None else lambda key: get(f"{path}.{key}")
-    return found("weight") if kind is None else kind.matrix(module, leaf, found)
+    return found("weight") if kind is None else kind.unrotated.matrix(module, leaf, found)
 
 
 def values_at(root: nn.Module, name: str, matrix: Tensor) -> dict[str, Tensor]:
     """Inverse of :func:`matrix_at`: parameters by full name, and what they must hold for the matrix to be this one."""
     path, module, kind, leaf = _weight_at(root, name)
-    values = {"weight": matrix} if kind is None else kind.values(module, leaf, matrix)
+    values = {"weight": matrix} if kind is None else kind.unrotated.values(module, leaf, matrix)
     return {f"{path}.{key}": value for key, value in values.items()}
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from nybble.nn.kinds import Get, LayerKind, Quantized
 from nybble.nn.linear import QuantLinear
 from nybble.nn.plain import computes_as, known_as
+from nybble.nn.rotation import rotation_of
 from nybble.qtensor import QTensor
 
 CONV1D = frozenset({"transformers.pytorch_utils.Conv1D"})
@@ -23,7 +24,8 @@ class Linear(LayerKind):
     by_rows = True
 
     def claims(self, module: nn.Module) -> bool:  # noqa: D102
-        return computes_as(module, (nn.Linear,)) or known_as(module, KNOWN | CONV1D)
+        plain = computes_as(module, (nn.Linear,)) or known_as(module, KNOWN | CONV1D)
+        return plain and rotation_of(module) is None
 
     def resembles(self, module: nn.Module) -> bool:  # noqa: D102
         return isinstance(module, nn.Linear)

@@ -90,6 +90,7 @@ class BlockStep(ABC):
         kind: transform, solver, reconstruction or correction.
         paths: streams whose inputs it must have: ``float``, ``quantized``; empty: any that there is.
         moves_stream: whether it changes what goes from block to block in the float network.
+        rotates_inputs: whether layers are quantized behind a rotation of their inputs, which stays in the model.
         window, overlap: blocks that it works on at a time, and how many of them again with the next.
     """
 
@@ -97,6 +98,7 @@ class BlockStep(ABC):
     name: str
     paths: frozenset[str] = frozenset()
     moves_stream: bool = False
+    rotates_inputs: bool = False
     window: int = 1
     overlap: int = 0
 

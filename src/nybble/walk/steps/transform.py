@@ -28,6 +28,7 @@ class TransformStep(BlockStep):
     ) -> None:
         self.name, self.transform, self.adapter, self.path = f"transform {key!r}", transform, adapter, path
         self.key, self.moves_stream, self.entry = key, transform.moves_stream, entry
+        self.rotates_inputs = transform.rotates_inputs
 
     def needs(self, subject: Subject) -> frozenset[str]:  # noqa: D102
         blocks = self.adapter.blocks_of(subject.model)

@@ -143,7 +143,7 @@ def test_bad_ones_are_refused(tmp_path: Path) -> None:
             open_source(str(folder))
     save_file(tensors, folder / "model.safetensors")
     changes: list[tuple[Any, type[Exception], str]] = [
-        (lambda c: c.update(transform_config={"config_groups": {"R1": {}}}), ModelError, "transform_config"),
+        (lambda c: c.update(transform_config={"config_groups": {"R1": {}}}), FileError, "apply"),
         (lambda c: c["config_groups"]["group_0"].update(format="marlin-24"), ModelError, "marlin-24"),
         (lambda c: c["config_groups"]["group_0"].update(targets=["re:nothing"]), FileError, "no group"),
         (lambda c: c["config_groups"]["group_0"]["weights"].update(num_bits=3), FileError, "3-bit"),

@@ -24,6 +24,7 @@ from nybble.models.named import LAYOUTS
 from nybble.qtensor import QTensor
 
 if TYPE_CHECKING:
+    from nybble.models.sources.layouts._ct_rotations import Rotation
     from nybble.models.sources.layouts._rounded import Rounded
 
 SMALL = 1 << 16
@@ -44,6 +45,7 @@ class PackedWeight:
         kept_as: role -> codes, scales, offsets or tables, as a report counts them.
         transposed: whether the parameter is [..., in, out].
         form: what the library calls this way of keeping it, where others of its files may hold the same bytes.
+        rotation: of the input while the model runs; the matrix is that of the rotated input. None: there is none.
     """
 
     name: str
@@ -53,6 +55,7 @@ class PackedWeight:
     kept_as: Mapping[str, str]
     transposed: bool = False
     form: str = ""
+    rotation: Rotation | None = None
 
     def made(self, read: Callable[[str], Tensor]) -> Sequence[QTensor]:
         """Read and checked.
@@ -90,9 +93,11 @@ class PackedWeight:
         return [part.to("meta") for part in found]
 
     def values(self, read: Callable[[str], Tensor]) -> Tensor:
-        """float32, of :attr:`shape`."""
+        """float32, of :attr:`shape`: of the input as it comes."""
         found = [part.dequantize() for part in self.made(read)]
         whole = found[0] if len(self.shape) == 2 else torch.stack(found)
+        if self.rotation is not None:
+            whole = self.rotation.made(read)(whole, back=True)
         return whole.mT.contiguous() if self.transposed else whole
 
 

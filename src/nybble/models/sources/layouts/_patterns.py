@@ -30,6 +30,17 @@ def compiled(pattern: str) -> re.Pattern[str]:
     return found
 
 
+def named(name: str, target: str) -> bool:
+    """Whether a target of compressed-tensors, a name or a pattern, is for a module."""
+    pattern = target.removeprefix("re:")
+    return name == target or (pattern != target and compiled(pattern).match(name) is not None)
+
+
+def is_class(target: str) -> bool:
+    """A class can't be seen in the files; names are dotted, or begin with "re:", and classes are neither."""
+    return "." not in target and not target.startswith("re:")
+
+
 def _takes_long(pattern: str) -> bool:
     """Whether a group that repeats holds repeats, or alternatives, or more than a few repeats have no end."""
     plain = re.sub(r"\\.", "a", pattern)

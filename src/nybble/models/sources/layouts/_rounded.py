@@ -55,13 +55,15 @@ class Rounded:
 
     Attributes:
         inputs, outputs: by module, as the files call it. kv: a line for the cache, or empty.
-        used: names of tensors that say how, or that nothing is made of. left: what nybble won't round, in a line.
+        used: names of tensors that say how, or that nothing is made of. matrices: of those that rotate inputs.
+        left: what nybble won't round, in a line.
     """
 
     inputs: Mapping[str, Side] = field(default_factory=dict)
     outputs: Mapping[str, Side] = field(default_factory=dict)
     kv: str = ""
     used: frozenset[str] = frozenset()
+    matrices: frozenset[str] = frozenset()
     left: str = ""
 
 

@@ -18,6 +18,7 @@ mxfp8-quantized
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,8 @@ from torch import Tensor
 
 from nybble.core.errors import FileError, ModelError
 from nybble.models.sources.layouts import FLOATS, Files, Layout, PackedWeight, whole, words
-from nybble.models.sources.layouts._patterns import compiled
+from nybble.models.sources.layouts._ct_rotations import Rotations
+from nybble.models.sources.layouts._patterns import is_class, named
 from nybble.models.sources.layouts._pieces import (
     E2M1,
     E4M3,
@@ -64,19 +66,17 @@ class CompressedTensors(Layout):
     """See the module."""
 
     def weights(self, config: Mapping[str, Any], files: Files) -> Iterator[PackedWeight]:  # noqa: D102
-        if config.get("transform_config"):
-            raise ModelError(
-                f"{files.place} rotates activations while it runs (transform_config), which only vLLM does; take a "
-                "checkpoint without, or the float model."
-            )
-        groups = _groups(config)
+        groups, rotations, packed = _groups(config), Rotations(config, files), set[str]()
         for name in dict.fromkeys([*files.ending("weight_packed"), *files.ending("weight_scale")]):
             form, args = _chosen(name, groups)
             if form == "dense":
                 continue
             if form not in FORMATS:
                 raise ModelError(f"{files.place}: {name} has the format {form!r:.60}; readable: {', '.join(FORMATS)}.")
-            yield _weight(name, form, args, files)
+            weight = _weight(name, form, args, files)
+            packed.add(name)
+            yield replace(weight, rotation=rotations.of(name, weight.shape[1]))
+        rotations.check_float(packed, [str(target) for target in config.get("ignore") or ()])
 
     def in_float(self, config: Mapping[str, Any]) -> bool:
         """Of the format ``dense`` weights are rounded, and kept in float."""
@@ -96,6 +96,7 @@ class CompressedTensors(Layout):
         kv, cached = _cache(config.get("kv_cache_scheme"), files)
         used = {n for n in files.entries if n.rpartition(".")[2] in BESIDE}
         return Rounded(
+            matrices=frozenset(Rotations(config, files).matrices),
             inputs=found["input_activations"], outputs=found["output_activations"], kv=kv, used=frozenset(used),
             left=not_rounded(lost, cached and not kv, ", by numbers that were calibrated over scales or tokens"),
         )  # fmt: skip
@@ -136,13 +137,13 @@ def group_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         name: of a linear layer, or of an embedding that is named.
         config: ``quantization_config``.
     """
-    if any(_named(name, str(target)) for target in config.get("ignore") or ()):
+    if any(named(name, str(target)) for target in config.get("ignore") or ()):
         return None
     groups = [(group, [str(target) for target in group["targets"]]) for group in config["config_groups"].values()]
     for group, targets in groups:
-        if any(_named(name, target) for target in targets):
+        if any(named(name, target) for target in targets):
             return dict(group)
-    return next((dict(group) for group, targets in groups if any(map(_is_class, targets))), None)
+    return next((dict(group) for group, targets in groups if any(map(is_class, targets))), None)
 
 
 def _groups(config: Mapping[str, Any]) -> list[tuple[str, list[str], Args]]:
@@ -161,22 +162,12 @@ def _groups(config: Mapping[str, Any]) -> list[tuple[str, list[str], Args]]:
 def _chosen(name: str, groups: list[tuple[str, list[str], Args]], what: str = "") -> tuple[str, Args]:
     """The format and args of a module: a group that names it goes before one that names its class."""
     for form, targets, args in groups:
-        if any(_named(name, target) for target in targets):
+        if any(named(name, target) for target in targets):
             return form, args
     for form, targets, args in groups:
-        if any(map(_is_class, targets)):
+        if any(map(is_class, targets)):
             return form, args
     raise FileError(f"{what or name} is quantized, and no group of quantization_config is for it.")
-
-
-def _named(name: str, target: str) -> bool:
-    pattern = target.removeprefix("re:")
-    return name == target or (pattern != target and compiled(pattern).match(name) is not None)
-
-
-def _is_class(target: str) -> bool:
-    """A class can't be seen in the files; names are dotted, or begin with "re:", and classes are neither."""
-    return "." not in target and not target.startswith("re:")
 
 
 def _weight(name: str, form: str, args: Args, files: Files) -> PackedWeight:
