@@ -47,6 +47,7 @@ from nybble.nn.config import config_of
 from nybble.nn.in_place import evaluation_mode, untouched, whole_or_not_at_all
 from nybble.nn.kv_model import use_quantized_cache
 from nybble.pipelines.constrain import constrain
+from nybble.pipelines.export import export_at_once
 from nybble.pipelines.finished import (
     are_walked,
     finished,
@@ -98,7 +99,8 @@ def quantize(
         data: for calibration: a SRC; a list of texts; a tensor of the model's main input, samples in front; its inputs
             by name; a list of either of these, padded on the right where lengths differ; samples of :mod:`nybble.data`.
         tokenizer: for texts; a model that is not in memory brings its own.
-        out: a folder to write; it appears whole or not at all. None keeps the result in memory.
+        out: a folder to write; it appears whole or not at all. None keeps the result in memory, where a ``target``
+            keeps the scheme to what it holds, and no file is written.
         settings: sizes, device, seed; or a mapping of them.
         progress: told after each block.
         announce: gets the pre-flight lines.
@@ -106,7 +108,8 @@ def quantize(
             everything; or ``auto``: the first where it says all of the result.
         changes: to the recipe's scheme, as the command line has them: ``weights``, ``activations``, ``scheme``, ``kv``,
             ``embeddings``, ``matmuls``, ``ignore``, ``effort`` (:func:`~nybble.pipelines.request.build_recipe`); and
-            ``target``: what ``best`` is to come to, names of export targets that are to hold the result exactly.
+            ``target``: what ``best`` is to come to, names of export targets that are to hold the result exactly; with
+            ``out``, ``gguf:q4_k_m`` also writes ``out/gguf``, as ``exported`` of the report says.
 
     Returns:
         The quantized model, or with ``out`` its folder; and what was done.
@@ -134,6 +137,7 @@ def quantize(
         for module in held:
             stack.enter_context(whole_or_not_at_all(module))
         job = _job(model, made, data, settings, out, tokenizer, files, form)
+        exported = list[dict[str, Any]]()
         ranks.agreed(job.request())
         for line in (*job.preflight(out), *training_lines(job), *finishing_lines(job)):
             (announce or _ignore)(line)
@@ -148,8 +152,11 @@ def quantize(
         else:
             job, rows = _write(job, data, given, Path(out), progress or Silent(), announce or _ignore, form)
             result = Path(out)
-    seconds = time.perf_counter() - started
-    return result, Report(layers=tuple(rows), manifest=job.manifest(), seconds=seconds, times=job.times)
+            exported = ranks.lead_says(export_at_once(result, files, announce) if ranks.leads() else [])
+    return result, Report(
+        layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started, times=job.times,
+        exported=tuple(exported),
+    )  # fmt: skip
 
 
 def _result(job: Job, model: str | Path | nn.Module, held: Mapping[nn.Module, bool]) -> Any:
