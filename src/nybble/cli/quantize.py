@@ -199,7 +199,9 @@ def interrupted(out: Path, **_: object) -> str:
     partial = out.with_name(f"{out.name}.partial")
     if not partial.is_dir():
         return "interrupted; nothing was written."
-    if not any(partial.glob("parts/*.json")):
+    from nybble.checkpoint.parts import holds_finished
+
+    if not holds_finished(partial):
         return "interrupted before anything was finished; repeat the command."
     return f"interrupted. What was finished is kept in {partial}; repeat the command with --resume to go on."
 

@@ -19,8 +19,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from torch import nn
 
 from nybble.calibration.trace import Tensors
 from nybble.checkpoint.marked import COMPRESSED
-from nybble.checkpoint.parts import Parts, begun_with
+from nybble.checkpoint.parts import Parts, begun_with, holds_finished
 from nybble.checkpoint.save import keep_record, mark_quantized, model_config, save_side_files
 from nybble.core import ranks
 from nybble.core.device import out_of_memory, require_memory
@@ -116,7 +116,8 @@ def quantize(
 
     Raises:
         NybbleError: bad requests, files, data. Nothing is left behind, but for OUT.partial of a run that was killed,
-            interrupted or stopped by a full disk or a training that came to no number: ``resume`` goes on from it.
+            or that was interrupted or stopped by a full disk or a training that came to no number after a part of it
+            was finished: ``resume`` goes on from it.
     """
     started = time.perf_counter()
     check_form_name(form)
@@ -398,26 +399,40 @@ def _write(
     announce: Callable[[str], None],
     form: str,
 ) -> tuple[Job, list[LayerRow]]:
-    folder = AtomicFolder(out, resumable=True)
+    folder, begun = AtomicFolder(out, resumable=True), False
     try:
-        with folder if ranks.leads() else nullcontext(folder.partial) as partial:
+        with folder if ranks.leads() else nullcontext(folder.partial) as partial, _worth_keeping(partial):
             with ranks.in_order():
                 parts = Parts(partial, job.request(), job.settings.resume, writes=ranks.leads())
             if job.settings.resume:
                 announce(parts.begun(job.part_names()))
             if ranks.leads():
                 parts.check_form(form)
+            begun = True
             if not ranks.lead_says(parts.assembled):
                 job = _made(job, data, given, parts, progress, announce, form)
             rows = ranks.lead_says(parts.finish() if ranks.leads() else [])
-            return job, [LayerRow.from_dict(row) for row in rows]
-    except NybbleError as error:
-        # A bad request leaves nothing; what could go on once there is room (a full disk) or the same request stays, and
-        # so do hours of work before a window whose training failed.
-        if ranks.leads() and not isinstance(error, FileError | LearningError):
-            shutil.rmtree(folder.partial, ignore_errors=True)
-        if isinstance(error, LearningError):
-            raise LearningError(f"{error} What was finished before it stays in {folder.partial}.") from error
+        return job, [LayerRow.from_dict(row) for row in rows]
+    except (FileError, LearningError) as error:
+        if not begun or not holds_finished(folder.partial) or "--resume" in str(error):
+            raise
+        kept = f"What was finished before it stays in {folder.partial}; --resume goes on from there."
+        raise type(error)(f"{error} {kept}") from error
+
+
+@contextmanager
+def _worth_keeping(partial: Path) -> Iterator[None]:
+    """Remove what a run that fails inside leaves behind, unless another can go on from it.
+
+    A bad request leaves nothing. What could go on once there is room (a full disk), or with the same request after an
+    interruption, stays where a part is finished; so do hours of work before a window whose training failed.
+    """
+    try:
+        yield
+    except BaseException as error:
+        refused = isinstance(error, NybbleError) and not isinstance(error, FileError | LearningError)
+        if ranks.leads() and (refused or not holds_finished(partial)):
+            shutil.rmtree(partial, ignore_errors=True)
         raise
 
 

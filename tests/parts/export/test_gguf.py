@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,30 @@ def test_no_room_for_them(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
         quantize(folder, "rtn", out=out, target="gguf:q4_k_m")
     assert {path.name for path in tmp_path.iterdir()} == {"float", "out"} and not list(out.glob("gguf*"))
     load(out)
+
+
+@pytest.mark.parametrize("target", ["dense", "compressed-tensors", "gguf", "mlx"])
+def test_a_full_disk_leaves_nothing(target: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each flush in turn, of what is converted first too."""
+    quantize(folder, "rtn", weights="int8 group=32", out=tmp_path / "out", target="gguf")
+    real, kept = os.fsync, set(os.listdir(tmp_path))
+    for room in range(20):
+        flushes = iter(range(room))
+
+        def fsync(handle: int, flushes: Iterator[int] = flushes) -> None:
+            if next(flushes, None) is None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(handle)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            try:
+                convert(tmp_path / "out", tmp_path / "made", target, round="auto")
+            except FileError as error:
+                assert "the disk is full" in str(error) and set(os.listdir(tmp_path)) == kept
+            else:
+                break
+    assert room > 2 and set(os.listdir(tmp_path)) == {*kept, "made"}
 
 
 @pytest.mark.parametrize(
