@@ -88,7 +88,7 @@ class ModelOpt(ExportTarget):
             check_kv(scheme.kv)
         except CannotError as error:
             raise SchemeError(f"ModelOpt can't hold a {error}.") from error
-        return replace(made, kv=FP8)
+        return replace(made, kv=FP8 if measured(scheme.kv) else scheme.kv)
 
     def _check_rule(self, rule: Rule, target: Any) -> None:
         if "Embedding" in target.kind.classes:
@@ -171,7 +171,7 @@ class ModelOpt(ExportTarget):
             tensors |= place.tensors(source)
         said = quantization({place.name: place.algorithm for place in places}, _excluded(source, model))
         if source.kv is not None:
-            tensors |= kv_tensors(model)
+            tensors |= kv_tensors(model, source.kv)
             said["kv_cache_quant_algo"] = "FP8"
         stream_tensorfiles(tensors, folder / "model.safetensors", {"format": "pt"}, SHARD_BYTES)
         atomic_write_json(folder / "hf_quant_config.json", {"producer": PRODUCER, "quantization": said})

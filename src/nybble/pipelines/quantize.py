@@ -62,6 +62,7 @@ from nybble.pipelines.request import Asked, Changes, build_recipe, read_recipe
 from nybble.pipelines.targets import AUTO, check_form_name, meant
 from nybble.recipe import Recipe
 from nybble.report.record import LayerRow, Report
+from nybble.walk.caches import with_scales
 from nybble.walk.job import Job
 from nybble.walk.settings import Settings
 from nybble.walk.trial import known_inputs, try_out
@@ -147,6 +148,7 @@ def quantize(
             teacher = teacher_of(job)
             job = prepared(job, data, None, progress)
             rows = finished(job, teacher, data, _in_memory({"": job}, progress or Silent())[0][""], progress)
+            job = with_scales(job, rows)
             job = _tried(job, given, announce or _ignore)
             _mark(job, rows)
             result = _result(job, model, held)
@@ -284,7 +286,7 @@ def quantize_many(
                 started = time.perf_counter()
                 rows[name] = finished(job, teachers[name], data, rows[name], progress)
                 seconds[name] += time.perf_counter() - started
-                done = _tried(job, given[name], _ignore)
+                done = _tried(with_scales(job, rows[name]), given[name], _ignore)
                 _mark(done, rows[name])
                 report = Report(
                     layers=tuple(rows[name]), manifest=done.manifest(), seconds=seconds[name], times=done.times
@@ -456,7 +458,8 @@ def _made(
         Walk({"": job}, parts.folder if job.settings.spill else None).run(parts, progress)
     if ranks.leads():
         finished_parts(job, teacher, data, parts, progress)
-        job = _tried(job, given, announce, parts)
+        rows = (LayerRow.from_dict(row) for name in job.part_names() for row in parts.rows(name))
+        job = _tried(with_scales(job, rows), given, announce, parts)
         config = model_config(job.model, job.dtype)  # with what quantizing changed: heads that are tied no more
         parts.assemble(job.part_names(), config, job.manifest(), job.plan.kv, writer(form, announce))
     return replace(job, untried=ranks.lead_says(job.untried))

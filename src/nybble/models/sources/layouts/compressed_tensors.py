@@ -41,7 +41,14 @@ from nybble.models.sources.layouts._pieces import (
     signed_codes,
     stream_rows,
 )
-from nybble.models.sources.layouts._rounded import Rounded, Side, dynamic_line, not_rounded, ones, static_side
+from nybble.models.sources.layouts._rounded import (
+    Rounded,
+    Side,
+    dynamic_line,
+    fixed_cache,
+    not_rounded,
+    static_side,
+)
 from nybble.qtensor import QTensor
 
 Args = Mapping[str, Any]
@@ -117,8 +124,8 @@ def _side(module: str, word: str, args: Args, files: Files) -> Side | None:
     return static_side(module, word, args, files) if dynamic is False else None
 
 
-def _cache(args: Args | None, files: Files) -> tuple[str, bool]:
-    """The line of a KV cache, where nybble has one; and whether any is asked for."""
+def _cache(args: Args | None, files: Files) -> tuple[str | dict[str, str], bool]:
+    """The line of a KV cache, or lines by attention, where nybble has one; and whether any is asked for."""
     if not args:
         return "", False
     if args.get("dynamic", False) is True:
@@ -126,7 +133,7 @@ def _cache(args: Args | None, files: Files) -> tuple[str, bool]:
         return (line or "") if line is None or " tensor" not in line else "", True
     scales = [name for name in files.entries if name.endswith((".k_scale", ".v_scale"))]
     fixed = args.get("type") == "float" and args.get("num_bits", 8) == 8 and args.get("strategy") in ("tensor", None)
-    return ("float8_e4m3fn tensor scale=one" if fixed and scales and ones(scales, files) else ""), True
+    return fixed_cache(files, {"k_scale": "", "v_scale": ""}) if fixed and scales else "", True
 
 
 def group_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from nybble.core.errors import FileError, ModelError
 from nybble.models.sources.layouts import FLOATS, Files, Layout, PackedWeight, whole
 from nybble.models.sources.layouts._pieces import E2M1, E4M3, block, mx, nvfp4, packed
-from nybble.models.sources.layouts._rounded import Rounded, Side, not_rounded, ones
+from nybble.models.sources.layouts._rounded import Rounded, Side, fixed_cache, not_rounded
 from nybble.models.sources.layouts.compressed_tensors import group_of
 from nybble.qtensor import QTensor
 from nybble.qtensor.outer_scaled import OuterScaled
@@ -62,8 +62,8 @@ class ModelOpt(Layout):
         inputs = {module: side for module, side in found.items() if side is not None}
         cached = said.get("kv_cache_quant_algo") or said.get("kv_cache_scheme")
         scales = [name for name in files.entries if name.endswith((".k_scale", ".v_scale"))]
-        kv = f"{E4M3} tensor scale=one" if _is_fp8(cached) and ones(scales, files) else ""
-        why = ", whose k_scale and v_scale were calibrated and aren't 1" if _is_fp8(cached) and not kv else ""
+        kv = fixed_cache(files, {"k_scale": ".k_proj", "v_scale": ".v_proj"}) if _is_fp8(cached) else ""
+        why = ", of which k_scale or v_scale is missing" if _is_fp8(cached) and not kv else ""
         asks = any(module not in inputs and not _weights_alone(algo) for module, algo in algos.items())
         used = frozenset(n for n in files.entries if n.endswith((".input_scale", ".output_scale"))) | set(scales)
         return Rounded(inputs=inputs, kv=kv, used=used, left=not_rounded(asks, bool(cached) and not kv, why))

@@ -1,0 +1,35 @@
+"""A scale that was found before: calibrated, or read in a checkpoint (``k_scale`` and ``v_scale`` of a KV cache)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nybble.core.errors import FormatError, UsageError
+from nybble.formats import NumberFormat
+from nybble.scales import BlockParams, ScaleRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Fixed(ScaleRule):
+    """``value``: the scale of every block, whatever is in it; larger values saturate."""
+
+    value: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.value) and self.value > 0):
+            raise UsageError(f"fixed(value={self.value}): a scale is a positive number.")
+
+    def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
+        import torch
+
+        if not fmt.has_zero:
+            raise FormatError(f"{fmt.name} has no zero, and under a fixed scale a block of zeros would get values.")
+        return BlockParams(torch.full((blocks.shape[0], 1), self.value, dtype=torch.float32, device=blocks.device))
+
+
+PART = Fixed
