@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors import safe_open
 
-from nybble.core.errors import FileError, SchemeError
+from nybble.core.errors import FileError, SchemeError, within
 from nybble.core.files import atomic_write_json
 from nybble.core.guard import reading
 from nybble.core.tensorfile import stream_tensorfiles
@@ -78,7 +78,8 @@ class ModelOpt(ExportTarget):
             try:
                 if rule.weights is not None and name in facts.without_place:
                     raise facts.without_place[name]
-                self._check_rule(rule, facts.targets[name])
+                with within(name):
+                    self._check_rule(rule, facts.targets[name])
             except CannotError as error:
                 raise SchemeError(f"{name}: ModelOpt can't hold {error}.") from error
         check_siblings(found, facts.targets)
