@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nybble.core.errors import FormatError, UsageError
+from nybble.core.errors import UsageError
 from nybble.formats import NumberFormat
 from nybble.scales import BlockParams, ScaleRule
 
@@ -27,9 +27,11 @@ class Fixed(ScaleRule):
     def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
         import torch
 
-        if not fmt.has_zero:
-            raise FormatError(f"{fmt.name} has no zero, and under a fixed scale a block of zeros would get values.")
-        return BlockParams(torch.full((blocks.shape[0], 1), self.value, dtype=torch.float32, device=blocks.device))
+        largest = blocks.abs().amax(1, keepdim=True)
+        scale = torch.full_like(largest, self.value)
+        if not fmt.has_zero:  # a block of zeros stays one
+            scale = torch.where(largest == 0, 0.0, scale)
+        return BlockParams(torch.where(largest.isnan(), largest, scale))
 
 
 PART = Fixed
