@@ -59,6 +59,19 @@ class KVFormat:
         """Whether anything is in few bits."""
         return self.keys is not None or self.values is not None
 
+    @property
+    def static(self) -> bool:
+        """Whether a scale is still to be found on calibration data."""
+        return any(quantizer is not None and quantizer.static for quantizer in (self.keys, self.values))
+
+    def calibrated(self, keys: float | None, values: float | None) -> KVFormat:
+        """The format with scales in place of ``static``; of a side that isn't static, None."""
+        made = {
+            side: fixed_at(quantizer.format.name, scale) if quantizer is not None and scale is not None else quantizer
+            for side, quantizer, scale in (("keys", self.keys, keys), ("values", self.values, values))
+        }
+        return KVFormat(keys=made["keys"], values=made["values"], residual=self.residual)
+
     def __str__(self) -> str:
         if self.keys == self.values:
             words = str(self.keys or "none")
@@ -94,10 +107,41 @@ def _stored(line: str) -> Quantizer | None:
     return None if line == "none" else Quantizer(line)
 
 
+def fixed_at(format: str, scale: float) -> Quantizer:
+    """What caches in a format under one scale for all tokens, which each of them stores."""
+    return Quantizer(f"{format} token scale=fixed(value={scale!r}) scale_format=float32")
+
+
+def fixed_scale(quantizer: Quantizer | None) -> float | None:
+    """The scale of such a one; None of any other.
+
+    >>> fixed_scale(fixed_at("float8_e4m3fn", 0.25)), fixed_scale(Quantizer("float8_e4m3fn token"))
+    (0.25, None)
+    """
+    if quantizer is None or not str(quantizer.scale).startswith("fixed"):
+        return None
+    value: float = getattr(quantizer.scale, "value")  # noqa: B009
+    return value if quantizer == fixed_at(quantizer.format.name, value) else None
+
+
+def one_scale(quantizer: Quantizer | None) -> float | None:
+    """The one number that all tokens are divided by, 1 where there is none; None where tokens have their own."""
+    if quantizer is not None and str(quantizer.scale) == "one" and not isinstance(quantizer.scale_format, Quantizer):
+        return 1.0
+    return fixed_scale(quantizer)
+
+
 def _of_tokens(quantizer: Quantizer) -> Quantizer:
-    """The quantizer with scales that belong to one token each."""
+    """The quantizer with scales that belong to one token each; or one to be calibrated."""
     if quantizer.static:
-        raise SchemeError(f"{quantizer}: a cache's scales are measured on each token; leave out 'static'.")
+        if quantizer != Quantizer(f"{quantizer.format} tensor static"):
+            raise SchemeError(
+                f"{quantizer}: of a cache with calibrated scales there is '{quantizer.format} tensor static', the "
+                "largest magnitude of a layer's keys, or values; leave out 'static' to measure scales on each token."
+            )
+        if not quantizer.format.signed or not quantizer.format.has_zero:
+            raise SchemeError(f"{quantizer}: keys and values are signed, and some are 0; use a format that has both.")
+        return quantizer
     if not quantizer.format.signed and not (quantizer.scale.needs_integer or quantizer.scale.has_offset):
         raise SchemeError(
             f"keys and values are signed and {quantizer.format} is not; add symmetric=false or use a signed format."
@@ -126,7 +170,8 @@ def _check_tokens(quantizer: Quantizer) -> None:
         instead = f"{quantizer.format} group={columns}" if columns else f"{quantizer.format} token"
         raise SchemeError(
             f"{quantizer}: a KV cache grows token by token, and '{quantizer.granularity}' has scales that tokens "
-            f"share, which later tokens would change. Write '{instead}', or 'group=N' for several scales a token."
+            f"share, which later tokens would change. Write '{instead}', or 'group=N' for several scales a token; or "
+            f"'{quantizer.format} tensor static' for one scale a layer, calibrated."
         )
     if quantizer.center:
         raise SchemeError(

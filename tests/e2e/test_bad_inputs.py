@@ -18,6 +18,7 @@ from tests.tiny import WORDS, save_text, save_tiny, tiny_model
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from nybble.checkpoint.parts import holds_finished
 from nybble.cli import main
 from nybble.core import device
 from nybble.core.errors import DataError, DeviceError, FileError, ModelError, NybbleError, UsageError
@@ -458,7 +459,7 @@ def test_the_disk_runs_full(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     run_quantize(folder / "model", folder, tmp_path / "whole")
     expected = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
     out, real, failures = tmp_path / "out", os.fsync, 0
-    left = 0
+    left, seen = 0, set[bool]()
 
     def fsync(handle: int) -> None:
         nonlocal left
@@ -474,11 +475,14 @@ def test_the_disk_runs_full(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
             run_quantize(folder / "model", folder, out, settings={"resume": True, "spill": spill})
         except FileError as error:
             assert "the disk is full" in str(error) and "Free some space" in str(error)
+            kept = holds_finished(tmp_path / "out.partial")
+            assert (tmp_path / "out.partial").exists() == kept == ("; --resume goes on from there." in str(error))
+            seen.add(kept)
             assert not out.exists()
             failures += 1
             continue
         break
-    assert failures >= 5
+    assert failures >= 5 and seen == {True, False}
     assert {p.name: p.read_bytes() for p in out.iterdir()} == expected
     assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
 
@@ -490,6 +494,7 @@ def test_a_spill_file_without_room(folder: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(FileError, match=r"bin\.quantized\.0\.hidden: the disk is full\. [\d,]+ bytes are needed"):
         run_quantize(folder / "model", folder, tmp_path / "out", settings={"spill": True})
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_runs_into_one_folder(folder: Path, tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from tests.tiny import save_text, save_tiny
 
 import nybble
 from nybble.core import files
-from nybble.core.errors import FileError, ModelError, SchemeError, UsageError
+from nybble.core.errors import FileError, GranularityError, ModelError, SchemeError, UsageError
 from nybble.export import REGISTRY, _mlx_verify, get_target
+from nybble.models.sources.folder import FolderSource
 from nybble.pipelines.export import export
 from nybble.pipelines.quantize import preflight, quantize
 from nybble.pipelines.request import build_recipe
@@ -120,6 +121,35 @@ def test_what_cannot_be_is_refused_with_what_can(asked: dict[str, Any], options:
         assert line is not None
         again = {"target": asked["target"], "weights": line[1], "activations": "none"}
         assert preflight(wide, "gptq", text(), settings={"samples": 2, "seq_len": 8}, **again)
+
+
+#: scheme -> what refusals name, by target; one that takes it is left out
+BAD: list[tuple[dict[str, Any], dict[str, str]]] = [
+    ({"weights": "int4 group=48"}, dict.fromkeys(
+        ("compressed-tensors", "modelopt", "modelopt-nvfp4", "gguf", "mlx"), "128 columns, and group=48 .*16, 32, 64")),
+    ({"weights": "float4_e2m1fn group=32"}, {
+        "compressed-tensors": "takes nvfp4 or mxfp4", "modelopt": "takes nvfp4", "modelopt-nvfp4": "takes nvfp4",
+        "gguf": "a line of GGUF's own", "mlx": "takes mxfp4, or nvfp4"}),
+    ({"weights": "float8_e5m2 channel"}, {
+        "compressed-tensors": "takes float8_e4m3fn channel", "modelopt": "float8_e4m3fn tensor", "gguf": "GGUF's own",
+        "mlx": "takes mxfp8"}),
+    ({"weights": "int8 channel", "matmuls": "int8 tensor"}, {
+        "compressed-tensors": "--matmuls left out", "modelopt": "--matmuls left out", "mlx": "leave --matmuls out"}),
+    ({"weights": "int8 channel", "kv": "int4 group=16"}, {
+        "modelopt": "takes float8_e4m3fn tensor static, or"}),
+    ({"weights": "nvfp4", "activations": "nvfp4"}, {
+        "modelopt": "nvfp4 with inputs in float", "gguf": "--activations none", "mlx": "--activations none"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(BAD)))
+def test_bad_schemes_are_refused_before_the_work(number: int, wide: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the layer, or the cache, and the nearest that the target takes; no weight is read."""
+    monkeypatch.setattr(FolderSource, "load", None)
+    asked, refusals = BAD[number]
+    for target, nearest in refusals.items():
+        with pytest.raises((SchemeError, GranularityError), match=rf"(?s)(self_attn|KV cache).*{nearest}"):
+            quantize(wide, "rtn", text(), target=target, settings={"samples": 2, "seq_len": 8}, **asked)
 
 
 def test_the_command_line(tmp_path: Path) -> None:

@@ -118,6 +118,21 @@ def test_others_load_it_as_it_is(line: str) -> None:
     assert torch.equal(logits(loaded), logits(nybble.load(folder, dtype="bfloat16")[0]))
     card = (folder / "README.md").read_text()
     assert "vllm serve ." in card and "import nybble" not in card and line.split()[0] in card
+    assert "or its id on the hub" in card and "`from_pretrained` doesn't fetch that file" in card
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "native"])
+def test_from_the_hub_it_comes_without_the_manifest(form: str, tmp_path: Path) -> None:
+    """As the cards of both forms say: from_pretrained fetches config and weights, and needs no more."""
+    changes: dict[str, Any] = (
+        {"weights": "int4 group=16"} if form == "compressed-tensors" else {"weights": "nf4 group=32"}
+    )
+    folder = quantized(**changes)
+    assert form_in(folder)["name"] == form and "or its id on the hub" in (folder / "README.md").read_text()
+    shutil.copytree(folder, tmp_path / "fetched", ignore=shutil.ignore_patterns("nybble.json", "README.md"))
+    auto: Any = AutoModelForCausalLM
+    fetched, whole = (auto.from_pretrained(place, dtype=torch.bfloat16) for place in (tmp_path / "fetched", folder))
+    assert torch.equal(logits(fetched), logits(whole))
 
 
 @pytest.mark.parametrize("case", NATIVE)
@@ -240,7 +255,7 @@ def test_transformers_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_p
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(auto.from_pretrained(tmp_path / "again")), logits(model))
     shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("nybble.json"))
-    with pytest.raises(ImportError, match=r"pip install compressed-tensors.*nybble\.load opens them all"):
+    with pytest.raises(ImportError, match=r"pip install compressed-tensors.*fetch from the hub.*load opens them all"):
         auto.from_pretrained(tmp_path / "bare")
 
 

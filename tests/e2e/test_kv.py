@@ -277,3 +277,45 @@ def test_files_that_say_something_else(folder: Path, tmp_path: Path, kv: Any, me
     (changed / "config.json").write_text(json.dumps(config))
     with pytest.raises((FileError, ModelError), match=message):
         load(changed)
+
+
+STATIC = "float8_e4m3fn tensor static"
+
+
+@torch.no_grad()
+def test_calibrated_scales(folder: Path, tmp_path: Path) -> None:
+    """One a layer: the largest magnitude of what transformers caches of the data, over E4M3's; the same resumed."""
+    ids = torch.randint(0, 300, (4, 24), generator=torch.Generator().manual_seed(0))
+    save_tiny(tmp_path / "float", "llama", dtype=torch.float32)
+    auto: Any = AutoModelForCausalLM
+    truth = auto.from_pretrained(tmp_path / "float")
+    cached = truth(ids, use_cache=True).past_key_values.layers
+    wanted = {f"model.layers.{i}.self_attn": [side.abs().amax() / 448 for side in (c.keys, c.values)] for i, c in
+              enumerate(cached)}  # fmt: skip
+    asked: dict[str, Any] = {"weights": "int8 channel", "kv": STATIC, "settings": {"dtype": torch.float32}}
+    made, report = quantize(tmp_path / "float", "rtn", ids, **asked)
+    found: Any = recorded_kv(made)
+    assert found.keys() == wanted.keys()
+    for name, kv in found.items():
+        for side, scale in zip((kv.keys, kv.values), wanted[name], strict=True):
+            torch.testing.assert_close(torch.tensor(side.scale.value), scale, rtol=1e-6, atol=0)
+    rows = {row.name: row.input_scale for row in report.layers if row.name.endswith((".keys", ".values"))}
+    assert rows == {f"{n}.{s}": getattr(kv, s).scale.value for n, kv in found.items() for s in ("keys", "values")}
+    used = made.generate(ids[:, :4], max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    for name, stored in used.past_key_values.qtensors().items():  # what is stored has that scale, and no other
+        value = getattr(found[f"model.layers.{name.split('.')[0]}.self_attn"], name.split(".")[1]).scale.value
+        assert set(stored.params.scale.flatten().tolist()) == {value} and stored.format.name == "float8_e4m3fn"
+    for form in ("native", "auto"):
+        out, _ = quantize(tmp_path / "float", "rtn", ids, out=tmp_path / form, form=form, **asked)
+        assert recorded_kv(load(out)[0]) == found
+
+
+def test_calibrated_scales_need_data_and_are_of_all_tokens(folder: Path) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(UsageError, match="the KV cache float8_e4m3fn static has no scales yet"):
+        use_quantized_cache(model, KVFormat.parse(STATIC))
+    for line in ("int8 token static", "float8_e4m3fn tensor static scale=mse", "nvfp4 static"):
+        with pytest.raises(SchemeError, match=r"of a cache with calibrated scales there is '.* tensor static'"):
+            KVFormat.parse(line)
+    with pytest.raises(SchemeError, match="or 'int8 tensor static' for one scale a layer, calibrated"):
+        KVFormat.parse("int8 tensor")

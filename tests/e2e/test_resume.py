@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.e2e.processes import start
 from tests.tiny import save_text, save_tiny, shortened
 
@@ -382,6 +383,18 @@ def again(
     made = recipe or build_recipe("gptq", weights="int4 group=16")
     text = data or str(folder / "text.txt")
     quantize(folder / "model", made, text, out=out, settings=chosen, progress=progress)
+
+
+def test_calibrated_scales_of_a_cache_are_kept(folder: Path, tmp_path: Path) -> None:
+    """Those of the blocks that were finished before, too."""
+    recipe = build_recipe("gptq", weights="int4 group=16", kv="float8_e4m3fn tensor static")
+    again(folder, tmp_path / "whole", recipe=recipe)
+    interrupted(folder, tmp_path / "out", recipe=recipe)
+    again(folder, tmp_path / "out", recipe=recipe, resume=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    scales = [float(t) for name, t in held.items() if name.endswith(("k_scale", "v_scale"))]
+    assert len(scales) >= 6 and len(set(scales)) > 1
 
 
 @pytest.mark.parametrize(

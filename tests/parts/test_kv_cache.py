@@ -417,7 +417,7 @@ REFUSED = {
     "int4 rank1": "'rank1' has scales that tokens share",
     "e2m1 shifted": "'shifted' has scales that tokens share",
     "int4 plane": "'plane' has scales that tokens share",
-    "float8_e4m3fn tensor static": "measured on each token; leave out 'static'",
+    "float8_e4m3fn token static": "leave out 'static' to measure scales on each token",
     "int4 token rounding=stochastic": "use rounding=nearest-even",
     "uint4 token": "signed and uint4 is not",
     "nvfp4-ct": "write 'nvfp4'",

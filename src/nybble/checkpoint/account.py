@@ -129,4 +129,6 @@ def _file_role(name: str) -> str:
         return "tokenizer"
     if name == "model.safetensors.index.json":
         return "headers"
+    if name.endswith(".gguf"):  # of a folder's own target, beside its weights
+        return "exported"
     return "report" if name in ("nybble.json", "evaluation.json", "times.json", "report.html", CARD) else "config"

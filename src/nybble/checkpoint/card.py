@@ -61,8 +61,9 @@ from transformers import {auto}  # with `pip install compressed-tensors`
 model = {auto}.from_pretrained(".")  # this folder, or its id on the hub
 ```
 
-nybble {version} made these files{how}; with it, `nybble.load(".")` keeps the weights packed, and so does transformers,
-once nybble is imported, where compressed-tensors is not installed.
+nybble {version} made these files{how}; with it, `nybble.load(".")` keeps the weights packed. Where compressed-tensors
+is not installed, so does transformers, once nybble is imported, by the nybble.json of a folder on disk; given an id on
+the hub, `from_pretrained` doesn't fetch that file (`hf download ID --local-dir DIR` does, and DIR loads).
 {scheme}
 {record}"""
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import FileError, NybbleError
-from nybble.models.sources.layouts import Files, PackedWeight, packed_weights
+from nybble.kv_format import one_scale
+from nybble.models.sources.layouts import FLOATS, Files, PackedWeight, packed_weights
 from nybble.models.sources.layouts._ct_args import CannotError, above, activation_args, kv_args, weight_args
-from nybble.models.sources.layouts._rounded import ones
 from nybble.models.sources.layouts.compressed_tensors import group_of
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import Stored, kind_of_entry
@@ -132,16 +132,22 @@ def compressed(
     args = None if kv is None else _args(kv_args, kv, width or 0)
     _agree("the KV cache", "", args, said)
     if args is not None and not args["dynamic"]:
-        found.roles |= _unit_scales(files)
+        found.roles |= _cache_scales(files, kv)
     return found
 
 
-def _unit_scales(files: Files) -> dict[str, str]:
-    """The scales of a KV cache that has none for nybble: they have to be 1."""
+def _cache_scales(files: Files, kv: KVRecord | None) -> dict[str, str]:
+    """The scales of a KV cache that has one a layer: they have to be what nybble.json says, 1 of one without."""
     names = [name for name in files.entries if name.endswith((".k_scale", ".v_scale"))]
-    wrong = next((name for name in names if not ones([name], files)), None)
-    if wrong is not None:
-        raise FileError(f"{wrong} is {files.small(wrong).item():.6g}; nybble.json says that the KV cache has no scale.")
+    for name in names:
+        holder, _, leaf = name.rpartition(".")
+        own = kv.get(holder) if isinstance(kv, Mapping) else kv
+        said = None if own is None else one_scale(own.keys if leaf == "k_scale" else own.values)
+        files.any_of(name, FLOATS, ((), (1,), (1, 1)))
+        value = files.small(name).float().item()
+        if said is None or value != said:
+            words = "no scale" if said in (None, 1.0) else f"the scale {said:.6g}"
+            raise FileError(f"{name} is {value:.6g}; nybble.json says that the KV cache has {words}.")
     return dict.fromkeys(names, "scales")
 
 

@@ -32,6 +32,8 @@ SHARD_BYTES = 5_000_000_000
 EVALUATION = "evaluation.json"
 REQUEST = "request.json"
 MARK = ".mark"
+PREPARED, LEARNED = "prepared.safetensors", "learned.safetensors"
+"""How names end of parts that need no JSON: what was trained first, and what transforms learned of all blocks."""
 TIMES = "times.json"
 """How long learning took on each window: the one file that two runs of a request don't have alike."""
 SPILL = "hidden.bin."  # and the number of the stack
@@ -264,6 +266,12 @@ def begun_with(folder: Path) -> dict[str, Any] | None:
             found: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
             return {key: value for key, value in found.items() if key not in ("name", "layers", "untried", FORM)}
     return None
+
+
+def holds_finished(folder: Path) -> bool:
+    """Whether an unfinished folder has anything that a resumed run need not do again."""
+    parts = folder.glob("parts/*")
+    return (folder / MANIFEST).exists() or any(part.name.endswith((".json", PREPARED, LEARNED)) for part in parts)
 
 
 def same_request(folder: Path, before: dict[str, Any], request: dict[str, Any]) -> None:

@@ -44,7 +44,8 @@ class CompressedHfQuantizer(NybbleHfQuantizer):
         if kept_beside(folder, read_json(folder / "config.json")) is None:
             raise ImportError(
                 "compressed-tensors' checkpoints need that library in transformers (pip install compressed-tensors), "
-                "but for those that nybble wrote, with their nybble.json; nybble.load opens them all."
+                "but for those that nybble wrote, with their nybble.json beside them, which from_pretrained doesn't "
+                "fetch from the hub (hf download does); nybble.load opens them all."
             )
         with torch.device("cpu"):  # the loader builds on the meta device
             checkpoint = read_checkpoint(folder)

@@ -172,28 +172,15 @@ def _done(
         "seconds": report.seconds,
         "bits_per_weight": sizes["bits_per_weight"],
         "bits_per_quantized_weight": sizes["bits_per_quantized_weight"],
-        "bytes": sizes["total"],
+        "bytes": sizes["total"] - sum(made["bytes"] for made in report.exported),
         "layers": [{k: v for k, v in r.to_dict().items() if not k.endswith("picture")} for r in report.layers],
     }
     if evaluation is not None:
         result["evaluation"] = evaluation
-    result["exported"] = _exported(out, files)
+    result["exported"] = [
+        {key: made[key] for key in ("dest", "target", "bytes", "files", "notes")} for made in report.exported
+    ]
     return result
-
-
-def _exported(out: Path, files: Sequence[str]) -> list[dict[str, Any]]:
-    """The files of targets that are written at once; how the others' are made is said."""
-    from nybble.export import get_target
-    from nybble.pipelines.export import export
-
-    found = []
-    for name in files:
-        if get_target(name).at_once:
-            made = export(out, out / name.partition(":")[0].lower(), name, announce=note)
-            found.append({key: made[key] for key in ("dest", "target", "bytes", "files", "notes")})
-        else:
-            note(f"nybble export {out} DEST --target {name} writes the files that {name} means")
-    return found
 
 
 def _check(model: str, out: Path, recipe: str, data: str, held_out: str | None) -> None:
@@ -212,7 +199,9 @@ def interrupted(out: Path, **_: object) -> str:
     partial = out.with_name(f"{out.name}.partial")
     if not partial.is_dir():
         return "interrupted; nothing was written."
-    if not any(partial.glob("parts/*.json")):
+    from nybble.checkpoint.parts import holds_finished
+
+    if not holds_finished(partial):
         return "interrupted before anything was finished; repeat the command."
     return f"interrupted. What was finished is kept in {partial}; repeat the command with --resume to go on."
 

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 from nybble.core.errors import FileError, UsageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_DISK = {*_FULL, errno.EIO, errno.EROFS, errno.EFBIG}
 
 
 def _partial(path: Path) -> Path:
@@ -225,7 +226,7 @@ class AtomicFolder:
         try:
             if kind is None:
                 self._publish()
-            elif isinstance(error, OSError) and error.errno in _FULL:  # from a library that wrote into the folder
+            elif isinstance(error, OSError) and error.errno in _DISK:  # from a library that wrote into the folder
                 with disk_errors(self.out):
                     raise error
         finally:
@@ -250,7 +251,11 @@ class AtomicFolder:
             if os.path.lexists(self.out):  # a rename would replace an empty folder silently
                 raise FileError(f"{self.out} appeared while it was being written. Choose another output folder.")
             self.partial.rename(self.out)
-            sync_folder(self.out.parent)
+            try:
+                sync_folder(self.out.parent)
+            except OSError:
+                self.out.rename(self.partial)  # an error means that it isn't there
+                raise
 
     def _release(self) -> None:
         os.close(self._lock)

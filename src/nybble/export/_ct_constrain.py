@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nybble.core.errors import SchemeError
+from nybble.core.errors import SchemeError, within
 from nybble.export import Facts
 from nybble.export._fused import SIBLINGS, check_siblings
 from nybble.line import PLAIN
@@ -29,7 +29,8 @@ def constrained(scheme: Scheme, facts: Facts) -> Scheme:
         try:
             if rule.weights is not None and name in facts.without_place:
                 raise facts.without_place[name]
-            _check(rule, target.shape)
+            with within(name):
+                _check(rule, target.shape)
         except CannotError as error:
             raise SchemeError(f"{name}: compressed-tensors can't hold {error}.") from error
     check_siblings(found, facts.targets)

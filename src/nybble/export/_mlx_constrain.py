@@ -27,7 +27,8 @@ def constrained(scheme: Scheme, facts: Facts) -> Scheme:
     for rule in scheme.rules:
         if rule.inputs is not None or rule.outputs is not None or rule.matmuls is not None:
             names = next((name for name, found in chosen.items() if found is rule), ", ".join(rule.targets))
-            raise SchemeError(f"{names}: MLX's files keep no quantizer of activations; pass --activations none.")
+            way_out = "leave --matmuls out" if rule.matmuls is not None else "pass --activations none"
+            raise SchemeError(f"{names}: MLX's files keep no quantizer of activations; {way_out}.")
         if rule.weights is None:
             rules.append(rule)
             continue

@@ -34,7 +34,7 @@ from nybble.export._names import as_stored
 from nybble.export._source import Source
 from nybble.export._transformers import open_and_compare
 from nybble.models.sources.layouts._ct_args import CannotError, kv_args
-from nybble.nn.kv_model import cached_attentions
+from nybble.nn.kv_model import cache_scales, cached_attentions
 from nybble.qtensor import Inverse
 from nybble.qtensor.block import BlockQTensor
 from nybble.scheme import Scheme
@@ -78,6 +78,7 @@ class CompressedTensors(ExportTarget):
         if source.kv is not None:
             try:
                 kv_args(source.kv, head_width(source))
+                _check_layers(source, model)
             except CannotError as error:
                 refusals.append(
                     Refusal(layers=("the KV cache",), came=error.came, nearest=error.nearest, why=error.why)
@@ -90,8 +91,9 @@ class CompressedTensors(ExportTarget):
         unserved = [layer.name for key, layer in kinds.items() if key == "()"]
         lines = [f"no vLLM that is known takes the scheme of {unserved[0]}"] if unserved else []
         if source.kv is not None:
-            own = kv_args(source.kv, head_width(source))["dynamic"]
-            how = "by one calibrated scale" if own else "without a scale, as here"
+            scales = cache_scales(model, source.kv)
+            how = "by one calibrated scale" if scales is None else "by the same scales, k_scale and v_scale"
+            how = "without a scale, as here" if scales and all(pair == (1.0, 1.0) for pair in scales.values()) else how
             lines.append(f"others' KV caches: transformers caches in float, vLLM in float8 {how}")
         if rotations(source):
             lines.append(f"transformers leaves {KEY} out without a word, and gives other numbers then; vLLM does it")
@@ -157,12 +159,27 @@ class CompressedTensors(ExportTarget):
 
 
 def _kv_scales(source: Source, model: Any) -> dict[str, Planned]:
-    """``k_scale`` and ``v_scale`` of every layer that caches, 1 in the model's dtype; none where tokens have theirs."""
-    if source.kv is None or kv_args(source.kv, head_width(source))["dynamic"]:
-        return {}
-    one = torch.ones(1, dtype=source.dtype)
-    plan = Planned(dtype=str(safetensors_name(one.dtype)), shape=(1,), bytes_from=lambda: one)
-    return {f"{name}.{leaf}": plan for name in cached_attentions(model) for leaf in ("k_scale", "v_scale")}
+    """``k_scale`` and ``v_scale`` of every layer that caches; none where tokens have theirs.
+
+    1 is in the model's dtype, as the library writes it; what was calibrated in float32, which holds it.
+    """
+    plans: dict[str, Planned] = {}
+    for name, pair in (cache_scales(model, source.kv) or {}).items():
+        for leaf, scale in zip(("k_scale", "v_scale"), pair, strict=True):
+            plans[f"{name}.{leaf}"] = _number(scale, source.dtype if scale == 1 else torch.float32)
+    return plans
+
+
+def _number(value: float, dtype: torch.dtype) -> Planned:
+    held = torch.full((1,), value, dtype=dtype)
+    return Planned(dtype=str(safetensors_name(dtype)), shape=(1,), bytes_from=lambda: held)
+
+
+def _check_layers(source: Source, model: Any) -> None:
+    """Raise CannotError where only some layers cache in few bits: the files have one word for all."""
+    if isinstance(source.kv, Mapping) and len(source.kv) < len(cached_attentions(model)):
+        came = f"KV cache {next(iter(source.kv.values()))}"
+        raise CannotError(came, "one cache for all layers, or the cache in float", "some layers cache in float")
 
 
 def _config(source: Source, places: Sequence[Placed]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -28,6 +28,7 @@ from nybble.models.build.config_file import make_config
 from nybble.models.gguf.metadata import arch_for, config_pairs, gguf_name, lost_window
 from nybble.models.gguf.mixes import FLOATS, file_types, fitting, mix, type_for
 from nybble.models.gguf.qtensors import exact_type, global_scale, line_of
+from nybble.models.gguf.rope import lengths_differ
 from nybble.models.gguf.types import WritableType, block_type, type_name, writable_types
 from nybble.models.gguf.vocabulary import tokenizer_pairs
 from nybble.models.gguf.write import Weight, file_type_of, ggml_type, permuted, plan, write_gguf
@@ -133,7 +134,8 @@ class Gguf(ExportTarget):
         return replace(rule, targets=(), weights=None if kind in FLOATS else Quantizer(block_type(kind).line))
 
     def check(self, source: Source) -> list[Refusal]:  # noqa: D102
-        arch_for(source.transformers_config)
+        config = source.transformers_config
+        config_pairs(config, *arch_for(config))
         if self.option:
             return []
         found: dict[str, list[str]] = {}
@@ -160,6 +162,8 @@ class Gguf(ExportTarget):
             lines.append(
                 f"llama.cpp's {name} attends to every token, this model to the last {window}: longer texts differ"
             )
+        if line := lengths_differ(source.transformers_config):
+            lines.append(line)
         if source.kv is not None:
             lines.append("the KV cache is llama.cpp's own (--cache-type-k, --cache-type-v)")
         if TOKENIZER not in source.side_files():

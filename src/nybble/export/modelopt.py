@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors import safe_open
 
-from nybble.core.errors import FileError, SchemeError
+from nybble.core.errors import FileError, SchemeError, within
 from nybble.core.files import atomic_write_json
 from nybble.core.guard import reading
 from nybble.core.tensorfile import stream_tensorfiles
@@ -78,7 +78,8 @@ class ModelOpt(ExportTarget):
             try:
                 if rule.weights is not None and name in facts.without_place:
                     raise facts.without_place[name]
-                self._check_rule(rule, facts.targets[name])
+                with within(name):
+                    self._check_rule(rule, facts.targets[name])
             except CannotError as error:
                 raise SchemeError(f"{name}: ModelOpt can't hold {error}.") from error
         check_siblings(found, facts.targets)
@@ -88,7 +89,7 @@ class ModelOpt(ExportTarget):
             check_kv(scheme.kv)
         except CannotError as error:
             raise SchemeError(f"ModelOpt can't hold a {error}.") from error
-        return replace(made, kv=FP8)
+        return replace(made, kv=FP8 if measured(scheme.kv) else scheme.kv)
 
     def _check_rule(self, rule: Rule, target: Any) -> None:
         if "Embedding" in target.kind.classes:
@@ -171,7 +172,7 @@ class ModelOpt(ExportTarget):
             tensors |= place.tensors(source)
         said = quantization({place.name: place.algorithm for place in places}, _excluded(source, model))
         if source.kv is not None:
-            tensors |= kv_tensors(model)
+            tensors |= kv_tensors(model, source.kv)
             said["kv_cache_quant_algo"] = "FP8"
         stream_tensorfiles(tensors, folder / "model.safetensors", {"format": "pt"}, SHARD_BYTES)
         atomic_write_json(folder / "hf_quant_config.json", {"producer": PRODUCER, "quantization": said})

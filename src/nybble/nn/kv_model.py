@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from nybble.core.errors import FileError, ModelError, NybbleError, UsageError, within
-from nybble.kv_format import KVFormat
+from nybble.kv_format import KVFormat, one_scale
 from nybble.nn.attention import attentions
 from nybble.nn.cached_attention import use_cached_attention
 from nybble.nn.config import config_of
@@ -73,7 +73,8 @@ def use_quantized_cache(model: Any, kv: KVRecord | None) -> None:
         kv: one format, or one a name of an attention module.
 
     Raises:
-        ModelError: a model without such a cache, or without a module that is named.
+        ModelError: a model without such a cache, or without a module that is named. UsageError: scales that are still
+            to be calibrated.
     """
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
@@ -84,6 +85,9 @@ def use_quantized_cache(model: Any, kv: KVRecord | None) -> None:
     if kv is None:
         return
     check_cache(model, kv)
+    found = next((one for one in ([kv] if isinstance(kv, KVFormat) else kv.values()) if one.static), None)
+    if found is not None:
+        raise UsageError(f"the KV cache {found} has no scales yet; quantize with it on calibration data finds them.")
     hook = CacheHook(model.config, kv, layer_formats(model, kv))
     for module in model.modules():
         # Not the root alone: evaluation calls the body by itself.
@@ -148,6 +152,30 @@ def layer_formats(model: nn.Module, kv: KVRecord) -> KVFormat | dict[int, KVForm
     if unknown:
         raise ModelError(f"{unknown[0]} keeps no KV cache in this model.")
     return {layers[name]: found for name, found in kv.items()}
+
+
+def to_calibrate(model: nn.Module, kv: KVRecord | None) -> dict[str, KVFormat]:
+    """Attention -> its format, of those whose scales are still to be found on calibration data."""
+    if kv is None:
+        return {}
+    named = dict.fromkeys(cached_attentions(model), kv) if isinstance(kv, KVFormat) else kv
+    return {name: found for name, found in named.items() if found.static}
+
+
+def cache_scales(model: nn.Module, kv: KVRecord | None) -> dict[str, tuple[float, float]] | None:
+    """Attention -> the one scale of its keys and of its values, 1 where there is none; None where tokens measure any.
+
+    Layers that cache in float are left out.
+    """
+    if kv is None:
+        return None
+    named = dict.fromkeys(cached_attentions(model), kv) if isinstance(kv, KVFormat) else kv
+    found = {name: (one_scale(each.keys), one_scale(each.values)) for name, each in named.items()}
+    return {n: (k, v) for n, (k, v) in found.items() if k is not None and v is not None} if _whole(found) else None
+
+
+def _whole(found: Mapping[str, tuple[float | None, float | None]]) -> bool:
+    return all(scale is not None for pair in found.values() for scale in pair)
 
 
 def to_json(kv: KVRecord) -> str | dict[str, str]:

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from nybble.checkpoint.marked import MANIFEST, check_readable, is_quantized
-from nybble.core.errors import ModelError, UsageError
+from nybble.core.errors import FileError, ModelError, UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, check_new_folder, disk_errors
 from nybble.core.memory import new_objects_alone
@@ -70,6 +70,36 @@ def export(
         refuse(name, refusals(part, source))
         part.require(check)
         return written(source, dest, part, name, check=check, announce=announce)
+
+
+def export_at_once(
+    folder: Path, targets: Sequence[str], announce: Callable[[str], None] | None = None
+) -> list[dict[str, Any]]:
+    """The files of those targets that ``nybble quantize`` writes itself, in ``folder/NAME``; of the others a line.
+
+    Args:
+        folder: what was quantized for them.
+        targets: their names, with options.
+        announce: gets what will be lost, and how the other targets' files are made.
+
+    Returns:
+        for each that was written what :func:`export` says of it.
+
+    Raises:
+        FileError: as :func:`export`; ``folder`` is whole, and the message says how to go on from it.
+    """
+    found = []
+    for name in targets:
+        dest = folder / name.partition(":")[0].lower()
+        if not get_target(name).at_once:
+            (announce or _ignore)(f"nybble export {folder} DEST --target {name} writes the files that {name} means")
+            continue
+        try:
+            found.append(export(folder, dest, name, announce=announce))
+        except FileError as error:
+            again = f"nybble export {folder} {dest} --target {name}"
+            raise FileError(f"{error} {folder} itself is complete; `{again}` makes this of it.") from error
+    return found
 
 
 def written(

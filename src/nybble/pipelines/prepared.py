@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.calibration.lessons import Network, main_output
-from nybble.checkpoint.parts import Parts
+from nybble.checkpoint.parts import LEARNED, PREPARED, Parts
 from nybble.core import ranks
 from nybble.core.device import require_memory
 from nybble.core.products import products_in
@@ -43,10 +43,6 @@ from nybble.walk.job import Job
 from nybble.walk.steps.make import make_preparations
 from nybble.walk.steps.transform import TransformStep
 from nybble.walk.walk import Walk
-
-FILE, LEARNED = "prepared.safetensors", "learned.safetensors"
-"""In the folder of an unfinished run's parts: float weights after training, and what transforms learned, for a run that
-goes on from it."""
 
 
 def training_lines(job: Job) -> list[str]:
@@ -130,7 +126,7 @@ def prepared(job: Job, data: Data, parts: Parts | None = None, progress: Progres
         progress: told of the first pass.
     """
     for number, step in enumerate(make_preparations(job.recipe)):
-        path = None if parts is None else parts.parts / f"{number}-{FILE}"
+        path = None if parts is None else parts.parts / f"{number}-{PREPARED}"
         if path is not None and ranks.lead_says(path.exists()):
             tensors = _read(path)
         else:

@@ -19,8 +19,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from torch import nn
 
 from nybble.calibration.trace import Tensors
 from nybble.checkpoint.marked import COMPRESSED
-from nybble.checkpoint.parts import Parts, begun_with
+from nybble.checkpoint.parts import Parts, begun_with, holds_finished
 from nybble.checkpoint.save import keep_record, mark_quantized, model_config, save_side_files
 from nybble.core import ranks
 from nybble.core.device import out_of_memory, require_memory
@@ -47,6 +47,7 @@ from nybble.nn.config import config_of
 from nybble.nn.in_place import evaluation_mode, untouched, whole_or_not_at_all
 from nybble.nn.kv_model import use_quantized_cache
 from nybble.pipelines.constrain import check_steps, constrain
+from nybble.pipelines.export import export_at_once
 from nybble.pipelines.finished import (
     are_walked,
     finished,
@@ -61,6 +62,7 @@ from nybble.pipelines.request import Asked, Changes, build_recipe, read_recipe
 from nybble.pipelines.targets import AUTO, check_form_name, meant
 from nybble.recipe import Recipe
 from nybble.report.record import LayerRow, Report
+from nybble.walk.caches import with_scales
 from nybble.walk.job import Job
 from nybble.walk.settings import Settings
 from nybble.walk.trial import known_inputs, try_out
@@ -98,7 +100,8 @@ def quantize(
         data: for calibration: a SRC; a list of texts; a tensor of the model's main input, samples in front; its inputs
             by name; a list of either of these, padded on the right where lengths differ; samples of :mod:`nybble.data`.
         tokenizer: for texts; a model that is not in memory brings its own.
-        out: a folder to write; it appears whole or not at all. None keeps the result in memory.
+        out: a folder to write; it appears whole or not at all. None keeps the result in memory, where a ``target``
+            keeps the scheme to what it holds, and no file is written.
         settings: sizes, device, seed; or a mapping of them.
         progress: told after each block.
         announce: gets the pre-flight lines.
@@ -106,14 +109,16 @@ def quantize(
             everything; or ``auto``: the first where it says all of the result.
         changes: to the recipe's scheme, as the command line has them: ``weights``, ``activations``, ``scheme``, ``kv``,
             ``embeddings``, ``matmuls``, ``ignore``, ``effort`` (:func:`~nybble.pipelines.request.build_recipe`); and
-            ``target``: what ``best`` is to come to, names of export targets that are to hold the result exactly.
+            ``target``: what ``best`` is to come to, names of export targets that are to hold the result exactly; with
+            ``out``, ``gguf:q4_k_m`` also writes ``out/gguf``, as ``exported`` of the report says.
 
     Returns:
         The quantized model, or with ``out`` its folder; and what was done.
 
     Raises:
         NybbleError: bad requests, files, data. Nothing is left behind, but for OUT.partial of a run that was killed,
-            interrupted or stopped by a full disk or a training that came to no number: ``resume`` goes on from it.
+            or that was interrupted or stopped by a full disk or a training that came to no number after a part of it
+            was finished: ``resume`` goes on from it.
     """
     started = time.perf_counter()
     check_form_name(form)
@@ -134,6 +139,7 @@ def quantize(
         for module in held:
             stack.enter_context(whole_or_not_at_all(module))
         job = _job(model, made, data, settings, out, tokenizer, files, form)
+        exported = list[dict[str, Any]]()
         ranks.agreed(job.request())
         for line in (*job.preflight(out), *training_lines(job), *finishing_lines(job)):
             (announce or _ignore)(line)
@@ -142,14 +148,18 @@ def quantize(
             teacher = teacher_of(job)
             job = prepared(job, data, None, progress)
             rows = finished(job, teacher, data, _in_memory({"": job}, progress or Silent())[0][""], progress)
+            job = with_scales(job, rows)
             job = _tried(job, given, announce or _ignore)
             _mark(job, rows)
             result = _result(job, model, held)
         else:
             job, rows = _write(job, data, given, Path(out), progress or Silent(), announce or _ignore, form)
             result = Path(out)
-    seconds = time.perf_counter() - started
-    return result, Report(layers=tuple(rows), manifest=job.manifest(), seconds=seconds, times=job.times)
+            exported = ranks.lead_says(export_at_once(result, files, announce) if ranks.leads() else [])
+    return result, Report(
+        layers=tuple(rows), manifest=job.manifest(), seconds=time.perf_counter() - started, times=job.times,
+        exported=tuple(exported),
+    )  # fmt: skip
 
 
 def _result(job: Job, model: str | Path | nn.Module, held: Mapping[nn.Module, bool]) -> Any:
@@ -276,7 +286,7 @@ def quantize_many(
                 started = time.perf_counter()
                 rows[name] = finished(job, teachers[name], data, rows[name], progress)
                 seconds[name] += time.perf_counter() - started
-                done = _tried(job, given[name], _ignore)
+                done = _tried(with_scales(job, rows[name]), given[name], _ignore)
                 _mark(done, rows[name])
                 report = Report(
                     layers=tuple(rows[name]), manifest=done.manifest(), seconds=seconds[name], times=done.times
@@ -393,26 +403,40 @@ def _write(
     announce: Callable[[str], None],
     form: str,
 ) -> tuple[Job, list[LayerRow]]:
-    folder = AtomicFolder(out, resumable=True)
+    folder, begun = AtomicFolder(out, resumable=True), False
     try:
-        with folder if ranks.leads() else nullcontext(folder.partial) as partial:
+        with folder if ranks.leads() else nullcontext(folder.partial) as partial, _worth_keeping(partial):
             with ranks.in_order():
                 parts = Parts(partial, job.request(), job.settings.resume, writes=ranks.leads())
             if job.settings.resume:
                 announce(parts.begun(job.part_names()))
             if ranks.leads():
                 parts.check_form(form)
+            begun = True
             if not ranks.lead_says(parts.assembled):
                 job = _made(job, data, given, parts, progress, announce, form)
             rows = ranks.lead_says(parts.finish() if ranks.leads() else [])
-            return job, [LayerRow.from_dict(row) for row in rows]
-    except NybbleError as error:
-        # A bad request leaves nothing; what could go on once there is room (a full disk) or the same request stays, and
-        # so do hours of work before a window whose training failed.
-        if ranks.leads() and not isinstance(error, FileError | LearningError):
-            shutil.rmtree(folder.partial, ignore_errors=True)
-        if isinstance(error, LearningError):
-            raise LearningError(f"{error} What was finished before it stays in {folder.partial}.") from error
+        return job, [LayerRow.from_dict(row) for row in rows]
+    except (FileError, LearningError) as error:
+        if not begun or not holds_finished(folder.partial) or "--resume" in str(error):
+            raise
+        kept = f"What was finished before it stays in {folder.partial}; --resume goes on from there."
+        raise type(error)(f"{error} {kept}") from error
+
+
+@contextmanager
+def _worth_keeping(partial: Path) -> Iterator[None]:
+    """Remove what a run that fails inside leaves behind, unless another can go on from it.
+
+    A bad request leaves nothing. What could go on once there is room (a full disk), or with the same request after an
+    interruption, stays where a part is finished; so do hours of work before a window whose training failed.
+    """
+    try:
+        yield
+    except BaseException as error:
+        refused = isinstance(error, NybbleError) and not isinstance(error, FileError | LearningError)
+        if ranks.leads() and (refused or not holds_finished(partial)):
+            shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
@@ -436,7 +460,8 @@ def _made(
         Walk({"": job}, parts.folder if job.settings.spill else None).run(parts, progress)
     if ranks.leads():
         finished_parts(job, teacher, data, parts, progress)
-        job = _tried(job, given, announce, parts)
+        rows = (LayerRow.from_dict(row) for name in job.part_names() for row in parts.rows(name))
+        job = _tried(with_scales(job, rows), given, announce, parts)
         config = model_config(job.model, job.dtype)  # with what quantizing changed: heads that are tied no more
         parts.assemble(job.part_names(), config, job.manifest(), job.plan.kv, writer(form, announce))
     return replace(job, untried=ranks.lead_says(job.untried))

@@ -29,7 +29,7 @@ from nybble.checkpoint.marked import is_others, is_quantized
 from nybble.checkpoint.parts import REQUEST, TIMES, begun_with, same_request
 from nybble.checkpoint.trained import BASE, MERGED, TRAINING
 from nybble.core.device import out_of_memory
-from nybble.core.errors import DataError, ModelError, NybbleError, UsageError
+from nybble.core.errors import DataError, FileError, ModelError, NybbleError, UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, atomic_write_json, atomic_write_text, need_space, new_folder
 from nybble.core.options import build
@@ -268,7 +268,9 @@ def _finished(partial: Path) -> dict[str, Any] | None:
 def _forget_unbegun(partial: Path, error: BaseException) -> None:
     """Remove a folder in which nothing is worth going on from: a request that was refused, or nothing made yet."""
     made = [name for name in (BASE, "base.partial", CHECKPOINTS) if (partial / name).exists()]
-    if CHECKPOINTS not in made and (isinstance(error, NybbleError) or not made):
+    unfinished = "base.partial" in made and isinstance(error, FileError)  # a full disk, while packing
+    refused = isinstance(error, NybbleError) and not unfinished
+    if CHECKPOINTS not in made and (refused or not made):
         shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -209,6 +209,7 @@ class Report:
         layers: one a weight. manifest: model, recipe, data hashes, versions. seconds: wall time of the quantization.
         evaluation: metrics by name after quantization (and of the float model under ``float``).
         times: seconds of what was learned, by the window's name, in order.
+        exported: what was written for targets beside the folder, as :func:`nybble.export` answers.
     """
 
     layers: tuple[LayerRow, ...]
@@ -216,6 +217,7 @@ class Report:
     seconds: float
     evaluation: dict[str, Any] | None = None
     times: dict[str, list[float]] = field(default_factory=dict)
+    exported: tuple[dict[str, Any], ...] = ()
 
     def worst(self, count: int = 5) -> list[LayerRow]:
         """The layers with the largest relative error."""

@@ -12,6 +12,7 @@ ROLES = {
     "tables": "code books",
     "padding": "bits that packing leaves unused",
     "unquantized": "embeddings, norms and layers left in float",
+    "exported": "the same weights once more, as another program loads them",
     "headers": "names and shapes of the stored tensors",
     "config": "config.json and other settings",
     "tokenizer": "vocabulary and chat template",

@@ -30,6 +30,7 @@ from nybble.reconstruction.in_units import chains, in_units, layers_of
 from nybble.reconstruction.twins import settle_twins
 from nybble.report.record import LayerRow, block_rows, told
 from nybble.walk.blocks import load_block, load_outside, outside_state, release
+from nybble.walk.caches import cache_rows
 from nybble.walk.carry import Carry
 from nybble.walk.job import OUTSIDE, Job, part_name
 from nybble.walk.steps.transform import TransformStep
@@ -53,6 +54,7 @@ class Lane:
         self.stacks = [len(names) for names in job.adapter.stack_names(job.model)]
         self.streams: dict[str, Stream] = {}
         self.states: dict[int, BlockState] = {}
+        self.caches: dict[int, list[LayerRow]] = {}
         inputs = {} if job.tokens is None else job.tokens.inputs
         samples = len(next(iter(inputs.values()))) if inputs else 0
         self.calibration = Calibration(
@@ -227,6 +229,8 @@ class Lane:
         window = self.window(span.start, index + 1, "").only(index - span.start, part_name(index), known)
         window.seed("see")
         for step in self.job.entering:
+            if step is self.job.solver_step and self.job.plan.cached:  # transforms change what is cached
+                self.caches[index] = cache_rows(window, self.job.solver_step.path, self.job.plan.cached[index])
             step.run(window)
         if index + 1 < span.stop:
             hold_dense(self.states[index].module, self.job.dtype)  # the blocks behind it read what it gives, often
@@ -249,7 +253,7 @@ class Lane:
             window.seed("correct")
             for step in self.job.corrections:
                 step.run(window)
-            rows = block_rows(state)
+            rows = [*block_rows(state), *self.caches.pop(index, ())]
             found[index] = rows if index else self._with_lessons(rows)
         return found
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from nybble.core.errors import SchemeError, within
+from nybble.kv_format import KVFormat
 from nybble.models.adapter import Adapter, under
 from nybble.nn.kinds import Kind, Target, look_alikes, targets_of
-from nybble.nn.kv_model import KVRecord, cached_attentions, check_cache
+from nybble.nn.kv_model import KVRecord, cached_attentions, check_cache, to_calibrate
 from nybble.nn.read_weights import read_weights
 from nybble.scheme import Matches, Rule, Scheme, matches, split_apart
 from nybble.solvers import Solver
@@ -25,7 +26,8 @@ class Plan:
         counts: pattern -> modules. ignored: names that ``ignore`` took out. read: names of modules that stay in float,
             as code of the model reads their weights instead of calling them.
         products: for each block, its targets without a matrix: attentions whose operands are to be rounded.
-        kv: what the model will cache in.
+        kv: what the model will cache in. cached: for each block its attentions, by their names in it, whose scales of
+            keys and values are still to be calibrated.
         apart: name -> class of what a rule takes and no kind claims: it computes something else with its weight.
     """
 
@@ -37,6 +39,7 @@ class Plan:
     kv: KVRecord | None = None
     apart: Mapping[str, str] = field(default_factory=dict)
     read: tuple[str, ...] = ()
+    cached: tuple[Mapping[str, KVFormat], ...] = ()
 
     @property
     def targets(self) -> int:
@@ -64,6 +67,7 @@ class Plan:
         solved = [solver.needs(rule.inputs) for rule in rules if rule.weights is not None]
         operands = [target.rule.matmuls for block in self.products for target in block]
         static |= any(quantizer is not None and quantizer.static for quantizer in operands)
+        static |= any(self.cached)
         return frozenset({"ranges"} if static else ()).union(*solved)
 
 
@@ -104,7 +108,8 @@ def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver
     blocks = tuple(tuple(t for t in block if t.matrices) for block in inside)
     products = tuple(tuple(t for t in block if t.rule.matmuls is not None) for block in inside)
     kv = _kv(model, scheme, found.rules)
-    return Plan(blocks, outside, found.counts, found.ignored, products, kv, apart, found.fixed)
+    cached = _cached(to_calibrate(model, kv), prefixes)
+    return Plan(blocks, outside, found.counts, found.ignored, products, kv, apart, found.fixed, cached)
 
 
 def _check_shared(targets: Sequence[Target], found: Matches) -> None:
@@ -135,6 +140,17 @@ def _kv(model: nn.Module, scheme: Scheme, rules: Mapping[str, Rule]) -> KVRecord
     if kv:
         check_cache(model, kv)
     return kv or None
+
+
+def _cached(formats: Mapping[str, KVFormat], prefixes: Sequence[str]) -> tuple[Mapping[str, KVFormat], ...]:
+    """Those of each block, by their names in it."""
+    found = tuple({n.removeprefix(p): kv for n, kv in formats.items() if n.startswith(p)} for p in prefixes)
+    inside = sum(map(len, found))
+    if inside != len(formats):
+        raise SchemeError(
+            f"the KV cache {next(iter(formats.values()))}: a layer outside of the blocks isn't calibrated."
+        )
+    return found
 
 
 def _sharing(target: Target, tied: list[tuple[str, ...]]) -> list[str]:

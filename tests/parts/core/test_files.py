@@ -156,6 +156,12 @@ def test_two_writers_of_one_folder(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "out") == ["x"]
 
 
+def test_a_broken_disk_inside_a_folder_too(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="out: Input/output error"), AtomicFolder(tmp_path / "out"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_full_disk_inside_a_folder_is_a_file_error_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="out: the disk is full"), AtomicFolder(tmp_path / "out"):
         _full()

@@ -65,8 +65,20 @@ def values(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def cached(place: str, out: Path) -> None:
+    """FP8 weights, inputs and KV cache, calibrated on 32 tokens."""
+    auto: Any = AutoModelForCausalLM
+    config = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
+    config["quant_cfg"] = [*config["quant_cfg"], *copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"])]
+    with torch.no_grad():
+        model = auto.from_pretrained(place, dtype=torch.bfloat16)
+        found = mtq.quantize(model, config, lambda seen: seen(torch.arange(32)[None]))
+        export.export_hf_checkpoint(found, export_dir=out)
+
+
 def main(place: str, out: Path, ours: list[Path]) -> None:
     """All of the above."""
+    cached(place, out.with_name("cached"))
     for name in CONFIGS:
         auto: Any = AutoModelForCausalLM
         model = auto.from_pretrained(place, dtype=torch.bfloat16)

@@ -337,7 +337,7 @@ def test_the_cache(tmp_path: Path) -> None:
     assert (kv["type"], kv["num_bits"], kv["strategy"], kv["dynamic"]) == ("float", 8, "tensor", False)
     scales = {name: float(tensor) for name, tensor in ours.items() if name.endswith(("k_scale", "v_scale"))}
     assert len(scales) == 4 and set(scales.values()) == {1.0} and found["check"]["cosine"] > 0.98
-    with pytest.raises(SchemeError, match="without a scale it is E4M3; it takes float8_e4m3fn tensor scale=one"):
+    with pytest.raises(SchemeError, match="for all tokens it is E4M3; it takes float8_e4m3fn tensor static"):
         quantize(str(model()), "rtn", weights="int4 group=16", kv="int8 token scale=one", target=TARGET)
     with pytest.raises(SchemeError, match="runtimes measure a scale, and this has none"):
         quantize(str(model()), "rtn", weights="int8 channel", activations="int8 tensor scale=one", target=TARGET)

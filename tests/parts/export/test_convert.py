@@ -161,6 +161,9 @@ def test_what_a_gguf_says_comes_along(tmp_path: Path) -> None:
         assert all(torch.equal(t, b.tensors()[key]) for key, t in a.tensors().items())
 
 
+STATIC = "float8_e4m3fn tensor static"
+
+
 def test_a_float8_cache_goes_there_and_back(tmp_path: Path) -> None:
     """As ModelOpt's two files and its scales say it, and as it is read by either file."""
     folder = quantized("llama", weights="nvfp4", kv="float8_e4m3fn tensor scale=one", target="modelopt")
@@ -185,6 +188,28 @@ def test_a_float8_cache_goes_there_and_back(tmp_path: Path) -> None:
         assert str(recorded_kv(nybble.load(tmp_path / place)[0])) == "float8_e4m3fn scale=one"
 
 
+def test_calibrated_scales_of_a_cache_go_along(tmp_path: Path) -> None:
+    """One a layer for keys and one for values, through both kinds of files and back, to the last bit."""
+    folder = quantized("llama", calibrated=True, weights="int8 channel", kv=STATIC, target="modelopt")
+    ours: Any = recorded_kv(nybble.load(folder)[0])
+    lines = {name: (kv.keys.scale.value, kv.values.scale.value) for name, kv in ours.items()}
+    assert sorted(lines) == [f"model.layers.{i}.self_attn" for i in (0, 1)]
+    last, dtypes = folder, {"modelopt": (torch.Size([]), "_proj."), "compressed-tensors": (torch.Size([1]), ".")}
+    for number, target in enumerate(("modelopt", "compressed-tensors", "modelopt")):
+        convert(last, tmp_path / str(number), target, check=True)
+        last = tmp_path / str(number)
+        shape, between = dtypes[target]
+        scales = {n: t for n, t in load_file(last / "model.safetensors").items() if n.endswith(("k_scale", "v_scale"))}
+        wanted = {}
+        for name, pair in lines.items():
+            for side, value in zip("kv", pair, strict=True):
+                wanted[f"{name}.{side}{between}{side}_scale" if between != "." else f"{name}.{side}_scale"] = value
+        assert {n: float(t) for n, t in scales.items()} == wanted
+        assert {(t.shape, t.dtype) for t in scales.values()} == {(shape, torch.float32)}
+        assert recorded_kv(nybble.load(last)[0]) == ours
+    same(bits(tmp_path / "0"), bits(tmp_path / "2"))
+
+
 def test_what_modelopts_cache_is_not_is_said(tmp_path: Path) -> None:
     tokens = quantized("llama", weights="int8 channel", kv="float8_e4m3fn token")
     found = convert(tokens, tmp_path / "a", "modelopt")
@@ -193,7 +218,7 @@ def test_what_modelopts_cache_is_not_is_said(tmp_path: Path) -> None:
         json.loads((tmp_path / "a" / "hf_quant_config.json").read_text())["quantization"]["kv_cache_quant_algo"]
         == "FP8"
     )
-    with pytest.raises(ModelError, match=r"the KV cache: KV cache int8 token.*it takes float8_e4m3fn scale=one in all"):
+    with pytest.raises(ModelError, match=r"the KV cache: KV cache int8 token.*takes float8_e4m3fn tensor static, or"):
         convert(quantized("llama", weights="int8 channel", kv="int8 token"), tmp_path / "b", "modelopt")
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from nybble.checkpoint.account import inspect
 from nybble.core.errors import FileError, ModelError, SchemeError, UsageError
-from nybble.export.gguf import file_stem
+from nybble.export.gguf import Gguf, file_stem
 from nybble.models.sources.gguf_header import read_gguf_header
 from nybble.models.sources.open import open_source
 from nybble.pipelines.convert import convert
@@ -29,6 +32,7 @@ SIZES = {
     "vocab_size": 128, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8,
     "num_key_value_heads": 4, "max_position_embeddings": 64,
 }  # fmt: skip
+FILE = "float-Q4_K_M.gguf"
 IDS = torch.arange(40)[None] % 128
 
 
@@ -103,14 +107,58 @@ def test_head_and_embedding_are_calibrated(tied: bool, folder: Path, tmp_path: P
 
 
 def test_files_at_once(folder: Path, tmp_path: Path) -> None:
-    """The command writes them beside its own."""
-    from nybble.cli.quantize import _exported
+    """Python's call writes them beside its own, as the command does; how the others are made is said."""
+    said: list[str] = []
+    asked = ["gguf:q4_k_m", "dense"]
+    out, report = quantize(folder, "rtn", out=tmp_path / "out", target=asked, announce=said.append)
+    assert [path.name for path in (tmp_path / "out" / "gguf").iterdir() if path.suffix == ".gguf"] == [FILE]
+    (done,) = report.exported
+    assert done["target"] == "gguf:q4_k_m" and FILE in done["files"]
+    assert f"nybble export {out} DEST --target dense writes the files that dense means" in said
+    load(out)
+    assert inspect(out)["bytes"]["exported"] == done["files"][FILE]
+    export(out, tmp_path / "again", "gguf:q4_k_m")
+    assert (tmp_path / "again" / FILE).read_bytes() == (out / "gguf" / FILE).read_bytes()
+    assert quantize(folder, "rtn", target=asked)[1].exported == ()
 
-    quantize(folder, "rtn", out=tmp_path / "out", target="gguf:q4_k_m")
-    (done,) = _exported(tmp_path / "out", ["gguf:q4_k_m", "dense"])
-    assert [path.name for path in (tmp_path / "out" / "gguf").glob("*.gguf")] == ["float-Q4_K_M.gguf"]
-    assert done["target"] == "gguf:q4_k_m" and "float-Q4_K_M.gguf" in done["files"]
-    load(tmp_path / "out")
+
+def test_no_room_for_them(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was quantized stays, and the message says how to go on; nothing half-written."""
+
+    def full(self: Gguf, source: object, place: Path) -> None:
+        (place / "half").touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Gguf, "write", full)
+    out = tmp_path / "out"
+    with pytest.raises(FileError, match=r"the disk is full.* `nybble export .*gguf --target gguf:q4_k_m` makes this"):
+        quantize(folder, "rtn", out=out, target="gguf:q4_k_m")
+    assert {path.name for path in tmp_path.iterdir()} == {"float", "out"} and not list(out.glob("gguf*"))
+    load(out)
+
+
+@pytest.mark.parametrize("target", ["dense", "compressed-tensors", "gguf", "mlx"])
+def test_a_full_disk_leaves_nothing(target: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each flush in turn, of what is converted first too."""
+    quantize(folder, "rtn", weights="int8 group=32", out=tmp_path / "out", target="gguf")
+    real, kept = os.fsync, set(os.listdir(tmp_path))
+    for room in range(20):
+        flushes = iter(range(room))
+
+        def fsync(handle: int, flushes: Iterator[int] = flushes) -> None:
+            if next(flushes, None) is None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(handle)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            try:
+                convert(tmp_path / "out", tmp_path / "made", target, round="auto")
+            except FileError as error:
+                assert "the disk is full" in str(error) and set(os.listdir(tmp_path)) == kept
+            else:
+                break
+    assert room > 2 and set(os.listdir(tmp_path)) == {*kept, "made"}
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import nybble
 from nybble.core.errors import SchemeError
 from nybble.export._mo_tensors import _row_pairs
 from nybble.models.sources.open import open_source
+from nybble.nn.kv_model import recorded_kv
 from nybble.pipelines.convert import convert
 from nybble.pipelines.export import export
 from nybble.pipelines.quantize import quantize
@@ -105,6 +106,28 @@ def test_its_folders_keep_every_byte(judged: Path, tmp_path: Path) -> None:
             assert torch.equal(tensor.flatten().view(torch.uint8), after[key].flatten().view(torch.uint8)), key
         said = [json.loads((place / "hf_quant_config.json").read_text()) for place in (folder, back)]
         assert said[0]["quantization"] == said[1]["quantization"]
+
+
+def test_its_kv_cache_has_our_scales(made: Path, judged: Path, tmp_path: Path) -> None:
+    """Calibrated on the same tokens: alike in name, shape, dtype and value; and read from its files."""
+    fp8 = "float8_e4m3fn tensor"
+    quantize(
+        str(made / "float"), "rtn", torch.arange(32)[None], out=tmp_path / "q", weights=fp8,
+        activations=f"{fp8} static", kv=f"{fp8} static", target="modelopt",
+    )  # fmt: skip
+    export(tmp_path / "q", tmp_path / "d", check=True)
+    theirs, ours = (
+        {n: t for n, t in load_file(place / "model.safetensors").items() if n.endswith(("k_scale", "v_scale"))}
+        for place in (judged.with_name("cached"), tmp_path / "d")
+    )
+    assert len(theirs) == 2 and ours.keys() == theirs.keys()
+    for name, scale in theirs.items():
+        assert (scale.shape, scale.dtype) == (ours[name].shape, ours[name].dtype) and torch.equal(scale, ours[name])
+    said = [json.loads((p / "hf_quant_config.json").read_text()) for p in (judged.with_name("cached"), tmp_path / "d")]
+    assert said[0]["quantization"] == said[1]["quantization"]
+    places = (judged.with_name("cached"), tmp_path / "d", tmp_path / "q")
+    read = [recorded_kv(nybble.load(place)[0]) for place in places]
+    assert read[0] is not None and read[0] == read[1] == read[2]
 
 
 def test_forms(made: Path) -> None:

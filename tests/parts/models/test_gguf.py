@@ -223,8 +223,8 @@ def test_bos_is_added_where_the_file_says_so() -> None:
 
 def test_what_cannot_be_read_is_named(tiny: Any, tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, "qwen2", tiny("qwen2"), qwen2__rope__scaling__type="yarn")
-    with pytest.raises(ModelError, match="rope scaling 'yarn'"):
+    write_gguf(path, "qwen2", tiny("qwen2"), qwen2__rope__scaling__type="longrope")
+    with pytest.raises(ModelError, match="rope scaling 'longrope'"):
         open_source(str(path))
     writer = gguf.GGUFWriter(path, "falcon")
     writer.add_tensor("x", np.zeros(4, np.float32))
@@ -293,7 +293,7 @@ def test_its_tokenizer_in_the_result(what: str, tiny: Any, tmp_path: Path, monke
             patch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
             with pytest.raises(FileError, match="the tokenizer's files can't be written: No space left on device"):
                 quantize(str(tmp_path / "tiny.gguf"), recipe, out=out)
-        assert [*(tmp_path / "out.partial" / "parts").iterdir()] == []
+        assert not (tmp_path / "out.partial").exists()
     else:
 
         def unknown(*_: Any) -> None:

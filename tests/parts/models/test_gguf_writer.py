@@ -22,9 +22,10 @@ from gguf.quants import dequantize
 from tests.parts.models.test_gguf import MODEL_TYPES, byte_tokens
 
 from nybble.core.errors import FileError, ModelError, UsageError
-from nybble.models.gguf.metadata import arch_for, rope_factors
+from nybble.models.gguf.metadata import arch_for, config_pairs
 from nybble.models.gguf.mixes import MIXES, fitting, mix, type_for
 from nybble.models.gguf.of_source import weights_of
+from nybble.models.gguf.rope import lengths_differ, rope_tensors
 from nybble.models.gguf.vocabulary import tokenizer_pairs
 from nybble.models.gguf.write import Weight, write_gguf
 from nybble.models.sources.gguf_header import read_gguf_header
@@ -262,11 +263,105 @@ def test_stretched_frequencies(make_model: Any) -> None:
         "original_max_position_embeddings": 64,
     }  # fmt: skip
     config = make_model("llama", rope_parameters=rope, head_dim=64).config
-    found = rope_factors(config)
+    found = rope_tensors(config)["rope_freqs.weight"]
     plain = 1 / (500000.0 ** (torch.arange(0, 64, 2).float() / 64))
     theirs = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
-    assert found is not None
     torch.testing.assert_close(plain / torch.from_numpy(found), theirs, rtol=1e-5, atol=0)
+
+
+YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64, "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}  # fmt: skip
+LONG = {
+    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64,
+    "long_factor": [1.0 + 0.7 * i for i in range(16)], "short_factor": [1.0 + 0.05 * i for i in range(16)],
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+NARROW = {"num_attention_heads": 8, "head_dim": 32, "max_position_embeddings": 512}
+ROPES = {
+    "linear": ("llama", {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+    "llama3": ("llama", LLAMA3),
+    "yarn": ("llama", YARN),
+    "yarn of qwen": ("qwen3", YARN),
+    "its attention factor": ("llama", YARN | {"attention_factor": 0.8}),
+    "its two scales": ("qwen2", YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}),
+    "another ramp": ("llama", YARN | {"beta_fast": 8.0, "beta_slow": 0.5}),
+    "a ramp between dimensions": ("llama", YARN | {"truncate": False}),
+    "long": ("llama", LONG),
+    "short": ("llama", LONG | {"original_max_position_embeddings": 1024, "factor": 2.0}),
+}
+
+
+def test_yarn_is_read_as_it_was_written(tiny: Any, tmp_path: Path) -> None:
+    for name in ("yarn", "yarn of qwen", "its attention factor", "its two scales"):
+        family, rope = ROPES[name]
+        model, path = tiny(family, rope_parameters=rope), tmp_path / "tiny.gguf"
+        write_gguf(path, model.config, weights_in(model))
+        ids = torch.arange(90)[None]
+        torch.testing.assert_close(open_source(str(path)).model(torch.float32)(ids).logits, model(ids).logits)
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "message"),
+    [
+        ("llama", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "scaling 'dynamic' can't be written as"),
+        ("qwen2", YARN | {"truncate": False}, "qwen2 rotates by no other ramp of YaRN than that of beta_fast=32"),
+        ("qwen2", LONG, "GGUF's qwen2 has no rope scaling of type longrope"),
+        ("llama", LONG | {"long_factor": [1.0]}, "LongRoPE's long_factor has 1 numbers; a head has 16 pairs"),
+    ],
+)
+def test_ropes_that_cannot_be_written(family: str, rope: dict[str, Any], message: str, tiny: Any) -> None:
+    config = tiny(family, **NARROW).config
+    config.rope_parameters = rope
+    with pytest.raises(ModelError, match=message):
+        config_pairs(config, *arch_for(config))
+
+
+def test_what_a_file_says_of_ropes(tiny: Any) -> None:
+    """YaRN's keys as llama.cpp's converter has them; the factor of attention where llama.cpp reads it."""
+    for name in ("yarn", "its two scales", "long"):
+        family, rope = ROPES[name]
+        config = tiny(family, rope_parameters=rope, **NARROW).config
+        said = config_pairs(config, *arch_for(config))
+        scaling = {k.partition(".scaling.")[2]: v for k, v in said.items() if ".scaling." in k}
+        assert ("LongRoPE" in lengths_differ(config)) == (name == "long")
+        if name == "long":
+            factor = (1 + np.log(8) / np.log(64)) ** 0.5
+            wanted = {"type": "longrope", "original_context_length": 64, "attn_factor": pytest.approx(factor)}
+        else:
+            wanted = {"type": "yarn", "factor": 8.0, "original_context_length": 64, "yarn_beta_fast": 32.0}
+            wanted["yarn_beta_slow"] = 1.0
+        if "scales" in name:  # 0.1 ln 8 + 1 of it llama.cpp multiplies itself
+            wanted["attn_factor"] = pytest.approx(1 / (0.05 * np.log(8) + 1))
+        assert scaling == wanted
+
+
+@pytest.mark.skipif(find_spec("xllamacpp") is None, reason="llama.cpp itself: pip install xllamacpp")
+@pytest.mark.parametrize("name", ROPES)
+@torch.no_grad()
+def test_llama_cpp_rotates_the_same(name: str, tiny: Any, tmp_path: Path) -> None:
+    """Logits of transformers over a text longer than what the model was made for, and the same greedy text."""
+    from benchmarks.llama_cpp import LlamaCpp
+
+    family, rope = ROPES[name]
+    model, path = tiny(family, rope_parameters=rope, **NARROW), tmp_path / "tiny.gguf"
+    write_gguf(path, model.config, weights_in(model), tokenizer=tokenizer_of())
+    ids, theirs = [1 + (7 * i) % 250 for i in range(200)], LlamaCpp(path)
+    (logits,) = theirs.logits(iter([ids]), 264)
+    text, _ = theirs.greedy(ids, 16, 264)
+    theirs.close()
+    ours = model(torch.tensor([ids])).logits[0]
+    assert float((torch.from_numpy(logits) - ours).norm() / ours.norm()) < 1e-4
+    assert model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False)[0, 200:].tolist() == text
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
+    plainly = type(model)(model.config).eval()
+    plainly.load_state_dict(model.state_dict())
+    assert float((plainly(torch.tensor([ids])).logits[0] - ours).norm() / ours.norm()) > 1e-2
 
 
 def test_damaged_files_give_our_errors(tmp_path: Path) -> None:

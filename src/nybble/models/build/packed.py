@@ -15,9 +15,10 @@ from nybble.core.errors import FileError, ModelError, NybbleError, SchemeError, 
 from nybble.models.build.skeleton import kept_float32, unsaved
 from nybble.models.sources import ModelSource
 from nybble.models.sources.folder import FolderSource
+from nybble.models.sources.layouts._rounded import ONE
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import Quantized, Target, kind_of, prepare_quantized, targets_of
-from nybble.nn.kv_model import KVRecord, check_cache, from_json, use_quantized_cache
+from nybble.nn.kv_model import KVRecord, cached_attentions, check_cache, from_json, use_quantized_cache
 from nybble.nn.packed import validate_packed
 from nybble.nn.rotation import mark_rotated
 from nybble.qtensor import QTensor
@@ -69,9 +70,21 @@ def cache_of(source: ModelSource, model: nn.Module) -> KVRecord | None:
     if not isinstance(source, FolderSource):
         return None
     with _told_of(source):
-        found = from_json(source.rounded.kv or None)
+        asked = source.rounded.kv
+        found = from_json((asked if isinstance(asked, str) else _by_attention(asked, model)) or None)
         if found is not None:
             check_cache(model, found)
+    return found
+
+
+def _by_attention(lines: Mapping[str, str], model: nn.Module) -> dict[str, str]:
+    """Lines of attentions as the files call them, by their names in the model; others cache without a scale."""
+    found = dict.fromkeys(cached_attentions(model), ONE)
+    for name, line in lines.items():
+        places = [n for n in found if n == name or n.endswith(f".{name}") or name.endswith(f".{n}")]
+        if len(places) != 1:
+            raise FileError(f"{name} has scales of a KV cache, and is no attention of this model that caches.")
+        found[places[0]] = line
     return found
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from nybble.core.errors import ModelError
+from nybble.models.gguf.rope import rope_pairs
 from nybble.models.sources.gguf_names import ARCHS, WHOLE, GgufArch
 
 if TYPE_CHECKING:
@@ -60,7 +57,7 @@ def config_pairs(config: PreTrainedConfig, name: str, arch: GgufArch) -> dict[st
         f"{name}.rope.dimension_count": width,
         f"{name}.vocab_size": config.vocab_size,
     }
-    return pairs | _rope(config, name, arch)
+    return pairs | rope_pairs(config, name, arch)
 
 
 def lost_window(config: PreTrainedConfig, arch: GgufArch) -> int | None:
@@ -69,50 +66,6 @@ def lost_window(config: PreTrainedConfig, arch: GgufArch) -> int | None:
     if not window or "sliding_window" in arch.optional.values() or window >= config.max_position_embeddings:
         return None
     return int(window)
-
-
-def _rope(config: PreTrainedConfig, name: str, arch: GgufArch) -> dict[str, Any]:
-    rope = _rope_parameters(config)
-    pairs: dict[str, Any] = {f"{name}.rope.freq_base": float(rope["rope_theta"])}
-    kind = rope.get("rope_type", "default")
-    if kind == "linear":
-        pairs |= {f"{name}.rope.scaling.type": "linear", f"{name}.rope.scaling.factor": float(rope["factor"])}
-    elif kind not in ("default", "llama3"):
-        raise ModelError(f"rope scaling {kind!r} can't be written as GGUF by nybble: default, linear and llama3 can.")
-    if kind == "llama3" and arch.model_type != "llama":
-        raise ModelError(f"GGUF's {name} has no rope scaling of type llama3.")
-    local = getattr(config, "rope_parameters", {}).get("sliding_attention")
-    if local is not None and float(local["rope_theta"]) != arch.local_rope_theta:
-        raise ModelError(
-            f"GGUF's {name} rotates local layers with a base of {arch.local_rope_theta}, not {local['rope_theta']}."
-        )
-    return pairs
-
-
-def _rope_parameters(config: PreTrainedConfig) -> Mapping[str, Any]:
-    rope = config.rope_parameters
-    found: Mapping[str, Any] = rope.get("full_attention", rope)
-    if float(found.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ModelError("a model that rotates only a part of each head can't be written as GGUF by nybble.")
-    return found
-
-
-def rope_factors(config: PreTrainedConfig) -> np.ndarray[Any, np.dtype[np.float32]] | None:
-    """The tensor ``rope_freqs``: what llama.cpp divides each frequency by; None where it rotates as it always does.
-
-    As transformers' ``_compute_llama3_parameters``: long waves are stretched by ``factor``, short ones not, between
-    the two it goes smoothly.
-    """
-    rope = _rope_parameters(config)
-    if rope.get("rope_type", "default") != "llama3":
-        return None
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    old, factor = float(rope["original_max_position_embeddings"]), float(rope["factor"])
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    waves = 2 * math.pi * float(rope["rope_theta"]) ** (np.arange(0, width, 2) / width)
-    smooth = np.clip((old / waves - low) / (high - low), 0, 1)
-    found: np.ndarray[Any, np.dtype[np.float32]] = (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
-    return found
 
 
 def gguf_name(name: str, arch: GgufArch) -> str | None:

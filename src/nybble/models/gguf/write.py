@@ -18,9 +18,10 @@ from nybble.core.finite import all_finite
 from nybble.core.progress import SHOWN, task
 from nybble.core.tensorfile import file_chunks
 from nybble.core.versions import VERSION
-from nybble.models.gguf.metadata import arch_for, config_pairs, gguf_name, rope_factors
+from nybble.models.gguf.metadata import arch_for, config_pairs, gguf_name
 from nybble.models.gguf.mixes import FLOATS, Mix, fitting, mix, type_for
 from nybble.models.gguf.qtensors import exact_type, fitted, global_scale, line_of
+from nybble.models.gguf.rope import rope_tensors
 from nybble.models.gguf.types import block_type, encode, encoded, type_name
 from nybble.models.gguf.vocabulary import tokenizer_pairs
 from nybble.qtensor import QTensor
@@ -235,7 +236,7 @@ def _write(
     writer: Any = GGUFWriter(None, arch)
     for key, value in pairs.items():
         add_pair(writer, key, value)
-    extra = _extra(context.config)
+    extra = rope_tensors(context.config)
     for key, values in extra.items():
         writer.add_tensor_info(key, values.shape, values.dtype, values.nbytes)
     scaled = [t for t in tensors if t.kind not in FLOATS and block_type(t.kind).scaled_apart]
@@ -285,11 +286,6 @@ def add_pair(writer: Any, key: str, value: Any) -> None:
         writer.add_key_value(key, value, Kind.ARRAY, sub_type=Kind.INT32 if inner == Kind.UINT32 else inner)
         return
     writer.add_key_value(key, value, kinds[type(value)])
-
-
-def _extra(config: PreTrainedConfig) -> dict[str, np.ndarray[Any, Any]]:
-    factors = rope_factors(config)
-    return {} if factors is None else {"rope_freqs.weight": factors}
 
 
 def _scale_name(tensor: Planned) -> str:

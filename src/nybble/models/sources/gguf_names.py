@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,6 +131,8 @@ def _rope(metadata: Mapping[str, Any], name: str, arch: GgufArch, place: str) ->
         found = [key for key in ("scaling.factor", "scale_linear") if f"{name}.rope.{key}" in metadata]
         factor = float(_get(metadata, f"{name}.rope.{found[0]}", place)) if found else 0.0
         rope |= {"rope_type": "linear", "factor": factor} if factor else {}  # 0: none
+    elif scaling == "yarn":
+        rope |= _yarn(metadata, f"{name}.rope.scaling", place)
     elif scaling != "none":
         raise ModelError(f"{place}: rope scaling {scaling!r} is not read from GGUF; use the model's safetensors.")
     if arch.local_rope_theta is None:
@@ -138,6 +141,24 @@ def _rope(metadata: Mapping[str, Any], name: str, arch: GgufArch, place: str) ->
         "full_attention": rope,
         "sliding_attention": {"rope_type": "default", "rope_theta": arch.local_rope_theta},
     }
+
+
+def _yarn(metadata: Mapping[str, Any], at: str, place: str) -> dict[str, Any]:
+    """YaRN's part of them; what llama.cpp does with ``attn_factor`` is in :mod:`nybble.models.gguf.rope`."""
+    for key in ("yarn_ext_factor", "yarn_log_multiplier"):
+        if f"{at}.{key}" in metadata:
+            raise ModelError(f"{place}: YaRN with {key} is not read from GGUF; use the model's safetensors.")
+    factor = float(_get(metadata, f"{at}.factor", place))
+    if not factor >= 1:
+        raise ModelError(f"{place}: {at}.factor is {factor}; YaRN's is 1 or more.")
+    found: dict[str, Any] = {"rope_type": "yarn", "factor": factor}
+    found["original_max_position_embeddings"] = int(_get(metadata, f"{at}.original_context_length", place))
+    for key in ("beta_fast", "beta_slow"):
+        if f"{at}.yarn_{key}" in metadata:
+            found[key] = float(_get(metadata, f"{at}.yarn_{key}", place))
+    if f"{at}.attn_factor" in metadata:
+        found["attention_factor"] = float(_get(metadata, f"{at}.attn_factor", place)) * (1 + 0.1 * math.log(factor))
+    return found
 
 
 def config_dict(

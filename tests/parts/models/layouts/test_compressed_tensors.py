@@ -46,6 +46,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "nvfp4-pack-quantized",
         {**FLOAT, "strategy": "tensor_group", "group_size": 16, "num_bits": 4, "scale_dtype": torch.float8_e4m3fn},
     ),
+    "nvfp4 of 32": (
+        "nvfp4-pack-quantized",
+        {**FLOAT, "strategy": "tensor_group", "group_size": 32, "num_bits": 4, "scale_dtype": torch.float8_e4m3fn},
+    ),
     "mxfp4": ("mxfp4-pack-quantized", {**FLOAT, **GROUP, "num_bits": 4, "scale_dtype": torch.uint8}),
     "mxfp6": ("mxfp6-pack-quantized", {**FLOAT, **GROUP, "num_bits": 6, "scale_dtype": torch.uint8}),
     "mxfp8": ("mxfp8-quantized", {**FLOAT, **GROUP, "num_bits": 8, "scale_dtype": torch.uint8}),
@@ -153,6 +157,25 @@ def test_bad_ones_are_refused(tmp_path: Path) -> None:
         (folder / "config.json").write_text(original)
         with pytest.raises(error, match=text):
             open_source(str(_changed(folder, change)))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "error", "text"),
+    [
+        ("nvfp4", {"group_size": 32}, FileError, r"says group_size 32, with which \S+ \[64, 96\] has .*wrong"),
+        ("nvfp4 of 32", {"group_size": 16}, FileError, "says group_size 16, with which"),
+        ("nvfp4", {"group_size": 40}, FileError, "groups of 40 don't divide"),
+        ("nvfp4", {"symmetric": False}, FileError, "said to have zero points"),
+        ("mxfp4", {"group_size": 16}, FileError, "says group_size 16"),
+    ],
+)
+def test_groups_of_another_size_are_refused(
+    name: str, changes: dict[str, Any], error: type[Exception], text: str, tmp_path: Path
+) -> None:
+    folder, _ = checkpoint(tmp_path / "ct", *CASES[name])
+    _changed(folder, lambda c: c["config_groups"]["group_0"]["weights"].update(changes))
+    with pytest.raises(error, match=text):
+        open_source(str(folder))
 
 
 def test_zero_points_of_few_rows_are_one_word() -> None:

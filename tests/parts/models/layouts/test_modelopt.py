@@ -91,6 +91,29 @@ def test_a_model_keeps_them_packed(tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(plain))
 
 
+@pytest.mark.parametrize("place", ["hf_quant_config", "config", "groups", "layers"])
+def test_groups_of_another_size_are_refused(place: str, tmp_path: Path) -> None:
+    """Wherever the checkpoint says it."""
+    folder, _ = checkpoint(tmp_path / "q", "NVFP4", apart=place == "hf_quant_config")
+    path = folder / ("hf_quant_config.json" if place == "hf_quant_config" else "config.json")
+    for size in (16, 32):
+        raw = json.loads(path.read_text())
+        said = raw["quantization" if place == "hf_quant_config" else "quantization_config"]
+        if place == "groups":
+            said["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": {"group_size": size}}}
+        elif place == "layers":
+            layers = [f"model.layers.0.mlp.{part}_proj" for part in ("up", "down")]
+            said["quantized_layers"] = {name: {"quant_algo": "NVFP4", "group_size": size} for name in layers}
+        else:
+            said["group_size"] = size
+        path.write_text(json.dumps(raw))
+        if size == 16:
+            open_source(str(folder))
+            continue
+        with pytest.raises(FileError, match=r"says group_size 32, and \S+weight_scale \[\d+, \d+\] is of groups of 16"):
+            open_source(str(folder))
+
+
 def test_bad_ones_are_refused(tmp_path: Path) -> None:
     folder, _ = checkpoint(tmp_path / "q", "NVFP4")
     tensors = load_file(folder / "model.safetensors")

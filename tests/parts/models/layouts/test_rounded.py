@@ -122,21 +122,35 @@ def test_caches(tmp_path: Path) -> None:
     export(folder, tmp_path / "back", "compressed-tensors")
     again = json.loads((tmp_path / "back/config.json").read_text())["quantization_config"]["kv_cache_scheme"]
     assert (again["type"], again["group_size"], again["dynamic"]) == ("float", 16, True)
-    folder = asks(tmp_path / "c", "input_activations", {}, {n: t * 2 for n, t in scales.items()}, kv_cache_scheme=cache)
+    some = {n: torch.tensor(0.25 if "k_" in n else 0.5) for n in scales if ".1." in n}  # of layer 0, which is 1, none
+    folder = asks(tmp_path / "c", "input_activations", {}, some, kv_cache_scheme=cache)
+    found: Any = recorded_kv(nybble.load(folder)[0])
+    assert (found["model.layers.1.self_attn"].keys.scale.value, str(found["model.layers.0.self_attn"])) == (
+        0.25,
+        "float8_e4m3fn scale=one",
+    )
+    for number, (value, error) in enumerate(((0.0, "no positive number"), (float("nan"), "no positive number"))):
+        bad = {n: t * value for n, t in scales.items()}
+        with pytest.raises(FileError, match=error):
+            nybble.load(asks(tmp_path / f"bad{number}", "input_activations", {}, bad, kv_cache_scheme=cache))
+    alone = {n: t for n, t in scales.items() if "k_" in n}
     with pytest.warns(UserWarning, match="the KV cache too.*stay in float"):
+        folder = asks(tmp_path / "alone", "input_activations", {}, alone, kv_cache_scheme=cache)
         assert recorded_kv(nybble.load(folder)[0]) is None
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_caches_of_modelopt(scale: float, tmp_path: Path) -> None:
-    """Scales of 1 are E4M3 as it is; calibrated ones are no quantizer of nybble's, and that is said with the reason."""
+    """Scales of 1 are E4M3 as it is; calibrated ones are each attention's."""
     folder, _ = peer.checkpoint(tmp_path / "q", "FP8", apart=True)
     names = [f"model.layers.{i}.self_attn.{s}_proj.{s}_scale" for i in (0, 1) for s in "kv"]
     extra = {name: torch.tensor(scale) for name in names}
     save_file(load_file(folder / "model.safetensors") | extra, folder / "model.safetensors", {"format": "pt"})
     source: Any = open_source(str(folder))
-    assert source.rounded.kv == ("float8_e4m3fn tensor scale=one" if scale == 1 else "")
-    assert ("the KV cache too, whose k_scale and v_scale were calibrated" in source.note) is (scale != 1)
+    line = "float8_e4m3fn token scale=fixed(value=0.5)"
+    each = {f"model.layers.{i}.self_attn": f"keys=({line}) values=({line})" for i in (0, 1)}
+    assert source.rounded.kv == ("float8_e4m3fn tensor scale=one" if scale == 1 else each)
+    assert "rounds the KV cache too" in source.note
 
 
 def test_what_is_left_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from nybble.formats import NumberFormat
 from nybble.granularity import Granularity, fitting_sizes
-from nybble.kv_format import KVFormat
+from nybble.kv_format import KVFormat, one_scale
 from nybble.nn.kv_model import KVRecord
 from nybble.qtensor import Inverse, QTensor
 from nybble.qtensor.block import BlockQTensor
@@ -250,7 +250,7 @@ def is_one(quantizer: Quantizer) -> bool:
 
 
 def kv_args(kv: KVRecord, width: int | None) -> Args:
-    """Of a KV cache: every token of every head has scales of its own, or there is one number a layer, which is 1.
+    """Of a KV cache: every token of every head has scales of its own, or there is one number a layer: calibrated, or 1.
 
     The latter is what vLLM serves: E4M3 that isn't ``dynamic``, with ``k_scale`` and ``v_scale`` beside each layer.
 
@@ -263,18 +263,27 @@ def kv_args(kv: KVRecord, width: int | None) -> Args:
     """
     formats = {kv} if isinstance(kv, KVFormat) else set(kv.values())
     found = next(iter(formats))
+    if all(_one_number(one) for one in formats) and len({one.static for one in formats}) == 1:
+        return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
     came, nearest = f"KV cache {found}", "one quantizer for keys and values of all layers, float8_e4m3fn token"
     if len(formats) > 1 or found.keys is None or found.keys != found.values:
         raise CannotError(came, nearest, "keys and values, or layers, differ")
     if found.residual:
         raise CannotError(came, str(found.keys), "no newest tokens are left in float")
-    if is_one(found.keys):
-        if found.keys.format.name != E4M3:
-            raise CannotError(came, f"{E4M3} tensor scale=one", "without a scale it is E4M3")
-        return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    if found.keys.static or one_scale(found.keys) is not None:
+        why = "with one scale for all tokens it is E4M3"
+        raise CannotError(came, f"{E4M3} tensor static, or {E4M3} tensor scale=one", why)
     args = activation_args(found.keys)
     if args["strategy"] == "token":
         if width is None:
             raise CannotError(came, nearest, "the width of a head isn't known")
         args |= {"strategy": "group", "group_size": width}  # its "token" is a whole chunk of a head
     return args
+
+
+def _one_number(kv: KVFormat) -> bool:
+    """Whether keys and values are E4M3 under one scale each, which may be still to be calibrated."""
+    sides = (kv.keys, kv.values)
+    return not kv.residual and all(
+        q is not None and q.format.name == E4M3 and (q.static or one_scale(q) is not None) for q in sides
+    )

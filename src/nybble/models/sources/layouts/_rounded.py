@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nybble.core.errors import FileError
+from nybble.kv_format import fixed_at
 from nybble.models.sources.layouts import FLOATS, Files, whole
 
 Args = Mapping[str, Any]
@@ -54,14 +54,15 @@ class Rounded:
     """What is rounded beside weights.
 
     Attributes:
-        inputs, outputs: by module, as the files call it. kv: a line for the cache, or empty.
+        inputs, outputs: by module, as the files call it. kv: a line for the cache, or one for each attention by
+            name, as the files call it; or empty.
         used: names of tensors that say how, or that nothing is made of. matrices: of those that rotate inputs.
         left: what nybble won't round, in a line.
     """
 
     inputs: Mapping[str, Side] = field(default_factory=dict)
     outputs: Mapping[str, Side] = field(default_factory=dict)
-    kv: str = ""
+    kv: str | Mapping[str, str] = ""
     used: frozenset[str] = frozenset()
     matrices: frozenset[str] = frozenset()
     left: str = ""
@@ -120,11 +121,40 @@ def static_side(module: str, side: str, args: Args, files: Files) -> Side | None
     return Side(line=f"{fmt} tensor static{'' if symmetric else ' symmetric=false'}", scale=scale, zero_point=zero)
 
 
-def ones(names: list[str], files: Files) -> bool:
-    """Whether all of these are a single 1."""
-    for name in names:
-        files.any_of(name, FLOATS, ((), (1,), (1, 1)))
-    return all(torch.equal(files.small(name).float().reshape(-1), torch.ones(1)) for name in names)
+ONE = "float8_e4m3fn tensor scale=one"
+"""A cache of E4M3 whose scales are 1."""
+
+
+def fixed_cache(files: Files, holders: Mapping[str, str]) -> str | dict[str, str]:
+    """An E4M3 cache with a scale a layer for keys, and one for values.
+
+    Args:
+        files: what there is.
+        holders: ``k_scale`` and ``v_scale``, how their modules end: empty of the attention's own, ``.k_proj``.
+
+    Returns:
+        :data:`ONE` where all are 1, or a line for each attention; empty where keys or values of one have none.
+
+    Raises:
+        FileError: a scale that is no positive number.
+    """
+    sides: list[dict[str, float]] = []
+    for leaf, holder in holders.items():
+        ending = f"{holder}.{leaf}"
+        names = [name for name in files.entries if name.endswith(ending)]
+        for name in names:
+            files.any_of(name, FLOATS, ((), (1,), (1, 1)))
+        sides.append({name.removesuffix(ending): files.small(name).float().item() for name in names})
+    keys, values = sides
+    bad = next((n for side in sides for n, scale in side.items() if not 0 < scale < float("inf")), None)
+    if bad is not None:
+        raise FileError(f"{files.place}: a scale of {bad}'s KV cache is no positive number.")
+    if keys.keys() != values.keys():
+        return ""
+    if all(scale == 1 for side in sides for scale in side.values()):
+        return ONE
+    lines = {name: [str(fixed_at("float8_e4m3fn", side[name])) for side in sides] for name in keys}
+    return {name: f"keys=({k}) values=({v})" for name, (k, v) in lines.items()}
 
 
 def not_rounded(activations: bool, cache: bool, why: str = "") -> str:

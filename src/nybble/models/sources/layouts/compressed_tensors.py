@@ -43,7 +43,14 @@ from nybble.models.sources.layouts._pieces import (
     signed_codes,
     stream_rows,
 )
-from nybble.models.sources.layouts._rounded import Rounded, Side, dynamic_line, not_rounded, ones, static_side
+from nybble.models.sources.layouts._rounded import (
+    Rounded,
+    Side,
+    dynamic_line,
+    fixed_cache,
+    not_rounded,
+    static_side,
+)
 from nybble.qtensor import QTensor
 
 Args = Mapping[str, Any]
@@ -118,8 +125,8 @@ def _side(module: str, word: str, args: Args, files: Files) -> Side | None:
     return static_side(module, word, args, files) if dynamic is False else None
 
 
-def _cache(args: Args | None, files: Files) -> tuple[str, bool]:
-    """The line of a KV cache, where nybble has one; and whether any is asked for."""
+def _cache(args: Args | None, files: Files) -> tuple[str | dict[str, str], bool]:
+    """The line of a KV cache, or lines by attention, where nybble has one; and whether any is asked for."""
     if not args:
         return "", False
     if args.get("dynamic", False) is True:
@@ -127,7 +134,7 @@ def _cache(args: Args | None, files: Files) -> tuple[str, bool]:
         return (line or "") if line is None or " tensor" not in line else "", True
     scales = [name for name in files.entries if name.endswith((".k_scale", ".v_scale"))]
     fixed = args.get("type") == "float" and args.get("num_bits", 8) == 8 and args.get("strategy") in ("tensor", None)
-    return ("float8_e4m3fn tensor scale=one" if fixed and scales and ones(scales, files) else ""), True
+    return fixed_cache(files, {"k_scale": "", "v_scale": ""}) if fixed and scales else "", True
 
 
 def group_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -268,28 +275,50 @@ def _build_plain(
 
 def _blocks(name: str, form: str, args: Args, files: Files) -> Found:
     """NVFP4 and the MX formats."""
+    if not args.get("symmetric", True):
+        raise FileError(f"{name} is said to have zero points in {form}.")
     if form.startswith("nv"):
         rows, half = files.matrix(f"{name}.weight_packed", ("U8",))
         shape = (rows, 2 * half)
-        _dividing(name, shape, 16)
-        files.need(f"{name}.weight_scale", ("F8_E4M3",), (rows, shape[1] // 16))
+        size = _block_size(name, args, 16, shape, files)
+        files.need(f"{name}.weight_scale", ("F8_E4M3",))
         files.any_of(f"{name}.weight_global_scale", ("F32",), ((1,), ()))
-        return ["weight_packed", "weight_scale", "weight_global_scale"], shape, partial(_build_nvfp4, shape=shape)
+        parts = ["weight_packed", "weight_scale", "weight_global_scale"]
+        return parts, shape, partial(_build_nvfp4, shape=shape, size=size)
     fmt, bits = _MX[form]
     codes = "weight" if bits == 8 else "weight_packed"
     rows, count = files.matrix(f"{name}.{codes}", ("F8_E4M3",) if bits == 8 else ("U8",))
     shape = (rows, count * 8 // bits)
-    _dividing(name, shape, 32)
     if count * 8 % bits:
         raise FileError(
             f"{files.place}: {name}.{codes} has rows of {count} bytes, which codes of {bits} bits don't fill."
         )
-    files.need(f"{name}.weight_scale", ("U8", "F8_E8M0"), (rows, shape[1] // 32))
+    if (size := _block_size(name, args, 32, shape, files)) != 32:
+        raise ModelError(f"{files.place}: {name} has {form} in groups of {size}; of the MX formats 32 is read.")
+    files.need(f"{name}.weight_scale", ("U8", "F8_E8M0"))
     return [codes, "weight_scale"], shape, partial(_build_mx, codes=codes, fmt=fmt, shape=shape)
 
 
-def _build_nvfp4(t: Mapping[str, Tensor], *, shape: tuple[int, int]) -> list[QTensor]:
-    return [nvfp4(shape, t["weight_packed"], t["weight_scale"], t["weight_global_scale"], divides=True)]
+def _block_size(name: str, args: Args, usual: int, shape: tuple[int, int], files: Files) -> int:
+    """Columns under one scale, as the config says; the format's ``usual`` where it says nothing.
+
+    Raises:
+        FileError: they don't divide the columns, or the scales are those of another size.
+    """
+    said = args.get("group_size")
+    size = _dividing(name, shape, whole(usual if said is None else said, 1, shape[1], f"group_size of {name}"))
+    found = files.matrix(f"{name}.weight_scale", ("F8_E4M3", "U8", "F8_E8M0"))
+    if found != (shape[0], shape[1] // size):
+        stated = "it has groups" if said is None else "quantization_config says group_size"
+        raise FileError(
+            f"{files.place}: {stated} {size}, with which {name} [{shape[0]}, {shape[1]}] has scales "
+            f"[{shape[0]}, {shape[1] // size}]; weight_scale is {list(found)}. One of the two is wrong."
+        )
+    return size
+
+
+def _build_nvfp4(t: Mapping[str, Tensor], *, shape: tuple[int, int], size: int) -> list[QTensor]:
+    return [nvfp4(shape, t["weight_packed"], t["weight_scale"], t["weight_global_scale"], divides=True, size=size)]
 
 
 def _build_mx(t: Mapping[str, Tensor], *, codes: str, fmt: str, shape: tuple[int, int]) -> list[QTensor]:

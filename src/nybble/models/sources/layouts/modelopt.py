@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import FileError, ModelError
-from nybble.models.sources.layouts import FLOATS, Files, Layout, PackedWeight
+from nybble.models.sources.layouts import FLOATS, Files, Layout, PackedWeight, whole
 from nybble.models.sources.layouts._pieces import E2M1, E4M3, block, mx, nvfp4, packed
-from nybble.models.sources.layouts._rounded import Rounded, Side, not_rounded, ones
+from nybble.models.sources.layouts._rounded import Rounded, Side, fixed_cache, not_rounded
+from nybble.models.sources.layouts.compressed_tensors import group_of
 from nybble.qtensor import QTensor
 from nybble.qtensor.outer_scaled import OuterScaled
 
@@ -52,7 +53,7 @@ class ModelOpt(Layout):
                 "INT8 and INT4 weights are."
             )
         for module in dict.fromkeys([*files.ending("weight_scale"), *files.ending("weight_scale_2")]):
-            yield _weight(module, files)
+            yield _weight(module, files, _stated_size(said, module))
 
     def rounded(self, config: Mapping[str, Any], files: Files, modules: Sequence[str]) -> Rounded:  # noqa: D102
         said = config.get("quantization") or config
@@ -61,8 +62,8 @@ class ModelOpt(Layout):
         inputs = {module: side for module, side in found.items() if side is not None}
         cached = said.get("kv_cache_quant_algo") or said.get("kv_cache_scheme")
         scales = [name for name in files.entries if name.endswith((".k_scale", ".v_scale"))]
-        kv = f"{E4M3} tensor scale=one" if _is_fp8(cached) and ones(scales, files) else ""
-        why = ", whose k_scale and v_scale were calibrated and aren't 1" if _is_fp8(cached) and not kv else ""
+        kv = fixed_cache(files, {"k_scale": ".k_proj", "v_scale": ".v_proj"}) if _is_fp8(cached) else ""
+        why = ", of which k_scale or v_scale is missing" if _is_fp8(cached) and not kv else ""
         asks = any(module not in inputs and not _weights_alone(algo) for module, algo in algos.items())
         used = frozenset(n for n in files.entries if n.endswith((".input_scale", ".output_scale"))) | set(scales)
         return Rounded(inputs=inputs, kv=kv, used=used, left=not_rounded(asks, bool(cached) and not kv, why))
@@ -79,6 +80,15 @@ def _algo(said: Mapping[str, Any], module: str) -> str:
     """Of a module: its own, where a checkpoint has several."""
     layers = said.get("quantized_layers") or {}
     return str(layers.get(module, said).get("quant_algo"))
+
+
+def _stated_size(said: Mapping[str, Any], module: str) -> int | None:
+    """The ``group_size`` of a module's weight, where the checkpoint says it."""
+    layers = said.get("quantized_layers") or {}
+    found = layers.get(module, {} if layers else said).get("group_size")
+    if found is None and said.get("config_groups"):
+        found = ((group_of(module, said) or {}).get("weights") or {}).get("group_size")
+    return None if found is None else whole(found, 1, 1 << 30, f"group_size of {module}")
 
 
 def _weights_alone(algo: str) -> bool:
@@ -101,7 +111,7 @@ def _inputs(module: str, algo: str, files: Files) -> Side | None:
     return Side(line=f"{word} tensor static", scale=scale)
 
 
-def _weight(module: str, files: Files) -> PackedWeight:
+def _weight(module: str, files: Files, stated: int | None) -> PackedWeight:
     rows, count = files.matrix(f"{module}.weight", ("U8", "F8_E4M3", "I8"))
     dtype = files.entries[f"{module}.weight"].dtype
     scale = files.need(f"{module}.weight_scale", (*FLOATS, "F8_E4M3", "U8"))
@@ -109,16 +119,16 @@ def _weight(module: str, files: Files) -> PackedWeight:
     shape = (rows, 2 * count if dtype == "U8" else count)
     build: Callable[[Mapping[str, Tensor]], list[QTensor]]
     if dtype == "U8" and scale.dtype == "F8_E4M3":
-        size = _groups(module, shape, (16, 32), files)
+        size = _groups(module, shape, (16, 32), files, stated)
         files.any_of(f"{module}.weight_scale_2", ("F32",), ((), (1,)))
         parts["weight_scale_2"] = f"{module}.weight_scale_2"
         build = partial(_build_nvfp4, shape=shape, size=size)
     elif scale.dtype == "U8" and dtype != "I8":
-        _groups(module, shape, (32,), files)
+        _groups(module, shape, (32,), files, stated)
         build = partial(_build_mx, shape=shape, fmt=E2M1 if dtype == "U8" else E4M3)
     elif dtype == "U8":
         shape = (2 * rows, count)
-        build = partial(_build_int4, shape=shape, size=_groups(module, shape, (), files))
+        build = partial(_build_int4, shape=shape, size=_groups(module, shape, (), files, stated))
     else:
         tiles = ((rows // 128, 1, count // 128, 1),) if rows % 128 == count % 128 == 0 and dtype != "I8" else ()
         files.any_of(f"{module}.weight_scale", FLOATS, ((), (1,), (rows,), (rows, 1), *tiles))
@@ -131,7 +141,7 @@ def _weight(module: str, files: Files) -> PackedWeight:
     return PackedWeight(name=f"{module}.weight", shape=shape, parts=parts, build=build, kept_as=ROLES)
 
 
-def _groups(module: str, shape: tuple[int, int], sizes: Sequence[int], files: Files) -> int:
+def _groups(module: str, shape: tuple[int, int], sizes: Sequence[int], files: Files, stated: int | None) -> int:
     """Columns that share a scale.
 
     Args:
@@ -139,9 +149,10 @@ def _groups(module: str, shape: tuple[int, int], sizes: Sequence[int], files: Fi
         shape: of its weight.
         sizes: that there may be; none: any.
         files: what is there.
+        stated: what the config says, if anything.
 
     Raises:
-        FileError: a scale of another shape.
+        FileError: a scale of another shape, or of groups of another size than is stated.
     """
     found = files.need(f"{module}.weight_scale", (*FLOATS, "F8_E4M3", "U8")).shape
     count = found[1] if len(found) == 2 and found[0] == shape[0] else 0
@@ -151,6 +162,11 @@ def _groups(module: str, shape: tuple[int, int], sizes: Sequence[int], files: Fi
         raise FileError(
             f"{files.place}: {module}.weight_scale is {list(found)}; a weight {list(shape)} in groups of {wanted} "
             "needs another."
+        )
+    if stated is not None and size != min(stated, shape[1]):
+        raise FileError(
+            f"{files.place}: the config says group_size {stated}, and {module}.weight_scale {list(found)} is of groups "
+            f"of {size} in a weight {list(shape)}. One of the two is wrong."
         )
     return size
 
