@@ -16,7 +16,7 @@ from tests.contracts import compiled
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nybble.core.errors import FormatError, SchemeError, TokenError, UsageError
+from nybble.core.errors import FormatError, NybbleError, SchemeError, TokenError, UsageError
 from nybble.formats import format_names, get_format
 from nybble.kernels import _library, cpu_products
 from nybble.kernels._weights import Weight, weight_of
@@ -36,7 +36,7 @@ LINES = [
     "int4 channel", "nf4 flat=96", "int2 group=16 symmetric=false scale_format=float32",
 ]  # fmt: skip
 ROWS, COLUMNS = 30, 192
-ISAS = [isa for isa in (0, 2, 3) if isa <= (0 if (made := compiled.library()) is None else made.nybble_isa())]
+ISAS = [isa for isa in (0, 2, 3, 4) if isa <= (0 if (made := compiled.library()) is None else made.nybble_isa())]
 pytestmark = compiled.needed
 
 
@@ -46,7 +46,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_products, "SMALL", 1)
 
 
-@pytest.fixture(params=ISAS, ids={0: "portable", 2: "avx2", 3: "avx512"}.get)
+@pytest.fixture(params=ISAS, ids={0: "portable", 2: "avx2", 3: "avx512", 4: "bfloat16"}.get)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(cpu_products, "_ISA", request.param)
     number: int = request.param
@@ -107,6 +107,44 @@ def test_values_and_sums(line: str, isa: int) -> None:
         assert rows > cpu_products.ROWS or torch.equal(y[:1], alone)  # a sum doesn't depend on its neighbours
 
 
+@pytest.mark.parametrize(
+    "line", [*LINES, "int3 group=64 symmetric=false", "int2 channel symmetric=false", "int8 group=64"]
+)
+def test_rows_of_bfloat16(line: str, isa: int) -> None:
+    """Sums of exact products: within the bound that float32's have, and the same for every number of rows."""
+    library = _library.library()
+    assert library is not None
+    for columns in (64, 192, 1664):  # less than a step, one and a half, more than a part of x
+        try:
+            weight = packed(line, columns=columns)
+        except NybbleError:  # groups that don't divide so many columns
+            continue
+        found = weight_of(weight, library.nybble_prepare)
+        if not isinstance(found, Weight):
+            continue
+        x, dense, bias = torch.randn(11, columns).bfloat16(), weight.dequantize().double(), torch.randn(ROWS)
+        exact = bias.double() + x.double() @ dense.T
+        bound = columns * 2**-24 * (x.double().abs() @ dense.abs().T) + 2**-24 * exact.abs()  # and of adding the bias
+        y = torch.empty(11, ROWS)
+        cpu_products._run(found, x, 11, bias, y, 0, ROWS)
+        assert ((y.double() - exact).abs() <= bound).all()
+        for rows in (1, 2, 3, 5, 9, 10):
+            part = torch.empty(rows, ROWS)
+            cpu_products._run(found, x, rows, bias, part, 0, ROWS)
+            assert torch.equal(part, y[:rows]), rows
+
+
+def test_which_weights_bfloat16_holds() -> None:
+    """Values that sixteen bits round would be other weights: these are multiplied as floats."""
+    library = _library.library()
+    assert library is not None
+    if library.nybble_isa() < 4:
+        pytest.skip("a processor without AVX-512 BF16")
+    fit = {line for line in LINES if library.nybble_set(record(packed(line, columns=768)).address, 4) == 4}
+    assert {"int4 channel", "nvfp4", "mxfp4", "int4 group=64 symmetric=false", "int8 tensor", "q8_0"} <= fit
+    assert not fit & {"nf4-dq", "nf4 group=32", "q4_k", "int4 group=48 symmetric=false", "int5 group=32"}
+
+
 @pytest.mark.parametrize("columns", [8, 16, 24, 40, 56, 72, 88, 104])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 def test_columns_that_no_step_divides(bits: int, columns: int, isa: int) -> None:
@@ -135,7 +173,7 @@ libc.mmap.restype = ctypes.c_void_p
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 page = mmap.PAGESIZE
-for isa in (0, 2, 3):
+for isa in (0, 2, 3, 4):
     cpu_products._ISA, cpu_integers._ISA = isa, isa + (isa == 3)
     for line in ("binary", "int2", "int3", "int4", "int5", "int6", "int8", "float8_e4m3fn"):
         for columns in (8, 24, 64, 104):
@@ -152,6 +190,10 @@ for isa in (0, 2, 3):
                 x = torch.randn(rows, columns)
                 y = packed_linear(x, list(tensors.values()), key, [5, columns], None)
                 assert torch.allclose(y, x @ weight.dequantize().T, atol=1e-4)
+                halves = x.bfloat16()
+                y = packed_linear(halves, list(tensors.values()), key, [5, columns], None)
+                far = 1e-4 if rows < 17 else 1  # W itself is rounded for many rows
+                assert torch.allclose(y.float(), halves.float() @ weight.dequantize().T, rtol=2**-7, atol=far)
                 if weight.format.is_integer:
                     for inputs in ("int8 token", "int8 token symmetric=false"):
                         y = integer_linear(x, list(tensors.values()), key, [5, columns], None, [], "", inputs)

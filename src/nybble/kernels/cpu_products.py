@@ -19,8 +19,8 @@ SMALL = 1 << 15
 """Elements of W below which calling the library takes longer than it saves."""
 PART = 1 << 22
 """Elements of W that are expanded at a time."""
-_ISA = 3
-_SETS = {0: "any processor", 2: "AVX2", 3: "AVX-512"}
+_ISA = 4
+_SETS = {0: "any processor", 2: "AVX2", 3: "AVX-512", 4: "AVX-512, of bfloat16 by its own"}
 _PLAN = "_nybble_weight"
 
 
