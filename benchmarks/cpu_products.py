@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nybble.core.errors import GranularityError
 from nybble.core.files import atomic_file
 from nybble.kernels import cpu_integers, cpu_products
 from nybble.nn.activation import ActivationQuantizer
@@ -64,6 +65,8 @@ class Turns:
 
     def __init__(self, calls: Sequence[Callable[[], Tensor]]) -> None:
         self._calls, self._next = calls, 0
+        for call in calls:  # a first call looks at its weight
+            call()
         self.times: list[float] = []
 
     def take(self) -> None:
@@ -159,7 +162,11 @@ def main() -> None:
         for weights, inputs, dtype in LAYERS:
             if options.lines and weights not in options.lines:
                 continue
-            made = layers(weights, inputs, n, k)
+            try:
+                made = layers(weights, inputs, n, k)
+            except GranularityError as error:
+                print(f"{shape} {weights}: {error}", flush=True)
+                continue
             for rows in options.rows:
                 with torch.no_grad():
                     found = measured(weights, inputs, dtype, rows, made, options.turns)

@@ -24,7 +24,7 @@ from nybble.nn.compiled import key_of
 from nybble.nn.embedding import QuantEmbedding, TiedHead
 from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
-from nybble.nn.products import packed_linear, reference
+from nybble.nn.products import packed_linear, reference, rows_reference
 from nybble.nn.swap import hold_slow
 from nybble.qtensor import QTensor
 from nybble.quantizer import Quantizer
@@ -233,6 +233,27 @@ def test_rows_of_a_table(line: str, isa: int) -> None:
             table(torch.tensor([3, wrong]))
 
 
+@pytest.mark.parametrize("line", LINES)
+def test_rows_without_a_kernel(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the rows' bits, and where a row's codes and scales are its own nothing else is unpacked."""
+    weight = packed(line, columns=256 if line == "q4_k" else COLUMNS)
+    tensors, ids = weight.tensors(), torch.tensor([[29, 0, 7], [7, 7, 28]])
+    want = functional.embedding(ids, weight.dequantize(torch.bfloat16))
+    sizes: list[int] = []
+    kind, whole = type(weight), type(weight).dequantize
+
+    def seen(self: Any, *given: Any) -> Tensor:
+        sizes.append(self.shape[0])
+        return whole(self, *given)
+
+    monkeypatch.setattr(kind, "dequantize", seen)
+    key = key_of(weight.spec(), list(tensors))
+    found = rows_reference(ids, list(tensors.values()), key, list(weight.shape), torch.bfloat16)
+    assert torch.equal(found, want)
+    shared = line in ("float8_e4m3fn block=6x32", "nf4-dq")  # scales of six rows; scales whose scales are of many rows
+    assert (ROWS if shared else 6) in sizes and (shared or ROWS not in sizes), sizes
+
+
 def test_a_tied_head_never_expands_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
     table = QuantEmbedding(packed("int8 channel"), torch.float32)
     head, x = TiedHead(table, torch.randn(ROWS)), torch.randn(2, COLUMNS)
@@ -350,3 +371,7 @@ def test_it_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
     assert layer_of("int4 rank1")[1].how() == (False, "scale of the kind Factored")
     monkeypatch.setattr(cpu_products, "SMALL", 1 << 15)
     assert weight.how() == (False, "fewer than 32,768 elements")
+    table = QuantEmbedding(packed("int4 group=32"), torch.float32)
+    assert table.how() == (True, "compiled look-up of rows")  # of which a small table has them too
+    assert TiedHead(table).how() == (False, "fewer than 32,768 elements")
+    assert QuantEmbedding(packed("int4 rank1"), torch.float32).how() == (False, "scale of the kind Factored")

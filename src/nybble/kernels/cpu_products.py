@@ -68,6 +68,16 @@ def how(tensors: Sequence[Tensor], key: str, shape: Sequence[int]) -> tuple[bool
     return True, f"compiled look-up, {_SETS[made.nybble_set(weight.address, _ISA)]}"
 
 
+def how_rows(tensors: Sequence[Tensor], key: str, shape: Sequence[int]) -> tuple[bool, str]:
+    """See ``packed_rows.how``: rows are looked up, however few elements a table has."""
+    made = library()
+    if made is None:
+        return False, "no compiled library"
+    if _weight(tensors, key) is None:
+        return False, str(weight_of(qtensor_of(tensors, key), made.nybble_prepare))
+    return True, "compiled look-up of rows"
+
+
 def _expanded(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """W in the dtype of x, whole or a part at a time: the reference's bits where it is whole."""
     step = max(1, PART // weight.k)
@@ -121,4 +131,4 @@ def _made(tensors: Sequence[Tensor], key: str) -> Weight | None:
 
 
 packed_linear.register_kernel("cpu", how)(linear)
-packed_rows.register_kernel("cpu")(rows)
+packed_rows.register_kernel("cpu", how_rows)(rows)

@@ -13,6 +13,7 @@ from nybble.core.errors import TokenError
 from nybble.nn.operands import check_product, check_rows, record_of
 from nybble.ops.loader import load_at_first_use
 from nybble.qtensor import QTensor, from_spec
+from nybble.qtensor._rows import gathered
 
 DEVICES = frozenset({"cpu", "cuda"})
 """Types of devices for which there are kernels."""
@@ -94,10 +95,18 @@ class Operator:
         """Whether there is a kernel for a weight where its tensors are; its name, or why there is none."""
         device = tensors[0].device.type
         if device in self._kernels and device not in self._say:  # what waits for the first use is loaded by one
-            self(torch.zeros(0, shape[1], device=device), list(tensors), key, list(shape), None, *more)
+            self._load(tensors, key, shape, *more)
         if device not in self._say:
             return False, f"no kernels for {device}"
         return self._say[device](tensors, key, shape, *more)
+
+    def _load(self, tensors: Sequence[Tensor], key: str, shape: Sequence[int], *more: Any) -> None:
+        """A call of no rows, as products and rows of a table take them."""
+        device = tensors[0].device
+        if self is packed_rows:
+            self(torch.zeros(0, dtype=torch.int64, device=device), list(tensors), key, list(shape), torch.float32)
+        else:
+            self(torch.zeros(0, shape[1], device=device), list(tensors), key, list(shape), None, *more)
 
     def __call__(self, *given: Any) -> Tensor:
         """With the arguments of the reference, in their order."""
@@ -129,7 +138,11 @@ def rows_reference(
         TokenError: a number that no row has (on a CPU; a GPU would have to be waited for).
     """
     check_ids(ids, shape[0])
-    return functional.embedding(ids, qtensor_of(tensors, key).dequantize(dtype))
+    table = qtensor_of(tensors, key)
+    some = gathered(table, ids.reshape(-1)) if ids.numel() else None
+    if some is None:
+        return functional.embedding(ids, table.dequantize(dtype))
+    return some.dequantize(dtype).reshape(*ids.shape, shape[1])
 
 
 def check_ids(ids: Tensor, rows: int) -> None:
