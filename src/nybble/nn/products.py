@@ -38,7 +38,8 @@ def reference(x: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[in
 
     Returns:
         [..., out] of the dtype of x. A kernel's W is the same in float32, and not rounded to the dtype of x; its sums
-        are accumulated in float32, so its result differs from the exact one by no more than this does.
+        are accumulated in float32, so its result differs from the exact one by no more than this does. (A CPU's own
+        products of bfloat16 count terms below float32's smallest normal number as zero.)
     """
     return functional.linear(x, qtensor_of(tensors, key).dequantize(x.dtype), bias)
 
