@@ -23,7 +23,7 @@ from nybble.pipelines.load import load_with_origin
 from nybble.quantizer import Quantizer
 
 WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
-ISAS = [isa for isa in (0, 2, 3) if isa <= (0 if (made := compiled.library()) is None else made.nybble_isa())]
+ISAS = [isa for isa in (0, 2, 3, 4) if isa <= (0 if (made := compiled.library()) is None else made.nybble_isa())]
 pytestmark = compiled.needed
 
 
@@ -96,8 +96,11 @@ def test_inputs_are_rounded(inputs: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert far(in_calls(model, IDS, 6), rounded) < 0.2 * own
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_lose_no_more_than_in_the_modules(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "isa"), [(torch.float16, 3), *((torch.bfloat16, isa) for isa in ISAS[-2:])])
+def test_sixteen_bits_lose_no_more_than_in_the_modules(
+    dtype: torch.dtype, isa: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_products, "_ISA", isa)
     model = packed("llama", "int4 group=32", dtype=dtype)
     wide = packed("llama", "int4 group=32", dtype=dtype).float()
     truth = by_modules(wide, IDS, 6)

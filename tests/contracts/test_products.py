@@ -16,7 +16,7 @@ from tests.contracts import compiled
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nybble.core.errors import FormatError, SchemeError, TokenError, UsageError
+from nybble.core.errors import FormatError, NybbleError, SchemeError, TokenError, UsageError
 from nybble.formats import format_names, get_format
 from nybble.kernels import _library, cpu_products
 from nybble.kernels._weights import Weight, weight_of
@@ -24,7 +24,7 @@ from nybble.nn.compiled import key_of
 from nybble.nn.embedding import QuantEmbedding, TiedHead
 from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
-from nybble.nn.products import packed_linear, reference
+from nybble.nn.products import packed_linear, reference, rows_reference
 from nybble.nn.swap import hold_slow
 from nybble.qtensor import QTensor
 from nybble.quantizer import Quantizer
@@ -36,7 +36,7 @@ LINES = [
     "int4 channel", "nf4 flat=96", "int2 group=16 symmetric=false scale_format=float32",
 ]  # fmt: skip
 ROWS, COLUMNS = 30, 192
-ISAS = [isa for isa in (0, 2, 3) if isa <= (0 if (made := compiled.library()) is None else made.nybble_isa())]
+ISAS = [isa for isa in (0, 2, 3, 4) if isa <= (0 if (made := compiled.library()) is None else made.nybble_isa())]
 pytestmark = compiled.needed
 
 
@@ -46,7 +46,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_products, "SMALL", 1)
 
 
-@pytest.fixture(params=ISAS, ids={0: "portable", 2: "avx2", 3: "avx512"}.get)
+@pytest.fixture(params=ISAS, ids={0: "portable", 2: "avx2", 3: "avx512", 4: "bfloat16"}.get)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(cpu_products, "_ISA", request.param)
     number: int = request.param
@@ -107,6 +107,44 @@ def test_values_and_sums(line: str, isa: int) -> None:
         assert rows > cpu_products.ROWS or torch.equal(y[:1], alone)  # a sum doesn't depend on its neighbours
 
 
+@pytest.mark.parametrize(
+    "line", [*LINES, "int3 group=64 symmetric=false", "int2 channel symmetric=false", "int8 group=64"]
+)
+def test_rows_of_bfloat16(line: str, isa: int) -> None:
+    """Sums of exact products: within the bound that float32's have, and the same for every number of rows."""
+    library = _library.library()
+    assert library is not None
+    for columns in (64, 192, 1664):  # less than a step, one and a half, more than a part of x
+        try:
+            weight = packed(line, columns=columns)
+        except NybbleError:  # groups that don't divide so many columns
+            continue
+        found = weight_of(weight, library.nybble_prepare)
+        if not isinstance(found, Weight):
+            continue
+        x, dense, bias = torch.randn(11, columns).bfloat16(), weight.dequantize().double(), torch.randn(ROWS)
+        exact = bias.double() + x.double() @ dense.T
+        bound = columns * 2**-24 * (x.double().abs() @ dense.abs().T) + 2**-24 * exact.abs()  # and of adding the bias
+        y = torch.empty(11, ROWS)
+        cpu_products._run(found, x, 11, bias, y, 0, ROWS)
+        assert ((y.double() - exact).abs() <= bound).all()
+        for rows in (1, 2, 3, 5, 9, 10):
+            part = torch.empty(rows, ROWS)
+            cpu_products._run(found, x, rows, bias, part, 0, ROWS)
+            assert torch.equal(part, y[:rows]), rows
+
+
+def test_which_weights_bfloat16_holds() -> None:
+    """Values that sixteen bits round would be other weights: these are multiplied as floats."""
+    library = _library.library()
+    assert library is not None
+    if library.nybble_isa() < 4:
+        pytest.skip("a processor without AVX-512 BF16")
+    fit = {line for line in LINES if library.nybble_set(record(packed(line, columns=768)).address, 4) == 4}
+    assert {"int4 channel", "nvfp4", "mxfp4", "int4 group=64 symmetric=false", "int8 tensor", "q8_0"} <= fit
+    assert not fit & {"nf4-dq", "nf4 group=32", "q4_k", "int4 group=48 symmetric=false", "int5 group=32"}
+
+
 @pytest.mark.parametrize("columns", [8, 16, 24, 40, 56, 72, 88, 104])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 def test_columns_that_no_step_divides(bits: int, columns: int, isa: int) -> None:
@@ -135,7 +173,7 @@ libc.mmap.restype = ctypes.c_void_p
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 page = mmap.PAGESIZE
-for isa in (0, 2, 3):
+for isa in (0, 2, 3, 4):
     cpu_products._ISA, cpu_integers._ISA = isa, isa + (isa == 3)
     for line in ("binary", "int2", "int3", "int4", "int5", "int6", "int8", "float8_e4m3fn"):
         for columns in (8, 24, 64, 104):
@@ -152,6 +190,10 @@ for isa in (0, 2, 3):
                 x = torch.randn(rows, columns)
                 y = packed_linear(x, list(tensors.values()), key, [5, columns], None)
                 assert torch.allclose(y, x @ weight.dequantize().T, atol=1e-4)
+                halves = x.bfloat16()
+                y = packed_linear(halves, list(tensors.values()), key, [5, columns], None)
+                far = 1e-4 if rows < 17 else 1  # W itself is rounded for many rows
+                assert torch.allclose(y.float(), halves.float() @ weight.dequantize().T, rtol=2**-7, atol=far)
                 if weight.format.is_integer:
                     for inputs in ("int8 token", "int8 token symmetric=false"):
                         y = integer_linear(x, list(tensors.values()), key, [5, columns], None, [], "", inputs)
@@ -189,6 +231,27 @@ def test_rows_of_a_table(line: str, isa: int) -> None:
     for wrong in (-1, ROWS):
         with pytest.raises(TokenError, match=f"a table of {ROWS} rows"):
             table(torch.tensor([3, wrong]))
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_rows_without_a_kernel(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the rows' bits, and where a row's codes and scales are its own nothing else is unpacked."""
+    weight = packed(line, columns=256 if line == "q4_k" else COLUMNS)
+    tensors, ids = weight.tensors(), torch.tensor([[29, 0, 7], [7, 7, 28]])
+    want = functional.embedding(ids, weight.dequantize(torch.bfloat16))
+    sizes: list[int] = []
+    kind, whole = type(weight), type(weight).dequantize
+
+    def seen(self: Any, *given: Any) -> Tensor:
+        sizes.append(self.shape[0])
+        return whole(self, *given)
+
+    monkeypatch.setattr(kind, "dequantize", seen)
+    key = key_of(weight.spec(), list(tensors))
+    found = rows_reference(ids, list(tensors.values()), key, list(weight.shape), torch.bfloat16)
+    assert torch.equal(found, want)
+    shared = line in ("float8_e4m3fn block=6x32", "nf4-dq")  # scales of six rows; scales whose scales are of many rows
+    assert (ROWS if shared else 6) in sizes and (shared or ROWS not in sizes), sizes
 
 
 def test_a_tied_head_never_expands_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,3 +371,7 @@ def test_it_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
     assert layer_of("int4 rank1")[1].how() == (False, "scale of the kind Factored")
     monkeypatch.setattr(cpu_products, "SMALL", 1 << 15)
     assert weight.how() == (False, "fewer than 32,768 elements")
+    table = QuantEmbedding(packed("int4 group=32"), torch.float32)
+    assert table.how() == (True, "compiled look-up of rows")  # of which a small table has them too
+    assert TiedHead(table).how() == (False, "fewer than 32,768 elements")
+    assert QuantEmbedding(packed("int4 rank1"), torch.float32).how() == (False, "scale of the kind Factored")

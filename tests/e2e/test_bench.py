@@ -42,6 +42,16 @@ def test_rows_ratios_and_kernels(out: Path) -> None:
     assert all("elements" in row["reason"] for row in found["kernels"] if not row["kernel"])
 
 
+@pytest.mark.parametrize("what", ["prompt", "tokens"])
+def test_more_tokens_than_positions(what: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before anything is unpacked or timed."""
+    monkeypatch.setattr("nybble.pipelines.bench.unpacked", lambda _: pytest.fail("was unpacked"))
+    most = load_with_origin(out)[0].config.max_position_embeddings
+    given = {"prompt": 8, "tokens": 1} | {what: most + 1}
+    with pytest.raises(UsageError, match=f"{what}.* is {most + 1 + 32 * (what == 'tokens')}, and .* {most} positions"):
+        bench(str(out), **given)
+
+
 def test_the_unpacked_model_is_a_float_one(out: Path) -> None:
     own = load_with_origin(out)[0]
     dense = unpacked(load_with_origin(out)[0])

@@ -33,7 +33,8 @@ class _Weight(ctypes.Structure):
     _fields_ = (
         ("codes", ctypes.c_void_p), ("table", ctypes.c_void_p), ("n", ctypes.c_int64), ("k", ctypes.c_int64),
         ("bits", ctypes.c_int64), ("kind", ctypes.c_int64), ("group", ctypes.c_int64), ("row_blocks", ctypes.c_int64),
-        ("row_share", ctypes.c_int64), ("affine", ctypes.c_int64), ("base", ctypes.c_float), ("flip", ctypes.c_int32),
+        ("row_share", ctypes.c_int64), ("affine", ctypes.c_int64), ("exact", ctypes.c_int64),
+        ("base", ctypes.c_float), ("flip", ctypes.c_int32),
         ("scale", _Side), ("zero", _Side), ("offset", _Side), ("steps", ctypes.c_int64), ("careful", ctypes.c_int64),
         ("from", ctypes.c_int64), ("room", ctypes.c_int64), ("shift", ctypes.c_int32), ("direct", ctypes.c_int32),
     )  # fmt: skip
@@ -95,6 +96,9 @@ def weight_of(qtensor: QTensor, prepare: Any) -> Weight | str:
             return f"{name} {side}"
         setattr(record, name, side)
     record.affine = params.zero_point is not None or params.offset is not None
+    finite = table[table.isfinite()]
+    whole = params.zero_point is None or _signed(qtensor) is not None  # zero points of 8 bits at most
+    record.exact = whole and torch.equal(finite.bfloat16().float(), finite)
     if prepare(ctypes.addressof(record)):
         return f"scales by {qtensor.granularity} of {k} columns"
     return Weight(record, kept, _signed(qtensor))

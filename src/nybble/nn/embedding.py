@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nybble.nn.packed import Packed
-from nybble.nn.products import DEVICES
+from nybble.nn.products import DEVICES, packed_rows
 from nybble.qtensor import QTensor
 
 
@@ -76,7 +76,7 @@ class QuantEmbedding(nn.Module):
 
     def how(self) -> tuple[bool, str]:
         """As :meth:`nybble.nn.linear.QuantLinear.how`."""
-        return self.weight.how()
+        return self.weight.how(packed_rows)
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [...] -> [..., width]."""
@@ -109,7 +109,7 @@ class TiedEmbedding(nn.Module):
 
     def how(self) -> tuple[bool, str]:
         """As :meth:`nybble.nn.linear.QuantLinear.how`."""
-        return self.weight.how()
+        return self.weight.how(packed_rows)
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [...] -> [..., width]."""

@@ -13,6 +13,7 @@ from nybble.core.errors import TokenError
 from nybble.nn.operands import check_product, check_rows, record_of
 from nybble.ops.loader import load_at_first_use
 from nybble.qtensor import QTensor, from_spec
+from nybble.qtensor._rows import gathered
 
 DEVICES = frozenset({"cpu", "cuda"})
 """Types of devices for which there are kernels."""
@@ -37,7 +38,8 @@ def reference(x: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[in
 
     Returns:
         [..., out] of the dtype of x. A kernel's W is the same in float32, and not rounded to the dtype of x; its sums
-        are accumulated in float32, so its result differs from the exact one by no more than this does.
+        are accumulated in float32, so its result differs from the exact one by no more than this does. (A CPU's own
+        products of bfloat16 count terms below float32's smallest normal number as zero.)
     """
     return functional.linear(x, qtensor_of(tensors, key).dequantize(x.dtype), bias)
 
@@ -94,10 +96,18 @@ class Operator:
         """Whether there is a kernel for a weight where its tensors are; its name, or why there is none."""
         device = tensors[0].device.type
         if device in self._kernels and device not in self._say:  # what waits for the first use is loaded by one
-            self(torch.zeros(0, shape[1], device=device), list(tensors), key, list(shape), None, *more)
+            self._load(tensors, key, shape, *more)
         if device not in self._say:
             return False, f"no kernels for {device}"
         return self._say[device](tensors, key, shape, *more)
+
+    def _load(self, tensors: Sequence[Tensor], key: str, shape: Sequence[int], *more: Any) -> None:
+        """A call of no rows, as products and rows of a table take them."""
+        device = tensors[0].device
+        if self is packed_rows:
+            self(torch.zeros(0, dtype=torch.int64, device=device), list(tensors), key, list(shape), torch.float32)
+        else:
+            self(torch.zeros(0, shape[1], device=device), list(tensors), key, list(shape), None, *more)
 
     def __call__(self, *given: Any) -> Tensor:
         """With the arguments of the reference, in their order."""
@@ -129,7 +139,11 @@ def rows_reference(
         TokenError: a number that no row has (on a CPU; a GPU would have to be waited for).
     """
     check_ids(ids, shape[0])
-    return functional.embedding(ids, qtensor_of(tensors, key).dequantize(dtype))
+    table = qtensor_of(tensors, key)
+    some = gathered(table, ids.reshape(-1)) if ids.numel() else None
+    if some is None:
+        return functional.embedding(ids, table.dequantize(dtype))
+    return some.dequantize(dtype).reshape(*ids.shape, shape[1])
 
 
 def check_ids(ids: Tensor, rows: int) -> None:

@@ -74,6 +74,14 @@ def bench(
     kernels = kernels_of_model(packed)
     if not kernels:
         raise ModelError(f"{model} has no packed weights: time what `nybble quantize` makes, or others' such models.")
+    most = getattr(packed.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = max(
+        ("prompt", prompt), (f"tokens, behind {BEHIND} of a prompt,", BEHIND + tokens), key=lambda one: one[1]
+    )
+    if isinstance(most, int) and longest[1] > most:
+        raise UsageError(
+            f"{longest[0]} is {longest[1]}, and {model} has {most} positions; at most so many can be timed."
+        )
     models: dict[str, nn.Module] = {"packed": packed}
     for name, dtype in zip(against, dtypes, strict=True):
         models[name] = unpacked(load_with_origin(model, dtype=dtype, device=device, packed=True)[0])

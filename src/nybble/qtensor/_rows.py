@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,44 @@ def take_rows(tensor: QTensor, rows: Sequence[int]) -> BlockQTensor:
             offset=None if params.offset is None else cut.part(params.offset),
         ),
     )
+
+
+def gathered(tensor: QTensor, ids: Tensor) -> BlockQTensor | None:
+    """Rows of a matrix by their codes; no others are unpacked where a row fills whole bytes, and no GPU is waited for.
+
+    Args:
+        tensor: [rows, columns], on any device.
+        ids: int64 or int32 [count], of rows, which may come several times.
+
+    Returns:
+        [count, columns]; None where the scales of a row are other rows' too.
+    """
+    if not isinstance(tensor, BlockQTensor) or len(tensor.shape) != 2 or tensor.layout != "dense":
+        return None
+    count, columns = tensor.shape
+    own = tensor.granularity.scale_shape((count, columns))
+    each, params = count * (math.prod(own) // max(1, count)) == math.prod(own), tensor.params
+    found: dict[str, Any] = {}
+    if count < 2:
+        return None
+    for name in ("scale", "zero_point", "offset"):
+        value = getattr(params, name)
+        if isinstance(value, Tensor) and value.numel() > 1:
+            if not each or value.numel() != math.prod(own) or (value.ndim > 1 and value.shape[0] != count):
+                return None
+            rows = value.reshape(count, -1)[ids]
+            found[name] = rows.reshape(-1) if value.ndim == 1 else rows.reshape(-1, *value.shape[1:])
+        elif isinstance(value, BlockQTensor) and math.prod(value.shape) > 1:
+            found[name] = gathered(value, ids) if value.shape[:1] == (count,) and each else None
+            if found[name] is None:
+                return None
+        elif not (value is None or isinstance(value, Tensor | BlockQTensor)):
+            return None
+    if columns * tensor.format.bits % 8:
+        codes = get_layout(tensor.layout).pack(tensor.unpacked()[ids].reshape(-1), tensor.format.bits)
+    else:
+        codes = tensor.codes.view(count, -1)[ids].reshape(-1)
+    return replace(tensor, shape=(len(ids), columns), codes=codes, params=replace(params, **found))
 
 
 def _picked(value: Tensor, rows: Sequence[int]) -> Tensor:

@@ -96,6 +96,31 @@ def test_a_quantized_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+def test_a_decoder_writes_into_a_static_cache(tmp_path: Path) -> None:
+    """Token by token, one graph for all of them, with the same bits."""
+    from transformers import StaticCache
+
+    model: Any = packed(tmp_path, "weights and embeddings")
+    graphs, ids = list[Any](), input_ids()
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def run(called: Any) -> list[Tensor]:
+        cache, found = StaticCache(config=model.config, max_cache_len=8), list[Tensor]()
+        for at in range(3):
+            position = torch.full((len(ids), 1), at)
+            given_cache = {"input_ids": ids[:, at : at + 1], "position_ids": position, "use_cache": True}
+            found.append(called(**given_cache, **given(model, cache)).logits)
+        return found
+
+    with torch.no_grad():
+        want, found = run(model), run(torch.compile(model, fullgraph=True, backend=backend))
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True)) and 1 <= len(graphs) <= 2
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
 def test_inductor(tmp_path: Path) -> None:
     """One graph with kernels of the compiler's own around the operators; in float32 it rounds where eager does."""

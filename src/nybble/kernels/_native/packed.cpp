@@ -43,6 +43,7 @@ struct Weight {
     int64_t row_blocks;  // blocks in a row
     int64_t row_share;   // rows that share a block
     int64_t affine;      // has a zero point or an offset
+    int64_t exact;       // bfloat16 holds the values, less a zero point, if any
     float base;
     int32_t flip;
     Side scale, zero, offset;
@@ -236,6 +237,23 @@ namespace avx512 {
 #else
 #pragma GCC pop_options
 #endif
+#if (defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10)  // that know AVX-512 BF16
+#define BF16 1
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx2,fma")
+#endif
+namespace bfloat16 {
+#include "bfloat16.inc"
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
 #endif
 
 int best() {
@@ -246,6 +264,17 @@ int best() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 2;
 #endif
     return 0;
+}
+
+// Besides AVX-512, products of bfloat16 and bytes picked anywhere (VBMI).
+bool has_bfloat16() {
+#ifdef BF16
+    unsigned a, b, c, d;
+    const bool products = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    return best() == 3 && products && __builtin_cpu_supports("avx512vbmi");
+#else
+    return false;
+#endif
 }
 
 // GCC 11 and later know its name only from some minor versions on.
@@ -274,6 +303,14 @@ Part pick(const Weight& w, int isa) {
     if (set == 2) return avx2::pick(w);
 #endif
     return portable::pick(w);
+}
+
+// For products of rows of bfloat16, with an x that `bfloat16::arrange` made; null: by floats.
+Part pick_bfloat16(const Weight& w, int isa) {
+#ifdef BF16
+    if (isa >= 4 && has_bfloat16()) return bfloat16::pick(w);
+#endif
+    return nullptr;
 }
 
 // Whether four bits are multiplied 64 columns at a time, with an x in the order of `nibble_place`.
@@ -322,16 +359,73 @@ void work(void* given) {
 #include "decoder.inc"
 #include "step.inc"
 
-}  // namespace
-
 typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel
+
+int over_rows(const Weight& w, const Call& call, Part part, int64_t from, int64_t threads, Parallel parallel) {
+    int64_t block = 16384 / (w.k ? w.k : 1);
+    block = block < 8 ? 8 : block / 8 * 8;
+    Work job = {&w, &call, part, block, from, 0};
+    if (threads > 1 && parallel && call.to - from > block) parallel(work, &job, (unsigned)threads, 0);
+    else work(&job);
+    return job.failed;
+}
+
+// Where lines of the cache begin, or every load would touch two; null where there is no memory.
+void* zeros(size_t bytes) {
+    void* made = nullptr;
+    if (posix_memalign(&made, 64, bytes)) return nullptr;
+    return memset(made, 0, bytes);
+}
+
+// call.m rows of x times W, where they are of bfloat16 as such; 0, or 1 where there is no memory.
+int multiply(const Weight& w, const void* x, int64_t x_dtype, bool of_bfloat16, Call call, int64_t from, int64_t threads,
+             int64_t isa, Parallel parallel) {
+    const int use = isa < best() ? (int)isa : best();
+    void* own = nullptr;
+    Part part = of_bfloat16 ? pick_bfloat16(w, (int)isa) : nullptr;
+    if (part) {
+#ifdef BF16
+        call.stride = (w.k + 127) / 128 * 128;
+        own = zeros(sizeof(uint16_t) * (call.m + 3) * call.stride);
+        if (!own) return 1;
+        bfloat16::arrange(w, x, x_dtype, call.m, call.stride, (uint16_t*)own);
+        call.x = (const float*)own;
+#endif
+    } else {
+        part = pick_product(w, use);
+        const int64_t tile = call.m == 1 ? 1 : call.m <= 4 ? 4 : (call.m + 7) / 8 * 8;
+        const bool turned = by_nibbles(w, use);
+        if (x_dtype == FLOAT32 && w.k % 16 == 0 && tile == call.m && !turned) call.x = (const float*)x;
+        else {
+            float* floats = (float*)zeros(sizeof(float) * tile * call.stride);
+            if (!floats) return 1;
+            const int64_t side = tile < 8 ? tile : 8;  // rows of a tile, whose 64 columns lie together
+            int place[64];
+            for (int i = 0; i < 64; ++i) place[i] = turned ? nibble_place(i) : i;
+            for (int64_t i = 0; i < call.m; ++i)
+                for (int64_t j = 0; j < w.k; ++j) {
+                    const int64_t at = turned ? i / side * side * call.stride + (j / 64 * side + i % side) * 64 + j % 64 : i * call.stride + j;
+                    floats[at] = float_of(x, x_dtype, i * w.k + j / 64 * 64 + place[j % 64]);
+                }
+            call.x = floats, own = floats;
+        }
+    }
+    const int failed = over_rows(w, call, part, from, threads, parallel);
+    free(own);
+    return failed;
+}
+
+}  // namespace
 
 extern "C" {
 
-int nybble_isa() { return best(); }
+// 0: any processor; 2: AVX2; 3: AVX-512; 4: with products of bfloat16.
+int nybble_isa() { return has_bfloat16() ? 4 : best(); }
 
-// The set of instructions that nybble_run multiplies with.
-int nybble_set(const Weight* w, int64_t isa) { return set_of(*w, isa < best() ? (int)isa : best()); }
+// The set of instructions that nybble_run multiplies with; 4 is for rows of bfloat16, others take the next.
+int nybble_set(const Weight* w, int64_t isa) {
+    return pick_bfloat16(*w, (int)isa) ? 4 : set_of(*w, isa < best() ? (int)isa : best());
+}
 
 // Fills in what follows from the rest; 0, or 1 where the weight is none that this library multiplies with.
 int nybble_prepare(Weight* w) {
@@ -359,31 +453,9 @@ int nybble_prepare(Weight* w) {
 // 0, or 1 where there is no memory.
 int nybble_run(const Weight* w, const void* x, int64_t x_dtype, int64_t m, const float* bias, void* out, int64_t dtype,
                int64_t from, int64_t to, int64_t threads, int64_t isa, Parallel parallel) {
-    Call call = {nullptr, m, 16 * w->steps, bias, out, dtype, w->n, to};
-    const int use = isa < best() ? (int)isa : best();
-    float* own = nullptr;
-    if (x) {
-        const int64_t tile = m == 1 ? 1 : m <= 4 ? 4 : (m + 7) / 8 * 8;
-        const bool turned = by_nibbles(*w, use);
-        if (x_dtype == FLOAT32 && w->k % 16 == 0 && tile == m && !turned) call.x = (const float*)x;
-        else {
-            own = (float*)calloc(tile * call.stride, sizeof(float));
-            if (!own) return 1;
-            int place[64];
-            for (int i = 0; i < 64; ++i) place[i] = turned ? nibble_place(i) : i;
-            for (int64_t i = 0; i < m; ++i)
-                for (int64_t j = 0; j < w->k; ++j)
-                    own[i * call.stride + j] = float_of(x, x_dtype, i * w->k + j / 64 * 64 + place[j % 64]);
-            call.x = own;
-        }
-    }
-    int64_t block = 16384 / (w->k ? w->k : 1);
-    block = block < 8 ? 8 : block / 8 * 8;
-    Work job = {w, &call, x ? pick_product(*w, use) : pick(*w, use), block, from, 0};
-    if (threads > 1 && parallel && to - from > block) parallel(work, &job, (unsigned)threads, 0);
-    else work(&job);
-    free(own);
-    return job.failed;
+    const Call call = {nullptr, m, 16 * w->steps, bias, out, dtype, w->n, to};
+    if (!x) return over_rows(*w, call, pick(*w, isa < best() ? (int)isa : best()), from, threads, parallel);
+    return multiply(*w, x, x_dtype, x_dtype == BFLOAT16, call, from, threads, isa, parallel);
 }
 
 // Some rows' values, row ids[i] in the i-th place of out [count, k]; 0, or 1 where there is no memory.
@@ -494,7 +566,8 @@ int nybble_decode(const Decoder* given, float* x, int64_t m, int64_t position, i
                 math->round_all(d.dtype, rounded, m * p.w->k);
                 from = rounded;
             }
-            failed = nybble_run(p.w, from, FLOAT32, m, p.bias, to, FLOAT32, 0, p.w->n, threads, isa, parallel);
+            const Call call = {nullptr, m, 16 * p.w->steps, p.bias, to, FLOAT32, p.w->n, p.w->n};
+            failed = multiply(*p.w, from, FLOAT32, d.dtype == BFLOAT16, call, 0, threads, isa, parallel);
         }
         math->round_all(d.dtype, to, m * p.w->n);
     };
