@@ -184,7 +184,7 @@ def _network(job: Job, step: TransformStep, data: Data) -> Network:
     return Network(
         model=model.eval(), adapter=job.adapter, targets=targets, products=job.products, samples=count,
         batch=batch, wanted=None if asked == "next-token" else _float_output(job),
-        seed=job.settings.seed, speaks=job.adapter.reads == "tokens" and job.adapter.head is not None,
+        seed=job.settings.seed, speaks=job.tells_next and job.adapter.head is not None,
     )  # fmt: skip
 
 
@@ -303,7 +303,7 @@ def samples_for(job: Job, step: Any, data: Data) -> Samples:
 
 def _tells_next_token(step: Any, job: Job, model: nn.Module) -> bool:
     asked = getattr(step, "loss", "auto")
-    return asked == "next-token" or (asked == "auto" and job.adapter.reads == "tokens")
+    return asked == "next-token" or (asked == "auto" and job.tells_next)
 
 
 def _float_output(job: Job) -> Callable[[Mapping[str, Tensor]], Tensor]:

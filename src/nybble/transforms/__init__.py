@@ -53,7 +53,10 @@ class Transform(ABC):
         moves_stream: whether the hidden states between blocks are others afterwards, so that what is in no block is
             rewritten too.
         learns: whether its parameters are learned, once for the whole model, before the first block is run.
+        optional: leave the step out, with a line that says why, of a model in which it finds nothing.
     """
+
+    optional: bool = False
 
     reads_inputs: ClassVar[bool] = True
     required: ClassVar[bool] = True

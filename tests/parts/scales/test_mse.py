@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import SchemeError, UsageError
+from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 from nybble.recipe import load_recipe
 from nybble.scales import parse_scale_rule
@@ -81,7 +82,7 @@ def test_recipes_that_set_a_rule_keep_the_offset(recipe: str, line: str) -> None
     solved = solver.solve(
         [Weight(name="w", matrix=weight, quantizer=quantizer)], Stats(second_moment=x.T @ x / 64, inputs=x)
     )[0]
-    assert solved.weight.params.offset is not None  # type: ignore[union-attr]
+    assert isinstance(solved.weight, BlockQTensor) and solved.weight.params.offset is not None
     if "mse" in str(chosen.scale):
         assert solved.error <= solved.rtn_error
 

@@ -146,7 +146,7 @@ class Finish(TrainStep):
             model: float, perhaps without values.
             layers: its modules that will be quantized.
             samples: how many there will be to train on; None where nobody knows yet.
-            token_ids: as :attr:`Student.token_ids`.
+            token_ids: whether its tokens are its input, each of which tells the one before it.
 
         Raises:
             SchemeError: it would find nothing to learn. DataError: too few samples. ModelError: the model gives
