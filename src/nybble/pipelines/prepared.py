@@ -205,7 +205,7 @@ def _with_weights(job: Job, tensors: Mapping[str, Tensor]) -> Job:
 
 
 def _trained(job: Job, step: Preparation, data: Data, progress: Progress) -> dict[str, Tensor]:
-    """float32 parameters by full name, on the CPU: of everything that the scheme quantizes."""
+    """float32 parameters by full name, on the CPU: of everything that the scheme quantizes, or none at all."""
     first = _first_pass(job, data, progress)
     layers = {name: module for name, _, module in targets_in(first) if _is_layer(module)}
     count, batch = batches_of(job, samples_for(job, step, data))
@@ -221,7 +221,7 @@ def _trained(job: Job, step: Preparation, data: Data, progress: Progress) -> dic
     with products_in(job.products), evaluation_mode(first.model):
         changed = ranks.lead_makes(train, job.device)
     found: dict[str, Tensor] = {}
-    for name, target, module in targets_in(first):
+    for name, target, module in targets_in(first) if changed else ():  # else the float weights stay
         matrix = changed.get(name, _dense(module))
         if matrix is not None:
             found |= _parameters(job.model, name, target, matrix)

@@ -120,7 +120,8 @@ class Preparation(TrainStep):
         """Train.
 
         Returns:
-            by the names of ``trainee.layers``, the float weight of those that it changes: [out, in].
+            by the names of ``trainee.layers``, the float weight of those that it changes: [out, in]. Empty where it
+            was of no use: the network stays as it came.
 
         Raises:
             LearningError: a loss is no number.
