@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nybble.core.errors import DataError, UsageError
 from nybble.ops.blocks import dynamic_round, narrow_scale, scaled_round
-from nybble.ops.scaling import divided, guarded
+from nybble.ops.scaling import guarded
 from nybble.packing import get_layout
 from nybble.qtensor import Factored, Inverse, QTensor, QuantParams, block_view
 from nybble.qtensor.block import BlockQTensor
@@ -93,10 +93,10 @@ def _fit_as_stored(spec: Rule, blocks: Tensor, importance: Tensor | None, shape:
         if isinstance(inner, str):
             return narrow_scale(guarded(scale, spec.format), inner)
         if outer is None:
-            absmax = divided(blocks.abs().amax(1), spec.format.absmax).reshape(shape)
-            outer = _outer_of(over) or fit(inner, absmax, None)
+            whole = spec.scale.whole(blocks, spec.format, importance).reshape(shape)
+            outer = _outer_of(over) or fit(inner, whole, None)
             if spec.scale.judges_stored == "ratios":
-                wide = fit(inner.replace(scale_format="float32"), absmax, None)
+                wide = fit(inner.replace(scale_format="float32"), whole, None)
         return fake_quantize(inner, scale.reshape(shape), wide or outer, None).reshape(-1, 1)
 
     rule: Any = spec.scale

@@ -4,6 +4,7 @@ name: llm-fp4
 summary: what it does, in a line
 source: paper, year, arXiv number
 scheme: W4A16_E2M1                  # a preset's name or a mapping; --scheme and --weights override it
+convolutions: int8 plane            # inputs of convolutions where they can't have the scheme's; none: float
 steps:                              # train* transform* solver reconstruction* correction* train*; any may be missing
   - train: restorative-lora         # of the whole model: in front of all else or, as distill, behind it
   - transform: smooth
@@ -28,6 +29,7 @@ from typing import Any
 
 from nybble.core.errors import NybbleError, SchemeError, UsageError, did_you_mean, within
 from nybble.core.registry import PluginWarning, Registry
+from nybble.quantizer import Quantizer
 from nybble.recipes import REGISTRY, check_recipe_name, recipe_for
 from nybble.scheme import Scheme, parse_scheme
 
@@ -40,6 +42,8 @@ ROOMS = {
 }
 """Kinds of steps, in the order in which they make sense: the folder of the parts, and what one is called."""
 KINDS = tuple(ROOMS)
+FLOAT = "none"
+"""What stands for no quantizer."""
 _WHY = {
     ("solver", "transform"): "the transform would rewrite weights that are codes by then",
     ("reconstruction", "transform"): "the transform would rewrite weights whose rounding was learned",
@@ -67,13 +71,19 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A named method: steps over a scheme."""
+    """A named method: steps over a scheme.
+
+    Attributes:
+        convolutions: a quantizer line, or ``none`` for float: what inputs of convolutions get where they can't have the
+            scheme's. Empty: that is an error.
+    """
 
     name: str
     scheme: Scheme
     steps: tuple[Step, ...]
     summary: str = ""
     source: str = ""
+    convolutions: str = ""
 
     @property
     def solver(self) -> Step:
@@ -104,6 +114,7 @@ class Recipe:
             "summary": self.summary,
             "source": self.source,
             "scheme": self.scheme.to_dict(),
+            **({"convolutions": self.convolutions} if self.convolutions else {}),
             "steps": steps,
         }
 
@@ -159,7 +170,7 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
     """
     if not isinstance(data, Mapping):
         raise SchemeError(f"{where}: a recipe is a mapping with scheme and steps; got {type(data).__name__}.")
-    known = ("name", "summary", "source", "scheme", "steps")
+    known = ("name", "summary", "source", "scheme", "convolutions", "steps")
     for key in data:
         if key not in known:
             raise SchemeError(f"{where}: a recipe has no key {key!r}.{did_you_mean(str(key), known)}")
@@ -177,13 +188,23 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
         steps = (*steps[:first], Step(kind="solver", name="rtn", options={}), *steps[first:])
     with within(where):
         scheme = parse_scheme(data["scheme"])
+        convolutions = _convolutions(data.get("convolutions"))
     return Recipe(
         name=str(data.get("name", where)),
         scheme=scheme,
         steps=steps,
         summary=str(data.get("summary", "")),
         source=str(data.get("source", "")),
+        convolutions=convolutions,
     )
+
+
+def _convolutions(line: Any) -> str:
+    if line is None or line == FLOAT:
+        return line or ""
+    if not isinstance(line, str):
+        raise SchemeError(f"convolutions is a quantizer line such as 'int8 plane', or none; got {line!r}.")
+    return str(Quantizer(line))
 
 
 def check_order(steps: Sequence[Step], where: str = "recipe") -> None:

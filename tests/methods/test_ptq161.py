@@ -318,7 +318,7 @@ def test_a_solvers_codes_are_kept() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ preprocessing
-TRAIN: dict[str, Any] = {"steps": 2, "rank": 4, "rate": 1e-2}
+TRAIN: dict[str, Any] = {"steps": 2, "rank": 4, "rate": 1e-2, "held": 0}
 FEW: dict[str, Any] = {"steps": 2}
 ONE: dict[str, Any] = {"num_hidden_layers": 1, "dtype": torch.float32}
 
@@ -368,6 +368,26 @@ def test_off_is_the_single_pass(tmp_path: Path) -> None:
     on = nybble.quantize(source, recipe(TRAIN, **FEW), ids, settings=SETTINGS)[0].state_dict()
     assert on.keys() == found[0].keys()
     assert any(not torch.equal(on[name], found[0][name]) for name in on)
+
+
+def test_adapters_that_gain_nothing_on_samples_held_back_are_not_kept(tmp_path: Path) -> None:
+    """The single pass then, in memory and from a folder; with ``held: 0`` whatever they came to."""
+    torch.set_num_threads(1)
+    ids = tokens(0, 8)
+    source = str(save_tiny(tmp_path / "model", **ONE))
+    wild = {**TRAIN, "rate": 0.3}
+    made = {held: recipe({**wild, "held": held}, **FEW) for held in (0, 0.25)}
+    off = nybble.quantize(source, recipe(**FEW), ids, settings=SETTINGS)[0].state_dict()
+    kept, judged = (nybble.quantize(source, each, ids, settings=SETTINGS)[0].state_dict() for each in made.values())
+    assert all(torch.equal(judged[name], off[name]) for name in off)
+    assert any(not torch.equal(kept[name], off[name]) for name in off)
+    recipes = (recipe(**FEW), made[0.25])
+    memory = [nybble.quantize(tiny_model(**ONE), each, ids, settings=SETTINGS)[0] for each in recipes]
+    for name, tensor in memory[0].state_dict().items():
+        assert torch.equal(memory[1].state_dict()[name], tensor), name
+    _, report = nybble.quantize(source, made[0.25], ids, out=tmp_path / "out", settings=SETTINGS)
+    loaded = nybble.load(tmp_path / "out")[0].state_dict()
+    assert all(torch.equal(loaded[name], off[name]) for name in off) and report.layers
 
 
 def test_trained_from_a_folder_killed_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,18 +33,17 @@ SHIFTED = {
     "uint4": "uint4 shifted: " + FACTORS.format("shifted", "column", "minmax"),
     "udybit4": "udybit4 has no exponent to take the shifts' width from; say shifted=3.",
 }
-OFFSET = "keeps a real offset, which scale=absmax does not search; use recipe rtn."
 
 
 def expected(recipe: str, name: str, granularity: str) -> str:
-    """The rules, by hand: factors are for absmax alone, and a recipe that sets another scale keeps no real offset."""
+    """The rules, by hand: factors are for absmax alone."""
     if granularity == "rank1":
         if recipe == "fp-baseline":
             return RANK1_SEARCH
         return {"uint4": RANK1_MINMAX, "udybit4": RANK1_OFFSET}.get(name, "")
     if granularity == "shifted" and name in SHIFTED:
         return SHIFTED[name]
-    return OFFSET if (recipe, name) == ("minmax-fp", "udybit4") else ""
+    return ""
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,7 @@ def _check(job: Job, step: Finish) -> None:
     layers = [job.model.get_submodule(name) for name in targets]
     known, own = job.tokens or job.taught, bool(getattr(step, "samples", 0))  # of its own: read when it begins
     count = None if known is None or own else len(next(iter(known.inputs.values())))
-    step.check(job.model, layers, count, token_ids=tells_tokens(job))
+    step.check(job.model, layers, count, token_ids=job.tells_next)
 
 
 def without_spare(job: Job, begun: Mapping[str, Any] | None = None) -> Job:
@@ -89,7 +89,9 @@ def without_spare(job: Job, begun: Mapping[str, Any] | None = None) -> Job:
     if not lines:
         return job
     recipe = replace(job.recipe, steps=tuple(kept))
-    return replace(job, recipe=recipe, spared=tuple(lines), taught=job.taught if make_finishes(recipe) else None)
+    return replace(
+        job, recipe=recipe, spared=(*job.spared, *lines), taught=job.taught if make_finishes(recipe) else None
+    )
 
 
 def _spares(job: Job, made: Finish, step: Step, begun: Mapping[str, Any] | None) -> str:

@@ -182,7 +182,7 @@ def _network(job: Job, step: TransformStep, data: Data) -> Network:
     return Network(
         model=model.eval(), adapter=job.adapter, targets=targets, products=job.products, samples=count,
         batch=batch, wanted=None if asked == "next-token" else _float_output(job),
-        seed=job.settings.seed, speaks=job.adapter.reads == "tokens" and job.adapter.head is not None,
+        seed=job.settings.seed, speaks=job.tells_next and job.adapter.head is not None,
     )  # fmt: skip
 
 
@@ -203,7 +203,7 @@ def _with_weights(job: Job, tensors: Mapping[str, Tensor]) -> Job:
 
 
 def _trained(job: Job, step: Preparation, data: Data, progress: Progress) -> dict[str, Tensor]:
-    """float32 parameters by full name, on the CPU: of everything that the scheme quantizes."""
+    """float32 parameters by full name, on the CPU: of everything that the scheme quantizes, or none at all."""
     first = _first_pass(job, data, progress)
     layers = {name: module for name, _, module in targets_in(first) if _is_layer(module)}
     count, batch = batches_of(job, samples_for(job, step, data))
@@ -219,7 +219,7 @@ def _trained(job: Job, step: Preparation, data: Data, progress: Progress) -> dic
     with products_in(job.products), evaluation_mode(first.model):
         changed = ranks.lead_makes(train, job.device)
     found: dict[str, Tensor] = {}
-    for name, target, module in targets_in(first):
+    for name, target, module in targets_in(first) if changed else ():  # else the float weights stay
         matrix = changed.get(name, _dense(module))
         if matrix is not None:
             found |= _parameters(job.model, name, target, matrix)
@@ -301,7 +301,7 @@ def samples_for(job: Job, step: Any, data: Data) -> Samples:
 
 def _tells_next_token(step: Any, job: Job, model: nn.Module) -> bool:
     asked = getattr(step, "loss", "auto")
-    return asked == "next-token" or (asked == "auto" and job.adapter.reads == "tokens")
+    return asked == "next-token" or (asked == "auto" and job.tells_next)
 
 
 def _float_output(job: Job) -> Callable[[Mapping[str, Tensor]], Tensor]:

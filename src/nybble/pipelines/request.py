@@ -113,6 +113,8 @@ def build_recipe(
     if ignore:
         chosen = replace(chosen, ignore=(*chosen.ignore, *ignore))
     _check_quick(asked)
+    if scheme is not None or activations is not None:
+        made = replace(made, convolutions="")  # what is asked for is had, or refused
     return made.with_scheme(chosen)
 
 

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from nybble.core.arithmetic import divided
 from nybble.core.errors import UsageError
 from nybble.core.registry import Registry
 from nybble.core.shapes import Float32, Integer
@@ -110,6 +111,18 @@ class ScaleRule(ABC):
             weight: importance of each element, >= 0, [blocks, elements] or broadcasting; None counts all alike. Padding
                 has weight 0.
         """
+
+    def whole(
+        self,
+        blocks: Float32[Tensor, "blocks elements"],
+        fmt: NumberFormat,
+        weight: Float32[Tensor, "#blocks #elements"] | None = None,
+    ) -> Float32[Tensor, "blocks 1"]:
+        """The scales that clip nothing: what a rule that judges scales as stored has their own scale fitted to.
+
+        Arguments as :meth:`fit`.
+        """
+        return divided(blocks.abs().amax(1, keepdim=True), fmt.absmax)
 
     def allowed(self, scale: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
         """The nearest scales that the rule could give, for scales that something else found: float32, positive."""

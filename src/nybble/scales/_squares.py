@@ -61,6 +61,8 @@ def solve(
     parts = [torch.cat(column) for column in zip(*kept, strict=True)]
     scale, offset = (torch.empty(count, 1, dtype=torch.float32, device=blocks.device) for _ in range(2))
     scale[groups.reshape(-1)], offset[groups.reshape(-1)] = parts[0], parts[1]
+    top = torch.finfo(torch.float32).max
+    scale = torch.where(blocks.isfinite().all(1, keepdim=True), scale.clamp(-top, top), scale)
     outer, offset_outer = parts[2][:, 0], parts[3][:, 0]
     return BlockParams(
         scale,

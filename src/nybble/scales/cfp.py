@@ -20,7 +20,7 @@ from nybble.core.arithmetic import divided
 from nybble.core.errors import UsageError
 from nybble.formats import NumberFormat
 from nybble.scales import BlockParams, ScaleRule
-from nybble.scales.minmax import fit_range
+from nybble.scales.minmax import ends, fit_range
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,18 +33,26 @@ class Cfp(ScaleRule):
     Attributes:
         coarse: lambda1. fine: lambda2.
         asymmetric: the range around an integer zero point.
+        offset: any range, with a real offset.
     """
 
     coarse: float = 1.5
     fine: float = 1.0
     asymmetric: bool = False
+    offset: bool = False
 
     def __post_init__(self) -> None:
         check_lambdas(self.coarse, self.fine)
+        if self.asymmetric and self.offset:
+            raise UsageError("cfp(asymmetric=true,offset=true): a range has an integer zero point or a real offset.")
 
     @property
     def needs_integer(self) -> bool:  # noqa: D102
         return self.asymmetric
+
+    @property
+    def has_offset(self) -> bool:  # noqa: D102
+        return self.offset
 
     def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
         import torch
@@ -55,6 +63,11 @@ class Cfp(ScaleRule):
         else:
             real = magnitudes[weight.expand_as(blocks) > 0]
         cut = largest_reserved(real, self.coarse, self.fine)
+        if self.offset:
+            low, high = ends(blocks, weight)
+            some = (low < cut) & (high > -cut)  # a block beyond the cut altogether is what its offset is for
+            low, high = (torch.where(some, end.clamp(-cut, cut), end) for end in (low, high))
+            return fit_range(low, high, fmt, offset=True)
         if self.asymmetric:
             low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
             return fit_range(torch.maximum(low, -cut), torch.minimum(high, cut), fmt, offset=False)

@@ -33,14 +33,19 @@ class MinMax(ScaleRule):
         return self.offset
 
     def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
-        import torch
+        return fit_range(*ends(blocks, weight), fmt, self.offset)
 
-        if weight is None:
-            low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
-        else:  # padding takes no part
-            low = torch.where(weight > 0, blocks, torch.inf).amin(1, keepdim=True)
-            high = torch.where(weight > 0, blocks, -torch.inf).amax(1, keepdim=True)
-        return fit_range(low, high, fmt, self.offset)
+
+def ends(blocks: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each block, [blocks, 1]; what has weight 0 (padding) takes no part."""
+    import torch
+
+    if weight is None:
+        return blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
+    real = weight > 0
+    real = real | ~real.any(1, keepdim=True)  # of a block where nothing counts, all values do
+    low = torch.where(real, blocks, torch.inf).amin(1, keepdim=True)
+    return low, torch.where(real, blocks, -torch.inf).amax(1, keepdim=True)
 
 
 def fit_range(low: Tensor, high: Tensor, fmt: NumberFormat, offset: bool) -> BlockParams:
@@ -59,11 +64,13 @@ def fit_range(low: Tensor, high: Tensor, fmt: NumberFormat, offset: bool) -> Blo
 
 
 def _divided(high: Tensor, low: Tensor, span: float) -> Tensor:
-    """``(high - low) / span``, also where the difference overflows."""
+    """``(high - low) / span``, also where the difference overflows, and at most float32's largest."""
     import torch
 
     width = high - low
-    return torch.where(width.isfinite(), divided(width, span), divided(high, span) - divided(low, span))
+    found = torch.where(width.isfinite(), divided(width, span), divided(high, span) - divided(low, span))
+    real = low.isfinite() & high.isfinite()
+    return torch.where(real, found.clamp(max=torch.finfo(torch.float32).max), found)
 
 
 PART = MinMax

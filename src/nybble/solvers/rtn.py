@@ -37,10 +37,8 @@ class Rtn(Solver):
         if self.scale:
             rule = parse_scale_rule(self.scale)
             if quantizer.scale.has_offset:
-                raise SchemeError(
-                    f"{quantizer} keeps a real offset, which scale={self.scale} does not search; use recipe rtn."
-                )
-            if quantizer.scale.needs_integer:
+                rule = _with_offset(rule, quantizer)
+            elif quantizer.scale.needs_integer:
                 rule = _around_zero_point(rule, quantizer)
             quantizer = quantizer.replace(scale=rule)
         if self.weighted and not _searches(quantizer):
@@ -93,6 +91,22 @@ def _around_zero_point(rule: ScaleRule, quantizer: Quantizer) -> ScaleRule:
     raise SchemeError(
         f"{quantizer} keeps an integer zero point, and scale={rule} finds none; use scale: absmax, mse or cfp, or a "
         "weight line without symmetric=false."
+    )
+
+
+def _with_offset(rule: ScaleRule, quantizer: Quantizer) -> ScaleRule:
+    """The rule for ranges with a real offset.
+
+    Raises:
+        SchemeError: it finds a scale alone.
+    """
+    if isinstance(rule, AbsMax):
+        return MinMax(offset=True)
+    if hasattr(rule, "offset"):
+        return replace(rule, offset=True)  # type: ignore[call-arg]
+    raise SchemeError(
+        f"{quantizer} keeps a real offset, and scale={rule} finds none; use scale: absmax, mse, cfp, mean or "
+        "least-squares, or recipe rtn."
     )
 
 

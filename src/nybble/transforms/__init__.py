@@ -54,7 +54,10 @@ class Transform(ABC):
             rewritten too.
         rotates_inputs: whether layers are quantized behind a rotation of their inputs, which stays in the model.
         learns: whether its parameters are learned, once for the whole model, before the first block is run.
+        optional: leave the step out, with a line that says why, of a model in which it finds nothing.
     """
+
+    optional: bool = False
 
     reads_inputs: ClassVar[bool] = True
     required: ClassVar[bool] = True

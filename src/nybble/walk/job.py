@@ -29,6 +29,7 @@ from nybble.scheme import in_short
 from nybble.solvers import Solver
 from nybble.walk.estimate import Estimate, estimate, with_layers
 from nybble.walk.fitting import fitting
+from nybble.walk.giving_way import giving_way
 from nybble.walk.plan import Plan, make_plan
 from nybble.walk.settings import DEFAULT_SAMPLES, Settings
 from nybble.walk.steps import BlockStep, Load, Subject
@@ -57,7 +58,7 @@ class Job:
             learns from; None where there is none.
         times: seconds of what was learned, by the window's name, in order.
         load: the sizes that the estimate is of.
-        spared: lines about optional trainings that are left out.
+        spared: lines about what gave way to the model: optional steps that are left out, inputs of convolutions.
         outside_sees: whether what is in no block wants its inputs.
         targets: who is to load what will be exported; the scheme keeps to what they hold.
         kept_to: the form of files that it keeps to as well; empty for none.
@@ -99,8 +100,9 @@ class Job:
     ) -> Job:
         """Check the request against the model; nothing heavy runs. ``kept``: the result stays in memory."""
         device, dtype = settings.place(model if source is None else None)
-        subject, steps, paths = _planned(model, adapter_for(model), recipe)
-        adapter = subject.adapter
+        asked, adapter = recipe, adapter_for(model)
+        recipe, given_way = giving_way(model, adapter, asked)
+        subject, steps, paths = _planned(model, adapter, recipe)
         left_out: list[BlockStep] = []
         main, usual = getattr(model, "main_input_name", "input_ids"), isinstance(data, str) and data == "builtin"
         heard = usual and adapter.reads in TEXTS and main.startswith("input_") and main != "input_ids"  # sound
@@ -134,8 +136,9 @@ class Job:
             one = kind.batch(tokens.inputs, 0, 1, "cpu").inputs
             fault = None if adapter.whole or adapter.convolutional or not needs else chain_fault(model, adapter, one)
             if fault is not None:
-                subject, steps, paths = _planned(model, whole_adapter(model, str(fault).rstrip(".")), recipe)
-                adapter = subject.adapter
+                adapter = whole_adapter(model, str(fault).rstrip("."))
+                recipe, given_way = giving_way(model, adapter, asked)
+                subject, steps, paths = _planned(model, adapter, recipe)
         taught, tokens = tokens if finishes else None, tokens if needs else None
         for module_kind in subject.plan.kinds:
             module_kind.prepare(model)
@@ -148,8 +151,13 @@ class Job:
         return Job(
             model, adapter, source, recipe, steps, paths if tokens is not None else frozenset(), needs, subject.plan,
             settings, device, dtype, products, tokens, cost, load, sees, left_out=tuple(step.name for step in left_out),
-            taught=taught,
+            spared=given_way, taught=taught,
         )  # fmt: skip
+
+    @property
+    def tells_next(self) -> bool:
+        """Whether its tokens are its input, so that each is told by those before it."""
+        return self.adapter.reads == "tokens" and getattr(self.model, "main_input_name", "input_ids") == "input_ids"
 
     @property
     def transforms(self) -> list[BlockStep]:

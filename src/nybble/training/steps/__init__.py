@@ -120,7 +120,8 @@ class Preparation(TrainStep):
         """Train.
 
         Returns:
-            by the names of ``trainee.layers``, the float weight of those that it changes: [out, in].
+            by the names of ``trainee.layers``, the float weight of those that it changes: [out, in]. Empty where it
+            was of no use: the network stays as it came.
 
         Raises:
             LearningError: a loss is no number.
@@ -146,7 +147,7 @@ class Finish(TrainStep):
             model: float, perhaps without values.
             layers: its modules that will be quantized.
             samples: how many there will be to train on; None where nobody knows yet.
-            token_ids: as :attr:`Student.token_ids`.
+            token_ids: whether its tokens are its input, each of which tells the one before it.
 
         Raises:
             SchemeError: it would find nothing to learn. DataError: too few samples. ModelError: the model gives
