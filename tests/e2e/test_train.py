@@ -263,7 +263,6 @@ def reported(out: Path) -> None:
     assert not out.with_name("other.html").exists()
 
 
-@pytest.mark.skipif(not hasattr(nybble.optim, "PagedAdamW32bit"), reason="no paged states here")
 def test_with_the_papers_paged_adamw_it_is_the_same(folder: Path, tmp_path: Path) -> None:
     outs = {name: tmp_path / name for name in ("AdamW state=none", "PagedAdamW32bit")}
     for line, out in outs.items():

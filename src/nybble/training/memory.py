@@ -64,6 +64,7 @@ class _Allocator:
     def read(self) -> tuple[int, int, int]:
         """Requested, allocated, and the most since the last call."""
         torch.cuda.synchronize(self.device)
+        torch.empty(1, device=self.device)  # what other streams have used is only taken back at an allocation
         stats = torch.cuda.memory_stats(self.device)
         allocated, peak = (stats[f"allocated_bytes.all.{when}"] for when in ("current", "peak"))
         torch.cuda.reset_peak_memory_stats(self.device)

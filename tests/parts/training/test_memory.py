@@ -36,7 +36,7 @@ def test_every_byte_has_its_part(name: str) -> None:
     model = tiny_model(dtype=torch.float32).train()
     size = sum(p.numel() for p in model.parameters())
     kind: Any = torch.optim.AdamW if name == "torch" else getattr(nybble.optim, name)
-    optimizer = kind(model.parameters(), **({} if name in ("torch", "AdamW32bit") else {"min_size": 0}))
+    optimizer = kind(model.parameters(), **({} if name in ("torch", "AdamW32bit") else {"min_size": 0, "fused": False}))
     moments = moments_of(model, optimizer)
     assert [moment.name for moment in moments] == ["before", "forward", "backward", "step", "cleared"]
     ids, count = 2 * 24 * 8, 8 * len(list(model.parameters()))
@@ -79,7 +79,7 @@ def test_frozen_packed_and_shared() -> None:
         value: Tensor = model.head(model.middle(model.table(torch.arange(50)))).square().mean()
         return value
 
-    moments, _ = measure_step(model, nybble.optim.SGD8bit(model.table.parameters(), momentum=0.9), loss)
+    moments, _ = measure_step(model, nybble.optim.SGD8bit(model.table.parameters(), momentum=0.9, fused=False), loss)
     parts = moments[-1].parts
     assert parts["packed"] == packed.nbytes() == 64 * 64 // 2 + 2 * 128
     assert parts["trained"] == 4 * 50 * 64 and parts["frozen"] == 4 * 50
