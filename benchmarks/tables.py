@@ -263,6 +263,40 @@ def qlora() -> str:
     )
 
 
+def optimizer_speed() -> str:
+    """A step of low-bit optimizers beside others'."""
+    data = _load("optimizers")
+    sizes = list(dict.fromkeys(row["size"] for row in data["rows"]))
+    found = {(row["optimizer"], row["size"]): row for row in data["rows"]}
+    rows = []
+    for name in dict.fromkeys(row["optimizer"] for row in data["rows"]):
+        each = [found.get((name, size)) for size in sizes]
+        kept = next(row["bytes"] for row in each if row is not None)
+        rows.append([name, f"{kept:.2f}", *("" if row is None else f"{row['ms']:.2f}" for row in each)])
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items() if name != "nybble")
+    columns = ("optimizer", "bytes of state a parameter", *(f"ms: {size}" for size in sizes))
+    return table(columns, rows) + f"\n{data['hardware']['gpu']}, {versions}.\n"
+
+
+def training_memory() -> str:
+    """Gigabytes of a step by part, behind the update, beside what torch's allocator says."""
+    data = _load("training_memory")
+    steps = {f"all weights, {name}": step for name, step in data["all weights"].items()}
+    steps[f"LoRA over {data['qlora']['parameters'] / 1e9:.0f}B in NF4 + DQ, paged AdamW"] = data["qlora"]
+    parts = ("packed", "frozen", "trained", "gradients", "states")
+    rows = []
+    for name, step in steps.items():
+        moments = {moment["name"]: moment for moment in step["moments"]}
+        told = moments["step"]
+        numbers = (*(told["parts"][part] for part in parts), moments["forward"]["parts"]["activations"])
+        numbers = (*numbers, told["host"], told["other"], told["requested"], step["peak"])
+        rows.append([name, *(f"{number / 1e9:.3f}" for number in numbers)])
+    columns = ("step", *parts, "activations, behind forward", "states on the host", "in no part", "all", "peak")
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items() if name != "nybble")
+    said = f"GB; one sequence of {data['tokens']} tokens, bfloat16; {data['machine']['gpu']}, {versions}."
+    return f"{table(columns, rows)}\n{said}\n"
+
+
 def optimizer_quality() -> str:
     """Held-out losses of low-bit optimizers beside 32-bit ones."""
     sys.path.insert(0, str(ROOT))  # run as a script, which finds its own folder alone
@@ -283,7 +317,7 @@ TABLES: dict[str, Callable[[], str]] = {
         f.__name__: f
         for f in (demo, gptq, fake_quantize, speed, memory, minilm, vit, cnn, composition, onnx_layers, qlora)
     },
-    "optimizer_quality": optimizer_quality,
+    **{f.__name__: f for f in (optimizer_quality, optimizer_speed, training_memory)},
     **registries.TABLES,
 }
 
