@@ -224,11 +224,11 @@ def test_a_window_larger_than_the_memory_says_how_much(
 class Weighed(TransformStep):
     """Holds 1000 bytes of a block, takes 10 while it runs it and others when it doesn't, and does nothing."""
 
-    def __init__(self, window: int, alone: int = 0) -> None:
-        self.window, self.alone = window, alone
+    def __init__(self, window: int, alone: int = 0, learning: int = 0) -> None:
+        self.window, self.alone, self.learning = window, alone, learning
 
     def cost(self, subject: Subject, targets: Any, load: Load) -> Cost:
-        return Cost(held=1000, peak=10, alone=self.alone)
+        return Cost(held=1000, learning=self.learning, peak=10, alone=self.alone)
 
 
 @pytest.mark.parametrize(("window", "together"), [(1, 1), (2, 2), (3, 2)])
@@ -256,6 +256,8 @@ def test_what_is_needed_when_no_block_runs_does_not_add_up_with_what_a_block_nee
     load = Load(samples=4, seq_len=16, batch=2, dtype=torch.float32, source_bytes=4)
     found = [estimate(subject, [Weighed(1, alone)], load, 1e9).window for alone in (0, 5, 10**9, 10**9 + 7)]
     assert found[0] == found[1] < 10**9 < found[2] == found[3] - 7
+    steps = [Weighed(1, learning=7), Weighed(1, learning=70), Weighed(1)]  # they learn one after the other
+    assert estimate(subject, steps, load, 1e9).window == found[0] + 2 * 1000 + 70
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import ModelError
+from nybble.core.memory import trim_much
 from nybble.data.kinds import data_kind
 from nybble.models.adapter import Adapter, Flow, adapter_for
 from nybble.nn.kv_model import no_cache
@@ -46,6 +47,7 @@ class BlockCall:
 
     def run(self, block: nn.Module, given: Tensors) -> dict[str, Tensor]:
         """Call ``block`` as the model would, on these tensors; return those in front of the next block."""
+        trim_much()
         named, args = dict(self.kwargs), list(self.args)
         for flow in self.flows:
             if flow.name in given and not (flow.once and self.index == 0):

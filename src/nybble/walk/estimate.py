@@ -90,10 +90,10 @@ def estimate(subject: Subject, steps: Sequence[BlockStep], load: Load, flops: fl
 
 
 def _block_cost(subject: Subject, steps: Sequence[BlockStep], targets: Sequence[Target], load: Load) -> Cost:
-    """Of all steps on one block: what they hold adds up, what they need while running doesn't."""
+    """Of all steps on one block: what they hold adds up, what they need while running or learning doesn't."""
     costs = [step.cost(subject, targets, load) for step in steps]
     return Cost(
-        held=sum(cost.held for cost in costs),
+        held=sum(cost.held for cost in costs) + max((cost.learning for cost in costs), default=0),
         peak=max((cost.peak for cost in costs), default=0),
         alone=max((cost.alone for cost in costs), default=0),
         flops=sum(cost.flops for cost in costs),

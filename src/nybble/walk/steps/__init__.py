@@ -70,12 +70,14 @@ class Cost:
     """What a step takes for one block.
 
     Attributes:
-        held: bytes that stay while the block is worked on. peak: bytes while the step runs the block. alone: bytes at
-            other times, when nothing is there of what a block has inside. flops: multiply-adds x 2.
+        held: bytes that stay while the block is worked on. learning: bytes that stay while this step works on it.
+        peak: bytes while the step runs the block. alone: bytes at other times, when nothing is there of what a block
+            has inside. flops: multiply-adds x 2.
         stored: bytes of quantized weights that it adds to the file.
     """
 
     held: int = 0
+    learning: int = 0
     peak: int = 0
     alone: int = 0
     flops: float = 0.0

@@ -115,7 +115,7 @@ class ReconstructionStep(BlockStep):
         # with a transform every weight is rewritten in float32, with what its gradient needs
         rewritten = 0 if self.reconstruction.block is None else 16
         return Cost(
-            held=(4 + 2 * 16 + 4 + 8 + rewritten) * elements + running,
+            learning=(4 + 2 * 16 + 4 + 8 + rewritten) * elements + running,
             peak=kept // max(1, self.window),
             flops=2.0 * passes * elements * self.window / hop,
         )
