@@ -182,6 +182,20 @@ def test_what_changes_between_steps(device: str) -> None:
 
 
 @needed
+def test_groups_that_keep_other_states_from_now_on(device: str) -> None:
+    """A momentum that goes and comes again, weights rounded otherwise, another quantizer's floor."""
+    changes: list[dict[str, Any]] = [{"momentum": 0.0}, {"momentum": 0.5}, {"weights": "residual8"}]
+    changes += [{"weights": "nearest"}, {"min_size": 0}, {"keep_sign": True}]
+    pair = [build("sgd", device, torch.bfloat16, fused, momentum=0.9, min_size=1000) for fused in (True, False)]
+    for optimizer in pair:
+        train(optimizer, 0, 2)
+        for step, change in enumerate(changes):
+            optimizer.param_groups[0].update(change)
+            train(optimizer, 3 + step, 4 + step)
+    same(*pair)
+
+
+@needed
 def test_a_saved_state_is_not_written_into(device: str) -> None:
     """Neither by the one that was loaded from it, nor torch's copies of the other."""
     first = build("adamw", device, torch.bfloat16, True, weights="residual8")
