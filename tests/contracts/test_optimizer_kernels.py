@@ -181,6 +181,28 @@ def test_what_changes_between_steps(device: str) -> None:
     assert [int(state["step"]) for state in pair[0].state.values()] == [8, 7, 8, 8, 8, 8, 2]
 
 
+def test_random_numbers_are_drawn_for_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of all parameters together would be twice as large as these are."""
+    if library() is None:
+        pytest.skip("no C++ compiler")
+    sizes: list[int] = []
+    kernel = _fused.find_kernel(CPU)
+    assert kernel is not None
+    run = kernel.run
+
+    def counted(_: Any, launch: _fused.Launch) -> None:
+        sizes.append(sum(draw.numel() for draw in launch.draws or ()))
+        run(launch)
+
+    monkeypatch.setattr(_fused, "_DRAWN", 2000)
+    monkeypatch.setattr(type(kernel), "run", counted)
+    pair = [build("adamw", "cpu", torch.bfloat16, fused, weights="stochastic") for fused in (True, False)]
+    for optimizer in pair:
+        train(optimizer, 0, 1)
+    same(*pair)
+    assert sorted(sizes) == [5 * 7, 300, 3 * 50 + 2 * 384, 6 * 256, 20 * 130]
+
+
 @needed
 def test_groups_that_keep_other_states_from_now_on(device: str) -> None:
     """A momentum that goes and comes again, weights rounded otherwise, another quantizer's floor."""
