@@ -6,6 +6,7 @@ as a GPU's are: torch's on a CPU may be MKL's, and are replaced there.
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -180,6 +181,42 @@ def test_what_changes_between_steps(device: str) -> None:
     assert [int(state["step"]) for state in pair[0].state.values()] == [8, 7, 8, 8, 8, 8, 2]
 
 
+def test_random_numbers_are_drawn_for_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of all parameters together would be twice as large as these are."""
+    if library() is None:
+        pytest.skip("no C++ compiler")
+    sizes: list[int] = []
+    kernel = _fused.find_kernel(CPU)
+    assert kernel is not None
+    run = kernel.run
+
+    def counted(_: Any, launch: _fused.Launch) -> None:
+        sizes.append(sum(draw.numel() for draw in launch.draws or ()))
+        run(launch)
+
+    monkeypatch.setattr(_fused, "_DRAWN", 2000)
+    monkeypatch.setattr(type(kernel), "run", counted)
+    pair = [build("adamw", "cpu", torch.bfloat16, fused, weights="stochastic") for fused in (True, False)]
+    for optimizer in pair:
+        train(optimizer, 0, 1)
+    same(*pair)
+    assert sorted(sizes) == [5 * 7, 300, 3 * 50 + 2 * 384, 6 * 256, 20 * 130]
+
+
+@needed
+def test_groups_that_keep_other_states_from_now_on(device: str) -> None:
+    """A momentum that goes and comes again, weights rounded otherwise, another quantizer's floor."""
+    changes: list[dict[str, Any]] = [{"momentum": 0.0}, {"momentum": 0.5}, {"weights": "residual8"}]
+    changes += [{"weights": "nearest"}, {"min_size": 0}, {"keep_sign": True}]
+    pair = [build("sgd", device, torch.bfloat16, fused, momentum=0.9, min_size=1000) for fused in (True, False)]
+    for optimizer in pair:
+        train(optimizer, 0, 2)
+        for step, change in enumerate(changes):
+            optimizer.param_groups[0].update(change)
+            train(optimizer, 3 + step, 4 + step)
+    same(*pair)
+
+
 @needed
 def test_a_saved_state_is_not_written_into(device: str) -> None:
     """Neither by the one that was loaded from it, nor torch's copies of the other."""
@@ -191,6 +228,75 @@ def test_a_saved_state_is_not_written_into(device: str) -> None:
     second.load_state_dict(saved)
     train(second, 2, 4)
     assert all(torch.equal(x, kept[name]) for name, x in flatten(saved)[0].items())
+
+
+@needed
+def test_autograd_sees_a_step(device: str) -> None:
+    """A backward that still needs the old numbers says so, as behind torch's optimizers."""
+    optimizer = build("adamw", device, torch.float32, True)
+    p = optimizer.param_groups[0]["params"][0]
+    loss = p.square().sum()
+    train(optimizer, 0, 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@needed
+def test_gradients_that_are_not_their_memory(device: str) -> None:
+    """Of which torch keeps that they are negative, or nothing but that they are 0."""
+    pair = [build("adamw", device, torch.float32, fused) for fused in (True, False)]
+    for optimizer in pair:
+        train(optimizer, 0, 1)
+        one, other, *_ = optimizer.param_groups[0]["params"]
+        one.grad = torch._neg_view(torch.randn(one.shape, generator=torch.Generator().manual_seed(1)).to(device))
+        other.grad = torch._efficientzerotensor(other.shape, device=device)
+        optimizer.step()
+    same(*pair)
+
+
+@needed
+def test_a_residual_elsewhere_is_brought(device: str) -> None:
+    """As after a parameter was moved; here it is not one run of memory."""
+    pair = [build("sgd", device, torch.bfloat16, fused, weights="residual8") for fused in (True, False)]
+    for optimizer in pair:
+        train(optimizer, 0, 1)
+        state = optimizer.state[optimizer.param_groups[0]["params"][0]]
+        state["residual"] = state["residual"].T.contiguous().T
+        train(optimizer, 1, 3)
+    same(*pair)
+
+
+@pytest.mark.parametrize("default", ["meta", "float16"])
+@pytest.mark.parametrize("state", LINES[:2])
+def test_whatever_torchs_defaults_are(default: str, state: str) -> None:
+    """Room for factors, and the questions how torch rounds, are float32 on the CPU."""
+    _fused.find_kernel(CPU)
+    _forms.forms.cache_clear()
+    plain, usual = build("adamw", "cpu", torch.float32, True, state=state), torch.get_default_dtype()
+    odd = build("adamw", "cpu", torch.float32, True, state=state)
+    train(plain, 0, 1)
+    gradients = [p.grad for p in plain.param_groups[0]["params"]]
+    _forms.forms.cache_clear()
+    try:
+        if default == "meta":
+            torch.set_default_device(default)
+        else:
+            torch.set_default_dtype(torch.float16)
+        for step in range(3):
+            for p, gradient in zip(odd.param_groups[0]["params"], gradients, strict=True):
+                p.grad = gradient.clone() * (step + 1)
+            odd.step()
+        assert [row["reason"] for row in odd.kernels() if row["kernel"] is None] == []
+        if state == "state4" and library() is not None:
+            assert [h["table"].fresh.dtype for h in odd._fused().held.values()].count(torch.float32)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(usual)
+
+
+def test_a_copy_has_the_same_choice_of_kernels() -> None:
+    chosen = build("adamw", "cpu", torch.float32, False)
+    assert {row["reason"] for row in copy.deepcopy(chosen).kernels()} == {"fused=False"}
 
 
 def test_who_steps_what_and_why() -> None:

@@ -92,6 +92,8 @@ def spoil(what: str, p: nn.Parameter) -> Any:
             p.grad = None
             p.grad_dtype = torch.int32
             p.grad = torch.ones_like(p, dtype=torch.int32)
+        case "shape":
+            p.data = torch.ones(96, 64)  # behind backward
         case "closures":
             return [lambda: 1.0, lambda: 2.0]
         case "tensor":
@@ -104,6 +106,7 @@ def spoil(what: str, p: nn.Parameter) -> Any:
     [
         ("sparse", "has a sparse gradient; use a dense one"),
         ("integers", "has a gradient of torch.int32; floating-point ones"),
+        ("shape", "has shape .96, 64., and its gradient .*; call zero_grad and backward again"),
         ("closures", "one function that evaluates the whole model"),
         ("tensor", "one function that evaluates the whole model"),
     ],
@@ -114,11 +117,29 @@ def test_steps_that_are_refused(name: str, what: str, message: str) -> None:
     if what == "integers" and not hasattr(Tensor, "grad_dtype"):
         pytest.skip("this torch gives no parameter a gradient of another dtype")
     optimizer = stepped(build(name), 0, 2)
-    before = frozen(optimizer)
     closure = spoil(what, all_of(optimizer)[-1])
+    before = frozen(optimizer)
     with pytest.raises(UsageError, match=message):
         optimizer.step(closure)
     assert same(frozen(optimizer), before)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_another_shape_than_its_states(name: str, fused: bool | None) -> None:
+    """A kernel would write beyond their ends."""
+    optimizer = stepped(build(name, parameters(name)[::-1], fused=fused), 0, 2)
+    *others, last = all_of(optimizer)
+    last.data = torch.ones(96, 64)
+    before = frozen(optimizer)
+    for p in all_of(optimizer):
+        p.grad = torch.ones_like(p)
+    with pytest.raises(UsageError, match=r"has shape \[96, 64\] now, and its .*: another tensor .*del optimizer.state"):
+        optimizer.step()
+    assert same(frozen(optimizer), before)
+    del optimizer.state[last]
+    stepped(optimizer, 2, 3)
+    assert int(optimizer.state[last]["step"]) == 1 and all(int(optimizer.state[p]["step"]) == 3 for p in others)
 
 
 @pytest.mark.parametrize("name", NAMES)

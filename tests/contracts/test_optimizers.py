@@ -256,6 +256,27 @@ def test_bytes_as_foretold(name: str, line: str, signed: Any, nonnegative: Any) 
     assert sum(optimizer.state_bytes().values()) == sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_are_counted_under_any_default(name: str, fused: bool | None) -> None:
+    """bfloat16 has no 257: a count in torch's default dtype would stay at 256, and bias corrections with it."""
+    params, usual = parameters(name), torch.get_default_dtype()
+    optimizer = build(name, params, fused=fused)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        train(optimizer, 0, 1)
+        for entry in optimizer.state.values():
+            entry["step"].fill_(256)
+        train(optimizer, 1, 2)
+        optimizer.load_state_dict(optimizer.state_dict())
+        train(optimizer, 3, 4)
+    finally:
+        torch.set_default_dtype(usual)
+    assert [(entry["step"].dtype, int(entry["step"])) for entry in optimizer.state.values()] == [
+        (torch.float32, 258)
+    ] * len(params)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_rule_is_pure(name: str) -> None:
     """Nothing that comes in changes, and nothing that comes out shares its memory."""

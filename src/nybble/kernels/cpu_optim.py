@@ -170,7 +170,7 @@ def _table(members: list[Member], places: list[int], stretch: int, rank1: bool) 
         for name, state in member.kept.items():
             _fill(row, state, *((CODES1, SCALE1) if name in FIRST else (CODES2, SCALE2)))
     sizes = rows[:, COUNT] // rows[:, WIDTH] + rows[:, WIDTH] if rank1 else rows[:, COUNT] * 0
-    fresh = torch.zeros(int(sizes.sum()))
+    fresh = torch.zeros(int(sizes.sum()), dtype=torch.float32, device="cpu")
     rows[:, FRESH] = fresh.data_ptr() + 4 * (np.cumsum(sizes) - sizes)
     parts = -(-rows[:, COUNT] // stretch)
     tensor = np.repeat(np.arange(len(rows)), parts)

@@ -38,6 +38,7 @@ from nybble.optim._states import (
     StateChoice,
     check_keeps_sign,
     check_shape,
+    count_of,
     decode,
     encode,
     line_for,
@@ -288,7 +289,14 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
                 )
             if p.is_meta:
                 raise UsageError(f"{self._name(g, i)} is on the meta device, which holds no numbers; load it first.")
+            if p.grad.shape != p.shape:
+                raise UsageError(
+                    f"{self._name(g, i)} has shape {list(p.shape)}, and its gradient {list(p.grad.shape)}: another "
+                    "tensor was put into its place since backward; call zero_grad and backward again."
+                )
         far = [(g, i, p) for g, i, p in due if self.param_groups[g]["is_paged"] and is_paged(p)]
+        for g, i, p in far:
+            self._check_states(g, i, p, options[g])
         apart = {p for _, _, p in far}
         near, fused = [one for one in due if one[2] not in apart], self._fused()
         with torch.no_grad():
@@ -297,6 +305,10 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         if not fused.waits() and all(count.device.type == "cpu" for count in self._counts().values()):
             self._warn()  # elsewhere the step would wait for the device
         return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles have."""
+        return {**super().__getstate__(), "_fused_off": self._fused_off}
 
     def _fused(self) -> Fused:
         """The steps by kernels; of this object alone, no part of its state."""
@@ -325,6 +337,19 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
             for (lines, device, kernel, why), count in rows.most_common()
         ]
 
+    def _check_states(self, g: int, i: int, p: Tensor, options: Any) -> None:
+        """Raise UsageError where a parameter has another shape than at its last step."""
+        state, mine = self.state.get(p, {}), local(p)
+        shapes = {**self.shapes(mine, options), "residual": tuple(mine.shape)}
+        for name, shape in shapes.items():
+            if name in state and tuple(state[name].shape) != shape:
+                old = list(state[name].shape)
+                raise UsageError(
+                    f"{self._name(g, i)} has shape {list(mine.shape)} now, and its {name} is of {old}: another tensor "
+                    "was put into its place. Build a new optimizer over it, or begin its states again: del "
+                    "optimizer.state[p]."
+                )
+
     def _update(self, g: int, i: int, p: Tensor, options: Any) -> None:
         group, state, mine = self.param_groups[g], self.state[p], local(p)
         lines, step = self._lines(group, p, options), int(state["step"]) + 1 if state else 1
@@ -337,7 +362,7 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         # a factor is of a whole row, which one element would take along
         guarded = any(lines.values()) or (self.factors and any(group["state"].values()))
         rule = finite_only(self.update, self._reporter(self._name(g, i))) if guarded else self.update
-        before = join24(mine, state["residual"]) if "residual" in state else mine.float()
+        before = join24(mine, state["residual"].to(p.device)) if "residual" in state else mine.float()
         moved, new = rule(before, local_gradient(p).float(), old, step, options)
         kept: dict[str, Any] = {
             name: encode(
@@ -350,7 +375,7 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         }
         kept |= self._write(g, i, mine, moved, step)
         state.clear()
-        state.update(step=torch.tensor(float(step)), **kept)
+        state.update(step=count_of(step), **kept)
 
     def _write(self, g: int, i: int, p: Tensor, moved: Tensor, step: int) -> dict[str, Tensor]:
         """Round the new parameter into ``p``; the residual, where one is kept."""

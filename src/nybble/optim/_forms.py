@@ -65,11 +65,11 @@ def _candidates(x: Tensor, g: Tensor, d: Tensor, by: Tensor) -> dict[str, tuple[
 @cache
 def forms(device: torch.device) -> Forms | None:
     """Of torch on this device; None where it does an operation in no form that is known."""
-    generator = torch.Generator().manual_seed(0)
-    x, g, d = (torch.randn(_COUNT, generator=generator).to(device) for _ in range(3))
+    generator = torch.Generator("cpu").manual_seed(0)
+    x, g, d = (torch.randn(_COUNT, generator=generator, dtype=torch.float32, device="cpu").to(device) for _ in range(3))
     d = d.abs() + 0.1
     value = 0.09999999999999998
-    by = torch.full((), value, device=device)
+    by = torch.full((), value, dtype=torch.float32, device=device)
     asked: dict[str, Callable[[], Tensor]] = {
         "lerp": lambda: x.lerp(g, value),
         "addcmul": lambda: x.addcmul(g, g, value=value),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.ops.loader import load_at_first_use
-from nybble.optim._states import Kept, Kind, encode
+from nybble.optim._states import Kept, Kind, count_of, encode
 from nybble.optim._weights import random_bits
 from nybble.qtensor.block import BlockQTensor
 
@@ -186,11 +186,13 @@ class Fused:
             draws = [random_bits(member.p, optimizer._weight_generator(g, i, step)) for member, _, i in found]
         held = self.held.setdefault((spec, g), {})
         kernel.run(Launch(spec, options, step, members, grads, draws, held))
+        torch.autograd.graph.increment_version([member.p for member in members])  # a backward may still need the old
         torch._foreach_add_([member.entry["step"] for member in members], 1.0)
 
     # ------------------------------------------------------------------------------------------------- one parameter
     def _made(self, optimizer: Any, g: int, i: int, p: Tensor, options: Any, signature: object) -> Member:
         """What is known of a parameter from now on; its states are made where there are none."""
+        optimizer._check_states(g, i, p, options)
         group, entry = optimizer.param_groups[g], optimizer.state[p]  # in the order of parameters
         lines = optimizer._lines(group, p, options)
         why, spec = self.judge(optimizer, g, p, lines)
@@ -208,7 +210,7 @@ class Fused:
         more = {}
         if spec.weights == "residual8":
             more["residual"] = entry["residual"] if "residual" in entry else torch.zeros_like(p, dtype=torch.int8)
-        step = entry["step"] if "step" in entry else torch.tensor(0.0)
+        step = entry["step"] if "step" in entry else count_of(0)
         entry.clear()
         entry.update(step=step, **kept, **more)
         count = self._slot(optimizer, g, i, p.device)
@@ -275,13 +277,18 @@ def _signature(optimizer: Any, g: int, p: Tensor, options: Any) -> object:
 def _unfit(p: Tensor, grad: Tensor) -> bool:
     if not p.is_contiguous():
         return True
-    return type(grad) is not Tensor or grad.dtype != p.dtype or grad.device != p.device or not grad.is_contiguous()
+    if type(grad) is not Tensor or grad.dtype != p.dtype or grad.device != p.device or not grad.is_contiguous():
+        return True
+    return grad.is_neg() or grad._is_zerotensor()  # whose memory holds other numbers, or none
 
 
 def _state_refusal(entry: Mapping[str, Any], lines: Mapping[str, Any], p: Tensor, spec: Spec) -> str | None:
     """Why a state that is there can't be written in place."""
-    if "residual" in entry and spec.weights != "residual8":
-        return "a residual that is to go"
+    if (residual := entry.get("residual")) is not None:
+        if spec.weights != "residual8":
+            return "a residual that is to go"
+        if residual.device != p.device or not residual.is_contiguous():
+            return "the residual lies elsewhere than its parameter"
     for name, line in lines.items():
         kept = entry.get(name)
         tensors = list(kept.tensors().values()) if isinstance(kept, BlockQTensor) else [kept]

@@ -18,12 +18,19 @@ Updated = tuple[Tensor, dict[str, Tensor]]
 
 
 def check_range(name: str, given: object, *, count: int = 1, below: float = math.inf, whole: bool = False) -> None:
-    """Raise UsageError unless ``given`` is a number in [0, below), or ``count`` of them; ``whole`` ones if asked."""
+    """Raise UsageError unless ``given`` is a number in [0, below), or ``count`` of them; ``whole`` ones if asked.
+
+    Others are float32 in a step: what would be infinite there is refused.
+    """
     values = tuple(given) if isinstance(given, tuple | list) else (given,)
     kind = numbers.Integral if whole else numbers.Real
-    if len(values) != count or not all(isinstance(x, kind) and 0 <= float(x) < below for x in values):
+    most = below if whole else torch.finfo(torch.float32).max
+    if len(values) != count or not all(
+        isinstance(x, kind) and 0 <= float(x) < below and float(x) <= most for x in values
+    ):
         what = f"{count if count > 1 else 'a'} {'whole ' if whole else ''}number{'s' if count > 1 else ''}"
-        bound = f" and < {below:g}" if below < math.inf else ""
+        huge = any(isinstance(x, kind) and most < float(x) < math.inf for x in values)
+        bound = f" and < {below:g}" if below < math.inf else f" and <= {most:g}, float32's largest" if huge else ""
         raise UsageError(f"{name} is {what} >= 0{bound}; got {', '.join(map(repr, values))}.")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import FileError, SchemeError, UsageError, within
-from nybble.optim._states import Kept, Kind, decode, encode, from_saved
+from nybble.optim._states import Kept, Kind, count_of, decode, encode, from_saved
 
 
 @dataclass(frozen=True)
@@ -122,4 +122,4 @@ def _step(saved: object) -> Tensor:
         step = -1.0
     if step < 0 or not step.is_integer():
         raise FileError(f"this is the number of steps taken; found {saved!r}.")
-    return torch.tensor(step)
+    return count_of(step)

@@ -180,6 +180,11 @@ def decode(kept: Kept, kind: Kind, device: torch.device) -> Tensor:
     return values.clamp_min(0) if kind == "nonnegative" else values
 
 
+def count_of(steps: float) -> Tensor:
+    """The number of steps as it is kept: float32, on the CPU, whatever torch's defaults are (bfloat16 stops at 256)."""
+    return torch.tensor(float(steps), dtype=torch.float32, device="cpu")
+
+
 def each_tensor(kept: Kept, move: Callable[[Tensor], Tensor]) -> Kept:
     """The state with each of its tensors moved."""
     if isinstance(kept, Tensor):

@@ -487,6 +487,7 @@ def test_illegal_quantizers(choice: Any, error: type[NybbleError], message: str)
     ("options", "message"),
     [
         ({"lr": -1}, "lr is a number >= 0; got -1"),
+        ({"lr": 1e39}, "lr is a number >= 0 and <= 3.40282e.38, float32's largest; got 1e.39"),
         ({"lr": torch.tensor(1e-3)}, "lr is a number"),
         ({"lr": float("nan")}, "lr"),
         ({"betas": (0.9, 1.0)}, "betas is 2 numbers >= 0 and < 1; got 0.9, 1.0"),
