@@ -27,6 +27,7 @@ from nybble.nn.rotation import BlockRotation, mark_rotated, rotation_of
 from nybble.recipe import parse_recipe
 from nybble.solvers import Stats, Weight
 from nybble.solvers.gptq import Gptq
+from nybble.transforms.online_rotation import OnlineRotation
 
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "attention_bias": False}
 HALF = {"weights": "float16_e5m10 channel"}
@@ -258,3 +259,9 @@ def test_a_later_run_is_not_rotated() -> None:
     nybble.quantize(model, recipe({"weights": "int8 channel"}), data(), settings=SETTINGS)
     assert type(model.model.layers[0].mlp.up_proj) is QuantLinear
     assert type(model.model.layers[0].self_attn.q_proj) is RotatedQuantLinear
+
+
+def test_signs_are_of_both_kinds_and_each_time_the_same() -> None:
+    first, again = (OnlineRotation(signs=True)._signs(64) for _ in range(2))
+    assert first is not None and again is not None and torch.equal(first, again)
+    assert 16 < int((first == 1).sum()) < 48 and set(first.tolist()) == {1, -1}

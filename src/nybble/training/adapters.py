@@ -41,7 +41,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
     stored = {name: tuple(entry.shape) for name, entry in header.tensors.items()}
     with preserve_global_rng(), whole_or_not_at_all(model):
         found: Any = with_adapter(model, config, f"{folder} is an adapter of another model")
-        own = {name: tuple(t.shape) for name, t in peft.get_peft_model_state_dict(found).items()}
+        kept: Any = peft.get_peft_model_state_dict(found, save_embedding_layers=False)  # the base has them
+        own = {name: tuple(t.shape) for name, t in kept.items()}
         _check_names(folder, stored, own)
         with reading(folder / WEIGHTS):
             peft.set_peft_model_state_dict(found, peft.load_peft_weights(str(folder), device="cpu"))

@@ -152,6 +152,29 @@ def test_saved_loaded_and_merged(tmp_path: Path) -> None:
     assert {m.weight.qtensor().kind for m in layers} == {"low-rank-sum"}
 
 
+def test_a_head_with_an_adapter_comes_back_and_names_are_written_in_order(tmp_path: Path) -> None:
+    found = attached(packed(tie_word_embeddings=False), targets=("v_proj", "lm_head", "k_proj", "q_proj"))
+    fitted(found, 3)
+    QLORA.save(found.eval(), tmp_path / "adapter", "base")
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert written["target_modules"] == ["k_proj", "lm_head", "q_proj", "v_proj"]  # a set's order differs in each run
+    again = adapters.load_adapter(packed(tie_word_embeddings=False), tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(found))
+    assert torch.allclose(logits(QLORA.merged(again)), logits(found), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning")  # of PEFT, before ours
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_a_layer_that_shares_its_weight_takes_no_adapter(name: str) -> None:
+    with pytest.raises(ModelError, match=f"{name} shares its weight with .*can't be merged"):
+        attached(packed(tie_word_embeddings=True), targets=("q_proj", name))
+
+
+def test_a_target_that_names_no_layer_is_refused_beside_one_that_does() -> None:
+    with pytest.raises(ModelError, match="no layer's name ends in foo_proj, proj;"):
+        attached(packed(), targets=("q_proj", "foo_proj", "proj"))
+
+
 def test_foreign_adapters_are_refused_and_the_model_stays(tmp_path: Path) -> None:
     QLORA.save(attached(packed(hidden_size=64)), tmp_path / "wide", "base")
     QLORA.save(attached(packed(num_hidden_layers=3)), tmp_path / "deep", "base")

@@ -79,7 +79,7 @@ class Qlora(Method):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         if start is not None:
-            return load_adapter(model, start, trainable=True)
+            return _untied(load_adapter(model, start, trainable=True))
         targets = ALL if options.targets == (ALL,) else list(options.targets)
         config = peft.LoraConfig(
             r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=targets,
@@ -87,7 +87,10 @@ class Qlora(Method):
         )  # fmt: skip
         with preserve_global_rng():
             torch.manual_seed(derive_seed(seed, "qlora", "A"))
-            return with_adapter(model, config, f"targets {', '.join(options.targets)}")
+            adapted = with_adapter(model, config, f"targets {', '.join(options.targets)}")
+        if targets != ALL:
+            _check_targets(adapted, options.targets)
+        return _untied(adapted)
 
     def parts(self, model: nn.Module) -> dict[str, int]:
         """Packed weights, adapters, and what is neither."""
@@ -102,7 +105,9 @@ class Qlora(Method):
     def save(self, model: nn.Module, folder: Path, base: str) -> None:
         """A PEFT adapter."""
         adapted: Any = model
-        adapted.peft_config["default"].base_model_name_or_path = base
+        config = adapted.peft_config["default"]
+        config.base_model_name_or_path = base
+        config.target_modules = sorted(config.target_modules)  # a set, whose order is another one in each process
         adapted.save_pretrained(folder, save_embedding_layers=False)
 
     def merged(self, model: nn.Module) -> nn.Module:
@@ -110,6 +115,31 @@ class Qlora(Method):
         adapted: Any = model
         merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
         return merged
+
+
+def _check_targets(adapted: nn.Module, targets: tuple[str, ...]) -> None:
+    """Refuse a name that is no layer's: beside one that is, PEFT passes over it."""
+    made: Any = adapted
+    found: list[str] = made.base_model.targeted_module_names
+    idle = [each for each in targets if not any(name == each or name.endswith(f".{each}") for name in found)]
+    if idle:
+        raise ModelError(f"targets: no layer's name ends in {', '.join(idle)}; leave it out, or see nybble inspect.")
+
+
+def _untied(adapted: nn.Module) -> nn.Module:
+    """The model, unless a layer with an adapter shares its weight: merged, the other would have the adapter too."""
+    made: Any = adapted
+    users: dict[int, set[str]] = {}
+    for name, p in made.get_base_model().named_parameters(remove_duplicate=False):
+        users.setdefault(id(p), set()).add(name.rpartition(".")[0].removesuffix(".base_layer"))
+    for name in made.base_model.targeted_module_names:
+        others = next((some - {name} for some in users.values() if name in some), set())
+        if others:
+            raise ModelError(
+                f"targets: {name} shares its weight with {', '.join(sorted(others))}, so an adapter beside it can't be "
+                "merged; leave it out."
+            )
+    return adapted
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
