@@ -70,10 +70,10 @@ def test_every_op_of_the_library_is_here() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("nybble::")
     }
-    # test_operands.py; what they calculate: test_products.py, test_integer_products.py, test_gpu_*.py and others
+    # test_operands.py; what they calculate: test_products.py, test_integer_products.py, test_rotation.py and others
     elsewhere = {
         "cached_attention", "dequantize", "experts", "fake_quantize", "fake_quantize_backward", "float_linear",
-        "integer_linear", "packed_linear", "packed_rows", "read_tokens", "rounded_inputs", "store_tokens",
+        "integer_linear", "packed_linear", "packed_rows", "read_tokens", "rotate", "rounded_inputs", "store_tokens",
     }  # fmt: skip
     assert found - elsewhere == set(OPS)
 

@@ -108,6 +108,7 @@ EVERY: dict[str, dict[str, Any]] = {
     "minifloat-learned": {"effort": "quick"},
     "nvfp4": {},
     "quarot": {},
+    "quarot-online": {},
     "spinquant": {"effort": "quick"},
     "k-quants": {"weights": "int4 group=16 scale=least-squares(offset=true)"},
     "zeroquant-fp": {"weights": "float4_e2m1fn group=16 scale=pow2-ratio"},

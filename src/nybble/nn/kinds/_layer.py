@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nybble.core.errors import FileError
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds._base import Kind, Quantized, Stored, Target, live, module_at
+from nybble.nn.kinds._lookup import matrix_at
 from nybble.nn.layer import QuantLayer
 from nybble.nn.layouts import Layouts
 from nybble.nn.packed import Packed
@@ -71,7 +72,7 @@ class LayerKind(Kind):
         old = module_at(root, name, name)
         if not self.fits(old):
             raise FileError(f"{name} is described as a {self.entry}; in this model it is a {type(old).__name__}.")
-        matrix = self._dense(old)
+        matrix = matrix_at(root, name).detach().to(next(old.parameters()).dtype)  # by the kind that it has now
         sides = {s: ActivationQuantizer.from_dict(entry[s]) if s in entry else None for s in ("inputs", "outputs")}
         weight = layouts.empty(int(entry["weight"])) if "weight" in entry else matrix
         if tuple(weight.shape) != tuple(matrix.shape):
