@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nybble.granularity.flat import Flat
 from nybble.granularity.rank1 import Rank1
 from nybble.optim._forms import forms
 from nybble.optim._fused import Spec
-from nybble.optim._states import quantizer
+from nybble.optim._states import Kept, quantizer
+from nybble.qtensor import Factored
+from nybble.qtensor.block import BlockQTensor
 from nybble.rounding import get_rounding
 from nybble.scales.absmax import AbsMax
 
@@ -136,3 +139,26 @@ def target_of(line: str) -> float:
     scale = quantizer(line).scale
     assert isinstance(scale, AbsMax)
     return float(scale.target or quantizer(line).format.absmax)
+
+
+def place_state(row: Any, state: Kept, codes: int, scale: int, columns: int) -> None:
+    """Write addresses of a state into a tensor's row of a table.
+
+    Args:
+        row: whole numbers of 8 bytes.
+        state: as an optimizer keeps it.
+        codes: where its codes' address goes, or that of float32 values.
+        scale: its scales', of rank-1 scales those of the rows.
+        columns: and of the columns.
+    """
+    if isinstance(state, Tensor):
+        row[codes] = state.data_ptr()
+        return
+    assert isinstance(state, BlockQTensor)
+    row[codes] = state.codes.data_ptr()
+    found = state.params.scale
+    if isinstance(found, Factored):
+        row[scale], row[columns] = (factor.data_ptr() for factor in found.factors)  # type: ignore[union-attr]
+    else:
+        assert isinstance(found, Tensor)
+        row[scale] = found.data_ptr()

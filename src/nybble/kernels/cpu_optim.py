@@ -15,15 +15,13 @@ from nybble.formats import get_format
 from nybble.granularity.rank1 import Rank1
 from nybble.kernels._library import library, team
 from nybble.kernels._rounders import cells
-from nybble.kernels._steps import FIRST, RULES, line_refusal, number_refusal, numbers, refusal, target_of
+from nybble.kernels._steps import FIRST, RULES, line_refusal, number_refusal, numbers, place_state, refusal, target_of
 from nybble.kernels._weights import DTYPES
 from nybble.ops.rounding import decode_table
 from nybble.optim._forms import ROOT_MODE, forms, vector_root_address
 from nybble.optim._fused import Launch, Member, Spec, find_kernel
-from nybble.optim._states import Kept, quantizer
+from nybble.optim._states import quantizer
 from nybble.optim._weights import WEIGHTS
-from nybble.qtensor import Factored
-from nybble.qtensor.block import BlockQTensor
 
 _CHUNK = 1024
 _STRETCH = 32
@@ -168,7 +166,7 @@ def _table(members: list[Member], places: list[int], stretch: int, rank1: bool) 
         row[WIDTH] = member.p.shape[1] if member.p.dim() == 2 else member.p.numel()
         row[RESIDUAL] = 0 if member.residual is None else member.residual.data_ptr()
         for name, state in member.kept.items():
-            _fill(row, state, *((CODES1, SCALE1) if name in FIRST else (CODES2, SCALE2)))
+            place_state(row, state, *((CODES1, SCALE1) if name in FIRST else (CODES2, SCALE2)), COLUMNS)
     sizes = rows[:, COUNT] // rows[:, WIDTH] + rows[:, WIDTH] if rank1 else rows[:, COUNT] * 0
     fresh = torch.zeros(int(sizes.sum()), dtype=torch.float32, device="cpu")
     rows[:, FRESH] = fresh.data_ptr() + 4 * (np.cumsum(sizes) - sizes)
@@ -176,20 +174,6 @@ def _table(members: list[Member], places: list[int], stretch: int, rank1: bool) 
     tensor = np.repeat(np.arange(len(rows)), parts)
     first = (np.arange(len(tensor)) - np.repeat(np.cumsum(parts) - parts, parts)) * stretch
     return Table(members, places, rows, np.ascontiguousarray(np.stack([tensor, first], 1)), fresh)
-
-
-def _fill(row: Any, state: Kept, codes: int, scale: int) -> None:
-    if isinstance(state, Tensor):
-        row[codes] = state.data_ptr()
-        return
-    assert isinstance(state, BlockQTensor)
-    row[codes] = state.codes.data_ptr()
-    found = state.params.scale
-    if isinstance(found, Factored):
-        row[scale], row[COLUMNS] = (factor.data_ptr() for factor in found.factors)  # type: ignore[union-attr]
-    else:
-        assert isinstance(found, Tensor)
-        row[scale] = found.data_ptr()
 
 
 KERNEL = Steps()

@@ -34,12 +34,11 @@ from nybble.kernels._gpu_step import (
     maxima_kernel,
     step_kernel,
 )
-from nybble.kernels._steps import FIRST, RULES, number_refusal, numbers, refusal, target_of
+from nybble.kernels._steps import FIRST, RULES, number_refusal, numbers, place_state, refusal, target_of
 from nybble.optim._forms import forms
 from nybble.optim._fused import Launch, Member, Spec, find_kernel
-from nybble.optim._states import Kept, quantizer
+from nybble.optim._states import quantizer
 from nybble.optim._weights import WEIGHTS
-from nybble.qtensor import Factored
 from nybble.qtensor.block import BlockQTensor
 
 TILE = 2048
@@ -156,7 +155,7 @@ def _table(spec: Spec, kept: Forms, members: list[Member], places: list[int], al
         row[WIDTH] = member.p.shape[1] if member.p.dim() == 2 else member.p.numel()
         row[RESIDUAL] = 0 if member.residual is None else member.residual.data_ptr()
         for name, state in member.kept.items():
-            _fill(row, state, *((CODES1, SCALE1) if name in FIRST else (CODES2, SCALE2)))
+            place_state(row, state, *((CODES1, SCALE1) if name in FIRST else (CODES2, SCALE2)), COLUMNS2)
     tops = _add_maxima(rows, spec.device) if kept.rank1 else None
     count, width = rows[:, COUNT], rows[:, WIDTH]
     columns = _columns(kept, width)
@@ -184,20 +183,6 @@ def _columns(kept: Forms, width: Any) -> int:
     """Columns of tiles that are rectangles, where scales are of rows and columns and all widths allow it."""
     block = kept.one.meta[2] if kept.one.meta[0] == states.BLOCKS else 16
     return next((c for c in RECTANGLES if kept.rank1 and c >= block and not (width % c).any()), 0)
-
-
-def _fill(row: Any, state: Kept, codes: int, scale: int) -> None:
-    if isinstance(state, Tensor):
-        row[codes] = state.data_ptr()
-        return
-    assert isinstance(state, BlockQTensor)
-    row[codes] = state.codes.data_ptr()
-    found = state.params.scale
-    if isinstance(found, Factored):
-        row[scale], row[COLUMNS2] = (factor.data_ptr() for factor in found.factors)  # type: ignore[union-attr]
-    else:
-        assert isinstance(found, Tensor)
-        row[scale] = found.data_ptr()
 
 
 def _add_maxima(rows: Any, device: torch.device) -> Tensor:
