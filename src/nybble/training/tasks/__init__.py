@@ -1,0 +1,123 @@
+"""What a model is trained to do, one task a file: how a SRC becomes rows, rows a batch, outputs a loss and measures.
+
+A task is chosen by what the model is (:func:`task_of`): causal language models read text and instructions, classifiers
+records with a label, translators pairs. Other packages add tasks through entry points of the group
+``nybble.training.tasks``; theirs are asked first.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from nybble.core.errors import ModelError
+from nybble.core.progress import Progress
+from nybble.core.registry import Registry
+from nybble.data.samples import Origin
+from nybble.data.text import Part
+
+Row = Mapping[str, Any]
+"""An example, ready to be collated."""
+
+
+class TaskData(Protocol):
+    """What a source came to."""
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """The examples, in order."""
+
+    @property
+    def targets(self) -> int:
+        """How many things the loss is a mean of: tokens, records."""
+
+    def manifest(self) -> dict[str, Any]:
+        """What stands beside every number from these examples: ``source``, ``sha256``, ``examples`` ..."""
+
+
+class Task(ABC):
+    """One task.
+
+    Attributes:
+        summary: one line.
+        unit: what ``targets`` counts, for people: ``target tokens``.
+        shown: the metric, of those of :meth:`measure`, that a line of progress or a table shows first.
+    """
+
+    summary: ClassVar[str]
+    unit: ClassVar[str]
+    shown: ClassVar[str]
+
+    @abstractmethod
+    def claims(self, model: nn.Module) -> bool:
+        """Whether it is what this model (which may be on the meta device) does."""
+
+    @abstractmethod
+    def check(self, model: nn.Module, name: str, seq_len: int) -> None:
+        """Refuse sizes that the model ``name`` has no room for.
+
+        Raises:
+            NybbleError: names the setting and the most that fits.
+        """
+
+    @abstractmethod
+    def load(self, src: str, origin: Origin, model: nn.Module, seq_len: int, part: Part) -> TaskData:
+        """Read a SRC.
+
+        Args:
+            src: what the user typed.
+            origin: the model's place, for its tokenizer or preprocessing.
+            model: on the meta device; its config says what fits.
+            seq_len: most tokens of an example.
+            part: which half of ``builtin``, where the task takes that.
+
+        Raises:
+            FileError, DataError: it can't be read, is of another form, or doesn't fit the model.
+        """
+
+    @abstractmethod
+    def length(self, row: Row) -> int:
+        """How long an example is: those of about one length share an update. 1 where all are alike."""
+
+    @abstractmethod
+    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Examples as the model's arguments, ``labels`` among them: with these its output has a ``loss``."""
+
+    @abstractmethod
+    def counted(self, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:
+        """Bool, the shape of ``logits`` without its classes: which rows of logits are of something real.
+
+        Padding is not; what the loss of the labels leaves out (a prompt, say) is.
+        """
+
+    @abstractmethod
+    def measure(self, model: nn.Module, rows: Sequence[Row], batch: int, progress: Progress) -> dict[str, float]:
+        """Metrics on held-out examples, the model in eval mode; higher or lower is better as the metric's name says."""
+
+    @abstractmethod
+    def samples(self, model: nn.Module, origin: Origin, rows: Sequence[Row]) -> list[dict[str, str]]:
+        """What the model makes of the first examples: ``prompt``, ``text``, ``target``, each to be read by people."""
+
+
+TASKS = Registry("nybble.training.tasks", "training task", lambda part: isinstance(part, Task))
+
+
+def task_of(model: nn.Module, name: str) -> Task:
+    """The task that claims a model.
+
+    Raises:
+        ModelError: none does; names the class, and the ones that are taken.
+    """
+    made: dict[str, Task] = TASKS.all()
+    own = TASKS.own()
+    for key in sorted(made, key=lambda key: key in own):
+        if made[key].claims(model):
+            return made[key]
+    known = "; ".join(f"{key}: {each.summary}" for key, each in made.items())
+    raise ModelError(
+        f"{name} is a {type(model).__name__}, and no training task is made for that ({known}). Others are trained in a "
+        "loop of your own: nybble.load, then nybble.training.prepare.prepare or peft.get_peft_model."
+    )

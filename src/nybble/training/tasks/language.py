@@ -1,0 +1,67 @@
+"""Causal language models: the next token, of text or of the answers of instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from nybble.core.errors import DataError, UsageError
+from nybble.core.progress import Progress
+from nybble.data.instructions import Examples, collate, load_examples
+from nybble.data.kinds import data_kind
+from nybble.data.samples import Origin
+from nybble.data.text import Part
+from nybble.models.adapter import reads_of
+from nybble.training.measures import answers, held_out, longest
+from nybble.training.tasks import Row, Task
+
+
+class Language(Task):
+    """See the module."""
+
+    summary: ClassVar[str] = "causal language models, on text or instructions"
+    unit: ClassVar[str] = "target tokens"
+    shown: ClassVar[str] = "nll"
+
+    def claims(self, model: nn.Module) -> bool:  # noqa: D102
+        return reads_of(model) == "tokens"
+
+    def check(self, model: nn.Module, name: str, seq_len: int) -> None:  # noqa: D102
+        made: Any = model
+        most = longest(made.config)
+        if most is not None and seq_len > most:
+            raise UsageError(f"seq_len is {seq_len}, and {name} has positions for {most} tokens; ask for fewer.")
+
+    def load(self, src: str, origin: Origin, model: nn.Module, seq_len: int, part: Part) -> Examples:  # noqa: D102
+        tokenizer: Any = data_kind("tokens").tokenizer(origin)
+        found, made = load_examples(src, tokenizer, seq_len=seq_len, part=part), model
+        largest = max(max(row["input_ids"]) for row in found.rows)
+        rows = getattr(made, "get_input_embeddings")().weight.shape[0]  # noqa: B009 - mypy knows no such method
+        if largest >= rows:
+            raise DataError(
+                f"data {found.source!r} has token {largest}, and the model's embeddings have {rows} rows; is it its "
+                "tokenizer?"
+            )
+        return found
+
+    def length(self, row: Row) -> int:  # noqa: D102
+        return len(row["labels"])
+
+    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:  # noqa: D102
+        return collate([dict(row) for row in rows])
+
+    def counted(self, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:  # noqa: D102
+        mask = batch.get("attention_mask")
+        return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device) if mask is None else mask.bool()
+
+    def measure(self, model: nn.Module, rows: Sequence[Row], batch: int, progress: Progress) -> dict[str, float]:  # noqa: D102
+        return held_out(model, [dict(row) for row in rows], batch, progress)
+
+    def samples(self, model: nn.Module, origin: Origin, rows: Sequence[Row]) -> list[dict[str, str]]:  # noqa: D102
+        return answers(model, data_kind("tokens").tokenizer(origin), [dict(row) for row in rows])
+
+
+PART = Language()
