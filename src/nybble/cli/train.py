@@ -14,7 +14,7 @@ from nybble.core.files import check_new_folder
 from nybble.data.text import check_source
 from nybble.models.named import check_model
 from nybble.pipelines.targets import AUTO
-from nybble.recipes.training import check_training_recipe
+from nybble.recipes.training import SELF, check_training_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,8 @@ def command(
         str | None,
         typer.Option(
             help="Examples as JSON lines or CSV: of language models chat messages, instruction and output, or text; of "
-            "classifiers text and label; of translators source and target. Left out: the recipe's own."
+            "classifiers text and label; of translators source and target. self:COUNT: texts of the model's own. Left "
+            "out: what the recipe says."
         ),
     ] = None,
     changes: SchemeOptions = CHANGES,
@@ -100,7 +101,7 @@ def command(
     check_training_recipe(recipe)
     check_model(model)
     for src in (data, eval):
-        if src is not None:
+        if src is not None and src.partition(":")[0] != SELF:
             check_source(src)
     from nybble.core.progress import Bars  # torch comes from here on
     from nybble.pipelines.train import train

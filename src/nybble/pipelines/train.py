@@ -4,6 +4,7 @@
     OUT/base          the packed base, where the run made it, and OUT/adapter_*: of a recipe that trains adapters
     OUT/merged        with ``merge``: both as one model
     OUT/training.json what was asked for and measured; OUT/report.html shows it
+    OUT/generated.jsonl the texts, where the model made its own
     OUT/logs          losses and rates for TensorBoard, where that is installed
     OUT/times.json    seconds: the one file (with the logs) that two runs of a request don't have alike
 
@@ -18,6 +19,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, atomic_write_json, atomic_write_text, need_space, new_folder
 from nybble.core.progress import Progress, Silent
 from nybble.core.seeds import preserve_global_rng
+from nybble.pipelines.dataset import generate_dataset
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.save import save
 from nybble.pipelines.stages import CHECKPOINTS, Trainer
@@ -40,7 +43,7 @@ from nybble.training.recipe import TrainingRecipe, load_training_recipe
 from nybble.training.settings import TrainSettings
 
 PAGE, BEFORE, MEMORY = "report.html", "before.json", "memory.json"
-MODEL = "model"
+MODEL, GENERATED = "model", "generated.jsonl"
 
 
 @explicit_settings()
@@ -71,7 +74,8 @@ def train(
         recipe: a training recipe by name, its YAML file, or one that was read.
         model: a float model; of a recipe that trains beside a packed base also a folder that holds one.
         out: the folder to write; it appears whole or not at all.
-        data: training examples of what the model does (:mod:`nybble.training.tasks`); None: the recipe's own.
+        data: training examples of what the model does (:mod:`nybble.training.tasks`), or ``self:COUNT``, texts that the
+            model makes itself (:mod:`nybble.training.generated`); None: the recipe's own.
         scheme: in place of the recipe's: a preset's name, a YAML file, a mapping, or a Scheme.
         weights: the quantizer line of all its rules' weights; of a packed base one of at most 8 bits.
         activations: of all its rules' inputs.
@@ -115,6 +119,7 @@ def train(
             _begin(partial, job)
             result = _finished(partial)
             if result is None:
+                job = _with_data(job, partial, progress, say)
                 base = _base(job, partial, progress, say)
                 result = _trained(job, base, partial, out, progress, say)
         except BaseException as error:
@@ -143,6 +148,20 @@ def _begin(partial: Path, job: Job) -> None:
     atomic_write_json(partial / REQUEST, request)
 
 
+def _with_data(job: Job, partial: Path, progress: Progress, say: Callable[[str], None]) -> Job:
+    """The job with its examples: where they are to be the model's own, they are made."""
+    if job.own is None:
+        return job
+    made, device = partial / GENERATED, job.settings.device
+    if not made.exists():
+        say(f"{job.own.count:,} texts of {job.model} are made")
+        options = replace(job.own, batch=512 if device == "cuda" else 32)
+        generate_dataset(
+            job.model, made, options, dtype=job.settings.dtype, device=device, resume=True, progress=progress
+        )  # fmt: skip
+    return job.with_texts(made)
+
+
 def _finished(partial: Path) -> dict[str, Any] | None:
     """The result of a run that was killed while it cleared up."""
     if not (partial / TRAINING).exists():
@@ -153,7 +172,11 @@ def _finished(partial: Path) -> dict[str, Any] | None:
 
 def _forget_unbegun(partial: Path, error: BaseException) -> None:
     """Remove a folder in which nothing is worth going on from: a request that was refused, or nothing made yet."""
-    made = [name for name in (BASE, "base.partial", CHECKPOINTS) if (partial / name).exists()]
+    made = [
+        name
+        for name in (BASE, "base.partial", CHECKPOINTS, GENERATED, f"{GENERATED}.begun")
+        if (partial / name).exists()
+    ]
     unfinished = "base.partial" in made and isinstance(error, FileError)  # a full disk, while packing
     refused = isinstance(error, NybbleError) and not unfinished
     if CHECKPOINTS not in made and (refused or not made):

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,14 @@ from nybble.pipelines.request import changed_scheme
 from nybble.pipelines.targets import check_form_name
 from nybble.quantizer import Quantizer
 from nybble.scheme import Scheme
+from nybble.training.generated import Generation, own_texts
 from nybble.training.methods import METHODS, Method
 from nybble.training.objective import make_losses, needs_teacher
 from nybble.training.optimizers import make_optimizer
 from nybble.training.recipe import TrainingRecipe
 from nybble.training.settings import TrainSettings
 from nybble.training.tasks import Task, TaskData, task_of
+from nybble.training.tasks.language import Language
 
 MOST_BITS = 8
 
@@ -72,8 +74,8 @@ class Job:
     Attributes:
         asked: it. method: what does it. options: the method's. scheme: what is quantized.
         line: of the base that is packed first; None: nothing is.
-        task: what the model does. origin: its place. examples: to train on. judged: held out.
-        dtype: that the model has.
+        task: what the model does. origin: its place. dtype: that the model has.
+        given: to train on; None: texts of the model's own (``own``), which have to be made first. judged: held out.
     """
 
     asked: Asked
@@ -84,9 +86,22 @@ class Job:
     settings: TrainSettings
     task: Task
     origin: Origin
-    examples: TaskData
+    given: TaskData | None
+    own: Generation | None
     judged: TaskData | None
     dtype: torch.dtype
+
+    @property
+    def examples(self) -> TaskData:
+        """To train on; of the model's own texts behind :meth:`with_texts`."""
+        assert self.given is not None
+        return self.given
+
+    def with_texts(self, file: Path) -> Job:
+        """The job with texts of the model's own that are in a file."""
+        described, _ = described_with_origin(self.model)
+        found = self.task.load(str(file), self.origin, described, self.settings.seq_len, "calibration")
+        return replace(self, given=found)
 
     @property
     def model(self) -> str:
@@ -131,7 +146,7 @@ class Job:
             "packed": asked.packed,
             "adapter": None if asked.adapter is None else str(asked.adapter),
             "settings": self.settings.request(),
-            "data": self.examples.manifest(),
+            "data": self.examples.manifest() if self.own is None else {"source": self.asked.data, **asdict(self.own)},
             "eval": None if self.judged is None else self.judged.manifest(),
             "versions": versions(),
         }
@@ -160,7 +175,8 @@ def checked(asked: Asked, settings: TrainSettings) -> Job:
     if asked.teacher is not None and not method.losses(options):
         raise UsageError(f"recipe {asked.recipe.name} has no teacher; leave --teacher out.")
     base = None if asked.adapter is None else method.base_of(asked.adapter)
-    for src in (asked.data, asked.judged_on):
+    own = own_texts(asked.data, settings.seq_len, settings.seed)
+    for src in (None if own is not None else asked.data, asked.judged_on):
         check_source("builtin" if src is None else src)
     described, origin = described_with_origin(asked.model)
     task = task_of(described, asked.model)
@@ -180,10 +196,12 @@ def checked(asked: Asked, settings: TrainSettings) -> Job:
     judged = None
     if asked.judged_on is not None:
         judged = task.load(asked.judged_on, origin, described, settings.seq_len, "evaluation")
-    examples = task.load(asked.data, origin, described, settings.seq_len, "calibration")
+    if own is not None and not isinstance(task, Language):
+        raise UsageError(f"{asked.model} makes no texts of its own; give --data SRC.")
+    given = None if own is not None else task.load(asked.data, origin, described, settings.seq_len, "calibration")
     return Job(
         asked=asked, method=method, options=options, scheme=scheme, line=line, settings=settings, task=task,
-        origin=origin, examples=examples, judged=judged, dtype=_dtype(origin.config),
+        origin=origin, given=given, own=own, judged=judged, dtype=_dtype(origin.config),
     )  # fmt: skip
 
 

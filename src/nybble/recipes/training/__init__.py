@@ -11,6 +11,8 @@ from nybble.core.errors import UsageError
 from nybble.recipes import REGISTRY as POST_TRAINING
 from nybble.recipes import Recipes
 
+SELF = "self"
+"""The SRC that stands for texts that the model makes itself."""
 REGISTRY = Recipes("nybble.recipes.training", "training recipe", lambda part: isinstance(part, str | Mapping))
 
 
