@@ -69,8 +69,11 @@ def trained(scheme: str, data: str, options: argparse.Namespace, out: Path) -> t
         "llm-qat", options.smollm2 or options.model, out, src, scheme=SCHEMES[scheme], settings=settings, form="native",
         progress=Silent(),
     )  # fmt: skip
-    return str(out), {"steps": found["steps"], "curve": found["curve"][:: max(1, len(found["curve"]) // 100)],
-                      "memory": found["memory"], "data": found["data"], "seconds": round(found["seconds"], 1)}  # fmt: skip
+    curve = found["curve"][:: max(1, len(found["curve"]) // 100)]
+    return str(out), {
+        "steps": found["steps"], "curve": curve, "memory": found["memory"], "data": found["data"],
+        "seconds": round(found["seconds"], 1),
+    }  # fmt: skip
 
 
 def judged(model: Any, options: argparse.Namespace) -> dict[str, float]:
@@ -117,13 +120,14 @@ def main() -> None:
             print(f"not begun: {scheme} {way}")
             continue
         start, more = time.perf_counter(), dict[str, Any]()
+        done: Any
         work = Path(tempfile.mkdtemp())
         try:
             if way.startswith("llm-qat"):
-                found, more = trained(scheme, way.split(", ")[1], options, work / "out")
+                done, more = trained(scheme, way.split(", ")[1], options, work / "out")
             else:
-                found = quantized(scheme, way, options)
-            metrics = judged(found, options)
+                done = quantized(scheme, way, options)
+            metrics = judged(done, options)
         finally:
             shutil.rmtree(work)
         nats = metrics["nll"] - result["float"]["nll"]
