@@ -219,8 +219,10 @@ def _trained(
     else:
         _save_model(job, model, partial)
         shutil.rmtree(partial / BASE, ignore_errors=True)
+    request = job.request()
+    request["data"] = {**job.examples.manifest(), **request["data"]}
     return {
-        **job.request(), "steps": run.steps, "trainable": run.trainable, "curve": run.curve, "memory": run.memory,
+        **request, "steps": run.steps, "trainable": run.trainable, "curve": run.curve, "memory": run.memory,
         "evaluation": _compared(before, after), "merged": job.asked.merge,
     }  # fmt: skip
 

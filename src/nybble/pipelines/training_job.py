@@ -140,19 +140,25 @@ class Job:
         asked = self.asked
         found = {
             "method": asked.recipe.name,
-            "options": json.loads(json.dumps(asdict(self.options))),
+            "options": _plain(self.options),
             "model": self.model,
             "weights": self.line,
             "packed": asked.packed,
             "adapter": None if asked.adapter is None else str(asked.adapter),
             "settings": self.settings.request(),
-            "data": self.examples.manifest() if self.own is None else {"source": self.asked.data, **asdict(self.own)},
+            "data": self.examples.manifest() if self.own is None else {"source": self.asked.data, **_plain(self.own)},
             "eval": None if self.judged is None else self.judged.manifest(),
             "versions": versions(),
         }
         if not self.method.adapts:
             found |= {"scheme": self.scheme.to_dict(), "teacher": self.teacher}
         return found
+
+
+def _plain(options: Any) -> dict[str, Any]:
+    """As JSON gives it back."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(options)))
+    return found
 
 
 def checked(asked: Asked, settings: TrainSettings) -> Job:
