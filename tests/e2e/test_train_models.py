@@ -118,7 +118,7 @@ def test_a_float_model_is_packed_first_and_only_the_result_stays(folder: Path, t
 
 def test_texts_of_its_own_are_made_once(folder: Path, tmp_path: Path) -> None:
     """And a kill between them is gone on behind."""
-    given = {"data": "self:5", "options": {"losses": {"logits": 1}}}
+    given: dict[str, Any] = {"data": "self:5", "options": {"losses": {"logits": 1}}}
     run(folder, tmp_path / "whole", **given)
     lines = (tmp_path / "whole/generated.jsonl").read_text().splitlines()
     assert 1 <= len(lines) <= 5 and all(json.loads(line)["text"].strip() for line in lines)
