@@ -74,20 +74,20 @@ def layers_of(
         ModelError: a network gives none, or not as many layers, or of another shape. SchemeError: no such layer.
     """
     teacher = teacher_of(lesson, loss)
-    have = [name for name in names if getattr(lesson.student, name, None) is not None]
-    lacking = [name for name in have if getattr(teacher, name, None) is None]
+    have = [name for name in names if _given(lesson.student, name)]
+    lacking = [name for name in have if not _given(teacher, name)]
     if not have or lacking:
         who, what = ("teacher", lacking) if have else ("student", names)
         raise ModelError(f"loss {loss}: the {who} gives no {' or '.join(what)}. {remedy}")
     for name in have:
-        students, teachers = getattr(lesson.student, name), getattr(teacher, name)
+        students, teachers = _given(lesson.student, name), _given(teacher, name)
         if len(students) != len(teachers):
             raise ModelError(
                 f"loss {loss}: the student has {len(students)} {name}, the teacher {len(teachers)}; this loss compares "
                 "networks of equally many layers."
             )
         for number in _numbers(chosen, len(students), name, loss):
-            yield name, _pair(students[number], teachers[number], f"{name}[{number}]", loss, remedy)
+            yield name, _pair(students[number], teachers[number], f"{name}[{number}]", loss)
 
 
 def mean_square(student: Tensor, teacher: Tensor, real: Tensor | None) -> Tensor:
@@ -120,10 +120,13 @@ def real_tokens(lesson: Lesson, name: str, size: int, loss: str) -> Tensor:
     return found.bool()
 
 
-def _pair(student: Any, teacher: Any, what: str, loss: str, remedy: str) -> Pair:
-    for who, found in (("student", student), ("teacher", teacher)):
-        if not isinstance(found, Tensor):
-            raise ModelError(f"loss {loss}: the {who} gives no {what}. {remedy}")
+def _given(output: Any, name: str) -> tuple[Tensor, ...]:
+    """The tensor of each layer; none where a network doesn't give them, or gives something in their stead."""
+    found = getattr(output, name, None) or ()
+    return tuple(found) if all(isinstance(each, Tensor) for each in found) else ()
+
+
+def _pair(student: Tensor, teacher: Tensor, what: str, loss: str) -> Pair:
     if student.shape != teacher.shape:
         raise ModelError(
             f"loss {loss}: {what} is {_sizes(student)} of the student and {_sizes(teacher)} of the teacher; this loss "
