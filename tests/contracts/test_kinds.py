@@ -44,7 +44,7 @@ from nybble.nn.kinds import (
 from nybble.nn.layouts import Layouts
 from nybble.nn.rotation import BlockRotation, mark_rotated
 from nybble.quantizer import Quantizer
-from nybble.scheme import Rule
+from nybble.scheme import parse_scheme
 
 
 def experts(config: Any, cls: Any) -> nn.Module:
@@ -335,8 +335,7 @@ def test_entries_are_those_of_the_first_files() -> None:
 def test_sides_that_a_kind_cannot_take(make: Callable[[], nn.Module], rule: Mapping[str, str], message: str) -> None:
     module = make()
     target = own(nn.ModuleDict({"m": module}), kind_of(module))[0]
-    sides: dict[str, Any] = {side: Quantizer(line) for side, line in rule.items()}
-    planned = replace(target, rule=Rule(**sides))
+    planned = replace(target, rule=parse_scheme({**rule}).rules[0])
     with pytest.raises(UsageError, match=message):
         planned.kind.check(planned, module)
     if planned.kind.shares_input:
