@@ -154,6 +154,27 @@ def test_eval_is_what_is_stored(name: str, side: str, line: str, dtype: torch.dt
         assert torch.equal(found, settled(learned, other))
 
 
+@pytest.mark.parametrize(("name", "side", "line"), [case for case in cases() if case[1] == WEIGHTS])
+def test_rows_that_are_looked_up(name: str, side: str, line: str) -> None:
+    """They are those of the whole table, in values and gradients, rounded alone or not."""
+    learned, x = made(name, line, side)
+    moved(learned, x)
+    ids = torch.tensor([[2, 0, 2], [ROWS - 1, 5, 0]])
+    assert torch.equal(learned.eval().lookup(x, ids), learned(x)[ids])
+    x.requires_grad_()
+    found, whole = learned.train().lookup(x, ids, 2), learned(x)[ids]
+    assert torch.equal(found, whole)
+    if found.requires_grad:
+        weight = torch.linspace(-1, 1, found.numel()).view_as(found)
+        hidden = torch.where((ids == 2)[..., None], 0.0, weight)  # the row of padding gets none
+        gradients = [
+            torch.autograd.grad((w * y).sum(), x, allow_unused=True)[0] for w, y in ((weight, found), (hidden, whole))
+        ]
+        assert (gradients[0] is None) == (gradients[1] is None)
+        if gradients[0] is not None:
+            torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize(("name", "side", "line"), cases())
 def test_gradients(name: str, side: str, line: str) -> None:
     """Finite everywhere, zeros included; nonzero in every group, and in x unless the part fixes it."""

@@ -16,7 +16,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from nybble.kv_format import rows_apart
 from nybble.learned import ACTIVATIONS, Learned, Part
 from nybble.learned._held import Held
 from nybble.learned._share import has_range, shared_range
@@ -43,6 +45,12 @@ class StraightThrough(Learned):
         if self.held is None and self.through:
             return self.quantizer.soft(x, following(self.quantizer, x), reaching)
         return self.quantizer.soft(x, None if self.held is None else self.held.params(), reaching)
+
+    def lookup(self, x: Tensor, ids: Tensor, padding: int | None = None) -> Tensor:  # noqa: D102
+        if self.held is not None or ids.numel() >= x.shape[0] or not rows_apart(self.quantizer):
+            return super().lookup(x, ids, padding)
+        found: Tensor = self(functional.embedding(ids.reshape(-1), x, padding))
+        return found.reshape(*ids.shape, x.shape[1])
 
     def settle(self, x: Tensor) -> QTensor | QuantParams:  # noqa: D102
         params = self.fixed()
