@@ -1,4 +1,4 @@
-"""BiT and TBT whole: bits as machines multiply them, and prepare -> train -> convert -> a file, learned thresholds too."""
+"""BiT and TBT whole: bits as machines multiply them, and from prepare to a file, learned thresholds too."""
 
 from __future__ import annotations
 
@@ -135,6 +135,11 @@ def bits(rows: BlockQTensor) -> np.ndarray:
     return rows.codes.numpy().reshape(rows.shape[0], -1)
 
 
+def popcount(words: np.ndarray) -> np.ndarray:
+    """int64, of the last dimension."""
+    return np.unpackbits(words, axis=-1).sum(-1, dtype=np.int64)
+
+
 def settled(fmt: str, x: Tensor, threshold: float) -> BlockQTensor:
     """Activations that elastic settled."""
     part = make_part("elastic", {}).make(Quantizer(f"{fmt} tensor static scale=elastic"), x, side=ACTIVATIONS)
@@ -159,10 +164,9 @@ def test_popcounts_are_the_float_product(columns: int) -> None:
         rows = settled(fmt, given, 0.0625)
         mine = bits(rows)[:, None]
         if fmt == "binary":
-            counts = columns - 2 * np.bitwise_count(mine ^ signs).sum(-1, dtype=np.int64)
+            counts = columns - 2 * popcount(mine ^ signs)
         else:
-            both = np.bitwise_count(mine & signs).sum(-1, dtype=np.int64)
-            counts = 2 * both - np.bitwise_count(mine).sum(-1, dtype=np.int64)
+            counts = 2 * popcount(mine & signs) - popcount(mine)
         exact = rows.dequantize(torch.float64) @ packed.dequantize(torch.float64).T
         factor = float(rows.params.scale.item()) * scale  # type: ignore[union-attr]  # 48 bits: sums of it are exact
         assert np.array_equal(exact.numpy(), counts * factor)
