@@ -148,10 +148,22 @@ class Elastic(Part):
                 f"elastic can't begin at a scale of {scale.flatten()[0]:g} for {quantizer}: the activations hold NaN "
                 "or Inf, or the scale rule gives a sign."
             )
-        if self.threshold != "none" and params.shift is None:
-            count = x.shape[-1] if self.threshold == "channel" and x.dim() else 1
-            params = replace(params, shift=torch.zeros(count, dtype=torch.float32, device=x.device))
-        return ElasticScale(quantizer, replace(params, scale=scale.clamp(min=self.floor)), self)
+        params = replace(params, scale=scale.clamp(min=self.floor), shift=self._first(params.shift, x))
+        return ElasticScale(quantizer, params, self)
+
+    def _first(self, given: Tensor | None, x: Tensor) -> Tensor | None:
+        """The first b: zeros, or that of an earlier stage of training."""
+        if self.threshold == "none":
+            return None
+        count = x.shape[-1] if self.threshold == "channel" and x.dim() else 1
+        if given is None:
+            return torch.zeros(count, dtype=torch.float32, device=x.device)
+        if given.numel() not in (1, count):
+            raise SchemeError(
+                f"elastic: threshold={self.threshold} has {count} values here and can't begin with {given.numel()}; "
+                f"choose threshold={'tensor' if self.threshold == 'channel' else 'channel'} for both stages."
+            )
+        return given.expand(count).clone()
 
 
 PART = Elastic

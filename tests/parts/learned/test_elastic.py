@@ -12,6 +12,7 @@ from nybble.core.errors import SchemeError
 from nybble.formats import get_format
 from nybble.learned import ACTIVATIONS, make_part
 from nybble.learned.elastic import ElasticScale
+from nybble.qtensor import QuantParams
 from nybble.quantizer import Quantizer
 
 #: format -> Q_N, Q_P and whether it is the set of signs
@@ -163,6 +164,25 @@ def test_the_first_batch_decides() -> None:
     ):
         part = make_part("elastic", {}).make(Quantizer(f"{fmt} tensor static scale={rule}"), positive, side=ACTIVATIONS)
         assert isinstance(part, ElasticScale) and part.scale.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_later_stage_begins_where_one_ended() -> None:
+    """BiT's chain: the 1-bit student takes a and b of the 2-bit one, whose codes are others."""
+    x = torch.randn(32, 4)
+    first = made("int2_full", x, 0.4, 0.25).fixed()
+    line = Quantizer("binary tensor static scale=elastic")
+
+    def begun(threshold: str, start: QuantParams) -> ElasticScale:
+        found = make_part("elastic", {"threshold": threshold}).make(line, x, start, ACTIVATIONS)
+        assert isinstance(found, ElasticScale) and found.scale.item() == pytest.approx(0.4)
+        return found
+
+    assert begun("none", first).threshold is None
+    for threshold, count in (("tensor", 1), ("channel", 4)):
+        second = begun(threshold, first)
+        assert second.threshold is not None and second.threshold.tolist() == [0.25] * count
+    with pytest.raises(SchemeError, match="1 values here and can't begin with 4.*threshold=channel"):
+        begun("tensor", begun("channel", first).fixed())
 
 
 def test_zero_is_zero_without_a_sign_and_plus_one_with_one() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nybble.core.errors import SchemeError
+from nybble.core.errors import FormatError, SchemeError
 from nybble.learned import ACTIVATIONS, make_part
 from nybble.qtensor import QuantParams
 from nybble.quantizer import Quantizer
@@ -126,3 +126,18 @@ def test_mask(line: str, side: str, dtype: torch.dtype) -> None:
     assert torch.equal(other.grad, torch.where(x.abs() >= 2, 0.0, one.grad)) and (other.grad == 0).sum() > 10
     with pytest.raises(SchemeError, match="mask=-1"):
         make_part("ste", {"mask": -1.0})
+
+
+def test_activations_of_few_bits_are_not_left_alone() -> None:
+    """Sheet llm-qat, 8: widths that can't be are errors, two bits are two; an odd token harms no other."""
+    for line, said in (("int0 token", "1 to 8 bits"), ("int9 token", "1 to 8 bits"), ("int1 token", "binary")):
+        with pytest.raises(FormatError, match=said):
+            Quantizer(line)
+    x = torch.randn(5, 64)
+    plain = make_part("ste", {}).make(Quantizer("int2 token"), x, side=ACTIVATIONS).train()(x)
+    assert all(len(row.unique()) == 3 for row in plain)
+    x[1], x[2, 5], x[3, 5] = 0, torch.nan, torch.inf
+    part = make_part("ste", {}).make(Quantizer("int2 token"), x, side=ACTIVATIONS)
+    for found in (part.train()(x), part.eval()(x)):
+        assert torch.equal(found[[0, 4]], plain[[0, 4]]) and not found[1].any()
+        assert found[2, 5].isnan() and not found[3].isfinite().all()
