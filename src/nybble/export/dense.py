@@ -44,6 +44,7 @@ class Dense(ExportTarget):
     summary = "plain safetensors of the dequantized weights"
     in_float = True
     rotates = True  # folded into the weights
+    drops_rounding = True
     loses = "codes and scales: weights are as large as they were; the rounding of inputs, outputs and the KV cache"
     options: ClassVar = {name: f"in {str(dtype).removeprefix('torch.')}" for name, dtype in _DTYPES.items()}
     takes = (
