@@ -11,14 +11,14 @@ import triton
 import triton.language as tl
 
 from nybble.kernels._gpu_blocks import divisor, magnitude
-from nybble.kernels._gpu_rules import HOST, decayed, second, updated
+from nybble.kernels._gpu_exact import HOST, spread
+from nybble.kernels._gpu_rules import decayed, second, updated
 from nybble.kernels._gpu_states import (
     codes_over,
     place,
     read_codes,
     read_scales,
     read_values,
-    spread,
     tops,
     write_codes,
     write_scales,
@@ -164,21 +164,23 @@ def _decoded(
 
 
 @triton.jit
-def _top(x, META: tl.constexpr, TILE: tl.constexpr):
-    """Bits of the largest magnitudes: of each block, or of all."""
+def _top(x, META: tl.constexpr, OTHER: tl.constexpr, TILE: tl.constexpr):
+    """Bits of the largest magnitudes: of each block, of the other state's blocks, or of all."""
     if META[0] == 2:
         return tops(x, META[2], TILE)
+    elif OTHER[0] == 2:
+        return tops(x, OTHER[2], TILE)
     else:
-        return tl.max(magnitude(x), 0)
+        return tops(x, TILE, TILE)
 
 
 @triton.jit
-def _finite(top, META: tl.constexpr):
+def _finite(top1, top2):
     """Whether what has these :func:`_top` is finite."""
-    if META[0] == 2:
-        return tl.max(top, 0) < 0x7F800000
+    if top1.shape[0] == top2.shape[0]:
+        return tl.max(tl.maximum(top1, top2), 0) < 0x7F800000
     else:
-        return top < 0x7F800000
+        return (tl.max(top1, 0) < 0x7F800000) & (tl.max(top2, 0) < 0x7F800000)
 
 
 @triton.jit
@@ -223,9 +225,9 @@ def step_kernel(
         before, g, m, v, rate, shrink, wd, b1, a1, b2, a2, root, inverse, eps, initial, RULE, FORMS, DECAY, FIRST,
         NESTEROV, HELD,
     )  # fmt: skip
-    top1, top2 = _top(one, ONE, TILE), _top(two, TWO, TILE)
+    top1, top2 = _top(one, ONE, TWO, TILE), _top(two, TWO, ONE, TILE)
     if GUARD:  # noqa: SIM102 - compiled in; a gradient that isn't finite makes a state that isn't
-        if (_finite(top1, ONE) & _finite(top2, TWO)) == 0:
+        if not _finite(top1, top2):
             ok = magnitude(g) < 0x7F800000
             p, one, two = updated(
                 before, tl.where(ok, g, 0.0), m, v, rate, shrink, wd, b1, a1, b2, a2, root, inverse, eps, initial,
@@ -233,7 +235,7 @@ def step_kernel(
             )  # fmt: skip
             ok = ok & (magnitude(one) < 0x7F800000) & (magnitude(two) < 0x7F800000)
             one, two, p = tl.where(ok, one, 0.0), tl.where(ok, two, 0.0), tl.where(ok, p, before)
-            top1, top2 = _top(one, ONE, TILE), _top(two, TWO, TILE)
+            top1, top2 = _top(one, ONE, TWO, TILE), _top(two, TWO, ONE, TILE)
             aside = tl.sum((inside & (ok == 0)).to(tl.int32), 0)
             tl.atomic_add(_at(table, row, 11).to(tl.pointer_type(tl.int32)), aside)
     _write(table, row, tl.load(given + row * 2 + 1), at, inside, p, DTYPE, WEIGHTS, ALIGNED)

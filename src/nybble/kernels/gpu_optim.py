@@ -41,8 +41,11 @@ from nybble.optim._states import quantizer
 from nybble.optim._weights import WEIGHTS
 from nybble.qtensor.block import BlockQTensor
 
-TILE = 2048
 WARPS = 4
+TILES = {2: 1024, 4: 512}
+"""Elements of a tile by a parameter's bytes: 16 bytes a thread, so that a thread's codes and numbers are the same."""
+TILE = 2048
+"""Of rows' and columns' factors."""
 ROWS, COLUMNS = 32, 128
 """Of a tile whose maxima are taken."""
 RECTANGLES = (256, 128)
@@ -126,7 +129,7 @@ class Steps:
         absent = states.form_of(states.ABSENT, "dynamic8", 16, "nearest-even", False, 1.0, spec.device)
         one = next((f for f, (name, _, _) in zip(found, spec.states, strict=True) if name in FIRST), absent)
         two = next((f for f, (name, _, _) in zip(found, spec.states, strict=True) if name not in FIRST), absent)
-        tile = max(TILE, *(f.meta[2] for f in (one, two) if f.meta[0] == states.BLOCKS), 16)
+        tile = max(TILES[spec.dtype.itemsize], *(f.meta[2] for f in (one, two) if f.meta[0] == states.BLOCKS), 16)
         return Forms(one, two, two.meta[0] == states.RANK1, tile)
 
 
