@@ -123,19 +123,11 @@ def spread(x, BLOCK: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def over_blocks(x, by, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """float32 [TILE]: ``x`` over one positive number a block, which isn't below any of its magnitudes by 2^60.
+    """float32 [TILE]: ``x`` over one number a block, from 2^-80 to 2^100, above which no magnitude is by much.
 
-    Markstein (IBM J. Res. Dev. 34(1), 1990, theorem 7): of a reciprocal that is rounded correctly and a quotient that
-    is off by less than a unit, one correction makes the quotient that is rounded correctly. Both are scaled by a power
-    of two where the reciprocal or a remainder could leave float32; what of a quotient below 2^-38 is lost then is
-    below all thresholds.
+    One correction of a quotient by a reciprocal that is rounded correctly is rounded correctly (Markstein, IBM J. Res.
+    Dev. 34(1), 1990, section 4), as long as the remainder is exact; of quotients below 2^-30 it may not be.
     """
-    power = tl.where(by < 8.673617379884035e-19, 1.2379400392853803e27, 1.0)
-    power = tl.where(by > 1.152921504606847e18, 8.673617379884035e-19, power)
-    by = by * power
-    high = divided(tl.full(by.shape, 1.0, tl.float32), by)
-    low = fused(-by, high, tl.full(by.shape, 1.0, tl.float32)) * high
-    high, low, by = spread(high, BLOCK, TILE), spread(low, BLOCK, TILE), spread(by, BLOCK, TILE)
-    x = x * spread(power, BLOCK, TILE)
-    near = fused(x, high, x * low)
-    return fused(fused(-by, near, x), high, near)
+    inverse = spread(divided(tl.full(by.shape, 1.0, tl.float32), by), BLOCK, TILE)
+    by, near = spread(by, BLOCK, TILE), x * inverse
+    return fused(fused(-by, near, x), inverse, near)

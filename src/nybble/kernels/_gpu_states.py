@@ -82,56 +82,59 @@ def regular(fmt: str, rounding: str) -> bool:
 
 
 @triton.jit
-def place(chunk, count, width, UNIT: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where runs of UNIT elements lie, in such runs, and which of them there are: of the tile ``chunk`` of a tensor.
+def place(start, left, width, UNIT: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where runs of UNIT elements lie, in such runs, and which of them there are: of a tile that begins at ``start``.
 
-    Tiles are neighbours in memory, or, where COLUMNS are given, rectangles of a matrix that ``width`` is cut into;
-    below 0 the last of these is cut short.
+    Tiles are neighbours in memory, of which ``left`` are left, or, where COLUMNS are given, rectangles of a matrix that
+    ``width`` is cut into, and then ``left`` rows are.
     """
+    k = tl.arange(0, TILE // UNIT)
     if COLUMNS == 0:
-        left = tl.minimum(count - chunk * TILE, TILE).to(tl.int32)
-        if ALIGNED:
-            left = tl.multiple_of(left, 16)
-        k = tl.arange(0, TILE // UNIT)
-        return chunk * (TILE // UNIT) + k, k * UNIT < left
-    else:
-        WIDE: tl.constexpr = COLUMNS if COLUMNS > 0 else -COLUMNS
-        across = tl.cdiv(width, WIDE)
-        k = tl.arange(0, TILE // UNIT)
-        r = chunk // across * (TILE // WIDE) + k // (WIDE // UNIT)
-        c = chunk % across * (WIDE // UNIT) + k % (WIDE // UNIT)
-        inside = r * width < count
-        if COLUMNS > 0:
-            return r * (across * (WIDE // UNIT)) + c, inside
+        if ALIGNED:  # so that the compiler sees that what a thread reads at once is there or not
+            left = left // 16 * (16 // UNIT)
         else:
-            return r * (width // UNIT) + c, inside & (c * UNIT < width)
+            left = tl.cdiv(left, UNIT)
+        return start // UNIT + k, k < left
+    else:
+        r = k // (COLUMNS // UNIT)
+        across = width // COLUMNS * (COLUMNS // UNIT)  # as a product, of which the compiler knows what divides it
+        return start // UNIT + (r * across + k % (COLUMNS // UNIT)), r < left
 
 
 @triton.jit
 def read_codes(
-    pointer, chunk, count, width, BITS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr
+    pointer, start, left, width, BITS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr
 ):
     """int32 [TILE]."""
     data = pointer.to(tl.pointer_type(tl.uint8))
     if ALIGNED:
         data = tl.multiple_of(data, 16)
-    at, inside = place(chunk, count, width, 8 // BITS, TILE, COLUMNS, ALIGNED)
-    found = tl.load(data + at, mask=inside, other=0).to(tl.int32)
+    at, inside = place(start, left, width, 8 // BITS, TILE, COLUMNS, ALIGNED)
+    return halves(tl.load(data + at, mask=inside, other=0).to(tl.int32), BITS)
+
+
+@triton.jit
+def halves(found, BITS: tl.constexpr):
+    """Codes of bytes, of 4 bits in the order of memory."""
     if BITS == 4:
-        found = tl.reshape(tl.join(found & 15, found >> 4), (TILE,))
+        pairs = tl.join(found & 15, found >> 4)
+        if len(found.shape) == 1:
+            found = tl.reshape(pairs, (found.shape[0] * 2,))
+        else:
+            found = tl.reshape(pairs, (found.shape[0], found.shape[1] * 2))
     return found
 
 
 @triton.jit
 def write_codes(
-    pointer, chunk, count, width, codes, inside, BITS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    pointer, start, left, width, codes, inside, BITS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The inverse; half a byte behind the last code is 0."""
     data = pointer.to(tl.pointer_type(tl.uint8))
     if ALIGNED:
         data = tl.multiple_of(data, 16)
-    at, there = place(chunk, count, width, 8 // BITS, TILE, COLUMNS, ALIGNED)
+    at, there = place(start, left, width, 8 // BITS, TILE, COLUMNS, ALIGNED)
     if BITS == 4:
         if not ALIGNED:
             codes = tl.where(inside, codes, 0)
@@ -141,11 +144,9 @@ def write_codes(
 
 
 @triton.jit
-def read_scales(
-    pointer, chunk, count, width, BLOCK: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr
-):
+def read_scales(pointer, start, left, width, BLOCK: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
     """float32 [TILE]: the scale of each element's block."""
-    at, inside = place(chunk, count, width, BLOCK, TILE, COLUMNS, False)
+    at, inside = place(start, left, width, BLOCK, TILE, COLUMNS, False)
     scale = tl.load(pointer.to(tl.pointer_type(tl.float32)) + at, mask=inside, other=1.0)
     return spread(scale, BLOCK, TILE)
 
@@ -157,7 +158,7 @@ def tops(x, BLOCK: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def write_scales(pointer, chunk, count, width, top, META: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
+def write_scales(pointer, start, left, width, top, META: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
     """Scales of blocks by their :func:`tops`, stored; float32 [TILE / BLOCK]."""
     TARGET: tl.constexpr = META[6]
     scale = top.to(tl.float32, bitcast=True)
@@ -165,7 +166,7 @@ def write_scales(pointer, chunk, count, width, top, META: tl.constexpr, TILE: tl
         scale = divided(scale, tl.full(scale.shape, TARGET, tl.float32))
     if META[5]:
         scale = divisor(scale)
-    at, inside = place(chunk, count, width, META[2], TILE, COLUMNS, False)
+    at, inside = place(start, left, width, META[2], TILE, COLUMNS, False)
     tl.store(pointer.to(tl.pointer_type(tl.float32)) + at, scale, mask=inside)
     return scale
 
@@ -263,8 +264,10 @@ def codes_of(y, thresholds, values, codes, META: tl.constexpr):
 
 
 @triton.jit
-def codes_over(x, scale, thresholds, values, codes, META: tl.constexpr, PER_BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """int32 [TILE], of ``x / scale``; scales of elements, or PER_BLOCK."""
+def codes_over(
+    x, scale, is_usual, thresholds, values, codes, META: tl.constexpr, PER_BLOCK: tl.constexpr, TILE: tl.constexpr
+):
+    """int32 [TILE], of ``x / scale``; scales of elements, or PER_BLOCK, and then whether they are usual."""
     by = divisor(scale)
     if not PER_BLOCK:
         y = quotients(x, by)
@@ -272,7 +275,10 @@ def codes_over(x, scale, thresholds, values, codes, META: tl.constexpr, PER_BLOC
         inverse = tl.minimum(divided(tl.full(by.shape, 1.0, tl.float32), by), 3.4028234663852886e38)
         y = x * spread(inverse, META[2], TILE)
     elif META[9]:
-        y = over_blocks(x, by, META[2], TILE)
+        if is_usual:
+            y = over_blocks(x, by, META[2], TILE)
+        else:
+            y = divided(x, spread(by, META[2], TILE))
     else:
         y = quotients(x, spread(by, META[2], TILE))
     return codes_of(y, thresholds, values, codes, META)
