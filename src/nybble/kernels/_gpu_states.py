@@ -208,9 +208,9 @@ def _nearest_in_decades(y, FIRST: tl.constexpr, BITS: tl.constexpr):
     base = ((decade + (127 + FIRST)) << 23).to(tl.float32, bitcast=True)
     found = fused(a, steps, fused(base, _full(y, 0.8888888889), _full(y, -0.5)))
     if FIRST:
-        return floors(tl.maximum(found, 0.0), 0)
+        return floors(found, 0)
     else:
-        return floors(_signed(tl.maximum(found, 0.0), y), 128 if BITS == 8 else 8)
+        return floors(_signed(found, y), 128 if BITS == 8 else 8)
 
 
 @triton.jit

@@ -250,7 +250,8 @@ def step_kernel(
         tiles = tl.cdiv(count // width - r, TILE // COLUMNS)
         if TWO[0] == 3:
             old, new = _of_columns(columns2, c, COLUMNS, TILE), _of_columns(top_columns, c, COLUMNS, TILE)
-    for _ in range(tl.minimum(tiles, TILES).to(tl.int32)):
+    tiles = tl.minimum(tiles, TILES).to(tl.int32)
+    while tiles > 0:
         if COLUMNS > 0:
             left = (count // width).to(tl.int32) - r
         else:
@@ -300,6 +301,7 @@ def step_kernel(
         start += step
         if COLUMNS > 0:
             r += TILE // COLUMNS
+        tiles -= 1
 
 
 @triton.jit
@@ -331,7 +333,8 @@ def maxima_kernel(
     if ALIGNED and WHOLE:
         codes = tl.multiple_of(codes, 16)
     half = across.to(tl.int64) * (COLUMNS // 2) if WHOLE else width // 2
-    for _ in range(tl.minimum(tl.cdiv(height - number // across * (TILES * ROWS), ROWS), TILES)):
+    tiles = tl.minimum(tl.cdiv(height - number // across * (TILES * ROWS), ROWS), TILES)
+    while tiles > 0:
         lines = r < height
         at = (r * width)[:, None] + c[None, :]
         inside, there = lines[:, None] & (c < width)[None, :], lines[:, None] & (pairs * 2 < width)[None, :]
@@ -356,6 +359,7 @@ def maxima_kernel(
         tops = top_rows.to(tl.pointer_type(tl.int32)) + r
         tl.atomic_max(tops, tl.max(bits, 1), mask=lines, sem="relaxed")
         r += ROWS
+        tiles -= 1
     tops = top_columns.to(tl.pointer_type(tl.int32)) + c
     tl.atomic_max(tops, tl.max(highest, 0), mask=c < width, sem="relaxed")
 
