@@ -2,7 +2,7 @@
 
     python benchmarks/optimizers.py --device cuda --out benchmarks/results/optimizers.json [--seconds 240]
     python benchmarks/optimizers.py --device cpu --out benchmarks/results/optimizers_cpu.json [--seconds 120]
-    python benchmarks/optimizers.py --device cuda --variants 4,4 8,4 4,4,96 [--presets AdamW4bit ...]
+    python benchmarks/optimizers.py --device cuda --variants 4,4 8,4 4,4,96 4,4,0,1 [--presets AdamW4bit ...]
 
 First the kernels' bits against the rules', for parameters, codes, scales and counts after three steps with NaN and
 infinite gradients among them. Then milliseconds a step: the median of several rounds of steps one after another, of
@@ -10,8 +10,8 @@ which each round ends when the device has finished; what Python does is inside. 
 each parameter. What isn't installed is left out and named.
 
 ``--variants`` compares launches of the GPU's kernels on the first size instead: warps, tiles of a program one after
-another, and registers of a thread at most. ``--small`` makes all tensors small, to see that it runs; ``--cases``
-compares some bits and stops.
+another, registers of a thread at most (0: any), and whether tables are read through shared memory (1). ``--small`` makes all
+tensors small, to see that it runs; ``--cases`` compares some bits and stops.
 """
 
 from __future__ import annotations
@@ -168,8 +168,9 @@ def compare(device: str, seconds: float, report: dict[str, Any], variants: list[
     for name in names:
         params = parameters(shapes, dtype, device)
         for variant in variants:
-            warps, steps, registers = (*map(int, variant.split(",")), None)[:3]
-            gpu_optim.WARPS, gpu_optim.STEPS, gpu_optim.REGISTERS = warps or 4, steps or 4, registers
+            warps, steps, registers, shared = (*map(int, variant.split(",")), 0, 0)[:4]
+            gpu_optim.WARPS, gpu_optim.STEPS = warps, steps
+            gpu_optim.REGISTERS, gpu_optim.SHARED = registers or None, bool(shared)
             try:
                 optimizer = ours(device)[name](params)
                 ms, steps_taken = milliseconds(optimizer, device, seconds / len(names) / len(variants))
@@ -260,7 +261,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=240, help="in all, but for what compiling takes")
-    parser.add_argument("--variants", nargs="+", metavar="WARPS,TILES[,REGISTERS]")
+    parser.add_argument("--variants", nargs="+", metavar="WARPS,TILES[,REGISTERS[,SHARED]]")
     parser.add_argument("--presets", nargs="+", default=[], help="of these variants, by the names of the report")
     parser.add_argument("--cases", nargs="+", type=int, help="compare the bits of these of the list alone, and stop")
     parser.add_argument("--small", action="store_true")

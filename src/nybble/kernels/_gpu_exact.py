@@ -52,7 +52,12 @@ def _assembly(name: str) -> str:
     for i in range(n):
         lines.append(f"mov.b32 a, ${n + i};")
         if divides:
-            lines += [f"mov.b32 b, ${2 * n + i};", "mov.b32 u, b;", "max.u32 most, most, u;", "min.u32 least, least, u;"]
+            lines += [
+                f"mov.b32 b, ${2 * n + i};",
+                "mov.b32 u, b;",
+                "max.u32 most, most, u;",
+                "min.u32 least, least, u;",
+            ]
         lines += ["mov.b32 u, a;", *(["and.b32 u, u, 0x7FFFFFFF;"] if divides else []), "max.u32 most, most, u;"]
         lines += ["sub.u32 u, u, 1;", "min.u32 least, least, u;"]  # 0 becomes the largest: it is no small number
         lines.append((_FAST_QUOTIENT if divides else _FAST_ROOT).format(i=i))
@@ -110,7 +115,12 @@ def floors(x, above: tl.constexpr):
         return tl.floor(x.to(tl.float64) + above).to(tl.int32)
     else:
         sums = tl.inline_asm_elementwise(
-            "add.rm.f32 $0, $1, $2;", "=f,f,f", [x, tl.full(x.shape, 8388608.0 + above, tl.float32)], tl.float32, True, 1
+            "add.rm.f32 $0, $1, $2;",
+            "=f,f,f",
+            [x, tl.full(x.shape, 8388608.0 + above, tl.float32)],
+            tl.float32,
+            True,
+            1,
         )
         return sums.to(tl.int32, bitcast=True) & 0x3FFFFF
 

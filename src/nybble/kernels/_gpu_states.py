@@ -47,7 +47,8 @@ class Form:
         meta: what is compiled in: kind, bits, elements of a block, how codes are found, whether a reciprocal is
             multiplied with, whether a scale of 0 becomes 1, what the largest magnitude is mapped to, of
             :class:`~nybble.kernels._gpu_grids.Way` the grid and the coding, and whether all thresholds but 0 are so
-            large that :func:`~nybble.kernels._gpu_exact.over_blocks` decides.
+            large that :func:`~nybble.kernels._gpu_exact.over_blocks` decides; whether tables are read through shared
+            memory.
         values: float32, of each code. thresholds: float32, ascending, -Inf before them for a guess. way: of the format.
     """
 
@@ -59,7 +60,14 @@ class Form:
 
 @lru_cache(maxsize=256)
 def form_of(
-    kind: int, fmt: str, block: int, rounding: str, reciprocal: bool, target: float, device: torch.device
+    kind: int,
+    fmt: str,
+    block: int,
+    rounding: str,
+    reciprocal: bool,
+    target: float,
+    device: torch.device,
+    near: bool = False,
 ) -> Form:
     """Of a format of 4 or 8 bits; ABSENT and WIDE take any."""
     found, given = way(fmt, rounding, device), get_format(fmt)
@@ -69,7 +77,8 @@ def form_of(
         guess = SIXTEENTHS
     thresholds = found.thresholds
     coarse = bool((thresholds.abs()[thresholds != 0] > 2.0**-30).all())
-    meta = (kind, given.bits, block, guess, reciprocal, given.has_zero, float(target), found.grid, found.coding, coarse)
+    zero, target = given.has_zero, float(target)
+    meta = (kind, given.bits, block, guess, reciprocal, zero, target, found.grid, found.coding, coarse, near)
     if guess not in (GENERAL, SIXTEENTHS):  # a guess may be the place before the first one, which nothing is below
         thresholds = torch.cat([thresholds.new_full((1,), -torch.inf), thresholds])
     return Form(meta, decode_table(fmt, device), thresholds, found)
@@ -248,6 +257,16 @@ def _nearest(y, META: tl.constexpr):
 
 
 @triton.jit
+def _looked_up(table, at, META: tl.constexpr):
+    """Numbers of a table with one for each code."""
+    if META[10]:
+        flat = tl.reshape(at, (at.numel,))
+        return tl.reshape(tl.gather(tl.load(table + tl.arange(0, 1 << META[1])), flat, 0), at.shape)
+    else:
+        return tl.load(table + at)
+
+
+@triton.jit
 def codes_of(y, thresholds, values, codes, META: tl.constexpr):
     """int32, of finite numbers over their scale."""
     GUESS: tl.constexpr = META[3]
@@ -260,7 +279,7 @@ def codes_of(y, thresholds, values, codes, META: tl.constexpr):
         return floors(fused(tl.maximum(y, 0.09375), _full(y, -16.0), _full(y, 1.5)), 15) ^ 15
     else:
         at = _nearest(y, META)
-        return at - (y < tl.load(thresholds + at)).to(tl.int32)
+        return at - (y < _looked_up(thresholds, at, META)).to(tl.int32)
 
 
 @triton.jit
@@ -291,4 +310,4 @@ def read_values(values, codes, META: tl.constexpr):
     if GUESS == 5:
         return ((codes << 19) | 0x3F800000).to(tl.float32, bitcast=True) - 0.9375  # (1 + code / 16) - 15 / 16
     else:
-        return tl.load(values + codes)
+        return _looked_up(values, codes, META)

@@ -44,6 +44,8 @@ from nybble.qtensor.block import BlockQTensor
 WARPS = 4
 REGISTERS: int | None = None
 """Of a thread at most; None leaves them to the compiler."""
+SHARED = False
+"""Whether tables of values and thresholds are read through shared memory."""
 BYTES = 16
 """Of a parameter that a thread reads at once: its codes and its numbers are then of the same elements."""
 STEPS, MAXIMA = 4, 8
@@ -136,7 +138,11 @@ class Steps:
         absent = states.form_of(states.ABSENT, "dynamic8", 16, "nearest-even", False, 1.0, spec.device)
         one = next((f for f, (name, _, _) in zip(found, spec.states, strict=True) if name in FIRST), absent)
         two = next((f for f, (name, _, _) in zip(found, spec.states, strict=True) if name not in FIRST), absent)
-        tile = max(BYTES // spec.dtype.itemsize * 32 * WARPS, *(f.meta[2] for f in (one, two) if f.meta[0] == states.BLOCKS), 16)
+        tile = max(
+            BYTES // spec.dtype.itemsize * 32 * WARPS,
+            *(f.meta[2] for f in (one, two) if f.meta[0] == states.BLOCKS),
+            16,
+        )
         return Forms(one, two, two.meta[0] == states.RANK1, tile)
 
 
@@ -146,7 +152,7 @@ def _form(line: str | None, name: str, device: torch.device) -> states.Form:
     q = quantizer(line)
     kind = states.RANK1 if isinstance(q.granularity, Rank1) else states.BLOCKS
     size = getattr(q.granularity, "size", 16)
-    return states.form_of(kind, q.format.name, size, q.rounding, q.reciprocal, target_of(line), device)
+    return states.form_of(kind, q.format.name, size, q.rounding, q.reciprocal, target_of(line), device, SHARED)
 
 
 def _whole(member: Member, grad: Tensor) -> bool:
