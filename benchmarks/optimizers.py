@@ -10,8 +10,8 @@ which each round ends when the device has finished; what Python does is inside. 
 each parameter. What isn't installed is left out and named.
 
 ``--variants`` compares launches of the GPU's kernels on the first size instead: warps, tiles of a program one after
-another, registers of a thread at most (0: any), and whether tables are read through shared memory (1). ``--small`` makes all
-tensors small, to see that it runs; ``--cases`` compares some bits and stops.
+another, registers of a thread at most (0: any; left out: as they are chosen), and whether tables are read through
+shared memory (1). ``--small`` makes all tensors small, to see that it runs; ``--cases`` compares some bits and stops.
 """
 
 from __future__ import annotations
@@ -168,9 +168,9 @@ def compare(device: str, seconds: float, report: dict[str, Any], variants: list[
     for name in names:
         params = parameters(shapes, dtype, device)
         for variant in variants:
-            warps, steps, registers, shared = (*map(int, variant.split(",")), 0, 0)[:4]
+            warps, steps, *rest = map(int, variant.split(","))
             gpu_optim.WARPS, gpu_optim.STEPS = warps, steps
-            gpu_optim.REGISTERS, gpu_optim.SHARED = registers or None, bool(shared)
+            gpu_optim.REGISTERS, gpu_optim.SHARED = (rest[0] if rest else None), rest[1:] == [1]
             try:
                 optimizer = ours(device)[name](params)
                 ms, steps_taken = milliseconds(optimizer, device, seconds / len(names) / len(variants))

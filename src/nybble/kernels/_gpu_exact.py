@@ -114,14 +114,8 @@ def floors(x, above: tl.constexpr):
     if HOST:
         return tl.floor(x.to(tl.float64) + above).to(tl.int32)
     else:
-        sums = tl.inline_asm_elementwise(
-            "add.rm.f32 $0, $1, $2;",
-            "=f,f,f",
-            [x, tl.full(x.shape, 8388608.0 + above, tl.float32)],
-            tl.float32,
-            True,
-            1,
-        )
+        from_above = tl.full(x.shape, 8388608.0 + above, tl.float32)
+        sums = tl.inline_asm_elementwise("add.rm.f32 $0, $1, $2;", "=f,f,f", [x, from_above], tl.float32, True, 1)
         return sums.to(tl.int32, bitcast=True) & 0x3FFFFF
 
 

@@ -277,7 +277,7 @@ def step_kernel(
         top1, top2 = _top(one, ONE, TWO, TILE), _top(two, TWO, ONE, TILE)
         is_usual = _usual(top1, top2, ONE, TWO)
         if GUARD:  # noqa: SIM102 - compiled in
-            if not is_usual:
+            if not is_usual:  # noqa: SIM102 - the one is the other's rare case
                 if not _finite(top1, top2):  # a gradient that isn't finite makes a state that isn't
                     ok = magnitude(g) < 0x7F800000
                     p, one, two = updated(
@@ -327,8 +327,9 @@ def maxima_kernel(
     r = number // across * (TILES * ROWS) + tl.arange(0, ROWS)
     c = number % across * COLUMNS + tl.arange(0, COLUMNS)
     pairs = number % across * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
-    by_column = tl.load(columns.to(tl.pointer_type(tl.float32)) + c, mask=c < width, other=1.0)
-    highest = tl.zeros((ROWS, COLUMNS), tl.int32)
+    # 0 beyond the matrix, where nothing may be higher
+    by_column = tl.load(columns.to(tl.pointer_type(tl.float32)) + c, mask=c < width, other=0.0)
+    highest = tl.full((ROWS, COLUMNS), 0x00800000, tl.int32)
     codes = state.to(tl.pointer_type(tl.uint8))
     if ALIGNED and WHOLE:
         codes = tl.multiple_of(codes, 16)
@@ -342,26 +343,27 @@ def maxima_kernel(
             inside, there = tl.broadcast_to(lines[:, None], at.shape), lines[:, None]
         g = _floats(gradient, at, inside, GRADIENT, ALIGNED and WHOLE)
         found = tl.load(codes + ((r * half)[:, None] + pairs[None, :]), mask=there, other=0)
-        by_row = tl.load(rows.to(tl.pointer_type(tl.float32)) + r, mask=lines, other=1.0)
+        by_row = tl.load(rows.to(tl.pointer_type(tl.float32)) + r, mask=lines, other=0.0)
         two = read_values(values2, halves(found.to(tl.int32), TWO[1]), TWO)
         two = two * tl.minimum(tl.broadcast_to(by_row[:, None], at.shape), by_column[None, :])
-        ok = inside & (magnitude(g) < 0x7F800000)
-        g = tl.where(ok, g, 0.0)
         if DECAY and RULE != 0:
             p = _floats(data, at, inside, DTYPE, ALIGNED and WHOLE)
             if WEIGHTS == 2:
                 residual = tl.load(beside.to(tl.pointer_type(tl.int8)) + at, mask=inside, other=0)
                 p = _joined(p, residual.to(tl.int32))
             g = decayed(p, g, wd, RULE, FORMS, DECAY)
-        bits = magnitude(second(g, two, b2, a2, initial, RULE, FORMS, FIRST))
-        bits = tl.where(ok & (bits < 0x7F800000), bits, 0)
+        two = second(g, two, b2, a2, initial, RULE, FORMS, FIRST)
+        if FIRST:
+            two = tl.where(inside, two, 0.0)
+        # one above in the exponent: what isn't finite, as it is made by a gradient that isn't, is below all others
+        bits = two.to(tl.int32, bitcast=True) + 0x00800000
         highest = tl.maximum(highest, bits)
-        tops = top_rows.to(tl.pointer_type(tl.int32)) + r
-        tl.atomic_max(tops, tl.max(bits, 1), mask=lines, sem="relaxed")
+        most = tl.maximum(tl.max(bits, 1), 0x00800000) - 0x00800000
+        tl.atomic_max(top_rows.to(tl.pointer_type(tl.int32)) + r, most, mask=lines, sem="relaxed")
         r += ROWS
         tiles -= 1
-    tops = top_columns.to(tl.pointer_type(tl.int32)) + c
-    tl.atomic_max(tops, tl.max(highest, 0), mask=c < width, sem="relaxed")
+    most = tl.max(highest, 0) - 0x00800000
+    tl.atomic_max(top_columns.to(tl.pointer_type(tl.int32)) + c, most, mask=c < width, sem="relaxed")
 
 
 @triton.jit

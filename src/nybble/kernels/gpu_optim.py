@@ -43,12 +43,14 @@ from nybble.qtensor.block import BlockQTensor
 
 WARPS = 4
 REGISTERS: int | None = None
-"""Of a thread at most; None leaves them to the compiler."""
+"""Of a thread of a step at most; 0 leaves them to the compiler, None takes :data:`FASTEST`."""
+FASTEST = {32: None, 8: 96, 4: 80}
+"""Registers by the bits of a state, on an H200 (benchmarks/optimizers.py --variants)."""
 SHARED = False
 """Whether tables of values and thresholds are read through shared memory."""
 BYTES = 16
 """Of a parameter that a thread reads at once: its codes and its numbers are then of the same elements."""
-STEPS, MAXIMA = 4, 8
+STEPS, MAXIMA = 8, 16
 """Tiles that a program steps one after another, and those whose maxima it takes."""
 TILE = 2048
 """Of rows' and columns' factors."""
@@ -66,6 +68,11 @@ class Forms:
     two: states.Form
     rank1: bool
     tile: int
+
+    @property
+    def registers(self) -> int | None:
+        """Of a thread at most."""
+        return FASTEST[min(form.meta[1] if form.meta[0] > states.WIDE else 32 for form in (self.one, self.two))]
 
     @property
     def rows(self) -> int:
@@ -233,8 +240,7 @@ def _launch(launch: Launch, kept: Forms, table: Table) -> None:
             table.rows, table.given, table.maxima, two.values, decay, b2, a2, initial, RULE=rule, FORMS=meta,
             TWO=two.meta, DTYPE=dtype, GRADIENT=dtype, WEIGHTS=weights, DECAY=decays, FIRST=first,
             ALIGNED=table.aligned, ROWS=kept.rows,
-            COLUMNS=RECTANGLES[-1], TILES=MAXIMA, WHOLE=table.columns > 0, num_warps=WARPS,
-            maxnreg=REGISTERS, **EXACT,
+            COLUMNS=RECTANGLES[-1], TILES=MAXIMA, WHOLE=table.columns > 0, num_warps=WARPS, **EXACT,
         )  # fmt: skip
     step_kernel[(len(table.work),)](
         table.rows, table.given, table.work, one.values, one.thresholds, one.way.codes, two.values, two.thresholds,
@@ -243,7 +249,7 @@ def _launch(launch: Launch, kept: Forms, table: Table) -> None:
         DECAY=decays, FIRST=first,
         NESTEROV=getattr(options, "nesterov", False), ALIGNED=table.aligned, COLUMNS=table.columns,
         SHORT=table.short, TILE=kept.tile, TILES=STEPS, num_warps=WARPS,
-            maxnreg=REGISTERS, **EXACT,
+            maxnreg=kept.registers if REGISTERS is None else REGISTERS or None, **EXACT,
     )  # fmt: skip
     if kept.rank1:
         assert table.factors is not None
