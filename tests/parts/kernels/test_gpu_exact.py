@@ -1,4 +1,4 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """Quotients and roots of the optimizers' kernels have the bits of torch's, which are IEEE's.
 
 On a GPU by the assembly; in Triton's interpreter that is left out, and only divisions by blocks are not numpy's own.
@@ -14,10 +14,10 @@ from tests.contracts.interpreted import DEVICE
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is optional")
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
+import triton
+import triton.language as tl
 
-from nybble.kernels import _gpu_exact as exact  # noqa: E402
+from nybble.kernels import _gpu_exact as exact
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero):RuntimeWarning")
 BLOCK, TILE = 64, 2048
