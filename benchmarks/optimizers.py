@@ -2,7 +2,7 @@
 
     python benchmarks/optimizers.py --device cuda --out benchmarks/results/optimizers.json [--seconds 240]
     python benchmarks/optimizers.py --device cpu --out benchmarks/results/optimizers_cpu.json [--seconds 120]
-    python benchmarks/optimizers.py --device cuda --variants 4,4 8,4 4,4,96 4,4,0,1 [--presets AdamW4bit ...]
+    python benchmarks/optimizers.py --device cuda --variants 4,4 8,4 4,4,96 4,4,96,0 [--presets AdamW4bit ...]
 
 First the kernels' bits against the rules', for parameters, codes, scales and counts after three steps with NaN and
 infinite gradients among them. Then milliseconds a step: the median of several rounds of steps one after another, of
@@ -11,7 +11,8 @@ each parameter. What isn't installed is left out and named.
 
 ``--variants`` compares launches of the GPU's kernels on the first size instead: warps, tiles of a program one after
 another, registers of a thread at most (0: any; left out: as they are chosen), and whether tables are read through
-shared memory (1). ``--small`` makes all tensors small, to see that it runs; ``--cases`` compares some bits and stops.
+shared memory (1, or 0). ``--small`` makes all tensors small, to see that it runs; ``--cases`` compares some bits and
+stops.
 """
 
 from __future__ import annotations
@@ -165,12 +166,14 @@ def compare(device: str, seconds: float, report: dict[str, Any], variants: list[
 
     names = [name for name in ours(device) if not chosen or name.removeprefix("nybble ") in chosen]
     _, shapes, dtype = SIZES["cuda"][0]
+    shared = gpu_optim.SHARED
     for name in names:
         params = parameters(shapes, dtype, device)
         for variant in variants:
             warps, steps, *rest = map(int, variant.split(","))
             gpu_optim.WARPS, gpu_optim.STEPS = warps, steps
-            gpu_optim.REGISTERS, gpu_optim.SHARED = (rest[0] if rest else None), rest[1:] == [1]
+            gpu_optim.REGISTERS = rest[0] if rest else None
+            gpu_optim.SHARED = bool(rest[1]) if rest[1:] else shared
             try:
                 optimizer = ours(device)[name](params)
                 ms, steps_taken = milliseconds(optimizer, device, seconds / len(names) / len(variants))

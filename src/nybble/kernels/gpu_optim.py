@@ -46,7 +46,7 @@ REGISTERS: int | None = None
 """Of a thread of a step at most; 0 leaves them to the compiler, None takes :data:`FASTEST`."""
 FASTEST = {32: None, 8: 96, 4: 80}
 """Registers by the bits of a state, on an H200 (benchmarks/optimizers.py --variants)."""
-SHARED = False
+SHARED = True
 """Whether tables of values and thresholds are read through shared memory."""
 BYTES = 16
 """Of a parameter that a thread reads at once: its codes and its numbers are then of the same elements."""
