@@ -28,6 +28,7 @@ from nybble.core.files import atomic_write_json, free_bytes
 from nybble.core.progress import Progress, task
 from nybble.core.seeds import derive_seed, generator
 from nybble.data.instructions import Example, collate
+from nybble.training.memory import keeping
 from nybble.training.optimizers import make_optimizer, state_bytes
 from nybble.training.settings import TrainSettings
 
@@ -163,8 +164,7 @@ class _Loop(Trainer):
         return _ByLength([len(row["labels"]) for row in rows], self.settings)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        kept: dict[int, int] = {}
-        with _counting(model, kept) if not self.memory else nullcontext():
+        with keeping(model) if not self.memory else nullcontext({}) as kept:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not loss.isfinite():
             raise LearningError(
@@ -241,21 +241,6 @@ def _tensorboard(folder: Path, done: int) -> Any:
 
     callback: Any = TensorBoardCallback
     return callback(SummaryWriter(log_dir=str(folder), purge_step=done + 1 if done else None))
-
-
-@contextmanager
-def _counting(model: nn.Module, kept: dict[int, int]) -> Iterator[None]:
-    """Note the storages that autograd keeps from forward to backward, but for the model's own."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-
-    def note(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        yield
 
 
 @contextmanager
