@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nybble.kernels import _gpu_states as states
 from nybble.kernels._gpu_blocks import divisor, magnitude
 from nybble.kernels._gpu_rules import HOST, decayed, second, updated
 from nybble.kernels._gpu_states import (
@@ -26,23 +27,24 @@ from nybble.kernels._gpu_states import (
 
 (
     P, CODES1, SCALE1, CODES2, SCALE2, COLUMNS2, TOP_ROWS, TOP_COLUMNS, RESIDUAL, COUNT, WIDTH, ASIDE, ROW,
-) = range(13)  # fmt: skip
+) = (tl.constexpr(field) for field in range(13))  # fmt: skip
 """Of a row of the table: addresses of the parameter, of codes (or of a state in float32) and scales, of factors by
 columns, of both raw maxima, of the residual; elements, columns; address of the count of what was set aside; ROW: how
 many there are."""
-FLOAT32, BFLOAT16, FLOAT16 = range(3)
-NEAREST, STOCHASTIC, RESIDUAL8 = range(3)
+FLOAT32, BFLOAT16, FLOAT16 = (tl.constexpr(dtype) for dtype in range(3))
+NEAREST, STOCHASTIC, RESIDUAL8 = (tl.constexpr(way) for way in range(3))
+ABSENT, WIDE, BLOCKS = (tl.constexpr(kind) for kind in (states.ABSENT, states.WIDE, states.BLOCKS))
 
 
 @triton.jit
 def _at(table, row, FIELD: tl.constexpr):
-    return tl.load(table + row * 12 + FIELD)
+    return tl.load(table + row * ROW + FIELD)
 
 
 @triton.jit
 def _floats(pointer, at, inside, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """float32, of a parameter or gradient."""
-    if DTYPE == 0:
+    if DTYPE == FLOAT32:
         data = pointer.to(tl.pointer_type(tl.float32))
         if ALIGNED:
             data = tl.multiple_of(data, 16)
@@ -52,7 +54,7 @@ def _floats(pointer, at, inside, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
         if ALIGNED:
             data = tl.multiple_of(data, 16)
         bits = tl.load(data + at, mask=inside, other=0)
-        if DTYPE == 1:
+        if DTYPE == BFLOAT16:
             x = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
         else:
             x = bits.to(tl.float16, bitcast=True).to(tl.float32)
@@ -95,8 +97,8 @@ def _split(x):
 
 @triton.jit
 def _write(table, row, draws, at, inside, p, DTYPE: tl.constexpr, WEIGHTS: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = _at(table, row, 0)
-    if DTYPE == 0:
+    pointer = _at(table, row, P)
+    if DTYPE == FLOAT32:
         data = pointer.to(tl.pointer_type(tl.float32))
         if ALIGNED:
             data = tl.multiple_of(data, 16)
@@ -105,18 +107,18 @@ def _write(table, row, draws, at, inside, p, DTYPE: tl.constexpr, WEIGHTS: tl.co
         data = pointer.to(tl.pointer_type(tl.int16))
         if ALIGNED:
             data = tl.multiple_of(data, 16)
-        if DTYPE == 2:
+        if DTYPE == FLOAT16:
             bits = p.to(tl.float16).to(tl.int16, bitcast=True)
-        elif WEIGHTS == 0:
+        elif WEIGHTS == NEAREST:
             bits = _to_bfloat16(p)
-        elif WEIGHTS == 1:
+        elif WEIGHTS == STOCHASTIC:
             random = tl.load(draws.to(tl.pointer_type(tl.int32)) + at, mask=inside, other=0)
             moved = ((p.to(tl.int32, bitcast=True) + random) & -65536).to(tl.float32, bitcast=True)
             bits = _to_bfloat16(tl.where(magnitude(p) < 0x7F800000, moved, p))
         else:
             high, residual = _split(p)
             bits = high.to(tl.int16)
-            tl.store(_at(table, row, 8).to(tl.pointer_type(tl.int8)) + at, residual.to(tl.int8), mask=inside)
+            tl.store(_at(table, row, RESIDUAL).to(tl.pointer_type(tl.int8)) + at, residual.to(tl.int8), mask=inside)
         tl.store(data + at, bits, mask=inside)
 
 
@@ -148,25 +150,26 @@ def _decoded(
 ):  # fmt: skip
     """A state, float32."""
     KIND: tl.constexpr = META[0]
-    if KIND == 0:
+    if KIND == ABSENT:
         return tl.zeros((TILE,), tl.float32)
-    elif KIND == 1:
+    elif KIND == WIDE:
         return tl.load(_at(table, row, CODES).to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
     else:
         code = read_codes(_at(table, row, CODES), chunk, count, width, META[1], TILE, COLUMNS, ALIGNED)
         x = read_values(values, code, META)
         if SHORT:  # code 0 is no 0
             x = tl.where(inside, x, 0.0)
-        if KIND == 2:
+        if KIND == BLOCKS:
             return x * read_scales(_at(table, row, CODES + 1), chunk, count, width, META[2], TILE, COLUMNS, ALIGNED)
         else:
-            return x * _factors(_at(table, row, 4), _at(table, row, 5), chunk, width, at, inside, False, TILE, COLUMNS)
+            rows, columns = _at(table, row, SCALE2), _at(table, row, COLUMNS2)
+            return x * _factors(rows, columns, chunk, width, at, inside, False, TILE, COLUMNS)
 
 
 @triton.jit
 def _top(x, META: tl.constexpr, TILE: tl.constexpr):
     """Bits of the largest magnitudes: of each block, or of all."""
-    if META[0] == 2:
+    if META[0] == BLOCKS:
         return tops(x, META[2], TILE)
     else:
         return tl.max(magnitude(x), 0)
@@ -175,7 +178,7 @@ def _top(x, META: tl.constexpr, TILE: tl.constexpr):
 @triton.jit
 def _finite(top, META: tl.constexpr):
     """Whether what has these :func:`_top` is finite."""
-    if META[0] == 2:
+    if META[0] == BLOCKS:
         return tl.max(top, 0) < 0x7F800000
     else:
         return top < 0x7F800000
@@ -187,14 +190,15 @@ def _encoded(
     CODES: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     KIND: tl.constexpr = META[0]
-    if KIND == 1:
+    if KIND == WIDE:
         tl.store(_at(table, row, CODES).to(tl.pointer_type(tl.float32)) + at, x, mask=inside)
-    elif KIND > 1:
-        if KIND == 2:
+    elif KIND > WIDE:
+        if KIND == BLOCKS:
             scale = write_scales(_at(table, row, CODES + 1), chunk, count, width, top, META, TILE, COLUMNS)
         else:
-            scale = _factors(_at(table, row, 6), _at(table, row, 7), chunk, width, at, inside, META[5], TILE, COLUMNS)
-        found = codes_over(x, scale, thresholds, values, codes, META, KIND == 2, TILE)
+            rows, columns = _at(table, row, TOP_ROWS), _at(table, row, TOP_COLUMNS)
+            scale = _factors(rows, columns, chunk, width, at, inside, META[5], TILE, COLUMNS)
+        found = codes_over(x, scale, thresholds, values, codes, META, KIND == BLOCKS, TILE)
         write_codes(_at(table, row, CODES), chunk, count, width, found, inside, META[1], TILE, COLUMNS, ALIGNED)
 
 
@@ -207,18 +211,18 @@ def step_kernel(
     NESTEROV: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, SHORT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One tile of one tensor; ``given`` has the addresses of gradients and of random numbers."""
-    HELD: tl.constexpr = ONE[0] > 0
+    HELD: tl.constexpr = ONE[0] > ABSENT
     row = tl.load(work + tl.program_id(0) * 2).to(tl.int64)
     chunk = tl.load(work + tl.program_id(0) * 2 + 1).to(tl.int64)
-    count, width = _at(table, row, 9), _at(table, row, 10)
+    count, width = _at(table, row, COUNT), _at(table, row, WIDTH)
     at, inside = place(chunk, count, width, 1, TILE, COLUMNS, ALIGNED)
     g = _floats(tl.load(given + row * 2), at, inside, GRADIENT, ALIGNED)
-    before = _floats(_at(table, row, 0), at, inside, DTYPE, ALIGNED)
-    if WEIGHTS == 2:
-        beside = _at(table, row, 8).to(tl.pointer_type(tl.int8))
+    before = _floats(_at(table, row, P), at, inside, DTYPE, ALIGNED)
+    if WEIGHTS == RESIDUAL8:
+        beside = _at(table, row, RESIDUAL).to(tl.pointer_type(tl.int8))
         before = _joined(before, tl.load(beside + at, mask=inside, other=0).to(tl.int32))
-    m = _decoded(table, row, chunk, count, width, at, inside, values1, ONE, 1, TILE, COLUMNS, SHORT, ALIGNED)
-    v = _decoded(table, row, chunk, count, width, at, inside, values2, TWO, 3, TILE, COLUMNS, SHORT, ALIGNED)
+    m = _decoded(table, row, chunk, count, width, at, inside, values1, ONE, CODES1, TILE, COLUMNS, SHORT, ALIGNED)
+    v = _decoded(table, row, chunk, count, width, at, inside, values2, TWO, CODES2, TILE, COLUMNS, SHORT, ALIGNED)
     p, one, two = updated(
         before, g, m, v, rate, shrink, wd, b1, a1, b2, a2, root, inverse, eps, initial, RULE, FORMS, DECAY, FIRST,
         NESTEROV, HELD,
@@ -235,15 +239,15 @@ def step_kernel(
             one, two, p = tl.where(ok, one, 0.0), tl.where(ok, two, 0.0), tl.where(ok, p, before)
             top1, top2 = _top(one, ONE, TILE), _top(two, TWO, TILE)
             aside = tl.sum((inside & (ok == 0)).to(tl.int32), 0)
-            tl.atomic_add(_at(table, row, 11).to(tl.pointer_type(tl.int32)), aside)
+            tl.atomic_add(_at(table, row, ASIDE).to(tl.pointer_type(tl.int32)), aside)
     _write(table, row, tl.load(given + row * 2 + 1), at, inside, p, DTYPE, WEIGHTS, ALIGNED)
     _encoded(
-        table, row, chunk, count, width, at, inside, one, top1, thresholds1, values1, codes1, ONE, 1, TILE, COLUMNS,
-        ALIGNED,
+        table, row, chunk, count, width, at, inside, one, top1, thresholds1, values1, codes1, ONE, CODES1, TILE,
+        COLUMNS, ALIGNED,
     )  # fmt: skip
     _encoded(
-        table, row, chunk, count, width, at, inside, two, top2, thresholds2, values2, codes2, TWO, 3, TILE, COLUMNS,
-        ALIGNED,
+        table, row, chunk, count, width, at, inside, two, top2, thresholds2, values2, codes2, TWO, CODES2, TILE,
+        COLUMNS, ALIGNED,
     )  # fmt: skip
 
 
@@ -261,16 +265,16 @@ def maxima_kernel(
     TILE: tl.constexpr = ROWS * COLUMNS
     row = tl.load(work + tl.program_id(0) * 2).to(tl.int64)
     chunk = tl.load(work + tl.program_id(0) * 2 + 1).to(tl.int64)
-    count, width = _at(table, row, 9), _at(table, row, 10)
+    count, width = _at(table, row, COUNT), _at(table, row, WIDTH)
     at, inside = place(chunk, count, width, 1, TILE, RECTANGLE, ALIGNED)
     g = _floats(tl.load(given + row * 2), at, inside, GRADIENT, ALIGNED)
-    code = read_codes(_at(table, row, 3), chunk, count, width, TWO[1], TILE, RECTANGLE, ALIGNED)
+    code = read_codes(_at(table, row, CODES2), chunk, count, width, TWO[1], TILE, RECTANGLE, ALIGNED)
     across = tl.cdiv(width, COLUMNS)
     r = chunk // across * ROWS + tl.arange(0, ROWS)
     c = chunk % across * COLUMNS + tl.arange(0, COLUMNS)
     lines, columns = r * width < count, c < width
-    by_row = tl.load(_at(table, row, 4).to(tl.pointer_type(tl.float32)) + r, mask=lines, other=1.0)
-    by_column = tl.load(_at(table, row, 5).to(tl.pointer_type(tl.float32)) + c, mask=columns, other=1.0)
+    by_row = tl.load(_at(table, row, SCALE2).to(tl.pointer_type(tl.float32)) + r, mask=lines, other=1.0)
+    by_column = tl.load(_at(table, row, COLUMNS2).to(tl.pointer_type(tl.float32)) + c, mask=columns, other=1.0)
     by = tl.minimum(
         tl.broadcast_to(by_row[:, None], (ROWS, COLUMNS)), tl.broadcast_to(by_column[None, :], (ROWS, COLUMNS))
     )
@@ -278,15 +282,17 @@ def maxima_kernel(
     ok = inside & (magnitude(g) < 0x7F800000)
     g = tl.where(ok, g, 0.0)
     if DECAY and RULE != 0:
-        p = _floats(_at(table, row, 0), at, inside, DTYPE, ALIGNED)
-        if WEIGHTS == 2:
-            beside = _at(table, row, 8).to(tl.pointer_type(tl.int8))
+        p = _floats(_at(table, row, P), at, inside, DTYPE, ALIGNED)
+        if WEIGHTS == RESIDUAL8:
+            beside = _at(table, row, RESIDUAL).to(tl.pointer_type(tl.int8))
             p = _joined(p, tl.load(beside + at, mask=inside, other=0).to(tl.int32))
         g = decayed(p, g, wd, RULE, FORMS, DECAY)
     bits = magnitude(second(g, two, b2, a2, initial, RULE, FORMS, FIRST))
     bits = tl.reshape(tl.where(ok & (bits < 0x7F800000), bits, 0), (ROWS, COLUMNS))
-    tl.atomic_max(_at(table, row, 6).to(tl.pointer_type(tl.int32)) + r, tl.max(bits, 1), mask=lines, sem="relaxed")
-    tl.atomic_max(_at(table, row, 7).to(tl.pointer_type(tl.int32)) + c, tl.max(bits, 0), mask=columns, sem="relaxed")
+    top_rows = _at(table, row, TOP_ROWS).to(tl.pointer_type(tl.int32))
+    top_columns = _at(table, row, TOP_COLUMNS).to(tl.pointer_type(tl.int32))
+    tl.atomic_max(top_rows + r, tl.max(bits, 1), mask=lines, sem="relaxed")
+    tl.atomic_max(top_columns + c, tl.max(bits, 0), mask=columns, sem="relaxed")
 
 
 @triton.jit
@@ -294,11 +300,11 @@ def factors_kernel(table, work, ZERO: tl.constexpr, TILE: tl.constexpr):
     """Maxima into a state's factors: of columns those behind ``height``."""
     row = tl.load(work + tl.program_id(0) * 2).to(tl.int64)
     at = tl.load(work + tl.program_id(0) * 2 + 1) * TILE + tl.arange(0, TILE)
-    width = _at(table, row, 10).to(tl.int32)
-    height = (_at(table, row, 9) // width).to(tl.int32)
-    x = tl.load(_at(table, row, 6).to(tl.pointer_type(tl.float32)) + at, mask=at < height + width, other=0.0)
+    width = _at(table, row, WIDTH).to(tl.int32)
+    height = (_at(table, row, COUNT) // width).to(tl.int32)
+    x = tl.load(_at(table, row, TOP_ROWS).to(tl.pointer_type(tl.float32)) + at, mask=at < height + width, other=0.0)
     if ZERO:
         x = divisor(x)
-    tl.store(_at(table, row, 4).to(tl.pointer_type(tl.float32)) + at, x, mask=at < height)
-    behind = _at(table, row, 5).to(tl.pointer_type(tl.float32)) + (at - height)
+    tl.store(_at(table, row, SCALE2).to(tl.pointer_type(tl.float32)) + at, x, mask=at < height)
+    behind = _at(table, row, COLUMNS2).to(tl.pointer_type(tl.float32)) + (at - height)
     tl.store(behind, x, mask=(at >= height) & (at < height + width))

@@ -47,7 +47,7 @@ ROWS, COLUMNS = 32, 128
 """Of a tile whose maxima are taken."""
 RECTANGLES = (256, 128)
 """Columns that a tile of a matrix may have."""
-DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+DTYPES = {torch.float32: FLOAT32.value, torch.bfloat16: BFLOAT16.value, torch.float16: FLOAT16.value}
 _ALIGNED = 16
 
 
