@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -164,7 +164,8 @@ class _Loop(Trainer):
         return _ByLength([len(row["labels"]) for row in rows], self.settings)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        with keeping(model) if not self.memory else nullcontext({}) as kept:
+        first: AbstractContextManager[dict[int, int]] = nullcontext({}) if self.memory else keeping(model)
+        with first as kept:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not loss.isfinite():
             raise LearningError(

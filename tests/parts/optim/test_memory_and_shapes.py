@@ -60,7 +60,8 @@ def shared(fused: bool | None, state: str) -> LowBitOptimizer:
     parts = [memory[:4096], memory[4096:8192], memory[:8192], memory[8192:]]
     groups: list[dict[str, Any]] = [{"params": [nn.Parameter(x.view(-1, 64)) for x in parts]}]
     groups.append({"params": [nn.Parameter(memory[2048:6144].view(64, 64))], "lr": 0.5})
-    return nybble.optim.AdamW(groups, lr=0.1, state=state, min_size=0, fused=fused)
+    made: LowBitOptimizer = nybble.optim.AdamW(groups, lr=0.1, state=state, min_size=0, fused=fused)
+    return made
 
 
 @pytest.mark.parametrize("state", ["state8", "state4"])
