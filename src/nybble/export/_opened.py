@@ -25,6 +25,7 @@ from nybble.core.tensorheader import TensorEntry
 from nybble.export._source import Layer, Source, layers_of
 from nybble.models.build.config_file import read_json
 from nybble.models.build.packed import cache_of, fits, lost_sides, rotated, shared_by, sides_of
+from nybble.models.build.skeleton import twin_of
 from nybble.models.sources import ModelSource
 from nybble.models.sources.folder import FolderSource
 from nybble.models.sources.gguf_file import GgufSource
@@ -64,7 +65,8 @@ class OpenedSource(Source):
         self.place = source.spec
         self.title = source.spec.rstrip("/").rsplit("/")[-1].removeprefix("demo:").removesuffix(".gguf")
         packed: Packed = {name: source.described_packed(name) for name in source.packed_names()}
-        model = source.skeleton(_dtype(source, packed))
+        self._outline = source.outline(_dtype(source, packed))
+        model = twin_of(self._outline)
         self.config = model_config(model, model.dtype)
         self.kv = cache_of(source, model)
         self._sides: dict[str, dict[str, ActivationQuantizer]] = {}
@@ -117,6 +119,9 @@ class OpenedSource(Source):
                 dtype = self.dtype if exact else dtype
         nbytes = found.numel * dtype.itemsize
         return TensorEntry(dtype=str(safetensors_name(dtype)), shape=tuple(found.shape), begin=0, nbytes=nbytes)
+
+    def skeleton(self) -> PreTrainedModel:
+        return self._outline
 
     def copied(self, name: str) -> Planned:
         if name in self.floats:

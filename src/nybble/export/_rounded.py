@@ -105,6 +105,9 @@ class RoundedSource(Source):
             raise FileError(f"{self.place}: {prefix} is not {recoding.words}.")
         return found
 
+    def skeleton(self) -> PreTrainedModel:
+        return self._source.skeleton()
+
     def weight(self, layer: Layer, prefix: str) -> QTensor:
         if layer.name in self.recodings:
             return self._again(layer, prefix)

@@ -207,6 +207,12 @@ class ModelSource(ABC):
             model.generation_config = generation
         return model
 
+    def outline(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model with every tensor on the meta device, to be looked at: nobody changes it."""
+        from nybble.models.build.skeleton import meta_model
+
+        return meta_model(self.config, dtype, self.stored())
+
     def model(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
         """The whole model as an ordinary float model in eval mode: nothing quantized, nothing patched."""
         from nybble.models.build.skeleton import kept_float32, unsaved
