@@ -105,13 +105,14 @@ class WriteBehind:
         self._file, self._begin, self._end = file, 0, 0
 
     def seek(self, position: int) -> None:
-        """Go on from ``position``."""
+        """Go on from ``position``, a little further on or anywhere."""
         if position != self._end:
             self._file.seek(position)
-            self._begin = self._end = position
+            near = self._end < position < self._begin + _BEHIND
+            self._begin, self._end = self._begin if near else position, position
 
     def write(self, data: bytes | memoryview) -> None:
-        """Write bytes, which are none of the caller's afterwards."""
+        """Write bytes."""
         self._file.write(data)
         self._end += memoryview(data).nbytes
         if self._end - self._begin >= _BEHIND and hasattr(os, "posix_fadvise"):

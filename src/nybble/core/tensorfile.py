@@ -311,8 +311,8 @@ def _write(to: BinaryIO, header: bytes, sources: Mapping[str, _Source], names: S
     with task(SHOWN.get(), len(names), "tensors") as bar:
         for run in _runs(sources, names):
             file.seek(places[run.names[0]])
-            for chunk in file_chunks(run.path, run.begin, run.nbytes):
-                file.write(chunk)
+            for piece in file_chunks(run.path, run.begin, run.nbytes):
+                file.write(piece)
             bar.advance(len(run.names), note=run.names[-1])
         for name in sorted(name for name in names if not isinstance(sources[name].bytes_from, Path)):
             file.seek(places[name])

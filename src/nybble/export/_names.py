@@ -28,7 +28,8 @@ class Part:
     """Rows of a matrix under a name of their own: ``experts.3.gate_proj.weight``.
 
     Attributes:
-        name: of the tensor in a checkpoint. matrix: number of the matrix in its parameter. rows: which of its rows; None: all, in order.
+        name: of the tensor in a checkpoint. matrix: number of the matrix in its parameter.
+        rows: which of its rows; None: all, in order.
     """
 
     name: str

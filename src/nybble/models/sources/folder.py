@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -219,6 +219,7 @@ class FolderSource(ModelSource):
         self._files = weight_files(folder, raw.get(NAMED))
         if not self._files:
             raise ModelError(f"{spec} has no tensors.")
+        self._held: OpenFiles | None = None
         self.packed: dict[str, PackedWeight] = {}
         self._descriptions: dict[tuple[str, Any], Sequence[QTensor]] = {}
         self._same_bytes: dict[str, Mapping[tuple[int, str], str]] = {}
@@ -232,13 +233,8 @@ class FolderSource(ModelSource):
 
     def _unpack(self, quantization: Any) -> None:
         """Have each packed weight in the place of the tensors that it is made of."""
-        with OpenFiles() as opened:
-
-            def read(name: str) -> Tensor:
-                path, entry = self._files[name]
-                return opened.read(path, self._starts[path], name, entry)
-
-            files = Files(self.spec, {name: entry for name, (_, entry) in self._files.items()}, read)
+        files = Files(self.spec, {name: entry for name, (_, entry) in self._files.items()}, self._file_tensor)
+        with self.held_open():
             self.packed, self.rounded = packed_weights(quantization, files)
         parts = {part for weight in self.packed.values() for part in weight.parts.values()} | self.rounded.used
         parts |= self.rounded.matrices
@@ -252,7 +248,22 @@ class FolderSource(ModelSource):
     def _file_tensor(self, name: str) -> Tensor:
         """A tensor as it is stored, in memory of its own."""
         path, entry = self._files[name]
-        return read_tensor(path, self._starts[path], name, entry)
+        return self.read_at(path, self._starts[path] + entry.begin, name, entry)
+
+    def read_at(self, path: Path, begin: int, name: str, entry: TensorEntry) -> Tensor:
+        """What stands in a file, as :meth:`packed_at` and :meth:`stored_at` say; in memory of its own."""
+        if self._held is not None:
+            return self._held.read(path, begin - entry.begin, name, entry)
+        return read_tensor(path, begin - entry.begin, name, entry)
+
+    @contextmanager
+    def held_open(self) -> Iterator[None]:
+        """The files stay open within."""
+        with OpenFiles() as self._held:
+            try:
+                yield
+            finally:
+                self._held = None
 
     def _empty_tensor(self, name: str) -> Tensor:
         """A tensor as it is stored, on the meta device."""
@@ -490,7 +501,9 @@ class FolderSource(ModelSource):
 
     def _match_with(self, shapes: Mapping[str, tuple[int, ...]], renames: Mapping[str, str]) -> Match:
         stated = str(self.config.dtype).removeprefix("torch.")
-        self._expected = meta_model(self.config, float_dtype(stated if stated in FLOATS else "float32", "dtype"), shapes)
+        self._expected = meta_model(
+            self.config, float_dtype(stated if stated in FLOATS else "float32", "dtype"), shapes
+        )
         prefix = self._expected.base_model_prefix
         match = match_names(expected_tensors(self._expected), shapes, prefix, renames)
         return replace(match, missing=tuple(n for n in match.missing if n not in unsaved(self._expected)))

@@ -75,7 +75,7 @@ def _read(file: FileIO, path: Path, start: int, name: str, entry: TensorEntry) -
     dtype = _dtype(name, entry)
     data = torch.empty(entry.nbytes, dtype=torch.uint8)
     file.seek(start + entry.begin)
-    room, count = memoryview(data.numpy()), 0
+    room, count = data.numpy().data, 0
     while count < entry.nbytes:  # of a large tensor the system gives at most 2 GiB at once
         got = file.readinto(room[count:])
         if not got:
