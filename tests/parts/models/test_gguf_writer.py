@@ -350,7 +350,7 @@ def test_ropes_that_contradict_themselves(pairs: dict[str, Any], factors: dict[s
     metadata |= {"llama.attention.key_length": 32} | {
         f"llama.rope.scaling.{key}": value for key, value in pairs.items()
     }
-    found = {f"{name}.weight": np.float32(values) for name, values in factors.items()}
+    found = {f"{name}.weight": np.array(values, np.float32) for name, values in factors.items()}
     with pytest.raises(ModelError, match=f"^x.gguf: .*{message}"):
         config_dict(metadata, {"token_embd.weight": (7, 64)}, "llama", ARCHS["llama"], "x.gguf", found)
 

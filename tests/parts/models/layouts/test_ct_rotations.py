@@ -142,7 +142,7 @@ def test_what_is_not_ours_is_refused(tmp_path: Path) -> None:
         raw = json.loads(original)
         raw["quantization_config"]["transform_config"] = stated
         path.write_text(json.dumps(raw))
-        with pytest.raises(FileError, match="transform_config is .*; a mapping with config_groups is needed"):
+        with pytest.raises(FileError, match=r"transform_config is .*; a mapping with config_groups is needed"):
             open_source(str(folder))
     path.write_text(original)
     save_file(tensors | {key: tensors[key] * 2}, folder / "model.safetensors")
