@@ -262,8 +262,8 @@ def test_neighbours_are_copied_at_once(tmp_path: Path, monkeypatch: pytest.Monke
         tensorfile, "file_chunks", lambda path, begin, n: (read.append((path.name, n)), chunks(path, begin, n))[1]
     )
     made = Planned(dtype="U8", shape=(40,), bytes_from=lambda: tensors["a"] + 9)
-    stream_tensorfiles(plans | {"bb": made}, tmp_path / "out", {})
+    stream_tensorfiles(plans | {"e": made}, tmp_path / "out", {})
     assert read == [("one", 80), ("two", 40), ("one", 40)]
     found = load_file(tmp_path / "out")
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-    assert torch.equal(found["bb"], tensors["a"] + 9)
+    assert torch.equal(found["e"], tensors["a"] + 9)
