@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -258,9 +259,12 @@ def test_neighbours_are_copied_at_once(tmp_path: Path, monkeypatch: pytest.Monke
         plans[name] = Planned(dtype="U8", shape=(40,), bytes_from=path, offset=begin)
     read: list[tuple[str, int]] = []
     chunks = tensorfile.file_chunks
-    monkeypatch.setattr(
-        tensorfile, "file_chunks", lambda path, begin, n: (read.append((path.name, n)), chunks(path, begin, n))[1]
-    )
+
+    def noted(path: Path, begin: int, nbytes: int) -> Iterator[memoryview]:
+        read.append((path.name, nbytes))
+        return chunks(path, begin, nbytes)
+
+    monkeypatch.setattr(tensorfile, "file_chunks", noted)
     made = Planned(dtype="U8", shape=(40,), bytes_from=lambda: tensors["a"] + 9)
     stream_tensorfiles(plans | {"e": made}, tmp_path / "out", {})
     assert read == [("one", 80), ("two", 40), ("one", 40)]
