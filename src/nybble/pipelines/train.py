@@ -246,7 +246,7 @@ def _space(job: _Job, merge: bool) -> int:
 
 
 def _begin(partial: Path, job: _Job, say: Callable[[str], None]) -> None:
-    """Keep the request, or compare it with that of the run that is gone on with; one that isn't is said, and cleared."""
+    """Keep the request, or compare it with that of the run that is gone on with; any other is said, and cleared."""
     request = job.request()
     before = begun_with(partial) if job.settings.resume else None
     if before is not None:
