@@ -469,9 +469,7 @@ def test_without_resume_it_starts_anew_and_says_so_first(folder: Path, tmp_path:
     assert said and not any("holds" in line for line, _ in said)
 
 
-def test_the_command_says_that_it_starts_anew(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_says_that_it_starts_anew(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On standard error, in a dry run too, which clears nothing."""
     interrupted(folder, tmp_path / "out")
     before = files(tmp_path / "out.partial")

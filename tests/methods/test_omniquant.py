@@ -191,7 +191,9 @@ def test_what_is_judged_is_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> No
 READERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.out_proj", "fc1")  # whose rows LET leaves as they are
 
 
-def float_products(state: Any, samples: dict[str, Tensor], values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def float_products(
+    state: Any, samples: dict[str, Tensor], values: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Of the inputs of READERS with their float weights, as the block has them or among ``values``."""
     found = {}
     for target in (target for target in state.targets if target.name in READERS):
@@ -210,7 +212,8 @@ def assert_same_products(found: dict[str, Tensor], wanted: dict[str, Tensor]) ->
 
 def test_the_kept_inputs_are_folded_with_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a block's records keep of its inputs gives, in float, what it gave before."""
-    settle, seen = walk_lane.settle_twins, list[Any]()
+    lane: Any = walk_lane
+    settle, seen = lane.settle_twins, list[Any]()
 
     def settling(state: Any) -> None:
         samples = {name: record.sample.clone() for name, record in state.records.items()}
@@ -228,7 +231,8 @@ def test_the_kept_inputs_are_folded_with_the_weights(monkeypatch: pytest.MonkeyP
 
 def test_parts_of_inputs_begin_with_what_the_transform_makes_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which is far from what came where LET begins with the paper's factors."""
-    put, begin, given, seen = engine.put_twins, Ste.begin, list[Tensor](), list[Any]()
+    inside: Any = engine
+    put, begin, given, seen = inside.put_twins, Ste.begin, list[Tensor](), list[Any]()
 
     def putting(state: Any, targets: Any, options: Any) -> None:
         put(state, targets, options)
