@@ -1,8 +1,9 @@
 """The compiled part of the CPU kernels: found, or built once where there is a C++ compiler; loaded by ctypes.
 
 ``_native/*.cpp`` needs nothing but a compiler: no header of Python or torch, so that one build serves every version of
-both. Its files are compiled side by side, as many as there are processors. The library is looked for beside its source (where installing built it), then in the user's cache; the file's name holds a
-hash of the source. Which instructions a processor has is asked when it runs.
+both. Its files are compiled side by side, as many as there are processors. The library is looked for beside its source
+(where installing built it), then in the user's cache; the file's name holds a hash of the source. Which instructions a
+processor has is asked when it runs.
 """
 
 from __future__ import annotations

@@ -146,20 +146,26 @@ int multiply(const Weight& w, const void* x, int64_t x_dtype, bool of_bfloat16, 
 #endif
     } else {
         part = pick_product(w, use);
-        const int64_t tile = call.m == 1 ? 1 : call.m <= 4 ? 4 : (call.m + 7) / 8 * 8;
         const bool turned = by_nibbles(w, use);
+        const int64_t tile = call.m == 1 || turned ? call.m : call.m <= 4 ? 4 : (call.m + 7) / 8 * 8;
         if (x_dtype == FLOAT32 && w.k % 16 == 0 && tile == call.m && !turned) call.x = (const float*)x;
         else {
             float* floats = (float*)zeros(sizeof(float) * tile * call.stride);
             if (!floats) return 1;
-            const int64_t side = tile < 8 ? tile : 8;  // rows of a tile, whose 64 columns lie together
             int place[64];
             for (int i = 0; i < 64; ++i) place[i] = turned ? nibble_place(i) : i;
-            for (int64_t i = 0; i < call.m; ++i)
-                for (int64_t j = 0; j < w.k; ++j) {
-                    const int64_t at = turned ? i / side * side * call.stride + (j / 64 * side + i % side) * 64 + j % 64 : i * call.stride + j;
-                    floats[at] = float_of(x, x_dtype, i * w.k + j / 64 * 64 + place[j % 64]);
+            for (int64_t i = 0; i < call.m; ++i) {
+                const int64_t first = i / TOGETHER * TOGETHER, side = call.m - first < TOGETHER ? call.m - first : TOGETHER;
+                float* own_row = floats + (turned ? first * call.stride + (i - first) * 64 : i * call.stride);
+                for (int64_t j = 0; j < w.k; j += 64) {  // turned: of all rows that are multiplied together
+                    float* to = own_row + (turned ? j * side : j);
+                    const int64_t at = i * w.k + j, count = w.k - j < 64 ? w.k - j : 64;
+                    if (x_dtype == FLOAT32)
+                        for (int64_t c = 0; c < count; ++c) to[c] = ((const float*)x)[at + place[c]];
+                    else
+                        for (int64_t c = 0; c < count; ++c) to[c] = float_of(x, x_dtype, at + place[c]);
                 }
+            }
             call.x = floats, own = floats;
         }
     }
