@@ -116,7 +116,12 @@ def test_more_rows_with_avx512(line: str, dtype: torch.dtype, isa: int, monkeypa
     assert library is not None
     wide = library.nybble_set(record(weight).address, isa) >= (3 if dtype == torch.float32 else 4)
     calls: list[int] = []
-    monkeypatch.setattr(cpu_products, "_expanded", lambda x, *_: calls.append(len(x)) or x)
+
+    def expanded(x: Tensor, *_: Any) -> Tensor:
+        calls.append(len(x))
+        return x
+
+    monkeypatch.setattr(cpu_products, "_expanded", expanded)
     x = torch.randn(cpu_products.MORE + 1, COLUMNS).to(dtype)
     multiplied(x, weight)
     assert calls == [cpu_products.MORE + 1]
