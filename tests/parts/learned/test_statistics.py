@@ -17,6 +17,7 @@ BIT = ("binary scale=mean", {"center": "tensor", "raw": True})
 TERNARY = ("ternary channel scale=max-entropy", {"center": "block", "mask": 1.0})
 BINARY = ("binary channel scale=mean", {"center": "block", "mask": 1.0})
 CODE = ("ternary channel scale=max-entropy", {})
+TWN = ("ternary channel scale=mean(above=0.7)", {"threshold": 0.7})
 STATSQ = ("midrise2 channel scale=max-entropy", {"mask": 1.98})
 
 
@@ -45,19 +46,22 @@ def by_hand(method: tuple[str, dict[str, object]], x: Tensor) -> tuple[Tensor, T
     """Values and scale by the papers' equations, float64."""
     wide = x.double()
     dim = None if method is BIT else 1
-    mean = wide.mean(dim, keepdim=True) if method not in (CODE, STATSQ) else torch.zeros(1, 1)
+    mean = wide.mean(dim, keepdim=True) if method not in (CODE, STATSQ, TWN) else torch.zeros(1, 1)
     left = wide - mean.float().double()
     if method is BIT:
         return torch.where(left >= 0, 1.0, -1.0), wide.abs().mean().reshape(1, 1)
     size = left.abs().mean(1, keepdim=True)
     if method is BINARY:
         return torch.where(left >= 0, 1.0, -1.0), size
+    if method is TWN:
+        left = torch.where(left.abs() > 0.7 * size, left.sign(), 0.0)
+        return left, (wide * left).sum(1, keepdim=True) / left.abs().sum(1, keepdim=True)
     if method is STATSQ:  # s = 2 mean|w|: s (round(2 w / s - 0.5) + 0.5) / 2, in units of s / 2
         return (2 * (wide / (2 * size)).clamp(-0.99, 0.99) - 0.5).round() + 0.5, size
     return (left / (4 / 3 * size)).clamp(-1, 1).round(), 4 / 3 * size
 
 
-@pytest.mark.parametrize("method", [BIT, TERNARY, BINARY, CODE, STATSQ])
+@pytest.mark.parametrize("method", [BIT, TERNARY, BINARY, CODE, STATSQ, TWN])
 def test_equations(method: tuple[str, dict[str, object]]) -> None:
     x = weight()
     values, scale = stored(method, x)
@@ -69,13 +73,13 @@ def test_equations(method: tuple[str, dict[str, object]]) -> None:
     assert torch.equal(part(x), part.eval()(x))
 
 
-@pytest.mark.parametrize("method", [BIT, TERNARY, BINARY, CODE, STATSQ])
+@pytest.mark.parametrize("method", [BIT, TERNARY, BINARY, CODE, STATSQ, TWN])
 def test_gradients_element_by_element(method: tuple[str, dict[str, object]]) -> None:
     """Upstream, to the last bit; zero where |w - m| reaches ``mask`` scales, in the forms that have one."""
     x, upstream = weight().requires_grad_(), torch.randn(6, 4096)
     made(method, x.detach())(x).backward(upstream)
     assert x.grad is not None
-    if method in (BIT, CODE):
+    if method in (BIT, CODE, TWN):
         assert torch.equal(x.grad, upstream)
         return
     _, size = by_hand(method, x.detach())
@@ -99,7 +103,7 @@ def test_signs_do_not_see_a_constant() -> None:
     assert not torch.allclose(made(CODE, x)(x), made(CODE, x)(x + 0.5), rtol=0.1)
 
 
-@pytest.mark.parametrize("method", [BIT, TERNARY, BINARY, CODE, STATSQ])
+@pytest.mark.parametrize("method", [BIT, TERNARY, BINARY, CODE, STATSQ, TWN])
 @pytest.mark.parametrize("factor", [0.25, 3.0])
 def test_scale_equivariance(method: tuple[str, dict[str, object]], factor: float) -> None:
     x = weight(4, 256)
@@ -137,7 +141,7 @@ def test_an_embedding_has_a_scale_a_row_and_one_mean() -> None:
     assert torch.equal(values > 0, x - x.mean() >= 0)
 
 
-@pytest.mark.parametrize("method", [BIT, TERNARY, BINARY, CODE, STATSQ])
+@pytest.mark.parametrize("method", [BIT, TERNARY, BINARY, CODE, STATSQ, TWN])
 def test_zeros_constants_and_nothing(method: tuple[str, dict[str, object]]) -> None:
     """A row without a magnitude becomes zeros, where scales are of rows, and its gradient passes; never NaN."""
     x = weight(4, 32)
@@ -167,11 +171,14 @@ def test_padded_groups_take_their_own_mean() -> None:
 
 def test_refusals() -> None:
     for options, said in (
-        ({"center": "row"}, "center"), ({"mask": -1.0}, "units of the scale"), ({"raw": True}, "without a center")
+        ({"center": "row"}, "center"), ({"mask": -1.0}, "units of the scale"), ({"raw": True}, "without a center"),
+        ({"threshold": -0.7}, "units of mean"),
     ):  # fmt: skip
         with pytest.raises(SchemeError, match=said):
             make_part("statistics", options)
     with pytest.raises(SchemeError, match="keeps one of its own"):
         make_part("statistics", {"center": "block"}).check(Quantizer("binary channel scale=mean(offset=true)"))
+    with pytest.raises(SchemeError, match="parts the levels -1, 0 and 1.*use ternary"):
+        make_part("statistics", {"threshold": 0.7}).check(Quantizer("int4 channel"))
     with pytest.raises(SchemeError, match="learns weights, not activations"):
         make_part("statistics", {}).check(Quantizer("int8 token"), "activations")
