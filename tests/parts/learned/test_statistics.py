@@ -160,12 +160,12 @@ def test_zeros_constants_and_nothing(method: tuple[str, dict[str, object]]) -> N
     assert part(torch.full((4, 32), torch.nan)).isnan().all()
 
 
-def test_padded_groups_take_their_own_mean() -> None:
-    """The short group at a row's end as it would be alone."""
+@pytest.mark.parametrize("method", [TERNARY, TWN])
+def test_short_groups_are_measured_alone(method: tuple[str, dict[str, object]]) -> None:
+    """The one at a row's end as it would be without what fills it."""
     x = weight(3, 40)
-    options = {"center": "block"}
-    whole = made(("ternary group=16 pad=true scale=max-entropy scale_format=float32", options), x)(x)
-    alone = made(("ternary channel scale=max-entropy", options), x[:, 32:])(x[:, 32:])
+    groups = method[0].replace("channel", "group=16 pad=true scale_format=float32")
+    whole, alone = made((groups, method[1]), x)(x), made(method, x[:, 32:])(x[:, 32:])
     torch.testing.assert_close(whole[:, 32:], alone, rtol=1e-6, atol=0)
 
 
