@@ -154,6 +154,12 @@ class FakeLayer(nn.Module):
         assert isinstance(part, LayerKind)
         return part.stand_in(like, weight, bias, made)
 
+    def float_values(self) -> dict[str, Tensor]:
+        """Weight and bias in float32, by the names that the float layer has for them."""
+        kind, like = self._like
+        found = kind.values(like, "", self.weight.latent.detach())
+        return found if self.bias is None else {**found, "bias": self.bias.detach()}
+
     def penalty(self, t: float | Tensor) -> Tensor:
         """Sum of its learned quantizers' penalties at progress ``t``, 0 to 1."""
         return sum(
