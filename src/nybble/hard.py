@@ -223,7 +223,8 @@ def _at_once(spec: Rule, blocks: Tensor) -> Tensor | None:
 
 
 def _elementwise(spec: Rule, params: QuantParams) -> bool:
-    plain = all(p is None for p in (params.zero_point, params.offset, params.thresholds, params.divisor, params.grid))
+    others = params.zero_point, params.offset, params.thresholds, params.divisor, params.grid, params.shift
+    plain = all(p is None for p in others)
     return plain and not spec.floor and not get_rounding(spec.rounding).stochastic
 
 

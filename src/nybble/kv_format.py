@@ -191,16 +191,29 @@ def tokens_apart(quantizer: Quantizer) -> bool:
     >>> [tokens_apart(Quantizer(line)) for line in ("int8 token", "mxfp4", "int8 tensor", "nvfp4")]
     [True, True, False, False]
     """
+    return _apart(quantizer, (2, 3))
+
+
+def rows_apart(quantizer: Quantizer) -> bool:
+    """Whether what it makes of a row of a weight [rows, columns] is the same whatever rows stand beside it.
+
+    >>> [rows_apart(Quantizer(line)) for line in ("int8 channel", "mxfp4", "int8 tensor", "nvfp4", "nf4 flat=64")]
+    [True, True, False, False, False]
+    """
+    return _apart(quantizer, ())
+
+
+def _apart(quantizer: Quantizer, leading: tuple[int, ...]) -> bool:
     nested = [q for q in (quantizer.scale_format, quantizer.offset_format) if isinstance(q, Quantizer)]
-    alone = _fits_tokens(quantizer) and not quantizer.scale.two_level and not quantizer.center
-    return alone and all(tokens_apart(inner) for inner in nested)
+    alone = _fits_tokens(quantizer, leading) and not quantizer.scale.two_level and not quantizer.center
+    return alone and all(_apart(inner, leading) for inner in nested)
 
 
-def _fits_tokens(quantizer: Quantizer) -> bool:
-    """Whether every scale belongs to one row [head width] of one token, or there is none to be measured."""
+def _fits_tokens(quantizer: Quantizer, leading: tuple[int, ...] = (2, 3)) -> bool:
+    """Whether every scale belongs to one row of [*leading, rows, width], or there is none to be measured."""
     if str(quantizer.scale) == "one" and not isinstance(quantizer.scale_format, Quantizer):
         return True
     size = math.prod(int(number) for number in re.findall(r"\d+", str(quantizer.granularity)))
     tokens, width = 5 * size, 7 * size  # what the granularity's own sizes divide
-    shape = quantizer.granularity.scale_shape((2, 3, tokens, width))
-    return shape[:-1] == (2, 3, tokens)
+    shape = quantizer.granularity.scale_shape((*leading, tokens, width))
+    return shape[:-1] == (*leading, tokens)

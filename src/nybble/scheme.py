@@ -24,12 +24,13 @@ token.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from nybble.core.errors import SchemeError, did_you_mean
 from nybble.kv_format import KVFormat
+from nybble.matmul_format import MatmulFormat
 from nybble.quantizer import Quantizer
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ class Rule:
     Attributes:
         targets: class names (``Linear``), exact module names, or ``re:`` and a pattern for the whole module name.
         weights: for the weight. inputs: for what enters the module. outputs: for what leaves it.
-        matmuls: for the four operands of an attention's two products; its targets are attention modules (the class
-            ``Attention``).
+        matmuls: for the four operands of an attention's two products, one line for all or some apart
+            (:class:`~nybble.matmul_format.MatmulFormat`); its targets are attention modules (the class ``Attention``).
         kv: for what these attentions cache, where that differs from the scheme's ``kv``.
     """
 
@@ -52,7 +53,7 @@ class Rule:
     weights: Quantizer | None = None
     inputs: Quantizer | None = None
     outputs: Quantizer | None = None
-    matmuls: Quantizer | None = None
+    matmuls: MatmulFormat | None = None
     kv: KVFormat | None = None
 
     @property
@@ -237,6 +238,7 @@ PRESETS: dict[str, tuple[str, str | None]] = {
 }
 
 
+_LINES: dict[str, Callable[[str], Any]] = {"kv": KVFormat.parse, "matmuls": MatmulFormat.parse}
 _RULE_KEYS = ("targets", "weights", "inputs", "outputs", "matmuls", "kv")
 
 
@@ -304,7 +306,7 @@ def _rule(data: Mapping[str, Any]) -> Rule:
         if line is not None and not isinstance(line, str):
             raise SchemeError(f"{key} is a quantizer line such as 'int4 group=32'; got {line!r}.")
         if line:
-            lines[key] = KVFormat.parse(line) if key == "kv" else Quantizer(line)
+            lines[key] = _LINES.get(key, Quantizer)(line)
     if not lines:
         raise SchemeError("a rule without weights, inputs, outputs, matmuls or kv does nothing.")
     attention = [key for key in ("matmuls", "kv") if key in lines]

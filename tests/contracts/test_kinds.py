@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from nybble.calibration.groups import trace_groups
 from nybble.calibration.trace import HIDDEN, BlockCall
 from nybble.core.errors import FileError, ModelError, SchemeError, UsageError
+from nybble.learned import ACTIVATIONS, make_part
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import (
     REGISTRY,
@@ -43,8 +44,9 @@ from nybble.nn.kinds import (
 )
 from nybble.nn.layouts import Layouts
 from nybble.nn.rotation import BlockRotation, mark_rotated
+from nybble.nn.twin import Twin
 from nybble.quantizer import Quantizer
-from nybble.scheme import Rule
+from nybble.scheme import parse_scheme
 
 
 def experts(config: Any, cls: Any) -> nn.Module:
@@ -245,6 +247,64 @@ def made_for(target: Target, root: nn.Module) -> Quantized:
     return Quantized(weights=weights, inputs=static if both else None)
 
 
+LEARNED: dict[str, dict[str, str]] = {
+    "attention": {"matmuls": "int4 tensor static"},
+    "embedding": {"weights": "int4 channel"},
+    "experts": {"weights": "int4 channel"},
+}
+
+
+@pytest.mark.parametrize(("name", "make"), CASES)
+def test_what_trains_in_its_place_settles_to_the_stand_in(name: str, make: Callable[[], nn.Module]) -> None:
+    """Of every kind, also of another package: sites, twins with their state, and bit for bit the quantized module."""
+    torch.manual_seed(0)
+    root = nn.ModuleDict({"m": make()})
+    rule = parse_scheme(LEARNED.get(name, {"weights": "int4 channel", "inputs": "int8 tensor static"})).rules[0]
+    targets = [replace(target, rule=rule) for target in own(root, REGISTRY.get(name))]
+    twins, given = list[Twin](), inputs(root["m"])
+    for target in targets:
+        sites = [*target.kind.sites(target, root["m"])]
+        assert {site.role for site in sites} == {key for key in ("weights", "inputs", "matmuls") if getattr(rule, key)}
+        learned = {}
+        for site in sites:
+            x = torch.linspace(-3, 3, 64).view(1, 1, 8, 8) if site.side == ACTIVATIONS else site.example
+            learned[site.name] = make_part("lsq", {}).make(site.quantizer, x, side=site.side)
+        twins += target.kind.put_twin(root, target, learned)
+    assert twins and [m for m in root.modules() if isinstance(m, Twin)] == twins
+    for parameter in root.parameters():
+        assert parameter.dtype == torch.float32
+    with torch.no_grad():
+        for twin in twins:
+            for key, parameters in twin.groups().items():
+                assert parameters, key
+                for parameter in parameters:
+                    parameter.mul_(1.1)  # as training might
+    expected = ran(name, root.eval(), given)
+    for path, twin in [(path, m) for path, m in root.named_modules() if isinstance(m, Twin)]:
+        twin.settle_in(root, path)
+    assert not any(isinstance(module, Twin) for module in root.modules())
+    assert any(kind_of_quantized(module) is REGISTRY.get(name) for module in root.modules())
+    assert torch.equal(ran(name, root, given), expected)
+
+
+def test_a_kind_without_twins_says_so() -> None:
+    kind, module = REGISTRY.get("conv"), nn.Conv2d(8, 6, 3)
+    with pytest.raises(
+        SchemeError, match=r"'conv', whose quantization can't be trained yet. Ignore it \(Conv2d, Conv\)"
+    ):
+        Kind.sites(kind, next(kind.targets("m", module)), module)
+
+
+def ran(name: str, root: nn.ModuleDict, x: Tensor) -> Tensor:
+    """What the module says; of an attention what its operands become, as it needs a model around it."""
+    if name != "attention":
+        return run(name, root["m"], x)
+    part: Any = root["m"].get_submodule("matmuls")
+    x = torch.randn(2, 2, 3, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return torch.stack([part(operand, x) for operand in ("query", "key", "probabilities", "value")])
+
+
 @pytest.mark.parametrize(("name", "make"), CASES)
 def test_described_and_restored(name: str, make: Callable[[], nn.Module]) -> None:
     """The stand-in rounds each weight once, and its description and tensors rebuild it bit for bit."""
@@ -335,8 +395,7 @@ def test_entries_are_those_of_the_first_files() -> None:
 def test_sides_that_a_kind_cannot_take(make: Callable[[], nn.Module], rule: Mapping[str, str], message: str) -> None:
     module = make()
     target = own(nn.ModuleDict({"m": module}), kind_of(module))[0]
-    sides: dict[str, Any] = {side: Quantizer(line) for side, line in rule.items()}
-    planned = replace(target, rule=Rule(**sides))
+    planned = replace(target, rule=parse_scheme({**rule}).rules[0])
     with pytest.raises(UsageError, match=message):
         planned.kind.check(planned, module)
     if planned.kind.shares_input:

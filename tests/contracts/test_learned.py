@@ -27,13 +27,20 @@ LINES: dict[str, tuple[str, ...]] = {
     ACTIVATIONS: (
         "int8 token", "int8 tensor static", "uint4 tensor static symmetric=false", "float8_e4m3fn token", "mxfp4",
         "float4_e2m1fn tensor static", "float4_e2m1fn shifted static", "int8 plane", "nvfp4",
-        "int8 tensor static scale=learned",
+        "int8 tensor static scale=learned", "binary tensor static scale=elastic",
+        "uternary tensor static scale=elastic",
     ),
 }  # fmt: skip
 #: What a part can't learn; everything else of LINES it must.
 REFUSED: dict[str, dict[str, set[str]]] = {
     "ste": {},
     "binarization-scales": {},
+    "elastic": {
+        ACTIVATIONS: {
+            "int8 token", "float8_e4m3fn token", "mxfp4", "int8 plane", "nvfp4", "float4_e2m1fn shifted static"
+        },
+    },
+    "statistics": {WEIGHTS: {"int4 rank1", "float4_e2m1fn shifted", "float16_e8m7 tensor scale=one"}},
     "lsq": {
         WEIGHTS: {"int4 rank1", "float4_e2m1fn shifted", "float16_e8m7 tensor scale=one"},
         ACTIVATIONS: {
@@ -154,6 +161,27 @@ def test_eval_is_what_is_stored(name: str, side: str, line: str, dtype: torch.dt
         assert torch.equal(found, settled(learned, other))
 
 
+@pytest.mark.parametrize(("name", "side", "line"), [case for case in cases() if case[1] == WEIGHTS])
+def test_rows_that_are_looked_up(name: str, side: str, line: str) -> None:
+    """They are those of the whole table, in values and gradients, rounded alone or not."""
+    learned, x = made(name, line, side)
+    moved(learned, x)
+    ids = torch.tensor([[2, 0, 2], [ROWS - 1, 5, 0]])
+    assert torch.equal(learned.eval().lookup(x, ids), learned(x)[ids])
+    x.requires_grad_()
+    found, whole = learned.train().lookup(x, ids, 2), learned(x)[ids]
+    assert torch.equal(found, whole)
+    if found.requires_grad:
+        weight = torch.linspace(-1, 1, found.numel()).view_as(found)
+        hidden = torch.where((ids == 2)[..., None], 0.0, weight)  # the row of padding gets none
+        gradients = [
+            torch.autograd.grad((w * y).sum(), x, allow_unused=True)[0] for w, y in ((weight, found), (hidden, whole))
+        ]
+        assert (gradients[0] is None) == (gradients[1] is None)
+        if gradients[0] is not None:
+            torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize(("name", "side", "line"), cases())
 def test_gradients(name: str, side: str, line: str) -> None:
     """Finite everywhere, zeros included; nonzero in every group, and in x unless the part fixes it."""
@@ -164,7 +192,7 @@ def test_gradients(name: str, side: str, line: str) -> None:
     assert set(parameters) == set(REGISTRY.get(name).groups)
     listed = [id(p) for found in parameters.values() for p in found]
     assert sorted(listed) == sorted(id(p) for p in learned.parameters())
-    weight = torch.linspace(-1, 1, x.numel()).reshape(x.shape)
+    weight = torch.linspace(-1, 2, x.numel()).reshape(x.shape)  # whose sum is not 0, for what all share
     (weight * learned.train()(x)).sum().backward()
     for found in parameters.values():
         gradients = [p.grad for p in found if p.grad is not None]

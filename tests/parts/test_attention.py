@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from nybble.core.errors import ModelError
+from nybble.matmul_format import OPERANDS
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.attention import (
-    OPERANDS,
     PART,
     MatmulQuantizers,
     OperandWatch,

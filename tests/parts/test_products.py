@@ -17,11 +17,11 @@ import nybble
 from nybble.calibration.operands import SEQUENCES, see_operands
 from nybble.calibration.trace import HIDDEN, BlockCall
 from nybble.checkpoint.account import inspect
-from nybble.core.errors import DataError, FileError, SchemeError
+from nybble.core.errors import DataError, FileError, NybbleError, SchemeError
 from nybble.data import load_text, token_samples
+from nybble.matmul_format import OPERANDS, MatmulFormat
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.attention import (
-    OPERANDS,
     MatmulQuantizers,
     OperandWatch,
     attentions,
@@ -70,6 +70,38 @@ def test_in_memory_on_disk_and_loaded(tmp_path: Path, family: str) -> None:
     assert len(rows) == 2 * len(OPERANDS) and all(row.input_scale for row in rows)
     without, _ = nybble.quantize(str(folder), recipe({"rules": SCHEME["rules"][1:]}), str(text), settings=settings)
     assert not torch.equal(logits(without), logits(memory))
+
+
+def test_operands_apart(tmp_path: Path) -> None:
+    """Probabilities in a format without a sign beside a line for the rest: in files, reports and numbers."""
+    line = "int8 tensor static probabilities=(uint4 tensor static) value=(int8 token)"
+    folder, text = save_tiny(tmp_path / "float"), save_text(tmp_path / "text.txt")
+    asked = parse_recipe({"name": "apart", "scheme": {"matmuls": line}, "steps": [{"solver": "rtn"}]})
+    settings = nybble.Settings(samples=4, seq_len=12, batch=2)
+    assert parse_recipe(asked.to_dict()).scheme.rules == asked.scheme.rules
+    nybble.quantize(str(folder), asked, str(text), out=tmp_path / "out", settings=settings)
+    model, _ = nybble.load(tmp_path / "out")
+    parts: Any = next(module for module in model.modules() if isinstance(module, MatmulQuantizers))
+    found = {name: str(parts.get_submodule(name).quantizer) for name in OPERANDS}
+    wanted = MatmulFormat.parse(line)
+    assert found == {name: str(quantizer) for name, quantizer in wanted.items()}
+    assert found["probabilities"] == "uint4 static" and parts.query.scale > 0 and parts.value.scale is None
+    x = torch.rand(1, 4, 6, 6) * 15 * parts.probabilities.scale
+    assert len(parts("probabilities", x).unique()) == 16  # all codes, none of them wasted on negative numbers
+
+
+def test_lines_of_operands() -> None:
+    same = MatmulFormat.of(Quantizer("int8 tensor"))
+    assert MatmulFormat.parse("int8 tensor") == same and str(same) == "int8" and not same.static
+    apart = MatmulFormat.parse("query=(int8 token) key=(nvfp4) probabilities=(uint8 tensor static) value=(mxfp4)")
+    assert apart.static and MatmulFormat.parse(str(apart)) == apart
+    for line, words in (
+        ("query=(int8 token) key=(int8 token)", "int8 token.*'.*: say one line.* probabilities has none"),
+        ("query=(int8) key=(int8) probabilities=(int8) values=(int8)", "'values'.*Did you mean 'value'"),
+        ("int8 values=(int8)", "values"),
+    ):
+        with pytest.raises(NybbleError, match=words):
+            MatmulFormat.parse(line)
 
 
 def test_their_scales_are_accounted_for_and_checked(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from nybble.core.errors import SchemeError
 from nybble.core.registry import Registry
@@ -80,6 +81,21 @@ class Learned(nn.Module, ABC):
         if isinstance(settled, QTensor):
             return settled.dequantize(x.dtype)
         return self.quantizer.fake_quantize(x, settled)
+
+    def lookup(self, x: Float[Tensor, "rows columns"], ids: Tensor, padding: int | None = None) -> Tensor:
+        """Some rows of what :meth:`forward` makes of a table.
+
+        A part whose rows depend on themselves alone may leave the others as they are.
+
+        Args:
+            x: the table.
+            ids: int64 [...], of rows.
+            padding: a row that gets no gradient.
+
+        Returns:
+            [..., columns], of the dtype of ``x``.
+        """
+        return functional.embedding(ids, self(x), padding)
 
     def fixed(self) -> QuantParams | None:
         """Of activations: the parameters that don't depend on the tensor; None where each is measured anew."""

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from nybble.core.errors import FileError, ModelError
+from nybble.matmul_format import OPERANDS
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.config import config_of
 
 IMPLEMENTATION = "nybble"
 PART = "matmuls"
-OPERANDS = ("query", "key", "probabilities", "value")
+CACHED = "cached"
+"""Name of the submodule that stands for an attention's cache while that is trained."""
 
 
 class MatmulQuantizers(nn.Module):
@@ -100,6 +102,7 @@ def quantized_attention(
     """
     eager = eager_attention(type(module))
     _check_arguments(module, eager, others)
+    key, value = as_cached(module, key, value)
     parts = getattr(module, PART, None)
     if parts is None:
         found: tuple[Tensor, Tensor | None] = eager.function(module, query, key, value, attention_mask, **others)
@@ -114,6 +117,12 @@ def quantized_attention(
             f"else: which operands {PART} would round can't be told. {_LEAVE_OUT}"
         )
     return found
+
+
+def as_cached(module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values as an attention's cache will hold them, while that is trained; else as they are."""
+    part = getattr(module, CACHED, None)
+    return (key, value) if part is None else part(key, value)
 
 
 class _RoundProbabilities(TorchFunctionMode):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
+from nybble.nn.attention import as_cached
 from nybble.nn.kv_operators import read_tokens
 from nybble.nn.kv_rows import TokenRows
 from nybble.nn.operands import check_attention
@@ -129,6 +130,7 @@ def attention(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    key, value = as_cached(module, key, value)
     plain = not others.get("dropout") and others.get("s_aux") is None and others.get("position_bias") is None
     if not (isinstance(key, Stored) and isinstance(value, Stored) and plain and query.shape[2] == 1):
         key, value = (t.read() if isinstance(t, Stored) else t for t in (key, value))

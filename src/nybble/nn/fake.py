@@ -8,7 +8,6 @@ so that casts happen at the same places: in eval mode ``fake(x) == fake.settle()
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,54 +20,12 @@ from nybble.learned.ste import StraightThrough
 from nybble.nn.activation import ActivationQuantizer, check_static
 from nybble.nn.kinds import LayerKind, Quantized, kind_of, live
 from nybble.nn.layer import QuantLayer, widened
+from nybble.nn.swap import set_module
+from nybble.nn.twin import FakeWeight, Twin, settled_activation
 from nybble.qtensor import QTensor
 
 
-class FakeWeight(nn.Module):
-    """The one float32 truth of a weight, and what learns to round it.
-
-    A module and no tensor, as in quantized layers: models that look at a weight's dtype then do the same with both.
-
-    Args:
-        latent: float32 [out, in]; kept without a copy.
-        learned: None leaves the weight in float.
-        trainable: whether gradients reach ``latent``.
-
-    Attributes:
-        instead: gives the weight in place of :meth:`dense`, while there is one: of a step that rounds once for several
-            forwards.
-    """
-
-    def __init__(self, latent: Tensor, learned: Learned | None, *, trainable: bool) -> None:
-        super().__init__()
-        self.latent = nn.Parameter(latent, requires_grad=trainable)
-        self.learned = learned
-        self.instead: Callable[[FakeWeight, torch.dtype], Tensor] | None = None
-
-    @property
-    def shape(self) -> torch.Size:
-        """[out, in]."""
-        return self.latent.shape
-
-    def forward(self, dtype: torch.dtype) -> Tensor:
-        """The weight to multiply with."""
-        return self.dense(dtype) if self.instead is None else self.instead(self, dtype)
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """Rounded in float32, then cast, as ``QTensor.dequantize`` does."""
-        dense: Tensor = self.latent if self.learned is None else self.learned(self.latent)
-        return dense.to(dtype)
-
-    def settle(self, dtype: torch.dtype) -> QTensor | Tensor:
-        """Packed, or in ``dtype`` where nothing rounds it."""
-        if self.learned is None:
-            return self.latent.detach().to(dtype)
-        settled = self.learned.settle(self.latent.detach())
-        assert isinstance(settled, QTensor)
-        return settled
-
-
-class FakeLayer(nn.Module):
+class FakeLayer(Twin):
     """Stands for a linear layer, GPT-2's ``Conv1D``, a convolution or another kind of layer while something is learned.
 
     Attributes that a model may ask of its layers (``in_features``, ``kernel_size`` ...) are the quantized layer's.
@@ -88,6 +45,8 @@ class FakeLayer(nn.Module):
     Raises:
         SchemeError: ``like`` is no layer with one matrix, or a Learned is for the other side.
     """
+
+    dtype: torch.dtype
 
     def __init__(
         self,
@@ -138,10 +97,14 @@ class FakeLayer(nn.Module):
         y: Tensor = functional_call(self._layer[0], dense, (x,))
         return y if self.outputs is None else self.outputs(y)
 
+    def settle_in(self, root: nn.Module, name: str) -> None:  # noqa: D102
+        set_module(root, name, self.settle())
+
     def settle(self) -> QuantLayer:
         """The packed layer; nothing is shared with this one."""
         bias = None if self.bias is None else self.bias.detach().to(self.dtype, copy=True)
-        made = Quantized(inputs=_activation(self.inputs), outputs=_activation(self.outputs), folded=self.folded)
+        inputs, outputs = (None if q is None else settled_activation(q) for q in (self.inputs, self.outputs))
+        made = Quantized(inputs=inputs, outputs=outputs, folded=self.folded)
         layer = self._stand_in(self.weight.settle(self.dtype), bias, made)
         return layer.standing_for(self.dtype).train(self.training)
 
@@ -154,32 +117,14 @@ class FakeLayer(nn.Module):
         assert isinstance(part, LayerKind)
         return part.stand_in(like, weight, bias, made)
 
-    def float_values(self) -> dict[str, Tensor]:
-        """Weight and bias in float32, by the names that the float layer has for them."""
+    def float_values(self) -> dict[str, Tensor]:  # noqa: D102
         kind, like = self._like
         found = kind.values(like, "", self.weight.latent.detach())
         return found if self.bias is None else {**found, "bias": self.bias.detach()}
 
-    def penalty(self, t: float | Tensor) -> Tensor:
-        """Sum of its learned quantizers' penalties at progress ``t``, 0 to 1."""
-        return sum(
-            (q.penalty(t) for _, q in self.learned()),
-            torch.zeros((), dtype=torch.float32, device=self.weight.latent.device),
-        )
-
-    def learned(self) -> list[tuple[str, Learned]]:
-        """The learned quantizers that there are, as weights, inputs, outputs."""
+    def learned(self) -> list[tuple[str, Learned]]:  # noqa: D102
         found = (("weights", self.weight.learned), ("inputs", self.inputs), ("outputs", self.outputs))
         return [(name, learned) for name, learned in found if learned is not None]
-
-    def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Its parameters by learning-rate group: ``weight``, ``bias``, ``weights.scales``, ``inputs.scales`` ..."""
-        found: dict[str, list[nn.Parameter]] = {"weight": [self.weight.latent]}
-        if self.bias is not None:
-            found["bias"] = [self.bias]
-        for side, learned in self.learned():
-            found |= {f"{side}.{name}": parameters for name, parameters in learned.groups().items()}
-        return found
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -190,23 +135,14 @@ class FakeLayer(nn.Module):
                 raise
             return getattr(layer[0], name)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> FakeLayer:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.latent.device)).dtype
-
-        def move(tensor: Tensor) -> Tensor:
-            moved: Tensor = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        return self
-
     def extra_repr(self) -> str:  # noqa: D102
         return f"{self._layer[0].extra_repr()}, {self.dtype}"
 
 
 def penalty_of(root: nn.Module, t: float) -> Tensor:
-    """Sum of the penalties of all fake layers in ``root`` at progress ``t``, 0 to 1; float32 scalar."""
-    found = [module.penalty(t) for module in root.modules() if isinstance(module, FakeLayer)]
+    """Sum of the penalties of all twins in ``root`` at progress ``t``, 0 to 1; float32 scalar."""
+    twins = [module for module in root.modules() if isinstance(module, Twin)]
+    found = [twin.penalty(t) for twin in twins if next(twin.parameters(), None) is not None]
     return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.float32)
 
 
@@ -225,8 +161,3 @@ def _learned(given: Learned | ActivationQuantizer | None) -> Learned | None:
     if isinstance(given, ActivationQuantizer):
         return StraightThrough(given.quantizer, ACTIVATIONS, given.params())
     return given
-
-
-def _activation(learned: Learned | None) -> ActivationQuantizer | None:
-    """What the packed layer rounds its activations with."""
-    return None if learned is None else ActivationQuantizer(learned.quantizer, learned.fixed())

@@ -14,12 +14,13 @@ from typing import Any
 
 from torch import nn
 
-from nybble.core.errors import FileError, ModelError, NybbleError, UsageError, within
+from nybble.core.errors import FileError, ModelError, NybbleError, SchemeError, UsageError, within
 from nybble.kv_format import KVFormat, one_scale
 from nybble.nn.attention import attentions
 from nybble.nn.cached_attention import use_cached_attention
 from nybble.nn.config import config_of
 from nybble.nn.kv_rows import check_width
+from nybble.scheme import Rule, Scheme
 
 KVRecord = KVFormat | Mapping[str, KVFormat]
 """One format for all layers, or attention module's name -> format (others cache in float)."""
@@ -137,6 +138,70 @@ def cached_attentions(model: nn.Module) -> dict[str, int]:
     """Names of the attention modules that cache what they made themselves -> number of their layer."""
     found = {name: getattr(module, "layer_idx", None) for name, module in attentions(model) if module.is_causal}
     return {name: layer for name, layer in found.items() if isinstance(layer, int)}
+
+
+def kv_of_scheme(model: nn.Module, scheme: Scheme, rules: Mapping[str, Rule]) -> KVRecord | None:
+    """What a model will cache in: one format, or by the names of its attentions where rules differ.
+
+    Args:
+        model: its weights may be on the meta device.
+        scheme: what it is quantized to.
+        rules: the rule of each module that one matched, by name.
+
+    Raises:
+        SchemeError: a rule that reaches no attention with a cache. Others: as :func:`check_cache`.
+    """
+    own = {name: rule.kv for name, rule in rules.items() if rule.kv is not None}
+    if own:
+        layers = cached_attentions(model)
+        if not own.keys() & layers.keys():
+            raise SchemeError(f"{next(iter(own))} keeps no KV cache, and the rule that gives it one reaches no other.")
+        formats = {name: own.get(name, scheme.kv) for name in layers}
+        kv: KVRecord | None = {n: found for n, found in formats.items() if found is not None and found.stores}
+    else:
+        kv = scheme.kv if scheme.kv is not None and scheme.kv.stores else None
+    if kv:
+        check_cache(model, kv)
+    return kv or None
+
+
+def attention_formats(model: Any, kv: KVRecord) -> dict[str, KVFormat]:
+    """Each attention whose keys and values are cached -> in what; cross-attentions too.
+
+    Raises:
+        ModelError: a layer's cache is filled by something else. SchemeError: scales that are calibrated, of a
+            cross-attention.
+    """
+    own = cached_attentions(model)
+    named = dict.fromkeys(own, kv) if isinstance(kv, KVFormat) else dict(kv)
+    layers = layer_formats(model, kv)
+    wanted = set(layers) if isinstance(layers, dict) else _cached_layers(model, layers)
+    lacking = wanted - {own[name] for name in named}
+    if lacking:
+        raise ModelError(
+            f"what layer {min(lacking)} of {type(model).__name__} caches doesn't come from an attention that calls "
+            "transformers' interface, so it can't be trained; leave kv out."
+        )
+    if not model.config.is_encoder_decoder:
+        return named
+    by_layer = {own[name]: found for name, found in named.items()}
+    inside = set(model.get_decoder().modules())
+    for name, module in attentions(model):
+        layer = getattr(module, "layer_idx", None)
+        if name not in own and module in inside and layer in by_layer:
+            found = by_layer[layer]
+            if found.static:
+                raise SchemeError(f"{name}: a cross-attention's cache has no scale of its own; leave 'static' out.")
+            named[name] = KVFormat(keys=found.keys, values=found.values)  # the encoder's tokens are there at once
+    return named
+
+
+def _cached_layers(model: Any, kv: KVFormat) -> set[int]:
+    """Numbers of the layers whose cache has keys and values."""
+    from nybble.nn.kv_cache import QuantizedCache, QuantizedLayer
+
+    layers = QuantizedCache.of(model.config, kv).layers
+    return {number for number, layer in enumerate(layers) if isinstance(layer, QuantizedLayer)}
 
 
 def layer_formats(model: nn.Module, kv: KVRecord) -> KVFormat | dict[int, KVFormat]:

@@ -12,6 +12,7 @@ from nybble.core.errors import SchemeError, UsageError, within
 from nybble.core.options import at_least_one
 from nybble.data.text import check_text
 from nybble.kv_format import KVFormat
+from nybble.matmul_format import MatmulFormat
 from nybble.pipelines.targets import meant
 from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe, check_names, load_recipe, parse_recipe, read_yaml
@@ -103,7 +104,7 @@ def build_recipe(
     if embeddings is not None:
         extra.append(Rule(targets=("Embedding",), weights=Quantizer(embeddings)))
     if matmuls is not None:
-        extra.append(Rule(targets=("Attention",), matmuls=Quantizer(matmuls)))
+        extra.append(Rule(targets=("Attention",), matmuls=MatmulFormat.parse(str(matmuls))))
     if extra:
         chosen = replace(chosen, rules=(*chosen.rules, *extra), name="")
     if cached is not None:

@@ -22,7 +22,8 @@ from nybble.calibration.arguments import mapped_calls
 from nybble.calibration.trace import HIDDEN, BlockCall
 from nybble.calibration.window import Window
 from nybble.core import ranks
-from nybble.nn.fake import FakeLayer, FakeWeight
+from nybble.nn.fake import FakeLayer
+from nybble.nn.twin import FakeWeight
 from nybble.reconstruction import Reconstruction
 from nybble.reconstruction.targets import output_of
 from nybble.rounding import get_rounding

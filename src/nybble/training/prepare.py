@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,40 +18,21 @@ from torch import Tensor, nn
 from nybble.core.errors import ModelError, SchemeError, UsageError, did_you_mean, within
 from nybble.core.explicit import explicit_settings
 from nybble.hard import check_finite
+from nybble.kv_format import KVFormat
 from nybble.learned import ACTIVATIONS, WEIGHTS, Learned, Part, make_part
 from nybble.models.adapter import adapter_for
 from nybble.nn.config import config_of
-from nybble.nn.fake import FakeLayer
-from nybble.nn.in_place import evaluation_mode, whole_or_not_at_all
-from nybble.nn.kinds import LayerKind, Target, apart_line, kind_of, live, look_alikes, targets_of
+from nybble.nn.in_place import evaluation_mode, untouched, whole_or_not_at_all
+from nybble.nn.kinds import Site, Target, apart_line, kind_of, look_alikes, targets_of
+from nybble.nn.kinds.tied import check_shared
+from nybble.nn.kv_model import attention_formats, kv_of_scheme
 from nybble.nn.read_weights import read_weights
-from nybble.nn.swap import set_module
-from nybble.quantizer import Quantizer
+from nybble.nn.twin import Twin
 from nybble.recipe import Recipe
-from nybble.scheme import Scheme, parse_scheme, split_apart
+from nybble.scheme import Rule, Scheme, parse_scheme, split_apart
 
-ROLES = (WEIGHTS, "inputs", "outputs")
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """A layer to replace: what it is, its rule, and the parts that learn."""
-
-    target: Target
-    module: nn.Module
-    parts: Mapping[str, Part]
-
-    @property
-    def matrix(self) -> Tensor:
-        return self.target.kind.matrix(self.module, "", live(self.module)).detach()
-
-    def quantizer(self, role: str) -> Quantizer | None:
-        found: Quantizer | None = getattr(self.target.rule, role)
-        return found
-
-    def example(self, role: str) -> Tensor:
-        """Zeros of a shape that a granularity can judge by."""
-        return torch.zeros(1, 8, self.target.shape[1 if role == "inputs" else 0])
+ROLES = (WEIGHTS, "inputs", "outputs", "matmuls", "kv")
+Sites = list[tuple[Target, Site]]
 
 
 @explicit_settings()
@@ -87,24 +68,38 @@ def prepare(
     Warns:
         UserWarning: names modules that the scheme takes and that no layer can stand for; they stay as they are.
     """
-    if isinstance(kind_of(model), LayerKind):
+    kind = kind_of(model)
+    if kind is not None and not (kind.operands or kind.fused):
         (alone,) = prepare(nn.Sequential(model), scheme, learned, run=run).children()
         return alone
     chosen = scheme.scheme if isinstance(scheme, Recipe) else scheme
     chosen = chosen if isinstance(chosen, Scheme) else parse_scheme(chosen)
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
     chosen = chosen if first is None else chosen.of_model(first.dtype)
-    layers = _layers(model, chosen, _parts(learned or {}))
-    for name, layer in layers.items():
-        with within(name):
-            _check(layer)
-    static = _watch(model, layers, run)
+    parts, targets = _parts(learned or {}), _plan(model, chosen)
+    sites = [(target, site) for target in targets for site in _sites(model, target, parts)]
+    static = _watch(model, sites, parts, run)
     with whole_or_not_at_all(model):
-        for name, layer in layers.items():
-            with within(name):
-                fake = _twin(layer, {role: made for (at, role), made in static.items() if at == name})
-            set_module(model, name, fake.train(model.training))
+        for target in targets:
+            with within(target.name):
+                own = [site for of, site in sites if of is target]
+                made = {s.name: static.get((target.name, s.name)) or _make(s, parts, s.example) for s in own}
+                _put(model, target, made, parts)
+        for kind in dict.fromkeys(target.kind for target in targets):
+            kind.prepare_twins(model, [target for target in targets if target.kind is kind])
     return model
+
+
+def _sites(model: nn.Module, target: Target, parts: Mapping[str, Part]) -> list[Site]:
+    """What is rounded of a target, each checked."""
+    with within(target.name):
+        found = [*target.kind.sites(target, model.get_submodule(target.module))]
+        for site in found:
+            if site.side == WEIGHTS:
+                check_finite(site.example, "the weight")
+            parts[site.role].check(site.quantizer, site.side)
+            site.quantizer.granularity.check(site.example.shape)
+    return found
 
 
 def learning_groups(model: nn.Module, rates: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -121,7 +116,7 @@ def learning_groups(model: nn.Module, rates: Mapping[str, float]) -> list[dict[s
     """
     named: dict[str, list[nn.Parameter]] = {}
     for module in model.modules():
-        if isinstance(module, FakeLayer):
+        if isinstance(module, Twin):
             for name, parameters in module.groups().items():
                 if trainable := [p for p in parameters if p.requires_grad]:
                     named.setdefault(name, []).extend(trainable)
@@ -149,11 +144,11 @@ def _parts(learned: Mapping[str, str | Part]) -> dict[str, Part]:
     return {role: part if isinstance(part, Part) else make_part(part, {}) for role, part in asked.items()}
 
 
-def _layers(model: nn.Module, scheme: Scheme, parts: Mapping[str, Part]) -> dict[str, _Layer]:
-    """What the scheme names, by name.
+def _plan(model: nn.Module, scheme: Scheme) -> list[Target]:
+    """What the scheme names, each with its rule; of attentions with what the model is to cache in.
 
     Raises:
-        SchemeError: something of it has no trainable twin.
+        SchemeError: something of it can't be trained.
     """
     known = targets_of(model)
     modules = {name: model.get_submodule(target.module) for name, target in known.items()}
@@ -164,34 +159,43 @@ def _layers(model: nn.Module, scheme: Scheme, parts: Mapping[str, Part]) -> dict
     if "lm_head" in scheme.ignore:  # it means the output head, whatever its name
         head = getattr(model, "get_output_embeddings", lambda: None)()
         heads = {name for name, module in model.named_modules() if module is head and name != "lm_head"}
-        classes = {n: c for n, c in classes.items() if n not in heads}
-    uses: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        uses.setdefault(id(parameter), []).append(name)
-    found: dict[str, _Layer] = {}
-    read = read_weights(model)
+        classes = {n: c for n, c in classes.items() if n not in heads or isinstance(modules.get(n), nn.Embedding)}
     matched, apart = split_apart(scheme.match(classes), alike)
     if apart:
         warnings.warn(apart_line(apart), stacklevel=3)
-    for name, rule in matched.rules.items():
+    kv = kv_of_scheme(model, scheme, matched.rules)
+    rules = _with_caches(matched.rules, {} if kv is None else attention_formats(model, kv))
+    uses: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        uses.setdefault(id(parameter), []).append(name)
+    found: list[Target] = []
+    read = read_weights(model)
+    for name, rule in rules.items():
         target = replace(known[name], rule=rule)
         with within(name):
-            if not isinstance(target.kind, LayerKind):
-                raise SchemeError(
-                    f"its kind is '{target.kind}', whose quantization can't be trained yet; that of layers with one "
-                    f"matrix can. Ignore it ({', '.join(classes[name])}), or narrow the rule's targets."
-                )
-            if name in read:
-                raise SchemeError("the model's code reads its weight instead of calling it. Ignore it.")
             target.kind.check(target, modules[name])
             own = target.parameters
             shared = [other for key in own for other in uses[id(model.get_parameter(key))] if other not in own]
-            if shared:
-                raise SchemeError(
-                    f"it shares its weight with {', '.join(shared)}; training would part them. Ignore it."
-                )
-        found[name] = _Layer(target, modules[name], parts)
+            planned = target.kind.tied(target, model, shared) if shared else target
+            if planned is None:
+                continue
+            if not read.isdisjoint((name, planned.head, *planned.shares)):
+                raise SchemeError("the model's code reads its weight instead of calling it. Ignore it.")
+        found.append(planned)
+    check_shared([target for target in found if target.matrices], replace(matched, rules=_of_weights(matched.rules)))
     return found
+
+
+def _with_caches(rules: Mapping[str, Rule], formats: Mapping[str, KVFormat]) -> dict[str, Rule]:
+    """Each rule, with what its attention caches in; and one for each attention that only caches."""
+    found = {name: replace(rule, kv=None) for name, rule in rules.items()}
+    for name, kv in formats.items():
+        found[name] = replace(found.get(name, Rule(targets=(name,))), kv=kv)
+    return {name: rule for name, rule in found.items() if rule != Rule(targets=rule.targets)}
+
+
+def _of_weights(rules: Mapping[str, Rule]) -> dict[str, Rule]:
+    return {name: rule for name, rule in rules.items() if not rule.of_attention}
 
 
 def _convolutional(model: nn.Module) -> bool:
@@ -204,74 +208,57 @@ def _convolutional(model: nn.Module) -> bool:
         return False
 
 
-def _check(layer: _Layer) -> None:
-    check_finite(layer.matrix, "the weight")
-    for role in ROLES:
-        quantizer = layer.quantizer(role)
-        if quantizer is not None:
-            layer.parts[role].check(quantizer, WEIGHTS if role == WEIGHTS else ACTIVATIONS)
-            shape = layer.target.shape if role == WEIGHTS else layer.example(role).shape
-            quantizer.granularity.check(shape)
-
-
 def _watch(
-    model: nn.Module, layers: Mapping[str, _Layer], run: Callable[[nn.Module], object] | None
+    model: nn.Module, sites: Sites, parts: Mapping[str, Part], run: Callable[[nn.Module], object] | None
 ) -> dict[tuple[str, str], Learned]:
-    """The Learned of static activations, by name and role: made of what first enters or leaves, which is not kept."""
-    wanted = [(n, r) for n, layer in layers.items() for r in ROLES[1:] if (q := layer.quantizer(r)) and q.static]
+    """The Learned of static activations, by target and site: made of what first comes by, which is not kept."""
+    wanted = {(target.name, site.name): (target, site) for target, site in sites if site.quantizer.static}
     if not wanted:
         return {}
     if run is None:
+        name, site = next(iter(wanted))
         raise UsageError(
-            f"{wanted[0][0]}: static {wanted[0][1]} begin with a scale that a batch decides; give "
+            f"{name}: static {site} begin with a scale that a batch decides; give "
             "run=lambda model: model(**batch), or leave 'static' out."
         )
     found: dict[tuple[str, str], Learned] = {}
 
-    def look(name: str, role: str) -> Callable[..., None]:
-        def hook(_: nn.Module, given: Any, output: Any = None) -> None:
-            if (name, role) not in found:
+    def look(name: str) -> Callable[[str, Tensor], None]:
+        def see(site: str, x: Tensor) -> None:
+            if (name, site) in wanted and (name, site) not in found:
                 with within(name):
-                    found[name, role] = _make(layers[name], role, given[0] if role == "inputs" else output)
+                    found[name, site] = _make(wanted[name, site][1], parts, x)
 
-        return hook
+        return see
 
-    handles = []
-    for name, role in wanted:
-        module = layers[name].module
-        register: Any = module.register_forward_pre_hook if role == "inputs" else module.register_forward_hook
-        handles.append(register(look(name, role)))
-    try:
-        with evaluation_mode(model), torch.no_grad():
+    watched = {name: target for (name, _), (target, _) in wanted.items()}
+    with untouched(model), evaluation_mode(model), torch.no_grad():
+        for kind in dict.fromkeys(target.kind for target in watched.values()):
+            kind.prepare(model)
+        ends = [t.kind.watch_sites(model.get_submodule(t.module), look(name)) for name, t in watched.items()]
+        try:
             run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+        finally:
+            for end in ends:
+                end()
     for key in wanted:
         if key not in found:
             raise ModelError(f"run never called {key[0]}, so nothing says where its {key[1]} begin; ignore it.")
     return found
 
 
-def _make(layer: _Layer, role: str, x: Tensor) -> Learned:
-    """The Learned of a role, from the weight or an example of the activations."""
-    quantizer = layer.quantizer(role)
-    assert quantizer is not None
-    if role != WEIGHTS:
-        check_finite(x, f"what it has as {role}")
-    return layer.parts[role].make(quantizer, x, side=WEIGHTS if role == WEIGHTS else ACTIVATIONS)
+def _make(site: Site, parts: Mapping[str, Part], x: Tensor) -> Learned:
+    """The Learned of a site, from the weight or an example of the activations."""
+    if site.side == ACTIVATIONS:
+        check_finite(x, f"what it has as {site.name}")
+    return parts[site.role].make(site.quantizer, x, side=site.side)
 
 
-def _twin(layer: _Layer, static: Mapping[str, Learned]) -> FakeLayer:
-    """What stands for the layer."""
-    made: dict[str, Learned | None] = dict.fromkeys(ROLES)
-    for role in ROLES:
-        if role in static:
-            made[role] = static[role]
-        elif layer.quantizer(role) is not None:
-            x = layer.matrix if role == WEIGHTS else layer.example(role).to(layer.matrix.device)
-            made[role] = _make(layer, role, x)
-    fake = FakeLayer(layer.module, None, made[WEIGHTS], made["inputs"], made["outputs"])
-    if made[WEIGHTS] is not None and layer.parts[WEIGHTS].fixes_x:
-        fake.weight.latent.requires_grad_(False)
-    return fake
+def _put(model: nn.Module, target: Target, learned: Mapping[str, Learned], parts: Mapping[str, Part]) -> None:
+    """Put what trains where a target stands."""
+    training = model.get_submodule(target.module).training
+    for twin in target.kind.put_twin(model, target, learned):
+        twin.train(training)
+        for weight in twin.weights():
+            if parts[WEIGHTS].fixes_x and weight.learned is not None:
+                weight.latent.requires_grad_(False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nybble.nn.fake import FakeLayer
+from nybble.nn.twin import Twin
 
 
 def float_values(model: nn.Module) -> dict[str, Tensor]:
@@ -13,11 +13,11 @@ def float_values(model: nn.Module) -> dict[str, Tensor]:
 
     A fresh float model that loads them (``load_state_dict``) and is prepared for other bits goes on from there.
     """
-    twins = {name: module for name, module in model.named_modules() if isinstance(module, FakeLayer)}
+    twins = {name: module for name, module in model.named_modules() if isinstance(module, Twin)}
     inside = tuple(f"{name}." for name in twins)
     found = {key: t for key, t in model.state_dict().items() if not key.startswith(inside)}
     for name, twin in twins.items():
-        found |= {f"{name}.{key}": t for key, t in twin.float_values().items()}
+        found |= {f"{name}.{key}".removesuffix("."): t for key, t in twin.float_values().items()}
     return found
 
 
@@ -26,7 +26,7 @@ def learned_values(model: nn.Module) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     names = {id(p): name for name, p in model.named_parameters()}
     for module in model.modules():
-        if isinstance(module, FakeLayer):
+        if isinstance(module, Twin):
             for group, parameters in module.groups().items():
                 if "." in group:
                     found |= {names[id(p)]: p for p in parameters}

@@ -11,9 +11,10 @@ from nybble.core.errors import SchemeError, within
 from nybble.kv_format import KVFormat
 from nybble.models.adapter import Adapter, under
 from nybble.nn.kinds import Kind, Target, look_alikes, targets_of
-from nybble.nn.kv_model import KVRecord, cached_attentions, check_cache, to_calibrate
+from nybble.nn.kinds.tied import check_shared
+from nybble.nn.kv_model import KVRecord, kv_of_scheme, to_calibrate
 from nybble.nn.read_weights import read_weights
-from nybble.scheme import Matches, Rule, Scheme, matches, split_apart
+from nybble.scheme import Matches, Scheme, matches, split_apart
 from nybble.solvers import Solver
 
 
@@ -66,7 +67,7 @@ class Plan:
         static = any(rule.inputs is not None and rule.inputs.static for rule in rules)
         solved = [solver.needs(rule.inputs) for rule in rules if rule.weights is not None]
         operands = [target.rule.matmuls for block in self.products for target in block]
-        static |= any(quantizer is not None and quantizer.static for quantizer in operands)
+        static |= any(matmuls is not None and matmuls.static for matmuls in operands)
         static |= any(self.cached)
         return frozenset({"ranges"} if static else ()).union(*solved)
 
@@ -101,45 +102,15 @@ def make_plan(model: nn.Module, adapter: Adapter, scheme: Scheme, solver: Solver
             planned = target.kind.tied(target, model, others) if others else target
             if planned is not None:
                 targets.append(planned)
-    _check_shared(targets, found)
+    check_shared(targets, found)
     outside = tuple(t for t in targets if not adapter.inside(t.name) and t.matrices)
     prefixes = [under(name) for name in adapter.block_names(model)]
     inside = [[replace(t, name=t.name.removeprefix(p)) for t in targets if t.name.startswith(p)] for p in prefixes]
     blocks = tuple(tuple(t for t in block if t.matrices) for block in inside)
     products = tuple(tuple(t for t in block if t.rule.matmuls is not None) for block in inside)
-    kv = _kv(model, scheme, found.rules)
+    kv = kv_of_scheme(model, scheme, found.rules)
     cached = _cached(to_calibrate(model, kv), prefixes)
     return Plan(blocks, outside, found.counts, found.ignored, products, kv, apart, found.fixed, cached)
-
-
-def _check_shared(targets: Sequence[Target], found: Matches) -> None:
-    """Raise where only some of the embeddings that share a table are to be quantized."""
-    taken = {name for target in targets for name in (target.name, *target.shares)}
-    for name in found.rules:
-        if name not in taken:
-            raise SchemeError(f"{name}: it shares its table with the input embedding, which no rule takes. Name that.")
-    for target in targets:
-        for name in target.shares:
-            if name in found.ignored:
-                raise SchemeError(
-                    f"{target.name}: {name}, which shares its table, is ignored. Ignore both, or neither."
-                )
-
-
-def _kv(model: nn.Module, scheme: Scheme, rules: Mapping[str, Rule]) -> KVRecord | None:
-    """What the model will cache in: one format, or by the names of its attentions where rules differ."""
-    own = {name: rule.kv for name, rule in rules.items() if rule.kv is not None}
-    if own:
-        layers = cached_attentions(model)
-        if not own.keys() & layers.keys():
-            raise SchemeError(f"{next(iter(own))} keeps no KV cache, and the rule that gives it one reaches no other.")
-        formats = {name: own.get(name, scheme.kv) for name in layers}
-        kv: KVRecord | None = {n: found for n, found in formats.items() if found is not None and found.stores}
-    else:
-        kv = scheme.kv if scheme.kv is not None and scheme.kv.stores else None
-    if kv:
-        check_cache(model, kv)
-    return kv or None
 
 
 def _cached(formats: Mapping[str, KVFormat], prefixes: Sequence[str]) -> tuple[Mapping[str, KVFormat], ...]:

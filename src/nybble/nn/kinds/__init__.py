@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from nybble.core.errors import FileError, ModelError
-from nybble.nn.kinds._base import Get, Kind, Operands, Quantized, Stored, Target, live, module_at
+from nybble.nn.kinds._base import Get, Kind, Operands, Quantized, Site, Stored, Target, live, module_at
 from nybble.nn.kinds._layer import LayerKind
 from nybble.nn.kinds._lookup import (
     REGISTRY,
@@ -33,9 +33,9 @@ from nybble.nn.kinds._lookup import (
 from nybble.nn.layouts import Layouts
 
 __all__ = [
-    "REGISTRY", "Get", "Kind", "LayerKind", "Operands", "Quantized", "Stored", "Target", "all_kinds", "apart_line",
-    "describe", "kind_of", "kind_of_entry", "kind_of_quantized", "live", "look_alikes", "matrix_at", "module_at",
-    "prepare_quantized", "quant_modules", "read_by", "restore", "restore_all", "targets_of", "values_at",
+    "REGISTRY", "Get", "Kind", "LayerKind", "Operands", "Quantized", "Site", "Stored", "Target", "all_kinds",
+    "apart_line", "describe", "kind_of", "kind_of_entry", "kind_of_quantized", "live", "look_alikes", "matrix_at",
+    "module_at", "prepare_quantized", "quant_modules", "read_by", "restore", "restore_all", "targets_of", "values_at",
 ]  # fmt: skip
 
 

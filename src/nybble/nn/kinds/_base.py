@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import GranularityError, ModelError, SchemeError
+from nybble.learned import ACTIVATIONS, WEIGHTS, Learned
 from nybble.nn.activation import ActivationQuantizer, check_static
 from nybble.nn.layouts import Layouts
+from nybble.nn.twin import Twin
 from nybble.qtensor import QTensor
 from nybble.quantizer import Quantizer
 from nybble.scheme import Rule
@@ -74,6 +76,31 @@ class Quantized:
     outputs: ActivationQuantizer | None = None
     operands: Mapping[str, ActivationQuantizer] = field(default_factory=dict)
     folded: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A tensor of a target that is rounded, and whose rounding can be learned.
+
+    Attributes:
+        name: ``weights``, ``inputs``, ``outputs``, ``matmuls.query``, ``kv.keys`` ...
+        quantizer: of it.
+        example: of a shape that a granularity can judge by; of a weight the matrix itself.
+    """
+
+    name: str
+    quantizer: Quantizer
+    example: Tensor
+
+    @property
+    def role(self) -> str:
+        """The key of a rule that says how it is rounded: the name before a dot."""
+        return self.name.partition(".")[0]
+
+    @property
+    def side(self) -> str:
+        """What a learned part calls it."""
+        return WEIGHTS if self.role == WEIGHTS else ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -287,6 +314,39 @@ class Kind(ABC):
 
     def prepare(self, model: nn.Module) -> None:  # noqa: B027 (most need nothing)
         """Let a model call quantized modules of this kind, where that takes more than their being there."""
+
+    # ---- what trains in its place
+    def sites(self, target: Target, module: nn.Module) -> Iterator[Site]:
+        """The tensors that a planned target's rule rounds.
+
+        Raises:
+            SchemeError: nothing of the kind can be trained.
+        """
+        raise SchemeError(
+            f"its kind is '{self}', whose quantization can't be trained yet. Ignore it "
+            f"({', '.join(self.class_names(module))}), or narrow the rule's targets."
+        )
+
+    def watch_sites(self, module: nn.Module, see: Callable[[str, Tensor], None]) -> Callable[[], None]:
+        """Show the activations among its sites, by name, to ``see`` whenever the module runs; returns what ends it.
+
+        The model may have been told to call it (:meth:`prepare`).
+        """
+        raise ModelError(f"{type(module).__name__} has no activations to watch.")
+
+    def put_twin(self, root: nn.Module, target: Target, learned: Mapping[str, Learned]) -> list[Twin]:
+        """Put what trains where the float module of ``root`` stands; returns what is new.
+
+        Args:
+            root: the model.
+            target: planned.
+            learned: of each of its sites, by name.
+        """
+        raise SchemeError(f"a {type(root.get_submodule(target.module)).__name__} has nothing that trains in its place.")
+
+    def prepare_twins(self, model: nn.Module, targets: Sequence[Target]) -> None:
+        """Let a model call the twins of these targets, all of this kind."""
+        self.prepare(model)
 
     # ---- how a file describes it
     @abstractmethod

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import FileError
+from nybble.learned import Learned
 from nybble.nn.activation import ActivationQuantizer
-from nybble.nn.kinds._base import Kind, Quantized, Stored, Target, live, module_at
+from nybble.nn.kinds._base import Kind, Quantized, Site, Stored, Target, live, module_at
 from nybble.nn.kinds._lookup import matrix_at
 from nybble.nn.layer import QuantLayer
 from nybble.nn.layouts import Layouts
 from nybble.nn.packed import Packed
 from nybble.nn.swap import set_module
+from nybble.nn.twin import Twin
 from nybble.qtensor import QTensor
 
 
@@ -53,6 +56,39 @@ class LayerKind(Kind):
         bias = old.bias.detach() if isinstance(old.bias, Tensor) else None
         layer = self.stand_in(old, weight, bias, made)
         set_module(root, target.name, layer.standing_for(next(old.parameters()).dtype))
+
+    def sites(self, target: Target, module: nn.Module) -> Iterator[Site]:
+        rule, matrix = target.rule, self.matrix(module, "", live(module)).detach()
+        if rule.weights is not None:
+            yield Site(name="weights", quantizer=rule.weights, example=matrix)
+        rows, columns = matrix.shape
+        for name, quantizer, width in (("inputs", rule.inputs, columns), ("outputs", rule.outputs, rows)):
+            if quantizer is not None:
+                example = torch.zeros(1, 8, width, device=matrix.device)
+                yield Site(name=name, quantizer=quantizer, example=example)
+
+    def watch_sites(self, module: nn.Module, see: Callable[[str, Tensor], None]) -> Callable[[], None]:
+        def enters(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            see("inputs", self.enters(module, self.reads(args, kwargs)))
+
+        handles = (
+            module.register_forward_pre_hook(enters, with_kwargs=True),
+            module.register_forward_hook(lambda _, __, output: see("outputs", output)),
+        )
+
+        def end() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return end
+
+    def put_twin(self, root: nn.Module, target: Target, learned: Mapping[str, Learned]) -> list[Twin]:
+        from nybble.nn.fake import FakeLayer  # which asks kinds itself
+
+        old = root.get_submodule(target.name)
+        twin = FakeLayer(old, None, learned.get("weights"), learned.get("inputs"), learned.get("outputs"))
+        set_module(root, target.name, twin)
+        return [twin]
 
     def describe(self, module: nn.Module, layouts: Layouts) -> dict[str, Any]:
         found: dict[str, Any] = {"class": self.entry, **self.more(module)}

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import FileError, ModelError, SchemeError
+from nybble.learned import Learned
+from nybble.matmul_format import OPERANDS
 from nybble.nn.activation import ActivationQuantizer, check_static
-from nybble.nn.attention import OPERANDS, MatmulQuantizers, OperandWatch, attentions, use_quantized_attention
+from nybble.nn.attention import CACHED, MatmulQuantizers, OperandWatch, attentions, use_quantized_attention
 from nybble.nn.attention import PART as MATMULS
-from nybble.nn.kinds import Get, Kind, Operands, Quantized, Stored, Target, module_at
+from nybble.nn.fake_attention import FakeCache, FakeOperands, use_fake_cache
+from nybble.nn.kinds import Get, Kind, Operands, Quantized, Site, Stored, Target, module_at
 from nybble.nn.layouts import Layouts
+from nybble.nn.twin import Twin
 from nybble.qtensor import QTensor
+from nybble.quantizer import Quantizer
+
+CACHES = {"keys": "key", "values": "value"}
+"""Sides of a cache -> the operands that they are."""
 
 
 class Attention(Kind):
@@ -38,15 +49,13 @@ class Attention(Kind):
 
     def check(self, target: Target, module: nn.Module) -> None:  # noqa: D102
         super().check(target, module)
-        quantizer = target.rule.matmuls
-        if quantizer is None:
-            return
-        if not quantizer.granularity.for_products:
-            raise SchemeError(
-                f"{quantizer.granularity.word} columns need a weight that takes the shifts; matmuls have none. "
-                "Write 'tensor'."
-            )
-        check_static(quantizer)
+        for _, quantizer in target.rule.matmuls.items() if target.rule.matmuls is not None else ():
+            if not quantizer.granularity.for_products:
+                raise SchemeError(
+                    f"{quantizer.granularity.word} columns need a weight that takes the shifts; matmuls have none. "
+                    "Write 'tensor'."
+                )
+            check_static(quantizer)
 
     def tied(self, target: Target, root: nn.Module, others: Sequence[str]) -> Target:  # noqa: D102
         return target
@@ -83,6 +92,46 @@ class Attention(Kind):
     def prepare(self, model: nn.Module) -> None:  # noqa: D102
         use_quantized_attention(model)
 
+    def sites(self, target: Target, module: nn.Module) -> Iterator[Site]:
+        """Operands, and keys and values as they are cached; the examples have a head's width, where that is known."""
+        matmuls, kv, width = target.rule.matmuls, target.rule.kv, getattr(module, "head_dim", None)
+        for operand, quantizer in matmuls.items() if matmuls is not None else ():
+            example = _example(quantizer, None if operand == "probabilities" else width)
+            yield Site(name=f"matmuls.{operand}", quantizer=quantizer, example=example)
+        for name in CACHES:
+            stored = None if kv is None else getattr(kv, name)
+            if stored is not None:
+                yield Site(name=f"kv.{name}", quantizer=stored, example=_example(stored, width))
+
+    def watch_sites(self, module: nn.Module, see: Callable[[str, Tensor], None]) -> Callable[[], None]:
+        """Operands under their names, keys and values also as what is cached."""
+
+        def look(operand: str, x: Tensor) -> None:
+            see(f"matmuls.{operand}", x)
+            for name, cached in CACHES.items():
+                if cached == operand:
+                    see(f"kv.{name}", x)
+
+        return self.watch_operands(module, look)
+
+    def put_twin(self, root: nn.Module, target: Target, learned: Mapping[str, Learned]) -> list[Twin]:
+        """One for the products, one for the cache."""
+        module, made = root.get_submodule(target.name), dict[str, Twin]()
+        if target.rule.matmuls is not None:
+            made[MATMULS] = FakeOperands({operand: learned[f"matmuls.{operand}"] for operand in OPERANDS})
+        if target.rule.kv is not None:
+            parts = {name: part for name in CACHES if (part := learned.get(f"kv.{name}")) is not None}
+            made[CACHED] = FakeCache(target.rule.kv, parts)
+        for name, twin in made.items():
+            module.add_module(name, twin)
+        return [*made.values()]
+
+    def prepare_twins(self, model: nn.Module, targets: Sequence[Target]) -> None:  # noqa: D102
+        if any(target.rule.matmuls is not None for target in targets):
+            use_quantized_attention(model)
+        else:
+            use_fake_cache(model)
+
     def describe(self, module: nn.Module, layouts: Layouts) -> dict[str, Any]:  # noqa: D102
         assert isinstance(module, MatmulQuantizers)
         return {"class": self.entry, "operands": module.to_dict()}
@@ -99,6 +148,12 @@ class Attention(Kind):
     def stored(self, name: str, entry: dict[str, Any], weights: Sequence[QTensor], into: Stored) -> None:  # noqa: D102
         for operand, quantizer in entry["operands"].items():
             into.activations(f"{name}.{operand}", ActivationQuantizer.from_dict(quantizer))
+
+
+def _example(quantizer: Quantizer, width: int | None) -> Tensor:
+    """Zeros [1, 1, tokens, width] that a granularity can judge by; of any width where that isn't known."""
+    own = math.prod(int(number) for number in re.findall(r"\d+", str(quantizer.granularity)))
+    return torch.zeros(1, 1, own, width if isinstance(width, int) else own)
 
 
 PART = Attention()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from nybble.core.errors import ModelError, SchemeError
+from nybble.learned import Learned
 from nybble.nn.embedding import QuantEmbedding
-from nybble.nn.kinds import Get, Kind, Quantized, Stored, Target, kind_of, module_at
-from nybble.nn.kinds.tied import input_table, row_scale, tie
+from nybble.nn.fake_embedding import FakeEmbedding, FakeTiedEmbedding, FakeTiedHead
+from nybble.nn.kinds import Get, Kind, Quantized, Site, Stored, Target, kind_of, module_at
+from nybble.nn.kinds.tied import input_table, row_scale, tie, untie
 from nybble.nn.layouts import Layouts
 from nybble.nn.plain import computes_as
 from nybble.nn.swap import set_module
+from nybble.nn.twin import Twin
 from nybble.qtensor import QTensor
 
 
@@ -65,6 +68,23 @@ class Embedding(Kind):
         called = "" if target.name == input_table(root) else target.name
         for name in (*target.shares, *([target.head] if target.head else [])):
             tie(root, name, called)
+
+    def sites(self, target: Target, module: nn.Module) -> Iterator[Site]:  # noqa: D102
+        if target.rule.weights is not None:
+            yield Site(name="weights", quantizer=target.rule.weights, example=module.get_parameter("weight").detach())
+
+    def put_twin(self, root: nn.Module, target: Target, learned: Mapping[str, Learned]) -> list[Twin]:
+        """One for the table, and one for each that reads it too."""
+        called = "" if target.name == input_table(root) else target.name
+        twin = FakeEmbedding(root.get_submodule(target.name), learned["weights"])
+        found: dict[str, Twin] = {target.name: twin}
+        found |= {name: FakeTiedEmbedding(twin, root.get_submodule(name), called) for name in target.shares}
+        if target.head:
+            found[target.head] = FakeTiedHead(twin, root.get_submodule(target.head), called)
+        for name, each in found.items():
+            set_module(root, name, each)
+        untie(root)
+        return [*found.values()]
 
     def describe(self, module: nn.Module, layouts: Layouts) -> dict[str, Any]:  # noqa: D102
         assert isinstance(module, QuantEmbedding)

@@ -13,11 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from nybble.core.errors import ModelError
+from nybble.learned import Learned
 from nybble.nn.experts import IMPLEMENTATION, PackedExperts, run_experts
-from nybble.nn.kinds import Get, Kind, Quantized, Stored, Target, module_at
+from nybble.nn.fake_experts import FakeExperts
+from nybble.nn.kinds import Get, Kind, Quantized, Site, Stored, Target, module_at
 from nybble.nn.layouts import Layouts
 from nybble.nn.packed import Packed
 from nybble.nn.routing import DOWN, IN_NAMES, is_experts, is_transposed, routed_inputs, takes_routing
+from nybble.nn.twin import Twin
 from nybble.qtensor import QTensor
 
 
@@ -76,6 +79,22 @@ class Experts(Kind):
         if made.weights:
             module = root.get_submodule(target.module)
             _put(module, target.leaf, made.weights, module.get_parameter(target.leaf).dtype, is_transposed(module))
+
+    def sites(self, target: Target, module: nn.Module) -> Iterator[Site]:
+        """One an expert."""
+        quantizer = target.rule.weights
+        for expert, matrix in enumerate(self.matrix(module, target.leaf, module.get_parameter).detach()):
+            if quantizer is not None:
+                yield Site(name=f"weights.{expert}", quantizer=quantizer, example=matrix)
+
+    def put_twin(self, root: nn.Module, target: Target, learned: Mapping[str, Learned]) -> list[Twin]:  # noqa: D102
+        module = root.get_submodule(target.module)
+        matrices = self.matrix(module, target.leaf, module.get_parameter)
+        parts = [learned[f"weights.{expert}"] for expert in range(target.matrices)]
+        twin = FakeExperts(matrices, parts, transposed=is_transposed(module))
+        del module._parameters[target.leaf]
+        module.add_module(target.leaf, twin)
+        return [twin]
 
     def prepare(self, model: nn.Module) -> None:
         """Let the layers take their matrices one expert at a time, as packed experts give them."""

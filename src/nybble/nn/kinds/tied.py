@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nybble.core.errors import ModelError
+from nybble.core.errors import ModelError, SchemeError
 from nybble.nn.embedding import QuantEmbedding, RowScale, TiedEmbedding, TiedHead, input_embedding
 from nybble.nn.kinds import Get, Kind, Quantized, Stored, Target, kind_of, matrix_at, module_at
 from nybble.nn.layouts import Layouts
 from nybble.nn.packed import Packed
 from nybble.nn.swap import set_module
+from nybble.nn.twin import FakeWeight
 from nybble.qtensor import QTensor
+from nybble.scheme import Matches
 
 
 class Tied(Kind):
@@ -63,11 +65,11 @@ def tie(root: nn.Module, name: str, table: str = "") -> None:
     """
     reads_ids = isinstance(root.get_submodule(name), nn.Embedding | TiedEmbedding)
     (_tie_table if reads_ids else _tie_head)(root, name, table)
-    _untie(root)
+    untie(root)
 
 
 def _tie_head(root: nn.Module, name: str, table: str) -> None:
-    embedding, head = _quantized_table(root, name, table), root.get_submodule(name)
+    embedding, head = quantized_table(root, name, table), root.get_submodule(name)
     if _shape(root, name) != (embedding.num_embeddings, embedding.embedding_dim):
         raise ModelError(f"{name} is no head over the {embedding.num_embeddings} tokens of {_called(table)}.")
     # Its own: with nothing tied, transformers would save one of two biases that share memory and load two.
@@ -77,10 +79,29 @@ def _tie_head(root: nn.Module, name: str, table: str) -> None:
 
 def _tie_table(root: nn.Module, name: str, table: str) -> None:
     old: Any = root.get_submodule(name)
-    embedding = _quantized_table(root, name, table)
+    embedding = quantized_table(root, name, table)
     if (old.num_embeddings, old.embedding_dim) != (embedding.num_embeddings, embedding.embedding_dim):
         raise ModelError(f"{name} is no table of the {embedding.num_embeddings} tokens of {_called(table)}.")
     set_module(root, name, TiedEmbedding(embedding, row_scale(old), table))
+
+
+def check_shared(targets: Sequence[Target], found: Matches) -> None:
+    """Raise SchemeError where only some of the embeddings that share a table are to be quantized.
+
+    Args:
+        targets: planned.
+        found: what a scheme did with all modules.
+    """
+    taken = {name for target in targets for name in (target.name, *target.shares)}
+    for name in found.rules:
+        if name not in taken:
+            raise SchemeError(f"{name}: it shares its table with the input embedding, which no rule takes. Name that.")
+    for target in targets:
+        for name in target.shares:
+            if name in found.ignored:
+                raise SchemeError(
+                    f"{target.name}: {name}, which shares its table, is ignored. Ignore both, or neither."
+                )
 
 
 def untie_head(model: Any) -> None:
@@ -121,29 +142,30 @@ def _called(table: str) -> str:
     return table or "the input embedding"
 
 
-def _quantized_table(root: nn.Module, name: str, table: str) -> QuantEmbedding:
+def quantized_table(root: nn.Module, name: str, table: str) -> QuantEmbedding:
+    """The embedding whose table ``name`` is to read; arguments and errors as :func:`tie`."""
     embedding = module_at(root, table, table) if table else input_embedding(root)
     if not isinstance(embedding, QuantEmbedding):
         raise ModelError(f"{name} is tied to {_called(table)}, which is not quantized.")
     return embedding
 
 
-def _untie(root: nn.Module) -> None:
-    """Leave transformers no packed table to tie; the config stays, since some forwards scale by what it says."""
+def untie(root: nn.Module) -> None:
+    """Leave transformers no table to tie that is packed or trains; the config stays: some forwards scale by it."""
     for module in root.modules():
         keys = getattr(module, "_tied_weights_keys", None) or {}
-        if any(_is_packed(module, name) for pair in keys.items() for name in pair):
+        if any(_is_ours(module, name) for pair in keys.items() for name in pair):
             module._tied_weights_keys = {}  # type: ignore[assignment]
     model: Any = root
     if hasattr(model, "all_tied_weights_keys"):
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def _is_packed(root: nn.Module, name: str) -> bool:
-    """Whether what was a parameter called ``name`` is packed, or read from a packed table."""
+def _is_ours(root: nn.Module, name: str) -> bool:
+    """Whether what was a parameter called ``name`` is packed or trains, or is read from such a table."""
     owner, _, leaf = name.rpartition(".")
     try:
-        return isinstance(getattr(root.get_submodule(owner), leaf), Packed)
+        return isinstance(getattr(root.get_submodule(owner), leaf), Packed | FakeWeight)
     except AttributeError:  # a pattern
         return False
 

@@ -203,16 +203,21 @@ class SolverStep(BlockStep):
 
     def _operands(self, window: Window, target: Target) -> dict[str, ActivationQuantizer]:
         """The quantizers of an attention's operands; the parameters of static ones from what the block computes."""
-        quantizer = target.rule.matmuls
-        assert quantizer is not None
-        chosen: dict[str, tuple[Any, Any]] = dict.fromkeys(target.kind.operands, (quantizer, None))
-        if quantizer.static:
+        matmuls = target.rule.matmuls
+        assert matmuls is not None
+        chosen: dict[str, tuple[Any, Any]] = {operand: (quantizer, None) for operand, quantizer in matmuls.items()}
+        if matmuls.static:
             name = f"{window.block.prefix}{target.name}.{target.kind.part}"
             if not window.calibrated:
                 raise DataError(f"{name} was never called on the calibration data, so its operands have no scale.")
             seen = see_operands(window.block.module, target, name, window.batches(self.path))
             for (left, x), (right, y) in target.kind.pairs(seen):
-                chosen[left], chosen[right] = self.solver.solve_product(x, y, quantizer)
+                first, second = chosen[left][0], chosen[right][0]
+                if first == second and first.static:
+                    chosen[left], chosen[right] = self.solver.solve_product(x, y, first)
+                    continue
+                for operand, quantizer, values in ((left, first, x), (right, second, y)):  # each by its own values
+                    chosen[operand] = quantizer, quantizer.fit(values) if quantizer.static else None
         return {operand: ActivationQuantizer(*chosen[operand]) for operand in target.kind.operands}
 
     def _put_operands(self, state: BlockState, target: Target, operands: dict[str, ActivationQuantizer]) -> None:
