@@ -41,6 +41,7 @@ from nybble.report.training import render_training
 from nybble.training.methods import Place
 from nybble.training.recipe import TrainingRecipe, load_training_recipe
 from nybble.training.settings import TrainSettings
+from nybble.training.tasks import TASKS
 
 PAGE, BEFORE, MEMORY = "report.html", "before.json", "memory.json"
 MODEL, GENERATED = "model", "generated.jsonl"
@@ -228,6 +229,7 @@ def _trained(
     return {
         **request, "steps": run.steps, "trainable": run.trainable, "curve": run.curve, "memory": run.memory,
         "evaluation": _compared(before, after), "merged": job.asked.merge,
+        "task": {"name": TASKS.key_of(job.task), "unit": job.task.unit, "shown": job.task.shown},
     }  # fmt: skip
 
 
