@@ -33,6 +33,7 @@ from nybble import formats as number_formats
 from nybble.core.registry import Registry
 from nybble.formats import Family, format_names, get_format
 from nybble.kv_format import KVFormat
+from nybble.matmul_format import MatmulFormat
 from nybble.learned import transforms as learned_transform
 from nybble.models import adapter
 from nybble.optim._presets import SUFFIXES
@@ -54,6 +55,7 @@ WORDS: dict[Any, str] = {
     Any: "anything",
     Quantizer: "quantizer line",
     KVFormat: "KV line",
+    MatmulFormat: "operands' line",
     Rule: "rule",
     learned.Part: "learned part",
     learned_transform.LearnedTransform: "learned transform",

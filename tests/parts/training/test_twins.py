@@ -433,6 +433,9 @@ def test_refusals() -> None:
     with pytest.raises(ModelError, match="has flex_attention; load it with attn_implementation='sdpa'"):
         prepare(flash, {"rules": [TABLE], "kv": "int4 token"})
     assert not twins(flash) and flash.lm_head.weight is flash.get_input_embeddings().weight
+    twice = prepare(build("opt"), {"matmuls": "int8 token"})
+    with pytest.raises(SchemeError, match="self_attn: it has matmuls that are quantized, or trained, already"):
+        prepare(twice, {"matmuls": "int4 token"})
     bad = prepare(build("llama"), {"rules": [TABLE]})
     with torch.no_grad():
         bad.get_input_embeddings().weight.latent[3, 4] = torch.nan
