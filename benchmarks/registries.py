@@ -44,6 +44,7 @@ from nybble.scheme import PRESETS as SCHEMES
 from nybble.scheme import Rule, Scheme
 from nybble.training import steps as training_steps
 from nybble.training.methods import METHODS
+from nybble.training.recipe import listed_training_recipes
 from nybble.training.settings import TrainSettings
 
 NO_DEFAULT = (dataclasses.MISSING, None, "", ())
@@ -348,14 +349,32 @@ def optimizer_presets() -> str:
     return table(("end of the name", "states", "`state=`", "elements from which on"), rows, numbers=False)
 
 
+def train_recipes() -> str:
+    """Recipes of ``nybble train``."""
+    rows = []
+    for recipe in listed_training_recipes():
+        (rule, *_) = recipe.scheme.rules
+        own = ", ".join(f"`{name} {value}`" for name, value in recipe.settings.items())
+        rows.append(
+            [
+                f"`{recipe.name}`",
+                recipe.summary,
+                f"`{recipe.scheme.name or rule.weights}`",
+                f"`{recipe.method}`",
+                own,
+                recipe.source,
+            ]
+        )
+    return table(("recipe", "what", "weights", "method", "settings of its own", "source"), rows, numbers=False)
+
+
 def train_methods() -> str:
-    """Methods of ``nybble train`` and what --set gives them."""
+    """Methods of training recipes and what --set gives them."""
     rows = []
     for name, method in _parts(METHODS).items():
-        base = "the float model" if method.weights is None else f"`{method.weights}`"
-        meanings = _short_options(method.options_type)
-        rows.append([f"`{name}`", method.summary, base, meanings, method.source])
-    return table(("name", "what", "base", "options of --set", "source"), rows, numbers=False)
+        base = "packed first" if method.packs else "the float model"
+        rows.append([f"`{name}`", method.summary, base, _short_options(method.options_type)])
+    return table(("method", "what", "base", "options of --set"), rows, numbers=False)
 
 
 def train_settings() -> str:
@@ -396,6 +415,6 @@ TABLES: dict[str, Callable[[], str]] = {
         words, families, format_families, formats, presets, granularities, scale_rules, roundings, packings, rule_keys,
         scheme_keys, scheme_presets, recipes, transform_steps, solver_steps, reconstruction_options,
         reconstruction_steps, learned_parts, learned_transforms, train_steps, correction_options, correction_steps,
-        targets, target_rows, optimizers, optimizer_presets, train_methods, train_settings,
+        targets, target_rows, optimizers, optimizer_presets, train_recipes, train_methods, train_settings,
     )
 }  # fmt: skip

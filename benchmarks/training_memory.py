@@ -38,7 +38,9 @@ from nybble.core.versions import versions
 from nybble.nn.linear import QuantLinear
 from nybble.nn.swap import set_module
 from nybble.quantizer import Quantizer
+from nybble.scheme import parse_scheme
 from nybble.training.memory import Moment, measure_step
+from nybble.training.methods import Given
 from nybble.training.methods.qlora import PART, QloraOptions
 
 GB = 10**9
@@ -107,7 +109,7 @@ def qlora(options: Any) -> dict[str, Any]:
     model: Any = packed_llama(config, options.device)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     settings = QloraOptions(rank=options.rank, dropout=0.05)
-    model = PART.attach(model, settings, None, 0).train()
+    model = PART.attach(model, Given(options=settings, scheme=parse_scheme({"weights": "nf4-bnb-dq"}))).train()
     seconds = time.perf_counter() - began
     peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else None
     trained = [p for p in model.parameters() if p.requires_grad]

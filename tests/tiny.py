@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -70,6 +70,38 @@ def tiny_tokenizer() -> Any:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     make: Any = PreTrainedTokenizerFast
     return make(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def framed_tokenizer() -> Any:
+    """Puts <s> before and </s> behind every text, and a second text behind that, of another type."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return tokenizer
+
+
+class TwoLanguages(PreTrainedTokenizerFast):
+    """Targets end in another token than inputs."""
+
+    def _frame(self, end: str, number: int) -> None:
+        self.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {end}", pair=f"$A $B {end}", special_tokens=[(end, number)]
+        )
+
+    def _switch_to_input_mode(self) -> None:
+        self._frame("</s>", 2)
+
+    def _switch_to_target_mode(self) -> None:
+        self._frame("<s>", 1)
+
+
+def two_language_tokenizer() -> Any:
+    """Puts </s> behind an input and <s> behind a target."""
+    make: Any = TwoLanguages
+    tokenizer = make(tokenizer_object=tiny_tokenizer().backend_tokenizer, unk_token="<unk>", pad_token="<unk>")
+    tokenizer._switch_to_input_mode()
+    return tokenizer
 
 
 def save_tiny(folder: Path, family: str = "llama", **changes: Any) -> Path:

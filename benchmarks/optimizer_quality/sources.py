@@ -10,7 +10,7 @@ import gettext
 import gzip
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,10 +81,10 @@ def prose(text: str) -> tuple[str, str]:
     return summary.strip(), "\n".join(" ".join(part.split()) for part in paragraphs).strip()
 
 
-def translations(folder: Path) -> dict[str, list[tuple[str, str]]]:
+def translations(folder: Path, languages: Sequence[str] = LANGUAGES) -> dict[str, list[tuple[str, str]]]:
     """Unique pairs of English and another language, of at least two words, in the order of the English."""
     found = {}
-    for language in LANGUAGES:
+    for language in languages:
         root, package = folder / "root", TRANSLATIONS.format(language)
         place = root / "usr/lib/libreoffice/program/resource" / language / "LC_MESSAGES"
         if not place.exists():

@@ -159,7 +159,7 @@ def load_recipe(name: str) -> Recipe:
     name = recipe_for(name)
     check_recipe_name(name)
     found = REGISTRY.get(name)
-    return parse_recipe(_yaml(found, name) if isinstance(found, str) else found, name)
+    return parse_recipe(parse_yaml(found, name) if isinstance(found, str) else found, name)
 
 
 def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
@@ -270,12 +270,17 @@ def read_yaml(path: str, what: str) -> Any:
     if not Path(path).is_file():
         raise UsageError(f"no {what} file {path}.")
     try:
-        return _yaml(Path(path).read_text(encoding="utf-8"), path)
+        return parse_yaml(Path(path).read_text(encoding="utf-8"), path)
     except (OSError, UnicodeDecodeError) as error:
         raise SchemeError(f"{path} can't be read: {error}") from error
 
 
-def _yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """What YAML's text holds, with 1.2's floats.
+
+    Raises:
+        SchemeError: it isn't YAML.
+    """
     import yaml
 
     try:

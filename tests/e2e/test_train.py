@@ -108,7 +108,7 @@ class _Breaks(torch.optim.SGD):
 
 
 def test_a_last_update_that_breaks_is_noticed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "make_optimizer", lambda line, model, lr: _Breaks(model.parameters(), lr=lr))
+    monkeypatch.setattr(loop, "make_optimizer", lambda line, model, lr, rates: _Breaks(model.parameters(), lr=lr))
     with pytest.raises(LearningError, match=r"lora_A\..* holds NaN or Inf behind the last update"):
         run(folder, tmp_path / "out", replace(SETTINGS, steps=1))
     assert not (tmp_path / "out").exists()

@@ -34,9 +34,10 @@ from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe, parse_recipe
 from nybble.report.learning import unmoved, windows_of
 from nybble.report.page import render
+from nybble.training.learners import unit_of
 from nybble.training.steps import Finish, Preparation, Student, _teaching, make_train_step
 from nybble.training.steps._adam import Adam
-from nybble.training.steps._distillation import Distillation, _size
+from nybble.training.steps._distillation import Distillation
 
 TWO = "int2 group=16 symmetric=false"
 LINES = (
@@ -644,7 +645,7 @@ def test_powers_of_two_move_by_octaves(line: str) -> None:
     with torch.no_grad():
         exponents[wrong] -= 0.7  # to the next one below
     before = learned.estimate(nothing).detach()
-    adam = Adam([exponents], [1e-3 * _size(exponents, True)])
+    adam = Adam([exponents], [1e-3 * unit_of(exponents, True)])
     for _ in range(100):
         exponents.grad = None
         (learned.estimate(nothing) - matrix()).square().sum().backward()  # type: ignore[no-untyped-call]

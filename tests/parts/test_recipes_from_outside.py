@@ -22,7 +22,7 @@ TEXT = "summary: theirs\nscheme: {weights: int4 group=16}\nsteps: [{solver: rtn}
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "their_recipes"
     folder.mkdir()
-    (folder / "__init__.py").write_text(f"TEXT = {TEXT!r}\nMAPPING = {recipe._yaml(TEXT, '')!r}\nNUMBER = 5\n")
+    (folder / "__init__.py").write_text(f"TEXT = {TEXT!r}\nMAPPING = {recipe.parse_yaml(TEXT, '')!r}\nNUMBER = 5\n")
     (folder / "in-a-file.yaml").write_text(TEXT)
     (folder / "alone.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -1,4 +1,4 @@
-"""``nybble train METHOD MODEL OUT --data SRC``: training in few bits."""
+"""``nybble train RECIPE MODEL OUT --data SRC``: training in few bits."""
 
 from __future__ import annotations
 
@@ -11,31 +11,34 @@ import typer
 from nybble.cli._options import grouped
 from nybble.cli._output import note, print_json, print_table
 from nybble.core.files import check_new_folder
-from nybble.core.registry import Registry
 from nybble.data.text import check_source
 from nybble.models.named import check_model
+from nybble.pipelines.targets import AUTO
+from nybble.recipes.training import SELF, check_training_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """Sizes and rates: :class:`nybble.training.settings.TrainSettings`."""
+    """Sizes and rates: :class:`nybble.training.settings.TrainSettings`; what is left out is the recipe's."""
 
     steps: Annotated[int | None, typer.Option(help="Updates; left out: as many as the epochs take.")] = None
-    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 1
-    batch: Annotated[int, typer.Option(help="Examples a forward takes.")] = 1
-    accumulate: Annotated[int, typer.Option(help="Forwards an update takes.")] = 16
-    seq_len: Annotated[int, typer.Option(help="Most tokens of an example; longer ones lose their end.")] = 512
-    lr: Annotated[float, typer.Option(help="Learning rate behind the warm-up.")] = 2e-4
-    warmup: Annotated[float, typer.Option(help="Share of the updates in which the rate grows.")] = 0.03
-    clip: Annotated[float, typer.Option(help="Largest norm of all gradients together.")] = 0.3
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None
+    batch: Annotated[int | None, typer.Option(help="Examples a forward takes.")] = None
+    accumulate: Annotated[int | None, typer.Option(help="Forwards an update takes.")] = None
+    seq_len: Annotated[int | None, typer.Option(help="Most tokens of an example; longer ones lose their end.")] = None
+    lr: Annotated[float | None, typer.Option(help="Learning rate behind the warm-up.")] = None
+    warmup: Annotated[float | None, typer.Option(help="Share of the updates in which the rate grows.")] = None
+    schedule: Annotated[str | None, typer.Option(help="Of the rate from there on: constant, linear or cosine.")] = None
+    clip: Annotated[float | None, typer.Option(help="Largest norm of all gradients together.")] = None
     optimizer: Annotated[
-        str, typer.Option(help="Of nybble.optim or torch, perhaps with options: AdamW8bit, torch.AdamW.")
-    ] = "AdamW state=none"
+        str | None, typer.Option(help="Of nybble.optim or torch, perhaps with options: AdamW8bit, torch.AdamW.")
+    ] = None
     checkpointing: Annotated[
-        bool, typer.Option(help="Compute activations again in backward, instead of keeping them.")
-    ] = True
-    save_every: Annotated[int, typer.Option(help="Updates from one checkpoint to the next.")] = 100
-    dtype: Annotated[str, typer.Option(help="Of forwards: bfloat16 or float32.")] = "bfloat16"
+        bool | None,
+        typer.Option("--checkpointing/--no-checkpointing", help="Compute activations again in backward, or keep them."),
+    ] = None
+    save_every: Annotated[int | None, typer.Option(help="Updates from one checkpoint to the next.")] = None
+    dtype: Annotated[str | None, typer.Option(help="Of forwards: bfloat16 or float32.")] = None
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu"
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was killed.")] = False
@@ -44,42 +47,69 @@ class LoopOptions:
 LOOP = LoopOptions()
 
 
+@dataclass(frozen=True, kw_only=True)
+class SchemeOptions:
+    """What changes the recipe's scheme."""
+
+    scheme: Annotated[
+        str | None, typer.Option(help="A scheme preset (W4A16, NVFP4 ...) or a YAML file, in place of the recipe's.")
+    ] = None
+    weights: Annotated[
+        str | None, typer.Option(help="A quantizer line for weights; of qlora's base one of up to 8 bits.")
+    ] = None
+    activations: Annotated[
+        str | None, typer.Option(help="A quantizer line for inputs; 'none' leaves them in float.")
+    ] = None
+    kv: Annotated[str | None, typer.Option(help="A quantizer line for the KV cache.")] = None
+
+
+CHANGES = SchemeOptions()
+
+
 @grouped
 def command(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="How: qlora.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="How: qlora, qat ... (nybble recipes --train); or a YAML file.")
+    ],
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A float model, or one that is packed already.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
     data: Annotated[
-        str,
-        typer.Option(help="Instructions as JSON lines or CSV (chat messages, or instruction and output), or text."),
-    ],
-    weights: Annotated[
-        str | None, typer.Option(help="A quantizer line for the base, of up to 8 bits; left out: the method's own.")
+        str | None,
+        typer.Option(
+            help="Examples as JSON lines or CSV: of language models chat messages, instruction and output, or text; of "
+            "classifiers text and label; of translators source and target. self:COUNT: texts of the model's own. Left "
+            "out: what the recipe says."
+        ),
     ] = None,
+    changes: SchemeOptions = CHANGES,
     packed: Annotated[
         bool, typer.Option("--packed", help="Train on the blocks of a GGUF file as they are, not on NF4 of its floats.")
     ] = False,
-    set: Annotated[list[str] | None, typer.Option(help="An option of the method: rank=16; repeatable.")] = None,
+    set: Annotated[list[str] | None, typer.Option(help="An option of the recipe: rank=16; repeatable.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="An adapter to go on from; MODEL is its base.")] = None,
     eval: Annotated[str | None, typer.Option(help="Measure before and after on these held-out examples.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="The float model that losses compare with; left out: MODEL.")
+    ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Also write base and adapter as one model.")] = False,
+    form: Annotated[str, typer.Option(help="Of a packed model's files: compressed-tensors, native, or auto.")] = AUTO,
     loop: LoopOptions = LOOP,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Train MODEL in few bits; OUT gets the result and a report."""
     check_new_folder(out)
-    Registry("nybble.training.methods", "training method").check(method)
+    check_training_recipe(recipe)
     check_model(model)
-    for src in (data,) if eval is None else (data, eval):
-        check_source(src)
+    for src in (data, eval):
+        if src is not None and src.partition(":")[0] != SELF:
+            check_source(src)
     from nybble.core.progress import Bars  # torch comes from here on
     from nybble.pipelines.train import train
     from nybble.training.optimizers import read_options
-    from nybble.training.settings import TrainSettings
 
     result = train(
-        method, model, out, data, weights=weights, packed=packed, options=read_options(set or [], "--set"),
-        adapter=adapter, judged_on=eval, merge=merge, settings=TrainSettings(**vars(loop)), progress=Bars(),
+        recipe, model, out, data, **vars(changes), packed=packed, options=read_options(set or [], "--set"),
+        adapter=adapter, judged_on=eval, teacher=teacher, merge=merge, form=form, settings=vars(loop), progress=Bars(),
         announce=note,
     )  # fmt: skip
     print_json(result) if json else _print(result)

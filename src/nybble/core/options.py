@@ -129,15 +129,24 @@ def _tuple(value: Any, inner: tuple[Any, ...], where: str) -> tuple[Any, ...]:
 
 
 def _part(value: Any, registry: Any, where: str) -> Any:
+    if not isinstance(value, str | Mapping) and dataclasses.is_dataclass(value):
+        return value  # made in Python
+    return registry.make(*named(value, registry.kind, where))
+
+
+def named(value: Any, kind: str, where: str) -> tuple[str, Mapping[str, Any]]:
+    """A part's name and options, from a name or ``{name: {option: value}}``.
+
+    Raises:
+        SchemeError: anything else.
+    """
     if isinstance(value, str):
-        return registry.make(value, {})
+        return value, {}
     if isinstance(value, Mapping) and len(value) == 1:
         ((name, options),) = value.items()
         if isinstance(options, Mapping) or options is None:
-            return registry.make(str(name), options or {})
-    if not isinstance(value, str | Mapping) and dataclasses.is_dataclass(value):
-        return value  # made in Python
-    raise SchemeError(f"{where} is the name of a {registry.kind}, or {{name: {{option: value}}}}; got {value!r}.")
+            return str(name), options or {}
+    raise SchemeError(f"{where} is the name of a {kind}, or {{name: {{option: value}}}}; got {value!r}.")
 
 
 def _close(value: Any, options: tuple[Any, ...]) -> str:

@@ -8,18 +8,18 @@ tokenized apart, as whoever asks the model later has the source alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from nybble.core.errors import DataError, UsageError
+from nybble.data.encoded import mask_of, padded
 from nybble.data.pairs import IGNORED
+from nybble.data.records import parsed, records, string
 from nybble.data.rows import render, row_record
-from nybble.data.sources import json, table
-from nybble.data.text import Part, check_source, check_text, load_text
+from nybble.data.text import Part, load_text
 from nybble.data.tokens import starts_with_bos
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 PAIRS = (("instruction", "output"), ("instruction", "response"), ("prompt", "completion"), ("prompt", "response"))
 """Names of source and target in a pair."""
-SHOWN = 5
-"""Places of bad records that an error names beside the first."""
 Piece = tuple[str, bool]
 """A part of an example, and whether it is a target."""
 Example = dict[str, list[int]]
@@ -82,7 +80,6 @@ def load_examples(
     """
     if seq_len < 2:
         raise UsageError(f"a sequence length of {seq_len} leaves no token to predict. Give 2 or more.")
-    check_source(src)
     rows: list[Example] = []
     shortened = left_out = 0
     for pieces in _records(src, tokenizer, part):
@@ -109,13 +106,8 @@ def collate(rows: list[Example]) -> dict[str, Tensor]:
 
     Padding is token 0, which nothing looks at.
     """
-    longest = max(len(row["labels"]) for row in rows)
-
-    def padded(name: str, value: int) -> Tensor:
-        return torch.tensor([row[name] + [value] * (longest - len(row[name])) for row in rows], dtype=torch.int64)
-
-    mask = torch.tensor([[1] * len(r["labels"]) + [0] * (longest - len(r["labels"])) for r in rows], dtype=torch.int64)
-    return {"input_ids": padded("input_ids", 0), "attention_mask": mask, "labels": padded("labels", IGNORED)}
+    ids, labels = ([row[name] for row in rows] for name in ("input_ids", "labels"))
+    return {"input_ids": padded(ids, 0), "attention_mask": mask_of(ids), "labels": padded(labels, IGNORED)}
 
 
 def prompt_of(row: Example) -> list[int]:
@@ -126,32 +118,11 @@ def prompt_of(row: Example) -> list[int]:
 
 
 def _records(src: str, tokenizer: PreTrainedTokenizerBase, part: Part) -> Iterator[list[Piece]]:
-    if json.PART.accepts(src):
-        yield from _read(src, json.json_rows(src), tokenizer)
-    elif table.PART.accepts(src):
-        yield from _read(src, table.table_rows(src), tokenizer)
+    rows = records(src)
+    if rows is not None:
+        yield from parsed(src, rows, lambda row, place: _pieces(row, place, tokenizer))
     else:
         yield from ([(text, True)] for text in load_text(src, part, tokenizer).documents)
-
-
-def _read(src: str, rows: Iterable[tuple[Any, str]], tokenizer: PreTrainedTokenizerBase) -> list[list[Piece]]:
-    """All records, or one error that says where every bad one is."""
-    found: list[list[Piece]] = []
-    bad: list[tuple[str, DataError]] = []
-    for row, place in rows:
-        try:
-            found.append(_pieces(row, place, tokenizer))
-        except DataError as error:
-            bad.append((place.removeprefix(f"{src}, "), error))
-    if len(bad) > 1:
-        more = [place for place, _ in bad[1:]]
-        rest = f" and {len(more) - SHOWN:,} more" if len(more) > SHOWN else ""
-        raise DataError(f"{bad[0][1]} Bad too: {', '.join(more[:SHOWN])}{rest}.") from bad[0][1]
-    if bad:
-        raise bad[0][1]
-    if not found:
-        raise DataError(f"data {src!r} holds no record.")
-    return found
 
 
 def _pieces(row: Any, place: str, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
@@ -169,8 +140,8 @@ def _pieces(row: Any, place: str, tokenizer: PreTrainedTokenizerBase) -> list[Pi
         if not text.strip():
             raise DataError(f"{place}: the text is empty, so there is nothing to learn from it. Remove the record.")
         return [(text, True)]
-    source, target = (_string(row[key], key, place) for key in pair)
-    more = _string(row.get("input") or "", "input", place)
+    source, target = (string(row[key], key, place) for key in pair)
+    more = string(row.get("input") or "", "input", place)
     _check_target(target, f"{place}: {pair[1]!r}")
     asked = f"{source}\n\n{more}" if more else source
     if tokenizer.chat_template:
@@ -206,12 +177,6 @@ def _chat(messages: list[Any], place: str, tokenizer: PreTrainedTokenizerBase) -
 def _check_target(target: Any, what: str) -> None:
     if not isinstance(target, str) or not target.strip():
         raise DataError(f"{what} is empty, so there is no target. Remove the record, or fill it.")
-
-
-def _string(value: Any, key: str, place: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{place}: {key!r} is a {type(value).__name__}; it must be a string.")
-    return check_text(value, place)
 
 
 def _tokenized(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase) -> Example:

@@ -48,6 +48,11 @@ class FakeExperts(Twin):
     def learned(self) -> list[tuple[str, Learned]]:  # noqa: D102
         return [("weights", weight.learned) for weight in self.weights() if weight.learned is not None]
 
+    def float_values(self, name: str) -> dict[str, Tensor]:
+        """The fused parameter, whose name this has."""
+        matrices = torch.stack([weight.latent.detach() for weight in self.weights()])
+        return {name: matrices.mT if self.transposed else matrices}
+
     def settle_in(self, root: nn.Module, name: str) -> None:  # noqa: D102
         path, _, leaf = name.rpartition(".")
         owner = root.get_submodule(path)

@@ -119,6 +119,16 @@ def build_recipe(
     return made.with_scheme(chosen)
 
 
+def changed_scheme(scheme: Scheme, changes: Mapping[str, Any]) -> Scheme:
+    """A training recipe's scheme with what the command line changes: ``scheme``, ``weights``, ``activations``, ``kv``.
+
+    Raises:
+        UsageError, SchemeError: as :func:`build_recipe`.
+    """
+    given: Any = {key: value for key, value in changes.items() if value is not None}
+    return build_recipe(scheme, **given).scheme if given else scheme
+
+
 def _check_quick(recipe: Recipe) -> None:
     """Make the parts of steps that have a quick way, so that its options are known to be right; last, as it is slow."""
     if any(step.quick for step in recipe.steps):

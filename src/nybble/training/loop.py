@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -25,13 +25,16 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from nybble.core.errors import FileError, LearningError, NybbleError
 from nybble.core.files import atomic_write_json, free_bytes
-from nybble.core.progress import Progress, task
+from nybble.core.progress import Progress
+from nybble.core.progress import task as said
 from nybble.core.seeds import derive_seed, generator
-from nybble.data.instructions import Example, collate
+from nybble.training.objective import Objective
 from nybble.training.optimizers import make_optimizer, state_bytes
 from nybble.training.settings import TrainSettings
+from nybble.training.state import load_state, save_state
+from nybble.training.tasks import TASKS, Row, Task
 
-STATE, MEMORY = "trainer_state.json", "memory.json"
+STATE, MEMORY, WEIGHTS = "trainer_state.json", "memory.json", "model.safetensors"
 
 
 @dataclass
@@ -49,30 +52,48 @@ class Run:
     memory: dict[str, int] = field(default_factory=dict)
 
 
-def train(model: nn.Module, rows: Sequence[Example], settings: TrainSettings, folder: Path, progress: Progress) -> Run:
+def train(
+    model: nn.Module,
+    rows: Sequence[Row],
+    settings: TrainSettings,
+    folder: Path,
+    progress: Progress,
+    *,
+    task: Task | None = None,
+    objective: Objective | None = None,
+    groups: Sequence[Mapping[str, Any]] | None = None,
+    mixed: bool = False,
+) -> Run:
     """Train what wants gradients in ``model``.
 
     Args:
         model: on the device it is to train on.
-        rows: examples.
+        rows: examples of the task.
         settings: sizes, rates, seed; ``resume`` goes on from the last whole checkpoint in ``folder``, if there is one.
         folder: for ``checkpoints``, ``memory.json``, and ``logs`` for TensorBoard where that is installed.
         progress: told after each update.
+        task: left out: causal language models.
+        objective: what is minimised; left out: the loss that the model has of the labels.
+        groups: of parameters, for the optimizer; left out: one of all that want gradients.
+        mixed: weights are float32, and multiplied in the settings' dtype.
 
     Raises:
         LearningError: a loss that is no number; names the update. FileError: a checkpoint can't be written or read.
     """
     checkpoints = folder / "checkpoints"
     last = last_checkpoint(checkpoints)
-    optimizer = make_optimizer(settings.optimizer, model, settings.lr)
+    task = task or TASKS.get("language")
+    optimizer = make_optimizer(settings.optimizer, model, settings.lr, groups)
     trainer = _Loop(
         model=model,
-        args=_arguments(settings, checkpoints),
+        args=_arguments(settings, checkpoints, mixed=mixed),
         train_dataset=rows,
-        data_collator=collate,
+        data_collator=task.collate,
         optimizers=(optimizer, None),
         settings=settings,
         notes=folder / MEMORY,
+        lengths=[task.length(row) for row in rows],
+        objective=objective,
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -80,7 +101,7 @@ def train(model: nn.Module, rows: Sequence[Example], settings: TrainSettings, fo
         trainer.add_callback(writer)
     if settings.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with _quiet(), task(progress, trainer.total, "training"):
+    with _quiet(), said(progress, trainer.total, "training"):
         trainer.add_callback(_Told(progress))
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     for name, p in model.named_parameters():
@@ -110,7 +131,10 @@ def _number(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+def _arguments(settings: TrainSettings, folder: Path, mixed: bool = False) -> TrainingArguments:
     word = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"  # before 5.24
     again: dict[str, Any] = {f"{word}_checkpointing": settings.checkpointing}
     again[f"{word}_checkpointing_kwargs"] = {"use_reentrant": False}
@@ -120,7 +144,7 @@ def _arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
         gradient_accumulation_steps=settings.accumulate,
         num_train_epochs=settings.epochs,
         max_steps=settings.steps or -1,
-        lr_scheduler_type="constant_with_warmup",
+        lr_scheduler_type=SCHEDULES[settings.schedule],
         warmup_steps=min(settings.warmup, math.nextafter(1.0, 0.0)),  # from 1 on it would be a number of updates
         max_grad_norm=settings.clip,
         **again,
@@ -131,6 +155,7 @@ def _arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
         save_total_limit=2,
         seed=derive_seed(settings.seed, "train") % 2**32,
         use_cpu=settings.device == "cpu",
+        bf16=mixed and settings.dtype == "bfloat16",
         dataloader_pin_memory=settings.device != "cpu",
         remove_unused_columns=False,
         report_to=[],
@@ -146,9 +171,14 @@ class _Loop(Trainer):
     Memory is what the very first forward took; a run that is gone on with finds it in ``notes``.
     """
 
-    def __init__(self, *, settings: TrainSettings, notes: Path, **given: Any) -> None:
+    def __init__(
+        self, *, settings: TrainSettings, notes: Path, lengths: list[int], objective: Objective | None, **given: Any
+    ) -> None:
         super().__init__(**given)
-        self.settings, self.notes = settings, notes
+        self.settings, self.notes, self.lengths = settings, notes, lengths
+        self.objective: Objective | None = objective
+        if objective is not None:
+            self.model_accepts_loss_kwargs = False  # a mean of each forward: the Trainer divides by their number
         known = notes.exists() and settings.resume
         self.memory: dict[str, int] = json.loads(notes.read_text(encoding="utf-8")) if known else {}
 
@@ -159,8 +189,12 @@ class _Loop(Trainer):
         return self.settings.steps or self.settings.epochs * per_epoch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        return _ByLength([len(row["labels"]) for row in rows], self.settings)
+        return _ByLength(self.lengths, self.settings)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *given: Any, **more: Any) -> Any:
+        if self.objective is None:
+            return super().compute_loss(model, inputs, *given, **more)
+        return self.objective(model, inputs, self.state.global_step / max(1, self.total - 1))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         kept: dict[int, int] = {}
@@ -176,6 +210,22 @@ class _Loop(Trainer):
             self.memory["kept for backward"] = sum(kept.values())
             atomic_write_json(self.notes, self.memory)
         return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Adapters as PEFT's; of everything else all tensors, as they are, under their own names."""
+        made: Any = self.model
+        if hasattr(made, "peft_config"):
+            return super()._save(output_dir, state_dict)
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        return save_state(made, folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        made: Any = self.model if model is None else model
+        if hasattr(made, "peft_config"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_state(made, Path(resume_from_checkpoint) / WEIGHTS)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -88,10 +88,25 @@ def _number(value: Any) -> Any:
     return value
 
 
-def make_optimizer(line: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """The optimizer over the parameters that want gradients, by name; errors of :func:`parse_optimizer` and its own."""
+def make_optimizer(
+    line: str, model: nn.Module, lr: float, groups: Sequence[Mapping[str, Any]] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer over the parameters that want gradients, by name.
+
+    Args:
+        line: as :func:`parse_optimizer`.
+        model: what trains.
+        lr: learning rate.
+        groups: as torch's optimizers take them, of tensors, each perhaps with a rate of its own; None: one of all.
+
+    Raises:
+        UsageError: as :func:`parse_optimizer`; what the optimizer itself refuses.
+    """
     kind, options = parse_optimizer(line)
-    wanted = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    wanted: list[Any] = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if groups is not None:
+        names = {id(p): name for name, p in wanted}
+        wanted = [{**group, "params": [(names[id(p)], p) for p in group["params"]]} for group in groups]
     try:
         made: torch.optim.Optimizer = kind(wanted, lr=lr, **options)
     except (TypeError, ValueError, RuntimeError) as error:  # torch's own words about its options

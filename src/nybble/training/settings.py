@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from nybble.core.device import check_device
 from nybble.core.dtypes import float_dtype
@@ -19,7 +19,8 @@ class TrainSettings:
         steps: updates; None: as many as ``epochs`` take. epochs: passes over the data.
         batch: examples a forward takes. accumulate: forwards an update takes.
         seq_len: most tokens of an example. lr: learning rate behind the warm-up; 1e-4 from 33B parameters on.
-        warmup: share of the updates in which the rate grows from 0 to ``lr``, at which it stays.
+        warmup: share of the updates in which the rate grows from 0 to ``lr``. schedule: from there on it is
+            ``constant``, or falls to 0 as a line (``linear``) or half a ``cosine``.
         clip: largest norm of all gradients together.
         optimizer: a name from :mod:`nybble.optim` or ``torch.optim``, perhaps with options: ``AdamW8bit min_size=0``.
         checkpointing: compute a block's activations again in backward, instead of keeping them.
@@ -35,6 +36,7 @@ class TrainSettings:
     seq_len: int = 512
     lr: float = 2e-4
     warmup: float = 0.03
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     clip: float = 0.3
     optimizer: str = "AdamW state=none"
     checkpointing: bool = True

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.tiny import WORDS, tiny_tokenizer
-from tokenizers import processors
+from tests.tiny import WORDS, framed_tokenizer, tiny_tokenizer, two_language_tokenizer
 
 import nybble
 from nybble.calibration.trace import capture_block_calls
@@ -22,15 +21,6 @@ from nybble.data.rows import row_record
 from nybble.pipelines.evaluate import judge_folder
 
 TEXT = make_source([" ".join(WORDS[3:43])], name="words", note="")
-
-
-def framed_tokenizer() -> Any:
-    """Puts <s> before and </s> behind every text."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    return tokenizer
 
 
 def test_targets_go_on_where_inputs_end() -> None:
@@ -66,25 +56,8 @@ def test_targets_that_a_file_gives(tmp_path: Path, source: str, target: str) -> 
     assert fitted.inputs["decoder_attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
 
 
-class TwoLanguages(transformers.PreTrainedTokenizerFast):
-    """Targets end in another token than inputs."""
-
-    def _frame(self, end: str, number: int) -> None:
-        self.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"$A {end}", pair=f"$A $B {end}", special_tokens=[(end, number)]
-        )
-
-    def _switch_to_input_mode(self) -> None:
-        self._frame("</s>", 2)
-
-    def _switch_to_target_mode(self) -> None:
-        self._frame("<s>", 1)
-
-
 def test_given_targets_are_those_of_the_picked_rows_in_their_own_tokens() -> None:
-    make: Any = TwoLanguages
-    tokenizer = make(tokenizer_object=tiny_tokenizer().backend_tokenizer, unk_token="<unk>", pad_token="<unk>")
-    tokenizer._switch_to_input_mode()
+    tokenizer = two_language_tokenizer()
     rows = [{"text": WORDS[10 + i], "target": WORDS[20 + i]} for i in range(8)]
     source = make_source([row_record(row, "x", None) for row in rows], name="x", note="")
     found = pair_samples(source, tokenizer, samples=3, seq_len=4, seed=1)

@@ -16,7 +16,8 @@ from nybble.core.errors import FileError, ModelError, UsageError
 from nybble.nn.linear import QuantLinear
 from nybble.pipelines.request import build_recipe
 from nybble.quantizer import Quantizer
-from nybble.training.methods import METHODS
+from nybble.scheme import parse_scheme
+from nybble.training.methods import METHODS, Given, Place
 from nybble.training.methods.qlora import QloraOptions
 
 peft = pytest.importorskip("peft", reason="needs PEFT, which nybble's extra 'train' brings")
@@ -35,8 +36,16 @@ def packed(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     return model
 
 
+def given(start: Path | None = None, **options: Any) -> Given:
+    return Given(options=QloraOptions(**options), scheme=parse_scheme({"weights": "nf4-bnb-dq"}), start=start)
+
+
+def at(folder: Path) -> Place:
+    return Place(folder=folder, base="base", dtype=torch.float32)
+
+
 def attached(model: Any, **options: Any) -> Any:
-    return QLORA.attach(model, QloraOptions(**{"rank": 4, "dropout": 0.0, **options}), None, 0)
+    return QLORA.attach(model, given(**{"rank": 4, "dropout": 0.0, **options}))
 
 
 def loss_of(model: Any) -> torch.Tensor:
@@ -137,11 +146,11 @@ def test_all_layers_come_close_to_float_and_two_projections_do_not() -> None:
 def test_saved_loaded_and_merged(tmp_path: Path) -> None:
     found = attached(packed())
     fitted(found, 3)
-    QLORA.save(found.eval(), tmp_path / "adapter", "base")
+    QLORA.save(found.eval(), at(tmp_path / "adapter"))
     again = adapters.load_adapter(packed(), tmp_path / "adapter")
     assert torch.equal(logits(again), logits(found)) and not again.training
     assert not any(p.requires_grad for p in again.parameters())
-    on = QLORA.attach(packed(), QloraOptions(), tmp_path / "adapter", 0)  # its own rank, not the options'
+    on = QLORA.attach(packed(), given(tmp_path / "adapter"))  # its own rank, not the options'
     assert {p.shape for p in on.parameters() if p.requires_grad} == {
         p.shape for p in found.parameters() if p.requires_grad
     }
@@ -155,7 +164,7 @@ def test_saved_loaded_and_merged(tmp_path: Path) -> None:
 def test_a_head_with_an_adapter_comes_back_and_names_are_written_in_order(tmp_path: Path) -> None:
     found = attached(packed(tie_word_embeddings=False), targets=("v_proj", "lm_head", "k_proj", "q_proj"))
     fitted(found, 3)
-    QLORA.save(found.eval(), tmp_path / "adapter", "base")
+    QLORA.save(found.eval(), at(tmp_path / "adapter"))
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert written["target_modules"] == ["k_proj", "lm_head", "q_proj", "v_proj"]  # a set's order differs in each run
     again = adapters.load_adapter(packed(tie_word_embeddings=False), tmp_path / "adapter")
@@ -176,12 +185,12 @@ def test_a_target_that_names_no_layer_is_refused_beside_one_that_does() -> None:
 
 
 def test_foreign_adapters_are_refused_and_the_model_stays(tmp_path: Path) -> None:
-    QLORA.save(attached(packed(hidden_size=64)), tmp_path / "wide", "base")
-    QLORA.save(attached(packed(num_hidden_layers=3)), tmp_path / "deep", "base")
-    QLORA.save(attached(packed()), tmp_path / "kind", "base")
+    QLORA.save(attached(packed(hidden_size=64)), at(tmp_path / "wide"))
+    QLORA.save(attached(packed(num_hidden_layers=3)), at(tmp_path / "deep"))
+    QLORA.save(attached(packed()), at(tmp_path / "kind"))
     config = json.loads((tmp_path / "kind" / "adapter_config.json").read_text())
     (tmp_path / "kind" / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
-    QLORA.save(attached(packed()), tmp_path / "broken", "base")
+    QLORA.save(attached(packed()), at(tmp_path / "broken"))
     weights = tmp_path / "broken" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     (tmp_path / "empty").mkdir()

@@ -1,40 +1,85 @@
-"""Ways to train a model in few bits, one a file: what ``nybble train METHOD`` can be told.
+"""Ways to train a model in few bits, one a file: what a training recipe names as its ``method``.
 
 The pipeline does what all share: data, the loop, checkpoints, measures, the report. A method says what the model is
-made of before, what trains in it, and what its result is.
+made of before, what trains in it, what it is told, and what its result is.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from nybble.core.registry import Registry
+from nybble.quantizer import Quantizer
+from nybble.scheme import Scheme
+from nybble.training.recipe import METHOD
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a method gets beside the model.
+
+    Attributes:
+        options: its ``options_type``. scheme: what is quantized, and to what.
+        seed: of what begins at random. start: an earlier result to go on from.
+        stage: from 0, of :meth:`Method.stages`. before: the model of the stage before, whose float weights it has.
+        run: calls the model on a batch, for what begins where activations lie.
+        known: quantizers that packed weights of the model may be of.
+    """
+
+    options: Any
+    scheme: Scheme
+    seed: int = 0
+    start: Path | None = None
+    stage: int = 0
+    before: nn.Module | None = None
+    run: Callable[[nn.Module], object] | None = None
+    known: Sequence[Quantizer] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a result goes.
+
+    Attributes:
+        folder: exists. base: where the base will be found.
+        dtype: of the model that was given.
+    """
+
+    folder: Path
+    base: str
+    dtype: torch.dtype
 
 
 class Method(ABC):
     """One way to train.
 
     Attributes:
-        summary: one line. source: the paper.
+        summary: one line.
         options_type: frozen dataclass of what ``--set`` gives it.
-        weights: the quantizer line of the base that the run makes first; None: it trains the float model.
+        packs: whether it trains on a packed base, which the run makes first of a float model; else it takes the float
+            model, in float32, and ``dtype`` is that of the products.
+        adapts: whether its result is an adapter, and not a model.
         continues: whether it can go on from an earlier result (``--adapter``).
     """
 
     summary: ClassVar[str]
-    source: ClassVar[str]
     options_type: ClassVar[type[Any]]
-    weights: ClassVar[str | None] = None
+    packs: ClassVar[bool] = False
+    adapts: ClassVar[bool] = False
     continues: ClassVar[bool] = False
 
-    @abstractmethod
-    def needed(self) -> None:
+    def needed(self) -> None:  # noqa: B027 - some need nothing
         """Raise UsageError where a package that the method needs is missing."""
+
+    def check(self, options: Any, scheme: Scheme) -> None:  # noqa: B027 - most options are right by their types
+        """Refuse options that the types of their fields let through."""
 
     def base_of(self, start: Path) -> str:
         """Where the base of an earlier result was, as the result says; of methods that can go on from one.
@@ -44,31 +89,49 @@ class Method(ABC):
         """
         raise NotImplementedError
 
+    def stages(self, options: Any) -> int:
+        """How many trainings there are, one behind the other; each begins with the weights of the one before."""
+        return 1
+
     @abstractmethod
-    def attach(self, model: nn.Module, options: Any, start: Path | None, seed: int) -> nn.Module:
+    def attach(self, model: nn.Module, given: Given) -> nn.Module:
         """The model with what trains in it; parameters that don't train need no gradient.
 
-        Args:
-            model: the base, loaded; changed in place.
-            options: an ``options_type``.
-            start: an earlier result to go on from.
-            seed: of what begins at random.
-
         Raises:
-            NybbleError: nothing in the model can be trained this way, or ``start`` doesn't fit it.
+            NybbleError: nothing in the model can be trained this way, or what was given doesn't fit it.
         """
+
+    def float_values(self, model: nn.Module) -> dict[str, Tensor]:
+        """The float weights of a model behind a stage, by their names in the model that :meth:`attach` gets."""
+        raise NotImplementedError
+
+    def losses(self, options: Any) -> Mapping[str, Any]:
+        """What the network is told: losses by name, each a weight or a mapping of one and options; empty: its task."""
+        return {}
+
+    def taught_by_stage(self, options: Any) -> bool:
+        """Whether the teacher of a stage is the network of the one before, and not the float one."""
+        return False
+
+    def groups(self, model: nn.Module, options: Any, lr: float) -> list[dict[str, Any]] | None:
+        """Parameters for an optimizer, as torch takes them, where some have a rate of their own; None: all alike."""
+        return None
 
     @abstractmethod
     def parts(self, model: nn.Module) -> Mapping[str, int]:
         """Bytes of the parameters and buffers, by what they are for."""
 
     @abstractmethod
-    def save(self, model: nn.Module, folder: Path, base: str) -> None:
-        """Write the result into a folder that exists; ``base``: where the base will be found."""
+    def finished(self, model: nn.Module, place: Place) -> nn.Module:
+        """The model as its result will compute; changed in place."""
 
-    @abstractmethod
+    def save(self, model: nn.Module, place: Place) -> None:
+        """Write the result, of methods that adapt; what others finish is a model, which is saved as any."""
+        raise NotImplementedError
+
     def merged(self, model: nn.Module) -> nn.Module:
-        """The model as one, for ``nybble.save``; what trained is taken out of ``model``."""
+        """The model as one, for ``nybble.save``; what trained is taken out of ``model``. Of methods that adapt."""
+        raise NotImplementedError
 
 
-METHODS = Registry("nybble.training.methods", "training method", lambda part: isinstance(part, Method))
+METHODS = Registry(*METHOD, lambda part: isinstance(part, Method))

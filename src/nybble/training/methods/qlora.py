@@ -21,7 +21,7 @@ from nybble.core.options import at_least_one
 from nybble.core.seeds import derive_seed, preserve_global_rng
 from nybble.nn.kinds import quant_modules
 from nybble.nn.linear import QuantLinear
-from nybble.training.methods import Method
+from nybble.training.methods import Given, Method, Place
 
 ALL = "all-linear"
 
@@ -50,10 +50,10 @@ class QloraOptions:
 class Qlora(Method):
     """``nybble train qlora``."""
 
-    summary: ClassVar[str] = "LoRA adapters beside frozen weights, packed in NF4 with double quantization"
-    source: ClassVar[str] = "arXiv:2305.14314"
+    summary: ClassVar[str] = "LoRA adapters beside frozen, packed weights"
     options_type: ClassVar[type[Any]] = QloraOptions
-    weights: ClassVar[str | None] = "nf4-bnb-dq"
+    packs: ClassVar[bool] = True
+    adapts: ClassVar[bool] = True
     continues: ClassVar[bool] = True
 
     def needed(self) -> None:
@@ -68,9 +68,11 @@ class Qlora(Method):
 
         return str(config_of_adapter(start).base_model_name_or_path)
 
-    def attach(self, model: nn.Module, options: QloraOptions, start: Path | None, seed: int) -> nn.Module:
+    def attach(self, model: nn.Module, given: Given) -> nn.Module:
         """As :class:`Method`; a ``start`` brings its own rank, alpha and targets."""
         import peft
+
+        options: QloraOptions = given.options
 
         from nybble.training.adapters import load_adapter, with_adapter
 
@@ -78,15 +80,15 @@ class Qlora(Method):
             raise ModelError(f"no linear layer of this {type(model).__name__} is packed, so there is nothing to adapt.")
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        if start is not None:
-            return _untied(load_adapter(model, start, trainable=True))
+        if given.start is not None:
+            return _untied(load_adapter(model, given.start, trainable=True))
         targets = ALL if options.targets == (ALL,) else list(options.targets)
         config = peft.LoraConfig(
             r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=targets,
             task_type="CAUSAL_LM",
         )  # fmt: skip
         with preserve_global_rng():
-            torch.manual_seed(derive_seed(seed, "qlora", "A"))
+            torch.manual_seed(derive_seed(given.seed, "qlora", "A"))
             adapted = with_adapter(model, config, f"targets {', '.join(options.targets)}")
         if targets != ALL:
             _check_targets(adapted, options.targets)
@@ -102,13 +104,16 @@ class Qlora(Method):
             found[name] += t.numel() * t.element_size()
         return found
 
-    def save(self, model: nn.Module, folder: Path, base: str) -> None:
+    def finished(self, model: nn.Module, place: Place) -> nn.Module:  # noqa: D102
+        return model
+
+    def save(self, model: nn.Module, place: Place) -> None:
         """A PEFT adapter."""
         adapted: Any = model
         config = adapted.peft_config["default"]
-        config.base_model_name_or_path = base
+        config.base_model_name_or_path = place.base
         config.target_modules = sorted(config.target_modules)  # a set, whose order is another one in each process
-        adapted.save_pretrained(folder, save_embedding_layers=False)
+        adapted.save_pretrained(place.folder, save_embedding_layers=False)
 
     def merged(self, model: nn.Module) -> nn.Module:
         """The base with each adapter beside its codes (:class:`~nybble.qtensor.low_rank_sum.LowRankSum`)."""

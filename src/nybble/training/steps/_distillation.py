@@ -15,18 +15,15 @@ from nybble.core.curve import curve, short
 from nybble.core.keeping import Best
 from nybble.core.progress import Progress, task
 from nybble.core.seeds import generator
-from nybble.learned.frozen_codes import Exponents
+from nybble.training.learners import Learners, unit_of
 from nybble.training.steps import MODEL, Student
 from nybble.training.steps._adam import Adam
-from nybble.training.steps._student import Learners
 from nybble.training.steps._teaching import Teaching
 
 if TYPE_CHECKING:
     from nybble.training.steps.distill import Distill
 
 DEFAULT_RATE = 3e-3
-_OCTAVES = 10.0
-"""Of a logarithm, what is moved by at a rate of 1."""
 
 
 class Distillation:
@@ -47,7 +44,7 @@ class Distillation:
         for kind, parameters in learners.groups().items():
             rate = options.rates.get(kind, default)
             for parameter in parameters:
-                rates.append(rate * _size(parameter, options.relative))
+                rates.append(rate * unit_of(parameter, options.relative))
         self.optimizer = Adam(self.parameters, rates)
         self.once = learners.dense_bytes() <= options.dense_gb * 1e9
 
@@ -139,10 +136,3 @@ class Distillation:
             return (step + 1) / warm
         fallen = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, options.steps - warm)))
         return options.final + (1 - options.final) * fallen
-
-
-def _size(parameter: nn.Parameter, relative: bool) -> float:
-    """What a rate of 1 means for a tensor."""
-    if isinstance(parameter, Exponents):
-        return _OCTAVES
-    return (float(parameter.detach().abs().mean()) or 1.0) if relative else 1.0

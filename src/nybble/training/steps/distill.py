@@ -38,9 +38,9 @@ from nybble.core.errors import DataError, ModelError, SchemeError
 from nybble.core.progress import Progress
 from nybble.core.seeds import derive_seed, generator
 from nybble.nn.learned_norm import is_norm
+from nybble.training.learners import Learners, checkpointed
 from nybble.training.steps import Finish, Finished, Student
 from nybble.training.steps._distillation import Distillation
-from nybble.training.steps._student import Learners, checkpointed
 from nybble.training.steps._teaching import Teaching, at_once
 
 KINDS = ("scales", "norms", "biases")

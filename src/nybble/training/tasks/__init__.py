@@ -94,7 +94,9 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def measure(self, model: nn.Module, rows: Sequence[Row], batch: int, progress: Progress) -> dict[str, float]:
+    def measure(
+        self, model: nn.Module, origin: Origin, rows: Sequence[Row], batch: int, progress: Progress
+    ) -> dict[str, float]:
         """Metrics on held-out examples, the model in eval mode; higher or lower is better as the metric's name says."""
 
     @abstractmethod

@@ -8,15 +8,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nybble.core.errors import DataError, UsageError
 from nybble.core.progress import Progress
 from nybble.data.instructions import Examples, collate, load_examples
 from nybble.data.kinds import data_kind
 from nybble.data.samples import Origin
 from nybble.data.text import Part
 from nybble.models.adapter import reads_of
-from nybble.training.measures import answers, held_out, longest
+from nybble.training.measures import answers, held_out
 from nybble.training.tasks import Row, Task
+from nybble.training.tasks._fits import check_length, check_tokens
 
 
 class Language(Task):
@@ -30,21 +30,12 @@ class Language(Task):
         return reads_of(model) == "tokens"
 
     def check(self, model: nn.Module, name: str, seq_len: int) -> None:  # noqa: D102
-        made: Any = model
-        most = longest(made.config)
-        if most is not None and seq_len > most:
-            raise UsageError(f"seq_len is {seq_len}, and {name} has positions for {most} tokens; ask for fewer.")
+        check_length(model, name, seq_len)
 
     def load(self, src: str, origin: Origin, model: nn.Module, seq_len: int, part: Part) -> Examples:  # noqa: D102
         tokenizer: Any = data_kind("tokens").tokenizer(origin)
-        found, made = load_examples(src, tokenizer, seq_len=seq_len, part=part), model
-        largest = max(max(row["input_ids"]) for row in found.rows)
-        rows = getattr(made, "get_input_embeddings")().weight.shape[0]  # noqa: B009 - mypy knows no such method
-        if largest >= rows:
-            raise DataError(
-                f"data {found.source!r} has token {largest}, and the model's embeddings have {rows} rows; is it its "
-                "tokenizer?"
-            )
+        found = load_examples(src, tokenizer, seq_len=seq_len, part=part)
+        check_tokens(model, (row["input_ids"] for row in found.rows), src)
         return found
 
     def length(self, row: Row) -> int:  # noqa: D102
@@ -57,7 +48,9 @@ class Language(Task):
         mask = batch.get("attention_mask")
         return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device) if mask is None else mask.bool()
 
-    def measure(self, model: nn.Module, rows: Sequence[Row], batch: int, progress: Progress) -> dict[str, float]:  # noqa: D102
+    def measure(  # noqa: D102
+        self, model: nn.Module, origin: Origin, rows: Sequence[Row], batch: int, progress: Progress
+    ) -> dict[str, float]:
         return held_out(model, [dict(row) for row in rows], batch, progress)
 
     def samples(self, model: nn.Module, origin: Origin, rows: Sequence[Row]) -> list[dict[str, str]]:  # noqa: D102

@@ -14,12 +14,16 @@ from nybble.calibration.trace import replace_forward
 from nybble.core.curve import short
 from nybble.learned import Learned
 from nybble.learned._of_packed import learn_scales
+from nybble.learned.frozen_codes import Exponents
 from nybble.nn.layer import QuantLayer
 from nybble.nn.learned_norm import LearnedNorm, is_norm
 from nybble.nn.packed import Packed
 from nybble.nn.swap import set_module
 from nybble.qtensor import QTensor
 from nybble.quantizer import Quantizer
+
+_OCTAVES = 10.0
+"""Of a logarithm, what is moved by at a rate of 1."""
 
 
 class LearningScales(Packed):
@@ -176,6 +180,13 @@ class Learners:
         """Gradients for the caller's parameters, where they wanted any."""
         for name, parameter in self._model.named_parameters():
             parameter.requires_grad_(self._asked[name])
+
+
+def unit_of(parameter: nn.Parameter, relative: bool) -> float:
+    """What a rate of 1 means for something learned: of logarithms octaves; its mean magnitude, or a number."""
+    if isinstance(parameter, Exponents):
+        return _OCTAVES
+    return (float(parameter.detach().abs().mean()) or 1.0) if relative else 1.0
 
 
 def _ratios(before: Tensor, after: Tensor) -> tuple[float, float, float]:

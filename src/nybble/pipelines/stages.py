@@ -1,0 +1,165 @@
+"""The trainings of a run, one behind the other: each stage's model, its teacher, and what it leaves for the next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nybble.core.files import atomic_write_json
+from nybble.core.progress import Progress
+from nybble.nn.in_place import evaluation_mode
+from nybble.pipelines.load import load_with_origin
+from nybble.pipelines.training_job import Job
+from nybble.training.methods import Given
+from nybble.training.objective import Objective, make_losses
+from nybble.training.state import load_state, save_state
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """What all stages came to: the last one's model; steps and losses of all."""
+
+    model: nn.Module
+    trainable: int
+    steps: int
+    curve: list[list[float]]
+    memory: dict[str, int]
+
+
+class Trainer:
+    """Runs a job's stages.
+
+    Args:
+        job: checked. base: what to load. partial: the folder that the run works in. progress: told after each update.
+
+    A stage before the last that is done leaves ``checkpoints/stage-N.safetensors`` and ``.json``: a run that is gone on
+    with begins behind it.
+    """
+
+    def __init__(self, job: Job, base: str, partial: Path, progress: Progress) -> None:
+        self.job, self.base, self.partial, self.progress = job, base, partial, progress
+        self.stages = job.method.stages(job.options)
+
+    # ------------------------------------------------------------------------------------------------------ measures
+    def before(self) -> dict[str, Any] | None:
+        """Of the base, or of the float model and of what it is rounded to before anything is trained."""
+        job = self.job
+        if job.judged is None:
+            return None
+        begun = self.measured(self._loaded() if job.method.packs else self._attached(self.stages - 1))
+        teacher = None if job.method.packs and job.teacher is None else self._float(job.teacher or job.model)
+        if teacher is None or begun is None:
+            return begun
+        exact = self.measured(teacher)
+        return begun if exact is None else {**begun, "float": exact["metrics"]}
+
+    def measured(self, model: nn.Module) -> dict[str, Any] | None:
+        """Metrics and answers on what is held out."""
+        job = self.job
+        if job.judged is None:
+            return None
+        rows = job.judged.rows
+        with evaluation_mode(model):
+            metrics = job.task.measure(model, rows, 8, self.progress)
+            return {"metrics": metrics, "answers": job.task.samples(model, job.origin, rows)}
+
+    # -------------------------------------------------------------------------------------------------------- models
+    def _loaded(self) -> Any:
+        """The model; float32 where it is to be prepared, in which its weights train."""
+        job = self.job
+        dtype = job.settings.dtype if job.method.packs else torch.float32
+        loaded, _ = load_with_origin(self.base, dtype=dtype, device=job.settings.device, packed=job.asked.packed)
+        return loaded.requires_grad_(False)
+
+    def _attached(self, stage: int, after: nn.Module | None = None) -> nn.Module:
+        """A stage's model at its start, with the float weights of ``after``."""
+        job, loaded = self.job, self._loaded()
+        if after is not None:
+            loaded.load_state_dict(job.method.float_values(after), strict=False)
+        given = Given(
+            options=job.options, scheme=job.scheme, seed=job.settings.seed, start=job.asked.adapter, stage=stage,
+            before=after, run=self._one_batch, known=job.known,
+        )  # fmt: skip
+        return job.method.attach(loaded, given)
+
+    def _one_batch(self, model: Any) -> None:
+        rows = self.job.examples.rows[: max(1, self.job.settings.batch)]
+        device = next(model.parameters()).device
+        model(**{name: t.to(device) for name, t in self.job.task.collate(rows).items()})
+
+    def _behind(self, stage: int) -> nn.Module:
+        """The model of a stage that is done."""
+        model = self._attached(stage)
+        load_state(model, self._at(stage, "safetensors"))
+        return model
+
+    def _at(self, stage: int, end: str) -> Path:
+        return self.partial / CHECKPOINTS / f"stage-{stage}.{end}"
+
+    def _teacher(self, stage: int) -> nn.Module | None:
+        job = self.job
+        if job.teacher is None:
+            return None
+        if stage and job.method.taught_by_stage(job.options):
+            found = self._behind(stage - 1)
+        else:
+            found = self._float(job.teacher)
+        return found.requires_grad_(False).eval()
+
+    def _float(self, model: str) -> nn.Module:
+        found, _ = load_with_origin(model, dtype=self.job.settings.dtype, device=self.job.settings.device)
+        return found
+
+    # ---------------------------------------------------------------------------------------------------------- runs
+    def run(self, say: Callable[[str], None]) -> Ran:
+        """Train all stages that aren't done."""
+        done: list[dict[str, Any]] = []
+        for stage in range(self.stages - 1):
+            note = self._at(stage, "json")
+            if not note.exists():
+                model, found = self._train(stage, say)
+                save_state(model, self._at(stage, "safetensors"))
+                atomic_write_json(note, found)
+            done.append(json.loads(note.read_text(encoding="utf-8")))
+        model, found = self._train(self.stages - 1, say)
+        done.append(found)
+        curve: list[list[float]] = []
+        for each in done:
+            behind = int(curve[-1][0]) if curve else 0
+            curve += [[behind + step, loss] for step, loss in each["curve"]]
+        return Ran(
+            model=model, trainable=found["trainable"], steps=sum(each["steps"] for each in done), curve=curve,
+            memory=found["memory"],
+        )  # fmt: skip
+
+    def _train(self, stage: int, say: Callable[[str], None]) -> tuple[nn.Module, dict[str, Any]]:
+        """One stage: its model, and what is to be said of it."""
+        from nybble.training.loop import train  # the Trainer, which takes seconds
+
+        job = self.job
+        model = self._attached(stage, self._behind(stage - 1) if stage else None)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        which = f"stage {stage + 1} of {self.stages}: " if self.stages > 1 else ""
+        count, unit = len(job.examples.rows), job.task.unit
+        say(f"{which}{trainable:,} parameters train on {count:,} examples of {job.examples.targets:,} {unit}")
+        parts = dict(job.method.parts(model))
+        folder = self.partial if stage + 1 == self.stages else self._at(stage, "run")
+        folder.mkdir(parents=True, exist_ok=True)
+        given = job.method.losses(job.options)
+        objective = Objective(job.task, make_losses(given), self._teacher(stage)) if given else None
+        run = train(
+            model, job.examples.rows, job.settings, folder, self.progress, task=job.task, objective=objective,
+            groups=job.method.groups(model, job.options, job.settings.lr), mixed=not job.method.packs,
+        )  # fmt: skip
+        curve = [list(point) for point in run.curve]
+        return model, {
+            "steps": run.steps, "trainable": trainable, "curve": curve, "memory": {**parts, **run.memory},
+        }  # fmt: skip

@@ -1,0 +1,137 @@
+"""Quantization-aware training: the layers that a scheme names become trainable twins, and all of the network trains.
+
+Forward is what the packed model computes, backward what each part says (:mod:`nybble.learned`). Several stages go to
+fewer and fewer bits, each from the float weights of the one before (multi-step: Liu et al. 2022, arXiv:2205.13016,
+section 3.3; progressive precision). What it is told are losses of :mod:`nybble.training.losses`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from nybble.core.errors import SchemeError, UsageError, within
+from nybble.core.options import named
+from nybble.learned import Part, make_part
+from nybble.scheme import Scheme, parse_scheme
+from nybble.training.convert import convert
+from nybble.training.methods import Given, Method, Place
+from nybble.training.objective import make_losses
+from nybble.training.prepare import ROLES, learning_groups, prepare
+from nybble.training.unprepare import float_values, inherit, learned_values
+
+ALL, LEARNED = "all", "learned"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QatOptions:
+    """Of the training.
+
+    ``learned``: by role (weights, inputs, outputs ...) the part that learns, a name or ``{name: {option: value}}``;
+    left out: straight through. ``losses``: by name a weight, or a mapping of ``weight`` and the loss's options.
+    ``rates``: learning rates over that of the loop, by what learns (``scales``, ``inputs.scales``). ``what``: ``all``
+    trains, or what is ``learned`` alone, beside frozen weights. ``stages``: mappings with the ``scheme`` (and perhaps
+    ``learned``) of each training before the recipe's own. ``teacher``: the ``float`` network, or that of the ``stage``
+    before. ``inherit``: what learned in one stage goes on in the next, where it has the same shape.
+    """
+
+    learned: Mapping[str, Any] = field(default_factory=dict)
+    losses: Mapping[str, Any] = field(default_factory=lambda: {"task": 1.0})
+    rates: Mapping[str, float] = field(default_factory=dict)
+    what: Literal["all", "learned"] = "all"
+    stages: tuple[Mapping[str, Any], ...] = ()
+    teacher: Literal["float", "stage"] = "float"
+    inherit: bool = True
+
+
+class Qat(Method):
+    """See the module."""
+
+    summary: ClassVar[str] = "quantization-aware training of all weights, or of what is learned alone"
+    options_type: ClassVar[type[Any]] = QatOptions
+
+    def check(self, options: QatOptions, scheme: Scheme) -> None:  # noqa: D102
+        make_losses(options.losses)
+        for stage in range(self.stages(options)):
+            _scheme(options, scheme, stage)
+            _parts(options, stage)
+        if options.teacher == "stage" and not options.stages:
+            raise UsageError("teacher: stage is the network of the stage before, and there is one stage; say float.")
+        for name, rate in options.rates.items():
+            if not rate >= 0:
+                raise UsageError(f"rates: {name} is {rate}; a rate is a number of 0 or more, over that of the loop.")
+
+    def stages(self, options: QatOptions) -> int:  # noqa: D102
+        return len(options.stages) + 1
+
+    def attach(self, model: nn.Module, given: Given) -> nn.Module:  # noqa: D102
+        options: QatOptions = given.options
+        model.requires_grad_(True)
+        made = prepare(
+            model, _scheme(options, given.scheme, given.stage), _parts(options, given.stage), run=given.run
+        )  # fmt: skip
+        if given.before is not None and options.inherit:
+            inherit(made, given.before)
+        if options.what == LEARNED:
+            learned = {id(p) for p in learned_values(made).values()}
+            if not learned:
+                raise SchemeError("what: learned trains what parts learn, and these learn nothing; say all.")
+            for p in made.parameters():
+                p.requires_grad_(id(p) in learned)
+        return made
+
+    def float_values(self, model: nn.Module) -> dict[str, Tensor]:  # noqa: D102
+        return float_values(model)
+
+    def losses(self, options: QatOptions) -> Mapping[str, Any]:  # noqa: D102
+        return options.losses
+
+    def taught_by_stage(self, options: QatOptions) -> bool:  # noqa: D102
+        return options.teacher == "stage"
+
+    def groups(self, model: nn.Module, options: QatOptions, lr: float) -> list[dict[str, Any]] | None:  # noqa: D102
+        return learning_groups(model, {name: rate * lr for name, rate in options.rates.items()})
+
+    def parts(self, model: nn.Module) -> dict[str, int]:  # noqa: D102
+        learned = {id(p) for p in learned_values(model).values()}
+        found = {"weights": 0, "learned": 0}
+        for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
+            found["learned" if id(t) in learned else "weights"] += t.numel() * t.element_size()
+        return found
+
+    def finished(self, model: nn.Module, place: Place) -> nn.Module:  # noqa: D102
+        return convert(model.to(place.dtype))
+
+
+def _scheme(options: QatOptions, scheme: Scheme, stage: int) -> Scheme:
+    """Of a stage; the last one's is the recipe's, or what the command line made of it."""
+    if stage == len(options.stages):
+        return scheme
+    with within(f"stages[{stage}]"):
+        given = options.stages[stage]
+        for key in given:
+            if key not in ("scheme", "learned"):
+                raise SchemeError(f"a stage has scheme and learned; got {key!r}.")
+        if "scheme" not in given:
+            raise SchemeError("a stage lacks its scheme.")
+        return parse_scheme(given["scheme"])
+
+
+def _parts(options: QatOptions, stage: int) -> dict[str, str | Part]:
+    """What learns, by role."""
+    given = options.learned
+    if stage < len(options.stages):
+        given = {**given, **options.stages[stage].get("learned", {})}
+    found: dict[str, str | Part] = {}
+    for role, part in given.items():
+        if role not in ROLES:
+            raise SchemeError(f"learned: parts learn {', '.join(ROLES)}; got {role!r}.")
+        name, more = named(part, "learned part", f"learned: {role}")
+        found[role] = make_part(name, more)
+    return found
+
+
+PART = Qat()

@@ -1,0 +1,176 @@
+"""``nybble train`` with recipes whose result is a model: stages, teachers, texts of its own, scales alone."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.e2e.test_train import _Stops, files
+from tests.tiny import WORDS, logits, save_tiny
+
+import nybble
+from nybble.checkpoint.account import inspect
+from nybble.core.errors import FileError, NybbleError, SchemeError, UsageError
+from nybble.nn.linear import QuantLinear
+from nybble.pipelines.train import train
+from nybble.qtensor.block import BlockQTensor
+from nybble.training.settings import TrainSettings
+
+loop = pytest.importorskip("nybble.training.loop", reason="needs accelerate, which nybble's extra 'train' brings")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+SETTINGS = TrainSettings(steps=3, batch=1, accumulate=2, seq_len=16, lr=0.02, save_every=1, dtype="float32")
+TAUGHT = {"losses": {"task": 1, "logits": {"weight": 1}}}
+STAGES = {**TAUGHT, "stages": [{"scheme": {"weights": "int8 group=16"}}], "teacher": "stage"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and examples."""
+    made = tmp_path_factory.mktemp("train")
+    save_tiny(made / "model", dtype=torch.float32)
+    rng = random.Random(0)
+    with (made / "data.jsonl").open("w") as file:
+        for _ in range(6):
+            words = rng.choices(WORDS[3:13], k=rng.randint(2, 5))
+            file.write(json.dumps({"instruction": " ".join(words), "output": " ".join(words[::-1])}) + "\n")
+    nybble.quantize(str(made / "model"), "rtn", out=made / "packed", weights="int4 group=16", form="native")
+    return made
+
+
+def run(
+    folder: Path, out: Path, recipe: str = "qat", settings: TrainSettings = SETTINGS, **more: Any
+) -> dict[str, Any]:
+    given = {"model": folder / "model", "data": str(folder / "data.jsonl"), **more}
+    if recipe == "qat":
+        given = {"weights": "int4 group=16", "activations": "int8 token", **given}
+    return train(recipe, out=out, settings=settings, **given)
+
+
+def layers(model: Any) -> dict[str, BlockQTensor]:
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            packed = layer.weight.qtensor()
+            assert isinstance(packed, BlockQTensor)
+            found[name] = packed
+    return found
+
+
+def test_all_weights_train_and_what_is_written_is_what_was_measured(folder: Path, tmp_path: Path) -> None:
+    found = run(folder, tmp_path / "out", judged_on=str(folder / "data.jsonl"), options=TAUGHT)
+    models = found["evaluation"]["models"]
+    assert [*models] == ["float", "before", "after"] and models["after"]["nll"] < models["before"]["nll"]
+    assert models["float"]["nll"] != models["before"]["nll"]
+    model, tokenizer = nybble.load(tmp_path / "out")
+    task = loop.TASKS.get("language")
+    rows = task.load(str(folder / "data.jsonl"), _Origin(tokenizer), model, 16, "evaluation").rows
+    assert task.measure(model, rows, 8, nybble.core.progress.Silent()) == models["after"]
+    rounded = layers(nybble.load(folder / "packed")[0])
+    assert all(not torch.equal(q.codes, rounded[name].codes) for name, q in layers(model).items())
+    assert sum(inspect(tmp_path / "out")["bytes"].values()) == inspect(tmp_path / "out")["total"]
+
+
+class _Origin:
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+
+@pytest.mark.parametrize("behind", [2, 4])
+def test_stages_are_gone_on_with_behind_a_kill(folder: Path, tmp_path: Path, behind: int) -> None:
+    """In the first stage, and in the second, whose teacher and start are the first one's."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    first = run(folder, whole, options=STAGES)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, out, options=STAGES, progress=_Stops(behind))
+    assert (tmp_path / "out.partial/checkpoints/stage-0.json").exists() == (behind > 3)
+    second = run(folder, out, options=STAGES, settings=replace(SETTINGS, resume=True))
+    assert files(out, whole) == files(whole, whole) and first["steps"] == 6 == len(second["curve"])
+    plain = run(folder, tmp_path / "plain", options=TAUGHT)
+    assert plain["curve"][0][1] != first["curve"][3][1]
+
+
+def test_scales_alone_train_and_codes_stay(folder: Path, tmp_path: Path) -> None:
+    found = run(
+        folder, tmp_path / "out", "distill", model=folder / "packed", teacher=str(folder / "model"),
+        judged_on=str(folder / "data.jsonl"),
+    )  # fmt: skip
+    before, after = layers(nybble.load(folder / "packed")[0]), layers(nybble.load(tmp_path / "out")[0])
+    assert all(torch.equal(before[name].codes, q.codes) for name, q in after.items())
+    moved = [name for name, q in after.items() if not torch.equal(q.dequantize(), before[name].dequantize())]
+    assert len(moved) == len(after) and [*found["evaluation"]["models"]] == ["float", "before", "after"]
+
+
+def test_a_float_model_is_packed_first_and_only_the_result_stays(folder: Path, tmp_path: Path) -> None:
+    run(folder, tmp_path / "out", "efficientqat-e2e", weights="int3 group=16 symmetric=false")
+    assert not (tmp_path / "out/base").exists()
+    formats = {q.format.name for q in layers(nybble.load(tmp_path / "out")[0]).values()}
+    assert formats == {"int3_full"}
+
+
+def test_texts_of_its_own_are_made_once(folder: Path, tmp_path: Path) -> None:
+    """And a kill between them is gone on behind."""
+    given: dict[str, Any] = {"data": "self:5", "options": {"losses": {"logits": 1}}}
+    run(folder, tmp_path / "whole", **given)
+    lines = (tmp_path / "whole/generated.jsonl").read_text().splitlines()
+    assert 1 <= len(lines) <= 5 and all(json.loads(line)["text"].strip() for line in lines)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "out", **given, progress=_Stops(2))
+    run(folder, tmp_path / "out", **given, settings=replace(SETTINGS, resume=True))
+    assert files(tmp_path / "out", tmp_path / "whole") == files(tmp_path / "whole", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "match"),
+    [
+        ({"recipe": "gptq"}, UsageError, "doesn't train by itself: nybble quantize"),
+        ({"recipe": "qatt"}, UsageError, r"unknown training recipe 'qatt'. Did you mean 'qat'"),
+        ({"model": "packed"}, UsageError, "quantized already; give the float model"),
+        ({"recipe": "distill", "model": "packed"}, UsageError, "--teacher MODEL"),
+        ({"options": {"losses": {"logitz": 1}}}, UsageError, "unknown training loss 'logitz'"),
+        ({"options": {"losses": {"task": -1}}}, SchemeError, "losses: task has a weight of 0 or more"),
+        ({"options": {"losses": {}}}, SchemeError, "nothing is left to learn from"),
+        ({"options": {"teacher": "stage"}}, UsageError, "there is one stage"),
+        ({"options": {"stages": [{"weights": "int8"}]}}, SchemeError, r"stages\[0\].*a stage has scheme and learned"),
+        ({"options": {"learned": {"wights": "lsq"}}}, SchemeError, "learned: parts learn .*; got 'wights'"),
+        ({"options": {"learned": {"weights": "lsqq"}}}, UsageError, "unknown learned part 'lsqq'"),
+        ({"options": {"what": "learned"}}, SchemeError, "these learn nothing; say all"),
+        ({"options": {"rates": {"scalez": 1.0}}}, UsageError, "no layer learns 'scalez'"),
+        ({"data": None}, UsageError, "give --data SRC"),
+        ({"data": "self:few"}, UsageError, "self is followed by the number of texts"),
+        ({"merge": True}, UsageError, "leave --merge out"),
+        ({"recipe": "qlora", "teacher": "x"}, UsageError, "recipe qlora has no teacher"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(
+    folder: Path, tmp_path: Path, given: dict[str, Any], error: type[NybbleError], match: str
+) -> None:
+    if given.get("recipe") == "qlora":
+        pytest.importorskip("peft", reason="needs PEFT, which nybble's extra 'train' brings")
+    if "model" in given:
+        given = {**given, "model": folder / given["model"]}
+    with pytest.raises(error, match=match):
+        run(folder, tmp_path / "out", **given)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_state_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    from nybble.training.state import load_state, save_state
+
+    model, other = nybble.load(folder / "model")[0], nybble.load(folder / "packed")[0]
+    save_state(model, tmp_path / "state")
+    before = logits(model)
+    with pytest.raises(FileError, match="is of another model"):
+        load_state(other, tmp_path / "state")
+    (tmp_path / "state").write_bytes(b"{")
+    with pytest.raises(FileError, match="can't be read"):
+        load_state(model, tmp_path / "state")
+    assert torch.equal(logits(model), before)
