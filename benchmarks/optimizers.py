@@ -2,11 +2,18 @@
 
     python benchmarks/optimizers.py --device cuda --out benchmarks/results/optimizers.json [--seconds 240]
     python benchmarks/optimizers.py --device cpu --out benchmarks/results/optimizers_cpu.json [--seconds 120]
+    python benchmarks/optimizers.py --device cuda --variants 4,4 8,4 4,4,96 4,4,96,0 [--presets AdamW4bit ...]
 
 First the kernels' bits against the rules', for parameters, codes, scales and counts after three steps with NaN and
 infinite gradients among them. Then milliseconds a step: the median of several rounds of steps one after another, of
-which each round ends when the device has finished; what Python does is inside. ``bytes`` are those of the state for
+which each round ends when the device has finished; what Python does is inside. On a CPU a round is one step of each
+optimizer in turn; the least, the threads and the machine's load are told, too. ``bytes`` are those of the state for
 each parameter. What isn't installed is left out and named.
+
+``--variants`` compares launches of the GPU's kernels on the first size instead: warps, tiles of a program one after
+another, registers of a thread at most (0: any; left out: as they are chosen), and whether tables are read through
+shared memory (1, or 0). ``--small`` makes all tensors small, to see that it runs; ``--cases`` compares some bits and
+stops.
 """
 
 from __future__ import annotations
@@ -14,6 +21,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import statistics
 import sys
 import time
@@ -106,7 +114,7 @@ def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str) -
 
 def milliseconds(optimizer: torch.optim.Optimizer, device: str, seconds: float) -> tuple[float, int]:
     """A step's, and how many were taken."""
-    for _ in range(2 if device == "cpu" else 4):
+    for _ in range(4):
         optimizer.step()
     _wait(device)
     start = time.perf_counter()
@@ -130,8 +138,42 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def measure_in_turn(seconds: float, report: dict[str, Any], save: Callable[[], None]) -> None:
+    """On a CPU: a step of each after the other, again and again, so that what else the machine does meets them all."""
+    makers = [*ours("cpu").items(), *peers("cpu", report["absent"])]
+    for size, shapes, dtype in SIZES["cpu"]:
+        params = parameters(shapes, dtype, "cpu")
+        made, times = dict[str, torch.optim.Optimizer](), dict[str, list[float]]()
+        for name, make in makers:
+            try:
+                made[name] = make(params)
+                made[name].step()
+            except Exception as error:  # a peer that can't; a report says so
+                made.pop(name, None)
+                failed = f"{type(error).__name__}: {str(error)[-300:]}"
+                report["rows"].append({"size": size, "optimizer": name, "failed": failed})
+        until = time.perf_counter() + seconds / len(SIZES["cpu"])
+        while time.perf_counter() < until or not times:
+            for name, optimizer in made.items():
+                start = time.perf_counter()
+                optimizer.step()
+                times.setdefault(name, []).append((time.perf_counter() - start) * 1e3)
+        for name, optimizer in made.items():
+            found = times[name]
+            row = {"size": size, "optimizer": name, "ms": statistics.median(found), "least ms": min(found)}
+            row |= {"steps": len(found), "bytes": state_bytes(optimizer) / sum(p.numel() for p in params)}
+            if isinstance(optimizer, nybble.optim.LowBitOptimizer):
+                row["kernel"] = [r["kernel"] or r["reason"] for r in optimizer.kernels()]
+            report["rows"].append(row)
+            print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+        save()
+
+
 def measure(device: str, seconds: float, report: dict[str, Any], save: Callable[[], None]) -> None:
     """All of ours and of the peers', on all sizes."""
+    if device == "cpu":
+        measure_in_turn(seconds, report, save)
+        return
     makers = [*ours(device).items(), *peers(device, report["absent"])]
     share = seconds / len(makers) / len(SIZES[device])
     for size, shapes, dtype in SIZES[device]:
@@ -152,6 +194,30 @@ def measure(device: str, seconds: float, report: dict[str, Any], save: Callable[
             report["rows"].append(row)
             print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
             save()
+
+
+def compare(device: str, seconds: float, report: dict[str, Any], variants: list[str], chosen: list[str]) -> None:
+    """Milliseconds of a step by the GPU's kernels, by how they are launched."""
+    from nybble.kernels import gpu_optim
+
+    names = [name for name in ours(device) if not chosen or name.removeprefix("nybble ") in chosen]
+    _, shapes, dtype = SIZES["cuda"][0]
+    shared = gpu_optim.SHARED
+    for name in names:
+        params = parameters(shapes, dtype, device)
+        for variant in variants:
+            warps, steps, *rest = map(int, variant.split(","))
+            gpu_optim.WARPS, gpu_optim.STEPS = warps, steps
+            gpu_optim.REGISTERS = rest[0] if rest else None
+            gpu_optim.SHARED = bool(rest[1]) if rest[1:] else shared
+            try:
+                optimizer = ours(device)[name](params)
+                ms, steps_taken = milliseconds(optimizer, device, seconds / len(names) / len(variants))
+            except Exception as error:  # too many registers or too large a tile
+                report["rows"].append({"optimizer": name, "variant": variant, "failed": str(error)[-300:]})
+            else:
+                report["rows"].append({"optimizer": name, "variant": variant, "ms": ms, "steps": steps_taken})
+            print(json.dumps(report["rows"][-1]), flush=True)
 
 
 def trained(kind: Any, device: str, dtype: torch.dtype, fused: bool, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -234,7 +300,13 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=240, help="in all, but for what compiling takes")
+    parser.add_argument("--variants", nargs="+", metavar="WARPS,TILES[,REGISTERS[,SHARED]]")
+    parser.add_argument("--presets", nargs="+", default=[], help="of these variants, by the names of the report")
+    parser.add_argument("--cases", nargs="+", type=int, help="compare the bits of these of the list alone, and stop")
+    parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
+    if options.small:
+        SIZES["cuda"] = [(name, [(64, 256)] * 2, dtype) for name, _, dtype in SIZES["cuda"]]
     sys.path.insert(0, str(Path(__file__).parent / "quality"))
     from run import hardware
 
@@ -246,7 +318,17 @@ def main() -> None:
         if options.out is not None:
             atomic_write_json(options.out, report)
 
+    if options.device == "cpu":
+        report["threads"], report["load before"] = torch.get_num_threads(), os.getloadavg()[0]
     start, chosen = time.perf_counter(), list(cases())
+    if options.cases:
+        check(options.device, start + options.seconds, report, [chosen[k] for k in options.cases])
+        save()
+        return
+    if options.variants:
+        compare(options.device, options.seconds / 2, report, options.variants, options.presets)
+        save()
+        return
     check(options.device, start + options.seconds / 4, report, chosen[:8])
     save()
     measure(options.device, options.seconds / 2, report, save)

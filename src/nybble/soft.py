@@ -1,6 +1,6 @@
 """Quantization with gradients: what :meth:`nybble.quantizer.Quantizer.soft` and its neighbours calculate.
 
-    y = (x - offset) / scale        values = round(y, grid)        x_hat = scale * values + offset
+    y = (x - shift - offset) / scale        values = round(y, grid)        x_hat = scale * values + offset
 
 in float32, as :meth:`~nybble.quantizer.Quantizer.fake_quantize` does it, step by step, so that the two agree in every
 bit. ``round`` may be learned; the rest is ordinary autograd.
@@ -75,8 +75,10 @@ class Specification(Protocol):
 
 # ---------------------------------------------------------------------------------------------------- x to y and back
 def scaled(spec: Specification, blocks: Tensor, params: QuantParams, shape: tuple[int, ...]) -> Tensor:
-    """``(x - offset) / scale``: float32 [blocks, elements]."""
+    """``(x - shift - offset) / scale``: float32 [blocks, elements]."""
     y = blocks
+    if params.shift is not None:
+        y = y - spec.granularity.to_blocks(params.shift.expand(shape))
     if params.offset is not None:
         y = y - block_view(params.offset, spec.granularity, shape)
     if params.scale is None:
@@ -142,7 +144,7 @@ def _alone(params: QuantParams, round: Round | None) -> bool:
     """Whether there is nothing but scales and whole zero points that no gradient reaches."""
     zero = params.zero_point
     moved = round is None and isinstance(zero, Tensor) and zero.requires_grad
-    others = params.offset, params.thresholds, params.divisor, params.grid
+    others = params.offset, params.thresholds, params.divisor, params.grid, params.shift
     return not moved and all(value is None for value in others)
 
 
@@ -219,7 +221,8 @@ def harden(spec: Specification, params: QuantParams) -> QuantParams:
     if isinstance(offset, Tensor):
         raw = offset.detach().float()
         offset = raw if spec.center else _stored(raw, spec.offset_format, params.offset_params)
-    return QuantParams(scale, zero, offset, _detach(params.thresholds), _detach(divisor), _detach(params.grid))
+    found = QuantParams(scale, zero, offset, _detach(params.thresholds), _detach(divisor), _detach(params.grid))
+    return found if params.shift is None else replace(found, shift=params.shift.detach().clone())
 
 
 def through(spec: Specification, params: QuantParams) -> QuantParams:
@@ -266,6 +269,7 @@ def soften(spec: Specification, params: QuantParams) -> QuantParams:
         grid=None if params.grid is None else _raw(params.grid),
         scale_params=scale_params,
         offset_params=offset_params,
+        shift=None if params.shift is None else _raw(params.shift),
     )
 
 

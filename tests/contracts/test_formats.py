@@ -26,14 +26,15 @@ def brute_force(x: np.ndarray, fmt: NumberFormat, rounding: Rounding) -> np.ndar
     inside = np.clip(x.astype(np.float64), grid[0], grid[-1])
     upper = np.clip(np.searchsorted(grid, inside, side="left"), 1, len(grid) - 1)
     lower = upper - 1
-    down, up = inside - grid[lower], grid[upper] - inside
+    # as differences, grid[upper] - inside too, what is tiny beside a step would be lost where 0 lies between values
+    twice, both = 2 * inside, grid[lower] + grid[upper]
     even = fmt.grid_codes % 2 == 0
     # Neighbouring codes of one parity: there is no even one, so the smaller magnitude stands in for it.
     alike = even[lower] == even[upper]
     up_is_even = np.where(alike, np.abs(grid[upper]) < np.abs(grid[lower]), even[upper])
     assert rounding.tie_up is not None
     tie_up = np.broadcast_to(np.asarray(rounding.tie_up(grid[lower], grid[upper], up_is_even)), x.shape)
-    return np.where((up < down) | ((up == down) & tie_up), upper, lower)
+    return np.where((twice > both) | ((twice == both) & tie_up), upper, lower)
 
 
 def test_every_part_is_listed() -> None:

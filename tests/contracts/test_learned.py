@@ -27,13 +27,20 @@ LINES: dict[str, tuple[str, ...]] = {
     ACTIVATIONS: (
         "int8 token", "int8 tensor static", "uint4 tensor static symmetric=false", "float8_e4m3fn token", "mxfp4",
         "float4_e2m1fn tensor static", "float4_e2m1fn shifted static", "int8 plane", "nvfp4",
-        "int8 tensor static scale=learned",
+        "int8 tensor static scale=learned", "binary tensor static scale=elastic",
+        "uternary tensor static scale=elastic",
     ),
 }  # fmt: skip
 #: What a part can't learn; everything else of LINES it must.
 REFUSED: dict[str, dict[str, set[str]]] = {
     "ste": {},
     "binarization-scales": {},
+    "elastic": {
+        ACTIVATIONS: {
+            "int8 token", "float8_e4m3fn token", "mxfp4", "int8 plane", "nvfp4", "float4_e2m1fn shifted static"
+        },
+    },
+    "statistics": {WEIGHTS: {"int4 rank1", "float4_e2m1fn shifted", "float16_e8m7 tensor scale=one"}},
     "lsq": {
         WEIGHTS: {"int4 rank1", "float4_e2m1fn shifted", "float16_e8m7 tensor scale=one"},
         ACTIVATIONS: {
@@ -185,7 +192,7 @@ def test_gradients(name: str, side: str, line: str) -> None:
     assert set(parameters) == set(REGISTRY.get(name).groups)
     listed = [id(p) for found in parameters.values() for p in found]
     assert sorted(listed) == sorted(id(p) for p in learned.parameters())
-    weight = torch.linspace(-1, 1, x.numel()).reshape(x.shape)
+    weight = torch.linspace(-1, 2, x.numel()).reshape(x.shape)  # whose sum is not 0, for what all share
     (weight * learned.train()(x)).sum().backward()
     for found in parameters.values():
         gradients = [p.grad for p in found if p.grad is not None]

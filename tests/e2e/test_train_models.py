@@ -16,7 +16,10 @@ from tests.tiny import WORDS, logits, save_tiny
 import nybble
 from nybble.checkpoint.account import inspect
 from nybble.core.errors import FileError, NybbleError, SchemeError, UsageError
+from nybble.core.progress import Silent
+from nybble.nn.kv_model import use_quantized_cache
 from nybble.nn.linear import QuantLinear
+from nybble.nn.packed import Packed
 from nybble.pipelines.train import train
 from nybble.qtensor.block import BlockQTensor
 from nybble.training.settings import TrainSettings
@@ -55,7 +58,7 @@ def run(
 def layers(model: Any) -> dict[str, BlockQTensor]:
     found = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, QuantLinear):
+        if isinstance(layer, QuantLinear) and isinstance(layer.weight, Packed):
             packed = layer.weight.qtensor()
             assert isinstance(packed, BlockQTensor)
             found[name] = packed
@@ -63,14 +66,16 @@ def layers(model: Any) -> dict[str, BlockQTensor]:
 
 
 def test_all_weights_train_and_what_is_written_is_what_was_measured(folder: Path, tmp_path: Path) -> None:
-    found = run(folder, tmp_path / "out", judged_on=str(folder / "data.jsonl"), options=TAUGHT)
+    found = run(folder, tmp_path / "out", judged_on=str(folder / "data.jsonl"), options=TAUGHT, kv="int4 token")
     models = found["evaluation"]["models"]
     assert [*models] == ["float", "before", "after"] and models["after"]["nll"] < models["before"]["nll"]
     assert models["float"]["nll"] != models["before"]["nll"]
     model, tokenizer = nybble.load(tmp_path / "out")
     task = loop.TASKS.get("language")
     rows = task.load(str(folder / "data.jsonl"), _Origin(tokenizer), model, 16, "evaluation").rows
-    assert task.measure(model, rows, 8, nybble.core.progress.Silent()) == models["after"]
+    assert task.measure(model, _Origin(tokenizer), rows, 8, Silent()) == models["after"]
+    use_quantized_cache(model, None)
+    assert task.measure(model, _Origin(tokenizer), rows, 8, Silent()) != models["after"]
     rounded = layers(nybble.load(folder / "packed")[0])
     assert all(not torch.equal(q.codes, rounded[name].codes) for name, q in layers(model).items())
     assert sum(inspect(tmp_path / "out")["bytes"].values()) == inspect(tmp_path / "out")["total"]

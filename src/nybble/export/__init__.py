@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from nybble.export._source import Source
+    from nybble.export._source import Layer, Source
     from nybble.models.sources.layouts._ct_args import CannotError
     from nybble.nn.kinds import Target
     from nybble.quantizer import Quantizer
@@ -167,6 +167,7 @@ class ExportTarget(ABC):
         loses: what its files never keep, in words; empty where what can't be kept is refused.
         usual: what is made for it where no recipe and no scheme is named.
         rotates: whether its files can say that a layer's input is rotated while the model runs.
+        drops_rounding: whether activations are in float there whatever they were.
         at_once: ``nybble quantize --target`` writes the files too, beside its own, into a folder of the target's name.
     """
 
@@ -177,6 +178,7 @@ class ExportTarget(ABC):
     takes: ClassVar[tuple[Takes, ...]] = ()
     usual: ClassVar[Usual] = Usual()
     rotates: ClassVar[bool] = False
+    drops_rounding: ClassVar[bool] = False
     at_once: ClassVar[bool] = False
 
     def __init__(self, option: str = "") -> None:
@@ -272,12 +274,23 @@ def get_target(text: str) -> ExportTarget:
 def refusals(part: ExportTarget, source: Source) -> list[Refusal]:
     """All that a target can't write of a model: what it says itself, of layers that it can be asked about."""
     rotated = tuple(name for name, layer in source.layers.items() if layer.kind.unrotated is not layer.kind)
-    if not rotated or part.rotates:
-        return part.check(source)
-    why = "the file has no words for it"
-    return [Refusal(layers=rotated, came="an online rotation of its input", nearest=UNROTATED, why=why)]
+    shifted = tuple(name for name, layer in source.layers.items() if _shifted(layer))
+    found, why = [], "the file has no words for it"
+    if rotated and not part.rotates:
+        found.append(Refusal(layers=rotated, came="an online rotation of its input", nearest=UNROTATED, why=why))
+    if shifted and not part.drops_rounding:
+        found.append(Refusal(layers=shifted, came="a learned threshold of activations", nearest=UNSHIFTED, why=why))
+    return found or part.check(source)
 
 
+def _shifted(layer: Layer) -> bool:
+    """Whether activations lose a learned threshold before they are rounded."""
+    return any(side is not None and side.shifted for side in (layer.inputs, layer.outputs))
+
+
+UNSHIFTED = (
+    "activations learned without (elastic: threshold: none), or --target dense, which leaves activations unrounded"
+)
 UNROTATED = (
     "layers without: --target dense folds it into float weights, and without the step online-rotation there is none "
     "(rotate and hadamard are folded too)"

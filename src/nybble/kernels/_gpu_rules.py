@@ -10,27 +10,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nybble.kernels._gpu import INTERPRETED
-from nybble.kernels._gpu_blocks import divided
+from nybble.kernels._gpu_exact import fused, quotients, roots
 
-HOST: tl.constexpr = tl.constexpr(INTERPRETED)
 ADAMW, ADAM, SGD, LION, RMSPROP, ADAGRAD = range(6)
-
-
-@triton.jit
-def _fused(a, b, c):
-    """``a b + c``, rounded once; the interpreter's own is rounded twice."""
-    if HOST:
-        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
-    else:
-        return tl.fma(a, b, c)
 
 
 @triton.jit
 def _sum(a, b, c, FUSED: tl.constexpr):
     """``a b + c``."""
     if FUSED:
-        return _fused(a, b, c)
+        return fused(a, b, c)
     else:
         return a * b + c
 
@@ -54,9 +43,9 @@ def _add_squares(x, g, by, HOW: tl.constexpr):
 def _add_quotients(x, a, b, by, HOW: tl.constexpr):
     """``x.addcdiv(a, b, value=by)``."""
     if HOW == 0:
-        return divided(a * by, b) + x
+        return quotients(a * by, b) + x
     else:
-        return _plus(by, divided(a, b), x, HOW == 2)
+        return _plus(by, quotients(a, b), x, HOW == 2)
 
 
 @triton.jit
@@ -97,11 +86,11 @@ def updated(
     if RULE == 0 or RULE == 1:
         one = _plus(a1, g - one, one, FORMS[0])
         two = second(g, two, b2, a2, start, RULE, FORMS, FIRST)
-        below = tl.math.sqrt_rn(two)
+        below = roots(two)
         if FORMS[5]:
             below = below * inverse
         else:
-            below = divided(below, tl.full(below.shape, root, tl.float32))
+            below = quotients(below, tl.full(below.shape, root, tl.float32))
         p = _add_quotients(p, one, below + eps, rate, FORMS[3])
     elif RULE == 2:
         if FIRST or not HELD:
@@ -118,9 +107,9 @@ def updated(
         p = _plus(rate, towards, p, FORMS[4])
     else:
         two = second(g, two, b2, a2, start, RULE, FORMS, FIRST)
-        below = tl.math.sqrt_rn(two) + eps
+        below = roots(two) + eps
         if RULE == 4 and HELD:
-            one = divided(g, below) + one * b1
+            one = quotients(g, below) + one * b1
             p = _plus(rate, one, p, FORMS[4])
         else:
             p = _add_quotients(p, g, below, rate, FORMS[3])

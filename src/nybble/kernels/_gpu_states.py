@@ -20,6 +20,7 @@ from torch import Tensor
 from nybble.formats import get_format
 from nybble.kernels._gpu import INTERPRETED
 from nybble.kernels._gpu_blocks import divided, divisor, magnitude
+from nybble.kernels._gpu_exact import floors, fused, over_blocks, quotients, spread
 from nybble.kernels._gpu_grids import ADDER, WHOLE, Way, code_of, way
 from nybble.ops.rounding import decode_table
 
@@ -44,8 +45,10 @@ class Form:
 
     Attributes:
         meta: what is compiled in: kind, bits, elements of a block, how codes are found, whether a reciprocal is
-            multiplied with, whether a scale of 0 becomes 1, what the largest magnitude is mapped to, and of
-            :class:`~nybble.kernels._gpu_grids.Way` the grid and the coding.
+            multiplied with, whether a scale of 0 becomes 1, what the largest magnitude is mapped to, of
+            :class:`~nybble.kernels._gpu_grids.Way` the grid and the coding, and whether all thresholds but 0 are so
+            large that :func:`~nybble.kernels._gpu_exact.over_blocks` decides; whether tables are read through shared
+            memory.
         values: float32, of each code. thresholds: float32, ascending, -Inf before them for a guess. way: of the format.
     """
 
@@ -57,7 +60,14 @@ class Form:
 
 @lru_cache(maxsize=256)
 def form_of(
-    kind: int, fmt: str, block: int, rounding: str, reciprocal: bool, target: float, device: torch.device
+    kind: int,
+    fmt: str,
+    block: int,
+    rounding: str,
+    reciprocal: bool,
+    target: float,
+    device: torch.device,
+    near: bool = False,
 ) -> Form:
     """Of a format of 4 or 8 bits; ABSENT and WIDE take any."""
     found, given = way(fmt, rounding, device), get_format(fmt)
@@ -65,8 +75,10 @@ def form_of(
     guess = _GUESSED.get(fmt, GENERAL) if in_order else GENERAL
     if fmt == "linear4" and rounding == "half-down":
         guess = SIXTEENTHS
-    meta = (kind, given.bits, block, guess, reciprocal, given.has_zero, float(target), found.grid, found.coding)
     thresholds = found.thresholds
+    coarse = bool((thresholds.abs()[thresholds != 0] > 2.0**-30).all())
+    zero, target = given.has_zero, float(target)
+    meta = (kind, given.bits, block, guess, reciprocal, zero, target, found.grid, found.coding, coarse, near)
     if guess not in (GENERAL, SIXTEENTHS):  # a guess may be the place before the first one, which nothing is below
         thresholds = torch.cat([thresholds.new_full((1,), -torch.inf), thresholds])
     return Form(meta, decode_table(fmt, device), thresholds, found)
@@ -79,62 +91,59 @@ def regular(fmt: str, rounding: str) -> bool:
 
 
 @triton.jit
-def spread(x, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """[TILE / BLOCK], one number for each block, as [TILE]."""
-    return tl.reshape(tl.broadcast_to(x[:, None], (TILE // BLOCK, BLOCK)), (TILE,))
+def place(start, left, width, UNIT: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where runs of UNIT elements lie, in such runs, and which of them there are: of a tile that begins at ``start``.
 
-
-@triton.jit
-def place(chunk, count, width, UNIT: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where runs of UNIT elements lie, in such runs, and which of them there are: of the tile ``chunk`` of a tensor.
-
-    Tiles are neighbours in memory, or, where COLUMNS are given, rectangles of a matrix that ``width`` is cut into;
-    below 0 the last of these is cut short.
+    Tiles are neighbours in memory, of which ``left`` are left, or, where COLUMNS are given, rectangles of a matrix that
+    ``width`` is cut into, and then ``left`` rows are.
     """
+    k = tl.arange(0, TILE // UNIT)
     if COLUMNS == 0:
-        left = tl.minimum(count - chunk * TILE, TILE).to(tl.int32)
-        if ALIGNED:
-            left = tl.multiple_of(left, 16)
-        k = tl.arange(0, TILE // UNIT)
-        return chunk * (TILE // UNIT) + k, k * UNIT < left
-    else:
-        WIDE: tl.constexpr = COLUMNS if COLUMNS > 0 else -COLUMNS
-        across = tl.cdiv(width, WIDE)
-        k = tl.arange(0, TILE // UNIT)
-        r = chunk // across * (TILE // WIDE) + k // (WIDE // UNIT)
-        c = chunk % across * (WIDE // UNIT) + k % (WIDE // UNIT)
-        inside = r * width < count
-        if COLUMNS > 0:
-            return r * (across * (WIDE // UNIT)) + c, inside
+        if ALIGNED:  # so that the compiler sees that what a thread reads at once is there or not
+            left = left // 16 * (16 // UNIT)
         else:
-            return r * (width // UNIT) + c, inside & (c * UNIT < width)
+            left = tl.cdiv(left, UNIT)
+        return start // UNIT + k, k < left
+    else:
+        r = k // (COLUMNS // UNIT)
+        across = width // COLUMNS * (COLUMNS // UNIT)  # as a product, of which the compiler knows what divides it
+        return start // UNIT + (r * across + k % (COLUMNS // UNIT)), r < left
 
 
 @triton.jit
 def read_codes(
-    pointer, chunk, count, width, BITS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr
+    pointer, start, left, width, BITS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr
 ):
     """int32 [TILE]."""
     data = pointer.to(tl.pointer_type(tl.uint8))
     if ALIGNED:
         data = tl.multiple_of(data, 16)
-    at, inside = place(chunk, count, width, 8 // BITS, TILE, COLUMNS, ALIGNED)
-    found = tl.load(data + at, mask=inside, other=0).to(tl.int32)
+    at, inside = place(start, left, width, 8 // BITS, TILE, COLUMNS, ALIGNED)
+    return halves(tl.load(data + at, mask=inside, other=0).to(tl.int32), BITS)
+
+
+@triton.jit
+def halves(found, BITS: tl.constexpr):
+    """Codes of bytes, of 4 bits in the order of memory."""
     if BITS == 4:
-        found = tl.reshape(tl.join(found & 15, found >> 4), (TILE,))
+        pairs = tl.join(found & 15, found >> 4)
+        if len(found.shape) == 1:
+            found = tl.reshape(pairs, (found.shape[0] * 2,))
+        else:
+            found = tl.reshape(pairs, (found.shape[0], found.shape[1] * 2))
     return found
 
 
 @triton.jit
 def write_codes(
-    pointer, chunk, count, width, codes, inside, BITS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    pointer, start, left, width, codes, inside, BITS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The inverse; half a byte behind the last code is 0."""
     data = pointer.to(tl.pointer_type(tl.uint8))
     if ALIGNED:
         data = tl.multiple_of(data, 16)
-    at, there = place(chunk, count, width, 8 // BITS, TILE, COLUMNS, ALIGNED)
+    at, there = place(start, left, width, 8 // BITS, TILE, COLUMNS, ALIGNED)
     if BITS == 4:
         if not ALIGNED:
             codes = tl.where(inside, codes, 0)
@@ -144,11 +153,9 @@ def write_codes(
 
 
 @triton.jit
-def read_scales(
-    pointer, chunk, count, width, BLOCK: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr
-):
+def read_scales(pointer, start, left, width, BLOCK: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
     """float32 [TILE]: the scale of each element's block."""
-    at, inside = place(chunk, count, width, BLOCK, TILE, COLUMNS, False)
+    at, inside = place(start, left, width, BLOCK, TILE, COLUMNS, False)
     scale = tl.load(pointer.to(tl.pointer_type(tl.float32)) + at, mask=inside, other=1.0)
     return spread(scale, BLOCK, TILE)
 
@@ -160,7 +167,7 @@ def tops(x, BLOCK: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def write_scales(pointer, chunk, count, width, top, META: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
+def write_scales(pointer, start, left, width, top, META: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
     """Scales of blocks by their :func:`tops`, stored; float32 [TILE / BLOCK]."""
     TARGET: tl.constexpr = META[6]
     scale = top.to(tl.float32, bitcast=True)
@@ -168,7 +175,7 @@ def write_scales(pointer, chunk, count, width, top, META: tl.constexpr, TILE: tl
         scale = divided(scale, tl.full(scale.shape, TARGET, tl.float32))
     if META[5]:
         scale = divisor(scale)
-    at, inside = place(chunk, count, width, META[2], TILE, COLUMNS, False)
+    at, inside = place(start, left, width, META[2], TILE, COLUMNS, False)
     tl.store(pointer.to(tl.pointer_type(tl.float32)) + at, scale, mask=inside)
     return scale
 
@@ -183,6 +190,18 @@ def _power_of_two(x):
 
 
 @triton.jit
+def _signed(x, y):
+    """``x`` from 0 on, with the sign of ``y``."""
+    minus = y.to(tl.int32, bitcast=True) & -2147483648
+    return (x.to(tl.int32, bitcast=True) | minus).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _full(x, number: tl.constexpr):
+    return tl.full(x.shape, number, tl.float32)
+
+
+@triton.jit
 def _nearest_in_decades(y, FIRST: tl.constexpr, BITS: tl.constexpr):
     """Which threshold of a dynamic map of 8 or 4 bits is nearest to y, within [-1, 1]; 1 is the first one, 0 before it.
 
@@ -193,17 +212,22 @@ def _nearest_in_decades(y, FIRST: tl.constexpr, BITS: tl.constexpr):
     LEAST: tl.constexpr = 870548090 if BITS == 8 else 981385955  # bits of 10**-7, of 10**-3
     STEPS: tl.constexpr = (20.083571662769224 if BITS == 8 else 6.795859283219775) + FIRST
     decade = tl.minimum((tl.maximum(a.to(tl.int32, bitcast=True) - LEAST, 0) >> 9) * 155 >> 23, BITS - 2)
-    steps = _power_of_two(decade.to(tl.float32) * -2.321928094887362 + STEPS)
-    base = ((decade + (127 + FIRST)) << 23).to(
-        tl.float32, bitcast=True
-    )  # steps: 10**(BITS - 2) 2**FIRST / 0.9 / 5**decade
+    # 10**(BITS - 2) 2**FIRST / 0.9 / 5**decade
+    steps = _power_of_two(fused(decade.to(tl.float32), _full(y, -2.321928094887362), _full(y, STEPS)))
+    base = ((decade + (127 + FIRST)) << 23).to(tl.float32, bitcast=True)
+    found = fused(a, steps, fused(base, _full(y, 0.8888888889), _full(y, -0.5)))
     if FIRST:
-        return (a * steps + (base * 0.8888888889 - 0.5)).to(tl.int32)
+        return floors(found, 0)
     else:
-        MIDDLE: tl.constexpr = 128.0 if BITS == 8 else 8.0
-        found = a * steps + (base * 0.8888888889 - 0.5)
-        minus = y.to(tl.int32, bitcast=True) & -2147483648
-        return ((found.to(tl.int32, bitcast=True) | minus).to(tl.float32, bitcast=True) + MIDDLE).to(tl.int32)
+        return floors(_signed(found, y), 128 if BITS == 8 else 8)
+
+
+@triton.jit
+def _nearest_of_few(y):
+    """The same of the dynamic map of 4 bits with both signs: |y| on three lines, on which thresholds lie apart."""
+    a = tl.abs(y)
+    line = tl.minimum(fused(a, _full(y, 22.2), _full(y, 1.28)), fused(a, _full(y, 4.44), _full(y, 3.0)))
+    return floors(_signed(tl.minimum(a * 100.0, line), y), 8)
 
 
 @triton.jit
@@ -220,7 +244,9 @@ def _nearest_companded(y, ABOVE_0: tl.constexpr):
 def _nearest(y, META: tl.constexpr):
     """Which threshold is nearest to y; 0 stands for one below all."""
     GUESS: tl.constexpr = META[3]
-    if GUESS == 1:
+    if GUESS == 1 and META[1] == 4:
+        return _nearest_of_few(y)
+    elif GUESS == 1:
         return _nearest_in_decades(y, 0, META[1])
     elif GUESS == 2:
         return _nearest_in_decades(y, 1, META[1])
@@ -228,6 +254,16 @@ def _nearest(y, META: tl.constexpr):
         return _nearest_companded(y, False)
     else:
         return _nearest_companded(y, True)
+
+
+@triton.jit
+def _looked_up(table, at, META: tl.constexpr):
+    """Numbers of a table with one for each code."""
+    if META[10]:
+        flat = tl.reshape(at, (at.numel,))
+        return tl.reshape(tl.gather(tl.load(table + tl.arange(0, 1 << META[1])), flat, 0), at.shape)
+    else:
+        return tl.load(table + at)
 
 
 @triton.jit
@@ -239,57 +275,32 @@ def codes_of(y, thresholds, values, codes, META: tl.constexpr):
         CODING: tl.constexpr = META[8]
         return code_of(y, thresholds, values, codes, GRID, CODING)
     elif GUESS == 5:
-        return tl.minimum(tl.maximum(tl.ceil(y * 16.0 - 1.5), 0.0), 15.0).to(tl.int32)  # all of it exact
+        # 15 - ceil(16 y - 1.5), all of it exact; y is at most 1
+        return floors(fused(tl.maximum(y, 0.09375), _full(y, -16.0), _full(y, 1.5)), 15) ^ 15
     else:
         at = _nearest(y, META)
-        return at - (y < tl.load(thresholds + at)).to(tl.int32)
+        return at - (y < _looked_up(thresholds, at, META)).to(tl.int32)
 
 
 @triton.jit
-def _quick_codes(y, thresholds, META: tl.constexpr):
-    """Codes of quotients that are right but for 2^-22 of them, and whether one may decide otherwise."""
-    if META[3] == 5:
-        z = y * 16.0 - 1.5
-        near = (z + 12582912.0) - 12582912.0
-        code = tl.minimum(tl.maximum(near + (z > near).to(tl.float32), 0.0), 15.0).to(tl.int32)
-        return code, (tl.abs(z - near) > 7.62939453125e-06) == 0
-    else:
-        at = tl.minimum(tl.maximum(_nearest(y, META), 0), (1 << META[1]) - 1)
-        edge = tl.load(thresholds + at)
-        return at - (y < edge).to(tl.int32), (tl.abs(y - edge) > tl.abs(y) * 4.76837158203125e-07) == 0
-
-
-@triton.jit
-def _reciprocal(x):
-    """But for an ulp."""
-    if HOST:
-        return divided(tl.full(x.shape, 1.0, tl.float32), x)
-    else:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
-
-
-@triton.jit
-def codes_over(x, scale, thresholds, values, codes, META: tl.constexpr, PER_BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """int32 [TILE], of ``x / scale``; scales of elements, or PER_BLOCK. No quotient where an estimate decides too."""
+def codes_over(
+    x, scale, is_usual, thresholds, values, codes, META: tl.constexpr, PER_BLOCK: tl.constexpr, TILE: tl.constexpr
+):
+    """int32 [TILE], of ``x / scale``; scales of elements, or PER_BLOCK, and then whether they are usual."""
     by = divisor(scale)
-    if PER_BLOCK:
+    if not PER_BLOCK:
+        y = quotients(x, by)
+    elif META[4]:
         inverse = tl.minimum(divided(tl.full(by.shape, 1.0, tl.float32), by), 3.4028234663852886e38)
-        if META[4]:
-            return codes_of(x * spread(inverse, META[2], TILE), thresholds, values, codes, META)
-        small = by < 7.52316384526264e-37
-    wide = spread(by, META[2], TILE) if PER_BLOCK else by
-    if META[3] == 0:
-        return codes_of(divided(x, wide), thresholds, values, codes, META)
-    else:
-        if PER_BLOCK:
-            found, unsure = _quick_codes(x * spread(inverse, META[2], TILE), thresholds, META)
-            any_unsure = tl.max(unsure.to(tl.int32), 0) + tl.max(small.to(tl.int32), 0)
+        y = x * spread(inverse, META[2], TILE)
+    elif META[9]:
+        if is_usual:
+            y = over_blocks(x, by, META[2], TILE)
         else:
-            found, unsure = _quick_codes(x * _reciprocal(by), thresholds, META)
-            any_unsure = tl.max((unsure | (by < 7.52316384526264e-37)).to(tl.int32), 0)
-        if any_unsure > 0:
-            found = codes_of(divided(x, wide), thresholds, values, codes, META)
-        return found
+            y = divided(x, spread(by, META[2], TILE))
+    else:
+        y = quotients(x, spread(by, META[2], TILE))
+    return codes_of(y, thresholds, values, codes, META)
 
 
 @triton.jit
@@ -297,6 +308,6 @@ def read_values(values, codes, META: tl.constexpr):
     """float32, of codes."""
     GUESS: tl.constexpr = META[3]
     if GUESS == 5:
-        return (codes + 1).to(tl.float32) * 0.0625
+        return ((codes << 19) | 0x3F800000).to(tl.float32, bitcast=True) - 0.9375  # (1 + code / 16) - 15 / 16
     else:
-        return tl.load(values + codes)
+        return _looked_up(values, codes, META)

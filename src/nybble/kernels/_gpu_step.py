@@ -11,14 +11,15 @@ import triton
 import triton.language as tl
 
 from nybble.kernels._gpu_blocks import divisor, magnitude
-from nybble.kernels._gpu_rules import HOST, decayed, second, updated
+from nybble.kernels._gpu_exact import HOST, spread
+from nybble.kernels._gpu_rules import decayed, second, updated
 from nybble.kernels._gpu_states import (
     codes_over,
+    halves,
     place,
     read_codes,
     read_scales,
     read_values,
-    spread,
     tops,
     write_codes,
     write_scales,
@@ -94,8 +95,7 @@ def _split(x):
 
 
 @triton.jit
-def _write(table, row, draws, at, inside, p, DTYPE: tl.constexpr, WEIGHTS: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = _at(table, row, 0)
+def _write(pointer, beside, draws, at, inside, p, DTYPE: tl.constexpr, WEIGHTS: tl.constexpr, ALIGNED: tl.constexpr):
     if DTYPE == 0:
         data = pointer.to(tl.pointer_type(tl.float32))
         if ALIGNED:
@@ -116,86 +116,108 @@ def _write(table, row, draws, at, inside, p, DTYPE: tl.constexpr, WEIGHTS: tl.co
         else:
             high, residual = _split(p)
             bits = high.to(tl.int16)
-            tl.store(_at(table, row, 8).to(tl.pointer_type(tl.int8)) + at, residual.to(tl.int8), mask=inside)
+            tl.store(beside.to(tl.pointer_type(tl.int8)) + at, residual.to(tl.int8), mask=inside)
         tl.store(data + at, bits, mask=inside)
 
 
 @triton.jit
-def _factors(rows, columns, chunk, width, at, inside, ZERO: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
-    """An element's factors of its row and of its column; ZERO: one of 0 counts as 1."""
-    rows, columns = rows.to(tl.pointer_type(tl.float32)), columns.to(tl.pointer_type(tl.float32))
+def _of_columns(columns, c, COLUMNS: tl.constexpr, TILE: tl.constexpr):
+    """float32 [TILE]: factors of the columns of a rectangle that begins at column ``c``."""
+    found = tl.load(columns.to(tl.pointer_type(tl.float32)) + c + tl.arange(0, COLUMNS))
+    return tl.reshape(tl.broadcast_to(found[None, :], (TILE // COLUMNS, COLUMNS)), (TILE,))
+
+
+@triton.jit
+def _factors(rows, columns, by_column, r, left, width, at, inside, TILE: tl.constexpr, COLUMNS: tl.constexpr):
+    """An element's factors of its row and of its column; those of the columns of a rectangle are there."""
+    rows = rows.to(tl.pointer_type(tl.float32))
     if COLUMNS == 0:
         row = at // width
         by_row = tl.load(rows + row, mask=inside, other=1.0)
-        by_column = tl.load(columns + (at - row * width), mask=inside, other=1.0)
+        by_column = tl.load(columns.to(tl.pointer_type(tl.float32)) + (at - row * width), mask=inside, other=1.0)
     else:
-        ROWS: tl.constexpr = TILE // COLUMNS
-        across = width // COLUMNS
-        r = chunk // across * ROWS + tl.arange(0, ROWS)
-        c = chunk % across * COLUMNS + tl.arange(0, COLUMNS)
-        first = tl.max(tl.reshape(inside.to(tl.int32), (ROWS, COLUMNS)), 1) > 0
-        by_row = spread(tl.load(rows + r, mask=first, other=1.0), COLUMNS, TILE)
-        by_column = tl.reshape(tl.broadcast_to(tl.load(columns + c)[None, :], (ROWS, COLUMNS)), (TILE,))
-    if ZERO:
-        by_row, by_column = divisor(by_row), divisor(by_column)
-    return tl.minimum(by_row, by_column)
+        k = tl.arange(0, TILE // COLUMNS)
+        by_row = spread(tl.load(rows + r + k, mask=k < left, other=1.0), COLUMNS, TILE)
+    return by_row, by_column
 
 
 @triton.jit
 def _decoded(
-    table, row, chunk, count, width, at, inside, values, META: tl.constexpr, CODES: tl.constexpr, TILE: tl.constexpr,
-    COLUMNS: tl.constexpr, SHORT: tl.constexpr, ALIGNED: tl.constexpr,
+    codes, scale, columns, by_column, r, start, left, width, at, inside, values, META: tl.constexpr,
+    TILE: tl.constexpr, COLUMNS: tl.constexpr, SHORT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """A state, float32."""
     KIND: tl.constexpr = META[0]
     if KIND == 0:
         return tl.zeros((TILE,), tl.float32)
     elif KIND == 1:
-        return tl.load(_at(table, row, CODES).to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+        return tl.load(codes.to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
     else:
-        code = read_codes(_at(table, row, CODES), chunk, count, width, META[1], TILE, COLUMNS, ALIGNED)
-        x = read_values(values, code, META)
+        x = read_values(values, read_codes(codes, start, left, width, META[1], TILE, COLUMNS, ALIGNED), META)
         if SHORT:  # code 0 is no 0
             x = tl.where(inside, x, 0.0)
         if KIND == 2:
-            return x * read_scales(_at(table, row, CODES + 1), chunk, count, width, META[2], TILE, COLUMNS, ALIGNED)
+            return x * read_scales(scale, start, left, width, META[2], TILE, COLUMNS)
         else:
-            return x * _factors(_at(table, row, 4), _at(table, row, 5), chunk, width, at, inside, False, TILE, COLUMNS)
+            by_row, by_column = _factors(scale, columns, by_column, r, left, width, at, inside, TILE, COLUMNS)
+            return x * tl.minimum(by_row, by_column)
 
 
 @triton.jit
-def _top(x, META: tl.constexpr, TILE: tl.constexpr):
-    """Bits of the largest magnitudes: of each block, or of all."""
+def _top(x, META: tl.constexpr, OTHER: tl.constexpr, TILE: tl.constexpr):
+    """Bits of the largest magnitudes: of each block, of the other state's blocks, or of all."""
     if META[0] == 2:
         return tops(x, META[2], TILE)
+    elif OTHER[0] == 2:
+        return tops(x, OTHER[2], TILE)
     else:
-        return tl.max(magnitude(x), 0)
+        return tops(x, TILE, TILE)
 
 
 @triton.jit
-def _finite(top, META: tl.constexpr):
-    """Whether what has these :func:`_top` is finite."""
+def _odd(top, META: tl.constexpr):
+    """Whether a state isn't finite, or its scales are so large or small that a quotient takes more care."""
     if META[0] == 2:
-        return tl.max(top, 0) < 0x7F800000
+        return (top >= 0x71800000) | ((top > 0) & (top < 0x1C800000))  # 2^100, 2^-70
     else:
-        return top < 0x7F800000
+        return top >= 0x7F800000
+
+
+@triton.jit
+def _usual(top1, top2, ONE: tl.constexpr, TWO: tl.constexpr):
+    """Whether nothing is :func:`_odd`."""
+    one, two = _odd(top1, ONE).to(tl.int32), _odd(top2, TWO).to(tl.int32)
+    if top1.shape[0] == top2.shape[0]:
+        return tl.max(one | two, 0) == 0
+    else:
+        return (tl.max(one, 0) | tl.max(two, 0)) == 0
+
+
+@triton.jit
+def _finite(top1, top2):
+    """Whether both states are finite."""
+    return (tl.max(top1, 0) < 0x7F800000) & (tl.max(top2, 0) < 0x7F800000)
 
 
 @triton.jit
 def _encoded(
-    table, row, chunk, count, width, at, inside, x, top, thresholds, values, codes, META: tl.constexpr,
-    CODES: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
+    state, scale, columns, by_column, r, start, left, width, at, inside, x, top, is_usual, thresholds, values, codes,
+    META: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
+    """Scales, but of rows and columns, and codes are written."""
     KIND: tl.constexpr = META[0]
     if KIND == 1:
-        tl.store(_at(table, row, CODES).to(tl.pointer_type(tl.float32)) + at, x, mask=inside)
+        tl.store(state.to(tl.pointer_type(tl.float32)) + at, x, mask=inside)
     elif KIND > 1:
         if KIND == 2:
-            scale = write_scales(_at(table, row, CODES + 1), chunk, count, width, top, META, TILE, COLUMNS)
+            by = write_scales(scale, start, left, width, top, META, TILE, COLUMNS)
         else:
-            scale = _factors(_at(table, row, 6), _at(table, row, 7), chunk, width, at, inside, META[5], TILE, COLUMNS)
-        found = codes_over(x, scale, thresholds, values, codes, META, KIND == 2, TILE)
-        write_codes(_at(table, row, CODES), chunk, count, width, found, inside, META[1], TILE, COLUMNS, ALIGNED)
+            by_row, by_column = _factors(scale, columns, by_column, r, left, width, at, inside, TILE, COLUMNS)
+            if META[5]:
+                by_row, by_column = divisor(by_row), divisor(by_column)
+            by = tl.minimum(by_row, by_column)
+        found = codes_over(x, by, is_usual, thresholds, values, codes, META, KIND == 2, TILE)
+        write_codes(state, start, left, width, found, inside, META[1], TILE, COLUMNS, ALIGNED)
 
 
 @triton.jit
@@ -205,46 +227,81 @@ def step_kernel(
     RULE: tl.constexpr, FORMS: tl.constexpr, ONE: tl.constexpr, TWO: tl.constexpr, DTYPE: tl.constexpr,
     GRADIENT: tl.constexpr, WEIGHTS: tl.constexpr, GUARD: tl.constexpr, DECAY: tl.constexpr, FIRST: tl.constexpr,
     NESTEROV: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, SHORT: tl.constexpr, TILE: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one tensor; ``given`` has the addresses of gradients and of random numbers."""
+    """TILES of one tensor, one after another; ``given`` has the addresses of gradients and of random numbers."""
     HELD: tl.constexpr = ONE[0] > 0
     row = tl.load(work + tl.program_id(0) * 2).to(tl.int64)
-    chunk = tl.load(work + tl.program_id(0) * 2 + 1).to(tl.int64)
-    count, width = _at(table, row, 9), _at(table, row, 10)
-    at, inside = place(chunk, count, width, 1, TILE, COLUMNS, ALIGNED)
-    g = _floats(tl.load(given + row * 2), at, inside, GRADIENT, ALIGNED)
-    before = _floats(_at(table, row, 0), at, inside, DTYPE, ALIGNED)
-    if WEIGHTS == 2:
-        beside = _at(table, row, 8).to(tl.pointer_type(tl.int8))
-        before = _joined(before, tl.load(beside + at, mask=inside, other=0).to(tl.int32))
-    m = _decoded(table, row, chunk, count, width, at, inside, values1, ONE, 1, TILE, COLUMNS, SHORT, ALIGNED)
-    v = _decoded(table, row, chunk, count, width, at, inside, values2, TWO, 3, TILE, COLUMNS, SHORT, ALIGNED)
-    p, one, two = updated(
-        before, g, m, v, rate, shrink, wd, b1, a1, b2, a2, root, inverse, eps, initial, RULE, FORMS, DECAY, FIRST,
-        NESTEROV, HELD,
+    number = tl.load(work + tl.program_id(0) * 2 + 1)
+    data, state1, scale1, state2 = _at(table, row, 0), _at(table, row, 1), _at(table, row, 2), _at(table, row, 3)
+    scale2, columns2, top_rows, top_columns = (
+        _at(table, row, 4), _at(table, row, 5), _at(table, row, 6), _at(table, row, 7),
     )  # fmt: skip
-    top1, top2 = _top(one, ONE, TILE), _top(two, TWO, TILE)
-    if GUARD:  # noqa: SIM102 - compiled in; a gradient that isn't finite makes a state that isn't
-        if (_finite(top1, ONE) & _finite(top2, TWO)) == 0:
-            ok = magnitude(g) < 0x7F800000
-            p, one, two = updated(
-                before, tl.where(ok, g, 0.0), m, v, rate, shrink, wd, b1, a1, b2, a2, root, inverse, eps, initial,
-                RULE, FORMS, DECAY, FIRST, NESTEROV, HELD,
-            )  # fmt: skip
-            ok = ok & (magnitude(one) < 0x7F800000) & (magnitude(two) < 0x7F800000)
-            one, two, p = tl.where(ok, one, 0.0), tl.where(ok, two, 0.0), tl.where(ok, p, before)
-            top1, top2 = _top(one, ONE, TILE), _top(two, TWO, TILE)
-            aside = tl.sum((inside & (ok == 0)).to(tl.int32), 0)
-            tl.atomic_add(_at(table, row, 11).to(tl.pointer_type(tl.int32)), aside)
-    _write(table, row, tl.load(given + row * 2 + 1), at, inside, p, DTYPE, WEIGHTS, ALIGNED)
-    _encoded(
-        table, row, chunk, count, width, at, inside, one, top1, thresholds1, values1, codes1, ONE, 1, TILE, COLUMNS,
-        ALIGNED,
-    )  # fmt: skip
-    _encoded(
-        table, row, chunk, count, width, at, inside, two, top2, thresholds2, values2, codes2, TWO, 3, TILE, COLUMNS,
-        ALIGNED,
-    )  # fmt: skip
+    beside, count, width = _at(table, row, 8), _at(table, row, 9), _at(table, row, 10)
+    gradient, draws = tl.load(given + row * 2), tl.load(given + row * 2 + 1)
+    r = number * 0
+    old, new = r, r
+    start, step = number.to(tl.int64) * (TILES * TILE), TILE
+    tiles = tl.cdiv(count - start, TILE)
+    if COLUMNS > 0:
+        across = (width // COLUMNS).to(tl.int32)
+        r, c = number // across * (TILES * TILE // COLUMNS), number % across * COLUMNS
+        start, step = r * (width // COLUMNS * COLUMNS) + c, width // COLUMNS * TILE
+        tiles = tl.cdiv(count // width - r, TILE // COLUMNS)
+        if TWO[0] == 3:
+            old, new = _of_columns(columns2, c, COLUMNS, TILE), _of_columns(top_columns, c, COLUMNS, TILE)
+    tiles = tl.minimum(tiles, TILES).to(tl.int32)
+    while tiles > 0:
+        if COLUMNS > 0:
+            left = (count // width).to(tl.int32) - r
+        else:
+            left = tl.minimum(count - start, TILE).to(tl.int32)
+        at, inside = place(start, left, width, 1, TILE, COLUMNS, ALIGNED)
+        g = _floats(gradient, at, inside, GRADIENT, ALIGNED)
+        before = _floats(data, at, inside, DTYPE, ALIGNED)
+        if WEIGHTS == 2:
+            residual = tl.load(beside.to(tl.pointer_type(tl.int8)) + at, mask=inside, other=0)
+            before = _joined(before, residual.to(tl.int32))
+        m = _decoded(
+            state1, scale1, columns2, old, r, start, left, width, at, inside, values1, ONE, TILE, COLUMNS, SHORT,
+            ALIGNED,
+        )  # fmt: skip
+        v = _decoded(
+            state2, scale2, columns2, old, r, start, left, width, at, inside, values2, TWO, TILE, COLUMNS, SHORT,
+            ALIGNED,
+        )  # fmt: skip
+        p, one, two = updated(
+            before, g, m, v, rate, shrink, wd, b1, a1, b2, a2, root, inverse, eps, initial, RULE, FORMS, DECAY, FIRST,
+            NESTEROV, HELD,
+        )  # fmt: skip
+        top1, top2 = _top(one, ONE, TWO, TILE), _top(two, TWO, ONE, TILE)
+        is_usual = _usual(top1, top2, ONE, TWO)
+        if GUARD:  # noqa: SIM102 - compiled in
+            if not is_usual:  # noqa: SIM102 - the one is the other's rare case
+                if not _finite(top1, top2):  # a gradient that isn't finite makes a state that isn't
+                    ok = magnitude(g) < 0x7F800000
+                    p, one, two = updated(
+                        before, tl.where(ok, g, 0.0), m, v, rate, shrink, wd, b1, a1, b2, a2, root, inverse, eps,
+                        initial, RULE, FORMS, DECAY, FIRST, NESTEROV, HELD,
+                    )  # fmt: skip
+                    ok = ok & (magnitude(one) < 0x7F800000) & (magnitude(two) < 0x7F800000)
+                    one, two, p = tl.where(ok, one, 0.0), tl.where(ok, two, 0.0), tl.where(ok, p, before)
+                    top1, top2 = _top(one, ONE, TWO, TILE), _top(two, TWO, ONE, TILE)
+                    aside = tl.sum((inside & (ok == 0)).to(tl.int32), 0)
+                    tl.atomic_add(_at(table, row, 11).to(tl.pointer_type(tl.int32)), aside)
+        _write(data, beside, draws, at, inside, p, DTYPE, WEIGHTS, ALIGNED)
+        _encoded(
+            state1, scale1, top_columns, new, r, start, left, width, at, inside, one, top1, is_usual, thresholds1,
+            values1, codes1, ONE, TILE, COLUMNS, ALIGNED,
+        )  # fmt: skip
+        _encoded(
+            state2, scale2 if TWO[0] == 2 else top_rows, top_columns, new, r, start, left, width, at, inside, two,
+            top2, is_usual, thresholds2, values2, codes2, TWO, TILE, COLUMNS, ALIGNED,
+        )  # fmt: skip
+        start += step
+        if COLUMNS > 0:
+            r += TILE // COLUMNS
+        tiles -= 1
 
 
 @triton.jit
@@ -252,41 +309,61 @@ def maxima_kernel(
     table, given, work, values2, wd, b2, a2, initial,
     RULE: tl.constexpr, FORMS: tl.constexpr, TWO: tl.constexpr, DTYPE: tl.constexpr, GRADIENT: tl.constexpr,
     WEIGHTS: tl.constexpr, DECAY: tl.constexpr, FIRST: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, RECTANGLE: tl.constexpr,
+    COLUMNS: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The largest new second state of each row and of each column, as bits: of one rectangle of one matrix.
+    """The largest new second state of each row and of each column, as bits: of TILES rectangles, each below the last.
 
-    RECTANGLE: its columns, below 0 where not all fit.
+    WHOLE: whether COLUMNS divide the width of every matrix.
     """
-    TILE: tl.constexpr = ROWS * COLUMNS
     row = tl.load(work + tl.program_id(0) * 2).to(tl.int64)
-    chunk = tl.load(work + tl.program_id(0) * 2 + 1).to(tl.int64)
-    count, width = _at(table, row, 9), _at(table, row, 10)
-    at, inside = place(chunk, count, width, 1, TILE, RECTANGLE, ALIGNED)
-    g = _floats(tl.load(given + row * 2), at, inside, GRADIENT, ALIGNED)
-    code = read_codes(_at(table, row, 3), chunk, count, width, TWO[1], TILE, RECTANGLE, ALIGNED)
-    across = tl.cdiv(width, COLUMNS)
-    r = chunk // across * ROWS + tl.arange(0, ROWS)
-    c = chunk % across * COLUMNS + tl.arange(0, COLUMNS)
-    lines, columns = r * width < count, c < width
-    by_row = tl.load(_at(table, row, 4).to(tl.pointer_type(tl.float32)) + r, mask=lines, other=1.0)
-    by_column = tl.load(_at(table, row, 5).to(tl.pointer_type(tl.float32)) + c, mask=columns, other=1.0)
-    by = tl.minimum(
-        tl.broadcast_to(by_row[:, None], (ROWS, COLUMNS)), tl.broadcast_to(by_column[None, :], (ROWS, COLUMNS))
-    )
-    two = read_values(values2, code, TWO) * tl.reshape(by, (TILE,))
-    ok = inside & (magnitude(g) < 0x7F800000)
-    g = tl.where(ok, g, 0.0)
-    if DECAY and RULE != 0:
-        p = _floats(_at(table, row, 0), at, inside, DTYPE, ALIGNED)
-        if WEIGHTS == 2:
-            beside = _at(table, row, 8).to(tl.pointer_type(tl.int8))
-            p = _joined(p, tl.load(beside + at, mask=inside, other=0).to(tl.int32))
-        g = decayed(p, g, wd, RULE, FORMS, DECAY)
-    bits = magnitude(second(g, two, b2, a2, initial, RULE, FORMS, FIRST))
-    bits = tl.reshape(tl.where(ok & (bits < 0x7F800000), bits, 0), (ROWS, COLUMNS))
-    tl.atomic_max(_at(table, row, 6).to(tl.pointer_type(tl.int32)) + r, tl.max(bits, 1), mask=lines, sem="relaxed")
-    tl.atomic_max(_at(table, row, 7).to(tl.pointer_type(tl.int32)) + c, tl.max(bits, 0), mask=columns, sem="relaxed")
+    number = tl.load(work + tl.program_id(0) * 2 + 1)
+    data, state, rows, columns = _at(table, row, 0), _at(table, row, 3), _at(table, row, 4), _at(table, row, 5)
+    top_rows, top_columns = _at(table, row, 6), _at(table, row, 7)
+    beside, count, width = _at(table, row, 8), _at(table, row, 9), _at(table, row, 10)
+    gradient, height = tl.load(given + row * 2), (count // width).to(tl.int32)
+    across = tl.cdiv(width, COLUMNS).to(tl.int32)
+    if WHOLE:
+        width = across.to(tl.int64) * COLUMNS  # of which the compiler knows what divides it
+    r = number // across * (TILES * ROWS) + tl.arange(0, ROWS)
+    c = number % across * COLUMNS + tl.arange(0, COLUMNS)
+    pairs = number % across * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+    # 0 beyond the matrix, where nothing may be higher
+    by_column = tl.load(columns.to(tl.pointer_type(tl.float32)) + c, mask=c < width, other=0.0)
+    highest = tl.full((ROWS, COLUMNS), 0x00800000, tl.int32)
+    codes = state.to(tl.pointer_type(tl.uint8))
+    if ALIGNED and WHOLE:
+        codes = tl.multiple_of(codes, 16)
+    half = across.to(tl.int64) * (COLUMNS // 2) if WHOLE else width // 2
+    tiles = tl.minimum(tl.cdiv(height - number // across * (TILES * ROWS), ROWS), TILES)
+    while tiles > 0:
+        lines = r < height
+        at = (r * width)[:, None] + c[None, :]
+        inside, there = lines[:, None] & (c < width)[None, :], lines[:, None] & (pairs * 2 < width)[None, :]
+        if WHOLE:
+            inside, there = tl.broadcast_to(lines[:, None], at.shape), lines[:, None]
+        g = _floats(gradient, at, inside, GRADIENT, ALIGNED and WHOLE)
+        found = tl.load(codes + ((r * half)[:, None] + pairs[None, :]), mask=there, other=0)
+        by_row = tl.load(rows.to(tl.pointer_type(tl.float32)) + r, mask=lines, other=0.0)
+        two = read_values(values2, halves(found.to(tl.int32), TWO[1]), TWO)
+        two = two * tl.minimum(tl.broadcast_to(by_row[:, None], at.shape), by_column[None, :])
+        if DECAY and RULE != 0:
+            p = _floats(data, at, inside, DTYPE, ALIGNED and WHOLE)
+            if WEIGHTS == 2:
+                residual = tl.load(beside.to(tl.pointer_type(tl.int8)) + at, mask=inside, other=0)
+                p = _joined(p, residual.to(tl.int32))
+            g = decayed(p, g, wd, RULE, FORMS, DECAY)
+        two = second(g, two, b2, a2, initial, RULE, FORMS, FIRST)
+        if FIRST:
+            two = tl.where(inside, two, 0.0)
+        # one above in the exponent: what isn't finite, as it is made by a gradient that isn't, is below all others
+        bits = two.to(tl.int32, bitcast=True) + 0x00800000
+        highest = tl.maximum(highest, bits)
+        most = tl.maximum(tl.max(bits, 1), 0x00800000) - 0x00800000
+        tl.atomic_max(top_rows.to(tl.pointer_type(tl.int32)) + r, most, mask=lines, sem="relaxed")
+        r += ROWS
+        tiles -= 1
+    most = tl.max(highest, 0) - 0x00800000
+    tl.atomic_max(top_columns.to(tl.pointer_type(tl.int32)) + c, most, mask=c < width, sem="relaxed")
 
 
 @triton.jit

@@ -41,12 +41,21 @@ from nybble.optim._states import quantizer
 from nybble.optim._weights import WEIGHTS
 from nybble.qtensor.block import BlockQTensor
 
-TILE = 2048
 WARPS = 4
-ROWS, COLUMNS = 32, 128
-"""Of a tile whose maxima are taken."""
+REGISTERS: int | None = None
+"""Of a thread of a step at most; 0 leaves them to the compiler, None takes :data:`FASTEST`."""
+FASTEST = {32: None, 8: 96, 4: 80}
+"""Registers by the bits of a state, on an H200 (benchmarks/optimizers.py --variants)."""
+SHARED = True
+"""Whether tables of values and thresholds are read through shared memory."""
+BYTES = 16
+"""Of a parameter that a thread reads at once: its codes and its numbers are then of the same elements."""
+STEPS, MAXIMA = 8, 16
+"""Tiles that a program steps one after another, and those whose maxima it takes."""
+TILE = 2048
+"""Of rows' and columns' factors."""
 RECTANGLES = (256, 128)
-"""Columns that a tile of a matrix may have."""
+"""Columns that a tile of a matrix may have; the last is that of maxima."""
 DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 _ALIGNED = 16
 
@@ -59,6 +68,16 @@ class Forms:
     two: states.Form
     rank1: bool
     tile: int
+
+    @property
+    def registers(self) -> int | None:
+        """Of a thread at most."""
+        return FASTEST[min(form.meta[1] if form.meta[0] > states.WIDE else 32 for form in (self.one, self.two))]
+
+    @property
+    def rows(self) -> int:
+        """Of a rectangle whose maxima are taken."""
+        return max(1, self.tile // RECTANGLES[-1])
 
 
 @dataclass
@@ -126,7 +145,11 @@ class Steps:
         absent = states.form_of(states.ABSENT, "dynamic8", 16, "nearest-even", False, 1.0, spec.device)
         one = next((f for f, (name, _, _) in zip(found, spec.states, strict=True) if name in FIRST), absent)
         two = next((f for f, (name, _, _) in zip(found, spec.states, strict=True) if name not in FIRST), absent)
-        tile = max(TILE, *(f.meta[2] for f in (one, two) if f.meta[0] == states.BLOCKS), 16)
+        tile = max(
+            BYTES // spec.dtype.itemsize * 32 * WARPS,
+            *(f.meta[2] for f in (one, two) if f.meta[0] == states.BLOCKS),
+            16,
+        )
         return Forms(one, two, two.meta[0] == states.RANK1, tile)
 
 
@@ -136,7 +159,7 @@ def _form(line: str | None, name: str, device: torch.device) -> states.Form:
     q = quantizer(line)
     kind = states.RANK1 if isinstance(q.granularity, Rank1) else states.BLOCKS
     size = getattr(q.granularity, "size", 16)
-    return states.form_of(kind, q.format.name, size, q.rounding, q.reciprocal, target_of(line), device)
+    return states.form_of(kind, q.format.name, size, q.rounding, q.reciprocal, target_of(line), device, SHARED)
 
 
 def _whole(member: Member, grad: Tensor) -> bool:
@@ -159,9 +182,9 @@ def _table(spec: Spec, kept: Forms, members: list[Member], places: list[int], al
     tops = _add_maxima(rows, spec.device) if kept.rank1 else None
     count, width = rows[:, COUNT], rows[:, WIDTH]
     columns = _columns(kept, width)
-    tiles = (
-        -(-count // kept.tile) if not columns else -(-(count // width) // (kept.tile // columns)) * (width // columns)
-    )
+    tiles = -(-count // (kept.tile * STEPS))
+    if columns:
+        tiles = -(-(count // width) // (kept.tile // columns * STEPS)) * (width // columns)
     table = Table(
         members,
         places,
@@ -174,7 +197,7 @@ def _table(spec: Spec, kept: Forms, members: list[Member], places: list[int], al
     if tops is not None:
         height = count // width
         table.tops = tops
-        table.maxima = _tiles(-(-height // ROWS) * -(-width // COLUMNS), spec.device)
+        table.maxima = _tiles(-(-height // (kept.rows * MAXIMA)) * -(-width // RECTANGLES[-1]), spec.device)
         table.factors = _tiles(-(-(height + width) // TILE), spec.device)
     return table
 
@@ -216,8 +239,8 @@ def _launch(launch: Launch, kept: Forms, table: Table) -> None:
         maxima_kernel[(len(table.maxima),)](
             table.rows, table.given, table.maxima, two.values, decay, b2, a2, initial, RULE=rule, FORMS=meta,
             TWO=two.meta, DTYPE=dtype, GRADIENT=dtype, WEIGHTS=weights, DECAY=decays, FIRST=first,
-            ALIGNED=table.aligned, ROWS=ROWS, COLUMNS=COLUMNS,
-            RECTANGLE=COLUMNS if table.columns else -COLUMNS, num_warps=WARPS, **EXACT,
+            ALIGNED=table.aligned, ROWS=kept.rows,
+            COLUMNS=RECTANGLES[-1], TILES=MAXIMA, WHOLE=table.columns > 0, num_warps=WARPS, **EXACT,
         )  # fmt: skip
     step_kernel[(len(table.work),)](
         table.rows, table.given, table.work, one.values, one.thresholds, one.way.codes, two.values, two.thresholds,
@@ -225,7 +248,8 @@ def _launch(launch: Launch, kept: Forms, table: Table) -> None:
         ONE=one.meta, TWO=two.meta, DTYPE=dtype, GRADIENT=dtype, WEIGHTS=weights, GUARD=spec.guarded,
         DECAY=decays, FIRST=first,
         NESTEROV=getattr(options, "nesterov", False), ALIGNED=table.aligned, COLUMNS=table.columns,
-        SHORT=table.short, TILE=kept.tile, num_warps=WARPS, **EXACT,
+        SHORT=table.short, TILE=kept.tile, TILES=STEPS, num_warps=WARPS,
+            maxnreg=kept.registers if REGISTERS is None else REGISTERS or None, **EXACT,
     )  # fmt: skip
     if kept.rank1:
         assert table.factors is not None

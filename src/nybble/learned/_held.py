@@ -28,7 +28,7 @@ def check_own_scales(name: str, quantizer: Quantizer, instead: str = "") -> None
         )
 
 
-_PLAIN = ("scale", "zero_point", "offset", "thresholds", "grid")
+_PLAIN = ("scale", "zero_point", "offset", "thresholds", "grid", "shift")
 _NESTED = ("scale_params", "offset_params")
 
 

@@ -8,6 +8,10 @@ there by the rounding of x / scale, or of a zero point.
 
 Nothing of its own is learned: scales follow the weight (or are measured on every activation), and no gradient goes
 through them, but with ``through``. With static activations, or a ``start``, the parameters given are kept.
+
+With absmax scales nothing is clipped, and the gradient is the identity: MinMax of LLM-QAT (Liu et al. 2023,
+arXiv:2305.17888), ``int4 channel`` and ``int8 token``. Its published code has the gradient stop at 2 all the same,
+whatever the scale: ``mask: 2``.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nybble.core.errors import SchemeError
 from nybble.kv_format import rows_apart
 from nybble.learned import ACTIVATIONS, Learned, Part
 from nybble.learned._held import Held
@@ -33,15 +38,19 @@ class StraightThrough(Learned):
     Args:
         quantizer: any that is deterministic. side: weights or activations.
         params: kept as they are; None measures them on every tensor.
-        through: see :class:`Ste`.
+        through, mask: see :class:`Ste`.
     """
 
-    def __init__(self, quantizer: Quantizer, side: str, params: QuantParams | None, through: bool = False) -> None:
+    def __init__(
+        self, quantizer: Quantizer, side: str, params: QuantParams | None, through: bool = False, mask: float = 0.0
+    ) -> None:
         super().__init__(quantizer, side)
-        self.through = through
+        self.through, self.mask = through, mask
         self.held = None if params is None else Held(quantizer, params)
 
     def estimate(self, x: Tensor) -> Tensor:  # noqa: D102
+        if self.mask:
+            x = torch.where(x.detach().abs() < self.mask, x, x.detach())
         if self.held is None and self.through:
             return self.quantizer.soft(x, following(self.quantizer, x), reaching)
         return self.quantizer.soft(x, None if self.held is None else self.held.params(), reaching)
@@ -87,14 +96,20 @@ class Ste(Part):
     Attributes:
         through: the gradient goes through measured scales too, by what decides them, the extremes of each block: so
             what is in front learns what a range costs all that share it.
+        mask: no gradient where ``|x| >= mask``, in the units of x; 0 for none.
     """
 
     through: bool = False
+    mask: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.mask >= 0:
+            raise SchemeError(f"ste: mask={self.mask:g} is a magnitude where gradients end; give one above 0, or 0.")
 
     def begin(self, quantizer: Quantizer, x: Tensor, start: QuantParams | None, side: str) -> Learned:  # noqa: D102
         if start is None and quantizer.static:
             start = quantizer.measured(x, None)
-        return StraightThrough(quantizer, side, start, self.through)
+        return StraightThrough(quantizer, side, start, self.through, self.mask)
 
 
 PART = Ste

@@ -19,7 +19,7 @@ from nybble.ops.reaching import reaching
 from nybble.qtensor import Factored, Inverse, QTensor, QuantParams, dense
 from nybble.quantizer import Quantizer
 
-_PARTS = ("scale", "zero_point", "offset", "divisor")  # of nested scales; and what the granularity stores of factors
+_PARTS = ("scale", "zero_point", "offset", "divisor", "shift")  # divisor: of nested scales; the rest: see QuantParams
 
 
 class ActivationQuantizer(nn.Module):
@@ -31,6 +31,7 @@ class ActivationQuantizer(nn.Module):
             as its granularity stores it: of a shifted one, the columns' exponents as integers (``shifts``, uint8).
 
     Attributes:
+        shifted: whether a learned threshold is taken off what enters (:class:`nybble.learned.elastic.Elastic`).
         whole: whether what passes is integers of up to 8 bits times one scale a row (products of whole numbers).
         few: whether it is what tensor cores read (:mod:`nybble.nn.float_products`).
         through: whether the gradient goes through measured scales too (:class:`nybble.learned.ste.Ste`).
@@ -42,7 +43,10 @@ class ActivationQuantizer(nn.Module):
         if (params is None) == quantizer.static:
             raise FileError(f"{quantizer}: a static quantizer, and only that, comes with calibrated parameters.")
         self.quantizer, self._line = quantizer, str(quantizer)
-        self.through, self.whole, self.few = False, rounds_to_integers(quantizer), rounds_to_floats(quantizer)
+        self.shifted = params is not None and params.shift is not None  # which no kernel knows
+        self.whole = rounds_to_integers(quantizer) and not self.shifted
+        self.few = rounds_to_floats(quantizer) and not self.shifted
+        self.through = False
         for part, value in _parts(quantizer, params).items():
             self.register_buffer(part, value)
 
@@ -80,12 +84,16 @@ class ActivationQuantizer(nn.Module):
 
     def roles(self) -> dict[str, str]:
         """For each name of the state dict: scales or offsets."""
-        return {name: "offsets" if name in ("zero_point", "offset") else "scales" for name in self.state_dict()}
+        offsets = ("zero_point", "offset", "shift")
+        return {name: "offsets" if name in offsets else "scales" for name in self.state_dict()}
 
     def to_dict(self) -> dict[str, object]:
-        """Line and the names of static parameters, for config.json; with factors of columns, how many there are."""
+        """Line and the names of static parameters, for config.json; with a value a column, how many there are."""
         found = {part: value for part, value in self._buffers.items() if value is not None}
-        widths = [found[part].numel() for part in self.quantizer.granularity.stored if part in found]
+        of_columns = (*self.quantizer.granularity.stored, "shift")
+        widths = [
+            found[part].numel() for part in of_columns if part in found and (part != "shift" or len(found[part]) > 1)
+        ]
         static = {"static": list(found)} if found else {}
         return {"quantizer": str(self.quantizer), **static, **({"columns": widths[0]} if widths else {})}
 
@@ -106,20 +114,35 @@ class ActivationQuantizer(nn.Module):
         found = {part: torch.empty(1, dtype=torch.float32) for part in static}
         if "divisor" in found:
             return ActivationQuantizer(quantizer, QuantParams(Inverse(found["divisor"])))
+        if "shift" in found and "columns" in data:
+            found["shift"] = torch.empty(_columns(data), dtype=torch.float32)
         scale: Tensor | Factored | None = found.get("scale")
         if not granularity.stored.keys().isdisjoint(found):
-            columns = data.get("columns")
-            if not isinstance(columns, int) or not {"scale", *granularity.stored} <= set(found):
+            columns = _columns(data)
+            if not {"scale", *granularity.stored} <= set(found):
                 names = ", ".join(granularity.stored)
-                raise FileError(f"{names} of columns go with a scale and a number of columns; got {data!r}.")
+                raise FileError(f"{names} of columns go with a scale; got {data!r}.")
             found |= {
                 part: torch.zeros(columns, dtype=getattr(torch, dtype)) for part, dtype in granularity.stored.items()
             }
             scale = Factored(granularity.restore(found), granularity.combine)
-        return ActivationQuantizer(quantizer, QuantParams(scale, found.get("zero_point"), found.get("offset")))
+        params = QuantParams(scale, found.get("zero_point"), found.get("offset"), shift=found.get("shift"))
+        return ActivationQuantizer(quantizer, params)
 
     def extra_repr(self) -> str:  # noqa: D102
         return str(self.quantizer)
+
+
+def _columns(data: dict[str, object]) -> int:
+    """How many columns have a value each.
+
+    Raises:
+        FileError: it isn't said.
+    """
+    columns = data.get("columns")
+    if not isinstance(columns, int) or columns < 1:
+        raise FileError(f"values of columns go with a number of columns; got {data!r}.")
+    return columns
 
 
 def _parts(quantizer: Quantizer, params: QuantParams | None) -> dict[str, Tensor | None]:
@@ -131,6 +154,8 @@ def _parts(quantizer: Quantizer, params: QuantParams | None) -> dict[str, Tensor
         value = getattr(params, part)
         if isinstance(value, Tensor | QTensor):
             found[part] = dense(value).reshape(1)
+    if params.shift is not None:
+        found["shift"] = params.shift.float().reshape(-1)
     if isinstance(params.scale, Inverse):
         found["divisor"] = params.scale.divisor.reshape(1)
     if isinstance(params.scale, Factored):

@@ -117,11 +117,10 @@ class FakeLayer(Twin):
         assert isinstance(part, LayerKind)
         return part.stand_in(like, weight, bias, made)
 
-    def float_values(self, name: str) -> dict[str, Tensor]:  # noqa: D102
+    def float_values(self) -> dict[str, Tensor]:  # noqa: D102
         kind, like = self._like
         found = kind.values(like, "", self.weight.latent.detach())
-        found |= {} if self.bias is None else {"bias": self.bias.detach()}
-        return {f"{name}.{key}": value for key, value in found.items()}
+        return found if self.bias is None else {**found, "bias": self.bias.detach()}
 
     def learned(self) -> list[tuple[str, Learned]]:  # noqa: D102
         found = (("weights", self.weight.learned), ("inputs", self.inputs), ("outputs", self.outputs))

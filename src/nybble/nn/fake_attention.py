@@ -52,10 +52,6 @@ class FakeOperands(Twin):
     def learned(self) -> list[tuple[str, Learned]]:  # noqa: D102
         return [("matmuls", part) for part in self.operands().values()]
 
-    def float_values(self, name: str) -> dict[str, Tensor]:
-        """It has no weights."""
-        return {}
-
     def settle_in(self, root: nn.Module, name: str) -> None:  # noqa: D102
         settled = {operand: settled_activation(part) for operand, part in self.operands().items()}
         set_module(root, name, MatmulQuantizers(settled).train(self.training))
@@ -91,10 +87,6 @@ class FakeCache(Twin):
 
     def learned(self) -> list[tuple[str, Learned]]:  # noqa: D102
         return [("kv", part) for part in (self.keys, self.values) if part is not None]
-
-    def float_values(self, name: str) -> dict[str, Tensor]:
-        """It has no weights."""
-        return {}
 
     def settle_in(self, root: nn.Module, name: str) -> None:
         """Nothing is left: what the model caches in is recorded on the model."""

@@ -41,8 +41,8 @@ class FakeEmbedding(Twin):
     def learned(self) -> list[tuple[str, Learned]]:  # noqa: D102
         return [] if self.weight.learned is None else [("weights", self.weight.learned)]
 
-    def float_values(self, name: str) -> dict[str, Tensor]:  # noqa: D102
-        return {f"{name}.weight": self.weight.latent.detach()}
+    def float_values(self) -> dict[str, Tensor]:  # noqa: D102
+        return {"weight": self.weight.latent.detach()}
 
     def settle_in(self, root: nn.Module, name: str) -> None:  # noqa: D102
         settled = QuantEmbedding(self.weight.packed(), self.dtype, self.padding_idx, self.scale)
@@ -82,9 +82,9 @@ class FakeTiedEmbedding(Twin):
         """None of its own."""
         return []
 
-    def float_values(self, name: str) -> dict[str, Tensor]:
+    def float_values(self) -> dict[str, Tensor]:
         """The table, which the float model has under this name too."""
-        return {f"{name}.weight": self.weight.latent.detach()}
+        return {"weight": self.weight.latent.detach()}
 
     def settle_in(self, root: nn.Module, name: str) -> None:  # noqa: D102
         settled = TiedEmbedding(quantized_table(root, name, self.table), self.scale, self.table)
@@ -128,10 +128,10 @@ class FakeTiedHead(Twin):
         """None of its own."""
         return []
 
-    def float_values(self, name: str) -> dict[str, Tensor]:
+    def float_values(self) -> dict[str, Tensor]:
         """The table, which the float model has under this name too, and the bias."""
-        found = {f"{name}.weight": self.weight.latent.detach()}
-        return found if self.bias is None else {**found, f"{name}.bias": self.bias.detach()}
+        found = {"weight": self.weight.latent.detach()}
+        return found if self.bias is None else {**found, "bias": self.bias.detach()}
 
     def settle_in(self, root: nn.Module, name: str) -> None:  # noqa: D102
         bias = None if self.bias is None else self.bias.detach().to(self.dtype, copy=True)

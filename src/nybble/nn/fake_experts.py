@@ -48,10 +48,9 @@ class FakeExperts(Twin):
     def learned(self) -> list[tuple[str, Learned]]:  # noqa: D102
         return [("weights", weight.learned) for weight in self.weights() if weight.learned is not None]
 
-    def float_values(self, name: str) -> dict[str, Tensor]:
-        """The fused parameter, whose name this has."""
-        matrices = torch.stack([weight.latent.detach() for weight in self.weights()])
-        return {name: matrices.mT if self.transposed else matrices}
+    def float_values(self) -> dict[str, Tensor]:  # noqa: D102
+        latent = torch.stack([weight.latent.detach() for weight in self.weights()])
+        return {"": latent.mT if self.transposed else latent}  # the fused parameter, whose name is this module's
 
     def settle_in(self, root: nn.Module, name: str) -> None:  # noqa: D102
         path, _, leaf = name.rpartition(".")

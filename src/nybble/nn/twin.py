@@ -39,13 +39,9 @@ class Twin(nn.Module, ABC):
     def settle_in(self, root: nn.Module, name: str) -> None:
         """Put what training came to where this stands, in ``root`` as ``name``; nothing is shared with this one."""
 
-    @abstractmethod
-    def float_values(self, name: str) -> dict[str, Tensor]:
-        """Its weights in float32, by the full names that they have in the float model.
-
-        Args:
-            name: of this twin in the model.
-        """
+    def float_values(self) -> dict[str, Tensor]:
+        """Its own float32 weights, detached, by the names that the float module has for them; of operands none."""
+        return {}
 
     def weights(self) -> list[FakeWeight]:
         """The weights that are its own."""

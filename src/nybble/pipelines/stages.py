@@ -68,7 +68,7 @@ class Trainer:
             return None
         rows = job.judged.rows
         with evaluation_mode(model):
-            metrics = job.task.measure(model, rows, 8, self.progress)
+            metrics = job.task.measure(model, job.origin, rows, 8, self.progress)
             return {"metrics": metrics, "answers": job.task.samples(model, job.origin, rows)}
 
     # -------------------------------------------------------------------------------------------------------- models

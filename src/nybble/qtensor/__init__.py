@@ -159,6 +159,8 @@ class QuantParams:
             :meth:`nybble.quantizer.Quantizer.soften`); None measures them on ``scale``. Not stored: a QTensor has its
             own.
         offset_params: the same for ``offset``.
+        shift: float32 [1], or one value for each column of x: what is taken off x before all else and not put back (a
+            learned threshold), in the units of x; None means 0. Not stored with codes.
     """
 
     scale: ScaleLike | None
@@ -169,6 +171,7 @@ class QuantParams:
     grid: Tensor | None = None
     scale_params: QuantParams | None = None
     offset_params: QuantParams | None = None
+    shift: Tensor | None = None
 
 
 def dense(value: Tensor | QTensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 Rastegari et al. 2016, arXiv:1603.05279; Ma et al. 2024, arXiv:2402.17764. With ``offset=true`` a block's mean is kept
 in the units of x, and what is rounded is x less that mean: ``x_hat = mean|x - m| sign(x - m) + m``, for binary codes
-least squares again (XNOR with a mean, as in IR-Net; PTQ1.61, arXiv:2502.13179, begins with mean|x| instead).
+least squares again (XNOR with a mean, as in IR-Net; PTQ1.61, arXiv:2502.13179, begins with mean|x| instead). With
+``least=0.5`` of {0, s} too: the mean of what rounds to 1 (BiT, Liu et al. 2022, arXiv:2205.13016).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nybble.core.errors import UsageError
 from nybble.formats import NumberFormat
 from nybble.scales import BlockParams, ScaleRule
 
@@ -23,9 +25,15 @@ class Mean(ScaleRule):
 
     Attributes:
         offset: keep the block's mean, and round what is left.
+        least: of magnitudes of at least this, in the units of x, alone; where a block has none, it counts as zeros.
     """
 
     offset: bool = False
+    least: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.least >= 0 or (self.offset and self.least):
+            raise UsageError(f"{self}: least is a magnitude, 0 or more, and doesn't go with offset=true.")
 
     @property
     def has_offset(self) -> bool:  # noqa: D102
@@ -34,13 +42,16 @@ class Mean(ScaleRule):
     def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
         wide = blocks.double()  # sums of float32 could overflow
         weight = None if weight is None else weight.double().expand_as(blocks)
+        if self.least:
+            kept = ~(wide.abs() < self.least)  # NaN stays
+            weight = kept.double() if weight is None else weight * kept
         if not self.offset:
-            return BlockParams(_mean(wide.abs(), weight).float())
-        centre = _mean(wide, weight).float()
-        return BlockParams(_mean((wide - centre.double()).abs(), weight).float(), offset=centre)
+            return BlockParams(mean_of(wide.abs(), weight).float())
+        centre = mean_of(wide, weight).float()
+        return BlockParams(mean_of((wide - centre.double()).abs(), weight).float(), offset=centre)
 
 
-def _mean(values: Tensor, weight: Tensor | None) -> Tensor:
+def mean_of(values: Tensor, weight: Tensor | None) -> Tensor:
     """Of each block, float64 [blocks, 1]; 0 where nothing counts."""
     import torch
 

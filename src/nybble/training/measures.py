@@ -14,6 +14,7 @@ from nybble.core.progress import Progress, task
 from nybble.data.instructions import Example, collate, prompt_of
 from nybble.data.pairs import IGNORED
 from nybble.nn.in_place import evaluation_mode
+from nybble.nn.kv_model import recorded_kv
 
 NEW_TOKENS, SHOWN = 48, 3
 
@@ -33,11 +34,12 @@ def held_out(model: nn.Module, rows: Sequence[Example], batch: int, progress: Pr
     """
     device = next(model.parameters()).device
     total, count = 0.0, 0
+    cached = recorded_kv(model) is not None  # what is rounded there is part of what is judged
     with evaluation_mode(model), task(progress, -(-len(rows) // batch), "held-out loss"):
         for start in range(0, len(rows), batch):
             given = {name: t.to(device) for name, t in collate(list(rows[start : start + batch])).items()}
             labels = given.pop("labels")[:, 1:]
-            logits = model(**given, use_cache=False).logits[:, :-1].float()
+            logits = model(**given, use_cache=cached).logits[:, :-1].float()
             losses = functional.cross_entropy(
                 logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
             )

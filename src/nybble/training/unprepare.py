@@ -17,7 +17,7 @@ def float_values(model: nn.Module) -> dict[str, Tensor]:
     inside = tuple(f"{name}." for name in twins)
     found = {key: t for key, t in model.state_dict().items() if not key.startswith(inside)}
     for name, twin in twins.items():
-        found |= twin.float_values(name)
+        found |= {f"{name}.{key}".removesuffix("."): t for key, t in twin.float_values().items()}
     return found
 
 

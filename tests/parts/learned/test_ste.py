@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nybble.core.errors import FormatError, SchemeError
 from nybble.learned import ACTIVATIONS, make_part
 from nybble.qtensor import QuantParams
 from nybble.quantizer import Quantizer
@@ -84,3 +85,59 @@ def test_blocks_of_zeros_have_a_gradient() -> None:
     learned = make_part("ste", {"through": True}).make(Quantizer("nvfp4-search"), x.detach()).train()
     learned(x).square().sum().backward()
     assert x.grad is not None and x.grad.isfinite().all() and x.grad[0, 16:].abs().sum() > 0
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_min_max_of_llm_qat(bits: int) -> None:
+    """Sheet llm-qat, 1 and 2: codes, largest element, error, idempotence; rows and signs apart."""
+    quantizer, x = Quantizer(f"int{bits} channel"), torch.randn(6, 400)
+    x[:, 7] *= 30
+    stored, top = quantizer.quantize(x), 2 ** (bits - 1) - 1
+    found, scale = stored.dequantize(), x.abs().amax(1, keepdim=True) / top
+    values = (found / scale).round()
+    assert values.abs().amax(1).tolist() == [top] * 6
+    torch.testing.assert_close(found, scale * values, rtol=3e-7, atol=0)
+    torch.testing.assert_close(found[:, 7], x[:, 7], rtol=3e-7, atol=0)
+    assert ((found - x).abs() <= scale / 2 * (1 + 1e-5)).all()
+    assert torch.equal(quantizer.quantize(found).unpacked(), stored.unpacked())
+    torch.testing.assert_close(quantizer.fake_quantize(found), found, rtol=3e-7, atol=0)
+    assert torch.equal(quantizer.fake_quantize(-x), -found)
+    x[2] *= 4
+    assert torch.equal(quantizer.fake_quantize(x)[[0, 1, 3, 4, 5]], found[[0, 1, 3, 4, 5]])
+    assert torch.equal(quantizer.fake_quantize(x)[2], 4 * found[2])
+    x[3] = 0
+    assert not quantizer.fake_quantize(x)[3].any()
+
+
+@pytest.mark.parametrize(("line", "side"), [("int4 channel", "weights"), ("int8 token", ACTIVATIONS)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mask(line: str, side: str, dtype: torch.dtype) -> None:
+    """Sheet llm-qat, 4: no gradient where |x| >= 2, and there alone; values don't see it."""
+    x, upstream = (2 * torch.randn(4, 64)).to(dtype), torch.randn(4, 64).to(dtype)
+    x[0, :4] = torch.tensor([2.0, -2.0, 1.9375, -1.9375]).to(dtype)
+    plain, masked = (
+        make_part("ste", options).make(Quantizer(line), x, side=side).train() for options in ({}, {"mask": 2.0})
+    )
+    one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    assert torch.equal(plain(one), masked(other)) and torch.equal(masked(x), masked.eval()(x))
+    plain.train()(one).backward(upstream)
+    masked.train()(other).backward(upstream)
+    assert one.grad is not None and other.grad is not None
+    assert torch.equal(other.grad, torch.where(x.abs() >= 2, 0.0, one.grad)) and (other.grad == 0).sum() > 10
+    with pytest.raises(SchemeError, match="mask=-1"):
+        make_part("ste", {"mask": -1.0})
+
+
+def test_activations_of_few_bits_are_not_left_alone() -> None:
+    """Sheet llm-qat, 8: widths that can't be are errors, two bits are two; an odd token harms no other."""
+    for line, said in (("int0 token", "1 to 8 bits"), ("int9 token", "1 to 8 bits"), ("int1 token", "binary")):
+        with pytest.raises(FormatError, match=said):
+            Quantizer(line)
+    x = torch.randn(5, 64)
+    plain = make_part("ste", {}).make(Quantizer("int2 token"), x, side=ACTIVATIONS).train()(x)
+    assert all(len(row.unique()) == 3 for row in plain)
+    x[1], x[2, 5], x[3, 5] = 0, torch.nan, torch.inf
+    part = make_part("ste", {}).make(Quantizer("int2 token"), x, side=ACTIVATIONS)
+    for found in (part.train()(x), part.eval()(x)):
+        assert torch.equal(found[[0, 4]], plain[[0, 4]]) and not found[1].any()
+        assert found[2, 5].isnan() and not found[3].isfinite().all()

@@ -77,12 +77,16 @@ enum StateKind { ABSENT = 0, WIDE = 1, BLOCKS = 2, RANK1 = 3 };
 enum StepRule { ADAMW = 0, ADAM = 1, SGD = 2, LION = 3, RMSPROP = 4, ADAGRAD = 5 };
 enum WeightsWay { NEAREST = 0, STOCHASTIC = 1, RESIDUAL8 = 2 };
 
-// One state's codes: of 4 or 8 bits, blocks of so many, a value each; codes by cells of the upper 16 bits of a number:
-// the upper byte from the cell's edge on, the lower one before.
+// One state's codes: of 4 or 8 bits, blocks of so many, a value each. halves: the lower 16 bits of 256 values, then the
+// upper ones. cells, by the upper 16 bits of a number: bits 24 .. 31 are its code if its lower 16 bits are more than the
+// cell's, bits 16 .. 23 if they aren't. tree: null, or the 15 thresholds of 4 bits, each one's neighbours 2 i and 2 i + 1.
 struct StateForm {
     int64_t kind, bits, block, reciprocal, zero;
-    const float *values, *edges;
-    const uint16_t* codes;
+    const float* values;
+    const uint16_t* halves;
+    const uint32_t* cells;
+    const float* tree;
+    const uint8_t* leaves;
     float target;
 };
 

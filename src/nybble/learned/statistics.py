@@ -1,0 +1,128 @@
+"""Weights of very few bits, rounded by statistics of the weight at every step; the gradient is an identity.
+
+    w_hat = s * round(clip((w - m) / s))          dL/dw = dL/dw_hat (with ``mask`` where |w - m| < mask s, else 0)
+
+s is what the quantizer's scale rule measures, m a mean that is taken off before rounding and not put back; no gradient
+goes through either. What is stored are the codes of w - m and s: a tensor of the quantizer like any other.
+
+=======================================  ==========================================================================
+ternary, binary: ``center: block,        TBT as its text has it: s = 4/3 and 1 times mean|w - m|, of each row
+mask: 1``                                (``ternary channel scale=max-entropy``, ``binary channel scale=mean``)
+the same without options                 TBT as its published code has it
+binary: ``center: tensor, raw: true``    BiT: s = mean|w|, the sign that of w - mean(w) over the whole tensor
+                                         (``binary scale=mean``; rows of embeddings ``binary channel scale=mean``)
+2 bits: ``mask: 1.98``                   LLM-QAT's StatsQ grid, ``midrise2 channel scale=max-entropy``, clipped at
+                                         0.99 * 2 mean|w| of a row
+=======================================  ==========================================================================
+
+Liu et al. 2023, "Binary and Ternary Natural Language Generation", arXiv:2306.01841; Liu et al. 2022, "BiT: Robustly
+Binarized Multi-distilled Transformer", arXiv:2205.13016, eq. 5; Liu et al. 2023, "LLM-QAT", arXiv:2305.17888.
+
+Where we differ: the sign of 0 is +1, where their code has a third value; a block without a magnitude (zeros, or all of
+it the mean) becomes zeros by a scale of 0, where theirs divides by it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nybble.core.errors import SchemeError
+from nybble.learned import WEIGHTS, Learned, Part
+from nybble.learned._held import check_own_scales
+from nybble.ops.grid import straight_through
+from nybble.qtensor import QuantParams, block_view
+from nybble.qtensor.block import BlockQTensor
+from nybble.quantizer import Quantizer
+from nybble.scales.mean import mean_of
+
+
+class ByStatistics(Learned):
+    """See the module.
+
+    Args:
+        quantizer: any that is deterministic. options: of the part.
+    """
+
+    def __init__(self, quantizer: Quantizer, options: Statistics) -> None:
+        super().__init__(quantizer, WEIGHTS)
+        self.options = options
+
+    @torch.no_grad()
+    def measured(self, x: Tensor) -> tuple[Tensor, QuantParams]:
+        """What is rounded, float32 of the shape of x, and the parameters to round it with."""
+        wide = x.detach().float()
+        if self.options.center == "none" or not wide.numel():
+            return wide, self.quantizer.measured(wide, None)
+        centered = wide - self._mean(wide)
+        return centered, self.quantizer.measured(wide if self.options.raw else centered, None)
+
+    def _mean(self, wide: Tensor) -> Tensor:
+        """float32 that broadcasts against the weight; sums of float32 would depend on their order."""
+        if self.options.center == "tensor":
+            return wide.double().mean().float()
+        cut = self.quantizer.granularity
+        mask = cut.mask(wide.shape, wide.device)
+        mean = mean_of(cut.to_blocks(wide).double(), None if mask is None else mask.double()).float()
+        return cut.expand(mean.reshape(cut.scale_shape(wide.shape)), wide.shape)
+
+    def estimate(self, x: Tensor) -> Tensor:  # noqa: D102
+        centered, params = self.measured(x)
+        found = self.quantizer.fake_quantize(centered, params).to(x.dtype)
+        if not self.options.mask:
+            return straight_through(found, x)
+        return straight_through(found, torch.where(self._inside(centered, params), x, x.detach()))
+
+    def _inside(self, centered: Tensor, params: QuantParams) -> Tensor:
+        cut, shape = self.quantizer.granularity, tuple(centered.shape)
+        assert params.scale is not None
+        scale = block_view(params.scale, cut, shape)  # 0: a block without a magnitude, which is to leave that
+        inside = (cut.to_blocks(centered).abs() < self.options.mask * scale) | (scale == 0)
+        return cut.from_blocks(inside, shape)
+
+    def settle(self, x: Tensor) -> BlockQTensor:  # noqa: D102
+        return self.quantizer.quantize(*self.measured(x))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics(Part):
+    """Options of the method.
+
+    Attributes:
+        center: which mean is taken off before rounding: none, that of each ``block`` that shares a scale, or that
+            of the whole ``tensor``.
+        raw: measure the scale on the weight as it is, not on what is left of it.
+        mask: no gradient where ``|w - m| >= mask * s``; 0 for none.
+    """
+
+    center: Literal["none", "block", "tensor"] = "none"
+    raw: bool = False
+    mask: float = 0.0
+
+    sides = (WEIGHTS,)
+    takes_start = False
+
+    def __post_init__(self) -> None:
+        if self.center not in ("none", "block", "tensor"):
+            raise SchemeError(f"statistics: center={self.center}; it is none, block or tensor.")
+        if not self.mask >= 0:
+            raise SchemeError(f"statistics: mask={self.mask:g} is in units of the scale; give one above 0, or 0.")
+        if self.raw and self.center == "none":
+            raise SchemeError("statistics: raw=true without a center changes nothing; leave it out, or add center.")
+
+    def check_more(self, quantizer: Quantizer, side: str) -> None:  # noqa: D102
+        check_own_scales("statistics", quantizer, "ste")
+        if self.center != "none" and (quantizer.scale.has_offset or quantizer.scale.needs_integer or quantizer.center):
+            raise SchemeError(
+                f"statistics: center={self.center} takes a mean off that isn't put back, and {quantizer} keeps one of "
+                "its own; leave one of them out."
+            )
+
+    def begin(self, quantizer: Quantizer, x: Tensor, start: QuantParams | None, side: str) -> Learned:  # noqa: D102
+        return ByStatistics(quantizer, self)
+
+
+PART = Statistics
