@@ -45,8 +45,17 @@ BERT: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 64, "pad_token_id": 0, "num_labels": 3,
 }  # fmt: skip
+ELASTIC = "binary tensor static scale=elastic"
+BITS = {"matmuls": f"{ELASTIC} probabilities=(uint1 tensor static scale=elastic)"}
+BIT = {"weights": make_part("statistics", {"center": "tensor", "raw": True}), "inputs": "elastic", "matmuls": "elastic"}
+TBT = {
+    "weights": make_part("statistics", {"center": "block", "mask": 1.0}),
+    "inputs": make_part("elastic", {"threshold": "none"}),
+}
+TERNARY = {"weights": "ternary channel scale=max-entropy", "inputs": "ternary tensor static scale=elastic"}
+THREE = {"matmuls": "ternary tensor static scale=elastic probabilities=(uternary tensor static scale=elastic)"}
 #: family, scheme, parts
-CASES: dict[str, tuple[str, Any, dict[str, str]]] = {
+CASES: dict[str, tuple[str, Any, Any]] = {
     "tied table, products, cache": (
         "llama", {"rules": [TABLE, LINEAR, PRODUCTS], "kv": "int4 token"}, {"weights": "lsq", "matmuls": "lsq"},
     ),
@@ -59,6 +68,28 @@ CASES: dict[str, tuple[str, Any, dict[str, str]]] = {
     "dynamic products": ("opt", {"rules": [{"matmuls": "int4 token probabilities=(uint4 token)"}, LINEAR]}, {}),
     "encoder and decoder": ("bart", {"rules": [TABLE, LINEAR, PRODUCTS], "kv": "int4 token"}, {"matmuls": "lsq"}),
     "encoder": ("bert", {"rules": [TABLE, LINEAR, PRODUCTS]}, {"weights": "lsq", "matmuls": "lsq"}),
+    "BiT": (
+        "bert",
+        {
+            "rules": [
+                {**TABLE, "weights": "binary channel scale=mean"},
+                {
+                    "targets": ["re:.*[0-9].output.dense"],
+                    "weights": "binary tensor scale=mean",
+                    "inputs": "uint1 tensor static scale=elastic",
+                },
+                {"targets": ["Linear"], "weights": "binary tensor scale=mean", "inputs": ELASTIC},
+                BITS,
+            ],
+            "ignore": ["classifier"],
+        },
+        BIT,
+    ),
+    "TBT": (
+        "bart",
+        {"rules": [{**TABLE, "weights": TERNARY["weights"]}, {"targets": ["Linear"], **TERNARY}, THREE]},
+        {**TBT, "matmuls": make_part("elastic", {"threshold": "none"})},
+    ),
 }  # fmt: skip
 
 
@@ -83,7 +114,7 @@ def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 3) -> Any
     return model
 
 
-def prepare(model: Any, scheme: Any, parts: dict[str, str] | None = None, run: Any = None) -> Any:
+def prepare(model: Any, scheme: Any, parts: Any = None, run: Any = None) -> Any:
     """As nybble's; tests ask models for what their classes have."""
     return prepared(model, scheme, parts, run=run)
 
@@ -287,9 +318,10 @@ def test_gradients_of_operands_by_finite_differences() -> None:
             assert float(gradient.view(-1)[place]) == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=2e-4, abs=2e-5)
 
 
-def test_what_is_masked_stays_zero() -> None:
+@pytest.mark.parametrize(("line", "part"), [(PRODUCTS, "lsq"), (BITS, "elastic")])
+def test_what_is_masked_stays_zero(line: dict[str, str], part: str) -> None:
     """In training too: hidden tokens have probability 0 exactly, and what they hold changes nothing."""
-    model = prepare(build("bert"), {"rules": [PRODUCTS]}, {"matmuls": "lsq"}, run=run).train()
+    model = prepare(build("bert"), {"rules": [line]}, {"matmuls": part}, run=run).train()
     for dropout in (m for m in model.modules() if isinstance(m, nn.Dropout)):
         dropout.p = 0.0
     seen: list[Tensor] = []
