@@ -33,8 +33,8 @@ from nybble import formats as number_formats
 from nybble.core.registry import Registry
 from nybble.formats import Family, format_names, get_format
 from nybble.kv_format import KVFormat
-from nybble.matmul_format import MatmulFormat
 from nybble.learned import transforms as learned_transform
+from nybble.matmul_format import MatmulFormat
 from nybble.models import adapter
 from nybble.optim._presets import SUFFIXES
 from nybble.presets import PRESETS
