@@ -34,6 +34,7 @@ from nybble.core.registry import Registry
 from nybble.formats import Family, format_names, get_format
 from nybble.kv_format import KVFormat
 from nybble.learned import transforms as learned_transform
+from nybble.matmul_format import MatmulFormat
 from nybble.models import adapter
 from nybble.optim._presets import SUFFIXES
 from nybble.presets import PRESETS
@@ -57,6 +58,7 @@ WORDS: dict[Any, str] = {
     Any: "anything",
     Quantizer: "quantizer line",
     KVFormat: "KV line",
+    MatmulFormat: "operands' line",
     Rule: "rule",
     learned.Part: "learned part",
     learned_transform.LearnedTransform: "learned transform",
