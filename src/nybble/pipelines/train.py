@@ -4,6 +4,7 @@
     OUT/base          the packed base, where the run made it, and OUT/adapter_*: of a recipe that trains adapters
     OUT/merged        with ``merge``: both as one model
     OUT/training.json what was asked for and measured; OUT/report.html shows it
+    OUT/layers.html   of a model: what came of its layers
     OUT/generated.jsonl the texts, where the model made its own
     OUT/logs          losses and rates for TensorBoard, where that is installed
     OUT/times.json    seconds: the one file (with the logs) that two runs of a request don't have alike
@@ -24,26 +25,27 @@ from pathlib import Path
 from typing import Any
 
 from nybble.checkpoint.parts import REQUEST, TIMES, begun_with, same_request
-from nybble.checkpoint.trained import BASE, MERGED, TRAINING
+from nybble.checkpoint.trained import BASE, GENERATED, MERGED, TRAINING
 from nybble.core.device import out_of_memory
 from nybble.core.errors import FileError, NybbleError, UsageError
 from nybble.core.explicit import explicit_settings
-from nybble.core.files import AtomicFolder, atomic_write_json, atomic_write_text, need_space, new_folder
+from nybble.core.files import AtomicFolder, atomic_write_json, need_space, new_folder
 from nybble.core.progress import Progress, Silent
 from nybble.core.seeds import preserve_global_rng
 from nybble.pipelines.dataset import generate_dataset
 from nybble.pipelines.quantize import quantize
+from nybble.pipelines.report import write_report
 from nybble.pipelines.save import save
 from nybble.pipelines.stages import CHECKPOINTS, Trainer
 from nybble.pipelines.targets import AUTO
 from nybble.pipelines.training_job import Asked, Job, checked, space
-from nybble.report.training import render_training
+from nybble.report.trained import facts_of, trained_rows
 from nybble.training.methods import Place
 from nybble.training.recipe import TrainingRecipe, load_training_recipe
 from nybble.training.settings import TrainSettings
 
-PAGE, BEFORE, MEMORY = "report.html", "before.json", "memory.json"
-MODEL, GENERATED = "model", "generated.jsonl"
+BEFORE, MEMORY = "before.json", "memory.json"
+MODEL = "model"
 
 
 @explicit_settings()
@@ -92,8 +94,8 @@ def train(
         announce: gets lines of what is going on.
 
     Returns:
-        What training.json says: ``method``, ``model`` ..., ``steps``, ``curve``, ``evaluation``, ``memory``; with
-        ``out`` and ``seconds`` (of this call).
+        What training.json says: ``method``, ``model`` ..., ``steps``, ``stages`` (updates of each), ``curve``,
+        ``losses``, ``evaluation``, ``memory``; with ``out`` and ``seconds`` (of this call).
 
     Raises:
         NybbleError: bad requests, files, data; nothing is left behind, but for OUT.partial of a run that had begun to
@@ -208,6 +210,7 @@ def _trained(
     before: dict[str, Any] | None = json.loads(at.read_text(encoding="utf-8"))
     run = trainer.run(say)
     place = Place(folder=partial, base=base if job.line is None else str(out / BASE), dtype=job.dtype)
+    facts = {} if job.method.adapts else facts_of(run.model, trainer.start)
     model = job.method.finished(run.model, place)
     after = trainer.measured(model)
     if job.method.adapts:
@@ -217,20 +220,25 @@ def _trained(
             merged: Any = job.method.merged(model)
             save(merged, partial / MERGED, job.tokenizer, form="native")
     else:
-        _save_model(job, model, partial)
+        _save_model(job, model, facts, partial)
         shutil.rmtree(partial / BASE, ignore_errors=True)
     request = job.request()
     request["data"] = {**job.examples.manifest(), **request["data"]}
     return {
-        **request, "steps": run.steps, "trainable": run.trainable, "curve": run.curve, "memory": run.memory,
-        "evaluation": _compared(before, after), "merged": job.asked.merge,
+        **request, "task": {"unit": job.task.unit, "shown": job.task.shown}, "steps": sum(run.steps),
+        "stages": run.steps, "trainable": run.trainable, "curve": run.curve, "losses": run.losses,
+        "memory": run.memory, "evaluation": _compared(before, after), "merged": job.asked.merge,
     }  # fmt: skip
 
 
-def _save_model(job: Job, model: Any, partial: Path) -> None:
-    """The packed model, beside what else the run leaves."""
+def _save_model(job: Job, model: Any, facts: Mapping[str, Any], partial: Path) -> None:
+    """The packed model, with a record of its layers, beside what else the run leaves."""
     shutil.rmtree(partial / MODEL, ignore_errors=True)
-    save(model, partial / MODEL, job.tokenizer, form=job.asked.form)
+    request = job.request()
+    recipe = {**job.asked.recipe.to_dict(), "options": request.pop("options"), "scheme": request.pop("scheme")}
+    rows = [row.to_dict() for row in trained_rows(model, facts)]
+    manifest = {"name": f"{request.pop('method')} on {job.model}", "recipe": recipe, **request, "layers": rows}
+    save(model, partial / MODEL, job.tokenizer, manifest, form=job.asked.form)
     for path in sorted((partial / MODEL).iterdir()):
         path.replace(partial / path.name)
     (partial / MODEL).rmdir()
@@ -253,11 +261,12 @@ def _compared(before: dict[str, Any] | None, after: dict[str, Any] | None) -> di
 def _finish(partial: Path, result: dict[str, Any], seconds: float) -> None:
     """What stays; the request is the last to go, so that a run killed here is gone on with."""
     atomic_write_json(partial / TRAINING, result)
-    atomic_write_text(partial / PAGE, render_training(result))
     atomic_write_json(partial / TIMES, {"training": [seconds]})
     shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
-    for name in (BEFORE, MEMORY, REQUEST):
+    for name in (BEFORE, MEMORY):
         (partial / name).unlink(missing_ok=True)
+    write_report(partial)
+    (partial / REQUEST).unlink(missing_ok=True)
 
 
 def _ignore(line: str) -> None:

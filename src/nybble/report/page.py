@@ -19,7 +19,7 @@ def render(data: dict[str, Any]) -> str:
     Args:
         data: ``title``; ``manifest`` (nybble.json, checked); ``config`` (config.json); ``sizes`` (of
             :func:`nybble.checkpoint.account.inspect`); ``evaluation`` (evaluation.json, checked) or None;
-            ``times`` (times.json, checked) or None.
+            ``times`` (times.json, checked) or None; ``training``, the page about the run that trained it, or empty.
 
     Returns:
         HTML. Every text in it that came from ``data`` is escaped.
@@ -74,6 +74,7 @@ def context(data: dict[str, Any]) -> dict[str, Any]:
         "total": words.size(data["sizes"]["total"]),
         "bytes": tables.byte_table(data["sizes"]),
         "metrics": tables.metric_table(evaluation or {}),
+        "training": data.get("training", ""),
         "evaluated": None if evaluation is None else words.flatten(evaluation.get("data", {})),
         "samples": (evaluation or {}).get("samples", []),
         "model_titles": words.MODELS,

@@ -16,7 +16,9 @@ ROLES = {
     "headers": "names and shapes of the stored tensors",
     "config": "config.json and other settings",
     "tokenizer": "vocabulary and chat template",
-    "report": "nybble.json and README.md: what was done to each layer, and how to load them",
+    "report": "nybble.json, README.md and pages: what was done to each layer, and how to load them",
+    "generated texts": "that the model made to be trained on",
+    "logs": "of the training, for TensorBoard",
 }
 METRICS = {
     "ppl": "Perplexity (lower is better)",
@@ -26,7 +28,13 @@ METRICS = {
     "cosine": "Cosine similarity to the float model (higher is better)",
     "cosine_min": "The same, of the worst sentence (higher is better)",
     "top1": "Top-1 accuracy (higher is better)",
+    "accuracy": "Accuracy, a share of the examples (higher is better)",
+    "bleu": "BLEU, 0 to 100 (higher is better)",
+    "pearson": "Correlation with the labels, -1 to 1 (higher is better)",
+    "loss": "Mean loss of an example (lower is better)",
 }
+SHORT = {"nll": "held-out loss, nats a token", "bleu": "held-out BLEU", "loss": "held-out loss"}
+"""Of a metric, where there is less room."""
 MODELS = {"float": "Before (float)", "quantized": "After (quantized)"}
 
 
