@@ -20,6 +20,7 @@ from nybble.core.progress import Silent
 from nybble.nn.kv_model import use_quantized_cache
 from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
+from nybble.pipelines.report import write_report
 from nybble.pipelines.train import train
 from nybble.qtensor.block import BlockQTensor
 from nybble.training.settings import TrainSettings
@@ -78,7 +79,30 @@ def test_all_weights_train_and_what_is_written_is_what_was_measured(folder: Path
     assert task.measure(model, _Origin(tokenizer), rows, 8, Silent()) != models["after"]
     rounded = layers(nybble.load(folder / "packed")[0])
     assert all(not torch.equal(q.codes, rounded[name].codes) for name, q in layers(model).items())
-    assert sum(inspect(tmp_path / "out")["bytes"].values()) == inspect(tmp_path / "out")["total"]
+    pages_of(tmp_path / "out", found)
+
+
+def pages_of(out: Path, found: dict[str, Any]) -> None:
+    """Of the run and of its layers, the same when made again; what they show, and what each file counts as."""
+    steps = [loss for _, loss in found["curve"]]
+    sums = [task + logits for task, logits in zip(found["losses"]["task"], found["losses"]["logits"], strict=True)]
+    assert steps == pytest.approx(sums, abs=1e-4) and found["stages"] == [3]
+    for row in json.loads((out / "nybble.json").read_text())["layers"]:
+        assert row["weights"].startswith("int4 group=16") and 0 < row["learned"]["codes"] < 1 and row["sqnr"] > 5
+        assert len(row["learned"]["scales"]) == 3 and row["inputs"] == "int8 token"
+        assert sum(row["weight_picture"]["counts"]) == row["shape"][0] * row["shape"][1]
+    before = {name: (out / name).read_bytes() for name in ("report.html", "layers.html")}
+    made = write_report(out)
+    assert made["layers_report"] == str(out / "layers.html") and made["updates"] == 3
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert b'href="layers.html"' in before["report.html"] and b'href="report.html"' in before["layers.html"]
+    assert b'class="histogram"' in before["report.html"] and b'"thresholds":[[' in before["layers.html"]
+    write_report(out, out.with_name("alone.html"))
+    assert b"layers.html" not in out.with_name("alone.html").read_bytes()
+    sizes = inspect(out)
+    assert sum(sizes["bytes"].values()) == sizes["total"]
+    reports = ("nybble.json", "README.md", "training.json", "times.json", *before)
+    assert sizes["bytes"]["report"] == sum((out / name).stat().st_size for name in reports)
 
 
 class _Origin:
@@ -99,6 +123,8 @@ def test_stages_are_gone_on_with_behind_a_kill(folder: Path, tmp_path: Path, beh
     assert (tmp_path / "out.partial/checkpoints/stage-0.json").exists() == (behind > 3)
     second = run(folder, out, options=STAGES, settings=replace(SETTINGS, resume=True))
     assert files(out, whole) == files(whole, whole) and first["steps"] == 6 == len(second["curve"])
+    assert second["stages"] == [3, 3] and len(second["losses"]["logits"]) == 6
+    assert (out / "report.html").read_text().count('class="border"') == 3  # in the curves of the sum and of both parts
     plain = run(folder, tmp_path / "plain", options=TAUGHT)
     assert plain["curve"][0][1] != first["curve"][3][1]
 
@@ -111,6 +137,12 @@ def test_scales_alone_train_and_codes_stay(folder: Path, tmp_path: Path) -> None
     before, after = layers(nybble.load(folder / "packed")[0]), layers(nybble.load(tmp_path / "out")[0])
     assert all(torch.equal(before[name].codes, q.codes) for name, q in after.items())
     moved = [name for name, q in after.items() if not torch.equal(q.dequantize(), before[name].dequantize())]
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out/nybble.json").read_text())["layers"]}
+    for name, q in after.items():
+        learned, (was, now) = rows[name]["learned"], (each.params.scale for each in (before[name], q))
+        assert isinstance(was, torch.Tensor) and isinstance(now, torch.Tensor)
+        ratio = (now.float() / was.float()).flatten().tolist()
+        assert learned["codes"] == 0 and learned["scales"][::2] == pytest.approx([min(ratio), max(ratio)], rel=1e-3)
     assert len(moved) == len(after) and [*found["evaluation"]["models"]] == ["float", "before", "after"]
 
 

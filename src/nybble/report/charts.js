@@ -155,7 +155,7 @@ function figure(title, below, make) {
 // What a row opens to.
 function details(layer) {
   const weight = layer.weight_picture, input = layer.input_picture, figures = [];
-  const gridded = (p) => `${p.format ? `Lines: the ${data.grids[p.format].length} values of the format. ` : ""}${percent(p.clipped)} lie beyond the largest.${p.thresholds ? " Shaded: thresholds; where they are wide, each block has its own." : ""}`;
+  const gridded = (p) => `${p.format ? `Lines: the ${data.grids[p.format].length} values of the format. ` : ""}${percent(p.clipped)} lie beyond the largest.${p.thresholds ? " Shaded: thresholds; wide where each block has its own, or no weight is near." : ""}`;
   if (weight) figures.push(figure("Weights on their grid", gridded(weight), histogram(weight, "weight / scale (units of the grid)")));
   if (input) {
     const own = input.histogram.format;

@@ -89,9 +89,17 @@ def context(data: dict[str, Any]) -> dict[str, Any]:
         "left_out": [title for key, title, _ in tables.COLUMNS if key not in shown],
         "rows": rows,
         "drawing": tables.drawing_data(facts),
-        "manifest": words.flatten({key: value for key, value in manifest.items() if key != "layers"}),
+        "manifest": words.flatten(_decides(manifest)),
         "version": _named(manifest.get("versions"), "nybble"),
     }
+
+
+def _decides(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest without rows of layers and without what describes each tensor."""
+    found, form = {key: value for key, value in manifest.items() if key != "layers"}, manifest.get("form")
+    if isinstance(form, dict):
+        found["form"] = {key: value for key, value in form.items() if key != "quantization"}
+    return found
 
 
 def _part(name: str) -> str:

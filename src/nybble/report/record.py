@@ -190,6 +190,7 @@ def line_of(found: QTensor, quantizer: Quantizer | None, stored: str) -> str:
 
 
 def sqnr_of(matrix: Tensor, found: QTensor) -> float | None:
+    """Signal to quantization noise of a weight, dB; None where nothing is lost."""
     lost = relative_error(matrix, found.dequantize(), None)
     return -10 * math.log10(lost) if lost > 0 else None
 

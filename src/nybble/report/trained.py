@@ -1,9 +1,9 @@
 """What training came to, layer by layer: rows of the packed model, with what its weights were before they were packed.
 
-    start = start_of(model)              # prepared, before the first update
-    ...
-    facts = facts_of(model, start)       # trained, not packed yet
-    rows = trained_rows(convert(model), facts)
+start = start_of(model)              # prepared, before the first update
+...
+facts = facts_of(model, start)       # trained, not packed yet
+rows = trained_rows(convert(model), facts)
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ def facts_of(model: nn.Module, start: Start) -> dict[str, dict[str, Any]]:
         if layer in inputs and layer in start.inputs:
             learned |= ratios("input_scales", start.inputs[layer], inputs[layer])
         drawn = packed.dequantize() if latent is None else latent
-        facts = {"learned": learned or None, "weight_picture": weight_picture(drawn, packed, latent is not None)}
+        facts: dict[str, Any] = {
+            "learned": learned or None,
+            "weight_picture": weight_picture(drawn, packed, latent is not None),
+        }
         if latent is not None:
             facts |= {"sqnr": sqnr_of(latent, packed), "weights": line_of(packed, quantizer, "")}
         found[layer] = facts
