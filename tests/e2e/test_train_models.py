@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tests.e2e.test_train import _Stops, files
 from tests.tiny import WORDS, logits, save_tiny
 
 import nybble
 from nybble.checkpoint.account import inspect
-from nybble.core.errors import FileError, NybbleError, SchemeError, UsageError
+from nybble.cli import main
+from nybble.core.errors import FileError, LearningError, NybbleError, SchemeError, UsageError
 from nybble.core.progress import Silent
 from nybble.nn.kv_model import use_quantized_cache
 from nybble.nn.linear import QuantLinear
@@ -163,6 +165,53 @@ def test_texts_of_its_own_are_made_once(folder: Path, tmp_path: Path) -> None:
         run(folder, tmp_path / "out", **given, progress=_Stops(2))
     run(folder, tmp_path / "out", **given, settings=replace(SETTINGS, resume=True))
     assert files(tmp_path / "out", tmp_path / "whole") == files(tmp_path / "whole", tmp_path / "whole")
+
+
+RECIPE = """
+method: qat
+scheme: {weights: int4 group=16}
+options: {losses: {task: 1, logits: 0.5}}
+settings: {steps: 2, batch: 1, accumulate: 1, seq_len: 16, dtype: float32}
+"""
+
+
+def test_the_command_takes_a_file_and_says_where_pages_are(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    some = ("mine.yaml", folder / "model", "out", "--data", folder / "data.jsonl")
+
+    def call(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["nybble", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.err if ended.value.code else said.out
+
+    assert call("train", "no.yaml", *some[1:]) == (2, "nybble: no recipe file no.yaml.\n")
+    code, said = call("train", *some, "--set", "losse=1")
+    assert code == 2 and "has no option 'losse'. Did you mean 'losses'" in said
+    code, said = call("train", *some)
+    assert code == 0 and "2 updates" in said and "out/report.html shows it" in said
+    code, said = call("report", "out")
+    assert code == 0 and "2 updates" in said and "out/layers.html" in said and "no held-out losses" in said
+    assert "layers_report" not in json.loads(call("report", "out", "--out", "x.html", "--json")[1])
+    shown = yaml.safe_load(call("recipes", "mine.yaml")[1])
+    assert shown["method"] == "qat" and shown["settings"]["steps"] == 2
+
+
+def test_the_last_checkpoint_before_a_loss_that_is_no_number_stays_and_is_named(folder: Path, tmp_path: Path) -> None:
+    wild = replace(SETTINGS, lr=1e30, clip=1e30, steps=5, warmup=0.0)
+    with pytest.raises(LearningError, match=r"use a smaller lr.*stays in .*out\.partial/checkpoints/checkpoint-\d"):
+        run(folder, tmp_path / "out", settings=wild)
+    assert (tmp_path / "out.partial/checkpoints").is_dir() and not (tmp_path / "out").exists()
+
+
+def test_a_kill_before_the_first_checkpoint_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "out", progress=_Stops(1), settings=replace(SETTINGS, save_every=3))
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,16 @@ from nybble.training.state import load_state, save_state
 CHECKPOINTS = "checkpoints"
 
 
+def last_good(partial: Path) -> Path | None:
+    """The newest thing of a run's folder that training can go on from; None where there is nothing."""
+    whole = [
+        *(partial / CHECKPOINTS).glob("checkpoint-*/trainer_state.json"),
+        *(partial / CHECKPOINTS).glob("stage-*/checkpoints/checkpoint-*/trainer_state.json"),
+    ]
+    found = [path.parent for path in whole] + [*(partial / CHECKPOINTS).glob("stage-*.json")]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ran:
     """What all stages came to: the last one's model; updates (of each) and losses of all.

@@ -27,7 +27,7 @@ from typing import Any
 from nybble.checkpoint.parts import REQUEST, TIMES, begun_with, same_request
 from nybble.checkpoint.trained import BASE, GENERATED, MERGED, TRAINING
 from nybble.core.device import out_of_memory
-from nybble.core.errors import FileError, NybbleError, UsageError
+from nybble.core.errors import FileError, LearningError, NybbleError, UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, atomic_write_json, need_space, new_folder
 from nybble.core.progress import Progress, Silent
@@ -36,7 +36,7 @@ from nybble.pipelines.dataset import generate_dataset
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.report import write_report
 from nybble.pipelines.save import save
-from nybble.pipelines.stages import CHECKPOINTS, Trainer
+from nybble.pipelines.stages import CHECKPOINTS, Trainer, last_good
 from nybble.pipelines.targets import AUTO
 from nybble.pipelines.training_job import Asked, Job, checked, space
 from nybble.report.trained import facts_of, trained_rows
@@ -126,6 +126,8 @@ def train(
                 result = _trained(job, base, partial, out, progress, say)
         except BaseException as error:
             _forget_unbegun(partial, error)
+            if isinstance(error, LearningError) and (last := last_good(partial)) is not None:
+                raise LearningError(f"{error} The last checkpoint before it stays in {last}.") from error
             raise
         seconds = time.perf_counter() - started
         _finish(partial, result, seconds)
@@ -174,14 +176,10 @@ def _finished(partial: Path) -> dict[str, Any] | None:
 
 def _forget_unbegun(partial: Path, error: BaseException) -> None:
     """Remove a folder in which nothing is worth going on from: a request that was refused, or nothing made yet."""
-    made = [
-        name
-        for name in (BASE, "base.partial", CHECKPOINTS, GENERATED, f"{GENERATED}.begun")
-        if (partial / name).exists()
-    ]
-    unfinished = "base.partial" in made and isinstance(error, FileError)  # a full disk, while packing
-    refused = isinstance(error, NybbleError) and not unfinished
-    if CHECKPOINTS not in made and (refused or not made):
+    begun = (BASE, "base.partial", GENERATED, f"{GENERATED}.begun", TRAINING)
+    made = any((partial / name).exists() for name in begun)
+    refused = isinstance(error, NybbleError) and not isinstance(error, FileError | LearningError)
+    if last_good(partial) is None and (refused or not made):
         shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -65,7 +65,7 @@ def context(data: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": _text(manifest.get("name")) or data["title"],
         "subtitle": _subtitle(data),
-        "recipe": manifest["recipe"],
+        "recipe": {"name": "", "summary": "", "source": "", **manifest["recipe"]},
         "scheme": _named(manifest["recipe"].get("scheme"), "name"),
         "lines": asked[: lines.MOST],
         "more_lines": max(0, len(asked) - lines.MOST),
