@@ -34,6 +34,7 @@ from nybble.core.registry import Registry
 from nybble.formats import Family, format_names, get_format
 from nybble.kv_format import KVFormat
 from nybble.learned import transforms as learned_transform
+from nybble.matmul_format import MatmulFormat
 from nybble.models import adapter
 from nybble.optim._presets import SUFFIXES
 from nybble.presets import PRESETS
@@ -42,9 +43,11 @@ from nybble.recipe import Step, load_recipe, recipe_names
 from nybble.scheme import PRESETS as SCHEMES
 from nybble.scheme import Rule, Scheme
 from nybble.training import steps as training_steps
+from nybble.training.losses import LOSSES
 from nybble.training.methods import METHODS
 from nybble.training.recipe import listed_training_recipes
 from nybble.training.settings import TrainSettings
+from nybble.training.tasks import TASKS, Task
 
 NO_DEFAULT = (dataclasses.MISSING, None, "", ())
 WORDS: dict[Any, str] = {
@@ -55,6 +58,7 @@ WORDS: dict[Any, str] = {
     Any: "anything",
     Quantizer: "quantizer line",
     KVFormat: "KV line",
+    MatmulFormat: "quantizer lines",
     Rule: "rule",
     learned.Part: "learned part",
     learned_transform.LearnedTransform: "learned transform",
@@ -375,6 +379,31 @@ def train_methods() -> str:
     return table(("method", "what", "base", "options of --set"), rows, numbers=False)
 
 
+def train_tasks() -> str:
+    """What nybble train trains models to do."""
+    rows = [
+        [f"`{name}`", _markdown(task.summary), task.unit, f"`{task.shown}`", _metrics(task)]
+        for name, task in _parts(TASKS).items()
+    ]
+    return table(("task", "of", "counted in", "shown first", "metrics"), rows, numbers=False)
+
+
+def _metrics(task: Task) -> str:
+    """What a task's class says of its metrics, else of its ``measure``."""
+    text = inspect.cleandoc(type(task).__doc__ or "")
+    found = re.search(r"Metrics: (.*?)\.?\s*$", text, re.S)
+    return _markdown(found[1]) if found else ""
+
+
+def train_losses() -> str:
+    """Losses of training recipes and their options."""
+    rows = [
+        [f"`{name}`", _says(LOSSES, name), "the float network" if loss.taught else "", _short_options(loss)]
+        for name, loss in _parts(LOSSES).items()
+    ]
+    return table(("loss", "what", "teacher", "options"), rows, numbers=False)
+
+
 def train_settings() -> str:
     """Sizes and rates of the loop."""
     return table(("setting", "kind", "default", "meaning"), _options(TrainSettings), numbers=False)
@@ -413,6 +442,7 @@ TABLES: dict[str, Callable[[], str]] = {
         words, families, format_families, formats, presets, granularities, scale_rules, roundings, packings, rule_keys,
         scheme_keys, scheme_presets, recipes, transform_steps, solver_steps, reconstruction_options,
         reconstruction_steps, learned_parts, learned_transforms, train_steps, correction_options, correction_steps,
-        targets, target_rows, optimizers, optimizer_presets, train_recipes, train_methods, train_settings,
+        targets, target_rows, optimizers, optimizer_presets, train_recipes, train_methods, train_tasks,
+        train_losses, train_settings,
     )
 }  # fmt: skip
