@@ -73,8 +73,11 @@ def _write_training(folder: Path, target: Path, alone: bool) -> dict[str, Any]:
     check_training(data, folder / TRAINING)
     rows, more = [], {}
     if not is_adapter(folder):
-        rows = _manifest(folder)["layers"]
-        more = {} if alone else _write_layers(folder, folder / LAYERS)
+        manifest = _manifest(folder)
+        rows = manifest["layers"]
+        if rows:  # none, where attention or its cache alone is rounded
+            check_manifest(manifest, folder / MANIFEST)
+            more = {} if alone else _write_layers(folder, folder / LAYERS)
     page = render_training(data, rows, LAYERS if more else "")
     atomic_write_text(target, page)
     found = {"report": str(target), "bytes": len(page.encode()), "updates": data["steps"]}
@@ -94,6 +97,7 @@ def collect(folder: Path) -> dict[str, Any]:
     """
     check_folder(folder)
     manifest, trained = _manifest(folder), is_trained(folder)
+    check_manifest(manifest, folder / MANIFEST)
     evaluation = None
     if (folder / EVALUATION).exists():
         evaluation = read_json(folder / EVALUATION)
@@ -114,12 +118,11 @@ def collect(folder: Path) -> dict[str, Any]:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """nybble.json, checked; where it says nothing of layers, what the weights say."""
+    """nybble.json; where it says nothing of layers, what the weights say."""
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
     if not manifest.get("recipe") and not manifest.get("layers"):
         manifest = _read_from_weights(folder, manifest)
-    check_manifest(manifest, folder / MANIFEST)
-    return manifest
+    return {"layers": None, **manifest}
 
 
 def _read_from_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:

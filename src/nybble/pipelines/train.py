@@ -221,7 +221,8 @@ def _trained(
         _save_model(job, model, facts, partial)
         shutil.rmtree(partial / BASE, ignore_errors=True)
     request = job.request()
-    request["data"] = {**job.examples.manifest(), **request["data"]}
+    sizes = {"examples": len(job.examples.rows), "targets": job.examples.targets}
+    request["data"] = {**job.examples.manifest(), **request["data"], **sizes}
     return {
         **request, "task": {"unit": job.task.unit, "shown": job.task.shown}, "steps": sum(run.steps),
         "stages": run.steps, "trainable": run.trainable, "curve": run.curve, "losses": run.losses,

@@ -40,7 +40,9 @@ class Start:
 @torch.no_grad()
 def start_of(model: nn.Module) -> Start:
     """Before the first update; of a model in which nothing is learned an empty one."""
-    weights = {name: copy.deepcopy(packed) for name, packed, _, _ in _weights(model, begun=True)}  # written in place
+    weights = {
+        name: copy.deepcopy(packed) for name, packed, _, _ in _weights(model, begun=True)
+    }  # a part may hand out what it trains
     return Start(weights=weights, inputs=_inputs(model))
 
 
