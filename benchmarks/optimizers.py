@@ -6,7 +6,8 @@
 
 First the kernels' bits against the rules', for parameters, codes, scales and counts after three steps with NaN and
 infinite gradients among them. Then milliseconds a step: the median of several rounds of steps one after another, of
-which each round ends when the device has finished; what Python does is inside. ``bytes`` are those of the state for
+which each round ends when the device has finished; what Python does is inside. On a CPU a round is one step of each
+optimizer in turn; the least, the threads and the machine's load are told, too. ``bytes`` are those of the state for
 each parameter. What isn't installed is left out and named.
 
 ``--variants`` compares launches of the GPU's kernels on the first size instead: warps, tiles of a program one after
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import statistics
 import sys
 import time
@@ -112,7 +114,7 @@ def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str) -
 
 def milliseconds(optimizer: torch.optim.Optimizer, device: str, seconds: float) -> tuple[float, int]:
     """A step's, and how many were taken."""
-    for _ in range(2 if device == "cpu" else 4):
+    for _ in range(4):
         optimizer.step()
     _wait(device)
     start = time.perf_counter()
@@ -136,8 +138,42 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def measure_in_turn(seconds: float, report: dict[str, Any], save: Callable[[], None]) -> None:
+    """On a CPU: a step of each after the other, again and again, so that what else the machine does meets them all."""
+    makers = [*ours("cpu").items(), *peers("cpu", report["absent"])]
+    for size, shapes, dtype in SIZES["cpu"]:
+        params = parameters(shapes, dtype, "cpu")
+        made, times = dict[str, torch.optim.Optimizer](), dict[str, list[float]]()
+        for name, make in makers:
+            try:
+                made[name] = make(params)
+                made[name].step()
+            except Exception as error:  # a peer that can't; a report says so
+                made.pop(name, None)
+                failed = f"{type(error).__name__}: {str(error)[-300:]}"
+                report["rows"].append({"size": size, "optimizer": name, "failed": failed})
+        until = time.perf_counter() + seconds / len(SIZES["cpu"])
+        while time.perf_counter() < until or not times:
+            for name, optimizer in made.items():
+                start = time.perf_counter()
+                optimizer.step()
+                times.setdefault(name, []).append((time.perf_counter() - start) * 1e3)
+        for name, optimizer in made.items():
+            found = times[name]
+            row = {"size": size, "optimizer": name, "ms": statistics.median(found), "least ms": min(found)}
+            row |= {"steps": len(found), "bytes": state_bytes(optimizer) / sum(p.numel() for p in params)}
+            if isinstance(optimizer, nybble.optim.LowBitOptimizer):
+                row["kernel"] = [r["kernel"] or r["reason"] for r in optimizer.kernels()]
+            report["rows"].append(row)
+            print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+        save()
+
+
 def measure(device: str, seconds: float, report: dict[str, Any], save: Callable[[], None]) -> None:
     """All of ours and of the peers', on all sizes."""
+    if device == "cpu":
+        measure_in_turn(seconds, report, save)
+        return
     makers = [*ours(device).items(), *peers(device, report["absent"])]
     share = seconds / len(makers) / len(SIZES[device])
     for size, shapes, dtype in SIZES[device]:
@@ -282,6 +318,8 @@ def main() -> None:
         if options.out is not None:
             atomic_write_json(options.out, report)
 
+    if options.device == "cpu":
+        report["threads"], report["load before"] = torch.get_num_threads(), os.getloadavg()[0]
     start, chosen = time.perf_counter(), list(cases())
     if options.cases:
         check(options.device, start + options.seconds, report, [chosen[k] for k in options.cases])

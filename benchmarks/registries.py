@@ -58,7 +58,7 @@ WORDS: dict[Any, str] = {
     Any: "anything",
     Quantizer: "quantizer line",
     KVFormat: "KV line",
-    MatmulFormat: "quantizer lines",
+    MatmulFormat: "operands' line",
     Rule: "rule",
     learned.Part: "learned part",
     learned_transform.LearnedTransform: "learned transform",
@@ -379,29 +379,28 @@ def train_methods() -> str:
     return table(("method", "what", "base", "options of --set"), rows, numbers=False)
 
 
-def train_tasks() -> str:
-    """What nybble train trains models to do."""
+def train_losses() -> str:
+    """What a network in training is told by."""
     rows = [
-        [f"`{name}`", _markdown(task.summary), task.unit, f"`{task.shown}`", _metrics(task)]
-        for name, task in _parts(TASKS).items()
+        [f"`{name}`", _says(LOSSES, name), "yes" if part.taught else "no", _short_options(part)]
+        for name, part in _parts(LOSSES).items()
     ]
-    return table(("task", "of", "counted in", "shown first", "metrics"), rows, numbers=False)
+    return table(("name", "what", "needs a teacher", "options"), rows, numbers=False)
+
+
+def train_tasks() -> str:
+    """What models are trained to do."""
+    rows = [
+        [f"`{name}`", _markdown(part.summary), part.unit, f"`{part.shown}`", _metrics(part)]
+        for name, part in _parts(TASKS).items()
+    ]  # fmt: skip
+    return table(("task", "of", "the loss is a mean over", "shown first", "metrics"), rows, numbers=False)
 
 
 def _metrics(task: Task) -> str:
-    """What a task's class says of its metrics, else of its ``measure``."""
-    text = inspect.cleandoc(type(task).__doc__ or "")
-    found = re.search(r"Metrics: (.*?)\.?\s*$", text, re.S)
+    """What a task's class says of its metrics."""
+    found = re.search(r"Metrics: (.*?)\.?\s*$", inspect.cleandoc(type(task).__doc__ or ""), re.S)
     return _markdown(found[1]) if found else ""
-
-
-def train_losses() -> str:
-    """Losses of training recipes and their options."""
-    rows = [
-        [f"`{name}`", _says(LOSSES, name), "the float network" if loss.taught else "", _short_options(loss)]
-        for name, loss in _parts(LOSSES).items()
-    ]
-    return table(("loss", "what", "teacher", "options"), rows, numbers=False)
 
 
 def train_settings() -> str:
@@ -442,7 +441,7 @@ TABLES: dict[str, Callable[[], str]] = {
         words, families, format_families, formats, presets, granularities, scale_rules, roundings, packings, rule_keys,
         scheme_keys, scheme_presets, recipes, transform_steps, solver_steps, reconstruction_options,
         reconstruction_steps, learned_parts, learned_transforms, train_steps, correction_options, correction_steps,
-        targets, target_rows, optimizers, optimizer_presets, train_recipes, train_methods, train_tasks,
-        train_losses, train_settings,
+        targets, target_rows, optimizers, optimizer_presets, train_recipes, train_methods, train_settings,
+        train_losses, train_tasks,
     )
 }  # fmt: skip

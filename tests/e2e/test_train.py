@@ -95,7 +95,13 @@ def test_gone_on_with_behind_a_kill_it_comes_to_the_same_weights(folder: Path, t
     assert weights(out) == weights(whole) and len(first["curve"]) == 6
     assert {**second, "out": "", "seconds": 0} == {**first, "out": "", "seconds": 0}
     assert not partial.exists() and not (out / "checkpoints").exists()
-    other = run(folder, tmp_path / "other", replace(SETTINGS, seed=1, steps=1))
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "other", progress=_Stops(4), announce=said.append)
+    assert not any("holds" in line for line in said)
+    other = run(folder, tmp_path / "other", replace(SETTINGS, seed=1, steps=1), announce=said.append)
+    line = f"{tmp_path / 'other.partial'} holds what an earlier run finished; starting anew clears it, --resume"
+    assert [each.startswith(line) for each in said].count(True) == 1
     assert other["curve"][0] != first["curve"][0]
 
 
@@ -135,7 +141,9 @@ def test_killed_with_sigkill_at_random_updates(folder: Path, tmp_path: Path) -> 
     """The command in processes of its own, killed a while after something new appeared on disk: the same bytes."""
     whole, out, errors = tmp_path / "whole", tmp_path / "out", tmp_path / "errors"
     sizes = ["--steps", "8", "--accumulate", "2", "--seq-len", "16", "--save-every", "2", "--dtype", "float32"]
-    more = ["--data", str(folder / "data.jsonl"), "--eval", str(folder / "held.jsonl"), "--merge", "--set", "rank=2"]
+    held = tmp_path / "held.jsonl"
+    held.write_text((folder / "held.jsonl").read_text().splitlines(keepends=True)[0])  # its answer takes longest of all
+    more = ["--data", str(folder / "data.jsonl"), "--eval", str(held), "--merge", "--set", "rank=2"]
 
     def command(place: Path) -> list[str]:
         return ["train", "qlora", str(folder / "model"), str(place), *sizes, *more, "--resume"]

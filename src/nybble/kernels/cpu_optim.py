@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nybble.formats import get_format
+from nybble.formats import NumberFormat, get_format
 from nybble.granularity.rank1 import Rank1
 from nybble.kernels._library import library, team
 from nybble.kernels._rounders import cells
@@ -36,7 +36,7 @@ _NUMBERS = ("rate", "shrink", "decay", "b1", "a1", "b2", "a2", "root", "inverse"
 class _Form(ctypes.Structure):
     _fields_ = (
         *((name, _NUMBER) for name in ("kind", "bits", "block", "reciprocal", "zero")),
-        *((name, _POINTER) for name in ("values", "edges", "codes")),
+        *((name, _POINTER) for name in ("values", "halves", "cells", "tree", "leaves")),
         ("target", _FLOAT),
     )
 
@@ -139,24 +139,52 @@ def _form(line: str | None) -> _Form:
     assert found is not None
     kind = _RANK1 if isinstance(q.granularity, Rank1) else _BLOCKS
     values = decode_table(q.format.name, torch.device("cpu"))
-    tables = (values.data_ptr(), found[0].data_ptr(), found[1].data_ptr())
+    halves = values.view(torch.int16).view(-1, 2).T.contiguous()
+    tree = _tree(q.format, q.rounding)
+    tables = tuple(None if x is None else x.data_ptr() for x in (values, halves, found, *tree))
     block = getattr(q.granularity, "size", 1)
     form = _Form(kind, q.format.bits, block, q.reciprocal, q.format.has_zero, *tables, target_of(line))
-    form.kept = (values, found)
+    form.kept = (values, halves, found, tree)
     return form
 
 
 @lru_cache(maxsize=256)
-def _cells(line: str) -> tuple[Tensor, Tensor] | None:
-    """Edge of each cell, and the codes below and from it on in one number."""
+def _cells(line: str) -> Tensor | None:
+    """int32 [65536], by the upper 16 bits of a number: two codes, and the lower bits up to which the first is right.
+
+    Returns:
+        the second code in bits 24 .. 31, the first in 16 .. 23, and the last of its lower bits in 0 .. 15.
+    """
     if line_refusal(line) is not None:
         return None
     q = quantizer(line)
     found = cells(get_format(q.format.name).name, q.rounding)
     if found is None:
         return None
-    edges, _, _, low, high = found
-    return edges.contiguous(), (low.int() | high.int() << 8).to(torch.uint16)
+    edges, _, _, low, high = (x.roll(-32768).numpy() for x in found)  # positive numbers first, as bits count
+    # Of negative numbers, the one with the larger bits is the smaller one; behind infinity come the NaNs.
+    falls = (np.arange(65536) >= 32768) | np.isinf(edges)
+    first, second = np.where(falls, high, low).astype(np.int64), np.where(falls, low, high).astype(np.int64)
+    last = (edges.view(np.int32).astype(np.int64) & 0xFFFF) - ~falls
+    first = np.where(np.isnan(edges), low, np.where(last < 0, second, first))
+    second = np.where(np.isnan(edges), low, second)
+    return torch.from_numpy((second << 24 | first << 16 | last.clip(0)).astype(np.uint32).view(np.int32))
+
+
+def _tree(fmt: NumberFormat, rounding: str) -> tuple[Tensor | None, Tensor | None]:
+    """Of a format of 4 bits: thresholds, float32 [16], the i-th's neighbours at 2 i and 2 i + 1; codes, uint8 [16].
+
+    None where a code depends on more than the number of thresholds up to a value: a negative zero, a code for NaN.
+    """
+    if fmt.bits != 4 or fmt.negative_zero is not None or fmt.nan_code is not None:
+        return None, None
+    found = fmt.thresholds(rounding)
+    thresholds = np.full(15, np.inf, np.float32)
+    thresholds[: len(found)] = found
+    order = [(2 * i + 1) * 2**-depth * 8 - 1 for depth in range(4) for i in range(2**depth)]
+    codes = fmt.grid_codes[np.minimum(np.arange(16), len(found))].astype(np.uint8)
+    tree = np.concatenate([np.zeros(1, np.float32), thresholds[np.array(order, np.int64)]])
+    return torch.from_numpy(tree), torch.from_numpy(codes)
 
 
 def _table(members: list[Member], places: list[int], stretch: int, rank1: bool) -> Table:

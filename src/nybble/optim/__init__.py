@@ -341,14 +341,15 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         """Raise UsageError where a parameter has another shape than at its last step."""
         state, mine = self.state.get(p, {}), local(p)
         shapes = {**self.shapes(mine, options), "residual": tuple(mine.shape)}
-        for name, shape in shapes.items():
-            if name in state and tuple(state[name].shape) != shape:
-                old = list(state[name].shape)
-                raise UsageError(
-                    f"{self._name(g, i)} has shape {list(mine.shape)} now, and its {name} is of {old}: another tensor "
-                    "was put into its place. Build a new optimizer over it, or begin its states again: del "
-                    "optimizer.state[p]."
-                )
+        odd = [name for name, shape in shapes.items() if name in state and tuple(state[name].shape) != shape]
+        if self.factors:  # which a matrix has, and a vector has not
+            odd += [name for name in self.states if name in state and name not in shapes]
+        for name in odd:
+            raise UsageError(
+                f"{self._name(g, i)} has shape {list(mine.shape)} now, and its {name} is of {list(state[name].shape)}: "
+                "another tensor was put into its place. Build a new optimizer over it, or begin its states again: del "
+                "optimizer.state[p]."
+            )
 
     def _update(self, g: int, i: int, p: Tensor, options: Any) -> None:
         group, state, mine = self.param_groups[g], self.state[p], local(p)

@@ -32,6 +32,11 @@ def adam_step(
     beta1, beta2 = options.betas
     m = states["exp_avg"].lerp(grad, 1 - beta1)
     v = (states["exp_avg_sq"] * beta2).addcmul_(grad, grad, value=1 - beta2)
+    return moved(p, m, v, step, options), {"exp_avg": m, "exp_avg_sq": v}
+
+
+def moved(p: Tensor, m: Tensor, v: Tensor, step: int, options: AdamOptions) -> Tensor:
+    """``p - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)``: moments without their bias."""
+    beta1, beta2 = options.betas
     denominator = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(options.eps)
-    p = p.addcdiv(m, denominator, value=-(options.lr / (1 - beta1**step)))
-    return p, {"exp_avg": m, "exp_avg_sq": v}
+    return p.addcdiv(m, denominator, value=-(options.lr / (1 - beta1**step)))

@@ -148,6 +148,7 @@ class Fused:
     held: dict[tuple[Spec, int], dict[Any, Any]] = field(default_factory=dict)
     counts: list[tuple[Tensor, list[str]]] = field(default_factory=list)
     slots: dict[tuple[int, int], int] = field(default_factory=dict)
+    shared: dict[tuple[Spec, int], tuple[list[Member], list[int], set[int]]] = field(default_factory=dict)
 
     def take(self, optimizer: Any, due: Sequence[Due], options: Sequence[Any]) -> list[Due]:
         """Step what kernels can; what they can't comes back."""
@@ -173,9 +174,17 @@ class Fused:
             if kernel.number_refusal(spec.rule, options[g]) is not None:
                 rest += [(g, i, member.p) for member, _, i in found]
                 continue
-            for part in _parts(spec, found):
+            for part in _parts(spec, found, self._shared(spec, g, found)):
                 self._run(optimizer, kernel, spec, g, step, options[g], part)
         return rest
+
+    def _shared(self, spec: Spec, g: int, found: list[Any]) -> set[int]:
+        """Which of them share memory; looked for again where others come, or lie elsewhere."""
+        members, places = [member for member, _, _ in found], [member.p.data_ptr() for member, _, _ in found]
+        known = self.shared.get((spec, g))
+        if known is None or known[0] != members or known[1] != places:
+            known = self.shared[spec, g] = members, places, _overlapping([member.p for member in members])
+        return known[2]
 
     def _run(
         self, optimizer: Any, kernel: Kernel, spec: Spec, g: int, step: int, options: Any, found: list[Any]
@@ -303,16 +312,31 @@ def _state_refusal(entry: Mapping[str, Any], lines: Mapping[str, Any], p: Tensor
 _DRAWN = 1 << 26
 
 
-def _parts(spec: Spec, found: list[Any]) -> list[list[Any]]:
-    """Cut where random numbers would take too much memory at once."""
-    if spec.weights != "stochastic":
+def _parts(spec: Spec, found: list[Any], shared: set[int]) -> list[list[Any]]:
+    """Cut where random numbers would take too much memory at once, or a parameter has memory of one before it.
+
+    A launch writes all of its parameters at the same time.
+    """
+    if spec.weights != "stochastic" and not shared:
         return [found]
     parts: list[list[Any]] = [[]]
     size = 0
-    for each in found:
-        if parts[-1] and size + each[0].p.numel() > _DRAWN:
+    for at, each in enumerate(found):
+        if parts[-1] and (at in shared or (spec.weights == "stochastic" and size + each[0].p.numel() > _DRAWN)):
             parts.append([])
             size = 0
         parts[-1].append(each)
         size += each[0].p.numel()
     return parts
+
+
+def _overlapping(params: list[Tensor]) -> set[int]:
+    """The places in the list of those that share memory."""
+    spans = sorted((p.data_ptr(), p.data_ptr() + p.nbytes, at) for at, p in enumerate(params))
+    shared: set[int] = set()
+    most = before = -1
+    for start, end, at in spans:
+        if start < most:
+            shared |= {before, at}
+        most, before = max(most, end), at
+    return shared

@@ -76,7 +76,8 @@ def restore_entry(
     entry = {name: value for name, value in entry.items() if value is not None}  # torch's SGD before a momentum
     if set(entry) != {"step", *shapes}:
         raise FileError(
-            f"{place}: {', '.join(sorted(entry))} were saved; {', '.join(sorted({'step', *shapes}))} are kept here."
+            f"{place}: {', '.join(sorted(entry))} were saved; {', '.join(sorted({'step', *shapes}))} are kept here. "
+            "Load it into the rule, with the options and over parameters of the shapes, that it was saved with."
         )
     restored = {}
     with within(f"{place}: step"):

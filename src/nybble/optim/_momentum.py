@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from nybble.core.errors import UsageError
-from nybble.optim import check_range
+from nybble.optim import LowBitOptimizer, check_range
+from nybble.optim._decays import with_decay
+from nybble.optim._states import Kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,17 @@ class MomentumOptions:
             )
 
 
+class MomentumRule(LowBitOptimizer):
+    """A rule whose only state is a momentum, which is kept as long as there is one."""
+
+    states: ClassVar[dict[str, Kind]] = {"momentum_buffer": "signed"}
+    options_type: ClassVar[type[Any]] = MomentumOptions
+
+    def shapes(self, p: Tensor, options: Any = None) -> dict[str, tuple[int, ...]]:
+        momentum = self.defaults["momentum"] if options is None else options.momentum
+        return super().shapes(p) if momentum else {}
+
+
 def momentum_step(
     p: Tensor, grad: Tensor, states: dict[str, Tensor], step: int, options: MomentumOptions
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -36,8 +50,7 @@ def momentum_step(
 
     The first momentum is the gradient itself, not ``1 - dampening`` of it.
     """
-    if options.weight_decay != 0:
-        grad = grad.add(p, alpha=options.weight_decay)
+    grad = with_decay(grad, p, options.weight_decay)
     if options.momentum == 0:
         return grad, {}
     if step == 1:

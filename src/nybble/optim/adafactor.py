@@ -17,6 +17,7 @@ from torch.optim.optimizer import ParamsT
 from nybble.core.errors import UsageError
 from nybble.optim import LowBitOptimizer, check_range
 from nybble.optim._common import Common
+from nybble.optim._decays import shrunk
 from nybble.optim._factored import factor_shapes, mean_squares, outer
 from nybble.optim._states import Kind
 
@@ -98,8 +99,7 @@ class Adafactor(LowBitOptimizer):
         eps1 = torch.finfo(torch.float32).eps if options.eps[0] is None else options.eps[0]
         fresh = float(step) ** options.beta2_decay
         rate = max(options.eps[1], p.norm(2).item() / p.numel() ** 0.5) * min(options.lr, 1 / float(step) ** 0.5)
-        if options.weight_decay != 0:
-            p = p * (1 - options.lr * options.weight_decay)
+        p = shrunk(p, options.lr, options.weight_decay)
         if p.dim() > 1:
             rows = states["row_var"].lerp(mean_squares(grad, -1), fresh)
             columns = states["col_var"].lerp(mean_squares(grad, -2), fresh)

@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from nybble.optim import LowBitOptimizer, check_range
 from nybble.optim._common import Common
+from nybble.optim._decays import with_decay
 from nybble.optim._states import Kind
 
 
@@ -68,8 +69,7 @@ class Adagrad(LowBitOptimizer):
     def update(  # noqa: D102
         p: Tensor, grad: Tensor, states: dict[str, Tensor], step: int, options: AdagradOptions
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if options.weight_decay != 0:
-            grad = grad.add(p, alpha=options.weight_decay)
+        grad = with_decay(grad, p, options.weight_decay)
         before = states["sum"] + options.initial_accumulator_value if step == 1 else states["sum"]
         total = before.addcmul(grad, grad)
         rate = options.lr / (1 + (step - 1) * options.lr_decay)

@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from nybble.optim import LowBitOptimizer
 from nybble.optim._adam import AdamOptions, adam_step
 from nybble.optim._common import Common
+from nybble.optim._decays import with_decay
 from nybble.optim._states import Kind
 
 
@@ -52,9 +53,7 @@ class Adam(LowBitOptimizer):
     def update(  # noqa: D102
         p: Tensor, grad: Tensor, states: dict[str, Tensor], step: int, options: AdamOptions
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if options.weight_decay != 0:
-            grad = grad.add(p, alpha=options.weight_decay)
-        return adam_step(p, grad, states, step, options)
+        return adam_step(p, with_decay(grad, p, options.weight_decay), states, step, options)
 
 
 PART = Adam

@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 from nybble.optim import LowBitOptimizer
 from nybble.optim._adam import AdamOptions, adam_step
 from nybble.optim._common import Common
+from nybble.optim._decays import shrunk
 from nybble.optim._states import Kind
 
 
@@ -75,9 +76,7 @@ class AdamW(LowBitOptimizer):
     def update(  # noqa: D102
         p: Tensor, grad: Tensor, states: dict[str, Tensor], step: int, options: AdamWOptions
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if options.weight_decay != 0:
-            p = p * (1 - options.lr * options.weight_decay)
-        return adam_step(p, grad, states, step, options)
+        return adam_step(shrunk(p, options.lr, options.weight_decay), grad, states, step, options)
 
 
 PART = AdamW

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from nybble.optim import LowBitOptimizer
+from nybble.optim._adam import moved
 from nybble.optim._common import Common
+from nybble.optim._decays import shrunk
 from nybble.optim._factored import factor_shapes, mean_squares, outer
 from nybble.optim._states import Kind
 from nybble.optim.adamw import AdamWOptions
@@ -70,8 +72,7 @@ class Factor(LowBitOptimizer):
         p: Tensor, grad: Tensor, states: dict[str, Tensor], step: int, options: AdamWOptions
     ) -> tuple[Tensor, dict[str, Tensor]]:
         beta1, beta2 = options.betas
-        if options.weight_decay != 0:
-            p = p * (1 - options.lr * options.weight_decay)
+        p = shrunk(p, options.lr, options.weight_decay)
         m = states["exp_avg"].lerp(grad, 1 - beta1)
         if p.dim() > 1:
             rows = states["exp_avg_sq_row"].lerp(mean_squares(grad, -1), 1 - beta2)
@@ -80,8 +81,7 @@ class Factor(LowBitOptimizer):
         else:
             v = (states["exp_avg_sq"] * beta2).addcmul_(grad, grad, value=1 - beta2)
             new = {"exp_avg_sq": v}
-        denominator = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(options.eps)
-        return p.addcdiv(m, denominator, value=-(options.lr / (1 - beta1**step))), {"exp_avg": m, **new}
+        return moved(p, m, v, step, options), {"exp_avg": m, **new}
 
 
 PART = Factor

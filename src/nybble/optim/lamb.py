@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from nybble.optim import LowBitOptimizer, check_range
 from nybble.optim._common import Common
+from nybble.optim._decays import shrunk, with_decay
 from nybble.optim._norms import clipped
 from nybble.optim._states import Kind
 
@@ -89,8 +90,8 @@ class LAMB(LowBitOptimizer):
         p: Tensor, grad: Tensor, states: dict[str, Tensor], step: int, options: LAMBOptions
     ) -> tuple[Tensor, dict[str, Tensor]]:
         beta1, beta2 = options.betas
-        if not options.adam_w_mode and options.weight_decay != 0:
-            grad = grad.add(p, alpha=options.weight_decay)
+        if not options.adam_w_mode:
+            grad = with_decay(grad, p, options.weight_decay)
         m = states["exp_avg"].mul(beta1).add_(grad, alpha=1 - beta1)
         v = states["exp_avg_sq"].mul(beta2).addcmul_(grad, grad, value=1 - beta2)
         c = (1 - beta1**step, (1 - beta2**step) ** 0.5) if options.bias_correction else (1.0, 1.0)
@@ -103,8 +104,7 @@ def _clipped(p: Tensor, m: Tensor, v: Tensor, c: tuple[float, float], decay: flo
     assert options.max_unorm is not None
     direction = m / v.sqrt().add_(options.eps * c[1])
     scale = clipped(p, direction, options.max_unorm)
-    kept = p * (1 - options.lr * decay) if decay else p
-    return kept.add(direction, alpha=float(-options.lr * c[1] / c[0] * scale))
+    return shrunk(p, options.lr, decay).add(direction, alpha=float(-options.lr * c[1] / c[0] * scale))
 
 
 def _published(p: Tensor, m: Tensor, v: Tensor, c: tuple[float, float], decay: float, options: LAMBOptions) -> Tensor:

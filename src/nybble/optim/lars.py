@@ -11,11 +11,10 @@ from typing import Any, ClassVar, Unpack
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from nybble.optim import LowBitOptimizer, check_range
+from nybble.optim import check_range
 from nybble.optim._common import Common
-from nybble.optim._momentum import MomentumOptions, momentum_step
+from nybble.optim._momentum import MomentumOptions, MomentumRule, momentum_step
 from nybble.optim._norms import clipped
-from nybble.optim._states import Kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,7 @@ class LARSOptions(MomentumOptions):
         check_range("max_unorm", self.max_unorm)
 
 
-class LARS(LowBitOptimizer):
+class LARS(MomentumRule):
     """bitsandbytes' ``LARS``: SGD's direction u, shortened to ``max_unorm * |p|`` where it is longer.
 
     ::
@@ -47,7 +46,6 @@ class LARS(LowBitOptimizer):
         common: :class:`~nybble.optim._common.Common`; the state is ``momentum_buffer``, of both signs.
     """
 
-    states: ClassVar[dict[str, Kind]] = {"momentum_buffer": "signed"}
     options_type: ClassVar[type[Any]] = LARSOptions
     elementwise: ClassVar[bool] = False
 
@@ -65,10 +63,6 @@ class LARS(LowBitOptimizer):
         options = {"lr": lr, "momentum": momentum, "dampening": dampening}
         options |= {"weight_decay": weight_decay, "nesterov": nesterov, "max_unorm": max_unorm}
         super().__init__(params, options, **common)
-
-    def shapes(self, p: Tensor, options: Any = None) -> dict[str, tuple[int, ...]]:  # noqa: D102
-        momentum = self.defaults["momentum"] if options is None else options.momentum
-        return super().shapes(p) if momentum else {}
 
     @staticmethod
     def update(  # noqa: D102

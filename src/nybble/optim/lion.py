@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from nybble.optim import LowBitOptimizer, check_range
 from nybble.optim._common import Common
+from nybble.optim._decays import shrunk
 from nybble.optim._states import Kind
 
 
@@ -64,8 +65,7 @@ class Lion(LowBitOptimizer):
         p: Tensor, grad: Tensor, states: dict[str, Tensor], step: int, options: LionOptions
     ) -> tuple[Tensor, dict[str, Tensor]]:
         beta1, beta2 = options.betas
-        if options.weight_decay != 0:
-            p = p * (1 - options.lr * options.weight_decay)
+        p = shrunk(p, options.lr, options.weight_decay)
         direction = states["exp_avg"].mul(beta1).add_(grad, alpha=1 - beta1).sign_()
         m = states["exp_avg"].mul(beta2).add_(grad, alpha=1 - beta2)
         return p.add(direction, alpha=-options.lr), {"exp_avg": m}

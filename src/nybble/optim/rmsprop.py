@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 from nybble.core.errors import SchemeError
 from nybble.optim import LowBitOptimizer, check_range
 from nybble.optim._common import Common
+from nybble.optim._decays import with_decay
 from nybble.optim._states import Kind
 
 
@@ -94,8 +95,7 @@ class RMSprop(LowBitOptimizer):
     def update(  # noqa: D102
         p: Tensor, grad: Tensor, states: dict[str, Tensor], step: int, options: RMSpropOptions
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if options.weight_decay != 0:
-            grad = grad.add(p, alpha=options.weight_decay)
+        grad = with_decay(grad, p, options.weight_decay)
         v = states["square_avg"].mul(options.alpha).addcmul_(grad, grad, value=1 - options.alpha)
         new = {"square_avg": v}
         if options.centered:

@@ -5,18 +5,16 @@ Polyak 1964 (momentum); Sutskever et al. 2013 (Nesterov's); Dettmers et al. 2022
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar, Unpack
 
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from nybble.optim import LowBitOptimizer
 from nybble.optim._common import Common
-from nybble.optim._momentum import MomentumOptions, momentum_step
-from nybble.optim._states import Kind
+from nybble.optim._momentum import MomentumOptions, MomentumRule, momentum_step
 
 
-class SGD(LowBitOptimizer):
+class SGD(MomentumRule):
     """``torch.optim.SGD`` whose momentum is kept by a Quantizer; without a momentum there is no state.
 
     ::
@@ -34,8 +32,6 @@ class SGD(LowBitOptimizer):
         common: :class:`~nybble.optim._common.Common`; the state is ``momentum_buffer``, of both signs.
     """
 
-    states: ClassVar[dict[str, Kind]] = {"momentum_buffer": "signed"}
-    options_type: ClassVar[type[Any]] = MomentumOptions
     counts: ClassVar[bool] = False
 
     def __init__(
@@ -51,10 +47,6 @@ class SGD(LowBitOptimizer):
         options = {"lr": lr, "momentum": momentum, "dampening": dampening}
         options |= {"weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, options, **common)
-
-    def shapes(self, p: Tensor, options: Any = None) -> dict[str, tuple[int, ...]]:  # noqa: D102
-        momentum = self.defaults["momentum"] if options is None else options.momentum
-        return super().shapes(p) if momentum else {}
 
     @staticmethod
     def update(  # noqa: D102

@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nybble.checkpoint.parts import REQUEST, TIMES, begun_with, same_request
+from nybble.checkpoint.parts import REQUEST, TIMES, begun_with, cleared, same_request
 from nybble.checkpoint.trained import BASE, GENERATED, MERGED, TRAINING
 from nybble.core.device import out_of_memory
 from nybble.core.errors import FileError, LearningError, NybbleError, UsageError
@@ -43,6 +43,7 @@ from nybble.report.trained import facts_of, trained_rows
 from nybble.training.methods import Place
 from nybble.training.recipe import TrainingRecipe, load_training_recipe
 from nybble.training.settings import TrainSettings
+from nybble.training.tasks import TASKS
 
 BEFORE, MEMORY = "before.json", "memory.json"
 MODEL = "model"
@@ -118,7 +119,7 @@ def train(
         need_space(out, space(job))
         partial = stack.enter_context(AtomicFolder(out, resumable=True))
         try:
-            _begin(partial, job)
+            _begin(partial, job, say)
             result = _finished(partial)
             if result is None:
                 job = _with_data(job, partial, progress, say)
@@ -140,13 +141,15 @@ def _data(recipe: TrainingRecipe, data: str | None) -> str:
     return recipe.data if data is None else data
 
 
-def _begin(partial: Path, job: Job) -> None:
-    """Keep the request, or compare it with that of the run that is gone on with."""
+def _begin(partial: Path, job: Job, say: Callable[[str], None]) -> None:
+    """Keep the request, or compare it with that of the run that is gone on with; any other is said, and cleared."""
     request = job.request()
     before = begun_with(partial) if job.settings.resume else None
     if before is not None:
         same_request(partial, before, request)
         return
+    if not job.settings.resume and _made(partial):
+        say(cleared(partial))
     for child in partial.iterdir():
         shutil.rmtree(child) if child.is_dir() else child.unlink()
     atomic_write_json(partial / REQUEST, request)
@@ -176,11 +179,15 @@ def _finished(partial: Path) -> dict[str, Any] | None:
 
 def _forget_unbegun(partial: Path, error: BaseException) -> None:
     """Remove a folder in which nothing is worth going on from: a request that was refused, or nothing made yet."""
-    begun = (BASE, "base.partial", GENERATED, f"{GENERATED}.begun", TRAINING)
-    made = any((partial / name).exists() for name in begun)
     refused = isinstance(error, NybbleError) and not isinstance(error, FileError | LearningError)
-    if last_good(partial) is None and (refused or not made):
+    if last_good(partial) is None and (refused or not _made(partial)):
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _made(partial: Path) -> bool:
+    """Whether there is something that took long."""
+    names = (BASE, "base.partial", GENERATED, f"{GENERATED}.begun", TRAINING)
+    return last_good(partial) is not None or any((partial / name).exists() for name in names)
 
 
 def _base(job: Job, partial: Path, progress: Progress, say: Callable[[str], None]) -> str:
@@ -224,9 +231,9 @@ def _trained(
     sizes = {"examples": len(job.examples.rows), "targets": job.examples.targets}
     request["data"] = {**job.examples.manifest(), **request["data"], **sizes}
     return {
-        **request, "task": {"unit": job.task.unit, "shown": job.task.shown}, "steps": sum(run.steps),
-        "stages": run.steps, "trainable": run.trainable, "curve": run.curve, "losses": run.losses,
-        "memory": run.memory, "evaluation": _compared(before, after), "merged": job.asked.merge,
+        **request, "steps": sum(run.steps), "stages": run.steps, "trainable": run.trainable, "curve": run.curve,
+        "losses": run.losses, "memory": run.memory, "evaluation": _compared(before, after), "merged": job.asked.merge,
+        "task": {"name": TASKS.key_of(job.task), "unit": job.task.unit, "shown": job.task.shown},
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from nybble.core.errors import FileError, FormatError
 from nybble.formats import get_format
+from nybble.report.words import task_of
 
 Check = Callable[[Any], bool]
 MOST_BINS = 256
@@ -85,9 +86,11 @@ def check_training(training: dict[str, Any], place: object) -> None:
         FileError: what is wrong.
     """
     for key, good in TRAINING.items():
-        if key not in training or not good(training[key]):
+        if (key not in training and key not in ADDED) or not good(training.get(key, ADDED.get(key))):
             raise _damaged(place, f"{key} = {_short(training.get(key))}", "train")
-    if any(len(values) != len(training["curve"]) for values in training["losses"].values()):
+    if not all(map(_text, map(task_of(training).get, ("name", "unit", "shown")))):
+        raise _damaged(place, f"task = {_short(training['task'])}", "train")
+    if any(len(values) != len(training["curve"]) for values in training.get("losses", {}).values()):
         raise _damaged(place, "'losses' are not those of the curve's updates", "train")
     evaluation = training["evaluation"]
     if evaluation is None:
@@ -96,8 +99,8 @@ def check_training(training: dict[str, Any], place: object) -> None:
     models = evaluation.get("models", {})
     before, after = models.get("before", {}), models.get("after", {})
     numbers = all(map(_number, (value for found in models.values() for value in found.values())))
-    if not numbers or training["task"]["shown"] not in before or before.keys() != after.keys():
-        raise _damaged(place, "'models' has no metrics before and after", "train")
+    if not numbers or task_of(training)["shown"] not in before or before.keys() != after.keys():
+        raise _damaged(place, "'models' has no losses before and after", "train")
     if not all({"before", "after", "target"} <= found.keys() for found in evaluation.get("samples", [])):
         raise _damaged(place, "'samples' lack answers", "train")
 
@@ -215,7 +218,6 @@ FIELDS: dict[str, tuple[bool, Check]] = {
 TRAINING: dict[str, Check] = {
     "method": _text,
     "model": _text,
-    "task": lambda value: isinstance(value, dict) and all(_text(value.get(key)) for key in ("unit", "shown")),
     "steps": _count,
     "stages": lambda value: _list(_count, 1, MOST_BINS)(value) and sum(value) > 0,
     "trainable": _count,
@@ -227,3 +229,6 @@ TRAINING: dict[str, Check] = {
     "versions": lambda value: isinstance(value, dict) and _text(value.get("nybble")),
 }
 """What the record of a training run must have."""
+
+ADDED: dict[str, Any] = {"stages": [1], "losses": {}}
+"""Of that, what older records lack, with something good in its place."""

@@ -10,7 +10,7 @@ from nybble.report.histogram import drawn
 from nybble.report.learning import HIGH, WIDE, path_of
 from nybble.report.page import fill
 from nybble.report.tables import change
-from nybble.report.words import METRICS, SHORT, flatten, number, percent, size
+from nybble.report.words import METRICS, flatten, number, percent, size, task_of
 
 POINTS = 200
 MEMORY = {
@@ -45,6 +45,7 @@ def render_training(data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] =
         UsageError: Jinja2 is missing.
     """
     evaluation, curve = data["evaluation"], data["curve"]
+    stages = data.get("stages", [data["steps"]])
     values = {
         "name": f"{data['method']} on {data['model']}",
         "link": link,
@@ -54,11 +55,11 @@ def render_training(data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] =
         "samples": [] if evaluation is None else evaluation["samples"],
         "path": path_of(thinned(curve)),
         "curve_box": f"0 0 {WIDE:g} {HIGH:g}",
-        "borders": borders(data["stages"]),
-        "stages": [f"{steps:,}" for steps in data["stages"]],
+        "borders": borders(stages),
+        "stages": [f"{steps:,}" for steps in stages],
         "first": number(curve[0][1]) if curve else "",
         "last": number(curve[-1][1]) if curve else "",
-        "losses": [_loss(name, curve, found) for name, found in data["losses"].items()],
+        "losses": [_loss(name, curve, found) for name, found in data.get("losses", {}).items()],
         "learned": learned_rows(rows),
         "memory": memory_rows(data["memory"]),
         "manifest": flatten({key: value for key, value in data.items() if key not in LEFT_OUT}),
@@ -128,7 +129,7 @@ def _loss(name: str, curve: Sequence[Sequence[float]], values: Sequence[float]) 
 
 
 def _tiles(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    task = data["task"]
+    task = task_of(data)
     found = [
         ("updates", f"{data['steps']:,}", f"{data['data']['examples']:,} examples"),
         ("parameters train", f"{data['trainable']:,}", f"{data['data']['targets']:,} {task['unit']}"),
@@ -137,5 +138,6 @@ def _tiles(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         models, shown = data["evaluation"]["models"], task["shown"]
         says = {name: number(found[shown]) for name, found in models.items() if shown in found}
         below = f"{says['before']} before" + (f", {says['float']} in float" if "float" in says else "")
-        found.append((SHORT.get(shown, shown), says["after"], below))
+        title = METRICS.get(shown, shown).partition(" (")[0]
+        found.append((f"held out: {title}", says["after"], below))
     return found

@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,7 @@ from nybble.core.files import atomic_write_json, free_bytes
 from nybble.core.progress import Progress
 from nybble.core.progress import task as said
 from nybble.core.seeds import derive_seed, generator
+from nybble.training.memory import keeping
 from nybble.training.objective import Objective
 from nybble.training.optimizers import make_optimizer, state_bytes
 from nybble.training.settings import TrainSettings
@@ -214,8 +215,8 @@ class _Loop(Trainer):
         super().log(logs, *given, **more)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        kept: dict[int, int] = {}
-        with _counting(model, kept) if not self.memory else nullcontext():
+        first: AbstractContextManager[dict[int, int]] = nullcontext({}) if self.memory else keeping(model)
+        with first as kept:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not loss.isfinite():
             raise LearningError(
@@ -308,21 +309,6 @@ def _tensorboard(folder: Path, done: int) -> Any:
 
     callback: Any = TensorBoardCallback
     return callback(SummaryWriter(log_dir=str(folder), purge_step=done + 1 if done else None))
-
-
-@contextmanager
-def _counting(model: nn.Module, kept: dict[int, int]) -> Iterator[None]:
-    """Note the storages that autograd keeps from forward to backward, but for the model's own."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-
-    def note(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        yield
 
 
 @contextmanager

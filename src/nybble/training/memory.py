@@ -149,7 +149,7 @@ def measure_step(
 
 
 @contextmanager
-def keeping(model: nn.Module, told: Callable[[Iterable[Tensor]], None]) -> Iterator[dict[int, int]]:
+def keeping(model: nn.Module, told: Callable[[Iterable[Tensor]], None] = lambda _: None) -> Iterator[dict[int, int]]:
     """Bytes of each storage that autograd keeps for backward, but for the model's own, by its address.
 
     Args:

@@ -38,7 +38,8 @@ def parse_optimizer(line: str) -> tuple[type[Any], dict[str, Any]]:
         raise UsageError(f"optimizer {line!r}: give a name, and options as NAME=VALUE.") from error
     kind = _kind(name)
     options = read_options(words, f"optimizer {name}")
-    takes = [key for key in inspect.signature(kind).parameters if key not in ("params", "lr")]
+    # args is bitsandbytes' object of options, which a line can't hold
+    takes = [key for key in inspect.signature(kind).parameters if key not in ("params", "lr", "args")]
     for key in options:
         if key not in takes:
             raise UsageError(f"optimizer {name} has no option {key!r} here.{did_you_mean(key, takes)}")

@@ -16,7 +16,7 @@ from nybble.report.training import render_training
 CLASSES: dict[str, Any] = {
     "method": "bit",
     "model": EVIL,
-    "task": {"unit": "records", "shown": "accuracy"},
+    "task": {"name": "classification", "unit": "records", "shown": "accuracy"},
     "steps": 40,
     "stages": [10, 30],
     "trainable": 12345,
@@ -67,7 +67,7 @@ def test_layers_that_learned_are_drawn() -> None:
 @pytest.mark.parametrize(
     ("place", "value", "match"),
     [
-        ("task", {"unit": "records", "shown": "nll"}, "no metrics before and after"),
+        ("task", {"name": "x", "unit": "records", "shown": "nll"}, "no losses before and after"),
         ("task", "language", "task = "),
         ("stages", [], "stages = "),
         ("stages", [0], "stages = "),

@@ -72,6 +72,7 @@ def test_options_arrive() -> None:
         ("AdamW 'state=", "give a name, and options as NAME=VALUE"),
         ("", "give a name"),
         ("AdamW lr=1", "no option 'lr' here"),
+        ("AdamW args=1", "no option 'args' here. Known: amsgrad, betas, "),
     ],
 )
 def test_what_is_refused(line: str, message: str) -> None:
