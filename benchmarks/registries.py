@@ -47,7 +47,7 @@ from nybble.training.losses import LOSSES
 from nybble.training.methods import METHODS
 from nybble.training.recipe import listed_training_recipes
 from nybble.training.settings import TrainSettings
-from nybble.training.tasks import TASKS
+from nybble.training.tasks import TASKS, Task
 
 NO_DEFAULT = (dataclasses.MISSING, None, "", ())
 WORDS: dict[Any, str] = {
@@ -391,10 +391,16 @@ def train_losses() -> str:
 def train_tasks() -> str:
     """What models are trained to do."""
     rows = [
-        [f"`{name}`", _markdown(part.summary), part.unit, f"`{part.shown}`"]
+        [f"`{name}`", _markdown(part.summary), part.unit, f"`{part.shown}`", _metrics(part)]
         for name, part in _parts(TASKS).items()
     ]  # fmt: skip
-    return table(("task", "of", "the loss is a mean over", "shown first"), rows, numbers=False)
+    return table(("task", "of", "the loss is a mean over", "shown first", "metrics"), rows, numbers=False)
+
+
+def _metrics(task: Task) -> str:
+    """What a task's class says of its metrics."""
+    found = re.search(r"Metrics: (.*?)\.?\s*$", inspect.cleandoc(type(task).__doc__ or ""), re.S)
+    return _markdown(found[1]) if found else ""
 
 
 def train_settings() -> str:
