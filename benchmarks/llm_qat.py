@@ -39,11 +39,17 @@ SCHEMES = {
 }
 POST = ("rtn", "gptq", "smoothquant", "quarot", "signround")
 DATA = ("self", "real")
+ROTATED = ", rotated"
+"""Of a training that begins with QuaRot's folded rotations: the same network in float, without outliers."""
 
 
 def rows_of(options: argparse.Namespace) -> list[tuple[str, str]]:
     """Scheme and way, of those that are wanted."""
-    every = [(scheme, way) for scheme in SCHEMES for way in (*POST, *(f"llm-qat, {data}" for data in DATA))]
+    every = [
+        (scheme, way)
+        for scheme in SCHEMES
+        for way in (*POST, *(f"llm-qat, {data}{more}" for more in ("", ROTATED) for data in DATA))
+    ]
     words = options.rows
     return [row for row in every if not words or any(word in f"{row[0]} {row[1]}" for word in words)]
 
@@ -56,8 +62,20 @@ def quantized(scheme: str, way: str, options: argparse.Namespace, out: Path) -> 
     return str(out)
 
 
+def rotated(options: argparse.Namespace, work: Path) -> str:
+    """A folder with the float model whose rotations are folded: packed as float16, and made dense again."""
+    recipe = build_recipe("quarot", weights="float16 tensor scale=one", activations="none")
+    settings = {"samples": 1, "seq_len": 512, "device": options.device}
+    nybble.quantize(options.smollm2 or options.model, recipe, "builtin", out=work / "turned", settings=settings)
+    nybble.export(work / "turned", work / "rotated", target="dense")
+    return str(work / "rotated")
+
+
 def trained(scheme: str, data: str, options: argparse.Namespace, out: Path) -> tuple[str, dict[str, Any]]:
     """A folder, and what is to be said of the training."""
+    turned = data.endswith(ROTATED)
+    data = data.removesuffix(ROTATED)
+    model = rotated(options, out.parent) if turned else options.smollm2 or options.model
     src = str(options.texts) if data == "self" else "builtin"
     settings = {
         "steps": options.steps, "batch": options.batch, "accumulate": 1, "seq_len": options.length, "lr": options.lr,
@@ -65,7 +83,7 @@ def trained(scheme: str, data: str, options: argparse.Namespace, out: Path) -> t
         "checkpointing": False, "optimizer": "torch.AdamW fused=true", "save_every": 1_000_000,
     }  # fmt: skip
     found = train(
-        "llm-qat", options.smollm2 or options.model, out, src, scheme=SCHEMES[scheme], settings=settings, form="native",
+        "llm-qat", model, out, src, scheme=SCHEMES[scheme], settings=settings, form="native",
         progress=Silent(),
     )  # fmt: skip
     curve = found["curve"][:: max(1, len(found["curve"]) // 100)]
@@ -121,7 +139,7 @@ def main() -> None:
         work = Path(tempfile.mkdtemp())
         try:
             if way.startswith("llm-qat"):
-                done, more = trained(scheme, way.split(", ")[1], options, work / "out")
+                done, more = trained(scheme, way.removeprefix("llm-qat, "), options, work / "out")
             else:
                 done = quantized(scheme, way, options, work / "out")
             metrics = judged(done, options)
