@@ -66,8 +66,14 @@ def command(
     if (prompt is None) == (dataset is None):
         raise UsageError("give a PROMPT to go on from, or --dataset FILE for a set of the model's own texts.")
     if dataset is not None:
+        given = {"--max-new-tokens": max_new_tokens != 64, "--raw": raw, "--sample": sample, "--kv": kv is not None}
+        for name in (name for name, is_given in given.items() if is_given):
+            raise UsageError(f"{name} is for an answer to a PROMPT; texts of --dataset have options of their own.")
         _dataset(model, dataset, texts, seed, device, json)
         return
+    if texts != DATASET:
+        other = next(name for name, value in vars(texts).items() if value != getattr(DATASET, name))
+        raise UsageError(f"--{other.replace('_', '-')} is for --dataset FILE, texts of the model's own; leave it out.")
     assert prompt is not None
     from nybble.pipelines.request import check_prompt
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from nybble.checkpoint.parts import same_request
 from nybble.core.device import out_of_memory
-from nybble.core.errors import FileError, ModelError
+from nybble.core.errors import FileError, ModelError, NybbleError
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import atomic_write_bytes, atomic_write_json, check_new_file, disk_errors, sha256_file
 from nybble.core.progress import Progress, Silent, task
@@ -20,7 +20,8 @@ from nybble.data.kinds import data_kind
 from nybble.models.adapter import reads_of
 from nybble.nn.swap import hold_slow
 from nybble.pipelines.load import load_with_origin
-from nybble.training.generated import Generation, generated
+from nybble.training.generated import Generation, check_generates, generated
+from nybble.training.tasks._fits import check_length
 
 
 @explicit_settings()
@@ -43,7 +44,7 @@ def generate_dataset(
         options: how many, how long, how.
         dtype: of the model; None: bfloat16.
         device: where to run.
-        resume: go on from what a killed run left, to the same bytes.
+        resume: go on from what a killed run left, to the same bytes; without it that is made anew.
         progress: told after each batch.
 
     Returns:
@@ -56,30 +57,49 @@ def generate_dataset(
     check_new_file(out)
     request = {"model": model, "dtype": dtype, "device": device, **json.loads(json.dumps(asdict(options)))}
     partial, note = out.with_name(f"{out.name}.begun"), out.with_name(f"{out.name}.begun.json")
-    begun = resume and partial.exists() and note.exists()
+    begun = resume and note.exists() and (partial.exists() or out.exists())
     if begun:
         try:
             before = json.loads(note.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise FileError(f"{note} can't be read ({error}); remove it and {partial}, and begin anew.") from error
         same_request(partial, before, request)
-    loaded, origin = load_with_origin(model, dtype=dtype, device=device)
-    tokenizer = data_kind(reads_of(loaded)).tokenizer(origin) if loaded.can_generate() else None
-    if tokenizer is None:
+    elif out.exists():
+        raise FileError(f"{out} exists already. Remove it or choose another file.")
+    if not out.exists():
+        _make(model, out, options, request, begun, progress or Silent())
+    for path in (partial, note):
+        path.unlink(missing_ok=True)
+    found = [json.loads(line)["tokens"] for line in out.read_bytes().splitlines()]
+    return {"out": str(out), "texts": len(found), "tokens": sum(found), "sha256": sha256_file(out), **request}
+
+
+def _make(model: str, out: Path, options: Generation, request: dict[str, Any], begun: bool, progress: Progress) -> None:
+    partial, note = out.with_name(f"{out.name}.begun"), out.with_name(f"{out.name}.begun.json")
+    device = request["device"]
+    loaded, origin = load_with_origin(model, dtype=request["dtype"], device=device)
+    if not hasattr(loaded, "can_generate") or reads_of(loaded) != "tokens":
         raise ModelError(f"{model} is a {type(loaded).__name__}, which generates no text.")
+    check_generates(loaded)
+    check_length(loaded, model, options.length, "length")
+    tokenizer = data_kind("tokens").tokenizer(origin)
     with disk_errors(out), out_of_memory(device):
         if not begun:
             atomic_write_json(note, request)
             partial.write_bytes(b"")
-        _write(loaded, tokenizer, options, partial, progress or Silent())
-        lines = [line for line in partial.read_bytes().splitlines(keepends=True) if json.loads(line)["text"].strip()]
-        if not lines:
-            raise ModelError(f"{model} made nothing but white space in {options.count} texts.")
+        try:
+            _write(loaded, tokenizer, options, partial, progress)
+            lines = [
+                line for line in partial.read_bytes().splitlines(keepends=True) if json.loads(line)["text"].strip()
+            ]
+            if not lines:
+                raise ModelError(f"{model} made nothing but white space in {options.count} texts.")
+        except BaseException as error:
+            if isinstance(error, NybbleError) or not partial.stat().st_size:  # nothing to go on from
+                partial.unlink()
+                note.unlink()
+            raise
         atomic_write_bytes(out, b"".join(lines))
-        for path in (partial, note):
-            path.unlink()
-    tokens = sum(json.loads(line)["tokens"] for line in lines)
-    return {"out": str(out), "texts": len(lines), "tokens": tokens, "sha256": sha256_file(out), **request}
 
 
 def _write(model: nn.Module, tokenizer: Any, options: Generation, partial: Path, progress: Progress) -> None:
