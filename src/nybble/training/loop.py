@@ -92,7 +92,7 @@ def train(
     optimizer = make_optimizer(settings.optimizer, model, settings.lr, groups)
     if settings.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with _quiet(), _alone():
+    with _quiet(), _alone(), _own_forward(model):
         trainer = _Loop(
             model=model,
             args=_arguments(settings, checkpoints, mixed=mixed),
@@ -335,6 +335,19 @@ def _alone() -> Iterator[None]:
         yield
     finally:
         os.environ |= kept
+
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """Without accelerate's around it afterwards: whatever is measured then would be rounded to its bfloat16, too."""
+    before = model.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        for name in ("forward", "_original_forward"):
+            model.__dict__.pop(name, None)
+        if before is not None:
+            model.__dict__["forward"] = before
 
 
 @contextmanager
