@@ -193,7 +193,12 @@ def _teachers(place: Path) -> dict[str, str]:
     tokenizer.add_tokens(["added"])
     tokenizer.save_pretrained(place / "words")
     kind: Any = BertForSequenceClassification
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     kind(BertConfig(vocab_size=300, **sizes)).save_pretrained(place / "bert")
     return {
         "rows": "has 301 tokens, and the model 300; give one of the same",

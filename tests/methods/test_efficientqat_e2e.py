@@ -106,7 +106,7 @@ def test_the_gradient_of_a_scale_is_the_sum_over_its_group(folder: Path) -> None
             q: Any = layer.weight.qtensor()
             scale = q.params.scale.float().repeat_interleave(GROUP, 1)
             codes[name] = (q.dequantize() / scale).round()
-            plain = nn.Linear(q.shape[1], q.shape[0], bias=layer.bias is not None)
+            plain: Any = nn.Linear(q.shape[1], q.shape[0], bias=layer.bias is not None)
             plain.weight = nn.Parameter(q.dequantize())
             plain.bias = layer.bias
             dense.set_submodule(name, plain)

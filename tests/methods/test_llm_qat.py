@@ -25,7 +25,7 @@ from nybble.training.tasks import TASKS
 pytest.importorskip("accelerate", reason="needs accelerate, which nybble's extra 'train' brings")
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 
-SIZES = {"vocab_size": len(WORDS), "pad_token_id": 0, "attention_bias": False}
+SIZES: dict[str, Any] = {"vocab_size": len(WORDS), "pad_token_id": 0, "attention_bias": False}
 LOOP: dict[str, Any] = {
     "steps": 60, "batch": 16, "accumulate": 1, "seq_len": 24, "lr": 1e-3, "dtype": "float32", "checkpointing": False
 }  # fmt: skip
@@ -134,7 +134,7 @@ class Says(nn.Module):
         self.logits = nn.Parameter(logits)
 
     def forward(self, **given: Any) -> CausalLMOutputWithPast:
-        return CausalLMOutputWithPast(logits=self.logits)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(logits=self.logits)
 
 
 def pairs() -> Iterator[tuple[Any, dict[str, Tensor]]]:
@@ -171,7 +171,7 @@ def test_the_loss_is_that_of_logits_alone() -> None:
         assert float(per_batch.detach()) == pytest.approx(5 * float(mean.detach()))
 
 
-BITS = {
+BITS: dict[str, tuple[dict[str, Any], str]] = {
     "weights of no bit": ({"weights": "int0 channel"}, "int0"),
     "one bit of inputs": ({"activations": "int1 token"}, "int1"),
     "no such cache": ({"kv": "int0 token"}, "int0"),

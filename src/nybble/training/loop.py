@@ -195,7 +195,8 @@ class _Loop(Trainer):
         self.objective: Objective | None = objective
         if objective is not None:
             self.model_accepts_loss_kwargs = False  # a mean of each forward: the Trainer divides by their number
-        self.forwards, self.shared = 0, SharedForwards([p for p in self.model.parameters() if p.requires_grad])
+        learns = [p for p in given["model"].parameters() if p.requires_grad]
+        self.forwards, self.shared = 0, SharedForwards(learns)
         known = notes.exists() and settings.resume
         self.memory: dict[str, int] = json.loads(notes.read_text(encoding="utf-8")) if known else {}
 
