@@ -21,8 +21,10 @@ from torch.multiprocessing.spawn import spawn
 from nybble.cli import main
 from nybble.core.errors import LearningError, UsageError
 from nybble.core.progress import Silent
+from nybble.pipelines.dataset import generate_dataset
 from nybble.pipelines.train import train
 from nybble.training import objective
+from nybble.training.generated import Generation
 from nybble.training.settings import TrainSettings
 
 pytest.importorskip("peft", reason="needs PEFT, which nybble's extra 'train' brings")
@@ -51,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("ranks")
     save_tiny(made / "model", dtype=torch.float32)
     rng = random.Random(0)
-    for name, count in (("data.jsonl", 8), ("held.jsonl", 2)):
+    for name, count in (("data.jsonl", 8), ("held.jsonl", 1)):
         lines = [{"text": " ".join(rng.choices(WORDS[3:13], k=rng.randint(3, 9)))} for _ in range(count)]
         (made / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     return made
@@ -64,18 +66,18 @@ def _train(folder: Path, out: Path, name: str, **more: Any) -> dict[str, Any]:
 
 
 class _Stops(Silent):
-    """Ctrl-C behind an update, of the process that is told."""
+    """An error behind an update, or a text, of the process that is told."""
 
-    def __init__(self, behind: int) -> None:
-        self.left = behind
+    def __init__(self, behind: int, of: str = "training") -> None:
+        self.left, self.of = behind, of
 
     def start(self, total: int, what: str) -> None:
         self.what = what
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        self.left -= n * (self.what == "training")
-        if self.left <= 0 and self.what == "training":
-            raise RuntimeError("stopped")  # an error, which ends the other process as well
+        self.left -= n * (self.what == self.of)
+        if self.left <= 0 and self.what == self.of:
+            raise RuntimeError("stopped")  # which ends the other process as well
 
 
 def _all(folder: Path, out: Path) -> None:
@@ -113,11 +115,21 @@ def _failing(folder: Path, out: Path) -> None:
     (out / f"{rank}.json").write_text(json.dumps(said))
 
 
-WORKS = ("_all", "_stopped", "_failing", "_command")
+WORKS = ("_all", "_stopped", "_failing", "_texts", "_command")
 
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _texts(folder: Path, out: Path) -> None:
+    """Six batches, the last one short: three of each; killed once, and gone on with."""
+    given: dict[str, Any] = {"options": Generation(count=11, length=9, batch=2), "dtype": "float32"}
+    found = generate_dataset(str(folder / "model"), out / "whole.jsonl", **given)
+    with pytest.raises(Exception, match="stopped"):
+        generate_dataset(str(folder / "model"), out / "cut.jsonl", **given, progress=_Stops(5, "texts"))
+    again = generate_dataset(str(folder / "model"), out / "cut.jsonl", **given, resume=True)
+    (out / f"{_rank()}.json").write_text(json.dumps([{**found, "out": ""}, {**again, "out": ""}]))
 
 
 def _command(folder: Path, out: Path) -> None:
@@ -164,6 +176,8 @@ def one(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out, threads = tmp_path_factory.mktemp("one"), torch.get_num_threads()
     torch.set_num_threads(1)
     _all(folder, out)
+    (out / "texts").mkdir()
+    _texts(folder, out / "texts")
     torch.set_num_threads(threads)
     return out
 
@@ -199,6 +213,16 @@ def test_an_error_in_one_stops_all(pair: Path) -> None:
     assert second == [few, wrong, other]
     left = sorted(path.name for path in (pair / "_failing").iterdir() if path.is_dir())
     assert left in ([], ["nan.partial"])
+
+
+def test_texts_are_shared(pair: Path, one: Path) -> None:
+    wanted = (one / "texts" / "whole.jsonl").read_bytes()
+    assert len(wanted.splitlines()) == 11
+    for name in ("whole", "cut"):
+        assert (pair / "_texts" / f"{name}.jsonl").read_bytes() == wanted
+    said = [json.loads((pair / "_texts" / f"{rank}.json").read_text()) for rank in range(2)]
+    assert said == [json.loads((one / "texts" / "0.json").read_text())] * 2
+    assert not list((pair / "_texts").glob("*.begun*"))
 
 
 def test_the_command(pair: Path, one: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from nybble.cli._options import grouped
-from nybble.cli._output import print_json
+from nybble.cli._output import is_silent, print_json
 from nybble.core.errors import UsageError
 from nybble.core.files import check_new_file
 from nybble.models.named import check_model
@@ -88,6 +88,7 @@ def command(
 
 def _dataset(model: str, out: Path, texts: DatasetOptions, seed: int, device: str, json: bool) -> None:
     check_new_file(out)
+    from nybble.core import ranks
     from nybble.core.device import check_device
     from nybble.core.progress import Bars
     from nybble.pipelines.dataset import generate_dataset  # torch comes from here on
@@ -96,9 +97,12 @@ def _dataset(model: str, out: Path, texts: DatasetOptions, seed: int, device: st
     check_device(device)
     options: dict[str, Any] = {**vars(texts)}
     resume = options.pop("resume")
-    found = generate_dataset(
-        model, out, Generation(**options, seed=seed), device=device, resume=resume, progress=Bars()
-    )  # fmt: skip
+    with ranks.started(device):  # which makes a GPU of its own "cuda"
+        found = generate_dataset(
+            model, out, Generation(**options, seed=seed), device=device, resume=resume, progress=Bars()
+        )  # fmt: skip
+    if is_silent():
+        return
     print_json(found) if json else print(f"{found['out']}: {found['texts']:,} texts, {found['tokens']:,} tokens")
 
 

@@ -33,7 +33,7 @@ from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, atomic_write_json, atomic_write_text, need_space, new_folder
 from nybble.core.progress import Progress, Silent
 from nybble.core.seeds import preserve_global_rng
-from nybble.pipelines.dataset import generate_dataset
+from nybble.pipelines.dataset import generate_dataset, left_over
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.save import save
 from nybble.pipelines.stages import CHECKPOINTS, Ran, Trainer
@@ -171,20 +171,14 @@ def _with_data(job: Job, partial: Path, progress: Progress, say: Callable[[str],
     """The job with its examples: where they are to be the model's own, they are made."""
     if job.own is None:
         return job
-    made = partial / GENERATED
-    ranks.lead_alone(lambda: _generate(job, made, progress, say))
-    return job.with_texts(made)
-
-
-def _generate(job: Job, made: Path, progress: Progress, say: Callable[[str], None]) -> None:
-    device = job.settings.device
-    assert job.own is not None
-    if not made.exists():
+    made, device = partial / GENERATED, job.settings.device
+    if ranks.lead_alone(lambda: left_over(made)):
         say(f"{job.own.count:,} texts of {job.model} are made")
         options = replace(job.own, batch=512 if device == "cuda" else 32)
         generate_dataset(
             job.model, made, options, dtype=job.settings.dtype, device=device, resume=True, progress=progress
         )  # fmt: skip
+    return job.with_texts(made)
 
 
 def _finished(partial: Path) -> dict[str, Any] | None:

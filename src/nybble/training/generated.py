@@ -106,7 +106,7 @@ def vocabulary_of(model: Any, tokenizer: Any) -> list[int]:
 
 @torch.no_grad()
 def generated(
-    model: nn.Module, tokenizer: Any, options: Generation, start: int = 0
+    model: nn.Module, tokenizer: Any, options: Generation, start: int = 0, every: int = 1
 ) -> Iterator[list[tuple[int, list[int]]]]:
     """Texts as token ids, batch by batch: each with its number.
 
@@ -115,6 +115,7 @@ def generated(
         tokenizer: of it; no other tokens than it knows are made.
         options: how.
         start: the number of the first text, a multiple of ``options.batch``: those before it are there already.
+        every: of how many batches from there on one is made: others make the rest.
 
     Raises:
         ModelError: the model generates no text.
@@ -124,7 +125,7 @@ def generated(
     firsts, ends = beginnings(options, vocabulary_of(model, tokenizer)), _ends(made)
     barred = _barred(made, ends.union(known_tokens(model, tokenizer)))
     with evaluation_mode(model):
-        for begin in range(start, options.count, options.batch):
+        for begin in range(start, options.count, every * options.batch):
             some = range(begin, min(begin + options.batch, options.count))
             ids = _batch(made, [firsts[i] for i in some], some, ends, barred, options)
             yield list(zip(some, ids, strict=True))
