@@ -34,6 +34,7 @@ from nybble.core.registry import Registry
 from nybble.formats import Family, format_names, get_format
 from nybble.kv_format import KVFormat
 from nybble.learned import transforms as learned_transform
+from nybble.matmul_format import MatmulFormat
 from nybble.models import adapter
 from nybble.optim._presets import SUFFIXES
 from nybble.presets import PRESETS
@@ -42,9 +43,11 @@ from nybble.recipe import Step, load_recipe, recipe_names
 from nybble.scheme import PRESETS as SCHEMES
 from nybble.scheme import Rule, Scheme
 from nybble.training import steps as training_steps
+from nybble.training.losses import LOSSES
 from nybble.training.methods import METHODS
 from nybble.training.recipe import listed_training_recipes
 from nybble.training.settings import TrainSettings
+from nybble.training.tasks import TASKS, Task
 
 NO_DEFAULT = (dataclasses.MISSING, None, "", ())
 WORDS: dict[Any, str] = {
@@ -55,6 +58,7 @@ WORDS: dict[Any, str] = {
     Any: "anything",
     Quantizer: "quantizer line",
     KVFormat: "KV line",
+    MatmulFormat: "operands' line",
     Rule: "rule",
     learned.Part: "learned part",
     learned_transform.LearnedTransform: "learned transform",
@@ -375,6 +379,30 @@ def train_methods() -> str:
     return table(("method", "what", "base", "options of --set"), rows, numbers=False)
 
 
+def train_losses() -> str:
+    """What a network in training is told by."""
+    rows = [
+        [f"`{name}`", _says(LOSSES, name), "yes" if part.taught else "no", _short_options(part)]
+        for name, part in _parts(LOSSES).items()
+    ]
+    return table(("name", "what", "needs a teacher", "options"), rows, numbers=False)
+
+
+def train_tasks() -> str:
+    """What models are trained to do."""
+    rows = [
+        [f"`{name}`", _markdown(part.summary), part.unit, f"`{part.shown}`", _metrics(part)]
+        for name, part in _parts(TASKS).items()
+    ]  # fmt: skip
+    return table(("task", "of", "the loss is a mean over", "shown first", "metrics"), rows, numbers=False)
+
+
+def _metrics(task: Task) -> str:
+    """What a task's class says of its metrics."""
+    found = re.search(r"Metrics: (.*?)\.?\s*$", inspect.cleandoc(type(task).__doc__ or ""), re.S)
+    return _markdown(found[1]) if found else ""
+
+
 def train_settings() -> str:
     """Sizes and rates of the loop."""
     return table(("setting", "kind", "default", "meaning"), _options(TrainSettings), numbers=False)
@@ -414,5 +442,6 @@ TABLES: dict[str, Callable[[], str]] = {
         scheme_keys, scheme_presets, recipes, transform_steps, solver_steps, reconstruction_options,
         reconstruction_steps, learned_parts, learned_transforms, train_steps, correction_options, correction_steps,
         targets, target_rows, optimizers, optimizer_presets, train_recipes, train_methods, train_settings,
+        train_losses, train_tasks,
     )
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from nybble.core.progress import Progress
 from nybble.nn.in_place import evaluation_mode
 from nybble.pipelines.load import load_with_origin
 from nybble.pipelines.training_job import Job
+from nybble.report.trained import Start, start_of
 from nybble.training.methods import Given
 from nybble.training.objective import Objective, make_losses
 from nybble.training.state import load_state, save_state
@@ -24,14 +26,28 @@ from nybble.training.state import load_state, save_state
 CHECKPOINTS = "checkpoints"
 
 
+def last_good(partial: Path) -> Path | None:
+    """The newest thing of a run's folder that training can go on from; None where there is nothing."""
+    whole = [
+        *(partial / CHECKPOINTS).glob("checkpoint-*/trainer_state.json"),
+        *(partial / CHECKPOINTS).glob("stage-*/checkpoints/checkpoint-*/trainer_state.json"),
+    ]
+    found = [path.parent for path in whole] + [*(partial / CHECKPOINTS).glob("stage-*.json")]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ran:
-    """What all stages came to: the last one's model; steps and losses of all."""
+    """What all stages came to: the last one's model; updates (of each) and losses of all.
+
+    ``losses``: by name, where several are added, in the updates of ``curve``.
+    """
 
     model: nn.Module
     trainable: int
-    steps: int
+    steps: list[int]
     curve: list[list[float]]
+    losses: dict[str, list[float]]
     memory: dict[str, int]
 
 
@@ -41,6 +57,9 @@ class Trainer:
     Args:
         job: checked. base: what to load. partial: the folder that the run works in. progress: told after each update.
 
+    Attributes:
+        start: where the last stage began, once it has.
+
     A stage before the last that is done leaves ``checkpoints/stage-N.safetensors`` and ``.json``: a run that is gone on
     with begins behind it.
     """
@@ -48,6 +67,7 @@ class Trainer:
     def __init__(self, job: Job, base: str, partial: Path, progress: Progress) -> None:
         self.job, self.base, self.partial, self.progress = job, base, partial, progress
         self.stages = job.method.stages(job.options)
+        self.start = Start()
 
     # ------------------------------------------------------------------------------------------------------ measures
     def before(self) -> dict[str, Any] | None:
@@ -138,9 +158,10 @@ class Trainer:
         for each in done:
             behind = int(curve[-1][0]) if curve else 0
             curve += [[behind + step, loss] for step, loss in each["curve"]]
+        losses = {name: [value for each in done for value in each["losses"][name]] for name in found["losses"]}
         return Ran(
-            model=model, trainable=found["trainable"], steps=sum(each["steps"] for each in done), curve=curve,
-            memory=found["memory"],
+            model=model, trainable=found["trainable"], steps=[each["steps"] for each in done], curve=curve,
+            losses=losses, memory=found["memory"],
         )  # fmt: skip
 
     def _train(self, stage: int, say: Callable[[str], None]) -> tuple[nn.Module, dict[str, Any]]:
@@ -149,6 +170,8 @@ class Trainer:
 
         job = self.job
         model = self._attached(stage, self._behind(stage - 1) if stage else None)
+        if stage + 1 == self.stages and not job.method.adapts:
+            self.start = start_of(model)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         which = f"stage {stage + 1} of {self.stages}: " if self.stages > 1 else ""
         count, unit = len(job.examples.rows), job.task.unit
@@ -158,11 +181,13 @@ class Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         given = job.method.losses(job.options)
         objective = Objective(job.task, make_losses(given), self._teacher(stage)) if given else None
-        run = train(
-            model, job.examples.rows, job.settings, folder, self.progress, task=job.task, objective=objective,
-            groups=job.method.groups(model, job.options, job.settings.lr), mixed=not job.method.packs,
-        )  # fmt: skip
+        with nullcontext() if objective is None else objective.served(model):
+            run = train(
+                model, job.examples.rows, job.settings, folder, self.progress, task=job.task, objective=objective,
+                groups=job.method.groups(model, job.options, job.settings.lr), mixed=not job.method.packs,
+            )  # fmt: skip
         curve = [list(point) for point in run.curve]
         return model, {
-            "steps": run.steps, "trainable": trainable, "curve": curve, "memory": {**parts, **run.memory},
+            "steps": run.steps, "trainable": trainable, "curve": curve, "losses": run.losses,
+            "memory": {**parts, **run.memory},
         }  # fmt: skip

@@ -4,6 +4,7 @@
     OUT/base          the packed base, where the run made it, and OUT/adapter_*: of a recipe that trains adapters
     OUT/merged        with ``merge``: both as one model
     OUT/training.json what was asked for and measured; OUT/report.html shows it
+    OUT/layers.html   of a model: what came of its layers
     OUT/generated.jsonl the texts, where the model made its own
     OUT/logs          losses and rates for TensorBoard, where that is installed
     OUT/times.json    seconds: the one file (with the logs) that two runs of a request don't have alike
@@ -24,29 +25,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nybble.checkpoint.parts import REQUEST, TIMES, begun_with, same_request
-from nybble.checkpoint.trained import BASE, MERGED, TRAINING
+from nybble.checkpoint.parts import REQUEST, TIMES, begun_with, cleared, same_request
+from nybble.checkpoint.trained import BASE, GENERATED, MERGED, TRAINING
 from nybble.core import ranks
 from nybble.core.device import out_of_memory
-from nybble.core.errors import FileError, NybbleError, UsageError
+from nybble.core.errors import FileError, LearningError, NybbleError, UsageError
 from nybble.core.explicit import explicit_settings
-from nybble.core.files import AtomicFolder, atomic_write_json, atomic_write_text, need_space, new_folder
+from nybble.core.files import AtomicFolder, atomic_write_json, need_space, new_folder
 from nybble.core.progress import Progress, Silent
 from nybble.core.seeds import preserve_global_rng
 from nybble.pipelines.dataset import generate_dataset, left_over
 from nybble.pipelines.quantize import quantize
+from nybble.pipelines.report import write_report
 from nybble.pipelines.save import save
-from nybble.pipelines.stages import CHECKPOINTS, Ran, Trainer
+from nybble.pipelines.stages import CHECKPOINTS, Ran, Trainer, last_good
 from nybble.pipelines.targets import AUTO
 from nybble.pipelines.training_job import Asked, Job, checked, space
-from nybble.report.training import render_training
+from nybble.report.trained import facts_of, trained_rows
 from nybble.training.methods import Place
 from nybble.training.recipe import TrainingRecipe, load_training_recipe
 from nybble.training.settings import TrainSettings
 from nybble.training.sharing import check_shares
+from nybble.training.tasks import TASKS
 
-PAGE, BEFORE, MEMORY = "report.html", "before.json", "memory.json"
-MODEL, GENERATED = "model", "generated.jsonl"
+BEFORE, MEMORY = "before.json", "memory.json"
+MODEL = "model"
 
 
 @explicit_settings()
@@ -95,8 +98,8 @@ def train(
         announce: gets lines of what is going on.
 
     Returns:
-        What training.json says: ``method``, ``model`` ..., ``steps``, ``curve``, ``evaluation``, ``memory``; with
-        ``out`` and ``seconds`` (of this call).
+        What training.json says: ``method``, ``model`` ..., ``steps``, ``stages`` (updates of each), ``curve``,
+        ``losses``, ``evaluation``, ``memory``; with ``out`` and ``seconds`` (of this call).
 
     Raises:
         NybbleError: bad requests, files, data; nothing is left behind, but for OUT.partial of a run that had begun to
@@ -133,7 +136,7 @@ def _run(
             need_space(out, space(job))
         partial = stack.enter_context(folder if ranks.leads() else nullcontext(folder.partial))
         try:
-            ranks.lead_alone(lambda: _begin(partial, job))
+            ranks.lead_alone(lambda: _begin(partial, job, say))
             result = ranks.lead_alone(lambda: _finished(partial))
             if result is None:
                 job = _with_data(job, partial, progress, say)
@@ -142,10 +145,11 @@ def _run(
         except BaseException as error:
             if ranks.leads():
                 _forget_unbegun(partial, error)
+            if isinstance(error, LearningError) and (last := last_good(partial)) is not None:
+                raise LearningError(f"{error} The last checkpoint before it stays in {last}.") from error
             raise
         seconds = ranks.lead_says(time.perf_counter() - started)
-        if ranks.leads():
-            _finish(partial, result, seconds)
+        ranks.lead_alone(lambda: _finish(partial, result, seconds))
     return result, seconds
 
 
@@ -155,13 +159,15 @@ def _data(recipe: TrainingRecipe, data: str | None) -> str:
     return recipe.data if data is None else data
 
 
-def _begin(partial: Path, job: Job) -> None:
-    """Keep the request, or compare it with that of the run that is gone on with."""
+def _begin(partial: Path, job: Job, say: Callable[[str], None]) -> None:
+    """Keep the request, or compare it with that of the run that is gone on with; any other is said, and cleared."""
     request = job.request()
     before = begun_with(partial) if job.settings.resume else None
     if before is not None:
         same_request(partial, before, request)
         return
+    if not job.settings.resume and _made(partial):
+        say(cleared(partial))
     for child in partial.iterdir():
         shutil.rmtree(child) if child.is_dir() else child.unlink()
     atomic_write_json(partial / REQUEST, request)
@@ -191,15 +197,15 @@ def _finished(partial: Path) -> dict[str, Any] | None:
 
 def _forget_unbegun(partial: Path, error: BaseException) -> None:
     """Remove a folder in which nothing is worth going on from: a request that was refused, or nothing made yet."""
-    made = [
-        name
-        for name in (BASE, "base.partial", CHECKPOINTS, GENERATED, f"{GENERATED}.begun")
-        if (partial / name).exists()
-    ]
-    unfinished = "base.partial" in made and isinstance(error, FileError)  # a full disk, while packing
-    refused = isinstance(error, NybbleError) and not unfinished
-    if CHECKPOINTS not in made and (refused or not made):
+    refused = isinstance(error, NybbleError) and not isinstance(error, FileError | LearningError)
+    if last_good(partial) is None and (refused or not _made(partial)):
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _made(partial: Path) -> bool:
+    """Whether there is something that took long."""
+    names = (BASE, "base.partial", GENERATED, f"{GENERATED}.begun", TRAINING)
+    return last_good(partial) is not None or any((partial / name).exists() for name in names)
 
 
 def _base(job: Job, partial: Path, progress: Progress, say: Callable[[str], None]) -> str:
@@ -238,6 +244,7 @@ def _written(trainer: Trainer, run: Ran, before: dict[str, Any] | None, out: Pat
     """What training.json says, once the result is on disk."""
     job, base, partial = trainer.job, trainer.base, trainer.partial
     place = Place(folder=partial, base=base if job.line is None else str(out / BASE), dtype=job.dtype)
+    facts = {} if job.method.adapts else facts_of(run.model, trainer.start)
     model = job.method.finished(run.model, place)
     after = trainer.measured(model)
     if job.method.adapts:
@@ -247,20 +254,26 @@ def _written(trainer: Trainer, run: Ran, before: dict[str, Any] | None, out: Pat
             merged: Any = job.method.merged(model)
             save(merged, partial / MERGED, job.tokenizer, form="native")
     else:
-        _save_model(job, model, partial)
+        _save_model(job, model, facts, partial)
         shutil.rmtree(partial / BASE, ignore_errors=True)
     request = job.request()
-    request["data"] = {**job.examples.manifest(), **request["data"]}
+    sizes = {"examples": len(job.examples.rows), "targets": job.examples.targets}
+    request["data"] = {**job.examples.manifest(), **request["data"], **sizes}
     return {
-        **request, "steps": run.steps, "trainable": run.trainable, "curve": run.curve, "memory": run.memory,
-        "evaluation": _compared(before, after), "merged": job.asked.merge,
+        **request, "steps": sum(run.steps), "stages": run.steps, "trainable": run.trainable, "curve": run.curve,
+        "losses": run.losses, "memory": run.memory, "evaluation": _compared(before, after), "merged": job.asked.merge,
+        "task": {"name": TASKS.key_of(job.task), "unit": job.task.unit, "shown": job.task.shown},
     }  # fmt: skip
 
 
-def _save_model(job: Job, model: Any, partial: Path) -> None:
-    """The packed model, beside what else the run leaves."""
+def _save_model(job: Job, model: Any, facts: Mapping[str, Any], partial: Path) -> None:
+    """The packed model, with a record of its layers, beside what else the run leaves."""
     shutil.rmtree(partial / MODEL, ignore_errors=True)
-    save(model, partial / MODEL, job.tokenizer, form=job.asked.form)
+    request = job.request()
+    recipe = {**job.asked.recipe.to_dict(), "options": request.pop("options"), "scheme": request.pop("scheme")}
+    rows = [row.to_dict() for row in trained_rows(model, facts)]
+    manifest = {"name": f"{request.pop('method')} on {job.model}", "recipe": recipe, **request, "layers": rows}
+    save(model, partial / MODEL, job.tokenizer, manifest, form=job.asked.form)
     for path in sorted((partial / MODEL).iterdir()):
         path.replace(partial / path.name)
     (partial / MODEL).rmdir()
@@ -283,11 +296,12 @@ def _compared(before: dict[str, Any] | None, after: dict[str, Any] | None) -> di
 def _finish(partial: Path, result: dict[str, Any], seconds: float) -> None:
     """What stays; the request is the last to go, so that a run killed here is gone on with."""
     atomic_write_json(partial / TRAINING, result)
-    atomic_write_text(partial / PAGE, render_training(result))
     atomic_write_json(partial / TIMES, {"training": [seconds]})
     shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
-    for name in (BEFORE, MEMORY, REQUEST):
+    for name in (BEFORE, MEMORY):
         (partial / name).unlink(missing_ok=True)
+    write_report(partial)
+    (partial / REQUEST).unlink(missing_ok=True)
 
 
 def _ignore(line: str) -> None:

@@ -31,6 +31,20 @@ def check_shares(accumulate: int, batch: int) -> None:
         )
 
 
+def in_turn(own: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """What each rank kept of its forwards of an update, as one process would have kept it.
+
+    Args:
+        own: float32, one a forward; none of a rank that had none to compute.
+        device: of them.
+    """
+    if ranks.size() == 1:
+        return list(own)
+    every = ranks.gather([t.tolist() for t in own])
+    kept = [every[i % len(every)][i // len(every)] for i in range(sum(map(len, every)))]
+    return [torch.tensor(values, device=device) for values in kept]
+
+
 class SharedForwards:
     """Of a training loop that calls :meth:`step` for each forward, on every rank.
 

@@ -4,261 +4,10 @@
 //
 // The weights come out as they do in Python, bit for bit; only the order of the sum is another one, and the same for
 // every number of rows and threads. Nothing here allocates more than one row's scales a thread.
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#include <stdlib.h>
+#include "whole.inc"
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define X86 1
-#include <cpuid.h>
-#include <immintrin.h>
-#endif
-
-#define INLINE __attribute__((always_inline))
-
+namespace nybble {
 namespace {
-
-enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, CODES = 3 };
-// How a code's value is found: in the table; in its lower half, the upper one being that negated; base + (code ^ flip);
-// as the bits of a float, moved up by `flip` and multiplied with `base`.
-enum Kind { TABLE = 0, MIRROR = 1, LINEAR = 2, FLOAT = 3 };
-
-// One value a block of columns: plain floats, or codes of `bits` whose values are multiplied with those of an outer block.
-struct Side {
-    const void* data;  // null: there is none
-    int64_t dtype, bits;
-    const float* table;
-    const float* outer;  // null: none
-    int64_t outer_block, size;  // of blocks; of all
-    float add;
-    float absent;  // what it is where there is none
-};
-
-struct Weight {
-    const uint8_t* codes;
-    const float* table;
-    int64_t n, k, bits, kind;
-    int64_t group;       // columns that share a block
-    int64_t row_blocks;  // blocks in a row
-    int64_t row_share;   // rows that share a block
-    int64_t affine;      // has a zero point or an offset
-    int64_t exact;       // bfloat16 holds the values, less a zero point, if any
-    float base;
-    int32_t flip;
-    Side scale, zero, offset;
-    // of these, what follows from the rest
-    int64_t steps;    // of sixteen columns
-    int64_t careful;  // of the last steps of the last rows, which are read from a copy: a look ahead ends behind the codes
-    int64_t from;     // the first of these rows
-    int64_t room;     // floats of one row's scales
-    int32_t shift;    // a step's block is step >> shift
-    int32_t direct;   // blocks are found so
-};
-
-struct Row { const uint8_t* codes; const float *scale, *zero, *offset; };
-struct Call { const float* x; int64_t m, stride; const float* bias; void* out; int64_t dtype, width, to; };
-typedef void (*Part)(const Weight&, const Call&, int64_t, int64_t, float*);
-
-// A float's values: exponents from `least` to `most`, as powers of two; 1.5 * 2^(23 - mantissa bits); the largest one.
-struct FloatGrid { float least, most, factor, largest; };
-
-// How activations are rounded: to a float's values or to integers, `columns` of them with a scale: their largest
-// magnitude over `target`, rounded to the dtype `narrow`; or a power of two; or that in `inner`, over one scale for all.
-struct Rounding {
-    int64_t columns, integer, pow2, narrow, nested;
-    FloatGrid grid, inner;
-    float low, high, target, inner_target, inner_floor;
-    int32_t carry, emax;  // of powers of two: what is added to the bits of the magnitude, and taken off its exponent
-};
-
-// How a state of an optimizer is kept, and how the weights of bfloat16 are written.
-enum StateKind { ABSENT = 0, WIDE = 1, BLOCKS = 2, RANK1 = 3 };
-enum StepRule { ADAMW = 0, ADAM = 1, SGD = 2, LION = 3, RMSPROP = 4, ADAGRAD = 5 };
-enum WeightsWay { NEAREST = 0, STOCHASTIC = 1, RESIDUAL8 = 2 };
-
-// One state's codes: of 4 or 8 bits, blocks of so many, a value each. halves: the lower 16 bits of 256 values, then the
-// upper ones. cells, by the upper 16 bits of a number: bits 24 .. 31 are its code if its lower 16 bits are more than the
-// cell's, bits 16 .. 23 if they aren't. tree: null, or the 15 thresholds of 4 bits, each one's neighbours 2 i and 2 i + 1.
-struct StateForm {
-    int64_t kind, bits, block, reciprocal, zero;
-    const float* values;
-    const uint16_t* halves;
-    const uint32_t* cells;
-    const float* tree;
-    const uint8_t* leaves;
-    float target;
-};
-
-// fresh: factors of rows, then of columns, that are being measured.
-struct StepTensor {
-    void* p;
-    const void* g;
-    void* codes[2];  // or a state in float32
-    float* scales[2];
-    float* columns;
-    int8_t* residual;
-    const int32_t* draws;
-    int32_t* aside;
-    float* fresh;
-    int64_t count, width;
-};
-
-// A step of all tensors; work: a tensor and its first element, of so many items of `stretch` elements, in chunks.
-struct StepJob {
-    const StepTensor* tensors;
-    const int64_t* work;
-    void (*root_of)(int, const float*, float*, int64_t);
-    StateForm one, two;
-    int64_t count, items, stretch, chunk, rule, dtype, weights, guard, decays, first, nesterov, root_mode, forms[7];
-    float rate, shrink, decay, b1, a1, b2, a2, root, inverse, eps, initial;
-};
-
-inline void raise(int32_t* place, int32_t value) {
-    int32_t found = __atomic_load_n(place, __ATOMIC_RELAXED);
-    while (found < value && !__atomic_compare_exchange_n(place, &found, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
-}
-
-// What decoder_body.inc has.
-struct DecoderMath {
-    void (*round_all)(int64_t, float*, int64_t);
-    void (*normalize)(int64_t, const float*, float, const float*, int64_t, float*);
-    void (*add_to)(int64_t, float*, const float*, int64_t);
-    void (*gated)(int64_t, float*, const float*, int64_t);
-    void (*rotate)(int64_t, float*, const float*, const float*, int64_t, float*);
-    void (*attend)(const float*, const float*, const float*, int64_t, int64_t, float, float*, float*);
-};
-
-inline float from_bfloat16(uint16_t bits) {
-    uint32_t wide = (uint32_t)bits << 16;
-    float f;
-    memcpy(&f, &wide, 4);
-    return f;
-}
-
-inline uint16_t to_bfloat16(float f) {
-    uint32_t b;
-    memcpy(&b, &f, 4);
-    if ((b & 0x7fffffff) > 0x7f800000) return (uint16_t)(b >> 16 | 0x40);
-    return (uint16_t)((b + 0x7fff + (b >> 16 & 1)) >> 16);
-}
-
-inline float from_float16(uint16_t h) {  // finite: scales and offsets are
-    uint32_t bits = (uint32_t)(h & 0x7fff) << 13, sign = (uint32_t)(h & 0x8000) << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    f *= 0x1p112f;
-    memcpy(&bits, &f, 4);
-    bits |= sign;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-
-inline float whole_float16(uint16_t h) {  // Inf and NaN too
-    if ((h & 0x7c00) != 0x7c00) return from_float16(h);
-    uint32_t bits = (uint32_t)(h & 0x8000) << 16 | 0x7f800000 | (uint32_t)(h & 0x3ff) << 13;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-
-inline uint16_t to_float16(float f) {
-    uint32_t b;
-    memcpy(&b, &f, 4);
-    uint32_t sign = b >> 16 & 0x8000, a = b & 0x7fffffff;
-    if (a >= 0x7f800000) return (uint16_t)(sign | 0x7c00 | (a > 0x7f800000 ? 0x200 | (a >> 13 & 0x3ff) : 0));
-    if (a >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
-    if (a < 0x38800000) {  // subnormal: the addition rounds
-        float g;
-        memcpy(&g, &a, 4);
-        g += 0.5f;
-        memcpy(&a, &g, 4);
-        return (uint16_t)(sign | (a - 0x3f000000));
-    }
-    a += 0xfff + (a >> 13 & 1);
-    return (uint16_t)(sign | ((a - 0x38000000) >> 13));
-}
-
-enum { CAREFUL = 80 };
-
-inline const uint8_t* tail(const Weight& w, const uint8_t* at, int64_t step, uint8_t* copy) {
-    memset(copy, 0, CAREFUL);
-    memcpy(copy, at, (w.k - 16 * step) * w.bits / 8);
-    return copy;
-}
-
-inline void put(void* out, int64_t dtype, int64_t i, float value) {
-    if (dtype == FLOAT32) ((float*)out)[i] = value;
-    else ((uint16_t*)out)[i] = dtype == BFLOAT16 ? to_bfloat16(value) : to_float16(value);
-}
-
-inline void emit(const Call& call, int64_t m, int64_t n, float value) {
-    put(call.out, call.dtype, m * call.width + n, call.bias ? value + call.bias[n] : value);
-}
-
-#define ISA 0
-namespace portable {
-#include "packed_body.inc"
-#include "inputs_body.inc"
-#include "decoder_body.inc"
-#include "step_body.inc"
-}
-#undef ISA
-
-#ifdef X86
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-#define ISA 2
-namespace avx2 {
-#include "packed_body.inc"
-#include "inputs_body.inc"
-#include "decoder_body.inc"
-#include "step_body.inc"
-}
-#undef ISA
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-#endif
-#define ISA 3
-namespace avx512 {
-#include "packed_body.inc"
-#include "inputs_body.inc"
-#include "decoder_body.inc"
-#include "step_body.inc"
-}
-#undef ISA
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#if (defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10)  // that know AVX-512 BF16
-#define BF16 1
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx2,fma")
-#endif
-namespace bfloat16 {
-#include "bfloat16.inc"
-}
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-#endif
 
 int best() {
 #ifdef X86
@@ -294,8 +43,8 @@ bool has_avxvnni() {
 // The set of instructions that has a version for these codes, of those up to isa.
 int set_of(const Weight& w, int isa) {
 #ifdef X86
-    if (isa == 3 && avx512::pick(w)) return 3;
-    if (isa >= 2 && avx2::pick(w)) return 2;
+    if (isa == 3 && avx512_set.pick(w)) return 3;
+    if (isa >= 2 && avx2_set.pick(w)) return 2;
 #endif
     return 0;
 }
@@ -303,16 +52,16 @@ int set_of(const Weight& w, int isa) {
 Part pick(const Weight& w, int isa) {
 #ifdef X86
     const int set = set_of(w, isa);
-    if (set == 3) return avx512::pick(w);
-    if (set == 2) return avx2::pick(w);
+    if (set == 3) return avx512_set.pick(w);
+    if (set == 2) return avx2_set.pick(w);
 #endif
-    return portable::pick(w);
+    return portable_set.pick(w);
 }
 
-// For products of rows of bfloat16, with an x that `bfloat16::arrange` made; null: by floats.
+// For products of rows of bfloat16, with an x that `arrange_of_bfloat16` made; null: by floats.
 Part pick_bfloat16(const Weight& w, int isa) {
 #ifdef BF16
-    if (isa >= 4 && has_bfloat16()) return bfloat16::pick(w);
+    if (isa >= 4 && has_bfloat16()) return pick_of_bfloat16(w);
 #endif
     return nullptr;
 }
@@ -328,7 +77,7 @@ inline int nibble_place(int i) { return i % 8 * 8 + i / 8 % 2 * 4 + i / 16; }
 
 Part pick_product(const Weight& w, int isa) {
 #ifdef X86
-    if (by_nibbles(w, isa)) return avx512::pick_nibbles(w);
+    if (by_nibbles(w, isa)) return avx512_set.pick_nibbles(w);
 #endif
     return pick(w, isa);
 }
@@ -392,25 +141,31 @@ int multiply(const Weight& w, const void* x, int64_t x_dtype, bool of_bfloat16, 
         call.stride = (w.k + 127) / 128 * 128;
         own = zeros(sizeof(uint16_t) * (call.m + 3) * call.stride);
         if (!own) return 1;
-        bfloat16::arrange(w, x, x_dtype, call.m, call.stride, (uint16_t*)own);
+        arrange_of_bfloat16(w, x, x_dtype, call.m, call.stride, (uint16_t*)own);
         call.x = (const float*)own;
 #endif
     } else {
         part = pick_product(w, use);
-        const int64_t tile = call.m == 1 ? 1 : call.m <= 4 ? 4 : (call.m + 7) / 8 * 8;
         const bool turned = by_nibbles(w, use);
+        const int64_t tile = call.m == 1 || turned ? call.m : call.m <= 4 ? 4 : (call.m + 7) / 8 * 8;
         if (x_dtype == FLOAT32 && w.k % 16 == 0 && tile == call.m && !turned) call.x = (const float*)x;
         else {
             float* floats = (float*)zeros(sizeof(float) * tile * call.stride);
             if (!floats) return 1;
-            const int64_t side = tile < 8 ? tile : 8;  // rows of a tile, whose 64 columns lie together
             int place[64];
             for (int i = 0; i < 64; ++i) place[i] = turned ? nibble_place(i) : i;
-            for (int64_t i = 0; i < call.m; ++i)
-                for (int64_t j = 0; j < w.k; ++j) {
-                    const int64_t at = turned ? i / side * side * call.stride + (j / 64 * side + i % side) * 64 + j % 64 : i * call.stride + j;
-                    floats[at] = float_of(x, x_dtype, i * w.k + j / 64 * 64 + place[j % 64]);
+            for (int64_t i = 0; i < call.m; ++i) {
+                const int64_t first = i / TOGETHER * TOGETHER, side = call.m - first < TOGETHER ? call.m - first : TOGETHER;
+                float* own_row = floats + (turned ? first * call.stride + (i - first) * 64 : i * call.stride);
+                for (int64_t j = 0; j < w.k; j += 64) {  // turned: of all rows that are multiplied together
+                    float* to = own_row + (turned ? j * side : j);
+                    const int64_t at = i * w.k + j, count = w.k - j < 64 ? w.k - j : 64;
+                    if (x_dtype == FLOAT32)
+                        for (int64_t c = 0; c < count; ++c) to[c] = ((const float*)x)[at + place[c]];
+                    else
+                        for (int64_t c = 0; c < count; ++c) to[c] = float_of(x, x_dtype, at + place[c]);
                 }
+            }
             call.x = floats, own = floats;
         }
     }
@@ -421,6 +176,7 @@ int multiply(const Weight& w, const void* x, int64_t x_dtype, bool of_bfloat16, 
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // 0: any processor; 2: AVX2; 3: AVX-512; 4: with products of bfloat16.
@@ -480,11 +236,11 @@ int nybble_rows(const Weight* w, const int64_t* ids, int64_t count, void* out, i
 // x, so many blocks, rounded -> out; 0; 1 where there is no memory; 2 where a scale of all isn't finite, and nothing done.
 int nybble_round(const Rounding* how, const void* x, int64_t dtype, int64_t count, void* out, int64_t threads, int64_t isa,
                  Parallel parallel) {
-    RoundBlocks run = portable::round_blocks;
+    RoundBlocks run = portable_set.round_blocks;
 #ifdef X86
     const int use = isa < best() ? (int)isa : best();
-    if (use == 3) run = avx512::round_blocks;
-    else if (use == 2) run = avx2::round_blocks;
+    if (use == 3) run = avx512_set.round_blocks;
+    else if (use == 2) run = avx2_set.round_blocks;
 #endif
     float outer = 1;
     if (how->nested) {
@@ -546,11 +302,11 @@ int nybble_whole(const Weight* w, int64_t is_signed, const Inputs* in, const voi
 int nybble_decode(const Decoder* given, float* x, int64_t m, int64_t position, int64_t threads, int64_t isa, int64_t whole_isa,
                   Parallel parallel) {
     const Decoder& d = *given;
-    const DecoderMath* math = &portable::math;
+    const DecoderMath* math = portable_set.math;
 #ifdef X86
     const int use = isa < best() ? (int)isa : best();
-    if (use == 3) math = &avx512::math;
-    else if (use == 2) math = &avx2::math;
+    if (use == 3) math = avx512_set.math;
+    else if (use == 2) math = avx2_set.math;
 #endif
     const int64_t of_q = d.heads * d.head, of_k = d.key_heads * d.head, widest = d.inner > of_q ? d.inner : of_q;
     const int64_t most = widest > d.width ? widest : d.width;
@@ -602,11 +358,11 @@ int nybble_decode(const Decoder* given, float* x, int64_t m, int64_t position, i
 
 // A step of all tensors of a launch, in place; 0, or 1 where there is no memory, and then some may have been stepped.
 int nybble_step(const StepJob* job, int64_t threads, int64_t isa, Parallel parallel) {
-    StepPart step = portable::step_chunk, maxima = portable::maxima_of;
+    StepPart step = portable_set.step_chunk, maxima = portable_set.maxima_of;
 #ifdef X86
     const int use = isa < best() ? (int)isa : best();
-    if (use == 3) step = avx512::step_chunk, maxima = avx512::maxima_of;
-    else if (use == 2) step = avx2::step_chunk, maxima = avx2::maxima_of;
+    if (use == 3) step = avx512_set.step_chunk, maxima = avx512_set.maxima_of;
+    else if (use == 2) step = avx2_set.step_chunk, maxima = avx2_set.maxima_of;
 #endif
     const bool rank1 = job->two.kind == RANK1;
     for (int pass = rank1 ? 0 : 1; pass < 2; ++pass) {
@@ -626,3 +382,6 @@ int nybble_step(const StepJob* job, int64_t threads, int64_t isa, Parallel paral
     return 0;
 }
 }
+#pragma GCC visibility pop
+
+}  // namespace nybble
