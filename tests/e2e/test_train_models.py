@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from nybble.nn.packed import Packed
 from nybble.pipelines.report import write_report
 from nybble.pipelines.train import train
 from nybble.qtensor.block import BlockQTensor
+from nybble.training.objective import Objective
 from nybble.training.settings import TrainSettings
 
 loop = pytest.importorskip("nybble.training.loop", reason="needs accelerate, which nybble's extra 'train' brings")
@@ -166,6 +168,88 @@ def test_texts_of_its_own_are_made_once(folder: Path, tmp_path: Path) -> None:
         run(folder, tmp_path / "out", **given, progress=_Stops(2))
     run(folder, tmp_path / "out", **given, settings=replace(SETTINGS, resume=True))
     assert files(tmp_path / "out", tmp_path / "whole") == files(tmp_path / "whole", tmp_path / "whole")
+
+
+class _Seen:
+    """What an objective was called with."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.dtypes, plain = set[tuple[str, torch.dtype]](), Objective.__call__
+
+        def call(objective: Any, model: Any, batch: Any, progress: float) -> Any:
+            kept = [t for t in model.parameters() if t.requires_grad]
+            self.dtypes |= {("weights", t.dtype) for t in kept}
+            self.dtypes |= {("teacher", t.dtype) for t in objective.teacher.parameters()}
+            layer = model.get_submodule("model.layers.0.mlp.up_proj")
+            hook = layer.register_forward_hook(lambda _, given, out: self.dtypes.add(("product", out.dtype)))
+            assert not any(t.requires_grad for t in objective.teacher.parameters()) and not objective.teacher.training
+            found = plain(objective, model, batch, progress)
+            hook.remove()
+            return found
+
+        monkeypatch.setattr(Objective, "__call__", call)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_weights_train_in_float32_whatever_they_are_multiplied_in(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Updates of a rate that bfloat16 would lose are kept; what is measured is what is on disk."""
+    seen, wanted = _Seen(monkeypatch), getattr(torch, dtype)
+    settings = replace(SETTINGS, dtype=dtype, lr=1e-3)
+    found = run(folder, tmp_path / "out", settings=settings, judged_on=str(folder / "data.jsonl"), options=TAUGHT)
+    assert seen.dtypes == {("weights", torch.float32), ("teacher", wanted), ("product", wanted)}
+    model, tokenizer = nybble.load(tmp_path / "out")
+    task = loop.TASKS.get("language")
+    rows = task.load(str(folder / "data.jsonl"), _Origin(tokenizer), model, 16, "evaluation").rows
+    assert task.measure(model, _Origin(tokenizer), rows, 8, Silent()) == found["evaluation"]["models"]["after"]
+    assert next(model.parameters()).dtype == torch.float32  # as the model's files
+
+
+def test_a_teacher_of_another_size_and_a_packed_one(folder: Path, tmp_path: Path) -> None:
+    """Logits alone are compared; each says something else."""
+    save_tiny(tmp_path / "larger", dtype=torch.float32, num_hidden_layers=3, intermediate_size=64)
+    curves = []
+    for name, teacher in (("own", None), ("larger", tmp_path / "larger"), ("packed", folder / "packed")):
+        given = None if teacher is None else str(teacher)
+        found = run(folder, tmp_path / f"by-{name}", options={"losses": {"logits": 1}}, teacher=given)
+        assert found["teacher"] == (given or str(folder / "model"))
+        curves.append(found["curve"][0][1])
+    assert len(set(curves)) == 3 and all(loss > 0 for loss in curves)
+
+
+def _teachers(place: Path) -> dict[str, str]:
+    """That can't be, and why."""
+    save_tiny(place / "rows", dtype=torch.float32, vocab_size=301)
+    shutil.copytree(place / "rows", place / "words")
+    save_tiny(place / "words")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["added"])
+    tokenizer.save_pretrained(place / "words")
+    kind: Any = transformers.BertForSequenceClassification
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
+    kind(transformers.BertConfig(vocab_size=300, **sizes)).save_pretrained(place / "bert")
+    return {
+        "rows": "has 301 tokens, and the model 300; give one of the same",
+        "words": "has another vocabulary than the model",
+        "bert": "is a BertForSequenceClassification, which does something else than the model",
+        "nowhere": "nowhere",
+    }
+
+
+def test_teachers_that_say_something_else(folder: Path, tmp_path: Path) -> None:
+    """Before anything is written."""
+    cases = _teachers(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    for name, wrong in cases.items():
+        with pytest.raises(NybbleError, match=wrong):
+            run(folder, tmp_path / "out", options=TAUGHT, teacher=str(tmp_path / name))
+        assert sorted(tmp_path.iterdir()) == before
 
 
 PRODUCTS = {"rules": [{"targets": ["Attention"], "matmuls": "int8 token"}]}

@@ -132,7 +132,8 @@ def test_the_gradient_is_the_closed_form() -> None:
 
 def test_weights_without_scales_of_their_own_are_left() -> None:
     assert learn_scales(Quantizer("int4 rank1").quantize(matrix()), [Quantizer("int4 rank1")]) is None
-    assert learn_scales(Quantizer(TWO).quantize(matrix()), [Quantizer("int2 group=32 symmetric=false")]) is None
+    learned = learn_scales(Quantizer(TWO).quantize(matrix()), [Quantizer("int2 group=32 symmetric=false")])
+    assert learned is not None and learned.quantizer == Quantizer(f"{TWO} scale_format=float16")  # by its own tensors
 
 
 # ------------------------------------------------------------------------------------------------ whole models

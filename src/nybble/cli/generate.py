@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from nybble.cli._options import grouped
-from nybble.cli._output import print_json
+from nybble.cli._output import is_silent, print_json
 from nybble.core.errors import UsageError
 from nybble.core.files import check_new_file
 from nybble.models.named import check_model
@@ -66,8 +66,14 @@ def command(
     if (prompt is None) == (dataset is None):
         raise UsageError("give a PROMPT to go on from, or --dataset FILE for a set of the model's own texts.")
     if dataset is not None:
+        given = {"--max-new-tokens": max_new_tokens != 64, "--raw": raw, "--sample": sample, "--kv": kv is not None}
+        for name in (name for name, is_given in given.items() if is_given):
+            raise UsageError(f"{name} is for an answer to a PROMPT; texts of --dataset have options of their own.")
         _dataset(model, dataset, texts, seed, device, json)
         return
+    if texts != DATASET:
+        other = next(name for name, value in vars(texts).items() if value != getattr(DATASET, name))
+        raise UsageError(f"--{other.replace('_', '-')} is for --dataset FILE, texts of the model's own; leave it out.")
     assert prompt is not None
     from nybble.pipelines.request import check_prompt
 
@@ -82,6 +88,7 @@ def command(
 
 def _dataset(model: str, out: Path, texts: DatasetOptions, seed: int, device: str, json: bool) -> None:
     check_new_file(out)
+    from nybble.core import ranks
     from nybble.core.device import check_device
     from nybble.core.progress import Bars
     from nybble.pipelines.dataset import generate_dataset  # torch comes from here on
@@ -90,9 +97,12 @@ def _dataset(model: str, out: Path, texts: DatasetOptions, seed: int, device: st
     check_device(device)
     options: dict[str, Any] = {**vars(texts)}
     resume = options.pop("resume")
-    found = generate_dataset(
-        model, out, Generation(**options, seed=seed), device=device, resume=resume, progress=Bars()
-    )  # fmt: skip
+    with ranks.started(device):  # which makes a GPU of its own "cuda"
+        found = generate_dataset(
+            model, out, Generation(**options, seed=seed), device=device, resume=resume, progress=Bars()
+        )  # fmt: skip
+    if is_silent():
+        return
     print_json(found) if json else print(f"{found['out']}: {found['texts']:,} texts, {found['tokens']:,} tokens")
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from nybble.cli._options import grouped
-from nybble.cli._output import note, print_json, print_table
+from nybble.cli._output import is_silent, note, print_json, print_table
 from nybble.core.files import check_new_folder
 from nybble.data.text import check_source
 from nybble.models.named import check_model
@@ -114,15 +114,20 @@ def command(
     for src in (data, eval):
         if src is not None and src.partition(":")[0] != SELF:
             check_source(src)
-    from nybble.core.progress import Bars  # torch comes from here on
+    from nybble.core import ranks  # torch comes from here on
+    from nybble.core.progress import Bars
     from nybble.pipelines.train import train
     from nybble.training.optimizers import read_options
 
-    result = train(
-        recipe, model, out, data, **vars(changes), packed=packed, options=read_options(set or [], "--set"),
-        adapter=adapter, judged_on=eval, teacher=teacher, merge=merge, form=form, settings={**vars(loop), **vars(run)},
-        progress=Bars(), announce=note,
-    )  # fmt: skip
+    settings = {**vars(loop), **vars(run)}
+    with ranks.started(run.device):  # which makes a GPU of its own "cuda"
+        result = train(
+            recipe, model, out, data, **vars(changes), packed=packed, options=read_options(set or [], "--set"),
+            adapter=adapter, judged_on=eval, teacher=teacher, merge=merge, form=form, settings=settings,
+            progress=Bars(), announce=note,
+        )  # fmt: skip
+    if is_silent():
+        return
     print_json(result) if json else _print(result)
 
 

@@ -1,11 +1,11 @@
 """Several processes on one job, through torch.distributed: who does what, and what they tell each other.
 
-``torchrun --nproc-per-node 2 -m nybble quantize ...`` is all that is said; from Python, whoever has initialised a
-process group has said it too. Every process (rank) holds the same weights and hidden states, so that what isn't shared
-is done by all alike, and is right. Shared are batches of a pass (:func:`share`), whose sums are added up
+``torchrun --nproc-per-node 2 -m nybble quantize ...`` (or ``train``) is all that is said; from Python, whoever has
+initialised a process group has said it too. Every process (rank) holds the same weights and hidden states, so that what
+isn't shared is done by all alike, and is right. Shared are batches of a pass (:func:`share`), whose sums are added up
 (:func:`total`), and pieces of work whose results one rank gives to all (:func:`spread`). **No number depends on how
-many ranks there are**: what is summed is float32 in float64, where the order of so few terms does not matter, and what
-one rank gives to the others are its bytes. The first rank writes, and speaks.
+many ranks there are**: what is summed is float32 in float64, where the order of so few terms does not matter, or comes
+one by one, and what one rank gives to the others are its bytes. The first rank writes, and speaks.
 
 Outside of :func:`together`, and in a process by itself, every function here does nothing but give back what it got.
 """
@@ -141,6 +141,24 @@ def gather(value: T) -> list[T]:
 def lead_says(value: T) -> T:
     """The first rank's value."""
     return gather(value if leads() else None)[0] if size() > 1 else value  # type: ignore[return-value]
+
+
+def lead_alone(work: Callable[[], T]) -> T:
+    """What the first rank's work gives, to all, who wait for it; nothing is shared inside.
+
+    Args:
+        work: gives small things without tensors.
+    """
+    if size() == 1:
+        return work()
+    found = None
+    if leads():
+        _State.active = False
+        try:
+            found = work()
+        finally:
+            _State.active = True
+    return lead_says(found)  # type: ignore[return-value]
 
 
 def lead_makes(make: Callable[[], T], device: torch.device) -> T:

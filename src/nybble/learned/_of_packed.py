@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nybble.core.errors import SchemeError
 from nybble.core.explicit import no_autocast
 from nybble.learned import WEIGHTS, Learned
+from nybble.learned._own_lines import own_quantizers
 from nybble.learned._split import SplitLearned
 from nybble.learned.frozen_codes import Frozen, has_powers
 from nybble.qtensor import QTensor, QuantParams, dense
@@ -55,7 +56,8 @@ def learn_scales(packed: QTensor, known: Sequence[Quantizer]) -> Learned | None:
 
     Args:
         packed: any kind of QTensor.
-        known: quantizers that it, or a part of it, may be of: what says how its scales are stored.
+        known: quantizers that it, or a part of it, may be of: what says how its scales are stored. Where none of them
+            is it, what the weight says of itself has to do.
     """
     if isinstance(packed, BlockQTensor):
         return _of_blocks(packed, known)
@@ -70,7 +72,7 @@ def learn_scales(packed: QTensor, known: Sequence[Quantizer]) -> Learned | None:
 
 
 def _of_blocks(packed: BlockQTensor, known: Sequence[Quantizer]) -> Learned | None:
-    for quantizer in known:
+    for quantizer in (*known, *own_quantizers(packed)):
         if (quantizer.format, quantizer.granularity) != (packed.format, packed.granularity):
             continue
         if quantizer.granularity.factored or isinstance(quantizer.scale, One):

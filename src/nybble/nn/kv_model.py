@@ -57,9 +57,10 @@ class CacheHook:
             return None
         name = cache_argument(type(module))
         place = names.index(name)
+        kept = {key: value for key, value in kwargs.items() if key not in _NAMES}  # a None by its other name
         if place < len(args):
-            return (*args[:place], self.make(), *args[place + 1 :]), kwargs
-        return args, {**kwargs, name: self.make()}
+            return (*args[:place], self.make(), *args[place + 1 :]), kept
+        return args, {**kept, name: self.make()}
 
 
 def use_quantized_cache(model: Any, kv: KVRecord | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from nybble.checkpoint.parts import same_request
+from nybble.core import ranks
 from nybble.core.device import out_of_memory
 from nybble.core.errors import FileError, ModelError
 from nybble.core.explicit import explicit_settings
@@ -20,7 +21,8 @@ from nybble.data.kinds import data_kind
 from nybble.models.adapter import reads_of
 from nybble.nn.swap import hold_slow
 from nybble.pipelines.load import load_with_origin
-from nybble.training.generated import Generation, generated
+from nybble.training.generated import Generation, check_generates, generated
+from nybble.training.tasks._fits import check_length
 
 
 @explicit_settings()
@@ -40,10 +42,10 @@ def generate_dataset(
         model: what ``nybble.load`` takes; a causal language model.
         out: the file, a text a line: ``{"text": ..., "number": ...}``. It appears whole; until then it is OUT.begun
             (and OUT.begun.json, the request). Texts of white space alone are left out.
-        options: how many, how long, how.
+        options: how many, how long, how. Several processes (:mod:`nybble.core.ranks`) share the batches.
         dtype: of the model; None: bfloat16.
         device: where to run.
-        resume: go on from what a killed run left, to the same bytes.
+        resume: go on from what a killed run left, to the same bytes; without it that is made anew.
         progress: told after each batch.
 
     Returns:
@@ -53,51 +55,115 @@ def generate_dataset(
         NybbleError: the file exists, can't be written, or was begun with another request; the model makes no texts.
     """
     options, out = options or Generation(), Path(out)
-    check_new_file(out)
     request = {"model": model, "dtype": dtype, "device": device, **json.loads(json.dumps(asdict(options)))}
-    partial, note = out.with_name(f"{out.name}.begun"), out.with_name(f"{out.name}.begun.json")
-    begun = resume and partial.exists() and note.exists()
-    if begun:
-        try:
-            before = json.loads(note.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise FileError(f"{note} can't be read ({error}); remove it and {partial}, and begin anew.") from error
-        same_request(partial, before, request)
-    loaded, origin = load_with_origin(model, dtype=dtype, device=device)
-    tokenizer = data_kind(reads_of(loaded)).tokenizer(origin) if loaded.can_generate() else None
-    if tokenizer is None:
+    with ranks.together():
+        ranks.agreed({"out": str(out), **request})
+        begun = ranks.lead_alone(lambda: _begun(out, request, resume))
+        if ranks.lead_alone(lambda: not out.exists()):
+            _make(model, out, options, request, begun, (progress if ranks.leads() else None) or Silent())
+        return ranks.lead_alone(lambda: {"out": str(out), **_counted(out), **request})
+
+
+def _beside(out: Path) -> tuple[Path, Path]:
+    """What there is of a file that isn't whole: texts, and the request."""
+    return out.with_name(f"{out.name}.begun"), out.with_name(f"{out.name}.begun.json")
+
+
+def left_over(out: Path) -> bool:
+    """Whether a run was killed before the file was there, or before it had cleared up."""
+    return not out.exists() or _beside(out)[1].exists()
+
+
+def _begun(out: Path, request: dict[str, Any], resume: bool) -> bool:
+    """Whether there is something to go on with; of the same request."""
+    check_new_file(out)
+    partial, note = _beside(out)
+    if not (resume and note.exists() and (partial.exists() or out.exists())):
+        if out.exists():
+            raise FileError(f"{out} exists already. Remove it or choose another file.")
+        return False
+    try:
+        before = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileError(f"{note} can't be read ({error}); remove it and {partial}, and begin anew.") from error
+    same_request(partial, before, request)
+    return True
+
+
+def _counted(out: Path) -> dict[str, Any]:
+    """Clears up beside the whole file; how much is in it."""
+    for path in _beside(out):
+        path.unlink(missing_ok=True)
+    found = [json.loads(line)["tokens"] for line in out.read_bytes().splitlines()]
+    return {"texts": len(found), "tokens": sum(found), "sha256": sha256_file(out)}
+
+
+def _make(model: str, out: Path, options: Generation, request: dict[str, Any], begun: bool, progress: Progress) -> None:
+    device = request["device"]
+    loaded, origin = load_with_origin(model, dtype=request["dtype"], device=device)
+    if not hasattr(loaded, "can_generate") or reads_of(loaded) != "tokens":
         raise ModelError(f"{model} is a {type(loaded).__name__}, which generates no text.")
+    check_generates(loaded)
+    check_length(loaded, model, options.length, "length")
+    tokenizer = data_kind("tokens").tokenizer(origin)
+    hold_slow(loaded, loaded.dtype)
     with disk_errors(out), out_of_memory(device):
-        if not begun:
-            atomic_write_json(note, request)
-            partial.write_bytes(b"")
-        _write(loaded, tokenizer, options, partial, progress or Silent())
-        lines = [line for line in partial.read_bytes().splitlines(keepends=True) if json.loads(line)["text"].strip()]
-        if not lines:
-            raise ModelError(f"{model} made nothing but white space in {options.count} texts.")
-        atomic_write_bytes(out, b"".join(lines))
-        for path in (partial, note):
-            path.unlink()
-    tokens = sum(json.loads(line)["tokens"] for line in lines)
-    return {"out": str(out), "texts": len(lines), "tokens": tokens, "sha256": sha256_file(out), **request}
+        start = ranks.lead_alone(lambda: _start(out, options, request, begun))
+        try:
+            _write(loaded, tokenizer, options, start, out, progress)
+            ranks.lead_alone(lambda: _publish(model, out, options))
+        except BaseException as error:
+            if ranks.leads():
+                _forget(out, error)
+            raise
 
 
-def _write(model: nn.Module, tokenizer: Any, options: Generation, partial: Path, progress: Progress) -> None:
-    """Append what is missing, a batch at a time; a batch that a kill cut is made again."""
-    hold_slow(model, model.dtype)  # type: ignore[arg-type]
-    start = _whole(partial, options.batch)
-    with partial.open("ab") as file, task(progress, options.count, "texts") as bar:
+def _start(out: Path, options: Generation, request: dict[str, Any], begun: bool) -> int:
+    """How many texts are there."""
+    partial, note = _beside(out)
+    if not begun:
+        atomic_write_json(note, request)
+        partial.write_bytes(b"")
+    return _whole(partial, options.batch)
+
+
+def _publish(model: str, out: Path, options: Generation) -> None:
+    lines = _beside(out)[0].read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["text"].strip()]
+    if not kept:
+        raise ModelError(f"{model} made nothing but white space in {options.count} texts.")
+    atomic_write_bytes(out, b"".join(kept))
+
+
+def _forget(out: Path, error: BaseException) -> None:
+    """Remove what is nothing to go on from: of a model that makes no texts, or none yet."""
+    partial, note = _beside(out)
+    if isinstance(error, ModelError) or not partial.stat().st_size:
+        partial.unlink()
+        note.unlink()
+
+
+def _write(model: nn.Module, tokenizer: Any, options: Generation, start: int, out: Path, progress: Progress) -> None:
+    """Append what is missing, a batch of each rank at a time; one that a kill cut is made again."""
+    size, batch = ranks.size(), options.batch
+    own = generated(model, tokenizer, options, start + ranks.number() * batch, every=size)
+    with _beside(out)[0].open("ab") as file, task(progress, options.count, "texts") as bar:
         bar.advance(start)
-        for batch in generated(model, tokenizer, options, start):
-            lines = []
-            for number, ids in batch:
-                text = tokenizer.decode(ids, skip_special_tokens=True)
-                line = {"text": text, "number": number, "tokens": len(ids)}
-                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-            file.write("".join(lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
-            bar.advance(len(batch))
+        for _ in range(start, options.count, size * batch):
+            made = [line for lines in ranks.gather(_lines(tokenizer, next(own, []))) for line in lines]
+            if ranks.leads():
+                file.write("".join(made).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            bar.advance(len(made))
+
+
+def _lines(tokenizer: Any, batch: list[tuple[int, list[int]]]) -> list[str]:
+    found = []
+    for number, ids in batch:
+        line = {"text": tokenizer.decode(ids, skip_special_tokens=True), "number": number, "tokens": len(ids)}
+        found.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return found
 
 
 def _whole(partial: Path, batch: int) -> int:

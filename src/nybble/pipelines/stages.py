@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nybble.core import ranks
 from nybble.core.files import atomic_write_json
 from nybble.core.progress import Progress
 from nybble.nn.in_place import evaluation_mode
@@ -144,10 +145,12 @@ class Trainer:
         done: list[dict[str, Any]] = []
         for stage in range(self.stages - 1):
             note = self._at(stage, "json")
-            if not note.exists():
+            if ranks.lead_alone(lambda at=note: not at.exists()):  # type: ignore[misc]
                 model, found = self._train(stage, say)
-                save_state(model, self._at(stage, "safetensors"))
-                atomic_write_json(note, found)
+                with ranks.in_order():
+                    if ranks.leads():
+                        save_state(model, self._at(stage, "safetensors"))
+                        atomic_write_json(note, found)
             done.append(json.loads(note.read_text(encoding="utf-8")))
         model, found = self._train(self.stages - 1, say)
         done.append(found)

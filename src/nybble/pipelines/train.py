@@ -10,7 +10,8 @@
     OUT/times.json    seconds: the one file (with the logs) that two runs of a request don't have alike
 
 Until all is there it is OUT.partial, with ``checkpoints`` in it: a killed run goes on from the last one that is whole,
-and comes to the same weights.
+and comes to the same weights. Several processes (:mod:`nybble.core.ranks`) share the forwards of each update and come
+to them, too; the first one writes.
 """
 
 from __future__ import annotations
@@ -19,30 +20,32 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nybble.checkpoint.parts import REQUEST, TIMES, begun_with, cleared, same_request
 from nybble.checkpoint.trained import BASE, GENERATED, MERGED, TRAINING
+from nybble.core import ranks
 from nybble.core.device import out_of_memory
 from nybble.core.errors import FileError, LearningError, NybbleError, UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, atomic_write_json, need_space, new_folder
 from nybble.core.progress import Progress, Silent
 from nybble.core.seeds import preserve_global_rng
-from nybble.pipelines.dataset import generate_dataset
+from nybble.pipelines.dataset import generate_dataset, left_over
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.report import write_report
 from nybble.pipelines.save import save
-from nybble.pipelines.stages import CHECKPOINTS, Trainer, last_good
+from nybble.pipelines.stages import CHECKPOINTS, Ran, Trainer, last_good
 from nybble.pipelines.targets import AUTO
 from nybble.pipelines.training_job import Asked, Job, checked, space
 from nybble.report.trained import facts_of, trained_rows
 from nybble.training.methods import Place
 from nybble.training.recipe import TrainingRecipe, load_training_recipe
 from nybble.training.settings import TrainSettings
+from nybble.training.sharing import check_shares
 from nybble.training.tasks import TASKS
 
 BEFORE, MEMORY = "before.json", "memory.json"
@@ -102,37 +105,52 @@ def train(
         NybbleError: bad requests, files, data; nothing is left behind, but for OUT.partial of a run that had begun to
             train: ``resume`` goes on from it.
     """
-    started, say, progress = time.perf_counter(), announce or _ignore, progress or Silent()
-    made = recipe if isinstance(recipe, TrainingRecipe) else load_training_recipe(recipe)
-    chosen = settings if isinstance(settings, TrainSettings) else made.settings_with(settings or {})
-    out = new_folder(out, model)
-    asked = Asked(
-        recipe=made, model=str(model), data=_data(made, data), packed=packed, options=options or {},
-        changes={"scheme": scheme, "weights": weights, "activations": activations, "kv": kv},
-        adapter=None if adapter is None else Path(adapter), judged_on=judged_on, teacher=teacher, merge=merge,
-        form=form,
-    )  # fmt: skip
-    job = checked(asked, chosen)
+    started = time.perf_counter()
+    with preserve_global_rng(), ranks.together():
+        leads = ranks.leads()
+        say, progress = (announce if leads else None) or _ignore, (progress if leads else None) or Silent()
+        made = recipe if isinstance(recipe, TrainingRecipe) else load_training_recipe(recipe)
+        chosen = settings if isinstance(settings, TrainSettings) else made.settings_with(settings or {})
+        out = new_folder(out, model)
+        asked = Asked(
+            recipe=made, model=str(model), data=_data(made, data), packed=packed, options=options or {},
+            changes={"scheme": scheme, "weights": weights, "activations": activations, "kv": kv},
+            adapter=None if adapter is None else Path(adapter), judged_on=judged_on, teacher=teacher, merge=merge,
+            form=form,
+        )  # fmt: skip
+        job = checked(asked, chosen)
+        check_shares(chosen.accumulate, chosen.batch)
+        ranks.agreed({"out": str(out), "judged_on": judged_on, "form": form, **job.request()})
+        result, seconds = _run(job, out, started, progress, say)
+    return {"out": str(out), **result, "seconds": seconds}
+
+
+def _run(
+    job: Job, out: Path, started: float, progress: Progress, say: Callable[[str], None]
+) -> tuple[dict[str, Any], float]:
+    """The result, and seconds; the first process writes, the others wait for it."""
+    folder = AtomicFolder(out, resumable=True)
     with ExitStack() as stack:
-        stack.enter_context(preserve_global_rng())
-        stack.enter_context(out_of_memory(chosen.device))
-        need_space(out, space(job))
-        partial = stack.enter_context(AtomicFolder(out, resumable=True))
+        stack.enter_context(out_of_memory(job.settings.device))
+        if ranks.leads():
+            need_space(out, space(job))
+        partial = stack.enter_context(folder if ranks.leads() else nullcontext(folder.partial))
         try:
-            _begin(partial, job, say)
-            result = _finished(partial)
+            ranks.lead_alone(lambda: _begin(partial, job, say))
+            result = ranks.lead_alone(lambda: _finished(partial))
             if result is None:
                 job = _with_data(job, partial, progress, say)
                 base = _base(job, partial, progress, say)
                 result = _trained(job, base, partial, out, progress, say)
         except BaseException as error:
-            _forget_unbegun(partial, error)
+            if ranks.leads():
+                _forget_unbegun(partial, error)
             if isinstance(error, LearningError) and (last := last_good(partial)) is not None:
                 raise LearningError(f"{error} The last checkpoint before it stays in {last}.") from error
             raise
-        seconds = time.perf_counter() - started
-        _finish(partial, result, seconds)
-    return {"out": str(out), **result, "seconds": seconds}
+        seconds = ranks.lead_says(time.perf_counter() - started)
+        ranks.lead_alone(lambda: _finish(partial, result, seconds))
+    return result, seconds
 
 
 def _data(recipe: TrainingRecipe, data: str | None) -> str:
@@ -160,7 +178,7 @@ def _with_data(job: Job, partial: Path, progress: Progress, say: Callable[[str],
     if job.own is None:
         return job
     made, device = partial / GENERATED, job.settings.device
-    if not made.exists():
+    if ranks.lead_alone(lambda: left_over(made)):
         say(f"{job.own.count:,} texts of {job.model} are made")
         options = replace(job.own, batch=512 if device == "cuda" else 32)
         generate_dataset(
@@ -195,9 +213,9 @@ def _base(job: Job, partial: Path, progress: Progress, say: Callable[[str], None
     if job.line is None:
         return job.model
     folder = partial / BASE
-    if not folder.exists():
+    if ranks.lead_alone(lambda: not folder.exists()):
         say(f"packing {job.model} in {job.line}")
-        begun = {"resume": (partial / "base.partial").exists()}
+        begun = {"resume": ranks.lead_alone(lambda: (partial / "base.partial").exists())}
         quantize(
             job.model, "rtn", out=folder, weights=job.line, form="native", progress=progress,
             settings={**begun, "seed": job.settings.seed, "dtype": job.settings.dtype, "device": job.settings.device},
@@ -209,11 +227,22 @@ def _trained(
     job: Job, base: str, partial: Path, out: Path, progress: Progress, say: Callable[[str], None]
 ) -> dict[str, Any]:
     trainer = Trainer(job, base, partial, progress)
+    before = ranks.lead_alone(lambda: _before(trainer, partial))
+    run = trainer.run(say)
+    return ranks.lead_alone(lambda: _written(trainer, run, before, out))
+
+
+def _before(trainer: Trainer, partial: Path) -> dict[str, Any] | None:
     at = partial / BEFORE
     if not at.exists():
         atomic_write_json(at, trainer.before())
-    before: dict[str, Any] | None = json.loads(at.read_text(encoding="utf-8"))
-    run = trainer.run(say)
+    found: dict[str, Any] | None = json.loads(at.read_text(encoding="utf-8"))
+    return found
+
+
+def _written(trainer: Trainer, run: Ran, before: dict[str, Any] | None, out: Path) -> dict[str, Any]:
+    """What training.json says, once the result is on disk."""
+    job, base, partial = trainer.job, trainer.base, trainer.partial
     place = Place(folder=partial, base=base if job.line is None else str(out / BASE), dtype=job.dtype)
     facts = {} if job.method.adapts else facts_of(run.model, trainer.start)
     model = job.method.finished(run.model, place)

@@ -15,7 +15,7 @@ from torch import nn
 
 from nybble.checkpoint.marked import MANIFEST, is_others, is_quantized
 from nybble.core.dtypes import float_dtype
-from nybble.core.errors import ModelError, NybbleError, UsageError
+from nybble.core.errors import FileError, ModelError, NybbleError, UsageError
 from nybble.core.options import build
 from nybble.core.versions import versions
 from nybble.data.kinds import data_kind
@@ -200,6 +200,8 @@ def checked(asked: Asked, settings: TrainSettings) -> Job:
             f"{asked.adapter} was trained on a packed base, and {asked.model} would be packed anew; give that base as "
             f"MODEL: {base}."
         )
+    if asked.teacher is not None:
+        _check_fits(asked.teacher, task, described, origin)
     judged = None
     if asked.judged_on is not None:
         judged = task.load(asked.judged_on, origin, described, settings.seq_len, "evaluation")
@@ -235,6 +237,33 @@ def _check_teacher(asked: Asked, method: Method, options: Any, line: str | None)
             f"{asked.model} is packed, and recipe {asked.recipe.name} compares with the float model; give it: "
             "--teacher MODEL."
         )
+
+
+def _check_fits(teacher: str, task: Task, student: Any, origin: Origin) -> None:
+    """A teacher does what the model does, and speaks of the same words or classes; its size is its own.
+
+    Raises:
+        UsageError: it doesn't.
+    """
+    found, its_origin = described_with_origin(teacher)
+    model: Any = found
+    if not task.claims(model):
+        raise UsageError(f"--teacher {teacher} is a {type(model).__name__}, which does something else than the model.")
+    (said, its), (_, own) = _said(model), _said(student)
+    if its != own:
+        raise UsageError(f"--teacher {teacher} has {its:,} {said}, and the model {own:,}; give one of the same.")
+    kind = data_kind(reads_of(student))
+    with suppress(FileError):  # one of the folders holds no tokenizer
+        theirs, ours = (kind.tokenizer(place) for place in (its_origin, origin))
+        if theirs is not None and ours is not None and theirs.get_vocab() != ours.get_vocab():
+            raise UsageError(f"--teacher {teacher} has another vocabulary than the model; give one of the same.")
+
+
+def _said(model: Any) -> tuple[str, int]:
+    """What logits are of, and how many."""
+    if model.get_output_embeddings() is None:
+        return "classes", int(getattr(model.config, "num_labels", 0))
+    return "tokens", int(model.config.get_text_config().vocab_size)
 
 
 def _check_float(model: str) -> None:

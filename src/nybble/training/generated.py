@@ -68,10 +68,10 @@ def own_texts(src: str, length: int, seed: int) -> Generation | None:
     word, _, count = src.partition(":")
     if word != SELF:
         return None
-    if count and not count.isdecimal():
+    if src != SELF and not count.isdecimal():
         raise UsageError(f"data {src!r}: self is followed by the number of texts, as in self:4096.")
     made = Generation(length=length, seed=seed)
-    return replace(made, count=int(count)) if count else made
+    return made if src == SELF else replace(made, count=int(count))
 
 
 @dataclass(frozen=True)
@@ -92,42 +92,70 @@ def beginnings(options: Generation, vocabulary: Sequence[int]) -> list[First]:
     return [every[order[i % len(order)]] for i in range(options.count)]
 
 
-def vocabulary_of(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that a text may begin with: all that the model has a row for and that are not special."""
+def known_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that a text may have: those of the tokenizer that the model has a row for; it may have more rows."""
     rows = model.get_input_embeddings().weight.shape[0]
+    return sorted(token for token in set(tokenizer.get_vocab().values()) if token < rows)
+
+
+def vocabulary_of(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that a text may begin with: known ones that are not special."""
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
-    return [token for token in range(min(rows, len(tokenizer))) if token not in special]
+    return [token for token in known_tokens(model, tokenizer) if token not in special]
 
 
 @torch.no_grad()
 def generated(
-    model: nn.Module, tokenizer: Any, options: Generation, start: int = 0
+    model: nn.Module, tokenizer: Any, options: Generation, start: int = 0, every: int = 1
 ) -> Iterator[list[tuple[int, list[int]]]]:
     """Texts as token ids, batch by batch: each with its number.
 
     Args:
         model: a causal language model, on its device.
-        tokenizer: of it.
+        tokenizer: of it; no other tokens than it knows are made.
         options: how.
         start: the number of the first text, a multiple of ``options.batch``: those before it are there already.
+        every: of how many batches from there on one is made: others make the rest.
 
     Raises:
         ModelError: the model generates no text.
     """
     made: Any = model
-    if not made.can_generate() or made.config.is_encoder_decoder:
-        raise ModelError(f"a {type(model).__name__} generates no text of itself; causal language models do.")
-    firsts = beginnings(options, vocabulary_of(model, tokenizer))
-    ends = _ends(made)
+    check_generates(made)
+    firsts, ends = beginnings(options, vocabulary_of(model, tokenizer)), _ends(made)
+    barred = _barred(made, ends.union(known_tokens(model, tokenizer)))
     with evaluation_mode(model):
-        for begin in range(start, options.count, options.batch):
+        for begin in range(start, options.count, every * options.batch):
             some = range(begin, min(begin + options.batch, options.count))
-            ids = _batch(made, [firsts[i] for i in some], some, ends, options)
+            ids = _batch(made, [firsts[i] for i in some], some, ends, barred, options)
             yield list(zip(some, ids, strict=True))
 
 
+def check_generates(model: Any) -> None:
+    """Refuse a model that makes no texts of itself.
+
+    Raises:
+        ModelError: it doesn't.
+    """
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise ModelError(f"a {type(model).__name__} generates no text of itself; causal language models do.")
+
+
+def _barred(model: Any, known: frozenset[int]) -> Tensor | None:
+    """Which logits are of no token, so that text of it couldn't be read; None: none."""
+    width = getattr(model.get_output_embeddings(), "out_features", 0)
+    found = torch.ones(width, dtype=torch.bool, device=next(model.parameters()).device)
+    found[[token for token in known if token < width]] = False
+    return found if bool(found.any()) else None
+
+
 def _batch(
-    model: Any, firsts: list[First], numbers: Sequence[int], ends: frozenset[int], options: Generation
+    model: Any,
+    firsts: list[First],
+    numbers: Sequence[int],
+    ends: frozenset[int],
+    barred: Tensor | None,
+    options: Generation,
 ) -> list[list[int]]:
     """Some texts of one batch."""
     device, word = next(model.parameters()).device, cache_argument(type(model)) or "past_key_values"
@@ -139,6 +167,8 @@ def _batch(
     for at in range(1, options.length):
         out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **({} if cache is None else {word: cache}))
         logits, cache = out.logits[:, -1].float(), getattr(out, word)
+        if barred is not None:
+            logits.masked_fill_(barred, float("-inf"))
         best = logits.argmax(-1)
         if drawn is not None:
             best = torch.where(likeliest > at, best, _draw(logits, drawn[:, at - 1], options))

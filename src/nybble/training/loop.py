@@ -1,6 +1,7 @@
 """The loop: transformers' Trainer, made safe to kill.
 
-It also learns of an order of examples that can be gone on with, of losses that are no number, and whom to tell.
+It also learns of an order of examples that can be gone on with, of losses that are no number, whom to tell, and of
+other processes: each has a Trainer that thinks itself alone, and they share forwards (:mod:`nybble.training.sharing`).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,15 +25,17 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from nybble.core import ranks
 from nybble.core.errors import FileError, LearningError, NybbleError
 from nybble.core.files import atomic_write_json, free_bytes
-from nybble.core.progress import Progress
+from nybble.core.progress import Progress, Silent
 from nybble.core.progress import task as said
 from nybble.core.seeds import derive_seed, generator
 from nybble.training.memory import keeping
 from nybble.training.objective import Objective
 from nybble.training.optimizers import make_optimizer, state_bytes
 from nybble.training.settings import TrainSettings
+from nybble.training.sharing import SharedForwards, in_turn
 from nybble.training.state import load_state, save_state
 from nybble.training.tasks import TASKS, Row, Task
 
@@ -84,29 +88,28 @@ def train(
         LearningError: a loss that is no number; names the update. FileError: a checkpoint can't be written or read.
     """
     checkpoints = folder / "checkpoints"
-    last = last_checkpoint(checkpoints)
+    last = ranks.lead_alone(lambda: last_checkpoint(checkpoints))
+    progress = progress if ranks.leads() else Silent()
     task = task or TASKS.get("language")
     optimizer = make_optimizer(settings.optimizer, model, settings.lr, groups)
-    trainer = _Loop(
-        model=model,
-        args=_arguments(settings, checkpoints, mixed=mixed),
-        train_dataset=rows,
-        data_collator=task.collate,
-        optimizers=(optimizer, None),
-        settings=settings,
-        notes=folder / MEMORY,
-        lengths=[task.length(row) for row in rows],
-        objective=objective,
-    )
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    if (writer := _tensorboard(folder / "logs", 0 if last is None else _number(last))) is not None:
-        trainer.add_callback(writer)
     if settings.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with _quiet(), said(progress, trainer.total, "training"):
-        trainer.add_callback(_Told(progress))
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    with _quiet(), _alone(), _own_forward(model):
+        trainer = _Loop(
+            model=model,
+            args=_arguments(settings, checkpoints, mixed=mixed),
+            train_dataset=rows,
+            data_collator=task.collate,
+            optimizers=(optimizer, None),
+            settings=settings,
+            notes=folder / MEMORY,
+            lengths=[task.length(row) for row in rows],
+            objective=objective,
+        )
+        _listen(trainer, folder / "logs", last)
+        with said(progress, trainer.total, "training"):
+            trainer.add_callback(_Told(progress))
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
     for name, p in model.named_parameters():
         if p.requires_grad and not p.isfinite().all():  # by the last update, which no loss has seen
             raise LearningError(f"{name} holds NaN or Inf behind the last update; use a smaller lr, or dtype float32.")
@@ -116,7 +119,15 @@ def train(
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     curve = [(int(entry["step"]), float(entry["loss"])) for entry in logged]
     losses = {name: [float(entry[f"loss_{name}"]) for entry in logged] for name in trainer.losses}
-    return Run(steps=trainer.state.global_step, curve=curve, losses=losses, memory=memory)
+    return Run(steps=trainer.state.global_step, curve=curve, losses=losses, memory=ranks.lead_says(memory))
+
+
+def _listen(trainer: Trainer, logs: Path, last: Path | None) -> None:
+    """Logs for TensorBoard, of one process, in place of lines on standard output."""
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    if ranks.leads() and (writer := _tensorboard(logs, 0 if last is None else _number(last))) is not None:
+        trainer.add_callback(writer)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -140,6 +151,7 @@ SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "
 
 
 def _arguments(settings: TrainSettings, folder: Path, mixed: bool = False) -> TrainingArguments:
+    here = torch.cuda.current_device() if settings.device == "cuda" else None
     word = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"  # before 5.24
     again: dict[str, Any] = {f"{word}_checkpointing": settings.checkpointing}
     again[f"{word}_checkpointing_kwargs"] = {"use_reentrant": False}
@@ -167,6 +179,9 @@ def _arguments(settings: TrainSettings, folder: Path, mixed: bool = False) -> Tr
         disable_tqdm=True,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # otherwise it copies the model to every GPU that it sees
+    if here is not None:  # it has taken the first GPU, whichever is this rank's
+        torch.cuda.set_device(here)
+        arguments.__dict__["_setup_devices"] = torch.device("cuda", here)
     return arguments
 
 
@@ -186,6 +201,8 @@ class _Loop(Trainer):
         self._heard: list[Tensor] = []
         if objective is not None:
             self.model_accepts_loss_kwargs = False  # a mean of each forward: the Trainer divides by their number
+        learns = [p for p in given["model"].parameters() if p.requires_grad]
+        self.forwards, self.shared = 0, SharedForwards(learns)
         known = notes.exists() and settings.resume
         self.memory: dict[str, int] = json.loads(notes.read_text(encoding="utf-8")) if known else {}
 
@@ -208,16 +225,27 @@ class _Loop(Trainer):
 
     def log(self, logs: dict[str, float], *given: Any, **more: Any) -> None:
         """With each of several losses: a checkpoint keeps them with the rest."""
-        if "loss" in logs and self._heard:
-            means = torch.stack(self._heard).mean(0).tolist()
+        if "loss" in logs and self.losses:
+            means = torch.stack(in_turn(self._heard, self.args.device)).mean(0).tolist()
             logs = {**logs, **{f"loss_{name}": mean for name, mean in zip(self.losses, means, strict=True)}}
             self._heard = []
         super().log(logs, *given, **more)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        number, last = self.forwards, self.accelerator.sync_gradients
+        self.forwards = 0 if last else number + 1
+
+        def forward() -> Tensor:
+            return self._forward(number, model, inputs, num_items_in_batch)
+
+        return forward() if ranks.size() == 1 else self.shared.step(forward, last)
+
+    def _forward(self, number: int, model: nn.Module, inputs: Any, items: Any) -> Tensor:
+        """Forward ``number`` of an update, with random numbers of its own: whoever computes it draws the same."""
+        torch.manual_seed(derive_seed(self.settings.seed, "train", "forward", str(self.state.global_step), str(number)))
         first: AbstractContextManager[dict[int, int]] = nullcontext({}) if self.memory else keeping(model)
         with first as kept:
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            loss: Tensor = super().training_step(model, inputs, items)
         if not loss.isfinite():
             raise LearningError(
                 f"the loss of update {self.state.global_step + 1} is {loss.item()}; use a smaller lr, or dtype float32."
@@ -226,7 +254,8 @@ class _Loop(Trainer):
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             self.memory["gradients"] = sum(g.numel() * g.element_size() for g in gradients)
             self.memory["kept for backward"] = sum(kept.values())
-            atomic_write_json(self.notes, self.memory)
+            if ranks.leads():
+                atomic_write_json(self.notes, self.memory)
         return loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -246,6 +275,8 @@ class _Loop(Trainer):
             load_state(made, Path(resume_from_checkpoint) / WEIGHTS)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if not ranks.leads():
+            return
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
@@ -309,6 +340,32 @@ def _tensorboard(folder: Path, done: int) -> Any:
 
     callback: Any = TensorBoardCallback
     return callback(SummaryWriter(log_dir=str(folder), purge_step=done + 1 if done else None))
+
+
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without what torchrun says of other processes: accelerate would average gradients with them."""
+    kept = {name: os.environ.pop(name) for name in _LAUNCHED if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ |= kept
+
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """Without accelerate's around it afterwards: whatever is measured then would be rounded to its bfloat16, too."""
+    before = model.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        for name in ("forward", "_original_forward"):
+            model.__dict__.pop(name, None)
+        if before is not None:
+            model.__dict__["forward"] = before
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from nybble.nn.embedding import input_embedding
 from nybble.training.measures import longest
 
 
-def check_length(model: Any, name: str, seq_len: int) -> None:
-    """Refuse more tokens than the model ``name`` has positions for.
+def check_length(model: Any, name: str, seq_len: int, option: str = "seq_len") -> None:
+    """Refuse more tokens than the model ``name`` has positions for; ``option`` is what asked for them.
 
     Raises:
         UsageError: names the most that fits.
@@ -22,7 +22,7 @@ def check_length(model: Any, name: str, seq_len: int) -> None:
     if most is not None:
         most -= _unused(model)
     if most is not None and seq_len > most:
-        raise UsageError(f"seq_len is {seq_len}, and {name} has positions for {most} tokens; ask for fewer.")
+        raise UsageError(f"{option} is {seq_len}, and {name} has positions for {most} tokens; ask for fewer.")
 
 
 def check_tokens(model: Any, rows: Iterable[Sequence[int]], source: str) -> None:
