@@ -38,6 +38,8 @@ from nybble.core.errors import NybbleError
 from nybble.core.files import atomic_write_json
 from nybble.core.versions import versions
 from nybble.nn.kinds import quant_modules
+from nybble.nn.rotated_linear import RotatedQuantLinear
+from nybble.nn.rotation import BlockRotation
 from nybble.pipelines import matrix
 from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe, load_recipe, recipe_names
@@ -86,6 +88,11 @@ def rounding(quantizer: Quantizer) -> Any:
     return lambda _, entering: (quantizer.fake_quantize(entering[0]), *entering[1:])
 
 
+def turning(rotation: BlockRotation) -> Any:
+    """A hook that rotates what enters a layer."""
+    return lambda _, entering: (rotation(entering[0]), *entering[1:])
+
+
 def proved(recipe_name: str, name: str, granularity: str) -> str:
     """What is wrong with a legal pair; empty where nothing is."""
     quantizer = matrix.quantizer_of(name, granularity)
@@ -114,6 +121,8 @@ def proved(recipe_name: str, name: str, granularity: str) -> str:
         for place, module in quant_modules(done):
             layer = dense.get_submodule(place)
             layer.weight.copy_(module.weight.qtensor().dequantize(torch.float32))
+            if isinstance(module, RotatedQuantLinear):  # its input is turned before it is rounded
+                layer.register_forward_pre_hook(turning(module.rotation))
             if module.inputs is not None:
                 layer.register_forward_pre_hook(rounding(module.inputs.quantizer))
         if not torch.equal(dense(data).logits, want):

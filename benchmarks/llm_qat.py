@@ -48,13 +48,12 @@ def rows_of(options: argparse.Namespace) -> list[tuple[str, str]]:
     return [row for row in every if not words or any(word in f"{row[0]} {row[1]}" for word in words)]
 
 
-def quantized(scheme: str, way: str, options: argparse.Namespace) -> Any:
-    """A model in memory."""
-    model, tokenizer = nybble.load(options.smollm2 or options.model, dtype="bfloat16")
+def quantized(scheme: str, way: str, options: argparse.Namespace, out: Path) -> str:
+    """A folder."""
     recipe = build_recipe(way, scheme=SCHEMES[scheme], effort="quick" if way == "signround" else "full")
     settings = {"samples": options.samples, "seq_len": 512, "batch": 8, "device": options.device}
-    done, _ = nybble.quantize(model, recipe, "builtin", tokenizer=tokenizer, settings=settings)
-    return done
+    nybble.quantize(options.smollm2 or options.model, recipe, "builtin", out=out, form="native", settings=settings)
+    return str(out)
 
 
 def trained(scheme: str, data: str, options: argparse.Namespace, out: Path) -> tuple[str, dict[str, Any]]:
@@ -76,7 +75,7 @@ def trained(scheme: str, data: str, options: argparse.Namespace, out: Path) -> t
     }  # fmt: skip
 
 
-def judged(model: Any, options: argparse.Namespace) -> dict[str, float]:
+def judged(model: str, options: argparse.Namespace) -> dict[str, float]:
     """On the half of builtin that nobody has seen."""
     found = run_eval({"it": model}, "builtin", metrics=["ppl", "nll"], seq_len=512, samples=options.windows,
                      device=options.device)  # fmt: skip
@@ -112,21 +111,19 @@ def main() -> None:
         "training": {key: getattr(options, key) for key in ("steps", "batch", "length", "lr")},
         "samples": options.samples, "windows": options.windows, "rows": {},
     }  # fmt: skip
-    loaded, _ = nybble.load(model, dtype="bfloat16")
-    result["float"] = judged(loaded.to(options.device), options)
+    result["float"] = judged(model, options)
     began = time.perf_counter()
     for scheme, way in rows_of(options):
         if time.perf_counter() - began > options.seconds:
             print(f"not begun: {scheme} {way}")
             continue
         start, more = time.perf_counter(), dict[str, Any]()
-        done: Any
         work = Path(tempfile.mkdtemp())
         try:
             if way.startswith("llm-qat"):
                 done, more = trained(scheme, way.split(", ")[1], options, work / "out")
             else:
-                done = quantized(scheme, way, options)
+                done = quantized(scheme, way, options, work / "out")
             metrics = judged(done, options)
         finally:
             shutil.rmtree(work)

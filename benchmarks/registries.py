@@ -42,9 +42,11 @@ from nybble.recipe import Step, load_recipe, recipe_names
 from nybble.scheme import PRESETS as SCHEMES
 from nybble.scheme import Rule, Scheme
 from nybble.training import steps as training_steps
+from nybble.training.losses import LOSSES
 from nybble.training.methods import METHODS
 from nybble.training.recipe import listed_training_recipes
 from nybble.training.settings import TrainSettings
+from nybble.training.tasks import TASKS
 
 NO_DEFAULT = (dataclasses.MISSING, None, "", ())
 WORDS: dict[Any, str] = {
@@ -375,6 +377,24 @@ def train_methods() -> str:
     return table(("method", "what", "base", "options of --set"), rows, numbers=False)
 
 
+def train_losses() -> str:
+    """What a network in training is told by."""
+    rows = [
+        [f"`{name}`", _says(LOSSES, name), "yes" if part.taught else "no", _short_options(part)]
+        for name, part in _parts(LOSSES).items()
+    ]
+    return table(("name", "what", "needs a teacher", "options"), rows, numbers=False)
+
+
+def train_tasks() -> str:
+    """What models are trained to do."""
+    rows = [
+        [f"`{name}`", _markdown(part.summary), part.unit, f"`{part.shown}`"]
+        for name, part in _parts(TASKS).items()
+    ]  # fmt: skip
+    return table(("task", "of", "the loss is a mean over", "shown first"), rows, numbers=False)
+
+
 def train_settings() -> str:
     """Sizes and rates of the loop."""
     return table(("setting", "kind", "default", "meaning"), _options(TrainSettings), numbers=False)
@@ -414,5 +434,6 @@ TABLES: dict[str, Callable[[], str]] = {
         scheme_keys, scheme_presets, recipes, transform_steps, solver_steps, reconstruction_options,
         reconstruction_steps, learned_parts, learned_transforms, train_steps, correction_options, correction_steps,
         targets, target_rows, optimizers, optimizer_presets, train_recipes, train_methods, train_settings,
+        train_losses, train_tasks,
     )
 }  # fmt: skip

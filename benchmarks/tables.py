@@ -147,7 +147,8 @@ def memory() -> str:
         ]
         for r in data["rows"]
     ]
-    about = f"\n{data['machine']['cpu']}, {data['machine']['threads']} threads; torch {data['versions']['torch']}.\n"
+    count = data["machine"]["threads"]
+    about = f"\n{data['machine']['cpu']}, {count} thread{'s' * (count > 1)}; torch {data['versions']['torch']}.\n"
     return table(("run", "calibration", "measured, GB", "estimate, GB", "ratio"), rows) + about
 
 

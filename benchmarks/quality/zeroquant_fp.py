@@ -8,8 +8,12 @@ All weights have groups of 64, and GPTQ. Calibrated on the ladder's calibration 
 
     formats  INT4 or E2M1 weights beside INT8, E4M3 (a scale a token) or float inputs; the recipe whole, and to nearest
     scales   E2M1 beside E4M3 inputs; real scales, powers of two (M1), powers of two times a number a row (M2), all of
-             plain maxima; M2 also by the exponent that loses least ("real, searched" is the row of ``formats``)
+             plain maxima; both also by the exponent that loses least ("real, searched" is the row of ``formats``), M2
+             by the best of 8 numbers a row too
     rank     rank 8 or none under 4-, 3- and 2-bit weights, on every model of the ladder
+
+Powers and their phases on a CPU (results/zeroquant_scales.json): ``--studies scales --models llama-10m --windows 40
+--record benchmarks/results/zeroquant_scales.json``.
 
 An estimate is printed first; with ``--seconds`` no row is begun later than that, and ``--missing`` goes on from there.
 """
@@ -54,11 +58,13 @@ def scales() -> defaults.Rows:
     lines = {
         "real": E2M1, "M1 up": "fp4-m1", "M1 nearest": f"{E2M1} scale=pow2(mode=nearest) {e8m0}",
         "M2 down": f"{E2M1} scale=pow2-ratio(mode=down)", "M2 nearest": f"{E2M1} scale=pow2-ratio",
-        "M2 searched": f"{E2M1} scale=stored {ROW}",
+        "M1 searched": f"{E2M1} scale=stored {e8m0}", "M2 searched": f"{E2M1} scale=stored {ROW}",
+        "M2 searched, 8 phases": f"{E2M1} scale=pow2-ratio(mode=search,phases=8)",
+        "M2 nearest, 8 phases": f"{E2M1} scale=pow2-ratio(phases=8)",
     }  # fmt: skip
     plain = [{"solver": "gptq", "clip": False}]
     return {
-        f"scales {name}": ([{"solver": "gptq"}] if name == "M2 searched" else plain, {"weights": line, "inputs": FP8})
+        f"scales {name}": ([{"solver": "gptq"}] if "searched" in name else plain, {"weights": line, "inputs": FP8})
         for name, line in lines.items()
     }
 
@@ -124,8 +130,9 @@ def plan_of(args: argparse.Namespace) -> list[tuple[str, defaults.Rows]]:
 
 def conclude(model: str, rows: dict[str, Any]) -> None:
     """Print what perplexity on each text gains over what a row is compared with, in per cent, and what it costs."""
-    pairs = [("scales " + n, "scales real") for n in ("M1 up", "M1 nearest", "M2 down", "M2 nearest")]
-    pairs += [("scales M2 searched", "E2M1 x E4M3"), ("zeroquant-fp", "zeroquant-fp's scheme, to nearest")]
+    pairs = [(name, "scales real") for name in rows if name.startswith("scales M")]
+    pairs += [(f"scales M2 searched{more}", "E2M1 x E4M3") for more in ("", ", 8 phases")]
+    pairs += [("zeroquant-fp", "zeroquant-fp's scheme, to nearest")]
     pairs += [(f"{w} x E4M3", f"{w} x INT8") for w in ("INT4", "E2M1")]
     pairs += [(f"E2M1 x {a}", f"INT4 x {a}") for a in ("float", "INT8", "E4M3")]
     pairs += [(f"W{n} rank 8", f"W{n} rank 0") for n in (4, 3, 2)]

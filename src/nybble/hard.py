@@ -22,6 +22,7 @@ from nybble.qtensor.block import BlockQTensor
 from nybble.rounding import get_rounding
 from nybble.scales import BlockParams, ScaleRule, Storage
 from nybble.scales._at_once import dynamic_of, scale_at_once
+from nybble.scales.mse import Mse
 from nybble.scales.one import One
 from nybble.soft import Specification, grid_of, integers, scaled, unscaled
 
@@ -82,9 +83,11 @@ def _storage(inner: str | Rule, shape: tuple[int, ...], device: torch.device) ->
 def _fit_as_stored(spec: Rule, blocks: Tensor, importance: Tensor | None, shape: tuple[int, ...]) -> QuantParams:
     """:func:`fit` by a rule that judges its candidates as they would be stored.
 
-    Nested ones are stored under an outer scale that the search does not move.
+    Nested ones are stored under an outer scale that the search does not move, but in phases.
     """
     inner = spec.scale_format
+    if spec.scale.phases > 1 and not isinstance(inner, str):
+        return _fit_by_phases(spec, inner, blocks, importance, shape)
     outer: QuantParams | None = None
     wide: QuantParams | None = None  # the outer scale before its own rounding, where ratios to it are judged
 
@@ -102,6 +105,36 @@ def _fit_as_stored(spec: Rule, blocks: Tensor, importance: Tensor | None, shape:
     rule: Any = spec.scale
     found = rule.fit(blocks, spec.format, spec.rounding, importance, project)
     return finish(spec, found, shape, outer)
+
+
+def _fit_by_phases(
+    spec: Rule, inner: Rule, blocks: Tensor, importance: Tensor | None, shape: tuple[int, ...]
+) -> QuantParams:
+    """:func:`fit` under each outer scale and larger ones up to twice it; of each, that which loses least is kept."""
+    rule: Any = spec.scale
+    name = "nearest-even" if get_rounding(spec.rounding).stochastic else spec.rounding
+    own: Any = fit(inner, rule.whole(blocks, spec.format, importance).reshape(shape), None).scale
+
+    def under(outer: Tensor) -> tuple[Tensor, Tensor]:
+        def project(scale: Tensor, over: Tensor | None) -> Tensor:
+            return fake_quantize(inner, scale.reshape(shape), QuantParams(outer), None).reshape(-1, 1)
+
+        found = rule.fit(blocks, spec.format, spec.rounding, importance, project)
+        scale = project(found.scale, None)
+        lost = Mse().error(blocks, found, scale, spec.format, name, importance)
+        each = inner.granularity.to_blocks(lost.reshape(shape)).sum(1)
+        return inner.granularity.to_blocks(scale.reshape(shape)), each.reshape(own.shape)
+
+    best, (scales, least) = own, under(own)
+    for phase in range(1, rule.phases):
+        larger = own.float() * 2 ** (phase / rule.phases)
+        outer = narrow_scale(larger, str(inner.scale_format)).to(own.dtype)
+        tried, lost = under(outer)
+        better = lost < least
+        best, least = torch.where(better, outer, best), torch.where(better, lost, least)
+        scales = torch.where(better.reshape(-1, 1), tried, scales)
+    raw = inner.granularity.from_blocks(scales, shape).reshape(-1, 1)
+    return finish(spec, BlockParams(raw), shape, QuantParams(best))
 
 
 def _outer_of(over: Tensor | None) -> QuantParams | None:

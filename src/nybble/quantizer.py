@@ -41,6 +41,7 @@ from nybble.line import DEFAULTS, PLAIN, TENSOR, as_written, default_of, is_open
 from nybble.packing import get_layout
 from nybble.rounding import get_rounding
 from nybble.scales import BlockParams, ScaleRule
+from nybble.scales.one import One
 
 if TYPE_CHECKING:
     import torch
@@ -118,6 +119,11 @@ class Quantizer:
         self.scale.check_scales(self.scale_format.format if isinstance(self.scale_format, Quantizer) else None)
         if self.scale.two_level and (inner is None or not inner.one_scale):
             raise SchemeError(f"scale={self.scale} finds one scale of scales; say scale_format=(float8_e4m3fn tensor).")
+        if self.scale.phases > 1 and not _has_plain_scale(self.scale_format):
+            raise SchemeError(
+                f"scale={self.scale} tries numbers that scales share, and scale_format={self.scale_format} has none "
+                "that is a plain one; leave out phases."
+            )
         layout = get_layout(self.packing)
         layout.size(1, self.format.bits)
         if layout.holds is not None and not layout.holds.issuperset(self.format.produced):
@@ -332,6 +338,13 @@ class Quantizer:
         from nybble.soft import pack
 
         return pack(self, codes, params)
+
+
+def _has_plain_scale(nested: str | Quantizer) -> bool:
+    """Whether scales are stored over numbers of their own that are one plain tensor."""
+    if isinstance(nested, str) or isinstance(nested.scale, One):
+        return False
+    return isinstance(nested.scale_format, str) and not nested.granularity.factored
 
 
 def _text(key: str, value: Any) -> str:

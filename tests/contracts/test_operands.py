@@ -222,3 +222,38 @@ def test_a_bias_that_autocast_left_in_float32() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16 and torch.allclose(y.float(), layer(x.float()), rtol=0.02, atol=0.3)
+
+
+ELEMENTWISE: dict[str, tuple[str, list[Any], str]] = {
+    "integers": ("encode", [torch.ones(4, 32, dtype=torch.int32), "int4", "nearest-even"], "encode: x in torch.int32"),
+    "bits": ("encode", [torch.ones(4, 32, dtype=torch.bool), "int4", "nearest-even"], "encode: x in torch.bool"),
+    "complex": ("round_to", [torch.ones(3, dtype=torch.complex64), "int4", "nearest-even"], "x in torch.complex64"),
+    "a table elsewhere": ("table_round", [torch.ones(3), torch.ones(1), torch.ones(2, device="meta")], "on meta"),
+    "thresholds elsewhere": ("table_encode", [torch.ones(3), torch.ones(1, device="meta"), torch.ones(2)], "on meta"),
+    "a short table": ("table_round", [torch.ones(3), torch.ones(2), torch.ones(2)], "longer by one"),
+    "values elsewhere": ("around", [torch.ones(3), torch.ones(2, device="meta"), True], "on meta"),
+    "a scale elsewhere": ("scaled_round", [torch.ones(4, 32), torch.ones(4, 1, device="meta"), "int4"], "on meta"),
+    "more scales": ("scaled_round", [torch.ones(4, 32), torch.ones(8, 1), "int4"], r"a scale \[8, 1\] in"),
+    "a scale of integers": ("scaled_round", [torch.ones(4, 32), torch.ones(4, 1).int(), "int4"], "in torch.int32"),
+    "a row": ("scaled_round", [torch.ones(32), torch.ones(1, 1), "int4"], r"\[32\] is not \[blocks, elements\]"),
+    "a cube": ("dynamic_round", [torch.ones(2, 2, 8), "int4", "nearest-even", 7.0, "", "float32"], "is not"),
+    "no target": ("dynamic_round", [torch.ones(4, 8), "int4", "nearest-even", 0.0, "", "float32"], "target=0.0"),
+    "no dtype": ("dynamic_round", [torch.ones(4, 8), "int4", "nearest-even", 7.0, "", "float31"], "a scale in float31"),
+}
+
+
+@pytest.mark.parametrize("what", ELEMENTWISE)
+def test_elementwise(what: str) -> None:
+    name, given, said = ELEMENTWISE[what]
+    given = [*given, "nearest-even"] if name == "scaled_round" else given
+    with pytest.raises(UsageError, match=said):
+        getattr(torch.ops.nybble, name)(*given)
+
+
+def test_elementwise_without_elements_and_in_float64() -> None:
+    ops, x = torch.ops.nybble, torch.randn(4, 32)
+    assert torch.equal(ops.encode(x.double(), "int4", "nearest-even"), ops.encode(x, "int4", "nearest-even"))
+    for shape in ((0, 8), (4, 0)):
+        empty = torch.ones(shape)
+        assert ops.dynamic_round(empty, "int4", "nearest-even", 7.0, "", "float32").shape == shape
+        assert ops.scaled_round(empty, torch.ones(shape[0], 1), "int4", "nearest-even").shape == shape

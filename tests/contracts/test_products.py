@@ -107,6 +107,30 @@ def test_values_and_sums(line: str, isa: int) -> None:
         assert rows > cpu_products.ROWS or torch.equal(y[:1], alone)  # a sum doesn't depend on its neighbours
 
 
+@pytest.mark.parametrize("line", ["int4 group=32", "int4 group=64 symmetric=false", "nf4 group=32", "int8 channel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_rows_with_avx512(line: str, dtype: torch.dtype, isa: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W isn't expanded where that takes longer, and sums stay those of one row."""
+    monkeypatch.setattr(cpu_products, "LARGE", 1)
+    library, weight = _library.library(), packed(line)
+    assert library is not None
+    wide = library.nybble_set(record(weight).address, isa) >= (3 if dtype == torch.float32 else 4)
+    calls: list[int] = []
+
+    def expanded(x: Tensor, *_: Any) -> Tensor:
+        calls.append(len(x))
+        return x
+
+    monkeypatch.setattr(cpu_products, "_expanded", expanded)
+    x = torch.randn(cpu_products.MORE + 1, COLUMNS).to(dtype)
+    multiplied(x, weight)
+    assert calls == [cpu_products.MORE + 1]
+    y = multiplied(x[:33], weight)
+    assert len(calls) == (1 if wide else 2)
+    if wide:
+        assert all(torch.equal(y[at : at + 1], multiplied(x[at : at + 1], weight)) for at in (0, 15, 16, 32))
+
+
 @pytest.mark.parametrize(
     "line", [*LINES, "int3 group=64 symmetric=false", "int2 channel symmetric=false", "int8 group=64"]
 )
@@ -267,7 +291,7 @@ def test_a_tied_head_never_expands_its_table(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_parts_of_a_large_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, x = packed("nvfp4"), torch.randn(40, COLUMNS)
+    weight, x = packed("nvfp4"), torch.randn(cpu_products.MORE + 1, COLUMNS)
     whole = multiplied(x, weight)
     tensors = weight.tensors()
     key = key_of(weight.spec(), list(tensors))

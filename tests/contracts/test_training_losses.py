@@ -26,7 +26,8 @@ BATCH = {
 @cache
 def network(seed: int) -> Any:
     """A small BERT with a head of three classes, in float64."""
-    config = BertConfig(
+    make: Any = BertConfig
+    config = make(
         vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_labels=3,
         max_position_embeddings=8, attn_implementation="eager", initializer_range=0.3,
     )  # fmt: skip
@@ -44,7 +45,7 @@ def lesson(made: Loss, student: Any, teacher: Any) -> Lesson:
 
 
 def gradients(loss: Tensor, model: Any) -> list[Tensor]:
-    found = torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
     return [g for g in found if g is not None]
 
 

@@ -20,6 +20,7 @@ import nybble
 from nybble.cli import main
 from nybble.core.errors import FileError, GranularityError, ModelError, SchemeError, UsageError
 from nybble.eval import evaluate
+from nybble.eval._logits import PairPredictor
 from nybble.kv_format import KVFormat
 from nybble.nn.kv_cache import QuantizedCache
 from nybble.nn.kv_model import cached_attentions, recorded_kv, use_quantized_cache
@@ -134,6 +135,40 @@ def test_evaluation_sees_what_is_read_back(folder: Path) -> None:
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     assert found == pytest.approx(expected.item(), rel=1e-6)  # float32 against float64
     assert abs(found - evaluate(plain, tokens, ("nll",)).metrics["nll"]) > 1e-3
+
+
+def test_the_command_judges_what_is_read_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The number of ``nybble eval`` is that of the float model's own forward over the reference cache."""
+    text, plain = folder / "text.txt", load(folder / "plain")[0]
+    ids = torch.tensor(tiny_tokenizer()(text.read_text())["input_ids"])[:288].view(12, 24)
+
+    def said(name: str) -> float:
+        capsys.readouterr()
+        assert run("eval", str(folder / name), "--data", str(text), "--seq-len", "24", "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["data"]["samples"] == len(ids)
+        return float(found["metrics"]["ppl"])
+
+    def expected(**options: Any) -> float:
+        with torch.no_grad():
+            logits = plain(ids, **options).logits[:, :-1].double()
+        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).exp())
+
+    cached, exact = expected(**given(plain, fake(plain))), expected(use_cache=False)
+    assert said("kv") == pytest.approx(cached, rel=1e-6)  # float32 against float64
+    assert said("plain") == pytest.approx(exact, rel=1e-6) and abs(cached / exact - 1) > 1e-4
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_encoders_and_decoders_are_judged_so(family: str) -> None:
+    model = model_of(family)
+    pairs = {"input_ids": input_ids(), "decoder_input_ids": input_ids()}
+    with torch.no_grad():
+        expected = model(**pairs, **given(model, fake(model))).logits.flatten(0, 1)
+        exact = PairPredictor(model, pairs).predict(pairs)(0, 24)
+        use_quantized_cache(model, KV)
+        found = PairPredictor(model, pairs).predict(pairs)(0, 24)
+    assert torch.equal(found, expected) and not torch.equal(found, exact)
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])

@@ -23,6 +23,7 @@ from tests.tiny import save_text, save_tiny, shortened
 
 from nybble.checkpoint.marked import MANIFEST
 from nybble.checkpoint.parts import TIMES, Parts
+from nybble.cli import build
 from nybble.core.errors import FileError, LearningError
 from nybble.learned.lsq import LearnedScale
 from nybble.pipelines.quantize import quantize
@@ -377,13 +378,14 @@ def interrupted(folder: Path, out: Path, **changes: Any) -> None:
 
 
 def again(
-    folder: Path, out: Path, *, progress: Any = None, data: str = "", recipe: Any = None, **settings: Any
-) -> None:
+    folder: Path, out: Path, *, progress: Any = None, data: str = "", recipe: Any = None, announce: Any = None,
+    **settings: Any,
+) -> None:  # fmt: skip
     torch.set_num_threads(1)
     chosen = Settings(**({"samples": 4, "seq_len": 8, "batch": 2} | settings))
     made = recipe or build_recipe("gptq", weights="int4 group=16")
     text = data or str(folder / "text.txt")
-    quantize(folder / "model", made, text, out=out, settings=chosen, progress=progress)
+    quantize(folder / "model", made, text, out=out, settings=chosen, progress=progress, announce=announce)
 
 
 def test_calibrated_scales_of_a_cache_are_kept(folder: Path, tmp_path: Path) -> None:
@@ -447,12 +449,38 @@ def test_what_a_resumed_run_finds(tmp_path: Path) -> None:
     assert not fresh.assembled and not fresh.done("block-0000")
 
 
-def test_without_resume_it_starts_anew(folder: Path, tmp_path: Path) -> None:
+def test_without_resume_it_starts_anew_and_says_so_first(folder: Path, tmp_path: Path) -> None:
+    """While what is cleared is still there; a run that goes on, or has nothing to clear, says nothing of it."""
     interrupted(folder, tmp_path / "out", seed=5)
-    (tmp_path / "out.partial" / "hidden.bin").write_bytes(b"left by a killed run")
-    again(folder, tmp_path / "out")
-    again(folder, tmp_path / "fresh")
+    partial = tmp_path / "out.partial"
+    (partial / "hidden.bin").write_bytes(b"left by a killed run")
+    said: list[tuple[str, bool]] = []
+
+    def announce(line: str) -> None:
+        said.append((line, (partial / "parts" / "block-0000.json").exists()))
+
+    again(folder, tmp_path / "out", announce=announce)
+    assert [there for line, there in said if f"{partial} holds" in line and "--resume" in line] == [True]
+    said.clear()
+    again(folder, tmp_path / "fresh", announce=announce)
     assert files(tmp_path / "out") == files(tmp_path / "fresh")
+    interrupted(folder, tmp_path / "other")
+    again(folder, tmp_path / "other", announce=announce, resume=True)
+    assert said and not any("holds" in line for line, _ in said)
+
+
+def test_the_command_says_that_it_starts_anew(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On standard error, in a dry run too, which clears nothing."""
+    interrupted(folder, tmp_path / "out")
+    before = files(tmp_path / "out.partial")
+    plain = [*command(folder, tmp_path / "out"), "--recipe", "rtn", "--weights", "int4 group=16", "--json"]
+    build()([*plain, "--dry-run"], standalone_mode=False)
+    assert "--resume would go on" in " ".join(json.loads(capsys.readouterr().out)["preflight"])
+    assert files(tmp_path / "out.partial") == before
+    build()(plain, standalone_mode=False)
+    given = capsys.readouterr()
+    assert f"{tmp_path / 'out.partial'} holds what an earlier run finished" in given.err
+    assert json.loads(given.out)["out"] == str(tmp_path / "out")
 
 
 def test_resume_with_nothing_there(folder: Path, tmp_path: Path) -> None:

@@ -95,7 +95,13 @@ def test_gone_on_with_behind_a_kill_it_comes_to_the_same_weights(folder: Path, t
     assert weights(out) == weights(whole) and len(first["curve"]) == 6
     assert {**second, "out": "", "seconds": 0} == {**first, "out": "", "seconds": 0}
     assert not partial.exists() and not (out / "checkpoints").exists()
-    other = run(folder, tmp_path / "other", replace(SETTINGS, seed=1, steps=1))
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "other", progress=_Stops(4), announce=said.append)
+    assert not any("holds" in line for line in said)
+    other = run(folder, tmp_path / "other", replace(SETTINGS, seed=1, steps=1), announce=said.append)
+    line = f"{tmp_path / 'other.partial'} holds what an earlier run finished; starting anew clears it, --resume"
+    assert [each.startswith(line) for each in said].count(True) == 1
     assert other["curve"][0] != first["curve"][0]
 
 

@@ -15,7 +15,8 @@ from transformers import BertConfig, BertModel
 
 import nybble
 from nybble.core.errors import ModelError, SchemeError
-from nybble.learned.ste import following
+from nybble.learned import ACTIVATIONS
+from nybble.learned.ste import Ste, following
 from nybble.quantizer import Quantizer
 from nybble.recipe import load_recipe, parse_recipe
 from nybble.reconstruction import engine
@@ -185,6 +186,73 @@ def test_what_is_judged_is_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(seen["judged"], seen["stored"])
     assert torch.equal(seen["came"], seen["float"]) and not torch.equal(seen["folded"], seen["float"])
     torch.testing.assert_close(seen["folded"], seen["float"], rtol=1e-3, atol=1e-4 * float(seen["float"].std()))
+
+
+READERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.out_proj", "fc1")  # whose rows LET leaves as they are
+
+
+def float_products(
+    state: Any, samples: dict[str, Tensor], values: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Of the inputs of READERS with their float weights, as the block has them or among ``values``."""
+    found = {}
+    for target in (target for target in state.targets if target.name in READERS):
+        change = transformed(state)
+        weight = state.matrix(target) if change is None or values is None else change.matrix(target, values)
+        bias = (values or {}).get(f"{target.name}.bias", state.get(f"{target.name}.bias"))
+        found[target.name] = (samples[target.name].float() @ weight.float().mT + bias).detach()
+    return found
+
+
+def assert_same_products(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert sorted(found) == sorted(READERS)
+    for name, product in found.items():
+        torch.testing.assert_close(product, wanted[name], rtol=1e-3, atol=1e-3 * float(wanted[name].std()))
+
+
+def test_the_kept_inputs_are_folded_with_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a block's records keep of its inputs gives, in float, what it gave before."""
+    lane: Any = walk_lane
+    settle, seen = lane.settle_twins, list[Any]()
+
+    def settling(state: Any) -> None:
+        samples = {name: record.sample.clone() for name, record in state.records.items()}
+        before = float_products(state, samples)
+        settle(state)
+        kept = {name: record.sample for name, record in state.records.items()}
+        assert all(not torch.allclose(kept[name], samples[name], rtol=0.1) for name in READERS)
+        seen.append((float_products(state, kept), before))
+
+    monkeypatch.setattr(walk_lane, "settle_twins", settling)
+    quantized([{**LET, "steps": 2, "rates": {"transform": 0.1}}], model=planted("opt", num_hidden_layers=1))
+    ((found, wanted),) = seen
+    assert_same_products(found, wanted)
+
+
+def test_parts_of_inputs_begin_with_what_the_transform_makes_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is far from what came where LET begins with the paper's factors."""
+    inside: Any = engine
+    put, begin, given, seen = inside.put_twins, Ste.begin, list[Tensor](), list[Any]()
+
+    def putting(state: Any, targets: Any, options: Any) -> None:
+        put(state, targets, options)
+        change = transformed(state)
+        assert change is not None
+        begun = dict(zip((target.name for target in targets), given, strict=True))
+        samples = {name: record.sample for name, record in state.records.items()}
+        assert all(not torch.allclose(begun[name], samples[name].float(), rtol=0.1) for name in READERS)
+        seen.append((float_products(state, begun, change.values()), float_products(state, samples)))
+
+    def beginning(self: Ste, quantizer: Quantizer, x: Tensor, start: Any, side: str) -> Any:
+        if side == ACTIVATIONS:
+            given.append(x)
+        return begin(self, quantizer, x, start, side)
+
+    monkeypatch.setattr(engine, "put_twins", putting)
+    monkeypatch.setattr(Ste, "begin", beginning)
+    quantized([{**LET, "inputs": "ste", "steps": 1}], model=planted("opt", num_hidden_layers=1))
+    ((found, wanted),) = seen
+    assert_same_products(found, wanted)
 
 
 def test_queries_and_keys_where_they_are_rounded() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,31 @@ def test_m2_is_the_formula(mode: str) -> None:
         assert (found <= s)[inside].all() and (2 * found > s)[inside].all()
 
 
+@pytest.mark.parametrize("weighed", [False, True])
+def test_the_rows_number_and_the_powers_are_those_that_lose_least(weighed: bool) -> None:
+    """Beside all 8 numbers and all 7 powers of each, tried one by one in float64, with values from ml_dtypes' table."""
+    x = weights()[:16]
+    weight = torch.rand(1, 1024, generator=torch.Generator().manual_seed(1)) ** 2 if weighed else torch.ones(1, 1024)
+    line = Quantizer(M2.format("search,phases=8"))
+    assert line.scale.weighs and not Quantizer(M2.format("nearest")).scale.weighs
+    values = torch.tensor(np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float64))
+    blocks, importance = x.double().view(16, 16, 64), weight.double().view(1, 16, 64)
+    numbers = blocks.abs().amax((1, 2), keepdim=True) / 6 * torch.exp2(torch.arange(8) / 8)  # [rows, 1, numbers]
+    lost = torch.empty(8, 7, 16, 16, dtype=torch.float64)
+    for i, k in itertools.product(range(8), range(7)):
+        scale = numbers[..., i, None] / 2**k
+        error = (blocks[..., None] / scale[..., None] - values).abs().amin(-1) * scale
+        lost[i, k] = (error.square() * importance).sum(-1)
+    least = lost.amin(1).sum(-1)  # [numbers, rows]
+    found = line.quantize(x, line.fit(x, weight))
+    own = dense_scale(found).double().view(16, 16)
+    phase = (own / numbers[..., 0]).log2().mul(8).round() % 8
+    assert torch.equal(phase, least.argmin(0)[:, None].expand(16, 16).double())
+    errors = ((found.dequantize() - x).double().view(16, 16, 64).square() * importance).sum((1, 2))
+    torch.testing.assert_close(errors, least.amin(0), rtol=1e-5, atol=0)
+    assert len(set(least.argmin(0).tolist())) > 4 and (least.amin(0) < 0.97 * least[0]).any()
+
+
 def over_the_rows_scale(line: str, x: Tensor) -> Tensor:
     """float64 [64, 16, 64]: what FP8 units would read; times the row's largest scale it is what is stored."""
     found = Quantizer(line).quantize(x)
@@ -81,7 +107,7 @@ def over_the_rows_scale(line: str, x: Tensor) -> Tensor:
     return read
 
 
-@pytest.mark.parametrize("line", ["fp4-m2", *(M2.format(mode) for mode in ("up", "nearest"))])
+@pytest.mark.parametrize("line", ["fp4-m2", *(M2.format(mode) for mode in ("up", "nearest", "search,phases=8"))])
 def test_every_value_over_the_rows_scale_is_an_fp8_value(line: str) -> None:
     x = weights()
     read, plain = over_the_rows_scale(line, x), over_the_rows_scale("float4_e2m1fn group=64", x)
@@ -109,6 +135,8 @@ def test_real_scales_lose_least_and_m2_less_than_m1() -> None:
         "real": "float4_e2m1fn group=256 scale_format=float32", "m1": "fp4-m1 group=256",
         "m1 nearest": m1.format("nearest"), "m1 down": m1.format("rfloor"),
         **{mode: Quantizer(M2.format(mode)).replace(group=256) for mode in ("down", "up", "nearest")},
+        "search": Quantizer(M2.format("search")).replace(group=256),
+        "search, 8 phases": Quantizer(M2.format("search,phases=8")).replace(group=256),
         "searched": "float4_e2m1fn group=256 scale=stored scale_format=(ufloat3_e3m0_finite channel floor=normal)",
     }  # fmt: skip
     lost = {n: float((Quantizer(q).fake_quantize(x) - x).square().sum() / x.square().sum()) for n, q in lines.items()}
@@ -116,6 +144,7 @@ def test_real_scales_lose_least_and_m2_less_than_m1() -> None:
     for m2, other in (("up", "m1"), ("nearest", "m1 nearest"), ("down", "m1 down")):
         assert lost["real"] < lost[m2] < lost[other]
     assert lost["searched"] < lost["nearest"]
+    assert lost["search"] == lost["searched"] and lost["search, 8 phases"] < 0.95 * lost["search"]
     paper = {"real": 0.0182, "m1": 0.0320, "m1 nearest": 0.0217, "down": 0.0270, "up": 0.0235, "nearest": 0.0205}
     for name, wanted in paper.items():
         assert lost[name] == pytest.approx(wanted, rel=0.15)  # how many scales share one, it doesn't say
@@ -139,7 +168,11 @@ def test_refusals() -> None:
     for scale_format in ("float16", "(float8_e4m3fn channel)"):
         with pytest.raises(SchemeError, match=r"pow2-ratio.* is none\..*scale_format=\(ufloat3_e3m0_finite"):
             Quantizer(f"float4_e2m1fn group=64 scale=pow2-ratio scale_format={scale_format}")
-    with pytest.raises(UsageError, match="down, up and nearest"):
+    with pytest.raises(SchemeError, match=r"phases=8\) tries numbers .*scale=one.* leave out phases"):
+        Quantizer("fp4-m2 scale=pow2-ratio(phases=8) scale_format=(ufloat3_e3m0_finite channel scale=one)")
+    with pytest.raises(UsageError, match=r"phases=0\): from 1, .* to 64"):
+        parse_scale_rule("pow2-ratio(phases=0)")
+    with pytest.raises(UsageError, match="down, up, nearest and search"):
         parse_scale_rule("pow2-ratio(mode=ceil)")
 
 
@@ -180,6 +213,7 @@ def test_fp8_keeps_the_small_entries_beside_an_outlier() -> None:
 CONSTRAINED = (
     "float4_e2m1fn group=16", "fp4-m1 group=16", "fp4-m2 group=16", "float4_e2m1fn group=16 scale=pow2-ratio",
     "float4_e2m1fn group=16 scale=stored scale_format=(ufloat3_e3m0_finite channel floor=normal)",
+    "fp4-m2 group=16 scale=pow2-ratio(mode=search,phases=4)",
 )  # fmt: skip
 
 

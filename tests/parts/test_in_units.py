@@ -230,6 +230,32 @@ def test_models_that_are_one_block_are_cut_as_networks_are(
     assert unit != "block" or places(report) == ["model.layers.0", "model.layers.1"]
 
 
+@pytest.mark.parametrize("window", [1, 2])
+def test_padding_is_left_out_of_every_unit(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stands in it, behind the tokens of causal samples: the same losses, and the same codes.
+
+    With linear layers in a row, so that streams move on from unit to unit, and windows hold two of them.
+    """
+    if window > 1:  # of layers in a model that is one block
+        monkeypatch.setattr("nybble.walk.job.adapter_for", lambda model: whole_adapter(model, "it is one block here"))
+    ids = torch.randint(3, 60, (4, 10), generator=torch.Generator().manual_seed(0))
+    real = torch.arange(10) < torch.tensor([[10], [4], [7], [2]])
+    step = {"reconstruction": "mse", "weights": "flexround", "rates": {"rounding": 0.02}, "steps": 2, "unit": "layer"}
+    steps = [{"solver": "rtn"}, {**step, "window": window}]
+    recipe = parse_recipe({"name": "made", "scheme": {"weights": "int3 channel"}, "steps": steps})
+    settings = nybble.Settings(samples=4, seq_len=10, batch=2, dtype=torch.float32)
+    found = []
+    for padding in (0, 77):
+        model = tiny_model(dtype=torch.float32, num_hidden_layers=1)
+        torch.manual_seed(0)
+        model.model.layers[0].mlp = nn.Sequential(*(nn.Linear(32, 32) for _ in range(3))).eval()
+        given = {"input_ids": ids.where(real, padding), "attention_mask": real.long()}
+        found.append(nybble.quantize(model, recipe, given, settings=settings))
+    (one, report), (other, again) = found
+    assert {w["blocks"] for w in windows(report)} == set(range(1, window + 1))
+    assert windows(report) == windows(again) and same(one, other)
+
+
 def test_refusals() -> None:
     recipe = {"name": "made", "scheme": {"weights": "int4 channel"}, "steps": [{"solver": "rtn"}]}
     step = {"reconstruction": "mse", "weights": "flexround", "unit": "layer"}

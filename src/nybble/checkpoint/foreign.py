@@ -12,6 +12,7 @@ from nybble.models.gguf.types import by_number, type_name
 from nybble.models.sources import ModelSource
 from nybble.models.sources.folder import FolderSource
 from nybble.models.sources.gguf_file import GgufSource
+from nybble.models.sources.gguf_rope import FACTORS
 from nybble.models.sources.layouts._ct_args import in_words
 from nybble.nn.kinds import Stored
 
@@ -57,6 +58,8 @@ def of_gguf(source: GgufSource) -> Checkpoint:
             _take_apart(found, source, packed[file], file)
         else:
             stored[file] = TensorEntry(dtype="", shape=entry.shape, begin=0, nbytes=entry.nbytes)
+            if file in FACTORS:  # of the rope: no parameters of the model
+                found.roles[file] = "tables"
     between = source.path.stat().st_size - begin - sum(entry.nbytes for entry in stored.values())
     _pad(found, "", between)  # tensors begin at multiples of 32 bytes
     return found

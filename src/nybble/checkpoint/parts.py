@@ -274,6 +274,11 @@ def holds_finished(folder: Path) -> bool:
     return (folder / MANIFEST).exists() or any(part.name.endswith((".json", PREPARED, LEARNED)) for part in parts)
 
 
+def cleared(folder: Path) -> str:
+    """What is said of an unfinished folder with finished parts before a run that doesn't resume it clears them."""
+    return f"{folder} holds what an earlier run finished; starting anew clears it, --resume would go on from there"
+
+
 def same_request(folder: Path, before: dict[str, Any], request: dict[str, Any]) -> None:
     """Raise FileError, naming what differs, unless what began ``folder`` asked for the same as ``request``."""
     was, now = _leaves(before), _leaves(request)

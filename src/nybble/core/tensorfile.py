@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from nybble.core.errors import FileError
-from nybble.core.files import atomic_file, disk_errors, need_space
+from nybble.core.files import WriteBehind, atomic_file, disk_errors, need_space
 from nybble.core.progress import SHOWN, task
 from nybble.core.tensorheader import DTYPE_BITS, TensorEntry, read_tensor_header
 
@@ -33,6 +33,7 @@ _TORCH_NAMES = {
 }  # fmt: skip
 
 _CHUNK = 1 << 20  # bytes held at once while copying
+_RUN = 1 << 26  # bytes that progress may wait for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +86,9 @@ class _Source:
     raw: bool = False
 
     def chunks(self) -> Iterator[bytes | memoryview]:
-        if not isinstance(self.bytes_from, Path):
-            yield from map(_memory, self._made(self.bytes_from))
-            return
-        yield from file_chunks(self.bytes_from, self.offset, self.entry.nbytes)
+        """Of what is made, or is in memory."""
+        assert not isinstance(self.bytes_from, Path)
+        yield from map(_memory, self._made(self.bytes_from))
 
     def _made(self, tensor: Tensor | Callable[[], Tensor | Iterator[Tensor]]) -> Iterator[Tensor]:
         """In pieces, of which no one but the writer holds one."""
@@ -300,21 +300,53 @@ def _header(sources: Mapping[str, _Source], names: Sequence[str], metadata: Mapp
     return struct.pack("<Q", len(text)) + text
 
 
-def _write(file: BinaryIO, header: bytes, sources: Mapping[str, _Source], names: Sequence[str]) -> None:
-    """Header, then each tensor in its place; they are made in the order of their names."""
+def _write(to: BinaryIO, header: bytes, sources: Mapping[str, _Source], names: Sequence[str]) -> None:
+    """Header, then each tensor in its place: first what is copied, then what is made, in the order of the names."""
+    file = WriteBehind(to)
     file.write(header)
     places, position = {}, len(header)
     for name in names:
         places[name] = position
         position += sources[name].entry.nbytes
     with task(SHOWN.get(), len(names), "tensors") as bar:
-        for name in sorted(names):
-            if file.tell() != places[name]:
-                file.seek(places[name])
+        for run in _runs(sources, names):
+            file.seek(places[run.names[0]])
+            for piece in file_chunks(run.path, run.begin, run.nbytes):
+                file.write(piece)
+            bar.advance(len(run.names), note=run.names[-1])
+        for name in sorted(name for name in names if not isinstance(sources[name].bytes_from, Path)):
+            file.seek(places[name])
             for chunk in sources[name].chunks():
                 file.write(chunk)
             bar.advance(note=name)
-    file.flush()  # a full disk shows here, before any file is moved
+    to.flush()  # a full disk shows here, before any file is moved
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Tensors that stand side by side where they are read as well as where they are written."""
+
+    path: Path
+    begin: int
+    nbytes: int
+    names: tuple[str, ...]
+
+
+def _runs(sources: Mapping[str, _Source], names: Sequence[str]) -> Iterator[_Run]:
+    """What is copied of tensors that are written in the order of ``names``."""
+    run: _Run | None = None
+    for name in names:
+        source = sources[name]
+        beside = run is not None and (source.bytes_from, source.offset) == (run.path, run.begin + run.nbytes)
+        if run is not None and beside and run.nbytes < _RUN:
+            run = replace(run, nbytes=run.nbytes + source.entry.nbytes, names=(*run.names, name))
+            continue
+        if run is not None:
+            yield run
+        path = source.bytes_from
+        run = _Run(path, source.offset, source.entry.nbytes, (name,)) if isinstance(path, Path) else None
+    if run is not None:
+        yield run
 
 
 def _index(sources: Mapping[str, _Source], shards: Sequence[Sequence[str]], paths: Sequence[Path]) -> bytes:

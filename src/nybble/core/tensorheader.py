@@ -90,6 +90,17 @@ def read_tensor_header(path: Path | str) -> TensorHeader:
     return TensorHeader(path=path, tensors=tensors, metadata=metadata, data_start=8 + length)
 
 
+def data_start(path: Path | str) -> int:
+    """Where the data of a file begin whose header was read before.
+
+    Raises:
+        FileError: it can't be read.
+    """
+    path = Path(path)
+    with disk_errors(path), path.open("rb", buffering=0) as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
 class _MalformedError(Exception):
     """What is wrong with a header; becomes a FileError that names the file."""
 

@@ -64,8 +64,8 @@ class Labelled:
     def manifest(self) -> dict[str, Any]:
         """What stands beside every number from these examples; ``classes``: how many different labels there are."""
         classes = len(Counter(row["label"] for row in self.rows))
-        found = {"source": self.source, "sha256": self.sha256, "examples": len(self.rows), "classes": classes}
-        return {**found, "shortened": self.shortened}
+        found = {"source": self.source, "sha256": self.sha256, "examples": len(self.rows), "targets": self.targets}
+        return {**found, "classes": classes, "shortened": self.shortened}
 
 
 def load_labelled(

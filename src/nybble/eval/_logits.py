@@ -54,12 +54,13 @@ class PairPredictor:
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         self.model, self.device = model, _device(model)
+        self._caches = recorded_kv(model) is not None  # judged with what is read back, as Predictor does
         shown = self.predict({name: tensor[:1, :_PROBE] for name, tensor in inputs.items()})(0, 1)
         self.vocabulary, self.itemsize = shown.shape[-1], shown.element_size()
 
     def predict(self, given: Mapping[str, Tensor], /) -> LogitsOf:
         """Run the model; the result gives logits of any piece of the B * T predictions, those of padding left out."""
-        output = self.model(**{name: tensor.to(self.device) for name, tensor in given.items()}, use_cache=False)
+        output = self.model(**{name: tensor.to(self.device) for name, tensor in given.items()}, use_cache=self._caches)
         logits = getattr(output, "logits", None)
         if logits is None:
             raise ModelError(

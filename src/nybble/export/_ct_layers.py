@@ -167,8 +167,7 @@ def stored_under(
         return
     rows = read.weights[prefixes[0]].shape[0]
     for part in _parts(model, layer, len(prefixes) if layer.kind.fused else 0, rows):
-        whole = part.rows == tuple(range(rows))
-        yield part.name.removesuffix(".weight"), prefixes[part.matrix], None if whole else part.rows
+        yield part.name.removesuffix(".weight"), prefixes[part.matrix], part.rows
 
 
 def _parts(model: Any, layer: Layer, matrices: int, rows: int) -> list[Part]:
@@ -184,7 +183,7 @@ def _check_parts(source: Source, model: Any, layer: Layer, args: Args) -> None:
     weight = next(iter(layer.weights.values()))
     check_apart(model, layer.name, len(layer.weights), weight.shape[0], bool(layer.entry.get("transposed", False)))
     for part in _parts(model, layer, len(layer.weights), weight.shape[0]):
-        if part.matrix == 0 and args["strategy"] == "block":
+        if part.matrix == 0 and part.rows is not None and args["strategy"] == "block":
             try:
                 real = type(weight).rebuild(weight.spec(), {k: _zeros(t) for k, t in weight.tensors().items()})
                 take_rows(real, part.rows)

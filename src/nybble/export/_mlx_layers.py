@@ -64,7 +64,7 @@ def _check_kind(source: Source, model: Any, layer: Layer) -> None:
 def _path(model: Any, layer: Layer) -> str:
     rows = next(iter(layer.weights.values())).shape[0]
     parts = parts_of(model, f"{layer.name}.weight", 0, rows, transposed=False)
-    if len(parts) != 1 or parts[0].rows != tuple(range(rows)):
+    if len(parts) != 1 or parts[0].rows is not None:
         raise CannotError("a layer that its family's checkpoints keep in parts", f"{layer.name} in float")
     return parts[0].name.removesuffix(".weight")
 
@@ -80,8 +80,7 @@ def _experts(model: Any, layer: Layer) -> Iterator[tuple[str, tuple[Piece, ...]]
         if match is None:
             raise CannotError("experts under names that mlx-lm does not know", "experts in float (--ignore Experts)")
         leaf = _LEAVES.get(match[3], match[3])
-        whole = part.rows == tuple(range(rows))
-        piece = Piece(prefixes[part.matrix], None if whole else part.rows)
+        piece = Piece(prefixes[part.matrix], part.rows)
         found.setdefault(f"{match[1]}.switch_mlp.{leaf}", {})[int(match[2])] = piece
     for path, pieces in found.items():
         yield path, tuple(pieces[number] for number in range(len(prefixes)))

@@ -88,17 +88,24 @@ class Placed:
         if form.mode == "affine":
             dtype = self.dtype
             for name, part in (("scales", 0), ("biases", 1)):
-                found[name] = self._made(dtype, (rows, columns // form.group), _Side(self, part, dtype))
+                side = _Side(self, part, dtype)
+                found[name] = self._made(dtype, (rows, columns // form.group), self.scales, side)
         else:
-            found["scales"] = self._made(torch.uint8, (rows, columns // form.group), self._bytes)
+            found["scales"] = self._made(torch.uint8, (rows, columns // form.group), self.scales, self._bytes)
             if self.stacked and form.outer:
                 made = Planned(dtype="F32", shape=(len(self.pieces),), bytes_from=self._global_scales)
                 found["global_scale"] = made
         return {f"{self.path}.{name}": plan for name, plan in found.items()}
 
-    def _made(self, dtype: torch.dtype, shape: tuple[int, int], make: Callable[[BlockQTensor], Tensor]) -> Planned:
+    def _made(
+        self,
+        dtype: torch.dtype,
+        shape: tuple[int, int],
+        read: Callable[[Piece], BlockQTensor],
+        make: Callable[[BlockQTensor], Tensor],
+    ) -> Planned:
         def whole() -> Tensor:
-            parts = [make(self.read(piece)) for piece in self.pieces]
+            parts = [make(read(piece)) for piece in self.pieces]
             return torch.stack(parts) if self.stacked else parts[0]
 
         name = str(safetensors_name(dtype))
@@ -111,7 +118,7 @@ class Placed:
         plain = self.form.ladder is None or self.form.ladder.rungs == tuple(range(1 << empty.format.bits))
         if plain and empty.layout == "dense" and not self.stacked and self.pieces[0].rows is None:
             return replace(self.source.copied(f"{self.pieces[0].prefix}.codes"), dtype="U32", shape=shape)
-        return self._made(torch.uint32, shape, lambda tensor: packed_words(tensor, self.form).view(shape))
+        return self._made(torch.uint32, shape, self.read, lambda tensor: packed_words(tensor, self.form).view(shape))
 
     def _bytes(self, tensor: BlockQTensor) -> Tensor:
         scale = _nested(tensor)
@@ -121,7 +128,7 @@ class Placed:
         return repeated(codes, self.form, self.shape)
 
     def _global_scales(self) -> Tensor:
-        values = [global_scale(_outer(_nested(self.read(piece)))) for piece in self.pieces]
+        values = [global_scale(_outer(_nested(self.scales(piece)))) for piece in self.pieces]
         return torch.tensor(values, dtype=torch.float32)
 
     # ------------------------------------------------------------------------------------------------ what is possible

@@ -20,17 +20,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_KEPT = "_nybble_kept_names"  # in a skeleton's __dict__
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """Rows of a matrix under a name of their own: ``experts.3.gate_proj.weight``.
 
     Attributes:
-        name: of the tensor in a checkpoint. matrix: number of the matrix in its parameter. rows: which of its rows.
+        name: of the tensor in a checkpoint. matrix: number of the matrix in its parameter.
+        rows: which of its rows; None: all, in order.
     """
 
     name: str
     matrix: int
-    rows: tuple[int, ...]
+    rows: tuple[int, ...] | None
 
 
 def in_checkpoint(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -58,6 +62,25 @@ def _know_conversions(model: Any) -> None:
         model._weight_conversions = [one for one in known if not isinstance(one, PrefixChange)]
 
 
+def kept_names(model: PreTrainedModel) -> Mapping[str, str]:
+    """Matrices that a checkpoint has as the model has them: name in it -> name there. Worked out once for a model.
+
+    Args:
+        model: may be on the meta device; nobody changes it.
+    """
+    known: Mapping[str, str] | None = vars(model).get(_KEPT)
+    if known is None:
+        matrices = {name: tensor.detach() for name, tensor in model.state_dict().items() if tensor.dim() == 2}
+        names = {id(tensor): name for name, tensor in matrices.items()}
+        try:
+            stored = in_checkpoint(model, matrices)
+        except ModelError:  # of matrices that are joined with vectors, say
+            stored = {}
+        known = {names[id(tensor)]: out for out, tensor in stored.items() if id(tensor) in names}
+        vars(model)[_KEPT] = known
+    return known
+
+
 def parts_of(model: PreTrainedModel, name: str, matrices: int, rows: int, transposed: bool) -> list[Part]:
     """Where the rows of a parameter's matrices go: a fused parameter of experts becomes two tensors an expert.
 
@@ -71,6 +94,8 @@ def parts_of(model: PreTrainedModel, name: str, matrices: int, rows: int, transp
     Raises:
         ModelError: a checkpoint joins it with others, or cuts across rows.
     """
+    if not matrices and (kept := kept_names(model).get(name)) is not None:
+        return [Part(name=kept, matrix=0, rows=None)]
     numbers = torch.arange(max(1, matrices) * rows, dtype=torch.int64)
     shape = (rows, 1) if not matrices else (matrices, 1, rows) if transposed else (matrices, rows, 1)
     found = in_checkpoint(model, {name: numbers.view(shape)})
@@ -78,12 +103,14 @@ def parts_of(model: PreTrainedModel, name: str, matrices: int, rows: int, transp
     for stored, ids in found.items():
         if ids.dim() > 2:  # as it came: no family of transformers cuts it
             flat = ids.reshape(-1, rows)
-            parts += [Part(name=stored, matrix=int(row[0]) // rows, rows=tuple(range(rows))) for row in flat]
+            parts += [Part(name=stored, matrix=int(row[0]) // rows, rows=None) for row in flat]
             continue
         owner = ids.flatten() // rows
         if int(owner.min()) != int(owner.max()):
             raise ModelError(f"{stored} is made of several matrices of {name}.")
-        parts.append(Part(name=stored, matrix=int(owner[0]), rows=tuple((ids.flatten() % rows).tolist())))
+        taken = tuple((ids.flatten() % rows).tolist())
+        whole = taken == tuple(range(rows))
+        parts.append(Part(name=stored, matrix=int(owner[0]), rows=None if whole else taken))
     return parts
 
 

@@ -25,11 +25,12 @@ from nybble.core.tensorheader import TensorEntry
 from nybble.export._source import Layer, Source, layers_of
 from nybble.models.build.config_file import read_json
 from nybble.models.build.packed import cache_of, fits, lost_sides, rotated, shared_by, sides_of
+from nybble.models.build.skeleton import twin_of
 from nybble.models.sources import ModelSource
 from nybble.models.sources.folder import FolderSource
 from nybble.models.sources.gguf_file import GgufSource
 from nybble.models.sources.side_files import GENERATION, side_files
-from nybble.models.sources.stored import DTYPES, read_tensor
+from nybble.models.sources.stored import DTYPES
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.kinds import Quantized, targets_of
 from nybble.nn.rotation import BlockRotation
@@ -64,7 +65,8 @@ class OpenedSource(Source):
         self.place = source.spec
         self.title = source.spec.rstrip("/").rsplit("/")[-1].removeprefix("demo:").removesuffix(".gguf")
         packed: Packed = {name: source.described_packed(name) for name in source.packed_names()}
-        model = source.skeleton(_dtype(source, packed))
+        self._outline = source.outline(_dtype(source, packed))
+        model = twin_of(self._outline)
         self.config = model_config(model, model.dtype)
         self.kv = cache_of(source, model)
         self._sides: dict[str, dict[str, ActivationQuantizer]] = {}
@@ -118,6 +120,9 @@ class OpenedSource(Source):
         nbytes = found.numel * dtype.itemsize
         return TensorEntry(dtype=str(safetensors_name(dtype)), shape=tuple(found.shape), begin=0, nbytes=nbytes)
 
+    def skeleton(self) -> PreTrainedModel:
+        return self._outline
+
     def copied(self, name: str) -> Planned:
         if name in self.floats:
             entry = self.floats[name]
@@ -149,7 +154,7 @@ class OpenedSource(Source):
 
     def tensor(self, name: str) -> Tensor:
         if name in self.floats:
-            ((_, found),) = self._source.read([name])
+            found = self._float_tensor(name)
             wanted = self.floats[name].dtype
             return found if safetensors_name(found.dtype) == wanted else found.to(DTYPES[wanted])
         passing = self._passing(name)
@@ -158,10 +163,19 @@ class OpenedSource(Source):
         kept = self._kept(name)
         if kept is not None:
             path, begin, entry = kept
-            stored, empty = read_tensor(path, begin - entry.begin, name, entry), self._described_part(name)
+            assert isinstance(self._source, FolderSource)
+            stored, empty = self._source.read_at(path, begin, name, entry), self._described_part(name)
             return stored.reshape(-1).view(empty.dtype).reshape(empty.shape)
         prefix, part = self._split(name)
         return self.weight(self.layers[self._names[prefix]], prefix).tensors()[part]
+
+    def _float_tensor(self, name: str) -> Tensor:
+        at = self._source.stored_at(name) if isinstance(self._source, FolderSource) else None
+        if at is not None and at[2].dtype in DTYPES:
+            assert isinstance(self._source, FolderSource)
+            return self._source.read_at(at[0], at[1], name, at[2])
+        ((_, found),) = self._source.read([name])
+        return found
 
     def _kept(self, name: str) -> tuple[Path, int, TensorEntry] | None:
         """Where a weight's tensor stands in the files as it is, and no other number of the weight has to be read."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from nybble.qtensor import QTensor
 from nybble.qtensor._rows import split_rows
 from nybble.quantizer import Quantizer
 from nybble.scheme import shares_over_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _KEPT = 2
 """Groups whose rounded weights stay in memory: a file has the names of two that belong together side by side."""
@@ -104,6 +108,9 @@ class RoundedSource(Source):
         if found is None:
             raise FileError(f"{self.place}: {prefix} is not {recoding.words}.")
         return found
+
+    def skeleton(self) -> PreTrainedModel:
+        return self._source.skeleton()
 
     def weight(self, layer: Layer, prefix: str) -> QTensor:
         if layer.name in self.recodings:

@@ -28,6 +28,9 @@ from nybble.models.sources.layouts._ct_args import in_words
 from nybble.nn.kinds import Kind, kind_of
 from nybble.scheme import Scheme
 
+_FEW = 1 << 16
+"""Numbers whose squares are summed in float32."""
+
 _DTYPES = {
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "f16": torch.float16,
     "float32": torch.float32, "f32": torch.float32,
@@ -199,7 +202,7 @@ def _pieces(
     for wide in unrotated_rows(source, layer, prefix):
         made = wide.to(dtype)
         if dtype != torch.float32:
-            lost += _power(wide - made.float())
+            lost += _power(wide - made)  # in float32
             power += _power(wide)
         yield made
     if dtype != torch.float32:
@@ -209,7 +212,9 @@ def _pieces(
 
 def _power(values: Tensor) -> float:
     """The sum of squares: in float64 over float32 sums of few."""
-    return sum((float(few.dot(few)) for few in torch.split(values.reshape(-1), 1 << 16)), 0.0)
+    flat = values.reshape(-1)
+    parts = (flat,) if flat.numel() <= _FEW else torch.split(flat, _FEW)
+    return sum((float(few.dot(few)) for few in parts), 0.0)
 
 
 def _norms(source: Source, model: Any, found: dict[str, Planned]) -> dict[str, Planned]:

@@ -56,13 +56,15 @@ class Mlx(ExportTarget):
 
     def check(self, source: Source) -> list[Refusal]:  # noqa: D102
         found: dict[tuple[str, str, str], list[str]] = {}
-        model = source.skeleton()
+        model, places = source.skeleton(), list[Placed]()
         for name, layer in source.layers.items():
             try:
                 for place in placed(source, model, layer):
                     place.check()
+                    places.append(place)
             except CannotError as error:
                 found.setdefault((error.came, error.nearest, error.why), []).append(name)
+        self._known = None if found else (source, places)
         return [
             Refusal(layers=tuple(names), came=came, nearest=nearest, why=why)
             for (came, nearest, why), names in found.items()

@@ -1,8 +1,9 @@
 """The compiled part of the CPU kernels: found, or built once where there is a C++ compiler; loaded by ctypes.
 
 ``_native/*.cpp`` needs nothing but a compiler: no header of Python or torch, so that one build serves every version of
-both. It is looked for beside its source (where installing built it), then in the user's cache; the file's name holds a
-hash of the source. Which instructions a processor has is asked when it runs.
+both. Its files are compiled side by side, as many as there are processors. The library is looked for beside its source
+(where installing built it), then in the user's cache; the file's name holds a hash of the source. Which instructions a
+processor has is asked when it runs.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).parent / "_native"
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off")
+FLAGS = (
+    "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off",
+)  # fmt: skip
 _COMPILERS = ("c++", "g++", "clang++")
 _LIMIT_S = 600
 
@@ -56,18 +60,29 @@ def build(folder: Path) -> Path:
     if not compiler:
         raise OSError("no C++ compiler (c++, g++, clang++ or what CXX names)")
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as room:
-        made = Path(room) / "packed.so"
-        command = [compiler, *FLAGS, "-o", str(made), str(SOURCE / "packed.cpp")]
+    sources = sorted(SOURCE.glob("*.cpp"), key=lambda path: -path.stat().st_size)
+    with tempfile.TemporaryDirectory(dir=folder) as name, ThreadPoolExecutor(os.cpu_count()) as pool:
+        room = Path(name)
+        objects = {source: str(room / f"{source.stem}.o") for source in sources}
+        jobs = [pool.submit(_run, compiler, *FLAGS, "-c", str(at), "-o", to) for at, to in objects.items()]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise OSError(f"{compiler} took more than {_LIMIT_S} s") from error
-        if done.returncode:
-            raise OSError(f"{compiler} failed: {done.stderr.strip()[-300:]}")
+            for job in jobs:
+                job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+        _run(compiler, "-shared", "-o", str(room / "packed.so"), *objects.values())
         target = folder / file_name()
-        made.replace(target)
+        (room / "packed.so").replace(target)
     return target
+
+
+def _run(compiler: str, *given: str) -> None:
+    try:
+        done = subprocess.run([compiler, *given], capture_output=True, text=True, timeout=_LIMIT_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"{compiler} took more than {_LIMIT_S} s") from error
+    if done.returncode:
+        raise OSError(f"{compiler} failed: {done.stderr.strip()[-300:]}")
 
 
 @cache

@@ -17,6 +17,7 @@ from nybble.kernels._chunks import ALONE, buffers, cut, empty, parts
 from nybble.kernels._rounders import adder, cell, cells, rounder
 from nybble.ops import blocks as block_ops
 from nybble.ops import rounding as rounding_ops
+from nybble.ops.checks import check_blocks, check_dynamic, check_floats
 from nybble.ops.rounding import decode_table
 
 _CPU = torch.device("cpu")
@@ -24,6 +25,7 @@ _CPU = torch.device("cpu")
 
 def round_to(x: Tensor, fmt: str, rounding: str) -> Tensor:
     """See :func:`nybble.ops.rounding.round_to`."""
+    check_floats("round_to", x)
     rounds = rounder(fmt, rounding)
     if rounds is None or x.numel() == 0:
         return _reference(rounding_ops.round_to)(x, fmt, rounding)
@@ -39,7 +41,7 @@ def round_to(x: Tensor, fmt: str, rounding: str) -> Tensor:
 
 def encode(x: Tensor, fmt: str, rounding: str) -> Tensor:
     """See :func:`nybble.ops.rounding.encode`."""
-    found = cells(fmt, rounding)
+    found = cells(fmt, rounding) if x.dtype == torch.float32 else None
     if found is None or x.numel() == 0:
         return _reference(rounding_ops.encode)(x, fmt, rounding)
     thresholds, _, _, lower, upper = found
@@ -67,6 +69,7 @@ def decode(codes: Tensor, fmt: str) -> Tensor:
 
 def scaled_round(blocks: Tensor, scale: Tensor, fmt: str, rounding: str, reciprocal: bool = False) -> Tensor:
     """See :func:`nybble.ops.blocks.scaled_round`."""
+    check_blocks("scaled_round", blocks, scale)
     rounds = rounder(fmt, rounding)
     if rounds is None or blocks.numel() == 0:
         return _reference(block_ops.scaled_round)(blocks, scale, fmt, rounding, reciprocal)
@@ -83,6 +86,7 @@ def scaled_round(blocks: Tensor, scale: Tensor, fmt: str, rounding: str, recipro
 
 def dynamic_round(blocks: Tensor, fmt: str, rounding: str, target: float, pow2: str, scale_dtype: str) -> Tensor:
     """See :func:`nybble.ops.blocks.dynamic_round`."""
+    check_dynamic("dynamic_round", blocks, target, pow2, scale_dtype)
     rounds = rounder(fmt, rounding)
     if rounds is None or blocks.numel() == 0:
         return _reference(block_ops.dynamic_round)(blocks, fmt, rounding, target, pow2, scale_dtype)

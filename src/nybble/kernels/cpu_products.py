@@ -14,7 +14,11 @@ from nybble.kernels._weights import DTYPES, Weight, weight_of
 from nybble.nn.products import check_ids, packed_linear, packed_rows, qtensor_of, reference, rows_reference
 
 ROWS = 16
-"""Of x, up to which codes are looked up for each product; for more W is expanded, a part at a time."""
+"""Of x, up to which codes are looked up for each sixteen; for more W is expanded, a part at a time."""
+MORE = 64
+"""The same with AVX-512, whose products outrun what expanding W takes: of float32, and of bfloat16 with a large W."""
+LARGE = 1 << 21
+"""Elements of such a W."""
 SMALL = 1 << 15
 """Elements of W below which calling the library takes longer than it saves."""
 PART = 1 << 22
@@ -33,7 +37,7 @@ def linear(x: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int],
     if weight is None:
         return reference(x, tensors, key, shape, bias)
     rows = x.numel() // k
-    if rows > ROWS:
+    if rows > ROWS and rows > _most(weight, x.dtype):
         return _expanded(x, weight, bias)
     x = x.contiguous()
     out = x.new_empty((*x.shape[:-1], n))
@@ -76,6 +80,14 @@ def how_rows(tensors: Sequence[Tensor], key: str, shape: Sequence[int]) -> tuple
     if _weight(tensors, key) is None:
         return False, str(weight_of(qtensor_of(tensors, key), made.nybble_prepare))
     return True, "compiled look-up of rows"
+
+
+def _most(weight: Weight, dtype: torch.dtype) -> int:
+    """Rows of x up to which looking codes up is faster."""
+    found = library()
+    assert found is not None
+    ways = {torch.float32: 3, torch.bfloat16: 4 if weight.n * weight.k >= LARGE else _ISA + 1}
+    return MORE if found.nybble_set(weight.address, _ISA) >= ways.get(dtype, _ISA + 1) else ROWS
 
 
 def _expanded(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nybble.core.shapes import Float, Float32
 from nybble.formats import get_format
+from nybble.ops.checks import check_blocks, check_dynamic
 from nybble.ops.rounding import round_to
 from nybble.ops.scaling import absmax_scale, pow2_scale
 
@@ -55,6 +56,7 @@ def scaled_round(
     Returns:
         shape and dtype of ``blocks``.
     """
+    check_blocks("scaled_round", blocks, scale)
     wide = blocks.float().contiguous()
     rounded: Tensor = round_to(divide(wide, scale, reciprocal), fmt, rounding)
     return (rounded * scale).to(blocks.dtype)
@@ -62,6 +64,7 @@ def scaled_round(
 
 @scaled_round.register_fake
 def _(blocks: Tensor, scale: Tensor, fmt: str, rounding: str, reciprocal: bool = False) -> Tensor:
+    check_blocks("scaled_round", blocks, scale)
     return blocks.new_empty(blocks.shape)
 
 
@@ -86,6 +89,9 @@ def dynamic_round(
     Returns:
         shape and dtype of ``blocks``.
     """
+    check_dynamic("dynamic_round", blocks, target, pow2, scale_dtype)
+    if not blocks.numel():
+        return torch.empty_like(blocks)
     wide = blocks.float().contiguous()
     scale = block_scale(wide.abs().amax(1, keepdim=True), fmt, target, pow2, scale_dtype)
     rounded: Tensor = round_to(wide / safe_divisor(scale), fmt, rounding)

@@ -17,6 +17,7 @@ from torch import Tensor
 from nybble.core.errors import FormatError
 from nybble.core.shapes import Float32, Integer
 from nybble.formats import NumberFormat, get_format
+from nybble.ops.checks import check_floats
 from nybble.rounding import get_rounding
 
 
@@ -59,6 +60,7 @@ def round_to(x: Float32[Tensor, "*shape"], fmt: str, rounding: str) -> Float32[T
     Returns:
         float32, shape of ``x``.
     """
+    check_floats("round_to", x)
     thresholds, grid, _ = _tables(fmt, rounding, x.device)
     x = x.contiguous()
     value = grid[torch.bucketize(x, thresholds, right=True)]
@@ -84,6 +86,7 @@ def encode(x: Float32[Tensor, "*shape"], fmt: str, rounding: str) -> Integer[Ten
     Returns:
         uint8 (int32 above 8 bits), shape of ``x``.
     """
+    check_floats("encode", x)
     format_ = get_format(fmt)
     thresholds, _, codes = _tables(fmt, rounding, x.device)
     x = x.contiguous()

@@ -12,6 +12,7 @@ from torch import Tensor
 from nybble.core.errors import FormatError
 from nybble.core.shapes import Float32, Integer
 from nybble.formats import NumberFormat, get_format
+from nybble.ops.checks import check_floats, check_table
 from nybble.ops.rounding import grid_table
 from nybble.rounding import get_rounding
 
@@ -32,12 +33,14 @@ def table_round(
     Returns:
         float32, shape of ``x``.
     """
+    check_table("table_round", x, thresholds, values)
     x = x.contiguous()
     return torch.where(x.isnan(), x, values[torch.bucketize(x, thresholds, right=True)])
 
 
 @table_round.register_fake
 def _(x: Tensor, thresholds: Tensor, values: Tensor) -> Tensor:
+    check_table("table_round", x, thresholds, values)
     return x.new_empty(x.shape)
 
 
@@ -57,11 +60,13 @@ def table_encode(
     Returns:
         dtype of ``codes``, shape of ``x``.
     """
+    check_table("table_encode", x, thresholds, codes)
     return codes[torch.bucketize(x.contiguous(), thresholds, right=True)]
 
 
 @table_encode.register_fake
 def _(x: Tensor, thresholds: Tensor, codes: Tensor) -> Tensor:
+    check_table("table_encode", x, thresholds, codes)
     return codes.new_empty(x.shape)
 
 
@@ -138,6 +143,7 @@ def around(
     Returns:
         two float32 tensors of the shape of ``y``.
     """
+    check_floats("around", y, values)
     y = y.contiguous()
     above = torch.bucketize(y, values, right=True)
     # take: a place without dimensions would be read back by values[place], which waits for the GPU
@@ -149,6 +155,7 @@ def around(
 
 @around.register_fake
 def _(y: Tensor, values: Tensor, minus: bool) -> tuple[Tensor, Tensor]:
+    check_floats("around", y, values)
     return y.new_empty(y.shape), y.new_empty(y.shape)
 
 

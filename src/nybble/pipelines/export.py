@@ -163,7 +163,7 @@ def opened(model: str | Path, dest: Path) -> Iterator[Source]:
         return
     found = open_source(str(model))
     above = next(place for place in dest.absolute().parents if place.is_dir())
-    with disk_errors(dest), TemporaryDirectory(prefix=f"{dest.name}.", dir=above) as room:
+    with disk_errors(dest), TemporaryDirectory(prefix=f"{dest.name}.", dir=above) as room, found.held_open():
         yield OpenedSource(found, Path(room))
 
 

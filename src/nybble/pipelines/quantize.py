@@ -31,7 +31,7 @@ from torch import nn
 
 from nybble.calibration.trace import Tensors
 from nybble.checkpoint.marked import COMPRESSED
-from nybble.checkpoint.parts import Parts, begun_with, holds_finished
+from nybble.checkpoint.parts import Parts, begun_with, cleared, holds_finished
 from nybble.checkpoint.save import keep_record, mark_quantized, model_config, save_side_files
 from nybble.core import ranks
 from nybble.core.device import out_of_memory, require_memory
@@ -141,7 +141,7 @@ def quantize(
         job = _job(model, made, data, settings, out, tokenizer, files, form)
         exported = list[dict[str, Any]]()
         ranks.agreed(job.request())
-        for line in (*job.preflight(out), *training_lines(job), *finishing_lines(job)):
+        for line in _preflight_lines(job, out):
             (announce or _ignore)(line)
         given = known_inputs(job, data)
         if out is None:
@@ -195,7 +195,16 @@ def preflight(
         if isinstance(model, nn.Module):
             stack.enter_context(untouched(model))
         job = _job(model, made, data, settings, out, tokenizer, files, form)
-        return [*job.preflight(out), *training_lines(job), *finishing_lines(job)]
+        return _preflight_lines(job, out)
+
+
+def _preflight_lines(job: Job, out: str | Path | None) -> list[str]:
+    """What is said before anything is made or cleared."""
+    lines = [*job.preflight(out), *training_lines(job), *finishing_lines(job)]
+    if out is not None and not job.settings.resume:
+        partial = AtomicFolder(out, resumable=True).partial
+        lines += [cleared(partial)] if holds_finished(partial) else []
+    return lines
 
 
 def _asked(

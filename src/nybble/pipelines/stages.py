@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,10 +156,11 @@ class Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         given = job.method.losses(job.options)
         objective = Objective(job.task, make_losses(given), self._teacher(stage)) if given else None
-        run = train(
-            model, job.examples.rows, job.settings, folder, self.progress, task=job.task, objective=objective,
-            groups=job.method.groups(model, job.options, job.settings.lr), mixed=not job.method.packs,
-        )  # fmt: skip
+        with nullcontext() if objective is None else objective.served(model):
+            run = train(
+                model, job.examples.rows, job.settings, folder, self.progress, task=job.task, objective=objective,
+                groups=job.method.groups(model, job.options, job.settings.lr), mixed=not job.method.packs,
+            )  # fmt: skip
         curve = [list(point) for point in run.curve]
         return model, {
             "steps": run.steps, "trainable": trainable, "curve": curve, "memory": {**parts, **run.memory},

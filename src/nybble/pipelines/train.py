@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nybble.checkpoint.parts import REQUEST, TIMES, begun_with, same_request
+from nybble.checkpoint.parts import REQUEST, TIMES, begun_with, cleared, same_request
 from nybble.checkpoint.trained import BASE, MERGED, TRAINING
 from nybble.core.device import out_of_memory
 from nybble.core.errors import FileError, NybbleError, UsageError
@@ -41,6 +41,7 @@ from nybble.report.training import render_training
 from nybble.training.methods import Place
 from nybble.training.recipe import TrainingRecipe, load_training_recipe
 from nybble.training.settings import TrainSettings
+from nybble.training.tasks import TASKS
 
 PAGE, BEFORE, MEMORY = "report.html", "before.json", "memory.json"
 MODEL, GENERATED = "model", "generated.jsonl"
@@ -116,7 +117,7 @@ def train(
         need_space(out, space(job))
         partial = stack.enter_context(AtomicFolder(out, resumable=True))
         try:
-            _begin(partial, job)
+            _begin(partial, job, say)
             result = _finished(partial)
             if result is None:
                 job = _with_data(job, partial, progress, say)
@@ -136,13 +137,15 @@ def _data(recipe: TrainingRecipe, data: str | None) -> str:
     return recipe.data if data is None else data
 
 
-def _begin(partial: Path, job: Job) -> None:
-    """Keep the request, or compare it with that of the run that is gone on with."""
+def _begin(partial: Path, job: Job, say: Callable[[str], None]) -> None:
+    """Keep the request, or compare it with that of the run that is gone on with; any other is said, and cleared."""
     request = job.request()
     before = begun_with(partial) if job.settings.resume else None
     if before is not None:
         same_request(partial, before, request)
         return
+    if not job.settings.resume and _made(partial):
+        say(cleared(partial))
     for child in partial.iterdir():
         shutil.rmtree(child) if child.is_dir() else child.unlink()
     atomic_write_json(partial / REQUEST, request)
@@ -172,15 +175,17 @@ def _finished(partial: Path) -> dict[str, Any] | None:
 
 def _forget_unbegun(partial: Path, error: BaseException) -> None:
     """Remove a folder in which nothing is worth going on from: a request that was refused, or nothing made yet."""
-    made = [
-        name
-        for name in (BASE, "base.partial", CHECKPOINTS, GENERATED, f"{GENERATED}.begun")
-        if (partial / name).exists()
-    ]
+    made = _made(partial)
     unfinished = "base.partial" in made and isinstance(error, FileError)  # a full disk, while packing
     refused = isinstance(error, NybbleError) and not unfinished
     if CHECKPOINTS not in made and (refused or not made):
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _made(partial: Path) -> list[str]:
+    """What there is that takes long."""
+    names = (BASE, "base.partial", CHECKPOINTS, GENERATED, f"{GENERATED}.begun")
+    return [name for name in names if (partial / name).exists()]
 
 
 def _base(job: Job, partial: Path, progress: Progress, say: Callable[[str], None]) -> str:
@@ -224,6 +229,7 @@ def _trained(
     return {
         **request, "steps": run.steps, "trainable": run.trainable, "curve": run.curve, "memory": run.memory,
         "evaluation": _compared(before, after), "merged": job.asked.merge,
+        "task": {"name": TASKS.key_of(job.task), "unit": job.task.unit, "shown": job.task.shown},
     }  # fmt: skip
 
 

@@ -61,13 +61,10 @@ def row_pieces(tensor: BlockQTensor) -> Iterator[tuple[slice, Tensor]] | None:
     if any(side is not None and not isinstance(side, Tensor | QTensor) for side in sides):
         return None
     groups = _groups(tensor)
-    parts = [dense(side) for side in sides if isinstance(side, Tensor | QTensor)]
-    if not groups or any(part.requires_grad for part in parts):
+    parts = [dense(side) if isinstance(side, Tensor | QTensor) else None for side in sides]
+    if not groups or any(part is not None and part.requires_grad for part in parts):
         return None
-    scale, zero, offset = (
-        None if side is None else _spread(dense(side), shape[0], groups)  # type: ignore[arg-type]
-        for side in sides
-    )
+    scale, zero, offset = (None if part is None else _spread(part, shape[0], groups) for part in parts)
     assert scale is not None
     return _pieces(tensor, groups, scale, zero, offset)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from nybble.core.errors import FileError, FormatError
 from nybble.formats import get_format
+from nybble.report.words import task_of
 
 Check = Callable[[Any], bool]
 MOST_BINS = 256
@@ -87,6 +88,8 @@ def check_training(training: dict[str, Any], place: object) -> None:
     for key, good in TRAINING.items():
         if key not in training or not good(training[key]):
             raise _damaged(place, f"{key} = {_short(training.get(key))}", "train")
+    if not all(map(_text, map(task_of(training).get, ("name", "unit", "shown")))):
+        raise _damaged(place, f"task = {_short(training['task'])}", "train")
     evaluation = training["evaluation"]
     if evaluation is None:
         return
@@ -94,7 +97,7 @@ def check_training(training: dict[str, Any], place: object) -> None:
     models = evaluation.get("models", {})
     before, after = models.get("before", {}), models.get("after", {})
     numbers = all(map(_number, (*before.values(), *after.values())))
-    if not numbers or "nll" not in before or before.keys() != after.keys():
+    if not numbers or task_of(training)["shown"] not in before or before.keys() != after.keys():
         raise _damaged(place, "'models' has no losses before and after", "train")
     if not all({"before", "after", "target"} <= found.keys() for found in evaluation.get("samples", [])):
         raise _damaged(place, "'samples' lack answers", "train")

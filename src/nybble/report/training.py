@@ -8,7 +8,7 @@ from typing import Any
 from nybble.report.learning import HIGH, WIDE, path_of
 from nybble.report.page import fill
 from nybble.report.tables import change
-from nybble.report.words import METRICS, flatten, number, size
+from nybble.report.words import METRICS, flatten, number, size, task_of
 
 POINTS = 200
 MEMORY = {
@@ -78,11 +78,14 @@ def thinned(curve: Sequence[Sequence[float]]) -> list[list[float]]:
 
 
 def _tiles(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    task = task_of(data)
     found = [
         ("updates", f"{data['steps']:,}", f"{data['data']['examples']:,} examples"),
-        ("parameters train", f"{data['trainable']:,}", f"{data['data']['targets']:,} target tokens"),
+        ("parameters train", f"{data['trainable']:,}", f"{data['data']['targets']:,} {task['unit']}"),
     ]
     if data["evaluation"] is not None:
-        before, after = (data["evaluation"]["models"][key]["nll"] for key in ("before", "after"))
-        found.append(("held-out loss, nats a token", number(after), f"{number(before)} before"))
+        shown = task["shown"]
+        before, after = (data["evaluation"]["models"][key][shown] for key in ("before", "after"))
+        title = METRICS.get(shown, shown).partition(" (")[0]
+        found.append((f"held out: {title}", number(after), f"{number(before)} before"))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 ROLES = {
@@ -26,8 +27,20 @@ METRICS = {
     "cosine": "Cosine similarity to the float model (higher is better)",
     "cosine_min": "The same, of the worst sentence (higher is better)",
     "top1": "Top-1 accuracy (higher is better)",
+    "accuracy": "Accuracy, share of the records (higher is better)",
+    "loss": "Mean loss a record (lower is better)",
+    "pearson": "Pearson correlation with the labels (higher is better)",
+    "bleu": "BLEU, 0 to 100 (higher is better)",
 }
+LANGUAGE = {"name": "language", "unit": "target tokens", "shown": "nll"}
+"""The task of runs that don't say which: all were of language models then."""
 MODELS = {"float": "Before (float)", "quantized": "After (quantized)"}
+
+
+def task_of(training: Mapping[str, Any]) -> Mapping[str, str]:
+    """What a training run's model does: the task's ``name``, the ``unit`` of targets, the metric ``shown`` first."""
+    found = training.get("task", LANGUAGE)
+    return found if isinstance(found, dict) else {}
 
 
 def number(value: Any, digits: int = 4) -> str:

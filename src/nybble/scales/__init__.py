@@ -67,14 +67,25 @@ class ScaleRule(ABC):
         takes_storage: whether :meth:`fit` takes ``scales`` and ``offsets`` too, how they are stored (:class:`Storage`).
         takes_divisor: whether a divisor of nested scales that was calibrated can be given (:meth:`TwoLevel.under`), so
             that static activations may have such scales.
-        weighs: whether solvers that know the energy of the inputs give it to :meth:`fit` as the weight.
     """
 
     scale_format: ClassVar[str] = ""
     judges_stored: ClassVar[Literal["", "nested", "ratios", "always"]] = ""
     takes_storage: ClassVar[bool] = False
     takes_divisor: ClassVar[bool] = False
-    weighs: ClassVar[bool] = False
+
+    @property
+    def phases(self) -> int:
+        """How many numbers are tried for each outer scale of nested ones, from its own on to short of twice that.
+
+        Kept is the one under which its blocks lose least together.
+        """
+        return 1
+
+    @property
+    def weighs(self) -> bool:
+        """Whether solvers that know the energy of the inputs give it to :meth:`fit` as the weight."""
+        return False
 
     @property
     def needs_integer(self) -> bool:

@@ -111,7 +111,7 @@ class Mse(ScaleRule):
 
         def lost(params: BlockParams) -> Tensor:
             scale = params.scale if project is None else project(params.scale, over)
-            return self._error(blocks, params, scale, fmt, rounding, weight)
+            return self.error(blocks, params, scale, fmt, rounding, weight)
 
         best = self._candidate(low, high, 1.0, fmt)
         least = lost(best)
@@ -150,7 +150,7 @@ class Mse(ScaleRule):
         def lost(below: Tensor, above: Tensor) -> Tensor:
             params = fit_range(low + below, high - above, fmt, offset=True)
             scale = params.scale if project is None else project(params.scale, None)
-            return self._error(blocks, params, scale, fmt, rounding, weight)
+            return self.error(blocks, params, scale, fmt, rounding, weight)
 
         below = above = torch.zeros_like(half)
         least = lost(below, above)
@@ -177,7 +177,7 @@ class Mse(ScaleRule):
             return fit_range(low * fraction, high * fraction, fmt, offset=False)
         return BlockParams(divided(torch.maximum(-low, high) * fraction, fmt.absmax))
 
-    def _error(
+    def error(
         self,
         blocks: Tensor,
         params: BlockParams,
@@ -186,6 +186,7 @@ class Mse(ScaleRule):
         rounding: str,
         weight: Tensor | None,
     ) -> Tensor:
+        """What blocks lose under ``scale`` and the other ``params``, float32 [blocks, 1]; arguments as :meth:`fit`."""
         from nybble.ops.blocks import divide
         from nybble.ops.rounding import round_to, round_to_codes
 

@@ -42,13 +42,16 @@ class Stored(ScaleRule):
     inner: float = 0.0
 
     judges_stored: ClassVar[Literal["", "nested", "ratios", "always"]] = "always"
-    weighs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.grid < 1 or not 0 < self.low <= self.high:
             raise UsageError(f"{self}: at least one candidate, and 0 < low <= high.")
         if not self.inner >= 0:
             raise UsageError(f"{self}: inner is the largest value of the scales' codes (E4M3: 448), or 0.")
+
+    @property
+    def weighs(self) -> bool:  # noqa: D102
+        return True
 
     @property
     def two_level(self) -> bool:  # noqa: D102

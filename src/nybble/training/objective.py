@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from nybble.core.errors import SchemeError
 from nybble.core.options import build
+from nybble.nn.attention import IMPLEMENTATION
 from nybble.nn.fake import penalty_of
 from nybble.training.losses import LOSSES, Lesson, Loss
 from nybble.training.tasks import Task
@@ -56,6 +58,24 @@ class Objective:
         self.task, self.losses, self.teacher = task, losses, teacher
         self.more = {name: True for _, _, loss in losses for name in loss.outputs}
         self.last: dict[str, Tensor] = {}
+        if teacher is not None:
+            self._with_maps(teacher)
+
+    @contextmanager
+    def served(self, model: Any) -> Iterator[None]:
+        """Inside, a network gives what the losses ask for: of transformers' attentions the eager one has maps."""
+        before = self._with_maps(model)
+        yield
+        if before is not None:
+            model.set_attn_implementation(before)
+
+    def _with_maps(self, model: Any) -> str | None:
+        """Returns what attention it had, where it has another one now; the one that rounds operands has maps too."""
+        before = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        if not self.more.get("output_attentions") or before in (IMPLEMENTATION, "eager"):
+            return None
+        model.set_attn_implementation("eager")
+        return before
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], progress: float) -> Tensor:
         """The loss of a batch.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -195,3 +196,45 @@ def test_sha256_of_a_file(tmp_path: Path) -> None:
     assert files.sha256_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()
     with pytest.raises(FileError, match="y: No such file"):
         files.sha256_file(tmp_path / "y")
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+def test_what_is_in_a_new_folder_is_flushed_before_it_appears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumable: bool
+) -> None:
+    """Once each, unless a killed run is to be gone on from: then when a file is written, too."""
+    out, flushed, real = tmp_path / "out", list[str](), os.fsync
+
+    def fsync(handle: int) -> None:
+        flushed.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
+        assert not (out.exists() and f"{out.name}.partial" in flushed[-1])
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with AtomicFolder(out, resumable=resumable) as folder:
+        (folder / "in").mkdir()
+        for name in ("a", "in/b"):
+            atomic_write_bytes(folder / name, b"x")
+        inside = len(flushed)
+    names = [str(tmp_path / "out.partial" / name) for name in ("", "a", "in", "in/b")]
+    assert {name.rstrip("/") for name in names} <= set(flushed[inside:]) and flushed[-1] == str(tmp_path)
+    assert inside == (4 if resumable else 0)  # each file, and the folder that it is in
+    atomic_write_bytes(tmp_path / "alone", b"x")
+    assert flushed[-2:] == [str(tmp_path / "alone.partial"), str(tmp_path)]
+
+
+def test_a_file_that_is_flushed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes, whatever is skipped; the system is told of each byte at most once."""
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(files, "_BEHIND", 100)
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, begin, count, __: told.append((begin, begin + count)))
+    path, whole = tmp_path / "x", bytearray(2000)
+    with path.open("wb") as file:
+        behind = files.WriteBehind(file)
+        for begin, count in ((0, 60), (60, 60), (130, 80), (1000, 50), (400, 300)):
+            behind.seek(begin)
+            data = bytes([begin % 251 + 1]) * count
+            behind.write(memoryview(data))
+            whole[begin : begin + count] = data
+    assert path.read_bytes() == bytes(whole[:1050])
+    assert told == [(0, 120), (400, 700)] and all(a[1] <= b[0] for a, b in itertools.pairwise(told))

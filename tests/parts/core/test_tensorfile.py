@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -243,3 +244,30 @@ def test_a_failing_maker_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="no"):
         stream_tensorfiles(plans, tmp_path / "a.safetensors", {})
     assert not list(tmp_path.iterdir())
+
+
+def test_neighbours_are_copied_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands side by side in one file, there and here; bytes are those of tensors copied one by one."""
+    tensors = {name: torch.full((40,), i, dtype=torch.uint8) for i, name in enumerate("abcd")}
+    one, two = tmp_path / "one", tmp_path / "two"
+    write_tensorfile(one, {name: tensors[name] for name in "abd"}, {})
+    write_tensorfile(two, {name: tensors[name] for name in "cab"}, {})
+    plans = {}
+    for name, path in (("a", one), ("b", one), ("c", two), ("d", one)):
+        header = read_tensor_header(path)
+        begin = header.data_start + header.tensors[name].begin
+        plans[name] = Planned(dtype="U8", shape=(40,), bytes_from=path, offset=begin)
+    read: list[tuple[str, int]] = []
+    chunks = tensorfile.file_chunks
+
+    def noted(path: Path, begin: int, nbytes: int) -> Iterator[memoryview]:
+        read.append((path.name, nbytes))
+        return chunks(path, begin, nbytes)
+
+    monkeypatch.setattr(tensorfile, "file_chunks", noted)
+    made = Planned(dtype="U8", shape=(40,), bytes_from=lambda: tensors["a"] + 9)
+    stream_tensorfiles(plans | {"e": made}, tmp_path / "out", {})
+    assert read == [("one", 80), ("two", 40), ("one", 40)]
+    found = load_file(tmp_path / "out")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert torch.equal(found["e"], tensors["a"] + 9)

@@ -19,6 +19,7 @@ import nybble
 from nybble.core.finite import all_finite
 from nybble.core.memory import new_objects_alone
 from nybble.export._opened import OpenedSource
+from nybble.models.build import skeleton
 from nybble.models.sources.folder import FolderSource
 from nybble.models.sources.gguf_file import GgufSource
 from nybble.models.sources.open import open_source
@@ -141,3 +142,37 @@ def test_blocks_of_a_gguf_are_copied(line: str, tmp_path: Path, monkeypatch: pyt
     assert one.read_bytes() == other.read_bytes()
     tensors = {t.name: t.data for t in GGUFReader(str(file)).tensors}
     assert all(np.array_equal(t.data, tensors[t.name]) for t in GGUFReader(str(one)).tensors)
+
+
+@pytest.mark.parametrize("target", ["compressed-tensors", "modelopt"])
+def test_a_conversion_makes_one_skeleton(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model that names are matched with is the target's too; layers stand in a twin of it."""
+    folder, _ = test_modelopt.checkpoint(tmp_path / "q", "NVFP4")
+    calls, make = [], skeleton.meta_model
+
+    def noted(config: Any, dtype: torch.dtype, stored: Any) -> Any:
+        calls.append(dtype)
+        return make(config, dtype, stored)
+
+    for place in ("models.sources.folder", "export._source", "models.build.skeleton"):
+        monkeypatch.setattr(f"nybble.{place}.meta_model", noted)
+    convert(folder, tmp_path / "there", target, round="auto")
+    assert len(calls) == 1
+
+
+def test_a_twin_has_modules_of_its_own() -> None:
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 8}
+    config = LlamaConfig(num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True, **sizes)
+    model = skeleton.meta_model(config, torch.bfloat16, ["x"])
+    twin: Any = skeleton.twin_of(model)
+    before = dict(model.named_modules())
+    assert list(before) == list(dict(twin.named_modules()))
+    assert not {id(module) for module in before.values()} & {id(module) for module in twin.modules()}
+    assert (
+        twin.lm_head.weight is twin.model.embed_tokens.weight and twin.get_input_embeddings() is twin.model.embed_tokens
+    )
+    twin.model.layers[0].mlp.up_proj = torch.nn.Identity()
+    del twin.model.norm.weight
+    skeleton.fill_buffers_(twin)
+    assert dict(model.named_modules()) == before and model.model.norm.weight.is_meta
+    assert model.model.rotary_emb.inv_freq.is_meta and not twin.model.rotary_emb.inv_freq.is_meta

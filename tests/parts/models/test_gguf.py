@@ -14,7 +14,8 @@ from gguf.constants import GGMLQuantizationType as Kind
 
 from nybble.core.errors import FileError, ModelError
 from nybble.models.sources.gguf_header import read_gguf_header
-from nybble.models.sources.gguf_names import ARCHS, WHOLE, shortest
+from nybble.models.sources.gguf_names import ARCHS, WHOLE
+from nybble.models.sources.gguf_rope import shortest
 from nybble.models.sources.open import open_source
 from nybble.pipelines.load import load
 from nybble.pipelines.quantize import quantize

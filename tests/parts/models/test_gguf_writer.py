@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import random
@@ -14,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from tests.parts.models.test_gguf import MODEL_TYPES, byte_tokens
 
+from nybble.checkpoint.account import inspect
 from nybble.core.errors import FileError, ModelError, UsageError
 from nybble.models.gguf.metadata import arch_for, config_pairs
 from nybble.models.gguf.mixes import MIXES, fitting, mix, type_for
@@ -29,7 +32,7 @@ from nybble.models.gguf.rope import lengths_differ, rope_tensors
 from nybble.models.gguf.vocabulary import tokenizer_pairs
 from nybble.models.gguf.write import Weight, write_gguf
 from nybble.models.sources.gguf_header import read_gguf_header
-from nybble.models.sources.gguf_names import ARCHS
+from nybble.models.sources.gguf_names import ARCHS, config_dict
 from nybble.models.sources.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer
 from nybble.models.sources.open import open_source
 from nybble.qtensor import QTensor
@@ -296,14 +299,89 @@ ROPES = {
 }
 
 
-def test_yarn_is_read_as_it_was_written(tiny: Any, tmp_path: Path) -> None:
-    for name in ("yarn", "yarn of qwen", "its attention factor", "its two scales"):
-        family, rope = ROPES[name]
-        model, path = tiny(family, rope_parameters=rope), tmp_path / "tiny.gguf"
-        write_gguf(path, model.config, weights_in(model))
-        ids = torch.arange(90)[None]
-        torch.testing.assert_close(open_source(str(path)).model(torch.float32)(ids).logits, model(ids).logits)
-        path.unlink()
+@pytest.mark.parametrize("name", ROPES)
+@torch.no_grad()
+def test_ropes_are_read_as_they_were_written(name: str, tiny: Any, tmp_path: Path) -> None:
+    """Logits are those of transformers' own model; Llama 3's factors become its parameters again."""
+    family, rope = ROPES[name]
+    model, path = tiny(family, rope_parameters=rope, **NARROW), tmp_path / "tiny.gguf"
+    write_gguf(path, model.config, weights_in(model))
+    source = open_source(str(path))
+    again = source.model(torch.float32)
+    for length in (40, 90):  # LongRoPE takes other factors behind 64 tokens
+        ids = torch.arange(length)[None]
+        ours, theirs = again(ids).logits, model(ids).logits
+        # Where factors are given, each frequency is rounded once more to float32, and turns up to 90 times.
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
+    if name in ("linear", "llama3", "yarn"):
+        assert torch.equal(ours, theirs)
+        assert {**source.config.rope_parameters, **rope} == source.config.rope_parameters
+    tensors = {tensor.name: tensor.n_bytes for tensor in GGUFReader(path).tensors if "rope_" in tensor.name}
+    assert inspect(path)["bytes"].get("tables", 0) == sum(tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("pairs", "factors", "message"),
+    [
+        ({}, {"rope_freqs": [1.0] * 15}, r"rope_freqs.weight is \[15\]; a head has 16 pairs of channels"),
+        ({}, {"rope_freqs": [1.0] * 15 + [0.0]}, r"rope_freqs.weight divides frequencies, and holds numbers that are"),
+        (
+            {"type": "linear", "factor": 2.0},
+            {"rope_freqs": [2.0] * 16},
+            "rope_freqs.weight beside rope scaling 'linear'",
+        ),
+        ({"type": "linear", "factor": 2.0, "attn_factor": 2.0}, {}, "attn_factor beside rope scaling 'linear'"),
+        ({}, {"rope_factors_long": [2.0] * 16}, "rope_factors_long.weight beside rope scaling 'default'"),
+        ({"type": "longrope"}, {"rope_factors_long": [2.0] * 16}, "the file lacks rope_factors_short.weight"),
+        (
+            {"type": "longrope"},
+            dict.fromkeys(("rope_factors_long", "rope_factors_short", "rope_freqs"), [2.0] * 16),
+            "the file has rope_freqs.weight too",
+        ),
+        (
+            {"type": "longrope"},
+            dict.fromkeys(("rope_factors_long", "rope_factors_short"), [2.0] * 16),
+            "original_context_length is None; one number is needed",
+        ),
+    ],
+)
+def test_ropes_that_contradict_themselves(pairs: dict[str, Any], factors: dict[str, Any], message: str) -> None:
+    metadata: dict[str, Any] = {f"llama.{key}": 64 for key in ARCHS["llama"].keys}
+    metadata |= {"llama.attention.key_length": 32} | {
+        f"llama.rope.scaling.{key}": value for key, value in pairs.items()
+    }
+    found = {f"{name}.weight": np.array(values, np.float32) for name, values in factors.items()}
+    with pytest.raises(ModelError, match=f"^x.gguf: .*{message}"):
+        config_dict(metadata, {"token_embd.weight": (7, 64)}, "llama", ARCHS["llama"], "x.gguf", found)
+
+
+@torch.no_grad()
+def test_a_factor_of_attention_alone(tiny: Any, tmp_path: Path) -> None:
+    """llama.cpp multiplies cosine and sine with it under every rope."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 512, "attention_factor": 1.25,
+        "long_factor": [1.0] * 16, "short_factor": [1.0] * 16,
+    }  # fmt: skip
+    model, path = tiny("llama", rope_parameters=rope, **NARROW), tmp_path / "tiny.gguf"
+    plain = copy.deepcopy(model.config)
+    plain.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
+    weights = weights_in(model)
+    write_gguf(path, plain, weights)
+    writer = gguf.GGUFWriter(tmp_path / "scaled.gguf", "llama")
+    reader = GGUFReader(path)
+    for field in reader.fields.values():
+        if field.name.startswith("llama."):
+            writer.add_key_value(field.name, field.contents(), field.types[0])
+    writer.add_key_value("llama.rope.scaling.attn_factor", 1.25, gguf.GGUFValueType.FLOAT32)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ids = torch.arange(90)[None]
+    found = open_source(str(tmp_path / "scaled.gguf")).model(torch.float32)
+    torch.testing.assert_close(found(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,35 @@ def test_a_decoder_writes_into_a_static_cache(tmp_path: Path) -> None:
     with torch.no_grad():
         want, found = run(model), run(torch.compile(model, fullgraph=True, backend=backend))
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True)) and 1 <= len(graphs) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:`past_key_values` is deprecated:FutureWarning"
+)  # as transformers' own wrapper has it
+def test_a_decoder_is_exported_with_a_static_cache(tmp_path: Path) -> None:
+    """By transformers' wrapper: a token and its place come in, the cache is the program's; weights stay packed."""
+    from transformers import StaticCache
+    from transformers.integrations import executorch
+
+    wrapper: Any = executorch.TorchExportableModuleWithStaticCache
+    if "max_cache_len" not in signature(wrapper).parameters:
+        pytest.skip("a transformers whose wrapper takes other arguments")
+    model, ids, export = packed(tmp_path, "weights and embeddings"), input_ids()[:1], torch.export
+    model.generation_config.use_cache = True
+    model.generation_config.cache_implementation = "static"
+    module, cache = wrapper(model, batch_size=1, max_cache_len=8, device="cpu"), StaticCache(model.config, 8)
+    with torch.no_grad():
+        program: Any = export.export(module, (), {"input_ids": ids[:, :1], "cache_position": torch.tensor([0])})
+        export.save(program, tmp_path / "decoder.pt2")
+        run: Any = export.load(tmp_path / "decoder.pt2").module()
+        for at in range(4):
+            own = {"input_ids": ids[:, at : at + 1], "use_cache": True, "position_ids": torch.tensor([[at]])}
+            want = model(**own, **given(model, cache)).logits
+            assert torch.equal(run(input_ids=own["input_ids"], cache_position=torch.tensor([at])), want)
+    assert {"nybble.packed_linear", "nybble.packed_rows"} <= {
+        str(n.target)[: -len(".default")] for n in program.graph.nodes
+    }
 
 
 @pytest.mark.slow

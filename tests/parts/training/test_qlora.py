@@ -12,6 +12,8 @@ from tests.tiny import input_ids, logits, tiny_model
 from torch import nn
 
 import nybble
+from nybble.checkpoint.account import inspect
+from nybble.checkpoint.save import save
 from nybble.core.errors import FileError, ModelError, UsageError
 from nybble.nn.linear import QuantLinear
 from nybble.pipelines.request import build_recipe
@@ -159,6 +161,11 @@ def test_saved_loaded_and_merged(tmp_path: Path) -> None:
     assert torch.allclose(logits(merged), logits(found), atol=1e-4, rtol=1e-4)
     layers: list[Any] = [m for m in merged.modules() if isinstance(m, QuantLinear)]
     assert {m.weight.qtensor().kind for m in layers} == {"low-rank-sum"}
+    rows = inspect(save(merged, tmp_path / "merged"))["formats"]
+    assert sum(row["weights"] for row in rows) == len(layers)
+    for row in rows:  # what is under the adapter, and the adapter
+        assert row["format"].startswith("nf4 flat=64 ")
+        assert row["format"].endswith(" and factors of rank 4 (an adapter merged, or lorc)")
 
 
 def test_a_head_with_an_adapter_comes_back_and_names_are_written_in_order(tmp_path: Path) -> None:

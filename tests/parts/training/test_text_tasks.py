@@ -133,7 +133,7 @@ def test_a_translator_is_measured_by_its_loss_and_sacrebleu(
     metrics = pytest.importorskip("sacrebleu.metrics", reason="the judge: pip install sacrebleu")
     made = model(name, family, config)
     made.generation_config.num_beams, made.generation_config.max_new_tokens = 3, 9
-    texts = sentences(5)
+    texts = sentences(5)[::-1]
     tokenizer = framed_tokenizer()
     ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in texts]
     alone = [made.generate(each, num_beams=3, do_sample=False, max_new_tokens=9)[0] for each in ids]

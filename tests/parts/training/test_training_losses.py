@@ -39,24 +39,25 @@ def lesson(student: Tensor, teacher: Tensor | None, real: Tensor = REAL, kind: s
 @pytest.mark.parametrize("form", ["ce", "kl"])
 def test_the_gradient_of_logits_is_the_difference_of_probabilities(form: str) -> None:
     student, teacher = draw(*SHAPE).requires_grad_(), draw(*SHAPE, seed=1)
-    loss("logits", form=form)(lesson(student, teacher)).backward()
+    torch.autograd.backward(loss("logits", form=form)(lesson(student, teacher)))
     wanted = (student.softmax(-1) - teacher.softmax(-1)) / REAL.sum() * REAL[..., None]
     torch.testing.assert_close(student.grad, wanted.detach(), atol=1e-14, rtol=1e-12)
     warm = student.detach().clone().requires_grad_()
-    loss("logits", form=form, temperature=2.0)(lesson(warm, teacher)).backward()
+    torch.autograd.backward(loss("logits", form=form, temperature=2.0)(lesson(warm, teacher)))
     wanted = 2 * ((warm / 2).softmax(-1) - (teacher / 2).softmax(-1)) / REAL.sum() * REAL[..., None]
     torch.testing.assert_close(warm.grad, wanted.detach(), atol=1e-14, rtol=1e-12)
 
 
 def test_a_student_that_is_its_teacher_has_its_entropy_or_nothing_to_learn() -> None:
     teacher = draw(*SHAPE)
-    entropy = torch.distributions.Categorical(logits=teacher).entropy()[REAL.bool()].mean()
+    known: Any = torch.distributions.Categorical(logits=teacher)
+    entropy = known.entropy()[REAL.bool()].mean()
     for form, wanted in (("ce", entropy), ("kl", torch.zeros_like(entropy)), ("mse", torch.zeros_like(entropy))):
         student, made = teacher.clone().requires_grad_(), loss("logits", form=form)
         found = made(lesson(student, teacher))
         torch.testing.assert_close(found, wanted, atol=1e-14, rtol=1e-12)
         torch.testing.assert_close(made.entropy(lesson(student, teacher)).double(), wanted, atol=1e-14, rtol=1e-12)
-        found.backward()
+        torch.autograd.backward(found)
         torch.testing.assert_close(student.grad, torch.zeros(SHAPE, dtype=torch.float64), atol=1e-15, rtol=0)
 
 
@@ -87,7 +88,7 @@ def test_the_option_of_padding_changes_padded_rows_alone() -> None:
         grads = []
         for padding in (False, True):
             student = draw(*shape).requires_grad_()
-            loss(name, padding=padding)(lesson(student, teacher, kind=kind)).backward()
+            torch.autograd.backward(loss(name, padding=padding)(lesson(student, teacher, kind=kind)))
             assert student.grad is not None
             grads.append(student.grad * (REAL.numel() if padding else REAL.sum()))
         torch.testing.assert_close(grads[0][REAL.bool()], grads[1][REAL.bool()])
@@ -159,7 +160,7 @@ def test_a_network_is_not_moved_by_itself(family: str) -> None:
     made = [loss("hidden"), loss("attention"), loss("logits", form="kl")]
     found = [each(taught(family, student, network(family, config), *made)) for each in made]
     assert [x.item() for x in found[:2]] == [0, 0] and found[2].item() == pytest.approx(0, abs=1e-15)
-    sum(found).backward()  # type: ignore[attr-defined]
+    torch.autograd.backward(torch.stack(found).sum())
     assert all(p.grad is None or p.grad.abs().max() < 1e-15 for p in student.parameters())
 
 
@@ -196,7 +197,9 @@ def test_every_layer_of_both_sides_counts() -> None:
     bare = Lesson(student=only[0], teacher=only[1], batch=batch, counted=counted)
     torch.testing.assert_close(loss("attention", padding=True)(bare), sum(whole))
     for each in (loss("hidden"), loss("attention")):
-        grads = torch.autograd.grad(each(given), [*student.parameters()], allow_unused=True, retain_graph=True)
+        grads: tuple[Tensor | None, ...] = torch.autograd.grad(
+            each(given), [*student.parameters()], allow_unused=True, retain_graph=True
+        )
         assert any(g is not None and g.abs().max() > 0 for g in grads)
 
 
@@ -205,7 +208,8 @@ def test_the_task_s_loss_is_the_networks_own() -> None:
     given = taught("bert", student, student)
     wanted = functional.cross_entropy(given.student.logits, given.batch["labels"])
     torch.testing.assert_close(loss("task")(given), wanted)
-    assert not loss("task").taught and loss("task").entropy(given) == 0
+    assert not loss("task").taught
+    assert loss("task").entropy(given) == 0
     half = SimpleNamespace(loss=wanted.to(torch.bfloat16))
     assert loss("task")(Lesson(student=half, teacher=None, batch={}, counted=given.counted)).dtype == torch.float32
     without = SimpleNamespace(logits=given.student.logits, loss=None)
@@ -252,11 +256,12 @@ def test_other_bad_requests() -> None:
         loss("logits")(bare)
     with pytest.raises(ModelError, match=r"hidden_states has 5 tokens, and what is padding is known of 3 x 4"):
         loss("hidden")(lesson(x, x, REAL[:, :4], "hidden_states"))
-    for options, message in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
         ({"form": "mse", "temperature": 2.0}, "leave temperature out"),
         ({"form": "nll"}, "form is kl or ce or mse"),
         ({"warmth": 2}, "no option 'warmth'"),
-    ]:
+    ]
+    for options, message in cases:
         with pytest.raises(SchemeError, match=message):
             loss("logits", **options)

@@ -4,21 +4,12 @@
 //
 // The weights come out as they do in Python, bit for bit; only the order of the sum is another one, and the same for
 // every number of rows and threads. Nothing here allocates more than one row's scales a thread.
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#include <stdlib.h>
+#include "whole.inc"
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define X86 1
-#include <cpuid.h>
-#include <immintrin.h>
-#endif
-
-#define INLINE __attribute__((always_inline))
-
+namespace nybble {
 namespace {
 
+<<<<<<< HEAD
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, CODES = 3 };
 // How a code's value is found: in the table; in its lower half, the upper one being that negated; base + (code ^ flip);
 // as the bits of a float, moved up by `flip` and multiplied with `base`.
@@ -260,6 +251,8 @@ namespace bfloat16 {
 #endif
 #endif
 
+=======
+>>>>>>> L3
 int best() {
 #ifdef X86
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -294,8 +287,8 @@ bool has_avxvnni() {
 // The set of instructions that has a version for these codes, of those up to isa.
 int set_of(const Weight& w, int isa) {
 #ifdef X86
-    if (isa == 3 && avx512::pick(w)) return 3;
-    if (isa >= 2 && avx2::pick(w)) return 2;
+    if (isa == 3 && avx512_set.pick(w)) return 3;
+    if (isa >= 2 && avx2_set.pick(w)) return 2;
 #endif
     return 0;
 }
@@ -303,16 +296,16 @@ int set_of(const Weight& w, int isa) {
 Part pick(const Weight& w, int isa) {
 #ifdef X86
     const int set = set_of(w, isa);
-    if (set == 3) return avx512::pick(w);
-    if (set == 2) return avx2::pick(w);
+    if (set == 3) return avx512_set.pick(w);
+    if (set == 2) return avx2_set.pick(w);
 #endif
-    return portable::pick(w);
+    return portable_set.pick(w);
 }
 
-// For products of rows of bfloat16, with an x that `bfloat16::arrange` made; null: by floats.
+// For products of rows of bfloat16, with an x that `arrange_of_bfloat16` made; null: by floats.
 Part pick_bfloat16(const Weight& w, int isa) {
 #ifdef BF16
-    if (isa >= 4 && has_bfloat16()) return bfloat16::pick(w);
+    if (isa >= 4 && has_bfloat16()) return pick_of_bfloat16(w);
 #endif
     return nullptr;
 }
@@ -328,7 +321,7 @@ inline int nibble_place(int i) { return i % 8 * 8 + i / 8 % 2 * 4 + i / 16; }
 
 Part pick_product(const Weight& w, int isa) {
 #ifdef X86
-    if (by_nibbles(w, isa)) return avx512::pick_nibbles(w);
+    if (by_nibbles(w, isa)) return avx512_set.pick_nibbles(w);
 #endif
     return pick(w, isa);
 }
@@ -392,25 +385,31 @@ int multiply(const Weight& w, const void* x, int64_t x_dtype, bool of_bfloat16, 
         call.stride = (w.k + 127) / 128 * 128;
         own = zeros(sizeof(uint16_t) * (call.m + 3) * call.stride);
         if (!own) return 1;
-        bfloat16::arrange(w, x, x_dtype, call.m, call.stride, (uint16_t*)own);
+        arrange_of_bfloat16(w, x, x_dtype, call.m, call.stride, (uint16_t*)own);
         call.x = (const float*)own;
 #endif
     } else {
         part = pick_product(w, use);
-        const int64_t tile = call.m == 1 ? 1 : call.m <= 4 ? 4 : (call.m + 7) / 8 * 8;
         const bool turned = by_nibbles(w, use);
+        const int64_t tile = call.m == 1 || turned ? call.m : call.m <= 4 ? 4 : (call.m + 7) / 8 * 8;
         if (x_dtype == FLOAT32 && w.k % 16 == 0 && tile == call.m && !turned) call.x = (const float*)x;
         else {
             float* floats = (float*)zeros(sizeof(float) * tile * call.stride);
             if (!floats) return 1;
-            const int64_t side = tile < 8 ? tile : 8;  // rows of a tile, whose 64 columns lie together
             int place[64];
             for (int i = 0; i < 64; ++i) place[i] = turned ? nibble_place(i) : i;
-            for (int64_t i = 0; i < call.m; ++i)
-                for (int64_t j = 0; j < w.k; ++j) {
-                    const int64_t at = turned ? i / side * side * call.stride + (j / 64 * side + i % side) * 64 + j % 64 : i * call.stride + j;
-                    floats[at] = float_of(x, x_dtype, i * w.k + j / 64 * 64 + place[j % 64]);
+            for (int64_t i = 0; i < call.m; ++i) {
+                const int64_t first = i / TOGETHER * TOGETHER, side = call.m - first < TOGETHER ? call.m - first : TOGETHER;
+                float* own_row = floats + (turned ? first * call.stride + (i - first) * 64 : i * call.stride);
+                for (int64_t j = 0; j < w.k; j += 64) {  // turned: of all rows that are multiplied together
+                    float* to = own_row + (turned ? j * side : j);
+                    const int64_t at = i * w.k + j, count = w.k - j < 64 ? w.k - j : 64;
+                    if (x_dtype == FLOAT32)
+                        for (int64_t c = 0; c < count; ++c) to[c] = ((const float*)x)[at + place[c]];
+                    else
+                        for (int64_t c = 0; c < count; ++c) to[c] = float_of(x, x_dtype, at + place[c]);
                 }
+            }
             call.x = floats, own = floats;
         }
     }
@@ -421,6 +420,7 @@ int multiply(const Weight& w, const void* x, int64_t x_dtype, bool of_bfloat16, 
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // 0: any processor; 2: AVX2; 3: AVX-512; 4: with products of bfloat16.
@@ -480,11 +480,11 @@ int nybble_rows(const Weight* w, const int64_t* ids, int64_t count, void* out, i
 // x, so many blocks, rounded -> out; 0; 1 where there is no memory; 2 where a scale of all isn't finite, and nothing done.
 int nybble_round(const Rounding* how, const void* x, int64_t dtype, int64_t count, void* out, int64_t threads, int64_t isa,
                  Parallel parallel) {
-    RoundBlocks run = portable::round_blocks;
+    RoundBlocks run = portable_set.round_blocks;
 #ifdef X86
     const int use = isa < best() ? (int)isa : best();
-    if (use == 3) run = avx512::round_blocks;
-    else if (use == 2) run = avx2::round_blocks;
+    if (use == 3) run = avx512_set.round_blocks;
+    else if (use == 2) run = avx2_set.round_blocks;
 #endif
     float outer = 1;
     if (how->nested) {
@@ -546,11 +546,11 @@ int nybble_whole(const Weight* w, int64_t is_signed, const Inputs* in, const voi
 int nybble_decode(const Decoder* given, float* x, int64_t m, int64_t position, int64_t threads, int64_t isa, int64_t whole_isa,
                   Parallel parallel) {
     const Decoder& d = *given;
-    const DecoderMath* math = &portable::math;
+    const DecoderMath* math = portable_set.math;
 #ifdef X86
     const int use = isa < best() ? (int)isa : best();
-    if (use == 3) math = &avx512::math;
-    else if (use == 2) math = &avx2::math;
+    if (use == 3) math = avx512_set.math;
+    else if (use == 2) math = avx2_set.math;
 #endif
     const int64_t of_q = d.heads * d.head, of_k = d.key_heads * d.head, widest = d.inner > of_q ? d.inner : of_q;
     const int64_t most = widest > d.width ? widest : d.width;
@@ -602,11 +602,11 @@ int nybble_decode(const Decoder* given, float* x, int64_t m, int64_t position, i
 
 // A step of all tensors of a launch, in place; 0, or 1 where there is no memory, and then some may have been stepped.
 int nybble_step(const StepJob* job, int64_t threads, int64_t isa, Parallel parallel) {
-    StepPart step = portable::step_chunk, maxima = portable::maxima_of;
+    StepPart step = portable_set.step_chunk, maxima = portable_set.maxima_of;
 #ifdef X86
     const int use = isa < best() ? (int)isa : best();
-    if (use == 3) step = avx512::step_chunk, maxima = avx512::maxima_of;
-    else if (use == 2) step = avx2::step_chunk, maxima = avx2::maxima_of;
+    if (use == 3) step = avx512_set.step_chunk, maxima = avx512_set.maxima_of;
+    else if (use == 2) step = avx2_set.step_chunk, maxima = avx2_set.maxima_of;
 #endif
     const bool rank1 = job->two.kind == RANK1;
     for (int pass = rank1 ? 0 : 1; pass < 2; ++pass) {
@@ -626,3 +626,6 @@ int nybble_step(const StepJob* job, int64_t threads, int64_t isa, Parallel paral
     return 0;
 }
 }
+#pragma GCC visibility pop
+
+}  // namespace nybble

@@ -110,20 +110,24 @@ def kept_float32(model: nn.Module) -> frozenset[str]:
     """
     any_model: Any = model
     plan = any_model._get_dtype_plan(any_model.dtype) if hasattr(model, "_get_dtype_plan") else {}  # not torch's own
+    if not plan:
+        return frozenset()
     kept = re.compile("|".join(pattern.replace("*", ".*") for pattern in plan))
-    return frozenset(name for name in model.state_dict() if plan and kept.search(name))
+    return frozenset(name for name in model.state_dict() if kept.search(name))
 
 
 def keep_float32_(model: PreTrainedModel) -> None:
     """Give those of a meta model that dtype; what they are filled with is to have it, too."""
-    tensors = expected_tensors(model)
-    for name in kept_float32(model):
+    kept = kept_float32(model)
+    tensors = expected_tensors(model) if kept else {}
+    for name in kept:
         tensors[name].data = tensors[name].data.float()
 
 
 def unsaved(model: PreTrainedModel) -> frozenset[str]:
     """Names of the parameters that ``save_pretrained`` leaves out, since the model computes them."""
-    return frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ()) & model.state_dict().keys()
+    ignored = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    return ignored & model.state_dict().keys() if ignored else ignored
 
 
 def fill_buffers_(model: PreTrainedModel) -> None:
@@ -162,6 +166,32 @@ def _with_parents(paths: Iterable[str]) -> list[str]:
     """The modules and those above them, innermost first: some families set a buffer from far above (Falcon H1)."""
     found = {path[:end] for path in paths for end in (0, *(i for i, c in enumerate(path) if c == "."), len(path))}
     return sorted(found, key=lambda path: (path == "", -path.count(".")))
+
+
+def twin_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A skeleton of the same modules in new objects, so that others can stand in their places; a tenth of the making.
+
+    It is to be looked at and to have modules replaced. It has the tensors of ``model``, which nobody fills, and parts
+    that modules hold otherwise than as modules (functions, their configs) are shared.
+
+    Args:
+        model: on the meta device, without hooks.
+    """
+    made: dict[int, nn.Module] = {}
+
+    def copied(module: nn.Module) -> nn.Module:
+        found = made.get(id(module))
+        if found is None:
+            found = made[id(module)] = module.__new__(type(module))
+            vars(found).update(vars(module))
+            for held in ("_parameters", "_buffers"):
+                vars(found)[held] = dict(vars(module)[held])
+            vars(found)["_modules"] = {
+                name: None if part is None else copied(part) for name, part in module._modules.items()
+            }
+        return found
+
+    return cast("PreTrainedModel", copied(model))
 
 
 def expected_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

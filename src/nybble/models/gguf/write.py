@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nybble.core.errors import FileError, ModelError, UsageError
-from nybble.core.files import disk_errors, need_space, sync_folder
+from nybble.core.files import WriteBehind, disk_errors, need_space, sync_folder
 from nybble.core.finite import all_finite
 from nybble.core.progress import SHOWN, task
 from nybble.core.tensorfile import file_chunks
@@ -251,26 +251,29 @@ def _write(
         writer.write_ti_data_to_file()
         (file,) = writer.fout
         writer.write_padding(file, file.tell())
+        behind = WriteBehind(file)
         for values in extra.values():
-            _append(writer, file, [values], values.nbytes)
+            _append(writer, behind, file, [values], values.nbytes)
         globals_: dict[str, Tensor] = {}
         with task(SHOWN.get(), len(tensors), "tensors") as bar:
             for tensor in tensors:
                 weight = weights[tensor.source]
-                _append(writer, file, _data(tensor, weight, context, globals_), _nbytes(tensor.kind, weight.shape))
+                pieces = _data(tensor, weight, context, globals_)
+                _append(writer, behind, file, pieces, _nbytes(tensor.kind, weight.shape))
                 bar.advance(note=tensor.name)
         for tensor in scaled:
-            _append(writer, file, [globals_[tensor.name].numpy()], 4)
+            _append(writer, behind, file, [globals_[tensor.name].numpy()], 4)
     finally:
         for file in writer.fout or []:
             file.close()
 
 
-def _append(writer: Any, file: BinaryIO, pieces: Iterable[Any], nbytes: int) -> None:
+def _append(writer: Any, behind: WriteBehind, file: BinaryIO, pieces: Iterable[Any], nbytes: int) -> None:
     """Write arrays that are a tensor of ``nbytes``; the writer would ask for all of it in one."""
     begin = file.tell()
+    behind.seek(begin)  # the writer has put something between
     for piece in pieces:
-        file.write(piece.data)
+        behind.write(piece.data)
     if file.tell() - begin != nbytes:
         raise AssertionError(f"{file.tell() - begin} bytes were made where {nbytes} were planned")
     writer.write_padding(file, file.tell())

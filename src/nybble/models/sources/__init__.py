@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -206,6 +207,16 @@ class ModelSource(ABC):
         if generation is not None and model.can_generate():
             model.generation_config = generation
         return model
+
+    def held_open(self) -> AbstractContextManager[None]:
+        """Files that are read in many small pieces stay open within."""
+        return nullcontext()
+
+    def outline(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model with every tensor on the meta device, to be looked at: nobody changes it."""
+        from nybble.models.build.skeleton import meta_model
+
+        return meta_model(self.config, dtype, self.stored())
 
     def model(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
         """The whole model as an ordinary float model in eval mode: nothing quantized, nothing patched."""

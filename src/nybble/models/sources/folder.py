@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
+from nybble.core.dtypes import FLOATS, float_dtype
 from nybble.core.errors import FileError, ModelError
 from nybble.core.guard import reading
-from nybble.core.tensorheader import TensorEntry, read_tensor_header
+from nybble.core.tensorheader import TensorEntry, data_start, read_tensor_header
 from nybble.models.adapter import checkpoint_renames
 from nybble.models.build.config_file import make_config, read_json
 from nybble.models.build.skeleton import base_class, expected_tensors, meta_model, model_class, unsaved
@@ -28,7 +29,7 @@ from nybble.models.sources.layouts._rounded import Rounded
 from nybble.models.sources.left_over import SWITCHES, LeftOver, left_over
 from nybble.models.sources.match import Match, match_names
 from nybble.models.sources.side_files import GENERATION, is_tokenizer_file, left_behind, side_files
-from nybble.models.sources.stored import DTYPES, empty_tensor, read_tensor
+from nybble.models.sources.stored import DTYPES, OpenFiles, empty_tensor, read_tensor
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.rotation import BlockRotation
 from nybble.qtensor import QTensor, QuantParams
@@ -188,6 +189,9 @@ def converted_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, s
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+    names = list(names)
+    if not names:
+        return {}
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -215,6 +219,7 @@ class FolderSource(ModelSource):
         self._files = weight_files(folder, raw.get(NAMED))
         if not self._files:
             raise ModelError(f"{spec} has no tensors.")
+        self._held: OpenFiles | None = None
         self.packed: dict[str, PackedWeight] = {}
         self._descriptions: dict[tuple[str, Any], Sequence[QTensor]] = {}
         self._same_bytes: dict[str, Mapping[tuple[int, str], str]] = {}
@@ -229,7 +234,8 @@ class FolderSource(ModelSource):
     def _unpack(self, quantization: Any) -> None:
         """Have each packed weight in the place of the tensors that it is made of."""
         files = Files(self.spec, {name: entry for name, (_, entry) in self._files.items()}, self._file_tensor)
-        self.packed, self.rounded = packed_weights(quantization, files)
+        with self.held_open():
+            self.packed, self.rounded = packed_weights(quantization, files)
         parts = {part for weight in self.packed.values() for part in weight.parts.values()} | self.rounded.used
         parts |= self.rounded.matrices
         self._tensors = {name: found for name, found in self._files.items() if name not in parts}
@@ -242,7 +248,22 @@ class FolderSource(ModelSource):
     def _file_tensor(self, name: str) -> Tensor:
         """A tensor as it is stored, in memory of its own."""
         path, entry = self._files[name]
-        return read_tensor(path, self._starts[path], name, entry)
+        return self.read_at(path, self._starts[path] + entry.begin, name, entry)
+
+    def read_at(self, path: Path, begin: int, name: str, entry: TensorEntry) -> Tensor:
+        """What stands in a file, as :meth:`packed_at` and :meth:`stored_at` say; in memory of its own."""
+        if self._held is not None:
+            return self._held.read(path, begin - entry.begin, name, entry)
+        return read_tensor(path, begin - entry.begin, name, entry)
+
+    @contextmanager
+    def held_open(self) -> Iterator[None]:
+        """The files stay open within."""
+        with OpenFiles() as self._held:
+            try:
+                yield
+            finally:
+                self._held = None
 
     def _empty_tensor(self, name: str) -> Tensor:
         """A tensor as it is stored, on the meta device."""
@@ -368,7 +389,7 @@ class FolderSource(ModelSource):
 
     @cached_property
     def _starts(self) -> dict[Path, int]:
-        return {path: read_tensor_header(path).data_start for path in {path for path, _ in self._files.values()}}
+        return {path: data_start(path) for path in {path for path, _ in self._files.values()}}
 
     @property
     def streamable(self) -> bool:  # type: ignore[override]
@@ -479,7 +500,10 @@ class FolderSource(ModelSource):
         return left
 
     def _match_with(self, shapes: Mapping[str, tuple[int, ...]], renames: Mapping[str, str]) -> Match:
-        self._expected = meta_model(self.config, torch.float32, shapes)
+        stated = str(self.config.dtype).removeprefix("torch.")
+        self._expected = meta_model(
+            self.config, float_dtype(stated if stated in FLOATS else "float32", "dtype"), shapes
+        )
         prefix = self._expected.base_model_prefix
         match = match_names(expected_tensors(self._expected), shapes, prefix, renames)
         return replace(match, missing=tuple(n for n in match.missing if n not in unsaved(self._expected)))
@@ -570,6 +594,11 @@ class FolderSource(ModelSource):
     def stored(self) -> Mapping[str, StoredTensor]:
         """Every tensor of the model; of one that is converted while loading, what it will be."""
         return self._stored
+
+    def outline(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The one that names were matched with, in the dtype that the config states."""
+        known = bool(self.stored()) and self._expected.dtype == dtype
+        return self._expected if known else super().outline(dtype)
 
     def ties(self) -> Mapping[str, str]:
         """Tied names that the files leave out, or repeat."""

@@ -20,11 +20,15 @@ from nybble.models.gguf.types import by_number, decode, type_name
 from nybble.models.sources import ModelSource, StoredTensor
 from nybble.models.sources.gguf_header import GgufTensor, read_gguf_header
 from nybble.models.sources.gguf_names import arch_of, config_dict, module_name
+from nybble.models.sources.gguf_rope import FACTORS, Factors
 from nybble.models.sources.match import Match, match_names
 from nybble.qtensor.block import BlockQTensor
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+_PLAIN = (0, 1)
+"""Numbers of the types float32 and float16."""
 
 
 def halves_apart(tensor: Tensor, heads: int) -> Tensor:
@@ -99,8 +103,20 @@ class GgufSource(ModelSource):
         self._header = read_gguf_header(path)
         _check_whole(self._header.metadata, spec)
         name, self._arch = arch_of(self._header.metadata, spec)
-        self._shapes = {tensor: entry.shape for tensor, entry in self._header.tensors.items()}
-        self.config = make_config(config_dict(self._header.metadata, self._shapes, name, self._arch, spec), spec)
+        factors = self._factors()
+        self._shapes = {tensor: e.shape for tensor, e in self._header.tensors.items() if tensor not in factors}
+        raw = config_dict(self._header.metadata, self._shapes, name, self._arch, spec, factors)
+        self.config = make_config(raw, spec)
+
+    def _factors(self) -> dict[str, Factors]:
+        """What divides the frequencies of a rope; llama.cpp does it for llama alone, of what nybble reads."""
+        if self._arch.model_type != "llama":
+            return {}
+        found = {name: entry for name, entry in self._header.tensors.items() if name in FACTORS}
+        for name, entry in found.items():
+            if entry.kind not in _PLAIN:
+                raise ModelError(f"{self.spec}: {name} is not in float32 or float16.")
+        return {name: float_values(self._bytes(entry), entry) for name, entry in found.items()}
 
     @cached_property
     def _files(self) -> dict[str, str]:
@@ -112,7 +128,7 @@ class GgufSource(ModelSource):
                 continue
             name = module_name(tensor, self._arch)
             if name is None:
-                # rope_freqs, experts and the like change what the model computes; ignoring them would be wrong.
+                # Experts and the like change what the model computes; ignoring them would be wrong.
                 raise ModelError(f"{self.spec}: tensor {tensor} has no place in a {self._arch.model_type} model.")
             found[name] = tensor
         return found

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from nybble.core.errors import ModelError, did_you_mean
+from nybble.models.sources.gguf_rope import Factors, number, rope_parameters
 
 SHAPE_KEYS = {
     "context_length": "max_position_embeddings",
@@ -109,68 +108,21 @@ def arch_of(metadata: Mapping[str, Any], place: str) -> tuple[str, GgufArch]:
     return name, ARCHS[name]
 
 
-def shortest(value: float) -> float:
-    """A float32 from the file as the decimal it was written as: 9.99999974e-06 -> 1e-05; the float32 is the same."""
-    return float(str(np.float32(value)))
-
-
-def _get(metadata: Mapping[str, Any], key: str, place: str) -> int | float:
-    value = metadata.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ModelError(f"{place}: {key} is {value!r}; one number is needed.")
-    return shortest(value) if isinstance(value, float) else value
-
-
-def _rope(metadata: Mapping[str, Any], name: str, arch: GgufArch, place: str) -> dict[str, Any]:
-    """The config's ``rope_parameters``."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10_000.0}
-    if f"{name}.rope.freq_base" in metadata:
-        rope["rope_theta"] = float(_get(metadata, f"{name}.rope.freq_base", place))
-    scaling = metadata.get(f"{name}.rope.scaling.type", "linear")
-    if scaling == "linear":
-        found = [key for key in ("scaling.factor", "scale_linear") if f"{name}.rope.{key}" in metadata]
-        factor = float(_get(metadata, f"{name}.rope.{found[0]}", place)) if found else 0.0
-        rope |= {"rope_type": "linear", "factor": factor} if factor else {}  # 0: none
-    elif scaling == "yarn":
-        rope |= _yarn(metadata, f"{name}.rope.scaling", place)
-    elif scaling != "none":
-        raise ModelError(f"{place}: rope scaling {scaling!r} is not read from GGUF; use the model's safetensors.")
-    if arch.local_rope_theta is None:
-        return rope
-    return {
-        "full_attention": rope,
-        "sliding_attention": {"rope_type": "default", "rope_theta": arch.local_rope_theta},
-    }
-
-
-def _yarn(metadata: Mapping[str, Any], at: str, place: str) -> dict[str, Any]:
-    """YaRN's part of them; what llama.cpp does with ``attn_factor`` is in :mod:`nybble.models.gguf.rope`."""
-    for key in ("yarn_ext_factor", "yarn_log_multiplier"):
-        if f"{at}.{key}" in metadata:
-            raise ModelError(f"{place}: YaRN with {key} is not read from GGUF; use the model's safetensors.")
-    factor = float(_get(metadata, f"{at}.factor", place))
-    if not factor >= 1:
-        raise ModelError(f"{place}: {at}.factor is {factor}; YaRN's is 1 or more.")
-    found: dict[str, Any] = {"rope_type": "yarn", "factor": factor}
-    found["original_max_position_embeddings"] = int(_get(metadata, f"{at}.original_context_length", place))
-    for key in ("beta_fast", "beta_slow"):
-        if f"{at}.yarn_{key}" in metadata:
-            found[key] = float(_get(metadata, f"{at}.yarn_{key}", place))
-    if f"{at}.attn_factor" in metadata:
-        found["attention_factor"] = float(_get(metadata, f"{at}.attn_factor", place)) * (1 + 0.1 * math.log(factor))
-    return found
-
-
 def config_dict(
-    metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], name: str, arch: GgufArch, place: str
+    metadata: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    name: str,
+    arch: GgufArch,
+    place: str,
+    factors: Mapping[str, Factors] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """What config.json would say, from the metadata and the tensors' shapes."""
+    """What config.json would say, from the metadata, the tensors' shapes, and the rope's factors."""
     raw: dict[str, Any] = {"model_type": arch.model_type, "architectures": [arch.architecture]}
     for key, meaning in arch.keys.items():
-        raw[meaning] = _get(metadata, f"{name}.{key}", place)
+        raw[meaning] = number(metadata, f"{name}.{key}", place)
     for key, meaning in arch.optional.items():
         if f"{name}.{key}" in metadata:
-            raw[meaning] = _get(metadata, f"{name}.{key}", place)
+            raw[meaning] = number(metadata, f"{name}.{key}", place)
     raw.setdefault("num_key_value_heads", raw["num_attention_heads"])
     if arch.model_type in OWN_HEADS:
         raw.setdefault("head_dim", raw["hidden_size"] // max(raw["num_attention_heads"], 1))
@@ -184,7 +136,10 @@ def config_dict(
     if "token_embd.weight" not in shapes:
         raise ModelError(f"{place} has no token_embd.weight.")
     raw["vocab_size"] = shapes["token_embd.weight"][0]
-    raw["rope_parameters"] = _rope(metadata, name, arch, place)
+    rope = rope_parameters(metadata, f"{name}.rope", factors, raw, place)
+    local = {"rope_type": "default", "rope_theta": arch.local_rope_theta}
+    whole = arch.local_rope_theta is None
+    raw["rope_parameters"] = rope if whole else {"full_attention": rope, "sliding_attention": local}
     raw["tie_word_embeddings"] = "output.weight" not in shapes
     if arch.model_type == "llama":
         raw["attention_bias"] = "blk.0.attn_q.bias" in shapes

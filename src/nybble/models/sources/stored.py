@@ -5,7 +5,9 @@ Views of a mapped file keep its pages, and all that were read come to as much as
 
 from __future__ import annotations
 
+from io import FileIO
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -44,12 +46,41 @@ def read_tensor(path: Path, start: int, name: str, entry: TensorEntry) -> Tensor
     Raises:
         FileError: the file can't be read, or has become shorter; a dtype that no model has.
     """
+    with disk_errors(path), path.open("rb", buffering=0) as file:
+        return _read(file, path, start, name, entry)
+
+
+class OpenFiles:
+    """Reads as :func:`read_tensor` does and keeps files open in between, for many small tensors; a context manager."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, FileIO] = {}
+
+    def read(self, path: Path, start: int, name: str, entry: TensorEntry) -> Tensor:
+        """See :func:`read_tensor`."""
+        with disk_errors(path):
+            if path not in self._open:
+                self._open[path] = path.open("rb", buffering=0)
+            return _read(self._open[path], path, start, name, entry)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open.values():
+            file.close()
+
+
+def _read(file: FileIO, path: Path, start: int, name: str, entry: TensorEntry) -> Tensor:
     dtype = _dtype(name, entry)
     data = torch.empty(entry.nbytes, dtype=torch.uint8)
-    with disk_errors(path), path.open("rb") as file:
-        file.seek(start + entry.begin)
-        if file.readinto(data.numpy().data) != entry.nbytes:
+    file.seek(start + entry.begin)
+    room, count = data.numpy().data, 0
+    while count < entry.nbytes:  # of a large tensor the system gives at most 2 GiB at once
+        got = file.readinto(room[count:])
+        if not got:
             raise FileError(f"{path}: became shorter while it was being read.")
+        count += got
     return data.view(dtype).reshape(entry.shape)
 
 

@@ -124,13 +124,25 @@ def test_what_is_not_ours_is_refused(tmp_path: Path) -> None:
         (lambda g: g.update(head_dim=48), FileError, "down_proj has 128 channels, not blocks of 48"),
         (lambda g: g.update(head_dim=-1), FileError, "head_dim -1"),
         (lambda g: g.update(head_dim=8), FileError, "v_input.weight"),
-        (lambda g: g.update(apply=7), FileError, "ct"),
+        (lambda g: g.update(apply=7), FileError, "ct: transform_config, group v has apply 7; a list of location"),
+        (lambda g: g.pop("apply"), FileError, "ct: transform_config, group v has apply None; a list of location"),
+        (lambda g: g.update(apply=["input"]), FileError, "group v has apply .'input'.; a list of location"),
+        (lambda g: g["apply"][0].pop("location"), FileError, "group v applies to location None; a word"),
+        (lambda g: g["apply"][0].pop("targets"), FileError, "group v has targets None; a list of modules"),
+        (lambda g: g.pop("type"), FileError, "group v has type None; one of hadamard, random-hadamard"),
+        (lambda g: g["apply"][0].update(location="sideways"), ModelError, "transforms sideways by random-hadamard"),
     ]
     for change, error, said in cases:
         raw = json.loads(original)
         change(raw["quantization_config"]["transform_config"]["config_groups"]["v"])
         path.write_text(json.dumps(raw))
         with pytest.raises(error, match=said):
+            open_source(str(folder))
+    for stated in (7, {"config_groups": [1]}):
+        raw = json.loads(original)
+        raw["quantization_config"]["transform_config"] = stated
+        path.write_text(json.dumps(raw))
+        with pytest.raises(FileError, match=r"transform_config is .*; a mapping with config_groups is needed"):
             open_source(str(folder))
     path.write_text(original)
     save_file(tensors | {key: tensors[key] * 2}, folder / "model.safetensors")

@@ -17,6 +17,7 @@ from nybble.kv_format import KVFormat, one_scale
 from nybble.nn.kv_model import KVRecord
 from nybble.qtensor import Inverse, QTensor
 from nybble.qtensor.block import BlockQTensor
+from nybble.qtensor.low_rank_sum import LowRankSum
 from nybble.qtensor.outer_scaled import OuterScaled
 from nybble.quantizer import Quantizer
 
@@ -192,6 +193,8 @@ def _nearest(fmt: NumberFormat, granularity: Granularity, columns: int) -> str:
 
 def in_words(tensor: QTensor) -> str:
     """What a tensor is, for people."""
+    if isinstance(tensor, LowRankSum):
+        return f"{in_words(tensor.base)} and factors of rank {tensor.a.shape[-1]} (an adapter merged, or lorc)"
     if not isinstance(tensor, BlockQTensor):
         word = tensor.kind.replace("_", " ")
         return f"{'an' if word[0] in 'aeiou' else 'a'} {word} tensor"

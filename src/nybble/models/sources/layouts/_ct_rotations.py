@@ -104,7 +104,10 @@ class Rotations:
     def __init__(self, config: Mapping[str, Any], files: Files) -> None:
         self._files = files
         stated = config.get(KEY) or {}
-        self._schemes = list(_schemes(stated.get("config_groups") or {}, files.place))
+        groups = stated.get("config_groups") or {} if isinstance(stated, Mapping) else stated
+        if not isinstance(groups, Mapping):
+            raise FileError(f"{files.place}: {KEY} is {stated!r:.40}; a mapping with config_groups is needed.")
+        self._schemes = list(_schemes(groups, files.place))
         endings = tuple(f".{name}_input.weight" for name in {scheme.name for scheme in self._schemes})
         self.matrices = [name for name in files.entries if endings and name.endswith(endings)]
 
@@ -156,10 +159,32 @@ class Rotations:
                 )
 
 
+def _applied(group: Any, at: str) -> list[Mapping[str, Any]]:
+    """Where a group's transform goes: a list of its ``apply``, checked as far as all of them need.
+
+    Raises:
+        FileError: what compressed-tensors' schema asks for is not there.
+    """
+    places = group.get("apply") if isinstance(group, Mapping) else None
+    if not isinstance(places, list) or not all(isinstance(args, Mapping) for args in places):
+        raise FileError(
+            f"{at} has apply {places!r:.40}; a list of location and targets is needed, as its library writes."
+        )
+    for args in places:
+        if not isinstance(args.get("location"), str):
+            raise FileError(f"{at} applies to location {args.get('location')!r:.40}; a word such as 'input' is needed.")
+        if not isinstance(args.get("targets"), list):
+            raise FileError(f"{at} has targets {args.get('targets')!r:.40}; a list of modules is needed.")
+    if not isinstance(group.get("type"), str):
+        raise FileError(f"{at} has type {group.get('type')!r:.40}; one of {', '.join(_TYPES)} is needed.")
+    return places
+
+
 def _schemes(groups: Mapping[str, Any], place: str) -> Iterator[_Scheme]:
     """What is done at run time."""
     for name, group in groups.items():
-        for args in group["apply"]:
+        at = f"{place}: {KEY}, group {name!s:.40}"
+        for args in _applied(group, at):
             where = args["location"]
             if where in _OFFLINE:
                 continue

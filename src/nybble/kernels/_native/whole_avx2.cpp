@@ -1,0 +1,24 @@
+// Products of whole numbers for processors with AVX2.
+#include "whole.inc"
+
+#ifdef X86
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define ISA 2
+#define VNNI 0
+namespace nybble {
+namespace {
+#include "integers_body.inc"
+}  // namespace
+const Functions whole_avx2 = functions;
+}  // namespace nybble
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
