@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nybble.core.errors import SchemeError, UsageError, within
 from nybble.core.options import named
 from nybble.learned import Part, make_part
+from nybble.learned._first_of import FirstOf
 from nybble.nn.kinds.tied import untie_head
 from nybble.scheme import Scheme, parse_scheme
 from nybble.training.activation import check_activation, use_activation
@@ -140,18 +141,19 @@ def _scheme(options: QatOptions, scheme: Scheme, stage: int) -> Scheme:
         return parse_scheme(given["scheme"])
 
 
-def _parts(options: QatOptions, stage: int) -> dict[str, list[Part]]:
+def _parts(options: QatOptions, stage: int) -> dict[str, str | Part]:
     """What learns, by role."""
     given = options.learned
     if stage < len(options.stages):
         given = {**given, **options.stages[stage].get("learned", {})}
-    found: dict[str, list[Part]] = {}
+    found: dict[str, str | Part] = {}
     for role, asked in given.items():
         if role not in ROLES:
             raise SchemeError(f"learned: parts learn {', '.join(ROLES)}; got {role!r}.")
         several = asked if isinstance(asked, list | tuple) else [asked]
         pairs = [named(part, "learned part", f"learned: {role}") for part in several]
-        found[role] = [make_part(name, more) for name, more in pairs]
+        parts = [make_part(name, more) for name, more in pairs]
+        found[role] = parts[0] if len(parts) == 1 else FirstOf(parts)
     return found
 
 
