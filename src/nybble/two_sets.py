@@ -35,7 +35,7 @@ class TwoSets(NamedTuple):
             {"targets": ["Embedding"], "weights": self.tables},
             {"targets": ["Attention"], "matmuls": f"{self.signed} probabilities=({self.unsigned})"},
         ]
-        return {"rules": rules, "ignore": ["lm_head", FLOAT]}
+        return {"rules": rules, "ignore": [FLOAT, "lm_head"]}
 
 
 _ELASTIC = "tensor static scale=elastic"

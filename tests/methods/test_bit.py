@@ -139,16 +139,18 @@ def random_batch(seed: int) -> dict[str, Tensor]:
 
 
 def learn(student: Any, teacher: Any, batches: list[dict[str, Tensor]], lr: float) -> None:
-    """The recipe's losses, in a loop of its own."""
+    """The recipe's losses and schedule, in a loop of its own."""
     objective = Objective(TASKS.get("classification"), make_losses(RECIPE.options["losses"]), teacher.eval())
     groups = PART.groups(student, options(), lr)
     assert groups is not None
     optimizer = torch.optim.AdamW(groups, lr, weight_decay=0.0)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / len(batches))
     student.train()
     for batch in batches:
         optimizer.zero_grad()
         objective(student, batch, 0.0).backward()
         optimizer.step()
+        rate.step()
     student.eval()
 
 
@@ -178,7 +180,9 @@ def test_products_are_counts_of_bits() -> None:
 
 def counted(x: Any, w: Any, unsigned: bool) -> Any:
     """Rows of bits with rows of bits: integers, by bitwise operations on packed words and counts of ones."""
-    words, rows = (np.packbits(bits, axis=1)[:, None, :] if bits is x else np.packbits(bits, axis=1)[None] for bits in (x, w))
+    words, rows = (
+        np.packbits(bits, axis=1)[:, None, :] if bits is x else np.packbits(bits, axis=1)[None] for bits in (x, w)
+    )
     ones = lambda packed: np.unpackbits(packed, axis=-1).sum(-1, dtype=np.int64)  # noqa: E731
     if unsigned:  # sum of w where x is 1
         return (2 * ones(words & rows) - ones(words)).astype(np.float64)
