@@ -34,6 +34,7 @@ from nybble.core.registry import Registry
 from nybble.formats import Family, format_names, get_format
 from nybble.kv_format import KVFormat
 from nybble.learned import transforms as learned_transform
+from nybble.matmul_format import MatmulFormat
 from nybble.models import adapter
 from nybble.optim._presets import SUFFIXES
 from nybble.presets import PRESETS
@@ -46,7 +47,7 @@ from nybble.training.losses import LOSSES
 from nybble.training.methods import METHODS
 from nybble.training.recipe import listed_training_recipes
 from nybble.training.settings import TrainSettings
-from nybble.training.tasks import TASKS
+from nybble.training.tasks import TASKS, Task
 
 NO_DEFAULT = (dataclasses.MISSING, None, "", ())
 WORDS: dict[Any, str] = {
@@ -57,6 +58,7 @@ WORDS: dict[Any, str] = {
     Any: "anything",
     Quantizer: "quantizer line",
     KVFormat: "KV line",
+    MatmulFormat: "operands' line",
     Rule: "rule",
     learned.Part: "learned part",
     learned_transform.LearnedTransform: "learned transform",
@@ -389,10 +391,16 @@ def train_losses() -> str:
 def train_tasks() -> str:
     """What models are trained to do."""
     rows = [
-        [f"`{name}`", _markdown(part.summary), part.unit, f"`{part.shown}`"]
+        [f"`{name}`", _markdown(part.summary), part.unit, f"`{part.shown}`", _metrics(part)]
         for name, part in _parts(TASKS).items()
     ]  # fmt: skip
-    return table(("task", "of", "the loss is a mean over", "shown first"), rows, numbers=False)
+    return table(("task", "of", "the loss is a mean over", "shown first", "metrics"), rows, numbers=False)
+
+
+def _metrics(task: Task) -> str:
+    """What a task's class says of its metrics."""
+    found = re.search(r"Metrics: (.*?)\.?\s*$", inspect.cleandoc(type(task).__doc__ or ""), re.S)
+    return _markdown(found[1]) if found else ""
 
 
 def train_settings() -> str:

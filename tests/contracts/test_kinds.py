@@ -261,7 +261,7 @@ def test_what_trains_in_its_place_settles_to_the_stand_in(name: str, make: Calla
     root = nn.ModuleDict({"m": make()})
     rule = parse_scheme(LEARNED.get(name, {"weights": "int4 channel", "inputs": "int8 tensor static"})).rules[0]
     targets = [replace(target, rule=rule) for target in own(root, REGISTRY.get(name))]
-    twins, given = list[Twin](), inputs(root["m"])
+    twins, given, before = list[Twin](), inputs(root["m"]), copy.deepcopy(root)
     for target in targets:
         sites = [*target.kind.sites(target, root["m"])]
         assert {site.role for site in sites} == {key for key in ("weights", "inputs", "matmuls") if getattr(rule, key)}
@@ -271,6 +271,11 @@ def test_what_trains_in_its_place_settles_to_the_stand_in(name: str, make: Calla
             learned[site.name] = make_part("lsq", {}).make(site.quantizer, x, side=site.side)
         twins += target.kind.put_twin(root, target, learned)
     assert twins and [m for m in root.modules() if isinstance(m, Twin)] == twins
+    for path, twin in [(path, m) for path, m in root.named_modules() if isinstance(m, Twin)]:
+        values = {f"{path}.{key}".removesuffix("."): value for key, value in twin.float_values().items()}
+        for full, value in values.items():
+            torch.testing.assert_close(value, before.get_parameter(full).detach())
+        assert name == "attention" or not values.keys().isdisjoint((path, f"{path}.weight"))
     for parameter in root.parameters():
         assert parameter.dtype == torch.float32
     with torch.no_grad():

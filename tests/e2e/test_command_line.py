@@ -53,6 +53,8 @@ except SystemExit as stop:
         (["generate", "no.gguf", "hello"], 1),
         (["inspect", "nosuch"], 1),
         (["recipes", "gtpq"], 2),
+        (["recipes", "qat", "--matrix"], 2),
+        (["train", "no.yaml", "demo:smollm2", "out"], 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )

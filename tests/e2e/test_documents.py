@@ -20,6 +20,7 @@ import yaml
 from tests.tiny import save_tiny
 
 from nybble.cli import main
+from nybble.core.options import build
 from nybble.core.registry import Registry
 from nybble.data.sources import builtin
 from nybble.data.text import make_source
@@ -28,6 +29,8 @@ from nybble.models.sources.folder import FolderSource
 from nybble.quantizer import Quantizer
 from nybble.recipe import parse_recipe
 from nybble.scheme import parse_scheme
+from nybble.training.methods import METHODS
+from nybble.training.recipe import parse_training_recipe
 from nybble.walk.steps.make import check_quick
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +136,13 @@ def test_recipes(block: Block) -> None:
     if "docs/schemes.md" in block.place:
         scheme = parse_scheme(yaml.safe_load(block.text))
         assert parse_scheme(scheme.to_dict()) == scheme
+        return
+    if "docs/training.md" in block.place:
+        training = parse_training_recipe(yaml.safe_load(block.text), block.place)
+        method = METHODS.get(training.method)
+        method.check(build(method.options_type, training.options, block.place), training.scheme)
+        training.settings_with({})
+        assert parse_training_recipe(training.to_dict()) == training
         return
     recipe = parse_recipe(yaml.safe_load(block.text), block.place)
     check_quick(recipe)

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 from tests.e2e.browser import Page, browse, find_chromium
-from tests.parts.report.synthetic import EVIL, page_data, save_quantized
+from tests.parts.report.synthetic import EVIL, manifest, page_data, save_quantized
+from tests.parts.report.test_training import CLASSES
 from tests.tiny import save_text, tiny_model, tiny_tokenizer
 
 from nybble import quantize, save
 from nybble.cli import main
 from nybble.pipelines.report import collect, write_report
 from nybble.report.page import render
+from nybble.report.training import render_training
 from nybble.training.convert import convert
 from nybble.training.prepare import prepare
 
@@ -253,3 +255,23 @@ def test_real_page_in_a_browser(page: Page, folder: Path) -> None:
     assert page.run("document.querySelectorAll('.detail svg').length") >= 14
     assert page.run("document.querySelector('.prompt').textContent").strip().endswith(EVIL)
     check_quiet(page, url)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_trainings_page_in_a_browser(width: int, page: Page, tmp_path: Path) -> None:
+    """Metrics stand under their headings, histograms and curves have their size, and nothing but tables is wide."""
+    rows = manifest(1)["layers"]
+    rows[0]["weight_picture"]["thresholds"] = [[-0.5, -0.25], [0.25, 0.25]]
+    made = tmp_path / "training.html"
+    made.write_text(render_training(CLASSES, rows, "layers.html"))
+    page.events.clear()
+    page.open(made.as_uri(), width, 900)
+    assert page.run("document.documentElement.scrollWidth") <= width
+    edges = """[...document.querySelectorAll('.metrics tr')].map(row => [...row.cells].slice(1)
+        .map(cell => Math.round(cell.getBoundingClientRect().right)))"""
+    heading, *values = page.run(edges)
+    assert len(heading) == 4 and heading == sorted({*heading}) and values and all(found == heading for found in values)
+    sizes = "[...document.querySelectorAll('svg')].map(s => [s.getBoundingClientRect().width, s.ariaLabel !== ''])"
+    found = page.run(sizes)
+    assert len(found) == 3 + len(rows) and all(wide > 100 and said for wide, said in found)
+    check_quiet(page, made.as_uri())

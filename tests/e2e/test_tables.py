@@ -12,6 +12,7 @@ import yaml
 from tests.tiny import tiny_model
 
 from nybble.export import REGISTRY as TARGETS
+from nybble.matmul_format import MatmulFormat
 from nybble.models.adapter import adapter_for
 from nybble.quantizer import Quantizer
 from nybble.recipe import parse_recipe, recipe_names
@@ -37,7 +38,8 @@ def page(name: str) -> str:
 def test_examples_of_the_grammar_are_right() -> None:
     examples = {name: re.findall(r"```yaml\n(.*?)```", page(name), re.DOTALL) for name in ("schemes", "recipes")}
     schemes = [parse_scheme(yaml.safe_load(text)) for text in examples["schemes"]]
-    assert [len(scheme.rules) for scheme in schemes] == [1, 3, 1] and all(scheme.kv for scheme in schemes[1:])
+    assert [len(scheme.rules) for scheme in schemes] == [1, 3, 2, 1] and all(schemes[i].kv for i in (1, 3))
+    assert schemes[2].rules[0].matmuls != MatmulFormat.of(Quantizer("int8 tensor static"))
     (recipe,) = (parse_recipe(yaml.safe_load(text)) for text in examples["recipes"])
     steps, paths = make_steps(recipe, adapter_for(tiny_model()))
     assert [step.kind for step in steps] == ["transform", "solver", "reconstruction", "correction"]

@@ -391,7 +391,7 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert not ended.value.code and all(words in shown for words in said)
     assert call("qlorra", place, str(tmp_path / "x"), "--data", data) == (
         2,
-        "nybble: unknown training method 'qlorra'. Did you mean 'qlora'?\n",
+        "nybble: unknown training recipe 'qlorra'. Did you mean 'qlora'?\n",
     )
     code, text = call("qlora", place, str(tmp_path / "x"), "--data", data, "--set", "rank")
     assert code == 2 and "'rank' is not of the form NAME=VALUE" in text

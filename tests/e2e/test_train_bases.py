@@ -138,7 +138,7 @@ def test_what_cannot_be_a_base(tmp_path: Path) -> None:
         other = tmp_path / type(model).__name__
         model.save_pretrained(other)
         tiny_tokenizer().save_pretrained(other)
-        with pytest.raises(ModelError, match=r"causal language models of text. Others take adapters in a loop of your"):
+        with pytest.raises(ModelError, match=r"causal language models.*\. Others take adapters in a loop of your"):
             train("qlora", other, tmp_path / "out", **given)
     shutil.rmtree(first / "base")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

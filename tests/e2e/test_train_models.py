@@ -10,16 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+import yaml
 from tests.e2e.test_train import _Stops, files
-from tests.tiny import WORDS, logits, save_tiny
+from tests.tiny import WORDS, logits, save_tiny, tiny_tokenizer
 
 import nybble
 from nybble.checkpoint.account import inspect
-from nybble.core.errors import FileError, NybbleError, SchemeError, UsageError
+from nybble.cli import main
+from nybble.core.errors import FileError, LearningError, NybbleError, SchemeError, UsageError
 from nybble.core.progress import Silent
 from nybble.nn.kv_model import use_quantized_cache
 from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
+from nybble.pipelines.report import write_report
 from nybble.pipelines.train import train
 from nybble.qtensor.block import BlockQTensor
 from nybble.training.settings import TrainSettings
@@ -78,7 +82,30 @@ def test_all_weights_train_and_what_is_written_is_what_was_measured(folder: Path
     assert task.measure(model, _Origin(tokenizer), rows, 8, Silent()) != models["after"]
     rounded = layers(nybble.load(folder / "packed")[0])
     assert all(not torch.equal(q.codes, rounded[name].codes) for name, q in layers(model).items())
-    assert sum(inspect(tmp_path / "out")["bytes"].values()) == inspect(tmp_path / "out")["total"]
+    pages_of(tmp_path / "out", found)
+
+
+def pages_of(out: Path, found: dict[str, Any]) -> None:
+    """Of the run and of its layers, the same when made again; what they show, and what each file counts as."""
+    steps = [loss for _, loss in found["curve"]]
+    sums = [task + logits for task, logits in zip(found["losses"]["task"], found["losses"]["logits"], strict=True)]
+    assert steps == pytest.approx(sums, abs=1e-4) and found["stages"] == [3]
+    for row in json.loads((out / "nybble.json").read_text())["layers"]:
+        assert row["weights"].startswith("int4 group=16") and 0 < row["learned"]["codes"] < 1 and row["sqnr"] > 5
+        assert len(row["learned"]["scales"]) == 3 and row["inputs"] == "int8 token"
+        assert sum(row["weight_picture"]["counts"]) == row["shape"][0] * row["shape"][1]
+    before = {name: (out / name).read_bytes() for name in ("report.html", "layers.html")}
+    made = write_report(out)
+    assert made["layers_report"] == str(out / "layers.html") and made["updates"] == 3
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert b'href="layers.html"' in before["report.html"] and b'href="report.html"' in before["layers.html"]
+    assert b'class="histogram"' in before["report.html"] and b'"thresholds":[[' in before["layers.html"]
+    write_report(out, out.with_name("alone.html"))
+    assert b"layers.html" not in out.with_name("alone.html").read_bytes()
+    sizes = inspect(out)
+    assert sum(sizes["bytes"].values()) == sizes["total"]
+    reports = ("nybble.json", "README.md", "training.json", "times.json", *before)
+    assert sizes["bytes"]["report"] == sum((out / name).stat().st_size for name in reports)
 
 
 class _Origin:
@@ -99,6 +126,8 @@ def test_stages_are_gone_on_with_behind_a_kill(folder: Path, tmp_path: Path, beh
     assert (tmp_path / "out.partial/checkpoints/stage-0.json").exists() == (behind > 3)
     second = run(folder, out, options=STAGES, settings=replace(SETTINGS, resume=True))
     assert files(out, whole) == files(whole, whole) and first["steps"] == 6 == len(second["curve"])
+    assert second["stages"] == [3, 3] and len(second["losses"]["logits"]) == 6
+    assert (out / "report.html").read_text().count('class="border"') == 3  # in the curves of the sum and of both parts
     plain = run(folder, tmp_path / "plain", options=TAUGHT)
     assert plain["curve"][0][1] != first["curve"][3][1]
 
@@ -111,6 +140,12 @@ def test_scales_alone_train_and_codes_stay(folder: Path, tmp_path: Path) -> None
     before, after = layers(nybble.load(folder / "packed")[0]), layers(nybble.load(tmp_path / "out")[0])
     assert all(torch.equal(before[name].codes, q.codes) for name, q in after.items())
     moved = [name for name, q in after.items() if not torch.equal(q.dequantize(), before[name].dequantize())]
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out/nybble.json").read_text())["layers"]}
+    for name, q in after.items():
+        learned, (was, now) = rows[name]["learned"], (each.params.scale for each in (before[name], q))
+        assert isinstance(was, torch.Tensor) and isinstance(now, torch.Tensor)
+        ratio = (now.float() / was.float()).flatten().tolist()
+        assert learned["codes"] == 0 and learned["scales"][::2] == pytest.approx([min(ratio), max(ratio)], rel=1e-3)
     assert len(moved) == len(after) and [*found["evaluation"]["models"]] == ["float", "before", "after"]
 
 
@@ -131,6 +166,73 @@ def test_texts_of_its_own_are_made_once(folder: Path, tmp_path: Path) -> None:
         run(folder, tmp_path / "out", **given, progress=_Stops(2))
     run(folder, tmp_path / "out", **given, settings=replace(SETTINGS, resume=True))
     assert files(tmp_path / "out", tmp_path / "whole") == files(tmp_path / "whole", tmp_path / "whole")
+
+
+PRODUCTS = {"rules": [{"targets": ["Attention"], "matmuls": "int8 token"}]}
+
+
+def test_where_no_layer_is_packed_there_is_no_page_of_layers(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    tokenizer = tiny_tokenizer()
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=32, num_attention_heads=2, **sizes
+    )
+    torch.manual_seed(0)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [json.dumps({"text": word, "label": i % 2}) for i, word in enumerate(WORDS[3:9])]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    run(tmp_path, tmp_path / "out", "qat", weights=None, activations=None, scheme=PRODUCTS)
+    page = (tmp_path / "out/report.html").read_text()
+    assert "6 records" in page and "layers.html" not in page and not (tmp_path / "out/layers.html").exists()
+    assert not write_report(tmp_path / "out")["evaluated"]
+
+
+RECIPE = """
+method: qat
+scheme: {weights: int4 group=16}
+options: {losses: {task: 1, logits: 0.5}}
+settings: {steps: 2, batch: 1, accumulate: 1, seq_len: 16, dtype: float32}
+"""
+
+
+def test_the_command_takes_a_file_and_says_where_pages_are(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    some = ("mine.yaml", folder / "model", "out", "--data", folder / "data.jsonl")
+
+    def call(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["nybble", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.err if ended.value.code else said.out
+
+    assert call("train", "no.yaml", *some[1:]) == (2, "nybble: no recipe file no.yaml.\n")
+    code, said = call("train", *some, "--set", "losse=1")
+    assert code == 2 and "has no option 'losse'. Did you mean 'losses'" in said
+    code, said = call("train", *some)
+    assert code == 0 and "2 updates" in said and "out/report.html shows it" in said
+    code, said = call("report", "out")
+    assert code == 0 and "2 updates" in said and "out/layers.html" in said and "no held-out losses" in said
+    assert "layers_report" not in json.loads(call("report", "out", "--out", "x.html", "--json")[1])
+    shown = yaml.safe_load(call("recipes", "mine.yaml")[1])
+    assert shown["method"] == "qat" and shown["settings"]["steps"] == 2
+
+
+def test_the_last_checkpoint_before_a_loss_that_is_no_number_stays_and_is_named(folder: Path, tmp_path: Path) -> None:
+    wild = replace(SETTINGS, lr=1e30, clip=1e30, steps=5, warmup=0.0)
+    with pytest.raises(LearningError, match=r"use a smaller lr.*stays in .*out\.partial/checkpoints/checkpoint-\d"):
+        run(folder, tmp_path / "out", settings=wild)
+    assert (tmp_path / "out.partial/checkpoints").is_dir() and not (tmp_path / "out").exists()
+
+
+def test_a_kill_before_the_first_checkpoint_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "out", progress=_Stops(1), settings=replace(SETTINGS, save_every=3))
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(

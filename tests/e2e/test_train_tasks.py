@@ -12,10 +12,11 @@ from tests.parts.training.test_text_tasks import BART, BERT, model, sentences
 from tests.tiny import framed_tokenizer
 
 import nybble
-from nybble.core.errors import DataError, UsageError
+from nybble.core.errors import DataError, FileError, UsageError
 from nybble.core.progress import Silent
 from nybble.data.samples import InMemory
 from nybble.nn.linear import QuantLinear
+from nybble.pipelines.report import write_report
 from nybble.pipelines.train import train
 from nybble.training.settings import TrainSettings
 from nybble.training.tasks import task_of
@@ -23,7 +24,7 @@ from nybble.training.tasks import task_of
 pytest.importorskip("accelerate", reason="the Trainer needs it: pip install 'nybble[train]'")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
-SETTINGS = TrainSettings(steps=12, batch=4, accumulate=1, seq_len=16, lr=5e-3, save_every=12, dtype="float32")
+SETTINGS = TrainSettings(steps=8, batch=4, accumulate=1, seq_len=16, lr=5e-3, save_every=8, dtype="float32")
 ALL = {"losses": {"task": 1, "logits": {"weight": 0.5, "temperature": 2}, "hidden": 0.1, "attention": 0.1}}
 
 
@@ -52,12 +53,22 @@ def test_a_classifier(tmp_path: Path) -> None:
     assert found["task"] == {"name": "classification", "unit": "records", "shown": "accuracy"}
     page = (tmp_path / "out/report.html").read_text()
     assert "12 records" in page and "held out: Accuracy, share of the records" in page
+    record = json.loads((tmp_path / "out/training.json").read_text())
+    (tmp_path / "alone").mkdir()
+    tasks: list[tuple[Any, str]] = [({"name": "it"}, "task = "), (found["task"] | {"shown": "f1"}, "no losses before")]
+    for task, message in tasks:
+        (tmp_path / "alone/training.json").write_text(json.dumps({**record, "task": task}))
+        with pytest.raises(FileError, match=message):
+            write_report(tmp_path / "alone")
+    (tmp_path / "alone/training.json").write_text(json.dumps(record))
+    write_report(tmp_path / "alone")
+    assert "12 records" in (tmp_path / "alone/report.html").read_text()  # without the model, and a page of its layers
     made, tokenizer = nybble.load(tmp_path / "out")
     assert isinstance(made, transformers.BertForSequenceClassification)
     assert any(isinstance(layer, QuantLinear) for layer in made.modules())
-    task, origin = task_of(made, "it"), InMemory(made.config, tokenizer)
-    held = task.load(given["data"], origin, made, 16, "evaluation").rows
-    assert task.measure(made, origin, held, 8, Silent()) == after  # with its own attention again
+    kind, origin = task_of(made, "it"), InMemory(made.config, tokenizer)
+    held = kind.load(given["data"], origin, made, 16, "evaluation").rows
+    assert kind.measure(made, origin, held, 8, Silent()) == after  # with its own attention again
 
 
 def test_a_translator(tmp_path: Path) -> None:

@@ -89,7 +89,9 @@ def test_the_file_computes_what_training_computed(setting: str, dtype: torch.dty
 
 def test_no_target_forgets_a_threshold(tmp_path: Path) -> None:
     """Files that can't say it are refused, by name; dense ones have activations in float anyhow."""
-    folder = save(convert(trained("bit", torch.float32, 1)), tmp_path / "out", tiny_tokenizer())
+    model = trained("bit", torch.float32, 1)
+    convert(model)
+    folder = save(model, tmp_path / "out", tiny_tokenizer())
     for target in ("onnx", "compressed-tensors", "gguf"):
         with pytest.raises(ModelError, match=r"a learned threshold of activations.*threshold: none"):
             nybble.export(folder, tmp_path / target, target)
@@ -102,13 +104,14 @@ def test_a_threshold_is_described() -> None:
     """Its width in the description, and what is wrong with one."""
     quantizer = Quantizer("uint1 tensor static")
     for columns in (1, 5):
-        params = QuantParams(torch.tensor([0.5]), shift=torch.linspace(0.1, 1, columns))
+        shift = torch.linspace(0.1, 1, columns)
+        params = QuantParams(torch.tensor([0.5]), shift=shift)
         one = ActivationQuantizer(quantizer, params)
         other = ActivationQuantizer.from_dict(one.to_dict())
         other.load_state_dict(one.state_dict())
         x = torch.rand(3, 5)
         assert torch.equal(one(x), other(x)) and one.roles()["shift"] == "offsets"
-        expected = 0.5 * ((x - params.shift) / 0.5).clamp(0, 1).round()
+        expected = 0.5 * ((x - shift) / 0.5).clamp(0, 1).round()
         assert torch.equal(one(x), expected)
         x.requires_grad_()
         one(x).sum().backward()  # what trains in front of packed layers
@@ -137,7 +140,8 @@ def bits(rows: BlockQTensor) -> np.ndarray:
 
 def popcount(words: np.ndarray) -> np.ndarray:
     """int64, of the last dimension."""
-    return np.unpackbits(words, axis=-1).sum(-1, dtype=np.int64)
+    found: np.ndarray = np.unpackbits(words, axis=-1).sum(-1, dtype=np.int64)
+    return found
 
 
 def settled(fmt: str, x: Tensor, threshold: float) -> BlockQTensor:

@@ -19,6 +19,7 @@ from nybble.pipelines.finished import without_spare
 from nybble.pipelines.request import build_recipe
 from nybble.recipe import Recipe, load_recipe, parse_recipe
 from nybble.recipes import targets
+from nybble.training.recipe import load_training_recipe
 from nybble.walk.job import Job
 from nybble.walk.steps.make import make_finishes
 
@@ -79,7 +80,11 @@ def test_the_list_has_it_with_its_targets(monkeypatch: pytest.MonkeyPatch, capsy
     assert first["targets"] == {target: f"best-{target}" for target in targets()}
     same = next(recipe for recipe in others if recipe["name"] == first["same_as"])
     assert all(first[key] == same[key] for key in ("scheme", "steps"))
-    assert "│ best " in listed()
+    shown = listed()
+    assert "│ best " in shown and "trained by nybble train" in shown and "│ llm-qat " in shown
+    training = {recipe["name"]: recipe for recipe in json.loads(listed("--json"))["training"]}
+    assert training["llm-qat"] == json.loads(listed("llm-qat", "--json")) == load_training_recipe("llm-qat").to_dict()
+    assert listed("llm-qat", "--matrix") == ""
 
 
 def shortened(target: str) -> Recipe:

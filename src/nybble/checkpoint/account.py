@@ -13,11 +13,13 @@ from nybble.checkpoint.card import CARD
 from nybble.checkpoint.foreign import of_folder, of_gguf
 from nybble.checkpoint.marked import MANIFEST, is_quantized
 from nybble.checkpoint.read import Checkpoint, read_checkpoint
-from nybble.checkpoint.trained import account_of_training, is_trained
+from nybble.checkpoint.trained import GENERATED, LOGS, TRAINING, account_of_training, is_adapter
 from nybble.core.errors import FileError
 from nybble.models.sources.gguf_file import GgufSource
 from nybble.models.sources.open import open_source
 from nybble.models.sources.side_files import is_tokenizer_file
+
+REPORTS = ("nybble.json", "evaluation.json", "times.json", TRAINING, "report.html", "layers.html", CARD)
 
 
 def inspect(model: str | Path) -> dict[str, Any]:
@@ -38,7 +40,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
         FileError: it can't be read, or config and tensors contradict each other. ModelError: no model.
     """
     place = Path(model)
-    if place.is_dir() and is_trained(place):
+    if place.is_dir() and is_adapter(place):
         return account_of_training(place, inspect, _file_role)
     if place.is_dir() and (is_quantized(place) or (place / MANIFEST).is_file()):
         checkpoint = _on_disk(read_checkpoint(place))
@@ -129,6 +131,10 @@ def _file_role(name: str) -> str:
         return "tokenizer"
     if name == "model.safetensors.index.json":
         return "headers"
+    if name.startswith(f"{LOGS}/"):
+        return "logs"
+    if name == GENERATED:
+        return "generated texts"
     if name.endswith(".gguf"):  # of a folder's own target, beside its weights
         return "exported"
-    return "report" if name in ("nybble.json", "evaluation.json", "times.json", "report.html", CARD) else "config"
+    return "report" if name in REPORTS else "config"

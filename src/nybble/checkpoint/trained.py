@@ -12,19 +12,25 @@ from nybble.core.tensorheader import read_tensor_header
 from nybble.models.build.config_file import read_json
 
 TRAINING = "training.json"
+GENERATED = "generated.jsonl"
 ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE, MERGED, LOGS = "base", "merged", "logs"
 
 
 def is_trained(folder: Path) -> bool:
     """Whether a folder holds what training made: a record of ``nybble train``, or an adapter that PEFT saved."""
+    return (folder / TRAINING).is_file() or is_adapter(folder)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether what training made is no model of its own."""
     return any((folder / name).is_file() for name in (TRAINING, ADAPTER)) and not (folder / "config.json").exists()
 
 
 def account_of_training(
     folder: Path, inspect: Callable[[Path], dict[str, Any]], file_role: Callable[[str], str]
 ) -> dict[str, Any]:
-    """As :func:`nybble.checkpoint.account.inspect`, of a folder that :func:`is_trained` knows.
+    """As :func:`nybble.checkpoint.account.inspect`, of a folder that :func:`is_adapter` knows.
 
     Args:
         folder: with an adapter; perhaps with ``base`` and ``merged``, each a model.
@@ -55,10 +61,8 @@ def account_of_training(
         place = name.partition("/")[0] if "/" in name else ""
         if place == MERGED:
             total["merged model"] += size
-        elif place == LOGS:
-            total["logs"] += size
         elif place != BASE and name != WEIGHTS:
-            total["report" if name == TRAINING else file_role(name)] += size
+            total[file_role(name)] += size
     stored = found["bits_per_weight"] * found["parameters"] / 8 + total["adapters"]
     parameters = found["parameters"] + adapters
     sizes = {"total": sum(files.values()), "bytes": dict(total), "files": files}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import typing
@@ -14,7 +15,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose dataclass parameters are spread out into their fields, in place, for Typer.
 
     Args:
-        command: its parameters annotated, those that are dataclasses with a default for every field.
+        command: its parameters annotated, those that are dataclasses with a default for every field. A dataclass's
+            ``PANEL`` heads its options in the help.
     """
     hints = typing.get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
@@ -24,9 +26,11 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(parameter.replace(annotation=hints[name]))
             continue
         fields = typing.get_type_hints(groups[name], include_extras=True)
+        panel = getattr(groups[name], "PANEL", None)
         for field in dataclasses.fields(groups[name]):
             kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-            parameters.append(inspect.Parameter(field.name, kind, default=field.default, annotation=fields[field.name]))
+            hint = _in_panel(fields[field.name], panel)
+            parameters.append(inspect.Parameter(field.name, kind, default=field.default, annotation=hint))
 
     @wraps(command)
     def spread(**given: Any) -> None:
@@ -37,3 +41,11 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     spread.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return spread
+
+
+def _in_panel(hint: Any, panel: str | None) -> Any:
+    """An option's annotation with a heading of its own."""
+    kind, option = typing.get_args(hint)
+    option = copy.copy(option)
+    option.rich_help_panel = panel
+    return typing.Annotated[kind, option]

@@ -41,7 +41,11 @@ class SchemeOptions:
         typer.Option(help="A quantizer line for embeddings and the head tied to them: 'float4_e2m1fn channel'."),
     ] = None
     matmuls: Annotated[
-        str | None, typer.Option(help="A quantizer line for the operands of attention: 'float8_e4m3fn tensor static'.")
+        str | None,
+        typer.Option(
+            help="A quantizer line for the operands of attention: 'float8_e4m3fn tensor static', 'int8 token "
+            "probabilities=(uint8 token)'."
+        ),
     ] = None
     kv: Annotated[
         str | None,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nybble.cli._output import print_json, print_table
-from nybble.recipes import BEST, check_recipe_name, recipe_for, targets
+from nybble.recipes import BEST, REGISTRY, check_recipe_name, recipe_for, targets
+from nybble.recipes.training import REGISTRY as TRAINING
 
 if TYPE_CHECKING:
     from nybble.recipe import Recipe
+    from nybble.training.recipe import TrainingRecipe
 
 
 def command(
@@ -25,26 +27,42 @@ def command(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """List the named methods, show one, or the table of legal combinations."""
-    if name is not None:
+    """List the named methods (of nybble quantize and of nybble train), show one, or the table of legal combinations."""
+    if name is not None and (matrix or name not in TRAINING):
         check_recipe_name(name)
     from nybble.recipe import listed_recipes, load_recipe
+    from nybble.training.recipe import listed_training_recipes, load_training_recipe
 
     if matrix:
         _matrix(name, json)
     elif name is not None:
-        _show(load_recipe(name), json)
+        _show(load_training_recipe(name) if _trains(name) else load_recipe(name), json)
     else:
-        _list(listed_recipes(), json)
+        _list(listed_recipes(), listed_training_recipes(), json)
 
 
-def _list(recipes: Sequence[Recipe], json: bool) -> None:
+def _trains(name: str) -> bool:
+    """Whether a recipe is one of ``nybble train``; a file says it by its method."""
+    if not name.endswith((".yaml", ".yml")):
+        return name not in REGISTRY
+    from nybble.recipe import read_yaml
+
+    found = read_yaml(name, "recipe")
+    return isinstance(found, Mapping) and "method" in found
+
+
+def _list(recipes: Sequence[Recipe], training: Sequence[TrainingRecipe], json: bool) -> None:
     """All of them, and first the one that is a name for others: what is taken where no recipe is named."""
     usual, members = recipe_for(BEST), {target: recipe_for(BEST, target) for target in targets()}
     best = next(recipe for recipe in recipes if recipe.name == usual)
     if json:
         first = {**best.to_dict(), "name": BEST, "same_as": usual, "targets": members}
-        print_json({"recipes": [first, *(recipe.to_dict() for recipe in recipes)]})
+        print_json(
+            {
+                "recipes": [first, *(recipe.to_dict() for recipe in recipes)],
+                "training": [recipe.to_dict() for recipe in training],
+            }
+        )
         return
     others = ", ".join(target for target, name in members.items() if name != usual)
     what = f"{usual}, which `nybble quantize` takes where no recipe is named; with --target {others}: that one's."
@@ -53,6 +71,11 @@ def _list(recipes: Sequence[Recipe], json: bool) -> None:
         "recipes",
         ("name", "needs", "what it does", "source"),
         [[BEST, _needs(best), what, "chosen by measurement (docs/log.md)"], *rows],
+    )
+    print_table(
+        "trained by nybble train",
+        ("name", "trains on", "what it does", "source"),
+        [[r.name, r.data or "--data SRC", r.summary, r.source] for r in training],
     )
 
 
@@ -67,7 +90,7 @@ def _needs(recipe: Recipe) -> str:
     return ", ".join(sorted(need.replace("_", " ") for need in found)) or "weights only"
 
 
-def _show(recipe: Recipe, json: bool) -> None:
+def _show(recipe: Recipe | TrainingRecipe, json: bool) -> None:
     if json:
         print_json(recipe.to_dict())
         return

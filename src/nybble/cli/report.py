@@ -26,9 +26,11 @@ def command(
     if json:
         print_json(found)
         return
-    what = f"{found['layers']} layers" if "layers" in found else f"{found['updates']:,} updates"
+    what = f"{found['updates']:,} updates" if "updates" in found else f"{found['layers']} layers"
     print(f"{found['report']}: {found['bytes'] / 1e3:,.0f} kB, {what}; open it in any browser")
-    if not found["evaluated"] and "layers" not in found:
+    if "layers_report" in found:
+        print(f"{found['layers_report']}: the model that came out; the first page leads there")
+    if not found["evaluated"] and "updates" in found:
         print("It has no held-out losses: `nybble train ... --eval SRC` measures them before and after.")
     elif not found["evaluated"]:
         print("It has no quality numbers: `nybble quantize ... --eval SRC` measures them (builtin for text).")

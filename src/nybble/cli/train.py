@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
@@ -21,6 +21,7 @@ from nybble.recipes.training import SELF, check_training_recipe
 class LoopOptions:
     """Sizes and rates: :class:`nybble.training.settings.TrainSettings`; what is left out is the recipe's."""
 
+    PANEL: ClassVar[str] = "Sizes and rates (left out: the recipe's)"
     steps: Annotated[int | None, typer.Option(help="Updates; left out: as many as the epochs take.")] = None
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None
     batch: Annotated[int | None, typer.Option(help="Examples a forward takes.")] = None
@@ -37,20 +38,28 @@ class LoopOptions:
         bool | None,
         typer.Option("--checkpointing/--no-checkpointing", help="Compute activations again in backward, or keep them."),
     ] = None
-    save_every: Annotated[int | None, typer.Option(help="Updates from one checkpoint to the next.")] = None
     dtype: Annotated[str | None, typer.Option(help="Of forwards: bfloat16 or float32.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What else the settings have: where and from which seed it runs."""
+
+    PANEL: ClassVar[str] = "Run"
+    save_every: Annotated[int | None, typer.Option(help="Updates from one checkpoint to the next.")] = None
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu"
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was killed.")] = False
 
 
-LOOP = LoopOptions()
+LOOP, RUN = LoopOptions(), RunOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SchemeOptions:
     """What changes the recipe's scheme."""
 
+    PANEL: ClassVar[str] = "Scheme (left out: the recipe's)"
     scheme: Annotated[
         str | None, typer.Option(help="A scheme preset (W4A16, NVFP4 ...) or a YAML file, in place of the recipe's.")
     ] = None
@@ -69,7 +78,8 @@ CHANGES = SchemeOptions()
 @grouped
 def command(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="How: qlora, qat ... (nybble recipes --train); or a YAML file.")
+        str,
+        typer.Argument(metavar="RECIPE", help="How: qlora, llm-qat ... (nybble recipes lists them); or a YAML file."),
     ],
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A float model, or one that is packed already.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
@@ -94,6 +104,7 @@ def command(
     merge: Annotated[bool, typer.Option("--merge", help="Also write base and adapter as one model.")] = False,
     form: Annotated[str, typer.Option(help="Of a packed model's files: compressed-tensors, native, or auto.")] = AUTO,
     loop: LoopOptions = LOOP,
+    run: RunOptions = RUN,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Train MODEL in few bits; OUT gets the result and a report."""
@@ -109,8 +120,8 @@ def command(
 
     result = train(
         recipe, model, out, data, **vars(changes), packed=packed, options=read_options(set or [], "--set"),
-        adapter=adapter, judged_on=eval, teacher=teacher, merge=merge, form=form, settings=vars(loop), progress=Bars(),
-        announce=note,
+        adapter=adapter, judged_on=eval, teacher=teacher, merge=merge, form=form, settings={**vars(loop), **vars(run)},
+        progress=Bars(), announce=note,
     )  # fmt: skip
     print_json(result) if json else _print(result)
 
@@ -119,7 +130,7 @@ def interrupted(out: Path, **_: object) -> str:
     """What Ctrl-C left behind."""
     partial = out.with_name(f"{out.name}.partial")
     if not partial.is_dir():
-        return "interrupted; nothing was written."
+        return "interrupted before anything was finished; repeat the command."
     return f"interrupted. What was done is kept in {partial}; repeat the command with --resume to go on."
 
 

@@ -74,8 +74,6 @@ class ElasticScale(Learned):
         return replace(self.held.params(), scale=straight_through(scale.detach().clamp(min=self.options.floor), scale))
 
     def estimate(self, x: Tensor) -> Tensor:  # noqa: D102
-        if not x.numel():
-            return x.clone()
         scale: Tensor = self.scale
         if self.options.gradient_factor:
             still = scale.detach()  # its value, exactly, with g times its gradient

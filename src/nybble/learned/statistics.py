@@ -13,10 +13,13 @@ binary: ``center: tensor, raw: true``    BiT: s = mean|w|, the sign that of w - 
                                          (``binary scale=mean``; rows of embeddings ``binary channel scale=mean``)
 2 bits: ``mask: 1.98``                   LLM-QAT's StatsQ grid, ``midrise2 channel scale=max-entropy``, clipped at
                                          0.99 * 2 mean|w| of a row
+ternary: ``threshold: 0.7``              TWN: 0 up to 0.7 mean|w|, s the mean magnitude of all others
+                                         (``ternary scale=mean(above=0.7)``)
 =======================================  ==========================================================================
 
 Liu et al. 2023, "Binary and Ternary Natural Language Generation", arXiv:2306.01841; Liu et al. 2022, "BiT: Robustly
-Binarized Multi-distilled Transformer", arXiv:2205.13016, eq. 5; Liu et al. 2023, "LLM-QAT", arXiv:2305.17888.
+Binarized Multi-distilled Transformer", arXiv:2205.13016; Liu et al. 2023, "LLM-QAT", arXiv:2305.17888; Li et al.
+2016, "Ternary Weight Networks", arXiv:1605.04711, eq. 3-6.
 
 Where we differ: the sign of 0 is +1, where their code has a third value; a block without a magnitude (zeros, or all of
 it the mean) becomes zeros by a scale of 0, where theirs divides by it.
@@ -33,7 +36,7 @@ from torch import Tensor
 from nybble.core.errors import SchemeError
 from nybble.learned import WEIGHTS, Learned, Part
 from nybble.learned._held import check_own_scales
-from nybble.ops.grid import straight_through
+from nybble.ops.grid import Round, straight_through
 from nybble.qtensor import QuantParams, block_view
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
@@ -71,7 +74,7 @@ class ByStatistics(Learned):
 
     def estimate(self, x: Tensor) -> Tensor:  # noqa: D102
         centered, params = self.measured(x)
-        found = self.quantizer.fake_quantize(centered, params).to(x.dtype)
+        found = self.quantizer.soft(centered, params, self._decided(centered)).to(x.dtype)
         if not self.options.mask:
             return straight_through(found, x)
         return straight_through(found, torch.where(self._inside(centered, params), x, x.detach()))
@@ -83,8 +86,20 @@ class ByStatistics(Learned):
         inside = (cut.to_blocks(centered).abs() < self.options.mask * scale) | (scale == 0)
         return cut.from_blocks(inside, shape)
 
+    def _decided(self, centered: Tensor) -> Round | None:
+        """Levels by a threshold of their own; None for the nearest ones."""
+        if not self.options.threshold:
+            return None
+        cut, shape = self.quantizer.granularity, centered.shape
+        mask = cut.mask(shape, centered.device)
+        blocks = cut.to_blocks(centered).double()
+        limit = self.options.threshold * mean_of(blocks.abs(), None if mask is None else mask.double())
+        values = torch.where(blocks.abs() <= limit, 0.0, blocks.sign()).float()
+        return lambda y, grid: values
+
     def settle(self, x: Tensor) -> BlockQTensor:  # noqa: D102
-        return self.quantizer.quantize(*self.measured(x))
+        centered, params = self.measured(x)
+        return self.quantizer.settle(centered, params, self._decided(centered))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +111,13 @@ class Statistics(Part):
             of the whole ``tensor``.
         raw: measure the scale on the weight as it is, not on what is left of it.
         mask: no gradient where ``|w - m| >= mask * s``; 0 for none.
+        threshold: of three levels the one in the middle up to so many times mean|w - m|; 0 takes the nearest level.
     """
 
     center: Literal["none", "block", "tensor"] = "none"
     raw: bool = False
     mask: float = 0.0
+    threshold: float = 0.0
 
     sides = (WEIGHTS,)
     takes_start = False
@@ -110,11 +127,20 @@ class Statistics(Part):
             raise SchemeError(f"statistics: center={self.center}; it is none, block or tensor.")
         if not self.mask >= 0:
             raise SchemeError(f"statistics: mask={self.mask:g} is in units of the scale; give one above 0, or 0.")
+        if not self.threshold >= 0:
+            raise SchemeError(
+                f"statistics: threshold={self.threshold:g} is in units of mean|w|; give one above 0, or 0."
+            )
         if self.raw and self.center == "none":
             raise SchemeError("statistics: raw=true without a center changes nothing; leave it out, or add center.")
 
     def check_more(self, quantizer: Quantizer, side: str) -> None:  # noqa: D102
         check_own_scales("statistics", quantizer, "ste")
+        if self.threshold and quantizer.format.grid.tolist() != [-1, 0, 1]:
+            raise SchemeError(
+                f"statistics: threshold={self.threshold:g} parts the levels -1, 0 and 1, and {quantizer} has others; "
+                "use ternary, or leave threshold out."
+            )
         if self.center != "none" and (quantizer.scale.has_offset or quantizer.scale.needs_integer or quantizer.center):
             raise SchemeError(
                 f"statistics: center={self.center} takes a mean off that isn't put back, and {quantizer} keeps one of "

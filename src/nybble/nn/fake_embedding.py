@@ -82,6 +82,10 @@ class FakeTiedEmbedding(Twin):
         """None of its own."""
         return []
 
+    def float_values(self) -> dict[str, Tensor]:
+        """The table, which the float model has under this name too."""
+        return {"weight": self.weight.latent.detach()}
+
     def settle_in(self, root: nn.Module, name: str) -> None:  # noqa: D102
         settled = TiedEmbedding(quantized_table(root, name, self.table), self.scale, self.table)
         set_module(root, name, settled.train(self.training))
@@ -123,6 +127,11 @@ class FakeTiedHead(Twin):
     def learned(self) -> list[tuple[str, Learned]]:
         """None of its own."""
         return []
+
+    def float_values(self) -> dict[str, Tensor]:
+        """The table, which the float model has under this name too, and the bias."""
+        found = {"weight": self.weight.latent.detach()}
+        return found if self.bias is None else {**found, "bias": self.bias.detach()}
 
     def settle_in(self, root: nn.Module, name: str) -> None:  # noqa: D102
         bias = None if self.bias is None else self.bias.detach().to(self.dtype, copy=True)

@@ -8,8 +8,8 @@ from typing import Any
 from nybble.checkpoint.account import inspect
 from nybble.checkpoint.load import described
 from nybble.checkpoint.marked import MANIFEST
-from nybble.checkpoint.parts import EVALUATION, TIMES
-from nybble.checkpoint.trained import TRAINING, is_trained
+from nybble.checkpoint.parts import EVALUATION, REQUEST, TIMES
+from nybble.checkpoint.trained import TRAINING, is_adapter, is_trained
 from nybble.core.errors import FileError, UsageError
 from nybble.core.files import atomic_write_text, check_folder
 from nybble.core.guard import reading
@@ -19,7 +19,9 @@ from nybble.report.page import render
 from nybble.report.record import described_rows
 from nybble.report.training import render_training
 
-PAGE = "report.html"
+PAGE, LAYERS = "report.html", "layers.html"
+PASSING = {PAGE: "report", LAYERS: "report", TIMES: "report", REQUEST: "config"}
+"""What a page doesn't count, with its role: pages, and what two runs of a request don't have alike."""
 
 
 def write_report(folder: str | Path, out: str | Path | None = None) -> dict[str, Any]:
@@ -27,12 +29,14 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> dict[str,
 
     Args:
         folder: what nybble wrote; without the record of a run (nybble.json) the page shows what the weights say. What
-            ``nybble train`` wrote has its own page: losses, answers and memory.
-        out: the file to make or replace, .html or .htm; by default report.html in ``folder``.
+            ``nybble train`` wrote has its own page: losses, answers and memory; of a model that it made, layers.html
+            beside it is what other models have.
+        out: the file to make or replace, .html or .htm, of training its own page alone; by default report.html in
+            ``folder``.
 
     Returns:
-        ``report``, ``bytes`` (of the page), ``evaluated``; of a model ``layers``, ``bits_per_weight``, of training
-        ``updates``.
+        ``report``, ``bytes`` (of the page), ``evaluated``; of a model ``layers``, ``bits_per_weight``; of training
+        ``updates``, and of a model that it made ``layers_report``.
 
     Raises:
         UsageError: ``out`` is not a name for a page, or Jinja2 is missing.
@@ -45,7 +49,11 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> dict[str,
     if target.is_dir():
         raise FileError(f"{target} is a folder. Give --out another name.")
     if is_trained(folder):
-        return _write_training(folder, target)
+        return _write_training(folder, target, alone=out is not None)
+    return _write_layers(folder, target)
+
+
+def _write_layers(folder: Path, target: Path) -> dict[str, Any]:
     data = collect(folder)
     with reading(folder / MANIFEST):  # JSON nested deeper than Python follows
         page = render(data)
@@ -59,25 +67,36 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> dict[str,
     }
 
 
-def _write_training(folder: Path, target: Path) -> dict[str, Any]:
+def _write_training(folder: Path, target: Path, alone: bool) -> dict[str, Any]:
+    """The page of a run; not ``alone``, and where the run made a model, also that one's."""
     data = read_json(folder / TRAINING)
     check_training(data, folder / TRAINING)
-    page = render_training(data)
+    rows, more = [], {}
+    if not is_adapter(folder):
+        manifest = _manifest(folder)
+        rows = manifest["layers"]
+        if rows:  # none, where attention or its cache alone is rounded
+            check_manifest(manifest, folder / MANIFEST)
+            more = {} if alone else _write_layers(folder, folder / LAYERS)
+    page = render_training(data, rows, LAYERS if more else "")
     atomic_write_text(target, page)
     found = {"report": str(target), "bytes": len(page.encode()), "updates": data["steps"]}
-    return found | {"evaluated": data["evaluation"] is not None}
+    found["evaluated"] = data["evaluation"] is not None
+    if more:
+        found |= {"layers_report": more["report"], "layers": more["layers"], "bits_per_weight": more["bits_per_weight"]}
+    return found
 
 
 def collect(folder: Path) -> dict[str, Any]:
     """What the page shows: ``title``, ``manifest``, ``config``, ``sizes``; ``evaluation`` and ``times``, or None.
 
+    ``training``: the page about it, of a model that ``nybble train`` made; else empty.
+
     Raises:
         FileError: see :func:`write_report`.
     """
     check_folder(folder)
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
-    if not manifest.get("recipe") and not manifest.get("layers"):
-        manifest = _read_from_weights(folder, manifest)
+    manifest, trained = _manifest(folder), is_trained(folder)
     check_manifest(manifest, folder / MANIFEST)
     evaluation = None
     if (folder / EVALUATION).exists():
@@ -88,13 +107,22 @@ def collect(folder: Path) -> dict[str, Any]:
         times = read_json(folder / TIMES)
         check_times(times, folder / TIMES)
     return {
-        "title": folder.resolve().name or str(folder),
+        "title": manifest.get("name") if trained else folder.resolve().name or str(folder),
         "manifest": manifest,
         "config": read_json(folder / "config.json"),
-        "sizes": _without_page(inspect(folder)),
+        "training": PAGE if trained else "",
+        "sizes": _lasting(inspect(folder)),
         "evaluation": evaluation,
         "times": times,
     }
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """nybble.json; where it says nothing of layers, what the weights say."""
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    if not manifest.get("recipe") and not manifest.get("layers"):
+        manifest = _read_from_weights(folder, manifest)
+    return {"layers": None, **manifest}
 
 
 def _read_from_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -104,8 +132,10 @@ def _read_from_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]
     return {"recipe": recipe, **manifest, "layers": [row.to_dict() for row in described_rows(described(folder))]}
 
 
-def _without_page(sizes: dict[str, Any]) -> dict[str, Any]:
-    """Sizes less an earlier report page: a page can't count itself, and a second run should say the same."""
-    page = sizes["files"].get(PAGE, 0)
-    roles = sizes["bytes"] | {"report": sizes["bytes"].get("report", 0) - page}
-    return sizes | {"bytes": roles, "total": sizes["total"] - page}
+def _lasting(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Sizes less what passes: a page can't count itself, and a second run should say the same."""
+    roles, files = dict(sizes["bytes"]), sizes["files"]
+    for name, role in PASSING.items():
+        roles[role] = roles.get(role, 0) - files.get(name, 0)
+    total = sizes["total"] - sum(files.get(name, 0) for name in PASSING) - roles.pop("logs", 0)
+    return sizes | {"bytes": roles, "total": total}

@@ -17,6 +17,7 @@ from nybble.core.progress import Progress
 from nybble.nn.in_place import evaluation_mode
 from nybble.pipelines.load import load_with_origin
 from nybble.pipelines.training_job import Job
+from nybble.report.trained import Start, start_of
 from nybble.training.methods import Given
 from nybble.training.objective import Objective, make_losses
 from nybble.training.state import load_state, save_state
@@ -24,14 +25,28 @@ from nybble.training.state import load_state, save_state
 CHECKPOINTS = "checkpoints"
 
 
+def last_good(partial: Path) -> Path | None:
+    """The newest thing of a run's folder that training can go on from; None where there is nothing."""
+    whole = [
+        *(partial / CHECKPOINTS).glob("checkpoint-*/trainer_state.json"),
+        *(partial / CHECKPOINTS).glob("stage-*/checkpoints/checkpoint-*/trainer_state.json"),
+    ]
+    found = [path.parent for path in whole] + [*(partial / CHECKPOINTS).glob("stage-*.json")]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ran:
-    """What all stages came to: the last one's model; steps and losses of all."""
+    """What all stages came to: the last one's model; updates (of each) and losses of all.
+
+    ``losses``: by name, where several are added, in the updates of ``curve``.
+    """
 
     model: nn.Module
     trainable: int
-    steps: int
+    steps: list[int]
     curve: list[list[float]]
+    losses: dict[str, list[float]]
     memory: dict[str, int]
 
 
@@ -41,6 +56,9 @@ class Trainer:
     Args:
         job: checked. base: what to load. partial: the folder that the run works in. progress: told after each update.
 
+    Attributes:
+        start: where the last stage began, once it has.
+
     A stage before the last that is done leaves ``checkpoints/stage-N.safetensors`` and ``.json``: a run that is gone on
     with begins behind it.
     """
@@ -48,6 +66,7 @@ class Trainer:
     def __init__(self, job: Job, base: str, partial: Path, progress: Progress) -> None:
         self.job, self.base, self.partial, self.progress = job, base, partial, progress
         self.stages = job.method.stages(job.options)
+        self.start = Start()
 
     # ------------------------------------------------------------------------------------------------------ measures
     def before(self) -> dict[str, Any] | None:
@@ -136,9 +155,10 @@ class Trainer:
         for each in done:
             behind = int(curve[-1][0]) if curve else 0
             curve += [[behind + step, loss] for step, loss in each["curve"]]
+        losses = {name: [value for each in done for value in each["losses"][name]] for name in found["losses"]}
         return Ran(
-            model=model, trainable=found["trainable"], steps=sum(each["steps"] for each in done), curve=curve,
-            memory=found["memory"],
+            model=model, trainable=found["trainable"], steps=[each["steps"] for each in done], curve=curve,
+            losses=losses, memory=found["memory"],
         )  # fmt: skip
 
     def _train(self, stage: int, say: Callable[[str], None]) -> tuple[nn.Module, dict[str, Any]]:
@@ -147,6 +167,8 @@ class Trainer:
 
         job = self.job
         model = self._attached(stage, self._behind(stage - 1) if stage else None)
+        if stage + 1 == self.stages and not job.method.adapts:
+            self.start = start_of(model)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         which = f"stage {stage + 1} of {self.stages}: " if self.stages > 1 else ""
         count, unit = len(job.examples.rows), job.task.unit
@@ -163,5 +185,6 @@ class Trainer:
             )  # fmt: skip
         curve = [list(point) for point in run.curve]
         return model, {
-            "steps": run.steps, "trainable": trainable, "curve": curve, "memory": {**parts, **run.memory},
+            "steps": run.steps, "trainable": trainable, "curve": curve, "losses": run.losses,
+            "memory": {**parts, **run.memory},
         }  # fmt: skip

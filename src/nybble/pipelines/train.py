@@ -4,6 +4,7 @@
     OUT/base          the packed base, where the run made it, and OUT/adapter_*: of a recipe that trains adapters
     OUT/merged        with ``merge``: both as one model
     OUT/training.json what was asked for and measured; OUT/report.html shows it
+    OUT/layers.html   of a model: what came of its layers
     OUT/generated.jsonl the texts, where the model made its own
     OUT/logs          losses and rates for TensorBoard, where that is installed
     OUT/times.json    seconds: the one file (with the logs) that two runs of a request don't have alike
@@ -24,27 +25,28 @@ from pathlib import Path
 from typing import Any
 
 from nybble.checkpoint.parts import REQUEST, TIMES, begun_with, cleared, same_request
-from nybble.checkpoint.trained import BASE, MERGED, TRAINING
+from nybble.checkpoint.trained import BASE, GENERATED, MERGED, TRAINING
 from nybble.core.device import out_of_memory
-from nybble.core.errors import FileError, NybbleError, UsageError
+from nybble.core.errors import FileError, LearningError, NybbleError, UsageError
 from nybble.core.explicit import explicit_settings
-from nybble.core.files import AtomicFolder, atomic_write_json, atomic_write_text, need_space, new_folder
+from nybble.core.files import AtomicFolder, atomic_write_json, need_space, new_folder
 from nybble.core.progress import Progress, Silent
 from nybble.core.seeds import preserve_global_rng
 from nybble.pipelines.dataset import generate_dataset
 from nybble.pipelines.quantize import quantize
+from nybble.pipelines.report import write_report
 from nybble.pipelines.save import save
-from nybble.pipelines.stages import CHECKPOINTS, Trainer
+from nybble.pipelines.stages import CHECKPOINTS, Trainer, last_good
 from nybble.pipelines.targets import AUTO
 from nybble.pipelines.training_job import Asked, Job, checked, space
-from nybble.report.training import render_training
+from nybble.report.trained import facts_of, trained_rows
 from nybble.training.methods import Place
 from nybble.training.recipe import TrainingRecipe, load_training_recipe
 from nybble.training.settings import TrainSettings
 from nybble.training.tasks import TASKS
 
-PAGE, BEFORE, MEMORY = "report.html", "before.json", "memory.json"
-MODEL, GENERATED = "model", "generated.jsonl"
+BEFORE, MEMORY = "before.json", "memory.json"
+MODEL = "model"
 
 
 @explicit_settings()
@@ -93,8 +95,8 @@ def train(
         announce: gets lines of what is going on.
 
     Returns:
-        What training.json says: ``method``, ``model`` ..., ``steps``, ``curve``, ``evaluation``, ``memory``; with
-        ``out`` and ``seconds`` (of this call).
+        What training.json says: ``method``, ``model`` ..., ``steps``, ``stages`` (updates of each), ``curve``,
+        ``losses``, ``evaluation``, ``memory``; with ``out`` and ``seconds`` (of this call).
 
     Raises:
         NybbleError: bad requests, files, data; nothing is left behind, but for OUT.partial of a run that had begun to
@@ -125,6 +127,8 @@ def train(
                 result = _trained(job, base, partial, out, progress, say)
         except BaseException as error:
             _forget_unbegun(partial, error)
+            if isinstance(error, LearningError) and (last := last_good(partial)) is not None:
+                raise LearningError(f"{error} The last checkpoint before it stays in {last}.") from error
             raise
         seconds = time.perf_counter() - started
         _finish(partial, result, seconds)
@@ -175,17 +179,15 @@ def _finished(partial: Path) -> dict[str, Any] | None:
 
 def _forget_unbegun(partial: Path, error: BaseException) -> None:
     """Remove a folder in which nothing is worth going on from: a request that was refused, or nothing made yet."""
-    made = _made(partial)
-    unfinished = "base.partial" in made and isinstance(error, FileError)  # a full disk, while packing
-    refused = isinstance(error, NybbleError) and not unfinished
-    if CHECKPOINTS not in made and (refused or not made):
+    refused = isinstance(error, NybbleError) and not isinstance(error, FileError | LearningError)
+    if last_good(partial) is None and (refused or not _made(partial)):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _made(partial: Path) -> list[str]:
-    """What there is that takes long."""
-    names = (BASE, "base.partial", CHECKPOINTS, GENERATED, f"{GENERATED}.begun")
-    return [name for name in names if (partial / name).exists()]
+def _made(partial: Path) -> bool:
+    """Whether there is something that took long."""
+    names = (BASE, "base.partial", GENERATED, f"{GENERATED}.begun", TRAINING)
+    return last_good(partial) is not None or any((partial / name).exists() for name in names)
 
 
 def _base(job: Job, partial: Path, progress: Progress, say: Callable[[str], None]) -> str:
@@ -213,6 +215,7 @@ def _trained(
     before: dict[str, Any] | None = json.loads(at.read_text(encoding="utf-8"))
     run = trainer.run(say)
     place = Place(folder=partial, base=base if job.line is None else str(out / BASE), dtype=job.dtype)
+    facts = {} if job.method.adapts else facts_of(run.model, trainer.start)
     model = job.method.finished(run.model, place)
     after = trainer.measured(model)
     if job.method.adapts:
@@ -222,21 +225,26 @@ def _trained(
             merged: Any = job.method.merged(model)
             save(merged, partial / MERGED, job.tokenizer, form="native")
     else:
-        _save_model(job, model, partial)
+        _save_model(job, model, facts, partial)
         shutil.rmtree(partial / BASE, ignore_errors=True)
     request = job.request()
-    request["data"] = {**job.examples.manifest(), **request["data"]}
+    sizes = {"examples": len(job.examples.rows), "targets": job.examples.targets}
+    request["data"] = {**job.examples.manifest(), **request["data"], **sizes}
     return {
-        **request, "steps": run.steps, "trainable": run.trainable, "curve": run.curve, "memory": run.memory,
-        "evaluation": _compared(before, after), "merged": job.asked.merge,
+        **request, "steps": sum(run.steps), "stages": run.steps, "trainable": run.trainable, "curve": run.curve,
+        "losses": run.losses, "memory": run.memory, "evaluation": _compared(before, after), "merged": job.asked.merge,
         "task": {"name": TASKS.key_of(job.task), "unit": job.task.unit, "shown": job.task.shown},
     }  # fmt: skip
 
 
-def _save_model(job: Job, model: Any, partial: Path) -> None:
-    """The packed model, beside what else the run leaves."""
+def _save_model(job: Job, model: Any, facts: Mapping[str, Any], partial: Path) -> None:
+    """The packed model, with a record of its layers, beside what else the run leaves."""
     shutil.rmtree(partial / MODEL, ignore_errors=True)
-    save(model, partial / MODEL, job.tokenizer, form=job.asked.form)
+    request = job.request()
+    recipe = {**job.asked.recipe.to_dict(), "options": request.pop("options"), "scheme": request.pop("scheme")}
+    rows = [row.to_dict() for row in trained_rows(model, facts)]
+    manifest = {"name": f"{request.pop('method')} on {job.model}", "recipe": recipe, **request, "layers": rows}
+    save(model, partial / MODEL, job.tokenizer, manifest, form=job.asked.form)
     for path in sorted((partial / MODEL).iterdir()):
         path.replace(partial / path.name)
     (partial / MODEL).rmdir()
@@ -259,11 +267,12 @@ def _compared(before: dict[str, Any] | None, after: dict[str, Any] | None) -> di
 def _finish(partial: Path, result: dict[str, Any], seconds: float) -> None:
     """What stays; the request is the last to go, so that a run killed here is gone on with."""
     atomic_write_json(partial / TRAINING, result)
-    atomic_write_text(partial / PAGE, render_training(result))
     atomic_write_json(partial / TIMES, {"training": [seconds]})
     shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
-    for name in (BEFORE, MEMORY, REQUEST):
+    for name in (BEFORE, MEMORY):
         (partial / name).unlink(missing_ok=True)
+    write_report(partial)
+    (partial / REQUEST).unlink(missing_ok=True)
 
 
 def _ignore(line: str) -> None:

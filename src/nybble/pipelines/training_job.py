@@ -15,7 +15,7 @@ from torch import nn
 
 from nybble.checkpoint.marked import MANIFEST, is_others, is_quantized
 from nybble.core.dtypes import float_dtype
-from nybble.core.errors import NybbleError, UsageError
+from nybble.core.errors import ModelError, NybbleError, UsageError
 from nybble.core.options import build
 from nybble.core.versions import versions
 from nybble.data.kinds import data_kind
@@ -36,7 +36,7 @@ from nybble.training.objective import make_losses, needs_teacher
 from nybble.training.optimizers import make_optimizer
 from nybble.training.recipe import TrainingRecipe
 from nybble.training.settings import TrainSettings
-from nybble.training.tasks import Task, TaskData, task_of
+from nybble.training.tasks import TASKS, Task, TaskData, task_of
 from nybble.training.tasks.language import Language
 
 MOST_BITS = 8
@@ -186,6 +186,7 @@ def checked(asked: Asked, settings: TrainSettings) -> Job:
         check_source("builtin" if src is None else src)
     described, origin = described_with_origin(asked.model)
     task = task_of(described, asked.model)
+    _check_task(asked, method, task, described)
     task.check(described, asked.model, settings.seq_len)
     scheme, line = changed_scheme(asked.recipe.scheme, asked.changes), None
     if method.packs:
@@ -209,6 +210,15 @@ def checked(asked: Asked, settings: TrainSettings) -> Job:
         asked=asked, method=method, options=options, scheme=scheme, line=line, settings=settings, task=task,
         origin=origin, given=given, own=own, judged=judged, dtype=_dtype(origin.config),
     )  # fmt: skip
+
+
+def _check_task(asked: Asked, method: Method, task: Task, model: nn.Module) -> None:
+    if method.tasks and TASKS.key_of(task) not in method.tasks:
+        taken = "; ".join(TASKS.get(name).summary for name in method.tasks)
+        raise ModelError(
+            f"{asked.model} is a {type(model).__name__}, and recipe {asked.recipe.name} trains {taken}. Others take "
+            "adapters in a loop of your own: nybble.load, then peft.get_peft_model."
+        )
 
 
 def _dtype(config: Any) -> torch.dtype:

@@ -77,11 +77,15 @@ def check_recipe_name(name: str) -> None:
     """Refuse a name that there isn't, without reading any recipe; a YAML file that isn't there.
 
     Raises:
-        UsageError: with the closest name.
+        UsageError: with the closest name; or a recipe that ``nybble train`` runs.
     """
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():
             raise UsageError(f"no recipe file {name}.")
     elif name not in REGISTRY:
+        from nybble.recipes.training import REGISTRY as TRAINING  # which looks here for the same reason
+
+        if name in TRAINING:
+            raise UsageError(f"recipe {name!r} trains: nybble train {name} MODEL OUT.")
         names = REGISTRY.names()
         raise UsageError(f"unknown recipe {name!r}.{did_you_mean(name, names)} `nybble recipes` lists them.")

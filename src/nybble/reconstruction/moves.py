@@ -36,14 +36,14 @@ def moves(weight: Tensor, quantizer: Quantizer | None, began: QuantLayer, settle
         for was, now, own in _pairs(began.weight.qtensor(), settled.weight.qtensor(), weight):
             nearest = quantizer.quantize(own, now.params).dequantize()
             found["left_nearest"] = short(float((now.dequantize() != nearest).float().mean()))
-            found |= _ratios("scales", was.params.scale, now.params.scale)
+            found |= ratios("scales", was.params.scale, now.params.scale)
             if was.params.zero_point is not None and now.params.zero_point is not None:
                 moved = dense(was.params.zero_point) != dense(now.params.zero_point)
                 found["zero_points"] = short(float(moved.float().mean()))
     if began.inputs is not None and settled.inputs is not None:
         before, after = began.inputs.params(), settled.inputs.params()
         if before is not None and after is not None:
-            found |= _ratios("input_scales", before.scale, after.scale)
+            found |= ratios("input_scales", before.scale, after.scale)
     return found
 
 
@@ -59,7 +59,8 @@ def _pairs(
     return [(was, base, weight)] if isinstance(was, BlockQTensor) and isinstance(base, BlockQTensor) else []
 
 
-def _ratios(name: str, was: Any, now: Any) -> dict[str, list[float]]:
+def ratios(name: str, was: Any, now: Any) -> dict[str, list[float]]:
+    """Smallest, median and largest ratio of scales, as ``name``; empty where they can't be compared."""
     if not all(isinstance(scale, Tensor | QTensor) for scale in (was, now)):
         return {}  # factors of a scale, or none
     before, after = dense(was).flatten(), dense(now).flatten()

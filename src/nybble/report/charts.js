@@ -87,11 +87,13 @@ function histogram(picture, label) {
   const { edge, counts } = picture, step = (2 * edge) / counts.length, room = (high - low) * 0.01;
   const x = { kind: "linear", low: low - room, high: high + room, label };
   const y = { kind: "sqrt", low: 0, high: Math.max(1, ...counts), label: "values a bin (square-root axis)", format: compact };
+  const bands = (picture.thresholds ?? []).map(([from, to]) => [Math.max(from, low), Math.min(to, high)]).filter(([from, to]) => from <= to);
   const marks = (xs, ys, box) => [
     ...counts.map((count, i) => [count, -edge + i * step]).filter(([count]) => count).map(([count, from]) => {
       const left = xs(from), text = `${number(from)} to ${number(from + step)}: ${count.toLocaleString("en")} values`;
       return svg("rect", { class: "bar", x: left, y: ys(count), width: Math.max(0.5, xs(from + step) - left - 0.6), height: box.bottom - ys(count) }, svg("title", {}, text));
     }),
+    ...bands.map(([from, to]) => svg("rect", { class: "band", x: xs(from) - 0.75, y: box.top, width: xs(to) - xs(from) + 1.5, height: box.bottom - box.top }, svg("title", {}, from === to ? `threshold ${number(from)}` : `threshold, ${number(from)} to ${number(to)}`))),
     ...grid.flatMap((value) => [
       ...(grid.length <= 40 ? [svg("line", { class: "value through", x1: xs(value), x2: xs(value), y1: box.top, y2: box.bottom })] : []),
       svg("line", { class: "value", x1: xs(value), x2: xs(value), y1: box.bottom - 7, y2: box.bottom + 4 }, svg("title", {}, number(value, 6))),
@@ -153,7 +155,7 @@ function figure(title, below, make) {
 // What a row opens to.
 function details(layer) {
   const weight = layer.weight_picture, input = layer.input_picture, figures = [];
-  const gridded = (p) => `${p.format ? `Lines: the ${data.grids[p.format].length} values of the format. ` : ""}${percent(p.clipped)} lie beyond the largest.`;
+  const gridded = (p) => `${p.format ? `Lines: the ${data.grids[p.format].length} values of the format. ` : ""}${percent(p.clipped)} lie beyond the largest.${p.thresholds ? " Shaded: thresholds; wide where each block has its own, or no weight is near." : ""}`;
   if (weight) figures.push(figure("Weights on their grid", gridded(weight), histogram(weight, "weight / scale (units of the grid)")));
   if (input) {
     const own = input.histogram.format;

@@ -86,17 +86,19 @@ def check_training(training: dict[str, Any], place: object) -> None:
         FileError: what is wrong.
     """
     for key, good in TRAINING.items():
-        if key not in training or not good(training[key]):
+        if (key not in training and key not in ADDED) or not good(training.get(key, ADDED.get(key))):
             raise _damaged(place, f"{key} = {_short(training.get(key))}", "train")
     if not all(map(_text, map(task_of(training).get, ("name", "unit", "shown")))):
         raise _damaged(place, f"task = {_short(training['task'])}", "train")
+    if any(len(values) != len(training["curve"]) for values in training.get("losses", {}).values()):
+        raise _damaged(place, "'losses' are not those of the curve's updates", "train")
     evaluation = training["evaluation"]
     if evaluation is None:
         return
     check_evaluation(evaluation, place)
     models = evaluation.get("models", {})
     before, after = models.get("before", {}), models.get("after", {})
-    numbers = all(map(_number, (*before.values(), *after.values())))
+    numbers = all(map(_number, (value for found in models.values() for value in found.values())))
     if not numbers or task_of(training)["shown"] not in before or before.keys() != after.keys():
         raise _damaged(place, "'models' has no losses before and after", "train")
     if not all({"before", "after", "target"} <= found.keys() for found in evaluation.get("samples", [])):
@@ -153,6 +155,7 @@ def _histogram(value: Any) -> bool:
         and _list(_count, 2, MOST_BINS)(value.get("counts"))
         and _positive(value.get("clipped"))
         and ("format" not in value or _format(value["format"]))
+        and _list(_list(_number, 2, 2), 0, MOST_BINS)(value.get("thresholds", []))
     )
 
 
@@ -184,7 +187,7 @@ def _learned(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and _list(_window, 0, MOST_BINS)(value.get("windows", []))
-        and _positive(value.get("left_nearest", 0))
+        and all(_positive(value.get(key, 0)) for key in ("left_nearest", "codes"))
         and all(_list(_number, 3, 3)(value[key]) for key in ("scales", "input_scales") if key in value)
     )
 
@@ -216,11 +219,16 @@ TRAINING: dict[str, Check] = {
     "method": _text,
     "model": _text,
     "steps": _count,
+    "stages": lambda value: _list(_count, 1, MOST_BINS)(value) and sum(value) > 0,
     "trainable": _count,
     "data": lambda value: isinstance(value, dict) and all(_count(value.get(key)) for key in ("examples", "targets")),
     "curve": lambda value: isinstance(value, list) and all(map(_list(_number, 2, 2), value)),
+    "losses": lambda value: isinstance(value, dict) and all(map(_list(_number, 0, 1 << 30), value.values())),
     "memory": lambda value: isinstance(value, dict) and all(map(_count, value.values())),
     "evaluation": _maybe(lambda value: isinstance(value, dict)),
     "versions": lambda value: isinstance(value, dict) and _text(value.get("nybble")),
 }
 """What the record of a training run must have."""
+
+ADDED: dict[str, Any] = {"stages": [1], "losses": {}}
+"""Of that, what older records lack, with something good in its place."""

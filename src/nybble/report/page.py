@@ -19,7 +19,7 @@ def render(data: dict[str, Any]) -> str:
     Args:
         data: ``title``; ``manifest`` (nybble.json, checked); ``config`` (config.json); ``sizes`` (of
             :func:`nybble.checkpoint.account.inspect`); ``evaluation`` (evaluation.json, checked) or None;
-            ``times`` (times.json, checked) or None.
+            ``times`` (times.json, checked) or None; ``training``, the page about the run that trained it, or empty.
 
     Returns:
         HTML. Every text in it that came from ``data`` is escaped.
@@ -65,7 +65,7 @@ def context(data: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": _text(manifest.get("name")) or data["title"],
         "subtitle": _subtitle(data),
-        "recipe": manifest["recipe"],
+        "recipe": {"name": "", "summary": "", "source": "", **manifest["recipe"]},
         "scheme": _named(manifest["recipe"].get("scheme"), "name"),
         "lines": asked[: lines.MOST],
         "more_lines": max(0, len(asked) - lines.MOST),
@@ -74,6 +74,7 @@ def context(data: dict[str, Any]) -> dict[str, Any]:
         "total": words.size(data["sizes"]["total"]),
         "bytes": tables.byte_table(data["sizes"]),
         "metrics": tables.metric_table(evaluation or {}),
+        "training": data.get("training", ""),
         "evaluated": None if evaluation is None else words.flatten(evaluation.get("data", {})),
         "samples": (evaluation or {}).get("samples", []),
         "model_titles": words.MODELS,
@@ -88,9 +89,17 @@ def context(data: dict[str, Any]) -> dict[str, Any]:
         "left_out": [title for key, title, _ in tables.COLUMNS if key not in shown],
         "rows": rows,
         "drawing": tables.drawing_data(facts),
-        "manifest": words.flatten({key: value for key, value in manifest.items() if key != "layers"}),
+        "manifest": words.flatten(_decides(manifest)),
         "version": _named(manifest.get("versions"), "nybble"),
     }
+
+
+def _decides(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest without rows of layers and without what describes each tensor."""
+    found, form = {key: value for key, value in manifest.items() if key != "layers"}, manifest.get("form")
+    if isinstance(form, dict):
+        found["form"] = {key: value for key, value in form.items() if key != "quantization"}
+    return found
 
 
 def _part(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,20 +15,28 @@ from nybble.quantizer import Quantizer
 BINS = 64
 _PART = 1 << 22
 """Values counted at once: fewer than float32 can count."""
+LEVELS = 16
+"""Of a format with more, thresholds are too many to draw."""
 SAMPLE = 1024
 """Tokens of an input that are looked at."""
 
 
-def weight_picture(matrix: Tensor, found: QTensor) -> dict[str, Any] | None:
+def weight_picture(matrix: Tensor, found: QTensor, thresholds: bool = False) -> dict[str, Any] | None:
     """Histogram of a weight over its scales (and zero points), where the format's grid can be drawn on it.
 
     Args:
         matrix: float32 [rows, columns].
         found: its quantized version; only one with blocks has a picture.
+        thresholds: also say where values go to the next level (:func:`_thresholds`), of up to 16.
     """
     if not isinstance(found, BlockQTensor):
         return None
-    return _on_grid(matrix, found.params, Quantizer(f"{found.format.name} {found.granularity}"))
+    quantizer = Quantizer(f"{found.format.name} {found.granularity}")
+    picture = _on_grid(matrix, found.params, quantizer)
+    if thresholds and len(found.format.grid) <= LEVELS:
+        values, levels = (_in_units(x, found.params, quantizer) for x in (matrix, found.dequantize()))
+        picture["thresholds"] = _thresholds(values, levels, [float(level) for level in found.format.grid])
+    return picture
 
 
 def input_picture(sample: Tensor, quantizer: Quantizer | None, params: QuantParams | None) -> dict[str, Any]:
@@ -62,6 +71,14 @@ def input_picture(sample: Tensor, quantizer: Quantizer | None, params: QuantPara
 
 
 def _on_grid(x: Tensor, params: QuantParams, quantizer: Quantizer) -> dict[str, Any]:
+    y, fmt = _in_units(x, params, quantizer), quantizer.format
+    if fmt.bits > 8:  # too many values to draw, and too far to see any
+        return _histogram(y / (float(y.abs().max()) or 1.0), 1.0)
+    return _histogram(y, fmt.absmax) | {"format": fmt.name}
+
+
+def _in_units(x: Tensor, params: QuantParams, quantizer: Quantizer) -> Tensor:
+    """What the grid's values are compared with: less offsets, over scales, in blocks."""
     granularity, shape = quantizer.granularity, tuple(x.shape)
     y = granularity.to_blocks(x)
     if params.offset is not None:
@@ -72,10 +89,23 @@ def _on_grid(x: Tensor, params: QuantParams, quantizer: Quantizer) -> dict[str, 
         y = y / block_view(params.scale, granularity, shape)
     if params.zero_point is not None:
         y = y + block_view(params.zero_point, granularity, shape)
-    fmt = quantizer.format
-    if fmt.bits > 8:  # too many values to draw, and too far to see any
-        return _histogram(y / (float(y.abs().max()) or 1.0), 1.0)
-    return _histogram(y, fmt.absmax) | {"format": fmt.name}
+    return y
+
+
+def _thresholds(y: Tensor, rounded: Tensor, grid: list[float]) -> list[list[float]]:
+    """Between neighbouring levels, [low, high]: below all values went to the lower one, above all to the upper one.
+
+    One number where all blocks have a threshold at the same place of the grid; pairs of levels that hold all values on
+    one side are left out.
+    """
+    levels = torch.tensor(grid, dtype=torch.float32, device=y.device).sort().values
+    real = y.isfinite() & rounded.isfinite()
+    y, place = y[real].float(), torch.bucketize(rounded[real].float(), (levels[1:] + levels[:-1]) / 2)
+    limits = torch.full((2, len(levels)), torch.inf, device=y.device)
+    least = limits[0].scatter_reduce(0, place, y, "amin").flip(0).cummin(0).values.flip(0)
+    most = (-limits[1]).scatter_reduce(0, place, y, "amax").cummax(0).values
+    found = [sorted(pair) for pair in zip(most[:-1].tolist(), least[1:].tolist(), strict=True)]
+    return [[_short(low), _short(high)] for low, high in found if math.isfinite(low) and math.isfinite(high)]
 
 
 def _histogram(y: Tensor, top: float) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def described_rows(model: nn.Module) -> list[LayerRow]:
                     LayerRow(
                         name=f"{name}.{part}".removesuffix(".weight"),
                         shape=tuple(found.shape),
-                        weights=_line(found, None, ""),
+                        weights=line_of(found, None, ""),
                         inputs=inputs,
                         outputs=outputs,
                         bits=found.bits_per_element(),
@@ -144,11 +144,11 @@ def _row(state: BlockState, name: str, record: Record) -> LayerRow:
     return LayerRow(
         name=f"{state.prefix}{name}",
         shape=target.shape if target.matrices else (0,),
-        weights=None if found is None else _line(found, record.quantizer, str(record.stored)),
+        weights=None if found is None else line_of(found, record.quantizer, str(record.stored)),
         inputs=None if quantizer is None else str(quantizer),
         outputs=None if target.rule.outputs is None else str(target.rule.outputs),
         bits=found.bits_per_element() if found is not None else 16.0 if target.matrices else 0.0,
-        sqnr=None if found is None or matrix is None else _sqnr(matrix, found),
+        sqnr=None if found is None or matrix is None else sqnr_of(matrix, found),
         error=error,
         rtn_error=rtn_error,
         input_scale=float(scale.max()) if isinstance(scale, Tensor) else None,
@@ -173,7 +173,7 @@ def _measured(matrix: Tensor, found: QTensor, record: Record) -> tuple[float, fl
     return relative_error(matrix, found.dequantize(), second), plain
 
 
-def _line(found: QTensor, quantizer: Quantizer | None, stored: str) -> str:
+def line_of(found: QTensor, quantizer: Quantizer | None, stored: str) -> str:
     """What the weight was rounded to, in a line: the quantizer's where the tensor really is of its making.
 
     Args:
@@ -189,7 +189,8 @@ def _line(found: QTensor, quantizer: Quantizer | None, stored: str) -> str:
     return (stored or base.kind) + name
 
 
-def _sqnr(matrix: Tensor, found: QTensor) -> float | None:
+def sqnr_of(matrix: Tensor, found: QTensor) -> float | None:
+    """Signal to quantization noise of a weight, dB; None where nothing is lost."""
     lost = relative_error(matrix, found.dequantize(), None)
     return -10 * math.log10(lost) if lost > 0 else None
 

@@ -47,9 +47,13 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("clip_mid", "Clip median", "The same, median of the rows."),
     ("clip_high", "Clip high", "The same, largest of the rows."),
     ("moved", "Left nearest", "Share of weights that learning took to another value than the nearest one."),
+    ("codes", "Other codes", "Share of weights whose code training made another than it was."),
     ("scale_low", "Scale low", "Smallest ratio of a scale to what it was before learning."),
     ("scale_mid", "Scale median", "The same, median of the scales."),
     ("scale_high", "Scale high", "The same, largest of the scales."),
+    ("input_low", "Input scale low", "Smallest ratio of a static input's scale to what it was before learning."),
+    ("input_mid", "Input scale median", "The same, median of the scales."),
+    ("input_high", "Input scale high", "The same, largest of the scales."),
     ("shifted", "Shifted", "Share of input columns whose exponent bias is shifted."),
     ("notes", "Notes", "Fallbacks and other remarks."),
 )
@@ -71,7 +75,7 @@ def layer_table(facts: Sequence[Row]) -> tuple[list[tuple[str, str, str, bool]],
 def _cells(row: Row) -> dict[str, tuple[str, Any]]:
     low, middle, high = row.get("clip") or (None, None, None)
     learned = row.get("learned") or {}
-    scales = learned.get("scales") or (None, None, None)
+    scales, inputs = (learned.get(key) or (None, None, None) for key in ("scales", "input_scales"))
     texts = {"name": row["name"], "notes": "; ".join(row["notes"])}
     texts |= {"weights": row["weights"] or "float", "inputs": row["inputs"] or "float"}
     cells: dict[str, tuple[str, Any]] = {key: (text, text) for key, text in texts.items()}
@@ -79,13 +83,14 @@ def _cells(row: Row) -> dict[str, tuple[str, Any]]:
     numbers = {"bits": row["bits"], "sqnr": row["sqnr"], "ratio": row["ratio"]}
     numbers |= {"clip_low": low, "clip_mid": middle, "clip_high": high}
     numbers |= dict(zip(("scale_low", "scale_mid", "scale_high"), scales, strict=True))
+    numbers |= dict(zip(("input_low", "input_mid", "input_high"), inputs, strict=True))
     digits = {"bits": 3, "sqnr": 2}
     for key, value in numbers.items():
         cells[key] = ("" if value is None else f"{value:.{digits.get(key, 3)}f}", value)
     for key in ("error", "rtn_error", "shifted"):
         cells[key] = (percent(row[key]), row[key])
-    moved = learned.get("left_nearest")
-    return cells | {"moved": (percent(moved), moved)}
+    shares = {"moved": learned.get("left_nearest"), "codes": learned.get("codes")}
+    return cells | {key: (percent(share), share) for key, share in shares.items()}
 
 
 def byte_table(sizes: Row) -> list[Row]:

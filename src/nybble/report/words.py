@@ -17,7 +17,9 @@ ROLES = {
     "headers": "names and shapes of the stored tensors",
     "config": "config.json and other settings",
     "tokenizer": "vocabulary and chat template",
-    "report": "nybble.json and README.md: what was done to each layer, and how to load them",
+    "report": "nybble.json, README.md and pages: what was done to each layer, and how to load them",
+    "generated texts": "that the model made to be trained on",
+    "logs": "of the training, for TensorBoard",
 }
 METRICS = {
     "ppl": "Perplexity (lower is better)",

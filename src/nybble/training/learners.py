@@ -32,11 +32,16 @@ class LearningScales(Packed):
     Args:
         base: stays as it is.
         learned: of its scales.
+
+    Attributes:
+        began: what the base holds.
     """
 
     def __init__(self, base: Packed, learned: Learned) -> None:
-        super().__init__(base.qtensor(), base.dtype)
+        began = base.qtensor()
+        super().__init__(began, base.dtype)
         self.learned = learned
+        self.began = began
         known = set() if base.dtype is None else {base.dtype}
         self._asked, self._used = {True: known, False: known}, set[torch.dtype]()
         self._made: dict[torch.dtype, tuple[Tensor, Tensor]] = {}

@@ -44,12 +44,14 @@ class Run:
 
     Attributes:
         steps: updates. curve: (update, mean loss of its target tokens).
+        losses: by name, where several are added: each one's mean in the updates of ``curve``, unweighted.
         memory: bytes of ``gradients``, ``optimizer states``, and ``kept for backward`` (of one forward); on a GPU also
             ``peak``, by torch's allocator.
     """
 
     steps: int = 0
     curve: list[tuple[int, float]] = field(default_factory=list)
+    losses: dict[str, list[float]] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
 
 
@@ -111,8 +113,10 @@ def train(
     memory = {**trainer.memory, "optimizer states": state_bytes(optimizer)}
     if settings.device == "cuda":
         memory["peak"] = torch.cuda.max_memory_allocated()
-    curve = [(int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
-    return Run(steps=trainer.state.global_step, curve=curve, memory=memory)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    curve = [(int(entry["step"]), float(entry["loss"])) for entry in logged]
+    losses = {name: [float(entry[f"loss_{name}"]) for entry in logged] for name in trainer.losses}
+    return Run(steps=trainer.state.global_step, curve=curve, losses=losses, memory=memory)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -178,6 +182,8 @@ class _Loop(Trainer):
         super().__init__(**given)
         self.settings, self.notes, self.lengths = settings, notes, lengths
         self.objective: Objective | None = objective
+        self.losses = [] if objective is None or len(objective.losses) < 2 else [each[0] for each in objective.losses]
+        self._heard: list[Tensor] = []
         if objective is not None:
             self.model_accepts_loss_kwargs = False  # a mean of each forward: the Trainer divides by their number
         known = notes.exists() and settings.resume
@@ -195,7 +201,18 @@ class _Loop(Trainer):
     def compute_loss(self, model: nn.Module, inputs: Any, *given: Any, **more: Any) -> Any:
         if self.objective is None:
             return super().compute_loss(model, inputs, *given, **more)
-        return self.objective(model, inputs, self.state.global_step / max(1, self.total - 1))
+        loss = self.objective(model, inputs, self.state.global_step / max(1, self.total - 1))
+        if self.losses:
+            self._heard.append(torch.stack([self.objective.last[name].float() for name in self.losses]))
+        return loss
+
+    def log(self, logs: dict[str, float], *given: Any, **more: Any) -> None:
+        """With each of several losses: a checkpoint keeps them with the rest."""
+        if "loss" in logs and self._heard:
+            means = torch.stack(self._heard).mean(0).tolist()
+            logs = {**logs, **{f"loss_{name}": mean for name, mean in zip(self.losses, means, strict=True)}}
+            self._heard = []
+        super().log(logs, *given, **more)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         first: AbstractContextManager[dict[int, int]] = nullcontext({}) if self.memory else keeping(model)

@@ -8,7 +8,7 @@ convert(model)                                          # packed; nybble.checkpo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -43,27 +43,29 @@ def prepare(
     *,
     run: Callable[[nn.Module], object] | None = None,
 ) -> nn.Module:
-    """Put a :class:`~nybble.nn.fake.FakeLayer` where each layer that the scheme names stands.
+    """Put a twin (:class:`~nybble.nn.twin.Twin`) where each thing that the scheme names stands.
 
-    The model computes from then on what the quantized one will; its other parameters train as before. Parts with a
-    penalty (AdaRound) want :func:`nybble.nn.fake.penalty_of` in the loss. To go on after an interruption, prepare the
-    same float model the same way and load the state dict.
+    The model computes from then on what the quantized one will; its other parameters train as before. Keys and values
+    are rounded as a cache will hold them, in forwards with a cache and without one. An embedding and the head, or other
+    embeddings, that are tied to it have one latent table. Parts with a penalty (AdaRound) want
+    :func:`nybble.nn.fake.penalty_of` in the loss. To go on after an interruption, prepare the same float model the same
+    way and load the state dict.
 
     Args:
         model: float, in memory; changed in place, but for a model that is a single layer: use what is returned.
         scheme: what to quantize to; of a recipe its scheme (its steps are for quantization after training).
-        learned: part (a name, or one with options) for ``weights``, ``inputs`` and ``outputs``; those left out pass
-            gradients straight through (``ste``).
+        learned: part (a name, or one with options) for ``weights``, ``inputs``, ``outputs``, ``matmuls`` (the operands
+            of attention) and ``kv``; those left out pass gradients straight through (``ste``).
         run: calls the model on a batch or more, without changing it; needed where activations are static: their first
-            scale comes from what first enters (or leaves) the layer.
+            scale comes from what first enters (or leaves) the layer, the attention's product or the cache.
 
     Returns:
         the model.
 
     Raises:
-        SchemeError: a pattern without a match; an embedding, experts, attention products or a tied weight among the
-            targets; a format or granularity that a part can't learn. UsageError: static activations and no ``run``.
-        ModelError: ``run`` never called a layer. DataError: NaN or Inf in a weight or its activations.
+        SchemeError: a pattern without a match; a weight that is shared with something that stays in float; a format or
+            granularity that a part can't learn. UsageError: static activations and no ``run``. ModelError: ``run``
+            never called a layer; a cache that can't be trained. DataError: NaN or Inf in a weight or its activations.
 
     Warns:
         UserWarning: names modules that the scheme takes and that no layer can stand for; they stay as they are.
@@ -77,29 +79,28 @@ def prepare(
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
     chosen = chosen if first is None else chosen.of_model(first.dtype)
     parts, targets = _parts(learned or {}), _plan(model, chosen)
-    sites = [(target, site) for target in targets for site in _sites(model, target, parts)]
-    static = _watch(model, sites, parts, run)
+    static = [(target, site) for target in targets for site in _checked(model, target, parts) if site.quantizer.static]
+    first_seen = _watch(model, static, parts, run)
     with whole_or_not_at_all(model):
         for target in targets:
             with within(target.name):
-                own = [site for of, site in sites if of is target]
-                made = {s.name: static.get((target.name, s.name)) or _make(s, parts, s.example) for s in own}
+                sites = target.kind.sites(target, model.get_submodule(target.module))  # weights anew, not held for all
+                made = {s.name: first_seen.get((target.name, s.name)) or _make(s, parts, s.example) for s in sites}
                 _put(model, target, made, parts)
         for kind in dict.fromkeys(target.kind for target in targets):
             kind.prepare_twins(model, [target for target in targets if target.kind is kind])
     return model
 
 
-def _sites(model: nn.Module, target: Target, parts: Mapping[str, Part]) -> list[Site]:
-    """What is rounded of a target, each checked."""
+def _checked(model: nn.Module, target: Target, parts: Mapping[str, Part]) -> Iterator[Site]:
+    """What is rounded of a target."""
     with within(target.name):
-        found = [*target.kind.sites(target, model.get_submodule(target.module))]
-        for site in found:
+        for site in target.kind.sites(target, model.get_submodule(target.module)):
             if site.side == WEIGHTS:
                 check_finite(site.example, "the weight")
             parts[site.role].check(site.quantizer, site.side)
             site.quantizer.granularity.check(site.example.shape)
-    return found
+            yield site
 
 
 def learning_groups(model: nn.Module, rates: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -209,10 +210,10 @@ def _convolutional(model: nn.Module) -> bool:
 
 
 def _watch(
-    model: nn.Module, sites: Sites, parts: Mapping[str, Part], run: Callable[[nn.Module], object] | None
+    model: nn.Module, static: Sites, parts: Mapping[str, Part], run: Callable[[nn.Module], object] | None
 ) -> dict[tuple[str, str], Learned]:
     """The Learned of static activations, by target and site: made of what first comes by, which is not kept."""
-    wanted = {(target.name, site.name): (target, site) for target, site in sites if site.quantizer.static}
+    wanted = {(target.name, site.name): (target, site) for target, site in static}
     if not wanted:
         return {}
     if run is None:

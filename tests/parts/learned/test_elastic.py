@@ -181,7 +181,7 @@ def test_a_later_stage_begins_where_one_ended() -> None:
     for threshold, count in (("tensor", 1), ("channel", 4)):
         second = begun(threshold, first)
         assert second.threshold is not None and second.threshold.tolist() == [0.25] * count
-    with pytest.raises(SchemeError, match="1 values here and can't begin with 4.*threshold=channel"):
+    with pytest.raises(SchemeError, match=r"1 values here and can't begin with 4.*threshold=channel"):
         begun("tensor", begun("channel", first).fixed())
 
 
@@ -255,7 +255,7 @@ def test_refusals(line: str, said: str) -> None:
 
 def test_bad_options_and_beginnings() -> None:
     quantizer, nan = Quantizer("ternary tensor static scale=elastic"), torch.tensor([1.0, torch.nan])
-    with pytest.raises(SchemeError, match="can't begin at a scale of nan.*hold NaN"):
+    with pytest.raises(SchemeError, match=r"can't begin at a scale of nan.*hold NaN"):
         make_part("elastic", {}).make(quantizer, nan, side=ACTIVATIONS)
     with pytest.raises(SchemeError, match="floor=0 is the smallest scale"):
         make_part("elastic", {"floor": 0.0})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,20 +15,23 @@ from nybble.learned.statistics import ByStatistics
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 
-BIT = ("binary scale=mean", {"center": "tensor", "raw": True})
-TERNARY = ("ternary channel scale=max-entropy", {"center": "block", "mask": 1.0})
-BINARY = ("binary channel scale=mean", {"center": "block", "mask": 1.0})
-CODE = ("ternary channel scale=max-entropy", {})
-STATSQ = ("midrise2 channel scale=max-entropy", {"mask": 1.98})
+Method = tuple[str, dict[str, Any]]
+"""A quantizer line, and options of the part."""
+BIT: Method = ("binary scale=mean", {"center": "tensor", "raw": True})
+TERNARY: Method = ("ternary channel scale=max-entropy", {"center": "block", "mask": 1.0})
+BINARY: Method = ("binary channel scale=mean", {"center": "block", "mask": 1.0})
+CODE: Method = ("ternary channel scale=max-entropy", {})
+TWN: Method = ("ternary channel scale=mean(above=0.7)", {"threshold": 0.7})
+STATSQ: Method = ("midrise2 channel scale=max-entropy", {"mask": 1.98})
 
 
-def made(method: tuple[str, dict[str, object]], x: Tensor) -> Learned:
+def made(method: Method, x: Tensor) -> Learned:
     found = make_part("statistics", method[1]).make(Quantizer(method[0]), x)
     assert isinstance(found, ByStatistics)
     return found.train()
 
 
-def stored(method: tuple[str, dict[str, object]], x: Tensor) -> tuple[Tensor, Tensor]:
+def stored(method: Method, x: Tensor) -> tuple[Tensor, Tensor]:
     """Values of codes, and scales as they broadcast against the weight."""
     found = made(method, x).settle(x)
     assert isinstance(found, BlockQTensor) and isinstance(found.params.scale, Tensor)
@@ -41,24 +46,27 @@ def weight(rows: int = 6, columns: int = 4096, seed: int = 0) -> Tensor:
     return x + torch.linspace(-0.3, 0.4, rows)[:, None]
 
 
-def by_hand(method: tuple[str, dict[str, object]], x: Tensor) -> tuple[Tensor, Tensor]:
+def by_hand(method: Method, x: Tensor) -> tuple[Tensor, Tensor]:
     """Values and scale by the papers' equations, float64."""
     wide = x.double()
     dim = None if method is BIT else 1
-    mean = wide.mean(dim, keepdim=True) if method not in (CODE, STATSQ) else torch.zeros(1, 1)
+    mean = wide.mean(dim, keepdim=True) if method not in (CODE, STATSQ, TWN) else torch.zeros(1, 1)
     left = wide - mean.float().double()
     if method is BIT:
         return torch.where(left >= 0, 1.0, -1.0), wide.abs().mean().reshape(1, 1)
     size = left.abs().mean(1, keepdim=True)
     if method is BINARY:
         return torch.where(left >= 0, 1.0, -1.0), size
+    if method is TWN:
+        left = torch.where(left.abs() > 0.7 * size, left.sign(), 0.0)
+        return left, (wide * left).sum(1, keepdim=True) / left.abs().sum(1, keepdim=True)
     if method is STATSQ:  # s = 2 mean|w|: s (round(2 w / s - 0.5) + 0.5) / 2, in units of s / 2
         return (2 * (wide / (2 * size)).clamp(-0.99, 0.99) - 0.5).round() + 0.5, size
     return (left / (4 / 3 * size)).clamp(-1, 1).round(), 4 / 3 * size
 
 
-@pytest.mark.parametrize("method", [BIT, TERNARY, BINARY, CODE, STATSQ])
-def test_equations(method: tuple[str, dict[str, object]]) -> None:
+@pytest.mark.parametrize("method", [BIT, TERNARY, BINARY, CODE, STATSQ, TWN])
+def test_equations(method: Method) -> None:
     x = weight()
     values, scale = stored(method, x)
     want, size = by_hand(method, x)
@@ -69,18 +77,18 @@ def test_equations(method: tuple[str, dict[str, object]]) -> None:
     assert torch.equal(part(x), part.eval()(x))
 
 
-@pytest.mark.parametrize("method", [BIT, TERNARY, BINARY, CODE, STATSQ])
-def test_gradients_element_by_element(method: tuple[str, dict[str, object]]) -> None:
+@pytest.mark.parametrize("method", [BIT, TERNARY, BINARY, CODE, STATSQ, TWN])
+def test_gradients_element_by_element(method: Method) -> None:
     """Upstream, to the last bit; zero where |w - m| reaches ``mask`` scales, in the forms that have one."""
     x, upstream = weight().requires_grad_(), torch.randn(6, 4096)
     made(method, x.detach())(x).backward(upstream)
     assert x.grad is not None
-    if method in (BIT, CODE):
+    if method in (BIT, CODE, TWN):
         assert torch.equal(x.grad, upstream)
         return
     _, size = by_hand(method, x.detach())
     mean = 0.0 if method is STATSQ else x.detach().double().mean(1, keepdim=True)
-    distance = (x.detach().double() - mean).abs() - method[1]["mask"] * size  # type: ignore[operator]
+    distance = (x.detach().double() - mean).abs() - method[1]["mask"] * size
     clear = distance.abs() > 1e-5
     assert torch.equal(x.grad[clear], torch.where(distance < 0, upstream, 0.0)[clear])
     assert 0.01 < (x.grad == 0).float().mean() < 0.6
@@ -99,9 +107,9 @@ def test_signs_do_not_see_a_constant() -> None:
     assert not torch.allclose(made(CODE, x)(x), made(CODE, x)(x + 0.5), rtol=0.1)
 
 
-@pytest.mark.parametrize("method", [BIT, TERNARY, BINARY, CODE, STATSQ])
+@pytest.mark.parametrize("method", [BIT, TERNARY, BINARY, CODE, STATSQ, TWN])
 @pytest.mark.parametrize("factor", [0.25, 3.0])
-def test_scale_equivariance(method: tuple[str, dict[str, object]], factor: float) -> None:
+def test_scale_equivariance(method: Method, factor: float) -> None:
     x = weight(4, 256)
     torch.testing.assert_close(made(method, x)(factor * x), factor * made(method, x)(x), rtol=1e-6, atol=0)
 
@@ -137,8 +145,8 @@ def test_an_embedding_has_a_scale_a_row_and_one_mean() -> None:
     assert torch.equal(values > 0, x - x.mean() >= 0)
 
 
-@pytest.mark.parametrize("method", [BIT, TERNARY, BINARY, CODE, STATSQ])
-def test_zeros_constants_and_nothing(method: tuple[str, dict[str, object]]) -> None:
+@pytest.mark.parametrize("method", [BIT, TERNARY, BINARY, CODE, STATSQ, TWN])
+def test_zeros_constants_and_nothing(method: Method) -> None:
     """A row without a magnitude becomes zeros, where scales are of rows, and its gradient passes; never NaN."""
     x = weight(4, 32)
     x[1], x[2] = 0, 0.75
@@ -156,22 +164,25 @@ def test_zeros_constants_and_nothing(method: tuple[str, dict[str, object]]) -> N
     assert part(torch.full((4, 32), torch.nan)).isnan().all()
 
 
-def test_padded_groups_take_their_own_mean() -> None:
-    """The short group at a row's end as it would be alone."""
+@pytest.mark.parametrize("method", [TERNARY, TWN])
+def test_short_groups_are_measured_alone(method: Method) -> None:
+    """The one at a row's end as it would be without what fills it."""
     x = weight(3, 40)
-    options = {"center": "block"}
-    whole = made(("ternary group=16 pad=true scale=max-entropy scale_format=float32", options), x)(x)
-    alone = made(("ternary channel scale=max-entropy", options), x[:, 32:])(x[:, 32:])
+    groups = method[0].replace("channel", "group=16 pad=true scale_format=float32")
+    whole, alone = made((groups, method[1]), x)(x), made(method, x[:, 32:])(x[:, 32:])
     torch.testing.assert_close(whole[:, 32:], alone, rtol=1e-6, atol=0)
 
 
 def test_refusals() -> None:
     for options, said in (
-        ({"center": "row"}, "center"), ({"mask": -1.0}, "units of the scale"), ({"raw": True}, "without a center")
+        ({"center": "row"}, "center"), ({"mask": -1.0}, "units of the scale"), ({"raw": True}, "without a center"),
+        ({"threshold": -0.7}, "units of mean"),
     ):  # fmt: skip
         with pytest.raises(SchemeError, match=said):
             make_part("statistics", options)
     with pytest.raises(SchemeError, match="keeps one of its own"):
         make_part("statistics", {"center": "block"}).check(Quantizer("binary channel scale=mean(offset=true)"))
+    with pytest.raises(SchemeError, match=r"parts the levels -1, 0 and 1.*use ternary"):
+        make_part("statistics", {"threshold": 0.7}).check(Quantizer("int4 channel"))
     with pytest.raises(SchemeError, match="learns weights, not activations"):
         make_part("statistics", {}).check(Quantizer("int8 token"), "activations")

@@ -58,5 +58,8 @@ def test_elastic_and_least() -> None:
     least = parse_scale_rule("mean(least=0.5)")
     assert least.fit(x, get_format("uint1"), "nearest-even").scale.item() == pytest.approx(0.75)
     assert least.fit(x / 10, get_format("uint1"), "nearest-even").scale.item() == 0
-    with pytest.raises(UsageError, match="least"):
-        parse_scale_rule("mean(least=0.5,offset=true)")
+    above = parse_scale_rule("mean(above=0.7)").fit(x, get_format("ternary"), "nearest-even").scale
+    assert above.item() == pytest.approx(0.75)  # 0.7 of 0.45 leaves 0.2 and 0.1 out
+    for text in ("mean(least=0.5,offset=true)", "mean(least=0.5,above=0.5)", "mean(above=-1)"):
+        with pytest.raises(UsageError, match="least"):
+            parse_scale_rule(text)

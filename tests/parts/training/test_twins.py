@@ -18,6 +18,7 @@ from torch.nn import functional
 import nybble
 from nybble.checkpoint.save import save
 from nybble.core.errors import DataError, ModelError, SchemeError, UsageError
+from nybble.kv_format import fixed_scale
 from nybble.learned import make_part
 from nybble.nn.attention import CACHED, PART, attentions, quantized_attention
 from nybble.nn.embedding import QuantEmbedding, TiedEmbedding, TiedHead
@@ -28,7 +29,9 @@ from nybble.nn.kv_model import recorded_kv
 from nybble.nn.twin import Twin
 from nybble.quantizer import Quantizer
 from nybble.training.convert import convert
-from nybble.training.prepare import learning_groups, prepare
+from nybble.training.prepare import learning_groups
+from nybble.training.prepare import prepare as prepared
+from nybble.training.unprepare import float_values
 
 LINEAR = {"targets": ["Linear"], "weights": "int4 channel", "inputs": "int8 token"}
 TABLE = {"targets": ["re:.*(shared|embed_tokens|word_embeddings)"], "weights": "int4 channel"}
@@ -42,8 +45,17 @@ BERT: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 64, "pad_token_id": 0, "num_labels": 3,
 }  # fmt: skip
+ELASTIC = "binary tensor static scale=elastic"
+BITS = {"matmuls": f"{ELASTIC} probabilities=(uint1 tensor static scale=elastic)"}
+BIT = {"weights": make_part("statistics", {"center": "tensor", "raw": True}), "inputs": "elastic", "matmuls": "elastic"}
+TBT = {
+    "weights": make_part("statistics", {"center": "block", "mask": 1.0}),
+    "inputs": make_part("elastic", {"threshold": "none"}),
+}
+TERNARY = {"weights": "ternary channel scale=max-entropy", "inputs": "ternary tensor static scale=elastic"}
+THREE = {"matmuls": "ternary tensor static scale=elastic probabilities=(uternary tensor static scale=elastic)"}
 #: family, scheme, parts
-CASES: dict[str, tuple[str, Any, dict[str, str]]] = {
+CASES: dict[str, tuple[str, Any, Any]] = {
     "tied table, products, cache": (
         "llama", {"rules": [TABLE, LINEAR, PRODUCTS], "kv": "int4 token"}, {"weights": "lsq", "matmuls": "lsq"},
     ),
@@ -56,6 +68,28 @@ CASES: dict[str, tuple[str, Any, dict[str, str]]] = {
     "dynamic products": ("opt", {"rules": [{"matmuls": "int4 token probabilities=(uint4 token)"}, LINEAR]}, {}),
     "encoder and decoder": ("bart", {"rules": [TABLE, LINEAR, PRODUCTS], "kv": "int4 token"}, {"matmuls": "lsq"}),
     "encoder": ("bert", {"rules": [TABLE, LINEAR, PRODUCTS]}, {"weights": "lsq", "matmuls": "lsq"}),
+    "BiT": (
+        "bert",
+        {
+            "rules": [
+                {**TABLE, "weights": "binary channel scale=mean"},
+                {
+                    "targets": ["re:.*[0-9].output.dense"],
+                    "weights": "binary tensor scale=mean",
+                    "inputs": "uint1 tensor static scale=elastic",
+                },
+                {"targets": ["Linear"], "weights": "binary tensor scale=mean", "inputs": ELASTIC},
+                BITS,
+            ],
+            "ignore": ["classifier"],
+        },
+        BIT,
+    ),
+    "TBT": (
+        "bart",
+        {"rules": [{**TABLE, "weights": TERNARY["weights"]}, {"targets": ["Linear"], **TERNARY}, THREE]},
+        {**TBT, "matmuls": make_part("elastic", {"threshold": "none"})},
+    ),
 }  # fmt: skip
 
 
@@ -78,6 +112,11 @@ def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 3) -> Any
             if parameter.ndim > 1:
                 parameter.mul_(4)
     return model
+
+
+def prepare(model: Any, scheme: Any, parts: Any = None, run: Any = None) -> Any:
+    """As nybble's; tests ask models for what their classes have."""
+    return prepared(model, scheme, parts, run=run)
 
 
 def batch(model: Any) -> dict[str, Tensor]:
@@ -111,7 +150,8 @@ def train(model: Any, steps: int = 2) -> None:
     model.train()
     for _ in range(steps):
         optimizer.zero_grad()
-        functional.cross_entropy(model(**batch(model)).logits.flatten(0, -2).float(), target(model)).backward()
+        loss: Any = functional.cross_entropy(model(**batch(model)).logits.flatten(0, -2).float(), target(model))
+        loss.backward()
         optimizer.step()
     model.eval()
 
@@ -156,6 +196,8 @@ def test_training_packed_saved_and_loaded(case: str, dtype: torch.dtype, tmp_pat
 
 def test_what_stands_where() -> None:
     bart = prepare(build("bart"), {"rules": [TABLE, PRODUCTS], "kv": "int4 token"}, run=run)
+    assert not bart.all_tied_weights_keys
+    bart.tie_weights()  # as transformers does at times; it finds nothing to tie
     found = twins(bart)
     assert isinstance(found["model.shared"], FakeEmbedding)
     assert isinstance(found["model.encoder.embed_tokens"], FakeTiedEmbedding)
@@ -169,10 +211,27 @@ def test_what_stands_where() -> None:
     assert operands == {f"{name}.{PART}" for name, _ in attentions(bart)} and len(operands) == 5
     convert(bart)
     assert isinstance(bart.get_input_embeddings(), QuantEmbedding) and isinstance(bart.lm_head, TiedHead)
-    assert isinstance(bart.model.decoder.embed_tokens, TiedEmbedding)  # type: ignore[union-attr]
+    assert isinstance(bart.model.decoder.embed_tokens, TiedEmbedding)
     assert str(recorded_kv(bart)) == "int4 token"
     one = prepare(build("qwen3"), CASES["cache of one layer"][1])
     assert [n for n, twin in twins(one).items() if isinstance(twin, FakeCache)] == ["model.layers.1.self_attn.cached"]
+
+
+@pytest.mark.parametrize("case", ["encoder and decoder", "experts", "tied table, products, cache"])
+def test_a_float_model_goes_on_from_a_prepared_one(case: str) -> None:
+    """Every name that the float model has, no other, and what was trained under it."""
+    family, scheme, parts = CASES[case]
+    model = prepare(build(family), scheme, parts, run=run)
+    train(model, 1)
+    fresh = build(family, seed=5)
+    fresh.load_state_dict(float_values(model))
+    again = prepare(fresh, scheme, parts, run=run)
+    for name, twin in twins(again).items():
+        for mine, other in zip(twin.weights(), model.get_submodule(name).weights(), strict=True):
+            assert torch.equal(mine.latent, other.latent), name
+    assert all(
+        torch.equal(p, model.state_dict()[n]) for n, p in again.named_parameters() if "latent" in n or "norm" in n
+    )
 
 
 # ------------------------------------------------------------------------------------------------ embeddings
@@ -184,11 +243,12 @@ def test_gradients_of_a_tied_table_add_up() -> None:
         plain.model.embed_tokens.weight.copy_(line.fake_quantize(plain.model.embed_tokens.weight))
     prepare(model, {"rules": [{**TABLE, "weights": str(line)}]}).train()
     for each in (model, plain):
-        functional.cross_entropy(each(input_ids=input_ids()).logits.flatten(0, 1), torch.arange(24)).backward()
+        loss: Any = functional.cross_entropy(each(input_ids=input_ids()).logits.flatten(0, 1), torch.arange(24))
+        loss.backward()
     found, expected = model.model.embed_tokens.weight.latent.grad, plain.lm_head.weight.grad
     assert plain.lm_head.weight is plain.model.embed_tokens.weight
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
-    assert (expected[input_ids().unique()].norm(dim=1) > 2 * expected.norm(dim=1).median()).all()  # of both uses
+    assert (expected[torch.unique(input_ids())].norm(dim=1) > 2 * expected.norm(dim=1).median()).all()  # of both uses
 
 
 @pytest.mark.parametrize("line", ["int4 channel", "mxfp4", "nvfp4", "int4 tensor", "nf4 flat=64"])
@@ -216,7 +276,7 @@ def test_rows_that_are_needed(line: str, training: bool) -> None:
 # ------------------------------------------------------------------------------------------------ operands
 def attention_twin(family: str = "llama") -> tuple[Any, FakeOperands]:
     model = prepare(build(family), {"rules": [PRODUCTS]}, {"matmuls": "lsq"}, run=run)
-    name, module = next(iter(attentions(model)))
+    _, module = next(iter(attentions(model)))
     part = module.get_submodule(PART)
     assert isinstance(part, FakeOperands)
     return module, part.train()
@@ -226,15 +286,16 @@ def test_gradients_of_operands_by_finite_differences() -> None:
     """Of the surrogate in which every operand has a fixed rounding error: in float64, by central differences."""
     module, part = attention_twin()
     generator = torch.Generator().manual_seed(0)
-    inside = [0.9 * 7 * float(part.operands()[name].held.scale.detach()) for name in ("query", "key", "value")]  # type: ignore[union-attr]
+    scales: list[Any] = [part.get_parameter(f"{name}.held.scale").detach() for name in ("query", "key", "value")]
     states = [torch.rand(2, heads, 5, 8, generator=generator) * 2 - 1 for heads in (4, 2, 2)]
-    states = [x * scale for x, scale in zip(states, inside, strict=True)]
+    states = [0.9 * 7 * x * scale for x, scale in zip(states, scales, strict=True)]  # where nothing is clipped
     residue: dict[str, Tensor] = {}
     for name, learned in part.operands().items():
-        learned.register_forward_hook(lambda _, args, out, n=name: residue.update({n: (out - args[0]).detach()}))  # type: ignore[misc]
+        learned.register_forward_hook(lambda _, args, out, n=name: residue.update({n: (out - args[0]).detach()}))
     leaves = [x.clone().requires_grad_() for x in states]
     mask = torch.full((5, 5), float("-inf")).triu(1)
-    found = quantized_attention(module, *leaves, mask, scaling=0.5, dropout=0.0)[0]
+    query, key, value = leaves
+    found = quantized_attention(module, query, key, value, mask, scaling=0.5, dropout=0.0)[0]
     weights = torch.randn(found.shape, generator=generator)
     gradients = torch.autograd.grad((found * weights).sum(), leaves)
 
@@ -257,9 +318,10 @@ def test_gradients_of_operands_by_finite_differences() -> None:
             assert float(gradient.view(-1)[place]) == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=2e-4, abs=2e-5)
 
 
-def test_what_is_masked_stays_zero() -> None:
+@pytest.mark.parametrize(("line", "part"), [(PRODUCTS, "lsq"), (BITS, "elastic")])
+def test_what_is_masked_stays_zero(line: dict[str, str], part: str) -> None:
     """In training too: hidden tokens have probability 0 exactly, and what they hold changes nothing."""
-    model = prepare(build("bert"), {"rules": [PRODUCTS]}, {"matmuls": "lsq"}, run=run).train()
+    model = prepare(build("bert"), {"rules": [line]}, {"matmuls": part}, run=run).train()
     for dropout in (m for m in model.modules() if isinstance(m, nn.Dropout)):
         dropout.p = 0.0
     seen: list[Tensor] = []
@@ -301,13 +363,35 @@ def test_a_pass_in_training_is_decoding_step_by_step(family: str) -> None:
     assert (whole - exact).norm() > 0.01 * exact.norm()
 
 
+def test_calibrated_scales_begin_at_what_is_cached() -> None:
+    """The largest key, and value, of the first batch over the largest number of the format."""
+    seen: dict[str, list[float]] = {}
+
+    class Look(transformers.DynamicCache):
+        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            seen[f"model.layers.{layer_idx}.self_attn.{CACHED}"] = [
+                float(x.abs().max()) for x in (key_states, value_states)
+            ]
+            return super().update(key_states, value_states, layer_idx)
+
+    model = build("llama")
+    with torch.no_grad():
+        model(**batch(model), **given(model, Look(config=model.config)))
+    prepare(model, {"kv": "float8_e4m3fn tensor static"}, run=run)
+    found = {name: twin.format() for name, twin in twins(model).items() if isinstance(twin, FakeCache)}
+    assert found.keys() == seen.keys()
+    for name, kv in found.items():
+        scales = [fixed_scale(quantizer) for quantizer in (kv.keys, kv.values)]
+        assert scales == pytest.approx([largest / 448 for largest in seen[name]], rel=1e-6)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_gradients_pass_a_cache_straight_through(implementation: str) -> None:
     """Those of keys are torch's for keys with a fixed error; recomputed layers (checkpointing) have the same."""
     config: Any = transformers.AutoConfig.for_model("llama", **{**BERT, "num_key_value_heads": 2})
     auto: Any = transformers.AutoModelForCausalLM
     model = prepare(auto.from_config(config, attn_implementation=implementation), {"kv": "int4 token"})
-    attention = model.model.layers[1].self_attn  # type: ignore[union-attr, index]
+    attention = model.model.layers[1].self_attn
     seen: dict[str, Tensor] = {}
 
     def keep(_: nn.Module, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
@@ -324,7 +408,7 @@ def test_gradients_pass_a_cache_straight_through(implementation: str) -> None:
             (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
         model.train().zero_grad()
         model(input_ids=input_ids(), labels=input_ids()).loss.backward()
-        gradients.append(attention.k_proj.weight.grad.clone())  # type: ignore[union-attr]
+        gradients.append(attention.k_proj.weight.grad.clone())
     for name in ("key", "value"):
         gradient, read = seen[name].grad, seen[f"{name} read"]
         torch.testing.assert_close(gradient, read.grad, rtol=1e-6, atol=0)
@@ -345,7 +429,8 @@ def test_llm_qats_own_order_needs_no_cache_in_few_bits() -> None:
         whole = model(input_ids=input_ids(), use_cache=False).logits
         convert(model)
         assert torch.equal(model(input_ids=input_ids(), use_cache=False).logits, whole)
-        cache, steps, before = None, [], None
+        cache: Any = None
+        steps, before = list[Tensor](), None
         for at in range(12):
             found = model(input_ids=input_ids()[:, at : at + 1], **seen_before(model, cache), use_cache=True)
             cache = found.past_key_values
@@ -388,8 +473,8 @@ def test_groups_of_all_kinds() -> None:
         for name, parameters in twin.groups().items():
             wanted = {"matmuls.scales": 1e-5, "kv.scales": 1e-6, "weights.scales": 1e-4}.get(name)
             assert {rates[id(p)] for p in parameters} == {wanted}
-    with pytest.raises(UsageError, match="no layer learns 'kv.offsets'"):
-        learning_groups(model, {"kv.offsets": 1e-3})
+    with pytest.raises(UsageError, match="no layer learns 'clip'"):
+        learning_groups(model, {"clip": 1e-3})
 
 
 def test_refusals() -> None:
@@ -433,6 +518,9 @@ def test_refusals() -> None:
     with pytest.raises(ModelError, match="has flex_attention; load it with attn_implementation='sdpa'"):
         prepare(flash, {"rules": [TABLE], "kv": "int4 token"})
     assert not twins(flash) and flash.lm_head.weight is flash.get_input_embeddings().weight
+    twice = prepare(build("opt"), {"matmuls": "int8 token"})
+    with pytest.raises(SchemeError, match="self_attn: it has matmuls that are quantized, or trained, already"):
+        prepare(twice, {"matmuls": "int4 token"})
     bad = prepare(build("llama"), {"rules": [TABLE]})
     with torch.no_grad():
         bad.get_input_embeddings().weight.latent[3, 4] = torch.nan

@@ -123,6 +123,8 @@ class Attention(Kind):
             parts = {name: part for name in CACHES if (part := learned.get(f"kv.{name}")) is not None}
             made[CACHED] = FakeCache(target.rule.kv, parts)
         for name, twin in made.items():
+            if name in module._modules:
+                raise SchemeError(f"it has {name} that are quantized, or trained, already. Begin with the float model.")
             module.add_module(name, twin)
         return [*made.values()]
 

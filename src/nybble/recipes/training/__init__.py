@@ -6,6 +6,7 @@ Nothing is parsed here: :func:`nybble.training.recipe.load_training_recipe` does
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from nybble.core.errors import UsageError
 from nybble.recipes import REGISTRY as POST_TRAINING
@@ -20,9 +21,11 @@ def check_training_recipe(name: str) -> None:
     """Refuse a name that there isn't, without reading any recipe.
 
     Raises:
-        UsageError: with the closest name; or a recipe that ``nybble quantize`` runs.
+        UsageError: with the closest name; or a recipe that ``nybble quantize`` runs; a file that isn't there.
     """
     if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise UsageError(f"no recipe file {name}.")
         return
     if name not in REGISTRY and name in POST_TRAINING:
         raise UsageError(f"recipe {name!r} doesn't train by itself: nybble quantize MODEL OUT --recipe {name}.")

@@ -67,6 +67,7 @@ class Method(ABC):
             model, in float32, and ``dtype`` is that of the products.
         adapts: whether its result is an adapter, and not a model.
         continues: whether it can go on from an earlier result (``--adapter``).
+        tasks: names of those that its models do; none: any.
     """
 
     summary: ClassVar[str]
@@ -74,6 +75,7 @@ class Method(ABC):
     packs: ClassVar[bool] = False
     adapts: ClassVar[bool] = False
     continues: ClassVar[bool] = False
+    tasks: ClassVar[tuple[str, ...]] = ()
 
     def needed(self) -> None:  # noqa: B027 - some need nothing
         """Raise UsageError where a package that the method needs is missing."""

@@ -55,6 +55,7 @@ class Qlora(Method):
     packs: ClassVar[bool] = True
     adapts: ClassVar[bool] = True
     continues: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = ("language",)
 
     def needed(self) -> None:
         """PEFT, accelerate, and what PEFT's cards and our page are filled in with."""

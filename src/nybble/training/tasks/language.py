@@ -20,7 +20,7 @@ from nybble.training.tasks._fits import check_length, check_tokens
 
 
 class Language(Task):
-    """See the module."""
+    """See the module. Metrics: ``nll``, nats a target token, and ``ppl``, its exponential."""
 
     summary: ClassVar[str] = "causal language models, on text or instructions"
     unit: ClassVar[str] = "target tokens"
