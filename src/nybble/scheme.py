@@ -256,7 +256,9 @@ def preset_scheme(name: str) -> Scheme:
         return parse_scheme({**TWO_SETS[name].to_dict(), "name": name})
     spelled = re.fullmatch(r"W(\d+)A(\d+)_(E\d+M\d+|INT)(?:_(E\d+M\d+|INT))?", name)
     if spelled is None:
-        raise SchemeError(f"unknown scheme {name!r}.{did_you_mean(name, [*PRESETS, *TWO_SETS, 'W4A4_E2M1', 'W4A8_E2M1_E4M3'])}")
+        raise SchemeError(
+            f"unknown scheme {name!r}.{did_you_mean(name, [*PRESETS, *TWO_SETS, 'W4A4_E2M1', 'W4A8_E2M1_E4M3'])}"
+        )
     w_bits, a_bits, w_format, a_format = int(spelled[1]), int(spelled[2]), spelled[3], spelled[4] or spelled[3]
     weights = _spelled(name, w_bits, w_format, "channel")
     inputs = None if a_bits == 16 else _spelled(name, a_bits, a_format, "token")

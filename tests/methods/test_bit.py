@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from tests.parts.training.test_text_tasks import BERT, ONE, model, sentences
 from tests.tiny import framed_tokenizer
 from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
 
 import nybble
-from nybble.core.errors import ModelError, SchemeError
+from nybble.core.errors import ModelError
 from nybble.core.progress import Silent
 from nybble.data.samples import InMemory
 from nybble.nn.attention import attentions
-from nybble.nn.layer import QuantLayer
 from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
 from nybble.pipelines import stages
@@ -74,7 +72,7 @@ def packed(root: nn.Module) -> dict[str, QuantLinear]:
     return {name: layer for name, layer in root.named_modules() if isinstance(layer, QuantLinear)}
 
 
-# ------------------------------------------------------------------------------------------------------ the whole recipe
+# --------------------------------------------------------------------------------------------------- the whole recipe
 def test_the_recipe_and_the_teacher_of_its_second_stage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check 7: the teacher of the second stage is the first stage's network, frozen, and the same afterwards."""
     pytest.importorskip("accelerate", reason="the Trainer needs it: pip install 'nybble[train]'")
@@ -87,10 +85,10 @@ def test_the_recipe_and_the_teacher_of_its_second_stage(folder: Path, monkeypatc
 
     monkeypatch.setattr(stages, "Objective", Watched)
     found = run(folder, judged_on=str(folder / "data.jsonl"))
-    assert found["steps"] == 4
     (first, _), (second, _) = taught
     assert isinstance(first.get_submodule("bert.pooler.dense"), nn.Linear)
-    assert str(second.get_submodule("bert.pooler.dense").inputs.quantizer).startswith("int2_full")  # type: ignore[union-attr]
+    pooler: Any = second.get_submodule("bert.pooler.dense")
+    assert pooler.inputs.quantizer.format.name == "int2_full" and found["steps"] == 4
     for teacher, before in taught:
         assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
         assert all(torch.equal(t, before[name]) for name, t in teacher.state_dict().items())
@@ -105,24 +103,25 @@ def test_one_number_is_refused_with_a_way_out(tmp_path: Path) -> None:
     """Check 6: of a head with one logit cross-entropy is constant."""
     pytest.importorskip("accelerate", reason="the Trainer needs it: pip install 'nybble[train]'")
     save(tmp_path, ONE, [0.5, 1.5])
-    with pytest.raises(ModelError, match="one number a row.*Take form: mse"):
+    with pytest.raises(ModelError, match=r"one number a row.*Take form: mse"):
         run(tmp_path)
     found = run(tmp_path, options={"losses": {"logits": {"form": "mse"}, "hidden": 1.0}})
     assert found["steps"] == 4
 
 
-# ------------------------------------------------------------------------------------------------------- packed products
+# ------------------------------------------------------------------------------------------------------ packed products
 def trained(made: Any, seed: int = 0) -> Any:
     """Some steps of the second stage's training, on texts of random words."""
     prepared, batch = attached(made), random_batch(seed)
-    learn(prepared, copy.deepcopy(made), [batch] * 3, lr=5e-3)
+    with torch.enable_grad():
+        learn(prepared, copy.deepcopy(made), [batch] * 3, lr=5e-3)
     return convert(prepared)
 
 
 def attached(made: Any, before: Any = None, stage: int = 1, **changes: Any) -> Any:
     given = Given(
         options=options(**changes), scheme=RECIPE.scheme, stage=stage, before=before,
-        run=lambda network: network(**random_batch(0)),
+        run=lambda network: network(random_batch(0)["input_ids"]),
     )  # fmt: skip
     network = copy.deepcopy(made)
     if before is not None:
@@ -148,7 +147,7 @@ def learn(student: Any, teacher: Any, batches: list[dict[str, Tensor]], lr: floa
     student.train()
     for batch in batches:
         optimizer.zero_grad()
-        objective(student, batch, 0.0).backward()
+        torch.autograd.backward(objective(student, batch, 0.0))
         optimizer.step()
         rate.step()
     student.eval()
@@ -170,8 +169,8 @@ def test_products_are_counts_of_bits() -> None:
         w = weight.dequantize(torch.float32).double()
         a, s = (t.abs().max().item() for t in (x, w))
         unsigned = name.endswith("output.dense") and "attention" not in name
-        assert {*(x / a).unique().tolist()} <= ({0.0, 1.0} if unsigned else {-1.0, 1.0})
-        assert {*(w / s).unique().tolist()} == {-1.0, 1.0}
+        assert {*(x / a).flatten().tolist()} <= ({0.0, 1.0} if unsigned else {-1.0, 1.0})
+        assert {*(w / s).flatten().tolist()} == {-1.0, 1.0}
         assert torch.equal(torch.from_numpy(counted((x > 0).numpy(), (w > 0).numpy(), unsigned)), (x / a) @ (w / s).T)
     for _, attention in attentions(made):
         zero_one = attention.get_submodule("matmuls.probabilities")(torch.tensor([0.0, 1e-9, 1.0]))
@@ -180,16 +179,18 @@ def test_products_are_counts_of_bits() -> None:
 
 def counted(x: Any, w: Any, unsigned: bool) -> Any:
     """Rows of bits with rows of bits: integers, by bitwise operations on packed words and counts of ones."""
-    words, rows = (
-        np.packbits(bits, axis=1)[:, None, :] if bits is x else np.packbits(bits, axis=1)[None] for bits in (x, w)
-    )
-    ones = lambda packed: np.unpackbits(packed, axis=-1).sum(-1, dtype=np.int64)  # noqa: E731
+    words, rows = np.packbits(x, axis=1)[:, None, :], np.packbits(w, axis=1)[None]
     if unsigned:  # sum of w where x is 1
         return (2 * ones(words & rows) - ones(words)).astype(np.float64)
     return (x.shape[1] - 2 * ones(words ^ rows)).astype(np.float64)
 
 
-# ------------------------------------------------------------------------------------------------------------- the sets
+def ones(words: Any) -> Any:
+    """How many bits are 1, of the last dimension's bytes."""
+    return np.unpackbits(words, axis=-1).sum(-1, dtype=np.int64)
+
+
+# ------------------------------------------------------------------------------------------------------------ the sets
 @torch.no_grad()
 def test_what_a_mask_hides_stays_hidden() -> None:
     """Check 5: {0, a} of probabilities; with {-a, a} words of padding are read."""
@@ -205,4 +206,45 @@ def test_what_a_mask_hides_stays_hidden() -> None:
     assert not torch.equal(one(**batch).logits, one(**other).logits)
 
 
-# ----------------------------------------------------------------------------------------------------------- the stages
+# ---------------------------------------------------------------------------------------------------------- the stages
+@pytest.mark.slow
+def test_two_stages_are_better_than_one_of_as_many_updates() -> None:
+    """Check 7: which of two marks is somewhere in a text, and whether its first word is odd; means of three seeds."""
+    found = [_two_and_one(seed) for seed in range(3)]
+    two, one = (sum(each) / len(each) for each in zip(*found, strict=True))
+    assert two >= one and two > 0.98
+
+
+def _two_and_one(seed: int, steps: int = 100) -> tuple[float, float]:
+    """Accuracy on 2,000 texts that nobody has seen."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = {**BERT, "num_hidden_layers": 1, "id2label": {0: "even", 1: "odd"}}
+        teacher: Any = BertForSequenceClassification(BertConfig(**config))
+        optimizer = torch.optim.AdamW(teacher.parameters(), 3e-3)
+        for number in range(250):
+            teacher.train()(**marked(seed, number)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        batches = [marked(seed, 1000 + number) for number in range(2 * steps)]
+        first = attached(teacher, stage=0)
+        learn(first, teacher, batches[:steps], lr=1e-2)
+        second, one = attached(teacher, before=first), attached(teacher)
+        learn(second, first, batches[steps:], lr=1e-2)
+        learn(one, teacher, batches, lr=1e-2)
+    return accuracy(second), accuracy(one)
+
+
+def marked(seed: int, number: int, count: int = 64) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(10_000 * seed + number)
+    ids = torch.randint(7, 37, (count, 6), generator=draw)
+    place, mark = (torch.randint(low, high, (count,), generator=draw) for low, high in ((1, 6), (0, 2)))
+    ids[torch.arange(count), place] = 5 + mark
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": (mark + ids[:, 0] - 7) % 2}
+
+
+@torch.no_grad()
+def accuracy(made: Any) -> float:
+    batch = marked(100, 0, 2000)
+    right: Tensor = made.eval()(**batch).logits.argmax(-1) == batch["labels"]
+    return right.double().mean().item()

@@ -6,6 +6,7 @@ tests/parts/learned/test_elastic.py and test_statistics.py, those of the losses 
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def learn(student: Any, teacher: Any, steps: int = 2) -> None:
     with objective.served(student):
         for step in range(steps):
             optimizer.zero_grad()
-            objective(student, batch(step), 0.0).backward()
+            torch.autograd.backward(objective(student, batch(step), 0.0))
             optimizer.step()
     student.eval()
 
@@ -78,7 +79,7 @@ def codes_of(packed: Packed) -> Tensor:
     return found.dequantize(torch.float32)
 
 
-# ------------------------------------------------------------------------------------------------------ the whole recipe
+# --------------------------------------------------------------------------------------------------- the whole recipe
 @pytest.mark.parametrize(
     ("name", "family", "config"),
     [("BartForConditionalGeneration", "bart", BART), ("T5ForConditionalGeneration", "t5", T5)],
@@ -107,7 +108,7 @@ def test_the_recipe_is_packed_as_it_was_measured(
     for layer in layers:  # check 1: codes and nothing else
         assert isinstance(layer.weight, Packed)
         dense = codes_of(layer.weight)
-        levels = {*(dense / dense.abs().amax(1, keepdim=True)).unique().tolist()}
+        levels = {*(dense / dense.abs().amax(1, keepdim=True)).flatten().tolist()}
         assert levels == ({-1.0, 1.0} if scheme else {-1.0, 0.0, 1.0})
 
 
@@ -120,14 +121,13 @@ def test_a_head_may_share_the_embeddings_few_bits() -> None:
     assert isinstance(convert(shared).lm_head, TiedHead)
     student = attached(made)
     learn(student, bart())
-    packed = convert(student)
-    assert isinstance(packed.model.shared, QuantEmbedding) and isinstance(
-        packed.model.encoder.embed_tokens, TiedEmbedding
-    )
+    packed: Any = convert(student)
+    assert isinstance(packed.model.shared, QuantEmbedding)
+    assert isinstance(packed.model.encoder.embed_tokens, TiedEmbedding)
     assert type(packed.lm_head) is nn.Linear and not torch.equal(packed.lm_head.weight, before)
 
 
-# ------------------------------------------------------------------------------------------------------------- the sets
+# ------------------------------------------------------------------------------------------------------------ the sets
 @torch.no_grad()
 @pytest.mark.parametrize("scheme", ["TBT_W2A2", "TBT_W1A1"])
 def test_what_has_no_sign_stays_so(scheme: str) -> None:
@@ -135,7 +135,7 @@ def test_what_has_no_sign_stays_so(scheme: str) -> None:
     student = attached(bart(), scheme)
     with torch.enable_grad():
         learn(student, bart())
-    made = convert(student)
+    made: Any = convert(student)
     for layer in (*made.model.encoder.layers, *made.model.decoder.layers):
         rounded = layer.fc2.inputs(torch.linspace(-3, 3, 101))
         a = rounded.max()
@@ -149,7 +149,7 @@ def test_what_has_no_sign_stays_so(scheme: str) -> None:
         assert (signed - maps).square().mean() > 4 * (rounded - maps).square().mean()
 
 
-# ----------------------------------------------------------------------------------------------------------- the losses
+# ---------------------------------------------------------------------------------------------------------- the losses
 def test_a_student_that_is_its_teacher() -> None:
     """Check 7: maps and states lose nothing, logits the teacher's entropy; padding counts where it is told to."""
     teacher = bart()
@@ -163,13 +163,16 @@ def test_a_student_that_is_its_teacher() -> None:
     assert objective.last["logits"].item() == pytest.approx(entropy.item(), rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 def test_rows_without_magnitude_and_scales_below_zero() -> None:
     """Check 8: no NaN of zero and constant rows; a scale of 0 or less in a checkpoint is used at the floor."""
     made = bart()
     with torch.no_grad():
         made.model.encoder.layers[0].fc1.weight[3] = 0.0
         made.model.encoder.layers[0].fc1.weight[4] = 0.25
+    rounded: Any = convert(attached(copy.deepcopy(made)))
+    codes = codes_of(rounded.model.encoder.layers[0].fc1.weight)
+    assert (codes[3:5] == 0).all() and (codes != 0).any(1).sum() == len(codes) - 2
     student = attached(made)
     state = {name: torch.full_like(t, -1.0) if name.endswith("inputs.held.scale") else t for name, t in
              student.state_dict().items()}  # fmt: skip
@@ -178,10 +181,10 @@ def test_rows_without_magnitude_and_scales_below_zero() -> None:
     learn(student, bart(), steps=1)
     with torch.no_grad():
         before = student(**batch()).logits
-        packed = convert(student)
+        packed: Any = convert(student)
         assert before.isfinite().all() and torch.equal(packed(**batch()).logits, before)
     first = packed.model.encoder.layers[0].fc1
-    assert first.inputs.params().scale == pytest.approx(1e-5) and (codes_of(first.weight)[4] == 0).all()
+    assert first.inputs.params().scale == torch.tensor(1e-5)
 
 
 def test_bad_requests() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from nybble.learned import ACTIVATIONS, WEIGHTS, make_part
 from nybble.nn.kinds import targets_of
-from nybble.scheme import Scheme, preset_scheme
+from nybble.scheme import preset_scheme
 from nybble.two_sets import TWO_SETS
 
 DISTIL: dict[str, Any] = {
@@ -20,15 +20,17 @@ DISTIL: dict[str, Any] = {
 CLASSES = {"id2label": BERT["id2label"]}
 #: class, family, config, second MLP layers, tables, what stays in float
 FAMILIES: list[tuple[str, str, dict[str, Any], str, str, set[str]]] = [
-    ("BertForSequenceClassification", "bert", BERT, "bert.encoder.layer.{}.output.dense", "bert.embeddings.word_embeddings",
+    ("BertForSequenceClassification", "bert", BERT, "bert.encoder.layer.{}.output.dense",
+     "bert.embeddings.word_embeddings",
      {"classifier", "bert.embeddings.position_embeddings", "bert.embeddings.token_type_embeddings"}),
     ("BertModel", "bert", BERT, "encoder.layer.{}.output.dense", "embeddings.word_embeddings",
      {"embeddings.position_embeddings", "embeddings.token_type_embeddings"}),
     ("RobertaForSequenceClassification", "roberta", BERT, "roberta.encoder.layer.{}.output.dense",
      "roberta.embeddings.word_embeddings",
      {"classifier.out_proj", "roberta.embeddings.position_embeddings", "roberta.embeddings.token_type_embeddings"}),
-    ("DistilBertForSequenceClassification", "distilbert", {**DISTIL, **CLASSES}, "distilbert.transformer.layer.{}.ffn.lin2",
-     "distilbert.embeddings.word_embeddings", {"classifier", "distilbert.embeddings.position_embeddings"}),
+    ("DistilBertForSequenceClassification", "distilbert", {**DISTIL, **CLASSES},
+     "distilbert.transformer.layer.{}.ffn.lin2", "distilbert.embeddings.word_embeddings",
+     {"classifier", "distilbert.embeddings.position_embeddings"}),
     ("BartForSequenceClassification", "bart", {**BART, **CLASSES}, "model.{side}.layers.{}.fc2", "model.shared",
      {"classification_head.out_proj"}),
     ("BartForConditionalGeneration", "bart", BART, "model.{side}.layers.{}.fc2", "model.shared", {"lm_head"}),
@@ -77,4 +79,4 @@ def test_widths_are_those_of_the_name(name: str) -> None:
         if rule.inputs is not None:
             assert rule.inputs.format.bits == inputs
             make_part("ste" if inputs == 8 else "elastic", {}).check(rule.inputs, ACTIVATIONS)
-    assert isinstance(scheme, Scheme) and scheme.name == name
+    assert scheme.name == name

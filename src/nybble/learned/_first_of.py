@@ -28,7 +28,9 @@ class FirstOf(Part):
             raise SchemeError("a list of learned parts is empty; name one, or leave it out.")
         fixing = next((part for part in parts if part.fixes_x), None)
         if fixing is not None and len(parts) > 1:
-            raise SchemeError(f"{part_name(fixing)} keeps the weight as it is, and stands alone; take it out of the list.")
+            raise SchemeError(
+                f"{part_name(fixing)} keeps the weight as it is, and stands alone; take it out of the list."
+            )
         self.parts = tuple(parts)
 
     def chosen(self, quantizer: Quantizer, side: str) -> Part:
@@ -47,13 +49,13 @@ class FirstOf(Part):
                 return part
         raise errors[0]
 
-    def check(self, quantizer: Quantizer, side: str = WEIGHTS) -> None:  # noqa: D102
+    def check(self, quantizer: Quantizer, side: str = WEIGHTS) -> None:
         self.chosen(quantizer, side)
 
-    def make(  # noqa: D102
+    def make(
         self, quantizer: Quantizer, x: Tensor, start: BlockQTensor | QuantParams | None = None, side: str = WEIGHTS
     ) -> Learned:
         return self.chosen(quantizer, side).make(quantizer, x, start, side)
 
-    def begin(self, quantizer: Quantizer, x: Tensor, start: QuantParams | None, side: str) -> Learned:  # noqa: D102
+    def begin(self, quantizer: Quantizer, x: Tensor, start: QuantParams | None, side: str) -> Learned:
         return self.chosen(quantizer, side).begin(quantizer, x, start, side)

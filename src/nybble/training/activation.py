@@ -28,7 +28,8 @@ def use_activation(model: Any, name: str) -> None:
     """Put another function where each module of the network's own stands, and into its config.
 
     Args:
-        model: of transformers; changed in place. name: as configs have it, ``relu``.
+        model: of transformers; changed in place.
+        name: as configs have it, ``relu``.
 
     Raises:
         ModelError: its config names no function, or no module calculates it.

@@ -33,14 +33,15 @@ ALL, LEARNED = "all", "learned"
 class QatOptions:
     """Of the training.
 
-    ``learned``: by role (weights, inputs, outputs ...) the part that learns, a name or ``{name: {option: value}}``, or a
-    list, of which the first that can learn a quantizer does; left out: straight through. ``losses``: by name a weight, or a mapping of ``weight`` and the loss's options.
-    ``rates``: learning rates over that of the loop, by what learns (``scales``, ``inputs.scales``). ``what``: ``all``
-    trains, or what is ``learned`` alone, beside frozen weights. ``stages``: mappings with the ``scheme`` (and perhaps
-    ``learned``) of each training before the recipe's own. ``teacher``: the ``float`` network, or that of the ``stage``
-    before. ``inherit``: what learned in one stage goes on in the next, where it has the same shape. ``activation``:
-    of the trained network in place of its own, a name that transformers has (``relu``). ``float_head``: an output head
-    that shares the embeddings' table gets a float one of its own.
+    ``learned``: by role (weights, inputs, outputs ...) the part that learns, a name or ``{name: {option: value}}``, or
+    a list, of which the first that can learn a quantizer does; left out: straight through. ``losses``: by name a
+    weight, or a mapping of ``weight`` and the loss's options. ``rates``: learning rates over that of the loop, by what
+    learns (``scales``, ``inputs.scales``). ``what``: ``all`` trains, or what is ``learned`` alone, beside frozen
+    weights. ``stages``: mappings with the ``scheme`` (and perhaps ``learned``) of each training before the recipe's
+    own. ``teacher``: the ``float`` network, or that of the ``stage`` before. ``inherit``: what learned in one stage
+    goes on in the next, where it has the same shape. ``activation``: of the trained network in place of its own, a name
+    that transformers has (``relu``). ``float_head``: an output head that shares the embeddings' table gets a float one
+    of its own.
     """
 
     learned: Mapping[str, Any] = field(default_factory=dict)
