@@ -48,6 +48,7 @@ from nybble.training.methods import METHODS
 from nybble.training.recipe import listed_training_recipes
 from nybble.training.settings import TrainSettings
 from nybble.training.tasks import TASKS, Task
+from nybble.two_sets import TWO_SETS
 
 NO_DEFAULT = (dataclasses.MISSING, None, "", ())
 WORDS: dict[Any, str] = {
@@ -253,6 +254,12 @@ def scheme_presets() -> str:
     return table(("scheme", "weights", "inputs"), rows, numbers=False)
 
 
+def two_sets() -> str:
+    """Schemes of binary and ternary networks."""
+    rows = [[f"`{name}`", *(f"`{line}`" for line in lines)] for name, lines in TWO_SETS.items()]
+    return table(("scheme", "weights", "embeddings", "activations", "never negative"), rows, numbers=False)
+
+
 # ----------------------------------------------------------------------------------------------------------- recipes
 def recipes() -> str:
     """All named recipes."""
@@ -439,7 +446,7 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         words, families, format_families, formats, presets, granularities, scale_rules, roundings, packings, rule_keys,
-        scheme_keys, scheme_presets, recipes, transform_steps, solver_steps, reconstruction_options,
+        scheme_keys, scheme_presets, two_sets, recipes, transform_steps, solver_steps, reconstruction_options,
         reconstruction_steps, learned_parts, learned_transforms, train_steps, correction_options, correction_steps,
         targets, target_rows, optimizers, optimizer_presets, train_recipes, train_methods, train_settings,
         train_losses, train_tasks,

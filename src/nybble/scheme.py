@@ -18,7 +18,7 @@ A cache's line is that of :class:`~nybble.kv_format.KVFormat`.
 
 Preset names follow compressed-tensors where it has the name (``W4A16``, ``W8A8``, ``NVFP4``, ``MXFP4``,
 ``FP8_DYNAMIC``); ours carry the format: ``W4A4_E2M1``, ``W4A8_E2M1_E4M3``: weights per output channel, inputs per
-token.
+token. Those of binary and ternary networks, ``BIT_W1A1`` ..., are in :mod:`nybble.two_sets`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from nybble.core.errors import SchemeError, did_you_mean
 from nybble.kv_format import KVFormat
 from nybble.matmul_format import MatmulFormat
 from nybble.quantizer import Quantizer
+from nybble.two_sets import TWO_SETS
 
 if TYPE_CHECKING:
     import torch
@@ -251,9 +252,13 @@ def preset_scheme(name: str) -> Scheme:
     if name in PRESETS:
         weights, inputs = (None if line is None else Quantizer(line) for line in PRESETS[name])
         return Scheme(rules=(Rule(weights=weights, inputs=inputs),), name=name)
+    if name in TWO_SETS:
+        return parse_scheme({**TWO_SETS[name].to_dict(), "name": name})
     spelled = re.fullmatch(r"W(\d+)A(\d+)_(E\d+M\d+|INT)(?:_(E\d+M\d+|INT))?", name)
     if spelled is None:
-        raise SchemeError(f"unknown scheme {name!r}.{did_you_mean(name, [*PRESETS, 'W4A4_E2M1', 'W4A8_E2M1_E4M3'])}")
+        raise SchemeError(
+            f"unknown scheme {name!r}.{did_you_mean(name, [*PRESETS, *TWO_SETS, 'W4A4_E2M1', 'W4A8_E2M1_E4M3'])}"
+        )
     w_bits, a_bits, w_format, a_format = int(spelled[1]), int(spelled[2]), spelled[3], spelled[4] or spelled[3]
     weights = _spelled(name, w_bits, w_format, "channel")
     inputs = None if a_bits == 16 else _spelled(name, a_bits, a_format, "token")

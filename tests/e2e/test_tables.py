@@ -19,6 +19,7 @@ from nybble.recipe import parse_recipe, recipe_names
 from nybble.scales import REGISTRY as SCALES
 from nybble.scheme import PRESETS, parse_scheme
 from nybble.solvers import REGISTRY as SOLVERS
+from nybble.two_sets import TWO_SETS
 from nybble.walk.steps.make import check_quick, make_steps
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,7 @@ def test_the_grammar_has_every_part_and_what_every_option_means() -> None:
     recipes = page("recipes")
     assert [name for name in recipe_names() if f"\n| `{name}` | " not in recipes] == []
     assert [name for name in SOLVERS.names() if f"\n**`{name}`**: " not in recipes] == []
-    assert [name for name in PRESETS if f"\n| `{name}` | " not in page("schemes")] == []
+    assert [name for name in (*PRESETS, *TWO_SETS) if f"\n| `{name}` | " not in page("schemes")] == []
     assert [name for name in SCALES.names() if f"\n| `{name}` | " not in page("lines")] == []
     assert [name for name in TARGETS.names() if f"\n| `{name}` | " not in page("targets")] == []
     assert "| `activation_order` | true or false | " in recipes

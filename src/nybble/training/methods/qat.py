@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from nybble.core.errors import SchemeError, UsageError, within
 from nybble.core.options import named
 from nybble.learned import Part, make_part
+from nybble.learned._first_of import FirstOf
+from nybble.nn.kinds.tied import untie_head
 from nybble.scheme import Scheme, parse_scheme
+from nybble.training.activation import check_activation, use_activation
 from nybble.training.convert import convert
 from nybble.training.methods import Given, Method, Place
 from nybble.training.objective import make_losses
@@ -30,12 +33,15 @@ ALL, LEARNED = "all", "learned"
 class QatOptions:
     """Of the training.
 
-    ``learned``: by role (weights, inputs, outputs ...) the part that learns, a name or ``{name: {option: value}}``;
-    left out: straight through. ``losses``: by name a weight, or a mapping of ``weight`` and the loss's options.
-    ``rates``: learning rates over that of the loop, by what learns (``scales``, ``inputs.scales``). ``what``: ``all``
-    trains, or what is ``learned`` alone, beside frozen weights. ``stages``: mappings with the ``scheme`` (and perhaps
-    ``learned``) of each training before the recipe's own. ``teacher``: the ``float`` network, or that of the ``stage``
-    before. ``inherit``: what learned in one stage goes on in the next, where it has the same shape.
+    ``learned``: by role (weights, inputs, outputs ...) the part that learns, a name or ``{name: {option: value}}``, or
+    a list, of which the first that can learn a quantizer does; left out: straight through. ``losses``: by name a
+    weight, or a mapping of ``weight`` and the loss's options. ``rates``: learning rates over that of the loop, by what
+    learns (``scales``, ``inputs.scales``). ``what``: ``all`` trains, or what is ``learned`` alone, beside frozen
+    weights. ``stages``: mappings with the ``scheme`` (and perhaps ``learned``) of each training before the recipe's
+    own. ``teacher``: the ``float`` network, or that of the ``stage`` before. ``inherit``: what learned in one stage
+    goes on in the next, where it has the same shape. ``activation``: of the trained network in place of its own, a name
+    that transformers has (``relu``). ``float_head``: an output head that shares the embeddings' table gets a float one
+    of its own.
     """
 
     learned: Mapping[str, Any] = field(default_factory=dict)
@@ -45,6 +51,8 @@ class QatOptions:
     stages: tuple[Mapping[str, Any], ...] = ()
     teacher: Literal["float", "stage"] = "float"
     inherit: bool = True
+    activation: str = ""
+    float_head: bool = False
 
 
 class Qat(Method):
@@ -60,6 +68,8 @@ class Qat(Method):
             _parts(options, stage)
         if options.teacher == "stage" and not options.stages:
             raise UsageError("teacher: stage is the network of the stage before, and there is one stage; say float.")
+        if options.activation:
+            check_activation(options.activation)
         for name, rate in options.rates.items():
             if not rate >= 0:
                 raise UsageError(f"rates: {name} is {rate}; a rate is a number of 0 or more, over that of the loop.")
@@ -69,6 +79,7 @@ class Qat(Method):
 
     def attach(self, model: nn.Module, given: Given) -> nn.Module:  # noqa: D102
         options: QatOptions = given.options
+        _change(model, given)
         model.requires_grad_(True)
         made = prepare(
             model, _scheme(options, given.scheme, given.stage), _parts(options, given.stage), run=given.run
@@ -106,6 +117,17 @@ class Qat(Method):
         return convert(model.to(place.dtype))
 
 
+def _change(model: nn.Module, given: Given) -> None:
+    """What the options say of the network itself."""
+    options: QatOptions = given.options
+    if options.activation:
+        use_activation(model, options.activation)
+    if options.float_head:
+        untie_head(model)
+        if given.before is not None:  # its head has a table of its own already
+            model.load_state_dict(float_values(given.before), strict=False)
+
+
 def _scheme(options: QatOptions, scheme: Scheme, stage: int) -> Scheme:
     """Of a stage; the last one's is the recipe's, or what the command line made of it."""
     if stage == len(options.stages):
@@ -126,11 +148,13 @@ def _parts(options: QatOptions, stage: int) -> dict[str, str | Part]:
     if stage < len(options.stages):
         given = {**given, **options.stages[stage].get("learned", {})}
     found: dict[str, str | Part] = {}
-    for role, part in given.items():
+    for role, asked in given.items():
         if role not in ROLES:
             raise SchemeError(f"learned: parts learn {', '.join(ROLES)}; got {role!r}.")
-        name, more = named(part, "learned part", f"learned: {role}")
-        found[role] = make_part(name, more)
+        several = asked if isinstance(asked, list | tuple) else [asked]
+        pairs = [named(part, "learned part", f"learned: {role}") for part in several]
+        parts = [make_part(name, more) for name, more in pairs]
+        found[role] = parts[0] if len(parts) == 1 else FirstOf(parts)
     return found
 
 
