@@ -27,7 +27,7 @@ class MatmulFormat:
         probabilities: [batch, heads, queries, tokens], 0 or more. value: [batch, key heads, tokens, head width].
 
     >>> str(MatmulFormat.parse("int8 tensor static probabilities=(uint8 tensor static)"))
-    'int8 tensor static probabilities=(uint8 tensor static)'
+    'int8 static probabilities=(uint8 static)'
     """
 
     query: Quantizer
