@@ -47,7 +47,9 @@ def seconds(pattern: str, count: int) -> set[str]:
     return {pattern.format(i, side=side, last=last) for side, last in sides for i in range(count)}
 
 
-@pytest.mark.parametrize(("name", "family", "config", "second", "table", "floats"), FAMILIES, ids=lambda x: str(x)[:16])
+@pytest.mark.parametrize(
+    ("name", "family", "config", "second", "table", "floats"), FAMILIES, ids=[row[0] for row in FAMILIES]
+)
 def test_what_is_taken(
     name: str, family: str, config: dict[str, Any], second: str, table: str, floats: set[str]
 ) -> None:
