@@ -86,6 +86,7 @@ def trained(scheme: str, data: str, options: argparse.Namespace, out: Path) -> t
         "llm-qat", model, out, src, scheme=SCHEMES[scheme], settings=settings, form="native",
         progress=Silent(),
     )  # fmt: skip
+    found["data"]["source"] = Path(found["data"]["source"]).name  # not where the machine has it
     curve = found["curve"][:: max(1, len(found["curve"]) // 100)]
     return str(out), {
         "steps": found["steps"], "curve": curve, "memory": found["memory"], "data": found["data"],
