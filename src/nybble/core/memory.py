@@ -28,7 +28,7 @@ def trim_memory() -> None:
         trim(0)
 
 
-_KEPT = 1 << 26
+KEPT = 1 << 26
 """Bytes of freed memory that the C library may keep: giving back and taking again less isn't worth its time."""
 
 
@@ -55,7 +55,7 @@ def trim_much() -> None:
 
     After many small batches, whose tensors are all of their own sizes, that would be twice what is in use.
     """
-    if _freed() > _KEPT:
+    if _freed() > KEPT:
         trim_memory()
 
 

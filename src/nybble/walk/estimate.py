@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nybble.core.memory import KEPT
 from nybble.nn.embedding import input_embedding
 from nybble.nn.kinds import Target, kind_of
 from nybble.walk.steps import BlockStep, Cost, Load, Subject
@@ -60,13 +61,15 @@ def estimate(subject: Subject, steps: Sequence[BlockStep], load: Load, flops: fl
         max(_seeing(model, targets, load) + cost.peak, cost.alone)
         for targets, cost in zip(plan.blocks, costs, strict=True)
     )
+    # What the C library keeps of freed tensors, for the thread that runs forwards and for the one of backwards.
+    kept_freed = 2 * KEPT if any(cost.learning for cost in costs) else 0
     costs_behind = [_block_cost(subject, steps, [t], load) for t in plan.outside]
     behind = max((max(cost.peak, cost.alone) for cost in costs_behind), default=0)
     reading = 2 * max(outside, default=0) * load.source_bytes
     reading = max(reading, *(step.outside_bytes(subject, load) for step in steps))
     own = getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0) or 0  # what each block reads alone
     held = (0 if load.spilled else hidden) + samples * len(blocks) * own * size * load.streams
-    memory = BASE + sum(outside) * size + max(reading, held + max(window + work, behind))
+    memory = BASE + kept_freed + sum(outside) * size + max(reading, held + max(window + work, behind))
     memory += sum(blocks) * load.source_bytes if load.whole else 0
     memory += sum(blocks) * size if load.kept else 0
     memory += _fisher(subject, steps, load, sum(blocks))
