@@ -350,6 +350,22 @@ def test_never_worse_on_samples_held_back() -> None:
     assert was.keys() == now.keys() and all(torch.equal(was[name], now[name]) for name in was)
 
 
+def test_its_cost_is_the_forwards_that_it_runs() -> None:
+    """In the line before a run too: every sample that went through the network, with a backward four times."""
+    counts, lines = list[int](), list[str]()
+    made, model = recipe(solver="rtn", steps=12, every=5, batch=8), tiny_model(dtype=torch.float32)
+
+    def count(_: Any, args: Any, given: Any, __: Any) -> None:
+        counts.append(len(given["input_ids"]) * (4 if torch.is_grad_enabled() else 1))
+
+    model.register_forward_hook(count, with_kwargs=True)
+    nybble.quantize(model, made, tokens(), settings=SETTINGS, announce=lines.append)
+    step = make_train_step("distill", {"steps": 12, "every": 5, "batch": 8})
+    assert sum(counts) == step.passes(16) + 8 + 2  # whether the float network's output fits; a sample at both ends
+    (line,) = (line for line in lines if "(distill)" in line)
+    assert re.search(r"GB of memory, \d+ s$", line)
+
+
 def test_the_best_look_of_all_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the last one: looks are made after steps 4, 8 and 12, and the second loses least."""
     said, states = iter([4.0, 3.0, 1.0, 2.0]), list[list[Tensor]]()
