@@ -21,7 +21,7 @@ from nybble.core.tensorfile import Planned, safetensors_name, stream_tensorfiles
 from nybble.export import ExportTarget, Facts, Refusal, Verified
 from nybble.export._ct_config import quantization_config
 from nybble.export._ct_constrain import constrained
-from nybble.export._ct_layers import Placed, nvfp4_groups, placed, scheme_of
+from nybble.export._ct_layers import Placed, nvfp4_groups, placed, scheme_of, unequal_inputs
 from nybble.export._ct_library import NEEDS, library
 from nybble.export._ct_takes import TAKES, rows_for
 from nybble.export._ct_tensors import divisor_of
@@ -35,7 +35,6 @@ from nybble.export._source import Source
 from nybble.export._transformers import open_and_compare
 from nybble.models.sources.layouts._ct_args import CannotError, kv_args
 from nybble.nn.kv_model import cache_scales, cached_attentions
-from nybble.qtensor import Inverse
 from nybble.qtensor.block import BlockQTensor
 from nybble.scheme import Scheme
 
@@ -213,18 +212,7 @@ def _unequal(source: Source, schemes: Mapping[str, dict[str, Any]]) -> list[Refu
             why = "runtimes join them into one layer, which has one"
             came, nearest = "different global scales of NVFP4", "one global scale for all of them"
             found.append(Refusal(layers=group, came=came, nearest=nearest, why=why))
-    for group in fused_groups(source.layers):
-        if len({_input_divisor(source, name) for name in group}) > 1:
-            why = "runtimes join them into one layer, which has one input"
-            came, nearest = "different global scales of inputs", "one calibrated global scale for all of them"
-            found.append(Refusal(layers=group, came=came, nearest=nearest, why=why))
-    return found
-
-
-def _input_divisor(source: Source, name: str) -> float | None:
-    filled = source.activation(source.layers[name], "inputs")
-    params = None if filled is None else filled.params()
-    return params.scale.divisor.item() if params is not None and isinstance(params.scale, Inverse) else None
+    return [*found, *unequal_inputs(source)]
 
 
 def _inexact(source: Source, schemes: Mapping[str, dict[str, Any]]) -> list[Refusal]:

@@ -32,7 +32,7 @@ from nybble.models.sources.side_files import GENERATION, is_tokenizer_file, left
 from nybble.models.sources.stored import DTYPES, OpenFiles, empty_tensor, read_tensor
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.rotation import BlockRotation
-from nybble.qtensor import QTensor, QuantParams
+from nybble.qtensor import QTensor
 from nybble.quantizer import Quantizer
 
 if TYPE_CHECKING:
@@ -291,8 +291,7 @@ class FolderSource(ModelSource):
         if found is None:
             return None
         with reading(f"the {side} of {name}"):
-            params = found.params(self._file_tensor)
-            return ActivationQuantizer(Quantizer(found.line), None if params is None else QuantParams(*params))
+            return ActivationQuantizer(Quantizer(found.line), found.params(self._file_tensor))
 
     def rotation(self, name: str) -> BlockRotation | None:
         """What rotates the input of a packed weight, by the weight's name in the model; None where nothing does.
