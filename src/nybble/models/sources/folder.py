@@ -417,6 +417,9 @@ class FolderSource(ModelSource):
         asked = [w for w, asked in (("activations", self.rounded.inputs), ("the KV cache", self.rounded.kv)) if asked]
         if asked and in_float:
             said.append(f"The checkpoint rounds {' and '.join(asked)} too, which its float model does not.")
+        pieces = (name for fused in self._fused.values() for name in fused.names())
+        if any(name.removesuffix(".weight") in self.rounded.inputs for name in pieces):
+            said.append("It asks for rounded inputs of fused experts, too; here those stay in float.")
         others = self._left.others
         if others:
             said.append(f"{len(others)} stored tensors have no place in the model and are left out, {others[0]} first.")
