@@ -94,6 +94,37 @@ def test_calibrated_scales(args: dict[str, Any], tmp_path: Path) -> None:
         nybble.load(folder)
 
 
+@pytest.mark.parametrize("above", ["divisor", "factor"])
+def test_inputs_of_nvfp4_under_a_calibrated_number(above: str, tmp_path: Path) -> None:
+    """compressed-tensors' divisor, ModelOpt's factor; as the library rounds, and written again as they were."""
+    args = {**FLOAT, "num_bits": 4, "strategy": "tensor_group", "group_size": 16, "dynamic": "local",
+            "scale_dtype": torch.float8_e4m3fn}  # fmt: skip
+    divisor = torch.tensor([448 * 6 / 8.0])
+    if above == "divisor":
+        leaf, target, stored = "input_global_scale", "compressed-tensors", divisor
+        folder = asks(tmp_path / "q", "input_activations", args)
+    else:
+        leaf, target, stored = "input_scale", "modelopt", (1 / divisor).reshape(())
+        folder, _ = peer.checkpoint(tmp_path / "q", "NVFP4")
+    path = folder / "model.safetensors"
+    tensors = load_file(path) | {f"{name}.{leaf}": stored.clone() for name in layers(folder)}
+    save_file(tensors, path, {"format": "pt"})
+    layer: Any = nybble.load(folder, dtype="float32")[0].get_submodule(LAYER)
+    x, said = inputs(), QuantizationArgs(**args)
+    scale, zero = compute_dynamic_scales_and_zp(x, said, torch.nn.Module(), global_scale=divisor)
+    assert torch.equal(layer.inputs(x), fake_quantize(x, scale, zero, said, global_scale=divisor))
+    found = export(folder, tmp_path / "back", target)
+    again = load_file(tmp_path / "back/model.safetensors")
+    assert torch.equal(again[f"{LAYER}.{leaf}"], stored) and not any("in float" in note for note in found["notes"])
+    tensors[f"{LAYER}.{leaf}"] *= 0
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(FileError, match=rf"up_proj\.{leaf} is 0\.0; a positive number"):
+        nybble.load(folder)
+    save_file({k: t for k, t in tensors.items() if not k.endswith(leaf)}, path, {"format": "pt"})
+    with pytest.warns(UserWarning, match="quantized activations too.*stay in float"):
+        assert nybble.load(folder)[0].get_submodule(LAYER).inputs is None
+
+
 def test_outputs_and_the_way_back(tmp_path: Path) -> None:
     """What is read is written again: the config of the exported folder asks for the same."""
     folder = asks(tmp_path / "q", "input_activations", DYNAMIC["int8 token"])
