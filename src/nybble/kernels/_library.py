@@ -103,7 +103,7 @@ def library() -> ctypes.CDLL | None:
         failed.append(str(error))
     warnings.warn(
         f"the compiled CPU kernels aren't there ({'; '.join(failed)}): torch looks packed weights up before they are "
-        "multiplied with, which takes longer than with float ones; the numbers are the same. A C++ compiler mends that; "
+        "multiplied with, which takes longer than float weights do; the numbers are the same. A C++ compiler mends it; "
         "nybble.load(folder, dense=True) keeps unpacked copies.",
         RuntimeWarning,
         stacklevel=2,

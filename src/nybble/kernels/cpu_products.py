@@ -86,7 +86,7 @@ def how_rows(tensors: Sequence[Tensor], key: str, shape: Sequence[int]) -> tuple
 
 
 def _by_pieces(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor | None:
-    """Without the library: a few rows of W at a time, looked up by torch, never all of W; None where it can't be cut."""
+    """Without the library: some rows of W at a time, looked up by torch, never all; None where W can't be cut."""
     pieces = row_pieces(weight) if isinstance(weight, BlockQTensor) else None
     if pieces is None:
         return None
