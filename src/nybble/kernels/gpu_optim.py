@@ -56,7 +56,7 @@ TILE = 2048
 """Of rows' and columns' factors."""
 RECTANGLES = (256, 128)
 """Columns that a tile of a matrix may have; the last is that of maxima."""
-DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+DTYPES = {torch.float32: FLOAT32.value, torch.bfloat16: BFLOAT16.value, torch.float16: FLOAT16.value}
 _ALIGNED = 16
 
 
