@@ -226,9 +226,10 @@ def test_random_numbers_are_drawn_for_a_part_at_a_time(monkeypatch: pytest.Monke
 
 @needed
 def test_groups_that_keep_other_states_from_now_on(device: str) -> None:
-    """A momentum that goes and comes again, weights rounded otherwise, another quantizer's floor."""
+    """A momentum that goes and comes again, weights rounded otherwise, other quantizers, or none for a while."""
     changes: list[dict[str, Any]] = [{"momentum": 0.0}, {"momentum": 0.5}, {"weights": "residual8"}]
-    changes += [{"weights": "nearest"}, {"min_size": 0}, {"keep_sign": True}]
+    changes += [{"weights": "nearest"}, {"min_size": 0}, {"state": "state4"}, {"min_size": 1 << 20}]
+    changes += [{"min_size": 0, "keep_sign": True}]
     pair = [build("sgd", device, torch.bfloat16, fused, momentum=0.9, min_size=1000) for fused in (True, False)]
     for optimizer in pair:
         train(optimizer, 0, 2)
