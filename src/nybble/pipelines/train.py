@@ -42,7 +42,7 @@ from nybble.pipelines.stages import CHECKPOINTS, Ran, Trainer, last_good
 from nybble.pipelines.targets import AUTO
 from nybble.pipelines.training_job import Asked, Job, checked, space
 from nybble.report.trained import facts_of, trained_rows
-from nybble.training.methods import Place
+from nybble.training.methods import AdapterMethod, Place
 from nybble.training.recipe import TrainingRecipe, load_training_recipe
 from nybble.training.settings import TrainSettings
 from nybble.training.sharing import check_shares
@@ -244,14 +244,15 @@ def _written(trainer: Trainer, run: Ran, before: dict[str, Any] | None, out: Pat
     """What training.json says, once the result is on disk."""
     job, base, partial = trainer.job, trainer.base, trainer.partial
     place = Place(folder=partial, base=base if job.line is None else str(out / BASE), dtype=job.dtype)
-    facts = {} if job.method.adapts else facts_of(run.model, trainer.start)
-    model = job.method.finished(run.model, place)
+    method = job.method
+    facts = {} if isinstance(method, AdapterMethod) else facts_of(run.model, trainer.start)
+    model = method.finished(run.model, place)
     after = trainer.measured(model)
-    if job.method.adapts:
-        job.method.save(model, place)
+    if isinstance(method, AdapterMethod):
+        method.save(model, place)
         if job.asked.merge:
             shutil.rmtree(partial / MERGED, ignore_errors=True)
-            merged: Any = job.method.merged(model)
+            merged: Any = method.merged(model)
             save(merged, partial / MERGED, job.tokenizer, form="native")
     else:
         _save_model(job, model, facts, partial)

@@ -31,7 +31,7 @@ from nybble.pipelines.targets import check_form_name
 from nybble.quantizer import Quantizer
 from nybble.scheme import Scheme
 from nybble.training.generated import Generation, own_texts
-from nybble.training.methods import METHODS, Method
+from nybble.training.methods import METHODS, AdapterMethod, Method
 from nybble.training.objective import make_losses, needs_teacher
 from nybble.training.optimizers import make_optimizer
 from nybble.training.recipe import TrainingRecipe
@@ -150,7 +150,7 @@ class Job:
             "eval": None if self.judged is None else self.judged.manifest(),
             "versions": versions(),
         }
-        if not self.method.adapts:
+        if not isinstance(self.method, AdapterMethod):
             found |= {"scheme": self.scheme.to_dict(), "teacher": self.teacher}
         return found
 
@@ -174,13 +174,15 @@ def checked(asked: Asked, settings: TrainSettings) -> Job:
     )  # fmt: skip
     check_form_name(asked.form)
     make_optimizer(settings.optimizer, nn.Linear(64, 64), settings.lr)  # all that can be wrong with its line
-    if asked.adapter is not None and not method.continues:
+    base = None
+    if isinstance(method, AdapterMethod):
+        base = None if asked.adapter is None else method.base_of(asked.adapter)
+    elif asked.adapter is not None:
         raise UsageError(f"recipe {asked.recipe.name} trains no adapter; leave --adapter out.")
-    if asked.merge and not method.adapts:
+    elif asked.merge:
         raise UsageError(f"recipe {asked.recipe.name} gives one model anyhow; leave --merge out.")
     if asked.teacher is not None and not method.losses(options):
         raise UsageError(f"recipe {asked.recipe.name} has no teacher; leave --teacher out.")
-    base = None if asked.adapter is None else method.base_of(asked.adapter)
     own = own_texts(asked.data, settings.seq_len, settings.seed)
     for src in (None if own is not None else asked.data, asked.judged_on):
         check_source("builtin" if src is None else src)

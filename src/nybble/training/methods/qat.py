@@ -21,7 +21,7 @@ from nybble.nn.kinds.tied import untie_head
 from nybble.scheme import Scheme, parse_scheme
 from nybble.training.activation import check_activation, use_activation
 from nybble.training.convert import convert
-from nybble.training.methods import Given, Method, Place
+from nybble.training.methods import Given, Place, StagedMethod
 from nybble.training.objective import make_losses
 from nybble.training.prepare import ROLES, learning_groups, prepare
 from nybble.training.unprepare import float_values, inherit, learned_values
@@ -55,7 +55,7 @@ class QatOptions:
     float_head: bool = False
 
 
-class Qat(Method):
+class Qat(StagedMethod):
     """See the module."""
 
     summary: ClassVar[str] = "quantization-aware training of all weights, or of what is learned alone"
