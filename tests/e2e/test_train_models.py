@@ -338,7 +338,15 @@ def test_a_kill_before_the_first_checkpoint_leaves_nothing(folder: Path, tmp_pat
         ({"data": None}, UsageError, "give --data SRC"),
         ({"data": "self:few"}, UsageError, "self is followed by the number of texts"),
         ({"merge": True}, UsageError, "leave --merge out"),
-        ({"recipe": "qlora", "teacher": "x"}, UsageError, "recipe qlora has no teacher"),
+        ({"recipe": "qlora", "teacher": "x"}, UsageError, "recipe qlora has no teacher; leave"),
+        ({"teacher": "x"}, UsageError, r"recipe qat has no teacher: its losses \(task\) compare with none"),
+        ({"options": {"stages": [{"scheme": "W8A8"}], "teacher": "stage"}}, UsageError, "stage has nothing to teach"),
+        (
+            {"options": {"stages": [{"scheme": "W8A8", "learned": "lsq"}]}},
+            SchemeError,
+            r"stages\[0\].*a mapping of roles .*'lsq'",
+        ),
+        ({"packed": True}, UsageError, "trains float weights.*leave --packed out"),
     ],
 )  # fmt: skip
 def test_what_is_refused(
