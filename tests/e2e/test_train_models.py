@@ -206,8 +206,17 @@ def test_weights_train_in_float32_whatever_they_are_multiplied_in(
     assert next(model.parameters()).dtype == torch.float32  # as the model's files
 
 
-def test_a_teacher_of_another_size_and_a_packed_one(folder: Path, tmp_path: Path) -> None:
-    """Logits alone are compared; each says something else."""
+def test_a_teacher_of_another_size_and_a_packed_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits alone are compared; each says something else, and nothing is unpacked anew at every update."""
+    plain, unpacked = Objective.__call__, list[bool]()
+
+    def call(objective: Any, model: Any, batch: Any, progress: float) -> Any:
+        unpacked.extend(not each.holds for each in objective.teacher.modules() if isinstance(each, Packed))
+        return plain(objective, model, batch, progress)
+
+    monkeypatch.setattr(Objective, "__call__", call)
     save_tiny(tmp_path / "larger", dtype=torch.float32, num_hidden_layers=3, intermediate_size=64)
     curves = []
     for name, teacher in (("own", None), ("larger", tmp_path / "larger"), ("packed", folder / "packed")):
@@ -216,6 +225,7 @@ def test_a_teacher_of_another_size_and_a_packed_one(folder: Path, tmp_path: Path
         assert found["teacher"] == (given or str(folder / "model"))
         curves.append(found["curve"][0][1])
     assert len(set(curves)) == 3 and all(loss > 0 for loss in curves)
+    assert unpacked and not any(unpacked)
 
 
 def _teachers(place: Path) -> dict[str, str]:
