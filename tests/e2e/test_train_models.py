@@ -323,6 +323,36 @@ def test_the_last_checkpoint_before_a_loss_that_is_no_number_stays_and_is_named(
     assert (tmp_path / "out.partial/checkpoints").is_dir() and not (tmp_path / "out").exists()
 
 
+def test_what_a_run_cannot_go_on_from(folder: Path, tmp_path: Path) -> None:
+    """Another recipe's checkpoint; one with files that are broken or missing: without it the run goes on."""
+    whole, out, again = tmp_path / "whole", tmp_path / "out", replace(SETTINGS, resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, out, progress=_Stops(3))
+    partial = tmp_path / "out.partial"
+    with pytest.raises(FileError, match=r"begun with method = \"qat\"; now it is \"llm-qat\""):
+        run(folder, out, "llm-qat", again)
+    last = partial / "checkpoints/checkpoint-2"
+    for name in ("optimizer.pt", "rng_state.pth"):
+        kept = (last / name).read_bytes()
+        (last / name).write_bytes(b"?")
+        with pytest.raises(FileError, match=r"checkpoint-2.* can't be read: .*Remove .*checkpoint-2: --resume goes on"):
+            run(folder, out, settings=again)
+        (last / name).write_bytes(kept)
+    (last / "scheduler.pt").unlink()
+    with pytest.raises(FileError, match=r"checkpoint-2 lacks scheduler\.pt\. Remove"):
+        run(folder, out, settings=again)
+    request = partial / "request.json"
+    kept = request.read_bytes()
+    request.write_bytes(b"{")
+    with pytest.raises(FileError, match=r"request\.json, which --resume goes by \(start anew without it\), can't be"):
+        run(folder, out, settings=again)
+    request.write_bytes(kept)
+    shutil.rmtree(last)
+    run(folder, whole)
+    run(folder, out, settings=again)
+    assert files(out, whole) == files(whole, whole)
+
+
 def test_a_kill_before_the_first_checkpoint_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(folder, tmp_path / "out", progress=_Stops(1), settings=replace(SETTINGS, save_every=3))
