@@ -55,8 +55,9 @@ def prepare(
     Args:
         model: float, in memory; changed in place, but for a model that is a single layer: use what is returned.
         scheme: what to quantize to; of a recipe its scheme (its steps are for quantization after training).
-        learned: part (a name, ``{name: {option: value}}``, or one that was made) for ``weights``, ``inputs``, ``outputs``, ``matmuls`` (the operands
-            of attention) and ``kv``; those left out pass gradients straight through (``ste``).
+        learned: part (a name, ``{name: {option: value}}``, or one that was made) for ``weights``, ``inputs``,
+            ``outputs``, ``matmuls`` (the operands of attention) and ``kv``; those left out pass gradients straight
+            through (``ste``).
         run: calls the model on a batch or more, without changing it; needed where activations are static: their first
             scale comes from what first enters (or leaves) the layer, the attention's product or the cache.
 
@@ -266,7 +267,11 @@ def _make(site: Site, parts: Mapping[str, Part], x: Tensor) -> Learned:
 
 
 def _put(
-    model: nn.Module, target: Target, learned: Mapping[str, Learned], parts: Mapping[str, Part], asked: Mapping[str, bool]
+    model: nn.Module,
+    target: Target,
+    learned: Mapping[str, Learned],
+    parts: Mapping[str, Part],
+    asked: Mapping[str, bool],
 ) -> None:
     """Put what trains where a target stands; what ``asked`` for no gradient, by name, asks for none in it."""
     training = model.get_submodule(target.module).training

@@ -69,7 +69,9 @@ class Qat(Method):
         if options.teacher == "stage" and not options.stages:
             raise UsageError("teacher: stage is the network of the stage before, and there is one stage; say float.")
         if options.teacher == "stage" and not needs_teacher(make_losses(options.losses)):
-            raise UsageError("teacher: stage has nothing to teach, as no loss compares with it; name logits, or say float.")
+            raise UsageError(
+                "teacher: stage has nothing to teach: no loss compares with it; name logits, or say float."
+            )
         if options.activation:
             check_activation(options.activation)
         for name, rate in options.rates.items():
