@@ -158,6 +158,20 @@ def test_a_float_model_is_packed_first_and_only_the_result_stays(folder: Path, t
     assert formats == {"int3_full"}
 
 
+@pytest.mark.parametrize("more", [{"inputs": "int8 token"}, {"ignore": ["lm_head", "re:.*up_proj"]}])
+def test_a_recipe_whose_scheme_says_more_than_a_base_gets(folder: Path, tmp_path: Path, more: dict[str, Any]) -> None:
+    """Refused before anything is packed; on what quantize packed under it the recipe trains."""
+    scheme = {"weights": "int4 group=16", **more}
+    made = {"method": "scales", "scheme": scheme, "settings": {"batch": 2, "accumulate": 1}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(made))
+    with pytest.raises(UsageError, match=r"in one line, and its scheme says more\. Pack first: nybble quantize"):
+        run(folder, tmp_path / "out", str(tmp_path / "mine.yaml"))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+    nybble.quantize(str(folder / "model"), "rtn", out=tmp_path / "base", scheme=scheme)
+    found = run(folder, tmp_path / "out", str(tmp_path / "mine.yaml"), model=tmp_path / "base")
+    assert found["steps"] == 3
+
+
 def test_texts_of_its_own_are_made_once(folder: Path, tmp_path: Path) -> None:
     """And a kill between them is gone on behind."""
     given: dict[str, Any] = {"data": "self:5", "options": {"losses": {"logits": 1}}}

@@ -29,7 +29,7 @@ from nybble.pipelines.load import described_with_origin
 from nybble.pipelines.request import changed_scheme
 from nybble.pipelines.targets import check_form_name
 from nybble.quantizer import Quantizer
-from nybble.scheme import Scheme
+from nybble.scheme import Scheme, parse_scheme
 from nybble.training.generated import Generation, own_texts
 from nybble.training.methods import METHODS, Method
 from nybble.training.objective import make_losses, needs_teacher
@@ -292,6 +292,11 @@ def _line(asked: Asked, scheme: Scheme) -> str | None:
     if weights is None:
         raise UsageError(f"recipe {asked.recipe.name} packs weights; give a quantizer line of up to {MOST_BITS} bits.")
     line = str(asked.changes.get("weights") or weights)
+    if scheme.to_dict() != parse_scheme({"weights": line}).to_dict():
+        raise UsageError(
+            f"recipe {asked.recipe.name} packs the weights of all linear layers in one line, and its scheme says more. "
+            "Pack first: nybble quantize MODEL BASE --scheme FILE; and train on BASE."
+        )
     bits = Quantizer(line).format.bits
     if bits > MOST_BITS:
         raise UsageError(f"weights {line!r} have {bits} bits; a packed base has {MOST_BITS} or fewer.")
