@@ -138,7 +138,8 @@ class Trainer:
         return found.requires_grad_(False).eval()
 
     def _float(self, model: str) -> nn.Module:
-        found, _ = load_with_origin(model, dtype=self.job.settings.dtype, device=self.job.settings.device)
+        """What is taken for the float model; of a packed one dense weights are held: every update asks for them."""
+        found, _ = load_with_origin(model, dtype=self.job.settings.dtype, device=self.job.settings.device, dense=True)
         return found
 
     # ---------------------------------------------------------------------------------------------------------- runs

@@ -28,6 +28,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from nybble.core import ranks
 from nybble.core.errors import FileError, LearningError, NybbleError
 from nybble.core.files import atomic_write_json, free_bytes
+from nybble.core.guard import reading
 from nybble.core.progress import Progress, Silent
 from nybble.core.progress import task as said
 from nybble.core.seeds import derive_seed, generator
@@ -269,10 +270,19 @@ class _Loop(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         made: Any = self.model if model is None else model
-        if hasattr(made, "peft_config"):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_state(made, Path(resume_from_checkpoint) / WEIGHTS)
+        with _whole(resume_from_checkpoint):
+            if hasattr(made, "peft_config"):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            else:
+                load_state(made, Path(resume_from_checkpoint) / WEIGHTS)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _whole(checkpoint, "optimizer.pt", "scheduler.pt"):  # where one is missing, it would begin with new ones
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _whole(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if not ranks.leads():
@@ -289,6 +299,22 @@ class _Loop(Trainer):
                 f"{folder} can't be written ({text}); {free_bytes(folder):,} bytes are free there. Free some space and "
                 "go on with --resume."
             ) from error
+
+
+@contextmanager
+def _whole(checkpoint: str | None, *names: str) -> Iterator[None]:
+    """Say of a checkpoint that lacks files, or can't be read inside, which it is and how to go on without it."""
+    way = f"Remove {checkpoint}: --resume goes on from the checkpoint before it, or from the beginning."
+    lacking = [name for name in names if checkpoint is not None and not (Path(checkpoint) / name).is_file()]
+    if lacking:
+        raise FileError(f"{checkpoint} lacks {lacking[0]}. {way}")
+    try:
+        with reading(checkpoint):
+            yield
+    except FileError as error:
+        if isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise error.__cause__ from None
+        raise FileError(f"{error} {way}") from error
 
 
 class _ByLength(Sampler[int]):

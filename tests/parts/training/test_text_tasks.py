@@ -81,11 +81,26 @@ def test_what_a_model_is_trained_to_do(name: str, family: str, config: dict[str,
         made = getattr(transformers, name)(transformers.AutoConfig.for_model(family, **config))
     assert [other for other, task in TASKS.all().items() if task.claims(made)] == [key]
     assert TASKS.key_of(task_of(made, name)) == key
-    for other in ("BertModel", "BertForTokenClassification"):
-        with torch.device("meta"):
-            headless = getattr(transformers, other)(transformers.BertConfig(**BERT))
-        with pytest.raises(ModelError, match=r"no training task is made for that .*classification: text classifiers"):
-            task_of(headless, other)
+
+
+SPEECH = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "config"),
+    [
+        ("BertModel", "bert", BERT), ("BertForTokenClassification", "bert", BERT), ("LlamaModel", "llama", SPEECH),
+        ("Wav2Vec2ForCTC", "wav2vec2", {**SPEECH, "num_conv_pos_embedding_groups": 2}),
+        ("WhisperForConditionalGeneration", "whisper", {"num_hidden_layers": 1}),
+        ("PatchTSTForPrediction", "patchtst", {"num_hidden_layers": 1}),
+    ],
+)  # fmt: skip
+def test_what_no_task_trains(name: str, family: str, config: dict[str, Any]) -> None:
+    """No head, another one, or no text: named, before any data is read."""
+    with torch.device("meta"):
+        made = getattr(transformers, name)(transformers.AutoConfig.for_model(family, **config))
+    with pytest.raises(ModelError, match=rf"a {name}, and no training task .*classification: text classifiers"):
+        task_of(made, name)
 
 
 @pytest.mark.parametrize(("name", "family", "config"), CLASSIFIERS)

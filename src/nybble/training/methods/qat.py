@@ -22,7 +22,7 @@ from nybble.scheme import Scheme, parse_scheme
 from nybble.training.activation import check_activation, use_activation
 from nybble.training.convert import convert
 from nybble.training.methods import Given, Place, StagedMethod
-from nybble.training.objective import make_losses
+from nybble.training.objective import make_losses, needs_teacher
 from nybble.training.prepare import ROLES, learning_groups, prepare
 from nybble.training.unprepare import float_values, inherit, learned_values
 
@@ -68,6 +68,10 @@ class Qat(StagedMethod):
             _parts(options, stage)
         if options.teacher == "stage" and not options.stages:
             raise UsageError("teacher: stage is the network of the stage before, and there is one stage; say float.")
+        if options.teacher == "stage" and not needs_teacher(make_losses(options.losses)):
+            raise UsageError(
+                "teacher: stage has nothing to teach: no loss compares with it; name logits, or say float."
+            )
         if options.activation:
             check_activation(options.activation)
         for name, rate in options.rates.items():
@@ -139,6 +143,8 @@ def _scheme(options: QatOptions, scheme: Scheme, stage: int) -> Scheme:
                 raise SchemeError(f"a stage has scheme and learned; got {key!r}.")
         if "scheme" not in given:
             raise SchemeError("a stage lacks its scheme.")
+        if not isinstance(given.get("learned", {}), Mapping):
+            raise SchemeError(f"learned is a mapping of roles ({', '.join(ROLES)}); got {given['learned']!r}.")
         return parse_scheme(given["scheme"])
 
 
