@@ -91,6 +91,12 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     return {**found, "labels": torch.tensor([row["label"] for row in rows])}
 
 
+def class_names(config: Any) -> list[str]:
+    """A classifier's classes by number; none of another model."""
+    named = getattr(config, "id2label", None) or {}
+    return [str(named.get(i, f"LABEL_{i}")) for i in range(int(getattr(config, "num_labels", 0)))]
+
+
 def class_reader(names: Sequence[str]) -> Read:
     """Labels of classes called ``names``, the first of which is number 0; a number is taken for a class's, too."""
 

@@ -34,6 +34,8 @@ from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, atomic_write_json, need_space, new_folder
 from nybble.core.progress import Progress, Silent
 from nybble.core.seeds import preserve_global_rng
+from nybble.data.samples import Origin
+from nybble.models.sources.side_files import copy_side_files, is_tokenizer_file
 from nybble.pipelines.dataset import generate_dataset, left_over
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.report import write_report
@@ -275,9 +277,16 @@ def _save_model(job: Job, model: Any, facts: Mapping[str, Any], partial: Path) -
     rows = [row.to_dict() for row in trained_rows(model, facts)]
     manifest = {"name": f"{request.pop('method')} on {job.model}", "recipe": recipe, **request, "layers": rows}
     save(model, partial / MODEL, job.tokenizer, manifest, form=job.asked.form)
+    _keep_beside(job.origin, partial / MODEL)
     for path in sorted((partial / MODEL).iterdir()):
         path.replace(partial / path.name)
     (partial / MODEL).rmdir()
+
+
+def _keep_beside(origin: Origin, folder: Path) -> None:
+    """Copy what stood beside the float weights and isn't written anew: how images are prepared, licences."""
+    found = {name: path for name, path in origin.side_files().items() if not is_tokenizer_file(name)}
+    copy_side_files({name: path for name, path in found.items() if not (folder / name).exists()}, folder)
 
 
 def _compared(before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -208,6 +208,7 @@ def checked(asked: Asked, settings: TrainSettings) -> Job:
     if own is not None and not isinstance(task, Language):
         raise UsageError(f"{asked.model} makes no texts of its own; give --data SRC.")
     given = None if own is not None else task.load(asked.data, origin, described, settings.seq_len, "calibration")
+    task.augmentation(settings.augment, () if given is None else given.rows)  # all that can be wrong with its line
     return Job(
         asked=asked, method=method, options=options, scheme=scheme, line=line, settings=settings, task=task,
         origin=origin, given=given, own=own, judged=judged, dtype=_dtype(origin.config),

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,9 @@ from nybble.training.memory import keeping
 from nybble.training.objective import Objective
 from nybble.training.optimizers import make_optimizer, state_bytes
 from nybble.training.settings import TrainSettings
-from nybble.training.sharing import SharedForwards, in_turn
+from nybble.training.sharing import SharedForwards, check_alone, in_turn
 from nybble.training.state import load_state, save_state
-from nybble.training.tasks import TASKS, Row, Task
+from nybble.training.tasks import TASKS, Augment, Row, Task
 
 STATE, MEMORY, WEIGHTS = "trainer_state.json", "memory.json", "model.safetensors"
 
@@ -93,12 +93,14 @@ def train(
     progress = progress if ranks.leads() else Silent()
     task = task or TASKS.get("language")
     optimizer = make_optimizer(settings.optimizer, model, settings.lr, groups)
+    check_alone(model)
+    again = settings.checkpointing and _forgets(model)
     if settings.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with _quiet(), _alone(), _own_forward(model):
         trainer = _Loop(
             model=model,
-            args=_arguments(settings, checkpoints, mixed=mixed),
+            args=_arguments(replace(settings, checkpointing=again), checkpoints, mixed=mixed),
             train_dataset=rows,
             data_collator=task.collate,
             optimizers=(optimizer, None),
@@ -106,6 +108,7 @@ def train(
             notes=folder / MEMORY,
             lengths=[task.length(row) for row in rows],
             objective=objective,
+            augment=task.augmentation(settings.augment, rows),
         )
         _listen(trainer, folder / "logs", last)
         with said(progress, trainer.total, "training"):
@@ -121,6 +124,11 @@ def train(
     curve = [(int(entry["step"]), float(entry["loss"])) for entry in logged]
     losses = {name: [float(entry[f"loss_{name}"]) for entry in logged] for name in trainer.losses}
     return Run(steps=trainer.state.global_step, curve=curve, losses=losses, memory=ranks.lead_says(memory))
+
+
+def _forgets(model: Any) -> bool:
+    """Whether a network has blocks whose activations it can compute again."""
+    return bool(getattr(model, "supports_gradient_checkpointing", True))
 
 
 def _listen(trainer: Trainer, logs: Path, last: Path | None) -> None:
@@ -193,9 +201,17 @@ class _Loop(Trainer):
     """
 
     def __init__(
-        self, *, settings: TrainSettings, notes: Path, lengths: list[int], objective: Objective | None, **given: Any
+        self,
+        *,
+        settings: TrainSettings,
+        notes: Path,
+        lengths: list[int],
+        objective: Objective | None,
+        augment: Augment | None,
+        **given: Any,
     ) -> None:
         super().__init__(**given)
+        self.augment = augment
         self.settings, self.notes, self.lengths = settings, notes, lengths
         self.objective: Objective | None = objective
         self.losses = [] if objective is None or len(objective.losses) < 2 else [each[0] for each in objective.losses]
@@ -243,7 +259,10 @@ class _Loop(Trainer):
 
     def _forward(self, number: int, model: nn.Module, inputs: Any, items: Any) -> Tensor:
         """Forward ``number`` of an update, with random numbers of its own: whoever computes it draws the same."""
-        torch.manual_seed(derive_seed(self.settings.seed, "train", "forward", str(self.state.global_step), str(number)))
+        place = (str(self.state.global_step), str(number))
+        torch.manual_seed(derive_seed(self.settings.seed, "train", "forward", *place))
+        if self.augment is not None:
+            inputs = self.augment(inputs, generator(self.settings.seed, "train", "augment", *place))
         first: AbstractContextManager[dict[int, int]] = nullcontext({}) if self.memory else keeping(model)
         with first as kept:
             loss: Tensor = super().training_step(model, inputs, items)

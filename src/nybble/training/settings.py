@@ -23,7 +23,9 @@ class TrainSettings:
             ``constant``, or falls to 0 as a line (``linear``) or half a ``cosine``.
         clip: largest norm of all gradients together.
         optimizer: a name from :mod:`nybble.optim` or ``torch.optim``, perhaps with options: ``AdamW8bit min_size=0``.
-        checkpointing: compute a block's activations again in backward, instead of keeping them.
+        checkpointing: compute a block's activations again in backward, instead of keeping them; networks that
+            can't (convolutional ones) keep them.
+        augment: of images: ``flip``, ``crop=PIXELS``, or both; drawn anew for each forward.
         save_every: updates from one checkpoint to the next.
         dtype: of forwards: bfloat16 or float32 (float16 overflows in one of five runs, says the authors' code).
         device: ``cpu`` or ``cuda``. seed: of every random choice. resume: continue a run that was killed.
@@ -40,6 +42,7 @@ class TrainSettings:
     clip: float = 0.3
     optimizer: str = "AdamW state=none"
     checkpointing: bool = True
+    augment: str = ""
     save_every: int = 100
     dtype: str = "bfloat16"
     device: str = "cpu"
