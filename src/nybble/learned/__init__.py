@@ -52,7 +52,13 @@ class Learned(nn.Module, ABC):
     Args:
         quantizer: what it settles to.
         side: ``weights``, or ``activations``.
+
+    Attributes:
+        nearest: whether each element settles to the level that is nearest to it, and not to one that is decided
+            otherwise: then it has a distance to the next level.
     """
+
+    nearest: bool = True
 
     def __init__(self, quantizer: Quantizer, side: str) -> None:
         super().__init__()
@@ -99,6 +105,10 @@ class Learned(nn.Module, ABC):
 
     def fixed(self) -> QuantParams | None:
         """Of activations: the parameters that don't depend on the tensor; None where each is measured anew."""
+        return None
+
+    def removed(self, x: Float[Tensor, "*shape"]) -> Float32[Tensor, "*shape"] | None:
+        """What is taken off a weight before it is rounded, and not put back; None: nothing is."""
         return None
 
     def penalty(self, t: float | Float32[Tensor, ""]) -> Float32[Tensor, ""]:
@@ -248,6 +258,13 @@ class Menu(Learned):
     @property
     def quantizer(self) -> Quantizer:  # noqa: D102
         return self.chosen.quantizer
+
+    @property
+    def nearest(self) -> bool:  # type: ignore[override]  # noqa: D102
+        return self.chosen.nearest
+
+    def removed(self, x: Tensor) -> Tensor | None:  # noqa: D102
+        return self.chosen.removed(x)
 
     def choose(self, index: int) -> None:
         """Use another.

@@ -41,6 +41,8 @@ class UpOrDown(Learned):
         options: of the part.
     """
 
+    nearest = False
+
     def __init__(self, quantizer: Quantizer, x: Tensor, params: QuantParams, options: AdaRound) -> None:
         super().__init__(quantizer, WEIGHTS)
         self.held, self.options = Held(quantizer, params), options

@@ -41,6 +41,8 @@ class AroundCodes(Learned):
         options: of the part.
     """
 
+    nearest = False
+
     def __init__(self, quantizer: Quantizer, x: Tensor, params: QuantParams, options: BinarizationScales) -> None:
         super().__init__(quantizer, WEIGHTS)
         self.options, self.held = options, Held(quantizer, params, ("scale",))

@@ -38,6 +38,8 @@ class AllTrained(Learned):
         params: to begin with.
     """
 
+    nearest = False
+
     def __init__(self, quantizer: Quantizer, x: Tensor, params: QuantParams) -> None:
         super().__init__(quantizer, WEIGHTS)
         self.held = Held(quantizer, params, ("scale", "zero_point", "offset"))

@@ -40,6 +40,8 @@ class Divided(Learned):
         columns: whether there is an s4.
     """
 
+    nearest = False
+
     def __init__(self, quantizer: Quantizer, x: Tensor, params: QuantParams, columns: bool) -> None:
         super().__init__(quantizer, WEIGHTS)
         self.held = Held(quantizer, params)

@@ -46,6 +46,8 @@ class Frozen(Learned):
         octaves: learn logarithms of the scales (:class:`Exponents`) instead of these.
     """
 
+    nearest = False
+
     def __init__(self, quantizer: Quantizer, codes: Tensor, params: QuantParams, octaves: bool = False) -> None:
         super().__init__(quantizer, WEIGHTS)
         self.held = Held(quantizer, params, ("offset",) if octaves else ("scale", "offset"))

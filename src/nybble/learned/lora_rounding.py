@@ -44,6 +44,8 @@ class LowRankUpOrDown(Learned):
         options: of the part.
     """
 
+    nearest = False
+
     def __init__(self, quantizer: Quantizer, x: Tensor, params: QuantParams, options: LoraRounding) -> None:
         super().__init__(quantizer, WEIGHTS)
         self.held, self.options = Held(quantizer, params, ("scale",)), options

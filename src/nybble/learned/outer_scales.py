@@ -46,6 +46,8 @@ class Outer(Learned):
         options: of the part.
     """
 
+    nearest = False
+
     def __init__(self, quantizer: Quantizer, x: Tensor, params: QuantParams, options: OuterScales) -> None:
         super().__init__(quantizer, WEIGHTS)
         self.options = options

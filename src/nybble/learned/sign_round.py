@@ -42,6 +42,8 @@ class Shifted(Learned):
         least: of alpha and beta.
     """
 
+    nearest = False
+
     def __init__(self, quantizer: Quantizer, x: Tensor, least: float) -> None:
         super().__init__(quantizer, WEIGHTS)
         self.least = least

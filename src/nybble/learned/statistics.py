@@ -52,7 +52,7 @@ class ByStatistics(Learned):
 
     def __init__(self, quantizer: Quantizer, options: Statistics) -> None:
         super().__init__(quantizer, WEIGHTS)
-        self.options = options
+        self.options, self.nearest = options, not options.threshold
 
     @torch.no_grad()
     def measured(self, x: Tensor) -> tuple[Tensor, QuantParams]:
@@ -96,6 +96,11 @@ class ByStatistics(Learned):
         limit = self.options.threshold * mean_of(blocks.abs(), None if mask is None else mask.double())
         values = torch.where(blocks.abs() <= limit, 0.0, blocks.sign()).float()
         return lambda y, grid: values
+
+    def removed(self, x: Tensor) -> Tensor | None:  # noqa: D102
+        if self.options.center == "none" or not x.numel():
+            return None
+        return self._mean(x.detach().float()).expand(x.shape)
 
     def settle(self, x: Tensor) -> BlockQTensor:  # noqa: D102
         centered, params = self.measured(x)

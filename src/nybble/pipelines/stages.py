@@ -40,7 +40,8 @@ def last_good(partial: Path) -> Path | None:
 class Ran:
     """What all stages came to: the last one's model; updates (of each) and losses of all.
 
-    ``losses``: by name, where several are added, in the updates of ``curve``.
+    ``losses``: by name, where several are added, in the updates of ``curve``. ``callbacks``: by name, what they say of
+    these ``updates``, and of the last stage's ``layers``.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class Ran:
     steps: list[int]
     curve: list[list[float]]
     losses: dict[str, list[float]]
+    callbacks: dict[str, dict[str, Any]]
     memory: dict[str, int]
 
 
@@ -164,7 +166,7 @@ class Trainer:
         losses = {name: [value for each in done for value in each["losses"][name]] for name in found["losses"]}
         return Ran(
             model=model, trainable=found["trainable"], steps=[each["steps"] for each in done], curve=curve,
-            losses=losses, memory=found["memory"],
+            losses=losses, callbacks=_callbacks(done), memory=found["memory"],
         )  # fmt: skip
 
     def _train(self, stage: int, say: Callable[[str], None]) -> tuple[nn.Module, dict[str, Any]]:
@@ -184,13 +186,27 @@ class Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         given = job.method.losses(job.options)
         objective = Objective(job.task, make_losses(given), self._teacher(stage)) if given else None
+        acting = job.method.callbacks(model, job.options)
         with nullcontext() if objective is None else objective.served(model):
             run = train(
                 model, job.examples.rows, job.settings, folder, self.progress, task=job.task, objective=objective,
-                groups=job.method.groups(model, job.options, job.settings.lr), mixed=not job.method.packs,
+                groups=job.method.groups(model, job.options, job.settings.lr), callbacks=acting,
+                mixed=not job.method.packs,
             )  # fmt: skip
         curve = [list(point) for point in run.curve]
         return model, {
             "steps": run.steps, "trainable": trainable, "curve": curve, "losses": run.losses,
+            "callbacks": {
+                name: {"updates": run.watched[name], "layers": each.layers()} for name, each in acting.items()
+            },
             "memory": {**parts, **run.memory},
         }  # fmt: skip
+
+
+def _callbacks(done: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of all stages: numbers of every update, and what the last one came to."""
+    stages, found = [each["callbacks"] for each in done], {}
+    for name, last in stages[-1].items():
+        updates = {key: [value for each in stages for value in each[name]["updates"][key]] for key in last["updates"]}
+        found[name] = {"updates": updates, "layers": last["layers"]}
+    return found

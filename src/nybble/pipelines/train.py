@@ -264,7 +264,8 @@ def _written(trainer: Trainer, run: Ran, before: dict[str, Any] | None, out: Pat
     request["data"] = {**job.examples.manifest(), **request["data"], **sizes}
     return {
         **request, "steps": sum(run.steps), "stages": run.steps, "trainable": run.trainable, "curve": run.curve,
-        "losses": run.losses, "memory": run.memory, "evaluation": _compared(before, after), "merged": job.asked.merge,
+        "losses": run.losses, "callbacks": run.callbacks, "memory": run.memory,
+        "evaluation": _compared(before, after), "merged": job.asked.merge,
         "task": {"name": TASKS.key_of(job.task), "unit": job.task.unit, "shown": job.task.shown},
     }  # fmt: skip
 

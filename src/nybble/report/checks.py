@@ -92,6 +92,9 @@ def check_training(training: dict[str, Any], place: object) -> None:
         raise _damaged(place, f"task = {_short(training['task'])}", "train")
     if any(len(values) != len(training["curve"]) for values in training.get("losses", {}).values()):
         raise _damaged(place, "'losses' are not those of the curve's updates", "train")
+    for found in training.get("callbacks", {}).values():
+        if any(len(values) != len(training["curve"]) for values in found["updates"].values()):
+            raise _damaged(place, "'callbacks' are not those of the curve's updates", "train")
     evaluation = training["evaluation"]
     if evaluation is None:
         return
@@ -196,6 +199,15 @@ def _sample(value: Any) -> bool:
     return isinstance(value, dict) and "prompt" in value and all(map(_text, value.values()))
 
 
+def _callback(value: Any) -> bool:
+    """Numbers of updates and of layers; every layer has the same."""
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), dict) for key in ("updates", "layers")):
+        return False
+    updates, layers = value["updates"].values(), [*value["layers"].values()]
+    numbers = all(isinstance(row, dict) and all(map(_number, row.values())) for row in layers)
+    return numbers and all(map(_list(_number, 0, 1 << 30), updates)) and len({tuple(row) for row in layers}) < 2
+
+
 FIELDS: dict[str, tuple[bool, Check]] = {
     "shape": (True, _list(_count, 1, 8)),
     "weights": (True, _maybe(_text)),
@@ -224,11 +236,12 @@ TRAINING: dict[str, Check] = {
     "data": lambda value: isinstance(value, dict) and all(_count(value.get(key)) for key in ("examples", "targets")),
     "curve": lambda value: isinstance(value, list) and all(map(_list(_number, 2, 2), value)),
     "losses": lambda value: isinstance(value, dict) and all(map(_list(_number, 0, 1 << 30), value.values())),
+    "callbacks": lambda value: isinstance(value, dict) and all(map(_callback, value.values())),
     "memory": lambda value: isinstance(value, dict) and all(map(_count, value.values())),
     "evaluation": _maybe(lambda value: isinstance(value, dict)),
     "versions": lambda value: isinstance(value, dict) and _text(value.get("nybble")),
 }
 """What the record of a training run must have."""
 
-ADDED: dict[str, Any] = {"stages": [1], "losses": {}}
+ADDED: dict[str, Any] = {"stages": [1], "losses": {}, "callbacks": {}}
 """Of that, what older records lack, with something good in its place."""

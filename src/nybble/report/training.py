@@ -26,7 +26,7 @@ MEMORY = {
     "rest": "what the allocator's peak has beyond all these: activations and dequantized weights in passing",
 }
 MODELS = {"float": "Float", "before": "Before", "after": "After"}
-LEFT_OUT = ("curve", "losses", "memory", "evaluation")
+LEFT_OUT = ("curve", "losses", "callbacks", "memory", "evaluation")
 LEARNED = ("codes", "scales", "input_scales")
 
 
@@ -60,6 +60,7 @@ def render_training(data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] =
         "first": number(curve[0][1]) if curve else "",
         "last": number(curve[-1][1]) if curve else "",
         "losses": [_loss(name, curve, found) for name, found in data.get("losses", {}).items()],
+        "callbacks": [_callback(name, curve, found) for name, found in data.get("callbacks", {}).items()],
         "learned": learned_rows(rows),
         "memory": memory_rows(data["memory"]),
         "manifest": flatten({key: value for key, value in data.items() if key not in LEFT_OUT}),
@@ -126,6 +127,20 @@ def _loss(name: str, curve: Sequence[Sequence[float]], values: Sequence[float]) 
     points = [[step, value] for (step, _), value in zip(curve, values, strict=True)]
     first, last = (number(values[at]) if values else "" for at in (0, -1))
     return {"name": name, "path": path_of(thinned(points)), "first": first, "last": last}
+
+
+def _callback(name: str, curve: Sequence[Sequence[float]], found: Mapping[str, Any]) -> dict[str, Any]:
+    """What one of them said of updates, and of layers: rows under their titles, the sum of counts last."""
+    layers = found["layers"]
+    titles = [*next(iter(layers.values()), {})]
+    together = [sum(row[title] for row in layers.values()) for title in titles]
+    rows = [(layer, [f"{row[title]:,}" for title in titles]) for layer, row in layers.items()]
+    return {
+        "name": name,
+        "updates": [_loss(key, curve, values) for key, values in found["updates"].items()],
+        "titles": titles,
+        "rows": [*rows, ("together", [f"{value:,}" for value in together])],
+    }
 
 
 def _tiles(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -32,6 +32,7 @@ from nybble.core.guard import reading
 from nybble.core.progress import Progress, Silent
 from nybble.core.progress import task as said
 from nybble.core.seeds import derive_seed, generator
+from nybble.training.callbacks import Acting
 from nybble.training.memory import keeping
 from nybble.training.objective import Objective
 from nybble.training.optimizers import make_optimizer, state_bytes
@@ -50,6 +51,7 @@ class Run:
     Attributes:
         steps: updates. curve: (update, mean loss of its target tokens).
         losses: by name, where several are added: each one's mean in the updates of ``curve``, unweighted.
+        watched: numbers of each callback in the updates of ``curve``.
         memory: bytes of ``gradients``, ``optimizer states``, and ``kept for backward`` (of one forward); on a GPU also
             ``peak``, by torch's allocator.
     """
@@ -57,6 +59,7 @@ class Run:
     steps: int = 0
     curve: list[tuple[int, float]] = field(default_factory=list)
     losses: dict[str, list[float]] = field(default_factory=dict)
+    watched: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
 
 
@@ -70,6 +73,7 @@ def train(
     task: Task | None = None,
     objective: Objective | None = None,
     groups: Sequence[Mapping[str, Any]] | None = None,
+    callbacks: Mapping[str, Acting] | None = None,
     mixed: bool = False,
 ) -> Run:
     """Train what wants gradients in ``model``.
@@ -83,6 +87,7 @@ def train(
         task: left out: causal language models.
         objective: what is minimised; left out: the loss that the model has of the labels.
         groups: of parameters, for the optimizer; left out: one of all that want gradients.
+        callbacks: look at the weights at every update; by name.
         mixed: weights are float32, and multiplied in the settings' dtype.
 
     Raises:
@@ -109,6 +114,7 @@ def train(
             lengths=[task.length(row) for row in rows],
             objective=objective,
             augment=task.augmentation(settings.augment, rows),
+            acting=callbacks or {},
         )
         _listen(trainer, folder / "logs", last)
         with said(progress, trainer.total, "training"):
@@ -123,7 +129,13 @@ def train(
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     curve = [(int(entry["step"]), float(entry["loss"])) for entry in logged]
     losses = {name: [float(entry[f"loss_{name}"]) for entry in logged] for name in trainer.losses}
-    return Run(steps=trainer.state.global_step, curve=curve, losses=losses, memory=ranks.lead_says(memory))
+    watched = {
+        name: {key: [float(entry[f"{name}_{key}"]) for entry in logged] for key in acting.newest()}
+        for name, acting in (callbacks or {}).items()
+    }
+    return Run(
+        steps=trainer.state.global_step, curve=curve, losses=losses, watched=watched, memory=ranks.lead_says(memory)
+    )
 
 
 def _forgets(model: Any) -> bool:
@@ -201,17 +213,12 @@ class _Loop(Trainer):
     """
 
     def __init__(
-        self,
-        *,
-        settings: TrainSettings,
-        notes: Path,
-        lengths: list[int],
-        objective: Objective | None,
-        augment: Augment | None,
-        **given: Any,
-    ) -> None:
+        self, *, settings: TrainSettings, notes: Path, lengths: list[int], objective: Objective | None,
+        augment: Augment | None, acting: Mapping[str, Acting], **given: Any,
+    ) -> None:  # fmt: skip
         super().__init__(**given)
-        self.augment = augment
+        self.augment, self.acting = augment, acting
+        self.add_callback(_Acts(acting, lambda: self.progress))
         self.settings, self.notes, self.lengths = settings, notes, lengths
         self.objective: Objective | None = objective
         self.losses = [] if objective is None or len(objective.losses) < 2 else [each[0] for each in objective.losses]
@@ -229,23 +236,31 @@ class _Loop(Trainer):
         per_epoch = -(-len(self.get_train_dataloader()) // self.settings.accumulate)
         return self.settings.steps or self.settings.epochs * per_epoch
 
+    @property
+    def progress(self) -> float:
+        """Of the whole run, 0 to 1."""
+        return self.state.global_step / max(1, self.total - 1)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return _ByLength(self.lengths, self.settings)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *given: Any, **more: Any) -> Any:
         if self.objective is None:
             return super().compute_loss(model, inputs, *given, **more)
-        loss = self.objective(model, inputs, self.state.global_step / max(1, self.total - 1))
+        loss = self.objective(model, inputs, self.progress)
         if self.losses:
             self._heard.append(torch.stack([self.objective.last[name].float() for name in self.losses]))
         return loss
 
     def log(self, logs: dict[str, float], *given: Any, **more: Any) -> None:
-        """With each of several losses: a checkpoint keeps them with the rest."""
+        """With each of several losses, and what callbacks have to say: a checkpoint keeps them with the rest."""
         if "loss" in logs and self.losses:
             means = torch.stack(in_turn(self._heard, self.args.device)).mean(0).tolist()
             logs = {**logs, **{f"loss_{name}": mean for name, mean in zip(self.losses, means, strict=True)}}
             self._heard = []
+        if "loss" in logs:
+            found = {f"{name}_{key}": v for name, acting in self.acting.items() for key, v in acting.newest().items()}
+            logs = {**logs, **found}
         super().log(logs, *given, **more)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -354,6 +369,21 @@ class _ByLength(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Called by whoever counts epochs."""
         self.epoch = epoch
+
+
+class _Acts(TrainerCallback):
+    """What looks at the weights, around each of the optimizer's steps."""
+
+    def __init__(self, acting: Mapping[str, Acting], progress: Callable[[], float]) -> None:
+        self.acting, self.progress = acting, progress
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        for acting in self.acting.values():
+            acting.before_update(self.progress())
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        for acting in self.acting.values():
+            acting.after_update(self.progress())
 
 
 class _Told(TrainerCallback):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nybble.core.registry import Registry
 from nybble.quantizer import Quantizer
 from nybble.scheme import Scheme
+from nybble.training.callbacks import Acting
 from nybble.training.recipe import METHOD
 
 
@@ -94,6 +95,10 @@ class Method(ABC):
     def groups(self, model: nn.Module, options: Any, lr: float) -> list[dict[str, Any]] | None:
         """Parameters for an optimizer, as torch takes them, where some have a rate of their own; None: all alike."""
         return None
+
+    def callbacks(self, model: nn.Module, options: Any) -> Mapping[str, Acting]:
+        """What looks at the weights at every update, by name: of a model that :meth:`attach` has made."""
+        return {}
 
     @abstractmethod
     def parts(self, model: nn.Module) -> Mapping[str, int]:

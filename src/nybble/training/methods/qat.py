@@ -20,6 +20,8 @@ from nybble.learned._first_of import FirstOf
 from nybble.nn.kinds.tied import untie_head
 from nybble.scheme import Scheme, parse_scheme
 from nybble.training.activation import check_activation, use_activation
+from nybble.training.callbacks import Acting, Callback
+from nybble.training.callbacks import make_part as make_callback
 from nybble.training.convert import convert
 from nybble.training.methods import Given, Place, StagedMethod
 from nybble.training.objective import make_losses, needs_teacher
@@ -41,7 +43,7 @@ class QatOptions:
     own. ``teacher``: the ``float`` network, or that of the ``stage`` before. ``inherit``: what learned in one stage
     goes on in the next, where it has the same shape. ``activation``: of the trained network in place of its own, a name
     that transformers has (``relu``). ``float_head``: an output head that shares the embeddings' table gets a float one
-    of its own.
+    of its own. ``callbacks``: what looks at weights at every update, by name a mapping of its options.
     """
 
     learned: Mapping[str, Any] = field(default_factory=dict)
@@ -53,6 +55,7 @@ class QatOptions:
     inherit: bool = True
     activation: str = ""
     float_head: bool = False
+    callbacks: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Qat(StagedMethod):
@@ -74,6 +77,7 @@ class Qat(StagedMethod):
             )
         if options.activation:
             check_activation(options.activation)
+        _callbacks(options)
         for name, rate in options.rates.items():
             if not rate >= 0:
                 raise UsageError(f"rates: {name} is {rate}; a rate is a number of 0 or more, over that of the loop.")
@@ -96,7 +100,11 @@ class Qat(StagedMethod):
                 raise SchemeError("what: learned trains what parts learn, and these learn nothing; say all.")
             for p in made.parameters():
                 p.requires_grad_(id(p) in learned)
+        self.callbacks(made, options)  # what they remember is there before a checkpoint is read
         return made
+
+    def callbacks(self, model: nn.Module, options: QatOptions) -> dict[str, Acting]:  # noqa: D102
+        return {name: callback.attach(model) for name, callback in _callbacks(options).items()}
 
     def float_values(self, model: nn.Module) -> dict[str, Tensor]:  # noqa: D102
         return float_values(model)
@@ -119,6 +127,10 @@ class Qat(StagedMethod):
 
     def finished(self, model: nn.Module, place: Place) -> nn.Module:  # noqa: D102
         return convert(model.to(place.dtype))
+
+
+def _callbacks(options: QatOptions) -> dict[str, Callback]:
+    return {name: make_callback(name, given) for name, given in options.callbacks.items()}
 
 
 def _change(model: nn.Module, given: Given) -> None:
