@@ -1,4 +1,4 @@
-"""Callbacks of training: at work on every kind of twin, they leave what the network computes to be packed bit for bit."""
+"""Callbacks of training: at work on every kind of twin, and what they leave is packed bit for bit."""
 
 from __future__ import annotations
 

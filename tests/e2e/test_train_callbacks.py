@@ -67,7 +67,7 @@ def test_bad_callbacks_leave_nothing(tmp_path: Path) -> None:
     bad: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"callbacks": {"oscilation": {}}}, UsageError, "Did you mean 'oscillation'"),
         ({"callbacks": {"annealing": {"range": -1}}}, SchemeError, "annealing: range=-1"),
-        ({"callbacks": {"annealing": {}}, "learned": {"weights": "flexround"}}, SchemeError, "not rounded to the nearest"),
+        ({"callbacks": {"annealing": {}}, "learned": {"weights": "flexround"}}, SchemeError, "rounded to the nearest"),
     ]  # fmt: skip
     for options, error, says in bad:
         with pytest.raises(error, match=says):
