@@ -17,7 +17,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import nybble
 from nybble.core.errors import DataError
 from nybble.learned import Learned, make_part
-from nybble.nn.conv import QuantConv2d
+from nybble.nn.conv import QuantConv
 from nybble.nn.linear import QuantLinear
 from nybble.quantizer import Quantizer
 from nybble.scheme import preset_scheme
@@ -115,9 +115,10 @@ def learn(made: Any, acting: dict[str, Acting], steps: int = 6) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_what_is_trained_is_what_the_file_computes(bits: int, tmp_path: Path) -> None:
-    made, acting = attached(vit(), f"OFQ_W{bits}A{bits}")
+@pytest.mark.parametrize(("bits", "dtype"), [(2, torch.float32), (3, torch.float32), (4, torch.bfloat16)])
+def test_what_is_trained_is_what_the_file_computes(bits: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    made, acting = attached(vit().to(dtype), f"OFQ_W{bits}A{bits}")
+    assert made.vit.embeddings.patch_embeddings.projection.weight.dtype == dtype  # asked by its forward
     losses = learn(made, acting)
     assert losses[-1] < losses[0]
     assert acting["oscillation"].newest()["flips"] >= 0 and acting["annealing"].newest()["frozen"] > 0.8
@@ -126,17 +127,18 @@ def test_what_is_trained_is_what_the_file_computes(bits: int, tmp_path: Path) ->
         packed = convert(made)
         assert torch.equal(packed(**batch(1)).logits, before)
         nybble.save(packed, tmp_path / "out")
-        loaded, _ = nybble.load(tmp_path / "out", dtype=torch.float32)
+        loaded, _ = nybble.load(tmp_path / "out", dtype=dtype)
         assert torch.equal(loaded(**batch(1)).logits, before)
-    layers = {name: m for name, m in loaded.named_modules() if isinstance(m, QuantLinear | QuantConv2d)}
+    layers = {name: m for name, m in loaded.named_modules() if isinstance(m, QuantLinear | QuantConv)}
     ends = {"vit.embeddings.patch_embeddings.projection", "classifier"}
     assert len(layers) == 2 * 6 + 2 and ends <= layers.keys()
     for name, layer in layers.items():
-        line = str(layer.inputs)
+        line = str(layer.inputs.quantizer)  # type: ignore[union-attr]
         assert layer.weight.qtensor().format.bits == (8 if name in ends else bits)  # type: ignore[union-attr,operator]
         assert line.startswith("int8" if name in ends else f"uint{bits}" if name.endswith("fc2") else f"int{bits}")
     matmuls: Any = loaded.get_submodule("vit.layers.0.attention.matmuls")
-    assert str(matmuls.probabilities).startswith(f"uint{bits}") and str(matmuls.query).startswith(f"int{bits}")
+    assert matmuls.probabilities.quantizer.format.name == f"uint{bits}"
+    assert matmuls.query.quantizer.format.name == f"int{bits}_full"
 
 
 def test_bad_input() -> None:
