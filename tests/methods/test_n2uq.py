@@ -96,7 +96,7 @@ def test_what_is_trained_is_what_the_file_computes(bits: int, tmp_path: Path) ->
     assert any(not torch.equal(m.inputs.widths, torch.ones_like(m.inputs.widths)) for m in twins.values())  # type: ignore[union-attr,arg-type]
     with torch.no_grad():
         before = made.eval()(**batch(1)).logits
-        packed = convert(made)
+        packed: Any = convert(made)
         assert torch.equal(packed(**batch(1)).logits, before)
         nybble.save(packed, tmp_path / "out")
         loaded, _ = nybble.load(tmp_path / "out", dtype=torch.float32)
@@ -113,7 +113,8 @@ def test_what_is_trained_is_what_the_file_computes(bits: int, tmp_path: Path) ->
 
 
 def test_exports_refuse_thresholds_that_they_have_no_words_for(tmp_path: Path) -> None:
-    nybble.save(convert(attached(resnet())), tmp_path / "out")
+    packed: Any = convert(attached(resnet()))
+    nybble.save(packed, tmp_path / "out")
     with pytest.raises(ModelError, match=r"learned thresholds of activations.*lsq"):
         nybble.export(tmp_path / "out", tmp_path / "onnx", "onnx")
 

@@ -124,7 +124,7 @@ def test_what_is_trained_is_what_the_file_computes(bits: int, dtype: torch.dtype
     assert acting["oscillation"].newest()["flips"] >= 0 and acting["annealing"].newest()["frozen"] > 0.8
     with torch.no_grad():
         before = made.eval()(**batch(1)).logits
-        packed = convert(made)
+        packed: Any = convert(made)
         assert torch.equal(packed(**batch(1)).logits, before)
         nybble.save(packed, tmp_path / "out")
         loaded, _ = nybble.load(tmp_path / "out", dtype=dtype)
@@ -134,7 +134,7 @@ def test_what_is_trained_is_what_the_file_computes(bits: int, dtype: torch.dtype
     assert len(layers) == 2 * 6 + 2 and ends <= layers.keys()
     for name, layer in layers.items():
         line = str(layer.inputs.quantizer)  # type: ignore[union-attr]
-        assert layer.weight.qtensor().format.bits == (8 if name in ends else bits)  # type: ignore[union-attr,operator]
+        assert layer.weight.qtensor().format.bits == (8 if name in ends else bits)  # type: ignore[union-attr]
         assert line.startswith("int8" if name in ends else f"uint{bits}" if name.endswith("fc2") else f"int{bits}")
     matmuls: Any = loaded.get_submodule("vit.layers.0.attention.matmuls")
     assert matmuls.probabilities.quantizer.format.name == f"uint{bits}"
