@@ -43,6 +43,7 @@ from nybble.recipe import Step, load_recipe, recipe_names
 from nybble.scheme import PRESETS as SCHEMES
 from nybble.scheme import Rule, Scheme
 from nybble.training import steps as training_steps
+from nybble.training.callbacks import CALLBACKS
 from nybble.training.losses import LOSSES
 from nybble.training.methods import METHODS
 from nybble.training.recipe import listed_training_recipes
@@ -255,9 +256,19 @@ def scheme_presets() -> str:
 
 
 def two_sets() -> str:
-    """Schemes of binary and ternary networks."""
-    rows = [[f"`{name}`", *(f"`{line}`" for line in lines)] for name, lines in TWO_SETS.items()]
-    return table(("scheme", "weights", "embeddings", "activations", "never negative"), rows, numbers=False)
+    """Schemes of binary and ternary networks, and of vision transformers."""
+    rows = [
+        [f"`{name}`", *(f"`{line}`" if line else "" for line in (*lines[:4], *(lines.ends or ("", ""))))]
+        for name, lines in TWO_SETS.items()
+    ]
+    titles = ("scheme", "weights", "embeddings", "activations", "never negative", "ends: weights", "ends: inputs")
+    return table(titles, rows, numbers=False)
+
+
+def train_callbacks() -> str:
+    """What looks at weights at every update of a training."""
+    rows = [[f"`{name}`", _says(CALLBACKS, name), _short_options(part)] for name, part in _parts(CALLBACKS).items()]
+    return table(("name", "what", "options"), rows, numbers=False)
 
 
 # ----------------------------------------------------------------------------------------------------------- recipes
@@ -449,6 +460,6 @@ TABLES: dict[str, Callable[[], str]] = {
         scheme_keys, scheme_presets, two_sets, recipes, transform_steps, solver_steps, reconstruction_options,
         reconstruction_steps, learned_parts, learned_transforms, train_steps, correction_options, correction_steps,
         targets, target_rows, optimizers, optimizer_presets, train_recipes, train_methods, train_settings,
-        train_losses, train_tasks,
+        train_losses, train_callbacks, train_tasks,
     )
 }  # fmt: skip

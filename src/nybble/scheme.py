@@ -18,7 +18,7 @@ A cache's line is that of :class:`~nybble.kv_format.KVFormat`.
 
 Preset names follow compressed-tensors where it has the name (``W4A16``, ``W8A8``, ``NVFP4``, ``MXFP4``,
 ``FP8_DYNAMIC``); ours carry the format: ``W4A4_E2M1``, ``W4A8_E2M1_E4M3``: weights per output channel, inputs per
-token. Those of binary and ternary networks, ``BIT_W1A1`` ..., are in :mod:`nybble.two_sets`.
+token. Those of two sets of values, ``BIT_W1A1``, ``OFQ_W2A2`` ..., are in :mod:`nybble.two_sets`.
 """
 
 from __future__ import annotations

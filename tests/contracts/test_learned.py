@@ -28,7 +28,7 @@ LINES: dict[str, tuple[str, ...]] = {
         "int8 token", "int8 tensor static", "uint4 tensor static symmetric=false", "float8_e4m3fn token", "mxfp4",
         "float4_e2m1fn tensor static", "float4_e2m1fn shifted static", "int8 plane", "nvfp4",
         "int8 tensor static scale=learned", "binary tensor static scale=elastic",
-        "uternary tensor static scale=elastic",
+        "uternary tensor static scale=elastic", "uint2 tensor static", "int3_full tensor static scale=elastic",
     ),
 }  # fmt: skip
 #: What a part can't learn; everything else of LINES it must.
@@ -38,6 +38,13 @@ REFUSED: dict[str, dict[str, set[str]]] = {
     "elastic": {
         ACTIVATIONS: {
             "int8 token", "float8_e4m3fn token", "mxfp4", "int8 plane", "nvfp4", "float4_e2m1fn shifted static"
+        },
+    },
+    "thresholds": {
+        ACTIVATIONS: {
+            line
+            for line in LINES[ACTIVATIONS]
+            if not line.startswith(("uternary", "uint2", "int3_full"))  # more levels, uneven ones, or a zero point
         },
     },
     "statistics": {WEIGHTS: {"int4 rank1", "float4_e2m1fn shifted", "float16_e8m7 tensor scale=one"}},

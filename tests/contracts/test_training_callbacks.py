@@ -1,4 +1,4 @@
-"""Callbacks of training: at work on every kind of twin, they leave what is computed to be packed bit for bit."""
+"""Callbacks of training: at work on every kind of twin, and what they leave is packed bit for bit."""
 
 from __future__ import annotations
 
@@ -84,7 +84,6 @@ def test_goes_on_exactly(name: str) -> None:
         step(models[0], optimizers[0], [acting[0]], at / 5)
     models[1].load_state_dict({key: t.clone() for key, t in models[0].state_dict().items()})
     optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
-    acting[1] = make_part(name, BUSY[name]).attach(models[1])
     for at in range(3, 6):
         for which in range(2):
             step(models[which], optimizers[which], [acting[which]], at / 5)

@@ -82,7 +82,7 @@ def test_the_file_computes_what_training_computed(setting: str, dtype: torch.dty
     loaded, _ = nybble.load(folder)
     assert torch.equal(logits(loaded), expected)
     layers = [m for m in loaded.modules() if isinstance(m, QuantLayer)]
-    assert layers and all(m.inputs is not None and m.inputs.shifted == (setting != "tbt") for m in layers)
+    assert layers and all(m.inputs is not None and m.inputs.relearned == (setting != "tbt") for m in layers)
     shift = next(m.inputs.state_dict().get("shift") for m in layers if m.inputs is not None)
     assert (shift is None) if setting == "tbt" else shift is not None and shift.shape == found[0].threshold.shape  # type: ignore[union-attr]
 
@@ -93,7 +93,7 @@ def test_no_target_forgets_a_threshold(tmp_path: Path) -> None:
     convert(model)
     folder = save(model, tmp_path / "out", tiny_tokenizer())
     for target in ("onnx", "compressed-tensors", "gguf"):
-        with pytest.raises(ModelError, match=r"a learned threshold of activations.*threshold: none"):
+        with pytest.raises(ModelError, match=r"learned thresholds of activations.*threshold: none"):
             nybble.export(folder, tmp_path / target, target)
         assert not (tmp_path / target).exists()
     nybble.export(folder, tmp_path / "dense", "dense")

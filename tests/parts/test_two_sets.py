@@ -11,6 +11,7 @@ from torch import nn
 
 from nybble.learned import ACTIVATIONS, WEIGHTS, make_part
 from nybble.nn.kinds import targets_of
+from nybble.quantizer import Quantizer
 from nybble.scheme import preset_scheme
 from nybble.two_sets import TWO_SETS
 
@@ -74,11 +75,14 @@ def test_what_is_taken(
 def test_widths_are_those_of_the_name(name: str) -> None:
     scheme = preset_scheme(name)
     weights, inputs = int(name[5]), int(name[7])
-    for rule in scheme.rules:
+    ends = TWO_SETS[name].ends
+    for rule in scheme.rules[0 if ends is None else 1 :]:
         if rule.weights is not None:
             assert rule.weights.format.bits == weights
             make_part("statistics", {}).check(rule.weights, WEIGHTS)
         if rule.inputs is not None:
             assert rule.inputs.format.bits == inputs
             make_part("ste" if inputs == 8 else "elastic", {}).check(rule.inputs, ACTIVATIONS)
+    if ends is not None:
+        assert [str(scheme.rules[0].weights), scheme.rules[0].inputs] == [ends[0], Quantizer(ends[1])]
     assert scheme.name == name

@@ -274,22 +274,22 @@ def get_target(text: str) -> ExportTarget:
 def refusals(part: ExportTarget, source: Source) -> list[Refusal]:
     """All that a target can't write of a model: what it says itself, of layers that it can be asked about."""
     rotated = tuple(name for name, layer in source.layers.items() if layer.kind.unrotated is not layer.kind)
-    shifted = tuple(name for name, layer in source.layers.items() if _shifted(layer))
+    relearned = tuple(name for name, layer in source.layers.items() if _relearned(layer))
     found, why = [], "the file has no words for it"
     if rotated and not part.rotates:
         found.append(Refusal(layers=rotated, came="an online rotation of its input", nearest=UNROTATED, why=why))
-    if shifted and not part.drops_rounding:
-        found.append(Refusal(layers=shifted, came="a learned threshold of activations", nearest=UNSHIFTED, why=why))
+    if relearned and not part.drops_rounding:
+        found.append(Refusal(layers=relearned, came="learned thresholds of activations", nearest=UNSHIFTED, why=why))
     return found or part.check(source)
 
 
-def _shifted(layer: Layer) -> bool:
-    """Whether activations lose a learned threshold before they are rounded."""
-    return any(side is not None and side.shifted for side in (layer.inputs, layer.outputs))
+def _relearned(layer: Layer) -> bool:
+    """Whether what activations are rounded to is decided by thresholds that were learned."""
+    return any(side is not None and side.relearned for side in (layer.inputs, layer.outputs))
 
 
 UNSHIFTED = (
-    "activations learned without (elastic: threshold: none), or --target dense, which leaves activations unrounded"
+    "activations learned without (lsq; elastic: threshold: none), or --target dense, which leaves activations unrounded"
 )
 UNROTATED = (
     "layers without: --target dense folds it into float weights, and without the step online-rotation there is none "

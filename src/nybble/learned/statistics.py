@@ -11,6 +11,11 @@ mask: 1``                                (``ternary channel scale=max-entropy``,
 the same without options                 TBT as its published code has it
 binary: ``center: tensor, raw: true``    BiT: s = mean|w|, the sign that of w - mean(w) over the whole tensor
                                          (``binary scale=mean``; rows of embeddings ``binary channel scale=mean``)
+``midriseK`` without options             OFQ's StatsQ, ``midrise3 channel scale=max-entropy``: levels s (k + 1/2), s the
+                                         step, 2 mean|w| / 2**(K - 1) of a row; gradients pass beyond the ends, too
+the same with ``normalised: true``       N2UQ's entropy-preserving weights, trained as its published code does: the
+                                         gradient over c = s times the largest level, as if it trained w / c. Of
+                                         1 bit ``binary channel scale=mean``
 2 bits: ``mask: 1.98``                   LLM-QAT's StatsQ grid, ``midrise2 channel scale=max-entropy``, clipped at
                                          0.99 * 2 mean|w| of a row
 ternary: ``threshold: 0.7``              TWN: 0 up to 0.7 mean|w|, s the mean magnitude of all others
@@ -18,8 +23,10 @@ ternary: ``threshold: 0.7``              TWN: 0 up to 0.7 mean|w|, s the mean ma
 =======================================  ==========================================================================
 
 Liu et al. 2023, "Binary and Ternary Natural Language Generation", arXiv:2306.01841; Liu et al. 2022, "BiT: Robustly
-Binarized Multi-distilled Transformer", arXiv:2205.13016; Liu et al. 2023, "LLM-QAT", arXiv:2305.17888; Li et al.
-2016, "Ternary Weight Networks", arXiv:1605.04711, eq. 3-6.
+Binarized Multi-distilled Transformer", arXiv:2205.13016; Liu et al. 2023, "LLM-QAT", arXiv:2305.17888; Liu et al. 2023,
+"Oscillation-free Quantization for Low-bit Vision Transformers" (OFQ), arXiv:2302.02210; Liu et al. 2022,
+"Nonuniform-to-Uniform Quantization" (N2UQ), arXiv:2111.14826; Li et al. 2016, "Ternary Weight Networks",
+arXiv:1605.04711, eq. 3-6.
 
 Where we differ: the sign of 0 is +1, where their code has a third value; a block without a magnitude (zeros, or all of
 it the mean) becomes zeros by a scale of 0, where theirs divides by it.
@@ -75,9 +82,17 @@ class ByStatistics(Learned):
     def estimate(self, x: Tensor) -> Tensor:  # noqa: D102
         centered, params = self.measured(x)
         found = self.quantizer.soft(centered, params, self._decided(centered)).to(x.dtype)
-        if not self.options.mask:
-            return straight_through(found, x)
-        return straight_through(found, torch.where(self._inside(centered, params), x, x.detach()))
+        through = torch.where(self._inside(centered, params), x, x.detach()) if self.options.mask else x
+        if self.options.normalised:
+            through = through / self._largest(centered, params)
+        return straight_through(found, through)
+
+    def _largest(self, centered: Tensor, params: QuantParams) -> Tensor:
+        """The largest value of each block as it is rounded, 1 where all are 0; of the shape of the weight."""
+        cut, shape = self.quantizer.granularity, tuple(centered.shape)
+        assert params.scale is not None
+        largest = block_view(params.scale, cut, shape) * self.quantizer.format.absmax
+        return cut.from_blocks(torch.where(largest == 0, 1.0, largest).expand_as(cut.to_blocks(centered)), shape)
 
     def _inside(self, centered: Tensor, params: QuantParams) -> Tensor:
         cut, shape = self.quantizer.granularity, tuple(centered.shape)
@@ -116,6 +131,7 @@ class Statistics(Part):
             of the whole ``tensor``.
         raw: measure the scale on the weight as it is, not on what is left of it.
         mask: no gradient where ``|w - m| >= mask * s``; 0 for none.
+        normalised: the gradient is divided by the largest value that a block is rounded to.
         threshold: of three levels the one in the middle up to so many times mean|w - m|; 0 takes the nearest level.
     """
 
@@ -123,6 +139,7 @@ class Statistics(Part):
     raw: bool = False
     mask: float = 0.0
     threshold: float = 0.0
+    normalised: bool = False
 
     sides = (WEIGHTS,)
     takes_start = False

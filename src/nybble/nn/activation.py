@@ -19,7 +19,8 @@ from nybble.ops.reaching import reaching
 from nybble.qtensor import Factored, Inverse, QTensor, QuantParams, dense
 from nybble.quantizer import Quantizer
 
-_PARTS = ("scale", "zero_point", "offset", "divisor", "shift")  # divisor: of nested scales; the rest: see QuantParams
+_PARTS = ("scale", "zero_point", "offset", "divisor", "shift", "thresholds")
+"""Divisor: of nested scales; the rest: see QuantParams."""
 
 
 class ActivationQuantizer(nn.Module):
@@ -31,7 +32,8 @@ class ActivationQuantizer(nn.Module):
             as its granularity stores it: of a shifted one, the columns' exponents as integers (``shifts``, uint8).
 
     Attributes:
-        shifted: whether a learned threshold is taken off what enters (:class:`nybble.learned.elastic.Elastic`).
+        relearned: whether thresholds were learned: one that is taken off what enters
+            (:class:`nybble.learned.elastic.Elastic`), or all of them (:class:`nybble.learned.thresholds.Thresholds`).
         whole: whether what passes is integers of up to 8 bits times one scale a row (products of whole numbers).
         few: whether it is what tensor cores read (:mod:`nybble.nn.float_products`).
         through: whether the gradient goes through measured scales too (:class:`nybble.learned.ste.Ste`).
@@ -43,9 +45,9 @@ class ActivationQuantizer(nn.Module):
         if (params is None) == quantizer.static:
             raise FileError(f"{quantizer}: a static quantizer, and only that, comes with calibrated parameters.")
         self.quantizer, self._line = quantizer, str(quantizer)
-        self.shifted = params is not None and params.shift is not None  # which no kernel knows
-        self.whole = rounds_to_integers(quantizer) and not self.shifted
-        self.few = rounds_to_floats(quantizer) and not self.shifted
+        self.relearned = params is not None and relearned(params)  # which no kernel knows
+        self.whole = rounds_to_integers(quantizer) and not self.relearned
+        self.few = rounds_to_floats(quantizer) and not self.relearned
         self.through = False
         for part, value in _parts(quantizer, params).items():
             self.register_buffer(part, value)
@@ -83,9 +85,9 @@ class ActivationQuantizer(nn.Module):
         return self
 
     def roles(self) -> dict[str, str]:
-        """For each name of the state dict: scales or offsets."""
-        offsets = ("zero_point", "offset", "shift")
-        return {name: "offsets" if name in offsets else "scales" for name in self.state_dict()}
+        """For each name of the state dict: scales, offsets, or tables."""
+        known = {**dict.fromkeys(("zero_point", "offset", "shift"), "offsets"), "thresholds": "tables"}
+        return {name: known.get(name, "scales") for name in self.state_dict()}
 
     def to_dict(self) -> dict[str, object]:
         """Line and the names of static parameters, for config.json; with a value a column, how many there are."""
@@ -116,6 +118,8 @@ class ActivationQuantizer(nn.Module):
             return ActivationQuantizer(quantizer, QuantParams(Inverse(found["divisor"])))
         if "shift" in found and "columns" in data:
             found["shift"] = torch.empty(_columns(data), dtype=torch.float32)
+        if "thresholds" in found:
+            found["thresholds"] = torch.empty(len(quantizer.format.grid) - 1, dtype=torch.float32)
         scale: Tensor | Factored | None = found.get("scale")
         if not granularity.stored.keys().isdisjoint(found):
             columns = _columns(data)
@@ -126,11 +130,17 @@ class ActivationQuantizer(nn.Module):
                 part: torch.zeros(columns, dtype=getattr(torch, dtype)) for part, dtype in granularity.stored.items()
             }
             scale = Factored(granularity.restore(found), granularity.combine)
-        params = QuantParams(scale, found.get("zero_point"), found.get("offset"), shift=found.get("shift"))
+        shift, thresholds = found.get("shift"), found.get("thresholds")
+        params = QuantParams(scale, found.get("zero_point"), found.get("offset"), thresholds, shift=shift)
         return ActivationQuantizer(quantizer, params)
 
     def extra_repr(self) -> str:  # noqa: D102
         return str(self.quantizer)
+
+
+def relearned(params: QuantParams) -> bool:
+    """Whether thresholds were learned, so that a scale alone doesn't say what is rounded to what."""
+    return params.shift is not None or params.thresholds is not None
 
 
 def _columns(data: dict[str, object]) -> int:
@@ -154,8 +164,10 @@ def _parts(quantizer: Quantizer, params: QuantParams | None) -> dict[str, Tensor
         value = getattr(params, part)
         if isinstance(value, Tensor | QTensor):
             found[part] = dense(value).reshape(1)
-    if params.shift is not None:
-        found["shift"] = params.shift.float().reshape(-1)
+    for part in ("shift", "thresholds"):
+        value = getattr(params, part)
+        if value is not None:
+            found[part] = value.float().reshape(-1)
     if isinstance(params.scale, Inverse):
         found["divisor"] = params.scale.divisor.reshape(1)
     if isinstance(params.scale, Factored):

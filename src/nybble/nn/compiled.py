@@ -135,7 +135,8 @@ def static_params(quantizer: Quantizer, parts: Mapping[str, Tensor]) -> QuantPar
     scale: Tensor | Factored | None = parts.get("scale")
     if granularity.stored and granularity.stored.keys() <= parts.keys():
         scale = Factored(granularity.restore(parts), granularity.combine)
-    return QuantParams(scale, parts.get("zero_point"), parts.get("offset"), shift=parts.get("shift"))
+    shift, thresholds = parts.get("shift"), parts.get("thresholds")
+    return QuantParams(scale, parts.get("zero_point"), parts.get("offset"), thresholds, shift=shift)
 
 
 @cache

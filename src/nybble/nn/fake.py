@@ -78,7 +78,7 @@ class FakeLayer(Twin):
         if isinstance(bias, Tensor):
             self.bias = nn.Parameter(bias.detach().float().clone(), requires_grad=trainable)
         self.inputs, self.outputs = inputs, outputs
-        self.dtype = next(like.parameters()).dtype
+        self.take_dtype(next(like.parameters()).dtype)
         self.folded = folded
         # In tuples, so that they are no part of the state: an empty copy of the float layer, and its quantized layer
         # (behind a rotation, which comes before the inputs are rounded, the one without).

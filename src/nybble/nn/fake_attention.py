@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nybble.core.errors import ModelError
+from nybble.core.errors import ModelError, SchemeError
 from nybble.kv_format import KVFormat
 from nybble.learned import Learned
 from nybble.matmul_format import OPERANDS
 from nybble.nn import attention, cached_attention
+from nybble.nn.activation import relearned
 from nybble.nn.attention import CACHED, MatmulQuantizers, use_quantized_attention
 from nybble.nn.cached_attention import use_cached_attention
 from nybble.nn.config import config_of
@@ -63,12 +64,22 @@ class FakeCache(Twin):
     Args:
         kv: of the layer. With a residual the newest tokens stay in float, for all queries of a call.
         parts: of ``keys`` and ``values``, those that are not in float.
+
+    Raises:
+        SchemeError: a part learns more than a scale.
     """
 
     def __init__(self, kv: KVFormat, parts: Mapping[str, Learned]) -> None:
         super().__init__()
         self.kv = kv
         self.keys, self.values = parts.get("keys"), parts.get("values")
+        for side, part in parts.items():
+            params = part.fixed()
+            if params is not None and relearned(params):
+                raise SchemeError(
+                    f"a cache keeps codes and scales, and what learns {side} learns thresholds too; take lsq, elastic "
+                    "with threshold: none, or ste."
+                )
 
     def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """[batch, heads, tokens, width] each."""

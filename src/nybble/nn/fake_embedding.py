@@ -111,7 +111,7 @@ class FakeTiedHead(Twin):
         super().__init__()
         self._embedding, self.table = (embedding,), table  # in a tuple, so that its tensors are no part of this one
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
-        self.dtype = embedding.dtype
+        self.take_dtype(embedding.dtype)
         self.bias = None if like.bias is None else nn.Parameter(like.bias.detach().float().clone())
 
     @property

@@ -63,6 +63,12 @@ class Twin(nn.Module, ABC):
         begin = torch.zeros((), dtype=torch.float32, device=self._device)
         return sum((learned.penalty(t) for _, learned in self.learned()), begin)
 
+    def take_dtype(self, dtype: torch.dtype) -> None:
+        """Stand for a module in another dtype."""
+        self.dtype = dtype
+        for weight in self.weights():
+            weight.dtype = dtype
+
     @property
     def _device(self) -> torch.device:
         held = next(self.parameters(), None)
@@ -70,7 +76,7 @@ class Twin(nn.Module, ABC):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Twin:
         if self.dtype is not None:
-            self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self._device)).dtype
+            self.take_dtype(fn(torch.empty(0, dtype=self.dtype, device=self._device)).dtype)
 
         def move(tensor: Tensor) -> Tensor:
             moved: Tensor = fn(tensor)
@@ -91,6 +97,7 @@ class FakeWeight(nn.Module):
         trainable: whether gradients reach ``latent``.
 
     Attributes:
+        dtype: of the weight that it stands for, which models ask for; float32 until its twin says.
         instead: gives the weight in place of :meth:`dense`, while there is one: of a step that rounds once for several
             forwards.
     """
@@ -99,6 +106,7 @@ class FakeWeight(nn.Module):
         super().__init__()
         self.latent = nn.Parameter(latent, requires_grad=trainable)
         self.learned = learned
+        self.dtype = torch.float32
         self.instead: Callable[[FakeWeight, torch.dtype], Tensor] | None = None
 
     @property

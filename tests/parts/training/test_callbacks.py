@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import SchemeError
+from nybble.learned import Part
+from nybble.learned import make_part as make_learned
 from nybble.nn.fake import FakeLayer
 from nybble.training.callbacks import Acting, make_part
 from nybble.training.prepare import prepare
@@ -16,7 +18,7 @@ from nybble.training.prepare import prepare
 INT, STATS = {"weights": "int4 channel scale=learned"}, {"weights": "midrise2 channel scale=max-entropy"}
 
 
-def layer(scheme: dict[str, Any], part: str, weight: Tensor) -> FakeLayer:
+def layer(scheme: dict[str, Any], part: str | Part, weight: Tensor) -> FakeLayer:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     with torch.no_grad():
         linear.weight.copy_(weight)
@@ -60,8 +62,8 @@ def test_flips_are_counted() -> None:
 @pytest.mark.parametrize(
     ("scheme", "part"),
     [
-        (INT, "lsq"), ({"weights": "int4 group=8 symmetric=false"}, "ste"), ({"weights": "float4_e2m1fn group=8"}, "ste"),
-        ({"weights": "nf4 channel"}, "lsq"),
+        (INT, "lsq"), ({"weights": "int4 group=8 symmetric=false"}, "ste"),
+        ({"weights": "float4_e2m1fn group=8"}, "ste"), ({"weights": "nf4 channel"}, "lsq"),
     ],
 )  # fmt: skip
 def test_the_cure(scheme: dict[str, Any], part: str) -> None:
@@ -87,9 +89,8 @@ def test_the_cure(scheme: dict[str, Any], part: str) -> None:
 
 def test_a_mean_that_is_not_put_back() -> None:
     """BiT's signs: the middle of a cell is the mean and the level."""
-    made = layer({"weights": "binary tensor scale=mean"}, "statistics", random(2, 8) + 0.5)
-    learned: Any = made.weight.learned
-    object.__setattr__(learned.options, "center", "tensor")
+    part = make_learned("statistics", {"center": "tensor", "raw": True})
+    made = layer({"weights": "binary tensor scale=mean"}, part, random(2, 8) + 0.5)
     acting = make_part("oscillation", {"reset_every": 3, "reset_at": 1}).attach(made)
     values = made.weight.latent.detach().clone()
     for value in (9.0, -9.0, 9.0):
@@ -120,7 +121,7 @@ def test_annealing_ends_it() -> None:
                 each.after_update(step / 119)
             flips += acting[0].newest()["flips"] if step >= 110 else 0
         late.append(flips)
-    assert late[0] > 30 and late[1] <= 0.05 * late[0]
+    assert late[0] > 30 and late[1] <= 0.1 * late[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- annealing
@@ -174,7 +175,8 @@ def test_before_its_start_nothing_is_frozen() -> None:
 def test_bad_options() -> None:
     for name, options, says in (
         ("annealing", {"range": -0.1}, "range=-0.1.*0 or more"), ("annealing", {"start": 1.0}, "start=1.*below 1"),
-        ("annealing", {"range": float("nan")}, "range is a finite number"), ("oscillation", {"reset_every": -1}, "reset_every=-1"),
+        ("annealing", {"range": float("nan")}, "range is a finite number"),
+        ("oscillation", {"reset_every": -1}, "reset_every=-1"),
         ("oscillation", {"reset_at": 0}, "reset_at=0"),
         ("oscillation", {"reset_every": 4}, "no weight oscillates 4 times in 4 updates"),
     ):  # fmt: skip

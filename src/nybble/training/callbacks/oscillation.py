@@ -78,7 +78,6 @@ class Counting(Acting):
 
     def __init__(self, weights: Mapping[str, FakeWeight], options: Oscillation) -> None:
         self.weights, self.options = weights, options
-        self._updates = next(iter(self._flips.values())).number("updates")
 
     @property
     def _flips(self) -> dict[str, Flips]:
@@ -87,13 +86,13 @@ class Counting(Acting):
 
     @torch.no_grad()
     def after_update(self, progress: float) -> None:  # noqa: D102
-        self._updates += 1
         every = self.options.reset_every
+        updates = next(iter(self._flips.values())).number("updates") + 1  # of a checkpoint that was read since, too
         for name, flips in self._flips.items():
             weight = self.weights[name]
             found = settled(NAME, name, weight)
             flips.count(found.unpacked(), found.format.name)
-            if every and not self._updates % every:
+            if every and not updates % every:
                 assert isinstance(weight.learned, Learned)
                 reset = flips.cured(self.options.reset_at)
                 weight.latent.copy_(torch.where(reset, middles(weight.learned, weight.latent.detach()), weight.latent))
