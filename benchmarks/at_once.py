@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,17 @@ TOLD = ("steps", "batch", "lr", "length", "layers", "width", "vocabulary", "floa
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a row asks of :func:`nybble.pipelines.train.train`; of the study's updates it has one in ``stages``."""
+    """What a row asks of :func:`nybble.pipelines.train.train`; of the study's updates it has one in ``stages``.
+
+    ``settings``: its own, over the study's.
+    """
 
     recipe: str
     data: Path
     scheme: Any
     options: Mapping[str, Any]
     stages: int = 1
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +97,11 @@ class Study:
         asked, began, gpu = self.rows[words](options), time.monotonic(), options.device == "cuda"
         out = file_of(options.work, name).with_suffix("")
         settings = {
-            "steps": options.steps // asked.stages, "batch": options.batch, "accumulate": 1, "seq_len": options.length,
-            "lr": options.lr, "device": options.device, "dtype": "bfloat16" if gpu else "float32",
+            "steps": options.steps // asked.stages, "batch": options.batch, "accumulate": 1, "lr": options.lr,
+            "device": options.device, "dtype": "bfloat16" if gpu else "float32",
             "checkpointing": False, "save_every": 100, "seed": int(seed), "resume": True,
             "optimizer": f"torch.AdamW {self.optimizer}{' fused=true' * gpu}".strip(),
+            **({} if options.length is None else {"seq_len": options.length}), **asked.settings,
         }  # fmt: skip
         if not out.exists():
             train(
@@ -109,13 +114,20 @@ class Study:
         atomic_write_json(file_of(options.work, name), {**found, "seconds": round(time.monotonic() - began, 1)})
 
 
-def arguments(doc: str, name: str, data: str, **defaults: Any) -> argparse.Namespace:
+def arguments(
+    doc: str,
+    name: str,
+    data: str,
+    more: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    **defaults: Any,
+) -> argparse.Namespace:
     """The command line of a study.
 
     Args:
         doc: of the script.
         name: of its folder in ``build``.
         data: the module that makes its data.
+        more: adds options.
         defaults: of the options.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,6 +150,7 @@ def arguments(doc: str, name: str, data: str, **defaults: Any) -> argparse.Names
     parser.add_argument("--seconds", type=float, default=1e9, help="end rows that aren't done by then")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--row", help=argparse.SUPPRESS)
+    more(parser)
     parser.set_defaults(**defaults)
     return parser.parse_args()
 
