@@ -19,7 +19,7 @@ from torch import Tensor
 import nybble
 from nybble.checkpoint.account import inspect
 from nybble.cli.inspect import command
-from nybble.core.errors import FileError
+from nybble.core.errors import FileError, ModelError
 from nybble.models.sources.open import open_source
 from nybble.nn.kv_model import recorded_kv
 from nybble.pipelines.export import export
@@ -116,6 +116,10 @@ def test_inputs_of_nvfp4_under_a_calibrated_number(above: str, tmp_path: Path) -
     found = export(folder, tmp_path / "back", target)
     again = load_file(tmp_path / "back/model.safetensors")
     assert torch.equal(again[f"{LAYER}.{leaf}"], stored) and not any("in float" in note for note in found["notes"])
+    tensors[f"{LAYER}.{leaf}"] *= 2
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"gate_proj, \S+up_proj: different global scales of inputs"):
+        export(folder, tmp_path / "unequal", target)
     tensors[f"{LAYER}.{leaf}"] *= 0
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(FileError, match=rf"up_proj\.{leaf} is 0\.0; a positive number"):
