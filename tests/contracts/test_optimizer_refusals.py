@@ -244,7 +244,9 @@ def test_state_dicts_of_others(name: str) -> None:
         (stepped(build(name, small), 0, 1).state_dict(), "shape"),
         ({**own, "param_groups": own["param_groups"] * 2}, "same parameters in the same groups"),
         (nn.Linear(2, 2).state_dict(), "not an optimizer's state dict"),
-        *((nothing, "not an optimizer's state dict") for nothing in ([], None, "state.pt")),
+        ([], "not an optimizer's state dict"),
+        (None, "not an optimizer's state dict"),
+        ("state.pt", "not an optimizer's state dict"),
         ({**own, "state": {str(i): entry for i, entry in own["state"].items()}}, "states of '0'.*JSON"),
         ({**own, "state": {**own["state"], 0: {**own["state"][0], "step": torch.ones(2)}}}, "number of steps taken"),
     )

@@ -164,9 +164,11 @@ def test_bad_input() -> None:
             Quantizer(line)
     with pytest.raises(NybbleError, match="train in bfloat16 or float32"):
         TrainSettings(dtype="float16")
-    for name, bad, message in (("lr", 0, "above 0"), ("clip", -1, "above 0"), ("warmup", 1.5, "share from 0 to 1")):
-        with pytest.raises(UsageError, match=f"{name} is {float(bad)}; it must be a .*{message}"):
-            TrainSettings(**{name: float(bad)})
+    wrong: dict[str, Any] = {"lr": 0.0, "clip": -1.0, "warmup": 1.5}
+    for name, bad in wrong.items():
+        message = "share from 0 to 1" if name == "warmup" else "number above 0"
+        with pytest.raises(UsageError, match=f"{name} is {bad}; it must be a {message}"):
+            TrainSettings(**{name: bad})
     assert TrainSettings(warmup=0.0).warmup == 0
     record = Quantizer(LINE).quantize(drawn(2, 64))
     with pytest.raises(FileError, match="codes"):

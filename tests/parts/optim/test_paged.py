@@ -57,7 +57,7 @@ def test_which_parameters_are_paged() -> None:
     class There(Tensor):
         """A parameter that says that it is on a GPU."""
 
-        device = torch.device("cuda")  # type: ignore[assignment]
+        device = torch.device("cuda")
 
     def paged(count: int) -> bool:
         return _paged.is_paged(torch.zeros(count).as_subclass(There))
