@@ -129,6 +129,7 @@ def test_stages_are_gone_on_with_behind_a_kill(folder: Path, tmp_path: Path, beh
     second = run(folder, out, options=STAGES, settings=replace(SETTINGS, resume=True))
     assert files(out, whole) == files(whole, whole) and first["steps"] == 6 == len(second["curve"])
     assert second["stages"] == [3, 3] and len(second["losses"]["logits"]) == 6
+    assert [step for step, _ in second["curve"]] == [1, 2, 3, 4, 5, 6]
     assert (out / "report.html").read_text().count('class="border"') == 3  # in the curves of the sum and of both parts
     plain = run(folder, tmp_path / "plain", options=TAUGHT)
     assert plain["curve"][0][1] != first["curve"][3][1]

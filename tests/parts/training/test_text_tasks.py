@@ -16,6 +16,7 @@ from nybble.core.errors import DataError, ModelError, UsageError
 from nybble.core.progress import Silent
 from nybble.data.samples import InMemory
 from nybble.training.tasks import TASKS, Task, task_of
+from nybble.training.tasks.translation import _search
 
 BERT: dict[str, Any] = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -179,6 +180,7 @@ def test_a_search_ends_and_draws_nothing(tmp_path: Path) -> None:
     task, origin, rows = loaded(made, tmp_path, [{"source": "ba be", "target": "bi bo"}])
     one, two = (task.samples(made, origin, rows)[0]["text"] for _ in range(2))
     assert one == two and len(one.split()) <= 8  # twice the target's four tokens
+    assert [len(row["labels"]) for row in rows] == [4] and _search(made, rows).max_new_tokens == 8
     assert made.generation_config.do_sample and made.generation_config.max_new_tokens is None  # the model's own stays
 
 
