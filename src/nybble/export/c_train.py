@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from nybble.calibration.error import relative_error
-from nybble.core.errors import FileError, ModelError, NybbleError, SchemeError
+from nybble.core.errors import FileError, ModelError, NybbleError
 from nybble.core.options import build
 from nybble.core.seeds import preserve_global_rng
 from nybble.export import Cast, ExportTarget, Facts, Refusal, Takes, Verified
@@ -27,7 +27,7 @@ from nybble.microcontroller.memory import memory
 from nybble.microcontroller.project import write_project
 from nybble.microcontroller.settings import Settings
 from nybble.microcontroller.stack import Stack, plan
-from nybble.microcontroller.trace import TAKES, stack_of
+from nybble.microcontroller.trace import stack_of
 from nybble.scheme import Scheme
 
 _TYPES = {
@@ -70,31 +70,24 @@ class CTrain(ExportTarget):
         Raises:
             ModelError: it can't; names the layer.
         """
-        try:
-            _stack(facts.model, facts.config)
-        except SchemeError as error:
-            raise ModelError(f"target c-train: {error}") from error
-        except ModelError as error:
-            raise ModelError(f"target c-train can't hold this model: {error}") from error
+        _stack(facts.model, facts.config)
         return scheme
 
     def check(self, source: Source) -> list[Refusal]:
-        """A layer that C can't express, more memory than the limit; no weight is read."""
-        try:
-            settings, stack = self._settings(source), _stack(source.skeleton(), source.config)
-            needs = memory(stack, settings.dtype, settings.trained)
-            if settings.memory:
-                needs.refuse_above(settings.memory)
-        except ModelError as error:
-            kind = type(source.skeleton()).__name__
-            return [Refusal(layers=(kind,), came="a network that C can't express", nearest=TAKES, why=str(error))]
-        except NybbleError as error:
-            where = "config.json: c_train"
-            return [Refusal(layers=(where,), came="options", nearest="other ones", why=str(error).rstrip("."))]
+        """Nothing is refused layer by layer: there is no other form of a layer that would do; no weight is read.
+
+        Raises:
+            ModelError: a layer that C can't express, named. UsageError: options that can't be, or more memory than the
+                limit among them, with the table of layers.
+        """
+        settings, stack = self._settings(source), _held(source)
+        needs = memory(stack, settings.dtype, settings.trained)
+        if settings.memory:
+            needs.refuse_above(settings.memory)
         return []
 
     def notes(self, source: Source) -> list[str]:  # noqa: D102
-        settings, stack = self._settings(source), _stack(source.skeleton(), source.config)
+        settings, stack = self._settings(source), _held(source)
         lines = [
             f"a step needs {memory(stack, settings.dtype, settings.trained).bytes:,} bytes of arrays (memory.json)"
         ]
@@ -106,7 +99,7 @@ class CTrain(ExportTarget):
 
     def casts(self, source: Source) -> list[Cast]:  # noqa: D102
         to = self._settings(source).type
-        names = [layer.name for layer in _stack(source.skeleton(), source.config).learned]
+        names = [layer.name for layer in _held(source).learned]
         return [] if to == "float32" else [Cast(name=name, came="float32", to=to) for name in names]
 
     def write(self, source: Source, folder: Path) -> None:  # noqa: D102
@@ -130,7 +123,7 @@ class CTrain(ExportTarget):
             except NybbleError as error:
                 raise FileError(f"{folder}: {error}") from error
         make(folder, "clean")
-        stack = _stack(source.skeleton(), source.config)
+        stack = _held(source)
         return Verified(
             opened_with={"gcc": version()},
             weights=len(stack.learned),
@@ -150,10 +143,26 @@ class CTrain(ExportTarget):
         return replace(found, type=_TYPES[self.option]) if self.option else found
 
 
+def _held(source: Source) -> Stack:
+    """The layers of what is exported, without their weights; traced once."""
+    if ("c-train", "stack") not in source.known:
+        source.known["c-train", "stack"] = _stack(source.skeleton(), source.config)
+    found: Stack = source.known["c-train", "stack"]
+    return found
+
+
 def _stack(network: nn.Module, config: Mapping[str, Any]) -> Stack:
-    """The layers of a model of transformers."""
-    with preserve_global_rng(), torch.no_grad():
-        return stack_of(network, _shape(config))
+    """The layers of a model of transformers.
+
+    Raises:
+        ModelError: it has one that C can't express.
+    """
+    try:
+        with preserve_global_rng(), torch.no_grad():
+            return stack_of(network, _shape(config))
+    except ModelError as error:
+        kind = type(network).__name__
+        raise ModelError(f"target c-train can't hold this model, a {kind}: {error}") from error
 
 
 def _shape(config: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -17,14 +17,14 @@
 #define SPLIT
 #endif
 #define EACH_UNROLLED PRAGMA(GCC unroll UNROLL) for (int u = 0; u < UNROLL; u++)
-#define KERNEL static __attribute__((unused))
+#define KERNEL static __attribute__((unused, noinline))
 
 typedef struct {
   int ci, hi, wi, co, ho, wo, hk, wk, down, across, up, left, groups;
 } conv_shape;
 
 /* C[j] = sum over k of A[k] B[k * ld + j], first <= j < end: lanes hold different j, and each sums in the order of k. */
-static void row_across(const elem *A, const elem *B, elem *C, int K, int ld, int first, int end) {
+KERNEL void row_across(const elem *A, const elem *B, elem *C, int K, int ld, int first, int end) {
   int j = first;
 #if LANES > 1
   for (; j + LANES * UNROLL <= end; j += LANES * UNROLL) {
@@ -79,7 +79,7 @@ static void row_across(const elem *A, const elem *B, elem *C, int K, int ld, int
     for (int u = 0; u < COUNT; u++) C[j + u] = total[u];                                  \
   }
 #endif
-static void row_along(const elem *A, const elem *B, elem *C, int K, int first, int end) {
+KERNEL void row_along(const elem *A, const elem *B, elem *C, int K, int first, int end) {
   int j = first;
   for (; j + UNROLL <= end; j += UNROLL) ALONG(UNROLL)
 #if UNROLL > 1
