@@ -11,10 +11,11 @@
 #endif
 #define STRING(x) #x
 #define PRAGMA(x) _Pragma(STRING(x))
+/* Over cores, where there is more to do than waking them costs. */
 #if CORES > 1
-#define SPLIT PRAGMA(omp parallel for num_threads(CORES) schedule(static))
+#define SPLIT(work) PRAGMA(omp parallel for num_threads(CORES) schedule(static) if ((work) > 32768))
 #else
-#define SPLIT
+#define SPLIT(work)
 #endif
 #define EACH_UNROLLED PRAGMA(GCC unroll UNROLL) for (int u = 0; u < UNROLL; u++)
 #define KERNEL static __attribute__((unused, noinline))
@@ -90,7 +91,7 @@ KERNEL void row_along(const elem *A, const elem *B, elem *C, int K, int first, i
 /* C[N][M] = A[N][K] B[K][M]; B is [M][K] where it is transposed. */
 KERNEL void mm(const elem *A, const elem *B, elem *C, int N, int K, int M, int transposed) {
   int parts = N < CORES ? CORES : 1, size = (M + parts - 1) / parts;
-  SPLIT
+  SPLIT((long)N * K * M)
   for (int part = 0; part < N * parts; part++) {
     int i = part / parts, first = part % parts * size, end = first + size < M ? first + size : M;
     if (transposed) row_along(A + (long)i * K, B, C + (long)i * M, K, first, end);
@@ -120,7 +121,7 @@ KERNEL void transpose(const elem *x, elem *y, int rows, int columns) {
 /* Rows of what each step of the kernel sees: [ho * wo][channels * hk * wk]. */
 KERNEL void im2row(const conv_shape *s, const elem *x, elem *rows) {
   int channels = s->ci / s->groups, width = channels * s->hk * s->wk;
-  SPLIT
+  SPLIT((long)s->ho * s->wo * width)
   for (int step = 0; step < s->ho * s->wo; step++) {
     int top = step / s->wo * s->down - s->up, side = step % s->wo * s->across - s->left;
     elem *row = rows + (long)step * width;
@@ -135,7 +136,7 @@ KERNEL void im2row(const conv_shape *s, const elem *x, elem *rows) {
 /* Rows of the gradients that each pixel of the input was part of: [hi * wi][channels * hk * wk], for flipped taps. */
 KERNEL void im2row_of_gradient(const conv_shape *s, const elem *dy, elem *rows) {
   int channels = s->co / s->groups, width = channels * s->hk * s->wk;
-  SPLIT
+  SPLIT((long)s->hi * s->wi * width)
   for (int pixel = 0; pixel < s->hi * s->wi; pixel++) {
     int top = pixel / s->wi + s->up - s->hk + 1, side = pixel % s->wi + s->left - s->wk + 1;
     elem *row = rows + (long)pixel * width;
@@ -223,7 +224,7 @@ INLINE void norm_sums(const elem *x, const elem *dy, int pixels, elem mean, elem
   EACH(pixels) { *weight = mac(*weight, dy[i], mul(sub(x[i], mean), scale)); *bias = add(*bias, dy[i]); }
 }
 KERNEL void norm_forward(const elem *x, const elem *weight, const elem *bias, elem *y, int channels, int pixels, float eps) {
-  SPLIT
+  SPLIT((long)channels * pixels * 3)
   for (int c = 0; c < channels; c++) {
     elem mean, scale;
     moments(x + c * pixels, pixels, eps, &mean, &scale);
@@ -234,7 +235,7 @@ KERNEL void norm_forward(const elem *x, const elem *weight, const elem *bias, el
   }
 }
 KERNEL void norm_weight(const elem *x, const elem *dy, elem *weight, elem *bias, int channels, int pixels, float eps) {
-  SPLIT
+  SPLIT((long)channels * pixels * 3)
   for (int c = 0; c < channels; c++) {
     elem mean, scale;
     moments(x + c * pixels, pixels, eps, &mean, &scale);
@@ -242,7 +243,7 @@ KERNEL void norm_weight(const elem *x, const elem *dy, elem *weight, elem *bias,
   }
 }
 KERNEL void norm_input(const elem *x, const elem *weight, const elem *dy, elem *dx, int channels, int pixels, float eps) {
-  SPLIT
+  SPLIT((long)channels * pixels * 6)
   for (int c = 0; c < channels; c++) {
     elem mean, scale, of_weight, of_bias;
     moments(x + c * pixels, pixels, eps, &mean, &scale);
