@@ -3,8 +3,8 @@
     python benchmarks/c_train.py --out benchmarks/results/c_train.json
 
 ResNet8 on 28 x 28 pixels and DS-CNN on 49 x 10, one sample a step: forward, both gradients, SGD. Multiply-adds are
-those of matrix products; time is of the whole step. Clocks are the core's own where the kernel lets the program count them
-(perf_event_open), else those of the time stamp counter, which ticks at a fixed rate: the result says which. Every
+those of matrix products; time is of the whole step. Clocks are the core's own where the kernel lets the program count
+them (perf_event_open), else those of the time stamp counter, which ticks at a fixed rate: the result says which. Every
 program is checked against the emulation's tensors, bit for bit, before it is timed. Builds take turns, and of each the
 best turn counts; ``noise`` is how far its median turn is above that.
 

@@ -1,11 +1,12 @@
-"""What training on a microcontroller comes to: ResNet8 on Fashion-MNIST, sample by sample, in the exported C itself.
+"""What training on a microcontroller comes to: ResNet8 on images, DS-CNN on words, in the exported C itself.
 
-    apt-get install dataset-fashion-mnist
+    apt-get install dataset-fashion-mnist espeak-ng
     python benchmarks/c_train_quality.py --out benchmarks/results/c_train_quality.json
 
 The C is that of `nybble export --target c-train` with the two-lane kernels, called as a library: every weight is, bit
 for bit, what the device would have. Images of the training set train, those of the test set judge.
 
+commands   DS-CNN with instance norms from random weights, on synthesised words (quality/spoken_commands.py)
 scratch    ResNet8 with instance norms from random weights, one pass, SGD of one image a step, a rate that falls to zero
 continual  ResNet8 with BatchNorms learns eight classes here (batches, float32); then, exported and folded, it sees all
            ten in equal shares, and only its last layers learn: the classifier, or the last block too
@@ -35,17 +36,20 @@ from nybble.core.progress import Bars, task
 from nybble.core.versions import VERSION
 from nybble.data.images import ImageSamples
 from nybble.microcontroller.compiler import Library, version
-from nybble.microcontroller.networks import resnet8
+from nybble.microcontroller.networks import ds_cnn, resnet8
 from nybble.microcontroller.project import write_project
 from nybble.microcontroller.settings import Settings
 from nybble.microcontroller.stack import Stack
 from nybble.microcontroller.trace import stack_of
 
 sys.path.insert(0, str(Path(__file__).parent / "quality"))
+import spoken_commands
 from fashion import FOLDER, images, train
 from run import hardware
 
 SHAPE, CLASSES, OLD = (1, 28, 28), 10, 8
+"""Of both data sets ten classes; the first eight of Fashion-MNIST's are the old ones."""
+RUNS = ("scratch", "continual", "commands")
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 LAST = {"classifier": ("8",), "last block and classifier": ("5.*", "8")}
 
@@ -79,20 +83,33 @@ def right(on: Library, data: ImageSamples) -> dict[str, float]:
     return {name: round(float(part.float().mean()), 4) for name, part in parts.items()}
 
 
-def scratch(
-    options: argparse.Namespace, training: ImageSamples, test: ImageSamples, work: Path
+def from_random(
+    options: argparse.Namespace, run: str, data: tuple[ImageSamples, ImageSamples], count: int, rate: float, work: Path
 ) -> list[dict[str, Any]]:
-    rows = []
+    """One pass over ``count`` samples with each seed and type."""
+    (training, test), rows = data, []
+    shape = tuple(training.pixel_values.shape[1:])
     for seed in range(options.seeds):
         torch.manual_seed(seed)
-        stack = stack_of(resnet8(1, CLASSES, options.width, "instance"), SHAPE)
-        order = torch.randperm(len(training.pixel_values))[: options.samples]
+        network = resnet8(1, CLASSES, options.width) if run == "scratch" else ds_cnn(1, CLASSES, options.width * 4)
+        stack = stack_of(network, shape)
+        order = torch.randperm(len(training.pixel_values))[:count]
         for type_ in options.types:
             on = device(stack, type_, work)
-            loss = stream(on, training, order, options.rate, f"scratch, {type_}, seed {seed}")
-            rows.append({"run": "scratch", "type": type_, "seed": seed, "loss": round(loss, 4), **right(on, test)})
+            loss = stream(on, training, order, rate, f"{run}, {type_}, seed {seed}")
+            found = {"loss": round(loss, 4), "all": right(on, test)["all"]}
+            rows.append({"run": run, "type": type_, "seed": seed, **found})
             print(rows[-1], flush=True)
     return rows
+
+
+def words(options: argparse.Namespace) -> tuple[ImageSamples, ImageSamples]:
+    """Spoken commands as images of coefficients; other voices judge."""
+    x, labels = spoken_commands.utterances(options.utterances, spoken_commands.TRAIN, seed=0)
+    judged, right_ones = spoken_commands.utterances(options.utterances // 4, spoken_commands.TEST, seed=1)
+    empty = ImageSamples(pixel_values=x, labels=labels, sha256="", available=len(x), source="espeak-ng", note="")
+    training = replace(empty, pixel_values=spoken_commands.normalised(x, x))
+    return training, replace(empty, pixel_values=spoken_commands.normalised(judged, x), labels=right_ones)
 
 
 def pretrained(options: argparse.Namespace, training: ImageSamples, seed: int) -> Stack:
@@ -138,7 +155,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for kind in (type_, "float32")
         }
         line: dict[str, Any] = {"run": run, "learns": learns, "type": type_, "seeds": len(of[type_])}
-        for part in ("all", "old", "new"):
+        for part in (name for name in ("all", "old", "new") if name in of[type_][0]):
             line[part] = interval([r[part] for r in of[type_]])
             if len(of["float32"]) == len(of[type_]):
                 pairs = zip(of[type_], of["float32"], strict=True)
@@ -157,19 +174,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     parser.add_argument("--images", type=Path, default=FOLDER, help="where Fashion-MNIST's four files are")
-    parser.add_argument("--runs", nargs="+", default=["scratch", "continual"], choices=["scratch", "continual"])
+    parser.add_argument("--runs", nargs="+", default=[*RUNS], choices=[*RUNS])
     parser.add_argument("--types", nargs="+", default=["float32", "float16", "bfloat16"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--width", type=int, default=16, help="channels of the first stage")
+    parser.add_argument(
+        "--width", type=int, default=16, help="channels of ResNet8's first stage; DS-CNN's four times that"
+    )
     parser.add_argument("--samples", type=int, default=6000, help="images of a training from scratch")
     parser.add_argument(
         "--continual", type=int, default=2000, help="images of all ten classes that the last layers see"
     )
+    parser.add_argument("--utterances", type=int, default=4000, help="spoken commands; a quarter as many judge")
     parser.add_argument("--judged", type=int, default=2000, help="test images")
     parser.add_argument("--epochs", type=int, default=3, help="of the ordinary training of eight classes")
     parser.add_argument("--pool", type=int, default=20000, help="training images to draw from")
-    parser.add_argument("--rate", type=float, default=0.01, help="from scratch")
-    parser.add_argument("--last-rate", type=float, default=0.01, help="of last layers")
+    parser.add_argument("--rate", type=float, default=0.1, help="from scratch")
+    parser.add_argument("--last-rate", type=float, default=0.05, help="of last layers")
     options = parser.parse_args()
     training, test = (
         images(options.images, "train", options.pool, seed=0),
@@ -177,8 +197,12 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(prefix="nybble-") as name:
         work, rows = Path(name), []
-        for run in options.runs:
-            rows += {"scratch": scratch, "continual": continual}[run](options, training, test, work)
+        if "scratch" in options.runs:
+            rows += from_random(options, "scratch", (training, test), options.samples, options.rate, work)
+        if "continual" in options.runs:
+            rows += continual(options, training, test, work)
+        if "commands" in options.runs:
+            rows += from_random(options, "commands", words(options), options.utterances, options.rate, work)
     report = {
         "what": (__doc__ or "").partition("\n")[0], "nybble": VERSION, "gcc": version(), "hardware": hardware("cpu"),
         "python": platform.python_version(), "torch": torch.__version__, "load_average": round(os.getloadavg()[0], 2),
