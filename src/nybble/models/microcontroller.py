@@ -29,7 +29,7 @@ class MicrocontrollerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         self.width: int = options.pop("width", 0)
         self.norm: str = options.pop("norm", "instance")
         self.c_train: dict[str, Any] = dict(options.pop("c_train", {}))
-        super().__init__(**options)  # type: ignore[no-untyped-call]
+        super().__init__(**options)
 
 
 class MicrocontrollerForImageClassification(PreTrainedModel):
