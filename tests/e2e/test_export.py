@@ -57,6 +57,7 @@ def test_every_target_says_what_it_takes(name: str) -> None:
 
 
 USUAL = {
+    "c-train": "int4 group=64 pad=true symmetric=false",
     "compressed-tensors": "int4 group=64 pad=true symmetric=false",
     "dense": "int4 group=64 pad=true symmetric=false",
     "gguf": "int4 group=64 pad=true symmetric=false",  # the type behind the colon says what it becomes
@@ -82,8 +83,9 @@ def test_a_target_alone_gets_what_it_takes(name: str, wide: str) -> None:
     rule = build_recipe("best", target=name).scheme.rules[0]
     assert (str(rule.weights), rule.inputs) == (str(Quantizer(USUAL[name])), None)
     settings = {"samples": 2, "seq_len": 8}
-    if name == "onnx":
-        with pytest.raises(ModelError, match=r"target onnx can't hold a LlamaForCausalLM, .* language models go to"):
+    if name in ("onnx", "c-train"):
+        words = {"onnx": "a LlamaForCausalLM, .* language models go to", "c-train": "this model, a LlamaForCausalLM: "}
+        with pytest.raises(ModelError, match=rf"target {name} can't hold {words[name]}"):
             preflight(wide, "best", text(), target=name, effort="quick", settings=settings)
     else:
         assert preflight(wide, "best", text(), target=name, effort="quick", settings=settings)

@@ -7,17 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from nybble.checkpoint.marked import check_readable
 from nybble.cli._output import megabytes, note, print_json, print_table
 from nybble.core.files import check_new_folder
-from nybble.export import REGISTRY
+from nybble.export import REGISTRY, check_source
 
 
 def command(
     folder: Annotated[
         Path,
         typer.Argument(
-            metavar="OUT", help="A folder that nybble quantize wrote, or another library's quantized model."
+            metavar="OUT",
+            help="A folder that nybble quantize wrote, or another library's quantized model; c-train takes any.",
         ),
     ],
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder to write; must not exist.")],
@@ -37,7 +37,7 @@ def command(
     check_new_folder(dest)
     if target:
         REGISTRY.check(target.partition(":")[0].lower())
-    check_readable(folder)
+    check_source(folder, target)
     from nybble.pipelines.export import export
 
     found = export(folder, dest, target, check=check, announce=note)

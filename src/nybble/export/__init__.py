@@ -164,6 +164,7 @@ class ExportTarget(ABC):
         options: what may stand behind the colon, word -> meaning; a target without any takes none.
         takes: what it holds, and who loads that.
         in_float: whether a model without a quantized layer can go there.
+        from_float: whether ``nybble export`` takes models for it that nobody quantized.
         loses: what its files never keep, in words; empty where what can't be kept is refused.
         usual: what is made for it where no recipe and no scheme is named.
         rotates: whether its files can say that a layer's input is rotated while the model runs.
@@ -173,6 +174,7 @@ class ExportTarget(ABC):
 
     summary: ClassVar[str]
     in_float: ClassVar[bool] = False
+    from_float: ClassVar[bool] = False
     loses: ClassVar[str] = ""
     options: ClassVar[Mapping[str, str]] = {}
     takes: ClassVar[tuple[Takes, ...]] = ()
@@ -269,6 +271,25 @@ def get_target(text: str) -> ExportTarget:
     if colon and option not in part.options:
         raise UsageError(f"target {text!r}: unknown option {option!r}.{did_you_mean(option, part.options)}")
     return part(option)
+
+
+def check_source(folder: Path, target: str) -> None:
+    """Refuse a folder that isn't a quantized model, unless its target takes any; only then is the target imported.
+
+    Args:
+        folder: of the model.
+        target: its name, with its option; empty for what the folder says.
+
+    Raises:
+        FileError: nothing of that kind is there. UsageError: no such target.
+    """
+    from nybble.checkpoint.marked import check_readable, is_others, is_quantized
+    from nybble.core.files import check_folder
+
+    check_folder(folder)
+    if target and not is_quantized(folder) and not is_others(folder) and get_target(target).from_float:
+        return
+    check_readable(folder)
 
 
 def refusals(part: ExportTarget, source: Source) -> list[Refusal]:

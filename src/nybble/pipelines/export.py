@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from nybble.checkpoint.marked import MANIFEST, check_readable, is_quantized
+from nybble.checkpoint.marked import MANIFEST, is_quantized
 from nybble.core.errors import FileError, ModelError, UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, check_new_folder, disk_errors
 from nybble.core.memory import new_objects_alone
 from nybble.core.progress import Progress, Silent, showing
-from nybble.export import ExportTarget, get_target, refusals, refuse
+from nybble.export import ExportTarget, check_source, get_target, refusals, refuse
 from nybble.export._opened import OpenedSource
 from nybble.export._source import FolderSource, Source
 from nybble.models.build.config_file import read_json
@@ -44,7 +44,8 @@ def export(
     """Write a quantized model as another program loads it.
 
     Args:
-        folder: what ``nybble quantize`` or :func:`nybble.save` wrote, or another library's quantized model.
+        folder: what ``nybble quantize`` or :func:`nybble.save` wrote, or another library's quantized model; one in
+            float for a target that is not about quantization (``c-train``).
         dest: must not exist; it appears whole or not at all.
         target: a target's name, with its option behind a colon; empty takes the one that the folder was quantized for.
         check: open the result with the libraries that load it, and compare weights and logits with nybble's.
@@ -61,7 +62,7 @@ def export(
     """
     folder, dest = Path(folder), Path(dest)
     check_new_folder(dest)
-    check_readable(folder)
+    check_source(folder, target)
     name = target or _meant(folder)
     part = get_target(name)
     with opened(folder, dest) as source:

@@ -1,4 +1,4 @@
-"""Convolutional networks of transformers, each one block: ResNet and MobileNetV2; timm.py has many more."""
+"""Convolutional networks of transformers, each one block: ResNet, MobileNetV2; nybble's own; timm.py has many more."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from nybble.models.adapter import Adapter
 
 PART = Adapter(
     name="cnn",
-    model_types=("resnet", "mobilenet_v2"),
+    model_types=("resnet", "mobilenet_v2", "nybble_microcontroller"),
     blocks="{base}",
     embeddings=(),
     final_norm=None,

@@ -72,6 +72,13 @@ def _check_timm(config: dict[str, Any], place: str) -> None:
         raise FileError(f"{place}: model_args may hold numbers only, and has {bad or ['pretrained']}.")
 
 
+def own_configs() -> dict[str, Any]:
+    """Config classes of models that nybble itself has, by model type."""
+    from nybble.models.microcontroller import CONFIGS
+
+    return dict(CONFIGS)
+
+
 def make_config(raw: dict[str, Any], place: str) -> PreTrainedConfig:
     """Build the transformers config that ``raw`` describes.
 
@@ -92,7 +99,11 @@ def make_config(raw: dict[str, Any], place: str) -> PreTrainedConfig:
     if not isinstance(model_type, str):
         raise ModelError(f"{place} has no model_type; transformers can't tell what kind of model it is.")
     with reading(place):
-        known = sorted(CONFIG_MAPPING.keys())
+        own: Any = own_configs()
+        if model_type in own:
+            made: PreTrainedConfig = own[model_type].from_dict(clean)
+            return made
+        known = sorted([*CONFIG_MAPPING.keys(), *own])
         if model_type not in known:
             hint = did_you_mean(model_type, known)
             hint = hint if "Did you" in hint else " A newer transformers may know it; code in the folder is never run."

@@ -38,7 +38,9 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
         raise ModelError(f"architectures is {names!r}; a list of class names is needed.")
     if names:
-        found: Any = getattr(transformers, names[0], None)
+        from nybble.models.microcontroller import MODELS
+
+        found: Any = MODELS.get(names[0], getattr(transformers, names[0], None))
         is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
         if not is_model or not isinstance(config, getattr(found, "config_class", None) or ()):
             raise ModelError(f"architecture {names[0]!r} is not a transformers class for {config.model_type!r} models.")
