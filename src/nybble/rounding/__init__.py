@@ -39,7 +39,13 @@ class Rounding:
     stochastic: bool = False
 
 
+_FOUND: dict[str, Rounding] = {}
+"""Asked for before: every rounding of a training step asks, and a compiler can follow a look-up, no import."""
+
+
 def get_rounding(name: str) -> Rounding:
     """Rounding by name: ``nearest-even``, ``half-away``, ``toward-zero``, ``native``, ``stochastic`` ..."""
-    rounding: Rounding = REGISTRY.get(name)
-    return rounding
+    found = _FOUND.get(name)
+    if found is None:
+        found = _FOUND[name] = REGISTRY.get(name)
+    return found
