@@ -15,7 +15,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,17 +23,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from benchmarks.at_once import file_of, run
+from benchmarks.at_once import Request, Study, arguments
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from nybble.checkpoint.account import inspect
-from nybble.core.files import atomic_write_json
 from nybble.core.progress import Silent
-from nybble.core.versions import versions
 from nybble.pipelines.load import load_with_origin
-from nybble.pipelines.train import train
 from nybble.training.recipe import load_training_recipe
 from nybble.training.tasks import task_of
 from nybble.two_sets import TWO_SETS
@@ -50,6 +46,13 @@ class Row:
     scheme: Any = None
     options: dict[str, Any] = field(default_factory=dict)
     stages: int = 2
+
+    def asked(self, options: argparse.Namespace) -> Request:
+        """On the descriptions."""
+        return Request(
+            recipe=self.recipe, data=options.data / "train.jsonl", scheme=self.scheme, options=self.options,
+            stages=self.stages,
+        )  # fmt: skip
 
 
 def one_set(name: str) -> dict[str, Any]:
@@ -152,58 +155,7 @@ def judged(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {**metrics, **found}
 
 
-# -------------------------------------------------------------------------------------------------------------- rows
-def one(name: str, options: argparse.Namespace) -> None:
-    """A row, in a process of its own."""
-    words, _, seed = name.rpartition(" #")
-    row, began = ROWS[words], time.monotonic()
-    out = file_of(options.work, name).with_suffix("")
-    settings = {
-        "steps": options.steps // row.stages, "batch": options.batch, "accumulate": 1, "seq_len": options.length,
-        "lr": options.lr, "device": options.device, "dtype": "bfloat16" if options.device == "cuda" else "float32",
-        "checkpointing": False, "save_every": 200, "seed": int(seed), "resume": True,
-        "optimizer": f"torch.AdamW weight_decay=0.01{' fused=true' * (options.device == 'cuda')}",
-    }  # fmt: skip
-    if not out.exists():
-        train(
-            row.recipe, options.work / "float", out, str(options.data / "train.jsonl"), scheme=row.scheme,
-            options=row.options, settings=settings, form="native",
-        )  # fmt: skip
-    told = json.loads((out / "training.json").read_text())
-    curve = told["curve"][:: max(1, len(told["curve"]) // 60)]
-    found = {**judged(out, options), "steps": told["steps"], "curve": curve}
-    atomic_write_json(file_of(options.work, name), {**found, "seconds": round(time.monotonic() - began, 1)})
-
-
-def main() -> None:
-    """Train the float model, then the rows at once; print and write."""
-    options = parsed()
-    if options.row:
-        one(options.row, options)
-        return
-    ends = time.monotonic() + options.seconds
-    if not (options.work / "float" / "config.json").exists():
-        began = time.monotonic()
-        begin(options)
-        print(f"float model: {time.monotonic() - began:.0f} s", flush=True)
-    if not file_of(options.work, "float").exists():
-        file_of(options.work, "float").parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(file_of(options.work, "float"), judged(options.work / "float", options))
-    exact = json.loads(file_of(options.work, "float").read_text())
-    wanted = [name for name in ROWS if not options.rows or any(word in name for word in options.rows)]
-    names = [f"{name} #{seed}" for seed in options.seeds for name in wanted]
-    done = run(__file__, names, options.work, workers=options.workers, ends=ends, device=options.device)
-    keys = ("steps", "batch", "lr", "length", "layers", "width", "vocabulary", "float_steps", "float_lr")
-    result = {
-        "what": (__doc__ or "").split("\n")[0], "versions": versions(),
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else "CPU",
-        "training": {key: getattr(options, key) for key in keys}, "float": exact, "rows": done,
-    }  # fmt: skip
-    shown(result)
-    if options.out:
-        atomic_write_json(options.out, result)
-
-
+# ------------------------------------------------------------------------------------------------------------ study
 def shown(result: dict[str, Any]) -> None:
     """A line a row: the mean of its seeds, and half their range."""
     exact = result["float"]
@@ -217,30 +169,13 @@ def shown(result: dict[str, Any]) -> None:
         )
 
 
-def parsed() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("build/bit/data"), help="of benchmarks.descriptions")
-    parser.add_argument("--work", type=Path, default=Path("build/bit/work"), help="what is done, to go on from")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rows", nargs="*", default=[], help="words of the rows that are wanted")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
-    parser.add_argument("--workers", type=int, default=14, help="rows at a time")
-    parser.add_argument("--steps", type=int, default=600, help="updates of a row")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--length", type=int, default=64, help="tokens of a text")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--float-steps", type=int, default=2000)
-    parser.add_argument("--float-lr", type=float, default=5e-4)
-    parser.add_argument("--held", type=int, help="records that judge; left out: all")
-    parser.add_argument("--seconds", type=float, default=1e9, help="end rows that aren't done by then")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--row", help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    main()
+    study = Study(
+        script=__file__, doc=__doc__ or "", rows={name: row.asked for name, row in ROWS.items()}, begin=begin,
+        judged=judged, shown=shown, optimizer="weight_decay=0.01",
+    )  # fmt: skip
+    options = arguments(
+        study.doc, "bit", "benchmarks.descriptions", steps=600, length=64, layers=6, vocabulary=8192, float_steps=2000,
+        float_lr=5e-4,
+    )  # fmt: skip
+    study.main(options)

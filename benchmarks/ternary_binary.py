@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +24,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from benchmarks.at_once import file_of, run
+from benchmarks.at_once import Request, Study, arguments
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig, PreTrainedTokenizerFast
 
 from nybble.checkpoint.account import inspect
-from nybble.core.files import atomic_write_json, atomic_write_text
+from nybble.core.files import atomic_write_text
 from nybble.core.progress import Silent
-from nybble.core.versions import versions
 from nybble.pipelines.load import load_with_origin
-from nybble.pipelines.train import train
 from nybble.training.recipe import load_training_recipe
 from nybble.training.tasks import task_of
 from nybble.two_sets import TWO_SETS, TwoSets
@@ -59,6 +56,12 @@ class Row:
         learned = load_training_recipe("ternary-binary").options["learned"]
         found = {"float_head": not self.shared}
         return found if self.weights is None else {**found, "learned": {**learned, "weights": self.weights}}
+
+    def asked(self, options: argparse.Namespace) -> Request:
+        """On the pairs."""
+        scheme = self.scheme if isinstance(self.scheme, str) else self.scheme.to_dict()
+        data = options.work / "train.jsonl"
+        return Request(recipe="ternary-binary", data=data, scheme=scheme, options=self.options())
 
 
 def mixed(weights: tuple[str, str], activations: str) -> TwoSets:
@@ -117,7 +120,8 @@ def write(options: argparse.Namespace) -> None:
 
 
 def begin(options: argparse.Namespace) -> None:
-    """The float model, trained on the pairs."""
+    """The examples, and the float model, trained on them."""
+    write(options)
     rows = [json.loads(line) for line in (options.work / "train.jsonl").open(encoding="utf-8")]
     tokenizer = tokenizer_of((row[side] for row in rows for side in ("source", "target")), options.vocabulary)
     torch.manual_seed(0)
@@ -168,90 +172,21 @@ def judged(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {**found, "bytes": account["total"], "bits_per_weight": account["bits_per_weight"]}
 
 
-# -------------------------------------------------------------------------------------------------------------- rows
-def one(name: str, options: argparse.Namespace) -> None:
-    """A row, in a process of its own."""
-    words, _, seed = name.rpartition(" #")
-    row, began = ROWS[words], time.monotonic()
-    out = file_of(options.work, name).with_suffix("")
-    settings = {
-        "steps": options.steps, "batch": options.batch, "accumulate": 1, "seq_len": options.length, "lr": options.lr,
-        "device": options.device, "dtype": "bfloat16" if options.device == "cuda" else "float32",
-        "checkpointing": False, "save_every": 100, "seed": int(seed), "resume": True,
-        "optimizer": f"torch.AdamW{' fused=true' * (options.device == 'cuda')}",
-    }  # fmt: skip
-    if not out.exists():
-        scheme = row.scheme if isinstance(row.scheme, str) else row.scheme.to_dict()
-        train(
-            "ternary-binary", options.work / "float", out, str(options.work / "train.jsonl"), scheme=scheme,
-            options=row.options(), settings=settings, form="native",
-        )  # fmt: skip
-    told = json.loads((out / "training.json").read_text())
-    curve = told["curve"][:: max(1, len(told["curve"]) // 60)]
-    found = {**judged(out, options), "steps": told["steps"], "curve": curve}
-    atomic_write_json(file_of(options.work, name), {**found, "seconds": round(time.monotonic() - began, 1)})
-
-
-def main() -> None:
-    """Train the float model, then the rows at once; print and write."""
-    options = parsed()
-    if options.row:
-        one(options.row, options)
-        return
-    ends = time.monotonic() + options.seconds
-    if not (options.work / "float" / "config.json").exists():
-        began = time.monotonic()
-        write(options)
-        begin(options)
-        print(f"float model: {time.monotonic() - began:.0f} s", flush=True)
-    if not file_of(options.work, "float").exists():
-        file_of(options.work, "float").parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(file_of(options.work, "float"), judged(options.work / "float", options))
-    exact = json.loads(file_of(options.work, "float").read_text())
-    wanted = [name for name in ROWS if not options.rows or any(word in name for word in options.rows)]
-    names = [f"{name} #{seed}" for seed in options.seeds for name in wanted]
-    done = run(__file__, names, options.work, workers=options.workers, ends=ends, device=options.device)
-    keys = ("steps", "batch", "lr", "length", "layers", "width", "vocabulary", "float_steps", "float_lr", "held")
-    result = {
-        "what": (__doc__ or "").split("\n")[0], "versions": versions(),
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else "CPU",
-        "training": {key: getattr(options, key) for key in keys}, "float": exact, "rows": done,
-    }  # fmt: skip
-    for name, row in {"float": exact, **done}.items():
+# ------------------------------------------------------------------------------------------------------------ study
+def shown(result: dict[str, Any]) -> None:
+    """A line a row."""
+    for name, row in {"float": result["float"], **result["rows"]}.items():
         print(name.ljust(36), *(f"{to} {row[to]['bleu']:6.2f} BLEU {row[to]['nll']:6.3f} nats " for to in LANGUAGES),
               f"{row['bytes']:>12,} bytes, {row['bits_per_weight']:.2f} bits")  # fmt: skip
-    if options.out:
-        atomic_write_json(options.out, result)
-
-
-def parsed() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data", type=Path, default=Path("build/ternary_binary/data"), help="of benchmarks.translations"
-    )
-    parser.add_argument(
-        "--work", type=Path, default=Path("build/ternary_binary/work"), help="what is done, to go on from"
-    )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rows", nargs="*", default=[], help="words of the rows that are wanted")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
-    parser.add_argument("--workers", type=int, default=14, help="rows at a time")
-    parser.add_argument("--steps", type=int, default=400, help="updates of a row")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--length", type=int, default=48, help="tokens of a string")
-    parser.add_argument("--layers", type=int, default=4, help="of the encoder, and of the decoder")
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--vocabulary", type=int, default=6000)
-    parser.add_argument("--float-steps", type=int, default=2500)
-    parser.add_argument("--float-lr", type=float, default=1e-3)
-    parser.add_argument("--held", type=int, default=256, help="strings that judge, a language")
-    parser.add_argument("--seconds", type=float, default=1e9, help="end rows that aren't done by then")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--row", help=argparse.SUPPRESS)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    study = Study(
+        script=__file__, doc=__doc__ or "", rows={name: row.asked for name, row in ROWS.items()}, begin=begin,
+        judged=judged, shown=shown,
+    )  # fmt: skip
+    options = arguments(
+        study.doc, "ternary_binary", "benchmarks.translations", steps=400, length=48, layers=4, vocabulary=6000,
+        float_steps=2500, float_lr=1e-3, held=256,
+    )  # fmt: skip
+    study.main(options)

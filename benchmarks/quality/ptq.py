@@ -13,6 +13,11 @@ Rotations that stay in the model beside those that are folded (results/online_ro
     python benchmarks/quality/ptq.py --rows Online --models ladder-llama-3m ladder-llama-10m --samples 32
         --record benchmarks/results/online_rotations.json
 
+PTQ1.61's preprocessing on and off in few steps (results/ptq161.json, on a CPU):
+
+    python benchmarks/quality/ptq.py --rows "PTQ1.61 short" --models ladder-neox-3m --samples 32 --seq-len 128
+        --record benchmarks/results/ptq161.json
+
 The models, calibration and held-out texts are those of defaults.py. Learned parts run for the steps that a row names,
 the same for all of one setting, so that what differs is the part.
 """
@@ -130,7 +135,7 @@ def rows() -> defaults.Rows:
     found["INT4 W4A4 smooth, gptq"] = (smooth + GPTQ, w4a4)
     found["INT4 W4A4 quarot"] = ([{"transform": "rotate"}, {"transform": "hadamard"}, *GPTQ], w4a4)
     found["INT4 W4A4 quarot, both"] = ([{"transform": "rotate"}, {"transform": "hadamard"}, *BOTH], w4a4)
-    return found | rotation_rows() | online_rows() | outer_rows() | omniquant_rows() | binary() | distilled()
+    return found | rotation_rows() | online_rows() | outer_rows() | omniquant_rows() | cbq() | binary() | distilled()
 
 
 def rotation_rows() -> defaults.Rows:
@@ -238,6 +243,28 @@ def omniquant_rows() -> defaults.Rows:
     return found
 
 
+def cbq() -> defaults.Rows:
+    """CBQ at its paper's settings, whole and with each of its parts off in turn; as many steps a window for all."""
+    cfp, nearest = {"transform": "cfp"}, {"solver": "rtn", "scale": "cfp"}
+    learn: dict[str, Any] = {
+        "reconstruction": "two-target", "error": "l2-kl", "weights": "lora-rounding", "window": 2, "overlap": 1,
+        "rates": {"rounding": 1e-3, "scales": 1e-4}, "steps": 300,
+    }  # fmt: skip
+    one_target = {name: value for name, value in learn.items() if name != "error"} | {"reconstruction": "l2-kl"}
+    ways: dict[str, Steps] = {
+        "rtn": [{"solver": "rtn"}], "whole": [cfp, nearest, learn],
+        "windows of one": [cfp, nearest, {**learn, "window": 1, "overlap": 0}],
+        "no CFP": [{"solver": "rtn"}, learn], "one target": [cfp, nearest, one_target],
+        "scales alone": [cfp, nearest, {**learn, "rates": {"rounding": 0.0, "scales": 1e-4}}],
+    }  # fmt: skip
+    schemes = {
+        "W4A4": {"weights": "int4 channel symmetric=false", "inputs": "int4 token symmetric=false"},
+        "W4A8": {"weights": "int4 channel symmetric=false", "inputs": "int8 token"},
+        "W2A16": {"weights": "int2 group=64 symmetric=false"},
+    }
+    return {f"CBQ {name} {way}": (steps, scheme) for name, scheme in schemes.items() for way, steps in ways.items()}
+
+
 def binary() -> defaults.Rows:
     """PTQ1.61 and what it must be better than: binary weights, and columns of the largest inputs in more bits."""
     eight = "(uint8 tensor scale=minmax(offset=true))"
@@ -269,6 +296,10 @@ def binary() -> defaults.Rows:
             found["PTQ1.61 without preprocessing, range of the whole row"] = ([whole, fast], scheme)
             energy = {**mask, "by": "inputs"}
             found["PTQ1.61 without preprocessing, mask by energy"] = ([energy, fast], scheme)
+            short, lora = {**fast, "steps": 150}, {**train, "steps": 300}
+            found["PTQ1.61 short, without preprocessing"] = ([mask, short], scheme)
+            found["PTQ1.61 short, with preprocessing"] = ([lora, mask, short], scheme)
+            found["PTQ1.61 short, with preprocessing, lower rate"] = ([{**lora, "rate": 1e-4}, mask, short], scheme)
     return found
 
 

@@ -12,8 +12,8 @@ All weights have groups of 64, and GPTQ. Calibrated on the ladder's calibration 
              by the best of 8 numbers a row too
     rank     rank 8 or none under 4-, 3- and 2-bit weights, on every model of the ladder
 
-Powers and their phases on a CPU (results/zeroquant_scales.json): ``--studies scales --models llama-10m --windows 40
---record benchmarks/results/zeroquant_scales.json``.
+Powers and their phases on a CPU (results/zeroquant_scales.json): ``--studies scales --models llama-10m neox-3m
+--windows 40 --record benchmarks/results/zeroquant_scales.json``.
 
 An estimate is printed first; with ``--seconds`` no row is begun later than that, and ``--missing`` goes on from there.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,7 +35,9 @@ INPUTS = [
 ]  # fmt: skip
 ROWS = 30
 BEST = 0 if (made := compiled.library()) is None else made.nybble_whole_isa()
-ISAS = [isa for isa in (0, 2, 3, 4) if isa <= BEST and (isa != 3 or BEST == 3)]
+FLAGS = cpuinfo.read_text() if (cpuinfo := Path("/proc/cpuinfo")).is_file() else ""
+ISAS = [isa for isa in (0, 2, 3, 4, 5) if isa <= BEST and (isa != 3 or BEST == 3 or "avx_vnni" in FLAGS)]
+TILES_IN_C = 9
 pytestmark = compiled.needed
 
 
@@ -45,7 +48,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_integers, "_LEAST", 0)
 
 
-@pytest.fixture(params=ISAS, ids={0: "portable", 2: "avx2", 3: "avxvnni", 4: "vnni"}.get)
+@pytest.fixture(params=ISAS, ids={0: "portable", 2: "avx2", 3: "avxvnni", 4: "vnni", 5: "amx"}.get)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(cpu_integers, "_ISA", request.param)
     number: int = request.param
@@ -104,7 +107,7 @@ def test_sums(line: str, isa: int, calls: list[int]) -> None:
     )
     weight, torch_x = packed(line, columns=columns), torch.randn(9, columns) + 0.2
     dense = weight.dequantize().double()
-    known = isa == 4 or weight.format.bits in (2, 4, 8)
+    known = isa >= 4 or weight.format.bits in (2, 4, 8)
     for inputs in INPUTS:
         for rows in (1, 2, 9):
             x = torch_x[:rows]
@@ -158,6 +161,31 @@ def test_codes_of_x(dtype: torch.dtype, isa: int, calls: list[int]) -> None:
         lost = x.isnan().any(1)  # a sum with NaN is NaN
         assert torch.equal(found[~lost], want[~lost]) and bool(found[lost].isnan().all()), line
     assert len(calls) == 4 * len(INPUTS) + 2
+
+
+@pytest.mark.parametrize("tiles", [TILES_IN_C, *(isa for isa in ISAS if isa > 4)])
+@pytest.mark.parametrize(
+    "line",
+    ["int8 channel", "int8 channel symmetric=false", "uint8 tensor symmetric=false", "int4 channel", "int2 channel"],
+)
+def test_tiles(line: str, tiles: int, two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What AMX multiplies, in its own order of bytes: the bits of any processor's sums."""
+    weight, bias = packed(line, 70, 200), torch.randn(70)
+    wide = packed(line, 330, 448)  # more than one thread takes at a time
+    for inputs in ("int8 token", "int8 token symmetric=false", "uint8 tensor symmetric=false"):
+        for x, w in (
+            (torch.randn(50, 200), weight),
+            (hard_rows(torch.float32)[:33], weight),
+            (torch.randn(16, 448), wide),
+        ):
+            given = (x, w, inputs, bias if w is weight else None)
+            monkeypatch.setattr(cpu_integers, "_ISA", 0)
+            want = multiplied(*given)
+            monkeypatch.setattr(cpu_integers, "_ISA", tiles)
+            assert torch.equal(multiplied(*given).nan_to_num(7e4), want.nan_to_num(7e4)), (inputs, len(x))
+            found = multiplied(x.bfloat16(), w, inputs)
+            monkeypatch.setattr(cpu_integers, "_ISA", 0)
+            assert torch.equal(found.nan_to_num(7e4), multiplied(x.bfloat16(), w, inputs).nan_to_num(7e4))
 
 
 def test_sums_beyond_32_bits(isa: int) -> None:

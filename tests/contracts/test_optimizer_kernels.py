@@ -141,6 +141,27 @@ def test_options(rule: str, options: dict[str, Any], device: str) -> None:
     both(rule, device, torch.bfloat16, **options)
 
 
+@pytest.mark.parametrize("form", [1, 2])
+@needed
+def test_a_division_by_a_number_as_each_torch_does_it(form: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it is a product with a reciprocal, which torch 2.11 finds in float64; roots of these steps differ."""
+    divided, divided_in_place = torch.Tensor.__truediv__, torch.Tensor.div_
+
+    def by(number: float) -> Tensor:
+        one = torch.ones((), dtype=torch.float64 if form == 2 else torch.float32)
+        return divided(one, torch.full_like(one, number)).float()
+
+    monkeypatch.setattr(torch.Tensor, "__truediv__", lambda x, y: x * by(y) if type(y) is float else divided(x, y))
+    monkeypatch.setattr(
+        torch.Tensor, "div_", lambda x, y: x.mul_(by(y)) if type(y) is float else divided_in_place(x, y)
+    )
+    for found in (_forms.forms, _steps.refusal):
+        found.cache_clear()
+    forms = _forms.forms(torch.device(device))
+    assert forms is not None and forms.div == form
+    both("adamw", device, torch.float32, state=None)
+
+
 @needed
 def test_tiny_and_huge_numbers(device: str) -> None:
     """Scales whose reciprocal overflows, quotients next to a threshold, moments that underflow."""
@@ -205,9 +226,10 @@ def test_random_numbers_are_drawn_for_a_part_at_a_time(monkeypatch: pytest.Monke
 
 @needed
 def test_groups_that_keep_other_states_from_now_on(device: str) -> None:
-    """A momentum that goes and comes again, weights rounded otherwise, another quantizer's floor."""
+    """A momentum that goes and comes again, weights rounded otherwise, other quantizers, or none for a while."""
     changes: list[dict[str, Any]] = [{"momentum": 0.0}, {"momentum": 0.5}, {"weights": "residual8"}]
-    changes += [{"weights": "nearest"}, {"min_size": 0}, {"keep_sign": True}]
+    changes += [{"weights": "nearest"}, {"min_size": 0}, {"state": "state4"}, {"min_size": 1 << 20}]
+    changes += [{"min_size": 0, "keep_sign": True}]
     pair = [build("sgd", device, torch.bfloat16, fused, momentum=0.9, min_size=1000) for fused in (True, False)]
     for optimizer in pair:
         train(optimizer, 0, 2)

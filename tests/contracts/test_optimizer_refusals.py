@@ -94,6 +94,9 @@ def spoil(what: str, p: nn.Parameter) -> Any:
             p.grad = torch.ones_like(p, dtype=torch.int32)
         case "shape":
             p.data = torch.ones(96, 64)  # behind backward
+        case "dtype":
+            p.data, p.grad = p.data.double(), None
+            p.grad = torch.ones_like(p)
         case "closures":
             return [lambda: 1.0, lambda: 2.0]
         case "tensor":
@@ -107,6 +110,7 @@ def spoil(what: str, p: nn.Parameter) -> Any:
         ("sparse", "has a sparse gradient; use a dense one"),
         ("integers", "has a gradient of torch.int32; floating-point ones"),
         ("shape", "has shape .96, 64., and its gradient .*; call zero_grad and backward again"),
+        ("dtype", "float32, float16 and bfloat16 parameters are served; this one is torch.float64"),
         ("closures", "one function that evaluates the whole model"),
         ("tensor", "one function that evaluates the whole model"),
     ],
@@ -122,6 +126,44 @@ def test_steps_that_are_refused(name: str, what: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         optimizer.step(closure)
     assert same(frozen(optimizer), before)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("state", "state9", "state9"),
+        ("state", ["state8"], "quantizer line"),
+        ("weights", "up", "is one of nearest, stochastic, residual8"),
+        ("keep_sign", "yes", "keep_sign is True or False"),
+        ("is_paged", 1, "is_paged is True or False"),
+    ],
+)
+def test_groups_that_are_changed_to_what_is_refused(key: str, value: Any, message: str) -> None:
+    optimizer = stepped(build("adamw"), 0, 2)
+    before = frozen(optimizer)
+    old = optimizer.param_groups[0][key]
+    optimizer.param_groups[0][key] = value
+    with pytest.raises(UsageError, match=message):
+        optimizer.step()
+    optimizer.param_groups[0][key] = old
+    assert same(frozen(optimizer), before)
+
+
+def test_a_group_whose_weights_no_longer_fit_its_dtype() -> None:
+    optimizer = build("adamw", [("w", nn.Parameter(torch.ones(48, 64).half()))])
+    optimizer.param_groups[0]["weights"] = "residual8"
+    all_of(optimizer)[0].grad = torch.ones(48, 64).half()
+    with pytest.raises(UsageError, match="w: weights=residual8 is for bfloat16 parameters"):
+        optimizer.step()
+
+
+def test_a_group_gets_another_preset_by_name() -> None:
+    """It is kept in whole lines, each half for its state, as if it had been built so."""
+    optimizer, told = stepped(build("adamw"), 0, 2), build("adamw", state="state4")
+    optimizer.param_groups[0]["state"] = "state4"
+    stepped(optimizer, 2, 3)
+    assert optimizer.param_groups[0]["state"] == told.param_groups[0]["state"]
+    assert optimizer.state_bytes() == stepped(told, 0, 1).state_bytes()
 
 
 @pytest.mark.parametrize("fused", [None, False])
@@ -203,6 +245,10 @@ def test_state_dicts_of_others(name: str) -> None:
         ({**own, "param_groups": own["param_groups"] * 2}, "same parameters in the same groups"),
         (nn.Linear(2, 2).state_dict(), "not an optimizer's state dict"),
         ([], "not an optimizer's state dict"),
+        (None, "not an optimizer's state dict"),
+        ("state.pt", "not an optimizer's state dict"),
+        ({**own, "state": {str(i): entry for i, entry in own["state"].items()}}, "states of '0'.*JSON"),
+        ({**own, "state": {**own["state"], 0: {**own["state"][0], "step": torch.ones(2)}}}, "number of steps taken"),
     )
     for saved, message in wrong:
         with pytest.raises((FileError, UsageError), match=message):

@@ -26,7 +26,7 @@ from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
 from nybble.nn.products import packed_linear, reference, rows_reference
 from nybble.nn.swap import hold_slow
-from nybble.qtensor import QTensor
+from nybble.qtensor import QTensor, _by_rows
 from nybble.quantizer import Quantizer
 
 LINES = [
@@ -372,6 +372,24 @@ def test_without_the_library_it_says_so_once(fault: str, monkeypatch: pytest.Mon
     }
     wanted["no compiler"] = "no C++ compiler"
     assert wanted[fault] in str(said[0].message) and not list(tmp_path.rglob("tmp*"))
+
+
+@pytest.mark.parametrize("line", ["int4 group=64 symmetric=false", "nvfp4", "nf4 group=64", "int8 channel"])
+def test_without_the_library_w_is_never_whole(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some rows of W at a time, in float32, multiplied as they come."""
+    monkeypatch.setattr(cpu_products, "library", lambda: None)
+    monkeypatch.setattr(_by_rows, "_ROWS", 33 * 256)
+    weight, bias = packed(line, 700, 256), torch.randn(700)
+    dense = weight.dequantize().double()
+    with monkeypatch.context() as m:
+        m.setattr(cpu_products, "reference", lambda *_: pytest.fail("was expanded"))
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(2, 8, 256).to(dtype)
+            y, exact = multiplied(x, weight, bias.to(dtype)), x.double() @ dense.T + bias.to(dtype).double()
+            far = 256 * 2**-24 * (x.double().abs() @ dense.abs().T) + torch.finfo(dtype).eps * exact.abs()
+            assert y.dtype == dtype and ((y.double() - exact).abs() <= far).all()
+    x = torch.randn(17, 256)
+    assert torch.equal(multiplied(x, weight), x @ weight.dequantize().T)
 
 
 def test_what_it_cannot_read_goes_the_readable_way() -> None:

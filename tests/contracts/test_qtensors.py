@@ -19,6 +19,7 @@ from nybble.core.tensorfile import write_tensorfile
 from nybble.qtensor import REGISTRY, Factored, Inverse, QTensor, QuantParams, dense, from_spec
 from nybble.qtensor.block import BlockQTensor
 from nybble.qtensor.low_rank_sum import LowRankSum
+from nybble.qtensor.mixed_bits import MOST, MixedBits
 from nybble.qtensor.outer_scaled import OuterScaled
 from nybble.qtensor.split import SplitQTensor, pack_members
 from nybble.qtensor.vector import VectorQTensor
@@ -76,6 +77,11 @@ def _low_rank() -> LowRankSum:
     return LowRankSum(base, Quantizer("float8_e4m3fn channel").quantize(a), v[:4].half().contiguous())
 
 
+def _mixed(least: int = 1) -> MixedBits:
+    bits = torch.arange(96) % (MOST + 1 - least) + least
+    return MixedBits.make(x(), bits, least)
+
+
 MADE: dict[str, Callable[[], QTensor]] = {
     "block": lambda: Quantizer("int4 group=32 symmetric=false").quantize(x()),
     "block nested": lambda: Quantizer("nf4-dq").quantize(x()),
@@ -103,6 +109,8 @@ MADE: dict[str, Callable[[], QTensor]] = {
     "split members": _members,
     "outer-scaled": _outer_scaled,
     "low-rank-sum": _low_rank,
+    "mixed-bits": _mixed,
+    "mixed-bits of one width": lambda: MixedBits.make(x(), torch.full((1,), 11), 11),
 }
 
 

@@ -20,14 +20,22 @@ NAMES = CALLBACKS.names()
 BUSY: dict[str, dict[str, Any]] = {
     "oscillation": {"reset_every": 2, "reset_at": 1},
     "annealing": {"start": 0.2, "range": 0.1},
+    "pruning": {"first": 0.2, "share": 0.5, "raises": 2, "ternary": 0.5, "final": 0.7},
 }
 SCHEMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lsq": ({"weights": "int3 channel scale=learned"}, {"weights": "lsq"}),
     "ste, zero points": ({"weights": "int4 group=16 symmetric=false"}, {}),
     "ste, float4": ({"weights": "nvfp4"}, {}),
     "statistics": ({"weights": "midrise2 channel scale=max-entropy"}, {"weights": "statistics"}),
+    "pruned": ({"weights": "ternary channel"}, {"weights": "pruned"}),
     "a tied table": ({"targets": ["Embedding"], "weights": "int4 channel", "ignore": []}, {"weights": "lsq"}),
 }
+#: Those that are for one part; the others judge what is rounded to the nearest level.
+OWN = {"pruning": "pruned"}
+
+
+def cases() -> list[tuple[str, str]]:
+    return [(name, s) for name in NAMES for s in SCHEMES if (s == OWN[name] if name in OWN else s not in OWN.values())]
 
 
 def prepared(scheme: str) -> Any:
@@ -44,8 +52,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, acting: list[Acting
         each.after_update(progress)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "scheme"), cases())
 def test_at_work(name: str, scheme: str) -> None:
     """Attached once or twice the same; numbers of every layer; what is packed is what was trained."""
     model = prepared(scheme)
@@ -70,7 +77,7 @@ def test_at_work(name: str, scheme: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_goes_on_exactly(name: str) -> None:
     """With the state dict of a model and of its optimizer, between any two updates."""
-    models = [prepared("lsq") for _ in range(2)]
+    models = [prepared(OWN.get(name, "lsq")) for _ in range(2)]
     acting = [make_part(name, BUSY[name]).attach(model) for model in models]
     optimizers = [torch.optim.AdamW(model.parameters(), lr=0.02) for model in models]
     for at in range(3):
@@ -90,7 +97,12 @@ def test_goes_on_exactly(name: str) -> None:
 def test_refusals(name: str) -> None:
     with pytest.raises(SchemeError, match=rf"callback {name} looks at weights that train.*there are none"):
         make_part(name, {}).attach(prepare(tiny_model(), {"inputs": "int8 token"}))
-    with pytest.raises(SchemeError, match=r"layers\.0.*not rounded to the nearest.*ste, lsq or statistics"):
+    why = (
+        r"layers\.0.*learned: {weights: pruned}"
+        if name in OWN
+        else "not rounded to the nearest.*ste, lsq or statistics"
+    )
+    with pytest.raises(SchemeError, match=why):
         make_part(name, BUSY[name]).attach(prepare(tiny_model(), {"weights": "int4 channel"}, {"weights": "flexround"}))
     with pytest.raises(SchemeError, match=f"callbacks: {name} has no option 'rangee'"):
         make_part(name, {"rangee": 1})

@@ -134,6 +134,11 @@ REQUESTS: dict[str, tuple[list[str], int, str]] = {
         r"model\.layers\.0\.mlp\.down_proj: 48 columns, and group=32 does not divide them\. Sizes that do: 16, 48\. "
         r"Or 'pad=true' for a shorter last group, or 'channel'",
     ),
+    "scales of columns": (
+        ["--weights", "int4 group=16 scale_format=(uint6 group=2 scale=least-squares)"], 2,
+        r"down_proj: scale_format=\(uint6 group=2 scale=least-squares.*the scales are a matrix of 3 columns, and "
+        r"group=2 does not divide them\. Sizes that do: 1, 3\. Or 'pad=true'",
+    ),
     "columns of inputs": ([*GOOD, "--activations", "mxfp4"], 2, r"down_proj: activations: 48 columns, and group=32"),
     "rows": (["--weights", "int4 block=5x16"], 2, r"32 rows, and block=5x16 does not divide them"),
     "nothing left": (["--weights", "none"], 2, r"nothing is left to quantize"),

@@ -138,7 +138,7 @@ BAD: list[tuple[dict[str, Any], dict[str, str]]] = [
     ({"weights": "int8 channel", "kv": "int4 group=16"}, {
         "modelopt": "takes float8_e4m3fn tensor static, or"}),
     ({"weights": "nvfp4", "activations": "nvfp4"}, {
-        "modelopt": "nvfp4 with inputs in float", "gguf": "--activations none", "mlx": "--activations none"}),
+        "gguf": "--activations none", "mlx": "--activations none"}),
 ]  # fmt: skip
 
 

@@ -129,6 +129,7 @@ def test_stages_are_gone_on_with_behind_a_kill(folder: Path, tmp_path: Path, beh
     second = run(folder, out, options=STAGES, settings=replace(SETTINGS, resume=True))
     assert files(out, whole) == files(whole, whole) and first["steps"] == 6 == len(second["curve"])
     assert second["stages"] == [3, 3] and len(second["losses"]["logits"]) == 6
+    assert [step for step, _ in second["curve"]] == [1, 2, 3, 4, 5, 6]
     assert (out / "report.html").read_text().count('class="border"') == 3  # in the curves of the sum and of both parts
     plain = run(folder, tmp_path / "plain", options=TAUGHT)
     assert plain["curve"][0][1] != first["curve"][3][1]
@@ -156,6 +157,20 @@ def test_a_float_model_is_packed_first_and_only_the_result_stays(folder: Path, t
     assert not (tmp_path / "out/base").exists()
     formats = {q.format.name for q in layers(nybble.load(tmp_path / "out")[0]).values()}
     assert formats == {"int3_full"}
+
+
+@pytest.mark.parametrize("more", [{"inputs": "int8 token"}, {"ignore": ["lm_head", "re:.*up_proj"]}])
+def test_a_recipe_whose_scheme_says_more_than_a_base_gets(folder: Path, tmp_path: Path, more: dict[str, Any]) -> None:
+    """Refused before anything is packed; on what quantize packed under it the recipe trains."""
+    scheme = {"weights": "int4 group=16", **more}
+    made = {"method": "scales", "scheme": scheme, "settings": {"batch": 2, "accumulate": 1}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(made))
+    with pytest.raises(UsageError, match=r"in one line, and its scheme says more\. Pack first: nybble quantize"):
+        run(folder, tmp_path / "out", str(tmp_path / "mine.yaml"))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+    nybble.quantize(str(folder / "model"), "rtn", out=tmp_path / "base", scheme=scheme)
+    found = run(folder, tmp_path / "out", str(tmp_path / "mine.yaml"), model=tmp_path / "base")
+    assert found["steps"] == 3
 
 
 def test_texts_of_its_own_are_made_once(folder: Path, tmp_path: Path) -> None:
@@ -206,8 +221,17 @@ def test_weights_train_in_float32_whatever_they_are_multiplied_in(
     assert next(model.parameters()).dtype == torch.float32  # as the model's files
 
 
-def test_a_teacher_of_another_size_and_a_packed_one(folder: Path, tmp_path: Path) -> None:
-    """Logits alone are compared; each says something else."""
+def test_a_teacher_of_another_size_and_a_packed_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits alone are compared; each says something else, and nothing is unpacked anew at every update."""
+    plain, unpacked = Objective.__call__, list[bool]()
+
+    def call(objective: Any, model: Any, batch: Any, progress: float) -> Any:
+        unpacked.extend(not each.holds for each in objective.teacher.modules() if isinstance(each, Packed))
+        return plain(objective, model, batch, progress)
+
+    monkeypatch.setattr(Objective, "__call__", call)
     save_tiny(tmp_path / "larger", dtype=torch.float32, num_hidden_layers=3, intermediate_size=64)
     curves = []
     for name, teacher in (("own", None), ("larger", tmp_path / "larger"), ("packed", folder / "packed")):
@@ -216,6 +240,7 @@ def test_a_teacher_of_another_size_and_a_packed_one(folder: Path, tmp_path: Path
         assert found["teacher"] == (given or str(folder / "model"))
         curves.append(found["curve"][0][1])
     assert len(set(curves)) == 3 and all(loss > 0 for loss in curves)
+    assert unpacked and not any(unpacked)
 
 
 def _teachers(place: Path) -> dict[str, str]:
@@ -313,6 +338,36 @@ def test_the_last_checkpoint_before_a_loss_that_is_no_number_stays_and_is_named(
     assert (tmp_path / "out.partial/checkpoints").is_dir() and not (tmp_path / "out").exists()
 
 
+def test_what_a_run_cannot_go_on_from(folder: Path, tmp_path: Path) -> None:
+    """Another recipe's checkpoint; one with files that are broken or missing: without it the run goes on."""
+    whole, out, again = tmp_path / "whole", tmp_path / "out", replace(SETTINGS, resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, out, progress=_Stops(3))
+    partial = tmp_path / "out.partial"
+    with pytest.raises(FileError, match=r"begun with method = \"qat\"; now it is \"llm-qat\""):
+        run(folder, out, "llm-qat", again)
+    last = partial / "checkpoints/checkpoint-2"
+    for name in ("optimizer.pt", "rng_state.pth"):
+        kept = (last / name).read_bytes()
+        (last / name).write_bytes(b"?")
+        with pytest.raises(FileError, match=r"checkpoint-2.* can't be read: .*Remove .*checkpoint-2: --resume goes on"):
+            run(folder, out, settings=again)
+        (last / name).write_bytes(kept)
+    (last / "scheduler.pt").unlink()
+    with pytest.raises(FileError, match=r"checkpoint-2 lacks scheduler\.pt\. Remove"):
+        run(folder, out, settings=again)
+    request = partial / "request.json"
+    kept = request.read_bytes()
+    request.write_bytes(b"{")
+    with pytest.raises(FileError, match=r"request\.json, which --resume goes by \(start anew without it\), can't be"):
+        run(folder, out, settings=again)
+    request.write_bytes(kept)
+    shutil.rmtree(last)
+    run(folder, whole)
+    run(folder, out, settings=again)
+    assert files(out, whole) == files(whole, whole)
+
+
 def test_a_kill_before_the_first_checkpoint_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(folder, tmp_path / "out", progress=_Stops(1), settings=replace(SETTINGS, save_every=3))
@@ -338,7 +393,15 @@ def test_a_kill_before_the_first_checkpoint_leaves_nothing(folder: Path, tmp_pat
         ({"data": None}, UsageError, "give --data SRC"),
         ({"data": "self:few"}, UsageError, "self is followed by the number of texts"),
         ({"merge": True}, UsageError, "leave --merge out"),
-        ({"recipe": "qlora", "teacher": "x"}, UsageError, "recipe qlora has no teacher"),
+        ({"recipe": "qlora", "teacher": "x"}, UsageError, "recipe qlora has no teacher; leave"),
+        ({"teacher": "x"}, UsageError, r"recipe qat has no teacher: its losses \(task\) compare with none"),
+        ({"options": {"stages": [{"scheme": "W8A8"}], "teacher": "stage"}}, UsageError, "stage has nothing to teach"),
+        (
+            {"options": {"stages": [{"scheme": "W8A8", "learned": "lsq"}]}},
+            SchemeError,
+            r"stages\[0\].*a mapping of roles .*'lsq'",
+        ),
+        ({"packed": True}, UsageError, "trains float weights.*leave --packed out"),
     ],
 )  # fmt: skip
 def test_what_is_refused(

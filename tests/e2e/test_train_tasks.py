@@ -52,7 +52,7 @@ def test_a_classifier(tmp_path: Path) -> None:
     assert after["loss"] < before["loss"] and after["accuracy"] >= before["accuracy"]
     assert found["task"] == {"name": "classification", "unit": "records", "shown": "accuracy"}
     page = (tmp_path / "out/report.html").read_text()
-    assert "12 records" in page and "held out: Accuracy, share of the records" in page
+    assert "12 records" in page and "held out: Accuracy, share of the examples" in page
     record = json.loads((tmp_path / "out/training.json").read_text())
     (tmp_path / "alone").mkdir()
     tasks: list[tuple[Any, str]] = [({"name": "it"}, "task = "), (found["task"] | {"shown": "f1"}, "no losses before")]

@@ -36,6 +36,7 @@ from nybble.training.objective import Objective, make_losses
 from nybble.training.recipe import load_training_recipe
 from nybble.training.settings import TrainSettings
 from nybble.training.tasks import TASKS, task_of
+from nybble.training.unprepare import learned_values
 from nybble.two_sets import TWO_SETS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
@@ -207,6 +208,29 @@ def test_what_a_mask_hides_stays_hidden() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- the stages
+def test_a_stage_begins_where_the_one_before_ended() -> None:
+    """Weights always; scales and thresholds unless ``inherit: false``, with which they begin as without a stage."""
+    made = model("BertForSequenceClassification", "bert", BERT)
+    first = attached(made, stage=0)
+    learn(first, copy.deepcopy(made), [random_batch(0)] * 2, lr=5e-3)
+    ended, alone = learned_values(first), learned_values(attached(first_of(made, first)))
+    for inherits, wanted in ((True, ended), (False, alone)):
+        second = attached(made, first, inherit=inherits)
+        begins = learned_values(second)
+        assert begins.keys() == ended.keys() and any(name.endswith("shift") for name in begins)
+        assert all(torch.equal(p, wanted[name]) for name, p in begins.items())
+        weights = PART.float_values(second)
+        assert all(torch.equal(t, weights[name]) for name, t in PART.float_values(first).items())
+    assert not all(torch.equal(p, alone[name]) for name, p in ended.items())
+
+
+def first_of(made: Any, before: Any) -> Any:
+    """A float network with the weights of a stage."""
+    found = copy.deepcopy(made)
+    found.load_state_dict(PART.float_values(before), strict=False)
+    return found
+
+
 @pytest.mark.slow
 def test_two_stages_are_better_than_one_of_as_many_updates() -> None:
     """Check 7: which of two marks is somewhere in a text, and whether its first word is odd; means of three seeds."""

@@ -350,6 +350,22 @@ def test_never_worse_on_samples_held_back() -> None:
     assert was.keys() == now.keys() and all(torch.equal(was[name], now[name]) for name in was)
 
 
+def test_its_cost_is_the_forwards_that_it_runs() -> None:
+    """In the line before a run too: every sample that went through the network, with a backward four times."""
+    counts, lines = list[int](), list[str]()
+    made, model = recipe(solver="rtn", steps=12, every=5, batch=8), tiny_model(dtype=torch.float32)
+
+    def count(_: Any, args: Any, given: Any, __: Any) -> None:
+        counts.append(len(given["input_ids"]) * (4 if torch.is_grad_enabled() else 1))
+
+    model.register_forward_hook(count, with_kwargs=True)
+    nybble.quantize(model, made, tokens(), settings=SETTINGS, announce=lines.append)
+    step = make_train_step("distill", {"steps": 12, "every": 5, "batch": 8})
+    assert sum(counts) == step.passes(16) + 8 + 2  # whether the float network's output fits; a sample at both ends
+    (line,) = (line for line in lines if "(distill)" in line)
+    assert re.search(r"GB of memory, \d+ s$", line)
+
+
 def test_the_best_look_of_all_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the last one: looks are made after steps 4, 8 and 12, and the second loses least."""
     said, states = iter([4.0, 3.0, 1.0, 2.0]), list[list[Tensor]]()
@@ -682,10 +698,8 @@ def test_an_optional_one_is_left_out_with_a_line(options: dict[str, Any], line: 
 def test_an_optional_one_is_done_where_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a run that goes on with one that left it out leaves it out, whatever there is room for now."""
     source, made = str(save_tiny(tmp_path / "model")), recipe(optional=True, steps=2, every=1)
-    done, _ = run(made, source)
-    assert all(
-        torch.equal(t, run(recipe(steps=2, every=1), source)[0].state_dict()[n]) for n, t in done.state_dict().items()
-    )
+    done, needed = run(made, source)[0].state_dict(), run(recipe(steps=2, every=1), source)[0].state_dict()
+    assert done.keys() == needed.keys() and all(torch.equal(t, needed[name]) for name, t in done.items())
     real, calls = Parts.write, list[int]()
 
     def killed(self: Parts, *args: Any, **kwargs: Any) -> None:

@@ -30,6 +30,7 @@ from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe, load_recipe, parse_recipe
 from nybble.solvers import Sizes, Solved, Stats, Weight, make_solver
 from nybble.training.steps import main_output, make_train_step
+from nybble.training.steps.restorative_lora import Adapted
 
 BINARY = "binary channel scale=mean(offset=true) scale_format=float16 offset_format=float16"
 FOUR = "int4 channel symmetric=false scale_format=float16"
@@ -355,6 +356,20 @@ def test_a_zero_adapter_gives_the_first_pass_dequantized(monkeypatch: pytest.Mon
         torch.testing.assert_close(tensor, base, rtol=0, atol=1e-25)  # what the rate of 1e-30 came to
         assert tensor.shape == shapes[name]
         assert torch.equal(trained[name], base) == name.endswith("o_proj.weight")  # which has no adapter
+
+
+def test_dropout_leaves_features_out_in_training_alone() -> None:
+    """What is judged, and merged in the end, is the whole of both matrices."""
+    base = Packed(Quantizer("int4 channel").quantize(torch.randn(8, 16)), torch.float32)
+    adapted = Adapted(base, 4, 8.0, 0.5, torch.Generator().manual_seed(0))
+    adapted.b.data.normal_()
+    with torch.no_grad():
+        assert torch.equal(adapted(torch.float32), adapted.merged())
+    with torch.enable_grad():
+        added = (adapted(torch.float32) - base.qtensor().dequantize()).detach()
+    left_out = (added == 0).all(0)
+    assert 0 < int(left_out.sum()) < 16
+    torch.testing.assert_close(added[:, ~left_out], 2 * adapted.product().detach()[:, ~left_out])
 
 
 def test_off_is_the_single_pass(tmp_path: Path) -> None:

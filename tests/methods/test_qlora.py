@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import nybble
-from nybble.core.errors import DataError, FileError, NybbleError
+from nybble.core.errors import DataError, FileError, NybbleError, UsageError
 from nybble.data.instructions import collate
 from nybble.pipelines.request import build_recipe
 from nybble.qtensor import from_spec
@@ -164,6 +164,12 @@ def test_bad_input() -> None:
             Quantizer(line)
     with pytest.raises(NybbleError, match="train in bfloat16 or float32"):
         TrainSettings(dtype="float16")
+    wrong: dict[str, Any] = {"lr": 0.0, "clip": -1.0, "warmup": 1.5}
+    for name, bad in wrong.items():
+        message = "share from 0 to 1" if name == "warmup" else "number above 0"
+        with pytest.raises(UsageError, match=f"{name} is {bad}; it must be a {message}"):
+            TrainSettings(**{name: bad})
+    assert TrainSettings(warmup=0.0).warmup == 0
     record = Quantizer(LINE).quantize(drawn(2, 64))
     with pytest.raises(FileError, match="codes"):
         from_spec(record.spec(), {**record.tensors(), "codes": torch.zeros(7, dtype=torch.uint8)})

@@ -14,6 +14,7 @@ from torch import Tensor
 import nybble
 from nybble.calibration.error import Drift, relative_error
 from nybble.core.errors import SchemeError
+from nybble.corrections import refine_scales
 from nybble.corrections.refine_scales import RefineScales, movable, refined
 from nybble.qtensor import QuantParams, dense
 from nybble.qtensor.block import BlockQTensor
@@ -146,6 +147,26 @@ def test_after_any_method(tmp_path: Path, before: list[dict[str, Any]]) -> None:
     assert torch.equal(weights[0].codes, weights[1].codes)
     assert not torch.equal(weights[0].params.scale, weights[1].params.scale)
     assert torch.equal(logits(nybble.load(nybble.save(model, tmp_path / "saved"))[0]), logits(model))
+
+
+def test_alpha_is_the_share_that_scales_make_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what inputs have lost; the first layer's, which are the same whatever was done to others."""
+    folder, text = save_tiny(tmp_path / "float", num_hidden_layers=1), save_text(tmp_path / "text.txt")
+    scheme, both = {"weights": "int3 group=16", "inputs": "int4 tensor static"}, {"solver": "gptq", "inputs": "both"}
+    seen = list[Drift]()
+
+    def spied(*args: Any) -> Any:
+        seen.append(args[-1])
+        return refined(*args)
+
+    monkeypatch.setattr(refine_scales, "refined", spied)
+    first = []
+    for alpha in (1.0, 0.25):
+        run(folder, text, scheme, both, {"correction": "refine-scales", "alpha": alpha})
+        first.append(seen[0])
+        seen.clear()
+    assert first[0].cross.abs().max() > 0
+    torch.testing.assert_close(first[1].cross, 0.25 * first[0].cross)
 
 
 @pytest.mark.parametrize("line", ["int4 rank1", "float16_e8m7 tensor scale=one"])

@@ -223,7 +223,7 @@ def test_refusals() -> None:
         with pytest.raises((ModelError, SchemeError), match=match):
             rotate(tiny_model(family, torch.float32), **options)
 
-    refused("gpt2", "can't rotate the residual stream.*gpt2 lists no RMS norms.*LayerNorm")
+    refused("gpt2", "can't rotate the residual stream.*gpt2 lists no RMS norms.*LayerNorm.*online-rotation.*hadamard")
     refused("gemma2", "norms behind attention or MLP")
     refused("llama", "block=12 does not divide the 32", block=12)
     with pytest.raises(SchemeError, match="block=-1"):

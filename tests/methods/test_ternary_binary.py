@@ -127,6 +127,21 @@ def test_a_head_may_share_the_embeddings_few_bits() -> None:
     assert type(packed.lm_head) is nn.Linear and not torch.equal(packed.lm_head.weight, before)
 
 
+def test_a_float_head_goes_on_in_the_next_stage() -> None:
+    """With what it learned in the one before, and not with the table that it shared once."""
+    first = attached(bart())
+    learn(first, bart())
+    made = bart()
+    made.load_state_dict(PART.float_values(first), strict=False)
+    chosen = nybble.scheme.parse_scheme("TBT_W1A1")
+    options = QatOptions(**{**RECIPE.options, "stages": ({"scheme": "TBT_W2A2"},)})
+    given = Given(options=options, scheme=chosen, stage=1, before=first, run=lambda network: network(**batch()))
+    second: Any = PART.attach(made, given)
+    assert torch.equal(second.lm_head.weight, first.lm_head.weight)
+    assert torch.equal(second.model.shared.weight.latent, first.model.shared.weight.latent)
+    assert not torch.equal(second.lm_head.weight, second.model.shared.weight.latent)
+
+
 # ------------------------------------------------------------------------------------------------------------ the sets
 @torch.no_grad()
 @pytest.mark.parametrize("scheme", ["TBT_W2A2", "TBT_W1A1"])

@@ -94,6 +94,7 @@ def test_smooth_is_the_equation() -> None:
     linear = LinearFold(first="v", second="o")
     assert made("smooth", {}).takes(fold) and not made("smooth", {}).takes(linear)
     assert made("smooth", {"linear": True}).takes(fold) and made("smooth", {"linear": True}).takes(linear)
+    assert made("awq", {}).takes(linear) and not made("awq", {"linear": False}).takes(linear)
     largest[3], behind[0][:, 5], behind[1][:, 5] = 0, 0, 0
     dead = made("smooth", {}).factor(channel(fold, largest, None, behind))
     assert dead[3] == dead[5] == 1

@@ -22,6 +22,7 @@ from nybble.checkpoint.marked import COMPRESSED, FORM, MANIFEST, NATIVE
 from nybble.checkpoint.read import Checkpoint, checkpoint_of
 from nybble.core.errors import FileError
 from nybble.core.files import atomic_write_json, atomic_write_text
+from nybble.core.guard import reading
 from nybble.core.tensorfile import merge_tensorfiles, write_tensorfile
 from nybble.core.tensorheader import read_tensor_header
 from nybble.nn.kinds import describe, quant_modules, restore_all
@@ -263,8 +264,9 @@ def begun_with(folder: Path) -> dict[str, Any] | None:
     """
     for name in (REQUEST, MANIFEST):
         if (folder / name).exists():
-            found: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
-            return {key: value for key, value in found.items() if key not in ("name", "layers", "untried", FORM)}
+            with reading(f"{folder / name}, which --resume goes by (start anew without it),"):
+                found: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+                return {key: value for key, value in found.items() if key not in ("name", "layers", "untried", FORM)}
     return None
 
 
@@ -282,7 +284,8 @@ def cleared(folder: Path) -> str:
 def same_request(folder: Path, before: dict[str, Any], request: dict[str, Any]) -> None:
     """Raise FileError, naming what differs, unless what began ``folder`` asked for the same as ``request``."""
     was, now = _leaves(before), _leaves(request)
-    known = sorted({*was, *now}, key=lambda key: (not key.startswith("settings."), key))  # a scheme may follow of them
+    order = ("method", "settings")  # what else there is may follow of them
+    known = sorted({*was, *now}, key=lambda key: (*(key.partition(".")[0] != first for first in order), key))
     differs = [key for key in known if was.get(key) != now.get(key)]
     if differs:
         key = differs[0]

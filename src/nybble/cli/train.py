@@ -38,6 +38,9 @@ class LoopOptions:
         bool | None,
         typer.Option("--checkpointing/--no-checkpointing", help="Compute activations again in backward, or keep them."),
     ] = None
+    augment: Annotated[
+        str | None, typer.Option(help="Of images in training: flip, crop=PIXELS, or both ('flip crop=4').")
+    ] = None
     dtype: Annotated[str | None, typer.Option(help="Of forwards: bfloat16 or float32.")] = None
 
 
@@ -87,8 +90,8 @@ def command(
         str | None,
         typer.Option(
             help="Examples as JSON lines or CSV: of language models chat messages, instruction and output, or text; of "
-            "classifiers text and label; of translators source and target. self:COUNT: texts of the model's own. Left "
-            "out: what the recipe says."
+            "classifiers text and label; of translators source and target. Of image classifiers an IDX file, .npz or a "
+            "folder of folders. self:COUNT: texts of the model's own. Left out: what the recipe says."
         ),
     ] = None,
     changes: SchemeOptions = CHANGES,

@@ -2,7 +2,7 @@
 
 An output is written beside its place under the name ``NAME.partial``, flushed to the disk, then moved: a process
 killed at any moment leaves the old file or the new one. The name is fixed, so the next try overwrites what a
-killed one left; folders are locked against a second writer. POSIX only.
+killed one left; folders, and files that grow, are locked against a second writer. POSIX only.
 """
 
 from __future__ import annotations
@@ -221,6 +221,38 @@ def check_folder(folder: Path | str) -> None:
         raise FileError(f"{folder} is not a folder. Give the one that `nybble quantize` wrote.")
 
 
+@contextmanager
+def only_writer(out: Path, begun: Path) -> Iterator[None]:
+    """Keep other processes from writing a file while the block runs.
+
+    Args:
+        out: the file.
+        begun: what there is of it before it is whole; it is made, and if it holds nothing at the end, removed.
+
+    Raises:
+        FileError: another process is writing it, or the disk can't be written.
+    """
+    with disk_errors(begun):
+        handle = os.open(begun, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _claim(handle, out, "file")
+        try:
+            yield
+        finally:
+            if begun.exists() and not begun.stat().st_size:
+                begun.unlink()
+    finally:
+        os.close(handle)
+
+
+def _claim(handle: int, out: Path, kind: str) -> None:
+    """Lock what is open; the lock lives as long as the process: a killed run doesn't block the next."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FileError(f"{out}: another process is writing it. Wait, or choose another {kind}.") from None
+
+
 class AtomicFolder:
     """A folder that appears whole: write into the yielded ``OUT.partial``; it is moved to OUT on success.
 
@@ -246,13 +278,9 @@ class AtomicFolder:
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY)
             try:
-                # The lock lives as long as the process: a killed run doesn't block the next.
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _claim(self._lock, self.out, "folder")
                 if not self.resumable:
                     self._clear()
-            except BlockingIOError:
-                self._release()
-                raise FileError(f"{self.out}: another process is writing it. Wait, or choose another folder.") from None
             except BaseException:
                 self._release()
                 raise

@@ -5,7 +5,10 @@ On the right, as positions may be absolute: what is of a row stays where it is.
 
 from __future__ import annotations
 
+import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +18,37 @@ from nybble.core.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded(ABC):
+    """What a source came to.
+
+    Attributes:
+        rows: the examples, in order.
+        source: the SRC. sha256: of all ids, and of labels.
+        shortened: how many texts lost their end.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    source: str
+    sha256: str
+    shortened: int
+
+    @property
+    @abstractmethod
+    def targets(self) -> int:
+        """How many things the loss is a mean of: tokens, records."""
+
+    def manifest(self) -> dict[str, Any]:
+        """What stands beside every number from these examples."""
+        found = {"source": self.source, "sha256": self.sha256, "examples": len(self.rows), "targets": self.targets}
+        return {**found, "shortened": self.shortened}
+
+
+def digest(rows: Sequence[Mapping[str, Any]], labels: str) -> str:
+    """sha256 of the ids of rows, and of what they have as ``labels``."""
+    return hashlib.sha256(repr([(row["input_ids"], row[labels]) for row in rows]).encode()).hexdigest()
 
 
 def encoded(

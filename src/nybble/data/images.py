@@ -16,10 +16,10 @@ import gzip
 import hashlib
 import struct
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,30 @@ from nybble.data.samples import patches
 from nybble.data.tokens import check_count, pick
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+
+
+class Pictures(Protocol):
+    """Images by number: uint8 [height, width] or [height, width, channels]."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageSet:
+    """What a source holds, as it is.
+
+    Attributes:
+        images: of which files are opened when they are asked for.
+        labels: integers [images], or None. classes: what the labels count, where folders name it.
+        note: what they are.
+    """
+
+    images: Pictures
+    labels: np.ndarray | None
+    classes: tuple[str, ...] = ()
+    note: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,7 +143,13 @@ def _size(preprocessor: Mapping[str, Any]) -> object:
 
 
 def image_samples(
-    src: str, preparation: Preparation, *, samples: int | None, seed: int | None = None, fewer: bool = False
+    src: str,
+    preparation: Preparation,
+    *,
+    samples: int | None,
+    seed: int | None = None,
+    fewer: bool = False,
+    classes: Sequence[str] = (),
 ) -> ImageSamples:
     """Read images and bring them into a model's form: bilinear to its size, grey to its channels, normalised.
 
@@ -129,30 +159,49 @@ def image_samples(
         samples: how many; None takes all, in order.
         seed: None picks evenly spread ones, in order; a number picks at random without replacement.
         fewer: take what there is where that is fewer than ``samples``, instead of raising.
+        classes: the model's, by number, for :func:`numbered`.
 
     Raises:
         UsageError: no such source, or Pillow is missing. FileError: it can't be read. DataError: it holds no images,
             or too few.
     """
     check_count(samples)
-    images, labels, note = _read(src)
-    available = len(images)
+    found = numbered(read_images(src), classes, src)
+    images, labels, available = found.images, found.labels, len(found.images)
     wanted = available if samples is None or (fewer and samples > available) else samples
     if wanted > available or not available:
         raise DataError(f"data {src!r} has {available} images, fewer than the {max(1, wanted)} asked for.")
     chosen = pick(available, wanted, seed).tolist()
-    pixels = torch.stack([_prepared(images[i], preparation) for i in chosen])
+    pixels = torch.stack([prepared(images[i], preparation) for i in chosen])
     return ImageSamples(
         pixel_values=pixels,
         labels=None if labels is None else torch.from_numpy(labels[chosen].astype(np.int64)),
         sha256=hashlib.sha256(pixels.numpy().astype("<f4", copy=False).tobytes()).hexdigest(),
         available=available,
         source=src,
-        note=note,
+        note=found.note,
     )
 
 
-def _prepared(image: np.ndarray, preparation: Preparation) -> Tensor:
+def numbered(found: ImageSet, classes: Sequence[str], src: str) -> ImageSet:
+    """With the model's numbers for labels, where folders bear the names of its ``classes``; else in their own order.
+
+    Raises:
+        DataError: some of the folders bear such names, and others don't.
+    """
+    strange = [name for name in found.classes if name not in classes]
+    if found.labels is None or not found.classes or len(strange) == len(found.classes):
+        return found
+    if strange:
+        raise DataError(
+            f"data {src!r} has a folder {strange[0]!r}, which is no class of the model, beside others that are "
+            f"({next(name for name in found.classes if name in classes)!r}). Rename it, or take it away."
+        )
+    numbers = np.array([classes.index(name) for name in found.classes])
+    return replace(found, labels=numbers[found.labels])
+
+
+def prepared(image: np.ndarray, preparation: Preparation) -> Tensor:
     """uint8 [H, W] or [H, W, channels] -> float32 [channels, height, width]; resized pixels are bytes again."""
     x = torch.from_numpy(np.array(image))
     x = x[None] if x.dim() == 2 else x.permute(2, 0, 1)[:3]
@@ -168,8 +217,12 @@ def _prepared(image: np.ndarray, preparation: Preparation) -> Tensor:
     return (x - mean) / std
 
 
-def _read(src: str) -> tuple[Any, np.ndarray | None, str]:
-    """Images (a sequence of uint8 arrays), labels and a note."""
+def read_images(src: str) -> ImageSet:
+    """What a SRC holds.
+
+    Raises:
+        UsageError, FileError, DataError: as :func:`image_samples`.
+    """
     path = Path(src).expanduser()
     if path.is_dir():
         return _folder(path)
@@ -187,7 +240,7 @@ def _read(src: str) -> tuple[Any, np.ndarray | None, str]:
     )
 
 
-def _array(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
+def _array(path: Path) -> ImageSet:
     loaded: Any = np.load(path, allow_pickle=False)
     images, labels = (loaded, None) if path.suffix.lower() == ".npy" else (loaded["images"], loaded.get("labels"))
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
@@ -196,10 +249,10 @@ def _array(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
         )
     if labels is not None and labels.shape != (len(images),):
         raise DataError(f"{path}: {len(images)} images and labels of shape {list(labels.shape)}.")
-    return images, labels, f"all of {path.name}"
+    return ImageSet(images=images, labels=labels, note=f"all of {path.name}")
 
 
-def _idx_pair(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
+def _idx_pair(path: Path) -> ImageSet:
     images = _idx(path)
     labels_path = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
     labels = _idx(labels_path) if labels_path.exists() and labels_path != path else None
@@ -207,7 +260,7 @@ def _idx_pair(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
         raise DataError(
             f"{path}: {list(images.shape)} is no set of images, or {labels_path.name} doesn't belong to it."
         )
-    return images, labels, f"all of {path.name}"
+    return ImageSet(images=images, labels=labels, note=f"all of {path.name}")
 
 
 def _idx(path: Path) -> np.ndarray:
@@ -240,7 +293,7 @@ class _Pictures:
             raise FileError(f"{self.paths[index]} can't be read as a picture: {error}.") from error
 
 
-def _folder(path: Path) -> tuple[_Pictures, np.ndarray | None, str]:
+def _folder(path: Path) -> ImageSet:
     try:
         import PIL  # noqa: F401
     except ImportError as error:
@@ -253,4 +306,5 @@ def _folder(path: Path) -> tuple[_Pictures, np.ndarray | None, str]:
         raise DataError(f"{path} holds no pictures ({', '.join(sorted(_PICTURES))}).")
     labels = np.repeat(np.arange(len(places)), [len(files) for files in found]) if classes else None
     kinds = f", {len(classes)} classes" if classes else ""
-    return _Pictures(paths), labels, f"{len(paths)} pictures of {path.name}{kinds}"
+    note = f"{len(paths)} pictures of {path.name}{kinds}"
+    return ImageSet(images=_Pictures(paths), labels=labels, classes=tuple(classes), note=note)

@@ -7,7 +7,6 @@ tokenized apart, as whoever asks the model later has the source alone.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from nybble.core.errors import DataError, UsageError
-from nybble.data.encoded import mask_of, padded
+from nybble.data.encoded import Encoded, digest, mask_of, padded
 from nybble.data.pairs import IGNORED
 from nybble.data.records import parsed, records, string
 from nybble.data.rows import render, row_record
@@ -34,19 +33,14 @@ Example = dict[str, list[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Examples:
-    """What a source came to.
+class Examples(Encoded):
+    """Rows are :data:`Example`, none longer than asked for and each with a target.
 
     Attributes:
-        rows: the examples, in order, none longer than asked for and each with a target.
-        source: the SRC. sha256: of all ids and labels.
-        shortened: how many lost their end. left_out: how many had a source so long that no target was left.
+        left_out: how many had a source so long that no target was left.
     """
 
     rows: tuple[Example, ...]
-    source: str
-    sha256: str
-    shortened: int
     left_out: int
 
     @property
@@ -55,9 +49,8 @@ class Examples:
         return sum(label != IGNORED for row in self.rows for label in row["labels"][1:])
 
     def manifest(self) -> dict[str, Any]:
-        """What stands beside every number from these examples."""
-        found = {"source": self.source, "sha256": self.sha256, "examples": len(self.rows), "targets": self.targets}
-        return {**found, "shortened": self.shortened, "left_out": self.left_out}
+        """As of all, and ``left_out``."""
+        return {**super().manifest(), "left_out": self.left_out}
 
 
 def load_examples(
@@ -97,8 +90,9 @@ def load_examples(
             f"data {src!r} holds no example whose target begins within {seq_len} tokens ({left_out} are longer). Allow "
             "longer sequences."
         )
-    digest = hashlib.sha256(repr([(row["input_ids"], row["labels"]) for row in rows]).encode()).hexdigest()
-    return Examples(rows=tuple(rows), source=src, sha256=digest, shortened=shortened, left_out=left_out)
+    return Examples(
+        rows=tuple(rows), source=src, sha256=digest(rows, "labels"), shortened=shortened, left_out=left_out
+    )  # fmt: skip
 
 
 def collate(rows: list[Example]) -> dict[str, Tensor]:

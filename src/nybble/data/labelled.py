@@ -6,19 +6,16 @@ class, its number, or, for one number, that number.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from nybble.core.errors import DataError, did_you_mean
-from nybble.data.encoded import encoded, mask_of, padded
+from nybble.data.encoded import Encoded, digest, encoded, mask_of, padded
 from nybble.data.records import needed_records, parsed, string
 
 if TYPE_CHECKING:
@@ -40,21 +37,8 @@ Read = Callable[[Any, str], Label]
 Texts = tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Labelled:
-    """What a source came to.
-
-    Attributes:
-        rows: the examples, in order: ``input_ids`` and perhaps ``token_type_ids``, ``label``, and ``pad``, the token
-            that is put behind shorter ones.
-        source: the SRC. sha256: of all ids and labels.
-        shortened: how many lost the end of a text.
-    """
-
-    rows: tuple[dict[str, Any], ...]
-    source: str
-    sha256: str
-    shortened: int
+class Labelled(Encoded):
+    """Rows have ``input_ids`` and perhaps ``token_type_ids``, ``label``, and ``pad``, the token behind shorter ones."""
 
     @property
     def targets(self) -> int:
@@ -62,10 +46,8 @@ class Labelled:
         return len(self.rows)
 
     def manifest(self) -> dict[str, Any]:
-        """What stands beside every number from these examples; ``classes``: how many different labels there are."""
-        classes = len(Counter(row["label"] for row in self.rows))
-        found = {"source": self.source, "sha256": self.sha256, "examples": len(self.rows), "targets": self.targets}
-        return {**found, "classes": classes, "shortened": self.shortened}
+        """As of all; ``classes``: how many different labels there are."""
+        return {**super().manifest(), "classes": len({row["label"] for row in self.rows})}
 
 
 def load_labelled(
@@ -92,8 +74,7 @@ def load_labelled(
     found = tuple(
         {**{name: tokens[name][i] for name in kept}, "label": label, "pad": pad} for i, (_, label) in enumerate(made)
     )
-    digest = hashlib.sha256(repr([(row["input_ids"], row["label"]) for row in found]).encode()).hexdigest()
-    return Labelled(rows=found, source=src, sha256=digest, shortened=shortened)
+    return Labelled(rows=found, source=src, sha256=digest(found, "label"), shortened=shortened)
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -108,6 +89,12 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     for name in rows[0].keys() - {"input_ids", "label", "pad"}:
         found[name] = padded([row[name] for row in rows], 0)
     return {**found, "labels": torch.tensor([row["label"] for row in rows])}
+
+
+def class_names(config: Any) -> list[str]:
+    """A classifier's classes by number; none of another model."""
+    named = getattr(config, "id2label", None) or {}
+    return [str(named.get(i, f"LABEL_{i}")) for i in range(int(getattr(config, "num_labels", 0)))]
 
 
 def class_reader(names: Sequence[str]) -> Read:

@@ -6,15 +6,13 @@ tokenizer puts around each of them.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from nybble.core.errors import DataError
-from nybble.data.encoded import encoded, mask_of, padded
+from nybble.data.encoded import Encoded, digest, encoded, mask_of, padded
 from nybble.data.pairs import IGNORED
 from nybble.data.records import needed_records, parsed, string
 
@@ -30,31 +28,16 @@ SIDES = ("text", "text_target")
 Pair = tuple[str, str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parallel:
-    """What a source came to.
+class Parallel(Encoded):
+    """Rows have ``input_ids``, ``labels`` (ids of the target), both texts as they were written, and ``pad``.
 
-    Attributes:
-        rows: the examples, in order: ``input_ids``, ``labels`` (token ids of the target), ``source`` and ``target`` as
-            they were written, and ``pad``, the token that is put behind shorter sources.
-        source: the SRC. sha256: of all ids.
-        shortened: how many sources or targets lost their end.
+    ``source`` and ``target`` are the texts, ``pad`` is the token that is put behind shorter sources.
     """
-
-    rows: tuple[dict[str, Any], ...]
-    source: str
-    sha256: str
-    shortened: int
 
     @property
     def targets(self) -> int:
         """Tokens that the loss looks at."""
         return sum(len(row["labels"]) for row in self.rows)
-
-    def manifest(self) -> dict[str, Any]:
-        """What stands beside every number from these examples."""
-        found = {"source": self.source, "sha256": self.sha256, "examples": len(self.rows), "targets": self.targets}
-        return {**found, "shortened": self.shortened}
 
 
 def load_parallel(src: str, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, pad: int) -> Parallel:
@@ -90,8 +73,7 @@ def load_parallel(src: str, tokenizer: PreTrainedTokenizerBase, *, seq_len: int,
         {"input_ids": ids, "labels": labels, "source": pair[0], "target": pair[1], "pad": pad}
         for ids, labels, pair in zip(sources["input_ids"], targets["input_ids"], texts, strict=True)
     )
-    digest = hashlib.sha256(repr([(row["input_ids"], row["labels"]) for row in rows]).encode()).hexdigest()
-    return Parallel(rows=rows, source=src, sha256=digest, shortened=cut + more)
+    return Parallel(rows=rows, source=src, sha256=digest(rows, "labels"), shortened=cut + more)
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -53,14 +53,18 @@ def _activations(quantizer: Quantizer | None) -> Quantizer | None:
     """As the library, and vLLM, find scales at every token: powers of two; NVFP4's under a calibrated divisor."""
     if quantizer is None:
         return None
-    inner = quantizer.scale_format
-    nested = isinstance(inner, Quantizer) and inner.format.name == E4M3 and inner.granularity.one_scale
-    if nested and quantizer.format.name == E2M1 and str(quantizer.granularity) == "group=16":
-        return Quantizer("nvfp4-ct static")
     if not isinstance(quantizer.scale, Pow2):
-        return quantizer
+        return under_divisor(quantizer)
     mode = "rceil" if quantizer.format.name == E4M3 else "even"  # compressed-tensors' threshold, 1.75, of both
     return quantizer.replace(scale=f"pow2(mode={mode})")
+
+
+def under_divisor(quantizer: Quantizer) -> Quantizer:
+    """Of NVFP4 inputs those that runtimes round: in groups under a calibrated divisor; others as they are."""
+    inner = quantizer.scale_format
+    nested = isinstance(inner, Quantizer) and inner.format.name == E4M3 and inner.granularity.one_scale
+    grouped = quantizer.format.name == E2M1 and str(quantizer.granularity) == "group=16"
+    return Quantizer("nvfp4-ct static") if nested and grouped else quantizer
 
 
 def _weights(quantizer: Quantizer, dtype: torch.dtype, alone: bool) -> Quantizer:

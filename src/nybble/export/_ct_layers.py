@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.core.tensorfile import Planned
+from nybble.export import Refusal
 from nybble.export._ct_config import form_of
 from nybble.export._ct_tensors import Matrix, shared_divisor
 from nybble.export._fused import fused_groups
@@ -27,6 +28,7 @@ from nybble.models.sources.layouts._ct_args import (
 )
 from nybble.nn.embedding import input_embedding
 from nybble.nn.kinds import Kind
+from nybble.qtensor import Inverse
 from nybble.qtensor.block import BlockQTensor
 
 
@@ -156,6 +158,21 @@ def nvfp4_groups(source: Source, model: Any) -> list[tuple[tuple[str, ...], floa
         if weights and all(isinstance(w, BlockQTensor) and w.format.name == E2M1 and is_nvfp4(w) for w in weights):
             found.append((group, shared_divisor(source, layers)))
     return found
+
+
+def unequal_inputs(source: Source) -> list[Refusal]:
+    """Layers that runtimes join, whose NVFP4 inputs are under different calibrated numbers."""
+    why, came = "runtimes join them into one layer, which has one input", "different global scales of inputs"
+    nearest = "one calibrated global scale for all of them"
+    groups = fused_groups(source.layers)
+    bad = [group for group in groups if len({_input_divisor(source, name) for name in group}) > 1]
+    return [Refusal(layers=group, came=came, nearest=nearest, why=why) for group in bad]
+
+
+def _input_divisor(source: Source, name: str) -> float | None:
+    filled = source.activation(source.layers[name], "inputs")
+    params = None if filled is None else filled.params()
+    return params.scale.divisor.item() if params is not None and isinstance(params.scale, Inverse) else None
 
 
 def stored_under(

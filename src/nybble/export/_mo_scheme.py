@@ -24,7 +24,10 @@ from nybble.qtensor import Inverse, QTensor
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
 
-NEAREST = "nvfp4 with inputs in float; float8_e4m3fn tensor, its inputs too (static); int4 group=128; int8 channel"
+NEAREST = (
+    "nvfp4 with inputs in float, or nvfp4-ct static; float8_e4m3fn tensor, its inputs too (static); int4 group=128; "
+    "int8 channel"
+)
 _TILE = [128, 128]
 
 
@@ -107,6 +110,8 @@ def _words(quantizer: Quantizer) -> str:
     word = str(quantizer.granularity).split()[0]
     plain = not isinstance(inner, Quantizer) and not quantizer.center and not quantizer.scale.has_offset
     symmetric = not quantizer.scale.needs_integer
+    if quantizer == Quantizer("nvfp4-ct static"):
+        return "nvfp4 static"
     if quantizer.format.name == E4M3:
         if isinstance(inner, Quantizer):
             return "mxfp8" if inner.format.name == E8M0 and word == "group=32" else "?"
@@ -118,6 +123,7 @@ def _words(quantizer: Quantizer) -> str:
 
 _NAMES: Mapping[tuple[str, str], str] = {
     ("nvfp4", ""): "W4A16_NVFP4",
+    ("nvfp4", "nvfp4 static"): "NVFP4",
     ("nvfp4", "fp8 static"): "W4A8_NVFP4_FP8",
     ("mxfp4", ""): "mxfp4",  # so its exporter has it
     ("mxfp8", "mxfp8"): "MXFP8",
@@ -191,12 +197,14 @@ def _group(algo: str, size: int | None) -> dict[str, Any]:
     if "A16" in algo:
         return {"weights": weights}
     inputs: dict[str, Any] = {"dynamic": False, "num_bits": 8, "type": "int" if algo.startswith("W8") else "float"}
-    if size and algo == "MXFP8":
+    if algo == "NVFP4":
+        inputs["num_bits"] = 4
+    if size and algo in ("MXFP8", "NVFP4"):
         inputs["group_size"] = size
     return {"input_activations": inputs, "weights": weights}
 
 
 _CONVERTED = (
-    "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W4A16_AWQ", "W4A16_NVFP4", "W8A16", "W8A8_SQ_PER_CHANNEL", "W4A8_NVFP4_FP8",
-    "MXFP8",
+    "NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W4A16_AWQ", "W4A16_NVFP4", "W8A16", "W8A8_SQ_PER_CHANNEL",
+    "W4A8_NVFP4_FP8", "MXFP8",
 )  # fmt: skip

@@ -10,7 +10,7 @@ fp8_pb_wo                      ``weight`` float8_e4m3fn; ``weight_scale`` float3
 W4A16_AWQ                      ``weight`` uint8 [out / 2, in], the first of two rows in the low nibble;
                                ``weight_scale`` float32 [out, in / group]
 =============================  ====================================================================================
-Where inputs are rounded with one number: ``input_scale`` float32 [].
+Where inputs are rounded with one number, or NVFP4's under one: ``input_scale`` float32 [], a factor.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from nybble.export._modules import check_apart, check_module
 from nybble.export._reciprocal import reciprocals
 from nybble.export._source import Layer, Source
 from nybble.models.sources.layouts._ct_args import CannotError
+from nybble.nn.activation import ActivationQuantizer
 from nybble.packing._nibbles import CHUNK, interleave
 from nybble.qtensor import Inverse, dense
 from nybble.qtensor.block import BlockQTensor
@@ -60,7 +61,7 @@ class Placed:
         found = self._weight()
         filled = source.activation(self.layer, "inputs")
         if filled is not None and filled.quantizer.static:
-            value = filled.state_dict()["scale"].float().reshape(())
+            value = input_factor(filled).reshape(())
             found["input_scale"] = _made("F32", (), lambda: value)
         return {f"{self.name}.{name}": plan for name, plan in found.items()}
 
@@ -91,6 +92,12 @@ class Placed:
 
     def _plain(self, shape: tuple[int, ...]) -> Planned:
         return _made("F32", shape, lambda: _scales(self.matrix.read()).reshape(shape))
+
+
+def input_factor(filled: ActivationQuantizer) -> Tensor:
+    """``input_scale`` of a static quantizer, float32 [1]: of a divisor what has it as its reciprocal, if anything."""
+    state = filled.state_dict()
+    return torch.tensor(next(reciprocals(state["divisor"]))) if "divisor" in state else state["scale"].float()
 
 
 def _made(dtype: str, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Planned:

@@ -93,7 +93,8 @@ def _kind(fmt: NumberFormat, zero_point: Tensor | QTensor | None, came: str) -> 
     values = fmt.values
     if not bool((values == values.round()).all()):
         why = "onnxruntime has no kernels for it" if fmt.name == "float4_e2m1fn" else ""
-        raise CannotError(came, f"int{min(8, max(2, fmt.bits))} group=32, {NEAREST}", why)
+        nearest = dict.fromkeys([f"int{min(8, max(2, fmt.bits))} group=32", *NEAREST.split(", ")])
+        raise CannotError(came, ", ".join(nearest), why)
     low, high = float(values.min()), float(values.max())
     if zero_point is not None:
         plain = isinstance(zero_point, BlockQTensor) and zero_point.params.scale is None

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from nybble.core.files import atomic_write_json
 from nybble.core.tensorfile import Planned, safetensors_name, stream_tensorfiles
-from nybble.export import ExportTarget, Facts, Refusal, Verified
+from nybble.export import ExportTarget, Facts, Refusal, Takes, Verified
 from nybble.export._ct_config import quantization_config
 from nybble.export._ct_constrain import constrained
-from nybble.export._ct_layers import Placed, nvfp4_groups, placed, scheme_of
+from nybble.export._ct_layers import Placed, nvfp4_groups, placed, scheme_of, unequal_inputs
 from nybble.export._ct_library import NEEDS, library
 from nybble.export._ct_takes import TAKES, rows_for
 from nybble.export._ct_tensors import divisor_of
@@ -35,7 +35,6 @@ from nybble.export._source import Source
 from nybble.export._transformers import open_and_compare
 from nybble.models.sources.layouts._ct_args import CannotError, kv_args
 from nybble.nn.kv_model import cache_scales, cached_attentions
-from nybble.qtensor import Inverse
 from nybble.qtensor.block import BlockQTensor
 from nybble.scheme import Scheme
 
@@ -87,9 +86,12 @@ class CompressedTensors(ExportTarget):
 
     def notes(self, source: Source) -> list[str]:  # noqa: D102
         model = source.skeleton()
-        kinds = {str(rows_for(scheme_of(source, model, layer))): layer for layer in source.layers.values()}
-        unserved = [layer.name for key, layer in kinds.items() if key == "()"]
-        lines = [f"no vLLM that is known takes the scheme of {unserved[0]}"] if unserved else []
+        unserved = [place for place in placed(source, model) if not _vllm(place)]
+        unserved.sort(key=lambda place: place.embedding)
+        lines = []
+        if unserved:
+            what = "looks up packed embeddings:" if unserved[0].embedding else "takes the scheme of"
+            lines.append(f"no vLLM that is known {what} {unserved[0].at or unserved[0].name}")
         if source.kv is not None:
             scales = cache_scales(model, source.kv)
             how = "by one calibrated scale" if scales is None else "by the same scales, k_scale and v_scale"
@@ -135,7 +137,7 @@ class CompressedTensors(ExportTarget):
         config, changed = _config(source, places)
         stream_tensorfiles(tensors, folder / "model.safetensors", {"format": "pt"}, SHARD_BYTES)
         atomic_write_json(folder / "config.json", source.config | changed | {"quantization_config": config})
-        served = all(rows_for(place.scheme) for place in places)
+        served = all(map(_vllm, places))
         if rotations(source):
             return _ROTATED
         return _CARD.format(
@@ -146,7 +148,7 @@ class CompressedTensors(ExportTarget):
     def verify(self, folder: Path, source: Source) -> Verified:  # noqa: D102
         model = source.skeleton()
         places = placed(source, model)
-        rows = tuple({row: None for place in places for row in rows_for(place.scheme)})
+        rows = tuple({row: None for place in places for row in _vllm(place)})
         count, exact_in = compare_decoded(folder, source, places)
         why, dequantize = how_opened(source, places)
         if why:
@@ -156,6 +158,14 @@ class CompressedTensors(ExportTarget):
                 runtimes=rows,
             )  # fmt: skip
         return open_and_compare(folder, source, NEEDS, runtimes=rows, dequantize=dequantize)
+
+
+def _vllm(place: Placed) -> tuple[Takes, ...]:
+    """The rows of vLLM that a module is of.
+
+    None of a table, which it looks up in float alone: its pull request 45535 was open in November 2026.
+    """
+    return () if place.embedding else rows_for(place.scheme)
 
 
 def _kv_scales(source: Source, model: Any) -> dict[str, Planned]:
@@ -213,18 +223,7 @@ def _unequal(source: Source, schemes: Mapping[str, dict[str, Any]]) -> list[Refu
             why = "runtimes join them into one layer, which has one"
             came, nearest = "different global scales of NVFP4", "one global scale for all of them"
             found.append(Refusal(layers=group, came=came, nearest=nearest, why=why))
-    for group in fused_groups(source.layers):
-        if len({_input_divisor(source, name) for name in group}) > 1:
-            why = "runtimes join them into one layer, which has one input"
-            came, nearest = "different global scales of inputs", "one calibrated global scale for all of them"
-            found.append(Refusal(layers=group, came=came, nearest=nearest, why=why))
-    return found
-
-
-def _input_divisor(source: Source, name: str) -> float | None:
-    filled = source.activation(source.layers[name], "inputs")
-    params = None if filled is None else filled.params()
-    return params.scale.divisor.item() if params is not None and isinstance(params.scale, Inverse) else None
+    return [*found, *unequal_inputs(source)]
 
 
 def _inexact(source: Source, schemes: Mapping[str, dict[str, Any]]) -> list[Refusal]:

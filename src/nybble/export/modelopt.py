@@ -1,8 +1,8 @@
 """ModelOpt's folders, which TensorRT-LLM and vLLM serve on NVIDIA's cards.
 
-``hf_quant_config.json`` says what is quantized how, config.json says it again; codes and scales stay as they are. Its
-NVFP4 with four-bit inputs asks for a calibrated scale above those of tokens, which no quantizer of activations here
-has; weights alone, or with FP8 inputs, are held. Source: nvidia-modelopt 0.47 (``torch/export/``).
+``hf_quant_config.json`` says what is quantized how, config.json says it again; codes and scales stay as they are. Of
+NVFP4 inputs ``input_scale`` is the factor whose reciprocal, the divisor of ``nvfp4-ct static``, runtimes multiply with.
+Source: nvidia-modelopt 0.47 (``torch/export/``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from nybble.core.guard import reading
 from nybble.core.tensorfile import stream_tensorfiles
 from nybble.core.versions import VERSION
 from nybble.export import ExportTarget, Facts, Refusal, Takes, Usual, Verified
-from nybble.export._ct_layers import nvfp4_groups
+from nybble.export._ct_constrain import under_divisor
+from nybble.export._ct_layers import nvfp4_groups, unequal_inputs
 from nybble.export._folder import SHARD_BYTES, write_beside
 from nybble.export._fused import SIBLINGS, check_siblings, fused_groups
 from nybble.export._last_bit import moves
@@ -57,6 +58,7 @@ class ModelOpt(ExportTarget):
     summary = "safetensors in ModelOpt's layout, for TensorRT-LLM and vLLM"
     takes: ClassVar[tuple[Takes, ...]] = (
         _row("nvfp4", "float", "W4A16_NVFP4"),
+        _row("nvfp4", "nvfp4-ct static", "NVFP4", note="inputs are rounded on Blackwell; elsewhere they stay in float"),
         _row("nvfp4", "float8_e4m3fn tensor static", "W4A8_NVFP4_FP8", "tensorrt-llm"),
         _row("float8_e4m3fn tensor", "float8_e4m3fn tensor static", "FP8"),
         _row("float8_e4m3fn channel", "float8_e4m3fn token", "FP8_PER_CHANNEL_PER_TOKEN"),
@@ -112,7 +114,8 @@ class ModelOpt(ExportTarget):
         if self.algorithms and found.name not in self.algorithms:
             raise CannotError(
                 found.name,
-                "nvfp4 with inputs in float (--activations none) or --activations 'float8_e4m3fn tensor static'",
+                "nvfp4 with inputs in float (--activations none), --activations 'nvfp4-ct static' or "
+                "'float8_e4m3fn tensor static'",
             )
         return found
 
@@ -207,10 +210,12 @@ class ModelOpt(ExportTarget):
 
 
 def _rule(rule: Rule) -> Rule:
-    """With codes packed as the files have them."""
+    """With codes packed as the files have them, and NVFP4 inputs under a calibrated divisor."""
+    inputs = None if rule.inputs is None else under_divisor(rule.inputs)
     weights = rule.weights
-    dense = weights is None or weights.packing == "dense"
-    return rule if weights is None or dense else replace(rule, weights=weights.replace(packing="dense"))
+    if weights is not None and weights.packing != "dense":
+        weights = weights.replace(packing="dense")
+    return replace(rule, weights=weights, inputs=inputs)
 
 
 def _scale(source: Source, name: str) -> float:
@@ -243,7 +248,7 @@ def _unequal(source: Source, model: Any, found: Mapping[str, Algorithm]) -> list
         if len(own) > 1 and group[0] not in shared and group not in {refusal.layers for refusal in bad}:
             came, nearest = "different global scales of NVFP4", "one global scale for all of them"
             bad.append(Refusal(layers=group, came=came, nearest=nearest, why="runtimes join them into one layer"))
-    return bad
+    return [*bad, *unequal_inputs(source)]
 
 
 def _inexact(source: Source) -> list[Refusal]:

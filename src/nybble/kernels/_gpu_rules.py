@@ -12,7 +12,10 @@ import triton.language as tl
 
 from nybble.kernels._gpu_exact import fused, quotients, roots
 
-ADAMW, ADAM, SGD, LION, RMSPROP, ADAGRAD = range(6)
+ADAMW, ADAM, SGD, LION, RMSPROP, ADAGRAD = (tl.constexpr(rule) for rule in range(6))
+"""As :data:`nybble.kernels._steps.RULES` has them."""
+LERP, ADDCMUL, SQUARE, ADDCDIV, ADD, DIV = (tl.constexpr(form) for form in range(6))
+"""As :class:`nybble.optim._forms.Forms` has them."""
 
 
 @triton.jit
@@ -56,19 +59,19 @@ def _sign(x):
 @triton.jit
 def second(g, two, b2, a2, start, RULE: tl.constexpr, FORMS: tl.constexpr, FIRST: tl.constexpr):
     """The new mean (or sum) of squares, of a gradient with its decay."""
-    if RULE == 5:
+    if RULE == ADAGRAD:
         if FIRST:
             two = two + start
-        return _sum(g, g, two, FORMS[2])
+        return _sum(g, g, two, FORMS[SQUARE])
     else:
-        return _add_squares(two * b2, g, a2, FORMS[1])
+        return _add_squares(two * b2, g, a2, FORMS[ADDCMUL])
 
 
 @triton.jit
 def decayed(p, g, wd, RULE: tl.constexpr, FORMS: tl.constexpr, DECAY: tl.constexpr):
     """The gradient of a rule whose decay goes through it."""
-    if DECAY and RULE != 0 and RULE != 3:
-        return _plus(wd, p, g, FORMS[4])
+    if DECAY and RULE != ADAMW and RULE != LION:
+        return _plus(wd, p, g, FORMS[ADD])
     else:
         return g
 
@@ -81,36 +84,36 @@ def updated(
 ):  # fmt: skip
     """New parameter and states, float32; HELD: whether there is a first state."""
     g = decayed(p, g, wd, RULE, FORMS, DECAY)
-    if DECAY and (RULE == 0 or RULE == 3):
+    if DECAY and (RULE == ADAMW or RULE == LION):  # noqa: SIM109 - Triton compiles no "in"
         p = p * shrink
-    if RULE == 0 or RULE == 1:
-        one = _plus(a1, g - one, one, FORMS[0])
+    if RULE == ADAMW or RULE == ADAM:  # noqa: SIM109
+        one = _plus(a1, g - one, one, FORMS[LERP])
         two = second(g, two, b2, a2, start, RULE, FORMS, FIRST)
         below = roots(two)
-        if FORMS[5]:
+        if FORMS[DIV]:
             below = below * inverse
         else:
             below = quotients(below, tl.full(below.shape, root, tl.float32))
-        p = _add_quotients(p, one, below + eps, rate, FORMS[3])
-    elif RULE == 2:
+        p = _add_quotients(p, one, below + eps, rate, FORMS[ADDCDIV])
+    elif RULE == SGD:
         if FIRST or not HELD:
             one = g
         else:
-            one = _plus(a1, g, one * b1, FORMS[4])
+            one = _plus(a1, g, one * b1, FORMS[ADD])
         towards = one
         if NESTEROV:
-            towards = _plus(b1, one, g, FORMS[4])
-        p = _plus(rate, towards, p, FORMS[4])
-    elif RULE == 3:
-        towards = _sign(_plus(a1, g, one * b1, FORMS[4]))
-        one = _plus(a2, g, one * b2, FORMS[4])
-        p = _plus(rate, towards, p, FORMS[4])
+            towards = _plus(b1, one, g, FORMS[ADD])
+        p = _plus(rate, towards, p, FORMS[ADD])
+    elif RULE == LION:
+        towards = _sign(_plus(a1, g, one * b1, FORMS[ADD]))
+        one = _plus(a2, g, one * b2, FORMS[ADD])
+        p = _plus(rate, towards, p, FORMS[ADD])
     else:
         two = second(g, two, b2, a2, start, RULE, FORMS, FIRST)
         below = roots(two) + eps
-        if RULE == 4 and HELD:
+        if RULE == RMSPROP and HELD:
             one = quotients(g, below) + one * b1
-            p = _plus(rate, one, p, FORMS[4])
+            p = _plus(rate, one, p, FORMS[ADD])
         else:
-            p = _add_quotients(p, g, below, rate, FORMS[3])
+            p = _add_quotients(p, g, below, rate, FORMS[ADDCDIV])
     return p, one, two

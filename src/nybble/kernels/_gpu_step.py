@@ -10,9 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nybble.kernels import _gpu_states as states
 from nybble.kernels._gpu_blocks import divisor, magnitude
 from nybble.kernels._gpu_exact import HOST, spread
-from nybble.kernels._gpu_rules import decayed, second, updated
+from nybble.kernels._gpu_rules import ADAMW, decayed, second, updated
 from nybble.kernels._gpu_states import (
     codes_over,
     halves,
@@ -27,23 +28,24 @@ from nybble.kernels._gpu_states import (
 
 (
     P, CODES1, SCALE1, CODES2, SCALE2, COLUMNS2, TOP_ROWS, TOP_COLUMNS, RESIDUAL, COUNT, WIDTH, ASIDE, ROW,
-) = range(13)  # fmt: skip
+) = (tl.constexpr(field) for field in range(13))  # fmt: skip
 """Of a row of the table: addresses of the parameter, of codes (or of a state in float32) and scales, of factors by
 columns, of both raw maxima, of the residual; elements, columns; address of the count of what was set aside; ROW: how
 many there are."""
-FLOAT32, BFLOAT16, FLOAT16 = range(3)
-NEAREST, STOCHASTIC, RESIDUAL8 = range(3)
+FLOAT32, BFLOAT16, FLOAT16 = (tl.constexpr(dtype) for dtype in range(3))
+NEAREST, STOCHASTIC, RESIDUAL8 = (tl.constexpr(way) for way in range(3))
+ABSENT, WIDE, BLOCKS, RANK1 = (tl.constexpr(kind) for kind in (states.ABSENT, states.WIDE, states.BLOCKS, states.RANK1))
 
 
 @triton.jit
 def _at(table, row, FIELD: tl.constexpr):
-    return tl.load(table + row * 12 + FIELD)
+    return tl.load(table + row * ROW + FIELD)
 
 
 @triton.jit
 def _floats(pointer, at, inside, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """float32, of a parameter or gradient."""
-    if DTYPE == 0:
+    if DTYPE == FLOAT32:
         data = pointer.to(tl.pointer_type(tl.float32))
         if ALIGNED:
             data = tl.multiple_of(data, 16)
@@ -53,7 +55,7 @@ def _floats(pointer, at, inside, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
         if ALIGNED:
             data = tl.multiple_of(data, 16)
         bits = tl.load(data + at, mask=inside, other=0)
-        if DTYPE == 1:
+        if DTYPE == BFLOAT16:
             x = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
         else:
             x = bits.to(tl.float16, bitcast=True).to(tl.float32)
@@ -96,7 +98,7 @@ def _split(x):
 
 @triton.jit
 def _write(pointer, beside, draws, at, inside, p, DTYPE: tl.constexpr, WEIGHTS: tl.constexpr, ALIGNED: tl.constexpr):
-    if DTYPE == 0:
+    if DTYPE == FLOAT32:
         data = pointer.to(tl.pointer_type(tl.float32))
         if ALIGNED:
             data = tl.multiple_of(data, 16)
@@ -105,11 +107,11 @@ def _write(pointer, beside, draws, at, inside, p, DTYPE: tl.constexpr, WEIGHTS: 
         data = pointer.to(tl.pointer_type(tl.int16))
         if ALIGNED:
             data = tl.multiple_of(data, 16)
-        if DTYPE == 2:
+        if DTYPE == FLOAT16:
             bits = p.to(tl.float16).to(tl.int16, bitcast=True)
-        elif WEIGHTS == 0:
+        elif WEIGHTS == NEAREST:
             bits = _to_bfloat16(p)
-        elif WEIGHTS == 1:
+        elif WEIGHTS == STOCHASTIC:
             random = tl.load(draws.to(tl.pointer_type(tl.int32)) + at, mask=inside, other=0)
             moved = ((p.to(tl.int32, bitcast=True) + random) & -65536).to(tl.float32, bitcast=True)
             bits = _to_bfloat16(tl.where(magnitude(p) < 0x7F800000, moved, p))
@@ -148,15 +150,15 @@ def _decoded(
 ):  # fmt: skip
     """A state, float32."""
     KIND: tl.constexpr = META[0]
-    if KIND == 0:
+    if KIND == ABSENT:
         return tl.zeros((TILE,), tl.float32)
-    elif KIND == 1:
+    elif KIND == WIDE:
         return tl.load(codes.to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
     else:
         x = read_values(values, read_codes(codes, start, left, width, META[1], TILE, COLUMNS, ALIGNED), META)
         if SHORT:  # code 0 is no 0
             x = tl.where(inside, x, 0.0)
-        if KIND == 2:
+        if KIND == BLOCKS:
             return x * read_scales(scale, start, left, width, META[2], TILE, COLUMNS)
         else:
             by_row, by_column = _factors(scale, columns, by_column, r, left, width, at, inside, TILE, COLUMNS)
@@ -166,9 +168,9 @@ def _decoded(
 @triton.jit
 def _top(x, META: tl.constexpr, OTHER: tl.constexpr, TILE: tl.constexpr):
     """Bits of the largest magnitudes: of each block, of the other state's blocks, or of all."""
-    if META[0] == 2:
+    if META[0] == BLOCKS:
         return tops(x, META[2], TILE)
-    elif OTHER[0] == 2:
+    elif OTHER[0] == BLOCKS:
         return tops(x, OTHER[2], TILE)
     else:
         return tops(x, TILE, TILE)
@@ -177,7 +179,7 @@ def _top(x, META: tl.constexpr, OTHER: tl.constexpr, TILE: tl.constexpr):
 @triton.jit
 def _odd(top, META: tl.constexpr):
     """Whether a state isn't finite, or its scales are so large or small that a quotient takes more care."""
-    if META[0] == 2:
+    if META[0] == BLOCKS:
         return (top >= 0x71800000) | ((top > 0) & (top < 0x1C800000))  # 2^100, 2^-70
     else:
         return top >= 0x7F800000
@@ -206,17 +208,17 @@ def _encoded(
 ):  # fmt: skip
     """Scales, but of rows and columns, and codes are written."""
     KIND: tl.constexpr = META[0]
-    if KIND == 1:
+    if KIND == WIDE:
         tl.store(state.to(tl.pointer_type(tl.float32)) + at, x, mask=inside)
-    elif KIND > 1:
-        if KIND == 2:
+    elif KIND > WIDE:
+        if KIND == BLOCKS:
             by = write_scales(scale, start, left, width, top, META, TILE, COLUMNS)
         else:
             by_row, by_column = _factors(scale, columns, by_column, r, left, width, at, inside, TILE, COLUMNS)
             if META[5]:
                 by_row, by_column = divisor(by_row), divisor(by_column)
             by = tl.minimum(by_row, by_column)
-        found = codes_over(x, by, is_usual, thresholds, values, codes, META, KIND == 2, TILE)
+        found = codes_over(x, by, is_usual, thresholds, values, codes, META, KIND == BLOCKS, TILE)
         write_codes(state, start, left, width, found, inside, META[1], TILE, COLUMNS, ALIGNED)
 
 
@@ -230,14 +232,13 @@ def step_kernel(
     TILES: tl.constexpr,
 ):  # fmt: skip
     """TILES of one tensor, one after another; ``given`` has the addresses of gradients and of random numbers."""
-    HELD: tl.constexpr = ONE[0] > 0
+    HELD: tl.constexpr = ONE[0] > ABSENT
     row = tl.load(work + tl.program_id(0) * 2).to(tl.int64)
     number = tl.load(work + tl.program_id(0) * 2 + 1)
-    data, state1, scale1, state2 = _at(table, row, 0), _at(table, row, 1), _at(table, row, 2), _at(table, row, 3)
-    scale2, columns2, top_rows, top_columns = (
-        _at(table, row, 4), _at(table, row, 5), _at(table, row, 6), _at(table, row, 7),
-    )  # fmt: skip
-    beside, count, width = _at(table, row, 8), _at(table, row, 9), _at(table, row, 10)
+    data, state1, scale1 = _at(table, row, P), _at(table, row, CODES1), _at(table, row, SCALE1)
+    state2, scale2, columns2 = _at(table, row, CODES2), _at(table, row, SCALE2), _at(table, row, COLUMNS2)
+    top_rows, top_columns = _at(table, row, TOP_ROWS), _at(table, row, TOP_COLUMNS)
+    beside, count, width = _at(table, row, RESIDUAL), _at(table, row, COUNT), _at(table, row, WIDTH)
     gradient, draws = tl.load(given + row * 2), tl.load(given + row * 2 + 1)
     r = number * 0
     old, new = r, r
@@ -248,7 +249,7 @@ def step_kernel(
         r, c = number // across * (TILES * TILE // COLUMNS), number % across * COLUMNS
         start, step = r * (width // COLUMNS * COLUMNS) + c, width // COLUMNS * TILE
         tiles = tl.cdiv(count // width - r, TILE // COLUMNS)
-        if TWO[0] == 3:
+        if TWO[0] == RANK1:
             old, new = _of_columns(columns2, c, COLUMNS, TILE), _of_columns(top_columns, c, COLUMNS, TILE)
     tiles = tl.minimum(tiles, TILES).to(tl.int32)
     while tiles > 0:
@@ -259,7 +260,7 @@ def step_kernel(
         at, inside = place(start, left, width, 1, TILE, COLUMNS, ALIGNED)
         g = _floats(gradient, at, inside, GRADIENT, ALIGNED)
         before = _floats(data, at, inside, DTYPE, ALIGNED)
-        if WEIGHTS == 2:
+        if WEIGHTS == RESIDUAL8:
             residual = tl.load(beside.to(tl.pointer_type(tl.int8)) + at, mask=inside, other=0)
             before = _joined(before, residual.to(tl.int32))
         m = _decoded(
@@ -288,14 +289,14 @@ def step_kernel(
                     one, two, p = tl.where(ok, one, 0.0), tl.where(ok, two, 0.0), tl.where(ok, p, before)
                     top1, top2 = _top(one, ONE, TWO, TILE), _top(two, TWO, ONE, TILE)
                     aside = tl.sum((inside & (ok == 0)).to(tl.int32), 0)
-                    tl.atomic_add(_at(table, row, 11).to(tl.pointer_type(tl.int32)), aside)
+                    tl.atomic_add(_at(table, row, ASIDE).to(tl.pointer_type(tl.int32)), aside)
         _write(data, beside, draws, at, inside, p, DTYPE, WEIGHTS, ALIGNED)
         _encoded(
             state1, scale1, top_columns, new, r, start, left, width, at, inside, one, top1, is_usual, thresholds1,
             values1, codes1, ONE, TILE, COLUMNS, ALIGNED,
         )  # fmt: skip
         _encoded(
-            state2, scale2 if TWO[0] == 2 else top_rows, top_columns, new, r, start, left, width, at, inside, two,
+            state2, scale2 if TWO[0] == BLOCKS else top_rows, top_columns, new, r, start, left, width, at, inside, two,
             top2, is_usual, thresholds2, values2, codes2, TWO, TILE, COLUMNS, ALIGNED,
         )  # fmt: skip
         start += step
@@ -317,9 +318,10 @@ def maxima_kernel(
     """
     row = tl.load(work + tl.program_id(0) * 2).to(tl.int64)
     number = tl.load(work + tl.program_id(0) * 2 + 1)
-    data, state, rows, columns = _at(table, row, 0), _at(table, row, 3), _at(table, row, 4), _at(table, row, 5)
-    top_rows, top_columns = _at(table, row, 6), _at(table, row, 7)
-    beside, count, width = _at(table, row, 8), _at(table, row, 9), _at(table, row, 10)
+    data, state = _at(table, row, P), _at(table, row, CODES2)
+    rows, columns = _at(table, row, SCALE2), _at(table, row, COLUMNS2)
+    top_rows, top_columns = _at(table, row, TOP_ROWS), _at(table, row, TOP_COLUMNS)
+    beside, count, width = _at(table, row, RESIDUAL), _at(table, row, COUNT), _at(table, row, WIDTH)
     gradient, height = tl.load(given + row * 2), (count // width).to(tl.int32)
     across = tl.cdiv(width, COLUMNS).to(tl.int32)
     if WHOLE:
@@ -346,9 +348,9 @@ def maxima_kernel(
         by_row = tl.load(rows.to(tl.pointer_type(tl.float32)) + r, mask=lines, other=0.0)
         two = read_values(values2, halves(found.to(tl.int32), TWO[1]), TWO)
         two = two * tl.minimum(tl.broadcast_to(by_row[:, None], at.shape), by_column[None, :])
-        if DECAY and RULE != 0:
+        if DECAY and RULE != ADAMW:
             p = _floats(data, at, inside, DTYPE, ALIGNED and WHOLE)
-            if WEIGHTS == 2:
+            if WEIGHTS == RESIDUAL8:
                 residual = tl.load(beside.to(tl.pointer_type(tl.int8)) + at, mask=inside, other=0)
                 p = _joined(p, residual.to(tl.int32))
             g = decayed(p, g, wd, RULE, FORMS, DECAY)
@@ -371,11 +373,11 @@ def factors_kernel(table, work, ZERO: tl.constexpr, TILE: tl.constexpr):
     """Maxima into a state's factors: of columns those behind ``height``."""
     row = tl.load(work + tl.program_id(0) * 2).to(tl.int64)
     at = tl.load(work + tl.program_id(0) * 2 + 1) * TILE + tl.arange(0, TILE)
-    width = _at(table, row, 10).to(tl.int32)
-    height = (_at(table, row, 9) // width).to(tl.int32)
-    x = tl.load(_at(table, row, 6).to(tl.pointer_type(tl.float32)) + at, mask=at < height + width, other=0.0)
+    width = _at(table, row, WIDTH).to(tl.int32)
+    height = (_at(table, row, COUNT) // width).to(tl.int32)
+    x = tl.load(_at(table, row, TOP_ROWS).to(tl.pointer_type(tl.float32)) + at, mask=at < height + width, other=0.0)
     if ZERO:
         x = divisor(x)
-    tl.store(_at(table, row, 4).to(tl.pointer_type(tl.float32)) + at, x, mask=at < height)
-    behind = _at(table, row, 5).to(tl.pointer_type(tl.float32)) + (at - height)
+    tl.store(_at(table, row, SCALE2).to(tl.pointer_type(tl.float32)) + at, x, mask=at < height)
+    behind = _at(table, row, COLUMNS2).to(tl.pointer_type(tl.float32)) + (at - height)
     tl.store(behind, x, mask=(at >= height) & (at < height + width))

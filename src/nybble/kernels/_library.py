@@ -102,8 +102,9 @@ def library() -> ctypes.CDLL | None:
     except (OSError, AttributeError) as error:
         failed.append(str(error))
     warnings.warn(
-        f"the compiled CPU kernels aren't there ({'; '.join(failed)}): packed weights are expanded before they are "
-        "multiplied with, which takes longer; the numbers are the same.",
+        f"the compiled CPU kernels aren't there ({'; '.join(failed)}): torch looks packed weights up before they are "
+        "multiplied with, which takes longer than float weights do; the numbers are the same. A C++ compiler mends it; "
+        "nybble.load(folder, dense=True) keeps unpacked copies.",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -6,13 +6,12 @@ from dataclasses import astuple, dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from nybble.granularity.flat import Flat
 from nybble.granularity.rank1 import Rank1
-from nybble.optim._forms import forms
+from nybble.optim._forms import forms, reciprocal
 from nybble.optim._fused import Spec
 from nybble.optim._states import Kept, quantizer
 from nybble.qtensor import Factored
@@ -47,11 +46,10 @@ class Numbers:
     eps: float = 0.0
     initial: float = 0.0
 
-    def all(self) -> tuple[float, ...]:
-        """In their order, with 1 / root of float32 behind the root."""
+    def all(self, div: int) -> tuple[float, ...]:
+        """In their order; behind the root what torch multiplies with instead, by its form of a division."""
         *most, root, eps, initial = (float(x) for x in astuple(self))
-        inverse = float(np.float32(1) / np.float32(root)) if root else 1.0
-        return *most, root, inverse, eps, initial
+        return *most, root, reciprocal(root, div), eps, initial
 
 
 def numbers(rule: str, options: Any, step: int) -> Numbers:

@@ -20,10 +20,10 @@ from nybble.rounding import get_rounding
 from nybble.scales.absmax import AbsMax
 from nybble.scales.minmax import MinMax
 
-_ISA = 4
+_ISA = 5
 _LEAST = 2
 """The set of instructions below which products of floats are faster."""
-_SETS = {0: "any processor", 2: "AVX2", 3: "AVX-VNNI", 4: "AVX-512 VNNI"}
+_SETS = {0: "any processor", 2: "AVX2", 3: "AVX-VNNI", 4: "AVX-512 VNNI", 5: "AVX-512 VNNI, AMX from 16 rows on"}
 _GIVEN, _ABSMAX, _MINMAX = range(3)
 
 

@@ -115,7 +115,7 @@ class Steps:
             len(members), len(table.work), stretch, _chunk(one, two), RULES.index(spec.rule), DTYPES[spec.dtype],
             WEIGHTS.index(spec.weights), spec.guarded, options.weight_decay != 0, launch.step == 1,
             getattr(options, "nesterov", False), ROOT_MODE, (_NUMBER * 7)(*found.meta()),
-            *numbers(spec.rule, options, launch.step).all(),
+            *numbers(spec.rule, options, launch.step).all(found.div),
         )  # fmt: skip
         if call.nybble_step(ctypes.addressof(job), torch.get_num_threads(), _ISA, team()):
             raise MemoryError("no memory for an optimizer's step.")

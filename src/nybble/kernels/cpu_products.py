@@ -12,6 +12,9 @@ from nybble.kernels._library import library, team
 from nybble.kernels._places import kept_with
 from nybble.kernels._weights import DTYPES, Weight, weight_of
 from nybble.nn.products import check_ids, packed_linear, packed_rows, qtensor_of, reference, rows_reference
+from nybble.qtensor import QTensor
+from nybble.qtensor._by_rows import row_pieces
+from nybble.qtensor.block import BlockQTensor
 
 ROWS = 16
 """Of x, up to which codes are looked up for each sixteen; for more W is expanded, a part at a time."""
@@ -33,10 +36,10 @@ def linear(x: Tensor, tensors: Sequence[Tensor], key: str, shape: Sequence[int],
     n, k = shape
     if n * k < SMALL or not x.numel() or x.dtype not in DTYPES:
         return reference(x, tensors, key, shape, bias)
-    weight = _weight(tensors, key)
+    weight, rows = _weight(tensors, key), x.numel() // k
     if weight is None:
-        return reference(x, tensors, key, shape, bias)
-    rows = x.numel() // k
+        found = _by_pieces(x, qtensor_of(tensors, key), bias) if rows <= ROWS else None
+        return reference(x, tensors, key, shape, bias) if found is None else found
     if rows > ROWS and rows > _most(weight, x.dtype):
         return _expanded(x, weight, bias)
     x = x.contiguous()
@@ -80,6 +83,19 @@ def how_rows(tensors: Sequence[Tensor], key: str, shape: Sequence[int]) -> tuple
     if _weight(tensors, key) is None:
         return False, str(weight_of(qtensor_of(tensors, key), made.nybble_prepare))
     return True, "compiled look-up of rows"
+
+
+def _by_pieces(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor | None:
+    """Without the library: some rows of W at a time, looked up by torch, never all; None where W can't be cut."""
+    pieces = row_pieces(weight) if isinstance(weight, BlockQTensor) else None
+    if pieces is None:
+        return None
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    wide = x.float()
+    for rows, values in pieces:
+        y = functional.linear(wide, values)
+        out[..., rows] = y if bias is None else y.add_(bias[rows])
+    return out
 
 
 def _most(weight: Weight, dtype: torch.dtype) -> int:

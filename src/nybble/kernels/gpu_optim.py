@@ -56,7 +56,7 @@ TILE = 2048
 """Of rows' and columns' factors."""
 RECTANGLES = (256, 128)
 """Columns that a tile of a matrix may have; the last is that of maxima."""
-DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+DTYPES = {torch.float32: FLOAT32.value, torch.bfloat16: BFLOAT16.value, torch.float16: FLOAT16.value}
 _ALIGNED = 16
 
 
@@ -229,7 +229,7 @@ def _launch(launch: Launch, kept: Forms, table: Table) -> None:
     spec, options, step = launch.spec, launch.options, launch.step
     found = forms(spec.device)
     assert found is not None
-    rate, shrink, decay, b1, a1, b2, a2, root, inverse, eps, initial = numbers(spec.rule, options, step).all()
+    rate, shrink, decay, b1, a1, b2, a2, root, inverse, eps, initial = numbers(spec.rule, options, step).all(found.div)
     one, two, meta = kept.one, kept.two, found.meta()
     dtype, rule, weights = DTYPES[spec.dtype], RULES.index(spec.rule), WEIGHTS.index(spec.weights)
     decays, first = options.weight_decay != 0, step == 1 and spec.rule in ("sgd", "adagrad")

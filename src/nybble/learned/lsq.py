@@ -13,7 +13,8 @@ begin.
 Where we differ: at the very ends of the range an element counts as inside. On a float format round() is to its grid and
 Q_P its largest value. A scale that is stored in 16 bits, or quantized (NVFP4, MX), is used as stored, with the gradient
 straight through; the outer scale of nested ones, and a zero point or offset, stay as they begin. As in the paper,
-nothing keeps a scale above zero but a learning rate that is small beside it.
+nothing keeps a scale above zero but a learning rate that is small beside it. The paper rounds what follows a ReLU to
+unsigned integers; ``unsigned`` does so with whatever is never negative where it begins.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from nybble.core.errors import SchemeError
+from nybble.core.errors import NybbleError, SchemeError
 from nybble.learned import ACTIVATIONS, WEIGHTS, Learned, Part
 from nybble.learned._held import Held
 from nybble.qtensor import QTensor, QuantParams
@@ -68,8 +69,14 @@ class LearnedScale(Learned):
 
 @dataclass(frozen=True, kw_only=True)
 class Lsq(Part):
-    """No options: the scale rule of the quantizer says where it begins."""
+    """Options of the method; the scale rule of the quantizer says where the scale begins.
 
+    Attributes:
+        unsigned: activations of a format with a sign (``int4``, ``dybit4``), whose first example has nothing below 0,
+            take the one without (``uint4``, ``udybit4``).
+    """
+
+    unsigned: bool = False
     groups = ("scales",)
 
     def check_more(self, quantizer: Quantizer, side: str) -> None:  # noqa: D102
@@ -90,14 +97,36 @@ class Lsq(Part):
             )
         if isinstance(quantizer.scale, One):
             raise SchemeError(f"lsq learns a scale, and {quantizer} has none; leave out scale=one, or take ste.")
+        if self.unsigned and side == WEIGHTS:
+            raise SchemeError("lsq: unsigned is for activations, and weights are signed; leave it out.")
+        if self.unsigned:
+            _without_sign(quantizer)
 
     def begin(self, quantizer: Quantizer, x: Tensor, start: QuantParams | None, side: str) -> Learned:  # noqa: D102
+        if self.unsigned and start is None and not bool((x < 0).any()):
+            quantizer = _without_sign(quantizer)
         params = quantizer.measured(x, start)
         if side == WEIGHTS:
             count = x.numel() // max(1, math.prod(quantizer.granularity.scale_shape(x.shape)))
         else:
             count = math.prod(x.shape[1:]) if x.dim() > 3 else x.shape[-1]
         return LearnedScale(quantizer, side, params, max(1, count))
+
+
+def _without_sign(quantizer: Quantizer) -> Quantizer:
+    """The same with the format that has no sign, of the same name and bits; itself where it has none already."""
+    name = quantizer.format.name
+    if not quantizer.format.signed:
+        return quantizer
+    if quantizer.scale.needs_integer or quantizer.scale.has_offset:
+        raise SchemeError(f"lsq: unsigned=true and {quantizer}, whose offset does the same; leave one of them out.")
+    try:
+        return Quantizer(str(quantizer).replace(name, f"u{name}", 1))
+    except NybbleError as error:
+        raise SchemeError(
+            f"lsq: unsigned=true asks for {name} without a sign, and there is no u{name} (as {quantizer}); use an "
+            "integer or DyBit format, or leave it out."
+        ) from error
 
 
 PART = Lsq

@@ -29,7 +29,7 @@ from nybble.optim._embeddings import is_wide, split_embeddings
 from nybble.optim._flat import flatten, unflatten
 from nybble.optim._fused import Fused, find_kernel
 from nybble.optim._guards import NonFiniteWarning, check_range, finite_only, torch_refusals
-from nybble.optim._load import matched_groups, restore_entry, restore_residual, unseal
+from nybble.optim._load import check_is_saved, matched_groups, restore_entry, restore_residual, unseal
 from nybble.optim._paged import Copies, copies_for, in_turn, is_paged
 from nybble.optim._presets import PAGED, SUFFIXES, paged, rule_and_suffix
 from nybble.optim._sharded import gathered, is_cut, local, local_gradient, span, spread
@@ -46,7 +46,7 @@ from nybble.optim._states import (
     resolve,
     to_saved,
 )
-from nybble.optim._weights import check_weights, join24, split24, stochastic_bfloat16
+from nybble.optim._weights import check_fits, check_weights, join24, split24, stochastic_bfloat16
 from nybble.rounding import get_rounding
 
 REGISTRY = Registry(
@@ -88,6 +88,12 @@ def preset_names() -> list[str]:
     """Every optimizer with the states of a preset: ``AdamW8bit``, ``AdamW4bit``, ``PagedAdamWFp8`` ..."""
     plain = [part.__name__ + suffix for part in REGISTRY.all().values() for suffix in SUFFIXES]
     return sorted((*plain, *(PAGED + name for name in plain)))
+
+
+def _check_dtype(p: Tensor) -> None:
+    """Raise UsageError for a parameter of another dtype than those that are served."""
+    if p.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise UsageError(f"float32, float16 and bfloat16 parameters are served; this one is {p.dtype}.")
 
 
 class LowBitOptimizer(torch.optim.Optimizer, ABC):
@@ -196,14 +202,10 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
     def _check_group(self, index: int) -> None:
         group = self.param_groups[index]
         options = self._options(group)
-        group["state"] = resolve(group["state"], self.states, self.factors)
-        if group["keep_sign"]:
-            check_keeps_sign(group["state"], self.states)
         for i, p in enumerate(group["params"]):
             with within(self._name(index, i)):
-                if p.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                    raise UsageError(f"float32, float16 and bfloat16 parameters are served; this one is {p.dtype}.")
-                check_weights(group["weights"], p.dtype)
+                _check_dtype(p)
+                check_fits(group["weights"], p.dtype)
                 if (why := self.refusal(p)) is not None:
                     raise UsageError(f"{type(self).__name__}: {why}")
                 if not self.elementwise and is_cut(p):
@@ -216,18 +218,23 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
                     if line is not None:
                         check_shape(line, shapes[name])
 
-    def _options(self, group: Mapping[str, Any]) -> Any:
-        """The rule's options of a group, checked."""
+    def _options(self, group: dict[str, Any]) -> Any:
+        """The rule's options of a group, checked as all of it; its ``state`` is whole lines from then on."""
+        group["state"] = resolve(group["state"], self.states, self.factors)
+        check_weights(group["weights"])
         check_range("min_size", group["min_size"], whole=True)
         check_range("seed", group["seed"], whole=True)
-        if not isinstance(group["is_paged"], bool):
-            raise UsageError(f"is_paged is True or False; got {group['is_paged']!r}.")
+        for switch in ("is_paged", "keep_sign"):
+            if not isinstance(group[switch], bool):
+                raise UsageError(f"{switch} is True or False; got {group[switch]!r}.")
+        if group["keep_sign"]:
+            check_keeps_sign(group["state"], self.states)
         for switch in ("maximize", "amsgrad", "capturable", "differentiable"):
             if group.get(switch):
                 raise SchemeError(f"{type(self).__name__} has no {switch}; leave it out, or use torch.optim's.")
         return self.options_type(**{f.name: group[f.name] for f in dataclasses.fields(self.options_type)})
 
-    def _lines(self, group: Mapping[str, Any], p: Tensor, options: Any = None) -> dict[str, str | None]:
+    def _lines(self, group: dict[str, Any], p: Tensor, options: Any = None) -> dict[str, str | None]:
         """What each state of ``p`` is kept in: a quantizer line, or None for float32."""
         shapes = self.shapes(p, self._options(group) if options is None else options)
         if is_wide(p):
@@ -278,22 +285,7 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
             if p.grad is not None
         ]
         for g, i, p in due:
-            if p.grad.layout != torch.strided:
-                raise UsageError(
-                    f"{self._name(g, i)} has a sparse gradient; use a dense one (nn.Embedding(sparse=False)), or "
-                    "torch.optim.SparseAdam for it."
-                )
-            if not p.grad.is_floating_point():
-                raise UsageError(
-                    f"{self._name(g, i)} has a gradient of {p.grad.dtype}; floating-point ones are served."
-                )
-            if p.is_meta:
-                raise UsageError(f"{self._name(g, i)} is on the meta device, which holds no numbers; load it first.")
-            if p.grad.shape != p.shape:
-                raise UsageError(
-                    f"{self._name(g, i)} has shape {list(p.shape)}, and its gradient {list(p.grad.shape)}: another "
-                    "tensor was put into its place since backward; call zero_grad and backward again."
-                )
+            self._check_step(g, i, p)
         far = [(g, i, p) for g, i, p in due if self.param_groups[g]["is_paged"] and is_paged(p)]
         for g, i, p in far:
             self._check_states(g, i, p, options[g])
@@ -305,6 +297,28 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         if not fused.waits() and all(count.device.type == "cpu" for count in self._counts().values()):
             self._warn()  # elsewhere the step would wait for the device
         return loss
+
+    def _check_step(self, g: int, i: int, p: Tensor) -> None:
+        """Raise UsageError for a parameter or gradient that can't be stepped with."""
+        name, grad = self._name(g, i), p.grad
+        assert grad is not None
+        with within(name):
+            _check_dtype(p)
+            check_fits(self.param_groups[g]["weights"], p.dtype)
+        if grad.layout != torch.strided:
+            raise UsageError(
+                f"{name} has a sparse gradient; use a dense one (nn.Embedding(sparse=False)), or "
+                "torch.optim.SparseAdam for it."
+            )
+        if not grad.is_floating_point():
+            raise UsageError(f"{name} has a gradient of {grad.dtype}; floating-point ones are served.")
+        if p.is_meta:
+            raise UsageError(f"{name} is on the meta device, which holds no numbers; load it first.")
+        if grad.shape != p.shape:
+            raise UsageError(
+                f"{name} has shape {list(p.shape)}, and its gradient {list(grad.shape)}: another tensor was put into "
+                "its place since backward; call zero_grad and backward again."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles have."""
@@ -490,6 +504,7 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
             SchemeError: a state was saved in another quantizer. UsageError, FileError: other parameters, or not such a
                 state dict. Nothing has changed then.
         """
+        check_is_saved(state_dict)
         before = self.register_load_state_dict_pre_hook(lambda _, saved: self._restored(saved, convert))
         after = self.register_load_state_dict_post_hook(unseal, prepend=True)
         try:
@@ -514,7 +529,7 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
     def _unborn(entry: Any) -> bool:
         """Whether this is of before the first step, as some of torch's optimizers make it when they are built."""
         step = entry.get("step") if isinstance(entry, Mapping) else None
-        return isinstance(step, Tensor | int | float) and bool(step == 0)
+        return (isinstance(step, int | float) or (isinstance(step, Tensor) and step.numel() == 1)) and bool(step == 0)
 
     def _restored_entry(
         self, g: int, i: int, p: Tensor, entry: dict[str, Any], options: Any, convert: bool

@@ -12,9 +12,12 @@ from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+DIVISOR = 0.001**0.5
+"""A number whose reciprocal is another float32 when it is rounded to float32 before as well."""
 ROOT_MODE = 0x2 | 0x00140000 | 0x100
 """As torch calls it: high accuracy, subnormal numbers kept, errors ignored."""
 _COUNT = 1003  # odd: also what is left behind whole vectors
@@ -26,7 +29,8 @@ class Forms:
 
     Attributes:
         lerp: of a weight below 1/2. addcmul: of one tensor twice. square: the same with value=1.
-        addcdiv: with a value. add: with an alpha. div: by a number. sqrt: as IEEE has it, or as MKL.
+        addcdiv: with a value. add: with an alpha. div: by a number, or times its :func:`reciprocal`. sqrt: as IEEE has
+            it, or as MKL.
     """
 
     lerp: int
@@ -40,6 +44,14 @@ class Forms:
     def meta(self) -> tuple[int, ...]:
         """What is compiled into kernels."""
         return astuple(self)
+
+
+def reciprocal(number: float, div: int) -> float:
+    """What is multiplied with by torch where ``div``, of :class:`Forms`, isn't 0: a float32.
+
+    1: the number is rounded to float32 first. 2: only its reciprocal is, as by torch 2.11 on a GPU.
+    """
+    return float(np.float32(1) / np.float32(number)) if div == 1 else float(np.float32(1 / number))
 
 
 def _fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -57,7 +69,7 @@ def _candidates(x: Tensor, g: Tensor, d: Tensor, by: Tensor) -> dict[str, tuple[
         "square": (x + g * g, _fused(g, g, x)),
         "addcdiv": (x + (by * g) / d, x + by * (g / d), _fused(by, g / d, x)),
         "add": (x + by * g, _fused(by, g, x)),
-        "div": (x / torch.full_like(x, float(by)), x * (1 / by)),
+        "div": (x / torch.full_like(x, DIVISOR), *(x * reciprocal(DIVISOR, form) for form in (1, 2))),
         "sqrt": (d.double().sqrt().float(), *of_library),
     }
 
@@ -76,7 +88,7 @@ def forms(device: torch.device) -> Forms | None:
         "square": lambda: x.addcmul(g, g),
         "addcdiv": lambda: x.addcdiv(g, d, value=value),
         "add": lambda: x.add(g, alpha=value),
-        "div": lambda: x / value,
+        "div": lambda: x / DIVISOR,
         "sqrt": lambda: d.sqrt(),
     }
     with torch.no_grad():

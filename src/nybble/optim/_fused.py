@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.ops.loader import load_at_first_use
-from nybble.optim._states import Kept, Kind, count_of, encode
+from nybble.optim._states import Kept, Kind, count_of, encode, quantizer
 from nybble.optim._weights import random_bits
 from nybble.qtensor.block import BlockQTensor
 
@@ -304,9 +304,22 @@ def _state_refusal(entry: Mapping[str, Any], lines: Mapping[str, Any], p: Tensor
         for x in tensors if kept is not None else ():
             if type(x) is not Tensor or x.device != p.device or not x.is_contiguous():
                 return f"{name} lies elsewhere than its parameter"
-        if isinstance(kept, Tensor) and (line is not None or kept.dtype != torch.float32):
+        if kept is not None and not _kept_in(kept, line):
             return f"{name} is kept otherwise"
     return None
+
+
+def _kept_in(kept: Kept, line: str | None) -> bool:
+    """Whether a state has the memory that a kernel of this line reads and writes: a group may say another by now."""
+    if line is None or isinstance(kept, Tensor):
+        return line is None and isinstance(kept, Tensor) and kept.dtype == torch.float32
+    q, (codes, *scales) = quantizer(line), kept.tensors().values()
+    return (
+        (kept.format, kept.granularity, kept.layout) == (q.format, q.granularity, q.packing)
+        and codes.dtype == torch.uint8
+        and all(name == "codes" or name.startswith("scale") for name in kept.tensors())
+        and all(scale.dtype == torch.float32 for scale in scales)
+    )
 
 
 _DRAWN = 1 << 26

@@ -32,20 +32,32 @@ def unseal(optimizer: torch.optim.Optimizer) -> None:
                 state[key] = value.value
 
 
-def matched_groups(own: list[dict[str, Any]], saved: object) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def check_is_saved(saved: object) -> None:
+    """Raise FileError for what isn't an optimizer's state dict."""
+    if not isinstance(saved, Mapping) or not isinstance(saved.get("state"), Mapping) or "param_groups" not in saved:
+        raise FileError("this is not an optimizer's state dict: it has no 'state' and 'param_groups'.")
+
+
+def matched_groups(own: list[dict[str, Any]], saved: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Each parameter group with its saved one.
 
     Raises:
-        FileError: that isn't an optimizer's state dict. UsageError: other groups, or another number of parameters.
+        FileError: that isn't an optimizer's state dict, or has states of what no group has. UsageError: other groups,
+            or another number of parameters.
     """
-    if not isinstance(saved, Mapping) or not isinstance(saved.get("state"), Mapping) or "param_groups" not in saved:
-        raise FileError("this is not an optimizer's state dict: it has no 'state' and 'param_groups'.")
+    check_is_saved(saved)
     theirs = list(saved["param_groups"])
     sizes, found = ([len(group["params"]) for group in groups] for groups in (own, theirs))
     if sizes != found:
         raise UsageError(
             f"the state dict has {len(found)} parameter group(s) of {found} parameters; this optimizer has "
             f"{len(sizes)} of {sizes}. Build it over the same parameters in the same groups."
+        )
+    strays = saved["state"].keys() - {index for group in theirs for index in group["params"]}
+    if strays:
+        raise FileError(
+            f"there are states of {', '.join(sorted(map(repr, strays)))}, which its groups don't have; are its keys "
+            "those that were saved? (JSON makes text of numbers.)"
         )
     return list(zip(own, theirs, strict=True))
 

@@ -70,7 +70,13 @@ def _canonical(line: StateLine, name: str, kind: Kind) -> str | None:
         return None
     if not isinstance(line, str | Quantizer):
         raise UsageError(f"state={line!r}: say a quantizer line such as 'state8', a Quantizer, or None for float32.")
-    with within(f"state {name!r} in {str(line)!r}"):
+    return _checked(str(line), name, kind)
+
+
+@cache
+def _checked(line: str, name: str, kind: Kind) -> str:
+    """The canonical form of a line that can serve a state; every step asks for it."""
+    with within(f"state {name!r} in {line!r}"):
         q = Quantizer(line)
         why = _refusal(q, kind)
         if why is not None:

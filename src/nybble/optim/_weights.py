@@ -17,10 +17,14 @@ WEIGHTS: tuple[str, ...] = get_args(Weights)
 _LARGEST = 0x7F7F  # of bfloat16's finite numbers, as an integer
 
 
-def check_weights(weights: object, dtype: torch.dtype) -> None:
-    """Raise UsageError for an unknown word, or one that a parameter's dtype can't have."""
+def check_weights(weights: object) -> None:
+    """Raise UsageError for an unknown word."""
     if weights not in WEIGHTS:
         raise UsageError(f"weights={weights!r}: how bfloat16 parameters are rounded is one of {', '.join(WEIGHTS)}.")
+
+
+def check_fits(weights: str, dtype: torch.dtype) -> None:
+    """Raise UsageError for a word that a parameter's dtype can't have."""
     if weights != "nearest" and dtype == torch.float16:
         raise UsageError(
             f"weights={weights} is for bfloat16 parameters, and this one is torch.float16; use bfloat16, or "

@@ -159,13 +159,13 @@ def write(model: Any, batch: int, tokens: int) -> float:
     if decoding is not None:
         return _write_steps(model, decoding, batch, tokens)
     cache = cache_argument(type(model))  # transformers 5.24 has another name for it
-    past = model(input_ids=_ids(model, batch, BEHIND), use_cache=True).past_key_values
+    past = getattr(model(input_ids=_ids(model, batch, BEHIND), use_cache=True), cache)
     token = _ids(model, batch, 1)
     _wait(model)
     start = time.perf_counter()
     for _ in range(tokens):
         found = model(input_ids=token, use_cache=True, **{cache: past})
-        past, token = found.past_key_values, found.logits[:, -1:].argmax(-1)
+        past, token = getattr(found, cache), found.logits[:, -1:].argmax(-1)
     _wait(model)
     return time.perf_counter() - start
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,14 @@ from nybble.core import ranks
 from nybble.core.device import out_of_memory
 from nybble.core.errors import FileError, ModelError
 from nybble.core.explicit import explicit_settings
-from nybble.core.files import atomic_write_bytes, atomic_write_json, check_new_file, disk_errors, sha256_file
+from nybble.core.files import (
+    atomic_write_bytes,
+    atomic_write_json,
+    check_new_file,
+    disk_errors,
+    only_writer,
+    sha256_file,
+)
 from nybble.core.progress import Progress, Silent, task
 from nybble.data.kinds import data_kind
 from nybble.models.adapter import reads_of
@@ -56,8 +64,9 @@ def generate_dataset(
     """
     options, out = options or Generation(), Path(out)
     request = {"model": model, "dtype": dtype, "device": device, **json.loads(json.dumps(asdict(options)))}
-    with ranks.together():
+    with ranks.together(), ExitStack() as stack:
         ranks.agreed({"out": str(out), **request})
+        ranks.lead_alone(lambda: _claim(stack, out))
         begun = ranks.lead_alone(lambda: _begun(out, request, resume))
         if ranks.lead_alone(lambda: not out.exists()):
             _make(model, out, options, request, begun, (progress if ranks.leads() else None) or Silent())
@@ -74,11 +83,16 @@ def left_over(out: Path) -> bool:
     return not out.exists() or _beside(out)[1].exists()
 
 
+def _claim(stack: ExitStack, out: Path) -> None:
+    """Keep the file from other runs, as long as this process is in ``stack``."""
+    check_new_file(out)
+    stack.enter_context(only_writer(out, _beside(out)[0]))
+
+
 def _begun(out: Path, request: dict[str, Any], resume: bool) -> bool:
     """Whether there is something to go on with; of the same request."""
-    check_new_file(out)
     partial, note = _beside(out)
-    if not (resume and note.exists() and (partial.exists() or out.exists())):
+    if not (resume and note.exists()):
         if out.exists():
             raise FileError(f"{out} exists already. Remove it or choose another file.")
         return False
@@ -139,8 +153,8 @@ def _forget(out: Path, error: BaseException) -> None:
     """Remove what is nothing to go on from: of a model that makes no texts, or none yet."""
     partial, note = _beside(out)
     if isinstance(error, ModelError) or not partial.stat().st_size:
-        partial.unlink()
         note.unlink()
+        partial.unlink()
 
 
 def _write(model: nn.Module, tokenizer: Any, options: Generation, start: int, out: Path, progress: Progress) -> None:

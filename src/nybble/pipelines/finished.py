@@ -27,7 +27,15 @@ from nybble.nn.in_place import evaluation_mode
 from nybble.nn.kv_model import no_cache
 from nybble.nn.layer import QuantLayer
 from nybble.nn.packed import Packed
-from nybble.pipelines.prepared import batches_of, by_one, elements_of, require_training, samples_for, targets_in
+from nybble.pipelines.prepared import (
+    batches_of,
+    by_one,
+    elements_of,
+    require_training,
+    samples_for,
+    taking,
+    targets_in,
+)
 from nybble.quantizer import Quantizer
 from nybble.recipe import Step, trained
 from nybble.report.record import LayerRow
@@ -54,7 +62,7 @@ def finishing_lines(job: Job) -> list[str]:
     needed = require_training(job, steps)
     said = ", ".join(step.name for step in trained(job.recipe)[1])
     line = f"after it, the whole quantized model is trained ({said}){by_one()}: about {needed / 1e9:.2f} GB of memory"
-    return [*job.spared, line]
+    return [*job.spared, line + taking(job, steps)]
 
 
 def _check(job: Job, step: Finish) -> None:

@@ -57,7 +57,7 @@ def training_lines(job: Job) -> list[str]:
         names = ", ".join(step.name for step in trained(job.recipe)[0])
         lines.append(
             f"before it, the whole model is quantized once and trained ({names}){by_one()}: about "
-            f"{needed / 1e9:.2f} GB of memory"
+            f"{needed / 1e9:.2f} GB of memory{taking(job, steps, job.estimate.seconds)}"
         )
     for step in _learning(job):
         sizes = {name: parameter.numel() for name, parameter in job.model.named_parameters()}
@@ -69,8 +69,25 @@ def training_lines(job: Job) -> list[str]:
         needed = step.transform.learning_bytes(sum(sizes.values()), max([*blocks, *tables]))
         require_memory(needed, job.device, lambda _: _GROWS)
         what = f"before it, {step.name} learns on the whole float model{by_one()}"
-        lines.append(f"{what}: about {needed / 1e9:.2f} GB of memory")
+        seconds = said(job, step.transform.learning_passes(_samples(job, step.transform)))
+        lines.append(f"{what}: about {needed / 1e9:.2f} GB of memory{seconds}")
     return lines
+
+
+def taking(job: Job, steps: Sequence[TrainStep], beside: float = 0.0) -> str:
+    """How long steps take, and ``beside``, in seconds: for the end of a line; empty where nobody knows yet."""
+    return said(job, sum(step.passes(_samples(job, step)) for step in steps), beside)
+
+
+def said(job: Job, passes: float, beside: float = 0.0) -> str:
+    """Forwards of one sample as seconds, for the end of a line; a rough guess."""
+    return f", {beside + passes * job.estimate.pass_seconds:.0f} s" if job.estimate.pass_seconds else ""
+
+
+def _samples(job: Job, step: Any) -> int:
+    """As many as a step asks for, or those that there are."""
+    known = job.tokens or job.taught
+    return int(getattr(step, "samples", 0)) or (0 if known is None else len(next(iter(known.inputs.values()))))
 
 
 def by_one() -> str:

@@ -19,7 +19,7 @@ from nybble.nn.in_place import evaluation_mode
 from nybble.pipelines.load import load_with_origin
 from nybble.pipelines.training_job import Job
 from nybble.report.trained import Start, start_of
-from nybble.training.methods import Given
+from nybble.training.methods import AdapterMethod, Given, StagedMethod
 from nybble.training.objective import Objective, make_losses
 from nybble.training.state import load_state, save_state
 
@@ -68,7 +68,8 @@ class Trainer:
 
     def __init__(self, job: Job, base: str, partial: Path, progress: Progress) -> None:
         self.job, self.base, self.partial, self.progress = job, base, partial, progress
-        self.stages = job.method.stages(job.options)
+        self.staged = job.method if isinstance(job.method, StagedMethod) else None
+        self.stages = 1 if self.staged is None else self.staged.stages(job.options)
         self.start = Start()
 
     # ------------------------------------------------------------------------------------------------------ measures
@@ -106,7 +107,8 @@ class Trainer:
         """A stage's model at its start, with the float weights of ``after``."""
         job, loaded = self.job, self._loaded()
         if after is not None:
-            loaded.load_state_dict(job.method.float_values(after), strict=False)
+            assert self.staged is not None
+            loaded.load_state_dict(self.staged.float_values(after), strict=False)
         given = Given(
             options=job.options, scheme=job.scheme, seed=job.settings.seed, start=job.asked.adapter, stage=stage,
             before=after, run=self._one_batch, known=job.known,
@@ -131,14 +133,15 @@ class Trainer:
         job = self.job
         if job.teacher is None:
             return None
-        if stage and job.method.taught_by_stage(job.options):
+        if stage and self.staged is not None and self.staged.taught_by_stage(job.options):
             found = self._behind(stage - 1)
         else:
             found = self._float(job.teacher)
         return found.requires_grad_(False).eval()
 
     def _float(self, model: str) -> nn.Module:
-        found, _ = load_with_origin(model, dtype=self.job.settings.dtype, device=self.job.settings.device)
+        """What is taken for the float model; of a packed one dense weights are held: every update asks for them."""
+        found, _ = load_with_origin(model, dtype=self.job.settings.dtype, device=self.job.settings.device, dense=True)
         return found
 
     # ---------------------------------------------------------------------------------------------------------- runs
@@ -172,7 +175,7 @@ class Trainer:
 
         job = self.job
         model = self._attached(stage, self._behind(stage - 1) if stage else None)
-        if stage + 1 == self.stages and not job.method.adapts:
+        if stage + 1 == self.stages and not isinstance(job.method, AdapterMethod):
             self.start = start_of(model)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         which = f"stage {stage + 1} of {self.stages}: " if self.stages > 1 else ""

@@ -34,6 +34,8 @@ from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, atomic_write_json, need_space, new_folder
 from nybble.core.progress import Progress, Silent
 from nybble.core.seeds import preserve_global_rng
+from nybble.data.samples import Origin
+from nybble.models.sources.side_files import copy_side_files, is_tokenizer_file
 from nybble.pipelines.dataset import generate_dataset, left_over
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.report import write_report
@@ -42,7 +44,7 @@ from nybble.pipelines.stages import CHECKPOINTS, Ran, Trainer, last_good
 from nybble.pipelines.targets import AUTO
 from nybble.pipelines.training_job import Asked, Job, checked, space
 from nybble.report.trained import facts_of, trained_rows
-from nybble.training.methods import Place
+from nybble.training.methods import AdapterMethod, Place
 from nybble.training.recipe import TrainingRecipe, load_training_recipe
 from nybble.training.settings import TrainSettings
 from nybble.training.sharing import check_shares
@@ -244,14 +246,15 @@ def _written(trainer: Trainer, run: Ran, before: dict[str, Any] | None, out: Pat
     """What training.json says, once the result is on disk."""
     job, base, partial = trainer.job, trainer.base, trainer.partial
     place = Place(folder=partial, base=base if job.line is None else str(out / BASE), dtype=job.dtype)
-    facts = {} if job.method.adapts else facts_of(run.model, trainer.start)
-    model = job.method.finished(run.model, place)
+    method = job.method
+    facts = {} if isinstance(method, AdapterMethod) else facts_of(run.model, trainer.start)
+    model = method.finished(run.model, place)
     after = trainer.measured(model)
-    if job.method.adapts:
-        job.method.save(model, place)
+    if isinstance(method, AdapterMethod):
+        method.save(model, place)
         if job.asked.merge:
             shutil.rmtree(partial / MERGED, ignore_errors=True)
-            merged: Any = job.method.merged(model)
+            merged: Any = method.merged(model)
             save(merged, partial / MERGED, job.tokenizer, form="native")
     else:
         _save_model(job, model, facts, partial)
@@ -275,9 +278,16 @@ def _save_model(job: Job, model: Any, facts: Mapping[str, Any], partial: Path) -
     rows = [row.to_dict() for row in trained_rows(model, facts)]
     manifest = {"name": f"{request.pop('method')} on {job.model}", "recipe": recipe, **request, "layers": rows}
     save(model, partial / MODEL, job.tokenizer, manifest, form=job.asked.form)
+    _keep_beside(job.origin, partial / MODEL)
     for path in sorted((partial / MODEL).iterdir()):
         path.replace(partial / path.name)
     (partial / MODEL).rmdir()
+
+
+def _keep_beside(origin: Origin, folder: Path) -> None:
+    """Copy what stood beside the float weights and isn't written anew: how images are prepared, licences."""
+    found = {name: path for name, path in origin.side_files().items() if not is_tokenizer_file(name)}
+    copy_side_files({name: path for name, path in found.items() if not (folder / name).exists()}, folder)
 
 
 def _compared(before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -29,9 +29,9 @@ from nybble.pipelines.load import described_with_origin
 from nybble.pipelines.request import changed_scheme
 from nybble.pipelines.targets import check_form_name
 from nybble.quantizer import Quantizer
-from nybble.scheme import Scheme
+from nybble.scheme import Scheme, parse_scheme
 from nybble.training.generated import Generation, own_texts
-from nybble.training.methods import METHODS, Method
+from nybble.training.methods import METHODS, AdapterMethod, Method
 from nybble.training.objective import make_losses, needs_teacher
 from nybble.training.optimizers import make_optimizer
 from nybble.training.recipe import TrainingRecipe
@@ -150,7 +150,7 @@ class Job:
             "eval": None if self.judged is None else self.judged.manifest(),
             "versions": versions(),
         }
-        if not self.method.adapts:
+        if not isinstance(self.method, AdapterMethod):
             found |= {"scheme": self.scheme.to_dict(), "teacher": self.teacher}
         return found
 
@@ -174,13 +174,13 @@ def checked(asked: Asked, settings: TrainSettings) -> Job:
     )  # fmt: skip
     check_form_name(asked.form)
     make_optimizer(settings.optimizer, nn.Linear(64, 64), settings.lr)  # all that can be wrong with its line
-    if asked.adapter is not None and not method.continues:
+    base = None
+    if isinstance(method, AdapterMethod):
+        base = None if asked.adapter is None else method.base_of(asked.adapter)
+    elif asked.adapter is not None:
         raise UsageError(f"recipe {asked.recipe.name} trains no adapter; leave --adapter out.")
-    if asked.merge and not method.adapts:
+    elif asked.merge:
         raise UsageError(f"recipe {asked.recipe.name} gives one model anyhow; leave --merge out.")
-    if asked.teacher is not None and not method.losses(options):
-        raise UsageError(f"recipe {asked.recipe.name} has no teacher; leave --teacher out.")
-    base = None if asked.adapter is None else method.base_of(asked.adapter)
     own = own_texts(asked.data, settings.seq_len, settings.seed)
     for src in (None if own is not None else asked.data, asked.judged_on):
         check_source("builtin" if src is None else src)
@@ -192,7 +192,7 @@ def checked(asked: Asked, settings: TrainSettings) -> Job:
     if method.packs:
         line = _line(asked, scheme)
     else:
-        _check_float(asked.model)
+        _check_float(asked)
     method.check(options, scheme)
     _check_teacher(asked, method, options, line)
     if base is not None and line is not None:
@@ -208,6 +208,7 @@ def checked(asked: Asked, settings: TrainSettings) -> Job:
     if own is not None and not isinstance(task, Language):
         raise UsageError(f"{asked.model} makes no texts of its own; give --data SRC.")
     given = None if own is not None else task.load(asked.data, origin, described, settings.seq_len, "calibration")
+    task.augmentation(settings.augment, () if given is None else given.rows)  # all that can be wrong with its line
     return Job(
         asked=asked, method=method, options=options, scheme=scheme, line=line, settings=settings, task=task,
         origin=origin, given=given, own=own, judged=judged, dtype=_dtype(origin.config),
@@ -230,9 +231,13 @@ def _dtype(config: Any) -> torch.dtype:
 
 
 def _check_teacher(asked: Asked, method: Method, options: Any, line: str | None) -> None:
-    """Of a packed model nobody can say what the float one was."""
+    """Of a packed model nobody can say what the float one was; and one that no loss compares with is no teacher."""
     losses = method.losses(options)
-    if method.packs and line is None and asked.teacher is None and losses and needs_teacher(make_losses(losses)):
+    taught = bool(losses) and needs_teacher(make_losses(losses))
+    if asked.teacher is not None and not taught:
+        why = f": its losses ({', '.join(losses)}) compare with none; name logits, or" if losses else ";"
+        raise UsageError(f"recipe {asked.recipe.name} has no teacher{why} leave --teacher out.")
+    if method.packs and line is None and asked.teacher is None and taught:
         raise UsageError(
             f"{asked.model} is packed, and recipe {asked.recipe.name} compares with the float model; give it: "
             "--teacher MODEL."
@@ -266,7 +271,10 @@ def _said(model: Any) -> tuple[str, int]:
     return "tokens", int(model.config.get_text_config().vocab_size)
 
 
-def _check_float(model: str) -> None:
+def _check_float(asked: Asked) -> None:
+    model = asked.model
+    if asked.packed:
+        raise UsageError(f"recipe {asked.recipe.name} trains float weights, and no packed blocks; leave --packed out.")
     if is_quantized(Path(model)) or is_others(Path(model)):
         raise UsageError(f"{model} is quantized already; give the float model, whose weights are to be trained.")
 
@@ -287,6 +295,11 @@ def _line(asked: Asked, scheme: Scheme) -> str | None:
     if weights is None:
         raise UsageError(f"recipe {asked.recipe.name} packs weights; give a quantizer line of up to {MOST_BITS} bits.")
     line = str(asked.changes.get("weights") or weights)
+    if scheme.to_dict() != parse_scheme({"weights": line}).to_dict():
+        raise UsageError(
+            f"recipe {asked.recipe.name} packs the weights of all linear layers in one line, and its scheme says more. "
+            "Pack first: nybble quantize MODEL BASE --scheme FILE; and train on BASE."
+        )
     bits = Quantizer(line).format.bits
     if bits > MOST_BITS:
         raise UsageError(f"weights {line!r} have {bits} bits; a packed base has {MOST_BITS} or fewer.")

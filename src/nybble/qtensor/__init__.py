@@ -10,6 +10,7 @@ VectorQTensor   indices into a code book of vectors
 SplitQTensor    columns in different quantizers, or left in 16 bits (outlier columns, PTQ1.61)
 OuterScaled     a QTensor times factors of its rows and columns (PTQ1.61)
 LowRankSum      a QTensor plus A @ B (low-rank compensation)
+MixedBits       integers whose width each group has of its own (DiffQ)
 ==============  ================================================================================
 
 A QTensor is saved as its tensors under dotted names (``weight.codes``, ``weight.scale.codes`` ...) and a JSON spec that

@@ -15,8 +15,8 @@ from nybble.qtensor import Inverse, QTensor, dense
 if TYPE_CHECKING:
     from nybble.qtensor.block import BlockQTensor
 
-_LEAST = 1 << 18  # elements of a matrix that is worth it
-_ROWS = 1 << 16  # elements at a time: they stay in the cache
+_LEAST = 1 << 16  # elements of a matrix that is worth it
+_ROWS = 1 << 17  # elements at a time: they stay in the cache
 
 
 def by_rows(tensor: BlockQTensor, dtype: torch.dtype) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Columns or rows of one tensor in different quantizers (outlier columns, PTQ1.61, DiffQ's groups)."""
+"""Columns or rows of one tensor in different quantizers (outlier columns, PTQ1.61)."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ METRICS = {
     "cosine": "Cosine similarity to the float model (higher is better)",
     "cosine_min": "The same, of the worst sentence (higher is better)",
     "top1": "Top-1 accuracy (higher is better)",
-    "accuracy": "Accuracy, share of the records (higher is better)",
+    "accuracy": "Accuracy, share of the examples (higher is better)",
     "loss": "Mean loss a record (lower is better)",
     "pearson": "Pearson correlation with the labels (higher is better)",
     "bleu": "BLEU, 0 to 100 (higher is better)",

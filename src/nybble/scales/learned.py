@@ -1,6 +1,6 @@
-"""A scale that training owns; ``fit`` gives its first value, LSQ's 2 mean|x| / sqrt(Q_max).
+"""A scale that training owns; ``fit`` gives its first value, LSQ's 2 mean|x| / sqrt(Q_P), Q_P the largest value.
 
-Esser et al. 2020, arXiv:1902.08153.
+Esser et al. 2020, arXiv:1902.08153, section 2.1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Learned(ScaleRule):
 
     def fit(self, blocks: Tensor, fmt: NumberFormat, rounding: str, weight: Tensor | None = None) -> BlockParams:  # noqa: D102
         mean = Mean().fit(blocks, fmt, rounding, weight).scale
-        return BlockParams(divided(2 * mean, math.sqrt(fmt.absmax)))
+        return BlockParams(divided(2 * mean, math.sqrt(fmt.max if fmt.max > 0 else fmt.absmax)))
 
 
 PART = Learned

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from nybble.core import ranks
 from nybble.core.errors import FileError, LearningError, NybbleError
 from nybble.core.files import atomic_write_json, free_bytes
+from nybble.core.guard import reading
 from nybble.core.progress import Progress, Silent
 from nybble.core.progress import task as said
 from nybble.core.seeds import derive_seed, generator
@@ -36,9 +37,9 @@ from nybble.training.memory import keeping
 from nybble.training.objective import Objective
 from nybble.training.optimizers import make_optimizer, state_bytes
 from nybble.training.settings import TrainSettings
-from nybble.training.sharing import SharedForwards, in_turn
+from nybble.training.sharing import SharedForwards, check_alone, in_turn
 from nybble.training.state import load_state, save_state
-from nybble.training.tasks import TASKS, Row, Task
+from nybble.training.tasks import TASKS, Augment, Row, Task
 
 STATE, MEMORY, WEIGHTS = "trainer_state.json", "memory.json", "model.safetensors"
 
@@ -97,12 +98,14 @@ def train(
     progress = progress if ranks.leads() else Silent()
     task = task or TASKS.get("language")
     optimizer = make_optimizer(settings.optimizer, model, settings.lr, groups)
+    check_alone(model)
+    again = settings.checkpointing and _forgets(model)
     if settings.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with _quiet(), _alone(), _own_forward(model):
         trainer = _Loop(
             model=model,
-            args=_arguments(settings, checkpoints, mixed=mixed),
+            args=_arguments(replace(settings, checkpointing=again), checkpoints, mixed=mixed),
             train_dataset=rows,
             data_collator=task.collate,
             optimizers=(optimizer, None),
@@ -110,6 +113,7 @@ def train(
             notes=folder / MEMORY,
             lengths=[task.length(row) for row in rows],
             objective=objective,
+            augment=task.augmentation(settings.augment, rows),
             acting=callbacks or {},
         )
         _listen(trainer, folder / "logs", last)
@@ -132,6 +136,11 @@ def train(
     return Run(
         steps=trainer.state.global_step, curve=curve, losses=losses, watched=watched, memory=ranks.lead_says(memory)
     )
+
+
+def _forgets(model: Any) -> bool:
+    """Whether a network has blocks whose activations it can compute again."""
+    return bool(getattr(model, "supports_gradient_checkpointing", True))
 
 
 def _listen(trainer: Trainer, logs: Path, last: Path | None) -> None:
@@ -205,10 +214,10 @@ class _Loop(Trainer):
 
     def __init__(
         self, *, settings: TrainSettings, notes: Path, lengths: list[int], objective: Objective | None,
-        acting: Mapping[str, Acting], **given: Any,
+        augment: Augment | None, acting: Mapping[str, Acting], **given: Any,
     ) -> None:  # fmt: skip
         super().__init__(**given)
-        self.acting = acting
+        self.augment, self.acting = augment, acting
         self.add_callback(_Acts(acting, lambda: self.progress))
         self.settings, self.notes, self.lengths = settings, notes, lengths
         self.objective: Objective | None = objective
@@ -265,7 +274,10 @@ class _Loop(Trainer):
 
     def _forward(self, number: int, model: nn.Module, inputs: Any, items: Any) -> Tensor:
         """Forward ``number`` of an update, with random numbers of its own: whoever computes it draws the same."""
-        torch.manual_seed(derive_seed(self.settings.seed, "train", "forward", str(self.state.global_step), str(number)))
+        place = (str(self.state.global_step), str(number))
+        torch.manual_seed(derive_seed(self.settings.seed, "train", "forward", *place))
+        if self.augment is not None:
+            inputs = self.augment(inputs, generator(self.settings.seed, "train", "augment", *place))
         first: AbstractContextManager[dict[int, int]] = nullcontext({}) if self.memory else keeping(model)
         with first as kept:
             loss: Tensor = super().training_step(model, inputs, items)
@@ -292,10 +304,19 @@ class _Loop(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         made: Any = self.model if model is None else model
-        if hasattr(made, "peft_config"):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_state(made, Path(resume_from_checkpoint) / WEIGHTS)
+        with _whole(resume_from_checkpoint):
+            if hasattr(made, "peft_config"):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            else:
+                load_state(made, Path(resume_from_checkpoint) / WEIGHTS)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _whole(checkpoint, "optimizer.pt", "scheduler.pt"):  # where one is missing, it would begin with new ones
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _whole(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if not ranks.leads():
@@ -312,6 +333,22 @@ class _Loop(Trainer):
                 f"{folder} can't be written ({text}); {free_bytes(folder):,} bytes are free there. Free some space and "
                 "go on with --resume."
             ) from error
+
+
+@contextmanager
+def _whole(checkpoint: str | None, *names: str) -> Iterator[None]:
+    """Say of a checkpoint that lacks files, or can't be read inside, which it is and how to go on without it."""
+    way = f"Remove {checkpoint}: --resume goes on from the checkpoint before it, or from the beginning."
+    lacking = [name for name in names if checkpoint is not None and not (Path(checkpoint) / name).is_file()]
+    if lacking:
+        raise FileError(f"{checkpoint} lacks {lacking[0]}. {way}")
+    try:
+        with reading(checkpoint):
+            yield
+    except FileError as error:
+        if isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise error.__cause__ from None
+        raise FileError(f"{error} {way}") from error
 
 
 class _ByLength(Sampler[int]):

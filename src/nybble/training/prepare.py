@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nybble.core.errors import ModelError, SchemeError, UsageError, did_you_mean, within
 from nybble.core.explicit import explicit_settings
+from nybble.core.options import named
 from nybble.hard import check_finite
 from nybble.kv_format import KVFormat
 from nybble.learned import ACTIVATIONS, WEIGHTS, Learned, Part, make_part
@@ -39,23 +40,24 @@ Sites = list[tuple[Target, Site]]
 def prepare(
     model: nn.Module,
     scheme: Scheme | Recipe | str | Mapping[str, Any],
-    learned: Mapping[str, str | Part] | None = None,
+    learned: Mapping[str, str | Mapping[str, Any] | Part] | None = None,
     *,
     run: Callable[[nn.Module], object] | None = None,
 ) -> nn.Module:
     """Put a twin (:class:`~nybble.nn.twin.Twin`) where each thing that the scheme names stands.
 
-    The model computes from then on what the quantized one will; its other parameters train as before. Keys and values
-    are rounded as a cache will hold them, in forwards with a cache and without one. An embedding and the head, or other
-    embeddings, that are tied to it have one latent table. Parts with a penalty (AdaRound) want
-    :func:`nybble.nn.fake.penalty_of` in the loss. To go on after an interruption, prepare the same float model the same
-    way and load the state dict.
+    The model computes from then on what the quantized one will; its other parameters train as before, frozen ones
+    (``requires_grad_(False)``) stay so, beside scales that may learn. Keys and values are rounded as a cache will hold
+    them, in forwards with a cache and without one. An embedding and the head, or other embeddings, that are tied to it
+    have one latent table. Parts with a penalty (AdaRound) want :func:`nybble.nn.fake.penalty_of` in the loss. To go on
+    after an interruption, prepare the same float model the same way and load the state dict.
 
     Args:
         model: float, in memory; changed in place, but for a model that is a single layer: use what is returned.
         scheme: what to quantize to; of a recipe its scheme (its steps are for quantization after training).
-        learned: part (a name, or one with options) for ``weights``, ``inputs``, ``outputs``, ``matmuls`` (the operands
-            of attention) and ``kv``; those left out pass gradients straight through (``ste``).
+        learned: part (a name, ``{name: {option: value}}``, or one that was made) for ``weights``, ``inputs``,
+            ``outputs``, ``matmuls`` (the operands of attention) and ``kv``; those left out pass gradients straight
+            through (``ste``).
         run: calls the model on a batch or more, without changing it; needed where activations are static: their first
             scale comes from what first enters (or leaves) the layer, the attention's product or the cache.
 
@@ -81,12 +83,13 @@ def prepare(
     parts, targets = _parts(learned or {}), _plan(model, chosen)
     static = [(target, site) for target in targets for site in _checked(model, target, parts) if site.quantizer.static]
     first_seen = _watch(model, static, parts, run)
+    asked = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     with whole_or_not_at_all(model):
         for target in targets:
             with within(target.name):
                 sites = target.kind.sites(target, model.get_submodule(target.module))  # weights anew, not held for all
                 made = {s.name: first_seen.get((target.name, s.name)) or _make(s, parts, s.example) for s in sites}
-                _put(model, target, made, parts)
+                _put(model, target, made, parts, asked)
         for kind in dict.fromkeys(target.kind for target in targets):
             kind.prepare_twins(model, [target for target in targets if target.kind is kind])
     return model
@@ -113,7 +116,7 @@ def learning_groups(model: nn.Module, rates: Mapping[str, float]) -> list[dict[s
             scales and rounding towards zero.
 
     Raises:
-        UsageError: a rate for a group that no layer has.
+        UsageError: a rate for a group that no layer has; nothing asks for a gradient.
     """
     named: dict[str, list[nn.Parameter]] = {}
     for module in model.modules():
@@ -134,15 +137,23 @@ def learning_groups(model: nn.Module, rates: Mapping[str, float]) -> list[dict[s
         if id(parameters[0]) in taken:
             rate = {"lr": rates[own[name]]} if name in own else {}
             groups.append({"params": parameters, **rate, **({"weight_decay": 0.0} if "." in name else {})})
+    if not groups:
+        raise UsageError(
+            "nothing in this model trains: all its parameters are frozen, and no part learns. Call requires_grad_(True)"
+            " on what is to train, or let a part learn scales (lsq)."
+        )
     return groups
 
 
-def _parts(learned: Mapping[str, str | Part]) -> dict[str, Part]:
+def _parts(learned: Mapping[str, str | Mapping[str, Any] | Part]) -> dict[str, Part]:
     for role in learned:
         if role not in ROLES:
             raise UsageError(f"parts learn {', '.join(ROLES)}; got {role!r}.{did_you_mean(role, ROLES)}")
     asked = {role: learned.get(role, "ste") for role in ROLES}
-    return {role: part if isinstance(part, Part) else make_part(part, {}) for role, part in asked.items()}
+    return {
+        role: part if isinstance(part, Part) else make_part(*named(part, "learned part", f"learned: {role}"))
+        for role, part in asked.items()
+    }
 
 
 def _plan(model: nn.Module, scheme: Scheme) -> list[Target]:
@@ -255,11 +266,22 @@ def _make(site: Site, parts: Mapping[str, Part], x: Tensor) -> Learned:
     return parts[site.role].make(site.quantizer, x, side=site.side)
 
 
-def _put(model: nn.Module, target: Target, learned: Mapping[str, Learned], parts: Mapping[str, Part]) -> None:
-    """Put what trains where a target stands."""
+def _put(
+    model: nn.Module,
+    target: Target,
+    learned: Mapping[str, Learned],
+    parts: Mapping[str, Part],
+    asked: Mapping[str, bool],
+) -> None:
+    """Put what trains where a target stands; what ``asked`` for no gradient, by name, asks for none in it."""
     training = model.get_submodule(target.module).training
+    frozen = target.parameters and not any(asked[name] for name in target.parameters)
     for twin in target.kind.put_twin(model, target, learned):
         twin.train(training)
         for weight in twin.weights():
-            if parts[WEIGHTS].fixes_x and weight.learned is not None:
+            if frozen or (parts[WEIGHTS].fixes_x and weight.learned is not None):
                 weight.latent.requires_grad_(False)
+    for name in filter(None, (target.name, target.head)):
+        bias = getattr(model.get_submodule(name), "bias", None)
+        if isinstance(bias, nn.Parameter):
+            bias.requires_grad_(asked.get(f"{name}.bias", True))

@@ -23,7 +23,9 @@ class TrainSettings:
             ``constant``, or falls to 0 as a line (``linear``) or half a ``cosine``.
         clip: largest norm of all gradients together.
         optimizer: a name from :mod:`nybble.optim` or ``torch.optim``, perhaps with options: ``AdamW8bit min_size=0``.
-        checkpointing: compute a block's activations again in backward, instead of keeping them.
+        checkpointing: compute a block's activations again in backward, instead of keeping them; networks that
+            can't (convolutional ones) keep them.
+        augment: of images: ``flip``, ``crop=PIXELS``, or both; drawn anew for each forward.
         save_every: updates from one checkpoint to the next.
         dtype: of forwards: bfloat16 or float32 (float16 overflows in one of five runs, says the authors' code).
         device: ``cpu`` or ``cuda``. seed: of every random choice. resume: continue a run that was killed.
@@ -40,6 +42,7 @@ class TrainSettings:
     clip: float = 0.3
     optimizer: str = "AdamW state=none"
     checkpointing: bool = True
+    augment: str = ""
     save_every: int = 100
     dtype: str = "bfloat16"
     device: str = "cpu"
@@ -52,10 +55,11 @@ class TrainSettings:
         at_least_one(**sizes, save_every=self.save_every)
         if self.seq_len < 2:
             raise UsageError(f"seq_len is {self.seq_len}, which leaves no token to predict; it must be 2 or more.")
-        for name, most in (("lr", float("inf")), ("clip", float("inf")), ("warmup", 1.0)):
-            value = getattr(self, name)
-            if not (value >= 0 and value <= most and value < float("inf")) or (name != "warmup" and value == 0):
-                raise UsageError(f"{name} is {value}; it must be a number above 0" + (" up to 1." * (most == 1) or "."))
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be a number above 0.")
+        if not 0 <= self.warmup <= 1:
+            raise UsageError(f"warmup is {self.warmup}; it must be a share from 0 to 1.")
         if str(float_dtype(self.dtype, "dtype")) == "torch.float16":
             raise UsageError("dtype is float16, in which gradients overflow; train in bfloat16 or float32.")
         if check_device(self.device) not in ("cpu", "cuda"):

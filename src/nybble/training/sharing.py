@@ -31,6 +31,20 @@ def check_shares(accumulate: int, batch: int) -> None:
         )
 
 
+def check_alone(model: nn.Module) -> None:
+    """Refuse to share the forwards of a network that one forward changes for the next.
+
+    Raises:
+        UsageError: names the layer.
+    """
+    for name, module in model.named_modules():
+        if ranks.size() > 1 and getattr(module, "track_running_stats", False):
+            raise UsageError(
+                f"{name} ({type(module).__name__}) keeps averages of each batch in turn, and {ranks.size()} processes "
+                "would each keep other ones; train such networks in one process."
+            )
+
+
 def in_turn(own: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """What each rank kept of its forwards of an update, as one process would have kept it.
 

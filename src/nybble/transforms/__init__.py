@@ -98,6 +98,10 @@ class Transform(ABC):
         """Most memory that learning takes beside activations, of a model and of its largest block (or table)."""
         return 0
 
+    def learning_passes(self, samples: int) -> float:
+        """How many forwards of one sample through the whole model learning costs, a backward counting as two; about."""
+        return 0.0
+
     def learn(self, network: Network) -> Learnt:
         """What it learns of the whole float network; nothing where it is turned off.
 

@@ -198,6 +198,10 @@ class LearnedRotation(Rotate):
         """The float32 network, a block of it rewritten, rounded and with gradients (10 times), as much for tables."""
         return 4 * elements + 40 * largest
 
+    def learning_passes(self, samples: int) -> float:
+        """Of the rounded network and the float one, at each step and each look."""
+        return 2 * (1 + _LOOKS) * min(samples, _JUDGED) + 5 * self.steps * self.batch
+
     def learn(self, network: Network) -> Learnt:  # noqa: D102
         self.prepare(network.adapter, network.model)
         leaves: dict[str, Tensor] = {}

@@ -62,7 +62,9 @@ class Rotate(Transform):
         reasons = self._reasons(adapter, model)
         if reasons:
             raise ModelError(
-                f"transform {name!r} can't rotate the residual stream of this model: {'; '.join(reasons)}."
+                f"transform {name!r} can't rotate the residual stream of this model: {'; '.join(reasons)}. Take "
+                "online-rotation (layers: all), which rotates inputs of linear layers whatever norm is before them, or "
+                "hadamard, which stays inside the heads."
             )
         rotation(int(config.hidden_size), self.matrix, self.block, self.signs, 0)
         for path, block in zip(adapter.block_names(model), adapter.blocks_of(model), strict=True):

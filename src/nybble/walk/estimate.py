@@ -28,7 +28,8 @@ class Estimate:
     """What a run will need: bytes of memory above the interpreter's, bytes of disk, and seconds (a rough guess).
 
     ``window``: bytes of the blocks that are worked on together, with what the steps hold of them. ``bits``: of each
-    quantized weight in the file, scales and all; 0 where none is quantized.
+    quantized weight in the file, scales and all; 0 where none is quantized. ``pass_seconds``: of one sample's forward
+    through the whole model, its head too; 0 where nobody knows yet.
     """
 
     memory: int
@@ -36,6 +37,7 @@ class Estimate:
     seconds: float
     window: int = 0
     bits: float = 0.0
+    pass_seconds: float = 0.0
 
 
 def estimate(subject: Subject, steps: Sequence[BlockStep], load: Load, flops: float) -> Estimate:
@@ -89,7 +91,17 @@ def estimate(subject: Subject, steps: Sequence[BlockStep], load: Load, flops: fl
         seconds=seconds,
         window=int(window + work),
         bits=8 * packed / quantized if quantized else 0.0,
+        pass_seconds=2 * _whole_pass(subject, load, products, sum(blocks)) / flops,
     )
+
+
+def _whole_pass(subject: Subject, load: Load, products: int, blocks: int) -> float:
+    """Multiply-adds of one sample's forward through the whole model; ``products``: of all samples, of images."""
+    if load.sample:
+        return products / load.samples
+    find: Any = getattr(subject.model, "get_output_embeddings", lambda: None)
+    head = find()
+    return load.taught_len * (blocks + (0 if head is None else sum(p.numel() for p in head.parameters())))
 
 
 def _block_cost(subject: Subject, steps: Sequence[BlockStep], targets: Sequence[Target], load: Load) -> Cost:

@@ -145,7 +145,9 @@ class Job:
         solver = next(step.solver for step in steps if isinstance(step, SolverStep))
         products = ranks.lead_says(settings.products_of(device, dtype))
         load = _load(subject, source, settings, dtype, tokens, kept, paths, steps)
-        load = replace(load, wide=products != dtype)
+        read = tokens or taught
+        length = 0 if read is None else data_kind(subject.adapter.reads).size(read)[1]
+        load = replace(load, wide=products != dtype, taught_len=length)
         cost = estimate(subject, steps, load, measure_flops(device, products))
         sees = any(_wants_inputs(target, solver) for target in subject.plan.outside)
         return Job(

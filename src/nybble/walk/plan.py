@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from nybble.core.errors import SchemeError, within
+from nybble.core.errors import GranularityError, SchemeError, within
 from nybble.kv_format import KVFormat
 from nybble.models.adapter import Adapter, under
 from nybble.nn.kinds import Kind, Target, look_alikes, targets_of
 from nybble.nn.kinds.tied import check_shared
 from nybble.nn.kv_model import KVRecord, kv_of_scheme, to_calibrate
 from nybble.nn.read_weights import read_weights
+from nybble.quantizer import Quantizer
 from nybble.scheme import Matches, Scheme, matches, split_apart
 from nybble.solvers import Solver
 
@@ -187,12 +188,26 @@ def _fitted(target: Target) -> Target:
     return replace(target, rule=replace(rule, weights=rule.weights.fitted(target.shape)))
 
 
+def _check_cut(quantizer: Quantizer, shape: tuple[int, ...]) -> None:
+    """Raise GranularityError where a shape can't be cut as a quantizer asks, or its scales as theirs does."""
+    quantizer.granularity.check(shape)
+    if quantizer.granularity.factored:
+        return
+    for word in ("scale_format", "offset_format"):
+        inner = getattr(quantizer, word)
+        if isinstance(inner, Quantizer):
+            try:
+                _check_cut(inner, quantizer.granularity.scale_shape(shape))
+            except GranularityError as error:
+                raise GranularityError(f"{word}=({inner}): the scales are a matrix of {error}") from error
+
+
 def _check(target: Target, solver: Solver) -> None:
     """Raise where the solver, or any weight, can't have the quantizers of a rule."""
     rule = target.rule
     if rule.weights is not None:
         solver.check_shape(*target.shape)
-        solver.quantizer_for(rule.weights).granularity.check(target.shape)
+        _check_cut(solver.quantizer_for(rule.weights), target.shape)
         if rule.weights.static:
             raise SchemeError("'static' is for activations; weights always keep their own scales.")
         if not rule.weights.format.signed and not (rule.weights.scale.needs_integer or rule.weights.scale.has_offset):

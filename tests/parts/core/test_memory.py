@@ -20,7 +20,7 @@ def test_what_the_library_keeps() -> None:
 def test_only_much_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     monkeypatch.setattr(memory, "trim_memory", lambda: calls.append(1))
-    for size in (0, memory._KEPT, memory._KEPT + 1):
+    for size in (0, memory.KEPT, memory.KEPT + 1):
         monkeypatch.setattr(memory, "_freed", lambda size=size: size)
         memory.trim_much()
     assert calls == [1]

@@ -310,6 +310,10 @@ def test_embeddings_and_a_head_that_reads_them(tmp_path: Path) -> None:
     assert config["tie_word_embeddings"] is False
     assert torch.equal(ours["lm_head.weight_packed"], ours["model.embed_tokens.weight_packed"])
     assert found["check"]["weights"] == 16 and found["check"]["cosine"] > 0.999
+    assert "no vLLM that is known looks up packed embeddings: model.embed_tokens" in found["notes"]
+    assert "vLLM serves it" not in (tmp_path / "d/README.md").read_text()
+    found, *_ = written(quantized("qwen2", weights="int4 group=32", target=TARGET), tmp_path / "e")
+    assert not found["notes"] and "vLLM serves it" in (tmp_path / "e/README.md").read_text()
 
 
 def test_an_encoder(tmp_path: Path) -> None:

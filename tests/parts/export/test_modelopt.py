@@ -31,6 +31,7 @@ HOW = "pip install nvidia-modelopt (0.47; with omegaconf, pulp, scipy, nvidia-ml
 #: form -> weights, inputs, calibrated
 OURS: dict[str, tuple[str, str, bool]] = {
     "W4A16_NVFP4": ("nvfp4", "", False),
+    "NVFP4": ("nvfp4", "nvfp4", True),
     "W4A8_NVFP4_FP8": ("nvfp4", "float8_e4m3fn tensor static", True),
     "FP8": ("float8_e4m3fn tensor", "float8_e4m3fn tensor static", True),
     "FP8_PER_CHANNEL_PER_TOKEN": ("float8_e4m3fn channel", "float8_e4m3fn token", False),
@@ -95,8 +96,8 @@ def test_what_is_written_modelopt_reads(made: Path, judged: Path) -> None:
 
 
 def test_its_folders_keep_every_byte(judged: Path, tmp_path: Path) -> None:
-    """Read and written again, inputs' scales and the description too; but for what no quantizer of inputs says."""
-    for name in ("W4A16_NVFP4_CFG", "FP8_DEFAULT_CFG", "MXFP8_DEFAULT_CFG", "INT8_DEFAULT_CFG"):
+    """Read and written again, inputs' scales and the description too."""
+    for name in ("NVFP4_DEFAULT_CFG", "W4A16_NVFP4_CFG", "FP8_DEFAULT_CFG", "MXFP8_DEFAULT_CFG", "INT8_DEFAULT_CFG"):
         folder, back = judged / name, tmp_path / name
         assert not convert(folder, back, "modelopt")["rounded"]
         before, after = load_file(folder / "model.safetensors"), load_file(back / "model.safetensors")
@@ -162,7 +163,7 @@ def test_several_formats_in_one_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("weights", "activations", "said"),
     [
-        ("nvfp4", "nvfp4", r"float4_e2m1fn group=16 .*with inputs .*it takes nvfp4 with inputs in float"),
+        ("nvfp4", "mxfp4", r"float4_e2m1fn group=16 .*with inputs .*it takes nvfp4 with inputs in float"),
         ("nvfp4-ct", "", "divided by a number, and ModelOpt multiplies; it takes nvfp4|two-level.*it takes nvfp4"),
         ("int4 group=32 symmetric=false", "", "it takes nvfp4 with inputs in float"),
         ("float8_e4m3fn tensor", "", "it takes nvfp4 with inputs in float"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -30,3 +31,24 @@ def test_triton_compiles_two_rounded_operands(weights: str, inputs: str, monkeyp
     x = rows.Rows(codes, torch.ones(1))
     tiles._inside(x, record, way.dot, way.promote, scale, by, None, torch.zeros(20, 64).bfloat16())
     tiles.expand(record, by, factor, torch.zeros(64, 256).to(codes.dtype), 0, 64)
+
+
+def test_triton_compiles_an_optimizers_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maxima, step and factors, with the forms of torch on a GPU."""
+    from nybble.optim import AdamW4bit, _forms, _fused
+
+    optim = importlib.import_module("nybble.kernels.gpu_optim")
+    _fused.find_kernel(torch.device("cpu"))
+    monkeypatch.setitem(_fused.find_kernel.kernels, "cpu", optim.kernel_of)
+    monkeypatch.setattr(optim, "forms", lambda device: _forms.Forms(1, 1, 1, 2, 1, 2, 0))
+    made = []
+
+    def compiled(kernel: Any, *given: Any, **meta: Any) -> None:
+        made.append(kernel.__name__)
+        compile_for_hopper(kernel, *given, **meta)
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "__getitem__", lambda self, grid: partial(compiled, self))
+    p = torch.nn.Parameter(torch.zeros(128, 256).bfloat16())
+    p.grad = torch.ones_like(p)
+    AdamW4bit([p], weights="residual8").step()
+    assert made == ["maxima_kernel", "step_kernel", "factors_kernel"]

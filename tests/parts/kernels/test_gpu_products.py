@@ -52,11 +52,12 @@ def compile_for_hopper(kernel: Any, *given: Any, num_warps: int = 4, num_stages:
     from triton.compiler import ASTSource
 
     names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
-    names |= {torch.float8_e4m3fn: "*fp8e4nv", torch.uint8: "*u8"}
+    names |= {torch.float8_e4m3fn: "*fp8e4nv", torch.uint8: "*u8", torch.int64: "*i64"}
     signature, constants, values = {}, {}, dict(zip(kernel.arg_names, given, strict=False)) | meta
     for at, name in enumerate(kernel.arg_names):
         value = values[name]
-        signature[name] = names.get(value.dtype, "*i8") if isinstance(value, torch.Tensor) else "i32"
+        number = "fp32" if isinstance(value, float) else "i32"
+        signature[name] = names.get(value.dtype, "*i8") if isinstance(value, torch.Tensor) else number
         if kernel.params[at].is_constexpr:
             signature[name], constants[(at,)] = "constexpr", value
     source = ASTSource(kernel, signature, constants)

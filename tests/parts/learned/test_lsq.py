@@ -144,9 +144,10 @@ def test_the_outer_scale_stays() -> None:
 
 
 def test_the_first_scale() -> None:
-    """scale=learned is the paper's 2 mean|x| / sqrt(Q_P); without it the quantizer's own."""
+    """scale=learned is the paper's 2 mean|x| / sqrt(Q_P), 2**(b-1) - 1 of -8 .. 7, too; else the quantizer's own."""
     x = torch.randn(4, 64)
-    expected = 2 * x.abs().mean(1, keepdim=True) / math.sqrt(7)
-    torch.testing.assert_close(learned("int4 channel scale=learned", x).scale.detach(), expected)
+    for fmt, top in (("int4", 7), ("int4_full", 7), ("int2_full", 1)):
+        expected = 2 * x.abs().mean(1, keepdim=True) / math.sqrt(top)
+        torch.testing.assert_close(learned(f"{fmt} channel scale=learned", x).scale.detach(), expected)
     own = Quantizer("int4 channel").fit(x).scale
     assert isinstance(own, Tensor) and torch.equal(learned("int4 channel", x).scale.detach(), own)

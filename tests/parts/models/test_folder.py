@@ -421,6 +421,12 @@ def test_not_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileError, match=r"config.json is missing"):
         open_source(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    with pytest.raises(ModelError, match=r"is an adapter .*; give its base, some/base, or train with --merge"):
+        open_source(str(tmp_path))
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(ModelError, match=r"give its base, some/base, or .*merged, both as one"):
+        open_source(str(tmp_path))
     (tmp_path / "x.txt").write_text("x")
     with pytest.raises(FileError, match=r"neither a .gguf nor a folder"):
         open_source(str(tmp_path / "x.txt"))

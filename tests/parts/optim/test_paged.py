@@ -51,6 +51,21 @@ class Counted(_paged.Copies):
         self.there -= size
 
 
+def test_which_parameters_are_paged() -> None:
+    """bitsandbytes' number of elements; what lies in the host's memory already, and what holds no numbers, stays."""
+
+    class There(Tensor):
+        """A parameter that says that it is on a GPU."""
+
+        device = torch.device("cuda")
+
+    def paged(count: int) -> bool:
+        return _paged.is_paged(torch.zeros(count).as_subclass(There))
+
+    assert paged(100_000) and not paged(99_999)
+    assert not _paged.is_paged(torch.zeros(100_000)) and not _paged.is_paged(torch.zeros(100_000, device="meta"))
+
+
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
     """The CPU as a device whose memory is not the host's."""

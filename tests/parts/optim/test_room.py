@@ -6,6 +6,7 @@ import copy
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import nybble.optim
 from nybble.core.errors import FileError, FormatError, GranularityError, NybbleError, SchemeError, UsageError
 from nybble.optim import NonFiniteWarning, flatten, split_embeddings, unflatten
-from nybble.optim._states import encode
+from nybble.optim._states import decode, encode
 from nybble.optim.adamw import AdamW
 from nybble.qtensor.block import BlockQTensor
 from nybble.quantizer import Quantizer
@@ -434,6 +435,15 @@ def test_flattened_states_that_are_none() -> None:
     del tensors["0.step"]
     with pytest.raises(FileError, match="flattened"):
         unflatten(tensors, metadata)
+
+
+def test_an_offset_makes_no_second_moment_negative() -> None:
+    """Whose square root would be NaN; a state of both signs keeps it."""
+    kept = encode(torch.zeros(1, 256), "uint8 flat=256 scale_format=float32")
+    assert isinstance(kept, BlockQTensor)
+    below = replace(kept, params=replace(kept.params, offset=torch.full((1, 1), -1e-9)))
+    assert bool((decode(below, "signed", torch.device("cpu")) < 0).all())
+    assert torch.equal(decode(below, "nonnegative", torch.device("cpu")), torch.zeros(1, 256))
 
 
 def test_a_loaded_state_is_not_shared() -> None:

@@ -180,6 +180,22 @@ def test_killed_and_gone_on_with_it_has_the_same_bytes(folder: Path, tmp_path: P
     assert first["tokens"] == sum(len(json.loads(line)["text"].split()) for line in whole.read_text().splitlines())
 
 
+def test_two_runs_into_one_file(folder: Path, tmp_path: Path) -> None:
+    """The second is refused, whatever it wants to do with what there is; the first one's texts are whole."""
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    generate_dataset(str(folder), whole, SMALL, dtype="float32")
+
+    class Again(Silent):
+        def advance(self, n: int = 1, note: str = "") -> None:
+            for resume in (False, True):
+                with pytest.raises(FileError, match=r"out\.jsonl: another process is writing it\. Wait, or"):
+                    generate_dataset(str(folder), out, SMALL, dtype="float32", resume=resume)
+
+    generate_dataset(str(folder), out, SMALL, dtype="float32", progress=Again())
+    assert out.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "whole.jsonl"]
+
+
 def test_blank_texts_are_left_out(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Blanks:
         def __getattr__(self, name: str) -> Any:

@@ -163,6 +163,25 @@ def test_learning_groups() -> None:
         learning_groups(model, {"clip": 1e-2})
 
 
+def test_what_is_frozen_stays_frozen() -> None:
+    """Weights and biases of layers, a tied table, fused experts; scales learn beside them."""
+    for family in ("llama", "qwen3_moe"):
+        model, whole = (tiny_model(family, torch.float32) for _ in range(2))
+        scheme = {"targets": ["Linear", "Embedding"], "weights": "int4 channel"}
+        prepare(model.requires_grad_(False), scheme, {"weights": "lsq"})
+        left = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert left and all(name.endswith("learned.held.scale") for name in left)
+        (group,) = learning_groups(model, {"scales": 1e-3})
+        assert len(group["params"]) == len(left)
+        kept = "model.layers.1.mlp.up_proj.weight" if family == "llama" else "model.layers.1.mlp.experts.down_proj"
+        whole.get_parameter(kept).requires_grad_(False)
+        prepare(whole, scheme)
+        still = {name for name, p in whole.named_parameters() if not p.requires_grad}
+        assert still and all(name.startswith(kept) for name in still)
+    with pytest.raises(UsageError, match="nothing in this model trains: all its parameters are frozen"):
+        learning_groups(prepare(tiny_model().requires_grad_(False), {"weights": "int4 channel"}), {})
+
+
 def test_rounding_is_trained_on_weights_that_stay(tmp_path: Path) -> None:
     """AdaRound: the penalty is in the loss, V moves, weights don't; the packed model is the eval one."""
     model = prepare(tiny_model("llama", torch.float32), {"weights": "int4 channel"}, {"weights": "adaround"})
@@ -187,6 +206,8 @@ def test_rounding_is_trained_on_weights_that_stay(tmp_path: Path) -> None:
 
 
 def test_refusals() -> None:
+    with pytest.raises(SchemeError, match=r"learned: weights is the name of a learned part.*; got None"):
+        prepare(tiny_model(), "W8A8", {"weights": None})  # type: ignore[dict-item]
     scheme: Any
     for scheme, learned, error, words in (
         ({"weights": "int4 channel", "inputs": "int8 token"}, {"inputs": "lsq"}, SchemeError, "q_proj.*lsq.*static"),

@@ -215,6 +215,14 @@ def test_foreign_adapters_are_refused_and_the_model_stays(tmp_path: Path) -> Non
         assert torch.equal(logits(model), before) and {name for name, _ in model.named_modules()} == names, folder
 
 
+def test_every_adapter_has_the_options() -> None:
+    model = attached(packed(), rank=3, alpha=6.0, dropout=0.25)
+    layers = [m for m in model.modules() if hasattr(m, "lora_dropout")]
+    assert layers and {(m.r["default"], m.scaling["default"], m.lora_dropout["default"].p) for m in layers} == {
+        (3, 2.0, 0.25)
+    }
+
+
 def test_what_cannot_be_adapted_is_refused() -> None:
     with pytest.raises(ModelError, match="no linear layer of this LlamaForCausalLM is packed"):
         attached(tiny_model())

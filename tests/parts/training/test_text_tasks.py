@@ -16,6 +16,7 @@ from nybble.core.errors import DataError, ModelError, UsageError
 from nybble.core.progress import Silent
 from nybble.data.samples import InMemory
 from nybble.training.tasks import TASKS, Task, task_of
+from nybble.training.tasks.translation import _search
 
 BERT: dict[str, Any] = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -81,11 +82,26 @@ def test_what_a_model_is_trained_to_do(name: str, family: str, config: dict[str,
         made = getattr(transformers, name)(transformers.AutoConfig.for_model(family, **config))
     assert [other for other, task in TASKS.all().items() if task.claims(made)] == [key]
     assert TASKS.key_of(task_of(made, name)) == key
-    for other in ("BertModel", "BertForTokenClassification"):
-        with torch.device("meta"):
-            headless = getattr(transformers, other)(transformers.BertConfig(**BERT))
-        with pytest.raises(ModelError, match=r"no training task is made for that .*classification: text classifiers"):
-            task_of(headless, other)
+
+
+SPEECH = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "config"),
+    [
+        ("BertModel", "bert", BERT), ("BertForTokenClassification", "bert", BERT), ("LlamaModel", "llama", SPEECH),
+        ("Wav2Vec2ForCTC", "wav2vec2", {**SPEECH, "num_conv_pos_embedding_groups": 2}),
+        ("WhisperForConditionalGeneration", "whisper", {"num_hidden_layers": 1}),
+        ("PatchTSTForPrediction", "patchtst", {"num_hidden_layers": 1}),
+    ],
+)  # fmt: skip
+def test_what_no_task_trains(name: str, family: str, config: dict[str, Any]) -> None:
+    """No head, another one, or no text: named, before any data is read."""
+    with torch.device("meta"):
+        made = getattr(transformers, name)(transformers.AutoConfig.for_model(family, **config))
+    with pytest.raises(ModelError, match=rf"a {name}, and no training task .*classification: text classifiers"):
+        task_of(made, name)
 
 
 @pytest.mark.parametrize(("name", "family", "config"), CLASSIFIERS)
@@ -164,6 +180,7 @@ def test_a_search_ends_and_draws_nothing(tmp_path: Path) -> None:
     task, origin, rows = loaded(made, tmp_path, [{"source": "ba be", "target": "bi bo"}])
     one, two = (task.samples(made, origin, rows)[0]["text"] for _ in range(2))
     assert one == two and len(one.split()) <= 8  # twice the target's four tokens
+    assert [len(row["labels"]) for row in rows] == [4] and _search(made, rows).max_new_tokens == 8
     assert made.generation_config.do_sample and made.generation_config.max_new_tokens is None  # the model's own stays
 
 

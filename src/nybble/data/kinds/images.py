@@ -10,6 +10,7 @@ from torch import Tensor
 from nybble.core.errors import DataError, UsageError
 from nybble.data.images import ImageSamples, Preparation, image_samples, preparation_for
 from nybble.data.kinds import DataKind
+from nybble.data.labelled import class_names
 from nybble.data.samples import Origin, Samples, Wanted
 
 _DONE = {"calibration": "calibrated", "evaluation": "judged"}
@@ -26,7 +27,9 @@ class Images(DataKind):
                 "(an IDX file, .npy, .npz, a folder)."
             )
         wants = preparation_for(origin.config, origin.preprocessing())
-        return image_samples(src, wants, samples=wanted.samples, seed=wanted.seed, fewer=wanted.fewer)
+        return image_samples(
+            src, wants, samples=wanted.samples, seed=wanted.seed, fewer=wanted.fewer, classes=class_names(origin.config)
+        )
 
     def check(self, samples: Samples, model: Any) -> None:
         """Refuse other inputs, and images with other channels than the model's."""

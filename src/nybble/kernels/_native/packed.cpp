@@ -262,7 +262,7 @@ int nybble_whole_isa() { return best_whole(); }
 
 // Whether nybble_whole multiplies with a weight of integer codes.
 int nybble_whole_knows(const Weight* w, int64_t isa) {
-    return known(w->bits, isa < best_whole() ? (int)isa : best_whole()) && w->k <= (int64_t)1 << 30;
+    return known(w->bits, used_whole(isa)) && w->k <= (int64_t)1 << 30;
 }
 
 // x [m, k], rounded as `in` says, times a weight of integer codes -> out [m, n]; 0, or 1 where there is no memory.
@@ -274,21 +274,27 @@ int nybble_whole(const Weight* w, int64_t is_signed, const Inputs* in, const voi
     if (!ones) return 1;
     const Plan p = plan_of(*w, is_signed, asymmetric, m, ones);
     for (int64_t i = 0; i < w->k; ++i) ones[i / 64 * 64 + p.place[i % 64]] = 1;
-    const int64_t sums = most * p.parts * 64, bytes = sums + most * (p.stride + 8);
-    uint8_t* room = (uint8_t*)calloc(bytes, 1);
+    const int use = used_whole(isa);
+    const bool tiled = use >= AMX_TILES && p.mode == ONCE && m >= TILED;
+    const int64_t turned = tiled ? (m + TILED - 1) / TILED * TILED * width : 0;
+    const int64_t sums = most * p.parts * 64, bytes = turned + sums + most * (p.stride + 8);
+    uint8_t* room = (uint8_t*)zeros(bytes);
     if (!room) {
         free(ones);
         return 1;
     }
-    Rounded rounded = {(int8_t*)(room + sums), (int32_t*)room, (float*)(room + sums + most * p.stride), nullptr};
+    uint8_t* codes = room + turned + sums;
+    Rounded rounded = {(int8_t*)codes, (int32_t*)(room + turned), (float*)(codes + most * p.stride), nullptr, nullptr};
     rounded.zero = (int32_t*)(rounded.scale + most);
+    if (tiled) rounded.turned = (int32_t*)room;
     const Call call = {nullptr, m, 0, bias, out, dtype, w->n, w->n};
-    const int use = isa < best_whole() ? (int)isa : best_whole();
-    Product job = {&p, &functions_of(use), in, &rounded, &call, x, x_dtype, 8, 0, 0};
+    const Functions functions = functions_of(use, tiled);
+    Product job = {&p, &functions, in, &rounded, &call, x, x_dtype, 8, 0, 0};
     if (threads > 1 && parallel && m > 8) parallel(rounding, &job, (unsigned)threads, 0);
     else rounding(&job);
-    int64_t block = 131072 / width / 24 * 24;  // rows of W that stay in the cache while all of x passes
-    if (m == 1 || block < 24) block = 24;
+    const int64_t least = tiled ? 32 : 24;
+    int64_t block = 131072 / width / least * least;  // rows of W that stay in the cache while all of x passes
+    if (m == 1 || block < least) block = least;
     job.block = block, job.next = 0;
     if (!job.failed && threads > 1 && parallel && w->n > block) parallel(multiplying, &job, (unsigned)threads, 0);
     else if (!job.failed) multiplying(&job);

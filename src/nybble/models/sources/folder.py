@@ -32,7 +32,7 @@ from nybble.models.sources.side_files import GENERATION, is_tokenizer_file, left
 from nybble.models.sources.stored import DTYPES, OpenFiles, empty_tensor, read_tensor
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.rotation import BlockRotation
-from nybble.qtensor import QTensor, QuantParams
+from nybble.qtensor import QTensor
 from nybble.quantizer import Quantizer
 
 if TYPE_CHECKING:
@@ -291,8 +291,7 @@ class FolderSource(ModelSource):
         if found is None:
             return None
         with reading(f"the {side} of {name}"):
-            params = found.params(self._file_tensor)
-            return ActivationQuantizer(Quantizer(found.line), None if params is None else QuantParams(*params))
+            return ActivationQuantizer(Quantizer(found.line), found.params(self._file_tensor))
 
     def rotation(self, name: str) -> BlockRotation | None:
         """What rotates the input of a packed weight, by the weight's name in the model; None where nothing does.
@@ -418,6 +417,9 @@ class FolderSource(ModelSource):
         asked = [w for w, asked in (("activations", self.rounded.inputs), ("the KV cache", self.rounded.kv)) if asked]
         if asked and in_float:
             said.append(f"The checkpoint rounds {' and '.join(asked)} too, which its float model does not.")
+        pieces = (name for fused in self._fused.values() for name in fused.names())
+        if any(name.removesuffix(".weight") in self.rounded.inputs for name in pieces):
+            said.append("It asks for rounded inputs of fused experts, too; here those stay in float.")
         others = self._left.others
         if others:
             said.append(f"{len(others)} stored tensors have no place in the model and are left out, {others[0]} first.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nybble.core.errors import FileError, ModelError
+from nybble.models.build.config_file import read_json
 from nybble.models.named import check_model
 from nybble.models.sources import ModelSource
 
@@ -29,9 +30,8 @@ def open_source(spec: str) -> ModelSource:
         from nybble.models.sources.gguf_file import GgufSource
 
         return GgufSource(spec, path)
-    if path.is_dir() and not (path / "config.json").exists() and (parts := sorted(path.glob("*.[gG][gG][uU][fF]"))):
-        raise ModelError(f"{spec} has no config.json and holds {parts[0].name}; give that file.")
     if path.is_dir():
+        _check_whole(spec, path)
         from nybble.models.sources.folder import FolderSource
 
         return FolderSource(spec, path)
@@ -43,6 +43,18 @@ def open_source(spec: str) -> ModelSource:
     from nybble.models.sources.hub import open_hub
 
     return open_hub(spec)
+
+
+def _check_whole(spec: str, folder: Path) -> None:
+    """Raise ModelError for a folder that holds something else than a model, and say what to give."""
+    if (folder / "config.json").exists():
+        return
+    if parts := sorted(folder.glob("*.[gG][gG][uU][fF]")):
+        raise ModelError(f"{spec} has no config.json and holds {parts[0].name}; give that file.")
+    if (folder / "adapter_config.json").exists():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        merged = f"{folder / 'merged'}, both as one" if (folder / "merged").is_dir() else "train with --merge for both"
+        raise ModelError(f"{spec} is an adapter and no model of its own; give its base, {base}, or {merged}.")
 
 
 def _begins(path: Path) -> bytes:

@@ -29,7 +29,7 @@ class Given:
     Attributes:
         options: its ``options_type``. scheme: what is quantized, and to what.
         seed: of what begins at random. start: an earlier result to go on from.
-        stage: from 0, of :meth:`Method.stages`. before: the model of the stage before, whose float weights it has.
+        stage: from 0, of a :class:`StagedMethod`. before: the model of the stage before, whose float weights it has.
         run: calls the model on a batch, for what begins where activations lie.
         known: quantizers that packed weights of the model may be of.
     """
@@ -66,16 +66,12 @@ class Method(ABC):
         options_type: frozen dataclass of what ``--set`` gives it.
         packs: whether it trains on a packed base, which the run makes first of a float model; else it takes the float
             model, in float32, and ``dtype`` is that of the products.
-        adapts: whether its result is an adapter, and not a model.
-        continues: whether it can go on from an earlier result (``--adapter``).
         tasks: names of those that its models do; none: any.
     """
 
     summary: ClassVar[str]
     options_type: ClassVar[type[Any]]
     packs: ClassVar[bool] = False
-    adapts: ClassVar[bool] = False
-    continues: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = ()
 
     def needed(self) -> None:  # noqa: B027 - some need nothing
@@ -83,18 +79,6 @@ class Method(ABC):
 
     def check(self, options: Any, scheme: Scheme) -> None:  # noqa: B027 - most options are right by their types
         """Refuse options that the types of their fields let through."""
-
-    def base_of(self, start: Path) -> str:
-        """Where the base of an earlier result was, as the result says; of methods that can go on from one.
-
-        Raises:
-            NybbleError: there is no result.
-        """
-        raise NotImplementedError
-
-    def stages(self, options: Any) -> int:
-        """How many trainings there are, one behind the other; each begins with the weights of the one before."""
-        return 1
 
     @abstractmethod
     def attach(self, model: nn.Module, given: Given) -> nn.Module:
@@ -104,17 +88,9 @@ class Method(ABC):
             NybbleError: nothing in the model can be trained this way, or what was given doesn't fit it.
         """
 
-    def float_values(self, model: nn.Module) -> dict[str, Tensor]:
-        """The float weights of a model behind a stage, by their names in the model that :meth:`attach` gets."""
-        raise NotImplementedError
-
     def losses(self, options: Any) -> Mapping[str, Any]:
         """What the network is told: losses by name, each a weight or a mapping of one and options; empty: its task."""
         return {}
-
-    def taught_by_stage(self, options: Any) -> bool:
-        """Whether the teacher of a stage is the network of the one before, and not the float one."""
-        return False
 
     def groups(self, model: nn.Module, options: Any, lr: float) -> list[dict[str, Any]] | None:
         """Parameters for an optimizer, as torch takes them, where some have a rate of their own; None: all alike."""
@@ -132,13 +108,45 @@ class Method(ABC):
     def finished(self, model: nn.Module, place: Place) -> nn.Module:
         """The model as its result will compute; changed in place."""
 
-    def save(self, model: nn.Module, place: Place) -> None:
-        """Write the result, of methods that adapt; what others finish is a model, which is saved as any."""
-        raise NotImplementedError
 
+class StagedMethod(Method):
+    """One with several trainings, one behind the other; each begins with the weights of the one before."""
+
+    @abstractmethod
+    def stages(self, options: Any) -> int:
+        """How many there are, from 1."""
+
+    @abstractmethod
+    def float_values(self, model: nn.Module) -> dict[str, Tensor]:
+        """The float weights of a model behind a stage, by their names in the model that :meth:`attach` gets."""
+
+    @abstractmethod
+    def taught_by_stage(self, options: Any) -> bool:
+        """Whether the teacher of a stage is the network of the one before, and not the float one."""
+
+
+class AdapterMethod(Method):
+    """One whose result is an adapter, which lies beside a base; it can go on from an earlier one (``--adapter``)."""
+
+    @abstractmethod
+    def base_of(self, start: Path) -> str:
+        """Where the base of an earlier result was, as the result says.
+
+        Raises:
+            NybbleError: there is no result.
+        """
+
+    def finished(self, model: nn.Module, place: Place) -> nn.Module:
+        """The base and the adapter, as they trained."""
+        return model
+
+    @abstractmethod
+    def save(self, model: nn.Module, place: Place) -> None:
+        """Write the adapter."""
+
+    @abstractmethod
     def merged(self, model: nn.Module) -> nn.Module:
-        """The model as one, for ``nybble.save``; what trained is taken out of ``model``. Of methods that adapt."""
-        raise NotImplementedError
+        """Both as one model, for ``nybble.save``; the adapter is taken out of ``model``."""
 
 
 METHODS = Registry(*METHOD, lambda part: isinstance(part, Method))

@@ -24,8 +24,8 @@ from nybble.training.callbacks import Acting, Callback
 from nybble.training.callbacks import make_part as make_callback
 from nybble.training.composing import compose_query_keys
 from nybble.training.convert import convert
-from nybble.training.methods import Given, Method, Place
-from nybble.training.objective import make_losses
+from nybble.training.methods import Given, Place, StagedMethod
+from nybble.training.objective import make_losses, needs_teacher
 from nybble.training.prepare import ROLES, learning_groups, prepare
 from nybble.training.unprepare import float_values, inherit, learned_values
 
@@ -61,7 +61,7 @@ class QatOptions:
     callbacks: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Qat(Method):
+class Qat(StagedMethod):
     """See the module."""
 
     summary: ClassVar[str] = "quantization-aware training of all weights, or of what is learned alone"
@@ -74,6 +74,10 @@ class Qat(Method):
             _parts(options, stage)
         if options.teacher == "stage" and not options.stages:
             raise UsageError("teacher: stage is the network of the stage before, and there is one stage; say float.")
+        if options.teacher == "stage" and not needs_teacher(make_losses(options.losses)):
+            raise UsageError(
+                "teacher: stage has nothing to teach: no loss compares with it; name logits, or say float."
+            )
         if options.activation:
             check_activation(options.activation)
         _callbacks(options)
@@ -156,6 +160,8 @@ def _scheme(options: QatOptions, scheme: Scheme, stage: int) -> Scheme:
                 raise SchemeError(f"a stage has scheme and learned; got {key!r}.")
         if "scheme" not in given:
             raise SchemeError("a stage lacks its scheme.")
+        if not isinstance(given.get("learned", {}), Mapping):
+            raise SchemeError(f"learned is a mapping of roles ({', '.join(ROLES)}); got {given['learned']!r}.")
         return parse_scheme(given["scheme"])
 
 

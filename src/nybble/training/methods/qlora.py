@@ -21,7 +21,7 @@ from nybble.core.options import at_least_one
 from nybble.core.seeds import derive_seed, preserve_global_rng
 from nybble.nn.kinds import quant_modules
 from nybble.nn.linear import QuantLinear
-from nybble.training.methods import Given, Method, Place
+from nybble.training.methods import AdapterMethod, Given, Place
 
 ALL = "all-linear"
 
@@ -47,14 +47,12 @@ class QloraOptions:
             raise UsageError("alpha must be above 0, and targets name at least one layer.")
 
 
-class Qlora(Method):
+class Qlora(AdapterMethod):
     """``nybble train qlora``."""
 
     summary: ClassVar[str] = "LoRA adapters beside frozen, packed weights"
     options_type: ClassVar[type[Any]] = QloraOptions
     packs: ClassVar[bool] = True
-    adapts: ClassVar[bool] = True
-    continues: ClassVar[bool] = True
     tasks: ClassVar[tuple[str, ...]] = ("language",)
 
     def needed(self) -> None:
@@ -104,9 +102,6 @@ class Qlora(Method):
             name = "adapters" if t.requires_grad else "base, packed" if key in packed else "base, in float"
             found[name] += t.numel() * t.element_size()
         return found
-
-    def finished(self, model: nn.Module, place: Place) -> nn.Module:  # noqa: D102
-        return model
 
     def save(self, model: nn.Module, place: Place) -> None:
         """A PEFT adapter."""

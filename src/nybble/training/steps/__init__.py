@@ -111,6 +111,13 @@ class TrainStep(ABC):
     def working_bytes(self, elements: int, dtype: torch.dtype) -> int:
         """Most memory that it takes beside activations, for quantized layers of so many weights in all."""
 
+    @abstractmethod
+    def passes(self, samples: int) -> float:
+        """How many forwards of one sample through the whole network it costs, with so many samples; about.
+
+        A backward counts as two.
+        """
+
 
 class Preparation(TrainStep):
     """Comes before all other steps."""

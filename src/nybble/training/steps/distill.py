@@ -142,6 +142,12 @@ class Distill(Finish):
         kept = int(1e9 * self.logits_gb) + (0 if self.excess(elements, dtype) else dense)
         return elements * ((0 if self.loss == "nll" else dtype.itemsize) + 3) + kept
 
+    def passes(self, samples: int) -> float:
+        """Of steps, in whose backward blocks are run once more, and of looks; each beside the float network."""
+        looks, held = 1 + -(-self.steps // self.every), max(1, round(self.held * samples))
+        beside = 0 if self.loss == "nll" else 1  # less where what it gives is kept
+        return (4 + beside) * self.steps * self.batch + (1 + beside) * looks * held
+
     def excess(self, elements: int, dtype: torch.dtype) -> str:  # noqa: D102
         dense = 2 * elements * dtype.itemsize  # and their gradients
         return (

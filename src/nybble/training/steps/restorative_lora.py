@@ -126,6 +126,10 @@ class RestorativeLora(Preparation):
         """A dense copy of every weight in ``dtype``, and of the largest layer's one with its gradient, about."""
         return 3 * elements * dtype.itemsize + elements
 
+    def passes(self, samples: int) -> float:
+        """Two looks at what is held back, and the steps."""
+        return 2 * round(self.held * samples) + 3 * self.steps * self.batch
+
     def run(self, trainee: Trainee) -> dict[str, Tensor]:  # noqa: D102
         draws = generator(trainee.seed, "restorative-lora")
         adapted: dict[str, Adapted] = {}

@@ -8,12 +8,13 @@ records with a label, translators pairs. Other packages add tasks through entry 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from nybble.core.errors import ModelError
+from nybble.core.errors import ModelError, UsageError
 from nybble.core.progress import Progress
 from nybble.core.registry import Registry
 from nybble.data.samples import Origin
@@ -21,6 +22,8 @@ from nybble.data.text import Part
 
 Row = Mapping[str, Any]
 """An example, ready to be collated."""
+Augment = Callable[[Mapping[str, Tensor], torch.Generator], Mapping[str, Tensor]]
+"""A batch changed at random, by numbers drawn from a generator on the CPU."""
 
 
 class TaskData(Protocol):
@@ -77,6 +80,16 @@ class Task(ABC):
         Raises:
             FileError, DataError: it can't be read, is of another form, or doesn't fit the model.
         """
+
+    def augmentation(self, line: str, rows: Sequence[Row]) -> Augment | None:
+        """What changes batches in training, as the settings' ``augment`` says; by default there is nothing that does.
+
+        Raises:
+            NybbleError: the line asks for what this task, or examples like ``rows``, don't have.
+        """
+        if line:
+            raise UsageError(f"augment {line!r}: {self.summary} have no augmentation; leave it out.")
+        return None
 
     @abstractmethod
     def length(self, row: Row) -> int:

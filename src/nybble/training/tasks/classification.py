@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from nybble.core.errors import ModelError
 from nybble.core.progress import Progress
-from nybble.data.labelled import Labelled, class_reader
+from nybble.data.labelled import Labelled, class_names, class_reader
 from nybble.data.samples import Origin
 from nybble.data.text import Part
 from nybble.training.tasks import Row
@@ -35,7 +35,7 @@ class Classification(SequenceTask):
                 f"the model's config says problem_type {kind!r}, and classifiers are trained to one class a text; set "
                 "it to 'single_label_classification', or train in a loop of your own."
             )
-        return self.read(src, origin, model, class_reader(_names(model)), seq_len)
+        return self.read(src, origin, model, class_reader(class_names(asked.config)), seq_len)
 
     def measure(  # noqa: D102
         self, model: nn.Module, origin: Origin, rows: Sequence[Row], batch: int, progress: Progress
@@ -45,7 +45,8 @@ class Classification(SequenceTask):
         return {"loss": functional.cross_entropy(logits.double(), labels).item(), "accuracy": right.item()}
 
     def samples(self, model: nn.Module, origin: Origin, rows: Sequence[Row]) -> list[dict[str, str]]:  # noqa: D102
-        names, tokenizer = _names(model), origin.tokenizer()
+        asked: Any = model
+        names, tokenizer = class_names(asked.config), origin.tokenizer()
         return [
             {
                 "prompt": str(tokenizer.decode(row["input_ids"], skip_special_tokens=True)),
@@ -54,12 +55,6 @@ class Classification(SequenceTask):
             }
             for row, found in zip(rows, self.said(model, rows).argmax(-1).tolist(), strict=False)
         ]
-
-
-def _names(model: Any) -> list[str]:
-    """The classes by number."""
-    config = model.config
-    return [str(config.id2label.get(i, f"LABEL_{i}")) for i in range(config.num_labels)]
 
 
 PART = Classification()

@@ -26,8 +26,11 @@ class Language(Task):
     unit: ClassVar[str] = "target tokens"
     shown: ClassVar[str] = "nll"
 
-    def claims(self, model: nn.Module) -> bool:  # noqa: D102
-        return reads_of(model) == "tokens"
+    def claims(self, model: nn.Module) -> bool:
+        """One that goes on with text; kinds of data call speech and other series tokens, too, where no family says."""
+        made: Any = model
+        text = getattr(model, "main_input_name", None) == "input_ids"
+        return text and reads_of(model) == "tokens" and bool(made.can_generate())
 
     def check(self, model: nn.Module, name: str, seq_len: int) -> None:  # noqa: D102
         check_length(model, name, seq_len)

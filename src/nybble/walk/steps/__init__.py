@@ -35,6 +35,7 @@ class Load:
 
     Attributes:
         samples, seq_len, batch: calibration; 0 samples if nothing is calibrated.
+        taught_len: tokens of a sample that trainings of the whole model learn from; 0 where none does.
         dtype: of the forwards. source_bytes: bytes of a stored value; 0 for a model already in memory.
         whole: the source can only be read as a whole. kept: the result stays in memory. spilled: hidden states don't.
         sample: elements of one sample, of a convolutional network; else 0.
@@ -52,6 +53,7 @@ class Load:
     whole: bool = False
     kept: bool = False
     spilled: bool = False
+    taught_len: int = 0
     sample: int = 0
     streams: int = 1
     window: int = 1

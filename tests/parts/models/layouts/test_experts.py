@@ -181,3 +181,14 @@ def test_a_missing_expert_is_refused(tmp_path: Path) -> None:
     save_file({k: t for k, t in tensors.items() if ".experts.3.w2" not in k}, folder / "model.safetensors")
     with pytest.raises(nybble.NybbleError):
         nybble.load(folder)
+
+
+def test_rounded_inputs_that_experts_do_not_get_are_told(tmp_path: Path) -> None:
+    folder, _, _ = checkpoint(tmp_path / "q", *ct.CASES["fp8 block"])
+    path = folder / "config.json"
+    raw = json.loads(path.read_text())
+    assert "fused experts" not in open_source(str(folder)).note
+    (group,) = raw["quantization_config"]["config_groups"].values()
+    group["input_activations"] = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+    path.write_text(json.dumps(raw))
+    assert "rounded inputs of fused experts, too; here those stay in float" in open_source(str(folder)).note

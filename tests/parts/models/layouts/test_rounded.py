@@ -19,7 +19,7 @@ from torch import Tensor
 import nybble
 from nybble.checkpoint.account import inspect
 from nybble.cli.inspect import command
-from nybble.core.errors import FileError
+from nybble.core.errors import FileError, ModelError
 from nybble.models.sources.open import open_source
 from nybble.nn.kv_model import recorded_kv
 from nybble.pipelines.export import export
@@ -92,6 +92,41 @@ def test_calibrated_scales(args: dict[str, Any], tmp_path: Path) -> None:
               folder / "model.safetensors")  # fmt: skip
     with pytest.raises(FileError, match=r"up_proj\.input_scale"):
         nybble.load(folder)
+
+
+@pytest.mark.parametrize("above", ["divisor", "factor"])
+def test_inputs_of_nvfp4_under_a_calibrated_number(above: str, tmp_path: Path) -> None:
+    """compressed-tensors' divisor, ModelOpt's factor; as the library rounds, and written again as they were."""
+    args = {**FLOAT, "num_bits": 4, "strategy": "tensor_group", "group_size": 16, "dynamic": "local",
+            "scale_dtype": torch.float8_e4m3fn}  # fmt: skip
+    divisor = torch.tensor([448 * 6 / 8.0])
+    if above == "divisor":
+        leaf, target, stored = "input_global_scale", "compressed-tensors", divisor
+        folder = asks(tmp_path / "q", "input_activations", args)
+    else:
+        leaf, target, stored = "input_scale", "modelopt", (1 / divisor).reshape(())
+        folder, _ = peer.checkpoint(tmp_path / "q", "NVFP4")
+    path = folder / "model.safetensors"
+    tensors = load_file(path) | {f"{name}.{leaf}": stored.clone() for name in layers(folder)}
+    save_file(tensors, path, {"format": "pt"})
+    layer: Any = nybble.load(folder, dtype="float32")[0].get_submodule(LAYER)
+    x, said = inputs(), QuantizationArgs(**args)
+    scale, zero = compute_dynamic_scales_and_zp(x, said, torch.nn.Module(), global_scale=divisor)
+    assert torch.equal(layer.inputs(x), fake_quantize(x, scale, zero, said, global_scale=divisor))
+    found = export(folder, tmp_path / "back", target)
+    again = load_file(tmp_path / "back/model.safetensors")
+    assert torch.equal(again[f"{LAYER}.{leaf}"], stored) and not any("in float" in note for note in found["notes"])
+    tensors[f"{LAYER}.{leaf}"] *= 2
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"gate_proj, \S+up_proj: different global scales of inputs"):
+        export(folder, tmp_path / "unequal", target)
+    tensors[f"{LAYER}.{leaf}"] *= 0
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(FileError, match=rf"up_proj\.{leaf} is 0\.0; a positive number"):
+        nybble.load(folder)
+    save_file({k: t for k, t in tensors.items() if not k.endswith(leaf)}, path, {"format": "pt"})
+    with pytest.warns(UserWarning, match="quantized activations too.*stay in float"):
+        assert nybble.load(folder)[0].get_submodule(LAYER).inputs is None
 
 
 def test_outputs_and_the_way_back(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from nybble.core.errors import FileError
 from nybble.kv_format import fixed_at
 from nybble.models.sources.layouts import FLOATS, Files, whole
+from nybble.qtensor import Inverse, QuantParams
 
 Args = Mapping[str, Any]
 _MX = {
@@ -28,14 +29,16 @@ class Side:
 
     Attributes:
         line: of the quantizer. scale, zero_point: names in the files, of a static one.
+        above: of NVFP4's, what ``scale`` is of the scales of groups: their ``divisor``, or their ``factor``.
     """
 
     line: str
     scale: str = ""
     zero_point: str = ""
+    above: str = ""
 
-    def params(self, read: Callable[[str], Tensor]) -> tuple[Tensor, Tensor | None] | None:
-        """Scale and zero point, float32 [1]; None where they are measured on every tensor.
+    def params(self, read: Callable[[str], Tensor]) -> QuantParams | None:
+        """Scale and zero point, float32 [1], or NVFP4's divisor; None where they are measured on every tensor.
 
         Raises:
             FileError: the scale is no positive number.
@@ -43,10 +46,11 @@ class Side:
         if not self.scale:
             return None
         zero = read(self.zero_point).float().reshape(1).clone() if self.zero_point else None
-        scale = read(self.scale).float().reshape(1).clone()
+        stored = read(self.scale).float().reshape(1).clone()
+        scale = 1 / stored if self.above == "factor" else stored  # runtimes multiply inputs by the reciprocal too
         if not bool(scale.isfinite().all() and (scale > 0).all()):
-            raise FileError(f"{self.scale} is {scale.item()}; a positive number is needed.")
-        return scale, zero
+            raise FileError(f"{self.scale} is {stored.item()}; a positive number is needed.")
+        return QuantParams(Inverse(scale)) if self.above else QuantParams(scale, zero)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +123,23 @@ def static_side(module: str, side: str, args: Args, files: Files) -> Side | None
         files.any_of(zero, ("I8", *FLOATS), ((), (1,), (1, 1)))
     fmt = "float8_e4m3fn" if args.get("type") == "float" else f"int{bits}_full"
     return Side(line=f"{fmt} tensor static{'' if symmetric else ' symmetric=false'}", scale=scale, zero_point=zero)
+
+
+def nvfp4_side(scale: str, above: str, files: Files) -> Side | None:
+    """NVFP4's inputs: groups of 16 measured under one calibrated number; None where the files don't have it.
+
+    Args:
+        scale: the number's name.
+        above: see :class:`Side`.
+        files: what there is.
+
+    Raises:
+        FileError: more than one number, or none.
+    """
+    if scale not in files.entries:
+        return None
+    files.any_of(scale, ("F32",), ((), (1,)))
+    return Side(line="nvfp4-ct static", scale=scale, above=above)
 
 
 ONE = "float8_e4m3fn tensor scale=one"

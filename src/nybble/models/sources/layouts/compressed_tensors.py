@@ -49,6 +49,7 @@ from nybble.models.sources.layouts._rounded import (
     dynamic_line,
     fixed_cache,
     not_rounded,
+    nvfp4_side,
     static_side,
 )
 from nybble.qtensor import QTensor
@@ -122,7 +123,15 @@ def _side(module: str, word: str, args: Args, files: Files) -> Side | None:
     if dynamic is True:
         line = dynamic_line(args, module)
         return None if line is None else Side(line=line)
+    if dynamic == "local":
+        return nvfp4_side(f"{module}.{word}_global_scale", "divisor", files) if _is_nvfp4(args) else None
     return static_side(module, word, args, files) if dynamic is False else None
+
+
+def _is_nvfp4(args: Args) -> bool:
+    said = (args.get("type"), args.get("num_bits"), args.get("strategy"), args.get("group_size"))
+    inner = args.get("scale_dtype") in (None, "torch.float8_e4m3fn")
+    return said == ("float", 4, "tensor_group", 16) and inner and bool(args.get("symmetric", True))
 
 
 def _cache(args: Args | None, files: Files) -> tuple[str | dict[str, str], bool]:

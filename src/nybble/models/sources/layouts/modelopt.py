@@ -29,7 +29,7 @@ from torch import Tensor
 from nybble.core.errors import FileError, ModelError
 from nybble.models.sources.layouts import FLOATS, Files, Layout, PackedWeight, whole
 from nybble.models.sources.layouts._pieces import E2M1, E4M3, block, mx, nvfp4, packed
-from nybble.models.sources.layouts._rounded import Rounded, Side, fixed_cache, not_rounded
+from nybble.models.sources.layouts._rounded import Rounded, Side, fixed_cache, not_rounded, nvfp4_side
 from nybble.models.sources.layouts.compressed_tensors import group_of
 from nybble.qtensor import QTensor
 from nybble.qtensor.outer_scaled import OuterScaled
@@ -97,12 +97,14 @@ def _weights_alone(algo: str) -> bool:
 
 
 def _inputs(module: str, algo: str, files: Files) -> Side | None:
-    """What rounds the inputs; None where no quantizer says it (NVFP4's four bits, inputs that are multiplied first)."""
+    """What rounds the inputs; None where no quantizer says it (inputs that are multiplied first)."""
     scale = f"{module}.input_scale"
     if f"{module}.pre_quant_scale" in files.entries:
         return None
     if algo in _MEASURED:
         return Side(line=_MEASURED[algo])
+    if algo == "NVFP4":
+        return nvfp4_side(scale, "factor", files)
     kept, above = (files.entries[f"{module}.{leaf}"].dtype for leaf in ("weight", "weight_scale"))
     word = _FIXED.get(algo, E4M3 if kept == "F8_E4M3" and above != "U8" else "")
     if not word or scale not in files.entries:
