@@ -43,6 +43,7 @@ from nybble.nn.kinds import (
     values_at,
 )
 from nybble.nn.layouts import Layouts
+from nybble.nn.query_key import QueryKey
 from nybble.nn.rotation import BlockRotation, mark_rotated
 from nybble.nn.twin import Twin
 from nybble.quantizer import Quantizer
@@ -80,6 +81,7 @@ SAMPLES: dict[str, list[Callable[[], nn.Module]]] = {
     "embedding": [lambda: nn.Embedding(10, 8, padding_idx=0)],
     "experts": [lambda: experts(MixtralConfig, MixtralExperts), lambda: experts(GptOssConfig, GptOssExperts)],
     "attention": [attention],
+    "query-key": [lambda: QueryKey(torch.randn(16, 8), torch.randn(16), "q_proj", "k_proj")],
     "rotated-linear": [lambda: rotated(nn.Linear(8, 6)), lambda: rotated(conv1d(6, 8))],
     "tied": [],
 }  # fmt: skip

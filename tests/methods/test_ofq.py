@@ -11,17 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny import tiny_model
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 import nybble
-from nybble.core.errors import DataError
+from nybble.core.errors import DataError, ModelError
 from nybble.learned import Learned, make_part
 from nybble.nn.conv import QuantConv
 from nybble.nn.linear import QuantLinear
 from nybble.quantizer import Quantizer
 from nybble.scheme import preset_scheme
 from nybble.training.callbacks import Acting
+from nybble.training.composing import compose_query_keys
 from nybble.training.convert import convert
 from nybble.training.methods import Given
 from nybble.training.methods.qat import PART, QatOptions
@@ -131,7 +133,7 @@ def test_what_is_trained_is_what_the_file_computes(bits: int, dtype: torch.dtype
         assert torch.equal(loaded(**batch(1)).logits, before)
     layers = {name: m for name, m in loaded.named_modules() if isinstance(m, QuantLinear | QuantConv)}
     ends = {"vit.embeddings.patch_embeddings.projection", "classifier"}
-    assert len(layers) == 2 * 6 + 2 and ends <= layers.keys()
+    assert len(layers) == 2 * 5 + 2 and ends <= layers.keys()
     for name, layer in layers.items():
         line = str(layer.inputs.quantizer)  # type: ignore[union-attr]
         assert layer.weight.qtensor().format.bits == (8 if name in ends else bits)  # type: ignore[union-attr]
@@ -139,6 +141,83 @@ def test_what_is_trained_is_what_the_file_computes(bits: int, dtype: torch.dtype
     matmuls: Any = loaded.get_submodule("vit.layers.0.attention.matmuls")
     assert matmuls.probabilities.quantizer.format.name == f"uint{bits}"
     assert matmuls.query.quantizer.format.name == f"int{bits}_full"
+
+
+# ------------------------------------------------------------------------------------------------------------ QKR
+def loud(model: Any) -> Any:
+    """With biases of queries and keys that matter."""
+    for layer in model.vit.layers:
+        for linear in (layer.attention.q_proj, layer.attention.k_proj):
+            torch.nn.init.normal_(linear.bias)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_one_weight_for_queries_and_keys_computes_the_same() -> None:
+    """Check 5: to 1e-6 with the term of b_q, and visibly not without it; gradients reach W."""
+    model = loud(vit()).double()
+    want = model(**batch_of(torch.float64)).logits
+    compose_query_keys(model)
+    torch.testing.assert_close(model(**batch_of(torch.float64)).logits, want, rtol=0, atol=1e-6)
+    attention = model.vit.layers[0].attention
+    assert attention.query_key.weight.shape == (4 * 32, 32) and not [*attention.k_proj.parameters()]
+    for layer in model.vit.layers:
+        layer.attention.query_key.bias.zero_()
+    assert (model(**batch_of(torch.float64)).logits - want).abs().max() > 1e-3
+
+
+def batch_of(dtype: torch.dtype) -> dict[str, Tensor]:
+    return {"pixel_values": batch()["pixel_values"].to(dtype)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_query_key_trains_and_packs(dtype: torch.dtype, tmp_path: Path) -> None:
+    """W is rounded alone, its frozen elements stay; the file computes what was trained, for transformers too."""
+    made, acting = attached(loud(vit()).to(dtype))
+    latent = made.vit.layers[1].attention.query_key.weight.latent
+    learn(made, acting, 5)
+    assert latent.grad is not None and latent.grad.count_nonzero() < 0.2 * latent.numel()  # annealed at the end
+    with torch.no_grad():
+        before = made.eval()(**batch(1)).logits
+        packed: Any = convert(made)
+        assert torch.equal(packed(**batch(1)).logits, before)
+        nybble.save(packed, tmp_path / "out")
+        loaded, _ = nybble.load(tmp_path / "out", dtype=dtype)
+        assert torch.equal(loaded(**batch(1)).logits, before)
+        theirs: Any = ViTForImageClassification.from_pretrained(tmp_path / "out", dtype=dtype)
+        assert torch.equal(theirs(**batch(1)).logits, before)
+    layer = loaded.get_submodule("vit.layers.0.attention.query_key")
+    assert isinstance(layer, QuantLinear) and layer.weight.qtensor().format.name == "midrise2"  # type: ignore[union-attr]
+    assert sum(isinstance(m, QuantLinear) for m in loaded.modules()) == 2 * 5 + 1
+    with pytest.raises(ModelError, match=r"one layer for queries and keys.*query_key: false"):
+        nybble.export(tmp_path / "out", tmp_path / "dense", "dense")
+
+
+def test_stages_go_on_with_one_weight() -> None:
+    """The second one's W is the first one's, not a product of what no longer trains."""
+    first, acting = attached(vit())
+    learn(first, acting, 3)
+    stages = ({"scheme": "OFQ_W4A4"},)
+    options = QatOptions(**{**RECIPE.options, "losses": {"task": 1.0}, "stages": stages})
+    scheme = preset_scheme("OFQ_W2A2")
+    given = Given(options=options, scheme=scheme, stage=1, before=first, run=lambda network: network(**batch()))
+    second: Any = PART.attach(vit(), given)
+    one, other = (m.vit.layers[0].attention.query_key.weight.latent for m in (first, second))
+    assert torch.equal(one, other)
+
+
+def test_query_key_refuses_other_attentions() -> None:
+    for made in (tiny_model("llama"), tiny_model("opt")):
+        with pytest.raises(ModelError, match=r"query_key: queries and keys of .*ViT and DeiT"):
+            compose_query_keys(made)
+    model = vit()
+    model.vit.layers[1].attention.q_proj = torch.nn.Linear(32, 24)
+    with pytest.raises(ModelError, match=r"as many rows as columns, q_proj and k_proj"):
+        compose_query_keys(model)
+    model = vit()
+    model.vit.layers[0].attention.head_dim = 5
+    with pytest.raises(ModelError, match=r"whose heads divide them; ViTAttention has .* heads of 5"):
+        compose_query_keys(model)
 
 
 def test_bad_input() -> None:

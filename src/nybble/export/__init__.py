@@ -296,7 +296,10 @@ def refusals(part: ExportTarget, source: Source) -> list[Refusal]:
     """All that a target can't write of a model: what it says itself, of layers that it can be asked about."""
     rotated = tuple(name for name, layer in source.layers.items() if layer.kind.unrotated is not layer.kind)
     relearned = tuple(name for name, layer in source.layers.items() if _relearned(layer))
+    ours = tuple(name for name, layer in source.layers.items() if layer.kind.ours_alone)
     found, why = [], "the file has no words for it"
+    if ours:
+        found.append(Refusal(layers=ours, came="one layer for queries and keys", nearest=APART, why=why))
     if rotated and not part.rotates:
         found.append(Refusal(layers=rotated, came="an online rotation of its input", nearest=UNROTATED, why=why))
     if relearned and not part.drops_rounding:
@@ -312,6 +315,7 @@ def _relearned(layer: Layer) -> bool:
 UNSHIFTED = (
     "activations learned without (lsq; elastic: threshold: none), or --target dense, which leaves activations unrounded"
 )
+APART = "a model trained with query_key: false; with nybble installed transformers loads this one as it is"
 UNROTATED = (
     "layers without: --target dense folds it into float weights, and without the step online-rotation there is none "
     "(rotate and hadamard are folded too)"

@@ -21,6 +21,7 @@ from nybble.core.errors import FileError, ModelError
 from nybble.matmul_format import OPERANDS
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.config import config_of
+from nybble.nn.query_key import composed
 
 IMPLEMENTATION = "nybble"
 PART = "matmuls"
@@ -102,6 +103,7 @@ def quantized_attention(
     """
     eager = eager_attention(type(module))
     _check_arguments(module, eager, others)
+    query, key = composed(module, query, key, others.get("scaling"))
     key, value = as_cached(module, key, value)
     parts = getattr(module, PART, None)
     if parts is None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.tiny import input_ids, tiny_model
 from torch import Tensor
 
 from nybble.core.errors import SchemeError
 from nybble.learned import ACTIVATIONS, make_part
 from nybble.learned.thresholds import LearnedThresholds, mean_level
 from nybble.quantizer import Quantizer
+from nybble.training.prepare import prepare
 
 
 def made(line: str = "uint2 tensor static", seed: int | None = 0) -> LearnedThresholds:
@@ -162,3 +164,14 @@ def test_refusals() -> None:
         make_part("thresholds", {}).make(Quantizer("uint2 tensor static"), x() * torch.nan, side=ACTIVATIONS)
     with pytest.raises(SchemeError, match="thresholds learns activations, not weights"):
         make_part("thresholds", {}).check(Quantizer("int4 channel"))
+
+
+def test_a_cache_keeps_scales_alone() -> None:
+    """Elastic's threshold would be forgotten there, too; without one it trains."""
+    ids = input_ids()
+    for part, line in (("thresholds", "int3_full tensor static"), ("elastic", "int4 tensor static")):
+        with pytest.raises(SchemeError, match="a cache keeps codes and scales, and what learns keys learns thresholds"):
+            prepare(tiny_model(), {"kv": line}, {"kv": part}, run=lambda model: model(input_ids=ids))
+    model = tiny_model()
+    plain = make_part("elastic", {"threshold": "none"})
+    prepare(model, {"kv": "int4 tensor static"}, {"kv": plain}, run=lambda model: model(input_ids=ids))

@@ -161,6 +161,7 @@ class Kind(ABC):
         by_rows: [..., in] becomes [..., out], each row by itself. channels_first: [images, channels, ...] comes out, so
             a BatchNorm may be folded in and the mean of each channel corrected.
         rows_a_sample: how many rows calibration takes of a sample at most; 0 where each token is one.
+        ours_alone: a model has it only where nybble put it, so files for others can't hold it.
         operands: names of the activations that it multiplies with each other. part: name of the submodule that rounds
             them.
     """
@@ -176,6 +177,7 @@ class Kind(ABC):
     by_rows: ClassVar[bool] = False
     channels_first: ClassVar[bool] = False
     rows_a_sample: ClassVar[int] = 0
+    ours_alone: ClassVar[bool] = False
     operands: ClassVar[tuple[str, ...]] = ()
     part: ClassVar[str] = ""
 

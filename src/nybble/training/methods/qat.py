@@ -22,6 +22,7 @@ from nybble.scheme import Scheme, parse_scheme
 from nybble.training.activation import check_activation, use_activation
 from nybble.training.callbacks import Acting, Callback
 from nybble.training.callbacks import make_part as make_callback
+from nybble.training.composing import compose_query_keys
 from nybble.training.convert import convert
 from nybble.training.methods import Given, Place, StagedMethod
 from nybble.training.objective import make_losses, needs_teacher
@@ -43,7 +44,8 @@ class QatOptions:
     own. ``teacher``: the ``float`` network, or that of the ``stage`` before. ``inherit``: what learned in one stage
     goes on in the next, where it has the same shape. ``activation``: of the trained network in place of its own, a name
     that transformers has (``relu``). ``float_head``: an output head that shares the embeddings' table gets a float one
-    of its own. ``callbacks``: what looks at weights at every update, by name a mapping of its options.
+    of its own. ``query_key``: one weight for queries and keys of a vision transformer. ``callbacks``: what looks at
+    weights at every update, by name a mapping of its options.
     """
 
     learned: Mapping[str, Any] = field(default_factory=dict)
@@ -55,6 +57,7 @@ class QatOptions:
     inherit: bool = True
     activation: str = ""
     float_head: bool = False
+    query_key: bool = False
     callbacks: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -140,8 +143,10 @@ def _change(model: nn.Module, given: Given) -> None:
         use_activation(model, options.activation)
     if options.float_head:
         untie_head(model)
-        if given.before is not None:  # its head has a table of its own already
-            model.load_state_dict(float_values(given.before), strict=False)
+    if options.query_key:
+        compose_query_keys(model)
+    if given.before is not None and (options.float_head or options.query_key):  # which has these already
+        model.load_state_dict(float_values(given.before), strict=False)
 
 
 def _scheme(options: QatOptions, scheme: Scheme, stage: int) -> Scheme:
