@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nybble.core.errors import FileError, ModelError, did_you_mean
 from nybble.core.guard import reading
+from nybble.models.own import register_own
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -91,6 +92,8 @@ def make_config(raw: dict[str, Any], place: str) -> PreTrainedConfig:
     model_type = clean.pop("model_type", None)
     if not isinstance(model_type, str):
         raise ModelError(f"{place} has no model_type; transformers can't tell what kind of model it is.")
+    if model_type not in CONFIG_MAPPING:
+        register_own()
     with reading(place):
         known = sorted(CONFIG_MAPPING.keys())
         if model_type not in known:
