@@ -31,6 +31,7 @@ from nybble.core.files import atomic_write_json, free_bytes
 from nybble.core.progress import Progress, Silent
 from nybble.core.progress import task as said
 from nybble.core.seeds import derive_seed, generator
+from nybble.training.coreset import Coreset, CoresetOptions
 from nybble.training.memory import keeping
 from nybble.training.objective import Objective
 from nybble.training.optimizers import make_optimizer, state_bytes
@@ -70,6 +71,8 @@ def train(
     objective: Objective | None = None,
     groups: Sequence[Mapping[str, Any]] | None = None,
     mixed: bool = False,
+    coreset: CoresetOptions | None = None,
+    teacher: nn.Module | None = None,
 ) -> Run:
     """Train what wants gradients in ``model``.
 
@@ -83,6 +86,8 @@ def train(
         objective: what is minimised; left out: the loss that the model has of the labels.
         groups: of parameters, for the optimizer; left out: one of all that want gradients.
         mixed: weights are float32, and multiplied in the settings' dtype.
+        coreset: which part of the rows is trained on; left out: all.
+        teacher: the float network that scores of a coreset compare with.
 
     Raises:
         LearningError: a loss that is no number; names the update. FileError: a checkpoint can't be written or read.
@@ -93,6 +98,12 @@ def train(
     task = task or TASKS.get("language")
     optimizer = make_optimizer(settings.optimizer, model, settings.lr, groups)
     check_alone(model)
+    kept = None
+    if coreset is not None:
+        kept = Coreset(
+            coreset, task, rows, model=model, teacher=teacher, epochs=_epochs(settings, coreset, task.classes_of(rows)),
+            seed=settings.seed, folder=checkpoints,
+        )  # fmt: skip
     again = settings.checkpointing and _forgets(model)
     if settings.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -108,6 +119,7 @@ def train(
             lengths=[task.length(row) for row in rows],
             objective=objective,
             augment=task.augmentation(settings.augment, rows),
+            coreset=kept,
         )
         _listen(trainer, folder / "logs", last)
         with said(progress, trainer.total, "training"):
@@ -123,6 +135,12 @@ def train(
     curve = [(int(entry["step"]), float(entry["loss"])) for entry in logged]
     losses = {name: [float(entry[f"loss_{name}"]) for entry in logged] for name in trainer.losses}
     return Run(steps=trainer.state.global_step, curve=curve, losses=losses, memory=ranks.lead_says(memory))
+
+
+def _epochs(settings: TrainSettings, coreset: CoresetOptions, labels: list[int]) -> int:
+    """How many the run has, over the examples that are kept."""
+    updates = -(-sum(coreset.sizes(labels).values()) // (settings.batch * settings.accumulate))
+    return settings.epochs if settings.steps is None else -(-settings.steps // updates)
 
 
 def _forgets(model: Any) -> bool:
@@ -207,10 +225,11 @@ class _Loop(Trainer):
         lengths: list[int],
         objective: Objective | None,
         augment: Augment | None,
+        coreset: Coreset | None,
         **given: Any,
     ) -> None:
         super().__init__(**given)
-        self.augment = augment
+        self.augment, self.coreset = augment, coreset
         self.settings, self.notes, self.lengths = settings, notes, lengths
         self.objective: Objective | None = objective
         self.losses = [] if objective is None or len(objective.losses) < 2 else [each[0] for each in objective.losses]
@@ -229,7 +248,7 @@ class _Loop(Trainer):
         return self.settings.steps or self.settings.epochs * per_epoch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return _ByLength(self.lengths, self.settings)
+        return _ByLength(self.lengths, self.settings, self.coreset)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *given: Any, **more: Any) -> Any:
         if self.objective is None:
@@ -313,17 +332,21 @@ class _Loop(Trainer):
 class _ByLength(Sampler[int]):
     """Examples of about one length in an update, the longest first; each epoch's order is its own and known ahead."""
 
-    def __init__(self, lengths: list[int], settings: TrainSettings) -> None:
+    def __init__(self, lengths: list[int], settings: TrainSettings, coreset: Coreset | None = None) -> None:
         self.lengths, self.together, self.seed = lengths, settings.batch * settings.accumulate, settings.seed
-        self.epoch = 0
+        self.epoch, self.coreset = 0, coreset
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) if self.coreset is None else self.coreset.size
 
     def __iter__(self) -> Iterator[int]:
         order = generator(self.seed, "train", "order", str(self.epoch))
         grouped: Any = get_length_grouped_indices
-        return iter(grouped(self.lengths, self.together, generator=order))
+        if self.coreset is None:
+            return iter(grouped(self.lengths, self.together, generator=order))
+        kept = self.coreset.of_epoch(self.epoch)
+        lengths = [self.lengths[at] for at in kept]
+        return iter(kept[i] for i in grouped(lengths, self.together, generator=order))
 
     def set_epoch(self, epoch: int) -> None:
         """Called by whoever counts epochs."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nybble.core.registry import Registry
 from nybble.quantizer import Quantizer
 from nybble.scheme import Scheme
+from nybble.training.coreset import CoresetOptions
 from nybble.training.recipe import METHOD
 
 
@@ -110,6 +111,10 @@ class Method(ABC):
     def losses(self, options: Any) -> Mapping[str, Any]:
         """What the network is told: losses by name, each a weight or a mapping of one and options; empty: its task."""
         return {}
+
+    def coreset(self, options: Any) -> CoresetOptions | None:
+        """Which part of the examples is trained on; None: all."""
+        return None
 
     def taught_by_stage(self, options: Any) -> bool:
         """Whether the teacher of a stage is the network of the one before, and not the float one."""

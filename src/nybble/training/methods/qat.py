@@ -21,6 +21,7 @@ from nybble.nn.kinds.tied import untie_head
 from nybble.scheme import Scheme, parse_scheme
 from nybble.training.activation import check_activation, use_activation
 from nybble.training.convert import convert
+from nybble.training.coreset import CoresetOptions
 from nybble.training.methods import Given, Method, Place
 from nybble.training.objective import make_losses
 from nybble.training.prepare import ROLES, learning_groups, prepare
@@ -41,7 +42,8 @@ class QatOptions:
     own. ``teacher``: the ``float`` network, or that of the ``stage`` before. ``inherit``: what learned in one stage
     goes on in the next, where it has the same shape. ``activation``: of the trained network in place of its own, a name
     that transformers has (``relu``). ``float_head``: an output head that shares the embeddings' table gets a float one
-    of its own.
+    of its own. ``coreset``: a part of the examples that is trained on, chosen again every few epochs
+    (:class:`nybble.training.coreset.CoresetOptions`); left out: all.
     """
 
     learned: Mapping[str, Any] = field(default_factory=dict)
@@ -53,6 +55,7 @@ class QatOptions:
     inherit: bool = True
     activation: str = ""
     float_head: bool = False
+    coreset: CoresetOptions | None = None
 
 
 class Qat(Method):
@@ -68,6 +71,8 @@ class Qat(Method):
             _parts(options, stage)
         if options.teacher == "stage" and not options.stages:
             raise UsageError("teacher: stage is the network of the stage before, and there is one stage; say float.")
+        if options.coreset is not None:
+            options.coreset.check()
         if options.activation:
             check_activation(options.activation)
         for name, rate in options.rates.items():
@@ -99,6 +104,9 @@ class Qat(Method):
 
     def losses(self, options: QatOptions) -> Mapping[str, Any]:  # noqa: D102
         return options.losses
+
+    def coreset(self, options: QatOptions) -> CoresetOptions | None:  # noqa: D102
+        return options.coreset
 
     def taught_by_stage(self, options: QatOptions) -> bool:  # noqa: D102
         return options.teacher == "stage"
