@@ -44,9 +44,11 @@ from nybble.scheme import PRESETS as SCHEMES
 from nybble.scheme import Rule, Scheme
 from nybble.training import steps as training_steps
 from nybble.training.callbacks import CALLBACKS
+from nybble.training.coreset import CoresetOptions
 from nybble.training.losses import LOSSES
 from nybble.training.methods import METHODS
 from nybble.training.recipe import listed_training_recipes
+from nybble.training.scores import SCORES
 from nybble.training.settings import TrainSettings
 from nybble.training.tasks import TASKS, Task
 from nybble.two_sets import TWO_SETS
@@ -426,6 +428,19 @@ def train_settings() -> str:
     return table(("setting", "kind", "default", "meaning"), _options(TrainSettings), numbers=False)
 
 
+def coreset_options() -> str:
+    """Which part of the examples is trained on."""
+    return table(("option", "kind", "default", "meaning"), _options(CoresetOptions), numbers=False)
+
+
+def coreset_scores() -> str:
+    """What examples are chosen by."""
+    rows = [
+        [f"`{name}`", _markdown(part.summary), "yes" if part.taught else "no"] for name, part in _parts(SCORES).items()
+    ]
+    return table(("score", "what", "needs a teacher"), rows, numbers=False)
+
+
 def targets() -> str:
     """All export targets: what each is, what may stand behind its colon, what it loses."""
     rows = []
@@ -460,6 +475,6 @@ TABLES: dict[str, Callable[[], str]] = {
         scheme_keys, scheme_presets, two_sets, recipes, transform_steps, solver_steps, reconstruction_options,
         reconstruction_steps, learned_parts, learned_transforms, train_steps, correction_options, correction_steps,
         targets, target_rows, optimizers, optimizer_presets, train_recipes, train_methods, train_settings,
-        train_losses, train_callbacks, train_tasks,
+        train_losses, train_callbacks, train_tasks, coreset_options, coreset_scores,
     )
 }  # fmt: skip

@@ -14,9 +14,14 @@ from benchmarks import small_models
 from tests.parts.data.test_images import write_idx
 
 import nybble
+from nybble.core.progress import Silent
 from nybble.data.images import image_samples, preparation_for
+from nybble.data.samples import InMemory
 from nybble.eval import classification, classify
 from nybble.training.tasks import TASKS, task_of
+
+SIZES = {"resnet18": 11.2, "mobilenetv2": 2.2, "deit": 5.4, "detector": 0.2, "separator": 0.2}  # millions
+KEYS = {"detector": "detection", "separator": "separation"}
 
 
 @pytest.fixture
@@ -45,16 +50,29 @@ def test_a_folder_that_tells_what_it_is(monkeypatch: pytest.MonkeyPatch, images:
     held = image_samples(str(images / "t10k-images-idx3-ubyte.gz"), wants, samples=None)
     assert held.labels is not None
     found = classification(classify(model, held.pixel_values), None, held.labels)
-    assert about["top1"] == found["top1"] and about["steps"] == 2 and about["test"]["used"] == 10
+    assert about["held out"] == found and about["steps"] == 2 and about["test"]["used"] == 10
     made(monkeypatch, "mobilenetv2", tmp_path / "b", *words)
     made(monkeypatch, "mobilenetv2", tmp_path / "c", *words, "--seed", "1")
     a, b, c = ((tmp_path / each / "model.safetensors").read_bytes() for each in "abc")
     assert a == b != c
 
 
-@pytest.mark.parametrize(("name", "millions"), [("resnet18", 11.2), ("mobilenetv2", 2.2), ("deit", 5.4)])
-def test_sizes_as_published(name: str, millions: float) -> None:
+@pytest.mark.parametrize("name", ["detector", "separator"])
+def test_those_of_drawn_examples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    """What made.json says is what the task measures of the folder."""
+    about = made(monkeypatch, name, tmp_path / "a", "--steps", "2", "--batch", "2", "--train", "6", "--test", "4")
+    model, _ = nybble.load(tmp_path / "a", dtype="float32")
+    task, origin = task_of(model, name), InMemory(model.config)
+    rows = task.load(about["test"]["source"], origin, model, 1, "evaluation").rows
+    assert task.measure(model, origin, rows, 50, Silent()) == about["held out"]
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    list(SIZES.items()),
+)
+def test_sizes(name: str, millions: float) -> None:
     with torch.device("meta"):
         model = small_models.KINDS[name].make()
-    assert TASKS.key_of(task_of(model, name)) == "images"
+    assert TASKS.key_of(task_of(model, name)) == KEYS.get(name, "images")
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions

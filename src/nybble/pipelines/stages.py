@@ -180,18 +180,20 @@ class Trainer:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         which = f"stage {stage + 1} of {self.stages}: " if self.stages > 1 else ""
         count, unit = len(job.examples.rows), job.task.unit
-        say(f"{which}{trainable:,} parameters train on {count:,} examples of {job.examples.targets:,} {unit}")
+        part = "" if (coreset := job.method.coreset(job.options)) is None else f"{100 * coreset.fraction:g} % of "
+        say(f"{which}{trainable:,} parameters train on {part}{count:,} examples of {job.examples.targets:,} {unit}")
         parts = dict(job.method.parts(model))
         folder = self.partial if stage + 1 == self.stages else self._at(stage, "run")
         folder.mkdir(parents=True, exist_ok=True)
         given = job.method.losses(job.options)
-        objective = Objective(job.task, make_losses(given), self._teacher(stage)) if given else None
+        teacher = self._teacher(stage)
+        objective = Objective(job.task, make_losses(given), teacher if job.taught else None) if given else None
         acting = job.method.callbacks(model, job.options)
         with nullcontext() if objective is None else objective.served(model):
             run = train(
                 model, job.examples.rows, job.settings, folder, self.progress, task=job.task, objective=objective,
                 groups=job.method.groups(model, job.options, job.settings.lr), callbacks=acting,
-                mixed=not job.method.packs,
+                mixed=not job.method.packs, coreset=coreset, teacher=teacher,
             )  # fmt: skip
         curve = [list(point) for point in run.curve]
         return model, {

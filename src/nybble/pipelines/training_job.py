@@ -116,11 +116,17 @@ class Job:
 
     @property
     def teacher(self) -> str | None:
-        """The float network, where a loss compares with it."""
-        losses = self.method.losses(self.options)
-        if not losses or not needs_teacher(make_losses(losses)):
+        """The float network, where a loss, or the choice of examples, compares with it."""
+        coreset = self.method.coreset(self.options)
+        if not self.taught and not (coreset is not None and coreset.taught):
             return None
         return self.asked.teacher or self.model
+
+    @property
+    def taught(self) -> bool:
+        """Whether a loss compares with the float network."""
+        losses = self.method.losses(self.options)
+        return bool(losses) and needs_teacher(make_losses(losses))
 
     @property
     def known(self) -> list[Quantizer]:
@@ -209,6 +215,9 @@ def checked(asked: Asked, settings: TrainSettings) -> Job:
         raise UsageError(f"{asked.model} makes no texts of its own; give --data SRC.")
     given = None if own is not None else task.load(asked.data, origin, described, settings.seq_len, "calibration")
     task.augmentation(settings.augment, () if given is None else given.rows)  # all that can be wrong with its line
+    coreset = method.coreset(options)
+    if coreset is not None:
+        coreset.sizes(task.classes_of(() if given is None else given.rows))
     return Job(
         asked=asked, method=method, options=options, scheme=scheme, line=line, settings=settings, task=task,
         origin=origin, given=given, own=own, judged=judged, dtype=_dtype(origin.config),

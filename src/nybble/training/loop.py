@@ -33,6 +33,7 @@ from nybble.core.progress import Progress, Silent
 from nybble.core.progress import task as said
 from nybble.core.seeds import derive_seed, generator
 from nybble.training.callbacks import Acting
+from nybble.training.coreset import Coreset, CoresetOptions
 from nybble.training.memory import keeping
 from nybble.training.objective import Objective
 from nybble.training.optimizers import make_optimizer, state_bytes
@@ -75,6 +76,8 @@ def train(
     groups: Sequence[Mapping[str, Any]] | None = None,
     callbacks: Mapping[str, Acting] | None = None,
     mixed: bool = False,
+    coreset: CoresetOptions | None = None,
+    teacher: nn.Module | None = None,
 ) -> Run:
     """Train what wants gradients in ``model``.
 
@@ -89,6 +92,8 @@ def train(
         groups: of parameters, for the optimizer; left out: one of all that want gradients.
         callbacks: look at the weights at every update; by name.
         mixed: weights are float32, and multiplied in the settings' dtype.
+        coreset: which part of the rows is trained on; left out: all.
+        teacher: the float network that scores of a coreset compare with.
 
     Raises:
         LearningError: a loss that is no number; names the update. FileError: a checkpoint can't be written or read.
@@ -99,6 +104,12 @@ def train(
     task = task or TASKS.get("language")
     optimizer = make_optimizer(settings.optimizer, model, settings.lr, groups)
     check_alone(model)
+    kept = None
+    if coreset is not None:
+        kept = Coreset(
+            coreset, task, rows, model=model, teacher=teacher, epochs=_epochs(settings, coreset, task.classes_of(rows)),
+            seed=settings.seed, folder=checkpoints,
+        )  # fmt: skip
     again = settings.checkpointing and _forgets(model)
     if settings.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -115,6 +126,7 @@ def train(
             objective=objective,
             augment=task.augmentation(settings.augment, rows),
             acting=callbacks or {},
+            coreset=kept,
         )
         _listen(trainer, folder / "logs", last)
         with said(progress, trainer.total, "training"):
@@ -136,6 +148,12 @@ def train(
     return Run(
         steps=trainer.state.global_step, curve=curve, losses=losses, watched=watched, memory=ranks.lead_says(memory)
     )
+
+
+def _epochs(settings: TrainSettings, coreset: CoresetOptions, labels: list[int]) -> int:
+    """How many the run has, over the examples that are kept."""
+    updates = -(-sum(coreset.sizes(labels).values()) // (settings.batch * settings.accumulate))
+    return settings.epochs if settings.steps is None else -(-settings.steps // updates)
 
 
 def _forgets(model: Any) -> bool:
@@ -214,10 +232,10 @@ class _Loop(Trainer):
 
     def __init__(
         self, *, settings: TrainSettings, notes: Path, lengths: list[int], objective: Objective | None,
-        augment: Augment | None, acting: Mapping[str, Acting], **given: Any,
+        augment: Augment | None, acting: Mapping[str, Acting], coreset: Coreset | None, **given: Any,
     ) -> None:  # fmt: skip
         super().__init__(**given)
-        self.augment, self.acting = augment, acting
+        self.augment, self.acting, self.coreset = augment, acting, coreset
         self.add_callback(_Acts(acting, lambda: self.progress))
         self.settings, self.notes, self.lengths = settings, notes, lengths
         self.objective: Objective | None = objective
@@ -242,7 +260,7 @@ class _Loop(Trainer):
         return self.state.global_step / max(1, self.total - 1)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return _ByLength(self.lengths, self.settings)
+        return _ByLength(self.lengths, self.settings, self.coreset)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *given: Any, **more: Any) -> Any:
         if self.objective is None:
@@ -354,17 +372,21 @@ def _whole(checkpoint: str | None, *names: str) -> Iterator[None]:
 class _ByLength(Sampler[int]):
     """Examples of about one length in an update, the longest first; each epoch's order is its own and known ahead."""
 
-    def __init__(self, lengths: list[int], settings: TrainSettings) -> None:
+    def __init__(self, lengths: list[int], settings: TrainSettings, coreset: Coreset | None = None) -> None:
         self.lengths, self.together, self.seed = lengths, settings.batch * settings.accumulate, settings.seed
-        self.epoch = 0
+        self.epoch, self.coreset = 0, coreset
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) if self.coreset is None else self.coreset.size
 
     def __iter__(self) -> Iterator[int]:
         order = generator(self.seed, "train", "order", str(self.epoch))
         grouped: Any = get_length_grouped_indices
-        return iter(grouped(self.lengths, self.together, generator=order))
+        if self.coreset is None:
+            return iter(grouped(self.lengths, self.together, generator=order))
+        kept = self.coreset.of_epoch(self.epoch)
+        lengths = [self.lengths[at] for at in kept]
+        return iter(kept[i] for i in grouped(lengths, self.together, generator=order))
 
     def set_epoch(self, epoch: int) -> None:
         """Called by whoever counts epochs."""

@@ -14,7 +14,7 @@ from tests.parts.microcontroller.test_project import compiles
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from nybble.core.errors import FileError, ModelError, UsageError
-from nybble.models.microcontroller import MicrocontrollerConfig, MicrocontrollerForImageClassification
+from nybble.models.own.microcontroller import MicrocontrollerConfig, MicrocontrollerForImageClassification
 from nybble.pipelines.export import export
 from nybble.pipelines.quantize import quantize
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nybble.core.errors import FileError, ModelError, did_you_mean
 from nybble.core.guard import reading
+from nybble.models.own import register_own
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -72,13 +73,6 @@ def _check_timm(config: dict[str, Any], place: str) -> None:
         raise FileError(f"{place}: model_args may hold numbers only, and has {bad or ['pretrained']}.")
 
 
-def own_configs() -> dict[str, Any]:
-    """Config classes of models that nybble itself has, by model type."""
-    from nybble.models.microcontroller import CONFIGS
-
-    return dict(CONFIGS)
-
-
 def make_config(raw: dict[str, Any], place: str) -> PreTrainedConfig:
     """Build the transformers config that ``raw`` describes.
 
@@ -98,14 +92,11 @@ def make_config(raw: dict[str, Any], place: str) -> PreTrainedConfig:
     model_type = clean.pop("model_type", None)
     if not isinstance(model_type, str):
         raise ModelError(f"{place} has no model_type; transformers can't tell what kind of model it is.")
+    if model_type not in CONFIG_MAPPING:
+        register_own()
     with reading(place):
-        own: Any = own_configs()
-        if model_type in own:
-            made: PreTrainedConfig = own[model_type].from_dict(clean)
-            return made
-        known = sorted([*CONFIG_MAPPING.keys(), *own])
-        if model_type not in known:
-            hint = did_you_mean(model_type, known)
+        if model_type not in CONFIG_MAPPING:
+            hint = did_you_mean(model_type, sorted(CONFIG_MAPPING.keys()))
             hint = hint if "Did you" in hint else " A newer transformers may know it; code in the folder is never run."
             raise ModelError(f"{place}: model_type {model_type!r} is unknown to the installed transformers.{hint}")
         _check_timm(clean, place)

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from nybble.core.errors import ModelError
 from nybble.core.guard import reading
+from nybble.models.own import own_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -38,9 +39,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
         raise ModelError(f"architectures is {names!r}; a list of class names is needed.")
     if names:
-        from nybble.models.microcontroller import MODELS
-
-        found: Any = MODELS.get(names[0], getattr(transformers, names[0], None))
+        found: Any = getattr(transformers, names[0], None) or own_class(names[0])
         is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
         if not is_model or not isinstance(config, getattr(found, "config_class", None) or ()):
             raise ModelError(f"architecture {names[0]!r} is not a transformers class for {config.model_type!r} models.")

@@ -19,6 +19,7 @@ from nybble.core.registry import Registry
 from nybble.quantizer import Quantizer
 from nybble.scheme import Scheme
 from nybble.training.callbacks import Acting
+from nybble.training.coreset import CoresetOptions
 from nybble.training.recipe import METHOD
 
 
@@ -91,6 +92,10 @@ class Method(ABC):
     def losses(self, options: Any) -> Mapping[str, Any]:
         """What the network is told: losses by name, each a weight or a mapping of one and options; empty: its task."""
         return {}
+
+    def coreset(self, options: Any) -> CoresetOptions | None:
+        """Which part of the examples is trained on; None: all."""
+        return None
 
     def groups(self, model: nn.Module, options: Any, lr: float) -> list[dict[str, Any]] | None:
         """Parameters for an optimizer, as torch takes them, where some have a rate of their own; None: all alike."""

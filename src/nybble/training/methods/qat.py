@@ -24,6 +24,7 @@ from nybble.training.callbacks import Acting, Callback
 from nybble.training.callbacks import make_part as make_callback
 from nybble.training.composing import compose_query_keys
 from nybble.training.convert import convert
+from nybble.training.coreset import CoresetOptions
 from nybble.training.methods import Given, Place, StagedMethod
 from nybble.training.objective import make_losses, needs_teacher
 from nybble.training.prepare import ROLES, learning_groups, prepare
@@ -45,7 +46,8 @@ class QatOptions:
     goes on in the next, where it has the same shape. ``activation``: of the trained network in place of its own, a name
     that transformers has (``relu``). ``float_head``: an output head that shares the embeddings' table gets a float one
     of its own. ``query_key``: one weight for queries and keys of a vision transformer. ``callbacks``: what looks at
-    weights at every update, by name a mapping of its options.
+    weights at every update, by name a mapping of its options. ``coreset``: a part of the examples that is trained on,
+    chosen again every few epochs (:class:`nybble.training.coreset.CoresetOptions`); left out: all.
     """
 
     learned: Mapping[str, Any] = field(default_factory=dict)
@@ -59,6 +61,7 @@ class QatOptions:
     float_head: bool = False
     query_key: bool = False
     callbacks: Mapping[str, Any] = field(default_factory=dict)
+    coreset: CoresetOptions | None = None
 
 
 class Qat(StagedMethod):
@@ -78,6 +81,8 @@ class Qat(StagedMethod):
             raise UsageError(
                 "teacher: stage has nothing to teach: no loss compares with it; name logits, or say float."
             )
+        if options.coreset is not None:
+            options.coreset.check()
         if options.activation:
             check_activation(options.activation)
         _callbacks(options)
@@ -114,6 +119,9 @@ class Qat(StagedMethod):
 
     def losses(self, options: QatOptions) -> Mapping[str, Any]:  # noqa: D102
         return options.losses
+
+    def coreset(self, options: QatOptions) -> CoresetOptions | None:  # noqa: D102
+        return options.coreset
 
     def taught_by_stage(self, options: QatOptions) -> bool:  # noqa: D102
         return options.teacher == "stage"

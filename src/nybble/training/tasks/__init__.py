@@ -91,6 +91,14 @@ class Task(ABC):
             raise UsageError(f"augment {line!r}: {self.summary} have no augmentation; leave it out.")
         return None
 
+    def classes_of(self, rows: Sequence[Row]) -> list[int]:
+        """The class of each example, of tasks whose examples have one each: logits are [examples, classes] there.
+
+        Raises:
+            UsageError: they don't.
+        """
+        raise UsageError(f"a coreset is chosen among examples with a class each, and {self.summary} have none.")
+
     @abstractmethod
     def length(self, row: Row) -> int:
         """How long an example is: those of about one length share an update. 1 where all are alike."""

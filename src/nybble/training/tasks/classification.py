@@ -37,6 +37,9 @@ class Classification(SequenceTask):
             )
         return self.read(src, origin, model, class_reader(class_names(asked.config)), seq_len)
 
+    def classes_of(self, rows: Sequence[Row]) -> list[int]:  # noqa: D102
+        return [row["label"] for row in rows]
+
     def measure(  # noqa: D102
         self, model: nn.Module, origin: Origin, rows: Sequence[Row], batch: int, progress: Progress
     ) -> dict[str, float]:

@@ -59,6 +59,9 @@ class Images(Task):
             return None
         return lambda batch, drawn: {**batch, "pixel_values": moves(batch["pixel_values"], drawn)}
 
+    def classes_of(self, rows: Sequence[Row]) -> list[int]:  # noqa: D102
+        return [row["label"] for row in rows]
+
     def length(self, row: Row) -> int:  # noqa: D102
         return 1
 

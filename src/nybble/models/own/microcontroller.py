@@ -20,7 +20,7 @@ class MicrocontrollerConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         c_train: options of the export target of that name.
     """
 
-    model_type = "nybble_microcontroller"
+    model_type = "nybble-microcontroller"
 
     def __init__(self, **options: Any) -> None:
         self.network: str = options.pop("network", "resnet8")
@@ -54,5 +54,4 @@ class MicrocontrollerForImageClassification(PreTrainedModel):
         return ImageClassifierOutput(logits=self.classifier(self.net(pixel_values)))
 
 
-CONFIGS = {MicrocontrollerConfig.model_type: MicrocontrollerConfig}
-MODELS = {cls.__name__: cls for cls in (MicrocontrollerForImageClassification,)}
+PART = MicrocontrollerForImageClassification
