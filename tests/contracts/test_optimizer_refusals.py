@@ -160,7 +160,7 @@ def test_a_group_gets_a_line_that_cannot_cut_a_parameter(fresh: bool, fused: boo
     optimizer.param_groups[0]["state"] = "int8 group=64"
     for p in all_of(optimizer):
         p.grad = torch.ones_like(p)
-    with pytest.raises(GranularityError, match="^c: .*65 columns"):
+    with pytest.raises(GranularityError, match=r"^c: .*65 columns"):
         optimizer.step()
     optimizer.param_groups[0]["state"] = old
     assert same(frozen(optimizer), before)

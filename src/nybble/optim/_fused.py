@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from nybble.ops.loader import load_at_first_use
 from nybble.optim._states import Kept, Kind, count_of, encode, quantizer
-from nybble.optim._weights import random_bits
 from nybble.qtensor.block import BlockQTensor
 
 Due = tuple[int, int, Tensor]
@@ -87,7 +86,7 @@ class Launch:
     """What a kernel steps at once.
 
     Attributes:
-        draws: int32 random numbers for each gradient, or None. held: for what a kernel keeps from step to step.
+        draws: the kernel's random numbers for each gradient, or None. held: for what a kernel keeps from step to step.
     """
 
     spec: Spec
@@ -110,6 +109,9 @@ class Kernel(Protocol):
 
     def name(self, spec: Spec) -> str:
         """What is run."""
+
+    def draws(self, params: Sequence[Tensor], generators: Sequence[torch.Generator]) -> list[Tensor]:
+        """The numbers of :func:`nybble.optim._weights.random_bits` for each parameter, as ``run`` reads them."""
 
     def run(self, launch: Launch) -> None:
         """Write parameters, states and residuals in place."""
@@ -198,7 +200,8 @@ class Fused:
         members, grads = [member for member, _, _ in found], [grad for _, grad, _ in found]
         draws = None
         if spec.weights == "stochastic":
-            draws = [random_bits(member.p, optimizer._weight_generator(g, i, step)) for member, _, i in found]
+            generators = [optimizer._weight_generator(g, i, step) for _, _, i in found]
+            draws = kernel.draws([member.p for member in members], generators)
         held = self.held.setdefault((spec, g), {})
         kernel.run(Launch(spec, options, step, members, grads, draws, held))
         torch.autograd.graph.increment_version([member.p for member in members])  # a backward may still need the old
