@@ -42,6 +42,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         if library() is None:
             pytest.skip("no C++ compiler")
         yield "cpu"
+        _asked_again()
         return
     pytest.importorskip("triton", reason="Triton is optional")
     from nybble.kernels import gpu_optim
@@ -50,9 +51,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         root = torch.Tensor.sqrt
         monkeypatch.setattr(torch.Tensor, "sqrt", lambda x: root(x.double()).to(x.dtype))
         monkeypatch.setitem(_fused.find_kernel.kernels, "cpu", gpu_optim.kernel_of)
-    for found in (_forms.forms, _steps.refusal):
-        found.cache_clear()
+    _asked_again()
     yield DEVICE
+    _asked_again()
+
+
+def _asked_again() -> None:
+    """How torch rounds, which a test may have changed."""
     for found in (_forms.forms, _steps.refusal):
         found.cache_clear()
 
@@ -141,6 +146,31 @@ def test_options(rule: str, options: dict[str, Any], device: str) -> None:
     both(rule, device, torch.bfloat16, **options)
 
 
+@pytest.mark.parametrize("weights", ["stochastic", "residual8"])
+@needed
+def test_every_bfloat16(weights: str, device: str) -> None:
+    """Infinities, NaNs and the largest numbers too; a residual of any size beside each; every third, interpreted."""
+    every = 3 if device == "cpu" and "gpu" in str(_fused.find_kernel(CPU)) else 1
+    pair = []
+    for fused in (True, False):
+        p = nn.Parameter(torch.arange(-32768, 32768, every).to(torch.int16).view(torch.bfloat16).to(device))
+        optimizer: Any = REGISTRY.get("sgd")([p], state=None, weights=weights, fused=None if fused else False, lr=1.0)
+        for step in range(2):
+            draw = torch.Generator().manual_seed(step)
+            p.grad = (torch.randn(p.shape, generator=draw) * p.detach().cpu().float() * 2.0**-8).bfloat16().to(device)
+            optimizer.step()
+            if weights == "residual8" and not step:
+                made = torch.arange(p.numel()).remainder(251).sub(125).to(device, torch.int8)
+                optimizer.state[p]["residual"].copy_(made)
+        pair.append(optimizer)
+    assert [bool(x.kernels()[0]["kernel"]) for x in pair] == [True, False]
+    (one,), (other,) = (x.param_groups[0]["params"] for x in pair)
+    finite = ~other.isnan()
+    assert torch.equal(one[finite], other[finite]) and one[~finite].isnan().all()
+    for name, x in flatten(pair[0].state_dict())[0].items():
+        assert torch.equal(x, flatten(pair[1].state_dict())[0][name])
+
+
 @pytest.mark.parametrize("form", [1, 2])
 @needed
 def test_a_division_by_a_number_as_each_torch_does_it(form: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,8 +185,7 @@ def test_a_division_by_a_number_as_each_torch_does_it(form: int, device: str, mo
     monkeypatch.setattr(
         torch.Tensor, "div_", lambda x, y: x.mul_(by(y)) if type(y) is float else divided_in_place(x, y)
     )
-    for found in (_forms.forms, _steps.refusal):
-        found.cache_clear()
+    _asked_again()
     forms = _forms.forms(torch.device(device))
     assert forms is not None and forms.div == form
     both("adamw", device, torch.float32, state=None)

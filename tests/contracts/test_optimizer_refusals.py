@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import nybble.optim
-from nybble.core.errors import FileError, NybbleError, SchemeError, UsageError
+from nybble.core.errors import FileError, GranularityError, NybbleError, SchemeError, UsageError
 from nybble.optim import REGISTRY, LowBitOptimizer, NonFiniteWarning
 
 NAMES = REGISTRY.names()
@@ -147,6 +147,24 @@ def test_groups_that_are_changed_to_what_is_refused(key: str, value: Any, messag
         optimizer.step()
     optimizer.param_groups[0][key] = old
     assert same(frozen(optimizer), before)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_group_gets_a_line_that_cannot_cut_a_parameter(fresh: bool, fused: bool | None) -> None:
+    """The last one's columns; the others have not moved, nor are states begun."""
+    shapes = {"a": (48, 64), "b": (4, 128), "c": (48, 65)}
+    params = [(name, nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
+    optimizer = stepped(build("adamw", params, fused=fused, state="int8 flat=64"), 0, 0 if fresh else 2)
+    before, old = frozen(optimizer), optimizer.param_groups[0]["state"]
+    optimizer.param_groups[0]["state"] = "int8 group=64"
+    for p in all_of(optimizer):
+        p.grad = torch.ones_like(p)
+    with pytest.raises(GranularityError, match=r"^c: .*65 columns"):
+        optimizer.step()
+    optimizer.param_groups[0]["state"] = old
+    assert same(frozen(optimizer), before)
+    stepped(optimizer, 2, 3)
 
 
 def test_a_group_whose_weights_no_longer_fit_its_dtype() -> None:

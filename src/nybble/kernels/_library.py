@@ -126,6 +126,8 @@ def _opened(path: Path) -> ctypes.CDLL:
     found.nybble_decode.restype = ctypes.c_int
     found.nybble_decode.argtypes = (pointer, pointer, number, number, number, number, number, pointer)
     found.nybble_step.restype, found.nybble_step.argtypes = ctypes.c_int, (pointer, number, number, pointer)
+    found.nybble_draw.restype = None
+    found.nybble_draw.argtypes = (pointer, pointer, pointer, number, number, number, pointer)
     found.nybble_whole_isa.restype = found.nybble_whole_knows.restype = found.nybble_whole.restype = ctypes.c_int
     found.nybble_whole_knows.argtypes = (pointer, number)
     found.nybble_whole.argtypes = (

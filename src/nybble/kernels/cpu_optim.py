@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nybble.formats import NumberFormat, get_format
 from nybble.granularity.rank1 import Rank1
+from nybble.kernels._draws import draws
 from nybble.kernels._library import library, team
 from nybble.kernels._rounders import cells
 from nybble.kernels._steps import FIRST, RULES, line_refusal, number_refusal, numbers, place_state, refusal, target_of
@@ -94,6 +95,8 @@ class Steps:
         found = library()
         assert found is not None
         return f"compiled step over all tensors, {_SETS[min(_ISA, found.nybble_isa())]}"
+
+    draws = staticmethod(draws)
 
     def run(self, launch: Launch) -> None:
         """Step all members in one call."""

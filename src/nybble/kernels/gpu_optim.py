@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +39,7 @@ from nybble.kernels._steps import FIRST, RULES, number_refusal, numbers, place_s
 from nybble.optim._forms import forms
 from nybble.optim._fused import Launch, Member, Spec, find_kernel
 from nybble.optim._states import quantizer
-from nybble.optim._weights import WEIGHTS
+from nybble.optim._weights import WEIGHTS, random_bits
 from nybble.qtensor.block import BlockQTensor
 
 WARPS = 4
@@ -116,6 +117,11 @@ class Steps:
         """What is run."""
         passes = "two passes" if self._forms(spec).rank1 else "one pass"
         return f"Triton step over all tensors, {passes}"
+
+    @staticmethod
+    def draws(params: Sequence[Tensor], generators: Sequence[torch.Generator]) -> list[Tensor]:
+        """int32, by the device's generators."""
+        return [random_bits(p, each) for p, each in zip(params, generators, strict=True)]
 
     def run(self, launch: Launch) -> None:
         """Step all members in few launches."""

@@ -213,10 +213,14 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
                         f"{type(self).__name__} looks at whole tensors, and this one is sharded ({span(p)}). Use a "
                         "rule of single elements (AdamW, Adam, Lion, SGD, RMSprop, Adagrad), or leave it replicated."
                     )
-                shapes = self.shapes(local(p), options)
-                for name, line in self._lines(group, p, options).items():
-                    if line is not None:
-                        check_shape(line, shapes[name])
+                self._check_lines(group, p, options)
+
+    def _check_lines(self, group: dict[str, Any], p: Tensor, options: Any) -> None:
+        """Raise GranularityError where a state of this shape can't be cut as its line asks."""
+        shapes = self.shapes(local(p), options)
+        for name, line in self._lines(group, p, options).items():
+            if line is not None:
+                check_shape(line, shapes[name])
 
     def _options(self, group: dict[str, Any]) -> Any:
         """The rule's options of a group, checked as all of it; its ``state`` is whole lines from then on."""
@@ -266,7 +270,8 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
 
         Raises:
             UsageError: a gradient that is sparse or not of floating point, a parameter without numbers (meta), or an
-                option out of range; no parameter has changed then.
+                option out of range; GranularityError: a group was given a ``state`` that can't cut a parameter's. No
+                parameter has changed then.
         """
         if closure is not None and not callable(closure):
             raise UsageError(
@@ -352,7 +357,10 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         ]
 
     def _check_states(self, g: int, i: int, p: Tensor, options: Any) -> None:
-        """Raise UsageError where a parameter has another shape than at its last step."""
+        """Raise UsageError where a parameter has another shape than at its last step.
+
+        GranularityError where its group says a line by now that can't cut its states.
+        """
         state, mine = self.state.get(p, {}), local(p)
         shapes = {**self.shapes(mine, options), "residual": tuple(mine.shape)}
         odd = [name for name, shape in shapes.items() if name in state and tuple(state[name].shape) != shape]
@@ -364,6 +372,8 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
                 "another tensor was put into its place. Build a new optimizer over it, or begin its states again: del "
                 "optimizer.state[p]."
             )
+        with within(self._name(g, i)):
+            self._check_lines(self.param_groups[g], p, options)
 
     def _update(self, g: int, i: int, p: Tensor, options: Any) -> None:
         group, state, mine = self.param_groups[g], self.state[p], local(p)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from nybble.ops.loader import load_at_first_use
 from nybble.optim._states import Kept, Kind, count_of, encode, quantizer
-from nybble.optim._weights import random_bits
 from nybble.qtensor.block import BlockQTensor
 
 Due = tuple[int, int, Tensor]
@@ -87,7 +86,7 @@ class Launch:
     """What a kernel steps at once.
 
     Attributes:
-        draws: int32 random numbers for each gradient, or None. held: for what a kernel keeps from step to step.
+        draws: the kernel's random numbers for each gradient, or None. held: for what a kernel keeps from step to step.
     """
 
     spec: Spec
@@ -110,6 +109,9 @@ class Kernel(Protocol):
 
     def name(self, spec: Spec) -> str:
         """What is run."""
+
+    def draws(self, params: Sequence[Tensor], generators: Sequence[torch.Generator]) -> list[Tensor]:
+        """The numbers of :func:`nybble.optim._weights.random_bits` for each parameter, as ``run`` reads them."""
 
     def run(self, launch: Launch) -> None:
         """Write parameters, states and residuals in place."""
@@ -155,13 +157,19 @@ class Fused:
         rest: list[Due] = []
         launches: dict[tuple[Spec, int, int], list[Any]] = {}
         signatures: dict[int, object] = {}
+        stale: list[Due] = []
         for g, i, p in due:
             if g not in signatures:
                 signatures[g] = _signature(optimizer, g, p, options[g])
-            member, entry = self.members.get((g, i)), optimizer.state.get(p)
-            if member is None or not member.current(p, entry, signatures[g]):
-                member = self._made(optimizer, g, i, p, options[g], signatures[g])
-            grad = p.grad
+            member = self.members.get((g, i))
+            if member is None or not member.current(p, optimizer.state.get(p), signatures[g]):
+                stale.append((g, i, p))
+        for g, i, p in stale:  # all of them, before a state is made or a parameter moves
+            optimizer._check_states(g, i, p, options[g])
+        for g, i, p in stale:
+            self._made(optimizer, g, i, p, options[g], signatures[g])
+        for g, i, p in due:
+            member, grad = self.members[g, i], p.grad
             assert grad is not None
             if member.refused is not None or _unfit(p, grad):
                 rest.append((g, i, p))
@@ -192,25 +200,24 @@ class Fused:
         members, grads = [member for member, _, _ in found], [grad for _, grad, _ in found]
         draws = None
         if spec.weights == "stochastic":
-            draws = [random_bits(member.p, optimizer._weight_generator(g, i, step)) for member, _, i in found]
+            generators = [optimizer._weight_generator(g, i, step) for _, _, i in found]
+            draws = kernel.draws([member.p for member in members], generators)
         held = self.held.setdefault((spec, g), {})
         kernel.run(Launch(spec, options, step, members, grads, draws, held))
         torch.autograd.graph.increment_version([member.p for member in members])  # a backward may still need the old
         torch._foreach_add_([member.entry["step"] for member in members], 1.0)
 
     # ------------------------------------------------------------------------------------------------- one parameter
-    def _made(self, optimizer: Any, g: int, i: int, p: Tensor, options: Any, signature: object) -> Member:
+    def _made(self, optimizer: Any, g: int, i: int, p: Tensor, options: Any, signature: object) -> None:
         """What is known of a parameter from now on; its states are made where there are none."""
-        optimizer._check_states(g, i, p, options)
         group, entry = optimizer.param_groups[g], optimizer.state[p]  # in the order of parameters
         lines = optimizer._lines(group, p, options)
         why, spec = self.judge(optimizer, g, p, lines)
         if why is None:
             why = _state_refusal(entry, lines, p, spec)
         if why is not None:
-            member = Member(p, p.shape, entry, {}, None, 0, spec, signature, why)
-            self.members[g, i] = member
-            return member
+            self.members[g, i] = Member(p, p.shape, entry, {}, None, 0, spec, signature, why)
+            return
         shapes = optimizer.shapes(p, options)
         kept = {
             name: entry[name] if name in entry else encode(p.new_zeros(shape, dtype=torch.float32), lines[name])
@@ -224,7 +231,6 @@ class Fused:
         entry.update(step=step, **kept, **more)
         count = self._slot(optimizer, g, i, p.device)
         self.members[g, i] = Member(p, p.shape, entry, kept, more.get("residual"), count, spec, signature)
-        return self.members[g, i]
 
     def judge(self, optimizer: Any, g: int, p: Tensor, lines: Mapping[str, str | None]) -> tuple[str | None, Spec]:
         """Why the rule steps this parameter, or None; and what it is."""

@@ -15,8 +15,9 @@ namespace {
 #include "inputs_body.inc"
 #include "decoder_body.inc"
 #include "step_body.inc"
+#include "draws_body.inc"
 }  // namespace
-const Set avx512_set = {pick, pick_nibbles, round_blocks, step_chunk, maxima_of, &math};
+const Set avx512_set = {pick, pick_nibbles, round_blocks, step_chunk, maxima_of, next_words, tempered, &math};
 }  // namespace nybble
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -362,17 +362,29 @@ int nybble_decode(const Decoder* given, float* x, int64_t m, int64_t position, i
     return failed;
 }
 
-// A step of all tensors of a launch, in place; 0, or 1 where there is no memory, and then some may have been stepped.
-int nybble_step(const StepJob* job, int64_t threads, int64_t isa, Parallel parallel) {
-    StepPart step = portable_set.step_chunk, maxima = portable_set.maxima_of;
+const Set& set_of(int64_t isa) {
 #ifdef X86
     const int use = isa < best() ? (int)isa : best();
-    if (use == 3) step = avx512_set.step_chunk, maxima = avx512_set.maxima_of;
-    else if (use == 2) step = avx2_set.step_chunk, maxima = avx2_set.maxima_of;
+    if (use == 3) return avx512_set;
+    if (use == 2) return avx2_set;
 #endif
+    return portable_set;
+}
+
+// The lower 16 bits of the first counts[i] numbers of a Mersenne Twister of seeds[i] -> outs[i].
+void nybble_draw(const uint64_t* seeds, const int64_t* counts, uint16_t* const* outs, int64_t tensors, int64_t threads,
+                 int64_t isa, Parallel parallel) {
+    DrawWork work = {seeds, counts, outs, tensors, 0, &set_of(isa)};
+    if (threads > 1 && parallel && tensors > 1) parallel(draw_part, &work, (unsigned)threads, 0);
+    else draw_part(&work);
+}
+
+// A step of all tensors of a launch, in place; 0, or 1 where there is no memory, and then some may have been stepped.
+int nybble_step(const StepJob* job, int64_t threads, int64_t isa, Parallel parallel) {
+    const Set& set = set_of(isa);
     const bool rank1 = job->two.kind == RANK1;
     for (int pass = rank1 ? 0 : 1; pass < 2; ++pass) {
-        StepWork work = {job, pass ? step : maxima, 0, 0};
+        StepWork work = {job, pass ? set.step_chunk : set.maxima_of, 0, 0};
         if (threads > 1 && parallel && job->items > 1) parallel(step_part, &work, (unsigned)threads, 0);
         else step_part(&work);
         if (work.failed) return 1;
