@@ -165,7 +165,7 @@ def _vllm(place: Placed) -> tuple[Takes, ...]:
 
     None of a table, which it looks up in float alone: its pull request 45535 was open in November 2026.
     """
-    return () if place.embedding else rows_for(place.scheme)
+    return () if place.embedding else rows_for(place.scheme, head=place.head)
 
 
 def _kv_scales(source: Source, model: Any) -> dict[str, Planned]:

@@ -409,6 +409,14 @@ def test_the_table_names_a_source_for_every_row() -> None:
     assert [row.since for row in rows_for(places[0].scheme)] == ["0.5.1"]
 
 
+def test_a_packed_head_needs_a_later_vllm(tmp_path: Path) -> None:
+    scheme = {"rules": [{"targets": ["Linear"], "weights": "int4 group=32"}], "ignore": []}
+    quantize(str(model("mistral")), "rtn", scheme=scheme, target=TARGET, out=tmp_path / "q")
+    found = export(tmp_path / "q", tmp_path / "d", TARGET, check=True)
+    said = [(row["weights"], row["since"], row["source"].rsplit("/")[-1]) for row in found["check"]["runtimes"]]
+    assert said[0][1] == "0.5.1" and said[1:] == [("every scheme above, of `lm_head`", "", "37291")]
+
+
 @pytest.mark.parametrize("line", ["int8 channel", "int4 group=32 scale_format=float32"])
 def test_scales_have_the_models_dtype(line: str, tmp_path: Path) -> None:
     """Runtimes cast those of integers to it: in float32 they would multiply with others than were calibrated."""
