@@ -117,6 +117,8 @@ def test_files_at_once(folder: Path, tmp_path: Path) -> None:
     assert f"nybble export {out} DEST --target dense writes the files that dense means" in said
     load(out)
     assert inspect(out)["bytes"]["exported"] == done["files"][FILE]
+    inside = export(out, out / "more" / "dense", "dense")
+    assert inside["source_bytes"] == sum(path.stat().st_size for path in out.iterdir() if path.is_file())
     export(out, tmp_path / "again", "gguf:q4_k_m")
     assert (tmp_path / "again" / FILE).read_bytes() == (out / "gguf" / FILE).read_bytes()
     assert quantize(folder, "rtn", target=asked)[1].exported == ()
