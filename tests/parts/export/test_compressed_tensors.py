@@ -25,6 +25,7 @@ from nybble.export._ct_config import form_of
 from nybble.export._ct_layers import placed
 from nybble.export._ct_takes import TAKES, rows_for
 from nybble.export._source import FolderSource
+from nybble.models.sources.open import open_source
 from nybble.pipelines.export import export
 from nybble.pipelines.quantize import quantize
 
@@ -415,6 +416,20 @@ def test_a_packed_head_needs_a_later_vllm(tmp_path: Path) -> None:
     found = export(tmp_path / "q", tmp_path / "d", TARGET, check=True)
     said = [(row["weights"], row["since"], row["source"].rsplit("/")[-1]) for row in found["check"]["runtimes"]]
     assert said[0][1] == "0.5.1" and said[1:] == [("every scheme above, of `lm_head`", "", "37291")]
+
+
+@pytest.mark.parametrize(("line", "inputs"), [("nvfp4", ""), ("int4 group=32", ""), ("int8 channel", "int8 token")])
+def test_what_transformers_saves_after_a_forward_is_in_float(line: str, inputs: str, tmp_path: Path) -> None:
+    more = {"activations": inputs} if inputs else {}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(quantized(weights=line, target=TARGET, **more))
+    with torch.no_grad():
+        loaded(torch.ones(1, 4, dtype=torch.long))
+    loaded.save_pretrained(tmp_path / "d")
+    source = open_source(str(tmp_path / "d"))
+    assert "unpack them at a model's first forward" in source.note and "left out" not in source.note
+    assert ("quantized activations too; here they stay in float" in source.note) == bool(inputs)
+    ours = source.model(torch.bfloat16).state_dict()
+    assert all(torch.equal(ours[name], loaded.state_dict()[name]) for name in ours)
 
 
 @pytest.mark.parametrize("line", ["int8 channel", "int4 group=32 scale_format=float32"])
