@@ -331,7 +331,7 @@ def file_type_of(tensors: Sequence[Planned], file_type: str = "", was: int | Non
         file_type: see :func:`plan`.
         was: see :func:`write_gguf`; of matrices that most have another type in, a mixture's name says which.
     """
-    if _all_kept(tensors, was):
+    if _all_kept(was, tensors):
         return file_type_name(was)
     if file_type:
         return file_type.upper().replace("-", "_")
@@ -339,13 +339,13 @@ def file_type_of(tensors: Sequence[Planned], file_type: str = "", was: int | Non
     return max(dict.fromkeys(kinds), key=kinds.count)
 
 
-def _all_kept(tensors: Sequence[Planned], was: int | None) -> TypeGuard[int]:
+def _all_kept(was: int | None, tensors: Sequence[Planned]) -> TypeGuard[int]:
     return bool(file_type_name(was)) and all(tensor.kept for tensor in tensors)
 
 
 def _number(tensors: Sequence[Planned], file_type: str, was: int | None) -> int:
     """``general.file_type``."""
-    return was if _all_kept(tensors, was) else mix(file_type_of(tensors, file_type)).number
+    return was if _all_kept(was, tensors) else mix(file_type_of(tensors, file_type)).number
 
 
 def _data(tensor: Planned, weight: Weight, context: _Context, scales: dict[str, Tensor]) -> Iterator[Any]:
