@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from nybble.core import versions as versions_module
 from nybble.core.errors import FileError, ModelError, SchemeError, UsageError
 from nybble.export import _ct_library as library_module
+from nybble.export import compressed_tensors as target_module
 from nybble.export import get_target
 from nybble.export._ct_config import form_of
 from nybble.export._ct_layers import placed
@@ -408,6 +409,14 @@ def test_the_table_names_a_source_for_every_row() -> None:
     with FolderSource(quantized(weights="int4 group=16")) as source:
         places = placed(source, source.skeleton())
     assert [row.since for row in rows_for(places[0].scheme)] == ["0.5.1"]
+
+
+def test_places_are_worked_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For notes, writing and checking; on a model of many layers that is what a conversion spends."""
+    folder, seen = quantized(weights="int4 group=16"), list[Any]()
+    monkeypatch.setattr(target_module, "placed", lambda *given: seen.append(given) or placed(*given))
+    export(folder, tmp_path / "d", TARGET, check=True)
+    assert len(seen) == 1
 
 
 def test_a_packed_head_needs_a_later_vllm(tmp_path: Path) -> None:

@@ -19,7 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from nybble.checkpoint.account import inspect
 from nybble.core.errors import FileError, ModelError, SchemeError, UsageError
+from nybble.export._source import FolderSource
 from nybble.export.gguf import Gguf, file_stem
+from nybble.models.gguf import write as write_module
+from nybble.models.gguf.qtensors import exact_type
 from nybble.models.sources.gguf_header import read_gguf_header
 from nybble.models.sources.open import open_source
 from nybble.pipelines.convert import convert
@@ -122,6 +125,15 @@ def test_files_at_once(folder: Path, tmp_path: Path) -> None:
     export(out, tmp_path / "again", "gguf:q4_k_m")
     assert (tmp_path / "again" / FILE).read_bytes() == (out / "gguf" / FILE).read_bytes()
     assert quantize(folder, "rtn", target=asked)[1].exported == ()
+
+
+def test_layers_of_one_layout_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(write_module, "exact_type", lambda weight: seen.append(weight) or exact_type(weight))
+    with FolderSource(quantized(weights="q8_0")) as source:
+        weights = [weight for layer in source.layers.values() for weight in layer.weights.values()]
+        Gguf().notes(source)
+    assert len(seen) == len({id(weight) for weight in weights}) < len(weights)
 
 
 def test_no_room_for_them(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

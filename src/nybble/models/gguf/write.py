@@ -108,6 +108,8 @@ def plan(
     """
     name, arch = arch_for(config)
     asked = mix(file_type) if file_type else None
+    stored = {id(weight.stored): weight.stored for weight in weights.values() if weight.stored is not None}
+    exact = {key: exact_type(weight) for key, weight in stored.items()}  # layers of one layout share a description
     found: list[Planned] = []
     shorter: dict[tuple[str, str], list[str]] = {}
     again: dict[tuple[str, str], list[str]] = {}
@@ -115,7 +117,7 @@ def plan(
         target = gguf_name(source, arch)
         if target is None:
             raise ModelError(f"{source} has no place in a GGUF of architecture {name}; use another target.")
-        kind = exact_type(weight.stored) if weight.stored is not None else None
+        kind = exact.get(id(weight.stored))
         if kind is not None:
             found.append(Planned(name=target, source=source, kind=type_name(kind), exact=True, kept=True))
             continue
