@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -413,10 +414,10 @@ def test_the_table_names_a_source_for_every_row() -> None:
 
 def test_places_are_worked_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For notes, writing and checking; on a model of many layers that is what a conversion spends."""
-    folder, seen = quantized(weights="int4 group=16"), list[Any]()
-    monkeypatch.setattr(target_module, "placed", lambda *given: seen.append(given) or placed(*given))
+    folder, seen = quantized(weights="int4 group=16"), Mock(wraps=placed)
+    monkeypatch.setattr(target_module, "placed", seen)
     export(folder, tmp_path / "d", TARGET, check=True)
-    assert len(seen) == 1
+    assert seen.call_count == 1
 
 
 def test_a_packed_head_needs_a_later_vllm(tmp_path: Path) -> None:

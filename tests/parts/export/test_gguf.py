@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -128,12 +129,12 @@ def test_files_at_once(folder: Path, tmp_path: Path) -> None:
 
 
 def test_layers_of_one_layout_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-    monkeypatch.setattr(write_module, "exact_type", lambda weight: seen.append(weight) or exact_type(weight))
+    seen = Mock(wraps=exact_type)
+    monkeypatch.setattr(write_module, "exact_type", seen)
     with FolderSource(quantized(weights="q8_0")) as source:
         weights = [weight for layer in source.layers.values() for weight in layer.weights.values()]
         Gguf().notes(source)
-    assert len(seen) == len({id(weight) for weight in weights}) < len(weights)
+    assert seen.call_count == len({id(weight) for weight in weights}) < len(weights)
 
 
 def test_no_room_for_them(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
