@@ -41,7 +41,7 @@ class Placed:
         scheme: weights, input_activations and output_activations, as arguments; and the ``format``.
         matrix: what its weight is; None where that stays in float.
         untied: whether it is a head that read the embedding's table, and gets a copy.
-        embedding: whether it is a table.
+        embedding: whether it is a table. head: whether it is what gives logits.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Placed:
     matrix: Matrix | None
     untied: bool = False
     embedding: bool = False
+    head: bool = False
 
     def tensors(self, source: Source) -> dict[str, Planned]:
         """What is written, by full name."""
@@ -139,13 +140,14 @@ def placed(source: Source, model: Any) -> list[Placed]:
         scheme = scheme_of(source, model, layer)
         untied = layer.kind.reads_another
         read = table_of(source, model, layer) if untied else layer
-        table = isinstance(model.get_submodule(layer.name), nn.Embedding) if not layer.kind.fused else False
+        module = None if layer.kind.fused else model.get_submodule(layer.name)
+        table, head = isinstance(module, nn.Embedding), module is not None and module is model.get_output_embeddings()
         if not read.weights:
-            found.append(Placed(layer.name, layer.name, layer, scheme, None))
+            found.append(Placed(layer.name, layer.name, layer, scheme, None, head=head))
         for name, prefix, rows in stored_under(source, model, layer, read):
             matrix = Matrix(source, read, prefix, rows, scheme["weights"], scheme["format"], divisors.get(layer.name))
             at = "" if layer.kind.fused else layer.name
-            found.append(Placed(name, at, layer, scheme, matrix, untied, table))
+            found.append(Placed(name, at, layer, scheme, matrix, untied, table, head))
     return found
 
 

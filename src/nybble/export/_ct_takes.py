@@ -127,6 +127,10 @@ _ROWS: tuple[tuple[Callable[[_Said], bool], Takes], ...] = (
     ),
 )  # fmt: skip
 
+HEAD = _vllm(
+    "every scheme above, of `lm_head`", "as there", "all", "", f"{_PULL}37291",
+    "came with that pull request, merged on 30 March 2026; earlier versions take the head for one in float",
+)  # fmt: skip
 _TRANSFORMERS = Takes(
     weights="every scheme of this table, int2 to int8 of any of its granularities, mxfp6",
     inputs="int, float8_e4m3fn, nvfp4, mxfp4, mxfp6, mxfp8; token, tensor, group",
@@ -138,10 +142,16 @@ _TRANSFORMERS = Takes(
     "in one model of fused experts are not loaded",
 )
 
-TAKES: tuple[Takes, ...] = (*(row for _, row in _ROWS), _TRANSFORMERS)
+TAKES: tuple[Takes, ...] = (*(row for _, row in _ROWS), HEAD, _TRANSFORMERS)
 
 
-def rows_for(scheme: Mapping[str, Any]) -> tuple[Takes, ...]:
-    """The rows of vLLM that a layer's scheme is of; none where no vLLM is known to take it."""
+def rows_for(scheme: Mapping[str, Any], *, head: bool = False) -> tuple[Takes, ...]:
+    """The rows of vLLM that a layer's scheme is of; none where no vLLM is known to take it.
+
+    Args:
+        scheme: arguments by side, and the format.
+        head: whether the layer gives logits: vLLM has packed ones since a later version, of any scheme.
+    """
     said = _said(scheme)
-    return () if said is None else tuple(row for fits, row in _ROWS if fits(said))
+    rows = () if said is None else tuple(row for fits, row in _ROWS if fits(said))
+    return (HEAD,) if head and rows else rows

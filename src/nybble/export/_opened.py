@@ -64,6 +64,7 @@ class OpenedSource(Source):
         self._source, self._room = source, room
         self.place = source.spec
         self.title = source.spec.rstrip("/").rsplit("/")[-1].removeprefix("demo:").removesuffix(".gguf")
+        self.file_type = source.file_type if isinstance(source, GgufSource) else None
         packed: Packed = {name: source.described_packed(name) for name in source.packed_names()}
         self._outline = source.outline(_dtype(source, packed))
         model = twin_of(self._outline)

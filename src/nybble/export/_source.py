@@ -60,6 +60,7 @@ class Source(ABC):
         place: where it is. title: what people call the model.
         config: of config.json, without what describes the quantization.
         notes: what of the files is not in the rest, a line each.
+        file_type: ``general.file_type`` as a GGUF file has it, unchecked; None of others, and where codes changed.
         layers: by name. kv: what it caches in. floats: name -> entry of what is stored and belongs to no quantizer.
     """
 
@@ -70,6 +71,7 @@ class Source(ABC):
     kv: KVRecord | None
     floats: Mapping[str, TensorEntry]
     notes: Sequence[str] = ()
+    file_type: int | None = None
 
     @abstractmethod
     def copied(self, name: str) -> Planned:

@@ -54,6 +54,16 @@ class CompressedTensors(ExportTarget):
     takes = TAKES
     rotates = True
 
+    def __init__(self, option: str = "") -> None:
+        super().__init__(option)
+        self._known: tuple[Source, list[Placed]] | None = None
+
+    def _places(self, source: Source) -> list[Placed]:
+        """The modules of the folder, worked out once for notes, writing and checking."""
+        if self._known is None or self._known[0] is not source:
+            self._known = source, placed(source, source.skeleton())
+        return self._known[1]
+
     def require(self, check: bool) -> None:  # noqa: D102
         if check:
             library()
@@ -86,7 +96,7 @@ class CompressedTensors(ExportTarget):
 
     def notes(self, source: Source) -> list[str]:  # noqa: D102
         model = source.skeleton()
-        unserved = [place for place in placed(source, model) if not _vllm(place)]
+        unserved = [place for place in self._places(source) if not _vllm(place)]
         unserved.sort(key=lambda place: place.embedding)
         lines = []
         if unserved:
@@ -126,7 +136,7 @@ class CompressedTensors(ExportTarget):
     def write_model(self, source: Source, folder: Path) -> str:
         """Write weights and config.json alone; returns who loads them, for a card."""
         model = source.skeleton()
-        places = placed(source, model)
+        places = self._places(source)
         floats = {name: source.copied(name) for name in source.floats}
         tensors = as_stored(model, floats, source.tensor)
         for place in places:
@@ -146,8 +156,7 @@ class CompressedTensors(ExportTarget):
         )
 
     def verify(self, folder: Path, source: Source) -> Verified:  # noqa: D102
-        model = source.skeleton()
-        places = placed(source, model)
+        places = self._places(source)
         rows = tuple({row: None for place in places for row in _vllm(place)})
         count, exact_in = compare_decoded(folder, source, places)
         why, dequantize = how_opened(source, places)
@@ -165,7 +174,7 @@ def _vllm(place: Placed) -> tuple[Takes, ...]:
 
     None of a table, which it looks up in float alone: its pull request 45535 was open in November 2026.
     """
-    return () if place.embedding else rows_for(place.scheme)
+    return () if place.embedding else rows_for(place.scheme, head=place.head)
 
 
 def _kv_scales(source: Source, model: Any) -> dict[str, Planned]:

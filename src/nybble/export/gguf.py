@@ -26,7 +26,7 @@ from nybble.export._last_bit import moves, outer_of
 from nybble.export._source import Layer, Source
 from nybble.models.build.config_file import make_config
 from nybble.models.gguf.metadata import arch_for, config_pairs, gguf_name, lost_window
-from nybble.models.gguf.mixes import FLOATS, file_types, fitting, mix, type_for
+from nybble.models.gguf.mixes import FLOATS, file_type_name, file_types, fitting, mix, type_for
 from nybble.models.gguf.qtensors import exact_type, global_scale, line_of
 from nybble.models.gguf.rope import lengths_differ
 from nybble.models.gguf.types import WritableType, block_type, type_name, writable_types
@@ -210,12 +210,16 @@ class Gguf(ExportTarget):
 
     def write(self, source: Source, folder: Path) -> None:  # noqa: D102
         config, weights = source.transformers_config, _weights(source)
-        file = f"{file_stem(source.title)}-{file_type_of(plan(config, weights, self.option)[0], self.option)}.gguf"
+        kind = file_type_of(plan(config, weights, self.option)[0], self.option, source.file_type)
+        file = f"{file_stem(source.title, file_type_name(source.file_type))}-{kind}.gguf"
         has = TOKENIZER in source.side_files()
         write_beside(source, folder, (_CARD if has else _BARE).format(file=file))
         with reading(f"the tokenizer of {source.place}"):
             tokenizer = read_tokenizer(folder, config) if has else None
-        done = write_gguf(folder / file, config, weights, tokenizer=tokenizer, file_type=self.option, name=source.title)
+        done = write_gguf(
+            folder / file, config, weights, tokenizer=tokenizer, file_type=self.option, name=source.title,
+            was=source.file_type,
+        )  # fmt: skip
         self.errors = {name.removesuffix(".weight"): error for name, error in done.errors.items()}
 
     def verify(self, folder: Path, source: Source) -> Verified:
@@ -250,9 +254,12 @@ class Gguf(ExportTarget):
         )  # fmt: skip
 
 
-def file_stem(title: str) -> str:
-    """A model's name as a part of a file's: ``org/Name 1B`` is ``Name-1B``."""
-    return re.sub(r"[^A-Za-z0-9._]+", "-", title.rsplit("/")[-1]).strip("-.") or "model"
+def file_stem(title: str, kind: str = "") -> str:
+    """A model's name as a part of a file's, without its type: ``org/Name 1B`` is ``Name-1B``."""
+    found = re.sub(r"[^A-Za-z0-9._]+", "-", title.rsplit("/")[-1]).strip("-.")
+    if kind and found.upper().endswith((f"-{kind}", f".{kind}")):
+        found = found[: -len(kind) - 1]
+    return found or "model"
 
 
 def _dequantized(theirs: Any) -> Tensor | None:

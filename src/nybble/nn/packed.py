@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class Packed(nn.Module):
             for inner in path:
                 if inner not in part._modules:
                     part.add_module(inner, _Part())
-                part = part.get_submodule(inner)
+                part = cast("nn.Module", part._modules[inner])
             part.register_buffer(leaf, tensor)
         self.whole, self.few = holds_integers(self.spec), holds_floats(self.spec)
         self._key = key_of(self.spec, list(_tensors(self)))

@@ -28,8 +28,8 @@ def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
     owner = root.get_submodule(parent)
     old = owner._modules.get(leaf)
     if old is not None:
-        for hooks in _HOOKS:
-            setattr(module, hooks, getattr(old, hooks))
+        for hooks in _HOOKS:  # plain attributes, for which Module's own setattr looks through parameters and buffers
+            object.__setattr__(module, hooks, getattr(old, hooks))
         module._is_full_backward_hook = old._is_full_backward_hook
     owner.add_module(leaf, module)
 

@@ -143,9 +143,12 @@ def written(
 
 
 def source_bytes(place: str) -> int:
-    """Bytes of a model's file, or of its folder; 0 of what is neither."""
+    """Bytes of a model's file, or of the files in its folder; 0 of what is neither.
+
+    In folders below it stands what it was exported to (:func:`export_at_once`), DEST among them.
+    """
     path = Path(place)
-    return sum(p.stat().st_size for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file())
+    return sum(p.stat().st_size for p in (path.iterdir() if path.is_dir() else [path]) if p.is_file())
 
 
 @contextmanager

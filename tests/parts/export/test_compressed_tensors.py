@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,11 +21,13 @@ from transformers import AutoModelForCausalLM
 from nybble.core import versions as versions_module
 from nybble.core.errors import FileError, ModelError, SchemeError, UsageError
 from nybble.export import _ct_library as library_module
+from nybble.export import compressed_tensors as target_module
 from nybble.export import get_target
 from nybble.export._ct_config import form_of
 from nybble.export._ct_layers import placed
 from nybble.export._ct_takes import TAKES, rows_for
 from nybble.export._source import FolderSource
+from nybble.models.sources.open import open_source
 from nybble.pipelines.export import export
 from nybble.pipelines.quantize import quantize
 
@@ -407,6 +410,36 @@ def test_the_table_names_a_source_for_every_row() -> None:
     with FolderSource(quantized(weights="int4 group=16")) as source:
         places = placed(source, source.skeleton())
     assert [row.since for row in rows_for(places[0].scheme)] == ["0.5.1"]
+
+
+def test_places_are_worked_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For notes, writing and checking; on a model of many layers that is what a conversion spends."""
+    folder, seen = quantized(weights="int4 group=16"), Mock(wraps=placed)
+    monkeypatch.setattr(target_module, "placed", seen)
+    export(folder, tmp_path / "d", TARGET, check=True)
+    assert seen.call_count == 1
+
+
+def test_a_packed_head_needs_a_later_vllm(tmp_path: Path) -> None:
+    scheme = {"rules": [{"targets": ["Linear"], "weights": "int4 group=32"}], "ignore": []}
+    quantize(str(model("mistral")), "rtn", scheme=scheme, target=TARGET, out=tmp_path / "q")
+    found = export(tmp_path / "q", tmp_path / "d", TARGET, check=True)
+    said = [(row["weights"], row["since"], row["source"].rsplit("/")[-1]) for row in found["check"]["runtimes"]]
+    assert said[0][1] == "0.5.1" and said[1:] == [("every scheme above, of `lm_head`", "", "37291")]
+
+
+@pytest.mark.parametrize(("line", "inputs"), [("nvfp4", ""), ("int4 group=32", ""), ("int8 channel", "int8 token")])
+def test_what_transformers_saves_after_a_forward_is_in_float(line: str, inputs: str, tmp_path: Path) -> None:
+    more = {"activations": inputs} if inputs else {}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(quantized(weights=line, target=TARGET, **more))
+    with torch.no_grad():
+        loaded(torch.ones(1, 4, dtype=torch.long))
+    loaded.save_pretrained(tmp_path / "d")
+    source = open_source(str(tmp_path / "d"))
+    assert "unpack them at a model's first forward" in source.note and "left out" not in source.note
+    assert ("quantized activations too; here they stay in float" in source.note) == bool(inputs)
+    ours = source.model(torch.bfloat16).state_dict()
+    assert all(torch.equal(ours[name], loaded.state_dict()[name]) for name in ours)
 
 
 @pytest.mark.parametrize("line", ["int8 channel", "int4 group=32 scale_format=float32"])

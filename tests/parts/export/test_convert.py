@@ -112,6 +112,27 @@ def test_gguf_there_and_back(line: str, target: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "title", "target", "number", "name"),
+    [
+        ("q4_k_m", "tiny.Q4_K_M", "gguf", 15, "tiny-Q4_K_M.gguf"),  # though most of its rows fit no K block: Q5_0
+        ("q4_k_m", "tiny", "gguf:q8_0", 15, "tiny-Q4_K_M.gguf"),  # nothing is in float that would become Q8_0
+        ("f16", "tiny-f16", "gguf:q8_0", 7, "tiny-Q8_0.gguf"),
+        ("f16", "tiny-f16", "gguf:bf16", 32, "tiny-BF16.gguf"),
+    ],
+)
+def test_a_gguf_keeps_its_type_with_its_blocks(
+    kind: str, title: str, target: str, number: int, name: str, tmp_path: Path
+) -> None:
+    from gguf import GGUFReader
+
+    convert(wide(tmp_path / "float", hidden_size=64), tmp_path / "g", f"gguf:{kind}")
+    file = gguf(tmp_path / "g").rename(tmp_path / f"{title}.gguf")
+    convert(file, tmp_path / "d", target)
+    fields = [GGUFReader(str(path)).fields["general.file_type"].contents() for path in (file, gguf(tmp_path / "d"))]
+    assert fields == [{"q4_k_m": 15, "f16": 1}[kind], number] and gguf(tmp_path / "d").name == name
+
+
+@pytest.mark.parametrize(
     ("start", "kind", "dtype"),
     [
         (torch.bfloat16, "q8_0", torch.float16),  # of its scales

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,7 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from nybble.checkpoint.account import inspect
 from nybble.core.errors import FileError, ModelError, SchemeError, UsageError
+from nybble.export._source import FolderSource
 from nybble.export.gguf import Gguf, file_stem
+from nybble.models.gguf import write as write_module
+from nybble.models.gguf.qtensors import exact_type
 from nybble.models.sources.gguf_header import read_gguf_header
 from nybble.models.sources.open import open_source
 from nybble.pipelines.convert import convert
@@ -117,9 +121,20 @@ def test_files_at_once(folder: Path, tmp_path: Path) -> None:
     assert f"nybble export {out} DEST --target dense writes the files that dense means" in said
     load(out)
     assert inspect(out)["bytes"]["exported"] == done["files"][FILE]
+    inside = export(out, out / "more" / "dense", "dense")
+    assert inside["source_bytes"] == sum(path.stat().st_size for path in out.iterdir() if path.is_file())
     export(out, tmp_path / "again", "gguf:q4_k_m")
     assert (tmp_path / "again" / FILE).read_bytes() == (out / "gguf" / FILE).read_bytes()
     assert quantize(folder, "rtn", target=asked)[1].exported == ()
+
+
+def test_layers_of_one_layout_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Mock(wraps=exact_type)
+    monkeypatch.setattr(write_module, "exact_type", seen)
+    with FolderSource(quantized(weights="q8_0")) as source:
+        weights = [weight for layer in source.layers.values() for weight in layer.weights.values()]
+        Gguf().notes(source)
+    assert seen.call_count == len({id(weight) for weight in weights}) < len(weights)
 
 
 def test_no_room_for_them(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,17 @@ def mix(name: str) -> Mix:
     return Mix(base=upper, number=NUMBERS[upper], head=head, embedding=head if apart else "")
 
 
+def file_type_name(number: object) -> str:
+    """What a file of ``general.file_type`` is called; empty where neither nybble nor the package gguf knows it."""
+    from gguf.constants import LlamaFileType
+
+    if type(number) is not int:
+        return ""
+    ours = {n: name for name, n in NUMBERS.items()} | {found.number: name for name, found in MIXES.items()}
+    theirs = {kind.value: kind.name.partition("_")[2] for kind in LlamaFileType}  # MOSTLY_Q2_K_S
+    return (theirs | ours).get(number, "")
+
+
 def type_for(asked: Mix, name: str, blocks: int, tied: bool) -> str:
     """The type of a tensor, before rows are looked at.
 

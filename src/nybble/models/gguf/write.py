@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from nybble.core.progress import SHOWN, task
 from nybble.core.tensorfile import file_chunks
 from nybble.core.versions import VERSION
 from nybble.models.gguf.metadata import arch_for, config_pairs, gguf_name
-from nybble.models.gguf.mixes import FLOATS, Mix, fitting, mix, type_for
+from nybble.models.gguf.mixes import FLOATS, Mix, file_type_name, fitting, mix, type_for
 from nybble.models.gguf.qtensors import exact_type, fitted, global_scale, line_of
 from nybble.models.gguf.rope import rope_tensors
 from nybble.models.gguf.types import block_type, encode, encoded, type_name
@@ -63,12 +63,14 @@ class Planned:
 
     Attributes:
         name: GGUF's. source: the parameter's. kind: ``F32``, ``Q4_K``. exact: the codes are written as they are.
+        kept: so are they, or a float matrix in its dtype; norms and biases, which every file has in F32, always.
     """
 
     name: str
     source: str
     kind: str
     exact: bool = False
+    kept: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,8 @@ def plan(
     """
     name, arch = arch_for(config)
     asked = mix(file_type) if file_type else None
+    stored = {id(weight.stored): weight.stored for weight in weights.values() if weight.stored is not None}
+    exact = {key: exact_type(weight) for key, weight in stored.items()}  # layers of one layout share a description
     found: list[Planned] = []
     shorter: dict[tuple[str, str], list[str]] = {}
     again: dict[tuple[str, str], list[str]] = {}
@@ -113,9 +117,9 @@ def plan(
         target = gguf_name(source, arch)
         if target is None:
             raise ModelError(f"{source} has no place in a GGUF of architecture {name}; use another target.")
-        kind = exact_type(weight.stored) if weight.stored is not None else None
+        kind = exact.get(id(weight.stored))
         if kind is not None:
-            found.append(Planned(name=target, source=source, kind=type_name(kind), exact=True))
+            found.append(Planned(name=target, source=source, kind=type_name(kind), exact=True, kept=True))
             continue
         if weight.stored is not None and asked is None:
             raise UsageError(
@@ -128,7 +132,8 @@ def plan(
             again.setdefault((line_of(weight.stored), got), []).append(target)
         if wanted != got:
             shorter.setdefault((wanted, got), []).append(target)
-        found.append(Planned(name=target, source=source, kind=got))
+        kept = len(weight.shape) != 2 or (weight.stored is None and got == _DTYPES.get(weight.dtype))
+        found.append(Planned(name=target, source=source, kind=got, kept=kept))
     notes = [f"rows that {a}'s blocks don't divide are {b}: {_listed(names)}" for (a, b), names in shorter.items()]
     notes += [f"rounded again, {line} to {kind}: {_listed(names)}" for (line, kind), names in again.items()]
     return _ordered(found), notes
@@ -170,6 +175,7 @@ def write_gguf(
     file_type: str = "",
     energies: Mapping[str, Tensor] | None = None,
     name: str = "",
+    was: int | None = None,
 ) -> Written:
     """Write a model; one tensor is in memory at a time.
 
@@ -182,6 +188,7 @@ def write_gguf(
         energies: parameter -> mean square of each of its inputs, float32 [columns]: what counts when float weights are
             rounded here (llama.cpp's imatrix).
         name: of the model, for people.
+        was: ``general.file_type`` of the GGUF file that the weights come from, and so of this one where all are kept.
 
     Raises:
         ModelError, UsageError: see :func:`plan`; a tokenizer that llama.cpp has no rules for; nothing is written.
@@ -193,7 +200,7 @@ def write_gguf(
     if tokenizer is not None:
         pairs |= tokenizer_pairs(tokenizer, config.vocab_size)
     pairs["general.type"] = "model"
-    pairs["general.file_type"] = _number(file_type_of(tensors, file_type))
+    pairs["general.file_type"] = _number(tensors, file_type, was)
     pairs["general.quantization_version"] = 2
     pairs["general.quantized_by"] = f"nybble {VERSION}"
     if name:
@@ -318,17 +325,29 @@ def _nbytes(kind: str, shape: tuple[int, ...]) -> int:
     return count // found.block * found.nbytes
 
 
-def file_type_of(tensors: Sequence[Planned], file_type: str = "") -> str:
-    """What a file is called: ``Q4_K_M``; where nothing was asked for, the type that most of its matrices have."""
+def file_type_of(tensors: Sequence[Planned], file_type: str = "", was: int | None = None) -> str:
+    """What a file is called: ``Q4_K_M``; where nothing was asked for, the type that most of its matrices have.
+
+    Args:
+        tensors: that it will have.
+        file_type: see :func:`plan`.
+        was: see :func:`write_gguf`; of matrices that most have another type in, a mixture's name says which.
+    """
+    if _all_kept(was, tensors):
+        return file_type_name(was)
     if file_type:
         return file_type.upper().replace("-", "_")
     kinds = [t.kind for t in tensors if t.kind != "F32"] or ["F32"]
     return max(dict.fromkeys(kinds), key=kinds.count)
 
 
-def _number(file_type: str) -> int:
+def _all_kept(was: int | None, tensors: Sequence[Planned]) -> TypeGuard[int]:
+    return bool(file_type_name(was)) and all(tensor.kept for tensor in tensors)
+
+
+def _number(tensors: Sequence[Planned], file_type: str, was: int | None) -> int:
     """``general.file_type``."""
-    return mix(file_type).number
+    return was if _all_kept(was, tensors) else mix(file_type_of(tensors, file_type)).number
 
 
 def _data(tensor: Planned, weight: Weight, context: _Context, scales: dict[str, Tensor]) -> Iterator[Any]:

@@ -222,6 +222,12 @@ class GgufSource(ModelSource):
         assert found is not None
         return [found]
 
+    @property
+    def file_type(self) -> int | None:
+        """``general.file_type`` as the file says it, unchecked; None where it says no number."""
+        found = self._header.metadata.get("general.file_type")
+        return found if isinstance(found, int) else None
+
     def entries(self) -> Mapping[str, GgufTensor]:
         """All tensors of the file by their names there, scales of scales too."""
         return self._header.tensors

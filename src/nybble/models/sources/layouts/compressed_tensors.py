@@ -13,6 +13,9 @@ nvfp4-pack-quantized     ``weight_packed`` uint8, ``weight_scale`` float8_e4m3fn
 mxfp4-, mxfp6-pack-,     ``weight_packed`` uint8 (``weight`` float8_e4m3fn of mxfp8), ``weight_scale`` uint8 exponents
 mxfp8-quantized
 =======================  ==========================================================================================
+
+Where ``quantization_status`` is ``decompressed``, the library had unpacked them (transformers has it do so at a model's
+first forward) before they were saved: ``weight`` is in float, and the scales beside it are of no use.
 """
 
 from __future__ import annotations
@@ -70,6 +73,13 @@ BESIDE = frozenset(
 FORMATS = ("pack-quantized", *_PLAIN, "nvfp4-pack-quantized", *_MX)
 
 
+_CALIBRATED = ", by numbers that were calibrated over scales or tokens"
+_SAVED = (
+    "The weights are in float, as they were rounded: transformers has compressed-tensors unpack them at a model's "
+    "first forward, and then saves them so. The folder from which it was loaded has them packed."
+)
+
+
 class CompressedTensors(Layout):
     """See the module."""
 
@@ -87,7 +97,7 @@ class CompressedTensors(Layout):
         rotations.check_float(packed, [str(target) for target in config.get("ignore") or ()])
 
     def in_float(self, config: Mapping[str, Any]) -> bool:
-        """Of the format ``dense`` weights are rounded, and kept in float."""
+        """Of the format ``dense``, and of a model saved unpacked, weights are rounded, and kept in float."""
         return all(form == "dense" for form, _, _ in _groups(config))
 
     def rounded(self, config: Mapping[str, Any], files: Files, modules: Sequence[str]) -> Rounded:  # noqa: D102
@@ -102,11 +112,14 @@ class CompressedTensors(Layout):
                 if made is not None:
                     found[side][module] = made
         kv, cached = _cache(config.get("kv_cache_scheme"), files)
-        used = {n for n in files.entries if n.rpartition(".")[2] in BESIDE}
+        unpacked, cache = _unpacked(config), cached and not kv
+        asked = any(args for groups in named.values() for _, _, args in groups)
+        beside = BESIDE | (ROLES.keys() - {"weight", "weight_packed"} if unpacked else set())
+        used = {n for n in files.entries if n.rpartition(".")[2] in beside}
         return Rounded(
             matrices=frozenset(Rotations(config, files).matrices),
             inputs=found["input_activations"], outputs=found["output_activations"], kv=kv, used=frozenset(used),
-            left=not_rounded(lost, cached and not kv, ", by numbers that were calibrated over scales or tokens"),
+            left=f"{_SAVED} {not_rounded(asked, cache)}".strip() if unpacked else not_rounded(lost, cache, _CALIBRATED),
         )  # fmt: skip
 
 
@@ -162,6 +175,10 @@ def group_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return next((dict(group) for group, targets in groups if any(map(is_class, targets))), None)
 
 
+def _unpacked(config: Mapping[str, Any]) -> bool:
+    return config.get("quantization_status") == "decompressed"
+
+
 def _groups(config: Mapping[str, Any]) -> list[tuple[str, list[str], Args]]:
     """(format, targets, QuantizationArgs of weights) of each group that has any."""
     found: list[tuple[str, list[str], Args]] = []
@@ -169,6 +186,7 @@ def _groups(config: Mapping[str, Any]) -> list[tuple[str, list[str], Args]]:
         args = group.get("weights")
         if args is not None:
             form = group.get("format") or config.get("format")
+            form = "dense" if _unpacked(config) else form
             if not isinstance(form, str) or not isinstance(args, dict):
                 raise FileError(f"a group of quantization_config has format {form!r:.40} and weights {args!r:.40}.")
             found.append((form, [str(target) for target in group["targets"]], args))
