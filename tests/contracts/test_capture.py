@@ -67,7 +67,7 @@ def test_a_part_never_waits(name: str, side: str, options: dict[str, Any]) -> No
         except WaitError as error:
             pytest.fail(f"{name} under {line}: {error}")
         tried += 1
-    assert tried > 3
+    assert tried >= len([line for line in LINES[side] if line not in refused]) > 0
 
 
 @pytest.mark.parametrize("weights", ["int4 group=16 symmetric=false", "nvfp4-search"])

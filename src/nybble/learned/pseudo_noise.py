@@ -72,8 +72,7 @@ class NoisyWeight(Learned):
     def size(self) -> Tensor:
         """Megabytes (2^20) of the tensor in a file, with gradients to the bits; float64 scalar."""
         bits = self.bits().double()
-        widest = int(bits.detach().max().round())
-        said = math.ceil(math.log2(1 + widest - self.options.least))
+        said = torch.log2(1 + bits.detach().max().round() - self.options.least).ceil()
         return (self.options.group * bits.sum() + 64 + 8 + said * bits.numel()) / _MB
 
     def penalty(self, t: float | Tensor) -> Tensor:  # noqa: D102
