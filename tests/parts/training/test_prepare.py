@@ -243,3 +243,26 @@ def test_bad_values() -> None:
     with pytest.raises(DataError, match=r"layers\.0\.self_attn\.q_proj: weight.latent holds 1 NaN or Inf"):
         convert(diverged)
     assert len(fakes(diverged)) == 14
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing does so
+@pytest.mark.parametrize("setting", ["lsq int", "ste float4"])
+def test_a_step_is_compiled_whole(setting: str) -> None:
+    """Forward and backward of a network in training are one graph each, with the same loss and gradients."""
+    scheme, parts = SETTINGS[setting]
+    model = prepare(tiny_model("llama", torch.float32, num_hidden_layers=1), scheme, parts, run=run).train()
+
+    def forward(ids: Tensor) -> Tensor:
+        loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+        return loss
+
+    found = []
+    for run_it in (forward, torch.compile(forward, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        loss = run_it(input_ids())
+        loss.backward()  # type: ignore[no-untyped-call]
+        found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    (loss, gradients), (other, others) = found
+    assert torch.equal(loss, other)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-6)
