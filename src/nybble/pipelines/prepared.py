@@ -59,7 +59,7 @@ def training_lines(job: Job) -> list[str]:
         judged = sum(step.judges for step in steps)
         again, passes = ", and quantized again to judge that" if judged else "", len(steps) + judged
         lines.append(
-            f"before it, the whole model is quantized once and trained ({names}){by_one()}{again}: about "
+            f"before it, the whole model is quantized once and trained ({names}){again}{by_one()}: about "
             f"{needed / 1e9:.2f} GB of memory{taking(job, steps, passes * job.estimate.seconds)}"
         )
     for step in _learning(job):
