@@ -18,6 +18,11 @@ PTQ1.61's preprocessing on and off in few steps (results/ptq161.json, on a CPU):
     python benchmarks/quality/ptq.py --rows "PTQ1.61 short" --models ladder-neox-3m --samples 32 --seq-len 128
         --record benchmarks/results/ptq161.json
 
+CBQ beside rounding to nearest, in short windows of text (results/cbq.json, on a CPU):
+
+    python benchmarks/quality/ptq.py --rows CBQ --without windows "no CFP" target alone --models ladder-llama-3m
+        --samples 32 --seq-len 64 --record benchmarks/results/cbq.json
+
 The models, calibration and held-out texts are those of defaults.py. Learned parts run for the steps that a row names,
 the same for all of one setting, so that what differs is the part.
 """

@@ -20,6 +20,7 @@ from nybble.core.registry import Registry
 from nybble.data import load_text, token_samples
 from nybble.learned import make_part
 from nybble.models.adapter import adapter_for
+from nybble.pipelines.quantize import preflight
 from nybble.qtensor.low_rank_sum import LowRankSum
 from nybble.recipe import KINDS, parse_recipe
 from nybble.reconstruction import make_reconstruction
@@ -192,14 +193,26 @@ def test_experts_are_not_learned(tmp_path: Path, text: str) -> None:
         nybble.quantize(str(folder), made, text, settings=SETTINGS)
 
 
+def test_a_part_behind_code_books_is_refused_before_anything_runs(model: str, text: str) -> None:
+    """Nothing learns a code book of vectors; the inputs in front of one are learned all the same."""
+    books, clip = {"solver": "k-means", "entries": 16, "width": 2, "iterations": 1}, {"weights": "clip"}
+    learn: dict[str, Any] = {"reconstruction": "mse", "steps": 2}
+    says = r"reconstruction 'mse': {} can't learn what solver 'k-means' leaves, code books.*solver: rtn or gptq"
+    for options, name in ((clip, "clip"), ({**clip, "inputs": "lsq"}, "clip"), ({"block": "let"}, "let")):
+        wrong = recipe(books, {**learn, **options}, weights="int2 channel", inputs="int8 tensor static")
+        with pytest.raises(SchemeError, match=says.format(name)):
+            preflight(model, wrong, text, settings=SETTINGS)
+    right = recipe(books, {**learn, "inputs": "lsq"}, weights="int2 channel", inputs="int8 tensor static")
+    _, report = nybble.quantize(model, right, text, settings=SETTINGS)
+    assert all(layer.learned and layer.learned["windows"] for layer in report.layers)
+
+
 def test_a_window_in_which_nothing_can_be_learned_stays(model: str, text: str) -> None:
-    """Code books have no learned part: the solver's codes stay, and the report says so."""
-    books = recipe(
-        {"solver": "k-means", "entries": 16, "width": 2}, {"reconstruction": "mse", "weights": "clip", "steps": 2},
-        weights="int2 channel",
-    )  # fmt: skip
-    _, report = nybble.quantize(model, books, text, settings=SETTINGS)
-    assert all("nothing in it can be learned" in " ".join(layer.notes) for layer in report.layers)
+    """A block in float between those that learn."""
+    rules = {"weights": "int4 group=16", "ignore": ["re:.*layers.0.*", "lm_head"]}
+    made = parse_recipe({"name": "made", "scheme": rules, "steps": [STEP["reconstruction"]]})
+    _, report = nybble.quantize(model, made, text, settings=SETTINGS)
+    assert report.layers and all(row.name.startswith("model.layers.1") and row.learned for row in report.layers)
 
 
 def test_a_corrections_pattern_that_matches_nothing(model: str, text: str) -> None:

@@ -35,6 +35,41 @@ def test_best_is_a_family_by_target() -> None:
         build_recipe("gptq", target="nvfp4")
 
 
+@pytest.mark.parametrize(
+    ("target", "changes", "says"),
+    [
+        ("w2a16", {"weights": "int4 group=64"}, "means weights in 2 bits with inputs in float, .*4 bits.*target w4a16"),
+        ("W4A16", {"weights": "int4 group=64", "activations": "int8 token"}, ".*inputs in 8 bits.*take --target w4a8"),
+        ("w4a8", {"weights": "int4 group=32"}, ".*beside --weights alone inputs stay in float.*take --target w4a16"),
+        ("w3a16", {"scheme": "W8A8"}, ".*8 bits with inputs in 8 bits.*leave --target out, or --recipe best-w3a16"),
+        ("nvfp4", {"weights": "mxfp4", "activations": "mxfp4"}, ".*group=16.*group=32.*take --target mxfp4"),
+        ("mxfp4", {"weights": "int4 group=32", "activations": "mxfp4"}, ".*int4 group=32 with inputs in float4"),
+    ],
+)
+def test_a_target_that_the_scheme_contradicts(target: str, changes: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=f"target '{target}' {says}"):
+        build_recipe("best", target=target, **changes)
+
+
+TWO = [{"targets": ["re:.*down_proj"], "weights": "int4 channel"}, {"targets": ["Linear"], "weights": "int2 group=64"}]
+
+
+@pytest.mark.parametrize(
+    ("target", "changes"),
+    [
+        ("w2a16", {"weights": "int2 group=32"}),
+        ("w2a16", {"weights": "nf2 group=64"}),
+        ("w4a16", {"scheme": "W4A16"}),
+        ("w4a8", {"weights": "int4 channel", "activations": "float8_e4m3fn token"}),
+        ("nvfp4", {"weights": "nvfp4-46", "activations": "nvfp4"}),
+        ("w2a16", {"kv": "int4 group=32", "embeddings": "int8 channel", "ignore": ["re:.*down_proj"]}),
+        ("w2a16", {"scheme": {"rules": TWO}}),
+    ],
+)
+def test_a_target_takes_other_lines_of_its_bits(target: str, changes: Any) -> None:
+    assert build_recipe("best", target=target, **changes).name == f"best-{target}"
+
+
 @pytest.mark.parametrize("target", targets())
 def test_every_target_begins_with_gptq(target: str) -> None:
     """So that a window which signed gradients would make worse has GPTQ's codes to go back to."""

@@ -1,9 +1,10 @@
 """What a recipe learns of the whole network before it quantizes.
 
-A ``train`` step: a first pass in memory, the training, and a float model with other weights. The first pass is the
-recipe's solver and reconstructions alone: transforms would leave the weights in another basis, and corrections change
-biases, which the real pass changes anew. Then transforms that learn: each gets the float network as it is by then, and
-its parameters are known when the first block comes. Of several processes the first one trains and learns, for all.
+A ``train`` step: a first pass in memory, the training, and a float model with other weights, which a second pass in
+memory is judged by. These passes are the recipe's solver and reconstructions alone: transforms would leave the weights
+in another basis, and corrections change biases, which the real pass changes anew. Then transforms that learn: each gets
+the float network as it is by then, and its parameters are known when the first block comes. Of several processes the
+first one trains and learns, for all.
 """
 
 from __future__ import annotations
@@ -55,9 +56,11 @@ def training_lines(job: Job) -> list[str]:
     if steps:
         needed = require_training(job, steps)
         names = ", ".join(step.name for step in trained(job.recipe)[0])
+        judged = sum(step.judges for step in steps)
+        again, passes = ", and quantized again to judge that" if judged else "", len(steps) + judged
         lines.append(
-            f"before it, the whole model is quantized once and trained ({names}){by_one()}: about "
-            f"{needed / 1e9:.2f} GB of memory{taking(job, steps, job.estimate.seconds)}"
+            f"before it, the whole model is quantized once and trained ({names}){again}{by_one()}: about "
+            f"{needed / 1e9:.2f} GB of memory{taking(job, steps, passes * job.estimate.seconds)}"
         )
     for step in _learning(job):
         sizes = {name: parameter.numel() for name, parameter in job.model.named_parameters()}
@@ -220,31 +223,48 @@ def _with_weights(job: Job, tensors: Mapping[str, Tensor]) -> Job:
 
 
 def _trained(job: Job, step: Preparation, data: Data, progress: Progress) -> dict[str, Tensor]:
-    """float32 parameters by full name, on the CPU: of everything that the scheme quantizes, or none at all."""
+    """float32 parameters by full name, on the CPU: of everything that the scheme quantizes, or none at all.
+
+    Of a step that judges, none unless a pass over what it came to is better than the first one.
+    """
     first = _first_pass(job, data, progress)
-    layers = {name: module for name, _, module in targets_in(first) if _is_layer(module)}
-    count, batch = batches_of(job, samples_for(job, step, data))
-
-    def train() -> Mapping[str, Tensor]:
-        wanted = None if _tells_next_token(step, job, first.model) else _float_output(job)
-        trainee = Trainee(
-            model=first.model, layers=layers, samples=count, batch=batch, wanted=wanted,
-            seed=job.settings.seed,
-        )  # fmt: skip
-        return step.run(trainee)
-
+    before = _judged(job, first, step, data)
     with products_in(job.products), evaluation_mode(first.model):
-        changed = ranks.lead_makes(train, job.device)
+        changed = ranks.lead_makes(partial(_run, job, first, step, data), job.device)
     found: dict[str, Tensor] = {}
     for name, target, module in targets_in(first) if changed else ():  # else the float weights stay
         matrix = changed.get(name, _dense(module))
         if matrix is not None:
             found |= _parameters(job.model, name, target, matrix)
-    return found
+    if before is None or not found:
+        return found
+    del first, changed  # its floats too
+    after = _judged(job, _first_pass(job, data, progress, found), step, data)
+    return found if after is not None and after < before else {}
 
 
-def _first_pass(job: Job, data: Data, progress: Progress) -> Job:
-    """A quantized copy of the model, in memory."""
+def _run(job: Job, made: Job, step: Preparation, data: Data) -> Mapping[str, Tensor]:
+    return step.run(_trainee(job, made, step, data))
+
+
+def _judged(job: Job, made: Job, step: Preparation, data: Data) -> float | None:
+    """What a step says of a pass; the first process asks it."""
+    with products_in(job.products), evaluation_mode(made.model):
+        return ranks.lead_alone(lambda: step.judge(_trainee(job, made, step, data)))
+
+
+def _trainee(job: Job, made: Job, step: Preparation, data: Data) -> Trainee:
+    """What a pass made, to be trained or judged."""
+    layers = {name: module for name, _, module in targets_in(made) if _is_layer(module)}
+    count, batch = batches_of(job, samples_for(job, step, data))
+    wanted = None if _tells_next_token(step, job, made.model) else _float_output(job)
+    return Trainee(
+        model=made.model, layers=layers, samples=count, batch=batch, wanted=wanted, seed=job.settings.seed
+    )  # fmt: skip
+
+
+def _first_pass(job: Job, data: Data, progress: Progress, tensors: Mapping[str, Tensor] | None = None) -> Job:
+    """A quantized copy of the model, in memory; ``tensors``: float weights in place of the model's."""
     kept = tuple(step for step in job.recipe.steps if step.kind in ("solver", "reconstruction"))
     recipe = replace(job.recipe, steps=kept)
     model = copy.deepcopy(job.model) if job.source is None else job.source.skeleton(job.dtype)
@@ -252,6 +272,7 @@ def _first_pass(job: Job, data: Data, progress: Progress) -> Job:
         job.settings, resume=False, spill=False, products=job.products if job.source is not None else None
     )
     made = Job.make(model, job.source, recipe, job.tokens or data, settings)
+    made = made if tensors is None else _with_weights(made, tensors)
     Walk({"": made}).run(None, progress)
     return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,10 @@ from nybble.core.options import at_least_one
 from nybble.data.text import check_text
 from nybble.kv_format import KVFormat
 from nybble.matmul_format import MatmulFormat
-from nybble.pipelines.targets import meant
+from nybble.pipelines.targets import meant, split_targets
 from nybble.quantizer import Quantizer
 from nybble.recipe import Recipe, check_names, load_recipe, parse_recipe, read_yaml
+from nybble.recipes import BEST, recipe_for, targets
 from nybble.scheme import Rule, Scheme, parse_scheme
 
 Asked: TypeAlias = str | Path | Recipe | Scheme | Mapping[str, Any]
@@ -77,8 +79,9 @@ def build_recipe(
 
     Args:
         recipe: a name, a YAML file, YAML's mapping, a Recipe, or a Scheme.
-        target: what the recipe ``best`` is to come to: ``nvfp4``, ``w4a16`` ... Of an export target it is what that
-            usually gets, unless a scheme is given; keeping to what it holds is left to whoever knows the model.
+        target: what the recipe ``best`` is to come to: ``nvfp4``, ``w4a16`` ...; other lines of as many bits, or in
+            that format, go with it. Of an export target it is what that usually gets, unless a scheme is given; keeping
+            to what it holds is left to whoever knows the model.
         scheme: in place of the recipe's: a preset's name, a YAML file, YAML's mapping, or a Scheme.
         weights: the quantizer of all its rules' weights; ``none`` is float.
         activations: of all its rules' inputs.
@@ -100,6 +103,9 @@ def build_recipe(
     chosen = made.scheme if scheme is None else read_scheme(scheme)
     if weights is not None or activations is not None:
         chosen = _override(chosen, weights, activations, anything=cached is not None and cached.stores)
+    aim, _ = split_targets(target)
+    if aim is not None:
+        _check_aim(aim, made.scheme, chosen)
     extra = []
     if embeddings is not None:
         extra.append(Rule(targets=("Embedding",), weights=Quantizer(embeddings)))
@@ -159,6 +165,34 @@ def read_scheme(text: str | Scheme | Mapping[str, Any]) -> Scheme:
         return parse_scheme(text)
     with within(text):
         return parse_scheme(read_yaml(text, "scheme"))
+
+
+def _check_aim(aim: str, own: Scheme, chosen: Scheme) -> None:
+    """Raise UsageError where nothing of a scheme is what a target's name says: of as many bits, or in its format."""
+    wanted, found = _words(aim, own)[0], _words(aim, chosen)
+    if wanted in found:
+        return
+    schemes = {name: load_recipe(recipe_for(BEST, name)).scheme for name in targets()}
+    other = next((name for name, its in schemes.items() if _words(name, its)[0] in _words(name, chosen)), None)
+    raise UsageError(
+        f"target {aim!r} means {wanted}, and --scheme, --weights and --activations come to "
+        f"{' and '.join(dict.fromkeys(found))} (beside --weights alone inputs stay in float); "
+        f"{f'take --target {other}' if other else 'leave --target out'}, or --recipe {recipe_for(BEST, aim)} for its "
+        "steps on whatever these say."
+    )
+
+
+def _words(aim: str, scheme: Scheme) -> list[str]:
+    """What each rule of layers comes to, as far as a target says it: ``w4a16`` bits, ``nvfp4`` formats and groups."""
+
+    def word(line: Quantizer | None) -> str:
+        if line is None:
+            return "float"
+        of_bits = re.fullmatch(r"w\d+a\d+", aim.lower())
+        return f"{line.format.bits} bits" if of_bits else f"{line.format} {line.granularity}"
+
+    rules = [rule for rule in scheme.rules if not rule.of_attention]
+    return [f"weights in {word(rule.weights)} with inputs in {word(rule.inputs)}" for rule in rules]
 
 
 def _override(scheme: Scheme, weights: Line | None, activations: Line | None, anything: bool = False) -> Scheme:

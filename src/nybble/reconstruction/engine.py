@@ -83,7 +83,7 @@ def reconstruct(window: Window, options: Reconstruction) -> Outcome:
                 put_norms(state)
         twins = [twin for state in window.blocks for twin in twins_of(state).values()]
         groups = _groups(window, twins, options)
-        if not groups:  # a code book: codes as the solver left them
+        if not groups:  # blocks in float, or stored as no part learns: as the solver left them
             _go_back(window, carried)
             text = f"window of {len(window.blocks)}: nothing in it can be learned; as the solver left it"
             _note(window, options, text)

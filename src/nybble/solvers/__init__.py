@@ -108,9 +108,11 @@ class Solver(ABC):
 
     Attributes:
         path: which network the inputs come from: ``float``, or ``quantized`` (blocks before this one are quantized).
+        unlearned: what its weights are stored as, where no learned part can go on from that; empty: one can.
     """
 
     path: ClassVar[str] = "float"
+    unlearned: ClassVar[str] = ""
 
     @property
     def paths(self) -> frozenset[str]:

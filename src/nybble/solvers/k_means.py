@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -50,6 +51,8 @@ class KMeans(Solver):
         channel: divide every row by its root mean square first and keep that as a float16 scale.
         seed: of the first entries.
     """
+
+    unlearned: ClassVar[str] = "code books of vectors"
 
     entries: int = 256
     width: int = 2

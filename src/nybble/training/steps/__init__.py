@@ -122,6 +122,19 @@ class TrainStep(ABC):
 class Preparation(TrainStep):
     """Comes before all other steps."""
 
+    @property
+    def judges(self) -> bool:
+        """Whether the network is quantized a second time to judge what :meth:`run` came to."""
+        return False
+
+    def judge(self, trainee: Trainee) -> float | None:
+        """The loss of a quantized network, on what :meth:`run` doesn't train on; lower is better, None: not judged.
+
+        Asked of the first pass before it is trained, and of a second one over what training came to; which is dropped
+        unless the second is better.
+        """
+        return None
+
     @abstractmethod
     def run(self, trainee: Trainee) -> dict[str, Float32[Tensor, "_rows _columns"]]:
         """Train.

@@ -12,11 +12,11 @@ and fall as a cosine, no adapter at the attention's output. It takes 10,000 step
 recipe ``ptq1.61`` takes 2,000 of the calibration's, a fifth of that, so that it ends in minutes, and give it
 ``steps: 10000`` and ``samples: 20000`` for the paper's.
 
-Where we differ: a share of the samples is held back, and adapters that don't lower the loss on these are not kept: the
-float weights are quantized as if there had been no such step. (It judges adapters beside the first pass's weights; that
-a second pass over what they were merged into gains too, it can't know.) Any layer with one matrix can have an adapter,
-convolutions too. Dropout leaves out input features, for all tokens of a step alike, so that adapted weights stay one
-matrix. Models that don't tell the next token are trained to give what the float network gives.
+Where we differ: a share of the samples is held back, and the network quantized from the merged weights has to lose less
+on these than the one of the first pass; else the float weights are quantized as if there had been no such step. (A gain
+beside the first pass's weights says little: what was merged into them is rounded again.) Any layer with one matrix can
+have an adapter, convolutions too. Dropout leaves out input features, for all tokens of a step alike, so that adapted
+weights stay one matrix. Models that don't tell the next token are trained to give what the float network gives.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from torch import Tensor, nn
 
 from nybble.calibration.finite import require_number
 from nybble.core.errors import SchemeError
-from nybble.core.keeping import Best
 from nybble.core.seeds import generator
 from nybble.nn.packed import Packed
 from nybble.nn.swap import hold_dense
@@ -88,7 +87,8 @@ class RestorativeLora(Preparation):
         batch: samples a step. samples: how many there are to draw from, of a SRC that has as many; 0: those of the
             calibration.
         skip: layers without an adapter: full names, or ``re:`` and a pattern for these.
-        held: the share of the samples that is held back, at least one of two or more; 0 keeps the last state unjudged.
+        held: the share of the samples that is held back, at least one of two or more, to judge a second pass by; 0
+            takes what training came to, unjudged.
         loss: ``next-token``, ``output`` (what the float network gives), or ``auto``: the first where a model tells it.
     """
 
@@ -130,6 +130,21 @@ class RestorativeLora(Preparation):
         """Two looks at what is held back, and the steps."""
         return 2 * round(self.held * samples) + 3 * self.steps * self.batch
 
+    @property
+    def judges(self) -> bool:  # noqa: D102
+        return self.held > 0
+
+    @torch.no_grad()
+    def judge(self, trainee: Trainee) -> float | None:
+        """The mean loss of the samples that are held back."""
+        _, held = self._parts(trainee)
+        if not held:
+            return None
+        for layer in trainee.layers.values():
+            assert isinstance(layer.weight, Packed)
+            hold_dense(layer, layer.weight.dtype)
+        return sum(float(trainee.loss(*trainee.batch([number]))) for number in held) / len(held)
+
     def run(self, trainee: Trainee) -> dict[str, Tensor]:  # noqa: D102
         draws = generator(trainee.seed, "restorative-lora")
         adapted: dict[str, Adapted] = {}
@@ -142,16 +157,9 @@ class RestorativeLora(Preparation):
             raise SchemeError(f"restorative-lora: skip={', '.join(self.skip)} leaves no quantized layer; name fewer.")
         hold_dense(trainee.model, next(iter(adapted.values())).dtype)  # nothing packed is unpacked anew at every step
         parameters = [p for weight in adapted.values() for p in (weight.a, weight.b)]
-        learned, held = self._parts(trainee)
-        best = Best(parameters)
-        if held:
-            best.see(self._judged(trainee, held), 0)
+        learned, _ = self._parts(trainee)
         with torch.enable_grad():
             self._train(trainee, parameters, learned)
-        if held:
-            best.see(self._judged(trainee, held), self.steps)
-        if best.step == 0:
-            return {}
         return {name: weight.merged() for name, weight in adapted.items()}
 
     def _parts(self, trainee: Trainee) -> tuple[list[int], list[int]]:
@@ -162,11 +170,6 @@ class RestorativeLora(Preparation):
         draws = generator(trainee.seed, "restorative-lora", "held")
         mixed = torch.randperm(trainee.samples, generator=draws).tolist()
         return sorted(mixed[count:]), sorted(mixed[:count])
-
-    @torch.no_grad()
-    def _judged(self, trainee: Trainee, held: Sequence[int]) -> float:
-        """The mean loss of samples that weren't trained on."""
-        return sum(float(trainee.loss(*trainee.batch([number]))) for number in held) / len(held)
 
     def _train(self, trainee: Trainee, parameters: list[nn.Parameter], learned: Sequence[int]) -> None:
         for parameter in trainee.model.parameters():

@@ -8,11 +8,13 @@ from typing import ClassVar
 
 from nybble.calibration.window import Window
 from nybble.core.errors import SchemeError, within
+from nybble.learned import part_name
+from nybble.learned.transforms import LearnedTransform
 from nybble.models.adapter import under
 from nybble.nn.kinds import Target, matrix_at
 from nybble.reconstruction import FISHER, Reconstruction
 from nybble.reconstruction.in_units import in_units, learn
-from nybble.solvers import Solver
+from nybble.solvers import REGISTRY, Solver
 from nybble.walk.steps import BlockStep, Cost, Load, Subject
 
 
@@ -73,9 +75,22 @@ class ReconstructionStep(BlockStep):
                 f"{self.name} finds nothing to learn: the scheme quantizes no layer inside the blocks of the sides "
                 "(weights, inputs) that it names."
             )
+        self._check_solver(subject)
         self._check_transform(subject)
         if self.reconstruction.inputs is not None and not inputs:
             raise SchemeError(f"{self.name} learns inputs, and the scheme rounds none; leave inputs out, or add them.")
+
+    def _check_solver(self, subject: Subject) -> None:
+        """What learns a weight needs codes and scales to begin with; inputs, and norms beside them, learn anyway."""
+        options, stored = self.reconstruction, self.solver.unlearned
+        weights = any(t.rule.weights and options.learns(t) for targets in subject.plan.blocks for t in targets)
+        if not stored or options.follower is None or not weights:
+            return
+        part = part_name(options.weights) if options.weights else LearnedTransform.registry.key_of(options.block)
+        raise SchemeError(
+            f"{self.name}: {part} can't learn what solver {REGISTRY.key_of(self.solver)!r} leaves, {stored}; take "
+            "solver: rtn or gptq in front of it, whose codes can be learned, or leave the reconstruction out."
+        )
 
     def _check_transform(self, subject: Subject) -> None:
         """A transform alone must find something; beside a part it does where it can."""
