@@ -32,7 +32,7 @@ def blocks_of(granularity: str, n: int, k: int) -> tuple[int, int, int] | None:
         across, down = k * total // (n * k), n
     else:
         return None
-    columns = getattr(found, "size", 0) if across and k % across else k // max(across, 1)
+    columns = getattr(found, "size", 0) if found.uneven((n, k)) else k // max(across, 1)
     if not columns or not down or n % down or -(-k // columns) != across:
         return None
     share = n // down

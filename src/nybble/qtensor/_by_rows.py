@@ -88,7 +88,7 @@ def _pieces(
 
 def _groups(tensor: BlockQTensor) -> int:
     """Scales in a row; 0 where they aren't of neighbouring columns of one row, or one for all."""
-    if tensor.granularity.factored:
+    if tensor.granularity.factored or tensor.granularity.uneven(tensor.shape):
         return 0
     found = tensor.granularity.scale_shape(tensor.shape)
     word = str(tensor.granularity).split("=")[0].split()[0]
