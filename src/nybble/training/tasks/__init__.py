@@ -99,20 +99,20 @@ class Task(ABC):
         """
         raise UsageError(f"a coreset is chosen among examples with a class each, and {self.summary} have none.")
 
-    @abstractmethod
     def length(self, row: Row) -> int:
         """How long an example is: those of about one length share an update. 1 where all are alike."""
+        return 1
 
     @abstractmethod
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Examples as the model's arguments, ``labels`` among them: with these its output has a ``loss``."""
 
-    @abstractmethod
     def counted(self, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:
         """Bool, the shape of ``logits`` without its classes: which rows of logits are of something real.
 
         Padding is not; what the loss of the labels leaves out (a prompt, say) is.
         """
+        return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
 
     @abstractmethod
     def measure(

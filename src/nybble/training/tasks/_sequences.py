@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,9 +45,6 @@ class SequenceTask(Task):
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         return collate(rows)
-
-    def counted(self, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:
-        return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
 
     def given(self, model: nn.Module, rows: Sequence[Row], batch: int, progress: Progress) -> tuple[Tensor, Tensor]:
         """What the model gives to rows, float32 [rows, numbers], and their labels, both on the CPU."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -62,14 +62,8 @@ class Images(Task):
     def classes_of(self, rows: Sequence[Row]) -> list[int]:  # noqa: D102
         return [row["label"] for row in rows]
 
-    def length(self, row: Row) -> int:  # noqa: D102
-        return 1
-
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:  # noqa: D102
         return collate(rows)
-
-    def counted(self, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:  # noqa: D102
-        return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
 
     def measure(  # noqa: D102
         self, model: nn.Module, origin: Origin, rows: Sequence[Row], batch: int, progress: Progress

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -42,14 +42,8 @@ class Separation(Task):
     def load(self, src: str, origin: Origin, model: nn.Module, seq_len: int, part: Part) -> Voices:  # noqa: D102
         return load_voices(src, part, rate=int(origin.config.rate))
 
-    def length(self, row: Row) -> int:  # noqa: D102
-        return 1
-
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:  # noqa: D102
         return collate(rows)
-
-    def counted(self, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:  # noqa: D102
-        return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
 
     def measure(  # noqa: D102
         self, model: nn.Module, origin: Origin, rows: Sequence[Row], batch: int, progress: Progress
