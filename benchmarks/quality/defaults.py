@@ -10,6 +10,14 @@ two sets of held-out source files. A default has to be the better one on both mo
 
 ``ladder-NAME`` is a model of benchmarks/ladder (``--ladder``: its folder), calibrated on a part of the text that it was
 trained on and judged on perl-doc, debian-reference-en and held-out documents of its training's packages.
+
+``smollm2-manuals`` is SmolLM2 calibrated on calibration.jsonl.xz of ``--manuals`` (python3.11-doc and, behind it,
+postgresql-doc-15, by benchmarks/texts.py) and judged on perl-doc.jsonl.xz and debian-reference-en.jsonl.xz there.
+
+Beside perplexity stands what is generated: of 32 beginnings of 64 tokens of the first text each model greedily goes on
+for 64. ``same`` is how many of these the float model says, too, before the first other one; ``distinct`` the share of
+different groups of four tokens among all (a model that repeats itself has few), and ``float_nll`` the nats a token that
+the float model loses on it.
 """
 
 from __future__ import annotations
@@ -87,6 +95,7 @@ def main(about: str | None, known: Rows) -> None:
     parser.add_argument("--without", nargs="*", default=[], help="words that it doesn't hold")
     parser.add_argument("--models", nargs="*", default=["smollm2", "trained"], help="and ladder-NAME")
     parser.add_argument("--ladder", type=Path, default=Path("build/ladder"), help="what benchmarks/ladder wrote")
+    parser.add_argument("--manuals", type=Path, default=Path("build/manuals"), help="texts of smollm2-manuals")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=40)
@@ -100,14 +109,17 @@ def main(about: str | None, known: Rows) -> None:
     chosen = {name: row for name, row in known.items() if any(word in name for word in args.rows)}
     chosen = {name: row for name, row in chosen.items() if not any(word in name for word in args.without)}
     for name in args.models:
-        if name not in ("smollm2", "trained") and not name.startswith("ladder-"):
-            parser.error(f"no model {name}: smollm2, trained, or ladder-NAME")
+        if name not in ("smollm2", "smollm2-manuals", "trained") and not name.startswith("ladder-"):
+            parser.error(f"no model {name}: smollm2, smollm2-manuals, trained, or ladder-NAME")
         if name.startswith("ladder-"):
             rung(name.removeprefix("ladder-"), chosen, args)
-    if not {"smollm2", "trained"} & set(args.models):
+    if not {"smollm2", "smollm2-manuals", "trained"} & set(args.models):
         return
     source = open_source(args.smollm2)
     tokenizer = source.tokenizer()
+    if "smollm2-manuals" in args.models:
+        texts = document_texts(args.manuals, ("perl-doc", "debian-reference-en"), tokenizer, args)
+        judge("SmolLM2-135M-Instruct, manuals", args.smollm2, *texts, chosen, args)
     files = python_files()
     with tempfile.TemporaryDirectory() as place:
         if "smollm2" in args.models:
@@ -140,10 +152,16 @@ def rung(name: str, chosen: dict[str, Any], args: argparse.Namespace) -> None:
 
 def ladder_texts(tokenizer: Any, args: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
     """Samples of the ladder's calibration text, and windows of its three held-out ones."""
-    texts = args.ladder / "texts"
+    return document_texts(args.ladder / "texts", ("held-out", "perl-doc", "debian-reference-en"), tokenizer, args)
+
+
+def document_texts(
+    texts: Path, names: tuple[str, ...], tokenizer: Any, args: argparse.Namespace
+) -> tuple[Any, dict[str, Tensor]]:
+    """Samples of a folder's calibration text, and windows of its held-out ones."""
     calibration = sample(str(texts / "calibration.jsonl.xz"), "calibration", tokenizer, args.samples, args)
     held = {}
-    for text in ("held-out", "perl-doc", "debian-reference-en"):
+    for text in names:
         with lzma.open(texts / f"{text}.jsonl.xz", "rt", encoding="utf-8") as lines:
             documents = [tokenizer.eos_token + json.loads(line)["text"] for line in lines]
         windows = cut(tokenizer, documents, args.seq_len)
@@ -182,7 +200,10 @@ def judge(
 ) -> None:
     """Perplexity of the float model and of every row on each text, and seconds."""
     reference = nybble.load(model, device=args.device)[0]
-    record(args.record, title, "float", {"bits": 16.0, "ppl": perplexity(reference, texts)}, args.device)
+    begins = next(iter(texts.values()))[:32, :64]
+    exact = generated(reference, begins)
+    row = {"bits": 16.0, "ppl": perplexity(reference, texts), "generated": generation(exact, exact, reference)}
+    record(args.record, title, "float", row, args.device)
     settings = nybble.Settings(batch=8, device=args.device, seed=args.seed)
     for plain, (steps, scheme) in chosen.items():
         name = f"{plain}, seed {args.seed}" if args.seed else plain
@@ -203,6 +224,7 @@ def judge(
         seconds = time.perf_counter() - started
         hold_dense(made, torch.bfloat16)
         row = {"bits": report.bits, "seconds": round(seconds, 1), "ppl": perplexity(made, texts)}
+        row["generated"] = generation(generated(made, begins), exact, reference)
         row |= {"beside": args.beside} if args.beside else {}
         record(args.record, title, name, row, args.device)
 
@@ -214,6 +236,28 @@ def perplexity(model: Any, texts: dict[str, Tensor]) -> dict[str, float]:
         name: evaluate_many(None, {"model": model}, ids, ("ppl",))["model"].metrics["ppl"]
         for name, ids in texts.items()
     }
+
+
+@torch.no_grad()
+def generated(model: Any, begins: Tensor, tokens: int = 64) -> Tensor:
+    """How a model goes on greedily, and what from: int64 [beginnings, length + tokens], on its device."""
+    ids = begins.to(next(model.parameters()).device)
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    found: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    return found
+
+
+@torch.no_grad()
+def generation(found: Tensor, exact: Tensor, reference: Any, begins: int = 64) -> dict[str, float]:
+    """How good it is, beside what the float model says."""
+    new = found[:, begins:]
+    same = (new == exact[:, begins:]).cumprod(-1).sum(-1).float().mean().item()
+    groups = new.unfold(-1, 4, 1).reshape(-1, 4)
+    losses = torch.nn.functional.cross_entropy(
+        reference(found).logits[:, begins - 1 : -1].float().transpose(1, 2), new, reduction="none"
+    )
+    distinct = len(groups.unique(dim=0)) / len(groups)
+    return {"same": same, "distinct": distinct, "float_nll": losses.mean().item()}
 
 
 def python_files() -> list[Path]:

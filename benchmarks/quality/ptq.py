@@ -33,11 +33,15 @@ from typing import Any
 
 import defaults
 
+from nybble.recipe import load_recipe
+
 Steps = list[dict[str, Any]]
 GPTQ: Steps = [{"solver": "gptq"}]
 BOTH: Steps = [{"solver": "gptq", "inputs": "both"}]
 REFINE: Steps = [{"correction": "refine-scales"}]
 DISTILL: Steps = [{"train": "distill", "rates": {"default": 3e-3}}]
+NEXT: Steps = [step for step in load_recipe("efficientqat").to_dict()["steps"] if "train" in step]
+"""EfficientQAT's second phase, as its recipe has it."""
 PARTS: dict[str, dict[str, Any]] = {
     "clip": {"rates": {"default": 0.01}, "schedule": "constant"},
     "adaround": {"rates": {"rounding": 0.05}, "schedule": "constant"},
@@ -95,9 +99,30 @@ def distilled() -> defaults.Rows:
             "gptq, distilled, rates 1e-2": [*GPTQ, {**DISTILL[0], "rates": {"default": 0.01}}],
             "gptq, scales and norms distilled": [*GPTQ, {**DISTILL[0], "what": ["scales", "norms"]}],
             "gptq, next token": [*GPTQ, {**DISTILL[0], "loss": "nll"}],
+            "block-ap, next token": learned("block-ap", steps) + NEXT,
+            "block-ap, distilled": learned("block-ap", steps) + DISTILL,
         }  # fmt: skip
         found |= {f"INT{bits} g64 {name}": (each, scheme) for name, each in candidates.items()}
-    return found
+    smooth: Steps = [{"transform": "smooth", "alpha": 0.6}]
+    found["NVFP4 smooth, gptq, distilled"] = (smooth + GPTQ + DISTILL, {"weights": "nvfp4", "inputs": "nvfp4"})
+    return found | small_files()
+
+
+def small_files() -> defaults.Rows:
+    """Four-bit weights alone at 4.25 and at 4.5 bits, of several formats."""
+    lines = {
+        4.25: ("int4_full group=64", "nf4 group=64", "int4 group=96 symmetric=false", "float4_e2m1fn group=64"),
+        4.5: ("float4_e2m1fn group=32", "nf4 group=32", "int4 group=48 symmetric=false"),
+    }
+    signed = learned("sign-round", 200)
+    ways: dict[str, Steps] = {
+        "gptq": GPTQ, "sign-round": signed,
+        "gptq guided, sign-round, scales distilled": guided(4) + signed[1:] + DISTILL,
+    }  # fmt: skip
+    return {
+        f"W4A16 {bits} bits, {line}: {name}": (steps, {"weights": line})
+        for bits, some in lines.items() for line in some for name, steps in ways.items()
+    }  # fmt: skip
 
 
 def rows() -> defaults.Rows:

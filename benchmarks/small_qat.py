@@ -1,19 +1,24 @@
-"""Image classifiers trained in few bits: OFQ, N2UQ, DyBit, DiffQ and pruning ternary, each against its own baseline.
+"""Small networks trained in few bits: OFQ, N2UQ, DyBit, DiffQ and pruning ternary, each against its own baseline.
 
     apt-get install dataset-fashion-mnist
-    python benchmarks/image_qat.py resnet18 --device cuda --seeds 0 1 2 --out benchmarks/results/image_qat_resnet18.json
-    python benchmarks/image_qat.py deit --device cuda --seeds 0 1 2 --out benchmarks/results/image_qat_deit.json
+    python benchmarks/small_qat.py resnet18 --device cuda --seeds 0 1 2 --out benchmarks/results/small_qat_resnet18.json
 
-A float model of benchmarks/small_models.py learns Fashion-MNIST (60,000 images, mirrored and shifted), and is the
-teacher where a row has one; every row begins with it and has as many updates. Rows run side by side; those that are
-done are in ``--work``, and a second call goes on. Accuracy on the 10,000 test images, of the packed folder; bytes by
-``nybble inspect``; ``flips`` are weights that went back to the code they had left, in a thousand of weights an update.
+and so for ``mobilenetv2``, ``deit``, ``detector``, ``separator`` and ``lm`` (``--ladder``: what benchmarks/ladder
+wrote; its llama of 3 million parameters).
+
+A float model of benchmarks/small_models.py learns Fashion-MNIST (60,000 images, mirrored and shifted), drawn scenes or
+mixtures of two drawn voices (4,000 of them), and is the teacher where a row has one; every row begins with it and has
+as many updates. Rows run side by side; those that are done are in ``--work``, and a second call goes on. Judged is the
+packed folder: accuracy on the 10,000 test images, average precision on 500 scenes, SI-SDR of 500 mixtures, perplexity
+of held-out text. Bytes by ``nybble inspect``; ``flips`` are weights that went back to the code they had left, in a
+thousand of weights an update.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 from dataclasses import dataclass, field
@@ -31,6 +36,10 @@ from nybble.pipelines.load import load_with_origin
 from nybble.training.recipe import load_training_recipe
 from nybble.training.tasks import task_of
 
+IMAGES = ("resnet18", "mobilenetv2", "deit")
+DRAWN = {"detector": "scenes", "separator": "voices"}
+SHOWN = {"accuracy": 100, "map50": 100, "si_sdr": 1, "ppl": 1}
+"""Measures that are printed, and how many times over."""
 ENDS = load_training_recipe("n2uq").scheme.ignore
 """The first and the last layer, which stay in float on convolutional networks."""
 TEACHER = {"logits": {"form": "ce"}}
@@ -47,10 +56,11 @@ class Row:
     lr: float = 1.0
 
     def asked(self, options: argparse.Namespace) -> Request:
-        """On the training images."""
-        train = small_models.find(options.images, "train")
-        more = {"augment": "flip crop=2", "lr": options.lr * self.lr}
-        return Request(recipe=self.recipe, data=train, scheme=self.scheme, options=self.options, settings=more)
+        """On the examples that train."""
+        drawn = options.kind not in IMAGES
+        more = {"lr": options.lr * self.lr, **({} if drawn else {"augment": "flip crop=2"})}
+        data = Path(examples(options, "train"))
+        return Request(recipe=self.recipe, data=data, scheme=self.scheme, options=self.options, settings=more)
 
 
 def scheme(weights: str, inputs: str = "", ignore: tuple[str, ...] = ENDS) -> dict[str, Any]:
@@ -69,18 +79,34 @@ def integers(bits: int) -> dict[str, Any]:
     return scheme(f"int{bits}_full channel scale=learned", f"int{bits} tensor static scale=learned")
 
 
-def noisy(penalty: float) -> Row:
+def noisy(penalty: float, ignore: tuple[str, ...] = ()) -> Row:
     """DiffQ at a price for the megabyte."""
     return Row(
-        "diffq", scheme("uint8 scale=minmax(offset=true)", ignore=()),
+        "diffq", scheme("uint8 scale=minmax(offset=true)", ignore=ignore),
         {"learned": {"weights": {"pseudo-noise": {"group": 8, "penalty": penalty}}}, "rates": {"bits": 10.0}},
     )  # fmt: skip
 
 
-def pruned(**options: Any) -> Row:
-    """Ternary from the first update, or in stages."""
-    more = {} if options.pop("staged", True) else {"callbacks": {}, "learned": {"weights": {"pruned": {"share": 0.6}}}}
-    return Row("pruning-ternary", scheme("ternary channel"), {**more, **options})
+def straight(bits: int, ignore: tuple[str, ...] = ()) -> Row:
+    """Integers a channel, gradients straight through."""
+    return Row(scheme=scheme(f"int{bits}_full channel", ignore=ignore))
+
+
+def sizes(*ignore: str) -> dict[str, Row]:
+    """Bytes against quality."""
+    rows = {f"DiffQ, {p:g} a MB": noisy(p, ignore) for p in (0.1, 1.0, 10.0)}
+    return rows | {f"ste, {bits} bits": straight(bits, ignore) for bits in (8, 4, 3, 2)}
+
+
+def ternary(ignore: tuple[str, ...] = ENDS) -> dict[str, Row]:
+    """Pruned and made ternary in stages, or from the first update; and TWN's threshold."""
+    once = {"callbacks": {}, "learned": {"weights": {"pruned": {"share": 0.6}}}}
+    share = {"learned": {"weights": {"statistics": {"threshold": 0.7}}}}
+    return {
+        "ternary, staged": Row("pruning-ternary", scheme("ternary channel", ignore=ignore)),
+        "ternary at once": Row("pruning-ternary", scheme("ternary channel", ignore=ignore), once),
+        "ternary, TWN": Row(scheme=scheme("ternary scale=mean(above=0.7)", ignore=ignore), options=share),
+    }
 
 
 def book(bits: int) -> dict[str, Any]:
@@ -95,16 +121,14 @@ ROWS: dict[str, dict[str, Row]] = {
         "code book 2/2": Row(scheme=book(2), options=LSQ),
         "DyBit 4/4": Row("dybit-qat", scheme("dybit4 scale=mse", "dybit4 static scale=mse"), {"losses": TEACHER}),
         "INT4 4/4 of a tensor": Row(scheme=scheme("int4 scale=mse", "int4 static scale=mse"), options=LSQ),
-        "ternary, staged": pruned(),
-        "ternary at once": pruned(staged=False),
-        "ternary, TWN": Row(
-            scheme=scheme("ternary scale=mean(above=0.7)"),
-            options={"learned": {"weights": {"statistics": {"threshold": 0.7}}}},
-        ),
+        **ternary(),
         **{f"DiffQ, {p:g} a MB": noisy(p) for p in (0.01, 0.1, 1.0)},
-        "ste, 4 bits": Row(scheme=scheme("int4_full channel", ignore=())),
+        "ste, 4 bits": straight(4),
     },
     "mobilenetv2": {f"LSQ {b}/{b}": Row(scheme=integers(b), options=LSQ) for b in (4,)},
+    "detector": ternary(("net.0.down.0", "net.4")),
+    "separator": sizes(),
+    "lm": sizes("lm_head"),
     "deit": {
         **{
             f"{name} {b}/{b}": Row("ofq", f"OFQ_W{b}A{b}", more)
@@ -122,10 +146,24 @@ ROWS: dict[str, dict[str, Row]] = {
 }  # fmt: skip
 
 
+def examples(options: argparse.Namespace, part: str) -> str:
+    """What trains, or what judges."""
+    if options.kind in DRAWN:
+        return f"{DRAWN[options.kind]}:{4000 if part == 'train' else 500}"
+    if options.kind == "lm":
+        text = "calibration" if part == "train" else "held-out"
+        return str(options.ladder / "texts" / f"{text}.jsonl.xz")
+    return str(small_models.find(options.images, part))
+
+
 def begin(options: argparse.Namespace) -> None:
     """The float model, for as many updates as are asked."""
+    if options.kind == "lm":
+        shutil.copytree(options.ladder / "models" / "llama-3m", options.work / "float")
+        return
     words = ["small_models.py", options.kind, "--out", str(options.work / "float"), "--device", options.device]
-    words += ["--steps", str(options.float_steps), "--images", str(options.images), "--batch", str(options.batch)]
+    words += ["--steps", str(options.float_steps), "--images", str(options.images)]
+    words += ["--batch", str(options.batch)] if options.kind in IMAGES else []
     given, sys.argv = sys.argv, words
     try:
         small_models.main()
@@ -134,14 +172,14 @@ def begin(options: argparse.Namespace) -> None:
 
 
 def judged(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Accuracy and loss on the test images, bytes, and flips where they were counted."""
+    """What the task measures on the examples that judge, bytes, and flips where they were counted."""
     model, origin = load_with_origin(folder, dtype="float32", device=options.device)
     task = task_of(model, str(folder))
-    source = str(small_models.find(options.images, "t10k"))
-    rows = task.load(source, origin, model, 1, "evaluation").rows[: options.held]
+    rows = task.load(examples(options, "t10k"), origin, model, options.length or 1, "evaluation").rows[: options.held]
     account = inspect(folder)
-    found = {"bytes": account["total"], "bits_per_weight": account["bits_per_weight"], "images": len(rows)}
-    return {**task.measure(model, origin, rows, 500, Silent()), **found, **_flips(folder)}
+    found = {"bytes": account["total"], "bits_per_weight": account["bits_per_weight"], "examples": len(rows)}
+    together = 500 if options.kind in IMAGES else 50
+    return {**task.measure(model, origin, rows, together, Silent()), **found, **_flips(folder)}
 
 
 def _flips(folder: Path) -> dict[str, float]:
@@ -158,13 +196,14 @@ def _flips(folder: Path) -> dict[str, float]:
 def shown(result: dict[str, Any]) -> None:
     """A line a row: the mean of its seeds, and half their range."""
     exact = result["float"]
-    print(f"{'float':28s} {100 * exact['accuracy']:6.2f} %                 {exact['bytes']:>12,} bytes")
+    measure = next(name for name in SHOWN if name in exact)
+    print(f"{'float':28s} {SHOWN[measure] * exact[measure]:6.2f} {measure:10s}            {exact['bytes']:>12,} bytes")
     for name in dict.fromkeys(row.rpartition(" #")[0] for row in result["rows"]):
         rows = [found for row, found in result["rows"].items() if row.rpartition(" #")[0] == name]
-        found = [100 * row["accuracy"] for row in rows]
+        found = [SHOWN[measure] * row[measure] for row in rows]
         flips = [row["flips"] for row in rows if "flips" in row]
         print(
-            f"{name:28s} {statistics.mean(found):6.2f} % ± {(max(found) - min(found)) / 2:4.2f} (n={len(found)})"
+            f"{name:28s} {statistics.mean(found):6.2f} ± {(max(found) - min(found)) / 2:4.2f} (n={len(found)})"
             f" {rows[0]['bytes']:>12,} bytes, {rows[0]['bits_per_weight']:.2f} bits, {rows[0]['seconds']:.0f} s"
             + (f", {statistics.mean(flips):.2f} flips" if flips else "")
         )
@@ -174,11 +213,14 @@ def own(parser: argparse.ArgumentParser) -> None:
     """What other studies haven't."""
     parser.add_argument("kind", choices=sorted(ROWS), help="which float model")
     parser.add_argument("--images", type=Path, default=small_models.FOLDER, help="where the IDX files are")
+    parser.add_argument("--ladder", type=Path, default=Path("build/ladder"), help="what benchmarks/ladder wrote")
 
 
 if __name__ == "__main__":
-    options = arguments(__doc__ or "", "image_qat", "small_models", own, steps=3000, float_steps=3000)
+    options = arguments(__doc__ or "", "small_qat", "small_models", own, steps=3000, float_steps=3000)
     options.work = options.work / options.kind
+    options.length = 256 if options.kind == "lm" else options.length
+    options.batch = {"detector": 32, "separator": 8, "lm": 32}.get(options.kind, options.batch)
     Study(
         script=__file__, doc=__doc__ or "", rows={name: row.asked for name, row in ROWS[options.kind].items()},
         begin=begin, judged=judged, shown=shown,
