@@ -11,8 +11,12 @@ CPU = torch.device("cpu")
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Products inside keep their operands' dtypes, on any device that has autocast at all."""
-    known = torch.amp.is_autocast_available(device.type)
+    """Products inside keep their operands' dtypes, on any device that has autocast at all.
+
+    Nothing is entered where nothing is to be left: within one autocast another keeps its copies of weights beyond its
+    end, and a training loop inside would multiply with the weights of its first update.
+    """
+    known = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 

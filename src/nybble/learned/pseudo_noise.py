@@ -60,7 +60,7 @@ class NoisyWeight(Learned):
 
     def estimate(self, x: Tensor) -> Tensor:  # noqa: D102
         wide = x.float()
-        ends = torch.stack(torch.aminmax(wide))
+        ends = torch.stack((wide.amin(), wide.amax()))  # aminmax has no derivative before torch 2.12
         step = steps(ends if self.options.range_gradient else ends.detach(), self.bits())
         rows = torch.empty(step.shape[0], wide.numel() // step.shape[0], device=wide.device)
         noise = rows.normal_(0, 0.5) if self.options.noise == "gaussian" else rows.uniform_(-0.5, 0.5)
@@ -161,7 +161,7 @@ class PseudoNoise(Part):
             )
         if not bool(x.isfinite().all()):
             raise SchemeError("pseudo-noise: a weight that isn't finite has no range to be rounded in.")
-        return NoisyWeight(quantizer, replace(self, group=group), x.numel() // group)
+        return NoisyWeight(quantizer, replace(self, group=group), x.numel() // group).to(x.device)
 
 
 PART = PseudoNoise

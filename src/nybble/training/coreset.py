@@ -26,6 +26,7 @@ from nybble.core.errors import DataError, LearningError, ModelError, UsageError
 from nybble.core.files import atomic_write_json
 from nybble.core.seeds import generator
 from nybble.nn.in_place import evaluation_mode
+from nybble.training.objective import in_its_dtype
 from nybble.training.scores import SCORES, Score, Seen
 from nybble.training.tasks import Row, Task
 
@@ -193,5 +194,5 @@ class Coreset:
             for start in range(0, len(self.rows), PART):
                 batch = self.task.collate(self.rows[start : start + PART])
                 given = {name: t.to(device) for name, t in batch.items() if name != "labels"}
-                found.append(model(**given).logits.float().softmax(-1).cpu())
+                found.append(model(**in_its_dtype(model, given)).logits.float().softmax(-1).cpu())
         return torch.cat(found)

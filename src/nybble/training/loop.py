@@ -294,6 +294,7 @@ class _Loop(Trainer):
         """Forward ``number`` of an update, with random numbers of its own: whoever computes it draws the same."""
         place = (str(self.state.global_step), str(number))
         torch.manual_seed(derive_seed(self.settings.seed, "train", "forward", *place))
+        torch.clear_autocast_cache()  # within a caller's autocast the Trainer's would keep the last update's weights
         if self.augment is not None:
             inputs = self.augment(inputs, generator(self.settings.seed, "train", "augment", *place))
         first: AbstractContextManager[dict[int, int]] = nullcontext({}) if self.memory else keeping(model)

@@ -93,7 +93,7 @@ class Objective:
         taught: Any = None
         if self.teacher is not None:
             with torch.no_grad():
-                taught = self.teacher(**given)
+                taught = self.teacher(**in_its_dtype(self.teacher, given))
         lesson = Lesson(
             student=student, teacher=taught, batch=batch, counted=self.task.counted(batch, student.logits)
         )  # fmt: skip
@@ -104,6 +104,13 @@ class Objective:
             self.last[name] = found.detach()
             total = total + weight * found
         return total
+
+
+def in_its_dtype(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Pixels and samples in the dtype of a network's weights: a teacher's may not be the student's."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    floats = {name: t.to(dtype) for name, t in given.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    return {**given, **floats}
 
 
 def needs_teacher(losses: list[tuple[str, float, Loss]]) -> bool:

@@ -15,7 +15,10 @@ from torch import Tensor
 
 import nybble.optim
 from nybble.core.errors import UsageError
+from nybble.core.explicit import explicit_settings
+from nybble.core.progress import Silent
 from nybble.training.optimizers import trainer_optimizer
+from nybble.training.settings import TrainSettings
 
 accelerate = pytest.importorskip("accelerate", reason="the Trainer needs it: pip install 'nybble[train]'")
 transformers = pytest.importorskip("transformers")
@@ -189,3 +192,26 @@ def test_two_lines(library: str) -> None:
         first = plain(model(), optimizer, schedule)[0]
     assert losses[1] < 0.8 * first
     assert abs(losses[1] / losses[0] - 1) < 0.03 and losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("around", ["settings", "a caller's autocast"])
+def test_a_mixed_run_multiplies_with_the_weights_of_its_update(tmp_path: Path, around: str) -> None:
+    """Within another autocast, one that ends keeps its 16-bit copies of weights: the Trainer's must not."""
+    from nybble.training.loop import train
+
+    made = model()
+    weight = made.model.layers[0].mlp.down_proj.weight  # of a float layer: the weight itself is what is multiplied
+    for p in made.parameters():
+        p.requires_grad_(p is weight)
+    settings = TrainSettings(
+        steps=3, batch=4, accumulate=1, seq_len=12, lr=0.05, warmup=0.0, dtype="bfloat16", checkpointing=False,
+        optimizer="torch.SGD",
+    )  # fmt: skip
+    outer = torch.autocast("cpu", torch.bfloat16) if around == "a caller's autocast" else explicit_settings()
+    row = rows(1) * 12
+    before = weight.detach().clone()
+    with outer:
+        run = train(made, row, settings, tmp_path, Silent(), mixed=True)
+    losses = [loss for _, loss in run.curve]
+    assert not torch.equal(before, weight)
+    assert losses[0] > losses[1] > losses[2]
