@@ -313,12 +313,32 @@ def optimizer_quality() -> str:
     return f"{table(tuple(head), rows)}\n{summary.sentence(runs)}\n\n{about}\n"
 
 
+def c_train() -> str:
+    """Multiply-adds per clock of exported training steps: one row a type and kernel, one column a network and cores."""
+    data = _load("c_train")
+    results, cores = data["results"], data["cores"]
+    columns = [(network, count) for network in ("resnet8", "ds-cnn") for count in (1, cores)]
+    found = {(r["type"], r["lanes"], r["unroll"], r["network"], r["cores"]): r for r in results}
+    rows = []
+    for type_, lanes, unroll in dict.fromkeys((r["type"], r["lanes"], r["unroll"]) for r in results):
+        kernel = ("scalar" if lanes == 1 else f"{lanes} lanes") + (f", unrolled {unroll}" if unroll > 1 else "")
+        cells = [found.get((type_, lanes, unroll, *column)) for column in columns]
+        rows.append([type_, kernel, *("" if c is None else f"{c['mac_per_clock']:.2f}" for c in cells)])
+    head = ("type", "kernel", *(f"{network}, {count} core{'s' * (count > 1)}" for network, count in columns))
+    load = data["load_average"]
+    about = (
+        f"{data['processor']}, {cores} cores, gcc {data['gcc']} {data['flags']}; clocks of the {results[0]['clock']}; "
+        f"AVX512-FP16: {'yes' if data['avx512_fp16'] else 'no'}; load {load['least']:.1f} to {load['most']:.1f}."
+    )
+    return f"{table(head, rows)}\n{about}\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     **{
         f.__name__: f
         for f in (demo, gptq, fake_quantize, speed, memory, minilm, vit, cnn, composition, onnx_layers, qlora)
     },
-    **{f.__name__: f for f in (optimizer_quality, optimizer_speed, training_memory)},
+    **{f.__name__: f for f in (optimizer_quality, optimizer_speed, training_memory, c_train)},
     **registries.TABLES,
 }
 
