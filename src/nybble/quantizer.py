@@ -254,7 +254,13 @@ class Quantizer:
 
     # ------------------------------------------------------------------------------------------------ training
     def soft(
-        self, x: Float[Tensor, "*shape"], params: QuantParams | None = None, round: Round | None = None
+        self,
+        x: Float[Tensor, "*shape"],
+        params: QuantParams | None = None,
+        round: Round | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        share: float = 1.0,
     ) -> Float[Tensor, "*shape"]:
         """Fake quantization with gradients, for any format, granularity, nesting and offset.
 
@@ -264,13 +270,15 @@ class Quantizer:
                 they would be stored, with the gradient passed straight through to them. None measures them on ``x``.
             round: ``(y, grid) -> values``, see :data:`nybble.ops.grid.Round`: learned or noisy rounding. None rounds
                 as :meth:`fake_quantize` does, straight through with clipping (:func:`nybble.ops.grid.nearest`).
+            dtype: what the result is cast to; None: that of ``x``.
+            share: of the gradient that reaches the scale.
 
         Returns:
             shape and dtype of ``x``; without ``round`` it is ``fake_quantize(x, harden(params))`` bit for bit.
         """
         from nybble.soft import soft
 
-        return soft(self, x, params, round)
+        return soft(self, x, params, round, dtype, share)
 
     def settle(
         self, x: Float[Tensor, "*shape"], params: QuantParams | None, round: Round | None = None

@@ -102,23 +102,41 @@ def grid_of(spec: Specification, params: QuantParams, shape: tuple[int, ...]) ->
     return Grid(spec.format, spec.rounding, spec.floor, zero, params.grid, params.thresholds)
 
 
-def soft(spec: Specification, x: Tensor, params: QuantParams | None, round: Round | None) -> Tensor:
+def soft(
+    spec: Specification,
+    x: Tensor,
+    params: QuantParams | None,
+    round: Round | None,
+    dtype: torch.dtype | None = None,
+    share: float = 1.0,
+) -> Tensor:
     """See :meth:`nybble.quantizer.Quantizer.soft`."""
     if not x.numel():
-        return x.clone()
+        return x.clone().to(dtype or x.dtype)
     shape = tuple(x.shape)
     at_once = (round is None or isinstance(round, Reaching)) and _plain(spec)
+    how = How(spec.format.name, spec.rounding, round is not None, share, dtype)
+    shift = round.shift if isinstance(round, Reaching) else None
     if at_once and params is None:
         blocks = spec.granularity.to_blocks(x)
         scale = scale_at_once(spec, blocks.detach())
         if scale is not None:
-            return spec.granularity.from_blocks(_straight(spec, blocks, scale, None, round), shape)
+            return spec.granularity.from_blocks(round_straight(blocks, scale, None, shift, how), shape)
     params = through(spec, spec.measured(x, params))
     if at_once and isinstance(params.scale, Tensor) and _alone(params, round):
         blocks, scale = spec.granularity.to_blocks(x), block_view(params.scale, spec.granularity, shape)
         if len(scale) == len(blocks):
             zero = None if params.zero_point is None else block_view(params.zero_point, spec.granularity, shape)
-            return spec.granularity.from_blocks(_straight(spec, blocks, scale, zero, round), shape)
+            return spec.granularity.from_blocks(round_straight(blocks, scale, zero, shift, how), shape)
+    if share != 1 and isinstance(params.scale, Tensor):
+        still = params.scale.detach()
+        params = replace(params, scale=still + (params.scale - still) * share)  # its value, exactly
+    return _step_by_step(spec, x, params, round).to(dtype or x.dtype)
+
+
+def _step_by_step(spec: Specification, x: Tensor, params: QuantParams, round: Round | None) -> Tensor:
+    """:func:`soft` under parameters that :func:`through` gave, of all that is more than scales and zero points."""
+    shape = tuple(x.shape)
     wide = spec.granularity.to_blocks(x).float()
     y = scaled(spec, wide, params, shape)
     values = (round or nearest)(y, grid_of(spec, params, shape))
@@ -146,12 +164,6 @@ def _alone(params: QuantParams, round: Round | None) -> bool:
     moved = round is None and isinstance(zero, Tensor) and zero.requires_grad
     others = params.offset, params.thresholds, params.divisor, params.grid, params.shift
     return not moved and all(value is None for value in others)
-
-
-def _straight(spec: Specification, blocks: Tensor, scale: Tensor, zero: Tensor | None, round: Round | None) -> Tensor:
-    """One operation forward, one backward; float32, float16 or bfloat16 [blocks, elements], as ``blocks``."""
-    shift = round.shift if isinstance(round, Reaching) else None
-    return round_straight(blocks, scale, zero, shift, How(spec.format.name, spec.rounding, round is not None))
 
 
 # --------------------------------------------------------------------------------------------------- codes by decision

@@ -208,6 +208,7 @@ BACKWARD = torch.randn(2, 16, 6).transpose(1, 2).bfloat16()
         ("dynamic_scale", (torch.randn(32, 6).t().half(), "int4", 7.0, "", "float16")),
         ("nested_scale", (torch.randn(32, 16).bfloat16(), 6.0, "float8_e4m3fn", 448.0, 2.0**-6)),
         ("straight_round", (torch.randn(6, 16), torch.rand(6, 1), None, torch.randn(16, 6).t(), "nf4", "nearest-even")),
+        ("straight_round", (torch.randn(6, 16), torch.rand(6, 1), None, None, "nf4", "nearest-even", torch.bfloat16)),
         (
             "straight_round_backward",
             (*BACKWARD, torch.rand(6, 1), torch.ones(6, 1), None, "uint4", "nearest-even", True, True, True),

@@ -140,6 +140,25 @@ def moved(learned: Learned, x: Tensor, steps: int = 3) -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize(("name", "side", "line"), few())
+def test_cast_is_what_is_cast_afterwards(name: str, side: str, line: str) -> None:
+    """Whether or not a part does both at once: values and gradients."""
+    learned, x = made(name, line, side)
+    learned.train()
+    parameters = [p for group in learned.groups().values() for p in group if p.requires_grad]
+    found = []
+    for at_once in (False, True):
+        torch.manual_seed(5)
+        own = x.clone().requires_grad_()
+        y = learned(own, torch.bfloat16) if at_once else learned(own).to(torch.bfloat16)
+        gradients = torch.autograd.grad(y.float().square().sum(), [own, *parameters], allow_unused=True)
+        found.append((y.detach(), *gradients))
+    for first, second in zip(*found, strict=True):
+        assert (first is None and second is None) or torch.equal(first, second)
+    assert found[0][0].dtype == found[1][0].dtype == learned.eval()(x, torch.bfloat16).dtype == torch.bfloat16
+    assert torch.equal(learned(x, torch.bfloat16), learned(x).to(torch.bfloat16))
+
+
 @pytest.mark.parametrize(("name", "side", "line"), [case for case in cases() if case[0] not in ELSEWHERE])
 def test_begins_at_round_to_nearest(name: str, side: str, line: str) -> None:
     learned, x = made(name, line, side, **EXACT.get(name, {}))

@@ -126,6 +126,25 @@ def test_raw_scales_around_a_large_mean(inner: str) -> None:
     assert found > 3
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("int4 channel", "uint4 group=16 symmetric=false", "float4_e2m1fn group=16 scale=minmax(offset=true)"),
+        *("binary group=8", "int4 channel reciprocal=true", "nvfp4"),
+    ],
+)
+def test_a_share_of_the_gradient_reaches_the_scale(line: str) -> None:
+    """Whether it is all in one operation or goes step by step; the values, and what reaches x, stay."""
+    q, x = Quantizer(line), inputs(torch.float32)
+    raw, found = q.soften(q.measured(x, None)), []
+    for share in (1.0, 0.25):
+        own, scale = x.clone().requires_grad_(), dense(raw.scale).clone().requires_grad_()  # type: ignore[arg-type]
+        y = q.soft(own, replace(raw, scale=scale), share=share)
+        found.append((y.detach(), *torch.autograd.grad(y.square().sum(), (own, scale))))
+    assert same(found[0][0], found[1][0]) and same(found[0][1], found[1][1])
+    assert same(found[0][2] / 4, found[1][2]) and bool((found[1][2] != 0).any())
+
+
 # --------------------------------------------------------------------------------------------------------- backward
 def elementwise(q: Quantizer, value: Tensor, shape: torch.Size) -> Tensor:
     """A value a block, for each element (or a factor, broadcast); keeps the gradient and float64."""

@@ -38,6 +38,9 @@ class LoopOptions:
         bool | None,
         typer.Option("--checkpointing/--no-checkpointing", help="Compute activations again in backward, or keep them."),
     ] = None
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Run blocks through torch.compile, one by one.")
+    ] = None
     augment: Annotated[
         str | None, typer.Option(help="Of images in training: flip, crop=PIXELS, or both ('flip crop=4').")
     ] = None

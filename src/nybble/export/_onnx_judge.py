@@ -117,7 +117,7 @@ class _Judge:
             if module.inputs is not None:
                 x = self._same_codes(f"the inputs of {name}", module.inputs, x, place.inputs)
             weight = module.weight(x.dtype) if isinstance(module.weight, nn.Module) else module.weight
-            product = module.product(x, weight)
+            product = module.product(x, weight, module.bias)
             if module.outputs is not None:
                 self._same_codes(f"the outputs of {name}", module.outputs, product, place.outputs)
             else:

@@ -69,6 +69,11 @@ def aligned(tensor: Tensor | None) -> bool | None:
     return None if tensor is None else tensor.data_ptr() % 16 == 0
 
 
+def traits(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Of each tensor what Triton compiles in: its type, and whether its pointer is a multiple of 16."""
+    return tuple(None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
+
+
 def elsewhere(x: Tensor) -> bool:
     """Whether a tensor is on another GPU than the current one, where kernels are launched."""
     return x.is_cuda and x.get_device() != torch.cuda.current_device()

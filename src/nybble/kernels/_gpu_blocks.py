@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nybble.kernels._gpu import elsewhere
+
 TILE = 2048
 """Elements of a tile."""
 LONGEST = 1 << 16
@@ -58,7 +60,7 @@ def steps(side: Tensor, elements: int) -> tuple[int, int]:
 @contextmanager
 def on(x: Tensor) -> Iterator[None]:
     """The device of ``x`` as the current one, where kernels are launched."""
-    if x.device.type == "cuda":
+    if elsewhere(x):  # to enter the one that is current takes as long as a launch
         with torch.cuda.device(x.device):
             yield
     else:

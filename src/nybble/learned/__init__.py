@@ -69,13 +69,20 @@ class Learned(nn.Module, ABC):
         """What it settles to."""
         return self._quantizer
 
-    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Fake-quantized ``x`` (any dtype), of its shape and dtype: see the module's table."""
-        return self.estimate(x) if self.training else self.rounded(x)
+    def forward(self, x: Float[Tensor, "*shape"], dtype: torch.dtype | None = None) -> Float[Tensor, "*shape"]:
+        """Fake-quantized ``x`` (any dtype), of its shape: see the module's table; cast to ``dtype``, if any."""
+        if self.training:
+            return self.estimate(x) if dtype is None else self.estimate_in(x, dtype)
+        found = self.rounded(x)
+        return found if dtype is None else found.to(dtype)
 
     @abstractmethod
     def estimate(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The training formula; shape and dtype of ``x``, calculated in float32."""
+
+    def estimate_in(self, x: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
+        """:meth:`estimate`, cast; what a part does in one pass over memory, where it can."""
+        return self.estimate(x).to(dtype)
 
     @abstractmethod
     def settle(self, x: Float[Tensor, "*shape"]) -> QTensor | QuantParams:
@@ -278,6 +285,9 @@ class Menu(Learned):
 
     def estimate(self, x: Tensor) -> Tensor:  # noqa: D102
         return self.chosen.estimate(x)
+
+    def estimate_in(self, x: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: D102
+        return self.chosen.estimate_in(x, dtype)
 
     def settle(self, x: Tensor) -> QTensor | QuantParams:  # noqa: D102
         return self.chosen.settle(x)

@@ -51,7 +51,10 @@ class LearnedRange(Learned):
         return shared_range(self.quantizer, x, torch.sigmoid(self.gamma), torch.sigmoid(self.beta))
 
     def estimate(self, x: Tensor) -> Tensor:  # noqa: D102
-        return self.quantizer.soft(x, self.params(x), reaching)
+        return self.estimate_in(x, x.dtype)
+
+    def estimate_in(self, x: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: D102
+        return self.quantizer.soft(x, self.params(x), reaching, dtype=dtype)
 
     @torch.no_grad()
     def settle(self, x: Tensor) -> QTensor:  # noqa: D102

@@ -20,8 +20,9 @@ unsigned integers; ``unsigned`` does so with whatever is never negative where it
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from nybble.core.errors import NybbleError, SchemeError
@@ -52,9 +53,10 @@ class LearnedScale(Learned):
         return self.held.get_parameter("scale")
 
     def estimate(self, x: Tensor) -> Tensor:  # noqa: D102
-        still = self.scale.detach()
-        slowed = still + (self.scale - still) * self.factor  # its value, exactly, with g times its gradient
-        return self.quantizer.soft(x, replace(self.held.params(), scale=slowed))
+        return self.estimate_in(x, x.dtype)
+
+    def estimate_in(self, x: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: D102
+        return self.quantizer.soft(x, self.held.params(), dtype=dtype, share=self.factor)
 
     def settle(self, x: Tensor) -> QTensor | QuantParams:  # noqa: D102
         params = self.quantizer.harden(self.held.params())

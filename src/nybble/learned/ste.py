@@ -49,11 +49,15 @@ class StraightThrough(Learned):
         self.held = None if params is None else Held(quantizer, params)
 
     def estimate(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.estimate_in(x, x.dtype)
+
+    def estimate_in(self, x: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: D102
         if self.mask:
             x = torch.where(x.detach().abs() < self.mask, x, x.detach())
         if self.held is None and self.through:
-            return self.quantizer.soft(x, following(self.quantizer, x), reaching)
-        return self.quantizer.soft(x, None if self.held is None else self.held.params(), reaching)
+            return self.quantizer.soft(x, following(self.quantizer, x), reaching, dtype=dtype)
+        params = None if self.held is None else self.held.params()
+        return self.quantizer.soft(x, params, reaching, dtype=dtype)
 
     def lookup(self, x: Tensor, ids: Tensor, padding: int | None = None) -> Tensor:  # noqa: D102
         if self.held is not None or ids.numel() >= x.shape[0] or not rows_apart(self.quantizer):

@@ -117,9 +117,9 @@ class QuantConv(QuantLayer):
         # MobileNetV2 reads these of its convolutions.
         self.kernel_size, self.stride, self.dilation = geometry.kernel, geometry.stride, geometry.dilation
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """As the float convolution's."""
-        return self.geometry.apply(x, weight, self.bias)
+        return self.geometry.apply(x, weight, bias)
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{self.geometry.channels[1]}, {self.geometry.channels[0]}, kernel={self.geometry.kernel}"

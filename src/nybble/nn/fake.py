@@ -1,8 +1,8 @@
 """The trainable twin of a quantized layer: float32 weight, learned quantizers, the same numbers.
 
 Reconstruction, quantization-aware training, sensitivities and searches all put a :class:`FakeLayer` where the float
-layer stood. Its forward is the quantized layer's own (:class:`nybble.nn.layer.QuantLayer`), called with a dense weight,
-so that casts happen at the same places: in eval mode ``fake(x) == fake.settle()(x)``, bit for bit, in any dtype.
+layer stood. Its product is the quantized layer's own (:class:`nybble.nn.layer.QuantLayer`), of a dense weight, so
+that casts happen at the same places: in eval mode ``fake(x) == fake.settle()(x)``, bit for bit, in any dtype.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from nybble.core.errors import SchemeError
 from nybble.learned import ACTIVATIONS, WEIGHTS, Learned
@@ -93,8 +92,7 @@ class FakeLayer(Twin):
         if self.inputs is not None:
             x = self.inputs(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        dense = {"weight": self.weight(x.dtype), "bias": bias}
-        y: Tensor = functional_call(self._layer[0], dense, (x,))
+        y = self._layer[0].product(x, self.weight(x.dtype), bias)
         return y if self.outputs is None else self.outputs(y)
 
     def settle_in(self, root: nn.Module, name: str) -> None:  # noqa: D102

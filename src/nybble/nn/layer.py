@@ -48,18 +48,19 @@ class QuantLayer(nn.Module):
 
     def of_packed(self, x: Tensor, weight: Packed) -> Tensor:
         """:meth:`product` of a packed weight; layers for whose products there are kernels have their own."""
-        return self.product(x, weight(x.dtype))
+        return self.product(x, weight(x.dtype), self.bias)
 
     @abstractmethod
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Of what enters and a dense weight, with the bias."""
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Of what enters, a dense weight and a bias, all in one dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         """As the float layer."""
         x = widened(x, self.weight.dtype)
         if self.inputs is not None:
             x = self.inputs(x)
-        y = self.of_packed(x, self.weight) if isinstance(self.weight, Packed) else self.product(x, self.weight)
+        weight = self.weight
+        y = self.of_packed(x, weight) if isinstance(weight, Packed) else self.product(x, weight, self.bias)
         return y if self.outputs is None else self.outputs(y)
 
 

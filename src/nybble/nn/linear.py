@@ -66,16 +66,16 @@ class QuantLinear(QuantLayer):
         trains = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
         gradient = torch.is_grad_enabled() and trains
         if weight.held(x.dtype) or weight.brought or (gradient and torch.compiler.is_compiling()):
-            return self.product(x, weight(x.dtype))
+            return self.product(x, weight(x.dtype), self.bias)
         if gradient:
             return recomputed_linear(x, weight, self.bias)
         if x.device.type not in DEVICES:
-            return self.product(x, weight(x.dtype))
+            return self.product(x, weight(x.dtype), self.bias)
         return weight.linear(x, self.bias)
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """[..., in] -> [..., out]."""
-        return functional.linear(x, weight, self.bias)
+        return functional.linear(x, weight, bias)
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

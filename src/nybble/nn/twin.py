@@ -120,8 +120,8 @@ class FakeWeight(nn.Module):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Rounded in float32, then cast, as ``QTensor.dequantize`` does."""
-        dense: Tensor = self.latent if self.learned is None else self.learned(self.latent)
-        return dense.to(dtype)
+        dense: Tensor = self.latent.to(dtype) if self.learned is None else self.learned(self.latent, dtype)
+        return dense
 
     def rows(self, ids: Tensor, dtype: torch.dtype, padding: int | None = None) -> Tensor:
         """Some rows of the weight: int64 [...] -> [..., in]; the row ``padding`` gets no gradient from them."""

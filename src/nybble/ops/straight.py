@@ -37,7 +37,10 @@ def gap(y: Tensor, fmt: str) -> Tensor | float:
 @torch.library.custom_op(
     "nybble::straight_round",
     mutates_args=(),
-    schema="(Tensor blocks, Tensor scale, Tensor? zero, Tensor? shift, str fmt, str rounding) -> Tensor",
+    schema=(
+        "(Tensor blocks, Tensor scale, Tensor? zero, Tensor? shift, str fmt, str rounding, ScalarType? dtype=None) "
+        "-> Tensor"
+    ),
 )
 def straight_round(
     blocks: Float[Tensor, "blocks elements"],
@@ -46,6 +49,7 @@ def straight_round(
     shift: Float32[Tensor, "blocks elements"] | None,
     fmt: str,
     rounding: str,
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "blocks elements"]:
     """As :func:`nybble.ops.blocks.scaled_round`, with integer zero points, and with what training adds before rounding.
 
@@ -56,17 +60,21 @@ def straight_round(
         shift: float32 [blocks, elements], in steps of the grid.
         fmt: name of the format.
         rounding: name of a deterministic rounding (with zero points not ``native``).
+        dtype: a narrower one to round the result to; None: that of ``blocks``.
 
     Returns:
-        shape and dtype of ``blocks``.
+        shape of ``blocks``; what it would be in their dtype, then cast.
     """
     values = _values(_shifted(blocks, scale, shift, fmt)[0], zero, fmt, rounding)
-    return (values * scale).to(blocks.dtype)
+    return (values * scale).to(blocks.dtype).to(dtype or blocks.dtype)
 
 
 @straight_round.register_fake
-def _(blocks: Tensor, scale: Tensor, zero: Tensor | None, shift: Tensor | None, fmt: str, rounding: str) -> Tensor:
-    return blocks.new_empty(blocks.shape)
+def _(
+    blocks: Tensor, scale: Tensor, zero: Tensor | None, shift: Tensor | None, fmt: str, rounding: str,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    return blocks.new_empty(blocks.shape, dtype=dtype)
 
 
 @torch.library.custom_op(
@@ -74,7 +82,7 @@ def _(blocks: Tensor, scale: Tensor, zero: Tensor | None, shift: Tensor | None, 
     mutates_args=(),
     schema=(
         "(Tensor gradient, Tensor blocks, Tensor scale, Tensor? zero, Tensor? shift, str fmt, str rounding, bool far, "
-        "bool for_blocks, bool for_scale) -> (Tensor, Tensor, Tensor)"
+        "bool for_blocks, bool for_scale, float share=1.0) -> (Tensor, Tensor, Tensor)"
     ),
 )
 def straight_round_backward(
@@ -88,6 +96,7 @@ def straight_round_backward(
     far: bool,
     for_blocks: bool,
     for_scale: bool,
+    share: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of blocks, scale and shift in :func:`straight_round`.
 
@@ -102,6 +111,7 @@ def straight_round_backward(
         far: the range goes on for half a step beyond its ends (what rounds to them before it saturates).
         for_blocks: whether the gradient of blocks is wanted.
         for_scale: whether that of the scale is.
+        share: what that is multiplied with.
 
     Returns:
         in the dtype of ``blocks`` [blocks, elements]; float32 [blocks, 1]; float32 [blocks, elements]; of what isn't
@@ -117,7 +127,7 @@ def straight_round_backward(
     if for_scale:
         through = (-passed * (blocks.float() / by / by)).sum(1, keepdim=True)
         to_scale = (wide * _values(y, zero, fmt, rounding)).sum(1, keepdim=True)
-        to_scale = to_scale + torch.where(scale == 0, 0.0, through)
+        to_scale = (to_scale + torch.where(scale == 0, 0.0, through)) * share
     to_shift = scale.new_empty(0) if shift is None else (passed * distance).contiguous()
     return to_blocks.contiguous(), to_scale, to_shift
 
@@ -125,7 +135,7 @@ def straight_round_backward(
 @straight_round_backward.register_fake
 def _(
     gradient: Tensor, blocks: Tensor, scale: Tensor, zero: Tensor | None, shift: Tensor | None, fmt: str, rounding: str,
-    far: bool, for_blocks: bool, for_scale: bool,
+    far: bool, for_blocks: bool, for_scale: bool, share: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         blocks.new_empty(blocks.shape if for_blocks else 0),
@@ -162,11 +172,18 @@ def _values(y: Tensor, zero: Tensor | None, fmt: str, rounding: str) -> Tensor:
 
 @dataclass(frozen=True)
 class How:
-    """What isn't a tensor: format and rounding by name; ``far`` as :func:`straight_round_backward` has it."""
+    """What isn't a tensor.
+
+    Attributes:
+        fmt, rounding: by name. far, share: as :func:`straight_round_backward` has them.
+        dtype: of the result, rounded to that of the blocks and then to this; None: that of the blocks.
+    """
 
     fmt: str
     rounding: str
     far: bool
+    share: float = 1.0
+    dtype: torch.dtype | None = None
 
 
 def round_straight(blocks: Tensor, scale: Tensor, zero: Tensor | None, shift: Tensor | None, how: How) -> Tensor:
@@ -179,10 +196,11 @@ def round_straight(blocks: Tensor, scale: Tensor, zero: Tensor | None, shift: Te
 
 def _forward(blocks: Tensor, scale: Tensor, zero: Tensor | None, shift: Tensor | None, how: How) -> Tensor:
     found: Tensor
-    if zero is None and shift is None:
+    plain, cast = zero is None and shift is None, how.dtype not in (None, blocks.dtype)
+    if plain and not (cast and blocks.is_cuda):  # there is one pass over memory for both; elsewhere two are faster
         found = scaled_round(blocks, scale, how.fmt, how.rounding)
-    else:
-        found = straight_round(blocks, scale, zero, shift, how.fmt, how.rounding)
+        return found.to(how.dtype) if cast else found
+    found = straight_round(blocks, scale, zero, shift, how.fmt, how.rounding, how.dtype)
     return found
 
 
@@ -200,8 +218,9 @@ class _Straight(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is asked for
             return _differentiable(gradient, blocks, scale, zero, shift, ctx.how, ctx.needs_input_grad)
         to_blocks, to_scale, to_shift = straight_round_backward(
-            gradient, blocks, scale, zero, shift, ctx.how.fmt, ctx.how.rounding, ctx.how.far, for_blocks, for_scale
-        )
+            gradient, blocks, scale, zero, shift, ctx.how.fmt, ctx.how.rounding, ctx.how.far, for_blocks, for_scale,
+            ctx.how.share,
+        )  # fmt: skip
         return (
             to_blocks if for_blocks else None, to_scale if for_scale else None, None, to_shift if for_shift else None,
             None,
@@ -226,6 +245,6 @@ def _differentiable(
     to_scale = (wide * values).sum(1, keepdim=True)
     to_scale = to_scale + torch.where(scale == 0, 0.0, (-passed * (y / by)).sum(1, keepdim=True))
     return (
-        (passed / by).to(blocks.dtype) if asked[0] else None, to_scale if asked[1] else None, None,
+        (passed / by).to(blocks.dtype) if asked[0] else None, to_scale * how.share if asked[1] else None, None,
         passed * distance if asked[3] else None, None,
     )  # fmt: skip

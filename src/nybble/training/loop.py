@@ -33,6 +33,7 @@ from nybble.core.progress import Progress, Silent
 from nybble.core.progress import task as said
 from nybble.core.seeds import derive_seed, generator
 from nybble.training.callbacks import Acting
+from nybble.training.compiling import compiled_blocks
 from nybble.training.coreset import Coreset, CoresetOptions
 from nybble.training.memory import keeping
 from nybble.training.objective import Objective
@@ -113,7 +114,8 @@ def train(
     again = settings.checkpointing and _forgets(model)
     if settings.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with _quiet(), _alone(), _own_forward(model):
+    blocks = compiled_blocks(model) if settings.compile else nullcontext()
+    with _quiet(), _alone(), _own_forward(model), blocks:
         trainer = _Loop(
             model=model,
             args=_arguments(replace(settings, checkpointing=again), checkpoints, mixed=mixed),

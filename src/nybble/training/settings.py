@@ -25,6 +25,8 @@ class TrainSettings:
         optimizer: a name from :mod:`nybble.optim` or ``torch.optim``, perhaps with options: ``AdamW8bit min_size=0``.
         checkpointing: compute a block's activations again in backward, instead of keeping them; networks that
             can't (convolutional ones) keep them.
+        compile: blocks run through torch.compile, one by one; the first step waits for the compiler, and sums may
+            differ in their last bits.
         augment: of images: ``flip``, ``crop=PIXELS``, or both; drawn anew for each forward.
         save_every: updates from one checkpoint to the next.
         dtype: of forwards: bfloat16 or float32 (float16 overflows in one of five runs, says the authors' code).
@@ -42,6 +44,7 @@ class TrainSettings:
     clip: float = 0.3
     optimizer: str = "AdamW state=none"
     checkpointing: bool = True
+    compile: bool = False
     augment: str = ""
     save_every: int = 100
     dtype: str = "bfloat16"

@@ -52,3 +52,38 @@ def test_triton_compiles_an_optimizers_step(monkeypatch: pytest.MonkeyPatch) -> 
     p.grad = torch.ones_like(p)
     AdamW4bit([p], weights="residual8").step()
     assert made == ["maxima_kernel", "step_kernel", "factors_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("fmt", "zero", "shift"), [("int4", False, False), ("uint4", True, True), ("nf4", False, True)]
+)
+def test_triton_compiles_rounding_that_trains(
+    fmt: str, zero: bool, shift: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward, and what is launched afterwards is given what they were compiled for."""
+    straight = importlib.import_module("nybble.kernels.gpu_straight")
+    made, launched = [], []
+
+    class Kept:
+        def __init__(self, kernel: Any, given: tuple[Any, ...], meta: dict[str, Any]) -> None:
+            self.names, self.values = kernel.arg_names, dict(zip(kernel.arg_names, given, strict=False)) | meta
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *given: launched.append((self, dict(zip(self.names, given, strict=True))))
+
+    def compiled(kernel: Any, *given: Any, **meta: Any) -> Kept:
+        compile_for_hopper(kernel, *given, **{k: v for k, v in meta.items() if k in kernel.arg_names})
+        made.append(kernel.__name__)
+        return Kept(kernel, given, meta)
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "__getitem__", lambda self, grid: partial(compiled, self))
+    for elements in (64, 100_000):
+        x, gradient = torch.zeros(2, elements), torch.zeros(2, elements).bfloat16()
+        sides = torch.ones(2, 1), torch.ones(2, 1) if zero else None, torch.zeros_like(x) if shift else None
+        for _ in range(2):
+            straight.straight_round(x, *sides, fmt, "nearest-even", torch.bfloat16)
+            straight.straight_round_backward(gradient, x, *sides, fmt, "nearest-even", True, True, True, 0.5)
+    assert made == ["_scaled", "_scaled_backward"] * 2 and len(launched) == 4
+    for kept, again in launched:
+        same = {name: value for name, value in again.items() if not isinstance(value, torch.Tensor)}
+        assert same == {name: kept.values[name] for name in same} and len(same) > 10

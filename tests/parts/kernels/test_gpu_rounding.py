@@ -195,6 +195,37 @@ def test_forward_and_backward(fmt: str, name: str, zero: bool, shift: bool, far:
         assert torch.allclose(fast[1], slow[1], rtol=1e-5, atol=1e-4, equal_nan=True)
 
 
+@pytest.mark.parametrize("zero", [False, True])
+def test_sums_of_blocks_that_several_programs_share(zero: bool) -> None:
+    """Each scale's gradient is within float32's sums of as many terms; what it is multiplied with is in it."""
+    x, gradient = torch.randn(2, 2, 66_001, device=DEVICE)
+    scale = torch.tensor([[0.3], [0.05]], device=DEVICE)
+    zeros = torch.tensor([[3.0], [9.0]], device=DEVICE) if zero else None
+    args = gradient, x, scale, zeros, None, "uint4" if zero else "int4", "nearest-even", False, True, True, 0.125
+    fast, slow = gpu_straight.straight_round_backward(*args), readable(straight.straight_round_backward)(*args)
+    assert same(fast[0], slow[0]) and fast[1].shape == scale.shape
+    # A term is at most |gradient| (|value| + |y|), each inside the range; in a sum by trees it meets few roundings.
+    terms = 2 * gradient.double().abs() * (x / scale).double().abs().clamp(max=16)
+    assert ((fast[1] - slow[1]).abs() <= 0.125 * 64 * 2.0**-24 * terms.sum(1, keepdim=True)).all()
+    assert (fast[1] != 0).all()
+
+
+def test_results_of_a_narrower_dtype() -> None:
+    """Rounded in float32, then cast: one pass over memory instead of two."""
+    x, scale = blocks_of(12, 40), torch.rand(12, 1, device=DEVICE)
+    args = x, scale, None, None, "int4", "nearest-even", torch.float16
+    fast = gpu_straight.straight_round(*args)
+    assert fast.dtype == torch.float16 and alike(fast, straight.straight_round, *args)
+    half = (x.half(), *args[1:6], torch.float32)  # twice: what float16 rounds off stays so
+    assert alike(gpu_straight.straight_round(*half), straight.straight_round, *half)
+    gradient = torch.randn(12, 40, device=DEVICE).half()
+    more = gradient, *args[:6], False, True, False
+    fast, slow = (
+        f(*more)[0] for f in (gpu_straight.straight_round_backward, readable(straight.straight_round_backward))
+    )
+    assert fast.dtype == torch.float32 and same(fast, slow)
+
+
 def test_half_precision_is_read() -> None:
     x = torch.randn(33, 16).bfloat16().to(DEVICE)
     args = x, "float4_e2m1fn", 6.0, "", "float32"

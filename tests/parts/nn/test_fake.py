@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from nybble.core.errors import SchemeError
@@ -18,6 +19,20 @@ from nybble.nn.kinds import kind_of, live
 from nybble.quantizer import Quantizer
 
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Names of the operations that touch numbers: each is a launch on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.partition("::")[2]
+        if not (func.is_view or name in ("_unsafe_view", "empty_like", "detach", "new_empty")):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
 
 
 def conv1d(bias: bool = True) -> nn.Module:
@@ -199,3 +214,19 @@ def test_refusals() -> None:
     token = make_part("ste", {}).make(Quantizer("int8 channel static"), x, side=ACTIVATIONS)
     with pytest.raises(SchemeError, match="static activations have one"):
         FakeLayer(layer, inputs=token)
+
+
+def test_a_step_of_lsq_is_one_launch_more_for_each_side_and_way() -> None:
+    """On a GPU the cast of the weight is in its rounding; a step waits for one launch after another."""
+    x, layer = torch.randn(4, 32), nn.Linear(32, 24, bias=False).bfloat16()
+    weights = make_part("lsq", {}).make(Quantizer("int4_full channel scale=learned"), layer.weight.detach().float())
+    inputs = make_part("lsq", {}).make(Quantizer("int4 tensor static scale=learned"), x, side=ACTIVATIONS)
+    fake, x = FakeLayer(layer, None, weights, inputs).train(), x.bfloat16().requires_grad_()
+    with Launches() as forward:
+        y = fake(x)
+    upstream = torch.ones_like(y)
+    with Launches() as backward:
+        y.backward(upstream)
+    assert forward.names == ["scaled_round", "scaled_round", "_to_copy", "mm"]
+    assert sorted(backward.names) == ["mm", "mm", "straight_round_backward", "straight_round_backward"]
+    assert all(p.grad is not None and bool((p.grad != 0).any()) for p in fake.parameters())
