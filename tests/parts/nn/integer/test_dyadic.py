@@ -90,10 +90,11 @@ def test_bounds_of_sums_are_reached_and_what_overflows_is_refused() -> None:
     low, high = extremes(w, -128, 127, bias)
     most = torch.where(w > 0, 127, -128)
     least = torch.where(w > 0, -128, 127)
-    assert high == int(((w * most).sum(1) + bias.clamp(min=0)).max())
-    assert low == int(((w * least).sum(1) + bias.clamp(max=0)).min())
-    assert extremes(torch.tensor([[-2, 3]]), 5, 9) == (-18, 27)  # a part of the sum, or padding, leaves the others out
-    check_fits((-(2**31), 2**31 - 1), 32, "conv")
+    assert torch.equal(high, (w * most).sum(1) + bias.clamp(min=0))
+    assert torch.equal(low, (w * least).sum(1) + bias.clamp(max=0))
+    # A part of the sum, or padding, leaves the others out:
+    assert extremes(torch.tensor([[-2, 3]]), 5, 9) == (torch.tensor([-18]), torch.tensor([27]))
+    check_fits(torch.tensor([-(2**31), 0]), torch.tensor([0, 2**31 - 1]), 32, "conv")
     for beyond in ((0, 2**31), (-(2**31) - 1, 0)):
         with pytest.raises(SchemeError, match=r"conv: .* beyond 32-bit"):
-            check_fits(beyond, 32, "conv")
+            check_fits(torch.tensor([beyond[0]]), torch.tensor([beyond[1]]), 32, "conv")
