@@ -68,7 +68,8 @@ def integer_network(model: nn.Module, x: Tensor, ties: Ties = "half-up") -> Inte
         SchemeError: a layer that has no integer form, or whose sums could overflow. ModelError: a network that does
             something else between its layers.
     """
-    steps = recorded(model, x)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
+    steps = recorded(model, x.to(dtype))
     if not any(step.op == LAYER for step in steps):
         raise ModelError(f"a {type(model).__name__} without quantized layers has no integer form; quantize it first.")
     if steps[-1].op != LAYER:
