@@ -77,6 +77,10 @@ def command(
     samples: Annotated[
         int | None, typer.Option(help="At most so many windows, sentences or images, spread evenly; default all.")
     ] = None,
+    integer: Annotated[
+        bool,
+        typer.Option("--integer", help="Run a quantized CNN (recipe hawq-v3) in integers alone, from image to logits."),
+    ] = False,
     task: TaskOptions = TASKS,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
@@ -88,6 +92,7 @@ def command(
     at_least_one(seq_len=seq_len, samples=samples, batch_size=task.batch_size, limit=task.limit)
     if task.tasks is not None:
         theirs = {"--data": data, "--metrics": metrics, "--samples": samples}
+        theirs["--integer"] = integer or None
         if wrong := [name for name, value in theirs.items() if value is not None]:
             raise UsageError(
                 f"tasks bring data and metrics of their own; leave out {wrong[0]} (--limit says how much)."
@@ -97,7 +102,9 @@ def command(
     if wrong := task.given():
         raise UsageError(f"{wrong[0]} is of tasks; name some (--tasks NAME[,NAME]), or leave it out.")
     names = None if metrics is None else _names(metrics)
-    _on_data(model, "builtin" if data is None else data, names, reference, seq_len or SEQ_LEN, samples, device, json)
+    _on_data(
+        model, "builtin" if data is None else data, names, reference, seq_len or SEQ_LEN, samples, integer, device, json
+    )
 
 
 def _names(text: str) -> list[str]:
@@ -111,6 +118,7 @@ def _on_data(
     reference: str | None,
     seq_len: int,
     samples: int | None,
+    integer: bool,
     device: str,
     json: bool,
 ) -> None:
@@ -128,16 +136,20 @@ def _on_data(
         reference=reference,
         seq_len=seq_len,
         samples=samples,
+        integer=integer,
         device=device,
         progress=Bars(),
     )
     found, manifest = result["models"], result["data"]
+    said = {"integer": True} if integer else {}
     if json:
         count = manifest.get("predictions", manifest.get("tokens"))
-        print_json({"metrics": found["model"], "tokens": count, "data": manifest, "model": model})
+        print_json({"metrics": found["model"], "tokens": count, "data": manifest, "model": model, **said})
         return
     print_table(
-        f"{model} on {data}", ("metric", "value"), [[name, f"{value:.5g}"] for name, value in found["model"].items()]
+        f"{model} on {data}{', in integers' if integer else ''}",
+        ("metric", "value"),
+        [[name, f"{value:.5g}"] for name, value in found["model"].items()],
     )
     what = f"{manifest['predictions']} predictions" if "predictions" in manifest else f"{manifest['samples']} samples"
     digest = next((value for name, value in manifest.items() if name.endswith("sha256")), "not stated")

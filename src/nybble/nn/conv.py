@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -72,7 +73,9 @@ class Geometry:
         else:
             sides = [(p, p) for p in self.padding]
         around = [side for pair in reversed(sides) for side in pair]
-        return functional.pad(x, around, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+        if self.padding_mode == "zeros":
+            return torch.constant_pad_nd(x, around, 0)  # functional.pad's zero is a float, for integers too
+        return functional.pad(x, around, mode=self.padding_mode)
 
     def patches(self, x: Tensor, most: int) -> Tensor:
         """What the kernels are multiplied with, as rows of a matrix (im2col).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from nybble.eval._logits import evaluating
 from nybble.eval.judges import Judge, Panel, check_metrics, chosen_metrics, judge_of
 from nybble.models.adapter import reads_of
 from nybble.nn.config import config_of
+from nybble.nn.integer.model import in_integers
 from nybble.pipelines.load import described_with_origin, load_with_origin
 
 Spec = str | nn.Module
@@ -41,6 +42,7 @@ def run_eval(
     samples: int | None = None,
     device: str = "cpu",
     texts: int = 0,
+    integer: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Metrics of models on held-out data, as the judge of their kind of data finds them.
@@ -54,6 +56,8 @@ def run_eval(
         samples: how many; None takes what the judge takes, most often all.
         device: cpu or cuda.
         texts: how many windows' beginnings every model goes on with, greedily; 0 for models that can't.
+        integer: let quantized classifiers calculate in integers alone (:mod:`nybble.nn.integer`); the reference stays
+            as it is.
         progress: told after each batch.
 
     Returns:
@@ -83,7 +87,11 @@ def run_eval(
     if reference is not None:
         float_model, reference_origin = _opened(reference, device) if same is None else opened[same]
     everyone = [*loaded.values()] if float_model is None else [float_model, *loaded.values()]
-    with evaluating(*everyone):
+    with evaluating(*everyone), ExitStack() as stack:
+        for model in loaded.values() if integer else ():
+            if model is float_model:
+                raise UsageError("the reference is among the models: it can't be in integers and in float at once.")
+            stack.enter_context(in_integers(model))
         for name, model in loaded.items():
             spec = models[name]
             made = kind.fitted(made, model)
