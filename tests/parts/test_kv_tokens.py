@@ -265,7 +265,7 @@ def test_generation_with_everything() -> None:
 
 def test_what_cannot_be_sorted() -> None:
     model = model_of("gpt_neox")
-    with pytest.raises(ModelError, match=r"sort=keys: .*attention has no k_proj .*take rotate, which needs no weights"):
+    with pytest.raises(ModelError, match=r"sort=keys: .*attention has no k_proj .*Take rotate, which needs no weights"):
         use_quantized_cache(model, KVFormat.parse("int4 group=4 sort"))
     model = model_of("llama")
     cache = QuantizedCache.of(model.config, KVFormat.parse("int4 group=4 sort=keys"))

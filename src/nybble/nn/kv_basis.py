@@ -101,7 +101,8 @@ def check_sortable(attention: nn.Module, name: str, sides: Iterable[str]) -> Non
         if not isinstance(width, int) or getattr(layer, "weight", None) is None:
             raise ModelError(
                 f"sort={side}: {name or type(attention).__name__} has no {PROJECTIONS[side]} whose rows, a head's "
-                "channels each, could be measured; leave sort out, or take rotate, which needs no weights."
+                "channels each, could be measured. Take rotate, which needs no weights; or leave sort out (without a "
+                "rotary embedding the transform ksort sorts the weights themselves)."
             )
 
 
