@@ -37,7 +37,7 @@ from transformers.cache_utils import (
 
 from nybble.core.errors import ModelError, UsageError
 from nybble.kv_format import KVFormat
-from nybble.nn.cached_attention import DEVICES, Stored, cached_attention
+from nybble.nn.cached_attention import DEVICES, Stored, attend
 from nybble.nn.kv_basis import Basis, Orders, Rotated, Sorted
 from nybble.nn.kv_rows import TokenRows
 from nybble.qtensor import QTensor
@@ -118,9 +118,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not all(side.plain for side in self._sides):
             k, v = (side.read() for side in self._sides)
             return functional.scaled_dot_product_attention(query, k, v, mask, scale=scaling, enable_gqa=True)
-        keys, values = (Stored(side).rows for side in self._sides)
-        found: Tensor = cached_attention(query, *keys[:3], *values[:3], keys[3], values[3], mask, scaling)
-        return found
+        return attend(query, Stored(self._sides[0]), Stored(self._sides[1]), mask, scaling)
 
     def get_seq_length(self) -> int:
         """How many tokens were cached."""

@@ -70,8 +70,8 @@ class TokenRows:
 
     @property
     def plain(self) -> bool:
-        """Whether all is as the operators take it: rows, and behind them newest tokens."""
-        return self.basis is None and self.span == 1 and not (self._open or self.first.shape[2])
+        """Whether all is as attention's operator takes it: rows of a token each, and behind them newest tokens."""
+        return self.span == 1 and not (self._open or self.first.shape[2])
 
     def append(self, x: Tensor) -> None:
         """Store more tokens [batch, heads, tokens, width]; those that are no longer among the newest are rounded."""
