@@ -8,6 +8,9 @@ the paper works out keys).
 Behind a rotary embedding the rows of W_k can't move: place i has frequency i, and transformers' tables are one for all
 heads. Nor can they where queries or keys are normalised with weights of their own. There the cache keeps the order
 (``sort=keys`` in its line, :mod:`nybble.nn.kv_basis`), and this sorts values alone.
+
+It helps where a moderate number of channels is large and of a size. Where sizes are spread far, large channels share
+the coarsest steps and lose more than the small ones gain: compare with the unsorted cache (benchmarks/kv_formats.py).
 """
 
 from __future__ import annotations
