@@ -280,7 +280,8 @@ def recipes() -> str:
     for name in recipe_names():
         recipe = load_recipe(name)
         rule = recipe.scheme.rules[0]
-        lines = [f"{key}: `{line}`" for key, line in (("weights", rule.weights), ("inputs", rule.inputs)) if line]
+        own = (("weights", rule.weights), ("inputs", rule.inputs), ("kv", recipe.scheme.kv))
+        lines = [f"{key}: `{line}`" for key, line in own if line]
         steps = " → ".join(map(_step, recipe.steps))
         rows.append([f"`{name}`", _markdown(recipe.summary), steps, ", ".join(lines), _markdown(recipe.source)])
     return table(("recipe", "what it does", "steps", "its own scheme", "source"), rows, numbers=False)

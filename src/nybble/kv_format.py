@@ -1,21 +1,26 @@
 """KVFormat: what a KV cache stores, and the line that says it.
 
-A quantizer line, ``residual=N`` (the newest N tokens stay in float), or keys and values apart:
-``keys=(bfp12) values=(int8 token) residual=32``; ``none`` is float.
+A quantizer line, or keys and values apart: ``keys=(bfp12) values=(int8 token) residual=32``; ``none`` is float. Behind
+it ``residual=N`` and ``sink=N`` (the newest, and the first, N tokens stay in float), and ``rotate`` or ``sort``
+(channels of a head are rotated, or put in the order of their size, before anything is rounded; ``rotate=keys`` of one
+side alone).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nybble.core.errors import SchemeError, did_you_mean
+from nybble.granularity.block import PerBlock
 from nybble.line import split_words
 from nybble.quantizer import Quantizer
 from nybble.rounding import get_rounding
 
 _SIDES = ("keys", "values")
+_COUNTS = {"residual": "newest", "sink": "first"}
+_BASES = ("rotate", "sort")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +36,14 @@ class KVFormat:
         keys: quantizer of the keys [batch, heads, tokens, head width], as they are cached (behind the rotary embedding,
             where there is one); None leaves them in float. values: of the values.
         residual: newest tokens that stay in float; each is rounded once, when it leaves them.
+        sink: first tokens of the text (padding counts) that stay in float, and are stored beside the others.
+        rotate: sides that are rounded behind a Hadamard matrix over the channels of a head, which reading undoes.
+        sort: sides whose channels stand in each head in the order of their rows' norms in the projection
+            (:mod:`nybble.nn.kv_basis`), so that channels of a size share scales.
 
     Raises:
-        SchemeError: a quantizer whose scales are shared between tokens, calibrated, or drawn by chance.
+        SchemeError: a quantizer whose scales later tokens would change, calibrated beside a rotation, or drawn by
+            chance; a side that is in float and sorted or rotated, or both.
 
     >>> str(KVFormat(keys=Quantizer("nvfp4"), values=Quantizer("nvfp4"), residual=16))
     'float4_e2m1fn group=16 scale_format=(float8_e4m3fn token floor=normal) residual=16'
@@ -42,17 +52,53 @@ class KVFormat:
     keys: Quantizer | None
     values: Quantizer | None
     residual: int = 0
+    sink: int = 0
+    rotate: tuple[str, ...] = ()
+    sort: tuple[str, ...] = ()
     lines: tuple[str, str] = field(init=False, repr=False, compare=False)
     """Of keys and values, as operators take them; empty for float."""
 
     def __post_init__(self) -> None:
-        if type(self.residual) is not int or self.residual < 0:
-            raise SchemeError(f"residual={self.residual}: the number of newest tokens left in float is 0 or more.")
+        for word in _COUNTS:
+            _check_count(word, getattr(self, word))
         for side in _SIDES:
             quantizer = getattr(self, side)
             if quantizer is not None:
                 object.__setattr__(self, side, _of_tokens(quantizer))
+        for word in _BASES:
+            self._check_sides(word, getattr(self, word))
         object.__setattr__(self, "lines", tuple(str(getattr(self, side) or "") for side in _SIDES))
+
+    def _check_sides(self, word: str, sides: tuple[str, ...]) -> None:
+        for side in sides:
+            quantizer = getattr(self, side) if side in _SIDES else None
+            if quantizer is None:
+                raise SchemeError(f"{word}={side}: say keys or values, of what is stored in few bits.")
+            if quantizer.static and word == "rotate":
+                raise SchemeError(
+                    f"{quantizer}: rotated {side} have other magnitudes than calibration sees; leave one out."
+                )
+            if side in self.rotate and side in self.sort:
+                raise SchemeError(f"rotate spreads the channels of {side} that sort gathers; leave one out.")
+        object.__setattr__(self, word, tuple(side for side in _SIDES if side in sides))
+
+    @property
+    def plain(self) -> bool:
+        """Whether all tokens are rounded alike and as they come, as other programs' caches do."""
+        spans = any(tokens_a_scale(quantizer) > 1 for quantizer in (self.keys, self.values) if quantizer is not None)
+        return not (self.residual or self.sink or self.rotate or self.sort or spans)
+
+    def of_given(self) -> KVFormat:
+        """The same for tokens that are all there at once and never sorted: an encoder's, for cross-attention."""
+        return replace(self, residual=0, sink=0, sort=())
+
+    def rounded(self, side: str, tokens: int) -> tuple[int, int]:
+        """Which of so many tokens are in few bits, of ``keys`` or ``values``: from, and up to."""
+        quantizer: Quantizer | None = getattr(self, side)
+        first = min(self.sink, tokens)
+        span = 1 if quantizer is None else tokens_a_scale(quantizer)
+        old = 0 if quantizer is None else max(0, tokens - first - self.residual)
+        return first, first + old - old % span
 
     @property
     def stores(self) -> bool:
@@ -70,14 +116,20 @@ class KVFormat:
             side: fixed_at(quantizer.format.name, scale) if quantizer is not None and scale is not None else quantizer
             for side, quantizer, scale in (("keys", self.keys, keys), ("values", self.values, values))
         }
-        return KVFormat(keys=made["keys"], values=made["values"], residual=self.residual)
+        return replace(self, keys=made["keys"], values=made["values"])
 
     def __str__(self) -> str:
         if self.keys == self.values:
             words = str(self.keys or "none")
         else:
             words = " ".join(f"{side}=({getattr(self, side) or 'none'})" for side in _SIDES)
-        return words + (f" residual={self.residual}" if self.residual else "")
+        for word in _COUNTS:
+            words += f" {word}={getattr(self, word)}" if getattr(self, word) else ""
+        stored = tuple(side for side in _SIDES if getattr(self, side) is not None)
+        for word in _BASES:
+            sides = getattr(self, word)
+            words += "" if not sides else f" {word}" if sides == stored else f" {word}={sides[0]}"
+        return words
 
     @staticmethod
     def parse(line: str) -> KVFormat:
@@ -87,20 +139,37 @@ class KVFormat:
             UsageError: an unknown word. SchemeError: what a cache can't store.
         """
         words = split_words(line)
-        residual = words.pop("residual", "0")
-        if not residual.isdecimal():
-            raise SchemeError(f"residual={residual}: the number of newest tokens left in float is 0 or more.")
-        head = words.pop("")
-        sides = dict([head.split("=", 1)]) if head.startswith(("keys=", "values=")) else {}
-        if sides:
-            sides |= words
-            wrong = next((f" {key!r}?{did_you_mean(key, _SIDES)}" for key in sides if key not in _SIDES), "")
-            if wrong or len(sides) < 2:
-                raise SchemeError(f"{line!r}: say keys=(...) and values=(...), or one line for both.{wrong}")
-            found = {side: _stored(text.removeprefix("(").removesuffix(")")) for side, text in sides.items()}
-            return KVFormat(keys=found["keys"], values=found["values"], residual=int(residual))
+        residual, sink = (_count(word, words.pop(word, "0")) for word in _COUNTS)
+        bases = {word: words.pop(word) for word in _BASES if word in words}
+        keys, values = _sides(words, line)
+        stored = tuple(side for side, found in zip(_SIDES, (keys, values), strict=True) if found is not None)
+        rotate, sort = (() if w not in bases else (bases[w],) if bases[w] else stored or _SIDES for w in _BASES)
+        return KVFormat(keys=keys, values=values, residual=residual, sink=sink, rotate=rotate, sort=sort)
+
+
+def _sides(words: dict[str, str], line: str) -> tuple[Quantizer | None, Quantizer | None]:
+    """Keys and values of the words of a line that are left."""
+    head = words.pop("")
+    sides = dict([head.split("=", 1)]) if head.startswith(("keys=", "values=")) else {}
+    if not sides:
         both = _stored(" ".join([head, *(f"{key}={value}" if value else key for key, value in words.items())]))
-        return KVFormat(keys=both, values=both, residual=int(residual))
+        return both, both
+    sides |= words
+    wrong = next((f" {key!r}?{did_you_mean(key, _SIDES)}" for key in sides if key not in _SIDES), "")
+    if wrong or len(sides) < 2:
+        raise SchemeError(f"{line!r}: say keys=(...) and values=(...), or one line for both.{wrong}")
+    keys, values = (_stored(sides[side].removeprefix("(").removesuffix(")")) for side in _SIDES)
+    return keys, values
+
+
+def _count(word: str, text: str) -> int:
+    return int(text) if text.isdecimal() else _check_count(word, text)
+
+
+def _check_count(word: str, count: object) -> int:
+    if type(count) is not int or count < 0:
+        raise SchemeError(f"{word}={count}: the number of {_COUNTS[word]} tokens left in float is 0 or more.")
+    return count
 
 
 def _stored(line: str) -> Quantizer | None:
@@ -164,14 +233,15 @@ def _check_tokens(quantizer: Quantizer) -> None:
             f"{quantizer}: scale={quantizer.scale} finds one scale for all tokens; write 'nvfp4', whose outer scale "
             "becomes one of the token here."
         )
-    if not _fits_tokens(quantizer):
+    if not _fits_tokens(quantizer) and tokens_a_scale(quantizer) == 1:
         name, _, size = str(quantizer.granularity).rpartition("=")
         columns = size.rpartition("x")[2] if name in ("flat", "block") else ""
         instead = f"{quantizer.format} group={columns}" if columns else f"{quantizer.format} token"
         raise SchemeError(
             f"{quantizer}: a KV cache grows token by token, and '{quantizer.granularity}' has scales that tokens "
-            f"share, which later tokens would change. Write '{instead}', or 'group=N' for several scales a token; or "
-            f"'{quantizer.format} tensor static' for one scale a layer, calibrated."
+            f"share, which later tokens would change. Write '{instead}', or 'group=N' for several scales a token; "
+            f"'{quantizer.format} block=32x1' for one a channel and 32 tokens; or '{quantizer.format} tensor static' "
+            "for one scale a layer, calibrated."
         )
     if quantizer.center:
         raise SchemeError(
@@ -183,6 +253,16 @@ def _check_tokens(quantizer: Quantizer) -> None:
             f"{quantizer}: what chance makes of a token would depend on how the text was cut; use "
             "rounding=nearest-even."
         )
+
+
+def tokens_a_scale(quantizer: Quantizer) -> int:
+    """How many tokens of a cache are rounded together: the rows of a block, else 1.
+
+    >>> [tokens_a_scale(Quantizer(line)) for line in ("int8 token", "int2 block=32x1")]
+    [1, 32]
+    """
+    granularity = quantizer.granularity
+    return granularity.rows if isinstance(granularity, PerBlock) and not quantizer.static else 1
 
 
 def tokens_apart(quantizer: Quantizer) -> bool:

@@ -95,6 +95,21 @@ def test_the_schema_holds() -> None:
     torch.library.opcheck(torch.ops.nybble.cached_attention.default, given_of(query, keys, values, None))
 
 
+@pytest.mark.parametrize("words", ["", "residual=5", "rotate", "residual=5 rotate", "sort", "sort=values residual=5"])
+def test_queries_are_turned_and_not_keys(words: str) -> None:
+    """Attention over rows as they lie, against attention over what is read; key heads are shared, values narrower."""
+    generator = torch.Generator().manual_seed(0)
+    orders = {"keys": torch.stack([torch.randperm(64, generator=generator) for _ in range(2)])}
+    orders["values"] = torch.stack([torch.randperm(32, generator=generator) for _ in range(2)])
+    layer = QuantizedLayer(KVFormat.parse(f"bfp12 group=16 {words}"), orders)
+    layer.update(torch.randn(2, 2, 40, 64, generator=generator), torch.randn(2, 2, 40, 32, generator=generator))
+    query = torch.randn(2, 6, 1, 64, generator=generator)
+    assert layer.keys is not None and layer.values is not None
+    want = torch.nn.functional.scaled_dot_product_attention(query, layer.keys, layer.values, scale=0.2, enable_gqa=True)
+    assert torch.allclose(layer.attend(query, 0.2), want, atol=1e-5)
+    assert torch.equal(Stored(layer._sides[0]) + 0, layer.keys)
+
+
 def test_stored_is_a_tensor_to_others() -> None:
     layer = filled("int8 token")
     side = layer._sides[0]
@@ -105,10 +120,13 @@ def test_stored_is_a_tensor_to_others() -> None:
     assert "Stored" in repr(stored)
 
 
-def test_a_model_decodes_by_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "line", ["int8 token residual=2", "int4 group=4 residual=2 sort", "int4 group=4 rotate residual=3"]
+)
+def test_a_model_decodes_by_the_operator(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
     """The text is the one without; every token after the prompt is met by the operator, in every layer."""
     model = tiny_model(dtype=torch.float32)
-    kv = KVFormat.parse("int8 token residual=2")
+    kv = KVFormat.parse(line)
     prompt = {"input_ids": input_ids(), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     use_quantized_cache(model, kv)
     assert model.config._attn_implementation == ops.IMPLEMENTATION

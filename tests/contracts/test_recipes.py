@@ -96,7 +96,11 @@ def make(name: str, **changes: str) -> Recipe:
         build_recipe(name if name in recipe_names() else name.split()[0], **{**RECIPES[name], **changes})
     )
     rules = [replace(r, weights=narrow(r.weights), inputs=narrow(r.inputs)) for r in recipe.scheme.rules]
-    return recipe.with_scheme(replace(recipe.scheme, rules=tuple(rules)))
+    kv = recipe.scheme.kv
+    if kv is not None:  # heads are 8 wide
+        sides = {side: q.replace(group=8) for side in ("keys", "values") if (q := getattr(kv, side)) is not None}
+        kv = replace(kv, **sides)
+    return recipe.with_scheme(replace(recipe.scheme, rules=tuple(rules), kv=kv))
 
 
 def narrow(quantizer: Quantizer | None) -> Quantizer | None:
@@ -160,6 +164,9 @@ def test_one_model_in_memory_on_disk_and_loaded(folder: Path, tmp_path: Path, fa
         if name in ("quarot", "quarot-online", "spinquant"):
             assert re.search("can't rotate the residual stream.* lists no RMS norms", str(error))
             assert family in ("gpt2", "falcon")
+            return
+        if name == "bfp-ksort" and family == "gpt2":
+            assert re.search("attn has no k_proj whose rows", str(error))
             return
         assert family == "falcon" and any(step.kind == "transform" for step in recipe.steps)
         assert re.search("finds no pair of weights to work on.* has no adapter", str(error))

@@ -32,18 +32,21 @@ CONVOLUTIONAL = {
 BEST = [name for name in recipe_names() if name.startswith("best-")]
 NO_PAIR = "finds no pair of weights to work on.*Take a recipe without it"
 NO_STREAM = "can't rotate the residual stream"
+NO_CACHE = f"generates no text with a cache of keys and values; leave kv out|{NO_PAIR}"
 NO_TOKENS = "distill: loss=nll is the likelihood of the next token, which {} doesn't tell; use loss: kl"
 # What can't be had there, by what a recipe's steps are called and by their loss.
 REFUSED = {
     "encoder": {
         "smooth": NO_PAIR, "rotate": NO_STREAM, "learned-rotation": NO_STREAM, "nll": NO_TOKENS.format("BertModel"),
+        "ksort": NO_CACHE,
     },
     "vit": {
         "rotate": NO_STREAM, "learned-rotation": NO_STREAM, "nll": NO_TOKENS.format("ViTForImageClassification"),
+        "ksort": NO_CACHE,
     },
     "cnn": {
         "smooth": NO_PAIR, "awq": NO_PAIR, "rotate": NO_STREAM, "learned-rotation": NO_STREAM,
-        "nll": NO_TOKENS.format("ResNetForImageClassification"),
+        "nll": NO_TOKENS.format("ResNetForImageClassification"), "ksort": NO_CACHE,
     },
 }  # fmt: skip
 

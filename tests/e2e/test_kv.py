@@ -107,6 +107,24 @@ def test_both_loaders_generate_with_it(folder: Path, tmp_path: Path) -> None:
         assert same(generated(model, None, num_beams=2), generated(plain, fake(plain), num_beams=2))
 
 
+def test_a_line_of_everything_goes_through_a_file(folder: Path, tmp_path: Path) -> None:
+    """Blocks of tokens, first and newest ones in float, rotated values, sorted keys: both loaders cache alike."""
+    line = "keys=(int4 block=4x4) values=(int4 group=4) residual=2 sink=1 rotate=values sort=keys"
+    common = ["--recipe", "rtn", "--weights", "int4 group=16", "--form", "native"]
+    assert run("quantize", str(folder / "float"), str(tmp_path / "kv"), *common, "--kv", line) == 0
+    written = quantization(tmp_path / "kv")["kv"]
+    assert KVFormat.parse(written) == KVFormat.parse(line)
+    models = (load(tmp_path / "kv")[0], pretrained(tmp_path / "kv"))
+    found = [generated(model, None) for model in models]
+    plain = load(folder / "plain")[0]
+    assert not same(found[0], generated(plain, None))
+    use_quantized_cache(plain, KVFormat.parse(line))
+    assert same(found[0], found[1]) and same(found[0], generated(plain, None))
+    unsorted = load(folder / "plain")[0]
+    use_quantized_cache(unsorted, KVFormat.parse(line.removesuffix(" sort=keys")))
+    assert not same(found[0], generated(unsorted, None))
+
+
 def test_forwards_that_cache_do_it_in_few_bits(folder: Path) -> None:
     model: Any = load(folder / "kv")[0]
     plain: Any = load(folder / "plain")[0]

@@ -106,6 +106,7 @@ EVERY: dict[str, dict[str, Any]] = {
     "best-nvfp4": {"effort": "quick"},
     "best-mxfp4": {"effort": "quick", "weights": "mxfp4 group=16", "activations": "mxfp4-ct group=16"},
     "minifloat": {},
+    "bfp-ksort": {"weights": "bfp16 group=16", "kv": "bfp12 group=8 sort=keys"},
     "minifloat-learned": {"effort": "quick"},
     "nvfp4": {},
     "quarot": {},

@@ -229,7 +229,7 @@ def test_permuting_helps_where_neighbours_differ(tmp_path: Path) -> None:
     assert lost([{"transform": "permute"}]) < 0.5 * lost([])
 
 
-@pytest.mark.parametrize("name", ["smooth", "equalize", "permute", "hadamard", "rotate"])
+@pytest.mark.parametrize("name", ["smooth", "equalize", "permute", "hadamard", "rotate", "ksort"])
 def test_rewrites_are_functions_that_gradients_pass(name: str) -> None:
     """A rewrite reads weights and parameters and gives new weights: it can be learned, and alone changes nothing."""
     model = tiny_model("llama", torch.float32)
@@ -267,6 +267,7 @@ def test_rewrites_are_functions_that_gradients_pass(name: str) -> None:
         ("cfp", {"coarse": 0.0, "linear": True}),
         ("equalize", {}),
         ("permute", {}),
+        ("ksort", {}),
         ("hadamard", {"block": 4}),
     ],
 )

@@ -33,7 +33,7 @@ def check_kv(kv: KVRecord, layers: int | None = None) -> None:
     """
     formats = {kv} if isinstance(kv, KVFormat) else set(kv.values())
     whole = isinstance(kv, KVFormat) or layers is None or len(kv) == layers
-    if not whole or any(one.residual or not (_fp8(one.keys) and _fp8(one.values)) for one in formats):
+    if not whole or any(not one.plain or not (_fp8(one.keys) and _fp8(one.values)) for one in formats):
         came = next((str(one) for one in formats if one != FP8), str(FP8))
         why = "" if whole else "some layers cache in float"
         raise CannotError(

@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
 from nybble.nn.attention import as_cached
+from nybble.nn.kv_basis import Basis
 from nybble.nn.kv_operators import read_tokens
 from nybble.nn.kv_rows import TokenRows
 from nybble.nn.operands import check_attention
@@ -96,6 +97,9 @@ class Stored(Tensor):
     """
 
     rows: tuple[list[Tensor], str, str, Tensor]
+    """As the operator takes them: in the basis in which they were rounded, the newest tokens too."""
+    basis: Basis | None
+    newest: Tensor
 
     @staticmethod
     def __new__(cls, rows: TokenRows) -> Stored:
@@ -105,12 +109,25 @@ class Stored(Tensor):
         make: Any = torch.Tensor._make_wrapper_subclass
         made: Stored = make(cls, shape, dtype=newest.dtype, device=newest.device)
         found = rows.rows()
-        made.rows = (list(found.values()), " ".join(found), rows.line, newest)
+        made.basis, made.newest = rows.basis, newest
+        inside = newest if rows.basis is None else rows.basis.into(newest).to(newest.dtype)
+        made.rows = (list(found.values()), " ".join(found), rows.line, inside)
         return made
 
     def read(self) -> Tensor:
         """The values, expanded."""
-        return _read(*self.rows)
+        if self.basis is None or not self.rows[0]:
+            return _read(*self.rows[:3], self.newest)
+        rounded = self.basis.back(_read(*self.rows[:3], self.newest[:, :, :0].float()))
+        return torch.cat([rounded.to(self.newest.dtype), self.newest], 2)
+
+    def turned(self, x: Tensor, back: bool = False) -> Tensor:
+        """Queries [batch, heads, queries, width] in the basis of these heads, or attention's results back from it."""
+        if self.basis is None:
+            return x
+        by_head = x.reshape(x.shape[0], self.shape[1], -1, x.shape[3])
+        found = self.basis.back(by_head) if back else self.basis.into(by_head)
+        return found.to(x.dtype).reshape(x.shape)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Stored({list(self.shape)})"
@@ -119,6 +136,13 @@ class Stored(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         read = tree_map_only(Stored, Stored.read, (args, kwargs or {}))
         return func(*read[0], **read[1])
+
+
+def attend(query: Tensor, key: Stored, value: Stored, mask: Tensor | None, scaling: float) -> Tensor:
+    """:func:`cached_attention` over what a cache holds, in whatever basis: queries are turned, not keys."""
+    rows = (*key.rows[:3], *value.rows[:3], key.rows[3], value.rows[3])
+    found: Tensor = cached_attention(key.turned(query), *rows, mask, scaling)
+    return value.turned(found, back=True)
 
 
 def attention(
@@ -137,8 +161,7 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
     scaling = others.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    out = cached_attention(query, *key.rows[:3], *value.rows[:3], key.rows[3], value.rows[3], attention_mask, scaling)
-    return out.transpose(1, 2).contiguous(), None
+    return attend(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
 
 
 def use_cached_attention(model: Any, on: bool) -> None:

@@ -22,6 +22,7 @@ from nybble.nn.activation import relearned
 from nybble.nn.attention import CACHED, MatmulQuantizers, use_quantized_attention
 from nybble.nn.cached_attention import use_cached_attention
 from nybble.nn.config import config_of
+from nybble.nn.kv_basis import Rotated
 from nybble.nn.kv_model import KVRecord, cached_attentions
 from nybble.nn.swap import set_module
 from nybble.nn.twin import Twin, settled_activation
@@ -66,11 +67,15 @@ class FakeCache(Twin):
         parts: of ``keys`` and ``values``, those that are not in float.
 
     Raises:
-        SchemeError: a part learns more than a scale.
+        SchemeError: a part learns more than a scale; an order of channels, which would follow the weights.
     """
 
     def __init__(self, kv: KVFormat, parts: Mapping[str, Learned]) -> None:
         super().__init__()
+        if kv.sort:
+            raise SchemeError(
+                f"{kv}: sort goes by the weights, which training moves; leave it out, and give it to what is trained."
+            )
         self.kv = kv
         self.keys, self.values = parts.get("keys"), parts.get("values")
         for side, part in parts.items():
@@ -83,14 +88,20 @@ class FakeCache(Twin):
 
     def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """[batch, heads, tokens, width] each."""
-        return self._stored(self.keys, key), self._stored(self.values, value)
+        return self._stored("keys", key), self._stored("values", value)
 
-    def _stored(self, part: Learned | None, x: Tensor) -> Tensor:
-        old = x.shape[2] - self.kv.residual
-        if part is None or old <= 0:
+    def _stored(self, side: str, x: Tensor) -> Tensor:
+        part: Learned | None = getattr(self, side)
+        first, last = self.kv.rounded(side, x.shape[2])
+        if part is None or last == first:
             return x
-        rounded: Tensor = part(x[:, :, :old])
-        return torch.cat([rounded, x[:, :, old:]], 2) if self.kv.residual else rounded
+        old = x if last - first == x.shape[2] else x[:, :, first:last]
+        if side in self.kv.rotate:
+            basis = Rotated.of(x.shape[3], x.device)
+            rounded: Tensor = basis.back(part(basis.into(old))).to(x.dtype)
+        else:
+            rounded = part(old)
+        return rounded if old is x else torch.cat([x[:, :, :first], rounded, x[:, :, last:]], 2)
 
     def format(self) -> KVFormat:
         """What training came to."""

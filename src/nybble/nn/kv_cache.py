@@ -9,7 +9,9 @@ be cached at once, in chunks or token by token, and the same keys and values are
 layers torch may add up in another order when the chunks differ, as in float.) With ``residual_length`` the newest
 tokens stay in float until others have come, so how a prompt is cut decides which queries meet them so; KIVI (Liu et al.
 2024, arXiv:2402.02750) and transformers' own quantized cache share that. Unlike those a stored token is never rounded
-again, and scales lie along the head's width alone: KIVI's keys, scaled along tokens, need blocks of tokens.
+again: scales lie along the head's width, or, for KIVI's keys (``int2 block=32x1``), along blocks of tokens that are
+rounded when they are full. A rotation or order of the channels is undone when they are read
+(:mod:`nybble.nn.kv_basis`).
 
 Keys are cached behind the rotary embedding, where a model has one; LLM-QAT (Liu et al. 2023, arXiv:2305.17888) rounds
 in front of it, with one scale for all heads. Its gradient is kept: the tokens of a call pass theirs on unchanged
@@ -23,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -34,7 +37,8 @@ from transformers.cache_utils import (
 
 from nybble.core.errors import ModelError, UsageError
 from nybble.kv_format import KVFormat
-from nybble.nn.cached_attention import DEVICES, Stored, cached_attention
+from nybble.nn.cached_attention import DEVICES, Stored, attend
+from nybble.nn.kv_basis import Basis, Orders, Rotated, Sorted
 from nybble.nn.kv_rows import TokenRows
 from nybble.qtensor import QTensor
 from nybble.quantizer import Quantizer
@@ -47,13 +51,14 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     Args:
         kv: how they are stored.
+        orders: of the channels of the sides that are sorted.
     """
 
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, kv: KVFormat) -> None:
-        self.kv = kv
+    def __init__(self, kv: KVFormat, orders: Orders | None = None) -> None:
+        self.kv, self.orders = kv, orders or {}
         self.is_initialized = False
         self._sides: tuple[TokenRows, ...] = ()
 
@@ -71,12 +76,23 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Get ready for keys and values of these shapes and dtypes; nothing is stored yet."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        (keys, values), residual = self.kv.lines, self.kv.residual
-        self._sides = (
-            TokenRows(self.kv.keys, residual, key_states, keys),
-            TokenRows(self.kv.values, residual, value_states, values),
+        states = {"keys": key_states, "values": value_states}
+        self._sides = tuple(
+            self._rows(side, like, line) for (side, like), line in zip(states.items(), self.kv.lines, strict=True)
         )
         self.is_initialized = True
+
+    def _rows(self, side: str, like: Tensor, line: str) -> TokenRows:
+        quantizer: Quantizer | None = getattr(self.kv, side)
+        basis: Basis | None = Rotated.of(like.shape[3], like.device) if side in self.kv.rotate else None
+        if side in self.kv.sort:
+            if side not in self.orders:
+                raise UsageError(
+                    f"sort={side}: the order comes from a model's weights, so let the model make its cache "
+                    "(use_quantized_cache)."
+                )
+            basis = Sorted.of(self.orders[side], like.device)
+        return TokenRows(quantizer, self.kv.residual, like, line, self.kv.sink, basis)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store more tokens; returns all that are stored, as they are read back (on a GPU, when they are used)."""
@@ -94,13 +110,15 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if torch.compiler.is_compiling():
             return False
         grad = torch.is_grad_enabled() and states.requires_grad
-        return states.shape[2] == 1 and states.device.type in DEVICES and self.kv.stores and not grad
+        plain = all(side.plain for side in self._sides)
+        return states.shape[2] == 1 and states.device.type in DEVICES and self.kv.stores and plain and not grad
 
     def attend(self, query: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
         """Attention over all that is stored; see :func:`nybble.nn.cached_attention.cached_attention`."""
-        keys, values = (Stored(side).rows for side in self._sides)
-        found: Tensor = cached_attention(query, *keys[:3], *values[:3], keys[3], values[3], mask, scaling)
-        return found
+        if not all(side.plain for side in self._sides):
+            k, v = (side.read() for side in self._sides)
+            return functional.scaled_dot_product_attention(query, k, v, mask, scale=scaling, enable_gqa=True)
+        return attend(query, Stored(self._sides[0]), Stored(self._sides[1]), mask, scaling)
 
     def get_seq_length(self) -> int:
         """How many tokens were cached."""
@@ -157,6 +175,8 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return {f"{name}.{part}": tensor for name, side in sides for part, tensor in side.tensors().items()}
 
     def _drop_newest(self, count: int) -> None:
+        for side in self._sides:  # both or neither
+            side.check_drop(count)
         for side in self._sides:
             side.drop_newest(count)
 
@@ -165,13 +185,13 @@ class QuantizedSlidingLayer(QuantizedLayer):  # type: ignore[no-untyped-call]
     """The same for a layer that attends to the last ``window`` tokens, its own included: ``window - 1`` are stored.
 
     Args:
-        kv: how they are stored. window: in tokens.
+        kv: how they are stored. window: in tokens. orders: as of :class:`QuantizedLayer`.
     """
 
     is_sliding = True
 
-    def __init__(self, kv: KVFormat, window: int) -> None:
-        super().__init__(kv)
+    def __init__(self, kv: KVFormat, window: int, orders: Orders | None = None) -> None:
+        super().__init__(kv, orders)
         self.sliding_window, self.cumulative_length, self.record_past = window, 0, False
 
     def activate_past_recording(self) -> None:
@@ -250,19 +270,21 @@ class QuantizedCache(DynamicCache):
     ) -> None:
         sides = {"keys": keys, "values": values}
         made = {name: None if q is None else Quantizer(q) for name, q in sides.items()}
-        self._fill(config, KVFormat(keys=made["keys"], values=made["values"], residual=residual_length))
+        self._fill(config, KVFormat(keys=made["keys"], values=made["values"], residual=residual_length), {})
 
     @classmethod
-    def of(cls, config: Any, kv: KVFormat | Mapping[int, KVFormat]) -> QuantizedCache:
-        """A cache of one format, or of one a layer; layers that are not named cache in float."""
+    def of(
+        cls, config: Any, kv: KVFormat | Mapping[int, KVFormat], orders: Mapping[int, Orders] | None = None
+    ) -> QuantizedCache:
+        """A cache of one format, or of one a layer; layers that are not named cache in float. Orders are a layer's."""
         made = cls.__new__(cls)
-        made._fill(config, kv)
+        made._fill(config, kv, orders or {})
         return made
 
-    def _fill(self, config: Any, kv: KVFormat | Mapping[int, KVFormat]) -> None:
+    def _fill(self, config: Any, kv: KVFormat | Mapping[int, KVFormat], orders: Mapping[int, Orders]) -> None:
         super().__init__(config=config)
         formats = {i: kv if isinstance(kv, KVFormat) else kv.get(i, FLOAT) for i in range(len(self.layers))}
-        self.layers: list[Any] = [_layer(layer, formats[i], i) for i, layer in enumerate(self.layers)]
+        self.layers: list[Any] = [_layer(layer, formats[i], i, orders.get(i)) for i, layer in enumerate(self.layers)]
         if not self._quantized():
             raise ModelError("no layer of this model caches keys and values; leave its cache as it is.")
 
@@ -282,25 +304,24 @@ class QuantizedCache(DynamicCache):
         return [(i, layer) for i, layer in enumerate(self.layers) if isinstance(layer, QuantizedLayer)]
 
 
-def make_cache(config: Any, kv: KVFormat | Mapping[int, KVFormat]) -> Cache:
+def make_cache(config: Any, kv: KVFormat | Mapping[int, KVFormat], orders: Mapping[int, Orders] | None = None) -> Cache:
     """The cache of a model: of an encoder and decoder one for its own tokens and one for the encoder's, both quantized.
 
-    The encoder's tokens are stored once and have no newest ones: none of them stays in float.
+    The encoder's tokens are stored once and have no newest ones: none of them stays in float, but what fills no block.
     """
-    own = QuantizedCache.of(config, kv)
+    own = QuantizedCache.of(config, kv, orders)
     if not config.is_encoder_decoder:
         return own
-    formats = {0: kv} if isinstance(kv, KVFormat) else kv
-    cross = {i: KVFormat(keys=f.keys, values=f.values) for i, f in formats.items()}
-    return EncoderDecoderCache(own, QuantizedCache.of(config, cross[0] if isinstance(kv, KVFormat) else cross))
+    cross = kv.of_given() if isinstance(kv, KVFormat) else {i: found.of_given() for i, found in kv.items()}
+    return EncoderDecoderCache(own, QuantizedCache.of(config, cross))
 
 
-def _layer(layer: Any, kv: KVFormat, index: int) -> Any:
+def _layer(layer: Any, kv: KVFormat, index: int, orders: Orders | None) -> Any:
     """What stands for one of transformers' layers."""
     if type(layer) is DynamicSlidingWindowLayer:
-        return QuantizedSlidingLayer(kv, layer.sliding_window)
+        return QuantizedSlidingLayer(kv, layer.sliding_window, orders)
     if type(layer) is DynamicLayer:
-        return QuantizedLayer(kv)
+        return QuantizedLayer(kv, orders)
     if isinstance(layer, CacheLayerMixin):
         raise ModelError(
             f"layer {index} of this model caches more than keys and values ({type(layer).__name__}), which can't be "

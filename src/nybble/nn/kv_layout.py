@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from nybble.kv_format import tokens_a_scale
 from nybble.packing import get_layout
 from nybble.qtensor import QuantParams
 from nybble.qtensor.block import BlockQTensor
@@ -76,7 +77,7 @@ def rows_to_qtensor(rows: Mapping[str, Tensor], like: BlockQTensor, prefix: str 
 
 def skeleton_of(quantizer: Quantizer, width: int) -> BlockQTensor:
     """What all rows of a width have in common, whatever their values."""
-    return _skeleton(quantizer.quantize(torch.zeros(1, 1, 1, width)))
+    return _skeleton(quantizer.quantize(torch.zeros(1, 1, tokens_a_scale(quantizer), width)))
 
 
 def _skeleton(stored: BlockQTensor) -> BlockQTensor:

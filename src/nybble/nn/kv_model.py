@@ -19,6 +19,7 @@ from nybble.kv_format import KVFormat, one_scale
 from nybble.nn.attention import attentions
 from nybble.nn.cached_attention import use_cached_attention
 from nybble.nn.config import config_of
+from nybble.nn.kv_basis import Orders, check_sortable, order_of
 from nybble.nn.kv_rows import check_width
 from nybble.scheme import Rule, Scheme
 
@@ -38,12 +39,15 @@ class CacheHook:
 
     def __init__(self, config: Any, kv: KVRecord, formats: KVFormat | Mapping[int, KVFormat]) -> None:
         self.config, self.kv, self.formats = config, kv, formats
+        self._orders: dict[int, Orders] | None = None
 
-    def make(self) -> Any:
-        """An empty cache."""
+    def make(self, model: nn.Module | None = None) -> Any:
+        """An empty cache; of sorted channels one for a model, or its body, whose weights are looked at once."""
         from nybble.nn.kv_cache import make_cache
 
-        return make_cache(self.config, self.formats)
+        if model is not None and self._orders is None:
+            self._orders = _orders(model, self.formats)
+        return make_cache(self.config, self.formats, self._orders)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: fills in the cache where the module would make one."""
@@ -59,8 +63,8 @@ class CacheHook:
         place = names.index(name)
         kept = {key: value for key, value in kwargs.items() if key not in _NAMES}  # a None by its other name
         if place < len(args):
-            return (*args[:place], self.make(), *args[place + 1 :]), kept
-        return args, {**kept, name: self.make()}
+            return (*args[:place], self.make(module), *args[place + 1 :]), kept
+        return args, {**kept, name: self.make(module)}
 
 
 def use_quantized_cache(model: Any, kv: KVRecord | None) -> None:
@@ -113,7 +117,8 @@ def check_cache(model: Any, kv: KVRecord) -> None:
     """Check, before anything runs, that the model can cache so; its weights may be on the meta device.
 
     Raises:
-        ModelError: it generates no text with a cache of keys and values, or caches more than these.
+        ModelError: it generates no text with a cache of keys and values, or caches more than these; or what makes its
+            keys or values can't be sorted by.
         GranularityError: heads of another width than the quantizer's groups divide; names the sizes that do.
     """
     generates = getattr(model, "can_generate", lambda: False)()
@@ -126,6 +131,8 @@ def check_cache(model: Any, kv: KVRecord) -> None:
         default = config.hidden_size // config.num_attention_heads
     if hasattr(config, "kv_lora_rank"):
         default = None  # latent attention: keys and values of two widths, seen when the first token comes
+    for name, kept in _named(model, kv).items():
+        check_sortable(model.get_submodule(name), name, kept.sort)
     named = {"": kv} if isinstance(kv, KVFormat) else kv
     for name, found in named.items():
         width = getattr(model.get_submodule(name), "head_dim", None) if name else default
@@ -133,6 +140,21 @@ def check_cache(model: Any, kv: KVRecord) -> None:
             if quantizer is not None and isinstance(width, int):
                 with within(name or "kv"):
                     check_width(quantizer, width)
+
+
+def _named(model: nn.Module, kv: KVRecord) -> dict[str, KVFormat]:
+    """Each attention that caches its own keys and values -> in what; those that cache in float left out."""
+    return dict.fromkeys(cached_attentions(model), kv) if isinstance(kv, KVFormat) else dict(kv)
+
+
+def _orders(model: nn.Module, formats: KVFormat | Mapping[int, KVFormat]) -> dict[int, Orders]:
+    """Of the sides that are sorted, by the number of the layer."""
+    found: dict[int, Orders] = {}
+    for name, layer in cached_attentions(model).items():
+        kv = formats if isinstance(formats, KVFormat) else formats.get(layer)
+        if kv is not None and kv.sort:
+            found[layer] = {side: order_of(model.get_submodule(name), side) for side in kv.sort}
+    return found
 
 
 def cached_attentions(model: nn.Module) -> dict[str, int]:
@@ -174,7 +196,7 @@ def attention_formats(model: Any, kv: KVRecord) -> dict[str, KVFormat]:
             cross-attention.
     """
     own = cached_attentions(model)
-    named = dict.fromkeys(own, kv) if isinstance(kv, KVFormat) else dict(kv)
+    named = _named(model, kv)
     layers = layer_formats(model, kv)
     wanted = set(layers) if isinstance(layers, dict) else _cached_layers(model, layers)
     lacking = wanted - {own[name] for name in named}
@@ -193,7 +215,7 @@ def attention_formats(model: Any, kv: KVRecord) -> dict[str, KVFormat]:
             found = by_layer[layer]
             if found.static:
                 raise SchemeError(f"{name}: a cross-attention's cache has no scale of its own; leave 'static' out.")
-            named[name] = KVFormat(keys=found.keys, values=found.values)  # the encoder's tokens are there at once
+            named[name] = found.of_given()  # the encoder's tokens are there at once
     return named
 
 
@@ -224,7 +246,7 @@ def to_calibrate(model: nn.Module, kv: KVRecord | None) -> dict[str, KVFormat]:
     """Attention -> its format, of those whose scales are still to be found on calibration data."""
     if kv is None:
         return {}
-    named = dict.fromkeys(cached_attentions(model), kv) if isinstance(kv, KVFormat) else kv
+    named = _named(model, kv)
     return {name: found for name, found in named.items() if found.static}
 
 
@@ -235,7 +257,7 @@ def cache_scales(model: nn.Module, kv: KVRecord | None) -> dict[str, tuple[float
     """
     if kv is None:
         return None
-    named = dict.fromkeys(cached_attentions(model), kv) if isinstance(kv, KVFormat) else kv
+    named = _named(model, kv)
     found = {name: (one_scale(each.keys), one_scale(each.values)) for name, each in named.items()}
     return {n: (k, v) for n, (k, v) in found.items() if k is not None and v is not None} if _whole(found) else None
 
@@ -309,7 +331,7 @@ def _prepare_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
         )
     result = own(self, *args, **kwargs)
     for name in _given(options):
-        options[name] = hook.make()
+        options[name] = hook.make(self)
         if config.is_assistant:
             options[name].activate_past_recording()
     return result

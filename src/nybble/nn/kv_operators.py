@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from nybble.kv_format import tokens_a_scale
 from nybble.nn.compiled import quantizer_of
 from nybble.nn.kv_layout import own, rows_to_qtensor, skeleton_of, to_rows
 from nybble.nn.operands import check_floats
@@ -20,10 +21,11 @@ def store_tokens(x: Tensor, line: str) -> list[Tensor]:
 
     Args:
         x: [batch, heads, tokens, width], float32, bfloat16 or float16.
-        line: of a quantizer with scales within a token.
+        line: of a quantizer with scales within a token; or along tokens, whose blocks divide them.
 
     Returns:
-        [batch, heads, tokens, ...] each: what :func:`nybble.nn.kv_layout.to_rows` has, named as :func:`row_names` says.
+        [batch, heads, tokens, ...] each (scales along tokens: a row a block): what
+        :func:`nybble.nn.kv_layout.to_rows` has, named as :func:`row_names` says.
     """
     check_floats("store_tokens", x)
     return [own(t) for t in to_rows(quantizer_of(line).quantize(x)).values()]
@@ -33,7 +35,10 @@ def store_tokens(x: Tensor, line: str) -> list[Tensor]:
 def _(x: Tensor, line: str) -> list[Tensor]:
     check_floats("store_tokens", x)
     rows = _rows_of_one(line, int(x.shape[3]))
-    return [x.new_empty((*x.shape[:3], row.shape[3]), dtype=row.dtype) for row in rows.values()]
+    batch, heads, tokens, _ = x.shape
+    span = tokens_a_scale(quantizer_of(line))
+    each = [(batch, heads, tokens if r.shape[2] == span else tokens // span, r.shape[3]) for r in rows.values()]
+    return [x.new_empty(shape, dtype=row.dtype) for shape, row in zip(each, rows.values(), strict=True)]
 
 
 @torch.library.custom_op(
@@ -77,7 +82,8 @@ def row_names(line: str, width: int) -> str:
 
 @lru_cache(maxsize=1024)
 def _rows_of_one(line: str, width: int) -> dict[str, Tensor]:
-    return to_rows(quantizer_of(line).quantize(torch.zeros(1, 1, 1, width)))
+    quantizer = quantizer_of(line)
+    return to_rows(quantizer.quantize(torch.zeros(1, 1, tokens_a_scale(quantizer), width)))
 
 
 @lru_cache(maxsize=1024)

@@ -13,7 +13,7 @@ import torch
 
 from nybble.formats import NumberFormat
 from nybble.granularity import Granularity, fitting_sizes
-from nybble.kv_format import KVFormat, one_scale
+from nybble.kv_format import KVFormat, one_scale, tokens_a_scale
 from nybble.nn.kv_model import KVRecord
 from nybble.qtensor import Inverse, QTensor
 from nybble.qtensor.block import BlockQTensor
@@ -271,8 +271,9 @@ def kv_args(kv: KVRecord, width: int | None) -> Args:
     came, nearest = f"KV cache {found}", "one quantizer for keys and values of all layers, float8_e4m3fn token"
     if len(formats) > 1 or found.keys is None or found.keys != found.values:
         raise CannotError(came, nearest, "keys and values, or layers, differ")
-    if found.residual:
-        raise CannotError(came, str(found.keys), "no newest tokens are left in float")
+    if not found.plain:
+        nearest = nearest if tokens_a_scale(found.keys) > 1 else str(found.keys)
+        raise CannotError(came, nearest, "no tokens are left in float, scaled together, rotated or sorted")
     if found.keys.static or one_scale(found.keys) is not None:
         why = "with one scale for all tokens it is E4M3"
         raise CannotError(came, f"{E4M3} tensor static, or {E4M3} tensor scale=one", why)
@@ -287,6 +288,6 @@ def kv_args(kv: KVRecord, width: int | None) -> Args:
 def _one_number(kv: KVFormat) -> bool:
     """Whether keys and values are E4M3 under one scale each, which may be still to be calibrated."""
     sides = (kv.keys, kv.values)
-    return not kv.residual and all(
+    return kv.plain and all(
         q is not None and q.format.name == E4M3 and (q.static or one_scale(q) is not None) for q in sides
     )
