@@ -144,6 +144,8 @@ def test_while_it_is_pruned() -> None:
     (found * target).sum().backward()
     assert x.grad is not None and torch.equal(x.grad, target)
     assert torch.equal(made.eval()(x), learned(x).eval()(x))
+    made.share, moved = 0.7, weight(seed=2)  # stored at any time: gains of what there is by then
+    assert torch.equal(made(moved), learned(moved, share=0.7).eval()(moved))
 
 
 # --------------------------------------------------------------------------------------------------------------- stages
