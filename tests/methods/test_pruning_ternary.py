@@ -190,7 +190,7 @@ def test_ternary_begins_with_gains_of_its_moment_and_a_state_remembers_where_it_
         prepare(network(seed), {"weights": "ternary channel", "ignore": []}, {"weights": Pruned()}) for seed in (1, 2)
     )
     acting = PruningInSteps().attach(made)
-    first: Any = made[0]
+    first: Any = made.get_submodule("0")
     with torch.no_grad():
         first.weight.latent.mul_(3)
     acting.after_update(0.5)
@@ -198,7 +198,7 @@ def test_ternary_begins_with_gains_of_its_moment_and_a_state_remembers_where_it_
     assert part.ternary and torch.equal(part.gain, part.least_squares(first.weight.latent))
     other.load_state_dict(made.state_dict())
     PruningInSteps().attach(other)  # a run that is gone on with: not back to the beginning
-    again: Any = other[0]
+    again: Any = other.get_submodule("0")
     assert (again.weight.learned.share, again.weight.learned.ternary) == (0.6, True)
 
 
