@@ -20,7 +20,7 @@ from nybble.data.samples import InMemory
 from nybble.eval import classification, classify
 from nybble.training.tasks import TASKS, task_of
 
-SIZES = {"resnet18": 11.2, "mobilenetv2": 2.2, "deit": 5.4, "detector": 0.2, "separator": 0.2}  # millions
+SIZES = {"resnet18": 11.2, "mobilenetv2": 2.2, "deit": 5.4, "detector": 0.2, "separator": 0.5}  # millions
 KEYS = {"detector": "detection", "separator": "separation"}
 
 

@@ -22,6 +22,7 @@ from nybble.data.images import Preparation
 from nybble.data.labelled_images import load_labelled_images
 from nybble.nn.packed import Packed
 from nybble.pipelines.evaluate import run_eval
+from nybble.pipelines.load import load_with_origin
 from nybble.pipelines.train import train
 from nybble.training.settings import TrainSettings
 from nybble.training.tasks import TASKS
@@ -86,6 +87,32 @@ def test_gone_on_with_it_comes_to_the_same_bytes(given: dict[str, Any], tmp_path
     assert judged == {"top1": after["accuracy"]}
     made, _ = nybble.load(out)
     assert sum(isinstance(layer, Packed) for layer in made.modules()) > 3
+
+
+def test_norms_are_measured_anew(tmp_path: Path) -> None:
+    """What the file's own layers give of all images; by torch's way of the same. Behind a kill, the same bytes."""
+    folder = tmp_path / "model"
+    model("ResNetForImageClassification", "resnet", RESNET).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPARED))
+    images = pictures(tmp_path / "images", NAMES)
+    asked: dict[str, Any] = {"model": folder, "data": images, "weights": "int3 channel", "activations": "int8 tensor"}
+    asked["options"] = {"norm_batches": 99}
+    whole, out, together = tmp_path / "whole", tmp_path / "out", replace(SETTINGS, batch=12)
+    train("qat", out=whole, settings=together, **asked)
+    with pytest.raises(KeyboardInterrupt):
+        train("qat", out=out, settings=together, progress=_Stops(5), **asked)
+    train("qat", out=out, settings=replace(together, resume=True), **asked)
+    assert files(out, whole) == files(whole, whole)
+    made, origin = load_with_origin(whole, dtype="float32")
+    task = TASKS.get("images")
+    rows = task.load(str(images), origin, made, 1, "evaluation").rows
+    found = {name: t.clone() for name, t in made.state_dict().items() if "running" in name}
+    torch.optim.swa_utils.update_bn([task.collate(rows)["pixel_values"]], made)
+    assert len(found) > 4
+    for name, t in found.items():
+        torch.testing.assert_close(made.state_dict()[name], t, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UsageError, match="norm_batches is -1"):
+        train("qat", out=tmp_path / "no", **{**asked, "options": {"norm_batches": -1}})
 
 
 def test_what_is_wrong_is_said_before_anything_is_written(given: dict[str, Any], tmp_path: Path) -> None:

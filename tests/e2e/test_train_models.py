@@ -388,6 +388,7 @@ def test_a_kill_before_the_first_checkpoint_leaves_nothing(folder: Path, tmp_pat
         ({"options": {"stages": [{"weights": "int8"}]}}, SchemeError, r"stages\[0\].*a stage has scheme and learned"),
         ({"options": {"learned": {"wights": "lsq"}}}, SchemeError, "learned: parts learn .*; got 'wights'"),
         ({"options": {"learned": {"weights": "lsqq"}}}, UsageError, "unknown learned part 'lsqq'"),
+        ({"options": {"learned": {"matmuls": "lsq"}}}, UsageError, "a part for matmuls, and the scheme rounds none"),
         ({"options": {"what": "learned"}}, SchemeError, "these learn nothing; say all"),
         ({"options": {"rates": {"scalez": 1.0}}}, UsageError, "no layer learns 'scalez'"),
         ({"data": None}, UsageError, "give --data SRC"),

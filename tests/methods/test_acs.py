@@ -22,6 +22,7 @@ from nybble.data.labelled_images import Rows
 from nybble.pipelines.train import train
 from nybble.training import coreset
 from nybble.training.coreset import Coreset, CoresetOptions, chosen_of
+from nybble.training.objective import Objective, make_losses
 from nybble.training.recipe import load_training_recipe
 from nybble.training.scores import SCORES, Seen
 from nybble.training.settings import TrainSettings
@@ -104,6 +105,25 @@ def test_of_equal_networks_nothing_disagrees_and_wrong_labels_are_seen(tmp_path:
     before, after = plain.scores(0), flipped.scores(0)
     assert (after[:6] > 2 * before[:6]).all() and torch.equal(after[6:], before[6:])
     assert set(after.argsort(descending=True)[:6].tolist()) == set(range(6))
+
+
+def test_a_teacher_in_another_dtype_gets_images_in_its_own(tmp_path: Path) -> None:
+    """As it is in a mixed run, of which the student's weights are float32."""
+    it, same = (made(tmp_path, CoresetOptions(fraction=0.5)) for _ in range(2))
+    assert it.teacher is not None and same.teacher is not None
+    it.teacher.to(torch.bfloat16)
+    found, exact = it.scores(5), same.scores(5)
+    assert not torch.equal(found, exact) and torch.allclose(found, exact, atol=0.02)
+    objective = Objective(it.task, make_losses({"logits": 1.0}), it.teacher.eval())
+    batch = it.task.collate(it.rows[:6])
+    wanted = it.teacher(batch["pixel_values"].to(torch.bfloat16)).logits
+    loss = objective(it.model, batch, 0.0)
+    assert loss.item() == pytest.approx(
+        functional.kl_div(
+            it.model(batch["pixel_values"]).logits.log_softmax(-1), wanted.float().log_softmax(-1), log_target=True,
+            reduction="batchmean",
+        ).item(), rel=1e-4, abs=1e-6,
+    )  # fmt: skip
 
 
 class _Knows(torch.nn.Module):

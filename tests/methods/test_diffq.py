@@ -108,6 +108,29 @@ def test_gradients_are_those_of_the_noisy_weight(bits: str) -> None:
             assert float(found.reshape(-1)[i]) == pytest.approx(float(expected), rel=2e-4, abs=2e-4)
 
 
+def test_the_range_has_a_gradient_where_aminmax_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in torch before 2.12: it reaches the largest weight and the smallest, with opposite signs."""
+
+    class _Underived(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.amin(), x.amax()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+            raise NotImplementedError("the derivative for aminmax is not implemented")
+
+    for place in (torch, Tensor):
+        monkeypatch.setattr(place, "aminmax", _Underived.apply)
+    x = weight(4, 8).requires_grad_()
+    made = learned(x)
+    made.train()(x).sum().backward()
+    assert x.grad is not None
+    moved = (x.grad - 1).flatten()
+    ends = {int(x.argmin()), int(x.argmax())}
+    assert set(moved.nonzero().flatten().tolist()) == ends and abs(float(moved.sum())) < 1e-6
+
+
 def test_the_range_can_be_left_out_of_the_gradient() -> None:
     x = weight(4, 8).requires_grad_()
     made = learned(x, range_gradient=False)

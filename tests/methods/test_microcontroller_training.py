@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from tests.parts.microcontroller.networks import SHAPE, everything, stack
+from tests.parts.microcontroller.networks import SHAPE, Block, everything, stack
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -211,6 +211,17 @@ def test_a_step_in_float32_is_autograds() -> None:
             assert float((gradient - wanted).norm()) <= 1e-4 * float(wanted.norm()) + 1e-7, (name, role)
             judged += 1
     assert judged == 13
+
+
+def test_gradients_of_two_branches_are_added() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 6, 3, 1, 1), Block(6, 4, 1), nn.Flatten(), nn.Linear(4 * 6 * 6, 5)).eval()
+    x = drawn(1, 6, 6).float()
+    torch.autograd.backward(functional.cross_entropy(network(x[None]), torch.tensor([2])))
+    step = Emulator(stack_of(network, (1, 6, 6)), Arithmetic(dtype=torch.float32, lanes=2)).step(x, 2, 0.1)
+    for role, gradient in step.gradients["0"].items():
+        wanted = network.get_parameter(f"0.{role}").grad
+        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -144,6 +144,8 @@ def test_while_it_is_pruned() -> None:
     (found * target).sum().backward()
     assert x.grad is not None and torch.equal(x.grad, target)
     assert torch.equal(made.eval()(x), learned(x).eval()(x))
+    made.share, moved = 0.7, weight(seed=2)  # stored at any time: gains of what there is by then
+    assert torch.equal(made(moved), learned(moved, share=0.7).eval()(moved))
 
 
 # --------------------------------------------------------------------------------------------------------------- stages
@@ -181,6 +183,23 @@ def fit(
             acting.after_update(progress)
             seen.append(acting.newest())
     return seen
+
+
+def test_ternary_begins_with_gains_of_its_moment_and_a_state_remembers_where_it_was() -> None:
+    made, other = (
+        prepare(network(seed), {"weights": "ternary channel", "ignore": []}, {"weights": Pruned()}) for seed in (1, 2)
+    )
+    acting = PruningInSteps().attach(made)
+    first: Any = made.get_submodule("0")
+    with torch.no_grad():
+        first.weight.latent.mul_(3)
+    acting.after_update(0.5)
+    part = first.weight.learned
+    assert part.ternary and torch.equal(part.gain, part.least_squares(first.weight.latent))
+    other.load_state_dict(made.state_dict())
+    PruningInSteps().attach(other)  # a run that is gone on with: not back to the beginning
+    again: Any = other.get_submodule("0")
+    assert (again.weight.learned.share, again.weight.learned.ternary) == (0.6, True)
 
 
 def loss(model: nn.Module) -> float:

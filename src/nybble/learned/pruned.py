@@ -169,8 +169,9 @@ def check_left(learned: PrunedTernary, x: Tensor, what: str) -> None:
     """Raise SchemeError where all weights of a layer would be 0."""
     if not bool(learned.directions(x)[1].any()):
         raise SchemeError(
-            f"{what}: share={learned.share:g} leaves none of a layer's {x.numel()} weights, whose largest magnitudes "
-            "are alike; lower the share, or leave the layer out (ignore)."
+            f"{what}: share={learned.share:g} leaves none of a layer's {x.numel()} weights:"
+            f" {math.ceil(learned.share * x.numel())} are to be 0, and no other is larger than these; lower the share, "
+            "or leave the layer out (ignore)."
         )
 
 

@@ -15,11 +15,13 @@ from torch import nn
 from nybble.core import ranks
 from nybble.core.files import atomic_write_json
 from nybble.core.progress import Progress
+from nybble.core.seeds import generator
 from nybble.nn.in_place import evaluation_mode
 from nybble.pipelines.load import load_with_origin
 from nybble.pipelines.training_job import Job
 from nybble.report.trained import Start, start_of
 from nybble.training.methods import AdapterMethod, Given, StagedMethod
+from nybble.training.norms import measure_norms
 from nybble.training.objective import Objective, make_losses
 from nybble.training.state import load_state, save_state
 
@@ -120,6 +122,15 @@ class Trainer:
         device = next(model.parameters()).device
         model(**{name: t.to(device) for name, t in self.job.task.collate(rows).items()})
 
+    def _some_batches(self, model: Any, count: int) -> None:
+        """As many as are asked for, or all that there are, in an order of their own."""
+        rows, size, device = self.job.examples.rows, self.job.settings.batch, next(model.parameters()).device
+        order = torch.randperm(len(rows), generator=generator(self.job.settings.seed, "norms")).tolist()
+        size = min(size, len(rows))
+        for start in range(0, min(count * size, len(rows) - size + 1), size):
+            batch = self.job.task.collate([rows[at] for at in order[start : start + size]])
+            model(**{name: t.to(device) for name, t in batch.items()})
+
     def _behind(self, stage: int) -> nn.Module:
         """The model of a stage that is done."""
         model = self._attached(stage)
@@ -195,6 +206,8 @@ class Trainer:
                 groups=job.method.groups(model, job.options, job.settings.lr), callbacks=acting,
                 mixed=not job.method.packs, coreset=coreset, teacher=teacher,
             )  # fmt: skip
+        if batches := job.method.norm_batches(job.options):
+            measure_norms(model, lambda network: self._some_batches(network, batches))
         curve = [list(point) for point in run.curve]
         return model, {
             "steps": run.steps, "trainable": trainable, "curve": curve, "losses": run.losses,

@@ -200,6 +200,7 @@ def checked(asked: Asked, settings: TrainSettings) -> Job:
     else:
         _check_float(asked)
     method.check(options, scheme)
+    method.check_asked(asked.options, options, scheme)
     _check_teacher(asked, method, options, line)
     if base is not None and line is not None:
         raise UsageError(

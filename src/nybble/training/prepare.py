@@ -8,7 +8,7 @@ convert(model)                                          # packed; nybble.checkpo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -57,7 +57,7 @@ def prepare(
         scheme: what to quantize to; of a recipe its scheme (its steps are for quantization after training).
         learned: part (a name, ``{name: {option: value}}``, or one that was made) for ``weights``, ``inputs``,
             ``outputs``, ``matmuls`` (the operands of attention) and ``kv``; those left out pass gradients straight
-            through (``ste``).
+            through (``ste``). Each is of something that the scheme rounds.
         run: calls the model on a batch or more, without changing it; needed where activations are static: their first
             scale comes from what first enters (or leaves) the layer, the attention's product or the cache.
 
@@ -66,8 +66,9 @@ def prepare(
 
     Raises:
         SchemeError: a pattern without a match; a weight that is shared with something that stays in float; a format or
-            granularity that a part can't learn. UsageError: static activations and no ``run``. ModelError: ``run``
-            never called a layer; a cache that can't be trained. DataError: NaN or Inf in a weight or its activations.
+            granularity that a part can't learn. UsageError: static activations and no ``run``; a part for what the
+            scheme rounds nowhere. ModelError: ``run`` never called a layer; a cache that can't be trained. DataError:
+            NaN or Inf in a weight or its activations.
 
     Warns:
         UserWarning: names modules that the scheme takes and that no layer can stand for; they stay as they are.
@@ -80,7 +81,9 @@ def prepare(
     chosen = chosen if isinstance(chosen, Scheme) else parse_scheme(chosen)
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
     chosen = chosen if first is None else chosen.of_model(first.dtype)
-    parts, targets = _parts(learned or {}), _plan(model, chosen)
+    parts = _parts(learned or {})
+    check_rounded(learned or {}, [chosen])
+    targets = _plan(model, chosen)
     static = [(target, site) for target in targets for site in _checked(model, target, parts) if site.quantizer.static]
     first_seen = _watch(model, static, parts, run)
     asked = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
@@ -143,6 +146,27 @@ def learning_groups(model: nn.Module, rates: Mapping[str, float]) -> list[dict[s
             " on what is to train, or let a part learn scales (lsq)."
         )
     return groups
+
+
+def rounded_roles(scheme: Scheme) -> frozenset[str]:
+    """Of weights, inputs, outputs, matmuls and kv those that some rule has a line for."""
+    found = {role for role in ROLES for rule in scheme.rules if getattr(rule, role) is not None}
+    return frozenset(found | ({"kv"} if scheme.kv is not None else set()))
+
+
+def check_rounded(learned: Mapping[str, object], schemes: Sequence[Scheme]) -> None:
+    """Refuse parts for what none of the schemes rounds: they would do nothing.
+
+    Raises:
+        UsageError: names the role, and what is rounded.
+    """
+    rounded = frozenset[str]().union(*map(rounded_roles, schemes))
+    for role in learned:
+        if role not in rounded:
+            raise UsageError(
+                f"learned: a part for {role}, and the scheme rounds none, but {', '.join(sorted(rounded)) or 'nothing'}"
+                f"; give {role} a line in the scheme, or leave the part out."
+            )
 
 
 def _parts(learned: Mapping[str, str | Mapping[str, Any] | Part]) -> dict[str, Part]:

@@ -13,6 +13,7 @@ from nybble.learned import Part
 from nybble.learned import make_part as make_learned
 from nybble.nn.fake import FakeLayer
 from nybble.training.callbacks import Acting, make_part
+from nybble.training.callbacks.oscillation import Flips
 from nybble.training.prepare import prepare
 
 INT, STATS = {"weights": "int4 channel scale=learned"}, {"weights": "midrise2 channel scale=max-entropy"}
@@ -85,6 +86,17 @@ def test_the_cure(scheme: dict[str, Any], part: str) -> None:
     for sign in (1, -1, 1, -1):  # counted from 0 again: three changes to come, two of them flips
         put(made, acting, start + sign * moves)
     assert acting.layers()[""]["resets"] == 4
+
+
+def test_counts_begin_anew_behind_each_cure() -> None:
+    """Oscillations are those since the last of them, and of what isn't reset a flip across one counts."""
+    flips = Flips(torch.zeros(2, dtype=torch.uint8))
+    for codes, reset in (((1, 0, 1), False), ((0, 1), False), ((0, 1, 0), True)):
+        for code in codes:
+            flips.count(torch.tensor([code, 0], dtype=torch.uint8), "uint2")
+        assert flips.cured(3).tolist() == [reset, False]
+    flips.count(torch.tensor([1, 0], dtype=torch.uint8), "uint2")  # the first change of one that was reset is none
+    assert flips.number("total") == 7 and flips.number("resets") == 1
 
 
 def test_a_mean_that_is_not_put_back() -> None:

@@ -170,6 +170,38 @@ def test_overlap_and_add_is_a_transposed_convolution(samples: int) -> None:
     assert torch.allclose(found.flatten(0, 1), theirs[:, half : half + samples], atol=1e-6)
 
 
+@torch.no_grad()
+def test_frames_are_whole_and_long_enough() -> None:
+    """Masks of 1 give the mixture back; the best masks part drawn voices, as frames of 8 ms would not let them."""
+    made: Any = Separator(SeparatorConfig())
+    batch = TASKS.get("separation").collate(voices.load_voices("voices:4", "evaluation", rate=8000).rows)
+    mixture, wanted = batch["input_values"][:, :2501], batch["labels"][..., :2501]
+    made.masks[-2].weight.zero_()
+    made.masks[-2].bias.fill_(50.0)
+    torch.testing.assert_close(made(mixture).logits, mixture[:, None].expand(-1, 2, -1), rtol=0, atol=1e-5)
+    reached = []
+    for window in (256, 64):
+        made = Separator(SeparatorConfig(window=window, filters=2 * window))
+        half = window // 2
+        wide = functional.pad(wanted, (half, half + (-wanted.shape[-1]) % half))
+        power = made.encoder(wide.flatten(0, 1)[:, None]).unflatten(0, (-1, 2)).square()
+        power = (power + power.roll(-1, -2))[:, :, ::2].repeat_interleave(2, 2)  # of a cosine and its sine
+        made.masks = _Fixed(power / power.sum(1, keepdim=True).clamp_min(1e-12))
+        reached.append(best_si_sdr(made(mixture).logits, wanted).mean().item())
+    assert reached[0] > 10 and reached[1] < reached[0] - 3
+
+
+class _Fixed(torch.nn.Module):
+    """Masks that are known, [mixtures, voices, filters, frames]."""
+
+    def __init__(self, masks: Tensor) -> None:
+        super().__init__()
+        self.masks = masks
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self.masks.flatten(1, 2)
+
+
 def test_voices_have_their_pitch() -> None:
     """The strongest of the spectrum's spacings lies in each voice's range; the measures begin with the mixture's."""
     data = voices.load_voices("voices:4", "calibration", rate=8000)

@@ -218,6 +218,13 @@ def test_refusals() -> None:
         ({"weights": "int4 channel", "inputs": "int8 tensor static"}, {}, UsageError, "static inputs begin.*give run"),
         ({"weights": "int4 channel"}, {"inpts": "ste"}, UsageError, "'inpts'.*inputs"),
         ({"weights": "int4 channel"}, {"weights": "lsqq"}, UsageError, "unknown learned part"),
+        ({"weights": "int4 channel"}, {"matmuls": "lsq"}, UsageError, "a part for matmuls, and.*none, but weights"),
+        (
+            {"inputs": "int8 token", "kv": "int4 token"},
+            {"kv": "ste", "weights": "ste"},
+            UsageError,
+            "weights.*inputs, kv",
+        ),
     ):
         model = tiny_model()
         with pytest.raises(error, match=words):

@@ -81,6 +81,9 @@ class Method(ABC):
     def check(self, options: Any, scheme: Scheme) -> None:  # noqa: B027 - most options are right by their types
         """Refuse options that the types of their fields let through."""
 
+    def check_asked(self, asked: Mapping[str, Any], options: Any, scheme: Scheme) -> None:  # noqa: B027 - as above
+        """Refuse what was ``asked`` for over the recipe's options and would do nothing."""
+
     @abstractmethod
     def attach(self, model: nn.Module, given: Given) -> nn.Module:
         """The model with what trains in it; parameters that don't train need no gradient.
@@ -96,6 +99,10 @@ class Method(ABC):
     def coreset(self, options: Any) -> CoresetOptions | None:
         """Which part of the examples is trained on; None: all."""
         return None
+
+    def norm_batches(self, options: Any) -> int:
+        """Batches through which BatchNorms are measured anew behind the last update; 0: they stay as they are."""
+        return 0
 
     def groups(self, model: nn.Module, options: Any, lr: float) -> list[dict[str, Any]] | None:
         """Parameters for an optimizer, as torch takes them, where some have a rate of their own; None: all alike."""

@@ -26,8 +26,9 @@ from nybble.training.composing import compose_query_keys
 from nybble.training.convert import convert
 from nybble.training.coreset import CoresetOptions
 from nybble.training.methods import Given, Place, StagedMethod
+from nybble.training.norms import check_norms
 from nybble.training.objective import make_losses, needs_teacher
-from nybble.training.prepare import ROLES, learning_groups, prepare
+from nybble.training.prepare import ROLES, check_rounded, learning_groups, prepare, rounded_roles
 from nybble.training.unprepare import float_values, inherit, learned_values
 
 ALL, LEARNED = "all", "learned"
@@ -47,7 +48,8 @@ class QatOptions:
     that transformers has (``relu``). ``float_head``: an output head that shares the embeddings' table gets a float one
     of its own. ``query_key``: one weight for queries and keys of a vision transformer. ``callbacks``: what looks at
     weights at every update, by name a mapping of its options. ``coreset``: a part of the examples that is trained on,
-    chosen again every few epochs (:class:`nybble.training.coreset.CoresetOptions`); left out: all.
+    chosen again every few epochs (:class:`nybble.training.coreset.CoresetOptions`); left out: all. ``norm_batches``:
+    batches of examples through which a network's BatchNorms are measured anew behind the last update; 0 leaves them.
     """
 
     learned: Mapping[str, Any] = field(default_factory=dict)
@@ -62,6 +64,7 @@ class QatOptions:
     query_key: bool = False
     callbacks: Mapping[str, Any] = field(default_factory=dict)
     coreset: CoresetOptions | None = None
+    norm_batches: int = 0
 
 
 class Qat(StagedMethod):
@@ -85,29 +88,39 @@ class Qat(StagedMethod):
             options.coreset.check()
         if options.activation:
             check_activation(options.activation)
+        if options.norm_batches < 0:
+            raise UsageError(f"norm_batches is {options.norm_batches}; it is a number of batches, and 0 is none.")
         _callbacks(options)
         for name, rate in options.rates.items():
             if not rate >= 0:
                 raise UsageError(f"rates: {name} is {rate}; a rate is a number of 0 or more, over that of the loop.")
+
+    def check_asked(self, asked: Mapping[str, Any], options: QatOptions, scheme: Scheme) -> None:  # noqa: D102
+        check_rounded(
+            asked.get("learned", {}), [_scheme(options, scheme, stage) for stage in range(self.stages(options))]
+        )
 
     def stages(self, options: QatOptions) -> int:  # noqa: D102
         return len(options.stages) + 1
 
     def attach(self, model: nn.Module, given: Given) -> nn.Module:  # noqa: D102
         options: QatOptions = given.options
+        if options.norm_batches:
+            check_norms(model)
         _change(model, given)
         model.requires_grad_(True)
-        made = prepare(
-            model, _scheme(options, given.scheme, given.stage), _parts(options, given.stage), run=given.run
-        )  # fmt: skip
+        scheme = _scheme(options, given.scheme, given.stage)
+        rounded = rounded_roles(scheme)  # a recipe's scheme may have been replaced by one that rounds less
+        learned = {role: part for role, part in _parts(options, given.stage).items() if role in rounded}
+        made = prepare(model, scheme, learned, run=given.run)
         if given.before is not None and options.inherit:
             inherit(made, given.before)
         if options.what == LEARNED:
-            learned = {id(p) for p in learned_values(made).values()}
-            if not learned:
+            trained = {id(p) for p in learned_values(made).values()}
+            if not trained:
                 raise SchemeError("what: learned trains what parts learn, and these learn nothing; say all.")
             for p in made.parameters():
-                p.requires_grad_(id(p) in learned)
+                p.requires_grad_(id(p) in trained)
         self.callbacks(made, options)  # what they remember is there before a checkpoint is read
         return made
 
@@ -122,6 +135,9 @@ class Qat(StagedMethod):
 
     def coreset(self, options: QatOptions) -> CoresetOptions | None:  # noqa: D102
         return options.coreset
+
+    def norm_batches(self, options: QatOptions) -> int:  # noqa: D102
+        return options.norm_batches
 
     def taught_by_stage(self, options: QatOptions) -> bool:  # noqa: D102
         return options.teacher == "stage"
