@@ -20,7 +20,7 @@ from nybble.core.versions import versions
 from nybble.data import InMemory, Origin, Samples
 from nybble.data.given import Data, samples_of
 from nybble.data.kinds import DataKind, data_kind
-from nybble.models.adapter import TEXTS, Adapter, adapter_for, under, whole_adapter
+from nybble.models.adapter import Adapter, adapter_for, under, whole_adapter
 from nybble.models.sources import called
 from nybble.nn.kinds import Target, apart_line
 from nybble.nn.rotation import mark_rotated
@@ -105,7 +105,7 @@ class Job:
         subject, steps, paths = _planned(model, adapter, recipe)
         left_out: list[BlockStep] = []
         main, usual = getattr(model, "main_input_name", "input_ids"), isinstance(data, str) and data == "builtin"
-        heard = usual and adapter.reads in TEXTS and main.startswith("input_") and main != "input_ids"  # sound
+        heard = usual and adapter.reads == "speech"
         if heard or (usual and not data_kind(adapter.reads).asks):
             left_out = [step for step in steps if step.needs(subject) and _spare(step, heard)]
             steps = tuple(step for step in steps if step not in left_out)
@@ -124,8 +124,8 @@ class Job:
         tokens, finishes = None, make_finishes(recipe)
         if (needs or finishes) and heard:
             raise DataError(
-                f"{type(model).__name__} reads {main}, and {data!r} is text; "
-                f"in Python give data={{{main!r}: tensor, ...}}."
+                f"{type(model).__name__} reads {main}, and {data!r} is text; give a folder of WAV files (--data), or "
+                f"in Python data={{{main!r}: tensor, ...}}."
             )
         if needs or finishes:
             kind = data_kind(adapter.reads)
