@@ -30,7 +30,7 @@ def save_wav(path: Path, sound: np.ndarray, rate: int = 16000, width: int = 2) -
 def tone(number: int, rate: int = 16000) -> np.ndarray:
     """A gliding tone over noise, float64; longer for higher numbers."""
     rng = np.random.default_rng(number)
-    time = np.arange(int(rate * (0.15 + 0.03 * number))) / rate
+    time = np.arange(int(rate * (0.25 + 0.03 * number))) / rate
     return 0.4 * np.sin(2 * np.pi * (300 + 150 * number + 400 * time) * time) + rng.normal(0, 0.01, len(time))
 
 
