@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nybble.calibration.chain import chain_fault
+from nybble.calibration.synthesis import is_synthetic
 from nybble.core import ranks
 from nybble.core.device import measure_flops, require_memory
 from nybble.core.errors import DataError, SchemeError, within
@@ -37,6 +38,7 @@ from nybble.walk.steps.make import make_finishes, make_steps
 from nybble.walk.steps.reconstruction import ReconstructionStep
 from nybble.walk.steps.solver import SolverStep
 from nybble.walk.steps.transform import TransformStep
+from nybble.walk.synthesised import synthesised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,8 +132,11 @@ class Job:
         if needs or finishes:
             kind = data_kind(adapter.reads)
             origin: Origin = InMemory(model.config, tokenizer) if source is None or tokenizer is not None else source
-            tokens = samples_of(data, kind, origin, settings.wanted(), main)
-            tokens = kind.fitted(tokens, model)
+            if is_synthetic(data):
+                made: Samples = synthesised(str(data), model, source, kind.example(model, origin), settings, device)
+            else:
+                made = samples_of(data, kind, origin, settings.wanted(), main)
+            tokens = kind.fitted(made, model)
             kind.check(tokens, model)
             one = kind.batch(tokens.inputs, 0, 1, "cpu").inputs
             fault = None if adapter.whole or adapter.convolutional or not needs else chain_fault(model, adapter, one)

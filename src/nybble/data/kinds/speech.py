@@ -34,9 +34,10 @@ class Speech(DataKind):
         """None: layers see fewer frames than the mask of the sound has, and padding is zeros, which move no range."""
         return None
 
-    def example(self, model: Any) -> dict[str, Tensor] | None:
-        """Five seconds of silence, of networks whose config says how many bands they hear; others say nothing."""
-        mels = getattr(model.config, "mels", None)
+    def example(self, model: Any, origin: Origin | None = None) -> dict[str, Tensor] | None:
+        """Five seconds of silence, for CTC models of features: nybble's own, Parakeet; others say nothing."""
+        own = getattr(model.config, "encoder_config", None)
+        mels = getattr(model.config, "mels", None) or getattr(own, "num_mel_bins", None)
         return None if mels is None else {"input_features": torch.zeros(1, FRAMES, mels, dtype=torch.float32)}
 
 
