@@ -139,7 +139,7 @@ def test_ranges_are_about_those_of_real_inputs(made: SyntheticSamples) -> None:
 def test_a_recognizer_needs_no_data(tmp_path: Path) -> None:
     model = tiny_recognizer()
     model.save_pretrained(tmp_path / "m")
-    settings = Settings(dtype="float32", batch=2, seed=5)
+    settings = Settings(dtype="bfloat16", batch=2, seed=5)
     given: dict[str, Any] = {"weights": "int8 channel", "activations": "int8 tensor static", "settings": settings}
     _, here = nybble.quantize(str(tmp_path / "m"), "minmax-int", "synthetic:2", **given)
     made = here.manifest["data"]

@@ -133,7 +133,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """[n, frames, mels] -> [n, frames / 2, classes], ``mask`` [n, frames]."""
-        mask = mask[:, None]
+        mask = mask[:, None].to(x.dtype)
         seen = [functional.relu(self.first(x.transpose(1, 2), mask))]
         mask = mask[..., ::2]
         for block in self.blocks:
