@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tests.speech import save_speech, tiny_recognizer
 from tests.tiny import save_text, tiny_model, tiny_tokenizer
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from nybble.data import (
     token_samples,
 )
 from nybble.data.kinds import KINDS, Size, data_kind
+from nybble.data.speech import speech_samples
 from nybble.eval.judges import JUDGES, Judge
 from nybble.models.adapter import REGISTRY, Adapter
 from nybble.models.sources.side_files import copy_side_files, side_files
@@ -60,6 +62,13 @@ class Place:
         return ""
 
 
+class Hearing(Place):
+    """As a folder of a recognizer, whose config says how it hears."""
+
+    def preprocessing(self) -> dict[str, Any]:
+        return {}
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("data")
@@ -68,11 +77,13 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     np.save(folder / "x.npy", np.random.default_rng(0).integers(0, 256, (7, 20, 18, 3), dtype=np.uint8))
     return {
         "tokens": str(folder / "text.txt"), "sentences": str(folder / "lines.txt"), "images": str(folder / "x.npy"),
-        "pairs": str(folder / "text.txt"),
+        "pairs": str(folder / "text.txt"), "speech": str(save_speech(folder / "speech", count=7)),
     }  # fmt: skip
 
 
 def place(name: str) -> Place:
+    if name == "speech":
+        return Hearing(tiny_recognizer().config)
     make: Any = transformers.ViTConfig if name == "images" else transformers.BertConfig
     return Place(make(image_size=16, patch_size=8) if name == "images" else make(vocab_size=300))
 
@@ -82,7 +93,7 @@ def prepared(name: str, sources: dict[str, str]) -> Samples:
 
 
 def test_every_kind_has_a_judge_and_every_adapter_a_kind() -> None:
-    assert KINDS.names() == JUDGES.names() == ["images", "pairs", "sentences", "tensors", "tokens"]
+    assert KINDS.names() == JUDGES.names() == ["images", "pairs", "sentences", "speech", "tensors", "tokens"]
     assert all(isinstance(judge, Judge) and judge.metrics for judge in JUDGES.all().values())
     adapters: dict[str, Adapter] = REGISTRY.all()
     assert {adapter.reads for adapter in adapters.values()} == set(KINDS.names())
@@ -94,6 +105,8 @@ def test_samples_are_those_of_the_kinds_own_function(name: str, sources: dict[st
     origin = place(name)
     if name == "images":
         own: Any = image_samples(sources[name], preparation_for(origin.config, PREPROCESSOR), samples=5, seed=3)
+    elif name == "speech":
+        own = speech_samples(sources[name], origin, WANTED)
     else:
         cuts: Any = {"tokens": token_samples, "sentences": sentence_samples, "pairs": pair_samples}
         cut = cuts[name]
@@ -123,6 +136,8 @@ def test_batches_and_probe(name: str, sources: dict[str, str]) -> None:
     size = kind.size(samples)
     if name == "images":
         assert size == Size(5, 2)  # 16 x 16 pixels: a patch and the class token
+    elif name == "speech":
+        assert size == Size(5, samples.inputs["input_features"].shape[1])
     else:
         assert size == Size(*samples.inputs["input_ids"].shape)
         assert probe["input_ids"].shape == (1, 4)
@@ -135,14 +150,14 @@ def test_side_files_make_the_same_samples(name: str, sources: dict[str, str], tm
     came.mkdir()
     if name == "images":
         (came / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
-    else:
+    elif name != "speech":
         origin.tokenizer().save_pretrained(came)
     copy_side_files(side_files(came), result)
     beside = Beside(result, origin.config)
     again = kind.prepare(sources[name], beside, WANTED)
     assert again.manifest() == prepared(name, sources).manifest()
     tokenizer = kind.tokenizer(beside)
-    assert tokenizer is None if name == "images" else tokenizer is not None and tokenizer.get_vocab()
+    assert tokenizer is None if name in ("images", "speech") else tokenizer is not None and tokenizer.get_vocab()
     assert (result / "preprocessor_config.json").exists() == (name == "images")
 
 

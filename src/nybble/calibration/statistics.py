@@ -296,6 +296,7 @@ class Range:
         self.stride = max(1, total // _SAMPLE)
         self._begun, self._counts = self.stride, list[int]()
         self._samples: list[Tensor] = []
+        self._ends: list[Tensor] = []
         self._low: Tensor | None = None
         self._high: Tensor | None = None
         self._columns: Tensor | None = None
@@ -311,6 +312,7 @@ class Range:
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
         self._samples.append(flat[:: self.stride].clone())
+        self._ends.append(torch.stack([low, high]))
         self._counts.append(len(flat))
         if sum(map(len, self._samples)) > 4 * _SAMPLE:
             self._thin(2 * self.stride)
@@ -332,13 +334,19 @@ class Range:
         """Make one of all ranks' ``device``: of what others saw."""
         self._counts = [count for counts in ranks.gather(self._counts) for count in counts]
         self._thin(self._stride(self._counts))
-        self._samples = [kept for _, each in ranks.spread({ranks.number(): self._samples}, device) for kept in each]
+        self._samples, self._ends = (
+            [kept for _, each in ranks.spread({ranks.number(): own}, device) for kept in each]
+            for own in (self._samples, self._ends)
+        )
         self._low, self._high = ranks.lowest(self._low, device), ranks.highest(self._high, device)
         self._columns = ranks.highest(self._columns, device)
         return True
 
     def fit(self, quantizer: Quantizer, name: str) -> QuantParams:
-        """Parameters of a static quantizer; absmax and minmax see the extremes, searching rules the sample."""
+        """Parameters of a static quantizer; absmax and minmax see the extremes, searching rules the sample.
+
+        Rules of averages see every call's sample with its extremes.
+        """
         if self._low is None or self._high is None:
             raise DataError(
                 f"no calibration input reached {name}, so its activations have no scale; use a dynamic quantizer."
@@ -346,6 +354,10 @@ class Range:
         values = torch.cat([*self._samples, self._low[None], self._high[None]])
         if not bool(torch.isfinite(values[-2:]).all()):
             raise DataError(f"the calibration inputs of {name} hold NaN or Inf; check the data and the model's dtype.")
+        if quantizer.scale.averages:
+            each = [torch.cat(pair) for pair in zip(self._samples, self._ends, strict=True)]
+            found = quantizer.scale.fit_ends(*quantizer.scale.averaged(each), quantizer.format)
+            return quantizer.finish(found, quantizer.granularity.scale_shape(values.shape))
         if quantizer.granularity.calibrated_on == "columns" and self._columns is not None:
             return quantizer.fit(self._columns)
         return quantizer.fit(values)

@@ -101,7 +101,11 @@ def command(
         ),
     ] = AUTO,
     data: Annotated[
-        str, typer.Option(help="Calibration data: a text file, JSONL, hub dataset id, or builtin; images.")
+        str,
+        typer.Option(
+            help="Calibration data: a text file, JSONL, hub dataset id, or builtin; images; a folder of WAV files; "
+            "synthetic[:COUNT]."
+        ),
     ] = "builtin",
     run: RunOptions = RUN,
     effort: Annotated[

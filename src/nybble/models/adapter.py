@@ -67,7 +67,7 @@ def _reads(model: nn.Module, usual: str) -> str:
     if usual not in TEXTS or generates is None:
         return usual
     if main != "input_ids":
-        return "images" if main == "pixel_values" else usual
+        return {"pixel_values": "images", "input_features": "speech", "input_values": "speech"}.get(str(main), usual)
     bare = getattr(model, "base_model", None) is model
     if (bare or generates()) and "decoder_input_ids" in inspect.signature(model.forward).parameters:
         return "pairs"  # with a classifier they make the decoder's inputs of the encoder's
@@ -186,7 +186,7 @@ def generic_adapter(model: nn.Module) -> Adapter:
         return whole_adapter(model, f"{type(model).__name__} has no list of repeated blocks")
     reads = _reads(model, "tokens")
     path, decoder = _longest(_of_text(model, lists) if reads in TEXTS else lists), None
-    if reads == "pairs":
+    if reads in ("pairs", "speech"):
         sides = [[item for item in lists if side in item[0].split(".")] for side in ("encoder", "decoder")]
         if all(sides):
             path, decoder = (_longest(side) for side in sides)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from nybble.calibration.synthesis import is_synthetic
 from nybble.checkpoint.parts import EVALUATION
 from nybble.core.device import check_device
 from nybble.core.errors import ModelError, UsageError
@@ -74,6 +75,8 @@ def run_eval(
     at_least_one(seq_len=seq_len, samples=samples)
     if isinstance(data, str):
         check_source(data)
+    if is_synthetic(data):
+        raise UsageError("synthesised inputs calibrate, and nothing says what is right for them; judge on real data.")
     # All that can be wrong with the request is found before weights are read.
     seen = {name: _described(spec) for name, spec in models.items()}
     key, origin = _kind_of({name: model for name, (model, _) in seen.items()}), [*seen.values()][-1][1]

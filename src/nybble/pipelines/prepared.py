@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.calibration.lessons import Network, main_output
+from nybble.calibration.synthesis import is_synthetic
 from nybble.checkpoint.parts import LEARNED, PREPARED, Parts
 from nybble.core import ranks
 from nybble.core.device import require_memory
@@ -325,7 +326,7 @@ def batches_of(
 def samples_for(job: Job, step: Any, data: Data) -> Samples:
     """What is learned from: of a SRC as many as the step wants, else what the job is calibrated on."""
     asked, known = int(getattr(step, "samples", 0)), job.tokens or job.taught
-    if known is not None and not (asked and isinstance(data, str | Path)):
+    if known is not None and not (asked and isinstance(data, str | Path) and not is_synthetic(data)):
         return known
     settings = job.settings
     wanted = Wanted(

@@ -12,6 +12,7 @@ from nybble.report.words import task_of
 
 Check = Callable[[Any], bool]
 MOST_BINS = 256
+SOUND = "data:audio/wav;base64,"
 
 
 def check_manifest(manifest: dict[str, Any], place: object) -> None:
@@ -196,7 +197,9 @@ def _learned(value: Any) -> bool:
 
 
 def _sample(value: Any) -> bool:
-    return isinstance(value, dict) and "prompt" in value and all(map(_text, value.values()))
+    """Texts, and perhaps a sound that the page holds itself."""
+    texts = isinstance(value, dict) and "prompt" in value and all(map(_text, value.values()))
+    return texts and str(value.get("audio", SOUND)).startswith(SOUND)
 
 
 def _callback(value: Any) -> bool:

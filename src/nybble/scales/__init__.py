@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -101,6 +102,19 @@ class ScaleRule(ABC):
     def two_level(self) -> bool:
         """Whether the rule finds the scale of the scales too, so that they need a format of their own."""
         return False
+
+    @property
+    def averages(self) -> bool:
+        """Whether static activations show it every batch by itself (:meth:`averaged`), not all values at once."""
+        return False
+
+    def averaged(self, batches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Low and high end, float32 [1, 1], of values that came batch by batch, for :meth:`fit_ends`."""
+        raise NotImplementedError(f"{self} averages nothing")
+
+    def fit_ends(self, low: Tensor, high: Tensor, fmt: NumberFormat) -> BlockParams:
+        """The parameters for such ends."""
+        raise NotImplementedError(f"{self} averages nothing")
 
     def check_scales(self, fmt: NumberFormat | None) -> None:  # noqa: B027  (most rules' can be stored in any)
         """Raise SchemeError where its scales can't be stored in ``fmt``; None means in a plain dtype."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nybble.calibration.chain import chain_fault
+from nybble.calibration.synthesis import is_synthetic
 from nybble.core import ranks
 from nybble.core.device import measure_flops, require_memory
 from nybble.core.errors import DataError, SchemeError, within
@@ -20,7 +21,7 @@ from nybble.core.versions import versions
 from nybble.data import InMemory, Origin, Samples
 from nybble.data.given import Data, samples_of
 from nybble.data.kinds import DataKind, data_kind
-from nybble.models.adapter import TEXTS, Adapter, adapter_for, under, whole_adapter
+from nybble.models.adapter import Adapter, adapter_for, under, whole_adapter
 from nybble.models.sources import called
 from nybble.nn.kinds import Target, apart_line
 from nybble.nn.rotation import mark_rotated
@@ -37,6 +38,7 @@ from nybble.walk.steps.make import make_finishes, make_steps
 from nybble.walk.steps.reconstruction import ReconstructionStep
 from nybble.walk.steps.solver import SolverStep
 from nybble.walk.steps.transform import TransformStep
+from nybble.walk.synthesised import synthesised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -105,7 +107,7 @@ class Job:
         subject, steps, paths = _planned(model, adapter, recipe)
         left_out: list[BlockStep] = []
         main, usual = getattr(model, "main_input_name", "input_ids"), isinstance(data, str) and data == "builtin"
-        heard = usual and adapter.reads in TEXTS and main.startswith("input_") and main != "input_ids"  # sound
+        heard = usual and adapter.reads == "speech"
         if heard or (usual and not data_kind(adapter.reads).asks):
             left_out = [step for step in steps if step.needs(subject) and _spare(step, heard)]
             steps = tuple(step for step in steps if step not in left_out)
@@ -124,14 +126,17 @@ class Job:
         tokens, finishes = None, make_finishes(recipe)
         if (needs or finishes) and heard:
             raise DataError(
-                f"{type(model).__name__} reads {main}, and {data!r} is text; "
-                f"in Python give data={{{main!r}: tensor, ...}}."
+                f"{type(model).__name__} reads {main}, and {data!r} is text; give a folder of WAV files (--data), or "
+                f"in Python data={{{main!r}: tensor, ...}}."
             )
         if needs or finishes:
             kind = data_kind(adapter.reads)
             origin: Origin = InMemory(model.config, tokenizer) if source is None or tokenizer is not None else source
-            tokens = samples_of(data, kind, origin, settings.wanted(), main)
-            tokens = kind.fitted(tokens, model)
+            if is_synthetic(data):
+                made: Samples = synthesised(str(data), model, source, kind.example(model, origin), settings, device)
+            else:
+                made = samples_of(data, kind, origin, settings.wanted(), main)
+            tokens = kind.fitted(made, model)
             kind.check(tokens, model)
             one = kind.batch(tokens.inputs, 0, 1, "cpu").inputs
             fault = None if adapter.whole or adapter.convolutional or not needs else chain_fault(model, adapter, one)

@@ -251,7 +251,7 @@ def test_models_of_sound_are_rounded_without_a_tokenizer(tmp_path: Path) -> None
     said: list[str] = []
     nybble.quantize(str(tmp_path / "m"), weights="int8 channel", out=tmp_path / "q", announce=said.append)
     assert any("left out, as no data is given: transform 'fold-batchnorm'" in line for line in said)
-    with pytest.raises(DataError, match=r"reads input_values, and 'builtin' is text; in Python give data="):
+    with pytest.raises(DataError, match=r"reads input_values, and 'builtin' is text; give a folder of WAV files "):
         nybble.quantize(str(tmp_path / "m"), "gptq", weights="int8 channel")
     sound = {"input_values": torch.randn(2, 400, generator=torch.Generator().manual_seed(1))}
     back, settings = nybble.load(tmp_path / "q", dtype="float32")[0], Settings(dtype=torch.float32)

@@ -101,6 +101,7 @@ def test_good_ones_pass() -> None:
         {"samples": {}},
         {"samples": [{"float": "x"}]},
         {"samples": [{"prompt": 5}]},
+        {"samples": [{"prompt": "one", "audio": "https://elsewhere.example/a.wav", "float": "one"}]},
     ],
 )
 def test_wrong_evaluation(change: dict[str, Any]) -> None:

@@ -195,6 +195,16 @@ def test_texts_of_others_are_escaped(place: str) -> None:
     assert "alert(1)" in shown  # it is there, as text
 
 
+def test_a_sound_is_played_beside_what_was_understood() -> None:
+    data = page_data(1)
+    sound = "data:audio/wav;base64,UklGRg=="
+    data["evaluation"]["samples"] = [{"prompt": "one two", "audio": sound, "float": "one too", "quantized": "won two"}]
+    page = render(data)
+    assert f'<audio controls preload="none" src="{sound}"></audio>' in page and page.count(sound) == 1
+    assert "media-src data:" in page and "Understood speech" in page
+    assert all(text in page for text in ("one two", "one too", "won two")) and "<h4>audio" not in page
+
+
 def test_script_is_the_one_that_the_policy_allows(full: str) -> None:
     import base64
     import hashlib

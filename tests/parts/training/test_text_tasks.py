@@ -91,7 +91,7 @@ SPEECH = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "
     ("name", "family", "config"),
     [
         ("BertModel", "bert", BERT), ("BertForTokenClassification", "bert", BERT), ("LlamaModel", "llama", SPEECH),
-        ("Wav2Vec2ForCTC", "wav2vec2", {**SPEECH, "num_conv_pos_embedding_groups": 2}),
+        ("Wav2Vec2ForXVector", "wav2vec2", {**SPEECH, "num_conv_pos_embedding_groups": 2}),
         ("WhisperForConditionalGeneration", "whisper", {"num_hidden_layers": 1}),
         ("PatchTSTForPrediction", "patchtst", {"num_hidden_layers": 1}),
     ],

@@ -114,8 +114,8 @@ class DataKind(ABC):
         least, whole = self.probe(inputs, device), self.batch(inputs, 0, 1, device).inputs
         return [least] if all(least[name].shape == whole[name].shape for name in whole) else [least, whole]
 
-    def example(self, model: Any) -> dict[str, Tensor] | None:
-        """What any model of this kind can be called with, made of its config alone; None where a kind can't say."""
+    def example(self, model: Any, origin: Origin | None = None) -> dict[str, Tensor] | None:
+        """What a model can be called with, made of its config (and its place) alone; None where a kind can't say."""
         return None
 
     def size(self, samples: Samples) -> Size:

@@ -92,7 +92,7 @@ class TextKind(DataKind):
             return found
         return {name: tensor[:, :PROBE] for name, tensor in found.items()}
 
-    def example(self, model: Any) -> dict[str, Tensor] | None:
+    def example(self, model: Any, origin: Origin | None = None) -> dict[str, Tensor] | None:
         """A few tokens with an end behind them, which some heads look for; a decoder begins with the same.
 
         A model of sound, or one whose tokens have no table, says nothing.

@@ -45,10 +45,10 @@ class Images(DataKind):
         if channels is not None and pixels.shape[1] != channels:
             raise DataError(f"the images have {pixels.shape[1]} channels, and the model takes {channels}.")
 
-    def example(self, model: Any) -> dict[str, Tensor] | None:
+    def example(self, model: Any, origin: Origin | None = None) -> dict[str, Tensor] | None:
         """One black image; where the config names no size, the network takes any. Plain networks say nothing."""
         try:
-            wants = preparation_for(model.config, {})
+            wants = preparation_for(model.config, {} if origin is None else origin.preprocessing())
         except DataError:
             channels = getattr(model.config, "num_channels", None)
             if channels is None:
