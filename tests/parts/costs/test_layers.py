@@ -63,5 +63,5 @@ def test_every_cost_is_whole_and_grows_with_bits(name: str) -> None:
 
 
 def test_an_unknown_cost() -> None:
-    with pytest.raises(UsageError, match="unknown cost 'byte'.*bytes"):
+    with pytest.raises(UsageError, match=r"unknown cost 'byte'.*bytes"):
         make_cost("byte")
