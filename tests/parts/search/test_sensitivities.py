@@ -104,10 +104,11 @@ def test_products_are_the_rows_of_the_explicit_hessian() -> None:
 
 
 def test_traces_and_eigenvalues_are_those_of_the_blocks() -> None:
-    """Within 1e-3 and 5 %; blocks of one layer only, and never more than the whole Hessian's."""
-    given = study(*network())
+    """Eigenvalues within 1e-3, traces within four deviations of Hutchinson's estimate."""
+    model, batches = network()
+    given = study(model, batches[:1])
     explicit = blocks(given)
-    top = HessianTop(iterations=1000, tolerance=1e-7).eigenvalues(given)
+    top = HessianTop(iterations=300, tolerance=1e-5).eigenvalues(given)
     for found, block in zip(top, explicit, strict=True):
         values = torch.linalg.eigvalsh(block)
         assert found == pytest.approx(float(values[values.abs().argmax()]), rel=1e-3)
@@ -155,7 +156,7 @@ def test_a_quadratic_loss() -> None:
     assert HessianTop().eigenvalues(nothing) == [0.0] and HessianTrace().traces(nothing) == [0.0]
 
 
-@pytest.mark.parametrize("part", [HessianTrace(probes=4), HessianTop(iterations=9)])
+@pytest.mark.parametrize("part", [HessianTrace(probes=2), HessianTop(iterations=3)])
 def test_a_loss_times_ten_scales_all_and_orders_nothing(part: Sensitivity) -> None:
     given = study(*network(1))
     ten = study(given.model, [b.inputs["x"] for b in given.batches], lambda o, b: 10 * cross_entropy(o, b))
@@ -224,7 +225,8 @@ def test_noise_weighs_layers_by_what_predictions_feel() -> None:
 
 @pytest.mark.parametrize("name", REGISTRY.names())
 def test_every_sensitivity_falls_with_bits_and_repeats(name: str) -> None:
-    part: Sensitivity = REGISTRY.make(name, {})
+    few = {"hessian-trace": {"probes": 4}, "hessian-top": {"iterations": 8}}
+    part: Sensitivity = REGISTRY.make(name, few.get(name, {}))
     found = part.measure(study(*network(6)))
     assert found.shape == (3, 3) and found.dtype == torch.float64
     assert bool((found[:, 0] > found[:, 1]).all() and (found[:, 1] > found[:, 2]).all() and (found >= 0).all())
