@@ -37,6 +37,7 @@ from nybble.data.kinds import Batch, data_kind
 from nybble.data.samples import Wanted
 from nybble.data.text import check_source
 from nybble.models.adapter import adapter_for, reads_of, under
+from nybble.models.sources.folder import FolderSource
 from nybble.models.sources.open import open_source
 from nybble.pipelines.constrain import constrain
 from nybble.quantizer import Quantizer
@@ -191,7 +192,7 @@ def _searched(asked: Asked, out: Path, progress: Progress, announce: Callable[[s
     if is_quantized(Path(asked.model)):
         raise ModelError(f"{asked.model} is quantized already; search over the float model that it was made from.")
     source = open_source(asked.model)
-    if source.packed_names():
+    if source.packed_names() and isinstance(source, FolderSource):  # a GGUF file stands for its floats, as for quantize
         raise ModelError(f"{asked.model} holds packed weights; search over the float model that it was made from.")
     layers = _layers(asked, source.skeleton(torch.bfloat16))
     sizes = [Sized(name=x.name, shape=x.target.shape, matrices=x.target.matrices, inputs=asked.inputs) for x in layers]
