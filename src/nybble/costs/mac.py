@@ -21,13 +21,18 @@ implementation on a Versal device. Numbers here are other numbers, for the same 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
+from nybble.costs import Cost, Sized
+from nybble.formats import get_format
 from nybble.formats.integer import IntFormat
 from nybble.formats.minifloat import Minifloat
 from nybble.hardware.mac import MacUnit
 from nybble.hardware.operand import Operand
+from nybble.quantizer import Quantizer
 
 NAMES = ("multiplier", "its tree", "shifter", "adder", "decoder")
 COEFFICIENTS = (1.04, 0.196, 0.23, 1.084, 0.22)
@@ -74,3 +79,23 @@ def fitted(rows: Sequence[tuple[Sequence[float], float]]) -> tuple[float, ...]:
     matrix = np.array([row[0] for row in rows], np.float64) / counts[:, None]
     found = np.linalg.lstsq(matrix, np.ones(len(rows)), rcond=None)[0]
     return tuple(round(float(c), 3) for c in found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MacArea(Cost):
+    """LUTs x multiply-accumulates of a sample, as if each layer had units of its own formats.
+
+    Attributes:
+        inputs: the format of inputs that nothing quantizes: no unit has an exact sum of 16-bit floats.
+    """
+
+    inputs: str = "int8"
+    unit: ClassVar[str] = "LUTs x multiply-accumulates of a sample"
+    needs_macs: ClassVar[bool] = True
+
+    def of(self, layer: Sized, weights: Quantizer) -> int:  # noqa: D102
+        inputs = get_format(self.inputs) if layer.inputs is None else layer.inputs.format
+        return round(layer.macs * luts(MacUnit(weights=weights.format, inputs=inputs)))
+
+
+PART = MacArea

@@ -1,0 +1,65 @@
+"""Mean Hessian eigenvalue x squared error of the weights (HAWQ-V2, Dong et al. 2020, arXiv:1911.03852, section 3).
+
+``Omega_i(b) = Tr(H_i) / n_i * ||Q_b(W_i) - W_i||^2``. The trace is Hutchinson's: the mean of ``z^T H_i z`` over vectors
+of random signs, exact after one where ``H_i`` is diagonal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+from torch import Tensor
+
+from nybble.core.options import at_least_one
+from nybble.core.progress import task
+from nybble.core.seeds import generator
+from nybble.search.curvature import Curvature, dot
+from nybble.search.sensitivities import Sensitivity, squared_changes
+from nybble.search.study import Layer, Study
+
+
+@dataclass(frozen=True, kw_only=True)
+class HessianTrace(Sensitivity):
+    """A negative trace, away from a minimum, counts as 0: no format may gain from losing more.
+
+    Attributes:
+        probes: vectors a layer, at most. tolerance: it stops where one changes the mean by less than this part.
+    """
+
+    probes: int = 50
+    tolerance: float = 1e-3
+    differentiates: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        at_least_one(probes=self.probes)
+
+    def measure(self, study: Study) -> Tensor:  # noqa: D102
+        traces = self.traces(study)
+        sizes = [study.matrices(layer).numel() for layer in study.layers]
+        return squared_changes(study, [max(0.0, trace) / size for trace, size in zip(traces, sizes, strict=True)])
+
+    def traces(self, study: Study) -> list[float]:
+        """Of each layer's block of the Hessian of the mean loss, not normalised."""
+        found: list[float] = []
+        with study.differentiable(), task(study.progress, len(study.layers), "traces of the Hessian") as bar:
+            curvature = Curvature(study)
+            for layer in study.layers:
+                key = f"trace {self.probes} {self.tolerance} {layer.name}"
+                found += study.keep(key, partial(self._trace, study, curvature, layer))
+                bar.advance(note=layer.name)
+        return found
+
+    def _trace(self, study: Study, curvature: Curvature, layer: Layer) -> list[float]:
+        drawn, total, mean = generator(study.seed, "trace", layer.name), 0.0, 0.0
+        for number in range(1, self.probes + 1):
+            signs = curvature.vector(layer, drawn, signs=True)
+            total += float(dot(curvature.product(layer, signs), signs))
+            before, mean = mean, total / number
+            if number > 1 and abs(mean - before) < self.tolerance * (abs(before) + 1e-6):
+                break
+        return [mean]
+
+
+PART = HessianTrace

@@ -1,0 +1,67 @@
+"""What layers cost: bytes as they are packed, bits, bit operations, area."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from nybble.core.errors import NybbleError, UsageError
+from nybble.costs import REGISTRY, Sized, make_cost
+from nybble.presets import PRESETS
+from nybble.quantizer import Quantizer
+
+SHAPES = [(8, 256), (6, 512), (5, 48), (3, 75), (7, 1)]
+LINES = [*sorted(PRESETS), "int4 group=64 pad=true", "int3 channel", "int2 group=5 symmetric=false", "ternary tensor"]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_bytes_are_those_of_the_packed_weight(line: str) -> None:
+    """Every tensor that a file gets, for every preset; shapes that a granularity can't cut are left to others."""
+    quantizer, seen = Quantizer(line), 0
+    for rows, columns in SHAPES:
+        fitted, matrix = quantizer, torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+        try:
+            fitted = quantizer.fitted((rows, columns))
+            packed = fitted.quantize(matrix.abs() if not quantizer.format.signed else matrix)
+        except NybbleError:
+            continue
+        seen += 1
+        held = sum(tensor.nbytes for tensor in packed.tensors().values())
+        assert make_cost("bytes").of(Sized(name="w", shape=(rows, columns), matrices=3), fitted) == 3 * held
+    assert seen
+
+
+def test_bits_are_those_of_the_codes() -> None:
+    layers = [Sized(name="a", shape=(10, 30)), Sized(name="b", shape=(7, 11), matrices=2)]
+    bits, elements = make_cost("bits"), 300 + 154
+    assert sum(bits.of(layer, Quantizer("int4 group=10 pad=true")) for layer in layers) == 4 * elements
+    assert bits.limit(4.0, layers) == 4 * elements and bits.shown(4 * elements, layers) == 4.0
+    assert bits.limit(3.1, layers) == math.floor(3.1 * elements)
+    hundred = [Sized(name="c", shape=(10, 10))]
+    assert bits.limit(2.3, hundred) == 230  # 2.3 * 100 is 229.99999999999997
+
+
+def test_bit_operations_and_area_go_with_both_operands() -> None:
+    plain = Sized(name="a", shape=(4, 4), macs=1000)
+    eight = Sized(name="a", shape=(4, 4), macs=1000, inputs=Quantizer("int8 token"))
+    bops, mac = make_cost("bops"), make_cost("mac")
+    assert bops.of(plain, Quantizer("int4")) == 1000 * 4 * 16
+    assert bops.of(eight, Quantizer("int8")) == 4 * bops.of(
+        Sized(name="a", shape=(4, 4), macs=1000, inputs=Quantizer("int4 token")), Quantizer("int4")
+    )
+    assert mac.of(eight, Quantizer("int4")) == mac.of(plain, Quantizer("int4")) < mac.of(eight, Quantizer("int8"))
+
+
+@pytest.mark.parametrize("name", REGISTRY.names())
+def test_every_cost_is_whole_and_grows_with_bits(name: str) -> None:
+    cost, layer = make_cost(name), Sized(name="a", shape=(6, 64), macs=777)
+    found = [cost.of(layer, Quantizer(f"int{bits} group=32")) for bits in (2, 3, 4, 8)]
+    assert all(isinstance(each, int) for each in found) and found == sorted(set(found))
+    assert cost.limit(cost.shown(found[2], [layer]), [layer]) == found[2]
+
+
+def test_an_unknown_cost() -> None:
+    with pytest.raises(UsageError, match=r"unknown cost 'byte'.*bytes"):
+        make_cost("byte")
