@@ -349,6 +349,8 @@ def _entering(
         return start
     # The network reads its input as it is; a wrapper may have moved it to where its weights aren't yet.
     hidden, dtype = next(iter(given.values())), next(block.parameters()).dtype
+    if start is not None and start[HIDDEN].shape != hidden.shape:  # but for what makes frames of it in front
+        return start
     return {HIDDEN: hidden.to(dtype) if hidden.is_floating_point() else hidden}
 
 

@@ -51,6 +51,24 @@ def test_folders_load_here_and_in_transformers(tmp_path: Path, made: Any) -> Non
     assert TASKS.key_of(task_of(here, "it")) == ("detection" if isinstance(made, Detector) else "separation")
 
 
+@pytest.mark.parametrize("recipe", ["rtn", "gptq"])
+@pytest.mark.parametrize("network", [detector, separator])
+def test_they_are_calibrated_on_tensors(tmp_path: Path, network: Any, recipe: str) -> None:
+    """From a folder in bfloat16, and in memory."""
+    made = network()
+    sound = isinstance(made, Separator)
+    x = torch.randn(2, 400) if sound else torch.randn(2, made.config.num_channels, *[made.config.image_size] * 2)
+    made.save_pretrained(tmp_path / "float")
+    asked: dict[str, Any] = {"weights": "int3 channel", "settings": {"samples": 2, "batch": 1}}
+    quantized, report = nybble.quantize(tmp_path / "float", recipe, x, **asked)
+    assert {p.dtype for p in quantized.parameters()} <= {torch.bfloat16} and report.layers
+    assert quantized(x.bfloat16()).logits.isfinite().all()
+    with torch.no_grad():
+        exact = made(x).logits
+        low = nybble.quantize(made, recipe, x, **asked)[0](x).logits
+    assert 0 < (low - exact).square().mean() < exact.square().mean()
+
+
 # ------------------------------------------------------------------------------------------------------------- scenes
 def test_scenes_are_their_own(tmp_path: Path) -> None:
     model: dict[str, Any] = {"size": 32, "channels": 1, "classes": 3}

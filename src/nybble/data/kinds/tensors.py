@@ -27,7 +27,8 @@ class Tensors(DataKind):
 
     def fitted(self, samples: Samples, model: Any) -> Samples:
         """With the network's first argument in front, whatever their order was."""
-        main = next(iter(inspect.signature(model.network.forward).parameters), "")
+        network = getattr(model, "network", model)  # one of ours is a model already, and wrapped in none
+        main = next(iter(inspect.signature(network.forward).parameters), "")
         if not isinstance(samples, GivenSamples) or main not in samples.inputs:
             return samples
         return replace(samples, inputs={main: samples.inputs[main], **samples.inputs})

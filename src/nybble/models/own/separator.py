@@ -109,7 +109,8 @@ class Separator(PreTrainedModel):  # type: ignore[no-untyped-call]
             labels: the voices, float [mixtures, voices, samples], in any order.
         """
         samples, half = input_values.shape[-1], self.config.window // 2
-        wide = functional.pad(input_values, (half, half + (-samples) % half))
+        waves = input_values.to(next(self.parameters()).dtype)  # sound is float32, weights may be shorter
+        wide = functional.pad(waves, (half, half + (-samples) % half))
         frames = functional.relu(self.encoder(wide[:, None]))
         masks = self.masks(frames).unflatten(1, (self.config.voices, self.config.filters))
         parts = self.decoder((masks * frames[:, None]).transpose(2, 3))  # [mixtures, voices, frames, window]
