@@ -132,4 +132,6 @@ def test_the_command(
     assert all(row["cost"] == row["macs"] * row["bits"] * 8 for row in found["layers"])
     assert parse_scheme(found["scheme"]).rules[0].inputs is not None
     page = (tmp_path / "o" / "search.html").read_text()
-    assert page.count("<circle") >= len(found["layers"]) and "reversed order" in page
+    drawn = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    assert [layer["name"] for layer in drawn["layers"]] == [layer["name"] for layer in found["layers"]]
+    assert drawn["front"] == found["front"] and "reversed order" in {row["name"] for row in drawn["compared"]}

@@ -27,8 +27,13 @@ def render(data: dict[str, Any]) -> str:
     Raises:
         UsageError: Jinja2 is missing.
     """
-    script = "\n".join(_part(name) for name in SCRIPTS)
+    script = joined(*SCRIPTS)
     return fill("page.html.j2", script, context(data))
+
+
+def joined(*names: str) -> str:
+    """Scripts of this folder, one behind the other."""
+    return "\n".join(_part(name) for name in names)
 
 
 def fill(template: str, script: str, values: dict[str, Any]) -> str:
