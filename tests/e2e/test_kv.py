@@ -19,11 +19,13 @@ from transformers.utils import logging
 import nybble
 from nybble.cli import main
 from nybble.core.errors import FileError, GranularityError, ModelError, SchemeError, UsageError
+from nybble.data import load_text, token_samples
 from nybble.eval import evaluate
 from nybble.eval._logits import PairPredictor
 from nybble.kv_format import KVFormat
 from nybble.nn.kv_cache import QuantizedCache
 from nybble.nn.kv_model import cached_attentions, recorded_kv, use_quantized_cache
+from nybble.pipelines.evaluate import run_eval
 from nybble.pipelines.generate import generate
 from nybble.pipelines.load import load
 from nybble.pipelines.quantize import quantize
@@ -257,6 +259,34 @@ def test_rules_for_single_attentions(folder: Path, tmp_path: Path) -> None:
     assert isinstance(made, nn.Module) and recorded_kv(made) == {
         "model.layers.0.self_attn": KVFormat.parse("int4 token")
     }
+
+
+def test_eval_takes_a_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It judges a folder as one that records the line; ``none`` takes a recorded one away; the reference stays."""
+    common = ["--data", str(folder / "text.txt"), "--seq-len", "32", "--samples", "3", "--metrics", "nll,kl", "--json"]
+
+    def judged(name: str, *more: str) -> Any:
+        assert run("eval", str(folder / name), "--reference", str(folder / "plain"), *common, *more) == 0
+        return json.loads(capsys.readouterr().out)["metrics"]
+
+    assert judged("plain", "--kv", LINE) == judged("kv") != judged("plain")
+    assert judged("kv", "--kv", "none") == judged("plain") and judged("plain", "--kv", "none")["kl"] == 0
+    assert run("eval", str(folder / "plain"), *common[:-3], "--kv", "int3 group=5") == 2
+    assert "does not divide it" in capsys.readouterr().err
+    assert run("eval", str(folder / "plain"), "--tasks", "any", "--kv", LINE) == 2
+    assert "leave out --kv" in capsys.readouterr().err
+
+
+def test_eval_in_memory_leaves_the_cache_as_it_was(folder: Path) -> None:
+    model, _ = load(folder / "kv")
+    before = recorded_kv(model)
+    tokenizer = tiny_tokenizer()
+    text = load_text(str(folder / "text.txt"), "evaluation", tokenizer)
+    samples = token_samples(text, tokenizer, samples=2, seq_len=32)
+    found = run_eval({"it": model}, samples, metrics=["nll"], kv="int4 token")
+    assert before is not None and recorded_kv(model) == before and found["models"]["it"]["nll"] > 0
+    with pytest.raises(UsageError, match="can't run in two ways"):
+        run_eval({"it": model}, samples, reference=model, kv="int4 token")
 
 
 def test_generate_takes_a_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

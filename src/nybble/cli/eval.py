@@ -81,6 +81,10 @@ def command(
         bool,
         typer.Option("--integer", help="Run a quantized CNN (recipe hawq-v3) in integers alone, from image to logits."),
     ] = False,
+    kv: Annotated[
+        str | None,
+        typer.Option(help="A quantizer line for the KV cache: 'int4 group=32'; 'none' is float. As quantize --kv."),
+    ] = None,
     task: TaskOptions = TASKS,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
@@ -91,8 +95,8 @@ def command(
     check_device(device)
     at_least_one(seq_len=seq_len, samples=samples, batch_size=task.batch_size, limit=task.limit)
     if task.tasks is not None:
-        theirs = {"--data": data, "--metrics": metrics, "--samples": samples}
-        theirs["--integer"] = integer or None
+        theirs: dict[str, Any] = {"--data": data, "--metrics": metrics, "--samples": samples}
+        theirs |= {"--integer": integer or None, "--kv": kv}
         if wrong := [name for name, value in theirs.items() if value is not None]:
             raise UsageError(
                 f"tasks bring data and metrics of their own; leave out {wrong[0]} (--limit says how much)."
@@ -103,7 +107,16 @@ def command(
         raise UsageError(f"{wrong[0]} is of tasks; name some (--tasks NAME[,NAME]), or leave it out.")
     names = None if metrics is None else _names(metrics)
     _on_data(
-        model, "builtin" if data is None else data, names, reference, seq_len or SEQ_LEN, samples, integer, device, json
+        model,
+        "builtin" if data is None else data,
+        names,
+        reference,
+        seq_len or SEQ_LEN,
+        samples,
+        integer,
+        kv,
+        device,
+        json,
     )
 
 
@@ -119,6 +132,7 @@ def _on_data(
     seq_len: int,
     samples: int | None,
     integer: bool,
+    kv: str | None,
     device: str,
     json: bool,
 ) -> None:
@@ -137,11 +151,13 @@ def _on_data(
         seq_len=seq_len,
         samples=samples,
         integer=integer,
+        kv=kv,
         device=device,
         progress=Bars(),
     )
     found, manifest = result["models"], result["data"]
-    said = {"integer": True} if integer else {}
+    said: dict[str, Any] = {"integer": True} if integer else {}
+    said |= {} if kv is None else {"kv": kv}
     if json:
         count = manifest.get("predictions", manifest.get("tokens"))
         print_json({"metrics": found["model"], "tokens": count, "data": manifest, "model": model, **said})
@@ -153,6 +169,7 @@ def _on_data(
     )
     what = f"{manifest['predictions']} predictions" if "predictions" in manifest else f"{manifest['samples']} samples"
     digest = next((value for name, value in manifest.items() if name.endswith("sha256")), "not stated")
+    what += "" if kv is None else f", keys and values cached in {kv}"
     print(f"{what}; data sha256 {str(digest)[:16]}")
 
 

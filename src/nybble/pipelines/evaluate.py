@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from nybble.data.kinds import DataKind, data_kind
 from nybble.data.text import check_source
 from nybble.eval._logits import evaluating
 from nybble.eval.judges import Judge, Panel, check_metrics, chosen_metrics, judge_of
+from nybble.kv_format import KVFormat
 from nybble.models.adapter import reads_of
 from nybble.nn.config import config_of
 from nybble.nn.integer.model import in_integers
+from nybble.nn.kv_model import recorded_kv, use_quantized_cache
 from nybble.pipelines.load import described_with_origin, load_with_origin
 
 Spec = str | nn.Module
@@ -44,6 +46,7 @@ def run_eval(
     device: str = "cpu",
     texts: int = 0,
     integer: bool = False,
+    kv: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Metrics of models on held-out data, as the judge of their kind of data finds them.
@@ -59,6 +62,8 @@ def run_eval(
         texts: how many windows' beginnings every model goes on with, greedily; 0 for models that can't.
         integer: let quantized classifiers calculate in integers alone (:mod:`nybble.nn.integer`); the reference stays
             as it is.
+        kv: what the models cache keys and values in, a line of :class:`nybble.kv_format.KVFormat`; ``none`` is float.
+            Default is what a quantized folder says, else float. The reference caches as it does.
         progress: told after each batch.
 
     Returns:
@@ -73,6 +78,7 @@ def run_eval(
     check_metrics(metrics, reference is not None)
     check_device(device)
     at_least_one(seq_len=seq_len, samples=samples)
+    cached = None if kv is None else KVFormat.parse(kv)
     if isinstance(data, str):
         check_source(data)
     if is_synthetic(data):
@@ -85,16 +91,20 @@ def run_eval(
     made = kind.prepare(data, origin, judge.wanted(samples, seq_len)) if isinstance(data, str) else data
     opened = {name: _opened(spec, device, dense=True) for name, spec in models.items()}
     loaded = {name: model for name, (model, _) in opened.items()}
-    same = next((name for name, spec in models.items() if spec == reference), None)
+    own = integer or cached is not None  # the models run otherwise than the reference, which can't be one of them
+    same = None if own else next((name for name, spec in models.items() if spec == reference), None)
     float_model, reference_origin = None, None
     if reference is not None:
         float_model, reference_origin = _opened(reference, device) if same is None else opened[same]
     everyone = [*loaded.values()] if float_model is None else [float_model, *loaded.values()]
     with evaluating(*everyone), ExitStack() as stack:
-        for model in loaded.values() if integer else ():
+        for model in loaded.values() if own else ():
             if model is float_model:
-                raise UsageError("the reference is among the models: it can't be in integers and in float at once.")
-            stack.enter_context(in_integers(model))
+                raise UsageError("the reference is among the models, in memory: it can't run in two ways at once.")
+            if cached is not None:
+                stack.enter_context(_caching(model, cached))
+            if integer:
+                stack.enter_context(in_integers(model))
         for name, model in loaded.items():
             spec = models[name]
             made = kind.fitted(made, model)
@@ -107,6 +117,17 @@ def run_eval(
         verdict = judge.judge(panel, progress or Silent())
         written = judge.texts(loaded, origin, made, texts)
     return {"models": verdict.metrics, "data": {**made.manifest(), **verdict.counts}, "samples": written}
+
+
+@contextmanager
+def _caching(model: Any, kv: KVFormat) -> Iterator[None]:
+    """Within, a model caches in a format; afterwards as it did."""
+    before = recorded_kv(model)
+    use_quantized_cache(model, kv if kv.stores else None)
+    try:
+        yield
+    finally:
+        use_quantized_cache(model, before)
 
 
 def _opened(spec: Spec, device: str, dense: bool = False) -> tuple[Any, Origin]:
