@@ -19,6 +19,7 @@ from nybble.pipelines.finished import without_spare
 from nybble.pipelines.request import build_recipe
 from nybble.recipe import Recipe, load_recipe, parse_recipe
 from nybble.recipes import targets
+from nybble.search.recipe import load_search_recipe
 from nybble.training.recipe import load_training_recipe
 from nybble.walk.job import Job
 from nybble.walk.steps.make import make_finishes
@@ -103,7 +104,9 @@ def test_the_usual_recipe_of_the_command_line(
     assert code == 2 and "goes with the recipe 'best'" in err
 
 
-def test_the_list_has_it_with_its_targets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_has_it_with_its_targets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def listed(*options: str) -> str:
         monkeypatch.setattr("sys.argv", ["nybble", "recipes", *options])
         with pytest.raises(SystemExit):
@@ -120,6 +123,12 @@ def test_the_list_has_it_with_its_targets(monkeypatch: pytest.MonkeyPatch, capsy
     training = {recipe["name"]: recipe for recipe in json.loads(listed("--json"))["training"]}
     assert training["llm-qat"] == json.loads(listed("llm-qat", "--json")) == load_training_recipe("llm-qat").to_dict()
     assert listed("llm-qat", "--matrix") == ""
+    searches = {recipe["name"]: recipe for recipe in json.loads(listed("--json"))["search"]}
+    assert searches["hawq"] == json.loads(listed("hawq", "--json")) == load_search_recipe("hawq").to_dict()
+    assert "methods of nybble search" in shown and "│ hawq " in shown
+    file = tmp_path / "own.yaml"
+    file.write_text(listed("hawq"), encoding="utf-8")
+    assert json.loads(listed(str(file), "--json")) == searches["hawq"]
 
 
 def shortened(target: str) -> Recipe:

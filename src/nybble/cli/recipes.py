@@ -10,10 +10,12 @@ import typer
 
 from nybble.cli._output import print_json, print_table
 from nybble.recipes import BEST, REGISTRY, check_recipe_name, recipe_for, targets
+from nybble.recipes.search import REGISTRY as SEARCH
 from nybble.recipes.training import REGISTRY as TRAINING
 
 if TYPE_CHECKING:
     from nybble.recipe import Recipe
+    from nybble.search.recipe import SearchRecipe
     from nybble.training.recipe import TrainingRecipe
 
 
@@ -27,31 +29,39 @@ def command(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """List the named methods (of nybble quantize and of nybble train), show one, or the table of legal combinations."""
-    if name is not None and (matrix or name not in TRAINING):
+    """List the named methods (of nybble quantize, train and search), show one, or the table of legal combinations."""
+    if name is not None and (matrix or (name not in TRAINING and name not in SEARCH)):
         check_recipe_name(name)
     from nybble.recipe import listed_recipes, load_recipe
+    from nybble.search.recipe import listed_search_recipes, load_search_recipe
     from nybble.training.recipe import listed_training_recipes, load_training_recipe
 
     if matrix:
         _matrix(name, json)
     elif name is not None:
-        _show(load_training_recipe(name) if _trains(name) else load_recipe(name), json)
+        taker = _command(name)
+        if taker == "search":
+            _show(load_search_recipe(name), json)
+        else:
+            _show(load_training_recipe(name) if taker == "train" else load_recipe(name), json)
     else:
-        _list(listed_recipes(), listed_training_recipes(), json)
+        _list(listed_recipes(), listed_training_recipes(), listed_search_recipes(), json)
 
 
-def _trains(name: str) -> bool:
-    """Whether a recipe is one of ``nybble train``; a file says it by its method."""
+def _command(name: str) -> str:
+    """Which command takes a recipe; a file says it by its keys."""
     if not name.endswith((".yaml", ".yml")):
-        return name not in REGISTRY
+        return "quantize" if name in REGISTRY else "train" if name in TRAINING else "search"
     from nybble.recipe import read_yaml
 
     found = read_yaml(name, "recipe")
-    return isinstance(found, Mapping) and "method" in found
+    keys = found if isinstance(found, Mapping) else {}
+    return "train" if "method" in keys else "search" if "sensitivity" in keys else "quantize"
 
 
-def _list(recipes: Sequence[Recipe], training: Sequence[TrainingRecipe], json: bool) -> None:
+def _list(
+    recipes: Sequence[Recipe], training: Sequence[TrainingRecipe], searches: Sequence[SearchRecipe], json: bool
+) -> None:
     """All of them, and first the one that is a name for others: what is taken where no recipe is named."""
     usual, members = recipe_for(BEST), {target: recipe_for(BEST, target) for target in targets()}
     best = next(recipe for recipe in recipes if recipe.name == usual)
@@ -61,6 +71,7 @@ def _list(recipes: Sequence[Recipe], training: Sequence[TrainingRecipe], json: b
             {
                 "recipes": [first, *(recipe.to_dict() for recipe in recipes)],
                 "training": [recipe.to_dict() for recipe in training],
+                "search": [recipe.to_dict() for recipe in searches],
             }
         )
         return
@@ -77,6 +88,11 @@ def _list(recipes: Sequence[Recipe], training: Sequence[TrainingRecipe], json: b
         ("name", "trains on", "what it does", "source"),
         [[r.name, r.data or "--data SRC", r.summary, r.source] for r in training],
     )
+    print_table(
+        "methods of nybble search",
+        ("name", "chooses by", "what it does", "source"),
+        [[r.name, next(iter(r.to_dict()["loop"])), r.summary, r.source] for r in searches],
+    )
 
 
 def _needs(recipe: Recipe) -> str:
@@ -90,7 +106,7 @@ def _needs(recipe: Recipe) -> str:
     return ", ".join(sorted(need.replace("_", " ") for need in found)) or "weights only"
 
 
-def _show(recipe: Recipe | TrainingRecipe, json: bool) -> None:
+def _show(recipe: Recipe | TrainingRecipe | SearchRecipe, json: bool) -> None:
     if json:
         print_json(recipe.to_dict())
         return
