@@ -33,7 +33,6 @@ def command(
     if name is not None and (matrix or (name not in TRAINING and name not in SEARCH)):
         check_recipe_name(name)
     from nybble.recipe import listed_recipes, load_recipe
-    from nybble.search.recipe import listed_search_recipes, load_search_recipe
     from nybble.training.recipe import listed_training_recipes, load_training_recipe
 
     if matrix:
@@ -41,10 +40,14 @@ def command(
     elif name is not None:
         taker = _command(name)
         if taker == "search":
+            from nybble.search.recipe import load_search_recipe  # torch comes with what it is made of
+
             _show(load_search_recipe(name), json)
         else:
             _show(load_training_recipe(name) if taker == "train" else load_recipe(name), json)
     else:
+        from nybble.search.recipe import listed_search_recipes
+
         _list(listed_recipes(), listed_training_recipes(), listed_search_recipes(), json)
 
 
