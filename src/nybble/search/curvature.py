@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from nybble.core.errors import DataError
+from nybble.core.progress import task
 from nybble.data.kinds import Batch
 from nybble.search.study import Layer, Study
 
@@ -81,3 +82,25 @@ class Curvature:
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """The sum of products over all tensors of both."""
     return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+
+
+def of_layers(study: Study, what: str, key: str, measured: Callable[[Curvature, Layer], float]) -> list[float]:
+    """A number of each layer's block, kept from an interrupted run.
+
+    Args:
+        study: its layers and its loss.
+        what: for the bar.
+        key: of what decides the number, but for the layer.
+        measured: the number.
+    """
+    found: list[float] = []
+    with study.differentiable(), task(study.progress, len(study.layers), what) as bar:
+        curvature = Curvature(study)
+        for layer in study.layers:
+
+            def measure(layer: Layer = layer) -> list[float]:
+                return [measured(curvature, layer)]
+
+            found += study.keep(f"{key} {layer.name}", measure)
+            bar.advance(note=layer.name)
+    return found

@@ -12,9 +12,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from nybble.core.options import at_least_one
-from nybble.core.progress import task
 from nybble.core.seeds import generator
-from nybble.search.curvature import Curvature, dot
+from nybble.search.curvature import Curvature, dot, of_layers
 from nybble.search.sensitivities import Sensitivity, squared_changes
 from nybble.search.study import Layer, Study
 
@@ -39,29 +38,23 @@ class HessianTop(Sensitivity):
 
     def eigenvalues(self, study: Study) -> list[float]:
         """Of each layer's block of the Hessian of the mean loss, with their signs."""
-        found: list[float] = []
-        with study.differentiable(), task(study.progress, len(study.layers), "eigenvalues of the Hessian") as bar:
-            curvature = Curvature(study)
-            for layer in study.layers:
-                key = f"eigenvalue {self.iterations} {self.tolerance} {layer.name}"
-                found += study.keep(key, partial(self._eigenvalue, study, curvature, layer))
-                bar.advance(note=layer.name)
-        return found
+        key = f"eigenvalue {self.iterations} {self.tolerance}"
+        return of_layers(study, "eigenvalues of the Hessian", key, partial(self._eigenvalue, study.seed))
 
-    def _eigenvalue(self, study: Study, curvature: Curvature, layer: Layer) -> list[float]:
-        vector = curvature.vector(layer, generator(study.seed, "eigenvalue", layer.name), signs=False)
+    def _eigenvalue(self, seed: int, curvature: Curvature, layer: Layer) -> float:
+        vector = curvature.vector(layer, generator(seed, "eigenvalue", layer.name), signs=False)
         value = 0.0
         for number in range(self.iterations):
             norm = float(dot(vector, vector).sqrt())
             if norm == 0:  # a block without curvature
-                return [0.0]
+                return 0.0
             vector = [each / norm for each in vector]
             product = curvature.product(layer, vector)
             before, value = value, float(dot(product, vector))
             if number and abs(value - before) < self.tolerance * (abs(before) + 1e-6):
                 break
             vector = product
-        return [value]
+        return value
 
 
 PART = HessianTop

@@ -13,9 +13,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from nybble.core.options import at_least_one
-from nybble.core.progress import task
 from nybble.core.seeds import generator
-from nybble.search.curvature import Curvature, dot
+from nybble.search.curvature import Curvature, dot, of_layers
 from nybble.search.sensitivities import Sensitivity, squared_changes
 from nybble.search.study import Layer, Study
 
@@ -42,24 +41,18 @@ class HessianTrace(Sensitivity):
 
     def traces(self, study: Study) -> list[float]:
         """Of each layer's block of the Hessian of the mean loss, not normalised."""
-        found: list[float] = []
-        with study.differentiable(), task(study.progress, len(study.layers), "traces of the Hessian") as bar:
-            curvature = Curvature(study)
-            for layer in study.layers:
-                key = f"trace {self.probes} {self.tolerance} {layer.name}"
-                found += study.keep(key, partial(self._trace, study, curvature, layer))
-                bar.advance(note=layer.name)
-        return found
+        key = f"trace {self.probes} {self.tolerance}"
+        return of_layers(study, "traces of the Hessian", key, partial(self._trace, study.seed))
 
-    def _trace(self, study: Study, curvature: Curvature, layer: Layer) -> list[float]:
-        drawn, total, mean = generator(study.seed, "trace", layer.name), 0.0, 0.0
+    def _trace(self, seed: int, curvature: Curvature, layer: Layer) -> float:
+        drawn, total, mean = generator(seed, "trace", layer.name), 0.0, 0.0
         for number in range(1, self.probes + 1):
             signs = curvature.vector(layer, drawn, signs=True)
             total += float(dot(curvature.product(layer, signs), signs))
             before, mean = mean, total / number
             if number > 1 and abs(mean - before) < self.tolerance * (abs(before) + 1e-6):
                 break
-        return [mean]
+        return mean
 
 
 PART = HessianTrace
