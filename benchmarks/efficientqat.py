@@ -87,8 +87,7 @@ def main() -> None:
         ):  # fmt: skip
             began, out = time.perf_counter(), Path(work) / name
             train(
-                "efficientqat-e2e", Path(work) / "efficientqat-ap", out, data, scheme=W2, form="native",
-                progress=Silent(),
+                "efficientqat-e2e", Path(work) / "efficientqat-ap", out, data, form="native", progress=Silent(),
                 settings={"steps": options.steps, "seq_len": length, "device": options.device},
             )  # fmt: skip
             told(f"efficientqat-ap, then scales on {name}", str(out), time.perf_counter() - began)

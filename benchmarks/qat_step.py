@@ -93,7 +93,12 @@ def recorded(step: Callable[[], None]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay() -> None:
+        graph.replay()
+
+    replay.keeps = step  # type: ignore[attr-defined]  # the graph reads the network and the states in its closure
+    return replay
 
 
 def timed(step: Callable[[], None], device: str) -> float:
