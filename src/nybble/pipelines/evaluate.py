@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -73,16 +73,9 @@ def run_eval(
     Raises:
         UsageError: unknown metric, models of several kinds. NybbleError: data or models that can't be read or run.
     """
-    if not models:
-        raise UsageError("nothing to evaluate: give at least one model.")
-    check_metrics(metrics, reference is not None)
+    cached = _checked(models, data, metrics, reference, kv)
     check_device(device)
     at_least_one(seq_len=seq_len, samples=samples)
-    cached = None if kv is None else KVFormat.parse(kv)
-    if isinstance(data, str):
-        check_source(data)
-    if is_synthetic(data):
-        raise UsageError("synthesised inputs calibrate, and nothing says what is right for them; judge on real data.")
     # All that can be wrong with the request is found before weights are read.
     seen = {name: _described(spec) for name, spec in models.items()}
     key, origin = _kind_of({name: model for name, (model, _) in seen.items()}), [*seen.values()][-1][1]
@@ -97,14 +90,7 @@ def run_eval(
     if reference is not None:
         float_model, reference_origin = _opened(reference, device) if same is None else opened[same]
     everyone = [*loaded.values()] if float_model is None else [float_model, *loaded.values()]
-    with evaluating(*everyone), ExitStack() as stack:
-        for model in loaded.values() if own else ():
-            if model is float_model:
-                raise UsageError("the reference is among the models, in memory: it can't run in two ways at once.")
-            if cached is not None:
-                stack.enter_context(_caching(model, cached))
-            if integer:
-                stack.enter_context(in_integers(model))
+    with evaluating(*everyone), _changed(loaded.values(), float_model, cached, integer):
         for name, model in loaded.items():
             spec = models[name]
             made = kind.fitted(made, model)
@@ -117,6 +103,38 @@ def run_eval(
         verdict = judge.judge(panel, progress or Silent())
         written = judge.texts(loaded, origin, made, texts)
     return {"models": verdict.metrics, "data": {**made.manifest(), **verdict.counts}, "samples": written}
+
+
+def _checked(
+    models: Mapping[str, Spec],
+    data: str | Samples,
+    metrics: Sequence[str] | None,
+    reference: Spec | None,
+    kv: str | None,
+) -> KVFormat | None:
+    """Refuse what can be told from the request alone; the cache's format."""
+    if not models:
+        raise UsageError("nothing to evaluate: give at least one model.")
+    check_metrics(metrics, reference is not None)
+    if isinstance(data, str):
+        check_source(data)
+    if is_synthetic(data):
+        raise UsageError("synthesised inputs calibrate, and nothing says what is right for them; judge on real data.")
+    return None if kv is None else KVFormat.parse(kv)
+
+
+@contextmanager
+def _changed(models: Iterable[Any], reference: Any, kv: KVFormat | None, integer: bool) -> Iterator[None]:
+    """Within, the models run as the request says, and the reference as it is."""
+    with ExitStack() as stack:
+        for model in models if integer or kv is not None else ():
+            if model is reference:
+                raise UsageError("the reference is among the models, in memory: it can't run in two ways at once.")
+            if kv is not None:
+                stack.enter_context(_caching(model, kv))
+            if integer:
+                stack.enter_context(in_integers(model))
+        yield
 
 
 @contextmanager
