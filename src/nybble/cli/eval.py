@@ -1,4 +1,4 @@
-"""``nybble eval MODEL --data SRC``: metrics of a model, float or quantized; ``--tasks``: its scores in public tasks."""
+"""``nybble eval MODEL --data SRC``: metrics of a model, float or quantized; or in tasks."""
 
 from __future__ import annotations
 
@@ -31,9 +31,19 @@ class TaskOptions:
             help="Comma-separated tasks of lm-evaluation-harness (pip install 'nybble\\[lm-eval]'), in place of --data."
         ),
     ] = None
+    inverse_scaling: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated tasks in which larger models do worse (neqa, redefine ...; all: what can be "
+            "made here), or .jsonl and .csv files, in place of --data."
+        ),
+    ] = None
     task_dir: Annotated[
         Path | None,
-        typer.Option(help="A folder with tasks of your own: YAML files, and the data and Python that these name."),
+        typer.Option(
+            help="A folder with tasks of your own: YAML files, and the data and Python that these name; of "
+            "--inverse-scaling, with the prize's files."
+        ),
     ] = None
     batch_size: Annotated[
         int | None,
@@ -45,10 +55,12 @@ class TaskOptions:
 
     def given(self) -> list[str]:
         """The options of tasks that were given, as they are typed."""
-        names = ("task_dir", "batch_size", "limit", "num_fewshot", "chat")
+        names = ("task_dir", "batch_size", "limit", "num_fewshot", "chat") if self.inverse_scaling is None else _THEIRS
         return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, False)]
 
 
+_THEIRS = ("num_fewshot", "chat")
+"""Options of lm-evaluation-harness's tasks that those of inverse scaling lack: their examples are in the prompts."""
 TASKS = TaskOptions()
 
 
@@ -89,19 +101,25 @@ def command(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Evaluate MODEL on held-out text, on images if it reads those, or in tasks of lm-evaluation-harness."""
+    """Evaluate MODEL on held-out text, on images if it reads those, or in tasks by name."""
     for spec in (model,) if reference is None else (model, reference):
         check_model(spec)
     check_device(device)
     at_least_one(seq_len=seq_len, samples=samples, batch_size=task.batch_size, limit=task.limit)
-    if task.tasks is not None:
+    if task.tasks is not None or task.inverse_scaling is not None:
+        if task.tasks is not None and task.inverse_scaling is not None:
+            raise UsageError("--tasks and --inverse-scaling ask apart; give one of them.")
         theirs: dict[str, Any] = {"--data": data, "--metrics": metrics, "--samples": samples}
         theirs |= {"--integer": integer or None, "--kv": kv}
         if wrong := [name for name, value in theirs.items() if value is not None]:
             raise UsageError(
                 f"tasks bring data and metrics of their own; leave out {wrong[0]} (--limit says how much)."
             )
-        _tasks({"model": model} | ({} if reference is None else {"reference": reference}), task, seq_len, device, json)
+        models = {"model": model} | ({} if reference is None else {"reference": reference})
+        if task.inverse_scaling is None:
+            _tasks(models, task, seq_len, device, json)
+        else:
+            _inverse_scaling(models, task, seq_len, device, json)
         return
     if wrong := task.given():
         raise UsageError(f"{wrong[0]} is of tasks; name some (--tasks NAME[,NAME]), or leave it out.")
@@ -200,6 +218,52 @@ def _tasks(models: dict[str, str], task: TaskOptions, seq_len: int | None, devic
     print_table(f"{models['model']} in {manifest['source']}", ("metric", *found), [r for r in rows if r[1]])
     for name, facts in manifest["tasks"].items():
         print(f"{name}: {facts['samples']} questions, version {facts['version']}; sha256 {facts['sha256'][:16]}")
+
+
+def _inverse_scaling(models: dict[str, str], task: TaskOptions, seq_len: int | None, device: str, json: bool) -> None:
+    """Loss, accuracy and coverage of each task, beside the reference's where there is one."""
+    if wrong := task.given() or (["--seq-len"] if seq_len is not None else []):
+        raise UsageError(f"{wrong[0]} isn't of --inverse-scaling; leave it out.")
+    from nybble.core.progress import Bars
+    from nybble.eval.inverse_scaling.tasks import check_task, made_here
+    from nybble.pipelines.inverse_scaling import run_inverse_scaling
+
+    names = made_here() if str(task.inverse_scaling).strip() == "all" else _names(str(task.inverse_scaling))
+    if not names:
+        raise UsageError("no task is named; say --inverse-scaling NAME[,NAME], or all.")
+    for name in names:
+        check_task(name, task.task_dir)
+    result = run_inverse_scaling(
+        models,
+        names,
+        folder=task.task_dir,
+        reference="reference" if "reference" in models else None,
+        limit=task.limit,
+        batch=task.batch_size,
+        device=device,
+        progress=Bars(),
+    )
+    if json:
+        print_json({**result, "model": models["model"]})
+        return
+    for name, found in result["tasks"].items():
+        told = {who: values["metrics"] for who, values in found["models"].items()}
+        keys = [key for key in told["model"] if not key.endswith(("_se", "_chance"))]
+        rows = [[key, *(_of_chance(numbers, key) for numbers in told.values())] for key in keys]
+        print_table(f"{name} ({found['source']}): {found['questions']} questions", ("metric", *told), rows)
+        if changed := found["models"]["model"].get("paired"):
+            print(", ".join(f"{key} {value:.4g}" for key, value in changed.items()))
+        if found["models"]["model"]["collapsed"]:
+            note(f"{name}: the model gives the answers on offer less than 1 % of its probability: it is broken.")
+        if found["expected"] and not found["lookalike"] and found["questions"] not in found["expected"]:
+            note(f"{name}: {found['questions']} rows; published were {' or '.join(map(str, found['expected']))}.")
+
+
+def _of_chance(numbers: dict[str, float], name: str) -> str:
+    """A value with its standard error, and what chance would give."""
+    error, chance = numbers.get(f"{name}_se"), numbers.get(f"{name}_chance")
+    text = f"{numbers[name]:.5g}" + ("" if error is None else f" ± {error:.2g}")
+    return text if chance is None else f"{text} (chance {chance:.3g})"
 
 
 def _with_error(numbers: dict[str, float], name: str) -> str:
