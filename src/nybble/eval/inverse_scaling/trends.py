@@ -28,7 +28,7 @@ DRAWS = 1000
 
 
 def summary(asked: Questions, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means of each metric over the rows, each with its standard error (``_se``; not of one row), and chance where known."""
+    """Means of each metric over the rows, with standard errors (``_se``; not of one row), and chance where known."""
     found: dict[str, float] = {}
 
     def told(name: str, values: Sequence[float]) -> None:
