@@ -29,6 +29,9 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 64, "pad_token_id": 0, "num_labels": 5,
 }  # fmt: skip
 KINDS = {"bert": "BertModel", "bert with a head": "BertForSequenceClassification", "roberta": "RobertaModel"}
+DECODER: dict[str, Any] = {
+    "vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 SHIFT = "scale=pow2 scale_format=(float8_e8m0fnu scale=one)"
 INPUTS = "int8 group=64 pad=true scale=pow2"
 
@@ -44,6 +47,15 @@ def encoder(kind: str = "bert", **changes: Any) -> Any:
             parameter.data * 4 if parameter.ndim > 1 else parameter.data + 0.1 * torch.randn(len(parameter))
         )
     return model
+
+
+def decoder() -> Any:
+    """Its head reads the table of words."""
+    torch.manual_seed(4)
+    model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(**DECODER))
+    for name, parameter in model.named_parameters():
+        parameter.data *= 4 if parameter.ndim > 1 and "wte" not in name else 1
+    return model.eval()
 
 
 def words(rows: int = 3, tokens: int = 11) -> dict[str, Tensor]:
@@ -88,6 +100,22 @@ def test_nothing_from_the_words_to_the_logits_is_a_float() -> None:
     with torch.no_grad(), of_blocks(quantized, simulate=True), Dtypes() as trace:
         quantized(**words())
     assert len([op for op in trace.operations if not op.integer]) > 1000
+
+
+def test_a_decoder_comes_to_the_same_codes_word_by_word() -> None:
+    model = decoder()
+    quantized, ids = made(model), words()["input_ids"][:2, :8].clamp(min=3)
+    whole = run(quantized, {"input_ids": ids})
+    cache: Any = transformers.DynamicCache()
+    with torch.no_grad(), of_blocks(quantized), Dtypes() as trace:
+        steps = [quantized(input_ids=ids[:, t : t + 1], cache=cache).logits for t in range(ids.shape[1])]
+    assert [op for op in trace.operations if not op.integer] == []
+    for t, step in enumerate(steps):
+        assert torch.equal(step.codes[:, 0], whole.codes[:, t]) and torch.equal(step.shifts[:, 0], whole.shifts[:, t])
+    cached: Any = cache.layers[0].keys
+    assert isinstance(cached, Blocks) and cached.codes.dtype == torch.int8 and cached.shape == (2, 4, 8, 16)
+    with torch.no_grad():
+        assert 0 < off(whole.float(), model(input_ids=ids).logits) < 0.1
 
 
 def test_words_that_are_padding_change_nothing() -> None:

@@ -21,7 +21,7 @@ FINEST, COARSEST = 127, -128
 """Shifts are stored in 8 bits. A block of zeros has the finest, so that no other is aligned to it."""
 
 
-_ASKED = frozenset(("__get__", "size", "dim", "__repr__"))
+_ASKED = frozenset(("__get__", "size", "dim", "numel", "__repr__"))
 """What a model may ask of the codes: attributes, and these."""
 
 
@@ -85,11 +85,27 @@ class Blocks(Tensor):
             raise ModelError("integers in blocks keep their last dimension, along which strips lie; it is transposed.")
         return Blocks(self.codes.transpose(first, second), self.shifts.transpose(first, second), self.strip)
 
+    def split(self, size: int, dim: int = 0) -> tuple[Blocks, ...]:  # type: ignore[override]
+        """Pieces of ``size`` columns, in strips that fit them."""
+        if dim % self.dim() != self.dim() - 1:
+            raise ModelError("integers in blocks are split along their last dimension only.")
+        cut = self.cut(math.gcd(self.strip, size, self.shape[-1]))
+        pieces = zip(torch.split(cut.codes, size, -1), torch.split(cut.shifts, size // cut.strip, -1), strict=True)
+        return tuple(Blocks(codes, shifts, cut.strip) for codes, shifts in pieces)
+
+    def to(self, *args: Any, **named: Any) -> Blocks:
+        """On another device; integers have no other type."""
+        if named or len(args) != 1 or not isinstance(args[0], torch.device | str):
+            raise ModelError("integers in blocks are moved to a device, and to no other type.")
+        return Blocks(self.codes.to(args[0]), self.shifts.to(args[0]), self.strip)
+
     def __getitem__(self, index: Any) -> Blocks:
-        used = index if isinstance(index, tuple) else (index,)
+        used = list(index) if isinstance(index, tuple) else [index]
+        while used and isinstance(used[-1], slice) and used[-1] == slice(None):
+            used.pop()
         if len(used) >= self.dim() or any(part is Ellipsis or part is None for part in used):
             raise ModelError("integers in blocks can be picked from along leading dimensions only.")
-        return Blocks(self.codes[index], self.shifts[index], self.strip)
+        return Blocks(self.codes[tuple(used)], self.shifts[tuple(used)], self.strip)
 
     def __add__(self, other: Any) -> Blocks:
         if not isinstance(other, Blocks):

@@ -125,6 +125,11 @@ def test_views_keep_values() -> None:
     cached = torch.cat([heads, heads], dim=-2)
     assert isinstance(cached, Blocks) and torch.equal(values(cached), torch.cat([values(heads)] * 2, -2))
     assert functional.dropout(x, 0.5, training=False) is x
+    thirds = blocks(drawn(2, 3, 48), 16).split(24, dim=2)
+    assert [part.strip for part in thirds] == [8, 8] and torch.equal(
+        torch.cat([values(part) for part in thirds], -1), values(blocks(drawn(2, 3, 48), 16))
+    )
+    assert torch.equal(values(x[:, slice(-1, None), :]), values(x)[:, -1:]) and x.to("cpu").strip == 16
 
 
 def test_anything_else_is_refused_by_name() -> None:
@@ -139,6 +144,10 @@ def test_anything_else_is_refused_by_name() -> None:
         x.transpose(1, 2)
     with pytest.raises(ModelError, match="leading dimensions"):
         x[..., 0]
+    with pytest.raises(ModelError, match="no other type"):
+        x.to(torch.float32)
+    with pytest.raises(ModelError, match="last dimension only"):
+        x.split(1, dim=1)
 
 
 # ------------------------------------------------------------------------------------------------------------ products
