@@ -203,6 +203,8 @@ def test_what_has_no_integer_form_is_refused() -> None:
         run(made(model, scheme=four_bits("group=4")), words())
     with pytest.raises(SchemeError, match="not integers of up to 8 bits"):
         run(made(model, scheme=four_bits("flat=64", "float4_e2m1fn")), words())
+    with pytest.raises(UsageError, match="run on the CPU"):
+        run(made(model).to("meta"), words())
     with pytest.raises(GranularityError, match="at least one element"):
         Quantizer("int8 flat=0 scale=pow2")
     with pytest.raises(UsageError, match="1 to 8 bits"):

@@ -108,7 +108,7 @@ def blocks_of(name: str, weight: Packed | nn.Parameter, strip: int) -> Blocks:
     if params.zero_point is not None or params.offset is not None or found.format.min < -127:
         raise SchemeError(f"{name}: blocks of integers have no zero points or offsets. Quantize as one of: {NEAREST}.")
     table = torch.from_numpy(found.format.values.copy()).to(torch.int8)
-    codes = table[found.unpacked().long()].reshape(found.shape)
+    codes = table.to(found.codes.device)[found.unpacked().long()].reshape(found.shape)
     each = _shifts(name, found)
     while strip >= LEAST_STRIP:
         shifts = in_strips(each, strip, 2**15).amin(-1)
@@ -124,13 +124,14 @@ def blocks_of(name: str, weight: Packed | nn.Parameter, strip: int) -> Blocks:
 def _shifts(name: str, found: BlockQTensor) -> Tensor:
     """int32 [rows, columns]."""
     scale = found.params.scale
-    values = torch.ones(1) if scale is None else dense(scale).float().reshape(-1)  # type: ignore[arg-type]
+    device = found.codes.device
+    values = torch.ones(1, device=device) if scale is None else dense(scale).float().reshape(-1)  # type: ignore[arg-type]
     fraction, exponent = torch.frexp(values)
     if not bool((fraction == 0.5).all()):
         raise SchemeError(f"{name}: its scales are not powers of two. Quantize it as one of: {NEAREST}.")
     shifts = 1 - exponent
     if int(shifts.min()) < COARSEST or int(shifts.max()) > FINEST:
         raise SchemeError(f"{name}: its scales are beyond 2^-127 to 2^128, which shifts of 8 bits can't hold.")
-    blocks = found.granularity.to_blocks(torch.zeros(found.shape))
+    blocks = found.granularity.to_blocks(torch.zeros(found.shape, device=device))
     of_each = shifts.to(torch.int32).reshape(-1, 1).expand(blocks.shape).contiguous()
     return found.granularity.from_blocks(of_each, found.shape)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 
-from nybble.core.errors import ModelError, SchemeError
+from nybble.core.errors import ModelError, SchemeError, UsageError
 from nybble.nn.config import config_of
 from nybble.nn.embedding import QuantEmbedding, TiedEmbedding, TiedHead
 from nybble.nn.integer.block_attention import IMPLEMENTATION, attend
@@ -41,11 +42,14 @@ def of_blocks(model: nn.Module, simulate: bool = False) -> Iterator[None]:
 
     Args:
         model: of transformers, its embeddings and linear layers quantized, inputs as ``int8 group=N scale=pow2``.
-        simulate: hold the same integers in float64.
+        simulate: hold the same integers in float64, which GPUs have products of too.
 
     Raises:
-        NybbleError: a module that has no integer form, by name.
+        UsageError: integers elsewhere than on the CPU. NybbleError: a module that has no integer form, by name.
     """
+    device = next(chain(model.parameters(), model.buffers())).device
+    if device.type != "cpu" and not simulate:
+        raise UsageError(f"integers run on the CPU, where torch has their products; this model is on {device}.")
     made = {name: module for name, old in model.named_modules() if (module := _stand_in(name, old, simulate))}
     before = {name: model.get_submodule(name) for name in made}
     configs = list({id(c): c for m in model.modules() if (c := config_of(m)) is not None}.values())
@@ -53,7 +57,7 @@ def of_blocks(model: nn.Module, simulate: bool = False) -> Iterator[None]:
     _register()
     try:
         for name, module in made.items():
-            set_module(model, name, module.eval())
+            set_module(model, name, module.eval().to(device))
         for config in configs:
             config._attn_implementation = IMPLEMENTATION
         yield
