@@ -5,7 +5,8 @@
 
 Each is quantized by the recipe hawq-v3 (8 bits) and with 4-bit weights and activations, both without training.
 Every tensor of every step is compared, image after image. Beside it: how many codes of layers' inputs a network whose
-sums stay in float, the usual fake quantization, has otherwise.
+sums stay in float, the usual fake quantization, has otherwise. Where onnxruntime is installed, it runs the same
+network in ONNX's integer operators: images whose logits are other than nybble's, and bytes beside the float file's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -76,9 +79,28 @@ def measured(folder: Path, lines: dict[str, str], given: Tensor, images: Tensor,
             right[name] += int((found.argmax(-1) == y).sum())
     return {
         "top1": {name: count / len(labels) for name, count in right.items()}, **counts, "steps": len(net.names),
+        **in_onnx(net, images, folder),
         "operations": len(traced), "operations with a float": sum(not op.integer for op in traced),
         "types": sorted({str(dtype).removeprefix("torch.") for op in traced for dtype in op.outputs}),
     }  # fmt: skip
+
+
+def in_onnx(net: IntegerNetwork, images: Tensor, folder: Path) -> dict[str, Any]:
+    """Images of which onnxruntime's integer operators have other logits, and the file's bytes; nothing without it."""
+    if find_spec("onnxruntime") is None:
+        return {}
+    from nybble.export._onnx_integer import INPUT, OUTPUT, write_integer_graph
+    from nybble.export._onnx_verify import session
+
+    with TemporaryDirectory() as room:
+        path = Path(room) / "model.onnx"
+        write_integer_graph(net, path)
+        ran, size, unlike = session(path), path.stat().st_size, 0
+    for x in images.split(PART):
+        theirs = torch.from_numpy(ran.run([OUTPUT], {INPUT: x.numpy()})[0])
+        unlike += int((theirs != net(x)).any(1).sum())
+    floats = (folder / "model.safetensors").stat().st_size
+    return {"images unlike in onnxruntime": unlike, "onnx bytes": size, "float bytes": floats, "smaller": floats / size}
 
 
 def compared(net: IntegerNetwork, model: nn.Module, x: Tensor, counts: dict[str, int]) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from nybble.checkpoint.marked import MANIFEST, NATIVE, form_of
 from nybble.core.errors import FileError, ModelError, SchemeError
 from nybble.granularity.group import PerGroup
 from nybble.models.adapter import adapter_for
+from nybble.nn.embedding import QuantEmbedding
 from nybble.nn.experts import PackedExperts
 from nybble.nn.linear import QuantLinear
 from nybble.nn.packed import Packed
@@ -202,14 +203,15 @@ def test_one_model_in_memory_on_disk_and_loaded(folder: Path, tmp_path: Path, fa
 
 
 def check_layers(model: Any, report: Any, family: str) -> None:
-    """Every linear of the blocks is quantized once and has one row; ties stay."""
+    """Every linear of the blocks is quantized once and has one row, as embeddings that are; ties stay."""
     quantized = {n for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     blocks = "transformer.h" if family == "falcon" else adapter_for(model).blocks
     assert quantized == linear_names(tiny_model(family), blocks)
     experts = {n: len(m.experts) for n, m in model.named_modules() if isinstance(m, PackedExperts)}
     rows = [row.name for row in report.layers]
     assert len(rows) == len(set(rows))
-    assert set(rows) == quantized | {f"{n}.{e}" for n, count in experts.items() for e in range(count)}
+    tables = {n for n, m in model.named_modules() if isinstance(m, QuantEmbedding)}
+    assert set(rows) == quantized | tables | {f"{n}.{e}" for n, count in experts.items() for e in range(count)}
     assert bool(experts) == (family in MOES)
     for row in report.layers:
         assert row.error is not None and row.rtn_error is not None and 0 < row.error < 1

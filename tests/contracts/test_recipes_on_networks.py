@@ -34,7 +34,8 @@ NO_PAIR = "finds no pair of weights to work on.*Take a recipe without it"
 NO_STREAM = "can't rotate the residual stream"
 NO_CACHE = f"generates no text with a cache of keys and values; leave kv out|{NO_PAIR}"
 NO_TOKENS = "distill: loss=nll is the likelihood of the next token, which {} doesn't tell; use loss: kl"
-# What can't be had there, by what a recipe's steps are called and by their loss.
+NO_TABLE = "the target 'Embedding' matches no module"
+# What can't be had there, by what a recipe's steps are called, by their loss, and by targets of its scheme.
 REFUSED = {
     "encoder": {
         "smooth": NO_PAIR, "rotate": NO_STREAM, "learned-rotation": NO_STREAM, "nll": NO_TOKENS.format("BertModel"),
@@ -42,11 +43,11 @@ REFUSED = {
     },
     "vit": {
         "rotate": NO_STREAM, "learned-rotation": NO_STREAM, "nll": NO_TOKENS.format("ViTForImageClassification"),
-        "ksort": NO_CACHE,
+        "ksort": NO_CACHE, "Embedding": NO_TABLE,
     },
     "cnn": {
         "smooth": NO_PAIR, "awq": NO_PAIR, "rotate": NO_STREAM, "learned-rotation": NO_STREAM,
-        "nll": NO_TOKENS.format("ResNetForImageClassification"), "ksort": NO_CACHE,
+        "nll": NO_TOKENS.format("ResNetForImageClassification"), "ksort": NO_CACHE, "Embedding": NO_TABLE,
     },
 }  # fmt: skip
 
@@ -110,6 +111,7 @@ def refusal(family: str, recipe: Recipe) -> str:
     """The reason that is due; empty where the recipe has to work."""
     steps = [step for step in recipe.steps if not step.options.get("optional")]
     words = {word for step in steps for word in (step.name, step.options.get("loss"))}
+    words |= {target for rule in recipe.scheme.rules for target in rule.targets}
     return next((said for word, said in REFUSED[family].items() if word in words), "")
 
 
@@ -122,14 +124,14 @@ def test_one_model_in_memory_and_loaded_or_a_reason(family: str, name: str, tmp_
     settings = nybble.Settings(batch=2, dtype=torch.float32)
     recipe = changed(shortened(build_recipe(name, effort="quick")), lambda quantizer, _: narrow(quantizer))
     if family == "cnn" and not recipe.convolutions:
-        said = r"activations of a convolution can't have|can't rotate"
+        said = r"activations of a convolution can't have|can't rotate|matches no module"
         if any(rule.inputs is not None and not rule.inputs.granularity.one_scale for rule in recipe.scheme.rules):
             with pytest.raises((SchemeError, ModelError), match=said):
                 nybble.quantize(model, recipe, given, settings=settings)
         recipe = changed(recipe, for_convolutions)
     due = refusal(family, recipe)
     if due:
-        with pytest.raises(ModelError, match=due):
+        with pytest.raises((ModelError, SchemeError), match=due):
             nybble.quantize(model, recipe, given, settings=settings)
         assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
         return

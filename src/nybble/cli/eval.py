@@ -91,7 +91,10 @@ def command(
     ] = None,
     integer: Annotated[
         bool,
-        typer.Option("--integer", help="Run a quantized CNN (recipe hawq-v3) in integers alone, from image to logits."),
+        typer.Option(
+            "--integer",
+            help="Run in integers alone, to the logits: a CNN (recipe hawq-v3) or a transformer (recipe bct).",
+        ),
     ] = False,
     kv: Annotated[
         str | None,

@@ -24,6 +24,7 @@ from nybble.core.seeds import preserve_global_rng
 from nybble.export import ExportTarget, Facts, Refusal, Takes, Verified
 from nybble.export._folder import write_beside
 from nybble.export._onnx_graph import mark_layers, retype
+from nybble.export._onnx_integer import INPUT, OUTPUT, compare_integer_graph, write_integer_graph
 from nybble.export._onnx_judge import judge_layers
 from nybble.export._onnx_layers import OPSET, put_nodes
 from nybble.export._onnx_verify import compare_outputs, compare_weights, versions
@@ -31,13 +32,16 @@ from nybble.export._onnx_weights import check_activation, form_of
 from nybble.export._source import Layer, Source
 from nybble.export._transformers import _inputs, _silently
 from nybble.models.sources.layouts._ct_args import CannotError
+from nybble.nn.integer.convert import integer_network
+from nybble.nn.integer.modules import Product
+from nybble.nn.integer.network import IntegerNetwork
 from nybble.nn.kinds import Kind
 from nybble.nn.kinds.conv import PART as CONV
 from nybble.nn.kinds.embedding import PART as EMBEDDING
 from nybble.nn.kinds.linear import PART as LINEAR
 from nybble.scheme import Scheme
 
-FILE = "model.onnx"
+FILE, INTEGER = "model.onnx", "integer"
 MOST = 1_800_000_000
 """Bytes of tensors in one file, below protobuf's 2 GiB; more stand beside it."""
 _NEEDS = ("onnx", "onnxscript", "onnxruntime")
@@ -66,7 +70,8 @@ class Onnx(ExportTarget):
     summary = "an ONNX file with QDQ nodes for onnxruntime: encoders, vision models, CNNs"
     loses = "16-bit floats become float32; tokens of more than one length, but not images of another size, can be given"
     options: ClassVar[dict[str, str]] = {
-        "int8": "signed inputs have int8 codes, which TensorRT asks for; by default uint8 ones, 128 higher, for CPUs"
+        "int8": "signed inputs have int8 codes, which TensorRT asks for; by default uint8 ones, 128 higher, for CPUs",
+        "integer": "a CNN as eval --integer runs it, bit for bit: ConvInteger, MatMulInteger, shifts, no QDQ nodes",
     }
     # Run in 1.17.3, which refuses all, 1.18.1, 1.19.2, and every second one up to 1.32.0.
     takes: ClassVar[tuple[Takes, ...]] = (
@@ -135,11 +140,18 @@ class Onnx(ExportTarget):
     def write(self, source: Source, folder: Path) -> None:
         """The whole model is in memory, its codes a byte each: torch's exporter traces it.
 
-        Above :data:`MOST` bytes they stand in a file beside, ``model.onnx.data``, and are written one by one.
+        Above :data:`MOST` bytes they stand in a file beside, ``model.onnx.data``, and are written one by one. The
+        option ``integer`` has a graph of its own, which :mod:`nybble.export._onnx_integer` writes.
 
         Raises:
-            ModelError: the exporter can't trace this model.
+            ModelError: the exporter can't trace this model, or it has no integer network. SchemeError: as of
+                :func:`nybble.nn.integer.convert.integer_network`.
         """
+        if self.option == INTEGER:
+            write_integer_graph(_integer(source)[0], folder / FILE)
+            card = _CARD.format(file=FILE, opset=OPSET, inputs=INPUT, outputs=OUTPUT)
+            write_beside(source, folder, card)
+            return
         with _silently(), preserve_global_rng():
             model: Any = source.loaded(torch.float32)
             model.set_attn_implementation("eager") if hasattr(model, "set_attn_implementation") else None
@@ -153,8 +165,13 @@ class Onnx(ExportTarget):
         """Codes in the file are compared, what onnxruntime makes of them, every layer, and the whole model's outputs.
 
         What can fail is each layer's own comparison (:mod:`nybble.export._onnx_judge`); the whole model's says how far
-        codes that flipped took it.
+        codes that flipped took it. Of an integer graph logits are compared, which are equal bit for bit or not.
         """
+        if self.option == INTEGER:
+            network, images = _integer(source)
+            compare_integer_graph(folder / FILE, network, images)
+            products = sum(isinstance(step, Product) for step in network.steps)
+            return Verified(opened_with=versions(), weights=products, exact_in="int32", cosine=1.0, largest=0.0)
         count = compare_weights(folder / FILE, source)
         model = source.loaded(torch.float32)
         given = _example(model)
@@ -165,6 +182,18 @@ class Onnx(ExportTarget):
             opened_with=versions(), weights=count, exact_in="float32", cosine=cosine, largest=largest,
             runtimes=_rows(source, self.takes), layerwise=asdict(judged),
         )  # fmt: skip
+
+
+def _integer(source: Source) -> tuple[IntegerNetwork, Tensor]:
+    """The integer network of a CNN, and two images."""
+    model: Any = source.loaded(torch.float32)
+    given = _example(model) or {}
+    if list(given) != [INPUT]:
+        raise ModelError(
+            f"a {type(model).__name__} has no integer graph in ONNX: CNNs have one. Leave the option integer out for "
+            "QDQ nodes."
+        )
+    return integer_network(model, given[INPUT]), given[INPUT]
 
 
 def write_graph(model: nn.Module, given: Mapping[str, Tensor], path: Path, signed: bool = False) -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from nybble.calibration.synthesis import is_synthetic
@@ -60,8 +62,8 @@ def run_eval(
         samples: how many; None takes what the judge takes, most often all.
         device: cpu or cuda.
         texts: how many windows' beginnings every model goes on with, greedily; 0 for models that can't.
-        integer: let quantized classifiers calculate in integers alone (:mod:`nybble.nn.integer`); the reference stays
-            as it is.
+        integer: let quantized classifiers, and transformers in blocks, calculate in integers alone
+            (:mod:`nybble.nn.integer`); the reference stays as it is.
         kv: what the models cache keys and values in, a line of :class:`nybble.kv_format.KVFormat`; ``none`` is float.
             Default is what a quantized folder says, else float. The reference caches as it does.
         progress: told after each batch.
@@ -180,10 +182,11 @@ def _kind_of(models: Mapping[str, Any]) -> str:
 def _check_runs(what: str, model: Any, kind: DataKind, judge: Judge, samples: Samples) -> None:
     """Refuse samples that don't fit, and models that load but fail."""
     kind.check(samples, model)
-    first = next(model.parameters())
+    first = next(chain(model.parameters(), model.buffers()))  # which is all that an integer transformer has
+    dtype = first.dtype if first.is_floating_point() else torch.float32
     with reading(f"{what} loads, but can't run; it", ModelError):
         *short, whole = [
-            {name: t.to(first.dtype) if t.is_floating_point() else t for name, t in probe.items()}
+            {name: t.to(dtype) if t.is_floating_point() else t for name, t in probe.items()}
             for probe in kind.probes(samples.inputs, first.device)
         ]
         for given in short:
