@@ -19,6 +19,7 @@ import gzip
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -189,9 +190,8 @@ def fine_tuned(folder: Path, images: Any, labels: Any, options: argparse.Namespa
         schedule="cosine", clip=1.0, optimizer="torch.AdamW weight_decay=0.05", checkpointing=False, save_every=10**6,
         dtype="bfloat16" if gpu else "float32", device=options.device, augment="crop=2",
     )  # fmt: skip
-    work = folder.with_name(f"{folder.name}-digits")
-    work.mkdir(exist_ok=True)
-    loop(model, found[:most], settings, work, Silent(), task=TASKS.get("images"), mixed=True)
+    with tempfile.TemporaryDirectory() as work:  # a new one: a training goes on from checkpoints that it finds
+        loop(model, found[:most], settings, Path(work), Silent(), task=TASKS.get("images"), mixed=True)
     measures: dict[str, float] = TASKS.get("images").measure(model, None, found[most:], 250, Silent())
     return measures["accuracy"]
 

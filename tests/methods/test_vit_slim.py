@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
 
+import nybble
 from nybble.core.errors import DataError, ModelError, SchemeError, UsageError
+from nybble.models.own.slim_vit import SlimViTForImageClassification
 from nybble.search.slimming.choose import Kept, choose, kept_at, nested
 from nybble.search.slimming.count import flops, parameters
 from nybble.search.slimming.masks import KINDS, Masks
@@ -176,6 +179,18 @@ def test_slices_compute_what_masks_do(seed: int, attention: str) -> None:
     assert made.vit.layers[1].attention.sizes == [int(kept["attention"][1][1].sum())]
     torch.testing.assert_close(made(pixel_values=pixels).logits, masked(model, kept, pixels), rtol=1e-5, atol=2e-6)
     assert sum(p.numel() for p in made.parameters()) == parameters(model.config, kept)
+
+
+def test_a_folder_gives_the_same_network(tmp_path: Path) -> None:
+    """Which tokens and features go where is in no file: nybble and transformers make it of the config."""
+    model, pixels = vit(), images()
+    made: Any = sliced(model, drawn(model, share=0.3))
+    assert any(getattr(m, "ragged", False) for m in made.modules()) and made.vit.layers[0].kept is not None
+    made.save_pretrained(tmp_path / "slim")
+    loaded: Any = nybble.load(tmp_path / "slim", dtype="float32")[0]
+    others: Any = SlimViTForImageClassification.from_pretrained(tmp_path / "slim")
+    for found in (loaded, others.eval()):
+        torch.testing.assert_close(found(pixel_values=pixels).logits, made(pixel_values=pixels).logits)
 
 
 def test_a_token_times_zero_is_not_removed() -> None:

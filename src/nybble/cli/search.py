@@ -68,9 +68,19 @@ SHARED = ("seq_len", "device", "seed", "resume")
 
 @grouped
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A float model: folder, hub id, demo:smollm2.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A float model: folder, hub id, demo:smollm2. Of some methods a YAML file."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
-    budget: Annotated[str, typer.Option(help="The most that all layers may take: bits=4.0, bytes=N, bops=N.")],
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="The most that all layers may take: bits=4.0, bytes=N, bops=N; or a network has: parameters=0.6."
+        ),
+    ],
     method: Annotated[
         str, typer.Option(help="How: fisher, hawq, vit-slim ... (nybble recipes lists them); or a YAML file.")
     ] = "fisher",

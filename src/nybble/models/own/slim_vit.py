@@ -31,11 +31,24 @@ class SlimViTConfig(ViTConfig):  # type: ignore[no-untyped-call]
     patches: list[list[int]] | None = None
 
 
+class Index:
+    """Numbers as a tensor, made once for each device; no buffer, as loaders fill these each in their own way."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.numbers, self._made = list(numbers), dict[torch.device, Tensor]()
+
+    def on(self, device: torch.device) -> Tensor:
+        """int64 [numbers]."""
+        if torch.compiler.is_compiling():  # what is made then stands for a tensor
+            return torch.tensor(self.numbers, device=device)
+        if device not in self._made:
+            with torch.inference_mode(False):  # training may follow
+                self._made[device] = torch.tensor(self.numbers, device=device)
+        return self._made[device]
+
+
 class RaggedAttention(ViTAttention):
     """Heads of several sizes; in the products all are as wide as the widest, the rest is zeros."""
-
-    spread: Tensor
-    gathered: Tensor
 
     def __init__(self, config: SlimViTConfig, sizes: Sequence[int]) -> None:
         super().__init__(config)
@@ -46,20 +59,12 @@ class RaggedAttention(ViTAttention):
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(config.hidden_size, width, bias=bias) for _ in range(3))
         self.o_proj = nn.Linear(width, config.hidden_size)
         self.ragged = len({*self.sizes}) > 1
-        if self.ragged:
-            for name, places in zip(("spread", "gathered"), _places(self.sizes), strict=True):
-                self.register_buffer(name, torch.tensor(places), persistent=False)
-
-    def fill(self) -> None:
-        """Give the buffers their values, which no file has."""
-        if self.ragged:
-            for buffer, places in zip((self.spread, self.gathered), _places(self.sizes), strict=True):
-                buffer.copy_(torch.tensor(places, device="cpu"))
+        self.spread, self.gathered = (Index(places) for places in _places(self.sizes))
 
     def _heads(self, x: Tensor) -> Tensor:
         """[n, tokens, features] -> [n, heads, tokens, features of the widest]."""
         if self.ragged:
-            x = functional.pad(x, (0, 1)).index_select(-1, self.spread)
+            x = functional.pad(x, (0, 1)).index_select(-1, self.spread.on(x.device))
         return x.view(*x.shape[:-1], len(self.sizes), max(self.sizes)).transpose(1, 2)
 
     def forward(  # type: ignore[override]
@@ -73,7 +78,9 @@ class RaggedAttention(ViTAttention):
         dropout = self.attention_dropout if self.training else 0.0
         found, weights = attend(self, *operands, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         found = found.flatten(2)
-        return self.o_proj(found.index_select(-1, self.gathered) if self.ragged else found), weights
+        if self.ragged:
+            found = found.index_select(-1, self.gathered.on(found.device))
+        return self.o_proj(found), weights
 
 
 def _places(sizes: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -98,8 +105,6 @@ class SlimLayer(ViTLayer):  # type: ignore[no-untyped-call]
         config: of the network. number: of the layer.
     """
 
-    tokens: Tensor
-
     def __init__(self, config: SlimViTConfig, number: int) -> None:
         super().__init__(config)
         if config.head_features is not None:
@@ -107,19 +112,13 @@ class SlimLayer(ViTLayer):  # type: ignore[no-untyped-call]
         if config.mlp_units is not None:
             self.mlp.fc1 = nn.Linear(config.hidden_size, config.mlp_units[number])
             self.mlp.fc2 = nn.Linear(config.mlp_units[number], config.hidden_size)
-        self.kept = _kept(config, number)
-        if self.kept is not None:
-            self.register_buffer("tokens", torch.tensor(self.kept), persistent=False)
-
-    def fill(self) -> None:
-        """Give the buffer its values, which no file has."""
-        if self.kept is not None:
-            self.tokens.copy_(torch.tensor(self.kept, device="cpu"))
+        kept = _kept(config, number)
+        self.kept = None if kept is None else Index(kept)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """[n, tokens of the layer before, channels] -> [n, tokens, channels]."""
         if self.kept is not None:
-            hidden_states = hidden_states.index_select(1, self.tokens)
+            hidden_states = hidden_states.index_select(1, self.kept.on(hidden_states.device))
         found: Tensor = super().forward(hidden_states, attention_mask, **kwargs)
         return found
 
@@ -147,12 +146,6 @@ class SlimViTForImageClassification(ViTForImageClassification):  # type: ignore[
             if found is not None and len(found) != config.num_hidden_layers:
                 raise ValueError(f"{name} has {len(found)} entries for {config.num_hidden_layers} layers.")
         self.vit.layers = nn.ModuleList(SlimLayer(config, number) for number in range(config.num_hidden_layers))
-
-    def _init_weights(self, module: Any) -> None:
-        """As of a ViT; and buffers that no file has."""
-        super()._init_weights(module)  # type: ignore[no-untyped-call]
-        if isinstance(module, RaggedAttention | SlimLayer):
-            module.fill()
 
 
 PART = SlimViTForImageClassification

@@ -57,9 +57,6 @@ def sliced(model: Any, kept: Kept) -> SlimViTForImageClassification:
         except ValueError as error:
             raise ModelError(f"no such network: {error}") from error
     made.to_empty(device=first.device)
-    for module in made.modules():
-        if hasattr(module, "fill"):
-            module.fill()
     made.to(first.dtype).load_state_dict(_weights(model, kept), assign=False)
     return made.eval()  # type: ignore[no-any-return]
 
