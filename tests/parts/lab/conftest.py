@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("sqlalchemy", reason="SQLAlchemy isn't installed: pip install 'nybble[lab]'")
-
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Any]:
