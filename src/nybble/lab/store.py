@@ -16,7 +16,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from nybble.core.errors import FileError, StoreError, UsageError, did_you_mean
 from nybble.lab.claim import ATTEMPTS, LEASE, Claim, Outcome, packed, unpacked
-from nybble.lab.database import database_errors, is_file, now, open_engine, shown
+from nybble.lab.database import database_errors, insert_new, is_file, now, open_engine, shown
 from nybble.lab.migrations import HEAD, migrate, schema_of
 from nybble.lab.spec import RunSpec
 from nybble.lab.sweep import Member
@@ -88,10 +88,7 @@ class Store:
         listed = [{"sweep": name, "key": m.spec.key, "labels": dict(m.labels)} for m in members]
         legal = {m.spec.key for m in members if not m.reason}
         with self._writing(alone=True) as connection:
-            new = 0
-            if runs:  # with RETURNING many rows go in one statement
-                queue = self._insert(RUNS).on_conflict_do_nothing(index_elements=["key"]).returning(RUNS.c.key)
-                new = len(connection.execute(queue, runs).all())
+            new = insert_new(connection, RUNS, runs)
             # what was refused before it was claimed; what only a worker found out is for retry()
             listed_only = select(RUNS.c.key).where(RUNS.c.state == "illegal", RUNS.c.attempt == 0)
             refused = connection.execute(listed_only).scalars()
@@ -102,8 +99,7 @@ class Store:
                 .on_conflict_do_update(index_elements=["name"], set_={"source": dict(source)})
             )  # fmt: skip
             connection.execute(delete(MEMBERS).where(MEMBERS.c.sweep == name))
-            if listed:
-                connection.execute(MEMBERS.insert().returning(MEMBERS.c.key), listed)
+            insert_new(connection, MEMBERS, listed)
             connection.execute(text("ANALYZE"))  # or the first claims are planned as for an empty table
             return new
 
@@ -244,9 +240,7 @@ class Store:
             for name, source in sources.items():
                 known = self._insert(SWEEPS).values(name=name, source=source)
                 connection.execute(known.on_conflict_do_nothing(index_elements=["name"]))
-            if listed:
-                known = self._insert(MEMBERS).on_conflict_do_nothing(index_elements=["sweep", "key"])
-                connection.execute(known, listed)
+            insert_new(connection, MEMBERS, listed)
 
     def members(self, name: str) -> dict[str, dict[str, Any]]:
         """Key -> labels, of a sweep."""
