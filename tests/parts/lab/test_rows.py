@@ -18,7 +18,7 @@ ROWS: list[dict[str, Any]] = [
     {"bits": 2, "weights": "int2 group=16", "ppl": math.inf, "state": "done"},
     {"bits": 3, "weights": "int3 group=16", "ppl": 9.5, "state": "done"},
     {"bits": 4, "weights": "nf4", "ppl": 8.25, "state": "done"},
-    {"bits": 8, "weights": "int8", "state": "failed", "error": "out of memory\nTraceback"},
+    {"bits": 8, "weights": "int8", "state": "failed", "error": "Out of memory\nTraceback"},
 ]
 
 
