@@ -24,6 +24,7 @@ from nybble.core.options import build
 from nybble.core.registry import Registry
 from nybble.data.sources import builtin
 from nybble.data.text import make_source
+from nybble.lab.sweep import parse_sweep
 from nybble.models.sources import packages
 from nybble.models.sources.folder import FolderSource
 from nybble.quantizer import Quantizer
@@ -93,6 +94,9 @@ def place(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("instructions", "held"):
         row = '{"instruction": "ba be", "output": "bi"}\n'
         (tmp_path / f"{name}.jsonl").write_text(row * 4)
+    for block in blocks():
+        if block.kind == "yaml" and block.place.startswith("docs/lab.md"):  # files under the names that they say
+            (tmp_path / f"{yaml.safe_load(block.text)['name']}.yaml").write_text(block.text)
     return tmp_path
 
 
@@ -143,6 +147,10 @@ def test_recipes(block: Block) -> None:
         method.check(build(method.options_type, training.options, block.place), training.scheme)
         training.settings_with({})
         assert parse_training_recipe(training.to_dict()) == training
+        return
+    if "docs/lab.md" in block.place:
+        sweep = parse_sweep(yaml.safe_load(block.text))
+        assert not any(member.reason for member in sweep.expand())
         return
     recipe = parse_recipe(yaml.safe_load(block.text), block.place)
     check_quick(recipe)

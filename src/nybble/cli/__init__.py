@@ -1,5 +1,7 @@
 """The command line: one file a command; each module of this folder defines ``command``, which Typer reads.
 
+A folder in it is a group of commands (``nybble lab sweep``).
+
 Modules import what is heavy inside their functions, so that help and mistakes in what was typed are answered at once.
 A module may also define ``interrupted``, which gets the command's arguments and says what Ctrl-C left behind.
 """
@@ -42,9 +44,24 @@ def build() -> typer.Typer:
         add_completion=False,
     )
     app.callback()(_root)
-    for module in sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")):
-        app.command(name=module)(_guarded(importlib.import_module(f"nybble.cli.{module}")))
+    _add_commands(app, __name__)
     return app
+
+
+def _add_commands(app: typer.Typer, package: str) -> None:
+    """The modules of a folder as commands; a folder in it is a group of them, its docstring what it is for."""
+    folder = importlib.import_module(package)
+    for found in sorted(pkgutil.iter_modules(folder.__path__), key=lambda found: found.name):
+        if found.name.startswith("_"):
+            continue
+        name = f"{package}.{found.name}"
+        if found.ispkg:
+            about = (importlib.import_module(name).__doc__ or "").strip()
+            group = typer.Typer(name=found.name, help=about, no_args_is_help=True)
+            _add_commands(group, name)
+            app.add_typer(group)
+        else:
+            app.command(name=found.name)(_guarded(importlib.import_module(name)))
 
 
 def _root(

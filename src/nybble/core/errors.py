@@ -55,6 +55,10 @@ class FileError(NybbleError):
     """A file that is missing, truncated, malformed, in the way, or can't be written."""
 
 
+class StoreError(NybbleError):
+    """A database of runs that can't be reached, read or written."""
+
+
 class DeviceError(NybbleError):
     """A device that isn't there or has too little memory."""
 

@@ -196,15 +196,17 @@ def _check_runs(what: str, model: Any, kind: DataKind, judge: Judge, samples: Sa
         judge.call(model, whole)
 
 
-def judged_on(model: str, data: str, *, seq_len: int) -> Samples:
+def judged_on(model: str, data: str, *, seq_len: int, samples: int | None = None) -> Samples:
     """The samples on which :func:`judge_folder` will compare a model with its float one, before there is any.
+
+    ``samples``: how many; None takes what the judge takes.
 
     Raises:
         NybbleError: data that can't be read or is too little, or a kind of model that nothing judges.
     """
     found, origin = described_with_origin(model)
     key = reads_of(found)
-    return data_kind(key).prepare(data, origin, judge_of(key).wanted(None, seq_len))
+    return data_kind(key).prepare(data, origin, judge_of(key).wanted(samples, seq_len))
 
 
 def judge_folder(
