@@ -54,7 +54,7 @@ class Mixture(nn.Module):
         """Of each expert in the first ``rows`` output neurons; they sum to 1.
 
         Args:
-            encoding: float32 [numbers], of an architecture.
+            encoding: float32 [numbers], of an architecture; on the CPU, where looking at it waits for nothing.
             rows: of the layer in it.
 
         Raises:
@@ -66,7 +66,7 @@ class Mixture(nn.Module):
             )
         if not bool(torch.isfinite(encoding).all()):
             raise ModelError(f"the encoding of the architecture is NaN or Inf: {encoding.tolist()}.")
-        given: Tensor = self.router(encoding)
+        given: Tensor = self.router(encoding.to(self.weights.device))
         if self.by_neuron:
             return given.view(-1, self.experts)[:rows].softmax(1)
         return given.softmax(0).expand(rows, -1)
