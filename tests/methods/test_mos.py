@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.e2e.test_train import _Stops
-from tests.parts.training.test_text_tasks import BART, model
+from tests.parts.training.test_masked_language import masking_tokenizer
+from tests.parts.training.test_text_tasks import BART, BERT, model, sentences
 from tests.tiny import WORDS, framed_tokenizer
 
 from nybble.core.errors import UsageError
 from nybble.core.progress import Silent
+from nybble.models.own.bottleneck import of_bert
 from nybble.pipelines.load import load, load_with_origin
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.search_architecture import ArchitectureSettings, search_architecture
@@ -124,3 +126,22 @@ def test_bad_requests_leave_nothing(given: dict[str, Any], tmp_path: Path) -> No
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "pairs.jsonl"]
     with pytest.raises(UsageError, match=r"none of 50 architectures drawn is within latency <= 2.*The smallest has"):
         search_architecture(out=tmp_path / "out", **{**given, "budget": "latency=2"})
+
+
+def test_an_encoder_with_widths_of_its_own(tmp_path: Path) -> None:
+    """BERT as a network of bottlenecks, told masked tokens; each layer's width is a gene."""
+    folder, text = tmp_path / "model", tmp_path / "text.txt"
+    of_bert(model("BertForMaskedLM", "bert", BERT)).save_pretrained(folder)
+    masking_tokenizer().save_pretrained(folder)
+    text.write_text("\n".join(sentences(24)))
+    options = {**OPTIONS, "space": {"widths": [8, 16, 32]}, "training.lr": 0.01}
+    whole = search_architecture(
+        folder, tmp_path / "a", budget="parameters=0.7", method="mos", data=str(text), judged_on=str(text),
+        options=options, settings=ArchitectureSettings(seq_len=16),
+    )  # fmt: skip
+    found: Any = load(tmp_path / "a")[0]
+    assert type(found).__name__ == "BottleneckForMaskedLM" and found.config.widths == whole["encoding"]["widths"]
+    assert sum(p.numel() for p in found.parameters()) == whole["cost"] <= 0.7 * whole["full"]
+    assert judged(tmp_path / "a", str(text)) == whole["measures"] and "accuracy" in whole["measures"]
+    losses = {row["architecture"]: row["held-out loss"] for row in whole["compared"]}
+    assert losses["found"] <= losses["smallest"]

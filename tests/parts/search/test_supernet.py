@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.parts.training.test_text_tasks import BERT
 from torch import Tensor, nn
 from transformers import BartConfig
 from transformers import BartForConditionalGeneration as Bart
 
 from nybble.core.errors import ModelError, NybbleError, SchemeError, UsageError
+from nybble.models.own.bottleneck import BottleneckConfig, BottleneckForMaskedLM
 from nybble.quantizer import Quantizer
 from nybble.search.evolution import Encoding
 from nybble.search.supernet.net import Supernet
@@ -235,3 +237,32 @@ def test_what_can_not_be_a_supernet() -> None:
     for wrong in ((0, 0), (0, 0, 0, 0, 2)):
         with pytest.raises(UsageError, match="no architecture of this space"), made.running(wrong):
             pass
+
+
+@pytest.mark.parametrize("widths", [[8, 16], [32, 8], [16, 16]])
+def test_an_encoder_s_layers_have_widths_of_their_own(widths: list[int]) -> None:
+    """Gradients and outputs are those of the network with these widths on leading slices; routers read each width."""
+    config = BottleneckConfig(**{**BERT, "num_hidden_layers": 2, "architectures": ["BottleneckForMaskedLM"]})
+    torch.manual_seed(0)
+    encoder: Any = BottleneckForMaskedLM
+    model = encoder(config).eval()
+    space = make_space(config, {"widths": [8, 16, 32]})
+    made = Supernet(model, space).eval()
+    assert made.mixed == [f"bert.encoder.layer.{i}.layer.{n}.dense" for i in (0, 1) for n in ("intermediate", "output")]
+    encoding = tuple([8, 16, 32].index(width) for width in widths)
+    assert space.values(encoding) == {"widths": widths}
+    assert space.numbers(encoding).tolist() == pytest.approx([0.01 + (width - 8) / 24 for width in widths])
+    plain = encoder(BottleneckConfig(**{**BERT, "widths": widths})).eval()
+    whole = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in plain.state_dict().items():
+            tensor.copy_(whole[name][tuple(slice(size) for size in tensor.shape)])
+    given = {"input_ids": torch.tensor([[1, 7, 9, 4, 2]]), "labels": torch.tensor([[-100, 7, -100, 4, -100]])}
+    with made.running(encoding):
+        found = made(**given)
+    assert torch.equal(found.loss, plain(**given).loss)
+    found.loss.backward()
+    plain(**given).loss.backward()
+    for name, parameter in plain.named_parameters():
+        part = model.get_parameter(name).grad[tuple(slice(size) for size in parameter.shape)]
+        assert torch.equal(part, parameter.grad), name

@@ -105,7 +105,9 @@ class Supernet(nn.Module):
         """
         network = self.network(encoding)
         own = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        found = {n: own[n][tuple(slice(size) for size in t.shape)] for n, t in _tensors(network).items()}
+        found = {  # in memory as they are deployed: products of strided ones differ in their last bits
+            n: own[n][tuple(slice(size) for size in t.shape)].contiguous() for n, t in _tensors(network).items()
+        }
         numbers = self.space.numbers(encoding)
         for name, mixture in zip(self.mixed, self.mixtures, strict=False):
             if (at := f"{name}.weight") in found:  # a layer that the architecture has
