@@ -1,22 +1,27 @@
-"""Mixture-of-Supernets on translation: what slices score in a supernet, and what the same networks score trained alone.
+"""Mixture-of-Supernets: what slices score in a supernet, and what the same networks score trained alone.
 
     python -m benchmarks.translations build/ternary_binary/data           # on Debian 12
-    python benchmarks/mos.py --device cuda --seeds 0 1 2 --out benchmarks/results/mos.json
+    python benchmarks/mos.py translation --device cuda --seeds 0 1 2 --out benchmarks/results/mos_translation.json
+    python -m benchmarks.ladder                                            # for its texts
+    python benchmarks/mos.py encoder --device cuda --seeds 0 1 2 --out benchmarks/results/mos_encoder.json
 
-English to Romanian and German, strings of LibreOffice; BART of at most 4 + 4 layers of 256. Architectures differ in
-width, feed-forward widths, heads and decoder layers. Three supernets (plain sharing; two experts mixed by layer; by
-neuron) and random architectures alone have the same updates, examples and losses. BLEU (sacrebleu) and nats a target
-token are of held-out strings, means of both languages. ``gap`` is alone minus slice, ``tau`` Kendall's over the
-architectures; intervals are percentiles of 2,000 resamplings of the architectures. ``further`` trains slices on, until
-they have the nats of the network alone. What is behind ``search`` is evolution under a measured latency; ``overhead``
-times updates of the three in turns, with nothing beside them. Rows that are done are in ``--work``; a second call goes
-on.
+``translation``: English to Romanian and German, strings of LibreOffice; BART of at most 4 + 4 layers of 256, that
+differ in width, feed-forward widths, heads and decoder layers. ``encoder``: masked tokens of manuals of packages; BERT
+of 4 layers of 256, each with a width of its own between bottlenecks. Three supernets (plain sharing; two experts mixed
+by layer; by neuron) and random architectures alone have the same updates, examples and losses. BLEU (sacrebleu), nats
+and accuracy are of held-out texts; of translation the means of both languages. ``gap`` is alone minus slice, ``tau``
+Kendall's over the architectures; intervals are percentiles of 2,000 resamplings of the architectures. ``further``
+trains slices on, until they have the nats of the network alone. What is behind ``search`` is evolution under a share of
+the largest network's measured latency (``translation``) or parameters (``encoder``), its best not trained since;
+``overhead`` times updates of the three in turns, with nothing beside them. Rows that are done are in ``--work``; a
+second call goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import math
 import statistics
 import sys
@@ -31,11 +36,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from benchmarks import ternary_binary
 from benchmarks.at_once import arguments, file_of, run
-from transformers import BartForConditionalGeneration
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from nybble.core.files import atomic_write_json
 from nybble.core.seeds import derive_seed
 from nybble.core.versions import versions
+from nybble.models.own.bottleneck import BottleneckConfig, BottleneckForMaskedLM
 from nybble.models.sources.open import open_source
 from nybble.search.architectures import Study, Training
 from nybble.search.architectures._budget import parse_budget
@@ -51,11 +58,47 @@ KINDS: dict[str, dict[str, Any]] = {
     "plain": {"experts": 1}, "layer": {"experts": 2, "router": "layer"}, "neuron": {"experts": 2, "router": "neuron"},
 }  # fmt: skip
 RESAMPLED = 2000
+MEASURES = {"translation": ("bleu", "nll"), "encoder": ("accuracy", "nll")}
+SHARES = {"translation": ("latency", [0.6]), "encoder": ("parameters", [0.7, 0.8, 0.9])}
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
 
 
 # ------------------------------------------------------------------------------------------------------------ parts
+def encoder(options: argparse.Namespace) -> tuple[Any, Any]:
+    """A network that has learned nothing, and a tokenizer of the texts."""
+    with lzma.open(texts(options, "train"), "rt", encoding="utf-8") as file:
+        documents = [json.loads(line)["text"] for line in file]
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    made.train_from_iterator(
+        documents, trainers.BpeTrainer(vocab_size=options.vocabulary, special_tokens=SPECIAL, show_progress=False)
+    )
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )  # fmt: skip
+    make: Any = PreTrainedTokenizerFast
+    tokenizer = make(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        mask_token="<mask>",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = BottleneckConfig(
+        vocab_size=len(tokenizer), hidden_size=options.width, num_hidden_layers=options.layers,
+        num_attention_heads=options.width // 64, intermediate_size=4 * options.width, pad_token_id=0,
+        max_position_embeddings=options.length,
+    )  # fmt: skip
+    return BottleneckForMaskedLM(config), tokenizer
+
+
+def texts(options: argparse.Namespace, part: str) -> Path:
+    """Of the encoder: what trains, or what judges."""
+    return Path(options.ladder / "texts" / f"{'calibration' if part == 'train' else 'held-out'}.jsonl.xz")
+
+
 def space_of(config: Any) -> Space:
     """Sizes from a quarter on."""
+    if hasattr(config, "widths"):
+        return make_space(config, {"widths": [config.hidden_size * quarters // 4 for quarters in (1, 2, 3, 4)]})
     wide, heads = config.d_model, config.decoder_attention_heads
     choices = {
         "d_model": [wide // 2, 3 * wide // 4, wide],
@@ -73,15 +116,17 @@ def chosen(space: Space, count: int) -> list[Encoding]:
     return list(found)[:count]
 
 
-def study_of(options: argparse.Namespace, name: str, seed: int) -> Study:
+def study_of(options: argparse.Namespace, name: str, seed: int, share: float = 1.0) -> Study:
     """A place to train at, whose model is the largest one, untrained."""
     origin = open_source(str(options.work / "float"))
     folder = file_of(options.work, name).with_suffix("")
     made: Any = origin.model(torch.float32, torch.device(options.device))
+    budget = parse_budget(f"{SHARES[options.kind][0]}={share}", MixtureOfSupernets.budgets)
+    pairs = options.kind == "translation"
+    data, held = (options.work / f"{n}.jsonl" if pairs else texts(options, n) for n in ("train", "ro"))
     return Study(
-        name=name, budget=parse_budget(f"latency={options.share}", MixtureOfSupernets.budgets), model=made,
-        origin=origin, data=str(options.work / "train.jsonl"), seq_len=options.length, seed=seed, device=options.device,
-        folder=folder, keep=Kept(), judged_on=str(options.work / "ro.jsonl"),
+        name=name, budget=budget, model=made, origin=origin, data=str(data), seq_len=options.length, seed=seed,
+        device=options.device, folder=folder, keep=Kept(), judged_on=str(held),
     )  # fmt: skip
 
 
@@ -101,9 +146,11 @@ def supernet_of(study: Study, kind: str) -> Supernet:
     return Supernet(study.model, space_of(study.model.config), hidden=64, **KINDS[kind]).to(study.device)
 
 
-def trained(options: argparse.Namespace, kind: str, seed: int) -> tuple[Study, Supernet, dict[str, Any], Any]:
+def trained(
+    options: argparse.Namespace, kind: str, seed: int, share: float = 1.0
+) -> tuple[Study, Supernet, dict[str, Any], Any]:
     """A supernet, what its training told, and the examples."""
-    study = study_of(options, f"{kind} #{seed}", seed)
+    study = study_of(options, f"{kind} #{seed}", seed, share)
     supernet, task = supernet_of(study, kind), study.task_for(study.model)
     rows = study.examples(study.model).rows
     objective = Sandwich(task, make_losses({"task": 1.0}), None)
@@ -114,9 +161,11 @@ def trained(options: argparse.Namespace, kind: str, seed: int) -> tuple[Study, S
 
 
 def judged(study: Study, options: argparse.Namespace, model: Any) -> dict[str, float]:
-    """BLEU and nats by language, and their means."""
+    """BLEU and nats by language, and their means; of an encoder the task's measures."""
     found: dict[str, float] = {}
     task = study.task_for(model)
+    if options.kind == "encoder":
+        return study.judge(model, study.held_out(study.model).rows[: options.held])
     for language in ternary_binary.LANGUAGES:
         src = str(options.work / f"{language}.jsonl")
         held = task.load(src, study.origin, model, options.length, "evaluation").rows  # type: ignore[arg-type]
@@ -132,10 +181,10 @@ def alone(options: argparse.Namespace, number: int, seed: int) -> dict[str, Any]
     study = study_of(options, f"alone {number} #{seed}", seed)
     space = space_of(study.model.config)
     encoding = chosen(space, options.architectures)[number]
-    config: Any = space.config_of(encoding)
     torch.manual_seed(derive_seed(seed, "alone", str(number)))
-    made: Any = BartForConditionalGeneration(config).to(options.device)
-    made.generation_config = study.model.generation_config
+    made: Any = type(study.model)(space.config_of(encoding)).to(options.device)
+    if options.kind == "translation":
+        made.generation_config = study.model.generation_config
     study.train("alone", made, study.examples(made).rows, training(options, options.steps, options.lr))
     count = sum(p.numel() for p in made.parameters())
     words = {"architecture": space.values(encoding), "parameters": count}
@@ -167,20 +216,19 @@ def further(options: argparse.Namespace, kind: str, number: int, seed: int) -> d
     return {"points": points}
 
 
-def searched(options: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
-    """Evolution under a latency that is measured, and the best found, untrained since."""
-    study, supernet, _, _ = trained(options, kind, seed)
-    task = study.task_for(study.model)
-    held = task.load(study.judged_on or "", study.origin, study.model, options.length, "evaluation").rows  # type: ignore[arg-type]
-    table = Kept(options.work / "latency.jsonl")
-    looked = Looked(study, supernet, batches_of(task, held, options.device), table)
+def searched(options: argparse.Namespace, kind: str, share: float, seed: int) -> dict[str, Any]:
+    """Evolution within a share of the largest network's cost, and the best found, untrained since."""
+    study, supernet, _, _ = trained(options, kind, seed, share)
+    held = study.held_out(study.model).rows[: options.held]
+    batches = batches_of(study.task_for(study.model), held, options.device)
+    looked = Looked(study, supernet, batches, Kept(options.work / "latency.jsonl"))
     loop = Evolution(population=options.population, parents=options.population // 4,
                      mutations=options.population // 3, crossovers=options.population // 3, generations=4)  # fmt: skip
     found = MixtureOfSupernets(evolution=loop).evolved(looked)
     best = found[0].encoding
     full = looked.cost(supernet.space.largest)
     return {
-        "architecture": supernet.space.values(best), "microseconds": looked.cost(best), "full": full,
+        "architecture": supernet.space.values(best), "unit": study.budget.unit, "cost": looked.cost(best), "full": full,
         "limit": study.budget.limit(full), "scored": len(found), **judged(study, options, supernet.collapsed(best)),
     }  # fmt: skip
 
@@ -221,18 +269,18 @@ def row(options: argparse.Namespace) -> dict[str, Any]:
             return overhead(options)
         case ["alone", number]:
             return alone(options, int(number), int(seed))
-        case ["search", kind]:
-            return searched(options, kind, int(seed))
+        case ["search", kind, share]:
+            return searched(options, kind, float(share), int(seed))
         case ["further", kind, number]:
             return further(options, kind, int(number), int(seed))
     return sliced(options, words, int(seed))
 
 
 # ------------------------------------------------------------------------------------------------------------ study
-def compared(rows: Mapping[str, Any], count: int, seeds: Sequence[int]) -> dict[str, Any]:
+def compared(rows: Mapping[str, Any], count: int, seeds: Sequence[int], measures: Sequence[str]) -> dict[str, Any]:
     """Gaps and Kendall's tau of each supernet, over all architectures and seeds that are done."""
     found: dict[str, Any] = {}
-    for measure in ("bleu", "nll"):
+    for measure in measures:
         pairs: dict[str, list[tuple[int, int, float, float]]] = {
             kind: [
                 (seed, number, rows[f"alone {number} #{seed}"][measure],
@@ -309,12 +357,13 @@ def main() -> None:
         __doc__ or "", "mos", "benchmarks.translations", own, steps=1500, length=48, layers=4, vocabulary=6000,
         held=256, lr=1e-3, workers=15,
     )  # fmt: skip
+    options.work = options.work / options.kind
     if options.row:
         atomic_write_json(file_of(options.work, options.row), row(options))
         return
     ends = time.monotonic() + options.seconds
     if not (options.work / "float" / "config.json").exists():
-        model, tokenizer, _ = ternary_binary.drawn(options)
+        model, tokenizer = encoder(options) if options.kind == "encoder" else ternary_binary.drawn(options)[:2]
         model.save_pretrained(options.work / "float")
         tokenizer.save_pretrained(options.work / "float")
     count, seeds = options.architectures, options.seeds
@@ -322,7 +371,8 @@ def main() -> None:
     later = [
         f"further {kind} {n} #{seed}" for seed in seeds for n in range(min(count, options.slices)) for kind in KINDS
     ]
-    last = ["overhead #0", *(f"search {kind} #{seed}" for seed in seeds for kind in KINDS)]
+    shares = options.shares or SHARES[options.kind][1]
+    last = ["overhead #0", *(f"search {kind} {x} #{seed}" for seed in seeds for x in shares for kind in KINDS)]
     done: dict[str, Any] = {}
     for names, workers in ((first, options.workers), (later, options.workers), (last, 1)):
         wanted = [name for name in names if not options.rows or any(word in name for word in options.rows)]
@@ -330,11 +380,12 @@ def main() -> None:
         done |= run(__file__, wanted, options.work, workers=workers, ends=ends, device=options.device)
     every = {name: json.loads(f.read_text()) for name in (*first, *later, *last)
              if (f := file_of(options.work, name)).exists()}  # fmt: skip
-    asked = ("steps", "batch", "lr", "length", "layers", "width", "vocabulary", "held", "share", "further", "seeds")
+    asked = ("steps", "batch", "lr", "length", "layers", "width", "vocabulary", "held", "further", "seeds")
+    told = compared(every, count, seeds, MEASURES[options.kind])
     result = {
         "what": (__doc__ or "").split("\n")[0], "versions": versions(),
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "CPU",
-        "training": {key: getattr(options, key) for key in asked}, "compared": compared(every, count, seeds),
+        "training": {key: getattr(options, key) for key in asked}, "compared": told,
         "further": needed(every), "rows": every,
     }  # fmt: skip
     shown(result)
@@ -350,10 +401,12 @@ def begun(name: str, options: argparse.Namespace) -> bool:
 
 def own(parser: argparse.ArgumentParser) -> None:
     """What other studies haven't."""
+    parser.add_argument("kind", choices=sorted(MEASURES), help="what is trained")
     parser.add_argument("--architectures", type=int, default=12, help="random ones that are trained alone")
     parser.add_argument("--slices", type=int, default=3, help="of them, how many train on from each supernet")
     parser.add_argument("--further", type=int, nargs="*", default=[25, 50, 100, 200], help="updates of these")
-    parser.add_argument("--share", type=float, default=0.6, help="of the largest network's latency that a search has")
+    parser.add_argument("--shares", type=float, nargs="*", help="of the largest network's cost that searches have")
+    parser.add_argument("--ladder", type=Path, default=Path("build/ladder"), help="what benchmarks/ladder wrote")
     parser.add_argument("--population", type=int, default=40)
     parser.add_argument("--turns", type=int, default=30, help="updates that are timed")
 
