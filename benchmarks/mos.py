@@ -344,9 +344,8 @@ def shown(result: dict[str, Any]) -> None:
     print("further updates:", result["further"])
     for name, each in result["rows"].items():
         if name.startswith("search"):
-            print(
-                f"{name}: BLEU {each['bleu']:.2f}, {each['microseconds']} of {each['full']} us, {each['architecture']}"
-            )
+            scores = ", ".join(f"{key} {each[key]:.4g}" for key in ("bleu", "accuracy", "nll") if key in each)
+            print(f"{name}: {scores}, {each['cost']:,} of {each['full']:,} {each['unit']}, {each['architecture']}")
         if name.startswith("overhead"):
             print(f"{name}: {each}")
 
