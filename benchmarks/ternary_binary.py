@@ -119,8 +119,8 @@ def write(options: argparse.Namespace) -> None:
         atomic_write_text(options.work / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def begin(options: argparse.Namespace) -> None:
-    """The examples, and the float model, trained on them."""
+def drawn(options: argparse.Namespace) -> tuple[Any, Any, list[dict[str, str]]]:
+    """A model that has learned nothing, its tokenizer, and the examples, which are written."""
     write(options)
     rows = [json.loads(line) for line in (options.work / "train.jsonl").open(encoding="utf-8")]
     tokenizer = tokenizer_of((row[side] for row in rows for side in ("source", "target")), options.vocabulary)
@@ -132,10 +132,17 @@ def begin(options: argparse.Namespace) -> None:
         max_position_embeddings=options.length, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         decoder_start_token_id=2, forced_eos_token_id=None, scale_embedding=True,
     )  # fmt: skip
-    model: Any = BartForConditionalGeneration(config).to(options.device)
+    model: Any = BartForConditionalGeneration(config)
     model.generation_config = GenerationConfig(
         decoder_start_token_id=2, pad_token_id=0, eos_token_id=2, bos_token_id=1, max_new_tokens=options.length - 2
     )
+    return model, tokenizer, rows
+
+
+def begin(options: argparse.Namespace) -> None:
+    """The examples, and the float model, trained on them."""
+    model, tokenizer, rows = drawn(options)
+    model.to(options.device)
     task = task_of(model, "the float model")
     cut: dict[str, Any] = {"truncation": True, "max_length": options.length}
     sides = {key: tokenizer([row[side] for row in rows], **cut)["input_ids"] for key, side in
