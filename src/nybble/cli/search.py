@@ -38,7 +38,9 @@ SIZES = SizeOptions()
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A float model: folder, hub id, demo:smollm2.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
-    budget: Annotated[str, typer.Option(help="The most that all layers may take: bits=4.0, bytes=N, bops=N.")],
+    budget: Annotated[
+        str, typer.Option(help="The most that all layers may take: bits=4.0, bytes=N, bops=N, latency=MS.")
+    ],
     menu: Annotated[
         str, typer.Option(help="Formats to choose from: names or quantizer lines, commas between.")
     ] = "int2,int3,int4,int8",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +26,7 @@ from nybble.checkpoint.marked import is_quantized
 from nybble.checkpoint.parts import same_request
 from nybble.core.device import check_device, out_of_memory
 from nybble.core.dtypes import float_dtype
-from nybble.core.errors import FileError, ModelError, SchemeError, UsageError
+from nybble.core.errors import FileError, ModelError, NybbleError, SchemeError, UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, atomic_write_json, atomic_write_text, check_new_folder
 from nybble.core.options import at_least_one
@@ -136,7 +137,8 @@ def search(
         model: what :func:`~nybble.models.sources.open.open_source` takes; in float.
         out: a folder to write: ``scheme.yaml``, which ``quantize``, ``train`` and others take as ``--scheme``;
             ``search.json``; ``search.html``. It appears whole.
-        budget: ``NAME=NUMBER``, a cost (:mod:`nybble.costs`) and the most that all searched layers may take.
+        budget: ``NAME=NUMBER``, a cost (:mod:`nybble.costs`) and the most that all searched layers may take. Times
+            of ``latency`` are of this machine, now; a resumed search has those that it began with.
         menu: quantizer lines of weights, or short names (:func:`~nybble.search.menu.parse_menu`).
         method: a search recipe by name, or a YAML file.
         data: a SRC.
@@ -222,8 +224,9 @@ def _searched(asked: Asked, out: Path, progress: Progress, announce: Callable[[s
         [layer.target for layer in layers],
         lambda: made(**kind.batch(parts["calibration"].inputs, 0, 1, settings.device).inputs),
     )
-    sizes = [replace(size, macs=seen.macs[size.name]) for size in sizes]
-    _check_least(asked, layers, sizes)
+    sizes = [_sized(size, layer, seen.macs[size.name], made) for size, layer in zip(sizes, layers, strict=True)]
+    if not asked.cost.measured:
+        _check_least(asked, layers, sizes)
     names = [layer.name for layer in layers]
     groups = found_groups(names, seen.readers) if asked.groups is None else given_groups(names, asked.groups)
     study = Study(
@@ -234,6 +237,14 @@ def _searched(asked: Asked, out: Path, progress: Progress, announce: Callable[[s
     with folder as partial:
         _begin(partial, asked)
         study = replace(study, keep=Kept(partial / MEASURED))
+        if asked.cost.measured:
+            announce("timing the menu's formats in the shapes of the layers")
+            asked = replace(asked, cost=asked.cost.here(settings.device, study.keep))
+            try:
+                _check_least(asked, layers, sizes)
+            except NybbleError:  # a request that was refused leaves nothing to go on from
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
         result = _chosen(asked, study, sizes, groups, batches["evaluation"])
         result["data"] = {part: dict(samples.manifest()) for part, samples in parts.items()}
         atomic_write_text(partial / "scheme.yaml", yaml.safe_dump(result["scheme"], sort_keys=False, width=1000))
@@ -276,6 +287,13 @@ def _layers(asked: Asked, skeleton: Any) -> list[Layer]:
         raise SchemeError("nothing is left to search; ignore fewer layers.")
     menus = zip(*[[target.rule.weights for target in plan] for plan in plans], strict=True)
     return [Layer(target=t, menu=[q for q in menu if q is not None]) for t, menu in zip(first, menus, strict=True)]
+
+
+def _sized(size: Sized, layer: Layer, macs: int, model: Any) -> Sized:
+    """With what a forward of one sample showed; a model that writes text multiplies one row a token."""
+    target = layer.target
+    rows = 1 if getattr(model, "can_generate", bool)() else max(1, macs // (target.shape[0] * target.shape[1]))
+    return replace(size, macs=macs, rows=rows, linear=target.kind.by_rows and not target.kind.fused)
 
 
 def _check_least(asked: Asked, layers: Sequence[Layer], sizes: Sequence[Sized]) -> None:
@@ -336,6 +354,7 @@ def _chosen(
         "limit": problem.limit, "loss": problem.loss(choice), "layers": rows,
         "groups": [[layers[i].name for i in members] for members in groups], "front": points, "compared": compared,
         "scheme": scheme.to_dict(), "versions": versions(),
+        **({"threads": torch.get_num_threads()} if asked.cost.measured else {}),
     }  # fmt: skip
 
 
