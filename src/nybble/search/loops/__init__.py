@@ -20,9 +20,14 @@ REGISTRY = Registry(
 
 @dataclass(frozen=True, kw_only=True)
 class Loop(ABC):
-    """A way to choose."""
+    """A way to choose.
+
+    Attributes:
+        draws: whether it tries choices at random: for rewards that are noisy or no sum; of a sum it finds no optimum.
+    """
 
     registry: ClassVar[Any] = REGISTRY
+    draws: ClassVar[bool] = False
 
     @abstractmethod
     def solve(self, problem: Problem) -> Choice:
