@@ -17,7 +17,8 @@ from nybble.cli import main
 from nybble.core.errors import FileError, ModelError, SchemeError, UsageError
 from nybble.costs import latency
 from nybble.pipelines.quantize import quantize
-from nybble.pipelines.search import SearchSettings, search
+from nybble.pipelines.search import search
+from nybble.pipelines.search_job import SearchSettings
 from nybble.scheme import parse_scheme
 from nybble.search.predictions import Predictions
 

@@ -51,6 +51,10 @@ def command(
     target: Annotated[
         list[str] | None, typer.Option(help="An export target that has to hold every format; repeatable.")
     ] = None,
+    eval: Annotated[str | None, typer.Option(help="Of a method that trains: held-out examples to measure on.")] = None,
+    set: Annotated[
+        list[str] | None, typer.Option(help="Of its training: a setting, as steps=2000 or lr=1e-3; repeatable.")
+    ] = None,
     sizes: SizeOptions = SIZES,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
@@ -60,12 +64,15 @@ def command(
     check_model(model)
     check_source(data)
     from nybble.core.progress import Bars  # torch comes from here on
-    from nybble.pipelines.search import SearchSettings, search
+    from nybble.pipelines.search import search
+    from nybble.pipelines.search_job import SearchSettings
+    from nybble.training.optimizers import read_options
 
     result = search(
         model, out, budget=budget, menu=menu, method=method, data=data, activations=activations,
-        ignore=("lm_head", *(ignore or ())), targets=target or (), settings=SearchSettings(**vars(sizes)),
-        progress=Bars(), announce=note,
+        ignore=("lm_head", *(ignore or ())), targets=target or (), judged_on=eval,
+        training=read_options(set or [], "--set"), settings=SearchSettings(**vars(sizes)), progress=Bars(),
+        announce=note,
     )  # fmt: skip
     print_json(result) if json else _print(out, result)
 
@@ -79,6 +86,9 @@ def interrupted(out: Path, **_: object) -> str:
 
 
 def _print(out: Path, result: dict[str, Any]) -> None:
+    if "policy" in result:
+        _print_trained(out, result)
+        return
     drawn = sorted(row["kl"] for row in result["compared"] if row["name"].startswith("random "))
     rows = [
         [row["name"], f"{row['cost']:,.6g}", f"{row['loss']:.4g}", "" if row["kl"] is None else f"{row['kl']:.4g}"]
@@ -92,3 +102,12 @@ def _print(out: Path, result: dict[str, Any]) -> None:
     print_table("", ("choice", result["unit"], "expected loss", "divergence, held out"), rows)
     print(f"{out}/scheme.yaml: nybble quantize MODEL OUT --scheme {out}/scheme.yaml")
     print(f"{out}/search.html shows it; open it in any browser")
+
+
+def _print_trained(out: Path, result: dict[str, Any]) -> None:
+    rows = [
+        [row["name"], f"{row['cost']:,.6g}", "" if row["fits"] else "above the budget"] for row in result["compared"]
+    ]
+    print_table("", ("choice", result["unit"], ""), rows)
+    print(f"{out}/model is trained in the formats found; {out}/scheme.yaml has them for another training")
+    print(f"{out}/search.html and {out}/model/report.html show it; open them in any browser")

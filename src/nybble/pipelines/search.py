@@ -9,109 +9,61 @@
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
-from nybble.checkpoint.marked import is_quantized
-from nybble.checkpoint.parts import same_request
-from nybble.core.device import check_device, out_of_memory
+from nybble.core.device import out_of_memory
 from nybble.core.dtypes import float_dtype
-from nybble.core.errors import FileError, ModelError, NybbleError, SchemeError, UsageError
+from nybble.core.errors import NybbleError, UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, atomic_write_json, atomic_write_text, check_new_folder
-from nybble.core.options import at_least_one
 from nybble.core.progress import Progress, Silent, task
 from nybble.core.seeds import preserve_global_rng
 from nybble.core.versions import versions
-from nybble.costs import Cost, Sized, make_cost
+from nybble.costs import Sized, make_cost
 from nybble.data.kinds import Batch, data_kind
 from nybble.data.samples import Wanted
 from nybble.data.text import check_source
-from nybble.models.adapter import adapter_for, reads_of, under
-from nybble.models.sources.folder import FolderSource
+from nybble.models.adapter import reads_of
 from nybble.models.sources.open import open_source
-from nybble.pipelines.constrain import constrain
+from nybble.pipelines.search_job import (
+    MEASURED,
+    REQUEST,
+    Asked,
+    SearchSettings,
+    bare,
+    begin,
+    check_least,
+    costs_of,
+    layer_rows,
+    parse_budget,
+    problem_of,
+    scheme_of,
+    searched_layers,
+    sized,
+)  # fmt: skip
+from nybble.pipelines.search_training import search_in_training
 from nybble.quantizer import Quantizer
 from nybble.report.search import render
-from nybble.scheme import Rule, Scheme
 from nybble.search.groups import found_groups, given_groups, see
 from nybble.search.kept import Kept
 from nybble.search.losses import next_token, own_labels
-from nybble.search.menu import parse_menu
+from nybble.search.menu import parse_menu, parse_pairs
 from nybble.search.predictions import Predictions
 from nybble.search.problem import Choice, Problem
-from nybble.search.recipe import SearchRecipe, load_search_recipe
-from nybble.search.study import Layer, Study
+from nybble.search.recipe import load_search_recipe
+from nybble.search.study import Study
 from nybble.search.yardsticks import at_random, front, reversed_order, uniform
-from nybble.solvers import make_solver
-from nybble.walk.plan import make_plan
 
 POINTS = 17
 """Budgets of the Pareto front."""
-REQUEST, MEASURED = "request.json", "measured.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchSettings:
-    """Sizes and places.
-
-    Attributes:
-        samples: of calibration data, and as many held-out ones. seq_len: tokens of one. batch: samples a forward takes;
-            gradients are squared batch by batch.
-        random: assignments drawn for comparison; 0: the choice is compared with nothing. dtype: of the float model.
-    """
-
-    samples: int = 16
-    seq_len: int = 256
-    batch: int = 1
-    random: int = 20
-    dtype: str = "float32"
-    device: str = "cpu"
-    seed: int = 0
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        at_least_one(samples=self.samples, seq_len=self.seq_len, batch=self.batch)
-        if self.random < 0:
-            raise UsageError(f"random is {self.random}; it is a number of assignments, 0 or more.")
-        check_device(self.device)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A request after the checks that need no model."""
-
-    model: str
-    recipe: SearchRecipe
-    menu: Mapping[str, Quantizer]
-    cost: Cost
-    cost_name: str
-    budget: float
-    inputs: Quantizer | None
-    ignore: tuple[str, ...]
-    targets: tuple[str, ...]
-    data: str
-    settings: SearchSettings
-    groups: Sequence[Sequence[str]] | None = field(default=None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What decides the result."""
-        settings = {k: v for k, v in asdict(self.settings).items() if k != "resume"}
-        return {
-            "model": self.model, "method": self.recipe.to_dict(), "menu": {k: str(v) for k, v in self.menu.items()},
-            "budget": {self.cost_name: self.budget}, "activations": str(self.inputs or "none"), "data": self.data,
-            "ignore": list(self.ignore), "targets": list(self.targets), "groups": self.groups, "settings": settings,
-        }  # fmt: skip
 
 
 @explicit_settings()
@@ -127,6 +79,8 @@ def search(
     ignore: Sequence[str] = ("lm_head",),
     groups: Sequence[Sequence[str]] | None = None,
     targets: Sequence[str] = (),
+    training: Mapping[str, Any] | None = None,
+    judged_on: str | None = None,
     settings: SearchSettings | None = None,
     progress: Progress | None = None,
     announce: Callable[[str], None] = lambda line: None,
@@ -141,11 +95,15 @@ def search(
             of ``latency`` are of this machine, now; a resumed search has those that it began with.
         menu: quantizer lines of weights, or short names (:func:`~nybble.search.menu.parse_menu`).
         method: a search recipe by name, or a YAML file.
-        data: a SRC.
-        activations: a quantizer line for the inputs of all searched layers.
+        data: a SRC; of a method that trains, examples of what the model does, with their labels.
+        activations: a quantizer line for the inputs of all searched layers. Without, they stay in float; a method that
+            trains rounds them in each layer's own format (:func:`~nybble.search.menu.parse_pairs`).
         ignore: layers that stay in float, as of a scheme.
         groups: layers that share a format, instead of those found.
         targets: export targets that every format of the menu has to be right for.
+        training: settings of the training (:class:`nybble.training.settings.TrainSettings`), over those of a recipe
+            that trains; device, dtype, seed and seq_len are those of ``settings``.
+        judged_on: held-out examples for it, measured before and after.
         settings: sizes and places.
         progress: told after each measurement.
         announce: gets lines for people.
@@ -160,12 +118,20 @@ def search(
     """
     check_new_folder(out)
     cost_name, amount = parse_budget(budget)
-    found = settings or SearchSettings()
+    found, recipe = settings or SearchSettings(), load_search_recipe(method)
     check_source(data)
+    inputs = Quantizer(activations) if activations else None
+    if recipe.training is None:
+        if training or judged_on:
+            raise UsageError(f"method {recipe.name} trains nothing; leave training settings and held-out examples out.")
+        pairs = {name: (quantizer, inputs) for name, quantizer in parse_menu(menu).items()}
+    else:
+        pairs = {name: (w, i if inputs is None else inputs) for name, (w, i) in parse_pairs(menu).items()}
     asked = Asked(
-        model=str(model), recipe=load_search_recipe(method), menu=parse_menu(menu), cost=make_cost(cost_name),
-        cost_name=cost_name, budget=amount, inputs=Quantizer(activations) if activations else None,
-        ignore=tuple(ignore), targets=tuple(targets), data=data, settings=found, groups=groups,
+        model=str(model), recipe=recipe, menu={name: weights for name, (weights, _) in pairs.items()},
+        inputs=[entering for _, entering in pairs.values()], cost=make_cost(cost_name), cost_name=cost_name,
+        budget=amount, ignore=tuple(ignore), targets=tuple(targets), data=data, settings=found, groups=groups,
+        training=training or {}, judged_on=judged_on,
     )  # fmt: skip
     with ExitStack() as stack:
         stack.enter_context(preserve_global_rng())
@@ -173,35 +139,15 @@ def search(
         return _searched(asked, Path(out), progress or Silent(), announce)
 
 
-def parse_budget(text: str) -> tuple[str, float]:
-    """``bits=4.0`` as a cost's name and a number.
-
-    Raises:
-        UsageError: not of this form, no such cost, or no number above 0.
-    """
-    name, equals, number = text.partition("=")
-    try:
-        amount = float(number)
-    except ValueError:
-        amount = math.nan
-    if not equals or not 0 < amount < math.inf:
-        raise UsageError(f"a budget is a cost and a number above 0, as bits=4.0 or bytes=60000000; got {text!r}.")
-    make_cost(name.strip())
-    return name.strip(), amount
-
-
 def _searched(asked: Asked, out: Path, progress: Progress, announce: Callable[[str], None]) -> dict[str, Any]:
-    if is_quantized(Path(asked.model)):
-        raise ModelError(f"{asked.model} is quantized already; search over the float model that it was made from.")
-    source = open_source(asked.model)
-    if source.packed_names() and isinstance(source, FolderSource):  # a GGUF file stands for its floats, as for quantize
-        raise ModelError(f"{asked.model} holds packed weights; search over the float model that it was made from.")
-    layers = _layers(asked, source.skeleton(torch.bfloat16))
-    sizes = [Sized(name=x.name, shape=x.target.shape, matrices=x.target.matrices, inputs=asked.inputs) for x in layers]
+    layers = searched_layers(asked)
+    sizes = bare(layers)
     if not asked.cost.needs_macs:
-        _check_least(asked, layers, sizes)
+        check_least(asked, layers, sizes)
     announce(f"{len(layers)} layers, {sum(size.elements for size in sizes):,} weights, {len(asked.menu)} formats")
-    settings = asked.settings
+    if asked.recipe.training is not None:
+        return search_in_training(asked, layers, out, progress, announce)
+    settings, source = asked.settings, open_source(asked.model)
     made: Any = source.model(float_dtype(settings.dtype, "dtype"), torch.device(settings.device))
     made.eval()
     if getattr(made.config, "use_cache", False):
@@ -224,9 +170,9 @@ def _searched(asked: Asked, out: Path, progress: Progress, announce: Callable[[s
         [layer.target for layer in layers],
         lambda: made(**kind.batch(parts["calibration"].inputs, 0, 1, settings.device).inputs),
     )
-    sizes = [_sized(size, layer, seen.macs[size.name], made) for size, layer in zip(sizes, layers, strict=True)]
+    sizes = [sized(size, layer, seen.macs[size.name], made) for size, layer in zip(sizes, layers, strict=True)]
     if not asked.cost.measured:
-        _check_least(asked, layers, sizes)
+        check_least(asked, layers, sizes)
     names = [layer.name for layer in layers]
     groups = found_groups(names, seen.readers) if asked.groups is None else given_groups(names, asked.groups)
     study = Study(
@@ -235,13 +181,13 @@ def _searched(asked: Asked, out: Path, progress: Progress, announce: Callable[[s
     )  # fmt: skip
     folder = AtomicFolder(out, resumable=True)
     with folder as partial:
-        _begin(partial, asked)
+        begin(partial, asked)
         study = replace(study, keep=Kept(partial / MEASURED))
         if asked.cost.measured:
             announce("timing the menu's formats in the shapes of the layers")
             asked = replace(asked, cost=asked.cost.here(settings.device, study.keep))
             try:
-                _check_least(asked, layers, sizes)
+                check_least(asked, layers, sizes)
             except NybbleError:  # a request that was refused leaves nothing to go on from
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
@@ -255,70 +201,15 @@ def _searched(asked: Asked, out: Path, progress: Progress, announce: Callable[[s
     return result
 
 
-def _begin(partial: Path, asked: Asked) -> None:
-    """Go on in a folder that a killed run left, or clear it."""
-    request, note = json.loads(json.dumps(asked.to_dict())), partial / REQUEST
-    if asked.settings.resume and note.exists():
-        try:
-            before = json.loads(note.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise FileError(f"{note} can't be read ({error}); remove {partial} and begin anew.") from error
-        same_request(partial, before, request)
-        return
-    for child in partial.iterdir():
-        child.unlink()
-    atomic_write_json(note, request)
-
-
-def _layers(asked: Asked, skeleton: Any) -> list[Layer]:
-    """What is searched, with each format of the menu checked against it."""
-    adapter, solver = adapter_for(skeleton), make_solver("rtn", {})
-    plans = []
-    for quantizer in asked.menu.values():
-        scheme = Scheme(rules=(Rule(weights=quantizer, inputs=asked.inputs),), ignore=asked.ignore)
-        plan = make_plan(skeleton, adapter, scheme, solver)
-        if asked.targets:
-            constrain(scheme, asked.targets, skeleton, torch.bfloat16)
-        prefixes = [under(block) for block in adapter.block_names(skeleton)]
-        inside = [replace(t, name=p + t.name) for p, block in zip(prefixes, plan.blocks, strict=True) for t in block]
-        plans.append([*inside, *plan.outside])
-    first = plans[0]
-    if not first:
-        raise SchemeError("nothing is left to search; ignore fewer layers.")
-    menus = zip(*[[target.rule.weights for target in plan] for plan in plans], strict=True)
-    return [Layer(target=t, menu=[q for q in menu if q is not None]) for t, menu in zip(first, menus, strict=True)]
-
-
-def _sized(size: Sized, layer: Layer, macs: int, model: Any) -> Sized:
-    """With what a forward of one sample showed; a model that writes text multiplies one row a token."""
-    target = layer.target
-    rows = 1 if getattr(model, "can_generate", bool)() else max(1, macs // (target.shape[0] * target.shape[1]))
-    return replace(size, macs=macs, rows=rows, linear=target.kind.by_rows and not target.kind.fused)
-
-
-def _check_least(asked: Asked, layers: Sequence[Layer], sizes: Sequence[Sized]) -> None:
-    """Refuse a budget that nothing meets, before anything is measured."""
-    costs = [[asked.cost.of(size, q) for q in layer.menu] for layer, size in zip(layers, sizes, strict=True)]
-    _problem(asked, [layer.name for layer in layers], torch.zeros(len(layers), len(asked.menu)), costs, sizes)
-
-
-def _problem(
-    asked: Asked, names: Sequence[str], losses: Tensor, costs: Sequence[Sequence[int]], sizes: Sequence[Sized]
-) -> Problem:
-    limit = asked.cost.limit(asked.budget, sizes)
-    made = Problem(names=names, losses=losses.double(), costs=costs, limit=limit, unit=asked.cost.unit)
-    made.check(asked.budget, asked.cost.shown(made.least, sizes))
-    return made
-
-
 def _chosen(
     asked: Asked, study: Study, sizes: Sequence[Sized], groups: Sequence[Sequence[int]], held_out: Sequence[Batch]
 ) -> dict[str, Any]:
     """Measure, choose, compare."""
+    assert asked.recipe.sensitivity is not None
     losses = asked.recipe.sensitivity.measure(study)
     layers = study.layers
-    costs = [[asked.cost.of(size, q) for q in layer.menu] for layer, size in zip(layers, sizes, strict=True)]
-    problem = _problem(
+    costs = costs_of(asked, layers, sizes)
+    problem = problem_of(
         asked,
         [layers[members[0]].name for members in groups],
         torch.stack([losses[list(members)].sum(0) for members in groups]),
@@ -334,16 +225,10 @@ def _chosen(
         rivals |= {f"random {i + 1}": at_random(problem, asked.settings.seed, i) for i in range(asked.settings.random)}
     compared = _compared(asked, study, problem, sizes, groups, rivals, held_out)
     of = {i: choice[number] for number, members in enumerate(groups) for i in members}
-    scheme = _scheme(asked, layers, [layer.menu[of[i]] for i, layer in enumerate(layers)])
-    rows = [
-        {
-            "name": layer.name, "elements": sizes[i].elements, "macs": sizes[i].macs, "chosen": [*asked.menu][of[i]],
-            "weights": str(layer.menu[of[i]]), "bits": layer.menu[of[i]].format.bits, "cost": costs[i][of[i]],
-            "bytes": sizes[i].matrices * int(layer.menu[of[i]].stored_bytes(sizes[i].shape)),
-            "sensitivity": losses[i].tolist(),
-        }
-        for i, layer in enumerate(layers)
-    ]  # fmt: skip
+    chosen = [of[i] for i in range(len(layers))]
+    scheme = scheme_of(asked, layers, chosen)
+    rows = layer_rows(asked, layers, sizes, costs, chosen)
+    rows = [{**row, "sensitivity": lost} for row, lost in zip(rows, losses.tolist(), strict=True)]
     points = [
         {"cost": asked.cost.shown(spent, sizes), "loss": lost}
         for spent, lost, _ in front(problem, asked.recipe.loop, POINTS)
@@ -382,11 +267,3 @@ def _compared(
             rows.append(row)
             bar.advance(note=name)
     return rows
-
-
-def _scheme(asked: Asked, layers: Sequence[Layer], chosen: Sequence[Quantizer]) -> Scheme:
-    rules = tuple(
-        Rule(targets=(layer.name,), weights=quantizer, inputs=asked.inputs)
-        for layer, quantizer in zip(layers, chosen, strict=True)
-    )
-    return Scheme(rules=rules, ignore=asked.ignore, name=f"{asked.recipe.name} {asked.cost_name}={asked.budget:g}")

@@ -42,6 +42,8 @@ class PolicyOptions:
         entropy: the largest lambda. schedule: how it comes to it: as half a ``cosine``, as a ``linear`` rise, in a
             ``step`` at half of the training, or ``constant``.
         delay: share of the training ahead, in which choices are uniform and the policy doesn't learn.
+        settle: share of the training from which on nothing is drawn: the most probable choice, made cheaper where it is
+            above C0, stays, so that a budget is kept and weights settle for it; 1: never, as published.
         lr: of the logits. mean: what a step leaves of the running mean of rewards. temperature: of the softmax.
     """
 
@@ -50,6 +52,7 @@ class PolicyOptions:
     entropy: float = 0.5
     schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
     delay: float = 0.2
+    settle: float = 1.0
     lr: float = 5e-3
     mean: float = 0.99
     temperature: float = 1.0
@@ -57,6 +60,8 @@ class PolicyOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.delay < 1:
             raise UsageError(f"delay is {self.delay:g}; it is a share of the training, 0 or more and below 1.")
+        if not self.delay < self.settle <= 1:
+            raise UsageError(f"settle is {self.settle:g}; it is a share of the training above delay, 1 at most.")
         if not 0 <= self.mean < 1:
             raise UsageError(f"mean is {self.mean:g}; it is what a step leaves of a running mean, 0 or more, below 1.")
         if not 0 <= self.entropy < math.inf:
@@ -167,3 +172,19 @@ class Policy(nn.Module):
     def best(self) -> tuple[int, ...]:
         """Each head's most probable option, of equals the first."""
         return tuple(self.probabilities().argmax(1).tolist())
+
+    def within(self, costs: Sequence[Sequence[float]], limit: float) -> tuple[int, ...]:
+        """Each head's most probable option, and cheaper ones where their cost is above a limit that can be met.
+
+        Each change is the one that gives up least probability for what it saves.
+        """
+        logs, choice = self.probabilities().clamp_min(LEAST**2).log().tolist(), list(self.best())
+        while (over := sum(row[item] for row, item in zip(costs, choice, strict=True)) - limit) > 0:
+            moves = []
+            for head, now in enumerate(choice):
+                for item, cost in enumerate(costs[head]):
+                    if (saved := costs[head][now] - cost) > 0:
+                        moves.append(((logs[head][now] - logs[head][item]) / min(saved, over), head, item))
+            _, head, item = min(moves)
+            choice[head] = item
+        return tuple(choice)

@@ -53,7 +53,7 @@ class PolicyLoop(PolicyOptions, Loop):
         def loss(choice: Choice) -> float:
             return float(sum(row[item] for row, item in zip(rows, choice, strict=True)))
 
-        return within(problem, self.searched(problem, loss))
+        return self.searched(problem, loss).within(problem.costs, problem.limit)
 
     def searched(self, problem: Problem, loss: Callable[[Choice], float]) -> Policy:
         """The policy behind all steps; ``loss`` of a choice may be noisy."""
@@ -61,23 +61,11 @@ class PolicyLoop(PolicyOptions, Loop):
         drawn = generator(self.seed, "policy")
         for step in range(self.steps):
             progress = step / max(1, self.steps - 1)
+            if progress >= self.settle < 1:
+                break
             choice = policy.sample(drawn, progress)
             policy.update(self.rewarded(self.quality(loss(choice)), problem.cost(choice) / limit), progress)
         return policy
-
-
-def within(problem: Problem, policy: Policy) -> Choice:
-    """The policy's choice, made cheaper where it has to be: at each change the most probable one for what it saves."""
-    logs, choice = policy.probabilities().clamp_min(1e-30).log().tolist(), list(policy.best())
-    while (over := problem.cost(choice) - problem.limit) > 0:
-        moves = []
-        for group, now in enumerate(choice):
-            for item, cost in enumerate(problem.costs[group]):
-                if (saved := problem.costs[group][now] - cost) > 0:
-                    moves.append(((logs[group][now] - logs[group][item]) / min(saved, over), group, item))
-        _, group, item = min(moves)
-        choice[group] = item
-    return tuple(choice)
 
 
 PART = PolicyLoop

@@ -57,18 +57,32 @@ class Choosing(Acting):
 
     def before_forward(self, progress: float, drawn: torch.Generator) -> None:  # noqa: D102
         self._progress = progress
-        self.choose(self.policy.sample(drawn, progress))
+        if not self._settled:
+            self.choose(self.policy.sample(drawn, progress))
 
     def after_forward(self, loss: Tensor) -> None:  # noqa: D102
         lost, cost = float(loss), self.cost(self.policy.get_buffer("choice").tolist())
         if not torch.isfinite(loss):
             return  # the loop has an error for it
+        if self._settled:
+            cost = self.cost(self.best())
         reward = self.options.rewarded(self.options.quality(lost), cost / self.options.target)
-        self.policy.update(reward, self._progress)
+        if not self._settled:
+            self.policy.update(reward, self._progress)
         self.policy.get_buffer("newest").copy_(torch.tensor([self.policy.entropy(), cost, reward], dtype=torch.float64))
 
     def after_update(self, progress: float) -> None:  # noqa: D102
-        self.choose(self.policy.best())
+        self.choose(self.best())
+
+    @property
+    def _settled(self) -> bool:
+        return self._progress >= self.options.settle < 1
+
+    def best(self) -> tuple[int, ...]:
+        """The most probable formats, where the end is to keep the cost those within it."""
+        if self.options.settle == 1:
+            return self.policy.best()
+        return self.policy.within([group.costs for group in self.groups], self.options.target)
 
     def choose(self, choice: Sequence[int]) -> None:
         """Use these formats."""
@@ -87,7 +101,7 @@ class Choosing(Acting):
     def layers(self) -> dict[str, dict[str, float]]:
         """``weights``; ``choice``, the number of the format, its ``probability`` and its ``bits``."""
         found = {}
-        likely, best = self.policy.probabilities().tolist(), self.policy.best()
+        likely, best = self.policy.probabilities().tolist(), self.best()
         for row, item, group in zip(likely, best, self.groups, strict=True):
             for name, menu in zip(group.names, group.menus, strict=False):
                 count, bits = self.weights[name].latent.numel(), _bits(menu)[item]
@@ -120,6 +134,9 @@ class PolicyCallback(PolicyOptions, Callback):
         weights = rounded_weights(model, NAME)
         menus = {name: _menus(model, name, weight) for name, weight in weights.items()}
         groups = [self._group(name, members, menus, weights) for name, members in self._grouped([*weights]).items()]
+        least = sum(min(group.costs) for group in groups)
+        if self.settle < 1 and least > self.target:
+            raise SchemeError(f"policy: target={self.target:g} can't be met; the least is {least:g}.")
         first = next(iter(weights.values()))
         if NAME not in first._modules:
             policy = Policy([len(group.costs) for group in groups], self)
