@@ -168,3 +168,17 @@ def test_the_command(
     drawn = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
     assert [layer["name"] for layer in drawn["layers"]] == [layer["name"] for layer in found["layers"]]
     assert drawn["front"] == found["front"] and "reversed order" in {row["name"] for row in drawn["compared"]}
+
+
+def test_formats_of_both_sides_against_modelled_cycles(place: Path, tmp_path: Path) -> None:
+    """DyBit's search: half of the cycles of 8 bits; a menu has pairs, and the scheme what enters each layer."""
+    menu = [f"dybit{w} channel / dybit{x}" for w in (8, 4, 2) for x in (8, 4, 2)]
+    settings = SearchSettings(samples=1, seq_len=16, random=0)
+    asked: dict[str, Any] = {"method": "dybit", "menu": menu, "settings": settings}
+    eight = run(place, tmp_path / "eight", budget="cycles=1e9", **asked)
+    assert {row["chosen"] for row in eight["layers"]} == {menu[0]}
+    found = run(place, tmp_path / "half", budget=f"cycles={eight['total'] // 2}", **asked)
+    assert found["total"] <= found["limit"] == eight["total"] // 2 and found["unit"].startswith("modelled")
+    scheme = parse_scheme(yaml.safe_load((tmp_path / "half" / "scheme.yaml").read_text()))
+    assert [f"{rule.weights} / {rule.inputs}" for rule in scheme.rules] == [row["chosen"] for row in found["layers"]]
+    assert len({row["chosen"] for row in found["layers"]}) > 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,9 +121,9 @@ def search(
     found, recipe = settings or SearchSettings(), load_search_recipe(method)
     check_source(data)
     inputs = Quantizer(activations) if activations else None
-    if recipe.training is None:
-        if training or judged_on:
-            raise UsageError(f"method {recipe.name} trains nothing; leave training settings and held-out examples out.")
+    if recipe.training is None and (training or judged_on):
+        raise UsageError(f"method {recipe.name} trains nothing; leave training settings and held-out examples out.")
+    if recipe.sensitivity is not None and not recipe.sensitivity.pairs:
         pairs = {name: (quantizer, inputs) for name, quantizer in parse_menu(menu).items()}
     else:
         pairs = {name: (w, i if inputs is None else inputs) for name, (w, i) in parse_pairs(menu).items()}
@@ -221,7 +221,8 @@ def _chosen(
     rivals = {"searched": choice}
     if asked.settings.random:
         rivals |= {f"uniform {n}": c for n, c in zip(asked.menu, uniform(problem, len(asked.menu)), strict=True)}
-        rivals["reversed order"] = reversed_order(problem, asked.recipe.loop, elements)
+        with suppress(UsageError):  # a loop with a constraint of its own may find nothing
+            rivals["reversed order"] = reversed_order(problem, asked.recipe.loop, elements)
         rivals |= {f"random {i + 1}": at_random(problem, asked.settings.seed, i) for i in range(asked.settings.random)}
     compared = _compared(asked, study, problem, sizes, groups, rivals, held_out)
     of = {i: choice[number] for number, members in enumerate(groups) for i in members}

@@ -155,7 +155,10 @@ def searched_layers(asked: Asked) -> list[Layer]:
     if not first:
         raise SchemeError("nothing is left to search; ignore fewer layers.")
     menus = zip(*[[target.rule.weights for target in plan] for plan in plans], strict=True)
-    return [Layer(target=t, menu=[q for q in menu if q is not None]) for t, menu in zip(first, menus, strict=True)]
+    return [
+        Layer(target=t, menu=[q for q in menu if q is not None], inputs=asked.inputs)
+        for t, menu in zip(first, menus, strict=True)
+    ]
 
 
 def sized(size: Sized, layer: Layer, macs: int, model: Any) -> Sized:
@@ -193,7 +196,9 @@ def problem_of(
         UsageError: nothing meets it; the message has the least.
     """
     limit = asked.cost.limit(asked.budget, sizes)
-    made = Problem(names=names, losses=losses.double(), costs=costs, limit=limit, unit=asked.cost.unit)
+    sides = zip(asked.menu.values(), asked.inputs, strict=True)
+    bits = [(weights.format.bits, 0 if inputs is None else inputs.format.bits) for weights, inputs in sides]
+    made = Problem(names=names, losses=losses.double(), costs=costs, limit=limit, unit=asked.cost.unit, bits=bits)
     made.check(asked.budget, asked.cost.shown(made.least, sizes))
     return made
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 
+from nybble.core.errors import UsageError
 from nybble.core.seeds import generator
 from nybble.search.loops import Loop
 from nybble.search.problem import Choice, Problem
@@ -73,6 +75,7 @@ def front(problem: Problem, loop: Loop, points: int) -> list[tuple[int, float, C
     """
     span, found = problem.most - problem.least, []
     for point in range(points):
-        choice = loop.solve(replace(problem, limit=problem.least + span * point // (points - 1)))
-        found.append((problem.cost(choice), problem.loss(choice), choice))
+        with suppress(UsageError):  # a loop with a constraint of its own doesn't come to each of them
+            choice = loop.solve(replace(problem, limit=problem.least + span * point // (points - 1)))
+            found.append((problem.cost(choice), problem.loss(choice), choice))
     return [each for i, each in enumerate(found) if each[2] not in [other[2] for other in found[:i]]]

@@ -23,11 +23,12 @@ class Loop(ABC):
     """A way to choose.
 
     Attributes:
-        draws: whether it tries choices at random: for rewards that are noisy or no sum; of a sum it finds no optimum.
+        near: whether its choice loses hardly more than the best one; others follow a paper's steps, or are for rewards
+            that are noisy.
     """
 
     registry: ClassVar[Any] = REGISTRY
-    draws: ClassVar[bool] = False
+    near: ClassVar[bool] = True
 
     @abstractmethod
     def solve(self, problem: Problem) -> Choice:

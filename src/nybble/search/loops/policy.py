@@ -29,7 +29,7 @@ class PolicyLoop(PolicyOptions, Loop):
 
     steps: int = 1000
     seed: int = 0
-    draws: ClassVar[bool] = True
+    near: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,11 +29,13 @@ class Sensitivity(ABC):
 
     Attributes:
         reads_data: whether it looks at calibration data. differentiates: whether it needs a loss with a gradient.
+        pairs: whether it looks at what formats do to inputs, too, so that a menu has pairs for it.
     """
 
     registry: ClassVar[Any] = REGISTRY
     reads_data: ClassVar[bool] = True
     differentiates: ClassVar[bool] = False
+    pairs: ClassVar[bool] = False
 
     @abstractmethod
     def measure(self, study: Study) -> Float[Tensor, "layers menu"]:
