@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,20 @@ def test_formats_of_both_sides_against_modelled_cycles(place: Path, tmp_path: Pa
     scheme = parse_scheme(yaml.safe_load((tmp_path / "half" / "scheme.yaml").read_text()))
     assert [f"{rule.weights} / {rule.inputs}" for rule in scheme.rules] == [row["chosen"] for row in found["layers"]]
     assert len({row["chosen"] for row in found["layers"]}) > 1
+
+
+def test_orders_of_hawq(place: Path, tmp_path: Path) -> None:
+    """Bits go by the eigenvalue of a weight (S), the order by what the chosen formats lose (Omega)."""
+    found = run(place, tmp_path / "a", method="hawq-v1", settings=replace(SMALL, random=0, samples=1, seq_len=12))
+    rows = {row["name"]: row for row in found["layers"]}
+    sharp = [
+        (
+            sum(rows[n]["sharpness"] * rows[n]["elements"] for n in group) / sum(rows[n]["elements"] for n in group),
+            group,
+        )
+        for group in found["groups"]
+    ]
+    bits = [rows[group[0]]["bits"] for _, group in sorted(sharp, reverse=True)]
+    assert bits == sorted(bits, reverse=True) and len(set(bits)) > 1
+    assert found["order"] == sorted(rows, key=lambda name: -rows[name]["loss"]) and found["order"] != [*rows]
+    assert all(row["loss"] in row["sensitivity"] for row in found["layers"])

@@ -209,6 +209,8 @@ def _chosen(
     losses = asked.recipe.sensitivity.measure(study)
     layers = study.layers
     costs = costs_of(asked, layers, sizes)
+    elements = [sum(sizes[i].elements for i in members) for members in groups]
+    sharp = asked.recipe.sensitivity.sharpness(study)
     problem = problem_of(
         asked,
         [layers[members[0]].name for members in groups],
@@ -216,8 +218,10 @@ def _chosen(
         [[sum(costs[i][item] for i in members) for item in range(len(asked.menu))] for members in groups],
         sizes,
     )
+    if sharp:
+        sums = [sum(sharp[i] for i in members) for members in groups]
+        problem = replace(problem, sharpness=[total / n for total, n in zip(sums, elements, strict=True)])
     choice = asked.recipe.loop.solve(problem)
-    elements = [sum(sizes[i].elements for i in members) for members in groups]
     rivals = {"searched": choice}
     if asked.settings.random:
         rivals |= {f"uniform {n}": c for n, c in zip(asked.menu, uniform(problem, len(asked.menu)), strict=True)}
@@ -229,7 +233,10 @@ def _chosen(
     chosen = [of[i] for i in range(len(layers))]
     scheme = scheme_of(asked, layers, chosen)
     rows = layer_rows(asked, layers, sizes, costs, chosen)
-    rows = [{**row, "sensitivity": lost} for row, lost in zip(rows, losses.tolist(), strict=True)]
+    rows = [
+        {**row, "sensitivity": lost, "loss": lost[item], **({"sharpness": sharp[i] / row["elements"]} if sharp else {})}
+        for i, (row, lost, item) in enumerate(zip(rows, losses.tolist(), chosen, strict=True))
+    ]
     points = [
         {"cost": asked.cost.shown(spent, sizes), "loss": lost}
         for spent, lost, _ in front(problem, asked.recipe.loop, POINTS)
@@ -238,6 +245,7 @@ def _chosen(
         "format_version": 1, "request": asked.to_dict(), "unit": asked.cost.unit,
         "budget": asked.budget, "cost": asked.cost.shown(problem.cost(choice), sizes), "total": problem.cost(choice),
         "limit": problem.limit, "loss": problem.loss(choice), "layers": rows,
+        "order": [row["name"] for row in sorted(rows, key=lambda row: -row["loss"])],
         "groups": [[layers[i].name for i in members] for members in groups], "front": points, "compared": compared,
         "scheme": scheme.to_dict(), "versions": versions(),
         **({"threads": torch.get_num_threads()} if asked.cost.measured else {}),

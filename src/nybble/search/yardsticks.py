@@ -57,7 +57,7 @@ def reversed_order(problem: Problem, loop: Loop, elements: list[int]) -> Choice:
     order = each.max(1).values.argsort(stable=True)
     turned = torch.empty_like(each)
     turned[order] = each[order.flip(0)]
-    return loop.solve(replace(problem, losses=turned * sizes))
+    return loop.solve(replace(problem, losses=turned * sizes, sharpness=[-each for each in problem.sharpness]))
 
 
 def uniform(problem: Problem, menu: int) -> list[Choice]:

@@ -45,6 +45,13 @@ class Sensitivity(ABC):
             NybbleError: the data or the loss can't be used; names the layer.
         """
 
+    def sharpness(self, study: Study) -> list[float]:
+        """Of each layer, over all its weights: curvature without what a format does; none: it measures none.
+
+        After :meth:`measure` nothing is measured again.
+        """
+        return []
+
 
 def squared_changes(study: Study, factors: Sequence[float]) -> Float[Tensor, "layers menu"]:
     """The squared error of each layer's weights in each format, times a factor a layer."""
