@@ -88,6 +88,8 @@ def test_the_largest_layer_that_loses_least_steps_down_first_and_by_one_level() 
     assert Levels().solve(given) == (2, 1, 2)
     assert Levels().solve(replace(given, limit=500)) == (2, 1, 1)
     assert Levels().solve(replace(given, bits=())) == (2, 1, 2)
+    leap = replace(given, losses=torch.tensor([[9.0, 3.0, 0.0], [9.0, 1.0, 0.0], [0.5, 2.0, 0.0]]).double())
+    assert Levels().solve(leap) == (2, 1, 2)  # 2 bits are two levels from 8, whatever they lose
     with pytest.raises(UsageError, match=r"beta is 0\.5"):
         Levels(beta=0.5)
 
