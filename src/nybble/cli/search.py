@@ -18,7 +18,7 @@ from nybble.recipes.search import check_search_recipe
 
 @dataclass(frozen=True, kw_only=True)
 class SizeOptions:
-    """:class:`nybble.pipelines.search.SearchSettings`."""
+    """:class:`nybble.pipelines.search_job.SearchSettings`."""
 
     PANEL: ClassVar[str] = "Sizes and run"
     samples: Annotated[int, typer.Option(help="Calibration samples, and as many held-out ones.")] = 16
