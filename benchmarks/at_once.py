@@ -32,7 +32,8 @@ TOLD = ("steps", "batch", "lr", "length", "layers", "width", "vocabulary", "floa
 class Request:
     """What a row asks of :func:`nybble.pipelines.train.train`; of the study's updates it has one in ``stages``.
 
-    ``settings``: its own, over the study's.
+    ``settings``: its own, over the study's. ``make``: makes the folder in place of training, from the place where it
+    should be and the settings, and says where it is.
     """
 
     recipe: str
@@ -41,6 +42,7 @@ class Request:
     options: Mapping[str, Any]
     stages: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
+    make: Callable[[Path, Mapping[str, Any]], Path] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,9 @@ class Study:
             "optimizer": f"torch.AdamW {self.optimizer}{' fused=true' * gpu}".strip(),
             **({} if options.length is None else {"seq_len": options.length}), **asked.settings,
         }  # fmt: skip
-        if not out.exists():
+        if asked.make is not None:
+            out = asked.make(out, settings)
+        elif not out.exists():
             train(
                 asked.recipe, options.work / "float", out, str(asked.data), scheme=asked.scheme, options=asked.options,
                 settings=settings, form="native",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # what the names below are, for type checkers and editors
     from nybble.pipelines.quantize import quantize as quantize
     from nybble.pipelines.quantize import quantize_many as quantize_many
     from nybble.pipelines.save import save as save
+    from nybble.pipelines.search import search as search
     from nybble.qtensor import QTensor as QTensor
     from nybble.quantizer import Quantizer as Quantizer
     from nybble.recipe import Recipe as Recipe
@@ -50,6 +51,7 @@ _NAMES = {
     "evaluate": "nybble.eval",
     "convert": "nybble.pipelines.convert",
     "export": "nybble.export",  # the room of targets, which can be called
+    "search": "nybble.search",  # likewise, of searches
     "optim": "nybble.optim",
     "NybbleError": "nybble.core.errors",
 }
@@ -68,4 +70,5 @@ def _import(name: str) -> None:
 
 when_imported("transformers.quantizers.auto", partial(_import, "nybble.checkpoint.transformers_compressed"))
 when_imported("nybble.export", partial(callable_too, "nybble.export", "nybble.pipelines.export"))
+when_imported("nybble.search", partial(callable_too, "nybble.search", "nybble.pipelines.search"))
 when_imported("peft.tuners.lora.model", partial(_import, "nybble.training.peft_hook"))

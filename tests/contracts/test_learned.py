@@ -34,6 +34,7 @@ LINES: dict[str, tuple[str, ...]] = {
 #: What a part can't learn; everything else of LINES it must.
 REFUSED: dict[str, dict[str, set[str]]] = {
     "ste": {},
+    "menu": {},
     "binarization-scales": {},
     "elastic": {
         ACTIVATIONS: {

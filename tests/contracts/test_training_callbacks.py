@@ -20,6 +20,7 @@ NAMES = CALLBACKS.names()
 BUSY: dict[str, dict[str, Any]] = {
     "oscillation": {"reset_every": 2, "reset_at": 1},
     "annealing": {"start": 0.2, "range": 0.1},
+    "policy": {"target": 3.5, "delay": 0.1, "lr": 0.5},
     "pruning": {"first": 0.2, "share": 0.5, "raises": 2, "ternary": 0.5, "final": 0.7},
 }
 SCHEMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -28,10 +29,11 @@ SCHEMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ste, float4": ({"weights": "nvfp4"}, {}),
     "statistics": ({"weights": "midrise2 channel scale=max-entropy"}, {"weights": "statistics"}),
     "pruned": ({"weights": "ternary channel"}, {"weights": "pruned"}),
+    "menu": ({"weights": "int4 channel"}, {"weights": {"menu": {"others": ["int2 channel", "nvfp4"]}}}),
     "a tied table": ({"targets": ["Embedding"], "weights": "int4 channel", "ignore": []}, {"weights": "lsq"}),
 }
 #: Those that are for one part; the others judge what is rounded to the nearest level.
-OWN = {"pruning": "pruned"}
+OWN = {"pruning": "pruned", "policy": "menu"}
 
 
 def cases() -> list[tuple[str, str]]:
@@ -44,7 +46,12 @@ def prepared(scheme: str) -> Any:
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, acting: list[Acting], progress: float) -> None:
     optimizer.zero_grad()
-    model(input_ids=input_ids(), labels=input_ids(), use_cache=False).loss.backward()
+    for each in acting:
+        each.before_forward(progress, torch.Generator().manual_seed(round(100 * progress)))
+    loss = model(input_ids=input_ids(), labels=input_ids(), use_cache=False).loss
+    for each in acting:
+        each.after_forward(loss.detach())
+    loss.backward()
     for each in acting:
         each.before_update(progress)
     optimizer.step()
@@ -98,7 +105,7 @@ def test_refusals(name: str) -> None:
     with pytest.raises(SchemeError, match=rf"callback {name} looks at weights that train.*there are none"):
         make_part(name, {}).attach(prepare(tiny_model(), {"inputs": "int8 token"}))
     why = (
-        r"layers\.0.*learned: {weights: pruned}"
+        rf"layers\.0.*learned: {{weights: {OWN[name]}}}"
         if name in OWN
         else "not rounded to the nearest.*ste, lsq or statistics"
     )

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tests.tiny import save_text, save_tiny
 
+import nybble
 from nybble.checkpoint.account import inspect
 from nybble.cli import main
 from nybble.core.errors import FileError, ModelError, SchemeError, UsageError
+from nybble.costs import latency
 from nybble.pipelines.quantize import quantize
-from nybble.pipelines.search import SearchSettings, search
+from nybble.pipelines.search import search
+from nybble.pipelines.search_job import SearchSettings
 from nybble.scheme import parse_scheme
 from nybble.search.predictions import Predictions
 
@@ -31,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(place: Path, out: Path, model: str = "model", **changes: Any) -> dict[str, Any]:
-    asked = {"budget": "bits=3.5", "data": str(place / "text.txt"), "settings": SMALL, **changes}
+    asked: dict[str, Any] = {"budget": "bits=3.5", "data": str(place / "text.txt"), "settings": SMALL, **changes}
     return search(place / model, out, **asked)
 
 
@@ -58,8 +63,9 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twice the same; killed in the middle of measuring, and again while comparing, the same too."""
-    for name in ("a", "b"):
-        run(place, tmp_path / name, method="kl")
+    run(place, tmp_path / "a", method="kl")
+    asked: dict[str, Any] = {"budget": "bits=3.5", "data": str(place / "text.txt"), "settings": SMALL, "method": "kl"}
+    nybble.search(place / "model", tmp_path / "b", **asked)
     whole, calls = Predictions.divergence, 0
 
     def killed(self: Predictions) -> float:
@@ -83,6 +89,34 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
     files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "abc"]
     assert files[0] == files[1] == files[2]
     assert set(files[0]) == {"scheme.yaml", "search.json", "search.html"}
+
+
+def test_latency_is_kept_by_a_search_that_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another clock, and the same numbers; a time that nothing meets is refused, and nothing is left of it."""
+    pace = 1e-6
+
+    def clock(layer: Any, x: torch.Tensor, calls: int) -> float:
+        assert x.shape[0] == 1  # a token that is written
+        return pace * float(sum(buffer.nbytes for buffer in layer.weight.buffers()))
+
+    monkeypatch.setattr(latency, "seconds", clock)
+    whole = run(place, tmp_path / "a", method="weight-error", budget="latency=15")
+    assert 12 < whole["cost"] <= 15 and whole["unit"] == "milliseconds of the searched layers"
+    assert whole["total"] == sum(row["bytes"] for row in whole["layers"]) * 1000 and whole["threads"]
+    with pytest.raises(UsageError, match=r"1.0 milliseconds of the searched layers is infeasible.*the least is \d"):
+        run(place, tmp_path / "b", method="weight-error", budget="latency=1")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+    def killed(self: Predictions) -> float:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Predictions, "divergence", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(place, tmp_path / "b", method="weight-error", budget="latency=15")
+    pace = 1e-3
+    again = SearchSettings(samples=2, seq_len=24, random=2, resume=True)
+    assert run(place, tmp_path / "b", method="weight-error", budget="latency=15", settings=again) == whole
 
 
 def test_bad_requests_leave_nothing(place: Path, tmp_path: Path) -> None:
@@ -135,3 +169,34 @@ def test_the_command(
     drawn = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
     assert [layer["name"] for layer in drawn["layers"]] == [layer["name"] for layer in found["layers"]]
     assert drawn["front"] == found["front"] and "reversed order" in {row["name"] for row in drawn["compared"]}
+
+
+def test_formats_of_both_sides_against_modelled_cycles(place: Path, tmp_path: Path) -> None:
+    """DyBit's search: half of the cycles of 8 bits; a menu has pairs, and the scheme what enters each layer."""
+    menu = [f"dybit{w} channel / dybit{x}" for w in (8, 4, 2) for x in (8, 4, 2)]
+    settings = SearchSettings(samples=1, seq_len=16, random=0)
+    asked: dict[str, Any] = {"method": "dybit", "menu": menu, "settings": settings}
+    eight = run(place, tmp_path / "eight", budget="cycles=1e9", **asked)
+    assert {row["chosen"] for row in eight["layers"]} == {menu[0]}
+    found = run(place, tmp_path / "half", budget=f"cycles={eight['total'] // 2}", **asked)
+    assert found["total"] <= found["limit"] == eight["total"] // 2 and found["unit"].startswith("modelled")
+    scheme = parse_scheme(yaml.safe_load((tmp_path / "half" / "scheme.yaml").read_text()))
+    assert [f"{rule.weights} / {rule.inputs}" for rule in scheme.rules] == [row["chosen"] for row in found["layers"]]
+    assert len({row["chosen"] for row in found["layers"]}) > 1
+
+
+def test_orders_of_hawq(place: Path, tmp_path: Path) -> None:
+    """Bits go by the eigenvalue of a weight (S), the order by what the chosen formats lose (Omega)."""
+    found = run(place, tmp_path / "a", method="hawq-v1", settings=replace(SMALL, random=0, samples=1, seq_len=12))
+    rows = {row["name"]: row for row in found["layers"]}
+    sharp = [
+        (
+            sum(rows[n]["sharpness"] * rows[n]["elements"] for n in group) / sum(rows[n]["elements"] for n in group),
+            group,
+        )
+        for group in found["groups"]
+    ]
+    bits = [rows[group[0]]["bits"] for _, group in sorted(sharp, reverse=True)]
+    assert bits == sorted(bits, reverse=True) and len(set(bits)) > 1
+    assert found["order"] == sorted(rows, key=lambda name: -rows[name]["loss"]) and found["order"] != [*rows]
+    assert all(row["loss"] in row["sensitivity"] for row in found["layers"])

@@ -59,7 +59,7 @@ def _command(name: str) -> str:
 
     found = read_yaml(name, "recipe")
     keys = found if isinstance(found, Mapping) else {}
-    return "train" if "method" in keys else "search" if {"sensitivity", "architecture"} & keys.keys() else "quantize"
+    return "train" if "method" in keys else "search" if {"loop", "architecture"} & keys.keys() else "quantize"
 
 
 def _list(

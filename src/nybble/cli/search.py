@@ -19,7 +19,7 @@ from nybble.recipes.search import check_search_recipe
 
 @dataclass(frozen=True, kw_only=True)
 class SizeOptions:
-    """:class:`nybble.pipelines.search.SearchSettings`."""
+    """:class:`nybble.pipelines.search_job.SearchSettings`."""
 
     PANEL: ClassVar[str] = "Sizes and run"
     samples: Annotated[int, typer.Option(help="Calibration samples, and as many held-out ones.")] = 16
@@ -51,17 +51,21 @@ class FormatOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArchitectureOptions:
-    """What methods that find an architecture take."""
+class TrainingOptions:
+    """What methods that train take: those that find an architecture, and searches of formats in training."""
 
-    PANEL: ClassVar[str] = "Architectures"
-    set: Annotated[list[str] | None, typer.Option(help="An option of the method: retrain.steps=100; repeatable.")] = (
-        None
-    )
+    PANEL: ClassVar[str] = "Methods that train"
+    set: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An option of an architecture's method (retrain.steps=100), or a setting of a training (steps=2000); "
+            "repeatable."
+        ),
+    ] = None
     eval: Annotated[str | None, typer.Option(help="Held-out examples to judge with: a SRC.")] = None
 
 
-FORMATS, ARCHITECTURES = FormatOptions(), ArchitectureOptions()
+FORMATS, TRAINING = FormatOptions(), TrainingOptions()
 SHARED = ("seq_len", "device", "seed", "resume")
 """Options of :class:`SizeOptions` that a search of an architecture has too."""
 
@@ -78,7 +82,8 @@ def command(
     budget: Annotated[
         str,
         typer.Option(
-            help="The most that all layers may take: bits=4.0, bytes=N, bops=N; or a network has: parameters=0.6."
+            help="The most that all layers may take: bits=4.0, bytes=N, bops=N, latency=MS; or a "
+            "network has: parameters=0.6."
         ),
     ],
     method: Annotated[
@@ -88,7 +93,7 @@ def command(
         str | None, typer.Option(help="A SRC: calibration data, builtin without; or what an architecture trains on.")
     ] = None,
     formats: FormatOptions = FORMATS,
-    architectures: ArchitectureOptions = ARCHITECTURES,
+    training: TrainingOptions = TRAINING,
     sizes: SizeOptions = SIZES,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
@@ -96,40 +101,41 @@ def command(
     check_new_folder(out)
     check_search_recipe(method)
     check_model(model)
-    for src in (data, architectures.eval):
+    for src in (data, training.eval):
         if src is not None:
             check_source(src)
     from nybble.core.progress import Bars  # torch comes from here on
-    from nybble.search.recipe import ArchitectureRecipe, load_search_recipe
+    from nybble.pipelines.search import search
+    from nybble.pipelines.search_job import SearchSettings
+    from nybble.search.recipe import FormatRecipe, load_search_recipe
+    from nybble.training.optimizers import read_options
 
-    if isinstance(load_search_recipe(method), ArchitectureRecipe):
-        result = _architecture(model, out, budget, method, data, formats, architectures, sizes)
+    recipe, changes = load_search_recipe(method), read_options(training.set or [], "--set")
+    if not isinstance(recipe, FormatRecipe):
+        result = _architecture(model, out, budget, method, data, formats, training.eval, changes, sizes)
         print_json(result) if json else _print_architecture(out, result)
         return
-    _unused(method, "chooses formats", architectures, ARCHITECTURES)
-    from nybble.pipelines.search import SearchSettings, search
-
     result = search(
         model, out, budget=budget, menu=formats.menu, method=method, data="builtin" if data is None else data,
         activations=formats.activations, ignore=("lm_head", *(formats.ignore or ())), targets=formats.target or (),
-        settings=SearchSettings(**vars(sizes)), progress=Bars(), announce=note,
+        judged_on=training.eval, training=changes, settings=SearchSettings(**vars(sizes)), progress=Bars(),
+        announce=note,
     )  # fmt: skip
     print_json(result) if json else _print(out, result)
 
 
 def _architecture(
     model: str, out: Path, budget: str, method: str, data: str | None,
-    formats: FormatOptions, architectures: ArchitectureOptions, sizes: SizeOptions,
+    formats: FormatOptions, judged_on: str | None, changes: dict[str, Any], sizes: SizeOptions,
 ) -> dict[str, Any]:  # fmt: skip
     from nybble.core.progress import Bars
     from nybble.pipelines.search_architecture import ArchitectureSettings, search_architecture
-    from nybble.training.optimizers import read_options
 
     for given, usual in ((formats, FORMATS), (sizes, SIZES)):
         _unused(method, "finds an architecture", given, usual)
     return search_architecture(
-        model, out, budget=budget, method=method, data=data, judged_on=architectures.eval,
-        options=read_options(architectures.set or [], "--set"), progress=Bars(), announce=note,
+        model, out, budget=budget, method=method, data=data, judged_on=judged_on,
+        options=changes, progress=Bars(), announce=note,
         settings=ArchitectureSettings(**{name: getattr(sizes, name) for name in SHARED}),
     )  # fmt: skip
 
@@ -150,6 +156,9 @@ def interrupted(out: Path, **_: object) -> str:
 
 
 def _print(out: Path, result: dict[str, Any]) -> None:
+    if "policy" in result:
+        _print_trained(out, result)
+        return
     drawn = sorted(row["kl"] for row in result["compared"] if row["name"].startswith("random "))
     rows = [
         [row["name"], f"{row['cost']:,.6g}", f"{row['loss']:.4g}", "" if row["kl"] is None else f"{row['kl']:.4g}"]
@@ -176,3 +185,12 @@ def _print_architecture(out: Path, result: dict[str, Any]) -> None:
 
 def _cell(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _print_trained(out: Path, result: dict[str, Any]) -> None:
+    rows = [
+        [row["name"], f"{row['cost']:,.6g}", "" if row["fits"] else "above the budget"] for row in result["compared"]
+    ]
+    print_table("", ("choice", result["unit"], ""), rows)
+    print(f"{out}/model is trained in the formats found; {out}/scheme.yaml has them for another training")
+    print(f"{out}/search.html and {out}/model/report.html show it; open them in any browser")

@@ -7,7 +7,7 @@ them. Other packages add costs through entry points of the group ``nybble.costs`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +17,10 @@ from nybble.quantizer import Quantizer
 REGISTRY = Registry("nybble.costs", "cost", lambda part: isinstance(part, type) and issubclass(part, Cost))
 
 
+Keep = Callable[[str, Callable[[], list[float]]], list[float]]
+"""Numbers by a key: those that are known, or what the function measures, which are known from then on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sized:
     """A layer as far as costs go.
@@ -24,6 +28,7 @@ class Sized:
     Attributes:
         name: of the layer. shape: [out, in] of a matrix of it. matrices: how many it has (fused experts).
         macs: multiply-accumulates of one sample. inputs: the quantizer of what enters it; None: a 16-bit float.
+        rows: of input that one call multiplies. linear: whether a call is one product of rows with a matrix.
     """
 
     name: str
@@ -31,6 +36,8 @@ class Sized:
     matrices: int = 1
     macs: int = 0
     inputs: Quantizer | None = None
+    rows: int = 1
+    linear: bool = True
 
     @property
     def elements(self) -> int:
@@ -43,12 +50,18 @@ class Cost(ABC):
     """What is paid for a layer's format, in whole units: sums are exact, and a budget is met or isn't.
 
     Attributes:
-        unit: what a budget is given in, for messages. needs_macs: whether ``macs`` of layers have to be known.
+        unit: what a budget is given in, for messages. needs_macs: whether ``macs`` (and ``rows``) of layers have to be
+            known. measured: whether :meth:`of` times this machine, so that numbers have to be kept.
     """
 
     registry: ClassVar[Any] = REGISTRY
     unit: ClassVar[str]
     needs_macs: ClassVar[bool] = False
+    measured: ClassVar[bool] = False
+
+    def here(self, device: str, keep: Keep) -> Cost:
+        """The same on a device, with numbers that are kept; of costs that measure."""
+        return self
 
     @abstractmethod
     def of(self, layer: Sized, weights: Quantizer) -> int:

@@ -11,7 +11,8 @@ def render(result: dict[str, Any]) -> str:
     """Make the page.
 
     Args:
-        result: of :func:`nybble.pipelines.search.search`.
+        result: of :func:`nybble.pipelines.search.search`. Of a search in training there are no losses to chart: the
+            page of its model has what was learned.
 
     Raises:
         UsageError: Jinja2 is missing.
@@ -41,7 +42,7 @@ def _drawing(result: dict[str, Any], compared: list[dict[str, Any]]) -> dict[str
             "name": row["name"], "weights": row["weights"], "bits": row["bits"],
             "sensitivity": max(row["sensitivity"]) / row["elements"],
         }
-        for row in result["layers"]
+        for row in result["layers"] if "sensitivity" in row
     ]  # fmt: skip
-    points = [{key: row[key] for key in ("name", "cost", "loss")} for row in compared]
+    points = [{key: row[key] for key in ("name", "cost", "loss")} for row in compared if "loss" in row]
     return {"unit": result["unit"], "front": result["front"], "compared": points, "layers": layers}

@@ -54,11 +54,16 @@ def see(model: nn.Module, targets: Sequence[Target], call: Callable[[], Any]) ->
                 names.append(target.name)
             if kind.fused:
                 rows = sum(len(own) for _, own in kind.routed(module, target.leaf, args, kwargs))
-            else:
-                rows = kind.rows(module, x).numel() // (target.shape[1] * target.groups)
-            macs[target.name] += rows * target.shape[0] * target.shape[1]
+                macs[target.name] += rows * target.shape[0] * target.shape[1]
 
-        handles.append(model.get_submodule(target.module).register_forward_pre_hook(watch, with_kwargs=True))
+        def count(module: nn.Module, args: tuple[Any, ...], output: Any, target: Target = target) -> None:
+            if not target.kind.fused:
+                rows = target.kind.products(module, output) // target.groups
+                macs[target.name] += rows * target.shape[0] * target.shape[1]
+
+        module = model.get_submodule(target.module)
+        handles.append(module.register_forward_pre_hook(watch, with_kwargs=True))
+        handles.append(module.register_forward_hook(count))
     try:
         call()
     finally:

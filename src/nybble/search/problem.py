@@ -22,6 +22,8 @@ class Problem:
     Attributes:
         names: of the groups. losses: float64 [groups, menu], any unit, finite.
         costs: by group and format, whole numbers. limit: the most that they may come to. unit: of the costs.
+        sharpness: of each group for each of its weights, where it was measured: a loop may go by its order.
+        bits: of each format's sides (weights, inputs); none: a loop that goes by levels goes by cost.
 
     Raises:
         DataError: a loss that is no finite number; names the group.
@@ -32,6 +34,8 @@ class Problem:
     costs: Sequence[Sequence[int]]
     limit: int
     unit: str = ""
+    bits: Sequence[tuple[int, ...]] = ()
+    sharpness: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         bad = (~torch.isfinite(self.losses)).any(1)

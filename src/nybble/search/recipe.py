@@ -6,8 +6,14 @@ source: paper, year, arXiv number
 sensitivity: {hessian-trace: {probes: 50}}   # of nybble.search.sensitivities, a name or {name: {option: value}}
 loop: ilp                                    # of nybble.search.loops
 
-name: vit-slim
-architecture: {vit-slim: {penalties: ...}}   # of nybble.search.architectures, in place of the last two
+or of a search in training, whose losses are those of the network:
+
+loop: {policy: {entropy: 0.05}}              # what the callback policy has as its options
+training: {options: {losses: {task: 1}}, settings: {lr: 1.0e-3}}     # of the method qat, and of the loop
+
+or of an architecture:
+
+architecture: {vit-slim: {mlp: 5.0e-5}}      # of nybble.search.architectures
 """
 
 from __future__ import annotations
@@ -40,7 +46,8 @@ class SearchRecipe:
     @property
     def parts(self) -> dict[str, Any]:
         """What it is made of, by key."""
-        return {key: vars(self)[key] for key in (*FORMATS, *ARCHITECTURE) if key in vars(self)}
+        found = {key: vars(self).get(key) for key in (*FORMATS, *ARCHITECTURE)}
+        return {key: part for key, part in found.items() if part is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """As YAML holds it, with every option; :func:`parse_search_recipe` reads it back."""
@@ -50,10 +57,15 @@ class SearchRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class FormatRecipe(SearchRecipe):
-    """Which format each layer gets."""
+    """Which format each layer gets; with ``training``, while the network trains."""
 
-    sensitivity: Sensitivity
     loop: Loop
+    sensitivity: Sensitivity | None = None
+    training: Mapping[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of both kinds, with what the training takes."""
+        return super().to_dict() | ({} if self.training is None else {"training": dict(self.training)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,17 +138,33 @@ def parse_search_recipe(data: Any, where: str = "recipe") -> SearchRecipe:
     """
     if not isinstance(data, Mapping):
         raise SchemeError(f"{where}: a search recipe is a mapping with sensitivity and loop; got {data!r}.")
-    kind, parts = (ArchitectureRecipe, ARCHITECTURE) if "architecture" in data else (FormatRecipe, FORMATS)
-    keys = (*WORDS, *parts)
+    found = "architecture" in data
+    kind, keys = (
+        (ArchitectureRecipe, (*WORDS, *ARCHITECTURE)) if found else (FormatRecipe, (*WORDS, *FORMATS, "training"))
+    )
     for key in data:
         if key not in keys:
             raise SchemeError(f"{where}: a search recipe has no key {key!r}.{did_you_mean(str(key), keys)}")
-    for key in parts:
+    for key in ARCHITECTURE if found else ("loop",) if "training" in data else FORMATS:
         if not data.get(key):
             raise SchemeError(f"{where}: the search recipe lacks a {key}.")
+    _check_training(data, where)
     with within(where):
         made: SearchRecipe = build(kind, {"name": where, **data}, "search recipe")
     return made
+
+
+def _check_training(data: Mapping[str, Any], where: str) -> None:
+    """A policy trains, and takes the losses of the training."""
+    training = data.get("training")
+    if training is None and "training" not in data:
+        return
+    if data.get("sensitivity"):
+        raise SchemeError(f"{where}: a search in training measures no sensitivity; leave one of both out.")
+    parts = training if isinstance(training, Mapping) else {"": None}
+    for key, given in parts.items():
+        if key not in ("options", "settings") or not isinstance(given, Mapping):
+            raise SchemeError(f"{where}: training has mappings of options and settings; got {training!r}.")
 
 
 def listed_search_recipes() -> list[SearchRecipe]:

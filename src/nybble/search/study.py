@@ -30,10 +30,12 @@ class Layer:
 
     Attributes:
         target: under its full name. menu: what it may have, as its shape allows it.
+        inputs: of what enters it, in each format of the menu; none where nothing looks at it.
     """
 
     target: Target
     menu: Sequence[Quantizer]
+    inputs: Sequence[Quantizer | None] = ()
 
     @property
     def name(self) -> str:

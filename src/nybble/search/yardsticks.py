@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 
+from nybble.core.errors import UsageError
 from nybble.core.seeds import generator
 from nybble.search.loops import Loop
 from nybble.search.problem import Choice, Problem
@@ -55,7 +57,7 @@ def reversed_order(problem: Problem, loop: Loop, elements: list[int]) -> Choice:
     order = each.max(1).values.argsort(stable=True)
     turned = torch.empty_like(each)
     turned[order] = each[order.flip(0)]
-    return loop.solve(replace(problem, losses=turned * sizes))
+    return loop.solve(replace(problem, losses=turned * sizes, sharpness=[-each for each in problem.sharpness]))
 
 
 def uniform(problem: Problem, menu: int) -> list[Choice]:
@@ -73,6 +75,7 @@ def front(problem: Problem, loop: Loop, points: int) -> list[tuple[int, float, C
     """
     span, found = problem.most - problem.least, []
     for point in range(points):
-        choice = loop.solve(replace(problem, limit=problem.least + span * point // (points - 1)))
-        found.append((problem.cost(choice), problem.loss(choice), choice))
+        with suppress(UsageError):  # a loop with a constraint of its own doesn't come to each of them
+            choice = loop.solve(replace(problem, limit=problem.least + span * point // (points - 1)))
+            found.append((problem.cost(choice), problem.loss(choice), choice))
     return [each for i, each in enumerate(found) if each[2] not in [other[2] for other in found[:i]]]

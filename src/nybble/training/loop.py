@@ -299,6 +299,8 @@ class _Loop(Trainer):
         torch.clear_autocast_cache()  # within a caller's autocast the Trainer's would keep the last update's weights
         if self.augment is not None:
             inputs = self.augment(inputs, generator(self.settings.seed, "train", "augment", *place))
+        for name, acting in self.acting.items():
+            acting.before_forward(self.progress, generator(self.settings.seed, "train", name, *place))
         first: AbstractContextManager[dict[int, int]] = nullcontext({}) if self.memory else keeping(model)
         with first as kept:
             loss: Tensor = super().training_step(model, inputs, items)
@@ -306,6 +308,8 @@ class _Loop(Trainer):
             raise LearningError(
                 f"the loss of update {self.state.global_step + 1} is {loss.item()}; use a smaller lr, or dtype float32."
             )
+        for acting in self.acting.values():  # the Trainer has divided by the forwards of an update
+            acting.after_forward(loss.detach() * self.settings.accumulate)
         if not self.memory:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             self.memory["gradients"] = sum(g.numel() * g.element_size() for g in gradients)

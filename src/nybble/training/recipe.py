@@ -53,7 +53,7 @@ class TrainingRecipe:
         from nybble.training.settings import TrainSettings
 
         known = [each.name for each in fields(TrainSettings)]
-        for key in self.settings:
+        for key in (*self.settings, *given):
             if key not in known:
                 raise UsageError(f"recipe {self.name}: settings has no {key!r}.{did_you_mean(str(key), known)}")
         return TrainSettings(**{**self.settings, **{key: value for key, value in given.items() if value is not None}})

@@ -63,7 +63,10 @@ def test_every_loop_keeps_the_limit_and_repeats(name: str, seed: int) -> None:
         given, names=[given.names[i] for i in order], losses=given.losses[order], costs=[given.costs[i] for i in order]
     )
     assert tuple(reversed(loop.solve(turned))) == found  # the order of layers changes nothing but the order
-    assert given.loss(found) <= 1.1 * given.loss(Ilp().solve(given))
+    if loop.near:
+        assert given.loss(found) <= 1.1 * given.loss(Ilp().solve(given))
+    else:
+        assert given.loss(found) < min(given.loss(at_random(given, seed, number)) for number in range(20))
 
 
 def test_a_limit_is_met_to_the_unit_where_floats_would_not_see_it() -> None:

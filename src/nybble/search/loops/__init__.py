@@ -20,9 +20,15 @@ REGISTRY = Registry(
 
 @dataclass(frozen=True, kw_only=True)
 class Loop(ABC):
-    """A way to choose."""
+    """A way to choose.
+
+    Attributes:
+        near: whether its choice loses hardly more than the best one; others follow a paper's steps, or are for rewards
+            that are noisy.
+    """
 
     registry: ClassVar[Any] = REGISTRY
+    near: ClassVar[bool] = True
 
     @abstractmethod
     def solve(self, problem: Problem) -> Choice:

@@ -29,11 +29,13 @@ class Sensitivity(ABC):
 
     Attributes:
         reads_data: whether it looks at calibration data. differentiates: whether it needs a loss with a gradient.
+        pairs: whether it looks at what formats do to inputs, too, so that a menu has pairs for it.
     """
 
     registry: ClassVar[Any] = REGISTRY
     reads_data: ClassVar[bool] = True
     differentiates: ClassVar[bool] = False
+    pairs: ClassVar[bool] = False
 
     @abstractmethod
     def measure(self, study: Study) -> Float[Tensor, "layers menu"]:
@@ -42,6 +44,13 @@ class Sensitivity(ABC):
         Raises:
             NybbleError: the data or the loss can't be used; names the layer.
         """
+
+    def sharpness(self, study: Study) -> list[float]:
+        """Of each layer, over all its weights: curvature without what a format does; none: it measures none.
+
+        After :meth:`measure` nothing is measured again.
+        """
+        return []
 
 
 def squared_changes(study: Study, factors: Sequence[float]) -> Float[Tensor, "layers menu"]:

@@ -36,6 +36,10 @@ class HessianTop(Sensitivity):
     def measure(self, study: Study) -> Tensor:  # noqa: D102
         return squared_changes(study, [abs(value) for value in self.eigenvalues(study)])
 
+    def sharpness(self, study: Study) -> list[float]:
+        """Magnitudes: HAWQ's ``S_i``, once each is divided by its layer's number of weights."""
+        return [abs(value) for value in self.eigenvalues(study)]
+
     def eigenvalues(self, study: Study) -> list[float]:
         """Of each layer's block of the Hessian of the mean loss, with their signs."""
         key = f"eigenvalue {self.iterations} {self.tolerance}"

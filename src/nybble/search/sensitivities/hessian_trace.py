@@ -39,6 +39,9 @@ class HessianTrace(Sensitivity):
         sizes = [study.matrices(layer).numel() for layer in study.layers]
         return squared_changes(study, [max(0.0, trace) / size for trace, size in zip(traces, sizes, strict=True)])
 
+    def sharpness(self, study: Study) -> list[float]:  # noqa: D102
+        return [max(0.0, trace) for trace in self.traces(study)]
+
     def traces(self, study: Study) -> list[float]:
         """Of each layer's block of the Hessian of the mean loss, not normalised."""
         key = f"trace {self.probes} {self.tolerance}"

@@ -5,6 +5,9 @@ a recipe (``callbacks: {oscillation: {}}``) or in a loop of one's own::
 
     acting = make_part("oscillation", {}).attach(model)  # prepared
     ...
+    acting.before_forward(progress, generator)
+    loss = model(**batch).loss
+    acting.after_forward(loss.detach())
     loss.backward()
     acting.before_update(progress)
     optimizer.step()
@@ -21,7 +24,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from nybble.core.errors import SchemeError
 from nybble.core.options import build
@@ -33,6 +37,12 @@ class Acting(ABC):
     """A callback at work on one model; :attr:`weights` are those that it looks at, by name."""
 
     weights: Mapping[str, FakeWeight]
+
+    def before_forward(self, progress: float, drawn: torch.Generator) -> None:  # noqa: B027 - most look at updates
+        """A forward is about to be made; ``progress`` of the training: 0 to 1; ``drawn`` is the forward's own."""
+
+    def after_forward(self, loss: Tensor) -> None:  # noqa: B027 - likewise
+        """It was, with this loss: a scalar without a gradient."""
 
     def before_update(self, progress: float) -> None:  # noqa: B027 - most look behind it alone
         """Gradients are there, the optimizer's step is not. ``progress`` of the training: 0 to 1."""
