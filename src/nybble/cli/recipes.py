@@ -59,7 +59,7 @@ def _command(name: str) -> str:
 
     found = read_yaml(name, "recipe")
     keys = found if isinstance(found, Mapping) else {}
-    return "train" if "method" in keys else "search" if "sensitivity" in keys else "quantize"
+    return "train" if "method" in keys else "search" if {"sensitivity", "architecture"} & keys.keys() else "quantize"
 
 
 def _list(
@@ -93,8 +93,11 @@ def _list(
     )
     print_table(
         "methods of nybble search",
-        ("name", "chooses by", "what it does", "source"),
-        [[r.name, next(iter(r.to_dict()["loop"])), r.summary, r.source] for r in searches],
+        ("name", "chooses", "what it does", "source"),
+        [
+            [r.name, "an architecture" if "architecture" in r.parts else "formats", r.summary, r.source]
+            for r in searches
+        ],
     )
 
 

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,10 +21,9 @@ import yaml
 from torch import Tensor
 
 from nybble.checkpoint.marked import is_quantized
-from nybble.checkpoint.parts import same_request
 from nybble.core.device import check_device, out_of_memory
 from nybble.core.dtypes import float_dtype
-from nybble.core.errors import FileError, ModelError, SchemeError, UsageError
+from nybble.core.errors import ModelError, SchemeError, UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, atomic_write_json, atomic_write_text, check_new_folder
 from nybble.core.options import at_least_one
@@ -39,6 +37,7 @@ from nybble.data.text import check_source
 from nybble.models.adapter import adapter_for, reads_of, under
 from nybble.models.sources.folder import FolderSource
 from nybble.models.sources.open import open_source
+from nybble.pipelines.begun import REQUEST, begin
 from nybble.pipelines.constrain import constrain
 from nybble.quantizer import Quantizer
 from nybble.report.search import render
@@ -49,7 +48,7 @@ from nybble.search.losses import next_token, own_labels
 from nybble.search.menu import parse_menu
 from nybble.search.predictions import Predictions
 from nybble.search.problem import Choice, Problem
-from nybble.search.recipe import SearchRecipe, load_search_recipe
+from nybble.search.recipe import FormatRecipe, format_recipe
 from nybble.search.study import Layer, Study
 from nybble.search.yardsticks import at_random, front, reversed_order, uniform
 from nybble.solvers import make_solver
@@ -57,7 +56,7 @@ from nybble.walk.plan import make_plan
 
 POINTS = 17
 """Budgets of the Pareto front."""
-REQUEST, MEASURED = "request.json", "measured.jsonl"
+MEASURED = "measured.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +90,7 @@ class Asked:
     """A request after the checks that need no model."""
 
     model: str
-    recipe: SearchRecipe
+    recipe: FormatRecipe
     menu: Mapping[str, Quantizer]
     cost: Cost
     cost_name: str
@@ -161,7 +160,7 @@ def search(
     found = settings or SearchSettings()
     check_source(data)
     asked = Asked(
-        model=str(model), recipe=load_search_recipe(method), menu=parse_menu(menu), cost=make_cost(cost_name),
+        model=str(model), recipe=format_recipe(method), menu=parse_menu(menu), cost=make_cost(cost_name),
         cost_name=cost_name, budget=amount, inputs=Quantizer(activations) if activations else None,
         ignore=tuple(ignore), targets=tuple(targets), data=data, settings=found, groups=groups,
     )  # fmt: skip
@@ -232,7 +231,7 @@ def _searched(asked: Asked, out: Path, progress: Progress, announce: Callable[[s
     )  # fmt: skip
     folder = AtomicFolder(out, resumable=True)
     with folder as partial:
-        _begin(partial, asked)
+        begin(partial, asked.to_dict(), asked.settings.resume)
         study = replace(study, keep=Kept(partial / MEASURED))
         result = _chosen(asked, study, sizes, groups, batches["evaluation"])
         result["data"] = {part: dict(samples.manifest()) for part, samples in parts.items()}
@@ -242,21 +241,6 @@ def _searched(asked: Asked, out: Path, progress: Progress, announce: Callable[[s
         (partial / MEASURED).unlink(missing_ok=True)
         (partial / REQUEST).unlink()
     return result
-
-
-def _begin(partial: Path, asked: Asked) -> None:
-    """Go on in a folder that a killed run left, or clear it."""
-    request, note = json.loads(json.dumps(asked.to_dict())), partial / REQUEST
-    if asked.settings.resume and note.exists():
-        try:
-            before = json.loads(note.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise FileError(f"{note} can't be read ({error}); remove {partial} and begin anew.") from error
-        same_request(partial, before, request)
-        return
-    for child in partial.iterdir():
-        child.unlink()
-    atomic_write_json(note, request)
 
 
 def _layers(asked: Asked, skeleton: Any) -> list[Layer]:

@@ -1,43 +1,108 @@
-"""Search recipes: how layers are measured, and how formats are chosen.
+"""Search recipes: how layers are measured, and how formats are chosen; or how an architecture is found.
 
 name: hawq
 summary: what it does, in a line
 source: paper, year, arXiv number
 sensitivity: {hessian-trace: {probes: 50}}   # of nybble.search.sensitivities, a name or {name: {option: value}}
 loop: ilp                                    # of nybble.search.loops
+
+name: vit-slim
+architecture: {vit-slim: {penalties: ...}}   # of nybble.search.architectures, in place of the last two
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from nybble.core.errors import SchemeError, did_you_mean, within
+from nybble.core.errors import SchemeError, UsageError, did_you_mean, within
 from nybble.core.options import build
 from nybble.recipe import parse_yaml, read_yaml
 from nybble.recipes.search import REGISTRY, check_search_recipe
+from nybble.search.architectures import Architecture
 from nybble.search.loops import Loop
 from nybble.search.sensitivities import Sensitivity
 
-KEYS = ("name", "summary", "source", "sensitivity", "loop")
+FORMATS, ARCHITECTURE = ("sensitivity", "loop"), ("architecture",)
+"""Keys of the parts that a recipe is made of: of one kind, or the other."""
+WORDS = ("name", "summary", "source")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRecipe:
-    """See the module."""
+    """What both kinds have; see the module."""
 
     name: str
-    sensitivity: Sensitivity
-    loop: Loop
     summary: str = ""
     source: str = ""
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What it is made of, by key."""
+        return {key: vars(self)[key] for key in (*FORMATS, *ARCHITECTURE) if key in vars(self)}
+
     def to_dict(self) -> dict[str, Any]:
         """As YAML holds it, with every option; :func:`parse_search_recipe` reads it back."""
-        parts: dict[str, Any] = {"sensitivity": self.sensitivity, "loop": self.loop}
-        made = {key: {part.registry.key_of(part): dict(vars(part))} for key, part in parts.items()}
-        return {"name": self.name, "summary": self.summary, "source": self.source, **made}
+        made = {key: {part.registry.key_of(part): asdict(part)} for key, part in self.parts.items()}
+        return {word: getattr(self, word) for word in WORDS} | made
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatRecipe(SearchRecipe):
+    """Which format each layer gets."""
+
+    sensitivity: Sensitivity
+    loop: Loop
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureRecipe(SearchRecipe):
+    """Which architecture a network gets."""
+
+    architecture: Architecture
+
+    def changed(self, options: Mapping[str, Any]) -> ArchitectureRecipe:
+        """With options over the recipe's; ``{"retrain.steps": 10}`` changes one of those that are options in turn.
+
+        Raises:
+            SchemeError: no such option, or a value that it can't have.
+        """
+        registry = self.architecture.registry
+        key, given = registry.key_of(self.architecture), asdict(self.architecture)
+        for name, value in options.items():
+            place: Any = given
+            *path, last = name.split(".")
+            for word in path:
+                place = place.get(word) if isinstance(place, dict) else None
+            if not isinstance(place, dict) or (path and last not in place):
+                hint = did_you_mean(name, _dotted(given))
+                raise SchemeError(f"{registry.kind} {key!r} has no option {name!r}.{hint}")
+            place[last] = value
+        where = f"{registry.kind} {key!r}"
+        return replace(self, architecture=build(type(self.architecture), given, where))
+
+
+def _dotted(options: Mapping[str, Any], before: str = "") -> list[str]:
+    """Names of options and of those within, as ``retrain.steps``."""
+    found = []
+    for name, value in options.items():
+        found += [before + name, *(_dotted(value, f"{before}{name}.") if isinstance(value, dict) else ())]
+    return found
+
+
+def format_recipe(name: str) -> FormatRecipe:
+    """A recipe that chooses formats; errors as of :func:`load_search_recipe`.
+
+    Raises:
+        UsageError: it searches an architecture.
+    """
+    found = load_search_recipe(name)
+    if not isinstance(found, FormatRecipe):
+        raise UsageError(
+            f"method {name!r} searches an architecture: nybble.pipelines.search_architecture, or the command, runs it."
+        )
+    return found
 
 
 def load_search_recipe(name: str) -> SearchRecipe:
@@ -61,14 +126,17 @@ def parse_search_recipe(data: Any, where: str = "recipe") -> SearchRecipe:
     """
     if not isinstance(data, Mapping):
         raise SchemeError(f"{where}: a search recipe is a mapping with sensitivity and loop; got {data!r}.")
+    kind, parts = (ArchitectureRecipe, ARCHITECTURE) if "architecture" in data else (FormatRecipe, FORMATS)
+    keys = (*WORDS, *parts)
     for key in data:
-        if key not in KEYS:
-            raise SchemeError(f"{where}: a search recipe has no key {key!r}.{did_you_mean(str(key), KEYS)}")
-    for key in ("sensitivity", "loop"):
+        if key not in keys:
+            raise SchemeError(f"{where}: a search recipe has no key {key!r}.{did_you_mean(str(key), keys)}")
+    for key in parts:
         if not data.get(key):
             raise SchemeError(f"{where}: the search recipe lacks a {key}.")
     with within(where):
-        return build(SearchRecipe, {"name": where, **data}, "search recipe")
+        made: SearchRecipe = build(kind, {"name": where, **data}, "search recipe")
+    return made
 
 
 def listed_search_recipes() -> list[SearchRecipe]:
