@@ -9,7 +9,6 @@ Until all is there it is OUT.partial, with a file a round in it: a killed run go
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -20,25 +19,23 @@ import torch
 from torch import Tensor
 
 from nybble.checkpoint.marked import is_quantized
-from nybble.checkpoint.parts import same_request
 from nybble.core.device import check_device, out_of_memory
-from nybble.core.errors import FileError, ModelError
+from nybble.core.errors import ModelError
 from nybble.core.explicit import explicit_settings
-from nybble.core.files import AtomicFolder, atomic_write_bytes, atomic_write_json, atomic_write_text, new_folder
-from nybble.core.guard import reading
-from nybble.core.progress import Progress, Silent, task
+from nybble.core.files import AtomicFolder, atomic_write_json, atomic_write_text, new_folder
+from nybble.core.progress import Progress, Silent
 from nybble.core.seeds import preserve_global_rng
 from nybble.core.versions import versions
 from nybble.data.images import SYNTHESISED, Preparation, preparation_for
 from nybble.data.labelled import class_names
 from nybble.models.adapter import reads_of
 from nybble.models.sources.open import open_source
+from nybble.pipelines.begun import REQUEST, begin
 from nybble.report.synthesised import render
 from nybble.training.norms import running_norms
-from nybble.training.synthesis.images import Made, Maker, middle
+from nybble.training.synthesis.folder import clear, made_in, stored, write_images
+from nybble.training.synthesis.images import Made, Maker
 from nybble.training.synthesis.options import Synthesis
-
-REQUEST = "request.json"
 
 
 @explicit_settings()
@@ -75,11 +72,11 @@ def synthesise(
     with preserve_global_rng(), out_of_memory(device):
         maker = _maker(str(model), options, device)
         with AtomicFolder(out, resumable=True) as partial:
-            _begin(partial, {"model": str(model), "device": device, **asdict(options)}, resume)
-            made = _all(maker, partial, progress or Silent())
+            begin(partial, {"model": str(model), "device": device, **asdict(options)}, resume)
+            made = made_in(maker, partial, progress or Silent())
             result = _written(maker, made, partial)
-            for path in (partial / REQUEST, *partial.glob("made-*.npz")):
-                path.unlink()
+            clear(partial)
+            (partial / REQUEST).unlink()
     return result
 
 
@@ -101,88 +98,23 @@ def _maker(model: str, options: Synthesis, device: str) -> Maker:
     return Maker(source.model(torch.float32, torch.device(device)), wants, len(classes), options)
 
 
-def _begin(partial: Path, request: dict[str, Any], resume: bool) -> None:
-    note = partial / REQUEST
-    if resume and note.exists():
-        try:
-            before = json.loads(note.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise FileError(f"{note} can't be read ({error}); remove {partial} and begin anew.") from error
-        same_request(partial, before, request)
-        return
-    for child in partial.iterdir():
-        child.unlink()
-    atomic_write_json(note, request)
-
-
-def _all(maker: Maker, partial: Path, progress: Progress) -> list[list[Made]]:
-    """Rounds of each batch, those that are there already read."""
-    options, found = maker.options, list[list[Made]]()
-    steps = options.half_steps + options.full_steps
-    with task(progress, options.batches * options.rounds * steps, "updates of images") as bar:
-        for batch in range(options.batches):
-            rounds: list[Made] = []
-            for number in range(options.rounds):
-                file = partial / f"made-{batch}-{number}.npz"
-                if file.exists():
-                    rounds.append(_read(file))
-                    bar.advance(steps)
-                    continue
-                before = rounds[-1].logits if rounds else None
-                rounds.append(maker.make(batch, number, before, lambda n, loss: bar.advance(n, f"loss {loss:.3f}")))
-                _write(file, rounds[-1])
-            found.append(rounds if options.keep == "all" else rounds[-1:])
-    return found
-
-
-def _write(file: Path, made: Made) -> None:
-    buffer = io.BytesIO()
-    told = np.array([made.loss, made.distance])
-    np.savez(buffer, images=made.images, labels=made.labels, logits=made.logits, told=told)
-    atomic_write_bytes(file, buffer.getvalue())
-
-
-def _read(file: Path) -> Made:
-    with reading(str(file)), np.load(file, allow_pickle=False) as held:
-        images, labels, logits, (loss, distance) = (held[key] for key in ("images", "labels", "logits", "told"))
-    tensors = {
-        "images": torch.from_numpy(images),
-        "labels": torch.from_numpy(labels),
-        "logits": torch.from_numpy(logits),
-    }
-    return Made(**tensors, loss=float(loss), distance=float(distance))
-
-
 def _written(maker: Maker, made: list[list[Made]], partial: Path) -> dict[str, Any]:
     """The files; batches in turn, of each its rounds in turn."""
-    options, flat = maker.options, [each for rounds in made for each in rounds]
-    images, labels, logits = (
-        torch.cat([getattr(each, name) for each in flat])[: options.count] for name in ("images", "labels", "logits")
-    )
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, images=_stored(maker, images), labels=labels.numpy(), logits=logits.numpy())
-    atomic_write_bytes(partial / SYNTHESISED, buffer.getvalue())
+    options = maker.options
+    labels, logits = write_images(maker, made, partial / SYNTHESISED)
     counts = torch.bincount(labels, minlength=maker.classes)
     first = 0 if options.keep == "all" else options.rounds - 1
     result = {
         "format_version": 1, "request": json.loads((partial / REQUEST).read_text(encoding="utf-8")),
-        "images": len(images), "size": list(_stored(maker, images).shape[1:]), "classes": maker.classes,
+        "images": len(labels), "size": list(stored(maker, made[0][0].images).shape[1:]), "classes": maker.classes,
         "smallest": int(counts.min()), "largest": int(counts.max()), "agreement": _agreement(labels, logits),
         "rounds": [_round(first + i, [rounds[i] for rounds in made]) for i in range(len(made[0]))],
         "versions": versions(),
     }  # fmt: skip
     atomic_write_json(partial / "synthesis.json", result)
-    pictures = [_stored(maker, torch.cat([rounds[i].images for rounds in made[:4]])) for i in range(len(made[0]))]
+    pictures = [stored(maker, torch.cat([rounds[i].images for rounds in made[:4]])) for i in range(len(made[0]))]
     atomic_write_text(partial / "synthesis.html", render(result, pictures))
     return result
-
-
-def _stored(maker: Maker, images: Tensor) -> np.ndarray:
-    """As the file has them: uint8 [N, H, W], with channels behind where there are several."""
-    if maker.options.store == "window":
-        images = middle(images.permute(0, 3, 1, 2), maker.window).permute(0, 2, 3, 1)
-    found = images[..., 0] if images.shape[-1] == 1 else images
-    return np.ascontiguousarray(found.numpy())
 
 
 def _agreement(labels: Tensor, logits: Tensor) -> float:
