@@ -44,7 +44,7 @@ SHUFFLES = ChainSpace(stem=4, stem_stride=1, head=12, stages=((8, 2, 2), (16, 1,
 BOTTLENECKS = ChainSpace(
     stem=4, stem_stride=1, head=12, stages=((4, 2, 1), (6, 1, 2)), operations=("mb-3-3", "mb-3-5", "skip")
 )
-CELLS = CellSpace(channels=2, most=6, cells=3, found_cells=3, nodes=2, operations=("none", "skip", "sep-3", "max-pool"))
+CELLS = CellSpace(channels=2, most=4, cells=3, found_cells=3, nodes=2, operations=("none", "skip", "sep-3", "max-pool"))
 TAUGHT = Taught(TASKS.get("images"), nn.Identity(), 3.0, hard=True)
 
 
@@ -207,6 +207,17 @@ def test_a_cell_keeps_the_two_largest_of_each_node() -> None:
     assert kept(chances, names, 2) == [[(0, "skip"), (1, "sep-3")], [(0, "sep-3"), (1, "skip")]]
 
 
+def test_cells_get_the_channels_that_a_budget_allows() -> None:
+    cells: Any = [[[(0, "sep-3"), (1, "skip")], [(1, "sep-3"), (2, "max-pool")]]] * 2
+    costs = {channels: CELLS.cost(ABOUT, cells, channels) for channels in (2, 4)}
+    least, most = CELLS.ends(ABOUT)
+    assert least < costs[2] < costs[4] < most
+    for channels, cost in costs.items():
+        assert CELLS.fitting(ABOUT, cells, cost) == CELLS.fitting(ABOUT, cells, cost + 1) == (channels, cost)
+    with pytest.raises(UsageError, match="with 2 channels, above"):
+        CELLS.fitting(ABOUT, cells, costs[2] - 1)
+
+
 def test_adam_of_alphas_is_torchs() -> None:
     ours = Alphas([3, 3], lr=0.1, betas=(0.5, 0.999), decay=0.01)
     theirs = nn.Parameter(torch.zeros(2, 3))
@@ -327,16 +338,16 @@ SUPERNET: dict[str, Any] = {
 SPOS = {
     **QUICK, **SUPERNET, **{f"space.{key}": value for key, value in CHAIN.items()}, "held": 2,
     "evolution.population": 4,
-    "evolution.parents": 2, "evolution.mutations": 2, "evolution.crossovers": 2, "evolution.generations": 1,
+    "evolution.parents": 2, "evolution.mutations": 1, "evolution.crossovers": 1, "evolution.generations": 1,
 }  # fmt: skip
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "spos": ("flops=0.85", SPOS),
-    "proxyless": ("flops=0.5", {**QUICK, **SUPERNET, "begins": 0.0, "space.stem": 4, "space.stem_stride": 1,
+    "spos": ("macs=0.85", SPOS),
+    "proxyless": ("macs=0.5", {**QUICK, **SUPERNET, "begins": 0.0, "space.stem": 4, "space.stem_stride": 1,
                   "space.head": 12, "space.stages": [[4, 2, 1], [6, 1, 2]],
                   "space.operations": ["mb-3-3", "mb-3-5", "skip"]}),
-    "darts": ("flops=0.5", {**QUICK, **SUPERNET, "space.channels": 2, "space.most": 6, "space.cells": 2,
+    "darts": ("macs=0.5", {**QUICK, **SUPERNET, "space.channels": 2, "space.most": 4, "space.cells": 2,
               "space.found_cells": 2, "space.nodes": 2, "space.operations": ["none", "skip", "sep-3"]}),
-    "alone": ("flops=0.85", {**QUICK, **{f"chain.{key}": value for key, value in CHAIN.items()}, "near": 0.5}),
+    "alone": ("macs=0.85", {**QUICK, **{f"chain.{key}": value for key, value in CHAIN.items()}, "near": 0.5}),
 }  # fmt: skip
 
 
@@ -367,11 +378,13 @@ def test_what_is_found_is_a_model_like_any_other(method: str, given: dict[str, A
 
 def test_data_free_killed_and_gone_on_with(given: dict[str, Any], tmp_path: Path) -> None:
     """No data is named; of one seed the same bytes, however often the run was killed."""
-    asked = {"budget": "flops=0.85", "method": "data-free", "options": SPOS, **given}
+    start = {"start": [["shuffle-3", "xception", "shuffle-5"]]}
+    asked = {"budget": "macs=0.85", "method": "data-free", "options": {**SPOS, **start}, **given}
     found = search_architecture(out=tmp_path / "a", **asked)
     assert found["request"]["data"] is None and found["seconds"].keys() == {"supernet", "retrain"}
     costs = [point["cost"] for point in found["front"]]
-    assert max(costs) <= found["limit"] and len({point["name"] for point in found["front"]}) == len(costs) >= 4
+    assert "0 3 1" in {point["name"] for point in found["front"]}
+    assert max(costs) <= found["limit"] and len({point["name"] for point in found["front"]}) == len(costs) > 4
     again = ArchitectureSettings(resume=True)
     with pytest.raises(KeyboardInterrupt):
         search_architecture(out=tmp_path / "b", settings=again, progress=_Stops(5), **asked)
@@ -393,14 +406,15 @@ def test_what_is_refused(given: dict[str, Any], tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
     for method in METHODS:
-        refused("infeasible in this space; the least is", UsageError, method, "flops=9")
+        refused("infeasible in this space; the least is", UsageError, method, "macs=9")
     refused("no network of the space has 5 to 6 times", UsageError, bins__low=5.0, bins__high=6.0)
     refused("from low to high", UsageError, bins__low=2.0)
     refused("canvas is 8, and the model sees windows of 12", UsageError, synthesis__canvas=8)
     refused("no operation 'shuffle-4'", UsageError, space__operations=["shuffle-4"])
     refused("no operation goes from 4 to 8 channels", SchemeError, space__operations=["skip"])
-    refused("halves channels|halves them", UsageError, space__stages=[[9, 1, 2]])
-    refused("nothing|block 0 can't be 'skip'", UsageError, "alone", operations=["skip"] * 3)
+    refused("halves them", UsageError, space__stages=[[9, 1, 2]])
+    refused("block 0 can't be 'skip'; it is one of shuffle-3", UsageError, "alone", operations=["skip"] * 3)
+    refused("has 3 blocks, and 2 operations are named", UsageError, start=[["shuffle-3"] * 2])
     refused("none of 20,000 networks drawn", UsageError, "alone", near=0.99999)
     refused("name one space", UsageError, "alone", cells={})
     fresh("instance").save_pretrained(tmp_path / "plain")

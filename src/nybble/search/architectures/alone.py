@@ -67,26 +67,21 @@ class Alone(ImageSearch):
             full=table.most, measures=self.finished(study, model, rows), parts=rows_of(self.chain, table, encoding),
         )  # fmt: skip
 
-    def _encoding(self, space: ChainSpace, table: Table, study: Study) -> list[int]:
+    def _encoding(self, space: ChainSpace, table: Table, study: Study) -> tuple[int, ...]:
         """As named, or drawn.
 
         Raises:
-            UsageError: another number of blocks, an operation that a block can't be, or nothing within the budget.
+            UsageError: as of :meth:`ChainSpace.encoding`, or nothing is within the budget.
         """
-        names, limit = space.names(), study.budget.limit(table.most)
+        limit = study.budget.limit(table.most)
         if self.operations:
-            if len(self.operations) != len(names):
-                raise UsageError(f"alone: the space has {len(names)} blocks, and {len(self.operations)} are named.")
-            for number, (name, fit) in enumerate(zip(self.operations, names, strict=True)):
-                if name not in fit:
-                    raise UsageError(f"alone: block {number} can't be {name!r}; it is one of {', '.join(fit)}.")
-            found = [fit.index(name) for name, fit in zip(self.operations, names, strict=True)]
+            found = space.encoding(self.operations)
             if table.of(found) > limit:
                 raise UsageError(f"alone: the network has {table.of(found):,} multiply-accumulates, above {limit:,}.")
             return found
-        drawn = generator(study.seed, "search", "alone")
+        names, drawn = space.names(), generator(study.seed, "search", "alone")
         for _ in range(TRIES):
-            found = [int(torch.randint(len(fit), (), generator=drawn)) for fit in names]
+            found = tuple(int(torch.randint(len(fit), (), generator=drawn)) for fit in names)
             if self.near * limit <= table.of(found) <= limit:
                 return found
         raise UsageError(

@@ -73,7 +73,7 @@ class Spos(ImageSearch):
     Attributes:
         space: what is searched. bins: of paths in training.
         supernet: its training. held: examples of each class that are kept back, to compare paths.
-        evolution: of paths.
+        evolution: of paths. start: networks of its first population, each the operations of its blocks.
     """
 
     space: ChainSpace = field(default_factory=ChainSpace)
@@ -81,11 +81,14 @@ class Spos(ImageSearch):
     supernet: Training = field(default_factory=Training)
     held: int = 8
     evolution: Evolution = field(default_factory=Evolution)
+    start: tuple[tuple[str, ...], ...] = ()
 
     def check(self, study: Study) -> None:
         """The budget too; and that there are paths in the bins."""
         super().check(study)
         at_least_one(held=self.held)
+        for words in self.start:
+            self.space.encoding(words)
         table = self.space.table(self.config_of(study))
         study.budget.check(table.least, table.most)
         limit = study.budget.limit(table.most)
@@ -118,7 +121,7 @@ class Spos(ImageSearch):
             Candidates(
                 choices=[len(place) for place in table.places], score=score,
                 fits=lambda encoding: table.of(encoding) <= limit, limit=f"{limit:,} multiply-accumulates",
-                least=f"The least is {table.least:,}.",
+                least=f"The least is {table.least:,}.", start=[self.space.encoding(words) for words in self.start],
             ),
             study.seed, study.keep, study.progress,
         )  # fmt: skip

@@ -79,8 +79,8 @@ class CellSpace:
         alike = [
             [[[(source, name) for source in (0, 1)] for _ in range(self.nodes)]] * 2 for name in names
         ]  # one operation everywhere
-        least, most = ([self.cost(about, cells, channels) for cells in alike] for channels in (2, self.most))
-        return min(least), max(most)
+        small = [self.cost(about, cells, 2) for cells in alike]
+        return min(small), self.cost(about, alike[small.index(max(small))], self.most)
 
     def fitting(self, about: Mapping[str, Any], cells: Sequence[list[Node]], limit: int) -> tuple[int, int]:
         """The largest even number of channels that a budget allows, and what the network has then.
@@ -88,11 +88,14 @@ class CellSpace:
         Raises:
             UsageError: not even 2.
         """
-        for channels in range(self.most - self.most % 2, 0, -2):
-            found = self.cost(about, cells, channels)
-            if found <= limit:
-                return channels, found
-        raise UsageError(f"the found cells have {found:,} multiply-accumulates with 2 channels, above {limit:,}.")
+        low, high = 1, self.most // 2  # pairs of channels; a network of more costs more
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.cost(about, cells, 2 * middle) <= limit else (low, middle - 1)
+        found = self.cost(about, cells, 2 * low)
+        if found > limit:
+            raise UsageError(f"the found cells have {found:,} multiply-accumulates with 2 channels, above {limit:,}.")
+        return 2 * low, found
 
 
 def kept(chances: Tensor, operations: Sequence[str], nodes: int) -> list[Node]:

@@ -18,7 +18,8 @@ from nybble.training.norms import running_norms
 from nybble.training.synthesis.options import Synthesis
 from nybble.training.tasks import Row
 
-FLOPS = {"flops": "multiply-accumulates"}
+MACS = {"macs": "multiply-accumulates"}
+"""Papers of these searches call them FLOPs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class ImageSearch(Architecture):
             what the search learned from.
     """
 
-    budgets: ClassVar[Mapping[str, str]] = FLOPS
+    budgets: ClassVar[Mapping[str, str]] = MACS
     temperature: float = 3.0
     hard: bool = False
     synthesis: Synthesis = field(default_factory=Synthesis)

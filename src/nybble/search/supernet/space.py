@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nybble.core.errors import SchemeError
+from nybble.core.errors import SchemeError, UsageError
 from nybble.models.operations import KEEPING, make_operation
 from nybble.models.own.chain import ChainConfig, ChainForImageClassification
 from nybble.search.supernet.choices import Choices
@@ -64,6 +64,20 @@ class ChainSpace:
     def words(self, encoding: Sequence[int]) -> list[str]:
         """The operations' names."""
         return [names[number] for names, number in zip(self.names(), encoding, strict=True)]
+
+    def encoding(self, words: Sequence[str]) -> tuple[int, ...]:
+        """The numbers of operations.
+
+        Raises:
+            UsageError: another number of blocks, or an operation that a block can't be.
+        """
+        names = self.names()
+        if len(words) != len(names):
+            raise UsageError(f"the space has {len(names)} blocks, and {len(words)} operations are named.")
+        for number, (word, fit) in enumerate(zip(words, names, strict=True)):
+            if word not in fit:
+                raise UsageError(f"block {number} can't be {word!r}; it is one of {', '.join(fit)}.")
+        return tuple(fit.index(word) for word, fit in zip(words, names, strict=True))
 
     def table(self, about: Mapping[str, Any]) -> Table:
         """Multiply-accumulates of every operation."""
