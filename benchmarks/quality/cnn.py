@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 from networks import load
-from nybble.transforms._batchnorm import fold_batchnorms
 from PIL import Image
 from run import hardware
 from torch import Tensor, nn
@@ -40,6 +39,7 @@ from nybble.eval import classify
 from nybble.nn.swap import hold_dense
 from nybble.pipelines.request import build_recipe
 from nybble.recipe import Recipe
+from nybble.transforms.fold_batchnorm import fold_batchnorms
 
 RESULT = Path(__file__).parents[1] / "results" / "cnn.json"
 PHOTOGRAPHS = (

@@ -6,7 +6,8 @@ SRC                      images and labels
 ``x-images-idx3-ubyte``  also ``.gz``; labels from ``x-labels-idx1-ubyte`` beside it, if it is there
 ``x.npy``                uint8 [N, H, W] or [N, H, W, channels]; no labels
 ``x.npz``                ``images`` as above, and ``labels`` [N], if it is there; nothing pickled is read
-a folder                 pictures (Pillow reads them); folders in it are classes, in the order of their names
+a folder                 pictures (Pillow reads them); folders in it are classes, in the order of their names; of one
+                         that ``nybble synthesise`` wrote, its ``images.npz``
 =======================  =========================================================================================
 """
 
@@ -29,6 +30,7 @@ from nybble.core.errors import DataError, FileError, UsageError
 from nybble.data.samples import patches
 from nybble.data.tokens import check_count, pick
 
+SYNTHESISED = "images.npz"
 _PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 
@@ -224,6 +226,8 @@ def read_images(src: str) -> ImageSet:
         UsageError, FileError, DataError: as :func:`image_samples`.
     """
     path = Path(src).expanduser()
+    if (path / SYNTHESISED).is_file():
+        path = path / SYNTHESISED
     if path.is_dir():
         return _folder(path)
     if not path.exists():

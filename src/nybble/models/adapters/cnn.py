@@ -6,7 +6,7 @@ from nybble.models.adapter import Adapter
 
 PART = Adapter(
     name="cnn",
-    model_types=("resnet", "mobilenet_v2", "nybble-microcontroller"),
+    model_types=("resnet", "mobilenet_v2", "nybble-microcontroller", "nybble-chain", "nybble-cells"),
     blocks="{base}",
     embeddings=(),
     final_norm=None,

@@ -117,7 +117,7 @@ class Study:
     def train(
         self, name: str, model: nn.Module, rows: Sequence[Row], training: Training, *,
         objective: Objective | None = None, groups: Sequence[Mapping[str, Any]] | None = None,
-        callbacks: Mapping[str, Acting] | None = None,
+        callbacks: Mapping[str, Acting] | None = None, task: Task | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """One training by nybble's loop (:func:`nybble.training.loop.train`); one that is done isn't done again.
 
@@ -129,6 +129,7 @@ class Study:
             objective: as of the loop.
             groups: as of the loop.
             callbacks: as of the loop.
+            task: of the rows; left out: the model's own.
 
         Returns:
             ``steps``, ``curve`` and what else a :class:`~nybble.training.loop.Run` has.
@@ -143,7 +144,7 @@ class Study:
             folder.mkdir(parents=True, exist_ok=True)
             started = time.perf_counter()
             run = train(
-                model, rows, training.settings(self, name), folder, self.progress, task=self.task_for(model),
+                model, rows, training.settings(self, name), folder, self.progress, task=task or self.task_for(model),
                 objective=objective, groups=groups, callbacks=callbacks, mixed=True,
             )  # fmt: skip
             save_state(model, weights)
