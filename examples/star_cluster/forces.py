@@ -50,8 +50,10 @@ class Formats:
 
 def quantizer(line: str) -> Quantizer:
     """A line's, with one scale a row."""
-    scale = {} if "scale=" in line else {"scale": "one" if Quantizer(line).format.bits == 16 else "pow2(mode=rceil)"}
-    return Quantizer(line, token=True, **scale)
+    own = Quantizer(line)
+    if "scale=" in line or str(own.scale) != "absmax":  # the line's, or a preset's
+        return Quantizer(line, token=True)
+    return Quantizer(line, token=True, scale="one" if own.format.bits == 16 else "pow2(mode=rceil)")
 
 
 @cache

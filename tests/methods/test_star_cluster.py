@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from examples.star_cluster import start
-from examples.star_cluster.forces import Formats, exact, rounded
+from examples.star_cluster.forces import Formats, exact, quantizer, rounded
 from examples.star_cluster.hermite import Bodies, Cluster
 from scipy import integrate
 from torch import Tensor
@@ -75,7 +75,7 @@ def test_masses_have_two_slopes() -> None:
     solar = mass / mass.min() * start.LIGHT  # the least of so many is the limit, within a thousandth
 
     def density(m: float) -> float:
-        return m**-1.3 if m < start.BREAK else start.BREAK * m**-2.3
+        return math.pow(m, -1.3) if m < start.BREAK else start.BREAK * math.pow(m, -2.3)
 
     whole = integrate.quad(density, start.LIGHT, start.HEAVY, points=[start.BREAK])[0]
     for limit in (0.2, 0.5, 1.0, 5.0):
@@ -228,6 +228,15 @@ def test_a_block_shares_a_scale_with_all_its_components() -> None:
     assert torch.equal(found[3], torch.zeros(3).double())  # 0.3 is less than half of 8, the step of 1000 in 8 bits
 
 
+def test_lines_have_the_scales_they_name() -> None:
+    """Those of a preset, those a line says, none for 16-bit floats; and one a row, whatever the preset's groups."""
+    found = [str(quantizer(line)) for line in ("bf16", "e4m3", "bfp16", "int8 scale=absmax")]
+    assert [line.split(" scale_format")[0] for line in found] == [
+        "float16_e8m7 token scale=one", "float8_e4m3fn token scale=pow2(mode=rceil)", "int8 token scale=pow2",
+        "int8 token",
+    ]  # fmt: skip
+
+
 FORCE = {  # rms relative errors of the sheet's own float64 prototype: other draws, so within a factor
     ("fp32", "fp32", "fp32"): 4.9e-7, ("fp16", "fp16", "fp32"): 1.2e-4, ("bf16", "bf16", "fp32"): 9.9e-4,
     ("e4m3", "fp32", "fp32"): 1.2e-2, ("e5m2", "fp32", "fp32"): 3.1e-2, ("fp16", "fp16", "fp16"): 5.0e-3,
@@ -261,10 +270,11 @@ def test_positions_are_not_what_is_rounded() -> None:
 def test_energy_in_a_frozen_field() -> None:
     """Each particle's is conserved, 16-fold better at half the step; formats that lose force lose it."""
     drift = {}
-    for name, changes in {
+    cases: dict[str, dict[str, Any]] = {
         "coarse": {"step": 2.0**-5}, "fine": {}, "fp16": {"differences": "fp16", "products": "fp16", "sums": "fp32"},
         "bf16": dict.fromkeys(("differences", "products", "sums"), "bf16"),
-    }.items():  # fmt: skip
+    }  # fmt: skip
+    for name, changes in cases.items():
         cluster = command.build(asked(**{"softening": 1 / 4, "step": 2.0**-6, **changes}), frozen=True)
         x, before = cluster.stars.x.clone(), cluster.energies()[1]
         cluster.run(1.0)
