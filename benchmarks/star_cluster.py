@@ -216,7 +216,24 @@ def collect(given: dict[str, Any], rows: list[tuple[str, str, int]]) -> None:
     done = [json.loads(file_of(given, *row).read_text()) for row in rows if file_of(given, *row).exists()]
     size = {key: given[key] for key in ("stars", "particles", "until", "device")}
     where = torch.cuda.get_device_name() if given["device"] == "cuda" else f"{processor()}, 1 thread a row"
-    atomic_write_json(given["out"], {"hardware": where, "versions": versions(), **size, "rows": done})
+    atomic_write_json(
+        given["out"], {"hardware": where, "versions": versions(), **size, "escape_speeds": speeds(done), "rows": done}
+    )
+
+
+def speeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of escaped stars and particles, all seeds together: counts, and whether they are of one distribution."""
+    from scipy.stats import ks_2samp
+
+    found = {}
+    for name in dict.fromkeys(row["name"] for row in rows if row["kind"] == "directions"):
+        last = [row["rows"][-1]["speeds"] for row in rows if row["name"] == name and "rows" in row]
+        stars, particles = (sorted(v for each in last for v in each[who]) for who in ("stars", "particles"))
+        found[name] = {"stars": len(stars), "particles": len(particles)}
+        if stars and particles:
+            test = ks_2samp(stars, particles)
+            found[name] |= {"distance": float(test.statistic), "p": float(test.pvalue)}
+    return found
 
 
 def processor() -> str:
