@@ -333,11 +333,88 @@ def c_train() -> str:
     return f"{table(head, rows)}\n{about}\n"
 
 
+def _spread(found: list[float], digits: str = ".2g") -> str:
+    """Mean of the seeds, and half their range where there are several."""
+    mean = f"{sum(found) / len(found):{digits}}"
+    return mean if len(found) == 1 else f"{mean} ± {(max(found) - min(found)) / 2:.1g}"
+
+
+def _cluster(kind: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """The study's result, and the rows of a kind by their names."""
+    data, found = _load("star_cluster"), dict[str, list[dict[str, Any]]]()
+    for row in data["rows"]:
+        if row["kind"] == kind:
+            found.setdefault(row["name"], []).append(row)
+    return data, found
+
+
+def star_formats() -> str:
+    """What formats do to particles in a star cluster."""
+    data, found = _cluster("formats")
+    rows = []
+    for name, all_seeds in found.items():
+        seeds = [row for row in all_seeds if "error" not in row]
+        if not seeds:
+            rows.append([name, *[""] * 5, all_seeds[0]["error"].split(";")[0]])
+            continue
+        radii = [_spread([row["radii"][k] for row in seeds], ".2f") for k in range(3)]
+        many = _spread([row["unbound"] for row in seeds], ".1f")
+        rows.append([name, *(_spread([row[key] for row in seeds]) for key in ("force", "drift")), *radii, many])
+    head = ("differences, products; sums", "force error", "energy drift", "10 %", "50 %", "90 %", "unbound")
+    seeds = max(map(len, found.values()))
+    about = (
+        f"{data['stars']:,} stars, {data['particles']:,} particles, {data['until']:g} N-body times, seeds: {seeds}; "
+        f"{data['hardware']}, torch {data['versions']['torch']}. Stars' own energy: "
+        f"{max(abs(row['energy']) for row in found['fp64']):.1g} at most."
+    )
+    return f"{table(head, rows)}\n{about}\n"
+
+
+def star_directions() -> str:
+    """Who sinks and who doesn't, by how dense a cluster begins."""
+    data, found = _cluster("directions")
+    rows = []
+    for name, seeds in found.items():
+        ends = [(row["rows"][0], row["rows"][-1]) for row in seeds]
+        half = [_spread([b[who][2] / a[who][2] for a, b in ends], ".2f") for who in ("heaviest", "stars", "particles")]
+        core = [_spread([b[who][0] / a[who][0] for a, b in ends], ".2f") for who in ("stars", "particles")]
+        gone = data["escape_speeds"][name]
+        same = f"p = {gone['p']:.2g}" if "p" in gone else "too few"
+        rows.append([name, *half, *core, f"{gone['stars']} / {gone['particles']}, {same}"])
+    head = (
+        "start",
+        "heaviest tenth, 50 %",
+        "stars, 50 %",
+        "particles, 50 %",
+        "stars, 5 %",
+        "particles, 5 %",
+        "escaped",
+    )
+    return f"{table(head, rows)}\n"
+
+
+def star_speed() -> str:
+    """Seconds of one evaluation of forces."""
+    data, found = _cluster("speed")
+    if data["device"] == "cpu":
+        return "This result is of a processor that others used at the time, so it has no seconds to show.\n"
+    timed, plain = {name: rows[0]["seconds"] for name, rows in found.items()}, found["fp64"][0]["seconds"]
+    counts = [count for count in plain if "massive" not in count]
+    rows = [
+        [name + (", emulated" if found[name][0]["emulated"] else ""), *(f"{times[count]:.2g}" for count in counts)]
+        for name, times in timed.items()
+    ]
+    massive = [f"{plain[f'{n} massive']:.2g}" if f"{n} massive" in plain else "" for n in counts]
+    rows.append(["fp64, all bodies massive", *massive])
+    return f"{table(('seconds for so many particles', *counts), rows)}\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     **{
         f.__name__: f
         for f in (demo, gptq, fake_quantize, speed, memory, minilm, vit, cnn, composition, onnx_layers, qlora)
     },
+    **{f.__name__: f for f in (star_formats, star_directions, star_speed)},
     **{f.__name__: f for f in (optimizer_quality, optimizer_speed, training_memory, c_train)},
     **registries.TABLES,
 }
