@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from functools import partial
 from typing import Any
@@ -10,6 +11,27 @@ import pytest
 import torch
 import triton
 from tests.parts.kernels.test_gpu_products import compile_for_hopper, packed
+
+from nybble.kernels._gpu_weights import Weight, weight_of
+
+
+@pytest.mark.parametrize(
+    "line", ["int4 group=128 symmetric=false", "q4_k", "nvfp4", "nf4-dq", "int3 group=64", "e2m1 channel"]
+)
+def test_triton_compiles_products_of_packed_weights(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its compiler refuses what its interpreter runs."""
+    gpu = importlib.import_module("nybble.kernels.cuda_products")
+    assert not gpu.INTERPRETED
+    monkeypatch.setattr(
+        triton.runtime.jit.JITFunction, "__getitem__", lambda self, grid: partial(compile_for_hopper, self)
+    )
+    record = weight_of(packed(line, 64, 1024))
+    assert isinstance(record, Weight)
+    bias = torch.zeros(64).bfloat16()
+    for rows in (1, 20):
+        gpu.multiply(torch.zeros(rows, 1024).bfloat16(), record, bias, gpu.tile_of(record, rows))
+    gpu.expand(record, torch.bfloat16, 0, 64)
+    gpu.expand(dataclasses.replace(record, k=1022), torch.bfloat16, 0, 64)
 
 
 @pytest.mark.parametrize(

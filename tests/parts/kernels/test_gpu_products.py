@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import importlib
 import importlib.util
 import os
@@ -12,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,24 +63,6 @@ def compile_for_hopper(kernel: Any, *given: Any, num_warps: int = 4, num_stages:
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}  # as of old
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert made.asm["cubin"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(triton is None, reason="needs Triton")
-@pytest.mark.parametrize("line", ["int4 group=128 symmetric=false", "q4_k", "nvfp4", "nf4-dq", "int3 group=64"])
-def test_triton_compiles_them_for_a_gpu(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its compiler refuses what its interpreter runs."""
-    gpu = importlib.import_module("nybble.kernels.cuda_products")
-    monkeypatch.setattr(
-        triton.runtime.jit.JITFunction, "__getitem__", lambda self, grid: partial(compile_for_hopper, self)
-    )
-    record = weight_of(packed(line, 64, 1024))
-    assert isinstance(record, Weight)
-    bias = torch.zeros(64).bfloat16()
-    for rows in (1, 20):
-        gpu.multiply(torch.zeros(rows, 1024).bfloat16(), record, bias, gpu.tile_of(record, rows))
-    gpu.expand(record, torch.bfloat16, 0, 64)
-    gpu.expand(dataclasses.replace(record, k=1022), torch.bfloat16, 0, 64)
 
 
 def test_the_compiled_kernels_get_what_their_source_reads() -> None:
