@@ -68,7 +68,7 @@ def exact(x: Tensor, v: Tensor, stars: tuple[Tensor, ...], softening: float, own
     ``own``: the bodies are the stars of these indices, and don't act on themselves. DataError: two at one place.
     """
     found, mass = [x.new_empty(0, 7)], stars[2]
-    for at in torch.arange(len(x), device=x.device).split(max(1, PAIRS[x.device.type] // len(mass))):
+    for at in torch.split(torch.arange(len(x), device=x.device), max(1, PAIRS[x.device.type] // len(mass))):
         d, u, soft = stars[0] - x[at, None], stars[1] - v[at, None], x.new_full((len(at), len(mass)), softening**2)
         if own is not None:
             soft[torch.arange(len(at), device=x.device), own[at]] = math.inf
@@ -86,7 +86,7 @@ def rounded(x: Tensor, v: Tensor, stars: tuple[Tensor, ...], softening: float, f
     DataError: a sum beyond its format's range, or a particle on a star that nothing softens.
     """
     mass, at_once = rounding(formats.masses)(stars[2][None])[0], max(1, PAIRS[x.device.type] // formats.block)
-    parts = zip(x.split(at_once), v.split(at_once), strict=True)
+    parts = zip(torch.split(x, at_once), torch.split(v, at_once), strict=True)
     total = torch.cat([x.new_empty(0, 6), *(_sums(*part, stars, mass, softening**2, formats) for part in parts)])
     largest = math.inf if formats.sums in WIDE else quantizer(formats.sums).format.max
     over = ~(total.abs() < largest).all(1)
@@ -99,7 +99,7 @@ def rounded(x: Tensor, v: Tensor, stars: tuple[Tensor, ...], softening: float, f
 def _sums(x: Tensor, v: Tensor, stars: tuple[Tensor, ...], mass: Tensor, soft: float, formats: Formats) -> Tensor:
     operands, products, sums = (rounding(line) for line in (formats.differences, formats.products, formats.sums))
     total = x.new_zeros(len(x), 6)
-    for of in torch.arange(len(mass), device=x.device).split(formats.block):
+    for of in torch.split(torch.arange(len(mass), device=x.device), formats.block):
         both = stars[0][of] - x[:, None], stars[1][of] - v[:, None]
         d, u = (operands(each.flatten(1)).view_as(each) for each in both)
         terms = torch.cat([products(part.flatten(1)).view_as(d) for part in _terms(d, u, mass[of], soft)], 2)

@@ -34,7 +34,7 @@ class Bodies:
 
     def begin(self, of: Field) -> None:
         """First forces and steps."""
-        self.a, self.j = of(torch.arange(len(self.x), device=self.x.device), self.x, self.v).split(3, 1)
+        self.a, self.j = torch.split(of(torch.arange(len(self.x), device=self.x.device), self.x, self.v), 3, 1)
         if self.eta is not None:
             self.h = self._power(self.eta / 2 * self.a.norm(dim=1) / self.j.norm(dim=1))
 
@@ -57,7 +57,7 @@ class Bodies:
         """Bring those that are due at ``t`` there."""
         who = (self.t + self.h == t).nonzero()[:, 0]
         (x, v), a0, j0, h = self.at(t, who), self.a[who], self.j[who], self.h[who][:, None]
-        a, j = of(who, x, v).split(3, 1)
+        a, j = torch.split(of(who, x, v), 3, 1)
         second = (-6 * (a0 - a) - h * (4 * j0 + 2 * j)) / h**2
         third = (12 * (a0 - a) + 6 * h * (j0 + j)) / h**3
         self.x[who], self.v[who] = x + h**4 * (second / 24 + h * third / 120), v + h**3 * (second / 6 + h * third / 24)

@@ -47,11 +47,10 @@ def _indices(
 @triton.jit
 def _spread(values, BN: tl.constexpr, BU: tl.constexpr):
     """[rows, blocks] -> [rows, units], or [rows, 1] of one block."""
-    if values.shape[1] != 1:  # one return for all: Triton wants the types of several to agree, also of those not taken
-        if values.shape[1] != BU:
-            each: tl.constexpr = BU // values.shape[1]
-            values = tl.reshape(tl.broadcast_to(values[:, :, None], (BN, values.shape[1], each)), (BN, BU))
-    return values
+    if values.shape[1] != 1 and values.shape[1] != BU:
+        each: tl.constexpr = BU // values.shape[1]
+        values = tl.reshape(tl.broadcast_to(values[:, :, None], (BN, values.shape[1], each)), (BN, BU))
+    return values  # the only return: Triton wants the types of several to agree, those of ways not taken too
 
 
 @triton.jit
