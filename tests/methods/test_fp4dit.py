@@ -129,7 +129,7 @@ def test_bad_input(tmp_path: Path) -> None:
 
 
 def test_inputs_are_left_alone_while_weights_learn() -> None:
-    """Section D: rounded inputs come later, in eval mode and in the packed layer; the recipe says so, and others not."""
+    """Section D: rounded inputs come later, in eval mode and when packed; the recipe says so, and others not."""
     linear, x = torch.nn.Linear(32, 8), torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     twin = FakeLayer(linear, inputs=ActivationQuantizer(Quantizer("float6_e2m3fn tensor")))
     rounded = Quantizer("float6_e2m3fn tensor").fake_quantize(x)
@@ -142,3 +142,22 @@ def test_inputs_are_left_alone_while_weights_learn() -> None:
     assert [option.rounds_inputs for option in options] == [False, True]
     with pytest.raises(SchemeError, match="leave one of them out"):
         make_reconstruction("mse", {"inputs": "lsq", "rounds_inputs": False})
+
+
+def test_weights_come_to_what_float_inputs_ask_for() -> None:
+    """Of one layer, with ``rounds_inputs=false``: the same codes whether or not inputs are rounded later."""
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).exp()
+
+    def codes(rounds: bool, inputs: str) -> Tensor:
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(32, 8))
+        step = {"reconstruction": "mse", "weights": "adaround", "rates": {"rounding": 0.05}, "steps": 40,
+                "rounds_inputs": rounds}  # fmt: skip
+        scheme = {"weights": "float4_e2m1fn channel", **({"inputs": inputs} if inputs else {})}
+        made, _ = nybble.quantize(net, {"name": "x", "scheme": scheme, "steps": [{"solver": "rtn"}, step]}, x)
+        found: Tensor = made[0].weight.qtensor().dequantize()
+        return found
+
+    line = "float6_e2m3fn token"
+    assert torch.equal(codes(False, line), codes(True, ""))
+    assert not torch.equal(codes(True, line), codes(True, ""))

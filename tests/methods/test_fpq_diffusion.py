@@ -112,7 +112,7 @@ def test_zeros_and_bad_input() -> None:
 def test_integers_get_the_same_search_of_ranges() -> None:
     """INT4 / INT8 baselines: one format, its range by the same grid; E3M0 competes where it is asked to."""
     x = drawn("student")
-    found, params, fraction = FloatSearch().search(x, Quantizer("int4 tensor"))
+    found, params, _ = FloatSearch().search(x, Quantizer("int4 tensor"))
     tried = [
         (x / s).round().clamp(-7, 7) * s
         for s in (x.abs().max() * k / 7 for k in torch.linspace(0.1, 1.2, 111).tolist())
