@@ -14,7 +14,7 @@ KEPT = (
 )
 
 PART = Adapter(
-    name="diffusion_transformer",
+    name="diffusion-transformer",
     model_types=("nybble-diffusion-transformer",),
     blocks="net.transformer_blocks",
     embeddings=(),
@@ -22,5 +22,5 @@ PART = Adapter(
     head=None,
     reads="latents",
     kept=(*KEPT, "net.proj_out"),
-    limits=("transforms that fold a norm into linears are off: a timestep's modulation stands between them",),
+    limits=("factors can't be moved between layers: a timestep's modulation stands between a norm and its readers",),
 )

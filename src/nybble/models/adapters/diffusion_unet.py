@@ -9,7 +9,7 @@ from __future__ import annotations
 from nybble.models.adapter import Adapter
 
 PART = Adapter(
-    name="diffusion_unet",
+    name="diffusion-unet",
     model_types=("nybble-diffusion-unet",),
     blocks="net",
     embeddings=(),

@@ -6,4 +6,4 @@ from dataclasses import replace
 
 from nybble.models.adapters.diffusion_transformer import PART as TRANSFORMER
 
-PART = replace(TRANSFORMER, name="hunyuan_dit", model_types=("nybble-hunyuan-dit",), blocks="net.blocks")
+PART = replace(TRANSFORMER, name="hunyuan-dit", model_types=("nybble-hunyuan-dit",), blocks="net.blocks")
