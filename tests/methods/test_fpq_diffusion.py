@@ -94,6 +94,23 @@ def test_better_than_min_max_of_any_encoding() -> None:
         assert tails != "student" or least < 0.75 * plain[1]
 
 
+def test_inputs_are_searched_on_rows_spread_over_all() -> None:
+    """By what those rows lose, within the range of all: as the search of these rows alone, beside the largest."""
+    x = drawn("student", 6400).reshape(100, 64)
+    x[1] *= 8  # in no row that is tried
+    weight = Weight(name="w", matrix=torch.randn(4, 64), quantizer=Quantizer(FP4))
+    (found,) = FloatSearch(values=1280).solve([weight], Stats(quantizer=Quantizer(f"{FP8} static"), inputs=x))
+    assert found.inputs is not None
+    few, largest, chosen = x[::5], float(x.abs().max()), found.inputs[0].format
+    errors = {
+        (fmt.name, share): float((torch.from_numpy(sheets(few.double().numpy(), fmt.e, fmt.m, share * largest))  # type: ignore[attr-defined]
+                                  - few).square().sum())
+        for fmt in encodings(chosen) for share in np.linspace(0.1, 1.2, 111)
+    }  # fmt: skip
+    lost = float((found.inputs[0].fake_quantize(few, found.inputs[1]) - few).square().sum())
+    assert lost == pytest.approx(min(errors.values()), rel=1e-3)
+
+
 def test_zeros_and_bad_input() -> None:
     found, params, _ = FloatSearch().search(torch.zeros(4, 8), Quantizer(FP4))
     assert torch.equal(found.fake_quantize(torch.zeros(4, 8), params), torch.zeros(4, 8))

@@ -37,7 +37,8 @@ class FloatSearch(Solver):
     Attributes:
         grid: how many largest values c are tried. low, high: the first and the last, as shares of max|x|.
         wide: encodings without mantissa bits, too.
-        tokens: calibration inputs that are used at most, evenly spread.
+        tokens: calibration inputs that are used at most, evenly spread; ranges are theirs.
+        values: of these, on the rows of how many values at most candidates are tried, evenly spread.
     """
 
     path: ClassVar[str] = "quantized"
@@ -47,12 +48,13 @@ class FloatSearch(Solver):
     high: float = 1.2
     wide: bool = False
     tokens: int = 8192
+    values: int = 1 << 20
 
     def __post_init__(self) -> None:
-        if min(self.grid, self.tokens) < 1 or not 0 < self.low < self.high:
+        if min(self.grid, self.tokens, self.values) < 1 or not 0 < self.low < self.high:
             raise SchemeError(
-                f"float-search: grid={self.grid} and tokens={self.tokens} are 1 or more, and 0 < low < high; got "
-                f"{self.low:g} .. {self.high:g}."
+                f"float-search: grid={self.grid}, tokens={self.tokens}, values={self.values} are 1 or more, and 0 < "
+                f"low < high; got {self.low:g} .. {self.high:g}."
             )
 
     def needs(self, inputs: Quantizer | None) -> frozenset[str]:  # noqa: D102
@@ -71,7 +73,7 @@ class FloatSearch(Solver):
 
     def flops(self, rows: int, columns: int, tokens: int, inputs: Quantizer | None) -> float:
         """Candidates times values; rounding one counts as 50."""
-        seen = min(tokens, self.tokens) * columns if inputs is not None and inputs.static else 0
+        seen = min(min(tokens, self.tokens) * columns, self.values) if inputs is not None and inputs.static else 0
         return 50.0 * 4 * self.grid * (rows * columns + seen)
 
     def quantizer_for(self, quantizer: Quantizer) -> Quantizer:  # noqa: D102
@@ -98,15 +100,18 @@ class FloatSearch(Solver):
         x = stats.inputs.float().flatten(0, -2)
         if not bool(x.isfinite().all()):
             raise DataError(f"the calibration inputs of {name} hold NaN or Inf; check the data and the model's dtype.")
-        quantizer, params, _ = self.search(x, stats.quantizer)
+        quantizer, params, _ = self.search(x, stats.quantizer, x[:: max(1, -(-x.numel() // self.values))])
         return quantizer, params
 
-    def search(self, x: Tensor, quantizer: Quantizer) -> tuple[Quantizer, QuantParams, Tensor]:
+    def search(
+        self, x: Tensor, quantizer: Quantizer, few: Tensor | None = None
+    ) -> tuple[Quantizer, QuantParams, Tensor]:
         """The encoding and the range with the least squared error; the scheme's own under min-max where none is better.
 
         Args:
             x: float32 [rows, columns].
             quantizer: says the width and the granularity.
+            few: rows of ``x`` on which candidates are tried; of a quantizer without scales of rows. None: all.
 
         Returns:
             the quantizer in its format, its parameters, and c over max|x|, float32 [units].
@@ -115,12 +120,13 @@ class FloatSearch(Solver):
         best: tuple[Ladder, Tensor, Tensor] | None = None
         for fmt in encodings(quantizer.format, self.wide):
             ladder = Ladder(x, with_format(quantizer, fmt))
+            tried = ladder if few is None else ladder.on(few)
 
-            def lost(values: Tensor, units: int = ladder.units) -> Tensor:
-                return (values - x).square().reshape(units, -1).sum(1)
+            def lost(values: Tensor, tried: Ladder = tried) -> Tensor:
+                return (values - tried.x).square().reshape(tried.units, -1).sum(1)
 
             first = torch.ones(ladder.units, dtype=torch.float32, device=x.device)
-            fraction, errors = descend(ladder, lost, (first, lost(ladder.values(first))), shares)
+            fraction, errors = descend(tried, lost, (first, lost(tried.values(first))), shares)
             if best is None or errors.sum() < best[2].sum():
                 best = ladder, fraction.clone(), errors.clone()
         assert best is not None
