@@ -114,16 +114,14 @@ def steps(
         [samples, channels, rows, columns]), and the latents then. With guidance the inputs have twice as many samples.
     """
     guided = null is not None and sampling.guidance != 1
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     scheduler.set_timesteps(sampling.steps, device=noise.device)
     x = noise * float(scheduler.init_noise_sigma)
     given = {n: torch.cat([t, null[n]]) if guided and null else t for n, t in conditions.items()}
-    given = {n: t.to(dtype) if t.is_floating_point() else t for n, t in given.items()}
     draws = generator(sampling.seed, "scheduler")
     takes = {"generator": draws} if "generator" in scheduler.step.__code__.co_varnames else {}
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
-        inputs = {"latents": scaled.to(dtype), "timestep": t.expand(len(scaled)).to(scaled.device), **given}
+        inputs = {"latents": scaled, "timestep": t.expand(len(scaled)).to(scaled.device), **given}
         told = model(**inputs).logits.float()
         told = told[:, : x.shape[1]]  # behind it, some tell the variance
         seen, free = told.chunk(2) if guided else (told, told)

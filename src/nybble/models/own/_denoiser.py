@@ -95,6 +95,9 @@ class Denoiser(PreTrainedModel):  # type: ignore[no-untyped-call]
             timestep: [samples], of the noise in each.
             conditions: by diffusers' names, samples in front: ``class_labels``, ``encoder_hidden_states``, ...
         """
+        # As other models do: who calibrates or samples needn't know the dtype. Timesteps stay exact.
+        latents = latents.to(self.dtype)
+        conditions = {n: v.to(self.dtype) if v.is_floating_point() else v for n, v in conditions.items()}
         added = {name: conditions.pop(name) for name in ADDED if name in conditions}
         known = {name: value for name, value in conditions.items() if name in self.takes}
         if "added_cond_kwargs" in self.takes:

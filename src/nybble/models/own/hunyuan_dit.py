@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nybble.models.own._denoiser import Denoiser, DenoiserConfig
+from nybble.models.own._denoiser import Denoised, Denoiser, DenoiserConfig
 
 
 class HunyuanDitConfig(DenoiserConfig):  # type: ignore[no-untyped-call]
@@ -21,6 +21,10 @@ class HunyuanDit(Denoiser):  # type: ignore[no-untyped-call]
 
     config_class = HunyuanDitConfig
     classes = ("HunyuanDiT2DModel",)
+
+    def forward(self, latents: Tensor, timestep: Tensor, **conditions: Any) -> Denoised:
+        """As for all; in the dtype of timesteps the network embeds them, so its pipeline casts these, too."""
+        return super().forward(latents, timestep.to(self.dtype), **conditions)
 
     def more(self, latents: Tensor) -> dict[str, Any]:
         """``image_rotary_emb``: of the grid of patches, relative to the one of 512 pixels."""
