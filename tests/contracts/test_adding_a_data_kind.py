@@ -1,6 +1,6 @@
 """New kinds of data from outside: entry points of another package, none of nybble's files touched.
 
-``signals``, one-dimensional float signals of an .npy file, feed a tiny Conv1d network; ``latents``, which come with a
+``signals``, one-dimensional float signals of an .npy file, feed a tiny Conv1d network; ``codes``, which come with a
 timestep each, feed a stack of blocks. Both are calibrated and judged by the same pipelines as text and images are.
 """
 
@@ -18,11 +18,11 @@ import pytest
 ENTRY_POINTS = """\
 [nybble.data.kinds]
 signals = outside.signals:KIND
-latents = outside.latents:KIND
+codes = outside.latents:KIND
 lonely = outside.signals:KIND
 [nybble.eval.judges]
 signals = outside.judges:SIGNALS
-latents = outside.judges:LATENTS
+codes = outside.judges:LATENTS
 [nybble.models.adapters]
 signal-net = outside.signals:ADAPTER
 latent-net = outside.latents:ADAPTER
@@ -175,7 +175,7 @@ class LatentNet(PreTrainedModel):
 KIND = LatentKind()
 ADAPTER = Adapter(
     name="latent-net", model_types=("latent_net",), blocks="blocks", embeddings=(), final_norm=None, head=None,
-    reads="latents",
+    reads="codes",
 )
 """
 
@@ -218,7 +218,7 @@ class Distance(Judge):
         )
 
 
-SIGNALS, LATENTS = Distance("signals"), Distance("latents")
+SIGNALS, LATENTS = Distance("signals"), Distance("codes")
 '''
 
 RUN = """
@@ -235,7 +235,7 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 result = {"kinds": sorted(__import__("nybble.data.kinds", fromlist=["x"]).KINDS.names())}
 for name, model, data, batch in (
-    ("signals", SignalNet(SignalConfig()), sys.argv[1], 3), ("latents", LatentNet(LatentConfig()), "7", 5),
+    ("signals", SignalNet(SignalConfig()), sys.argv[1], 3), ("codes", LatentNet(LatentConfig()), "7", 5),
 ):
     model.eval().requires_grad_(False)
     for module in model.modules():
@@ -295,14 +295,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_a_kind_from_outside_is_calibrated_and_judged(found: Any) -> None:
-    assert {"images", "latents", "sentences", "signals", "tokens"} <= set(found["kinds"])
-    for name, samples in (("signals", 9), ("latents", 12)):
+    assert {"codes", "images", "sentences", "signals", "tokens"} <= set(found["kinds"])
+    for name, samples in (("signals", 9), ("codes", 12)):
         models = found[name]["models"]
         assert models["float"] == {"distance": 0}
         assert 0 < models["int8"]["distance"] < 0.03 < models["int3"]["distance"]
         assert found[name]["data"]["judged"] == samples  # the judge's count stands in the manifest
         assert "samples" in found[name]["manifest"]
-    assert len(found["signals"]["layers"]) == 3 and len(found["latents"]["layers"]) == 4
+    assert len(found["signals"]["layers"]) == 3 and len(found["codes"]["layers"]) == 4
 
 
 def test_what_is_missing_is_named(found: Any) -> None:
@@ -311,4 +311,4 @@ def test_what_is_missing_is_named(found: Any) -> None:
     assert "unknown kind of data 'signal'. Did you mean 'signals'?" in refused["no such kind"]
     assert "a model of signals is judged by distance; not by ppl" in refused["metric"]
     assert "unknown metric 'distanse'. Did you mean 'distance'?" in refused["unknown"]
-    assert "x reads signals, y reads latents" in refused["mixed"]
+    assert "x reads signals, y reads codes" in refused["mixed"]
