@@ -36,7 +36,7 @@ from nybble.eval.judges import JUDGES, Judge
 from nybble.models.adapter import REGISTRY, Adapter
 from nybble.models.sources.side_files import copy_side_files, side_files
 
-FROM_FILES = [name for name in KINDS.names() if name != "tensors"]  # nothing but the network says what these are
+FROM_FILES = [name for name in KINDS.names() if name not in ("tensors", "latents")]  # the network says what these are
 WANTED = Wanted(part="calibration", samples=5, seq_len=12, seed=3)
 PREPROCESSOR = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.25]}
 
@@ -93,7 +93,7 @@ def prepared(name: str, sources: dict[str, str]) -> Samples:
 
 
 def test_every_kind_has_a_judge_and_every_adapter_a_kind() -> None:
-    assert KINDS.names() == JUDGES.names() == ["images", "pairs", "sentences", "speech", "tensors", "tokens"]
+    assert KINDS.names() == JUDGES.names() == ["images", "latents", "pairs", "sentences", "speech", "tensors", "tokens"]
     assert all(isinstance(judge, Judge) and judge.metrics for judge in JUDGES.all().values())
     adapters: dict[str, Adapter] = REGISTRY.all()
     assert {adapter.reads for adapter in adapters.values()} == set(KINDS.names())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,9 @@ class BlockCall:
         start: what block 0 was given, by name; None for the others.
         mask: bool [batch, tokens], which tokens are real; None where all are.
         flows: what goes from block to block beside the hidden states (:class:`nybble.models.adapter.Flow`).
+        skips: keyword -> name of a stream, of what an earlier block gave and this one gets past those between.
+        kept: name of the stream in which a later block gets what this one gives; empty for none.
+        ended: names of streams that no later block reads.
     """
 
     index: int
@@ -44,6 +47,9 @@ class BlockCall:
     start: Tensors | None
     mask: Tensor | None = None
     flows: tuple[Flow, ...] = ()
+    skips: Mapping[str, str] = field(default_factory=dict)
+    kept: str = ""
+    ended: tuple[str, ...] = ()
 
     def run(self, block: nn.Module, given: Tensors) -> dict[str, Tensor]:
         """Call ``block`` as the model would, on these tensors; return those in front of the next block."""
@@ -55,10 +61,20 @@ class BlockCall:
                     args[flow.takes] = given[flow.name]
                 else:
                     named[flow.takes] = given[flow.name]
+        named |= {keyword: given[name] for keyword, name in self.skips.items()}
         hidden = given[HIDDEN]
-        output = (
+        found = self._found(given, self._called(block, hidden, args, named))
+        if self.kept:
+            found[self.kept] = found[HIDDEN]
+        return {name: tensor for name, tensor in found.items() if name not in self.ended}
+
+    def _called(self, block: nn.Module, hidden: Tensor, args: list[Any], named: dict[str, Any]) -> Any:
+        return (
             block(hidden, *args, **named) if self.keyword is None else block(*args, **{**named, self.keyword: hidden})
         )
+
+    def _found(self, given: Tensors, output: Any) -> dict[str, Tensor]:
+        """What stands in front of the next block."""
         if not isinstance(output, tuple | list):
             more = {f"{NAMED}{k}": v for k, v in output.items()} if isinstance(output, Mapping) else {}
             return {**given, HIDDEN: _main_output(output), **more}
@@ -181,6 +197,7 @@ def _record(
     Returns the calls of the last stack, and whether all of its blocks were called once, in order, with the same shape.
     """
     calls: list[BlockCall] = []
+    gave: list[Any] = []
     shapes: set[torch.Size] = set()
     blocks = stacks[-1]
     before: list[Tensor] = []
@@ -194,7 +211,7 @@ def _record(
             if len(calls) == len(blocks):
                 raise ChainError(f"{type(model).__name__} calls its {len(blocks)} blocks more than once.")
             hidden, call = _split(index, args, kwargs, flows, keep=index == 0)
-            calls.append(call)
+            calls.append(_with_skips(call, gave))
             shapes.add(hidden.shape)
             if behind is not None:
                 if before and before[0].shape == hidden.shape and not _equal(before.pop(), hidden):
@@ -204,7 +221,8 @@ def _record(
                 raise _AllSeenError
             values = {f.gives: call.args[f.takes] if isinstance(f.takes, int) else call.kwargs.get(f.takes)
                       for f in flows if not f.once}  # fmt: skip
-            return returned(hidden, width, flows, values, _MORE if not flows and width > 1 else None)
+            gave.append(hidden.view_as(hidden))  # its own object, so that it is known wherever the model takes it
+            return returned(gave[-1], width, flows, values, _MORE if not flows and width > 1 else None)
 
         return forward
 
@@ -218,7 +236,35 @@ def _record(
         if isinstance(error, ChainError) or len(calls) < len(blocks):
             raise
     in_order = [call.index for call in calls] == list(range(len(blocks)))
-    return calls, in_order and len(shapes) == 1
+    return _with_streams(calls), in_order and len(shapes) == 1
+
+
+def _with_skips(call: BlockCall, gave: Sequence[Tensor]) -> BlockCall:
+    """The call without keywords that hold what an earlier block gave, which come to it by streams.
+
+    ``gave``: of the blocks so far, in order, as the very objects that the model was handed.
+    """
+    found = {
+        keyword: f"skip of block {number}"
+        for keyword, value in call.kwargs.items()
+        for number, tensor in enumerate(gave)
+        if value is tensor
+    }
+    kwargs = {keyword: value for keyword, value in call.kwargs.items() if keyword not in found}
+    return replace(call, kwargs=kwargs, skips=found) if found else call
+
+
+def _with_streams(calls: list[BlockCall]) -> list[BlockCall]:
+    """The calls, with which of them begins and ends each stream."""
+    last = {name: number for number, call in enumerate(calls) for name in call.skips.values()}
+    return [
+        replace(
+            call,
+            kept=name if (name := f"skip of block {call.index}") in last else "",
+            ended=tuple(name for name, number in last.items() if number == at),
+        )
+        for at, call in enumerate(calls)
+    ]
 
 
 def _run_with(

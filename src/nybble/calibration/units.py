@@ -10,7 +10,7 @@ or a squeeze). Modules of its class are units too, with a skip or without. What 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +59,12 @@ class _Call:
 
 @torch.no_grad()
 def find_units(
-    block: nn.Module, layers: Mapping[str, str], run: Callable[[], object], inputs: Iterable[Tensor], by: str
+    block: nn.Module,
+    layers: Mapping[str, str],
+    run: Callable[[], object],
+    inputs: Iterable[Tensor],
+    by: str,
+    classes: Collection[str] = (),
 ) -> list[Unit]:
     """Cut a block into units.
 
@@ -70,6 +75,8 @@ def find_units(
         inputs: the tensors that this call begins with, samples in front.
         by: ``layer``: every layer is in a unit of its own, together with what else a module holds that holds no other
             layer (an activation, say). ``block``: see the module.
+        classes: names of classes whose modules are units by ``block`` as well: where something else (a timestep's
+            embedding, the skips of a U-Net) is read all along, data flow alone has no cuts.
 
     Returns:
         In the order of their calls. Empty where the block can't be cut: a layer is called twice, or in no module with
@@ -77,7 +84,7 @@ def find_units(
     """
     flow = _Flow(block, inputs)
     flow.watch(run)
-    found = _Finder(block, layers, flow)
+    found = _Finder(block, layers, flow, classes)
     names = found.by_layer() if by == "layer" else found.by_block()
     if not names:
         return []
@@ -92,7 +99,8 @@ def find_units(
 
 
 class _Finder:
-    def __init__(self, block: nn.Module, layers: Mapping[str, str], flow: _Flow) -> None:
+    def __init__(self, block: nn.Module, layers: Mapping[str, str], flow: _Flow, classes: Collection[str]) -> None:
+        self.classes = classes
         self.block, self.layers, self.flow, self.calls = block, layers, flow, flow.calls
         self.mixing: set[type[nn.Module]] = set()
 
@@ -117,6 +125,7 @@ class _Finder:
 
     def by_block(self) -> list[str]:
         self.mixing = {type(self.block.get_submodule(name)) for name in self.calls if name and self.mixes(name)}
+        self.mixing |= {type(part) for part in self.block.modules() if type(part).__name__ in self.classes}
         return self._covering(self._in(""))
 
     def _in(self, name: str) -> list[str]:

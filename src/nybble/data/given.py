@@ -87,7 +87,7 @@ def samples_of(data: Data, kind: DataKind, origin: Origin, wanted: Wanted, main:
     if isinstance(data, Tensor):
         return _samples([{main: data}], main)
     if isinstance(data, Mapping):
-        return _samples([data], main)
+        return _ready(data, main) if kind.of_model else _samples([data], main)
     if isinstance(data, list | tuple):
         if not data:
             raise DataError("the data is an empty list; give texts, tensors or samples, or leave it out for 'builtin'.")
@@ -148,6 +148,16 @@ def _samples(items: Sequence[Mapping[str, Any]], main: str) -> GivenSamples:
         inputs["attention_mask"] = _stacked("attention_mask", [torch.ones_like(ids) for ids in rows[first]])
     mask = inputs.get("attention_mask")
     return _made(inputs, inputs[first].numel() if mask is None else int(mask.sum()))
+
+
+def _ready(data: Mapping[str, Any], main: str) -> GivenSamples:
+    """Tensors as the model is called with them, a number a sample among them (a timestep, a class)."""
+    names = sorted(data, key=lambda name: name != main)
+    bare = [name for name in names if not isinstance(data[name], Tensor) or not data[name].numel()]
+    if bare or main not in data:
+        what = f"{bare[0]} is no tensor with something in it" if bare else f"it has no {main}"
+        raise DataError(f"the data maps {', '.join(names) or 'nothing'}, and {what}.")
+    return _made({name: data[name].detach().cpu() for name in names}, _size(data[main]))
 
 
 def _made(inputs: dict[str, Tensor], tokens: int) -> GivenSamples:

@@ -6,6 +6,7 @@ Nothing here computes anything with weights: transforms read the pairs, the walk
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -64,6 +65,10 @@ class Adapter:
             itself, which is one block: its stages differ in shape, and it is small.
         whole: why the model can't be walked from block to block; all of it is then one block, called as the model is,
             and ``blocks`` is empty. Else nothing.
+        kept: names (``*`` stands for anything) of layers that stay in float with the head, by default: a scheme that
+            doesn't ignore ``lm_head`` reaches them, too.
+        units: classes of modules that a model of one block is learned by, where its data flow doesn't tell them
+            (:mod:`nybble.calibration.units`).
     """
 
     name: str
@@ -84,6 +89,8 @@ class Adapter:
     reads: str = "tokens"
     convolutional: bool = False
     whole: str = ""
+    kept: tuple[str, ...] = ()
+    units: tuple[str, ...] = ()
 
     @property
     def offers(self) -> frozenset[str]:
@@ -126,6 +133,10 @@ class Adapter:
     def inside(self, name: str) -> bool:
         """Whether a parameter or module of this name is in a block."""
         return name.startswith(tuple(under(path) for path in self.stacks))
+
+    def keeps(self, name: str) -> bool:
+        """Whether a layer of this name is one of :attr:`kept`."""
+        return any(fnmatchcase(name, pattern) for pattern in self.kept)
 
     def outside(self, model: nn.Module) -> list[str]:
         """Names of the stored tensors that are in no block: embeddings, final norm, head, projections between them."""

@@ -57,7 +57,9 @@ def units_of(window: Window, options: Reconstruction) -> list[Unit]:
     inputs = [*given.values(), *(call.inputs.values() if isinstance(call, WholeCall) else ())]
     layers = layers_of(state.targets, options)
     with state.on("float") as module:
-        return find_units(module, layers, lambda: call.run(module, given), inputs, options.unit)
+        adapter = window.calibration.adapter
+        classes = () if adapter is None else adapter.units
+        return find_units(module, layers, lambda: call.run(module, given), inputs, options.unit, classes)
 
 
 def _few(tensor: Tensor, samples: int) -> Tensor:

@@ -32,6 +32,7 @@ from nybble.walk.estimate import Estimate, estimate, with_layers
 from nybble.walk.fitting import fitting
 from nybble.walk.giving_way import giving_way
 from nybble.walk.plan import Plan, make_plan
+from nybble.walk.sampled import sampled
 from nybble.walk.settings import DEFAULT_SAMPLES, Settings
 from nybble.walk.steps import BlockStep, Load, Subject
 from nybble.walk.steps.make import make_finishes, make_steps
@@ -134,6 +135,8 @@ class Job:
             origin: Origin = InMemory(model.config, tokenizer) if source is None or tokenizer is not None else source
             if is_synthetic(data):
                 made: Samples = synthesised(str(data), model, source, kind.example(model, origin), settings, device)
+            elif kind.of_model and isinstance(data, str | Path):
+                made = sampled(str(data), model, source, settings, device)
             else:
                 made = samples_of(data, kind, origin, settings.wanted(), main)
             tokens = kind.fitted(made, model)

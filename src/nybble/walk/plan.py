@@ -134,7 +134,8 @@ def _sharing(target: Target, tied: list[tuple[str, ...]]) -> list[str]:
 def _match(model: nn.Module, adapter: Adapter, scheme: Scheme, classes: Mapping[str, tuple[str, ...]]) -> Matches:
     """The scheme's rules for the model's modules.
 
-    ``lm_head`` in ``ignore``, as by default, means the output head whatever its name, every other layer that reads the
+    ``lm_head`` in ``ignore``, as by default, means the output head whatever its name, what the adapter keeps in float
+    as one keeps a head (:attr:`~nybble.models.adapter.Adapter.kept`), every other layer that reads the
     table of an embedding (a model may predict words and entities, or have heads in its parts), and what else stands
     behind the blocks (a pooler, a classifier) where a class of targets reached it and its rule needs calibrated inputs,
     which are there for blocks only. Without it such a module is an error.
@@ -152,6 +153,7 @@ def _match(model: nn.Module, adapter: Adapter, scheme: Scheme, classes: Mapping[
         and not isinstance(module, nn.Embedding)  # which FSMT calls its output embeddings
         and (module is head or (name in classes and _reads_table(module, tables)))
     }
+    heads |= {name for name in classes if adapter.keeps(name)}
     found = scheme.match({name: kinds for name, kinds in classes.items() if name not in heads}, fixed)
     named = {
         target for rule in scheme.rules for target in rule.targets if target.startswith("re:") or target in classes

@@ -53,9 +53,11 @@ class DataKind(ABC):
 
     Attributes:
         asks: whether a run that wants data and is given none is refused; else it goes without what only improves it.
+        of_model: whether the model makes its samples itself, of what a SRC says they are to be about.
     """
 
     asks: ClassVar[bool] = True
+    of_model: ClassVar[bool] = False
 
     @abstractmethod
     def prepare(self, src: str, origin: Origin, wanted: Wanted) -> Samples:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from nybble.models.adapter import checkpoint_renames
 from nybble.models.build.config_file import make_config, read_json
 from nybble.models.build.skeleton import base_class, expected_tensors, meta_model, model_class, unsaved
 from nybble.models.named import STATED, check_float, is_packed, stated_quantization
+from nybble.models.own import as_own
 from nybble.models.sources import ModelSource, StoredTensor
 from nybble.models.sources.fused import Fused, made_of
 from nybble.models.sources.layouts import Files, PackedWeight, packed_weights
@@ -199,7 +200,6 @@ def converted_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, s
     return {n: rename_source_key(n, renamings, converters, model.base_model_prefix, expected)[0] for n in names}
 
 
-@final
 class FolderSource(ModelSource):
     """Safetensors in a folder. Only the tensors asked for are read, through the system's page cache.
 
@@ -211,7 +211,7 @@ class FolderSource(ModelSource):
         self.spec = spec
         self.folder = folder
         self.aliases = True
-        raw = read_json(folder / "config.json")
+        raw = as_own(read_json(folder / "config.json"), folder)
         quantization = stated_quantization(folder, raw)
         if is_packed(quantization):
             raw = {key: value for key, value in raw.items() if key not in STATED}

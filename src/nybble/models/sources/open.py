@@ -7,6 +7,7 @@ from pathlib import Path
 from nybble.core.errors import FileError, ModelError
 from nybble.models.build.config_file import read_json
 from nybble.models.named import check_model
+from nybble.models.pipeline_parts import INDEX
 from nybble.models.sources import ModelSource
 
 
@@ -14,7 +15,8 @@ def open_source(spec: str) -> ModelSource:
     """Open what the user named.
 
     Args:
-        spec: a folder with config.json and safetensors, a ``.gguf`` file, ``demo:smollm2``, ``demo:minilm``, a hub id.
+        spec: a folder with config.json and safetensors, a pipeline's with model_index.json, a ``.gguf`` file,
+            ``demo:smollm2``, ``demo:minilm``, a hub id.
 
     Raises:
         ModelError: not a model, of an unknown kind, or only stored as a pickle.
@@ -31,6 +33,10 @@ def open_source(spec: str) -> ModelSource:
 
         return GgufSource(spec, path)
     if path.is_dir():
+        if (path / INDEX).is_file() and not (path / "config.json").exists():
+            from nybble.models.sources.pipeline import open_pipeline
+
+            return open_pipeline(spec, path)
         _check_whole(spec, path)
         from nybble.models.sources.folder import FolderSource
 
