@@ -48,6 +48,7 @@ class Rule:
         matmuls: for the four operands of an attention's two products, one line for all or some apart
             (:class:`~nybble.matmul_format.MatmulFormat`); its targets are attention modules (the class ``Attention``).
         kv: for what these attentions cache, where that differs from the scheme's ``kv``.
+        optional: whether it may match nothing: a role that not every network has.
     """
 
     targets: tuple[str, ...] = ("Linear",)
@@ -56,6 +57,7 @@ class Rule:
     outputs: Quantizer | None = None
     matmuls: MatmulFormat | None = None
     kv: KVFormat | None = None
+    optional: bool = False
 
     @property
     def of_attention(self) -> bool:
@@ -109,8 +111,9 @@ class Scheme:
                 targets[target] += 1
                 chosen[name] = rule
         known = (*modules, *{c for classes in modules.values() for c in classes})
+        spare = {target for rule in self.rules if rule.optional for target in rule.targets}
         for target, count in targets.items():
-            if count == 0:
+            if count == 0 and target not in spare:
                 taken = any(matches(target, name, classes) for name, classes in modules.items())
                 hint = (
                     " What it matches is ignored, can't be quantized, or an earlier target takes it."
@@ -130,9 +133,10 @@ class Scheme:
             lines = {
                 f.name: str(getattr(rule, f.name))
                 for f in fields(rule)
-                if f.name != "targets" and getattr(rule, f.name)
+                if f.name not in ("targets", "optional") and getattr(rule, f.name)
             }
-            rules.append({"targets": list(rule.targets), **lines})
+            optional = {"optional": True} if rule.optional else {}
+            rules.append({"targets": list(rule.targets), **optional, **lines})
         found: dict[str, Any] = {"rules": rules, "ignore": list(self.ignore)}
         if self.name:
             found["name"] = self.name
@@ -304,7 +308,9 @@ def parse_scheme(data: str | Mapping[str, Any]) -> Scheme:
 
 
 def _rule(data: Mapping[str, Any]) -> Rule:
-    _known(data, _RULE_KEYS, "a rule")
+    _known(data, (*_RULE_KEYS, "optional"), "a rule")
+    if not isinstance(data.get("optional", False), bool):
+        raise SchemeError(f"optional is true or false; got {data['optional']!r}.")
     lines: dict[str, Any] = {}
     for key in _RULE_KEYS[1:]:
         line = data.get(key)
@@ -322,7 +328,9 @@ def _rule(data: Mapping[str, Any]) -> Rule:
     if "outputs" in lines and lines["outputs"].static:
         raise SchemeError("outputs are quantized dynamically; leave out 'static'.")
     default = ("Attention",) if attention else ("Linear",)
-    return Rule(targets=_strings(data.get("targets", default), "targets"), **lines)
+    return Rule(
+        targets=_strings(data.get("targets", default), "targets"), optional=data.get("optional", False), **lines
+    )
 
 
 def _kv(data: Mapping[str, Any]) -> KVFormat | None:

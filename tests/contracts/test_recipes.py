@@ -124,7 +124,7 @@ def run(folder: Path, family: str, recipe: Recipe, out: Path | None = None, form
 
 def for_moe(recipe: Recipe) -> Recipe:
     """Experts keep their activations in float: a rule of their own."""
-    rule = recipe.scheme.rules[0]
+    rule = recipe.scheme.rules[-1]
     experts = type(rule)(targets=("Experts",), weights=rule.weights)
     scheme = type(recipe.scheme)(rules=(experts, rule), ignore=recipe.scheme.ignore)
     return recipe.with_scheme(scheme)

@@ -41,11 +41,15 @@ class FakeLayer(Twin):
         trainable: whether gradients reach weight and bias.
         folded: full name of a BatchNorm that is in weight and bias now.
 
+    Attributes:
+        rounds_inputs: whether inputs are rounded in training mode too; in eval mode they always are.
+
     Raises:
         SchemeError: ``like`` is no layer with one matrix, or a Learned is for the other side.
     """
 
     dtype: torch.dtype
+    rounds_inputs = True
 
     def __init__(
         self,
@@ -89,7 +93,7 @@ class FakeLayer(Twin):
         """As the quantized layer."""
         kind, like = self._like
         x = kind.enters(like, widened(x, self.dtype))
-        if self.inputs is not None:
+        if self.inputs is not None and (self.rounds_inputs or not self.training):
             x = self.inputs(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         y = self._layer[0].product(x, self.weight(x.dtype), bias)

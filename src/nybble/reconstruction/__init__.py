@@ -68,6 +68,7 @@ class Reconstruction(ABC):
             the start: AdaRound's strength of 0.01 times 100 is one such loss where nothing is decided yet.
         precision: ``bfloat16`` computes the products of a float32 model's training steps in it, where the device can;
             what is learned, and what is judged, stays float32. ``model`` leaves them.
+        rounds_inputs: whether layers round their inputs while their weights learn, as they will later; FP4DiT's don't.
         keep: the state that training ends with: the ``last``, or the ``best`` seen on the way.
         every: how often ``best`` looks: at the whole window's loss, as it would be stored, every so many steps; 0: at
             each step's own loss, over what that batch lost at the start.
@@ -97,6 +98,7 @@ class Reconstruction(ABC):
     mix_by: Literal["element", "sample"] = "element"
     penalty: float = 100.0
     precision: Literal["model", "bfloat16"] = "model"
+    rounds_inputs: bool = True
     keep: Literal["last", "best"] = "last"
     every: int = 0
     diverged: float = 100.0
@@ -157,6 +159,10 @@ class Reconstruction(ABC):
             raise SchemeError(f"mix={self.mix:g} mixes float inputs into quantized ones; it needs feed=quantized.")
         if self.every and self.keep != "best":
             raise SchemeError(f"every={self.every} is how often keep=best looks; add it, or leave every out.")
+        if not self.rounds_inputs and self.inputs is not None:
+            raise SchemeError(
+                "rounds_inputs=false leaves inputs in float, and inputs are learned; leave one of them out."
+            )
         if self.mix_by == "sample" and not self.mix:
             raise SchemeError("mix_by=sample says how float inputs are mixed in, and mix=0 mixes none; give mix.")
         if self.max_norm is not None and self.optimizer == "sign":

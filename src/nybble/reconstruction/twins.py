@@ -57,7 +57,9 @@ def _twin(state: BlockState, target: Target, layer: QuantLayer, options: Reconst
         inputs = _following(layer.inputs)
     outputs = layer.outputs if change is None else _following(layer.outputs)
     like, folded = state.float_module(target.module), state.folded.get(target.name, "")
-    return FakeLayer(like, truth, weights, inputs, outputs, trainable=False, folded=folded)
+    twin = FakeLayer(like, truth, weights, inputs, outputs, trainable=False, folded=folded)
+    twin.rounds_inputs = options.rounds_inputs
+    return twin
 
 
 def _following(given: ActivationQuantizer | None) -> StraightThrough | None:
