@@ -64,6 +64,7 @@ REFUSED: dict[str, dict[str, set[str]]] = {
     "outer-scales": {WEIGHTS: {line for line in LINES[WEIGHTS] if line not in ("nvfp4", "nf4-bnb-dq")}},
     "pruned": {WEIGHTS: {line for line in LINES[WEIGHTS] if line != "ternary channel scale=mean"}},
     "pseudo-noise": {WEIGHTS: {line for line in LINES[WEIGHTS] if line != "uint8 scale=minmax(offset=true)"}},
+    "vector-candidates": {WEIGHTS: set(LINES[WEIGHTS])},
     "clip": {
         WEIGHTS: {
             "int3 group=24 pad=true scale=mse", "mxfp4", "ternary channel scale=mean", "binary group=8 scale=mean",

@@ -194,7 +194,7 @@ def test_experts_are_not_learned(tmp_path: Path, text: str) -> None:
 
 
 def test_a_part_behind_code_books_is_refused_before_anything_runs(model: str, text: str) -> None:
-    """Nothing learns a code book of vectors; the inputs in front of one are learned all the same."""
+    """Few parts learn a code book of vectors; the inputs in front of one are learned all the same."""
     books, clip = {"solver": "k-means", "entries": 16, "width": 2, "iterations": 1}, {"weights": "clip"}
     learn: dict[str, Any] = {"reconstruction": "mse", "steps": 2}
     says = r"reconstruction 'mse': {} can't learn what solver 'k-means' leaves, code books.*solver: rtn or gptq"

@@ -121,6 +121,8 @@ def test_weighted_by_the_inputs() -> None:
     seen, blind = (solve(KMeans(entries=32), matrix, h).weight.dequantize() for h in (diagonal, None))
     assert relative_error(matrix, seen, diagonal) < 0.95 * relative_error(matrix, blind, diagonal)
     assert relative_error(matrix, blind, None) < 0.95 * relative_error(matrix, seen, None)
+    plain = KMeans(entries=32, weighted=False)
+    assert torch.equal(solve(plain, matrix, diagonal).weight.dequantize(), blind) and not plain.needs(None)
 
 
 def test_dead_inputs_change_nothing_for_the_others() -> None:

@@ -49,7 +49,9 @@ def test_rates_are_those_of_torchs_schedules() -> None:
 
 
 def test_update_rules() -> None:
-    """By hand: signed steps; AdamW's decay, (1 - rate decay) before the step; a gradient shortened to its norm."""
+    """By hand: signed steps; RMSprop, whose mean of squares begins at a tenth of one; AdamW's decay, (1 -
+    rate decay) before the step; a gradient shortened to its norm.
+    """
 
     def moved(gradient: Tensor, **changes: Any) -> tuple[Tensor, Tensor]:
         p = nn.Parameter(torch.tensor([2.0, -1.0, 0.5]))
@@ -63,6 +65,9 @@ def test_update_rules() -> None:
 
     gradient = torch.tensor([30.0, -40.0, 0.0])
     assert moved(gradient, optimizer="sign")[0].tolist() == [1.75, -0.75, 0.5]
+    assert moved(gradient, optimizer="rmsprop")[0].tolist() == pytest.approx(
+        [2.0 - 0.25 / 0.1**0.5, -1.0 + 0.25 / 0.1**0.5, 0.5], rel=1e-5
+    )
     adamw = moved(gradient, optimizer="adamw", decay=0.1)[0]
     torch.testing.assert_close(adamw, torch.tensor([2.0, -1.0, 0.5]) * (1 - 0.025) - 0.25 * gradient.sign())
     torch.testing.assert_close(moved(gradient, max_norm=5.0)[1], gradient / 10)

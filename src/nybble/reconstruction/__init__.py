@@ -18,6 +18,7 @@ from nybble.core.errors import SchemeError
 from nybble.core.registry import Registry
 from nybble.core.shapes import Bool, Float, Float32
 from nybble.learned import ACTIVATIONS, WEIGHTS, Part, make_part, part_name
+from nybble.learned._vectors import VectorPart
 from nybble.learned.transforms import LearnedTransform
 from nybble.nn.kinds import Target
 from nybble.quantizer import Quantizer
@@ -57,8 +58,9 @@ class Reconstruction(ABC):
         rates: learning rate by the parts' groups (AdaRound: ``rounding``), and ``default`` for all others.
         schedule: of the rates: ``cosine`` and ``linear`` fall, ``constant`` stays. final: the share of a rate that a
             falling one ends at. warmup: the share of the steps over which rates first rise in a line.
-        optimizer: ``adam``, ``adamw``, or ``sign``: steps of the rate against the sign of each gradient. decay: weight
-            decay of adamw. max_norm: gradients longer than this, all parameters together, are shortened to it.
+        optimizer: ``adam``, ``adamw``, ``rmsprop`` (its mean of squares forgets a tenth a step), or ``sign``: steps of
+            the rate against the sign of each gradient. decay: weight decay of adamw. max_norm: gradients longer than
+            this, all parameters together, are shortened to it.
         feed: the path whose inputs the window gets; what it should give is always what the float network gives.
         mix: the share of these inputs that is drawn from the float path instead, anew at every step.
         mix_by: whether elements are drawn, or whole samples.
@@ -88,7 +90,7 @@ class Reconstruction(ABC):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final: float = 0.0
     warmup: float = 0.0
-    optimizer: Literal["adam", "adamw", "sign"] = "adam"
+    optimizer: Literal["adam", "adamw", "rmsprop", "sign"] = "adam"
     decay: float = 0.0
     max_norm: float | None = None
     feed: Literal["float", "quantized"] = "quantized"
@@ -222,7 +224,7 @@ class Reconstruction(ABC):
     def check(self, target: Target, quantizer_for: Any) -> None:
         """Raise SchemeError where a part can't be learned; ``quantizer_for`` gives what the solver rounds to."""
         weight, inputs = self._weight(target), self._input(target)
-        if self.follower is not None and weight is not None:
+        if self.follower is not None and weight is not None and not isinstance(self.follower, VectorPart):
             self.follower.check(quantizer_for(weight), WEIGHTS)
         if self.inputs is not None and inputs is not None:
             self.inputs.check(inputs, ACTIVATIONS)

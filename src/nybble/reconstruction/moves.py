@@ -13,6 +13,7 @@ from nybble.qtensor import QTensor, dense
 from nybble.qtensor.block import BlockQTensor
 from nybble.qtensor.outer_scaled import OuterScaled
 from nybble.qtensor.split import SplitQTensor
+from nybble.qtensor.vector import VectorQTensor, VectorQuantizer
 from nybble.quantizer import Quantizer
 
 
@@ -29,7 +30,7 @@ def moves(weight: Tensor, quantizer: Quantizer | None, began: QuantLayer, settle
         Those that can be said, of a split tensor about the part that learned: ``left_nearest``, the share of weights
         that are not what rounding the float weight to nearest gives with the settled layer's own scales; ``scales`` and
         ``input_scales``, the smallest, median and largest ratio of a scale to what it was; ``zero_points``, the share
-        of zero points that changed.
+        of zero points that changed. Of a code book of vectors ``left_nearest`` is about its entries.
     """
     found: dict[str, Any] = {}
     if isinstance(began.weight, Packed) and isinstance(settled.weight, Packed) and quantizer is not None:
@@ -40,6 +41,9 @@ def moves(weight: Tensor, quantizer: Quantizer | None, began: QuantLayer, settle
             if was.params.zero_point is not None and now.params.zero_point is not None:
                 moved = dense(was.params.zero_point) != dense(now.params.zero_point)
                 found["zero_points"] = short(float(moved.float().mean()))
+        settled_to = settled.weight.qtensor()
+        if isinstance(settled_to, VectorQTensor):
+            found |= _left_nearest_entry(weight, began.weight.qtensor(), settled_to)
     if began.inputs is not None and settled.inputs is not None:
         before, after = began.inputs.params(), settled.inputs.params()
         if before is not None and after is not None:
@@ -57,6 +61,15 @@ def _pairs(
         return [pair for a, b, own in moved for pair in _pairs(a, b, own)][:1]
     base = now.base if isinstance(now, OuterScaled) else now
     return [(was, base, weight)] if isinstance(was, BlockQTensor) and isinstance(base, BlockQTensor) else []
+
+
+def _left_nearest_entry(weight: Tensor, was: QTensor, now: VectorQTensor) -> dict[str, Any]:
+    """For a code book that learned; empty where it is what it was."""
+    if was is now:
+        return {}
+    line = VectorQuantizer(k=len(now.codebook), d=now.codebook.shape[1])
+    nearest = line.quantize(weight, now.codebook, None if now.scale is None else dense(now.scale))
+    return {"left_nearest": short(float((nearest.index() != now.index()).float().mean()))}
 
 
 def ratios(name: str, was: Any, now: Any) -> dict[str, list[float]]:

@@ -11,6 +11,8 @@ from torch import nn
 from nybble.reconstruction import Reconstruction
 
 DEFAULT_RATE = 1e-3
+_KEPT = 0.9
+"""Of RMSprop's mean of squares, a step: VQ4DiT's (torch's own default is 0.99)."""
 
 
 class Mover:
@@ -30,6 +32,8 @@ class Mover:
             self.optimizer: torch.optim.Optimizer = torch.optim.Adam(given)
         elif options.optimizer == "adamw":
             self.optimizer = torch.optim.AdamW(given, weight_decay=options.decay)
+        elif options.optimizer == "rmsprop":
+            self.optimizer = torch.optim.RMSprop(given, alpha=_KEPT)
         else:
             self.optimizer = torch.optim.SGD(given)  # of the gradients' signs
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate(options, step))

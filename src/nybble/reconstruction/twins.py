@@ -11,6 +11,7 @@ from nybble.calibration.block import BlockState, Record
 from nybble.learned import ACTIVATIONS, WEIGHTS, Learned, Part
 from nybble.learned._fixed import Fixed
 from nybble.learned._split import SplitLearned
+from nybble.learned._vectors import VectorPart
 from nybble.learned.ste import StraightThrough
 from nybble.nn.activation import ActivationQuantizer
 from nybble.nn.fake import FakeLayer
@@ -20,6 +21,7 @@ from nybble.nn.packed import Packed
 from nybble.qtensor import QTensor
 from nybble.qtensor.block import BlockQTensor
 from nybble.qtensor.split import SplitQTensor
+from nybble.qtensor.vector import VectorQTensor
 from nybble.quantizer import Quantizer
 from nybble.reconstruction import Reconstruction
 from nybble.reconstruction.moves import moves
@@ -72,7 +74,10 @@ def _weights(packed: QTensor, truth: Tensor, record: Record, options: Reconstruc
     transform has ``moved`` the solver's scales fit nothing.
     """
     part, quantizer = options.follower if moved else options.weights, record.quantizer
-    if part is not None and quantizer is not None:
+    if isinstance(part, VectorPart):
+        if isinstance(packed, VectorQTensor) and quantizer is not None:
+            return part.make_vectors(quantizer, truth, packed)
+    elif part is not None and quantizer is not None:
         if isinstance(packed, BlockQTensor):
             return _made(part, quantizer, packed, truth, moved)
         if isinstance(packed, SplitQTensor):

@@ -108,11 +108,14 @@ class Solver(ABC):
 
     Attributes:
         path: which network the inputs come from: ``float``, or ``quantized`` (blocks before this one are quantized).
-        unlearned: what its weights are stored as, where no learned part can go on from that; empty: one can.
     """
 
     path: ClassVar[str] = "float"
-    unlearned: ClassVar[str] = ""
+
+    @property
+    def vectors(self) -> VectorQuantizer | None:
+        """The code book of vectors that weights get; None: codes with scales."""
+        return None
 
     @property
     def paths(self) -> frozenset[str]:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -49,16 +48,16 @@ class KMeans(Solver):
         iterations: of Lloyd's algorithm at most (VQ4DiT: 100).
         tolerance: stop when an iteration lowers the error by less than this share.
         channel: divide every row by its root mean square first and keep that as a float16 scale.
+        weighted: D of the inputs, as above; without it D = 1 whatever the calibration.
         seed: of the first entries.
     """
-
-    unlearned: ClassVar[str] = "code books of vectors"
 
     entries: int = 256
     width: int = 2
     iterations: int = 100
     tolerance: float = 1e-3
     channel: bool = False
+    weighted: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,7 +68,11 @@ class KMeans(Solver):
             raise SchemeError(f"k-means: tolerance={self.tolerance:g} is a share of the error, 0 <= tolerance < 1.")
 
     def needs(self, inputs: Quantizer | None) -> frozenset[str]:  # noqa: D102
-        return frozenset({"second_moment"})
+        return frozenset({"second_moment"} if self.weighted else ())
+
+    @property
+    def vectors(self) -> VectorQuantizer:  # noqa: D102
+        return VectorQuantizer(k=self.entries, d=self.width, channel=self.channel)
 
     def check_shape(self, rows: int, columns: int) -> None:  # noqa: D102
         VectorQuantizer(k=self.entries, d=self.width).check((rows, columns))
@@ -88,7 +91,7 @@ class KMeans(Solver):
         return min(self.iterations, 25) * self.entries * rows * columns * (4 + 3 / self.width)
 
     def solve(self, weights: Sequence[Weight], stats: Stats) -> list[Solved]:  # noqa: D102
-        return [self._solve(weight, stats.second_moment) for weight in weights]
+        return [self._solve(weight, stats.second_moment if self.weighted else None) for weight in weights]
 
     def _solve(self, weight: Weight, second: Tensor | None) -> Solved:
         matrix = weight.matrix

@@ -9,6 +9,7 @@ from typing import ClassVar
 from nybble.calibration.window import Window
 from nybble.core.errors import SchemeError, within
 from nybble.learned import part_name
+from nybble.learned._vectors import VectorPart
 from nybble.learned.transforms import LearnedTransform
 from nybble.models.adapter import under
 from nybble.nn.kinds import Target, matrix_at
@@ -81,16 +82,29 @@ class ReconstructionStep(BlockStep):
             raise SchemeError(f"{self.name} learns inputs, and the scheme rounds none; leave inputs out, or add them.")
 
     def _check_solver(self, subject: Subject) -> None:
-        """What learns a weight needs codes and scales to begin with; inputs, and norms beside them, learn anyway."""
-        options, stored = self.reconstruction, self.solver.unlearned
+        """What learns a weight needs codes and scales to begin with, or a code book of vectors.
+
+        Inputs, and norms beside them, learn anyway.
+        """
+        options, book = self.reconstruction, self.solver.vectors
         weights = any(t.rule.weights and options.learns(t) for targets in subject.plan.blocks for t in targets)
-        if not stored or options.follower is None or not weights:
+        if options.follower is None or not weights:
             return
         part = part_name(options.weights) if options.weights else LearnedTransform.registry.key_of(options.block)
-        raise SchemeError(
-            f"{self.name}: {part} can't learn what solver {REGISTRY.key_of(self.solver)!r} leaves, {stored}; take "
-            "solver: rtn or gptq in front of it, whose codes can be learned, or leave the reconstruction out."
-        )
+        solver = REGISTRY.key_of(self.solver)
+        if isinstance(options.follower, VectorPart):
+            if book is None:
+                raise SchemeError(
+                    f"{self.name}: {part} goes on from a code book of vectors, and solver {solver!r} leaves none; take "
+                    "solver: k-means in front of it."
+                )
+            with within(self.name):
+                options.follower.check_book(book)
+        elif book is not None:
+            raise SchemeError(
+                f"{self.name}: {part} can't learn what solver {solver!r} leaves, code books of vectors; take solver: "
+                "rtn or gptq in front of it, whose codes can be learned, or weights: vector-candidates."
+            )
 
     def _check_transform(self, subject: Subject) -> None:
         """A transform alone must find something; beside a part it does where it can."""
