@@ -22,11 +22,13 @@ def command(
     by: Annotated[str, typer.Option(help="Columns, commas between: a curve for each combination.")] = "bits",
     family: Annotated[str, typer.Option(help="The column that says which models are of one kind, in sizes.")] = "",
     size: Annotated[str, typer.Option(help="The column of parameters.")] = "parameters",
-    total: Annotated[str, typer.Option(help="The column of a model's size: bytes (a name that ends so), or bits.")] = (
-        "bytes"
-    ),
+    total: Annotated[
+        str,
+        typer.Option(help="The column of bits of a model, or bytes (a name that ends so); left out: of all tensors."),
+    ] = "",
     y: Annotated[str, typer.Option(help="The column that is judged.")] = "nll",
     error: Annotated[str, typer.Option(help="The column of its standard errors, if there is one.")] = "",
+    paired: Annotated[str, typer.Option(help="A column whose values repeats of all models share: judged_on.")] = "",
     high: Annotated[bool, typer.Option("--high", help="The largest is best, as of accuracies.")] = False,
     draws: Annotated[int, typer.Option(help="Of the bootstrap over repeats and errors.")] = 500,
     plot: Annotated[Path | None, typer.Option(help="Draw the curves: .png, .svg or .pdf.")] = None,
@@ -42,9 +44,9 @@ def command(
 
     at_least_one(draws=draws)
     series = tuple(name.strip() for name in by.split(",") if name.strip())
-    names = Names(size=size, total=total, y=y, by=series, family=family, error=error)
+    names = Names(size=size, total=total, y=y, by=series, family=family, error=error, paired=paired)
     found = families(read_rows(data, store, where or ()), names)
-    best = [best_series(cells, name, high=high, draws=draws) for name, cells in found.items()]
+    best = [best_series(cells, name, high=high, draws=draws, paired=bool(paired)) for name, cells in found.items()]
     fits: dict[str, Shapes] = {}
     for name, cells in found.items():
         try:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble.core.errors import DataError, UsageError
-from nybble.lab.rows import Table, check_columns, columns_of, shown
+from nybble.lab.rows import Table, check_columns, columns_of, shown, stored_bytes
 
 Array = NDArray[np.float64]
 BUDGETS = 33
@@ -46,9 +46,11 @@ class Cell:
     values: tuple[float, ...]
     error: float = 0.0
 
-    def drawn(self, generator: np.random.Generator) -> float:
-        """Draw a mean of a bootstrap: of repeats drawn again, each with an error."""
-        values = np.asarray(self.values)[generator.integers(len(self.values), size=len(self.values))]
+    def drawn(self, generator: np.random.Generator, picks: NDArray[np.int64] | None = None) -> float:
+        """Draw a mean of a bootstrap: of repeats drawn again (those that all cells draw), each with an error."""
+        if picks is None:
+            picks = generator.integers(len(self.values), size=len(self.values))
+        values = np.asarray(self.values)[picks]
         return float((values + self.error * generator.standard_normal(len(values))).mean())
 
     @property
@@ -63,17 +65,21 @@ Families = Mapping[str, Mapping[str, Sequence[Cell]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """Columns: ``family``, ``size`` (parameters), ``total`` bits of the model or ``bytes``, ``y``; ``by``: series.
+    """Columns: ``family``, ``size`` (parameters), ``total`` bits of the model (bytes, of a name that ends so), ``y``.
 
-    ``error``: the standard error of ``y``, where there is such a column; ``family`` nothing: all are one.
+    ``by``: series. ``total`` nothing: of all tensors that a run of the kind ``quantize`` stored.
+
+    ``error``: the standard error of ``y``, where there is such a column; ``family`` nothing: all are one. ``paired``: a
+    column whose values repeats of all models share, such as the text they were judged on, drawn for all together.
     """
 
     size: str = "parameters"
-    total: str = "bytes"
+    total: str = ""
     y: str = "nll"
     by: tuple[str, ...] = ("bits",)
     family: str = ""
     error: str = ""
+    paired: str = ""
 
 
 def families(rows: Table, names: Names) -> Families:
@@ -83,18 +89,18 @@ def families(rows: Table, names: Names) -> Families:
         UsageError: no such column, or a series that mixes models of one size and several total bits. DataError: none
             has two sizes.
     """
-    needed = [names.size, names.total, names.y, *names.by, names.family, names.error]
+    needed = [names.size, names.total, names.y, *names.by, names.family, names.error, names.paired]
     check_columns([name for name in needed if name], columns_of(rows))
     found: dict[str, dict[str, dict[float, list[tuple[float, float, float]]]]] = {}
-    for row in rows:
-        size, total, y = (_number(row, name) for name in (names.size, names.total, names.y))
+    for row in sorted(rows, key=lambda row: str(row.get(names.paired))) if names.paired else rows:
+        size, y = _number(row, names.size), _number(row, names.y)
+        total = _total_bits(row, names.total)
         if size is None or total is None or y is None or size <= 0 or total <= 0:
             continue
         family = shown(row.get(names.family)) if names.family else ""
         series = ", ".join(shown(row.get(name)) or "none" for name in names.by)
         error = _number(row, names.error) or 0.0 if names.error else 0.0
-        bits = total * (8 if names.total.endswith("bytes") else 1)
-        found.setdefault(family, {}).setdefault(series, {}).setdefault(size, []).append((bits, y, error))
+        found.setdefault(family, {}).setdefault(series, {}).setdefault(size, []).append((total, y, error))
     made = {f: {s: _cells(sizes, s, names) for s, sizes in series.items()} for f, series in found.items()}
     if not any(len(cells) > 1 for series in made.values() for cells in series.values()):
         raise DataError(f"no series of {', '.join(names.by)} has two sizes ({names.size}); a curve needs them.")
@@ -113,6 +119,13 @@ def _cells(sizes: Mapping[float, list[tuple[float, float, float]]], series: str,
         error = math.sqrt(math.fsum(e * e for e in errors) / len(errors))
         cells.append(Cell(size=size, log2_bits=math.log2(bits[0]), values=tuple(values), error=error))
     return cells
+
+
+def _total_bits(row: Mapping[str, Any], name: str) -> float | None:
+    if not name:
+        return 8.0 * stored_bytes(row)
+    found = _number(row, name)
+    return found * 8 if found is not None and name.endswith("bytes") else found
 
 
 def _number(row: Mapping[str, Any], name: str) -> float | None:
@@ -142,20 +155,34 @@ class Best:
     repeated: bool
 
 
-def best_series(cells: Mapping[str, Sequence[Cell]], family: str, *, high: bool = False, draws: int = 500) -> Best:
-    """Compare the curves of a family; ``high``: the largest y is best, as of accuracies.
+def best_series(
+    cells: Mapping[str, Sequence[Cell]], family: str, *, high: bool = False, draws: int = 500, paired: bool = False
+) -> Best:
+    """Compare the curves of a family.
+
+    Args:
+        cells: of :func:`families`.
+        family: its name.
+        high: the largest y is best, as of accuracies.
+        draws: of the bootstrap.
+        paired: repeats are the same of all models, and drawn together.
 
     Raises:
-        DataError: no two curves lie over each other.
+        DataError: no two curves lie over each other, or a model lacks some of the repeats.
     """
     curves = {name: list(points) for name, points in cells.items() if len(points) > 1}
+    counts = {len(cell.values) for points in curves.values() for cell in points}
+    if paired and len(counts) > 1:
+        raise DataError(f"family {family}: some models have {min(counts)} repeats and others {max(counts)}.")
     names = list(curves)
     places = [[cell.log2_bits for cell in curves[name]] for name in names]
     budgets = _shared(places, family)
     sign = -1.0 if high else 1.0
     generator = np.random.Generator(np.random.PCG64(0))
     means = [[[cell.mean for cell in curves[name]] for name in names]]
-    means += [[[cell.drawn(generator) for cell in curves[name]] for name in names] for _ in range(draws)]
+    for _ in range(draws):
+        picks = generator.integers(max(counts), size=max(counts)) if paired else None
+        means.append([[cell.drawn(generator, picks) for cell in curves[name]] for name in names])
     heights = np.stack([_heights(places, values, budgets) for values in means]) * sign  # [draws, series, budgets]
     beside = (~np.isnan(heights[0])).sum(0) > 1
     heights, budgets = heights[:, :, beside], budgets[beside]

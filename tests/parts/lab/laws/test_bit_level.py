@@ -113,3 +113,18 @@ def test_the_command_reads_draws_and_tells(tmp_path: Path) -> None:
     assert shown.exit_code == 0 and "parallel curves: R²" in shown.stdout
     wrong = CliRunner().invoke(build(), [*line, "--y", "nil"])
     assert wrong.exit_code == 2 and "no column 'nil'. Did you mean 'nll'" in wrong.stderr.replace("\n", " ")
+
+
+def test_paired_repeats_share_what_differs_between_texts() -> None:
+    """Of two texts that differ much, a width that is a little better on both is surely better."""
+    texts = {"a": 0.0, "b": 2.0}
+    close = {4: 0.05, 5: 0.05 - 0.15 * math.log2(5.25 / 4.25) + 0.001}
+    table = [
+        {**row, "nll": row["nll"] + more, "text": text} for text, more in texts.items() for row in rows(lost=close)
+    ]
+    names = Names(total="total", family="family", paired="text")
+    cells = families(table[::-1], names)["one"]
+    assert best_series(cells, "one", draws=100).sure["4"] < 0.9
+    assert best_series(cells, "one", draws=100, paired=True).sure["4"] == 1
+    with pytest.raises(DataError, match="some models have 1 repeats and others 2"):
+        best_series(families(table[:-1], names)["one"], "one", paired=True)
