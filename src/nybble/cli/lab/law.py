@@ -12,6 +12,7 @@ from nybble.cli.lab._places import STORE, Json, Place, Where
 
 if TYPE_CHECKING:
     from nybble.lab.laws.fit import Fit
+    from nybble.lab.rows import Table
 
 
 def command(
@@ -30,6 +31,10 @@ def command(
     bits: Annotated[int | None, typer.Option(help="Compare exponents with mantissas at this width.")] = None,
     compute: Annotated[float | None, typer.Option(help="FLOPs: the best width, and N and D, for them.")] = None,
     loss: Annotated[str | None, typer.Option(help="The column of losses, where it isn't 'loss'.")] = None,
+    pair: Annotated[
+        str,
+        typer.Option(help="Columns, commas between, in which a training's twin in bf16 agrees beside N and D: seed."),
+    ] = "",
     draws: Annotated[int, typer.Option(help="Of the bootstrap, for intervals.")] = 200,
     plot: Annotated[Path | None, typer.Option(help="Draw measured against fitted losses: .png, .svg or .pdf.")] = None,
     where: Where = None,
@@ -50,7 +55,7 @@ def command(
     )  # fmt: skip
     if plot is not None and data is None:
         raise UsageError("--plot shows trainings beside a fit: give DATA.")
-    fits = _fits(data, store, where or (), loss, draws, plot) if data is not None else {}
+    fits = _fits(_rows(data, store, where or (), pair), loss, draws, plot) if data is not None else {}
     laws = fits["floating"].training_laws() if fits else [PUBLISHED]
     asked = any(value is not None for value in (parameters, tokens, compute)) or not fits
     found = forecast(laws, plan) if asked else {}
@@ -65,14 +70,22 @@ def command(
         note(f"warning: {line}")
 
 
-def _fits(data: str, store: str, where: Any, loss: str | None, draws: int, plot: Path | None) -> dict[str, Fit]:
+def _rows(data: str, store: str, where: Any, pair: str) -> Table:
+    from nybble.lab.laws.source import read_rows
+    from nybble.lab.laws.trainings import with_twins
+
+    rows = read_rows(data, store, where)
+    keys = [name.strip() for name in pair.split(",") if name.strip()]
+    return with_twins(rows, keys) if keys else rows
+
+
+def _fits(rows: Table, loss: str | None, draws: int, plot: Path | None) -> dict[str, Fit]:
     from nybble.lab.laws.fit import LAWS, fit
     from nybble.lab.laws.pictures import draw_fit
-    from nybble.lab.laws.source import read_rows
     from nybble.lab.laws.training import PUBLISHED
     from nybble.lab.laws.trainings import trainings
 
-    runs = trainings(read_rows(data, store, where), PUBLISHED, loss)
+    runs = trainings(rows, PUBLISHED, loss)
     found = {name: fit(runs, name, draws=draws) for name in LAWS}
     if plot is not None:
         draw_fit(runs, found["floating"], plot)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from nybble.core.errors import DataError, UsageError
 from nybble.lab.laws.training import Block, TrainingLaw
-from nybble.lab.rows import Table, columns_of
+from nybble.lab.rows import Table, check_columns, columns_of
 
 Array = NDArray[np.float64]
 NAMES: Mapping[str, tuple[str, ...]] = {
@@ -87,6 +87,27 @@ def trainings(rows: Table, law: TrainingLaw, loss: str | None = None) -> Trainin
     E, M, wide = values[2], values[3], np.isnan(values[2])
     return Trainings(N=values[0], D=values[1], E=E, M=M, log2_block=values[4], wide=wide, loss=values[5],
                      twin=values[6])  # fmt: skip
+
+
+def with_twins(rows: Table, keys: Sequence[str]) -> Table:
+    """Give each training the loss of its twin: the one in high precision that agrees with it in N, D and ``keys``.
+
+    Trainings that have none stay as they are.
+
+    Raises:
+        UsageError: no such column. DataError: several could be the twin of one.
+    """
+    check_columns(keys, columns_of(rows))
+    names = _columns(rows, None)
+    place = [names["N"], names["D"], *keys]
+    twins: dict[str, Any] = {}
+    for row in rows:
+        if _bits(row, names) is None:
+            at = repr([row.get(name) for name in place])
+            if at in twins:
+                raise DataError(f"several trainings in high precision agree in {', '.join(place)}: name what differs.")
+            twins[at] = row[names["loss"]]
+    return [{**row, "twin": twins.get(repr([row.get(name) for name in place]))} for row in rows]
 
 
 def _columns(rows: Table, loss: str | None) -> dict[str, str]:

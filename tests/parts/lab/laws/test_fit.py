@@ -13,7 +13,7 @@ import pytest
 from nybble.core.errors import DataError, NybbleError, UsageError
 from nybble.lab.laws.fit import fit
 from nybble.lab.laws.training import PUBLISHED
-from nybble.lab.laws.trainings import layout_of, trainings
+from nybble.lab.laws.trainings import layout_of, trainings, with_twins
 
 pytest.importorskip("scipy", reason="scipy isn't installed: pip install 'nybble[search]'")
 SIZES = (41e6, 85e6, 154e6, 679e6)
@@ -71,6 +71,18 @@ def test_twins_cancel_what_they_share() -> None:
     assert fit(trainings(rows, PUBLISHED), draws=0).constants["nu"] == pytest.approx(PUBLISHED.nu, rel=1e-3)
     alone = fit(trainings([{**row, "twin": None} for row in rows], PUBLISHED), draws=0)
     assert abs(alone.constants["nu"] / PUBLISHED.nu - 1) > 5e-3
+
+
+def test_twins_are_found_by_what_they_share() -> None:
+    rows = [{**row, "seed": 1} for row in grid()]
+    found = with_twins([*rows, {**rows[1], "seed": 2}], ["seed"])
+    for row in found[:-1]:
+        assert row["twin"] == PUBLISHED.loss(row["N"], row["D"])
+    assert found[-1]["twin"] is None
+    with pytest.raises(DataError, match="several trainings in high precision agree in N, D, seed"):
+        with_twins([*rows, rows[0]], ["seed"])
+    with pytest.raises(UsageError, match="no column 'sead'"):
+        with_twins(rows, ["sead"])
 
 
 def test_the_laws_beside_it_are_told_apart_on_runs_held_out() -> None:
