@@ -135,6 +135,20 @@ def _order(value: Any) -> tuple[int, float, str]:
     return (1, 0.0, str(value))
 
 
+def stored_bytes(row: Mapping[str, Any]) -> int:
+    """Bytes of all tensors that a quantized model stores: ``weight_bytes``, or bits a weight times parameters.
+
+    Raises:
+        UsageError: a run says neither.
+    """
+    if isinstance(said := row.get("weight_bytes"), int | float):
+        return int(said)
+    bits, count = row.get("result.bits", row.get("bits")), row.get("parameters")
+    if not isinstance(bits, int | float) or not isinstance(count, int | float):
+        raise UsageError(f"{row.get('model', 'a run')}: neither bits and parameters nor weight_bytes, so no size.")
+    return round(bits * count / 8)
+
+
 def shown(value: Any) -> str:
     """A value for people."""
     if value is None:

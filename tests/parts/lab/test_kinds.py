@@ -77,4 +77,4 @@ def test_the_error_of_a_drawn_tensor_is_that_of_a_uniform_step(tmp_path: Path) -
 
 
 def test_kinds_are_named() -> None:
-    assert REGISTRY.names() == ["quantize", "tensor", "train"]
+    assert REGISTRY.names() == ["pretrain", "quantize", "tensor", "train"]

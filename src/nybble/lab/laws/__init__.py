@@ -1,0 +1,1 @@
+"""Laws of precision: closed forms, and fits of a user's own runs."""
