@@ -37,6 +37,7 @@ def cases() -> list[tuple[str, str, dict[str, Any]]]:
         (name, side, options)
         for name, part in REGISTRY.all().items()
         for side in part.sides
+        if not set(LINES[side]) <= REFUSED[name].get(side, set())  # of code books: tests/methods/test_vq4dit.py
         for options in OPTIONS.get(name, ({},))
     ]
 

@@ -125,9 +125,10 @@ def run(folder: Path, family: str, recipe: Recipe, out: Path | None = None, form
 
 def for_moe(recipe: Recipe) -> Recipe:
     """Experts keep their activations in float: a rule of their own."""
-    rule = recipe.scheme.rules[-1]
+    rules = recipe.scheme.rules
+    rule = next(rule for rule in rules if rule.inputs is not None)
     experts = type(rule)(targets=("Experts",), weights=rule.weights)
-    scheme = type(recipe.scheme)(rules=(experts, rule), ignore=recipe.scheme.ignore)
+    scheme = type(recipe.scheme)(rules=(experts, *rules), ignore=recipe.scheme.ignore)
     return recipe.with_scheme(scheme)
 
 

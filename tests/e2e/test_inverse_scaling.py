@@ -73,7 +73,7 @@ def test_beside_the_float_model(place: Path, nybble_command: Any) -> None:
     flips = sum(a["correct"] != b["correct"] for a, b in zip(ours["rows"], theirs["rows"], strict=True))
     assert ours["paired"]["flips"] == flips / 24
     code, out, _ = nybble_command(*asked, "--limit", "5")
-    assert code == 0 and "neqa" in out and "5 questions" in out and "(chance 1.1)" in out
+    assert code == 0 and "neqa" in out and "5 rows" in out and "(chance 1.1)" in out
 
 
 def test_a_cache_in_few_bits_is_asked_one_by_one(place: Path) -> None:

@@ -230,8 +230,13 @@ def test_type_checkers_see_the_same_names() -> None:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    # The room of export targets is called, too: as the pipeline.
-    assert typed == {**nybble._NAMES, "optim": "nybble", "export": "nybble.pipelines.export"}
+    # The rooms of export targets and of searches are called, too: as the pipelines.
+    assert typed == {
+        **nybble._NAMES,
+        "optim": "nybble",
+        "export": "nybble.pipelines.export",
+        "search": "nybble.pipelines.search",
+    }
     assert (Path(spec.origin).parent / "py.typed").is_file()
 
 

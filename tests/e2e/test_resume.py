@@ -90,7 +90,9 @@ def test_killed_at_random_moments(folder: Path, tmp_path: Path, path: str) -> No
 #: every recipe that nybble carries, as it is run on two blocks or three; and what a step can do that no recipe does yet
 EVERY: dict[str, dict[str, Any]] = {
     **{name: {"weights": "int4 group=16"} for name in ("rtn", "mse", "gptq", "k-means", "outlier-columns")},
-    **{name: {} for name in ("minmax-fp", "minmax-int", "smoothquant", "q-asr")},
+    **{name: {} for name in ("minmax-fp", "minmax-int", "smoothquant", "q-asr", "fpq8")},
+    "bct": {},
+    **{name: {"effort": "quick"} for name in ("fp4dit", "fpq", "vq4dit")},
     "hawq-v3": {"ignore": ["lm_head"]},
     **{name: {"effort": "quick"} for name in ("llm-fp4", "fp-baseline")},
     **{name: {"effort": "quick", "weights": "int4 group=16"} for name in ("adaround", "lwc", "flexround", "cbq")},

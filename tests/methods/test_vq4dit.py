@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.tiny import logits, save_text, save_tiny
+from tests.waiting import NeverWaits
 from torch import Tensor
 
 import nybble
@@ -180,6 +181,22 @@ def test_what_is_decided_stays(rule: str) -> None:
         assert learned.logits.grad is not None and not learned.logits.grad[now].any()
         optimizer.step()
     assert shares[0] < 0.2 < shares[20] <= shares[-1] and shares == sorted(shares)
+
+
+def test_a_step_never_waits() -> None:
+    """A GPU can record it, what is decided included."""
+    x = matrix()
+    learned, t = made(x).train(), torch.tensor(0.3)
+
+    def step() -> None:
+        for parameter in learned.parameters():
+            parameter.grad = None
+        ((learned(x) - x * 0.9).square().mean() + learned.penalty(t)).backward()
+
+    with NeverWaits(warm=True):
+        step()
+    with NeverWaits():
+        step()
 
 
 def test_a_layer_is_hardened_once_most_of_it_is() -> None:

@@ -16,7 +16,7 @@ from nybble.core.options import at_least_one
 from nybble.data.text import check_source
 from nybble.models.named import check_model
 
-COMPARING = frozenset({"agreement", "cosine", "kl"})
+COMPARING = frozenset({"agreement", "cosine", "kl", "noise_mse", "noise_sqnr"})
 """Nybble's own metrics that are none without a float model; known here, so that saying so takes no torch."""
 SEQ_LEN = 512
 
@@ -253,7 +253,8 @@ def _inverse_scaling(models: dict[str, str], task: TaskOptions, seq_len: int | N
         told = {who: values["metrics"] for who, values in found["models"].items()}
         keys = [key for key in told["model"] if not key.endswith(("_se", "_chance"))]
         rows = [[key, *(_of_chance(numbers, key) for numbers in told.values())] for key in keys]
-        print_table(f"{name} ({found['source']}): {found['questions']} questions", ("metric", *told), rows)
+        print_table(f"{name}, {found['questions']} rows", ("metric", *told), rows)
+        print(f"{name}: {found['source']}, sha256 {found['sha256'][:16]}")
         if changed := found["models"]["model"].get("paired"):
             print(", ".join(f"{key} {value:.4g}" for key, value in changed.items()))
         if found["models"]["model"]["collapsed"]:

@@ -116,12 +116,15 @@ def search(
             the model is quantized. Nothing is left behind, but for OUT.partial of a run that was killed.
     """
     check_new_folder(out)
-    cost_name, amount = parse_budget(budget)
     found, recipe = settings or SearchSettings(), format_recipe(method)
+    if recipe.training is None and (training or judged_on):
+        raise UsageError(
+            f"method {recipe.name} trains nothing: settings of a training (--set) and held-out examples (--eval) say "
+            "nothing to it, leave them out."
+        )
+    cost_name, amount = parse_budget(budget)
     check_source(data)
     inputs = Quantizer(activations) if activations else None
-    if recipe.training is None and (training or judged_on):
-        raise UsageError(f"method {recipe.name} trains nothing; leave training settings and held-out examples out.")
     if recipe.sensitivity is not None and not recipe.sensitivity.pairs:
         pairs = {name: (quantizer, inputs) for name, quantizer in parse_menu(menu).items()}
     else:
