@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 import nybble
-from nybble.core.errors import DataError, ModelError, NybbleError, SchemeError, UsageError
+from nybble.core.errors import DataError, FileError, ModelError, NybbleError, SchemeError, UsageError
 from nybble.models.operations import OPERATIONS, make_operation
 from nybble.models.own.cells import edges
 from nybble.pipelines.evaluate import run_eval
@@ -397,11 +397,16 @@ def test_data_free_killed_and_gone_on_with(given: dict[str, Any], tmp_path: Path
 def test_what_is_refused(given: dict[str, Any], tmp_path: Path) -> None:
     def refused(match: str, kind: type[NybbleError], method: str = "spos", budget: str = "", **changes: Any) -> None:
         usual, options = METHODS[method]
-        model = changes.pop("model", given["model"])
+        model, data = changes.pop("model", given["model"]), changes.pop("data", None)
         changed = {name.replace("__", "."): value for name, value in changes.items()}
         with pytest.raises(kind, match=match):
             search_architecture(
-                model, tmp_path / "out", budget=budget or usual, method=method, options={**options, **changed}
+                model,
+                tmp_path / "out",
+                budget=budget or usual,
+                method=method,
+                data=data,
+                options={**options, **changed},
             )
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
@@ -409,6 +414,8 @@ def test_what_is_refused(given: dict[str, Any], tmp_path: Path) -> None:
         refused("infeasible in this space; the least is", UsageError, method, "macs=9")
     refused("no network of the space has 5 to 6 times", UsageError, bins__low=5.0, bins__high=6.0)
     refused("from low to high", UsageError, bins__low=2.0)
+    for method in METHODS:  # before anything is trained
+        refused("'/nowhere' does not exist", FileError, method, data=given["judged_on"], retrain_on="/nowhere")
     refused("canvas is 8, and the model sees windows of 12", UsageError, synthesis__canvas=8)
     refused("no operation 'shuffle-4'", UsageError, space__operations=["shuffle-4"])
     refused("no operation goes from 4 to 8 channels", SchemeError, space__operations=["skip"])

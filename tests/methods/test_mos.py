@@ -14,7 +14,7 @@ from tests.parts.training.test_masked_language import masking_tokenizer
 from tests.parts.training.test_text_tasks import BART, BERT, model, sentences
 from tests.tiny import WORDS, framed_tokenizer
 
-from nybble.core.errors import UsageError
+from nybble.core.errors import GranularityError, ModelError, UsageError
 from nybble.core.progress import Silent
 from nybble.models.own.bottleneck import of_bert
 from nybble.pipelines.load import load, load_with_origin
@@ -118,14 +118,23 @@ def test_bad_requests_leave_nothing(given: dict[str, Any], tmp_path: Path) -> No
         ({"options": {**OPTIONS, "experts": 0}}, "experts is 0"),
         ({"options": {**OPTIONS, "evolution": {"population": 4, "parents": 5}}}, "population of 4"),
         ({"judged_on": None}, "give --data and --eval"),
+        ({"budget": "latency=2"}, r"2 µs a forward \(latency=2\) is infeasible in this space; the least is"),
         ({"settings": ArchitectureSettings()}, "positions for 24 tokens"),
     ]
     for changes, message in bad:
         with pytest.raises(UsageError, match=message):
             search_architecture(out=tmp_path / "out", **{**given, **changes})
+    for options, error, message in (
+        ({"space": {"d_model": [16, 30, 32]}}, ModelError, "embed_dim must be divisible by num_heads"),
+        (
+            {"space": {"encoder_ffn_dim": [16, 24, 48]}, "formats": ["int8 channel", "int4 group=16"]},
+            GranularityError, r"fc2 of \{'encoder_ffn_dim': 24.*in 'int4 group=16': 24 columns",
+        ),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            asked = {**given, "options": {**OPTIONS, **options}, "budget": "parameters=1"}
+            search_architecture(out=tmp_path / "out", **asked)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "pairs.jsonl"]
-    with pytest.raises(UsageError, match=r"none of 50 architectures drawn is within latency <= 2.*The smallest has"):
-        search_architecture(out=tmp_path / "out", **{**given, "budget": "latency=2"})
 
 
 def test_an_encoder_with_widths_of_its_own(tmp_path: Path) -> None:
