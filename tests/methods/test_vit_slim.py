@@ -81,17 +81,14 @@ def masked(model: Any, kept: Kept, pixels: Tensor, excluded: bool = True) -> Ten
 def test_nothing_that_is_chosen_costs_less_than_the_cheapest(heads: str, shape: tuple[int, int]) -> None:
     """And of 200 random scores some cost as little."""
     config = vit(hidden_size=4, intermediate_size=3, num_hidden_layers=2).config
-    full: Kept = {
-        kind: [torch.ones(sizes, dtype=torch.bool)] * 2 for kind, sizes in zip(KINDS, ((2, 2), 3, 4), strict=True)
-    }
+    sizes: dict[str, tuple[int, ...]] = {"attention": (2, 2), "mlp": (3,), "tokens": (4,)}
+    full: Kept = {kind: [torch.ones(each, dtype=torch.bool)] * 2 for kind, each in sizes.items()}
+    sizes["attention"] = shape
     generator = torch.Generator().manual_seed(0)
     for least, tokens in itertools.product((1, 2, 3), (None, Fraction(1, 4), Fraction(3, 8), Fraction(1))):
         end, found = cheapest(full, KINDS, heads, least, tokens), list[Kept]()
         for _ in range(200):
-            scores = {
-                k: [torch.rand(s, generator=generator) for _ in range(2)]
-                for k, s in zip(KINDS, (shape, 3, 4), strict=True)
-            }
+            scores = {kind: [torch.rand(each, generator=generator) for _ in range(2)] for kind, each in sizes.items()}
             found.append(choose(scores, full, Fraction(1, 10_000), tokens=tokens, least=least))
         for cost in (parameters, flops):
             assert cost(config, end) == min(cost(config, each) for each in found)

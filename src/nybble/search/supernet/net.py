@@ -135,7 +135,9 @@ class Supernet(nn.Module):
         network = self.network(encoding)
         for line in self.space.formats:
             quantizer = self.space.quantizer_of(line)
-            for name in self.quantized(network) if quantizer is not None else ():
+            if quantizer is None:
+                continue
+            for name in self.quantized(network):
                 try:
                     quantizer.stored_bytes(tuple(network.get_submodule(name).weight.shape))
                 except GranularityError as error:
