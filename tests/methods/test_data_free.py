@@ -21,7 +21,7 @@ from nybble.models.operations import OPERATIONS, make_operation
 from nybble.models.own.cells import edges
 from nybble.pipelines.evaluate import run_eval
 from nybble.pipelines.search_architecture import ArchitectureSettings, search_architecture
-from nybble.search.architectures import darts
+from nybble.search.architectures import darts, spos
 from nybble.search.architectures.darts import Mixed, rows_of
 from nybble.search.architectures.proxyless import Gated, expected, likeliest, rescaled, through_gates
 from nybble.search.architectures.spos import Bins
@@ -369,11 +369,36 @@ def test_what_is_found_is_a_model_like_any_other(method: str, given: dict[str, A
     shown = run_eval({"it": str(tmp_path / "out")}, real)["models"]["it"]["top1"]
     assert shown == pytest.approx(found["measures"]["accuracy"])
     model, _ = nybble.load(tmp_path / "out", dtype="float32")
+    norm, entered = running_norms(model)[0], list[Tensor]()
+    with torch.no_grad(), norm.register_forward_pre_hook(lambda module, x: entered.append(x[0])):
+        model(pixel_values=pixels(patterns(48, 1)[0]))
+    assert torch.allclose(entered[0].mean((0, 2, 3)), norm.running_mean, atol=1e-4)  # type: ignore[arg-type]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(pixel_values=torch.zeros(1, 1, SIDE, SIDE))
     assert counter.get_total_flops() == 2 * found["cost"]
     nybble.quantize(tmp_path / "out", "rtn", real, weights="int8 channel", out=tmp_path / "small")
     assert (tmp_path / "small/model.safetensors").exists()
+
+
+def test_paths_are_scored_behind_statistics_of_their_own(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every BatchNorm of a path has the mean of what enters it; the supernet's own is of all paths."""
+    whole, seen = spos.error, list[float]()
+
+    def looked(model: Any, task: Any, rows: Any, labels: Tensor, batch: int) -> float:
+        norm, entered = running_norms(model)[-1], list[Tensor]()
+        hook = norm.register_forward_pre_hook(lambda module, x: entered.append(x[0]))
+        found = whole(model, task, rows, labels, batch)
+        hook.remove()
+        mean = torch.cat(entered).mean((0, *range(2, entered[0].dim())))
+        seen.append(float((mean - norm.running_mean).norm() / mean.norm()))
+        return found
+
+    monkeypatch.setattr(spos, "error", looked)
+    real = {"data": given["judged_on"], "options": SPOS}
+    search_architecture(out=tmp_path / "out", budget="macs=0.85", method="spos", **real, **given)
+    assert len(seen) > 4 and max(seen) < 1
 
 
 def test_data_free_killed_and_gone_on_with(given: dict[str, Any], tmp_path: Path) -> None:
