@@ -29,7 +29,7 @@ from nybble.search.choices.blocks import Alphas, Choices, choices_of, choose
 from nybble.search.choices.cell_space import CellSpace, kept
 from nybble.search.choices.chain_space import ChainSpace
 from nybble.search.choices.macs import Table
-from nybble.search.choices.teaching import Pairs, Taught, measured_norms, paired, split
+from nybble.search.choices.teaching import Pairs, Taught, error, measured_norms, paired, split
 from nybble.training.norms import running_norms
 from nybble.training.tasks import TASKS
 
@@ -384,15 +384,16 @@ def test_paths_are_scored_behind_statistics_of_their_own(
     given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every BatchNorm of a path has the mean of what enters it; the supernet's own is of all paths."""
-    whole, seen = spos.error, list[float]()
+    seen = list[float]()
 
     def looked(model: Any, task: Any, rows: Any, labels: Tensor, batch: int) -> float:
         norm, entered = running_norms(model)[-1], list[Tensor]()
         hook = norm.register_forward_pre_hook(lambda module, x: entered.append(x[0]))
-        found = whole(model, task, rows, labels, batch)
+        found = error(model, task, rows, labels, batch)
         hook.remove()
         mean = torch.cat(entered).mean((0, *range(2, entered[0].dim())))
-        seen.append(float((mean - norm.running_mean).norm() / mean.norm()))
+        kept: Any = norm.running_mean
+        seen.append(float((mean - kept).norm() / mean.norm()))
         return found
 
     monkeypatch.setattr(spos, "error", looked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +17,12 @@ from tests.tiny import WORDS, framed_tokenizer
 
 from nybble.core.errors import GranularityError, ModelError, UsageError
 from nybble.core.progress import Silent
+from nybble.data.pairs import IGNORED
 from nybble.models.own.bottleneck import of_bert
 from nybble.pipelines.load import load, load_with_origin
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.search_architecture import ArchitectureSettings, search_architecture
+from nybble.search.architectures.mos import loss_of
 from nybble.training.tasks import task_of
 
 pytest.importorskip("nybble.training.loop", reason="needs accelerate, which nybble's extra 'train' brings")
@@ -154,3 +157,10 @@ def test_an_encoder_with_widths_of_its_own(tmp_path: Path) -> None:
     assert judged(tmp_path / "a", str(text)) == whole["measures"] and "accuracy" in whole["measures"]
     losses = {row["architecture"]: row["held-out loss"] for row in whole["compared"]}
     assert losses["found"] <= losses["smallest"]
+
+
+def test_a_loss_of_batches_is_of_targets() -> None:
+    """One target that loses 4 beside three that lose 8; what is ignored isn't one."""
+    batches = [{"labels": torch.tensor([[1, IGNORED]])}, {"labels": torch.tensor([[1, 1, 2]])}]
+    lost = {2: 4.0, 3: 8.0}
+    assert loss_of(lambda labels: SimpleNamespace(loss=torch.tensor(lost[labels.numel()])), batches) == 7

@@ -18,6 +18,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import nybble
 from nybble.core.errors import DataError, ModelError, SchemeError, UsageError
 from nybble.models.own.slim_vit import SlimViTForImageClassification
+from nybble.search.architectures.vit_slim import _magnitude
 from nybble.search.slimming.choose import Kept, cheapest, choose, kept_at, nested
 from nybble.search.slimming.count import flops, parameters
 from nybble.search.slimming.masks import KINDS, Masks
@@ -92,6 +93,17 @@ def test_nothing_that_is_chosen_costs_less_than_the_cheapest(heads: str, shape: 
             found.append(choose(scores, full, Fraction(1, 10_000), tokens=tokens, least=least))
         for cost in (parameters, flops):
             assert cost(config, end) == min(cost(config, each) for each in found)
+
+
+@pytest.mark.parametrize(
+    "name", ["attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"]
+)
+def test_every_weight_of_a_unit_is_in_its_magnitude(name: str) -> None:
+    layer = vit().vit.layers[0]
+    weight = layer.get_submodule(name).weight.data
+    (weight.T if name in ("attention.o_proj", "mlp.fc2") else weight)[5] *= 100
+    kind, like = ("mlp", torch.ones(24)) if "mlp" in name else ("attention", torch.ones(2, 8))
+    assert int(_magnitude(layer, kind, like).flatten().argmax()) == 5
 
 
 def test_masks_at_their_beginning_change_nothing() -> None:
