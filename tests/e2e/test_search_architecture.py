@@ -92,10 +92,11 @@ def test_a_run_that_is_refused_before_anything_was_kept_leaves_nothing(given: di
 
 
 def test_options_reach_within(given: dict[str, Any], tmp_path: Path) -> None:
-    given["options"] = {"training.steps": 1, "training.lr": 0.01}
+    given["options"] = {"training": {"steps": 3, "batch": 4, "lr": 1.0}, "training.steps": 1, "training.lr": 0.01}
     made = search_architecture(out=tmp_path / "a", **given)["request"]["method"]["architecture"]
     ((_, options),) = made.items()
     assert (options["training"]["steps"], options["training"]["lr"], options["training"]["batch"]) == (1, 0.01, 4)
+    assert given["options"]["training"] == {"steps": 3, "batch": 4, "lr": 1.0}  # the caller's
 
 
 def test_bad_requests_leave_nothing(given: dict[str, Any], tmp_path: Path) -> None:

@@ -123,6 +123,9 @@ def test_bad_requests_leave_nothing(place: Path, tmp_path: Path) -> None:
     bad: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"budget": "parameters=0.01"}, UsageError, r"infeasible in this space; the least is [\d,]+, 0\.\d+"),
         ({"budget": "flops=100"}, UsageError, "infeasible"),
+        ({"budget": "units=0.5", "options": {"least": 20}}, UsageError, "the least is 72, 0.900"),
+        ({"budget": "units=0.19", "options": {"heads": "head"}}, UsageError, "the least is 18, 0.225"),
+        ({"budget": "units=0.06", "options": {"heads": "layer"}}, UsageError, "the least is 6, 0.075"),
         ({"budget": "units=2"}, UsageError, "a share up to 1"),
         ({"budget": "bits=4"}, UsageError, "parameters or flops or units=NUMBER"),
         ({"model": "deit"}, ModelError, "is a DeiTForImageClassification; ViT-Slim searches in ViT"),
@@ -149,7 +152,7 @@ def test_the_command(
     for given, code in (
         ([*words, "--method", "vit-slim", *more], 0),
         ([*words, "--method", "vit-slim", *more, "--menu", "int4"], 2),
-        ([*words, "--method", "fisher", "--eval", images], 2),
+        ([*words[:-1], "bits=3", "--method", "fisher", "--eval", images], 2),
     ):
         monkeypatch.setattr("sys.argv", given)
         with pytest.raises(SystemExit) as ended:

@@ -16,12 +16,12 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 import nybble
-from nybble.core.errors import DataError, ModelError, NybbleError, SchemeError, UsageError
+from nybble.core.errors import DataError, FileError, ModelError, NybbleError, SchemeError, UsageError
 from nybble.models.operations import OPERATIONS, make_operation
 from nybble.models.own.cells import edges
 from nybble.pipelines.evaluate import run_eval
 from nybble.pipelines.search_architecture import ArchitectureSettings, search_architecture
-from nybble.search.architectures import darts
+from nybble.search.architectures import darts, spos
 from nybble.search.architectures.darts import Mixed, rows_of
 from nybble.search.architectures.proxyless import Gated, expected, likeliest, rescaled, through_gates
 from nybble.search.architectures.spos import Bins
@@ -29,7 +29,7 @@ from nybble.search.choices.blocks import Alphas, Choices, choices_of, choose
 from nybble.search.choices.cell_space import CellSpace, kept
 from nybble.search.choices.chain_space import ChainSpace
 from nybble.search.choices.macs import Table
-from nybble.search.choices.teaching import Pairs, Taught, measured_norms, paired, split
+from nybble.search.choices.teaching import Pairs, Taught, error, measured_norms, paired, split
 from nybble.training.norms import running_norms
 from nybble.training.tasks import TASKS
 
@@ -369,11 +369,37 @@ def test_what_is_found_is_a_model_like_any_other(method: str, given: dict[str, A
     shown = run_eval({"it": str(tmp_path / "out")}, real)["models"]["it"]["top1"]
     assert shown == pytest.approx(found["measures"]["accuracy"])
     model, _ = nybble.load(tmp_path / "out", dtype="float32")
+    norm, entered = running_norms(model)[0], list[Tensor]()
+    with torch.no_grad(), norm.register_forward_pre_hook(lambda module, x: entered.append(x[0])):
+        model(pixel_values=pixels(patterns(48, 1)[0]))
+    assert torch.allclose(entered[0].mean((0, 2, 3)), norm.running_mean, atol=1e-4)  # type: ignore[arg-type]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(pixel_values=torch.zeros(1, 1, SIDE, SIDE))
     assert counter.get_total_flops() == 2 * found["cost"]
     nybble.quantize(tmp_path / "out", "rtn", real, weights="int8 channel", out=tmp_path / "small")
     assert (tmp_path / "small/model.safetensors").exists()
+
+
+def test_paths_are_scored_behind_statistics_of_their_own(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every BatchNorm of a path has the mean of what enters it; the supernet's own is of all paths."""
+    seen = list[float]()
+
+    def looked(model: Any, task: Any, rows: Any, labels: Tensor, batch: int) -> float:
+        norm, entered = running_norms(model)[-1], list[Tensor]()
+        hook = norm.register_forward_pre_hook(lambda module, x: entered.append(x[0]))
+        found = error(model, task, rows, labels, batch)
+        hook.remove()
+        mean = torch.cat(entered).mean((0, *range(2, entered[0].dim())))
+        kept: Any = norm.running_mean
+        seen.append(float((mean - kept).norm() / mean.norm()))
+        return found
+
+    monkeypatch.setattr(spos, "error", looked)
+    real = {"data": given["judged_on"], "options": SPOS}
+    search_architecture(out=tmp_path / "out", budget="macs=0.85", method="spos", **real, **given)
+    assert len(seen) > 4 and max(seen) < 1
 
 
 def test_data_free_killed_and_gone_on_with(given: dict[str, Any], tmp_path: Path) -> None:
@@ -397,11 +423,16 @@ def test_data_free_killed_and_gone_on_with(given: dict[str, Any], tmp_path: Path
 def test_what_is_refused(given: dict[str, Any], tmp_path: Path) -> None:
     def refused(match: str, kind: type[NybbleError], method: str = "spos", budget: str = "", **changes: Any) -> None:
         usual, options = METHODS[method]
-        model = changes.pop("model", given["model"])
+        model, data = changes.pop("model", given["model"]), changes.pop("data", None)
         changed = {name.replace("__", "."): value for name, value in changes.items()}
         with pytest.raises(kind, match=match):
             search_architecture(
-                model, tmp_path / "out", budget=budget or usual, method=method, options={**options, **changed}
+                model,
+                tmp_path / "out",
+                budget=budget or usual,
+                method=method,
+                data=data,
+                options={**options, **changed},
             )
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
@@ -409,6 +440,8 @@ def test_what_is_refused(given: dict[str, Any], tmp_path: Path) -> None:
         refused("infeasible in this space; the least is", UsageError, method, "macs=9")
     refused("no network of the space has 5 to 6 times", UsageError, bins__low=5.0, bins__high=6.0)
     refused("from low to high", UsageError, bins__low=2.0)
+    for method in METHODS:  # before anything is trained
+        refused("'/nowhere' does not exist", FileError, method, data=given["judged_on"], retrain_on="/nowhere")
     refused("canvas is 8, and the model sees windows of 12", UsageError, synthesis__canvas=8)
     refused("no operation 'shuffle-4'", UsageError, space__operations=["shuffle-4"])
     refused("no operation goes from 4 to 8 channels", SchemeError, space__operations=["skip"])

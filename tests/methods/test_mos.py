@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +15,14 @@ from tests.parts.training.test_masked_language import masking_tokenizer
 from tests.parts.training.test_text_tasks import BART, BERT, model, sentences
 from tests.tiny import WORDS, framed_tokenizer
 
-from nybble.core.errors import UsageError
+from nybble.core.errors import GranularityError, ModelError, UsageError
 from nybble.core.progress import Silent
+from nybble.data.pairs import IGNORED
 from nybble.models.own.bottleneck import of_bert
 from nybble.pipelines.load import load, load_with_origin
 from nybble.pipelines.quantize import quantize
 from nybble.pipelines.search_architecture import ArchitectureSettings, search_architecture
+from nybble.search.architectures.mos import loss_of
 from nybble.training.tasks import task_of
 
 pytest.importorskip("nybble.training.loop", reason="needs accelerate, which nybble's extra 'train' brings")
@@ -118,14 +121,23 @@ def test_bad_requests_leave_nothing(given: dict[str, Any], tmp_path: Path) -> No
         ({"options": {**OPTIONS, "experts": 0}}, "experts is 0"),
         ({"options": {**OPTIONS, "evolution": {"population": 4, "parents": 5}}}, "population of 4"),
         ({"judged_on": None}, "give --data and --eval"),
+        ({"budget": "latency=2"}, r"2 µs a forward \(latency=2\) is infeasible in this space; the least is"),
         ({"settings": ArchitectureSettings()}, "positions for 24 tokens"),
     ]
     for changes, message in bad:
         with pytest.raises(UsageError, match=message):
             search_architecture(out=tmp_path / "out", **{**given, **changes})
+    for options, error, message in (
+        ({"space": {"d_model": [16, 30, 32]}}, ModelError, "embed_dim must be divisible by num_heads"),
+        (
+            {"space": {"encoder_ffn_dim": [16, 24, 48]}, "formats": ["int8 channel", "int4 group=16"]},
+            GranularityError, r"fc2 of \{'encoder_ffn_dim': 24.*in 'int4 group=16': 24 columns",
+        ),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            asked = {**given, "options": {**OPTIONS, **options}, "budget": "parameters=1"}
+            search_architecture(out=tmp_path / "out", **asked)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "pairs.jsonl"]
-    with pytest.raises(UsageError, match=r"none of 50 architectures drawn is within latency <= 2.*The smallest has"):
-        search_architecture(out=tmp_path / "out", **{**given, "budget": "latency=2"})
 
 
 def test_an_encoder_with_widths_of_its_own(tmp_path: Path) -> None:
@@ -145,3 +157,10 @@ def test_an_encoder_with_widths_of_its_own(tmp_path: Path) -> None:
     assert judged(tmp_path / "a", str(text)) == whole["measures"] and "accuracy" in whole["measures"]
     losses = {row["architecture"]: row["held-out loss"] for row in whole["compared"]}
     assert losses["found"] <= losses["smallest"]
+
+
+def test_a_loss_of_batches_is_of_targets() -> None:
+    """One target that loses 4 beside three that lose 8; what is ignored isn't one."""
+    batches = [{"labels": torch.tensor([[1, IGNORED]])}, {"labels": torch.tensor([[1, 1, 2]])}]
+    lost = {2: 4.0, 3: 8.0}
+    assert loss_of(lambda labels: SimpleNamespace(loss=torch.tensor(lost[labels.numel()])), batches) == 7

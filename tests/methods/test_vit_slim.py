@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from transformers import ViTConfig, ViTForImageClassification
 import nybble
 from nybble.core.errors import DataError, ModelError, SchemeError, UsageError
 from nybble.models.own.slim_vit import SlimViTForImageClassification
-from nybble.search.slimming.choose import Kept, choose, kept_at, nested
+from nybble.search.architectures.vit_slim import _magnitude
+from nybble.search.slimming.choose import Kept, cheapest, choose, kept_at, nested
 from nybble.search.slimming.count import flops, parameters
 from nybble.search.slimming.masks import KINDS, Masks
 from nybble.search.slimming.slices import full_kept, sliced
@@ -74,6 +76,34 @@ def masked(model: Any, kept: Kept, pixels: Tensor, excluded: bool = True) -> Ten
                 norm.register_forward_hook(lambda module, args, y, there=there: y * there[:, None])
     found: Tensor = made(pixel_values=pixels).logits
     return found
+
+
+@pytest.mark.parametrize(("heads", "shape"), [("feature", (2, 2)), ("head", (2, 1)), ("layer", (1, 2))])
+def test_nothing_that_is_chosen_costs_less_than_the_cheapest(heads: str, shape: tuple[int, int]) -> None:
+    """And of 200 random scores some cost as little."""
+    config = vit(hidden_size=4, intermediate_size=3, num_hidden_layers=2).config
+    sizes: dict[str, tuple[int, ...]] = {"attention": (2, 2), "mlp": (3,), "tokens": (4,)}
+    full: Kept = {kind: [torch.ones(each, dtype=torch.bool)] * 2 for kind, each in sizes.items()}
+    sizes["attention"] = shape
+    generator = torch.Generator().manual_seed(0)
+    for least, tokens in itertools.product((1, 2, 3), (None, Fraction(1, 4), Fraction(3, 8), Fraction(1))):
+        end, found = cheapest(full, KINDS, heads, least, tokens), list[Kept]()
+        for _ in range(200):
+            scores = {kind: [torch.rand(each, generator=generator) for _ in range(2)] for kind, each in sizes.items()}
+            found.append(choose(scores, full, Fraction(1, 10_000), tokens=tokens, least=least))
+        for cost in (parameters, flops):
+            assert cost(config, end) == min(cost(config, each) for each in found)
+
+
+@pytest.mark.parametrize(
+    "name", ["attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"]
+)
+def test_every_weight_of_a_unit_is_in_its_magnitude(name: str) -> None:
+    layer = vit().vit.layers[0]
+    weight = layer.get_submodule(name).weight.data
+    (weight.T if name in ("attention.o_proj", "mlp.fc2") else weight)[5] *= 100
+    kind, like = ("mlp", torch.ones(24)) if "mlp" in name else ("attention", torch.ones(2, 8))
+    assert int(_magnitude(layer, kind, like).flatten().argmax()) == 5
 
 
 def test_masks_at_their_beginning_change_nothing() -> None:

@@ -148,7 +148,7 @@ def _searched(
         try:
             found = recipe.architecture.run(study)
         except NybbleError:
-            if not any(work.iterdir()):
+            if {path.name for path in work.iterdir()} <= {MEASURED}:  # nothing was trained
                 shutil.rmtree(partial)
             raise
         result = _result(request, study, found)

@@ -19,6 +19,7 @@ architecture: {vit-slim: {mlp: 5.0e-5}}      # of nybble.search.architectures
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -90,7 +91,7 @@ class ArchitectureRecipe(SearchRecipe):
             if not isinstance(place, dict) or (path and last not in place):
                 hint = did_you_mean(name, _dotted(given))
                 raise SchemeError(f"{registry.kind} {key!r} has no option {name!r}.{hint}")
-            place[last] = value
+            place[last] = deepcopy(value)  # a later option may reach within it
         where = f"{registry.kind} {key!r}"
         return replace(self, architecture=build(type(self.architecture), given, where))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from nybble.data.kinds import Batch
 from nybble.nn.kinds import targets_of
 from nybble.quantizer import Quantizer
 from nybble.search.curvature import Curvature
+from nybble.search.losses import own_labels
 from nybble.search.sensitivities import REGISTRY, Sensitivity
 from nybble.search.sensitivities.gradient import Gradient
 from nybble.search.sensitivities.hessian_top import HessianTop
@@ -245,3 +247,16 @@ def test_losses_without_a_gradient(name: str) -> None:
         part.measure(study(model, batches, lambda o, b: o.logits.sum() * float("nan")))
     with pytest.raises(DataError, match="there is none"):
         part.measure(study(model, []))
+
+
+def test_the_loss_on_labels_of_its_own_is_a_mean_of_the_same_draws() -> None:
+    """Of alike chances log 3 whatever is drawn, padding left out; of others the same value at each call."""
+    real = torch.tensor([[True, True, False, False], [True, True, True, False]])
+    for logits, mask in ((torch.zeros(5, 3), None), (torch.zeros(2, 4, 3), None), (torch.zeros(2, 4, 3), real)):
+        found = own_labels(SimpleNamespace(logits=logits), Batch(inputs={}, real=mask))
+        assert float(found) == pytest.approx(math.log(3))
+    unlike = SimpleNamespace(logits=torch.randn(64, 3, generator=torch.Generator().manual_seed(0)))
+    torch.manual_seed(1)
+    first = own_labels(unlike, Batch(inputs={}, real=None))
+    torch.manual_seed(2)
+    assert torch.equal(first, own_labels(unlike, Batch(inputs={}, real=None)))

@@ -89,6 +89,8 @@ class MixtureOfSupernets(Architecture):
         if study.budget.name == "parameters":
             space = shared.space
             study.budget.check(shared.parameters_of(space.smallest), shared.parameters_of(space.largest))
+        for encoding in shared.space.alone:
+            shared.check_rounded(encoding)
 
     def run(self, study: Study) -> Found:  # noqa: D102
         task, rows = study.task_for(study.model), study.examples(study.model).rows
@@ -100,9 +102,10 @@ class MixtureOfSupernets(Architecture):
                 study.model, self._space(study), experts=self.experts, router=self.router, mixed=self.mixed,
                 hidden=self.hidden, dropout=self.dropout,
             )  # fmt: skip
+        looked = Looked(study, supernet, batches_of(task, held[: self.scored], study.device))
+        study.budget.check(looked.cost(supernet.space.smallest), looked.cost(supernet.space.largest))
         objective = Sandwich(task, make_losses({"task": 1.0}), None)
         run = study.train("supernet", supernet, rows, self.training, objective=objective)
-        looked = Looked(study, supernet, batches_of(task, held[: self.scored], study.device))
         scored = self.evolved(looked)
         best = scored[0].encoding
         model = supernet.collapsed(best, rounded=False)
@@ -178,7 +181,7 @@ class Looked:
 
     Args:
         study: its budget says what a cost is.
-        supernet: trained.
+        supernet: trained where candidates are scored.
         batches: held-out ones; a latency is of the first.
         table: of latencies; None: what the study keeps.
     """

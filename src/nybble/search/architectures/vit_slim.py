@@ -27,7 +27,7 @@ from nybble.core.progress import task
 from nybble.core.seeds import generator
 from nybble.search.architectures import Architecture, Budget, Found, Study, Training
 from nybble.search.slimming import masks as soft
-from nybble.search.slimming.choose import Kept, choose, largest
+from nybble.search.slimming.choose import Kept, cheapest, choose, largest
 from nybble.search.slimming.count import COSTS, UNITS
 from nybble.search.slimming.slices import full_kept, sliced
 from nybble.training.objective import Objective, make_losses, needs_teacher
@@ -95,6 +95,11 @@ class ViTSlim(Architecture):
         return {kind: getattr(self, kind) for kind in soft.KINDS}
 
     @property
+    def _tokens(self) -> Fraction | None:
+        """The share of patches of its own, as the decimal that was typed."""
+        return None if self.tokens_share is None else Fraction(str(self.tokens_share))
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """That are searched."""
         return tuple(kind for kind, weight in self.weights.items() if weight)
@@ -111,9 +116,8 @@ class ViTSlim(Architecture):
         if study.budget.name == "units" and (study.budget.amount > 1 or not {"attention", "mlp"} & {*self.kinds}):
             raise UsageError("a budget of units is a share up to 1 of features and units; search one of these.")
         full = full_kept(study.model)
-        ends = {kind: [_first(each) for each in full[kind]] for kind in self.kinds}
-        count = COSTS[study.budget.name]
-        study.budget.check(count(config, {**full, **ends}), count(config, full))
+        ends, count = cheapest(full, self.kinds, self.heads, self.least, self._tokens), COSTS[study.budget.name]
+        study.budget.check(count(config, ends), count(config, full))
         study.examples(study.model)
         if study.judged_on is not None:
             study.held_out(study.model)
@@ -172,8 +176,7 @@ class ViTSlim(Architecture):
         return [_ranks(_magnitude(layer, kind, each)) for layer, each in zip(given.vit.layers, found, strict=True)]
 
     def _kept(self, scores: Mapping[str, Any], full: Kept, share: Fraction) -> Kept:
-        tokens = None if self.tokens_share is None else Fraction(str(self.tokens_share))
-        return choose(scores, full, share, tokens=tokens, least=self.least)
+        return choose(scores, full, share, tokens=self._tokens, least=self.least)
 
     def _chosen(self, budget: Budget, config: Any, scores: Mapping[str, Any], full: Kept) -> tuple[Fraction, Kept]:
         """The largest share that the budget has room for, and what it keeps."""
@@ -193,7 +196,7 @@ class ViTSlim(Architecture):
         try:
             return self._kept(scores, full, share)
         except ModelError:  # an empty layer costs least; whether that is an error is said of the share that is taken
-            return choose(scores, full, share, least=1)
+            return choose(scores, full, share, tokens=self._tokens, least=1)
 
     def _front(
         self, study: Study, scores: Mapping[str, Any], full: Kept, held: Any
@@ -223,13 +226,6 @@ class ViTSlim(Architecture):
         masks.fix(kept)
         run = study.train("retrain", study.model, rows, self.retrain, objective=objective)
         return run, sliced(study.model, kept)
-
-
-def _first(each: torch.Tensor) -> torch.Tensor:
-    """The least that a mask of this shape keeps: one."""
-    found = torch.zeros_like(each)
-    found.view(-1)[0] = True
-    return found
 
 
 def _ranks(scores: torch.Tensor) -> torch.Tensor:

@@ -61,6 +61,8 @@ class ImageSearch(Architecture):
             study.examples(study.model)
         if study.judged_on is not None:
             study.held_out(study.model)
+        if self.retrain_on:
+            self._labelled(study)
 
     def config_of(self, study: Study) -> dict[str, Any]:
         """What a network takes of the teacher's config: images and classes."""
@@ -100,14 +102,18 @@ class ImageSearch(Architecture):
         objective: Taught | None = self.teacher(study)
         task = study.task(study.model)
         if self.retrain_on:
-            assert study.origin is not None
-            rows = task.load(self.retrain_on, study.origin, study.model, study.seq_len, "calibration").rows
-            objective = None
+            rows, objective = self._labelled(study), None
         study.train("retrain", model, rows, self.retrain, objective=objective)
         measured_norms(model, task, rows, self.batch, self.norm_batches)
         if study.judged_on is None:
             return {}
         return study.judge(model, study.held_out(study.model).rows)
+
+    def _labelled(self, study: Study) -> Sequence[Row]:
+        """What ``retrain_on`` names."""
+        assert study.origin is not None
+        task = study.task(study.model)
+        return task.load(self.retrain_on, study.origin, study.model, study.seq_len, "calibration").rows
 
 
 def seeded(study: Study, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
@@ -82,6 +83,50 @@ def choose(
         kept = [one.expand(like.shape) for one, like in zip(kept, full[kind], strict=True)]
         found[kind] = nested(kept) if kind == "tokens" else kept
     check_kept(found)
+    return found
+
+
+def cheapest(
+    full: Kept, kinds: Sequence[str], heads: str = "feature", least: int = 1, tokens: Fraction | None = None
+) -> Kept:
+    """What costs least of all that :func:`choose` may keep, whatever the scores are.
+
+    Args:
+        full: as of :func:`choose`.
+        kinds: that have scores.
+        heads: what a score of attention is of: a ``feature`` of a head, a ``head``, a feature of all heads of a
+            ``layer``.
+        least: as of :func:`choose`; of 0, too, no layer stays empty.
+        tokens: as of :func:`choose`.
+    """
+    found, least = dict(full), max(1, least)
+    if "attention" in kinds:
+        found["attention"] = [_fewest(each, heads, least) for each in full["attention"]]
+    if "mlp" in kinds:
+        found["mlp"] = [_first(each, least) for each in full["mlp"]]
+    if "tokens" in kinds:
+        layers, count = len(full["tokens"]), sum(each.numel() for each in full["tokens"])
+        stay = count - int((1 - (tokens or Fraction(1, STEPS))) * count // 1)  # an even spread multiplies least
+        found["tokens"] = [_first(each, (stay + layers - 1 - i) // layers) for i, each in enumerate(full["tokens"])]
+    return found
+
+
+def _first(like: Tensor, count: int) -> Tensor:
+    return (torch.arange(like.numel()) < count).view(like.shape)
+
+
+def _fewest(like: Tensor, heads: str, least: int) -> Tensor:
+    """Attention [heads, features] of one layer; as many heads as multiply least for so many features."""
+    number, size = like.shape
+    if heads == "head":
+        return _first(like, least * size)
+    if heads == "layer":
+        return _first(like.T, least * number).T
+    least = min(least, like.numel())
+    spread = min(range(math.ceil(least / size), number + 1), key=lambda k: k * math.ceil(least / k))
+    found = torch.zeros_like(like)
+    for i in range(least):
+        found[i % spread, i // spread] = True
     return found
 
 

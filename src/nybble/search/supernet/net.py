@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from nybble.core.errors import ModelError, SchemeError
+from nybble.core.errors import GranularityError, ModelError, SchemeError
 from nybble.models.adapter import adapter_for
 from nybble.models.build.skeleton import fill_buffers_, meta_model, model_class
 from nybble.quantizer import Quantizer
@@ -125,6 +125,24 @@ class Supernet(nn.Module):
         """Linear layers in blocks, whose weights a format is for."""
         inside = adapter_for(network).inside
         return [name for name, module in network.named_modules() if isinstance(module, nn.Linear) and inside(name)]
+
+    def check_rounded(self, encoding: Encoding) -> None:
+        """Refuse an architecture that is no part of the supernet, or that no format of the space fits.
+
+        Raises:
+            ModelError: as of :meth:`network`. GranularityError: a layer's rows in a format; names both.
+        """
+        network = self.network(encoding)
+        for line in self.space.formats:
+            quantizer = self.space.quantizer_of(line)
+            if quantizer is None:
+                continue
+            for name in self.quantized(network):
+                try:
+                    quantizer.stored_bytes(tuple(network.get_submodule(name).weight.shape))
+                except GranularityError as error:
+                    values = self.space.values(encoding)
+                    raise GranularityError(f"{name} of {values} in {line!r}: {error}") from error
 
     def parameters_of(self, encoding: Encoding) -> int:
         """How many parameters an architecture has, tied ones once."""

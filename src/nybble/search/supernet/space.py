@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -53,14 +53,15 @@ class Space:
         if len(set(self.formats)) < len(self.formats):
             raise UsageError(f"space: formats, each once; got {list(self.formats)}.")
         for line in self.formats:
-            self._quantizer(line)
+            self.quantizer_of(line)
 
     def _whole(self, key: str) -> list[int]:
         found = getattr(self.config, key)
         return list(found) if isinstance(found, list | tuple) else [found]
 
     @staticmethod
-    def _quantizer(line: str) -> Quantizer | None:
+    def quantizer_of(line: str) -> Quantizer | None:
+        """A line of ``formats``; None for ``float``."""
         return None if line == FLOAT else Quantizer(line)
 
     @cached_property
@@ -86,6 +87,13 @@ class Space:
     def smallest(self) -> Encoding:
         """Every key at its least, in the last format."""
         return (0,) * len(self.genes) + ((len(self.formats) - 1,) if self.formats else ())
+
+    @property
+    def alone(self) -> Iterator[Encoding]:
+        """Every choice of every gene once, in a network that is the largest else."""
+        for gene, size in enumerate(self.sizes):
+            for choice in range(size):
+                yield (*self.largest[:gene], choice, *self.largest[gene + 1 :])
 
     def check(self, encoding: Sequence[int]) -> None:
         """Raise UsageError for an encoding that isn't of this space."""
@@ -114,7 +122,7 @@ class Space:
 
     def quantizer(self, encoding: Encoding) -> Quantizer | None:
         """Of the weights in blocks; None leaves them as they are."""
-        return self._quantizer(self.formats[encoding[-1]]) if self.formats else None
+        return self.quantizer_of(self.formats[encoding[-1]]) if self.formats else None
 
     def numbers(self, encoding: Encoding) -> Tensor:
         """What routers read, float32 [numbers]: a value's place between its key's least and most, from 0.01 on.
