@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -189,6 +190,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert (
         found["fit"] == 4 and found["candidates"][0]["cache_bytes"] == 65536 and found["candidates"][0]["sure"] is None
     )
+    path.write_text(path.read_text().replace("nll", "ppl", 1))
+    found = json.loads(CliRunner().invoke(build(), [*line, "--json"]).stdout)
+    assert found["candidates"][0]["quality"] == math.log(2.0)
     shown = CliRunner().invoke(build(), line)
     assert shown.stdout.strip().endswith("nybble quantize large OUT --recipe rtn --weights 'int4 group=64'")
     twin = CliRunner().invoke(build(), ["recommend", "--parameters", "1e9", "--tokens", "1e12", "--json"])
