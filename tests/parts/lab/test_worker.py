@@ -102,6 +102,10 @@ def test_a_result_that_the_store_does_not_take_is_kept_and_brought_later(
         assert send(store) == 1 and not kept.exists() and send(store) == 0
         (row,) = store.runs()
         assert row["state"] == "done" and row["result"] == drawn(bits=[2]).expand()[0].spec.make().run(Path())
+        for damaged in ("{", '{"state": "done"}'):
+            kept.write_text(damaged)
+            with pytest.raises(FileError, match="is damaged; remove it"):
+                send(store)
 
 
 def test_with_the_disk_full_of_both_the_run_is_run_again(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
