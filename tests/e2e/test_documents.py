@@ -94,7 +94,6 @@ def place(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("instructions", "held"):
         row = '{"instruction": "ba be", "output": "bi"}\n'
         (tmp_path / f"{name}.jsonl").write_text(row * 4)
-    (tmp_path / "prize").mkdir()
     for block in blocks():
         if block.kind == "yaml" and block.place.startswith("docs/lab.md"):  # files under the names that they say
             (tmp_path / f"{yaml.safe_load(block.text)['name']}.yaml").write_text(block.text)
