@@ -116,13 +116,14 @@ WRONG = {
     "no task is named": ("--inverse-scaling", ","),
     "can't be read": ("--inverse-scaling", "nowhere.jsonl"),
     "put the prize's file": ("--inverse-scaling", "memo-trap"),
+    "there is no folder nowhere": ("--inverse-scaling", "neqa", "--task-dir", "nowhere"),
 }
 
 
 @pytest.mark.parametrize("says", WRONG)
 def test_wrong_requests(place: Path, nybble_command: Any, says: str) -> None:
     code, _, err = nybble_command("eval", place / "float", *WRONG[says])
-    assert code == 2 or "can't be read" in says
+    assert code == 2 or "can't be read" in says or "no folder" in says
     assert says in " ".join(err.split())
 
 

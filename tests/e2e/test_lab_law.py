@@ -36,6 +36,7 @@ def test_the_published_law_says_what_a_plan_costs() -> None:
     assert made["forecast"]["best_bits_of_compute"]["low"] is None and "outside of 1e+10" in made["warnings"][1]
     assert "E2M1" in law(*plan)
     assert found("--compute", "1e23")["forecast"]["best_of_compute"]["bits"]["value"] == pytest.approx(4.72, abs=0.01)
+    assert [line[:12] for line in found("--compute", "1e23")["warnings"]] == ["N = 1.72e+11", "D = 3.29e+11"]
 
 
 def test_a_csv_file_is_fitted_and_drawn(tmp_path: Path) -> None:
@@ -49,8 +50,8 @@ def test_a_csv_file_is_fitted_and_drawn(tmp_path: Path) -> None:
     assert fits["floating"]["held_out"] < fits["width"]["held_out"] < fits["constant"]["held_out"]
     assert loss["value"] == pytest.approx(PUBLISHED.loss(1e9, 1e11, 2, 1, 128), rel=5e-3)
     assert loss["low"] < loss["high"] and fits["floating"]["runs"] == 128
-    narrow = found(str(path), "--draws", "1", "--where", "N<1e9")
-    assert narrow["forecast"] == {} and narrow["fits"]["floating"]["runs"] == 128
+    narrow = found(str(path), "--draws", "1", "--where", "format!=E6M1")
+    assert narrow["forecast"] == {} and narrow["fits"]["floating"]["runs"] == 112
 
 
 def test_what_is_asked_wrongly_is_said(tmp_path: Path) -> None:
@@ -63,5 +64,8 @@ def test_what_is_asked_wrongly_is_said(tmp_path: Path) -> None:
     assert "CSV file with a heading" in law(str(path), code=1)
     assert "say what is planned" in law(code=2)
     assert "give DATA" in law("--tokens", "1e9", "--plot", "a.svg", code=2)
+    assert "give DATA" in law("--tokens", "1e9", "--pair", "seed", code=2)
+    assert "give --parameters" in law("--tokens", "1e9", "--format", "E4M3", code=2)
+    assert "--bits compares" in law("--tokens", "1e9", "--bits", "4", code=2)
     assert "as E4M3 or bf16; got 'int4'" in law("--parameters", "1e9", "--format", "int4", code=2)
     assert "N is a number above 0" in law("--parameters", "-1", "--tokens", "1e9", code=2)

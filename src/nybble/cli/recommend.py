@@ -78,7 +78,7 @@ def _row(row: dict[str, Any]) -> list[str]:
 
 
 def _training(parameters: float | None, tokens: float | None, compute: float | None, json: bool) -> None:
-    from nybble.lab.laws.advice import advise
+    from nybble.lab.laws.advice import advise, named
 
     found = advise(parameters, tokens, compute)
     if json:
@@ -92,3 +92,4 @@ def _training(parameters: float | None, tokens: float | None, compute: float | N
     print_table(title, ("format", "block", "loss", "penalty", "more data harm from"), rows)
     for line in found["warnings"]:
         note(f"warning: {line}")
+    print(named(found["chosen"]))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nybble.core.errors import ModelError
+from nybble.models.build.config_file import read_json
 
 FLOAT_BYTES = 2
 """Of a value that is left in float: models run in bfloat16."""
+SHAPE = ("layers", "kv_heads", "head_dim")
+"""Columns of a model whose layers all cache whole texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,32 @@ def shape_of(config: Mapping[str, Any], model: str) -> KVShape:
         heads=said.get("num_key_value_heads") or heads, width=said.get("head_dim") or hidden // heads,
         windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
     )  # fmt: skip
+
+
+def config_of(model: str) -> Mapping[str, Any]:
+    """What a model's config.json says, wherever the model is.
+
+    Raises:
+        FileError, ModelError: it can't be read, or there is no such model.
+    """
+    path = Path(model) / "config.json"
+    if path.is_file():
+        return read_json(path)
+    from nybble.models.sources.open import open_source
+
+    found: Mapping[str, Any] = open_source(model).config.to_dict()
+    return found
+
+
+def shape_columns(model: str) -> dict[str, int]:
+    """The columns :data:`SHAPE` of a model, so that its cache is counted where the model isn't; or nothing."""
+    try:
+        shape = shape_of(config_of(model), model)
+    except ModelError:
+        return {}
+    if any(window is not None for window in shape.windows):
+        return {}
+    return dict(zip(SHAPE, (len(shape.windows), shape.heads, shape.width), strict=True))
 
 
 def _heads(said: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from nybble.core.errors import FileError
 from nybble.core.files import atomic_write_json, disk_errors
 from nybble.lab.claim import Outcome, packed, unpacked
 from nybble.lab.database import is_file, shown
@@ -46,8 +47,18 @@ def send(store: Store) -> int:
     """
     paths = sorted(outbox_of(store.place).glob("*.json"))
     for path in paths:
-        with disk_errors(path):
-            data = json.loads(path.read_text(encoding="utf-8"))
-        store.deliver(path.stem, Outcome(**{**data, "result": unpacked(data["result"])}))
+        store.deliver(path.stem, _read(path))
         path.unlink(missing_ok=True)  # another process may have sent it, too
     return len(paths)
+
+
+def _read(path: Path) -> Outcome:
+    with disk_errors(path):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        data = json.loads(text)
+        return Outcome(**{**data, "result": unpacked(data["result"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise FileError(
+            f"{path} is no result that a worker kept, or is damaged; remove it, and the run is run again."
+        ) from error

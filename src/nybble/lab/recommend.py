@@ -1,7 +1,7 @@
 """What fits a memory: measured models, formats and recipes, ranked by quality, with weights and KV cache counted.
 
 Runs of the kind ``quantize`` (:mod:`nybble.lab.kinds.quantize`) are the candidates: what differs in the seed, the
-calibration data or a column that is said to pair them are repeats of one.
+calibration data (not in how much of it) or a column that is said to pair them are repeats of one.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nybble.core.errors import DataError, UsageError
-from nybble.lab.kv_bytes import KVShape, kv_bytes, shape_of
+from nybble.core.errors import DataError, FileError, ModelError, UsageError
+from nybble.lab.kv_bytes import SHAPE, KVShape, config_of, kv_bytes, shape_of
 from nybble.lab.rows import Table, check_columns, columns_of, stored_bytes
-from nybble.models.build.config_file import read_json
 
 CHANGES = ("target", "scheme", "weights", "activations", "kv", "embeddings", "matmuls")
-IDENTITY = ("model", "recipe", "effort", *CHANGES)
+CALIBRATED = {"samples": None, "seq_len": 512}
+"""Options of calibration that a command says where they aren't as usual."""
+IDENTITY = ("model", "recipe", "effort", *CHANGES, *CALIBRATED)
 JUDGED = ("judged_on", "judged_samples", "judged_len")
 SHARE, DRAWS = 0.95, 2000
 
@@ -71,6 +71,9 @@ class Candidate:
                 words += [f"--{name}", str(value)]
         if (effort := self.options.get("effort")) not in (None, "full"):
             words += ["--effort", str(effort)]
+        for name, usual in {**CALIBRATED, "data": "builtin"}.items():
+            if (value := self.options.get(name)) not in (None, usual):
+                words += [f"--{name.replace('_', '-')}", str(value)]
         return shlex.join(words)
 
 
@@ -92,6 +95,9 @@ def recommend(
     check_columns(["model", metric, *([paired] if paired else [])], columns_of(rows))
     if not (budget.memory > 0 and budget.context > 0 and budget.batch > 0):
         raise UsageError("memory, context and batch are above 0.")
+    for number, row in enumerate(rows, 1):
+        if row["model"] in (None, ""):
+            raise DataError(f"row {number} names no model.")
     _check_alike(rows, paired)
     every = _candidates(rows, budget, metric, paired)
     found = [each for each in every if each.total <= budget.memory]
@@ -136,6 +142,8 @@ def _candidates(rows: Table, budget: Budget, metric: str, paired: str) -> list[C
             shapes[model] = _shape(first, model)
         cache = kv_bytes(shapes[model], budget.context, budget.batch, first.get("kv"))
         options = {name: first.get(name) for name in IDENTITY}
+        if len(calibrated := {row.get("data") for row in runs}) == 1:
+            options["data"] = calibrated.pop()
         mean = math.fsum(values) / len(values)
         found.append(Candidate(options=options, weights=stored_bytes(first), cache=cache, quality=mean, values=values))
     if not found:
@@ -145,15 +153,16 @@ def _candidates(rows: Table, budget: Budget, metric: str, paired: str) -> list[C
 
 def _shape(row: Mapping[str, Any], model: str) -> KVShape:
     """Of columns ``layers``, ``kv_heads`` and ``head_dim``, or of the model's config."""
-    said = [row.get(name) for name in ("layers", "kv_heads", "head_dim")]
-    if all(isinstance(value, int) for value in said):
+    said = [row.get(name) for name in SHAPE]
+    if any(value is not None for value in said):
+        if not all(isinstance(value, int) and value > 0 for value in said):
+            raise DataError(f"{model}: layers, kv_heads and head_dim are whole numbers above 0; got {said}.")
         return KVShape(heads=int(said[1] or 0), width=int(said[2] or 0), windows=(None,) * int(said[0] or 0))
-    path = Path(model) / "config.json"
-    if path.is_file():
-        return shape_of(read_json(path), model)
-    from nybble.models.sources.open import open_source
-
-    return shape_of(open_source(model).config.to_dict(), model)
+    try:
+        config = config_of(model)
+    except (FileError, ModelError) as error:
+        raise type(error)(f"{error} Or say the size of its cache in columns {', '.join(SHAPE)}.") from error
+    return shape_of(config, model)
 
 
 def _ranked(found: list[Candidate], high: bool) -> list[Candidate]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -139,14 +140,15 @@ def stored_bytes(row: Mapping[str, Any]) -> int:
     """Bytes of all tensors that a quantized model stores: ``weight_bytes``, or bits a weight times parameters.
 
     Raises:
-        UsageError: a run says neither.
+        UsageError: a run says neither, or no number above 0.
     """
-    if isinstance(said := row.get("weight_bytes"), int | float):
-        return int(said)
     bits, count = row.get("result.bits", row.get("bits")), row.get("parameters")
-    if not isinstance(bits, int | float) or not isinstance(count, int | float):
+    said = row.get("weight_bytes")
+    if said is None and isinstance(bits, int | float) and isinstance(count, int | float):
+        said = bits * count / 8
+    if not isinstance(said, int | float) or not 0 < said < math.inf:
         raise UsageError(f"{row.get('model', 'a run')}: neither bits and parameters nor weight_bytes, so no size.")
-    return round(bits * count / 8)
+    return round(said)
 
 
 def shown(value: Any) -> str:

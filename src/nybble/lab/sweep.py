@@ -73,6 +73,7 @@ class Sweep:
             UsageError: an unknown axis, a template without its axis, an exclusion of an axis that there isn't, values
                 of the wrong type, or nothing left. FileError: a file that isn't there.
         """
+        self._check_exclusions()
         found: dict[str, Member] = {}
         read = cache(fingerprint)  # once a path, not once a run
         for number, grid in enumerate(self.grids, 1):
@@ -87,6 +88,17 @@ class Sweep:
         """As YAML has it."""
         return dataclasses.asdict(self)
 
+    def _check_exclusions(self) -> None:
+        """Refuse an exclusion of an axis that no grid has: it would leave out nothing, and not say so."""
+        known = {name: None for grid in (self.base, *self.grids) for name in grid if name != "kind"}
+        for number, rule in enumerate(self.exclude, 1):
+            for name in rule:
+                if name not in known:
+                    raise UsageError(
+                        f"sweep {self.name}, exclusion {number}: no grid has an axis {name!r}."
+                        f"{did_you_mean(str(name), known)}"
+                    )
+
     def _members(self, grid: Mapping[str, Any], read: Callable[[str], str | None]) -> Iterator[Member]:
         values = {**self.base, **grid}
         kind = str(values.pop("kind", self.kind))
@@ -94,7 +106,7 @@ class Sweep:
         options = {field.name for field in dataclasses.fields(part)}
         axes = {name: _values(name, value) for name, value in values.items()}
         used = _check_axes(axes, options, kind)
-        excluded = [_Exclusion(rule, axes, number) for number, rule in enumerate(self.exclude, 1)]
+        excluded = [_Exclusion(rule, axes) for rule in self.exclude]
         for chosen in itertools.product(*axes.values()):
             point = dict(zip(axes, chosen, strict=True))
             if any(rule.takes(point) for rule in excluded):
@@ -148,7 +160,7 @@ def parse_sweep(data: Any) -> Sweep:
 class _Exclusion:
     """``{recipe: gptq, bits: [2, 8]}``: what it names on every axis is left out."""
 
-    def __init__(self, rule: Mapping[str, Any], axes: Mapping[str, Any], number: int) -> None:
+    def __init__(self, rule: Mapping[str, Any], axes: Mapping[str, Any]) -> None:
         self._here = all(name in axes for name in rule)  # an axis of another grid
         self._rule = {name: value if isinstance(value, list) else [value] for name, value in rule.items()}
 

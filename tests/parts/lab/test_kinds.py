@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,9 @@ def test_a_quantized_model_is_judged_as_by_the_commands(tmp_path: Path) -> None:
     size = inspect(out)
     assert {name: found[name] for name in judged} == judged and "kl" in judged
     assert found["quantized_bits"] == size["bits_per_quantized_weight"] and found["parameters"] == size["parameters"]
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert [found["layers"], found["kv_heads"]] == [config["num_hidden_layers"], config["num_key_value_heads"]]
+    assert found["head_dim"] == config["hidden_size"] // config["num_attention_heads"]
     plain = QuantizeAndJudge(model=model, recipe="none", **sizes).run(tmp_path)  # type: ignore[arg-type]
     assert plain["ppl"] != found["ppl"] and plain["bits"] == 16.0 and plain["error"] is None
 

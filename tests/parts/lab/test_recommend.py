@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -115,6 +116,31 @@ def test_how_sure_a_ranking_is() -> None:
     assert "gptq" not in {each.options["recipe"] for each in (best, last)}
 
 
+def test_a_command_says_how_it_was_calibrated() -> None:
+    often = {"weights": "int4", "data": "my.txt", "seq_len": 512}
+    rows = [row("m", "gptq", nll, 9, samples=count, **often) for nll, count in ((2.0, 16), (2.2, 16), (1.0, None))]
+    usual, few = recommend(rows, Budget(memory=10**9, context=1))
+    assert few.quality == 2.1 and few.command.endswith("--weights int4 --samples 16 --data my.txt")
+    assert usual.quality == 1.0 and usual.command.endswith("--weights int4 --data my.txt")
+    (mixed,) = recommend([rows[0], {**rows[1], "data": "builtin"}], Budget(memory=10**9, context=1))
+    assert mixed.quality == 2.1 and "--data" not in mixed.command
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"weight_bytes": float("nan")}, "large: neither bits and parameters nor weight_bytes"),
+        ({"weight_bytes": -5}, "large: neither bits and parameters nor weight_bytes"),
+        ({"model": None}, "row 1 names no model"),
+        ({"layers": 0}, "layers, kv_heads and head_dim are whole numbers above 0"),
+        ({"model": "none/at/all", **dict.fromkeys(("layers", "kv_heads", "head_dim"))}, "in columns layers, kv_heads"),
+    ],
+)
+def test_what_has_no_size_is_refused(change: dict[str, Any], word: str) -> None:
+    with pytest.raises(NybbleError, match=word):
+        recommend([{**ROWS[0], **change}], Budget(memory=10**9, context=1))
+
+
 def test_an_impossible_budget_says_the_least() -> None:
     with pytest.raises(DataError, match=r"The least is 10,0\d\d,\d\d\d: 10,000,000 of weights.*--recipe gptq"):
         recommend(ROWS, Budget(memory=10**6, context=100))
@@ -143,6 +169,7 @@ def test_a_training_gets_a_format_and_a_warning() -> None:
     found = advise(1e9, 1e12, None)
     assert [row["format"] for row in found["formats"][:4]] == ["E4M3"] * 4 and found["formats"][0]["block"] == 32
     assert any(line.startswith("E2M1 in blocks of 128: past 3.93e+11 tokens") for line in found["warnings"])
+    assert any(line.startswith("E2M1 with a scale a channel: past") for line in found["warnings"])
     assert found["bits"] == PUBLISHED.bits_for_data(1e12) and found["chosen"]["bits"] == 6
     free = advise(None, None, 1e23)
     assert advise(free["N"], None, 1e23)["D"] == pytest.approx(free["D"])
@@ -163,10 +190,15 @@ def test_the_command(tmp_path: Path) -> None:
     assert (
         found["fit"] == 4 and found["candidates"][0]["cache_bytes"] == 65536 and found["candidates"][0]["sure"] is None
     )
+    path.write_text(path.read_text().replace("nll", "ppl", 1))
+    found = json.loads(CliRunner().invoke(build(), [*line, "--json"]).stdout)
+    assert found["candidates"][0]["quality"] == math.log(2.0)
     shown = CliRunner().invoke(build(), line)
     assert shown.stdout.strip().endswith("nybble quantize large OUT --recipe rtn --weights 'int4 group=64'")
     twin = CliRunner().invoke(build(), ["recommend", "--parameters", "1e9", "--tokens", "1e12", "--json"])
     assert json.loads(twin.stdout)["chosen"]["format"] == "E3M2"
+    twin = CliRunner().invoke(build(), ["recommend", "--parameters", "1e9", "--tokens", "1e12"])
+    assert twin.stdout.strip().endswith("E3M2 in blocks of 32")
     for wrong, word in ((line[:2], "give measured runs and --memory"), ([*line, "--tokens", "1"], "Ask apart")):
         done = CliRunner().invoke(build(), wrong)
         assert done.exit_code == 2 and word in done.stderr.replace("\n", " ")

@@ -52,6 +52,14 @@ def test_a_run_is_added_once(place: str) -> None:
         assert store.counts("drawn") == {"queued": 1} and sum(store.counts().values()) == 4
 
 
+def test_a_pace_is_runs_a_minute(place: str) -> None:
+    with filled(place) as store:
+        claim = store.claim("w")
+        assert claim is not None and store.finish(claim, Outcome(state="done", seconds=30.0))
+        stands = status(store)
+        assert stands.per_minute == pytest.approx(2, rel=0.1) and stands.minutes_left == pytest.approx(1, rel=0.1)
+
+
 def test_a_silent_workers_run_is_taken_over_and_its_late_result_is_not(place: str) -> None:
     with filled(place, bits=[2]) as store:
         first = store.claim("dead", lease=-1.0)

@@ -62,6 +62,7 @@ def test_an_illegal_pair_is_listed_with_its_reason() -> None:
         ({"name": "a b"}, "has a name of letters"),
         ({"grids": [{"weights": "int4"}], "exclude": [{"weights": "int4"}]}, "nothing is left"),
         ({"exclude": [{}]}, "without an axis"),
+        ({"exclude": [{"weights": "int3", "wights": 2}]}, "exclusion 1: no grid has an axis 'wights'.*'weights'"),
     ],
 )
 def test_what_is_no_sweep_is_refused(change: dict[str, Any], word: str) -> None:

@@ -12,10 +12,11 @@ import pytest
 from tests.parts.lab.drawn import drawn, filled
 
 from nybble.core.errors import FileError, SchemeError, StoreError
+from nybble.lab.claim import Outcome
 from nybble.lab.executors import REGISTRY, Executor
 from nybble.lab.executors.local import Local
 from nybble.lab.kinds.tensor import DrawnTensor
-from nybble.lab.outbox import outbox_of, send
+from nybble.lab.outbox import keep, outbox_of, send
 from nybble.lab.run import run_sweep
 from nybble.lab.store import Store
 from nybble.lab.worker import Patience, work
@@ -102,6 +103,12 @@ def test_a_result_that_the_store_does_not_take_is_kept_and_brought_later(
         assert send(store) == 1 and not kept.exists() and send(store) == 0
         (row,) = store.runs()
         assert row["state"] == "done" and row["result"] == drawn(bits=[2]).expand()[0].spec.make().run(Path())
+        keep(place, row["key"], Outcome(state="failed", error="another's"))
+        assert send(store) == 1 and [*store.runs()] == [row]  # what is done stays
+        for damaged in ("{", '{"state": "done"}'):
+            kept.write_text(damaged)
+            with pytest.raises(FileError, match="is damaged; remove it"):
+                send(store)
 
 
 def test_with_the_disk_full_of_both_the_run_is_run_again(place: str, monkeypatch: pytest.MonkeyPatch) -> None:

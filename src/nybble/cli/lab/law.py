@@ -55,6 +55,8 @@ def command(
     )  # fmt: skip
     if plot is not None and data is None:
         raise UsageError("--plot shows trainings beside a fit: give DATA.")
+    if data is None and (pair or where or loss is not None):
+        raise UsageError("--pair, --where and --loss are of trainings: give DATA.")
     fits = _fits(_rows(data, store, where or (), pair), loss, draws, plot) if data is not None else {}
     laws = fits["floating"].training_laws() if fits else [PUBLISHED]
     asked = any(value is not None for value in (parameters, tokens, compute)) or not fits

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nybble.core.errors import UsageError, did_you_mean
+from nybble.core.errors import FileError, UsageError, did_you_mean
 from nybble.eval.inverse_scaling.examples import Questions, questions, read_questions
 from nybble.eval.inverse_scaling.lookalikes import LOOKALIKES
 
@@ -68,6 +68,7 @@ def find_questions(name: str, folder: str | Path | None = None, rows: int = 300,
 
     Raises:
         UsageError: no such task; or one that has no look-alike, and no file. DataError: a file that can't be read.
+        FileError: there is no such folder.
     """
     if Path(name).suffix in (".csv", ".jsonl"):
         return read_questions(name)
@@ -77,6 +78,8 @@ def find_questions(name: str, folder: str | Path | None = None, rows: int = 300,
             f"unknown inverse-scaling task {name!r}.{did_you_mean(plain, TASKS)} A file of your own ends in .csv or "
             ".jsonl."
         )
+    if folder is not None and not Path(folder).is_dir():
+        raise FileError(f"there is no folder {folder}; without --task-dir questions that were made here are asked.")
     if folder is not None and (found := _published(task, Path(folder))):
         return read_questions(found, task.name)
     if task.name not in LOOKALIKES:
@@ -100,9 +103,5 @@ def check_task(name: str, folder: str | Path | None = None) -> None:
 def _published(task: Task, folder: Path) -> Path | None:
     names = (task.name, *(alias for alias, known in ALIASES.items() if known == task.name))
     spellings = {spelling for name in names for spelling in (name, name.replace("-", "_"))}
-    files = (
-        sorted(p for p in folder.rglob("*") if p.suffix in (".csv", ".jsonl") and p.is_file())
-        if folder.is_dir()
-        else []
-    )
+    files = sorted(p for p in folder.rglob("*") if p.suffix in (".csv", ".jsonl") and p.is_file())
     return next((p for p in files if p.stem.lower() in spellings), None)

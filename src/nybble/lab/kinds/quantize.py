@@ -69,8 +69,12 @@ class QuantizeAndJudge(RunKind):
             raise UsageError(why)
 
     def run(self, folder: Path) -> Mapping[str, Any]:
-        """Metrics; ``bytes`` of all files, ``bits`` per weight stored, ``parameters``; ``error`` of the layers."""
+        """Metrics; ``bytes`` of all files, ``bits`` per weight stored, ``parameters``; ``error`` of the layers.
+
+        Of a language model also ``layers``, ``kv_heads`` and ``head_dim`` of its cache.
+        """
         from nybble.checkpoint.account import inspect
+        from nybble.lab.kv_bytes import shape_columns
         from nybble.pipelines.evaluate import run_eval
 
         made, error = self._quantized(folder)
@@ -83,6 +87,7 @@ class QuantizeAndJudge(RunKind):
             **found["models"]["model"], "tokens": found["data"].get("predictions"), "error": error,
             "bytes": size["total"], "bits": size["bits_per_weight"], "parameters": size["parameters"],
             "quantized_bits": size["bits_per_quantized_weight"], "quantized_parameters": size["quantized_parameters"],
+            **shape_columns(self.model),
         }  # fmt: skip
 
     def _changes(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from nybble.core.errors import UsageError
@@ -47,7 +48,7 @@ def advise(N: float | None, D: float | None, compute: float | None, law: Trainin
     rows.sort(key=lambda row: row["loss"])
     width = next((width for width in WIDTHS if width >= bits), WIDTHS[-1])
     warned = [
-        f"{row['format']} in blocks of {row['block']}: past {row['critical_data']:.3g} tokens more raise the loss."
+        f"{named(row)}: past {row['critical_data']:.3g} tokens more raise the loss."
         for row in rows if row["critical_data"] < D
     ]  # fmt: skip
     return {
@@ -55,6 +56,12 @@ def advise(N: float | None, D: float | None, compute: float | None, law: Trainin
         "chosen": next(row for row in rows if row["bits"] == width),
         "warnings": warned + warnings_of(Plan(N=N, D=D), {}, published=law is PUBLISHED),
     }  # fmt: skip
+
+
+def named(row: Mapping[str, Any]) -> str:
+    """A row's format and block in words."""
+    block = "with a scale a channel" if row["block"] == "channel" else f"in blocks of {row['block']}"
+    return f"{row['format']} {block}"
 
 
 def _sizes(N: float | None, D: float | None, compute: float | None, law: TrainingLaw) -> tuple[float, float]:

@@ -45,9 +45,13 @@ def forecast(laws: Sequence[TrainingLaw], plan: Plan) -> dict[str, Any]:
         ``best_of_compute`` (all free) or, with N, ``best_bits_of_compute``.
 
     Raises:
-        UsageError: nothing is asked, or a size that can't be.
+        UsageError: nothing is asked, a size that can't be, or a format without the sizes that its penalty is of.
     """
     N, D, block = plan.N, plan.D, plan.block
+    if plan.layout is not None and N is None:
+        raise UsageError("what a format costs depends on the size: give --parameters, and --tokens, or leave it out.")
+    if plan.bits is not None and (N is None or D is None):
+        raise UsageError("--bits compares penalties: give --parameters and --tokens.")
     found: dict[str, Any] = {}
     if N is not None and D is not None:
         found["bf16"] = _of(laws, lambda law: law.loss(N, D))
@@ -78,7 +82,9 @@ def warnings_of(plan: Plan, found: dict[str, Any], published: bool) -> list[str]
     if found.get("harmful"):
         most = found["critical_data"]["value"]
         said.append(f"past {most:.3g} tokens more of them raise the loss in this format; {plan.D:.3g} are planned.")
-    for name, value, (low, high) in zip(("N", "D"), (plan.N, plan.D), PUBLISHED_RANGE, strict=True):
+    free = found.get("best_of_compute", {})
+    sizes = [free[name]["value"] if value is None and free else value for name, value in (("N", plan.N), ("D", plan.D))]
+    for name, value, (low, high) in zip(("N", "D"), sizes, PUBLISHED_RANGE, strict=True):
         if published and value is not None and not low <= value <= high:
             said.append(
                 f"{name} = {value:.3g} is outside of {low:.3g} to {high:.3g}, where the published law was seen."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from nybble.lab.rows import Table, chosen, flat
 
 
 def read_rows(data: str, store: str, where: Sequence[str] = ()) -> Table:
-    """Finished runs as rows.
+    """Finished runs as rows; where they were judged by ``ppl`` and not by ``nll``, its logarithm, ``nll``, is added.
 
     Args:
         data: a file that ends in ``.csv`` (a heading, a row a run) or ``.parquet`` (of ``nybble lab export``), or the
@@ -31,10 +32,18 @@ def read_rows(data: str, store: str, where: Sequence[str] = ()) -> Table:
         rows = _of_parquet(Path(data))
     else:
         rows = _of_sweep(data, store)
+    _add_nll(rows)
     found = chosen(rows, where) if rows else []
     if not found:
         raise DataError(f"{data}: no finished run" + (f" with {', '.join(where)}." if where else "."))
     return found
+
+
+def _add_nll(rows: Table) -> None:
+    for row in rows:
+        value = row.get("ppl")
+        if "nll" not in row and isinstance(value, int | float) and 0 < value < math.inf:
+            row["nll"] = math.log(value)
 
 
 def _of_csv(path: Path) -> Table:

@@ -168,6 +168,8 @@ def check_enough(runs: Trainings, parameters: int) -> None:
     narrow = runs.at(~runs.wide)
     for name, values, least in (("N", runs.N, 2), ("D", runs.D, 2), ("E", narrow.E, 2), ("M", narrow.M, 2)):
         _check_axis(name, values, least)
+    if not (narrow.log2_block > 0).any():
+        raise DataError("B is 1 everywhere: a scale an element loses nothing by these laws; train in larger blocks.")
 
 
 def _check_axis(name: str, values: Array, least: int) -> None:

@@ -101,6 +101,7 @@ def test_the_laws_beside_it_are_told_apart_on_runs_held_out() -> None:
         ({"D": 1e9}, "D has one value, 1e+09"),
         ({"format": "E4M3", "B": 32}, "E has one value, 4"),
         ({"format": "bf16"}, "E has no value"),
+        ({"B": 1}, "B is 1 everywhere"),
         ({"format": "int4"}, "row 1: a format is named by its exponent and mantissa bits"),
         ({"loss": "much"}, "row 1: could not convert"),
         ({"loss": ""}, "row 1: loss is a number above 0; got ''"),

@@ -75,6 +75,11 @@ def test_the_penalty_falls_with_size_and_bits_and_rises_with_data_and_blocks(
     assert PUBLISHED.critical_data(size, exponent, mantissa, 1) == math.inf
 
 
+def test_a_scale_a_channel_is_as_good_as_the_papers_block() -> None:
+    apart = [PUBLISHED.penalty(1e9, 1e11, 2, 1, block) for block in ("channel", 2**13)]
+    assert apart[0] / apart[1] == pytest.approx(13.1567 / 13)
+
+
 def test_the_effective_size_has_the_same_loss() -> None:
     law, (size, tokens, bits) = PUBLISHED, (2e9, 3e12, 4.5)
     rho = tokens**law.beta / size**law.alpha * 7 / (law.gamma_rho * bits ** (law.delta + law.nu))
