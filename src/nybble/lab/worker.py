@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import platform
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -122,14 +123,17 @@ def _gpu() -> str | None:
 
 
 def _patiently(ask: Callable[[], Any], seconds: float) -> Any:
-    """Ask a store again and again while it can't be reached."""
-    until, wait = time.monotonic() + seconds, 0.1
+    """Ask a store again and again while it can't be reached; the first refusal is told on standard error."""
+    until, wait, told = time.monotonic() + seconds, 0.1, False
     while True:
         try:
             return ask()
-        except StoreError:
+        except StoreError as error:
             if time.monotonic() >= until:
                 raise
+            if not told:
+                print(f"nybble lab: {error} Trying for {seconds:.0f} seconds; nothing is lost.", file=sys.stderr)
+            told = True
         time.sleep(min(wait, max(0.0, until - time.monotonic())))
         wait = min(2 * wait, 30.0)
 

@@ -111,6 +111,23 @@ def test_a_result_that_the_store_does_not_take_is_kept_and_brought_later(
                 send(store)
 
 
+def test_a_store_that_fails_is_told_of_at_once(
+    place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once, on standard error, while the worker goes on trying."""
+    claim, refusals = Store.claim, iter((StoreError("the disk is full."), StoreError("the disk is full.")))
+
+    def refusing(self: Store, *given: Any) -> Any:
+        for error in refusals:
+            raise error
+        return claim(self, *given)
+
+    monkeypatch.setattr(Store, "claim", refusing)
+    with filled(place):
+        assert work(place, "drawn", "w", Patience(poll=0.01, store=30.0)) == 3
+    assert capsys.readouterr().err == "nybble lab: the disk is full. Trying for 30 seconds; nothing is lost.\n"
+
+
 def test_with_the_disk_full_of_both_the_run_is_run_again(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*given: Any) -> None:
         raise FileError("the disk is full.")
