@@ -71,7 +71,7 @@ def test_what_is_found_is_a_model_folder(given: dict[str, Any], tmp_path: Path) 
         search_architecture(out=tmp_path / "b", progress=_Stops(3), **given)
     again = ArchitectureSettings(resume=True)
     with pytest.raises(FileError, match=r"begun with settings.seed = 0; now it is 1"):
-        search_architecture(out=tmp_path / "b", settings=ArchitectureSettings(resume=True, seed=1), **given)
+        search_architecture(out=tmp_path / "b", settings={"resume": True, "seed": 1}, **given)
     search_architecture(out=tmp_path / "b", settings=again, **given)
     files = [{p.name: p.read_bytes() for p in (tmp_path / n).iterdir() if p.name != "times.json"} for n in "ab"]
     assert files[0] == files[1]

@@ -21,6 +21,24 @@ from nybble.core.errors import SchemeError, UsageError, did_you_mean
 T = TypeVar("T")
 
 
+def settings_of(kind: type[T], given: T | Mapping[str, Any] | None, name: str) -> T:
+    """Settings as they are, from a mapping of their fields, or the defaults.
+
+    Args:
+        kind: their class, a dataclass whose fields have defaults.
+        given: what a caller handed over.
+        name: of the class as users know it.
+
+    Raises:
+        UsageError: something else. SchemeError: an unknown field, with the closest one, or a wrong type.
+    """
+    if isinstance(given, kind):
+        return given
+    if given is not None and not isinstance(given, Mapping):
+        raise UsageError(f"settings are a {name} or a mapping of its fields; got {given!r}.")
+    return build(kind, given or {}, "settings")
+
+
 def build(kind: type[T], options: Mapping[str, Any], where: str) -> T:
     """An object of ``kind``, a dataclass whose fields are its options.
 

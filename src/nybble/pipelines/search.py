@@ -24,6 +24,7 @@ from nybble.core.dtypes import float_dtype
 from nybble.core.errors import NybbleError, UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, atomic_write_json, atomic_write_text, check_new_folder
+from nybble.core.options import settings_of
 from nybble.core.progress import Progress, Silent, task
 from nybble.core.seeds import preserve_global_rng
 from nybble.core.versions import versions
@@ -80,7 +81,7 @@ def search(
     targets: Sequence[str] = (),
     training: Mapping[str, Any] | None = None,
     judged_on: str | None = None,
-    settings: SearchSettings | None = None,
+    settings: SearchSettings | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     announce: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def search(
         training: settings of the training (:class:`nybble.training.settings.TrainSettings`), over those of a recipe
             that trains; device, dtype, seed and seq_len are those of ``settings``.
         judged_on: held-out examples for it, measured before and after.
-        settings: sizes and places.
+        settings: sizes and places; a mapping has some of the fields.
         progress: told after each measurement.
         announce: gets lines for people.
 
@@ -116,7 +117,7 @@ def search(
             the model is quantized. Nothing is left behind, but for OUT.partial of a run that was killed.
     """
     check_new_folder(out)
-    found, recipe = settings or SearchSettings(), format_recipe(method)
+    found, recipe = settings_of(SearchSettings, settings, "SearchSettings"), format_recipe(method)
     if recipe.training is None and (training or judged_on):
         raise UsageError(
             f"method {recipe.name} trains nothing: settings of a training (--set) and held-out examples (--eval) say "

@@ -23,7 +23,7 @@ from nybble.core.dtypes import float_dtype
 from nybble.core.errors import ModelError, NybbleError, UsageError
 from nybble.core.explicit import explicit_settings
 from nybble.core.files import AtomicFolder, atomic_write_bytes, atomic_write_json, atomic_write_text, check_new_folder
-from nybble.core.options import at_least_one
+from nybble.core.options import at_least_one, settings_of
 from nybble.core.progress import Progress, Silent
 from nybble.core.seeds import preserve_global_rng
 from nybble.core.versions import versions
@@ -66,7 +66,7 @@ def search_architecture(
     data: str | None = None,
     judged_on: str | None = None,
     options: Mapping[str, Any] | None = None,
-    settings: ArchitectureSettings | None = None,
+    settings: ArchitectureSettings | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     announce: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def search_architecture(
         data: labelled examples to train on.
         judged_on: held-out ones.
         options: of the method, over the recipe's; ``{"retrain.steps": 10}`` reaches within.
-        settings: sizes and places.
+        settings: sizes and places; a mapping has some of the fields.
         progress: told of each step.
         announce: gets lines for people.
 
@@ -97,7 +97,7 @@ def search_architecture(
     if not isinstance(recipe, ArchitectureRecipe):
         raise UsageError(f"method {recipe.name!r} chooses formats, and no architecture; nybble.search takes it.")
     recipe = recipe.changed(options or {})
-    chosen = settings or ArchitectureSettings()
+    chosen = settings_of(ArchitectureSettings, settings, "ArchitectureSettings")
     for src in (data, judged_on):
         if src is not None:
             check_source(src)

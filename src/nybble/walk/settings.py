@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nybble.core.device import check_device
 from nybble.core.dtypes import float_dtype
 from nybble.core.errors import UsageError
-from nybble.core.options import at_least_one, build, check_types
+from nybble.core.options import at_least_one, check_types, settings_of
 from nybble.data import Wanted
 
 if TYPE_CHECKING:
@@ -68,11 +68,7 @@ class Settings:
         Raises:
             UsageError: something else. SchemeError: an unknown field, with the closest one, or a wrong type.
         """
-        if isinstance(given, Settings):
-            return given
-        if given is not None and not isinstance(given, Mapping):
-            raise UsageError(f"settings are a nybble.Settings or a mapping of its fields; got {given!r}.")
-        return build(Settings, given or {}, "settings")
+        return settings_of(Settings, given, "nybble.Settings")
 
     def wanted(self) -> Wanted:
         """The calibration samples that are asked of a source."""
