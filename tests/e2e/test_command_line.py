@@ -77,15 +77,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def nybble(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    def run(*arguments: object) -> tuple[Any, str, str]:
-        monkeypatch.setattr("sys.argv", ["nybble", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return stop.value.code or 0, *capfd.readouterr()
-
-    return run
+def nybble(nybble_command: Any) -> Any:
+    return nybble_command
 
 
 def test_the_version(nybble: Any) -> None:

@@ -14,7 +14,6 @@ from tests.tiny import WORDS, save_tiny, tiny_model, tiny_tokenizer
 from transformers import BertConfig, BertModel
 
 import nybble
-from nybble.cli import main
 from nybble.core.errors import ModelError
 from nybble.eval.harness import find_tasks, load_tasks, run_harness
 from nybble.eval.inverse_scaling.examples import read_questions
@@ -45,18 +44,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (tmp / "prize" / "neqa.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp
-
-
-@pytest.fixture
-def nybble_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    def run(*arguments: object) -> tuple[Any, str, str]:
-        monkeypatch.setattr("sys.argv", ["nybble", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return stop.value.code or 0, *capfd.readouterr()
-
-    return run
 
 
 def test_beside_the_float_model(place: Path, nybble_command: Any) -> None:

@@ -16,7 +16,6 @@ from tests.tiny import WORDS, save_tiny, tiny_tokenizer
 from transformers import BertConfig, BertModel
 
 import nybble
-from nybble.cli import main
 from nybble.core import versions
 from nybble.core.errors import DataError, ModelError, UsageError
 from nybble.eval import harness
@@ -63,18 +62,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}}, "test_split": "test"}
         (tmp / "tasks" / f"{name}.yaml").write_text(json.dumps({"task": name, **data, **task}))
     return tmp
-
-
-@pytest.fixture
-def nybble_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    def run(*arguments: object) -> tuple[Any, str, str]:
-        monkeypatch.setattr("sys.argv", ["nybble", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return stop.value.code or 0, *capfd.readouterr()
-
-    return run
 
 
 def write_quantized(source: Path, out: Path, **scheme: str) -> None:
